@@ -1,0 +1,60 @@
+"""Entry point for a Ray job: one run of a configuration.
+
+    ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml --set run=s3://bucket/runs/digits
+
+The last line of the log is the run's summary in one line of JSON. Exit codes: 0 done, 2 bad usage or configuration, 1 failed.
+The working directory that the job uploads holds the package; on the nodes only its dependencies have to be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# `python jobs/run.py` puts jobs/ on the path, not the folder above it. Ray's workers get the uploaded folder from Ray.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the configuration that the arguments name; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Run a raypipe configuration; running it again resumes.")
+    parser.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
+    options = parser.parse_args(arguments)
+
+    import raypipe
+    from raypipe.config import load_config
+    from raypipe.errors import RaypipeError
+
+    try:
+        config = load_config(options.config, options.set)
+        result = raypipe.run(config)
+    except RaypipeError as error:
+        print(f"raypipe: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    sys.stderr.flush()
+    print(one_line(result.uri, result.summary), flush=True)
+    return 0
+
+
+def one_line(uri: str, summary: dict[str, Any]) -> str:
+    """The figures that one looks for first; all of them are in the run's `report/summary.json`."""
+    counts, fidelity, cost = (summary.get(name) or {} for name in ("counts", "fidelity", "cost"))
+    figures = {
+        "run": uri,
+        **{name: counts.get(name) for name in ("samples", "measured", "rejects")},
+        **{name: fidelity.get(name) for name in ("spearman", "spearman_low", "spearman_high")},
+        "keep": {item["file"]: item["samples"] for item in summary.get("keep") or []},
+        "wall_seconds": (cost.get("total") or {}).get("wall_seconds"),
+    }
+    return json.dumps(figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""raypipe: which samples of a large labelled image dataset are worth training on?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from raypipe._version import __version__
+
+__all__ = ["Config", "Run", "__version__", "load_scores", "run", "select"]
+
+if TYPE_CHECKING:
+    from raypipe.api import load_scores, run, select
+    from raypipe.config import Config
+    from raypipe.rundir import Run
+
+_HOMES = {
+    "Config": "raypipe.config",
+    "Run": "raypipe.rundir",
+    "load_scores": "raypipe.api",
+    "run": "raypipe.api",
+    "select": "raypipe.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imports on first use keep `import raypipe`, and so the command line, fast.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'raypipe' has no attribute {name!r}")

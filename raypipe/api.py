@@ -1,0 +1,89 @@
+"""The verbs of the command line from Python: `raypipe.run`, `raypipe.select`, `raypipe.load_scores`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raypipe import storage
+from raypipe.config import Config, absolute_paths, load_config, parse_config
+from raypipe.errors import RunError
+from raypipe.progress import Progress
+from raypipe.rundir import Lease, Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where it is, and what its `report/summary.json` holds (empty when the run stopped before the report)."""
+
+    uri: str
+    summary: dict[str, Any]
+
+
+def run(
+    config: Config | Mapping[str, Any] | str,
+    *,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> Result:
+    """Do the whole job, or resume it.
+
+    config     a `Config`, a mapping of the same shape, or the path or URI of a YAML file
+    overrides  `section.field=value`, for a YAML file
+    until      last stage to run, such as "embed"; default: all
+    Raises ConfigError before anything starts; another RaypipeError when a stage cannot go on.
+    """
+    from raypipe.pipeline import execute
+
+    if isinstance(config, str):
+        config = load_config(config, overrides)
+    elif not isinstance(config, Config):
+        config = parse_config(config)
+    done = execute(absolute_paths(config), until=until, progress=progress, verbose=verbose)
+    return Result(done.uri, summary_of(done))
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """What the run's `report/summary.json` holds; empty when there is none yet."""
+    try:
+        return storage.read_json(run.path("report", "summary.json"))
+    except FileNotFoundError:
+        return {}
+
+
+def load_scores(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """All score shards of a run (a run folder or its `scores` folder) as one table; see the README for the columns.
+
+    Raises RunError when there are none. The whole table is held in memory: for very large runs, open the folder with
+    `pyarrow.dataset` instead.
+    """
+    folder = uri if storage.name(uri) == "scores" else storage.join(Run(uri).uri, "scores")
+    tables = [table for _, table in storage.iter_tables(folder, columns)]
+    if not tables:
+        raise RunError(f"{folder}: no score shards here")
+    return pa.concat_tables(tables)
+
+
+def select(uri: str, keep: float | Sequence[float] | None = None, strategy: str | None = None) -> dict[str, int]:
+    """Cut keep-lists of a finished run without scoring anything again. Returns the number of samples kept by file.
+
+    keep      one fraction or several; default: those of the run's configuration
+    strategy  default: that of the run's configuration
+    Raises ConfigError for a fraction outside 0..1, RunError for a run without complete scores.
+    """
+    from raypipe.stages.select import write_keep_lists
+
+    found = Run(uri)
+    config = found.config().model_dump()
+    if keep is not None:
+        config["select"]["keep"] = [keep] if isinstance(keep, int | float) else list(keep)
+    if strategy is not None:
+        config["select"]["strategy"] = strategy
+    settings = parse_config(config).select
+    with Lease(found):
+        return write_keep_lists(found, settings)

@@ -1,0 +1,140 @@
+"""The command line. Exit codes: 0 done, 2 bad usage or configuration, 1 failed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from raypipe._version import __version__
+from raypipe.errors import RaypipeError
+
+DEMO: dict[str, Any] = {
+    "source": {"uri": "digits://", "format": "digits", "fragment_samples": 256},
+    "seed": {"fraction": 0.3},
+    "proxy": {"model": "small", "image_size": 16, "epochs": 20, "batch_size": 64, "flip": False, "crop_padding": 1},
+}
+"""The demo's settings: the handwritten digits that ship inside scikit-learn."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="raypipe")
+def cli() -> None:
+    """Which samples of a large labelled image dataset are worth training on?
+
+    Scores a small random seed set by measurement, extrapolates to every other sample, and writes score shards and keep-lists.
+    """
+
+
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Show what Ray says, too.")
+_set = click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated.")
+
+
+@cli.command()
+@click.argument("config")
+@_set
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@_verbose
+def run(config: str, overrides: tuple[str, ...], until: str | None, verbose: bool) -> None:
+    """Do the whole job that CONFIG (YAML, a path or URI) describes, or resume it."""
+    from raypipe.config import load_config
+
+    _execute(load_config(config, overrides), until, verbose)
+
+
+@cli.command()
+@click.option("--run", "uri", default="runs/demo", show_default=True, help="Where everything is written.")
+@_set
+@_verbose
+def demo(uri: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Do the whole job on 1,797 real images of handwritten digits; needs no download."""
+    from raypipe.config import absolute_paths, apply_overrides, parse_config
+
+    _execute(absolute_paths(parse_config(apply_overrides({"run": uri, **DEMO}, overrides))), None, verbose)
+
+
+@cli.command()
+def init() -> None:
+    """Print a configuration with a comment on every setting."""
+    from raypipe.config import commented_config
+
+    click.echo(commented_config(), nl=False)
+
+
+@cli.command()
+@click.argument("source")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="A setting of the section `source`, such as include='*.tar'."
+)
+def inspect(source: str, overrides: tuple[str, ...]) -> None:
+    """Show what would be read from SOURCE (a path or URI): format, files, samples, classes, first rejects."""
+    from raypipe.inspection import inspect_source
+
+    for line in inspect_source(source, overrides):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("uri", metavar="RUN")
+def status(uri: str) -> None:
+    """Show how far a run is, from any machine that can read it."""
+    from raypipe.inspection import describe_run
+
+    for line in describe_run(uri):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("uri", metavar="RUN")
+@click.option("--keep", type=float, multiple=True, help="Fraction to keep; may be repeated. Default: the run's own.")
+@click.option("--strategy", help="top or balanced. Default: the run's own.")
+def select(uri: str, keep: tuple[float, ...], strategy: str | None) -> None:
+    """Cut keep-lists from the scores of RUN; nothing is scored again."""
+    from raypipe.api import select as cut
+
+    for file, count in cut(uri, list(keep) or None, strategy).items():
+        click.echo(f"{file}  {count:,} samples")
+
+
+@cli.command()
+@click.argument("uri", metavar="RUN")
+def report(uri: str) -> None:
+    """Write the report of RUN again."""
+    from raypipe.report import build
+    from raypipe.rundir import Lease, Run
+
+    found = Run(uri)
+    found.record("extrapolate")
+    with Lease(found):
+        click.echo(build(found))
+
+
+def _execute(config: Any, until: str | None, verbose: bool) -> None:
+    from raypipe.inspection import describe_result
+    from raypipe.pipeline import execute
+    from raypipe.progress import Progress
+
+    done = execute(config, until=until, progress=Progress(), verbose=verbose)
+    for line in describe_result(done):
+        click.echo(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors a user can act on become one line and an exit code."""
+    try:
+        code = cli.main(arguments, prog_name="raypipe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except RaypipeError as error:
+        click.echo(f"raypipe: {error}", err=True)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("raypipe: stopped; run the same command again to resume", err=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

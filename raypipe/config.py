@@ -1,0 +1,291 @@
+"""The settings of a run: one model per stage, validated before any work starts.
+
+A configuration is YAML (safe loading only). An unknown key or a bad value raises `ConfigError`, naming the field, the
+value and what is allowed. Field descriptions below are also the comments `raypipe init` prints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raypipe.errors import ConfigError
+
+KeepFraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of every section: unknown keys are refused, values are fixed once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SourceSettings(Settings):
+    """The dataset as its owner stores it."""
+
+    uri: str = Field(description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set")
+    format: Literal["auto", "parquet", "imagefolder", "webdataset", "digits"] = Field(
+        "auto", description="auto looks at the file names"
+    )
+    include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
+    image_column: str = Field("image", min_length=1, description="Parquet: column with the encoded images")
+    label_column: str = Field("label", min_length=1, description="Parquet column, or WebDataset .json field, with the label")
+    id_column: str | None = Field(None, description="Parquet: column with unique ids; default is file#row")
+    num_classes: Positive | None = Field(None, description="default: found in the source")
+    limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
+    fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
+    max_pixels: Positive = Field(100_000_000, description="an image with more pixels is rejected, not decoded")
+
+
+class SeedSettings(Settings):
+    """The randomly chosen few percent of samples that are scored by measurement."""
+
+    fraction: float = Field(0.1, gt=0, le=1, description="share of the source that is measured")
+    seed: int = Field(0, ge=0, description="another number draws another seed set")
+
+
+class ProxySettings(Settings):
+    """The small network trained on the seed set with Ray Train."""
+
+    model: str = Field("resnet18", min_length=1, description="small, or a torchvision network: resnet18, resnet50, ...")
+    image_size: int = Field(64, ge=8, le=1024, description="pixels, square")
+    epochs: Positive = Field(50, description="passes over the seed set")
+    batch_size: Positive = Field(128, description="images per step, over all workers together")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov momentum 0.9")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 (SGD) or decoupled (AdamW)")
+    schedule: Literal["onecycle", "cosine", "constant"] = Field("onecycle", description="learning rate over the training")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="training loss only; scores use the plain loss")
+    flip: bool = Field(True, description="random horizontal flips while training")
+    crop_padding: int = Field(4, ge=0, le=64, description="random shifts by up to this many pixels while training")
+    checkpoints: Positive = Field(10, description="checkpoints kept, evenly spaced over the epochs")
+    trajectory: Literal["train", "eval", "none"] = Field(
+        "train", description="class probabilities per epoch: of the training forward pass (free), of an extra plain pass, or none"
+    )
+    seed: int = Field(0, ge=0, description="initial weights, order and augmentation")
+    workers: Positive = Field(1, description="data-parallel workers; batch_size is shared among them")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto: when the cluster has any")
+    cpus_per_worker: Positive | Literal["auto"] = Field(
+        "auto", description="auto: all CPUs of a CPU-only machine shared evenly, else 4"
+    )
+    amp: bool = Field(True, description="bf16 mixed precision on GPU; CPU is always fp32")
+    max_failures: int = Field(3, ge=0, description="worker failures survived before the stage gives up")
+
+    @model_validator(mode="after")
+    def _checkpoints_fit(self) -> ProxySettings:
+        if self.checkpoints > self.epochs:
+            raise ValueError(f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.epochs})")
+        return self
+
+
+class PoolSettings(Settings):
+    """Size of an autoscaling pool of actors."""
+
+    batch_size: Positive = Field(256, description="images in one forward pass")
+    min_actors: Positive = Field(1, description="actors that are always there")
+    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per GPU, or one per CPU where there is no GPU")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has any")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> PoolSettings:
+        if self.max_actors != "auto" and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors ({self.max_actors}) cannot be less than min_actors ({self.min_actors})")
+        return self
+
+
+class MeasureSettings(PoolSettings):
+    """The measured score of every seed sample."""
+
+    score: Literal["moso"] = Field("moso", description="moso: alignment of a sample's gradient with the mean gradient")
+    weights: Literal["lr", "none", "normalized"] = Field(
+        "lr",
+        description="MoSo: weight of a checkpoint: its learning rate (as published), equal, or equal after scaling to unit spread",
+    )
+
+
+class EmbedSettings(PoolSettings):
+    """One forward pass over the whole source."""
+
+    dtype: Literal["float32", "float16"] = Field("float32", description="how embeddings are stored")
+
+
+class ExtrapolateSettings(Settings):
+    """The score of every other sample, predicted."""
+
+    method: Literal["gnn", "gnn-published", "knn-published"] = Field(
+        "gnn", description="gnn sees its scored neighbours' scores; the others are as published (arXiv 2506.09010)"
+    )
+    neighbours: Positive | Literal["auto"] = Field(
+        "auto", description="auto: 32 for gnn, 10 for gnn-published, 20 for knn-published"
+    )
+    epochs: Positive | Literal["auto"] = Field("auto", description="passes of the fit; auto: 120 for gnn, 25 for gnn-published")
+    holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of the fit to judge its fidelity")
+    confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")
+    seed: int = Field(0, ge=0, description="hold-out split and initial weights")
+    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU")
+
+
+class SelectSettings(Settings):
+    """Keep-lists."""
+
+    keep: tuple[KeepFraction, ...] = Field((0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep")
+    strategy: Literal["top", "balanced"] = Field("top", description="highest scores overall, or the same share of each class")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class ReportSettings(Settings):
+    """The HTML page."""
+
+    images: int = Field(24, ge=0, le=200, description="images in each grid")
+
+
+class ClusterSettings(Settings):
+    """How to reach Ray."""
+
+    address: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: RAY_ADDRESS or the cluster a job runs in, else this machine alone; local: this machine",
+    )
+    patience_seconds: Positive = Field(600, description="a stage in which nothing moves for this long is stopped with an error")
+
+
+class Config(Settings):
+    """Everything that decides what a run produces."""
+
+    run: str = Field(description="where everything is written: local path, file:// or s3://")
+    source: SourceSettings
+    seed: SeedSettings = SeedSettings()
+    proxy: ProxySettings = ProxySettings()
+    measure: MeasureSettings = MeasureSettings()
+    embed: EmbedSettings = EmbedSettings()
+    extrapolate: ExtrapolateSettings = ExtrapolateSettings()
+    select: SelectSettings = SelectSettings()
+    report: ReportSettings = ReportSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @field_validator("proxy")
+    @classmethod
+    def _model_exists(cls, value: ProxySettings) -> ProxySettings:
+        from raypipe.names import PROXY_MODELS
+
+        if value.model not in PROXY_MODELS:
+            raise ValueError(f"model: {value.model!r} is not one of {', '.join(PROXY_MODELS)}")
+        return value
+
+
+def parse_config(data: Mapping[str, Any]) -> Config:
+    """Validate a mapping. Raises `ConfigError` with one line for each wrong field."""
+    try:
+        return Config.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError("bad configuration\n" + "\n".join(_lines(error))) from None
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Read YAML from a path or URI and apply `section.field=value` overrides. Raises `ConfigError`.
+
+    Relative paths in the file (`run`, `source.uri`) are relative to the working directory, as on any command line.
+    """
+    from raypipe.storage import read_bytes
+
+    try:
+        data = yaml.safe_load(read_bytes(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections such as 'source:' and 'proxy:', found {type(data).__name__}")
+    return absolute_paths(parse_config(apply_overrides(data, overrides)))
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with every `section.field=value` set; values are YAML. Raises `ConfigError` on a malformed one."""
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set {item!r}: expected section.field=value")
+        *sections, field = name.strip().split(".")
+        target = result
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {item!r}: {section!r} is a value, not a section")
+        try:
+            target[field] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: not a YAML value: {error}") from None
+    return result
+
+
+def absolute_paths(config: Config) -> Config:
+    """Make local paths absolute, since workers have other working directories."""
+
+    def absolute(uri: str) -> str:
+        return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+    source = config.source.model_copy(update={"uri": absolute(config.source.uri)})
+    return config.model_copy(update={"run": absolute(config.run), "source": source})
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def commented_config() -> str:
+    """A complete configuration with a comment on every field, for `raypipe init`."""
+    lines = ["# A raypipe configuration. Every value shown is the default; only run and source.uri are required.", ""]
+    lines += ["run: runs/first              # " + str(Config.model_fields["run"].description)]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, Settings)):
+            continue
+        lines += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
+        for key, info in section.model_fields.items():
+            default = "data/train" if info.is_required() else info.default
+            value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+            value = value.removesuffix("\n").removesuffix("\n...").strip()
+            lines.append(f"  {key}: {value}".ljust(29) + f"# {info.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _lines(error: ValidationError) -> Iterable[str]:
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part)) or "configuration"
+        if item["type"] == "extra_forbidden":
+            yield f"  {where}: unknown setting{_suggestion(item['loc'])}"
+        elif item["type"] == "missing":
+            yield f"  {where}: required, but missing"
+        else:
+            yield f"  {where}: {item['input']!r} is not allowed: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _is_union_branch(part: str | int) -> bool:
+    # pydantic puts the tried type ("int", "literal['auto']", "constrained-int") into the location of a union's error
+    return isinstance(part, str) and (part in {"int", "bool", "float", "str"} or "[" in part or "-" in part)
+
+
+def _suggestion(location: tuple[str | int, ...]) -> str:
+    import difflib
+
+    model: Any = Config
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+    names = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(names)}" if names else ""

@@ -1,0 +1,27 @@
+"""The errors a user can meet, and the exit code of each."""
+
+from __future__ import annotations
+
+
+class RaypipeError(Exception):
+    """Something the user can act on; printed as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(RaypipeError):
+    """A setting is unknown or has a value that is not allowed; nothing was started."""
+
+    exit_code = 2
+
+
+class SourceError(RaypipeError):
+    """The source cannot be used at all: nothing there, unknown format, no labels."""
+
+
+class RunError(RaypipeError):
+    """A run directory is missing, damaged, of another version or used by another driver."""
+
+
+class StageError(RaypipeError):
+    """A stage ended without everything it should have written."""

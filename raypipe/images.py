@@ -1,0 +1,177 @@
+"""Encoded images to pixels: every defect becomes a `BadImage` whose words go into `rejects/`.
+
+The result is always RGB, uint8, square. Greyscale becomes three equal channels; 16-bit greyscale keeps its high byte;
+CMYK and the other colour spaces are converted without their profiles; transparency is laid over white; of an animation
+the first frame counts; the EXIF orientation is applied.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from raypipe.errors import RaypipeError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+"""What is decoded. Other formats Pillow knows are not: some run other programs, such as PostScript."""
+
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_ORIENTATION = 0x0112
+_opening = threading.Lock()
+
+# Pillow warns of what it mends in a damaged file (palette, EXIF, TIFF tags); a million images would drown the log.
+warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+
+
+class BadImage(RaypipeError):
+    """An image that cannot be used; the message is the reject reason."""
+
+
+class Stored(Protocol):
+    """What `decode_batch` needs of a sample: `raypipe.sources.RawSample` is one."""
+
+    @property
+    def image(self) -> bytes | np.ndarray | None: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
+    """Pixels of one image, uint8 [3, size, size].
+
+    The shorter side is resized to `size` (antialiased bilinear; smaller images are enlarged), then the centre is cut out.
+    An image whose shorter side has `size` pixels already is not resampled at all.
+
+    image       encoded bytes, or uint8 [height, width], [height, width, 1] or [height, width, 3]
+    max_pixels  an image with more pixels is refused before it is decoded
+
+    Raises BadImage, whatever is wrong with the bytes.
+    """
+    opened: Image.Image
+    try:
+        opened = _from_array(image) if isinstance(image, np.ndarray) else _from_bytes(image)
+        width, height = opened.size
+        if width * height > max_pixels:
+            raise BadImage(f"{width}x{height} pixels are more than max_pixels = {max_pixels}")
+        if width < 1 or height < 1:
+            raise BadImage(f"no pixels: {width}x{height}")
+        orientation = _orientation(opened)
+        opened.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves twice the size
+        opened.load()
+        pixels = _over_white(_square(_plain(opened), size))
+        if orientation in _ORIENTATIONS:
+            pixels = pixels.transpose(_ORIENTATIONS[orientation])
+        return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
+    except MemoryError:
+        raise BadImage("not enough memory to decode it") from None
+    except Exception as error:
+        # Pillow's decoders raise nearly anything for damaged bytes: OSError, SyntaxError, ValueError, struct.error, IndexError
+        raise BadImage(f"cannot be decoded: {_words(error)}") from None
+
+
+def decode_batch(samples: Sequence[Stored], size: int, max_pixels: int) -> tuple[np.ndarray, list[str]]:
+    """Pixels of many samples, uint8 [n, 3, size, size], and for each "" or why it has none; its pixels are then zero."""
+    pixels = np.zeros((len(samples), 3, size, size), np.uint8)
+    reasons: list[str] = []
+    for position, sample in enumerate(samples):
+        reason = sample.reason or ("" if sample.image is not None else "no image")
+        if not reason and sample.image is not None:
+            try:
+                pixels[position] = decode(sample.image, size, max_pixels)
+            except BadImage as error:
+                reason = str(error)
+        reasons.append(reason)
+    return pixels, reasons
+
+
+def encode_thumbnail(pixels: np.ndarray, quality: int = 88) -> bytes:
+    """A JPEG of uint8 [3, height, width], for reports."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise BadImage(f"pixels are {array.dtype}, not uint8")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        raise BadImage(f"pixels have shape {list(array.shape)}, not [height, width] or [height, width, 3]")
+    if array.size == 0:
+        raise BadImage(f"no pixels: shape {list(array.shape)}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_bytes(data: bytes) -> ImageFile.ImageFile:
+    if not data:
+        raise BadImage("empty: 0 bytes")
+    # Pillow's own limit is one for the whole process; ours is the caller's, and checked before anything is decoded.
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _orientation(image: Image.Image) -> int:
+    if not image.info.get("exif") or image.format == "TIFF":  # Pillow turns a TIFF itself when it loads it
+        return 1
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:
+        return 1  # damaged EXIF says nothing about the pixels
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The image as L, RGB or RGBA, the modes that can be resized faithfully."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage("32-bit pixels are not supported")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise BadImage("floating-point pixels are not supported")
+    wanted = "RGBA" if image.has_transparency_data else "L" if image.mode in {"1", "L"} else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image if image.width == image.height else image.crop(box)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

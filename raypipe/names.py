@@ -1,0 +1,6 @@
+"""Names that must be known without importing torch: command line and validation stay fast."""
+
+from __future__ import annotations
+
+PROXY_MODELS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d")
+"""Networks `raypipe.models.build` can make."""

@@ -1,0 +1,137 @@
+"""Runs the stages of a configuration in order: skips what is done, resumes what is not, redoes what a setting changed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from raypipe import storage
+from raypipe.config import Config
+from raypipe.errors import ConfigError, RaypipeError
+from raypipe.progress import Progress
+from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now
+from raypipe.stages.base import Context, Stage
+
+log = logging.getLogger("raypipe")
+
+_STAGES = {
+    "index": "raypipe.stages.index:IndexStage",
+    "seed": "raypipe.stages.seed:SeedStage",
+    "proxy": "raypipe.stages.proxy:ProxyStage",
+    "measure": "raypipe.stages.measure:MeasureStage",
+    "embed": "raypipe.stages.embed:EmbedStage",
+    "extrapolate": "raypipe.stages.extrapolate:ExtrapolateStage",
+    "select": "raypipe.stages.select:SelectStage",
+    "report": "raypipe.stages.report:ReportStage",
+}
+STAGE_NAMES = tuple(_STAGES)
+
+
+def make_stage(name: str) -> Stage:
+    """A stage by name; its module, and with it Ray, is imported here and not before."""
+    module, _, attribute = _STAGES[name].partition(":")
+    return getattr(import_module(module), attribute)()
+
+
+def execute(config: Config, *, until: str | None = None, progress: Progress | None = None, verbose: bool = False) -> Run:
+    """Run every stage, or those up to and including `until`.
+
+    Raises ConfigError for an unknown stage, RunError when another driver holds the run, and what the stages raise.
+    """
+    if until is not None and until not in STAGE_FOLDERS:
+        raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
+    progress = progress or Progress()
+    run = Run(config.run)
+    context = Context(config, run, progress, verbose)
+    with _errors_of_storage(run), Lease(run), _log_file(run):
+        records = run.ledger() if run.exists() else {}
+        run.write_config(config)
+        names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
+        for name in names:
+            _advance(make_stage(name), context, records)
+    return run
+
+
+def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
+    """Bring one stage to the state `done`."""
+    run, name = context.run, stage.name
+    wanted = fingerprint(name, stage.settings(context.config), [records[need].fingerprint for need in stage.needs])
+    record = records.get(name)
+    if record is not None and record.fingerprint != wanted:
+        context.progress.say(f"{name:<11} settings changed: made anew")
+        run.clear(name)
+        record = None
+    elif record is None:
+        run.clear(name)  # what a run without a record of it left there cannot be trusted
+    if record is not None and record.state == "done" and stage.complete(context, record):
+        context.progress.say(f"{name:<11} done before: {record.samples:,} samples")
+        return
+    record = record or StageRecord(fingerprint=wanted)
+    record.state, record.error, record.attempts = "running", "", record.attempts + 1
+    records[name] = record
+    run.write_ledger(records)
+    started = time.monotonic()
+    try:
+        stage.execute(context, record)
+        record.state, record.finished = "done", now()
+    except BaseException as error:
+        record.state, record.error = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        record.wall_seconds += time.monotonic() - started
+        try:
+            run.write_ledger(records)
+        except OSError:
+            log.exception("the ledger could not be written")
+    context.progress.say(f"{name:<11} {record.samples:,} samples in {time.monotonic() - started:.1f} s")
+
+
+@contextmanager
+def _errors_of_storage(run: Run) -> Iterator[None]:
+    """Storage that fails for good ends a run with one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else f"{run.uri}: "
+        raise RaypipeError(f"{where}{error.strerror or error}. Mend it and run again to resume") from error
+
+
+@contextmanager
+def _log_file(run: Run) -> Iterator[None]:
+    """Everything said goes to RUN/logs/<start>.log as well, stored at the end of the run and whenever a stage ends."""
+    handler = _Lines()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    uri = run.path("logs", now().replace(":", "") + ".log")
+    handler.store = lambda text: storage.write_bytes(uri, text.encode())
+    try:
+        yield
+    except BaseException as error:
+        log.error("stopped: %s", error if isinstance(error, RaypipeError) else repr(error))
+        raise
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Lines(logging.Handler):
+    """Keeps the last lines and stores them all again with every new one: object stores cannot append."""
+
+    MOST = 5000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+        self.store = lambda text: None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines = [*self._lines[-self.MOST :], self.format(record)]
+        try:
+            self.store("\n".join(self._lines) + "\n")
+        except OSError:
+            self.handleError(record)

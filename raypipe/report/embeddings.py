@@ -1,0 +1,114 @@
+"""What the report takes from `embeddings/`: a map of a bounded sample, and samples whose label the proxy contradicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe import storage
+from raypipe.errors import RaypipeError
+from raypipe.report.scores import Highest, Pick
+from raypipe.rundir import Run
+
+MOST_SHARDS, MAP_SHARDS, MAP_SAMPLES = 256, 32, 3000
+"""Shards searched for contradicted labels; shards and samples drawn on the map. Both are evenly spread over the source."""
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """Two principal components of some embeddings: position [n, 2], score [n], share of the variance along each axis."""
+
+    position: np.ndarray
+    score: np.ndarray
+    explained: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class EmbeddingScan:
+    """shards_read of shards_there were searched; `suspects` have a low score and a label that the proxy contradicts."""
+
+    map: EmbeddingMap | None
+    suspects: list[Pick]
+    shards_read: int
+    shards_there: int
+
+
+def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
+    """`edge` is the score below which a sample counts as low; `images` is how many suspects are wanted at most."""
+    there = sorted(run.done("embeddings") & run.done("scores"))
+    chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
+    most_doubtful, vectors, scores = Highest(images), [], []
+    for fragment in chosen:
+        columns = ["sample_id", "label", "prediction", "margin"] + ["embedding"] * (fragment in mapped)
+        try:
+            table = storage.read_table(run.path("embeddings", f"{fragment}.parquet"), columns)
+            score_table = storage.read_table(run.path("scores", f"{fragment}.parquet"), ["sample_id", "score", "measured"])
+        except (RaypipeError, OSError):
+            continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
+        score, measured = _aligned(table["sample_id"].to_pylist(), score_table)
+        _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
+        if fragment in mapped and len(table):
+            rows = np.unique(np.linspace(0, len(table) - 1, max(1, MAP_SAMPLES // len(mapped))).astype(np.int64))
+            vectors.append(_matrix(table["embedding"])[rows])
+            scores.append(score[rows])
+    drawn = principal_axes(np.concatenate(vectors), np.concatenate(scores)) if vectors else None
+    return EmbeddingScan(drawn, most_doubtful.picks(), len(chosen), len(there))
+
+
+def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | None:
+    """Project [n, d] onto the two directions of largest variance; None where there are not two."""
+    good = np.isfinite(vectors).all(axis=1) & np.isfinite(score)
+    vectors, score = vectors[good], score[good]
+    if len(vectors) < 3 or vectors.shape[1] < 2:
+        return None
+    centred = vectors - vectors.mean(axis=0)
+    spread = float(np.square(centred).sum())
+    if spread == 0:
+        return None
+    # the smaller of the two Gram matrices has the same nonzero eigenvalues
+    wide = len(centred) < centred.shape[1]
+    values, axes = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    values = np.maximum(values[[-1, -2]], 0)
+    leading = axes[:, [-1, -2]]
+    position = leading * np.sqrt(values) if wide else centred @ leading
+    position = position * np.where(position[np.abs(position).argmax(axis=0), [0, 1]] < 0, -1, 1)  # a sign that does not vary
+    return EmbeddingMap(position, score, (float(values[0]) / spread, float(values[1]) / spread))
+
+
+def _spread(items: list[str], most: int) -> list[str]:
+    if len(items) <= most:
+        return items
+    return [items[position] for position in np.linspace(0, len(items) - 1, most).astype(int)]
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(len(column), -1)
+
+
+def _aligned(ids: list[str], table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Score (NaN where there is none) and measured, in the order of `ids`."""
+    score, measured = table["score"].to_numpy().astype(np.float64), table["measured"].fill_null(False).to_numpy()
+    known = table["sample_id"].to_pylist()
+    if known == ids:
+        return score, measured
+    place = {sample_id: row for row, sample_id in enumerate(known)}
+    rows = np.array([place.get(sample_id, len(known)) for sample_id in ids], np.int64)
+    return np.append(score, np.nan)[rows], np.append(measured, False)[rows]
+
+
+def _offer_suspects(best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: float) -> None:
+    label = table["label"].fill_null(-1).to_numpy()
+    prediction = table["prediction"].fill_null(-1).to_numpy()
+    margin = table["margin"].to_numpy().astype(np.float64)
+    doubtful = (label >= 0) & (prediction >= 0) & (label != prediction) & (score <= edge) & np.isfinite(margin)
+
+    def pick(row: int) -> Pick:
+        return Pick(
+            table["sample_id"][row].as_py(), fragment, int(label[row]), float(score[row]),
+            measured=bool(measured[row]), prediction=int(prediction[row]), margin=float(margin[row]),
+        )  # fmt: skip
+
+    best.offer(np.where(doubtful, -margin, np.nan), pick)

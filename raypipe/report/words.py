@@ -1,0 +1,84 @@
+"""Numbers and findings in words, the same in the page and in `summary.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SPACE = "\u202f"  # narrow and unbreakable, between a number and its unit
+
+VERDICTS = (
+    (0.8, "strong", "The order of the extrapolated scores can be trusted almost like that of measured ones."),
+    (0.5, "good", "Trust the keep-lists as a whole, not the place of a single sample near their edge."),
+    (0.2, "modest", "Better than chance, but many samples are on the wrong side of the edge: compare with a random list first."),
+    (-math.inf, "weak", "Do not prune by these scores."),
+)
+"""Least Spearman correlation, its name, and how far to trust the scores."""
+
+
+def count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """0.125 -> 12.5 %; zeros at the end are left out."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + SPACE + "%"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A score, to so many significant digits."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}".replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A correlation."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def seconds(value: float | None) -> str:
+    """A duration in the two largest units that matter."""
+    if value is None:
+        return "–"
+    if value < 10:
+        return f"{value:.1f}{SPACE}s"
+    whole = round(value)
+    for size, unit, below, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // below
+            return f"{whole // size}{SPACE}{unit}" + (f" {rest}{SPACE}{part}" if rest else "")
+    return f"{whole}{SPACE}s"
+
+
+def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:
+    """The name of a class; numbers stand for themselves."""
+    if label is None or label < 0:
+        return "unlabelled"
+    return names[label] if label < len(names) else str(label)
+
+
+def judge(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, str]:
+    """A one-word verdict and one or two plain sentences that say how far the extrapolated scores can be trusted."""
+    rho = fidelity.get("spearman")
+    if extrapolated == 0:
+        return "measured", "Every sample was measured; nothing had to be extrapolated."
+    if rho is None:
+        return "unknown", "The fidelity of the extrapolated scores is not known. Do not prune by them before it is."
+    name, advice = next((name, advice) for least, name, advice in VERDICTS if rho >= least)
+    low, high = fidelity.get("spearman_low"), fidelity.get("spearman_high")
+    interval = f", interval {fixed(low)} to {fixed(high)}" if low is not None and high is not None else ""
+    held = fidelity.get("n_held")
+    where = f"on {count(held)} held-out seed samples" if held else "on held-out seed samples"
+    correlation = f"extrapolated and measured scores have a Spearman correlation of {fixed(rho)}{interval}"
+    text = f"Fidelity is {name}: {where}, {correlation}. {advice}"
+    baselines = fidelity.get("baselines", {})
+    rivals = [(figures["spearman"], rival) for rival, figures in baselines.items() if figures.get("spearman") is not None]
+    if rivals and max(rivals)[0] >= rho:
+        best, rival = max(rivals)
+        text += f" The simpler baseline “{rival}” does as well here ({fixed(best)})."
+    return name, text

@@ -1,0 +1,97 @@
+"""MoSo, Moving-one-Sample-out: how well a sample's gradient aligns with the mean gradient.
+
+Source: Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023 (arXiv 2310.14664), Eq. 4:
+
+    M(z) = E_{t ~ U{1..T}} [ (T/N) * eta_t * < grad L(S\\z, w_t), grad l(z, w_t) > ]
+
+T is the number of optimiser steps, N the size of the seed set S, eta_t the learning rate in force at checkpoint t. The
+expectation is taken over the kept checkpoints. Higher means keep: taking the sample away would raise the loss of the rest.
+
+How it is computed. With G_t = grad L(S, w_t), the number < G_t, grad l_i > is the derivative of l_i along G_t. One
+forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent G_t) gives it for a whole batch, exact to
+rounding, without any per-sample gradient in memory. The network is in eval mode, so that samples do not mix in BatchNorm,
+and images are not augmented (the published code scores augmented crops, which differ between its two passes).
+
+G_t includes the sample itself; leave-one-out would subtract |grad l_i|^2 / N, a term of order 1/N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+Parameters = dict[str, Tensor]
+
+
+def parameters_of(model: nn.Module) -> Parameters:
+    """The weights a MoSo gradient is taken over: all trainable ones, detached."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def gradient_sum(model: nn.Module, images: Tensor, labels: Tensor) -> Parameters:
+    """Sum over a batch of the gradients of the cross-entropy.
+
+    images  input of the model [n, ...];  labels  int64 [n]
+    Returns tensors shaped like the parameters. Divide the sum over all batches by N to get G_t.
+    """
+    model.eval()
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    loss = F.cross_entropy(model(images), labels, reduction="sum")
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(value) if gradient is None else gradient
+        for (name, value), gradient in zip(named.items(), gradients, strict=True)
+    }
+
+
+def alignments(model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """< direction, grad l_i > for every sample of a batch: [n].
+
+    direction  tensors shaped like the parameters, usually the mean gradient G_t
+    """
+    model.eval()
+    parameters = parameters_of(model)
+    # A tangent of unit length keeps its own scale from meeting the limits of low precision.
+    length = torch.sqrt(
+        sum((value.double().square().sum() for value in direction.values()), torch.zeros((), dtype=torch.float64))
+    )
+    if not torch.isfinite(length):
+        raise FloatingPointError("the mean gradient is not finite; the proxy's training diverged (lower proxy.lr)")
+    if length == 0:
+        return torch.zeros(len(images), dtype=next(iter(parameters.values())).dtype)
+    tangent = {name: (direction[name] / length).to(value.dtype) for name, value in parameters.items()}
+
+    def losses(weights: Parameters) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (images,)), labels, reduction="none")
+
+    with torch.no_grad():
+        return jvp(losses, (parameters,), (tangent,))[1] * length.to(images.device)
+
+
+def combine(
+    aligned: np.ndarray, learning_rates: np.ndarray, weights: str, *, steps: int, samples: int, spread: np.ndarray | None = None
+) -> np.ndarray:
+    """MoSo from the alignments at every checkpoint: float32 [n].
+
+    aligned         [n, checkpoints]
+    learning_rates  [checkpoints], eta_t
+    weights         lr: Eq. 4; none: eta_t = 1; normalized: every checkpoint divided by its `spread`, then averaged
+    steps, samples  T and N of Eq. 4
+    spread          [checkpoints], standard deviation of the alignments over the whole seed set; for `normalized` only
+    """
+    if weights == "normalized":
+        if spread is None:
+            raise ValueError("weights 'normalized' needs the spread of the alignments over the seed set")
+        factor = np.where(spread > 0, 1 / np.where(spread > 0, spread, 1), 0)
+    elif weights == "lr":
+        factor = learning_rates * steps / samples
+    elif weights == "none":
+        factor = np.full(aligned.shape[1], steps / samples)
+    else:
+        raise ValueError(f"weights {weights!r} is not lr, none or normalized")
+    return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)

@@ -1,0 +1,28 @@
+"""Sources: one file per format, one line in the registry."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from raypipe.config import SourceSettings
+from raypipe.sources.base import ClassMap, FileScan, Fragment, RawSample, Source, SourceFile, class_map
+
+__all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFile", "class_map", "open_source"]
+
+_SOURCES = {
+    "parquet": "raypipe.sources.parquet:ParquetSource",
+    "imagefolder": "raypipe.sources.imagefolder:ImageFolderSource",
+    "webdataset": "raypipe.sources.webdataset:WebDatasetSource",
+    "digits": "raypipe.sources.digits:DigitsSource",
+}
+
+
+def open_source(settings: SourceSettings) -> Source:
+    """The source that the settings describe. Raises SourceError when its format cannot be told."""
+    format: str = settings.format
+    if format == "auto":
+        from raypipe.sources.detect import detect_format
+
+        format = detect_format(settings)
+    module, _, name = _SOURCES[format].partition(":")
+    return getattr(import_module(module), name)(settings)

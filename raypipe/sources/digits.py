@@ -1,0 +1,43 @@
+"""The bundled set: 1,797 handwritten digits of 8x8 pixels, as scikit-learn carries them. Needs no storage."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from raypipe.errors import SourceError
+from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+
+
+class DigitsSource(Source):
+    """Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998; test part). Ids are digits/0000 to digits/1796."""
+
+    format = "digits"
+
+    def files(self) -> Iterator[SourceFile]:
+        if not self.settings.uri.startswith("digits:"):
+            raise SourceError(f"{self.settings.uri}: format digits is the bundled set; set source.uri to digits://")
+        images, _ = _digits()
+        yield SourceFile("digits", images.nbytes, "1")
+
+    def scan(self, file: SourceFile) -> FileScan:
+        images, labels = _digits()
+        return FileScan(self.cut(file, len(images)), tuple(str(digit) for digit in range(10)), frozenset(labels.tolist()))
+
+    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+        images, labels = _digits()
+        for position in range(fragment.start, fragment.stop):
+            sample_id = f"digits/{position:04d}"
+            if wanted is None or wanted(sample_id):
+                yield RawSample(sample_id, images[position], int(labels[position]))
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [1797, 8, 8] (16 grey levels spread over 0..255) and labels int [1797]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return np.rint(data.images * (255 / 16)).astype(np.uint8), data.target

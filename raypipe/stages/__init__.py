@@ -1,0 +1,1 @@
+"""Stages: the only code that knows Ray. They move data and call the mathematics."""

@@ -1,0 +1,50 @@
+"""What every stage is, and what it is given."""
+
+from __future__ import annotations
+
+import abc
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from raypipe.config import Config
+from raypipe.progress import Progress
+from raypipe.rundir import Run, StageRecord
+
+if TYPE_CHECKING:
+    from raypipe.stages.cluster import Cluster
+
+
+class Context:
+    """What a stage is given: the configuration, the run, where to show progress, and Ray, started when first used."""
+
+    def __init__(self, config: Config, run: Run, progress: Progress, verbose: bool = False) -> None:
+        self.config = config
+        self.run = run
+        self.progress = progress
+        self.verbose = verbose
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        from raypipe.stages.cluster import connect
+
+        return connect(self.config.cluster, self.run, self.progress, self.verbose)
+
+
+class Stage(abc.ABC):
+    """One stage. Its outputs are files named after fragments, so that what is there is done."""
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Stages whose settings its outputs depend on."""
+
+    @abc.abstractmethod
+    def settings(self, config: Config) -> dict[str, Any]:
+        """The settings its outputs depend on; how fast it goes (workers, batch sizes of inference) is none of them."""
+
+    @abc.abstractmethod
+    def complete(self, context: Context, record: StageRecord) -> bool:
+        """Whether every output is there, told by listing and not by trust."""
+
+    @abc.abstractmethod
+    def execute(self, context: Context, record: StageRecord) -> None:
+        """Make what is missing. Fills the record's samples, cpu_seconds, gpu_seconds and detail."""

@@ -1,0 +1,176 @@
+"""Reaching Ray, and sizing pools and workers to what the cluster has."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raypipe import storage
+from raypipe.config import ClusterSettings, PoolSettings, ProxySettings
+from raypipe.errors import RaypipeError
+from raypipe.progress import Progress
+
+if TYPE_CHECKING:
+    from raypipe.rundir import Run
+
+
+class ResourceError(RaypipeError):
+    """The cluster does not have what the settings ask for."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Size of an actor pool and the share of a machine each member takes.
+
+    threads  torch threads in one actor; actors times threads never exceed the CPUs
+    """
+
+    min_actors: int
+    max_actors: int
+    num_cpus: float
+    num_gpus: float
+    threads: int
+    read_cpus: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The resources of the cluster when the run started. An autoscaling one may grow later."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+    largest_node_cpus: float
+    can_grow: bool
+
+    def use_gpu(self, wish: bool | str) -> bool:
+        if wish is True and not self.gpus and not self.can_grow:
+            raise ResourceError(f"use_gpu is true, but the cluster has no GPU ({self}); set it to auto or false")
+        return self.gpus > 0 if wish == "auto" else bool(wish)
+
+    def pool(self, settings: PoolSettings) -> Pool:
+        """The pool for a stage that reads fragments and runs a network on them.
+
+        Without GPUs, every CPU gets one actor of one thread that takes half of it in Ray's books; the other half stays
+        free for reading, so that a pool can never starve its own input, on two cores either.
+        """
+        if self.use_gpu(settings.use_gpu):
+            most = max(settings.min_actors, int(self.gpus)) if settings.max_actors == "auto" else settings.max_actors
+            return Pool(min(settings.min_actors, most), most, 1, 1, 2, 1)
+        return self.cpu_pool(settings.max_actors, settings.min_actors)
+
+    def cpu_pool(self, max_actors: int | str, min_actors: int = 1) -> Pool:
+        """One single-threaded actor per CPU."""
+        room = max(1, int(self.cpus))
+        most = room if max_actors == "auto" else int(max_actors)
+        if not self.can_grow and min_actors > 2 * room:
+            raise ResourceError(f"min_actors is {min_actors}, but the cluster ({self}) has room for {room} CPU actors")
+        return Pool(min(min_actors, most), max(most, min_actors), 0.5, 0, 1, 0.5)
+
+    def train_workers(self, settings: ProxySettings) -> tuple[int, bool, int]:
+        """Number of workers, whether each has a GPU, and CPUs of each. Raises ResourceError when they cannot all be had."""
+        gpu = self.use_gpu(settings.use_gpu)
+        if settings.cpus_per_worker != "auto":
+            cpus = settings.cpus_per_worker
+        elif gpu:
+            cpus = max(1, min(4, int(self.cpus // max(1, settings.workers))))
+        else:
+            per_node = -(-settings.workers // max(1, self.nodes))
+            cpus = max(1, int(self.largest_node_cpus // per_node))
+        if not self.can_grow:
+            if gpu and settings.workers > self.gpus:
+                raise ResourceError(f"proxy.workers is {settings.workers} with a GPU each, but the cluster has {self}")
+            if settings.workers * cpus > self.cpus:
+                raise ResourceError(
+                    f"proxy.workers x cpus_per_worker is {settings.workers} x {cpus} CPUs, but the cluster has {self}; lower one of them"
+                )
+        return settings.workers, gpu, cpus
+
+    def __str__(self) -> str:
+        return f"{self.nodes} node{'s' if self.nodes != 1 else ''}, {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+
+
+def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bool) -> Cluster:
+    """Join the cluster that `cluster.address` names, or start one on this machine. Raises RaypipeError when neither works."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side writes to this process's stderr
+    import ray
+
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"ray(\.|$)")
+    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    local = settings.address == "local" or (settings.address == "auto" and not os.environ.get("RAY_ADDRESS"))
+    if not ray.is_initialized():
+        try:
+            with contextlib.nullcontext() if verbose else _silent():
+                if local:
+                    _start_local(options)
+                else:
+                    ray.init(address=settings.address, **options)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            where = "a Ray cluster on this machine" if local else f"the Ray cluster at {settings.address!r}"
+            raise RaypipeError(f"cannot reach {where}: {error}") from None
+    alive = [node for node in ray.nodes() if node.get("Alive")]
+    total = ray.cluster_resources()
+    cluster = Cluster(
+        cpus=total.get("CPU", 0.0),
+        gpus=total.get("GPU", 0.0),
+        nodes=len([node for node in alive if node["Resources"].get("CPU", 0) > 0]) or 1,
+        largest_node_cpus=max((node["Resources"].get("CPU", 0.0) for node in alive), default=1.0),
+        can_grow=not local and _autoscaling(),
+    )
+    hosts = {node.get("NodeManagerHostname") for node in alive}
+    if storage.is_local(run.uri) and hosts - {socket.gethostname()}:
+        progress.say(f"note: {run.uri} is a local path; every node of the cluster must see the same files there")
+    return cluster
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Hides what C++ writes to stderr while Ray starts; errors still come as exceptions."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _start_local(options: dict[str, Any]) -> None:
+    import ray
+
+    # Ray guards a local cluster with a token, which by itself it would leave in the home directory; that may be read-only.
+    # The variable stays set, since the cluster's processes and this one need it as long as the cluster lives.
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init(address="local", include_dashboard=False, **options)
+
+
+def _autoscaling() -> bool:
+    """Whether the cluster has an autoscaler that can add nodes: its nodes then have types with names of the user's."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    try:
+        report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}").get("autoscaler_report") or {}
+    except ValueError:
+        return False
+    types = {name for key in ("active_nodes", "idle_nodes") for name in report.get(key) or {}}
+    return any(not re.fullmatch(r"node_[0-9a-f]+", name) for name in types)

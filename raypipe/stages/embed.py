@@ -1,0 +1,234 @@
+"""Embed: streams every fragment of the source once: decoding in tasks, the proxy's forward pass in actors beside them.
+
+Writes, per fragment, `embeddings/<fragment>.parquet` (sample_id, label, embedding, and what the proxy says of the sample:
+prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`.
+The logits themselves are not kept: for many classes they would be larger than the embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raypipe import storage
+from raypipe.config import Config
+from raypipe.errors import StageError
+from raypipe.images import decode_batch
+from raypipe.rundir import Run, StageRecord
+from raypipe.sources import Fragment, open_source
+from raypipe.stages.base import Context, Stage
+from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+from raypipe.stages.seed import wanted
+from raypipe.stages.streaming import Columns, Stopwatch, stream
+
+REJECT_SCHEMA = pa.schema([("sample_id", pa.string()), ("fragment", pa.string()), ("reason", pa.string())])
+SIGNALS = ("loss", "margin", "entropy")
+"""What the proxy says of a sample, in the order the extrapolators see it."""
+SEED_ROWS = "raypipe.seed_rows"
+
+
+class EmbedStage(Stage):
+    name = "embed"
+    needs = ("proxy",)
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        return {"dtype": config.embed.dtype, "max_pixels": config.source.max_pixels}
+
+    def complete(self, context: Context, record: StageRecord) -> bool:
+        fragments = context.run.fragments()
+        readable = {fragment.fragment_id for fragment in fragments if not fragment.error}
+        # a fragment none of whose samples can be read has rejects and an empty table of embeddings
+        broken = {fragment.fragment_id for fragment in fragments if fragment.error}
+        return readable == context.run.done("embeddings") and broken <= context.run.done("rejects")
+
+    def execute(self, context: Context, record: StageRecord) -> None:
+        config, run = context.config, context.run
+        fragments = run.fragments()
+        remove_stale(run, fragments, ("embeddings", "rejects"))
+        done = run.done("embeddings")
+        readable = [fragment for fragment in fragments if not fragment.error]
+        missing = [fragment for fragment in readable if fragment.fragment_id not in done]
+        pool = context.cluster.pool(config.embed)
+        for fragment in fragments:
+            if fragment.error:
+                write_rejects(run, fragment.fragment_id, [(fragment.path, f"file cannot be read: {fragment.error}")])
+        with context.progress.meter("embed", sum(fragment.samples for fragment in readable)) as meter:
+            meter.already(sum(fragment.samples for fragment in readable if fragment.fragment_id in done))
+
+            def collect(result: dict[str, Any]) -> None:
+                meter.add(result["samples"] + result["rejects"])
+                record.cpu_seconds += result["cpu_seconds"]
+                record.gpu_seconds += result["gpu_seconds"]
+
+            stream(
+                missing,
+                functools.partial(_read, config, run.uri),
+                EmbedActor,
+                {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": pool.num_gpus > 0},
+                pool,
+                config.cluster.patience_seconds,
+                collect,
+            )
+        embedded, rejected = count_rows(run, "embeddings"), count_rows(run, "rejects")
+        unreadable = len(fragments) - len(readable)
+        expected = sum(fragment.samples for fragment in readable)
+        if embedded + rejected - unreadable != expected:
+            raise StageError(
+                f"{expected} samples in the source, but {embedded} embedded and {rejected - unreadable} rejected; "
+                "a file of the source changed while it was read. Run again"
+            )
+        if not embedded:
+            raise StageError("every sample was rejected; see rejects/ for the reasons")
+        record.samples = embedded
+        record.detail = {"rejects": rejected, "unreadable_files": unreadable, "dtype": config.embed.dtype}
+
+
+def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) -> None:
+    """Delete outputs of fragments that are no longer in the index: files that changed or went away."""
+    current = {fragment.fragment_id for fragment in fragments}
+    for folder in folders:
+        for stale in run.done(folder) - current:
+            storage.delete(run.path(folder, f"{stale}.parquet"))
+
+
+def count_rows(run: Run, folder: str) -> int:
+    """Rows in all Parquet files of a folder, from their footers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def rows(stem: str) -> int:
+        with storage.open_read(run.path(folder, f"{stem}.parquet")) as file:
+            return pq.ParquetFile(file).metadata.num_rows
+
+    with ThreadPoolExecutor(16) as threads:
+        return sum(threads.map(rows, run.done(folder)))
+
+
+def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) -> None:
+    """Every sample of a fragment that could not be read, with its reason."""
+    rows = [{"sample_id": sample_id, "fragment": fragment_id, "reason": reason} for sample_id, reason in rejects]
+    storage.write_table(run.path("rejects", f"{fragment_id}.parquet"), pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
+
+
+def _read(config: Config, run_uri: str, fragment: Fragment) -> Columns:
+    """Read and decode a fragment. Runs in a task."""
+    watch, run = Stopwatch(), Run(run_uri)
+    classes = run.classes()
+    samples = list(open_source(config.source).read(run.with_members(fragment)))
+    images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
+    index = [classes.index(sample.label) for sample in samples]
+    count = len(samples)
+    if count != fragment.samples:
+        raise StageError(
+            f"{fragment.path}: {count} samples where the index counted {fragment.samples}; the file changed. Run again"
+        )
+    return {
+        "fragment": np.full(count, fragment.fragment_id),
+        "sample_id": np.array([sample.sample_id for sample in samples]),
+        "label": np.array([label for label, _ in index], np.int32),
+        "reason": np.array([reason or wrong for reason, (_, wrong) in zip(reasons, index, strict=True)]),
+        "image": images,
+        "cpu_seconds": np.full(count, watch.lap() / count),
+    }
+
+
+class EmbedActor:
+    """The proxy's last checkpoint, run over whole fragments; writes one file per fragment."""
+
+    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
+        self._device = "cuda" if gpu else "cpu"
+        self._model = load_checkpoint(self._run, proxy_manifest(self._run)["checkpoints"][-1]["file"], self._device)
+        if gpu:
+            self._model.to(memory_format=torch.channels_last)
+
+    def __call__(self, batch: Columns) -> Columns:
+        import time
+
+        started = time.monotonic()
+        fragment = str(batch["fragment"][0])
+        good = batch["reason"] == ""
+        ids, labels = batch["sample_id"][good], batch["label"][good]
+        columns = self._forward(batch["image"][good], labels)
+        finite = np.isfinite(columns["embedding"]).all(1)
+        rejects = list(zip(batch["sample_id"][~good].tolist(), batch["reason"][~good].tolist(), strict=True))
+        rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]
+        if rejects:
+            write_rejects(self._run, fragment, rejects)
+        self._write(fragment, ids[finite], labels[finite], {name: value[finite] for name, value in columns.items()})
+        row = {
+            "unit": fragment,
+            "samples": int(finite.sum()),
+            "rejects": len(rejects),
+            "cpu_seconds": self._watch.lap() + float(batch["cpu_seconds"].sum()),
+            "gpu_seconds": time.monotonic() - started if self._gpu else 0.0,
+        }
+        return {key: np.array([value]) for key, value in row.items()}
+
+    def _forward(self, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """embedding [n, d]; prediction, confidence, loss, margin, entropy [n]. Loss and margin of an unlabelled sample are
+        those of the predicted class."""
+        import torch
+
+        parts: list[dict[str, Any]] = []
+        size = self._config.embed.batch_size
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._gpu and self._config.proxy.amp):
+            for start in range(0, max(1, len(images)), size):
+                pixels = torch.from_numpy(images[start : start + size]).to(self._device)
+                embedding = self._model.embed(pixels)
+                logits = self._model.head(embedding).float()
+                log_probabilities = logits.log_softmax(1)
+                prediction = logits.argmax(1)
+                target = torch.from_numpy(labels[start : start + size].astype(np.int64)).to(self._device)
+                target = torch.where(target < 0, prediction, target)[:, None]
+                own = logits.gather(1, target)[:, 0]
+                others = logits.scatter(1, target, -torch.inf).amax(1)
+                part = {
+                    "embedding": embedding.float(),
+                    "prediction": prediction.int(),
+                    "confidence": log_probabilities.amax(1).exp(),
+                    "loss": -log_probabilities.gather(1, target)[:, 0],
+                    "margin": own - others,
+                    "entropy": -(log_probabilities.exp() * log_probabilities).sum(1),
+                }
+                parts.append({name: value.cpu().numpy() for name, value in part.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _write(self, fragment: str, ids: np.ndarray, labels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        embedding = columns.pop("embedding")
+        with np.errstate(over="ignore"):
+            values = embedding.astype(self._config.embed.dtype).reshape(-1)
+        if not np.isfinite(values).all():
+            raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
+        # Seed samples come first, in a row group of their own, so that the fit reads them without the rest.
+        rule = wanted(self._config.seed.fraction, self._config.seed.seed)
+        seeds = np.array([rule(sample_id) for sample_id in ids], bool)
+        data: dict[str, Any] = {
+            "sample_id": pa.array(ids.tolist(), pa.string()),
+            "label": pa.array(labels, pa.int32(), mask=labels < 0),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1]),
+            **{name: pa.array(value) for name, value in columns.items()},
+        }
+        table = pa.table(data).replace_schema_metadata({SEED_ROWS: str(int(seeds.sum()))})
+        buffer = io.BytesIO()
+        with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+            for part in (table.filter(pa.array(seeds)), table.filter(pa.array(~seeds))):
+                if len(part):
+                    writer.write_table(part, row_group_size=len(part))
+        storage.write_bytes(self._run.path("embeddings", f"{fragment}.parquet"), buffer.getvalue())
+
+
+def read_seed_rows(run: Run, fragment_id: str) -> pa.Table | None:
+    """The seed samples of a fragment's embeddings, without reading the others; None where there are none."""
+    with storage.open_read(run.path("embeddings", f"{fragment_id}.parquet")) as file:
+        parquet = pq.ParquetFile(file)
+        if not int(parquet.schema_arrow.metadata[SEED_ROWS.encode()]):
+            return None
+        return parquet.read_row_group(0)

@@ -1,0 +1,178 @@
+"""Seed: keeps a sample when a hash of its id falls under the fraction, decoded once to the proxy's input size.
+
+The same sample is drawn everywhere and for ever, whatever else is in the source. A source that grows does not change a
+seed set that is drawn: new samples are scored with the extrapolator that exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raypipe import storage
+from raypipe.config import Config
+from raypipe.errors import StageError
+from raypipe.images import decode_batch
+from raypipe.rundir import Run, StageRecord, content_hash
+from raypipe.sources import Fragment, open_source
+from raypipe.stages.base import Context, Stage
+from raypipe.stages.streaming import Stopwatch, run_tasks
+
+SHARD_SAMPLES = 512
+"""Seed samples in a shard, about: fragments are read in groups that give so many."""
+
+
+class SeedStage(Stage):
+    name = "seed"
+    needs = ("index",)
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        return {**config.seed.model_dump(), "image_size": config.proxy.image_size, "max_pixels": config.source.max_pixels}
+
+    def complete(self, context: Context, record: StageRecord) -> bool:
+        try:
+            manifest = seed_manifest(context.run)
+        except FileNotFoundError:
+            return False
+        return set(manifest["shards"]) <= context.run.done("seed")
+
+    def execute(self, context: Context, record: StageRecord) -> None:
+        config, run = context.config, context.run
+        groups = _groups([fragment for fragment in run.fragments() if not fragment.error], config)
+        done = run.done("seed")
+        with context.progress.meter("seed", sum(fragment.samples for _, group in groups for fragment in group)) as meter:
+
+            def collect(result: dict[str, Any]) -> None:
+                record.cpu_seconds += result["cpu_seconds"]
+                meter.add(result["samples"])
+
+            meter.already(sum(fragment.samples for name, group in groups if name in done for fragment in group))
+            context.cluster  # Ray is started before tasks are made
+            run_tasks([unit for unit in groups if unit[0] not in done], functools.partial(_draw, config, run.uri), collect)
+        shards = sorted(name for name, _ in groups)
+        manifest = _manifest(run, shards)
+        for stale in run.done("seed") - set(shards):
+            storage.delete(run.path("seed", f"{stale}.parquet"))
+        _check(manifest, config)
+        storage.write_json(run.path("seed", "manifest.json"), manifest)
+        record.samples = manifest["samples"]
+        record.detail = {key: manifest[key] for key in ("samples", "per_class", "mean", "std")}
+
+
+def seed_manifest(run: Run) -> dict[str, Any]:
+    """What the seed set is: samples, per_class, mean and std per channel (0..1), image_size, names of its shards in order."""
+    return storage.read_json(run.path("seed", "manifest.json"))
+
+
+def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Ids, images uint8 [n, 3, size, size] and labels int64 [n] of a seed shard; the images share the file's memory."""
+    table = storage.read_table(run.path("seed", f"{shard}.parquet"))
+    size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
+    count = len(table)
+    if count == 0:
+        return [], np.zeros((0, 3, size, size), np.uint8), np.zeros(0, np.int64)
+    column = table["image"].combine_chunks()
+    pixels = np.frombuffer(column.buffers()[1], np.uint8, count * 3 * size * size, column.offset * 3 * size * size)
+    return table["sample_id"].to_pylist(), pixels.reshape(count, 3, size, size), table["label"].to_numpy().astype(np.int64)
+
+
+def wanted(fraction: float, seed: int) -> Any:
+    """The rule of the draw: a function sample_id -> bool."""
+    key, limit = seed.to_bytes(16, "little"), int(fraction * 2**64)
+
+    def rule(sample_id: str) -> bool:
+        digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=8, key=key).digest()
+        return int.from_bytes(digest, "little") < limit
+
+    return rule
+
+
+def _groups(fragments: list[Fragment], config: Config) -> list[tuple[str, list[Fragment]]]:
+    """Runs of fragments that give about SHARD_SAMPLES seed samples, each with the name of its shard."""
+    result: list[tuple[str, list[Fragment]]] = []
+    group: list[Fragment] = []
+    for fragment in fragments:
+        group.append(fragment)
+        if sum(item.samples for item in group) * config.seed.fraction >= SHARD_SAMPLES or fragment is fragments[-1]:
+            name = f"seed-{len(result):05d}-{content_hash(item.fragment_id for item in group)}"
+            result.append((name, group))
+            group = []
+    return result
+
+
+def _draw(config: Config, run_uri: str, unit: tuple[str, list[Fragment]]) -> dict[str, Any]:
+    """Read a group of fragments and write its seed shard. Runs in a task."""
+    name, group = unit
+    watch, run, source = Stopwatch(), Run(run_uri), open_source(config.source)
+    classes, rule, size = run.classes(), wanted(config.seed.fraction, config.seed.seed), config.proxy.image_size
+    ids: list[str] = []
+    labels: list[int] = []
+    blocks: list[np.ndarray] = []
+    for fragment in group:
+        samples = list(source.read(run.with_members(fragment), rule))
+        images, reasons = decode_batch(samples, size, config.source.max_pixels)
+        index = [classes.index(sample.label)[0] for sample in samples]
+        good = [row for row, reason in enumerate(reasons) if not reason and index[row] >= 0]
+        ids += [samples[row].sample_id for row in good]
+        labels += [index[row] for row in good]
+        blocks.append(images[good])
+    pixels = np.concatenate(blocks).reshape(len(ids), -1)
+    channels = pixels.reshape(len(ids), 3, -1).astype(np.float64) / 255
+    statistics = {
+        "image_size": size,
+        "samples": len(ids),
+        "per_class": np.bincount(labels, minlength=len(classes.names)).tolist(),
+        "sum": channels.sum((0, 2)).tolist(),
+        "square": np.square(channels).sum((0, 2)).tolist(),
+    }
+    image_type = pa.binary(3 * size * size)
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.array(labels, pa.int32()),
+        pa.FixedSizeBinaryArray.from_buffers(image_type, len(ids), [None, pa.py_buffer(pixels.tobytes())]),
+    ]
+    table = pa.table(columns, ["sample_id", "label", "image"]).replace_schema_metadata({"raypipe": json.dumps(statistics)})
+    storage.write_table(run.path("seed", f"{name}.parquet"), table)
+    return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap()}
+
+
+def _manifest(run: Run, shards: list[str]) -> dict[str, Any]:
+    totals, sizes, per_class, sums, squares = 0, [], np.zeros(len(run.classes().names), int), np.zeros(3), np.zeros(3)
+    size = 0
+    for shard in shards:
+        with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
+            found = json.loads(pq.read_schema(file).metadata[b"raypipe"])
+        size = found["image_size"]
+        totals += found["samples"]
+        sizes.append(found["samples"])
+        per_class += np.array(found["per_class"], int)
+        sums += found["sum"]
+        squares += found["square"]
+    pixels = max(1, totals * size * size)
+    mean = sums / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))
+    return {
+        "samples": totals,
+        "image_size": size,
+        "per_class": per_class.tolist(),
+        "mean": mean.round(6).tolist(),
+        "std": std.round(6).tolist(),
+        "shards": shards,
+        "shard_samples": sizes,
+    }
+
+
+def _check(manifest: dict[str, Any], config: Config) -> None:
+    present = sum(count > 0 for count in manifest["per_class"])
+    if manifest["samples"] < 20 or present < 2:
+        raise StageError(
+            f"the seed set has {manifest['samples']} labelled, readable samples of {present} classes; "
+            f"at least 20 samples of 2 classes are needed. Raise seed.fraction (now {config.seed.fraction:g}), or check the labels "
+            "with `raypipe inspect`"
+        )

@@ -1,0 +1,171 @@
+"""Keep-lists from the scores of a run: a few passes over `scores/`, no rescoring, memory that does not grow with the source."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raypipe import storage
+from raypipe.config import Config, SelectSettings
+from raypipe.errors import RunError, StageError
+from raypipe.rundir import Run, StageRecord, content_hash
+from raypipe.selection import STRATEGIES, Chunk, Cut, select
+from raypipe.stages.base import Context, Stage
+
+READ_AHEAD = 8
+"""Score shards read at a time, for the delay of an object store."""
+GROUP_ROWS = 1 << 16
+"""Rows of a keep-list that are held before they are written."""
+
+SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("score", pa.float32())])
+
+
+class SelectStage(Stage):
+    name = "select"
+    needs = ("extrapolate",)
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        return config.select.model_dump(mode="json")
+
+    def complete(self, context: Context, record: StageRecord) -> bool:
+        run, wanted = context.run, {keep_file(fraction) for fraction in context.config.select.keep}
+        # shards are named after their content, so that new files in the source show here
+        return wanted <= storage.names(run.path("keep")) and record.detail.get("shards") == content_hash(run.done("scores"))
+
+    def execute(self, context: Context, record: StageRecord) -> None:
+        started = time.process_time()
+        record.detail = make_keep_lists(context.run, context.config.select, context.config.select.keep)
+        record.samples = record.detail["samples"]
+        record.cpu_seconds += time.process_time() - started
+
+
+def write_keep_lists(run: Run, settings: SelectSettings, keep: Sequence[float] | None = None) -> dict[str, int]:
+    """Write `RUN/keep/keep-<fraction>.parquet` for every fraction of `keep` (default: the settings'). Seconds, no rescoring.
+
+    Columns sample_id, label, score in the order of the score shards; the file's schema metadata says by which strategy
+    it was made, from how many samples, and the hash of the scores it was made from. Lists made from other scores than
+    those of now are removed; lists of other fractions stay. Returns the samples kept by file name.
+    Raises RunError when the scores are not complete, ConfigError for a bad fraction, StageError for scores without order.
+    """
+    run.record("extrapolate")
+    return make_keep_lists(run, settings, settings.keep if keep is None else keep)["lists"]
+
+
+def make_keep_lists(run: Run, settings: SelectSettings, keep: Sequence[float]) -> dict[str, Any]:
+    """As `write_keep_lists`, from the scores that are there.
+
+    Returns samples, strategy, hash of the scores, hash of their shards' names, and lists (samples kept by file name).
+    """
+    scores = _Scores(run)
+    classes = len(run.classes().names) if STRATEGIES[settings.strategy].by_class else 0
+    cuts = select(scores.chunks, sorted(set(keep)), settings.strategy, classes)
+    if not scores.samples:
+        raise RunError(f"{run.uri}: scores/ holds no sample, so there is nothing to keep; see rejects/ for what went wrong")
+    about = {"strategy": settings.strategy, "samples": str(scores.samples), "scores": scores.digest}
+    with contextlib.ExitStack() as files:
+        lists = [files.enter_context(_KeepList(run, cut, about)) for cut in cuts]
+        for chunk in scores.chunks(True):
+            for item in lists:
+                item.add(chunk)
+    for file in sorted(storage.names(run.path("keep")) - {item.file for item in lists}):
+        if file.endswith(".parquet") and keep_metadata(run.path("keep", file)).get("scores") != scores.digest:
+            storage.delete(run.path("keep", file))
+    counts = {item.file: item.cut.count for item in lists}
+    return {**about, "samples": scores.samples, "shards": content_hash(run.done("scores")), "lists": counts}
+
+
+def keep_file(fraction: float) -> str:
+    """keep-0.70.parquet; more digits where the fraction has them, as in keep-0.125.parquet."""
+    exact = Decimal(repr(float(fraction)))
+    digits = -int(exact.normalize().as_tuple().exponent)
+    return f"keep-{exact:.{max(digits, 2)}f}.parquet"
+
+
+def keep_metadata(uri: str) -> dict[str, str]:
+    """How a keep-list was made: strategy, fraction, count, samples, scores. Empty for a file without."""
+    with storage.open_read(uri) as file:
+        found = pq.read_schema(file).metadata or {}
+    start = b"raypipe."
+    return {key.removeprefix(start).decode(): value.decode() for key, value in found.items() if key.startswith(start)}
+
+
+class _Scores:
+    """The score shards of a run as a stream that can be started anew; the first pass also counts and hashes it."""
+
+    def __init__(self, run: Run) -> None:
+        self._uri = run.path("scores")
+        self.samples = 0
+        self.digest = ""
+
+    def chunks(self, with_ids: bool) -> Iterator[Chunk]:
+        columns = ["score", "label"] + ["sample_id"] * with_ids
+        digest, samples = hashlib.blake2b(digest_size=8), 0
+        for name, table in storage.iter_tables(self._uri, columns, threads=READ_AHEAD):
+            score = table["score"].to_numpy()
+            label = table["label"].fill_null(-1).to_numpy()
+            samples += len(score)
+            digest.update(name.encode() + score.astype("<f4").tobytes() + label.astype("<i4").tobytes())
+            yield Chunk(score, label, table["sample_id"].to_pylist() if with_ids else ())
+        if self.digest and self.digest != digest.hexdigest():
+            raise StageError(f"{self._uri}: changed while the keep-lists were being made; run it again")
+        self.digest, self.samples = digest.hexdigest(), samples
+
+
+class _KeepList:
+    """One keep-list being written; the file appears only when it is whole."""
+
+    def __init__(self, run: Run, cut: Cut, metadata: dict[str, str]) -> None:
+        self.cut, self.file = cut, keep_file(cut.fraction)
+        self._uri = run.path("keep", self.file)
+        about = {"fraction": repr(cut.fraction), "count": str(cut.count), **metadata}
+        self._schema = SCHEMA.with_metadata({f"raypipe.{key}": value for key, value in sorted(about.items())})
+        self._held: list[pa.Table] = []
+        self._rows = self._written = 0
+
+    def __enter__(self) -> _KeepList:
+        self._upload = storage.Upload(self._uri)
+        file: IO[bytes] = self._upload.__enter__()
+        self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
+        return self
+
+    def add(self, chunk: Chunk) -> None:
+        kept = np.flatnonzero(self.cut.mask(chunk))
+        label = pa.array(chunk.label[kept], pa.int32(), mask=chunk.label[kept] < 0)
+        ids = pa.array([chunk.sample_id[position] for position in kept.tolist()], pa.string())
+        self._held.append(pa.table([ids, label, chunk.score[kept]], schema=self._schema))
+        self._rows += len(kept)
+        if self._rows >= GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.concat_tables(self._held), row_group_size=GROUP_ROWS)
+        self._written += self._rows
+        self._held, self._rows = [], 0
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            with contextlib.suppress(Exception):  # what broke is already on its way up
+                self._writer.close()
+            self._upload.__exit__(kind, value, trace)
+            return
+        try:
+            self._flush()
+            self._writer.close()
+            if self._written != self.cut.count:
+                raise StageError(
+                    f"{self._uri}: {self._written} samples where {self.cut.count} are due; "
+                    "are there sample_ids that occur twice in scores/? Score the source again"
+                )
+        except BaseException as error:
+            self._upload.__exit__(type(error), error, error.__traceback__)
+            raise
+        self._upload.__exit__(None, None, None)

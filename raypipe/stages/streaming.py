@@ -1,0 +1,160 @@
+"""Fragments through Ray: as a Ray Data pipeline (read -> actor pool), or as plain tasks where there is no network to keep.
+
+One unit (a fragment or a seed shard) is one block and one unit of retry. Whoever computes a unit writes its file and
+passes on only a line of counts, so the driver never holds data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource
+from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.datasource import ReadTask
+
+from raypipe.errors import StageError
+from raypipe.stages.cluster import Pool
+
+Columns = dict[str, np.ndarray]
+
+
+def stream(
+    units: Sequence[Any],
+    read: Callable[[Any], Columns],
+    actor: type,
+    actor_arguments: dict[str, Any],
+    pool: Pool,
+    patience: float,
+    on_result: Callable[[dict[str, Any]], None],
+) -> None:
+    """Read every unit in a task, hand it to a pool of actors that grows between its bounds, pass their results on.
+
+    read    unit -> columns of equal length; runs in a task, beside the actors
+    actor   class whose instances take those columns and return columns of length 1, a result
+    Raises StageError when user code fails, when nothing moves for `patience` seconds, or when workers keep dying.
+    """
+    if not units:
+        return
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # a unit stays one block; its size is bounded by source.fragment_samples
+    context.execution_no_progress_timeout_s = patience
+    context.wait_for_min_actors_s = int(patience)
+    with DataContext.current(context):
+        dataset = ray.data.read_datasource(
+            _Units(units, read), override_num_blocks=len(units), num_cpus=pool.read_cpus
+        ).map_batches(
+            actor,
+            fn_constructor_kwargs=actor_arguments,
+            batch_size=None,
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            compute=ActorPoolStrategy(
+                min_size=pool.min_actors,
+                max_size=pool.max_actors,
+                initial_size=min(pool.max_actors, max(pool.min_actors, len(units))),
+                max_tasks_in_flight_per_actor=2,
+            ),
+        )
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                for row in range(len(batch["unit"])):
+                    on_result({key: _plain(column[row]) for key, column in batch.items()})
+        except Exception as error:
+            raise failure(error) from error
+
+
+class _Units(Datasource):
+    """A Ray Data source with one read task per unit."""
+
+    def __init__(self, units: Sequence[Any], read: Callable[[Any], Columns]) -> None:
+        self._units, self._read = units, read
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(_Reader(self._read, unit), metadata) for unit in self._units]
+
+
+class _Reader:
+    def __init__(self, read: Callable[[Any], Columns], unit: Any) -> None:
+        self._read, self._unit = read, unit
+
+    def __call__(self) -> Iterable[pa.Table]:
+        return [BlockAccessor.batch_to_block(self._read(self._unit))]
+
+
+def run_tasks(
+    units: Sequence[Any],
+    function: Callable[[Any], dict[str, Any]],
+    on_result: Callable[[dict[str, Any]], None],
+    *,
+    num_cpus: float = 1,
+    in_flight: int | None = None,
+) -> None:
+    """Run a function on every unit in Ray tasks, retried when a worker dies; few are queued, so the driver stays small."""
+    remote = ray.remote(num_cpus=num_cpus, max_retries=-1)(_call)
+    shared = ray.put(function)
+    limit = in_flight or max(4, int(4 * ray.cluster_resources().get("CPU", 1) / max(num_cpus, 0.1)))
+    waiting: list[Any] = []
+    queue = iter(units)
+    exhausted = False
+    while True:
+        while not exhausted and len(waiting) < limit:
+            try:
+                waiting.append(remote.remote(shared, next(queue)))
+            except StopIteration:
+                exhausted = True
+        if not waiting:
+            return
+        ready, waiting = ray.wait(waiting)
+        try:
+            for result in ray.get(ready):
+                on_result(result)
+        except Exception as error:
+            raise failure(error) from error
+
+
+def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any]:
+    return function(unit)
+
+
+def failure(error: BaseException) -> Exception:
+    """Ray's long error as a StageError of the line that matters; errors of ours stay what they are."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    deepest: BaseException = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        from raypipe.errors import RaypipeError
+
+        if isinstance(cause, RaypipeError):
+            return type(cause)(str(cause))
+        deepest = cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    text = " ".join(str(deepest).split())
+    return StageError(f"{type(deepest).__name__}: {text[-600:] if len(text) > 600 else text}")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Stopwatch:
+    """Processor seconds of this process since the last look."""
+
+    def __init__(self) -> None:
+        self._last = time.process_time()
+
+    def lap(self) -> float:
+        now = time.process_time()
+        spent, self._last = now - self._last, now
+        return spent

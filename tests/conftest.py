@@ -1,0 +1,48 @@
+"""Fixtures shared by all tests: an S3 server on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from raypipe import storage
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Endpoint of an S3 server on a free port of this machine; the AWS variables point at it until the session ends."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            patch.delenv(variable, raising=False)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        storage._remote.cache_clear()  # a filesystem made before now knows another endpoint
+        yield endpoint
+        storage._remote.cache_clear()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(s3_server: str) -> str:
+    """An empty bucket, as `s3://bucket`. Tests share it: write below a folder of your own."""
+    storage.filesystem("s3://raypipe-test")[0].mkdir("raypipe-test")
+    return "s3://raypipe-test"
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: object) -> str:
+    """A folder to write below, once on disk and once on S3."""
+    if request.param == "local":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('s3')}/{abs(hash(request.node.nodeid)):x}"

@@ -1,0 +1,220 @@
+"""`ray job submit`: the whole path from an uploaded working directory to scores, on a head of its own on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "0.0.0+uploaded"
+BEHIND = [
+    ".env",
+    "key.pem",
+    ".git/config",
+    ".venv/bin/python",
+    "data/a.parquet",
+    "runs/old/run.json",
+    "tests/test_x.py",
+    "docs/a.png",
+]
+QUICK = ["source.limit=300", "source.fragment_samples=100", "seed.fraction=0.4", "proxy.epochs=4", "proxy.checkpoints=2"]
+QUICK += ["extrapolate.epochs=4", "report.images=4"]
+
+
+@dataclass
+class Head:
+    """A running head: where its job server is, its token, and the folder Ray keeps its files in."""
+
+    address: str
+    token: str
+    folder: Path
+    environment: dict[str, str]
+
+    def client(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(self.address, headers={"Authorization": f"Bearer {self.token}"})
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A Ray head with two CPUs, with ports, folder, home and token of its own; only its own processes are ended afterwards."""
+    with tempfile.TemporaryDirectory(prefix="raypipe-", dir="/tmp", ignore_cleanup_errors=True) as name:  # socket paths are short
+        folder = Path(name)
+        (folder / "home").mkdir()
+        token, ports = secrets.token_hex(16), _free_ports(9)
+        # The head's PATH decides which `python` an entrypoint is.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "PYTHONPATH"}
+        environment |= {"PATH": path, "HOME": str(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        options = dict(zip(_PORT_OPTIONS, ports, strict=True))
+        command = _ray("start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0")
+        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder / 'ray'}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", *(f"--{option}={port}" for option, port in options.items())]
+        with open(folder / "head.log", "wb") as log:
+            process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+            try:
+                started = Head(f"http://127.0.0.1:{options['dashboard-port']}", token, folder, environment)
+                _wait_until_ready(started, process)
+                yield started
+            finally:
+                _end(process, folder)
+
+
+_PORT_OPTIONS = (
+    "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+    "runtime-env-agent-port", "metrics-export-port", "node-manager-port", "object-manager-port",
+)  # fmt: skip
+
+
+def _ray(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _wait_until_ready(head: Head, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            head.client().list_jobs()
+            return
+        except (ConnectionError, RuntimeError) as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the head did not start: {error}\n{(head.folder / 'head.log').read_text()[-3000:]}")
+            time.sleep(0.3)
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """End the head, and whatever it left: processes whose command names its folder, and their children. Nothing else."""
+    mine = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)} if process.poll() is None else {}
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in part for part in other.cmdline()):
+                mine |= {each.pid: each for each in [other, *other.children(recursive=True)]}
+    for each in mine.values():
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(list(mine.values()), timeout=10)
+    if process.poll() is None:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def checkout(head: Head) -> Path:
+    """A copy of what a job needs from this repository, with a version of its own, and with what must stay behind."""
+    folder = head.folder / "checkout"
+    for name in ("raypipe", "jobs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    package = folder / "raypipe" / "__init__.py"
+    text, count = re.subn(r'(?m)^__version__ = ".*"$', f'__version__ = "{MARK}"', package.read_text())
+    assert count == 1
+    package.write_text(text)
+    for name in BEHIND:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("stays behind")
+    return folder
+
+
+@dataclass
+class Finished:
+    """A job that has ended."""
+
+    info: Any
+    log: list[str]
+    run: Path
+
+
+def _entrypoint(*settings: str) -> list[str]:
+    return ["python", "jobs/run.py", "--config", "jobs/configs/digits.yaml", *(f"--set={setting}" for setting in settings)]
+
+
+def _finish(head: Head, job: str, run: Path, seconds: float = 400) -> Finished:
+    client, deadline = head.client(), time.monotonic() + seconds
+    while not client.get_job_status(job).is_terminal():
+        if time.monotonic() > deadline:
+            pytest.fail(f"the job did not end in {seconds:.0f} s:\n{client.get_job_logs(job)[-3000:]}")
+        time.sleep(0.5)
+    return Finished(client.get_job_info(job), client.get_job_logs(job).splitlines(), run)
+
+
+@pytest.fixture(scope="module")
+def digits(head: Head, checkout: Path) -> Finished:
+    """The digits configuration, cut down, as a job sent through Ray's client."""
+    run = head.folder / "runs" / "digits"
+    job = head.client().submit_job(
+        entrypoint=shlex.join(_entrypoint(f"run={run}", *QUICK)), runtime_env={"working_dir": str(checkout)}
+    )
+    return _finish(head, job, run)
+
+
+def test_job_succeeds_and_ends_with_its_summary(digits: Finished) -> None:
+    assert digits.info.status == "SUCCEEDED", "\n".join(digits.log[-40:])
+    assert digits.info.driver_exit_code == 0
+    assert json.loads(digits.log[-1])["run"] == str(digits.run)
+
+
+def test_job_writes_a_score_for_every_sample(digits: Finished) -> None:
+    assert digits.info.status == "SUCCEEDED", "\n".join(digits.log[-40:])
+    rows = [row for file in sorted((digits.run / "scores").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    rejects = sum(pq.read_metadata(file).num_rows for file in (digits.run / "rejects").glob("*.parquet"))
+    assert len(rows) + rejects == 300 and len({row["sample_id"] for row in rows}) == len(rows)
+    assert 60 <= sum(row["measured"] for row in rows) <= 180
+    assert list((digits.run / "keep").iterdir()) and (digits.run / "report" / "index.html").exists()
+
+
+def test_job_runs_the_uploaded_package_without_secrets_data_or_results(head: Head, digits: Finished) -> None:
+    assert digits.info.status == "SUCCEEDED", "\n".join(digits.log[-40:])
+    assert json.loads((digits.run / "run.json").read_text())["raypipe"] == MARK
+    (uploaded,) = (head.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/")
+    names = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
+    assert {"jobs/run.py", "jobs/configs/digits.yaml", "raypipe/stages/embed.py"} <= names
+    assert not names & set(BEHIND)
+
+
+def test_bad_setting_through_the_command_line_fails_with_code_2(head: Head, checkout: Path) -> None:
+    run = head.folder / "runs" / "bad"
+    command = _ray("job", "submit", "--address", head.address, "--working-dir", str(checkout), "--submission-id", "bad-setting")
+    command += ["--", *_entrypoint(f"run={run}", "proxy.epoch=3")]
+    sent = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=120)
+    assert sent.returncode == 1, sent.stdout + sent.stderr
+    finished = _finish(head, "bad-setting", run)
+    assert finished.info.status == "FAILED"
+    assert finished.info.driver_exit_code == 2
+    assert any("proxy.epoch: unknown setting; did you mean 'epochs'?" in line for line in finished.log)
+    assert not any("Traceback" in line for line in finished.log)
+    assert "did you mean 'epochs'" in sent.stdout
+    assert not run.exists()

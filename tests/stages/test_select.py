@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raypipe import storage
+from raypipe.config import SelectSettings, parse_config
+from raypipe.errors import ConfigError, RunError, StageError
+from raypipe.progress import Progress
+from raypipe.rundir import Run, StageRecord
+from raypipe.stages import select
+from raypipe.stages.base import Context
+from raypipe.stages.select import SelectStage, keep_file, keep_metadata, make_keep_lists, write_keep_lists
+
+SAMPLES = 300
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(str(tmp_path / "run"))
+    random = np.random.default_rng(0)
+    storage.write_json(run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False})
+    for shard in range(6):
+        count = 60 if shard < 5 else 0  # a fragment whose samples were all rejected has an empty shard
+        label = [None if random.random() < 0.05 else int(random.integers(3)) for _ in range(count)]
+        score = random.normal(size=count).round(1).astype(np.float32)
+        write_scores(run, f"part-{shard}", [f"part-{shard}/é{row}" for row in range(count)], label, score)
+    run.write_ledger({"extrapolate": StageRecord(state="done", samples=SAMPLES)})
+    return run
+
+
+def write_scores(run: Run, fragment: str, ids: list[str], label: list[int | None], score: np.ndarray) -> None:
+    table = pa.table(
+        {
+            "sample_id": pa.array(ids, pa.string()),
+            "label": pa.array(label, pa.int32()),
+            "score": pa.array(score, pa.float32()),
+            "lower": pa.array(score - 1, pa.float32()),
+            "upper": pa.array(score + 1, pa.float32()),
+            "measured": pa.array([False] * len(ids), pa.bool_()),
+        }
+    )
+    storage.write_table(run.path("scores", fragment + ".parquet"), table)
+
+
+def scores(run: Run) -> dict[str, tuple[int | None, float]]:
+    return {
+        row["sample_id"]: (row["label"], row["score"])
+        for _, table in storage.iter_tables(run.path("scores"))
+        for row in table.to_pylist()
+    }
+
+
+def test_top_lists_hold_the_highest_scores_and_are_nested(run: Run) -> None:
+    lists = write_keep_lists(run, SelectSettings(keep=(0.3, 0.5, 0.125)))
+    assert lists == {"keep-0.125.parquet": 38, "keep-0.30.parquet": 90, "keep-0.50.parquet": 150}
+    everything, inner = scores(run), set[str]()
+    for file, count in lists.items():
+        rows = pq.read_table(run.path("keep", file)).to_pylist()
+        ids = {row["sample_id"] for row in rows}
+        assert len(rows) == len(ids) == count
+        assert inner <= ids
+        inner = ids
+        assert all(everything[row["sample_id"]] == (row["label"], row["score"]) for row in rows)
+        assert min(row["score"] for row in rows) >= max(score for key, (_, score) in everything.items() if key not in ids)
+
+
+def test_the_file_says_how_it_was_made(run: Run) -> None:
+    detail = make_keep_lists(run, SelectSettings(strategy="balanced"), keep=[0.7])
+    assert (detail["samples"], detail["strategy"]) == (SAMPLES, "balanced")
+    uri = run.path("keep", "keep-0.70.parquet")
+    assert pq.read_schema(uri).names == ["sample_id", "label", "score"]
+    assert keep_metadata(uri) == {
+        "strategy": "balanced", "fraction": "0.7", "count": "210", "samples": "300", "scores": detail["scores"]
+    }  # fmt: skip
+
+
+def test_balanced_keeps_the_same_share_of_each_class(run: Run) -> None:
+    write_keep_lists(run, SelectSettings(keep=(0.4,), strategy="balanced"))
+    before = [label for label, _ in scores(run).values()]
+    after = pq.read_table(run.path("keep", "keep-0.40.parquet"))["label"].to_pylist()
+    assert len(after) == 120
+    for label in (0, 1, 2, None):
+        assert abs(after.count(label) - 0.4 * before.count(label)) < 1
+
+
+def test_the_bytes_are_the_same_every_time(run: Run) -> None:
+    write_keep_lists(run, SelectSettings())
+    first = {file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))}
+    write_keep_lists(run, SelectSettings())
+    assert first == {file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))}
+    assert sorted(first) == ["keep-0.30.parquet", "keep-0.50.parquet", "keep-0.70.parquet", "keep-0.90.parquet"]
+
+
+def test_another_fraction_is_added_and_lists_of_other_scores_are_removed(run: Run) -> None:
+    write_keep_lists(run, SelectSettings(keep=(0.5,)))
+    write_keep_lists(run, SelectSettings(keep=(0.5,)), keep=[0.2])
+    assert storage.names(run.path("keep")) == {"keep-0.50.parquet", "keep-0.20.parquet"}
+    write_scores(run, "part-9", ["new"], [1], np.array([9.0], np.float32))
+    write_keep_lists(run, SelectSettings(keep=(0.5,)), keep=[0.2])
+    assert storage.names(run.path("keep")) == {"keep-0.20.parquet"}
+
+
+def test_rows_are_written_in_groups_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "GROUP_ROWS", 100)
+    write_keep_lists(run, SelectSettings(keep=(1.0,)))
+    assert pq.ParquetFile(run.path("keep", "keep-1.00.parquet")).num_row_groups > 1
+    assert set(pq.read_table(run.path("keep", "keep-1.00.parquet"))["sample_id"].to_pylist()) == set(scores(run))
+
+
+def test_the_stage_is_complete_until_scores_are_added_or_a_list_is_missing(run: Run) -> None:
+    config = parse_config({"run": run.uri, "source": {"uri": "x"}})
+    stage, context, record = SelectStage(), Context(config, run, Progress(quiet=True)), StageRecord()
+    assert not stage.complete(context, record)
+    stage.execute(context, record)
+    assert record.samples == SAMPLES
+    assert record.detail["lists"]["keep-0.70.parquet"] == 210
+    assert stage.complete(context, record)
+    storage.delete(run.path("keep", "keep-0.90.parquet"))
+    assert not stage.complete(context, record)
+    stage.execute(context, record)
+    write_scores(run, "part-9", ["new"], [1], np.array([9.0], np.float32))
+    assert not stage.complete(context, record)
+
+
+@pytest.mark.parametrize("record", [{}, {"extrapolate": StageRecord(state="running")}])
+def test_unfinished_scores_are_refused(run: Run, record: dict[str, StageRecord]) -> None:
+    run.write_ledger(record)
+    with pytest.raises(RunError, match="extrapolate is not finished"):
+        write_keep_lists(run, SelectSettings())
+    assert storage.names(run.path("keep")) == set()
+
+
+def test_no_sample_at_all_is_refused(run: Run) -> None:
+    storage.delete(run.path("scores"))
+    with pytest.raises(RunError, match="no sample"):
+        write_keep_lists(run, SelectSettings())
+
+
+def test_a_missing_score_is_refused_and_no_list_is_written(run: Run) -> None:
+    write_scores(run, "part-9", ["x", "y"], [1, 1], np.array([np.nan, 1.0], np.float32))
+    with pytest.raises(StageError, match=r"1 of 302 scores are not finite"):
+        write_keep_lists(run, SelectSettings())
+    assert storage.names(run.path("keep")) == set()
+
+
+def test_an_id_that_occurs_twice_at_the_threshold_is_noticed(run: Run) -> None:
+    storage.delete(run.path("scores"))
+    write_scores(run, "part-0", ["a", "a"], [0, 0], np.zeros(2, np.float32))
+    with pytest.raises(StageError, match="sample_ids that occur twice"):
+        write_keep_lists(run, SelectSettings(keep=(0.5,)))
+    assert storage.listing(run.path("keep")) == []
+
+
+def test_a_bad_fraction_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"1\.5 is not a fraction"):
+        write_keep_lists(run, SelectSettings(), keep=[1.5])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "file"),
+    [(0.7, "0.70"), (0.125, "0.125"), (1, "1.00"), (0.3, "0.30"), (1e-05, "0.00001"), (0.1 + 0.2, "0.30000000000000004")],
+)
+def test_file_names(fraction: float, file: str) -> None:
+    assert keep_file(fraction) == f"keep-{file}.parquet"
+
+
+def test_neither_torch_nor_ray_is_imported() -> None:
+    code = "import sys, raypipe.stages.select, raypipe.stages.report; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
