@@ -280,7 +280,10 @@ class Upload:
 
     def _discard(self) -> None:
         if not self._local:
-            self._file.discard()  # parts sent so far are removed
+            try:
+                self._file.discard()  # parts sent so far are removed
+            finally:
+                self._file.closed = True  # or it would send the rest when it is collected
             return
         try:
             self._file.close()

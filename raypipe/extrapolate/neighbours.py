@@ -44,7 +44,8 @@ class NeighbourIndex:
     def from_bytes(cls, data: np.ndarray) -> NeighbourIndex:
         """Restore what `to_bytes` gave. Raises RaypipeError when it is something else."""
         try:
-            index = faiss.downcast_index(faiss.deserialize_index(np.ascontiguousarray(data, dtype=np.uint8)))
+            whole = faiss.deserialize_index(np.ascontiguousarray(data, dtype=np.uint8))  # owns what the line below points to
+            index = faiss.downcast_index(whole)
             if not isinstance(index, faiss.IndexFlatL2 | faiss.IndexFlat) or index.metric_type != faiss.METRIC_L2:
                 raise RaypipeError(f"the neighbour index is a {type(index).__name__}, expected IndexFlatL2; fit the extrapolator again")
             vectors = index.reconstruct_n(0, index.ntotal)

@@ -20,7 +20,7 @@ GRIDS = {
     "highest": ("Highest scores", "What every keep-list holds."),
     "lowest": ("Lowest scores", "What every keep-list drops: atypical, hard or wrongly labelled samples gather here."),
     "uncertain": ("Most uncertain", "Extrapolated scores with the widest intervals."),
-    "suspects": ("Likely label errors", "Low scores where the proxy is surest that the label is wrong. Look at them first."),
+    "suspects": ("Likely label errors", "Low scores where the proxy contradicts the label most: label, then → what it sees."),
 }  # fmt: skip
 """Title and explanation of each image grid, in the order of the page."""
 
@@ -44,7 +44,7 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(words, name) for name in ("count", "share", "number", "fixed", "seconds")}
+    environment.filters |= {name: getattr(words, name) for name in ("count", "share", "number", "fixed", "seconds", "setting")}
     summary = findings.summary
     baselines = _baselines(summary)
     shown = {item["label"] for item in summary["shown_classes"]}

@@ -44,8 +44,8 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "raypipe",
     "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": LINE,
@@ -57,7 +57,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.unicode_minus": True,
 }
-WIDTH = 4.9  # inches; at the width of a phone the letters are still of about 9 px
+WIDTH = 4.6  # inches; at the width of a phone the letters are still of about 9.5 px
 SCORES = LinearSegmentedColormap.from_list("score", ["#3f6fd8", "#7d78c4", "#b07c9d", "#d98a62", "#eda634"])
 """From low to high, every colour dark enough for a white page and light enough for a black one."""
 
@@ -124,7 +124,7 @@ def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float,
             if not edges[0] <= lowest <= edges[-1]:
                 continue
             axes.plot([lowest, lowest], [0, top * 1.04], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
-            if last - lowest > 0.1 * (edges[-1] - edges[0]):  # the labels would lie on each other
+            if last - lowest > 0.085 * (edges[-1] - edges[0]):  # the labels would lie on each other
                 axes.text(lowest, top * 1.06, words.share(fraction), color=MUTED, ha="center", va="bottom", fontsize=8)
                 last = lowest
         axes.set_xlim(edges[0], edges[-1])

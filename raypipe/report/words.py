@@ -22,9 +22,12 @@ def count(value: float | None) -> str:
 
 
 def share(value: float | None, digits: int = 1) -> str:
-    """0.125 -> 12.5 %; zeros at the end are left out."""
+    """0.125 -> 12.5 %; zeros at the end are left out, and what is neither nothing nor all is not rounded to it."""
     if value is None:
         return "–"
+    least = 0.5 * 0.1 ** (digits + 2)
+    if 0 < value < least or 1 - least < value < 1:
+        return f"{'<' if value < least else '>'}{1 if value < least else 99}{SPACE}%"
     text = f"{100 * value:.{digits}f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) + SPACE + "%"
 
@@ -33,7 +36,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """A score, to so many significant digits."""
     if value is None:
         return "–"
-    return f"{value:.{digits}g}".replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
+    text = f"{value:#.{digits}g}".rstrip(".").replace(".e", "e")
+    return text.replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
 
 
 def fixed(value: float | None, digits: int = 2) -> str:
@@ -53,6 +57,15 @@ def seconds(value: float | None) -> str:
             rest = whole % size // below
             return f"{whole // size}{SPACE}{unit}" + (f" {rest}{SPACE}{part}" if rest else "")
     return f"{whole}{SPACE}s"
+
+
+def setting(value: Any) -> str:
+    """A value as it stands in YAML, near enough."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:

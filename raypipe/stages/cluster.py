@@ -108,10 +108,15 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side writes to this process's stderr
     import ray
+    import ray.data
+    import ray.train
 
     if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        # Their session files keep everything; errors reach the user as exceptions.
+        for name in ("ray", "ray.data", "ray.train"):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setLevel(logging.CRITICAL + 1)
         warnings.filterwarnings("ignore", module=r"ray(\.|$)")
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     local = settings.address == "local" or (settings.address == "auto" and not os.environ.get("RAY_ADDRESS"))

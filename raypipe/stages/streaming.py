@@ -6,6 +6,7 @@ passes on only a line of counts, so the driver never holds data.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raypipe.errors import StageError
+from raypipe.errors import RaypipeError, StageError
 from raypipe.stages.cluster import Pool
 
 Columns = dict[str, np.ndarray]
@@ -128,20 +129,23 @@ def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any
 
 
 def failure(error: BaseException) -> Exception:
-    """Ray's long error as a StageError of the line that matters; errors of ours stay what they are."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    deepest: BaseException = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        from raypipe.errors import RaypipeError
-
-        if isinstance(cause, RaypipeError):
-            return type(cause)(str(cause))
-        deepest = cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    text = " ".join(str(deepest).split())
-    return StageError(f"{type(deepest).__name__}: {text[-600:] if len(text) > 600 else text}")
+    """Ray's long error as one of ours with the line that matters. An error of ours raised in a worker stays what it is."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        link = getattr(link, "cause", None) or link.__cause__
+    for link in seen:
+        if isinstance(link, RaypipeError):
+            return type(link)(str(link))
+    # Ray Data ends its chains with an empty SystemException, and an actor's start failing has only the text of its traceback
+    texts = [f"{type(link).__name__}: {link}" for link in seen if type(link).__name__ != "SystemException" and str(link)]
+    text = texts[-1] if texts else type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|Interrupt): .", line)]
+    line = lines[-1] if lines else " ".join(text.split())
+    if ours := re.match(r"raypipe\.[\w.]+: (.*)", line):
+        return StageError(ours[1])
+    return StageError(line[:600])
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ class Page:
         self._read, write_theirs = os.pipe()
 
         # Chromium reads commands from descriptor 3 and answers on 4
-        script = f"exec 3<&{read_theirs} 4>&{write_theirs}; exec \"$0\" \"$@\""
+        script = f'exec 3<&{read_theirs} 4>&{write_theirs}; exec "$0" "$@"'
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={self._folder}"]
         self._process = subprocess.Popen(
             ["bash", "-c", script, PROGRAM, *flags, "about:blank"],
