@@ -56,3 +56,18 @@ def place(request: pytest.FixtureRequest, tmp_path: object) -> str:
     if request.param == "local":
         return str(tmp_path)
     return f"{request.getfixturevalue('s3')}/{abs(hash(request.node.nodeid)):x}"
+
+
+@pytest.fixture(scope="session")
+def cluster(s3_server: str) -> Iterator[str]:
+    """Address of one Ray cluster on this machine, shared by all tests; its workers know the S3 server of `s3`."""
+    import ray
+
+    from raypipe.config import ClusterSettings
+    from raypipe.progress import Progress
+    from raypipe.rundir import Run
+    from raypipe.stages.cluster import connect
+
+    connect(ClusterSettings(address="local"), Run("unused"), Progress(quiet=True), verbose=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()

@@ -39,7 +39,7 @@ def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
     """`edge` is the score below which a sample counts as low; `images` is how many suspects are wanted at most."""
     there = sorted(run.done("embeddings") & run.done("scores"))
     chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
-    most_doubtful, vectors, scores = Highest(images), [], []
+    most_doubtful, vectors, scores, read = Highest(images), [], [], 0
     for fragment in chosen:
         columns = ["sample_id", "label", "prediction", "margin"] + ["embedding"] * (fragment in mapped)
         try:
@@ -47,6 +47,7 @@ def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
             score_table = storage.read_table(run.path("scores", f"{fragment}.parquet"), ["sample_id", "score", "measured"])
         except (RaypipeError, OSError):
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
+        read += 1
         score, measured = _aligned(table["sample_id"].to_pylist(), score_table)
         _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
         if fragment in mapped and len(table):
@@ -54,7 +55,7 @@ def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
             vectors.append(_matrix(table["embedding"])[rows])
             scores.append(score[rows])
     drawn = principal_axes(np.concatenate(vectors), np.concatenate(scores)) if vectors else None
-    return EmbeddingScan(drawn, most_doubtful.picks(), len(chosen), len(there))
+    return EmbeddingScan(drawn, most_doubtful.picks(), read, len(there))
 
 
 def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | None:

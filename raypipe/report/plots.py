@@ -203,6 +203,7 @@ def embedding_map(found: EmbeddingMap) -> str:
         if bar.solids is not None:
             bar.solids.set(alpha=1, rasterized=True)
         bar.outline.set_visible(False)
+        bar.ax.patch.set_alpha(0)
         bar.ax.tick_params(length=0, labelsize=8)
         bar.ax.locator_params(nbins=5)
         bar.ax.set_title("score", pad=6)

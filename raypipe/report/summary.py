@@ -9,11 +9,12 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe._version import __version__
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, RunError
 from raypipe.report import words
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.scores import QUANTILES, READ_AHEAD, Pick, ScoreScan, scan_scores, shown_classes
@@ -181,14 +182,17 @@ def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
         if not file.endswith(".parquet"):
             continue
         per_class, least, count = np.zeros(classes + 1, np.int64), math.inf, 0
-        with storage.open_read(run.path("keep", file)) as handle:
-            parquet = pq.ParquetFile(handle)
-            about = {key.decode(): value.decode() for key, value in (parquet.schema_arrow.metadata or {}).items()}
-            for batch in parquet.iter_batches(columns=["label", "score"]):
-                label = batch["label"].fill_null(-1).to_numpy().astype(np.int64)
-                per_class += np.bincount(np.where((label < 0) | (label >= classes), classes, label), minlength=classes + 1)
-                count += len(label)
-                least = min(least, float(np.min(batch["score"].to_numpy(zero_copy_only=False), initial=math.inf)))
+        try:
+            with storage.open_read(run.path("keep", file)) as handle:
+                parquet = pq.ParquetFile(handle)
+                about = {key.decode(): value.decode() for key, value in (parquet.schema_arrow.metadata or {}).items()}
+                for batch in parquet.iter_batches(columns=["label", "score"]):
+                    label = batch["label"].fill_null(-1).to_numpy().astype(np.int64)
+                    per_class += np.bincount(np.where((label < 0) | (label >= classes), classes, label), minlength=classes + 1)
+                    count += len(label)
+                    least = min(least, float(np.min(batch["score"].to_numpy(zero_copy_only=False), initial=math.inf)))
+        except pa.ArrowException as error:
+            raise RunError(f"{run.path('keep', file)}: not a readable keep-list ({error}); delete it and select again") from None
         stated = about.get("raypipe.fraction", file.removeprefix("keep-").removesuffix(".parquet"))
         try:
             fraction = float(stated)

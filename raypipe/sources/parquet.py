@@ -1,6 +1,6 @@
 """Parquet files: one row per sample; images are encoded bytes, Hugging Face's struct<bytes, path>, or nested lists of pixels.
 
-Only the row groups and columns that are needed are read, a few megabytes at a time.
+Only the row groups and columns that are needed are read, a few megabytes (or one page, where that is more) at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raypipe.sources.common import Location, damage, stored_label, text
 from raypipe.storage import Reader
 
 READ_BYTES = 8 << 20
-"""Bytes of one request for a column; a column of a row group is never held whole."""
+"""Bytes of one request for a column; no more of a column is held than its largest page."""
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 256
 """Bounds of the rows decoded at a time."""
 
@@ -65,7 +65,8 @@ class ParquetSource(Source):
             groups: list[int] = []
             try:
                 parquet = _open(stored)
-                groups, reason = _row_groups(parquet, None), self._problem(parquet.schema_arrow) or reason
+                problem = self._problem(parquet.schema_arrow)
+                groups, reason = ([], problem) if problem else (_row_groups(parquet, None), reason)
             except Exception as error:
                 reason = f"not a readable Parquet file: {damage(stored, error)}"
             first, position, seen = 0, fragment.start, set[str]()

@@ -17,9 +17,9 @@ from raypipe.rundir import Run, StageRecord
 from raypipe.sources import Fragment, RawSample
 from raypipe.stages.select import write_keep_lists
 
+NUMBERS = [(name, pa.int64()) for name in ("start", "stop", "offset")]
 INDEX = pa.schema(
-    [("fragment_id", pa.string()), ("path", pa.string()), ("start", pa.int64()), ("stop", pa.int64())]
-    + [("offset", pa.int64()), ("members", pa.list_(pa.string())), ("error", pa.string())]
+    [("fragment_id", pa.string()), ("path", pa.string()), *NUMBERS, ("members", pa.list_(pa.string())), ("error", pa.string())]
 )
 
 
@@ -59,12 +59,12 @@ def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
         storage.write_json(run.path("index", "classes.json"), {"names": list(names), "numeric": True})
         random, rows = np.random.default_rng(0), []
         for number in range(fragments):
-            file = path.format(number)
+            file = path.replace("{}", str(number))
             rows.append((f"f{number:03d}", file, 0, size, 0, [file], ""))
             write_fragment(run, f"f{number:03d}", file, size, len(names), random)
         rows.append(("broken", "cut.parquet", 0, 0, 0, [], "no footer"))
         reject(run, "broken", ["cut.parquet"], "file cannot be read: no footer")
-        reject(run, "f000", [f"{path.format(0)}#0"], "empty: 0 bytes")
+        reject(run, "f000", [f"{path.replace('{}', '0')}#0"], "empty: 0 bytes")
         columns = list(zip(*rows, strict=True))
         storage.write_table(run.path("index", "fragments-0.parquet"), pa.table(columns, schema=INDEX))
         write_fidelity(run, 0.7)

@@ -1,0 +1,53 @@
+"""Small configurations and comparisons shared by the tests that run the whole job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from raypipe import storage
+from raypipe.api import load_scores
+from raypipe.config import Config, apply_overrides, parse_config
+from raypipe.progress import Progress
+from raypipe.rundir import Run
+
+QUIET = Progress(quiet=True)
+
+SMALL: dict[str, Any] = {
+    "source": {"uri": "digits://", "format": "digits", "limit": 600, "fragment_samples": 128},
+    "seed": {"fraction": 0.35},
+    "proxy": {"model": "small", "image_size": 8, "epochs": 4, "batch_size": 64, "checkpoints": 2, "crop_padding": 1, "flip": False},
+    "extrapolate": {"method": "knn-published", "neighbours": 8},
+    "select": {"keep": [0.25, 0.5]},
+    "report": {"images": 4},
+}
+"""The whole job in a few seconds."""
+
+
+def small_config(run: str, *overrides: str) -> Config:
+    """`SMALL`, written to `run`, with `section.field=value` changes."""
+    return parse_config(apply_overrides({"run": run, **SMALL}, overrides))
+
+
+def score_files(run: str) -> dict[str, bytes]:
+    """Content of every score shard by name."""
+    return _files(run, "scores")
+
+
+def _files(run: str, folder: str) -> dict[str, bytes]:
+    root = Run(run).path(folder)
+    return {file.path: storage.read_bytes(storage.join(root, file.path)) for file in storage.listing(root)}
+
+
+def stamps(run: str, folder: str) -> dict[str, str]:
+    """Time of change of every file in a folder of a run: equal stamps mean that nothing was written again."""
+    return {file.path: file.stamp for file in storage.listing(Run(run).path(folder))}
+
+
+def by_id(run: str) -> dict[str, dict[str, Any]]:
+    """Rows of all score shards by sample_id; an id that is there twice is an error."""
+    table: pa.Table = load_scores(run)
+    rows = {row["sample_id"]: row for row in table.to_pylist()}
+    assert len(rows) == len(table), "a sample has two scores"
+    return rows

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raypipe import storage
+from raypipe.config import parse_config
+from raypipe.errors import RaypipeError
+from raypipe.progress import Progress
+from raypipe.report import build, plots, thumbnails
+from raypipe.rundir import Run, StageRecord
+from raypipe.stages.base import Context
+from raypipe.stages.report import ReportStage
+from raypipe.stages.select import write_keep_lists
+
+MakeRun = Callable[..., Run]
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac{1}{2}$\x07]]>--></style></svg>"
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and the text outside of style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._open = "", ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._open = tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self._open != "style" else ""
+
+
+def built(run: Run) -> tuple[str, Elements]:
+    uri = build(run)
+    assert uri == run.path("report", "index.html")
+    page = Path(uri).read_text("utf-8")
+    return page, Elements(page)
+
+
+def test_the_page_shows_the_run(make_run: MakeRun) -> None:
+    run = make_run()
+    page, elements = built(run)
+    text = " ".join(elements.text.split()).replace("\u202f", " ")
+    assert "Keep 50 %: 100 of 199 samples" in text
+    assert "Fidelity is good: on 10 held-out seed samples" in text
+    for title in (
+        "Highest scores",
+        "Lowest scores",
+        "Most uncertain",
+        "Likely label errors",
+        "Embedding map",
+        "Where the time went",
+    ):
+        assert title in text
+    assert len(re.findall("<svg", page)) == 4
+    images = [attributes for tag, attributes in elements.found if tag == "img"]
+    assert len(images) > 24
+    assert all(
+        (attributes["src"] or "").startswith("data:image/") and attributes["class"] == "pixelated" for attributes in images
+    )
+    summary = json.loads(Path(run.path("report", "summary.json")).read_text())
+    assert summary["keep"][1]["samples"] == 100
+
+
+def test_nothing_is_loaded_and_nothing_runs(make_run: MakeRun) -> None:
+    page, elements = built(make_run())
+    tags = {tag for tag, _ in elements.found}
+    assert not tags & {"script", "iframe", "object", "embed", "form"}
+    for _, attributes in elements.found:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in {"src", "href", "xlink:href", "srcset", "action"}:
+                assert (value or "").startswith(("data:", "#"))
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+
+
+def test_ids_of_plots_do_not_clash(make_run: MakeRun) -> None:
+    page, elements = built(make_run())
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+
+
+def test_plots_take_their_colours_from_the_page(make_run: MakeRun) -> None:
+    page, _ = built(make_run())
+    svgs = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
+    assert "var(--ink)" in svgs and "var(--measured)" in svgs and "var(--extrapolated)" in svgs
+    assert not set(re.findall(r"#0101\d\d", svgs))
+    assert not re.search(r"(fill|stroke): #(000000|ffffff)", svgs)
+
+
+def test_hostile_names_stay_text(make_run: MakeRun) -> None:
+    run = make_run(names=(HOSTILE, "dog", "owl"), path=HOSTILE + "-{}", fragments=2)
+    storage.write_table(
+        run.path("rejects", "f001.parquet"), pa.table({"sample_id": [HOSTILE], "fragment": ["f001"], "reason": [HOSTILE]})
+    )
+    _, elements = built(run)
+    tags = [tag for tag, _ in elements.found]
+    assert "script" not in tags
+    assert tags.count("style") == 1 + tags.count("svg")  # Matplotlib puts one into each plot
+    assert "49" not in re.findall(r"img>(\S+)\$", elements.text)
+    titles = [attributes["title"] for tag, attributes in elements.found if tag == "figure" and "title" in attributes]
+    assert titles
+    assert all(
+        (title or "").startswith(HOSTILE.replace("\x07", title[len(HOSTILE.partition("\x07")[0])])) for title in titles if title
+    )
+    assert HOSTILE.partition("\x07")[0] in elements.text
+
+
+@pytest.mark.parametrize("folder", ["index", "scores", "embeddings", "keep", "rejects", "extrapolator"])
+def test_a_run_that_lacks_something_has_a_report(make_run: MakeRun, folder: str) -> None:
+    run = make_run()
+    storage.delete(run.path(folder))
+    _, elements = built(run)
+    assert "How to read this page" in elements.text
+    said = {
+        "scores": "There are no scores yet",
+        "keep": "No keep-lists yet",
+        "extrapolator": "is not known",
+        "rejects": "0 samples and 1 whole file",
+    }
+    assert said.get(folder, "") in elements.text
+    assert ("Embedding map" in elements.text) == (folder not in {"embeddings", "scores"})
+
+
+def test_no_rejects_is_said(make_run: MakeRun) -> None:
+    run = make_run()
+    storage.delete(run.path("rejects"))
+    table = storage.read_table(run.path("index", "fragments-0.parquet"))
+    storage.write_table(run.path("index", "fragments-0.parquet"), table.slice(0, 4))
+    _, elements = built(run)
+    assert "None: every sample of the source could be read." in elements.text
+
+
+def test_a_run_of_which_nothing_is_done(make_run: MakeRun) -> None:
+    run = make_run()
+    for folder in ("index", "scores", "embeddings", "keep", "rejects", "extrapolator"):
+        storage.delete(run.path(folder))
+    run.write_ledger({})
+    _, elements = built(run)
+    assert "This run is not finished: index, seed, proxy" in elements.text
+    assert "No stage has run yet." in elements.text
+
+
+def test_a_source_that_is_gone_is_said_and_the_samples_are_listed(make_run: MakeRun, source) -> None:
+    run = make_run()
+    source.broken = {f"f{number:03d}" for number in range(4)}
+    _, elements = built(run)
+    assert "The source cannot be read, so no images are shown" in elements.text
+    assert not any(tag == "img" for tag, _ in elements.found)
+    assert sum(attributes.get("class") == "tile" for _, attributes in elements.found) > 24
+
+
+def test_of_many_classes_the_ends_are_shown(make_run: MakeRun) -> None:
+    run = make_run(names=[f"class {number:03d} {'x' * 40}" for number in range(60)], fragments=12)
+    page, elements = built(run)
+    assert sum(attributes.get("class") == "gap" for _, attributes in elements.found) == 1
+    assert "⋮" in page
+    shown = json.loads(Path(run.path("report", "summary.json")).read_text())["shown_classes"]
+    assert len(shown) == 24
+
+
+def test_a_damaged_keep_list_is_named(make_run: MakeRun) -> None:
+    run = make_run()
+    storage.write_bytes(run.path("keep", "keep-0.50.parquet"), b"PAR1nothing")
+    with pytest.raises(RaypipeError, match=r"keep-0\.50\.parquet: not a readable keep-list"):
+        build(run)
+
+
+def test_class_names_are_no_formulas_in_plots() -> None:
+    item = {"name": r"$\undefined{x}$", "q10": 0.0, "q25": 0.1, "q50": 0.2, "q75": 0.3, "q90": 0.4}
+    svg = plots.class_spread([item, {**item, "name": "\x00\n"}, {**item, "name": "犬"}], None)
+    assert r"$\undefined{x}$" in svg
+    assert "犬" in svg
+    assert "\x00" not in svg
+
+
+def test_matplotlib_needs_no_writable_home(tmp_path: Path) -> None:
+    code = "import raypipe.report.plots, matplotlib; print(matplotlib.get_configdir())"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/proc/nowhere", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(tmp_path))
+    assert done.stderr == ""
+
+
+def test_the_stage_is_complete_until_something_it_shows_changes(make_run: MakeRun) -> None:
+    run = make_run()
+    context = Context(parse_config(run.config().model_dump()), run, Progress(quiet=True))
+    stage, record = ReportStage(), StageRecord()
+    assert not stage.complete(context, record)
+    stage.execute(context, record)
+    assert record.samples == 199
+    assert stage.complete(context, record)
+    write_keep_lists(run, context.config.select, keep=[0.25])
+    assert not stage.complete(context, record)
+    stage.execute(context, record)
+    records = run.ledger()
+    records["extrapolate"].finished = "later"
+    run.write_ledger(records)
+    assert not stage.complete(context, record)
+
+
+def test_images_can_be_left_out(make_run: MakeRun, source) -> None:
+    _, elements = built(make_run(report={"images": 0}))
+    assert source.reads == []
+    assert not any(tag == "img" for tag, _ in elements.found)
+
+
+def test_thumbnails_are_read_with_the_settings_of_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = make_run(source={"uri": "elsewhere", "max_pixels": 7}), []
+
+    def refuse(settings: object) -> None:
+        asked.append(settings)
+        raise RaypipeError("no")
+
+    monkeypatch.setattr(thumbnails, "open_source", refuse)
+    build(run)
+    assert (asked[0].uri, asked[0].max_pixels) == ("elsewhere", 7)
+
+
+def test_the_histogram_marks_where_keep_lists_end() -> None:
+    edges = np.linspace(0, 1, 11).tolist()
+    svg = plots.score_histogram({"edges": edges, "measured": [1] * 10, "extrapolated": [0] * 10}, [(0.3, 0.7), (0.5, 5.0)])
+    assert "30\u202f%" in svg
+    assert "50\u202f%" not in svg  # ends outside the drawn range
+    assert "extrapolated (" not in svg

@@ -1,0 +1,186 @@
+"""The whole job on real digits: what is written, what a second run does, what a changed setting redoes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import QUIET, by_id, score_files, small_config, stamps
+
+import raypipe
+from raypipe import storage
+from raypipe.errors import ConfigError, RunError
+from raypipe.rundir import STAGE_FOLDERS, Lease, Run
+from raypipe.stages.seed import read_shard, seed_manifest, wanted
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run. Tests that change it put it back."""
+    uri = str(tmp_path_factory.mktemp("finished") / "run")
+    raypipe.run(small_config(uri), progress=QUIET)
+    return uri
+
+
+def test_every_sample_has_one_score(finished: str) -> None:
+    rows = by_id(finished)
+    assert len(rows) == 600
+    schema = pq.read_schema(storage.join(finished, "scores", sorted(storage.names(finished + "/scores"))[0]))
+    assert [(field.name, field.type) for field in schema] == [
+        ("sample_id", pa.string()),
+        ("label", pa.int32()),
+        ("score", pa.float32()),
+        ("lower", pa.float32()),
+        ("upper", pa.float32()),
+        ("measured", pa.bool_()),
+    ]
+    for row in rows.values():
+        assert np.isfinite(row["score"])
+        assert row["lower"] <= row["score"] <= row["upper"]
+        assert row["measured"] == (row["lower"] == row["upper"])
+
+
+def test_seed_set_follows_the_rule_and_keeps_its_measured_scores(finished: str) -> None:
+    rule, rows = wanted(0.35, 0), by_id(finished)
+    measured = {sample_id for sample_id, row in rows.items() if row["measured"]}
+    assert measured == {sample_id for sample_id in rows if rule(sample_id)}
+    assert 150 < len(measured) < 270
+    run = Run(finished)
+    scores = pa.concat_tables([table for _, table in storage.iter_tables(run.path("measured"))])
+    assert {row["sample_id"]: row["score"] for row in scores.to_pylist()} == {key: rows[key]["score"] for key in measured}
+
+
+def test_seed_shards_hold_the_pixels(finished: str) -> None:
+    from sklearn.datasets import load_digits
+
+    manifest, run = seed_manifest(Run(finished)), Run(finished)
+    assert manifest["samples"] == sum(manifest["per_class"]) == sum(manifest["shard_samples"])
+    ids, images, labels = read_shard(run, manifest["shards"][0])
+    digits = load_digits()
+    for sample_id, image, label in zip(ids[:20], images, labels, strict=False):
+        number = int(sample_id.rsplit("/", 1)[-1])
+        assert digits.target[number] == label
+        np.testing.assert_allclose(image[0] / 255, digits.images[number] / 16, atol=1 / 255)
+
+
+def test_proxy_writes_checkpoints_with_their_learning_rate_and_a_trajectory(finished: str) -> None:
+    run = Run(finished)
+    proxy = storage.read_json(run.path("proxy", "proxy.json"))
+    assert [item["epoch"] for item in proxy["checkpoints"]] == [1, 3]
+    assert proxy["checkpoints"][0]["lr"] > proxy["checkpoints"][1]["lr"] > 0
+    samples = seed_manifest(run)["samples"]
+    assert len(proxy["trajectory"]) == 4
+    for files in proxy["trajectory"]:
+        table = pa.concat_tables([storage.read_table(run.path("proxy", "trajectory", file)) for file in files])
+        assert sorted(table["row"].to_pylist()) == list(range(samples))
+        probabilities = np.asarray(table["probabilities"].combine_chunks().flatten(), np.float32).reshape(samples, 10)
+        np.testing.assert_allclose(probabilities.sum(1), 1, atol=0.01)
+
+
+def test_measured_scores_are_moso(finished: str) -> None:
+    """The distributed scores against one process that has the whole seed set in memory."""
+    import torch
+
+    from raypipe.scores.moso import alignments, combine, gradient_sum
+    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+
+    run = Run(finished)
+    proxy, seed = proxy_manifest(run), seed_manifest(run)
+    shards = [read_shard(run, shard) for shard in seed["shards"]]
+    ids = [sample_id for shard in shards for sample_id in shard[0]]
+    images = torch.from_numpy(np.concatenate([shard[1] for shard in shards]))
+    labels = torch.from_numpy(np.concatenate([shard[2] for shard in shards]))
+    columns = []
+    for item in proxy["checkpoints"]:
+        model = load_checkpoint(run, item["file"])
+        direction = {name: value / len(ids) for name, value in gradient_sum(model, images, labels).items()}
+        columns.append(alignments(model, direction, images, labels).numpy())
+    rates = np.array([item["lr"] for item in proxy["checkpoints"]])
+    expected = combine(np.stack(columns, 1), rates, "lr", steps=proxy["steps"], samples=len(ids))
+    rows = by_id(finished)
+    np.testing.assert_allclose([rows[sample_id]["score"] for sample_id in ids], expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_keep_lists_and_summary(finished: str) -> None:
+    rows = sorted(by_id(finished).values(), key=lambda row: -row["score"])
+    for fraction, count in (("0.25", 150), ("0.50", 300)):
+        kept = pq.read_table(f"{finished}/keep/keep-{fraction}.parquet")
+        assert set(kept["sample_id"].to_pylist()) == {row["sample_id"] for row in rows[:count]}
+    summary = storage.read_json(f"{finished}/report/summary.json")
+    assert summary["counts"]["samples"] == 600
+    assert -1 <= summary["fidelity"]["spearman"] <= 1
+    assert storage.exists(f"{finished}/report/index.html")
+
+
+def test_nothing_of_a_run_executes_code_when_it_is_opened(finished: str) -> None:
+    allowed = {".parquet", ".json", ".yaml", ".safetensors", ".html", ".log"}
+    assert {file.path[file.path.rindex(".") :] for file in storage.listing(finished)} <= allowed
+
+
+def test_a_second_run_does_nothing(finished: str) -> None:
+    folders = [folder for group in STAGE_FOLDERS.values() for folder in group]
+    before = {folder: stamps(finished, folder) for folder in folders}
+    raypipe.run(small_config(finished), progress=QUIET)
+    assert {folder: stamps(finished, folder) for folder in folders} == before
+
+
+def test_a_deleted_score_shard_is_made_again_and_nothing_else(finished: str) -> None:
+    content, before = score_files(finished), stamps(finished, "scores")
+    gone = sorted(content)[1]
+    storage.delete(f"{finished}/scores/{gone}")
+    others = {folder: stamps(finished, folder) for folder in ("measured", "embeddings", "extrapolator", "proxy", "keep")}
+    raypipe.run(small_config(finished), progress=QUIET)
+    after = stamps(finished, "scores")
+    assert {name for name in after if after[name] != before[name]} == {gone}
+    assert score_files(finished) == content
+    assert {folder: stamps(finished, folder) for folder in others} == others
+
+
+def test_a_changed_setting_redoes_what_depends_on_it(finished: str) -> None:
+    kept, scored = stamps(finished, "keep"), stamps(finished, "scores")
+    raypipe.run(small_config(finished, "select.keep=[0.5]"), progress=QUIET)
+    assert stamps(finished, "scores") == scored
+    assert set(stamps(finished, "keep")) == {"keep-0.50.parquet"}
+    embedded, measured = stamps(finished, "embeddings"), stamps(finished, "measured")
+    raypipe.run(small_config(finished, "extrapolate.method=knn-published"), progress=QUIET)
+    assert stamps(finished, "embeddings") == embedded
+    assert stamps(finished, "measured") == measured
+    assert set(stamps(finished, "scores")) == set(scored)
+    assert all(stamps(finished, "scores")[name] != scored[name] for name in scored)
+    knn = {sample_id: row["score"] for sample_id, row in by_id(finished).items()}
+    raypipe.run(small_config(finished), progress=QUIET)
+    assert set(stamps(finished, "keep")) == set(kept)
+    changed = [sample_id for sample_id, row in by_id(finished).items() if row["score"] != knn[sample_id]]
+    assert changed and not any(by_id(finished)[sample_id]["measured"] for sample_id in changed)
+
+
+def test_the_published_gnn_scores_everything_and_resumes(finished: str, tmp_path: object) -> None:
+    import shutil
+
+    copy = f"{tmp_path}/run"
+    shutil.copytree(finished, copy)
+    settings = ("extrapolate.method=gnn-published", "extrapolate.epochs=2")
+    raypipe.run(small_config(copy, *settings), progress=QUIET)
+    content = score_files(copy)
+    assert len(by_id(copy)) == 600
+    storage.delete(f"{copy}/scores/{sorted(content)[0]}")
+    raypipe.run(small_config(copy, *settings), progress=QUIET)
+    assert score_files(copy) == content
+
+
+def test_a_second_driver_is_refused(finished: str) -> None:
+    with Lease(Run(finished)), pytest.raises(RunError, match=r"in use by another driver: process \d+ on"):
+        raypipe.run(small_config(finished), progress=QUIET)
+
+
+def test_until_stops_after_a_stage(cluster: str, tmp_path: object) -> None:
+    raypipe.run(small_config(f"{tmp_path}/run"), until="seed", progress=QUIET)
+    ledger = json.loads(storage.read_bytes(f"{tmp_path}/run/run.json"))
+    assert list(ledger["stages"]) == ["index", "seed"]
+    with pytest.raises(ConfigError, match="'sead' is not one of index, seed"):
+        raypipe.run(small_config(f"{tmp_path}/run"), until="sead", progress=QUIET)
