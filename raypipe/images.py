@@ -135,7 +135,7 @@ def _from_bytes(data: bytes) -> ImageFile.ImageFile:
 
 
 def _orientation(image: Image.Image) -> int:
-    if not image.info.get("exif") or image.format == "TIFF":  # Pillow turns a TIFF itself when it loads it
+    if not image.info.get("exif"):  # nor has a TIFF any: Pillow turns it itself when it loads it
         return 1
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))

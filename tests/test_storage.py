@@ -134,9 +134,6 @@ def test_upload_appears_whole_or_not_at_all(place: str) -> None:
     with storage.Upload(uri):
         pass
     assert storage.read_bytes(uri) == b""
-    if not storage.is_local(uri):
-        fs, _ = storage.filesystem(uri)
-        assert not fs.call_s3("list_multipart_uploads", Bucket=uri.split("/")[2]).get("Uploads")
 
 
 def test_upload_leaves_the_old_file_when_it_fails(place: str) -> None:
@@ -146,6 +143,15 @@ def test_upload_leaves_the_old_file_when_it_fails(place: str) -> None:
         file.write(b"new")
         raise KeyError
     assert storage.read_bytes(uri) == b"old"
+
+
+def test_a_discarded_upload_is_closed_and_leaves_no_parts_on_s3(s3: str) -> None:
+    with pytest.raises(KeyError), storage.Upload(f"{s3}/discarded") as file:
+        file.write(b"x")
+        raise KeyError
+    assert file.closed  # an open one would start an upload when it is collected
+    fs, _ = storage.filesystem(s3)
+    assert not fs.call_s3("list_multipart_uploads", Bucket=storage.name(s3)).get("Uploads")
 
 
 class FullDisk(io.FileIO):
@@ -363,6 +369,19 @@ def test_json_and_tables(place: str) -> None:
     storage.write_bytes(storage.join(place, "t", "note.txt"), b"no table")
     found = list(storage.iter_tables(storage.join(place, "t"), ["b"]))
     assert [(name, part.to_pydict()) for name, part in found] == [("1.parquet", {"b": [None]}), ("2.parquet", {"b": ["x", None]})]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_tables_read_ahead_come_in_order(place: str, threads: int) -> None:
+    folder = storage.join(place, "ahead")
+    for number in range(5):
+        storage.write_table(storage.join(folder, f"{number}.parquet"), pa.table({"a": [number]}))
+    found = [(name, part["a"].to_pylist()) for name, part in storage.iter_tables(folder, threads=threads)]
+    assert found == [(f"{number}.parquet", [number]) for number in range(5)]
+    storage.write_bytes(storage.join(folder, "3.parquet"), b"PAR1")
+    with pytest.raises(RaypipeError, match=r"3\.parquet"):
+        list(storage.iter_tables(folder, threads=threads))
+    assert next(storage.iter_tables(folder, threads=threads))[0] == "0.parquet"  # and the rest is not waited for
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"PAR1"])

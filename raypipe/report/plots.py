@@ -164,7 +164,7 @@ def fidelity_chart(rows: Sequence[tuple[str, float, float | None, float | None]]
 def class_spread(classes: Sequence[dict[str, Any]], gap_after: int | None) -> str:
     """The middle 80 % (thin), 50 % (thick) and median (dot) of the scores of each class; a gap where classes are left out."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.62 + 0.2 * (len(classes) + (gap_after is not None)), left=0.27)
+        figure, axes = _figure(0.62 + 0.2 * (len(classes) + (gap_after is not None)), left=0.31)
         places = [row + (gap_after is not None and row >= gap_after) for row in range(len(classes))]
         for place, item in zip(places, classes, strict=True):
             axes.plot([item["q10"], item["q90"]], [place, place], color=EXTRAPOLATED, linewidth=1, alpha=0.7)

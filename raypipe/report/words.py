@@ -84,12 +84,13 @@ def judge(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, s
         return "unknown", "The fidelity of the extrapolated scores is not known. Do not prune by them before it is."
     name, advice = next((name, advice) for least, name, advice in VERDICTS if rho >= least)
     low, high = fidelity.get("spearman_low"), fidelity.get("spearman_high")
-    interval = f", interval {fixed(low)} to {fixed(high)}" if low is not None and high is not None else ""
+    interval = f", 95{SPACE}% interval {fixed(low)} to {fixed(high)}" if low is not None and high is not None else ""
     held = fidelity.get("n_held")
     where = f"on {count(held)} held-out seed samples" if held else "on held-out seed samples"
     correlation = f"extrapolated and measured scores have a Spearman correlation of {fixed(rho)}{interval}"
     text = f"Fidelity is {name}: {where}, {correlation}. {advice}"
-    baselines = fidelity.get("baselines", {})
+    own = str(fidelity.get("method")).replace("-", "_")  # a method may be its own baseline
+    baselines = {rival: figures for rival, figures in fidelity.get("baselines", {}).items() if rival.replace("-", "_") != own}
     rivals = [(figures["spearman"], rival) for rival, figures in baselines.items() if figures.get("spearman") is not None]
     if rivals and max(rivals)[0] >= rho:
         best, rival = max(rivals)

@@ -108,8 +108,13 @@ def damage(file: Reader, error: BaseException) -> str:
 
 
 def text(name: str) -> str:
-    """A name that can be written as UTF-8; bytes of file names that are no UTF-8 are shown as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if not name.isascii() else name
+    """Text that can be written as UTF-8: bytes of file names that are no UTF-8, and lone surrogates, are shown escaped."""
+    if name.isascii():
+        return name
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _words(error: BaseException) -> str:

@@ -110,8 +110,6 @@ class ParquetSource(Source):
             except Exception as error:
                 id_reasons = [f"no id: damaged row group {group}: {damage(stored, error)}"] * count
         rows = [row for row in range(count) if wanted is None or wanted(ids[row])]
-        if not rows:
-            return
         images = _images(stored, parquet, group, settings.image_column, [begin + row for row in rows])
         negative_is_missing = _class_names(parquet.schema_arrow, settings.label_column) is not None
         for row, (image, reason) in zip(rows, images, strict=True):

@@ -187,7 +187,7 @@ class _Gunzip:
 
     def __init__(self, file: Reader) -> None:
         self._file, self._unpacked = file, gzip.GzipFile(fileobj=file, mode="rb")
-        self._held, self._used, self._position = b"", 0, 0
+        self._held, self._used, self._position, self._ended = b"", 0, 0, False
 
     def read(self, size: int) -> bytes:
         parts = []
@@ -207,12 +207,14 @@ class _Gunzip:
         return self._position
 
     def _step(self) -> bool:
-        try:
-            self._held, self._used = self._unpacked.read(self.STEP), 0
-        except (OSError, EOFError, zlib.error) as error:
-            damage(self._file, error)
-            self._held = b""
-        return bool(self._held)
+        if not self._ended:
+            try:
+                self._held, self._used = self._unpacked.read1(self.STEP), 0
+                self._ended = not self._held
+            except (OSError, EOFError, zlib.error) as error:
+                damage(self._file, error)
+                self._ended = True
+        return not self._ended
 
 
 def _problem(offset: int, problem: str) -> _Member:

@@ -71,6 +71,8 @@ class WebDatasetSource(Source):
         return FileScan(fragments, None, frozenset(labels))
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+        if not fragment.samples:
+            return
         index = fragment.start if fragment.offset else 0
         seen: set[str] = set()
 
@@ -106,7 +108,7 @@ class WebDatasetSource(Source):
         image = group.contents.get(extension) if extension is not None else None
         if not reason and image is None:
             reason = f"the image has more than {LARGEST_IMAGE} bytes"
-        reason = reason or wrong
+        reason = text(reason or wrong)
         return RawSample(sample_id, None if reason else image, label, reason)
 
     def _label(self, group: Group) -> tuple[int | str | None, str]:

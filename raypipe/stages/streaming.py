@@ -47,6 +47,8 @@ def stream(
     context.target_max_block_size = None  # a unit stays one block; its size is bounded by source.fragment_samples
     context.execution_no_progress_timeout_s = patience
     context.wait_for_min_actors_s = int(patience)
+    most = min(pool.max_actors, len(units))
+    least = min(pool.min_actors, most)
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
             _Units(units, read), override_num_blocks=len(units), num_cpus=pool.read_cpus
@@ -57,9 +59,9 @@ def stream(
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             compute=ActorPoolStrategy(
-                min_size=pool.min_actors,
-                max_size=pool.max_actors,
-                initial_size=min(pool.max_actors, max(pool.min_actors, len(units))),
+                min_size=least,
+                max_size=most,
+                initial_size=most if pool.num_gpus == 0 else least,
                 max_tasks_in_flight_per_actor=2,
             ),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -19,7 +20,7 @@ PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
 class Page:
     """One page, opened at a size and in a colour scheme. `complaints` holds what the console and the network said."""
 
-    def __init__(self, uri: str, width: int, height: int = 800, scheme: str = "light", media: str = "screen") -> None:
+    def __init__(self, uri: str, width: int, height: int = 800, scheme: str = "light", media: str = "") -> None:
         assert PROGRAM is not None
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -33,7 +34,7 @@ class Page:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={self._folder}"]
         self._process = subprocess.Popen(
             ["bash", "-c", script, PROGRAM, *flags, "about:blank"],
-            pass_fds=(read_theirs, write_theirs), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            pass_fds=(read_theirs, write_theirs), env={**os.environ, "TMPDIR": self._folder}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read_theirs)
         os.close(write_theirs)
@@ -51,8 +52,14 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        del self._session
+        with contextlib.suppress(OSError, TimeoutError):
+            self.call("Browser.close")
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         os.close(self._write)
         os.close(self._read)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -216,6 +216,8 @@ def test_a_baseline_that_does_as_well_is_named() -> None:
     rivals = {"knn": {"spearman": 0.75}, "random": {"spearman": None}}
     assert "“knn” does as well here (0.75)" in judge({"spearman": 0.7, "baselines": rivals}, 10)[1]
     assert "does as well" not in judge({"spearman": 0.8, "baselines": rivals}, 10)[1]
+    itself = {"spearman": 0.7, "method": "knn-published", "baselines": {"knn_published": {"spearman": 0.7}}}
+    assert "does as well" not in judge(itself, 10)[1]
 
 
 def test_a_fully_measured_source_needs_no_fidelity() -> None:

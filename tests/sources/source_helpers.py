@@ -43,7 +43,8 @@ def samples(source: Source, wanted: Any = None) -> list[RawSample]:
             assert len(found) == fragment.samples
             for sample in found:
                 assert (sample.image is None) == bool(sample.reason)
-                sample.sample_id.encode()
+                for words in (sample.sample_id, sample.reason, str(sample.label)):
+                    words.encode()
             chosen = [sample for sample in found if wanted is None or wanted(sample.sample_id)]
             if wanted is not None:
                 assert list(source.read(fragment, wanted)) == chosen

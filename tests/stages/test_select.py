@@ -98,6 +98,22 @@ def test_the_bytes_are_the_same_every_time(run: Run) -> None:
     assert sorted(first) == ["keep-0.30.parquet", "keep-0.50.parquet", "keep-0.70.parquet", "keep-0.90.parquet"]
 
 
+def test_an_object_store_gets_the_same_lists(run: Run, s3: str) -> None:
+    there = Run(f"{s3}/select")
+    for file in storage.listing(run.uri):
+        storage.write_bytes(there.path(file.path), storage.read_bytes(run.path(file.path)))
+    lists = write_keep_lists(there, SelectSettings(keep=(0.5,)), keep=[0.4])
+    write_keep_lists(run, SelectSettings(keep=(0.4,)))
+    assert lists == {"keep-0.40.parquet": 120}
+    assert storage.read_bytes(there.path("keep", "keep-0.40.parquet")) == storage.read_bytes(
+        run.path("keep", "keep-0.40.parquet")
+    )
+    with pytest.raises(StageError):
+        write_scores(there, "part-9", ["x"], [1], np.array([np.nan], np.float32))
+        write_keep_lists(there, SelectSettings(keep=(0.9,)))
+    assert storage.names(there.path("keep")) == {"keep-0.40.parquet"}
+
+
 def test_another_fraction_is_added_and_lists_of_other_scores_are_removed(run: Run) -> None:
     write_keep_lists(run, SelectSettings(keep=(0.5,)))
     write_keep_lists(run, SelectSettings(keep=(0.5,)), keep=[0.2])

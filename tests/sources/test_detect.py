@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from raypipe import storage
+from raypipe.config import SourceSettings
+from raypipe.errors import SourceError
+from raypipe.sources import open_source
+from raypipe.sources.detect import detect_format
+
+
+def detected(uri: str, include: str = "*") -> str:
+    return detect_format(SourceSettings(uri=uri, include=include))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.parquet", "README.md"], "parquet"),
+        (["deep/A.PARQUET"], "parquet"),
+        (["a.tar", "b.tar.gz", "index.json"], "webdataset"),
+        (["c.tgz"], "webdataset"),
+        (["cat/1.JPG", "dog/2.webp", "labels.csv"], "imagefolder"),
+    ],
+)
+def test_the_endings_tell_the_format(place: str, names: list[str], expected: str) -> None:
+    for name in names:
+        storage.write_bytes(f"{place}/set/{name}", b"x")
+    assert detected(f"{place}/set") == expected
+    assert detected(f"{place}/set/{names[0]}") == expected
+    assert detected(f"{place}/*/{names[0]}") == expected
+    assert open_source(SourceSettings(uri=f"{place}/set")).format == expected
+
+
+def test_digits_need_no_storage() -> None:
+    assert detected("digits://") == "digits"
+
+
+def test_a_mixture_is_unclear_until_include_or_format_decides(tmp_path: object) -> None:
+    for name in ("a.parquet", "b.parquet", "preview.png", "x.txt"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    with pytest.raises(SourceError, match=r"parquet and imagefolder among 4 files \(2 .parquet, 1 .*set source.format"):
+        detected(str(tmp_path))
+    assert detected(str(tmp_path), "*.parquet") == "parquet"
+    assert open_source(SourceSettings(uri=str(tmp_path), format="imagefolder")).format == "imagefolder"
+
+
+def test_nothing_known_is_named(tmp_path: object) -> None:
+    for name in ("a.csv", "b.csv", "c", "d.zip"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    with pytest.raises(SourceError, match=r"no Parquet, tar or image file among 4 files \(2 .csv, 1 without an ending, 1 .zip\)"):
+        detected(str(tmp_path))
+    with pytest.raises(SourceError, match="no such file or folder"):
+        detected(f"{tmp_path}/none")
+
+
+def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: object) -> None:
+    storage.write_bytes(f"{tmp_path}/part-0", b"x")
+    source = open_source(SourceSettings(uri=f"{tmp_path}/part-0", format="parquet"))
+    assert [file.path for file in source.files()] == ["part-0"]
+
+
+def test_sources_import_neither_torch_nor_ray() -> None:
+    names = "common, detect, digits, imagefolder, parquet, tarfiles, webdataset"
+    program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

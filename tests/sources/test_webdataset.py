@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from source_helpers import ids, make, picture, rejects, samples, scans
+
+from raypipe import storage
+from raypipe.config import SourceSettings
+from raypipe.images import decode_batch
+from raypipe.sources import tarfiles, webdataset
+from raypipe.sources.webdataset import WebDatasetSource
+
+Member = tuple[str, bytes] | tarfile.TarInfo
+
+
+def tar(members: list[Member], format: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return buffer.getvalue()
+
+
+def special(name: str, type: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = type, target
+    return info
+
+
+def pairs(count: int, start: int = 0) -> list[Member]:
+    members: list[Member] = []
+    for number in range(start, start + count):
+        members += [(f"{number:04d}.png", picture(number)), (f"{number:04d}.cls", str(number % 3).encode())]
+    return members
+
+
+def one(tmp_path: Any, content: bytes, name: str = "a.tar", **options: Any) -> WebDatasetSource:
+    (tmp_path / name).write_bytes(content)
+    return WebDatasetSource(SourceSettings(uri=f"{tmp_path}/{name}", **options))
+
+
+def test_samples_of_two_tars(place: str) -> None:
+    storage.write_bytes(f"{place}/set/b.tar", tar(pairs(3)))
+    storage.write_bytes(f"{place}/set/deep/a.tar", tar(pairs(2, 10)))
+    source = make(f"{place}/set")
+    found = samples(source, lambda sample_id: sample_id != "b.tar#0001")
+    assert ids(found) == ["b.tar#0000", "b.tar#0002", "deep/a.tar#0010", "deep/a.tar#0011"]
+    assert [sample.image for sample in found] == [picture(0), picture(2), picture(10), picture(11)]
+    assert [sample.label for sample in found] == [0, 2, 1, 2]
+    assert [scan.labels for scan in scans(source)] == [{0, 1, 2}, {1, 2}]
+
+
+def test_local_and_s3_give_the_same(tmp_path: Any, s3: str) -> None:
+    (tmp_path / "a.tar").write_bytes(tar(pairs(30)))
+    storage.write_bytes(f"{s3}/tars/a.tar", tar(pairs(30)))
+    local = samples(make(str(tmp_path), fragment_samples=7))
+    assert len(local) == 30 and local == samples(make(f"{s3}/tars", fragment_samples=7))
+    assert local == samples(make(f"{s3}/tars/*.tar", fragment_samples=7))
+    assert local == samples(make(f"{s3}/tars/a.tar", fragment_samples=7))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_keys_and_extensions(tmp_path: Any, format: int) -> None:
+    long = "folder/" * 20
+    members: list[Member] = [
+        special("dir/", tarfile.DIRTYPE),
+        ("./dir/x.JPEG", b"1"),
+        ("./dir/x.seg.png", b"no image of the sample"),
+        ("dir.with.dots/y.Jpg", b"2"),
+        ("README", b"no extension"),
+        (".hidden.png", b"hidden"),
+        ("dir/._x.png", b"of a file manager"),
+        ("z.a.b.webp", b"3"),
+        ("z.tiff", b"4"),
+        (long[:120] + "/n.png", b"5"),
+        ("ünï.gif", b"6"),
+    ]
+    found = samples(one(tmp_path, tar(members, format)))
+    expected = ["dir/x", "dir.with.dots/y", "z", long[:120] + "/n", "ünï"]
+    assert ids(found) == [f"a.tar#{key}" for key in expected]
+    assert [sample.image for sample in found] == [b"1", b"2", b"4", b"5", b"6"]
+
+
+@pytest.mark.parametrize(
+    ("member", "expected"),
+    [
+        (("x.cls", b"7"), 7),
+        (("x.cls", b" 7\n"), 7),
+        (("x.cls", b"7.0"), 7),
+        (("x.cls", b"-1"), -1),
+        (("x.cls", b"cat"), "cat"),
+        (("x.cls", b"1_000"), "1_000"),
+        (("x.cls", b""), None),
+        (("x.cls", b"\xff\xfe"), "cannot be read"),
+        (("x.cls", b"9" * 1_200_000), "more than 1048576 bytes"),
+        (("x.json", b'{"label": 4}'), 4),
+        (("x.json", b'{"label": 4.0, "other": 1}'), 4),
+        (("x.json", b'{"label": "dog"}'), "dog"),
+        (("x.json", b'{"label": "\\ud800x"}'), "\\ud800x"),
+        (("x.json", b'{"other": 1}'), None),
+        (("x.json", b'{"label": null}'), None),
+        (("x.json", b'{"label": [1, 2]}'), "not a number or a name"),
+        (("x.json", b'{"label": 0.5}'), "not a number or a name"),
+        (("x.json", b"[1]"), "holds no fields but list"),
+        (("x.json", b"{"), "cannot be read"),
+        (("x.json", b"[" * 100_000), "cannot be read"),
+        (("x.txt", b"a caption"), None),
+    ],
+)
+def test_labels(tmp_path: Any, member: Member, expected: Any) -> None:
+    source = one(tmp_path, tar([("x.png", picture(0)), member]))
+    (sample,) = samples(source)
+    if sample.reason:
+        assert str(expected) in sample.reason and sample.label is None
+    else:
+        assert sample.label == expected
+    assert scans(source)[0].labels == ({sample.label} - {None})
+
+
+def test_label_field_is_a_setting_and_cls_comes_first(tmp_path: Any) -> None:
+    members: list[Member] = [("x.json", json.dumps({"kind": 5}).encode()), ("x.png", picture(0))]
+    assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 5
+    members.append(("x.cls", b"6"))
+    assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 6
+
+
+def test_fragments_are_read_from_their_own_offset(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    members: list[Member] = []
+    for number in range(20):
+        members += [(f"{number:04d}.png", bytes([number]) * 20_000), (f"{number:04d}.cls", b"1")]
+    source = one(tmp_path, tar(members), fragment_samples=6)
+    (scan,) = scans(source)
+    assert [(part.start, part.stop, part.offset) for part in scan.fragments] == [
+        (start, min(start + 6, 20), start * (512 + 20_480 + 1024)) for start in (0, 6, 12, 18)
+    ]
+    asked: list[int] = []
+    fetch = storage._Ranges._fetch
+    monkeypatch.setattr(webdataset, "READ_BYTES", 4096)
+    monkeypatch.setattr(storage._Ranges, "_fetch", lambda self, length: asked.append(self._position) or fetch(self, length))
+    found = list(source.read(scan.fragments[2]))
+    assert ids(found) == [f"a.tar#{number:04d}" for number in range(12, 18)]
+    assert min(asked) >= scan.fragments[2].offset - 512
+    assert max(asked) <= scan.fragments[3].offset + 4096  # one header further, to see that the last sample is complete
+
+
+def test_samples_that_are_not_wanted_are_skipped_over(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    members: list[Member] = [(f"{number}.png", bytes([number]) * 100_000) for number in range(20)]
+    source = one(tmp_path, tar(members))
+    (fragment,) = scans(source)[0].fragments
+    read = 0
+    fetch = storage._Ranges._fetch
+
+    def counting(self: Any, length: int) -> bytes:
+        nonlocal read
+        read += length
+        return fetch(self, length)
+
+    monkeypatch.setattr(webdataset, "READ_BYTES", 4096)
+    monkeypatch.setattr(storage._Ranges, "_fetch", counting)
+    (sample,) = source.read(fragment, lambda sample_id: sample_id == "a.tar#7")
+    assert sample.image == bytes([7]) * 100_000
+    assert read < 300_000
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (special("evil.png", tarfile.SYMTYPE, "/etc/passwd"), "a link or special file"),
+        (special("evil.png", tarfile.LNKTYPE, "0000.png"), "a link or special file"),
+        (special("evil.png", tarfile.FIFOTYPE), "a link or special file"),
+        (special("evil.png", tarfile.CHRTYPE), "a link or special file"),
+        (special("passwd", tarfile.SYMTYPE, "/etc/passwd"), "a link or special file"),
+        (("/etc/evil.png", b"x"), "a path out of the tar"),
+        (("../evil.png", b"x"), "a path out of the tar"),
+        (("a/../../evil.png", b"x"), "a path out of the tar"),
+    ],
+)
+def test_path_tricks_are_rejects_and_nothing_is_extracted(tmp_path: Any, member: Member, words: str) -> None:
+    source = one(tmp_path, tar([*pairs(1), member, *pairs(1, 1)]))
+    found = samples(source)
+    assert len(found) == 3 and [bool(sample.reason) for sample in found] == [False, True, False]
+    assert words in found[1].reason
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_names_that_are_not_utf8_are_shown_escaped(tmp_path: Any) -> None:
+    found = samples(
+        one(tmp_path, tar([("\udcffa.png", picture(0)), ("../\udcff.png", b""), ("b.\udcff", b"")], tarfile.GNU_FORMAT))
+    )
+    assert ids(found) == ["a.tar#\\xffa", "a.tar#../\\xff", "a.tar#b"]
+    assert [sample.reason for sample in found] == [
+        "",
+        "../\\xff.png: a path out of the tar, which is not followed",
+        "no image: only .\\xff",
+    ]
+
+
+def test_a_link_for_a_label_rejects_its_sample(tmp_path: Any) -> None:
+    source = one(tmp_path, tar([("x.png", picture(0)), special("x.cls", tarfile.SYMTYPE, "/etc/hostname")]))
+    assert list(rejects(samples(source))) == ["a.tar#x"]
+
+
+def test_a_sample_without_an_image_is_a_reject(tmp_path: Any) -> None:
+    found = samples(one(tmp_path, tar([("x.cls", b"1"), ("x.txt", b"words"), ("y.png", picture(0))])))
+    assert rejects(found) == {"a.tar#x": "no image: only .cls, .txt"}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+@pytest.mark.parametrize("limit", [2, 4, 100])
+def test_a_key_that_comes_again_is_a_reject(tmp_path: Any, limit: int, name: str) -> None:
+    content = tar([*pairs(5), *pairs(1, 1), ("0009.png", picture(9)), ("0009.png", picture(8))])
+    found = samples(one(tmp_path, gzip.compress(content) if name.endswith("gz") else content, name, fragment_samples=limit))
+    assert [sample.sample_id[-1] for sample in found] == list("01234199")
+    assert [sample.sample_id[-1] for sample in found if "duplicate key" in sample.reason] == ["1", "9"]
+    assert found[1].image == picture(1) and found[6].image == picture(9)
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ"])
+def test_gzip(tmp_path: Any, name: str) -> None:
+    source = one(tmp_path, gzip.compress(tar(pairs(20))), name, fragment_samples=7)
+    plain = one(tmp_path, tar(pairs(20)), fragment_samples=7)
+    assert [sample[1:] for sample in samples(source)] == [sample[1:] for sample in samples(plain)]
+    assert {part.offset for part in scans(source)[0].fragments} == {0}
+
+
+def test_a_cut_tar_loses_one_sample(place: str) -> None:
+    whole = tar([(f"{number}.{kind}", bytes([number]) * 700) for number in range(4) for kind in ("png", "txt")])
+    member, sample = 512 + 1024, 2 * (512 + 1024)
+    for cut in (3 * sample + 100, 3 * sample + 512, 3 * sample + 900, 3 * sample + member, 3 * sample + member + 700, 4 * sample):
+        storage.write_bytes(f"{place}/a.tar", whole[:cut])
+        found = samples(make(f"{place}/a.tar", fragment_samples=2))
+        assert [item.image for item in found if not item.reason] == [bytes([number]) * 700 for number in range(len(found) - 1)]
+        assert len(found) == (3 if cut < 3 * sample + 512 else 4)
+        assert "cut off" in found[-1].reason
+    storage.write_bytes(f"{place}/a.tar", whole[: 4 * sample + 512])  # the end marker's first half is enough
+    assert not rejects(samples(make(f"{place}/a.tar")))
+
+
+def test_a_cut_gzip_loses_one_sample(tmp_path: Any) -> None:
+    whole = gzip.compress(tar(pairs(40)))
+    found = samples(one(tmp_path, whole[: len(whole) // 2], "a.tar.gz", fragment_samples=9))
+    assert 10 < len(found) < 30 and [bool(sample.reason) for sample in found] == [False] * (len(found) - 1) + [True]
+
+
+@pytest.mark.parametrize("filler", [b"\xff", b"\0"])
+def test_a_damaged_header_costs_its_neighbourhood_only(tmp_path: Any, filler: bytes) -> None:
+    content = bytearray(tar([(f"{number}.png", bytes([number + 1]) * 700) for number in range(6)]))
+    content[3 * 1536 : 3 * 1536 + 512] = filler * 512
+    source = one(tmp_path, bytes(content), fragment_samples=2)
+    found = samples(source)
+    assert [sample.sample_id for sample in found] == ["a.tar#0", "a.tar#1", "a.tar#2", "a.tar#4", "a.tar#5"]
+    assert list(rejects(found)) == ["a.tar#2"] and "damaged" in found[2].reason
+
+
+def test_a_damaged_first_header_is_a_reject_of_its_own(tmp_path: Any) -> None:
+    content = bytearray(tar(pairs(3)))
+    content[:512] = b"\xff" * 512
+    found = samples(one(tmp_path, bytes(content)))
+    assert [sample.sample_id for sample in found] == ["a.tar#byte-0", "a.tar#0000", "a.tar#0001", "a.tar#0002"]
+    assert list(rejects(found)) == ["a.tar#byte-0", "a.tar#0000"]  # the second has lost its image
+
+
+def test_tars_one_after_the_other_are_all_read(tmp_path: Any) -> None:
+    found = samples(one(tmp_path, tar(pairs(3)) + tar(pairs(3, 3)), fragment_samples=2))
+    assert len(found) == 6 and not rejects(found)
+
+
+def test_what_follows_the_end_is_not_damage(tmp_path: Any) -> None:
+    assert not rejects(samples(one(tmp_path, tar(pairs(3)) + b"signature of some tool")))
+
+
+def test_an_endless_name_is_damage(tmp_path: Any) -> None:
+    header = special("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    header.size = 1 << 40
+    found = samples(one(tmp_path, tar(pairs(2))[: 4 * 1024] + header.tobuf(tarfile.GNU_FORMAT) + tar(pairs(1, 5))))
+    assert ids(found) == ["a.tar#0000", "a.tar#0001", "a.tar#0005"] and list(rejects(found)) == ["a.tar#0001"]
+
+
+def test_a_size_beyond_the_end_is_a_cut(tmp_path: Any) -> None:
+    header = tarfile.TarInfo("big.png")
+    header.size = 1 << 50
+    found = samples(one(tmp_path, tar(pairs(1))[:2048] + header.tobuf(tarfile.GNU_FORMAT)))
+    assert ids(found) == ["a.tar#0000", "a.tar#big"] and "cut off" in found[1].reason
+
+
+def test_a_member_that_is_too_large_is_not_loaded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "LARGEST_IMAGE", 1000)
+    found = samples(one(tmp_path, tar([("x.png", b"1" * 1001), ("y.png", b"1" * 1000)])))
+    assert rejects(found) == {"a.tar#x": "the image has more than 1000 bytes"}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\xff" * 5000])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_no_tar_at_all_is_a_broken_file(tmp_path: Any, content: bytes, name: str) -> None:
+    (fragment,) = scans(one(tmp_path, content, name))[0].fragments
+    assert fragment.samples == 0 and ("not a tar file" in fragment.error or "empty" in fragment.error)
+
+
+def test_an_empty_tar_has_no_fragments(tmp_path: Any) -> None:
+    assert scans(one(tmp_path, tar([])))[0].fragments == ()
+    assert scans(one(tmp_path, tar([special("folder", tarfile.DIRTYPE), ("README", b"x")])))[0].fragments == ()
+
+
+def test_a_tar_that_changes_after_the_scan(tmp_path: Any) -> None:
+    source = one(tmp_path, tar(pairs(10)), fragment_samples=6)
+    fragments = scans(source)[0].fragments
+    for content in (tar(pairs(2)), b"", b"\0" * 20_000, b"\xff" * 20_000):
+        (tmp_path / "a.tar").write_bytes(content)
+        for fragment in fragments:
+            found = list(source.read(fragment))
+            assert len(found) == fragment.samples == len(set(ids(found)))
+
+
+def test_a_storage_fault_is_not_mistaken_for_damage(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.tar", "a.tar.gz"):
+        content = tar([(f"{number}.png", picture(number, 64)) for number in range(30)])
+        source = one(tmp_path, gzip.compress(content, 0) if name.endswith("gz") else content, name)
+        file = next(source.files())
+        (fragment,) = source.scan(file).fragments
+        fetch = storage._Ranges._fetch
+
+        def fails(self: Any, length: int, fetch: Any = fetch) -> bytes:
+            if self._position > 50_000:
+                raise PermissionError("the token has expired")
+            return fetch(self, length)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(webdataset, "READ_BYTES", 4096)
+            patch.setattr(storage._Ranges, "_fetch", fails)
+            with pytest.raises(PermissionError, match="expired"):
+                source.scan(file)
+            with pytest.raises(PermissionError, match="expired"):
+                list(source.read(fragment))
+
+
+def mixed() -> list[Member]:
+    members = pairs(6)
+    members += [
+        special("l.png", tarfile.SYMTYPE, "x"),
+        ("n" * 150 + ".png", picture(7)),
+        ("j.json", b'{"label": 1}'),
+        ("j.png", picture(8)),
+    ]
+    return members + pairs(2, 2)
+
+
+FUZZ = [tar(mixed(), format) for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)]
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    which=st.integers(0, len(FUZZ) - 1),
+    cut=st.none() | st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=6),
+    packed=st.booleans(),
+    limit=st.integers(1, 8),
+)
+def test_damage_gives_rejects_or_a_broken_file(
+    tmp_path: Any, which: int, cut: float | None, changes: list[tuple[float, bytes]], packed: bool, limit: int
+) -> None:
+    damaged = bytearray(gzip.compress(FUZZ[which], 1) if packed else FUZZ[which])
+    for place, value in changes:
+        start = int(place * len(damaged))
+        damaged[start : start + len(value)] = value
+    if cut is not None:
+        del damaged[int(cut * len(damaged)) :]
+    found = samples(
+        one(tmp_path, bytes(damaged), "a.tar.gz" if packed else "a.tar", fragment_samples=limit), lambda name: hash(name) % 2
+    )
+    decode_batch(found, 8, 10_000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=300), position=st.integers(0, 30))
+def test_any_extended_header_can_be_parsed(data: bytes, position: int) -> None:
+    content = b"20 path=some/name.p\n"[:position] + data
+    assert all(isinstance(value, str) for value in tarfiles._extension(tarfile.XHDTYPE, content).values())

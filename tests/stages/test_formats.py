@@ -1,0 +1,103 @@
+"""The whole job on files: Parquet and run both on an S3 server, and a folder with images nobody can read."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import QUIET, by_id, small_config
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import raypipe
+from raypipe import storage
+from raypipe.errors import SourceError
+from raypipe.rundir import Run
+
+pytestmark = pytest.mark.ray
+
+
+def _pngs(count: int) -> tuple[list[bytes], list[int]]:
+    digits = load_digits()
+    encoded = []
+    for image in digits.images[:count]:
+        buffer = io.BytesIO()
+        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    return encoded, digits.target[:count].tolist()
+
+
+def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
+    images, labels = _pngs(400)
+    for part in range(2):
+        rows = slice(part * 200, part * 200 + 200)
+        column = [{"bytes": image, "path": None} for image in images[rows]]
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"image": column, "label": labels[rows]}), buffer, row_group_size=50)
+        storage.write_bytes(f"{s3}/data/train-{part}.parquet", buffer.getvalue())
+    run = f"{s3}/runs/first"
+    config = small_config(run, f"source.uri={s3}/data", "source.format=auto", "source.limit=null", "source.fragment_samples=100")
+    result = raypipe.run(config, progress=QUIET)
+    rows_by_id = by_id(run)
+    assert set(rows_by_id) == {f"train-{part}.parquet#{row}" for part in range(2) for row in range(200)}
+    assert [rows_by_id[f"train-1.parquet#{row}"]["label"] for row in range(5)] == labels[200:205]
+    assert result.summary["counts"]["samples"] == 400
+    assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 200
+    assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
+    before = {file.path: file.stamp for file in storage.listing(f"{run}/scores")}
+    gone = sorted(before)[0]
+    storage.delete(f"{run}/scores/{gone}")
+    raypipe.run(config, progress=QUIET)
+    assert {file.path: file.stamp for file in storage.listing(f"{run}/scores")} == before
+    assert raypipe.select(run, 0.1) == {"keep-0.10.parquet": 40}
+    secrets = [storage.read_bytes(f"{run}/{file.path}") for file in storage.listing(run) if "parquet" not in file.path]
+    assert not any(b"AWS_SECRET" in content or b"aws_secret" in content for content in secrets)
+
+
+def test_what_cannot_be_read_is_rejected_with_its_reason(cluster: str, tmp_path) -> None:
+    images, labels = _pngs(300)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "data" / f"class-{label}" / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    bad = {"class-0/empty.png": b"", "class-1/words.jpg": b"not an image", "class-2/cut.png": images[0][:60]}
+    for name, content in bad.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    run = Run(str(tmp_path / "run"))
+    config = small_config(run.uri, f"source.uri={tmp_path}/data", "source.format=imagefolder", "source.limit=null", "proxy.epochs=2")
+    raypipe.run(config, progress=QUIET)
+    rejects = pa.concat_tables([table for _, table in storage.iter_tables(run.path("rejects"))]).to_pylist()
+    assert {row["sample_id"] for row in rejects} == set(bad)
+    assert all(len(row["reason"]) > 8 for row in rejects)
+    scores = by_id(run.uri)
+    assert len(scores) == 300
+    assert not set(scores) & set(bad)
+    assert run.record("embed").detail["rejects"] == 3
+    assert storage.read_json(run.path("report", "summary.json"))["counts"]["rejects"] == 3
+
+
+def test_half_a_file_does_not_stop_the_run(cluster: str, tmp_path) -> None:
+    images, labels = _pngs(300)
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "data" / "a.parquet", row_group_size=100)
+    whole = (tmp_path / "data" / "a.parquet").read_bytes()
+    (tmp_path / "data" / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    run = Run(str(tmp_path / "run"))
+    config = small_config(run.uri, f"source.uri={tmp_path}/data", "source.format=parquet", "source.limit=null", "proxy.epochs=2")
+    raypipe.run(config, until="embed", progress=QUIET)
+    rejects = pa.concat_tables([table for _, table in storage.iter_tables(run.path("rejects"))]).to_pylist()
+    assert [row["sample_id"] for row in rejects] == ["b.parquet"]
+    assert run.record("embed").samples == 300
+
+
+def test_a_source_that_cannot_be_used_stops_before_any_training(cluster: str, tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.parquet").write_bytes(b"PAR1 cut")
+    config = small_config(str(tmp_path / "run"), f"source.uri={tmp_path}/data", "source.format=parquet")
+    with pytest.raises(SourceError, match=r"nothing can be read \(a\.parquet: "):
+        raypipe.run(config, progress=QUIET)
+    with pytest.raises(SourceError, match="missing"):
+        raypipe.run(small_config(str(tmp_path / "other"), f"source.uri={tmp_path}/missing", "source.format=auto"), progress=QUIET)

@@ -1,0 +1,95 @@
+"""The command line as a user meets it: words, exit codes, and how fast the quick verbs answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raypipe import cli
+
+
+def _main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_help_names_every_verb(capsys) -> None:
+    code, out, _ = _main(capsys, "--help")
+    assert code == 0
+    for verb in ("run", "demo", "init", "inspect", "status", "select", "report"):
+        assert f"  {verb} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["frobnicate"], "No such command"),
+        (["run"], "Missing argument 'CONFIG'"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["demo", "--set", "proxy.epochs=-1"], "proxy.epochs: -1 is not allowed"),
+        (["demo", "--set", "proxy.epoch=1"], "did you mean 'epochs'?"),
+        (["select", "x", "--keep", "many"], "not a valid float"),
+    ],
+)
+def test_bad_usage_exits_with_2(capsys, arguments: list[str], expected: str) -> None:
+    code, out, err = _main(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["status", "nowhere"], "no run here"),
+        (["select", "nowhere", "--keep", "0.5"], "no run here"),
+        (["report", "nowhere"], "no run here"),
+        (["inspect", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_exits_with_1(capsys, tmp_path, monkeypatch, arguments: list[str], expected: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = _main(capsys, *arguments)
+    assert code == 1
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_init_prints_a_configuration(capsys) -> None:
+    code, out, _ = _main(capsys, "init")
+    assert code == 0
+    assert yaml.safe_load(out)["proxy"]["model"] == "resnet18"
+
+
+def test_inspect_shows_what_would_be_read(capsys) -> None:
+    code, out, _ = _main(capsys, "inspect", "digits://")
+    assert code == 0
+    for expected in ("digits", "samples     1,797", "classes     10: 0, 1, 2", "64 readable"):
+        assert expected in out
+
+
+def test_a_damaged_run_is_an_error_not_a_traceback(capsys, tmp_path) -> None:
+    for content in (b"{", b"[]", b'{"format": 99}', b'{"format": 1, "stages": {"seed": 3}}'):
+        (tmp_path / "run.json").write_bytes(content)
+        code, _, err = _main(capsys, "status", str(tmp_path))
+        assert code == 1
+        assert "run.json" in err
+
+
+@pytest.mark.parametrize("arguments", [["init"], ["--help"], ["inspect", "digits://"], ["status", "nowhere"]])
+def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom raypipe.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'ray', 'torch', 'torchvision'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert time.monotonic() - started < 20

@@ -1,0 +1,115 @@
+"""Settings: what is refused, and whether the refusal names the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from raypipe.config import Config, apply_overrides, commented_config, dump_config, load_config, parse_config
+from raypipe.errors import ConfigError
+
+LEAST = {"run": "out", "source": {"uri": "data"}}
+
+
+def _message(data: dict) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_config(data)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"proxy": {"epochs": -3}}, ["proxy.epochs", "-3", "greater than or equal to 1"]),
+        ({"proxy": {"epochs": "ten"}}, ["proxy.epochs", "'ten'", "integer"]),
+        ({"proxy": {"epoch": 3}}, ["proxy.epoch", "unknown setting", "did you mean 'epochs'"]),
+        ({"proksy": {}}, ["proksy", "unknown setting", "did you mean 'proxy'"]),
+        ({"proxy": {"model": "vgg"}}, ["proxy", "'vgg'", "resnet18"]),
+        ({"proxy": {"epochs": 3, "checkpoints": 10}}, ["checkpoints (10)", "epochs (3)"]),
+        ({"proxy": {"workers": 1.5}}, ["proxy.workers", "1.5"]),
+        ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
+        ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
+        ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),
+        ({"select": {"keep": []}}, ["select.keep"]),
+        ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top' or 'balanced'"]),
+        ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
+        ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
+        ({"source": {}}, ["source.uri", "required"]),
+        ({"source": {"uri": "x", "format": "zip"}}, ["source.format", "'zip'", "'parquet'"]),
+    ],
+)
+def test_a_bad_setting_is_named(change: dict, expected: list[str]) -> None:
+    message = _message({**LEAST, **change})
+    for part in expected:
+        assert part in message
+
+
+def test_every_bad_setting_is_named_at_once() -> None:
+    message = _message({"source": {"uri": "data"}, "seed": {"fraction": 2}, "proxy": {"lr": 0}})
+    assert "run: required" in message
+    assert "seed.fraction" in message
+    assert "proxy.lr" in message
+
+
+def test_a_single_keep_fraction_is_a_list_of_one() -> None:
+    assert parse_config({**LEAST, "select": {"keep": 0.5}}).select.keep == (0.5,)
+
+
+def test_overrides() -> None:
+    data = apply_overrides(LEAST, ["proxy.epochs=3", "select.keep=[0.5, 0.1]", "source.id_column=null", "run=s3://bucket/run"])
+    assert data["proxy"] == {"epochs": 3}
+    assert data["select"] == {"keep": [0.5, 0.1]}
+    assert data["run"] == "s3://bucket/run"
+    assert "proxy" not in LEAST, "the original is not changed"
+    for bad in ("proxy.epochs", "=3", "run.field=3", "proxy.epochs=[1"):
+        with pytest.raises(ConfigError, match="--set"):
+            apply_overrides(LEAST, [bad])
+
+
+def test_dumped_configuration_reads_back(tmp_path) -> None:
+    config = parse_config({**LEAST, "proxy": {"epochs": 12}, "select": {"keep": [0.2]}})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again = load_config(str(tmp_path / "config.yaml"))
+    assert again.proxy == config.proxy
+    assert again.select == config.select
+
+
+def test_printed_configuration_is_complete_and_valid(tmp_path) -> None:
+    text = commented_config()
+    data = yaml.safe_load(text)
+    for section, model in Config.model_fields.items():
+        fields = getattr(model.annotation, "model_fields", None)
+        if fields:
+            assert set(data[section]) == set(fields)
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(str(tmp_path / "config.yaml")).proxy == parse_config(LEAST).proxy
+    assert all("#" in line for line in text.splitlines() if line.startswith("  ")), "every setting has its comment"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("- a\n- b\n", "expected sections"),
+        ("a: [1\n", "not valid YAML"),
+        ("", "expected sections"),
+        ("!!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, content: str, expected: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(str(tmp_path / "config.yaml"))
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
+        load_config("nowhere.yaml")
+
+
+def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("run: out\nsource: {uri: s3://bucket/data}\n")
+    config = load_config("config.yaml")
+    assert config.run == str(tmp_path / "out")
+    assert config.source.uri == "s3://bucket/data"
