@@ -34,7 +34,8 @@ class Page:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={self._folder}"]
         self._process = subprocess.Popen(
             ["bash", "-c", script, PROGRAM, *flags, "about:blank"],
-            pass_fds=(read_theirs, write_theirs), env={**os.environ, "TMPDIR": self._folder}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            pass_fds=(read_theirs, write_theirs), env={**os.environ, "TMPDIR": self._folder},
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read_theirs)
         os.close(write_theirs)
