@@ -1,0 +1,27 @@
+"""AUM: area under the margin, negated.
+
+Source: Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", NeurIPS 2020 (arXiv 2001.10528):
+
+    AUM(x) = (1/T) sum_t [ z_t(y) - max_{j != y} z_t(j) ]      z the logits
+
+A low AUM is hard or mislabelled. Pruning that keeps hard samples keeps the low end, so the score here is -AUM: higher means
+keep. (`softmax: true` takes the margin of the probabilities, as the code of CCS, arXiv 2210.15809, does.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raypipe.scores.base import Trajectory
+
+
+def score(trajectory: Trajectory, softmax: bool = False) -> np.ndarray:
+    """Negated AUM, float32 [samples]."""
+    if not softmax:
+        return -trajectory.margin.mean(0, dtype=np.float64).astype(np.float32)
+    total = np.zeros(len(trajectory.label))
+    for probabilities, own in zip(trajectory.probabilities, trajectory.own, strict=True):
+        others = probabilities.copy()
+        others[np.arange(len(others)), trajectory.label] = -1
+        total += own - others.max(1)
+    return (-total / trajectory.epochs).astype(np.float32)

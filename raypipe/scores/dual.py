@@ -1,0 +1,33 @@
+"""DUAL: Difficulty and Uncertainty-Aware Lightweight score, for early epochs.
+
+Source: Cho et al., "Lightweight Dataset Pruning without Full Training via Example Difficulty and Prediction Uncertainty",
+ICML 2025 (arXiv 2502.06905):
+
+    DUAL(x) = mean_k [ std(p_k .. p_{k+J-1}) * (1 - mean(p_k .. p_{k+J-1})) ],    p the label's probability, J = 10
+
+over the first 30 epochs (CIFAR) or 60 (ImageNet). Higher means keep. All windows count; the factor 10 of the official code
+does not change the ranking and is left out; its deviation is that of `torch.std` (ddof 1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raypipe.scores.base import Trajectory, need_epochs
+
+
+def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> np.ndarray:
+    """DUAL, float32 [samples].
+
+    window  J, epochs in a window, at least 2
+    epochs  only the first so many epochs count; None: all
+    Raises ScoreError when there is no window for so few epochs.
+    """
+    own = trajectory.own[:epochs].astype(np.float64)
+    need_epochs("dual", len(own), window, f"window {window}")
+    windows = len(own) - window + 1
+    total = np.zeros(own.shape[1])
+    for start in range(windows):
+        part = own[start : start + window]
+        total += part.std(0, ddof=1) * (1 - part.mean(0))
+    return (total / windows).astype(np.float32)

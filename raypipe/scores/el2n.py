@@ -1,0 +1,30 @@
+"""EL2N: distance of the predicted probabilities from the one-hot label.
+
+Source: Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021 (arXiv 2107.07075):
+
+    EL2N(x) = E || softmax(f_t(x)) - onehot(y) ||_2
+
+at an early epoch t, averaged over several trainings. Higher (harder) means keep. With one proxy there is one training, so
+the average is over epochs instead: the first 10, as the code of CCS (arXiv 2210.15809) does; a single epoch is
+`first_epoch: t, last_epoch: t + 1`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raypipe.scores.base import Trajectory, spans
+
+
+def score(trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = 10) -> np.ndarray:
+    """EL2N, float32 [samples].
+
+    first_epoch, last_epoch  0-based; the mean is over first_epoch up to and without last_epoch (None: to the end)
+    """
+    part = trajectory.probabilities[spans(trajectory.epochs, first_epoch, last_epoch)]
+    total = np.zeros(part.shape[1])
+    for probabilities, own in zip(part, trajectory.own[first_epoch:last_epoch], strict=True):
+        # |p - e_y|^2 = |p|^2 - 2 p_y + 1, without a copy of p
+        square = np.einsum("nc,nc->n", probabilities, probabilities, dtype=np.float64) - 2.0 * own + 1
+        total += np.sqrt(np.maximum(square, 0))
+    return (total / len(part)).astype(np.float32)

@@ -1,0 +1,53 @@
+"""TDDS: Temporal Dual-Depth Scoring.
+
+Source: Zhang et al., "Spanning Training Progress: Temporal Dual-Depth Scoring (TDDS) for Enhanced Dataset Pruning", CVPR 2024
+(arXiv 2311.13613), as its official code computes it. With p_t the class probabilities at epoch t and windows
+k = 0 .. T-J of J epochs:
+
+    d_{k,j} = sum_c | p_{k+j+1}(c) * ( log(p_{k+j+1}(c) + e) - log(p_{k+j}(c) + e) ) |,    j = 0 .. J-2,   e = 1e-8
+    R_k     = || ( d_{k,j} - mean_j d_{k,j} )_j ||_2
+    score   = sum_k R_k * beta * (1 - beta)^(T-J-k),    beta = 0.9
+
+Higher means keep. The absolute value is taken per class, inside the sum. With beta 0.9 the last window has nine tenths of
+the weight, and with T = J there is one window, so that beta only scales. The official code reads the first T epochs
+(`take: first`), that of arXiv 2506.09010 the last (`take: last`). The loss re-scaling by the mean score of a batch, which the
+official re-training does, belongs to training and not to the score.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raypipe.scores.base import ScoreError, Trajectory, need_epochs
+
+EPSILON = 1e-8
+
+
+def score(
+    trajectory: Trajectory, epochs: int | None = None, window: int = 10, beta: float = 0.9, take: str = "first"
+) -> np.ndarray:
+    """TDDS, float32 [samples].
+
+    epochs  T, epochs used; None: all
+    window  J, epochs in a window, at least 3
+    beta    weight of the newest window, 0 < beta <= 1
+    take    first or last: which T epochs
+    Raises ScoreError when T is smaller than J or than the trajectory allows.
+    """
+    used = trajectory.epochs if epochs is None else epochs
+    need_epochs("tdds", trajectory.epochs, max(used, window), f"epochs {used}, window {window}")
+    if used < window:
+        raise ScoreError(f"tdds: epochs ({used}) cannot be fewer than window ({window})")
+    start = 0 if take == "first" else trajectory.epochs - used
+    probabilities = trajectory.probabilities[start : start + used]
+    change = np.empty((used - 1, probabilities.shape[1]))
+    before = np.log(probabilities[0] + np.float32(EPSILON))
+    for step in range(used - 1):  # one epoch at a time: the logarithms of all at once would triple the memory
+        after = np.log(probabilities[step + 1] + np.float32(EPSILON))
+        change[step] = np.abs(probabilities[step + 1] * (after - before)).sum(1, dtype=np.float64)
+        before = after
+    total = np.zeros(probabilities.shape[1])
+    for k in range(used - window + 1):
+        part = change[k : k + window - 1]
+        total += np.sqrt(np.square(part - part.mean(0)).sum(0)) * beta * (1 - beta) ** (used - window - k)
+    return total.astype(np.float32)

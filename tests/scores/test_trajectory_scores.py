@@ -1,0 +1,215 @@
+"""Every trajectory score against a slow, obvious computation in Python floats, and the properties all of them share."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypipe.scores.base import SCORES, ScoreError, Trajectory, margin_of, trajectory, trajectory_score
+
+TRAJECTORY_SCORES = sorted(name for name, info in SCORES.items() if info.needs == "trajectory")
+
+
+def _random(seed: int, epochs: int = 14, samples: int = 6, classes: int = 4) -> Trajectory:
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (epochs, samples, classes)).cumsum(0) / 2
+    probabilities = np.exp(logits - logits.max(2, keepdims=True))
+    probabilities /= probabilities.sum(2, keepdims=True)
+    return trajectory(probabilities, random.integers(0, classes, samples))
+
+
+def _options(name: str) -> dict:
+    return {"dynamic-uncertainty": {"window": 5}, "dual": {"window": 5}, "tdds": {"window": 5}}.get(name, {})
+
+
+# -- the obvious computations: p is [epoch][class] of one sample, y its label -----------------------------------------
+
+
+def _dynamic_uncertainty(p: list[list[float]], y: int, window: int = 5, variant: str = "official") -> float:
+    own = [row[y] for row in p]
+    windows = [own[start : start + window] for start in range(len(own) - window + 1)]
+    if variant == "official":
+        return statistics.mean(statistics.stdev(part) for part in windows[:-1])
+    if variant == "paper":
+        return statistics.mean(statistics.stdev(part) for part in windows)
+    return statistics.mean(statistics.pstdev(part) for part in windows[2:])
+
+
+def _dual(p: list[list[float]], y: int, window: int = 5) -> float:
+    own = [row[y] for row in p]
+    windows = [own[start : start + window] for start in range(len(own) - window + 1)]
+    return statistics.mean(statistics.stdev(part) * (1 - statistics.mean(part)) for part in windows)
+
+
+def _tdds(
+    p: list[list[float]], y: int, window: int = 5, beta: float = 0.9, epochs: int | None = None, take: str = "first"
+) -> float:
+    used = epochs or len(p)
+    p = p[:used] if take == "first" else p[-used:]
+    change = [
+        sum(abs(b * (math.log(b + 1e-8) - math.log(a + 1e-8))) for a, b in zip(p[t], p[t + 1], strict=True))
+        for t in range(used - 1)
+    ]
+    total = 0.0
+    for k in range(used - window + 1):
+        part = change[k : k + window - 1]
+        mean = sum(part) / len(part)
+        total += math.sqrt(sum((d - mean) ** 2 for d in part)) * beta * (1 - beta) ** (used - window - k)
+    return total
+
+
+def _el2n(p: list[list[float]], y: int, first: int = 0, last: int = 10) -> float:
+    part = p[first:last]
+    return statistics.mean(math.sqrt(sum((value - (c == y)) ** 2 for c, value in enumerate(row))) for row in part)
+
+
+def _forgetting(p: list[list[float]], y: int, never_learned: str = "hardest") -> float:
+    correct = [max(range(len(row)), key=row.__getitem__) == y for row in p]
+    if not any(correct):
+        return len(p) // 2 + 1 if never_learned == "hardest" else 0
+    return sum(before and not after for before, after in zip(correct, correct[1:], strict=False))
+
+
+def _aum(p: list[list[float]], y: int) -> float:
+    return -statistics.mean(math.log(row[y]) - max(math.log(value) for c, value in enumerate(row) if c != y) for row in p)
+
+
+def _aum_softmax(p: list[list[float]], y: int) -> float:
+    return -statistics.mean(row[y] - max(value for c, value in enumerate(row) if c != y) for row in p)
+
+
+def _loss(p: list[list[float]], y: int) -> float:
+    return statistics.mean(-math.log(row[y]) for row in p)
+
+
+def _entropy(p: list[list[float]], y: int) -> float:
+    return statistics.mean(-sum(value * math.log(value) for value in row) for row in p)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "obvious"),
+    [
+        ("dynamic-uncertainty", {"window": 5}, _dynamic_uncertainty),
+        ("dynamic-uncertainty", {"window": 5, "variant": "paper"}, lambda p, y: _dynamic_uncertainty(p, y, variant="paper")),
+        (
+            "dynamic-uncertainty",
+            {"window": 5, "variant": "extrapolation"},
+            lambda p, y: _dynamic_uncertainty(p, y, variant="extrapolation"),
+        ),
+        ("dual", {"window": 5}, _dual),
+        ("dual", {"window": 5, "epochs": 8}, lambda p, y: _dual(p[:8], y)),
+        ("tdds", {"window": 5}, _tdds),
+        ("tdds", {"window": 5, "beta": 0.3, "epochs": 9}, lambda p, y: _tdds(p, y, beta=0.3, epochs=9)),
+        (
+            "tdds",
+            {"window": 5, "beta": 0.3, "epochs": 9, "take": "last"},
+            lambda p, y: _tdds(p, y, beta=0.3, epochs=9, take="last"),
+        ),
+        ("el2n", {}, _el2n),
+        ("el2n", {"first_epoch": 3, "last_epoch": 4}, lambda p, y: _el2n(p, y, 3, 4)),
+        ("forgetting", {}, _forgetting),
+        ("forgetting", {"never_learned": "easiest"}, lambda p, y: _forgetting(p, y, "easiest")),
+        ("aum", {}, _aum),
+        ("aum", {"softmax": True}, _aum_softmax),
+        ("loss", {}, _loss),
+        ("entropy", {}, _entropy),
+    ],
+)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), classes=st.integers(2, 5))
+def test_agrees_with_the_obvious_computation(name: str, options: dict, obvious, seed: int, classes: int) -> None:
+    given_ = _random(seed, classes=classes)
+    found = trajectory_score(name)(given_, **options)
+    expected = [
+        obvious(given_.probabilities[:, i].astype(float).tolist(), int(given_.label[i])) for i in range(len(given_.label))
+    ]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", TRAJECTORY_SCORES)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_does_not_depend_on_order_or_batches_or_names_of_classes(name: str, seed: int) -> None:
+    whole = _random(seed, samples=9)
+    function, options = trajectory_score(name), _options(name)
+    found = function(whole, **options)
+    random = np.random.default_rng(seed)
+    order = random.permutation(9)
+    moved = trajectory(whole.probabilities[:, order], whole.label[order], whole.margin[:, order])
+    np.testing.assert_array_equal(function(moved, **options), found[order])
+    part = trajectory(whole.probabilities[:, :4], whole.label[:4], whole.margin[:, :4])
+    np.testing.assert_allclose(function(part, **options), found[:4], rtol=1e-5, atol=1e-7)
+    classes = random.permutation(4)
+    renamed = trajectory(whole.probabilities[..., np.argsort(classes)], classes[whole.label], whole.margin)
+    np.testing.assert_allclose(function(renamed, **options), found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRAJECTORY_SCORES)
+def test_hard_samples_are_kept_before_easy_ones(name: str) -> None:
+    """A sample that is learned late and unsteadily against one that is right from the start."""
+    random = np.random.default_rng(0)
+    own = np.stack([0.5 + 0.35 * random.choice([-1, 1], 20), np.full(20, 0.98)], 1)
+    probabilities = np.stack([own, 1 - own], 2)
+    found = trajectory_score(name)(trajectory(probabilities, np.array([0, 0])), **_options(name))
+    assert found[0] > found[1]
+
+
+def test_an_epoch_without_a_sample_takes_the_one_before() -> None:
+    given_ = _random(1)
+    holes = given_.probabilities.copy()
+    holes[0, 2] = np.nan
+    holes[5, 2] = np.nan
+    holes[6, 2, 1] = np.nan
+    filled = trajectory(holes, given_.label, given_.margin)
+    np.testing.assert_array_equal(filled.probabilities[0, 2], given_.probabilities[1, 2])
+    np.testing.assert_array_equal(filled.probabilities[5, 2], given_.probabilities[4, 2])
+    np.testing.assert_array_equal(filled.probabilities[6, 2], given_.probabilities[4, 2])
+    assert filled.margin[6, 2] == given_.margin[4, 2]
+    np.testing.assert_array_equal(np.delete(filled.probabilities, 2, 1), np.delete(given_.probabilities, 2, 1))
+
+
+def test_what_cannot_be_scored_is_an_error_with_its_numbers() -> None:
+    given_ = _random(2, epochs=4)
+    for name, message in (
+        ("dynamic-uncertainty", "at least 11 epochs"),
+        ("dual", "at least 10 epochs"),
+        ("tdds", "at least 10 epochs"),
+    ):
+        with pytest.raises(ScoreError, match=message):
+            trajectory_score(name)(given_)
+    with pytest.raises(ScoreError, match="at least 2 epochs"):
+        trajectory_score("forgetting")(_random(2, epochs=1))
+    with pytest.raises(ScoreError, match="no epochs between first_epoch 9"):
+        trajectory_score("el2n")(given_, first_epoch=9)
+    with pytest.raises(ScoreError, match="'moso' is not a trajectory score"):
+        trajectory_score("moso")
+    never = given_.probabilities.copy()
+    never[:, 1] = np.nan
+    with pytest.raises(ScoreError, match="1 samples have no finite prediction"):
+        trajectory(never, given_.label)
+    with pytest.raises(ScoreError, match=r"labels must be 0\.\.3"):
+        trajectory(given_.probabilities, given_.label + 4)
+    with pytest.raises(ScoreError, match="two classes"):
+        trajectory(given_.probabilities[..., :1], np.zeros(6, int))
+
+
+def test_probabilities_of_zero_do_not_make_scores_infinite() -> None:
+    probabilities = np.zeros((12, 2, 3), np.float16)
+    probabilities[:, 0, 0] = 1
+    probabilities[:, 1, 2] = 1
+    given_ = trajectory(probabilities, np.array([0, 0]))
+    assert np.isfinite(margin_of(probabilities, np.array([0, 0]))).all()
+    for name in TRAJECTORY_SCORES:
+        assert np.isfinite(trajectory_score(name)(given_)).all(), name
+
+
+def test_empty_sets_and_lonely_classes_are_nothing_special() -> None:
+    for name in TRAJECTORY_SCORES:
+        empty = trajectory(np.zeros((12, 0, 3)), np.zeros(0, int))
+        assert trajectory_score(name)(empty).shape == (0,)
