@@ -26,7 +26,6 @@ import numpy as np
 
 from raypipe.errors import RaypipeError
 
-
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 """Probabilities are stored as float16; one that became 0 there counts as this in a logarithm."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 
@@ -72,7 +73,7 @@ def _forgetting(p: list[list[float]], y: int, never_learned: str = "hardest") ->
     correct = [max(range(len(row)), key=row.__getitem__) == y for row in p]
     if not any(correct):
         return len(p) // 2 + 1 if never_learned == "hardest" else 0
-    return sum(before and not after for before, after in zip(correct, correct[1:], strict=False))
+    return sum(before and not after for before, after in itertools.pairwise(correct))
 
 
 def _aum(p: list[list[float]], y: int) -> float:
