@@ -13,6 +13,7 @@ from raypipe.config import Config
 from raypipe.errors import ConfigError, RaypipeError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now
+from raypipe.sources import open_source
 from raypipe.stages.base import Context, Stage
 
 log = logging.getLogger("raypipe")
@@ -43,10 +44,17 @@ def execute(config: Config, *, until: str | None = None, progress: Progress | No
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
-    progress = progress or Progress()
+    with _errors_of_storage(config.run):
+        return _execute(config, until, progress or Progress(), verbose)
+
+
+def _execute(config: Config, until: str | None, progress: Progress, verbose: bool) -> Run:
     run = Run(config.run)
+    if config.source.format == "auto":  # told once here, instead of by a listing in every task
+        source = config.source.model_copy(update={"format": open_source(config.source).format})
+        config = config.model_copy(update={"source": source})
     context = Context(config, run, progress, verbose)
-    with _errors_of_storage(run), Lease(run), _log_file(run):
+    with Lease(run), _log_file(run):
         records = run.ledger() if run.exists() else {}
         run.write_config(config)
         names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
@@ -90,12 +98,12 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
 
 
 @contextmanager
-def _errors_of_storage(run: Run) -> Iterator[None]:
+def _errors_of_storage(uri: str) -> Iterator[None]:
     """Storage that fails for good ends a run with one line that names it."""
     try:
         yield
     except OSError as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else f"{run.uri}: "
+        where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
         raise RaypipeError(f"{where}{error.strerror or error}. Mend it and run again to resume") from error
 
 

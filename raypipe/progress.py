@@ -19,7 +19,7 @@ PLAIN_SECONDS = 10.0
 
 
 class Meter:
-    """Counts what one stage has done. `total` may be raised while it runs."""
+    """Counts what one stage has done."""
 
     def __init__(self, name: str, total: int, unit: str, stream: TextIO) -> None:
         self.name, self.total, self.unit, self.count = name, total, unit, 0
@@ -29,13 +29,13 @@ class Meter:
         self._bar: tqdm | None = None
         if stream.isatty():
             self._bar = tqdm(
-                total=total or None,
+                total=total,
                 desc=f"{name:<11}",
                 unit=f" {unit}",
                 file=stream,
                 dynamic_ncols=True,
                 leave=False,
-                bar_format="{desc} {n_fmt}/{total_fmt} {bar:20} {rate_fmt} left {remaining}{postfix}",
+                bar_format="{desc} {n:,}/{total:,} {bar:20} {rate_fmt}, {remaining} left",
             )
 
     def already(self, count: int) -> None:
@@ -46,6 +46,12 @@ class Meter:
             self._bar.initial = self.count
             self._bar.n = self.count
             self._bar.refresh()
+
+    def expect(self, total: int) -> None:
+        """Set the total, where it is known only on the way."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
 
     def add(self, count: int) -> None:
         self.count += count

@@ -171,12 +171,11 @@ def create_bytes(uri: str, data: bytes) -> bool:
     try:
         retrying(lambda: fs.pipe_file(path, data, mode="create"), uri)
         return True
-    except FileExistsError:
-        return False
     except OSError as error:
-        if "PreconditionFailed" in str(error) or "pre-conditions" in str(error) or "ConditionalRequestConflict" in str(error):
-            return False
-        raise
+        words = ("PreconditionFailed", "pre-conditions", "ConditionalRequestConflict")
+        if not isinstance(error, FileExistsError) and not any(word in str(error) for word in words):
+            raise
+        return read_bytes(uri) == data  # a request whose answer was lost was sent again and met its own file
 
 
 def open_read(uri: str, block: int = 1 << 20) -> Reader:

@@ -99,9 +99,7 @@ def _fit(context: Context, cpus: int, fragments: list[str], samples: int) -> flo
                 context.config, context.run.uri, cpus, fragments, samples
             ):
                 done, total, seconds = ray.get(reference)
-                meter.total = total
-                if meter._bar is not None:
-                    meter._bar.total = total
+                meter.expect(total)
                 meter.add(done - meter.count)
         except Exception as error:
             raise failure(error) from error
