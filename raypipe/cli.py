@@ -63,6 +63,16 @@ def init() -> None:
 
 
 @cli.command()
+def scores() -> None:
+    """List the measured scores: what each is, what it needs, what it costs."""
+    from raypipe.scores.base import SCORES
+
+    for info in SCORES.values():
+        click.echo(f"{info.name:<20} {info.summary}")
+        click.echo(f"{'':<20} needs {info.needs}; costs {info.cost}; {info.source}")
+
+
+@cli.command()
 @click.argument("source")
 @click.option(
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="A setting of the section `source`, such as include='*.tar'."

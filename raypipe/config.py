@@ -64,7 +64,10 @@ class ProxySettings(Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="training loss only; scores use the plain loss")
     flip: bool = Field(True, description="random horizontal flips while training")
     crop_padding: int = Field(4, ge=0, le=64, description="random shifts by up to this many pixels while training")
-    checkpoints: Positive = Field(10, description="checkpoints kept, evenly spaced over the epochs")
+    checkpoints: Positive = Field(10, description="how many checkpoints are kept")
+    checkpoint_choice: Literal["spaced", "random"] | tuple[int, ...] = Field(
+        "spaced", description="evenly spaced, drawn at random (as the published MoSo code does), or a list of epochs from 0"
+    )
     trajectory: Literal["train", "eval", "none"] = Field(
         "train", description="class probabilities per epoch: of the training forward pass (free), of an extra plain pass, or none"
     )
@@ -79,7 +82,11 @@ class ProxySettings(Settings):
 
     @model_validator(mode="after")
     def _checkpoints_fit(self) -> ProxySettings:
-        if self.checkpoints > self.epochs:
+        if isinstance(self.checkpoint_choice, tuple):
+            wrong = [epoch for epoch in self.checkpoint_choice if not 0 <= epoch < self.epochs]
+            if wrong or not self.checkpoint_choice:
+                raise ValueError(f"checkpoint_choice names epochs {wrong}, but there are 0..{self.epochs - 1}")
+        elif self.checkpoints > self.epochs:
             raise ValueError(f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.epochs})")
         return self
 
@@ -99,14 +106,117 @@ class PoolSettings(Settings):
         return self
 
 
-class MeasureSettings(PoolSettings):
-    """The measured score of every seed sample."""
+class MosoSettings(Settings):
+    """MoSo: alignment with the mean gradient."""
 
-    score: Literal["moso"] = Field("moso", description="moso: alignment of a sample's gradient with the mean gradient")
     weights: Literal["lr", "none", "normalized"] = Field(
-        "lr",
-        description="MoSo: weight of a checkpoint: its learning rate (as published), equal, or equal after scaling to unit spread",
+        "lr", description="a checkpoint's weight: its learning rate (as published), equal, or equal after scaling to unit spread"
     )
+    gradient: Literal["all", "head"] = Field(
+        "all", description="over all weights, or the last layer's alone (closed form, one forward pass)"
+    )
+    self_term: bool | Literal["auto"] = Field(
+        "auto",
+        description="take the sample itself out of the mean gradient; auto: for seed sets below 1,000, where it can matter",
+    )
+    formula: Literal["paper", "code"] = Field(
+        "paper", description="paper: Eq. 4; code: the published code's own, for self_term only"
+    )
+    recalibrate: bool = Field(False, description="estimate BatchNorm's statistics anew at every checkpoint before scoring")
+
+
+class DynamicUncertaintySettings(Settings):
+    """Dynamic Uncertainty: spread of the label's probability over windows of epochs."""
+
+    window: int = Field(10, ge=2, description="epochs in a window")
+    variant: Literal["official", "paper", "extrapolation"] = Field(
+        "official", description="windows and ddof of which implementation"
+    )
+
+
+class TddsSettings(Settings):
+    """TDDS: spread of the change of all probabilities."""
+
+    epochs: Positive | None = Field(None, description="epochs used; default: all")
+    window: int = Field(10, ge=3, description="epochs in a window")
+    beta: float = Field(0.9, gt=0, le=1, description="weight of the newest window; no effect where epochs equal window")
+    take: Literal["first", "last"] = Field("first", description="which epochs: the official code takes the first")
+
+
+class DualSettings(Settings):
+    """DUAL: Dynamic Uncertainty times improbability."""
+
+    window: int = Field(10, ge=2, description="epochs in a window")
+    epochs: Positive | None = Field(30, description="first epochs used: 30 for CIFAR, 60 for ImageNet as published; null: all")
+
+
+class El2nSettings(Settings):
+    """EL2N: distance from the one-hot label."""
+
+    first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
+    last_epoch: Positive | None = Field(10, description="the mean ends before this epoch; null: at the end")
+
+
+class MeanSettings(Settings):
+    """A mean over epochs."""
+
+    first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
+    last_epoch: Positive | None = Field(None, description="the mean ends before this epoch; null: at the end")
+
+
+class ForgettingSettings(Settings):
+    """Forgetting events."""
+
+    never_learned: Literal["hardest", "easiest"] = Field("hardest", description="where samples go that were never correct")
+
+
+class AumSettings(Settings):
+    """Negated area under the margin."""
+
+    softmax: bool = Field(False, description="margin of probabilities instead of logits")
+
+
+class GrandSettings(Settings):
+    """GraNd: length of a sample's gradient, mean over the checkpoints."""
+
+    gradient: Literal["all", "head"] = Field("all", description="over all weights, or the last layer's alone (closed form)")
+
+
+ScoreName = Literal["moso", "grand", "dynamic-uncertainty", "tdds", "el2n", "forgetting", "aum", "dual", "loss", "entropy"]
+
+
+class MeasureSettings(PoolSettings):
+    """The measured scores of every seed sample."""
+
+    scores: tuple[ScoreName, ...] = Field(
+        ("moso",), min_length=1, description="one or several, from one proxy training; see `raypipe scores`"
+    )
+    moso: MosoSettings = MosoSettings()
+    grand: GrandSettings = GrandSettings()
+    dynamic_uncertainty: DynamicUncertaintySettings = DynamicUncertaintySettings()
+    tdds: TddsSettings = TddsSettings()
+    el2n: El2nSettings = El2nSettings()
+    forgetting: ForgettingSettings = ForgettingSettings()
+    aum: AumSettings = AumSettings()
+    dual: DualSettings = DualSettings()
+    loss: MeanSettings = MeanSettings()
+    entropy: MeanSettings = MeanSettings()
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("scores")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a score is named twice")
+        return value
+
+    def options(self, score: str) -> dict[str, Any]:
+        """The options of one score."""
+        return getattr(self, score.replace("-", "_")).model_dump()
 
 
 class EmbedSettings(PoolSettings):
@@ -118,6 +228,7 @@ class EmbedSettings(PoolSettings):
 class ExtrapolateSettings(Settings):
     """The score of every other sample, predicted."""
 
+    score: ScoreName | Literal["auto"] = Field("auto", description="which of measure.scores; auto: the first")
     method: Literal["gnn", "gnn-published", "knn-published"] = Field(
         "gnn", description="gnn sees its scored neighbours' scores; the others are as published (arXiv 2506.09010)"
     )
@@ -173,6 +284,22 @@ class Config(Settings):
     select: SelectSettings = SelectSettings()
     report: ReportSettings = ReportSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _scores_fit(self) -> Config:
+        wanted, given = self.extrapolate.score, self.measure.scores
+        if wanted != "auto" and wanted not in given:
+            raise ValueError(f"extrapolate.score: {wanted!r} is not one of measure.scores ({', '.join(given)})")
+        if self.proxy.trajectory == "none" and set(given) - {"moso", "grand"}:
+            raise ValueError(
+                "proxy.trajectory: 'none' leaves nothing to compute " + ", ".join(sorted(set(given) - {"moso", "grand"}))
+            )
+        return self
+
+    @property
+    def score(self) -> str:
+        """The score that is extrapolated."""
+        return self.measure.scores[0] if self.extrapolate.score == "auto" else self.extrapolate.score
 
     @field_validator("proxy")
     @classmethod
@@ -256,12 +383,20 @@ def commented_config() -> str:
         if not (isinstance(section, type) and issubclass(section, Settings)):
             continue
         lines += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
-        for key, info in section.model_fields.items():
-            default = "data/train" if info.is_required() else info.default
-            value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-            value = value.removesuffix("\n").removesuffix("\n...").strip()
-            lines.append(f"  {key}: {value}".ljust(29) + f"# {info.description}")
+        lines += _commented(section, "  ")
     return "\n".join(lines) + "\n"
+
+
+def _commented(section: type[Settings], indent: str) -> Iterable[str]:
+    for key, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
+            yield f"{indent}{key}:".ljust(29) + f"# {(info.annotation.__doc__ or '').strip()}"
+            yield from _commented(info.annotation, indent + "  ")
+            continue
+        default = "data/train" if info.is_required() else info.default
+        value = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+        value = value.removesuffix("\n").removesuffix("\n...").strip()
+        yield f"{indent}{key}: {value}".ljust(29) + f"# {info.description}"
 
 
 def _lines(error: ValidationError) -> Iterable[str]:

@@ -393,10 +393,10 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         raise RaypipeError(f"{uri}: not a readable Parquet file ({error}); delete it and run again to make it anew") from None
 
 
-def write_table(uri: str, table: pa.Table, *, compression: str = "zstd") -> None:
+def write_table(uri: str, table: pa.Table, *, compression: str = "zstd", row_group_size: int | None = None) -> None:
     """Write a Parquet file atomically. The bytes depend on nothing but the table."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression=compression)
+    pq.write_table(table, buffer, compression=compression, row_group_size=row_group_size)
     write_bytes(uri, buffer.getvalue())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from raypipe import storage
@@ -70,4 +71,9 @@ def cluster(s3_server: str) -> Iterator[str]:
 
     connect(ClusterSettings(address="local"), Run("unused"), Progress(quiet=True), verbose=False)
     yield ray.get_runtime_context().gcs_address
+    processes = psutil.Process().children(recursive=True)
     ray.shutdown()
+    # actors of drivers that a test killed can outlive the cluster
+    for process in psutil.wait_procs(processes, timeout=5)[1]:
+        if process.name().startswith(("ray::", "raylet", "gcs_server")) or "ray" in " ".join(process.cmdline()):
+            process.kill()

@@ -34,7 +34,8 @@ def test_what_was_done_before_does_not_enter_the_rate(monkeypatch) -> None:
     meter = progress.Meter("embed", 1000, "samples", io.StringIO())
     meter.already(900)
     meter.count += 50
-    assert "5.00/s" in meter.line() and "00:10 left" in meter.line()
+    line = meter.line()
+    assert "5.00/s" in line and "00:10 left" in line
 
 
 def test_a_terminal_has_one_live_line() -> None:

@@ -101,7 +101,15 @@ class AnchorNet(nn.Module):
 
 
 def train(
-    queries: Queries, anchors: Anchors, target: Tensor, rows: Tensor, num_classes: int, epochs: int, batch: int, seed: int, tick: Callable[[], None]
+    queries: Queries,
+    anchors: Anchors,
+    target: Tensor,
+    rows: Tensor,
+    num_classes: int,
+    epochs: int,
+    batch: int,
+    seed: int,
+    tick: Callable[[], None],
 ) -> AnchorNet:
     """Fit a network to the targets of `rows` by squared error (AdamW, one-cycle rate); `tick` is called after each epoch.
 
@@ -113,7 +121,9 @@ def train(
         net = AnchorNet(anchors.feature.shape[1], num_classes)
         optimizer = torch.optim.AdamW(net.parameters(), PEAK_RATE, weight_decay=DECAY)
         steps = epochs * -(-len(rows) // batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=min(0.1, 2 / steps) if steps < 20 else 0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, PEAK_RATE, total_steps=steps, pct_start=min(0.1, 2 / steps) if steps < 20 else 0.1
+        )
         net.train()
         for _ in range(epochs):
             for part in rows[torch.randperm(len(rows))].split(batch):
@@ -130,5 +140,7 @@ def train(
 def apply(net: AnchorNet, queries: Queries, anchors: Anchors) -> Tensor:
     """Predictions, float32 [m]."""
     encoded = net.encode(anchors.feature, anchors.label)
-    parts = [net(queries.take(slice(start, start + PREDICT_ROWS)), anchors, encoded) for start in range(0, len(queries), PREDICT_ROWS)]
+    parts = [
+        net(queries.take(slice(start, start + PREDICT_ROWS)), anchors, encoded) for start in range(0, len(queries), PREDICT_ROWS)
+    ]
     return torch.cat(parts) if parts else torch.empty(0)

@@ -37,7 +37,9 @@ class Nodes:
         for name, dtype, dims in (("embedding", np.float32, 2), ("label", np.int64, 1), ("signals", np.float32, 2)):
             array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
             if array.ndim != dims or len(array) != len(self.embedding):
-                raise RaypipeError(f"{name} has shape {list(array.shape)}; expected {dims} dimensions, {len(self.embedding)} rows")
+                raise RaypipeError(
+                    f"{name} has shape {list(array.shape)}; expected {dims} dimensions, {len(self.embedding)} rows"
+                )
             object.__setattr__(self, name, array)
 
     def __len__(self) -> int:

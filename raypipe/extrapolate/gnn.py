@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate.attention import Anchors, AnchorNet, Queries, apply, train
+from raypipe.extrapolate.attention import AnchorNet, Anchors, Queries, apply, train
 from raypipe.extrapolate.base import Extrapolator, Nodes, Progress
 from raypipe.extrapolate.features import Scaler, Target
 from raypipe.extrapolate.kernel import KernelRegression
@@ -121,7 +121,9 @@ class AnchorGnn(Extrapolator):
             for number in range(int(meta["networks"])):
                 with torch.random.fork_rng(devices=[]):
                     net = AnchorNet(self._anchors.feature.shape[1], self.num_classes)
-                net.load_state_dict({name: torch.from_numpy(value) for name, value in _below(tensors, f"network{number}.").items()})
+                net.load_state_dict(
+                    {name: torch.from_numpy(value) for name, value in _below(tensors, f"network{number}.").items()}
+                )
                 self._networks.append(net.eval())
         except (KeyError, TypeError, RuntimeError) as error:
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None

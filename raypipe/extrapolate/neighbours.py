@@ -47,7 +47,9 @@ class NeighbourIndex:
             whole = faiss.deserialize_index(np.ascontiguousarray(data, dtype=np.uint8))  # owns what the line below points to
             index = faiss.downcast_index(whole)
             if not isinstance(index, faiss.IndexFlatL2 | faiss.IndexFlat) or index.metric_type != faiss.METRIC_L2:
-                raise RaypipeError(f"the neighbour index is a {type(index).__name__}, expected IndexFlatL2; fit the extrapolator again")
+                raise RaypipeError(
+                    f"the neighbour index is a {type(index).__name__}, expected IndexFlatL2; fit the extrapolator again"
+                )
             vectors = index.reconstruct_n(0, index.ntotal)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]

@@ -230,7 +230,7 @@ def _fidelity(run: Run, scan: ScoreScan) -> dict[str, Any]:
     baselines = (stated.get("baselines") or {}).items()
     figures = {name: value if isinstance(value, dict) else {"spearman": value} for name, value in baselines}
     result["baselines"] = {name: {key: value.get(key) for key in ("spearman", "pearson")} for name, value in figures.items()}
-    result["method"] = found.get("method")
+    result["method"], result["score"] = found.get("method"), found.get("score")
     result["verdict"], result["sentence"] = words.judge(result, scan.samples - scan.measured if scan.samples else None)
     return result
 

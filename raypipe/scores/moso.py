@@ -12,7 +12,8 @@ forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent 
 rounding, without any per-sample gradient in memory. The network is in eval mode, so that samples do not mix in BatchNorm,
 and images are not augmented (the published code scores augmented crops, which differ between its two passes).
 
-G_t includes the sample itself; leave-one-out would subtract |grad l_i|^2 / N, a term of order 1/N.
+G_t includes the sample itself. Taking it out subtracts |grad l_i|^2 / N; `without_itself` does that, with the lengths from
+`raypipe.scores.per_sample`.
 """
 
 from __future__ import annotations
@@ -95,3 +96,23 @@ def combine(
     else:
         raise ValueError(f"weights {weights!r} is not lr, none or normalized")
     return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)
+
+
+def without_itself(
+    aligned: np.ndarray, squares: np.ndarray, samples: int, formula: str = "paper", mean_square: np.ndarray | None = None
+) -> np.ndarray:
+    """Alignments with the sample taken out of the mean gradient, float64 [n, checkpoints].
+
+    aligned      < G, g_i >, G the mean over all `samples` N;  squares  |g_i|^2;  both [n, checkpoints]
+    formula      paper: < G_-i, g_i > = N/(N-1) (< G, g_i > - |g_i|^2 / N), with the mean over the others, as Eq. 4 says
+                 code: what the published code computes ("MoSo_scoring_exact"), with S = < G - g_i/N, g_i >:
+                 (2N-3)/(N-1)^2 |G|^2 - |g_i|^2/(N-1)^2 + (2N-4)/(N-1)^2 S
+    mean_square  |G|^2, [checkpoints], for formula code
+    """
+    n = float(samples)
+    rest = aligned - squares / n
+    if formula == "paper":
+        return rest * (n / (n - 1))
+    if mean_square is None:
+        raise ValueError("formula 'code' needs |G|^2")
+    return (2 * n - 3) / (n - 1) ** 2 * mean_square - squares / (n - 1) ** 2 + (2 * n - 4) / (n - 1) ** 2 * rest

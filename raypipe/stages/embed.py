@@ -145,7 +145,7 @@ class EmbedActor:
         torch.set_num_threads(threads)
         self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
         self._device = "cuda" if gpu else "cpu"
-        self._model = load_checkpoint(self._run, proxy_manifest(self._run)["checkpoints"][-1]["file"], self._device)
+        self._model = load_checkpoint(self._run, proxy_manifest(self._run)["final"], self._device)
         if gpu:
             self._model.to(memory_format=torch.channels_last)
 

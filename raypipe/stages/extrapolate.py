@@ -43,7 +43,7 @@ class ExtrapolateStage(Stage):
     needs = ("measure", "embed")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.extrapolate.model_dump(mode="json", exclude={"max_actors"})
+        return {**config.extrapolate.model_dump(mode="json", exclude={"max_actors"}), "score": config.score}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
@@ -83,7 +83,12 @@ class ExtrapolateStage(Stage):
             raise StageError(f"{embedded} samples are embedded, but {scores} have a score; run again to score the rest")
         saved = storage.read_json(run.path("extrapolator", "extrapolator.json"))
         record.samples = scores
-        record.detail = {"method": saved["method"], "measured": saved["measured"], "fidelity": saved["fidelity"]}
+        record.detail = {
+            "method": saved["method"],
+            "score": saved["score"],
+            "measured": saved["measured"],
+            "fidelity": saved["fidelity"],
+        }
 
 
 def _fit(context: Context, cpus: int, fragments: list[str], samples: int) -> float:
@@ -151,11 +156,11 @@ def nodes_of(table: pa.Table) -> Any:
     return Nodes(embedding, label, signals)
 
 
-def measured_scores(run: Run) -> dict[str, float]:
-    """The measured score of every seed sample by id."""
+def measured_scores(run: Run, score: str) -> dict[str, float]:
+    """A measured score of every seed sample by id."""
     result: dict[str, float] = {}
-    for _, table in storage.iter_tables(run.path("measured"), ["sample_id", "score"]):
-        result.update(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    for _, table in storage.iter_tables(run.path("measured"), ["sample_id", score]):
+        result.update(zip(table["sample_id"].to_pylist(), table[score].to_pylist(), strict=True))
     return result
 
 
@@ -185,7 +190,7 @@ def _fit_and_judge(config: Config, run: Run, graph: Any, progress: Any) -> Any:
 
     settings, classes = config.extrapolate, len(run.classes().names)
     if graph is None:
-        table, score = _seed_table(run, measured_scores(run))
+        table, score = _seed_table(run, measured_scores(run, config.score))
         nodes, everything, rows = nodes_of(table), None, None
     else:
         everything, rows, score = graph
@@ -207,6 +212,7 @@ def _fit_and_judge(config: Config, run: Run, graph: Any, progress: Any) -> Any:
         run.path("extrapolator", "extrapolator.json"),
         {
             "method": settings.method,
+            "score": config.score,
             "measured": len(score),
             "fidelity": fidelity.as_dict(),
             "confidence": settings.confidence,
@@ -245,7 +251,7 @@ def _whole(config: Config, run: Run, fragments: list[str], samples: int, progres
             f"{config.extrapolate.method} holds the whole source in one process: about {needed / 2**30:.1f} GiB for {samples:,} samples, "
             f"but {free / 2**30:.1f} GiB are free here; extrapolate.method gnn has no such limit"
         )
-    scores = measured_scores(run)
+    scores = measured_scores(run, config.score)
     tables = [storage.read_table(run.path("embeddings", f"{name}.parquet"), COLUMNS) for name in names]
     offsets = np.cumsum([0, *(len(table) for table in tables)])
     everything = Nodes.concat([nodes_of(table) for table in tables])
@@ -302,7 +308,7 @@ class ScoreActor:
         torch.set_num_threads(threads)
         self._run, self._watch = Run(run_uri), Stopwatch()
         self._extrapolator, self._intervals = _load(config, self._run)
-        self._scores = measured_scores(self._run)
+        self._scores = measured_scores(self._run, config.score)
 
     def __call__(self, batch: Columns) -> Columns:
         from raypipe.extrapolate.base import Nodes

@@ -9,7 +9,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +37,7 @@ BEHIND = [
     "tests/test_x.py",
     "docs/a.png",
 ]
-QUICK = ["source.limit=300", "source.fragment_samples=100", "seed.fraction=0.4", "proxy.epochs=4", "proxy.checkpoints=2"]
+QUICK = ["source.limit=300", "source.fragment_samples=100", "seed.fraction=0.4", "proxy.epochs=2", "proxy.checkpoints=2"]
 QUICK += ["extrapolate.method=knn-published", "report.images=4"]
 
 
@@ -113,22 +112,21 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """End the head, and whatever it left: processes whose command names its folder, and their children. Nothing else."""
-    mine = {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)} if process.poll() is None else {}
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
+    """Kill the head, and processes whose command names its folder, with all their children. Nothing else."""
+    roots = []
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if any(str(folder) in part for part in other.cmdline()):
-                mine |= {each.pid: each for each in [other, *other.children(recursive=True)]}
+            if other.pid == process.pid or any(str(folder) in part for part in other.cmdline()):
+                roots.append(other)
+    mine = {root.pid: root for root in roots}
+    for root in roots:
+        with contextlib.suppress(psutil.Error):
+            mine |= {child.pid: child for child in root.children(recursive=True)}
     for each in mine.values():
         with contextlib.suppress(psutil.Error):
             each.kill()
+    process.wait(20)
     psutil.wait_procs(list(mine.values()), timeout=10)
-    if process.poll() is None:
-        process.kill()
-        process.wait(10)
 
 
 @pytest.fixture(scope="module")

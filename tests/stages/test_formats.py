@@ -67,7 +67,9 @@ def test_what_cannot_be_read_is_rejected_with_its_reason(cluster: str, tmp_path)
     for name, content in bad.items():
         (tmp_path / "data" / name).write_bytes(content)
     run = Run(str(tmp_path / "run"))
-    config = small_config(run.uri, f"source.uri={tmp_path}/data", "source.format=imagefolder", "source.limit=null", "proxy.epochs=2")
+    config = small_config(
+        run.uri, f"source.uri={tmp_path}/data", "source.format=imagefolder", "source.limit=null", "proxy.epochs=2"
+    )
     raypipe.run(config, progress=QUIET)
     rejects = pa.concat_tables([table for _, table in storage.iter_tables(run.path("rejects"))]).to_pylist()
     assert {row["sample_id"] for row in rejects} == set(bad)

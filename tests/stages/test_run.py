@@ -52,7 +52,7 @@ def test_seed_set_follows_the_rule_and_keeps_its_measured_scores(finished: str) 
     assert 150 < len(measured) < 270
     run = Run(finished)
     scores = pa.concat_tables([table for _, table in storage.iter_tables(run.path("measured"))])
-    assert {row["sample_id"]: row["score"] for row in scores.to_pylist()} == {key: rows[key]["score"] for key in measured}
+    assert {row["sample_id"]: row["moso"] for row in scores.to_pylist()} == {key: rows[key]["score"] for key in measured}
 
 
 def test_seed_shards_hold_the_pixels(finished: str) -> None:
@@ -86,7 +86,8 @@ def test_measured_scores_are_moso(finished: str) -> None:
     """The distributed scores against one process that has the whole seed set in memory."""
     import torch
 
-    from raypipe.scores.moso import alignments, combine, gradient_sum
+    from raypipe.scores.moso import combine, gradient_sum, without_itself
+    from raypipe.scores.per_sample import norms_and_alignments
     from raypipe.stages.proxy import load_checkpoint, proxy_manifest
 
     run = Run(finished)
@@ -99,11 +100,14 @@ def test_measured_scores_are_moso(finished: str) -> None:
     for item in proxy["checkpoints"]:
         model = load_checkpoint(run, item["file"])
         direction = {name: value / len(ids) for name, value in gradient_sum(model, images, labels).items()}
-        columns.append(alignments(model, direction, images, labels).numpy())
+        squares, aligned = norms_and_alignments(model, images, labels, direction)
+        columns.append(without_itself(aligned.double().numpy(), squares.double().numpy(), len(ids)))
     rates = np.array([item["lr"] for item in proxy["checkpoints"]])
     expected = combine(np.stack(columns, 1), rates, "lr", steps=proxy["steps"], samples=len(ids))
     rows = by_id(finished)
-    np.testing.assert_allclose([rows[sample_id]["score"] for sample_id in ids], expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        [rows[sample_id]["score"] for sample_id in ids], expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 def test_keep_lists_and_summary(finished: str) -> None:

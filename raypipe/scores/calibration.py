@@ -1,0 +1,33 @@
+"""BatchNorm recalibration: the running statistics of a checkpoint, estimated anew on the seed set.
+
+While the learning rate is high, the exponential averages that BatchNorm keeps lag behind the weights, and in eval mode the
+network is not the one that was trained: its gradients can be many times larger. One pass in train mode with equal weight for
+every batch mends that, as in stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Set the running mean and variance of every BatchNorm to their average over `batches`; weights stay as they are."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain average
+    model.eval()
+    for layer in layers:
+        layer.train()
+    with torch.no_grad():
+        for images in batches:
+            if len(images) > 1:
+                model(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    return model.eval()

@@ -1,0 +1,273 @@
+"""Gradient scores (MoSo, GraNd) of the seed set, in two passes.
+
+The first sums the gradients of every checkpoint: tasks over seed shards, whose sums are added in a tree of fixed shape, so that
+the result does not depend on the number of workers and the driver sees none of them. The second streams the shards through
+actors that hold all checkpoints and mean gradients.
+
+Writes, under `measured/`: `calibrated/<checkpoint>` where BatchNorm is recalibrated, `gradients/<checkpoint>` (MoSo), and
+`checkpoints/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from raypipe import storage
+from raypipe.config import Config, MosoSettings
+from raypipe.errors import StageError
+from raypipe.rundir import Run, StageRecord
+from raypipe.stages.base import Context
+from raypipe.stages.cluster import Pool
+from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+from raypipe.stages.seed import read_shard, seed_manifest
+from raypipe.stages.streaming import Columns, Stopwatch, failure, stream
+
+MOST_GROUPS = 64
+"""Partial sums of the mean gradient: enough to keep many workers busy, few enough to add up quickly."""
+FAN_IN = 4
+SELF_TERM_BELOW = 1000
+"""`self_term: auto` takes it in for seed sets smaller than this."""
+GRADIENT_SCORES = ("moso", "grand")
+
+
+def uses_self_term(settings: MosoSettings, samples: int) -> bool:
+    """Whether MoSo takes the sample itself out of the mean gradient."""
+    return samples < SELF_TERM_BELOW if settings.self_term == "auto" else settings.self_term
+
+
+def measure_gradients(context: Context, record: StageRecord) -> None:
+    """Both passes; finishes what an interrupted attempt left."""
+    config, run, seed = context.config, context.run, seed_manifest(context.run)
+    pool = context.cluster.pool(config.measure)
+    files = [item["file"] for item in proxy_manifest(run)["checkpoints"]]
+    moso = "moso" in config.measure.scores
+    done = run.done("measured/checkpoints")
+    total, shards = seed["samples"], seed["shards"]
+    if moso and config.measure.moso.recalibrate:
+        record.cpu_seconds += _recalibrate(config, run, files, pool)
+    with context.progress.meter("measure", (1 + moso) * total) as meter:
+        if moso:
+            without = [file for file in files if file not in storage.names(run.path("measured", "gradients"))]
+            if without:
+                record.cpu_seconds += _mean_gradients(config, run, seed, without, pool, meter.add)
+            else:
+                meter.already(total)
+        meter.already(sum(count for shard, count in zip(shards, seed["shard_samples"], strict=True) if shard in done))
+
+        def collect(result: dict[str, Any]) -> None:
+            meter.add(result["samples"])
+            record.cpu_seconds += result["cpu_seconds"]
+            record.gpu_seconds += result["gpu_seconds"]
+
+        stream(
+            [shard for shard in shards if shard not in done],
+            functools.partial(_read, run.uri),
+            GradientActor,
+            {"config": config, "run_uri": run.uri, "samples": total, "threads": pool.threads, "gpu": pool.num_gpus > 0},
+            pool,
+            config.cluster.patience_seconds,
+            collect,
+        )
+
+
+def _load(config: Config, run: Run, file: str, device: str) -> Any:
+    """A checkpoint, with recalibrated BatchNorm where that is asked for."""
+    if "moso" in config.measure.scores and config.measure.moso.recalibrate:
+        return load_checkpoint(run, file, device, folder="measured/calibrated")
+    return load_checkpoint(run, file, device)
+
+
+def _recalibrate(config: Config, run: Run, files: list[str], pool: Pool) -> float:
+    """Write every checkpoint with BatchNorm statistics estimated on the whole seed set. Returns processor seconds."""
+    there = storage.names(run.path("measured", "calibrated"))
+    task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(_recalibrated)
+    waiting = [
+        task.remote(run.uri, file, config.measure.batch_size, pool.threads, pool.num_gpus > 0)
+        for file in files
+        if file not in there
+    ]
+    try:
+        return sum(ray.get(waiting))
+    except Exception as error:
+        raise failure(error) from error
+
+
+def _recalibrated(run_uri: str, file: str, batch_size: int, threads: int, gpu: bool) -> float:
+    import torch
+    from safetensors.torch import save
+
+    from raypipe.scores.calibration import recalibrate
+
+    watch, run = Stopwatch(), Run(run_uri)
+    torch.set_num_threads(threads)
+    device = "cuda" if gpu else "cpu"
+    model = load_checkpoint(run, file, device)
+
+    def batches() -> Any:
+        for shard in seed_manifest(run)["shards"]:
+            _, images, _ = read_shard(run, shard)
+            for start in range(0, len(images), batch_size):
+                yield torch.from_numpy(images[start : start + batch_size].copy()).to(device)
+
+    recalibrate(model, batches())
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    storage.write_bytes(run.path("measured", "calibrated", file), save(weights))
+    return watch.lap()
+
+
+def _mean_gradients(
+    config: Config, run: Run, seed: dict[str, Any], files: list[str], pool: Pool, on_done: Callable[[int], None]
+) -> float:
+    """Write the mean gradient at every checkpoint of `files`. Returns processor seconds."""
+    groups = [group.tolist() for group in np.array_split(np.array(seed["shards"]), min(MOST_GROUPS, len(seed["shards"])))]
+    share = {"num_cpus": pool.num_cpus, "max_retries": -1}
+    add_up = ray.remote(num_gpus=pool.num_gpus, num_returns=len(files) + 1, **share)(_gradient_sums)
+    merge, store = ray.remote(**share)(_add), ray.remote(**share)(_store_gradient)
+    partial: list[list[Any]] = [[] for _ in files]
+    reports = []
+    for group in groups:
+        *sums, report = add_up.remote(config, run.uri, group, files, pool.threads, pool.num_gpus > 0)
+        reports.append(report)
+        for column, value in zip(partial, sums, strict=True):
+            column.append(value)
+    stored = []
+    for file, column in zip(files, partial, strict=True):
+        while len(column) > 1:
+            column = [merge.remote(*column[start : start + FAN_IN]) for start in range(0, len(column), FAN_IN)]
+        stored.append(store.remote(run.uri, file, seed["samples"], column[0]))
+    del partial, column, sums  # the references keep the sums alive
+    seconds = 0.0
+    try:
+        while reports:
+            ready, reports = ray.wait(reports)
+            for result in ray.get(ready):
+                seconds += result["cpu_seconds"]
+                on_done(result["samples"])
+        ray.get(stored)
+    except Exception as error:
+        raise failure(error) from error
+    return seconds
+
+
+def _gradient_sums(config: Config, run_uri: str, shards: list[str], files: list[str], threads: int, gpu: bool) -> list[Any]:
+    """For every checkpoint the sum of the gradients over some seed shards, then a report. Runs in a task."""
+    import torch
+
+    from raypipe.scores.head import head_gradient_sum
+    from raypipe.scores.moso import gradient_sum
+
+    watch, run = Stopwatch(), Run(run_uri)
+    torch.set_num_threads(threads)
+    device, size = "cuda" if gpu else "cpu", config.measure.batch_size
+    rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
+    models = [_load(config, run, file, device) for file in files]
+    totals: list[dict[str, Any]] = [{} for _ in files]
+    count = 0
+    for shard in shards:
+        _, images, labels = read_shard(run, shard)
+        for start in range(0, len(labels), size):
+            pixels = torch.from_numpy(images[start : start + size].copy()).to(device)
+            target = torch.from_numpy(labels[start : start + size]).to(device)
+            for model, total in zip(models, totals, strict=True):
+                for name, value in rule(model, pixels, target).items():
+                    total[name] = total[name] + value if name in total else value
+        count += len(labels)
+    sums = [{name: value.cpu().numpy() for name, value in total.items()} for total in totals]
+    return [*sums, {"samples": count, "cpu_seconds": watch.lap()}]
+
+
+def _add(*parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    result = dict(parts[0]) if parts else {}
+    for part in parts[1:]:
+        for name, value in part.items():
+            result[name] = result[name] + value if name in result else value
+    return result
+
+
+def _store_gradient(run_uri: str, file: str, samples: int, total: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save
+
+    mean = {name: np.ascontiguousarray(value / np.float32(samples)) for name, value in total.items()}
+    if not all(np.isfinite(value).all() for value in mean.values()):
+        raise StageError(
+            f"the mean gradient at {file} is not finite: the proxy's training diverged; lower proxy.lr and run again"
+        )
+    storage.write_bytes(Run(run_uri).path("measured", "gradients", file), save(mean))
+
+
+def _read(run_uri: str, shard: str) -> Columns:
+    ids, images, labels = read_shard(Run(run_uri), shard)
+    if not ids:  # a shard without samples still passes through, as one row that says so
+        images, labels, ids = np.zeros((1, *images.shape[1:]), np.uint8), np.array([-1]), [""]
+    return {"shard": np.full(len(ids), shard), "sample_id": np.array(ids), "label": labels, "image": images}
+
+
+class GradientActor:
+    """Alignments and lengths of gradients of whole seed shards at every checkpoint; writes one file per shard."""
+
+    def __init__(self, config: Config, run_uri: str, samples: int, threads: int, gpu: bool) -> None:
+        import torch
+        from safetensors.torch import load
+
+        torch.set_num_threads(threads)
+        self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
+        files = [item["file"] for item in proxy_manifest(self._run)["checkpoints"]]
+        self._models = [_load(config, self._run, file, self._device) for file in files]
+        self._self_term = uses_self_term(config.measure.moso, samples)
+        self._gradients: list[Any] = [None] * len(files)
+        if "moso" in config.measure.scores:
+            read = [load(storage.read_bytes(self._run.path("measured", "gradients", file))) for file in files]
+            self._gradients = [{name: value.to(self._device) for name, value in item.items()} for item in read]
+
+    def __call__(self, batch: Columns) -> Columns:
+        import torch
+
+        started = time.monotonic()
+        keep = batch["label"] >= 0
+        ids, labels, images = batch["sample_id"][keep], batch["label"][keep], batch["image"][keep]
+        size = self._config.measure.batch_size
+        columns: dict[str, np.ndarray] = {}
+        for start in range(0, max(1, len(ids)), size):
+            part = slice(start, start + size)
+            pixels, target = torch.from_numpy(images[part]).to(self._device), torch.from_numpy(labels[part]).to(self._device)
+            for checkpoint, (model, gradient) in enumerate(zip(self._models, self._gradients, strict=True)):
+                for name, value in self._numbers(model, gradient, pixels, target).items():
+                    column = columns.setdefault(name, np.zeros((len(ids), len(self._models)), np.float32))
+                    column[part, checkpoint] = value.float().cpu().numpy()
+        shard = str(batch["shard"][0])
+        data: dict[str, Any] = {"sample_id": pa.array(ids.tolist(), pa.string()), "label": pa.array(labels, pa.int32())}
+        for name, column in columns.items():
+            data[name] = pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
+        storage.write_table(self._run.path("measured", "checkpoints", f"{shard}.parquet"), pa.table(data))
+        gpu_seconds = time.monotonic() - started if self._device == "cuda" else 0.0
+        row = {"unit": shard, "samples": len(ids), "cpu_seconds": self._watch.lap(), "gpu_seconds": gpu_seconds}
+        return {key: np.array([value]) for key, value in row.items()}
+
+    def _numbers(self, model: Any, gradient: Any, pixels: Any, target: Any) -> dict[str, Any]:
+        """What the wanted scores need of one batch at one checkpoint, by the cheapest way that gives all of it."""
+        from raypipe.scores.head import head_norms_and_alignments
+        from raypipe.scores.moso import alignments
+        from raypipe.scores.per_sample import norms_and_alignments
+
+        measure, result = self._config.measure, {}
+        moso, grand = "moso" in measure.scores, "grand" in measure.scores
+        moso_rule = "head" if measure.moso.gradient == "head" else "all"
+        for rule, function in (("head", head_norms_and_alignments), ("all", norms_and_alignments)):
+            of_moso, of_grand = moso and moso_rule == rule, grand and measure.grand.gradient == rule
+            if rule == "all" and of_moso and not self._self_term and not of_grand:
+                result["alignments"] = alignments(model, gradient, pixels, target)
+            elif of_moso or of_grand:
+                square, aligned = function(model, pixels, target, gradient if of_moso else None)
+                if of_moso:
+                    result["alignments"] = aligned
+                    result.update({"squares": square} if self._self_term else {})
+                if of_grand:
+                    result["lengths"] = square.sqrt()
+        return result

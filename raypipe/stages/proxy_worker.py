@@ -1,0 +1,195 @@
+"""What one worker of the proxy's training does; Ray Train starts it with torch.distributed ready. See `raypipe.stages.proxy`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+from ray.train.torch import get_device, prepare_model
+from safetensors.torch import load, save
+from torch import Tensor
+
+from raypipe import storage, training
+from raypipe.config import ProxySettings
+from raypipe.errors import StageError
+from raypipe.models import build
+from raypipe.rundir import Run, fingerprint
+from raypipe.stages.seed import read_shard, seed_manifest
+
+TRAJECTORY_ROWS = 4096
+"""Rows of a trajectory file in one row group, so that a few samples can be followed through all epochs."""
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """The training loop of one worker; Ray Train calls it with torch.distributed ready."""
+    settings, run = ProxySettings.model_validate(arguments["config"]["proxy"]), Run(arguments["run"])
+    context = ray.train.get_context()
+    rank, world, device = context.get_world_rank(), context.get_world_size(), get_device()
+    gpu = device.type == "cuda"
+    if not gpu:
+        torch.set_num_threads(arguments["threads"])
+    seed, classes = seed_manifest(run), len(run.classes().names)
+    cache = _LocalSeed(run, seed, arguments["key"])
+    if context.get_local_rank() == 0:
+        cache.fill()
+    distributed.barrier()
+    images, labels = cache.open()
+
+    torch.manual_seed(settings.seed)
+    model = prepare_model(build(settings.model, classes, seed["image_size"], seed["mean"], seed["std"]))
+    plain = model.module if hasattr(model, "module") else model
+    if gpu:
+        plain.to(memory_format=torch.channels_last)
+    optimizer = training.make_optimizer(settings, model)
+    first = 0
+    try:
+        data = storage.read_bytes(run.path("proxy", "state.safetensors"))
+    except FileNotFoundError:
+        pass
+    else:
+        state = load(data)
+        first = int(state.pop("epoch")) + 1
+        training.restore_training(state, plain, optimizer)
+
+    per_epoch = training.steps_per_epoch(len(labels), settings.batch_size)
+    steps = per_epoch * settings.epochs
+    scored = training.checkpoint_epochs(settings)
+    kept = {*scored, settings.epochs - 1}
+    for epoch in range(first, settings.epochs):
+        cpu_started = time.process_time()
+        model.train()
+        sums = torch.zeros(2, device=device)
+        seen: list[tuple[np.ndarray, np.ndarray]] = []
+        for step, rows in enumerate(training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)):
+            lr = training.learning_rate(settings, epoch * per_epoch + step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            part = slice(rank, None, world)
+            batch = training.augment(images[rows], settings, epoch, step, part)
+            pixels = torch.from_numpy(batch).to(device, non_blocking=True)
+            target = torch.from_numpy(labels[rows[part]]).to(device, non_blocking=True)
+            with torch.autocast("cuda", torch.bfloat16, enabled=gpu and settings.amp):
+                logits = model(pixels).float()
+            # DDP averages over workers; scaled so, the sum is the mean over the whole batch even when its parts are unequal
+            loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=settings.label_smoothing) * (
+                world / len(rows)
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                sums += torch.stack([F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(1) == target).sum()])
+                if settings.trajectory == "train":
+                    seen.append((rows[part], _predictions(logits, target)))
+        if settings.trajectory == "eval":
+            model.eval()
+            with torch.no_grad():
+                own = np.arange(rank, len(labels), world)
+                for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
+                    logits = plain(torch.from_numpy(images[rows]).to(device)).float()
+                    seen.append((rows, _predictions(logits, torch.from_numpy(labels[rows]).to(device))))
+        distributed.all_reduce(sums)
+        loss_mean, accuracy = (sums / len(labels)).tolist()
+        if not np.isfinite(loss_mean):
+            raise StageError(f"the proxy's loss is {loss_mean} in epoch {epoch + 1}; lower proxy.lr (now {settings.lr:g})")
+        file = ""
+        if seen:
+            file = f"epoch-{epoch:04d}-{rank}-of-{world}.parquet"
+            _write_trajectory(run.path("proxy", "trajectory", file), seen)
+        cpu = torch.tensor([time.process_time() - cpu_started], device=device)
+        distributed.all_reduce(cpu)  # every worker's trajectory is written when this returns
+        if rank == 0:
+            checkpoint = f"epoch-{epoch:04d}.safetensors" if epoch in kept else ""
+            if checkpoint:
+                weights = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
+                storage.write_bytes(run.path("proxy", "checkpoints", checkpoint), save(weights))
+            storage.write_json(
+                run.path("proxy", "epochs", f"epoch-{epoch:04d}.json"),
+                {
+                    "epoch": epoch,
+                    "lr": lr,
+                    "steps": (epoch + 1) * per_epoch,
+                    "loss": loss_mean,
+                    "accuracy": accuracy,
+                    "checkpoint": checkpoint,
+                    "scored": epoch in scored,
+                    "trajectory": [f"epoch-{epoch:04d}-{other}-of-{world}.parquet" for other in range(world)] if file else [],
+                    "cpu_seconds": cpu.item(),
+                },
+            )
+            state = training.training_state(plain, optimizer) | {"epoch": torch.tensor(epoch)}
+            storage.write_bytes(run.path("proxy", "state.safetensors"), save(state))
+        ray.train.report({"epoch": epoch, "loss": loss_mean, "accuracy": accuracy, "lr": lr})
+    distributed.barrier()
+    if context.get_local_rank() == 0:
+        cache.remove()
+
+
+def _predictions(logits: Tensor, target: Tensor) -> np.ndarray:
+    """Probabilities and, in the last column, the margin of the label's logit: [n, classes + 1]."""
+    own = logits.gather(1, target[:, None])
+    margin = own - logits.scatter(1, target[:, None], -torch.inf).amax(1, keepdim=True)
+    return torch.cat([logits.softmax(1), margin], 1).cpu().numpy()
+
+
+def _write_trajectory(uri: str, seen: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    rows, predictions = np.concatenate([rows for rows, _ in seen]), np.concatenate([part for _, part in seen])
+    order = np.argsort(rows)
+    predictions = predictions[order]
+    probabilities = pa.array(np.ascontiguousarray(predictions[:, :-1]).astype(np.float16).reshape(-1))
+    columns = {
+        "row": pa.array(rows[order], pa.int64()),
+        "margin": pa.array(predictions[:, -1], pa.float32()),
+        "probabilities": pa.FixedSizeListArray.from_arrays(probabilities, predictions.shape[1] - 1),
+    }
+    storage.write_table(uri, pa.table(columns), row_group_size=TRAJECTORY_ROWS)
+
+
+class _LocalSeed:
+    """The decoded seed set as memory-mapped arrays on this node's disk, one copy for all its workers.
+
+    Rows are in the order of the manifest's shards. The page cache makes it as fast as memory, and no larger than fits.
+    """
+
+    def __init__(self, run: Run, manifest: dict[str, Any], key: str) -> None:
+        self._run, self._manifest = run, manifest
+        self._prefix = os.path.join(tempfile.gettempdir(), f"raypipe-seed-{fingerprint(run.uri)}-")
+        self._folder = self._prefix + key
+
+    def fill(self) -> None:
+        if os.path.exists(os.path.join(self._folder, "complete")):
+            return  # a worker was replaced; its node has the copy
+        for left in glob.glob(glob.escape(self._prefix) + "*"):
+            shutil.rmtree(left, ignore_errors=True)  # of drivers that were killed
+        os.makedirs(self._folder)
+        count, size = self._manifest["samples"], self._manifest["image_size"]
+        images = np.lib.format.open_memmap(self._file("images"), "w+", np.uint8, (count, 3, size, size))
+        labels = np.lib.format.open_memmap(self._file("labels"), "w+", np.int64, (count,))
+        start = 0
+        for shard in self._manifest["shards"]:
+            _, pixels, target = read_shard(self._run, shard)
+            images[start : start + len(target)], labels[start : start + len(target)] = pixels, target
+            start += len(target)
+        images.flush()
+        labels.flush()
+        with open(os.path.join(self._folder, "complete"), "w"):
+            pass
+
+    def open(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.load(self._file("images"), mmap_mode="r"), np.load(self._file("labels"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self._folder, f"{name}.npy")
