@@ -103,7 +103,7 @@ def test_a_file_that_is_no_configuration(tmp_path, content: str, expected: str) 
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         load_config("nowhere.yaml")
 
 

@@ -104,7 +104,7 @@ def _fast_modules(model: nn.Module) -> dict[str, nn.Module]:
     for _, module in model.named_modules(remove_duplicate=False):
         for value in module.parameters(recurse=False):
             uses[id(value)] = uses.get(id(value), 0) + 1
-    result = {}
+    result: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, FAST_LAYERS) and own and all(uses[id(value)] == 1 for value in own):
@@ -188,7 +188,7 @@ def _linear(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
 
 def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
     module = call.module
-    assert isinstance(module, nn.Conv2d)
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
     count, groups = len(gradient), module.groups
     if module.kernel_size == (1, 1) and module.padding == (0, 0):
         columns = call.input[..., :: module.stride[0], :: module.stride[1]].flatten(2)

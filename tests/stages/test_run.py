@@ -110,6 +110,33 @@ def test_measured_scores_are_moso(finished: str) -> None:
     )
 
 
+def test_other_scores_stand_beside_it(finished: str) -> None:
+    """EL2N from the stored trajectory and GraNd from the checkpoints, each computed again from the definition."""
+    import torch
+
+    from raypipe.scores.per_sample import norms_and_alignments
+    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+
+    run = Run(finished)
+    proxy, seed = proxy_manifest(run), seed_manifest(run)
+    shards = [read_shard(run, shard) for shard in seed["shards"]]
+    labels = np.concatenate([shard[2] for shard in shards])
+    distances = []
+    for files in proxy["trajectory"]:
+        table = pa.concat_tables([storage.read_table(run.path("proxy", "trajectory", file)) for file in files]).sort_by("row")
+        probabilities = np.array(table["probabilities"].to_pylist(), np.float64)
+        distances.append(np.linalg.norm(probabilities - np.eye(10)[labels], axis=1))
+    lengths = []
+    images = torch.from_numpy(np.concatenate([shard[1] for shard in shards]))
+    for item in proxy["checkpoints"]:
+        squares, _ = norms_and_alignments(load_checkpoint(run, item["file"]), images, torch.from_numpy(labels))
+        lengths.append(squares.sqrt().numpy())
+    measured = pa.concat_tables([storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]])
+    assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand"]
+    np.testing.assert_allclose(measured["el2n"].to_numpy(), np.mean(distances, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(measured["grand"].to_numpy(), np.mean(lengths, 0), rtol=1e-3, atol=1e-5)
+
+
 def test_keep_lists_and_summary(finished: str) -> None:
     rows = sorted(by_id(finished).values(), key=lambda row: -row["score"])
     for fraction, count in (("0.25", 150), ("0.50", 300)):
