@@ -8,6 +8,7 @@ of the batch, which belongs to another sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HIDDEN, HEADS = 128, 4
-PEAK_RATE, DECAY = 2e-3, 1e-2
+HIDDEN, HEADS = 64, 4
+PEAK_RATE, DECAY = 1e-2, 1e-2
+WARM_UP = 0.1
+LONGEST_GRADIENT = 1.0
 PREDICT_ROWS = 512
 
 
@@ -103,7 +106,6 @@ class AnchorNet(nn.Module):
 def train(
     queries: Queries,
     anchors: Anchors,
-    target: Tensor,
     rows: Tensor,
     num_classes: int,
     epochs: int,
@@ -111,29 +113,33 @@ def train(
     seed: int,
     tick: Callable[[], None],
 ) -> AnchorNet:
-    """Fit a network to the targets of `rows` by squared error (AdamW, one-cycle rate); `tick` is called after each epoch.
+    """Fit a network to the scores of the anchors at `rows`: squared error, AdamW. `tick` follows each epoch.
 
     `queries` are the anchors themselves, with a neighbour table in which no sample is its own neighbour: a score to be predicted
     is never among the inputs. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the generators of GPUs too
         net = AnchorNet(anchors.feature.shape[1], num_classes)
         optimizer = torch.optim.AdamW(net.parameters(), PEAK_RATE, weight_decay=DECAY)
         steps = epochs * -(-len(rows) // batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, PEAK_RATE, total_steps=steps, pct_start=min(0.1, 2 / steps) if steps < 20 else 0.1
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / steps))
         net.train()
         for _ in range(epochs):
             for part in rows[torch.randperm(len(rows))].split(batch):
-                loss = F.mse_loss(net(queries.take(part), anchors), target[part])
+                loss = F.mse_loss(net(queries.take(part), anchors), anchors.score[part])
                 optimizer.zero_grad()
                 loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
                 optimizer.step()
                 schedule.step()
             tick()
     return net.eval()
+
+
+def _rate(share: float) -> float:
+    """Learning rate, as a share of its peak, after a share of the steps: up over a tenth, then down as a cosine."""
+    return min(share / WARM_UP, (1 + math.cos(math.pi * max(0.0, share - WARM_UP) / (1 - WARM_UP))) / 2)
 
 
 @torch.no_grad()

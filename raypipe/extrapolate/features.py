@@ -13,6 +13,7 @@ from raypipe.extrapolate.base import Nodes
 
 KNOTS = 257
 """Quantiles that describe the distribution of a signal."""
+FARTHEST = 100.0
 WILD = 8.0
 """Scores further than this many interquartile ranges from the median are pulled in before a fit."""
 
@@ -44,8 +45,8 @@ class Scaler:
         return cls(mean.astype(np.float32), spread.astype(np.float32), np.array(knots, np.float32).reshape(len(knots), KNOTS))
 
     def embedding(self, nodes: Nodes) -> np.ndarray:
-        """float32 [n, d]"""
-        return (nodes.embedding - self.mean) / self.spread
+        """float32 [n, d], values within +-100: a damaged embedding must not overflow what is computed from it."""
+        return np.clip((nodes.embedding.astype(np.float64) - self.mean) / self.spread, -FARTHEST, FARTHEST).astype(np.float32)
 
     def signals(self, nodes: Nodes) -> np.ndarray:
         """float32 [n, s]; 0, the middle, where a signal is not finite. Raises RaypipeError when their number differs."""

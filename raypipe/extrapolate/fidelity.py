@@ -150,7 +150,7 @@ def compare(
         if not np.ptp(predicted):
             note = "all held-out samples got the same predicted score"
         once = np.ones((1, n))
-        pair = _Pair(predicted, measured)
+        pair = _Pair(predicted, measured, seed)
         samples = _resample(pair, n, seed)
         pearson, pearson_interval = _finite(pair.pearson(once)[0]), _interval(samples["pearson"])
         spearman, spearman_interval = _finite(pair.spearman(once)[0]), _interval(samples["spearman"])
@@ -181,14 +181,16 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
-    return _finite(_Pair(a, b).spearman(np.ones((1, len(a))))[0])
+    return _finite(_Pair(a, b, 0).spearman(np.ones((1, len(a))))[0])
 
 
 class _Pair:
     """Statistics of n pairs under weights: a resample is how often it drew each pair, integers [resamples, n]."""
 
-    def __init__(self, a: np.ndarray, b: np.ndarray) -> None:
-        self._a, self._b = _Ordered(a), _Ordered(b)
+    def __init__(self, a: np.ndarray, b: np.ndarray, seed: int) -> None:
+        # each its own order of ties: one order for both would let equal values agree on the top by accident
+        rng = np.random.default_rng(seed)
+        self._a, self._b = _Ordered(a, rng.permutation(len(a))), _Ordered(b, rng.permutation(len(b)))
 
     def pearson(self, weight: np.ndarray) -> np.ndarray:
         return _correlation(self._a.value[None], self._b.value[None], weight)
@@ -204,11 +206,11 @@ class _Pair:
 class _Ordered:
     """Values with their order, computed once for all resamples."""
 
-    def __init__(self, value: np.ndarray) -> None:
+    def __init__(self, value: np.ndarray, tie: np.ndarray) -> None:
         # centred and scaled, since scores of 1e-4 or 1e6 would lose digits in the sums below
         spread = float(value.std())
         self.value = (value - value.mean()) / spread if spread > 0 else np.zeros_like(value)
-        self._order = value.argsort(kind="stable")
+        self._order = np.lexsort((tie, value))
         self._back = self._order.argsort()
         ordered = value[self._order]
         self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

@@ -27,9 +27,10 @@ from raypipe.extrapolate.kernel import KernelRegression
 
 MEMBERS = 3
 FOLDS = 10
-BUDGET = 120_000
+BUDGET = 60_000
 """Samples a network sees in a fit with `epochs: auto`, within the bounds below: few seed samples take more epochs."""
-FEWEST_EPOCHS, MOST_EPOCHS = 8, 120
+FEWEST_EPOCHS, MOST_EPOCHS = 8, 60
+SMALLEST_BATCH, LARGEST_BATCH = 8, 64
 
 
 class AnchorGnn(Extrapolator):
@@ -48,7 +49,7 @@ class AnchorGnn(Extrapolator):
         self._build_index(seed.embedding)
         self._scaler = Scaler.fit(seed)
         self._target, z = Target.fit(score)
-        self._anchors = self._as_anchors(seed, z)
+        self._seed, self._anchors = seed, self._as_anchors(seed, z)
         self._networks: list[AnchorNet] = []
         self._kernel: KernelRegression | None = None
         self._blend = 0.0
@@ -71,14 +72,14 @@ class AnchorGnn(Extrapolator):
         smooth = self._kernel.fit(self._scaler.embedding(seed), self._scaler.signals(seed), seed.label, z, rng)
         tick()
         queries = self._as_queries(seed, exclude=np.arange(count))
-        target, order = self._anchors.score, torch.from_numpy(rng.permutation(count))
-        batch = int(np.clip(count // 16, 8, 64))
+        order = torch.from_numpy(rng.permutation(count))
+        batch = int(np.clip(count // 16, SMALLEST_BATCH, LARGEST_BATCH))
         held_out = []
         for member in range(MEMBERS):
             held = order[member::FOLDS]
             rows = order[torch.isin(order, held, invert=True)]
             seed_number = int(rng.integers(2**31))
-            net = train(queries, self._anchors, target, rows, self.num_classes, self.epochs, batch, seed_number, tick)
+            net = train(queries, self._anchors, rows, self.num_classes, self.epochs, batch, seed_number, tick)
             self._networks.append(net)
             guess = apply(net, queries.take(held), self._anchors).double().numpy()
             held_out.append((z[held.numpy()], smooth[held.numpy()], guess))
@@ -88,9 +89,8 @@ class AnchorGnn(Extrapolator):
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
-        if not self._target.spread or not len(nodes):
+        if self._kernel is None or not len(nodes):
             return np.full(len(nodes), self._target.mean, np.float32)
-        assert self._kernel is not None
         z = (1 - self._blend) * self._kernel.predict(self._scaler.embedding(nodes), self._scaler.signals(nodes), nodes.label)
         if self._blend:
             queries = self._as_queries(nodes)
@@ -100,8 +100,8 @@ class AnchorGnn(Extrapolator):
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
+        tensors |= {"label": self._seed.label, "signals": self._seed.signals, "score": self._anchors.score.numpy()}
         tensors |= {f"scaler.{name}": value for name, value in self._scaler.tensors().items()}
-        tensors |= {f"anchors.{name}": getattr(self._anchors, name).numpy() for name in ("feature", "label", "score")}
         if self._kernel is not None:
             tensors |= {f"kernel.{name}": value for name, value in self._kernel.tensors().items()}
         for number, net in enumerate(self._networks):
@@ -115,8 +115,12 @@ class AnchorGnn(Extrapolator):
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
             self._blend, self.epochs = float(meta["blend"]), int(meta["epochs"])
             self._scaler = Scaler.from_tensors(_below(tensors, "scaler."))
-            self._anchors = Anchors(**{name: torch.from_numpy(value) for name, value in _below(tensors, "anchors.").items()})
-            self._kernel = KernelRegression.from_tensors(_below(tensors, "kernel.")) if self._target.spread else None
+            self._seed = Nodes(self._scored.vectors, tensors["label"], tensors["signals"])
+            self._anchors = self._as_anchors(self._seed, tensors["score"])
+            self._kernel = None
+            if self._target.spread:
+                u, v = self._scaler.embedding(self._seed), self._scaler.signals(self._seed)
+                self._kernel = KernelRegression.from_tensors(_below(tensors, "kernel."), u, v, self._seed.label)
             self._networks = []
             for number in range(int(meta["networks"])):
                 with torch.random.fork_rng(devices=[]):
@@ -125,7 +129,7 @@ class AnchorGnn(Extrapolator):
                     {name: torch.from_numpy(value) for name, value in _below(tensors, f"network{number}.").items()}
                 )
                 self._networks.append(net.eval())
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
 
     def _features(self, nodes: Nodes) -> Tensor:

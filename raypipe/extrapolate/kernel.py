@@ -26,6 +26,7 @@ RATE = 0.1
 START = {"a1": 1.5, "l1": 1.4, "a2": 0.5, "l2": 3.0, "a3": 0.3, "l3": 2.0, "l4": 1.0, "w": 0.2, "noise": 0.04}
 """Where the search for the constants begins; lengths in units of the median distance, amplitudes of the score's variance."""
 LEAST_NOISE = 1e-3
+FITTED = ("class_mean", "class_seen", "units", "constants", "rows", "weight")
 CHUNK_VALUES = 1 << 22
 """Most float64 values in one block of kernel values (32 MiB)."""
 
@@ -47,8 +48,8 @@ class KernelRegression:
         everything, target = self._points(u, v, label), torch.from_numpy(np.asarray(z, np.float64))
         few = rows[:LIKELIHOOD_ROWS]
         self._learn_constants([part[few] for part in everything], target[few])
-        inducing = rows[:INDUCING_ROWS].sort().values
-        self._inducing = [part[inducing] for part in everything]
+        self._rows = rows[:INDUCING_ROWS].sort().values
+        self._inducing = [part[self._rows] for part in everything]
         return self._solve(everything, target).numpy()
 
     def predict(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -59,18 +60,17 @@ class KernelRegression:
         return torch.cat(parts).numpy() if parts else np.empty(0)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Everything fitted."""
-        names = ("class_mean", "class_seen", "units", "constants", "weight")
-        fitted = {name: getattr(self, f"_{name}").numpy() for name in names}
-        return fitted | {f"inducing_{name}": part.numpy() for name, part in zip("uvyms", self._inducing)}
+        """Everything fitted but the samples themselves."""
+        return {name: getattr(self, f"_{name}").numpy() for name in FITTED}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> KernelRegression:
-        """Restore what `tensors` gave."""
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray], u: np.ndarray, v: np.ndarray, label: np.ndarray) -> KernelRegression:
+        """Restore what `tensors` gave, with the samples that were given to `fit`. Raises KeyError for a missing tensor."""
         result = cls()
-        for name in ("class_mean", "class_seen", "units", "constants", "weight"):
+        for name in FITTED:
             setattr(result, f"_{name}", torch.from_numpy(np.array(tensors[name])))
-        result._inducing = [torch.from_numpy(np.array(tensors[f"inducing_{name}"])) for name in "uvyms"]
+        rows = result._rows.numpy()
+        result._inducing = result._points(u[rows], v[rows], label[rows])
         return result
 
     def _points(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> list[Tensor]:
@@ -106,10 +106,10 @@ class KernelRegression:
         return self._combine(self._distances(a, b), self._constants)
 
     def _learn_constants(self, points: list[Tensor], z: Tensor) -> None:
-        for place in (0, 1, 3):
-            away = torch.pdist(points[place])
+        for unit, part in enumerate((points[0], points[1], points[3])):
+            away = torch.pdist(part)
             away = away[away > 0]
-            self._units[min(place, 2)] = away.median() if len(away) else 1.0
+            self._units[unit] = away.median() if len(away) else 1.0
         distances, eye = self._distances(points, points), torch.eye(len(z), dtype=torch.float64)
         constants = torch.tensor([math.log(value) for value in START.values()], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([constants], RATE)
@@ -125,7 +125,7 @@ class KernelRegression:
             if loss.item() < best:
                 best, self._constants = loss.item(), constants.detach().clone()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
 
     @torch.no_grad()
@@ -133,12 +133,12 @@ class KernelRegression:
         """Weights of the inducing samples; gives leave-one-out predictions."""
         noise = self._constants[-1].exp() + LEAST_NOISE
         among = self._kernel(self._inducing, self._inducing)
-        jitter = 1e-8 * among.diagonal().mean()
-        while True:
-            root, failed = torch.linalg.cholesky_ex(among + jitter * torch.eye(len(among), dtype=torch.float64))
+        for power in range(-10, 0):  # equal samples make the matrix singular but for rounding
+            root, failed = torch.linalg.cholesky_ex(
+                among + 10.0**power * among.diagonal().mean() * torch.eye(len(among)).double()
+            )
             if not failed:
                 break
-            jitter = jitter * 10
         gram, moment = noise * torch.eye(len(among), dtype=torch.float64), torch.zeros(len(among), dtype=torch.float64)
         done = 0
         for block in self._blocks(points):
@@ -149,13 +149,14 @@ class KernelRegression:
         gram_root = torch.linalg.cholesky(gram)
         inner = torch.cholesky_solve(moment[:, None], gram_root)
         self._weight = torch.linalg.solve_triangular(root.T, inner, upper=True)[:, 0].contiguous()
-        left_out = []
+        left_out, done = torch.empty_like(z), 0
         for block in self._blocks(points):
             v = torch.linalg.solve_triangular(root, self._kernel(self._inducing, block), upper=False)
             own = torch.linalg.solve_triangular(gram_root, v, upper=False).square().sum(0).clamp(max=1 - 1e-6)
-            target = z[sum(map(len, left_out)) :][: v.shape[1]]
-            left_out.append(target - (target - v.T @ inner[:, 0]) / (1 - own))
-        return torch.cat(left_out)
+            part = slice(done, done + v.shape[1])
+            left_out[part] = z[part] - (z[part] - v.T @ inner[:, 0]) / (1 - own)
+            done += v.shape[1]
+        return left_out
 
     def _blocks(self, points: list[Tensor]) -> list[list[Tensor]]:
         count, step = len(points[2]), max(1, CHUNK_VALUES // max(1, len(self._inducing[2])))
