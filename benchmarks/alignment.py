@@ -1,0 +1,169 @@
+"""What a sample's alignment with a direction costs: ours, with the self term, and the ways others do it.
+
+    python benchmarks/alignment.py [--device cpu|cuda] [--threads 1] [--repeats 3] [--quick]
+
+Prints one table per network: milliseconds per image, ratio to a plain forward pass, peak memory above the network's own, and the
+largest relative difference from one-at-a-time in the same precision. `one at a time` is what the published MoSo code does:
+batches of one image, one backward pass each. Times are the least of the repeats; every method sees the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from raypipe.models import build
+from raypipe.scores.moso import alignments, gradient_sum, parameters_of
+from raypipe.scores.per_sample import norms_and_alignments
+
+NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))
+"""Name, image size, classes, batch, and images that the slow ways are timed on."""
+
+
+def forward(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model(images), labels, reduction="none")
+
+
+def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    gradient_sum(model, images, labels)
+    return torch.zeros(len(images))
+
+
+def ours(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    return alignments(model, direction, images, labels)
+
+
+def ours_with_self_term(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    return norms_and_alignments(model, images, labels, direction)[1]
+
+
+def vmap_grad(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, {**parameters, **buffers}, (image[None],)), label[None])
+
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters_of(model), images, labels)
+    return sum((value.flatten(1) @ direction[name].flatten() for name, value in gradients.items()), torch.zeros(()))
+
+
+def one_at_a_time(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    named = dict(model.named_parameters())
+    rows = []
+    for index in range(len(images)):
+        loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        rows.append(sum((direction[name] * value).sum() for name, value in zip(named, gradients, strict=True)))
+    return torch.stack(rows)
+
+
+METHODS: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "forward": (forward, False),
+    "forward + backward": (forward_backward, False),
+    "ours: alignment": (ours, False),
+    "ours: alignment + self term": (ours_with_self_term, False),
+    "vmap(grad)": (vmap_grad, True),
+    "one at a time (published)": (one_at_a_time, True),
+}
+"""Each with whether it is timed on fewer images."""
+
+
+class Memory:
+    """Highest memory of this process, or of the GPU, above what it was."""
+
+    def __init__(self, device: str) -> None:
+        self._device, self._over, self.peak = device, threading.Event(), 0
+
+    def __enter__(self) -> Memory:
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+            return self
+        process = psutil.Process()
+        self._start = process.memory_info().rss
+
+        def watch() -> None:
+            while not self._over.wait(0.005):
+                self.peak = max(self.peak, process.memory_info().rss - self._start)
+
+        self._thread = threading.Thread(target=watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device == "cuda":
+            self.peak = torch.cuda.max_memory_allocated() - self._start
+            return
+        self._over.set()
+        self._thread.join()
+
+
+def measure(run: Callable[[], Tensor], device: str, repeats: int) -> tuple[float, int, Tensor]:
+    """Least seconds, bytes, result."""
+    with Memory(device) as memory:
+        result = run()
+    best = float("inf")
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best, memory.peak, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, help="images in a batch; default 32 and 16, on a GPU 512 and 256")
+    parser.add_argument("--quick", action="store_true", help="the first network only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = arguments.device
+    machine = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s)"
+    )
+    print(f"{machine}; torch {torch.__version__}, fp32, seed 0, least of {arguments.repeats}")
+    for name, size, classes, batch, few in NETWORKS[: 1 if arguments.quick else None]:
+        batch = arguments.batch or (batch * 16 if device == "cuda" else batch)
+        few = min(batch, few * 16 if device == "cuda" else few)
+        torch.manual_seed(0)
+        model = build(name, classes, size).to(device).eval()
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(device)
+        labels = torch.randint(0, classes, (batch,)).to(device)
+        direction = {key: value / batch for key, value in gradient_sum(model, images, labels).items()}
+        reference = one_at_a_time(model, images[:few], labels[:few], direction)
+        scale = reference.abs().max()
+        print(f"\n{name} at {size} x {size}, {classes} classes, batch {batch} (the last two rows: {few})")
+        print(f"{'':<30}{'ms / image':>12}{'x forward':>12}{'peak MiB':>12}{'difference':>14}")
+        plain = 0.0
+        for label, (method, slow) in METHODS.items():
+            count = few if slow else batch
+            run = functools.partial(method, model, images[:count], labels[:count], direction)
+            seconds, peak, result = measure(run, device, arguments.repeats)
+            each = seconds / count
+            plain = plain or each
+            compared = label not in ("forward", "forward + backward")
+            difference = f"{((result[:few] - reference).abs().max() / scale).item():.1e}" if compared else ""
+            print(f"{label:<30}{each * 1e3:>12.2f}{each / plain:>12.2f}{peak / 2**20:>12.0f}{difference:>14}")
+
+
+if __name__ == "__main__":
+    main()
