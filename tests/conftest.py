@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from helpers import QUIET, score_files, small_config
 
 from raypipe import storage
 
@@ -77,3 +78,19 @@ def cluster(s3_server: str) -> Iterator[str]:
     for process in psutil.wait_procs(processes, timeout=5)[1]:
         if process.name().startswith(("ray::", "raylet", "gcs_server")) or "ray" in " ".join(process.cmdline()):
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run of `helpers.small_config`. Tests that change it put it back."""
+    import raypipe
+
+    uri = str(tmp_path_factory.mktemp("finished") / "run")
+    raypipe.run(small_config(uri), progress=QUIET)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def finished_scores(finished: str) -> dict[str, bytes]:
+    """Content of every score shard of `finished`."""
+    return score_files(finished)

@@ -17,7 +17,15 @@ QUIET = Progress(quiet=True)
 SMALL: dict[str, Any] = {
     "source": {"uri": "digits://", "format": "digits", "limit": 600, "fragment_samples": 128},
     "seed": {"fraction": 0.35},
-    "proxy": {"model": "small", "image_size": 8, "epochs": 4, "batch_size": 64, "checkpoints": 2, "crop_padding": 1, "flip": False},
+    "proxy": {
+        "model": "small",
+        "image_size": 8,
+        "epochs": 4,
+        "batch_size": 64,
+        "checkpoints": 2,
+        "crop_padding": 1,
+        "flip": False,
+    },
     "measure": {"scores": ["moso", "el2n", "grand"]},
     "extrapolate": {"epochs": 4, "neighbours": 8},
     "select": {"keep": [0.25, 0.5]},

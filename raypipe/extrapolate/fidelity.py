@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,12 @@ def judge(
     order = np.random.default_rng(seed).permutation(count)
     held, kept = np.sort(order[:n_held]), np.sort(order[n_held:])
     model = make_extrapolator()
+    if len(kept) < model.fewest <= count:  # enough for a fit, but not for a fit on part of them
+        nothing = compare(
+            np.empty(0), np.empty(0), seed, n_fit=len(kept), baselines=_baselines(seed_nodes, score, kept, held[:0])
+        )
+        note = f"{count} measured samples leave {len(kept)} to fit on, fewer than the {model.fewest} needed: raise seed.fraction"
+        return replace(nothing, note=note)
     if isinstance(model, TransductiveExtrapolator):
         if all_nodes is None or scored_rows is None or len(scored_rows) != count:
             raise RaypipeError(f"{model.name}: judging it takes all samples and the row of every seed sample among them")

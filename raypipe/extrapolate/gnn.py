@@ -29,7 +29,7 @@ MEMBERS = 3
 FOLDS = 10
 BUDGET = 60_000
 """Samples a network sees in a fit with `epochs: auto`, within the bounds below: few seed samples take more epochs."""
-FEWEST_EPOCHS, MOST_EPOCHS = 8, 60
+FEWEST_EPOCHS, MOST_EPOCHS = 8, 40
 SMALLEST_BATCH, LARGEST_BATCH = 8, 64
 
 

@@ -30,20 +30,13 @@ MOMENTS = {
 """By stage: something that is there when the stage is on its way and not finished."""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    uri = str(tmp_path_factory.mktemp("undisturbed") / "run")
-    raypipe.run(small_config(uri), until="extrapolate", progress=QUIET)
-    return score_files(uri)
-
-
 def _driver(address: str, config: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "RAY_ADDRESS": address}
     command = [sys.executable, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def test_killed_in_every_stage(cluster: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_killed_in_every_stage(cluster: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
     run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
     config.write_text(dump_config(small_config(run.uri)))
     killed = []
@@ -60,11 +53,11 @@ def test_killed_in_every_stage(cluster: str, undisturbed: dict[str, bytes], tmp_
     last = _driver(cluster, config)
     _, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors.decode()
-    assert score_files(run.uri) == undisturbed
+    assert score_files(run.uri) == finished_scores
     assert all(record.state == "done" for record in run.ledger().values())
 
 
-def test_a_training_worker_that_dies_is_replaced(cluster: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_training_worker_that_dies_is_replaced(cluster: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
     import threading
 
     import psutil
@@ -90,4 +83,4 @@ def test_a_training_worker_that_dies_is_replaced(cluster: str, undisturbed: dict
     raypipe.run(small_config(run.uri), until="extrapolate", progress=QUIET)
     thread.join()
     assert killed, "no training worker was found to kill"
-    assert score_files(run.uri) == undisturbed
+    assert score_files(run.uri) == finished_scores

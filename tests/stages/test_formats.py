@@ -38,6 +38,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
         buffer = io.BytesIO()
         pq.write_table(pa.table({"image": column, "label": labels[rows]}), buffer, row_group_size=50)
         storage.write_bytes(f"{s3}/data/train-{part}.parquet", buffer.getvalue())
+    storage.write_bytes(f"{s3}/data/train-2.parquet", buffer.getvalue()[:5000])  # half a file does not stop the run
     run = f"{s3}/runs/first"
     config = small_config(run, f"source.uri={s3}/data", "source.format=auto", "source.limit=null", "source.fragment_samples=100")
     result = raypipe.run(config, progress=QUIET)
@@ -45,6 +46,9 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     assert set(rows_by_id) == {f"train-{part}.parquet#{row}" for part in range(2) for row in range(200)}
     assert [rows_by_id[f"train-1.parquet#{row}"]["label"] for row in range(5)] == labels[200:205]
     assert result.summary["counts"]["samples"] == 400
+    rejects = pa.concat_tables([table for _, table in storage.iter_tables(f"{run}/rejects")]).to_pylist()
+    assert [row["sample_id"] for row in rejects] == ["train-2.parquet"]
+    assert "cannot be read" in rejects[0]["reason"]
     assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 200
     assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
     before = {file.path: file.stamp for file in storage.listing(f"{run}/scores")}
@@ -79,20 +83,6 @@ def test_what_cannot_be_read_is_rejected_with_its_reason(cluster: str, tmp_path)
     assert not set(scores) & set(bad)
     assert run.record("embed").detail["rejects"] == 3
     assert storage.read_json(run.path("report", "summary.json"))["counts"]["rejects"] == 3
-
-
-def test_half_a_file_does_not_stop_the_run(cluster: str, tmp_path) -> None:
-    images, labels = _pngs(300)
-    (tmp_path / "data").mkdir()
-    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "data" / "a.parquet", row_group_size=100)
-    whole = (tmp_path / "data" / "a.parquet").read_bytes()
-    (tmp_path / "data" / "b.parquet").write_bytes(whole[: len(whole) // 2])
-    run = Run(str(tmp_path / "run"))
-    config = small_config(run.uri, f"source.uri={tmp_path}/data", "source.format=parquet", "source.limit=null", "proxy.epochs=2")
-    raypipe.run(config, until="embed", progress=QUIET)
-    rejects = pa.concat_tables([table for _, table in storage.iter_tables(run.path("rejects"))]).to_pylist()
-    assert [row["sample_id"] for row in rejects] == ["b.parquet"]
-    assert run.record("embed").samples == 300
 
 
 def test_a_source_that_cannot_be_used_stops_before_any_training(cluster: str, tmp_path) -> None:

@@ -19,14 +19,6 @@ from raypipe.stages.seed import read_shard, seed_manifest, wanted
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished run. Tests that change it put it back."""
-    uri = str(tmp_path_factory.mktemp("finished") / "run")
-    raypipe.run(small_config(uri), progress=QUIET)
-    return uri
-
-
 def test_every_sample_has_one_score(finished: str) -> None:
     rows = by_id(finished)
     assert len(rows) == 600

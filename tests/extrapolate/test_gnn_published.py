@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from raypipe.errors import RaypipeError
+from raypipe.extrapolate.base import Nodes
+from raypipe.extrapolate.gnn_published import FAN_OUT, GnnPublished
+from raypipe.extrapolate.neighbours import NeighbourIndex
+
+
+@pytest.fixture
+def fitted(problem, settings) -> tuple[GnnPublished, Nodes, np.ndarray]:
+    nodes, score = problem(150)
+    gnn = GnnPublished(settings("gnn-published", epochs=3), 4)
+    gnn.fit_graph(nodes, np.arange(60), score[:60])
+    return gnn, nodes, score
+
+
+def test_inference_by_hand(fitted) -> None:
+    """One hop of all neighbours, three layers, in dense matrices: D^-1/2 (A + I) D^-1/2 X W + b of each sample's own star."""
+    gnn, nodes, score = fitted
+    tensors = {name.removeprefix("network.layers."): value.astype(np.float64) for name, value in gnn.state()[0].items()}
+    distance, near = NeighbourIndex(nodes.embedding).search(nodes.embedding, 10, exclude=np.arange(150))
+    features = np.concatenate([np.eye(4)[nodes.label], nodes.embedding.astype(np.float64)], 1)
+    expected = []
+    for row in (70, 99, 149):
+        members = np.r_[row, near[row]]
+        a = np.eye(11)
+        a[0, 1:] = np.exp(-distance[row] / 2)  # only the sample itself receives messages
+        scale = 1 / np.sqrt(a.sum(1))
+        a = scale[:, None] * a * scale
+        x = features[members]
+        for layer in range(3):
+            x = a @ x @ tensors[f"{layer}.lin.weight"].T + tensors[f"{layer}.bias"]
+            x = np.maximum(x, 0) if layer < 2 else x
+        expected.append(x[0, 0] * score[:60].std() + score[:60].mean())
+    np.testing.assert_allclose(gnn.predict_rows(np.array([70, 99, 149])), expected, rtol=1e-4)
+
+
+def test_a_prediction_does_not_depend_on_its_batch(fitted) -> None:
+    gnn, _, _ = fitted
+    together = gnn.predict_rows(np.arange(150))
+    np.testing.assert_allclose(gnn.predict_rows(np.array([5, 80])), together[[5, 80]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [4, 15])
+def test_training_subgraph(problem, settings, k: int) -> None:
+    nodes, score = problem(150)
+    gnn = GnnPublished(settings("gnn-published", epochs=1, neighbours=k), 4)
+    gnn.fit_graph(nodes, np.arange(60), score[:60])
+    distance, near = NeighbourIndex(nodes.embedding).search(nodes.embedding, k, exclude=np.arange(150))
+    batch = torch.tensor([3, 17, 90])
+    x, edges, weight = gnn._sampled(batch)
+    row = {tuple(feature): place for place, feature in enumerate(nodes.embedding.tolist())}
+    rows = np.array([row[tuple(feature)] for feature in x[:, 4:].tolist()])
+    assert rows[:3].tolist() == [3, 17, 90] and len(set(rows.tolist())) == len(rows)
+    received: dict[int, list[int]] = {}
+    for source, target, w in zip(rows[edges[0]], rows[edges[1]], weight.tolist()):
+        received.setdefault(int(target), []).append(int(source))
+        place = near[target].tolist().index(source)  # every edge is an edge of the graph
+        assert w == pytest.approx(np.exp(-distance[target, place] / 2), rel=1e-5)
+    assert all(len(set(sources)) == len(sources) == min(k, FAN_OUT) for sources in received.values())
+    first = {source for target in (3, 17, 90) for source in received[target]}
+    assert set(received) == first | {3, 17, 90}  # two hops: the batch and its neighbours receive, nothing else does
+
+
+def test_learns_from_scored_samples_only(fitted, settings) -> None:
+    gnn, nodes, score = fitted
+    again = GnnPublished(settings("gnn-published", epochs=3), 4)
+    again.fit_graph(nodes, np.arange(60), score[:60])
+    np.testing.assert_array_equal(gnn.predict_rows(np.arange(150)), again.predict_rows(np.arange(150)))
+    other = GnnPublished(settings("gnn-published", epochs=3), 4)
+    other.fit_graph(nodes, np.arange(60), score[:60][::-1])
+    assert not np.array_equal(gnn.predict_rows(np.arange(150)), other.predict_rows(np.arange(150)))
+
+
+def test_it_learns(problem, settings) -> None:
+    nodes, score = problem(400, noise=0.0)
+    gnn = GnnPublished(settings("gnn-published"), 4)
+    gnn.fit_graph(nodes, np.arange(200), score[:200] * 1e4)  # far from what a learning rate of 1e-3 reaches unstandardised
+    assert np.corrcoef(gnn.predict_rows(np.arange(200, 400)), score[200:])[0, 1] > 0.5
+
+
+def test_round_trip_and_global_random_state(fitted, settings) -> None:
+    gnn, nodes, score = fitted
+    again = GnnPublished(settings("gnn-published"), 4)
+    again.load_state(*gnn.state())
+    with pytest.raises(RaypipeError, match="attach_graph"):
+        again.predict_rows(np.arange(3))
+    before = torch.get_rng_state()
+    again.attach_graph(nodes)
+    np.testing.assert_array_equal(gnn.predict_rows(np.arange(150)), again.predict_rows(np.arange(150)))
+    again.fit_graph(nodes, np.arange(60), score[:60])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_degenerate_input(problem, settings) -> None:
+    nodes, score = problem(60)
+    unlabelled = Nodes(nodes.embedding, np.where(np.arange(60) % 2, nodes.label, -1), nodes.signals)
+    gnn = GnnPublished(settings("gnn-published", epochs=2, neighbours=100), 4)
+    gnn.fit_graph(unlabelled, np.arange(30), score[:30])
+    assert np.isfinite(gnn.predict_rows(np.arange(60))).all()
+    gnn.fit_graph(nodes, np.arange(30), np.full(30, 0.1))
+    np.testing.assert_allclose(gnn.predict_rows(np.arange(60)), 0.1, rtol=1e-6)
+    with pytest.raises(RaypipeError, match="19 measured samples are too few"):
+        gnn.fit_graph(nodes, np.arange(19), score[:19])
+    with pytest.raises(RaypipeError, match="1 of 30 scored rows are repeated"):
+        gnn.fit_graph(nodes, np.r_[np.arange(29), 0], score[:30])
+    with pytest.raises(RaypipeError, match="outside the graph of 60 samples"):
+        gnn.predict_rows(np.array([60]))
+    with pytest.raises(RaypipeError, match="fit_graph"):
+        gnn.fit(nodes, score)
+    with pytest.raises(RaypipeError, match="predict_rows"):
+        gnn.predict(nodes)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from raypipe.extrapolate import kernel as kernel_module
+from raypipe.extrapolate.features import KNOTS, Scaler, Target
+from raypipe.extrapolate.kernel import KernelRegression
+
+
+def arrays(problem, count: int = 120, **values) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    nodes, score = problem(count, **values)
+    scaler = Scaler.fit(nodes)
+    return scaler.embedding(nodes), scaler.signals(nodes), nodes.label, Target.fit(score)[1]
+
+
+def matrix(model: KernelRegression, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
+    points = model._points(u, v, label)
+    return model._kernel(points, points).numpy()
+
+
+def test_kernel_formula(problem) -> None:
+    u, v, label, z = arrays(problem, 50)
+    label[:5] = -1
+    model = KernelRegression()
+    model.fit(u, v, label, z, np.random.default_rng(0))
+    a1, l1, a2, l2, a3, l3, l4, w, _ = np.exp(model._constants.numpy())
+    unit = model._units.numpy()
+    mean = np.array([u[label == c].mean(0) if c >= 0 else np.zeros(u.shape[1]) for c in label])
+    found = matrix(model, u, v, label)
+    for i, j in [(0, 1), (0, 10), (10, 11), (20, 20), (30, 41)]:
+        r2 = np.sum((u[i] - u[j]) ** 2.0) / unit[0] ** 2 + w**2 * np.sum((v[i] - v[j]) ** 2.0) / unit[1] ** 2
+        m = [(1 + np.sqrt(3 * r2) / length) * np.exp(-np.sqrt(3 * r2) / length) for length in (l1, l2, l3)]
+        known = label[i] >= 0 and label[j] >= 0
+        near = np.exp(-np.linalg.norm(mean[i] - mean[j]) / unit[2] / l4) * known
+        expected = a1 * m[0] + a2 * m[1] * (known and label[i] == label[j]) + a3 * m[2] * near
+        assert found[i, j] == pytest.approx(expected, rel=1e-4)
+    assert np.linalg.eigvalsh(found).min() > -1e-8  # a covariance, unlabelled samples included
+
+
+def test_equals_the_textbook_regression_and_its_left_out_predictions(problem) -> None:
+    u, v, label, z = arrays(problem, 80)
+    model = KernelRegression()
+    left_out = model.fit(u, v, label, z, np.random.default_rng(0))
+    noise = np.exp(model._constants[-1].item()) + kernel_module.LEAST_NOISE
+    covariance = matrix(model, u, v, label)
+    np.testing.assert_allclose(
+        model.predict(u, v, label), covariance @ np.linalg.solve(covariance + noise * np.eye(80), z), atol=1e-6
+    )
+    for row in (0, 40, 79):
+        rest = np.arange(80) != row
+        alone = np.linalg.solve(covariance[np.ix_(rest, rest)] + noise * np.eye(79), z[rest])
+        assert left_out[row] == pytest.approx(covariance[row, rest] @ alone, abs=1e-5)
+
+
+def test_left_out_prediction_does_not_contain_the_own_score(problem) -> None:
+    u, v, label, z = arrays(problem, 100)
+    model = KernelRegression()
+    before = model.fit(u, v, label, z, np.random.default_rng(0))
+    changed = z.copy()
+    changed[17] += 3
+    import torch
+
+    after = model._solve(model._points(u, v, label), torch.from_numpy(changed)).numpy()
+    assert after[17] == pytest.approx(before[17], abs=1e-6)
+    assert np.abs(after - before).max() > 0.05
+
+
+def test_many_samples_use_some_as_support(problem, monkeypatch) -> None:
+    u, v, label, z = arrays(problem, 400)
+    whole = KernelRegression()
+    whole.fit(u[:300], v[:300], label[:300], z[:300], np.random.default_rng(0))
+    monkeypatch.setattr(kernel_module, "INDUCING_ROWS", 150)
+    monkeypatch.setattr(kernel_module, "CHUNK_VALUES", 150 * 64)
+    part = KernelRegression()
+    left_out = part.fit(u[:300], v[:300], label[:300], z[:300], np.random.default_rng(0))
+    assert len(part._weight) == 150 and left_out.shape == (300,)
+    rest = u[300:], v[300:], label[300:]
+    assert np.corrcoef(whole.predict(*rest), part.predict(*rest))[0, 1] > 0.97
+    assert np.corrcoef(part.predict(*rest), z[300:])[0, 1] > 0.75
+    assert np.corrcoef(left_out, z[:300])[0, 1] > 0.75
+
+
+def test_signals_are_used_where_they_tell(problem) -> None:
+    nodes, _ = problem(300)
+    score = nodes.signals[:, 1].astype(np.float64)
+    scaler, z = Scaler.fit(nodes), Target.fit(score)[1]
+    u, v = scaler.embedding(nodes), scaler.signals(nodes)
+    model = KernelRegression()
+    model.fit(u[:200], v[:200], nodes.label[:200], z[:200], np.random.default_rng(0))
+    assert np.corrcoef(model.predict(u[200:], v[200:], nodes.label[200:]), score[200:])[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "one class", "no labels", "no signals", "constant features", "twenty"])
+def test_degenerate_input(problem, kind: str) -> None:
+    u, v, label, z = arrays(problem, 20 if kind == "twenty" else 100)
+    if kind == "duplicates":
+        u, v, label = np.repeat(u[:10], 10, 0), np.repeat(v[:10], 10, 0), np.repeat(label[:10], 10)
+    elif kind == "one class":
+        label = np.zeros(100, np.int64)
+    elif kind == "no labels":
+        label = np.full(100, -1)
+    elif kind == "no signals":
+        v = v[:, :0]
+    elif kind == "constant features":
+        u, v = np.zeros_like(u), np.zeros_like(v)
+    model = KernelRegression()
+    assert np.isfinite(model.fit(u, v, label, z, np.random.default_rng(0))).all()
+    far = np.full_like(u, 100.0)
+    unseen = np.full(len(label), 3)  # maybe a class without a scored sample
+    assert np.isfinite(model.predict(far, v, unseen)).all()
+    assert model.predict(u[:0], v[:0], label[:0]).shape == (0,)
+
+
+def test_signals_become_bounded_ranks(problem) -> None:
+    nodes, _ = problem(500)
+    signals = np.exp(3 * nodes.signals)
+    signals[:200, 1], signals[3, 2], signals[:, 0] = 0, np.nan, 4
+    seed = type(nodes)(nodes.embedding, nodes.label, signals)
+    scaler = Scaler.fit(seed)
+    v = scaler.signals(seed)
+    order = signals[4:, 2].argsort()
+    assert (np.diff(v[4:, 2][order]) >= 0).all() and abs(v[:, 2].std() - 1) < 0.05 and v[3, 2] == 0
+    assert len(np.unique(v[:200, 1])) == 1 and v[0, 1] == pytest.approx(-0.84, abs=0.05)  # the normal score of rank 0.2
+    assert np.abs(v[:, 0]).max() < 0.01  # a constant signal says nothing
+    beyond = type(nodes)(nodes.embedding[:2], nodes.label[:2], [[1e9, 1e9, 1e9], [-1e9, -1e9, -1e9]])
+    assert np.abs(scaler.signals(beyond)).max() < 3.2 and KNOTS == 257
+
+
+def test_wild_scores_are_pulled_in_and_others_are_not() -> None:
+    score = np.random.default_rng(0).normal(size=1000)
+    target, z = Target.fit(score * 1e-6 + 5)
+    np.testing.assert_allclose(z, (score - score.mean()) / score.std(), atol=1e-6)
+    np.testing.assert_allclose(target.restore(z), score * 1e-6 + 5, rtol=1e-6)
+    target, z = Target.fit(np.r_[score, 1e9])
+    assert z[:1000].std() > 0.8
+    assert Target.fit(np.full(50, 0.1))[0].spread == 0
