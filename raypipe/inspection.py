@@ -117,7 +117,7 @@ def fidelity_sentence(fidelity: dict[str, Any]) -> str:
 
 
 def _files_done(run: Run, stage: str) -> str:
-    folder = {"embed": "embeddings", "extrapolate": "scores", "seed": "seed", "measure": "measured/alignments"}.get(stage)
+    folder = {"embed": "embeddings", "extrapolate": "scores", "seed": "seed"}.get(stage)
     if folder is None:
         return ""
     of = f" of {len(run.fragments()):,}" if stage in {"embed", "extrapolate"} else ""

@@ -70,7 +70,7 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
     record = records.get(name)
     if record is not None and record.fingerprint != wanted:
         context.progress.say(f"{name:<11} settings changed: made anew")
-        run.clear(name)
+        stage.clear(context)
         record = None
     elif record is None:
         run.clear(name)  # what a run without a record of it left there cannot be trusted

@@ -41,6 +41,10 @@ class Stage(abc.ABC):
     def settings(self, config: Config) -> dict[str, Any]:
         """The settings its outputs depend on; how fast it goes (workers, batch sizes of inference) is none of them."""
 
+    def clear(self, context: Context) -> None:
+        """Remove outputs that other settings made."""
+        context.run.clear(self.name)
+
     @abc.abstractmethod
     def complete(self, context: Context, record: StageRecord) -> bool:
         """Whether every output is there, told by listing and not by trust."""

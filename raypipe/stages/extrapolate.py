@@ -80,10 +80,9 @@ class ExtrapolateStage(Stage):
             "measured": judged["measured"],
             "fidelity": judged["fidelity"],
         }
-        storage.write_json(
-            run.path("extrapolator", "extrapolator.json"),
-            {**record.detail, "confidence": config.extrapolate.confidence, "intervals": judged["intervals"]},
-        )
+        about = {**record.detail, "confidence": config.extrapolate.confidence, "intervals": judged["intervals"]}
+        if "extrapolator.json" not in storage.names(run.path("extrapolator")):
+            storage.write_json(run.path("extrapolator", "extrapolator.json"), about)
 
 
 def _read(run_uri: str, fragment: str) -> Columns:

@@ -4,8 +4,9 @@ The first sums the gradients of every checkpoint: tasks over seed shards, whose 
 the result does not depend on the number of workers and the driver sees none of them. The second streams the shards through
 actors that hold all checkpoints and mean gradients.
 
-Writes, under `measured/`: `calibrated/<checkpoint>` where BatchNorm is recalibrated, `gradients/<checkpoint>` (MoSo), and
-`checkpoints/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd).
+Writes, under `measured/`: `calibrated-*/<checkpoint>` where BatchNorm is recalibrated, `gradients-*/<checkpoint>` (MoSo), and
+`checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd).
+Folder names end in a hash of the settings they depend on: another weighting of the checkpoints finds them as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import ray
 from raypipe import storage
 from raypipe.config import Config, MosoSettings
 from raypipe.errors import StageError
-from raypipe.rundir import Run, StageRecord
+from raypipe.rundir import Run, StageRecord, fingerprint
 from raypipe.stages.base import Context
 from raypipe.stages.cluster import Pool
 from raypipe.stages.proxy import load_checkpoint, proxy_manifest
@@ -42,21 +44,38 @@ def uses_self_term(settings: MosoSettings, samples: int) -> bool:
     return samples < SELF_TERM_BELOW if settings.self_term == "auto" else settings.self_term
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where the two passes write, below the run."""
+
+    calibrated: str
+    gradients: str
+    checkpoints: str
+
+    @classmethod
+    def of(cls, config: Config, run: Run) -> Folders:
+        moso, grand = config.measure.moso, config.measure.grand
+        which = [score for score in GRADIENT_SCORES if score in config.measure.scores]
+        mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate)
+        numbers = fingerprint(mean, which, uses_self_term(moso, seed_manifest(run)["samples"]), grand.gradient)
+        return cls(f"measured/calibrated-{mean}", f"measured/gradients-{mean}", f"measured/checkpoints-{numbers}")
+
+
 def measure_gradients(context: Context, record: StageRecord) -> None:
     """Both passes; finishes what an interrupted attempt left."""
     config, run, seed = context.config, context.run, seed_manifest(context.run)
     pool = context.cluster.pool(config.measure)
     files = [item["file"] for item in proxy_manifest(run)["checkpoints"]]
-    moso = "moso" in config.measure.scores
-    done = run.done("measured/checkpoints")
+    moso, folders = "moso" in config.measure.scores, Folders.of(config, run)
+    done = run.done(folders.checkpoints)
     total, shards = seed["samples"], seed["shards"]
     if moso and config.measure.moso.recalibrate:
-        record.cpu_seconds += _recalibrate(config, run, files, pool)
+        record.cpu_seconds += _recalibrate(config, run, folders, files, pool)
     with context.progress.meter("measure", (1 + moso) * total) as meter:
         if moso:
-            without = [file for file in files if file not in storage.names(run.path("measured", "gradients"))]
+            without = [file for file in files if file not in storage.names(run.path(folders.gradients))]
             if without:
-                record.cpu_seconds += _mean_gradients(config, run, seed, without, pool, meter.add)
+                record.cpu_seconds += _mean_gradients(config, run, seed, folders, without, pool, meter.add)
             else:
                 meter.already(total)
         meter.already(sum(count for shard, count in zip(shards, seed["shard_samples"], strict=True) if shard in done))
@@ -70,26 +89,33 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
             [shard for shard in shards if shard not in done],
             functools.partial(_read, run.uri),
             GradientActor,
-            {"config": config, "run_uri": run.uri, "samples": total, "threads": pool.threads, "gpu": pool.num_gpus > 0},
+            {
+                "config": config,
+                "run_uri": run.uri,
+                "folders": folders,
+                "samples": total,
+                "threads": pool.threads,
+                "gpu": pool.num_gpus > 0,
+            },
             pool,
             config.cluster.patience_seconds,
             collect,
         )
 
 
-def _load(config: Config, run: Run, file: str, device: str) -> Any:
+def _load(config: Config, run: Run, folders: Folders, file: str, device: str) -> Any:
     """A checkpoint, with recalibrated BatchNorm where that is asked for."""
     if "moso" in config.measure.scores and config.measure.moso.recalibrate:
-        return load_checkpoint(run, file, device, folder="measured/calibrated")
+        return load_checkpoint(run, file, device, folder=folders.calibrated)
     return load_checkpoint(run, file, device)
 
 
-def _recalibrate(config: Config, run: Run, files: list[str], pool: Pool) -> float:
+def _recalibrate(config: Config, run: Run, folders: Folders, files: list[str], pool: Pool) -> float:
     """Write every checkpoint with BatchNorm statistics estimated on the whole seed set. Returns processor seconds."""
-    there = storage.names(run.path("measured", "calibrated"))
+    there = storage.names(run.path(folders.calibrated))
     task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(_recalibrated)
     waiting = [
-        task.remote(run.uri, file, config.measure.batch_size, pool.threads, pool.num_gpus > 0)
+        task.remote(run.uri, folders, file, config.measure.batch_size, pool.threads, pool.num_gpus > 0)
         for file in files
         if file not in there
     ]
@@ -99,7 +125,7 @@ def _recalibrate(config: Config, run: Run, files: list[str], pool: Pool) -> floa
         raise failure(error) from error
 
 
-def _recalibrated(run_uri: str, file: str, batch_size: int, threads: int, gpu: bool) -> float:
+def _recalibrated(run_uri: str, folders: Folders, file: str, batch_size: int, threads: int, gpu: bool) -> float:
     import torch
     from safetensors.torch import save
 
@@ -118,12 +144,18 @@ def _recalibrated(run_uri: str, file: str, batch_size: int, threads: int, gpu: b
 
     recalibrate(model, batches())
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    storage.write_bytes(run.path("measured", "calibrated", file), save(weights))
+    storage.write_bytes(run.path(folders.calibrated, file), save(weights))
     return watch.lap()
 
 
 def _mean_gradients(
-    config: Config, run: Run, seed: dict[str, Any], files: list[str], pool: Pool, on_done: Callable[[int], None]
+    config: Config,
+    run: Run,
+    seed: dict[str, Any],
+    folders: Folders,
+    files: list[str],
+    pool: Pool,
+    on_done: Callable[[int], None],
 ) -> float:
     """Write the mean gradient at every checkpoint of `files`. Returns processor seconds."""
     groups = [group.tolist() for group in np.array_split(np.array(seed["shards"]), min(MOST_GROUPS, len(seed["shards"])))]
@@ -133,7 +165,7 @@ def _mean_gradients(
     partial: list[list[Any]] = [[] for _ in files]
     reports = []
     for group in groups:
-        *sums, report = add_up.remote(config, run.uri, group, files, pool.threads, pool.num_gpus > 0)
+        *sums, report = add_up.remote(config, run.uri, folders, group, files, pool.threads, pool.num_gpus > 0)
         reports.append(report)
         for column, value in zip(partial, sums, strict=True):
             column.append(value)
@@ -141,7 +173,7 @@ def _mean_gradients(
     for file, column in zip(files, partial, strict=True):
         while len(column) > 1:
             column = [merge.remote(*column[start : start + FAN_IN]) for start in range(0, len(column), FAN_IN)]
-        stored.append(store.remote(run.uri, file, seed["samples"], column[0]))
+        stored.append(store.remote(run.uri, folders.gradients, file, seed["samples"], column[0]))
     del partial, column, sums  # the references keep the sums alive
     seconds = 0.0
     try:
@@ -156,7 +188,9 @@ def _mean_gradients(
     return seconds
 
 
-def _gradient_sums(config: Config, run_uri: str, shards: list[str], files: list[str], threads: int, gpu: bool) -> list[Any]:
+def _gradient_sums(
+    config: Config, run_uri: str, folders: Folders, shards: list[str], files: list[str], threads: int, gpu: bool
+) -> list[Any]:
     """For every checkpoint the sum of the gradients over some seed shards, then a report. Runs in a task."""
     import torch
 
@@ -167,7 +201,7 @@ def _gradient_sums(config: Config, run_uri: str, shards: list[str], files: list[
     torch.set_num_threads(threads)
     device, size = "cuda" if gpu else "cpu", config.measure.batch_size
     rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
-    models = [_load(config, run, file, device) for file in files]
+    models = [_load(config, run, folders, file, device) for file in files]
     totals: list[dict[str, Any]] = [{} for _ in files]
     count = 0
     for shard in shards:
@@ -191,7 +225,7 @@ def _add(*parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return result
 
 
-def _store_gradient(run_uri: str, file: str, samples: int, total: dict[str, np.ndarray]) -> None:
+def _store_gradient(run_uri: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
     mean = {name: np.ascontiguousarray(value / np.float32(samples)) for name, value in total.items()}
@@ -199,7 +233,7 @@ def _store_gradient(run_uri: str, file: str, samples: int, total: dict[str, np.n
         raise StageError(
             f"the mean gradient at {file} is not finite: the proxy's training diverged; lower proxy.lr and run again"
         )
-    storage.write_bytes(Run(run_uri).path("measured", "gradients", file), save(mean))
+    storage.write_bytes(Run(run_uri).path(folder, file), save(mean))
 
 
 def _read(run_uri: str, shard: str) -> Columns:
@@ -212,18 +246,19 @@ def _read(run_uri: str, shard: str) -> Columns:
 class GradientActor:
     """Alignments and lengths of gradients of whole seed shards at every checkpoint; writes one file per shard."""
 
-    def __init__(self, config: Config, run_uri: str, samples: int, threads: int, gpu: bool) -> None:
+    def __init__(self, config: Config, run_uri: str, folders: Folders, samples: int, threads: int, gpu: bool) -> None:
         import torch
         from safetensors.torch import load
 
         torch.set_num_threads(threads)
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
+        self._folders = folders
         files = [item["file"] for item in proxy_manifest(self._run)["checkpoints"]]
-        self._models = [_load(config, self._run, file, self._device) for file in files]
+        self._models = [_load(config, self._run, folders, file, self._device) for file in files]
         self._self_term = uses_self_term(config.measure.moso, samples)
         self._gradients: list[Any] = [None] * len(files)
         if "moso" in config.measure.scores:
-            read = [load(storage.read_bytes(self._run.path("measured", "gradients", file))) for file in files]
+            read = [load(storage.read_bytes(self._run.path(folders.gradients, file))) for file in files]
             self._gradients = [{name: value.to(self._device) for name, value in item.items()} for item in read]
 
     def __call__(self, batch: Columns) -> Columns:
@@ -245,7 +280,7 @@ class GradientActor:
         data: dict[str, Any] = {"sample_id": pa.array(ids.tolist(), pa.string()), "label": pa.array(labels, pa.int32())}
         for name, column in columns.items():
             data[name] = pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
-        storage.write_table(self._run.path("measured", "checkpoints", f"{shard}.parquet"), pa.table(data))
+        storage.write_table(self._run.path(self._folders.checkpoints, f"{shard}.parquet"), pa.table(data))
         gpu_seconds = time.monotonic() - started if self._device == "cuda" else 0.0
         row = {"unit": shard, "samples": len(ids), "cpu_seconds": self._watch.lap(), "gpu_seconds": gpu_seconds}
         return {key: np.array([value]) for key, value in row.items()}

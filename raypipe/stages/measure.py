@@ -16,10 +16,10 @@ from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.gradients import GRADIENT_SCORES, measure_gradients, uses_self_term
+from raypipe.stages.gradients import GRADIENT_SCORES, Folders, measure_gradients, uses_self_term
 from raypipe.stages.proxy import proxy_manifest
 from raypipe.stages.seed import seed_manifest
-from raypipe.stages.trajectories import measure_trajectories
+from raypipe.stages.trajectories import measure_trajectories, trajectory_folder
 
 
 class MeasureStage(Stage):
@@ -28,6 +28,11 @@ class MeasureStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         return {score: config.measure.options(score) for score in sorted(config.measure.scores)}
+
+    def clear(self, context: Context) -> None:
+        """Only the scores go. What they are combined from has the settings in its name, and may still serve."""
+        for shard in context.run.done("measured"):
+            storage.delete(context.run.path("measured", f"{shard}.parquet"))
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
@@ -46,27 +51,32 @@ class MeasureStage(Stage):
             measure_trajectories(context, record, from_trajectory)
         seed = seed_manifest(run)
         detail: dict[str, Any] = {"scores": list(config.measure.scores)}
-        moso = _MosoTotals(config, run, seed["shards"]) if "moso" in from_gradients else None
+        folders = Folders.of(config, run)
+        moso = _MosoTotals(config, run, folders.checkpoints, seed["shards"]) if "moso" in from_gradients else None
         if moso is not None:
             detail["moso"] = moso.detail
         count = 0
         for shard in seed["shards"]:
-            count += _combine(config, run, shard, moso, from_gradients, from_trajectory)
+            count += _combine(config, run, folders.checkpoints, shard, moso, from_gradients, from_trajectory)
         if count != seed["samples"]:
             raise StageError(f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest")
+        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectory_folder(config, run))}
+        for stale in storage.names(run.path("measured")) - current:
+            if not stale.endswith(".parquet"):
+                storage.delete(run.path("measured", stale))
         record.samples, record.detail = count, detail
 
 
 class _MosoTotals:
     """What MoSo needs of the whole seed set: its size and, per checkpoint, the spread of the alignments."""
 
-    def __init__(self, config: Config, run: Run, shards: list[str]) -> None:
+    def __init__(self, config: Config, run: Run, folder: str, shards: list[str]) -> None:
         manifest = proxy_manifest(run)
         self.settings, self.steps = config.measure.moso, manifest["steps"]
         self.rates = np.array([item["lr"] for item in manifest["checkpoints"]])
         self.samples, total, square = 0, np.zeros(len(self.rates)), np.zeros(len(self.rates))
         for shard in shards:
-            aligned = _numbers(_checkpoints(run, shard), "alignments")
+            aligned = _numbers(_checkpoints(run, folder, shard), "alignments")
             self.samples += len(aligned)
             total += aligned.sum(0)
             square += np.square(aligned).sum(0)
@@ -87,19 +97,21 @@ class _MosoTotals:
         return combine(aligned, self.rates, self.settings.weights, steps=self.steps, samples=self.samples, spread=self.spread)
 
 
-def _combine(config: Config, run: Run, shard: str, moso: _MosoTotals | None, gradients: list[str], trajectory: list[str]) -> int:
+def _combine(
+    config: Config, run: Run, folder: str, shard: str, moso: _MosoTotals | None, gradients: list[str], trajectory: list[str]
+) -> int:
     """Write the scores of one shard; returns its samples."""
     columns: dict[str, Any] = {}
     table: pa.Table | None = None
     if gradients:
-        found = _checkpoints(run, shard)
+        found = _checkpoints(run, folder, shard)
         table = found.select(["sample_id", "label"])
         if moso is not None:
             columns["moso"] = moso.score(found)
         if "grand" in gradients:
             columns["grand"] = _numbers(found, "lengths").mean(1).astype(np.float32)
     if trajectory:
-        found = storage.read_table(run.path("measured", "trajectory", f"{shard}.parquet"))
+        found = storage.read_table(run.path(trajectory_folder(config, run), f"{shard}.parquet"))
         table = found.select(["sample_id", "label"])
         columns |= {score: found[score].to_numpy() for score in trajectory}
     assert table is not None
@@ -112,8 +124,8 @@ def _combine(config: Config, run: Run, shard: str, moso: _MosoTotals | None, gra
     return len(table)
 
 
-def _checkpoints(run: Run, shard: str) -> pa.Table:
-    return storage.read_table(run.path("measured", "checkpoints", f"{shard}.parquet"))
+def _checkpoints(run: Run, folder: str, shard: str) -> pa.Table:
+    return storage.read_table(run.path(folder, f"{shard}.parquet"))
 
 
 def _numbers(table: pa.Table, column: str) -> np.ndarray:

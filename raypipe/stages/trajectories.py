@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.rundir import Run, StageRecord
+from raypipe.rundir import Run, StageRecord, fingerprint
 from raypipe.stages.base import Context
+from raypipe.stages.gradients import GRADIENT_SCORES
 from raypipe.stages.proxy import proxy_manifest
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.streaming import Stopwatch, run_tasks
@@ -23,11 +24,12 @@ CHUNK_BYTES = 256 << 20
 
 
 def measure_trajectories(context: Context, record: StageRecord, scores: list[str]) -> None:
-    """Write `measured/trajectory/<shard>.parquet` (sample_id, label, a column per score) for every seed shard without one."""
+    """Write `<folder>/<shard>.parquet` (sample_id, label, a column per score) for every seed shard without one."""
     run, seed = context.run, seed_manifest(context.run)
-    done = run.done("measured/trajectory")
+    folder = trajectory_folder(context.config, run)
+    done = run.done(folder)
     starts = np.cumsum([0, *seed["shard_samples"]])
-    units = [(shard, int(start), int(stop)) for shard, start, stop in zip(seed["shards"], starts, starts[1:], strict=True)]
+    units = [(shard, int(start), int(stop)) for shard, start, stop in zip(seed["shards"], starts[:-1], starts[1:], strict=True)]
     with context.progress.meter("trajectory", seed["samples"]) as meter:
         meter.already(sum(stop - start for shard, start, stop in units if shard in done))
 
@@ -37,10 +39,16 @@ def measure_trajectories(context: Context, record: StageRecord, scores: list[str
 
         context.cluster  # Ray is started before tasks are made
         missing = [unit for unit in units if unit[0] not in done]
-        run_tasks(missing, functools.partial(_score_shard, context.config, run.uri, scores), collect)
+        run_tasks(missing, functools.partial(_score_shard, context.config, run.uri, folder, scores), collect)
 
 
-def _score_shard(config: Config, run_uri: str, scores: list[str], unit: tuple[str, int, int]) -> dict[str, Any]:
+def trajectory_folder(config: Config, run: Run) -> str:
+    """Where the scores of a trajectory are, below the run: another proxy, score or option has another folder."""
+    options = {score: config.measure.options(score) for score in sorted(config.measure.scores) if score not in GRADIENT_SCORES}
+    return f"measured/trajectory-{fingerprint(run.ledger()['proxy'].fingerprint, options)}"
+
+
+def _score_shard(config: Config, run_uri: str, folder: str, scores: list[str], unit: tuple[str, int, int]) -> dict[str, Any]:
     """Score the samples of one seed shard: rows start to stop of the seed set. Runs in a task."""
     from raypipe.scores.base import trajectory, trajectory_score
 
@@ -55,7 +63,7 @@ def _score_shard(config: Config, run_uri: str, scores: list[str], unit: tuple[st
             columns[score].append(trajectory_score(score)(part, **config.measure.options(score)))
     for score, parts in columns.items():
         table = table.append_column(score, pa.array(np.concatenate(parts) if parts else np.zeros(0, np.float32)))
-    storage.write_table(run.path("measured", "trajectory", f"{shard}.parquet"), table)
+    storage.write_table(run.path(folder, f"{shard}.parquet"), table)
     return {"samples": stop - start, "cpu_seconds": watch.lap()}
 
 

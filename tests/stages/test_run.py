@@ -164,36 +164,37 @@ def test_a_deleted_score_shard_is_made_again_and_nothing_else(finished: str) -> 
     assert {folder: stamps(finished, folder) for folder in others} == others
 
 
-def test_a_changed_setting_redoes_what_depends_on_it(finished: str) -> None:
+def test_a_changed_setting_redoes_what_depends_on_it(finished: str, finished_scores: dict[str, bytes]) -> None:
     kept, scored = stamps(finished, "keep"), stamps(finished, "scores")
     raypipe.run(small_config(finished, "select.keep=[0.5]"), progress=QUIET)
     assert stamps(finished, "scores") == scored
     assert set(stamps(finished, "keep")) == {"keep-0.50.parquet"}
+    gradients = [file.path for file in storage.listing(finished + "/measured") if file.path.startswith("gradients-")]
+    old = {name: stamp for name, stamp in stamps(finished, "measured").items() if name in gradients}
+    lr = {sample_id: row["score"] for sample_id, row in by_id(finished).items() if row["measured"]}
+    raypipe.run(small_config(finished, "measure.moso.weights=none"), until="measure", progress=QUIET)
+    assert {name: stamp for name, stamp in stamps(finished, "measured").items() if name in gradients} == old, "no new gradients"
+    raypipe.run(small_config(finished, "select.keep=[0.5]"), until="measure", progress=QUIET)
+    again = pa.concat_tables([table for _, table in storage.iter_tables(finished + "/measured")]).to_pylist()
+    assert {row["sample_id"]: row["moso"] for row in again} == lr
     embedded, measured = stamps(finished, "embeddings"), stamps(finished, "measured")
-    raypipe.run(small_config(finished, "extrapolate.method=knn-published"), progress=QUIET)
+    published = ("extrapolate.method=gnn-published", "extrapolate.epochs=2")
+    raypipe.run(small_config(finished, *published), progress=QUIET)
     assert stamps(finished, "embeddings") == embedded
     assert stamps(finished, "measured") == measured
     assert set(stamps(finished, "scores")) == set(scored)
     assert all(stamps(finished, "scores")[name] != scored[name] for name in scored)
-    knn = {sample_id: row["score"] for sample_id, row in by_id(finished).items()}
+    other = {sample_id: row["score"] for sample_id, row in by_id(finished).items()}
+    # the extrapolator over the whole source makes a missing shard again, too
+    content = score_files(finished)
+    storage.delete(f"{finished}/scores/{sorted(content)[0]}")
+    raypipe.run(small_config(finished, *published), progress=QUIET)
+    assert score_files(finished) == content
     raypipe.run(small_config(finished), progress=QUIET)
     assert set(stamps(finished, "keep")) == set(kept)
-    changed = [sample_id for sample_id, row in by_id(finished).items() if row["score"] != knn[sample_id]]
+    assert score_files(finished) == finished_scores
+    changed = [sample_id for sample_id, row in by_id(finished).items() if row["score"] != other[sample_id]]
     assert changed and not any(by_id(finished)[sample_id]["measured"] for sample_id in changed)
-
-
-def test_the_published_gnn_scores_everything_and_resumes(finished: str, tmp_path: object) -> None:
-    import shutil
-
-    copy = f"{tmp_path}/run"
-    shutil.copytree(finished, copy)
-    settings = ("extrapolate.method=gnn-published", "extrapolate.epochs=2")
-    raypipe.run(small_config(copy, *settings), progress=QUIET)
-    content = score_files(copy)
-    assert len(by_id(copy)) == 600
-    storage.delete(f"{copy}/scores/{sorted(content)[0]}")
-    raypipe.run(small_config(copy, *settings), progress=QUIET)
-    assert score_files(copy) == content
 
 
 def test_a_second_driver_is_refused(finished: str) -> None:
