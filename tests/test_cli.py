@@ -93,3 +93,11 @@ def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     assert done.stdout.strip().endswith("[]")
     assert time.monotonic() - started < 20
+
+
+def test_the_demo_is_the_configuration_of_the_digits() -> None:
+    from raypipe.config import load_config, parse_config
+
+    stated = load_config(str(Path(__file__).parent.parent / "jobs" / "configs" / "digits.yaml"))
+    demo = parse_config({"run": stated.run, **cli.DEMO})
+    assert demo.model_dump() == stated.model_dump()

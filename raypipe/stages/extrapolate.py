@@ -1,8 +1,8 @@
 """Extrapolate: fits the extrapolator on the seed set, judges its fidelity, then predicts the score of everything else.
 
 Writes under `extrapolator/` the fitted model (see `raypipe.stages.fitting`) and `extrapolator.json` (method, fidelity,
-intervals), and per fragment `scores/<fragment>.parquet`. A sample's neighbours are looked up among the scored samples, so every fragment is
-independent; the exception is `gnn-published`, whose graph is over the whole source and is held by one task.
+intervals), and per fragment `scores/<fragment>.parquet`. A sample's neighbours are looked up among the scored samples, so
+every fragment is independent; the exception is `gnn-published`, whose graph is over the whole source and is held by one task.
 """
 
 from __future__ import annotations

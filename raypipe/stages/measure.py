@@ -51,16 +51,18 @@ class MeasureStage(Stage):
             measure_trajectories(context, record, from_trajectory)
         seed = seed_manifest(run)
         detail: dict[str, Any] = {"scores": list(config.measure.scores)}
-        folders = Folders.of(config, run)
+        folders, trajectories = Folders.of(config, run), trajectory_folder(config, run)
         moso = _MosoTotals(config, run, folders.checkpoints, seed["shards"]) if "moso" in from_gradients else None
         if moso is not None:
             detail["moso"] = moso.detail
         count = 0
         for shard in seed["shards"]:
-            count += _combine(config, run, folders.checkpoints, shard, moso, from_gradients, from_trajectory)
+            found = _numbers_of(run, folders.checkpoints, shard) if from_gradients else None
+            followed = _numbers_of(run, trajectories, shard) if from_trajectory else None
+            count += _combine(config, run, shard, moso, found, followed)
         if count != seed["samples"]:
             raise StageError(f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest")
-        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectory_folder(config, run))}
+        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectories)}
         for stale in storage.names(run.path("measured")) - current:
             if not stale.endswith(".parquet"):
                 storage.delete(run.path("measured", stale))
@@ -76,7 +78,7 @@ class _MosoTotals:
         self.rates = np.array([item["lr"] for item in manifest["checkpoints"]])
         self.samples, total, square = 0, np.zeros(len(self.rates)), np.zeros(len(self.rates))
         for shard in shards:
-            aligned = _numbers(_checkpoints(run, folder, shard), "alignments")
+            aligned = _numbers(_numbers_of(run, folder, shard), "alignments")
             self.samples += len(aligned)
             total += aligned.sum(0)
             square += np.square(aligned).sum(0)
@@ -97,24 +99,17 @@ class _MosoTotals:
         return combine(aligned, self.rates, self.settings.weights, steps=self.steps, samples=self.samples, spread=self.spread)
 
 
-def _combine(
-    config: Config, run: Run, folder: str, shard: str, moso: _MosoTotals | None, gradients: list[str], trajectory: list[str]
-) -> int:
-    """Write the scores of one shard; returns its samples."""
+def _combine(config: Config, run: Run, shard: str, moso: _MosoTotals | None, found: Any, followed: Any) -> int:
+    """Write the scores of one shard from what its gradients (`found`) and its trajectory (`followed`) gave; returns its samples."""
     columns: dict[str, Any] = {}
-    table: pa.Table | None = None
-    if gradients:
-        found = _checkpoints(run, folder, shard)
-        table = found.select(["sample_id", "label"])
+    if found is not None:
         if moso is not None:
             columns["moso"] = moso.score(found)
-        if "grand" in gradients:
+        if "grand" in config.measure.scores:
             columns["grand"] = _numbers(found, "lengths").mean(1).astype(np.float32)
-    if trajectory:
-        found = storage.read_table(run.path(trajectory_folder(config, run), f"{shard}.parquet"))
-        table = found.select(["sample_id", "label"])
-        columns |= {score: found[score].to_numpy() for score in trajectory}
-    assert table is not None
+    if followed is not None:
+        columns |= {score: followed[score].to_numpy() for score in followed.column_names[2:]}
+    table = (found if found is not None else followed).select(["sample_id", "label"])
     for score in config.measure.scores:
         bad = int((~np.isfinite(columns[score])).sum())
         if bad:
@@ -124,7 +119,7 @@ def _combine(
     return len(table)
 
 
-def _checkpoints(run: Run, folder: str, shard: str) -> pa.Table:
+def _numbers_of(run: Run, folder: str, shard: str) -> pa.Table:
     return storage.read_table(run.path(folder, f"{shard}.parquet"))
 
 
