@@ -94,7 +94,9 @@ class ProxySettings(Settings):
 class PoolSettings(Settings):
     """Size of an autoscaling pool of actors."""
 
-    batch_size: Positive = Field(256, description="images in one forward pass")
+    batch_size: Positive | Literal["auto"] = Field(
+        "auto", description="images in one forward pass; auto: 256 on a GPU, 64 on a CPU, where more only take memory"
+    )
     min_actors: Positive = Field(1, description="actors that are always there")
     max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per GPU, or one per CPU where there is no GPU")
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has any")
@@ -104,6 +106,10 @@ class PoolSettings(Settings):
         if self.max_actors != "auto" and self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) cannot be less than min_actors ({self.min_actors})")
         return self
+
+    def images_at_once(self, gpu: bool) -> int:
+        """`batch_size` as a number."""
+        return self.batch_size if self.batch_size != "auto" else 256 if gpu else 64
 
 
 class MosoSettings(Settings):
@@ -191,6 +197,11 @@ class MeasureSettings(PoolSettings):
     scores: tuple[ScoreName, ...] = Field(
         ("moso",), min_length=1, description="one or several, from one proxy training; see `raypipe scores`"
     )
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="of gradient scores on a GPU: float32 is exact, the others faster; a CPU always takes float32"
+    )
+    channels_last: bool = Field(True, description="memory format of gradient scores; faster on CPU and GPU, the same to rounding")
+    compile: bool = Field(False, description="torch.compile of MoSo's alignments: a minute of compilation per checkpoint first")
     moso: MosoSettings = MosoSettings()
     grand: GrandSettings = GrandSettings()
     dynamic_uncertainty: DynamicUncertaintySettings = DynamicUncertaintySettings()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
@@ -60,6 +59,8 @@ def build(
         return Proxy(_small(24), 96, classes, mean, std)
     if name not in PROXY_MODELS:
         raise ConfigError(f"proxy.model: {name!r} is not one of {', '.join(PROXY_MODELS)}")
+    import torchvision  # takes as long to import as torch itself; the small network does without
+
     network = torchvision.models.get_model(name, weights=None)
     width = network.fc.in_features
     network.fc = nn.Identity()

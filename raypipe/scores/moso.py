@@ -9,8 +9,9 @@ expectation is taken over the kept checkpoints. Higher means keep: taking the sa
 
 How it is computed. With G_t = grad L(S, w_t), the number < G_t, grad l_i > is the derivative of l_i along G_t. One
 forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent G_t) gives it for a whole batch, exact to
-rounding, without any per-sample gradient in memory. The network is in eval mode, so that samples do not mix in BatchNorm,
-and images are not augmented (the published code scores augmented crops, which differ between its two passes).
+rounding, without any per-sample gradient in memory; `raypipe.scores.tangent` does the same faster. The network is in eval
+mode, so that samples do not mix in BatchNorm, and images are not augmented (the published code scores augmented crops, which
+differ between its two passes).
 
 G_t includes the sample itself. Taking it out subtracts |grad l_i|^2 / N; `without_itself` does that, with the lengths from
 `raypipe.scores.per_sample`.
@@ -18,6 +19,7 @@ G_t includes the sample itself. Taking it out subtracts |grad l_i|^2 / N; `witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -50,6 +52,15 @@ def gradient_sum(model: nn.Module, images: Tensor, labels: Tensor) -> Parameters
     }
 
 
+def length_of(direction: Mapping[str, Tensor]) -> float:
+    """|direction|. Raises FloatingPointError when it is not finite."""
+    squares = torch.stack([value.double().square().sum() for value in direction.values()])
+    length = float(squares.sum().sqrt())
+    if not math.isfinite(length):
+        raise FloatingPointError("the mean gradient is not finite; the proxy's training diverged (lower proxy.lr)")
+    return length
+
+
 def alignments(model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
     """< direction, grad l_i > for every sample of a batch: [n].
 
@@ -57,21 +68,17 @@ def alignments(model: nn.Module, direction: Mapping[str, Tensor], images: Tensor
     """
     model.eval()
     parameters = parameters_of(model)
-    # A tangent of unit length keeps its own scale from meeting the limits of low precision.
-    length = torch.sqrt(
-        sum((value.double().square().sum() for value in direction.values()), torch.zeros((), dtype=torch.float64))
-    )
-    if not torch.isfinite(length):
-        raise FloatingPointError("the mean gradient is not finite; the proxy's training diverged (lower proxy.lr)")
+    length = length_of(direction)
     if length == 0:
-        return torch.zeros(len(images), dtype=next(iter(parameters.values())).dtype)
+        return torch.zeros(len(images), dtype=next(iter(parameters.values())).dtype, device=images.device)
+    # A tangent of unit length keeps its own scale from meeting the limits of low precision.
     tangent = {name: (direction[name] / length).to(value.dtype) for name, value in parameters.items()}
 
     def losses(weights: Parameters) -> Tensor:
         return F.cross_entropy(functional_call(model, weights, (images,)), labels, reduction="none")
 
     with torch.no_grad():
-        return jvp(losses, (parameters,), (tangent,))[1] * length.to(images.device)
+        return jvp(losses, (parameters,), (tangent,))[1] * length
 
 
 def combine(

@@ -5,7 +5,7 @@ output. From these two the layer's own per-sample gradient follows, is reduced t
 before the next layer's is made:
 
     linear       g = sum_t d_t a_t'          (one position: |g|^2 = |d|^2 |a|^2, without g itself)
-    convolution  the same over the unfolded input, or |g|^2 = sum of (A'A) * (D'D) where that is cheaper
+    convolution  the same over the unfolded input, few samples at a time; |g|^2 = sum of (A'A) * (D'D) where that is cheaper
     norm layers  g = sum d * normalised a    (BatchNorm in eval mode, LayerNorm, GroupNorm)
     embedding    g = sum of d over the positions of a token
 
@@ -29,6 +29,8 @@ Reduced = tuple[Tensor, Tensor]
 """Squared length [n] and alignment [n]."""
 
 FAST_LAYERS = (nn.Linear, nn.Conv2d, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+CACHED_VALUES, MOST_VALUES = 1 << 19, 1 << 26
+"""Values of unfolded input held at once, on a CPU and on a GPU."""
 SLOW_CHUNK = 16
 """Samples differentiated at a time by vmap, which keeps their gradients."""
 
@@ -188,19 +190,74 @@ def _linear(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
 
 def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
     module = call.module
+    assert isinstance(module, nn.Conv2d)
+    positions, tall = gradient.shape[-2] * gradient.shape[-1], gradient.shape[1]
+    wide = module.weight[0].numel()
+    if module.groups == 1 and positions * (wide + tall) < wide * tall:
+        outputs = gradient.flatten(2)
+        square = (_gram_of_patches(call) * torch.bmm(outputs.transpose(1, 2), outputs)).sum((1, 2))
+        if direction is None:
+            return square, torch.zeros_like(square)
+        moved = F.conv2d(
+            call.input, direction.to(gradient.dtype), None, module.stride, module.padding, module.dilation, module.groups
+        )
+        return square, (moved * gradient).sum((1, 2, 3))
+    # the products of few samples at a time, which stay in the processor's cache
+    step = max(
+        1, (CACHED_VALUES if gradient.device.type == "cpu" else MOST_VALUES) // (wide * module.groups * max(positions, tall))
+    )
+    weight = None if direction is None else direction.permute(0, 2, 3, 1)  # in the order of `_patches`
+    parts = []
+    for start in range(0, len(gradient), step):
+        outputs = gradient[start : start + step].reshape(-1, tall // module.groups, positions)
+        columns = _patches(module, call.input[start : start + step]).reshape(len(outputs), wide, positions)
+        product = torch.bmm(outputs, columns.transpose(1, 2))
+        parts.append(_explicit(product.reshape(len(outputs) // module.groups, -1), weight))
+    squares, dots = zip(*parts, strict=True)
+    return torch.cat(squares), torch.cat(dots)
+
+
+def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """What each output position sees of the input: [n, groups, kernel * channels, height, width].
+
+    One copy of the padded input for every place in the kernel: five times faster on a CPU than `F.unfold`.
+    """
+    assert not isinstance(module.padding, str)
+    (above, beside), (down, across), (apart, aside) = module.padding, module.stride, module.dilation
+    (rows, columns), groups = module.kernel_size, module.groups
+    padded = F.pad(inputs, (beside, beside, above, above)).unflatten(1, (groups, -1))
+    high = (padded.shape[-2] - apart * (rows - 1) - 1) // down + 1
+    wide = (padded.shape[-1] - aside * (columns - 1) - 1) // across + 1
+    result = inputs.new_empty(len(inputs), groups, rows * columns, padded.shape[2], high, wide)
+    for i in range(rows):
+        for j in range(columns):
+            top, left = i * apart, j * aside
+            seen = padded[..., top : top + down * (high - 1) + 1 : down, left : left + across * (wide - 1) + 1 : across]
+            result[:, :, i * columns + j] = seen
+    return result.flatten(2, 3)
+
+
+def _gram_of_patches(call: _Call) -> Tensor:
+    """Inner products of what two output positions see of the input: [n, positions, positions].
+
+    With stride 1 it is a sum of shifted blocks of the inner products of single pixels: kernel times fewer multiplications.
+    """
+    module, inputs = call.module, call.input
     assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-    count, groups = len(gradient), module.groups
-    if module.kernel_size == (1, 1) and module.padding == (0, 0):
-        columns = call.input[..., :: module.stride[0], :: module.stride[1]].flatten(2)
-    else:
-        columns = F.unfold(call.input, module.kernel_size, module.dilation, module.padding, module.stride)
-    positions = gradient.shape[-2] * gradient.shape[-1]
-    columns = columns.reshape(count * groups, -1, positions)
-    outputs = gradient.reshape(count * groups, -1, positions)
-    if groups == 1:
-        return _outer(columns, outputs, direction)
-    product = torch.bmm(outputs, columns.transpose(1, 2)).reshape(count, -1)
-    return _explicit(product, direction)
+    if module.stride != (1, 1) or module.dilation != (1, 1):
+        columns = _patches(module, inputs)[:, 0].flatten(2)
+        return torch.bmm(columns.transpose(1, 2), columns)
+    (above, beside), (height, width) = module.padding, module.kernel_size
+    pixels = F.pad(inputs, (beside, beside, above, above))
+    rows, columns_ = pixels.shape[2], pixels.shape[3]
+    flat = pixels.flatten(2)
+    pairs = torch.bmm(flat.transpose(1, 2), flat).view(-1, rows, columns_, rows, columns_)
+    high, across = rows - height + 1, columns_ - width + 1
+    total = pairs.new_zeros(len(inputs), high, across, high, across)
+    for i in range(height):
+        for j in range(width):
+            total += pairs[:, i : i + high, j : j + across, i : i + high, j : j + across]
+    return total.view(len(inputs), high * across, high * across)
 
 
 def _outer(inputs: Tensor, outputs: Tensor, direction: Tensor | None) -> Reduced:

@@ -178,7 +178,7 @@ class EmbedActor:
         import torch
 
         parts: list[dict[str, Any]] = []
-        size = self._config.embed.batch_size
+        size = self._config.embed.images_at_once(self._gpu)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._gpu and self._config.proxy.amp):
             for start in range(0, max(1, len(images)), size):
                 pixels = torch.from_numpy(images[start : start + size]).to(self._device)

@@ -34,6 +34,8 @@ from raypipe.stages.streaming import Columns, Stopwatch, failure, stream
 MOST_GROUPS = 64
 """Partial sums of the mean gradient: enough to keep many workers busy, few enough to add up quickly."""
 FAN_IN = 4
+RECALIBRATION_BATCH = 256
+"""Images whose statistics are taken together when BatchNorm is recalibrated; part of what the result is."""
 SELF_TERM_BELOW = 1000
 """`self_term: auto` takes it in for seed sets smaller than this."""
 GRADIENT_SCORES = ("moso", "grand")
@@ -56,7 +58,7 @@ class Folders:
     def of(cls, config: Config, run: Run) -> Folders:
         moso, grand = config.measure.moso, config.measure.grand
         which = [score for score in GRADIENT_SCORES if score in config.measure.scores]
-        mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate)
+        mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate, config.measure.precision)
         numbers = fingerprint(mean, which, uses_self_term(moso, seed_manifest(run)["samples"]), grand.gradient)
         return cls(f"measured/calibrated-{mean}", f"measured/gradients-{mean}", f"measured/checkpoints-{numbers}")
 
@@ -104,28 +106,26 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
 
 
 def _load(config: Config, run: Run, folders: Folders, file: str, device: str) -> Any:
-    """A checkpoint, with recalibrated BatchNorm where that is asked for."""
-    if "moso" in config.measure.scores and config.measure.moso.recalibrate:
-        return load_checkpoint(run, file, device, folder=folders.calibrated)
-    return load_checkpoint(run, file, device)
+    """A checkpoint, with recalibrated BatchNorm and in the memory format that are asked for."""
+    import torch
+
+    recalibrated = "moso" in config.measure.scores and config.measure.moso.recalibrate
+    model = load_checkpoint(run, file, device, folder=folders.calibrated) if recalibrated else load_checkpoint(run, file, device)
+    return model.to(memory_format=torch.channels_last) if config.measure.channels_last else model
 
 
 def _recalibrate(config: Config, run: Run, folders: Folders, files: list[str], pool: Pool) -> float:
     """Write every checkpoint with BatchNorm statistics estimated on the whole seed set. Returns processor seconds."""
     there = storage.names(run.path(folders.calibrated))
     task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(_recalibrated)
-    waiting = [
-        task.remote(run.uri, folders, file, config.measure.batch_size, pool.threads, pool.num_gpus > 0)
-        for file in files
-        if file not in there
-    ]
+    waiting = [task.remote(run.uri, folders, file, pool.threads, pool.num_gpus > 0) for file in files if file not in there]
     try:
         return sum(ray.get(waiting))
     except Exception as error:
         raise failure(error) from error
 
 
-def _recalibrated(run_uri: str, folders: Folders, file: str, batch_size: int, threads: int, gpu: bool) -> float:
+def _recalibrated(run_uri: str, folders: Folders, file: str, threads: int, gpu: bool) -> float:
     import torch
     from safetensors.torch import save
 
@@ -139,8 +139,8 @@ def _recalibrated(run_uri: str, folders: Folders, file: str, batch_size: int, th
     def batches() -> Any:
         for shard in seed_manifest(run)["shards"]:
             _, images, _ = read_shard(run, shard)
-            for start in range(0, len(images), batch_size):
-                yield torch.from_numpy(images[start : start + batch_size].copy()).to(device)
+            for start in range(0, len(images), RECALIBRATION_BATCH):
+                yield torch.from_numpy(images[start : start + RECALIBRATION_BATCH].copy()).to(device)
 
     recalibrate(model, batches())
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
@@ -196,10 +196,11 @@ def _gradient_sums(
 
     from raypipe.scores.head import head_gradient_sum
     from raypipe.scores.moso import gradient_sum
+    from raypipe.scores.precision import computing
 
     watch, run = Stopwatch(), Run(run_uri)
     torch.set_num_threads(threads)
-    device, size = "cuda" if gpu else "cpu", config.measure.batch_size
+    device, size = "cuda" if gpu else "cpu", config.measure.images_at_once(gpu)
     rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
     models = [_load(config, run, folders, file, device) for file in files]
     totals: list[dict[str, Any]] = [{} for _ in files]
@@ -210,11 +211,13 @@ def _gradient_sums(
             pixels = torch.from_numpy(images[start : start + size].copy()).to(device)
             target = torch.from_numpy(labels[start : start + size]).to(device)
             for model, total in zip(models, totals, strict=True):
-                for name, value in rule(model, pixels, target).items():
+                with computing(config.measure.precision, device):
+                    sums = rule(model, pixels, target)
+                for name, value in sums.items():
                     total[name] = total[name] + value if name in total else value
         count += len(labels)
-    sums = [{name: value.cpu().numpy() for name, value in total.items()} for total in totals]
-    return [*sums, {"samples": count, "cpu_seconds": watch.lap()}]
+    arrays = [{name: value.cpu().numpy() for name, value in total.items()} for total in totals]
+    return [*arrays, {"samples": count, "cpu_seconds": watch.lap()}]
 
 
 def _add(*parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -248,33 +251,69 @@ class GradientActor:
 
     def __init__(self, config: Config, run_uri: str, folders: Folders, samples: int, threads: int, gpu: bool) -> None:
         import torch
-        from safetensors.torch import load
 
         torch.set_num_threads(threads)
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
         self._folders = folders
         files = [item["file"] for item in proxy_manifest(self._run)["checkpoints"]]
-        self._models = [_load(config, self._run, folders, file, self._device) for file in files]
         self._self_term = uses_self_term(config.measure.moso, samples)
-        self._gradients: list[Any] = [None] * len(files)
-        if "moso" in config.measure.scores:
-            read = [load(storage.read_bytes(self._run.path(folders.gradients, file))) for file in files]
-            self._gradients = [{name: value.to(self._device) for name, value in item.items()} for item in read]
+        self._checkpoints = [self._checkpoint(file) for file in files]
+
+    def _checkpoint(self, file: str) -> Callable[[Any, Any], dict[str, Any]]:
+        """What gives the numbers of a batch at one checkpoint, by the cheapest way that gives all that the wanted scores need."""
+        from safetensors.torch import load
+
+        from raypipe.scores.head import head_norms_and_alignments
+        from raypipe.scores.per_sample import norms_and_alignments
+        from raypipe.scores.tangent import Aligner
+
+        measure = self._config.measure
+        model = _load(self._config, self._run, self._folders, file, self._device)
+        gradient: dict[str, Any] | None = None
+        if "moso" in measure.scores:
+            read = load(storage.read_bytes(self._run.path(self._folders.gradients, file)))
+            gradient = {name: value.to(self._device) for name, value in read.items()}
+        moso_rule = measure.moso.gradient if gradient is not None else None
+        grand_rule = measure.grand.gradient if "grand" in measure.scores else None
+        aligner = None
+        if gradient is not None and moso_rule == "all" and not self._self_term and grand_rule != "all":
+            aligner = Aligner(model, gradient, channels_last=measure.channels_last, compiled=measure.compile)
+            if grand_rule is None and aligner.traced:
+                model, gradient = None, None  # it has what it needs of them
+
+        def numbers(pixels: Any, target: Any) -> dict[str, Any]:
+            result = {} if aligner is None else {"alignments": aligner(pixels, target)}
+            for rule, function in (("head", head_norms_and_alignments), ("all", norms_and_alignments)):
+                of_moso, of_grand = moso_rule == rule and aligner is None, grand_rule == rule
+                if of_moso or of_grand:
+                    square, aligned = function(model, pixels, target, gradient if of_moso else None)
+                    if of_moso:
+                        result["alignments"] = aligned
+                        result.update({"squares": square} if self._self_term else {})
+                    if of_grand:
+                        result["lengths"] = square.sqrt()
+            return result
+
+        return numbers
 
     def __call__(self, batch: Columns) -> Columns:
         import torch
 
+        from raypipe.scores.precision import computing
+
         started = time.monotonic()
         keep = batch["label"] >= 0
         ids, labels, images = batch["sample_id"][keep], batch["label"][keep], batch["image"][keep]
-        size = self._config.measure.batch_size
+        size, precision = self._config.measure.images_at_once(self._device == "cuda"), self._config.measure.precision
         columns: dict[str, np.ndarray] = {}
         for start in range(0, max(1, len(ids)), size):
             part = slice(start, start + size)
             pixels, target = torch.from_numpy(images[part]).to(self._device), torch.from_numpy(labels[part]).to(self._device)
-            for checkpoint, (model, gradient) in enumerate(zip(self._models, self._gradients, strict=True)):
-                for name, value in self._numbers(model, gradient, pixels, target).items():
-                    column = columns.setdefault(name, np.zeros((len(ids), len(self._models)), np.float32))
+            for checkpoint, numbers in enumerate(self._checkpoints):
+                with computing(precision, self._device):
+                    found = numbers(pixels, target)
+                for name, value in found.items():
+                    column = columns.setdefault(name, np.zeros((len(ids), len(self._checkpoints)), np.float32))
                     column[part, checkpoint] = value.float().cpu().numpy()
         shard = str(batch["shard"][0])
         data: dict[str, Any] = {"sample_id": pa.array(ids.tolist(), pa.string()), "label": pa.array(labels, pa.int32())}
@@ -284,25 +323,3 @@ class GradientActor:
         gpu_seconds = time.monotonic() - started if self._device == "cuda" else 0.0
         row = {"unit": shard, "samples": len(ids), "cpu_seconds": self._watch.lap(), "gpu_seconds": gpu_seconds}
         return {key: np.array([value]) for key, value in row.items()}
-
-    def _numbers(self, model: Any, gradient: Any, pixels: Any, target: Any) -> dict[str, Any]:
-        """What the wanted scores need of one batch at one checkpoint, by the cheapest way that gives all of it."""
-        from raypipe.scores.head import head_norms_and_alignments
-        from raypipe.scores.moso import alignments
-        from raypipe.scores.per_sample import norms_and_alignments
-
-        measure, result = self._config.measure, {}
-        moso, grand = "moso" in measure.scores, "grand" in measure.scores
-        moso_rule = "head" if measure.moso.gradient == "head" else "all"
-        for rule, function in (("head", head_norms_and_alignments), ("all", norms_and_alignments)):
-            of_moso, of_grand = moso and moso_rule == rule, grand and measure.grand.gradient == rule
-            if rule == "all" and of_moso and not self._self_term and not of_grand:
-                result["alignments"] = alignments(model, gradient, pixels, target)
-            elif of_moso or of_grand:
-                square, aligned = function(model, pixels, target, gradient if of_moso else None)
-                if of_moso:
-                    result["alignments"] = aligned
-                    result.update({"squares": square} if self._self_term else {})
-                if of_grand:
-                    result["lengths"] = square.sqrt()
-        return result

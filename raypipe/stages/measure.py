@@ -16,8 +16,8 @@ from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.gradients import GRADIENT_SCORES, Folders, measure_gradients, uses_self_term
-from raypipe.stages.proxy import proxy_manifest
+from raypipe.stages.gradients import GRADIENT_SCORES, SELF_TERM_BELOW, Folders, measure_gradients, uses_self_term
+from raypipe.stages.proxy import empty_proxy, proxy_manifest
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.trajectories import measure_trajectories, trajectory_folder
 
@@ -27,7 +27,8 @@ class MeasureStage(Stage):
     needs = ("proxy",)
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return {score: config.measure.options(score) for score in sorted(config.measure.scores)}
+        options = {score: config.measure.options(score) for score in sorted(config.measure.scores)}
+        return options | {"precision": config.measure.precision}
 
     def clear(self, context: Context) -> None:
         """Only the scores go. What they are combined from has the settings in its name, and may still serve."""
@@ -45,12 +46,13 @@ class MeasureStage(Stage):
         config, run = context.config, context.run
         from_gradients: list[str] = [score for score in config.measure.scores if score in GRADIENT_SCORES]
         from_trajectory: list[str] = [score for score in config.measure.scores if score not in GRADIENT_SCORES]
+        detail: dict[str, Any] = {"scores": list(config.measure.scores)}
         if from_gradients:
+            detail |= _announce(context)
             measure_gradients(context, record)
         if from_trajectory:
             measure_trajectories(context, record, from_trajectory)
         seed = seed_manifest(run)
-        detail: dict[str, Any] = {"scores": list(config.measure.scores)}
         folders, trajectories = Folders.of(config, run), trajectory_folder(config, run)
         moso = _MosoTotals(config, run, folders.checkpoints, seed["shards"]) if "moso" in from_gradients else None
         if moso is not None:
@@ -67,6 +69,26 @@ class MeasureStage(Stage):
             if not stale.endswith(".parquet"):
                 storage.delete(run.path("measured", stale))
         record.samples, record.detail = count, detail
+
+
+def _announce(context: Context) -> dict[str, Any]:
+    """Say what `self_term: auto` decided, and which layers have no fast rule for per-sample gradients; both for the ledger."""
+    config, samples = context.config, seed_manifest(context.run)["samples"]
+    moso, grand = config.measure.moso, config.measure.grand
+    self_term = "moso" in config.measure.scores and uses_self_term(moso, samples)
+    if "moso" in config.measure.scores and moso.self_term == "auto":
+        side = f"below {SELF_TERM_BELOW:,}: with" if self_term else f"{SELF_TERM_BELOW:,} or more: without"
+        context.progress.say(f"{'measure':<11} self term: {samples:,} seed samples are {side} it")
+    slow: list[str] = []
+    if (self_term and moso.gradient == "all") or ("grand" in config.measure.scores and grand.gradient == "all"):
+        from raypipe.scores.per_sample import slow_parameters
+
+        slow = slow_parameters(empty_proxy(context.run))
+    if slow:
+        context.progress.say(
+            f"{'measure':<11} {len(slow)} weights have no fast per-sample rule and take a slower, exact way: {slow[0]}, ..."
+        )
+    return {"slow_parameters": slow} if slow else {}
 
 
 class _MosoTotals:

@@ -111,16 +111,22 @@ def finished_epochs(run: Run) -> list[dict[str, Any]]:
 
 def load_checkpoint(run: Run, file: str, device: str = "cpu", folder: str = "proxy/checkpoints") -> Any:
     """The proxy with the weights of a checkpoint, in eval mode."""
-    import torch
     from safetensors.torch import load
+
+    model = empty_proxy(run)
+    model.load_state_dict(load(storage.read_bytes(run.path(folder, file))))
+    return model.to(device).eval()
+
+
+def empty_proxy(run: Run) -> Any:
+    """The proxy's network with weights that mean nothing."""
+    import torch
 
     from raypipe.models import build
 
     manifest = proxy_manifest(run)
     with torch.random.fork_rng(devices=[]):
-        model = build(manifest["model"], manifest["classes"], manifest["image_size"], manifest["mean"], manifest["std"])
-    model.load_state_dict(load(storage.read_bytes(run.path(folder, file))))
-    return model.to(device).eval()
+        return build(manifest["model"], manifest["classes"], manifest["image_size"], manifest["mean"], manifest["std"])
 
 
 class _Watch:
