@@ -70,7 +70,8 @@ class ProxyStage(Stage):
                 f"{fewest} seed samples are too few for {workers} workers; lower proxy.workers or raise seed.fraction"
             )
         counted = storage.exists(run.path("proxy", "proxy.json"))  # then the ledger has the seconds of what is there
-        missing = [part for part in parts if not _is_trained(config, run, part)]
+        epochs = [finished_epochs(run, part.folder) for part in parts]
+        missing = [part for part, done in zip(parts, epochs, strict=True) if not _is_trained(config, run, part, done)]
         key, seconds = uuid.uuid4().hex, [0.0]
 
         def train(part: Part) -> None:
@@ -85,13 +86,15 @@ class ProxyStage(Stage):
                 seconds.append(time.monotonic() - started)
 
         with context.progress.meter("proxy", len(parts) * config.proxy.epochs, "epochs") as meter:
-            meter.already(sum(len(finished_epochs(run, part.folder)) for part in parts))
+            meter.already(sum(len(done) for done in epochs))
             watch = _Watch([run.path(part.folder, "epochs") for part in parts], meter)
             try:
                 side_by_side([functools.partial(train, part) for part in missing], beside)
             finally:
                 watch.stop()
-        epochs = [finished_epochs(run, part.folder) for part in parts]
+        epochs = [
+            finished_epochs(run, part.folder) if part in missing else done for part, done in zip(parts, epochs, strict=True)
+        ]
         for part, done in zip(parts, epochs, strict=True):
             if len(done) != config.proxy.epochs:
                 name = f"the proxy of {part.name}" if part.name else "the proxy"
@@ -115,9 +118,8 @@ class ProxyStage(Stage):
             record.detail["parts"] = [{name: item[name] for name in ("samples", "accuracy", "loss")} for item in last]
 
 
-def _is_trained(config: Config, run: Run, part: Part) -> bool:
+def _is_trained(config: Config, run: Run, part: Part, epochs: Sequence[dict[str, Any]]) -> bool:
     """Whether a part has all its epochs and the checkpoints that they name."""
-    epochs = finished_epochs(run, part.folder)
     kept = {item["checkpoint"] for item in epochs if item["checkpoint"]}
     return len(epochs) == config.proxy.epochs and kept <= storage.names(run.path(part.checkpoints))
 

@@ -19,10 +19,11 @@ import raypipe
 from raypipe import storage
 from raypipe.config import ProxySettings
 from raypipe.errors import StageError
-from raypipe.rundir import STAGE_FOLDERS, Run
+from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
+from raypipe.stages.base import Context
 from raypipe.stages.cluster import Cluster, ResourceError
 from raypipe.stages.parts import Part, divide, joined, part_rule
-from raypipe.stages.proxy import side_by_side
+from raypipe.stages.proxy import ProxyStage, side_by_side, trajectory_files
 from raypipe.stages.seed import read_shard, seed_manifest, wanted
 
 IDS = [f"train/{number % 7}/{number:05d}.png" for number in range(6000)]
@@ -172,15 +173,62 @@ def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
     assert ran[1:] == [threading.current_thread().name] * 2, "one at a time needs no thread"
 
 
+def test_a_part_that_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage with a training that writes what Ray Train's workers would."""
+    run = Run(str(tmp_path))
+    _seed_set(run, [100], classes=3)
+    storage.write_json(run.path("seed", "manifest.json"), seed_manifest(run) | {"image_size": 8, "mean": [0.5], "std": [0.2]})
+    storage.write_json(run.path("index", "classes.json"), {"names": ["a", "b", "c"], "numeric": False})
+    config = small_config(run.uri, "proxy.parts=3", "proxy.epochs=2")
+    context, stage, trained = Context(config, run, QUIET), ProxyStage(), []
+    context.__dict__["cluster"] = Cluster(2, 0, 1, 2, False)
+    broken = {1}
+
+    def train(config: Any, run: Run, part: Part, *_: object) -> None:
+        trained.append(part.number)
+        for epoch in range(2):
+            if part.number in broken and epoch == 1:
+                raise StageError("a worker died too often")
+            checkpoint = f"epoch-{epoch:04d}.safetensors"
+            storage.write_bytes(run.path(part.checkpoints, checkpoint), b"weights")
+            figures = {"loss": 1.0 + part.number, "accuracy": 0.5, "lr": 0.1, "steps": 2 * (epoch + 1), "cpu_seconds": 1.0}
+            record = {"epoch": epoch, "checkpoint": checkpoint, "scored": True, "trajectory": [f"{epoch}.parquet"], **figures}
+            storage.write_json(run.path(part.folder, "epochs", f"epoch-{epoch:04d}.json"), record)
+        storage.write_bytes(run.path(part.folder, "state.safetensors"), b"state")
+
+    monkeypatch.setattr("raypipe.stages.proxy._train", train)
+    with pytest.raises(StageError, match="died too often"):
+        stage.execute(context, StageRecord())
+    assert 1 in trained and not stage.complete(context, StageRecord())
+    begun = set(trained) - broken
+    broken.clear()
+    trained.clear()
+    record = StageRecord()
+    stage.execute(context, record)
+    assert set(trained) == {0, 1, 2} - begun
+    assert stage.complete(context, record)
+    assert record.cpu_seconds == 6, "of every epoch once"
+    assert record.detail["loss"] == 2 and [part["loss"] for part in record.detail["parts"]] == [1, 2, 3]
+    assert storage.names(run.path("proxy", "part-0")) == {"epochs", "checkpoints"}, "no state is left"
+    assert trajectory_files(run)[1] == [f"proxy/part-{number}/trajectory/1.parquet" for number in range(3)]
+    trained.clear()
+    storage.delete(run.path("proxy", "part-2", "checkpoints", "epoch-0000.safetensors"))
+    assert not stage.complete(context, record)
+    stage.execute(context, record)
+    assert trained == [2] and stage.complete(context, record)
+    assert record.cpu_seconds == 8
+
+
 @pytest.mark.ray
 def test_each_part_is_scored_by_its_own_proxy(cluster: str, tmp_path: Path) -> None:
-    """Two proxies: what was measured, from one process that has everything in memory; then what a rerun does."""
+    """Two proxies: what was measured, from one process that has everything in memory; and a rerun."""
     from raypipe.scores.moso import combine, gradient_sum, without_itself
     from raypipe.scores.per_sample import norms_and_alignments
+    from raypipe.stages.embed import EmbedActor
     from raypipe.stages.proxy import load_checkpoint
 
     config = small_config(f"{tmp_path}/run", "proxy.parts=2", "proxy.epochs=2", "source.limit=400")
-    run = Run(raypipe.run(config, until="embed", progress=QUIET).uri)
+    run = Run(raypipe.run(config, until="measure", progress=QUIET).uri)
     seed = seed_manifest(run)
     shards = [read_shard(run, shard) for shard in seed["shards"]]
     ids = [sample_id for shard in shards for sample_id in shard[0]]
@@ -215,27 +263,12 @@ def test_each_part_is_scored_by_its_own_proxy(cluster: str, tmp_path: Path) -> N
     assert record.detail["accuracy"] == pytest.approx(np.mean([part["accuracy"] for part in record.detail["parts"]]))
 
     # embeddings are in one space, that of part 0
-    rows = {
-        row["sample_id"]: row["embedding"]
-        for _, table in storage.iter_tables(run.path("embeddings"))
-        for row in table.to_pylist()
-    }
     first = load_checkpoint(run, manifest["parts"][0]["final"], folder="proxy/part-0/checkpoints")
+    embedded = EmbedActor(config, run.uri, threads=1, gpu=False)._forward(images.numpy(), labels.numpy().astype(np.int32))
     with torch.no_grad():
-        np.testing.assert_allclose([rows[sample_id] for sample_id in ids], first.embed(images), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(embedded["embedding"], first.embed(images), rtol=1e-4, atol=1e-5)
 
-    # a rerun does nothing, and makes a lost part again without the other
-    folders = [folder for stage in ("proxy", "measure", "embed") for folder in STAGE_FOLDERS[stage]]
+    folders = [folder for stage in ("proxy", "measure") for folder in STAGE_FOLDERS[stage]]
     before = {folder: stamps(run.uri, folder) for folder in folders}
-    raypipe.run(config, until="embed", progress=QUIET)
-    assert {folder: stamps(run.uri, folder) for folder in folders} == before
-    lost = run.path("proxy", "part-1", "checkpoints", manifest["parts"][1]["final"])
-    content = storage.read_bytes(lost)
-    storage.delete(run.path("proxy", "part-1"))
-    raypipe.run(config, until="embed", progress=QUIET)
-    after = {folder: stamps(run.uri, folder) for folder in folders}
-    assert {folder: after[folder] for folder in folders[1:]} == {folder: before[folder] for folder in folders[1:]}
-    assert set(after["proxy"]) == set(before["proxy"])
-    changed = {name for name, stamp in before["proxy"].items() if after["proxy"][name] != stamp}
-    assert changed == {name for name in before["proxy"] if name.startswith("part-1/")} | {"proxy.json"}
-    assert storage.read_bytes(lost) == content
+    raypipe.run(config, until="measure", progress=QUIET)
+    assert {folder: stamps(run.uri, folder) for folder in folders} == before, "a rerun does nothing"
