@@ -71,14 +71,17 @@ class ProxySettings(Settings):
     trajectory: Literal["train", "eval", "none"] = Field(
         "train", description="class probabilities per epoch: of the training forward pass (free), of an extra plain pass, or none"
     )
-    seed: int = Field(0, ge=0, description="initial weights, order and augmentation")
-    workers: Positive = Field(1, description="data-parallel workers; batch_size is shared among them")
+    seed: int = Field(0, ge=0, description="initial weights, order and augmentation; the division into parts")
+    parts: Positive = Field(
+        1, description="so many proxies, each trained and scored on its own random part of the seed set, as the MoSo paper does"
+    )
+    workers: Positive = Field(1, description="data-parallel workers of a training; batch_size is shared among them")
     use_gpu: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto: when the cluster has any")
     cpus_per_worker: Positive | Literal["auto"] = Field(
-        "auto", description="auto: all CPUs of a CPU-only machine shared evenly, else 4"
+        "auto", description="auto: all CPUs of a CPU-only machine shared evenly, also among parts; else up to 4"
     )
     amp: bool = Field(True, description="bf16 mixed precision on GPU; CPU is always fp32")
-    max_failures: int = Field(3, ge=0, description="worker failures survived before the stage gives up")
+    max_failures: int = Field(3, ge=0, description="worker failures a training survives before the stage gives up")
 
     @model_validator(mode="after")
     def _checkpoints_fit(self) -> ProxySettings:
@@ -123,7 +126,7 @@ class MosoSettings(Settings):
     )
     self_term: bool | Literal["auto"] = Field(
         "auto",
-        description="take the sample itself out of the mean gradient; auto: for seed sets below 1,000, where it can matter",
+        description="take the sample itself out of the mean gradient; auto: for seed sets (or parts) below 1,000, where it can matter",
     )
     formula: Literal["paper", "code"] = Field(
         "paper", description="paper: Eq. 4; code: the published code's own, for self_term only"

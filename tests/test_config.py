@@ -28,6 +28,7 @@ def _message(data: dict) -> str:
         ({"proxy": {"model": "vgg"}}, ["proxy", "'vgg'", "resnet18"]),
         ({"proxy": {"epochs": 3, "checkpoints": 10}}, ["checkpoints (10)", "epochs (3)"]),
         ({"proxy": {"workers": 1.5}}, ["proxy.workers", "1.5"]),
+        ({"proxy": {"parts": 0}}, ["proxy.parts", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
         ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),

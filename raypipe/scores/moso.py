@@ -4,8 +4,9 @@ Source: Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023 (arXi
 
     M(z) = E_{t ~ U{1..T}} [ (T/N) * eta_t * < grad L(S\\z, w_t), grad l(z, w_t) > ]
 
-T is the number of optimiser steps, N the size of the seed set S, eta_t the learning rate in force at checkpoint t. The
-expectation is taken over the kept checkpoints. Higher means keep: taking the sample away would raise the loss of the rest.
+T is the number of optimiser steps, N the size of the seed set S (or, with `proxy.parts`, of the part that is S then), eta_t the
+learning rate in force at checkpoint t. The expectation is taken over the kept checkpoints. Higher means keep: taking the sample
+away would raise the loss of the rest.
 
 How it is computed. With G_t = grad L(S, w_t), the number < G_t, grad l_i > is the derivative of l_i along G_t. One
 forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent G_t) gives it for a whole batch, exact to

@@ -45,6 +45,8 @@ def norms_and_alignments(
     The model is put into eval mode, so that samples do not mix. Gradients are over all trainable parameters.
     """
     model.eval()
+    if not len(images):  # the shapes below cannot be told from no sample
+        return torch.zeros(0, device=images.device), torch.zeros(0, device=images.device)
     trainable = {name for name, value in model.named_parameters() if value.requires_grad}
     fast = _fast_modules(model)
     calls: list[_Call] = []

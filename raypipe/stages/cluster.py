@@ -77,27 +77,39 @@ class Cluster:
             raise ResourceError(f"min_actors is {min_actors}, but the cluster ({self}) has room for {room} CPU actors")
         return Pool(min(min_actors, most), max(most, min_actors), 0.5, 0, 1, 0.5)
 
-    def train_workers(self, settings: ProxySettings) -> tuple[int, bool, int]:
-        """Number of workers, whether each has a GPU, and CPUs of each. Raises ResourceError when they cannot all be had."""
-        gpu = self.use_gpu(settings.use_gpu)
+    def train_workers(self, settings: ProxySettings) -> tuple[int, bool, int, int]:
+        """Workers of a training, whether each has a GPU, CPUs of each, and how many of `proxy.parts` trainings run side by side.
+
+        Trainings share the CPUs of a fixed cluster rather than take turns on all of them: small networks gain less than twice
+        from twice the threads, and the seconds that a training takes to start are spent once. A cluster that grows is asked for
+        all trainings at once; those it has no room for wait. Raises ResourceError when not even one training fits.
+        """
+        gpu, workers = self.use_gpu(settings.use_gpu), settings.workers
+        room = _between(1, (self.gpus if gpu else self.cpus) // workers, settings.parts)
+        beside, sharing = (settings.parts, 1) if self.can_grow else (room, room)
         if settings.cpus_per_worker != "auto":
             cpus = settings.cpus_per_worker
         elif gpu:
-            cpus = max(1, min(4, int(self.cpus // max(1, settings.workers))))
+            cpus = _between(1, self.cpus // (workers * sharing), 4)
         else:
-            per_node = -(-settings.workers // max(1, self.nodes))
+            per_node = -(-workers * sharing // max(1, self.nodes))
             cpus = max(1, int(self.largest_node_cpus // per_node))
         if not self.can_grow:
-            if gpu and settings.workers > self.gpus:
-                raise ResourceError(f"proxy.workers is {settings.workers} with a GPU each, but the cluster has {self}")
-            if settings.workers * cpus > self.cpus:
+            if gpu and workers > self.gpus:
+                raise ResourceError(f"proxy.workers is {workers} with a GPU each, but the cluster has {self}")
+            if workers * cpus > self.cpus:
                 raise ResourceError(
-                    f"proxy.workers x cpus_per_worker is {settings.workers} x {cpus} CPUs, but the cluster has {self}; lower one of them"
+                    f"proxy.workers x cpus_per_worker is {workers} x {cpus} CPUs, but the cluster has {self}; lower one of them"
                 )
-        return settings.workers, gpu, cpus
+            beside = _between(1, self.cpus // (workers * cpus), beside)
+        return workers, gpu, cpus, beside
 
     def __str__(self) -> str:
         return f"{self.nodes} node{'s' if self.nodes != 1 else ''}, {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+
+
+def _between(least: int, value: float, most: int) -> int:
+    return max(least, min(int(value), most))
 
 
 def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bool) -> Cluster:

@@ -3,6 +3,8 @@
 Writes, per fragment, `embeddings/<fragment>.parquet` (sample_id, label, embedding, and what the proxy says of the sample:
 prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`.
 The logits themselves are not kept: for many classes they would be larger than the embedding.
+With several proxies (`proxy.parts`) all samples pass through that of part 0, since distances between embeddings mean something
+in one space only; of the seed set it was trained on its own part and not on the others.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from raypipe.images import decode_batch
 from raypipe.rundir import Run, StageRecord
 from raypipe.sources import Fragment, open_source
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+from raypipe.stages.proxy import load_checkpoint, proxy_parts
 from raypipe.stages.seed import wanted
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
@@ -137,7 +139,7 @@ def _read(config: Config, run_uri: str, fragment: Fragment) -> Columns:
 
 
 class EmbedActor:
-    """The proxy's last checkpoint, run over whole fragments; writes one file per fragment."""
+    """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
 
     def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
         import torch
@@ -145,7 +147,8 @@ class EmbedActor:
         torch.set_num_threads(threads)
         self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
         self._device = "cuda" if gpu else "cpu"
-        self._model = load_checkpoint(self._run, proxy_manifest(self._run)["final"], self._device)
+        part = proxy_parts(self._run)[0]
+        self._model = load_checkpoint(self._run, part.trained["final"], self._device, part.checkpoints)
         if gpu:
             self._model.to(memory_format=torch.channels_last)
 

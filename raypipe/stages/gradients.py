@@ -7,6 +7,8 @@ actors that hold all checkpoints and mean gradients.
 Writes, under `measured/`: `calibrated-*/<checkpoint>` where BatchNorm is recalibrated, `gradients-*/<checkpoint>` (MoSo), and
 `checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd).
 Folder names end in a hash of the settings they depend on: another weighting of the checkpoints finds them as they are.
+With several proxies (`proxy.parts`) both passes are made for one after another, each over the samples of its part alone, and
+these folders have one below them for each part.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ import ray
 from raypipe import storage
 from raypipe.config import Config, MosoSettings
 from raypipe.errors import StageError
+from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord, fingerprint
 from raypipe.stages.base import Context
 from raypipe.stages.cluster import Pool
-from raypipe.stages.proxy import load_checkpoint, proxy_manifest
-from raypipe.stages.seed import read_shard, seed_manifest
+from raypipe.stages.parts import Part
+from raypipe.stages.proxy import load_checkpoint, proxy_parts
+from raypipe.stages.seed import seed_manifest
 from raypipe.stages.streaming import Columns, Stopwatch, failure, stream
 
 MOST_GROUPS = 64
@@ -37,7 +41,7 @@ FAN_IN = 4
 RECALIBRATION_BATCH = 256
 """Images whose statistics are taken together when BatchNorm is recalibrated; part of what the result is."""
 SELF_TERM_BELOW = 1000
-"""`self_term: auto` takes it in for seed sets smaller than this."""
+"""`self_term: auto` takes it in for seed sets, or parts, smaller than this."""
 GRADIENT_SCORES = ("moso", "grand")
 
 
@@ -48,7 +52,7 @@ def uses_self_term(settings: MosoSettings, samples: int) -> bool:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the two passes write, below the run."""
+    """Where the two passes write, below the run; with several parts, in a folder for each below these."""
 
     calibrated: str
     gradients: str
@@ -59,73 +63,88 @@ class Folders:
         moso, grand = config.measure.moso, config.measure.grand
         which = [score for score in GRADIENT_SCORES if score in config.measure.scores]
         mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate, config.measure.precision)
-        numbers = fingerprint(mean, which, uses_self_term(moso, seed_manifest(run)["samples"]), grand.gradient)
+        numbers = fingerprint(mean, which, uses_self_term(moso, smallest(proxy_parts(run))), grand.gradient)
         return cls(f"measured/calibrated-{mean}", f"measured/gradients-{mean}", f"measured/checkpoints-{numbers}")
+
+    def of_part(self, part: Part) -> Folders:
+        return Folders(*(part.below(folder) for folder in vars(self).values()))
+
+
+def smallest(parts: list[Part]) -> int:
+    """Samples of the smallest part, by which `self_term: auto` is decided for all, so that their scores are alike."""
+    return min(part.samples for part in parts)
 
 
 def measure_gradients(context: Context, record: StageRecord) -> None:
     """Both passes; finishes what an interrupted attempt left."""
+    parts = proxy_parts(context.run)
+    passes = 1 + ("moso" in context.config.measure.scores)
+    with context.progress.meter("measure", passes * sum(part.samples for part in parts)) as meter:
+        for part in parts:
+            _measure_part(context, record, part, smallest(parts), meter)
+
+
+def _measure_part(context: Context, record: StageRecord, part: Part, fewest: int, meter: Meter) -> None:
     config, run, seed = context.config, context.run, seed_manifest(context.run)
     pool = context.cluster.pool(config.measure)
-    files = [item["file"] for item in proxy_manifest(run)["checkpoints"]]
-    moso, folders = "moso" in config.measure.scores, Folders.of(config, run)
-    done = run.done(folders.checkpoints)
-    total, shards = seed["samples"], seed["shards"]
+    files = [item["file"] for item in part.trained["checkpoints"]]
+    moso, folders = "moso" in config.measure.scores, Folders.of(config, run).of_part(part)
+    done, shards = run.done(folders.checkpoints), seed["shards"]
     if moso and config.measure.moso.recalibrate:
-        record.cpu_seconds += _recalibrate(config, run, folders, files, pool)
-    with context.progress.meter("measure", (1 + moso) * total) as meter:
-        if moso:
-            without = [file for file in files if file not in storage.names(run.path(folders.gradients))]
-            if without:
-                record.cpu_seconds += _mean_gradients(config, run, seed, folders, without, pool, meter.add)
-            else:
-                meter.already(total)
-        meter.already(sum(count for shard, count in zip(shards, seed["shard_samples"], strict=True) if shard in done))
+        record.cpu_seconds += _recalibrate(config, run, folders, part, files, pool)
+    if moso:
+        without = [file for file in files if file not in storage.names(run.path(folders.gradients))]
+        if without:
+            record.cpu_seconds += _mean_gradients(config, run, seed, folders, part, without, pool, meter.add)
+        else:
+            meter.already(part.samples)
+    meter.already(sum(count for shard, count in zip(shards, part.shard_samples, strict=True) if shard in done))
 
-        def collect(result: dict[str, Any]) -> None:
-            meter.add(result["samples"])
-            record.cpu_seconds += result["cpu_seconds"]
-            record.gpu_seconds += result["gpu_seconds"]
+    def collect(result: dict[str, Any]) -> None:
+        meter.add(result["samples"])
+        record.cpu_seconds += result["cpu_seconds"]
+        record.gpu_seconds += result["gpu_seconds"]
 
-        stream(
-            [shard for shard in shards if shard not in done],
-            functools.partial(_read, run.uri),
-            GradientActor,
-            {
-                "config": config,
-                "run_uri": run.uri,
-                "folders": folders,
-                "samples": total,
-                "threads": pool.threads,
-                "gpu": pool.num_gpus > 0,
-            },
-            pool,
-            config.cluster.patience_seconds,
-            collect,
-        )
+    stream(
+        [shard for shard in shards if shard not in done],
+        functools.partial(_read, run.uri, part),
+        GradientActor,
+        {
+            "config": config,
+            "run_uri": run.uri,
+            "folders": folders,
+            "part": part,
+            "samples": fewest,
+            "threads": pool.threads,
+            "gpu": pool.num_gpus > 0,
+        },
+        pool,
+        config.cluster.patience_seconds,
+        collect,
+    )
 
 
-def _load(config: Config, run: Run, folders: Folders, file: str, device: str) -> Any:
+def _load(config: Config, run: Run, folders: Folders, part: Part, file: str, device: str) -> Any:
     """A checkpoint, with recalibrated BatchNorm and in the memory format that are asked for."""
     import torch
 
     recalibrated = "moso" in config.measure.scores and config.measure.moso.recalibrate
-    model = load_checkpoint(run, file, device, folder=folders.calibrated) if recalibrated else load_checkpoint(run, file, device)
+    model = load_checkpoint(run, file, device, folder=folders.calibrated if recalibrated else part.checkpoints)
     return model.to(memory_format=torch.channels_last) if config.measure.channels_last else model
 
 
-def _recalibrate(config: Config, run: Run, folders: Folders, files: list[str], pool: Pool) -> float:
-    """Write every checkpoint with BatchNorm statistics estimated on the whole seed set. Returns processor seconds."""
+def _recalibrate(config: Config, run: Run, folders: Folders, part: Part, files: list[str], pool: Pool) -> float:
+    """Write every checkpoint with BatchNorm statistics estimated on the whole part. Returns processor seconds."""
     there = storage.names(run.path(folders.calibrated))
     task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(_recalibrated)
-    waiting = [task.remote(run.uri, folders, file, pool.threads, pool.num_gpus > 0) for file in files if file not in there]
+    waiting = [task.remote(run.uri, folders, part, file, pool.threads, pool.num_gpus > 0) for file in files if file not in there]
     try:
         return sum(ray.get(waiting))
     except Exception as error:
         raise failure(error) from error
 
 
-def _recalibrated(run_uri: str, folders: Folders, file: str, threads: int, gpu: bool) -> float:
+def _recalibrated(run_uri: str, folders: Folders, part: Part, file: str, threads: int, gpu: bool) -> float:
     import torch
     from safetensors.torch import save
 
@@ -134,11 +153,11 @@ def _recalibrated(run_uri: str, folders: Folders, file: str, threads: int, gpu: 
     watch, run = Stopwatch(), Run(run_uri)
     torch.set_num_threads(threads)
     device = "cuda" if gpu else "cpu"
-    model = load_checkpoint(run, file, device)
+    model = load_checkpoint(run, file, device, folder=part.checkpoints)
 
     def batches() -> Any:
         for shard in seed_manifest(run)["shards"]:
-            _, images, _ = read_shard(run, shard)
+            _, images, _ = part.read(run, shard)
             for start in range(0, len(images), RECALIBRATION_BATCH):
                 yield torch.from_numpy(images[start : start + RECALIBRATION_BATCH].copy()).to(device)
 
@@ -153,6 +172,7 @@ def _mean_gradients(
     run: Run,
     seed: dict[str, Any],
     folders: Folders,
+    part: Part,
     files: list[str],
     pool: Pool,
     on_done: Callable[[int], None],
@@ -165,7 +185,7 @@ def _mean_gradients(
     partial: list[list[Any]] = [[] for _ in files]
     reports = []
     for group in groups:
-        *sums, report = add_up.remote(config, run.uri, folders, group, files, pool.threads, pool.num_gpus > 0)
+        *sums, report = add_up.remote(config, run.uri, folders, part, group, files, pool.threads, pool.num_gpus > 0)
         reports.append(report)
         for column, value in zip(partial, sums, strict=True):
             column.append(value)
@@ -173,7 +193,7 @@ def _mean_gradients(
     for file, column in zip(files, partial, strict=True):
         while len(column) > 1:
             column = [merge.remote(*column[start : start + FAN_IN]) for start in range(0, len(column), FAN_IN)]
-        stored.append(store.remote(run.uri, folders.gradients, file, seed["samples"], column[0]))
+        stored.append(store.remote(run.uri, folders.gradients, file, part.samples, column[0]))
     del partial, column, sums  # the references keep the sums alive
     seconds = 0.0
     try:
@@ -189,7 +209,7 @@ def _mean_gradients(
 
 
 def _gradient_sums(
-    config: Config, run_uri: str, folders: Folders, shards: list[str], files: list[str], threads: int, gpu: bool
+    config: Config, run_uri: str, folders: Folders, part: Part, shards: list[str], files: list[str], threads: int, gpu: bool
 ) -> list[Any]:
     """For every checkpoint the sum of the gradients over some seed shards, then a report. Runs in a task."""
     import torch
@@ -202,11 +222,11 @@ def _gradient_sums(
     torch.set_num_threads(threads)
     device, size = "cuda" if gpu else "cpu", config.measure.images_at_once(gpu)
     rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
-    models = [_load(config, run, folders, file, device) for file in files]
+    models = [_load(config, run, folders, part, file, device) for file in files]
     totals: list[dict[str, Any]] = [{} for _ in files]
     count = 0
     for shard in shards:
-        _, images, labels = read_shard(run, shard)
+        _, images, labels = part.read(run, shard)
         for start in range(0, len(labels), size):
             pixels = torch.from_numpy(images[start : start + size].copy()).to(device)
             target = torch.from_numpy(labels[start : start + size]).to(device)
@@ -239,23 +259,26 @@ def _store_gradient(run_uri: str, folder: str, file: str, samples: int, total: d
     storage.write_bytes(Run(run_uri).path(folder, file), save(mean))
 
 
-def _read(run_uri: str, shard: str) -> Columns:
-    ids, images, labels = read_shard(Run(run_uri), shard)
-    if not ids:  # a shard without samples still passes through, as one row that says so
+def _read(run_uri: str, part: Part, shard: str) -> Columns:
+    ids, images, labels = part.read(Run(run_uri), shard)
+    if not ids:  # a shard without samples of the part still passes through, as one row that says so
         images, labels, ids = np.zeros((1, *images.shape[1:]), np.uint8), np.array([-1]), [""]
     return {"shard": np.full(len(ids), shard), "sample_id": np.array(ids), "label": labels, "image": images}
 
 
 class GradientActor:
-    """Alignments and lengths of gradients of whole seed shards at every checkpoint; writes one file per shard."""
+    """Alignments and lengths of gradients at every checkpoint, of a part's samples of whole seed shards; writes one file per shard.
 
-    def __init__(self, config: Config, run_uri: str, folders: Folders, samples: int, threads: int, gpu: bool) -> None:
+    samples  those of the smallest part, for `self_term: auto`
+    """
+
+    def __init__(self, config: Config, run_uri: str, folders: Folders, part: Part, samples: int, threads: int, gpu: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
-        self._folders = folders
-        files = [item["file"] for item in proxy_manifest(self._run)["checkpoints"]]
+        self._folders, self._part = folders, part
+        files = [item["file"] for item in part.trained["checkpoints"]]
         self._self_term = uses_self_term(config.measure.moso, samples)
         self._checkpoints = [self._checkpoint(file) for file in files]
 
@@ -268,7 +291,7 @@ class GradientActor:
         from raypipe.scores.tangent import Aligner
 
         measure = self._config.measure
-        model = _load(self._config, self._run, self._folders, file, self._device)
+        model = _load(self._config, self._run, self._folders, self._part, file, self._device)
         gradient: dict[str, Any] | None = None
         if "moso" in measure.scores:
             read = load(storage.read_bytes(self._run.path(self._folders.gradients, file)))

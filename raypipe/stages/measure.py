@@ -16,8 +16,9 @@ from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.gradients import GRADIENT_SCORES, SELF_TERM_BELOW, Folders, measure_gradients, uses_self_term
-from raypipe.stages.proxy import empty_proxy, proxy_manifest
+from raypipe.stages.gradients import GRADIENT_SCORES, SELF_TERM_BELOW, Folders, measure_gradients, smallest, uses_self_term
+from raypipe.stages.parts import Part, joined
+from raypipe.stages.proxy import empty_proxy, proxy_parts
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.trajectories import measure_trajectories, trajectory_folder
 
@@ -54,14 +55,15 @@ class MeasureStage(Stage):
             measure_trajectories(context, record, from_trajectory)
         seed = seed_manifest(run)
         folders, trajectories = Folders.of(config, run), trajectory_folder(config, run)
-        moso = _MosoTotals(config, run, folders.checkpoints, seed["shards"]) if "moso" in from_gradients else None
+        parts = proxy_parts(run)
+        moso = _MosoTotals.of_parts(config, run, parts, folders.checkpoints, seed["shards"]) if "moso" in from_gradients else None
         if moso is not None:
-            detail["moso"] = moso.detail
+            detail["moso"] = moso[0].detail if len(moso) == 1 else {"parts": [totals.detail for totals in moso]}
         count = 0
         for shard in seed["shards"]:
-            found = _numbers_of(run, folders.checkpoints, shard) if from_gradients else None
-            followed = _numbers_of(run, trajectories, shard) if from_trajectory else None
-            count += _combine(config, run, shard, moso, found, followed)
+            found = [_from_gradients(config, run, parts, folders.checkpoints, shard, moso)] if from_gradients else []
+            followed = [_numbers_of(run, trajectories, shard)] if from_trajectory else []
+            count += _combine(config, run, shard, found + followed)
         if count != seed["samples"]:
             raise StageError(f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest")
         current = {storage.name(folder) for folder in (*vars(folders).values(), trajectories)}
@@ -73,12 +75,12 @@ class MeasureStage(Stage):
 
 def _announce(context: Context) -> dict[str, Any]:
     """Say what `self_term: auto` decided, and which layers have no fast rule for per-sample gradients; both for the ledger."""
-    config, samples = context.config, seed_manifest(context.run)["samples"]
+    config, samples = context.config, smallest(proxy_parts(context.run))
     moso, grand = config.measure.moso, config.measure.grand
     self_term = "moso" in config.measure.scores and uses_self_term(moso, samples)
     if "moso" in config.measure.scores and moso.self_term == "auto":
         side = f"below {SELF_TERM_BELOW:,}: with" if self_term else f"{SELF_TERM_BELOW:,} or more: without"
-        context.progress.say(f"{'measure':<11} self term: {samples:,} seed samples are {side} it")
+        context.progress.say(f"{'measure':<11} self term: {samples:,} samples are {side} it")
     slow: list[str] = []
     if (self_term and moso.gradient == "all") or ("grand" in config.measure.scores and grand.gradient == "all"):
         from raypipe.scores.per_sample import slow_parameters
@@ -92,12 +94,19 @@ def _announce(context: Context) -> dict[str, Any]:
 
 
 class _MosoTotals:
-    """What MoSo needs of the whole seed set: its size and, per checkpoint, the spread of the alignments."""
+    """What MoSo needs of a whole part of the seed set: its size and, per checkpoint, the spread of the alignments.
 
-    def __init__(self, config: Config, run: Run, folder: str, shards: list[str]) -> None:
-        manifest = proxy_manifest(run)
-        self.settings, self.steps = config.measure.moso, manifest["steps"]
-        self.rates = np.array([item["lr"] for item in manifest["checkpoints"]])
+    With several parts T, N and the spread are those of the part, so that scores are computed within it (Algorithm 1 of the paper).
+    """
+
+    @classmethod
+    def of_parts(cls, config: Config, run: Run, parts: list[Part], folder: str, shards: list[str]) -> list[_MosoTotals]:
+        self_term = uses_self_term(config.measure.moso, smallest(parts))
+        return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
+
+    def __init__(self, config: Config, run: Run, part: Part, folder: str, shards: list[str], self_term: bool) -> None:
+        self.settings, self.steps, self.self_term = config.measure.moso, part.trained["steps"], self_term
+        self.rates = np.array([item["lr"] for item in part.trained["checkpoints"]])
         self.samples, total, square = 0, np.zeros(len(self.rates)), np.zeros(len(self.rates))
         for shard in shards:
             aligned = _numbers(_numbers_of(run, folder, shard), "alignments")
@@ -105,9 +114,8 @@ class _MosoTotals:
             total += aligned.sum(0)
             square += np.square(aligned).sum(0)
         mean = total / self.samples
-        self.self_term = uses_self_term(self.settings, self.samples)
         self.spread = np.sqrt(np.maximum(square / self.samples - mean**2, 0))
-        # < G, g > averaged over the seed set is |G|^2
+        # < G, g > averaged over the part is |G|^2
         self.mean_square = mean
         self.detail = {"self_term": self.self_term, "mean": mean.tolist(), "spread": self.spread.tolist()}
 
@@ -121,17 +129,26 @@ class _MosoTotals:
         return combine(aligned, self.rates, self.settings.weights, steps=self.steps, samples=self.samples, spread=self.spread)
 
 
-def _combine(config: Config, run: Run, shard: str, moso: _MosoTotals | None, found: Any, followed: Any) -> int:
-    """Write the scores of one shard from what its gradients (`found`) and its trajectory (`followed`) gave; returns its samples."""
-    columns: dict[str, Any] = {}
-    if found is not None:
+def _from_gradients(
+    config: Config, run: Run, parts: list[Part], folder: str, shard: str, moso: list[_MosoTotals] | None
+) -> pa.Table:
+    """sample_id, label and the gradient scores of one shard, each sample's from the proxy of its own part."""
+    tables = []
+    for number, part in enumerate(parts):
+        found = _numbers_of(run, part.below(folder), shard)
+        table = found.select(["sample_id", "label"])
         if moso is not None:
-            columns["moso"] = moso.score(found)
+            table = table.append_column("moso", pa.array(moso[number].score(found), pa.float32()))
         if "grand" in config.measure.scores:
-            columns["grand"] = _numbers(found, "lengths").mean(1).astype(np.float32)
-    if followed is not None:
-        columns |= {score: followed[score].to_numpy() for score in followed.column_names[2:]}
-    table = (found if found is not None else followed).select(["sample_id", "label"])
+            table = table.append_column("grand", pa.array(_numbers(found, "lengths").mean(1).astype(np.float32)))
+        tables.append(table)
+    return joined(run, parts, shard, tables)
+
+
+def _combine(config: Config, run: Run, shard: str, given: list[pa.Table]) -> int:
+    """Write the scores of one shard, which tables of the same samples have among them; returns its samples."""
+    columns = {score: table[score].to_numpy() for table in given for score in table.column_names[2:]}
+    table = given[0].select(["sample_id", "label"])
     for score in config.measure.scores:
         bad = int((~np.isfinite(columns[score])).sum())
         if bad:

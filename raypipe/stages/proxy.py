@@ -8,16 +8,25 @@ Writes, under `proxy/`:
     state.safetensors                 all that is needed to go on after the last finished epoch
     proxy.json                        what the later stages need; written last
 
+With `proxy.parts` above 1 there is one such network for each part of the seed set (`raypipe.stages.parts`), trained on its part
+alone. All start from the same weights. Each has the first four in a folder of its own, `proxy/part-0/`; `proxy.json` is about
+all of them. They are trained side by side as far as the cluster has room.
+
 A worker that dies is replaced and the training goes on after the last finished epoch; so it does when the driver dies.
-Batches are defined over the whole seed set, so the number of workers changes their sum's rounding and nothing else
+Batches are defined over the whole seed set (or part), so the number of workers changes their sum's rounding and nothing else
 (except BatchNorm, whose statistics are those of one worker's part of a batch).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import queue
+import statistics
 import threading
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raypipe import storage
@@ -26,6 +35,7 @@ from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.parts import Part, divide
 from raypipe.stages.seed import seed_manifest
 
 SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
@@ -40,62 +50,111 @@ class ProxyStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
-            manifest = proxy_manifest(context.run)
+            parts = proxy_parts(context.run)
         except FileNotFoundError:
             return False
-        return {manifest["final"], *(item["file"] for item in manifest["checkpoints"])} <= storage.names(
-            context.run.path("proxy", "checkpoints")
+        return all(
+            {part.trained["final"], *(item["file"] for item in part.trained["checkpoints"])}
+            <= storage.names(context.run.path(part.checkpoints))
+            for part in parts
         )
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         seed = seed_manifest(run)
-        workers, gpu, cpus = context.cluster.train_workers(config.proxy)
-        if seed["samples"] < 2 * workers:
+        workers, gpu, cpus, beside = context.cluster.train_workers(config.proxy)
+        parts = divide(run, config.proxy.parts, config.proxy.seed)
+        fewest = min(part.samples for part in parts)
+        if fewest < 2 * workers:
             raise StageError(
-                f"{seed['samples']} seed samples are too few for {workers} workers; lower proxy.workers or raise seed.fraction"
+                f"{fewest} seed samples are too few for {workers} workers; lower proxy.workers or raise seed.fraction"
             )
-        started = time.monotonic()
-        with context.progress.meter("proxy", config.proxy.epochs, "epochs") as meter:
-            meter.already(len(finished_epochs(run)))
-            watch = _Watch(run, meter)
+        counted = storage.exists(run.path("proxy", "proxy.json"))  # then the ledger has the seconds of what is there
+        epochs = [finished_epochs(run, part.folder) for part in parts]
+        missing = [part for part, done in zip(parts, epochs, strict=True) if not _is_trained(config, run, part, done)]
+        key, seconds = uuid.uuid4().hex, [0.0]
+
+        def train(part: Part) -> None:
+            started = time.monotonic()
             try:
-                _train(config, run, workers, gpu, cpus)
+                _train(config, run, part, key, workers, gpu, cpus)
+            except Exception as error:
+                if part.name:  # others may go on for long before the error is raised
+                    context.progress.say(f"proxy {part.name} stopped: {error}")
+                raise
+            finally:
+                seconds.append(time.monotonic() - started)
+
+        with context.progress.meter("proxy", len(parts) * config.proxy.epochs, "epochs") as meter:
+            meter.already(sum(len(done) for done in epochs))
+            watch = _Watch([run.path(part.folder, "epochs") for part in parts], meter)
+            try:
+                side_by_side([functools.partial(train, part) for part in missing], beside)
             finally:
                 watch.stop()
-        epochs = finished_epochs(run)
-        if len(epochs) != config.proxy.epochs:
-            raise StageError(f"the proxy has {len(epochs)} finished epochs instead of {config.proxy.epochs}; run again to resume")
-        last = epochs[-1]
-        storage.write_json(
-            run.path("proxy", "proxy.json"),
-            {
-                "model": config.proxy.model,
-                "classes": len(run.classes().names),
-                "image_size": seed["image_size"],
-                "mean": seed["mean"],
-                "std": seed["std"],
-                "samples": seed["samples"],
-                "steps": last["steps"],
-                "epochs": config.proxy.epochs,
-                "trajectory": [item["trajectory"] for item in epochs],
-                "checkpoints": [
-                    {"epoch": item["epoch"], "lr": item["lr"], "file": item["checkpoint"]} for item in epochs if item["scored"]
-                ],
-                "final": last["checkpoint"],
-            },
-        )
-        storage.delete(run.path("proxy", "state.safetensors"))
+        epochs = [
+            finished_epochs(run, part.folder) if part in missing else done for part, done in zip(parts, epochs, strict=True)
+        ]
+        for part, done in zip(parts, epochs, strict=True):
+            if len(done) != config.proxy.epochs:
+                name = f"the proxy of {part.name}" if part.name else "the proxy"
+                raise StageError(f"{name} has {len(done)} finished epochs instead of {config.proxy.epochs}; run again to resume")
+        storage.write_json(run.path("proxy", "proxy.json"), _manifest(config, run, seed, parts, epochs))
+        for part in parts:
+            storage.delete(run.path(part.folder, "state.safetensors"))
         record.samples = seed["samples"]
-        record.cpu_seconds += sum(item["cpu_seconds"] for item in epochs)
-        record.gpu_seconds += (time.monotonic() - started) * workers if gpu else 0.0
+        fresh = [done for part, done in zip(parts, epochs, strict=True) if part in missing or not counted]
+        record.cpu_seconds += sum(item["cpu_seconds"] for done in fresh for item in done)
+        record.gpu_seconds += sum(seconds) * workers if gpu else 0.0
+        last = [{"samples": part.samples, **done[-1]} for part, done in zip(parts, epochs, strict=True)]
         record.detail = {
-            "accuracy": last["accuracy"],
-            "loss": last["loss"],
-            "epochs": len(epochs),
+            "accuracy": statistics.fmean(item["accuracy"] for item in last),
+            "loss": statistics.fmean(item["loss"] for item in last),
+            "epochs": config.proxy.epochs,
             "workers": workers,
             "gpu": gpu,
         }
+        if len(parts) > 1:
+            record.detail["parts"] = [{name: item[name] for name in ("samples", "accuracy", "loss")} for item in last]
+
+
+def _is_trained(config: Config, run: Run, part: Part, epochs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a part has all its epochs and the checkpoints that they name."""
+    kept = {item["checkpoint"] for item in epochs if item["checkpoint"]}
+    return len(epochs) == config.proxy.epochs and kept <= storage.names(run.path(part.checkpoints))
+
+
+def _manifest(
+    config: Config, run: Run, seed: dict[str, Any], parts: Sequence[Part], epochs: Sequence[list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """The content of `proxy.json`; what was trained on a part is at the top where there is one, else in a list."""
+    about = {
+        "model": config.proxy.model,
+        "classes": len(run.classes().names),
+        "image_size": seed["image_size"],
+        "mean": seed["mean"],
+        "std": seed["std"],
+        "samples": seed["samples"],
+    }
+    trained = [
+        {
+            "steps": done[-1]["steps"],
+            "epochs": config.proxy.epochs,
+            "trajectory": [item["trajectory"] for item in done],
+            "checkpoints": [
+                {"epoch": item["epoch"], "lr": item["lr"], "file": item["checkpoint"]} for item in done if item["scored"]
+            ],
+            "final": done[-1]["checkpoint"],
+        }
+        for done in epochs
+    ]
+    if len(parts) == 1:
+        return about | trained[0]
+    listed = [
+        {"folder": part.name, "samples": part.samples, "shard_samples": part.shard_samples, **entry}
+        for part, entry in zip(parts, trained, strict=True)
+    ]
+    return about | {"seed": config.proxy.seed, "parts": listed}
 
 
 def proxy_manifest(run: Run) -> dict[str, Any]:
@@ -103,10 +162,31 @@ def proxy_manifest(run: Run) -> dict[str, Any]:
     return storage.read_json(run.path("proxy", "proxy.json"))
 
 
-def finished_epochs(run: Run) -> list[dict[str, Any]]:
-    """The records of the finished epochs, in order."""
-    folder = run.path("proxy", "epochs")
-    return [storage.read_json(storage.join(folder, file)) for file in sorted(storage.names(folder))]
+def proxy_parts(run: Run) -> list[Part]:
+    """The parts of the seed set with what was trained on each; a single one that is the whole where `proxy.parts` is 1."""
+    manifest = proxy_manifest(run)
+    if "parts" not in manifest:
+        return [Part(0, 1, 0, manifest["samples"], tuple(seed_manifest(run)["shard_samples"]), manifest)]
+    listed = manifest["parts"]
+    return [
+        Part(number, len(listed), manifest["seed"], entry["samples"], tuple(entry["shard_samples"]), entry)
+        for number, entry in enumerate(listed)
+    ]
+
+
+def trajectory_files(run: Run) -> list[list[str]]:
+    """Per epoch the files, as paths below the run, that have a row for every seed sample: those of all parts."""
+    parts = proxy_parts(run)
+    return [
+        [storage.join(part.folder, "trajectory", file) for part, files in zip(parts, epoch, strict=True) for file in files]
+        for epoch in zip(*(part.trained["trajectory"] for part in parts), strict=True)
+    ]
+
+
+def finished_epochs(run: Run, folder: str = "proxy") -> list[dict[str, Any]]:
+    """The records of the finished epochs of a proxy, in order."""
+    epochs = run.path(folder, "epochs")
+    return [storage.read_json(storage.join(epochs, file)) for file in sorted(storage.names(epochs))]
 
 
 def load_checkpoint(run: Run, file: str, device: str = "cpu", folder: str = "proxy/checkpoints") -> Any:
@@ -130,18 +210,19 @@ def empty_proxy(run: Run) -> Any:
 
 
 class _Watch:
-    """Shows finished epochs while Ray Train holds the driver."""
+    """Shows finished epochs, one file each in some folders, while Ray Train holds the driver."""
 
-    def __init__(self, run: Run, meter: Meter) -> None:
-        self._folder, self._meter, self._over = run.path("proxy", "epochs"), meter, threading.Event()
-        self._pause = 0.5 if storage.is_local(run.uri) else 5.0
+    def __init__(self, folders: Sequence[str], meter: Meter) -> None:
+        self._folders, self._meter, self._over = folders, meter, threading.Event()
+        self._pause = 0.5 if storage.is_local(folders[0]) else 5.0
         self._thread = threading.Thread(target=self._look, daemon=True, name="raypipe-epochs")
         self._thread.start()
 
     def _look(self) -> None:
         while not self._over.wait(self._pause):
             try:
-                self._meter.add(max(0, len(storage.names(self._folder)) - self._meter.count))
+                count = sum(len(storage.names(folder)) for folder in self._folders)
+                self._meter.add(max(0, count - self._meter.count))
             except OSError:
                 continue  # only the display is late; the workers report what matters
 
@@ -150,7 +231,41 @@ class _Watch:
         self._thread.join(timeout=10)
 
 
-def _train(config: Config, run: Run, workers: int, gpu: bool, cpus: int) -> None:
+def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
+    """Run jobs, at most so many at a time; a single one at a time in this thread, where Ray Train hears an interrupt.
+
+    After one has failed no other is begun. Those that run go on to their end, since Ray Train has no way to stop them and what
+    they finish is kept; then the first error is raised.
+    """
+    if most == 1:
+        for job in jobs:
+            job()
+        return
+    waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    errors: list[Exception] = []
+    for job in jobs:
+        waiting.put(job)
+
+    def work() -> None:
+        while not errors:
+            try:
+                waiting.get_nowait()()
+            except queue.Empty:
+                return
+            except Exception as error:
+                errors.append(error)
+
+    # daemons, so that an interrupt of the driver ends them
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(most, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bool, cpus: int) -> None:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -158,12 +273,18 @@ def _train(config: Config, run: Run, workers: int, gpu: bool, cpus: int) -> None
     from raypipe.stages.proxy_worker import train_worker
     from raypipe.stages.streaming import failure
 
-    scratch = run.path("proxy", "train")
+    scratch = run.path(part.folder, "train")
     fs, path = storage.filesystem(scratch)
     resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run": run.uri, "threads": cpus, "key": uuid.uuid4().hex},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": run.uri,
+            "part": dataclasses.asdict(part),
+            "threads": cpus,
+            "key": key,
+        },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=RunConfig(

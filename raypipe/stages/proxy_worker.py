@@ -24,6 +24,7 @@ from raypipe.config import ProxySettings
 from raypipe.errors import StageError
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
+from raypipe.stages.parts import Part
 from raypipe.stages.seed import read_shard, seed_manifest
 
 TRAJECTORY_ROWS = 4096
@@ -33,17 +34,19 @@ TRAJECTORY_ROWS = 4096
 def train_worker(arguments: dict[str, Any]) -> None:
     """The training loop of one worker; Ray Train calls it with torch.distributed ready."""
     settings, run = ProxySettings.model_validate(arguments["config"]["proxy"]), Run(arguments["run"])
+    own_part = Part(**arguments["part"])
+    folder = own_part.folder
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), get_device()
     gpu = device.type == "cuda"
     if not gpu:
         torch.set_num_threads(arguments["threads"])
     seed, classes = seed_manifest(run), len(run.classes().names)
-    cache = _LocalSeed(run, seed, arguments["key"])
+    cache = _LocalSeed(run, seed, own_part, arguments["key"])
     if context.get_local_rank() == 0:
         cache.fill()
     distributed.barrier()
-    images, labels = cache.open()
+    images, labels, seed_rows = cache.open()
 
     torch.manual_seed(settings.seed)
     model = prepare_model(build(settings.model, classes, seed["image_size"], seed["mean"], seed["std"]))
@@ -53,7 +56,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     optimizer = training.make_optimizer(settings, model)
     first = 0
     try:
-        data = storage.read_bytes(run.path("proxy", "state.safetensors"))
+        data = storage.read_bytes(run.path(folder, "state.safetensors"))
     except FileNotFoundError:
         pass
     else:
@@ -105,16 +108,16 @@ def train_worker(arguments: dict[str, Any]) -> None:
         file = ""
         if seen:
             file = f"epoch-{epoch:04d}-{rank}-of-{world}.parquet"
-            _write_trajectory(run.path("proxy", "trajectory", file), seen)
+            _write_trajectory(run.path(folder, "trajectory", file), [(seed_rows[rows], values) for rows, values in seen])
         cpu = torch.tensor([time.process_time() - cpu_started], device=device)
         distributed.all_reduce(cpu)  # every worker's trajectory is written when this returns
         if rank == 0:
             checkpoint = f"epoch-{epoch:04d}.safetensors" if epoch in kept else ""
             if checkpoint:
                 weights = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
-                storage.write_bytes(run.path("proxy", "checkpoints", checkpoint), save(weights))
+                storage.write_bytes(run.path(folder, "checkpoints", checkpoint), save(weights))
             storage.write_json(
-                run.path("proxy", "epochs", f"epoch-{epoch:04d}.json"),
+                run.path(folder, "epochs", f"epoch-{epoch:04d}.json"),
                 {
                     "epoch": epoch,
                     "lr": lr,
@@ -128,7 +131,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
                 },
             )
             state = training.training_state(plain, optimizer) | {"epoch": torch.tensor(epoch)}
-            storage.write_bytes(run.path("proxy", "state.safetensors"), save(state))
+            storage.write_bytes(run.path(folder, "state.safetensors"), save(state))
         ray.train.report({"epoch": epoch, "loss": loss_mean, "accuracy": accuracy, "lr": lr})
     distributed.barrier()
     if context.get_local_rank() == 0:
@@ -156,37 +159,43 @@ def _write_trajectory(uri: str, seen: list[tuple[np.ndarray, np.ndarray]]) -> No
 
 
 class _LocalSeed:
-    """The decoded seed set as memory-mapped arrays on this node's disk, one copy for all its workers.
+    """One part of the decoded seed set as memory-mapped arrays on this node's disk, one copy for all its workers.
 
     Rows are in the order of the manifest's shards. The page cache makes it as fast as memory, and no larger than fits.
     """
 
-    def __init__(self, run: Run, manifest: dict[str, Any], key: str) -> None:
-        self._run, self._manifest = run, manifest
+    def __init__(self, run: Run, manifest: dict[str, Any], part: Part, key: str) -> None:
+        self._run, self._manifest, self._part = run, manifest, part
         self._prefix = os.path.join(tempfile.gettempdir(), f"raypipe-seed-{fingerprint(run.uri)}-")
-        self._folder = self._prefix + key
+        self._driver = self._prefix + key
+        self._folder = f"{self._driver}-{part.number}"
 
     def fill(self) -> None:
         if os.path.exists(os.path.join(self._folder, "complete")):
             return  # a worker was replaced; its node has the copy
         for left in glob.glob(glob.escape(self._prefix) + "*"):
-            shutil.rmtree(left, ignore_errors=True)  # of drivers that were killed
+            if left == self._folder or not left.startswith(self._driver):
+                shutil.rmtree(left, ignore_errors=True)  # of drivers that were killed, not of the parts trained beside this one
         os.makedirs(self._folder)
-        count, size = self._manifest["samples"], self._manifest["image_size"]
+        count, size = self._part.samples, self._manifest["image_size"]
         images = np.lib.format.open_memmap(self._file("images"), "w+", np.uint8, (count, 3, size, size))
         labels = np.lib.format.open_memmap(self._file("labels"), "w+", np.int64, (count,))
-        start = 0
-        for shard in self._manifest["shards"]:
-            _, pixels, target = read_shard(self._run, shard)
-            images[start : start + len(target)], labels[start : start + len(target)] = pixels, target
-            start += len(target)
-        images.flush()
-        labels.flush()
+        rows = np.lib.format.open_memmap(self._file("rows"), "w+", np.int64, (count,))
+        start = first = 0
+        for shard, samples in zip(self._manifest["shards"], self._manifest["shard_samples"], strict=True):
+            ids, pixels, target = read_shard(self._run, shard)
+            own = self._part.rows(ids)
+            stop = start + len(own)
+            images[start:stop], labels[start:stop], rows[start:stop] = pixels[own], target[own], first + own
+            start, first = stop, first + samples
+        for array in (images, labels, rows):
+            array.flush()
         with open(os.path.join(self._folder, "complete"), "w"):
             pass
 
-    def open(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.load(self._file("images"), mmap_mode="r"), np.load(self._file("labels"))
+    def open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, labels, and the row of each in the whole seed set."""
+        return np.load(self._file("images"), mmap_mode="r"), np.load(self._file("labels")), np.load(self._file("rows"))
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

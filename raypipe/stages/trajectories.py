@@ -1,4 +1,7 @@
-"""Trajectory scores of the seed set: tasks that each follow some samples through all epochs."""
+"""Trajectory scores of the seed set: tasks that each follow some samples through all epochs.
+
+With several proxies (`proxy.parts`) a sample's trajectory is that of the one trained on its part.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from raypipe.config import Config
 from raypipe.rundir import Run, StageRecord, fingerprint
 from raypipe.stages.base import Context
 from raypipe.stages.gradients import GRADIENT_SCORES
-from raypipe.stages.proxy import proxy_manifest
+from raypipe.stages.proxy import proxy_manifest, trajectory_files
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.streaming import Stopwatch, run_tasks
 
@@ -70,8 +73,7 @@ def _score_shard(config: Config, run_uri: str, folder: str, scores: list[str], u
 def read_trajectory(run: Run, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """Rows start to stop of the seed set in bounded chunks: first row, last row (exclusive), probabilities float32
     [epochs, rows, classes] and margin float32 [epochs, rows]; not a number where a row is missing in an epoch."""
-    manifest = proxy_manifest(run)
-    epochs, classes = manifest["trajectory"], manifest["classes"]
+    epochs, classes = trajectory_files(run), proxy_manifest(run)["classes"]
     size = max(1, CHUNK_BYTES // (4 * classes * max(1, len(epochs))))
     for first in range(start, stop, size):
         last = min(first + size, stop)
@@ -79,7 +81,7 @@ def read_trajectory(run: Run, start: int, stop: int) -> Iterator[tuple[int, int,
         margin = np.full((len(epochs), last - first), np.nan, np.float32)
         for epoch, files in enumerate(epochs):
             for file in files:
-                rows, values, margins = _rows(run.path("proxy", "trajectory", file), first, last)
+                rows, values, margins = _rows(run.path(file), first, last)
                 probabilities[epoch, rows - first] = values.reshape(len(rows), classes)
                 margin[epoch, rows - first] = margins
         yield first, last, probabilities, margin

@@ -150,3 +150,9 @@ def test_frozen_parameters_do_not_count() -> None:
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     _check(model, images, torch.tensor([0, 1, 2, 3]))
     assert not model[0].weight.requires_grad and model[0].bias.requires_grad
+
+
+def test_no_samples_have_no_gradients() -> None:
+    model, images = build("small", 4, 8), torch.zeros((0, 3, 8, 8), dtype=torch.uint8)
+    square, aligned = norms_and_alignments(model, images, torch.zeros(0, dtype=torch.int64))
+    assert square.shape == aligned.shape == (0,)
