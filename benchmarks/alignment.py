@@ -1,15 +1,17 @@
 """What a sample's alignment with a direction costs: ours, with the self term, and the ways others do it.
 
-    python benchmarks/alignment.py [--device cpu|cuda] [--threads 1] [--repeats 3] [--quick]
+    python benchmarks/alignment.py [--device cpu|cuda] [--precision float32|tf32|bfloat16] [--compile] [--threads 1] [--repeats 3] [--quick]
 
-Prints one table per network: milliseconds per image, ratio to a plain forward pass, peak memory above the network's own, and the
-largest relative difference from one-at-a-time in the same precision. `one at a time` is what the published MoSo code does:
-batches of one image, one backward pass each. Times are the least of the repeats; every method sees the same images.
+Prints one table per network: milliseconds per image, ratio to a plain forward pass (of the network as it is built, channels first),
+peak memory above the network's own, and the largest difference from one-at-a-time, in units of the largest alignment. `one at a
+time` is what the published MoSo code does: batches of one image, one backward pass each. Times are the least of the
+repeats; every method sees the same images. What is made once per checkpoint (folding BatchNorm, compiling) is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import platform
 import threading
@@ -25,6 +27,8 @@ from torch.func import functional_call, grad, vmap
 from raypipe.models import build
 from raypipe.scores.moso import alignments, gradient_sum, parameters_of
 from raypipe.scores.per_sample import norms_and_alignments
+from raypipe.scores.precision import computing
+from raypipe.scores.tangent import Aligner
 
 NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))
 """Name, image size, classes, batch, and images that the slow ways are timed on."""
@@ -40,11 +44,11 @@ def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, direction
     return torch.zeros(len(images))
 
 
-def ours(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def plain_jvp(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
     return alignments(model, direction, images, labels)
 
 
-def ours_with_self_term(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def with_self_term(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
     return norms_and_alignments(model, images, labels, direction)[1]
 
 
@@ -68,15 +72,18 @@ def one_at_a_time(model: nn.Module, images: Tensor, labels: Tensor, direction: d
     return torch.stack(rows)
 
 
-METHODS: dict[str, tuple[Callable[..., Tensor], bool]] = {
-    "forward": (forward, False),
-    "forward + backward": (forward_backward, False),
-    "ours: alignment": (ours, False),
-    "ours: alignment + self term": (ours_with_self_term, False),
-    "vmap(grad)": (vmap_grad, True),
-    "one at a time (published)": (one_at_a_time, True),
+METHODS: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
+    "forward": (forward, "plain", False),
+    "forward, channels last": (forward, "last", False),
+    "forward + backward": (forward_backward, "plain", False),
+    "ours: mean gradient": (forward_backward, "last", False),
+    "torch.func.jvp": (plain_jvp, "plain", False),
+    "ours: alignment": (plain_jvp, "aligner", False),
+    "ours: alignment + self term": (with_self_term, "last", False),
+    "vmap(grad)": (vmap_grad, "plain", True),
+    "one at a time (published)": (one_at_a_time, "plain", True),
 }
-"""Each with whether it is timed on fewer images."""
+"""Each with what it runs on (the network as built, channels last, or an Aligner of it) and whether it is timed on fewer images."""
 
 
 class Memory:
@@ -128,6 +135,8 @@ def measure(run: Callable[[], Tensor], device: str, repeats: int) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bfloat16"], help="on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our alignment")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, help="images in a batch; default 32 and 16, on a GPU 512 and 256")
@@ -140,7 +149,14 @@ def main() -> None:
         if device == "cuda"
         else f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s)"
     )
-    print(f"{machine}; torch {torch.__version__}, fp32, seed 0, least of {arguments.repeats}")
+    arithmetic = arguments.precision if device == "cuda" else "float32"
+    compiled = ", alignment compiled" if arguments.compile else ""
+    print(f"{machine}; torch {torch.__version__}, {arithmetic}{compiled}, seed 0, least of {arguments.repeats}")
+    with computing(arguments.precision, device):
+        tables(arguments, device)
+
+
+def tables(arguments: argparse.Namespace, device: str) -> None:
     for name, size, classes, batch, few in NETWORKS[: 1 if arguments.quick else None]:
         batch = arguments.batch or (batch * 16 if device == "cuda" else batch)
         few = min(batch, few * 16 if device == "cuda" else few)
@@ -151,18 +167,21 @@ def main() -> None:
         direction = {key: value / batch for key, value in gradient_sum(model, images, labels).items()}
         reference = one_at_a_time(model, images[:few], labels[:few], direction)
         scale = reference.abs().max()
+        aligner = Aligner(model, direction, compiled=arguments.compile)
+        runs = {"plain": model, "last": copy.deepcopy(model).to(memory_format=torch.channels_last)}
         print(f"\n{name} at {size} x {size}, {classes} classes, batch {batch} (the last two rows: {few})")
         print(f"{'':<30}{'ms / image':>12}{'x forward':>12}{'peak MiB':>12}{'difference':>14}")
         plain = 0.0
-        for label, (method, slow) in METHODS.items():
+        for label, (method, on, slow) in METHODS.items():
             count = few if slow else batch
-            run = functools.partial(method, model, images[:count], labels[:count], direction)
+            part = images[:count], labels[:count]
+            run = functools.partial(aligner, *part) if on == "aligner" else functools.partial(method, runs[on], *part, direction)
             seconds, peak, result = measure(run, device, arguments.repeats)
             each = seconds / count
             plain = plain or each
-            compared = label not in ("forward", "forward + backward")
+            compared = method not in (forward, forward_backward)
             difference = f"{((result[:few] - reference).abs().max() / scale).item():.1e}" if compared else ""
-            print(f"{label:<30}{each * 1e3:>12.2f}{each / plain:>12.2f}{peak / 2**20:>12.0f}{difference:>14}")
+            print(f"{label:<30}{each * 1e3:>12.3f}{each / plain:>12.2f}{peak / 2**20:>12.0f}{difference:>14}", flush=True)
 
 
 if __name__ == "__main__":
