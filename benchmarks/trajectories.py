@@ -10,10 +10,11 @@ epochs, and 256,000 samples of 1,000 classes over 10 epochs; --quick takes a ten
 - "all scores": the eight of them from one reading of all columns.
 
 "read" is the time of reading the same columns and doing nothing with them; "compute" is the difference, which includes turning float16
-into float32. Every score has its default options, but for Dynamic Uncertainty a window of 5 where there are 10 epochs. Times are processor
-seconds of this process, which is the wall-clock time of an idle core: the files were just written or read, so the page cache holds them as
-far as memory allows, and no disk is measured. The wall-clock time of the totals stands beside them, and is longer where the machine has
-other work. The peak is that of this process's memory (RSS) above what it was before.
+into float32; the two take turns. Every score has its default options, but for Dynamic Uncertainty a window of 5 where there are 10
+epochs. Times are processor seconds of this process, which is the wall-clock time of an idle core: the files were just written or read, so
+the page cache holds them as far as memory allows, and no disk is measured. The wall-clock time of the totals stands beside them, and is
+longer where the machine has other work. The peak is the highest memory of this process (RSS) above that at its start, with everything
+imported but nothing read.
 
 Made predictions move as those of a network that learns do: logits walk towards the label, some samples back and forth.
 """
@@ -21,6 +22,7 @@ Made predictions move as those of a network that learns do: logits walk towards 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import shutil
@@ -29,6 +31,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,6 +56,7 @@ BATCH = 8192
 
 def write(run: Run, samples: int, classes: int, epochs: int, seed: int) -> np.ndarray:
     """Write a trajectory; its labels."""
+    torch.set_num_threads(1)
     random = np.random.default_rng(seed)
     label = random.integers(0, classes, samples)
     pace = random.lognormal(0, 1, samples).astype(np.float32)
@@ -72,15 +77,15 @@ def write(run: Run, samples: int, classes: int, epochs: int, seed: int) -> np.nd
 
 
 class Memory:
-    """Highest RSS of this process above what it was."""
+    """Highest RSS of this process."""
 
     def __enter__(self) -> Memory:
         process, self._over = psutil.Process(), threading.Event()
-        start, self.peak = process.memory_info().rss, 0
+        self.peak = process.memory_info().rss
 
         def watch() -> None:
-            while not self._over.wait(0.005):
-                self.peak = max(self.peak, process.memory_info().rss - start)
+            while not self._over.wait(0.01):
+                self.peak = max(self.peak, process.memory_info().rss)
 
         self._thread = threading.Thread(target=watch, daemon=True)
         self._thread.start()
@@ -91,18 +96,19 @@ class Memory:
         self._thread.join()
 
 
-def measure(action: Callable[[], Any], repeats: int) -> tuple[float, float, float]:
-    """Least processor seconds, the wall-clock seconds of that time, and MiB."""
-    best, wall, peak = float("inf"), 0.0, 0
-    for _ in range(repeats):
-        with Memory() as memory:
-            started, clock = time.process_time(), time.perf_counter()
-            action()
-            spent, passed = time.process_time() - started, time.perf_counter() - clock
-        if spent < best:
-            best, wall = spent, passed
-        peak = max(peak, memory.peak)
-    return best, wall, peak / 2**20
+def measure(actions: list[Callable[[], Any]], repeats: int) -> tuple[list[float], float, float]:
+    """Least processor seconds of each, taken in turn; wall-clock seconds of the last at its least; highest bytes."""
+    best, wall = [float("inf")] * len(actions), 0.0
+    with Memory() as memory:
+        for _ in range(repeats):
+            for index, action in enumerate(actions):
+                started, clock = time.process_time(), time.perf_counter()
+                action()
+                spent, passed = time.process_time() - started, time.perf_counter() - clock
+                if spent < best[index]:
+                    best[index] = spent
+                    wall = passed if index == len(actions) - 1 else wall
+    return best, wall, memory.peak
 
 
 def read(run: Run, samples: int, columns: list[str]) -> None:
@@ -110,43 +116,48 @@ def read(run: Run, samples: int, columns: list[str]) -> None:
         pass
 
 
-def compare(run: Run, label: np.ndarray, epochs: int, repeats: int) -> None:
+def compare(run: Run, label: np.ndarray, epochs: int, repeats: int, base: int) -> None:
     samples = len(label)
     names = [name for name, info in SCORES.items() if info.needs == "trajectory"]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     options["dynamic-uncertainty"] = {"window": 10 if epochs > 10 else 5}
-    score_rows(run, 0, min(samples, 1000), label[:1000], options)  # imports, first pages of memory
-    arrays, wall, peak = measure(lambda: read(run, samples, ["probabilities"]), repeats)
+    score_rows(run, 0, min(samples, 1000), label[:1000], options)  # what is imported on first use
+    [arrays], wall, peak = measure([lambda: read(run, samples, ["probabilities"])], repeats)
     print(
         f"{'':<21}{'read s':>8}{'compute s':>11}{'total s':>9}{'wall s':>9}{'compute/read':>14}{'total/arrays':>14}{'peak MiB':>10}"
     )
-    print(f"{'arrays only':<21}{arrays:>8.3f}{'':>11}{arrays:>9.3f}{wall:>9.3f}{'':>14}{1:>14.2f}{peak:>10.0f}", flush=True)
-    known: dict[tuple[str, ...], float] = {}
-    for title, scores in [*((name, [name]) for name in names), ("all scores", names)]:
-        columns = columns_of(scores)
-        if tuple(columns) not in known:
-            known[tuple(columns)] = measure(lambda columns=columns: read(run, samples, columns), repeats)[0]
-        reading = known[tuple(columns)]
-        chosen = {name: options[name] for name in scores}
-        total, wall, peak = measure(lambda chosen=chosen: score_rows(run, 0, samples, label, chosen), repeats)
-        compute = total - reading
+
+    def line(title: str, reading: float, compute: str, total: float, ratio: str) -> None:
         print(
-            f"{title:<21}{reading:>8.3f}{compute:>11.3f}{total:>9.3f}{wall:>9.3f}{compute / reading:>14.2f}{total / arrays:>14.2f}"
-            f"{peak:>10.0f}",
+            f"{title:<21}{reading:>8.3f}{compute:>11}{total:>9.3f}{wall:>9.3f}{ratio:>14}{total / arrays:>14.2f}"
+            f"{(peak - base) / 2**20:>10.0f}",
             flush=True,
         )
+
+    line("arrays only", arrays, "", arrays, "")
+    for title, scores in [*((name, [name]) for name in names), ("all scores", names)]:
+        columns, chosen = columns_of(scores), {name: options[name] for name in scores}
+        [reading, total], wall, peak = measure(
+            [
+                functools.partial(read, run, samples, columns),
+                functools.partial(score_rows, run, 0, samples, label, chosen),
+            ],
+            repeats,
+        )
+        line(title, reading, f"{total - reading:.3f}", total, f"{(total - reading) / reading:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", help="where the trajectories are written, and deleted again; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=2, help="the least time of so many counts")
+    parser.add_argument("--repeats", type=int, default=3, help="the least time of so many counts")
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+    base = psutil.Process().memory_info().rss
     print(
         f"{platform.machine()}, 1 thread of {os.cpu_count()} cores; torch {torch.__version__}, numpy {np.__version__}, "
         f"pyarrow {pa.__version__}; seed {arguments.seed}, least of {arguments.repeats}, page cache warm"
@@ -160,7 +171,8 @@ def main() -> None:
                 sys.exit(f"{folder} has no room for {size / 1e9:.1f} GB; name another folder with --dir")
             run = Run(folder)
             started = time.perf_counter()
-            label = write(run, samples, classes, epochs, arguments.seed)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # its memory is not ours
+                label = other.submit(write, run, samples, classes, epochs, arguments.seed).result()
             written = time.perf_counter() - started
             stored = sum(file.size for file in storage.listing(run.path("proxy", "trajectory")))
             print(
@@ -168,7 +180,7 @@ def main() -> None:
                 f"{2 * samples * classes * epochs / 1e6:,.0f} MB, on disk with the numbers {stored / 1e6:,.0f} MB; "
                 f"made and written in {written:.0f} s"
             )
-            compare(run, label, epochs, arguments.repeats)
+            compare(run, label, epochs, arguments.repeats, base)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
