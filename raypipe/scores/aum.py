@@ -17,11 +17,5 @@ from raypipe.scores.base import Trajectory
 
 def score(trajectory: Trajectory, softmax: bool = False) -> np.ndarray:
     """Negated AUM, float32 [samples]."""
-    if not softmax:
-        return -trajectory.margin.mean(0, dtype=np.float64).astype(np.float32)
-    total = np.zeros(len(trajectory.label))
-    for probabilities, own in zip(trajectory.probabilities, trajectory.own, strict=True):
-        others = probabilities.copy()
-        others[np.arange(len(others)), trajectory.label] = -1
-        total += own - others.max(1)
-    return (-total / trajectory.epochs).astype(np.float32)
+    margin = trajectory.own - trajectory.other if softmax else trajectory.margin
+    return -margin.mean(0, dtype=np.float64).astype(np.float32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory, need_epochs
+from raypipe.scores.base import Trajectory, need_epochs, sliding
 
 
 def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> np.ndarray:
@@ -23,11 +23,9 @@ def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> 
     epochs  only the first so many epochs count; None: all
     Raises ScoreError when there is no window for so few epochs.
     """
-    own = trajectory.own[:epochs].astype(np.float64)
+    own = trajectory.own[:epochs]
     need_epochs("dual", len(own), window, f"window {window}")
-    windows = len(own) - window + 1
     total = np.zeros(own.shape[1])
-    for start in range(windows):
-        part = own[start : start + window]
-        total += part.std(0, ddof=1) * (1 - part.mean(0))
-    return (total / windows).astype(np.float32)
+    for mean, squares in sliding(own, window):
+        total += np.sqrt(squares / (window - 1)) * (1 - mean)
+    return (total / (len(own) - window + 1)).astype(np.float32)

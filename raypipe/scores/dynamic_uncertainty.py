@@ -12,9 +12,11 @@ the population deviation and skips the first two epochs, but keeps the last wind
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
-from raypipe.scores.base import Trajectory, need_epochs
+from raypipe.scores.base import Trajectory, need_epochs, sliding
 
 VARIANTS = ("official", "paper", "extrapolation")
 
@@ -27,13 +29,12 @@ def score(trajectory: Trajectory, window: int = 10, variant: str = "official") -
     Raises ScoreError when there is no window for so few epochs.
     """
     need_epochs("dynamic-uncertainty", trajectory.epochs, _least(window, variant), f"window {window}, variant {variant}")
-    own = trajectory.own.astype(np.float64)
     first = 2 if variant == "extrapolation" else 0
-    last = len(own) - window + (0 if variant == "official" else 1)
-    ddof = 0 if variant == "extrapolation" else 1
-    total = np.zeros(own.shape[1])
-    for start in range(first, last):
-        total += own[start : start + window].std(0, ddof=ddof)
+    last = trajectory.epochs - window + (0 if variant == "official" else 1)
+    freedom = window if variant == "extrapolation" else window - 1
+    total = np.zeros(len(trajectory.label))
+    for _, squares in itertools.islice(sliding(trajectory.own, window), first, last):
+        total += np.sqrt(squares / freedom)
     return (total / (last - first)).astype(np.float32)
 
 

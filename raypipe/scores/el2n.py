@@ -21,10 +21,4 @@ def score(trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None =
 
     first_epoch, last_epoch  0-based; the mean is over first_epoch up to and without last_epoch (None: to the end)
     """
-    part = trajectory.probabilities[spans(trajectory.epochs, first_epoch, last_epoch)]
-    total = np.zeros(part.shape[1])
-    for probabilities, own in zip(part, trajectory.own[first_epoch:last_epoch], strict=True):
-        # |p - e_y|^2 = |p|^2 - 2 p_y + 1, without a copy of p
-        square = np.einsum("nc,nc->n", probabilities, probabilities, dtype=np.float64) - 2.0 * own + 1
-        total += np.sqrt(np.maximum(square, 0))
-    return (total / len(part)).astype(np.float32)
+    return trajectory.distance[spans(trajectory.epochs, first_epoch, last_epoch)].mean(0, dtype=np.float64).astype(np.float32)

@@ -9,10 +9,4 @@ from raypipe.scores.base import Trajectory, spans
 
 def score(trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = None) -> np.ndarray:
     """-sum_c p log p, in nats, mean over epochs first_epoch up to and without last_epoch (None: to the end), float32 [samples]."""
-    part = trajectory.probabilities[spans(trajectory.epochs, first_epoch, last_epoch)]
-    total = np.zeros(part.shape[1])
-    for probabilities in part:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(probabilities > 0, probabilities * np.log(probabilities), 0)
-        total -= terms.sum(1, dtype=np.float64)
-    return (total / len(part)).astype(np.float32)
+    return trajectory.entropy[spans(trajectory.epochs, first_epoch, last_epoch)].mean(0, dtype=np.float64).astype(np.float32)

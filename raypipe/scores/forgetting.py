@@ -23,7 +23,7 @@ def score(trajectory: Trajectory, never_learned: str = "hardest") -> np.ndarray:
     """
     need_epochs("forgetting", trajectory.epochs, 2, "it counts changes")
     correct = trajectory.margin > 0
-    events = (correct[:-1] & ~correct[1:]).sum(0).astype(np.float32)
+    events = np.count_nonzero(correct[:-1] & ~correct[1:], 0).astype(np.float32)
     if never_learned == "hardest":
         events[~correct.any(0)] = trajectory.epochs // 2 + 1
     return events

@@ -41,13 +41,23 @@ def score(
     start = 0 if take == "first" else trajectory.epochs - used
     probabilities = trajectory.probabilities[start : start + used]
     change = np.empty((used - 1, probabilities.shape[1]))
-    before = np.log(probabilities[0] + np.float32(EPSILON))
-    for step in range(used - 1):  # one epoch at a time: the logarithms of all at once would triple the memory
-        after = np.log(probabilities[step + 1] + np.float32(EPSILON))
-        change[step] = np.abs(probabilities[step + 1] * (after - before)).sum(1, dtype=np.float64)
-        before = after
+    before, after = np.empty_like(probabilities[0]), np.empty_like(probabilities[0])
+    _logarithm(probabilities[0], before)
+    for step in range(used - 1):  # one epoch at a time, in two arrays: this is most of the work of all trajectory scores
+        _logarithm(probabilities[step + 1], after)
+        np.subtract(after, before, out=before)
+        np.abs(before, out=before)
+        change[step] = np.einsum("nc,nc->n", probabilities[step + 1], before)
+        before, after = after, before
     total = np.zeros(probabilities.shape[1])
     for k in range(used - window + 1):
+        # not by updated sums: the last windows weigh most, and late changes can be far smaller than early ones
         part = change[k : k + window - 1]
-        total += np.sqrt(np.square(part - part.mean(0)).sum(0)) * beta * (1 - beta) ** (used - window - k)
+        away = part - part.mean(0)
+        total += np.sqrt(np.einsum("jn,jn->n", away, away)) * (beta * (1 - beta) ** (used - window - k))
     return total.astype(np.float32)
+
+
+def _logarithm(probabilities: np.ndarray, out: np.ndarray) -> None:
+    np.add(probabilities, np.float32(EPSILON), out=out)
+    np.log(out, out=out)

@@ -3,7 +3,8 @@
 Writes, under `proxy/`:
 
     epochs/epoch-0007.json            loss, accuracy, learning rate, files of the trajectory: an epoch with this file is finished
-    trajectory/epoch-0007-*.parquet   row (of the seed set), margin of the logits, probabilities float16 [classes]
+    trajectory/epoch-0007-*.parquet   row (of the seed set); float32 loss, margin, distance, entropy, as in scores.base.Trajectory;
+                                      probabilities, the bytes of little-endian float16 [classes]
     checkpoints/epoch-0007.safetensors
     state.safetensors                 all that is needed to go on after the last finished epoch
     proxy.json                        what the later stages need; written last

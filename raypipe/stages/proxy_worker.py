@@ -24,11 +24,12 @@ from raypipe.config import ProxySettings
 from raypipe.errors import StageError
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
+from raypipe.scores.base import NUMBERS
 from raypipe.stages.parts import Part
 from raypipe.stages.seed import read_shard, seed_manifest
 
-TRAJECTORY_ROWS = 4096
-"""Rows of a trajectory file in one row group, so that a few samples can be followed through all epochs."""
+GROUP_BYTES = 64 << 20
+"""Size of one row group of every trajectory file together, uncompressed: what the measure stage holds at once."""
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         cpu_started = time.process_time()
         model.train()
         sums = torch.zeros(2, device=device)
-        seen: list[tuple[np.ndarray, np.ndarray]] = []
+        seen: list[tuple[np.ndarray, Predictions]] = []
         for step, rows in enumerate(training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)):
             lr = training.learning_rate(settings, epoch * per_epoch + step, steps)
             for group in optimizer.param_groups:
@@ -93,14 +94,14 @@ def train_worker(arguments: dict[str, Any]) -> None:
             with torch.no_grad():
                 sums += torch.stack([F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(1) == target).sum()])
                 if settings.trajectory == "train":
-                    seen.append((rows[part], _predictions(logits, target)))
+                    seen.append((rows[part], predictions(logits, target)))
         if settings.trajectory == "eval":
             model.eval()
             with torch.no_grad():
                 own = np.arange(rank, len(labels), world)
                 for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
                     logits = plain(torch.from_numpy(images[rows]).to(device)).float()
-                    seen.append((rows, _predictions(logits, torch.from_numpy(labels[rows]).to(device))))
+                    seen.append((rows, predictions(logits, torch.from_numpy(labels[rows]).to(device))))
         distributed.all_reduce(sums)
         loss_mean, accuracy = (sums / len(labels)).tolist()
         if not np.isfinite(loss_mean):
@@ -108,7 +109,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
         file = ""
         if seen:
             file = f"epoch-{epoch:04d}-{rank}-of-{world}.parquet"
-            _write_trajectory(run.path(folder, "trajectory", file), [(seed_rows[rows], values) for rows, values in seen])
+            written = [(seed_rows[rows], values) for rows, values in seen]
+            most = group_rows(classes, settings.epochs, world * own_part.of)
+            write_trajectory(run.path(folder, "trajectory", file), written, most)
         cpu = torch.tensor([time.process_time() - cpu_started], device=device)
         distributed.all_reduce(cpu)  # every worker's trajectory is written when this returns
         if rank == 0:
@@ -138,24 +141,41 @@ def train_worker(arguments: dict[str, Any]) -> None:
         cache.remove()
 
 
-def _predictions(logits: Tensor, target: Tensor) -> np.ndarray:
-    """Probabilities and, in the last column, the margin of the label's logit: [n, classes + 1]."""
-    own = logits.gather(1, target[:, None])
-    margin = own - logits.scatter(1, target[:, None], -torch.inf).amax(1, keepdim=True)
-    return torch.cat([logits.softmax(1), margin], 1).cpu().numpy()
+Predictions = tuple[np.ndarray, np.ndarray]
+"""Of n samples: the numbers of `raypipe.scores.base.NUMBERS`, float32 [n, 4], and probabilities, float16 [n, classes]."""
 
 
-def _write_trajectory(uri: str, seen: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    rows, predictions = np.concatenate([rows for rows, _ in seen]), np.concatenate([part for _, part in seen])
-    order = np.argsort(rows)
-    predictions = predictions[order]
-    probabilities = pa.array(np.ascontiguousarray(predictions[:, :-1]).astype(np.float16).reshape(-1))
-    columns = {
-        "row": pa.array(rows[order], pa.int64()),
-        "margin": pa.array(predictions[:, -1], pa.float32()),
-        "probabilities": pa.FixedSizeListArray.from_arrays(probabilities, predictions.shape[1] - 1),
+def predictions(logits: Tensor, target: Tensor) -> Predictions:
+    """What the trajectory keeps of a batch. The numbers are those of the logits, before float16 rounds the probabilities."""
+    column = target[:, None]
+    probabilities = logits.softmax(1)
+    numbers = {
+        "loss": F.cross_entropy(logits, target, reduction="none"),
+        "margin": (logits.gather(1, column) - logits.scatter(1, column, -torch.inf).amax(1, keepdim=True))[:, 0],
+        "distance": probabilities.scatter_add(1, column, torch.full_like(column, -1.0, dtype=logits.dtype)).norm(dim=1),
+        "entropy": torch.special.entr(probabilities).sum(1),
     }
-    storage.write_table(uri, pa.table(columns), row_group_size=TRAJECTORY_ROWS)
+    return torch.stack([numbers[name] for name in NUMBERS], 1).cpu().numpy(), probabilities.half().cpu().numpy()
+
+
+def group_rows(classes: int, epochs: int, workers: int) -> int:
+    """Rows in a row group of a trajectory file."""
+    return max(64, GROUP_BYTES // (2 * classes * epochs * workers))
+
+
+def write_trajectory(uri: str, seen: list[tuple[np.ndarray, Predictions]], group: int) -> None:
+    """Write one worker's predictions in one epoch, by row of the seed set, with so many rows in a row group."""
+    rows = np.concatenate([rows for rows, _ in seen])
+    order = np.argsort(rows)
+    numbers = np.concatenate([part for _, (part, _) in seen])[order]
+    probabilities = np.concatenate([part for _, (_, part) in seen])[order]
+    columns: dict[str, Any] = {"row": pa.array(rows[order], pa.int64())}
+    columns |= {name: pa.array(numbers[:, index], pa.float32()) for index, name in enumerate(NUMBERS)}
+    # bytes instead of a list of numbers: Parquet writes and reads a list one number at a time, 10 times slower
+    columns["probabilities"] = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(2 * probabilities.shape[1]), len(rows), [None, pa.py_buffer(probabilities)]
+    )
+    storage.write_table(uri, pa.table(columns), row_group_size=group, dictionary=False)
 
 
 class _LocalSeed:

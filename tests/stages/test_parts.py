@@ -25,6 +25,7 @@ from raypipe.stages.cluster import Cluster, ResourceError
 from raypipe.stages.parts import Part, divide, joined, part_rule
 from raypipe.stages.proxy import ProxyStage, side_by_side, trajectory_files
 from raypipe.stages.seed import read_shard, seed_manifest, wanted
+from raypipe.stages.trajectories import probabilities_of
 
 IDS = [f"train/{number % 7}/{number:05d}.png" for number in range(6000)]
 
@@ -253,7 +254,7 @@ def test_each_part_is_scored_by_its_own_proxy(cluster: str, tmp_path: Path) -> N
         for files in part["trajectory"]:
             (table,) = (storage.read_table(run.path("proxy", f"part-{number}", "trajectory", file)) for file in files)
             assert table["row"].to_pylist() == np.flatnonzero(own).tolist()
-            distance = np.array(table["probabilities"].to_pylist()) - np.eye(10)[labels[own]]
+            distance = probabilities_of(table) - np.eye(10)[labels[own]]
             expected["el2n"][own] += np.linalg.norm(distance, axis=1) / len(part["trajectory"])
     measured = pa.concat_tables([storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]])
     assert measured["sample_id"].to_pylist() == ids
