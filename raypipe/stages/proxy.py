@@ -271,9 +271,11 @@ def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bo
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from raypipe.stages.proxy_worker import train_worker
+    from raypipe.stages.proxy_worker import DIVERGED, train_worker
     from raypipe.stages.streaming import failure
 
+    diverged = run.path(part.folder, DIVERGED)
+    storage.delete(diverged)
     scratch = run.path(part.folder, "train")
     fs, path = storage.filesystem(scratch)
     resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
@@ -301,3 +303,5 @@ def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bo
         raise failure(error) from error
     finally:
         storage.delete(scratch)
+    if storage.exists(diverged):
+        raise StageError(storage.read_json(diverged)["reason"])

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from raypipe import storage, training
 from raypipe.config import ProxySettings
-from raypipe.errors import StageError
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
 from raypipe.scores.base import NUMBERS
 from raypipe.stages.parts import Part
 from raypipe.stages.seed import read_shard, seed_manifest
 
+DIVERGED = "diverged.json"
+"""Written, with the reason, by a training that is over although epochs are missing."""
 GROUP_BYTES = 64 << 20
 """Size of one row group of every trajectory file together, uncompressed: what the measure stage holds at once."""
 
@@ -104,8 +105,13 @@ def train_worker(arguments: dict[str, Any]) -> None:
                     seen.append((rows, predictions(logits, torch.from_numpy(labels[rows]).to(device))))
         distributed.all_reduce(sums)
         loss_mean, accuracy = (sums / len(labels)).tolist()
-        if not np.isfinite(loss_mean):
-            raise StageError(f"the proxy's loss is {loss_mean} in epoch {epoch + 1}; lower proxy.lr (now {settings.lr:g})")
+        if not np.isfinite(
+            loss_mean
+        ):  # on every worker alike; an error would only make Ray Train repeat what cannot end otherwise
+            reason = f"the proxy's loss is {loss_mean} in epoch {epoch + 1}; lower proxy.lr (now {settings.lr:g})"
+            if rank == 0:
+                storage.write_json(run.path(folder, DIVERGED), {"reason": reason})
+            break
         file = ""
         if seen:
             file = f"epoch-{epoch:04d}-{rank}-of-{world}.parquet"
