@@ -1,0 +1,156 @@
+"""Gradient-boosted trees over what the scored neighbours say, in numbers, and the proxy's signals.
+
+Source: histogram-based gradient boosting (Friedman 2001, "Greedy Function Approximation", algorithm 1; Ke et al. 2017, LightGBM, as
+`sklearn.ensemble.HistGradientBoostingRegressor` has it). Features of a sample, over its k and its k / 4 nearest scored samples of
+any class, and over those of its own class: mean score, mean weighted by exp(-(d - d_1) / (h D)), spread of the scores, distances to
+the nearest and on average (D, the typical distance of the scored samples, is 1); the share of neighbours of its class; how much
+nearer the own class is than any; loss, margin and entropy.
+
+In the fit no sample is its own neighbour, and of its class it sees at most half: the mean over *all* others of a small class would
+tell, together with the class, the one score that is left out. An unlabelled sample has no number (NaN) where classes are asked for;
+each split knows which way such samples go.
+
+Three ensembles, each on all scored samples but another tenth, which says how many trees help; the prediction is their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+from raypipe.errors import RaypipeError
+from raypipe.extrapolate.base import Extrapolator, Nodes, Progress
+from raypipe.extrapolate.features import Target
+from raypipe.extrapolate.forest import Forest
+from raypipe.extrapolate.neighbours import ClassNeighbours, NeighbourIndex
+
+MEMBERS, FOLDS = 3, 10
+BANDWIDTH = 0.2
+FEATURES = 23
+"""Without the signals."""
+OPTIONS = {
+    "learning_rate": 0.05,
+    "max_iter": 300,
+    "max_leaf_nodes": 12,
+    "min_samples_leaf": 10,
+    "l2_regularization": 1.0,
+    "max_features": 0.5,
+    "early_stopping": False,
+}
+
+
+class NeighbourStatistics:
+    """The features above, from scored samples with their neighbour index, class int64 [n], score float [n], and D."""
+
+    def __init__(self, index: NeighbourIndex, label: np.ndarray, score: np.ndarray, typical: float, neighbours: int) -> None:
+        self._index, self._label, self._score = index, label, score
+        self._typical, self._neighbours = typical, neighbours
+        self._classes = ClassNeighbours(index.vectors, label)
+        self._half = np.bincount(label + 1) // 2
+
+    def __call__(self, nodes: Nodes, exclude: np.ndarray | None = None) -> np.ndarray:
+        """Features float64 [m, f]; with `exclude`, int64 [m], of samples that are themselves scored, by their row."""
+        distance, row = self._index.search(nodes.embedding, self._neighbours, exclude)
+        same, same_row = self._classes.search(nodes.embedding, nodes.label, self._neighbours, exclude)
+        most = self._half[np.where(nodes.label + 1 < len(self._half), nodes.label + 1, 0)]
+        same[np.arange(same.shape[1]) >= np.maximum(most, 1)[:, None]] = np.inf
+        agree = np.where(nodes.label[:, None] >= 0, self._label[row] == nodes.label[:, None], np.nan)
+        few = max(1, self._neighbours // 4)
+        columns = [
+            self._statistics(away[:, :k], near[:, :k])
+            for away, near in ((distance, row), (same, same_row))
+            for k in (few, self._neighbours)
+        ]
+        nearer = columns[2][:, 3] - columns[0][:, 3]
+        shares = [_mean(agree[:, :k], np.ones_like(agree[:, :k])) for k in (few, self._neighbours)]
+        signals = np.where(np.isfinite(nodes.signals), nodes.signals, np.nan)
+        return np.column_stack([*columns, nearer, *shares, signals])
+
+    def _statistics(self, distance: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Of each sample's neighbours, those at infinite distance left out: mean, weighted mean and spread of the scores, least and
+        mean distance, float64 [m, 5]; not a number where there are none."""
+        there, score = np.isfinite(distance), self._score[row]
+        away = np.where(there, distance, 0) / self._typical
+        least = np.where(there.any(1), np.where(there, away, np.inf).min(1, initial=np.inf), np.nan)
+        mean = _mean(score, there)
+        weight = there * np.exp(-(away - np.nan_to_num(least)[:, None]) / BANDWIDTH)
+        spread = np.sqrt(_mean(np.square(score - np.nan_to_num(mean)[:, None]), there))
+        return np.stack([mean, _mean(score, weight), spread, least, _mean(away, there)], 1)
+
+
+def _mean(value: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weighted mean of each row, float64 [m]; not a number where the weights are 0."""
+    total = weight.sum(1).astype(np.float64)
+    return np.divide((value * weight).sum(1), total, out=np.full(len(value), np.nan), where=total > 0)
+
+
+class Trees(Extrapolator):
+    """Boosted trees over neighbour statistics and signals."""
+
+    name = "trees"
+    default_neighbours = 20
+    fewest = 20
+
+    def fit(self, seed: Nodes, score: np.ndarray, progress: Progress | None = None) -> None:
+        """Learn from the seed set and its measured scores, float [n].
+
+        Raises RaypipeError for fewer than 20 samples, scores or embeddings that are not finite, labels out of range.
+        """
+        score = self._check_fit(seed, score)
+        self._build_index(seed.embedding)
+        self._target, z = Target.fit(score)
+        self._label, self._z, self._width = seed.label, z, seed.signals.shape[1]
+        self._forests: list[Forest] = []
+        self._prepare()
+        if self._target.spread:
+            x = self._statistics(seed, exclude=np.arange(len(seed)))
+            order = np.random.default_rng(self.settings.seed).permutation(len(seed))
+            for member in range(MEMBERS):
+                self._forests.append(grow(x, z, order[member::FOLDS], self.settings.seed + member))
+                if progress is not None:
+                    progress(member + 1, MEMBERS)
+        elif progress is not None:
+            progress(1, 1)
+
+    def predict(self, nodes: Nodes) -> np.ndarray:
+        self._check_nodes(nodes)
+        if nodes.signals.shape[1] != self._width:
+            raise RaypipeError(f"{self.name}: {nodes.signals.shape[1]} signals for each sample, but the fit had {self._width}")
+        if not self._forests:
+            return np.full(len(nodes), self._target.mean, np.float32)
+        x = self._statistics(nodes)
+        return self._target.restore(np.mean([forest.predict(x) for forest in self._forests], 0))
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, meta = self._base_state()
+        tensors |= {"label": self._label, "score": self._z}
+        for number, forest in enumerate(self._forests):
+            tensors |= {f"forest{number}.{name}": value for name, value in forest.tensors().items()}
+        meta |= {"mean": self._target.mean, "spread": self._target.spread, "signals": self._width}
+        return tensors, meta | {"forests": len(self._forests)}
+
+    def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        self._load_base(tensors, meta)
+        try:
+            self._target, self._width = Target(float(meta["mean"]), float(meta["spread"])), int(meta["signals"])
+            self._label, self._z = np.array(tensors["label"]), np.array(tensors["score"])
+            self._prepare()
+            width = FEATURES + self._width
+            self._forests = [Forest.from_tensors(tensors, f"forest{number}.", width) for number in range(int(meta["forests"]))]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
+
+    def _prepare(self) -> None:
+        self._statistics = NeighbourStatistics(self._scored, self._label, self._z, self._typical, self.neighbours)
+
+
+def grow(x: np.ndarray, z: np.ndarray, held: np.ndarray, seed: int) -> Forest:
+    """Boosted trees fitted on all rows of x float [n, f] but `held`, int64 [m], which decide how many trees are kept."""
+    rows = np.setdiff1d(np.arange(len(z)), held)
+    x = np.where(np.isnan(x[rows]).all(0), 0, x)  # scikit-learn cannot bin a feature without any number
+    model = HistGradientBoostingRegressor(random_state=seed, **OPTIONS).fit(x[rows], z[rows])
+    error = [np.square(guess - z[held]).sum() for guess in model.staged_predict(x[held])]
+    return Forest.of(model, int(np.argmin(error)) + 1)
