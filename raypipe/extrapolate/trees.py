@@ -6,9 +6,9 @@ any class, and over those of its own class: mean score, mean weighted by exp(-(d
 the nearest and on average (D, the typical distance of the scored samples, is 1); the share of neighbours of its class; how much
 nearer the own class is than any; loss, margin and entropy.
 
-In the fit no sample is its own neighbour, and of its class it sees at most half: the mean over *all* others of a small class would
-tell, together with the class, the one score that is left out. An unlabelled sample has no number (NaN) where classes are asked for;
-each split knows which way such samples go.
+In the fit no sample is its own neighbour. The class itself is not a feature: together with the mean over all others of a small class
+it would tell the one score that is left out. An unlabelled sample has no number (NaN) where classes are asked for; each split
+knows which way such samples go.
 
 Three ensembles, each on all scored samples but another tenth, which says how many trees help; the prediction is their mean.
 """
@@ -49,14 +49,11 @@ class NeighbourStatistics:
         self._index, self._label, self._score = index, label, score
         self._typical, self._neighbours = typical, neighbours
         self._classes = ClassNeighbours(index.vectors, label)
-        self._half = np.bincount(label + 1) // 2
 
     def __call__(self, nodes: Nodes, exclude: np.ndarray | None = None) -> np.ndarray:
         """Features float64 [m, f]; with `exclude`, int64 [m], of samples that are themselves scored, by their row."""
         distance, row = self._index.search(nodes.embedding, self._neighbours, exclude)
         same, same_row = self._classes.search(nodes.embedding, nodes.label, self._neighbours, exclude)
-        most = self._half[np.where(nodes.label + 1 < len(self._half), nodes.label + 1, 0)]
-        same[np.arange(same.shape[1]) >= np.maximum(most, 1)[:, None]] = np.inf
         agree = np.where(nodes.label[:, None] >= 0, self._label[row] == nodes.label[:, None], np.nan)
         few = max(1, self._neighbours // 4)
         columns = [

@@ -104,8 +104,8 @@ def test_order_of_the_scored_samples_does_not_matter(telling, fitted, settings, 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("classes", [4, 60])
 def test_noise_is_not_learned(settings, method: str, classes: int) -> None:
-    """A score with nothing to find must be predicted by about its mean: whoever sees a sample's own score, or what of it is
-    left in the mean of a small class without it, learns a relation that does not hold for other samples."""
+    """A score with nothing to find must be predicted by about its mean: whoever sees a sample's own score in the fit learns a
+    relation that does not hold for other samples."""
     rng = np.random.default_rng(0)
     nodes = Nodes(rng.normal(size=(900, 6)), rng.integers(0, classes, 900), rng.normal(size=(900, 3)))
     score = rng.normal(size=900)

@@ -45,15 +45,15 @@ def test_statistics_by_hand() -> None:
     statistics = NeighbourStatistics(NeighbourIndex(seed), label, score, 2.0, 4)
     found = statistics(Nodes(seed[:1] + 0.25, np.array([0]), np.array([[9.0]])))[0]
     assert len(found) == FEATURES + 1 and found[-1] == 9
-    # the nearest of any class; the four nearest: mean, spread, least and mean distance; then two of its class of four
+    # the nearest of any class; the four nearest: mean, spread, least and mean distance; then those of its class
     assert found[:5].tolist() == pytest.approx([1, 1, 0, 0.125, 0.125])
     weight = np.exp(-(np.array([0.25, 0.75, 2.75, 3.75]) - 0.25) / 2 / 0.2)
     assert found[6] == pytest.approx(weight @ [1, 2, 5, 4] / weight.sum())
     assert [*found[[5, 7, 8, 9]]] == pytest.approx([3, np.std([1, 2, 5, 4]), 0.125, 7.5 / 8])
-    assert [*found[[15, 17, 18, 19]]] == pytest.approx([1.5, 0.5, 0.125, 0.25])
+    assert [*found[[15, 17, 18, 19]]] == pytest.approx([3.75, np.std([1, 2, 4, 8]), 0.125, 11.5 / 8])
     assert [*found[20:23]] == pytest.approx([0, 1, 0.75])
     left_out = statistics(Nodes(seed[:1], np.array([0]), np.array([[9.0]])), exclude=np.array([0]))[0]
-    assert left_out[0] == 2 and left_out[15] == 3
+    assert left_out[0] == 2 and left_out[15] == pytest.approx(14 / 3)
     bare = statistics(Nodes(seed[:1], np.array([-1]), np.zeros((1, 0))))[0]
     assert np.isnan(bare[10:]).all() and np.isfinite(bare[:10]).all()
 
