@@ -74,9 +74,51 @@ def _centres(x: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return centre, step[np.r_[True, step[1:] != step[:-1]]]
 
 
+class SignalMap:
+    """The signals of the proxy, each with its map to the score; the one that ranks best is used where it is finite, elsewhere the
+    next best, and the mean score where there is none."""
+
+    def __init__(self, width: int, mean: float, maps: dict[int, Monotone]) -> None:
+        self.width, self.mean, self.maps = width, mean, maps
+
+    @classmethod
+    def fit(cls, signals: np.ndarray, score: np.ndarray) -> SignalMap:
+        """From float [n, s] and scores float [n]; a signal that says nothing of the order of the scores gets no map."""
+        found = {column: Monotone.fit(values, score) for column, values in enumerate(signals.T)}
+        maps = {column: one for column, one in found.items() if one is not None}
+        return cls(signals.shape[1], float(score.mean()), maps)
+
+    def __call__(self, signals: np.ndarray) -> np.ndarray:
+        """Scores, float64 [n]. Raises RaypipeError for another number of signals than in the fit."""
+        if signals.shape[1] != self.width:
+            raise RaypipeError(f"{signals.shape[1]} signals for each sample, but the fit had {self.width}")
+        result = np.full(len(signals), self.mean)
+        for column in sorted(self.maps, key=lambda column: self.maps[column].agreement):  # the best last, over the others
+            good = np.isfinite(signals[:, column])
+            result[good] = self.maps[column](signals[good, column])
+        return result
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        result = {"about": np.array([self.width, self.mean])}
+        for column, one in self.maps.items():
+            result |= {f"x{column}": one.x, f"y{column}": one.y, f"numbers{column}": np.array([getattr(one, n) for n in NUMBERS])}
+        return result
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray], prefix: str) -> SignalMap:
+        """Restore what `tensors` gave, here with names that begin with `prefix`. Raises KeyError for one that is missing."""
+        width, mean = tensors[prefix + "about"].tolist()
+        maps = {}
+        for column in range(int(width)):
+            names = [f"{prefix}{name}{column}" for name in ("x", "y", "numbers")]
+            if any(name in tensors for name in names):
+                x, y, numbers = (np.array(tensors[name]) for name in names)
+                maps[column] = Monotone(x, y, *numbers.tolist())
+        return cls(int(width), mean, maps)
+
+
 class Proxy(Extrapolator):
-    """The signal of the proxy that ranks the scored samples best. A sample where it is not finite gets the map of the next best;
-    one without any signal, the mean."""
+    """The signal of the proxy that ranks the scored samples best."""
 
     name = "proxy"
     default_neighbours = 20
@@ -91,39 +133,21 @@ class Proxy(Extrapolator):
                 "the score; use another extrapolate.method"
             )
         self._build_index(seed.embedding)
-        self._width, self._mean = seed.signals.shape[1], float(score.mean())
-        self._maps = {
-            column: found for column, values in enumerate(seed.signals.T) if (found := Monotone.fit(values, score)) is not None
-        }
+        self._map = SignalMap.fit(seed.signals, score)
         if progress is not None:
             progress(1, 1)
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
-        if nodes.signals.shape[1] != self._width:
-            raise RaypipeError(f"{self.name}: {nodes.signals.shape[1]} signals for each sample, but the fit had {self._width}")
-        result = np.full(len(nodes), self._mean)
-        for column in sorted(self._maps, key=lambda column: self._maps[column].agreement):  # the best last, over the others
-            good = np.isfinite(nodes.signals[:, column])
-            result[good] = self._maps[column](nodes.signals[good, column])
-        return result.astype(np.float32)
+        return self._map(nodes.signals).astype(np.float32)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
-        maps = []
-        for column, found in self._maps.items():
-            tensors |= {f"map{column}.x": found.x, f"map{column}.y": found.y}
-            maps.append({"column": column} | {name: getattr(found, name) for name in NUMBERS})
-        return tensors, meta | {"mean": self._mean, "signals": self._width, "maps": maps}
+        return tensors | {f"map.{name}": value for name, value in self._map.tensors().items()}, meta
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         self._load_base(tensors, meta)
         try:
-            self._mean, self._width, self._maps = float(meta["mean"]), int(meta["signals"]), {}
-            for values in meta["maps"]:
-                column = int(values["column"])
-                x, y = np.array(tensors[f"map{column}.x"]), np.array(tensors[f"map{column}.y"])
-                numbers = {name: float(values[name]) for name in NUMBERS}
-                self._maps[column] = Monotone(x, y, **numbers)
+            self._map = SignalMap.from_tensors(tensors, "map.")
         except (KeyError, TypeError, ValueError) as error:
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None

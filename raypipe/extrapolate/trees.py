@@ -10,7 +10,8 @@ In the fit no sample is its own neighbour. The class itself is not a feature: to
 it would tell the one score that is left out. An unlabelled sample has no number (NaN) where classes are asked for; each split
 knows which way such samples go.
 
-Three ensembles, each on all scored samples but another tenth, which says how many trees help; the prediction is their mean.
+Three ensembles, each on all scored samples but another tenth, with the number of trees that predicts these tenths best; the
+prediction is their mean.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ FEATURES = 23
 """Without the signals."""
 OPTIONS = {
     "learning_rate": 0.05,
-    "max_iter": 300,
-    "max_leaf_nodes": 12,
+    "max_iter": 200,
+    "max_leaf_nodes": 8,
     "min_samples_leaf": 10,
     "l2_regularization": 1.0,
     "max_features": 0.5,
@@ -105,10 +106,8 @@ class Trees(Extrapolator):
         if self._target.spread:
             x = self._statistics(seed, exclude=np.arange(len(seed)))
             order = np.random.default_rng(self.settings.seed).permutation(len(seed))
-            for member in range(MEMBERS):
-                self._forests.append(grow(x, z, order[member::FOLDS], self.settings.seed + member))
-                if progress is not None:
-                    progress(member + 1, MEMBERS)
+            held = [order[member::FOLDS] for member in range(MEMBERS)]
+            self._forests = grow(x, z, held, self.settings.seed, progress)
         elif progress is not None:
             progress(1, 1)
 
@@ -144,10 +143,16 @@ class Trees(Extrapolator):
         self._statistics = NeighbourStatistics(self._scored, self._label, self._z, self._typical, self.neighbours)
 
 
-def grow(x: np.ndarray, z: np.ndarray, held: np.ndarray, seed: int) -> Forest:
-    """Boosted trees fitted on all rows of x float [n, f] but `held`, int64 [m], which decide how many trees are kept."""
-    rows = np.setdiff1d(np.arange(len(z)), held)
-    x = np.where(np.isnan(x[rows]).all(0), 0, x)  # scikit-learn cannot bin a feature without any number
-    model = HistGradientBoostingRegressor(random_state=seed, **OPTIONS).fit(x[rows], z[rows])
-    error = [np.square(guess - z[held]).sum() for guess in model.staged_predict(x[held])]
-    return Forest.of(model, int(np.argmin(error)) + 1)
+def grow(x: np.ndarray, z: np.ndarray, held: list[np.ndarray], seed: int, progress: Progress | None = None) -> list[Forest]:
+    """For each of `held`, int64 [m], boosted trees fitted on all other rows of x float [n, f], with as many trees as predict the
+    held rows best, the same number for all."""
+    x = np.where(np.isnan(x).all(0), 0, x)  # scikit-learn cannot bin a feature without any number
+    models, errors = [], []
+    for member, left in enumerate(held):
+        rows = np.setdiff1d(np.arange(len(z)), left)
+        models.append(HistGradientBoostingRegressor(random_state=seed + member, **OPTIONS).fit(x[rows], z[rows]))
+        errors.append([np.square(guess - z[left]).sum() for guess in models[-1].staged_predict(x[left])])
+        if progress is not None:
+            progress(member + 1, len(held))
+    count = int(np.sum(errors, 0).argmin()) + 1
+    return [Forest.of(model, count) for model in models]
