@@ -36,7 +36,7 @@ from raypipe.extrapolate.trees import FEATURES, NeighbourStatistics, grow
 EXPERTS = ("kernel", "networks", "trees", "signal")
 MEMBERS = 3
 FOLDS = 10
-PRIOR_ROWS = 10.0
+PRIOR_ROWS, LEAST_WEIGHT = 10.0, 0.03
 BUDGET = 60_000
 """Samples a network sees in a fit with `epochs: auto`, within the bounds below: few seed samples take more epochs."""
 FEWEST_EPOCHS, MOST_EPOCHS = 8, 40
@@ -84,17 +84,18 @@ class AnchorGnn(Extrapolator):
         self._kernel = KernelRegression()
         smooth = self._kernel.fit(self._scaler.embedding(seed), self._scaler.signals(seed), seed.label, z, rng)
         tick()
-        queries = self._as_queries(seed, exclude=np.arange(count))
+        own = np.arange(count)
+        distance, near = self._scored.search(seed.embedding, self.neighbours, own)
+        queries = self._as_queries(seed, distance, near)
         order = rng.permutation(count)
         held = [order[member::FOLDS] for member in range(MEMBERS)]
         batch = int(np.clip(count // 16, SMALLEST_BATCH, LARGEST_BATCH))
         for left in held:
-            rows = torch.from_numpy(order[np.isin(order, left, invert=True)])
-            seed_number = int(rng.integers(2**31))
-            net = train(queries, self._anchors, rows, self.num_classes, self.epochs, batch, seed_number, tick)
-            self._networks.append(net)
+            rows = order[np.isin(order, left, invert=True)]
+            part, number = torch.from_numpy(rows), int(rng.integers(2**31))
+            self._networks.append(train(queries, self._anchors, part, self.num_classes, self.epochs, batch, number, tick))
             self._signals.append(SignalMap.fit(seed.signals[rows], z[rows]))
-        x = self._statistics(seed, exclude=np.arange(count))
+        x = self._statistics(seed, distance, near, own)
         self._forests = grow(x, z, held, self.settings.seed, lambda *_: tick())
         guesses = []
         for left, net, forest, signal in zip(held, self._networks, self._forests, self._signals):
@@ -109,12 +110,14 @@ class AnchorGnn(Extrapolator):
         signals, z = self._scaler.signals(nodes), np.zeros(len(nodes))
         if weight := self._weights["kernel"]:
             z += weight * self._kernel.predict(self._scaler.embedding(nodes), signals, nodes.label)
+        if self._weights["networks"] or self._weights["trees"]:
+            distance, near = self._scored.search(nodes.embedding, self.neighbours)
         if weight := self._weights["networks"]:
-            queries = self._as_queries(nodes)
+            queries = self._as_queries(nodes, distance, near)
             networks = torch.stack([apply(net, queries, self._anchors) for net in self._networks]).mean(0)
             z += weight * networks.double().numpy()
         if weight := self._weights["trees"]:
-            x = self._statistics(nodes)
+            x = self._statistics(nodes, distance, near)
             z += weight * np.mean([forest.predict(x) for forest in self._forests], 0)
         if weight := self._weights["signal"]:
             z += weight * np.mean([signal(nodes.signals) for signal in self._signals], 0)
@@ -170,22 +173,23 @@ class AnchorGnn(Extrapolator):
 
     def _neighbour_statistics(self) -> NeighbourStatistics:
         score = self._anchors.score.double().numpy()
-        return NeighbourStatistics(self._scored, self._seed.label, score, self._typical, self.neighbours)
+        return NeighbourStatistics(self._scored.vectors, self._seed.label, score, self._typical)
 
-    def _as_queries(self, nodes: Nodes, exclude: np.ndarray | None = None) -> Queries:
-        distance, row = self._scored.search(nodes.embedding, self.neighbours, exclude)
-        near = torch.from_numpy(distance / np.float32(self._typical))
-        return Queries(self._features(nodes), torch.from_numpy(nodes.label + 1), torch.from_numpy(row), near)
+    def _as_queries(self, nodes: Nodes, distance: np.ndarray, near: np.ndarray) -> Queries:
+        away = torch.from_numpy(distance / np.float32(self._typical))
+        return Queries(self._features(nodes), torch.from_numpy(nodes.label + 1), torch.from_numpy(near), away)
 
 
 def blend(guesses: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Weights, float64 [e], none negative, with sum 1, of guesses float [n, e] that add up to z, float [n], best.
 
-    Squared error, plus PRIOR_ROWS times the squared distance of the weights from the first guess alone.
+    Squared error, plus PRIOR_ROWS times the squared distance of the weights from the first guess alone. A weight below 0.03 becomes
+    0: what hardly counts need not be computed for every sample of the source.
     """
     count = guesses.shape[1]
     prior, one = np.sqrt(PRIOR_ROWS) * np.eye(count), 1e3 * np.sqrt(len(z) + PRIOR_ROWS)  # the sum, all but exactly
     found, _ = nnls(np.concatenate([guesses, prior, np.full((1, count), one)]), np.concatenate([z, prior[0], [one]]))
+    found[found < LEAST_WEIGHT * found.sum()] = 0
     return found / found.sum()
 
 

@@ -26,7 +26,7 @@ from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Extrapolator, Nodes, Progress
 from raypipe.extrapolate.features import Target
 from raypipe.extrapolate.forest import Forest
-from raypipe.extrapolate.neighbours import ClassNeighbours, NeighbourIndex
+from raypipe.extrapolate.neighbours import ClassNeighbours
 
 MEMBERS, FOLDS = 3, 10
 BANDWIDTH = 0.2
@@ -44,26 +44,26 @@ OPTIONS = {
 
 
 class NeighbourStatistics:
-    """The features above, from scored samples with their neighbour index, class int64 [n], score float [n], and D."""
+    """The features above, from scored samples: embedding float32 [n, d], class int64 [n], score float [n], and D."""
 
-    def __init__(self, index: NeighbourIndex, label: np.ndarray, score: np.ndarray, typical: float, neighbours: int) -> None:
-        self._index, self._label, self._score = index, label, score
-        self._typical, self._neighbours = typical, neighbours
-        self._classes = ClassNeighbours(index.vectors, label)
+    def __init__(self, embedding: np.ndarray, label: np.ndarray, score: np.ndarray, typical: float) -> None:
+        self._label, self._score, self._typical = label, score, typical
+        self._classes = ClassNeighbours(embedding, label)
 
-    def __call__(self, nodes: Nodes, exclude: np.ndarray | None = None) -> np.ndarray:
-        """Features float64 [m, f]; with `exclude`, int64 [m], of samples that are themselves scored, by their row."""
-        distance, row = self._index.search(nodes.embedding, self._neighbours, exclude)
-        same, same_row = self._classes.search(nodes.embedding, nodes.label, self._neighbours, exclude)
+    def __call__(self, nodes: Nodes, distance: np.ndarray, row: np.ndarray, exclude: np.ndarray | None = None) -> np.ndarray:
+        """Features float64 [m, f] of samples with their k nearest of any class (`NeighbourIndex.search`), both [m, k].
+
+        `exclude`, int64 [m]: their own rows, where they are themselves scored.
+        """
+        count = distance.shape[1]
+        same, same_row = self._classes.search(nodes.embedding, nodes.label, count, exclude)
         agree = np.where(nodes.label[:, None] >= 0, self._label[row] == nodes.label[:, None], np.nan)
-        few = max(1, self._neighbours // 4)
+        few = max(1, count // 4)
         columns = [
-            self._statistics(away[:, :k], near[:, :k])
-            for away, near in ((distance, row), (same, same_row))
-            for k in (few, self._neighbours)
+            self._statistics(away[:, :k], near[:, :k]) for away, near in ((distance, row), (same, same_row)) for k in (few, count)
         ]
         nearer = columns[2][:, 3] - columns[0][:, 3]
-        shares = [_mean(agree[:, :k], np.ones_like(agree[:, :k])) for k in (few, self._neighbours)]
+        shares = [_mean(agree[:, :k], np.ones_like(agree[:, :k])) for k in (few, count)]
         signals = np.where(np.isfinite(nodes.signals), nodes.signals, np.nan)
         return np.column_stack([*columns, nearer, *shares, signals])
 
@@ -104,7 +104,8 @@ class Trees(Extrapolator):
         self._forests: list[Forest] = []
         self._prepare()
         if self._target.spread:
-            x = self._statistics(seed, exclude=np.arange(len(seed)))
+            own = np.arange(len(seed))
+            x = self._statistics(seed, *self._scored.search(seed.embedding, self.neighbours, own), own)
             order = np.random.default_rng(self.settings.seed).permutation(len(seed))
             held = [order[member::FOLDS] for member in range(MEMBERS)]
             self._forests = grow(x, z, held, self.settings.seed, progress)
@@ -117,7 +118,7 @@ class Trees(Extrapolator):
             raise RaypipeError(f"{self.name}: {nodes.signals.shape[1]} signals for each sample, but the fit had {self._width}")
         if not self._forests:
             return np.full(len(nodes), self._target.mean, np.float32)
-        x = self._statistics(nodes)
+        x = self._statistics(nodes, *self._scored.search(nodes.embedding, self.neighbours))
         return self._target.restore(np.mean([forest.predict(x) for forest in self._forests], 0))
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -140,7 +141,7 @@ class Trees(Extrapolator):
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
 
     def _prepare(self) -> None:
-        self._statistics = NeighbourStatistics(self._scored, self._label, self._z, self._typical, self.neighbours)
+        self._statistics = NeighbourStatistics(self._scored.vectors, self._label, self._z, self._typical)
 
 
 def grow(x: np.ndarray, z: np.ndarray, held: list[np.ndarray], seed: int, progress: Progress | None = None) -> list[Forest]:

@@ -68,15 +68,7 @@ def test_blend_is_the_best_convex_combination() -> None:
     np.testing.assert_allclose(blend(guesses[:2], guesses[:2, 1]), [1, 0, 0], atol=0.35)  # too few to leave the first
 
 
-def test_no_sample_is_its_own_neighbour_in_the_fit(fitted) -> None:
-    gnn, nodes, _ = fitted
-    seed = nodes.take(np.arange(150))
-    queries = gnn._as_queries(seed, exclude=np.arange(150))
-    assert queries.neighbour.shape == (150, 32)
-    assert not (queries.neighbour == torch.arange(150)[:, None]).any()
-
-
-def test_fit_asks_for_that_table(problem, settings, monkeypatch) -> None:
+def test_no_sample_is_its_own_neighbour_in_the_fit(problem, settings, monkeypatch) -> None:
     nodes, score = problem(60)
     seen = []
     import raypipe.extrapolate.gnn as module
@@ -84,6 +76,7 @@ def test_fit_asks_for_that_table(problem, settings, monkeypatch) -> None:
     original = module.train
 
     def watch(queries, anchors, rows, *others):
+        assert queries.neighbour.shape == (60, 32)
         seen.append(bool((queries.neighbour == torch.arange(60)[:, None]).any()))
         return original(queries, anchors, rows, *others)
 

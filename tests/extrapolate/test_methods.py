@@ -14,7 +14,7 @@ from raypipe.extrapolate import make
 from raypipe.extrapolate.base import Nodes
 
 METHODS = ("knn", "mlp", "trees", "proxy")
-OPTIONS = {"mlp": {"epochs": 15}}
+OPTIONS = {"mlp": {"epochs": 15}, "gnn": {"epochs": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_order_of_the_scored_samples_does_not_matter(telling, fitted, settings, 
     np.testing.assert_allclose(model.predict(rest), fitted[method].predict(rest), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "gnn"])
 @pytest.mark.parametrize("classes", [4, 60])
 def test_noise_is_not_learned(settings, method: str, classes: int) -> None:
     """A score with nothing to find must be predicted by about its mean: whoever sees a sample's own score in the fit learns a

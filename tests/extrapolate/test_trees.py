@@ -42,7 +42,8 @@ def test_nodes_that_lead_nowhere_are_refused() -> None:
 def test_statistics_by_hand() -> None:
     seed = np.array([[0.0], [1.0], [3.0], [4.0], [7.0], [20.0]])
     label, score = np.array([0, 0, 1, 0, 0, -1]), np.array([1.0, 2.0, 5.0, 4.0, 8.0, 100.0])
-    statistics = NeighbourStatistics(NeighbourIndex(seed), label, score, 2.0, 4)
+    of, index = NeighbourStatistics(seed, label, score, 2.0), NeighbourIndex(seed)
+    statistics = lambda nodes, own=None: of(nodes, *index.search(nodes.embedding, 4, own), own)  # noqa: E731
     found = statistics(Nodes(seed[:1] + 0.25, np.array([0]), np.array([[9.0]])))[0]
     assert len(found) == FEATURES + 1 and found[-1] == 9
     # the nearest of any class; the four nearest: mean, spread, least and mean distance; then those of its class
@@ -52,7 +53,7 @@ def test_statistics_by_hand() -> None:
     assert [*found[[5, 7, 8, 9]]] == pytest.approx([3, np.std([1, 2, 5, 4]), 0.125, 7.5 / 8])
     assert [*found[[15, 17, 18, 19]]] == pytest.approx([3.75, np.std([1, 2, 4, 8]), 0.125, 11.5 / 8])
     assert [*found[20:23]] == pytest.approx([0, 1, 0.75])
-    left_out = statistics(Nodes(seed[:1], np.array([0]), np.array([[9.0]])), exclude=np.array([0]))[0]
+    left_out = statistics(Nodes(seed[:1], np.array([0]), np.array([[9.0]])), np.array([0]))[0]
     assert left_out[0] == 2 and left_out[15] == pytest.approx(14 / 3)
     bare = statistics(Nodes(seed[:1], np.array([-1]), np.zeros((1, 0))))[0]
     assert np.isnan(bare[10:]).all() and np.isfinite(bare[:10]).all()
