@@ -184,13 +184,17 @@ def blend(guesses: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Weights, float64 [e], none negative, with sum 1, of guesses float [n, e] that add up to z, float [n], best.
 
     Squared error, plus PRIOR_ROWS times the squared distance of the weights from the first guess alone. A weight below 0.03 becomes
-    0: what hardly counts need not be computed for every sample of the source.
+    0: what hardly counts need not be computed for every sample of the source. So does that of guesses that are not finite (a
+    training that diverged); at least one must be.
     """
-    count = guesses.shape[1]
+    usable = np.isfinite(guesses).all(0)
+    guesses, count = guesses[:, usable], int(usable.sum())
     prior, one = np.sqrt(PRIOR_ROWS) * np.eye(count), 1e3 * np.sqrt(len(z) + PRIOR_ROWS)  # the sum, all but exactly
     found, _ = nnls(np.concatenate([guesses, prior, np.full((1, count), one)]), np.concatenate([z, prior[0], [one]]))
     found[found < LEAST_WEIGHT * found.sum()] = 0
-    return found / found.sum()
+    weights = np.zeros(len(usable))
+    weights[usable] = found / found.sum()
+    return weights
 
 
 def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -65,6 +65,8 @@ def test_blend_is_the_best_convex_combination() -> None:
     np.testing.assert_allclose(blend(guesses, guesses @ [0.2, 0.5, 0.3] + noise), [0.2, 0.5, 0.3], atol=0.01)
     weights = blend(guesses, guesses @ [0.9, -0.5, 0.1])
     assert weights.sum() == pytest.approx(1) and weights[1] == 0 and weights[0] > 0.8
+    weights = blend(np.c_[np.full(4000, np.nan), guesses], guesses[:, 0] + 0.02 * guesses[:, 1])
+    assert weights.tolist() == [0, 1, 0, 0]  # neither what is not finite nor what hardly counts
     np.testing.assert_allclose(blend(guesses[:2], guesses[:2, 1]), [1, 0, 0], atol=0.35)  # too few to leave the first
 
 
