@@ -243,14 +243,18 @@ class ExtrapolateSettings(Settings):
     """The score of every other sample, predicted."""
 
     score: ScoreName | Literal["auto"] = Field("auto", description="which of measure.scores; auto: the first")
-    method: Literal["gnn", "gnn-published", "knn-published"] = Field(
-        "gnn", description="gnn sees its scored neighbours' scores; the others are as published (arXiv 2506.09010)"
+    method: Literal["gnn", "knn", "mlp", "trees", "proxy", "gnn-published", "knn-published"] = Field(
+        "gnn",
+        description="gnn blends several; knn knows classes; mlp sees no neighbour; trees: boosted, on neighbours' scores; proxy: its "
+        "loss, margin or entropy; *-published: as in arXiv 2506.09010",
     )
     neighbours: Positive | Literal["auto"] = Field(
-        "auto", description="auto: 32 for gnn, 10 for gnn-published, 20 for knn-published"
+        "auto", description="auto: 32 for gnn, 10 for gnn-published, chosen for knn, else 20 (mlp and proxy: for intervals alone)"
     )
     epochs: Positive | Literal["auto"] = Field(
-        "auto", description="passes of the fit; auto: 40 for gnn, fewer for more than 1,500 seed samples, 25 for gnn-published"
+        "auto",
+        description="passes of the fit of gnn, gnn-published and mlp (at most); auto: 40 for gnn, fewer for more than 1,500 seed "
+        "samples, 25 for gnn-published, 60 for mlp",
     )
     holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of the fit to judge its fidelity")
     confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")

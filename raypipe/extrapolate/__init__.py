@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "gnn": ("raypipe.extrapolate.gnn", "AnchorGnn"),
+    "knn": ("raypipe.extrapolate.knn", "Knn"),
+    "mlp": ("raypipe.extrapolate.mlp", "Mlp"),
+    "trees": ("raypipe.extrapolate.trees", "Trees"),
+    "proxy": ("raypipe.extrapolate.proxy", "Proxy"),
     "gnn-published": ("raypipe.extrapolate.gnn_published", "GnnPublished"),
     "knn-published": ("raypipe.extrapolate.knn_published", "KnnPublished"),
 }

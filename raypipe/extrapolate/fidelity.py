@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from raypipe.config import ExtrapolateSettings
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Extrapolator, Nodes, Progress, TransductiveExtrapolator
+from raypipe.extrapolate.mlp import Mlp
 from raypipe.extrapolate.neighbours import NeighbourIndex
+from raypipe.extrapolate.proxy import SignalMap
 
 KEEP_FRACTIONS = (0.3, 0.5, 0.7)
 FEWEST = 10
@@ -18,6 +21,8 @@ FEWEST = 10
 RESAMPLES = 1000
 """Bootstrap resamples behind each interval."""
 LEVEL = 0.95
+MLP_EPOCHS = 20
+"""Of the network among the baselines: it learns little after these."""
 CHUNK_VALUES = 1 << 22
 """Most float64 values held at once while resampling (32 MiB an array)."""
 
@@ -32,7 +37,7 @@ class Fidelity:
     spearman_interval, pearson_interval  95 % bootstrap intervals, (lower, upper)
     overlap                              for each keep fraction: share of the measured top that is also in the predicted top
     overlap_interval                     95 % bootstrap intervals of these
-    baselines                            Spearman of simpler predictions: class_mean, knn_published, proxy_loss, random
+    baselines                            Spearman of simpler predictions: class_mean, knn_published, mlp, proxy, proxy_loss, random
     n_fit, n_held                        samples fitted on and held out
     held, measured, predicted            rows of the seed set held out, int64, and their scores, float64
     difficulty                           of the held-out samples, float32 (`Extrapolator.difficulty`)
@@ -270,10 +275,10 @@ def _finite(value: float) -> float | None:
 
 
 def _baselines(nodes: Nodes, score: np.ndarray, kept: np.ndarray, held: np.ndarray) -> dict[str, float | None]:
-    """Spearman on the held-out samples of what needs no fit worth the name."""
+    """Spearman on the held-out samples of what needs no fit worth the name, and of a small network on embedding and class."""
     measured = score[held]
     if len(held) < FEWEST:
-        return {"class_mean": None, "knn_published": None, "proxy_loss": None, "random": 0.0}
+        return {"class_mean": None, "knn_published": None, "mlp": None, "proxy": None, "proxy_loss": None, "random": 0.0}
     label = nodes.label[kept] + 1  # -1, no label, is a group of its own
     groups = int(nodes.label.max(initial=-1)) + 2
     count, total = np.bincount(label, minlength=groups), np.bincount(label, score[kept], minlength=groups)
@@ -282,9 +287,16 @@ def _baselines(nodes: Nodes, score: np.ndarray, kept: np.ndarray, held: np.ndarr
     weight = np.exp(-(distance - distance[:, :1]).astype(np.float64))
     near = (weight * score[kept][row]).sum(1) / weight.sum(1)
     loss = nodes.signals[held, 0] if nodes.signals.shape[1] else None
+    mlp = Mlp(ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS), groups - 1)
+    enough = len(kept) >= mlp.fewest
+    if enough:
+        mlp.fit(nodes.take(kept), score[kept])
+    best = SignalMap.fit(nodes.signals[kept], score[kept])
     return {
         "class_mean": spearman(mean[nodes.label[held] + 1], measured),
         "knn_published": spearman(near, measured),
+        "mlp": spearman(mlp.predict(nodes.take(held)), measured) if enough else None,
+        "proxy": spearman(best(nodes.signals[held]), measured) if best.maps else None,
         "proxy_loss": spearman(loss, measured) if loss is not None else None,
         "random": 0.0,
     }

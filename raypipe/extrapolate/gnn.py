@@ -1,13 +1,17 @@
-"""The default extrapolator: graph attention over scored neighbours, blended with kernel regression over all scored samples.
+"""The default extrapolator: graph attention over scored neighbours, blended with other experts.
 
-Two experts that fail differently: the network (`attention`) learns how neighbours' scores, classes and distances combine; the
-kernel regression (`kernel`) is smooth, needs few samples, and knows which classes are alike. The blend is
+Four experts that fail differently: kernel regression over all scored samples (`kernel`) is smooth, needs few of them, and knows
+which classes are alike; graph networks (`attention`) learn how neighbours' scores, classes and distances combine; boosted trees
+(`trees`) find steps and interactions in the same and in the proxy's signals; the best signal itself (`proxy`) is all there is to
+know of some difficulty scores. The blend is
 
-    score(x) = (1 - b) * kernel(x) + b * mean_m network_m(x)
+    score(x) = sum_e w_e * expert_e(x) ,   w_e >= 0 ,   sum_e w_e = 1
 
-over an ensemble of networks. Each leaves out another tenth of the seed set; b in [0, 1] minimises the squared error of the blend
-on these samples, where the kernel's prediction is its leave-one-out one. A sample's own score is never among the inputs of its
-prediction during the fit: it is not its own neighbour, and enters only through mean and spread of all scores.
+(stacked regression: Wolpert 1992; Breiman 1996, "Stacked Regressions"). Networks, trees and signal are ensembles; each of their
+members leaves out another tenth of the seed set. The weights minimise the squared error of the blend on these samples, where the
+kernel's prediction is its leave-one-out one; ten more rows' worth of error holds them at the kernel where samples are too few to tell.
+A sample's own score is never among the inputs of its prediction during the fit: it is not its own neighbour, and enters only
+through mean and spread of all scores.
 """
 
 from __future__ import annotations
@@ -17,16 +21,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate.attention import AnchorNet, Anchors, Queries, apply, train
 from raypipe.extrapolate.base import Extrapolator, Nodes, Progress
 from raypipe.extrapolate.features import Scaler, Target
+from raypipe.extrapolate.forest import Forest
 from raypipe.extrapolate.kernel import KernelRegression
+from raypipe.extrapolate.proxy import SignalMap
+from raypipe.extrapolate.trees import FEATURES, NeighbourStatistics, grow
 
+EXPERTS = ("kernel", "networks", "trees", "signal")
 MEMBERS = 3
 FOLDS = 10
+PRIOR_ROWS, LEAST_WEIGHT = 10.0, 0.03
 BUDGET = 60_000
 """Samples a network sees in a fit with `epochs: auto`, within the bounds below: few seed samples take more epochs."""
 FEWEST_EPOCHS, MOST_EPOCHS = 8, 40
@@ -34,7 +44,7 @@ SMALLEST_BATCH, LARGEST_BATCH = 8, 64
 
 
 class AnchorGnn(Extrapolator):
-    """Graph attention over scored neighbours that carry their scores, and kernel regression."""
+    """Graph attention over scored neighbours that carry their scores, kernel regression, boosted trees and the proxy's signals."""
 
     name = "gnn"
     default_neighbours = 32
@@ -50,9 +60,12 @@ class AnchorGnn(Extrapolator):
         self._scaler = Scaler.fit(seed)
         self._target, z = Target.fit(score)
         self._seed, self._anchors = seed, self._as_anchors(seed, z)
+        self._statistics = self._neighbour_statistics()
         self._networks: list[AnchorNet] = []
+        self._forests: list[Forest] = []
+        self._signals: list[SignalMap] = []
         self._kernel: KernelRegression | None = None
-        self._blend = 0.0
+        self._weights = dict.fromkeys(EXPERTS, 0.0)
         if not self._target.spread:
             if progress is not None:
                 progress(1, 1)
@@ -60,7 +73,7 @@ class AnchorGnn(Extrapolator):
         count, rng = len(seed), np.random.default_rng(self.settings.seed)
         if self.settings.epochs == "auto":
             self.epochs = int(np.clip(BUDGET // count, FEWEST_EPOCHS, MOST_EPOCHS))
-        done, total = 0, 1 + MEMBERS * self.epochs
+        done, total = 0, 1 + MEMBERS * self.epochs + MEMBERS
 
         def tick() -> None:
             nonlocal done
@@ -71,31 +84,43 @@ class AnchorGnn(Extrapolator):
         self._kernel = KernelRegression()
         smooth = self._kernel.fit(self._scaler.embedding(seed), self._scaler.signals(seed), seed.label, z, rng)
         tick()
-        queries = self._as_queries(seed, exclude=np.arange(count))
-        order = torch.from_numpy(rng.permutation(count))
+        own = np.arange(count)
+        distance, near = self._scored.search(seed.embedding, self.neighbours, own)
+        queries = self._as_queries(seed, distance, near)
+        order = rng.permutation(count)
+        held = [order[member::FOLDS] for member in range(MEMBERS)]
         batch = int(np.clip(count // 16, SMALLEST_BATCH, LARGEST_BATCH))
-        held_out = []
-        for member in range(MEMBERS):
-            held = order[member::FOLDS]
-            rows = order[torch.isin(order, held, invert=True)]
-            seed_number = int(rng.integers(2**31))
-            net = train(queries, self._anchors, rows, self.num_classes, self.epochs, batch, seed_number, tick)
-            self._networks.append(net)
-            guess = apply(net, queries.take(held), self._anchors).double().numpy()
-            held_out.append((z[held.numpy()], smooth[held.numpy()], guess))
-        measured, first, second = (np.concatenate(parts) for parts in zip(*held_out))
-        apart = second - first
-        self._blend = float(np.clip(apart @ (measured - first) / max(float(apart @ apart), 1e-12), 0, 1))
+        for left in held:
+            rows = order[np.isin(order, left, invert=True)]
+            part, number = torch.from_numpy(rows), int(rng.integers(2**31))
+            self._networks.append(train(queries, self._anchors, part, self.num_classes, self.epochs, batch, number, tick))
+            self._signals.append(SignalMap.fit(seed.signals[rows], z[rows]))
+        x = self._statistics(seed, distance, near, own)
+        self._forests = grow(x, z, held, self.settings.seed, lambda *_: tick())
+        guesses = []
+        for left, net, forest, signal in zip(held, self._networks, self._forests, self._signals):
+            network = apply(net, queries.take(torch.from_numpy(left)), self._anchors).double().numpy()
+            guesses.append(np.stack([smooth[left], network, forest.predict(x[left]), signal(seed.signals[left])], 1))
+        self._weights = dict(zip(EXPERTS, blend(np.concatenate(guesses), z[np.concatenate(held)]).tolist()))
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
         if self._kernel is None or not len(nodes):
             return np.full(len(nodes), self._target.mean, np.float32)
-        z = (1 - self._blend) * self._kernel.predict(self._scaler.embedding(nodes), self._scaler.signals(nodes), nodes.label)
-        if self._blend:
-            queries = self._as_queries(nodes)
+        signals, z = self._scaler.signals(nodes), np.zeros(len(nodes))
+        if weight := self._weights["kernel"]:
+            z += weight * self._kernel.predict(self._scaler.embedding(nodes), signals, nodes.label)
+        if self._weights["networks"] or self._weights["trees"]:
+            distance, near = self._scored.search(nodes.embedding, self.neighbours)
+        if weight := self._weights["networks"]:
+            queries = self._as_queries(nodes, distance, near)
             networks = torch.stack([apply(net, queries, self._anchors) for net in self._networks]).mean(0)
-            z += self._blend * networks.double().numpy()
+            z += weight * networks.double().numpy()
+        if weight := self._weights["trees"]:
+            x = self._statistics(nodes, distance, near)
+            z += weight * np.mean([forest.predict(x) for forest in self._forests], 0)
+        if weight := self._weights["signal"]:
+            z += weight * np.mean([signal(nodes.signals) for signal in self._signals], 0)
         return self._target.restore(z)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -106,23 +131,31 @@ class AnchorGnn(Extrapolator):
             tensors |= {f"kernel.{name}": value for name, value in self._kernel.tensors().items()}
         for number, net in enumerate(self._networks):
             tensors |= {f"network{number}.{name}": value.numpy() for name, value in net.state_dict().items()}
-        meta |= {"mean": self._target.mean, "spread": self._target.spread, "blend": self._blend, "networks": len(self._networks)}
-        return tensors, meta | {"epochs": self.epochs}
+        for number, (forest, signal) in enumerate(zip(self._forests, self._signals)):
+            tensors |= {f"forest{number}.{name}": value for name, value in forest.tensors().items()}
+            tensors |= {f"signal{number}.{name}": value for name, value in signal.tensors().items()}
+        meta |= {"mean": self._target.mean, "spread": self._target.spread, "weights": self._weights, "epochs": self.epochs}
+        return tensors, meta | {"members": len(self._networks)}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         self._load_base(tensors, meta)
         try:
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
-            self._blend, self.epochs = float(meta["blend"]), int(meta["epochs"])
+            self._weights = {expert: float(meta["weights"][expert]) for expert in EXPERTS}
+            self.epochs = int(meta["epochs"])
             self._scaler = Scaler.from_tensors(_below(tensors, "scaler."))
             self._seed = Nodes(self._scored.vectors, tensors["label"], tensors["signals"])
             self._anchors = self._as_anchors(self._seed, tensors["score"])
+            self._statistics = self._neighbour_statistics()
             self._kernel = None
             if self._target.spread:
                 u, v = self._scaler.embedding(self._seed), self._scaler.signals(self._seed)
                 self._kernel = KernelRegression.from_tensors(_below(tensors, "kernel."), u, v, self._seed.label)
             self._networks = []
-            for number in range(int(meta["networks"])):
+            members, width = range(int(meta["members"])), FEATURES + self._seed.signals.shape[1]
+            self._forests = [Forest.from_tensors(tensors, f"forest{number}.", width) for number in members]
+            self._signals = [SignalMap.from_tensors(tensors, f"signal{number}.") for number in members]
+            for number in members:
                 with torch.random.fork_rng(devices=[]):
                     net = AnchorNet(self._anchors.feature.shape[1], self.num_classes)
                 net.load_state_dict(
@@ -138,10 +171,30 @@ class AnchorGnn(Extrapolator):
     def _as_anchors(self, seed: Nodes, z: np.ndarray) -> Anchors:
         return Anchors(self._features(seed), torch.from_numpy(seed.label + 1), torch.from_numpy(z.astype(np.float32)))
 
-    def _as_queries(self, nodes: Nodes, exclude: np.ndarray | None = None) -> Queries:
-        distance, row = self._scored.search(nodes.embedding, self.neighbours, exclude)
-        near = torch.from_numpy(distance / np.float32(self._typical))
-        return Queries(self._features(nodes), torch.from_numpy(nodes.label + 1), torch.from_numpy(row), near)
+    def _neighbour_statistics(self) -> NeighbourStatistics:
+        score = self._anchors.score.double().numpy()
+        return NeighbourStatistics(self._scored.vectors, self._seed.label, score, self._typical)
+
+    def _as_queries(self, nodes: Nodes, distance: np.ndarray, near: np.ndarray) -> Queries:
+        away = torch.from_numpy(distance / np.float32(self._typical))
+        return Queries(self._features(nodes), torch.from_numpy(nodes.label + 1), torch.from_numpy(near), away)
+
+
+def blend(guesses: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Weights, float64 [e], none negative, with sum 1, of guesses float [n, e] that add up to z, float [n], best.
+
+    Squared error, plus PRIOR_ROWS times the squared distance of the weights from the first guess alone. A weight below 0.03 becomes
+    0: what hardly counts need not be computed for every sample of the source. So does that of guesses that are not finite (a
+    training that diverged); at least one must be.
+    """
+    usable = np.isfinite(guesses).all(0)
+    guesses, count = guesses[:, usable], int(usable.sum())
+    prior, one = np.sqrt(PRIOR_ROWS) * np.eye(count), 1e3 * np.sqrt(len(z) + PRIOR_ROWS)  # the sum, all but exactly
+    found, _ = nnls(np.concatenate([guesses, prior, np.full((1, count), one)]), np.concatenate([z, prior[0], [one]]))
+    found[found < LEAST_WEIGHT * found.sum()] = 0
+    weights = np.zeros(len(usable))
+    weights[usable] = found / found.sum()
+    return weights
 
 
 def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

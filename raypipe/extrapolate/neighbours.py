@@ -87,6 +87,33 @@ class NeighbourIndex:
         return distance, row
 
 
+class ClassNeighbours:
+    """Finds the nearest vectors of a sample's own class, exactly. Memory: the labelled vectors once more."""
+
+    def __init__(self, vectors: np.ndarray, label: np.ndarray) -> None:
+        """Index float32 [n, d] by class, int64 [n]; -1, no label, belongs to none. Raises RaypipeError as `NeighbourIndex`."""
+        self._rows = {int(y): np.flatnonzero(label == y) for y in np.unique(label[label >= 0])}
+        self._parts = {y: NeighbourIndex(vectors[rows]) for y, rows in self._rows.items()}
+
+    def search(
+        self, queries: np.ndarray, label: np.ndarray, k: int, exclude: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distance float32 [m, k] and row int64 [m, k] of the nearest of the same class, nearest first.
+
+        Where a class has fewer than k, or a query no label, places are left over: distance infinite, row -1. `exclude`, int64
+        [m], names one row for each query that is never its neighbour, of the query's class (a scored sample itself).
+        """
+        distance, row = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        for y in np.unique(label):
+            if int(y) not in self._parts:
+                continue
+            rows, mine = self._rows[int(y)], np.flatnonzero(label == y)
+            own = np.searchsorted(rows, exclude[mine]) if exclude is not None else None
+            away, near = self._parts[int(y)].search(queries[mine], k, own)
+            distance[mine, : away.shape[1]], row[mine, : near.shape[1]] = away, rows[near]
+        return distance, row
+
+
 def _check_finite(vectors: np.ndarray) -> None:
     bad = int((~np.isfinite(vectors).all(1)).sum())
     if bad:

@@ -10,6 +10,7 @@ import torch
 
 from raypipe.config import ExtrapolateSettings
 from raypipe.extrapolate.base import Nodes
+from raypipe.extrapolate.trees import OPTIONS
 
 Problem = tuple[Nodes, np.ndarray]
 
@@ -31,6 +32,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_trees() -> Iterator[None]:
+    """A few steps tell as much about tiny problems."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPTIONS, "max_iter", 60)
+        patch.setitem(OPTIONS, "learning_rate", 0.15)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -114,9 +114,15 @@ def test_baselines(problem, settings) -> None:
     assert held.baselines["class_mean"] == pytest.approx(spearmanr([mean[c] for c in nodes.label[held.held]], truth).statistic)
     assert held.baselines["proxy_loss"] == pytest.approx(spearmanr(nodes.signals[held.held, 0], truth).statistic)
     assert held.baselines["knn_published"] == pytest.approx(held.spearman) and held.baselines["random"] == 0.0
+    mlp, proxy = make(settings("mlp", epochs=module.MLP_EPOCHS), 4), make(settings("proxy"), 4)
+    for name, model in (("mlp", mlp), ("proxy", proxy)):
+        model.fit(nodes.take(kept), score[kept])
+        assert held.baselines[name] == pytest.approx(spearmanr(model.predict(nodes.take(held.held)), truth).statistic)
     bare = type(nodes)(nodes.embedding, np.full(300, -1), nodes.signals[:, :0])
     found = judge(lambda: make(settings("knn-published"), 4), bare, score, 0.3, 0).baselines
-    assert found["class_mean"] is None and found["proxy_loss"] is None
+    assert found["class_mean"] is None and found["proxy_loss"] is None and found["proxy"] is None
+    few = judge(lambda: make(settings("knn-published"), 4), nodes.take(np.arange(25)), score[:25], 0.4, 0).baselines
+    assert few["mlp"] is None and few["proxy"] is not None
 
 
 def test_transductive(problem, settings) -> None:

@@ -10,7 +10,9 @@ from scipy.stats import spearmanr
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate import make
 from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.gnn import AnchorGnn
+from raypipe.extrapolate.gnn import EXPERTS, AnchorGnn, blend
+
+EQUAL = dict.fromkeys(EXPERTS, 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def fitted(problem, settings) -> tuple[AnchorGnn, Nodes, np.ndarray]:
     nodes, score = problem(300)
     gnn = AnchorGnn(settings("gnn", epochs=6), 4)
     gnn.fit(nodes.take(np.arange(150)), score[:150])
-    gnn._blend = 0.5  # so that both experts show in every comparison below
+    gnn._weights = EQUAL  # so that every expert shows in every comparison below
     return gnn, nodes, score
 
 
@@ -34,26 +36,41 @@ def test_beats_the_published_knn_where_class_and_place_matter(problem, settings)
     assert found["gnn"] > found["knn-published"] + 0.2
 
 
-def test_blend_takes_the_better_expert(problem, settings, monkeypatch) -> None:
+def test_blend_takes_the_better_experts(problem, settings, monkeypatch) -> None:
     nodes, score = problem(150)
     gnn = AnchorGnn(settings("gnn", epochs=1), 4)  # networks after one epoch know next to nothing
     gnn.fit(nodes, score)
-    assert gnn._blend < 0.3
+    assert gnn._weights["networks"] < 0.3 and sum(gnn._weights.values()) == pytest.approx(1)
     monkeypatch.setattr("raypipe.extrapolate.gnn.KernelRegression.fit", lambda self, u, v, label, z, rng: -z)
     gnn = AnchorGnn(settings("gnn", epochs=8), 4)
     gnn.fit(nodes, score)
-    assert gnn._blend > 0.7
+    assert gnn._weights["kernel"] < 0.1
 
 
-def test_no_sample_is_its_own_neighbour_in_the_fit(fitted) -> None:
-    gnn, nodes, _ = fitted
-    seed = nodes.take(np.arange(150))
-    queries = gnn._as_queries(seed, exclude=np.arange(150))
-    assert queries.neighbour.shape == (150, 32)
-    assert not (queries.neighbour == torch.arange(150)[:, None]).any()
+def test_signals_count_where_they_tell(problem, settings) -> None:
+    nodes, score = problem(300)
+    rng = np.random.default_rng(0)
+    score = rng.permutation(score)  # neither place nor class says anything of it
+    nodes = Nodes(nodes.embedding, nodes.label, np.stack([np.exp(3 * score), rng.normal(size=300)], 1))
+    gnn = AnchorGnn(settings("gnn", epochs=2), 4)
+    gnn.fit(nodes.take(np.arange(150)), score[:150])
+    for weights in (gnn._weights, {**EQUAL, "kernel": 0}, dict.fromkeys(EXPERTS, 0.0) | {"signal": 1.0}):
+        gnn._weights = weights
+        assert spearmanr(gnn.predict(nodes.take(np.arange(150, 300))), score[150:]).statistic > 0.9
 
 
-def test_fit_asks_for_that_table(problem, settings, monkeypatch) -> None:
+def test_blend_is_the_best_convex_combination() -> None:
+    rng = np.random.default_rng(0)
+    guesses, noise = rng.normal(size=(4000, 3)), 0.1 * rng.normal(size=4000)
+    np.testing.assert_allclose(blend(guesses, guesses @ [0.2, 0.5, 0.3] + noise), [0.2, 0.5, 0.3], atol=0.01)
+    weights = blend(guesses, guesses @ [0.9, -0.5, 0.1])
+    assert weights.sum() == pytest.approx(1) and weights[1] == 0 and weights[0] > 0.8
+    weights = blend(np.c_[np.full(4000, np.nan), guesses], guesses[:, 0] + 0.02 * guesses[:, 1])
+    assert weights.tolist() == [0, 1, 0, 0]  # neither what is not finite nor what hardly counts
+    np.testing.assert_allclose(blend(guesses[:2], guesses[:2, 1]), [1, 0, 0], atol=0.35)  # too few to leave the first
+
+
+def test_no_sample_is_its_own_neighbour_in_the_fit(problem, settings, monkeypatch) -> None:
     nodes, score = problem(60)
     seen = []
     import raypipe.extrapolate.gnn as module
@@ -61,6 +78,7 @@ def test_fit_asks_for_that_table(problem, settings, monkeypatch) -> None:
     original = module.train
 
     def watch(queries, anchors, rows, *others):
+        assert queries.neighbour.shape == (60, 32)
         seen.append(bool((queries.neighbour == torch.arange(60)[:, None]).any()))
         return original(queries, anchors, rows, *others)
 
@@ -96,7 +114,7 @@ def test_repeats_itself_and_leaves_global_random_state(problem, settings) -> Non
         gnn.fit(seed, score[:80])
         assert torch.equal(before, torch.get_rng_state()) and (numpy_before == np.random.get_state()[1]).all()
         torch.rand(3)
-        gnn._blend = 0.5
+        gnn._weights = EQUAL
         results.append(gnn.predict(rest))
     np.testing.assert_array_equal(results[0], results[1])
     assert not np.array_equal(results[0], results[2])
@@ -141,7 +159,7 @@ def test_degenerate_input(problem, settings, kind: str) -> None:
     nodes = Nodes(embedding, label, signals)
     gnn = AnchorGnn(settings("gnn", epochs=2), classes)
     gnn.fit(nodes.take(seed), score[seed])
-    gnn._blend = 0.5
+    gnn._weights = EQUAL
     assert np.isfinite(gnn.predict(nodes.take(rest))).all() and np.isfinite(gnn.difficulty(nodes.take(rest))).all()
 
 
