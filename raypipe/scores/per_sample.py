@@ -208,15 +208,30 @@ def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Red
     step = max(
         1, (CACHED_VALUES if gradient.device.type == "cpu" else MOST_VALUES) // (wide * module.groups * max(positions, tall))
     )
-    weight = None if direction is None else direction.permute(0, 2, 3, 1)  # in the order of `_patches`
+    weight = None
+    if direction is not None:  # in the order of the products: [groups, kernel * channels, out]
+        weight = direction.unflatten(0, (module.groups, -1)).permute(0, 3, 4, 2, 1)
     parts = []
     for start in range(0, len(gradient), step):
         outputs = gradient[start : start + step].reshape(-1, tall // module.groups, positions)
         columns = _patches(module, call.input[start : start + step]).reshape(len(outputs), wide, positions)
-        product = torch.bmm(outputs, columns.transpose(1, 2))
+        product = _products(columns, outputs)
         parts.append(_explicit(product.reshape(len(outputs) // module.groups, -1), weight))
     squares, dots = zip(*parts, strict=True)
     return torch.cat(squares), torch.cat(dots)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left right' of every pair: [n, a, t], [n, b, t] -> [n, a, b]."""
+    if left.device.type != "cpu" or left.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return torch.bmm(left, right.transpose(1, 2))
+    # As 1x1 convolutions, since oneDNN has AVX-512 kernels on every processor, and MKL only on those of its maker: twice as fast there.
+    result = left.new_empty(len(left), left.shape[1], right.shape[1])
+    for own, other, target in zip(left, right, result, strict=True):
+        pixels = own[None, None].permute(0, 3, 1, 2)
+        product = torch.mkldnn_convolution(pixels, other[:, :, None, None], None, (0, 0), (1, 1), (1, 1), 1)
+        target.copy_(product[0, :, 0].T)
+    return result
 
 
 def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -227,7 +242,7 @@ def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
     assert not isinstance(module.padding, str)
     (above, beside), (down, across), (apart, aside) = module.padding, module.stride, module.dilation
     (rows, columns), groups = module.kernel_size, module.groups
-    padded = F.pad(inputs, (beside, beside, above, above)).unflatten(1, (groups, -1))
+    padded = F.pad(inputs.contiguous(), (beside, beside, above, above)).unflatten(1, (groups, -1))
     high = (padded.shape[-2] - apart * (rows - 1) - 1) // down + 1
     wide = (padded.shape[-1] - aside * (columns - 1) - 1) // across + 1
     result = inputs.new_empty(len(inputs), groups, rows * columns, padded.shape[2], high, wide)
