@@ -7,9 +7,16 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+import torch
 from helpers import QUIET, score_files, small_config
 
 from raypipe import storage
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Torch's threads wait for one another in a loop: beside Ray's workers on few cores two are many times slower than one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,7 @@ def _start_local(options: dict[str, Any]) -> None:
     # The variable stays set, since the cluster's processes and this one need it as long as the cluster lives.
     if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process less; nobody takes this machine away
     ray.init(address="local", include_dashboard=False, **options)
 
 
