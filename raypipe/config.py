@@ -244,11 +244,20 @@ class ExtrapolateSettings(Settings):
     max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU")
 
 
+class TrustSettings(Settings):
+    """When predicted scores are good enough to prune by."""
+
+    min_spearman: float = Field(
+        0.2, ge=-1, le=1, description="no keep-lists where the lower end of the fidelity's interval is below; -1: never refuse"
+    )
+
+
 class SelectSettings(Settings):
     """Keep-lists."""
 
     keep: tuple[KeepFraction, ...] = Field((0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep")
     strategy: Literal["top", "balanced"] = Field("top", description="highest scores overall, or the same share of each class")
+    force: bool = Field(False, description="make keep-lists even where the fidelity is below trust.min_spearman")
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -283,6 +292,7 @@ class Config(Settings):
     measure: MeasureSettings = MeasureSettings()
     embed: EmbedSettings = EmbedSettings()
     extrapolate: ExtrapolateSettings = ExtrapolateSettings()
+    trust: TrustSettings = TrustSettings()
     select: SelectSettings = SelectSettings()
     report: ReportSettings = ReportSettings()
     cluster: ClusterSettings = ClusterSettings()

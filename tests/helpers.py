@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
     },
     "measure": {"scores": ["moso", "el2n", "grand"]},
     "extrapolate": {"epochs": 4, "neighbours": 8},
+    "trust": {"min_spearman": -1},
     "select": {"keep": [0.25, 0.5]},
     "report": {"images": 4},
 }

@@ -33,6 +33,7 @@ def _message(data: dict) -> str:
         ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),
         ({"select": {"keep": []}}, ["select.keep"]),
         ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top' or 'balanced'"]),
+        ({"trust": {"min_spearman": 1.2}}, ["trust.min_spearman", "1.2", "less than or equal to 1"]),
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
         ({"source": {}}, ["source.uri", "required"]),

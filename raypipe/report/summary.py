@@ -26,6 +26,8 @@ REASONS, DISTINCT = 20, 10_000
 """Reject reasons that are listed, and that are told apart at all."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
 SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
+ENDED = ("done", "refused")
+"""States of a stage that nothing is left to do for; refused: the scores are too unfaithful for keep-lists."""
 MEASURING = ("seed", "proxy", "measure")
 """Stages whose cost grows with the number of measured samples."""
 
@@ -60,7 +62,8 @@ def collect(run: Run) -> Findings:
         "raypipe": __version__,
         "made": now(),
         "run": run.uri,
-        "unfinished": [stage for stage in BEFORE_REPORT if stage not in ledger or ledger[stage].state != "done"],
+        "unfinished": [stage for stage in BEFORE_REPORT if stage not in ledger or ledger[stage].state not in ENDED],
+        "refused": ledger["select"].error if "select" in ledger and ledger["select"].state == "refused" else None,
         "source": {
             "uri": config.source.uri,
             "format": config.source.format,
@@ -203,6 +206,7 @@ def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
                 "fraction": fraction,
                 "file": file,
                 "strategy": about.get("raypipe.strategy"),
+                "forced": about.get("raypipe.forced") == "true",
                 "samples": count,
                 "lowest_score": least,
             }

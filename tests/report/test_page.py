@@ -104,6 +104,19 @@ def test_plots_take_their_colours_from_the_page(make_run: MakeRun) -> None:
     assert not re.search(r"(fill|stroke): #(000000|ffffff)", svgs)
 
 
+def test_refused_keep_lists_are_said(make_run: MakeRun) -> None:
+    run = make_run()
+    records = run.ledger()
+    records["select"].state, records["select"].error = "refused", "no keep-lists: too low. More epochs would help"
+    run.write_ledger(records)
+    storage.delete(run.path("keep"))
+    _, elements = built(run)
+    assert "No keep-lists: too low. More epochs would help." in elements.text
+    assert "not finished" not in elements.text
+    summary = json.loads(Path(run.path("report", "summary.json")).read_text())
+    assert summary["unfinished"] == [] and summary["refused"].startswith("no keep-lists")
+
+
 def test_hostile_names_stay_text(make_run: MakeRun) -> None:
     run = make_run(names=(HOSTILE, "dog", "owl"), path=HOSTILE + "-{}", fragments=2)
     storage.write_table(

@@ -17,7 +17,7 @@ from raypipe.rundir import Run, StageRecord
 
 MakeRun = Callable[..., Run]
 KEYS = {
-    "format", "raypipe", "made", "run", "unfinished", "source", "counts", "fidelity", "scores", "keep", "classes",
+    "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "scores", "keep", "classes",
     "shown_classes", "cost", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 

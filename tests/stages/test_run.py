@@ -12,6 +12,8 @@ from helpers import QUIET, by_id, score_files, small_config, stamps
 
 import raypipe
 from raypipe import storage
+from raypipe.cli import main
+from raypipe.config import dump_config
 from raypipe.errors import ConfigError, RunError
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run
 from raypipe.stages.seed import read_shard, seed_manifest, wanted
@@ -195,6 +197,25 @@ def test_a_changed_setting_redoes_what_depends_on_it(finished: str, finished_sco
     assert score_files(finished) == finished_scores
     changed = [sample_id for sample_id, row in by_id(finished).items() if row["score"] != other[sample_id]]
     assert changed and not any(by_id(finished)[sample_id]["measured"] for sample_id in changed)
+
+
+def test_unfaithful_scores_give_a_report_and_no_keep_lists(finished: str, capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    kept, scored = stamps(finished, "keep"), stamps(finished, "scores")
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(small_config(finished, "trust.min_spearman=1")))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(config)])
+    said = capsys.readouterr()
+    assert stop.value.code == 3
+    assert "raypipe: no keep-lists: predicted and measured scores have a Spearman" in said.err
+    assert "fidelity    Spearman" in said.out and "keep-list" not in said.out
+    assert stamps(finished, "scores") == scored and not stamps(finished, "keep")
+    summary = storage.read_json(f"{finished}/report/summary.json")
+    assert summary["refused"].startswith("no keep-lists") and summary["keep"] == []
+    forced = raypipe.run(small_config(finished, "trust.min_spearman=1", "select.force=true"), progress=QUIET).summary
+    assert forced["refused"] is None and [item["forced"] for item in forced["keep"]] == [True, True]
+    raypipe.run(small_config(finished), progress=QUIET)
+    assert set(stamps(finished, "keep")) == set(kept)
 
 
 def test_a_second_driver_is_refused(finished: str) -> None:
