@@ -1,6 +1,6 @@
-"""Gradient scores (MoSo, GraNd) of the seed set, in two passes.
+"""Gradient scores (MoSo, GraNd) of the seed set and the audit set, in two passes.
 
-The first sums the gradients of every checkpoint: tasks over seed shards, whose sums are added in a tree of fixed shape, so that
+The first sums the seed set's gradients of every checkpoint: tasks over seed shards, whose sums are added in a tree of fixed shape, so that
 the result does not depend on the number of workers and the driver sees none of them. The second streams the shards through
 actors that hold all checkpoints and mean gradients.
 
@@ -68,17 +68,17 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
     files = [item["file"] for item in proxy_manifest(run)["checkpoints"]]
     moso, folders = "moso" in config.measure.scores, Folders.of(config, run)
     done = run.done(folders.checkpoints)
-    total, shards = seed["samples"], seed["shards"]
+    total, shards = seed["samples"], second_pass(seed)
     if moso and config.measure.moso.recalibrate:
         record.cpu_seconds += _recalibrate(config, run, folders, files, pool)
-    with context.progress.meter("measure", (1 + moso) * total) as meter:
+    with context.progress.meter("measure", moso * total + sum(shards.values())) as meter:
         if moso:
             without = [file for file in files if file not in storage.names(run.path(folders.gradients))]
             if without:
                 record.cpu_seconds += _mean_gradients(config, run, seed, folders, without, pool, meter.add)
             else:
                 meter.already(total)
-        meter.already(sum(count for shard, count in zip(shards, seed["shard_samples"], strict=True) if shard in done))
+        meter.already(sum(count for shard, count in shards.items() if shard in done))
 
         def collect(result: dict[str, Any]) -> None:
             meter.add(result["samples"])
@@ -101,6 +101,15 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
             config.cluster.patience_seconds,
             collect,
         )
+
+
+def second_pass(seed: dict[str, Any]) -> dict[str, int]:
+    """Samples of every shard that goes through the second pass: of the seed set, then of the audit set.
+
+    Audit samples are no part of the mean gradients they are aligned with.
+    """
+    shards = dict(zip(seed["shards"], seed["shard_samples"], strict=True))
+    return shards | dict(zip(seed["audit_shards"], seed["audit_shard_samples"], strict=True))
 
 
 def _load(config: Config, run: Run, folders: Folders, file: str, device: str) -> Any:

@@ -1,7 +1,8 @@
 """Measure: the measured scores of every seed sample.
 
 Writes `measured/<shard>.parquet` (sample_id, label, a float32 column per score of `measure.scores`), from what
-`raypipe.stages.gradients` and `raypipe.stages.trajectories` left beside it.
+`raypipe.stages.gradients` and `raypipe.stages.trajectories` left beside it; and `measured/audit/<shard>.parquet` with the gradient
+scores of the audit set: alignments with the mean gradients of the seed set. A trajectory score needs training on the sample.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from raypipe.stages.proxy import proxy_manifest
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.trajectories import measure_trajectories, trajectory_folder
 
+AUDIT_FOLDER = "measured/audit"
+
 
 class MeasureStage(Stage):
     name = "measure"
@@ -33,13 +36,15 @@ class MeasureStage(Stage):
         """Only the scores go. What they are combined from has the settings in its name, and may still serve."""
         for shard in context.run.done("measured"):
             storage.delete(context.run.path("measured", f"{shard}.parquet"))
+        storage.delete(context.run.path(AUDIT_FOLDER))
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
-            shards = seed_manifest(context.run)["shards"]
+            seed = seed_manifest(context.run)
         except FileNotFoundError:
             return False
-        return set(shards) <= context.run.done("measured")
+        audit = seed["audit_shards"] if set(GRADIENT_SCORES) & set(context.config.measure.scores) else []
+        return set(seed["shards"]) <= context.run.done("measured") and set(audit) <= context.run.done(AUDIT_FOLDER)
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
@@ -60,13 +65,16 @@ class MeasureStage(Stage):
             found = _numbers_of(run, folders.checkpoints, shard) if from_gradients else None
             followed = _numbers_of(run, trajectories, shard) if from_trajectory else None
             count += _combine(config, run, shard, moso, found, followed)
+        audited = 0
+        for shard in seed["audit_shards"] if from_gradients else []:
+            audited += _combine(config, run, shard, moso, _numbers_of(run, folders.checkpoints, shard), None, audit=True)
         if count != seed["samples"]:
             raise StageError(f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest")
-        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectories)}
+        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectories, AUDIT_FOLDER)}
         for stale in storage.names(run.path("measured")) - current:
             if not stale.endswith(".parquet"):
                 storage.delete(run.path("measured", stale))
-        record.samples, record.detail = count, detail
+        record.samples, record.detail = count + audited, {**detail, "audit_samples": audited}
 
 
 class _MosoTotals:
@@ -89,33 +97,39 @@ class _MosoTotals:
         self.mean_square = mean
         self.detail = {"self_term": self.self_term, "mean": mean.tolist(), "spread": self.spread.tolist()}
 
-    def score(self, table: pa.Table) -> np.ndarray:
-        from raypipe.scores.moso import combine, without_itself
+    def score(self, table: pa.Table, audit: bool) -> np.ndarray:
+        """MoSo, float32 [n], of a shard of the seed set, or of the audit set."""
+        from raypipe.scores.moso import combine, joining, without_itself
 
         aligned = _numbers(table, "alignments")
         if self.self_term:
-            squares = _numbers(table, "squares")
-            aligned = without_itself(aligned, squares, self.samples, self.settings.formula, self.mean_square)
+            squares, count, mean_square = _numbers(table, "squares"), self.samples, self.mean_square
+            if audit:
+                aligned, mean_square = joining(aligned, squares, count, mean_square)
+                count += 1
+            aligned = without_itself(aligned, squares, count, self.settings.formula, mean_square)
         return combine(aligned, self.rates, self.settings.weights, steps=self.steps, samples=self.samples, spread=self.spread)
 
 
-def _combine(config: Config, run: Run, shard: str, moso: _MosoTotals | None, found: Any, followed: Any) -> int:
+def _combine(
+    config: Config, run: Run, shard: str, moso: _MosoTotals | None, found: Any, followed: Any, audit: bool = False
+) -> int:
     """Write the scores of one shard from what its gradients (`found`) and its trajectory (`followed`) gave; returns its samples."""
     columns: dict[str, Any] = {}
     if found is not None:
         if moso is not None:
-            columns["moso"] = moso.score(found)
+            columns["moso"] = moso.score(found, audit)
         if "grand" in config.measure.scores:
             columns["grand"] = _numbers(found, "lengths").mean(1).astype(np.float32)
     if followed is not None:
         columns |= {score: followed[score].to_numpy() for score in followed.column_names[2:]}
     table = (found if found is not None else followed).select(["sample_id", "label"])
-    for score in config.measure.scores:
+    for score in (score for score in config.measure.scores if score in columns):
         bad = int((~np.isfinite(columns[score])).sum())
         if bad:
             raise StageError(f"{score} of {bad} samples of {shard} is not finite: the proxy's training diverged; lower proxy.lr")
         table = table.append_column(score, pa.array(columns[score], pa.float32()))
-    storage.write_table(run.path("measured", f"{shard}.parquet"), table)
+    storage.write_table(run.path(AUDIT_FOLDER if audit else "measured", f"{shard}.parquet"), table)
     return len(table)
 
 
