@@ -14,7 +14,7 @@ DEMO: dict[str, Any] = {
     "source": {"uri": "digits://", "format": "digits", "fragment_samples": 256},
     "seed": {"fraction": 0.3},
     "proxy": {"model": "small", "image_size": 16, "epochs": 20, "batch_size": 64, "flip": False, "crop_padding": 1},
-    "extrapolate": {"epochs": 12},
+    "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
 }
 """The demo's settings: the handwritten digits that ship inside scikit-learn."""
 

@@ -56,7 +56,7 @@ class LearningCurve:
         points = zip(self.samples, self.spearman, self.interval, strict=True)
         return {
             "method": "kernel regression",
-            "judged": self.judged,
+            "n_held": self.judged,
             "points": [{"samples": count, "spearman": rho, "spearman_interval": list(between)} for count, rho, between in points],
             "doubled": {
                 "samples": 2 * self.samples[-1] if self.samples else None,

@@ -166,8 +166,8 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
 
 def _shard_table(ids: list[str], labels: list[int], images: np.ndarray, classes: int, size: int) -> pa.Table:
     """A shard with what the manifest needs of it in its metadata."""
-    pixels = images.reshape(len(ids), -1)
-    channels = pixels.reshape(len(ids), 3, -1).astype(np.float64) / 255
+    pixels = images.reshape(len(ids), 3 * size * size)
+    channels = pixels.reshape(len(ids), 3, size * size).astype(np.float64) / 255
     statistics = {
         "image_size": size,
         "samples": len(ids),

@@ -121,9 +121,11 @@ def check_trust(extrapolated: StageRecord, trust: TrustSettings, force: bool) ->
                 f"predicted and measured scores have a Spearman correlation of {spearman:.2f}{between}, and its lower end "
                 f"is below trust.min_spearman ({trust.min_spearman:g})"
             )
+        added = ((extrapolated.detail.get("learning_curve") or {}).get("doubled") or {}).get("gain")
+        promise = f"; twice as large is predicted to add {added:.2f}" if added is not None else ""
         raise TrustError(
-            f"no keep-lists: {found}. A larger seed set (seed.fraction), more epochs of the proxy (proxy.epochs) or another score "
-            "(measure.scores) would help; --force of `raypipe select`, or select.force, makes them all the same"
+            f"no keep-lists: {found}. What can help is a larger seed set (seed.fraction{promise}), more epochs of the proxy "
+            "(proxy.epochs) or another score (measure.scores); --force of `raypipe select`, or select.force, makes them all the same"
         )
     figures = {"spearman": spearman, "spearman_low": bounds[0] if bounds else None}
     return {

@@ -198,7 +198,10 @@ def test_the_threshold_is_a_setting_and_measured_scores_need_none(run: Run) -> N
     judge(run, 0.19)
     write_keep_lists(run, SelectSettings(), trust=TrustSettings(min_spearman=0.19))
     judge(run, 0.3)
-    with pytest.raises(TrustError):
+    records = run.ledger()
+    records["extrapolate"].detail["learning_curve"] = {"doubled": {"gain": 0.044}}
+    run.write_ledger(records)
+    with pytest.raises(TrustError, match=r"seed\.fraction; twice as large is predicted to add 0\.04\)"):
         write_keep_lists(run, SelectSettings(), trust=TrustSettings(min_spearman=0.31))
     judge(run, None)
     write_keep_lists(run, SelectSettings(force=False), trust=TrustSettings(min_spearman=-1))
