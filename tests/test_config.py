@@ -33,6 +33,8 @@ def _message(data: dict) -> str:
         ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),
         ({"select": {"keep": []}}, ["select.keep"]),
         ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top' or 'balanced'"]),
+        ({"seed": {"audit": -1}}, ["seed.audit", "-1", "greater than or equal to 0"]),
+        ({"extrapolate": {"holdout": 0.3, "folds": 4}}, ["extrapolate", "folds (4)", "holdout (0.3)"]),
         ({"trust": {"min_spearman": 1.2}}, ["trust.min_spearman", "1.2", "less than or equal to 1"]),
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),

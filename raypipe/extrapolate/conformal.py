@@ -24,8 +24,8 @@ import numpy as np
 
 from raypipe.errors import RaypipeError
 
-FEWEST_OF_CLASS = 100
-"""Residuals from which a class has its own quantile: with fewer, chance moves its coverage by more than 3 points (one sigma)."""
+FEWEST_OF_CLASS = 30
+"""Residuals from which a class has its own quantile: with fewer, chance moves its coverage as far as sharing one would."""
 FEWEST_TO_STRETCH = 100
 """Audit residuals from which they decide how wide the intervals are."""
 
@@ -37,7 +37,7 @@ class Conformal:
     quantile    of |residual| / (1 + difficulty), of the classes without one of their own; None: too few residuals for this confidence
     confidence  share of samples whose score should lie in its interval
     count       residuals it was fitted on
-    of_class    quantile by class, for those with at least 100 residuals
+    of_class    quantile by class, for those with at least 30 residuals
     stretch     what `stretched` multiplied all half-widths by;  stretch_count  residuals that decided it, 0 without
     """
 

@@ -84,20 +84,21 @@ def write_published(config: Config, run: Run, samples: int, step: Step) -> None:
 
 
 def write_curve(config: Config, run: Run, samples: int, step: Step) -> None:
-    """The learning curve, judged on the audit set, or without one on the first part of the seed set that is held out."""
+    """The learning curve, judged on the audit set, or where that is too small on the first part of the seed set that is held out."""
     from raypipe.extrapolate.curve import learning_curve
+    from raypipe.extrapolate.figures import FEWEST
 
     data = Samples(config, run, samples, whole=False)
     seed, audit = data.seed, data.audit()
-    if audit is not None:
+    if audit is not None and len(audit.ids) >= FEWEST:
+        judged_on = "audit"
         curve = learning_curve(seed.nodes, seed.score, audit.nodes, audit.score, config.extrapolate.seed)
     else:
-        held = _held(config, seed)[0]
+        judged_on, held = "seed", _held(config, seed)[0]
         kept = np.setdiff1d(np.arange(len(seed.ids)), held)
         part = seed.nodes.take(kept), seed.score[kept], seed.nodes.take(held), seed.score[held]
         curve = learning_curve(*part, config.extrapolate.seed)
     step(1, 1)
-    judged_on = "seed" if audit is None else "audit"
     storage.write_json(run.path("extrapolator", "curve.json"), curve.as_dict() | {"judged_on": judged_on})
 
 

@@ -73,8 +73,8 @@ def test_an_audit_set_corrects_for_a_seed_set_that_the_proxy_was_trained_on() ->
 
 
 def test_small_classes_share_a_quantile() -> None:
-    residual, label = np.r_[np.full(200, 1.0), np.full(60, 5.0), np.full(60, 9.0)], np.repeat([0, 1, -1], [200, 60, 60])
-    interval = Conformal.fit(residual, np.zeros(320), 0.8, label)
+    residual, label = np.r_[np.full(200, 1.0), np.full(29, 5.0), np.full(29, 9.0)], np.repeat([0, 1, -1], [200, 29, 29])
+    interval = Conformal.fit(residual, np.zeros(258), 0.8, label)
     assert interval.of_class == {0: 1.0}
     assert interval.half_width(np.zeros(4), np.array([0, 1, -1, 7])).tolist() == [1, 9, 9, 9]
     alone = Conformal.fit(residual[:200], np.zeros(200), 0.8, label[:200])

@@ -301,6 +301,8 @@ def test_unfaithful_scores_give_a_report_and_no_keep_lists(finished: str, capsys
     assert stop.value.code == 3
     assert "raypipe: no keep-lists: predicted and measured scores have a Spearman" in said.err
     assert "fidelity    Spearman" in said.out and "keep-list" not in said.out
+    assert "audit samples outside the seed set" in said.out and "seed samples held out of the fit" in said.out
+    assert "twice the seed set: predicted to add" in said.out
     assert stamps(finished, "scores") == scored and not stamps(finished, "keep")
     summary = storage.read_json(f"{finished}/report/summary.json")
     assert summary["refused"].startswith("no keep-lists") and summary["keep"] == []
