@@ -2,7 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml --set run=s3://bucket/runs/digits
 
-The last line of the log is the run's summary in one line of JSON. Exit codes: 0 done, 2 bad usage or configuration, 1 failed.
+The last line of the log is the run's summary in one line of JSON. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,
+3 scores and report are written, but the scores are too unfaithful to prune by.
 The working directory that the job uploads holds the package; on the nodes only its dependencies have to be installed.
 """
 
@@ -30,11 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import raypipe
     from raypipe.config import load_config
-    from raypipe.errors import RaypipeError
+    from raypipe.errors import RaypipeError, TrustError
 
     try:
         config = load_config(options.config, options.set)
         result = raypipe.run(config)
+    except TrustError as error:
+        from raypipe.api import summary_of
+        from raypipe.rundir import Run
+
+        print(f"raypipe: {error}", file=sys.stderr, flush=True)
+        print(one_line(config.run, summary_of(Run(config.run))), flush=True)
+        return error.exit_code
     except RaypipeError as error:
         print(f"raypipe: {error}", file=sys.stderr, flush=True)
         return error.exit_code

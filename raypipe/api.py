@@ -36,7 +36,8 @@ def run(
     config     a `Config`, a mapping of the same shape, or the path or URI of a YAML file
     overrides  `section.field=value`, for a YAML file
     until      last stage to run, such as "embed"; default: all
-    Raises ConfigError before anything starts; another RaypipeError when a stage cannot go on.
+    Raises ConfigError before anything starts; TrustError at the end of a run whose scores are too unfaithful to prune by (scores
+    and report are there, keep-lists are not); another RaypipeError when a stage cannot go on.
     """
     from raypipe.pipeline import execute
 
@@ -69,12 +70,15 @@ def load_scores(uri: str, columns: list[str] | None = None) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def select(uri: str, keep: float | Sequence[float] | None = None, strategy: str | None = None) -> dict[str, int]:
+def select(
+    uri: str, keep: float | Sequence[float] | None = None, strategy: str | None = None, *, force: bool = False
+) -> dict[str, int]:
     """Cut keep-lists of a finished run without scoring anything again. Returns the number of samples kept by file.
 
     keep      one fraction or several; default: those of the run's configuration
     strategy  default: that of the run's configuration
-    Raises ConfigError for a fraction outside 0..1, RunError for a run without complete scores.
+    force     make them even where the fidelity is below the run's `trust.min_spearman`; the lists' metadata says so
+    Raises ConfigError for a fraction outside 0..1, RunError for a run without complete scores, TrustError for too low a fidelity.
     """
     from raypipe.stages.select import write_keep_lists
 
@@ -84,6 +88,7 @@ def select(uri: str, keep: float | Sequence[float] | None = None, strategy: str 
         config["select"]["keep"] = [keep] if isinstance(keep, int | float) else list(keep)
     if strategy is not None:
         config["select"]["strategy"] = strategy
-    settings = parse_config(config).select
+    config["select"]["force"] |= force
+    settings = parse_config(config)
     with Lease(found):
-        return write_keep_lists(found, settings)
+        return write_keep_lists(found, settings.select, trust=settings.trust)

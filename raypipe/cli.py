@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 bad usage or configuration, 1 failed."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 scores too unfaithful to prune by."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from raypipe._version import __version__
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, TrustError
 
 DEMO: dict[str, Any] = {
     "source": {"uri": "digits://", "format": "digits", "fragment_samples": 256},
     "seed": {"fraction": 0.3},
     "proxy": {"model": "small", "image_size": 16, "epochs": 20, "batch_size": 64, "flip": False, "crop_padding": 1},
-    "extrapolate": {"epochs": 12},
+    "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
 }
 """The demo's settings: the handwritten digits that ship inside scikit-learn."""
 
@@ -100,11 +100,12 @@ def status(uri: str) -> None:
 @click.argument("uri", metavar="RUN")
 @click.option("--keep", type=float, multiple=True, help="Fraction to keep; may be repeated. Default: the run's own.")
 @click.option("--strategy", help="top or balanced. Default: the run's own.")
-def select(uri: str, keep: tuple[float, ...], strategy: str | None) -> None:
+@click.option("--force", is_flag=True, help="Even where the fidelity is below trust.min_spearman.")
+def select(uri: str, keep: tuple[float, ...], strategy: str | None, force: bool) -> None:
     """Cut keep-lists from the scores of RUN; nothing is scored again."""
     from raypipe.api import select as cut
 
-    for file, count in cut(uri, list(keep) or None, strategy).items():
+    for file, count in cut(uri, list(keep) or None, strategy, force=force).items():
         click.echo(f"{file}  {count:,} samples")
 
 
@@ -125,9 +126,15 @@ def _execute(config: Any, until: str | None, verbose: bool) -> None:
     from raypipe.inspection import describe_result
     from raypipe.pipeline import execute
     from raypipe.progress import Progress
+    from raypipe.rundir import Run
 
-    done = execute(config, until=until, progress=Progress(), verbose=verbose)
-    for line in describe_result(done):
+    try:
+        execute(config, until=until, progress=Progress(), verbose=verbose)
+    except TrustError:
+        for line in describe_result(Run(config.run)):
+            click.echo(line)
+        raise
+    for line in describe_result(Run(config.run)):
         click.echo(line)
 
 

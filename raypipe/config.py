@@ -47,6 +47,11 @@ class SeedSettings(Settings):
 
     fraction: float = Field(0.1, gt=0, le=1, description="share of the source that is measured")
     seed: int = Field(0, ge=0, description="another number draws another seed set")
+    audit: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="samples outside the seed set that are measured directly to judge the fidelity of gradient scores, about; "
+        "auto: a tenth of the seed set, 50 to 500; 0: none",
+    )
 
 
 class ProxySettings(Settings):
@@ -256,10 +261,36 @@ class ExtrapolateSettings(Settings):
         description="passes of the fit of gnn, gnn-published and mlp (at most); auto: 40 for gnn, fewer for more than 1,500 seed "
         "samples, 25 for gnn-published, 60 for mlp",
     )
-    holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of the fit to judge its fidelity")
+    holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of a fit to judge its fidelity")
+    folds: Positive | Literal["auto"] = Field(
+        "auto", description="parts of that share held out in turn, a fit for each; auto: all of the seed set, 1 for gnn-published"
+    )
+    judge_published: bool | Literal["auto"] = Field(
+        "auto",
+        description="judge gnn-published beside the method, whose graph holds the whole source; auto: up to 10,000 samples",
+    )
     confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")
     seed: int = Field(0, ge=0, description="hold-out split and initial weights")
     max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU")
+
+    @property
+    def most_folds(self) -> int:
+        """How many parts of the share `holdout` the seed set has."""
+        return int(1 / self.holdout + 1e-9)
+
+    @model_validator(mode="after")
+    def _parts_are_apart(self) -> ExtrapolateSettings:
+        if self.folds != "auto" and self.folds > self.most_folds:
+            raise ValueError(f"folds ({self.folds}) parts of holdout ({self.holdout:g}) are more than the seed set")
+        return self
+
+
+class TrustSettings(Settings):
+    """When predicted scores are good enough to prune by."""
+
+    min_spearman: float = Field(
+        0.2, ge=-1, le=1, description="no keep-lists where the lower end of the fidelity's interval is below; -1: never refuse"
+    )
 
 
 class SelectSettings(Settings):
@@ -267,6 +298,7 @@ class SelectSettings(Settings):
 
     keep: tuple[KeepFraction, ...] = Field((0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep")
     strategy: Literal["top", "balanced"] = Field("top", description="highest scores overall, or the same share of each class")
+    force: bool = Field(False, description="make keep-lists even where the fidelity is below trust.min_spearman")
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -301,6 +333,7 @@ class Config(Settings):
     measure: MeasureSettings = MeasureSettings()
     embed: EmbedSettings = EmbedSettings()
     extrapolate: ExtrapolateSettings = ExtrapolateSettings()
+    trust: TrustSettings = TrustSettings()
     select: SelectSettings = SelectSettings()
     report: ReportSettings = ReportSettings()
     cluster: ClusterSettings = ClusterSettings()

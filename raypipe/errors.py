@@ -25,3 +25,9 @@ class RunError(RaypipeError):
 
 class StageError(RaypipeError):
     """A stage ended without everything it should have written."""
+
+
+class TrustError(RaypipeError):
+    """Predicted scores are too unfaithful to prune by; scores and report are written, keep-lists are not."""
+
+    exit_code = 3

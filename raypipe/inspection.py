@@ -100,7 +100,15 @@ def describe_result(run: Run) -> Iterator[str]:
     if "report" in records:
         yield f"report      {run.path('report', 'index.html')}"
     if "extrapolate" in records:
-        yield f"fidelity    {fidelity_sentence(records['extrapolate'].detail.get('fidelity') or {})}"
+        detail = records["extrapolate"].detail
+        fidelity = detail.get("fidelity") or {}
+        yield f"fidelity    {fidelity_sentence(fidelity)}"
+        if fidelity.get("judged_on") == "audit" and detail.get("fidelity_seed"):
+            yield f"            {fidelity_sentence(detail['fidelity_seed'])}"
+        doubled = (detail.get("learning_curve") or {}).get("doubled") or {}
+        if doubled.get("gain") is not None:
+            low, high = doubled["gain_interval"]
+            yield f"            twice the seed set: predicted to add {doubled['gain']:.3f} ({low:.3f} to {high:.3f}) to Spearman"
     total = sum(record.wall_seconds for record in records.values()) or 1.0
     parts = [f"{stage} {record.wall_seconds:.0f} s" for stage, record in records.items() if record.wall_seconds >= 0.5]
     yield f"time        {total:.0f} s: {', '.join(parts)}"
@@ -113,7 +121,8 @@ def fidelity_sentence(fidelity: dict[str, Any]) -> str:
         return f"unknown: {fidelity.get('note') or 'not judged yet'}"
     interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
     pearson = f", Pearson {fidelity['pearson']:.2f}" if fidelity.get("pearson") is not None else ""
-    return f"Spearman {spearman:.2f}{interval}{pearson}, on {fidelity.get('n_held', 0):,} seed samples held out of the fit"
+    where = "audit samples outside the seed set" if fidelity.get("judged_on") == "audit" else "seed samples held out of the fit"
+    return f"Spearman {spearman:.2f}{interval}{pearson}, on {fidelity.get('n_held', 0):,} {where}"
 
 
 def _files_done(run: Run, stage: str) -> str:

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import ConfigError, RaypipeError
+from raypipe.errors import ConfigError, RaypipeError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now
 from raypipe.sources import open_source
@@ -40,7 +40,8 @@ def make_stage(name: str) -> Stage:
 def execute(config: Config, *, until: str | None = None, progress: Progress | None = None, verbose: bool = False) -> Run:
     """Run every stage, or those up to and including `until`.
 
-    Raises ConfigError for an unknown stage, RunError when another driver holds the run, and what the stages raise.
+    Raises ConfigError for an unknown stage, RunError when another driver holds the run, and what the stages raise. Where the
+    scores are too unfaithful to prune by, the report is still written before the TrustError is raised.
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
@@ -58,8 +59,14 @@ def _execute(config: Config, until: str | None, progress: Progress, verbose: boo
         records = run.ledger() if run.exists() else {}
         run.write_config(config)
         names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
+        refusal: TrustError | None = None
         for name in names:
-            _advance(make_stage(name), context, records)
+            try:
+                _advance(make_stage(name), context, records)
+            except TrustError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
     return run
 
 
@@ -86,7 +93,8 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
         stage.execute(context, record)
         record.state, record.finished = "done", now()
     except BaseException as error:
-        record.state, record.error = "failed", str(error) or type(error).__name__
+        record.state = "refused" if isinstance(error, TrustError) else "failed"
+        record.error = str(error) or type(error).__name__
         raise
     finally:
         record.wall_seconds += time.monotonic() - started

@@ -27,7 +27,8 @@ SMALL: dict[str, Any] = {
         "flip": False,
     },
     "measure": {"scores": ["moso", "el2n", "grand"]},
-    "extrapolate": {"epochs": 4, "neighbours": 8},
+    "extrapolate": {"epochs": 4, "neighbours": 8, "folds": 2, "judge_published": False},
+    "trust": {"min_spearman": -1},
     "select": {"keep": [0.25, 0.5]},
     "report": {"images": 4},
 }

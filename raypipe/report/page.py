@@ -44,9 +44,11 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(words, name) for name in ("count", "share", "number", "fixed", "seconds", "setting")}
+    environment.filters |= {
+        name: getattr(words, name) for name in ("count", "share", "number", "fixed", "seconds", "setting", "judged_samples")
+    }
     summary = findings.summary
-    baselines = _baselines(summary)
+    baselines = _baselines(summary["fidelity"])
     shown = {item["label"] for item in summary["shown_classes"]}
     by_label = {item["label"]: item for item in summary["classes"]}
     return environment.get_template("page.html").render(
@@ -64,23 +66,23 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     )
 
 
-def _baselines(summary: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """Name, Spearman and Pearson of each baseline, the best first."""
-    rows = [(name, figures["spearman"], figures["pearson"]) for name, figures in summary["fidelity"]["baselines"].items()]
-    return sorted(rows, key=lambda row: (row[1] is None, -(row[1] or 0)))
+def _baselines(fidelity: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and figures of each baseline, the best first."""
+    return sorted(fidelity["baselines"].items(), key=lambda row: (row[1]["spearman"] is None, -(row[1]["spearman"] or 0)))
 
 
-def _plots(findings: Findings, baselines: list[tuple[str, float | None, float | None]]) -> dict[str, str]:
+def _plots(findings: Findings, baselines: list[tuple[str, dict[str, Any]]]) -> dict[str, str]:
     """Every plot for which the run has the figures."""
     from raypipe.report import plots
 
     summary, result = findings.summary, {}
     fidelity, histogram = summary["fidelity"], summary["scores"]["histogram"]
     if fidelity["spearman"] is not None:
-        bounds = (fidelity["spearman_low"], fidelity["spearman_high"])
-        rows: list[Any] = [(fidelity["method"] or "extrapolator", fidelity["spearman"], *bounds)]
-        rivals = [(name, value, None, None) for name, value, _ in baselines if value is not None]
-        result["fidelity"] = plots.fidelity_chart(rows + rivals)
+        rows = [(fidelity["method"] or "extrapolator", fidelity), *baselines]
+        keys = ("spearman", "spearman_low", "spearman_high")
+        result["fidelity"] = plots.fidelity_chart(
+            [(name, *(found[key] for key in keys)) for name, found in rows if found["spearman"] is not None]
+        )
     if histogram:
         cuts = [(item["fraction"], item["lowest_score"]) for item in summary["keep"] if item["strategy"] == "top"]
         result["histogram"] = plots.score_histogram(histogram, [cut for cut in cuts if cut[1] is not None])

@@ -139,7 +139,7 @@ def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float,
 
 
 def fidelity_chart(rows: Sequence[tuple[str, float, float | None, float | None]]) -> str:
-    """Spearman correlation of the extrapolator (first row, with its interval) and of the baselines."""
+    """Spearman correlation of the extrapolator (first row) and of the baselines, with their intervals where they have one."""
     with matplotlib.rc_context(STYLE):
         height = 0.62 + 0.27 * len(rows)
         figure, axes = _figure(height, left=0.33)

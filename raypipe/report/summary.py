@@ -26,6 +26,8 @@ REASONS, DISTINCT = 20, 10_000
 """Reject reasons that are listed, and that are told apart at all."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
 SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
+ENDED = ("done", "refused")
+"""States of a stage that nothing is left to do for; refused: the scores are too unfaithful for keep-lists."""
 MEASURING = ("seed", "proxy", "measure")
 """Stages whose cost grows with the number of measured samples."""
 
@@ -52,7 +54,7 @@ def collect(run: Run) -> Findings:
     embedded = scan_embeddings(run, scan.edge, config.report.images)
     keep = _keep_lists(run, len(names))
     rejects = _rejects(run)
-    fidelity = _fidelity(run, scan)
+    judged = _judged(run, scan)
     grids = {**scan.picks, "suspects": embedded.suspects}
     indexed = ledger["index"].samples if "index" in ledger else 0
     summary = {
@@ -60,7 +62,8 @@ def collect(run: Run) -> Findings:
         "raypipe": __version__,
         "made": now(),
         "run": run.uri,
-        "unfinished": [stage for stage in BEFORE_REPORT if stage not in ledger or ledger[stage].state != "done"],
+        "unfinished": [stage for stage in BEFORE_REPORT if stage not in ledger or ledger[stage].state not in ENDED],
+        "refused": ledger["select"].error if "select" in ledger and ledger["select"].state == "refused" else None,
         "source": {
             "uri": config.source.uri,
             "format": config.source.format,
@@ -78,7 +81,7 @@ def collect(run: Run) -> Findings:
             "unreadable_files": rejects["files"],
             "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
         },
-        "fidelity": fidelity,
+        **judged,
         "scores": _score_figures(scan),
         "keep": keep,
         "classes": _class_figures(names, scan, keep),
@@ -203,6 +206,7 @@ def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
                 "fraction": fraction,
                 "file": file,
                 "strategy": about.get("raypipe.strategy"),
+                "forced": about.get("raypipe.forced") == "true",
                 "samples": count,
                 "lowest_score": least,
             }
@@ -211,27 +215,41 @@ def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
     return sorted(result, key=lambda item: item["fraction"])
 
 
-def _fidelity(run: Run, scan: ScoreScan) -> dict[str, Any]:
-    """The extrapolator's fidelity as it was measured, with a verdict in words."""
+def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
+    """`fidelity`, the one to go by, with a verdict in words; `fidelity_seed`, of seed samples held out; `learning_curve`."""
     try:
         found = storage.read_json(run.path("extrapolator", "extrapolator.json"))
     except (FileNotFoundError, RaypipeError):
         found = {}
-    found = found if isinstance(found, dict) else {}
-    stated = clean(found.get("fidelity"))
+    found = clean(found) if isinstance(found, dict) else {}
+    fidelity = {**_fidelity(found.get("fidelity")), "method": found.get("method"), "score": found.get("score")}
+    fidelity["verdict"], fidelity["sentence"] = words.judge(fidelity, scan.samples - scan.measured if scan.samples else None)
+    curve = found.get("learning_curve")
+    return {
+        "fidelity": fidelity,
+        "fidelity_seed": _fidelity(found["fidelity_seed"]) if found.get("fidelity_seed") else None,
+        "learning_curve": {**curve, "sentence": words.gain(curve)} if isinstance(curve, dict) and curve.get("points") else None,
+    }
+
+
+def _fidelity(stated: Any) -> dict[str, Any]:
+    """Fidelity as it was measured: the figures of the extrapolator, and of every baseline."""
     stated = stated if isinstance(stated, dict) else {}
-    result: dict[str, Any] = {key: stated.get(key) for key in ("spearman", "pearson", "n_fit", "n_held", "note")}
+    result = _figures(stated) | {key: stated.get(key) for key in ("n_fit", "n_held", "note", "judged_on")}
+    # a baseline is its Spearman correlation, or all figures by name
+    baselines = (stated.get("baselines") or {}).items()
+    result["baselines"] = {name: _figures(value if isinstance(value, dict) else {"spearman": value}) for name, value in baselines}
+    return result
+
+
+def _figures(stated: dict[str, Any]) -> dict[str, Any]:
+    """Correlations and overlaps with their intervals; None, or nothing, where one is not there."""
+    result: dict[str, Any] = {}
     for name in ("spearman", "pearson"):
         low, high = stated.get(f"{name}_interval") or (stated.get(f"{name}_low"), stated.get(f"{name}_high"))
-        result |= {f"{name}_low": low, f"{name}_high": high}
+        result |= {name: stated.get(name), f"{name}_low": low, f"{name}_high": high}
     result["overlap"] = {key: value for key, value in (stated.get("overlap") or {}).items() if value is not None}
     result["overlap_interval"] = stated.get("overlap_interval") or {}
-    # a baseline is its Spearman correlation, or several figures by name
-    baselines = (stated.get("baselines") or {}).items()
-    figures = {name: value if isinstance(value, dict) else {"spearman": value} for name, value in baselines}
-    result["baselines"] = {name: {key: value.get(key) for key in ("spearman", "pearson")} for name, value in figures.items()}
-    result["method"], result["score"] = found.get("method"), found.get("score")
-    result["verdict"], result["sentence"] = words.judge(result, scan.samples - scan.measured if scan.samples else None)
     return result
 
 

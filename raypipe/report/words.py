@@ -75,6 +75,23 @@ def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:
     return names[label] if label < len(names) else str(label)
 
 
+def judged_samples(fidelity: Mapping[str, Any]) -> str:
+    """What a fidelity was judged on: 54 audit samples, or 500 held-out seed samples."""
+    kind = "audit samples from outside the seed set" if fidelity.get("judged_on") == "audit" else "held-out seed samples"
+    held = fidelity.get("n_held")
+    return f"{count(held)} {kind}" if held else kind
+
+
+def gain(curve: Mapping[str, Any]) -> str:
+    """What doubling the seed set is predicted to give, in a sentence."""
+    doubled = curve["doubled"]
+    added, bounds = doubled.get("gain"), doubled.get("gain_interval")
+    if added is None:
+        return "What a larger seed set would give cannot be told."
+    between = f" (95{SPACE}% range {fixed(bounds[0], 3)} to {fixed(bounds[1], 3)})" if bounds else ""
+    return f"Twice the seed set is predicted to raise the Spearman correlation by {fixed(added, 3)}{between}."
+
+
 def judge(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, str]:
     """A one-word verdict and one or two plain sentences that say how far the extrapolated scores can be trusted."""
     rho = fidelity.get("spearman")
@@ -85,8 +102,7 @@ def judge(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, s
     name, advice = next((name, advice) for least, name, advice in VERDICTS if rho >= least)
     low, high = fidelity.get("spearman_low"), fidelity.get("spearman_high")
     interval = f", 95{SPACE}% interval {fixed(low)} to {fixed(high)}" if low is not None and high is not None else ""
-    held = fidelity.get("n_held")
-    where = f"on {count(held)} held-out seed samples" if held else "on held-out seed samples"
+    where = f"on {judged_samples(fidelity)}"
     correlation = f"extrapolated and measured scores have a Spearman correlation of {fixed(rho)}{interval}"
     text = f"Fidelity is {name}: {where}, {correlation}. {advice}"
     own = str(fidelity.get("method")).replace("-", "_")  # a method may be its own baseline

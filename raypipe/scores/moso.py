@@ -106,6 +106,18 @@ def combine(
     return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)
 
 
+def joining(aligned: np.ndarray, squares: np.ndarray, samples: int, mean_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Alignments and |G'|^2 after each sample, one at a time, has joined the N = `samples` others: G' = (N G + g) / (N + 1).
+
+    aligned      < G, g >, G the mean over the others;  squares  |g|^2;  both [n, checkpoints];  mean_square  |G|^2, [checkpoints]
+    Returns < G', g > and |G'|^2, float64 [n, checkpoints]. Taken out again by `without_itself` (formula paper, N + 1 samples),
+    such a sample has the alignment < G, g > that it came with; formula code scores it as one of N + 1.
+    """
+    n = float(samples)
+    inside = (n * aligned + squares) / (n + 1)
+    return inside, (n**2 * mean_square + 2 * n * aligned + squares) / (n + 1) ** 2
+
+
 def without_itself(
     aligned: np.ndarray, squares: np.ndarray, samples: int, formula: str = "paper", mean_square: np.ndarray | None = None
 ) -> np.ndarray:
@@ -115,7 +127,7 @@ def without_itself(
     formula      paper: < G_-i, g_i > = N/(N-1) (< G, g_i > - |g_i|^2 / N), with the mean over the others, as Eq. 4 says
                  code: what the published code computes ("MoSo_scoring_exact"), with S = < G - g_i/N, g_i >:
                  (2N-3)/(N-1)^2 |G|^2 - |g_i|^2/(N-1)^2 + (2N-4)/(N-1)^2 S
-    mean_square  |G|^2, [checkpoints], for formula code
+    mean_square  |G|^2, [checkpoints] or [n, checkpoints], for formula code
     """
     n = float(samples)
     rest = aligned - squares / n

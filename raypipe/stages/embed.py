@@ -25,13 +25,14 @@ from raypipe.rundir import Run, StageRecord
 from raypipe.sources import Fragment, open_source
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.proxy import load_checkpoint, proxy_parts
-from raypipe.stages.seed import wanted
+from raypipe.stages.seed import audit_rule, seed_manifest, wanted
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
 REJECT_SCHEMA = pa.schema([("sample_id", pa.string()), ("fragment", pa.string()), ("reason", pa.string())])
 SIGNALS = ("loss", "margin", "entropy")
 """What the proxy says of a sample, in the order the extrapolators see it."""
-SEED_ROWS = "raypipe.seed_rows"
+SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
+"""Samples that come first in a fragment's file, in this order and each in a row group of their own; where their number stands."""
 
 
 class EmbedStage(Stage):
@@ -149,6 +150,11 @@ class EmbedActor:
         self._device = "cuda" if gpu else "cpu"
         part = proxy_parts(self._run)[0]
         self._model = load_checkpoint(self._run, part.trained["final"], self._device, part.checkpoints)
+        seed = config.seed
+        self._rules = {
+            "seed": wanted(seed.fraction, seed.seed),
+            "audit": audit_rule(seed, seed_manifest(self._run)["audit_fraction"]),
+        }
         if gpu:
             self._model.to(memory_format=torch.channels_last)
 
@@ -210,28 +216,30 @@ class EmbedActor:
             values = embedding.astype(self._config.embed.dtype).reshape(-1)
         if not np.isfinite(values).all():
             raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
-        # Seed samples come first, in a row group of their own, so that the fit reads them without the rest.
-        rule = wanted(self._config.seed.fraction, self._config.seed.seed)
-        seeds = np.array([rule(sample_id) for sample_id in ids], bool)
+        # so that the fit reads seed and audit samples without the rest
+        groups = {name: np.array([self._rules[name](sample_id) for sample_id in ids], bool) for name in SPECIAL_ROWS}
+        others = ~np.logical_or.reduce(list(groups.values()))
         data: dict[str, Any] = {
             "sample_id": pa.array(ids.tolist(), pa.string()),
             "label": pa.array(labels, pa.int32(), mask=labels < 0),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1]),
             **{name: pa.array(value) for name, value in columns.items()},
         }
-        table = pa.table(data).replace_schema_metadata({SEED_ROWS: str(int(seeds.sum()))})
+        table = pa.table(data).replace_schema_metadata({key: str(int(groups[name].sum())) for name, key in SPECIAL_ROWS.items()})
         buffer = io.BytesIO()
         with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-            for part in (table.filter(pa.array(seeds)), table.filter(pa.array(~seeds))):
+            for part in (table.filter(pa.array(rows)) for rows in (*groups.values(), others)):
                 if len(part):
                     writer.write_table(part, row_group_size=len(part))
         storage.write_bytes(self._run.path("embeddings", f"{fragment}.parquet"), buffer.getvalue())
 
 
-def read_seed_rows(run: Run, fragment_id: str) -> pa.Table | None:
-    """The seed samples of a fragment's embeddings, without reading the others; None where there are none."""
+def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None:
+    """The samples of a fragment's embeddings drawn for the `seed` or the `audit` set, without reading the others; None without any."""
     with storage.open_read(run.path("embeddings", f"{fragment_id}.parquet")) as file:
         parquet = pq.ParquetFile(file)
-        if not int(parquet.schema_arrow.metadata[SEED_ROWS.encode()]):
+        counts = {name: int(parquet.schema_arrow.metadata[key.encode()]) for name, key in SPECIAL_ROWS.items()}
+        if not counts[which]:
             return None
-        return parquet.read_row_group(0)
+        # a row group without rows is not written
+        return parquet.read_row_group(1 if which == "audit" and counts["seed"] else 0)

@@ -1,8 +1,10 @@
 """Extrapolate: fits the extrapolator on the seed set, judges its fidelity, then predicts the score of everything else.
 
-Writes under `extrapolator/` the fitted model (see `raypipe.stages.fitting`) and `extrapolator.json` (method, fidelity,
-intervals), and per fragment `scores/<fragment>.parquet`. A sample's neighbours are looked up among the scored samples, so
-every fragment is independent; the exception is `gnn-published`, whose graph is over the whole source and is held by one task.
+Writes under `extrapolator/` the fitted model, the predictions it is judged by (see `raypipe.stages.judging`) and
+`extrapolator.json` (method, fidelity, learning curve, intervals), and per fragment `scores/<fragment>.parquet`. A sample's
+neighbours are looked up among the scored samples, so every fragment is independent; the exception is `gnn-published`, whose graph
+is over the whole source and is held by one task. A sample of the audit set has its measured score there, once the fidelity is
+known: it is the better one, and was compared with the predicted one first.
 """
 
 from __future__ import annotations
@@ -19,15 +21,9 @@ from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.embed import count_rows, remove_stale
-from raypipe.stages.fitting import (
-    COLUMNS,
-    WHOLE_METHODS,
-    fit_extrapolator,
-    load_extrapolator,
-    measured_scores,
-    nodes_of,
-    write_scores,
-)
+from raypipe.stages.fitting import fit_extrapolator, write_scores
+from raypipe.stages.judging import is_judged, load_extrapolator, load_intervals
+from raypipe.stages.scored import COLUMNS, WHOLE_METHODS, every_measured_score, nodes_of
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
 
@@ -40,8 +36,8 @@ class ExtrapolateStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
-        fitted = {"fidelity.json", "model.json", "model.safetensors"} <= storage.names(run.path("extrapolator"))
-        return fitted and run.done("scores") == run.done("embeddings")
+        fitted = {"model.json", "model.safetensors", "extrapolator.json"} <= storage.names(run.path("extrapolator"))
+        return fitted and is_judged(context.config, run) and run.done("scores") == run.done("embeddings")
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
@@ -79,10 +75,13 @@ class ExtrapolateStage(Stage):
             "score": config.score,
             "measured": judged["measured"],
             "fidelity": judged["fidelity"],
+            "fidelity_seed": judged["fidelity_seed"],
+            "learning_curve": storage.read_json(run.path("extrapolator", "curve.json")),
         }
         about = {**record.detail, "confidence": config.extrapolate.confidence, "intervals": judged["intervals"]}
-        if "extrapolator.json" not in storage.names(run.path("extrapolator")):
-            storage.write_json(run.path("extrapolator", "extrapolator.json"), about)
+        file = run.path("extrapolator", "extrapolator.json")
+        if not storage.exists(file) or storage.read_json(file) != about:
+            storage.write_json(file, about)
 
 
 def _read(run_uri: str, fragment: str) -> Columns:
@@ -108,8 +107,8 @@ class ScoreActor:
 
         torch.set_num_threads(threads)
         self._run, self._watch = Run(run_uri), Stopwatch()
-        self._extrapolator, self._intervals = load_extrapolator(config, self._run)
-        self._scores = measured_scores(self._run, config.score)
+        self._extrapolator, self._intervals = load_extrapolator(config, self._run), load_intervals(self._run)
+        self._scores = every_measured_score(self._run, config.score)
 
     def __call__(self, batch: Columns) -> Columns:
         from raypipe.extrapolate.base import Nodes
@@ -126,7 +125,7 @@ class ScoreActor:
         if count:
             nodes = Nodes(batch["embedding"], label.astype(np.int64), batch["signals"])
             predicted = self._extrapolator.predict(nodes)
-            half_width = self._intervals.half_width(self._extrapolator.difficulty(nodes))
+            half_width = self._intervals.half_width(self._extrapolator.difficulty(nodes), nodes.label)
         write_scores(self._run, fragment, table, predicted, half_width, self._scores)
         row = {"unit": fragment, "samples": count, "cpu_seconds": self._watch.lap()}
         return {key: np.array([value]) for key, value in row.items()}

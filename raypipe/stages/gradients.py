@@ -1,6 +1,6 @@
-"""Gradient scores (MoSo, GraNd) of the seed set, in two passes.
+"""Gradient scores (MoSo, GraNd) of the seed set and the audit set, in two passes.
 
-The first sums the gradients of every checkpoint: tasks over seed shards, whose sums are added in a tree of fixed shape, so that
+The first sums the seed set's gradients of every checkpoint: tasks over seed shards, whose sums are added in a tree of fixed shape, so that
 the result does not depend on the number of workers and the driver sees none of them. The second streams the shards through
 actors that hold all checkpoints and mean gradients.
 
@@ -79,7 +79,8 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
     """Both passes; finishes what an interrupted attempt left."""
     parts = proxy_parts(context.run)
     passes = 1 + ("moso" in context.config.measure.scores)
-    with context.progress.meter("measure", passes * sum(part.samples for part in parts)) as meter:
+    audited = seed_manifest(context.run)["audit_samples"]  # they are no part of the mean gradients they are aligned with
+    with context.progress.meter("measure", passes * sum(part.samples for part in parts) + audited) as meter:
         for part in parts:
             _measure_part(context, record, part, smallest(parts), meter)
 
@@ -89,7 +90,7 @@ def _measure_part(context: Context, record: StageRecord, part: Part, fewest: int
     pool = context.cluster.pool(config.measure)
     files = [item["file"] for item in part.trained["checkpoints"]]
     moso, folders = "moso" in config.measure.scores, Folders.of(config, run).of_part(part)
-    done, shards = run.done(folders.checkpoints), seed["shards"]
+    done, shards = run.done(folders.checkpoints), [*seed["shards"], *seed["audit_shards"]]
     if moso and config.measure.moso.recalibrate:
         record.cpu_seconds += _recalibrate(config, run, folders, part, files, pool)
     if moso:
@@ -98,7 +99,7 @@ def _measure_part(context: Context, record: StageRecord, part: Part, fewest: int
             record.cpu_seconds += _mean_gradients(config, run, seed, folders, part, without, pool, meter.add)
         else:
             meter.already(part.samples)
-    meter.already(sum(count for shard, count in zip(shards, part.shard_samples, strict=True) if shard in done))
+    meter.already(sum(part.count(run, shard) for shard in shards if shard in done))
 
     def collect(result: dict[str, Any]) -> None:
         meter.add(result["samples"])

@@ -1,7 +1,8 @@
 """Measure: the measured scores of every seed sample.
 
 Writes `measured/<shard>.parquet` (sample_id, label, a float32 column per score of `measure.scores`), from what
-`raypipe.stages.gradients` and `raypipe.stages.trajectories` left beside it.
+`raypipe.stages.gradients` and `raypipe.stages.trajectories` left beside it; and `measured/audit/<shard>.parquet` with the gradient
+scores of the audit set: alignments with the mean gradients of the seed set. A trajectory score needs training on the sample.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from raypipe.stages.proxy import empty_proxy, proxy_parts
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.trajectories import measure_trajectories, trajectory_folder
 
+AUDIT_FOLDER = "measured/audit"
+
 
 class MeasureStage(Stage):
     name = "measure"
@@ -35,13 +38,15 @@ class MeasureStage(Stage):
         """Only the scores go. What they are combined from has the settings in its name, and may still serve."""
         for shard in context.run.done("measured"):
             storage.delete(context.run.path("measured", f"{shard}.parquet"))
+        storage.delete(context.run.path(AUDIT_FOLDER))
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
-            shards = seed_manifest(context.run)["shards"]
+            seed = seed_manifest(context.run)
         except FileNotFoundError:
             return False
-        return set(shards) <= context.run.done("measured")
+        audit = seed["audit_shards"] if set(GRADIENT_SCORES) & set(context.config.measure.scores) else []
+        return set(seed["shards"]) <= context.run.done("measured") and set(audit) <= context.run.done(AUDIT_FOLDER)
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
@@ -63,14 +68,18 @@ class MeasureStage(Stage):
         for shard in seed["shards"]:
             found = [_from_gradients(config, run, parts, folders.checkpoints, shard, moso)] if from_gradients else []
             followed = [_numbers_of(run, trajectories, shard)] if from_trajectory else []
-            count += _combine(config, run, shard, found + followed)
+            count += _combine(config, run, "measured", shard, found + followed)
+        audited = 0
+        for shard in seed["audit_shards"] if from_gradients else []:
+            found = [_from_gradients(config, run, parts, folders.checkpoints, shard, moso, audit=True)]
+            audited += _combine(config, run, AUDIT_FOLDER, shard, found)
         if count != seed["samples"]:
             raise StageError(f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest")
-        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectories)}
+        current = {storage.name(folder) for folder in (*vars(folders).values(), trajectories, AUDIT_FOLDER)}
         for stale in storage.names(run.path("measured")) - current:
             if not stale.endswith(".parquet"):
                 storage.delete(run.path("measured", stale))
-        record.samples, record.detail = count, detail
+        record.samples, record.detail = count + audited, {**detail, "audit_samples": audited}
 
 
 def _announce(context: Context) -> dict[str, Any]:
@@ -119,18 +128,22 @@ class _MosoTotals:
         self.mean_square = mean
         self.detail = {"self_term": self.self_term, "mean": mean.tolist(), "spread": self.spread.tolist()}
 
-    def score(self, table: pa.Table) -> np.ndarray:
-        from raypipe.scores.moso import combine, without_itself
+    def score(self, table: pa.Table, audit: bool) -> np.ndarray:
+        """MoSo, float32 [n], of a shard of the seed set, or of the audit set."""
+        from raypipe.scores.moso import combine, joining, without_itself
 
         aligned = _numbers(table, "alignments")
         if self.self_term:
-            squares = _numbers(table, "squares")
-            aligned = without_itself(aligned, squares, self.samples, self.settings.formula, self.mean_square)
+            squares, count, mean_square = _numbers(table, "squares"), self.samples, self.mean_square
+            if audit:
+                aligned, mean_square = joining(aligned, squares, count, mean_square)
+                count += 1
+            aligned = without_itself(aligned, squares, count, self.settings.formula, mean_square)
         return combine(aligned, self.rates, self.settings.weights, steps=self.steps, samples=self.samples, spread=self.spread)
 
 
 def _from_gradients(
-    config: Config, run: Run, parts: list[Part], folder: str, shard: str, moso: list[_MosoTotals] | None
+    config: Config, run: Run, parts: list[Part], folder: str, shard: str, moso: list[_MosoTotals] | None, audit: bool = False
 ) -> pa.Table:
     """sample_id, label and the gradient scores of one shard, each sample's from the proxy of its own part."""
     tables = []
@@ -138,23 +151,23 @@ def _from_gradients(
         found = _numbers_of(run, part.below(folder), shard)
         table = found.select(["sample_id", "label"])
         if moso is not None:
-            table = table.append_column("moso", pa.array(moso[number].score(found), pa.float32()))
+            table = table.append_column("moso", pa.array(moso[number].score(found, audit), pa.float32()))
         if "grand" in config.measure.scores:
             table = table.append_column("grand", pa.array(_numbers(found, "lengths").mean(1).astype(np.float32)))
         tables.append(table)
     return joined(run, parts, shard, tables)
 
 
-def _combine(config: Config, run: Run, shard: str, given: list[pa.Table]) -> int:
+def _combine(config: Config, run: Run, folder: str, shard: str, given: list[pa.Table]) -> int:
     """Write the scores of one shard, which tables of the same samples have among them; returns its samples."""
     columns = {score: table[score].to_numpy() for table in given for score in table.column_names[2:]}
     table = given[0].select(["sample_id", "label"])
-    for score in config.measure.scores:
+    for score in (score for score in config.measure.scores if score in columns):
         bad = int((~np.isfinite(columns[score])).sum())
         if bad:
             raise StageError(f"{score} of {bad} samples of {shard} is not finite: the proxy's training diverged; lower proxy.lr")
         table = table.append_column(score, pa.array(columns[score], pa.float32()))
-    storage.write_table(run.path("measured", f"{shard}.parquet"), table)
+    storage.write_table(run.path(folder, f"{shard}.parquet"), table)
     return len(table)
 
 

@@ -82,8 +82,12 @@ class Part:
         rule = part_rule(self.of, self.seed)
         return np.flatnonzero([rule(sample_id) == self.number for sample_id in ids])
 
+    def count(self, run: Run, shard: str) -> int:
+        """Samples of a seed or audit shard that are in the part, or would be."""
+        return len(self.rows(_ids_and_labels(run, shard)["sample_id"].to_pylist()))
+
     def read(self, run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Its samples of a seed shard, as `read_shard` gives them."""
+        """Its samples of a seed shard, as `read_shard` gives them; of an audit shard those that would be in it."""
         ids, images, labels = read_shard(run, shard)
         if self.of == 1:
             return ids, images, labels

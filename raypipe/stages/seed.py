@@ -2,6 +2,9 @@
 
 The same sample is drawn everywhere and for ever, whatever else is in the source. A source that grows does not change a
 seed set that is drawn: new samples are scored with the extrapolator that exists.
+
+In the same pass an audit set is drawn by another hash from the samples outside the seed set. The proxy is never trained on it;
+gradient scores can be measured on it all the same, and tell how well scores of samples outside the seed set are predicted.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import Config, SeedSettings
 from raypipe.errors import StageError
 from raypipe.images import decode_batch
 from raypipe.rundir import Run, StageRecord, content_hash
@@ -26,6 +30,9 @@ from raypipe.stages.streaming import Stopwatch, run_tasks
 
 SHARD_SAMPLES = 512
 """Seed samples in a shard, about: fragments are read in groups that give so many."""
+LEAST_AUDIT, MOST_AUDIT = 50, 500
+"""Bounds of `seed.audit: auto`."""
+Rule = Callable[[str], bool]
 
 
 class SeedStage(Stage):
@@ -40,13 +47,16 @@ class SeedStage(Stage):
             manifest = seed_manifest(context.run)
         except FileNotFoundError:
             return False
-        return set(manifest["shards"]) <= context.run.done("seed")
+        return {*manifest["shards"], *manifest["audit_shards"]} <= context.run.done("seed")
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         groups = _groups([fragment for fragment in run.fragments() if not fragment.error], config)
-        done = run.done("seed")
-        with context.progress.meter("seed", sum(fragment.samples for _, group in groups for fragment in group)) as meter:
+        samples = sum(fragment.samples for _, group in groups for fragment in group)
+        audit = audit_fraction(config.seed, samples)
+        files = run.done("seed")
+        done = {name for name, _ in groups if {name, audit_name(name)} <= files}
+        with context.progress.meter("seed", samples) as meter:
 
             def collect(result: dict[str, Any]) -> None:
                 record.cpu_seconds += result["cpu_seconds"]
@@ -54,24 +64,28 @@ class SeedStage(Stage):
 
             meter.already(sum(fragment.samples for name, group in groups if name in done for fragment in group))
             context.cluster  # Ray is started before tasks are made
-            run_tasks([unit for unit in groups if unit[0] not in done], functools.partial(_draw, config, run.uri), collect)
+            missing = [unit for unit in groups if unit[0] not in done]
+            run_tasks(missing, functools.partial(_draw, config, run.uri, audit), collect)
         shards = sorted(name for name, _ in groups)
-        manifest = _manifest(run, shards)
-        for stale in run.done("seed") - set(shards):
+        manifest = _manifest(run, shards, audit)
+        for stale in run.done("seed") - set(shards) - {audit_name(name) for name in shards}:
             storage.delete(run.path("seed", f"{stale}.parquet"))
         _check(manifest, config)
         storage.write_json(run.path("seed", "manifest.json"), manifest)
         record.samples = manifest["samples"]
-        record.detail = {key: manifest[key] for key in ("samples", "per_class", "mean", "std")}
+        record.detail = {key: manifest[key] for key in ("samples", "per_class", "mean", "std", "audit_samples")}
 
 
 def seed_manifest(run: Run) -> dict[str, Any]:
-    """What the seed set is: samples, per_class, mean and std per channel (0..1), image_size, names of its shards in order."""
+    """What the seed set is: samples, per_class, mean and std per channel (0..1), image_size, names of its shards in order.
+
+    And what the audit set is: audit_fraction of the samples outside the seed set, audit_samples, audit_shards (those with any), audit_shard_samples.
+    """
     return storage.read_json(run.path("seed", "manifest.json"))
 
 
 def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Ids, images uint8 [n, 3, size, size] and labels int64 [n] of a seed shard; the images share the file's memory."""
+    """Ids, images uint8 [n, 3, size, size] and labels int64 [n] of a seed or audit shard; the images share the file's memory."""
     table = storage.read_table(run.path("seed", f"{shard}.parquet"))
     size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
     count = len(table)
@@ -82,9 +96,28 @@ def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]
     return table["sample_id"].to_pylist(), pixels.reshape(count, 3, size, size), table["label"].to_numpy().astype(np.int64)
 
 
-def wanted(fraction: float, seed: int) -> Any:
-    """The rule of the draw: a function sample_id -> bool."""
-    key, limit = seed.to_bytes(16, "little"), int(fraction * 2**64)
+def audit_name(shard: str) -> str:
+    """The audit shard that is drawn with a seed shard."""
+    return "audit" + shard.removeprefix("seed")
+
+
+def audit_fraction(settings: SeedSettings, samples: int) -> float:
+    """The share of the samples outside the seed set that makes an audit set of the wanted size, of that many samples in all."""
+    outside = samples * (1 - settings.fraction)
+    some = min(MOST_AUDIT, max(LEAST_AUDIT, round(samples * settings.fraction / 10)))
+    count = some if settings.audit == "auto" else settings.audit
+    return min(1.0, count / outside) if outside >= 1 else 0.0
+
+
+def audit_rule(settings: SeedSettings, fraction: float) -> Rule:
+    """The rule of the audit draw, which leaves the seed set out; see `audit_fraction`."""
+    seeds, audits = wanted(settings.fraction, settings.seed), wanted(fraction, settings.seed, b"audit")
+    return lambda sample_id: audits(sample_id) and not seeds(sample_id)
+
+
+def wanted(fraction: float, seed: int, purpose: bytes = b"") -> Rule:
+    """The rule of the draw: a function sample_id -> bool. Draws for other purposes are independent of one another."""
+    key, limit = seed.to_bytes(16, "little") + purpose, int(fraction * 2**64)
 
     def rule(sample_id: str) -> bool:
         digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=8, key=key).digest()
@@ -106,28 +139,39 @@ def _groups(fragments: list[Fragment], config: Config) -> list[tuple[str, list[F
     return result
 
 
-def _draw(config: Config, run_uri: str, unit: tuple[str, list[Fragment]]) -> dict[str, Any]:
-    """Read a group of fragments and write its seed shard. Runs in a task."""
+def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Fragment]]) -> dict[str, Any]:
+    """Read a group of fragments and write its seed shard and its audit shard. Runs in a task."""
     name, group = unit
     watch, run, source = Stopwatch(), Run(run_uri), open_source(config.source)
-    classes, rule, size = run.classes(), wanted(config.seed.fraction, config.seed.seed), config.proxy.image_size
+    classes, size = run.classes(), config.proxy.image_size
+    seeds, audits = wanted(config.seed.fraction, config.seed.seed), audit_rule(config.seed, audit)
     ids: list[str] = []
     labels: list[int] = []
     blocks: list[np.ndarray] = []
     for fragment in group:
-        samples = list(source.read(run.with_members(fragment), rule))
+        samples = list(source.read(run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id)))
         images, reasons = decode_batch(samples, size, config.source.max_pixels)
         index = [classes.index(sample.label)[0] for sample in samples]
         good = [row for row, reason in enumerate(reasons) if not reason and index[row] >= 0]
         ids += [samples[row].sample_id for row in good]
         labels += [index[row] for row in good]
         blocks.append(images[good])
-    pixels = np.concatenate(blocks).reshape(len(ids), -1)
-    channels = pixels.reshape(len(ids), 3, -1).astype(np.float64) / 255
+    images, mine = np.concatenate(blocks), np.array([seeds(sample_id) for sample_id in ids], bool)
+    for shard, rows in ((name, mine), (audit_name(name), ~mine)):
+        kept = np.flatnonzero(rows)
+        table = _shard_table([ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size)
+        storage.write_table(run.path("seed", f"{shard}.parquet"), table)
+    return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap()}
+
+
+def _shard_table(ids: list[str], labels: list[int], images: np.ndarray, classes: int, size: int) -> pa.Table:
+    """A shard with what the manifest needs of it in its metadata."""
+    pixels = images.reshape(len(ids), 3 * size * size)
+    channels = pixels.reshape(len(ids), 3, size * size).astype(np.float64) / 255
     statistics = {
         "image_size": size,
         "samples": len(ids),
-        "per_class": np.bincount(labels, minlength=len(classes.names)).tolist(),
+        "per_class": np.bincount(np.array(labels, np.int64), minlength=classes).tolist(),
         "sum": channels.sum((0, 2)).tolist(),
         "square": np.square(channels).sum((0, 2)).tolist(),
     }
@@ -137,17 +181,19 @@ def _draw(config: Config, run_uri: str, unit: tuple[str, list[Fragment]]) -> dic
         pa.array(labels, pa.int32()),
         pa.FixedSizeBinaryArray.from_buffers(image_type, len(ids), [None, pa.py_buffer(pixels.tobytes())]),
     ]
-    table = pa.table(columns, ["sample_id", "label", "image"]).replace_schema_metadata({"raypipe": json.dumps(statistics)})
-    storage.write_table(run.path("seed", f"{name}.parquet"), table)
-    return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap()}
+    return pa.table(columns, ["sample_id", "label", "image"]).replace_schema_metadata({"raypipe": json.dumps(statistics)})
 
 
-def _manifest(run: Run, shards: list[str]) -> dict[str, Any]:
+def _statistics(run: Run, shard: str) -> dict[str, Any]:
+    with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
+        return json.loads(pq.read_schema(file).metadata[b"raypipe"])
+
+
+def _manifest(run: Run, shards: list[str], audit: float) -> dict[str, Any]:
     totals, sizes, per_class, sums, squares = 0, [], np.zeros(len(run.classes().names), int), np.zeros(3), np.zeros(3)
     size = 0
     for shard in shards:
-        with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
-            found = json.loads(pq.read_schema(file).metadata[b"raypipe"])
+        found = _statistics(run, shard)
         size = found["image_size"]
         totals += found["samples"]
         sizes.append(found["samples"])
@@ -157,6 +203,7 @@ def _manifest(run: Run, shards: list[str]) -> dict[str, Any]:
     pixels = max(1, totals * size * size)
     mean = sums / pixels
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))
+    audited = {audit_name(shard): _statistics(run, audit_name(shard))["samples"] for shard in shards} if audit else {}
     return {
         "samples": totals,
         "image_size": size,
@@ -165,6 +212,10 @@ def _manifest(run: Run, shards: list[str]) -> dict[str, Any]:
         "std": std.round(6).tolist(),
         "shards": shards,
         "shard_samples": sizes,
+        "audit_fraction": audit,
+        "audit_samples": sum(audited.values()),
+        "audit_shards": [shard for shard, count in audited.items() if count],
+        "audit_shard_samples": [count for count in audited.values() if count],
     }
 
 

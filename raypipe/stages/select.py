@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe import storage
-from raypipe.config import Config, SelectSettings
-from raypipe.errors import RunError, StageError
+from raypipe.config import Config, SelectSettings, TrustSettings
+from raypipe.errors import RunError, StageError, TrustError
 from raypipe.rundir import Run, StageRecord, content_hash
 from raypipe.selection import STRATEGIES, Chunk, Cut, select
 from raypipe.stages.base import Context, Stage
@@ -33,7 +33,7 @@ class SelectStage(Stage):
     needs = ("extrapolate",)
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.select.model_dump(mode="json")
+        return {**config.select.model_dump(mode="json"), **config.trust.model_dump(mode="json")}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run, wanted = context.run, {keep_file(fraction) for fraction in context.config.select.keep}
@@ -42,44 +42,96 @@ class SelectStage(Stage):
 
     def execute(self, context: Context, record: StageRecord) -> None:
         started = time.process_time()
-        record.detail = make_keep_lists(context.run, context.config.select, context.config.select.keep)
+        config = context.config
+        record.detail = make_keep_lists(context.run, config.select, config.select.keep, config.trust)
         record.samples = record.detail["samples"]
         record.cpu_seconds += time.process_time() - started
 
 
-def write_keep_lists(run: Run, settings: SelectSettings, keep: Sequence[float] | None = None) -> dict[str, int]:
+def write_keep_lists(
+    run: Run, settings: SelectSettings, keep: Sequence[float] | None = None, trust: TrustSettings | None = None
+) -> dict[str, int]:
     """Write `RUN/keep/keep-<fraction>.parquet` for every fraction of `keep` (default: the settings'). Seconds, no rescoring.
 
     Columns sample_id, label, score in the order of the score shards; the file's schema metadata says by which strategy
-    it was made, from how many samples, and the hash of the scores it was made from. Lists made from other scores than
-    those of now are removed; lists of other fractions stay. Returns the samples kept by file name.
-    Raises RunError when the scores are not complete, ConfigError for a bad fraction, StageError for scores without order.
+    it was made, from how many samples, the hash of the scores it was made from, and the fidelity of these. Lists made from
+    other scores than those of now are removed; lists of other fractions stay. Returns the samples kept by file name.
+    Raises RunError when the scores are not complete, TrustError when they are too unfaithful (see `check_trust`), ConfigError
+    for a bad fraction, StageError for scores without order.
     """
     run.record("extrapolate")
-    return make_keep_lists(run, settings, settings.keep if keep is None else keep)["lists"]
+    return make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)["lists"]
 
 
-def make_keep_lists(run: Run, settings: SelectSettings, keep: Sequence[float]) -> dict[str, Any]:
+def make_keep_lists(
+    run: Run, settings: SelectSettings, keep: Sequence[float], trust: TrustSettings | None = None
+) -> dict[str, Any]:
     """As `write_keep_lists`, from the scores that are there.
 
     Returns samples, strategy, hash of the scores, hash of their shards' names, and lists (samples kept by file name).
     """
     scores = _Scores(run)
+    try:
+        fidelity = check_trust(run.ledger()["extrapolate"], trust or TrustSettings(), settings.force)
+    except TrustError:
+        if storage.names(run.path("keep")):  # forced once, from the scores of now or of then
+            for _ in scores.chunks(False):
+                pass
+            _remove_stale(run, scores.digest, set())
+        raise
     classes = len(run.classes().names) if STRATEGIES[settings.strategy].by_class else 0
     cuts = select(scores.chunks, sorted(set(keep)), settings.strategy, classes)
     if not scores.samples:
         raise RunError(f"{run.uri}: scores/ holds no sample, so there is nothing to keep; see rejects/ for what went wrong")
-    about = {"strategy": settings.strategy, "samples": str(scores.samples), "scores": scores.digest}
+    about = {"strategy": settings.strategy, "samples": str(scores.samples), "scores": scores.digest, **fidelity}
     with contextlib.ExitStack() as files:
         lists = [files.enter_context(_KeepList(run, cut, about)) for cut in cuts]
         for chunk in scores.chunks(True):
             for item in lists:
                 item.add(chunk)
-    for file in sorted(storage.names(run.path("keep")) - {item.file for item in lists}):
-        if file.endswith(".parquet") and keep_metadata(run.path("keep", file)).get("scores") != scores.digest:
-            storage.delete(run.path("keep", file))
+    _remove_stale(run, scores.digest, {item.file for item in lists})
     counts = {item.file: item.cut.count for item in lists}
     return {**about, "samples": scores.samples, "shards": content_hash(run.done("scores")), "lists": counts}
+
+
+def _remove_stale(run: Run, digest: str, new: set[str]) -> None:
+    """Remove keep-lists that were made from other scores; `new` ones were not."""
+    for file in sorted(storage.names(run.path("keep")) - new):
+        if file.endswith(".parquet") and keep_metadata(run.path("keep", file)).get("scores") != digest:
+            storage.delete(run.path("keep", file))
+
+
+def check_trust(extrapolated: StageRecord, trust: TrustSettings, force: bool) -> dict[str, str]:
+    """The fidelity that a keep-list rests on, as it is written into the list, and whether it was forced.
+
+    Raises TrustError when the lower end of its interval is below `trust.min_spearman`, or when it is not known, unless
+    every sample was measured, or `force`. With a threshold of -1 every fidelity will do, an unknown one as well.
+    """
+    fidelity = extrapolated.detail.get("fidelity") or {}
+    spearman, bounds = fidelity.get("spearman"), fidelity.get("spearman_interval")
+    least = bounds[0] if bounds else spearman
+    predicted = extrapolated.samples > extrapolated.detail.get("measured", 0)
+    enough = not predicted or trust.min_spearman == -1 or (least is not None and least >= trust.min_spearman)
+    if not enough and not force:
+        if least is None:
+            found = f"the fidelity of the predicted scores is not known ({fidelity.get('note') or 'it was not judged'})"
+        else:
+            between = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
+            found = (
+                f"predicted and measured scores have a Spearman correlation of {spearman:.2f}{between}, and its lower end "
+                f"is below trust.min_spearman ({trust.min_spearman:g})"
+            )
+        added = ((extrapolated.detail.get("learning_curve") or {}).get("doubled") or {}).get("gain")
+        promise = f"; twice as large is predicted to add {added:.2f}" if added is not None else ""
+        raise TrustError(
+            f"no keep-lists: {found}. What can help is a larger seed set (seed.fraction{promise}), more epochs of the proxy "
+            "(proxy.epochs) or another score (measure.scores); --force of `raypipe select`, or select.force, makes them all the same"
+        )
+    figures = {"spearman": spearman, "spearman_low": bounds[0] if bounds else None}
+    return {
+        **{name: f"{value:.4f}" if value is not None else "unknown" for name, value in figures.items()},
+        "forced": "false" if enough else "true",
+    }
 
 
 def keep_file(fraction: float) -> str:
@@ -90,7 +142,10 @@ def keep_file(fraction: float) -> str:
 
 
 def keep_metadata(uri: str) -> dict[str, str]:
-    """How a keep-list was made: strategy, fraction, count, samples, scores. Empty for a file without."""
+    """How a keep-list was made: strategy, fraction, count, samples, scores, spearman, spearman_low, forced.
+
+    Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that.
+    """
     with storage.open_read(uri) as file:
         found = pq.read_schema(file).metadata or {}
     start = b"raypipe."

@@ -15,7 +15,7 @@ import pytest
 
 import raypipe
 from raypipe.config import Config
-from raypipe.errors import StageError
+from raypipe.errors import StageError, TrustError
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "jobs" / "configs" / "digits.yaml")
@@ -74,6 +74,21 @@ def test_a_failed_run_is_one_line_and_code_1(
     assert capsys.readouterr().err == "raypipe: embed: 3 of 300 samples are missing\n"
 
 
+def test_scores_too_unfaithful_to_prune_by_are_code_3_with_the_summary(
+    entry: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def run(config: Config) -> Any:
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "summary.json").write_text('{"counts": {"samples": 5}}')
+        raise TrustError("no keep-lists: 0.1")
+
+    monkeypatch.setitem(raypipe.__dict__, "run", run)
+    assert entry.main(["--config", DIGITS, "--set", f"run={tmp_path}"]) == 3
+    captured = capsys.readouterr()
+    assert captured.err == "raypipe: no keep-lists: 0.1\n"
+    assert json.loads(captured.out)["samples"] == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,7 +118,7 @@ def test_finds_the_package_beside_it_when_none_is_installed(tmp_path: Path) -> N
     package.mkdir()
     (package / "__init__.py").write_text("import types\ndef run(config): return types.SimpleNamespace(uri='here', summary={})\n")
     (package / "config.py").write_text("def load_config(path, overrides): return path\n")
-    (package / "errors.py").write_text("class RaypipeError(Exception): exit_code = 1\n")
+    (package / "errors.py").write_text("class RaypipeError(Exception): exit_code = 1\nclass TrustError(RaypipeError): pass\n")
     command = [sys.executable, "-I", "-S", str(tmp_path / "jobs" / "run.py"), "--config", "any"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.sep, timeout=60)
     assert (done.returncode, json.loads(done.stdout)["run"], done.stderr) == (0, "here", "")

@@ -74,6 +74,8 @@ def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
                 ("seed", "proxy", "measure", "embed", "extrapolate", "select"), (1, 20, 9, 5, 4, 0.5), strict=True
             )
         }
+        judged = {"spearman": 0.7, "spearman_interval": [0.6, 0.8]}
+        done["extrapolate"].detail = {"measured": 40, "fidelity": judged}
         run.write_ledger({"index": StageRecord("done", samples=fragments * size, wall_seconds=1.0, cpu_seconds=0.5), **done})
         write_keep_lists(run, run.config().select)
         return run

@@ -15,8 +15,9 @@ import pytest
 from raypipe import storage
 from raypipe.config import parse_config
 from raypipe.errors import RaypipeError
+from raypipe.extrapolate.fidelity import Predictions, compare
 from raypipe.progress import Progress
-from raypipe.report import build, plots, thumbnails
+from raypipe.report import build, plots, thumbnails, words
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context
 from raypipe.stages.report import ReportStage
@@ -102,6 +103,53 @@ def test_plots_take_their_colours_from_the_page(make_run: MakeRun) -> None:
     assert "var(--ink)" in svgs and "var(--measured)" in svgs and "var(--extrapolated)" in svgs
     assert not set(re.findall(r"#0101\d\d", svgs))
     assert not re.search(r"(fill|stroke): #(000000|ffffff)", svgs)
+
+
+def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
+    rng = np.random.default_rng(0)
+
+    def judged(n: int, noise: float) -> dict:
+        measured = rng.normal(size=n)
+        rivals = {"class_mean": rng.normal(size=n), "gnn_published": measured + 3 * rng.normal(size=n)}
+        predicted = measured + noise * rng.normal(size=n)
+        found = Predictions(np.zeros(n, np.int64), measured, predicted, np.ones(n, np.float32), rivals, n_fit=400)
+        return compare(found, 0, (0.25, 0.5)).as_dict()
+
+    run = make_run()
+    audit, seed = judged(60, 1.0) | {"judged_on": "audit"}, judged(500, 0.2) | {"judged_on": "seed"}
+    points = [{"samples": 100 * 2**step, "spearman": 0.3 + 0.1 * step, "spearman_interval": [0.2, 0.9]} for step in range(3)]
+    doubled = {"samples": 800, "spearman": 0.57, "spearman_interval": [0.4, 0.7], "gain": 0.07, "gain_interval": [0.01, 0.12]}
+    curve = {"method": "kernel regression", "n_held": 60, "judged_on": "audit", "points": points, "doubled": doubled, "note": ""}
+    about = {"method": "gnn", "fidelity": audit, "fidelity_seed": seed, "learning_curve": curve}
+    storage.write_json(run.path("extrapolator", "extrapolator.json"), about)
+    page, _ = built(run)
+    text = " ".join(re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).split()).replace("\u202f", " ")
+    assert "on 60 audit samples from outside the seed set, extrapolated and measured scores have a Spearman" in text
+    assert text.index("60 audit samples") < text.index("On 500 held-out seed samples, each predicted by a fit on at least 400")
+    assert "Spearman Pearson top 25 % top 50 %" in text
+    low, high = audit["baselines"]["gnn_published"]["overlap_interval"]["0.25"]
+    table = text[text.index("Spearman Pearson top") : text.index("Top: of the samples")]
+    for row in ("gnn_published", "class_mean", "random"):
+        figures = re.search(rf"{row} ([^a-z]*(to [^a-z]*)*)", table)[1]
+        assert len(re.findall(r"to", figures)) == 4, f"{row}: four figures, each with its interval"
+    assert f"{words.share(low, 0)} to {words.share(high, 0)}".replace("\u202f", " ") in text
+    assert "Twice the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)." in text
+    assert "800, predicted 0.570 0.400 to 0.700" in text
+    summary = json.loads(Path(run.path("report", "summary.json")).read_text())
+    assert summary["fidelity"]["judged_on"] == "audit" and summary["fidelity_seed"]["judged_on"] == "seed"
+
+
+def test_refused_keep_lists_are_said(make_run: MakeRun) -> None:
+    run = make_run()
+    records = run.ledger()
+    records["select"].state, records["select"].error = "refused", "no keep-lists: too low. More epochs would help"
+    run.write_ledger(records)
+    storage.delete(run.path("keep"))
+    _, elements = built(run)
+    assert "No keep-lists: too low. More epochs would help." in elements.text
+    assert "not finished" not in elements.text
+    summary = json.loads(Path(run.path("report", "summary.json")).read_text())
+    assert summary["unfinished"] == [] and summary["refused"].startswith("no keep-lists")
 
 
 def test_hostile_names_stay_text(make_run: MakeRun) -> None:

@@ -17,7 +17,8 @@ from raypipe.rundir import Run, StageRecord
 
 MakeRun = Callable[..., Run]
 KEYS = {
-    "format", "raypipe", "made", "run", "unfinished", "source", "counts", "fidelity", "scores", "keep", "classes",
+    "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "fidelity_seed",
+    "learning_curve", "scores", "keep", "classes",
     "shown_classes", "cost", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
@@ -117,8 +118,13 @@ def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None
     storage.write_json(run.path("extrapolator", "extrapolator.json"), {"method": "gnn", "fidelity": stated})
     second = summarize(run)["fidelity"]
     assert (first["spearman_low"], second["spearman_low"]) == (pytest.approx(0.6), 0.6)
-    assert first["baselines"]["class_mean"] == {"spearman": 0.4, "pearson": None}
-    assert second["baselines"] == {"class_mean": {"spearman": 0.4, "pearson": 0.5}, "odd": {"spearman": None, "pearson": None}}
+    assert first["baselines"]["class_mean"] == {
+        "spearman": 0.4, "spearman_low": None, "spearman_high": None, "pearson": None, "pearson_low": None, "pearson_high": None,
+        "overlap": {}, "overlap_interval": {},
+    }  # fmt: skip
+    assert [second["baselines"]["class_mean"][name] for name in ("spearman", "pearson")] == [0.4, 0.5]
+    assert second["baselines"]["odd"]["spearman"] is None
+    assert summarize(run)["fidelity_seed"] is None and summarize(run)["learning_curve"] is None
     assert second["pearson"] is None
 
 

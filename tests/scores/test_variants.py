@@ -11,7 +11,7 @@ from torch import nn
 from raypipe.models import build
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
-from raypipe.scores.moso import without_itself
+from raypipe.scores.moso import joining, without_itself
 
 
 def _gradients(count: int = 7, width: int = 5) -> np.ndarray:
@@ -38,6 +38,20 @@ def test_formula_of_the_published_code() -> None:
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-12)
     with pytest.raises(ValueError, match=r"needs \|G\|\^2"):
         without_itself(aligned, squares, n, "code")
+
+
+def test_a_sample_that_joins_is_scored_as_one_of_them() -> None:
+    gradients = _gradients()
+    n, mean, new = 6, gradients[:6].mean(0), gradients[6]
+    everyone, square = gradients.mean(0), np.array([mean @ mean])
+    aligned, squares = np.array([[new @ mean]]), np.array([[new @ new]])
+    inside, mean_square = joining(aligned, squares, n, square)
+    assert inside[0, 0] == pytest.approx(everyone @ new) and mean_square[0, 0] == pytest.approx(everyone @ everyone)
+    assert without_itself(inside, squares, n + 1)[0, 0] == pytest.approx(new @ mean)
+    whole = without_itself(
+        (gradients @ everyone)[:, None], (gradients**2).sum(1)[:, None], 7, "code", np.array([everyone @ everyone])
+    )
+    assert without_itself(inside, squares, n + 1, "code", mean_square)[0, 0] == pytest.approx(whole[6, 0])
 
 
 def test_last_layer_in_closed_form_agrees_with_differentiation() -> None:

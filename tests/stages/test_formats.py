@@ -40,7 +40,15 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
         storage.write_bytes(f"{s3}/data/train-{part}.parquet", buffer.getvalue())
     storage.write_bytes(f"{s3}/data/train-2.parquet", buffer.getvalue()[:5000])  # half a file does not stop the run
     run = f"{s3}/runs/first"
-    config = small_config(run, f"source.uri={s3}/data", "source.format=auto", "source.limit=null", "source.fragment_samples=100")
+    config = small_config(
+        run,
+        f"source.uri={s3}/data",
+        "source.format=auto",
+        "source.limit=null",
+        "source.fragment_samples=100",
+        "extrapolate.score=el2n",
+        "extrapolate.judge_published=true",
+    )
     result = raypipe.run(config, progress=QUIET)
     rows_by_id = by_id(run)
     assert set(rows_by_id) == {f"train-{part}.parquet#{row}" for part in range(2) for row in range(200)}
@@ -51,6 +59,11 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     assert "cannot be read" in rejects[0]["reason"]
     assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 200
     assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
+    # a score that only training on the sample gives is judged on the seed set, beside every baseline
+    fidelity = storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]
+    assert fidelity["judged_on"] == "seed" and not storage.exists(f"{run}/extrapolator/audit.parquet")
+    assert set(fidelity["baselines"]) >= {"class_mean", "gnn_published", "knn_published", "proxy_loss", "random"}
+    assert set(fidelity["baselines"]["gnn_published"]["overlap_interval"]) == {"0.25", "0.5"}
     before = {file.path: file.stamp for file in storage.listing(f"{run}/scores")}
     gone = sorted(before)[0]
     storage.delete(f"{run}/scores/{gone}")

@@ -12,9 +12,12 @@ from helpers import QUIET, by_id, score_files, small_config, stamps
 
 import raypipe
 from raypipe import storage
+from raypipe.cli import main
+from raypipe.config import dump_config
 from raypipe.errors import ConfigError, RunError
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run
-from raypipe.stages.seed import read_shard, seed_manifest, wanted
+from raypipe.stages.embed import read_special_rows
+from raypipe.stages.seed import audit_rule, read_shard, seed_manifest, wanted
 from raypipe.stages.trajectories import probabilities_of
 
 pytestmark = pytest.mark.ray
@@ -40,12 +43,103 @@ def test_every_sample_has_one_score(finished: str) -> None:
 
 def test_seed_set_follows_the_rule_and_keeps_its_measured_scores(finished: str) -> None:
     rule, rows = wanted(0.35, 0), by_id(finished)
-    measured = {sample_id for sample_id, row in rows.items() if row["measured"]}
-    assert measured == {sample_id for sample_id in rows if rule(sample_id)}
-    assert 150 < len(measured) < 270
+    seed = {sample_id for sample_id in rows if rule(sample_id)}
+    audit = {row["sample_id"] for row in audit_table(finished).to_pylist()}
+    assert {sample_id for sample_id, row in rows.items() if row["measured"]} == seed | audit
+    assert 150 < len(seed) < 270 and 30 < len(audit) < 75 and not seed & audit
+    scores = pa.concat_tables([table for _, table in storage.iter_tables(Run(finished).path("measured"))])
+    assert {row["sample_id"]: row["moso"] for row in scores.to_pylist()} == {key: rows[key]["score"] for key in seed}
+
+
+def audit_table(run: str) -> pa.Table:
+    """Measured scores of the audit set."""
+    return pa.concat_tables([table for _, table in storage.iter_tables(Run(run).path("measured", "audit"))])
+
+
+def test_the_audit_set_is_drawn_by_its_own_rule_and_never_trained_on(finished: str) -> None:
+    run, rows = Run(finished), by_id(finished)
+    manifest = seed_manifest(run)
+    assert manifest["audit_fraction"] == pytest.approx(50 / (600 * 0.65))
+    rule = audit_rule(small_config(finished).seed, manifest["audit_fraction"])
+    drawn = [sample_id for shard in manifest["audit_shards"] for sample_id in read_shard(run, shard)[0]]
+    assert sorted(drawn) == sorted(sample_id for sample_id in rows if rule(sample_id))
+    assert len(drawn) == manifest["audit_samples"] == sum(manifest["audit_shard_samples"])
+    assert sum(manifest["shard_samples"]) == manifest["samples"] == len({key for key in rows if wanted(0.35, 0)(key)})
+    # in the embeddings both sets can be read without the rest
+    for which, expected in (("seed", manifest["samples"]), ("audit", len(drawn))):
+        parts = [read_special_rows(run, fragment, which) for fragment in sorted(run.done("embeddings"))]
+        found = pa.concat_tables([part for part in parts if part is not None])
+        assert len(found) == expected
+        assert which == "seed" or set(found["sample_id"].to_pylist()) == set(drawn)
+
+
+def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
+    """Against one process that has both sets in memory: < G, g > with the seed set's mean gradient, and the gradient's length."""
+    import torch
+
+    from raypipe.scores.moso import combine, gradient_sum
+    from raypipe.scores.per_sample import norms_and_alignments
+    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+
     run = Run(finished)
-    scores = pa.concat_tables([table for _, table in storage.iter_tables(run.path("measured"))])
-    assert {row["sample_id"]: row["moso"] for row in scores.to_pylist()} == {key: rows[key]["score"] for key in measured}
+    proxy, seed = proxy_manifest(run), seed_manifest(run)
+    sets = {}
+    for which in ("shards", "audit_shards"):
+        parts = [read_shard(run, shard) for shard in seed[which]]
+        sets[which] = tuple(torch.from_numpy(np.concatenate([part[item] for part in parts])) for item in (1, 2))
+    aligned, lengths = [], []
+    for item in proxy["checkpoints"]:
+        model = load_checkpoint(run, item["file"])
+        mean = {name: value / seed["samples"] for name, value in gradient_sum(model, *sets["shards"]).items()}
+        squares, found = norms_and_alignments(model, *sets["audit_shards"], mean)
+        aligned.append(found.double().numpy())
+        lengths.append(squares.sqrt().numpy())
+    rates = np.array([item["lr"] for item in proxy["checkpoints"]])
+    expected = combine(np.stack(aligned, 1), rates, "lr", steps=proxy["steps"], samples=seed["samples"])
+    table = pa.concat_tables(
+        [storage.read_table(run.path("measured/audit", f"{shard}.parquet")) for shard in seed["audit_shards"]]
+    )
+    assert table.column_names == ["sample_id", "label", "moso", "grand"]
+    np.testing.assert_allclose(table["moso"].to_numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(table["grand"].to_numpy(), np.mean(lengths, 0), rtol=1e-3, atol=1e-5)
+
+
+def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
+    from scipy.stats import spearmanr
+
+    run, rows = Run(finished), by_id(finished)
+    about = storage.read_json(run.path("extrapolator", "extrapolator.json"))
+    audit = storage.read_table(run.path("extrapolator", "audit.parquet"))
+    measured = dict(zip(*(audit_table(finished)[name].to_pylist() for name in ("sample_id", "moso")), strict=True))
+    assert dict(zip(audit["sample_id"].to_pylist(), audit["measured"].to_pylist(), strict=True)) == measured
+    fidelity, held_out = about["fidelity"], about["fidelity_seed"]
+    assert (fidelity["judged_on"], fidelity["n_held"], fidelity["n_fit"]) == (
+        "audit",
+        len(measured),
+        seed_manifest(run)["samples"],
+    )
+    predicted = audit["predicted"].to_numpy()
+    assert fidelity["spearman"] == pytest.approx(spearmanr(predicted, audit["measured"].to_numpy()).statistic)
+    assert set(fidelity["overlap"]) == {"0.25", "0.5"} == set(fidelity["baselines"]["class_mean"]["overlap_interval"])
+    # its samples were compared with their predictions first; their scores are the measured ones
+    assert all(rows[key]["score"] == value and rows[key]["measured"] for key, value in measured.items())
+    folds = [storage.read_table(run.path("extrapolator", f"fold-{number}.parquet")) for number in range(2)]
+    held = [set(fold["sample_id"].to_pylist()) for fold in folds]
+    assert not held[0] & held[1] and not (held[0] | held[1]) & set(measured)
+    assert (held_out["judged_on"], held_out["n_held"]) == ("seed", sum(map(len, held)))
+    assert about["measured"] == sum(row["measured"] for row in rows.values())
+    assert about["learning_curve"]["judged_on"] == "audit" and about["learning_curve"]["n_held"] == len(measured)
+
+
+def test_another_keep_fraction_is_judged_without_another_fit(finished: str) -> None:
+    before, scored = stamps(finished, "extrapolator"), stamps(finished, "scores")
+    raypipe.run(small_config(finished, "select.keep=[0.125]"), until="extrapolate", progress=QUIET)
+    after = stamps(finished, "extrapolator")
+    assert {name for name in after if after[name] != before[name]} == {"fidelity.json", "extrapolator.json"}
+    about = storage.read_json(f"{finished}/extrapolator/extrapolator.json")
+    assert set(about["fidelity"]["overlap"]) == {"0.125"}
+    assert stamps(finished, "scores") == scored
+    raypipe.run(small_config(finished), progress=QUIET)
 
 
 def test_seed_shards_hold_the_pixels(finished: str) -> None:
@@ -174,8 +268,8 @@ def test_a_changed_setting_redoes_what_depends_on_it(finished: str, finished_sco
     raypipe.run(small_config(finished, "measure.moso.weights=none"), until="measure", progress=QUIET)
     assert {name: stamp for name, stamp in stamps(finished, "measured").items() if name in gradients} == old, "no new gradients"
     raypipe.run(small_config(finished, "select.keep=[0.5]"), until="measure", progress=QUIET)
-    again = pa.concat_tables([table for _, table in storage.iter_tables(finished + "/measured")]).to_pylist()
-    assert {row["sample_id"]: row["moso"] for row in again} == lr
+    again = [pa.concat_tables([table for _, table in storage.iter_tables(finished + "/measured")]), audit_table(finished)]
+    assert {row["sample_id"]: row["moso"] for table in again for row in table.to_pylist()} == lr
     embedded, measured = stamps(finished, "embeddings"), stamps(finished, "measured")
     published = ("extrapolate.method=gnn-published", "extrapolate.epochs=2")
     raypipe.run(small_config(finished, *published), progress=QUIET)
@@ -194,6 +288,27 @@ def test_a_changed_setting_redoes_what_depends_on_it(finished: str, finished_sco
     assert score_files(finished) == finished_scores
     changed = [sample_id for sample_id, row in by_id(finished).items() if row["score"] != other[sample_id]]
     assert changed and not any(by_id(finished)[sample_id]["measured"] for sample_id in changed)
+
+
+def test_unfaithful_scores_give_a_report_and_no_keep_lists(finished: str, capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    kept, scored = stamps(finished, "keep"), stamps(finished, "scores")
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(small_config(finished, "trust.min_spearman=1")))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(config)])
+    said = capsys.readouterr()
+    assert stop.value.code == 3
+    assert "raypipe: no keep-lists: predicted and measured scores have a Spearman" in said.err
+    assert "fidelity    Spearman" in said.out and "keep-list" not in said.out
+    assert "audit samples outside the seed set" in said.out and "seed samples held out of the fit" in said.out
+    assert "twice the seed set: predicted to add" in said.out
+    assert stamps(finished, "scores") == scored and not stamps(finished, "keep")
+    summary = storage.read_json(f"{finished}/report/summary.json")
+    assert summary["refused"].startswith("no keep-lists") and summary["keep"] == []
+    forced = raypipe.run(small_config(finished, "trust.min_spearman=1", "select.force=true"), progress=QUIET).summary
+    assert forced["refused"] is None and [item["forced"] for item in forced["keep"]] == [True, True]
+    raypipe.run(small_config(finished), progress=QUIET)
+    assert set(stamps(finished, "keep")) == set(kept)
 
 
 def test_a_second_driver_is_refused(finished: str) -> None:

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe import storage
-from raypipe.config import SelectSettings, parse_config
-from raypipe.errors import ConfigError, RunError, StageError
+from raypipe.api import select as select_again
+from raypipe.config import SelectSettings, TrustSettings, parse_config
+from raypipe.errors import ConfigError, RunError, StageError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages import select
@@ -31,8 +32,16 @@ def run(tmp_path: Path) -> Run:
         label = [None if random.random() < 0.05 else int(random.integers(3)) for _ in range(count)]
         score = random.normal(size=count).round(1).astype(np.float32)
         write_scores(run, f"part-{shard}", [f"part-{shard}/é{row}" for row in range(count)], label, score)
-    run.write_ledger({"extrapolate": StageRecord(state="done", samples=SAMPLES)})
+    judge(run, 0.5)
     return run
+
+
+def judge(run: Run, least: float | None, samples: int = SAMPLES, measured: int = 30) -> None:
+    """A ledger with scores of that fidelity."""
+    interval = None if least is None else [least, least + 0.2]
+    fidelity = {"spearman": None if least is None else least + 0.1, "spearman_interval": interval, "note": "only 3 held out"}
+    detail = {"measured": measured, "fidelity": fidelity}
+    run.write_ledger({"extrapolate": StageRecord(state="done", samples=samples, detail=detail)})
 
 
 def write_scores(run: Run, fragment: str, ids: list[str], label: list[int | None], score: np.ndarray) -> None:
@@ -77,7 +86,8 @@ def test_the_file_says_how_it_was_made(run: Run) -> None:
     uri = run.path("keep", "keep-0.70.parquet")
     assert pq.read_schema(uri).names == ["sample_id", "label", "score"]
     assert keep_metadata(uri) == {
-        "strategy": "balanced", "fraction": "0.7", "count": "210", "samples": "300", "scores": detail["scores"]
+        "strategy": "balanced", "fraction": "0.7", "count": "210", "samples": "300", "scores": detail["scores"],
+        "spearman": "0.6000", "spearman_low": "0.5000", "forced": "false",
     }  # fmt: skip
 
 
@@ -151,6 +161,61 @@ def test_unfinished_scores_are_refused(run: Run, record: dict[str, StageRecord])
     with pytest.raises(RunError, match="extrapolate is not finished"):
         write_keep_lists(run, SelectSettings())
     assert storage.names(run.path("keep")) == set()
+
+
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [
+        (
+            0.19,
+            r"Spearman correlation of 0\.29 \(95 % interval 0\.19 to 0\.39\), and its lower end is below trust\.min_spearman \(0\.2\)",
+        ),
+        (None, r"is not known \(only 3 held out\)"),
+    ],
+)
+def test_unfaithful_scores_are_refused_unless_forced(run: Run, least: float | None, expected: str) -> None:
+    judge(run, least)
+    with pytest.raises(TrustError, match=expected) as refusal:
+        write_keep_lists(run, SelectSettings())
+    assert refusal.value.exit_code == 3
+    for help_ in ("seed.fraction", "proxy.epochs", "measure.scores", "--force", "select.force"):
+        assert help_ in str(refusal.value)
+    assert storage.names(run.path("keep")) == set()
+    write_keep_lists(run, SelectSettings(keep=(0.5,), force=True))
+    about = keep_metadata(run.path("keep", "keep-0.50.parquet"))
+    assert (about["forced"], about["spearman_low"]) == ("true", "unknown" if least is None else "0.1900")
+    # a forced list stays as long as its scores do
+    with pytest.raises(TrustError):
+        write_keep_lists(run, SelectSettings())
+    assert storage.names(run.path("keep")) == {"keep-0.50.parquet"}
+    write_scores(run, "part-9", ["new"], [1], np.array([9.0], np.float32))
+    with pytest.raises(TrustError):
+        write_keep_lists(run, SelectSettings())
+    assert storage.names(run.path("keep")) == set()
+
+
+def test_the_threshold_is_a_setting_and_measured_scores_need_none(run: Run) -> None:
+    judge(run, 0.19)
+    write_keep_lists(run, SelectSettings(), trust=TrustSettings(min_spearman=0.19))
+    judge(run, 0.3)
+    records = run.ledger()
+    records["extrapolate"].detail["learning_curve"] = {"doubled": {"gain": 0.044}}
+    run.write_ledger(records)
+    with pytest.raises(TrustError, match=r"seed\.fraction; twice as large is predicted to add 0\.04\)"):
+        write_keep_lists(run, SelectSettings(), trust=TrustSettings(min_spearman=0.31))
+    judge(run, None)
+    write_keep_lists(run, SelectSettings(force=False), trust=TrustSettings(min_spearman=-1))
+    assert keep_metadata(run.path("keep", "keep-0.30.parquet"))["forced"] == "false"
+    judge(run, -0.5, measured=SAMPLES)
+    write_keep_lists(run, SelectSettings())
+
+
+def test_the_verb_goes_by_the_run_and_can_be_forced(run: Run) -> None:
+    run.write_config(parse_config({"run": run.uri, "source": {"uri": "x"}, "trust": {"min_spearman": 0.6}}))
+    with pytest.raises(TrustError, match=r"below trust\.min_spearman \(0\.6\)"):
+        select_again(run.uri, 0.5)
+    assert select_again(run.uri, 0.5, force=True) == {"keep-0.50.parquet": 150}
+    assert keep_metadata(run.path("keep", "keep-0.50.parquet"))["forced"] == "true"
 
 
 def test_no_sample_at_all_is_refused(run: Run) -> None:
