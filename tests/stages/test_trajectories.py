@@ -35,7 +35,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, 
             batches = np.array_split(order[rank::2], 3)
             seen = [(rows, predictions(logits[epoch, rows], torch.from_numpy(label[rows]))) for rows in batches]
             write_trajectory(run.path("proxy", "trajectory", file), seen, 16)
-    storage.write_json(run.path("proxy", "proxy.json"), {"classes": CLASSES, "trajectory": files})
+    storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [SAMPLES]})
+    storage.write_json(run.path("proxy", "proxy.json"), {"classes": CLASSES, "samples": SAMPLES, "trajectory": files})
     return run, label, logits
 
 
