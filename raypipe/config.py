@@ -269,6 +269,11 @@ class ExtrapolateSettings(Settings):
         "auto",
         description="judge gnn-published beside the method, whose graph holds the whole source; auto: up to 10,000 samples",
     )
+    exact_neighbours: Positive = Field(
+        50_000,
+        description="samples up to which the search for neighbours among them is exact; more are searched by inverted lists with a "
+        "recall of 0.95, measured",
+    )
     confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")
     seed: int = Field(0, ge=0, description="hold-out split and initial weights")
     max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU")

@@ -30,6 +30,7 @@ def _message(data: dict) -> str:
         ({"proxy": {"workers": 1.5}}, ["proxy.workers", "1.5"]),
         ({"proxy": {"parts": 0}}, ["proxy.parts", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
+        ({"extrapolate": {"exact_neighbours": 0}}, ["extrapolate.exact_neighbours", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
         ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),
         ({"select": {"keep": []}}, ["select.keep"]),

@@ -20,7 +20,8 @@ HIDDEN, HEADS = 64, 4
 PEAK_RATE, DECAY = 1e-2, 1e-2
 WARM_UP = 0.1
 LONGEST_GRADIENT = 1.0
-PREDICT_ROWS = 512
+PREDICT_ROWS = 64
+"""Samples predicted at once: what is computed for their neighbours then stays in the cache."""
 
 
 class FixedDegreeGATv2(nn.Module):
@@ -143,9 +144,16 @@ def _rate(share: float) -> float:
 
 
 @torch.no_grad()
-def apply(net: AnchorNet, queries: Queries, anchors: Anchors) -> Tensor:
-    """Predictions, float32 [m]."""
-    encoded = net.encode(anchors.feature, anchors.label)
+def encode(net: AnchorNet, anchors: Anchors) -> Tensor:
+    """`AnchorNet.encode` of all anchors, for many calls of `apply`: it takes as long as thousands of predictions."""
+    return net.encode(anchors.feature, anchors.label)
+
+
+@torch.no_grad()
+def apply(net: AnchorNet, queries: Queries, anchors: Anchors, encoded: Tensor | None = None) -> Tensor:
+    """Predictions, float32 [m]; `encoded` is what `encode` gives."""
+    if encoded is None:
+        encoded = encode(net, anchors)
     parts = [
         net(queries.take(slice(start, start + PREDICT_ROWS)), anchors, encoded) for start in range(0, len(queries), PREDICT_ROWS)
     ]

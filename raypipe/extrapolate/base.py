@@ -11,7 +11,7 @@ import numpy as np
 
 from raypipe.config import ExtrapolateSettings
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate.neighbours import NeighbourIndex
+from raypipe.extrapolate.neighbours import ClassNeighbours, NeighbourIndex
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as a fit advances."""
@@ -85,6 +85,7 @@ class Extrapolator(abc.ABC):
         self.neighbours = self.default_neighbours if settings.neighbours == "auto" else settings.neighbours
         self.epochs = self.default_epochs if settings.epochs == "auto" else settings.epochs
         self._index: NeighbourIndex | None = None
+        self._classes: ClassNeighbours | None = None
         self._typical = 1.0
 
     @abc.abstractmethod
@@ -98,8 +99,17 @@ class Extrapolator(abc.ABC):
     def difficulty(self, nodes: Nodes) -> np.ndarray:
         """How far each sample lies from the scored ones, float32 [n]: its mean distance to the nearest, 1 = typical of the seed set."""
         self._check_nodes(nodes)
-        distance, _ = self._scored.search(nodes.embedding, self.neighbours)
-        return (distance.mean(1) / self._typical).astype(np.float32)
+        return self._remoteness(self._nearest(nodes)[0])
+
+    def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        """What `predict` and `difficulty` give, both float32 [n]; a method that looks at neighbours searches for them once."""
+        return self.predict(nodes), self.difficulty(nodes)
+
+    def index_of(self, embedding: np.ndarray) -> NeighbourIndex:
+        """An index of these vectors, float32 [n, d]: that of the scored samples where they are the same, else a new one."""
+        if self._index is not None and np.array_equal(self._index.vectors, embedding):
+            return self._index
+        return NeighbourIndex(embedding, self.settings.exact_neighbours)
 
     @abc.abstractmethod
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -116,6 +126,19 @@ class Extrapolator(abc.ABC):
         if self._index is None:
             raise RaypipeError(f"{self.name}: not fitted yet; call fit or load_state first")
         return self._index
+
+    @property
+    def _of_class(self) -> ClassNeighbours:
+        if self._classes is None:
+            raise RaypipeError(f"{self.name}: not fitted yet; call fit or load_state first")
+        return self._classes
+
+    def _nearest(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        return self._scored.search(nodes.embedding, self.neighbours)
+
+    def _remoteness(self, distance: np.ndarray) -> np.ndarray:
+        """`difficulty` from the distances to the nearest, float32 [n, k]."""
+        return (distance.mean(1) / self._typical).astype(np.float32)
 
     def _check_fit(self, seed: Nodes, score: np.ndarray) -> np.ndarray:
         """The scores as float64 [n]. Raises RaypipeError for too few samples, bad scores or bad labels."""
@@ -146,9 +169,14 @@ class Extrapolator(abc.ABC):
             )
         self._check_labels(nodes)
 
-    def _build_index(self, embedding: np.ndarray) -> None:
-        """Index the scored samples and measure what distance to the nearest is typical among them."""
-        self._index = NeighbourIndex(embedding)
+    def _build_index(self, embedding: np.ndarray, label: np.ndarray | None = None, most: int = 0) -> None:
+        """Index the scored samples, given labels also each class of them, and measure what distance to the nearest is typical.
+
+        `most`: neighbours that a prediction asks for, where these may be more than `self.neighbours`.
+        """
+        exact, most = self.settings.exact_neighbours, max(most, self.neighbours)
+        self._index = NeighbourIndex(embedding, exact, most)
+        self._classes = ClassNeighbours(self._index.vectors, label, exact, most) if label is not None else None
         rows = np.unique(np.linspace(0, len(embedding) - 1, min(len(embedding), TYPICAL_ROWS)).astype(np.int64))
         distance, _ = self._index.search(embedding[rows], self.neighbours, exclude=rows)
         typical = float(np.median(distance.mean(1))) if distance.shape[1] else 0.0
@@ -156,17 +184,31 @@ class Extrapolator(abc.ABC):
 
     def _base_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         meta = {"method": self.name, "num_classes": self.num_classes, "neighbours": self.neighbours, "typical": self._typical}
-        return {"index": self._scored.to_bytes()}, meta
+        tensors = {f"index.{name}": value for name, value in self._scored.tensors().items()}
+        search = self._scored.quality.as_dict()
+        if self._classes is not None:
+            tensors |= {f"class.{name}": value for name, value in self._classes.lists().items()}
+            search["classes"] = {str(y): quality.as_dict() for y, quality in self._classes.quality().items()}
+        return tensors, meta | {"search": search}
 
-    def _load_base(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    def _load_base(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any], classes: bool = False) -> None:
+        """Restore what `_base_state` gave; `classes`: also the indexes of classes, by the labels in the tensor `label`."""
         if meta.get("method") != self.name:
             raise RaypipeError(f"a fitted {meta.get('method')!r} cannot be loaded as {self.name!r}; fit the extrapolator again")
         try:
             self.num_classes, self.neighbours = int(meta["num_classes"]), int(meta["neighbours"])
             self._typical = float(meta["typical"])
-            self._index = NeighbourIndex.from_bytes(tensors["index"])
+            self._index = NeighbourIndex.from_tensors(tensors, "index.")
+            if classes:
+                label = np.array(tensors["label"], np.int64)
+                if label.shape != (len(self._index),):
+                    raise ValueError(f"{list(label.shape)} labels do not match an index of {len(self._index)}")
+                lists = {name.removeprefix("class."): value for name, value in tensors.items() if name.startswith("class.")}
+                self._classes = ClassNeighbours(self._index.vectors, label, lists=lists)
         except KeyError as error:
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged: {error} is missing; fit it again") from None
+        except (TypeError, ValueError) as error:
+            raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
 
 
 class TransductiveExtrapolator(Extrapolator):

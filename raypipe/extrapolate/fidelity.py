@@ -23,6 +23,8 @@ from raypipe.extrapolate.neighbours import NeighbourIndex
 from raypipe.extrapolate.proxy import SignalMap
 
 KEEP_FRACTIONS = (0.3, 0.5, 0.7)
+NEIGHBOURS = 20
+"""Of the published kNN among the baselines."""
 MLP_EPOCHS = 20
 """Of the network among the baselines: it learns little after these."""
 
@@ -151,12 +153,12 @@ def predict(
     if isinstance(model, TransductiveExtrapolator):
         if rows is None:
             raise RaypipeError(f"{model.name}: predicting takes the rows of the samples in the graph")
-        predicted = model.predict_rows(rows)
+        predicted, difficulty = model.predict_rows(rows), model.difficulty(nodes)
     else:
-        predicted = model.predict(nodes)
-    baselines = simpler_predictions(known, np.asarray(score, np.float64), nodes)
+        predicted, difficulty = model.predict_with_difficulty(nodes)
+    baselines = simpler_predictions(known, np.asarray(score, np.float64), nodes, model)
     measured = np.asarray(measured, np.float64)
-    return Predictions(nodes.label, measured, predicted.astype(np.float64), model.difficulty(nodes), baselines, n_fit=len(known))
+    return Predictions(nodes.label, measured, predicted.astype(np.float64), difficulty, baselines, n_fit=len(known))
 
 
 def compare(found: Predictions, seed: int, keep: Sequence[float] = KEEP_FRACTIONS) -> Fidelity:
@@ -187,8 +189,12 @@ def compare(found: Predictions, seed: int, keep: Sequence[float] = KEEP_FRACTION
     return Fidelity(**vars(NOTHING), baselines=dict.fromkeys(rivals, NOTHING), n_fit=found.n_fit, n_held=n, note=note)
 
 
-def simpler_predictions(known: Nodes, score: np.ndarray, nodes: Nodes) -> dict[str, np.ndarray]:
+def simpler_predictions(
+    known: Nodes, score: np.ndarray, nodes: Nodes, model: Extrapolator | None = None
+) -> dict[str, np.ndarray]:
     """What needs no fit worth the name predicts for `nodes`, float64 [m] by name, from `known` samples with scores float64 [n].
+
+    `model`, where it was fitted on `known`, lends its index.
 
     class_mean     mean score of the class; of all where the class has no scored sample
     knn_published  `raypipe.extrapolate.knn_published`
@@ -200,10 +206,12 @@ def simpler_predictions(known: Nodes, score: np.ndarray, nodes: Nodes) -> dict[s
     groups = int(max(known.label.max(initial=-1), nodes.label.max(initial=-1))) + 2
     count, total = np.bincount(label, minlength=groups), np.bincount(label, score, minlength=groups)
     mean = np.where(count > 0, total / np.maximum(count, 1), score.mean())
-    distance, row = NeighbourIndex(known.embedding).search(nodes.embedding, 20)
+    index = model.index_of(known.embedding) if model else NeighbourIndex(known.embedding)
+    distance, row = index.search(nodes.embedding, NEIGHBOURS)
     weight = np.exp(-(distance - distance[:, :1]).astype(np.float64))
     result = {"class_mean": mean[nodes.label + 1], "knn_published": (weight * score[row]).sum(1) / weight.sum(1)}
-    mlp = Mlp(ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS), groups - 1)
+    # its neighbours are asked for nothing here, so an index of them need not be quick
+    mlp = Mlp(ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS, exact_neighbours=len(known)), groups - 1)
     if len(known) >= mlp.fewest:
         mlp.fit(known, score)
         result["mlp"] = mlp.predict(nodes).astype(np.float64)

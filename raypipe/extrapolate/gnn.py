@@ -25,7 +25,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate.attention import AnchorNet, Anchors, Queries, apply, train
+from raypipe.extrapolate.attention import AnchorNet, Anchors, Queries, apply, encode, train
 from raypipe.extrapolate.base import Extrapolator, Nodes, Progress
 from raypipe.extrapolate.features import Scaler, Target
 from raypipe.extrapolate.forest import Forest
@@ -56,12 +56,13 @@ class AnchorGnn(Extrapolator):
         Raises RaypipeError for fewer than 20 samples, scores or embeddings that are not finite, labels out of range.
         """
         score = self._check_fit(seed, score)
-        self._build_index(seed.embedding)
+        self._build_index(seed.embedding, seed.label)
         self._scaler = Scaler.fit(seed)
         self._target, z = Target.fit(score)
         self._seed, self._anchors = seed, self._as_anchors(seed, z)
         self._statistics = self._neighbour_statistics()
         self._networks: list[AnchorNet] = []
+        self._encoded: list[Tensor] = []
         self._forests: list[Forest] = []
         self._signals: list[SignalMap] = []
         self._kernel: KernelRegression | None = None
@@ -82,11 +83,12 @@ class AnchorGnn(Extrapolator):
                 progress(done, total)
 
         self._kernel = KernelRegression()
-        smooth = self._kernel.fit(self._scaler.embedding(seed), self._scaler.signals(seed), seed.label, z, rng)
+        u, v = self._scaler.embedding(seed), self._scaler.signals(seed)
+        smooth = self._kernel.fit(u, v, seed.label, z, rng)
         tick()
         own = np.arange(count)
         distance, near = self._scored.search(seed.embedding, self.neighbours, own)
-        queries = self._as_queries(seed, distance, near)
+        queries = self._as_queries(u, v, seed.label, distance, near)
         order = rng.permutation(count)
         held = [order[member::FOLDS] for member in range(MEMBERS)]
         batch = int(np.clip(count // 16, SMALLEST_BATCH, LARGEST_BATCH))
@@ -105,19 +107,28 @@ class AnchorGnn(Extrapolator):
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
+        looks = self._kernel is not None and (self._weights["networks"] or self._weights["trees"])
+        return self._predict(nodes, self._nearest(nodes) if looks else None)
+
+    def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        self._check_nodes(nodes)
+        found = self._nearest(nodes)
+        return self._predict(nodes, found), self._remoteness(found[0])
+
+    def _predict(self, nodes: Nodes, found: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+        """`predict`, given the neighbours, which the kernel and the signal do without."""
         if self._kernel is None or not len(nodes):
             return np.full(len(nodes), self._target.mean, np.float32)
-        signals, z = self._scaler.signals(nodes), np.zeros(len(nodes))
+        u, v, z = self._scaler.embedding(nodes), self._scaler.signals(nodes), np.zeros(len(nodes))
         if weight := self._weights["kernel"]:
-            z += weight * self._kernel.predict(self._scaler.embedding(nodes), signals, nodes.label)
-        if self._weights["networks"] or self._weights["trees"]:
-            distance, near = self._scored.search(nodes.embedding, self.neighbours)
-        if weight := self._weights["networks"]:
-            queries = self._as_queries(nodes, distance, near)
-            networks = torch.stack([apply(net, queries, self._anchors) for net in self._networks]).mean(0)
+            z += weight * self._kernel.predict(u, v, nodes.label)
+        if found is not None and (weight := self._weights["networks"]):
+            self._encoded = self._encoded or [encode(net, self._anchors) for net in self._networks]
+            queries, nets = self._as_queries(u, v, nodes.label, *found), zip(self._networks, self._encoded)
+            networks = torch.stack([apply(net, queries, self._anchors, encoded) for net, encoded in nets]).mean(0)
             z += weight * networks.double().numpy()
-        if weight := self._weights["trees"]:
-            x = self._statistics(nodes, distance, near)
+        if found is not None and (weight := self._weights["trees"]):
+            x = self._statistics(nodes, *found)
             z += weight * np.mean([forest.predict(x) for forest in self._forests], 0)
         if weight := self._weights["signal"]:
             z += weight * np.mean([signal(nodes.signals) for signal in self._signals], 0)
@@ -138,7 +149,7 @@ class AnchorGnn(Extrapolator):
         return tensors, meta | {"members": len(self._networks)}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        self._load_base(tensors, meta)
+        self._load_base(tensors, meta, classes=True)
         try:
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
             self._weights = {expert: float(meta["weights"][expert]) for expert in EXPERTS}
@@ -151,7 +162,7 @@ class AnchorGnn(Extrapolator):
             if self._target.spread:
                 u, v = self._scaler.embedding(self._seed), self._scaler.signals(self._seed)
                 self._kernel = KernelRegression.from_tensors(_below(tensors, "kernel."), u, v, self._seed.label)
-            self._networks = []
+            self._networks, self._encoded = [], []
             members, width = range(int(meta["members"])), FEATURES + self._seed.signals.shape[1]
             self._forests = [Forest.from_tensors(tensors, f"forest{number}.", width) for number in members]
             self._signals = [SignalMap.from_tensors(tensors, f"signal{number}.") for number in members]
@@ -165,19 +176,17 @@ class AnchorGnn(Extrapolator):
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
 
-    def _features(self, nodes: Nodes) -> Tensor:
-        return torch.from_numpy(np.concatenate([self._scaler.embedding(nodes), self._scaler.signals(nodes)], 1))
-
     def _as_anchors(self, seed: Nodes, z: np.ndarray) -> Anchors:
-        return Anchors(self._features(seed), torch.from_numpy(seed.label + 1), torch.from_numpy(z.astype(np.float32)))
+        feature = torch.from_numpy(np.concatenate([self._scaler.embedding(seed), self._scaler.signals(seed)], 1))
+        return Anchors(feature, torch.from_numpy(seed.label + 1), torch.from_numpy(z.astype(np.float32)))
 
     def _neighbour_statistics(self) -> NeighbourStatistics:
         score = self._anchors.score.double().numpy()
-        return NeighbourStatistics(self._scored.vectors, self._seed.label, score, self._typical)
+        return NeighbourStatistics(self._of_class, self._seed.label, score, self._typical)
 
-    def _as_queries(self, nodes: Nodes, distance: np.ndarray, near: np.ndarray) -> Queries:
+    def _as_queries(self, u: np.ndarray, v: np.ndarray, label: np.ndarray, distance: np.ndarray, near: np.ndarray) -> Queries:
         away = torch.from_numpy(distance / np.float32(self._typical))
-        return Queries(self._features(nodes), torch.from_numpy(nodes.label + 1), torch.from_numpy(near), away)
+        return Queries(torch.from_numpy(np.concatenate([u, v], 1)), torch.from_numpy(label + 1), torch.from_numpy(near), away)
 
 
 def blend(guesses: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from torch_geometric.nn import GCNConv
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Nodes, Progress, TransductiveExtrapolator
-from raypipe.extrapolate.neighbours import NeighbourIndex
+from raypipe.extrapolate.neighbours import NeighbourIndex, SearchQuality
 
 HIDDEN = (512, 256)
 FAN_OUT = 10
@@ -60,6 +60,7 @@ class GnnPublished(TransductiveExtrapolator):
     default_epochs = 25
     fewest = 20
     _near: Tensor | None = None
+    _quality: SearchQuality | None = None
 
     def fit_graph(self, nodes: Nodes, scored: np.ndarray, score: np.ndarray, progress: Progress | None = None) -> None:
         """Learn from the graph over `nodes` and the scores, float [m], of those at rows `scored`, int64 [m].
@@ -112,7 +113,9 @@ class GnnPublished(TransductiveExtrapolator):
         """Build the graph over all `nodes`. Raises RaypipeError when embeddings do not fit what was fitted, or are not finite."""
         self._check_nodes(nodes)
         rows = np.arange(len(nodes))
-        distance, near = NeighbourIndex(nodes.embedding).search(nodes.embedding, self.neighbours, exclude=rows)
+        index = NeighbourIndex(nodes.embedding, self.settings.exact_neighbours, self.neighbours)
+        distance, near = index.search(nodes.embedding, self.neighbours, exclude=rows)
+        self._quality = index.quality
         self._embedding, self._label = torch.from_numpy(nodes.embedding), torch.from_numpy(nodes.label)
         self._near, self._weight = torch.from_numpy(near), torch.exp(-torch.from_numpy(distance) / 2)
 
@@ -128,6 +131,8 @@ class GnnPublished(TransductiveExtrapolator):
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
         tensors |= {f"network.{name}": value.numpy() for name, value in self._net.state_dict().items()}
+        if self._quality is not None:  # of the graph: predictions hang on it, and not on the index of scored samples
+            meta |= {"search": self._quality.as_dict()}
         return tensors, meta | {"mean": self._mean, "spread": self._spread, "epochs": self.epochs}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:

@@ -7,13 +7,14 @@ depend on the class, what does, and what similar classes share. An unlabelled sa
 and the noise maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8) of up to 600 samples.
 
 With more than 2,000 scored samples the regression is on 2,000 of them (subset of regressors, ibid. section 8.3.1); cost grows
-linearly with the scored samples. Leave-one-out predictions follow in closed form from the diagonal of the hat matrix.
+linearly with the scored samples, and memory does not grow beyond theirs. Leave-one-out predictions follow in closed form from the
+diagonal of the hat matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ LEAST_NOISE = 1e-3
 FITTED = ("class_mean", "class_seen", "units", "constants", "rows", "weight")
 CHUNK_VALUES = 1 << 22
 """Most float64 values in one block of kernel values (32 MiB)."""
+CACHED_VALUES = 1 << 16
+"""Kernel values computed at once (512 KiB): some twenty operations go over each, from the cache."""
 
 
 class KernelRegression:
@@ -52,12 +55,16 @@ class KernelRegression:
         self._inducing = [part[self._rows] for part in everything]
         return self._solve(everything, target).numpy()
 
+    @torch.no_grad()
     def predict(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
         """float64 [n]"""
-        points = self._points(u, v, label)
-        with torch.no_grad():
-            parts = [self._kernel(block, self._inducing) @ self._weight for block in self._blocks(points)]
-        return torch.cat(parts).numpy() if parts else np.empty(0)
+        points, result = self._points(u, v, label), torch.empty(len(label), dtype=torch.float64)
+        done = 0
+        for block in self._blocks(points):
+            for rows, values in self._values(block, self._inducing):
+                result[done : done + len(block[2])][rows] = values @ self._weight
+            done += len(block[2])
+        return result.numpy()
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Everything fitted but the samples themselves."""
@@ -74,27 +81,32 @@ class KernelRegression:
         return result
 
     def _points(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> list[Tensor]:
-        """Embedding, signals, label, mean embedding of the class, whether the class is known: one row for each sample."""
-        y = torch.from_numpy(np.ascontiguousarray(label))
-        known = (y >= 0) & (y < len(self._class_mean))
-        place = torch.where(known, y, 0)
+        """Embedding, signals, class (-1 where it is unknown or has no scored sample): one row for each sample."""
+        y = torch.from_numpy(np.array(label, np.int64))
+        y[y >= len(self._class_mean)] = -1
         if len(self._class_mean):
-            known &= self._class_seen[place]
-            mean = self._class_mean[place] * known[:, None]
-        else:
-            mean = torch.zeros(len(y), u.shape[1], dtype=torch.float64)
-        return [torch.from_numpy(np.asarray(u, np.float64)), torch.from_numpy(np.asarray(v, np.float64)), y, mean, known]
+            y[~self._class_seen[y]] = -1
+        y[y < 0] = -1
+        return [torch.from_numpy(np.ascontiguousarray(u)), torch.from_numpy(np.ascontiguousarray(v)), y]
 
-    def _distances(self, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of embedding, of signals, of class means, all [n, m] in their units; same class; both classes known."""
-        embedding = torch.cdist(a[0], b[0]) / self._units[0]
-        signals = torch.cdist(a[1], b[1]) / self._units[1] if a[1].shape[1] else torch.zeros_like(embedding)
-        between = torch.cdist(a[3], b[3]) / self._units[2]
-        known = (a[4][:, None] & b[4][None]).double()
-        return embedding, signals, between, (a[2][:, None] == b[2][None]).double() * known, known
+    def _class_means(self, y: Tensor) -> Tensor:
+        """Mean embedding of each class, [n, d]; 0 for -1."""
+        if not len(self._class_mean):
+            return torch.zeros(len(y), self._class_mean.shape[1], dtype=torch.float64)
+        return self._class_mean[y] * (y >= 0)[:, None]
+
+    def _distances(self, points: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Among samples, all [n, n]: of embedding, of signals, of class means in their units; same class; both classes known."""
+        u, v, y = points[0].double(), points[1].double(), points[2]
+        embedding, mean = torch.cdist(u, u) / self._units[0], self._class_means(y)
+        signals = torch.cdist(v, v) / self._units[1] if v.shape[1] else torch.zeros_like(embedding)
+        between = torch.cdist(mean, mean) / self._units[2]
+        known = ((y >= 0)[:, None] & (y >= 0)[None]).double()
+        return embedding, signals, between, (y[:, None] == y[None]).double() * known, known
 
     @staticmethod
     def _combine(distances: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], constants: Tensor) -> Tensor:
+        """The kernel as a function of its constants, to be differentiated."""
         embedding, signals, between, same, known = distances
         a1, l1, a2, l2, a3, l3, l4, w, _ = constants.exp()
         # the 1e-12 keeps the gradient of the root finite at 0
@@ -102,15 +114,52 @@ class KernelRegression:
         m1, m2, m3 = ((1 + r / length) * torch.exp(-r / length) for length in (l1, l2, l3))
         return a1 * m1 + a2 * m2 * same + a3 * m3 * torch.exp(-between / l4) * known
 
+    def _values(self, a: list[Tensor], b: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """The kernel between n and m samples, a few rows at a time: which, and their values float64 [rows, m].
+
+        What depends on classes alone is computed once for each class in `a`. The tensor of values is used again for the next rows.
+        """
+        a1, l1, a2, l2, a3, l3, l4, w, _ = self._constants.exp().tolist()
+        x, other = (
+            math.sqrt(3) * torch.cat([part[0].double() / self._units[0], part[1].double() * (w / self._units[1])], 1)
+            for part in (a, b)
+        )
+        (mine, place), (theirs, column) = (torch.unique(part[2], return_inverse=True) for part in (a, b))
+        known = (mine >= 0)[:, None] & (theirs >= 0)[None]
+        between = torch.cdist(self._class_means(mine), self._class_means(theirs)) / self._units[2]
+        alike = (a3 * torch.exp(-between / l4) * known)[:, column]
+        same = (a2 * (mine[:, None] == theirs[None]) * known.double())[:, column]
+        step = max(1, CACHED_VALUES // max(1, len(other)))
+        spaces = [torch.empty(step, len(other), dtype=torch.float64) for _ in range(4)]
+        length_x, length_other = x.square().sum(1, keepdim=True), other.square().sum(1)
+        for start in range(0, len(x), step):
+            rows = slice(start, min(start + step, len(x)))
+            r, k, m, e = (space[: rows.stop - start] for space in spaces)
+            torch.addmm(length_other, x[rows], other.T, alpha=-2, out=r).add_(length_x[rows]).clamp_(min=0).sqrt_()
+            for length, factor in ((l1, None), (l2, same), (l3, alike)):
+                torch.div(r, length, out=m)
+                torch.neg(m, out=e).exp_()
+                m.add_(1).mul_(e)  # M of this length
+                if factor is None:
+                    torch.mul(m, a1, out=k)
+                else:
+                    k.addcmul_(m, factor.index_select(0, place[rows]))
+            yield rows, k
+
+    @torch.no_grad()
     def _kernel(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return self._combine(self._distances(a, b), self._constants)
+        """Between n and m samples, [n, m]."""
+        result = torch.empty(len(a[2]), len(b[2]), dtype=torch.float64)
+        for rows, values in self._values(a, b):
+            result[rows] = values
+        return result
 
     def _learn_constants(self, points: list[Tensor], z: Tensor) -> None:
-        for unit, part in enumerate((points[0], points[1], points[3])):
+        for unit, part in enumerate((points[0].double(), points[1].double(), self._class_means(points[2]))):
             away = torch.pdist(part)
             away = away[away > 0]
             self._units[unit] = away.median() if len(away) else 1.0
-        distances, eye = self._distances(points, points), torch.eye(len(z), dtype=torch.float64)
+        distances, eye = self._distances(points), torch.eye(len(z), dtype=torch.float64)
         constants = torch.tensor([math.log(value) for value in START.values()], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([constants], RATE)
         best, self._constants = math.inf, constants.detach().clone()
@@ -142,7 +191,7 @@ class KernelRegression:
         gram, moment = noise * torch.eye(len(among), dtype=torch.float64), torch.zeros(len(among), dtype=torch.float64)
         done = 0
         for block in self._blocks(points):
-            v = torch.linalg.solve_triangular(root, self._kernel(self._inducing, block), upper=False)
+            v = torch.linalg.solve_triangular(root, self._kernel(block, self._inducing).T, upper=False)
             gram += v @ v.T
             moment += v @ z[done : done + v.shape[1]]
             done += v.shape[1]
@@ -151,7 +200,7 @@ class KernelRegression:
         self._weight = torch.linalg.solve_triangular(root.T, inner, upper=True)[:, 0].contiguous()
         left_out, done = torch.empty_like(z), 0
         for block in self._blocks(points):
-            v = torch.linalg.solve_triangular(root, self._kernel(self._inducing, block), upper=False)
+            v = torch.linalg.solve_triangular(root, self._kernel(block, self._inducing).T, upper=False)
             own = torch.linalg.solve_triangular(gram_root, v, upper=False).square().sum(0).clamp(max=1 - 1e-6)
             part = slice(done, done + v.shape[1])
             left_out[part] = z[part] - (z[part] - v.T @ inner[:, 0]) / (1 - own)

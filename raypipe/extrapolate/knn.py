@@ -23,7 +23,6 @@ import numpy as np
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Extrapolator, Nodes, Progress
-from raypipe.extrapolate.neighbours import ClassNeighbours
 
 NEIGHBOURS = (5, 10, 20, 40)
 BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 2.0)
@@ -69,10 +68,9 @@ class Knn(Extrapolator):
         that are not finite, or fewer than two samples."""
         self._score = self._check_fit(seed, score)
         self._label = seed.label
-        self._build_index(seed.embedding)
-        self._classes = ClassNeighbours(self._scored.vectors, self._label)
-        rows = np.random.default_rng(self.settings.seed).permutation(len(seed))[:CHOICE_ROWS]
         sizes = NEIGHBOURS if self.settings.neighbours == "auto" else (self.neighbours,)
+        self._build_index(seed.embedding, seed.label, max(sizes))
+        rows = np.random.default_rng(self.settings.seed).permutation(len(seed))[:CHOICE_ROWS]
         found = self._find(seed.take(rows), max(sizes), exclude=rows)
         best = np.inf
         grid = list(itertools.product(sizes, BANDWIDTHS))
@@ -97,7 +95,7 @@ class Knn(Extrapolator):
         return {**tensors, "score": self._score, "label": self._label}, meta | {"constants": vars(self._constants)}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        self._load_base(tensors, meta)
+        self._load_base(tensors, meta, classes=True)
         try:
             self._score, self._label = np.array(tensors["score"], np.float64), np.array(tensors["label"], np.int64)
             given = meta["constants"]
@@ -106,12 +104,11 @@ class Knn(Extrapolator):
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
-        if not len(self._score) == len(self._label) == len(self._scored):
+        if len(self._score) != len(self._scored):
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged: scores do not match the index; fit it again")
-        self._classes = ClassNeighbours(self._scored.vectors, self._label)
 
     def _find(self, nodes: Nodes, k: int, exclude: np.ndarray | None = None) -> _Found:
-        same, row = self._classes.search(nodes.embedding, nodes.label, k, exclude)
+        same, row = self._of_class.search(nodes.embedding, nodes.label, k, exclude)
         other, other_row = self._scored.search(nodes.embedding, k, exclude)
         labelled = nodes.label >= 0
         other[(self._label[other_row] == nodes.label[:, None]) & labelled[:, None]] = np.inf  # these are among `same`

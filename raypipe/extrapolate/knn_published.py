@@ -31,10 +31,14 @@ class KnnPublished(Extrapolator):
             progress(1, 1)
 
     def predict(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_difficulty(nodes)[0]
+
+    def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
         self._check_nodes(nodes)
-        distance, row = self._scored.search(nodes.embedding, self.neighbours)
+        distance, row = self._nearest(nodes)
         weight = np.exp(-(distance - distance[:, :1]).astype(np.float64))  # the nearest comes first and gets weight 1
-        return ((weight * self._score[row]).sum(1) / weight.sum(1)).astype(np.float32)
+        mean = (weight * self._score[row]).sum(1) / weight.sum(1)
+        return mean.astype(np.float32), self._remoteness(distance)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()

@@ -44,11 +44,10 @@ OPTIONS = {
 
 
 class NeighbourStatistics:
-    """The features above, from scored samples: embedding float32 [n, d], class int64 [n], score float [n], and D."""
+    """The features above, from scored samples: their neighbours by class, class int64 [n], score float [n], and D."""
 
-    def __init__(self, embedding: np.ndarray, label: np.ndarray, score: np.ndarray, typical: float) -> None:
-        self._label, self._score, self._typical = label, score, typical
-        self._classes = ClassNeighbours(embedding, label)
+    def __init__(self, classes: ClassNeighbours, label: np.ndarray, score: np.ndarray, typical: float) -> None:
+        self._classes, self._label, self._score, self._typical = classes, label, score, typical
 
     def __call__(self, nodes: Nodes, distance: np.ndarray, row: np.ndarray, exclude: np.ndarray | None = None) -> np.ndarray:
         """Features float64 [m, f] of samples with their k nearest of any class (`NeighbourIndex.search`), both [m, k].
@@ -98,7 +97,7 @@ class Trees(Extrapolator):
         Raises RaypipeError for fewer than 20 samples, scores or embeddings that are not finite, labels out of range.
         """
         score = self._check_fit(seed, score)
-        self._build_index(seed.embedding)
+        self._build_index(seed.embedding, seed.label)
         self._target, z = Target.fit(score)
         self._label, self._z, self._width = seed.label, z, seed.signals.shape[1]
         self._forests: list[Forest] = []
@@ -114,11 +113,19 @@ class Trees(Extrapolator):
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
+        return self._predict(nodes, *self._nearest(nodes))
+
+    def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        self._check_nodes(nodes)
+        distance, near = self._nearest(nodes)
+        return self._predict(nodes, distance, near), self._remoteness(distance)
+
+    def _predict(self, nodes: Nodes, distance: np.ndarray, near: np.ndarray) -> np.ndarray:
         if nodes.signals.shape[1] != self._width:
             raise RaypipeError(f"{self.name}: {nodes.signals.shape[1]} signals for each sample, but the fit had {self._width}")
         if not self._forests:
             return np.full(len(nodes), self._target.mean, np.float32)
-        x = self._statistics(nodes, *self._scored.search(nodes.embedding, self.neighbours))
+        x = self._statistics(nodes, distance, near)
         return self._target.restore(np.mean([forest.predict(x) for forest in self._forests], 0))
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -130,7 +137,7 @@ class Trees(Extrapolator):
         return tensors, meta | {"forests": len(self._forests)}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        self._load_base(tensors, meta)
+        self._load_base(tensors, meta, classes=True)
         try:
             self._target, self._width = Target(float(meta["mean"]), float(meta["spread"])), int(meta["signals"])
             self._label, self._z = np.array(tensors["label"]), np.array(tensors["score"])
@@ -141,7 +148,7 @@ class Trees(Extrapolator):
             raise RaypipeError(f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again") from None
 
     def _prepare(self) -> None:
-        self._statistics = NeighbourStatistics(self._scored.vectors, self._label, self._z, self._typical)
+        self._statistics = NeighbourStatistics(self._of_class, self._label, self._z, self._typical)
 
 
 def grow(x: np.ndarray, z: np.ndarray, held: list[np.ndarray], seed: int, progress: Progress | None = None) -> list[Forest]:

@@ -216,7 +216,8 @@ def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
 
 
 def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
-    """`fidelity`, the one to go by, with a verdict in words; `fidelity_seed`, of seed samples held out; `learning_curve`."""
+    """`fidelity`, the one to go by, with a verdict in words; `fidelity_seed`, of seed samples held out; `learning_curve`;
+    `neighbour_search`: exact or by inverted lists, with its recall."""
     try:
         found = storage.read_json(run.path("extrapolator", "extrapolator.json"))
     except (FileNotFoundError, RaypipeError):
@@ -224,11 +225,12 @@ def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
     found = clean(found) if isinstance(found, dict) else {}
     fidelity = {**_fidelity(found.get("fidelity")), "method": found.get("method"), "score": found.get("score")}
     fidelity["verdict"], fidelity["sentence"] = words.judge(fidelity, scan.samples - scan.measured if scan.samples else None)
-    curve = found.get("learning_curve")
+    curve, search = found.get("learning_curve"), found.get("search")
     return {
         "fidelity": fidelity,
         "fidelity_seed": _fidelity(found["fidelity_seed"]) if found.get("fidelity_seed") else None,
         "learning_curve": {**curve, "sentence": words.gain(curve)} if isinstance(curve, dict) and curve.get("points") else None,
+        "neighbour_search": search if isinstance(search, dict) else None,
     }
 
 

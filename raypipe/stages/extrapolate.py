@@ -47,6 +47,9 @@ class ExtrapolateStage(Stage):
         missing = [fragment.fragment_id for fragment in fragments if fragment.fragment_id not in done]
         pool = context.cluster.cpu_pool(config.extrapolate.max_actors)
         record.cpu_seconds += fit_extrapolator(context, missing, sum(fragment.samples for fragment in fragments))
+        judged = storage.read_json(run.path("extrapolator", "fidelity.json"))
+        for note in search_notes(judged["search"], run.classes().names):
+            context.progress.say(f"note: {note}")
         if config.extrapolate.method in WHOLE_METHODS:
             missing = []
         with context.progress.meter("extrapolate", sum(fragment.samples for fragment in fragments)) as meter:
@@ -68,7 +71,6 @@ class ExtrapolateStage(Stage):
         scores, embedded = count_rows(run, "scores"), count_rows(run, "embeddings")
         if scores != embedded:
             raise StageError(f"{embedded} samples are embedded, but {scores} have a score; run again to score the rest")
-        judged = storage.read_json(run.path("extrapolator", "fidelity.json"))
         record.samples = scores
         record.detail = {
             "method": config.extrapolate.method,
@@ -76,12 +78,20 @@ class ExtrapolateStage(Stage):
             "measured": judged["measured"],
             "fidelity": judged["fidelity"],
             "fidelity_seed": judged["fidelity_seed"],
+            "search": judged["search"],
             "learning_curve": storage.read_json(run.path("extrapolator", "curve.json")),
         }
         about = {**record.detail, "confidence": config.extrapolate.confidence, "intervals": judged["intervals"]}
         file = run.path("extrapolator", "extrapolator.json")
         if not storage.exists(file) or storage.read_json(file) != about:
             storage.write_json(file, about)
+
+
+def search_notes(search: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
+    """What there is to say of the neighbour search, over all and within classes."""
+    found = [(search["note"], "")]
+    found += [(part["note"], f" (class {classes[int(y)]})") for y, part in search.get("classes", {}).items()]
+    return [note + where for note, where in found if note]
 
 
 def _read(run_uri: str, fragment: str) -> Columns:
@@ -124,8 +134,8 @@ class ScoreActor:
         predicted = half_width = np.zeros(count, np.float32)
         if count:
             nodes = Nodes(batch["embedding"], label.astype(np.int64), batch["signals"])
-            predicted = self._extrapolator.predict(nodes)
-            half_width = self._intervals.half_width(self._extrapolator.difficulty(nodes), nodes.label)
+            predicted, difficulty = self._extrapolator.predict_with_difficulty(nodes)
+            half_width = self._intervals.half_width(difficulty, nodes.label)
         write_scores(self._run, fragment, table, predicted, half_width, self._scores)
         row = {"unit": fragment, "samples": count, "cpu_seconds": self._watch.lap()}
         return {key: np.array([value]) for key, value in row.items()}

@@ -126,6 +126,7 @@ def write_fidelity(config: Config, run: Run, samples: int, step: Step) -> None:
         "fidelity": figures[leading],
         "fidelity_seed": figures["seed"],
         "intervals": intervals.state(),
+        "search": storage.read_json(run.path("extrapolator", "model.json"))["search"],
     }
     step(1, 1)
     storage.write_json(run.path("extrapolator", "fidelity.json"), result)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch_geometric.nn import GATv2Conv
 
-from raypipe.extrapolate.attention import AnchorNet, Anchors, FixedDegreeGATv2, Queries, apply, train
+from raypipe.extrapolate.attention import AnchorNet, Anchors, FixedDegreeGATv2, Queries, apply, encode, train
 
 
 def make(count: int = 60, k: int = 5, width: int = 7, classes: int = 3, seed: int = 0) -> tuple[Queries, Anchors]:
@@ -55,6 +55,7 @@ def test_encoding_ahead_changes_nothing_nor_does_the_batch() -> None:
     net = AnchorNet(7, 3).eval()
     with torch.no_grad():
         torch.testing.assert_close(apply(net, queries, anchors), net(queries, anchors))
+        torch.testing.assert_close(apply(net, queries, anchors, encode(net, anchors)), apply(net, queries, anchors))
         torch.testing.assert_close(net(queries.take(slice(7, 9)), anchors), net(queries, anchors)[7:9])
     assert len(apply(net, queries.take(slice(0, 0)), anchors)) == 0
 

@@ -125,6 +125,12 @@ def test_a_prediction_does_not_depend_on_its_batch(fitted) -> None:
     together = gnn.predict(nodes.take(np.arange(150, 300)))
     np.testing.assert_allclose(gnn.predict(nodes.take(np.array([160, 155]))), together[[10, 5]], rtol=1e-4, atol=1e-5)
     assert gnn.predict(nodes.take(np.arange(0))).shape == (0,) and together.dtype == np.float32
+    for before, after in zip((gnn.predict, gnn.difficulty), gnn.predict_with_difficulty(nodes.take(np.arange(150, 300)))):
+        np.testing.assert_array_equal(before(nodes.take(np.arange(150, 300))), after)
+    gnn._weights = dict.fromkeys(EXPERTS, 0.0) | {"kernel": 1.0}
+    alone = gnn.predict_with_difficulty(nodes.take(np.arange(150, 300)))[0]
+    np.testing.assert_array_equal(gnn.predict(nodes.take(np.arange(150, 300))), alone)
+    gnn._weights = EQUAL
 
 
 def test_progress_ends_at_its_total(problem, settings) -> None:

@@ -36,6 +36,24 @@ def test_kernel_formula(problem) -> None:
         expected = a1 * m[0] + a2 * m[1] * (known and label[i] == label[j]) + a3 * m[2] * near
         assert found[i, j] == pytest.approx(expected, rel=1e-4)
     assert np.linalg.eigvalsh(found).min() > -1e-8  # a covariance, unlabelled samples included
+    points = model._points(u, v, label)
+    np.testing.assert_allclose(model._combine(model._distances(points), model._constants).numpy(), found, atol=1e-7)
+
+
+@pytest.mark.parametrize("classes", [1, 4, 90])
+def test_neither_blocks_nor_company_change_a_kernel_value(problem, monkeypatch, classes: int) -> None:
+    u, v, label, z = arrays(problem, 150, classes=classes)
+    label[:9] = -1
+    model = KernelRegression()
+    model.fit(u[:100], v[:100], label[:100], z[:100], np.random.default_rng(0))
+    known, others = (model._points(u[rows], v[rows], label[rows]) for rows in (slice(0, 100), slice(100, 150)))
+    whole, guess = model._kernel(others, known), model.predict(u[100:], v[100:], label[100:])
+    monkeypatch.setattr(kernel_module, "CACHED_VALUES", 700)
+    np.testing.assert_allclose(model._kernel(others, known), whole, atol=1e-12)
+    np.testing.assert_allclose(model._kernel(known, others), whole.T, atol=1e-7)
+    np.testing.assert_allclose(
+        [model.predict(u[row : row + 1], v[row : row + 1], label[row : row + 1])[0] for row in range(100, 150)], guess
+    )
 
 
 def test_equals_the_textbook_regression_and_its_left_out_predictions(problem) -> None:

@@ -42,7 +42,7 @@ def test_nodes_that_lead_nowhere_are_refused() -> None:
 def test_statistics_by_hand() -> None:
     seed = np.array([[0.0], [1.0], [3.0], [4.0], [7.0], [20.0]])
     label, score = np.array([0, 0, 1, 0, 0, -1]), np.array([1.0, 2.0, 5.0, 4.0, 8.0, 100.0])
-    of, index = NeighbourStatistics(seed, label, score, 2.0), NeighbourIndex(seed)
+    of, index = NeighbourStatistics(ClassNeighbours(seed, label), label, score, 2.0), NeighbourIndex(seed)
     statistics = lambda nodes, own=None: of(nodes, *index.search(nodes.embedding, 4, own), own)  # noqa: E731
     found = statistics(Nodes(seed[:1] + 0.25, np.array([0]), np.array([[9.0]])))[0]
     assert len(found) == FEATURES + 1 and found[-1] == 9

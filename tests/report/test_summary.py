@@ -18,7 +18,7 @@ from raypipe.rundir import Run, StageRecord
 MakeRun = Callable[..., Run]
 KEYS = {
     "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "fidelity_seed",
-    "learning_curve", "scores", "keep", "classes",
+    "learning_curve", "neighbour_search", "scores", "keep", "classes",
     "shown_classes", "cost", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
@@ -115,8 +115,10 @@ def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None
         "spearman": 0.7, "spearman_low": 0.6, "spearman_high": 0.8, "n_held": 10,
         "baselines": {"class_mean": {"spearman": 0.4, "pearson": 0.5}, "odd": None},
     }  # fmt: skip
-    storage.write_json(run.path("extrapolator", "extrapolator.json"), {"method": "gnn", "fidelity": stated})
+    search = {"kind": "ivf", "recall": 0.96, "effort": 16}
+    storage.write_json(run.path("extrapolator", "extrapolator.json"), {"method": "gnn", "fidelity": stated, "search": search})
     second = summarize(run)["fidelity"]
+    assert summarize(run)["neighbour_search"] == search
     assert (first["spearman_low"], second["spearman_low"]) == (pytest.approx(0.6), 0.6)
     assert first["baselines"]["class_mean"] == {
         "spearman": 0.4, "spearman_low": None, "spearman_high": None, "pearson": None, "pearson_low": None, "pearson_high": None,

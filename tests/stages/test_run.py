@@ -129,6 +129,7 @@ def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
     assert (held_out["judged_on"], held_out["n_held"]) == ("seed", sum(map(len, held)))
     assert about["measured"] == sum(row["measured"] for row in rows.values())
     assert about["learning_curve"]["judged_on"] == "audit" and about["learning_curve"]["n_held"] == len(measured)
+    assert about["search"]["kind"] == "exact" and about["search"]["vectors"] == fidelity["n_fit"]
 
 
 def test_another_keep_fraction_is_judged_without_another_fit(finished: str) -> None:
