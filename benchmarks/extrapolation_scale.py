@@ -11,9 +11,8 @@ embeddings of 128 dimensions in float16, one file a fragment; 10^7 samples take 
 The extrapolator (`gnn`, default settings but one fold) is fitted once, by the stage, on the smallest of the runs, and copied into the
 others: the seed set is the same size everywhere, and so is the cost of the fit. "wall" is the time of the rest of the stage, without
 the start of Ray; "processor" is that of the scoring actors alone. The exponent is that of samples in time, from the size before.
-Memory is the peak of the proportional set size (PSS: what processes share is divided among them), looked up every half second
-while the stage scores; of several processes of a kind it is that of the largest. That of the raylet is mostly Ray's object store, which
-fills up to its limit before it is used again.
+Memory is the peak of the resident set without shared memory (RssAnon + RssFile), looked up every half second while the stage
+scores; of several processes of a kind it is that of the largest. The object store is what the raylet has of shared memory.
 
 Share. ResNet-18 at 64x64 against the extrapolator on embeddings of its 512 dimensions, one thread each, least of several repeats, both
 per image. All experts are switched on with equal weights, whatever the blend would leave out; "alone" is one expert, with the
@@ -203,15 +202,19 @@ def watch(folder: str, samples: int, work: str) -> tuple[float, float, dict[str,
 
 
 def look(driver: psutil.Process, peaks: dict[int, int], kinds: dict[int, str]) -> None:
-    """Keep the highest PSS of a process and of all that it started, and what each is."""
+    """Keep the highest memory of a process and of all that it started, and what each is; of the raylet also that of its objects."""
     for process in [driver, *driver.children(recursive=True)]:
         try:
-            with open(f"/proc/{process.pid}/smaps_rollup") as file:
-                size = next(1024 * int(line.split()[1]) for line in file if line.startswith("Pss:"))
+            with open(f"/proc/{process.pid}/status") as file:
+                sizes = {
+                    name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in file) if "Rss" in name
+                }
             command = " ".join(process.cmdline())
-        except (OSError, StopIteration, psutil.Error):
+        except (OSError, psutil.Error):
             continue  # it has just ended
-        peaks[process.pid] = max(peaks.get(process.pid, 0), size)
+        if not sizes:
+            continue
+        peaks[process.pid] = max(peaks.get(process.pid, 0), sizes["RssAnon"] + sizes["RssFile"])
         if process.pid == driver.pid:
             kinds[process.pid] = "driver"
         elif "ScoreActor" in command:
@@ -221,6 +224,8 @@ def look(driver: psutil.Process, peaks: dict[int, int], kinds: dict[int, str]) -
         else:
             name = next((name for name in ("gcs_server", "raylet") if os.path.basename(command.split(" ")[0]) == name), None)
             kinds[process.pid] = name or "other process of Ray"
+            if name == "raylet":
+                peaks[-1], kinds[-1] = max(peaks.get(-1, 0), sizes["RssShmem"]), "object store"
 
 
 def growth(arguments: argparse.Namespace) -> None:
@@ -265,7 +270,9 @@ def growth(arguments: argparse.Namespace) -> None:
                 cells.append(f"{took:>{width}.1f}{1e6 * took / samples:>9.0f}{power:>10}")
             print("".join(cells), flush=True)
             shutil.rmtree(place)
-        print("\npeak PSS, MiB" + " " * 19 + "".join(f"{samples:>14,}" for samples in arguments.sizes) + f"{'last / before':>16}")
+        print(
+            "\npeak memory, MiB" + " " * 16 + "".join(f"{samples:>14,}" for samples in arguments.sizes) + f"{'last / before':>16}"
+        )
         for kind in sorted(set().union(*memory)):
             peaks_of = [found.get(kind) for found in memory]
             line = "".join(f"{peak / 2**20:>14.0f}" if peak else f"{'':>14}" for peak in peaks_of)

@@ -30,8 +30,8 @@ LEAST_NOISE = 1e-3
 FITTED = ("class_mean", "class_seen", "units", "constants", "rows", "weight")
 CHUNK_VALUES = 1 << 22
 """Most float64 values in one block of kernel values (32 MiB)."""
-CACHED_VALUES = 1 << 16
-"""Kernel values computed at once (512 KiB): some twenty operations go over each, from the cache."""
+CACHED_VALUES = 1 << 15
+"""Kernel values computed at once (256 KiB): some twenty operations go over each, from the cache."""
 
 
 class KernelRegression:
