@@ -61,6 +61,7 @@ CLUSTERS, INNER = 8, 16
 SPREAD, BETWEEN, AROUND, NOISE = 0.5, 0.5, 0.2, 0.3
 """Of the embeddings: within a cluster, between clusters, in all directions; of the scores: noise."""
 EVERY_SECONDS = 0.5
+WORKER = "reading task or other worker"
 REPEATS = 5
 IMAGES, SCORED_AT_ONCE = 64, 1024
 """Images in a forward pass (the default of the embed stage on a CPU), and samples in a fragment (its default)."""
@@ -220,7 +221,7 @@ def look(driver: psutil.Process, peaks: dict[int, int], kinds: dict[int, str]) -
         elif "ScoreActor" in command:
             kinds[process.pid] = "scoring actor"
         elif command.startswith("ray::"):
-            kinds.setdefault(process.pid, "reading task or other worker")
+            kinds.setdefault(process.pid, WORKER)
         else:
             name = next((name for name in ("gcs_server", "raylet") if os.path.basename(command.split(" ")[0]) == name), None)
             kinds[process.pid] = name or "other process of Ray"
@@ -245,14 +246,14 @@ def growth(arguments: argparse.Namespace) -> None:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # its memory is not ours
                 other.submit(write_run, place, samples, arguments).result()
             if number == 0:
-                wall, spent, _ = watch(place, samples, "fit")
+                wall, spent, peaks = watch(place, samples, "fit")
                 shutil.copytree(os.path.join(place, "extrapolator"), os.path.join(folder, "extrapolator"))
                 meta = storage.read_json(os.path.join(folder, "extrapolator", "model.json"))
                 weights = ", ".join(f"{name} {weight:.2f}" for name, weight in meta["weights"].items())
                 search = meta["search"]
                 print(
-                    f"fit, judging it and learning curve, once: {wall:.0f} s wall, {spent:.0f} s processor; blend: {weights}; "
-                    f"neighbours {search['kind']}, recall {search['recall']:.3f}"
+                    f"fit, judging it and learning curve, once: {wall:.0f} s wall, {spent:.0f} s processor, largest task "
+                    f"{peaks.get(WORKER, 0) / 2**20:.0f} MiB; blend: {weights}; neighbours {search['kind']}, recall {search['recall']:.3f}"
                 )
                 print(
                     f"\n{'samples':>12}{'wall s':>10}{'us each':>9}{'exponent':>10}{'processor s':>13}{'us each':>9}{'exponent':>10}"
