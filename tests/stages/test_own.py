@@ -383,10 +383,12 @@ def test_other_verbs_on_what_was_made_from_tables(made: str, capsys: pytest.Capt
 
 
 @pytest.mark.ray
-def test_changed_scores_make_everything_anew(made: str, problem: dict[str, Any], tmp_path, capsys) -> None:
+def test_changed_scores_make_everything_anew_and_the_output_may_be_on_s3(
+    cluster: str, s3: str, problem: dict[str, Any], tmp_path, capsys
+) -> None:
     given = problem["given"]
     embeddings = problem["embeddings"] + "/0.parquet"
-    out = str(tmp_path / "out")
+    out = f"{s3}/own/out"
     for factor in (1, -2):
         scores = write(tmp_path / "s.parquet", sample_id=list(given), score=[factor * float(value) for value in given.values()])
         result = raypipe.extrapolate(embeddings, scores, out, method="knn-published")
