@@ -438,9 +438,9 @@ def absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"run": absolute(config.run), "source": source})
 
 
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_config(config: Config, sections: Mapping[str, Any] | None = None) -> str:
+    """The resolved configuration, or some sections of it, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json", include=sections), sort_keys=False, allow_unicode=True)
 
 
 def commented_config() -> str:
