@@ -30,7 +30,7 @@ from PIL import Image
 
 from raypipe import training
 from raypipe.config import ProxySettings
-from raypipe.extrapolate.fidelity import spearman
+from raypipe.extrapolate.figures import spearman
 from raypipe.models import build
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments

@@ -6,6 +6,7 @@ value and what is allowed. Field descriptions below are also the comments `raypi
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -410,7 +411,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` with every `section.field=value` set; values are YAML. Raises `ConfigError` on a malformed one."""
-    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    result = copy.deepcopy(dict(data))
     for item in overrides:
         name, equals, text = item.partition("=")
         if not equals or not name.strip():

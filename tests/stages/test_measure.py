@@ -25,7 +25,7 @@ def test_which_scores_checkpoints_give() -> None:
     [("first_epoch=0", [0, 1, 2]), ("first_epoch=3", [1, 2]), ("last_epoch=3", [0]), ("last_epoch=99", [0, 1, 2])],
 )
 def test_the_mean_is_over_checkpoints_of_the_epochs_asked_for(override: str, columns: list[int]) -> None:
-    config = small_config("runs/x", "measure.loss.first_epoch=0", f"measure.loss.{override}")
+    config = small_config("runs/x", f"measure.loss.{override}")
     part = Part(0, 1, 0, 5, (5,), {"checkpoints": [{"epoch": epoch} for epoch in (1, 3, 5)]})
     values = np.random.default_rng(0).random((5, 3))
     np.testing.assert_allclose(_mean(config, part, values, "loss"), values[:, columns].mean(1), rtol=1e-6)
