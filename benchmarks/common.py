@@ -7,7 +7,7 @@ of `raypipe.training`, so that it is the training of the proxy stage with one wo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +25,14 @@ from raypipe.extrapolate.base import Nodes, TransductiveExtrapolator
 from raypipe.images import decode_batch
 from raypipe.models import Proxy, build
 from raypipe.scores.base import NUMBERS
+from raypipe.scores.logits import numbers
 from raypipe.scores.moso import gradient_sum
 from raypipe.sources import class_map, open_source
 
 BATCH = 64
 """Images in one pass that only measures, as the stages take them on a CPU."""
-SIGNALS = [NUMBERS.index(name) for name in ("loss", "margin", "entropy")]
+SIGNALS = ("loss", "margin", "entropy")
+"""What the extrapolators are told of a sample, in this order."""
 BASELINES = ("class_mean", "proxy_loss", "random")
 """What `predict` knows beside the extrapolators."""
 
@@ -92,8 +94,8 @@ def save(path: str, **arrays: np.ndarray) -> None:
 def train(settings: ProxySettings, images: Images, folder: str) -> None:
     """Train a proxy on images, or go on where the training in `folder` stopped.
 
-    Writes for every epoch `epoch-<number>.npz` (rate, the learning rate at its end; numbers [n, 4] and probabilities [n, classes] of
-    the training's forward pass, as `raypipe.training.predictions` gives them), and the weights after epochs that have a checkpoint.
+    Writes for every epoch `epoch-<number>.npz` (rate, the learning rate at its end; numbers [n, 4], those of NUMBERS, and
+    probabilities [n, classes] of the training's forward pass), and the weights after epochs that have a checkpoint.
     Raises RaypipeError when the loss is not finite.
     """
     os.makedirs(folder, exist_ok=True)
@@ -110,7 +112,7 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
     per_epoch = training.steps_per_epoch(count, settings.batch_size)
     for epoch in range(first, settings.epochs):
         model.train()
-        numbers = np.empty((count, len(NUMBERS)), np.float32)
+        said = np.empty((count, len(NUMBERS)), np.float32)
         probabilities = np.empty((count, images.classes), np.float16)
         for step, rows in enumerate(training.epoch_batches(count, settings.batch_size, settings.seed, epoch)):
             rate = training.learning_rate(settings, epoch * per_epoch + step, per_epoch * settings.epochs)
@@ -122,13 +124,15 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
             logits = model(pixels)
             F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing).backward()
             optimizer.step()
-            numbers[rows], probabilities[rows] = training.predictions(logits.detach(), target)
-        if not np.isfinite(numbers).all():
+            with torch.no_grad():
+                said[rows] = _stacked(logits, target, NUMBERS)
+                probabilities[rows] = logits.softmax(1).half().numpy()
+        if not np.isfinite(said).all():
             raise RaypipeError(f"the proxy's loss is not finite in epoch {epoch + 1}; lower the learning rate")
         if epoch in kept:
             weights = {name: value.contiguous() for name, value in model.state_dict().items()}
             save_file(weights, _file(folder, epoch, "safetensors"))
-        save(_file(folder, epoch, "npz"), rate=np.array(rate), numbers=numbers, probabilities=probabilities)
+        save(_file(folder, epoch, "npz"), rate=np.array(rate), numbers=said, probabilities=probabilities)
         state = training.training_state(model, optimizer) | {"epoch": torch.tensor(epoch)}
         save_file(state, f"{state_file}.{os.getpid()}")
         os.replace(f"{state_file}.{os.getpid()}", state_file)
@@ -152,12 +156,12 @@ def final(settings: ProxySettings, classes: int, folder: str) -> Proxy:
 
 def trajectory_of(settings: ProxySettings, folder: str) -> dict[str, np.ndarray]:
     """What `raypipe.scores.base.recorded` takes: by name float32 [epochs, n], probabilities float32 [epochs, n, classes]."""
-    numbers, probabilities = [], []
+    said, probabilities = [], []
     for epoch in range(settings.epochs):
         with np.load(_file(folder, epoch, "npz")) as written:
-            numbers.append(written["numbers"])
+            said.append(written["numbers"])
             probabilities.append(written["probabilities"].astype(np.float32))
-    stacked = np.stack(numbers)
+    stacked = np.stack(said)
     return {name: stacked[:, :, column] for column, name in enumerate(NUMBERS)} | {"probabilities": np.stack(probabilities)}
 
 
@@ -180,8 +184,15 @@ def embed(model: Proxy, images: Images) -> Nodes:
         for pixels, label in images.batches():
             embedding = model.embed(pixels)
             embeddings.append(embedding.numpy())
-            signals.append(training.predictions(model.head(embedding), label)[0][:, SIGNALS])
+            signals.append(_stacked(model.head(embedding), label, SIGNALS))
     return Nodes(np.concatenate(embeddings), images.label, np.concatenate(signals))
+
+
+def outputs(model: Proxy, images: Images) -> np.ndarray:
+    """NUMBERS of every image by the network in eval mode: float32 [n, 4]."""
+    model.eval()
+    with torch.inference_mode():
+        return np.concatenate([_stacked(model(pixels), label, NUMBERS) for pixels, label in images.batches()])
 
 
 def predict(
@@ -218,6 +229,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 def fresh_proxy(settings: ProxySettings, classes: int, *statistics: list[float]) -> Proxy:
     """With weights from the global generator, laid out as convolutions prefer; statistics: mean and spread of the pixels."""
     return build(settings.model, classes, settings.image_size, *statistics).to(memory_format=torch.channels_last)
+
+
+def _stacked(logits: Tensor, label: Tensor, names: Sequence[str]) -> np.ndarray:
+    found = numbers(logits, label)
+    return torch.stack([found[name] for name in names], 1).numpy()
 
 
 def _file(folder: str, epoch: int, kind: str) -> str:

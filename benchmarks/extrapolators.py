@@ -43,13 +43,14 @@ def samples(run: Run) -> tuple[list[str], Nodes]:
 
 def seed_scores(config: Config, run: Run) -> dict[str, dict[str, float]]:
     """Every score that the run measured or that its trajectory gives, by sample id; those that need more epochs are left out."""
-    found = {name: measured_scores(run, name, "seed") for name in config.measure.scores if SCORES[name].needs == "gradients"}
+    found = {name: measured_scores(run, name, "seed") for name in config.measure.at_checkpoints}
     shards = [run.path("seed", f"{name}.parquet") for name in seed_manifest(run)["shards"]]
     table = pa.concat_tables([storage.read_table(shard, ["sample_id", "label"]) for shard in shards])
     ids, label = table["sample_id"].to_pylist(), table["label"].to_numpy().astype(np.int64)
-    for name in (name for name, info in SCORES.items() if info.needs == "trajectory"):
+    for name in (name for name, info in SCORES.items() if info.needs == "trajectory" and name not in found):
         try:
-            values = score_rows(run, 0, len(ids), label, {name: config.measure.options(name)})[name]
+            options = {key: value for key, value in config.measure.options(name).items() if key != "at"}
+            values = score_rows(run, 0, len(ids), label, {name: options})[name]
         except RaypipeError as error:
             print(f"left out: {error}")
         else:

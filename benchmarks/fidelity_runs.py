@@ -12,21 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Images, checkpoints, embed, final, fresh_proxy, mean_gradient, predict, save, train, trajectory_of
+from common import Images, checkpoints, embed, final, fresh_proxy, mean_gradient, outputs, predict, save, train, trajectory_of
 
 from raypipe import training
 from raypipe.config import MeasureSettings, ProxySettings
+from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Nodes
 from raypipe.extrapolate.fidelity import split
 from raypipe.models import Proxy
 from raypipe.rundir import fingerprint
-from raypipe.scores.base import recorded, trajectory_score
+from raypipe.scores.base import NUMBERS, SCORES, recorded, trajectory_score
 from raypipe.scores.moso import combine, without_itself
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.scores.tangent import Aligner
 
 MOSO = {"moso": "lr", "moso-normalized": "normalized", "moso-none": "none"}
 """Weights of the checkpoints, by the name of the score."""
+AT_CHECKPOINTS = "-checkpoints"
+"""Ends the name of a score that the proxy at its checkpoints gives of any sample (`at: checkpoints`)."""
 FULL_SEED, HALF_SEED = 1000, 2000
 """Seeds of the weights begin here, so that no two proxies that are compared start alike."""
 FOLDS = 5
@@ -43,6 +46,11 @@ CROSSED = {
     "two fits": "two fits, each on the half that a half's proxy was not trained on, in its embedding and signals; mean of both",
 }
 """Ways to make samples that were trained on look like those that were not."""
+
+
+def direct(score: str) -> bool:
+    """Whether a proxy can measure it on samples that it was not trained on."""
+    return score in MOSO or score.endswith(AT_CHECKPOINTS)
 
 
 class Missing(Exception):
@@ -114,13 +122,16 @@ class Study:
         return Nodes(found["embedding"], self.images.label, found["signals"])
 
     def measured(self, run: ProxyRun, score: str) -> np.ndarray:
-        """A score as the proxy measures it, float64 [n]: MoSo of every sample, a trajectory score where it was trained, else NaN."""
+        """A score as the proxy measures it, float64 [n]: of every sample where it can, else of those it was trained on, and NaN."""
         if score in MOSO:
             return self._moso(run, MOSO[score])
+        options = self._options(score)
+        if score.endswith(AT_CHECKPOINTS):
+            return self._at_checkpoints(run, score.removesuffix(AT_CHECKPOINTS), options["first_epoch"], options["last_epoch"])
 
         def make(folder: str) -> dict[str, np.ndarray]:
             followed = recorded(self.images.label[run.rows], trajectory_of(self.settings, folder))
-            return {"score": trajectory_score(score)(followed, **self.measure.options(score))}
+            return {"score": trajectory_score(score)(followed, **options)}
 
         result = np.full(len(self.images), np.nan)
         result[run.rows] = self._kept(run, self._label("score", score), make, lambda: self._trained(run), cheap=True)["score"]
@@ -226,11 +237,14 @@ class Study:
         yield Step(self._path(run, "trained"), lambda: self._trained(run), units=own * self.settings.epochs)
         if with_nodes:
             yield Step(self._path(run, "nodes"), lambda: self.nodes(run), units=EMBED_UNITS * everyone)
+        if any(score.endswith(AT_CHECKPOINTS) for score in scores):
+            units = EMBED_UNITS * everyone * self.settings.checkpoints
+            yield Step(self._path(run, "outputs"), lambda: self._outputs(run), units=units)
         if set(scores) & set(MOSO):
             squares = SQUARE_UNITS if self.measure.moso.uses_self_term(own) else 0
             each = (GRADIENT_UNITS + squares) * own + ALIGN_UNITS * everyone
             yield Step(self._path(run, "aligned"), lambda: self._aligned(run), units=self.settings.checkpoints * each)
-        for score in (score for score in scores if score not in MOSO):
+        for score in (score for score in scores if not direct(score)):
             name = self._label("score", score)
             yield Step(self._path(run, name), lambda score=score: self.measured(run, score), seconds=1)
 
@@ -244,8 +258,12 @@ class Study:
 
     def _label(self, *parts: str) -> str:
         """Name of a file: what it is, perhaps the method, and the score, with a hash of its options where it has any."""
-        options = "" if parts[-1] in MOSO else f"-{fingerprint(self.measure.options(parts[-1]))[:6]}"
-        return ".".join(parts) + options
+        options = self._options(parts[-1])
+        return ".".join(parts) + (f"-{fingerprint(options)[:6]}" if options else "")
+
+    def _options(self, score: str) -> dict[str, Any]:
+        options = {} if score in MOSO else self.measure.options(score.removesuffix(AT_CHECKPOINTS))
+        return {name: value for name, value in options.items() if name != "at"}
 
     def _kept(
         self,
@@ -297,6 +315,15 @@ class Study:
 
         return self._kept(run, "aligned", make, lambda: self._trained(run))
 
+    def _outputs(self, run: ProxyRun) -> dict[str, np.ndarray]:
+        """outputs [checkpoints, n, 4], NUMBERS of every sample."""
+
+        def make(folder: str) -> dict[str, np.ndarray]:
+            found = checkpoints(self.settings, self.images.classes, folder)
+            return {"outputs": np.stack([outputs(model, self.images) for _, _, model in found])}
+
+        return self._kept(run, "outputs", make, lambda: self._trained(run))
+
     # -- computation --------------------------------------------------------------------------------------------------
 
     def _drawn(self, size: float, seed: int) -> np.ndarray:
@@ -321,6 +348,15 @@ class Study:
             aligned[run.rows] = without_itself(aligned[run.rows], found["squares"], samples)
         steps = training.steps_per_epoch(samples, self.settings.batch_size) * self.settings.epochs
         return combine(aligned, found["rates"], weights, steps=steps, samples=samples, spread=spread).astype(np.float64)
+
+    def _at_checkpoints(self, run: ProxyRun, score: str, first: int, last: int | None) -> np.ndarray:
+        """The mean over the checkpoints among the epochs first to last (exclusive)."""
+        epochs = training.checkpoint_epochs(self.settings)
+        chosen = [place for place, epoch in enumerate(epochs) if first <= epoch and (last is None or epoch < last)]
+        if not chosen:
+            raise RaypipeError(f"{score} at checkpoints: none between epochs {first} and {last}")
+        column = NUMBERS.index(SCORES[score].reads[0])
+        return self._outputs(run)["outputs"][chosen, :, column].mean(0, dtype=np.float64)
 
     def _fit(self, method: str, nodes: Nodes, rows: np.ndarray, known: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
         torch.set_num_threads(1)

@@ -45,9 +45,8 @@ import torch
 from raypipe import storage
 from raypipe.rundir import Run
 from raypipe.scores.base import NUMBERS, SCORES
-from raypipe.stages.proxy_worker import group_rows, write_trajectory
+from raypipe.stages.proxy_worker import group_rows, predictions, write_trajectory
 from raypipe.stages.trajectories import columns_of, read_groups, score_rows
-from raypipe.training import predictions
 
 CASES = ((50_000, 10, 50), (256_000, 1_000, 10))
 """Samples, classes, epochs."""

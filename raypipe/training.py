@@ -1,4 +1,4 @@
-"""The mathematics of training a proxy: order, augmentation, learning rate, optimiser state, predictions. No Ray, no storage.
+"""The mathematics of training a proxy: order, augmentation, learning rate, optimiser state. No Ray, no storage.
 
 Everything random derives from (seed, epoch, step) and every batch is defined over the whole seed set, so that a training
 that was interrupted, or that runs on another number of workers, sees the same batches and the same augmentation.
@@ -11,11 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypipe.config import ProxySettings
-from raypipe.scores.base import NUMBERS
 
 LOWEST_LR = 1e-3
 """The learning rate ends at this share of its peak (the published MoSo code: 1e-4 of 0.1)."""
@@ -84,23 +82,6 @@ def _reflect(index: np.ndarray, size: int) -> np.ndarray:
     period = max(1, 2 * (size - 1))
     index = np.abs(index) % period
     return np.where(index >= size, period - index, index)
-
-
-Predictions = tuple[np.ndarray, np.ndarray]
-"""Of n samples: the numbers of `raypipe.scores.base.NUMBERS`, float32 [n, 4], and probabilities, float16 [n, classes]."""
-
-
-def predictions(logits: Tensor, target: Tensor) -> Predictions:
-    """What the trajectory keeps of a batch. The numbers are those of the logits, before float16 rounds the probabilities."""
-    column = target[:, None]
-    probabilities = logits.softmax(1)
-    numbers = {
-        "loss": F.cross_entropy(logits, target, reduction="none"),
-        "margin": (logits.gather(1, column) - logits.scatter(1, column, -torch.inf).amax(1, keepdim=True))[:, 0],
-        "distance": probabilities.scatter_add(1, column, torch.full_like(column, -1.0, dtype=logits.dtype)).norm(dim=1),
-        "entropy": torch.special.entr(probabilities).sum(1),
-    }
-    return torch.stack([numbers[name] for name in NUMBERS], 1).cpu().numpy(), probabilities.half().cpu().numpy()
 
 
 def make_optimizer(settings: ProxySettings, model: nn.Module) -> torch.optim.Optimizer:

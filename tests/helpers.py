@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
         "crop_padding": 1,
         "flip": False,
     },
-    "measure": {"scores": ["moso", "el2n", "grand"]},
+    "measure": {"scores": ["moso", "el2n", "grand", "loss"], "loss": {"at": "checkpoints", "first_epoch": 2}},
     "extrapolate": {"epochs": 4, "neighbours": 8, "folds": 2, "judge_published": False},
     "trust": {"min_spearman": -1},
     "select": {"keep": [0.25, 0.5]},

@@ -17,12 +17,14 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from ray.train.torch import get_device, prepare_model
 from safetensors.torch import load, save
+from torch import Tensor
 
 from raypipe import storage, training
 from raypipe.config import ProxySettings
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
 from raypipe.scores.base import NUMBERS
+from raypipe.scores.logits import numbers
 from raypipe.stages.parts import Part
 from raypipe.stages.seed import read_shard, seed_manifest
 
@@ -73,7 +75,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         cpu_started = time.process_time()
         model.train()
         sums = torch.zeros(2, device=device)
-        seen: list[tuple[np.ndarray, training.Predictions]] = []
+        seen: list[tuple[np.ndarray, Predictions]] = []
         for step, rows in enumerate(training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)):
             lr = training.learning_rate(settings, epoch * per_epoch + step, steps)
             for group in optimizer.param_groups:
@@ -94,14 +96,14 @@ def train_worker(arguments: dict[str, Any]) -> None:
             with torch.no_grad():
                 sums += torch.stack([F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(1) == target).sum()])
                 if settings.trajectory == "train":
-                    seen.append((rows[part], training.predictions(logits, target)))
+                    seen.append((rows[part], predictions(logits, target)))
         if settings.trajectory == "eval":
             model.eval()
             with torch.no_grad():
                 own = np.arange(rank, len(labels), world)
                 for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
                     logits = plain(torch.from_numpy(images[rows]).to(device)).float()
-                    seen.append((rows, training.predictions(logits, torch.from_numpy(labels[rows]).to(device))))
+                    seen.append((rows, predictions(logits, torch.from_numpy(labels[rows]).to(device))))
         distributed.all_reduce(sums)
         loss_mean, accuracy = (sums / len(labels)).tolist()
         if not np.isfinite(
@@ -146,19 +148,29 @@ def train_worker(arguments: dict[str, Any]) -> None:
         cache.remove()
 
 
+Predictions = tuple[np.ndarray, np.ndarray]
+"""Of n samples: the numbers of `raypipe.scores.base.NUMBERS`, float32 [n, 4], and probabilities, float16 [n, classes]."""
+
+
+def predictions(logits: Tensor, target: Tensor) -> Predictions:
+    """What the trajectory keeps of a batch. The numbers are those of the logits, before float16 rounds the probabilities."""
+    found = numbers(logits, target)
+    return torch.stack([found[name] for name in NUMBERS], 1).cpu().numpy(), logits.softmax(1).half().cpu().numpy()
+
+
 def group_rows(classes: int, epochs: int, workers: int) -> int:
     """Rows in a row group of a trajectory file."""
     return max(64, GROUP_BYTES // (2 * classes * epochs * workers))
 
 
-def write_trajectory(uri: str, seen: list[tuple[np.ndarray, training.Predictions]], group: int) -> None:
+def write_trajectory(uri: str, seen: list[tuple[np.ndarray, Predictions]], group: int) -> None:
     """Write one worker's predictions in one epoch, by row of the seed set, with so many rows in a row group."""
     rows = np.concatenate([rows for rows, _ in seen])
     order = np.argsort(rows)
-    numbers = np.concatenate([part for _, (part, _) in seen])[order]
+    values = np.concatenate([part for _, (part, _) in seen])[order]
     probabilities = np.concatenate([part for _, (_, part) in seen])[order]
     columns: dict[str, Any] = {"row": pa.array(rows[order], pa.int64())}
-    columns |= {name: pa.array(numbers[:, index], pa.float32()) for index, name in enumerate(NUMBERS)}
+    columns |= {name: pa.array(values[:, index], pa.float32()) for index, name in enumerate(NUMBERS)}
     # bytes instead of a list of numbers: Parquet writes and reads a list one number at a time, 10 times slower
     columns["probabilities"] = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(2 * probabilities.shape[1]), len(rows), [None, pa.py_buffer(probabilities)]

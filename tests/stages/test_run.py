@@ -99,9 +99,19 @@ def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
     table = pa.concat_tables(
         [storage.read_table(run.path("measured/audit", f"{shard}.parquet")) for shard in seed["audit_shards"]]
     )
-    assert table.column_names == ["sample_id", "label", "moso", "grand"]
+    assert table.column_names == [
+        "sample_id",
+        "label",
+        "moso",
+        "grand",
+        "loss",
+    ]  # EL2N is of the trajectory: not of the audit set
     np.testing.assert_allclose(table["moso"].to_numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(table["grand"].to_numpy(), np.mean(lengths, 0), rtol=1e-3, atol=1e-5)
+    images, labels = sets["audit_shards"]
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(images), labels, reduction="none")  # the last checkpoint's
+    np.testing.assert_allclose(table["loss"].to_numpy(), loss.numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
@@ -197,7 +207,7 @@ def test_measured_scores_are_moso(finished: str) -> None:
 
 
 def test_other_scores_stand_beside_it(finished: str) -> None:
-    """EL2N from the stored trajectory and GraNd from the checkpoints, each computed again from the definition."""
+    """EL2N from the stored trajectory, GraNd and loss from the checkpoints, each computed again from the definition."""
     import torch
 
     from raypipe.scores.per_sample import norms_and_alignments
@@ -217,7 +227,13 @@ def test_other_scores_stand_beside_it(finished: str) -> None:
         squares, _ = norms_and_alignments(load_checkpoint(run, item["file"]), images, torch.from_numpy(labels))
         lengths.append(squares.sqrt().numpy())
     measured = pa.concat_tables([storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]])
-    assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand"]
+    assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand", "loss"]
+    # of the checkpoints of epochs 1 and 3 the last alone is from first_epoch 2 on
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(
+            load_checkpoint(run, proxy["checkpoints"][-1]["file"])(images), torch.from_numpy(labels), reduction="none"
+        )
+    np.testing.assert_allclose(measured["loss"].to_numpy(), loss.numpy(), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(measured["el2n"].to_numpy(), np.mean(distances, 0), rtol=1e-3, atol=1e-3)  # float16
     np.testing.assert_allclose(measured["grand"].to_numpy(), np.mean(lengths, 0), rtol=1e-3, atol=1e-5)
 

@@ -11,9 +11,8 @@ from raypipe import storage
 from raypipe.rundir import Run
 from raypipe.scores.base import NUMBERS, SCORES, ScoreError, recorded, trajectory, trajectory_score
 from raypipe.stages import trajectories
-from raypipe.stages.proxy_worker import write_trajectory
+from raypipe.stages.proxy_worker import predictions, write_trajectory
 from raypipe.stages.trajectories import probabilities_of, read_groups, read_trajectory, score_rows
-from raypipe.training import predictions
 
 EPOCHS, SAMPLES, CLASSES = 13, 90, 7
 OPTIONS: dict[str, dict] = {name: {} for name, info in SCORES.items() if info.needs == "trajectory"}
