@@ -108,7 +108,12 @@ def parse() -> argparse.Namespace:
     add("--sizes", type=shares, default=shares("0.05,0.10,0.20"), help="shares that are scored")
     add("--seeds", type=int, default=3, help="how many")
     add("--first-seed", type=int, default=0)
-    add("--scores", type=names, default=names("moso,moso-normalized,el2n,tdds,dynamic-uncertainty"))
+    add(
+        "--scores",
+        type=names,
+        default=names("moso,moso-normalized,el2n,tdds,dynamic-uncertainty"),
+        help="these, moso-none, other trajectory scores, and el2n-, loss-, entropy-checkpoints (`at: checkpoints`)",
+    )
     add("--methods", type=names, default=list(ROWS), help=f"of {','.join(ROWS)}")
     add("--el2n-epochs", type=int, default=10, help="EL2N is the mean over so many first epochs")
     add("--shift-size", type=float, help="share scored in the tables of shift and cross-fitting; default: the middle of --sizes")
