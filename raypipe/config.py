@@ -18,6 +18,8 @@ from raypipe.errors import ConfigError
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+SELF_TERM_BELOW = 1000
+"""`measure.moso.self_term: auto` takes the sample itself out for seed sets, or parts, smaller than this."""
 
 
 class Settings(BaseModel):
@@ -138,6 +140,10 @@ class MosoSettings(Settings):
         "paper", description="paper: Eq. 4; code: the published code's own, for self_term only"
     )
     recalibrate: bool = Field(False, description="estimate BatchNorm's statistics anew at every checkpoint before scoring")
+
+    def uses_self_term(self, samples: int) -> bool:
+        """`self_term` for a seed set, or part, of so many samples."""
+        return samples < SELF_TERM_BELOW if self.self_term == "auto" else self.self_term
 
 
 class DynamicUncertaintySettings(Settings):

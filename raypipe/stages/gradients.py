@@ -25,7 +25,7 @@ import pyarrow as pa
 import ray
 
 from raypipe import storage
-from raypipe.config import Config, MosoSettings
+from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord, fingerprint
@@ -41,15 +41,8 @@ MOST_GROUPS = 64
 FAN_IN = 4
 RECALIBRATION_BATCH = 256
 """Images whose statistics are taken together when BatchNorm is recalibrated; part of what the result is."""
-SELF_TERM_BELOW = 1000
-"""`self_term: auto` takes it in for seed sets, or parts, smaller than this."""
 OUTPUTS = {"loss": "loss", "el2n": "distance", "entropy": "entropy"}
 """Which number of one forward pass a score is the mean of."""
-
-
-def uses_self_term(settings: MosoSettings, samples: int) -> bool:
-    """Whether MoSo takes the sample itself out of the mean gradient."""
-    return samples < SELF_TERM_BELOW if settings.self_term == "auto" else settings.self_term
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class Folders:
         moso, grand = config.measure.moso, config.measure.grand
         which = sorted(config.measure.at_checkpoints)
         mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate, config.measure.precision)
-        numbers = fingerprint(mean, which, uses_self_term(moso, smallest(proxy_parts(run))), grand.gradient)
+        numbers = fingerprint(mean, which, moso.uses_self_term(smallest(proxy_parts(run))), grand.gradient)
         return cls(f"measured/calibrated-{mean}", f"measured/gradients-{mean}", f"measured/checkpoints-{numbers}")
 
     def of_part(self, part: Part) -> Folders:
@@ -282,7 +275,7 @@ class GradientActor:
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
         self._folders, self._part = folders, part
         files = [item["file"] for item in part.trained["checkpoints"]]
-        self._self_term = uses_self_term(config.measure.moso, samples)
+        self._self_term = config.measure.moso.uses_self_term(samples)
         self._checkpoints = [self._checkpoint(file) for file in files]
 
     def _checkpoint(self, file: str) -> Callable[[Any, Any], dict[str, Any]]:

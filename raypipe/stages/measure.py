@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import SELF_TERM_BELOW, Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.gradients import OUTPUTS, SELF_TERM_BELOW, Folders, measure_gradients, smallest, uses_self_term
+from raypipe.stages.gradients import OUTPUTS, Folders, measure_gradients, smallest
 from raypipe.stages.parts import Part, joined
 from raypipe.stages.proxy import empty_proxy, proxy_parts
 from raypipe.stages.seed import seed_manifest
@@ -86,7 +86,7 @@ def _announce(context: Context) -> dict[str, Any]:
     """Say what `self_term: auto` decided, and which layers have no fast rule for per-sample gradients; both for the ledger."""
     config, samples = context.config, smallest(proxy_parts(context.run))
     moso, grand = config.measure.moso, config.measure.grand
-    self_term = "moso" in config.measure.scores and uses_self_term(moso, samples)
+    self_term = "moso" in config.measure.scores and moso.uses_self_term(samples)
     if "moso" in config.measure.scores and moso.self_term == "auto":
         side = f"below {SELF_TERM_BELOW:,}: with" if self_term else f"{SELF_TERM_BELOW:,} or more: without"
         context.progress.say(f"{'measure':<11} self term: {samples:,} samples are {side} it")
@@ -110,7 +110,7 @@ class _MosoTotals:
 
     @classmethod
     def of_parts(cls, config: Config, run: Run, parts: list[Part], folder: str, shards: list[str]) -> list[_MosoTotals]:
-        self_term = uses_self_term(config.measure.moso, smallest(parts))
+        self_term = config.measure.moso.uses_self_term(smallest(parts))
         return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
 
     def __init__(self, config: Config, run: Run, part: Part, folder: str, shards: list[str], self_term: bool) -> None:
