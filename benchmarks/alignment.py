@@ -3,9 +3,11 @@
     python benchmarks/alignment.py [--device cpu|cuda] [--precision float32|tf32|bfloat16] [--compile] [--threads 1] [--repeats 3] [--quick]
 
 Prints one table per network: milliseconds per image, ratio to a plain forward pass (of the network as it is built, channels first),
-peak memory above the network's own, and the largest difference from one-at-a-time, in units of the largest alignment. `one at a
-time` is what the published MoSo code does: batches of one image, one backward pass each. Times are the least of the
-repeats; every method sees the same images. What is made once per checkpoint (folding BatchNorm, compiling) is not timed.
+peak memory above the network's own, and the largest difference from one-at-a-time, in units of the largest alignment. Both ways of
+one sample at a time take batches of one image with one backward pass each; `lean` multiplies gradients with the direction layer by
+layer, `as published` does what the published MoSo code does (github.com/hrtan/MoSo, scoring.py, `MoSo_scoring_exact`): copies them to one
+vector, and computes three products over all parameters. Its mean gradient is a running mean of such vectors. Times are the least of
+the repeats; every method sees the same images. What is made once per checkpoint (folding BatchNorm, compiling) is not timed.
 """
 
 from __future__ import annotations
@@ -72,6 +74,30 @@ def one_at_a_time(model: nn.Module, images: Tensor, labels: Tensor, direction: d
     return torch.stack(rows)
 
 
+def published(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    """The published score of every image, solved for the alignment."""
+    parameters, n = list(model.parameters()), 10_000
+    mean = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
+    rows = []
+    for index in range(len(images)):
+        loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
+        own = nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)).detach()
+        square = (own * own).sum()
+        first, third = (2 * n - 3) / (n - 1) ** 2 * (mean * mean).sum(), (2 * n - 4) / (n - 1) ** 2
+        score = first - square / (n - 1) ** 2 + third * ((mean - 1 / n * own) * own).sum()
+        rows.append((score - first + square / (n - 1) ** 2) / third + square / n)
+    return torch.stack(rows)
+
+
+def published_mean(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+    parameters, mean = list(model.parameters()), torch.zeros(())
+    for index in range(len(images)):
+        loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
+        own = nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)).detach()
+        mean = mean * index / (index + 1) + own / (index + 1)
+    return torch.zeros(len(images))
+
+
 METHODS: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
     "forward": (forward, "plain", False),
     "forward, channels last": (forward, "last", False),
@@ -81,7 +107,9 @@ METHODS: dict[str, tuple[Callable[..., Tensor], str, bool]] = {
     "ours: alignment": (plain_jvp, "aligner", False),
     "ours: alignment + self term": (with_self_term, "last", False),
     "vmap(grad)": (vmap_grad, "plain", True),
-    "one at a time (published)": (one_at_a_time, "plain", True),
+    "one at a time, lean": (one_at_a_time, "plain", True),
+    "one at a time, as published": (published, "plain", True),
+    "mean gradient, as published": (published_mean, "plain", True),
 }
 """Each with what it runs on (the network as built, channels last, or an Aligner of it) and whether it is timed on fewer images."""
 
@@ -169,7 +197,7 @@ def tables(arguments: argparse.Namespace, device: str) -> None:
         scale = reference.abs().max()
         aligner = Aligner(model, direction, compiled=arguments.compile)
         runs = {"plain": model, "last": copy.deepcopy(model).to(memory_format=torch.channels_last)}
-        print(f"\n{name} at {size} x {size}, {classes} classes, batch {batch} (the last two rows: {few})")
+        print(f"\n{name} at {size} x {size}, {classes} classes, batch {batch} (the last four rows: {few})")
         print(f"{'':<30}{'ms / image':>12}{'x forward':>12}{'peak MiB':>12}{'difference':>14}")
         plain = 0.0
         for label, (method, on, slow) in METHODS.items():
@@ -179,7 +207,7 @@ def tables(arguments: argparse.Namespace, device: str) -> None:
             seconds, peak, result = measure(run, device, arguments.repeats)
             each = seconds / count
             plain = plain or each
-            compared = method not in (forward, forward_backward)
+            compared = method not in (forward, forward_backward, published_mean)
             difference = f"{((result[:few] - reference).abs().max() / scale).item():.1e}" if compared else ""
             print(f"{label:<30}{each * 1e3:>12.3f}{each / plain:>12.2f}{peak / 2**20:>12.0f}{difference:>14}", flush=True)
 

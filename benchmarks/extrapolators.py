@@ -5,30 +5,31 @@
 Reads embeddings, signals, labels and measured scores of the seed set from a run, and computes every trajectory score from the
 proxy's trajectory, whether or not the run measured it. For each split a random fifth of the seed set is held out; the table gives
 the mean Spearman correlation on it over the splits (lowest to highest), and the mean seconds of a fit. `proxy_loss` and
-`class_mean` are fidelity's baselines. Starts no cluster, writes nothing.
+`class_mean` are fidelity's baselines. Starts no cluster, writes nothing. What `fidelity.py` says needs no run, takes longer, and judges on
+samples that the proxy was not trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import defaultdict
 
 import numpy as np
 import pyarrow as pa
 import torch
+from common import predict
 
 from raypipe import storage
-from raypipe.config import Config, ExtrapolateSettings, load_config
+from raypipe.config import Config, load_config
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate import METHODS, make
-from raypipe.extrapolate.base import Nodes, TransductiveExtrapolator
-from raypipe.extrapolate.fidelity import spearman
+from raypipe.extrapolate import METHODS
+from raypipe.extrapolate.base import Nodes
+from raypipe.extrapolate.figures import spearman
 from raypipe.rundir import Run
-from raypipe.scores.base import SCORES, trajectory, trajectory_score
-from raypipe.stages.fitting import COLUMNS, measured_scores, nodes_of
+from raypipe.scores.base import SCORES
+from raypipe.stages.scored import COLUMNS, measured_scores, nodes_of
 from raypipe.stages.seed import seed_manifest
-from raypipe.stages.trajectories import read_trajectory
+from raypipe.stages.trajectories import score_rows
 
 HELD = 0.2
 
@@ -42,19 +43,19 @@ def samples(run: Run) -> tuple[list[str], Nodes]:
 
 def seed_scores(config: Config, run: Run) -> dict[str, dict[str, float]]:
     """Every score that the run measured or that its trajectory gives, by sample id; those that need more epochs are left out."""
-    found = {name: measured_scores(run, name) for name in config.measure.scores if SCORES[name].needs == "gradients"}
+    found = {name: measured_scores(run, name, "seed") for name in config.measure.at_checkpoints}
     shards = [run.path("seed", f"{name}.parquet") for name in seed_manifest(run)["shards"]]
     table = pa.concat_tables([storage.read_table(shard, ["sample_id", "label"]) for shard in shards])
     ids, label = table["sample_id"].to_pylist(), table["label"].to_numpy().astype(np.int64)
-    parts = defaultdict(list)
-    for first, last, probabilities, margin in read_trajectory(run, 0, len(ids)):
-        part = trajectory(probabilities, label[first:last], margin)
-        for name in (name for name, info in SCORES.items() if info.needs == "trajectory"):
-            try:
-                parts[name].append(trajectory_score(name)(part, **config.measure.options(name)))
-            except RaypipeError as error:
-                print(f"left out: {error}")
-    return found | {name: dict(zip(ids, np.concatenate(values).tolist(), strict=True)) for name, values in parts.items()}
+    for name in (name for name, info in SCORES.items() if info.needs == "trajectory" and name not in found):
+        try:
+            options = {key: value for key, value in config.measure.options(name).items() if key != "at"}
+            values = score_rows(run, 0, len(ids), label, {name: options})[name]
+        except RaypipeError as error:
+            print(f"left out: {error}")
+        else:
+            found[name] = dict(zip(ids, values.tolist(), strict=True))
+    return found
 
 
 def held_out(
@@ -64,20 +65,7 @@ def held_out(
     order = np.random.default_rng(split).permutation(len(rows))
     held, kept = order[: round(HELD * len(rows))], order[round(HELD * len(rows)) :]
     began = time.perf_counter()
-    if method == "proxy_loss":
-        guess = everything.signals[rows[held], 0]
-    elif method == "class_mean":
-        label = everything.label[rows]
-        mean = {y: score[kept][label[kept] == y].mean() for y in np.unique(label[kept])}
-        guess = np.array([mean.get(y, score[kept].mean()) for y in label[held]])
-    else:
-        model = make(ExtrapolateSettings.model_validate({"method": method}), classes)
-        if isinstance(model, TransductiveExtrapolator):
-            model.fit_graph(everything, rows[kept], score[kept])
-            guess = model.predict_rows(rows[held])
-        else:
-            model.fit(everything.take(rows[kept]), score[kept])
-            guess = model.predict(everything.take(rows[held]))
+    guess = predict(method, everything, rows[kept], score[kept], rows[held], classes)
     return spearman(guess, score[held]) or 0.0, time.perf_counter() - began
 
 

@@ -17,65 +17,25 @@ One process, one torch thread, no Ray. What was trained and measured is kept in 
 from __future__ import annotations
 
 import argparse
-import glob
-import io
 import os
 import platform
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from common import Images, checkpoints, final, mean_gradient, read, train
 
 from raypipe import training
-from raypipe.config import ProxySettings
-from raypipe.extrapolate.fidelity import spearman
-from raypipe.models import build
+from raypipe.config import ProxySettings, SourceSettings
+from raypipe.extrapolate.figures import spearman
+from raypipe.models import Proxy
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
-from raypipe.scores.moso import combine, gradient_sum, without_itself
+from raypipe.scores.moso import combine, without_itself
 from raypipe.scores.per_sample import norms_and_alignments
 
 WEIGHTS = ("lr", "none", "normalized")
-CLASSES, BATCH = 10, 64
-
-
-def read(source: str, files: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, 3, 32, 32] and labels int64 [n] of a seeded shuffle."""
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for path in sorted(glob.glob(os.path.join(source, files))):
-        table = pq.read_table(path)
-        for row in table["image"].to_pylist():
-            images.append(np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")).transpose(2, 0, 1))
-        labels += table["label"].to_pylist()
-    order = np.random.default_rng(0).permutation(len(labels))[:limit]
-    return np.stack([images[row] for row in order]), np.array([labels[row] for row in order])
-
-
-def train(
-    settings: ProxySettings, images: np.ndarray, labels: np.ndarray, mean: np.ndarray, std: np.ndarray
-) -> tuple[torch.nn.Module, list[tuple[float, dict[str, torch.Tensor]]]]:
-    """The trained network, and learning rate and weights at every checkpoint."""
-    torch.manual_seed(settings.seed)
-    model = build(settings.model, CLASSES, 32, mean.tolist(), std.tolist()).to(memory_format=torch.channels_last)
-    optimizer = training.make_optimizer(settings, model)
-    per_epoch, kept = training.steps_per_epoch(len(labels), settings.batch_size), training.checkpoint_epochs(settings)
-    checkpoints = []
-    for epoch in range(settings.epochs):
-        model.train()
-        for step, rows in enumerate(training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)):
-            rate = training.learning_rate(settings, epoch * per_epoch + step, per_epoch * settings.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            pixels = torch.from_numpy(training.augment(images[rows], settings, epoch, step, slice(None)))
-            optimizer.zero_grad(set_to_none=True)
-            torch.nn.functional.cross_entropy(model(pixels), torch.from_numpy(labels[rows])).backward()
-            optimizer.step()
-        if epoch in kept:
-            checkpoints.append((rate, {name: value.clone() for name, value in model.state_dict().items()}))
-    return model.eval(), checkpoints
+SIZE = 32
 
 
 @dataclass
@@ -100,46 +60,36 @@ class Measured:
         return combine(aligned[:, part], self.rates[part], weights, steps=self.steps, samples=self.samples, spread=spread[part])
 
 
-def measure(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, with_head: bool) -> tuple[np.ndarray, ...]:
+def measure(model: Proxy, images: Images, with_head: bool) -> tuple[np.ndarray, ...]:
     """Alignments, squares and head alignments [n] at one checkpoint."""
-    pixels, target = torch.from_numpy(images), torch.from_numpy(labels)
-    parts = [slice(start, start + BATCH) for start in range(0, len(labels), BATCH)]
-
-    def mean_of(rule) -> dict[str, torch.Tensor]:
-        total: dict[str, torch.Tensor] = {}
-        for part in parts:
-            for name, value in rule(model, pixels[part], target[part]).items():
-                total[name] = total[name] + value if name in total else value
-        return {name: value / len(labels) for name, value in total.items()}
-
-    direction = mean_of(gradient_sum)
-    both = [norms_and_alignments(model, pixels[part], target[part], direction) for part in parts]
-    head = np.zeros(len(labels))
+    direction = mean_gradient(model, images)
+    both = [norms_and_alignments(model, pixels, target, direction) for pixels, target in images.batches()]
+    head = np.zeros(len(images))
     if with_head:
-        last = mean_of(head_gradient_sum)
-        head = np.concatenate([head_norms_and_alignments(model, pixels[part], target[part], last)[1].numpy() for part in parts])
+        last = mean_gradient(model, images, head_gradient_sum)
+        found = [head_norms_and_alignments(model, pixels, target, last)[1].numpy() for pixels, target in images.batches()]
+        head = np.concatenate(found)
     return np.concatenate([dot.numpy() for _, dot in both]), np.concatenate([square.numpy() for square, _ in both]), head
 
 
-def measured(size: int, seed: int, images: np.ndarray, labels: np.ndarray, cache: str) -> dict[bool, Measured]:
+def measured(size: int, seed: int, images: Images, cache: str) -> dict[bool, Measured]:
     """MoSo's numbers of a seed set of `size`, without and with recalibrated BatchNorm."""
     path = os.path.join(cache, f"measured-{size}-{seed}.npz")
     if not os.path.exists(path):
-        images, labels = images[:size], labels[:size]
-        settings = ProxySettings(model="small", image_size=32, epochs=30, checkpoints=10, seed=seed)
-        mean, std = images.mean((0, 2, 3)) / 255, images.std((0, 2, 3)) / 255
-        _, checkpoints = train(settings, images, labels, mean, std)
-        model = build("small", CLASSES, 32, mean.tolist(), std.tolist()).to(memory_format=torch.channels_last)
+        own, folder = images.take(slice(size)), os.path.join(cache, f"trained-{size}-{seed}")
+        settings = ProxySettings(model="small", image_size=SIZE, epochs=30, checkpoints=10, seed=seed)
+        train(settings, own, folder)
         columns: dict[bool, list[tuple[np.ndarray, ...]]] = {False: [], True: []}
-        for _, weights in checkpoints:
-            model.load_state_dict(weights)
-            columns[False].append(measure(model, images, labels, True))
-            recalibrate(model, (torch.from_numpy(images[start : start + 256]) for start in range(0, size, 256)))
-            columns[True].append(measure(model, images, labels, False))
+        rates = []
+        for _, rate, model in checkpoints(settings, images.classes, folder):
+            rates.append(rate)
+            columns[False].append(measure(model, own, True))
+            recalibrate(model, (pixels for pixels, _ in own.batches(256)))
+            columns[True].append(measure(model, own, False))
         data = {f"{key}{flag:d}": np.stack(part, 1) for flag, all_ in columns.items()
                 for key, part in zip(("aligned", "squares", "head"), zip(*all_, strict=True), strict=True)}  # fmt: skip
         steps = training.steps_per_epoch(size, settings.batch_size) * settings.epochs
-        np.savez(path, rates=[rate for rate, _ in checkpoints], steps=steps, **data)
+        np.savez(path, rates=rates, steps=steps, **data)
     found = np.load(path)
     return {
         flag: Measured(
@@ -149,34 +99,24 @@ def measured(size: int, seed: int, images: np.ndarray, labels: np.ndarray, cache
     }
 
 
-def accuracy(
-    name: str,
-    rows: np.ndarray,
-    seed: int,
-    train_set: tuple[np.ndarray, ...],
-    test_set: tuple[np.ndarray, ...],
-    epochs: int,
-    cache: str,
-) -> float:
+def accuracy(name: str, rows: np.ndarray, seed: int, train_set: Images, test_set: Images, epochs: int, cache: str) -> float:
     """Test accuracy of a fresh network trained on some rows."""
-    path = os.path.join(cache, f"accuracy-{name}-{len(rows)}-{epochs}-{seed}.npy")
+    label = f"accuracy-{name}-{len(rows)}-{epochs}-{seed}"
+    path = os.path.join(cache, f"{label}.npy")
     if not os.path.exists(path):
-        images, labels = train_set[0][rows], train_set[1][rows]
-        settings = ProxySettings(model="small", image_size=32, epochs=epochs, checkpoints=1, seed=100 + seed)
-        model, _ = train(settings, images, labels, images.mean((0, 2, 3)) / 255, images.std((0, 2, 3)) / 255)
+        settings = ProxySettings(model="small", image_size=SIZE, epochs=epochs, checkpoints=1, seed=100 + seed)
+        train(settings, train_set.take(rows), os.path.join(cache, label))
+        model = final(settings, train_set.classes, os.path.join(cache, label))
         with torch.no_grad():
-            guesses = [
-                model(torch.from_numpy(test_set[0][start : start + 256])).argmax(1).numpy()
-                for start in range(0, len(test_set[1]), 256)
-            ]
-        np.save(path, np.mean(np.concatenate(guesses) == test_set[1]))
+            right = [(model(pixels).argmax(1) == target).numpy() for pixels, target in test_set.batches(256)]
+        np.save(path, np.mean(np.concatenate(right)))
     return float(np.load(path))
 
 
 def balanced(score: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:
     """Rows of the same share of every class, highest scores first."""
     parts = []
-    for label in range(CLASSES):
+    for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         parts.append(own[np.argsort(-score[own], kind="stable")[: round(keep * len(own))]])
     return np.sort(np.concatenate(parts))
@@ -195,10 +135,11 @@ def main() -> None:
     torch.set_num_threads(1)
     os.makedirs(arguments.cache, exist_ok=True)
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    images, labels = read(arguments.source, "train-*.parquet", max(*sizes, arguments.downstream, 1))
+    source = SourceSettings(uri=arguments.source, format="parquet", include="train-*.parquet")
+    images = read(source, SIZE, max(*sizes, arguments.downstream, 1))
     print(f"{platform.machine()}, 1 thread; torch {torch.__version__}; CIFAR-10, small proxy, 30 epochs, 10 checkpoints, seed 0")
 
-    found = {size: measured(size, 0, images, labels, arguments.cache) for size in sizes}
+    found = {size: measured(size, 0, images, arguments.cache) for size in sizes}
     print("\n1. Spearman of MoSo with and without the self term")
     print(f"{'N':>7}" + "".join(f"{weights:>14}" for weights in WEIGHTS) + f"{'last only':>14}")
     for size, both in found.items():
@@ -220,19 +161,19 @@ def main() -> None:
             for rate, a, b in zip(both[False].rates, both[False].aligned.T, both[True].aligned.T, strict=True)
         ))  # fmt: skip
     if arguments.downstream:
-        downstream(arguments, images, labels)
+        downstream(arguments, images)
 
 
-def downstream(arguments: argparse.Namespace, images: np.ndarray, labels: np.ndarray) -> None:
+def downstream(arguments: argparse.Namespace, images: Images) -> None:
     size = arguments.downstream
-    test = read(arguments.source, "test-*.parquet", 4000)
-    train_set = images[:size], labels[:size]
-    both = measured(size, 0, images, labels, arguments.cache)
+    test = read(SourceSettings(uri=arguments.source, format="parquet", include="test-*.parquet"), SIZE, 4000)
+    train_set = images.take(slice(size))
+    both = measured(size, 0, images, arguments.cache)
     lists = {
         f"{weights}{', recalibrated' if flag else ''}": both[flag].score(weights) for flag in (False, True) for weights in WEIGHTS
     }
     print(
-        f"\n4. Accuracy on {len(test[1])} test images after {arguments.epochs} epochs on a share of {size} images; scores of one run"
+        f"\n4. Accuracy on {len(test)} test images after {arguments.epochs} epochs on a share of {size} images; scores of one run"
     )
     for keep in map(float, arguments.keep.split(",")):
         for name, score in [*lists.items(), ("random", np.zeros(size))]:
@@ -240,7 +181,9 @@ def downstream(arguments: argparse.Namespace, images: np.ndarray, labels: np.nda
             for seed in range(arguments.seeds):
                 used = np.random.default_rng(seed).random(size) if name == "random" else score
                 values.append(
-                    accuracy(name, balanced(used, train_set[1], keep), seed, train_set, test, arguments.epochs, arguments.cache)
+                    accuracy(
+                        name, balanced(used, train_set.label, keep), seed, train_set, test, arguments.epochs, arguments.cache
+                    )
                 )
             each = " ".join(f"{value:.3f}" for value in values)
             print(f"keep {keep:g}  {name:<26}{np.mean(values):.3f}   ({each})", flush=True)

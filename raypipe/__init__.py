@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe._version import __version__
 
-__all__ = ["Config", "Run", "__version__", "load_scores", "run", "select"]
+__all__ = ["Config", "Run", "__version__", "extrapolate", "load_scores", "run", "select"]
 
 if TYPE_CHECKING:
-    from raypipe.api import load_scores, run, select
+    from raypipe.api import extrapolate, load_scores, run, select
     from raypipe.config import Config
     from raypipe.rundir import Run
 
@@ -28,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_HOMES[name]), name)
+    if name == "extrapolate":  # the package of that name can be called
+        from importlib import import_module
+
+        return import_module("raypipe.extrapolate")
     raise AttributeError(f"module 'raypipe' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The verbs of the command line from Python: `raypipe.run`, `raypipe.select`, `raypipe.load_scores`."""
+"""The verbs of the command line from Python: `raypipe.run`, `raypipe.extrapolate`, `raypipe.select`, `raypipe.load_scores`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from raypipe.rundir import Lease, Run
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: where it is, and what its `report/summary.json` holds (empty when the run stopped before the report)."""
+    """A finished run: where it is, and what its `report/summary.json` holds (empty when the run stopped before the report).
+
+    Of `extrapolate`: the output folder, and what its `summary.json` holds.
+    """
 
     uri: str
     summary: dict[str, Any]
@@ -47,6 +50,40 @@ def run(
         config = parse_config(config)
     done = execute(absolute_paths(config), until=until, progress=progress, verbose=verbose)
     return Result(done.uri, summary_of(done))
+
+
+def extrapolate(
+    embeddings: str,
+    scores: str,
+    out: str,
+    *,
+    score_column: str = "score",
+    method: str | None = None,
+    confidence: float | None = None,
+    holdout: float | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> Result:
+    """Predict a score for every embedding from the scores of some of them, or resume it. The score may be anybody's.
+
+    embeddings    Parquet file or folder: sample_id, embedding (a list of floats), and optionally label (whole number or text)
+    scores        Parquet file or folder: sample_id and `score_column`; higher means keep
+    out           folder for `scores/`, `rejects/`, `summary.json` and what `select` needs; new, or of the same call before
+    method, confidence, holdout, seed
+                  as the settings of these names in the section `extrapolate`; None: their default
+    Raises ConfigError before anything starts; SourceError for tables that cannot be used (a column that is missing, an id with two
+    different scores or with two embeddings, too few scores); RunError when `out` holds something else.
+    """
+    from raypipe.pipeline import extrapolate as score_tables
+
+    given = {"method": method, "confidence": confidence, "holdout": holdout, "seed": seed}
+    section = {name: value for name, value in given.items() if value is not None}
+    # what gnn-published would say takes a graph over all embeddings
+    config = parse_config({"run": out, "source": {"uri": embeddings}, "extrapolate": {**section, "judge_published": False}})
+    config = absolute_paths(config)
+    summary = score_tables(config, Run(scores).uri, score_column, progress=progress, verbose=verbose)
+    return Result(Run(config.run).uri, summary)
 
 
 def summary_of(run: Run) -> dict[str, Any]:

@@ -97,6 +97,28 @@ def status(uri: str) -> None:
 
 
 @cli.command()
+@click.option(
+    "--embeddings", required=True, metavar="URI", help="Parquet, a file or folder: sample_id, embedding, optionally label."
+)
+@click.option("--scores", required=True, metavar="URI", help="Parquet, a file or folder: sample_id, score.")
+@click.option("--out", required=True, metavar="URI", help="Folder for the scores; new, or of the same command before.")
+@click.option("--score-column", default="score", show_default=True, help="Column of --scores to extrapolate.")
+@click.option("--method", help="gnn, knn, mlp, trees or knn-published. Default: gnn.")
+@click.option("--confidence", type=float, help="Share of samples whose score lies between lower and upper. Default: 0.9.")
+@click.option("--holdout", type=float, help="Share of the scored samples kept out to judge fidelity. Default: 0.2.")
+@click.option("--seed", type=int, help="Hold-out split and initial weights. Default: 0.")
+@_verbose
+def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options: Any) -> None:
+    """Extrapolate any score over any embeddings: no images, no proxy, no training of one."""
+    from raypipe.api import extrapolate as predict
+    from raypipe.inspection import describe_extrapolation
+
+    done = predict(embeddings, scores, out, verbose=verbose, **options)
+    for line in describe_extrapolation(done.uri, done.summary):
+        click.echo(line)
+
+
+@cli.command()
 @click.argument("uri", metavar="RUN")
 @click.option("--keep", type=float, multiple=True, help="Fraction to keep; may be repeated. Default: the run's own.")
 @click.option("--strategy", help="top or balanced. Default: the run's own.")

@@ -6,6 +6,7 @@ value and what is allowed. Field descriptions below are also the comments `raypi
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ from raypipe.errors import ConfigError
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+SELF_TERM_BELOW = 1000
+"""`measure.moso.self_term: auto` takes the sample itself out for seed sets, or parts, smaller than this."""
 
 
 class Settings(BaseModel):
@@ -49,7 +52,7 @@ class SeedSettings(Settings):
     seed: int = Field(0, ge=0, description="another number draws another seed set")
     audit: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="samples outside the seed set that are measured directly to judge the fidelity of gradient scores, about; "
+        description="samples outside the seed set that are measured directly to judge the fidelity of scores at checkpoints, about; "
         "auto: a tenth of the seed set, 50 to 500; 0: none",
     )
 
@@ -138,6 +141,10 @@ class MosoSettings(Settings):
     )
     recalibrate: bool = Field(False, description="estimate BatchNorm's statistics anew at every checkpoint before scoring")
 
+    def uses_self_term(self, samples: int) -> bool:
+        """`self_term` for a seed set, or part, of so many samples."""
+        return samples < SELF_TERM_BELOW if self.self_term == "auto" else self.self_term
+
 
 class DynamicUncertaintySettings(Settings):
     """Dynamic Uncertainty: spread of the label's probability over windows of epochs."""
@@ -164,14 +171,23 @@ class DualSettings(Settings):
     epochs: Positive | None = Field(30, description="first epochs used: 30 for CIFAR, 60 for ImageNet as published; null: all")
 
 
-class El2nSettings(Settings):
+class OutputSettings(Settings):
+    """A score of the proxy's outputs."""
+
+    at: Literal["trajectory", "checkpoints"] = Field(
+        "trajectory",
+        description="at every epoch of the training, or by the proxy at its checkpoints, which can measure any sample: an audit set too",
+    )
+
+
+class El2nSettings(OutputSettings):
     """EL2N: distance from the one-hot label."""
 
     first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
     last_epoch: Positive | None = Field(10, description="the mean ends before this epoch; null: at the end")
 
 
-class MeanSettings(Settings):
+class MeanSettings(OutputSettings):
     """A mean over epochs."""
 
     first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
@@ -232,6 +248,13 @@ class MeasureSettings(PoolSettings):
         if len(set(value)) != len(value):
             raise ValueError("a score is named twice")
         return value
+
+    @property
+    def at_checkpoints(self) -> tuple[str, ...]:
+        """The scores that the proxy's checkpoints give, of any sample; the others follow the training of a sample."""
+        return tuple(
+            score for score in self.scores if score in ("moso", "grand") or self.options(score).get("at") == "checkpoints"
+        )
 
     def options(self, score: str) -> dict[str, Any]:
         """The options of one score."""
@@ -399,7 +422,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` with every `section.field=value` set; values are YAML. Raises `ConfigError` on a malformed one."""
-    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    result = copy.deepcopy(dict(data))
     for item in overrides:
         name, equals, text = item.partition("=")
         if not equals or not name.strip():
@@ -427,9 +450,9 @@ def absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"run": absolute(config.run), "source": source})
 
 
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_config(config: Config, sections: Mapping[str, Any] | None = None) -> str:
+    """The resolved configuration, or some sections of it, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json", include=sections), sort_keys=False, allow_unicode=True)
 
 
 def commented_config() -> str:

@@ -10,11 +10,16 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import apply_overrides, parse_config
-from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
+from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord, tables_of
 
 FILES_OPENED = 200
 """`inspect` opens at most so many files; beyond that the counts are estimated from them."""
 SAMPLES_DECODED = 64
+JUDGED_ON = {
+    "audit": "audit samples outside the seed set",
+    "seed": "seed samples held out of the fit",
+    "scored": "scored samples held out of the fit",
+}
 
 
 def inspect_source(uri: str, overrides: Sequence[str] = ()) -> Iterator[str]:
@@ -68,8 +73,11 @@ def describe_run(uri: str) -> Iterator[str]:
     run = Run(uri)
     records = run.ledger()
     yield f"run         {run.uri}"
+    tables = tables_of(records)  # such a folder has one stage
     for stage in STAGE_FOLDERS:
         record = records.get(stage)
+        if record is None and tables:
+            continue
         if record is None:
             yield f"{stage:<11} not started"
             continue
@@ -105,13 +113,24 @@ def describe_result(run: Run) -> Iterator[str]:
         yield f"fidelity    {fidelity_sentence(fidelity)}"
         if fidelity.get("judged_on") == "audit" and detail.get("fidelity_seed"):
             yield f"            {fidelity_sentence(detail['fidelity_seed'])}"
-        doubled = (detail.get("learning_curve") or {}).get("doubled") or {}
-        if doubled.get("gain") is not None:
-            low, high = doubled["gain_interval"]
-            yield f"            twice the seed set: predicted to add {doubled['gain']:.3f} ({low:.3f} to {high:.3f}) to Spearman"
+        yield from _doubled(detail.get("learning_curve") or {}, "the seed set")
     total = sum(record.wall_seconds for record in records.values()) or 1.0
     parts = [f"{stage} {record.wall_seconds:.0f} s" for stage, record in records.items() if record.wall_seconds >= 0.5]
     yield f"time        {total:.0f} s: {', '.join(parts)}"
+
+
+def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:
+    """Lines for the end of an extrapolation from tables: where things are, fidelity beside that of simpler methods."""
+    counts, fidelity = summary["counts"], summary["fidelity"]
+    yield f"scores      {storage.join(out, 'scores')}  ({counts['samples']:,} samples, {counts['measured']:,} measured)"
+    if counts["left_out"]:
+        yield f"left out    {storage.join(out, 'rejects')}  ({counts['left_out']:,} samples)"
+    yield f"summary     {storage.join(out, 'summary.json')}"
+    yield f"fidelity    {fidelity_sentence(fidelity)}"
+    simpler = sorted((found["spearman"], name) for name, found in fidelity["baselines"].items() if found["spearman"] is not None)
+    if simpler:
+        yield "            beside " + ", ".join(f"{name} {spearman:.2f}" for spearman, name in reversed(simpler))
+    yield from _doubled(summary["learning_curve"], "as many scored samples")
 
 
 def fidelity_sentence(fidelity: dict[str, Any]) -> str:
@@ -121,15 +140,23 @@ def fidelity_sentence(fidelity: dict[str, Any]) -> str:
         return f"unknown: {fidelity.get('note') or 'not judged yet'}"
     interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
     pearson = f", Pearson {fidelity['pearson']:.2f}" if fidelity.get("pearson") is not None else ""
-    where = "audit samples outside the seed set" if fidelity.get("judged_on") == "audit" else "seed samples held out of the fit"
+    where = JUDGED_ON.get(fidelity.get("judged_on", ""), JUDGED_ON["seed"])
     return f"Spearman {spearman:.2f}{interval}{pearson}, on {fidelity.get('n_held', 0):,} {where}"
+
+
+def _doubled(curve: dict[str, Any], what: str) -> Iterator[str]:
+    doubled = curve.get("doubled") or {}
+    if doubled.get("gain") is not None:
+        low, high = doubled["gain_interval"]
+        yield f"            twice {what}: predicted to add {doubled['gain']:.3f} ({low:.3f} to {high:.3f}) to Spearman"
 
 
 def _files_done(run: Run, stage: str) -> str:
     folder = {"embed": "embeddings", "extrapolate": "scores", "seed": "seed"}.get(stage)
     if folder is None:
         return ""
-    of = f" of {len(run.fragments()):,}" if stage in {"embed", "extrapolate"} else ""
+    total = len(run.fragments()) if stage in {"embed", "extrapolate"} else 0
+    of = f" of {total:,}" if total else ""
     return f"  {len(run.done(folder)):,}{of} files"
 
 

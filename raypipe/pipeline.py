@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import ConfigError, RaypipeError, TrustError
+from raypipe.errors import ConfigError, RaypipeError, RunError, TrustError
 from raypipe.progress import Progress
-from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now
+from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
 from raypipe.sources import open_source
 from raypipe.stages.base import Context, Stage
 
@@ -29,6 +30,11 @@ _STAGES = {
     "report": "raypipe.stages.report:ReportStage",
 }
 STAGE_NAMES = tuple(_STAGES)
+MORE_THAN_TABLES = {
+    "gnn-published": "the graph of a whole source in memory",
+    "proxy": "what a proxy says of each sample",
+}
+"""What extrapolators need that `extrapolate` does not have."""
 
 
 def make_stage(name: str) -> Stage:
@@ -57,6 +63,8 @@ def _execute(config: Config, until: str | None, progress: Progress, verbose: boo
     context = Context(config, run, progress, verbose)
     with Lease(run), _log_file(run):
         records = run.ledger() if run.exists() else {}
+        if tables_of(records):
+            raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
         run.write_config(config)
         names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
         refusal: TrustError | None = None
@@ -70,13 +78,46 @@ def _execute(config: Config, until: str | None, progress: Progress, verbose: boo
     return run
 
 
+def extrapolate(
+    config: Config, scores: str, column: str, *, progress: Progress | None = None, verbose: bool = False
+) -> dict[str, Any]:
+    """Score the embeddings in tables at `source.uri` from the scores of some of them, in `column` of tables at `scores`.
+
+    Writes into the folder `run`; `raypipe.stages.own` says what. Returns its `summary.json`. Raises ConfigError for a method that
+    cannot do this, SourceError for tables that cannot be used, RunError where the folder holds something else or is in use.
+    """
+    with _errors_of_storage(config.run):
+        return _extrapolate(config, scores, column, progress or Progress(), verbose)
+
+
+def _extrapolate(config: Config, scores: str, column: str, progress: Progress, verbose: bool) -> dict[str, Any]:
+    run, uri = Run(config.run), config.source.uri
+    method = config.extrapolate.method
+    if method in MORE_THAN_TABLES:
+        raise ConfigError(f"method {method} needs {MORE_THAN_TABLES[method]}; use another, such as gnn or knn-published")
+    for given in (uri, scores):
+        if (storage.filesystem(run.uri)[1] + "/").startswith(storage.filesystem(given)[1].rstrip("/") + "/"):
+            raise ConfigError(f"{run.uri}: the output cannot be within {given}; give a folder elsewhere")
+    there = storage.names(run.uri)
+    ours = tables_of(run.ledger()) if "run.json" in there else there <= {"driver.json", "logs"}
+    if not ours:
+        raise RunError(f"{run.uri}: there is something else here, such as {min(there)}; give a new folder")
+    from raypipe.stages.own import OwnStage
+
+    stage = OwnStage(uri, scores, column)
+    with Lease(run), _log_file(run):
+        records = run.ledger() if run.exists() else {}
+        _advance(stage, Context(config, run, progress, verbose), records)
+    return storage.read_json(run.path("summary.json"))
+
+
 def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
     """Bring one stage to the state `done`."""
     run, name = context.run, stage.name
     wanted = fingerprint(name, stage.settings(context.config), [records[need].fingerprint for need in stage.needs])
     record = records.get(name)
     if record is not None and record.fingerprint != wanted:
-        context.progress.say(f"{name:<11} settings changed: made anew")
+        context.progress.say(f"{name:<11} {stage.changed}: made anew")
         stage.clear(context)
         record = None
     elif record is None:
@@ -84,7 +125,7 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
     if record is not None and record.state == "done" and stage.complete(context, record):
         context.progress.say(f"{name:<11} done before: {record.samples:,} samples")
         return
-    record = record or StageRecord(fingerprint=wanted)
+    record = record or StageRecord(fingerprint=wanted, detail=dict(stage.detail))
     record.state, record.error, record.attempts = "running", "", record.attempts + 1
     records[name] = record
     run.write_ledger(records)

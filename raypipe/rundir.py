@@ -58,6 +58,11 @@ class StageRecord:
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def tables_of(records: Mapping[str, StageRecord]) -> dict[str, str]:
+    """What `raypipe extrapolate` made a folder from (embeddings, scores, score_column), by its ledger; empty for a run."""
+    return records["extrapolate"].detail.get("tables", {}) if "extrapolate" in records else {}
+
+
 class Run:
     """One run folder. Creating the object touches nothing."""
 
@@ -113,8 +118,9 @@ class Run:
 
     # -- configuration --------------------------------------------------------------------------------------------
 
-    def write_config(self, config: Config) -> None:
-        storage.write_bytes(self.path("config.yaml"), dump_config(config).encode())
+    def write_config(self, config: Config, sections: Mapping[str, Any] | None = None) -> None:
+        """Write all settings, or those of some sections."""
+        storage.write_bytes(self.path("config.yaml"), dump_config(config, sections).encode())
 
     def config(self) -> Config:
         """The configuration this run was made with."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-from helpers import QUIET, score_files, small_config
+from helpers import QUIET, UNREADABLE, digit_pngs, score_files, small_config
 
 from raypipe import storage
 
@@ -101,3 +101,21 @@ def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def finished_scores(finished: str) -> dict[str, bytes]:
     """Content of every score shard of `finished`."""
     return score_files(finished)
+
+
+@pytest.fixture(scope="session")
+def of_folders(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run up to the embeddings over folders of images, a few of them unreadable, with two proxies on parts of the seed set."""
+    import raypipe
+
+    folder = tmp_path_factory.mktemp("of-folders")
+    images = {
+        f"class-{label}/{number:04d}.png": image for number, (image, label) in enumerate(zip(*digit_pngs(300), strict=True))
+    }
+    for name, content in {**images, **UNREADABLE}.items():
+        path = folder / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    where = [f"source.uri={folder}/data", "source.format=imagefolder", "source.limit=null"]
+    config = small_config(f"{folder}/run", *where, "proxy.parts=2", "proxy.epochs=2")
+    return raypipe.run(config, until="embed", progress=QUIET).uri

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from raypipe import storage
 from raypipe.api import load_scores
@@ -26,7 +30,7 @@ SMALL: dict[str, Any] = {
         "crop_padding": 1,
         "flip": False,
     },
-    "measure": {"scores": ["moso", "el2n", "grand"]},
+    "measure": {"scores": ["moso", "el2n", "grand", "loss"], "loss": {"at": "checkpoints"}},
     "extrapolate": {"epochs": 4, "neighbours": 8, "folds": 2, "judge_published": False},
     "trust": {"min_spearman": -1},
     "select": {"keep": [0.25, 0.5]},
@@ -35,9 +39,24 @@ SMALL: dict[str, Any] = {
 """The whole job in a few seconds."""
 
 
+UNREADABLE = {"class-0/empty.png": b"", "class-1/words.jpg": b"not an image", "class-2/cut.png": b"\x89PNG\r\n\x1a\n" + bytes(52)}
+"""Files of the fixture `of_folders` that are no images."""
+
+
 def small_config(run: str, *overrides: str) -> Config:
     """`SMALL`, written to `run`, with `section.field=value` changes."""
     return parse_config(apply_overrides({"run": run, **SMALL}, overrides))
+
+
+def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
+    """The first of scikit-learn's digits as PNG files, and their labels."""
+    digits = load_digits()
+    encoded = []
+    for image in digits.images[:count]:
+        buffer = io.BytesIO()
+        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    return encoded, digits.target[:count].tolist()
 
 
 def score_files(run: str) -> dict[str, bytes]:

@@ -12,6 +12,8 @@ import yaml
 
 from raypipe import cli
 
+TABLES = ["extrapolate", "--embeddings", "e", "--scores", "s", "--out", "o"]
+
 
 def _main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stop:
@@ -23,7 +25,7 @@ def _main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_help_names_every_verb(capsys) -> None:
     code, out, _ = _main(capsys, "--help")
     assert code == 0
-    for verb in ("run", "demo", "init", "inspect", "status", "select", "report"):
+    for verb in ("run", "demo", "init", "inspect", "status", "extrapolate", "select", "report"):
         assert f"  {verb} " in out
 
 
@@ -36,6 +38,9 @@ def test_help_names_every_verb(capsys) -> None:
         (["demo", "--set", "proxy.epochs=-1"], "proxy.epochs: -1 is not allowed"),
         (["demo", "--set", "proxy.epoch=1"], "did you mean 'epochs'?"),
         (["select", "x", "--keep", "many"], "not a valid float"),
+        (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
+        ([*TABLES, "--method", "proxy"], "method proxy needs what a proxy says of each sample"),
+        ([*TABLES, "--holdout", "0.9"], "extrapolate.holdout: 0.9 is not allowed"),
     ],
 )
 def test_bad_usage_exits_with_2(capsys, arguments: list[str], expected: str) -> None:

@@ -67,6 +67,9 @@ def test_overrides() -> None:
     assert data["select"] == {"keep": [0.5, 0.1]}
     assert data["run"] == "s3://bucket/run"
     assert "proxy" not in LEAST, "the original is not changed"
+    deep = {"measure": {"loss": {"at": "checkpoints"}}}
+    assert apply_overrides(deep, ["measure.loss.first_epoch=2"])["measure"]["loss"] == {"at": "checkpoints", "first_epoch": 2}
+    assert deep == {"measure": {"loss": {"at": "checkpoints"}}}, "nor what is further down in it"
     for bad in ("proxy.epochs", "=3", "run.field=3", "proxy.epochs=[1"):
         with pytest.raises(ConfigError, match="--set"):
             apply_overrides(LEAST, [bad])

@@ -5,8 +5,10 @@ A new one is a file in this package and a line in `_HOMES`.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from raypipe.errors import ConfigError
 
@@ -35,3 +37,19 @@ def make(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
     module, name = _HOMES[settings.method]
     extrapolator: Extrapolator = getattr(import_module(module), name)(settings, num_classes)
     return extrapolator
+
+
+class _Package(ModuleType):
+    """This package, which is the verb `raypipe.extrapolate(...)` as well.
+
+    Python binds a package to its name in the parent as soon as anything imports it, so a function of that name in `raypipe` would
+    be there or not depending on what was imported before. A module whose class can be called is both, always (see "Customizing
+    module attribute access" in the Python reference). Nothing in this package calls upward: a caller of the verb does.
+    """
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """See `raypipe.api.extrapolate`."""
+        return import_module("raypipe.api").extrapolate(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -10,11 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from raypipe import storage
+from raypipe.errors import RunError
 from raypipe.report import words
 from raypipe.report.scores import END_CLASSES, MOST_CLASSES, Pick
 from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
-from raypipe.rundir import Run
+from raypipe.rundir import Run, tables_of
 
 GRIDS = {
     "highest": ("Highest scores", "What every keep-list holds."),
@@ -28,8 +29,11 @@ GRIDS = {
 def build(run: Run) -> str:
     """Write `RUN/report/summary.json` and `RUN/report/index.html`; returns the URI of the page.
 
-    What the run lacks (an unfinished stage, a source that is gone) is said on the page. Raises RunError without a run.
+    What the run lacks (an unfinished stage, a source that is gone) is said on the page. Raises RunError without a run, and for what
+    `raypipe extrapolate` made.
     """
+    if tables_of(run.ledger()):
+        raise RunError(f"{run.uri}: was made from tables, without images to show; its figures are in {run.path('summary.json')}")
     findings = collect(run)
     thumbnails = load_thumbnails(run, run.config().source, [findings.grids.get(name, []) for name in GRIDS])
     page = render(findings, thumbnails)

@@ -190,7 +190,7 @@ class ScoreInfo:
     """One line of the registry.
 
     needs   gradients or trajectory
-    cost    what it costs beyond training the proxy, in words
+    cost    what it costs beyond training the proxy, in words; with `at: checkpoints` a forward pass per checkpoint more
     source  the paper
     reads   what a trajectory score takes from the trajectory: some of `NUMBERS`, or the probabilities, from which everything
             follows. Only this is read from storage: a number is 4 bytes per sample and epoch, probabilities 2 bytes per class

@@ -7,6 +7,9 @@ Source: Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021 (arXiv 2107.07
 at an early epoch t, averaged over several trainings. Higher (harder) means keep. With one proxy there is one training, so
 the average is over epochs instead: the first 10, as the code of CCS (arXiv 2210.15809) does; a single epoch is
 `first_epoch: t, last_epoch: t + 1`.
+
+With `at: checkpoints` (as `raypipe.scores.loss` and `entropy`) the mean is over the proxy's checkpoints among these epochs, each
+in eval mode on images that are not augmented: what the paper measures, of any sample, also one that was not trained on.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from raypipe.config import Config
@@ -36,6 +38,10 @@ class Stage(abc.ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """Stages whose settings its outputs depend on."""
+    changed: ClassVar[str] = "settings changed"
+    """Why its outputs are made anew, in the words of a line."""
+    detail: Mapping[str, Any] = MappingProxyType({})
+    """What the ledger says of it from its start."""
 
     @abc.abstractmethod
     def settings(self, config: Config) -> dict[str, Any]:

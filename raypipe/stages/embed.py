@@ -186,6 +186,8 @@ class EmbedActor:
         those of the predicted class."""
         import torch
 
+        from raypipe.scores.logits import numbers
+
         parts: list[dict[str, Any]] = []
         size = self._config.embed.images_at_once(self._gpu)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._gpu and self._config.proxy.amp):
@@ -193,19 +195,14 @@ class EmbedActor:
                 pixels = torch.from_numpy(images[start : start + size]).to(self._device)
                 embedding = self._model.embed(pixels)
                 logits = self._model.head(embedding).float()
-                log_probabilities = logits.log_softmax(1)
                 prediction = logits.argmax(1)
                 target = torch.from_numpy(labels[start : start + size].astype(np.int64)).to(self._device)
-                target = torch.where(target < 0, prediction, target)[:, None]
-                own = logits.gather(1, target)[:, 0]
-                others = logits.scatter(1, target, -torch.inf).amax(1)
+                found = numbers(logits, torch.where(target < 0, prediction, target))
                 part = {
                     "embedding": embedding.float(),
                     "prediction": prediction.int(),
-                    "confidence": log_probabilities.amax(1).exp(),
-                    "loss": -log_probabilities.gather(1, target)[:, 0],
-                    "margin": own - others,
-                    "entropy": -(log_probabilities.exp() * log_probabilities).sum(1),
+                    "confidence": logits.softmax(1).amax(1),
+                    **{name: found[name] for name in SIGNALS},
                 }
                 parts.append({name: value.cpu().numpy() for name, value in part.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

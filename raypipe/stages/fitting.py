@@ -57,11 +57,12 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     """
     config, run = context.config, context.run
     whole, there = config.extrapolate.method in WHOLE_METHODS, storage.names(run.path("extrapolator"))
-    wanted: dict[str, tuple[str, Part]] = {"fit": ("model.json", _fit)}
+    wanted: dict[str, tuple[str, Part]] = {}
+    if judges_published(config, samples):
+        wanted["published"] = ("published.parquet", write_published)  # first, since it takes longest
+    wanted["fit"] = ("model.json", _fit)
     for number in range(folds(config)):
         wanted[f"judge-{number}"] = (f"fold-{number}.parquet", functools.partial(write_fold, number))
-    if judges_published(config, samples):
-        wanted["published"] = ("published.parquet", write_published)
     wanted["curve"] = ("curve.json", write_curve)
     left = {name: part for name, (file, part) in wanted.items() if file not in there}
     # a graph over the whole source is held once at a time

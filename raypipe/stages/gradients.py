@@ -1,11 +1,12 @@
-"""Gradient scores (MoSo, GraNd) of the seed set and the audit set, in two passes.
+"""Scores at the proxy's checkpoints (MoSo, GraNd; loss, EL2N and entropy with `at: checkpoints`), of the seed set and the audit set.
 
-The first sums the seed set's gradients of every checkpoint: tasks over seed shards, whose sums are added in a tree of fixed shape, so that
-the result does not depend on the number of workers and the driver sees none of them. The second streams the shards through
-actors that hold all checkpoints and mean gradients.
+In two passes. The first, for MoSo, sums the seed set's gradients of every checkpoint: tasks over seed shards, whose sums are added
+in a tree of fixed shape, so that the result does not depend on the number of workers and the driver sees none of them. The second
+streams the shards through actors that hold all checkpoints and mean gradients.
 
 Writes, under `measured/`: `calibrated-*/<checkpoint>` where BatchNorm is recalibrated, `gradients-*/<checkpoint>` (MoSo), and
-`checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd).
+`checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd),
+loss, distance (EL2N), entropy.
 Folder names end in a hash of the settings they depend on: another weighting of the checkpoints finds them as they are.
 With several proxies (`proxy.parts`) both passes are made for one after another, each over the samples of its part alone, and
 these folders have one below them for each part.
@@ -24,7 +25,7 @@ import pyarrow as pa
 import ray
 
 from raypipe import storage
-from raypipe.config import Config, MosoSettings
+from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord, fingerprint
@@ -40,14 +41,8 @@ MOST_GROUPS = 64
 FAN_IN = 4
 RECALIBRATION_BATCH = 256
 """Images whose statistics are taken together when BatchNorm is recalibrated; part of what the result is."""
-SELF_TERM_BELOW = 1000
-"""`self_term: auto` takes it in for seed sets, or parts, smaller than this."""
-GRADIENT_SCORES = ("moso", "grand")
-
-
-def uses_self_term(settings: MosoSettings, samples: int) -> bool:
-    """Whether MoSo takes the sample itself out of the mean gradient."""
-    return samples < SELF_TERM_BELOW if settings.self_term == "auto" else settings.self_term
+OUTPUTS = {"loss": "loss", "el2n": "distance", "entropy": "entropy"}
+"""Which number of one forward pass a score is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,9 @@ class Folders:
     @classmethod
     def of(cls, config: Config, run: Run) -> Folders:
         moso, grand = config.measure.moso, config.measure.grand
-        which = [score for score in GRADIENT_SCORES if score in config.measure.scores]
+        which = sorted(config.measure.at_checkpoints)
         mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate, config.measure.precision)
-        numbers = fingerprint(mean, which, uses_self_term(moso, smallest(proxy_parts(run))), grand.gradient)
+        numbers = fingerprint(mean, which, moso.uses_self_term(smallest(proxy_parts(run))), grand.gradient)
         return cls(f"measured/calibrated-{mean}", f"measured/gradients-{mean}", f"measured/checkpoints-{numbers}")
 
     def of_part(self, part: Part) -> Folders:
@@ -280,13 +275,15 @@ class GradientActor:
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
         self._folders, self._part = folders, part
         files = [item["file"] for item in part.trained["checkpoints"]]
-        self._self_term = uses_self_term(config.measure.moso, samples)
+        self._self_term = config.measure.moso.uses_self_term(samples)
         self._checkpoints = [self._checkpoint(file) for file in files]
 
     def _checkpoint(self, file: str) -> Callable[[Any, Any], dict[str, Any]]:
         """What gives the numbers of a batch at one checkpoint, by the cheapest way that gives all that the wanted scores need."""
+        import torch
         from safetensors.torch import load
 
+        from raypipe.scores import logits
         from raypipe.scores.head import head_norms_and_alignments
         from raypipe.scores.per_sample import norms_and_alignments
         from raypipe.scores.tangent import Aligner
@@ -299,10 +296,11 @@ class GradientActor:
             gradient = {name: value.to(self._device) for name, value in read.items()}
         moso_rule = measure.moso.gradient if gradient is not None else None
         grand_rule = measure.grand.gradient if "grand" in measure.scores else None
+        outputs = [OUTPUTS[score] for score in measure.at_checkpoints if score in OUTPUTS]
         aligner = None
         if gradient is not None and moso_rule == "all" and not self._self_term and grand_rule != "all":
             aligner = Aligner(model, gradient, channels_last=measure.channels_last, compiled=measure.compile)
-            if grand_rule is None and aligner.traced:
+            if grand_rule is None and not outputs and aligner.traced:
                 model, gradient = None, None  # it has what it needs of them
 
         def numbers(pixels: Any, target: Any) -> dict[str, Any]:
@@ -316,6 +314,10 @@ class GradientActor:
                         result.update({"squares": square} if self._self_term else {})
                     if of_grand:
                         result["lengths"] = square.sqrt()
+            if outputs:
+                with torch.no_grad():
+                    said = logits.numbers(model(pixels).float(), target)
+                result |= {name: said[name] for name in outputs}
             return result
 
         return numbers

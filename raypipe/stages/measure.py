@@ -1,8 +1,8 @@
 """Measure: the measured scores of every seed sample.
 
 Writes `measured/<shard>.parquet` (sample_id, label, a float32 column per score of `measure.scores`), from what
-`raypipe.stages.gradients` and `raypipe.stages.trajectories` left beside it; and `measured/audit/<shard>.parquet` with the gradient
-scores of the audit set: alignments with the mean gradients of the seed set. A trajectory score needs training on the sample.
+`raypipe.stages.gradients` and `raypipe.stages.trajectories` left beside it; and `measured/audit/<shard>.parquet` with the scores at
+checkpoints of the audit set: its alignments with the mean gradients of the seed set. A trajectory score needs training on the sample.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import SELF_TERM_BELOW, Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.gradients import GRADIENT_SCORES, SELF_TERM_BELOW, Folders, measure_gradients, smallest, uses_self_term
+from raypipe.stages.gradients import OUTPUTS, Folders, measure_gradients, smallest
 from raypipe.stages.parts import Part, joined
 from raypipe.stages.proxy import empty_proxy, proxy_parts
 from raypipe.stages.seed import seed_manifest
@@ -45,15 +45,15 @@ class MeasureStage(Stage):
             seed = seed_manifest(context.run)
         except FileNotFoundError:
             return False
-        audit = seed["audit_shards"] if set(GRADIENT_SCORES) & set(context.config.measure.scores) else []
+        audit = seed["audit_shards"] if context.config.measure.at_checkpoints else []
         return set(seed["shards"]) <= context.run.done("measured") and set(audit) <= context.run.done(AUDIT_FOLDER)
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
-        from_gradients: list[str] = [score for score in config.measure.scores if score in GRADIENT_SCORES]
-        from_trajectory: list[str] = [score for score in config.measure.scores if score not in GRADIENT_SCORES]
+        at_checkpoints = config.measure.at_checkpoints
+        from_trajectory: list[str] = [score for score in config.measure.scores if score not in at_checkpoints]
         detail: dict[str, Any] = {"scores": list(config.measure.scores)}
-        if from_gradients:
+        if at_checkpoints:
             detail |= _announce(context)
             measure_gradients(context, record)
         if from_trajectory:
@@ -61,17 +61,17 @@ class MeasureStage(Stage):
         seed = seed_manifest(run)
         folders, trajectories = Folders.of(config, run), trajectory_folder(config, run)
         parts = proxy_parts(run)
-        moso = _MosoTotals.of_parts(config, run, parts, folders.checkpoints, seed["shards"]) if "moso" in from_gradients else None
+        moso = _MosoTotals.of_parts(config, run, parts, folders.checkpoints, seed["shards"]) if "moso" in at_checkpoints else None
         if moso is not None:
             detail["moso"] = moso[0].detail if len(moso) == 1 else {"parts": [totals.detail for totals in moso]}
         count = 0
         for shard in seed["shards"]:
-            found = [_from_gradients(config, run, parts, folders.checkpoints, shard, moso)] if from_gradients else []
+            found = [_of_checkpoints(config, run, parts, folders.checkpoints, shard, moso)] if at_checkpoints else []
             followed = [_numbers_of(run, trajectories, shard)] if from_trajectory else []
             count += _combine(config, run, "measured", shard, found + followed)
         audited = 0
-        for shard in seed["audit_shards"] if from_gradients else []:
-            found = [_from_gradients(config, run, parts, folders.checkpoints, shard, moso, audit=True)]
+        for shard in seed["audit_shards"] if at_checkpoints else []:
+            found = [_of_checkpoints(config, run, parts, folders.checkpoints, shard, moso, audit=True)]
             audited += _combine(config, run, AUDIT_FOLDER, shard, found)
         if count != seed["samples"]:
             raise StageError(f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest")
@@ -86,7 +86,7 @@ def _announce(context: Context) -> dict[str, Any]:
     """Say what `self_term: auto` decided, and which layers have no fast rule for per-sample gradients; both for the ledger."""
     config, samples = context.config, smallest(proxy_parts(context.run))
     moso, grand = config.measure.moso, config.measure.grand
-    self_term = "moso" in config.measure.scores and uses_self_term(moso, samples)
+    self_term = "moso" in config.measure.scores and moso.uses_self_term(samples)
     if "moso" in config.measure.scores and moso.self_term == "auto":
         side = f"below {SELF_TERM_BELOW:,}: with" if self_term else f"{SELF_TERM_BELOW:,} or more: without"
         context.progress.say(f"{'measure':<11} self term: {samples:,} samples are {side} it")
@@ -110,7 +110,7 @@ class _MosoTotals:
 
     @classmethod
     def of_parts(cls, config: Config, run: Run, parts: list[Part], folder: str, shards: list[str]) -> list[_MosoTotals]:
-        self_term = uses_self_term(config.measure.moso, smallest(parts))
+        self_term = config.measure.moso.uses_self_term(smallest(parts))
         return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
 
     def __init__(self, config: Config, run: Run, part: Part, folder: str, shards: list[str], self_term: bool) -> None:
@@ -142,7 +142,7 @@ class _MosoTotals:
         return combine(aligned, self.rates, self.settings.weights, steps=self.steps, samples=self.samples, spread=self.spread)
 
 
-def _from_gradients(
+def _of_checkpoints(
     config: Config, run: Run, parts: list[Part], folder: str, shard: str, moso: list[_MosoTotals] | None, audit: bool = False
 ) -> pa.Table:
     """sample_id, label and the gradient scores of one shard, each sample's from the proxy of its own part."""
@@ -154,8 +154,25 @@ def _from_gradients(
             table = table.append_column("moso", pa.array(moso[number].score(found, audit), pa.float32()))
         if "grand" in config.measure.scores:
             table = table.append_column("grand", pa.array(_numbers(found, "lengths").mean(1).astype(np.float32)))
+        for score in (score for score in config.measure.at_checkpoints if score in OUTPUTS):
+            table = table.append_column(
+                score, pa.array(_mean(config, part, _numbers(found, OUTPUTS[score]), score), pa.float32())
+            )
         tables.append(table)
     return joined(run, parts, shard, tables)
+
+
+def _mean(config: Config, part: Part, numbers: np.ndarray, score: str) -> np.ndarray:
+    """Mean over the checkpoints among the epochs that are asked for; numbers float64 [n, checkpoints], returns float32 [n]."""
+    options, epochs = config.measure.options(score), [item["epoch"] for item in part.trained["checkpoints"]]
+    first, last = options["first_epoch"], options["last_epoch"]
+    chosen = [column for column, epoch in enumerate(epochs) if first <= epoch and (last is None or epoch < last)]
+    if not chosen:
+        raise StageError(
+            f"{score} at checkpoints: none between first_epoch {first} and last_epoch {last}; they are of epochs "
+            f"{', '.join(map(str, epochs))} (from 0)"
+        )
+    return numbers[:, chosen].mean(1).astype(np.float32)
 
 
 def _combine(config: Config, run: Run, folder: str, shard: str, given: list[pa.Table]) -> int:

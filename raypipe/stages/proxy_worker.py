@@ -24,6 +24,7 @@ from raypipe.config import ProxySettings
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
 from raypipe.scores.base import NUMBERS
+from raypipe.scores.logits import numbers
 from raypipe.stages.parts import Part
 from raypipe.stages.seed import read_shard, seed_manifest
 
@@ -153,15 +154,8 @@ Predictions = tuple[np.ndarray, np.ndarray]
 
 def predictions(logits: Tensor, target: Tensor) -> Predictions:
     """What the trajectory keeps of a batch. The numbers are those of the logits, before float16 rounds the probabilities."""
-    column = target[:, None]
-    probabilities = logits.softmax(1)
-    numbers = {
-        "loss": F.cross_entropy(logits, target, reduction="none"),
-        "margin": (logits.gather(1, column) - logits.scatter(1, column, -torch.inf).amax(1, keepdim=True))[:, 0],
-        "distance": probabilities.scatter_add(1, column, torch.full_like(column, -1.0, dtype=logits.dtype)).norm(dim=1),
-        "entropy": torch.special.entr(probabilities).sum(1),
-    }
-    return torch.stack([numbers[name] for name in NUMBERS], 1).cpu().numpy(), probabilities.half().cpu().numpy()
+    found = numbers(logits, target)
+    return torch.stack([found[name] for name in NUMBERS], 1).cpu().numpy(), logits.softmax(1).half().cpu().numpy()
 
 
 def group_rows(classes: int, epochs: int, workers: int) -> int:
@@ -173,10 +167,10 @@ def write_trajectory(uri: str, seen: list[tuple[np.ndarray, Predictions]], group
     """Write one worker's predictions in one epoch, by row of the seed set, with so many rows in a row group."""
     rows = np.concatenate([rows for rows, _ in seen])
     order = np.argsort(rows)
-    numbers = np.concatenate([part for _, (part, _) in seen])[order]
+    values = np.concatenate([part for _, (part, _) in seen])[order]
     probabilities = np.concatenate([part for _, (_, part) in seen])[order]
     columns: dict[str, Any] = {"row": pa.array(rows[order], pa.int64())}
-    columns |= {name: pa.array(numbers[:, index], pa.float32()) for index, name in enumerate(NUMBERS)}
+    columns |= {name: pa.array(values[:, index], pa.float32()) for index, name in enumerate(NUMBERS)}
     # bytes instead of a list of numbers: Parquet writes and reads a list one number at a time, 10 times slower
     columns["probabilities"] = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(2 * probabilities.shape[1]), len(rows), [None, pa.py_buffer(probabilities)]

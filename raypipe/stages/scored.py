@@ -21,17 +21,19 @@ COLUMNS = ["sample_id", "label", "embedding", *SIGNALS]
 WHOLE_METHODS = {"gnn-published"}
 """Extrapolators whose graph is over the whole source."""
 FOLDERS = {"seed": "measured", "audit": "measured/audit"}
+GIVEN = "scored.parquet"
+"""Under `extrapolator/`: scored samples that were given in tables (`raypipe.stages.own`), in place of a seed set."""
 
 
 def nodes_of(table: pa.Table) -> Any:
-    """Samples of a table of embeddings as the extrapolators see them."""
+    """Samples of a table of embeddings as the extrapolators see them; without a proxy there are no signals."""
     from raypipe.extrapolate.base import Nodes
 
     column = table["embedding"].combine_chunks()
     embedding = np.asarray(column.flatten(), np.float32).reshape(len(table), -1)
     label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
-    signals = np.stack([table[name].to_numpy() for name in SIGNALS], 1).astype(np.float32)
-    return Nodes(embedding, label, signals)
+    signals = [table[name].to_numpy() for name in SIGNALS if name in table.column_names]
+    return Nodes(embedding, label, np.stack(signals, 1) if signals else np.zeros((len(table), 0)))
 
 
 def measured_scores(run: Run, score: str, which: str) -> dict[str, float]:
@@ -78,7 +80,7 @@ class Samples:
             self.tables = [storage.read_table(run.path("embeddings", f"{name}.parquet"), COLUMNS) for name in self.names]
             self.everything = Nodes.concat([nodes_of(table) for table in self.tables])
             self._ids = [sample_id for table in self.tables for sample_id in table["sample_id"].to_pylist()]
-        seed = self._scored("seed")
+        seed = self._scored("seed") or _given(run)
         if seed is None:
             raise StageError("no seed sample has an embedding; the source changed completely. Use a new run folder")
         self.seed = seed
@@ -105,6 +107,14 @@ class Samples:
         table = table.filter(pa.array([sample_id in scores for sample_id in table["sample_id"].to_pylist()], pa.bool_()))
         ids = table["sample_id"].to_pylist()
         return Scored(ids, nodes_of(table), _of(ids, scores)) if ids else None
+
+
+def _given(run: Run) -> Scored | None:
+    """The scored samples of a folder that was made from tables; None in a run."""
+    if GIVEN not in storage.names(run.path("extrapolator")):
+        return None
+    table = storage.read_table(run.path("extrapolator", GIVEN))
+    return Scored(table["sample_id"].to_pylist(), nodes_of(table), table["score"].to_numpy())
 
 
 def _of(ids: list[str], scores: Mapping[str, float]) -> np.ndarray:

@@ -4,7 +4,7 @@ The same sample is drawn everywhere and for ever, whatever else is in the source
 seed set that is drawn: new samples are scored with the extrapolator that exists.
 
 In the same pass an audit set is drawn by another hash from the samples outside the seed set. The proxy is never trained on it;
-gradient scores can be measured on it all the same, and tell how well scores of samples outside the seed set are predicted.
+scores at its checkpoints can be measured on it all the same, and tell how well scores of samples outside the seed set are predicted.
 """
 
 from __future__ import annotations

@@ -122,11 +122,16 @@ def check_trust(extrapolated: StageRecord, trust: TrustSettings, force: bool) ->
                 f"is below trust.min_spearman ({trust.min_spearman:g})"
             )
         added = ((extrapolated.detail.get("learning_curve") or {}).get("doubled") or {}).get("gain")
-        promise = f"; twice as large is predicted to add {added:.2f}" if added is not None else ""
-        raise TrustError(
-            f"no keep-lists: {found}. What can help is a larger seed set (seed.fraction{promise}), more epochs of the proxy "
-            "(proxy.epochs) or another score (measure.scores); --force of `raypipe select`, or select.force, makes them all the same"
-        )
+        tables = extrapolated.detail.get("tables")
+        promise = f"twice as {'many' if tables else 'large'} is predicted to add {added:.2f}" if added is not None else ""
+        if tables:
+            help_ = f"more scored samples{promise and f' ({promise})'} or other embeddings; --force of `raypipe select`"
+        else:
+            help_ = (
+                f"a larger seed set (seed.fraction{promise and f'; {promise}'}), more epochs of the proxy "
+                "(proxy.epochs) or another score (measure.scores); --force of `raypipe select`, or select.force,"
+            )
+        raise TrustError(f"no keep-lists: {found}. What can help is {help_} makes them all the same")
     figures = {"spearman": spearman, "spearman_low": bounds[0] if bounds else None}
     return {
         **{name: f"{value:.4f}" if value is not None else "unknown" for name, value in figures.items()},

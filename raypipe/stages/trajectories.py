@@ -18,7 +18,6 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.rundir import Run, StageRecord, fingerprint
 from raypipe.stages.base import Context
-from raypipe.stages.gradients import GRADIENT_SCORES
 from raypipe.stages.proxy import proxy_manifest, trajectory_files
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.streaming import Stopwatch, run_tasks
@@ -58,7 +57,8 @@ def measure_trajectories(context: Context, record: StageRecord, scores: list[str
 
 def trajectory_folder(config: Config, run: Run) -> str:
     """Where the scores of a trajectory are, below the run: another proxy, score or option has another folder."""
-    options = {score: config.measure.options(score) for score in sorted(config.measure.scores) if score not in GRADIENT_SCORES}
+    followed = sorted(set(config.measure.scores) - set(config.measure.at_checkpoints))
+    options = {score: _options(config, score) for score in followed}
     return f"measured/trajectory-{fingerprint(run.ledger()['proxy'].fingerprint, options)}"
 
 
@@ -95,12 +95,17 @@ def _score_shards(config: Config, run_uri: str, folder: str, scores: list[str], 
     tables = [storage.read_table(run.path("seed", f"{shard}.parquet"), ["sample_id", "label"]) for shard, _, _ in units]
     label = np.concatenate([table["label"].to_numpy().astype(np.int64) for table in tables])
     start, stop = units[0][1], units[-1][2]
-    found = score_rows(run, start, stop, label, {score: config.measure.options(score) for score in scores})
+    found = score_rows(run, start, stop, label, {score: _options(config, score) for score in scores})
     for (shard, first, last), table in zip(units, tables, strict=True):
         for score, values in found.items():
             table = table.append_column(score, pa.array(values[first - start : last - start]))
         storage.write_table(run.path(folder, f"{shard}.parquet"), table)
     return {"samples": stop - start, "cpu_seconds": watch.lap()}
+
+
+def _options(config: Config, score: str) -> dict[str, Any]:
+    """What the score's function takes."""
+    return {name: value for name, value in config.measure.options(score).items() if name != "at"}
 
 
 def score_rows(run: Run, start: int, stop: int, label: np.ndarray, options: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:

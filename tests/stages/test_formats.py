@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import QUIET, by_id, small_config
-from PIL import Image
-from sklearn.datasets import load_digits
+from helpers import QUIET, UNREADABLE, by_id, digit_pngs, small_config
 
 import raypipe
 from raypipe import storage
@@ -20,18 +17,8 @@ from raypipe.rundir import Run
 pytestmark = pytest.mark.ray
 
 
-def _pngs(count: int) -> tuple[list[bytes], list[int]]:
-    digits = load_digits()
-    encoded = []
-    for image in digits.images[:count]:
-        buffer = io.BytesIO()
-        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "PNG")
-        encoded.append(buffer.getvalue())
-    return encoded, digits.target[:count].tolist()
-
-
 def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
-    images, labels = _pngs(400)
+    images, labels = digit_pngs(400)
     for part in range(2):
         rows = slice(part * 200, part * 200 + 200)
         column = [{"bytes": image, "path": None} for image in images[rows]]
@@ -74,26 +61,14 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     assert not any(b"AWS_SECRET" in content or b"aws_secret" in content for content in secrets)
 
 
-def test_what_cannot_be_read_is_rejected_with_its_reason(cluster: str, tmp_path) -> None:
-    images, labels = _pngs(300)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = tmp_path / "data" / f"class-{label}" / f"{number:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
-    bad = {"class-0/empty.png": b"", "class-1/words.jpg": b"not an image", "class-2/cut.png": images[0][:60]}
-    for name, content in bad.items():
-        (tmp_path / "data" / name).write_bytes(content)
-    run = Run(str(tmp_path / "run"))
-    config = small_config(
-        run.uri, f"source.uri={tmp_path}/data", "source.format=imagefolder", "source.limit=null", "proxy.epochs=2"
-    )
-    raypipe.run(config, until="embed", progress=QUIET)
+def test_what_cannot_be_read_is_rejected_with_its_reason(of_folders: str) -> None:
+    run, bad = Run(of_folders), set(UNREADABLE)
     rejects = pa.concat_tables([table for _, table in storage.iter_tables(run.path("rejects"))]).to_pylist()
-    assert {row["sample_id"] for row in rejects} == set(bad)
+    assert {row["sample_id"] for row in rejects} == bad
     assert all(len(row["reason"]) > 8 for row in rejects)
     embedded = pa.concat_tables([table for _, table in storage.iter_tables(run.path("embeddings"), ["sample_id"])])
     assert len(set(embedded["sample_id"].to_pylist())) == len(embedded) == 300
-    assert not set(embedded["sample_id"].to_pylist()) & set(bad)
+    assert not set(embedded["sample_id"].to_pylist()) & bad
     assert run.record("embed").detail["rejects"] == 3
 
 

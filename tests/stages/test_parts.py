@@ -221,15 +221,15 @@ def test_a_part_that_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.ray
-def test_each_part_is_scored_by_its_own_proxy(cluster: str, tmp_path: Path) -> None:
+def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
     """Two proxies: what was measured, from one process that has everything in memory; and a rerun."""
     from raypipe.scores.moso import combine, gradient_sum, without_itself
     from raypipe.scores.per_sample import norms_and_alignments
     from raypipe.stages.embed import EmbedActor
     from raypipe.stages.proxy import load_checkpoint
 
-    config = small_config(f"{tmp_path}/run", "proxy.parts=2", "proxy.epochs=2", "source.limit=400")
-    run = Run(raypipe.run(config, until="measure", progress=QUIET).uri)
+    run = Run(of_folders)
+    config = run.config()
     seed = seed_manifest(run)
     shards = [read_shard(run, shard) for shard in seed["shards"]]
     ids = [sample_id for shard in shards for sample_id in shard[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +57,18 @@ def audit_table(run: str) -> pa.Table:
     return pa.concat_tables([table for _, table in storage.iter_tables(Run(run).path("measured", "audit"))])
 
 
+def losses_at(run: Run, images: Any, labels: Any) -> np.ndarray:
+    """Mean over the checkpoints of the loss of images."""
+    import torch
+
+    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+
+    with torch.no_grad():
+        models = [load_checkpoint(run, item["file"]) for item in proxy_manifest(run)["checkpoints"]]
+        found = [torch.nn.functional.cross_entropy(model(images), labels, reduction="none").numpy() for model in models]
+    return np.mean(found, 0)
+
+
 def test_the_audit_set_is_drawn_by_its_own_rule_and_never_trained_on(finished: str) -> None:
     run, rows = Run(finished), by_id(finished)
     manifest = seed_manifest(run)
@@ -99,9 +112,16 @@ def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
     table = pa.concat_tables(
         [storage.read_table(run.path("measured/audit", f"{shard}.parquet")) for shard in seed["audit_shards"]]
     )
-    assert table.column_names == ["sample_id", "label", "moso", "grand"]
+    assert table.column_names == [
+        "sample_id",
+        "label",
+        "moso",
+        "grand",
+        "loss",
+    ]  # EL2N is of the trajectory: not of the audit set
     np.testing.assert_allclose(table["moso"].to_numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_allclose(table["grand"].to_numpy(), np.mean(lengths, 0), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(table["loss"].to_numpy(), losses_at(run, *sets["audit_shards"]), rtol=1e-3, atol=1e-5)
 
 
 def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
@@ -198,7 +218,7 @@ def test_measured_scores_are_moso(finished: str) -> None:
 
 
 def test_other_scores_stand_beside_it(finished: str) -> None:
-    """EL2N from the stored trajectory and GraNd from the checkpoints, each computed again from the definition."""
+    """EL2N from the stored trajectory, GraNd and loss from the checkpoints, each computed again from the definition."""
     import torch
 
     from raypipe.scores.per_sample import norms_and_alignments
@@ -218,7 +238,10 @@ def test_other_scores_stand_beside_it(finished: str) -> None:
         squares, _ = norms_and_alignments(load_checkpoint(run, item["file"]), images, torch.from_numpy(labels))
         lengths.append(squares.sqrt().numpy())
     measured = pa.concat_tables([storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]])
-    assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand"]
+    assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand", "loss"]
+    np.testing.assert_allclose(
+        measured["loss"].to_numpy(), losses_at(run, images, torch.from_numpy(labels)), rtol=1e-3, atol=1e-5
+    )
     np.testing.assert_allclose(measured["el2n"].to_numpy(), np.mean(distances, 0), rtol=1e-3, atol=1e-3)  # float16
     np.testing.assert_allclose(measured["grand"].to_numpy(), np.mean(lengths, 0), rtol=1e-3, atol=1e-5)
 

@@ -1,0 +1,49 @@
+"""Scores at checkpoints: which they are, and what they are the mean of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_config
+
+from raypipe.errors import StageError
+from raypipe.scores.base import NUMBERS, trajectory
+from raypipe.scores.logits import numbers
+from raypipe.stages.measure import _mean
+from raypipe.stages.parts import Part
+
+
+def test_which_scores_checkpoints_give() -> None:
+    config = small_config("runs/x", "measure.scores=[tdds, el2n, grand, loss]", "measure.el2n.at=checkpoints")
+    assert config.measure.at_checkpoints == ("el2n", "grand", "loss")  # of `SMALL`: loss at checkpoints
+    assert small_config("runs/x", "measure.scores=[entropy]").measure.at_checkpoints == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "columns"),
+    [("first_epoch=0", [0, 1, 2]), ("first_epoch=3", [1, 2]), ("last_epoch=3", [0]), ("last_epoch=99", [0, 1, 2])],
+)
+def test_the_mean_is_over_checkpoints_of_the_epochs_asked_for(override: str, columns: list[int]) -> None:
+    config = small_config("runs/x", f"measure.loss.{override}")
+    part = Part(0, 1, 0, 5, (5,), {"checkpoints": [{"epoch": epoch} for epoch in (1, 3, 5)]})
+    values = np.random.default_rng(0).random((5, 3))
+    np.testing.assert_allclose(_mean(config, part, values, "loss"), values[:, columns].mean(1), rtol=1e-6)
+
+
+def test_no_checkpoint_among_the_epochs_is_an_error_that_names_them() -> None:
+    config = small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.last_epoch=3")
+    part = Part(0, 1, 0, 5, (5,), {"checkpoints": [{"epoch": epoch} for epoch in (1, 3)]})
+    with pytest.raises(
+        StageError, match=r"loss at checkpoints: none between first_epoch 2 and last_epoch 3; they are of epochs 1, 3"
+    ):
+        _mean(config, part, np.zeros((5, 2)), "loss")
+
+
+def test_numbers_of_a_forward_pass_are_those_of_its_probabilities() -> None:
+    logits, label = torch.from_numpy(np.random.default_rng(1).normal(0, 2, (40, 5)).astype(np.float32)), torch.arange(40) % 5
+    found = numbers(logits, label)
+    expected = trajectory(logits.softmax(1).numpy()[None], label.numpy())
+    assert tuple(found) == NUMBERS
+    for name in NUMBERS:
+        np.testing.assert_allclose(found[name].numpy(), getattr(expected, name)[0], rtol=1e-4, atol=1e-5)
