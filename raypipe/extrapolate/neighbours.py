@@ -197,7 +197,7 @@ class NeighbourIndex:
             part = slice(start, start + step)
             difference = self.vectors[found[part]]
             difference -= queries[part, None]
-            np.sqrt(np.einsum("qcd,qcd->qc", difference, difference), out=away[part])
+            np.sqrt(np.square(difference, out=difference).sum(2), out=away[part])
         return away
 
     def _exactly(self, queries: np.ndarray, wanted: int) -> np.ndarray:
@@ -229,6 +229,7 @@ class NeighbourIndex:
                 return self._settle(tried, k)
             if effort == most:
                 self._lists = None
+                del self._centroid, self._assigned
                 self.quality = SearchQuality(len(self), 0, tuple(tried), k)
                 return None
             effort = min(2 * effort, most)
