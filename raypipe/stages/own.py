@@ -156,6 +156,7 @@ class OwnStage(Stage):
             "width": checked["width"],
             "classes": len(classes.names),
             "intervals": judged["intervals"],
+            "neighbour_search": judged["search"],
             "problems": {**checked["problems"], **left_out.as_dict()},
             "settings": _chosen(settings),
             "cpu_seconds": record.cpu_seconds,
@@ -210,8 +211,9 @@ def score_piece(job: Job, piece: Piece) -> dict[str, Any]:
         label = class_index(batch.label.filter(good), classes)
         nodes = Nodes(embedding, label, np.zeros((len(label), 0), np.float32))
         if len(nodes):
-            predicted.append(extrapolator.predict(nodes))
-            half_width.append(intervals.half_width(extrapolator.difficulty(nodes), label))
+            scored, difficulty = extrapolator.predict_with_difficulty(nodes)
+            predicted.append(scored)
+            half_width.append(intervals.half_width(difficulty, label))
         tables.append(pa.table({ID: batch.ids.filter(good), LABEL: pa.array(label, pa.int32(), mask=label < 0)}))
     if rejects:
         write_rejects(run, piece.name, rejects)
