@@ -30,13 +30,14 @@ SMALL: dict[str, Any] = {
         "crop_padding": 1,
         "flip": False,
     },
-    "measure": {"scores": ["moso", "el2n", "grand", "loss"], "loss": {"at": "checkpoints"}},
+    "measure": {"max_actors": 1, "scores": ["moso", "el2n", "grand", "loss"], "loss": {"at": "checkpoints"}},
+    "embed": {"max_actors": 1},
     "extrapolate": {"epochs": 4, "neighbours": 8, "folds": 2, "judge_published": False},
     "trust": {"min_spearman": -1},
     "select": {"keep": [0.25, 0.5]},
     "report": {"images": 4},
 }
-"""The whole job in a few seconds."""
+"""The whole job at its smallest: an actor takes longer to start than all of its work."""
 
 
 UNREADABLE = {"class-0/empty.png": b"", "class-1/words.jpg": b"not an image", "class-2/cut.png": b"\x89PNG\r\n\x1a\n" + bytes(52)}

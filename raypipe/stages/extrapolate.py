@@ -26,6 +26,9 @@ from raypipe.stages.judging import is_judged, load_extrapolator, load_intervals
 from raypipe.stages.scored import COLUMNS, WHOLE_METHODS, every_measured_score, nodes_of
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
+UNITS_PER_ACTOR = 16
+"""Fragments of a thousand samples that take as long to score as an actor takes to import torch."""
+
 
 class ExtrapolateStage(Stage):
     name = "extrapolate"
@@ -67,6 +70,7 @@ class ExtrapolateStage(Stage):
                 pool,
                 config.cluster.patience_seconds,
                 collect,
+                UNITS_PER_ACTOR,
             )
         scores, embedded = count_rows(run, "scores"), count_rows(run, "embeddings")
         if scores != embedded:

@@ -32,11 +32,13 @@ def stream(
     pool: Pool,
     patience: float,
     on_result: Callable[[dict[str, Any]], None],
+    worth: int = 1,
 ) -> None:
     """Read every unit in a task, hand it to a pool of actors that grows between its bounds, pass their results on.
 
     read    unit -> columns of equal length; runs in a task, beside the actors
     actor   class whose instances take those columns and return columns of length 1, a result
+    worth   units that are worth the start of another actor
     Raises StageError when user code fails, when nothing moves for `patience` seconds, or when workers keep dying.
     """
     if not units:
@@ -47,7 +49,7 @@ def stream(
     context.target_max_block_size = None  # a unit stays one block; its size is bounded by source.fragment_samples
     context.execution_no_progress_timeout_s = patience
     context.wait_for_min_actors_s = int(patience)
-    most = min(pool.max_actors, len(units))
+    most = min(pool.max_actors, -(-len(units) // worth))
     least = min(pool.min_actors, most)
     with DataContext.current(context):
         dataset = ray.data.read_datasource(

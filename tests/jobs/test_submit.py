@@ -38,7 +38,8 @@ BEHIND = [
     "docs/a.png",
 ]
 QUICK = ["source.limit=300", "source.fragment_samples=100", "seed.fraction=0.4", "proxy.epochs=2", "proxy.checkpoints=2"]
-QUICK += ["extrapolate.method=knn-published", "trust.min_spearman=-1", "report.images=4"]
+QUICK += ["measure.max_actors=1", "embed.max_actors=1", "extrapolate.method=knn-published"]
+QUICK += ["trust.min_spearman=-1", "report.images=4"]
 
 
 @dataclass
@@ -190,7 +191,7 @@ def test_job_writes_a_score_for_every_sample(digits: Finished) -> None:
     rows = [row for file in sorted((digits.run / "scores").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
     rejects = sum(pq.read_metadata(file).num_rows for file in (digits.run / "rejects").glob("*.parquet"))
     assert len(rows) + rejects == 300 and len({row["sample_id"] for row in rows}) == len(rows)
-    assert 60 <= sum(row["measured"] for row in rows) <= 180
+    assert 60 <= sum(row["measured"] for row in rows) < 240
     assert list((digits.run / "keep").iterdir()) and (digits.run / "report" / "index.html").exists()
 
 

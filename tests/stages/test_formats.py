@@ -35,6 +35,8 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
         "source.fragment_samples=100",
         "extrapolate.score=el2n",
         "extrapolate.judge_published=true",
+        "measure.max_actors=2",
+        "embed.max_actors=2",
     )
     result = raypipe.run(config, progress=QUIET)
     rows_by_id = by_id(run)
