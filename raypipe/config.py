@@ -139,7 +139,6 @@ class MosoSettings(Settings):
     formula: Literal["paper", "code"] = Field(
         "paper", description="paper: Eq. 4; code: the published code's own, for self_term only"
     )
-    recalibrate: bool = Field(False, description="estimate BatchNorm's statistics anew at every checkpoint before scoring")
 
     def uses_self_term(self, samples: int) -> bool:
         """`self_term` for a seed set, or part, of so many samples."""
@@ -220,6 +219,11 @@ class MeasureSettings(PoolSettings):
 
     scores: tuple[ScoreName, ...] = Field(
         ("moso",), min_length=1, description="one or several, from one proxy training; see `raypipe scores`"
+    )
+    recalibrate: bool = Field(
+        True,
+        description="estimate BatchNorm's statistics anew on the seed set at every checkpoint, before anything is measured there; false: "
+        "as published",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32", description="of gradient scores on a GPU: float32 is exact, the others faster; a CPU always takes float32"

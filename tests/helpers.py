@@ -15,6 +15,8 @@ from raypipe.api import load_scores
 from raypipe.config import Config, apply_overrides, parse_config
 from raypipe.progress import Progress
 from raypipe.rundir import Run
+from raypipe.stages.gradients import Folders
+from raypipe.stages.proxy import load_checkpoint, proxy_parts
 
 QUIET = Progress(quiet=True)
 
@@ -58,6 +60,12 @@ def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
         Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "PNG")
         encoded.append(buffer.getvalue())
     return encoded, digits.target[:count].tolist()
+
+
+def measured_with(run: Run, file: str, part: int = 0) -> Any:
+    """The network of a checkpoint as the scores are measured with it: BatchNorm recalibrated."""
+    parts = proxy_parts(run)
+    return load_checkpoint(run, file, folder=Folders.of(run.config(), run).of_part(parts[part]).calibrated)
 
 
 def score_files(run: str) -> dict[str, bytes]:

@@ -57,7 +57,7 @@ class Folders:
     def of(cls, config: Config, run: Run) -> Folders:
         moso, grand = config.measure.moso, config.measure.grand
         which = sorted(config.measure.at_checkpoints)
-        mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, moso.recalibrate, config.measure.precision)
+        mean = fingerprint(run.ledger()["proxy"].fingerprint, moso.gradient, config.measure.recalibrate, config.measure.precision)
         numbers = fingerprint(mean, which, moso.uses_self_term(smallest(proxy_parts(run))), grand.gradient)
         return cls(f"measured/calibrated-{mean}", f"measured/gradients-{mean}", f"measured/checkpoints-{numbers}")
 
@@ -86,7 +86,7 @@ def _measure_part(context: Context, record: StageRecord, part: Part, fewest: int
     files = [item["file"] for item in part.trained["checkpoints"]]
     moso, folders = "moso" in config.measure.scores, Folders.of(config, run).of_part(part)
     done, shards = run.done(folders.checkpoints), [*seed["shards"], *seed["audit_shards"]]
-    if moso and config.measure.moso.recalibrate:
+    if config.measure.recalibrate:
         record.cpu_seconds += _recalibrate(config, run, folders, part, files, pool)
     if moso:
         without = [file for file in files if file not in storage.names(run.path(folders.gradients))]
@@ -124,8 +124,7 @@ def _load(config: Config, run: Run, folders: Folders, part: Part, file: str, dev
     """A checkpoint, with recalibrated BatchNorm and in the memory format that are asked for."""
     import torch
 
-    recalibrated = "moso" in config.measure.scores and config.measure.moso.recalibrate
-    model = load_checkpoint(run, file, device, folder=folders.calibrated if recalibrated else part.checkpoints)
+    model = load_checkpoint(run, file, device, folder=folders.calibrated if config.measure.recalibrate else part.checkpoints)
     return model.to(memory_format=torch.channels_last) if config.measure.channels_last else model
 
 
@@ -152,10 +151,14 @@ def _recalibrated(run_uri: str, folders: Folders, part: Part, file: str, threads
     model = load_checkpoint(run, file, device, folder=part.checkpoints)
 
     def batches() -> Any:
-        for shard in seed_manifest(run)["shards"]:
-            _, images, _ = part.read(run, shard)
-            for start in range(0, len(images), RECALIBRATION_BATCH):
-                yield torch.from_numpy(images[start : start + RECALIBRATION_BATCH].copy()).to(device)
+        waiting: list[np.ndarray] = []
+        for shard in [*seed_manifest(run)["shards"], None]:
+            waiting += [] if shard is None else [part.read(run, shard)[1]]
+            images = np.concatenate(waiting)
+            whole = len(images) if shard is None else len(images) // RECALIBRATION_BATCH * RECALIBRATION_BATCH
+            for start in range(0, whole, RECALIBRATION_BATCH):
+                yield torch.from_numpy(images[start : min(whole, start + RECALIBRATION_BATCH)].copy()).to(device)
+            waiting = [images[whole:]]
 
     recalibrate(model, batches())
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}

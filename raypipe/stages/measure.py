@@ -32,7 +32,7 @@ class MeasureStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         options = {score: config.measure.options(score) for score in sorted(config.measure.scores)}
-        return options | {"precision": config.measure.precision}
+        return options | {"precision": config.measure.precision, "recalibrate": config.measure.recalibrate}
 
     def clear(self, context: Context) -> None:
         """Only the scores go. What they are combined from has the settings in its name, and may still serve."""

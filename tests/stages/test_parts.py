@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from helpers import QUIET, small_config, stamps
+from helpers import QUIET, measured_with, small_config, stamps
 
 import raypipe
 from raypipe import storage
@@ -243,7 +243,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
         assert part["samples"] == own.sum() and part["steps"] == 2 * math.ceil(own.sum() / 64)
         aligned, lengths = [], []
         for item in part["checkpoints"]:
-            model = load_checkpoint(run, item["file"], folder=f"proxy/part-{number}/checkpoints")
+            model = measured_with(run, item["file"], number)
             mean = {name: value / own.sum() for name, value in gradient_sum(model, images[own], labels[own]).items()}
             squares, dots = norms_and_alignments(model, images[own], labels[own], mean)
             aligned.append(without_itself(dots.double().numpy(), squares.double().numpy(), own.sum()))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import QUIET, by_id, score_files, small_config, stamps
+from helpers import QUIET, by_id, measured_with, score_files, small_config, stamps
 
 import raypipe
 from raypipe import storage
@@ -61,10 +61,10 @@ def losses_at(run: Run, images: Any, labels: Any) -> np.ndarray:
     """Mean over the checkpoints of the loss of images."""
     import torch
 
-    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+    from raypipe.stages.proxy import proxy_manifest
 
     with torch.no_grad():
-        models = [load_checkpoint(run, item["file"]) for item in proxy_manifest(run)["checkpoints"]]
+        models = [measured_with(run, item["file"]) for item in proxy_manifest(run)["checkpoints"]]
         found = [torch.nn.functional.cross_entropy(model(images), labels, reduction="none").numpy() for model in models]
     return np.mean(found, 0)
 
@@ -92,7 +92,7 @@ def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
 
     from raypipe.scores.moso import combine, gradient_sum
     from raypipe.scores.per_sample import norms_and_alignments
-    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+    from raypipe.stages.proxy import proxy_manifest
 
     run = Run(finished)
     proxy, seed = proxy_manifest(run), seed_manifest(run)
@@ -102,7 +102,7 @@ def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
         sets[which] = tuple(torch.from_numpy(np.concatenate([part[item] for part in parts])) for item in (1, 2))
     aligned, lengths = [], []
     for item in proxy["checkpoints"]:
-        model = load_checkpoint(run, item["file"])
+        model = measured_with(run, item["file"])
         mean = {name: value / seed["samples"] for name, value in gradient_sum(model, *sets["shards"]).items()}
         squares, found = norms_and_alignments(model, *sets["audit_shards"], mean)
         aligned.append(found.double().numpy())
@@ -193,6 +193,7 @@ def test_measured_scores_are_moso(finished: str) -> None:
     """The distributed scores against one process that has the whole seed set in memory."""
     import torch
 
+    from raypipe.scores.calibration import recalibrate
     from raypipe.scores.moso import combine, gradient_sum, without_itself
     from raypipe.scores.per_sample import norms_and_alignments
     from raypipe.stages.proxy import load_checkpoint, proxy_manifest
@@ -205,7 +206,10 @@ def test_measured_scores_are_moso(finished: str) -> None:
     labels = torch.from_numpy(np.concatenate([shard[2] for shard in shards]))
     columns = []
     for item in proxy["checkpoints"]:
-        model = load_checkpoint(run, item["file"])
+        model = measured_with(run, item["file"])
+        again = recalibrate(load_checkpoint(run, item["file"]), [images])  # fewer than one batch of 256
+        for name, value in again.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
         direction = {name: value / len(ids) for name, value in gradient_sum(model, images, labels).items()}
         squares, aligned = norms_and_alignments(model, images, labels, direction)
         columns.append(without_itself(aligned.double().numpy(), squares.double().numpy(), len(ids)))
@@ -222,7 +226,7 @@ def test_other_scores_stand_beside_it(finished: str) -> None:
     import torch
 
     from raypipe.scores.per_sample import norms_and_alignments
-    from raypipe.stages.proxy import load_checkpoint, proxy_manifest
+    from raypipe.stages.proxy import proxy_manifest
 
     run = Run(finished)
     proxy, seed = proxy_manifest(run), seed_manifest(run)
@@ -235,7 +239,7 @@ def test_other_scores_stand_beside_it(finished: str) -> None:
     lengths = []
     images = torch.from_numpy(np.concatenate([shard[1] for shard in shards]))
     for item in proxy["checkpoints"]:
-        squares, _ = norms_and_alignments(load_checkpoint(run, item["file"]), images, torch.from_numpy(labels))
+        squares, _ = norms_and_alignments(measured_with(run, item["file"]), images, torch.from_numpy(labels))
         lengths.append(squares.sqrt().numpy())
     measured = pa.concat_tables([storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]])
     assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand", "loss"]
