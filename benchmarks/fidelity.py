@@ -59,7 +59,9 @@ def open_study(arguments: argparse.Namespace) -> Study:
     settings = ProxySettings(
         model=arguments.model, image_size=size, epochs=arguments.epochs, checkpoints=arguments.checkpoints, **augmentation
     )
-    measure = MeasureSettings.model_validate({"el2n": {"last_epoch": arguments.el2n_epochs}})
+    measure = MeasureSettings.model_validate(
+        {"el2n": {"last_epoch": arguments.el2n_epochs}, "recalibrate": not arguments.not_recalibrated}
+    )
     name = "digits" if digits else os.path.basename(source.uri)
     data = f"{name}-{arguments.samples}-{fingerprint(source.model_dump(mode='json'), size, arguments.samples)}"
     folder = os.path.join(arguments.cache, data)
@@ -116,6 +118,7 @@ def parse() -> argparse.Namespace:
     )
     add("--methods", type=names, default=list(ROWS), help=f"of {','.join(ROWS)}")
     add("--el2n-epochs", type=int, default=10, help="EL2N is the mean over so many first epochs")
+    add("--not-recalibrated", action="store_true", help="MoSo without measure.recalibrate, as published")
     add("--shift-size", type=float, help="share scored in the tables of shift and cross-fitting; default: the middle of --sizes")
     add("--cross-fit", action="store_true")
     add("--cache", default="/tmp/raypipe-fidelity")
@@ -141,7 +144,7 @@ def main() -> None:
     print(
         f"{platform.machine()}, {arguments.threads} thread(s), torch {torch.__version__}; {arguments.data}: {len(images)} samples of "
         f"{images.classes} classes; proxy {settings.model} at {settings.image_size} pixels, {settings.epochs} epochs, "
-        f"{settings.checkpoints} checkpoints; seeds {seeds.start} to {seeds.stop - 1}",
+        f"{settings.checkpoints} checkpoints{'' if study.measure.recalibrate else ', not recalibrated'}; seeds {seeds.start} to {seeds.stop - 1}",
         flush=True,
     )
     if steps:

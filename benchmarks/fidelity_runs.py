@@ -22,6 +22,7 @@ from raypipe.extrapolate.fidelity import split
 from raypipe.models import Proxy
 from raypipe.rundir import fingerprint
 from raypipe.scores.base import NUMBERS, SCORES, recorded, trajectory_score
+from raypipe.scores.calibration import recalibrate
 from raypipe.scores.moso import combine, without_itself
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.scores.tangent import Aligner
@@ -239,11 +240,13 @@ class Study:
             yield Step(self._path(run, "nodes"), lambda: self.nodes(run), units=EMBED_UNITS * everyone)
         if any(score.endswith(AT_CHECKPOINTS) for score in scores):
             units = EMBED_UNITS * everyone * self.settings.checkpoints
-            yield Step(self._path(run, "outputs"), lambda: self._outputs(run), units=units)
+            yield Step(self._path(run, self._measured("outputs")), lambda: self._outputs(run), units=units)
         if set(scores) & set(MOSO):
             squares = SQUARE_UNITS if self.measure.moso.uses_self_term(own) else 0
             each = (GRADIENT_UNITS + squares) * own + ALIGN_UNITS * everyone
-            yield Step(self._path(run, "aligned"), lambda: self._aligned(run), units=self.settings.checkpoints * each)
+            yield Step(
+                self._path(run, self._measured("aligned")), lambda: self._aligned(run), units=self.settings.checkpoints * each
+            )
         for score in (score for score in scores if not direct(score)):
             name = self._label("score", score)
             yield Step(self._path(run, name), lambda score=score: self.measured(run, score), seconds=1)
@@ -263,7 +266,19 @@ class Study:
 
     def _options(self, score: str) -> dict[str, Any]:
         options = {} if score in MOSO else self.measure.options(score.removesuffix(AT_CHECKPOINTS))
-        return {name: value for name, value in options.items() if name != "at"}
+        recalibrated = {"recalibrate": True} if direct(score) and self.measure.recalibrate else {}
+        return {name: value for name, value in options.items() if name != "at"} | recalibrated
+
+    def _measured(self, what: str) -> str:
+        """Name of a file of what checkpoints give."""
+        return what + ("-recalibrated" if self.measure.recalibrate else "")
+
+    def _checkpoints(self, run: ProxyRun, folder: str) -> Iterator[tuple[int, float, Proxy]]:
+        """Epoch, learning rate and network of every checkpoint, as scores are measured with it."""
+        for epoch, rate, model in checkpoints(self.settings, self.images.classes, folder):
+            if self.measure.recalibrate:
+                recalibrate(model, (pixels for pixels, _ in self.images.take(run.rows).batches(256)))
+            yield epoch, rate, model
 
     def _kept(
         self,
@@ -308,21 +323,22 @@ class Study:
 
         def make(folder: str) -> dict[str, np.ndarray]:
             parts = [
-                self._kept(run, f"aligned-{epoch:04d}", lambda rate=rate, model=model: self._align(run, rate, model))
-                for epoch, rate, model in checkpoints(self.settings, self.images.classes, folder)
+                self._kept(
+                    run, self._measured(f"aligned-{epoch:04d}"), lambda rate=rate, model=model: self._align(run, rate, model)
+                )
+                for epoch, rate, model in self._checkpoints(run, folder)
             ]
             return {name: np.stack([part[name] for part in parts], -1) for name in parts[0] if name != "seconds"}
 
-        return self._kept(run, "aligned", make, lambda: self._trained(run))
+        return self._kept(run, self._measured("aligned"), make, lambda: self._trained(run))
 
     def _outputs(self, run: ProxyRun) -> dict[str, np.ndarray]:
         """outputs [checkpoints, n, 4], NUMBERS of every sample."""
 
         def make(folder: str) -> dict[str, np.ndarray]:
-            found = checkpoints(self.settings, self.images.classes, folder)
-            return {"outputs": np.stack([outputs(model, self.images) for _, _, model in found])}
+            return {"outputs": np.stack([outputs(model, self.images) for _, _, model in self._checkpoints(run, folder)])}
 
-        return self._kept(run, "outputs", make, lambda: self._trained(run))
+        return self._kept(run, self._measured("outputs"), make, lambda: self._trained(run))
 
     # -- computation --------------------------------------------------------------------------------------------------
 
