@@ -208,7 +208,7 @@ SCORES = {
     info.name: info
     for info in (
         ScoreInfo("moso", "alignment of a sample's gradient with the mean gradient", "gradients",
-                  "about 5 forward passes of the seed set per checkpoint", "arXiv 2310.14664"),
+                  "about 7 forward passes of the seed set per checkpoint", "arXiv 2310.14664"),
         ScoreInfo("grand", "length of a sample's gradient", "gradients",
                   "1 forward pass (head) or about 4 (all) of the seed set per checkpoint", "arXiv 2107.07075"),
         ScoreInfo("dynamic-uncertainty", "spread of the label's probability over sliding windows of epochs", "trajectory",

@@ -145,7 +145,7 @@ class _MosoTotals:
 def _of_checkpoints(
     config: Config, run: Run, parts: list[Part], folder: str, shard: str, moso: list[_MosoTotals] | None, audit: bool = False
 ) -> pa.Table:
-    """sample_id, label and the gradient scores of one shard, each sample's from the proxy of its own part."""
+    """sample_id, label and the scores at checkpoints of one shard, each sample's from the proxy of its own part."""
     tables = []
     for number, part in enumerate(parts):
         found = _numbers_of(run, part.below(folder), shard)
