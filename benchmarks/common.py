@@ -108,7 +108,7 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
         state = load_file(state_file)
         first = int(state.pop("epoch")) + 1
         training.restore_training(state, model, optimizer)
-    count, kept = len(images), training.checkpoint_epochs(settings)
+    count, kept = len(images), settings.checkpoint_epochs()
     per_epoch = training.steps_per_epoch(count, settings.batch_size)
     for epoch in range(first, settings.epochs):
         model.train()
@@ -140,7 +140,7 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
 
 def checkpoints(settings: ProxySettings, classes: int, folder: str) -> Iterator[tuple[int, float, Proxy]]:
     """Epoch, learning rate and network of every checkpoint of a finished training, in the order of training."""
-    for epoch in training.checkpoint_epochs(settings):
+    for epoch in settings.checkpoint_epochs():
         model = fresh_proxy(settings, classes)
         model.load_state_dict(load_file(_file(folder, epoch, "safetensors")))
         with np.load(_file(folder, epoch, "npz")) as written:

@@ -367,7 +367,7 @@ class Study:
 
     def _at_checkpoints(self, run: ProxyRun, score: str, first: int, last: int | None) -> np.ndarray:
         """The mean over the checkpoints among the epochs first to last (exclusive)."""
-        epochs = training.checkpoint_epochs(self.settings)
+        epochs = self.settings.checkpoint_epochs()
         chosen = [place for place, epoch in enumerate(epochs) if first <= epoch and (last is None or epoch < last)]
         if not chosen:
             raise RaypipeError(f"{score} at checkpoints: none between epochs {first} and {last}")

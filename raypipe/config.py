@@ -7,6 +7,7 @@ value and what is allowed. Field descriptions below are also the comments `raypi
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -101,6 +102,20 @@ class ProxySettings(Settings):
             raise ValueError(f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.epochs})")
         return self
 
+    def checkpoint_epochs(self) -> list[int]:
+        """0-based epochs at whose end scores are measured.
+
+        spaced: evenly over the epochs, the last one included. random: drawn without replacement, seeded. Otherwise those named.
+        """
+        if isinstance(self.checkpoint_choice, tuple):
+            return sorted(set(self.checkpoint_choice))
+        if self.checkpoint_choice == "random":
+            import numpy as np
+
+            drawn = np.random.default_rng([self.seed, 1]).permutation(self.epochs)[: self.checkpoints]
+            return sorted(drawn.tolist())
+        return [math.ceil((index + 1) * self.epochs / self.checkpoints) - 1 for index in range(self.checkpoints)]
+
 
 class PoolSettings(Settings):
     """Size of an autoscaling pool of actors."""
@@ -170,27 +185,25 @@ class DualSettings(Settings):
     epochs: Positive | None = Field(30, description="first epochs used: 30 for CIFAR, 60 for ImageNet as published; null: all")
 
 
-class OutputSettings(Settings):
-    """A score of the proxy's outputs."""
+class MeanSettings(Settings):
+    """A mean over epochs of what the proxy says of a sample."""
 
     at: Literal["trajectory", "checkpoints"] = Field(
         "trajectory",
         description="at every epoch of the training, or by the proxy at its checkpoints, which can measure any sample: an audit set too",
     )
-
-
-class El2nSettings(OutputSettings):
-    """EL2N: distance from the one-hot label."""
-
-    first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
-    last_epoch: Positive | None = Field(10, description="the mean ends before this epoch; null: at the end")
-
-
-class MeanSettings(OutputSettings):
-    """A mean over epochs."""
-
     first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
     last_epoch: Positive | None = Field(None, description="the mean ends before this epoch; null: at the end")
+
+    def takes(self, epoch: int) -> bool:
+        """Whether an epoch, from 0, is in the mean."""
+        return self.first_epoch <= epoch and (self.last_epoch is None or epoch < self.last_epoch)
+
+
+class El2nSettings(MeanSettings):
+    """EL2N: distance from the one-hot label."""
+
+    last_epoch: Positive | None = Field(10, description="the mean ends before this epoch; null: at the end")
 
 
 class ForgettingSettings(Settings):
@@ -260,9 +273,14 @@ class MeasureSettings(PoolSettings):
             score for score in self.scores if score in ("moso", "grand") or self.options(score).get("at") == "checkpoints"
         )
 
+    def settings_of(self, score: str) -> Settings:
+        """The settings of one score."""
+        settings: Settings = getattr(self, score.replace("-", "_"))
+        return settings
+
     def options(self, score: str) -> dict[str, Any]:
         """The options of one score."""
-        return getattr(self, score.replace("-", "_")).model_dump()
+        return self.settings_of(score).model_dump()
 
 
 class EmbedSettings(PoolSettings):
@@ -375,10 +393,17 @@ class Config(Settings):
         wanted, given = self.extrapolate.score, self.measure.scores
         if wanted != "auto" and wanted not in given:
             raise ValueError(f"extrapolate.score: {wanted!r} is not one of measure.scores ({', '.join(given)})")
-        if self.proxy.trajectory == "none" and set(given) - {"moso", "grand"}:
-            raise ValueError(
-                "proxy.trajectory: 'none' leaves nothing to compute " + ", ".join(sorted(set(given) - {"moso", "grand"}))
-            )
+        followed = sorted(set(given) - set(self.measure.at_checkpoints))
+        if self.proxy.trajectory == "none" and followed:
+            raise ValueError("proxy.trajectory: 'none' leaves nothing to compute " + ", ".join(followed))
+        epochs = self.proxy.checkpoint_epochs()
+        for score in self.measure.at_checkpoints:
+            settings = self.measure.settings_of(score)
+            if isinstance(settings, MeanSettings) and not any(map(settings.takes, epochs)):
+                raise ValueError(
+                    f"measure.{score}: at checkpoints, but none is between first_epoch {settings.first_epoch} and last_epoch "
+                    f"{settings.last_epoch}; they are of epochs {', '.join(map(str, epochs))} (from 0). See proxy.checkpoints"
+                )
         return self
 
     @property

@@ -43,19 +43,6 @@ def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[
     return np.array_split(order, steps_per_epoch(samples, batch_size))
 
 
-def checkpoint_epochs(settings: ProxySettings) -> list[int]:
-    """0-based epochs at whose end the scores take their gradients.
-
-    spaced: evenly over the epochs, the last one included. random: drawn without replacement, seeded. Otherwise those named.
-    """
-    if isinstance(settings.checkpoint_choice, tuple):
-        return sorted(set(settings.checkpoint_choice))
-    if settings.checkpoint_choice == "random":
-        drawn = np.random.default_rng([settings.seed, 1]).permutation(settings.epochs)[: settings.checkpoints]
-        return sorted(drawn.tolist())
-    return [math.ceil((index + 1) * settings.epochs / settings.checkpoints) - 1 for index in range(settings.checkpoints)]
-
-
 def augment(images: np.ndarray, settings: ProxySettings, epoch: int, step: int, part: slice) -> np.ndarray:
     """Random flips and shifts, drawn for the whole batch and applied to one worker's part of it.
 

@@ -15,8 +15,6 @@ from raypipe.api import load_scores
 from raypipe.config import Config, apply_overrides, parse_config
 from raypipe.progress import Progress
 from raypipe.rundir import Run
-from raypipe.stages.gradients import Folders
-from raypipe.stages.proxy import load_checkpoint, proxy_parts
 
 QUIET = Progress(quiet=True)
 
@@ -64,8 +62,10 @@ def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
 
 def measured_with(run: Run, file: str, part: int = 0) -> Any:
     """The network of a checkpoint as the scores are measured with it: BatchNorm recalibrated."""
-    parts = proxy_parts(run)
-    return load_checkpoint(run, file, folder=Folders.of(run.config(), run).of_part(parts[part]).calibrated)
+    from raypipe.stages.gradients import Folders
+    from raypipe.stages.proxy import load_checkpoint, proxy_parts
+
+    return load_checkpoint(run, file, folder=Folders.of(run.config(), run).of_part(proxy_parts(run)[part]).calibrated)
 
 
 def score_files(run: str) -> dict[str, bytes]:

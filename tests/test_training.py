@@ -10,7 +10,6 @@ from raypipe.config import ProxySettings
 from raypipe.models import build
 from raypipe.training import (
     augment,
-    checkpoint_epochs,
     epoch_batches,
     learning_rate,
     make_optimizer,
@@ -43,14 +42,14 @@ def test_learning_rate(schedule: str) -> None:
 
 
 def test_checkpoints() -> None:
-    assert checkpoint_epochs(ProxySettings(epochs=30, checkpoints=10)) == list(range(2, 30, 3))
-    assert checkpoint_epochs(ProxySettings(epochs=7, checkpoints=3)) == [2, 4, 6]
-    assert checkpoint_epochs(ProxySettings(epochs=5, checkpoints=5)) == [0, 1, 2, 3, 4]
-    assert checkpoint_epochs(ProxySettings(epochs=9, checkpoint_choice=(7, 2))) == [2, 7]
-    drawn = checkpoint_epochs(ProxySettings(epochs=50, checkpoint_choice="random", seed=3))
+    assert ProxySettings(epochs=30, checkpoints=10).checkpoint_epochs() == list(range(2, 30, 3))
+    assert ProxySettings(epochs=7, checkpoints=3).checkpoint_epochs() == [2, 4, 6]
+    assert ProxySettings(epochs=5, checkpoints=5).checkpoint_epochs() == [0, 1, 2, 3, 4]
+    assert ProxySettings(epochs=9, checkpoint_choice=(7, 2)).checkpoint_epochs() == [2, 7]
+    drawn = ProxySettings(epochs=50, checkpoint_choice="random", seed=3).checkpoint_epochs()
     assert len(drawn) == len(set(drawn)) == 10 and drawn == sorted(drawn) and drawn[0] >= 0 and drawn[-1] < 50
-    assert drawn == checkpoint_epochs(ProxySettings(epochs=50, checkpoint_choice="random", seed=3))
-    assert drawn != checkpoint_epochs(ProxySettings(epochs=50, checkpoint_choice="random", seed=4))
+    assert drawn == ProxySettings(epochs=50, checkpoint_choice="random", seed=3).checkpoint_epochs()
+    assert drawn != ProxySettings(epochs=50, checkpoint_choice="random", seed=4).checkpoint_epochs()
 
 
 def test_augmentation_is_the_same_however_a_batch_is_shared() -> None:

@@ -15,8 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set the running mean and variance of every BatchNorm to their average over `batches`; weights stay as they are."""
+    """Set the running mean and variance of every BatchNorm to their average over `batches`; weights stay as they are.
+
+    A network without BatchNorm is left alone, and no batch is asked for. `torch.optim.swa_utils.update_bn` would have dropout on.
+    """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not layers:
+        return model.eval()
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

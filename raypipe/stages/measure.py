@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import SELF_TERM_BELOW, Config
+from raypipe.config import SELF_TERM_BELOW, Config, MeanSettings
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
@@ -164,14 +164,9 @@ def _of_checkpoints(
 
 def _mean(config: Config, part: Part, numbers: np.ndarray, score: str) -> np.ndarray:
     """Mean over the checkpoints among the epochs that are asked for; numbers float64 [n, checkpoints], returns float32 [n]."""
-    options, epochs = config.measure.options(score), [item["epoch"] for item in part.trained["checkpoints"]]
-    first, last = options["first_epoch"], options["last_epoch"]
-    chosen = [column for column, epoch in enumerate(epochs) if first <= epoch and (last is None or epoch < last)]
-    if not chosen:
-        raise StageError(
-            f"{score} at checkpoints: none between first_epoch {first} and last_epoch {last}; they are of epochs "
-            f"{', '.join(map(str, epochs))} (from 0)"
-        )
+    settings = config.measure.settings_of(score)
+    assert isinstance(settings, MeanSettings)
+    chosen = [column for column, item in enumerate(part.trained["checkpoints"]) if settings.takes(item["epoch"])]
     return numbers[:, chosen].mean(1).astype(np.float32)
 
 

@@ -31,6 +31,7 @@ from raypipe.errors import SourceError, StageError
 from raypipe.rundir import Run, StageRecord, content_hash, now
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.embed import count_rows, write_rejects
+from raypipe.stages.extrapolate import search_notes
 from raypipe.stages.fitting import fit_extrapolator, write_scores
 from raypipe.stages.judging import is_judged, load_extrapolator, load_intervals
 from raypipe.stages.own_check import check, class_index
@@ -78,6 +79,9 @@ class OwnStage(Stage):
             progress.say(f"problem     {line}")
         if not self._learned(context):
             record.cpu_seconds += fit_extrapolator(context, [], self._rows)
+        search = storage.read_json(run.path("extrapolator", "fidelity.json"))["search"]
+        for note in search_notes(search, run.classes().names):
+            progress.say(f"note: {note}")
         missing = self._missing(run)
         with progress.meter("extrapolate", self._rows) as meter:
             meter.already(self._rows - sum(piece.rows for piece in missing))

@@ -69,7 +69,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     per_epoch = training.steps_per_epoch(len(labels), settings.batch_size)
     steps = per_epoch * settings.epochs
-    scored = training.checkpoint_epochs(settings)
+    scored = settings.checkpoint_epochs()
     kept = {*scored, settings.epochs - 1}
     for epoch in range(first, settings.epochs):
         cpu_started = time.process_time()

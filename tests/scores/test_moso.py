@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import as_trained, batch
 from torch import Tensor, nn
 
 from raypipe.models import build
@@ -25,20 +26,7 @@ def _network(name: str, size: int) -> nn.Module:
     torch.manual_seed(3)
     model = Mlp() if name == "mlp" else build(name, 5, size)
     model = model.double()
-    # BatchNorm with the statistics of a trained network, not the 0 and 1 of a fresh one
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return model.eval()
-
-
-def _batch(count: int, size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(0, 5, (count,), generator=generator)
+    return as_trained(model)
 
 
 def _loop(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +41,7 @@ def _loop(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "size"), [("mlp", 8), ("small", 16), ("resnet18", 32), ("resnet50", 32)])
 def test_agrees_with_a_loop_over_samples(name: str, size: int) -> None:
     model = _network(name, size)
-    images, labels = _batch(6, size)
+    images, labels = batch(6, size)
     gradients = _loop(model, images, labels)
     mean = gradients.mean(0)
     expected = gradients @ mean
@@ -71,7 +59,7 @@ def test_agrees_with_a_loop_over_samples(name: str, size: int) -> None:
 
 
 def test_float32_agrees_with_float64() -> None:
-    model, (images, labels) = _network("small", 16), _batch(8, 16)
+    model, (images, labels) = _network("small", 16), batch(8, 16)
     direction = {key: value / 8 for key, value in gradient_sum(model, images, labels).items()}
     exact = alignments(model, direction, images, labels)
     single = alignments(model.float(), {key: value.float() for key, value in direction.items()}, images, labels)
@@ -80,7 +68,7 @@ def test_float32_agrees_with_float64() -> None:
 
 
 def test_batch_size_does_not_matter() -> None:
-    model, (images, labels) = _network("resnet18", 32), _batch(7, 32)
+    model, (images, labels) = _network("resnet18", 32), batch(7, 32)
     direction = {key: value / 7 for key, value in gradient_sum(model, images, labels).items()}
     whole = alignments(model, direction, images, labels)
     single = torch.cat([alignments(model, direction, images[i : i + 1], labels[i : i + 1]) for i in range(7)])
@@ -88,7 +76,7 @@ def test_batch_size_does_not_matter() -> None:
 
 
 def test_scoring_leaves_batchnorm_and_weights_alone() -> None:
-    model, (images, labels) = _network("small", 16), _batch(4, 16)
+    model, (images, labels) = _network("small", 16), batch(4, 16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     direction = gradient_sum(model.train(), images, labels)
     alignments(model.train(), direction, images, labels)
@@ -97,7 +85,7 @@ def test_scoring_leaves_batchnorm_and_weights_alone() -> None:
 
 
 def test_no_gradient_gives_zero_and_a_broken_one_an_error() -> None:
-    model, (images, labels) = _network("mlp", 8), _batch(3, 8)
+    model, (images, labels) = _network("mlp", 8), batch(3, 8)
     zero = {key: torch.zeros_like(value) for key, value in gradient_sum(model, images, labels).items()}
     assert alignments(model, zero, images, labels).tolist() == [0, 0, 0]
     broken = {key: torch.full_like(value, torch.nan) for key, value in zero.items()}

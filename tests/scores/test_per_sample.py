@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import as_trained, batch
 from torch import Tensor, nn
 
 from raypipe.models import build
@@ -82,17 +83,6 @@ NETWORKS = {
 }
 
 
-def _prepared(model: nn.Module) -> nn.Module:
-    model = model.double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model.eval()
-
-
 def _loop(model: nn.Module, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
     rows = []
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -125,7 +115,7 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 def test_agrees_with_a_loop_over_samples(name: str) -> None:
     make, slow = NETWORKS[name]
     torch.manual_seed(11)
-    model = _prepared(make())
+    model = as_trained(make().double())
     assert slow_parameters(model) == slow
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -135,16 +125,14 @@ def test_agrees_with_a_loop_over_samples(name: str) -> None:
 @pytest.mark.parametrize(("name", "size"), [("small", 16), ("resnet18", 32), ("resnext50_32x4d", 32)])
 def test_agrees_on_the_proxies(name: str, size: int) -> None:
     torch.manual_seed(1)
-    model = _prepared(build(name, 4, size))
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randint(0, 256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
-    _check(model, images, torch.randint(0, 4, (3,), generator=generator))
+    model = as_trained(build(name, 4, size).double())
+    _check(model, *batch(3, size, classes=4, seed=2))
     assert slow_parameters(model) == []
 
 
 def test_frozen_parameters_do_not_count() -> None:
     torch.manual_seed(1)
-    model = _prepared(_convolutions())
+    model = as_trained(_convolutions().double())
     model[0].weight.requires_grad_(False)
     model[-1].bias.requires_grad_(False)
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from networks import as_trained, batch
 from torch import Tensor, nn
 
 from raypipe.models import build
@@ -77,19 +78,7 @@ OWN = {"unusual": Unusual, "branching": Branching, "overwriting": Overwriting}
 def _network(name: str, size: int = 16) -> nn.Module:
     torch.manual_seed(3)
     model = OWN[name]() if name in OWN else build(name, 5, size)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return model.eval()
-
-
-def _batch(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(0, 5, (count,), generator=generator)
+    return as_trained(model)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +94,7 @@ def _batch(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_agrees_with_jvp(name: str, channels_last: bool) -> None:
-    model, (images, labels) = _network(name).double(), _batch(5)
+    model, (images, labels) = _network(name).double(), batch(5, 16)
     direction = gradient_sum(model, images, labels)
     direction |= {key: torch.zeros_like(value) for key, value in model.named_parameters() if key not in direction}
     expected = alignments(model, direction, images, labels)
@@ -122,7 +111,7 @@ def test_the_compiled_graph_is_the_same_function(monkeypatch: pytest.MonkeyPatch
     """Without the compiler itself, which takes a minute: what it is handed must compute the same."""
     handed: list[object] = []
     monkeypatch.setattr(tangent.torch, "compile", lambda graph, **_: handed.append(graph) or graph)
-    model, (images, labels) = _network("small").double(), _batch(6)
+    model, (images, labels) = _network("small").double(), batch(6, 16)
     direction = gradient_sum(model, images, labels)
     aligner = Aligner(model, direction, compiled=True)
     expected = alignments(model, direction, images, labels)
@@ -142,7 +131,7 @@ def test_unknown_precision_is_refused() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_gpu_paths_agree_with_eager_float32(precision: str, channels_last: bool, compiled: bool) -> None:
-    model, (images, labels) = _network("resnet18", 32).cuda(), [value.cuda() for value in _batch(64, 32)]
+    model, (images, labels) = _network("resnet18", 32).cuda(), [value.cuda() for value in batch(64, 32)]
     with computing("float32", "cuda"):
         direction = gradient_sum(model, images, labels)
         expected = alignments(model, direction, images, labels)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from raypipe.models import build
 from raypipe.scores.calibration import recalibrate
@@ -86,3 +88,12 @@ def test_recalibration_gives_the_statistics_of_the_data_and_leaves_weights_alone
     assert not any(module.training for module in model.modules())
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name])
+
+
+def test_a_network_without_batchnorm_needs_no_batch_to_be_recalibrated() -> None:
+    def batches() -> Iterator[Tensor]:
+        raise AssertionError("a batch was asked for")
+        yield
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3))
+    assert recalibrate(model.train(), batches()) is model and not model.training

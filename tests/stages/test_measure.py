@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import small_config
 
-from raypipe.errors import StageError
+from raypipe.errors import ConfigError
 from raypipe.scores.base import NUMBERS, trajectory
 from raypipe.scores.logits import numbers
 from raypipe.stages.measure import _mean
@@ -31,13 +31,17 @@ def test_the_mean_is_over_checkpoints_of_the_epochs_asked_for(override: str, col
     np.testing.assert_allclose(_mean(config, part, values, "loss"), values[:, columns].mean(1), rtol=1e-6)
 
 
-def test_no_checkpoint_among_the_epochs_is_an_error_that_names_them() -> None:
-    config = small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.last_epoch=3")
-    part = Part(0, 1, 0, 5, (5,), {"checkpoints": [{"epoch": epoch} for epoch in (1, 3)]})
-    with pytest.raises(
-        StageError, match=r"loss at checkpoints: none between first_epoch 2 and last_epoch 3; they are of epochs 1, 3"
-    ):
-        _mean(config, part, np.zeros((5, 2)), "loss")
+def test_no_checkpoint_among_the_epochs_is_refused_before_anything_starts() -> None:
+    message = r"loss: at checkpoints, but none is between first_epoch 2 and last_epoch 3; they are of epochs 1, 3"
+    with pytest.raises(ConfigError, match=message):
+        small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.last_epoch=3")
+    assert small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.at=trajectory")
+
+
+def test_without_a_trajectory_scores_at_checkpoints_are_left() -> None:
+    assert small_config("runs/x", "measure.scores=[moso, loss]", "proxy.trajectory=none")
+    with pytest.raises(ConfigError, match="nothing to compute el2n"):
+        small_config("runs/x", "measure.scores=[moso, loss, el2n]", "proxy.trajectory=none")
 
 
 def test_numbers_of_a_forward_pass_are_those_of_its_probabilities() -> None:
