@@ -517,7 +517,11 @@ def _lines(error: ValidationError) -> Iterable[str]:
         elif item["type"] == "missing":
             yield f"  {where}: required, but missing"
         else:
-            yield f"  {where}: {item['input']!r} is not allowed: {item['msg'].removeprefix('Value error, ')}"
+            # of a rule on several settings the input is all of the section; the message names those that matter
+            what = (
+                "" if item["type"] == "value_error" and isinstance(item["input"], dict) else f"{item['input']!r} is not allowed: "
+            )
+            yield f"  {where}: {what}{item['msg'].removeprefix('Value error, ')}"
 
 
 def _is_union_branch(part: str | int) -> bool:

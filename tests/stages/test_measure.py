@@ -33,8 +33,9 @@ def test_the_mean_is_over_checkpoints_of_the_epochs_asked_for(override: str, col
 
 def test_no_checkpoint_among_the_epochs_is_refused_before_anything_starts() -> None:
     message = r"loss: at checkpoints, but none is between first_epoch 2 and last_epoch 3; they are of epochs 1, 3"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.last_epoch=3")
+    assert "digits://" not in str(refused.value), "not the whole configuration"
     assert small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.at=trajectory")
 
 
