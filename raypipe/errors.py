@@ -27,6 +27,10 @@ class StageError(RaypipeError):
     """A stage ended without everything it should have written."""
 
 
+class ResourceError(RaypipeError):
+    """The cluster does not have what the settings ask for."""
+
+
 class TrustError(RaypipeError):
     """Predicted scores are too unfaithful to prune by; scores and report are written, keep-lists are not."""
 

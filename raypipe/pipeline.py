@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import import_module
 from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import ConfigError, RaypipeError, RunError, TrustError
+from raypipe.errors import ConfigError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
 from raypipe.sources import open_source
@@ -61,7 +61,7 @@ def _execute(config: Config, until: str | None, progress: Progress, verbose: boo
         source = config.source.model_copy(update={"format": open_source(config.source).format})
         config = config.model_copy(update={"source": source})
     context = Context(config, run, progress, verbose)
-    with Lease(run), _log_file(run):
+    with Lease(run), _log_file(run), closing(context):
         records = run.ledger() if run.exists() else {}
         if tables_of(records):
             raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
@@ -104,10 +104,10 @@ def _extrapolate(config: Config, scores: str, column: str, progress: Progress, v
         raise RunError(f"{run.uri}: there is something else here, such as {min(there)}; give a new folder")
     from raypipe.stages.own import OwnStage
 
-    stage = OwnStage(uri, scores, column)
-    with Lease(run), _log_file(run):
+    stage, context = OwnStage(uri, scores, column), Context(config, run, progress, verbose)
+    with Lease(run), _log_file(run), closing(context):
         records = run.ledger() if run.exists() else {}
-        _advance(stage, Context(config, run, progress, verbose), records)
+        _advance(stage, context, records)
     return storage.read_json(run.path("summary.json"))
 
 
@@ -131,7 +131,12 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
     run.write_ledger(records)
     started = time.monotonic()
     try:
-        stage.execute(context, record)
+        try:
+            stage.execute(context, record)
+        except KeyboardInterrupt:
+            if context.starved:
+                raise ResourceError(f"{name}: {context.starved}") from None
+            raise
         record.state, record.finished = "done", now()
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"

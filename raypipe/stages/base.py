@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+import functools
+import signal
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -14,6 +17,7 @@ from raypipe.rundir import Run, StageRecord
 
 if TYPE_CHECKING:
     from raypipe.stages.cluster import Cluster
+    from raypipe.stages.demand import DemandWatch
 
 
 class Context:
@@ -24,12 +28,31 @@ class Context:
         self.run = run
         self.progress = progress
         self.verbose = verbose
+        self._demand: DemandWatch | None = None
 
     @cached_property
     def cluster(self) -> Cluster:
         from raypipe.stages.cluster import connect
+        from raypipe.stages.demand import DemandWatch
 
-        return connect(self.config.cluster, self.run, self.progress, self.verbose)
+        found = connect(self.config.cluster, self.run, self.progress, self.verbose)
+        # only the main thread can be interrupted while it waits for Ray
+        main = threading.main_thread()
+        give_up = (
+            functools.partial(signal.pthread_kill, main.ident or 0, signal.SIGINT) if threading.current_thread() is main else None
+        )
+        self._demand = DemandWatch(self.progress.say, found.can_grow, self.config.cluster.patience_seconds, give_up)
+        return found
+
+    @property
+    def starved(self) -> str:
+        """What the run waited for in vain, in a sentence, where it was interrupted for that; else ""."""
+        return self._demand.given_up if self._demand is not None else ""
+
+    def close(self) -> None:
+        """No more looks at the cluster."""
+        if self._demand is not None:
+            self._demand.stop()
 
 
 class Stage(abc.ABC):

@@ -17,15 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
 from raypipe.config import ClusterSettings, PoolSettings, ProxySettings
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, ResourceError
 from raypipe.progress import Progress
 
 if TYPE_CHECKING:
     from raypipe.rundir import Run
-
-
-class ResourceError(RaypipeError):
-    """The cluster does not have what the settings ask for."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,10 @@ class Cluster:
             if workers * cpus > self.cpus:
                 raise ResourceError(
                     f"proxy.workers x cpus_per_worker is {workers} x {cpus} CPUs, but the cluster has {self}; lower one of them"
+                )
+            if cpus > self.largest_node_cpus:
+                raise ResourceError(
+                    f"cpus_per_worker is {cpus}, but the largest node of the cluster ({self}) has {self.largest_node_cpus:g}; lower it"
                 )
             beside = _between(1, self.cpus // (workers * cpus), beside)
         return workers, gpu, cpus, beside

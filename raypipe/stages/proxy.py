@@ -36,6 +36,7 @@ from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.demand import asking, shape
 from raypipe.stages.parts import Part, divide
 from raypipe.stages.seed import seed_manifest
 
@@ -269,17 +270,18 @@ def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
 def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bool, cpus: int) -> None:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from raypipe.stages.proxy_worker import DIVERGED, train_worker
     from raypipe.stages.streaming import failure
+    from raypipe.stages.trainer import Trainer
 
     diverged = run.path(part.folder, DIVERGED)
     storage.delete(diverged)
     scratch = run.path(part.folder, "train")
     fs, path = storage.filesystem(scratch)
     resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -298,7 +300,8 @@ def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bo
         ),
     )
     try:
-        trainer.fit()
+        with asking(shape(cpus, int(gpu))):
+            trainer.fit()
     except Exception as error:
         raise failure(error) from error
     finally:

@@ -20,6 +20,7 @@ from ray.data.datasource import ReadTask
 
 from raypipe.errors import RaypipeError, StageError
 from raypipe.stages.cluster import Pool
+from raypipe.stages.demand import asking, shape
 
 Columns = dict[str, np.ndarray]
 
@@ -68,9 +69,10 @@ def stream(
             ),
         )
         try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-                for row in range(len(batch["unit"])):
-                    on_result({key: _plain(column[row]) for key, column in batch.items()})
+            with asking(shape(pool.num_cpus, pool.num_gpus), shape(pool.read_cpus)):
+                for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+                    for row in range(len(batch["unit"])):
+                        on_result({key: _plain(column[row]) for key, column in batch.items()})
         except Exception as error:
             raise failure(error) from error
 
@@ -120,8 +122,9 @@ def run_tasks(
                 exhausted = True
         if not waiting:
             return
-        ready, waiting = ray.wait(waiting)
         try:
+            with asking(shape(num_cpus)):
+                ready, waiting = ray.wait(waiting)
             for result in ray.get(ready):
                 on_result(result)
         except Exception as error:

@@ -18,10 +18,10 @@ from helpers import QUIET, measured_with, small_config, stamps
 import raypipe
 from raypipe import storage
 from raypipe.config import ProxySettings
-from raypipe.errors import StageError
+from raypipe.errors import ResourceError, StageError
 from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
 from raypipe.stages.base import Context
-from raypipe.stages.cluster import Cluster, ResourceError
+from raypipe.stages.cluster import Cluster
 from raypipe.stages.parts import Part, divide, joined, part_rule
 from raypipe.stages.proxy import ProxyStage, side_by_side, trajectory_files
 from raypipe.stages.seed import read_shard, seed_manifest, wanted
@@ -152,6 +152,8 @@ def test_a_training_that_does_not_fit_at_all_is_refused() -> None:
     for settings in ({"workers": 3, "parts": 2}, {"workers": 2, "cpus_per_worker": 2, "parts": 2}):
         with pytest.raises(ResourceError, match="lower one of them"):
             Cluster(2, 0, 1, 2, False).train_workers(ProxySettings(**settings))
+    with pytest.raises(ResourceError, match=r"cpus_per_worker is 4, but the largest node .* has 2; lower it"):
+        Cluster(8, 0, 4, 2, False).train_workers(ProxySettings(cpus_per_worker=4))
 
 
 def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
