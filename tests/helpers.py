@@ -49,15 +49,21 @@ def small_config(run: str, *overrides: str) -> Config:
     return parse_config(apply_overrides({"run": run, **SMALL}, overrides))
 
 
-def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
-    """The first of scikit-learn's digits as PNG files, and their labels."""
+def digit_images(count: int) -> tuple[np.ndarray, list[int]]:
+    """The first of scikit-learn's digits, uint8 [n, 8, 8], and their labels."""
     digits = load_digits()
+    return (digits.images[:count] * 255 / 16).round().astype(np.uint8), digits.target[:count].tolist()
+
+
+def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
+    """The same as PNG files."""
+    images, labels = digit_images(count)
     encoded = []
-    for image in digits.images[:count]:
+    for image in images:
         buffer = io.BytesIO()
-        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(buffer, "PNG")
+        Image.fromarray(image).save(buffer, "PNG")
         encoded.append(buffer.getvalue())
-    return encoded, digits.target[:count].tolist()
+    return encoded, labels
 
 
 def measured_with(run: Run, file: str, part: int = 0) -> Any:

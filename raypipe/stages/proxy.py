@@ -14,8 +14,8 @@ alone. All start from the same weights. Each has the first four in a folder of i
 all of them. They are trained side by side as far as the cluster has room.
 
 A worker that dies is replaced and the training goes on after the last finished epoch; so it does when the driver dies.
-Batches are defined over the whole seed set (or part), so the number of workers changes their sum's rounding and nothing else
-(except BatchNorm, whose statistics are those of one worker's part of a batch).
+Batches are defined over the whole seed set (or part), and so are the statistics of BatchNorm: the number of workers changes the rounding of
+sums and nothing else.
 """
 
 from __future__ import annotations

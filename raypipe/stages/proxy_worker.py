@@ -21,6 +21,7 @@ from torch import Tensor
 
 from raypipe import storage, training
 from raypipe.config import ProxySettings
+from raypipe.data_parallel import share_statistics
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
 from raypipe.scores.base import NUMBERS
@@ -52,7 +53,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     images, labels, seed_rows = cache.open()
 
     torch.manual_seed(settings.seed)
-    model = prepare_model(build(settings.model, classes, seed["image_size"], seed["mean"], seed["std"]))
+    network = build(settings.model, classes, seed["image_size"], seed["mean"], seed["std"])
+    model = prepare_model(share_statistics(network, gpu))
     plain = model.module if hasattr(model, "module") else model
     if gpu:
         plain.to(memory_format=torch.channels_last)

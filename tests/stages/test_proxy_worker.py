@@ -59,7 +59,7 @@ def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, loop: Any, train_loop_config: dict[str, Any], **_: object) -> None:
             self.fit = lambda: loop(train_loop_config)
 
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    monkeypatch.setattr("raypipe.stages.trainer.Trainer", Trainer)
     proxy._train(config, run, Part(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 1, False, 1)
 
 

@@ -1,0 +1,99 @@
+"""The proxy over 1, 2 and 4 workers: the same network, and the same seed scores, up to rounding."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as distributed
+from helpers import digit_images, small_config
+from safetensors.torch import load
+
+from raypipe import storage
+from raypipe.rundir import Run
+from raypipe.stages import proxy_worker
+from raypipe.stages.parts import Part
+
+SAMPLES, EPOCHS, SIZE = 150, 3, 8
+"""With batches of 50 the parts of 4 workers are unequal."""
+
+
+def _drawn(uri: str) -> None:
+    """A run with a seed set of digits."""
+    run, (images, labels) = Run(uri), digit_images(SAMPLES)
+    pixels = [np.repeat(image[None], 3, 0).tobytes() for image in images]
+    columns = {
+        "sample_id": [str(row) for row in range(SAMPLES)],
+        "label": pa.array(labels, pa.int32()),
+        "image": pa.array(pixels, pa.binary(3 * SIZE * SIZE)),
+    }
+    table = pa.table(columns).replace_schema_metadata({"raypipe": json.dumps({"image_size": SIZE})})
+    storage.write_table(run.path("seed", "seed-0.parquet"), table)
+    manifest = {"samples": SAMPLES, "shards": ["seed-0"], "shard_samples": [SAMPLES], "mean": [0.5] * 3, "std": [0.3] * 3}
+    storage.write_json(run.path("seed", "manifest.json"), manifest | {"image_size": SIZE})
+    storage.write_json(run.path("index", "classes.json"), {"names": [str(digit) for digit in range(10)], "numeric": True})
+
+
+def _work(rank: int, folder: str, worlds: tuple[int, ...]) -> None:
+    """One process, as Ray Train's worker of this rank in one training after the other."""
+    torch.set_num_threads(1)
+    for world in worlds:
+        if rank >= world:
+            continue
+        context = SimpleNamespace(
+            get_world_rank=lambda: rank, get_world_size=lambda size=world: size, get_local_rank=lambda: rank
+        )
+        replaced: dict[tuple[Any, str], Any] = {
+            (proxy_worker.ray.train, "get_context"): lambda context=context: context,
+            (proxy_worker.ray.train, "report"): lambda metrics: None,
+            (proxy_worker, "get_device"): lambda: torch.device("cpu"),
+            (proxy_worker, "prepare_model"): torch.nn.parallel.DistributedDataParallel if world > 1 else lambda model: model,
+        }
+        for (module, name), value in replaced.items():
+            setattr(module, name, value)
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+        run = Run(f"{folder}/over-{world}")
+        config = small_config(run.uri, f"proxy.epochs={EPOCHS}", "proxy.batch_size=50", "proxy.checkpoints=1")
+        part = Part(0, 1, 0, SAMPLES, (SAMPLES,))
+        proxy_worker.train_worker(
+            {"config": config.model_dump(mode="json"), "run": run.uri, "part": vars(part), "key": "key", "threads": 1}
+        )
+        distributed.destroy_process_group()
+
+
+def _trained(uri: str, world: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Last weights, and EL2N of every sample: the mean over the epochs of the distance in the trajectory, float [n]."""
+    run = Run(uri)
+    weights = load(storage.read_bytes(run.path("proxy", "checkpoints", f"epoch-{EPOCHS - 1:04d}.safetensors")))
+    tables = [table for _, table in storage.iter_tables(run.path("proxy", "trajectory"))]
+    assert len(tables) == EPOCHS * world
+    rows = np.concatenate([table["row"].to_numpy() for table in tables])
+    distance = np.concatenate([table["distance"].to_numpy() for table in tables])
+    assert (np.bincount(rows) == EPOCHS).all()
+    return weights, np.bincount(rows, distance) / EPOCHS
+
+
+def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path) -> None:
+    worlds = (1, 2, 4)
+    for world in worlds:
+        _drawn(f"{tmp_path}/over-{world}")
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_work, args=(rank, str(tmp_path), worlds)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+        assert process.exitcode == 0
+    (alone, scores), *others = (_trained(f"{tmp_path}/over-{world}", world) for world in worlds)
+    for weights, found in others:
+        # single precision: another order of a batch's samples alone moves them as far
+        for name, value in alone.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=0.02, msg=lambda text, name=name: f"{name}: {text}")
+        np.testing.assert_allclose(found, scores, atol=0.01)  # EL2N lies between 0 and 1.41
+    assert scores.std() > 0.05
