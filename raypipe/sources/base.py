@@ -23,9 +23,9 @@ class SourceFile:
     """One file of the source, or a bounded run of small files (`members`), as a listing shows it.
 
     path     relative to the source's root; of a run of small files, the name of its first
-    size     bytes
+    size     bytes; of a file list, which does not say, those of its own words
     stamp    ETag or time of change: with path and size, the fingerprint
-    members  relative paths, where the unit is a run of small files
+    members  where the unit is a run of small files: of each its relative path, and what else the source has to say of it
     """
 
     path: str
@@ -40,7 +40,7 @@ class Fragment:
 
     fragment_id  names every output file made from it; changes when the file's content does
     offset       byte at which reading may begin (uncompressed tar), else 0
-    members      relative paths, where the file is a run of small files; listed in the index (`Run.with_members`)
+    members      as of the SourceFile, where it is a run of small files; listed in the index (`Run.with_members`)
     error        why the file cannot be read at all; such a fragment has no samples
     part         index file that lists the members
     """
@@ -86,9 +86,16 @@ class Source(abc.ABC):
     """A format. One subclass per file of this package, registered in `raypipe.sources`."""
 
     format: ClassVar[str]
+    listing_suffices: ClassVar[bool] = False
+    """Whether `scan` needs nothing but what `files` gave, and opens no file."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
+
+    @classmethod
+    def resolved(cls, settings: SourceSettings, image_size: int) -> SourceSettings:
+        """The settings with what looking at the source once can add, so that no worker has to; see `resolve_source`."""
+        return settings
 
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
+from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.common import EXTENSIONS, Location, describe
+from raypipe.sources.places import ENDINGS, places_list
+
+MOST_FILES = 20_000
+"""Names that are looked at: a listing of millions is not made twice."""
 
 
 def detect_format(settings: SourceSettings) -> str:
-    """The name of the format. Lists the source; raises SourceError, saying what is there, when it is unclear."""
+    """The name of the format, from the first `MOST_FILES` files. Raises SourceError, saying what is there, when it is unclear."""
     if settings.uri.startswith("digits:"):
         return "digits"
-    files = Location(settings).listing()
+    if (settings.uri.lower().endswith(ENDINGS) and storage.is_file(settings.uri)) or places_list(settings.uri) is not None:
+        return "filelist"
+    files = list(itertools.islice(Location(settings).stream(), MOST_FILES))
     counts = {format: sum(file.path.lower().endswith(endings) for file in files) for format, endings in EXTENSIONS.items()}
     found = [format for format, count in counts.items() if count]
     if len(found) == 1:
