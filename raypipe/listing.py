@@ -142,7 +142,7 @@ def _stat(path: str) -> os.stat_result:
 def stored_files(fs: Any, path: str, again: Again) -> Iterator[FileInfo]:
     """Every file below a folder of an object store, hidden ones and markers of folders left out; none when there is no such folder."""
     jobs = _ranges(fs, path, again) if hasattr(fs, "call_s3") else _folders(fs, path, again)
-    return (file for file in _in_order(jobs) if not file.path.endswith("/") and not hidden(file.path))
+    return (file for file in _in_order(jobs) if file.path and not file.path.endswith("/") and not hidden(file.path))
 
 
 def stored_folders(fs: Any, path: str, again: Again) -> list[str]:
