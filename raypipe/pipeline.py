@@ -14,7 +14,7 @@ from raypipe.config import Config
 from raypipe.errors import ConfigError, RaypipeError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
-from raypipe.sources import resolve_source
+from raypipe.sources import open_source
 from raypipe.stages.base import Context, Stage
 
 log = logging.getLogger("raypipe")
@@ -57,8 +57,8 @@ def execute(config: Config, *, until: str | None = None, progress: Progress | No
 
 def _execute(config: Config, until: str | None, progress: Progress, verbose: bool) -> Run:
     run = Run(config.run)
-    # told once here, instead of by a listing in every task
-    config = config.model_copy(update={"source": resolve_source(config.source, config.proxy.image_size)})
+    # what auto stands for is told once here, instead of by a listing in every task
+    config = config.model_copy(update={"source": open_source(config.source).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)
     with Lease(run), _log_file(run):
         records = run.ledger() if run.exists() else {}

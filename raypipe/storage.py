@@ -29,6 +29,8 @@ from fsspec.implementations.local import LocalFileSystem
 from raypipe import listing as _listing
 from raypipe.errors import RaypipeError
 from raypipe.listing import FileInfo
+from raypipe.listing import file_info as _file_info
+from raypipe.listing import hidden as _hidden
 
 T = TypeVar("T")
 
@@ -292,7 +294,7 @@ def exists(uri: str) -> bool:
 def info(uri: str) -> FileInfo:
     """Size and stamp of one file. Raises FileNotFoundError."""
     fs, path = filesystem(uri)
-    return _listing.file_info(name(uri), retrying(lambda: fs.info(path), uri))
+    return _file_info(name(uri), retrying(lambda: fs.info(path), uri))
 
 
 def walk(uri: str) -> Iterator[FileInfo]:
@@ -348,8 +350,8 @@ def matching(uri: str) -> list[FileInfo]:
         return list(_listing.local_matches(path, root, functools.partial(retrying, what=uri)))
     root = root.rstrip("/") + "/"
     found = {name: item for name, item in retrying(lambda: fs.glob(path, detail=True), uri).items() if item["type"] == "file"}
-    files = [_listing.file_info(full.removeprefix(root), detail) for full, detail in found.items() if not full.endswith("/")]
-    return sorted(file for file in files if not _listing.hidden(file.path))
+    files = [_file_info(full.removeprefix(root), detail) for full, detail in found.items() if not full.endswith("/")]
+    return sorted(file for file in files if not _hidden(file.path))
 
 
 def is_file(uri: str) -> bool:

@@ -7,7 +7,7 @@ from importlib import import_module
 from raypipe.config import SourceSettings
 from raypipe.sources.base import ClassMap, FileScan, Fragment, RawSample, Source, SourceFile, class_map
 
-__all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFile", "class_map", "open_source", "resolve_source"]
+__all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFile", "class_map", "open_source"]
 
 _SOURCES = {
     "parquet": "raypipe.sources.parquet:ParquetSource",
@@ -27,12 +27,3 @@ def open_source(settings: SourceSettings) -> Source:
         format = detect_format(settings)
     module, _, name = _SOURCES[format].partition(":")
     return getattr(import_module(module), name)(settings)
-
-
-def resolve_source(settings: SourceSettings, image_size: int) -> SourceSettings:
-    """The settings with what can be told only by looking at the source: its format, and what the format wants to know once.
-
-    image_size  pixels, square, that are wanted of an image. Raises SourceError.
-    """
-    source = open_source(settings)
-    return source.resolved(settings.model_copy(update={"format": source.format}), image_size)

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -83,19 +83,23 @@ class RawSample(NamedTuple):
 
 
 class Source(abc.ABC):
-    """A format. One subclass per file of this package, registered in `raypipe.sources`."""
+    """A format. One subclass per file of this package, registered in `raypipe.sources`.
+
+    scan_reads  how much of a file `scan` reads; nothing, where the listing says all there is to know
+    """
 
     format: ClassVar[str]
-    listing_suffices: ClassVar[bool] = False
-    """Whether `scan` needs nothing but what `files` gave, and opens no file."""
+    scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
 
-    @classmethod
-    def resolved(cls, settings: SourceSettings, image_size: int) -> SourceSettings:
-        """The settings with what looking at the source once can add, so that no worker has to; see `resolve_source`."""
-        return settings
+    def settled(self, image_size: int = 0) -> SourceSettings:
+        """The settings with what `auto` and defaults stand for in this source, so that a worker need not look at it to find out.
+
+        image_size  pixels, square, that are wanted of an image. Raises SourceError.
+        """
+        return self.settings.model_copy(update={"format": self.format})
 
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
@@ -32,50 +32,62 @@ class Location:
         self._include = settings.include
         self._uri = settings.uri
 
-    def stream(self) -> Iterator[FileInfo]:
-        """Every file that `include` lets through, in the order of the paths. Raises SourceError when nothing can be listed."""
-        count, kept, every = 0, 0, self._include == "*"
+    def listing(self) -> list[FileInfo]:
+        """Every file, sorted by path, that `include` lets through. Raises SourceError when nothing can be listed."""
         try:
-            found = iter(storage.matching(self._uri)) if self._is_glob else storage.walk(self._uri)
-            first = next(found, None)
-            if first is None and not self._is_glob and storage.is_file(self._uri):
-                first = storage.info(self._uri)
-            elif first is None and not self._is_glob and not storage.exists(self._uri):
-                raise SourceError(f"{self._uri}: no such file or folder; set source.uri")
-            for file in itertools.chain([first] if first is not None else [], found):
-                count += 1
-                if every or fnmatch.fnmatchcase(file.path, self._include):
-                    kept += 1
-                    yield file if file.path.isascii() else FileInfo(text(file.path), file.size, file.stamp)
+            if self._is_glob:
+                found = storage.matching(self._uri)
+            else:
+                found = storage.listing(self._uri)
+                if not found and storage.is_file(self._uri):
+                    found = [storage.info(self._uri)]
+                elif not found and not storage.exists(self._uri):
+                    raise SourceError(f"{self._uri}: no such file or folder; set source.uri")
         except (OSError, ValueError) as error:
             raise SourceError(f"{self._uri}: cannot be listed: {_words(error)}") from None
+        kept = [file for file in found if fnmatch.fnmatchcase(file.path, self._include)]
         if not kept:
-            reason = f"none of {count} files matches source.include = {self._include!r}" if count else "no files here"
+            reason = f"none of {len(found)} files matches source.include = {self._include!r}" if found else "no files here"
             raise SourceError(f"{self._uri}: {reason}")
+        return [FileInfo(text(file.path), file.size, file.stamp) for file in kept]
 
-    def listing(self) -> list[FileInfo]:
-        """`stream` as a list."""
-        return list(self.stream())
+    def files(self, format: str) -> list[FileInfo]:
+        """The files of a format, sorted. One file given by its own name counts whatever it is called. Raises SourceError."""
+        listed = self.listing()
+        found = [file for file in listed if file.path.lower().endswith(EXTENSIONS[format])]
+        if not found and len(listed) == 1 and listed[0].path == text(storage.name(self._uri)):
+            found = listed
+        if not found:
+            raise SourceError(f"{self._uri}: no {' or '.join(EXTENSIONS[format])} files among {describe(listed)}")
+        return found
+
+    def uri(self, path: str) -> str:
+        """The URI of a relative path."""
+        if path == storage.name(self._uri) and self._is_file:
+            return self._uri
+        return storage.join(storage.glob_root(self._uri) if self._is_glob else self._uri, path)
+
+    def stream(self) -> Iterator[FileInfo]:
+        """`listing`, of a folder one file after the other as they are found."""
+        found = iter(()) if self._is_glob else self._walk()
+        first = next(found, None)
+        if first is None:
+            yield from self.listing()
+            return
+        every = self._include == "*"
+        for file in itertools.chain([first], found):
+            if every or fnmatch.fnmatchcase(file.path, self._include):
+                yield file if file.path.isascii() else FileInfo(text(file.path), file.size, file.stamp)
 
     def of_format(self, format: str) -> Iterator[FileInfo]:
-        """The files of a format in the order of the paths. One file given by its own name counts whatever it is called.
-        Raises SourceError."""
-        found, others, last = False, Counter[str](), None
+        """`files`, of a folder one file after the other as they are found."""
+        found = False
         for file in self.stream():
             if file.path.lower().endswith(EXTENSIONS[format]):
                 found = True
                 yield file
-            elif not found:
-                others[_ending(file)] += 1
-                last = file
-        if not found and last is not None and others.total() == 1 and last.path == text(storage.name(self._uri)):
-            yield last
-        elif not found:
-            raise SourceError(f"{self._uri}: no {' or '.join(EXTENSIONS[format])} files among {_described(others)}")
-
-    def files(self, format: str) -> list[FileInfo]:
-        """`of_format` as a list."""
-        return list(self.of_format(format))
+        if not found:
+            yield from self.files(format)
 
     def folders(self) -> list[str]:
         """Names of the folders directly in `uri`; none where it is a file or a glob. Raises SourceError."""
@@ -84,11 +96,11 @@ class Location:
         except (OSError, ValueError) as error:
             raise SourceError(f"{self._uri}: cannot be listed: {_words(error)}") from None
 
-    def uri(self, path: str) -> str:
-        """The URI of a relative path."""
-        if path == storage.name(self._uri) and self._is_file:
-            return self._uri
-        return storage.join(storage.glob_root(self._uri) if self._is_glob else self._uri, path)
+    def _walk(self) -> Iterator[FileInfo]:
+        try:
+            yield from storage.walk(self._uri)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self._uri}: cannot be listed: {_words(error)}") from None
 
     @functools.cached_property
     def _is_glob(self) -> bool:
@@ -99,18 +111,11 @@ class Location:
         return storage.is_file(self._uri)
 
 
-def describe(files: Iterable[FileInfo]) -> str:
+def describe(files: list[FileInfo]) -> str:
     """Such as "12 files (9 .csv, 3 .txt)"."""
-    return _described(Counter(map(_ending, files)))
-
-
-def _described(endings: Counter[str]) -> str:
+    endings = Counter(os.path.splitext(file.path)[1].lower() or "without an ending" for file in files)
     listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4)) + (", ..." if len(endings) > 4 else "")
-    return f"{endings.total()} file{'s' * (endings.total() != 1)} ({listed})"
-
-
-def _ending(file: FileInfo) -> str:
-    return os.path.splitext(file.path)[1].lower() or "without an ending"
+    return f"{len(files)} file{'s' * (len(files) != 1)} ({listed})"
 
 
 def stored_label(value: Any) -> tuple[int | str | None, str]:

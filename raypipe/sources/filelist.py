@@ -38,12 +38,11 @@ class FileListSource(Source):
     """Files of one image each, named by a list."""
 
     format = "filelist"
-    listing_suffices = True
+    scan_reads = "nothing"
 
-    @classmethod
-    def resolved(cls, settings: SourceSettings, image_size: int) -> SourceSettings:
-        """The list itself as `uri`, with `root` and `class_map`."""
-        uri = find_list(settings.uri)
+    def settled(self, image_size: int = 0) -> SourceSettings:
+        """With the list itself as `uri`, and with `root` and `class_map`."""
+        settings, uri = super().settled(), find_list(self.settings.uri)
         root = settings.root if settings.root is not None else root_of(uri, image_size)
         return settings.model_copy(update={"uri": uri, "root": root, "class_map": settings.class_map or class_file(uri)})
 
@@ -64,7 +63,7 @@ class FileListSource(Source):
 
     @functools.cached_property
     def _found(self) -> SourceSettings:
-        return self.resolved(self.settings, 0)
+        return self.settled()
 
     @functools.cached_property
     def _root(self) -> str:

@@ -24,7 +24,7 @@ class ImageFolderSource(Source):
     """Files of one image each."""
 
     format = "imagefolder"
-    listing_suffices = True
+    scan_reads = "nothing"
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)

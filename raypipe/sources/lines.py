@@ -6,9 +6,9 @@ How a list is read:
   that its first line has.
 - Anything else is plain text, unless its first line has a tab (then it is read as a `.tsv`), or a comma right after an image's ending or
   after the name of a column (then as a `.csv`).
-- The first row of a table is a header when one of its cells is the name of the path or the label column, or when a cell of the second
-  row ends like an image file and the one above it does not. The columns are found by these names, in any case; where none is a usual name
-  for paths, the column is taken that ends like an image file, else the first. Without a header, the path is first and the label second.
+- The first row of a table is a header when none of its cells ends like an image file, and one is the name of the path or the label
+  column or has such an ending below it. The columns are found by these names, in any case; where none is a usual name for
+  paths, the column is taken that ends like an image file, else the first. Without a header, the path is first and the label second.
 - A line of plain text is a path, white space and a label. A path may have spaces: the line is split after the last image ending that is
   followed by white space, and not at all where the line itself ends like an image file. Where there is no image ending,
   it is split at the last white space if a whole number follows. A line that cannot be split is a path without a label.
@@ -30,6 +30,8 @@ from raypipe.errors import SourceError
 from raypipe.sources.common import IMAGE_EXTENSIONS
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
+LABEL_COLUMNS = ("label", "class", "category", "target")
+"""Tried in this order where the settings name no other column."""
 READ_BYTES = 4 << 20
 
 _ENDINGS = "|".join(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -79,7 +81,7 @@ def _delimiter(name: str, first: str, settings: SourceSettings) -> str:
     if "\t" in first:
         return "\t"
     cells = next(csv.reader([first]), [])
-    return "," if _IMAGE_AND_COMMA.match(first) or (len(cells) > 1 and _is_header(cells, settings)) else ""
+    return "," if _IMAGE_AND_COMMA.match(first) or (len(cells) > 1 and _is_header(cells, [], settings)) else ""
 
 
 def _of_text(file: io.TextIOWrapper) -> Iterator[Line]:
@@ -112,40 +114,43 @@ def _line(number: int, row: list[str], path: int, label: int) -> Line:
 def _columns(uri: str, start: list[list[str]], settings: SourceSettings) -> tuple[int, int]:
     """Columns of path and label, the label's -1 where there is none; (-1, -1) where the first row is no header."""
     header, below = [cell.strip() for cell in start[0]] if start else [], start[1] if len(start) > 1 else []
-    images = [
-        column
-        for column, (name, cell) in enumerate(zip(header, below))
-        if _IMAGE.fullmatch(cell.strip()) and not _IMAGE.fullmatch(name)
-    ]
-    if not _is_header(header, settings) and not images:
+    if not _is_header(header, below, settings):
         if settings.path_column is not None:
             raise SourceError(
                 f"{uri}: no column {settings.path_column!r} in its first line, {', '.join(header)!r}; see source.path_column"
             )
         return -1, -1
     if settings.path_column is not None:
-        path = _place(header, settings.path_column)
+        path = _place(header, (settings.path_column,))
         if path < 0:
             raise SourceError(f"{uri}: no column {settings.path_column!r} among {', '.join(header)}; set source.path_column")
     else:
-        named = [place for name in PATH_COLUMNS if (place := _place(header, name)) >= 0]
-        path = [*named, *images, 0][0]
-    label = _place(header, settings.label_column)
+        path = _place(header, PATH_COLUMNS)
+        path = path if path >= 0 else next((column for column, cell in enumerate(below) if _IMAGE.fullmatch(cell.strip())), 0)
+    label = _place(header, _label_names(settings))
     if label < 0 and len(header) > 1:
         raise SourceError(f"{uri}: no column {settings.label_column!r} among {', '.join(header)}; set source.label_column")
     return path, label
 
 
-def _is_header(cells: list[str], settings: SourceSettings) -> bool:
-    names = (
-        (*PATH_COLUMNS, settings.label_column) if settings.path_column is None else (settings.path_column, settings.label_column)
-    )
-    return any(_place([cell.strip() for cell in cells], name) >= 0 for name in names)
+def _is_header(row: list[str], below: list[str], settings: SourceSettings) -> bool:
+    cells = [cell.strip() for cell in row]
+    if any(_IMAGE.fullmatch(cell) for cell in cells):
+        return False
+    paths = PATH_COLUMNS if settings.path_column is None else (settings.path_column,)
+    return _place(cells, (*paths, *_label_names(settings))) >= 0 or any(_IMAGE.fullmatch(cell.strip()) for cell in below)
 
 
-def _place(header: list[str], name: str) -> int:
-    """Where a column is, by its name or else by its name in any case; -1 where it is not."""
-    if name in header:
-        return header.index(name)
+def _label_names(settings: SourceSettings) -> tuple[str, ...]:
+    return LABEL_COLUMNS if settings.label_column in ("auto", LABEL_COLUMNS[0]) else (settings.label_column,)
+
+
+def _place(header: list[str], names: tuple[str, ...]) -> int:
+    """Where the first column is that has one of these names, or else has it in any case; -1 where there is none."""
     lowered = [cell.lower() for cell in header]
-    return lowered.index(name.lower()) if name.lower() in lowered else -1
+    for name in names:
+        if name in header:
+            return header.index(name)
+        if name.lower() in lowered:
+            return lowered.index(name.lower())
+    return -1

@@ -91,7 +91,7 @@ class IndexStage(Stage):
                     file_id = _file_id(file)
                     waiting.append((file_id, file.size))
                     meter.expect(meter.total + 1)
-                    if file_id not in known and source.listing_suffices:
+                    if file_id not in known and source.scan_reads == "nothing":
                         rows[file_id] = list(_rows(file_id, source.scan(file)))
                     if file_id in known or file_id in rows:
                         meter.add(1)

@@ -47,6 +47,12 @@ def test_a_list_is_told_by_its_own_name(place: str, name: str) -> None:
         detected(f"{place}/set/none-{name}")
 
 
+def test_a_list_of_shards_is_no_file_list(tmp_path: object) -> None:
+    storage.write_bytes(f"{tmp_path}/shards.txt", b"# all of them\na-000.tar\na-001.tar\n")
+    with pytest.raises(SourceError):  # the file itself is of no format
+        detected(f"{tmp_path}/shards.txt")
+
+
 def test_a_listing_of_many_files_is_not_gone_through(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     def endless(uri: str) -> Iterator[storage.FileInfo]:
         for number in itertools.count():

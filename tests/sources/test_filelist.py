@@ -11,7 +11,7 @@ from test_imagefolder import fill
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources import filelist, resolve_source
+from raypipe.sources import filelist, open_source
 from raypipe.sources.base import class_map
 from raypipe.sources.filelist import _Seen
 
@@ -139,7 +139,7 @@ def test_what_is_listed_and_no_image_file_is_a_reject(tmp_path: Any) -> None:
 
 def test_labels_of_all_kinds_go_to_the_class_map(tmp_path: Any) -> None:
     root = fill(str(tmp_path), [f"{number}.png" for number in range(6)])
-    uri = write(root, "x.csv", "path,label\n0.png,0\n1.png,-1\n2.png,1\n3.png,99\n4.png,\n5.png,cat\n")
+    uri = write(root, "x.csv", "path,label\n0.png,0\n1.png,-2\n2.png,1\n3.png,99\n4.png,\n5.png,cat\n")
     storage.write_bytes(f"{root}/classes.json", b'{"dog": 0, "cat": 1}')
     source = make(uri, class_map=f"{root}/classes.json")
     (scan,) = scans(source)
@@ -213,14 +213,14 @@ def test_places365_is_found_by_its_names(tmp_path: Any, folders: list[str], imag
         write(str(tmp_path), name, text)
     for folder in folders:
         fill(f"{tmp_path}/{folder}", ["a/airfield/1.jpg", "b/bar/2.jpg"])
-    found = resolve_source(SourceSettings(uri=str(tmp_path)), image_size)
+    found = open_source(SourceSettings(uri=str(tmp_path))).settled(image_size)
     assert (found.format, found.uri, found.root, found.class_map) == (
         "filelist",
         f"{tmp_path}/places365_train_standard.txt",
         f"{tmp_path}/{expected}",
         f"{tmp_path}/categories_places365.txt",
     )
-    assert resolve_source(SourceSettings(uri=str(tmp_path), root="/elsewhere"), image_size).root == "/elsewhere"
+    assert open_source(SourceSettings(uri=str(tmp_path), root="/elsewhere")).settled(image_size).root == "/elsewhere"
 
 
 def test_places365_is_read(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_workers_look_for_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     for name, text in PLACES.items():
         write(str(tmp_path), name, text)
     fill(f"{tmp_path}/data_256", ["a/airfield/1.jpg", "b/bar/2.jpg"])
-    settings = resolve_source(SourceSettings(uri=str(tmp_path)), 64)
+    settings = open_source(SourceSettings(uri=str(tmp_path))).settled(64)
     fragments = [part for scan in scans(filelist.FileListSource(settings)) for part in scan.fragments]
     for name in ("exists", "is_file", "names"):
         monkeypatch.setattr(storage, name, lambda uri: pytest.fail(f"{uri} was asked for"))

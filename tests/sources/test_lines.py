@@ -39,6 +39,8 @@ TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
         ("x.csv", "path,label\na 1.jpg,0\nb/2.png,1\n", {}),
         ("x.txt", "path,label\na 1.jpg,0\nb/2.png,1\n", {}),
         ("x.csv", ",Label,FileName\n0,0,a 1.jpg\n1,1,b/2.png\n", {}),
+        ("x.csv", "id,filename,category\nx,a 1.jpg,0\ny,b/2.png,1\n", {}),
+        ("x.csv", "path,target,label\na 1.jpg,x,0\nb/2.png,y,1\n", {}),
         ("x.csv", "image,file,label\nx,a 1.jpg,0\ny,b/2.png,1\n", {}),
         ("x.csv", "id,picture,label\n7,a 1.jpg,0\n8,b/2.png,1\n", {}),  # the column that ends like an image
         ("x.csv", "picture,kind\na 1.jpg,0\nb/2.png,1\n", {"label_column": "kind"}),
@@ -84,6 +86,11 @@ def test_missing_cells(tmp_path: Any) -> None:
     assert read(tmp_path, "y.csv", "path\na.jpg\nb.jpg") == [("a.jpg", None), ("b.jpg", None)]
     assert read(tmp_path, "z.csv", "a.jpg\nb.jpg,\n") == [("a.jpg", None), ("b.jpg", None)]
     assert read(tmp_path, "e.csv", "") == [] == read(tmp_path, "e.txt", "\n \n")
+
+
+def test_a_first_line_with_an_image_is_no_header(tmp_path: Any) -> None:
+    assert read(tmp_path, "x.csv", "a.jpg,label\nb.jpg,class\n") == [("a.jpg", "label"), ("b.jpg", "class")]
+    assert read(tmp_path, "y.csv", "x/1,2\nx/2,3\n") == [("x/1", "2"), ("x/2", "3")]
 
 
 def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
