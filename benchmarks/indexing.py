@@ -201,12 +201,10 @@ def steps(config: Config, case: str, folder: str) -> Iterator[tuple[str, dict[st
     if case == "local":
         open(f"{folder}/data/00001/00001500a.jpg", "wb").close()
     elif case == "list":
-        with open(Slow.list_file) as file:
-            text = file.read()
-        middle = text.index("\n", len(text) // 2) + 1
-        with open(Slow.list_file, "w") as file:
-            file.write(text[:middle] + "new.JPEG,1\n" + text[middle:])
-        del text
+        os.rename(Slow.list_file, f"{folder}/before.csv")
+        with open(f"{folder}/before.csv") as before_it, open(Slow.list_file, "w") as file:
+            for number, line in enumerate(before_it):
+                file.write(line if number != Slow.files // 2 else f"{line}new.JPEG,1\n")
     else:
         Slow.more = key_of(Slow.files // 2 + 500).replace(".JPEG", "a.JPEG")
     stage, one_more = IndexStage(), StageRecord()

@@ -21,13 +21,14 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.common import IMAGE_EXTENSIONS
+from raypipe.storage import Reader
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
 LABEL_COLUMNS = ("label", "class", "category", "target")
@@ -55,7 +56,8 @@ def lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
         encoding = "utf-16" if stored.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         stored.seek(0)
         # bytes that are no text are shown escaped: the file will not be found, and the reject says under which name
-        file = io.TextIOWrapper(stored, encoding, errors="backslashreplace", newline="")
+        blocks: Any = _Blocks(stored)
+        file = io.TextIOWrapper(blocks, encoding, errors="backslashreplace", newline="")
         first = ""
         while not first.strip() and (line := file.readline(1 << 16)):
             first = line
@@ -71,6 +73,28 @@ def lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
             raise SourceError(f"{uri}: line {rows.line_num}: {error}; is a quote not closed?") from None
 
 
+class _Blocks(io.BufferedIOBase):
+    """A stored file read in large pieces: text is decoded from 8 KiB at a time, which would be a request each."""
+
+    def __init__(self, file: Reader) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._file.read(READ_BYTES)
+
+
 def _delimiter(name: str, first: str, settings: SourceSettings) -> str:
     """Of a table; "" for plain text."""
     ending = name.lower().rpartition(".")[2]
@@ -84,7 +108,7 @@ def _delimiter(name: str, first: str, settings: SourceSettings) -> str:
     return "," if _IMAGE_AND_COMMA.match(first) or (len(cells) > 1 and _is_header(cells, [], settings)) else ""
 
 
-def _of_text(file: io.TextIOWrapper) -> Iterator[Line]:
+def _of_text(file: Iterable[str]) -> Iterator[Line]:
     for number, line in enumerate(file, 1):
         line = line.strip()
         if not line:

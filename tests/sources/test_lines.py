@@ -115,5 +115,19 @@ def test_what_cannot_be_understood_is_said(tmp_path: Any, content: str, options:
         read(tmp_path, "x.csv", content, **options)
 
 
+def test_a_list_is_read_in_few_requests(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    fetch = storage._Ranges._fetch
+    monkeypatch.setattr(storage._Ranges, "_fetch", lambda self, length: asked.append(length) or fetch(self, length))
+    for name, text in (("x.csv", "dé/%06d.jpg,%d\n"), ("x.txt", "dé/%06d.jpg %d\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr("raypipe.sources.lines.READ_BYTES", 100_000)
+            found = read(tmp_path, name, "".join(text % (number, number) for number in range(50_000)))
+        assert found == [(f"dé/{number:06d}.jpg", str(number)) for number in range(50_000)]
+        size = (tmp_path / name).stat().st_size
+        assert size <= sum(asked) <= size + 100_000 and len(asked) <= size / 100_000 + 2  # the first twice
+        asked.clear()
+
+
 def test_bytes_that_are_no_text_are_shown(tmp_path: Any) -> None:
     assert read(tmp_path, "x.txt", b"\xff.jpg 1\n") == [("\\xff.jpg", "1")]
