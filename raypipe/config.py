@@ -33,13 +33,26 @@ class SourceSettings(Settings):
     """The dataset as its owner stores it."""
 
     uri: str = Field(description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set")
-    format: Literal["auto", "parquet", "imagefolder", "webdataset", "digits"] = Field(
+    format: Literal["auto", "parquet", "imagefolder", "filelist", "webdataset", "digits"] = Field(
         "auto", description="auto looks at the file names"
     )
     include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
     image_column: str = Field("image", min_length=1, description="Parquet: column with the encoded images")
-    label_column: str = Field("label", min_length=1, description="Parquet column, or WebDataset .json field, with the label")
+    label_column: str = Field(
+        "label", min_length=1, description="column of Parquet or a file list, or WebDataset .json field, with the label"
+    )
     id_column: str | None = Field(None, description="Parquet: column with unique ids; default is file#row")
+    path_column: str | None = Field(
+        None, min_length=1, description="file list: column with the paths; default: path, file, filename or image, else the first"
+    )
+    root: str | None = Field(
+        None, min_length=1, description="file list: folder that its paths are below; default: the list's own"
+    )
+    class_map: str | None = Field(
+        None,
+        min_length=1,
+        description="image folder, file list: file that says which class a folder or label is; JSON or text lines",
+    )
     num_classes: Positive | None = Field(None, description="default: found in the source")
     limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
     fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
@@ -475,7 +488,8 @@ def absolute_paths(config: Config) -> Config:
     def absolute(uri: str) -> str:
         return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
-    source = config.source.model_copy(update={"uri": absolute(config.source.uri)})
+    given = {name: getattr(config.source, name) for name in ("uri", "root", "class_map")}
+    source = config.source.model_copy(update={name: absolute(uri) for name, uri in given.items() if uri is not None})
     return config.model_copy(update={"run": absolute(config.run), "source": source})
 
 

@@ -19,7 +19,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -27,22 +26,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from raypipe import listing as _listing
 from raypipe.errors import RaypipeError
+from raypipe.listing import FileInfo
+from raypipe.listing import file_info as _file_info
+from raypipe.listing import hidden as _hidden
 
 T = TypeVar("T")
 
 RETRIES = 8
 """Attempts at a storage request; with the delays below the last one starts after about a minute."""
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """One stored file: `path` relative to the listed folder, `size` in bytes, `stamp` an ETag or a time of change."""
-
-    path: str
-    size: int
-    stamp: str
 
 
 @functools.cache
@@ -303,18 +297,30 @@ def info(uri: str) -> FileInfo:
     return _file_info(name(uri), retrying(lambda: fs.info(path), uri))
 
 
-def listing(uri: str) -> list[FileInfo]:
-    """All files below a folder, sorted by path; empty when there is no such folder. Hidden files are left out."""
+def walk(uri: str) -> Iterator[FileInfo]:
+    """All files below a folder in the order of their paths, one after the other; none when there is no such folder.
+
+    Hidden files are left out. Of an object store, several parts are listed at the same time. Raises OSError, naming a local folder
+    that cannot be read.
+    """
     fs, path = filesystem(uri)
-    root = path.rstrip("/") + "/"
-    found = retrying(lambda: fs.find(path, detail=True), uri)
-    result = []
-    for full, detail in found.items():
-        relative = full.removeprefix(root)
-        if full == path or full.endswith("/") or _hidden(relative):
-            continue
-        result.append(_file_info(relative, detail))
-    return sorted(result, key=lambda file: file.path)
+    find = _listing.local_files if isinstance(fs, LocalFileSystem) else functools.partial(_listing.stored_files, fs)
+    return find(path, functools.partial(retrying, what=uri))
+
+
+def listing(uri: str) -> list[FileInfo]:
+    """`walk` as a list, for folders of which it is known that they do not hold very many files."""
+    return list(walk(uri))
+
+
+def folders(uri: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted, of S3 those among its first 1,000 entries; hidden ones are left out."""
+    fs, path = filesystem(uri)
+    find = _listing.local_folders if isinstance(fs, LocalFileSystem) else functools.partial(_listing.stored_folders, fs)
+    try:
+        return find(path, functools.partial(retrying, what=uri))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def names(uri: str) -> set[str]:
@@ -339,25 +345,19 @@ def matching(uri: str) -> list[FileInfo]:
     Hidden files are left out.
     """
     fs, path = filesystem(uri)
-    root = filesystem(glob_root(uri))[1].rstrip("/") + "/"
+    root = filesystem(glob_root(uri))[1]
+    if isinstance(fs, LocalFileSystem):
+        return list(_listing.local_matches(path, root, functools.partial(retrying, what=uri)))
+    root = root.rstrip("/") + "/"
     found = {name: item for name, item in retrying(lambda: fs.glob(path, detail=True), uri).items() if item["type"] == "file"}
     files = [_file_info(full.removeprefix(root), detail) for full, detail in found.items() if not full.endswith("/")]
-    return sorted((file for file in files if not _hidden(file.path)), key=lambda file: file.path)
+    return sorted(file for file in files if not _hidden(file.path))
 
 
 def is_file(uri: str) -> bool:
     """Whether there is a file, not a folder, of this name."""
     fs, path = filesystem(uri)
     return retrying(lambda: fs.isfile(path), uri)
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
-
-
-def _file_info(path: str, detail: dict[str, Any]) -> FileInfo:
-    stamp = detail.get("ETag") or detail.get("etag") or detail.get("mtime") or detail.get("LastModified") or ""
-    return FileInfo(path, int(detail.get("size") or 0), str(stamp).strip('"'))
 
 
 def delete(uri: str) -> None:

@@ -12,6 +12,7 @@ __all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFil
 _SOURCES = {
     "parquet": "raypipe.sources.parquet:ParquetSource",
     "imagefolder": "raypipe.sources.imagefolder:ImageFolderSource",
+    "filelist": "raypipe.sources.filelist:FileListSource",
     "webdataset": "raypipe.sources.webdataset:WebDatasetSource",
     "digits": "raypipe.sources.digits:DigitsSource",
 }

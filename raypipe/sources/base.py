@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,9 +23,9 @@ class SourceFile:
     """One file of the source, or a bounded run of small files (`members`), as a listing shows it.
 
     path     relative to the source's root; of a run of small files, the name of its first
-    size     bytes
+    size     bytes; of a file list, which does not say, those of its own words
     stamp    ETag or time of change: with path and size, the fingerprint
-    members  relative paths, where the unit is a run of small files
+    members  where the unit is a run of small files: of each its relative path, and what else the source has to say of it
     """
 
     path: str
@@ -40,7 +40,7 @@ class Fragment:
 
     fragment_id  names every output file made from it; changes when the file's content does
     offset       byte at which reading may begin (uncompressed tar), else 0
-    members      relative paths, where the file is a run of small files; listed in the index (`Run.with_members`)
+    members      as of the SourceFile, where it is a run of small files; listed in the index (`Run.with_members`)
     error        why the file cannot be read at all; such a fragment has no samples
     part         index file that lists the members
     """
@@ -83,12 +83,23 @@ class RawSample(NamedTuple):
 
 
 class Source(abc.ABC):
-    """A format. One subclass per file of this package, registered in `raypipe.sources`."""
+    """A format. One subclass per file of this package, registered in `raypipe.sources`.
+
+    scan_reads  how much of a file `scan` reads; nothing, where the listing says all there is to know
+    """
 
     format: ClassVar[str]
+    scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
+
+    def settled(self, image_size: int = 0) -> SourceSettings:
+        """The settings with what `auto` and defaults stand for in this source, so that a worker need not look at it to find out.
+
+        image_size  pixels, square, that are wanted of an image. Raises SourceError.
+        """
+        return self.settings.model_copy(update={"format": self.format})
 
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
@@ -64,6 +66,41 @@ class Location:
         if path == storage.name(self._uri) and self._is_file:
             return self._uri
         return storage.join(storage.glob_root(self._uri) if self._is_glob else self._uri, path)
+
+    def stream(self) -> Iterator[FileInfo]:
+        """`listing`, of a folder one file after the other as they are found."""
+        found = iter(()) if self._is_glob else self._walk()
+        first = next(found, None)
+        if first is None:
+            yield from self.listing()
+            return
+        every = self._include == "*"
+        for file in itertools.chain([first], found):
+            if every or fnmatch.fnmatchcase(file.path, self._include):
+                yield file if file.path.isascii() else FileInfo(text(file.path), file.size, file.stamp)
+
+    def of_format(self, format: str) -> Iterator[FileInfo]:
+        """`files`, of a folder one file after the other as they are found."""
+        found = False
+        for file in self.stream():
+            if file.path.lower().endswith(EXTENSIONS[format]):
+                found = True
+                yield file
+        if not found:
+            yield from self.files(format)
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in `uri`; none where it is a file or a glob. Raises SourceError."""
+        try:
+            return [] if self._is_glob else storage.folders(self._uri)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self._uri}: cannot be listed: {_words(error)}") from None
+
+    def _walk(self) -> Iterator[FileInfo]:
+        try:
+            yield from storage.walk(self._uri)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self._uri}: cannot be listed: {_words(error)}") from None
 
     @functools.cached_property
     def _is_glob(self) -> bool:

@@ -15,6 +15,7 @@ class DigitsSource(Source):
     """Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998; test part). Ids are digits/0000 to digits/1796."""
 
     format = "digits"
+    scan_reads = "nothing"
 
     def files(self) -> Iterator[SourceFile]:
         if not self.settings.uri.startswith("digits:"):

@@ -1,107 +1,83 @@
 """Image folders: the first folder level below the source's root is the class, deeper levels are allowed.
 
-A folder without levels gives samples without labels. Sample ids are relative paths.
+A folder without levels gives samples without labels. Sample ids are relative paths. With a class map (`source.class_map`, see
+`raypipe.sources.classfile`) the class is that of the longest folder of the path that the map names.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-from collections import deque
+import functools
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
-from raypipe import storage
 from raypipe.config import SourceSettings
+from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.common import Location
-from raypipe.storage import FileInfo
+from raypipe.sources.smallfiles import Member, read_ahead, units, unpacked
 
-READERS, LOOK_AHEAD = 8, 32
-"""Files read at the same time, and at most so many held: both hide the latency of object storage."""
+SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
+"""Folders of these names are parts of a dataset, not classes."""
 
 
 class ImageFolderSource(Source):
     """Files of one image each."""
 
     format = "imagefolder"
+    scan_reads = "nothing"
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
         self._location = Location(settings)
 
     def files(self) -> Iterator[SourceFile]:
-        """Runs of neighbouring files.
-
-        A run ends at `fragment_samples` files or at a name whose hash says so. A new file therefore changes the run it
-        falls into and seldom the runs after it, which keep their fingerprints and are not processed again.
-        """
-        run: list[FileInfo] = []
-        for file in self._location.files(self.format):
-            run.append(file)
-            if len(run) == self.settings.fragment_samples or _ends_run(file.path, self.settings.fragment_samples):
-                yield _unit(run)
-                run = []
-        if run:
-            yield _unit(run)
+        """Runs of neighbouring files, see `units`."""
+        self._refuse_splits()
+        salt = self._classes.digest if self._classes is not None else ""
+        yield from units(self._listed(), self.settings.fragment_samples, salt)
 
     def scan(self, file: SourceFile) -> FileScan:
-        labels = {label for label in map(_label, file.members) if label is not None}
-        return FileScan(self.cut(file, len(file.members)), None, frozenset(labels))
+        names = self._classes.names if self._classes is not None else None
+        labels = (_labelled(unpacked(member)).label for member in file.members)
+        return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in labels if label is not None))
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
-        members = fragment.members[fragment.start : fragment.stop]
-        paths = iter([path for path in members if wanted is None or wanted(path)])
-        pending: deque[tuple[str, Future[tuple[bytes | None, str]]]] = deque()
-        with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-read") as pool:
-            try:
-                for path in paths:
-                    pending.append((path, pool.submit(_fetch, self._location.uri(path))))
-                    if len(pending) >= LOOK_AHEAD:
-                        yield _sample(*pending.popleft())
-                while pending:
-                    yield _sample(*pending.popleft())
-            finally:
-                for _, future in pending:
-                    future.cancel()
+        members = (_labelled(unpacked(member)) for member in fragment.members[fragment.start : fragment.stop])
+        return read_ahead(
+            (member, self._location.uri(member.path)) for member in members if wanted is None or wanted(member.path)
+        )
+
+    def _listed(self) -> Iterator[tuple[Member, int, str]]:
+        if self._classes is None:
+            for file in self._location.of_format(self.format):
+                yield Member(file.path), file.size, file.stamp
+            return
+        known, unknown = False, ""
+        for file in self._location.of_format(self.format):
+            label, reason = self._classes.of_path(file.path), ""
+            if label is None:
+                unknown = file.path.rpartition("/")[0] or file.path
+                reason = f"no folder of it is in the class map: {unknown}"
+            known |= label is not None
+            yield Member(file.path, label, reason), file.size, file.stamp
+        if not known:
+            raise SourceError(
+                f"{self.settings.uri}: no folder (such as {unknown!r}) is in the class map {self.settings.class_map}, which names "
+                f"such as {min(self._classes.index)!r}"
+            )
+
+    @functools.cached_property
+    def _classes(self) -> ClassFile | None:
+        return read_class_file(self.settings.class_map) if self.settings.class_map is not None else None
+
+    def _refuse_splits(self) -> None:
+        folders = self._location.folders()
+        if folders and all(folder.lower() in SPLITS for folder in folders):
+            choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in folders)
+            raise SourceError(f"{self.settings.uri}: {' and '.join(folders)} are not classes; set source.uri to {choices}")
 
 
-def _ends_run(path: str, limit: int) -> bool:
-    digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % limit == 0
-
-
-def _unit(run: list[FileInfo]) -> SourceFile:
-    digest = hashlib.blake2b(digest_size=12)
-    for file in run:
-        digest.update(f"{file.size}\0{file.stamp}\0".encode())
-    return SourceFile(run[0].path, sum(file.size for file in run), digest.hexdigest(), tuple(file.path for file in run))
-
-
-def _label(path: str) -> str | None:
-    folder, slash, _ = path.partition("/")
-    return folder if slash else None
-
-
-def _fetch(uri: str) -> tuple[bytes | None, str]:
-    """The bytes of one image, or why there are none. Raises storage faults."""
-    try:
-        try:
-            return storage.read_bytes(uri, 0), ""  # one request; a read without a range asks for the size first
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return storage.read_bytes(uri), ""  # a range of an empty object is refused
-    except FileNotFoundError:
-        return None, "no such file: deleted since it was listed, or its name is not UTF-8"
-    except PermissionError as error:
-        if not storage.is_local(uri):
-            raise  # expired credentials would reject everything
-        return None, f"cannot be read: {error.strerror}"
-    except IsADirectoryError:
-        return None, "a folder, not a file"
-
-
-def _sample(path: str, future: Future[tuple[bytes | None, str]]) -> RawSample:
-    image, reason = future.result()
-    return RawSample(path, image, _label(path), reason)
+def _labelled(member: Member) -> Member:
+    """With the first folder as its label where the unit states no other."""
+    folder, slash, _ = member.path.partition("/")
+    return member._replace(label=folder) if slash and member.label is None and not member.reason else member

@@ -100,7 +100,7 @@ class _Reader:
 
 
 def run_tasks(
-    units: Sequence[Any],
+    units: Iterable[Any],
     function: Callable[[Any], dict[str, Any]],
     on_result: Callable[[dict[str, Any]], None],
     *,

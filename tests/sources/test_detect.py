@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,7 +11,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import open_source
-from raypipe.sources.detect import detect_format
+from raypipe.sources.detect import MOST_FILES, detect_format
 
 
 def detected(uri: str, include: str = "*") -> str:
@@ -33,6 +35,32 @@ def test_the_endings_tell_the_format(place: str, names: list[str], expected: str
     assert detected(f"{place}/set/{names[0]}") == expected
     assert detected(f"{place}/*/{names[0]}") == expected
     assert open_source(SourceSettings(uri=f"{place}/set")).format == expected
+
+
+@pytest.mark.parametrize("name", ["list.csv", "LIST.TXT", "list.tsv"])
+def test_a_list_is_told_by_its_own_name(place: str, name: str) -> None:
+    storage.write_bytes(f"{place}/set/{name}", b"cat/1.png 0")
+    storage.write_bytes(f"{place}/set/cat/1.png", b"x")
+    assert detected(f"{place}/set/{name}") == "filelist"
+    assert detected(f"{place}/set") == "imagefolder"
+    with pytest.raises(SourceError, match="no such file or folder"):
+        detected(f"{place}/set/none-{name}")
+
+
+def test_a_list_of_shards_is_no_file_list(tmp_path: object) -> None:
+    storage.write_bytes(f"{tmp_path}/shards.txt", b"# all of them\na-000.tar\na-001.tar\n")
+    with pytest.raises(SourceError):  # the file itself is of no format
+        detected(f"{tmp_path}/shards.txt")
+
+
+def test_a_listing_of_many_files_is_not_gone_through(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(uri: str) -> Iterator[storage.FileInfo]:
+        for number in itertools.count():
+            assert number <= MOST_FILES
+            yield storage.FileInfo(f"{number}.png", 1, "1")
+
+    monkeypatch.setattr(storage, "walk", endless)
+    assert detected(str(tmp_path)) == "imagefolder"
 
 
 def test_digits_need_no_storage() -> None:
@@ -64,6 +92,6 @@ def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: obj
 
 
 def test_sources_import_neither_torch_nor_ray() -> None:
-    names = "common, detect, digits, imagefolder, parquet, tarfiles, webdataset"
+    names = "common, detect, digits, filelist, imagefolder, parquet, tarfiles, webdataset"
     program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -11,7 +11,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 from raypipe import storage
 from raypipe.errors import SourceError
 from raypipe.images import decode_batch
-from raypipe.sources import imagefolder
+from raypipe.sources import smallfiles
 from raypipe.sources.base import class_map
 
 
@@ -107,10 +107,10 @@ def test_reading_is_ahead_ordered_and_bounded(tmp_path: Any, monkeypatch: pytest
             done = 0
             for position, sample in enumerate(source.read(part)):
                 assert sample.image == sample.sample_id.encode()
-                assert done <= position + imagefolder.LOOK_AHEAD
+                assert done <= position + smallfiles.LOOK_AHEAD
                 found.append(sample.sample_id)
     assert found == [f"{number:03d}.png" for number in range(100)]
-    assert 1 < most <= imagefolder.READERS
+    assert 1 < most <= smallfiles.READERS
 
 
 def test_what_cannot_be_read_is_a_reject(place: str) -> None:

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raypipe import storage
+from raypipe.config import SourceSettings
+from raypipe.errors import SourceError
+from raypipe.sources.lines import lines
+
+
+def read(place: Any, name: str, content: str | bytes, **options: Any) -> list[tuple[str, str | None]]:
+    storage.write_bytes(f"{place}/{name}", content if isinstance(content, bytes) else content.encode())
+    return [(line.path, line.label) for line in lines(f"{place}/{name}", SourceSettings(uri="unused", **options))]
+
+
+TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        # plain text
+        ("x.txt", "a 1.jpg 0\nb/2.png\t1\n", {}),  # the first line has no tab
+        ("x.txt", "\n\n  a 1.jpg   0  \r\n\r\nb/2.png 1", {}),
+        ("x", "a 1.jpg 0\nb/2.png 1", {}),
+        # tables without a header: path first, label second
+        ("x.txt", "a 1.jpg\t0\nb/2.png\t1\n", {}),
+        ("x.txt", "a 1.jpg,0\nb/2.png,1\n", {}),
+        ("x.tsv", "a 1.jpg\t0\nb/2.png\t1\n", {}),
+        ("x.csv", '"a 1.jpg","0"\r\nb/2.png, 1 \r\n', {}),
+        ("x.CSV", "a 1.jpg;0\nb/2.png;1\n", {}),
+        ("x.csv", "a 1.jpg\t0\nb/2.png\t1\n", {}),
+        ("x.csv", "a 1.jpg,0,more\n\n,,\nb/2.png,1\n", {}),
+        ("x.csv", b"\xef\xbb\xbfa 1.jpg,0\nb/2.png,1", {}),
+        ("x.csv", "a 1.jpg,0\nb/2.png,1".encode("utf-16"), {}),
+        # with one: by the names of the columns
+        ("x.csv", "path,label\na 1.jpg,0\nb/2.png,1\n", {}),
+        ("x.txt", "path,label\na 1.jpg,0\nb/2.png,1\n", {}),
+        ("x.csv", ",Label,FileName\n0,0,a 1.jpg\n1,1,b/2.png\n", {}),
+        ("x.csv", "id,filename,category\nx,a 1.jpg,0\ny,b/2.png,1\n", {}),
+        ("x.csv", "path,target,label\na 1.jpg,x,0\nb/2.png,y,1\n", {}),
+        ("x.csv", "image,file,label\nx,a 1.jpg,0\ny,b/2.png,1\n", {}),
+        ("x.csv", "id,picture,label\n7,a 1.jpg,0\n8,b/2.png,1\n", {}),  # the column that ends like an image
+        ("x.csv", "picture,kind\na 1.jpg,0\nb/2.png,1\n", {"label_column": "kind"}),
+        ("x.csv", "path,picture,label\nx,a 1.jpg,0\ny,b/2.png,1\n", {"path_column": "picture"}),
+        ("x.csv", "key,y\na 1.jpg,0\nb/2.png,1\n", {"path_column": "key", "label_column": "y"}),
+    ],
+)
+def test_two_lines(tmp_path: Any, name: str, content: str | bytes, options: dict[str, Any]) -> None:
+    assert read(tmp_path, name, content, **options) == TWO
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/a/airfield/1.jpg 0", ("/a/airfield/1.jpg", "0")),
+        ("my photo.jpg", ("my photo.jpg", None)),
+        ("my photo.jpg cat", ("my photo.jpg", "cat")),
+        ("my.jpg copy.JPG", ("my.jpg copy.JPG", None)),
+        ("my.jpg copy.jpg -1", ("my.jpg copy.jpg", "-1")),
+        ("1.jpeg tench, Tinca tinca", ("1.jpeg", "tench, Tinca tinca")),
+        ("no/ending 12", ("no/ending", "12")),
+        ("no/ending cat", ("no/ending cat", None)),
+        ("12", ("12", None)),
+        ("ü \u3042.webp\u30005", ("ü \u3042.webp", "5")),
+    ],
+)
+def test_a_line_of_text_is_split_where_a_label_begins(tmp_path: Any, line: str, expected: tuple[str, str | None]) -> None:
+    assert read(tmp_path, "x.txt", line) == [expected]
+
+
+def test_quotes_hold_delimiters_quotes_and_lines(tmp_path: Any) -> None:
+    found = read(tmp_path, "x.csv", 'path,label\n"a, ""b"".jpg","x\ny"\n')
+    assert found == [('a, "b".jpg', "x\ny")]
+
+
+def test_missing_cells(tmp_path: Any) -> None:
+    assert read(tmp_path, "x.csv", "label,path\n3,a.jpg\n,b.jpg\n4\n5,\n") == [
+        ("a.jpg", "3"),
+        ("b.jpg", None),
+        ("", "4"),
+        ("", "5"),
+    ]
+    assert read(tmp_path, "y.csv", "path\na.jpg\nb.jpg") == [("a.jpg", None), ("b.jpg", None)]
+    assert read(tmp_path, "z.csv", "a.jpg\nb.jpg,\n") == [("a.jpg", None), ("b.jpg", None)]
+    assert read(tmp_path, "e.csv", "") == [] == read(tmp_path, "e.txt", "\n \n")
+
+
+def test_a_first_line_with_an_image_is_no_header(tmp_path: Any) -> None:
+    assert read(tmp_path, "x.csv", "a.jpg,label\nb.jpg,class\n") == [("a.jpg", "label"), ("b.jpg", "class")]
+    assert read(tmp_path, "y.csv", "x/1,2\nx/2,3\n") == [("x/1", "2"), ("x/2", "3")]
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
+    for name, content in (("x.csv", 'path,label\n\n"a\nb.jpg",1\n,2\n'), ("x.txt", "\na b.jpg 1\n\nc 2")):
+        storage.write_bytes(f"{tmp_path}/{name}", content.encode())
+    settings = SourceSettings(uri="unused")
+    assert [line.number for line in lines(f"{tmp_path}/x.csv", settings)] == [4, 5]
+    assert [line.number for line in lines(f"{tmp_path}/x.txt", settings)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        ("path,kind\na.jpg,1\n", {}, "no column 'label' among path, kind; set source.label_column"),
+        ("path,label\na.jpg,1\n", {"path_column": "key"}, "no column 'key' among path, label; set source.path_column"),
+        ("a.jpg,1\n", {"path_column": "key"}, "no column 'key' in its first line"),
+        ('path,label\n"a.jpg,1\n' + "b.jpg,1\n" * 20_000, {}, r"line \d+: .*is a quote not closed"),
+    ],
+)
+def test_what_cannot_be_understood_is_said(tmp_path: Any, content: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        read(tmp_path, "x.csv", content, **options)
+
+
+def test_a_list_is_read_in_few_requests(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    fetch = storage._Ranges._fetch
+    monkeypatch.setattr(storage._Ranges, "_fetch", lambda self, length: asked.append(length) or fetch(self, length))
+    for name, text in (("x.csv", "dé/%06d.jpg,%d\n"), ("x.txt", "dé/%06d.jpg %d\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr("raypipe.sources.lines.READ_BYTES", 100_000)
+            found = read(tmp_path, name, "".join(text % (number, number) for number in range(50_000)))
+        assert found == [(f"dé/{number:06d}.jpg", str(number)) for number in range(50_000)]
+        size = (tmp_path / name).stat().st_size
+        assert size <= sum(asked) <= size + 100_000 and len(asked) <= size / 100_000 + 2  # the first twice
+        asked.clear()
+
+
+def test_bytes_that_are_no_text_are_shown(tmp_path: Any) -> None:
+    assert read(tmp_path, "x.txt", b"\xff.jpg 1\n") == [("\\xff.jpg", "1")]
