@@ -32,10 +32,20 @@ class Settings(BaseModel):
 class SourceSettings(Settings):
     """The dataset as its owner stores it."""
 
-    uri: str = Field(description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set")
-    format: Literal["auto", "parquet", "imagefolder", "webdataset", "digits"] = Field(
+    uri: str = Field(
+        description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set; torchvision://CIFAR10, synthetic://"
+    )
+    format: Literal["auto", "parquet", "imagefolder", "webdataset", "digits", "torchvision", "synthetic"] = Field(
         "auto", description="auto looks at the file names"
     )
+    root: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of a torchvision dataset's files, or below which the paths of a file list are",
+    )
+    split: str = Field("train", min_length=1, description="which split of a dataset that has several")
+    download: bool = Field(True, description="fetch a torchvision dataset that is not in root")
+    verify: bool = Field(True, description="check a torchvision dataset's files against the published checksums")
     include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
     image_column: str = Field("image", min_length=1, description="Parquet: column with the encoded images")
     label_column: str = Field("label", min_length=1, description="Parquet column, or WebDataset .json field, with the label")
@@ -475,7 +485,8 @@ def absolute_paths(config: Config) -> Config:
     def absolute(uri: str) -> str:
         return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
-    source = config.source.model_copy(update={"uri": absolute(config.source.uri)})
+    root = config.source.root
+    source = config.source.model_copy(update={"uri": absolute(config.source.uri), "root": root and absolute(root)})
     return config.model_copy(update={"run": absolute(config.run), "source": source})
 
 

@@ -14,6 +14,8 @@ _SOURCES = {
     "imagefolder": "raypipe.sources.imagefolder:ImageFolderSource",
     "webdataset": "raypipe.sources.webdataset:WebDatasetSource",
     "digits": "raypipe.sources.digits:DigitsSource",
+    "torchvision": "raypipe.sources.torchvision_sets:TorchvisionSource",
+    "synthetic": "raypipe.sources.synthetic:SyntheticSource",
 }
 
 

@@ -9,8 +9,9 @@ from raypipe.sources.common import EXTENSIONS, Location, describe
 
 def detect_format(settings: SourceSettings) -> str:
     """The name of the format. Lists the source; raises SourceError, saying what is there, when it is unclear."""
-    if settings.uri.startswith("digits:"):
-        return "digits"
+    scheme, colon, _ = settings.uri.partition(":")
+    if colon and scheme in {"digits", "torchvision", "synthetic"}:
+        return scheme
     files = Location(settings).listing()
     counts = {format: sum(file.path.lower().endswith(endings) for file in files) for format, endings in EXTENSIONS.items()}
     found = [format for format, count in counts.items() if count]

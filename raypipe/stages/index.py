@@ -46,7 +46,7 @@ class IndexStage(Stage):
     name = "index"
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.source.model_dump(mode="json", exclude={"max_pixels"})
+        return config.source.model_dump(mode="json", exclude={"max_pixels", "download", "verify"})
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         if not storage.exists(context.run.path("index", "classes.json")):
