@@ -94,7 +94,7 @@ def parse_recipe(uri: str) -> Recipe:
     parts = urlsplit(uri)
     if parts.scheme != "synthetic" or parts.netloc or parts.path.strip("/"):
         raise SourceError(f"{uri}: expected synthetic://?samples=10000&classes=10&size=64&seed=0")
-    known = {field.name: type(field.default) for field in fields(Recipe)}
+    known = {name: type(value) for name, value in vars(Recipe()).items()}
     values: dict[str, int | float | str] = {}
     for name, text in parse_qsl(parts.query, keep_blank_values=True):
         if name not in known:
