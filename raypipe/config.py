@@ -444,6 +444,11 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
     Relative paths in the file (`run`, `source.uri`) are relative to the working directory, as on any command line.
     """
+    return absolute_paths(parse_config(apply_overrides(read_config(path), overrides)))
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The sections of a YAML file as they stand there, not validated. Raises `ConfigError`."""
     from raypipe.storage import read_bytes
 
     try:
@@ -456,7 +461,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected sections such as 'source:' and 'proxy:', found {type(data).__name__}")
-    return absolute_paths(parse_config(apply_overrides(data, overrides)))
+    return data
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
