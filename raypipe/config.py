@@ -43,7 +43,9 @@ class SourceSettings(Settings):
         min_length=1,
         description="folder of a torchvision dataset's files, or below which the paths of a file list are",
     )
-    split: str = Field("train", min_length=1, description="which split of a dataset that has several")
+    split: str | None = Field(
+        None, min_length=1, description="which split of a dataset that has several; of a torchvision dataset train, if not given"
+    )
     download: bool = Field(True, description="fetch a torchvision dataset that is not in root")
     verify: bool = Field(True, description="check a torchvision dataset's files against the published checksums")
     include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")

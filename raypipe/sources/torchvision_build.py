@@ -103,7 +103,9 @@ def parse_request(settings: SourceSettings) -> Request:
     if "://" in root:
         raise SourceError(f"{root}: torchvision reads local folders only; set source.root to one that every machine sees")
     root = os.path.abspath(os.path.expanduser(root))
-    return Request(settings.uri, parts.netloc, root, settings.split, tuple(options.items()), settings.download, settings.verify)
+    return Request(
+        settings.uri, parts.netloc, root, settings.split or "train", tuple(options.items()), settings.download, settings.verify
+    )
 
 
 def build(request: Request, *, fetch: bool) -> Any:

@@ -36,8 +36,8 @@ def settings(run: str, **source: Any) -> dict[str, Any]:
     return {**SMALL, "run": run, "source": {"fragment_samples": 128, **source}}
 
 
-def dataset(shift: int = 0) -> Any:
-    """Numbers of rows, from which the images are made on the way, the first blocks more slowly than those after them."""
+def dataset(later: Path, shift: int = 0) -> Any:
+    """Numbers of rows, from which the images are made on the way: the first block when another one is done, told by a file."""
     import time
 
     import ray
@@ -45,11 +45,17 @@ def dataset(shift: int = 0) -> Any:
     images, labels = pixels()
 
     def load(row: dict[str, Any]) -> dict[str, Any]:
-        time.sleep(0.02 if row["number"] < 20 else 0)
+        if row["number"] == COUNT - 1:
+            later.touch()
+        if row["number"] == 0:
+            ends = time.monotonic() + 10  # on one CPU the other block would never come
+            while not later.exists() and time.monotonic() < ends:
+                time.sleep(0.1)
+            time.sleep(0.5)
         number = (row["number"] + shift) % COUNT
         return {"picture": images[number], "digit": labels[number], "name": f"digit {number}"}
 
-    return ray.data.from_items([{"number": number} for number in range(COUNT)], override_num_blocks=6).map(load)
+    return ray.data.from_items([{"number": number} for number in range(COUNT)], override_num_blocks=2).map(load)
 
 
 def copy(run: str, given: Any, **source: Any) -> None:
@@ -67,7 +73,8 @@ def copied(run: str) -> list[Any]:
 
 def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_path: Path) -> None:
     run, columns = str(tmp_path / "run"), {"image_column": "picture", "label_column": "digit"}
-    given = dataset()
+    later = tmp_path / "later"
+    given = dataset(later)
     raypipe.run(settings(run, **columns), source=given, until="seed", progress=QUIET)
     assert not given.context.execution_options.preserve_order  # as it was
     images, labels = pixels()
@@ -87,15 +94,15 @@ def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_pat
         assert np.array_equal(image, np.stack([images[row]] * 3)) and label == labels[row]
 
     before = stamps(run, "source")
-    raypipe.run(parse_config(settings(run, uri=f"{run}/source", **columns)), source=dataset(), until="seed", progress=QUIET)
+    raypipe.run(parse_config(settings(run, uri=f"{run}/source", **columns)), source=dataset(later), until="seed", progress=QUIET)
     assert stamps(run, "source") == before
     with pytest.raises(RunError, match=r"copy of another dataset \(steps differ\)"):
-        copy(run, dataset(shift=1), **columns)
+        copy(run, dataset(later, shift=1), **columns)
     # other columns are another setting, and an unfinished copy is none
-    copy(run, dataset(), id_column="name", limit=100, **columns)
+    copy(run, dataset(later), id_column="name", limit=100, **columns)
     assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(100)]
     storage.delete(f"{run}/source/manifest.json")
-    copy(run, dataset(shift=5), id_column="name", limit=100, **columns)
+    copy(run, dataset(later, shift=5), id_column="name", limit=100, **columns)
     assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(5, 105)]
 
 
