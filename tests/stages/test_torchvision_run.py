@@ -17,7 +17,6 @@ import raypipe
 from raypipe.rundir import Run
 from raypipe.stages.seed import read_shard, seed_manifest
 
-
 pytestmark = pytest.mark.ray
 
 
