@@ -75,10 +75,12 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
 
 
 def _manifest(run: Run) -> dict[str, Any] | None:
+    """What a finished copy says of itself; None where there is none, or one without all its files."""
     try:
-        return storage.read_json(run.path(FOLDER, MANIFEST))
+        manifest = storage.read_json(run.path(FOLDER, MANIFEST))
     except FileNotFoundError:
         return None
+    return manifest if {entry["name"] for entry in manifest["files"]} <= storage.names(run.path(FOLDER)) else None
 
 
 @contextmanager

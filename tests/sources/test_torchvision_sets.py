@@ -154,6 +154,12 @@ def test_a_new_file_changes_few_fragments(tmp_path: Path) -> None:
     (tmp_path / "train" / "n01440764" / "003a.png").write_bytes(picture(1))
     after = {fragment.fragment_id for scan in scans(source) for fragment in scan.fragments}
     assert len(before) > 10 and len(after - before) <= 5
+    first, *_ = source.files()
+    (tmp_path / "train" / "n02012849").mkdir()
+    (tmp_path / "train" / "n02012849" / "x.png").write_bytes(picture(2))
+    again, *_ = source.files()
+    assert again.members == first.members and again.stamp != first.stamp  # there are more names to state
+    assert source.scan(again).class_names == ("tench, Tinca tinca", "crane")
 
 
 def test_places365_in_the_order_of_its_categories(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_pat
     assert stamps(run, "source") == before
     with pytest.raises(RunError, match=r"copy of another dataset \(steps differ\)"):
         copy(run, dataset(later, shift=1), **columns)
-    # other columns are another setting, and an unfinished copy is none
+    # other columns are another setting, and a copy that lacks a file is none
     copy(run, dataset(later), id_column="name", limit=100, **columns)
     assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(100)]
-    storage.delete(f"{run}/source/manifest.json")
+    storage.delete(f"{run}/source/part-000000.parquet")
     copy(run, dataset(later, shift=5), id_column="name", limit=100, **columns)
     assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(5, 105)]
 
@@ -116,6 +116,8 @@ def test_encoded_images_on_s3(cluster: str, s3: str) -> None:
     copy(run, given)
     before = stamps(run, "source")
     copy(run, given)
+    with pytest.raises(SourceError, match="no rows"):
+        copy(f"{s3}/runs/of-nothing", given.limit(0))
     assert stamps(run, "source") == before and set(before) == {"manifest.json", "part-000000.parquet"}
     found = copied(run)
     assert [sample.image for sample in found] == images and [sample.label for sample in found] == names

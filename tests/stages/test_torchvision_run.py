@@ -15,6 +15,7 @@ from torchvision_folders import CIFAR10_CLASSES, cifar10
 
 import raypipe
 from raypipe.rundir import Run
+from raypipe.stages.index import IndexStage
 from raypipe.stages.seed import read_shard, seed_manifest
 
 pytestmark = pytest.mark.ray
@@ -46,6 +47,9 @@ def test_a_cifar_folder_from_parquet(cluster: str, tmp_path: Path) -> None:
             assert np.array_equal(image, pixels[row].transpose(2, 0, 1)) and label == labels[row]
             count += 1
     assert 30 < count < 80
+    # whether the files were checked or downloaded changes nothing that was made from them
+    checked = config.model_copy(update={"source": config.source.model_copy(update={"verify": True, "download": False})})
+    assert IndexStage().settings(checked) == IndexStage().settings(config)
 
 
 def _enlarged(image: bytes) -> np.ndarray:
