@@ -69,7 +69,12 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
     storage.delete(run.path(FOLDER))
     started = time.monotonic()
     with progress.meter(FOLDER, 0) as meter, _in_order(dataset, context.config.cluster.patience_seconds):
-        written = _write(dataset, settings, run, meter.add)
+
+        def count(rows: int) -> None:
+            meter.expect(meter.count + rows)  # how many there will be is not known: to count them is to make them
+            meter.add(rows)
+
+        written = _write(dataset, settings, run, count)
     storage.write_json(run.path(FOLDER, MANIFEST), {"asked": asked, "dataset": found, **written})
     progress.say(f"{FOLDER:<11} {written['rows']:,} samples copied in {time.monotonic() - started:.1f} s")
 
