@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import Config, absolute_paths, load_config, parse_config
-from raypipe.errors import RunError
+from raypipe.config import Config, absolute_paths, apply_overrides, load_config, parse_config, read_config
+from raypipe.errors import ConfigError, RunError
 from raypipe.progress import Progress
 from raypipe.rundir import Lease, Run
 
@@ -29,6 +29,7 @@ class Result:
 def run(
     config: Config | Mapping[str, Any] | str,
     *,
+    source: Any = None,
     overrides: Sequence[str] = (),
     until: str | None = None,
     progress: Progress | None = None,
@@ -37,6 +38,7 @@ def run(
     """Do the whole job, or resume it.
 
     config     a `Config`, a mapping of the same shape, or the path or URI of a YAML file
+    source     a `ray.data.Dataset` to read in place of `source.uri`, which is then left out; it is copied to RUN/source once
     overrides  `section.field=value`, for a YAML file
     until      last stage to run, such as "embed"; default: all
     Raises ConfigError before anything starts; TrustError at the end of a run whose scores are too unfaithful to prune by (scores
@@ -44,12 +46,28 @@ def run(
     """
     from raypipe.pipeline import execute
 
-    if isinstance(config, str):
+    if source is not None:
+        config = _without_uri(config, overrides)
+    elif isinstance(config, str):
         config = load_config(config, overrides)
     elif not isinstance(config, Config):
         config = parse_config(config)
-    done = execute(absolute_paths(config), until=until, progress=progress, verbose=verbose)
+    done = execute(absolute_paths(config), source, until=until, progress=progress, verbose=verbose)
     return Result(done.uri, summary_of(done))
+
+
+def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run whose source is a dataset; its `source.uri` is where the copy will be. Raises ConfigError."""
+    if isinstance(config, Config):
+        return _without_uri(config.model_dump(mode="json"), overrides)
+    data = apply_overrides(read_config(config) if isinstance(config, str) else config, overrides)
+    section = data.get("source") or {}
+    if isinstance(data.get("run"), str) and isinstance(section, dict):
+        copy = Run(data["run"]).path("source")
+        if Run(str(section.get("uri", copy))).uri != copy:
+            raise ConfigError(f"source.uri is {section['uri']!r}, and a dataset is given as well; leave one of them out")
+        data["source"] = {**section, "uri": copy}
+    return parse_config(data)
 
 
 def extrapolate(

@@ -32,10 +32,22 @@ class Settings(BaseModel):
 class SourceSettings(Settings):
     """The dataset as its owner stores it."""
 
-    uri: str = Field(description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set")
-    format: Literal["auto", "parquet", "imagefolder", "filelist", "webdataset", "digits"] = Field(
+    uri: str = Field(
+        description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set; torchvision://CIFAR10, synthetic://"
+    )
+    format: Literal["auto", "parquet", "imagefolder", "filelist", "webdataset", "digits", "torchvision", "synthetic"] = Field(
         "auto", description="auto looks at the file names"
     )
+    root: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of a torchvision dataset's files, or below which the paths of a file list are",
+    )
+    split: str | None = Field(
+        None, min_length=1, description="which split of a dataset that has several; of a torchvision dataset train, if not given"
+    )
+    download: bool = Field(True, description="fetch a torchvision dataset that is not in root")
+    verify: bool = Field(True, description="check a torchvision dataset's files against the published checksums")
     include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
     image_column: str = Field("image", min_length=1, description="Parquet: column with the encoded images")
     label_column: str = Field(
@@ -44,9 +56,6 @@ class SourceSettings(Settings):
     id_column: str | None = Field(None, description="Parquet: column with unique ids; default is file#row")
     path_column: str | None = Field(
         None, min_length=1, description="file list: column with the paths; default: path, file, filename or image, else the first"
-    )
-    root: str | None = Field(
-        None, min_length=1, description="file list: folder that its paths are below; default: the list's own"
     )
     class_map: str | None = Field(
         None,
@@ -447,6 +456,11 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
     Relative paths in the file (`run`, `source.uri`) are relative to the working directory, as on any command line.
     """
+    return absolute_paths(parse_config(apply_overrides(read_config(path), overrides)))
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The sections of a YAML file as they stand there, not validated. Raises `ConfigError`."""
     from raypipe.storage import read_bytes
 
     try:
@@ -459,7 +473,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected sections such as 'source:' and 'proxy:', found {type(data).__name__}")
-    return absolute_paths(parse_config(apply_overrides(data, overrides)))
+    return data
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

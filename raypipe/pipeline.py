@@ -43,8 +43,10 @@ def make_stage(name: str) -> Stage:
     return getattr(import_module(module), attribute)()
 
 
-def execute(config: Config, *, until: str | None = None, progress: Progress | None = None, verbose: bool = False) -> Run:
-    """Run every stage, or those up to and including `until`.
+def execute(
+    config: Config, dataset: Any = None, *, until: str | None = None, progress: Progress | None = None, verbose: bool = False
+) -> Run:
+    """Run every stage, or those up to and including `until`. A `dataset` of Ray Data, where there is one, is the source.
 
     Raises ConfigError for an unknown stage, RunError when another driver holds the run, and what the stages raise. Where the
     scores are too unfaithful to prune by, the report is still written before the TrustError is raised.
@@ -52,18 +54,24 @@ def execute(config: Config, *, until: str | None = None, progress: Progress | No
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
     with _errors_of_storage(config.run):
-        return _execute(config, until, progress or Progress(), verbose)
+        return _execute(config, dataset, until, progress or Progress(), verbose)
 
 
-def _execute(config: Config, until: str | None, progress: Progress, verbose: bool) -> Run:
-    run = Run(config.run)
-    # what auto stands for is told once here, instead of by a listing in every task
-    config = config.model_copy(update={"source": open_source(config.source).settled(config.proxy.image_size)})
+def _execute(config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool) -> Run:
+    run, given = Run(config.run), config.source
+    if dataset is not None:
+        from raypipe.stages.dataset_copy import copy_dataset, settings_of_copy
+
+        config = config.model_copy(update={"source": settings_of_copy(given, run)})
+    else:  # what auto stands for is told once here, instead of by a listing in every task
+        config = config.model_copy(update={"source": open_source(given).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)
     with Lease(run), _log_file(run), closing(context):
         records = run.ledger() if run.exists() else {}
         if tables_of(records):
             raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
+        if dataset is not None:
+            copy_dataset(dataset, given, context)
         run.write_config(config)
         names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
         refusal: TrustError | None = None

@@ -15,6 +15,8 @@ _SOURCES = {
     "filelist": "raypipe.sources.filelist:FileListSource",
     "webdataset": "raypipe.sources.webdataset:WebDatasetSource",
     "digits": "raypipe.sources.digits:DigitsSource",
+    "torchvision": "raypipe.sources.torchvision_sets:TorchvisionSource",
+    "synthetic": "raypipe.sources.synthetic:SyntheticSource",
 }
 
 

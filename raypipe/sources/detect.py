@@ -17,8 +17,9 @@ MOST_FILES = 20_000
 
 def detect_format(settings: SourceSettings) -> str:
     """The name of the format, from the first `MOST_FILES` files. Raises SourceError, saying what is there, when it is unclear."""
-    if settings.uri.startswith("digits:"):
-        return "digits"
+    scheme, colon, _ = settings.uri.partition(":")
+    if colon and scheme in {"digits", "torchvision", "synthetic"}:
+        return scheme
     if _lists_images(settings) or places_list(settings.uri) is not None:
         return "filelist"
     files = list(itertools.islice(Location(settings).stream(), MOST_FILES))

@@ -59,7 +59,7 @@ class IndexStage(Stage):
         self._listing: Iterable[SourceFile] | None = None
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.source.model_dump(mode="json", exclude={"max_pixels"})
+        return config.source.model_dump(mode="json", exclude={"max_pixels", "download", "verify"})
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         if not storage.exists(context.run.path("index", "classes.json")):

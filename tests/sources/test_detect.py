@@ -63,8 +63,13 @@ def test_a_listing_of_many_files_is_not_gone_through(tmp_path: object, monkeypat
     assert detected(str(tmp_path)) == "imagefolder"
 
 
-def test_digits_need_no_storage() -> None:
+def test_some_need_no_storage(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     assert detected("digits://") == "digits"
+    assert detected("torchvision://CIFAR10") == "torchvision"
+    assert detected("synthetic://?samples=5") == "synthetic"
+    storage.write_bytes(f"{tmp_path}/synthetic/a.tar", b"x")  # a folder of such a name is a folder
+    monkeypatch.chdir(str(tmp_path))
+    assert detected("synthetic") == "webdataset"
 
 
 def test_a_mixture_is_unclear_until_include_or_format_decides(tmp_path: object) -> None:
@@ -92,6 +97,6 @@ def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: obj
 
 
 def test_sources_import_neither_torch_nor_ray() -> None:
-    names = "common, detect, digits, filelist, imagefolder, parquet, tarfiles, webdataset"
+    names = "common, detect, digits, filelist, imagefolder, parquet, synthetic, tarfiles, torchvision_build, torchvision_sets, webdataset"
     program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,233 @@
+"""A Ray Data dataset as the source: the copy has its rows in its order, is made once, and is never that of another dataset."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import QUIET, SMALL, digit_pngs, stamps
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import raypipe
+from raypipe import storage
+from raypipe.config import SourceSettings, parse_config
+from raypipe.errors import ConfigError, RunError, SourceError
+from raypipe.images import decode
+from raypipe.rundir import Run
+from raypipe.sources import open_source
+from raypipe.stages.seed import read_shard, seed_manifest
+
+pytestmark = pytest.mark.ray
+COUNT = 300
+
+
+def pixels() -> tuple[np.ndarray, np.ndarray]:
+    digits = load_digits()
+    return (digits.images[:COUNT] * 255 / 16).round().astype(np.uint8), digits.target[:COUNT]
+
+
+def settings(run: str, **source: Any) -> dict[str, Any]:
+    return {**SMALL, "run": run, "source": {"fragment_samples": 128, **source}}
+
+
+def dataset(later: Path, shift: int = 0) -> Any:
+    """Numbers of rows, from which the images are made on the way: the first block when another one is done, told by a file."""
+    import time
+
+    import ray
+
+    images, labels = pixels()
+
+    def load(row: dict[str, Any]) -> dict[str, Any]:
+        if row["number"] == COUNT - 1:
+            later.touch()
+        if row["number"] == 0:
+            ends = time.monotonic() + 10  # on one CPU the other block would never come
+            while not later.exists() and time.monotonic() < ends:
+                time.sleep(0.1)
+            time.sleep(0.5)
+        number = (row["number"] + shift) % COUNT
+        return {"picture": images[number], "digit": labels[number], "name": f"digit {number}"}
+
+    return ray.data.from_items([{"number": number} for number in range(COUNT)], override_num_blocks=2).map(load)
+
+
+def copy(run: str, given: Any, **source: Any) -> None:
+    from raypipe.stages.base import Context
+    from raypipe.stages.dataset_copy import copy_dataset
+
+    config = parse_config(settings(run, uri=f"{run}/source", **source))
+    copy_dataset(given, config.source, Context(config, Run(run), QUIET))
+
+
+def copied(run: str) -> list[Any]:
+    source = open_source(SourceSettings(uri=f"{run}/source", format="parquet", id_column="sample_id"))
+    return [sample for file in source.files() for part in source.scan(file).fragments for sample in source.read(part)]
+
+
+def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_path: Path) -> None:
+    run, columns = str(tmp_path / "run"), {"image_column": "picture", "label_column": "digit"}
+    later = tmp_path / "later"
+    given = dataset(later)
+    raypipe.run(settings(run, **columns), source=given, until="seed", progress=QUIET)
+    assert not given.context.execution_options.preserve_order  # as it was
+    images, labels = pixels()
+    found = copied(run)
+    assert [sample.sample_id for sample in found] == [f"row-{row:010d}" for row in range(COUNT)]
+    assert [sample.label for sample in found] == labels.tolist()
+    for sample, image in zip(found, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image))), image)
+    # what the seed set has of them, after everything a run does to a source
+    shards = [read_shard(Run(run), shard) for shard in seed_manifest(Run(run))["shards"]]
+    drawn = {
+        name: (image, label) for ids, pixels_, labels_ in shards for name, image, label in zip(ids, pixels_, labels_, strict=True)
+    }
+    assert 60 < len(drawn) < 150
+    for name, (image, label) in drawn.items():
+        row = int(name.removeprefix("row-"))
+        assert np.array_equal(image, np.stack([images[row]] * 3)) and label == labels[row]
+
+    before = stamps(run, "source")
+    raypipe.run(parse_config(settings(run, uri=f"{run}/source", **columns)), source=dataset(later), until="seed", progress=QUIET)
+    assert stamps(run, "source") == before
+    with pytest.raises(RunError, match=r"copy of another dataset \(steps differ\)"):
+        copy(run, dataset(later, shift=1), **columns)
+    # other columns are another setting, and a copy that lacks a file is none
+    copy(run, dataset(later), id_column="name", limit=100, **columns)
+    assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(100)]
+    storage.delete(f"{run}/source/part-000000.parquet")
+    copy(run, dataset(later, shift=5), id_column="name", limit=100, **columns)
+    assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(5, 105)]
+
+
+def test_encoded_images_on_s3(cluster: str, s3: str) -> None:
+    import ray
+
+    images, labels = digit_pngs(100)
+    names = [f"class {label}" for label in labels]
+    given = ray.data.from_arrow(pa.table({"image": images, "label": names}))
+    run = f"{s3}/runs/of-dataset"
+    copy(run, given)
+    before = stamps(run, "source")
+    copy(run, given)
+    with pytest.raises(SourceError, match="no rows"):
+        copy(f"{s3}/runs/of-nothing", given.limit(0))
+    assert stamps(run, "source") == before and set(before) == {"manifest.json", "part-000000.parquet"}
+    found = copied(run)
+    assert [sample.image for sample in found] == images and [sample.label for sample in found] == names
+
+
+def test_files_that_changed_make_another_dataset(cluster: str, tmp_path: Path) -> None:
+    import ray
+
+    from raypipe.stages.dataset_identity import identity
+
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        pq.write_table(pa.table({"image": [b"x"], "label": [1]}), tmp_path / "set" / f"{number}.parquet")
+        (tmp_path / "set" / f"{number}.bin").write_bytes(b"one")
+
+    def found() -> list[dict[str, str]]:
+        sets = (
+            ray.data.read_parquet(str(tmp_path / "set")),
+            ray.data.read_binary_files(str(tmp_path / "set"), file_extensions=["bin"]),
+        )
+        return [identity(given) for given in sets]
+
+    before = found()
+    assert found() == before
+    pq.write_table(pa.table({"image": [b"y", b"z"], "label": [1, 2]}), tmp_path / "set" / "1.parquet")
+    (tmp_path / "set" / "2.bin").write_bytes(b"more")
+    for one, other in zip(before, found(), strict=True):
+        assert {name for name in one if one[name] != other[name]} == {"input files"}
+
+
+def test_data_in_memory_is_told_by_its_rows(cluster: str) -> None:
+    import ray
+
+    from raypipe.stages.dataset_identity import identity
+
+    rows = [{"image": bytes([number]), "label": number} for number in range(40)]
+    one = identity(ray.data.from_items(rows, override_num_blocks=2))
+    assert identity(ray.data.from_items(rows, override_num_blocks=5)) == one
+    other = identity(ray.data.from_items([*rows[1:], rows[0]], override_num_blocks=2))
+    assert other["data"] != one["data"] and other["steps"] == one["steps"]
+    assert (
+        identity(ray.data.from_items(rows).filter(expr="label < 5"))["steps"]
+        != identity(ray.data.from_items(rows).filter(expr="label < 6"))["steps"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "words"),
+    [
+        ({"picture": b"x", "label": 1}, {}, "no column 'image'; it has picture, label; set source.image_column"),
+        ({"image": b"x", "label": 1}, {"id_column": "name"}, "no column 'name'.*source.id_column"),
+        ({"image": np.zeros((3, 8, 8), np.uint8), "label": 1}, {}, r"column 'image' holds uint8 \[3, 8, 8\]; expected encoded"),
+        ({"image": np.zeros((8, 8), np.float32), "label": 1}, {}, r"column 'image' holds float32 \[8, 8\]"),
+        ({"image": "a.jpg", "label": 1}, {}, "column 'image' holds str"),
+        ({"image": b"x", "label": 1.5}, {}, "column 'label': label is not a number or a name: 1.5"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named(row: dict[str, Any], source: dict[str, str], words: str) -> None:
+    from raypipe.stages.dataset_copy import _columns
+
+    given = SourceSettings(uri="unused", **source)
+    batch = {name: np.array([value], object) if not isinstance(value, np.ndarray) else value[None] for name, value in row.items()}
+    with pytest.raises(SourceError, match=words):
+        _columns(batch, given.image_column, given.label_column, given.id_column)
+
+
+def test_what_a_column_of_images_may_hold() -> None:
+    from raypipe.stages.dataset_copy import _columns
+
+    grey, colour = np.arange(16, dtype=np.uint8).reshape(4, 4), np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    encoded = io.BytesIO()
+    Image.fromarray(colour).save(encoded, "PNG")
+    values = [grey, grey[:, :, None], colour, Image.fromarray(colour), encoded.getvalue(), {"bytes": encoded.getvalue()}, None]
+    batch = {"image": np.empty(7, object), "label": np.array([0, 1, 2, 3, 4, np.nan, 6]), "id": np.arange(7)}
+    batch["image"][:] = values
+    table = _columns(batch, "image", "label", "id")
+    assert table["label"].to_pylist() == ["0", "1", "2", "3", "4", "null", "6"] and table["sample_id"].to_pylist() == list(
+        "0123456"
+    )
+    *images, missing = table["image"].to_pylist()
+    assert missing is None
+    for image, expected in zip(images, [grey, grey, *[colour] * 4], strict=True):
+        expected = np.stack([expected] * 3) if expected.ndim == 2 else expected.transpose(2, 0, 1)
+        assert np.array_equal(decode(image, 4, 100), expected)
+
+
+def test_files_do_not_depend_on_how_the_rows_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raypipe.stages import dataset_copy
+
+    monkeypatch.setattr(dataset_copy, "FILE_ROWS", 512)
+    labels = ["null"] * 300 + ["1"] * 430
+    table = pa.table({"image": [b"x"] * 730, "label": labels, "sample_id": list(map(str, range(730)))})
+    for name, step in (("one", 64), ("other", 32)):
+        files = dataset_copy._Files(Run(str(tmp_path / name)))
+        for start in range(0, 730, step):
+            files.add(table.slice(start, step))
+        files.close()
+        assert sum(entry["rows"] for entry in files.written) == 730
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "source").iterdir()} for name in ("one", "other")
+    )
+    assert first == second and sorted(first) == ["part-000000.parquet", "part-000001.parquet"]
+    read = [pq.read_table(tmp_path / "one" / "source" / name) for name in sorted(first)]
+    assert [part["sample_id"].to_pylist() for part in read] == [list(map(str, range(512))), list(map(str, range(512, 730)))]
+
+
+def test_a_dataset_and_a_uri_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"source\.uri is 'digits://', and a dataset is given as well"):
+        raypipe.run(settings(str(tmp_path), uri="digits://"), source=object(), progress=QUIET)
+    with pytest.raises(ConfigError, match=r"source is list, not a ray\.data\.Dataset"):
+        raypipe.run(settings(str(tmp_path)), source=[1], progress=QUIET)
+    with pytest.raises(ConfigError, match="run: required"):
+        raypipe.run({}, source=object(), progress=QUIET)
