@@ -39,7 +39,7 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {
     "spearman": lambda value: None if value == "unknown" else float(value),
     "spearman_low": lambda value: None if value == "unknown" else float(value),
 }
-_DIGITS = re.compile(r"digits/(\d+)")
+_NUMBERED = re.compile(r"(.+)/(\d+)")
 _TAR = re.compile(r"\S+\.(?:tar\.gz|tar|tgz)", re.IGNORECASE)
 
 
@@ -123,7 +123,7 @@ class KeepList:
              - a `datasets.Dataset` of Hugging Face with a column of the ids: `sample_id`, or the run's `source.id_column`;
              - any dataset in the order of the rows of the Parquet files, files sorted by path; of more than one file, for a
                list in its run. Where the dataset tells its labels, these are compared;
-             - any dataset of the bundled digits in their order;
+             - any dataset in the order of ids that end in its number, such as those of the bundled digits; labels as above;
              - a `Subset` of one of these.
 
         Raises SourceError where the ids cannot be told or do not fit; see `indices`.
@@ -280,9 +280,9 @@ class KeepList:
 
     def _source_rows(self) -> np.ndarray:
         """Number of every kept sample in the source, int64 [n], as its id tells it. Raises SourceError where it does not."""
-        digits = [_DIGITS.fullmatch(sample_id) for sample_id in self.ids]
-        if digits and all(digits):
-            return np.array([int(found[1]) for found in digits if found], np.int64)
+        numbered = [found for found in map(_NUMBERED.fullmatch, self.ids) if found is not None]
+        if numbered and len(numbered) == len(self) and len({found[1] for found in numbered}) == 1:
+            return np.array([int(found[2]) for found in numbered], np.int64)
         split = [sample_id.rpartition("#") for sample_id in self.ids]
         source = self._run.config().source if self._run is not None else None
         parquet = (

@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import QUIET
 
 from raypipe import storage
 from raypipe.config import SourceSettings, absolute_paths, parse_config
-from raypipe.rundir import Run, StageRecord, content_hash
+from raypipe.rundir import Run, StageRecord
 from raypipe.sources import RawSample, Source, open_source
-from raypipe.stages import index
 from raypipe.stages.base import Context
+from raypipe.stages.index import IndexStage
 from raypipe.stages.select import keep_file, write_keep_lists
 
 
 def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
-    """A run in `folder` over the source at `uri`: index, scores and one keep-list. Samples with a reason are not scored."""
+    """A run in `folder` over the source at `uri`: index, scores and one keep-list. Samples that cannot be read are not scored."""
     config = absolute_paths(parse_config({"run": folder, "source": {"uri": uri, **source}, "select": {"keep": [keep]}}))
-    config = config.model_copy(update={"source": config.source.model_copy(update={"format": open_source(config.source).format})})
-    run, stored = Run(config.run), open_source(config.source)
+    stored = open_source(config.source)
+    config = config.model_copy(update={"source": config.source.model_copy(update={"format": stored.format})})
+    run, record = Run(config.run), StageRecord(state="done")
     run.write_config(config)
-    files = list(stored.files())
-    rows = [row for file in files for row in index._rows(index._file_id(file), stored.scan(file))]
-    index._write(run, index._limited(rows, config.source.limit), None)
+    with pytest.MonkeyPatch.context() as patch:
+        serially(patch)
+        IndexStage().execute(Context(config, run, QUIET), record)
     classes, random, samples = run.classes(), np.random.default_rng(0), 0
     for fragment in run.fragments():
         good = [sample for sample in stored.read(run.with_members(fragment)) if not sample.reason and len(sample.image)]
@@ -40,11 +42,23 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
         }
         storage.write_table(run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table(columns))
         samples += len(good)
-    listing = content_hash(index._file_id(file) for file in files)
-    done = StageRecord(state="done", samples=samples, detail={"measured": samples, "listing": listing})
-    run.write_ledger({"index": done, "extrapolate": done})
+    run.write_ledger({"index": record, "extrapolate": StageRecord(state="done", samples=samples, detail={"measured": samples})})
     write_keep_lists(run, config.select)
     return run
+
+
+def serially(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Tasks are called one after the other in this process; the list gets the units they are called with."""
+    called: list[Any] = []
+
+    def run_tasks(units: Iterable[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any) -> None:
+        for unit in units:
+            called.append(unit)
+            on_result(function(unit))
+
+    patch.setattr("raypipe.stages.streaming.run_tasks", run_tasks)
+    patch.setattr(Context, "cluster", None)
+    return called
 
 
 def opened(uri: str, **options: Any) -> Source:
@@ -71,14 +85,5 @@ def add_weights(run: Run, keep: float) -> np.ndarray:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Tasks are called one after the other in this process; the list has the units they were called with."""
-    called: list[Any] = []
-
-    def run_tasks(units: Iterable[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any) -> None:
-        for unit in units:
-            called.append(unit)
-            on_result(function(unit))
-
-    monkeypatch.setattr("raypipe.stages.streaming.run_tasks", run_tasks)
-    monkeypatch.setattr(Context, "cluster", None)
-    return called
+    """See `serially`."""
+    return serially(monkeypatch)

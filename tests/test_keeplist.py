@@ -128,6 +128,9 @@ def test_subset_and_sampler_agree(run: Run) -> None:
     drawn = torch.cat([batch for (batch,) in DataLoader(subset, batch_size=500, sampler=sampler)])
     assert len(drawn) == 4000 and set(drawn.tolist()) == set(subset.indices)
     assert len(keep.sampler(dataset)) == 60
+    labels = digit_pngs(120)[1]
+    with pytest.raises(SourceError, match="have another label"):
+        keep.subset(Rows(120, targets=labels[::-1], columns={}))
 
 
 def test_folders_of_torchvision(tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_a_ray_dataset_and_shards_through_ray(finished: str, tmp_path: Path, cap
     ids = [f"digits/{number:04d}" for number in range(600)]
     table = pa.table({"key": pa.array([None, *ids], pa.string()), "row": range(601), "score": [0.0] * 601})
     dataset = keep.filter(ray.data.from_arrow([table.slice(start, 40) for start in range(0, 601, 40)]), "key", columns=["score"])
+    assert dataset.context.execution_options.preserve_order
     rows = dataset.take_all()
     assert [row["row"] - 1 for row in rows] == numbers(keep) and len(keep) == 300
     score = dict(zip(keep.ids, keep.scores.tolist(), strict=True))

@@ -188,7 +188,9 @@ class _Export:
                     "give another folder (--force removes what is there)"
                 )
             for number in range(-(-before["samples"] // before["shard_samples"])):
-                storage.delete(storage.join(self._to, shard_name(before["format"], number, before["samples"], before["shard_samples"])))
+                storage.delete(
+                    storage.join(self._to, shard_name(before["format"], number, before["samples"], before["shard_samples"]))
+                )
             for name in storage.names(storage.join(self._to, STATE)) - {"driver.json", "export.json"}:
                 storage.delete(storage.join(self._to, STATE, name))
         limit = shard_bytes or SHARD_BYTES

@@ -17,11 +17,13 @@ from raypipe import storage
 from raypipe.errors import ConfigError, RunError
 from raypipe.rundir import Run, tables_of
 from raypipe.sources import Fragment, Source
-from raypipe.stages.select import READ_AHEAD, keep_file
+from raypipe.stages.select import keep_file
 
 COLUMNS = ("sample_id", "label", "score", "weight")
 """What is read of a keep-list; `weight` is there where its strategy gives weights."""
 BATCH_ROWS = 1 << 16
+READ_AHEAD = 8
+"""Score shards read at a time, for the delay of an object store."""
 
 
 def find_keep_list(run: Run, keep: float | None) -> str:

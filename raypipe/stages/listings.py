@@ -113,8 +113,8 @@ def _source_order(context: Context) -> str:
     paths = {fragment.path for fragment in fragments}
     if format == "parquet" and len(paths) == 1:
         return f"the rows of {paths.pop()}, from 0"
-    what = {"parquet": "rows", "digits": "digits"}.get(format, "samples")
-    return f"the {what} of the source, from 0, its files sorted by path"
+    what = {"parquet": "rows of the source's files, sorted by path", "webdataset": "samples of the source's tars, sorted by path"}
+    return f"the {what.get(format, 'samples of the source in its own order')}, from 0"
 
 
 def image_folder_order(root: str) -> dict[str, int]:

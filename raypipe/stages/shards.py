@@ -98,7 +98,7 @@ def write_parquet(file: IO[bytes], items: Iterable[Item], classes: Sequence[str]
     `weight` is a column where the keep-list has weights. A row group has at most GROUP_ROWS samples, and ends at GROUP_BYTES.
     """
     schema = parquet_schema(classes, weighted)
-    compression = {name: "zstd" for name in (*schema.names[1:], "image.path")} | {"image.bytes": "none"}
+    compression = dict.fromkeys((*schema.names[1:], "image.path"), "zstd") | {"image.bytes": "none"}
     held: list[dict[str, Any]] = []
     count = size = 0
     with pq.ParquetWriter(file, schema, compression=compression, use_dictionary=["label"]) as writer:

@@ -20,7 +20,7 @@ from raypipe.cli import main
 from raypipe.errors import ConfigError, RunError, StageError
 from raypipe.rundir import Lease, Run
 from raypipe.sources import RawSample
-from raypipe.stages import kept, listings, shards
+from raypipe.stages import listings, shards
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 
@@ -267,7 +267,7 @@ def test_indices_count_through_all_files(tmp_path: Path, format: str) -> None:
     about = storage.read_json(f"{tmp_path}/kept.json")
     everything = everything_in(uri)
     assert [everything[index].sample_id for index in about["indices"]] == about["sample_ids"]
-    assert "sorted by path" in about["order"]
+    assert about["order"].endswith("sorted by path, from 0")
 
 
 def test_indices_of_folders_are_those_of_torchvision(tmp_path: Path) -> None:
@@ -395,27 +395,3 @@ def test_a_list_of_other_scores_is_refused(run: Run, tmp_path: Path) -> None:
     )
     with pytest.raises(RunError, match=r"of 60 samples are not where they should be in scores/.*raypipe select"):
         exported(run, f"{tmp_path}/out")
-
-
-def test_rows_of_a_list_are_read_by_group(run: Run, tmp_path: Path) -> None:
-    uri, table = f"{tmp_path}/list.parquet", storage.read_table(raypipe.KeepList(run.uri).uri)
-    storage.write_table(uri, table, row_group_size=7)
-    with kept.KeepFile(uri) as file:
-        for start, stop in ((0, 60), (0, 7), (7, 14), (6, 8), (13, 50), (59, 60)):
-            assert file.rows(start, stop).equals(table.slice(start, stop - start))
-    storage.write_table(uri, table.drop_columns("score"))
-    with pytest.raises(RunError, match="not a keep-list: its columns are sample_id, label"):
-        kept.KeepFile(uri)
-
-
-def test_ids_of_a_tar_in_order_even_where_keys_repeat(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name in ("1.png", "1.cls", "2.png", "2.png", "3.png", "1.png"):
-            member = tarfile.TarInfo(name)
-            member.size = 1
-            tar.addfile(member, io.BytesIO(b"4"))
-    storage.write_bytes(f"{tmp_path}/a.tar", buffer.getvalue())
-    source = opened(f"{tmp_path}/a.tar")
-    (fragment,) = source.scan(next(source.files())).fragments
-    assert kept.ids_in_order(source, fragment) == [f"a.tar#{key}" for key in (1, 2, 2, 3, 1)]
