@@ -155,9 +155,12 @@ class KeepList:
 
     # -- Ray Data and WebDataset ----------------------------------------------------------------------------------
 
-    def filter(self, dataset: ray.data.Dataset, id_column: str = "sample_id", columns: Sequence[str] = ()) -> ray.data.Dataset:
+    def filter(
+        self, dataset: ray.data.Dataset, id_column: str = "sample_id", *, root: str = "", columns: Sequence[str] = ()
+    ) -> ray.data.Dataset:
         """The rows of a Ray Dataset whose id is kept, in their order. Lazy, as Ray Datasets are; the list is shared once per machine.
 
+        root     folder of the source, where the column holds whole paths, as `path` of `ray.data.read_images` does
         columns  of the keep-list, to add to the rows, in place of columns of these names: "score", "weight"
         """
         from raypipe.stages.join import filter_dataset
@@ -165,7 +168,7 @@ class KeepList:
         unknown = sorted(set(columns) - set(self._table.column_names))
         if unknown:
             raise ConfigError(f"{self.uri}: has no column {unknown[0]!r}; it has {', '.join(self._table.column_names)}")
-        return filter_dataset(dataset, self._table.select(list(dict.fromkeys(["sample_id", *columns]))), id_column)
+        return filter_dataset(dataset, self._table.select(list(dict.fromkeys(["sample_id", *columns]))), id_column, root)
 
     def filter_webdataset(self, samples: Iterable[dict[str, Any]], root: str | None = None) -> Iterator[dict[str, Any]]:
         """The kept ones of the samples that `webdataset` reads: dicts with `__key__` and `__url__`. Put it before decoding.

@@ -253,10 +253,12 @@ def test_a_batch_is_joined_by_id_and_not_by_hash(monkeypatch: pytest.MonkeyPatch
     )
     batch = pa.table({"sample_id": ["x", "d", None, "b", "z"], "row": range(5)})
     shared = (np.array([1, 5], np.uint64), kept)
-    assert join._join(shared, "sample_id", batch)["row"].to_pylist() == [1, 3]
-    assert len(join._join((np.array([], np.uint64), kept.slice(0, 0)), "sample_id", batch)) == 0
+    assert join._join(shared, "sample_id", (), batch)["row"].to_pylist() == [1, 3]
+    assert len(join._join((np.array([], np.uint64), kept.slice(0, 0)), "sample_id", (), batch)) == 0
     with pytest.raises(SourceError, match="no column 'key'; it has sample_id, row"):
-        join._join(shared, "key", batch)
+        join._join(shared, "key", (), batch)
+    paths = pa.table({"path": ["s3://a/x/b", "a/x/d", "a/xb", "b"]})
+    assert join._join(shared, "path", join._starts("s3://a/x/"), paths)["path"].to_pylist() == ["s3://a/x/b", "a/x/d", "b"]
 
 
 def test_torch_and_ray_wait_until_they_are_needed(run: Run) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.errors import ConfigError, RunError, SourceError, StageError
+from raypipe.errors import ConfigError, RaypipeError, RunError, SourceError, StageError
 from raypipe.progress import Progress
 from raypipe.rundir import Lease, Run
 from raypipe.sources import ClassMap, Fragment, open_source
@@ -120,10 +120,11 @@ def export_keep_list(
 
 
 def _within(inner: str, outer: str) -> bool:
-    if outer.startswith("digits:"):
+    try:
+        root = storage.filesystem(storage.glob_root(outer))[1].rstrip("/")
+    except RaypipeError:  # such as digits://
         return False
-    root = storage.glob_root(outer).rstrip("/")
-    return (storage.filesystem(inner)[1] + "/").startswith(storage.filesystem(root)[1].rstrip("/") + "/")
+    return (storage.filesystem(inner)[1] + "/").startswith(root + "/")
 
 
 class _Export:
@@ -139,6 +140,9 @@ class _Export:
         size = self._begin(fragments, shard_samples, shard_bytes, force)
         shards = plan(fragments, self._located, size, self._job.format)
         found = self._finished(shards)
+        missing = [shard for shard in shards if shard.name not in found]
+        if missing:
+            self._context.cluster  # Ray is started before tasks are made
         with self._context.progress.meter("export", self._located.samples) as meter:
             meter.already(sum(shard.samples for shard in shards if shard.name in found))
 
@@ -146,11 +150,9 @@ class _Export:
                 found[result["shard"]] = result
                 meter.add(result["samples"] + len(result["missing"]))
 
-            missing = [shard for shard in shards if shard.name not in found]
             if missing:
                 from raypipe.stages.streaming import run_tasks
 
-                self._context.cluster  # Ray is started before tasks are made
                 run_tasks(missing, functools.partial(_write, self._job), collect)
         return self._end(shards, self._finished(shards, every=True))
 
