@@ -223,10 +223,20 @@ def test_samples_of_webdataset_that_do_not_fit(of_tars: tuple[raypipe.KeepList, 
 
 
 @pytest.mark.ray
-def test_a_ray_dataset_and_shards_through_ray(finished: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_a_whole_run(finished: str, tmp_path: Path) -> None:
+    keep = raypipe.KeepList(finished, keep=0.25)
+    assert (len(keep), keep.metadata["fraction"], keep.metadata["samples"]) == (150, 0.25, 600)
+    assert -1 <= keep.metadata["spearman_low"] <= keep.metadata["spearman"] <= 1
+    raypipe.export(finished, 0.25, "indices", f"{tmp_path}/kept.npy", progress=QUIET)
+    assert np.load(f"{tmp_path}/kept.npy").tolist() == numbers(keep) == keep.subset(Rows(600, columns={})).indices
+
+
+@pytest.mark.ray
+def test_a_ray_dataset_and_shards_through_ray(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
-    keep = raypipe.KeepList(finished, keep=0.5)
+    run = scored_run(f"{tmp_path}/run", "digits://", limit=600, fragment_samples=128).uri
+    keep = raypipe.KeepList(run, keep=0.5)
     ids = [f"digits/{number:04d}" for number in range(600)]
     table = pa.table({"key": pa.array([None, *ids], pa.string()), "row": range(601), "score": [0.0] * 601})
     dataset = keep.filter(ray.data.from_arrow([table.slice(start, 40) for start in range(0, 601, 40)]), "key", columns=["score"])
@@ -238,7 +248,7 @@ def test_a_ray_dataset_and_shards_through_ray(finished: str, tmp_path: Path, cap
     with pytest.raises(ConfigError, match="has no column 'weight'; it has sample_id, label, score"):
         keep.filter(dataset, "key", columns=["weight"])
     with pytest.raises(SystemExit) as stop:
-        main(["export", finished, "--keep", "0.5", "--format", "webdataset", "--to", f"{tmp_path}/out", "--shard-samples", "200"])
+        main(["export", run, "--keep", "0.5", "--format", "webdataset", "--to", f"{tmp_path}/out", "--shard-samples", "200"])
     assert stop.value.code == 0 and "300 samples in 2 files" in capsys.readouterr().out
     assert sorted(storage.names(f"{tmp_path}/out")) == ["train-00000.tar", "train-00001.tar"]
 
