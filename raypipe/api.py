@@ -144,7 +144,7 @@ def export(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Write the samples of a keep-list for a training tool, or resume it; docs/keep-lists.md says how to read each format.
+    """Write the samples of a keep-list for a training tool, or resume it; docs/training.md says how to read each format.
 
     run            the run, whose source must still be where it was
     keep           fraction of the keep-list; None: the only one there is

@@ -86,8 +86,6 @@ class Source(abc.ABC):
     """A format. One subclass per file of this package, registered in `raypipe.sources`."""
 
     format: ClassVar[str]
-    one_file_each: ClassVar[bool] = False
-    """Whether every sample is a file of its own, and its id the path of it."""
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings

@@ -25,7 +25,6 @@ class ImageFolderSource(Source):
     """Files of one image each."""
 
     format = "imagefolder"
-    one_file_each = True
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)

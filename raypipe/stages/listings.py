@@ -24,6 +24,8 @@ from raypipe.stages.kept import KeepFile, Located, first_positions, ids_in_order
 from raypipe.stages.select import keep_metadata
 
 ENDINGS = {"indices": (".npy", ".json"), "list": (".txt", ".csv")}
+ONE_FILE_EACH = {"imagefolder"}
+"""Formats of sources in which every sample is a file of its own, and its id the path of it."""
 LOCAL_FRAGMENTS = 64
 """The ids of so many fragments are read by the driver: that takes less time than Ray to start."""
 TASK_FRAGMENTS = 16
@@ -39,7 +41,7 @@ def export_listing(
     if ending is None:
         raise ConfigError(f"{to}: format {format} is a file whose name ends in {' or '.join(ENDINGS[format])}")
     config, run = context.config, context.run
-    if format == "list" and not open_source(config.source).one_file_each:
+    if format == "list" and config.source.format not in ONE_FILE_EACH:
         raise ConfigError(
             f"format list needs a source of which every sample is a file of its own; this one is {config.source.format}: "
             "use indices, webdataset or parquet"
