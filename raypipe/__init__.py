@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe._version import __version__
 
-__all__ = ["Config", "Run", "__version__", "extrapolate", "load_scores", "run", "select"]
+__all__ = ["Config", "KeepList", "Run", "__version__", "export", "extrapolate", "load_scores", "run", "select"]
 
 if TYPE_CHECKING:
-    from raypipe.api import extrapolate, load_scores, run, select
+    from raypipe.api import export, extrapolate, load_scores, run, select
     from raypipe.config import Config
+    from raypipe.keeplist import KeepList
     from raypipe.rundir import Run
 
 _HOMES = {
     "Config": "raypipe.config",
+    "KeepList": "raypipe.keeplist",
     "Run": "raypipe.rundir",
+    "export": "raypipe.api",
     "load_scores": "raypipe.api",
     "run": "raypipe.api",
     "select": "raypipe.api",

@@ -1,4 +1,4 @@
-"""The verbs of the command line from Python: `raypipe.run`, `raypipe.extrapolate`, `raypipe.select`, `raypipe.load_scores`."""
+"""The verbs of the command line from Python: `raypipe.run`, `extrapolate`, `select`, `export`, and `raypipe.load_scores`."""
 
 from __future__ import annotations
 
@@ -147,3 +147,49 @@ def select(
     settings = parse_config(config)
     with Lease(found):
         return write_keep_lists(found, settings.select, trust=settings.trust)
+
+
+def export(
+    run: str,
+    keep: float | None,
+    format: str,
+    to: str,
+    *,
+    shard_samples: int | None = None,
+    shard_bytes: int | None = None,
+    allow_missing: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Write the samples of a keep-list for a training tool, or resume it; docs/training.md says how to read each format.
+
+    run            the run, whose source must still be where it was
+    keep           fraction of the keep-list; None: the only one there is
+    format         webdataset, parquet: a folder of shards with images; indices: .npy or .json with row numbers; list: .csv or .txt with
+                   path and label, for image folders
+    to             path or URI of the folder or file
+    shard_samples  samples in a shard; default: as many as fit into `shard_bytes`, by the size of a few samples
+    shard_bytes    bytes in a shard, about; default: 512 MiB
+    allow_missing  end well although samples of the keep-list cannot be read any more
+    force          replace another export that is there
+    Returns format, to, samples, shards, bytes and missing. Shards that are finished are not made again; the bytes are the same every
+    time. Raises ConfigError for a bad option, RunError for a missing keep-list or a folder that holds something else, StageError at
+    the end for samples that cannot be read.
+    """
+    from raypipe.pipeline import errors_of_storage
+    from raypipe.stages.export import export_keep_list
+
+    with errors_of_storage(to):
+        return export_keep_list(
+            Run(run),
+            keep,
+            format,
+            to,
+            shard_samples=shard_samples,
+            shard_bytes=shard_bytes,
+            allow_missing=allow_missing,
+            force=force,
+            progress=progress,
+            verbose=verbose,
+        )

@@ -133,6 +133,28 @@ def select(uri: str, keep: tuple[float, ...], strategy: str | None, force: bool)
 
 @cli.command()
 @click.argument("uri", metavar="RUN")
+@click.option("--keep", type=float, help="Fraction of the keep-list. Default: the only one there is.")
+@click.option(
+    "--format", required=True, metavar="FORMAT", help="webdataset, parquet, indices (.npy, .json) or list (.csv, .txt)."
+)
+@click.option("--to", required=True, metavar="URI", help="Folder for shards; file for indices and list.")
+@click.option("--shard-samples", type=click.IntRange(1), help="Samples in a shard. Default: by --shard-mb.")
+@click.option("--shard-mb", type=click.IntRange(1), help="Size of a shard in MiB, about. Default: 512.")
+@click.option("--allow-missing", is_flag=True, help="Exit 0 although samples cannot be read any more.")
+@click.option("--force", is_flag=True, help="Replace another export that is there.")
+@_verbose
+def export(uri: str, keep: float | None, format: str, to: str, shard_mb: int | None, **options: Any) -> None:
+    """Write the samples of a keep-list of RUN for a training tool, or resume it."""
+    from raypipe.api import export as write
+
+    done = write(uri, keep, format, to, shard_bytes=None if shard_mb is None else shard_mb << 20, **options)
+    less = f", {done['missing']:,} missing" if done["missing"] else ""
+    files = f"{done['shards']:,} file{'s' * (done['shards'] != 1)}"
+    click.echo(f"{done['to']}  {done['samples']:,} samples in {files}, {done['bytes']:,} bytes{less}")
+
+
+@cli.command()
+@click.argument("uri", metavar="RUN")
 def report(uri: str) -> None:
     """Write the report of RUN again."""
     from raypipe.report import build

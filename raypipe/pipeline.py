@@ -53,7 +53,7 @@ def execute(
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
-    with _errors_of_storage(config.run):
+    with errors_of_storage(config.run):
         return _execute(config, dataset, until, progress or Progress(), verbose)
 
 
@@ -93,7 +93,7 @@ def extrapolate(
     Writes into the folder `run`; `raypipe.stages.own` says what. Returns its `summary.json`. Raises ConfigError for a method that
     cannot do this, SourceError for tables that cannot be used, RunError where the folder holds something else or is in use.
     """
-    with _errors_of_storage(config.run):
+    with errors_of_storage(config.run):
         return _extrapolate(config, scores, column, progress or Progress(), verbose)
 
 
@@ -159,7 +159,7 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
 
 
 @contextmanager
-def _errors_of_storage(uri: str) -> Iterator[None]:
+def errors_of_storage(uri: str) -> Iterator[None]:
     """Storage that fails for good ends a run with one line that names it."""
     try:
         yield

@@ -25,7 +25,7 @@ def _main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_help_names_every_verb(capsys) -> None:
     code, out, _ = _main(capsys, "--help")
     assert code == 0
-    for verb in ("run", "demo", "init", "inspect", "status", "extrapolate", "select", "report"):
+    for verb in ("run", "demo", "init", "inspect", "status", "extrapolate", "select", "export", "report"):
         assert f"  {verb} " in out
 
 
@@ -38,6 +38,8 @@ def test_help_names_every_verb(capsys) -> None:
         (["demo", "--set", "proxy.epochs=-1"], "proxy.epochs: -1 is not allowed"),
         (["demo", "--set", "proxy.epoch=1"], "did you mean 'epochs'?"),
         (["select", "x", "--keep", "many"], "not a valid float"),
+        (["export", "x", "--to", "y"], "Missing option '--format'"),
+        (["export", "x", "--to", "y", "--format", "zip"], "'zip' is not one of indices, list, webdataset, parquet"),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
         ([*TABLES, "--method", "proxy"], "method proxy needs what a proxy says of each sample"),
         ([*TABLES, "--holdout", "0.9"], "extrapolate.holdout: 0.9 is not allowed"),

@@ -1,0 +1,89 @@
+"""Runs with scores and a keep-list over any source, made without Ray and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import QUIET
+
+from raypipe import storage
+from raypipe.config import SourceSettings, absolute_paths, parse_config
+from raypipe.rundir import Run, StageRecord
+from raypipe.sources import RawSample, Source, open_source
+from raypipe.stages.base import Context
+from raypipe.stages.index import IndexStage
+from raypipe.stages.select import keep_file, write_keep_lists
+
+
+def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
+    """A run in `folder` over the source at `uri`: index, scores and one keep-list. Samples that cannot be read are not scored."""
+    config = absolute_paths(parse_config({"run": folder, "source": {"uri": uri, **source}, "select": {"keep": [keep]}}))
+    stored = open_source(config.source)
+    config = config.model_copy(update={"source": config.source.model_copy(update={"format": stored.format})})
+    run, record = Run(config.run), StageRecord(state="done")
+    run.write_config(config)
+    with pytest.MonkeyPatch.context() as patch:
+        serially(patch)
+        IndexStage().execute(Context(config, run, QUIET), record)
+    classes, random, samples = run.classes(), np.random.default_rng(0), 0
+    for fragment in run.fragments():
+        good = [sample for sample in stored.read(run.with_members(fragment)) if not sample.reason and len(sample.image)]
+        order = random.permutation(len(good))  # in scores/ the seed set comes first
+        labels = [classes.index(good[row].label)[0] for row in order]
+        columns = {
+            "sample_id": pa.array([good[row].sample_id for row in order], pa.string()),
+            "label": pa.array(labels, pa.int32(), mask=np.array(labels, np.int32) < 0),
+            "score": pa.array(random.normal(size=len(good)), pa.float32()),
+        }
+        storage.write_table(run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table(columns))
+        samples += len(good)
+    run.write_ledger({"index": record, "extrapolate": StageRecord(state="done", samples=samples, detail={"measured": samples})})
+    write_keep_lists(run, config.select)
+    return run
+
+
+def serially(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Tasks are called one after the other in this process; the list gets the units they are called with."""
+    called: list[Any] = []
+
+    def run_tasks(units: Iterable[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any) -> None:
+        for unit in units:
+            called.append(unit)
+            on_result(function(unit))
+
+    patch.setattr("raypipe.stages.streaming.run_tasks", run_tasks)
+    patch.setattr(Context, "cluster", None)
+    return called
+
+
+def opened(uri: str, **options: Any) -> Source:
+    """The source at a place."""
+    return open_source(SourceSettings(uri=uri, **options))
+
+
+def everything_in(uri: str, **options: Any) -> list[RawSample]:
+    """Every sample of a source, in its order."""
+    source = opened(uri, **options)
+    limit = source.settings.limit
+    found = (sample for file in source.files() for part in source.scan(file).fragments for sample in source.read(part))
+    return list(islice(found, limit))
+
+
+def add_weights(run: Run, keep: float) -> np.ndarray:
+    """Give the keep-list a column of weights, as some strategies do: float32 [n]."""
+    uri = run.path("keep", keep_file(keep))
+    table = storage.read_table(uri)
+    weight = np.linspace(0.5, 2, len(table)).astype(np.float32)
+    storage.write_table(uri, table.append_column("weight", pa.array(weight)).replace_schema_metadata(table.schema.metadata))
+    return weight
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """See `serially`."""
+    return serially(monkeypatch)
