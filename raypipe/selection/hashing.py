@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -44,18 +44,18 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     time by the finalizer of SplitMix64 (Steele et al. 2014). It is not cryptographic: who chooses ids can choose hashes.
     """
     array = text_array(ids)
-    offsets = np.frombuffer(array.buffers()[1], np.int32, count=len(array) + 1, offset=4 * array.offset) if len(array) else ()
     state = np.repeat(_mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64)), len(array))
     if not len(array):
         return state
+    offsets = np.frombuffer(array.buffers()[1], np.int32, count=len(array) + 1, offset=4 * array.offset)
     start, length = offsets[:-1].astype(np.int64), np.diff(offsets)
     stored = array.buffers()[2]
     data = np.zeros(int(offsets[-1]) + WORD, np.uint8)
     data[:-WORD] = np.frombuffer(stored, np.uint8, count=int(offsets[-1])) if stored is not None else 0
-    words = np.ndarray((len(data) - WORD + 1,), "<u8", data, strides=(1,))  # the word that starts at each byte
+    words: np.ndarray = np.ndarray((len(data) - WORD + 1,), "<u8", data, strides=(1,))  # the word that starts at each byte
     for position in range(0, int(length.max()), WORD):
         left = length - position
-        rows = slice(None) if int(left.min()) > 0 else np.flatnonzero(left > 0)
+        rows: Any = slice(None) if int(left.min()) > 0 else np.flatnonzero(left > 0)
         unused = (8 * np.maximum(WORD - left[rows], 0)).astype(np.uint64)
         state[rows] = _mix(state[rows] ^ (words[start[rows] + position] & (FULL >> unused)))
     return _mix(state ^ length.astype(np.uint64))

@@ -75,8 +75,8 @@ class Checked:
         for chunk in self._chunks(with_ids):
             samples += len(chunk.score)
             for name, values in (("scores", np.asarray(chunk.score, np.float32)), ("losses", chunk.loss)):
-                infinite = values[~np.isfinite(values)] if values is not None else ()
-                if len(infinite):
+                if values is not None and not np.isfinite(values).all():
+                    infinite = values[~np.isfinite(values)]
                     bad, example, what = bad + len(infinite), infinite[0], name
             if not bad:
                 yield chunk
