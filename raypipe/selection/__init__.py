@@ -43,7 +43,7 @@ STRATEGIES: dict[str, Strategy] = {
     "normalized": Strategy(ordered.normalized, classes=True),
     "moderate": Strategy(ordered.moderate),
     "mixed": Strategy(ordered.mixed, difficulty=True),
-    "random": Strategy(drawn.random, draws=True),
+    "random": Strategy(drawn.random, draws=True, scores=False),
     "ccs": Strategy(drawn.ccs, draws=True, difficulty=True),
     "beta": Strategy(drawn.beta, nested=False, draws=True, loss=True),
 }

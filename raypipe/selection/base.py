@@ -45,11 +45,13 @@ class Plan:
 class Strategy:
     """A way to choose a keep-list; one of `raypipe.selection.STRATEGIES`.
 
-    plan     (stream, keep fractions, number of classes, options) -> a plan for each fraction; may read the stream
-    nested   whether the list of a smaller keep fraction lies inside that of a larger one
-    draws    whether it draws at random, so that inclusion probabilities say something
-    classes  whether it looks at the class
-    loss     whether it always needs the proxy's loss (others do where the difficulty is the loss)
+    plan        (stream, keep fractions, number of classes, options) -> a plan for each fraction; may read the stream
+    nested      whether the list of a smaller keep fraction lies inside that of a larger one
+    draws       whether it draws at random, so that inclusion probabilities say something
+    classes     whether it looks at the class
+    loss        whether it always needs the proxy's loss
+    difficulty  whether it goes by difficulty, and so needs the proxy's loss where `Options.difficulty` is loss
+    scores      whether it goes by the scores, so that their fidelity matters
     """
 
     plan: Callable[[Chunks, Sequence[float], int, Options], list[Plan]]
@@ -58,6 +60,7 @@ class Strategy:
     classes: bool = False
     loss: bool = False
     difficulty: bool = False
+    scores: bool = True
 
 
 def everything(counts: np.ndarray, total: int) -> np.ndarray:

@@ -1,10 +1,14 @@
-"""Keep-lists from the scores of a run: a few passes over `scores/`, no rescoring, memory that does not grow with the source."""
+"""Keep-lists from the scores of a run: a few passes over `scores/`, no rescoring, memory that does not grow with the source.
+
+(Near duplicates are the exception: see `raypipe.stages.duplicates`.)
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from decimal import Decimal
@@ -23,6 +27,8 @@ from raypipe.selection.hashing import text_array
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.duplicates import mark_near_duplicates
 from raypipe.stages.keeping import Scores, mark_listed, notes
+
+log = logging.getLogger("raypipe")
 
 GROUP_ROWS = 1 << 16
 """Rows of a keep-list that are held before they are written."""
@@ -76,7 +82,10 @@ def write_keep_lists(
     for a bad fraction and for options that do not go together or with these scores, StageError for scores without order.
     """
     run.record("extrapolate")
-    return make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)["lists"]
+    detail = make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)
+    for line in notes(detail["marked"]):
+        log.warning("note: %s", line)
+    return detail["lists"]
 
 
 def make_keep_lists(
@@ -90,7 +99,8 @@ def make_keep_lists(
     options = options_of(run, settings)
     scores = Scores(run, needs_loss(settings.strategy, options))
     try:
-        fidelity = check_trust(run.ledger()["extrapolate"], trust or TrustSettings(), settings.force)
+        needed = trust or TrustSettings() if STRATEGIES[settings.strategy].scores else TrustSettings(min_spearman=-1)
+        fidelity = check_trust(run.ledger()["extrapolate"], needed, settings.force)
     except TrustError:
         if storage.names(run.path("keep")):  # forced once, from the scores of now or of then
             for _ in scores.chunks(False):
@@ -147,7 +157,8 @@ def _stated(settings: SelectSettings, options: Options, marked: dict[str, Any]) 
         stated["weights"] = options.weights
     if settings.near_duplicates is not None:
         stated |= {"near_duplicates": settings.near_duplicates, "near_duplicates_left_out": marked["near_duplicates"]}
-    return stated | {name: marked[name] for name in ("always_keep", "never_keep") if name in marked}
+    lists = ("always_keep", "never_keep", "always_keep_unknown", "never_keep_unknown")
+    return stated | {name: marked[name] for name in lists if name in marked}
 
 
 def _given(settings: SelectSettings) -> dict[str, str]:

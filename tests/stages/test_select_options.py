@@ -13,7 +13,7 @@ import pytest
 from raypipe import cli, storage
 from raypipe.api import select as select_again
 from raypipe.config import SelectSettings, parse_config
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import Run, StageRecord
 from raypipe.selection import STRATEGIES, duplicates
@@ -113,7 +113,7 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
         "select.never_keep: 1 of its ids are not among the scores (gone)",
     ]
     about = json.loads(keep_metadata(run.path("keep", "keep-0.50.parquet"))["options"])
-    assert about == {"always_keep": 9, "never_keep": 7, "min_per_class": 2}
+    assert about == {"always_keep": 9, "always_keep_unknown": 6, "never_keep": 7, "never_keep_unknown": 1, "min_per_class": 2}
 
 
 def test_a_list_of_ids_that_changes_makes_the_stage_anew(run: Run, tmp_path: Path) -> None:
@@ -182,6 +182,16 @@ def test_of_near_duplicates_the_higher_score_stays(
         make_keep_lists(run, settings, (0.9,))
 
 
+def test_a_random_list_needs_no_faithful_scores(run: Run) -> None:
+    records = run.ledger()
+    records["extrapolate"].detail |= {"measured": 10, "fidelity": {"spearman": 0.0, "spearman_interval": [-0.1, 0.1]}}
+    run.write_ledger(records)
+    with pytest.raises(TrustError):
+        write_keep_lists(run, SelectSettings(strategy="moderate"))
+    write_keep_lists(run, SelectSettings(strategy="random", keep=(0.5,)))
+    assert keep_metadata(run.path("keep", "keep-0.50.parquet"))["forced"] == "false"
+
+
 def test_weights_are_a_column(run: Run) -> None:
     write_keep_lists(run, SelectSettings(keep=(0.5,), strategy="ccs", weights="inclusion", strata=4))
     table = pq.read_table(run.path("keep", "keep-0.50.parquet"))
@@ -203,21 +213,26 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
 
 
 def test_the_command_line_has_every_option(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "never.txt").write_text("0/é1\n")
+    (tmp_path / "never.txt").write_text("0/é1\ngone\n")
     (tmp_path / "always.txt").write_text("0/é2\n")
     given = "--strategy ccs --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1"
     more = "--near-duplicates 0.999 --always-keep always.txt --never-keep never.txt"
     with pytest.raises(SystemExit) as stop:
         cli.main(["select", run.uri, *given.split(), *more.split()])
     assert (stop.value.code or 0) == 0 and capsys.readouterr().out == "keep-0.30.parquet  60 samples\n"
+    assert caplog.messages == ["note: select.never_keep: 1 of its ids are not among the scores (gone)"]
     options = json.loads(keep_metadata(run.path("keep", "keep-0.30.parquet"))["options"])
     assert options.pop("near_duplicates_left_out") > 50
     assert options == {
         "seed": 4, "difficulty": "score", "hard_cutoff": 0.2, "strata": 7, "weights": "class", "min_per_class": 1,
-        "near_duplicates": 0.999, "always_keep": 1, "never_keep": 1,
+        "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
     }  # fmt: skip
     for bad, expected in (
         ("--strategy best", "'best'"),
