@@ -171,6 +171,7 @@ def boundaries(chunks: Chunks, wants: Sequence[tuple[Ranking, Quotas]]) -> list[
     ends = [_End(ranking, taken.copy()) for (ranking, _), taken in zip(wants, quota, strict=True)]
     for end in ends:
         end.descend(counted[id(end.ranking)], bits)
+    counted.clear()  # the next tables are as large
     settled = bits
     while settled < 32:
         step = min(bits, 32 - settled)
