@@ -13,7 +13,7 @@ import numpy as np
 BLOCK = 1024
 """Embeddings compared at a time."""
 ROUNDING = 1e-6
-"""Equal embeddings have a cosine similarity of 1 but for rounding in float32."""
+"""A similarity this far below the threshold counts: that of equal embeddings is 1 but for rounding in float32."""
 CLUSTER = 4096
 """Samples in a cluster, on average; up to twice as many are one cluster, in which every pair is compared."""
 POINTS_PER_CLUSTER, ROUNDS, SEED = 32, 10, 1234
@@ -59,7 +59,7 @@ def superfluous(vectors: np.ndarray, threshold: float, protected: np.ndarray | N
     Every pair is compared. `protected` ones, bool [n], stay; they should come first. Memory: beyond the vectors, once more those
     that stay.
     """
-    least = min(threshold, 1 - ROUNDING)
+    least = threshold - ROUNDING
     safe = np.zeros(len(vectors), bool) if protected is None else protected
     staying, count = np.empty_like(vectors), 0
     gone = np.zeros(len(vectors), bool)
