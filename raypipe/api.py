@@ -126,14 +126,17 @@ def load_scores(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def select(
-    uri: str, keep: float | Sequence[float] | None = None, strategy: str | None = None, *, force: bool = False
+    uri: str, keep: float | Sequence[float] | None = None, strategy: str | None = None, *, force: bool = False, **options: Any
 ) -> dict[str, int]:
     """Cut keep-lists of a finished run without scoring anything again. Returns the number of samples kept by file.
 
     keep      one fraction or several; default: those of the run's configuration
     strategy  default: that of the run's configuration
     force     make them even where the fidelity is below the run's `trust.min_spearman`; the lists' metadata says so
-    Raises ConfigError for a fraction outside 0..1, RunError for a run without complete scores, TrustError for too low a fidelity.
+    options   any other setting of the section `select` (seed, min_per_class, always_keep, never_keep, near_duplicates, weights,
+              easy_fraction, difficulty, hard_cutoff, strata, beta_exponent); default: those of the run's configuration
+    Raises ConfigError for a fraction outside 0..1 and for options that are unknown, wrong or do not go together, RunError for a run
+    without complete scores, TrustError for too low a fidelity.
     """
     from raypipe.stages.select import write_keep_lists
 
@@ -144,7 +147,8 @@ def select(
     if strategy is not None:
         config["select"]["strategy"] = strategy
     config["select"]["force"] |= force
-    settings = parse_config(config)
+    config["select"] |= options
+    settings = absolute_paths(parse_config(config))
     with Lease(found):
         return write_keep_lists(found, settings.select, trust=settings.trust)
 

@@ -121,13 +121,25 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @cli.command()
 @click.argument("uri", metavar="RUN")
 @click.option("--keep", type=float, multiple=True, help="Fraction to keep; may be repeated. Default: the run's own.")
-@click.option("--strategy", help="top or balanced. Default: the run's own.")
+@click.option("--strategy", help="top, balanced, normalized, moderate, mixed, random, ccs or beta. Default: the run's own.")
+@click.option("--seed", type=int, help="random, ccs, beta: another number draws other samples.")
+@click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
+@click.option("--difficulty", help="mixed, ccs: auto, score or loss.")
+@click.option("--hard-cutoff", type=float, help="ccs: share of the samples, the hardest, that is left out first.")
+@click.option("--strata", type=int, help="ccs: intervals of the score.")
+@click.option("--beta-exponent", type=float, help="beta: the higher, the later easy samples are preferred.")
+@click.option("--min-per-class", type=int, help="Samples each class keeps at least.")
+@click.option("--always-keep", metavar="URI", help="Ids in every list: text, one a line, or Parquet with sample_id.")
+@click.option("--never-keep", metavar="URI", help="Ids in no list.")
+@click.option("--near-duplicates", type=float, help="Of embeddings with this cosine similarity only the highest score is kept.")
+@click.option("--weights", help="none, inclusion (inverse probability of being drawn) or class (frequencies of the source).")
 @click.option("--force", is_flag=True, help="Even where the fidelity is below trust.min_spearman.")
-def select(uri: str, keep: tuple[float, ...], strategy: str | None, force: bool) -> None:
-    """Cut keep-lists from the scores of RUN; nothing is scored again."""
+def select(uri: str, keep: tuple[float, ...], strategy: str | None, force: bool, **options: Any) -> None:
+    """Cut keep-lists from the scores of RUN; nothing is scored again. Options not given are as in the run's configuration."""
     from raypipe.api import select as cut
 
-    for file, count in cut(uri, list(keep) or None, strategy, force=force).items():
+    given = {name: value for name, value in options.items() if value is not None}
+    for file, count in cut(uri, list(keep) or None, strategy, force=force, **given).items():
         click.echo(f"{file}  {count:,} samples")
 
 

@@ -34,7 +34,12 @@ def _message(data: dict) -> str:
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
         ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),
         ({"select": {"keep": []}}, ["select.keep"]),
-        ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top' or 'balanced'"]),
+        ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top', 'balanced'"]),
+        ({"select": {"strategy": "ccs", "hard_cutoff": 0.2}}, ["select", "keep (0.9)", "hard_cutoff (0.2)", "more than 1"]),
+        ({"select": {"weights": "inclusion"}}, ["select", "weights", "random, ccs, beta", "not top"]),
+        ({"select": {"weights": "inclusion", "strategy": "random", "min_per_class": 1}}, ["select", "min_per_class"]),
+        ({"select": {"near_duplicates": 1.5}}, ["select.near_duplicates", "1.5", "less than or equal to 1"]),
+        ({"select": {"easy_fraction": -0.5}}, ["select.easy_fraction", "-0.5", "greater than or equal to 0"]),
         ({"seed": {"audit": -1}}, ["seed.audit", "-1", "greater than or equal to 0"]),
         ({"extrapolate": {"holdout": 0.3, "folds": 4}}, ["extrapolate", "folds (4)", "holdout (0.3)"]),
         ({"trust": {"min_spearman": 1.2}}, ["trust.min_spearman", "1.2", "less than or equal to 1"]),
@@ -117,9 +122,11 @@ def test_a_missing_file() -> None:
 
 def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text("run: out\nsource: {uri: s3://bucket/data, root: sets}\n")
+    text = "run: out\nsource: {uri: s3://bucket/data, root: sets}\nselect: {never_keep: faces.txt}\n"
+    (tmp_path / "config.yaml").write_text(text)
     config = load_config("config.yaml")
     assert config.run == str(tmp_path / "out")
+    assert (config.select.never_keep, config.select.always_keep) == (str(tmp_path / "faces.txt"), None)
     assert config.source.uri == "s3://bucket/data"
     assert config.source.root == str(tmp_path / "sets")
     assert load_config("config.yaml", ["source.root=null"]).source.root is None

@@ -24,6 +24,12 @@ GRIDS = {
     "suspects": ("Likely label errors", "Low scores where the proxy contradicts the label most: label, then → what it sees."),
 }  # fmt: skip
 """Title and explanation of each image grid, in the order of the page."""
+BY_SCORE = {"top", "balanced", "normalized", None}
+"""Strategies by which the two ends of the scores are kept and dropped, as these explanations say."""
+OTHER_ABOUT = {
+    "highest": "Which of these a keep-list holds is for its strategy to say.",
+    "lowest": "Atypical, hard or wrongly labelled samples gather here. Which of these a keep-list drops is for its strategy to say.",
+}
 
 
 def build(run: Run) -> str:
@@ -55,13 +61,15 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     baselines = _baselines(summary["fidelity"])
     shown = {item["label"] for item in summary["shown_classes"]}
     by_label = {item["label"]: item for item in summary["classes"]}
+    by_score = {item["strategy"] for item in summary["keep"]} <= BY_SCORE
     return environment.get_template("page.html").render(
         s=summary,
         style=Markup((folder / "page.css").read_text("utf-8")),
         name=storage.name(summary["run"]),
         headline=min(summary["keep"], key=lambda item: abs(item["fraction"] - 0.5), default=None),
         plots={name: Markup(svg) for name, svg in _plots(findings, baselines).items()},
-        grids=[_grid(name, findings.grids.get(name, []), summary["grids"].get(name, []), thumbnails) for name in GRIDS],
+        strategies=words.strategies(summary["keep"]),
+        grids=[_grid(name, by_score, findings.grids.get(name, []), summary["grids"].get(name, []), thumbnails) for name in GRIDS],
         image_note=thumbnails.note,
         baselines=baselines,
         balance=[by_label[item["label"]] for item in summary["shown_classes"]],
@@ -99,8 +107,11 @@ def _plots(findings: Findings, baselines: list[tuple[str, dict[str, Any]]]) -> d
     return result
 
 
-def _grid(name: str, picks: Sequence[Pick], described: Sequence[dict[str, Any]], thumbnails: Thumbnails) -> dict[str, Any]:
+def _grid(
+    name: str, by_score: bool, picks: Sequence[Pick], described: Sequence[dict[str, Any]], thumbnails: Thumbnails
+) -> dict[str, Any]:
     title, about = GRIDS[name]
+    about = about if by_score else OTHER_ABOUT.get(name, about)
     tiles = []
     for pick, words_of in zip(picks, described, strict=True):
         image = thumbnails.images.get(pick.sample_id)

@@ -16,6 +16,18 @@ VERDICTS = (
 )
 """Least Spearman correlation, its name, and how far to trust the scores."""
 
+STRATEGIES = {
+    "top": "the highest scores",
+    "balanced": "the highest scores of each class, the same share of every class",
+    "normalized": "the highest scores within the class, measured in its standard deviations",
+    "moderate": "the scores around the median",
+    "mixed": "the hardest and the easiest samples",
+    "random": "drawn at random, whatever the score",
+    "ccs": "drawn evenly over the range of the scores, without the hardest samples",
+    "beta": "drawn by score and ease, the easier the more is pruned",
+}
+"""What a keep-list of each strategy holds."""
+
 
 def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
@@ -66,6 +78,12 @@ def setting(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def strategies(keep: list[dict[str, Any]]) -> list[str]:
+    """What the keep-lists hold, in a line for each strategy."""
+    names = sorted({item["strategy"] for item in keep if item["strategy"] in STRATEGIES})
+    return [f"{name}: {STRATEGIES[name]}" for name in names]
 
 
 def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:

@@ -1,11 +1,16 @@
-"""Keep-lists from the scores of a run: a few passes over `scores/`, no rescoring, memory that does not grow with the source."""
+"""Keep-lists from the scores of a run: a few passes over `scores/`, no rescoring, memory that does not grow with the source.
+
+(Near duplicates are the exception: see `raypipe.stages.duplicates`.)
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import IO, Any
 
@@ -15,17 +20,26 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, TrustSettings
-from raypipe.errors import RunError, StageError, TrustError
-from raypipe.rundir import Run, StageRecord, content_hash
-from raypipe.selection import STRATEGIES, Chunk, Cut, select
+from raypipe.errors import ConfigError, RunError, StageError, TrustError
+from raypipe.rundir import Run, StageRecord, content_hash, tables_of
+from raypipe.selection import STRATEGIES, Chunk, Cut, Options, needs_classes, needs_loss, select
+from raypipe.selection.hashing import text_array
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.duplicates import mark_near_duplicates
+from raypipe.stages.keeping import Scores, mark_listed, notes
 
-READ_AHEAD = 8
-"""Score shards read at a time, for the delay of an object store."""
+log = logging.getLogger("raypipe")
+
 GROUP_ROWS = 1 << 16
 """Rows of a keep-list that are held before they are written."""
 
 SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("score", pa.float32())])
+WEIGHT = pa.field("weight", pa.float32())
+"""One more column, where `select.weights` asks for it."""
+DIFFICULTIES = {"aum", "el2n", "entropy", "forgetting", "grand", "loss"}
+"""Scores that are high for hard samples: `select.difficulty: auto` goes by them, and by the proxy's loss with any other."""
+OF_STRATEGY = {"mixed": ["easy_fraction"], "ccs": ["hard_cutoff", "strata"], "beta": ["beta_exponent"]}
+"""Settings that only one strategy looks at."""
 
 
 class SelectStage(Stage):
@@ -37,13 +51,20 @@ class SelectStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run, wanted = context.run, {keep_file(fraction) for fraction in context.config.select.keep}
+        try:
+            given = _given(context.config.select)
+        except FileNotFoundError:
+            return False
         # shards are named after their content, so that new files in the source show here
-        return wanted <= storage.names(run.path("keep")) and record.detail.get("shards") == content_hash(run.done("scores"))
+        same = record.detail.get("shards") == content_hash(run.done("scores")) and record.detail.get("given", {}) == given
+        return same and wanted <= storage.names(run.path("keep"))
 
     def execute(self, context: Context, record: StageRecord) -> None:
         started = time.process_time()
         config = context.config
         record.detail = make_keep_lists(context.run, config.select, config.select.keep, config.trust)
+        for line in notes(record.detail["marked"]):
+            context.progress.say(f"note: {line}")
         record.samples = record.detail["samples"]
         record.cpu_seconds += time.process_time() - started
 
@@ -53,14 +74,18 @@ def write_keep_lists(
 ) -> dict[str, int]:
     """Write `RUN/keep/keep-<fraction>.parquet` for every fraction of `keep` (default: the settings'). Seconds, no rescoring.
 
-    Columns sample_id, label, score in the order of the score shards; the file's schema metadata says by which strategy
-    it was made, from how many samples, the hash of the scores it was made from, and the fidelity of these. Lists made from
+    Columns sample_id, label, score, and weight where it is asked for, in the order of the score shards; the file's schema metadata
+    says by which strategy and options it was made, from how many samples, the hash of the scores it was made from, and the fidelity
+    of these. Lists made from
     other scores than those of now are removed; lists of other fractions stay. Returns the samples kept by file name.
     Raises RunError when the scores are not complete, TrustError when they are too unfaithful (see `check_trust`), ConfigError
-    for a bad fraction, StageError for scores without order.
+    for a bad fraction and for options that do not go together or with these scores, StageError for scores without order.
     """
     run.record("extrapolate")
-    return make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)["lists"]
+    detail = make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)
+    for line in notes(detail["marked"]):
+        log.warning("note: %s", line)
+    return detail["lists"]
 
 
 def make_keep_lists(
@@ -68,22 +93,32 @@ def make_keep_lists(
 ) -> dict[str, Any]:
     """As `write_keep_lists`, from the scores that are there.
 
-    Returns samples, strategy, hash of the scores, hash of their shards' names, and lists (samples kept by file name).
+    Returns samples, strategy, hash of the scores, hash of their shards' names, lists (samples kept by file name), marked (what became
+    of `always_keep`, `never_keep` and near duplicates) and given (stamps of the files of ids).
     """
-    scores = _Scores(run)
+    options = options_of(run, settings)
+    scores = Scores(run, needs_loss(settings.strategy, options))
     try:
-        fidelity = check_trust(run.ledger()["extrapolate"], trust or TrustSettings(), settings.force)
+        needed = trust or TrustSettings() if STRATEGIES[settings.strategy].scores else TrustSettings(min_spearman=-1)
+        fidelity = check_trust(run.ledger()["extrapolate"], needed, settings.force)
     except TrustError:
         if storage.names(run.path("keep")):  # forced once, from the scores of now or of then
             for _ in scores.chunks(False):
                 pass
             _remove_stale(run, scores.digest, set())
         raise
-    classes = len(run.classes().names) if STRATEGIES[settings.strategy].by_class else 0
-    cuts = select(scores.chunks, sorted(set(keep)), settings.strategy, classes)
+    marked = mark_listed(scores, settings.always_keep, settings.never_keep)
+    if settings.near_duplicates is not None:
+        if tables_of(run.ledger()):
+            raise ConfigError("select.near_duplicates: scores extrapolated from tables have no embeddings/ to look into")
+        marked |= mark_near_duplicates(run, scores, settings.near_duplicates)
+    classes = len(run.classes().names) if needs_classes(settings.strategy, options) else 0
+    cuts = select(scores.chunks, sorted(set(keep)), settings.strategy, classes, options, marked=bool(scores.marks))
     if not scores.samples:
         raise RunError(f"{run.uri}: scores/ holds no sample, so there is nothing to keep; see rejects/ for what went wrong")
     about = {"strategy": settings.strategy, "samples": str(scores.samples), "scores": scores.digest, **fidelity}
+    if stated := _stated(settings, options, marked):
+        about["options"] = json.dumps(stated, sort_keys=True)
     with contextlib.ExitStack() as files:
         lists = [files.enter_context(_KeepList(run, cut, about)) for cut in cuts]
         for chunk in scores.chunks(True):
@@ -91,7 +126,46 @@ def make_keep_lists(
                 item.add(chunk)
     _remove_stale(run, scores.digest, {item.file for item in lists})
     counts = {item.file: item.cut.count for item in lists}
-    return {**about, "samples": scores.samples, "shards": content_hash(run.done("scores")), "lists": counts}
+    shards = content_hash(run.done("scores"))
+    return {**about, "samples": scores.samples, "shards": shards, "lists": counts, "marked": marked, "given": _given(settings)}
+
+
+def options_of(run: Run, settings: SelectSettings) -> Options:
+    """What the strategies go by. Raises ConfigError where the strategy needs the proxy's loss and the scores came from tables."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Options)}
+    difficulty, own = settings.difficulty, tables_of(run.ledger())
+    if difficulty == "auto":
+        score = run.ledger()["extrapolate"].detail.get("score")
+        difficulty = "score" if score in DIFFICULTIES and not own else "loss"
+    options = Options(**{**fields, "difficulty": difficulty})
+    if own and needs_loss(settings.strategy, options):
+        other = "; if a high score means a hard sample, say select.difficulty: score" if settings.strategy != "beta" else ""
+        raise ConfigError(
+            f"select.strategy {settings.strategy} needs the proxy's loss, which scores from tables do not have{other}"
+        )
+    return options
+
+
+def _stated(settings: SelectSettings, options: Options, marked: dict[str, Any]) -> dict[str, Any]:
+    """What a keep-list says of how it was made, beyond its strategy: options of the strategy and those that are not the default."""
+    strategy = STRATEGIES[settings.strategy]
+    names = ["seed"] * strategy.draws + ["difficulty"] * strategy.difficulty + OF_STRATEGY.get(settings.strategy, [])
+    stated = {name: getattr(options, name) for name in names}
+    if options.min_per_class:
+        stated["min_per_class"] = options.min_per_class
+    if options.weights != "none":
+        stated["weights"] = options.weights
+    if settings.near_duplicates is not None:
+        stated |= {"near_duplicates": settings.near_duplicates, "near_duplicates_left_out": marked["near_duplicates"]}
+    lists = ("always_keep", "never_keep", "always_keep_unknown", "never_keep_unknown")
+    return stated | {name: marked[name] for name in lists if name in marked}
+
+
+def _given(settings: SelectSettings) -> dict[str, str]:
+    """Size and stamp of the lists of ids, so that a list that changed is noticed."""
+    files = {name: getattr(settings, name) for name in ("always_keep", "never_keep")}
+    infos = {name: storage.info(uri) for name, uri in files.items() if uri is not None}
+    return {name: f"{info.size} {info.stamp}" for name, info in infos.items()}
 
 
 def _remove_stale(run: Run, digest: str, new: set[str]) -> None:
@@ -147,7 +221,7 @@ def keep_file(fraction: float) -> str:
 
 
 def keep_metadata(uri: str) -> dict[str, str]:
-    """How a keep-list was made: strategy, fraction, count, samples, scores, spearman, spearman_low, forced.
+    """How a keep-list was made: strategy, fraction, count, samples, scores, spearman, spearman_low, forced; options (JSON), if any.
 
     Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that.
     """
@@ -157,28 +231,6 @@ def keep_metadata(uri: str) -> dict[str, str]:
     return {key.removeprefix(start).decode(): value.decode() for key, value in found.items() if key.startswith(start)}
 
 
-class _Scores:
-    """The score shards of a run as a stream that can be started anew; the first pass also counts and hashes it."""
-
-    def __init__(self, run: Run) -> None:
-        self._uri = run.path("scores")
-        self.samples = 0
-        self.digest = ""
-
-    def chunks(self, with_ids: bool) -> Iterator[Chunk]:
-        columns = ["score", "label"] + ["sample_id"] * with_ids
-        digest, samples = hashlib.blake2b(digest_size=8), 0
-        for name, table in storage.iter_tables(self._uri, columns, threads=READ_AHEAD):
-            score = table["score"].to_numpy()
-            label = table["label"].fill_null(-1).to_numpy()
-            samples += len(score)
-            digest.update(name.encode() + score.astype("<f4").tobytes() + label.astype("<i4").tobytes())
-            yield Chunk(score, label, table["sample_id"].to_pylist() if with_ids else ())
-        if self.digest and self.digest != digest.hexdigest():
-            raise StageError(f"{self._uri}: changed while the keep-lists were being made; run it again")
-        self.digest, self.samples = digest.hexdigest(), samples
-
-
 class _KeepList:
     """One keep-list being written; the file appears only when it is whole."""
 
@@ -186,7 +238,8 @@ class _KeepList:
         self.cut, self.file = cut, keep_file(cut.fraction)
         self._uri = run.path("keep", self.file)
         about = {"fraction": repr(cut.fraction), "count": str(cut.count), **metadata}
-        self._schema = SCHEMA.with_metadata({f"raypipe.{key}": value for key, value in sorted(about.items())})
+        schema = SCHEMA if cut.weights is None else SCHEMA.append(WEIGHT)
+        self._schema = schema.with_metadata({f"raypipe.{key}": value for key, value in sorted(about.items())})
         self._held: list[pa.Table] = []
         self._rows = self._written = 0
 
@@ -199,8 +252,11 @@ class _KeepList:
     def add(self, chunk: Chunk) -> None:
         kept = np.flatnonzero(self.cut.mask(chunk))
         label = pa.array(chunk.label[kept], pa.int32(), mask=chunk.label[kept] < 0)
-        ids = pa.array([chunk.sample_id[position] for position in kept.tolist()], pa.string())
-        self._held.append(pa.table([ids, label, chunk.score[kept]], schema=self._schema))
+        columns = [text_array(chunk.sample_id).take(pa.array(kept)), label, pa.array(chunk.score[kept])]
+        weight = self.cut.weight(chunk, kept)
+        if weight is not None:
+            columns.append(pa.array(weight))
+        self._held.append(pa.table(columns, schema=self._schema))
         self._rows += len(kept)
         if self._rows >= GROUP_ROWS:
             self._flush()

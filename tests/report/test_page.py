@@ -19,6 +19,7 @@ from raypipe.extrapolate.fidelity import Predictions, compare
 from raypipe.progress import Progress
 from raypipe.report import build, plots, thumbnails, words
 from raypipe.rundir import Run, StageRecord
+from raypipe.selection import STRATEGIES
 from raypipe.stages.base import Context
 from raypipe.stages.report import ReportStage
 from raypipe.stages.select import write_keep_lists
@@ -50,6 +51,20 @@ def built(run: Run) -> tuple[str, Elements]:
     assert uri == run.path("report", "index.html")
     page = Path(uri).read_text("utf-8")
     return page, Elements(page)
+
+
+def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
+    run = make_run(select={"keep": [0.5]})
+    text = built(run)[1].text
+    assert "Kept by top: the highest scores." in text and "What every keep-list holds." in text
+    write_keep_lists(run, parse_config({"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "random"}}).select, [0.5])
+    text = built(run)[1].text
+    assert "Kept by random: drawn at random, whatever the score." in text and "100 samples, random" in text
+    assert "What every keep-list" not in text and text.count("is for its strategy to say") == 2
+
+
+def test_every_strategy_has_words() -> None:
+    assert set(words.STRATEGIES) == set(STRATEGIES)
 
 
 def test_the_page_shows_the_run(make_run: MakeRun) -> None:

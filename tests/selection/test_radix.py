@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe import selection
 from raypipe.errors import ConfigError, StageError
-from raypipe.selection import STRATEGIES, Chunk, Cut, id_hash, in_proportion, order_key, select
+from raypipe.selection import STRATEGIES, Chunk, Cut, id_hash, in_proportion, order_key, radix, select
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 1.0)
 # few distinct values, so that ties are the rule; and any float32 at all
@@ -59,7 +58,7 @@ def test_balanced_is_what_a_full_sort_of_each_class_gives(samples: list[tuple[fl
     ids = [f"s{i}" for i in range(len(samples))]
     chunks = stream(scores, labels, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "CELLS", cells)  # few counters mean more passes over fewer bits
+        patch.setattr(radix, "CELLS", cells)  # few counters mean more passes over fewer bits
         cuts = select(chunks, FRACTIONS, "balanced", classes=4)
     for fraction, cut in zip(FRACTIONS, cuts, strict=True):
         expected: set[str] = set()
