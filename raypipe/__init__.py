@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe._version import __version__
 
-__all__ = ["Config", "Run", "__version__", "extrapolate", "load_scores", "run", "select"]
+__all__ = ["Config", "Run", "__version__", "extrapolate", "inspect", "load_scores", "run", "select"]
 
 if TYPE_CHECKING:
-    from raypipe.api import extrapolate, load_scores, run, select
+    from raypipe.api import extrapolate, inspect, load_scores, run, select
     from raypipe.config import Config
     from raypipe.rundir import Run
 
 _HOMES = {
     "Config": "raypipe.config",
     "Run": "raypipe.rundir",
+    "inspect": "raypipe.api",
     "load_scores": "raypipe.api",
     "run": "raypipe.api",
     "select": "raypipe.api",

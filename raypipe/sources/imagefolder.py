@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -25,6 +25,8 @@ class ImageFolderSource(Source):
     """Files of one image each."""
 
     format = "imagefolder"
+    scan_reads = "nothing"
+    reads_singly = True
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
@@ -48,6 +50,9 @@ class ImageFolderSource(Source):
     def scan(self, file: SourceFile) -> FileScan:
         labels = {label for label in map(_label, file.members) if label is not None}
         return FileScan(self.cut(file, len(file.members)), None, frozenset(labels))
+
+    def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
+        return Counter(map(_label, file.members))
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
         members = fragment.members[fragment.start : fragment.stop]

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, Source, SourceFile, Wanted
 from raypipe.sources.common import IMAGE_EXTENSIONS, Location, stored_label, text
-from raypipe.sources.tarfiles import Group, groups
+from raypipe.sources.tarfiles import BLOCK, Group, groups
+from raypipe.storage import Reader
 
 READ_BYTES = 4 << 20
 """Bytes of one request: enough to hide latency, little to throw away at a fragment's end."""
 LARGEST_LABEL, LARGEST_IMAGE = 1 << 20, 1 << 30
 """Bytes; a larger member is a reject."""
+PREVIEW_BYTES, MOST_PREVIEW_BYTES = 1 << 20, 16 << 20
+"""Bytes read at one place of a preview, about, and at most, where images are large or there is no header to be found."""
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -31,6 +36,7 @@ class WebDatasetSource(Source):
     """Samples of tar files. Sample ids are "<relative path of the tar>#<key>"."""
 
     format = "webdataset"
+    scan_reads = "all"
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
@@ -99,6 +105,76 @@ class WebDatasetSource(Source):
                 yield RawSample(sample_id, None, None, "the tar has fewer samples than when it was indexed")
             index += 1
 
+    def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
+        """Samples from random bytes on: the reader finds the next header by itself. How many there are is told from their size.
+
+        A compressed tar can only be read from its start, so there the first samples are taken.
+        """
+        if file.size == 0:
+            return Preview(error="empty: 0 bytes")
+        try:
+            opened = storage.open_read(self._location.uri(file.path), PREVIEW_BYTES)
+        except FileNotFoundError:
+            return Preview(error="no such file: deleted since it was listed, or its name is not UTF-8")
+        with opened as stored:
+            if whole:
+                return self._preview_whole(stored, file, places * each, draw)
+            if _compressed(file.path):
+                starts, each = [0], places * each
+            else:
+                starts = sorted({int(draw.random() * 0.95 * file.size) // BLOCK * BLOCK for _ in range(places)})
+            drawn: list[RawSample] = []
+            labels: Counter[int | str | None] = Counter()
+            taken = looked = 0
+            counted, read = set[int](), set[int]()  # places can overlap
+            for start in starts:
+                kept, loaded, span = self._place(stored, file.path, start, each)
+                taken, looked = taken + len(kept), looked + span
+                labels.update(label for group in kept if group.offset not in counted for label in self._labels(group))
+                counted |= {group.offset for group in kept}
+                fresh = [group for group in kept[:loaded] if group.offset not in read]
+                drawn += [self._sample(f"{file.path}#{text(group.key)}", group, False) for group in fresh]
+                read |= {group.offset for group in fresh}
+        if not taken:
+            return Preview(error="no sample at the places looked at")
+        return Preview(tuple(drawn), file.size * taken / max(1, looked), False, labels)
+
+    def _preview_whole(self, stored: Reader, file: SourceFile, count: int, draw: random.Random) -> Preview:
+        everything = list(groups(stored, 0, _compressed(file.path), _wants_label))
+        if everything and not any(group.names for group in everything):
+            return Preview(error=f"not a tar file: {everything[-1].reason}")
+        labels = Counter(label for group in everything for label in self._labels(group))
+        chosen = {everything[index].key for index in draw.sample(range(len(everything)), min(count, len(everything)))}
+        fragment = Fragment(self.fragment_id(file, 0, len(everything)), file.path, 0, len(everything))
+        drawn = self.read(fragment, {f"{file.path}#{text(key)}" for key in chosen}.__contains__)
+        return Preview(tuple(drawn), len(everything), True, labels)
+
+    def _place(self, stored: Reader, path: str, start: int, each: int) -> tuple[list[Group], int, int]:
+        """The whole groups from a byte on, of how many of them the images were read, and the bytes of the file they take."""
+        kept: list[Group] = []
+        compressed, cut = _compressed(path), start > 0  # where reading begins inside a group, that is no damage
+
+        def load(key: str, extension: str, size: int) -> bool:
+            nonlocal each
+            if kept and stored.tell() - start > MOST_PREVIEW_BYTES // 4:
+                each = min(each, len(kept))
+            image = extension in _IMAGES and size <= LARGEST_IMAGE
+            return _wants_label(key, extension, size) or (image and not cut and len(kept) < each)
+
+        ends_early = stored.end_at(1 << 62 if compressed else start + MOST_PREVIEW_BYTES)
+        # when a group comes, nothing of the one after it has been loaded
+        for group in groups(stored, start, compressed, load):
+            if cut:
+                cut = not group.names
+                continue
+            kept.append(group)
+            if len(kept) > each and group.offset - kept[0].offset >= PREVIEW_BYTES:
+                return kept[:-1], each, stored.tell() if compressed else group.offset - kept[0].offset
+        if ends_early and kept:
+            end = kept.pop().offset
+            return kept, each, end - kept[0].offset if kept else 0
+        return kept, each, stored.tell() - (kept[0].offset if kept and not compressed else 0)
+
     def _sample(self, sample_id: str, group: Group, duplicate: bool) -> RawSample:
         label, wrong = self._label(group)
         extension = next((extension for extension in group.names if extension in _IMAGES), None)
@@ -110,6 +186,11 @@ class WebDatasetSource(Source):
             reason = f"the image has more than {LARGEST_IMAGE} bytes"
         reason = text(reason or wrong)
         return RawSample(sample_id, None if reason else image, label, reason)
+
+    def _labels(self, group: Group) -> list[int | str | None]:
+        """The label of a group, None where it has none; nothing where it cannot be read."""
+        label, wrong = self._label(group)
+        return [] if wrong else [label]
 
     def _label(self, group: Group) -> tuple[int | str | None, str]:
         """The label of a group, or why it cannot be read."""
