@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -28,8 +26,6 @@ READ_BYTES = 8 << 20
 """Bytes of one request for a column; no more of a column is held than its largest page."""
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 256
 """Bounds of the rows decoded at a time."""
-PREVIEW_BYTES, PREVIEW_GROUPS = 1 << 20, 8
-"""Of a preview: bytes of one request, and of images from one place, about; row groups of a file whose labels are counted."""
 
 
 class ParquetSource(Source):
@@ -88,34 +84,9 @@ class ParquetSource(Source):
                     yield RawSample(sample_id, None, None, reason)
 
     def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
-        """The beginnings of random row groups; labels are counted in more of them, or in all."""
-        found = super().preview(file, places, each, draw, True) if whole else None
-        if file.size == 0 or (found is not None and found.error):
-            return found or Preview(error="empty: 0 bytes")
-        try:
-            opened = storage.open_read(self._location.uri(file.path), PREVIEW_BYTES)
-        except FileNotFoundError:
-            return Preview(error="no such file: deleted since it was listed, or its name is not UTF-8")
-        with opened as stored:
-            try:
-                parquet = _open(stored, PREVIEW_BYTES)
-                groups, problem = _row_groups(parquet, file.size), self._problem(parquet.schema_arrow)
-            except Exception as error:
-                return Preview(error=f"not a readable Parquet file: {damage(stored, error)}")
-            if problem:
-                return Preview(error=problem)
-            names, filled = _class_names(parquet.schema_arrow, self.settings.label_column), [g for g, n in enumerate(groups) if n]
-            counted = filled if whole else draw.sample(filled, min(len(filled), PREVIEW_GROUPS))
-            labels = self._label_counts(stored, parquet, counted)
-            if found is not None:
-                return replace(found, labels=labels)
-            drawn: list[RawSample] = []
-            starts = list(accumulate(groups, initial=0))
-            for group in draw.sample(filled, min(len(filled), places)):
-                row_bytes = parquet.metadata.row_group(group).total_byte_size / groups[group]
-                count = int(max(1, min(each, groups[group], PREVIEW_BYTES / max(1.0, row_bytes))))
-                drawn += self._group(stored, parquet, file.path, group, starts[group], 0, count, None)
-        return Preview(tuple(drawn), sum(groups), True, labels, names)
+        from raypipe.sources.parquet_preview import preview
+
+        return preview(self, file, places, each, draw, super().preview(file, places, each, draw, True) if whole else None)
 
     def _group(
         self,
@@ -182,31 +153,22 @@ class ParquetSource(Source):
         return ""
 
     def _labels(self, stored: Reader, parquet: pq.ParquetFile) -> frozenset[int | str]:
-        """The distinct labels."""
-        counts = self._label_counts(stored, parquet, range(parquet.metadata.num_row_groups))
-        return frozenset(label for label in counts if label is not None)
-
-    def _label_counts(self, stored: Reader, parquet: pq.ParquetFile, groups: Sequence[int]) -> Counter[int | str | None]:
-        """How often each label occurs in some row groups. Those whose labels are damaged are left out; their samples become rejects."""
-        column, result = self.settings.label_column, Counter[int | str | None]()
-        negative_is_missing = _class_names(parquet.schema_arrow, column) is not None
-        for group in groups:
-            found = Counter[int | str | None]()
+        """The distinct labels. Row groups whose labels are damaged are left out; their samples become rejects."""
+        result: set[int | str] = set()
+        for group in range(parquet.metadata.num_row_groups):
             try:
-                for batch in parquet.iter_batches(65_536, [group], [column], use_threads=False):
-                    for item in _plain(batch.column(column)).value_counts().to_pylist():
-                        label, wrong = stored_label(item["values"])
-                        if not wrong:
-                            missing = negative_is_missing and isinstance(label, int) and label < 0
-                            found[None if missing else label] += item["counts"]
+                for batch in parquet.iter_batches(65_536, [group], [self.settings.label_column], use_threads=False):
+                    distinct = (
+                        stored_label(value)[0] for value in _plain(batch.column(self.settings.label_column)).unique().to_pylist()
+                    )
+                    result.update(label for label in distinct if label is not None)
             except Exception as error:
                 damage(stored, error)
-            result += found
-        return result
+        return frozenset(result)
 
 
-def _open(stored: Reader, request: int = READ_BYTES) -> pq.ParquetFile:
-    return pq.ParquetFile(stored, buffer_size=request, pre_buffer=False, page_checksum_verification=True)
+def _open(stored: Reader) -> pq.ParquetFile:
+    return pq.ParquetFile(stored, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
 def _row_groups(parquet: pq.ParquetFile, size: int | None) -> list[int]:

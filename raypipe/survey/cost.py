@@ -217,7 +217,9 @@ def estimate(
     scaled: dict[str, tuple[float, float]] = {}
     if like is not None:
         scaled = _scaled(work, stated, machine, like)
-        rest = [stage for stage in ("index", "seed", "proxy", "measure", "embed", "extrapolate") if stage not in scaled]
+        rest = [
+            stage for stage, effort in stated.items() if stage not in (*scaled, "select", "report") and effort.cpu + effort.gpu
+        ]
         basis.append(
             f"scaled from the ledger of {like}; its images are taken to be like these"
             + (f"; constants for {', '.join(rest)}" if rest else "")

@@ -40,11 +40,12 @@ def test_the_estimate_is_within_a_factor_of_four_of_a_run(finished: str) -> None
     assert cost is not None
     took = sum(record.cpu_seconds for record in ledger.values())
     assert took / 4 < 3600 * cost.cpu_hours < 4 * took
-    wall = sum(record.wall_seconds for record in ledger.values())
-    assert cost.low / 4 < wall < 4 * cost.high
+    # seconds of the clock are those of an idle machine: other work makes a run longer, nothing makes it shorter
+    assert took / 2 < cost.high and cost.low / 4 < sum(record.wall_seconds for record in ledger.values())
     assert abs(cost.seed_samples - ledger["seed"].samples) < 0.2 * ledger["seed"].samples
     written = {folder: sum(file.size for file in storage.listing(Run(finished).path(folder))) for folder in cost.bytes_written}
-    for folder in ("seed", "proxy", "measured", "embeddings", "scores"):
+    assert written["seed"] < 5 * cost.bytes_written["seed"]  # digits compress well
+    for folder in ("proxy", "measured", "embeddings", "scores"):
         assert written[folder] / 3 < cost.bytes_written[folder] < 3 * written[folder], folder
 
 
@@ -63,6 +64,15 @@ def test_a_run_of_the_past_is_scaled_stage_by_stage(finished: str, digits: Surve
     assert any("constants for proxy, measure, embed" in sentence for sentence in on_gpu.basis)
     with pytest.raises(RunError, match="no run here"):
         estimate(digits, config, LAPTOP, like=f"{finished}/nowhere")
+
+
+@pytest.mark.ray
+def test_a_cluster_is_asked_only_for_an_address(cluster: str) -> None:
+    import ray
+
+    cost = raypipe.inspect("digits://", address=cluster).cost
+    assert cost is not None and cost.machine.startswith(f"the cluster at {cluster}: {ray.cluster_resources()['CPU']:g} CPU")
+    assert ray.is_initialized()  # that of the tests goes on
 
 
 def test_cost_follows_what_the_settings_ask_for(digits: Survey) -> None:

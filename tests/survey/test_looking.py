@@ -186,9 +186,22 @@ def test_few_labels_of_many_classes_are_not_judged(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("whole_bytes", [0, 1 << 30])
-def test_samples_looked_at_are_those_a_run_reads(sorted_tars: Path, whole_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["tars", "tables"])
+def test_samples_looked_at_are_those_a_run_reads(
+    request: pytest.FixtureRequest, kind: str, whole_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(looking, "WHOLE_BYTES", whole_bytes)
-    settings = SourceSettings(uri=str(sorted_tars), include="000[0-3].tar")
+    if kind == "tables":
+        for part in range(4):
+            images = [None if row % 7 == 0 else picture(100 * part + row) for row in range(50)]
+            labels = [float("nan") if row % 5 == 0 else row % 3 for row in range(50)]
+            ids = [f"{part}-{row}" for row in range(50)]
+            pq.write_table(
+                pa.table({"image": images, "label": labels, "id": ids}), tmp_path / f"{part}.parquet", row_group_size=9
+            )
+        settings = SourceSettings(uri=str(tmp_path), id_column="id")
+    else:
+        settings = SourceSettings(uri=str(request.getfixturevalue("sorted_tars")), include="000[0-3].tar")
     source = open_source(settings)
     drawn = {item.sample.sample_id: item.sample for item in look(settings, samples=30).drawn}
     assert 20 <= len(drawn) <= 30
