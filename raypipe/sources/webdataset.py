@@ -119,25 +119,32 @@ class WebDatasetSource(Source):
         with opened as stored:
             if whole:
                 return self._preview_whole(stored, file, places * each, draw)
+            window = PREVIEW_BYTES
             if _compressed(file.path):
-                starts, each = [0], places * each
+                starts, window = [0], places * PREVIEW_BYTES
             else:
-                starts = sorted({int(draw.random() * 0.95 * file.size) // BLOCK * BLOCK for _ in range(places)})
-            drawn: list[RawSample] = []
-            labels: Counter[int | str | None] = Counter()
+                room = max(0, file.size - window)
+                starts = sorted({int(draw.random() * room) // BLOCK * BLOCK for _ in range(places)})
+            most = -(-places * each // len(starts))
+            drawn: dict[int, RawSample] = {}  # by the byte of their header: places can overlap
+            labels: dict[int, list[int | str | None]] = {}
             taken = looked = 0
-            counted, read = set[int](), set[int]()  # places can overlap
+            problem = "no sample found"
             for start in starts:
-                kept, loaded, span = self._place(stored, file.path, start, each)
+                kept, loaded, span = self._place(stored, file.path, start, window)
+                if not kept and start:  # nothing whole between here and the end
+                    kept, loaded, span = self._place(stored, file.path, 0, window)
+                if not any(group.names for group in kept):
+                    problem = kept[-1].reason if kept else problem
+                    continue
                 taken, looked = taken + len(kept), looked + span
-                labels.update(label for group in kept if group.offset not in counted for label in self._labels(group))
-                counted |= {group.offset for group in kept}
-                fresh = [group for group in kept[:loaded] if group.offset not in read]
-                drawn += [self._sample(f"{file.path}#{text(group.key)}", group, False) for group in fresh]
-                read |= {group.offset for group in fresh}
+                labels |= {group.offset: self._labels(group) for group in kept}
+                for group in draw.sample(kept[:loaded], min(most, loaded)):
+                    drawn[group.offset] = self._sample(f"{file.path}#{text(group.key)}", group, False)
         if not taken:
-            return Preview(error="no sample at the places looked at")
-        return Preview(tuple(drawn), file.size * taken / max(1, looked), False, labels)
+            return Preview(error=f"not a tar file: {problem}")
+        found = Counter(label for part in labels.values() for label in part)
+        return Preview(tuple(drawn.values()), file.size * taken / max(1, looked), False, found)
 
     def _preview_whole(self, stored: Reader, file: SourceFile, count: int, draw: random.Random) -> Preview:
         everything = list(groups(stored, 0, _compressed(file.path), _wants_label))
@@ -149,31 +156,38 @@ class WebDatasetSource(Source):
         drawn = self.read(fragment, {f"{file.path}#{text(key)}" for key in chosen}.__contains__)
         return Preview(tuple(drawn), len(everything), True, labels)
 
-    def _place(self, stored: Reader, path: str, start: int, each: int) -> tuple[list[Group], int, int]:
-        """The whole groups from a byte on, of how many of them the images were read, and the bytes of the file they take."""
+    def _place(self, stored: Reader, path: str, start: int, window: int) -> tuple[list[Group], int, int]:
+        """The whole groups from a byte on, of how many of them the images were read, and the bytes of the file they take.
+
+        window  bytes after which it is enough, where there is one group
+        """
         kept: list[Group] = []
         compressed, cut = _compressed(path), start > 0  # where reading begins inside a group, that is no damage
+        current, wanted, loaded = "", False, 0
 
         def load(key: str, extension: str, size: int) -> bool:
-            nonlocal each
-            if kept and stored.tell() - start > MOST_PREVIEW_BYTES // 4:
-                each = min(each, len(kept))
-            image = extension in _IMAGES and size <= LARGEST_IMAGE
-            return _wants_label(key, extension, size) or (image and not cut and len(kept) < each)
+            nonlocal current, wanted, loaded
+            if key != current:
+                current, wanted = key, not cut and (not kept or stored.tell() < start + window)
+                loaded += wanted
+            return _wants_label(key, extension, size) or (wanted and extension in _IMAGES and size <= LARGEST_IMAGE)
 
         ends_early = stored.end_at(1 << 62 if compressed else start + MOST_PREVIEW_BYTES)
         # when a group comes, nothing of the one after it has been loaded
         for group in groups(stored, start, compressed, load):
             if cut:
-                cut = not group.names
+                cut, current = not group.names, ""
                 continue
             kept.append(group)
-            if len(kept) > each and group.offset - kept[0].offset >= PREVIEW_BYTES:
-                return kept[:-1], each, stored.tell() if compressed else group.offset - kept[0].offset
-        if ends_early and kept:
-            end = kept.pop().offset
-            return kept, each, end - kept[0].offset if kept else 0
-        return kept, each, stored.tell() - (kept[0].offset if kept and not compressed else 0)
+            if len(kept) > 1 and stored.tell() >= start + window:
+                break
+        else:
+            if not ends_early:
+                return kept, min(loaded, len(kept)), stored.tell() - (kept[0].offset if kept and not compressed else 0)
+        last = kept.pop() if kept else None
+        begin = kept[0].offset if kept else 0
+        end = stored.tell() if compressed else last.offset if last is not None else 0
+        return kept, min(loaded, len(kept)), end - begin if kept else 0
 
     def _sample(self, sample_id: str, group: Group, duplicate: bool) -> RawSample:
         label, wrong = self._label(group)
