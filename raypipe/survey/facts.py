@@ -122,7 +122,7 @@ class Cost:
 class Survey:
     """What is in a source.
 
-    files, bytes      of the listing; opened: how many files were looked into
+    files, bytes      of the listing, or where that has no sizes estimated; opened: how many files were looked into
     samples           counted, or an estimate where `counted` is false
     class_names       all of them, or with `classes_known` false those that were seen
     unreadable_files  (path, reason) of files among the opened that cannot be read

@@ -100,7 +100,7 @@ def look(settings: SourceSettings, *, samples: int = SAMPLES, seed: int = 0, ima
         uri=settings.uri,
         format=source.format,
         files=sum(max(1, len(file.members)) for file in files),
-        bytes=sum(file.size for file in files),
+        bytes=max(sum(file.size for file in files), _unlisted_bytes(files, chosen, total)),
         empty_files=sum(not file.size for file in files),
         opened=sum(len(preview.drawn) if files[row].members else 1 for row, preview in previews.items()),
         samples=total,
@@ -160,6 +160,13 @@ def _total(
     size = sum(files[row].size for row in looked)
     rest = sum(files[row].size for row in left) * sum(preview.samples for preview in looked.values()) / size if size else 0.0
     return round(sum(known.values()) + rest), not left and all(preview.counted for preview in looked.values())
+
+
+def _unlisted_bytes(files: Sequence[SourceFile], drawn: Sequence[RawSample], total: int) -> int:
+    """What the samples take, by those drawn, of a source of small files; the listing of some (lists of paths) has no sizes."""
+    sizes = [len(sample.image) for sample in drawn if isinstance(sample.image, bytes)]
+    estimated = round(statistics.fmean(sizes) * total) if sizes and any(file.members for file in files) else 0
+    return estimated if estimated > 2 * sum(file.size for file in files) else 0
 
 
 def _fragments(

@@ -55,7 +55,7 @@ def contact_sheet(survey: Survey, drawn: Sequence[Drawn], columns: int = 8, rows
         for line, part in enumerate(_in_two(item.sample.sample_id, small, TILE)):
             pen.text((left, top + TILE + 23 + 14 * line), part, FAINT, small)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,17 @@ def test_ranges_of_class_sizes_hold_every_class_once(sizes: list[int]) -> None:
     assert sum(count for _, _, count in ranges) == len(sizes)
     assert all(low <= high for low, high, _ in ranges) and len(ranges) <= 15
     assert [low for low, _, _ in ranges] == sorted((low for low, _, _ in ranges), reverse=True)
+
+
+def test_bytes_that_a_listing_does_not_say_are_estimated_from_those_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raypipe.sources.imagefolder import ImageFolderSource
+
+    image = picture(0)
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    assert _survey(tmp_path).bytes == 30 * len(image)
+    listed = ImageFolderSource.files
+    monkeypatch.setattr(ImageFolderSource, "files", lambda self: [replace(file, size=7) for file in listed(self)])
+    assert _survey(tmp_path).bytes == 30 * len(image)
