@@ -1,18 +1,23 @@
-"""The verbs of the command line from Python: `raypipe.run`, `extrapolate`, `select`, `export`, and `raypipe.load_scores`."""
+"""The verbs of the command line from Python: `raypipe.inspect`, `run`, `extrapolate`, `select`, `export`, and `raypipe.load_scores`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import Config, absolute_paths, apply_overrides, load_config, parse_config, read_config
-from raypipe.errors import ConfigError, RunError
+from raypipe.config import ClusterSettings, Config, absolute_paths, apply_overrides, load_config, parse_config, read_config
+from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.progress import Progress
 from raypipe.rundir import Lease, Run
+
+if TYPE_CHECKING:
+    from raypipe.survey import Survey
+    from raypipe.survey.cost import Machine
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,96 @@ def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[s
             raise ConfigError(f"source.uri is {section['uri']!r}, and a dataset is given as well; leave one of them out")
         data["source"] = {**section, "uri": copy}
     return parse_config(data)
+
+
+def inspect(
+    uri: str | None = None,
+    *,
+    config: Config | Mapping[str, Any] | str | None = None,
+    overrides: Sequence[str] = (),
+    samples: int = 256,
+    seed: int = 0,
+    grid: str | None = None,
+    like: str | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    address: str | None = None,
+) -> Survey:
+    """Look at a source before anything is run: balance, sizes, rejects, and about what a run would cost. Takes seconds.
+
+    uri        the source; default: that of `config`
+    config     a `Config`, a mapping of the same shape (it needs no `run`), or the path or URI of a YAML file; default: default settings
+    overrides  `field=value` of the section `source`, or `section.field=value`
+    samples    samples that are drawn, from places spread over the source; seed: which
+    grid       path or URI of a PNG to write: a sheet of 64 of them
+    like       a run of the past, whose ledger is scaled to this source and configuration
+    cpus, gpus what the run would have; default: what this machine has
+    address    a Ray cluster to ask for that instead ("auto": RAY_ADDRESS); Ray is not touched otherwise
+    Raises ConfigError for settings that are not allowed, SourceError where nothing can be read, RunError where `like` is no run.
+    """
+    from raypipe.survey import look
+    from raypipe.survey.cost import estimate
+
+    given, name = _config_of(config)
+    if uri is not None:
+        given = {**given, "source": {**given.get("source", {}), "uri": uri}}
+    elif not given.get("source", {}).get("uri"):
+        raise ConfigError("nothing to look at: give a source, or a configuration with source.uri")
+    if samples < 1:
+        raise ConfigError(f"samples: {samples} is not allowed: at least 1")
+    dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
+    settings = parse_config(apply_overrides({"run": "unused", **given}, dotted))
+    machine = _machine(cpus, gpus, address)
+    looked = look(settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size)
+    if grid is not None:
+        from raypipe.survey.sheet import contact_sheet
+
+        storage.write_bytes(grid, contact_sheet(looked.survey, looked.drawn))
+    if not looked.survey.samples:
+        return looked.survey
+    return replace(looked.survey, cost=estimate(looked.survey, settings, machine, settings=name, like=like))
+
+
+def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
+    """A configuration as a mapping, and what to call it."""
+    if isinstance(config, str):
+        return load_config(config).model_dump(), f"the settings of {config}"
+    if isinstance(config, Config):
+        return config.model_dump(), "the given settings"
+    return (dict(config), "the given settings") if config is not None else ({}, "default settings")
+
+
+def _machine(cpus: float | None, gpus: float | None, address: str | None) -> Machine:
+    """What a run would have: as given, else of a cluster, else of this machine."""
+    from raypipe.survey.cost import Machine, this_machine
+
+    for name, value, least in (("cpus", cpus, 1), ("gpus", gpus, 0)):
+        if value is not None and not least <= value <= 1e6:
+            raise ConfigError(f"{name}: {value:g} is not allowed: at least {least}")
+    found = this_machine() if address is None else _cluster_of(address)
+    if address is None and os.environ.get("RAY_ADDRESS"):
+        found = replace(found, where="this machine (--address auto estimates for the cluster at RAY_ADDRESS)")
+    if cpus is None and gpus is None:
+        return found
+    return Machine(cpus if cpus is not None else found.cpus, gpus if gpus is not None else found.gpus, "as given")
+
+
+def _cluster_of(address: str) -> Machine:
+    from raypipe.survey.cost import Machine
+
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        raise RaypipeError("--address auto: RAY_ADDRESS is not set; give the address of a cluster")
+    import ray
+
+    from raypipe.stages.cluster import connect
+
+    before = ray.is_initialized()
+    try:
+        cluster = connect(ClusterSettings(address=address), Run("unused"), Progress(quiet=True), verbose=False)
+    finally:
+        if not before:
+            ray.shutdown()
+    return Machine(cluster.cpus, cluster.gpus, f"the cluster at {os.environ['RAY_ADDRESS'] if address == 'auto' else address}")
 
 
 def extrapolate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -74,16 +75,40 @@ def scores() -> None:
 
 
 @cli.command()
-@click.argument("source")
+@click.argument("source", required=False)
+@click.option("--config", metavar="CONFIG", help="Use the settings of this YAML file; its source, where SOURCE is not given.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="A setting of the section `source`, such as include='*.tar'."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A setting of the section `source`, such as include='*.tar', or SECTION.FIELD=VALUE; may be repeated.",
 )
-def inspect(source: str, overrides: tuple[str, ...]) -> None:
-    """Show what would be read from SOURCE (a path or URI): format, files, samples, classes, first rejects."""
-    from raypipe.inspection import inspect_source
+@click.option("--samples", default=256, show_default=True, help="How many samples to draw from all over the source.")
+@click.option("--seed", default=0, show_default=True, help="Another number draws others.")
+@click.option("--grid", metavar="PNG", help="Write a sheet of 64 of the drawn images with class and id.")
+@click.option("--like", metavar="RUN", help="Scale the ledger of this run of the past instead of using stored constants.")
+@click.option("--cpus", type=float, help="Estimate for so many CPUs. Default: this machine's.")
+@click.option("--gpus", type=float, help="Estimate for so many GPUs. Default: this machine's.")
+@click.option("--address", help="Ask this Ray cluster for its CPUs and GPUs (auto: RAY_ADDRESS).")
+@click.option("--json", "as_json", is_flag=True, help="Print everything found as JSON.")
+def inspect(source: str | None, as_json: bool, **options: Any) -> None:
+    """Look at SOURCE (a path or URI) before anything is run: what is in it, and about what a run would cost.
 
-    for line in inspect_source(source, overrides):
+    Balance of the classes, sizes of the images, what would be rejected, from samples spread over all of it. Takes seconds.
+    """
+    from raypipe.api import inspect as look
+    from raypipe.survey.words import describe
+
+    found = look(source, **options)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        return
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    for line in describe(found, "█" if encoding.startswith("utf") else "#"):
         click.echo(line)
+    if options["grid"]:
+        click.echo(f"grid        {options['grid']}")
 
 
 @cli.command()

@@ -80,6 +80,10 @@ class SeedSettings(Settings):
         "auto: a tenth of the seed set, 50 to 500; 0: none",
     )
 
+    def audit_samples(self, samples: int) -> int:
+        """How many samples an audit set should have where the source has so many."""
+        return min(500, max(50, round(samples * self.fraction / 10))) if self.audit == "auto" else self.audit
+
 
 class ProxySettings(Settings):
     """The small network trained on the seed set with Ray Train."""

@@ -1,71 +1,18 @@
-"""What a person is shown in a terminal: of a source before a run, of a run on its way, of a run at its end. No Ray, no torch."""
+"""What a person is shown in a terminal of a run on its way and of a run at its end. No Ray, no torch. Of a source: `raypipe.survey`."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
-from raypipe.config import apply_overrides, parse_config
 from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord, tables_of
 
-FILES_OPENED = 200
-"""`inspect` opens at most so many files; beyond that the counts are estimated from them."""
-SAMPLES_DECODED = 64
 JUDGED_ON = {
     "audit": "audit samples outside the seed set",
     "seed": "seed samples held out of the fit",
     "scored": "scored samples held out of the fit",
 }
-
-
-def inspect_source(uri: str, overrides: Sequence[str] = ()) -> Iterator[str]:
-    """Lines about what would be read from a source."""
-    from raypipe.images import decode_batch
-    from raypipe.sources import class_map, open_source
-
-    data = apply_overrides({"run": "unused", "source": {"uri": uri}}, [f"source.{item}" for item in overrides])
-    settings = parse_config(data).source
-    source = open_source(settings)
-    files = list(source.files())
-    opened = files[:: max(1, len(files) // FILES_OPENED)][:FILES_OPENED]
-    with ThreadPoolExecutor(16) as threads:
-        scans = list(threads.map(source.scan, opened))
-    fragments = [fragment for scan in scans for fragment in scan.fragments]
-    broken = [fragment for fragment in fragments if fragment.error]
-    samples = sum(fragment.samples for fragment in fragments)
-    share = len(files) / len(opened)
-    about = "about " if share > 1 else ""
-    classes = class_map(
-        next((scan.class_names for scan in scans if scan.class_names is not None), None),
-        frozenset().union(*(scan.labels for scan in scans)),
-        settings.num_classes,
-    )
-    yield f"source      {uri}"
-    yield f"format      {source.format}"
-    yield f"files       {len(files):,}, {_bytes(sum(file.size for file in files))}"
-    yield f"fragments   {about}{round((len(fragments) - len(broken)) * share):,}"
-    yield f"samples     {about}{round(samples * share):,}"
-    shown = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
-    yield (
-        f"classes     {len(classes.names):,}: {shown}" if classes.names else "classes     none found: the samples have no labels"
-    )
-    for fragment in broken[:5]:
-        yield f"unreadable  {fragment.path}: {fragment.error}"
-    readable = [fragment for fragment in fragments if not fragment.error]
-    if not readable:
-        return
-    first = list(islice(source.read(readable[0]), SAMPLES_DECODED))
-    _, reasons = decode_batch(first, 64, settings.max_pixels)
-    wrong = [(sample.sample_id, reason or classes.index(sample.label)[1]) for sample, reason in zip(first, reasons, strict=True)]
-    rejects = [(sample_id, reason) for sample_id, reason in wrong if reason]
-    labels = Counter(classes.names[index] for sample in first if (index := classes.index(sample.label)[0]) >= 0)
-    yield f"first {len(first):<5} {len(first) - len(rejects)} readable, {len(labels)} classes; ids such as {first[0].sample_id!r}"
-    for sample_id, reason in rejects[:5]:
-        yield f"reject      {sample_id}: {reason}"
 
 
 def describe_run(uri: str) -> Iterator[str]:
@@ -171,11 +118,3 @@ def _driver(run: Run) -> dict[str, Any]:
 def _seconds(record: StageRecord) -> str:
     gpu = f", {record.gpu_seconds:.0f} GPU s" if record.gpu_seconds else ""
     return f"{record.wall_seconds:8.1f} s ({record.cpu_seconds:.0f} CPU s{gpu})"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")

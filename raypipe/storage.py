@@ -192,13 +192,17 @@ class Reader(io.BufferedReader):
     def fault(self) -> Exception | None:
         return self.raw.fault
 
+    def end_at(self, position: int) -> bool:
+        """Go on as if the file ended after so many bytes. Whether it has more."""
+        return self.raw.end_at(position)
+
 
 class _Ranges(io.RawIOBase):
     """A stored file as a raw stream without read-ahead; every read is retried."""
 
     def __init__(self, file: Any, uri: str) -> None:
         self._file, self._uri = file, uri
-        self._size: int = file.seek(0, os.SEEK_END)
+        self._whole = self._size = int(file.seek(0, os.SEEK_END))
         self._position = 0
         self.fault: Exception | None = None
 
@@ -214,6 +218,10 @@ class _Ranges(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+    def end_at(self, position: int) -> bool:
+        self._size = min(position, self._whole)
+        return self._size < self._whole
 
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), self._size - self._position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ def test_help_names_every_verb(capsys) -> None:
         (["export", "x", "--to", "y"], "Missing option '--format'"),
         (["export", "x", "--to", "y", "--format", "zip"], "'zip' is not one of indices, list, webdataset, parquet"),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
+        (["inspect"], "nothing to look at"),
+        (["inspect", "digits://", "--samples", "0"], "samples: 0 is not allowed"),
+        (["inspect", "digits://", "--cpus", "0"], "cpus: 0 is not allowed"),
+        (["inspect", "digits://", "--set", "seed.fraction=2"], "seed.fraction: 2 is not allowed"),
+        (["inspect", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         ([*TABLES, "--method", "proxy"], "method proxy needs what a proxy says of each sample"),
         ([*TABLES, "--holdout", "0.9"], "extrapolate.holdout: 0.9 is not allowed"),
     ],
@@ -58,6 +64,7 @@ def test_bad_usage_exits_with_2(capsys, arguments: list[str], expected: str) -> 
         (["select", "nowhere", "--keep", "0.5"], "no run here"),
         (["report", "nowhere"], "no run here"),
         (["inspect", "nowhere"], "nowhere"),
+        (["inspect", "digits://", "--like", "nowhere"], "no run here"),
     ],
 )
 def test_what_cannot_be_done_exits_with_1(capsys, tmp_path, monkeypatch, arguments: list[str], expected: str) -> None:
@@ -74,11 +81,43 @@ def test_init_prints_a_configuration(capsys) -> None:
     assert yaml.safe_load(out)["proxy"]["model"] == "resnet18"
 
 
-def test_inspect_shows_what_would_be_read(capsys) -> None:
-    code, out, _ = _main(capsys, "inspect", "digits://")
+def test_inspect_shows_what_would_be_read_and_what_it_would_cost(capsys) -> None:
+    code, out, _ = _main(capsys, "inspect", "digits://", "--cpus", "3")
     assert code == 0
-    for expected in ("digits", "samples     1,797", "classes     10: 0, 1, 2", "64 readable"):
+    for expected in (
+        "digits",
+        "samples     1,797, in 2 fragments",
+        "classes     10: 0, 1, 2",
+        "smallest 174, median 180, largest 183; all 1,797 labels",
+        "all of 8x8 pixels",
+        "none of 256 drawn; of the source fewer than 1.2 %, with 95 % confidence",
+        "of a run with default settings: 1,797 samples, 180 of them measured",
+        "on          as given: 3 CPUs, no GPU",
+    ):
         assert expected in out
+
+
+def test_inspect_takes_the_settings_of_a_configuration(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://nowhere:1")
+    (tmp_path / "c.yaml").write_text("run: r\nsource: {uri: 'digits://'}\nseed: {fraction: 0.5}\n")
+    arguments = [
+        "inspect",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--samples",
+        "40",
+        "--grid",
+        str(tmp_path / "g" / "sheet.png"),
+        "--json",
+    ]
+    code, out, _ = _main(capsys, *arguments, "--set", "limit=1000", "--set", "proxy.epochs=70")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["samples"], found["limit"], found["rejects"]["drawn"]) == (1797, 1000, 40)
+    assert (found["cost"]["samples"], found["cost"]["seed_samples"]) == (1000, 500)
+    assert found["balance"]["largest"] == 183 and sum(found["balance"]["per_class"].values()) == 1797
+    assert "--address auto" in found["cost"]["machine"]  # only then Ray is asked
+    assert (tmp_path / "g" / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_damaged_run_is_an_error_not_a_traceback(capsys, tmp_path) -> None:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -82,14 +86,35 @@ class RawSample(NamedTuple):
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Preview:
+    """A look into one file: what `raypipe inspect` shows is put together from some of these.
+
+    drawn        samples from random places of the file
+    samples      how many the file has; `counted`, or estimated from the part that was looked at
+    labels       stored label (None: without one) -> samples, of those whose label was looked at
+    class_names  where the file states them
+    error        why the file cannot be read at all
+    """
+
+    drawn: tuple[RawSample, ...] = ()
+    samples: float = 0
+    counted: bool = True
+    labels: Counter[int | str | None] = field(default_factory=Counter)
+    class_names: tuple[str, ...] | None = None
+    error: str = ""
+
+
 class Source(abc.ABC):
     """A format. One subclass per file of this package, registered in `raypipe.sources`.
 
-    scan_reads  how much of a file `scan` reads; nothing, where the listing says all there is to know
+    scan_reads    how much of a file `scan` reads; nothing, where the listing says all there is to know
+    reads_singly  whether `read` fetches the samples that are wanted without those between them
     """
 
     format: ClassVar[str]
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
+    reads_singly: ClassVar[bool] = False
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
@@ -118,6 +143,38 @@ class Source(abc.ABC):
 
         With `wanted`, samples for which it is false are left out, as far as possible without reading their images.
         """
+
+    def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
+        """How often each stored label (None: without one) occurs in a file, where that is known without opening it; else None."""
+        return None
+
+    def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
+        """Samples from random places of one file, and what else is to be had of it at little cost.
+
+        places, each  so many runs of neighbouring samples, of that length at most
+        whole         the file is small: everything is counted, and `places` times `each` single samples are drawn from all of it
+        """
+        scan = self.scan(file)
+        error = next((fragment.error for fragment in scan.fragments if fragment.error), "")
+        fragments = [fragment for fragment in scan.fragments if fragment.samples]
+        drawn: list[RawSample] = []
+        if whole or self.reads_singly:
+            ids: dict[str, None] = {}
+            for fragment in fragments:  # a pass that wants nothing, for the ids
+                for _ in self.read(fragment, lambda sample_id: ids.update({sample_id: None})):
+                    pass
+            chosen = set(draw.sample(list(ids), min(len(ids), places * each)))
+            for fragment in fragments:
+                drawn += self.read(fragment, chosen.__contains__)
+        else:
+            for fragment in draw.sample(fragments, min(len(fragments), places)):
+                with closing(self.read(fragment)) as samples:  # type: ignore[type-var]
+                    drawn += islice(samples, each)
+        labels = self.listed_labels(file)
+        if labels is None:
+            labels = Counter(sample.label for sample in drawn if not sample.reason)
+        total = sum(fragment.samples for fragment in fragments)
+        return Preview(tuple(drawn), total, True, labels, scan.class_names, error)
 
     def broken(self, file: SourceFile, error: object) -> FileScan:
         """The scan of a file that cannot be read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ class DigitsSource(Source):
 
     format = "digits"
     scan_reads = "nothing"
+    reads_singly = True
 
     def files(self) -> Iterator[SourceFile]:
         if not self.settings.uri.startswith("digits:"):
@@ -26,6 +28,9 @@ class DigitsSource(Source):
     def scan(self, file: SourceFile) -> FileScan:
         images, labels = _digits()
         return FileScan(self.cut(file, len(images)), tuple(str(digit) for digit in range(10)), frozenset(labels.tolist()))
+
+    def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
+        return Counter(_digits()[1].tolist())
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
         images, labels = _digits()

@@ -13,6 +13,7 @@ import fnmatch
 import functools
 import heapq
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +40,7 @@ class FileListSource(Source):
 
     format = "filelist"
     scan_reads = "nothing"
+    reads_singly = True
 
     def settled(self, image_size: int = 0) -> SourceSettings:
         """With the list itself as `uri`, and with `root` and `class_map`."""
@@ -55,6 +57,9 @@ class FileListSource(Source):
         labels = (unpacked(member).label for member in file.members)
         names = self._classes.names if self._classes is not None else None
         return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in labels if label is not None))
+
+    def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
+        return Counter(unpacked(member).label for member in file.members)
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
         root, members = self._root, map(unpacked, fragment.members[fragment.start : fragment.stop])

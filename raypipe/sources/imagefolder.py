@@ -7,6 +7,7 @@ A folder without levels gives samples without labels. Sample ids are relative pa
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 
 from raypipe.config import SourceSettings
@@ -25,6 +26,7 @@ class ImageFolderSource(Source):
 
     format = "imagefolder"
     scan_reads = "nothing"
+    reads_singly = True
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
@@ -40,6 +42,9 @@ class ImageFolderSource(Source):
         names = self._classes.names if self._classes is not None else None
         labels = (_labelled(unpacked(member)).label for member in file.members)
         return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in labels if label is not None))
+
+    def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
+        return Counter(_labelled(unpacked(member)).label for member in file.members)
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
         members = (_labelled(unpacked(member)) for member in fragment.members[fragment.start : fragment.stop])

@@ -6,6 +6,7 @@ Only the row groups and columns that are needed are read, a few megabytes (or on
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow.types as pt
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, Source, SourceFile, Wanted
 from raypipe.sources.common import Location, damage, stored_label, text
 from raypipe.storage import Reader
 
@@ -81,6 +82,11 @@ class ParquetSource(Source):
                 sample_id = f"{fragment.path}#{row}"
                 if wanted is None or wanted(sample_id):
                     yield RawSample(sample_id, None, None, reason)
+
+    def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
+        from raypipe.sources.parquet_preview import preview
+
+        return preview(self, file, places, each, draw, super().preview(file, places, each, draw, True) if whole else None)
 
     def _group(
         self,

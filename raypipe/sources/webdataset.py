@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, Source, SourceFile, Wanted
 from raypipe.sources.common import IMAGE_EXTENSIONS, Location, stored_label, text
-from raypipe.sources.tarfiles import Group, groups
+from raypipe.sources.tarfiles import BLOCK, Group, groups
+from raypipe.storage import Reader
 
 READ_BYTES = 4 << 20
 """Bytes of one request: enough to hide latency, little to throw away at a fragment's end."""
 LARGEST_LABEL, LARGEST_IMAGE = 1 << 20, 1 << 30
 """Bytes; a larger member is a reject."""
+PREVIEW_BYTES, MOST_PREVIEW_BYTES = 1 << 20, 16 << 20
+"""Bytes read at one place of a preview, about, and at most, where images are large or there is no header to be found."""
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -31,6 +36,7 @@ class WebDatasetSource(Source):
     """Samples of tar files. Sample ids are "<relative path of the tar>#<key>"."""
 
     format = "webdataset"
+    scan_reads = "all"
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
@@ -99,6 +105,90 @@ class WebDatasetSource(Source):
                 yield RawSample(sample_id, None, None, "the tar has fewer samples than when it was indexed")
             index += 1
 
+    def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
+        """Samples from random bytes on: the reader finds the next header by itself. How many there are is told from their size.
+
+        A compressed tar can only be read from its start, so there the first samples are taken.
+        """
+        if file.size == 0:
+            return Preview(error="empty: 0 bytes")
+        try:
+            opened = storage.open_read(self._location.uri(file.path), PREVIEW_BYTES)
+        except FileNotFoundError:
+            return Preview(error="no such file: deleted since it was listed, or its name is not UTF-8")
+        with opened as stored:
+            if whole:
+                return self._preview_whole(stored, file, places * each, draw)
+            window = PREVIEW_BYTES
+            if _compressed(file.path):
+                starts, window = [0], places * PREVIEW_BYTES
+            else:
+                room = max(0, file.size - window)
+                starts = sorted({int(draw.random() * room) // BLOCK * BLOCK for _ in range(places)})
+            most = -(-places * each // len(starts))
+            drawn: dict[int, RawSample] = {}  # by the byte of their header: places can overlap
+            labels: dict[int, list[int | str | None]] = {}
+            taken = looked = 0
+            problem = "no sample found"
+            for start in starts:
+                kept, loaded, span = self._place(stored, file.path, start, window)
+                if not kept and start:  # nothing whole between here and the end
+                    kept, loaded, span = self._place(stored, file.path, 0, window)
+                if not any(group.names for group in kept):
+                    problem = kept[-1].reason if kept else problem
+                    continue
+                taken, looked = taken + len(kept), looked + span
+                labels |= {group.offset: self._labels(group) for group in kept}
+                for group in draw.sample(kept[:loaded], min(most, loaded)):
+                    drawn[group.offset] = self._sample(f"{file.path}#{text(group.key)}", group, False)
+        if not taken:
+            return Preview(error=f"not a tar file: {problem}")
+        found = Counter(label for part in labels.values() for label in part)
+        return Preview(tuple(drawn.values()), file.size * taken / max(1, looked), False, found)
+
+    def _preview_whole(self, stored: Reader, file: SourceFile, count: int, draw: random.Random) -> Preview:
+        everything = list(groups(stored, 0, _compressed(file.path), _wants_label))
+        if everything and not any(group.names for group in everything):
+            return Preview(error=f"not a tar file: {everything[-1].reason}")
+        labels = Counter(label for group in everything for label in self._labels(group))
+        chosen = {everything[index].key for index in draw.sample(range(len(everything)), min(count, len(everything)))}
+        fragment = Fragment(self.fragment_id(file, 0, len(everything)), file.path, 0, len(everything))
+        drawn = self.read(fragment, {f"{file.path}#{text(key)}" for key in chosen}.__contains__)
+        return Preview(tuple(drawn), len(everything), True, labels)
+
+    def _place(self, stored: Reader, path: str, start: int, window: int) -> tuple[list[Group], int, int]:
+        """The whole groups from a byte on, of how many of them the images were read, and the bytes of the file they take.
+
+        window  bytes after which it is enough, where there is one group
+        """
+        kept: list[Group] = []
+        compressed, cut = _compressed(path), start > 0  # where reading begins inside a group, that is no damage
+        current, wanted, loaded = "", False, 0
+
+        def load(key: str, extension: str, size: int) -> bool:
+            nonlocal current, wanted, loaded
+            if key != current:
+                current, wanted = key, not cut and (not kept or stored.tell() < start + window)
+                loaded += wanted
+            return _wants_label(key, extension, size) or (wanted and extension in _IMAGES and size <= LARGEST_IMAGE)
+
+        ends_early = stored.end_at(1 << 62 if compressed else start + MOST_PREVIEW_BYTES)
+        # when a group comes, nothing of the one after it has been loaded
+        for group in groups(stored, start, compressed, load):
+            if cut:
+                cut, current = not group.names, ""
+                continue
+            kept.append(group)
+            if len(kept) > 1 and stored.tell() >= start + window:
+                break
+        else:
+            if not ends_early:
+                return kept, min(loaded, len(kept)), stored.tell() - (kept[0].offset if kept and not compressed else 0)
+        last = kept.pop() if kept else None
+        begin = kept[0].offset if kept else 0
+        end = stored.tell() if compressed else last.offset if last is not None else 0
+        return kept, min(loaded, len(kept)), end - begin if kept else 0
+
     def _sample(self, sample_id: str, group: Group, duplicate: bool) -> RawSample:
         label, wrong = self._label(group)
         extension = next((extension for extension in group.names if extension in _IMAGES), None)
@@ -110,6 +200,11 @@ class WebDatasetSource(Source):
             reason = f"the image has more than {LARGEST_IMAGE} bytes"
         reason = text(reason or wrong)
         return RawSample(sample_id, None if reason else image, label, reason)
+
+    def _labels(self, group: Group) -> list[int | str | None]:
+        """The label of a group, None where it has none; nothing where it cannot be read."""
+        label, wrong = self._label(group)
+        return [] if wrong else [label]
 
     def _label(self, group: Group) -> tuple[int | str | None, str]:
         """The label of a group, or why it cannot be read."""

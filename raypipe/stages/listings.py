@@ -24,7 +24,7 @@ from raypipe.stages.kept import KeepFile, Located, first_positions, ids_in_order
 from raypipe.stages.select import keep_metadata
 
 ENDINGS = {"indices": (".npy", ".json"), "list": (".txt", ".csv")}
-ONE_FILE_EACH = {"imagefolder"}
+ONE_FILE_EACH = {"imagefolder", "filelist"}
 """Formats of sources in which every sample is a file of its own, and its id the path of it."""
 LOCAL_FRAGMENTS = 64
 """The ids of so many fragments are read by the driver: that takes less time than Ray to start."""

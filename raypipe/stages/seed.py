@@ -30,8 +30,6 @@ from raypipe.stages.streaming import Stopwatch, run_tasks
 
 SHARD_SAMPLES = 512
 """Seed samples in a shard, about: fragments are read in groups that give so many."""
-LEAST_AUDIT, MOST_AUDIT = 50, 500
-"""Bounds of `seed.audit: auto`."""
 Rule = Callable[[str], bool]
 
 
@@ -104,9 +102,7 @@ def audit_name(shard: str) -> str:
 def audit_fraction(settings: SeedSettings, samples: int) -> float:
     """The share of the samples outside the seed set that makes an audit set of the wanted size, of that many samples in all."""
     outside = samples * (1 - settings.fraction)
-    some = min(MOST_AUDIT, max(LEAST_AUDIT, round(samples * settings.fraction / 10)))
-    count = some if settings.audit == "auto" else settings.audit
-    return min(1.0, count / outside) if outside >= 1 else 0.0
+    return min(1.0, settings.audit_samples(samples) / outside) if outside >= 1 else 0.0
 
 
 def audit_rule(settings: SeedSettings, fraction: float) -> Rule:

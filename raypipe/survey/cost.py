@@ -1,0 +1,323 @@
+"""What a run would cost: the work of every stage, from the settings and the size of the source, times measured rates.
+
+An estimate to decide by (minutes or days, one machine or twenty), not to bill by. It knows nothing of how fast the storage is, nor of
+other work on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from glob import glob
+
+from raypipe.config import Config, MeasureSettings
+from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
+from raypipe.survey import rates
+from raypipe.survey.facts import Cost, StageCost, Survey
+
+SEED_SHARD, INDEX_FILES = 512, 32
+"""Seed samples in a shard and files in a task, about: the units of work of the stages `seed`, `measure` and `index`."""
+FOOTER_BYTES = 65_536.0
+"""Read of a file to count its samples, where that does not take all of it."""
+PUBLISHED = 10_000
+"""Samples up to which `extrapolate.judge_published: auto` judges gnn-published as well."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would run; `where` in words."""
+
+    cpus: float
+    gpus: float
+    where: str
+
+    def __str__(self) -> str:
+        gpus = f"{self.gpus:g} GPU{'s' * (self.gpus != 1)}" if self.gpus else "no GPU"
+        return f"{self.where}: {self.cpus:g} CPU{'s' * (self.cpus != 1)}, {gpus}"
+
+
+def this_machine() -> Machine:
+    """The CPUs this process may use, and the GPUs whose devices are there, without asking Ray or torch."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (
+        len(glob("/dev/nvidia[0-9]*"))
+        if visible is None
+        else len([item for item in visible.split(",") if item not in ("", "-1")])
+    )
+    return Machine(cpus, gpus, "this machine")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of a run: its source, seed and audit samples, and seconds to decode an image.
+
+    listed, listed_bytes  files and bytes that the index looks through, whatever `source.limit`
+    scan_reads            how much of them; see `Source.scan_reads`
+    """
+
+    config: Config
+    samples: int
+    listed: int
+    listed_bytes: float
+    scan_reads: str
+    fragments: int
+    classes: int
+    seed: int
+    audit: int
+    decode_seconds: float
+
+    @classmethod
+    def of_survey(cls, survey: Survey, config: Config) -> Work:
+        samples = min(survey.samples, config.source.limit or survey.samples)
+        used = samples / max(1, survey.samples)
+        readable = samples * (1 - survey.rejects.share)
+        seed = round(readable * config.seed.fraction)
+        audit = round(config.seed.audit_samples(samples)) if config.measure.at_checkpoints else 0
+        return cls(
+            config,
+            samples,
+            survey.files,
+            survey.bytes,
+            survey.scan_reads,
+            max(1, round(survey.fragments * used)),
+            len(survey.class_names),
+            seed,
+            min(audit, round(readable) - seed),
+            survey.decode_seconds,
+        )
+
+    @classmethod
+    def of_run(cls, run: Run, records: Mapping[str, StageRecord], beside: Work) -> Work:
+        """Of a run over a source like that of `beside`, by its ledger."""
+        index, seed = records["index"], records["seed"]
+        detail = index.detail
+        return cls(
+            run.config(),
+            index.samples,
+            detail["files"],
+            detail["bytes"],
+            beside.scan_reads,
+            detail["fragments"],
+            detail["classes"],
+            seed.samples,
+            seed.detail.get("audit_samples", 0),
+            beside.decode_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Of one stage: processor seconds, GPU seconds, and how many CPUs or GPUs can share them."""
+
+    cpu: float
+    gpu: float
+    shared_by: float
+
+
+def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
+    """What the constants of `raypipe.survey.rates` say that each stage takes."""
+    config, seed = work.config, work.seed
+    forward = rates.macs(config.proxy.model, config.proxy.image_size)
+    shards = seed / SEED_SHARD + 1
+    scan = {"nothing": 0.0, "part": work.listed * rates.FILE_SECONDS, "all": work.samples * rates.HEADER_SECONDS}[work.scan_reads]
+    result = {
+        "index": Effort(scan, 0, work.listed / INDEX_FILES + 1),
+        "seed": Effort((seed + work.audit) * work.decode_seconds + work.samples * 0.05e-3, 0, shards),
+        "proxy": _training(work, machine, forward),
+    }
+    passes, audit_passes = _passes(config.measure, seed)
+    count = len(config.proxy.checkpoint_epochs())
+    scored = count * (seed * passes + work.audit * audit_passes) * forward
+    result["measure"] = _network(
+        scored, (seed + work.audit) * rates.SAMPLE_SECONDS, _on_gpu(config.measure.use_gpu, machine), shards
+    )
+    result["embed"] = _network(
+        work.samples * forward,
+        work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
+        _on_gpu(config.embed.use_gpu, machine),
+        work.fragments,
+    )
+    result["extrapolate"] = _extrapolation(work)
+    result["select"] = Effort(work.samples * 1e-5, 0, 1)
+    result["report"] = Effort(1.0 + work.samples * 1e-5, 0, 1)
+    return {
+        stage: Effort(effort.cpu + rates.START_CPU_SECONDS.get(stage, 0), effort.gpu, effort.shared_by)
+        for stage, effort in result.items()
+    }
+
+
+def _training(work: Work, machine: Machine, forward: float) -> Effort:
+    proxy = work.config.proxy
+    passes = rates.TRAINING + (proxy.trajectory == "eval")
+    beside = work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
+    amount = work.seed * proxy.epochs * passes * forward
+    if _on_gpu(proxy.use_gpu, machine):
+        return Effort(beside, amount / rates.GPU_MACS + beside, proxy.workers * proxy.parts)
+    alone = amount / rates.CPU_MACS + beside
+    side_by_side = min(float(proxy.parts * proxy.workers), machine.cpus)
+    threads = max(1.0, machine.cpus / side_by_side) if proxy.cpus_per_worker == "auto" else float(proxy.cpus_per_worker)
+    gain = threads**rates.THREADS_POWER
+    return Effort(alone / gain * threads, 0, side_by_side * threads)
+
+
+def _passes(measure: MeasureSettings, seed: int) -> tuple[float, float]:
+    """Forward passes that one checkpoint takes per sample of the seed set and of the audit set."""
+    scores = measure.at_checkpoints
+    if not scores:
+        return 0.0, 0.0
+    moso, grand = "moso" in scores, "grand" in scores
+    norms = (moso and measure.moso.gradient == "all" and measure.moso.uses_self_term(seed)) or (
+        grand and measure.grand.gradient == "all"
+    )
+    each = rates.WITH_NORMS if norms else rates.ALIGNMENT if moso and measure.moso.gradient == "all" else 0.0
+    each += (moso and measure.moso.gradient == "head") or (grand and measure.grand.gradient == "head")
+    each += bool(set(scores) - {"moso", "grand"})
+    whole = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
+    return each + whole + measure.recalibrate, each
+
+
+def _extrapolation(work: Work) -> Effort:
+    settings, model = work.config.extrapolate, work.config.proxy.model
+    whole = settings.method == "gnn-published"
+    folds = settings.folds if settings.folds != "auto" else 1 if whole else settings.most_folds
+    epochs = None if settings.epochs == "auto" else settings.epochs
+    fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
+    cpu = fit * (1 + folds * (1 - settings.holdout)) + rates.CURVE_SIGHT * work.seed
+    if not whole:
+        cpu += work.samples * rates.predict_seconds(work.seed, model)
+        published = work.samples <= PUBLISHED if settings.judge_published == "auto" else settings.judge_published
+        cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, model)
+    return Effort(cpu, 0, max(folds + 1, work.fragments / 2))
+
+
+def _network(amount: float, beside: float, gpu: bool, units: float) -> Effort:
+    if gpu:
+        return Effort(beside, amount / rates.GPU_MACS, units)
+    return Effort(beside + amount / rates.CPU_MACS, 0, units)
+
+
+def _on_gpu(wish: bool | str, machine: Machine) -> bool:
+    return bool(wish) and machine.gpus > 0
+
+
+def estimate(
+    survey: Survey, config: Config, machine: Machine, *, settings: str = "default settings", like: str | None = None
+) -> Cost:
+    """What a run of `config` over the surveyed source would cost.
+
+    settings  how the configuration is called in words
+    like      a run, finished or not, whose ledger is scaled to this one
+    Raises RunError where `like` is no run.
+    """
+    work = Work.of_survey(survey, config)
+    stated = efforts(work, machine)
+    basis: list[str] = []
+    scaled: dict[str, tuple[float, float]] = {}
+    if like is not None:
+        scaled = _scaled(work, stated, machine, like)
+        rest = [
+            stage for stage, effort in stated.items() if stage not in (*scaled, "select", "report") and effort.cpu + effort.gpu
+        ]
+        basis.append(
+            f"scaled from the ledger of {like}; its images are taken to be like these"
+            + (f"; constants for {', '.join(rest)}" if rest else "")
+        )
+    else:
+        basis.append(
+            "constants of raypipe.survey.rates, measured on one server core; --like RUN scales a run of your own instead"
+        )
+    if survey.decode_seconds:
+        basis.append(f"decoding measured here: {survey.decode_seconds * 1e3:.2f} ms an image")
+    asks = [name for name in ("proxy", "measure", "embed") if getattr(config, name).use_gpu is True]
+    if asks and not machine.gpus:
+        basis.append(
+            f"the settings ask for GPUs ({', '.join(asks)}) and there is none: estimated on CPUs; --gpus N estimates with some"
+        )
+    if any(effort.gpu for stage, effort in stated.items() if stage not in scaled):
+        basis.append("no GPU was measured: about a T4 is assumed, others are up to ten times faster")
+    stages = []
+    for stage, effort in stated.items():
+        cpu, gpu = scaled.get(stage, (effort.cpu, effort.gpu))
+        less, more = rates.SPREAD["run" if stage in scaled else "gpu" if gpu else "cpu"]
+        seconds = max(
+            cpu / max(1.0, min(machine.cpus, effort.shared_by)),
+            gpu / max(1.0, min(machine.gpus, effort.shared_by)) if gpu else 0.0,
+        )
+        start = rates.START_SECONDS[stage]
+        stages.append(
+            StageCost(
+                stage, round(cpu, 1), round(gpu, 1), round(start / 2 + less * seconds, 1), round(2 * start + more * seconds, 1)
+            )
+        )
+    return Cost(
+        machine=str(machine),
+        settings=settings,
+        samples=work.samples,
+        seed_samples=work.seed,
+        stages=tuple(stages),
+        low=round(sum(stage.low for stage in stages), 1),
+        high=round(sum(stage.high for stage in stages), 1),
+        cpu_hours=sum(stage.cpu_seconds for stage in stages) / 3600,
+        gpu_hours=sum(stage.gpu_seconds for stage in stages) / 3600,
+        bytes_read=_bytes_read(work, survey),
+        bytes_written=_bytes_written(work),
+        basis=tuple(basis),
+    )
+
+
+def _scaled(work: Work, stated: Mapping[str, Effort], machine: Machine, like: str) -> dict[str, tuple[float, float]]:
+    """(processor seconds, GPU seconds) by stage: those of a run's ledger, times what the constants say this one takes beside that one."""
+    run = Run(like)
+    records = run.ledger()
+    if any(stage not in records or records[stage].state != "done" for stage in ("index", "seed")):
+        return {}
+    gpus = any(record.gpu_seconds for record in records.values())
+    other = efforts(Work.of_run(run, records, work), Machine(machine.cpus, 1.0 if gpus else 0.0, ""))
+    result = {}
+    for stage, effort in stated.items():
+        record, theirs = records.get(stage), other[stage]
+        # seconds of a GPU say nothing of those of a CPU
+        if (
+            record is None
+            or record.state != "done"
+            or bool(effort.gpu) != bool(record.gpu_seconds)
+            or stage in ("select", "report")
+        ):
+            continue
+        if record.cpu_seconds and theirs.cpu:
+            gpu = record.gpu_seconds * effort.gpu / theirs.gpu if effort.gpu and theirs.gpu else 0.0
+            result[stage] = record.cpu_seconds * effort.cpu / theirs.cpu, gpu
+    return result
+
+
+def _bytes_read(work: Work, survey: Survey) -> dict[str, int]:
+    """Of the source, by stage: a seed stage that cannot pick single samples reads what lies between them too."""
+    index = {"nothing": 0.0, "part": min(work.listed_bytes, work.listed * FOOTER_BYTES), "all": work.listed_bytes}[
+        work.scan_reads
+    ]
+    used = survey.bytes * work.samples / max(1, survey.samples)
+    drawn = (work.seed + work.audit) / max(1, work.samples) if survey.reads_singly else 1.0
+    return {"index": round(index), "seed": round(used * min(1.0, drawn)), "embed": round(used)}
+
+
+def _bytes_written(work: Work) -> dict[str, int]:
+    """By folder of the run."""
+    proxy, measure = work.config.proxy, work.config.measure
+    weights = 4 * (rates.PARAMETERS[proxy.model] + rates.width(proxy.model) * work.classes) * proxy.parts
+    count, number = len(proxy.checkpoint_epochs()), 4 if work.config.embed.dtype == "float32" else 2
+    kept = count * weights
+    trajectory = 0 if proxy.trajectory == "none" else proxy.epochs * work.seed * (24 + 2 * work.classes)
+    at_checkpoints = bool(measure.at_checkpoints)
+    found = {
+        "seed": (work.seed + work.audit) * (3 * proxy.image_size**2 + 40),
+        "proxy": kept + trajectory,
+        "measured": kept * (("moso" in measure.scores) + (measure.recalibrate and at_checkpoints))
+        + work.seed * (60 + 12 * count),
+        "embeddings": work.samples * (number * rates.width(proxy.model) + 150),
+        "extrapolator": 2 * work.seed * (4 * rates.width(proxy.model) + 100),
+        "scores": work.samples * 30,
+        "keep": round(sum(work.config.select.keep) * work.samples * 25),
+    }
+    return {folder: found[folder] for folders in STAGE_FOLDERS.values() for folder in folders if folder in found}

@@ -1,0 +1,215 @@
+"""The same images in every format give the same pixels, labels, measured scores and embeddings.
+
+What is compared: 160 handwritten digits, enlarged to 32x32 RGB (what the least flexible format can hold) and stored without loss, are laid
+out once in each format, in the same order; ids differ by format, and each writer says what they are in its own.
+
+- Every format, without a cluster: order, labels as class numbers, and pixels as the proxy would see them, bit for bit.
+- The formats of `WHOLE_RUNS`, through the stages on Ray: seed shards bit for bit, measured scores and embeddings to rounding.
+
+The seed set is everything (`seed.fraction: 1`). Which samples a smaller one takes is decided by a hash of the id, and ids differ between
+formats, so smaller seed sets are other samples of the same data: right, and nothing to compare. Only `source.id_column` of Parquet can give
+a table the ids of another layout; that such a table is drawn the same seed set as the layout is the last test. Scores of samples that
+are not measured are predicted from embeddings and measured scores alone, with no format in sight.
+
+To add a format: a writer, and its line in `WRITERS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import QUIET, small_config
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import raypipe
+from raypipe import storage
+from raypipe.config import SourceSettings
+from raypipe.images import decode_batch
+from raypipe.rundir import Run
+from raypipe.sources import class_map, open_source
+from raypipe.stages.seed import read_shard, seed_manifest, wanted
+
+COUNT, SIZE = 160, 8
+"""Samples, and the side that the proxy sees, pixels."""
+
+
+class Data(NamedTuple):
+    """names: "class-3/0017", sorted; pixels uint8 [n, 32, 32, 3]; labels int [n]; pngs: the pixels encoded."""
+
+    names: list[str]
+    pixels: np.ndarray
+    labels: list[int]
+    pngs: list[bytes]
+
+
+class Layout(NamedTuple):
+    """settings of the section `source`, and the id of each sample, in the order of `Data`."""
+
+    settings: dict[str, Any]
+    ids: list[str]
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    digits = load_digits()
+    order = np.argsort(digits.target[:COUNT], kind="stable")  # as an image folder lists them
+    grey = np.rint(digits.images[order] * 255 / 16).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    pixels = np.stack([grey, 255 - grey, grey // 2], 3)
+    pngs = []
+    for image in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        pngs.append(buffer.getvalue())
+    labels = digits.target[order].tolist()
+    return Data([f"class-{label}/{number:04d}" for number, label in enumerate(labels)], pixels, labels, pngs)
+
+
+def parquet(folder: Path, data: Data, ids: list[str] | None = None) -> Layout:
+    half = COUNT // 2
+    columns = {"image": [{"bytes": image, "path": None} for image in data.pngs], "label": data.labels}
+    table = pa.table(columns if ids is None else {**columns, "id": ids})
+    for part in range(2):
+        pq.write_table(table.slice(part * half, half), folder / f"train-{part}.parquet", row_group_size=30)
+    own = [f"train-{row // half}.parquet#{row % half}" for row in range(COUNT)]
+    return Layout({"format": "parquet"}, own) if ids is None else Layout({"format": "parquet", "id_column": "id"}, ids)
+
+
+def parquet_of_pixels(folder: Path, data: Data) -> Layout:
+    pq.write_table(pa.table({"img": data.pixels.tolist(), "y": data.labels}), folder / "all.parquet")
+    settings = {"format": "parquet", "image_column": "img", "label_column": "y"}
+    return Layout(settings, [f"all.parquet#{row}" for row in range(COUNT)])
+
+
+def webdataset(folder: Path, data: Data) -> Layout:
+    ids, third = [], COUNT // 3 + 1
+    for part in range(3):
+        with tarfile.open(folder / f"{part}.tar", "w") as tar:
+            for row in range(part * third, min(COUNT, part * third + third)):
+                for kind, content in (("cls", str(data.labels[row]).encode()), ("png", data.pngs[row])):
+                    member = tarfile.TarInfo(f"{data.names[row]}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                ids += [f"{part}.tar#{data.names[row]}"] if row >= len(ids) else []
+    return Layout({"format": "webdataset"}, ids)
+
+
+def imagefolder(folder: Path, data: Data) -> Layout:
+    for name, image in zip(data.names, data.pngs, strict=True):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    return Layout({"format": "imagefolder"}, [f"{name}.png" for name in data.names])
+
+
+WRITERS: dict[str, Callable[[Path, Data], Layout]] = {
+    "parquet": parquet,
+    "parquet-of-pixels": parquet_of_pixels,
+    "webdataset": webdataset,
+    "imagefolder": imagefolder,
+}
+WHOLE_RUNS = ("parquet", "webdataset", "imagefolder")
+"""Formats that go through the stages: a run costs ten seconds, most of them to start processes."""
+
+
+def _laid_out(folder: Path, data: Data, writer: Callable[[Path, Data], Layout]) -> Layout:
+    folder.mkdir()
+    layout = writer(folder, data)
+    return layout._replace(settings={"uri": str(folder), "fragment_samples": 64, **layout.settings})
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_pixels_and_labels_do_not_depend_on_the_format(format: str, data: Data, tmp_path: Path) -> None:
+    layout = _laid_out(tmp_path / "data", data, WRITERS[format])
+    source = open_source(SourceSettings.model_validate(layout.settings))
+    scans = [source.scan(file) for file in source.files()]
+    names = next((scan.class_names for scan in scans if scan.class_names is not None), None)
+    classes = class_map(names, frozenset().union(*(scan.labels for scan in scans)), None)
+    samples = [sample for scan in scans for fragment in scan.fragments for sample in source.read(fragment)]
+    assert [sample.sample_id for sample in samples] == layout.ids
+    assert [classes.index(sample.label) for sample in samples] == [(label, "") for label in data.labels]
+    for size in (SIZE, 32):
+        pixels, reasons = decode_batch(samples, size, 10_000)
+        assert not any(reasons)
+        np.testing.assert_array_equal(pixels, _expected(data, size))
+
+
+def _expected(data: Data, size: int) -> np.ndarray:
+    """uint8 [n, 3, size, size]; PNG is decoded at its full size, so that arrays and files are resampled alike."""
+    images = [Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0) for image in data.pixels]
+    return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
+
+
+@pytest.fixture(scope="module")
+def run_of(cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, Layout]]:
+    """The run of a format up to the embeddings, made when it is first asked for."""
+
+    @functools.cache
+    def made(format: str) -> tuple[Run, Layout]:
+        folder = tmp_path_factory.mktemp(format)
+        layout = _laid_out(folder / "data", data, WRITERS[format])
+        changes = [f"source.{name}={value}" for name, value in layout.settings.items()]
+        changes += ["source.limit=null", "seed.fraction=1", "proxy.epochs=2", f"proxy.image_size={SIZE}"]
+        config = small_config(str(folder / "run"), *changes, "measure.scores=[moso, el2n]")
+        return Run(raypipe.run(config, until="embed", progress=QUIET).uri), layout
+
+    return made
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("format", WHOLE_RUNS)
+def test_seed_shards_are_the_same_bit_for_bit(format: str, run_of: Callable[[str], tuple[Run, Layout]], data: Data) -> None:
+    run, layout = run_of(format)
+    (shard,) = seed_manifest(run)["shards"]
+    ids, images, labels = read_shard(run, shard)
+    assert (ids, labels.tolist()) == (layout.ids, data.labels)
+    np.testing.assert_array_equal(images, _expected(data, SIZE))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("format", WHOLE_RUNS[1:])
+def test_scores_and_embeddings_are_the_same(format: str, run_of: Callable[[str], tuple[Run, Layout]]) -> None:
+    expected, found = _numbers(*run_of(WHOLE_RUNS[0])), _numbers(*run_of(format))
+    assert expected["moso"].std() > 0 and expected["embedding"].std() > 0
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name)
+
+
+def _numbers(run: Run, layout: Layout) -> dict[str, np.ndarray]:
+    """What was measured of each sample, and what the proxy says of it, in the order of the data."""
+    measured, embedded = _in_order(run, "measured", layout), _in_order(run, "embeddings", layout)
+    found = {name: measured[name].to_numpy() for name in ("moso", "el2n")}
+    found |= {name: embedded[name].to_numpy() for name in ("label", "loss", "entropy")}
+    return found | {"embedding": np.stack(embedded["embedding"].to_numpy(zero_copy_only=False))}
+
+
+def _in_order(run: Run, folder: str, layout: Layout) -> pa.Table:
+    """All rows of a folder's tables in the order of the data, each sample exactly once."""
+    table = pa.concat_tables([table.replace_schema_metadata(None) for _, table in storage.iter_tables(run.path(folder))])
+    rows = {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
+    assert len(rows) == len(table) and rows.keys() == set(layout.ids)
+    return table.take([rows[sample_id] for sample_id in layout.ids])
+
+
+@pytest.mark.parametrize("format", ["webdataset", "imagefolder"])
+def test_a_table_with_the_ids_of_another_layout_is_drawn_the_same_seed_set(format: str, data: Data, tmp_path: Path) -> None:
+    other = _laid_out(tmp_path / "other", data, WRITERS[format])
+    table = _laid_out(tmp_path / "table", data, lambda folder, data: parquet(folder, data, other.ids))
+    drawn = []
+    for layout in (other, table):
+        source, rule = open_source(SourceSettings.model_validate(layout.settings)), wanted(0.4, 0)
+        fragments = [fragment for file in source.files() for fragment in source.scan(file).fragments]
+        samples = [sample for fragment in fragments for sample in source.read(fragment, rule)]
+        pixels, _ = decode_batch(samples, SIZE, 10_000)
+        drawn.append(([sample.sample_id for sample in samples], pixels))
+    assert drawn[0][0] == drawn[1][0] and 0.2 * COUNT < len(drawn[0][0]) < 0.6 * COUNT
+    np.testing.assert_array_equal(drawn[0][1], drawn[1][1])
