@@ -117,7 +117,9 @@ def test_a_missing_file() -> None:
 
 def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text("run: out\nsource: {uri: s3://bucket/data}\n")
+    (tmp_path / "config.yaml").write_text("run: out\nsource: {uri: s3://bucket/data, root: images, class_map: ../classes.json}\n")
     config = load_config("config.yaml")
     assert config.run == str(tmp_path / "out")
     assert config.source.uri == "s3://bucket/data"
+    assert config.source.root == str(tmp_path / "images")
+    assert config.source.class_map == str(tmp_path.parent / "classes.json")
