@@ -122,11 +122,12 @@ def test_a_missing_file() -> None:
 
 def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "run: out\nsource: {uri: s3://bucket/data, root: sets}\nselect: {never_keep: faces.txt}\n"
-    (tmp_path / "config.yaml").write_text(text)
+    source = "{uri: s3://bucket/data, root: sets, class_map: ../classes.json}"
+    (tmp_path / "config.yaml").write_text(f"run: out\nsource: {source}\nselect: {{never_keep: faces.txt}}\n")
     config = load_config("config.yaml")
     assert config.run == str(tmp_path / "out")
     assert (config.select.never_keep, config.select.always_keep) == (str(tmp_path / "faces.txt"), None)
     assert config.source.uri == "s3://bucket/data"
     assert config.source.root == str(tmp_path / "sets")
+    assert config.source.class_map == str(tmp_path.parent / "classes.json")
     assert load_config("config.yaml", ["source.root=null"]).source.root is None

@@ -177,7 +177,7 @@ class FileListSource(Source):
 
 
 class _Seen:
-    """A growing set of 64-bit hashes in sorted arrays, 8 bytes each; one in 10^7 lists of a million paths has two that are equal by chance."""
+    """A growing set of 64-bit hashes in sorted arrays, 8 bytes each. Of 30 million lists of a million paths, one has two equal by chance."""
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []

@@ -47,7 +47,7 @@ def root_of(uri: str, image_size: int) -> str:
 
     Of the smaller and the larger ones the smaller, unless `image_size` pixels are more than these have.
     """
-    folder, name = uri.rpartition("/")[0], storage.name(uri)
+    folder, name = _folder(uri), storage.name(uri)
     sizes = _SIZES if image_size <= _PIXELS else reversed(_SIZES)
     kinds = (f"_{_TRAIN[name]}", "") if name in _TRAIN else ()
     folders = [f"data_{size}{kind}" for size in sizes for kind in kinds] if kinds else [f"val_{size}" for size in sizes]
@@ -55,12 +55,16 @@ def root_of(uri: str, image_size: int) -> str:
         for candidate in folders:
             if storage.exists(storage.join(folder, candidate)):
                 return storage.join(folder, candidate)
-    return folder or "/"
+    return folder
 
 
 def class_file(uri: str) -> str | None:
     """The file with the class names of a list of Places365, where it lies beside it."""
     if storage.name(uri) not in _TRAIN and storage.name(uri) != _VALIDATION:
         return None
-    categories = storage.join(uri.rpartition("/")[0], CATEGORIES)
+    categories = storage.join(_folder(uri), CATEGORIES)
     return categories if storage.exists(categories) else None
+
+
+def _folder(uri: str) -> str:
+    return uri.rpartition("/")[0] or ("/" if uri.startswith("/") else ".")

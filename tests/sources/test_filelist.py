@@ -223,6 +223,19 @@ def test_places365_is_found_by_its_names(tmp_path: Any, folders: list[str], imag
     assert open_source(SourceSettings(uri=str(tmp_path), root="/elsewhere")).settled(image_size).root == "/elsewhere"
 
 
+def test_a_list_may_be_named_by_a_relative_path(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in PLACES.items():
+        write(str(tmp_path), name, text)
+    fill(f"{tmp_path}/data_256", ["a/airfield/1.jpg", "b/bar/2.jpg"])
+    fill(str(tmp_path), ["x.png"])
+    write(str(tmp_path), "x.txt", f"x.png 1\n{tmp_path}/x.png 1")
+    monkeypatch.chdir(tmp_path)
+    for uri in (".", "places365_train_standard.txt"):
+        assert [bool(sample.reason) for sample in samples(make(uri))] == [False, False]
+        assert scans(make(uri))[0].class_names == ("a/airfield", "b/bar", "c/cabin")
+    assert [sample.reason for sample in samples(make("x.txt"))] == ["", "duplicate: the list names it before (time 2)"]
+
+
 def test_places365_is_read(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in PLACES.items():
         write(f"{place}/set", name, text)
