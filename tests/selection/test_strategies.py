@@ -324,6 +324,16 @@ def test_marked_samples_are_in_every_list_or_in_none(strategy: str) -> None:
             assert max(of_always) <= min(kept.values()) + 1e-6
 
 
+def test_a_sample_to_keep_counts_for_its_class_even_where_it_is_cut_off() -> None:
+    data = Data.drawn(20)
+    mark = np.zeros(20, np.uint8)
+    mark[data.score.argmax()] = ALWAYS
+    label = np.zeros(20, np.int32)
+    label[np.argsort(data.score)[:10]] = 1
+    (kept,) = replace(data, mark=mark, label=label).lists("ccs", (0.1,), min_per_class=1, hard_cutoff=0.2, strata=4)
+    assert len(kept) == 2 and data.ids[data.score.argmax()] in kept  # and one of the other class: there is room for no more
+
+
 def test_balanced_gives_what_small_classes_cannot_take_to_others() -> None:
     data = Data.drawn(100)
     mark = np.where(data.label == 0, NEVER, FREE).astype(np.uint8)

@@ -152,6 +152,14 @@ def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
     assert about["search"]["kind"] == "exact" and about["search"]["vectors"] == fidelity["n_fit"]
 
 
+def test_a_strategy_may_look_at_the_embeddings(finished: str) -> None:
+    options = {"near_duplicates": 0.999, "weights": "inclusion", "min_per_class": 0}
+    assert raypipe.select(finished, 0.125, "beta", **options) == {"keep-0.125.parquet": 75}
+    table = storage.read_table(storage.join(finished, "keep", "keep-0.125.parquet"))
+    assert set(table["sample_id"].to_pylist()) <= set(by_id(finished)) and min(table["weight"].to_pylist()) > 0
+    storage.delete(storage.join(finished, "keep", "keep-0.125.parquet"))
+
+
 def test_another_keep_fraction_is_judged_without_another_fit(finished: str) -> None:
     before, scored = stamps(finished, "extrapolator"), stamps(finished, "scores")
     raypipe.run(small_config(finished, "select.keep=[0.125]"), until="extrapolate", progress=QUIET)
