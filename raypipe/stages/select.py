@@ -1,6 +1,6 @@
 """Keep-lists from the scores of a run: a few passes over `scores/`, no rescoring, memory that does not grow with the source.
 
-(Near duplicates are the exception: see `raypipe.stages.duplicates`.)
+(Near duplicates are the exception: see `raypipe.stages.near_duplicates`.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raypipe.rundir import Run, StageRecord, content_hash, tables_of
 from raypipe.selection import STRATEGIES, Chunk, Cut, Options, needs_classes, needs_loss, select
 from raypipe.selection.hashing import text_array
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.duplicates import mark_near_duplicates
+from raypipe.stages.near_duplicates import mark_near_duplicates
 from raypipe.stages.keeping import Scores, mark_listed, notes
 
 log = logging.getLogger("raypipe")
