@@ -32,14 +32,25 @@ class Settings(BaseModel):
 class SourceSettings(Settings):
     """The dataset as its owner stores it."""
 
-    uri: str = Field(description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set")
-    format: Literal["auto", "parquet", "imagefolder", "webdataset", "digits"] = Field(
+    uri: str = Field(
+        description="folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards (.txt); local path, file:// or s3://; "
+        "digits:// is the bundled set; huggingface://user/name a dataset of the hub"
+    )
+    format: Literal["auto", "parquet", "imagefolder", "webdataset", "huggingface", "digits"] = Field(
         "auto", description="auto looks at the file names"
     )
+    split: str | None = Field(None, min_length=1, description="Hugging Face: which split, where there are several")
+    config_name: str | None = Field(None, min_length=1, description="Hugging Face: which configuration of a dataset of the hub")
     include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
-    image_column: str = Field("image", min_length=1, description="Parquet: column with the encoded images")
-    label_column: str = Field("label", min_length=1, description="Parquet column, or WebDataset .json field, with the label")
-    id_column: str | None = Field(None, description="Parquet: column with unique ids; default is file#row")
+    image_column: str = Field(
+        "auto", min_length=1, description="Parquet, Hugging Face: column with the images; auto: image, img, ..., or the only one"
+    )
+    label_column: str = Field(
+        "auto", min_length=1, description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ..."
+    )
+    id_column: str | None = Field(
+        None, min_length=1, description="Parquet, Hugging Face: column with unique ids; default is file#row"
+    )
     num_classes: Positive | None = Field(None, description="default: found in the source")
     limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
     fragment_samples: Positive = Field(1024, description="most samples in one unit of work")

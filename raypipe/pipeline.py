@@ -57,9 +57,8 @@ def execute(config: Config, *, until: str | None = None, progress: Progress | No
 
 def _execute(config: Config, until: str | None, progress: Progress, verbose: bool) -> Run:
     run = Run(config.run)
-    if config.source.format == "auto":  # told once here, instead of by a listing in every task
-        source = config.source.model_copy(update={"format": open_source(config.source).format})
-        config = config.model_copy(update={"source": source})
+    # what auto stands for is told once here, instead of by a listing in every task
+    config = config.model_copy(update={"source": open_source(config.source).settled()})
     context = Context(config, run, progress, verbose)
     with Lease(run), _log_file(run):
         records = run.ledger() if run.exists() else {}

@@ -13,6 +13,7 @@ _SOURCES = {
     "parquet": "raypipe.sources.parquet:ParquetSource",
     "imagefolder": "raypipe.sources.imagefolder:ImageFolderSource",
     "webdataset": "raypipe.sources.webdataset:WebDatasetSource",
+    "huggingface": "raypipe.sources.huggingface:HuggingFaceSource",
     "digits": "raypipe.sources.digits:DigitsSource",
 }
 

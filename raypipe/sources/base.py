@@ -90,6 +90,10 @@ class Source(abc.ABC):
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
 
+    def settled(self) -> SourceSettings:
+        """The settings with what `auto` stands for in this source; a worker with these need not look at the source to find out."""
+        return self.settings.model_copy(update={"format": self.format})
+
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:
         """Everything a listing shows, in a stable order, without opening a file. Raises SourceError when nothing is there."""

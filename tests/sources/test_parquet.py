@@ -179,6 +179,8 @@ def test_ids_from_a_column(tmp_path: Any) -> None:
     assert [sample.reason for sample in found] == ["", "", "duplicate id: an earlier row has it too", "no id: key is null", ""]
     uri = put(f"{tmp_path}/b.parquet", plain(2, key=[10, 20]))
     assert ids(samples(make(uri, id_column="key"))) == ["10", "20"]
+    uri = put(f"{tmp_path}/c.parquet", plain(2, key=pa.array(["x", "y"]).dictionary_encode()))
+    assert ids(samples(make(uri, id_column="key"))) == ["x", "y"]
 
 
 def test_images_that_are_not_there(tmp_path: Any) -> None:
@@ -221,8 +223,21 @@ def samples_of_arrays(uri: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("table", "options", "words"),
     [
-        (pa.table({"img": [b"x"], "label": [0]}), {}, "no column 'image'; columns are img, label; set source.image_column"),
-        (pa.table({"image": [b"x"], "class": [0]}), {}, "no column 'label'; columns are image, class; set source.label_column"),
+        (
+            pa.table({"img": [b"x"], "label": [0]}),
+            {"image_column": "image"},
+            "no column 'image'; columns are img, label; set source.image_column",
+        ),
+        (
+            pa.table({"image": [b"x"], "class": [0]}),
+            {"label_column": "label"},
+            "no column 'label'; columns are image, class; set source.label_column",
+        ),
+        (
+            pa.table({"image": [b"x"], "label": [{"name": "cat"}]}),
+            {"label_column": "label"},
+            "column 'label' is struct<name: string>; expected one number or name per sample",
+        ),
         (plain(1), {"id_column": "key"}, "no column 'key'; columns are image, label; set source.id_column"),
         (pa.table({"image": ["a.png"], "label": [0]}), {}, "column 'image' is string; expected encoded bytes"),
         (pa.table({"image": [[1, 2]], "label": [0]}), {}, "expected encoded bytes"),
