@@ -58,7 +58,7 @@ def execute(config: Config, *, until: str | None = None, progress: Progress | No
 def _execute(config: Config, until: str | None, progress: Progress, verbose: bool) -> Run:
     run = Run(config.run)
     # what auto stands for is told once here, instead of by a listing in every task
-    config = config.model_copy(update={"source": open_source(config.source).settled()})
+    config = config.model_copy(update={"source": open_source(config.source).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)
     with Lease(run), _log_file(run):
         records = run.ledger() if run.exists() else {}

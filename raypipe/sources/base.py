@@ -90,8 +90,11 @@ class Source(abc.ABC):
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
 
-    def settled(self) -> SourceSettings:
-        """The settings with what `auto` stands for in this source; a worker with these need not look at the source to find out."""
+    def settled(self, image_size: int = 0) -> SourceSettings:
+        """The settings with what `auto` and defaults stand for in this source, so that a worker need not look at it to find out.
+
+        image_size  pixels, square, that are wanted of an image. Raises SourceError.
+        """
         return self.settings.model_copy(update={"format": self.format})
 
     @abc.abstractmethod

@@ -34,7 +34,6 @@ Image = tuple[bytes | np.ndarray | None, str]
 ByPath = Callable[[str], bytes | None]
 """The bytes of an image that a table holds only by its path; None where it cannot be had."""
 
-
 FILES_TRIED = 100
 """Files opened, at most, to find one whose columns fit `auto`."""
 
@@ -60,7 +59,8 @@ class TableSource(FileSource):
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, dict[str, Any]]:
         """Columns of a file, and Hugging Face's description of them (may be empty). Raises anything where the file is damaged."""
 
-    def settled(self) -> SourceSettings:
+    def settled(self, image_size: int = 0) -> SourceSettings:
+        """What is there is read whatever size is wanted. Of columns, `auto` remains where no file makes clear what it stands for."""
         return self._settled
 
     @functools.cached_property

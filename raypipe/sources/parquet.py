@@ -51,7 +51,8 @@ class ParquetSource(TableSource):
             parquet = _open(stored)
             groups, columns = _row_groups(parquet, file.size), _columns(parquet, settings)
         except ColumnError as error:
-            return self.broken(file, error)
+            # a file without rows loses nothing, whatever its columns
+            return self.broken(file, error) if parquet.metadata.num_rows else FileScan(())
         except Exception as error:
             return self.broken(file, f"not a readable Parquet file: {damage(stored, error)}")
         names = columns.class_names

@@ -283,6 +283,8 @@ def test_a_file_cut_off_is_one_broken_fragment(place: str, keep: float) -> None:
 def test_an_empty_table_is_fine_and_has_no_fragments(tmp_path: Any) -> None:
     (scan,) = scans(make(put(f"{tmp_path}/a.parquet", plain(3).slice(0, 0))))
     assert scan.fragments == () and scan.labels == frozenset()
+    (scan,) = scans(make(put(f"{tmp_path}/b.parquet", pa.table({"x": [0]}).slice(0, 0))))
+    assert scan.fragments == ()  # of other columns, and nothing is lost with it
 
 
 @pytest.mark.parametrize("column", ["image", "label", "key"])
