@@ -89,9 +89,9 @@ class ArrowStream:
                 batch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), self.schema)
             batch.validate(full=True)  # offsets out of bounds would be read without a check
         except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
-            raise Damage(f"record batch at byte {message.offset}: {error}") from None
+            raise Damage(f"damaged record batch at byte {message.offset}: {error}") from None
         if batch.num_rows != message.rows:
-            raise Damage(f"record batch at byte {message.offset}: {batch.num_rows} rows, not {message.rows}")
+            raise Damage(f"damaged record batch at byte {message.offset}: {batch.num_rows} rows, not {message.rows}")
         return batch
 
     def column(self, message: Message, name: str) -> pa.Array:
@@ -106,7 +106,7 @@ class ArrowStream:
         first = sum(count or 0 for count in counts)
         chosen = message.buffers[first : first + own]
         if len(chosen) < own:
-            raise Damage(f"record batch at byte {message.offset}: too few buffers")
+            raise Damage(f"damaged record batch at byte {message.offset}: too few buffers")
         buffers = [pa.py_buffer(self._bytes(message.body + start, length)) if length else None for start, length in chosen]
         if field.type == pa.string() or field.type == pa.large_string():
             buffers[2] = buffers[2] or pa.py_buffer(b"")
@@ -114,7 +114,7 @@ class ArrowStream:
             array = pa.Array.from_buffers(field.type, message.rows, buffers)
             array.validate(full=True)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise Damage(f"record batch at byte {message.offset}: {error}") from None
+            raise Damage(f"damaged record batch at byte {message.offset}: {error}") from None
         return array
 
     def _messages(self, position: int) -> Iterator[Message]:

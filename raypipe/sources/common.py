@@ -90,8 +90,8 @@ class Location:
             return self._named(_listed(self._uri), _folder(self._uri))
         if self._is_pattern:
             names = [self._literal + rest for rest in patterns.expand(self._uri[len(self._literal) :])]
-            globs = [name for name in names if _wild(name[len(self._literal) :]) >= 0]
-            found, named = self._named(sorted(set(names) - set(globs)), self._root)
+            globs = {name for name in names if _wild(name[len(self._literal) :]) >= 0}
+            found, named = self._named([name for name in names if name not in globs], self._root)
             with ThreadPoolExecutor(LISTERS, thread_name_prefix="raypipe-list") as threads:
                 for glob, matches in zip(globs, threads.map(storage.matching, globs), strict=True):
                     folder = storage.glob_root(glob)
@@ -111,17 +111,20 @@ class Location:
 
     def _named(self, uris: list[str], root: str | None) -> tuple[list[FileInfo], set[str]]:
         """The files of these names, and all below those that are folders. Folders are listed, however many names there are."""
+        uris = sorted({uri.rstrip("/") for uri in uris})
         folders = sorted({_folder(uri) for uri in uris})
         with ThreadPoolExecutor(LISTERS, thread_name_prefix="raypipe-list") as threads:
-            entries = dict(zip(folders, threads.map(storage.entries, folders), strict=True))
+            listed = dict(zip(folders, threads.map(storage.entries, folders), strict=True))
+            entries = {uri: listed[_folder(uri)].get(storage.name(uri), FileInfo("", 0, MISSING)) for uri in uris}
+            inside = [uri for uri in uris if entries[uri] is None]
+            below = dict(zip(inside, threads.map(storage.listing, inside), strict=True))
         found: dict[str, FileInfo] = {}
         named: set[str] = set()
-        for uri in uris:
-            path, entry = _relative(uri, root), entries[_folder(uri)].get(storage.name(uri), FileInfo("", 0, MISSING))
-            below = storage.listing(uri) if entry is None else []
-            for file in below:
+        for uri, entry in entries.items():
+            path = _relative(uri, root)
+            for file in below.get(uri, []):
                 found[storage.join(path, file.path)] = FileInfo(storage.join(path, file.path), file.size, file.stamp)
-            if not below:
+            if not below.get(uri):
                 found[path] = FileInfo(path, entry.size if entry else 0, entry.stamp if entry else MISSING)
                 named.add(path)
         return sorted(found.values(), key=lambda file: file.path), named

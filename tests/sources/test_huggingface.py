@@ -187,9 +187,9 @@ def test_batches_and_fragments_of_all_sizes(tmp_path: Any) -> None:
             assert found == whole and len(found) == 12
 
 
-def test_an_arrow_file_cut_off(place: str) -> None:
+def test_an_arrow_file_cut_off(tmp_path: Any) -> None:
     content = arrow(images(10), 4)
-    uri = save(f"{place}/set", content)
+    uri = save(f"{tmp_path}/set", content)
     batches = list(ArrowStream(storage.open_read(f"{uri}/data-00000-of-00001.arrow")).batches())
     for cut, readable, counted in (
         (len(content) - 8, 10, 10),  # the end marker
@@ -290,7 +290,7 @@ FUZZ = [
 ]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     which=st.integers(0, len(FUZZ) - 1),
     cut=st.none() | st.floats(0, 1),

@@ -93,10 +93,10 @@ def test_shards_by_a_brace_pattern(place: str) -> None:
     assert ids(samples(make(f"{place}/i*/{{a,b}}-09.tar"))) == ["in/a-09.tar#1", "in/b-09.tar#4"]
 
 
-def test_folders_by_a_brace_pattern(place: str) -> None:
+def test_folders_by_a_brace_pattern(tmp_path: Any) -> None:
     for name in ("cat/1.png", "cat/deep/2.png", "dog/3.png", "eel/4.png"):
-        storage.write_bytes(f"{place}/set/{name}", picture(1))
-    found = samples(make(f"{place}/set/{{cat,dog,fox}}", format="imagefolder"))
+        storage.write_bytes(f"{tmp_path}/set/{name}", picture(1))
+    found = samples(make(f"{tmp_path}/set/{{cat,dog,fox}}", format="imagefolder"))
     assert [(sample.sample_id, sample.label) for sample in found if not sample.reason] == [
         ("cat/1.png", "cat"),
         ("cat/deep/2.png", "cat"),
@@ -105,9 +105,9 @@ def test_folders_by_a_brace_pattern(place: str) -> None:
     assert [(sample.sample_id, sample.reason) for sample in found if sample.reason] == [
         ("fox", "no such file: deleted since it was listed, or its name is not UTF-8")
     ]
-    fill(place, "train/x.parquet", "val/y.parquet", "test/z.parquet")
-    storage.write_bytes(f"{place}/val/README.md", b"x")
-    assert ids(samples(make(f"{place}/{{train,val}}"))) == ["train/x.parquet#0", "val/y.parquet#0"]
+    fill(str(tmp_path), "train/x.parquet", "val/y.parquet", "test/z.parquet")
+    storage.write_bytes(f"{tmp_path}/val/README.md", b"x")
+    assert ids(samples(make(f"{tmp_path}/{{train,val}}/"))) == ["train/x.parquet#0", "val/y.parquet#0"]
 
 
 def test_shards_that_are_not_there_are_unreadable_files(place: str) -> None:
@@ -164,15 +164,15 @@ def test_a_list_of_parquet_files_tells_its_format(tmp_path: Any) -> None:
     assert source.format == "parquet" and ids(samples(source)) == ["2.parquet#0", "x/1.parquet#0"]
 
 
-def test_names_that_have_braces_are_meant_as_they_are(place: str) -> None:
-    fill(place, "set{1,2}/a{1,2}.tar", "set{1,2}/b1.tar", "set{1,2}/b2.tar", "set1/c.tar", "set{3}/d1.tar")
+def test_names_that_have_braces_are_meant_as_they_are(tmp_path: Any) -> None:
+    fill(str(tmp_path), "set{1,2}/a{1,2}.tar", "set{1,2}/b1.tar", "set{1,2}/b2.tar", "set1/c.tar", "set{3}/d1.tar")
     for uri, expected in (
-        (f"{place}/set{{1,2}}/a{{1,2}}.tar", ["a{1,2}.tar#0"]),
-        (f"{place}/set{{1,2}}/b{{1,2}}.tar", ["b1.tar#1", "b2.tar#2"]),
-        (f"{place}/set{{1,2}}/*1.tar", ["b1.tar#1"]),
-        (f"{place}/set{{1,2}}", ["a{1,2}.tar#0", "b1.tar#1", "b2.tar#2"]),
-        (f"{place}/set{{3}}/d{{1..1}}.tar", ["d1.tar#4"]),
-        (f"{place}/set{{3}}/*.tar", ["d1.tar#4"]),
+        (f"{tmp_path}/set{{1,2}}/a{{1,2}}.tar", ["a{1,2}.tar#0"]),
+        (f"{tmp_path}/set{{1,2}}/b{{1,2}}.tar", ["b1.tar#1", "b2.tar#2"]),
+        (f"{tmp_path}/set{{1,2}}/*1.tar", ["b1.tar#1"]),
+        (f"{tmp_path}/set{{1,2}}", ["a{1,2}.tar#0", "b1.tar#1", "b2.tar#2"]),
+        (f"{tmp_path}/set{{3}}/d{{1..1}}.tar", ["d1.tar#4"]),
+        (f"{tmp_path}/set{{3}}/*.tar", ["d1.tar#4"]),
     ):
         assert ids(samples(make(uri))) == expected
 
