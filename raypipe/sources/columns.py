@@ -207,6 +207,8 @@ def _is_list(type: pa.DataType) -> bool:
 
 
 def _value_type(type: pa.DataType) -> pa.DataType:
+    while isinstance(type, pa.BaseExtensionType):
+        type = type.storage_type
     return type.value_type if pt.is_dictionary(type) else type
 
 
@@ -220,7 +222,12 @@ def _holds_labels(type: pa.DataType) -> bool:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """The array with its values in place of positions in a dictionary."""
+    """The array as it is stored where its type is an extension, and with its values in place of positions in a dictionary.
+
+    Scalars of an extension are whatever its author made of them, so that they are avoided.
+    """
+    while isinstance(array.type, pa.BaseExtensionType):
+        array = array.storage
     return array.dictionary_decode() if pt.is_dictionary(array.type) else array
 
 
@@ -281,14 +288,9 @@ def once(samples: Iterator[RawSample]) -> Iterator[RawSample]:
 
 
 def image_reader(type: pa.DataType, by_path: ByPath | None = None) -> Callable[[pa.Scalar], Image] | None:
-    """How one value of the image column is read; None for a column that cannot hold images."""
+    """How one value of the `plain` image column is read; None for a column that cannot hold images."""
     if isinstance(type, pa.BaseExtensionType):
-        inner = image_reader(type.storage_type, by_path)
-        return (
-            None
-            if inner is None
-            else lambda scalar: inner(scalar.value if scalar.is_valid else pa.scalar(None, type.storage_type))
-        )
+        return image_reader(type.storage_type, by_path)
     if _is_bytes(type):
         return _from_bytes
     if pt.is_struct(type) and type.get_field_index("bytes") >= 0 and _is_bytes(type.field("bytes").type):

@@ -152,7 +152,7 @@ class HuggingFaceSource(TableSource):
             reader = image_reader(stream.schema.field(columns.image).type, self._hub.content if self._hub is not None else None)
             assert reader is not None  # the schema has been checked
             try:
-                array, reason = stream.load(batch).column(columns.image), ""
+                array, reason = plain(stream.load(batch).column(columns.image)), ""
             except Exception as error:
                 array, reason = None, damage(stored, error)
             for row in chosen:

@@ -168,7 +168,7 @@ def _images(stored: Reader, parquet: pq.ParquetFile, group: int, column: str, ro
     batches = parquet.iter_batches(batch_rows, [group], [column], use_threads=False)
     while done < len(rows):
         try:
-            array = next(batches).column(column)
+            array = plain(next(batches).column(column))
             found: list[Image] = []
             while done + len(found) < len(rows) and rows[done + len(found)] < first + len(array):
                 found.append(reader(array[rows[done + len(found)] - first]))

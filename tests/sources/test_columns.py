@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from source_helpers import make, picture, rejects, samples, scans
+from test_huggingface import arrow, save
 from test_parquet import NAMES, put
 
 
@@ -74,6 +75,53 @@ def test_the_first_file_in_which_columns_are_clear_decides_for_all(place: str) -
     errors = [scan.fragments[0].error for scan in scans(source)]
     assert "no column 'img'; columns are name, kind" in errors[0] and "no column 'fine_label'; columns are img" in errors[2]
     assert [(sample.image, sample.label) for sample in samples(source)] == [(b"1", 1), (b"3", 3)]
+
+
+class Values(pa.ExtensionArray):
+    """As `datasets` has it for arrays of fixed shape: a value is not the scalar that pyarrow would give."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.storage[index]
+
+
+class Kind(pa.ExtensionType):
+    def __init__(self, storage: pa.DataType) -> None:
+        super().__init__(storage, "raypipe.tests.kind")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Kind:
+        return cls(storage)
+
+    def __arrow_ext_class__(self) -> type:
+        return Values
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_extension_types_are_read_as_they_are_stored(tmp_path: Any, registered: bool) -> None:
+    pixels, nested = np.arange(40).reshape(2, 4, 5), pa.list_(pa.list_(pa.uint8()))
+    columns = {
+        "image": pa.array([*pixels.tolist(), None], nested),
+        "label": pa.array([3, 4, None]),
+        "key": pa.array(["a", "b", "c"]),
+    }
+    table = pa.table({name: Kind(array.type).wrap_array(array) for name, array in columns.items()})
+    if registered:
+        pa.register_extension_type(Kind(pa.int64()))
+    try:
+        for uri in (put(f"{tmp_path}/a.parquet", table), save(f"{tmp_path}/saved", arrow(table), features=None)):
+            source = make(uri, id_column="key")
+            (fragment,) = scans(source)[0].fragments
+            found = list(source.read(fragment))
+            assert [(sample.sample_id, sample.label, sample.reason) for sample in found] == [
+                ("a", 3, ""), ("b", 4, ""), ("c", None, "no image: null"),
+            ]  # fmt: skip
+            assert np.array_equal([sample.image for sample in found[:2]], pixels) and scans(source)[0].labels == {3, 4}
+    finally:
+        if registered:
+            pa.unregister_extension_type("raypipe.tests.kind")
 
 
 def test_bytes_in_other_arrow_types(tmp_path: Any) -> None:
