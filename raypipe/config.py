@@ -34,11 +34,12 @@ class SourceSettings(Settings):
     """The dataset as its owner stores it."""
 
     uri: str = Field(
-        description="folder, file or glob; local path, file:// or s3://; digits:// is the bundled set; torchvision://CIFAR10, synthetic://"
+        description="folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards (.txt); local path, file:// or s3://; "
+        "digits:// is the bundled set; torchvision://CIFAR10, huggingface://user/name a dataset by name; synthetic:// made-up images"
     )
-    format: Literal["auto", "parquet", "imagefolder", "filelist", "webdataset", "digits", "torchvision", "synthetic"] = Field(
-        "auto", description="auto looks at the file names"
-    )
+    format: Literal[
+        "auto", "parquet", "imagefolder", "filelist", "webdataset", "huggingface", "torchvision", "synthetic", "digits"
+    ] = Field("auto", description="auto looks at the file names")
     root: str | None = Field(
         None,
         min_length=1,
@@ -47,14 +48,19 @@ class SourceSettings(Settings):
     split: str | None = Field(
         None, min_length=1, description="which split of a dataset that has several; of a torchvision dataset train, if not given"
     )
+    config_name: str | None = Field(None, min_length=1, description="Hugging Face: which configuration of a dataset of the hub")
     download: bool = Field(True, description="fetch a torchvision dataset that is not in root")
     verify: bool = Field(True, description="check a torchvision dataset's files against the published checksums")
     include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
-    image_column: str = Field("image", min_length=1, description="Parquet: column with the encoded images")
-    label_column: str = Field(
-        "label", min_length=1, description="column of Parquet or a file list, or WebDataset .json field, with the label"
+    image_column: str = Field(
+        "auto", min_length=1, description="Parquet, Hugging Face: column with the images; auto: image, img, ..., or the only one"
     )
-    id_column: str | None = Field(None, description="Parquet: column with unique ids; default is file#row")
+    label_column: str = Field(
+        "auto", min_length=1, description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ..."
+    )
+    id_column: str | None = Field(
+        None, min_length=1, description="Parquet, Hugging Face: column with unique ids; default is file#row"
+    )
     path_column: str | None = Field(
         None, min_length=1, description="file list: column with the paths; default: path, file, filename or image, else the first"
     )

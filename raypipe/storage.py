@@ -341,6 +341,23 @@ def names(uri: str) -> set[str]:
     return {base for base in (name(full) for full in found) if not base.startswith(".")}
 
 
+def entries(uri: str) -> dict[str, FileInfo | None]:
+    """Everything directly in a folder by its name, hidden files too; None for folders. Empty when there is no such folder."""
+    fs, path = filesystem(uri)
+    try:
+        found = retrying(lambda: fs.ls(path, detail=True), uri)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    result: dict[str, FileInfo | None] = {}
+    for detail in found:
+        full, kind = detail["name"].rstrip("/"), detail["type"]
+        if detail.get("islink"):  # of which a listing does not say what it leads to
+            kind = "directory" if os.path.isdir(full) else "file" if os.path.exists(full) else "nothing"
+        if full != path.rstrip("/") and kind != "nothing":
+            result[name(full)] = None if kind == "directory" else _file_info(name(full), detail)
+    return result
+
+
 def glob_root(uri: str) -> str:
     """The part of a glob before its first wildcard, up to a slash; `uri` itself when it has no wildcard."""
     wild = min((position for position in map(uri.find, "*?[") if position >= 0), default=-1)

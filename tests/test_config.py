@@ -47,6 +47,8 @@ def _message(data: dict) -> str:
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
         ({"source": {}}, ["source.uri", "required"]),
         ({"source": {"uri": "x", "format": "zip"}}, ["source.format", "'zip'", "'parquet'"]),
+        ({"source": {"uri": "x", "split": ""}}, ["source.split", "at least 1 character"]),
+        ({"source": {"uri": "x", "config_name": ""}}, ["source.config_name", "at least 1 character"]),
     ],
 )
 def test_a_bad_setting_is_named(change: dict, expected: list[str]) -> None:

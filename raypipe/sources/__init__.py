@@ -14,6 +14,7 @@ _SOURCES = {
     "imagefolder": "raypipe.sources.imagefolder:ImageFolderSource",
     "filelist": "raypipe.sources.filelist:FileListSource",
     "webdataset": "raypipe.sources.webdataset:WebDatasetSource",
+    "huggingface": "raypipe.sources.huggingface:HuggingFaceSource",
     "digits": "raypipe.sources.digits:DigitsSource",
     "torchvision": "raypipe.sources.torchvision_sets:TorchvisionSource",
     "synthetic": "raypipe.sources.synthetic:SyntheticSource",

@@ -8,6 +8,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.common import EXTENSIONS, Location, describe
+from raypipe.sources.hub import DICT, INFO, SCHEME, STATE
 from raypipe.sources.lines import lines
 from raypipe.sources.places import ENDINGS, places_list
 
@@ -20,9 +21,14 @@ def detect_format(settings: SourceSettings) -> str:
     scheme, colon, _ = settings.uri.partition(":")
     if colon and scheme in {"digits", "torchvision", "synthetic"}:
         return scheme
+    if settings.uri.startswith(SCHEME):
+        return "huggingface"
     if _lists_images(settings) or places_list(settings.uri) is not None:
         return "filelist"
     files = list(itertools.islice(Location(settings).stream(), MOST_FILES))
+    names = {file.path for file in files}
+    if DICT in names or {STATE, INFO} <= names:
+        return "huggingface"
     counts = {format: sum(file.path.lower().endswith(endings) for file in files) for format, endings in EXTENSIONS.items()}
     found = [format for format, count in counts.items() if count]
     if len(found) == 1:

@@ -11,8 +11,9 @@ from itertools import accumulate
 import pyarrow.parquet as pq
 
 from raypipe.sources.base import Preview, RawSample, SourceFile
+from raypipe.sources.columns import ColumnError, Columns, image_reader, plain
 from raypipe.sources.common import damage, stored_label, text
-from raypipe.sources.parquet import ParquetSource, _class_names, _image_reader, _plain, _row_groups, _values
+from raypipe.sources.parquet import ParquetSource, _columns, _row_groups, _values
 from raypipe.storage import Reader, open_read
 
 REQUEST_BYTES = 1 << 20
@@ -34,14 +35,14 @@ def preview(
     with opened as stored:
         try:
             parquet = pq.ParquetFile(stored, buffer_size=REQUEST_BYTES, pre_buffer=False, page_checksum_verification=True)
-            rows, problem = _row_groups(parquet, file.size), source._problem(parquet.schema_arrow)
+            rows, columns = _row_groups(parquet, file.size), _columns(parquet, source.settled())
+        except ColumnError as error:
+            return Preview(error=str(error))
         except Exception as error:
             return Preview(error=f"not a readable Parquet file: {damage(stored, error)}")
-        if problem:
-            return Preview(error=problem)
         groups = [group for group, count in enumerate(rows) if count]
         counted = groups if found is not None else draw.sample(groups, min(len(groups), LABEL_GROUPS))
-        labels = _labels(stored, parquet, source.settings.label_column, counted)
+        labels = _labels(stored, parquet, columns, counted)
         if found is not None:
             return replace(found, labels=labels)
         drawn: list[RawSample] = []
@@ -49,30 +50,36 @@ def preview(
         for group in draw.sample(groups, min(len(groups), places)):
             row_bytes = parquet.metadata.row_group(group).total_byte_size / rows[group]
             count = int(max(1, min(each, rows[group], REQUEST_BYTES / max(1.0, row_bytes))))
-            drawn += _first(source, stored, parquet, file.path, group, starts[group], count)
-    return Preview(tuple(drawn), sum(rows), True, labels, _class_names(parquet.schema_arrow, source.settings.label_column))
+            drawn += _first(source, stored, parquet, columns, file.path, group, starts[group], count)
+    return Preview(tuple(drawn), sum(rows), True, labels, columns.class_names)
 
 
 def _first(
-    source: ParquetSource, stored: Reader, parquet: pq.ParquetFile, path: str, group: int, first: int, count: int
+    source: ParquetSource,
+    stored: Reader,
+    parquet: pq.ParquetFile,
+    columns: Columns,
+    path: str,
+    group: int,
+    first: int,
+    count: int,
 ) -> list[RawSample]:
     """The first rows of a row group, whose first is row `first` of the file. A run reads more rows at a time than are wanted here."""
-    settings, schema = source.settings, parquet.schema_arrow
-    reader = _image_reader(schema.field(settings.image_column).type)
+    reader = image_reader(parquet.schema_arrow.field(columns.image).type)
     assert reader is not None  # the schema has been checked
     try:
-        batch = next(parquet.iter_batches(count, [group], [settings.image_column], use_threads=False)).column(
-            settings.image_column
-        )
+        batch = plain(next(parquet.iter_batches(count, [group], [columns.image], use_threads=False)).column(columns.image))
         images = [reader(batch[row]) for row in range(count)]
-        labels = [stored_label(value) for value in _values(parquet, group, settings.label_column, 0, count)]
+        labels = [stored_label(value) for value in _values(parquet, group, columns.label, 0, count)]
         ids = [f"{path}#{first + row}" for row in range(count)]
-        if settings.id_column is not None:
-            ids = [text(str(value)) for value in _values(parquet, group, settings.id_column, 0, count)]
+        if columns.identity is not None:
+            ids = [text(str(value)) for value in _values(parquet, group, columns.identity, 0, count)]
     except Exception as error:
         damage(stored, error)
-        return list(source._group(stored, parquet, path, group, first, 0, count, None))  # says what is wrong with which row
-    if _class_names(schema, settings.label_column) is not None:
+        return list(
+            source._group(stored, parquet, columns, path, group, first, 0, count, None)
+        )  # says what is wrong with which row
+    if columns.class_names is not None:
         labels = [(None if isinstance(label, int) and label < 0 else label, wrong) for label, wrong in labels]
     return [
         RawSample(sample_id, None if reason or wrong else image, label, reason or wrong)
@@ -80,15 +87,15 @@ def _first(
     ]
 
 
-def _labels(stored: Reader, parquet: pq.ParquetFile, column: str, groups: Sequence[int]) -> Counter[int | str | None]:
+def _labels(stored: Reader, parquet: pq.ParquetFile, columns: Columns, groups: Sequence[int]) -> Counter[int | str | None]:
     """How often each label occurs in some row groups, but for those whose labels are damaged: their samples become rejects."""
     result = Counter[int | str | None]()
-    negative_is_missing = _class_names(parquet.schema_arrow, column) is not None
+    negative_is_missing = columns.class_names is not None
     for group in groups:
         found = Counter[int | str | None]()
         try:
-            for batch in parquet.iter_batches(65_536, [group], [column], use_threads=False):
-                for item in _plain(batch.column(column)).value_counts().to_pylist():
+            for batch in parquet.iter_batches(65_536, [group], [columns.label], use_threads=False):
+                for item in plain(batch.column(columns.label)).value_counts().to_pylist():
                     label, wrong = stored_label(item["values"])
                     missing = negative_is_missing and isinstance(label, int) and label < 0
                     found[None if missing else label] += 0 if wrong else item["counts"]

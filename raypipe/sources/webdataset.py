@@ -1,7 +1,7 @@
 """WebDataset: tar files (plain, or gzip) in which the consecutive members that share a key are one sample.
 
-The key is the member's name up to the first dot of its last part. The image is the member with an image's extension; the
-label is `.cls`, else the field `label_column` of `.json`.
+The key is the member's name up to the first dot of its last part. The image is the member with an image's extension. The label is
+`.cls`; else the field `label_column` of `.json` (`auto`: the first with a usual name, if any); else `.txt`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
-from raypipe.config import SourceSettings
-from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, Source, SourceFile, Wanted
-from raypipe.sources.common import IMAGE_EXTENSIONS, Location, stored_label, text
+from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, SourceFile, Wanted
+from raypipe.sources.columns import AUTO, LABEL_NAMES
+from raypipe.sources.common import IMAGE_EXTENSIONS, FileSource, stored_label, text
 from raypipe.sources.tarfiles import BLOCK, Group, groups
 from raypipe.storage import Reader
 
@@ -28,45 +28,34 @@ LARGEST_LABEL, LARGEST_IMAGE = 1 << 20, 1 << 30
 PREVIEW_BYTES, MOST_PREVIEW_BYTES = 1 << 20, 16 << 20
 """Bytes read at one place of a preview, about, and at most, where images are large or there is no header to be found."""
 
+_LABELS = ("cls", "json", "txt")
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(FileSource):
     """Samples of tar files. Sample ids are "<relative path of the tar>#<key>"."""
 
     format = "webdataset"
     scan_reads = "all"
 
-    def __init__(self, settings: SourceSettings) -> None:
-        super().__init__(settings)
-        self._location = Location(settings)
+    def open(self, path: str) -> Reader:
+        return storage.open_read(self._location.uri(path), READ_BYTES)
 
-    def files(self) -> Iterator[SourceFile]:
-        for file in self._location.files(self.format):
-            yield SourceFile(file.path, file.size, file.stamp)
-
-    def scan(self, file: SourceFile) -> FileScan:
-        if file.size == 0:
-            return self.broken(file, "empty: 0 bytes")
-        try:
-            stored = storage.open_read(self._location.uri(file.path), READ_BYTES)
-        except FileNotFoundError:
-            return self.broken(file, "no such file: deleted since it was listed, or its name is not UTF-8")
+    def scan_stored(self, file: SourceFile, stored: Reader) -> FileScan:
         offsets: list[int] = []
         keys: dict[str, int] = {}
         labels: set[int | str] = set()
         distant_duplicate = named = False
-        with stored:
-            for group in groups(stored, 0, _compressed(file.path), _wants_label):
-                first = keys.setdefault(group.key, len(offsets))
-                distant_duplicate |= first // self.settings.fragment_samples != len(offsets) // self.settings.fragment_samples
-                offsets.append(group.offset)
-                named |= bool(group.names)
-                label, _ = self._label(group)
-                if label is not None:
-                    labels.add(label)
-                problem = group.reason
+        for group in groups(stored, 0, _compressed(file.path), _wants_label):
+            first = keys.setdefault(group.key, len(offsets))
+            distant_duplicate |= first // self.settings.fragment_samples != len(offsets) // self.settings.fragment_samples
+            offsets.append(group.offset)
+            named |= bool(group.names)
+            label, _ = self._label(group)
+            if label is not None:
+                labels.add(label)
+            problem = group.reason
         if offsets and not named:
             return self.broken(file, f"not a tar file: {problem}")
         # Who reads a part from its own offset cannot see a key that occurred before it; then every part is read from the start.
@@ -90,7 +79,7 @@ class WebDatasetSource(Source):
                 return False
             return _wants_label(key, extension, size) or (extension in _IMAGES and size <= LARGEST_IMAGE)
 
-        with storage.open_read(self._location.uri(fragment.path), READ_BYTES) as stored:
+        with self.open(fragment.path) as stored:
             for group in groups(stored, fragment.offset, _compressed(fragment.path), load):
                 duplicate = group.key in seen
                 seen.add(group.key)
@@ -208,22 +197,31 @@ class WebDatasetSource(Source):
 
     def _label(self, group: Group) -> tuple[int | str | None, str]:
         """The label of a group, or why it cannot be read."""
-        extension = "cls" if "cls" in group.names else "json"
-        if extension not in group.names:
-            return None, ""
-        content = group.contents.get(extension)
-        if content is None:
-            return None, f"label: .{extension} has more than {LARGEST_LABEL} bytes"
-        try:
-            words = content.decode("utf-8")
-            value: Any = _number(words.strip()) if extension == "cls" else json.loads(words)
-        except (ValueError, RecursionError) as error:
-            return None, f"label: .{extension} cannot be read: {' '.join(str(error).split())[:200]}"
-        if extension == "json":
-            if not isinstance(value, dict):
-                return None, f"label: .json holds no fields but {type(value).__name__}"
-            value = value.get(self.settings.label_column)
-        return stored_label(value)
+        for extension in _LABELS:
+            if extension not in group.names:
+                continue
+            content = group.contents.get(extension)
+            if content is None:
+                return None, f"label: .{extension} has more than {LARGEST_LABEL} bytes"
+            try:
+                words = content.decode("utf-8")
+                value: Any = json.loads(words) if extension == "json" else _number(words.strip())
+            except (ValueError, RecursionError) as error:
+                return None, f"label: .{extension} cannot be read: {' '.join(str(error).split())[:200]}"
+            if extension == "json":
+                if not isinstance(value, dict):
+                    return None, f"label: .json holds no fields but {type(value).__name__}"
+                field = self._field(value)
+                if field is None:
+                    continue  # other facts of the sample
+                value = value.get(field)
+            return stored_label(value)
+        return None, ""
+
+    def _field(self, fields: dict[str, Any]) -> str | None:
+        """The field of a .json with the label; of `auto`, the first one with a usual name, or None."""
+        wanted = self.settings.label_column
+        return next((name for name in LABEL_NAMES if name in fields), None) if wanted == AUTO else wanted
 
 
 def _compressed(path: str) -> bool:
@@ -231,7 +229,7 @@ def _compressed(path: str) -> bool:
 
 
 def _wants_label(key: str, extension: str, size: int) -> bool:
-    return extension in {"cls", "json"} and size <= LARGEST_LABEL
+    return extension in _LABELS and size <= LARGEST_LABEL
 
 
 def _number(words: str) -> int | str:

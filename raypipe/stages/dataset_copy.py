@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.rundir import Run
+from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
 from raypipe.sources.common import stored_label, text
 from raypipe.stages.base import Context
 from raypipe.stages.dataset_identity import identity
@@ -143,6 +144,7 @@ def _columns(batch: dict[str, np.ndarray], image: str, label: str, identity: str
 
     Runs in a task.
     """
+    image, label = _chosen(batch, image, IMAGE_NAMES), _chosen(batch, label, LABEL_NAMES)
     for setting, column in (("image_column", image), ("label_column", label), ("id_column", identity)):
         if column is not None and column not in batch:
             raise SourceError(f"the dataset has no column {column!r}; it has {', '.join(batch)}; set source.{setting}")
@@ -158,6 +160,13 @@ def _columns(batch: dict[str, np.ndarray], image: str, label: str, identity: str
         names = [None if value is None else text(str(value)) for value in batch[identity].tolist()]
         result["sample_id"] = pa.array(names, pa.string())
     return pa.table(result)
+
+
+def _chosen(batch: Mapping[str, Any], column: str, usual: Sequence[str]) -> str:
+    """The column of a setting; of `auto`, the one with the first of the usual names, without regard to case."""
+    if column != AUTO:
+        return column
+    return next((name for wanted in usual for name in batch if name.lower() == wanted), usual[0])
 
 
 def _encoded(value: Any, column: str) -> bytes | None:

@@ -25,8 +25,8 @@ from raypipe.rundir import Run, StageRecord, content_hash, tables_of
 from raypipe.selection import STRATEGIES, Chunk, Cut, Options, needs_classes, needs_loss, select
 from raypipe.selection.hashing import text_array
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.near_duplicates import mark_near_duplicates
 from raypipe.stages.keeping import Scores, mark_listed, notes
+from raypipe.stages.near_duplicates import mark_near_duplicates
 
 log = logging.getLogger("raypipe")
 

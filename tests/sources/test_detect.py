@@ -26,14 +26,18 @@ def detected(uri: str, include: str = "*") -> str:
         (["a.tar", "b.tar.gz", "index.json"], "webdataset"),
         (["c.tgz"], "webdataset"),
         (["cat/1.JPG", "dog/2.webp", "labels.csv"], "imagefolder"),
+        (["state.json", "dataset_info.json", "data-00000-of-00001.arrow"], "huggingface"),
+        (["dataset_dict.json", "train/state.json"], "huggingface"),
     ],
 )
 def test_the_endings_tell_the_format(place: str, names: list[str], expected: str) -> None:
     for name in names:
         storage.write_bytes(f"{place}/set/{name}", b"x")
     assert detected(f"{place}/set") == expected
-    assert detected(f"{place}/set/{names[0]}") == expected
-    assert detected(f"{place}/*/{names[0]}") == expected
+    if expected != "huggingface":  # which is a folder
+        assert detected(f"{place}/set/{names[0]}") == expected
+        assert detected(f"{place}/*/{names[0]}") == expected
+        assert detected(f"{place}/{{set,other}}/{names[0]}") == expected
     assert open_source(SourceSettings(uri=f"{place}/set")).format == expected
 
 
@@ -67,6 +71,7 @@ def test_some_need_no_storage(tmp_path: object, monkeypatch: pytest.MonkeyPatch)
     assert detected("digits://") == "digits"
     assert detected("torchvision://CIFAR10") == "torchvision"
     assert detected("synthetic://?samples=5") == "synthetic"
+    assert detected("huggingface://user/name") == "huggingface"
     storage.write_bytes(f"{tmp_path}/synthetic/a.tar", b"x")  # a folder of such a name is a folder
     monkeypatch.chdir(str(tmp_path))
     assert detected("synthetic") == "webdataset"
@@ -97,6 +102,9 @@ def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: obj
 
 
 def test_sources_import_neither_torch_nor_ray() -> None:
-    names = "common, detect, digits, filelist, imagefolder, parquet, synthetic, tarfiles, torchvision_build, torchvision_sets, webdataset"
-    program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn'}} & set(sys.modules)))"
+    names = (
+        "common, detect, digits, filelist, hub, huggingface, imagefolder, parquet, synthetic, tarfiles, torchvision_build, "
+        "torchvision_sets, webdataset"
+    )
+    program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn', 'datasets'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

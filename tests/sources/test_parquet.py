@@ -179,6 +179,8 @@ def test_ids_from_a_column(tmp_path: Any) -> None:
     assert [sample.reason for sample in found] == ["", "", "duplicate id: an earlier row has it too", "no id: key is null", ""]
     uri = put(f"{tmp_path}/b.parquet", plain(2, key=[10, 20]))
     assert ids(samples(make(uri, id_column="key"))) == ["10", "20"]
+    uri = put(f"{tmp_path}/c.parquet", plain(2, key=pa.array(["x", "y"]).dictionary_encode()))
+    assert ids(samples(make(uri, id_column="key"))) == ["x", "y"]
 
 
 def test_images_that_are_not_there(tmp_path: Any) -> None:
@@ -221,8 +223,21 @@ def samples_of_arrays(uri: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("table", "options", "words"),
     [
-        (pa.table({"img": [b"x"], "label": [0]}), {}, "no column 'image'; columns are img, label; set source.image_column"),
-        (pa.table({"image": [b"x"], "class": [0]}), {}, "no column 'label'; columns are image, class; set source.label_column"),
+        (
+            pa.table({"img": [b"x"], "label": [0]}),
+            {"image_column": "image"},
+            "no column 'image'; columns are img, label; set source.image_column",
+        ),
+        (
+            pa.table({"image": [b"x"], "class": [0]}),
+            {"label_column": "label"},
+            "no column 'label'; columns are image, class; set source.label_column",
+        ),
+        (
+            pa.table({"image": [b"x"], "label": [{"name": "cat"}]}),
+            {"label_column": "label"},
+            "column 'label' is struct<name: string>; expected one number or name per sample",
+        ),
         (plain(1), {"id_column": "key"}, "no column 'key'; columns are image, label; set source.id_column"),
         (pa.table({"image": ["a.png"], "label": [0]}), {}, "column 'image' is string; expected encoded bytes"),
         (pa.table({"image": [[1, 2]], "label": [0]}), {}, "expected encoded bytes"),
@@ -268,6 +283,8 @@ def test_a_file_cut_off_is_one_broken_fragment(place: str, keep: float) -> None:
 def test_an_empty_table_is_fine_and_has_no_fragments(tmp_path: Any) -> None:
     (scan,) = scans(make(put(f"{tmp_path}/a.parquet", plain(3).slice(0, 0))))
     assert scan.fragments == () and scan.labels == frozenset()
+    (scan,) = scans(make(put(f"{tmp_path}/b.parquet", pa.table({"x": [0]}).slice(0, 0))))
+    assert scan.fragments == ()  # of other columns, and nothing is lost with it
 
 
 @pytest.mark.parametrize("column", ["image", "label", "key"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from source_helpers import ids, make, samples, scans
 
+import raypipe
 from raypipe.errors import SourceError
 from raypipe.images import decode_batch
-from raypipe.inspection import inspect_source
 from raypipe.sources.synthetic import SHARD_SAMPLES, make_sample, parse_recipe
 
 
@@ -116,6 +116,6 @@ def test_a_wrong_recipe_is_refused(uri: str, words: str) -> None:
 
 
 def test_inspect_shows_it() -> None:
-    lines = list(inspect_source("synthetic://?samples=5000&classes=3&size=8&broken=0.5"))
-    assert "samples     5,000" in lines and "format      synthetic" in lines
-    assert any(line.startswith("reject      synthetic/00000") for line in lines)
+    found = raypipe.inspect("synthetic://?samples=5000&classes=3&size=8&broken=0.5")
+    assert (found.samples, found.format, found.class_names) == (5000, "synthetic", ("class 0", "class 1", "class 2"))
+    assert found.rejects.count > 80 and found.rejects.first[0][0].startswith("synthetic/")

@@ -12,10 +12,10 @@ import torchvision_folders as folders
 from source_helpers import ids, make, picture, rejects, samples, scans
 from torchvision import datasets
 
+import raypipe
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.images import decode_batch
-from raypipe.inspection import inspect_source
 from raypipe.sources import Source
 from raypipe.sources.torchvision_build import constructor_arguments, dataset_class, parse_request
 
@@ -275,6 +275,6 @@ def test_what_cannot_be_is_refused_by_name(uri: str, options: dict[str, str], wo
 
 
 def test_inspect_shows_what_would_be_read(cifar: Path) -> None:
-    lines = list(inspect_source("torchvision://CIFAR10", [f"root={cifar}", "verify=false"]))
-    assert "samples     20" in lines and any("airplane, automobile" in line for line in lines)
-    assert any("20 readable" in line and "'CIFAR10/train/00'" in line for line in lines)
+    found = raypipe.inspect("torchvision://CIFAR10", overrides=[f"root={cifar}", "verify=false"])
+    assert (found.samples, found.class_names[:2]) == (20, ("airplane", "automobile"))
+    assert found.rejects.drawn == 20 and not found.rejects.count

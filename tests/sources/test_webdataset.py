@@ -116,7 +116,11 @@ def test_keys_and_extensions(tmp_path: Any, format: int) -> None:
         (("x.json", b"[1]"), "holds no fields but list"),
         (("x.json", b"{"), "cannot be read"),
         (("x.json", b"[" * 100_000), "cannot be read"),
-        (("x.txt", b"a caption"), None),
+        (("x.txt", b"dog\n"), "dog"),
+        (("x.txt", b"12"), 12),
+        (("x.json", b'{"kind": 1, "class": "dog", "label": 4}'), 4),
+        (("x.json", b'{"fine_label": 3, "class": "dog"}'), 3),
+        (("x.note", b"dog"), None),
     ],
 )
 def test_labels(tmp_path: Any, member: Member, expected: Any) -> None:
@@ -132,6 +136,10 @@ def test_labels(tmp_path: Any, member: Member, expected: Any) -> None:
 def test_label_field_is_a_setting_and_cls_comes_first(tmp_path: Any) -> None:
     members: list[Member] = [("x.json", json.dumps({"kind": 5}).encode()), ("x.png", picture(0))]
     assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 5
+    members.append(("x.txt", b"7"))
+    assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 5
+    assert samples(one(tmp_path, tar(members), label_column="sort"))[0].label is None
+    assert samples(one(tmp_path, tar(members)))[0].label == 7  # the .json has no field that is usual for labels
     members.append(("x.cls", b"6"))
     assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 6
 

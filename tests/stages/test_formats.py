@@ -11,6 +11,7 @@ from helpers import QUIET, UNREADABLE, by_id, digit_pngs, small_config
 
 import raypipe
 from raypipe import storage
+from raypipe.config import load_config
 from raypipe.errors import SourceError
 from raypipe.rundir import Run
 
@@ -29,7 +30,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     run = f"{s3}/runs/first"
     config = small_config(
         run,
-        f"source.uri={s3}/data",
+        f"source.uri={s3}/data/train-{{0..3}}.parquet",
         "source.format=auto",
         "source.limit=null",
         "source.fragment_samples=100",
@@ -44,8 +45,10 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     assert [rows_by_id[f"train-1.parquet#{row}"]["label"] for row in range(5)] == labels[200:205]
     assert result.summary["counts"]["samples"] == 400
     rejects = pa.concat_tables([table for _, table in storage.iter_tables(f"{run}/rejects")]).to_pylist()
-    assert [row["sample_id"] for row in rejects] == ["train-2.parquet"]
-    assert "cannot be read" in rejects[0]["reason"]
+    assert sorted(row["sample_id"] for row in rejects) == ["train-2.parquet", "train-3.parquet"]  # the last one is not there
+    assert all("cannot be read" in row["reason"] for row in rejects)
+    source = load_config(f"{run}/config.yaml").source
+    assert (source.format, source.image_column, source.label_column) == ("parquet", "image", "label")
     assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 200
     assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
     # a score that only training on the sample gives is judged on the seed set, beside every baseline
