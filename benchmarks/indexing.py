@@ -8,8 +8,8 @@ the highest resident set of the process above that before the stage began, with 
 
 The object store is fake and has no network: keys are made up on request, and each answer of at most 1,000 keys, each question whether a key is there
 and each read of the list takes --delay seconds (0.03). Requests may overlap, as they do on S3. What it leaves out is the time that
-botocore takes to read an answer, about as long as --parse says (it is measured on one answer of 1,000 keys, and is
-spent by one thread however many requests there are).
+botocore takes to read an answer: it is measured on one answer of 1,000 keys and printed, and is spent by one thread however many
+requests there are.
 
 - folders  --files images in --folders folders of one level, as ImageNet has them
 - flat     the same number of images in one folder, which can only be listed one answer after the other

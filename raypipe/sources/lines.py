@@ -153,7 +153,7 @@ def _columns(uri: str, start: list[list[str]], settings: SourceSettings) -> tupl
         path = path if path >= 0 else next((column for column, cell in enumerate(below) if _IMAGE.fullmatch(cell.strip())), 0)
     label = _place(header, _label_names(settings))
     if label < 0 and len(header) > 1:
-        raise SourceError(f"{uri}: no column {settings.label_column!r} among {', '.join(header)}; set source.label_column")
+        raise SourceError(f"{uri}: no column {_label_names(settings)[0]!r} among {', '.join(header)}; set source.label_column")
     return path, label
 
 
