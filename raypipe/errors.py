@@ -27,6 +27,10 @@ class StageError(RaypipeError):
     """A stage ended without everything it should have written."""
 
 
+class RejectError(RaypipeError):
+    """More of the source cannot be read than `source.max_reject_fraction` allows; what is done is kept."""
+
+
 class TrustError(RaypipeError):
     """Predicted scores are too unfaithful to prune by; scores and report are written, keep-lists are not."""
 

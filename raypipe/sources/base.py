@@ -90,6 +90,11 @@ class Source(abc.ABC):
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
 
+    @property
+    def ids_can_repeat(self) -> bool:
+        """Whether ids are given by the data, so that two samples may share one, rather than made of paths."""
+        return self.settings.id_column is not None
+
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:
         """Everything a listing shows, in a stable order, without opening a file. Raises SourceError when nothing is there."""

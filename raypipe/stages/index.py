@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +20,11 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.errors import SourceError
 from raypipe.rundir import Run, StageRecord, content_hash
-from raypipe.sources import FileScan, SourceFile, class_map, open_source
+from raypipe.sources import FileScan, SourceFile, open_source
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.classes import settle_classes, write_classes
+from raypipe.stages.duplicates import are_found, find_duplicates
+from raypipe.stages.rejects import FileTally
 
 SCHEMA = pa.schema(
     [
@@ -46,10 +50,10 @@ class IndexStage(Stage):
     name = "index"
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.source.model_dump(mode="json", exclude={"max_pixels"})
+        return config.source.model_dump(mode="json", exclude={"max_pixels", "max_reject_fraction"})
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        if not storage.exists(context.run.path("index", "classes.json")):
+        if not storage.exists(context.run.path("index", "classes.json")) or not are_found(context.config, context.run):
             return False
         listed = content_hash(_file_id(file) for file in open_source(context.config.source).files())
         return listed == record.detail.get("listing")
@@ -69,15 +73,17 @@ class IndexStage(Stage):
                 meter.add(len(result["rows"]))
 
             if new:
-                from raypipe.stages.streaming import run_tasks
-
-                context.cluster  # Ray is started before tasks are made
                 groups = [new[start : start + SCAN_FILES] for start in range(0, len(new), SCAN_FILES)]
-                run_tasks(groups, functools.partial(_scan, config.source), collect)
+                _run_tasks(context, groups, functools.partial(_scan, config.source), collect)
         rows = [row for file in files for row in known.get(_file_id(file)) or scans[_file_id(file)]]
         rows = _limited(rows, config.source.limit)
         self._check(config.source, rows)
-        _write(run, rows, config.source.num_classes)
+        note = _write(run, rows, config.source.num_classes)
+        if note:
+            context.progress.say(f"note: {note}")
+        _check_files(config.source, files, rows)
+        duplicates, seconds = find_duplicates(config, run, functools.partial(_run_tasks, context))
+        record.cpu_seconds += seconds
         record.samples = sum(row["stop"] - row["start"] for row in rows)
         record.detail = {
             "listing": content_hash(_file_id(file) for file in files),
@@ -87,6 +93,7 @@ class IndexStage(Stage):
             "unreadable_files": sum(bool(row["error"]) for row in rows),
             "bytes": sum(file.size for file in files),
             "classes": len(run.classes().names),
+            "duplicates": duplicates,
         }
 
     @staticmethod
@@ -96,6 +103,22 @@ class IndexStage(Stage):
         reasons = [f"{row['path']}: {row['error']}" for row in rows if row["error"]]
         detail = "; ".join(reasons[:3]) or "no samples in any file"
         raise SourceError(f"{settings.uri}: nothing can be read ({detail})")
+
+
+def _run_tasks(context: Context, units: Sequence[Any], function: Any, on_result: Any) -> None:
+    if units:
+        from raypipe.stages.streaming import run_tasks
+
+        context.cluster  # Ray is started before tasks are made
+        run_tasks(units, function, on_result)
+
+
+def _check_files(settings: SourceSettings, files: list[SourceFile], rows: list[dict[str, Any]]) -> None:
+    """Raises RejectError when too much of the source is in files that cannot be read."""
+    sizes, tally = {_file_id(file): file.size for file in files}, FileTally()
+    for file_id, of_file in itertools.groupby(rows, key=lambda row: row["file_id"]):
+        tally.add(sizes[file_id], list(of_file))
+    tally.check(settings.max_reject_fraction)
 
 
 def _file_id(file: SourceFile) -> str:
@@ -154,7 +177,8 @@ def _limited(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, An
     return result
 
 
-def _write(run: Run, rows: Iterable[dict[str, Any]], num_classes: int | None) -> None:
+def _write(run: Run, rows: Iterable[dict[str, Any]], num_classes: int | None) -> str:
+    """Write the index. Returns what the user should know of the classes."""
     names: tuple[str, ...] | None = None
     labels: set[int | str] = set()
     part: list[dict[str, Any]] = []
@@ -183,7 +207,8 @@ def _write(run: Run, rows: Iterable[dict[str, Any]], num_classes: int | None) ->
             members = 0
     if part:
         flush()
-    classes = class_map(names, frozenset(labels), num_classes)
-    storage.write_json(run.path("index", "classes.json"), {"names": list(classes.names), "numeric": classes.numeric})
+    classes, note = settle_classes(run, names, frozenset(labels), num_classes)
+    write_classes(run, classes)
     for name in storage.names(run.path("index")) - written - {"classes.json"}:
         storage.delete(run.path("index", name))
+    return note

@@ -33,6 +33,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
         "source.format=auto",
         "source.limit=null",
         "source.fragment_samples=100",
+        "source.max_reject_fraction=0.2",
         "extrapolate.score=el2n",
         "extrapolate.judge_published=true",
         "measure.max_actors=2",
