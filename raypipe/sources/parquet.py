@@ -53,7 +53,7 @@ class ParquetSource(Source):
                 groups, problem = _row_groups(parquet, file.size), self._problem(parquet.schema_arrow)
             except Exception as error:
                 return self.broken(file, f"not a readable Parquet file: {damage(stored, error)}")
-            if problem:
+            if problem and sum(groups):  # a file without rows loses nothing, whatever its columns
                 return self.broken(file, problem)
             names = _class_names(parquet.schema_arrow, self.settings.label_column)
             labels = frozenset[int | str]() if names is not None else self._labels(stored, parquet)
