@@ -12,7 +12,7 @@ import pytest
 from helpers import small_config, stamps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serial import index, no_ray, run_tasks  # noqa: F401
+from serial import index, run_tasks
 
 from raypipe import storage
 from raypipe.config import Config

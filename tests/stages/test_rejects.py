@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import digit_pngs, small_config, stamps
-from serial import index, no_ray, seed  # noqa: F401
+from serial import index, seed
 from test_duplicates import put
 
 from raypipe import storage
@@ -157,7 +157,7 @@ def folder_config(tmp_path: Path, *more: str) -> Config:
     return small_config(f"{tmp_path}/run", *where, *more)
 
 
-def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(tmp_path: Path, no_ray: None) -> None:  # noqa: F811
+def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(tmp_path: Path, no_ray: None) -> None:
     for number, (image, label) in enumerate(zip(*digit_pngs(80), strict=True)):
         path = tmp_path / "data" / f"class-{label}" / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(tmp_path: Path, n
     assert 10 <= record.detail["rejects"] <= 27 and record.samples + record.detail["rejects"] < 80
 
 
-def test_half_of_the_files_cut_off_stop_the_index(tmp_path: Path, no_ray: None) -> None:  # noqa: F811
+def test_half_of_the_files_cut_off_stop_the_index(tmp_path: Path, no_ray: None) -> None:
     for name in "abcd":
         put(tmp_path / "data", name, [f"{name}{number}" for number in range(50)])
     whole = (tmp_path / "data" / "c.parquet").read_bytes()
@@ -188,7 +188,7 @@ def test_half_of_the_files_cut_off_stop_the_index(tmp_path: Path, no_ray: None) 
     assert index(small_config(f"{tmp_path}/run", *where, "source.max_reject_fraction=0.2")).samples == 150
 
 
-def test_later_classes_do_not_renumber_those_of_the_run(tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_later_classes_do_not_renumber_those_of_the_run(tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, image in enumerate(digit_pngs(80)[0]):
         path = tmp_path / "data" / ("bee", "cow")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
