@@ -122,7 +122,7 @@ def mutate(data: bytes, generator: random.Random, others: list[bytes]) -> bytes:
         if not result:
             break
         place = generator.randrange(len(result))
-        near = generator.randrange(min(len(result), 600))
+        near = generator.randrange(min(len(result), generator.choice((100, 600, 3000))))
         place = generator.choice((place, place, near, len(result) - 1 - near))  # headers and footers are where the structure is
         length = generator.choice((1, 4, 16, 512, 2000))
         action = 0 if gentle else generator.randrange(8)

@@ -9,26 +9,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import small_config, stamps
+from helpers import digit_pngs, small_config, stamps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serial import index, run_tasks
+from serial import index, run_tasks, seed
 
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError
+from raypipe.images import decode
 from raypipe.rundir import Run
 from raypipe.sources import open_source
 from raypipe.stages import duplicates
 from raypipe.stages.duplicates import once
+from raypipe.stages.seed import read_shard, seed_manifest
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 
 
-def put(folder: Path, name: str, keys: list[str | None]) -> None:
+def put(folder: Path, name: str, keys: list[str | None], images: list[bytes] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"image": [b"x"] * len(keys), "label": [0] * len(keys), "key": pa.array(keys, pa.string())}), buffer)
+    buffer, images = io.BytesIO(), images or [b"x"] * len(keys)
+    table = pa.table({"image": images, "label": [row % 2 for row in range(len(keys))], "key": pa.array(keys, pa.string())})
+    pq.write_table(table, buffer)
     (folder / f"{name}.parquet").write_bytes(buffer.getvalue())
 
 
@@ -66,6 +69,20 @@ def test_the_first_counts_and_the_others_name_its_file(tmp_path: Path) -> None:
     before = stamps(f"{tmp_path}/run", "duplicates")
     index(config(tmp_path))
     assert stamps(f"{tmp_path}/run", "duplicates") == before, "nothing is looked for twice"
+
+
+def test_a_repeated_id_is_drawn_once(tmp_path: Path) -> None:
+    images, _ = digit_pngs(60)
+    names: list[str | None] = [f"digit-{row}" for row in range(40)]
+    put(tmp_path / "data", "a", names, images[:40])
+    put(tmp_path / "data", "b", names[20:], images[40:])
+    settings = config(tmp_path, "seed.fraction=1")
+    index(settings)
+    record = seed(settings)
+    run = Run(settings.run)
+    drawn = {sample_id: image for shard in seed_manifest(run)["shards"] for sample_id, image in zip(*read_shard(run, shard)[:2])}
+    assert (record.samples, record.detail["rejects"]) == (40, 20) and list(drawn) == names
+    np.testing.assert_array_equal(drawn["digit-30"], decode(images[30], 8, 1000))
 
 
 def test_what_had_a_score_stays_the_first_when_the_source_grows(tmp_path: Path) -> None:
