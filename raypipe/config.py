@@ -73,6 +73,12 @@ class SourceSettings(Settings):
     limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
     fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
     max_pixels: Positive = Field(100_000_000, description="an image with more pixels is rejected, not decoded")
+    max_reject_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="a run stops when more of its samples than this cannot be read; fewer than 10 never stop it; 0: none may, 1: all may",
+    )
 
 
 class SeedSettings(Settings):

@@ -31,6 +31,10 @@ class ResourceError(RaypipeError):
     """The cluster does not have what the settings ask for."""
 
 
+class RejectError(RaypipeError):
+    """More of the source cannot be read than `source.max_reject_fraction` allows; what is done is kept."""
+
+
 class TrustError(RaypipeError):
     """Predicted scores are too unfaithful to prune by; scores and report are written, keep-lists are not."""
 

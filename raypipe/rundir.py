@@ -30,7 +30,7 @@ FORMAT = 1
 """Version of the layout; a run of another version is refused, not guessed at."""
 
 STAGE_FOLDERS = {
-    "index": ("index",),
+    "index": ("index", "duplicates"),
     "seed": ("seed",),
     "proxy": ("proxy",),
     "measure": ("measured",),

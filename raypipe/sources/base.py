@@ -126,6 +126,11 @@ class Source(abc.ABC):
         """
         return self.settings.model_copy(update={"format": self.format})
 
+    @property
+    def ids_can_repeat(self) -> bool:
+        """Whether ids are given by the data, so that two samples may share one, rather than made of paths."""
+        return self.settings.id_column is not None
+
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:
         """Everything a listing shows, in a stable order, without opening a file. Raises SourceError when nothing is there."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from raypipe.images import decode_batch
 from raypipe.rundir import Run, StageRecord
 from raypipe.sources import Fragment, open_source
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.duplicates import once
 from raypipe.stages.proxy import load_checkpoint, proxy_parts
+from raypipe.stages.rejects import Tally, fair_order, summarize
 from raypipe.stages.seed import audit_rule, seed_manifest, wanted
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
@@ -56,20 +59,26 @@ class EmbedStage(Stage):
         done = run.done("embeddings")
         readable = [fragment for fragment in fragments if not fragment.error]
         missing = [fragment for fragment in readable if fragment.fragment_id not in done]
-        pool = context.cluster.pool(config.embed)
         for fragment in fragments:
             if fragment.error:
                 write_rejects(run, fragment.fragment_id, [(fragment.path, f"file cannot be read: {fragment.error}")])
-        with context.progress.meter("embed", sum(fragment.samples for fragment in readable)) as meter:
+        expected = sum(fragment.samples for fragment in readable)
+        tally = Tally(config.source.max_reject_fraction, expected)
+        _count_earlier(run, [fragment for fragment in readable if fragment.fragment_id in done], tally)
+        tally.check()
+        pool = context.cluster.pool(config.embed)
+        with context.progress.meter("embed", expected) as meter:
             meter.already(sum(fragment.samples for fragment in readable if fragment.fragment_id in done))
 
             def collect(result: dict[str, Any]) -> None:
                 meter.add(result["samples"] + result["rejects"])
+                tally.add(result["samples"] + result["rejects"], result["reasons"])
+                tally.check()
                 record.cpu_seconds += result["cpu_seconds"]
                 record.gpu_seconds += result["gpu_seconds"]
 
             stream(
-                missing,
+                fair_order(missing, lambda fragment: fragment.fragment_id),
                 functools.partial(_read, config, run.uri),
                 EmbedActor,
                 {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": pool.num_gpus > 0},
@@ -79,7 +88,6 @@ class EmbedStage(Stage):
             )
         embedded, rejected = count_rows(run, "embeddings"), count_rows(run, "rejects")
         unreadable = len(fragments) - len(readable)
-        expected = sum(fragment.samples for fragment in readable)
         if embedded + rejected - unreadable != expected:
             raise StageError(
                 f"{expected} samples in the source, but {embedded} embedded and {rejected - unreadable} rejected; "
@@ -89,6 +97,21 @@ class EmbedStage(Stage):
             raise StageError("every sample was rejected; see rejects/ for the reasons")
         record.samples = embedded
         record.detail = {"rejects": rejected, "unreadable_files": unreadable, "dtype": config.embed.dtype}
+
+
+def _count_earlier(run: Run, fragments: list[Fragment], tally: Tally) -> None:
+    """Count the rejects of fragments that an earlier attempt finished."""
+    with_rejects = run.done("rejects")
+
+    def rejects(fragment: Fragment) -> str:
+        if fragment.fragment_id not in with_rejects:
+            return "[]"
+        table = storage.read_table(run.path("rejects", f"{fragment.fragment_id}.parquet"), ["sample_id", "reason"])
+        return summarize((row["sample_id"], row["reason"]) for row in table.to_pylist())
+
+    with ThreadPoolExecutor(16) as threads:
+        for fragment, found in zip(fragments, threads.map(rejects, fragments), strict=True):
+            tally.add(fragment.samples, found)
 
 
 def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) -> None:
@@ -101,7 +124,6 @@ def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) 
 
 def count_rows(run: Run, folder: str) -> int:
     """Rows in all Parquet files of a folder, from their footers."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def rows(stem: str) -> int:
         with storage.open_read(run.path(folder, f"{stem}.parquet")) as file:
@@ -121,7 +143,8 @@ def _read(config: Config, run_uri: str, fragment: Fragment) -> Columns:
     """Read and decode a fragment. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
     classes = run.classes()
-    samples = list(open_source(config.source).read(run.with_members(fragment)))
+    source = open_source(config.source)
+    samples = list(once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat))
     images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
     index = [classes.index(sample.label) for sample in samples]
     count = len(samples)
@@ -176,6 +199,7 @@ class EmbedActor:
             "unit": fragment,
             "samples": int(finite.sum()),
             "rejects": len(rejects),
+            "reasons": summarize(rejects),
             "cpu_seconds": self._watch.lap() + float(batch["cpu_seconds"].sum()),
             "gpu_seconds": time.monotonic() - started if self._gpu else 0.0,
         }

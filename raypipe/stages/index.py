@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +26,11 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.errors import SourceError
 from raypipe.rundir import Run, StageRecord, content_hash
-from raypipe.sources import FileScan, SourceFile, class_map, open_source
+from raypipe.sources import FileScan, SourceFile, open_source
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.classes import settle_classes, write_classes
+from raypipe.stages.duplicates import are_found, find_duplicates
+from raypipe.stages.rejects import FileTally
 
 SCHEMA = pa.schema(
     [
@@ -59,10 +62,10 @@ class IndexStage(Stage):
         self._listing: Iterable[SourceFile] | None = None
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.source.model_dump(mode="json", exclude={"max_pixels", "download", "verify"})
+        return config.source.model_dump(mode="json", exclude={"max_pixels", "max_reject_fraction", "download", "verify"})
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        if not storage.exists(context.run.path("index", "classes.json")):
+        if not storage.exists(context.run.path("index", "classes.json")) or not are_found(context.config, context.run):
             return False
         self._listing = Recorded(open_source(context.config.source).files())
         # what a limit left out may change without any effect
@@ -110,15 +113,25 @@ class IndexStage(Stage):
             new = unknown()
             most = SCAN_FILES if config.source.limit is None else 1  # with a limit, few files are opened that are not needed
             groups = iter(lambda: list(itertools.islice(new, most)), [])
-            first = next(groups, None)
-            if first is not None:
-                from raypipe.stages.streaming import run_tasks
-
-                context.cluster  # Ray is started before tasks are made
-                run_tasks(itertools.chain([first], groups), functools.partial(_scan, config.source), collect)
+            _run_tasks(context, groups, functools.partial(_scan, config.source), collect)
         record.cpu_seconds += time.process_time() - started
         record.samples = index.samples
-        record.detail = index.close()
+        detail, note = index.close()
+        if note:
+            context.progress.say(f"note: {note}")
+        duplicates, seconds = find_duplicates(config, run, functools.partial(_run_tasks, context))
+        record.cpu_seconds += seconds
+        record.detail = {**detail, "duplicates": duplicates}
+
+
+def _run_tasks(context: Context, units: Iterable[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None]) -> None:
+    """`raypipe.stages.streaming.run_tasks`; Ray is started when there is a first unit, and before."""
+    queue = iter(units)
+    for first in queue:
+        from raypipe.stages.streaming import run_tasks
+
+        context.cluster  # Ray is started before tasks are made
+        run_tasks(itertools.chain([first], queue), function, on_result)
 
 
 def _file_id(file: SourceFile) -> str:
@@ -201,6 +214,7 @@ class _Writer:
         self._labels: set[int | str] = set()
         self._names, self._classes = "", None
         self._problems: list[str] = []
+        self._tally = FileTally()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}
         self.samples = 0
 
@@ -217,6 +231,7 @@ class _Writer:
         kept = list(_limited(rows, None if self._settings.limit is None else self._settings.limit - self.samples))
         if kept != rows:
             kept = [{**row, "file_id": CUT} for row in kept]
+        self._tally.add(size, kept)
         for row in kept:
             self._add(row)
         if len(self._part) >= PART_FRAGMENTS or self._members >= PART_MEMBERS:
@@ -248,8 +263,11 @@ class _Writer:
         self._written.add(name)
         self._part, self._members = [], 0
 
-    def close(self) -> dict[str, Any]:
-        """Finish the index. Returns what the ledger says of it; raises SourceError where nothing can be read."""
+    def close(self) -> tuple[dict[str, Any], str]:
+        """Finish the index. Returns what the ledger says of it, and what the user should know of the classes.
+
+        Raises SourceError where nothing can be read, RejectError where too much is in files that cannot be.
+        """
         if self._part:
             self._flush()
         if not self.samples:
@@ -258,15 +276,13 @@ class _Writer:
                 f"{self._settings.uri}: nothing can be read ({'; '.join(self._problems) or 'no samples in any file'})"
             )
         names = tuple(json.loads(self._names)) if self._names else None
-        classes = class_map(names, frozenset(self._labels), self._settings.num_classes)
-        about = {"names": list(classes.names), "numeric": classes.numeric}
-        file = self._run.path("index", "classes.json")
-        if not storage.exists(file) or storage.read_json(file) != about:
-            storage.write_json(file, about)
+        classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
+        write_classes(self._run, classes)
         for name in self._old - self._written:
             storage.delete(self._run.path("index", name))
+        self._tally.check(self._settings.max_reject_fraction)
         found = {"listing": self._listed.text(), "content": self._content.text(), "classes": len(classes.names)}
-        return {**found, **self._counts, "limited": self.full}
+        return {**found, **self._counts, "limited": self.full}, note
 
 
 def _limited(rows: list[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from raypipe.images import decode_batch
 from raypipe.rundir import Run, StageRecord, content_hash
 from raypipe.sources import Fragment, open_source
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.duplicates import once
+from raypipe.stages.rejects import Tally, fair_order, summarize
 from raypipe.stages.streaming import Stopwatch, run_tasks
 
 SHARD_SAMPLES = 512
@@ -54,16 +57,24 @@ class SeedStage(Stage):
         audit = audit_fraction(config.seed, samples)
         files = run.done("seed")
         done = {name for name, _ in groups if {name, audit_name(name)} <= files}
+        tally = Tally(config.source.max_reject_fraction, samples)
         with context.progress.meter("seed", samples) as meter:
 
             def collect(result: dict[str, Any]) -> None:
                 record.cpu_seconds += result["cpu_seconds"]
                 meter.add(result["samples"])
+                tally.add(result["drawn"], result["rejects"])
+                tally.check()
 
             meter.already(sum(fragment.samples for name, group in groups if name in done for fragment in group))
+            for name in sorted(done):
+                before = _statistics(run, name)
+                tally.add(before.get("drawn", 0), before.get("rejects", "[]"))
+            tally.check()
             context.cluster  # Ray is started before tasks are made
-            missing = [unit for unit in groups if unit[0] not in done]
+            missing = [unit for unit in fair_order(groups, lambda unit: unit[0]) if unit[0] not in done]
             run_tasks(missing, functools.partial(_draw, config, run.uri, audit), collect)
+        tally.check(all_read=True)
         shards = sorted(name for name, _ in groups)
         manifest = _manifest(run, shards, audit)
         for stale in run.done("seed") - set(shards) - {audit_name(name) for name in shards}:
@@ -72,6 +83,7 @@ class SeedStage(Stage):
         storage.write_json(run.path("seed", "manifest.json"), manifest)
         record.samples = manifest["samples"]
         record.detail = {key: manifest[key] for key in ("samples", "per_class", "mean", "std", "audit_samples")}
+        record.detail["rejects"] = tally.rejects
 
 
 def seed_manifest(run: Run) -> dict[str, Any]:
@@ -144,24 +156,40 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
     ids: list[str] = []
     labels: list[int] = []
     blocks: list[np.ndarray] = []
+    drawn, rejects = 0, []
     for fragment in group:
-        samples = list(source.read(run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id)))
+        read = source.read(run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id))
+        samples = list(once(run, fragment, read, source.ids_can_repeat))
         images, reasons = decode_batch(samples, size, config.source.max_pixels)
-        index = [classes.index(sample.label)[0] for sample in samples]
+        found = [classes.index(sample.label) for sample in samples]
+        reasons = [reason or wrong for reason, (_, wrong) in zip(reasons, found, strict=True)]
+        index = [label for label, _ in found]
+        drawn += len(samples)
+        rejects += [(sample.sample_id, reason) for sample, reason in zip(samples, reasons, strict=True) if reason]
         good = [row for row, reason in enumerate(reasons) if not reason and index[row] >= 0]
         ids += [samples[row].sample_id for row in good]
         labels += [index[row] for row in good]
         blocks.append(images[good])
     images, mine = np.concatenate(blocks), np.array([seeds(sample_id) for sample_id in ids], bool)
+    about = {"drawn": drawn, "rejects": summarize(rejects)}
     for shard, rows in ((name, mine), (audit_name(name), ~mine)):
         kept = np.flatnonzero(rows)
-        table = _shard_table([ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size)
+        table = _shard_table(
+            [ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size, about
+        )
         storage.write_table(run.path("seed", f"{shard}.parquet"), table)
-    return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap()}
+    return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap(), **about}
 
 
-def _shard_table(ids: list[str], labels: list[int], images: np.ndarray, classes: int, size: int) -> pa.Table:
-    """A shard with what the manifest needs of it in its metadata."""
+def _shard_table(
+    ids: list[str],
+    labels: list[int],
+    images: np.ndarray,
+    classes: int,
+    size: int,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> pa.Table:
+    """A shard with what the manifest needs of it in its metadata; `about` is there, too: samples drawn, and the rejects among them."""
     pixels = images.reshape(len(ids), 3 * size * size)
     channels = pixels.reshape(len(ids), 3, size * size).astype(np.float64) / 255
     statistics = {
@@ -170,6 +198,7 @@ def _shard_table(ids: list[str], labels: list[int], images: np.ndarray, classes:
         "per_class": np.bincount(np.array(labels, np.int64), minlength=classes).tolist(),
         "sum": channels.sum((0, 2)).tolist(),
         "square": np.square(channels).sum((0, 2)).tolist(),
+        **about,
     }
     image_type = pa.binary(3 * size * size)
     columns = [

@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import QUIET, UNREADABLE, by_id, digit_pngs, small_config
+from bad_inputs import MAX_PIXELS, BadSample, bad_images
+from helpers import QUIET, UNREADABLE, by_id, digit_pngs, small_config, stamps
 
 import raypipe
 from raypipe import storage
 from raypipe.config import load_config
-from raypipe.errors import SourceError
+from raypipe.errors import RejectError, SourceError
+from raypipe.inspection import describe_run
 from raypipe.rundir import Run
 
 pytestmark = pytest.mark.ray
 
 
+def parquet(images: list[bytes], labels: list[int | None], names: list[str]) -> bytes:
+    column = [{"bytes": image, "path": None} for image in images]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": column, "label": labels, "name": names}), buffer, row_group_size=50)
+    return buffer.getvalue()
+
+
 def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     images, labels = digit_pngs(400)
     for part in range(2):
-        rows = slice(part * 200, part * 200 + 200)
-        column = [{"bytes": image, "path": None} for image in images[rows]]
-        buffer = io.BytesIO()
-        pq.write_table(pa.table({"image": column, "label": labels[rows]}), buffer, row_group_size=50)
-        storage.write_bytes(f"{s3}/data/train-{part}.parquet", buffer.getvalue())
-    storage.write_bytes(f"{s3}/data/train-2.parquet", buffer.getvalue()[:5000])  # half a file does not stop the run
+        rows = range(part * 200, part * 200 + 200)
+        content = parquet([images[row] for row in rows], [labels[row] for row in rows], [f"digit-{row}" for row in rows])
+        storage.write_bytes(f"{s3}/data/train-{part}.parquet", content)
+    storage.write_bytes(f"{s3}/data/train-2.parquet", content[:5000])  # half a file does not stop the run
+    odd = [
+        *bad_images(),
+        BadSample("no-label", images[0], None),
+        BadSample("too-large", images[0], 10, words="10 is outside 0..9"),
+    ]
+    odd += [
+        BadSample(f"digit-{row}", images[row], labels[row], words="duplicate id: also in train-0.parquet") for row in range(5)
+    ]
+    content = parquet([item.image for item in odd], [item.label for item in odd], [item.key for item in odd])  # type: ignore[misc]
+    storage.write_bytes(f"{s3}/data/train-3.parquet", content)
+    wrong = {item.key: item.words for item in odd if item.words}
+    right = [f"digit-{row}" for row in range(400)] + [item.key for item in odd if not item.words]
+    assert len(right) == 410
     run = f"{s3}/runs/first"
     config = small_config(
         run,
-        f"source.uri={s3}/data/train-{{0..3}}.parquet",
+        f"source.uri={s3}/data/train-{{0..4}}.parquet",  # the last one is not there
         "source.format=auto",
         "source.limit=null",
         "source.fragment_samples=100",
+        "source.id_column=name",
+        "source.num_classes=10",
+        f"source.max_pixels={MAX_PIXELS}",
+        "source.max_reject_fraction=0.3",
         "extrapolate.score=el2n",
         "extrapolate.judge_published=true",
         "measure.max_actors=2",
@@ -41,15 +66,18 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     )
     result = raypipe.run(config, progress=QUIET)
     rows_by_id = by_id(run)
-    assert set(rows_by_id) == {f"train-{part}.parquet#{row}" for part in range(2) for row in range(200)}
-    assert [rows_by_id[f"train-1.parquet#{row}"]["label"] for row in range(5)] == labels[200:205]
-    assert result.summary["counts"]["samples"] == 400
+    assert set(rows_by_id) == set(right)
+    assert [rows_by_id[f"digit-{row}"]["label"] for row in range(200, 205)] == labels[200:205]
+    assert rows_by_id["no-label"]["label"] is None
+    assert result.summary["counts"]["samples"] == 410
     rejects = pa.concat_tables([table for _, table in storage.iter_tables(f"{run}/rejects")]).to_pylist()
-    assert sorted(row["sample_id"] for row in rejects) == ["train-2.parquet", "train-3.parquet"]  # the last one is not there
-    assert all("cannot be read" in row["reason"] for row in rejects)
+    wrong |= {"train-2.parquet": "cannot be read: not a readable Parquet file", "train-4.parquet": "cannot be read: no such file"}
+    assert sorted(row["sample_id"] for row in rejects) == sorted(wrong)
+    for row in rejects:
+        assert re.search(wrong[row["sample_id"]], row["reason"])
     source = load_config(f"{run}/config.yaml").source
     assert (source.format, source.image_column, source.label_column) == ("parquet", "image", "label")
-    assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 200
+    assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 205
     assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
     # a score that only training on the sample gives is judged on the seed set, beside every baseline
     fidelity = storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]
@@ -61,7 +89,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     storage.delete(f"{run}/scores/{gone}")
     raypipe.run(config, progress=QUIET)
     assert {file.path: file.stamp for file in storage.listing(f"{run}/scores")} == before
-    assert raypipe.select(run, 0.1) == {"keep-0.10.parquet": 40}
+    assert raypipe.select(run, 0.1) == {"keep-0.10.parquet": 41}
     secrets = [storage.read_bytes(f"{run}/{file.path}") for file in storage.listing(run) if "parquet" not in file.path]
     assert not any(b"AWS_SECRET" in content or b"aws_secret" in content for content in secrets)
 
@@ -75,6 +103,27 @@ def test_what_cannot_be_read_is_rejected_with_its_reason(of_folders: str) -> Non
     assert len(set(embedded["sample_id"].to_pylist())) == len(embedded) == 300
     assert not set(embedded["sample_id"].to_pylist()) & bad
     assert run.record("embed").detail["rejects"] == 3
+
+
+def test_a_rotten_source_stops_the_run_and_another_limit_resumes_it(of_folders: str) -> None:
+    config, run = Run(of_folders).config(), Run(of_folders)
+    strict = config.model_copy(update={"source": config.source.model_copy(update={"max_reject_fraction": 0.0})})
+    before = {folder: stamps(of_folders, folder) for folder in ("index", "seed", "proxy", "embeddings", "rejects")}
+    raypipe.run(strict, until="embed", progress=QUIET)
+    assert {folder: stamps(of_folders, folder) for folder in before} == before, "the limit alone redoes nothing that is finished"
+    first = min(run.done("rejects"))
+    for fragment in run.done("embeddings") - {first}:
+        storage.delete(run.path("embeddings", f"{fragment}.parquet"))
+        storage.delete(run.path("rejects", f"{fragment}.parquet"))
+    with pytest.raises(RejectError, match=r"^[12] of \d+ samples read so far were rejected .* allows 0 % of 303\. 1 x "):
+        raypipe.run(strict, until="embed", progress=QUIET)  # by those of the first attempt, before anything is read
+    assert run.done("embeddings") == {first}
+    storage.delete(run.path("embeddings", f"{first}.parquet"))
+    with pytest.raises(RejectError, match=r"set source\.max_reject_fraction to more than 0\.\d+; what is done is kept"):
+        raypipe.run(strict, until="embed", progress=QUIET)  # while it is read
+    assert any("embed       failed" in line and "samples read so far were rejected" in line for line in describe_run(of_folders))
+    raypipe.run(config, until="embed", progress=QUIET)
+    assert run.record("embed").detail["rejects"] == len(UNREADABLE)
 
 
 def test_a_source_that_cannot_be_used_stops_before_any_training(cluster: str, tmp_path) -> None:

@@ -1,0 +1,189 @@
+"""A corpus of bad inputs: what owners of large datasets really have in their files, and what nobody should trust.
+
+Every image and label is small enough to be written into each format. `words` is a pattern that the reject's reason has to match;
+an empty one says that the sample can be used as it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from raypipe import storage
+
+MAX_PIXELS = 1_000_000
+UNREADABLE = r"not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image"
+ANY_DAMAGE = rf"empty: 0 bytes|{UNREADABLE}|cannot be decoded: .|pixels are more than max_pixels|no pixels"
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One sample with something odd about it.
+
+    key        names it; fit for a file
+    extension  of its image, where files have names
+    words      what the reason says; "" where it is a sample like others; None where either may be: pixels, or a reason like `ANY_DAMAGE`
+    """
+
+    key: str
+    image: bytes
+    label: int | str | float | None = 0
+    extension: str = "png"
+    words: str | None = ""
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def picture(height: int = 12, width: int = 12, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+GOOD = encode(picture(), "PNG")
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
+"""Extension -> Pillow's name."""
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of so many pixels in a few bytes: only its header is true."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def truncated() -> Iterator[BadSample]:
+    """An image of each format, cut at every tenth byte."""
+    for extension, format in FORMATS.items():
+        data = encode(picture(), format)
+        for length in range(0, len(data), 10):
+            yield BadSample(f"{extension}-cut-{length:04d}", data[:length], 0, extension, None if length else "empty: 0 bytes")
+
+
+def bad_images() -> Iterator[BadSample]:
+    """Images that are none, are not what their name says, or are what few expect."""
+    frames = [picture(seed=1), picture(seed=2)]
+    cmyk = Image.new("CMYK", (12, 12), (10, 200, 30, 40))
+    yield BadSample("zero-bytes", b"", words="empty: 0 bytes")
+    yield BadSample("png-named-jpg", GOOD, extension="jpg")
+    yield BadSample("text-named-jpg", b"thumbs.db is not an image\n" * 20, extension="jpg", words=UNREADABLE)
+    yield BadSample("html-named-png", b"<html><body>404 Not Found</body></html>", words=UNREADABLE)
+    yield BadSample("pdf-named-png", b"%PDF-1.7\n1 0 obj <</Type /Catalog>> endobj\n%%EOF", words=UNREADABLE)
+    yield BadSample("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run", words=UNREADABLE)
+    yield BadSample("zeros", bytes(4096), words=UNREADABLE)
+    yield BadSample("header-alone", b"\x89PNG\r\n\x1a\n" + bytes(52), words=UNREADABLE)
+    yield BadSample("bomb", bomb(60_000, 60_000), words=r"60000x60000 pixels are more than max_pixels = 1000000")
+    yield BadSample("true-bomb", encode(Image.new("1", (4000, 4000)), "PNG"), words=r"4000x4000 pixels are more than max_pixels")
+    yield BadSample(
+        "gif-bomb",
+        b"GIF89a\xff\xff\xff\xff\x00\x00\x00" + bytes(20),
+        extension="gif",
+        words=r"max_pixels|cannot be decoded|not a",
+    )
+    yield BadSample("liar", bomb(900, 900), words=r"cannot be decoded: .*(truncated|broken)")
+    yield BadSample("cmyk", encode(cmyk, "JPEG"), extension="jpg")
+    yield BadSample("grey-16-bit", encode(Image.new("I;16", (12, 12), 4000), "PNG"))
+    yield BadSample(
+        "floating-point", encode(Image.new("F", (12, 12), 0.5), "TIFF"), extension="tif", words="floating-point pixels"
+    )
+    yield BadSample("one-pixel", encode(picture(1, 1), "PNG"))
+    yield BadSample("wide", encode(picture(2, 20_000), "JPEG"), extension="jpeg")
+    yield BadSample("tall", encode(picture(20_000, 1), "PNG"))
+    yield BadSample("animated-gif", encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), extension="gif")
+    yield BadSample("animated-webp", encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]), extension="webp")
+    yield BadSample("bytes-after-the-end", GOOD + b"x" * 100)
+
+
+def bad_labels() -> Iterator[BadSample]:
+    """Labels as numbers that are wrong, of three classes (`source.num_classes`)."""
+    yield BadSample("no-label", GOOD, None)
+    yield BadSample("negative", GOOD, -1, words=r"label -1 is outside 0\.\.2")
+    yield BadSample("too-large", GOOD, 3, words=r"label 3 is outside 0\.\.2")
+    yield BadSample("far-too-large", GOOD, 10**15, words=r"label 10{15} is outside 0\.\.2")
+    yield BadSample("fraction", GOOD, 0.5, words=r"label .*0\.5")
+    yield BadSample("not-a-number", GOOD, float("nan"))
+
+
+def good_samples(count: int, start: int = 0) -> list[BadSample]:
+    """Samples with nothing wrong."""
+    return [BadSample(f"good-{start + number:02d}", GOOD, number % 3) for number in range(count)]
+
+
+def parquet_bytes(samples: list[BadSample], labels: Any = None, **options: Any) -> bytes:
+    """Columns image, label and key; labels are floating-point where there are fractions or missing ones among them."""
+    values = [sample.label for sample in samples]
+    columns = {
+        "image": pa.array([sample.image for sample in samples], pa.binary()),
+        "label": pa.array(values, labels),
+        "key": [sample.key for sample in samples],
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def tar_bytes(samples: list[BadSample], *members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    """The image and `.cls` of each sample; then members of any kind."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for sample in samples:
+            pair = [(sample.extension, sample.image)]
+            if sample.label is not None:
+                pair.append(("cls", str(sample.label).encode()))
+            for extension, content in pair:
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        for info, content in members:
+            info.size = len(content) if info.isreg() else 0
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def path_tricks() -> Iterator[tuple[tarfile.TarInfo, bytes, str]]:
+    """Members of a tar that reach out of it, with the words of their reject."""
+    for name in ("../../evil.png", "a/../../evil.png", "/etc/evil.png"):
+        yield tarfile.TarInfo(name), GOOD, "a path out of the tar, which is not followed"
+    kinds = {
+        "soft": tarfile.SYMTYPE,
+        "hard": tarfile.LNKTYPE,
+        "char": tarfile.CHRTYPE,
+        "block": tarfile.BLKTYPE,
+        "fifo": tarfile.FIFOTYPE,
+    }
+    for name, kind in kinds.items():
+        info = tarfile.TarInfo(f"{name}.png")
+        info.type, info.linkname = kind, "/etc/passwd"
+        yield info, b"", "a link or special file, which is not followed"
+
+
+def write_source(format: str, place: str, samples: list[BadSample]) -> dict[str, Any]:
+    """Write samples in a format (parquet, tar, tar.gz, folder) below a place. Returns the settings of a source that reads them."""
+    if format == "parquet":
+        half = len(samples) // 2
+        for name, part in (("a", samples[:half]), ("b", samples[half:])):
+            storage.write_bytes(f"{place}/{name}.parquet", parquet_bytes(part, pa.float64(), row_group_size=16))
+        return {"uri": place, "format": "parquet", "id_column": "key"}
+    if format == "folder":
+        for sample in samples:
+            storage.write_bytes(f"{place}/class-{sample.label}/{sample.key}.{sample.extension}", sample.image)
+        return {"uri": place, "format": "imagefolder"}
+    content = tar_bytes(samples)
+    storage.write_bytes(f"{place}/a.{format}", gzip.compress(content) if format == "tar.gz" else content)
+    return {"uri": place, "format": "webdataset"}

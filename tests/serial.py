@@ -1,0 +1,44 @@
+"""Stages without Ray: units are worked off one after the other in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from helpers import QUIET
+
+from raypipe.config import Config
+from raypipe.rundir import Run, StageRecord
+from raypipe.stages.base import Context
+from raypipe.stages.index import IndexStage
+from raypipe.stages.seed import SeedStage
+
+
+def run_tasks(units: Sequence[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any) -> None:
+    for unit in units:
+        on_result(function(unit))
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks run in this process."""
+    monkeypatch.setattr("raypipe.stages.streaming.run_tasks", run_tasks)
+    monkeypatch.setattr("raypipe.stages.seed.run_tasks", run_tasks)
+    monkeypatch.setattr(Context, "cluster", None)
+
+
+def index(config: Config) -> StageRecord:
+    """Make or renew the index of a run. Needs `no_ray`."""
+    return _execute(IndexStage(), config)
+
+
+def seed(config: Config) -> StageRecord:
+    """Draw the seed set of a run that has an index. Needs `no_ray`."""
+    return _execute(SeedStage(), config)
+
+
+def _execute(stage: Any, config: Config) -> StageRecord:
+    record = StageRecord()
+    stage.execute(Context(config, Run(config.run), QUIET), record)
+    return record
