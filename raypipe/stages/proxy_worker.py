@@ -52,7 +52,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     images, labels, seed_rows = cache.open()
 
     torch.manual_seed(settings.seed)
-    model = prepare_model(build(settings.model, classes, seed["image_size"], seed["mean"], seed["std"]))
+    model = prepare_model(build(settings.model, classes, seed["image_size"], *settings.statistics(seed["mean"], seed["std"])))
     plain = model.module if hasattr(model, "module") else model
     if gpu:
         plain.to(memory_format=torch.channels_last)
