@@ -31,7 +31,7 @@ import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -115,9 +115,16 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
         raise BadImage(f"cannot be decoded: {_words(error)}") from None
 
 
-def decode_batch(samples: Sequence[Stored], size: int, max_pixels: int) -> tuple[np.ndarray, list[str]]:
-    """Pixels of many samples, uint8 [n, 3, size, size], and for each "" or why it has none; its pixels are then zero."""
-    pixels = np.zeros((len(samples), 3, size, size), np.uint8)
+def decode_batch(samples: Iterable[Stored], size: int, max_pixels: int, count: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """Pixels of many samples, uint8 [n, 3, size, size], and for each "" or why it has none; its pixels are then zero.
+
+    count  how many samples there are; needed where they have no length. They are taken one by one, so that what a generator reads
+           need not be in memory all at once
+    """
+    if count is None:
+        samples = list(samples)
+        count = len(samples)
+    pixels = np.zeros((count, 3, size, size), np.uint8)
     reasons: list[str] = []
     for position, sample in enumerate(samples):
         reason = sample.reason or ("" if sample.image is not None else "no image")
@@ -128,6 +135,23 @@ def decode_batch(samples: Sequence[Stored], size: int, max_pixels: int) -> tuple
                 reason = str(error)
         reasons.append(reason)
     return pixels, reasons
+
+
+def jpeg_pixels(data: bytes, max_pixels: int) -> int:
+    """The number of pixels of a plain JPEG, one on which decoders agree; 0 for anything else, whether or not it is an image.
+
+    Plain is: complete to its end marker and one picture, greyscale or YCbCr, upright, with at most `max_pixels`. Only the header is read.
+    """
+    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
+        return 0
+    try:
+        image = _from_bytes(data)
+        stored_as_rgb = image.info.get("adobe_transform") == 0 or [layer[0] for layer in getattr(image, "layer", ())] == [*b"RGB"]
+        plain = image.format == "JPEG" and (image.mode == "L" or (image.mode == "RGB" and not stored_as_rgb))
+        count = image.width * image.height
+        return count if plain and 0 < count <= max_pixels and _orientation(image) not in _ORIENTATIONS else 0
+    except Exception:
+        return 0  # whoever decodes it says what is wrong
 
 
 def encode_thumbnail(pixels: np.ndarray, quality: int = 88) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import struct
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import photograph
 from PIL import Image
 
 from raypipe.images import BYTES_PER_PIXEL, decode
@@ -109,17 +109,6 @@ def test_a_long_image_is_converted_in_part_and_the_pixels_are_those_of_the_whole
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).quantize(60)
     found, whole = (decode(encode(form), size, LIMIT).astype(int) for form in (image, image.convert("RGB")))
     assert np.abs(found - whole).max() <= 1
-
-
-@functools.cache
-def photograph(seed: int) -> Image.Image:
-    """Noise whose spectrum falls with the frequency, as that of photographs does, 1000 x 760."""
-    random = np.random.default_rng(seed)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(1000), np.fft.fftfreq(760)))
-    shaped = np.fft.fft2(random.normal(size=(3, 760, 1000))) / np.maximum(frequency, 1 / 1000)
-    pixels = np.fft.ifft2(shaped).real
-    pixels = pixels.mean(0) + 0.3 * pixels  # colours go together
-    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize(("size", "mean", "most"), [(32, 2.1, 66), (64, 1.3, 56), (128, 1.2, 39), (224, 0.4, 7)])
