@@ -134,13 +134,15 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
     return sum(counts)
 
 
-def index(folder: str) -> int:
-    import raypipe
-    from raypipe.progress import Progress
+def index(folder: str) -> None:
+    """Write the index of a folder's run, as the index stage does in tasks."""
     from raypipe.rundir import Run
+    from raypipe.sources import open_source
+    from raypipe.stages.index import _rows, _write
 
-    result = raypipe.run(config_of(folder), until="index", progress=Progress(quiet=True))
-    return Run(result.uri).record("index").samples
+    config = config_of(folder)
+    source = open_source(config.source)
+    _write(Run(config.run), [row for file in source.files() for row in _rows(file.path, source.scan(file))], None)
 
 
 class Count:
@@ -178,12 +180,11 @@ def pass_of_webdataset(folder: str, size: int) -> int:
 
 
 SYSTEMS: dict[str, Callable[[str, int], int]] = {
+    "DataLoader, our decoder": lambda folder, size: pass_of_loader(folder, size, ours),
     "raypipe": lambda folder, size: pass_of_raypipe(folder, size, apart=False),
     "raypipe, read apart": lambda folder, size: pass_of_raypipe(folder, size, apart=True),
-    "DataLoader, our decoder": lambda folder, size: pass_of_loader(folder, size, ours),
     "DataLoader, plain PIL": lambda folder, size: pass_of_loader(folder, size, plain),
     "webdataset, our decoder": pass_of_webdataset,
-    "index": lambda folder, size: index(folder),
 }
 
 
@@ -250,7 +251,7 @@ def decoding(name: str, images: list[bytes], sizes: list[int], repeats: int) -> 
         "torchvision": of_torchvision,
         "raypipe": ours,
     }
-    print(f"\nDecoding {len(images):,} JPEGs of {name}, one thread: images per processor second, and times plain PIL (bilinear)")
+    print(f"\nDecoding {len(images):,} JPEGs of {name}, one thread: images per processor second, times plain PIL, times bilinear")
     print(f"{'':<22}" + "".join(f"{f'{size} px':>10}{'':>8}{'':>8}" for size in sizes))
     best = {key: dict.fromkeys(sizes, float("inf")) for key in decoders}
     for _ in range(repeats):  # they take turns, so that other work on the machine falls on all
@@ -270,25 +271,22 @@ def streaming(name: str, few: tuple[str, int], many: tuple[str, int], size: int,
     """Each folder with the number of its images."""
     print(f"\nStreaming {name} at {size} px: {few[1]:,} and {many[1]:,} images")
     print(f"{'':<26}{'images/s':>9}{'of DL':>7}{'per CPU s':>11}{'of DL':>7}{'start s':>9}{'peak MB':>9}{'of 4 N':>8}")
-    for folder, images in (few, many):
-        if not os.path.exists(f"{folder}-run"):
-            one_pass("index", folder, size, images, memory=False)
-    best: dict[str, list[list[float]]] = {system: [[float("inf")] * 2, [float("inf")] * 2, [0, 0]] for system in systems}
-    for repeat in range(repeats):
-        for system in systems:
+    against = (0.0, 0.0)
+    for system in systems:
+        seconds, cpu, peak = [float("inf")] * 2, [float("inf")] * 2, [0, 0]
+        for repeat in range(repeats):
             for which, (folder, images) in enumerate((few, many)):
-                seconds, cpu, peak = one_pass(system, folder, size, images, memory=repeat == 0)
-                print(f"  {system}, {images:,}: {seconds:.1f} s, {cpu:.1f} CPU s, {peak / 1e6:,.0f} MB", file=sys.stderr)
-                best[system][0][which] = min(best[system][0][which], seconds)
-                best[system][1][which] = min(best[system][1][which], cpu)
-                best[system][2][which] = max(best[system][2][which], peak)
-    rates = {system: [(many[1] - few[1]) / (times[1] - times[0]) for times in found[:2]] for system, found in best.items()}
-    against = rates["DataLoader, our decoder"]
-    for system, (rate, per_cpu) in rates.items():
-        start = best[system][0][0] - few[1] / rate
-        peaks = "".join(f"{peak / 1e6:>{width},.0f}" for peak, width in zip(best[system][2], (9, 8), strict=True))
+                took = one_pass(system, folder, size, images, memory=repeat == 0)
+                print(f"  {system}, {images:,}: {took[0]:.1f} s, {took[1]:.1f} CPU s, {took[2] / 1e6:,.0f} MB", file=sys.stderr)
+                seconds[which], cpu[which] = min(seconds[which], took[0]), min(cpu[which], took[1])
+                peak[which] = max(peak[which], took[2])
+        more = many[1] - few[1]
+        rate, per_cpu = (more / (times[1] - times[0]) if times[1] > times[0] else float("nan") for times in (seconds, cpu))
+        against = against if any(against) else (rate, per_cpu)
+        peaks = "".join(f"{bytes / 1e6:>{width},.0f}" for bytes, width in zip(peak, (9, 8), strict=True))
         print(
-            f"{system:<26}{rate:>9,.0f}{rate / against[0]:>7.2f}{per_cpu:>11,.0f}{per_cpu / against[1]:>7.2f}{start:>9.1f}{peaks}",
+            f"{system:<26}{rate:>9,.0f}{rate / against[0]:>7.2f}{per_cpu:>11,.0f}{per_cpu / against[1]:>7.2f}"
+            f"{seconds[0] - few[1] / rate:>9.1f}{peaks}",
             flush=True,
         )
     if "webdataset, our decoder" not in systems:
@@ -296,11 +294,12 @@ def streaming(name: str, few: tuple[str, int], many: tuple[str, int], size: int,
 
 
 def link(files: list[str], folder: str, count: int) -> str:
-    """A folder of so many hard links to some files in turn."""
+    """A folder of so many hard links to some files in turn, and its index beside it."""
     os.makedirs(folder)
     for number in range(count):
         source = files[number % len(files)]
         os.link(source, os.path.join(folder, f"{number:05d}{os.path.splitext(source)[1]}"))
+    index(folder)
     return folder
 
 
@@ -326,6 +325,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="64,224", help="pixels")
     parser.add_argument("--repeats", type=int, default=2, help="the least time of so many")
     parser.add_argument("--systems", default="", help="only those whose names begin so, separated by commas, and the DataLoader")
+    parser.add_argument("--tables", default="decoding,streaming", help="which")
     parser.add_argument("--dir", help="where the repeated files are written, and deleted again; default: a temporary folder")
     parser.add_argument("--quick", action="store_true", help="a tenth of the images")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -345,17 +345,18 @@ def main() -> None:
     images = arguments.images // (10 if arguments.quick else 1)
     chosen = [
         system
-        for system in list(SYSTEMS)[:-1]
+        for system in SYSTEMS
         if system == "DataLoader, our decoder" or any(map(system.startswith, arguments.systems.split(",")))
     ]
     with tempfile.TemporaryDirectory(prefix="raypipe-reading-", dir=arguments.dir) as scratch:
         if arguments.imagenet:
             jpegs, tar, per_tar = imagenet_tar(arguments.imagenet, scratch)
-            decoding("ImageNet", jpegs, list(map(int, arguments.sizes.split(","))), max(3, arguments.repeats))
+            if "decoding" in arguments.tables:
+                decoding("ImageNet", jpegs, list(map(int, arguments.sizes.split(","))), max(3, arguments.repeats))
             count = max(2, round(images / per_tar))
             few = link([tar], os.path.join(scratch, "few"), count), count * per_tar
             many = link([tar], os.path.join(scratch, "many"), 4 * count), 4 * count * per_tar
-            for size in map(int, arguments.sizes.split(",")):
+            for size in map(int, arguments.sizes.split(",") if "streaming" in arguments.tables else ()):
                 systems = [system for system in chosen if has_webdataset or "webdataset" not in system]
                 streaming("ImageNet", few, many, size, arguments.repeats, systems)
         if arguments.cifar:
@@ -363,12 +364,14 @@ def main() -> None:
             copies = [shutil.copy(source, scratch) for source in sources]
             per_file = sum(1 for _ in parquet_samples(copies[0]))
             jpegs = [image for image, _ in parquet_samples(copies[0])][:2000]
-            decoding("CIFAR-10", jpegs, [32], max(3, arguments.repeats))
+            if "decoding" in arguments.tables:
+                decoding("CIFAR-10", jpegs, [32], max(3, arguments.repeats))
             count = max(2, round(10 * images / per_file))
             few = link(copies, os.path.join(scratch, "few-cifar"), count), count * per_file
             many = link(copies, os.path.join(scratch, "many-cifar"), 4 * count), 4 * count * per_file
             systems = [system for system in chosen if "webdataset" not in system]
-            streaming("CIFAR-10", few, many, 32, arguments.repeats, systems)
+            if "streaming" in arguments.tables:
+                streaming("CIFAR-10", few, many, 32, arguments.repeats, systems)
 
 
 if __name__ == "__main__":
