@@ -289,7 +289,7 @@ def streaming(name: str, few: tuple[str, int], many: tuple[str, int], size: int,
             f"{seconds[0] - few[1] / rate:>9.1f}{peaks}",
             flush=True,
         )
-    if "webdataset, our decoder" not in systems:
+    if name != "ImageNet" or importlib.util.find_spec("webdataset") is None:
         print(f"{'webdataset':<26}not installed" if name == "ImageNet" else f"{'webdataset':<26}reads no Parquet")
 
 
