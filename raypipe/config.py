@@ -9,17 +9,26 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from raypipe.errors import ConfigError
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Section = TypeVar("Section", bound="Settings")
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=1)]
+Channels = tuple[float, float, float]
+NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of red, green and blue, of pixels from 0 to 1; `half` brings them to -1..1."""
 SELF_TERM_BELOW = 1000
 """`measure.moso.self_term: auto` takes the sample itself out for seed sets, or parts, smaller than this."""
 
@@ -97,11 +106,31 @@ class SeedSettings(Settings):
         return min(500, max(50, round(samples * self.fraction / 10))) if self.audit == "auto" else self.audit
 
 
+class NormalizeSettings(Settings):
+    """Mean and standard deviation of red, green and blue, of pixels from 0 to 1."""
+
+    mean: tuple[Share, Share, Share] = Field(description="of each channel")
+    std: tuple[Spread, Spread, Spread] = Field(description="of each channel")
+
+
+def _kind_of_normalize(value: Any) -> str:
+    return "mean-and-std" if isinstance(value, Mapping | NormalizeSettings) else "a-name"
+
+
 class ProxySettings(Settings):
     """The small network trained on the seed set with Ray Train."""
 
     model: str = Field("resnet18", min_length=1, description="small, or a torchvision network: resnet18, resnet50, ...")
     image_size: int = Field(64, ge=8, le=1024, description="pixels, square")
+    normalize: Annotated[
+        Annotated[Literal["measured", "imagenet", "cifar10", "half"], Tag("a-name")]
+        | Annotated[NormalizeSettings, Tag("mean-and-std")],
+        Discriminator(_kind_of_normalize),
+    ] = Field(
+        "measured",
+        description="mean and standard deviation taken off each channel: measured (on the seed set), imagenet, cifar10, half (0.5 and 0.5), "
+        "or {mean: [r, g, b], std: [r, g, b]} of pixels from 0 to 1",
+    )
     epochs: Positive = Field(50, description="passes over the seed set")
     batch_size: Positive = Field(128, description="images per step, over all workers together")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov momentum 0.9")
@@ -140,6 +169,13 @@ class ProxySettings(Settings):
         elif self.checkpoints > self.epochs:
             raise ValueError(f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.epochs})")
         return self
+
+    def statistics(self, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the channels that `normalize` names; those given are the measured ones."""
+        if isinstance(self.normalize, NormalizeSettings):
+            return list(self.normalize.mean), list(self.normalize.std)
+        chosen = NORMALIZATIONS.get(self.normalize, (mean, std))
+        return list(chosen[0]), list(chosen[1])
 
     def checkpoint_epochs(self) -> list[int]:
         """0-based epochs at whose end scores are measured.
@@ -326,6 +362,11 @@ class EmbedSettings(PoolSettings):
     """One forward pass over the whole source."""
 
     dtype: Literal["float32", "float16"] = Field("float32", description="how embeddings are stored")
+    decode: Literal["cpu", "gpu", "auto"] = Field(
+        "cpu",
+        description="where JPEGs are decoded: gpu in batches on the actors' GPUs, other images as before; auto where there are any; pixels differ "
+        "by a few levels, so that only cpu gives the same scores on every machine",
+    )
 
 
 class ExtrapolateSettings(Settings):

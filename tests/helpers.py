@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -64,6 +65,17 @@ def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
         Image.fromarray(image).save(buffer, "PNG")
         encoded.append(buffer.getvalue())
     return encoded, labels
+
+
+@functools.cache
+def photograph(seed: int) -> Image.Image:
+    """Noise whose spectrum falls with the frequency, as that of photographs does, 1000 x 760."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(1000), np.fft.fftfreq(760)))
+    shaped = np.fft.fft2(random.normal(size=(3, 760, 1000))) / np.maximum(frequency, 1 / 1000)
+    pixels = np.fft.ifft2(shaped).real
+    pixels = pixels.mean(0) + 0.3 * pixels  # colours go together
+    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def measured_with(run: Run, file: str, part: int = 0) -> Any:

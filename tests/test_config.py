@@ -29,6 +29,13 @@ def _message(data: dict) -> str:
         ({"proxy": {"epochs": 3, "checkpoints": 10}}, ["checkpoints (10)", "epochs (3)"]),
         ({"proxy": {"workers": 1.5}}, ["proxy.workers", "1.5"]),
         ({"proxy": {"parts": 0}}, ["proxy.parts", "0", "greater than or equal to 1"]),
+        ({"proxy": {"normalize": "imagnet"}}, ["proxy.normalize", "'imagnet'", "'imagenet'"]),
+        ({"proxy": {"normalize": 0.5}}, ["proxy.normalize", "0.5", "'half'"]),
+        (
+            {"proxy": {"normalize": {"mean": [0.5, 0.5, 128]}}},
+            ["proxy.normalize.mean.2", "128", "proxy.normalize.std", "missing"],
+        ),
+        ({"proxy": {"normalize": {"mean": [0, 0, 0], "std": [0, 1, 1]}}}, ["proxy.normalize.std.0", "greater than 0"]),
         ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
         ({"extrapolate": {"exact_neighbours": 0}}, ["extrapolate.exact_neighbours", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
@@ -67,6 +74,23 @@ def test_every_bad_setting_is_named_at_once() -> None:
 
 def test_a_single_keep_fraction_is_a_list_of_one() -> None:
     assert parse_config({**LEAST, "select": {"keep": 0.5}}).select.keep == (0.5,)
+
+
+def test_what_is_taken_off_the_channels(tmp_path) -> None:
+    measured = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+    def statistics(*overrides: str) -> tuple[list[float], list[float]]:
+        config = parse_config(apply_overrides(LEAST, overrides))
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        assert load_config(str(tmp_path / "config.yaml")).proxy == config.proxy
+        return config.proxy.statistics(*measured)
+
+    assert statistics() == statistics("proxy.normalize=measured") == measured
+    assert statistics("proxy.normalize=imagenet") == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert statistics("proxy.normalize=cifar10")[1] == [0.247, 0.2435, 0.2616]
+    assert statistics("proxy.normalize=half") == ([0.5] * 3, [0.5] * 3)
+    given = ("proxy.normalize.mean=[0, 0.5, 1]", "proxy.normalize.std=[1, 0.5, 0.1]")
+    assert statistics(*given) == ([0, 0.5, 1], [1, 0.5, 0.1])
 
 
 def test_overrides() -> None:

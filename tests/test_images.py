@@ -4,7 +4,9 @@ import io
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,6 +269,20 @@ def test_a_batch_holds_zeros_and_a_reason_for_each_bad_image() -> None:
     assert np.array_equal(pixels[4], samples[4].image.transpose(2, 0, 1))  # type: ignore[union-attr]
     empty, none = decode_batch([], 8, LIMIT)
     assert empty.shape == (0, 3, 8, 8) and none == []
+
+
+def test_samples_that_are_read_one_by_one_are_not_held() -> None:
+    read: list[weakref.ref[np.ndarray]] = []
+
+    def samples() -> Iterator[Sample]:
+        for number in range(10):
+            pixels = noise(8, 8, number)
+            read.append(weakref.ref(pixels))
+            yield Sample(pixels)
+            assert sum(ref() is not None for ref in read) <= 2
+
+    pixels, reasons = decode_batch(samples(), 8, LIMIT, 12)
+    assert len(read) == len(reasons) == 10 and pixels[9].any() and not pixels[10:].any()
 
 
 @pytest.mark.parametrize("size", [8, 64])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import abc
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -34,8 +36,8 @@ Image = tuple[bytes | np.ndarray | None, str]
 ByPath = Callable[[str], bytes | None]
 """The bytes of an image that a table holds only by its path; None where it cannot be had."""
 
-FILES_TRIED = 100
-"""Files opened, at most, to find one whose columns fit `auto`."""
+FILES_ASKED, FILES_TRIED, READERS = 16, 100, 16
+"""Files, spread evenly, of which most decide what `auto` stands for; files opened, at most, to find any in which it is clear; at a time."""
 
 
 class ColumnError(ValueError):
@@ -53,7 +55,7 @@ class Columns:
 
 
 class TableSource(FileSource):
-    """A source of tables. What `auto` stands for is decided once, by the first file in which it is clear, and holds for all files."""
+    """A source of tables. What `auto` stands for is decided once, by most of a few files, and holds for all."""
 
     @abc.abstractmethod
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, dict[str, Any]]:
@@ -68,11 +70,19 @@ class TableSource(FileSource):
         settings = super().settled()
         if AUTO not in (settings.image_column, settings.label_column):
             return settings
-        for file in islice(self.files(), FILES_TRIED):
-            columns = self._columns_of(file, settings)
-            if columns is not None:
-                return settings.model_copy(update={"image_column": columns.image, "label_column": columns.label})
+        files = list(self.files())
+        some = files[:: max(1, len(files) // FILES_ASKED)]
+        found = Counter((columns.image, columns.label) for columns in self._clear(some, settings))
+        if not found:
+            found.update((columns.image, columns.label) for columns in islice(self._clear(files[:FILES_TRIED], settings), 1))
+        for (image, label), _ in found.most_common(1):
+            return settings.model_copy(update={"image_column": image, "label_column": label})
         return settings  # every file says for itself what is wrong with it
+
+    def _clear(self, files: Sequence[SourceFile], settings: SourceSettings) -> Iterator[Columns]:
+        """The columns of those files in which it is clear."""
+        with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-columns") as threads:
+            yield from filter(None, threads.map(lambda file: self._columns_of(file, settings), files))
 
     def _columns_of(self, file: SourceFile, settings: SourceSettings) -> Columns | None:
         if file.stamp == MISSING or file.size == 0:

@@ -1,5 +1,6 @@
 """Embed: streams every fragment of the source once: decoding in tasks, the proxy's forward pass in actors beside them.
 
+With `embed.decode` the actors decode JPEGs as well, on their GPU (`raypipe.jpegs`); only they differ then, by a stated tolerance.
 Writes, per fragment, `embeddings/<fragment>.parquet` (sample_id, label, embedding, and what the proxy says of the sample:
 prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`.
 The logits themselves are not kept: for many classes they would be larger than the embedding.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,10 +22,10 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import StageError
+from raypipe.errors import ResourceError, StageError
 from raypipe.images import decode_batch
 from raypipe.rundir import Run, StageRecord
-from raypipe.sources import Fragment, open_source
+from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.duplicates import once
 from raypipe.stages.proxy import load_checkpoint, proxy_parts
@@ -43,7 +45,8 @@ class EmbedStage(Stage):
     needs = ("proxy",)
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return {"dtype": config.embed.dtype, "max_pixels": config.source.max_pixels}
+        pixels = {} if config.embed.decode == "cpu" else {"decode": config.embed.decode}
+        return {"dtype": config.embed.dtype, "max_pixels": config.source.max_pixels, **pixels}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         fragments = context.run.fragments()
@@ -59,6 +62,11 @@ class EmbedStage(Stage):
         done = run.done("embeddings")
         readable = [fragment for fragment in fragments if not fragment.error]
         missing = [fragment for fragment in readable if fragment.fragment_id not in done]
+        pool = context.cluster.pool(config.embed)
+        gpu = pool.num_gpus > 0
+        if config.embed.decode == "gpu" and not gpu:
+            raise ResourceError(f"embed.decode is gpu, but embed has no GPU ({context.cluster}); set it to auto or cpu")
+        aside = gpu and config.embed.decode != "cpu"
         for fragment in fragments:
             if fragment.error:
                 write_rejects(run, fragment.fragment_id, [(fragment.path, f"file cannot be read: {fragment.error}")])
@@ -66,7 +74,6 @@ class EmbedStage(Stage):
         tally = Tally(config.source.max_reject_fraction, expected)
         _count_earlier(run, [fragment for fragment in readable if fragment.fragment_id in done], tally)
         tally.check()
-        pool = context.cluster.pool(config.embed)
         with context.progress.meter("embed", expected) as meter:
             meter.already(sum(fragment.samples for fragment in readable if fragment.fragment_id in done))
 
@@ -79,9 +86,9 @@ class EmbedStage(Stage):
 
             stream(
                 fair_order(missing, lambda fragment: fragment.fragment_id),
-                functools.partial(_read, config, run.uri),
+                functools.partial(_read, config, run.uri, aside),
                 EmbedActor,
-                {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": pool.num_gpus > 0},
+                {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": gpu, "aside": aside},
                 pool,
                 config.cluster.patience_seconds,
                 collect,
@@ -139,25 +146,39 @@ def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) ->
     storage.write_table(run.path("rejects", f"{fragment_id}.parquet"), pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
 
 
-def _read(config: Config, run_uri: str, fragment: Fragment) -> Columns:
-    """Read and decode a fragment. Runs in a task."""
+def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Columns:
+    """Read and decode a fragment. Runs in a task. With `aside`, JPEGs are left to the actor: see `raypipe.jpegs.set_aside`."""
     watch, run = Stopwatch(), Run(run_uri)
-    classes = run.classes()
-    source = open_source(config.source)
-    samples = list(once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat))
-    images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
-    index = [classes.index(sample.label) for sample in samples]
-    count = len(samples)
-    if count != fragment.samples:
-        raise StageError(
-            f"{fragment.path}: {count} samples where the index counted {fragment.samples}; the file changed. Run again"
-        )
+    classes, count, source = run.classes(), fragment.samples, open_source(config.source)
+    ids: list[str] = []
+    index: list[tuple[int, str]] = []
+
+    def samples() -> Iterator[RawSample]:
+        for sample in once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat):
+            ids.append(sample.sample_id)
+            index.append(classes.index(sample.label))
+            if len(ids) <= count:
+                yield sample
+
+    size, max_pixels = config.proxy.image_size, config.source.max_pixels
+    columns: Columns = {}
+    if aside:
+        from raypipe.jpegs import set_aside
+
+        images, pixels, reasons = set_aside(samples(), size, max_pixels)
+        columns["image"] = np.empty(len(images), object)
+        columns["image"][:] = images
+        columns["jpeg_pixels"] = np.array(pixels, np.int64)
+    else:
+        columns["image"], reasons = decode_batch(samples(), size, max_pixels, count)
+    if len(ids) != count:
+        raise StageError(f"{fragment.path}: {len(ids)} samples where the index counted {count}; the file changed. Run again")
     return {
         "fragment": np.full(count, fragment.fragment_id),
-        "sample_id": np.array([sample.sample_id for sample in samples]),
+        "sample_id": np.array(ids),
         "label": np.array([label for label, _ in index], np.int32),
         "reason": np.array([reason or wrong for reason, (_, wrong) in zip(reasons, index, strict=True)]),
-        "image": images,
+        **columns,
         "cpu_seconds": np.full(count, watch.lap() / count),
     }
 
@@ -165,7 +186,7 @@ def _read(config: Config, run_uri: str, fragment: Fragment) -> Columns:
 class EmbedActor:
     """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
 
-    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
+    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool, aside: bool = False) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -180,17 +201,22 @@ class EmbedActor:
         }
         if gpu:
             self._model.to(memory_format=torch.channels_last)
+        if aside:
+            from raypipe.jpegs import check
+
+            check(self._device)
 
     def __call__(self, batch: Columns) -> Columns:
         import time
 
         started = time.monotonic()
         fragment = str(batch["fragment"][0])
-        good = batch["reason"] == ""
+        images, reason = self._images(batch)
+        good = reason == ""
         ids, labels = batch["sample_id"][good], batch["label"][good]
-        columns = self._forward(batch["image"][good], labels)
+        columns = self._forward(images[good], labels)
         finite = np.isfinite(columns["embedding"]).all(1)
-        rejects = list(zip(batch["sample_id"][~good].tolist(), batch["reason"][~good].tolist(), strict=True))
+        rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]
         if rejects:
             write_rejects(self._run, fragment, rejects)
@@ -205,7 +231,24 @@ class EmbedActor:
         }
         return {key: np.array([value]) for key, value in row.items()}
 
-    def _forward(self, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def _images(self, batch: Columns) -> tuple[Any, np.ndarray]:
+        """Pixels uint8 [n, 3, size, size], an array or a tensor on the device, and for each "" or why it is rejected."""
+        if "jpeg_pixels" not in batch:
+            return batch["image"], batch["reason"]
+        from raypipe.jpegs import decode_aside
+
+        pixels, failed = decode_aside(
+            batch["image"].tolist(),
+            batch["jpeg_pixels"].tolist(),
+            self._config.proxy.image_size,
+            self._config.source.max_pixels,
+            self._device,
+            self._config.embed.images_at_once(self._gpu),
+        )
+        reasons = [new or known for new, known in zip(failed, batch["reason"].tolist(), strict=True)]
+        return pixels, np.array(reasons)
+
+    def _forward(self, images: Any, labels: np.ndarray) -> dict[str, np.ndarray]:
         """embedding [n, d]; prediction, confidence, loss, margin, entropy [n]. Loss and margin of an unlabelled sample are
         those of the predicted class."""
         import torch
@@ -216,7 +259,7 @@ class EmbedActor:
         size = self._config.embed.images_at_once(self._gpu)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._gpu and self._config.proxy.amp):
             for start in range(0, max(1, len(images)), size):
-                pixels = torch.from_numpy(images[start : start + size]).to(self._device)
+                pixels = torch.as_tensor(images[start : start + size]).to(self._device)
                 embedding = self._model.embed(pixels)
                 logits = self._model.head(embedding).float()
                 prediction = logits.argmax(1)

@@ -130,12 +130,13 @@ def _manifest(
     config: Config, run: Run, seed: dict[str, Any], parts: Sequence[Part], epochs: Sequence[list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The content of `proxy.json`; what was trained on a part is at the top where there is one, else in a list."""
+    mean, std = config.proxy.statistics(seed["mean"], seed["std"])
     about = {
         "model": config.proxy.model,
         "classes": len(run.classes().names),
         "image_size": seed["image_size"],
-        "mean": seed["mean"],
-        "std": seed["std"],
+        "mean": mean,
+        "std": std,
         "samples": seed["samples"],
     }
     trained = [

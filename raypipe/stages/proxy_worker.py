@@ -53,7 +53,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     images, labels, seed_rows = cache.open()
 
     torch.manual_seed(settings.seed)
-    network = build(settings.model, classes, seed["image_size"], seed["mean"], seed["std"])
+    statistics = settings.statistics(seed["mean"], seed["std"])
+    network = build(settings.model, classes, seed["image_size"], *statistics)
     model = prepare_model(share_statistics(network, gpu))
     plain = model.module if hasattr(model, "module") else model
     if gpu:

@@ -37,7 +37,8 @@ def stream(
 ) -> None:
     """Read every unit in a task, hand it to a pool of actors that grows between its bounds, pass their results on.
 
-    read    unit -> columns of equal length; runs in a task, beside the actors
+    read    unit -> columns of equal length; runs in a task, beside the actors. Without a GPU both ask for the same resources, and Ray Data
+            joins them: every actor then reads for itself, and nothing is copied in between
     actor   class whose instances take those columns and return columns of length 1, a result
     worth   units that are worth the start of another actor
     Raises StageError when user code fails, when nothing moves for `patience` seconds, or when workers keep dying.

@@ -66,15 +66,21 @@ def test_columns_that_are_not_clear_are_named(tmp_path: Any, table: pa.Table, wo
     assert source.settled().image_column == "auto"
 
 
-def test_the_first_file_in_which_columns_are_clear_decides_for_all(place: str) -> None:
+def test_most_of_the_files_in_which_columns_are_clear_decide_for_all(place: str) -> None:
     put(f"{place}/0.parquet", of(name="not", kind="images"))
     put(f"{place}/1.parquet", of(img=b"1", fine_label=1))
     put(f"{place}/2.parquet", of(img=b"2", label=2))
     put(f"{place}/3.parquet", of(img=b"3", fine_label=3, label=4))
     source = make(place)
     errors = [scan.fragments[0].error for scan in scans(source)]
-    assert "no column 'img'; columns are name, kind" in errors[0] and "no column 'fine_label'; columns are img" in errors[2]
-    assert [(sample.image, sample.label) for sample in samples(source)] == [(b"1", 1), (b"3", 3)]
+    assert "no column 'img'; columns are name, kind" in errors[0] and "no column 'label'; columns are img" in errors[1]
+    assert [(sample.image, sample.label) for sample in samples(source)] == [(b"2", 2), (b"3", 4)]
+
+
+def test_a_single_file_that_is_clear_is_found_among_many(tmp_path: Any) -> None:
+    for number in range(40):
+        put(f"{tmp_path}/{number:02d}.parquet", of(img=b"1", fine_label=1) if number == 33 else of(name="not", kind="images"))
+    assert make(str(tmp_path)).settled().label_column == "fine_label"
 
 
 class Values(pa.ExtensionArray):

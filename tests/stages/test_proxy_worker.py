@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 from helpers import small_config
+from safetensors.torch import load
 
 from raypipe import storage
 from raypipe.config import Config
@@ -70,6 +71,23 @@ def test_a_training_that_diverges_is_not_repeated(alone: Run, monkeypatch: pytes
     storage.delete(alone.path("proxy", "state.safetensors"))
     _train(alone, small_config(alone.uri, "proxy.epochs=2"), monkeypatch)  # mended: what was said before is forgotten
     assert [epoch["epoch"] for epoch in proxy.finished_epochs(alone)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("normalize", "mean", "std"),
+    [("measured", [0.5] * 3, [0.3] * 3), ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])],
+)
+def test_pixels_are_normalised_as_asked(
+    alone: Run, monkeypatch: pytest.MonkeyPatch, normalize: str, mean: list[float], std: list[float]
+) -> None:
+    config = small_config(alone.uri, "proxy.epochs=1", "proxy.checkpoints=1", f"proxy.normalize={normalize}")
+    _train(alone, config, monkeypatch)
+    weights = load(storage.read_bytes(alone.path("proxy", "checkpoints", "epoch-0000.safetensors")))
+    epochs, whole = proxy.finished_epochs(alone), Part(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy._manifest(config, alone, proxy.seed_manifest(alone), [whole], [epochs])
+    for name, expected in (("mean", mean), ("std", std)):
+        np.testing.assert_allclose(weights[name].flatten(), expected, rtol=1e-6)
+        assert manifest[name] == expected
 
 
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
