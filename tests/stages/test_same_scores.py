@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import functools
 import io
+import json
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -111,11 +113,54 @@ def imagefolder(folder: Path, data: Data) -> Layout:
     return Layout({"format": "imagefolder"}, [f"{name}.png" for name in data.names])
 
 
+def filelist(folder: Path, data: Data) -> Layout:
+    """A list as Places365 has it: a path and a class number a line."""
+    imagefolder(folder / "images", data)
+    lines = [f"{name}.png {label}\n" for name, label in zip(data.names, data.labels, strict=True)]
+    (folder / "train.txt").write_text("".join(lines))
+    settings = {"uri": str(folder / "train.txt"), "format": "filelist", "root": str(folder / "images")}
+    return Layout(settings, [f"{name}.png" for name in data.names])
+
+
+def torchvision_cifar10(folder: Path, data: Data) -> Layout:
+    """The original files of CIFAR-10: pickles of arrays, all red values of an image, then green, then blue."""
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    rows = data.pixels.transpose(0, 3, 1, 2).reshape(COUNT, -1)
+    fifth = COUNT // 5
+    for batch in range(5):
+        part = slice(batch * fifth, batch * fifth + fifth)
+        content = {"data": rows[part], "labels": data.labels[part]}
+        (batches / f"data_batch_{batch + 1}").write_bytes(pickle.dumps(content, protocol=2))
+    (batches / "test_batch").write_bytes(pickle.dumps({"data": rows[:1], "labels": data.labels[:1]}, protocol=2))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class-{label}" for label in range(10)]}, protocol=2))
+    settings = {"uri": "torchvision://CIFAR10", "format": "torchvision", "root": str(folder), "split": "train", "verify": False}
+    return Layout(settings, [f"CIFAR10/train/{row:03d}" for row in range(COUNT)])
+
+
+def huggingface(folder: Path, data: Data) -> Layout:
+    """What `datasets` writes with `save_to_disk`: streams of Arrow record batches, and what is in them as JSON."""
+    table = pa.table({"image": [{"bytes": image, "path": None} for image in data.pngs], "label": pa.array(data.labels, pa.int64())})
+    half, files = COUNT // 2, []
+    for part in range(2):
+        files.append({"filename": f"data-{part:05d}-of-00002.arrow"})
+        with pa.ipc.new_stream(str(folder / files[-1]["filename"]), table.schema) as writer:
+            writer.write_table(table.slice(part * half, half), max_chunksize=30)
+    names = [f"class-{label}" for label in range(10)]
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": "train", "_format_type": None}))
+    return Layout({"format": "huggingface"}, [f"{files[row // half]['filename']}#{row % half}" for row in range(COUNT)])
+
+
 WRITERS: dict[str, Callable[[Path, Data], Layout]] = {
     "parquet": parquet,
     "parquet-of-pixels": parquet_of_pixels,
     "webdataset": webdataset,
     "imagefolder": imagefolder,
+    "filelist": filelist,
+    "torchvision": torchvision_cifar10,
+    "huggingface": huggingface,
 }
 WHOLE_RUNS = ("parquet", "webdataset", "imagefolder")
 """Formats that go through the stages: a run costs ten seconds, most of them to start processes."""
@@ -181,7 +226,9 @@ def test_scores_and_embeddings_are_the_same(format: str, run_of: Callable[[str],
     expected, found = _numbers(*run_of(WHOLE_RUNS[0])), _numbers(*run_of(format))
     assert expected["moso"].std() > 0 and expected["embedding"].std() > 0
     for name, values in found.items():
-        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name
+        )
 
 
 def _numbers(run: Run, layout: Layout) -> dict[str, np.ndarray]:
