@@ -1,0 +1,76 @@
+"""Where the samples are, and which of them are measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raypipe.settings.base import Positive, Settings
+
+
+class SourceSettings(Settings):
+    """The dataset as its owner stores it."""
+
+    uri: str = Field(
+        description="folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards (.txt); local path, file:// or s3://; "
+        "digits:// is the bundled set; torchvision://CIFAR10, huggingface://user/name a dataset by name; synthetic:// made-up images"
+    )
+    format: Literal[
+        "auto", "parquet", "imagefolder", "filelist", "webdataset", "huggingface", "torchvision", "synthetic", "digits"
+    ] = Field("auto", description="auto looks at the file names")
+    root: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of a torchvision dataset's files, or below which the paths of a file list are",
+    )
+    split: str | None = Field(
+        None, min_length=1, description="which split of a dataset that has several; of a torchvision dataset train, if not given"
+    )
+    config_name: str | None = Field(None, min_length=1, description="Hugging Face: which configuration of a dataset of the hub")
+    download: bool = Field(True, description="fetch a torchvision dataset that is not in root")
+    verify: bool = Field(True, description="check a torchvision dataset's files against the published checksums")
+    include: str = Field("*", min_length=1, description="glob on the path below uri: only matching files are read")
+    image_column: str = Field(
+        "auto", min_length=1, description="Parquet, Hugging Face: column with the images; auto: image, img, ..., or the only one"
+    )
+    label_column: str = Field(
+        "auto", min_length=1, description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ..."
+    )
+    id_column: str | None = Field(
+        None, min_length=1, description="Parquet, Hugging Face: column with unique ids; default is file#row"
+    )
+    path_column: str | None = Field(
+        None, min_length=1, description="file list: column with the paths; default: path, file, filename or image, else the first"
+    )
+    class_map: str | None = Field(
+        None,
+        min_length=1,
+        description="image folder, file list: file that says which class a folder or label is; JSON or text lines",
+    )
+    num_classes: Positive | None = Field(None, description="default: found in the source")
+    limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
+    fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
+    max_pixels: Positive = Field(100_000_000, description="an image with more pixels is rejected, not decoded")
+    max_reject_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="a run stops when more of its samples than this cannot be read; fewer than 10 never stop it; 0: none may, 1: all may",
+    )
+
+
+class SeedSettings(Settings):
+    """The randomly chosen few percent of samples that are scored by measurement."""
+
+    fraction: float = Field(0.1, gt=0, le=1, description="share of the source that is measured")
+    seed: int = Field(0, ge=0, description="another number draws another seed set")
+    audit: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="samples outside the seed set that are measured directly to judge the fidelity of scores at checkpoints, about; "
+        "auto: a tenth of the seed set, 50 to 500; 0: none",
+    )
+
+    def audit_samples(self, samples: int) -> int:
+        """How many samples an audit set should have where the source has so many."""
+        return min(500, max(50, round(samples * self.fraction / 10))) if self.audit == "auto" else self.audit
