@@ -15,14 +15,15 @@ from safetensors.torch import save
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.errors import ResourceError
 from raypipe.images import decode
 from raypipe.models import build
 from raypipe.rundir import Run, StageRecord
-from raypipe.sources import Fragment, open_source
+from raypipe.sources import Fragment
 from raypipe.stages.base import Context
-from raypipe.stages.cluster import Cluster, ResourceError
+from raypipe.stages.cluster import Cluster
 from raypipe.stages.embed import EmbedActor, EmbedStage, _read
-from raypipe.stages.index import _rows, _write
+from raypipe.stages.index import IndexStage
 from raypipe.stages.proxy import load_checkpoint
 
 SIZE = 16
@@ -48,8 +49,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Fragment, d
         path.write_bytes(content)
     where = [f"source.uri={folder}/data", "source.format=imagefolder", "source.limit=null", f"proxy.image_size={SIZE}"]
     config = small_config(f"{folder}/run", *where, "embed.batch_size=4")
-    run, source = Run(config.run), open_source(config.source)
-    _write(run, [row for file in source.files() for row in _rows(file.path, source.scan(file))], None)
+    run = Run(config.run)
+    IndexStage().execute(Context(config, run, QUIET), StageRecord(fingerprint=""))
     torch.manual_seed(0)
     storage.write_bytes(run.path("proxy", "checkpoints", "final.safetensors"), save(build("small", 2, SIZE).state_dict()))
     about = {"model": "small", "classes": 2, "image_size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3, "samples": 20}

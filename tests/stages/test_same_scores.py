@@ -140,7 +140,9 @@ def torchvision_cifar10(folder: Path, data: Data) -> Layout:
 
 def huggingface(folder: Path, data: Data) -> Layout:
     """What `datasets` writes with `save_to_disk`: streams of Arrow record batches, and what is in them as JSON."""
-    table = pa.table({"image": [{"bytes": image, "path": None} for image in data.pngs], "label": pa.array(data.labels, pa.int64())})
+    table = pa.table(
+        {"image": [{"bytes": image, "path": None} for image in data.pngs], "label": pa.array(data.labels, pa.int64())}
+    )
     half, files = COUNT // 2, []
     for part in range(2):
         files.append({"filename": f"data-{part:05d}-of-00002.arrow"})
@@ -226,9 +228,7 @@ def test_scores_and_embeddings_are_the_same(format: str, run_of: Callable[[str],
     expected, found = _numbers(*run_of(WHOLE_RUNS[0])), _numbers(*run_of(format))
     assert expected["moso"].std() > 0 and expected["embedding"].std() > 0
     for name, values in found.items():
-        np.testing.assert_allclose(
-            values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name
-        )
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name)
 
 
 def _numbers(run: Run, layout: Layout) -> dict[str, np.ndarray]:
