@@ -141,6 +141,8 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
         try:
             stage.execute(context, record)
         except KeyboardInterrupt:
+            if run.lease is not None:
+                run.lease.check()
             if context.starved:
                 raise ResourceError(f"{name}: {context.starved}") from None
             raise

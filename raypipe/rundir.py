@@ -10,14 +10,16 @@ What is finished is told by the files themselves: names derive from fragments, s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -68,6 +70,8 @@ class Run:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+        self.lease: Lease | None = None
+        """While this process is the one that writes the run."""
 
     def path(self, *parts: str) -> str:
         """URI of something in the run."""
@@ -98,8 +102,11 @@ class Run:
             raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
+        """Raises RunError, and writes nothing, where another driver took the run over."""
         from raypipe._version import __version__
 
+        if self.lease is not None:
+            self.lease.check()
         stages = {stage: dataclasses.asdict(records[stage]) for stage in STAGE_FOLDERS if stage in records}
         data = {"format": FORMAT, "raypipe": __version__, "updated": now(), "stages": stages}
         storage.write_json(self.path("run.json"), data)
@@ -186,7 +193,9 @@ LEASE_SECONDS = 60.0
 class Lease:
     """`RUN/driver.json` says who writes the run. A second driver is refused while the first renews its lease.
 
-    A lease whose process is gone from this machine, or that was not renewed for `LEASE_SECONDS`, is taken over.
+    A lease whose process is gone from this machine, or that was not renewed for `LEASE_SECONDS`, is taken over. The driver that lost
+    it (it was suspended, or cut off from storage) notices when it renews the lease or writes the ledger: it is interrupted, writes the
+    ledger no more, and with it Ray ends its tasks.
     """
 
     def __init__(self, run: Run) -> None:
@@ -195,6 +204,16 @@ class Lease:
         self._me = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id()}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._interrupt = interrupt_of_main_thread()
+
+    def check(self) -> None:
+        """Raises RunError where another driver has the run."""
+        holder = self._holder()
+        if holder is not None and holder.get("owner") != self._me["owner"]:
+            raise RunError(
+                f"{self._run.uri}: taken over by another driver, process {holder.get('pid')} on {holder.get('host')}, since this one did "
+                f"not answer for {LEASE_SECONDS:.0f} s; this one stops"
+            )
 
     def __enter__(self) -> Lease:
         if not storage.create_bytes(self._uri, self._content()):
@@ -208,11 +227,13 @@ class Lease:
             time.sleep(0 if storage.is_local(self._uri) else 1.0)
             if (self._holder() or {}).get("owner") != self._me["owner"]:
                 raise RunError(f"{self._run.uri}: another driver took this run over at the same moment; try again")
+        self._run.lease = self
         self._thread = threading.Thread(target=self._renew, daemon=True, name="raypipe-lease")
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._run.lease = None
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
@@ -222,9 +243,14 @@ class Lease:
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 4):
             try:
+                self.check()
                 storage.write_bytes(self._uri, self._content())
             except OSError:
                 continue  # storage that comes back is renewed next time; the stages report what does not
+            except RunError:
+                if self._interrupt is not None:
+                    self._interrupt()
+                return
 
     def _content(self) -> bytes:
         return json.dumps({**self._me, "time": time.time(), "date": now()}).encode()
@@ -235,6 +261,14 @@ class Lease:
         except (FileNotFoundError, ValueError):
             return None
         return data if isinstance(data, dict) else None
+
+
+def interrupt_of_main_thread() -> Callable[[], None] | None:
+    """What another thread calls to interrupt this one, where this is the main thread, which alone can be; else None."""
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        return None
+    return functools.partial(signal.pthread_kill, main.ident or 0, signal.SIGINT)
 
 
 def _age(holder: Mapping[str, Any]) -> float:

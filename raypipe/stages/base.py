@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import abc
-import functools
-import signal
-import threading
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from raypipe.config import Config
 from raypipe.progress import Progress
-from raypipe.rundir import Run, StageRecord
+from raypipe.rundir import Run, StageRecord, interrupt_of_main_thread
 
 if TYPE_CHECKING:
     from raypipe.stages.cluster import Cluster
@@ -36,12 +33,8 @@ class Context:
         from raypipe.stages.demand import DemandWatch
 
         found = connect(self.config.cluster, self.run, self.progress, self.verbose)
-        # only the main thread can be interrupted while it waits for Ray
-        main = threading.main_thread()
-        give_up = (
-            functools.partial(signal.pthread_kill, main.ident or 0, signal.SIGINT) if threading.current_thread() is main else None
-        )
-        self._demand = DemandWatch(self.progress.say, found.can_grow, self.config.cluster.patience_seconds, give_up)
+        patience, give_up = self.config.cluster.patience_seconds, interrupt_of_main_thread()
+        self._demand = DemandWatch(self.progress.say, found.can_grow, patience, give_up)
         return found
 
     @property
