@@ -264,11 +264,19 @@ class Lease:
 
 
 def interrupt_of_main_thread() -> Callable[[], None] | None:
-    """What another thread calls to interrupt this one, where this is the main thread, which alone can be; else None."""
+    """What another thread calls to raise KeyboardInterrupt in this one, where this is the main thread, which alone can be; else None.
+
+    SIGINT will not do: who starts a command in the background often has it ignored, and others have handlers of their own.
+    """
     main = threading.main_thread()
-    if threading.current_thread() is not main:
+    if threading.current_thread() is not main or signal.getsignal(signal.SIGUSR2) not in (signal.SIG_DFL, _interrupted):
         return None
-    return functools.partial(signal.pthread_kill, main.ident or 0, signal.SIGINT)
+    signal.signal(signal.SIGUSR2, _interrupted)
+    return functools.partial(signal.pthread_kill, main.ident or 0, signal.SIGUSR2)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _age(holder: Mapping[str, Any]) -> float:
