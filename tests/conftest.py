@@ -94,7 +94,15 @@ def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
     uri = str(tmp_path_factory.mktemp("finished") / "run")
     raypipe.run(small_config(uri), progress=QUIET)
+    for file in ("run.json", "config.yaml"):
+        storage.write_bytes(f"{uri}-as-made/{file}", storage.read_bytes(f"{uri}/{file}"))
     return uri
+
+
+@pytest.fixture(scope="session")
+def finished_ledger(finished: str) -> str:
+    """A folder with the ledger and the configuration of `finished` as they were when it ended."""
+    return f"{finished}-as-made"
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,8 @@ def test_data_in_memory_is_told_by_its_rows(cluster: str) -> None:
 @pytest.mark.parametrize(
     ("row", "source", "words"),
     [
-        ({"picture": b"x", "label": 1}, {}, "no column 'image'; it has picture, label; set source.image_column"),
+        ({"content": b"x", "label": 1}, {}, "no column 'image'; it has content, label; set source.image_column"),
+        ({"picture": b"x", "kind": 1}, {}, "no column 'label'; it has picture, kind; set source.label_column"),
         ({"image": b"x", "label": 1}, {"id_column": "name"}, "no column 'name'.*source.id_column"),
         ({"image": np.zeros((3, 8, 8), np.uint8), "label": 1}, {}, r"column 'image' holds uint8 \[3, 8, 8\]; expected encoded"),
         ({"image": np.zeros((8, 8), np.float32), "label": 1}, {}, r"column 'image' holds float32 \[8, 8\]"),

@@ -17,7 +17,7 @@ from raypipe.errors import ConfigError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import Run, StageRecord
 from raypipe.selection import STRATEGIES, duplicates
-from raypipe.stages import duplicates as cluster_by_cluster
+from raypipe.stages import near_duplicates as cluster_by_cluster
 from raypipe.stages.base import Context
 from raypipe.stages.keeping import notes, read_ids
 from raypipe.stages.select import SelectStage, keep_metadata, make_keep_lists, write_keep_lists
@@ -219,6 +219,7 @@ def test_the_command_line_has_every_option(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level("INFO", logger="raypipe")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "never.txt").write_text("0/é1\ngone\n")
     (tmp_path / "always.txt").write_text("0/é2\n")
