@@ -48,7 +48,9 @@ class SourceSettings(Settings):
         min_length=1,
         description="image folder, file list: file that says which class a folder or label is; JSON or text lines",
     )
-    num_classes: Positive | None = Field(None, description="default: found in the source")
+    num_classes: Positive | None = Field(
+        None, description="default: found in the source; more than it names: the others have no samples"
+    )
     limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
     fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
     max_pixels: Positive = Field(100_000_000, description="an image with more pixels is rejected, not decoded")

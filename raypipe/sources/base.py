@@ -245,13 +245,22 @@ def _positions(names: tuple[str, ...]) -> dict[str, int]:
     return _position_cache[names]
 
 
+def _as_many(names: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """The names, with numbers for classes without one."""
+    if count is not None and count < len(names):
+        raise SourceError(
+            f"source.num_classes is {count}, but the source names {len(names)} classes, such as {names[-1]!r}; leave it out"
+        )
+    return (*names, *map(str, range(len(names), count or 0)))
+
+
 MOST_CLASSES = 1_000_000
 
 
 def class_map(class_names: tuple[str, ...] | None, labels: frozenset[int | str], num_classes: int | None) -> ClassMap:
     """The classes of a source from what its files state. Raises SourceError when they do not fit together."""
     if class_names is not None:
-        return ClassMap(class_names, numeric=True)
+        return ClassMap(_as_many(class_names, num_classes), numeric=True)
     numbers = {label for label in labels if isinstance(label, int)}
     words = {label for label in labels if isinstance(label, str)}
     if numbers and words:
@@ -259,7 +268,7 @@ def class_map(class_names: tuple[str, ...] | None, labels: frozenset[int | str],
             f"labels are partly numbers (such as {min(numbers)}) and partly names (such as {min(words)!r}); use one kind"
         )
     if words:
-        return ClassMap(tuple(sorted(words)), numeric=False)
+        return ClassMap(_as_many(tuple(sorted(words)), num_classes), numeric=False)
     count = num_classes if num_classes is not None else max(numbers, default=-1) + 1
     if count > MOST_CLASSES:
         raise SourceError(f"the largest label is {count - 1}; if that is one wrong label, set source.num_classes")

@@ -115,3 +115,11 @@ def test_splits_are_no_classes(place: str, names: list[str]) -> None:
     assert [sample.label for sample in samples(make(f"{place}/set/{names[0]}"))] == ["cat"]
     fill(f"{place}/set", ["cat/1.png"])
     assert len(samples(make(f"{place}/set"))) == len(names) + 1
+
+
+def test_more_classes_than_names_have_numbers_and_fewer_are_refused() -> None:
+    assert class_map(("a", "b"), frozenset(), 4).names == ("a", "b", "2", "3")
+    assert class_map(None, frozenset({"cat", "dog"}), 3).names == ("cat", "dog", "2")
+    assert class_map(("a", "b"), frozenset(), 2).names == ("a", "b")
+    with pytest.raises(SourceError, match=r"source.num_classes is 1, but the source names 2 classes, such as 'dog'"):
+        class_map(None, frozenset({"cat", "dog"}), 1)
