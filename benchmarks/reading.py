@@ -23,7 +23,8 @@ on the machine disturbs less. Memory is the highest sum over all processes, Ray'
 
 What else was tried for decoding (192 ImageNet photographs, see `raypipe.images`): a JPEG's entropy coding must be undone whatever the scale,
 and is two thirds of the time of full decoding, so that no scale can be much faster than 1/8. Scales that leave less than 1.75 times the
-size are little faster and differ visibly; the whole file in one piece instead of 64 kB pieces gains 2 to 3 %. `Image.reduce` (`reducing_gap`) matters only where a factor of four is left. libjpeg's fast transform and
+size are little faster and differ visibly; the whole file in one piece instead of 64 kB pieces gains 2 to 3 %.
+`Image.reduce` (`reducing_gap`) matters only where a factor of four is left. libjpeg's fast transform and
 plain upsampling gain a twentieth. torchvision has a faster resize, but decodes in full, and importing torch takes seconds and 300 MB in every task.
 """
 
