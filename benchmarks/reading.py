@@ -139,11 +139,13 @@ def index(folder: str) -> None:
     """Write the index of a folder's run, as the index stage does in tasks."""
     from raypipe.rundir import Run
     from raypipe.sources import open_source
-    from raypipe.stages.index import _rows, _write
+    from raypipe.stages.index import _file_id, _rows, _Writer
 
     config = config_of(folder)
-    source = open_source(config.source)
-    _write(Run(config.run), [row for file in source.files() for row in _rows(file.path, source.scan(file))], None)
+    source, writer = open_source(config.source), _Writer(Run(config.run), config.source)
+    for file in source.files():
+        writer.add(_file_id(file), file.size, list(_rows(_file_id(file), source.scan(file))))
+    writer.close()
 
 
 class Count:
