@@ -242,6 +242,13 @@ def _listed(uri: str) -> list[str]:
     ]
 
 
+def without_content(file: SourceFile) -> str:
+    """Why there is nothing to read in a file, as its listing says; "" where there is."""
+    if file.stamp == MISSING:
+        return "no such file, though it is named"
+    return "empty: 0 bytes" if file.size == 0 else ""
+
+
 class FileSource(Source):
     """A source whose files hold many samples each and are opened one by one."""
 
@@ -254,10 +261,8 @@ class FileSource(Source):
             yield SourceFile(file.path, file.size, file.stamp)
 
     def scan(self, file: SourceFile) -> FileScan:
-        if file.stamp == MISSING:
-            return self.broken(file, "no such file, though it is named")
-        if file.size == 0:
-            return self.broken(file, "empty: 0 bytes")
+        if reason := without_content(file):
+            return self.broken(file, reason)
         try:
             stored = self.open(file.path)
         except FileNotFoundError:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Columns, image_reader, plain
-from raypipe.sources.common import damage, stored_label, text
+from raypipe.sources.common import damage, stored_label, text, without_content
 from raypipe.sources.parquet import ParquetSource, _columns, _row_groups, _values
 from raypipe.storage import Reader, open_read
 
@@ -26,8 +26,9 @@ def preview(
     source: ParquetSource, file: SourceFile, places: int, each: int, draw: random.Random, found: Preview | None
 ) -> Preview:
     """See `Source.preview`; `found` is what that gives for a file that is read whole, whose labels are counted here."""
-    if file.size == 0 or (found is not None and found.error):
-        return found or Preview(error="empty: 0 bytes")
+    reason = without_content(file)
+    if reason or (found is not None and found.error):
+        return found or Preview(error=reason)
     try:
         opened = open_read(source._location.uri(file.path), REQUEST_BYTES)
     except FileNotFoundError:

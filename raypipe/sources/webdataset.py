@@ -17,7 +17,7 @@ from typing import Any
 from raypipe import storage
 from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, SourceFile, Wanted
 from raypipe.sources.columns import AUTO, LABEL_NAMES
-from raypipe.sources.common import IMAGE_EXTENSIONS, FileSource, stored_label, text
+from raypipe.sources.common import IMAGE_EXTENSIONS, FileSource, stored_label, text, without_content
 from raypipe.sources.tarfiles import BLOCK, Group, groups
 from raypipe.storage import Reader
 
@@ -99,8 +99,8 @@ class WebDatasetSource(FileSource):
 
         A compressed tar can only be read from its start, so there the first samples are taken.
         """
-        if file.size == 0:
-            return Preview(error="empty: 0 bytes")
+        if reason := without_content(file):
+            return Preview(error=reason)
         try:
             opened = storage.open_read(self._location.uri(file.path), PREVIEW_BYTES)
         except FileNotFoundError:

@@ -22,7 +22,7 @@ LEAST_SEED = 20
 def describe(survey: Survey, block: str = "█") -> Iterator[str]:
     """Lines about a source and, where it was estimated, what a run over it would cost. `block` is what bars are made of."""
     about = "" if survey.counted else "about "
-    empty = f"; {survey.empty_files:,} of them empty" if survey.empty_files else ""
+    empty = f"; {survey.empty_files:,} of them without content" if survey.empty_files else ""
     yield f"source      {survey.uri}"
     yield f"format      {survey.format}: {_count(survey.files, 'file')}, {size(survey.bytes)}{empty}"
     limit = f"; a run takes the first {survey.limit:,} (source.limit)" if survey.limit and survey.limit < survey.samples else ""

@@ -242,3 +242,15 @@ def test_bytes_that_a_listing_does_not_say_are_estimated_from_those_drawn(
     listed = ImageFolderSource.files
     monkeypatch.setattr(ImageFolderSource, "files", lambda self: [replace(file, size=7) for file in listed(self)])
     assert _survey(tmp_path).bytes == 30 * len(image)
+
+
+def test_a_shard_that_a_pattern_names_and_that_is_not_there_is_told(place: str) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for extension, data in (("png", digit_pngs(1)[0][0]), ("cls", b"0")):
+            member = tarfile.TarInfo(f"one.{extension}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    storage.write_bytes(f"{place}/a-0.tar", content.getvalue())
+    found = look(SourceSettings(uri=f"{place}/a-{{0..1}}.tar")).survey
+    assert found.samples == 1 and found.unreadable_files == (("a-1.tar", "no such file, though it is named"),)
