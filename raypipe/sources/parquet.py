@@ -32,7 +32,7 @@ from raypipe.sources.common import damage
 from raypipe.storage import Reader
 
 READ_BYTES = 8 << 20
-"""Bytes of one request for a column; no more of a column is held than its largest page."""
+"""Bytes of one request for a column; no more of a larger one is held than its largest page."""
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 256
 """Bounds of the rows decoded at a time."""
 
@@ -130,8 +130,15 @@ class ParquetSource(TableSource):
         return frozenset(result)
 
 
-def _open(stored: Reader) -> pq.ParquetFile:
-    return pq.ParquetFile(stored, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True)
+def _open(stored: Reader, request: int = READ_BYTES) -> pq.ParquetFile:
+    """The file, read in requests of so many bytes, or a column of a row group at a time where none is larger."""
+    parquet = pq.ParquetFile(stored, buffer_size=request, pre_buffer=False, page_checksum_verification=True)
+    metadata = parquet.metadata
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    if max((group.column(c).total_compressed_size for group in groups for c in range(group.num_columns)), default=0) > request:
+        return parquet
+    # a buffer grows to what a page's header says, up to 2 GB; of a column read in one piece, pages are parts
+    return pq.ParquetFile(stored, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
 
 
 def _columns(parquet: pq.ParquetFile, settings: SourceSettings) -> Columns:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Columns, image_reader, plain
 from raypipe.sources.common import damage, stored_label, text, without_content
-from raypipe.sources.parquet import ParquetSource, _columns, _row_groups, _values
+from raypipe.sources.parquet import ParquetSource, _columns, _open, _row_groups, _values
 from raypipe.storage import Reader, open_read
 
 REQUEST_BYTES = 1 << 20
@@ -35,7 +35,7 @@ def preview(
         return Preview(error="no such file: deleted since it was listed, or its name is not UTF-8")
     with opened as stored:
         try:
-            parquet = pq.ParquetFile(stored, buffer_size=REQUEST_BYTES, pre_buffer=False, page_checksum_verification=True)
+            parquet = _open(stored, REQUEST_BYTES)
             rows, columns = _row_groups(parquet, file.size), _columns(parquet, source.settled())
         except ColumnError as error:
             return Preview(error=str(error))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -394,3 +396,33 @@ def test_damage_gives_rejects_or_a_broken_file(
     found = samples(source)
     assert len(found) == sum(part.samples for scan in scans(source) for part in scan.fragments)
     decode_batch(found, 8, 10_000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+def test_a_page_whose_header_claims_gigabytes_takes_no_memory(tmp_path: Any) -> None:
+    """In a process of its own: sizes in page headers are replaced one after the other."""
+    program = """
+import sys
+from pathlib import Path
+from raypipe.config import SourceSettings
+from raypipe.sources import open_source
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) // 1024
+
+path, started, bad = Path(sys.argv[1]), 0, False
+whole = path.read_bytes()
+for place in range(4, 44):
+    path.write_bytes(whole[:place] + bytes.fromhex("acffffff0f") + whole[place + 5 :])  # 2,147,483,606 as Thrift writes it
+    source = open_source(SourceSettings(uri=str(path)))
+    found = [sample for file in source.files() for part in source.scan(file).fragments for sample in source.read(part)]
+    assert len(found) == 20, len(found)
+    started, bad = started or peak(), bad or any(sample.reason for sample in found)
+assert bad
+print(peak() - started)
+"""
+    file = f"{tmp_path}/a.parquet"
+    pq.write_table(pa.table({"image": [picture(row) for row in range(20)], "label": list(range(20))}), file)
+    done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
