@@ -131,14 +131,12 @@ class ParquetSource(TableSource):
 
 
 def _open(stored: Reader, request: int = READ_BYTES) -> pq.ParquetFile:
-    """The file, read in requests of so many bytes, or a column of a row group at a time where none is larger."""
-    parquet = pq.ParquetFile(stored, buffer_size=request, pre_buffer=False, page_checksum_verification=True)
-    metadata = parquet.metadata
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    if max((group.column(c).total_compressed_size for group in groups for c in range(group.num_columns)), default=0) > request:
-        return parquet
-    # a buffer grows to what a page's header says, up to 2 GB; of a column read in one piece, pages are parts
-    return pq.ParquetFile(stored, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
+    """The file, read in requests of so many bytes; a smaller file a column of a row group at a time.
+
+    A buffer grows to what a page's header says, up to 2 GB. Of a column read in one piece pages are parts, whatever they say.
+    """
+    size = stored.seek(0, 2)
+    return pq.ParquetFile(stored, buffer_size=request if size > request else 0, pre_buffer=False, page_checksum_verification=True)
 
 
 def _columns(parquet: pq.ParquetFile, settings: SourceSettings) -> Columns:
