@@ -17,7 +17,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
@@ -33,6 +33,7 @@ from raypipe.listing import file_info as _file_info
 from raypipe.listing import hidden as _hidden
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 RETRIES = 8
 """Attempts at a storage request; with the delays below the last one starts after about a minute."""
@@ -430,6 +431,24 @@ def write_table(
     write_bytes(uri, buffer.getvalue())
 
 
+def ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[tuple[T, U]]:
+    """Every item with what the function makes of it, in order, so many of them at a time in threads."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-read") as pool:
+        waiting: deque[tuple[T, Future[U]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) == threads:
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            while waiting:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        finally:
+            for _, result in waiting:
+                result.cancel()
+
+
 def iter_tables(uri: str, columns: list[str] | None = None, *, threads: int = 1) -> Iterator[tuple[str, pa.Table]]:
     """Name and table of every Parquet file directly in a folder, sorted by name, one at a time.
 
@@ -440,17 +459,4 @@ def iter_tables(uri: str, columns: list[str] | None = None, *, threads: int = 1)
         for file in files:
             yield file, read_table(join(uri, file), columns)
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-read") as pool:
-        waiting: deque[tuple[str, Future[pa.Table]]] = deque()
-        try:
-            for file in files:
-                waiting.append((file, pool.submit(read_table, join(uri, file), columns)))
-                if len(waiting) == threads:
-                    first, table = waiting.popleft()
-                    yield first, table.result()
-            while waiting:
-                first, table = waiting.popleft()
-                yield first, table.result()
-        finally:
-            for _, table in waiting:
-                table.cancel()
+    yield from ahead(lambda file: read_table(join(uri, file), columns), files, threads)

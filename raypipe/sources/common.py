@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ MISSING = "missing"
 """The stamp of a file that a pattern or a list names and that is not there."""
 LISTERS = 16
 """Folders listed at the same time."""
+_WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 
 
 class Location:
@@ -284,6 +286,13 @@ def describe(files: list[FileInfo]) -> str:
     endings = Counter(os.path.splitext(file.path)[1].lower() or "without an ending" for file in files)
     listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4)) + (", ..." if len(endings) > 4 else "")
     return f"{len(files)} file{'s' * (len(files) != 1)} ({listed})"
+
+
+def number_or_name(words: str) -> int | str | None:
+    """A number where the text is a whole one, also as "3.0", which tables write beside missing values; None for blank text."""
+    words = words.strip()
+    found = _WHOLE.fullmatch(words)
+    return int(found[1]) if found is not None else words or None
 
 
 def stored_label(value: Any) -> tuple[int | str | None, str]:

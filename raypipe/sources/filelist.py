@@ -24,10 +24,10 @@ from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
 from raypipe.sources.classfile import ClassFile, read_class_file
-from raypipe.sources.common import text
+from raypipe.sources.common import number_or_name, text
 from raypipe.sources.lines import Line, lines
 from raypipe.sources.places import class_file, find_list, root_of
-from raypipe.sources.smallfiles import Member, number_or_name, path_hash, read_ahead, units, unpacked
+from raypipe.sources.smallfiles import Member, path_hash, read_ahead, units, unpacked
 
 BLOCK = 16_384
 """Lines that are looked for together among those before them."""

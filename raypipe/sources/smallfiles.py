@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,12 +13,11 @@ from typing import NamedTuple
 
 from raypipe import storage
 from raypipe.sources.base import RawSample, SourceFile
+from raypipe.sources.common import number_or_name
 
 READERS, LOOK_AHEAD = 8, 32
 """Files read at the same time, and at most so many held: both hide the latency of object storage."""
 GONE = "no such file: deleted since it was listed, or its name is not UTF-8"
-
-_WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 
 
 class Member(NamedTuple):
@@ -47,13 +45,6 @@ def unpacked(text: str) -> Member:
         return Member(text)
     path, label, reason = text.split("\0")
     return Member(path, number_or_name(label), reason)
-
-
-def number_or_name(words: str) -> int | str | None:
-    """A number where the text is a whole one, also as "3.0", which tables write beside missing values; None for blank text."""
-    words = words.strip()
-    found = _WHOLE.fullmatch(words)
-    return int(found[1]) if found is not None else words or None
 
 
 def units(listed: Iterable[tuple[Member, int, str]], limit: int, salt: str = "") -> Iterator[SourceFile]:

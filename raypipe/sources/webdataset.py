@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from raypipe import storage
 from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, SourceFile, Wanted
 from raypipe.sources.columns import AUTO, LABEL_NAMES
-from raypipe.sources.common import IMAGE_EXTENSIONS, FileSource, stored_label, text, without_content
+from raypipe.sources.common import IMAGE_EXTENSIONS, FileSource, number_or_name, stored_label, text, without_content
 from raypipe.sources.tarfiles import BLOCK, Group, groups
 from raypipe.storage import Reader
 
@@ -29,7 +28,6 @@ PREVIEW_BYTES, MOST_PREVIEW_BYTES = 1 << 20, 16 << 20
 """Bytes read at one place of a preview, about, and at most, where images are large or there is no header to be found."""
 
 _LABELS = ("cls", "json", "txt")
-_WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 
 
@@ -205,7 +203,7 @@ class WebDatasetSource(FileSource):
                 return None, f"label: .{extension} has more than {LARGEST_LABEL} bytes"
             try:
                 words = content.decode("utf-8")
-                value: Any = json.loads(words) if extension == "json" else _number(words.strip())
+                value: Any = json.loads(words) if extension == "json" else number_or_name(words)
             except (ValueError, RecursionError) as error:
                 return None, f"label: .{extension} cannot be read: {' '.join(str(error).split())[:200]}"
             if extension == "json":
@@ -230,9 +228,3 @@ def _compressed(path: str) -> bool:
 
 def _wants_label(key: str, extension: str, size: int) -> bool:
     return extension in _LABELS and size <= LARGEST_LABEL
-
-
-def _number(words: str) -> int | str:
-    """A number where the text is a whole one (the usual content of .cls), else the text."""
-    found = _WHOLE.fullmatch(words)
-    return int(found[1]) if found is not None else words

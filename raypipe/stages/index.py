@@ -212,7 +212,7 @@ class _Writer:
         self._written: set[str] = set()
         self._listed, self._content = _Digest(), _Digest()
         self._labels: set[int | str] = set()
-        self._names, self._classes = "", None
+        self._names = ""
         self._problems: list[str] = []
         self._tally = FileTally()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,31 +16,10 @@ from raypipe.errors import ConfigError, RaypipeError, RunError, StageError
 from raypipe.rundir import Run
 from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
 
-T = TypeVar("T")
-U = TypeVar("U")
-
 READ_AHEAD = 8
 """Shards read at a time, for the delay of an object store."""
 SHOWN = 5
 """Ids that are named where there are more."""
-
-
-def ahead(function: Callable[[T], U], items: Sequence[T], threads: int = READ_AHEAD) -> Iterator[tuple[T, U]]:
-    """Every item with what the function makes of it, in order, so many at a time."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-read") as pool:
-        waiting: deque[tuple[T, Future[U]]] = deque()
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(function, item)))
-                if len(waiting) == threads:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            while waiting:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        finally:
-            for _, result in waiting:
-                result.cancel()
 
 
 class Marks:
@@ -96,7 +73,7 @@ class Scores:
     def named_chunks(self, with_ids: bool) -> Iterator[tuple[str, Chunk]]:
         """Chunks with the names of their shards."""
         digest, samples = hashlib.blake2b(digest_size=8), 0
-        for name, (table, beside) in ahead(lambda file: self._read(file, with_ids), self.shards()):
+        for name, (table, beside) in storage.ahead(lambda file: self._read(file, with_ids), self.shards(), READ_AHEAD):
             score = table["score"].to_numpy()
             label = table["label"].fill_null(-1).to_numpy()
             samples += len(score)
