@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from common import BASELINES, SIGNALS, interval
-from fidelity_runs import CROSSED, Missing, Study, direct
+from fidelity_runs import ALONE, CROSSED, Missing, Study, direct
 from scipy.stats import rankdata
 
 from raypipe.extrapolate.figures import spearman
@@ -133,7 +133,7 @@ def table(results: Results, score: str, truth: str) -> None:
     count, sizes = len(results.seeds), results.sizes
     print(f"\n{TITLES.get(score, score)}; truth: {truth}")
     line("", [*(f"{percent(size)} scored" for size in sizes), "fit, s"])
-    for method in results.methods:
+    for method in (method for method in results.methods if method != ALONE or not direct(score)):
         took = (
             [] if method in BASELINES else [results.each(results.seconds, score, size, method) for size in (sizes[0], sizes[-1])]
         )
@@ -212,11 +212,32 @@ def shift(results: Results, scores: list[str], size: float) -> None:
     line("truth", ["the seed run's", FULL, FULL, DIRECT, "", ""], 19)
     for score, method in itertools.product(scores, (method for method in SHIFT_METHODS if method in results.methods)):
         cells = [cell(results.each(_held_out, results, size, score, method, truth), count) for truth in (DIRECT, FULL)]
+        method = ALONE if method == DEFAULT and not direct(score) else method
         cells.append(cell(results.of(score, FULL, size, method), count))
         cells.append(cell(results.of(score, DIRECT, size, method), count) if direct(score) else "")
         cells.append(cell(results.each(_level, results, size, score, method), count, "+"))
         cells.append(cell(results.each(_level, results, size, score, DIRECT), count, "+") if direct(score) else "")
         line(f"{score}, {method}", cells, 19)
+
+
+def rehearsals(results: Results, scores: list[str]) -> None:
+    """What a rehearsal gains, and whether it tells the truth."""
+    count = len(results.seeds)
+    print(
+        f"\nScores that need training on the sample: {DEFAULT} with a rehearsal on half of the seed set beside {DEFAULT} without. Told: the fidelity"
+    )
+    print(
+        "that a user is told, without from seed samples held out of the fit; true: outside the seed set, with the full run's scores"
+    )
+    line("", ["without: told", "true", "with: told", "true", "gain"])
+    for score, size in itertools.product((score for score in scores if not direct(score)), results.sizes):
+        alone, found = (results.of(score, FULL, size, method) for method in (ALONE, DEFAULT))
+        told = results.each(_held_out, results, size, score, DEFAULT, DIRECT)
+        rehearsed = results.each(
+            lambda seed, score=score, size=size: results.study.rehearsal(results.study.of_seed_set(size, seed), score)
+        )
+        cells = [cell(each, count) for each in (told, alone, rehearsed, found)]
+        line(f"{score}, {percent(size)}", [*cells, cell(difference(found, alone), count, "+")])
 
 
 def _seen(results: Results, size: float, part: str, name: str, seed: int) -> float:
@@ -256,11 +277,11 @@ def cross_fit(results: Results, scores: list[str], size: float) -> None:
     """Whether it helps to make seed samples look as if they had not been trained on."""
     count = len(results.seeds)
     print(
-        f"\nCross-fitting, {DEFAULT}, {percent(size)} scored: Spearman outside the seed set, and the difference to the plain way"
+        f"\nCross-fitting, {DEFAULT} without rehearsal, {percent(size)} scored: Spearman outside the seed set, and the difference to the plain way"
     )
     for score in scores:
         truth = truths(score)[0]
-        plain = results.of(score, truth, size, DEFAULT)
+        plain = results.of(score, truth, size, DEFAULT if direct(score) else ALONE)
         print(f"\n{TITLES.get(score, score)}; truth: {truth}")
         line("plain", [cell(plain, count)])
         for variant in CROSSED:

@@ -86,12 +86,29 @@ class Config(Settings):
                     f"measure.{score}: at checkpoints, but none is between first_epoch {settings.first_epoch} and last_epoch "
                     f"{settings.last_epoch}; they are of epochs {', '.join(map(str, epochs))} (from 0). See proxy.checkpoints"
                 )
+        if self.extrapolate.rehearsal is True and self._can_rehearse:
+            raise ValueError(f"extrapolate.rehearsal: there is nothing to rehearse, since {self._can_rehearse}")
         return self
 
     @property
     def score(self) -> str:
         """The score that is extrapolated."""
         return self.measure.scores[0] if self.extrapolate.score == "auto" else self.extrapolate.score
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether a second proxy is trained to learn how the score differs where there was no training on the sample."""
+        asked = self.extrapolate.rehearsal
+        return self._can_rehearse == "" if asked == "auto" else asked
+
+    @property
+    def _can_rehearse(self) -> str:
+        """Why there is nothing to rehearse; "" where there is."""
+        if self.score in self.measure.at_checkpoints:
+            return f"{self.score} is measured at checkpoints, on an audit set too"
+        if self.extrapolate.method != "gnn":
+            return f"method {self.extrapolate.method} does not learn from it"
+        return "proxy.parts is above 1" if self.proxy.parts > 1 else ""
 
     @field_validator("proxy")
     @classmethod

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
-from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord, tables_of
+from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, tables_of
 
 JUDGED_ON = {
     "audit": "audit samples outside the seed set",
+    "rehearsal": "seed samples that a second proxy was not trained on",
     "seed": "seed samples held out of the fit",
     "scored": "scored samples held out of the fit",
 }
@@ -23,7 +24,7 @@ def describe_run(uri: str) -> Iterator[str]:
     tables = tables_of(records)  # such a folder has one stage
     for stage in STAGE_FOLDERS:
         record = records.get(stage)
-        if record is None and tables:
+        if record is None and (tables or stage in NOT_IN_EVERY_RUN):
             continue
         if record is None:
             yield f"{stage:<11} not started"
@@ -58,7 +59,7 @@ def describe_result(run: Run) -> Iterator[str]:
         detail = records["extrapolate"].detail
         fidelity = detail.get("fidelity") or {}
         yield f"fidelity    {fidelity_sentence(fidelity)}"
-        if fidelity.get("judged_on") == "audit" and detail.get("fidelity_seed"):
+        if fidelity.get("judged_on") in ("audit", "rehearsal") and detail.get("fidelity_seed"):
             yield f"            {fidelity_sentence(detail['fidelity_seed'])}"
         yield from _doubled(detail.get("learning_curve") or {}, "the seed set")
     total = sum(record.wall_seconds for record in records.values()) or 1.0

@@ -24,6 +24,7 @@ _STAGES = {
     "seed": "raypipe.stages.seed:SeedStage",
     "proxy": "raypipe.stages.proxy:ProxyStage",
     "measure": "raypipe.stages.measure:MeasureStage",
+    "rehearse": "raypipe.stages.rehearse:RehearseStage",
     "embed": "raypipe.stages.embed:EmbedStage",
     "extrapolate": "raypipe.stages.extrapolate:ExtrapolateStage",
     "select": "raypipe.stages.select:SelectStage",
@@ -76,8 +77,13 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
         names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
         refusal: TrustError | None = None
         for name in names:
+            stage = make_stage(name)
+            if not stage.wanted(config):
+                if records.pop(name, None) is not None:
+                    run.clear(name)
+                continue
             try:
-                _advance(make_stage(name), context, records)
+                _advance(stage, context, records)
             except TrustError as error:
                 refusal = error
         if refusal is not None:

@@ -36,12 +36,15 @@ STAGE_FOLDERS = {
     "seed": ("seed",),
     "proxy": ("proxy",),
     "measure": ("measured",),
+    "rehearse": ("rehearsal",),
     "embed": ("embeddings", "rejects"),
     "extrapolate": ("extrapolator", "scores"),
     "select": ("keep",),
     "report": ("report",),
 }
 """What each stage writes, in the order of the stages."""
+NOT_IN_EVERY_RUN = {"rehearse"}
+"""A ledger without these is whole."""
 
 
 @dataclasses.dataclass

@@ -158,3 +158,24 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
     assert config.source.root == str(tmp_path / "sets")
     assert config.source.class_map == str(tmp_path.parent / "classes.json")
     assert load_config("config.yaml", ["source.root=null"]).source.root is None
+
+
+def test_what_can_be_rehearsed() -> None:
+    def given(**extrapolate: object) -> Config:
+        proxy = extrapolate.pop("proxy", {})
+        return parse_config(
+            {
+                "run": "r",
+                "source": {"uri": "digits://"},
+                "measure": {"scores": ["el2n", "moso"]},
+                "proxy": proxy,
+                "extrapolate": extrapolate,
+            }
+        )
+
+    assert given().rehearses and not given(rehearsal=False).rehearses and given(rehearsal=True).rehearses
+    assert not given(score="moso").rehearses  # it has an audit set
+    assert not given(method="knn").rehearses and not given(proxy={"parts": 2}).rehearses
+    for wrong, words in (({"score": "moso"}, "audit set"), ({"method": "knn"}, "method knn"), ({"proxy": {"parts": 2}}, "parts")):
+        with pytest.raises(ConfigError, match=f"nothing to rehearse.*{words}"):
+            given(rehearsal=True, **wrong)

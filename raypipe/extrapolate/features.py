@@ -19,41 +19,29 @@ WILD = 8.0
 
 
 @dataclass(frozen=True)
-class Scaler:
-    """Brings embeddings and signals to unit spread, as seen on the seed set.
+class NormalScores:
+    """Brings numbers to normal scores of their ranks, as seen in a fit: bounded, whatever comes later.
 
-    mean, spread  float32 [d], of the embedding
-    knots         float32 [s, 257], quantiles of each signal
-
-    A signal becomes the normal score of its rank in the seed set. Losses of samples the proxy was not trained on reach far beyond
-    those of the seed set; a rank is bounded, so that they cannot drive a prediction beyond anything seen in the fit.
+    knots  float32 [s, 257], quantiles of each column
     """
 
-    mean: np.ndarray
-    spread: np.ndarray
     knots: np.ndarray
 
     @classmethod
-    def fit(cls, seed: Nodes) -> Scaler:
-        spread = seed.embedding.std(0, dtype=np.float64)
-        spread[spread < 1e-6 * max(1e-12, float(np.abs(seed.embedding).max()))] = 1  # a constant feature is rounding, not signal
+    def fit(cls, columns: np.ndarray) -> NormalScores:
+        """From float [n, s]; what is not finite says nothing."""
         knots = [
             np.quantile(column[np.isfinite(column)] if np.isfinite(column).any() else [0.0], np.linspace(0, 1, KNOTS))
-            for column in seed.signals.T
+            for column in columns.T
         ]
-        mean = seed.embedding.mean(0, dtype=np.float64)
-        return cls(mean.astype(np.float32), spread.astype(np.float32), np.array(knots, np.float32).reshape(len(knots), KNOTS))
+        return cls(np.array(knots, np.float32).reshape(len(knots), KNOTS))
 
-    def embedding(self, nodes: Nodes) -> np.ndarray:
-        """float32 [n, d], values within +-100: a damaged embedding must not overflow what is computed from it."""
-        return np.clip((nodes.embedding.astype(np.float64) - self.mean) / self.spread, -FARTHEST, FARTHEST).astype(np.float32)
-
-    def signals(self, nodes: Nodes) -> np.ndarray:
-        """float32 [n, s]; 0, the middle, where a signal is not finite. Raises RaypipeError when their number differs."""
-        if nodes.signals.shape[1] != len(self.knots):
-            raise RaypipeError(f"{nodes.signals.shape[1]} signals for each sample, but the fit had {len(self.knots)}")
-        result = np.zeros(nodes.signals.shape, np.float32)
-        for column, (values, knots) in enumerate(zip(nodes.signals.T, self.knots)):
+    def __call__(self, columns: np.ndarray) -> np.ndarray:
+        """float32 [n, s]; 0, the middle, where a number is not finite. Raises RaypipeError for another number of columns."""
+        if columns.shape[1] != len(self.knots):
+            raise RaypipeError(f"{columns.shape[1]} signals for each sample, but the fit had {len(self.knots)}")
+        result = np.zeros(columns.shape, np.float32)
+        for column, (values, knots) in enumerate(zip(columns.T, self.knots)):
             good = np.isfinite(values)
             # mean of both sides, so that values tied over several knots get their middle rank
             low, high = (np.searchsorted(knots, values[good], side) / KNOTS for side in ("left", "right"))
@@ -62,12 +50,43 @@ class Scaler:
             result[good, column] = ndtri(0.5 + (rank - 0.5) * (1 - 1 / KNOTS))
         return result
 
+
+@dataclass(frozen=True)
+class Scaler:
+    """Brings embeddings and signals to unit spread, as seen on the seed set.
+
+    mean, spread  float32 [d], of the embedding
+    ranks         of the signals
+
+    Losses of samples the proxy was not trained on reach far beyond those of the seed set; a rank is bounded, so that they cannot drive
+    a prediction beyond anything seen in the fit.
+    """
+
+    mean: np.ndarray
+    spread: np.ndarray
+    ranks: NormalScores
+
+    @classmethod
+    def fit(cls, seed: Nodes) -> Scaler:
+        spread = seed.embedding.std(0, dtype=np.float64)
+        spread[spread < 1e-6 * max(1e-12, float(np.abs(seed.embedding).max()))] = 1  # a constant feature is rounding, not signal
+        mean = seed.embedding.mean(0, dtype=np.float64)
+        return cls(mean.astype(np.float32), spread.astype(np.float32), NormalScores.fit(seed.signals))
+
+    def embedding(self, nodes: Nodes) -> np.ndarray:
+        """float32 [n, d], values within +-100: a damaged embedding must not overflow what is computed from it."""
+        return np.clip((nodes.embedding.astype(np.float64) - self.mean) / self.spread, -FARTHEST, FARTHEST).astype(np.float32)
+
+    def signals(self, nodes: Nodes) -> np.ndarray:
+        """float32 [n, s]; see NormalScores."""
+        return self.ranks(nodes.signals)
+
     def tensors(self) -> dict[str, np.ndarray]:
-        return {"mean": self.mean, "spread": self.spread, "knots": self.knots}
+        return {"mean": self.mean, "spread": self.spread, "knots": self.ranks.knots}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> Scaler:
-        return cls(tensors["mean"], tensors["spread"], tensors["knots"])
+        return cls(tensors["mean"], tensors["spread"], NormalScores(tensors["knots"]))
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,12 @@ from raypipe.extrapolate.features import Scaler, Target
 from raypipe.extrapolate.forest import Forest
 from raypipe.extrapolate.kernel import KernelRegression
 from raypipe.extrapolate.proxy import SignalMap
+from raypipe.extrapolate.rehearsal import Transfer
 from raypipe.extrapolate.trees import FEATURES, NeighbourStatistics, grow
 
 EXPERTS = ("kernel", "networks", "trees", "signal")
+LOOKING = EXPERTS[:3]
+"""Those that look at scored samples; with the signals themselves they are what a rehearsal learns to weigh."""
 MEMBERS = 3
 FOLDS = 10
 PRIOR_ROWS, LEAST_WEIGHT = 10.0, 0.03
@@ -49,6 +52,8 @@ class AnchorGnn(Extrapolator):
     name = "gnn"
     default_neighbours = 32
     fewest = 20
+    transfer: Transfer | None = None
+    """Learned in a rehearsal, in place of the weights: see `raypipe.extrapolate.rehearsal`."""
 
     def fit(self, seed: Nodes, score: np.ndarray, progress: Progress | None = None) -> None:
         """Learn from the seed set and its measured scores, float [n].
@@ -107,7 +112,7 @@ class AnchorGnn(Extrapolator):
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
-        looks = self._kernel is not None and (self._weights["networks"] or self._weights["trees"])
+        looks = self._kernel is not None and (self.transfer is not None or self._weights["networks"] or self._weights["trees"])
         return self._predict(nodes, self._nearest(nodes) if looks else None)
 
     def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
@@ -115,24 +120,43 @@ class AnchorGnn(Extrapolator):
         found = self._nearest(nodes)
         return self._predict(nodes, found), self._remoteness(found[0])
 
+    def opinions(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        """What kernel, networks and trees say in standard units, and the signals: float64 [n, 3 + s]; `difficulty`, float32 [n]."""
+        self._check_nodes(nodes)
+        found = self._nearest(nodes)
+        return self._opinions(nodes, found), self._remoteness(found[0])
+
     def _predict(self, nodes: Nodes, found: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
         """`predict`, given the neighbours, which the kernel and the signal do without."""
         if self._kernel is None or not len(nodes):
             return np.full(len(nodes), self._target.mean, np.float32)
-        u, v, z = self._scaler.embedding(nodes), self._scaler.signals(nodes), np.zeros(len(nodes))
-        if weight := self._weights["kernel"]:
-            z += weight * self._kernel.predict(u, v, nodes.label)
-        if found is not None and (weight := self._weights["networks"]):
-            self._encoded = self._encoded or [encode(net, self._anchors) for net in self._networks]
-            queries, nets = self._as_queries(u, v, nodes.label, *found), zip(self._networks, self._encoded)
-            networks = torch.stack([apply(net, queries, self._anchors, encoded) for net, encoded in nets]).mean(0)
-            z += weight * networks.double().numpy()
-        if found is not None and (weight := self._weights["trees"]):
-            x = self._statistics(nodes, *found)
-            z += weight * np.mean([forest.predict(x) for forest in self._forests], 0)
-        if weight := self._weights["signal"]:
-            z += weight * np.mean([signal(nodes.signals) for signal in self._signals], 0)
+        if self.transfer is not None and found is not None:
+            return self.transfer(self._opinions(nodes, found)).astype(np.float32)
+        z = np.zeros(len(nodes))
+        for expert, weight in self._weights.items():
+            if weight and (expert == "signal" or expert == "kernel" or found is not None):
+                z += weight * self._opinion(expert, nodes, found)
         return self._target.restore(z)
+
+    def _opinions(self, nodes: Nodes, found: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        said = [np.zeros(len(nodes)) if self._kernel is None else self._opinion(expert, nodes, found) for expert in LOOKING]
+        return np.column_stack([*said, nodes.signals])
+
+    def _opinion(self, expert: str, nodes: Nodes, found: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+        """What one of the experts predicts, in standard units: float64 [n]."""
+        assert self._kernel is not None
+        if expert == "signal":
+            return np.mean([signal(nodes.signals) for signal in self._signals], 0)
+        u, v = self._scaler.embedding(nodes), self._scaler.signals(nodes)
+        if expert == "kernel":
+            return self._kernel.predict(u, v, nodes.label)
+        assert found is not None
+        if expert == "trees":
+            x = self._statistics(nodes, *found)
+            return np.mean([forest.predict(x) for forest in self._forests], 0)
+        self._encoded = self._encoded or [encode(net, self._anchors) for net in self._networks]
+        queries, nets = self._as_queries(u, v, nodes.label, *found), zip(self._networks, self._encoded)
+        return torch.stack([apply(net, queries, self._anchors, known) for net, known in nets]).mean(0).double().numpy()
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()

@@ -18,7 +18,7 @@ from raypipe.errors import RaypipeError, RunError
 from raypipe.report import words
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.scores import QUANTILES, READ_AHEAD, Pick, ScoreScan, scan_scores, shown_classes
-from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord, now
+from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, now
 
 FORMAT = 1
 """Version of `summary.json`."""
@@ -62,7 +62,7 @@ def collect(run: Run) -> Findings:
         "raypipe": __version__,
         "made": now(),
         "run": run.uri,
-        "unfinished": [stage for stage in BEFORE_REPORT if stage not in ledger or ledger[stage].state not in ENDED],
+        "unfinished": [stage for stage in BEFORE_REPORT if not _ended(ledger, stage)],
         "refused": ledger["select"].error if "select" in ledger and ledger["select"].state == "refused" else None,
         "source": {
             "uri": config.source.uri,
@@ -213,6 +213,10 @@ def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
             | {"per_class": per_class}
         )
     return sorted(result, key=lambda item: item["fraction"])
+
+
+def _ended(ledger: dict[str, StageRecord], stage: str) -> bool:
+    return ledger[stage].state in ENDED if stage in ledger else stage in NOT_IN_EVERY_RUN
 
 
 def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:

@@ -28,6 +28,11 @@ STRATEGIES = {
 }
 """What a keep-list of each strategy holds."""
 
+JUDGED_ON = {
+    "audit": "audit samples from outside the seed set",
+    "rehearsal": "seed samples that a second proxy was not trained on",
+}
+
 
 def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
@@ -95,7 +100,7 @@ def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:
 
 def judged_samples(fidelity: Mapping[str, Any]) -> str:
     """What a fidelity was judged on: 54 audit samples, or 500 held-out seed samples."""
-    kind = "audit samples from outside the seed set" if fidelity.get("judged_on") == "audit" else "held-out seed samples"
+    kind = JUDGED_ON.get(str(fidelity.get("judged_on")), "held-out seed samples")
     held = fidelity.get("n_held")
     return f"{count(held)} {kind}" if held else kind
 

@@ -33,6 +33,11 @@ class ExtrapolateSettings(Settings):
         description="gnn blends several; knn knows classes; mlp sees no neighbour; trees: boosted, on neighbours' scores; proxy: its "
         "loss, margin or entropy; *-published: as in arXiv 2506.09010",
     )
+    rehearsal: bool | Literal["auto"] = Field(
+        "auto",
+        description="for scores that need training on the sample: train a second proxy on half of the seed set, and learn there what samples "
+        "that no proxy was trained on would score; auto: with gnn, where there is no audit set",
+    )
     neighbours: Positive | Literal["auto"] = Field(
         "auto", description="auto: 32 for gnn, 10 for gnn-published, chosen for knn, else 20 (mlp and proxy: for intervals alone)"
     )

@@ -37,6 +37,12 @@ class Context:
         self._demand = DemandWatch(self.progress.say, found.can_grow, patience, give_up)
         return found
 
+    def within(self, config: Config, run: Run) -> Context:
+        """A context for a run within this one, on the same Ray."""
+        found = Context(config, run, self.progress, self.verbose)
+        found.cluster = self.cluster
+        return found
+
     @property
     def starved(self) -> str:
         """What the run waited for in vain, in a sentence, where it was interrupted for that; else ""."""
@@ -58,6 +64,10 @@ class Stage(abc.ABC):
     """Why its outputs are made anew, in the words of a line."""
     detail: Mapping[str, Any] = MappingProxyType({})
     """What the ledger says of it from its start."""
+
+    def wanted(self, config: Config) -> bool:
+        """Whether a run with this configuration has the stage at all."""
+        return True
 
     @abc.abstractmethod
     def settings(self, config: Config) -> dict[str, Any]:

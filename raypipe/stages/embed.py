@@ -183,6 +183,35 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Colu
     }
 
 
+def forward(model: Any, images: Any, labels: np.ndarray, size: int, device: str, amp: bool) -> dict[str, np.ndarray]:
+    """What a proxy makes of images, `size` at a time: embedding [n, d]; prediction, confidence, loss, margin, entropy [n].
+
+    images  pixels uint8 [n, 3, size, size], an array or a tensor;  amp  in bfloat16 where it is safe
+    Loss and margin of an unlabelled sample, label -1, are those of the predicted class.
+    """
+    import torch
+
+    from raypipe.scores.logits import numbers
+
+    parts: list[dict[str, Any]] = []
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        for start in range(0, max(1, len(images)), size):
+            pixels = torch.as_tensor(images[start : start + size]).to(device)
+            embedding = model.embed(pixels)
+            logits = model.head(embedding).float()
+            prediction = logits.argmax(1)
+            target = torch.from_numpy(labels[start : start + size].astype(np.int64)).to(device)
+            found = numbers(logits, torch.where(target < 0, prediction, target))
+            part = {
+                "embedding": embedding.float(),
+                "prediction": prediction.int(),
+                "confidence": logits.softmax(1).amax(1),
+                **{name: found[name] for name in SIGNALS},
+            }
+            parts.append({name: value.cpu().numpy() for name, value in part.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 class EmbedActor:
     """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
 
@@ -214,7 +243,8 @@ class EmbedActor:
         images, reason = self._images(batch)
         good = reason == ""
         ids, labels = batch["sample_id"][good], batch["label"][good]
-        columns = self._forward(images[good], labels)
+        size = self._config.embed.images_at_once(self._gpu)
+        columns = forward(self._model, images[good], labels, size, self._device, self._gpu and self._config.proxy.amp)
         finite = np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]
@@ -247,32 +277,6 @@ class EmbedActor:
         )
         reasons = [new or known for new, known in zip(failed, batch["reason"].tolist(), strict=True)]
         return pixels, np.array(reasons)
-
-    def _forward(self, images: Any, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """embedding [n, d]; prediction, confidence, loss, margin, entropy [n]. Loss and margin of an unlabelled sample are
-        those of the predicted class."""
-        import torch
-
-        from raypipe.scores.logits import numbers
-
-        parts: list[dict[str, Any]] = []
-        size = self._config.embed.images_at_once(self._gpu)
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self._gpu and self._config.proxy.amp):
-            for start in range(0, max(1, len(images)), size):
-                pixels = torch.as_tensor(images[start : start + size]).to(self._device)
-                embedding = self._model.embed(pixels)
-                logits = self._model.head(embedding).float()
-                prediction = logits.argmax(1)
-                target = torch.from_numpy(labels[start : start + size].astype(np.int64)).to(self._device)
-                found = numbers(logits, torch.where(target < 0, prediction, target))
-                part = {
-                    "embedding": embedding.float(),
-                    "prediction": prediction.int(),
-                    "confidence": logits.softmax(1).amax(1),
-                    **{name: found[name] for name in SIGNALS},
-                }
-                parts.append({name: value.cpu().numpy() for name, value in part.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _write(self, fragment: str, ids: np.ndarray, labels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         embedding = columns.pop("embedding")

@@ -22,7 +22,7 @@ from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.embed import count_rows, remove_stale
 from raypipe.stages.fitting import fit_extrapolator, write_scores
-from raypipe.stages.judging import is_judged, load_extrapolator, load_intervals
+from raypipe.stages.judging import TRANSFER, is_judged, load_extrapolator, load_intervals
 from raypipe.stages.scored import COLUMNS, WHOLE_METHODS, every_measured_score, nodes_of
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
@@ -35,11 +35,13 @@ class ExtrapolateStage(Stage):
     needs = ("measure", "embed")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return {**config.extrapolate.model_dump(mode="json", exclude={"max_actors"}), "score": config.score}
+        settings = config.extrapolate.model_dump(mode="json", exclude={"max_actors"})
+        return {**settings, "rehearsal": config.rehearses, "score": config.score}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
-        fitted = {"model.json", "model.safetensors", "extrapolator.json"} <= storage.names(run.path("extrapolator"))
+        files = {"model.json", "model.safetensors", "extrapolator.json", *([TRANSFER] if context.config.rehearses else [])}
+        fitted = files <= storage.names(run.path("extrapolator"))
         return fitted and is_judged(context.config, run) and run.done("scores") == run.done("embeddings")
 
     def execute(self, context: Context, record: StageRecord) -> None:

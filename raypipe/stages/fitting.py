@@ -29,10 +29,12 @@ from raypipe.stages.judging import (
     judges_published,
     load_extrapolator,
     load_intervals,
+    rehearsed,
     write_curve,
     write_fidelity,
     write_fold,
     write_published,
+    write_rehearsal,
 )
 from raypipe.stages.scored import WHOLE_METHODS, Samples, every_measured_score
 from raypipe.stages.streaming import Stopwatch, failure
@@ -64,6 +66,8 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     for number in range(folds(config)):
         wanted[f"judge-{number}"] = (f"fold-{number}.parquet", functools.partial(write_fold, number))
     wanted["curve"] = ("curve.json", write_curve)
+    if rehearsed(run):
+        wanted["rehearse"] = ("transfer.safetensors", write_rehearsal)
     left = {name: part for name, (file, part) in wanted.items() if file not in there}
     # a graph over the whole source is held once at a time
     groups = [{name: part} for name, part in left.items()] if whole else [left]

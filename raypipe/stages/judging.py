@@ -2,6 +2,8 @@
 
     fold-<number>.parquet  a part of the seed set, predicted by a fit on the rest of it
     audit.parquet          the audit set, predicted by the fit on all of the seed set, with its measured scores
+    rehearsal.parquet      half of the seed set, predicted by what was learned without training on it, and transfer.safetensors, the map
+                           that was learned from it
     published.parquet      what gnn-published predicts for the samples that fidelity is judged on
     curve.json             fidelity against the size of the seed set
     fidelity.json          figures and intervals, from all of these
@@ -21,10 +23,11 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.rundir import Run
-from raypipe.stages.scored import WHOLE_METHODS, Samples, Scored
+from raypipe.stages.scored import WHOLE_METHODS, Samples, Scored, measured_scores
 
 Step = Callable[[int, int], None]
 BASELINE = "baseline:"
+TRANSFER = "transfer.safetensors"
 PUBLISHED_SAMPLES = 10_000
 """`extrapolate.judge_published: auto` judges gnn-published beside the method in sources of at most so many samples."""
 
@@ -52,6 +55,26 @@ def write_fold(number: int, config: Config, run: Run, samples: int, step: Step) 
     held, seed = _held(config, data.seed)[number], data.seed
     found = hold_out(lambda: make(config.extrapolate, classes), seed.nodes, seed.score, held, data.everything, seed.rows, step)
     _write(run, f"fold-{number}", [seed.ids[row] for row in held], found)
+
+
+def rehearsed(run: Run) -> bool:
+    """Whether there is a rehearsal to learn from; a run within a run has none."""
+    return "rehearse" in run.ledger()
+
+
+def write_rehearsal(config: Config, run: Run, samples: int, step: Step) -> None:
+    """Learn the map to samples that no proxy was trained on, and write its predictions of half of the seed set."""
+    from safetensors.numpy import save
+
+    from raypipe.extrapolate.gnn import AnchorGnn
+    from raypipe.extrapolate.rehearsal import rehearse
+    from raypipe.stages.rehearse import rehearsal
+
+    settings, classes = config.extrapolate, len(run.classes().names)
+    ids, given = rehearsal(config, run, measured_scores(run, config.score, "seed"))
+    transfer, found = rehearse(lambda: AnchorGnn(settings, classes), given, settings.seed, step)
+    _write(run, "rehearsal", ids, found)
+    storage.write_bytes(run.path("extrapolator", TRANSFER), save(transfer.tensors()))
 
 
 def write_published(config: Config, run: Run, samples: int, step: Step) -> None:
@@ -114,11 +137,15 @@ def write_fidelity(config: Config, run: Run, samples: int, step: Step) -> None:
     audit_ids, audit = _audit(config, run, data)
     published = _published(run)
     judged = {"seed": compare(_with(found, ids, published), settings.seed, keep)}
+    if rehearsed(run):
+        # held-out seed samples were trained on, and a fit on them without the map is not the one that is used
+        _, found = _read(run, "rehearsal")
+        judged["rehearsal"] = compare(found, settings.seed, keep)
     intervals = Conformal.fit(found.residual, found.difficulty, settings.confidence, found.label)
     if audit is not None:
         judged["audit"] = compare(_with(audit, audit_ids, published), settings.seed, keep)
         intervals = intervals.stretched(audit.residual, audit.difficulty, audit.label)
-    leading = "audit" if "audit" in judged and judged["audit"].spearman is not None else "seed"
+    leading = next((which for which in ("audit", "rehearsal") if which in judged and judged[which].spearman is not None), "seed")
     figures = {which: fidelity.as_dict() | {"judged_on": which} for which, fidelity in judged.items()}
     result = {
         "measured": len(data.seed.ids) + len(audit_ids),
@@ -138,9 +165,13 @@ def load_extrapolator(config: Config, run: Run) -> Any:
 
     from raypipe.extrapolate import make
 
-    extrapolator = make(config.extrapolate, len(run.classes().names))
+    extrapolator: Any = make(config.extrapolate, len(run.classes().names))
     meta = storage.read_json(run.path("extrapolator", "model.json"))
     extrapolator.load_state(load(storage.read_bytes(run.path("extrapolator", "model.safetensors"))), meta)
+    if rehearsed(run):
+        from raypipe.extrapolate.rehearsal import Transfer
+
+        extrapolator.transfer = Transfer.from_tensors(load(storage.read_bytes(run.path("extrapolator", TRANSFER))))
     return extrapolator
 
 

@@ -169,7 +169,7 @@ class OwnStage(Stage):
 
 
 def _chosen(settings: ExtrapolateSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude={"max_actors", "score", "judge_published"})
+    return settings.model_dump(mode="json", exclude={"max_actors", "score", "judge_published", "rehearsal"})
 
 
 def _in_words_of_tables(figures: dict[str, Any]) -> dict[str, Any]:

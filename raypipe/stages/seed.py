@@ -76,7 +76,7 @@ class SeedStage(Stage):
             run_tasks(missing, functools.partial(_draw, config, run.uri, audit), collect)
         tally.check(all_read=True)
         shards = sorted(name for name, _ in groups)
-        manifest = _manifest(run, shards, audit)
+        manifest = make_manifest(run, shards, audit)
         for stale in run.done("seed") - set(shards) - {audit_name(name) for name in shards}:
             storage.delete(run.path("seed", f"{stale}.parquet"))
         _check(manifest, config)
@@ -174,14 +174,14 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
     about = {"drawn": drawn, "rejects": summarize(rejects)}
     for shard, rows in ((name, mine), (audit_name(name), ~mine)):
         kept = np.flatnonzero(rows)
-        table = _shard_table(
+        table = shard_table(
             [ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size, about
         )
         storage.write_table(run.path("seed", f"{shard}.parquet"), table)
     return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap(), **about}
 
 
-def _shard_table(
+def shard_table(
     ids: list[str],
     labels: list[int],
     images: np.ndarray,
@@ -214,7 +214,8 @@ def _statistics(run: Run, shard: str) -> dict[str, Any]:
         return json.loads(pq.read_schema(file).metadata[b"raypipe"])
 
 
-def _manifest(run: Run, shards: list[str], audit: float) -> dict[str, Any]:
+def make_manifest(run: Run, shards: list[str], audit: float) -> dict[str, Any]:
+    """What `seed_manifest` gives, from the shards; audit: the share of the samples outside the seed set that is in the audit set."""
     totals, sizes, per_class, sums, squares = 0, [], np.zeros(len(run.classes().names), int), np.zeros(3), np.zeros(3)
     size = 0
     for shard in shards:

@@ -52,7 +52,7 @@ def measure_trajectories(context: Context, record: StageRecord, scores: list[str
         context.cluster  # Ray is started before tasks are made
         missing = [unit for unit in units if unit[0] not in done]
         tasks = _together(missing, TASK_BYTES // _row_bytes(run, columns_of(scores)))
-        run_tasks(tasks, functools.partial(_score_shards, context.config, run.uri, folder, scores), collect)
+        run_tasks(tasks, functools.partial(score_shards, context.config, run.uri, folder, scores), collect)
 
 
 def trajectory_folder(config: Config, run: Run) -> str:
@@ -89,7 +89,7 @@ def _row_bytes(run: Run, columns: list[str]) -> int:
     return row * max(1, len(trajectory_files(run)))
 
 
-def _score_shards(config: Config, run_uri: str, folder: str, scores: list[str], units: list[Unit]) -> dict[str, Any]:
+def score_shards(config: Config, run_uri: str, folder: str, scores: list[str], units: list[Unit]) -> dict[str, Any]:
     """Score the samples of seed shards that follow one another. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
     tables = [storage.read_table(run.path("seed", f"{shard}.parquet"), ["sample_id", "label"]) for shard, _, _ in units]

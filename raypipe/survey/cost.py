@@ -6,6 +6,7 @@ other work on the machine.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
     result["measure"] = _network(
         scored, (seed + work.audit) * rates.SAMPLE_SECONDS, _on_gpu(config.measure.use_gpu, machine), shards
     )
+    if config.rehearses:  # half of the samples are trained on, and all are looked at
+        again = _training(dataclasses.replace(work, seed=seed // 2), machine, forward)
+        gpu = _on_gpu(config.embed.use_gpu, machine)
+        look = _network(seed * forward, seed * rates.SAMPLE_SECONDS, gpu, shards)
+        result["rehearse"] = Effort(again.cpu + look.cpu, again.gpu + look.gpu, again.shared_by)
     result["embed"] = _network(
         work.samples * forward,
         work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
@@ -184,7 +190,7 @@ def _extrapolation(work: Work) -> Effort:
     folds = settings.folds if settings.folds != "auto" else 1 if whole else settings.most_folds
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
-    cpu = fit * (1 + folds * (1 - settings.holdout)) + rates.CURVE_SIGHT * work.seed
+    cpu = fit * (1 + folds * (1 - settings.holdout) + work.config.rehearses / 2) + rates.CURVE_SIGHT * work.seed
     if not whole:
         cpu += work.samples * rates.predict_seconds(work.seed, model)
         published = work.samples <= PUBLISHED if settings.judge_published == "auto" else settings.judge_published
@@ -309,15 +315,17 @@ def _bytes_written(work: Work) -> dict[str, int]:
     count, number = len(proxy.checkpoint_epochs()), 4 if work.config.embed.dtype == "float32" else 2
     kept = count * weights
     trajectory = 0 if proxy.trajectory == "none" else proxy.epochs * work.seed * (24 + 2 * work.classes)
-    at_checkpoints = bool(measure.at_checkpoints)
+    at_checkpoints, image = bool(measure.at_checkpoints), 3 * proxy.image_size**2 + 40
     found = {
-        "seed": (work.seed + work.audit) * (3 * proxy.image_size**2 + 40),
+        "seed": (work.seed + work.audit) * image,
         "proxy": kept + trajectory,
         "measured": kept * (("moso" in measure.scores) + (measure.recalibrate and at_checkpoints))
         + work.seed * (60 + 12 * count),
+        "rehearsal": work.config.rehearses
+        * ((work.seed * image + trajectory) // 2 + kept + work.seed * (4 * rates.width(proxy.model) + 60)),
         "embeddings": work.samples * (number * rates.width(proxy.model) + 150),
         "extrapolator": 2 * work.seed * (4 * rates.width(proxy.model) + 100),
         "scores": work.samples * 30,
         "keep": round(sum(work.config.select.keep) * work.samples * 25),
     }
-    return {folder: found[folder] for folders in STAGE_FOLDERS.values() for folder in folders if folder in found}
+    return {folder: found[folder] for folders in STAGE_FOLDERS.values() for folder in folders if found.get(folder)}

@@ -17,6 +17,10 @@ from raypipe.config import load_config
 from raypipe.errors import RejectError, SourceError
 from raypipe.inspection import describe_run
 from raypipe.rundir import Run
+from raypipe.stages.judging import load_extrapolator
+from raypipe.stages.proxy import finished_epochs
+from raypipe.stages.scored import COLUMNS, nodes_of
+from raypipe.stages.seed import read_shard
 
 pytestmark = pytest.mark.ray
 
@@ -79,19 +83,56 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     assert (source.format, source.image_column, source.label_column) == ("parquet", "image", "label")
     assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 205
     assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
-    # a score that only training on the sample gives is judged on the seed set, beside every baseline
-    fidelity = storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]
-    assert fidelity["judged_on"] == "seed" and not storage.exists(f"{run}/extrapolator/audit.parquet")
-    assert set(fidelity["baselines"]) >= {"class_mean", "gnn_published", "knn_published", "proxy_loss", "random"}
-    assert set(fidelity["baselines"]["gnn_published"]["overlap_interval"]) == {"0.25", "0.5"}
+    # a score that only training on the sample gives is rehearsed on half of the seed set
+    about = storage.read_json(f"{run}/extrapolator/extrapolator.json")
+    fidelity, held_out = about["fidelity"], about["fidelity_seed"]
+    assert fidelity["judged_on"] == "rehearsal" and not storage.exists(f"{run}/extrapolator/audit.parquet")
+    assert set(fidelity["baselines"]) >= {"class_mean", "knn_published", "proxy_loss", "random"}
+    # beside every baseline where it is judged on the seed set
+    assert set(held_out["baselines"]) >= {"class_mean", "gnn_published", "knn_published", "proxy_loss", "random"}
+    assert set(held_out["baselines"]["gnn_published"]["overlap_interval"]) == {"0.25", "0.5"}
+    assert_rehearsed(run)
     before = {file.path: file.stamp for file in storage.listing(f"{run}/scores")}
     gone = sorted(before)[0]
     storage.delete(f"{run}/scores/{gone}")
     raypipe.run(config, progress=QUIET)
     assert {file.path: file.stamp for file in storage.listing(f"{run}/scores")} == before
+    plain = config.model_copy(update={"extrapolate": config.extrapolate.model_copy(update={"rehearsal": False})})
+    raypipe.run(plain, progress=QUIET, until="extrapolate")
+    assert storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]["judged_on"] == "seed"
+    assert not storage.names(f"{run}/rehearsal") and "rehearse" not in Run(run).ledger()
+    raypipe.run(plain, progress=QUIET)
     assert raypipe.select(run, 0.1) == {"keep-0.10.parquet": 41}
     secrets = [storage.read_bytes(f"{run}/{file.path}") for file in storage.listing(run) if "parquet" not in file.path]
     assert not any(b"AWS_SECRET" in content or b"aws_secret" in content for content in secrets)
+
+
+def assert_rehearsed(run: str) -> None:
+    """That half of the seed set was rehearsed, that nothing of the other half went into it, and that the scores come from it."""
+    ledger, inner = Run(run).ledger(), Run(f"{run}/rehearsal")
+    seed, half = storage.read_json(f"{run}/seed/manifest.json"), storage.read_json(f"{inner.uri}/seed/manifest.json")
+    assert 0.3 < half["samples"] / seed["samples"] < 0.7
+    assert ledger["rehearse"].detail["trained"] == half["samples"] == ledger["rehearse"].samples
+    seen = pa.concat_tables([table for _, table in storage.iter_tables(f"{inner.uri}/seen")]).to_pylist()
+    ids = {shard: read_shard(inner, shard)[0] for shard in half["shards"]}
+    trained = {name for names in ids.values() for name in names}
+    assert len(seen) == seed["samples"] and {row["sample_id"] for row in seen if row["trained"]} == trained
+    scored = pa.concat_tables([table for _, table in storage.iter_tables(f"{inner.uri}/measured")])
+    assert set(scored["sample_id"].to_pylist()) == trained
+    for proxy in (Run(run), inner):  # no two trainings start alike
+        assert len(finished_epochs(proxy)) == 4
+    assert finished_epochs(Run(run))[0]["loss"] != finished_epochs(inner)[0]["loss"]
+    predicted = storage.read_table(f"{run}/extrapolator/rehearsal.parquet")
+    assert set(predicted["sample_id"].to_pylist()) == {row["sample_id"] for row in seen} - trained
+    everyone = {row["sample_id"]: row for _, table in storage.iter_tables(f"{run}/measured") for row in table.to_pylist()}
+    assert [everyone[row["sample_id"]]["el2n"] for row in predicted.to_pylist()] == predicted["measured"].to_pylist()
+    # what is written is what the map says
+    model, fragment = load_extrapolator(Run(run).config(), Run(run)), sorted(Run(run).done("embeddings"))[0]
+    assert model.transfer is not None
+    table = storage.read_table(f"{run}/embeddings/{fragment}.parquet", COLUMNS)
+    wanted = dict(zip(table["sample_id"].to_pylist(), model.predict(nodes_of(table)).tolist(), strict=True))
+    rows = [row for row in storage.read_table(f"{run}/scores/{fragment}.parquet").to_pylist() if not row["measured"]]
+    assert rows and all(row["score"] == pytest.approx(wanted[row["sample_id"]], rel=1e-5) for row in rows)
 
 
 def test_what_cannot_be_read_is_rejected_with_its_reason(of_folders: str) -> None:
