@@ -22,6 +22,7 @@ from raypipe.config import ExtrapolateSettings, ProxySettings, SourceSettings
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate import make
 from raypipe.extrapolate.base import Nodes, TransductiveExtrapolator
+from raypipe.extrapolate.gnn import AnchorGnn
 from raypipe.images import decode_batch
 from raypipe.models import Proxy, build
 from raypipe.scores.base import NUMBERS
@@ -195,12 +196,26 @@ def outputs(model: Proxy, images: Images) -> np.ndarray:
         return np.concatenate([_stacked(model(pixels), label, NUMBERS) for pixels, label in images.batches()])
 
 
+def last_layer(settings: ProxySettings, folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [classes, d] and bias [classes] of the network that `final` gives."""
+    weights = load_file(_file(folder, settings.checkpoint_epochs()[-1], "safetensors"))
+    return weights["head.weight"].numpy(), weights["head.bias"].numpy()
+
+
 def predict(
-    method: str, everything: Nodes, rows: np.ndarray, score: np.ndarray, wanted: np.ndarray, classes: int, seed: int = 0
+    method: str,
+    everything: Nodes,
+    rows: np.ndarray,
+    score: np.ndarray,
+    wanted: np.ndarray,
+    classes: int,
+    seed: int = 0,
+    head: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """What a method fitted on the scores, float [m], of the samples at `rows` predicts for those at `wanted`: float [w].
 
     method  an extrapolator with its default settings, or one of BASELINES: the mean of the class, the proxy's loss, random numbers
+    head    the last layer of the proxy that sees the samples so
     """
     if method == "proxy_loss":
         return everything.signals[wanted, 0]
@@ -214,6 +229,8 @@ def predict(
     if isinstance(model, TransductiveExtrapolator):
         model.fit_graph(everything, rows, score)
         return model.predict_rows(wanted)
+    if isinstance(model, AnchorGnn):
+        model.head = head
     model.fit(everything.take(rows), score)
     return model.predict(everything.take(wanted))
 

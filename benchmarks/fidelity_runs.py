@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Images, checkpoints, embed, final, fresh_proxy, mean_gradient, outputs, predict, save, train, trajectory_of
+from common import (
+    Images,
+    checkpoints,
+    embed,
+    final,
+    fresh_proxy,
+    last_layer,
+    mean_gradient,
+    outputs,
+    predict,
+    save,
+    train,
+    trajectory_of,
+)
 
 from raypipe import training
 from raypipe.config import ExtrapolateSettings, MeasureSettings, ProxySettings
@@ -157,7 +170,7 @@ class Study:
         method = "gnn" if method == ALONE else method
 
         def make(known: np.ndarray, nodes: Nodes) -> dict[str, np.ndarray]:
-            return {"predicted": self._fit(method, nodes, run.rows, known, self.others(run), run.seed)}
+            return {"predicted": self._fit(run, method, nodes, run.rows, known, self.others(run))}
 
         name = self._label("predicted", method, score)
         found = self._kept(run, name, make, lambda: self.measured(run, score)[run.rows], lambda: self.nodes(run))
@@ -174,7 +187,7 @@ class Study:
             predicted = np.empty(len(known))
             for held in split(len(known), 1 / FOLDS, FOLDS, 0):
                 kept = np.setdiff1d(np.arange(len(known)), held)
-                predicted[held] = self._fit(method, nodes, run.rows[kept], known[kept], run.rows[held], run.seed)
+                predicted[held] = self._fit(run, method, nodes, run.rows[kept], known[kept], run.rows[held])
             return {"predicted": predicted}
 
         name = self._label("folds", method, score)
@@ -188,13 +201,13 @@ class Study:
         def make(known: np.ndarray, main: Nodes, first: Nodes | None, second: Nodes | None) -> dict[str, np.ndarray]:
             if variant == "two fits":
                 assert first is not None and second is not None
-                pairs = ((first, halves[1].rows), (second, halves[0].rows))
-                parts = [self._fit(method, nodes, rows, known[rows], others, run.seed) for nodes, rows in pairs]
+                pairs = ((halves[0], first, halves[1].rows), (halves[1], second, halves[0].rows))
+                parts = [self._fit(half, method, nodes, rows, known[rows], others) for half, nodes, rows in pairs]
                 return {"predicted": np.mean(parts, 0)}
             nodes = replace(
                 main, signals=_signals(variant, main.signals, run.rows, first, second, halves[0].rows, halves[1].rows)
             )
-            return {"predicted": self._fit(method, nodes, run.rows, known[run.rows], others, run.seed)}
+            return {"predicted": self._fit(run, method, nodes, run.rows, known[run.rows], others)}
 
         needed = variant not in ("no signals", "ranks")
         return self._kept(
@@ -368,13 +381,15 @@ class Study:
         half, other = self.halves(run.size, run.seed)
 
         def make(known: np.ndarray, nodes: Nodes, earlier: np.ndarray, seen: Nodes) -> dict[str, np.ndarray]:
-            def fresh() -> AnchorGnn:
-                return AnchorGnn(ExtrapolateSettings(), self.images.classes)
+            def fresh(of: ProxyRun) -> AnchorGnn:
+                model = AnchorGnn(ExtrapolateSettings(), self.images.classes)
+                model.head = self._head(of)
+                return model
 
             given = Rehearsal(seen.take(half.rows), earlier[half.rows], seen.take(other.rows), known[other.rows])
             torch.set_num_threads(1)
-            transfer, found = rehearse(fresh, given, 0)
-            model = fresh()
+            transfer, found = rehearse(lambda: fresh(half), given, 0)
+            model = fresh(run)
             model.fit(nodes.take(run.rows), known[run.rows])
             model.transfer = transfer
             predicted = model.predict(nodes.take(self.others(run)))
@@ -425,10 +440,16 @@ class Study:
         column = NUMBERS.index(SCORES[score].reads[0])
         return self._outputs(run)["outputs"][chosen, :, column].mean(0, dtype=np.float64)
 
-    def _fit(self, method: str, nodes: Nodes, rows: np.ndarray, known: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
+    def _head(self, run: ProxyRun) -> tuple[np.ndarray, np.ndarray]:
+        return last_layer(self.settings, self._trained(run))
+
+    def _fit(
+        self, run: ProxyRun, method: str, nodes: Nodes, rows: np.ndarray, known: np.ndarray, wanted: np.ndarray
+    ) -> np.ndarray:
+        """What a method predicts from samples as the proxy of `run` sees them."""
         torch.set_num_threads(1)
         try:
-            return predict(method, nodes, rows, known, wanted, self.images.classes, seed)
+            return predict(method, nodes, rows, known, wanted, self.images.classes, run.seed, self._head(run))
         finally:
             torch.set_num_threads(self._threads)
 

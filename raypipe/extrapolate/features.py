@@ -77,6 +77,11 @@ class Scaler:
         """float32 [n, d], values within +-100: a damaged embedding must not overflow what is computed from it."""
         return np.clip((nodes.embedding.astype(np.float64) - self.mean) / self.spread, -FARTHEST, FARTHEST).astype(np.float32)
 
+    def layer(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A linear layer, float [c, d] and [c], as one that takes what `embedding` gives: float64."""
+        weight = weight.astype(np.float64)
+        return weight * self.spread, bias + weight @ self.mean.astype(np.float64)
+
     def signals(self, nodes: Nodes) -> np.ndarray:
         """float32 [n, s]; see NormalScores."""
         return self.ranks(nodes.signals)

@@ -52,6 +52,8 @@ class AnchorGnn(Extrapolator):
     name = "gnn"
     default_neighbours = 32
     fewest = 20
+    head: tuple[np.ndarray, np.ndarray] | None = None
+    """Weight float [c, d] and bias float [c] of the proxy's last layer, for the fit, where there is a proxy; see `kernel`."""
     transfer: Transfer | None = None
     """Learned in a rehearsal, in place of the weights: see `raypipe.extrapolate.rehearsal`."""
 
@@ -89,7 +91,8 @@ class AnchorGnn(Extrapolator):
 
         self._kernel = KernelRegression()
         u, v = self._scaler.embedding(seed), self._scaler.signals(seed)
-        smooth = self._kernel.fit(u, v, seed.label, z, rng)
+        head = self._scaler.layer(*self.head) if self.head is not None else None
+        smooth = self._kernel.fit(u, v, seed.label, z, rng, head)
         tick()
         own = np.arange(count)
         distance, near = self._scored.search(seed.embedding, self.neighbours, own)

@@ -1,10 +1,14 @@
-"""Kernel regression over the scored samples: a Gaussian process whose kernel knows embedding, signals and class.
+"""Kernel regression over the scored samples: a Gaussian process whose kernel knows embedding, signals, class and error.
 
-    k(x, x') = a1 M(r / l1) + a2 M(r / l2) [y = y'] + a3 M(r / l3) exp(-|m_y - m_y'| / l4) ,   M(t) = (1 + sqrt(3) t) exp(-sqrt(3) t)
+    k(x, x') = a1 M(r / l1) + a2 M(r / l2) [y = y'] + a3 M(r / l3) exp(-|m_y - m_y'| / l4) + a4 M(r / l5) <e, e'>
+    M(t) = (1 + sqrt(3) t) exp(-sqrt(3) t)
 
 r^2 = |u - u'|^2 + w^2 |v - v'|^2, u the standardised embedding, v the signals, m_y the mean embedding of class y: what does not
-depend on the class, what does, and what similar classes share. An unlabelled sample has the first term only. The eight constants
-and the noise maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8) of up to 600 samples.
+depend on the class, what does, and what similar classes share. e is the proxy's error, its probabilities minus the one-hot label, in
+units of its mean square. Scores that are linear in the sample's gradient, as MoSo is, change sign with it: the gradient of the last
+layer is e h^T, h the embedding, and two of these have the product <e, e'> <h, h'> (the tangent kernel of Jacot et al. 2018, of one
+layer). An unlabelled sample has the first term only; without the last layer there is no fourth. The constants and the noise maximise
+the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8) of up to 600 samples.
 
 With more than 2,000 scored samples the regression is on 2,000 of them (subset of regressors, ibid. section 8.3.1); cost grows
 linearly with the scored samples, and memory does not grow beyond theirs. Leave-one-out predictions follow in closed form from the
@@ -24,10 +28,22 @@ LIKELIHOOD_ROWS = 600
 INDUCING_ROWS = 2000
 STEPS = 40
 RATE = 0.1
-START = {"a1": 1.5, "l1": 1.4, "a2": 0.5, "l2": 3.0, "a3": 0.3, "l3": 2.0, "l4": 1.0, "w": 0.2, "noise": 0.04}
+START = {
+    "a1": 1.5,
+    "l1": 1.4,
+    "a2": 0.5,
+    "l2": 3.0,
+    "a3": 0.3,
+    "l3": 2.0,
+    "l4": 1.0,
+    "a4": 0.5,
+    "l5": 2.0,
+    "w": 0.2,
+    "noise": 0.04,
+}
 """Where the search for the constants begins; lengths in units of the median distance, amplitudes of the score's variance."""
 LEAST_NOISE = 1e-3
-FITTED = ("class_mean", "class_seen", "units", "constants", "rows", "weight")
+FITTED = ("class_mean", "class_seen", "units", "constants", "rows", "weight", "head_weight", "head_bias")
 CHUNK_VALUES = 1 << 22
 """Most float64 values in one block of kernel values (32 MiB)."""
 CACHED_VALUES = 1 << 15
@@ -37,22 +53,35 @@ CACHED_VALUES = 1 << 15
 class KernelRegression:
     """Fitted on standardised arrays; see `raypipe.extrapolate.features`."""
 
-    def fit(self, u: np.ndarray, v: np.ndarray, label: np.ndarray, z: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Learn from float [n, d], [n, s], int [n], float [n]. Gives the leave-one-out predictions, float64 [n]."""
+    def fit(
+        self,
+        u: np.ndarray,
+        v: np.ndarray,
+        label: np.ndarray,
+        z: np.ndarray,
+        rng: np.random.Generator,
+        head: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Learn from float [n, d], [n, s], int [n], float [n]. Gives the leave-one-out predictions, float64 [n].
+
+        head  weight float [c, d] and bias float [c] of the layer that makes logits of u
+        """
         count = len(z)
+        weight, bias = head if head is not None else (np.zeros((0, u.shape[1])), np.zeros(0))
+        self._head_weight, self._head_bias = (torch.from_numpy(np.array(part, np.float64)) for part in (weight, bias))
         classes = int(label.max(initial=-1)) + 1
         size = np.bincount(label[label >= 0], minlength=classes)
         means = np.zeros((classes, u.shape[1]))
         np.add.at(means, label[label >= 0], u[label >= 0].astype(np.float64))
         self._class_mean = torch.from_numpy(means / np.maximum(size, 1)[:, None])
         self._class_seen = torch.from_numpy(size > 0)
-        self._units = torch.ones(3, dtype=torch.float64)
+        self._units = torch.ones(4, dtype=torch.float64)
         rows = torch.from_numpy(rng.permutation(count))
         everything, target = self._points(u, v, label), torch.from_numpy(np.asarray(z, np.float64))
         few = rows[:LIKELIHOOD_ROWS]
-        self._learn_constants([part[few] for part in everything], target[few])
+        self._learn_constants(self._with_error([part[few] for part in everything]), target[few])
         self._rows = rows[:INDUCING_ROWS].sort().values
-        self._inducing = [part[self._rows] for part in everything]
+        self._inducing = self._with_error([part[self._rows] for part in everything])
         return self._solve(everything, target).numpy()
 
     @torch.no_grad()
@@ -77,7 +106,7 @@ class KernelRegression:
         for name in FITTED:
             setattr(result, f"_{name}", torch.from_numpy(np.array(tensors[name])))
         rows = result._rows.numpy()
-        result._inducing = result._points(u[rows], v[rows], label[rows])
+        result._inducing = result._with_error(result._points(u[rows], v[rows], label[rows]))
         return result
 
     def _points(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> list[Tensor]:
@@ -89,37 +118,55 @@ class KernelRegression:
         y[y < 0] = -1
         return [torch.from_numpy(np.ascontiguousarray(u)), torch.from_numpy(np.ascontiguousarray(v)), y]
 
+    def _with_error(self, points: list[Tensor]) -> list[Tensor]:
+        """With the proxy's error as a fourth part, [n, c], 0 for an unlabelled sample; c is 0 where there is no last layer."""
+        u, v, y = points
+        if not len(self._head_bias):
+            return [u, v, y, torch.zeros(len(y), 0, dtype=torch.float64)]
+        error = (u.double() @ self._head_weight.T + self._head_bias).softmax(1)
+        known = y >= 0
+        error[known, y[known]] -= 1
+        return [u, v, y, error * known[:, None]]
+
     def _class_means(self, y: Tensor) -> Tensor:
         """Mean embedding of each class, [n, d]; 0 for -1."""
         if not len(self._class_mean):
             return torch.zeros(len(y), self._class_mean.shape[1], dtype=torch.float64)
         return self._class_mean[y] * (y >= 0)[:, None]
 
-    def _distances(self, points: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Among samples, all [n, n]: of embedding, of signals, of class means in their units; same class; both classes known."""
+    def _distances(self, points: list[Tensor]) -> tuple[Tensor, ...]:
+        """Among samples, all [n, n]: of embedding, of signals, of class means in their units; same class; both classes known; product of
+        errors."""
         u, v, y = points[0].double(), points[1].double(), points[2]
         embedding, mean = torch.cdist(u, u) / self._units[0], self._class_means(y)
         signals = torch.cdist(v, v) / self._units[1] if v.shape[1] else torch.zeros_like(embedding)
         between = torch.cdist(mean, mean) / self._units[2]
         known = ((y >= 0)[:, None] & (y >= 0)[None]).double()
-        return embedding, signals, between, (y[:, None] == y[None]).double() * known, known
+        return (
+            embedding,
+            signals,
+            between,
+            (y[:, None] == y[None]).double() * known,
+            known,
+            points[3] @ points[3].T / self._units[3],
+        )
 
     @staticmethod
-    def _combine(distances: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], constants: Tensor) -> Tensor:
+    def _combine(distances: tuple[Tensor, ...], constants: Tensor) -> Tensor:
         """The kernel as a function of its constants, to be differentiated."""
-        embedding, signals, between, same, known = distances
-        a1, l1, a2, l2, a3, l3, l4, w, _ = constants.exp()
+        embedding, signals, between, same, known, errors = distances
+        a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = constants.exp()
         # the 1e-12 keeps the gradient of the root finite at 0
         r = math.sqrt(3) * (embedding.square() + (w * signals).square() + 1e-12).sqrt()
-        m1, m2, m3 = ((1 + r / length) * torch.exp(-r / length) for length in (l1, l2, l3))
-        return a1 * m1 + a2 * m2 * same + a3 * m3 * torch.exp(-between / l4) * known
+        m1, m2, m3, m4 = ((1 + r / length) * torch.exp(-r / length) for length in (l1, l2, l3, l5))
+        return a1 * m1 + a2 * m2 * same + a3 * m3 * torch.exp(-between / l4) * known + a4 * m4 * errors
 
     def _values(self, a: list[Tensor], b: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """The kernel between n and m samples, a few rows at a time: which, and their values float64 [rows, m].
 
         What depends on classes alone is computed once for each class in `a`. The tensor of values is used again for the next rows.
         """
-        a1, l1, a2, l2, a3, l3, l4, w, _ = self._constants.exp().tolist()
+        a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = self._constants.exp().tolist()
         x, other = (
             math.sqrt(3) * torch.cat([part[0].double() / self._units[0], part[1].double() * (w / self._units[1])], 1)
             for part in (a, b)
@@ -129,6 +176,7 @@ class KernelRegression:
         between = torch.cdist(self._class_means(mine), self._class_means(theirs)) / self._units[2]
         alike = (a3 * torch.exp(-between / l4) * known)[:, column]
         same = (a2 * (mine[:, None] == theirs[None]) * known.double())[:, column]
+        mine_wrong, other_wrong = a[3], b[3].T * (a4 / self._units[3])
         step = max(1, CACHED_VALUES // max(1, len(other)))
         spaces = [torch.empty(step, len(other), dtype=torch.float64) for _ in range(4)]
         length_x, length_other = x.square().sum(1, keepdim=True), other.square().sum(1)
@@ -144,6 +192,10 @@ class KernelRegression:
                     torch.mul(m, a1, out=k)
                 else:
                     k.addcmul_(m, factor.index_select(0, place[rows]))
+            if other_wrong.shape[0]:
+                torch.div(r, l5, out=m)
+                torch.neg(m, out=e).exp_()
+                k.addcmul_(m.add_(1).mul_(e), torch.mm(mine_wrong[rows], other_wrong, out=r))
             yield rows, k
 
     @torch.no_grad()
@@ -159,6 +211,7 @@ class KernelRegression:
             away = torch.pdist(part)
             away = away[away > 0]
             self._units[unit] = away.median() if len(away) else 1.0
+        self._units[3] = float(points[3].square().sum(1).mean()) or 1.0
         distances, eye = self._distances(points), torch.eye(len(z), dtype=torch.float64)
         constants = torch.tensor([math.log(value) for value in START.values()], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([constants], RATE)
@@ -207,6 +260,8 @@ class KernelRegression:
             done += v.shape[1]
         return left_out
 
-    def _blocks(self, points: list[Tensor]) -> list[list[Tensor]]:
-        count, step = len(points[2]), max(1, CHUNK_VALUES // max(1, len(self._inducing[2])))
-        return [[part[start : start + step] for part in points] for start in range(0, count, step)]
+    def _blocks(self, points: list[Tensor]) -> Iterator[list[Tensor]]:
+        """A few samples at a time, with their errors, which need not be held for all."""
+        count, step = len(points[2]), max(1, CHUNK_VALUES // max(1, len(self._inducing[2]), len(self._head_bias)))
+        for start in range(0, count, step):
+            yield self._with_error([part[start : start + step] for part in points])

@@ -29,6 +29,7 @@ from raypipe.stages.judging import (
     judges_published,
     load_extrapolator,
     load_intervals,
+    make_extrapolator,
     rehearsed,
     write_curve,
     write_fidelity,
@@ -141,12 +142,10 @@ def _fit(config: Config, run: Run, samples: int, step: Step) -> None:
     """Write the extrapolator fitted on the whole seed set."""
     from safetensors.numpy import save
 
-    from raypipe.extrapolate import make
-
     data = Samples(config, run, samples, config.extrapolate.method in WHOLE_METHODS)
-    extrapolator = make(config.extrapolate, len(run.classes().names))
+    extrapolator = make_extrapolator(config, run)
     if data.whole:
-        extrapolator.fit_graph(data.everything, data.seed.rows, data.seed.score, step)  # type: ignore[attr-defined]
+        extrapolator.fit_graph(data.everything, data.seed.rows, data.seed.score, step)
     else:
         extrapolator.fit(data.seed.nodes, data.seed.score, step)
     tensors, meta = extrapolator.state()

@@ -48,13 +48,23 @@ def judges_published(config: Config, samples: int) -> bool:
 
 def write_fold(number: int, config: Config, run: Run, samples: int, step: Step) -> None:
     """Hold one part of the seed set out of a fit, and write the predictions of it."""
-    from raypipe.extrapolate import make
     from raypipe.extrapolate.fidelity import hold_out
 
-    data, classes = Samples(config, run, samples, config.extrapolate.method in WHOLE_METHODS), len(run.classes().names)
+    data = Samples(config, run, samples, config.extrapolate.method in WHOLE_METHODS)
     held, seed = _held(config, data.seed)[number], data.seed
-    found = hold_out(lambda: make(config.extrapolate, classes), seed.nodes, seed.score, held, data.everything, seed.rows, step)
+    found = hold_out(lambda: make_extrapolator(config, run), seed.nodes, seed.score, held, data.everything, seed.rows, step)
     _write(run, f"fold-{number}", [seed.ids[row] for row in held], found)
+
+
+def make_extrapolator(config: Config, run: Run, proxy_of: Run | None = None) -> Any:
+    """The extrapolator, not fitted; proxy_of: the run whose proxy made the embeddings, where it is another."""
+    from raypipe.extrapolate import make
+    from raypipe.stages.proxy import last_layer
+
+    extrapolator: Any = make(config.extrapolate, len(run.classes().names))
+    if config.extrapolate.method == "gnn" and "proxy" in run.ledger():
+        extrapolator.head = last_layer(proxy_of or run)
+    return extrapolator
 
 
 def rehearsed(run: Run) -> bool:
@@ -66,13 +76,11 @@ def write_rehearsal(config: Config, run: Run, samples: int, step: Step) -> None:
     """Learn the map to samples that no proxy was trained on, and write its predictions of half of the seed set."""
     from safetensors.numpy import save
 
-    from raypipe.extrapolate.gnn import AnchorGnn
     from raypipe.extrapolate.rehearsal import rehearse
-    from raypipe.stages.rehearse import rehearsal
+    from raypipe.stages.rehearse import inside, rehearsal
 
-    settings, classes = config.extrapolate, len(run.classes().names)
     ids, given = rehearsal(config, run, measured_scores(run, config.score, "seed"))
-    transfer, found = rehearse(lambda: AnchorGnn(settings, classes), given, settings.seed, step)
+    transfer, found = rehearse(lambda: make_extrapolator(config, run, inside(run)), given, config.extrapolate.seed, step)
     _write(run, "rehearsal", ids, found)
     storage.write_bytes(run.path("extrapolator", TRANSFER), save(transfer.tensors()))
 

@@ -201,6 +201,15 @@ def load_checkpoint(run: Run, file: str, device: str = "cpu", folder: str = "pro
     return model.to(device).eval()
 
 
+def last_layer(run: Run) -> tuple[Any, Any]:
+    """Weight float32 [classes, d] and bias float32 [classes] of the layer that makes logits of embeddings."""
+    from safetensors.numpy import load
+
+    part = proxy_parts(run)[0]  # the one that all samples are embedded by
+    weights = load(storage.read_bytes(run.path(part.checkpoints, part.trained["final"])))
+    return weights["head.weight"], weights["head.bias"]
+
+
 def empty_proxy(run: Run) -> Any:
     """The proxy's network with weights that mean nothing."""
     import torch

@@ -11,6 +11,7 @@ from raypipe.errors import RaypipeError
 from raypipe.extrapolate import make
 from raypipe.extrapolate.base import Nodes
 from raypipe.extrapolate.gnn import EXPERTS, AnchorGnn, blend
+from raypipe.extrapolate.kernel import KernelRegression
 
 EQUAL = dict.fromkeys(EXPERTS, 0.25)
 
@@ -41,7 +42,7 @@ def test_blend_takes_the_better_experts(problem, settings, monkeypatch) -> None:
     gnn = AnchorGnn(settings("gnn", epochs=1), 4)  # networks after one epoch know next to nothing
     gnn.fit(nodes, score)
     assert gnn._weights["networks"] < 0.3 and sum(gnn._weights.values()) == pytest.approx(1)
-    monkeypatch.setattr("raypipe.extrapolate.gnn.KernelRegression.fit", lambda self, u, v, label, z, rng: -z)
+    monkeypatch.setattr("raypipe.extrapolate.gnn.KernelRegression.fit", lambda self, u, v, label, z, rng, head: -z)
     gnn = AnchorGnn(settings("gnn", epochs=8), 4)
     gnn.fit(nodes, score)
     assert gnn._weights["kernel"] < 0.1
@@ -201,3 +202,24 @@ def test_errors_name_what_is_wrong(problem, settings, fitted) -> None:
     model, every, _ = fitted
     with pytest.raises(RaypipeError, match="1 signals for each sample, but the fit had 3"):
         model.predict(Nodes(every.embedding, every.label, every.signals[:, :1]))
+
+
+def test_the_last_layer_is_that_of_the_embeddings_as_they_are(problem, settings, monkeypatch) -> None:
+    nodes, score = problem(60)
+    moved = Nodes(5 * nodes.embedding + 3, nodes.label, nodes.signals)
+    weight, bias = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32), np.arange(4, dtype=np.float32)
+    seen = []
+    fit = KernelRegression.fit
+
+    def watch(self, u, v, label, z, rng, head=None):
+        seen.append(u @ head[0].T + head[1])
+        return fit(self, u, v, label, z, rng, head)
+
+    monkeypatch.setattr("raypipe.extrapolate.gnn.KernelRegression.fit", watch)
+    gnn = AnchorGnn(settings("gnn", epochs=1), 4)
+    gnn.head = weight, bias
+    gnn.fit(moved, score)
+    np.testing.assert_allclose(seen[0], moved.embedding @ weight.T + bias, rtol=1e-4, atol=1e-4)
+    again = AnchorGnn(settings("gnn"), 4)
+    again.load_state(*gnn.state())
+    np.testing.assert_array_equal(again.predict(moved), gnn.predict(moved))

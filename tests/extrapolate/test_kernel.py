@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from raypipe.extrapolate import kernel as kernel_module
 from raypipe.extrapolate.features import KNOTS, Scaler, Target
@@ -14,29 +15,37 @@ def arrays(problem, count: int = 120, **values) -> tuple[np.ndarray, np.ndarray,
     return scaler.embedding(nodes), scaler.signals(nodes), nodes.label, Target.fit(score)[1]
 
 
+def unit_of_errors(model: KernelRegression) -> float:
+    return float(model._units[3])
+
+
 def matrix(model: KernelRegression, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
-    points = model._points(u, v, label)
+    points = model._with_error(model._points(u, v, label))
     return model._kernel(points, points).numpy()
 
 
 def test_kernel_formula(problem) -> None:
     u, v, label, z = arrays(problem, 50)
     label[:5] = -1
-    model = KernelRegression()
-    model.fit(u, v, label, z, np.random.default_rng(0))
-    a1, l1, a2, l2, a3, l3, l4, w, _ = np.exp(model._constants.numpy())
+    model, head = KernelRegression(), (np.random.default_rng(1).normal(size=(4, u.shape[1])), np.arange(4.0))
+    model.fit(u, v, label, z, np.random.default_rng(0), head)
+    a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = np.exp(model._constants.numpy())
+    error = softmax(u @ head[0].T + head[1], 1) - np.eye(5)[label][:, :4]
+    error[label < 0] = 0
+    assert unit_of_errors(model) == pytest.approx(np.square(error).sum(1).mean())
     unit = model._units.numpy()
     mean = np.array([u[label == c].mean(0) if c >= 0 else np.zeros(u.shape[1]) for c in label])
     found = matrix(model, u, v, label)
     for i, j in [(0, 1), (0, 10), (10, 11), (20, 20), (30, 41)]:
         r2 = np.sum((u[i] - u[j]) ** 2.0) / unit[0] ** 2 + w**2 * np.sum((v[i] - v[j]) ** 2.0) / unit[1] ** 2
-        m = [(1 + np.sqrt(3 * r2) / length) * np.exp(-np.sqrt(3 * r2) / length) for length in (l1, l2, l3)]
+        m = [(1 + np.sqrt(3 * r2) / length) * np.exp(-np.sqrt(3 * r2) / length) for length in (l1, l2, l3, l5)]
         known = label[i] >= 0 and label[j] >= 0
         near = np.exp(-np.linalg.norm(mean[i] - mean[j]) / unit[2] / l4) * known
         expected = a1 * m[0] + a2 * m[1] * (known and label[i] == label[j]) + a3 * m[2] * near
+        expected += a4 * m[3] * error[i] @ error[j] / unit[3]
         assert found[i, j] == pytest.approx(expected, rel=1e-4)
     assert np.linalg.eigvalsh(found).min() > -1e-8  # a covariance, unlabelled samples included
-    points = model._points(u, v, label)
+    points = model._with_error(model._points(u, v, label))
     np.testing.assert_allclose(model._combine(model._distances(points), model._constants).numpy(), found, atol=1e-7)
 
 
@@ -44,9 +53,11 @@ def test_kernel_formula(problem) -> None:
 def test_neither_blocks_nor_company_change_a_kernel_value(problem, monkeypatch, classes: int) -> None:
     u, v, label, z = arrays(problem, 150, classes=classes)
     label[:9] = -1
-    model = KernelRegression()
-    model.fit(u[:100], v[:100], label[:100], z[:100], np.random.default_rng(0))
-    known, others = (model._points(u[rows], v[rows], label[rows]) for rows in (slice(0, 100), slice(100, 150)))
+    model, head = KernelRegression(), np.random.default_rng(1).normal(size=(classes, u.shape[1]))
+    model.fit(
+        u[:100], v[:100], label[:100], z[:100], np.random.default_rng(0), None if classes == 1 else (head, np.zeros(classes))
+    )
+    known, others = (model._with_error(model._points(u[rows], v[rows], label[rows])) for rows in (slice(0, 100), slice(100, 150)))
     whole, guess = model._kernel(others, known), model.predict(u[100:], v[100:], label[100:])
     monkeypatch.setattr(kernel_module, "CACHED_VALUES", 700)
     np.testing.assert_allclose(model._kernel(others, known), whole, atol=1e-12)
@@ -82,6 +93,23 @@ def test_left_out_prediction_does_not_contain_the_own_score(problem) -> None:
     after = model._solve(model._points(u, v, label), torch.from_numpy(changed)).numpy()
     assert after[17] == pytest.approx(before[17], abs=1e-6)
     assert np.abs(after - before).max() > 0.05
+
+
+def test_a_score_of_the_gradient_is_told_by_the_error(problem) -> None:
+    u, v, label, _ = arrays(problem, 500, classes=5)
+    rng = np.random.default_rng(3)
+    head = rng.normal(size=(5, u.shape[1])), rng.normal(size=5)
+    error = softmax(u @ head[0].T + head[1], 1) - np.eye(5)[label]
+    score = np.einsum("nc,nd,cd->n", error, u, rng.normal(size=(5, u.shape[1])))  # < e h^T, G >
+    z, known, rest = Target.fit(score)[1], slice(0, 200), slice(200, 500)
+    fidelity = []
+    for given in (None, head):
+        model = KernelRegression()
+        model.fit(u[known], v[known], label[known], z[known], np.random.default_rng(0), given)
+        fidelity.append(np.corrcoef(model.predict(u[rest], v[rest], label[rest]), z[rest])[0, 1])
+        again = KernelRegression.from_tensors(model.tensors(), u[known], v[known], label[known])
+        np.testing.assert_array_equal(again.predict(u[rest], v[rest], label[rest]), model.predict(u[rest], v[rest], label[rest]))
+    assert fidelity[1] > fidelity[0] + 0.05 and fidelity[1] > 0.9
 
 
 def test_many_samples_use_some_as_support(problem, monkeypatch) -> None:
