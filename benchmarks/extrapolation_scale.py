@@ -46,6 +46,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import save
 
 from raypipe import storage
 from raypipe.config import Config, ExtrapolateSettings, parse_config
@@ -116,6 +117,17 @@ def write_run(folder: str, samples: int, arguments: argparse.Namespace) -> None:
         storage.write_table(run.path("index", f"fragments-{start:05d}.parquet"), part)
     classes = {"names": [str(number) for number in range(arguments.classes)], "numeric": True}
     storage.write_json(run.path("index", "classes.json"), classes)
+    storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [arguments.seeds]})
+    storage.write_json(run.path("proxy", "proxy.json"), {"samples": arguments.seeds, "checkpoints": [], "final": "last"})
+    weight, bias = last_layer(arguments.classes, WIDTH, arguments.seed)
+    storage.write_bytes(run.path("proxy", "checkpoints", "last"), save({"head.weight": weight, "head.bias": bias}))
+    run.write_ledger({"proxy": StageRecord(state="done")})
+
+
+def last_layer(classes: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a proxy that knows nothing; it costs what another does."""
+    random = np.random.default_rng(seed)
+    return random.standard_normal((classes, width), np.float32) / math.sqrt(width), np.zeros(classes, np.float32)
 
 
 def write_embeddings(path: str, ids: list[str], nodes: Nodes, seeds: int) -> None:
@@ -293,6 +305,7 @@ def share(arguments: argparse.Namespace) -> None:
     seed, score = world.draw(random, arguments.seeds)
     started = time.process_time()
     gnn = AnchorGnn(ExtrapolateSettings(epochs=1), arguments.classes)
+    gnn.head = last_layer(arguments.classes, RESNET_WIDTH, arguments.seed)
     gnn.fit(seed, score)
     fitted = time.process_time() - started
     nodes, _ = world.draw(random, SCORED_AT_ONCE)
