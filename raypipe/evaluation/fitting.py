@@ -126,7 +126,7 @@ def test(model: Proxy, images: np.ndarray, labels: np.ndarray, classes: int, dev
     with _eval_mode(model), torch.inference_mode():
         for start in range(0, len(labels), TEST_BATCH):
             part = slice(start, start + TEST_BATCH)
-            said = model(torch.from_numpy(np.ascontiguousarray(images[part])).to(device)).argmax(1).cpu().numpy()
+            said = model(torch.from_numpy(np.array(images[part])).to(device)).argmax(1).cpu().numpy()
             right += np.bincount(labels[part][said == labels[part]], minlength=classes)
     there = np.bincount(labels, minlength=classes)
     per_class = np.divide(right, there, out=np.full(classes, np.nan), where=there > 0)

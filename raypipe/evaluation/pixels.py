@@ -7,6 +7,7 @@ a node is memory-mapped, one copy for all trainings beside one another, and as f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import glob
 import hashlib
@@ -83,7 +84,7 @@ class TestSet:
     @property
     def digest(self) -> str:
         names = content_hash(fragment.fragment_id for fragment in self.fragments)
-        return fingerprint(names, self.without_own, self.source.limit)
+        return fingerprint(names, sum(fragment.samples for fragment in self.fragments), self.without_own)
 
 
 def list_test_set(source: SourceSettings, run_source: SourceSettings) -> TestSet:
@@ -94,11 +95,21 @@ def list_test_set(source: SourceSettings, run_source: SourceSettings) -> TestSet
     """
     opened = open_source(source)
     found = [fragment for file in opened.files() for fragment in opened.scan(file).fragments]
-    fragments = tuple(fragment for fragment in found if fragment.samples and not fragment.error)
+    fragments = tuple(_first([fragment for fragment in found if fragment.samples and not fragment.error], source.limit))
     if not fragments:
         raise SourceError(f"{source.uri}: the test set has no readable samples")
     same = (source.uri, source.split, source.root) == (run_source.uri, run_source.split, run_source.root)
     return TestSet(source, fragments, same)
+
+
+def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragment]:
+    """Fragments up to so many samples, the last one cut."""
+    left = sum(fragment.samples for fragment in fragments) if limit is None else limit
+    for fragment in fragments:
+        if left <= 0:
+            return
+        yield fragment if fragment.samples <= left else dataclasses.replace(fragment, stop=fragment.start + left)
+        left -= fragment.samples
 
 
 def decode_train(run_uri: str, source: SourceSettings, size: int, folder: str, unit: Unit) -> dict[str, Any]:
@@ -137,7 +148,7 @@ def decode_test(run_uri: str, test: TestSet, size: int, folder: str, unit: Unit)
     label = np.array([classes.index(sample.label)[0] for sample in samples], np.int64)
     good = np.array([not reason for reason in reasons], bool) & (label >= 0)
     _write(storage.join(folder, unit.file), pixels[good], label[good])
-    return {"samples": int(good.sum()), "left_out": int(len(samples) - good.sum())}
+    return {"samples": int(good.sum()), "left_out": unit.fragment.samples - int(good.sum())}
 
 
 def _write(uri: str, images: np.ndarray, labels: np.ndarray) -> None:

@@ -80,7 +80,7 @@ def test_an_evaluation_and_that_it_trains_nothing_twice(scored: Run, monkeypatch
 
 
 def test_a_training_that_was_killed_goes_on(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"keep": [0.5], "seeds": 1, "strategies": ["top"], "epochs": 3}
+    options = {"keep": [0.5], "seeds": 1, "strategies": ["top"], "epochs": 2}
     whole = _evaluate(scored, **options)
     name = pq.read_table(scored.path("evaluation", "trainings.parquet")).to_pylist()[-1]["fingerprint"]
     result = storage.read_json(scored.path("evaluation", f"{name}.json"))
