@@ -178,7 +178,10 @@ def describe(summary: Mapping[str, Any]) -> Iterator[str]:
     )
     full = summary["full"]
     yield f"full set    {_percent(full['accuracy'])} ({full['samples']:,} samples); worst class {_percent(full['worst_class'])}"
-    rows = [("list", "keep", "samples", "accuracy", "worst class", "less random", f"{summary['unit']} s saved", "paid after")]
+    unit, seconds = summary["unit"], summary["scoring_seconds"]
+    rows: list[tuple[str, ...]] = [
+        ("list", "keep", "samples", "accuracy", "worst class", "against random", f"{unit} s saved", "paid after")
+    ]
     for position, random in enumerate(summary["random"]):
         rows.append(_row("random", random, "", "", ""))
         for listed in summary["lists"]:
@@ -192,7 +195,6 @@ def describe(summary: Mapping[str, Any]) -> Iterator[str]:
             text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(row, widths))
         )
         yield "  ".join([first, *others]).rstrip()
-    unit, seconds = summary["unit"], summary["scoring_seconds"]
     cost = seconds["gpu_seconds" if unit == "GPU" else "cpu_seconds"]
     yield f"the scores cost {cost:,.1f} {unit} seconds; paid after: so many trainings on the list"
     for listed in summary["lists"]:

@@ -213,9 +213,10 @@ def evaluation_curves(curves: Sequence[Curve], full: tuple[float, float | None, 
             )
             ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
             if place == 0 and ends:
-                axes.fill_between(*(list(column) for column in zip(*ends, strict=True)), color=MUTED, alpha=0.25, linewidth=0)
+                where, lows, highs = (list(column) for column in zip(*ends, strict=True))
+                axes.fill_between(where, lows, highs, color=MUTED, alpha=0.25, linewidth=0)
             elif ends:
-                shift = 0.006 * (place - (len(curves)) / 2)  # so that bars do not lie on each other
+                shift = 0.006 * (place - len(curves) / 2)  # so that bars do not lie on each other
                 for x, low, high in ends:
                     axes.plot([x + shift, x + shift], [low, high], color=colour, linewidth=1, alpha=0.8)
         axes.set_xlabel("fraction kept")
