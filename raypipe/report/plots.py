@@ -216,9 +216,8 @@ def evaluation_curves(curves: Sequence[Curve], full: tuple[float, float | None, 
                 where, lows, highs = (list(column) for column in zip(*ends, strict=True))
                 axes.fill_between(where, lows, highs, color=MUTED, alpha=0.25, linewidth=0)
             elif ends:
-                shift = 0.006 * (place - len(curves) / 2)  # so that bars do not lie on each other
                 for x, low, high in ends:
-                    axes.plot([x + shift, x + shift], [low, high], color=colour, linewidth=1, alpha=0.8)
+                    axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.8)
         axes.set_xlabel("fraction kept")
         axes.xaxis.set_major_formatter(lambda value, _: words.share(value, 0))
         axes.yaxis.set_major_formatter(lambda value, _: words.share(value, 0))

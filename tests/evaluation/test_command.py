@@ -21,17 +21,9 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(api, "evaluate", lambda uri, test, **options: given.update(uri=uri, test=test, **options))
     monkeypatch.setattr("raypipe.evaluation.outcome.describe", lambda summary: iter(["said"]))
-    options = (
-        "--test digits:// --test-set limit=9 --keep 0.3,0.5 --strategies top,ccs --scores run,measured:el2n --beside a --beside b"
-    )
-    assert (
-        _main(
-            "runs/x",
-            *options.split(),
-            *["--seeds", "2", "--protocol", "steps", "--use-gpu", "false", "--cpus-per-training", "2", "--lr", "0.01"],
-        )
-        == 0
-    )
+    options = "--test digits:// --test-set limit=9 --keep 0.3,0.5 --strategies top,ccs --scores run,measured:el2n"
+    options += " --beside a --beside b --seeds 2 --protocol steps --use-gpu false --cpus-per-training 2 --lr 0.01"
+    assert _main("runs/x", *options.split()) == 0
     assert (given.pop("uri"), given.pop("test"), given.pop("test_settings")) == ("runs/x", "digits://", ("limit=9",))
     del given["verbose"]
     settings = parse_settings(EvaluateSettings, given, "evaluate")
