@@ -6,10 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe._version import __version__
 
-__all__ = ["Config", "KeepList", "Run", "__version__", "export", "extrapolate", "inspect", "load_scores", "run", "select"]
+__all__ = [
+    "Config",
+    "KeepList",
+    "Run",
+    "__version__",
+    "evaluate",
+    "export",
+    "extrapolate",
+    "inspect",
+    "load_scores",
+    "run",
+    "select",
+]
 
 if TYPE_CHECKING:
-    from raypipe.api import export, extrapolate, inspect, load_scores, run, select
+    from raypipe.api import evaluate, export, extrapolate, inspect, load_scores, run, select
     from raypipe.config import Config
     from raypipe.keeplist import KeepList
     from raypipe.rundir import Run
@@ -18,6 +30,7 @@ _HOMES = {
     "Config": "raypipe.config",
     "KeepList": "raypipe.keeplist",
     "Run": "raypipe.rundir",
+    "evaluate": "raypipe.api",
     "export": "raypipe.api",
     "inspect": "raypipe.api",
     "load_scores": "raypipe.api",

@@ -1,4 +1,4 @@
-"""The verbs of the command line from Python: `raypipe.inspect`, `run`, `extrapolate`, `select`, `export`, and `raypipe.load_scores`."""
+"""The verbs of the command line from Python: `raypipe.inspect`, `run`, `extrapolate`, `select`, `evaluate`, `export`, and `load_scores`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import ClusterSettings, Config, absolute_paths, apply_overrides, load_config, parse_config, read_config
+from raypipe.config import (
+    ClusterSettings,
+    Config,
+    SourceSettings,
+    absolute_paths,
+    apply_overrides,
+    load_config,
+    parse_config,
+    parse_settings,
+    read_config,
+)
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.progress import Progress
 from raypipe.rundir import Lease, Run
+from raypipe.settings.evaluate import EvaluateSettings
 
 if TYPE_CHECKING:
     from raypipe.survey import Survey
@@ -246,6 +257,45 @@ def select(
     settings = absolute_paths(parse_config(config))
     with Lease(found):
         return write_keep_lists(found, settings.select, trust=settings.trust)
+
+
+def evaluate(
+    uri: str,
+    test: str,
+    *,
+    test_settings: Sequence[str] = (),
+    progress: Progress | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train fresh models on keep-lists of a run, on random lists of the same size and on everything, and compare them; or resume it.
+
+    test           path or URI of the test set, read with the run's settings of `source`, but for format, files and limit
+    test_settings  `field=value` of the section `source` for it, such as "split=test" or "include=test-*"
+    options        fields of `raypipe.settings.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, model,
+                   image_size, epochs, batch_size, lr, use_gpu, cpus_per_training
+    Returns what RUN/evaluation/summary.json then holds. A training whose result is there is not made again. Raises ConfigError for
+    options that are unknown, wrong or do not go together, RunError for a run without complete scores, SourceError for a test set
+    that cannot be used, ResourceError where the decoded images do not fit into the memory of a node.
+    """
+    from raypipe.evaluation.running import evaluate as compare
+    from raypipe.pipeline import errors_of_storage
+
+    found = Run(uri)
+    settings = parse_settings(EvaluateSettings, options, "evaluate")
+    with errors_of_storage(found.uri):
+        return compare(found, _test_source(found.config(), test, test_settings), settings, progress=progress, verbose=verbose)
+
+
+def _test_source(config: Config, uri: str, overrides: Sequence[str]) -> SourceSettings:
+    """The source of a test set: that of the run with another URI. Raises ConfigError."""
+    given = config.model_dump(mode="json")
+    anew = ("format", "include", "split", "limit")
+    given["source"] |= {name: SourceSettings.model_fields[name].default for name in anew} | {"uri": uri}
+    if Run(uri).uri == Run(config.source.uri).uri:  # what is left of the run's own source
+        given["source"]["format"] = config.source.format
+    dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
+    return absolute_paths(parse_config(apply_overrides(given, dotted))).source
 
 
 def export(

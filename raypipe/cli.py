@@ -192,6 +192,50 @@ def export(uri: str, keep: float | None, format: str, to: str, shard_mb: int | N
 
 @cli.command()
 @click.argument("uri", metavar="RUN")
+@click.option("--test", required=True, metavar="SOURCE", help="The test set: a path or URI, read as the run's source is.")
+@click.option(
+    "--test-set",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A setting of the section `source` for the test set; may be repeated.",
+)
+@click.option("--keep", metavar="FRACTIONS", help="Fractions to keep, with commas. Default: 0.1,0.3,0.5,0.7,0.9.")
+@click.option("--strategies", metavar="NAMES", help="Strategies that cut lists, with commas. Default: the run's own.")
+@click.option("--scores", metavar="NAMES", help="run, measured:NAME, with commas. Default: all that every sample has.")
+@click.option(
+    "--beside", multiple=True, metavar="RUN", help="Another run over the same source, for lists of its scores; may be repeated."
+)
+@click.option("--seeds", type=int, help="Trainings of each list and fraction. Default: 3.")
+@click.option(
+    "--protocol", help="epochs, or steps: the same number of steps for all lists, that of the full set. Default: epochs."
+)
+@click.option("--model", help="What is trained. Default: the run's proxy.model.")
+@click.option("--image-size", type=int, help="Pixels. Default: the run's proxy.image_size.")
+@click.option("--epochs", type=int, help="Default: the run's proxy.epochs.")
+@click.option("--batch-size", type=int, help="Default: the run's proxy.batch_size.")
+@click.option("--lr", type=float, help="Peak learning rate. Default: the run's proxy.lr.")
+@click.option("--use-gpu", help="true, false or auto.")
+@click.option("--cpus-per-training", type=int, help="Default: 1 on a CPU where there are more trainings than CPUs.")
+@_verbose
+def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **options: Any) -> None:
+    """Does it help? Train on keep-lists of RUN, on random lists of the same size and on everything, and compare on a test set."""
+    import yaml
+
+    from raypipe.api import evaluate as compare
+    from raypipe.evaluation.outcome import describe
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    for name in ("keep", "strategies", "scores"):
+        if name in given:
+            given[name] = [yaml.safe_load(part) for part in given[name].split(",")]
+    if "use_gpu" in given:
+        given["use_gpu"] = yaml.safe_load(given["use_gpu"])
+    for line in describe(compare(uri, test, test_settings=test_set, verbose=verbose, **given)):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("uri", metavar="RUN")
 def report(uri: str) -> None:
     """Write the report of RUN again."""
     from raypipe.report import build

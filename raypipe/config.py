@@ -49,6 +49,7 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "parse_settings",
     "read_config",
 ]
 
@@ -126,6 +127,14 @@ def parse_config(data: Mapping[str, Any]) -> Config:
         return Config.model_validate(dict(data))
     except ValidationError as error:
         raise ConfigError("bad configuration\n" + "\n".join(_lines(error))) from None
+
+
+def parse_settings(section: type[Section], data: Mapping[str, Any], name: str) -> Section:
+    """Validate settings that are no part of a configuration. Raises `ConfigError` with one line for each wrong field."""
+    try:
+        return section.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"bad settings of {name}\n" + "\n".join(_lines(error, section))) from None
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
@@ -218,11 +227,11 @@ def _commented(section: type[Settings], indent: str) -> Iterable[str]:
         yield f"{indent}{key}: {value}".ljust(29) + f"# {info.description}"
 
 
-def _lines(error: ValidationError) -> Iterable[str]:
+def _lines(error: ValidationError, root: Any = None) -> Iterable[str]:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part)) or "configuration"
         if item["type"] == "extra_forbidden":
-            yield f"  {where}: unknown setting{_suggestion(item['loc'])}"
+            yield f"  {where}: unknown setting{_suggestion(item['loc'], root or Config)}"
         elif item["type"] == "missing":
             yield f"  {where}: required, but missing"
         else:
@@ -238,10 +247,9 @@ def _is_union_branch(part: str | int) -> bool:
     return isinstance(part, str) and (part in {"int", "bool", "float", "str"} or "[" in part or "-" in part)
 
 
-def _suggestion(location: tuple[str | int, ...]) -> str:
+def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
     import difflib
 
-    model: Any = Config
     for part in location[:-1]:
         model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
     names = list(getattr(model, "model_fields", {}))

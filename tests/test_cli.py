@@ -63,6 +63,7 @@ def test_bad_usage_exits_with_2(capsys, arguments: list[str], expected: str) -> 
         (["status", "nowhere"], "no run here"),
         (["select", "nowhere", "--keep", "0.5"], "no run here"),
         (["report", "nowhere"], "no run here"),
+        (["evaluate", "nowhere", "--test", "digits://"], "no run here"),
         (["inspect", "nowhere"], "nowhere"),
         (["inspect", "digits://", "--like", "nowhere"], "no run here"),
     ],

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import words
+from raypipe.report.evaluation import curves
 from raypipe.report.scores import END_CLASSES, MOST_CLASSES, Pick
 from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
@@ -55,7 +56,8 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        name: getattr(words, name) for name in ("count", "share", "number", "fixed", "seconds", "setting", "judged_samples")
+        name: getattr(words, name)
+        for name in ("count", "share", "number", "fixed", "seconds", "setting", "judged_samples", "accuracy", "points")
     }
     summary = findings.summary
     baselines = _baselines(summary["fidelity"])
@@ -102,6 +104,11 @@ def _plots(findings: Findings, baselines: list[tuple[str, dict[str, Any]]]) -> d
     if len(classes) > 1:
         present = sum(item["samples"] > 0 for item in summary["classes"])
         result["classes"] = plots.class_spread(classes, END_CLASSES if present > MOST_CLASSES else None)
+    if summary["evaluation"]:
+        everything = summary["evaluation"]["full"]["accuracy"]
+        result["evaluation"] = plots.evaluation_curves(
+            curves(summary["evaluation"]), (everything["mean"], everything["low"], everything["high"])
+        )
     if findings.map is not None:
         result["map"] = plots.embedding_map(findings.map)
     return result

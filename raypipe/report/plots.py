@@ -181,6 +181,54 @@ def class_spread(classes: Sequence[dict[str, Any]], gap_after: int | None) -> st
         return _svg(figure, "classes", "Distribution of the scores in each class")
 
 
+Curve = tuple[str, Sequence[tuple[float, float, float | None, float | None]]]
+"""Name, and points: keep fraction, accuracy, both ends of its interval (None: it has none)."""
+STYLES = (
+    (EXTRAPOLATED, "-", "o"),
+    (MEASURED, "-", "s"),
+    (INK, "--", "^"),
+    (EXTRAPOLATED, ":", "D"),
+    (MEASURED, ":", "v"),
+    (INK, ":", "x"),
+)
+"""Colour, line and mark of the lists; beyond these they begin anew."""
+
+
+def evaluation_curves(curves: Sequence[Curve], full: tuple[float, float | None, float | None]) -> str:
+    """Accuracy against keep fraction: random (the first curve) with its interval as a band, lists with theirs as bars, the full set as a line."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(2.9 + 0.17 * ((len(curves) + 2) // 2))
+        height = figure.get_figheight()
+        axes.set_position((0.13, 0.42 / height, 0.84, 2.35 / height))
+        mean, low, high = full
+        axes.axhline(mean, color=MUTED, linewidth=1, linestyle=(0, (3, 2)), label="full set")
+        if low is not None and high is not None:
+            axes.axhspan(low, high, color=SOFT, linewidth=0)
+        for place, (name, points) in enumerate(curves):
+            across = [point[0] for point in points]
+            up = [point[1] for point in points]
+            colour, line, mark = (MUTED, "-", "o") if place == 0 else STYLES[(place - 1) % len(STYLES)]
+            axes.plot(
+                across, up, color=colour, linestyle=line, marker=mark, markersize=4.5, linewidth=1.5, label=_short(name, 32)
+            )
+            ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
+            if place == 0 and ends:
+                where, lows, highs = (list(column) for column in zip(*ends, strict=True))
+                axes.fill_between(where, lows, highs, color=MUTED, alpha=0.25, linewidth=0)
+            elif ends:
+                for x, low, high in ends:
+                    axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.8)
+        axes.set_xlabel("fraction kept")
+        axes.xaxis.set_major_formatter(lambda value, _: words.share(value, 0))
+        axes.yaxis.set_major_formatter(lambda value, _: words.share(value, 0))
+        axes.set_xticks(sorted({point[0] for _, points in curves for point in points}))
+        axes.locator_params(axis="y", nbins=6)
+        _light_grid(axes, "y")
+        axes.spines["left"].set_visible(False)
+        figure.legend(loc="upper left", bbox_to_anchor=(0.02, 1.0), ncols=2, frameon=False, fontsize=8.5, handlelength=1.8)
+        return _svg(figure, "evaluation", "Accuracy against keep fraction, of lists, random lists and the full set")
+
+
 def embedding_map(found: EmbeddingMap) -> str:
     """Samples by the first two principal components of their embeddings, coloured by score."""
     low, high = np.quantile(found.score, (0.02, 0.98))

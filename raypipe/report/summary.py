@@ -17,6 +17,7 @@ from raypipe._version import __version__
 from raypipe.errors import RaypipeError, RunError
 from raypipe.report import words
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
+from raypipe.report.evaluation import evaluation_of
 from raypipe.report.scores import QUANTILES, READ_AHEAD, Pick, ScoreScan, scan_scores, shown_classes
 from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, now
 
@@ -87,6 +88,7 @@ def collect(run: Run) -> Findings:
         "classes": _class_figures(names, scan, keep),
         "shown_classes": _shown(names, scan),
         "cost": _cost(ledger, scan),
+        "evaluation": evaluation_of(run, ledger.get("extrapolate")),
         "embeddings": {
             "shards_read": embedded.shards_read,
             "shards": embedded.shards_there,

@@ -62,6 +62,21 @@ def fixed(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
+def accuracy(found: Mapping[str, Any] | None, digits: int = 1) -> str:
+    """A share of right answers with the half-width of its interval: 61.3 ± 0.8 %."""
+    return "–" if found is None else _with_reach(found, f"{{:.{digits}f}}") + SPACE + "%"
+
+
+def points(found: Mapping[str, Any] | None) -> str:
+    """A difference of two accuracies in points: +1.3 ± 0.8."""
+    return "–" if found is None else _with_reach(found, "{:+.1f}")
+
+
+def _with_reach(found: Mapping[str, Any], form: str) -> str:
+    text = form.format(100 * found["mean"]).replace("-", "−")
+    return text if found["low"] is None else f"{text} ± {100 * (found['mean'] - found['low']):.1f}"
+
+
 def seconds(value: float | None) -> str:
     """A duration in the two largest units that matter."""
     if value is None:

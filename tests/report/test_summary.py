@@ -19,7 +19,7 @@ MakeRun = Callable[..., Run]
 KEYS = {
     "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "fidelity_seed",
     "learning_curve", "neighbour_search", "scores", "keep", "classes",
-    "shown_classes", "cost", "embeddings", "grids", "rejects", "settings",
+    "shown_classes", "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
 

@@ -1,0 +1,230 @@
+"""What the trainings of an evaluation say together: `evaluation/summary.json`, `trainings.parquet`, and lines for a terminal. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raypipe._version import __version__
+from raypipe.config import Config, ProxySettings
+from raypipe.evaluation.figures import UNKNOWN, BreakEven, difference, interval, sentence
+from raypipe.evaluation.lists import FULL, RANDOM
+from raypipe.evaluation.trainings import RECIPE, Training
+from raypipe.rundir import Run, StageRecord, now
+from raypipe.settings.evaluate import EvaluateSettings
+
+FORMAT = 1
+"""Version of `evaluation/summary.json`."""
+SCORING = ("index", "seed", "proxy", "measure", "embed", "extrapolate")
+"""Stages whose seconds the scores cost."""
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("list", "origin", "score", "strategy")),
+        ("fraction", pa.float64()),
+        ("seed", pa.int64()),
+        ("samples", pa.int64()),
+        ("steps", pa.int64()),
+        ("accuracy", pa.float64()),
+        ("worst_class", pa.string()),
+        ("worst_class_accuracy", pa.float64()),
+        ("gpu", pa.bool_()),
+        *((name, pa.float64()) for name in ("cpu_seconds", "gpu_seconds", "wall_seconds")),
+        ("fingerprint", pa.string()),
+    ]
+)
+"""One row for each list, fraction and seed; equal trainings share a result file, which `fingerprint` names."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Trainings, and the content of the result file of each by its name."""
+
+    trainings: Sequence[Training]
+    found: Mapping[str, Mapping[str, Any]]
+
+    def values(self, name: str, fraction: float, figure: str) -> dict[int, float]:
+        """A figure of a list at a fraction, by seed."""
+        chosen = [item for item in self.trainings if (item.listed.name, item.listed.fraction) == (name, fraction)]
+        return {item.seed: float(self.found[item.name][figure]) for item in chosen if item.name in self.found}
+
+    def lists(self) -> list[str]:
+        """Names of what is compared with random, in order."""
+        names = dict.fromkeys(item.listed.name for item in self.trainings)
+        return [name for name in names if name not in (RANDOM, FULL)]
+
+    def fractions(self) -> list[float]:
+        return sorted({item.listed.fraction for item in self.trainings if item.listed.name == RANDOM})
+
+    def samples(self, name: str, fraction: float) -> int:
+        """Labelled samples of a list; of random lists those of the first."""
+        return next(
+            len(item.listed.rows) for item in self.trainings if (item.listed.name, item.listed.fraction) == (name, fraction)
+        )
+
+
+def table_of(results: Results, classes: Sequence[str]) -> pa.Table:
+    """All trainings; see SCHEMA."""
+    rows = []
+    for item in results.trainings:
+        found, listed = results.found[item.name], item.listed
+        kept = {name: found[name] for name in SCHEMA.names if name in found and name not in ("list", "fraction", "worst_class")}
+        rows.append(
+            {
+                **kept,
+                "list": listed.name,
+                "origin": listed.origin,
+                "score": listed.score,
+                "strategy": listed.strategy,
+                "fraction": listed.fraction,
+                "worst_class": classes[found["worst_class"]],
+                "fingerprint": item.name,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def scoring_seconds(ledger: Mapping[str, StageRecord], kind: str) -> float:
+    """What the scores cost by the run's ledger; kind: cpu_seconds or gpu_seconds."""
+    return sum(getattr(ledger[stage], kind) for stage in SCORING if stage in ledger)
+
+
+def summarize(
+    run: Run,
+    config: Config,
+    settings: EvaluateSettings,
+    recipe: ProxySettings,
+    results: Results,
+    samples: int,
+    test: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything the table and the report show, as JSON. `samples` can be trained on; `test` is what is said of the test set."""
+    ledger = run.ledger()
+    gpu = any(found["gpu"] for found in results.found.values())
+    kind = "gpu_seconds" if gpu else "cpu_seconds"
+    scoring = scoring_seconds(ledger, kind)
+    extrapolated = ledger["extrapolate"]
+    full = _figures(results, FULL, 1.0, kind)
+
+    def of(name: str, fraction: float) -> dict[str, Any]:
+        against = difference(results.values(name, fraction, "accuracy"), results.values(RANDOM, fraction, "accuracy"))
+        figures = _figures(results, name, fraction, kind)
+        return {
+            **figures,
+            "difference": None if against is None else {**against.as_dict(), "verdict": against.verdict},
+            "break_even": BreakEven("GPU" if gpu else "CPU", full["seconds"] - figures["seconds"], scoring).as_dict(),
+        }
+
+    lists = []
+    for name in results.lists():
+        listed = next(item.listed for item in results.trainings if item.listed.name == name)
+        differences = {
+            fraction: difference(results.values(name, fraction, "accuracy"), results.values(RANDOM, fraction, "accuracy"))
+            for fraction in results.fractions()
+        }
+        lists.append(
+            {
+                "name": name,
+                "origin": listed.origin,
+                "score": listed.score,
+                "strategy": listed.strategy,
+                "sentence": sentence(differences, name),
+                "fractions": [of(name, fraction) for fraction in results.fractions()],
+            }
+        )
+    return {
+        "format": FORMAT,
+        "raypipe": __version__,
+        "made": now(),
+        "run": run.uri,
+        "scores_of": {"fingerprint": extrapolated.fingerprint, "finished": extrapolated.finished},
+        "samples": samples,
+        "test": test,
+        "protocol": settings.protocol,
+        "seeds": settings.seeds,
+        "training": recipe.model_dump(mode="json", include=set(RECIPE)),
+        "unit": "GPU" if gpu else "CPU",
+        "scoring_seconds": {name: scoring_seconds(ledger, name) for name in ("cpu_seconds", "gpu_seconds")},
+        "trainings": len(results.found),
+        "full": full,
+        "random": [_figures(results, RANDOM, fraction, kind) for fraction in results.fractions()],
+        "lists": lists,
+    }
+
+
+def _figures(results: Results, name: str, fraction: float, kind: str) -> dict[str, Any]:
+    def each(figure: str) -> dict[str, Any]:
+        return interval(list(results.values(name, fraction, figure).values())).as_dict()
+
+    return {
+        "fraction": fraction,
+        "samples": results.samples(name, fraction),
+        "accuracy": each("accuracy"),
+        "worst_class": each("worst_class_accuracy"),
+        "seconds": each(kind)["mean"],
+    }
+
+
+def describe(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for the end of an evaluation: a table of accuracies and differences in points, and a sentence for each list."""
+    training, test = summary["training"], summary["test"]
+    yield (
+        f"{training['model']} at {training['image_size']} pixels, {training['epochs']} epochs"
+        f"{'' if summary['protocol'] == 'epochs' else ' of the full set, the same steps for all'}, {summary['seeds']} "
+        f"{'seeds' if summary['seeds'] > 1 else 'seed'}; test: {test['samples']:,} samples of {test['uri']}"
+    )
+    full = summary["full"]
+    yield f"full set    {_percent(full['accuracy'])} ({full['samples']:,} samples); worst class {_percent(full['worst_class'])}"
+    unit, seconds = summary["unit"], summary["scoring_seconds"]
+    rows: list[tuple[str, ...]] = [
+        ("list", "keep", "samples", "accuracy", "worst class", "against random", f"{unit} s saved", "paid after")
+    ]
+    for position, random in enumerate(summary["random"]):
+        rows.append(_row("random", random, "", "", ""))
+        for listed in summary["lists"]:
+            found = listed["fractions"][position]
+            gap, even = found["difference"], found["break_even"]
+            after = f"{even['trainings']:,}" if even["trainings"] is not None else "never"
+            rows.append(_row(listed["name"], found, _points(gap), f"{even['saved']:,.1f}", after))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        first, *others = (
+            text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(row, widths))
+        )
+        yield "  ".join([first, *others]).rstrip()
+    cost = seconds["gpu_seconds" if unit == "GPU" else "cpu_seconds"]
+    yield f"the scores cost {cost:,.1f} {unit} seconds; paid after: so many trainings on the list"
+    for listed in summary["lists"]:
+        yield listed["sentence"]
+
+
+def _row(name: str, found: Mapping[str, Any], *others: str) -> tuple[str, ...]:
+    return (
+        name,
+        f"{found['fraction']:g}",
+        f"{found['samples']:,}",
+        _percent(found["accuracy"]),
+        _percent(found["worst_class"]),
+        *others,
+    )
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    """61.3 ± 0.8 %"""
+    return _with_reach(found, "{:.1f}") + " %"
+
+
+def _points(found: Mapping[str, Any] | None) -> str:
+    """+1.3 ± 0.8 better"""
+    if found is None:
+        return ""
+    said = found["verdict"] if found["verdict"] != UNKNOWN else "one seed"
+    return f"{_with_reach(found, '{:+.1f}')} {said}"
+
+
+def _with_reach(found: Mapping[str, Any], form: str) -> str:
+    text = form.format(100 * found["mean"])
+    return text if found["low"] is None else f"{text} ± {100 * (found['mean'] - found['low']):.1f}"

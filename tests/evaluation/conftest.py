@@ -1,0 +1,61 @@
+"""A scored run that was made without Ray, and trainings one after the other in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import serial
+from helpers import small_config
+from serial import no_ray  # noqa: F401  (a fixture)
+from sklearn.datasets import load_digits
+
+from raypipe import storage
+from raypipe.evaluation import running
+from raypipe.rundir import Run, StageRecord
+from raypipe.stages.base import Context
+from raypipe.stages.cluster import Cluster
+
+
+def _in_turn(units: Sequence[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], *_: Any) -> None:
+    for unit in units:
+        on_result(function(unit))
+
+
+@pytest.fixture
+def in_process(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Decoding and training in this process, on a cluster of two CPUs that is none."""
+    monkeypatch.setattr(Context, "cluster", Cluster(2.0, 0.0, 1, 2.0, False))
+    monkeypatch.setattr(running, "run_on", _in_turn)
+    monkeypatch.setattr(running, "_smallest_memory", lambda: 2.0**30)
+    monkeypatch.setattr(running, "_on_each_node", lambda function: function())
+
+
+@pytest.fixture
+def scored(in_process: None, tmp_path: Path) -> Run:
+    """The first 200 digits in two fragments, all but two with a label, with made-up scores; the test set are the other digits."""
+    config = small_config(str(tmp_path / "run"), "source.limit=200")
+    run = Run(config.run)
+    run.write_config(config)
+    serial.index(config)
+    random, digits = np.random.default_rng(0), load_digits()
+    for fragment in run.fragments():
+        rows, count = np.arange(fragment.start, fragment.stop), fragment.samples
+        ids = [f"digits/{row:04d}" for row in rows]
+        labels = pa.array(digits.target[rows].astype(np.int32), pa.int32(), mask=rows >= 198)
+        score = random.normal(size=count).astype(np.float32)
+        numbers = {"score": score, "lower": score - 1, "upper": score + 1, "measured": np.zeros(count, bool)}
+        storage.write_table(
+            run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table({"sample_id": ids, "label": labels, **numbers})
+        )
+        told = {"sample_id": ids, "loss": random.random(count).astype(np.float32)}
+        storage.write_table(run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(told))
+    seconds = {"index": 1.0, "seed": 2.0, "proxy": 30.0, "measure": 4.0, "embed": 5.0, "extrapolate": 6.0, "select": 100.0}
+    records = {stage: StageRecord("done", stage, samples=200, cpu_seconds=each) for stage, each in seconds.items()}
+    records["extrapolate"].detail = {"score": "moso", "measured": 0}
+    run.write_ledger(records)
+    return run
