@@ -174,14 +174,14 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
     about = {"drawn": drawn, "rejects": summarize(rejects)}
     for shard, rows in ((name, mine), (audit_name(name), ~mine)):
         kept = np.flatnonzero(rows)
-        table = _shard_table(
+        table = shard_table(
             [ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size, about
         )
         storage.write_table(run.path("seed", f"{shard}.parquet"), table)
     return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap(), **about}
 
 
-def _shard_table(
+def shard_table(
     ids: list[str],
     labels: list[int],
     images: np.ndarray,
