@@ -20,7 +20,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture
-def place(made: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def growing(made: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """The same, to be changed: the source is put back as it was afterwards."""
     in_process(monkeypatch)
     aside = Path(f"{made.folder}-aside")
