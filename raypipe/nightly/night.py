@@ -113,6 +113,8 @@ def _run_night(config: Config, progress: Progress, verbose: bool, moment: dateti
             except TrustError as error:
                 refused = str(error)
                 progress.say(f"select      {refused}")
+            if name == "index":
+                _check_classes(run, generation)
         fragments = run.fragments()
         files = _files(run, fragments, before)
         made = _contents(files) != _contents(before) or refused != before["refused"]
@@ -154,6 +156,15 @@ def _check(context: Context, records: dict[str, StageRecord]) -> str:
     return fingerprint(prints["extrapolate"], *about)
 
 
+def _check_classes(run: Run, generation: str) -> None:
+    """Raise RunError where the index, made from nothing after the source was empty for a while, numbers classes in another way."""
+    if storage.read_json(run.path(STATE, generation, "baseline.json"))["classes"] != list(run.classes().names):
+        raise RunError(
+            f"{run.uri}: the classes of the source are others than those the proxy was trained on; use a new run folder, or put back "
+            "what the source had"
+        )
+
+
 def _first_snapshot(context: Context, records: dict[str, StageRecord], generation: str, moment: datetime) -> dict[str, Any]:
     """Note what the run was before its first night, and snapshot it. Raises RunError where it is not whole."""
     run, count = context.run, context.config.nightly.drift_samples
@@ -169,9 +180,8 @@ def _first_snapshot(context: Context, records: dict[str, StageRecord], generatio
             table = draw(context, parts, count, seeds=seeds)
             storage.write_table(storage.join(folder, f"reference-{which}.parquet"), table)
         total = sum(fragment.samples for fragment in parts)
-        storage.write_json(
-            storage.join(folder, "baseline.json"), {"samples": total, "fragments": sorted(readable), "made": now()}
-        )
+        about = {"samples": total, "fragments": sorted(readable), "classes": list(run.classes().names), "made": now()}
+        storage.write_json(storage.join(folder, "baseline.json"), about)
     files = _files(run, fragments, {"scores": [], "keep": []})
     found: dict[str, Any] = {**changes(_pieces(files), _pieces(files)), "share_since_seed": 0.0}
     found |= {"drift": None, "labels": None, "fidelity": None, "judging_cpu_seconds": 0.0}
@@ -274,8 +284,10 @@ def _drift(context: Context, before: dict[str, Any], new: Sequence[Fragment], fo
     windows = {"tonight": tonight} if len(tonight) else {}
     if len(earlier):
         windows["since"] = both
-    found = {}
+    found, referred = {}, set(old["sample_id"].to_pylist()) if len(old) else set()
     for window, table in windows.items():
+        # samples of a changed file may be as they were: on both sides they would make a classifier worse than chance
+        table = table.filter(pa.array([name not in referred for name in table["sample_id"].to_pylist()], pa.bool_()))
         drift = embedding_drift(*(embeddings_of(item) for item in (table, *_as_wide(old, seed, table))))
         found[window] = drift.as_dict()
         told = (

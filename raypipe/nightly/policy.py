@@ -9,10 +9,11 @@ import numpy as np
 
 from raypipe.config import NightlySettings, TrustSettings
 from raypipe.extrapolate.drift import Drift
-from raypipe.extrapolate.figures import LEVEL, figures, spearman, spearman_of_resamples
+from raypipe.extrapolate.figures import figures, spearman, spearman_of_resamples
 
 FEWEST_AUDITED = 30
 """Measured new samples below which their fidelity advises nothing."""
+FALL_LEVEL = 0.99
 
 Piece = Mapping[str, Any]
 """A fragment as a snapshot lists it: file (named after the fragment), path of the source file, samples."""
@@ -47,7 +48,8 @@ def judge(predicted: np.ndarray, measured: np.ndarray, first: tuple[np.ndarray, 
     """Fidelity on new samples: predicted and measured scores, float64 [n], beside those of the run's first audit, where it had one.
 
     spearman, interval         rank correlation with its 95 % bootstrap interval; None where it is undefined
-    first, fall, fall_interval that of the first audit, and the difference (below 0: it fell) under independent resamples of both
+    first, fall, fall_interval that of the first audit, and the difference (below 0: it fell) with its 99 % interval, under independent
+                               resamples of both: it is asked every night, so that 95 % would err too often
     """
     found = figures({"": predicted}, measured, seed, ())[""] if len(measured) > 1 else None
     result: dict[str, Any] = {
@@ -68,7 +70,7 @@ def judge(predicted: np.ndarray, measured: np.ndarray, first: tuple[np.ndarray, 
         then = spearman_of_resamples({"": first[0]}, first[1], seed + 2)[""]
         count = min(len(now), len(then))
         difference = now[:count] - then[:count]
-        bounds = np.nanquantile(difference, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        bounds = np.nanquantile(difference, [(1 - FALL_LEVEL) / 2, (1 + FALL_LEVEL) / 2])
         result |= {"fall": result["spearman"] - result["first"], "fall_interval": bounds.tolist()}
     return result
 

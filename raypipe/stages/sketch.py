@@ -73,10 +73,11 @@ def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
 
 
 def embeddings_of(table: pa.Table) -> np.ndarray:
-    """float32 [n, d] of a draw; [0, 0] of one without samples."""
-    if not len(table):
+    """float32 [n, d] of a draw that has the column; [0, 0] of one from no fragments."""
+    if "embedding" not in table.column_names:
         return np.zeros((0, 0), np.float32)
-    return np.asarray(table["embedding"].combine_chunks().flatten(), np.float32).reshape(len(table), -1)
+    width = table.schema.field("embedding").type.list_size
+    return np.asarray(table["embedding"].combine_chunks().flatten(), np.float32).reshape(len(table), width)
 
 
 def _share(settings: SeedSettings, seeds: bool) -> float:

@@ -15,7 +15,7 @@ from nights import Place
 
 import raypipe
 from raypipe import storage
-from raypipe.errors import ConfigError, RunError, StageError
+from raypipe.errors import ConfigError, RunError, SourceError, StageError
 from raypipe.nightly import night as nights
 from raypipe.rundir import Run
 from raypipe.settings.measure import MeasureSettings
@@ -204,6 +204,27 @@ def test_a_run_that_is_not_finished_is_refused(growing: Place, tmp_path: Path) -
     growing.run.write_ledger(records)
     with pytest.raises(RunError, match="stage measure is not finished"):
         growing.night(0)
+
+
+def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(growing: Place) -> None:
+    growing.night(0)
+    before = score_files(growing.run.uri)
+    for number in range(4):
+        growing.remove(number)
+    with pytest.raises(SourceError, match=str(growing.folder)):
+        growing.night(1)
+    assert score_files(growing.run.uri) == before
+    for number in range(4):
+        growing.add(number)
+    about = growing.run.path("nightly", storage.folders(growing.run.path("nightly"))[0], "baseline.json")
+    noted = storage.read_json(about)
+    storage.write_json(about, {**noted, "classes": [*noted["classes"], "11"]})
+    with pytest.raises(RunError, match="the classes of the source are others"):
+        growing.night(2)
+    storage.write_json(about, noted)
+    night = growing.night(3, "nightly.max_new_share=1")  # every file has another time of change
+    assert night.exit_code == 0 and night.found["samples"]["changed"] == 600
+    assert night.found["drift"]["tonight"]["n_new"] < 200, "of what is on both sides nothing can be told"
 
 
 # -- pinned ---------------------------------------------------------------------------------------------------------

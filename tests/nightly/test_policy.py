@@ -35,7 +35,7 @@ def scores(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]
 def test_a_fall_of_the_fidelity_is_told_from_chance() -> None:
     good, bad = scores(0, 300, 0.3), scores(1, 200, 3.0)
     same = [judge(*scores(number, 200, 0.3), good, 0)["fall_interval"] for number in range(2, 22)]
-    assert sum(high < 0 for _, high in same) <= 2
+    assert sum(high < 0 for _, high in same) <= 1
     found = judge(*bad, good, 0)
     assert found["first"] > 0.9 and found["fall"] == pytest.approx(found["spearman"] - found["first"])
     assert found["fall_interval"][0] < found["fall"] < found["fall_interval"][1] < 0
