@@ -252,6 +252,8 @@ def _judged(
     if fidelity["spearman"] is not None:
         between = " to ".join(f"{bound:.2f}" for bound in fidelity["interval"] or [])
         context.progress.say(f"nightly     fidelity {fidelity['spearman']:.2f} ({between}) on {fidelity['n']} new samples")
+    elif fidelity["note"]:
+        context.progress.say(f"nightly     fidelity unknown: {fidelity['note']}")
     return {
         **counts,
         "share_since_seed": since / max(1, counts["samples"]["total"]),
