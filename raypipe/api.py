@@ -25,6 +25,7 @@ from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.progress import Progress
 from raypipe.rundir import Lease, Run
 from raypipe.settings.evaluate import EvaluateSettings
+from raypipe.snapshots import load_snapshot, score_shards
 
 if TYPE_CHECKING:
     from raypipe.survey import Survey
@@ -218,12 +219,17 @@ def summary_of(run: Run) -> dict[str, Any]:
         return {}
 
 
-def load_scores(uri: str, columns: list[str] | None = None) -> pa.Table:
+def load_scores(uri: str, columns: list[str] | None = None, snapshot: str | None = None) -> pa.Table:
     """All score shards of a run (a run folder or its `scores` folder) as one table; see the README for the columns.
 
-    Raises RunError when there are none. The whole table is held in memory: for very large runs, open the folder with
+    With `snapshot`, the scores of a run as they were then (docs/nightly.md). Raises RunError when there are none.
+    The whole table is held in memory: for very large runs, open the folder with
     `pyarrow.dataset` instead.
     """
+    if snapshot is not None:
+        run = Run(uri)
+        shards = score_shards(run, load_snapshot(run, snapshot))
+        return pa.concat_tables([storage.read_table(stored, columns) for _, stored in shards])
     folder = uri if storage.name(uri) == "scores" else storage.join(Run(uri).uri, "scores")
     tables = [table for _, table in storage.iter_tables(folder, columns)]
     if not tables:
@@ -308,6 +314,7 @@ def export(
     shard_bytes: int | None = None,
     allow_missing: bool = False,
     force: bool = False,
+    snapshot: str | None = None,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -322,6 +329,7 @@ def export(
     shard_bytes    bytes in a shard, about; default: 512 MiB
     allow_missing  end well although samples of the keep-list cannot be read any more
     force          replace another export that is there
+    snapshot       the keep-list as it was in this snapshot; samples of files that changed or went away since are missing
     Returns format, to, samples, shards, bytes and missing. Shards that are finished are not made again; the bytes are the same every
     time. Raises ConfigError for a bad option, RunError for a missing keep-list or a folder that holds something else, StageError at
     the end for samples that cannot be read.
@@ -339,6 +347,7 @@ def export(
             shard_bytes=shard_bytes,
             allow_missing=allow_missing,
             force=force,
+            snapshot=snapshot,
             progress=progress,
             verbose=verbose,
         )

@@ -177,6 +177,7 @@ def select(uri: str, keep: tuple[float, ...], strategy: str | None, force: bool,
 @click.option("--to", required=True, metavar="URI", help="Folder for shards; file for indices and list.")
 @click.option("--shard-samples", type=click.IntRange(1), help="Samples in a shard. Default: by --shard-mb.")
 @click.option("--shard-mb", type=click.IntRange(1), help="Size of a shard in MiB, about. Default: 512.")
+@click.option("--snapshot", metavar="NAME", help="The keep-list as it was in this snapshot of a nightly run.")
 @click.option("--allow-missing", is_flag=True, help="Exit 0 although samples cannot be read any more.")
 @click.option("--force", is_flag=True, help="Replace another export that is there.")
 @_verbose

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from raypipe.errors import ConfigError
 from raypipe.settings.base import Settings
 from raypipe.settings.measure import SELF_TERM_BELOW, MeanSettings, MeasureSettings
+from raypipe.settings.nightly import NightlySettings
 from raypipe.settings.proxy import PoolSettings, ProxySettings
 from raypipe.settings.results import (
     ClusterSettings,
@@ -36,6 +37,7 @@ __all__ = [
     "ExtrapolateSettings",
     "MeanSettings",
     "MeasureSettings",
+    "NightlySettings",
     "PoolSettings",
     "ProxySettings",
     "ReportSettings",
@@ -69,6 +71,7 @@ class Config(Settings):
     trust: TrustSettings = TrustSettings()
     select: SelectSettings = SelectSettings()
     report: ReportSettings = ReportSettings()
+    nightly: NightlySettings = NightlySettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")

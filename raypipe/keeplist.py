@@ -47,21 +47,22 @@ class KeepList:
     """The samples to keep.
 
     KeepList("runs/first", keep=0.5)                       of a run, local or s3://; the only list there is without `keep`
+    KeepList("runs/first", keep=0.5, snapshot="2026-11-22T020000Z")    as it was in a snapshot: see docs/nightly.md
     KeepList("runs/first/keep/keep-0.50.parquet")          the file itself
 
     It has a length, gives its ids when iterated over, and tells whether an id is `in` it. It can be pickled, and so sent to the
     workers of a DataLoader. Raises RunError where there is no such list, naming those there are.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], keep: float | None = None) -> None:
+    def __init__(self, uri: str | os.PathLike[str], keep: float | None = None, snapshot: str | None = None) -> None:
         where = os.fspath(uri)
-        if keep is None and where.lower().endswith(".parquet"):
+        if keep is None and snapshot is None and where.lower().endswith(".parquet"):
             self.uri = where
             run = Run((where if "://" in where else os.path.abspath(os.path.expanduser(where))).rsplit("/", 2)[0])
             self._run = run if run.exists() else None
         else:
             self._run = Run(where)
-            self.uri = find_keep_list(self._run, keep)
+            self.uri = find_keep_list(self._run, keep, snapshot)
         with KeepFile(self.uri) as file:
             self._table = pa.Table.from_batches(file.batches(), file.schema).combine_chunks()
 
@@ -305,6 +306,10 @@ class KeepList:
             fragments = self._run.fragments()
             starts = first_positions(fragments)
             first = {fragment.path: starts[fragment.fragment_id] for fragment in fragments if fragment.start == 0}
+            if gone := sorted(self._files - set(first)):
+                raise SourceError(
+                    f"{self.uri} has samples of files that are no longer in the source, such as {gone[0]}; give ids"
+                )
         return np.array([first[path] + int(row) for path, _, row in split], np.int64)
 
     def _check_labels(self, dataset: Any, position: np.ndarray, rows: np.ndarray) -> None:

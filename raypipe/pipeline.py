@@ -67,7 +67,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
     else:  # what auto stands for is told once here, instead of by a listing in every task
         config = config.model_copy(update={"source": open_source(given).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)
-    with Lease(run), _log_file(run), closing(context):
+    with Lease(run), log_file(run), closing(context):
         records = run.ledger() if run.exists() else {}
         if tables_of(records):
             raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
@@ -83,7 +83,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
                     run.clear(name)
                 continue
             try:
-                _advance(stage, context, records)
+                advance(stage, context, records)
             except TrustError as error:
                 refusal = error
         if refusal is not None:
@@ -118,13 +118,13 @@ def _extrapolate(config: Config, scores: str, column: str, progress: Progress, v
     from raypipe.stages.own import OwnStage
 
     stage, context = OwnStage(uri, scores, column), Context(config, run, progress, verbose)
-    with Lease(run), _log_file(run), closing(context):
+    with Lease(run), log_file(run), closing(context):
         records = run.ledger() if run.exists() else {}
-        _advance(stage, context, records)
+        advance(stage, context, records)
     return storage.read_json(run.path("summary.json"))
 
 
-def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
+def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
     """Bring one stage to the state `done`."""
     run, name = context.run, stage.name
     wanted = fingerprint(name, stage.settings(context.config), [records[need].fingerprint for need in stage.needs])
@@ -177,7 +177,7 @@ def errors_of_storage(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _log_file(run: Run) -> Iterator[None]:
+def log_file(run: Run) -> Iterator[None]:
     """Everything said goes to RUN/logs/<start>.log as well, stored at the end of the run and whenever a stage ends."""
     handler = _Lines()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -27,7 +27,7 @@ from raypipe.rundir import Lease, Run
 from raypipe.sources import ClassMap, Fragment, open_source
 from raypipe.stages.base import Context
 from raypipe.stages.index import IndexStage
-from raypipe.stages.kept import KeepFile, Located, check_has_images, find_keep_list, ids_in_order, locate
+from raypipe.stages.kept import KeepFile, Located, check_has_images, find_keep_list, ids_in_order, locate, without_gone
 from raypipe.stages.select import keep_metadata
 from raypipe.stages.shards import WRITERS, Item, encoded
 
@@ -88,6 +88,7 @@ def export_keep_list(
     shard_bytes: int | None = None,
     allow_missing: bool = False,
     force: bool = False,
+    snapshot: str | None = None,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def export_keep_list(
         raise ConfigError(f"format {format} is a single file, which has no shards")
     check_has_images(run)
     config = run.config()
-    keep_list = find_keep_list(run, keep)
+    keep_list = find_keep_list(run, keep, snapshot)
     to = Run(to).uri  # workers have other working directories
     if _within(to, config.source.uri):
         raise ConfigError(f"{to}: the output cannot be within the source, {config.source.uri}; give another place")
@@ -109,14 +110,15 @@ def export_keep_list(
         context.progress.say(
             f"note: {config.source.uri} is not as it was when it was indexed; files that changed may lack samples"
         )
-    located = locate(run, keep_list)
+    located = locate(run, keep_list, snapshot)
     if format not in WRITERS:
         from raypipe.stages.listings import export_listing
 
         return export_listing(context, keep_list, located, format, to, allow_missing, force)
+    left, gone = without_gone(run, keep_list, located) if snapshot is not None else (located, [])
     state = Run(storage.join(to, STATE))
     with Lease(state):
-        return _Export(context, keep_list, located, format, to, allow_missing).make(shard_samples, shard_bytes, force)
+        return _Export(context, keep_list, left, format, to, allow_missing, gone).make(shard_samples, shard_bytes, force)
 
 
 def _within(inner: str, outer: str) -> bool:
@@ -130,8 +132,17 @@ def _within(inner: str, outer: str) -> bool:
 class _Export:
     """An export to shards."""
 
-    def __init__(self, context: Context, keep_list: str, located: Located, format: str, to: str, allow_missing: bool) -> None:
-        self._context, self._run, self._located = context, context.run, located
+    def __init__(
+        self,
+        context: Context,
+        keep_list: str,
+        located: Located,
+        format: str,
+        to: str,
+        allow_missing: bool,
+        gone: Sequence[tuple[str, str]],
+    ) -> None:
+        self._context, self._run, self._located, self._gone = context, context.run, located, gone
         self._job = Job(context.run.uri, context.config.source, keep_list, to, format)
         self._to, self._allow_missing = to, allow_missing
 
@@ -237,7 +248,9 @@ class _Export:
         if samples + len(missing) != self._located.samples:
             raise StageError(f"{self._to}: {samples} samples where {self._located.samples} are due; run it again with --force")
         _remove_leftovers(self._to)
-        report_missing(storage.join(self._to, STATE, "missing.json"), missing, self._located.samples, self._allow_missing)
+        missing += self._gone
+        wanted = self._located.samples + len(self._gone)
+        report_missing(storage.join(self._to, STATE, "missing.json"), missing, wanted, self._allow_missing)
         return {
             "format": self._job.format,
             "to": self._to,

@@ -95,14 +95,23 @@ def _measure_part(context: Context, record: StageRecord, part: Part, fewest: int
         else:
             meter.already(part.samples)
     meter.already(sum(part.count(run, shard) for shard in shards if shard in done))
+    measure_shards(context, record, part, fewest, [shard for shard in shards if shard not in done], meter.add)
+
+
+def measure_shards(
+    context: Context, record: StageRecord, part: Part, fewest: int, shards: list[str], on_done: Callable[[int], None]
+) -> None:
+    """The second pass over some shards in `seed/`, as of a part of the seed set; `fewest` are the samples of the smallest part."""
+    config, run = context.config, context.run
+    pool, folders = context.cluster.pool(config.measure), Folders.of(config, run).of_part(part)
 
     def collect(result: dict[str, Any]) -> None:
-        meter.add(result["samples"])
+        on_done(result["samples"])
         record.cpu_seconds += result["cpu_seconds"]
         record.gpu_seconds += result["gpu_seconds"]
 
     stream(
-        [shard for shard in shards if shard not in done],
+        shards,
         functools.partial(_read, run.uri, part),
         GradientActor,
         {

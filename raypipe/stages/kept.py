@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.errors import ConfigError, RunError
-from raypipe.rundir import Run, tables_of
+from raypipe.rundir import Run, content_hash, tables_of
+from raypipe.snapshots import file_uri, load_snapshot, score_shards
 from raypipe.sources import Fragment, Source
 from raypipe.stages.select import keep_file
 
@@ -26,23 +27,29 @@ READ_AHEAD = 8
 """Score shards read at a time, for the delay of an object store."""
 
 
-def find_keep_list(run: Run, keep: float | None) -> str:
-    """URI of the run's keep-list of a fraction, or of the only one there is.
+def find_keep_list(run: Run, keep: float | None, snapshot: str | None = None) -> str:
+    """URI of the run's keep-list of a fraction, or of the only one there is; with `snapshot` as it was then.
 
-    Raises ConfigError for a fraction that is none, RunError where there is no such list (or no run), naming those there are.
+    Raises ConfigError for a fraction that is none, RunError where there is no such list (no run, no snapshot), naming those there are.
     """
     if keep is not None and not 0 < keep <= 1:
         raise ConfigError(f"keep: {keep!r} is not a fraction of the samples: it must be above 0 and at most 1")
     run.ledger()  # says so where there is no run at all
-    there = sorted(file for file in storage.names(run.path("keep")) if file.endswith(".parquet"))
+    if snapshot is None:
+        where = {file: run.path("keep", file) for file in storage.names(run.path("keep")) if file.endswith(".parquet")}
+    else:
+        where = {entry["file"]: file_uri(run, entry) for entry in load_snapshot(run, snapshot)["keep"]}
+    there = sorted(where)
     if keep is None and len(there) == 1:
-        return run.path("keep", there[0])
+        return where[there[0]]
     if keep is not None and keep_file(keep) in there:
-        return run.path("keep", keep_file(keep))
+        return where[keep_file(keep)]
     found = f"there are {', '.join(there)}" if len(there) > 1 else f"there is {there[0]}" if there else "there is none"
     if keep is None and there:
         raise RunError(f"{run.uri}: which keep-list? {found}; name its fraction with keep")
     wanted = "no keep-list" if keep is None else f"no keep-list of fraction {keep:g}"
+    if snapshot is not None:
+        raise RunError(f"{run.uri}: {wanted} in snapshot {snapshot}; {found}")
     command = f"raypipe select {run.uri}" + ("" if keep is None else f" --keep {keep:g}")
     raise RunError(f"{run.uri}: {wanted}; {found}. Make it with `{command}`")
 
@@ -122,8 +129,8 @@ class Located:
     weighted: bool
 
 
-def locate(run: Run, uri: str) -> Located:
-    """Find the fragments of a keep-list's rows, in one pass over the list and the ids of `scores/`.
+def locate(run: Run, uri: str, snapshot: str | None = None) -> Located:
+    """Find the fragments of a keep-list's rows, in one pass over the list and the ids of `scores/`, or of the scores in a snapshot.
 
     The rows of a keep-list stand in the order of the score shards, one for each fragment, so nothing has to be joined or held.
     Raises RunError when the list was made from other scores than those there are.
@@ -132,7 +139,13 @@ def locate(run: Run, uri: str) -> Located:
     with KeepFile(uri) as file:
         batches = file.batches()
         held, exhausted = pa.array([], pa.string()), False
-        for name, table in storage.iter_tables(run.path("scores"), ["sample_id"], threads=READ_AHEAD):
+        if snapshot is None:
+            stored = storage.iter_tables(run.path("scores"), ["sample_id"], threads=READ_AHEAD)
+        else:
+            shards = score_shards(run, load_snapshot(run, snapshot))
+            read = storage.ahead(lambda shard: storage.read_table(shard[1], ["sample_id"]), shards, READ_AHEAD)
+            stored = ((name, table) for (name, _), table in read)
+        for name, table in stored:
             while len(held) < len(table) and not exhausted:
                 batch = next(batches, None)
                 exhausted = batch is None
@@ -149,6 +162,23 @@ def locate(run: Run, uri: str) -> Located:
                 f"made from other scores than those there are. Make it again with `raypipe select {run.uri}`"
             )
         return Located(rows, len(file), digest.hexdigest(), file.weighted)
+
+
+def without_gone(run: Run, uri: str, located: Located) -> tuple[Located, list[tuple[str, str]]]:
+    """What a list of a snapshot has in fragments that are in the index still, and its other samples, each with the reason.
+
+    A fragment is named after the content of its file: one that is not in the index cannot be read as it was.
+    """
+    there = {fragment.fragment_id for fragment in run.fragments()}
+    left = {name: rows for name, rows in located.rows.items() if name in there}
+    if len(left) == len(located.rows):
+        return located, []
+    with KeepFile(uri) as file:
+        tables = [file.rows(*rows) for name, rows in located.rows.items() if name not in there]
+    why = "its file changed or went away since the snapshot"
+    gone = [(sample_id, why) for table in tables for sample_id in table["sample_id"].to_pylist()]
+    fingerprint = content_hash([located.fingerprint, *left])
+    return Located(left, located.samples - len(gone), fingerprint, located.weighted), gone
 
 
 def _leading(kept: pa.Array, ids: pa.Array) -> int:

@@ -17,7 +17,7 @@ from raypipe.config import SELF_TERM_BELOW, Config, MeanSettings
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.gradients import OUTPUTS, Folders, measure_gradients, smallest
+from raypipe.stages.gradients import OUTPUTS, Folders, measure_gradients, measure_shards, smallest
 from raypipe.stages.parts import Part, joined
 from raypipe.stages.proxy import empty_proxy, proxy_parts
 from raypipe.stages.seed import seed_manifest
@@ -80,6 +80,24 @@ class MeasureStage(Stage):
             if not stale.endswith(".parquet"):
                 storage.delete(run.path("measured", stale))
         record.samples, record.detail = count + audited, {**detail, "audit_samples": audited}
+
+
+def measure_more(context: Context, record: StageRecord, shard: str) -> pa.Table:
+    """sample_id, label and the scores at checkpoints of one more shard in `seed/`, of samples outside the seed set.
+
+    The stage must be done: its checkpoints and mean gradients are used, and nothing is left in `measured/`.
+    """
+    config, run = context.config, context.run
+    parts, folder = proxy_parts(run), Folders.of(config, run).checkpoints
+    for part in parts:
+        measure_shards(context, record, part, smallest(parts), [shard], lambda samples: None)
+    moso = None
+    if "moso" in config.measure.at_checkpoints:
+        moso = _MosoTotals.of_parts(config, run, parts, folder, seed_manifest(run)["shards"])
+    table = _of_checkpoints(config, run, parts, folder, shard, moso, audit=True)
+    for part in parts:
+        storage.delete(run.path(part.below(folder), f"{shard}.parquet"))
+    return table
 
 
 def _announce(context: Context) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from raypipe import storage
 from raypipe.config import SeedSettings
 from raypipe.rundir import Run
-from raypipe.stages.seed import _shard_table, audit_fraction, audit_name, audit_rule, read_shard, wanted
+from raypipe.stages.seed import audit_fraction, audit_name, audit_rule, read_shard, shard_table, wanted
 
 IDS = [f"folder/{number}.jpg" for number in range(20_000)]
 
@@ -44,7 +44,7 @@ def test_the_share_of_the_other_samples(settings: SeedSettings, samples: int, ex
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_shard_reads_back(tmp_path, count: int) -> None:
     run, images = Run(str(tmp_path)), np.random.default_rng(0).integers(0, 256, (count, 3, 4, 4), np.uint8)
-    table = _shard_table(IDS[:count], [1] * count, images, 2, 4)
+    table = shard_table(IDS[:count], [1] * count, images, 2, 4)
     storage.write_table(run.path("seed", f"{audit_name('seed-7')}.parquet"), table)
     ids, pixels, labels = read_shard(run, "audit-7")
     assert (ids, labels.tolist()) == (IDS[:count], [1] * count)

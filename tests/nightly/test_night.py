@@ -1,0 +1,377 @@
+"""Nights of a source that grows, changes and shrinks; without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import QUIET, by_id, score_files, stamps
+from nights import Place
+
+import raypipe
+from raypipe import storage
+from raypipe.errors import ConfigError, RunError, SourceError, StageError
+from raypipe.nightly import night as nights
+from raypipe.rundir import Run
+from raypipe.settings.measure import MeasureSettings
+from raypipe.snapshots import load_snapshot, snapshot_names
+
+
+def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(growing: Place) -> None:
+    before = {folder: stamps(growing.run.uri, folder) for folder in ("scores", "embeddings", "keep", "index", "extrapolator")}
+    first, second = growing.night(0), growing.night(1)
+    assert (first.made, first.snapshot, first.exit_code) == (True, "2026-11-22T020000Z", 0)
+    assert (second.made, second.snapshot, second.exit_code) == (False, first.snapshot, 0)
+    assert {folder: stamps(growing.run.uri, folder) for folder in before} == before
+    manifest = load_snapshot(growing.run, first.snapshot)
+    assert manifest["samples"] == {"new": 0, "changed": 0, "removed": 0, "total": 600}
+    assert {entry["file"] for entry in manifest["scores"]} == set(score_files(growing.run.uri))
+    assert [entry["file"] for entry in manifest["keep"]] == ["keep-0.50.parquet"]
+    # a file that a snapshot names takes no space of its own on a local disk
+    stored, original = manifest["scores"][0], growing.run.path("scores", manifest["scores"][0]["file"])
+    assert os.path.samefile(growing.run.path("snapshots/files", f"{stored['hash']}.parquet"), original)
+
+
+def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(growing: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    growing.night(0)
+    before, fitted, kept = score_files(growing.run.uri), stamps(growing.run.uri, "extrapolator"), by_id(growing.run.uri)
+    trained = {folder: stamps(growing.run.uri, folder) for folder in ("proxy", "seed", "measured")}
+    old = stamps(growing.run.uri, "scores")
+    growing.add(4)
+    growing.add(0, rows=100)
+    growing.remove(3)
+    read: list[str] = []
+    embed = nights.make_stage("embed")
+    monkeypatch.setattr("raypipe.stages.embed._read", _recording(read, type(embed).__module__))
+    night = growing.night(1)
+    assert night.made and night.exit_code == 0, night.advice
+    assert night.found["files"] == {"new": 1, "changed": 1, "removed": 1}
+    assert night.found["samples"] == {"new": 150, "changed": 100, "removed": 150, "total": 550}
+    assert sorted(set(read)) == ["part-00.parquet", "part-04.parquet"]
+    after, rows = score_files(growing.run.uri), by_id(growing.run.uri)
+    same = before.keys() & after.keys()
+    assert len(same) == 4 and all(before[name] == after[name] for name in same)
+    new = stamps(growing.run.uri, "scores")
+    assert all(old[name] == new[name] for name in same), "written again"
+    assert stamps(growing.run.uri, "extrapolator") == fitted
+    assert {folder: stamps(growing.run.uri, folder) for folder in trained} == trained
+    assert len(rows) == 550 and not any(sample_id.startswith("part-03") for sample_id in rows)
+    assert rows["part-00.parquet#7"]["score"] == kept["part-00.parquet#7"]["score"]
+    keep = raypipe.KeepList(growing.run.uri)
+    assert len(keep) == 275 and set(keep) <= rows.keys()
+    # the fidelity is that of measured beside predicted scores of samples that were not there before
+    fidelity = night.found["fidelity"]
+    assert fidelity["n"] == 40 and fidelity["spearman"] > 0.5 and fidelity["first"] is not None
+    pairs = storage.read_table(_state(growing, night.snapshot, "audit"))
+    assert all(row["sample_id"].startswith(("part-00", "part-04")) for row in pairs.to_pylist())
+    for row in pairs.to_pylist():
+        assert rows[row["sample_id"]]["score"] == pytest.approx(row["predicted"]) and not rows[row["sample_id"]]["measured"]
+    assert growing.night(1).made is False
+
+
+def _recording(read: list[str], module: str) -> Any:
+    import importlib
+
+    original = importlib.import_module(module)._read
+
+    def recording(config: Any, uri: str, aside: bool, fragment: Any) -> Any:
+        read.append(fragment.path)
+        return original(config, uri, aside, fragment)
+
+    return recording
+
+
+def _state(growing: Place, snapshot: str, name: str) -> str:
+    entry = next(entry for entry in load_snapshot(growing.run, snapshot)["state"] if entry["file"] == f"{name}.parquet")
+    return growing.run.path("snapshots/files", f"{entry['hash']}.parquet")
+
+
+def test_audited_scores_are_those_of_the_proxy_at_its_checkpoint(growing: Place) -> None:
+    import torch
+
+    from raypipe.images import decode
+    from raypipe.sources import open_source
+    from raypipe.stages.proxy import load_checkpoint
+
+    growing.night(0)
+    growing.add(4)
+    pairs = storage.read_table(_state(growing, growing.night(1).snapshot, "audit")).to_pylist()
+    source = open_source(growing.config().source)
+    samples = {
+        sample.sample_id: sample
+        for fragment in growing.run.fragments()
+        for sample in source.read(growing.run.with_members(fragment), {row["sample_id"] for row in pairs}.__contains__)
+    }
+    model = load_checkpoint(growing.run, "epoch-0000.safetensors")
+    for row in pairs[:5]:
+        pixels = torch.from_numpy(np.asarray(decode(samples[row["sample_id"]].image, 8, 1000))[None].copy())
+        loss = torch.nn.functional.cross_entropy(model(pixels), torch.tensor([row["label"]])).item()
+        assert row["measured"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_other_images_are_drift_and_a_refresh_is_advised_until_the_settings_allow_it(growing: Place) -> None:
+    growing.night(0)
+    growing.add(4, invert=True)
+    night = growing.night(1)
+    assert night.exit_code == 4 and any(reason.startswith("drift: the samples of this night") for reason in night.advice)
+    assert any("first audit" in reason for reason in night.advice)
+    again = growing.night(1)
+    assert (again.made, again.advice) == (False, night.advice), "the same answer for the same run"
+    allowed = ["nightly.max_drift=1", "nightly.max_new_share=1"]
+    assert not any(reason.startswith("drift") for reason in growing.night(1, *allowed).advice)
+    grown = growing.night(1, "nightly.max_drift=1", "nightly.max_new_share=0.1")
+    assert any("20 % of the samples came after the seed set" in reason for reason in grown.advice)
+
+
+def test_drift_is_told_of_all_nights_together_as_well(growing: Place) -> None:
+    growing.night(0)
+    for number in (4, 5):
+        growing.add(number)
+        night = growing.night(number, "nightly.drift_samples=120")
+    found = night.found["drift"]
+    assert found["tonight"]["n_new"] < 120 and found["since"]["n_new"] == 120
+    sketch = storage.read_table(_state(growing, night.snapshot, "arrivals"))
+    assert {fragment[:2] for fragment in sketch["sample_id"].to_pylist()} == {"pa"} and len(sketch) == 120
+    assert {row["sample_id"][:7] for row in sketch.to_pylist()} == {"part-04", "part-05"}
+    growing.remove(4)
+    night = growing.night(6, "nightly.drift_samples=120")
+    left = storage.read_table(_state(growing, night.snapshot, "arrivals"))
+    assert {row["sample_id"][:7] for row in left.to_pylist()} == {"part-05"}
+
+
+def test_a_score_that_cannot_be_audited_is_said_to_rest_on_drift(growing: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    growing.night(0)
+    growing.add(4)
+    monkeypatch.setattr(MeasureSettings, "at_checkpoints", property(lambda self: ()))
+    night = growing.night(1)
+    assert night.found["fidelity"]["spearman"] is None and "drift alone" in night.found["fidelity"]["note"]
+    assert night.found["drift"]["tonight"]["auc"] is not None
+
+
+def test_no_audit_where_none_is_asked_for(growing: Place) -> None:
+    growing.night(0)
+    growing.add(4)
+    night = growing.night(1, "nightly.audit=0")
+    assert night.found["fidelity"]["n"] == 0 and "nightly.audit is 0" in night.found["fidelity"]["note"]
+
+
+def test_scores_too_unfaithful_leave_a_snapshot_without_keep_lists(growing: Place) -> None:
+    growing.night(0)
+    growing.add(4)
+    night = growing.night(1, "trust.min_spearman=0.999")
+    assert night.exit_code == 3 and "no keep-lists" in night.refused and night.found["refused"] == night.refused
+    assert load_snapshot(growing.run, night.snapshot)["keep"] == []
+    again = growing.night(1, "trust.min_spearman=0.999")
+    assert (again.made, again.exit_code) == (False, 3)
+
+
+def test_the_report_is_written_where_it_is_asked_for(growing: Place) -> None:
+    growing.night(0)
+    growing.add(4)
+    before = stamps(growing.run.uri, "report")
+    growing.night(1)
+    assert stamps(growing.run.uri, "report") == before
+    growing.night(2, "nightly.report=true")
+    assert raypipe.api.summary_of(growing.run)["counts"]["samples"] == 750
+
+
+def test_settings_that_would_train_or_rescore_are_refused(growing: Place) -> None:
+    growing.night(0)
+    before = score_files(growing.run.uri)
+    for change in ("seed.fraction=0.5", "proxy.epochs=2", "extrapolate.neighbours=3", "embed.dtype=float16"):
+        with pytest.raises(RunError, match=rf"settings of stage {change.split('.')[0]} are others.*jobs/run\.py"):
+            growing.night(1, change)
+    assert score_files(growing.run.uri) == before
+    # keep-lists are cut as the settings say
+    assert growing.night(1, "select.keep=[0.25]").made
+    assert len(raypipe.KeepList(growing.run.uri, keep=0.25)) == 150
+
+
+def test_a_run_that_is_not_finished_is_refused(growing: Place, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run here"):
+        Place(growing.folder, tmp_path / "nowhere").night(0)
+    assert not (tmp_path / "nowhere").exists()
+    storage.delete(growing.run.path("scores", min(storage.names(growing.run.path("scores")))))
+    with pytest.raises(RunError, match="not every sample of its index has a score"):
+        growing.night(0)
+    records = growing.run.ledger()
+    del records["measure"]
+    growing.run.write_ledger(records)
+    with pytest.raises(RunError, match="stage measure is not finished"):
+        growing.night(0)
+
+
+def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(growing: Place) -> None:
+    growing.night(0)
+    before = score_files(growing.run.uri)
+    for number in range(4):
+        growing.remove(number)
+    with pytest.raises(SourceError, match=str(growing.folder)):
+        growing.night(1)
+    assert score_files(growing.run.uri) == before
+    for number in range(4):
+        growing.add(number)
+    about = growing.run.path("nightly", storage.folders(growing.run.path("nightly"))[0], "baseline.json")
+    noted = storage.read_json(about)
+    storage.write_json(about, {**noted, "classes": [*noted["classes"], "11"]})
+    with pytest.raises(RunError, match="the classes of the source are others"):
+        growing.night(2)
+    storage.write_json(about, noted)
+    night = growing.night(3, "nightly.max_new_share=1")  # every file has another time of change
+    assert night.exit_code == 0 and night.found["samples"]["changed"] == 600
+    assert night.found["drift"]["tonight"]["n_new"] < 200, "of what is on both sides nothing can be told"
+
+
+# -- pinned ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_path: Path) -> None:
+    growing.night(0)
+    pin = snapshot_names(growing.run)[0]
+    keep, scores = raypipe.KeepList(growing.run.uri, keep=0.5), raypipe.load_scores(growing.run.uri)
+    about = keep.metadata
+    growing.remove(3)
+    growing.add(0, rows=100)
+    growing.add(4)
+    growing.night(1)
+    pinned = raypipe.KeepList(growing.run.uri, keep=0.5, snapshot=pin)
+    assert pinned.ids == keep.ids and pinned.metadata == about
+    assert raypipe.KeepList(growing.run.uri, snapshot=pin).ids == keep.ids
+    assert raypipe.KeepList(growing.run.uri, keep=0.5).ids != keep.ids
+    assert raypipe.load_scores(growing.run.uri, snapshot=pin).equals(scores)
+    with pytest.raises(RunError, match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; there is keep-0\.50"):
+        raypipe.KeepList(growing.run.uri, keep=0.7, snapshot=pin)
+    # what is no longer in the source as it was cannot be exported, and is not taken from what is there now
+    lost = [name for name in keep.ids if name.startswith(("part-00", "part-03"))]
+    with pytest.raises(
+        StageError, match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing .*changed or went away"
+    ):
+        raypipe.export(growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), snapshot=pin, progress=QUIET)
+    options: dict[str, Any] = {"snapshot": pin, "progress": QUIET, "allow_missing": True}
+    done = raypipe.export(growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), **options)
+    assert (done["samples"], done["missing"]) == (len(keep) - len(lost), len(lost))
+    there = storage.read_table(str(tmp_path / "out" / "train-00000-of-00001.parquet"))
+    assert sorted(there["sample_id"].to_pylist()) == sorted(set(keep.ids) - set(lost))
+    with pytest.raises(ConfigError, match="not one of"):
+        raypipe.export(growing.run.uri, 0.5, "csv", str(tmp_path / "other"), snapshot=pin)
+    # the last snapshot that names it goes
+    files = set(storage.names(growing.run.path("snapshots/files")))
+    growing.add(5)
+    night = growing.night(2, "nightly.keep_snapshots=2")
+    assert night.expired == [pin]
+    with pytest.raises(RunError, match=f"no snapshot '{pin}'; the newest there are: 2026-11-23T020000Z, 2026-11-24T020000Z"):
+        raypipe.KeepList(growing.run.uri, keep=0.5, snapshot=pin)
+    left = set(storage.names(growing.run.path("snapshots/files")))
+    assert files - left and left == _named(growing.run)
+
+
+def _named(run: Run) -> set[str]:
+    return {
+        f"{entry['hash']}.parquet"
+        for name in snapshot_names(run)
+        for kind in ("scores", "keep", "state")
+        for entry in load_snapshot(run, name)[kind]
+    }
+
+
+def test_export_of_a_pinned_list_from_a_shell(growing: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from raypipe.cli import main
+
+    growing.night(0)
+    growing.add(4)
+    growing.night(1)
+    pin = snapshot_names(growing.run)[0]
+    arguments = ["export", growing.run.uri, "--keep", "0.5", "--format", "indices", "--snapshot", pin]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--to", str(tmp_path / "rows.json")])
+    assert ended.value.code == 0 and "300 samples" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["sample_ids"] and len(kept["indices"]) == 300 and max(kept["indices"]) < 600
+
+
+# -- killed ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing is written from here on, as after SIGKILL."""
+
+
+def _count_down(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
+    """Let the process be dead from its `moment`-th change of storage on. Returns the number of changes so far, in a list."""
+    count = [0]
+
+    def guarded(function: Any, where: int) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            uri = str(arguments[where])
+            if "/logs/" not in uri and not uri.endswith("driver.json"):
+                count[0] += 1
+                if count[0] >= moment:
+                    raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("write_bytes", "create_bytes", "delete"):
+        patch.setattr(storage, name, guarded(getattr(storage, name), 0))
+    patch.setattr(os, "link", guarded(os.link, 1))
+    entering = storage.Upload.__enter__
+    patch.setattr(storage.Upload, "__enter__", lambda self: guarded(lambda path: entering(self), 0)(self._path))
+    return count
+
+
+def _outcome(growing: Place) -> dict[str, Any]:
+    """Everything a night leaves, without times and stamps."""
+    run = growing.run
+    manifests = [load_snapshot(run, name) for name in snapshot_names(run)]
+    for manifest in manifests:
+        for entry in [*manifest["scores"], *manifest["keep"]]:
+            del entry["stamp"]
+        del manifest["made"], manifest["judging_cpu_seconds"]
+    files = {kind: sorted(storage.names(run.path(kind))) for kind in ("snapshots/files", "seed", "index", "embeddings")}
+    content = {name: storage.read_bytes(run.path("keep", name)) for name in storage.names(run.path("keep"))}
+    return {"manifests": manifests, "files": files, "keep": content, "scores": score_files(run.uri)}
+
+
+def test_killed_at_any_moment_the_same_command_ends_as_if_nothing_had_happened(
+    growing: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raypipe.rundir._alive", lambda holder: False)
+    growing.night(0)
+    growing.add(4)
+    growing.add(0, rows=100)
+    growing.remove(3)
+    limits = ["nightly.keep_snapshots=1"]
+
+    def attempt(moment: int) -> tuple[int, dict[str, Any]]:
+        other = growing.copy(tmp_path / str(moment))
+        with pytest.MonkeyPatch.context() as patch:
+            count = _count_down(patch, moment)
+            with contextlib.suppress(Killed):
+                other.night(1, *limits)
+        other.night(1, *limits)
+        return count[0], _outcome(other)
+
+    moments, expected = attempt(10**6)
+    assert moments > 40 and len(expected["manifests"]) == 1
+    step = int(os.environ.get("RAYPIPE_TEST_EVERY_MOMENT", "9"))
+    for moment in range(1 + moments % step, moments + 1, step):
+        assert attempt(moment)[1] == expected, moment
+
+
+def test_killed_before_the_first_snapshot(growing: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raypipe.rundir._alive", lambda holder: False)
+    expected = growing.copy(tmp_path / "whole")
+    expected.night(0)
+    for moment in (2, 4, 8):
+        other = growing.copy(tmp_path / str(moment))
+        with pytest.MonkeyPatch.context() as patch:
+            _count_down(patch, moment)
+            with pytest.raises(Killed):
+                other.night(0)
+        assert other.night(0).made
+        assert _outcome(other) == _outcome(expected)

@@ -1,0 +1,154 @@
+"""A finished run over a few Parquet files that can grow, made and continued in this process: no Ray, no training worth the name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from helpers import QUIET, digit_pngs
+from safetensors.torch import save
+from serial import run_tasks
+
+from raypipe import storage
+from raypipe.config import Config, apply_overrides, parse_config
+from raypipe.nightly import Night, run_night
+from raypipe.pipeline import execute
+from raypipe.rundir import Run
+from raypipe.stages.base import Context
+from raypipe.stages.cluster import Cluster
+from raypipe.stages.proxy import empty_proxy
+from raypipe.stages.seed import read_shard
+
+FILE_ROWS = 150
+FIRST = datetime(2026, 11, 22, 2, 0, 0, tzinfo=UTC)
+SETTINGS: dict[str, Any] = {
+    "source": {"format": "parquet", "fragment_samples": 75},
+    "seed": {"fraction": 0.4},
+    "proxy": {"model": "small", "image_size": 8, "epochs": 1, "checkpoints": 1},
+    "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
+    "extrapolate": {"method": "knn-published", "folds": 1, "judge_published": False},
+    "trust": {"min_spearman": -1},
+    "select": {"keep": [0.5]},
+    "nightly": {"audit": 40, "drift_samples": 200},
+}
+
+
+def serial_stream(
+    units: Sequence[Any],
+    read: Callable[[Any], Any],
+    actor: Callable[..., Any],
+    actor_arguments: dict[str, Any],
+    pool: Any,
+    patience: float,
+    on_result: Callable[[dict[str, Any]], None],
+    worth: int = 1,
+) -> None:
+    instance = actor(**actor_arguments) if units else None
+    for unit in units:
+        assert instance is not None
+        on_result({key: column[0].item() for key, column in instance(read(unit)).items()})
+
+
+def serial_parts(context: Context, parts: dict[str, Any], samples: int) -> float:
+    for part in parts.values():
+        part(context.config, context.run, samples, lambda done, total: None)
+    return 0.0
+
+
+def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
+    """A few steps, and what the stage looks for afterwards."""
+    storage.write_json(run.path("proxy", "proxy.json"), _about(run))
+    torch.manual_seed(0)
+    model = empty_proxy(run)
+    images, labels = (torch.from_numpy(np.concatenate(item)) for item in zip(*[_pixels(run, shard) for shard in _shards(run)]))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model.train()
+    for step in range(12):
+        rows = torch.arange(step % 2, len(labels), 2)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+        optimizer.step()
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    storage.write_bytes(run.path("proxy", "checkpoints", "epoch-0000.safetensors"), save(weights))
+    record = {"epoch": 0, "steps": 12, "lr": 0.01, "checkpoint": "epoch-0000.safetensors", "scored": True, "trajectory": []}
+    storage.write_json(run.path("proxy", "epochs", "0000.json"), {**record, "accuracy": 0.5, "loss": 1.0, "cpu_seconds": 0.0})
+
+
+def _about(run: Run) -> dict[str, Any]:
+    return {"model": "small", "classes": len(run.classes().names), "image_size": 8, "mean": [0.3] * 3, "std": [0.4] * 3}
+
+
+def _shards(run: Run) -> list[str]:
+    return storage.read_json(run.path("seed", "manifest.json"))["shards"]
+
+
+def _pixels(run: Run, shard: str) -> tuple[np.ndarray, np.ndarray]:
+    return read_shard(run, shard)[1].copy(), read_shard(run, shard)[2]
+
+
+def in_process(patch: pytest.MonkeyPatch) -> None:
+    """Stages work in this process, as on one machine with two CPUs."""
+    for module in ("embed", "extrapolate", "gradients"):
+        patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
+    for module in ("streaming", "seed"):
+        patch.setattr(f"raypipe.stages.{module}.run_tasks", run_tasks)
+    patch.setattr("raypipe.stages.fitting._run", serial_parts)
+    patch.setattr("raypipe.stages.proxy._train", quick_training)
+    patch.setattr(Context, "cluster", Cluster(2, 0, 1, 2, False))
+
+
+class Place:
+    """A source of digits in files of FILE_ROWS rows, and a run of it."""
+
+    def __init__(self, folder: Path, run: Path | None = None) -> None:
+        self.folder = folder
+        self.run = Run(str(run or folder / "run"))
+
+    def config(self, *overrides: str) -> Config:
+        where = {"run": self.run.uri, "source": {**SETTINGS["source"], "uri": str(self.folder / "data")}}
+        return parse_config(apply_overrides({**SETTINGS, **where}, overrides))
+
+    def add(self, number: int, rows: int = FILE_ROWS, invert: bool = False) -> None:
+        """Write file number `number`, or write it anew with fewer rows, or with inverted pixels."""
+        images, labels = digit_pngs(1797)
+        start = number * FILE_ROWS
+        part = [_inverted(image) if invert else image for image in images[start : start + rows]]
+        table = pa.table({"image": [{"bytes": image} for image in part], "label": labels[start : start + rows]})
+        storage.write_table(str(self.folder / "data" / f"part-{number:02d}.parquet"), table, row_group_size=75)
+
+    def remove(self, number: int) -> None:
+        storage.delete(str(self.folder / "data" / f"part-{number:02d}.parquet"))
+
+    def night(self, day: int, *overrides: str) -> Night:
+        return run_night(self.config(*overrides), progress=QUIET, moment=FIRST + timedelta(days=day))
+
+    def copy(self, run: Path) -> Place:
+        """A copy of the run, of the same source."""
+        shutil.copytree(self.run.uri, run)
+        return Place(self.folder, run)
+
+
+def _inverted(image: bytes) -> bytes:
+    import io
+
+    from PIL import Image, ImageOps
+
+    buffer = io.BytesIO()
+    ImageOps.invert(Image.open(io.BytesIO(image)).convert("L")).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def finished_place(folder: Path) -> Place:
+    """A run over four files."""
+    place = Place(folder)
+    for number in range(4):
+        place.add(number)
+    execute(place.config(), progress=QUIET)
+    return place
