@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -150,13 +150,14 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"
         record.error = str(error) or type(error).__name__
-        raise
-    finally:
         record.wall_seconds += time.monotonic() - started
         try:
             run.write_ledger(records)
         except OSError:
             log.exception("the ledger could not be written")
+        raise
+    record.wall_seconds += time.monotonic() - started
+    run.write_ledger(records)
     context.progress.say(f"{name:<11} {record.samples:,} samples in {time.monotonic() - started:.1f} s")
 
 
@@ -165,6 +166,8 @@ def errors_of_storage(uri: str) -> Iterator[None]:
     """Storage that fails for good ends a run with one line that names it."""
     try:
         yield
+    except RaypipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
         raise RaypipeError(f"{where}{error.strerror or error}. Mend it and run again to resume") from error
@@ -202,7 +205,5 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines = [*self._lines[-self.MOST :], self.format(record)]
-        try:
+        with suppress(OSError, RunError):  # the stages report what is wrong with the storage, and who took the run over
             self.store("\n".join(self._lines) + "\n")
-        except OSError:
-            self.handleError(record)

@@ -21,6 +21,7 @@ from ray.data.datasource import ReadTask
 from raypipe.errors import RaypipeError, StageError
 from raypipe.stages.cluster import Pool
 from raypipe.stages.demand import asking, shape
+from raypipe.storage.fences import fenced
 
 Columns = dict[str, np.ndarray]
 
@@ -55,10 +56,10 @@ def stream(
     least = min(pool.min_actors, most)
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
-            _Units(units, read), override_num_blocks=len(units), num_cpus=pool.read_cpus
+            _Units(units, fenced(read)), override_num_blocks=len(units), num_cpus=pool.read_cpus
         ).map_batches(
-            actor,
-            fn_constructor_kwargs=actor_arguments,
+            _Actor,
+            fn_constructor_kwargs={"make": fenced(actor), "arguments": actor_arguments},
             batch_size=None,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
@@ -76,6 +77,16 @@ def stream(
                         on_result({key: _plain(column[row]) for key, column in batch.items()})
         except Exception as error:
             raise failure(error) from error
+
+
+class _Actor:
+    """An actor of another class, made where the fences of the driver stand."""
+
+    def __init__(self, make: Callable[..., Callable[[Columns], Columns]], arguments: dict[str, Any]) -> None:
+        self._actor = make(**arguments)
+
+    def __call__(self, batch: Columns) -> Columns:
+        return self._actor(batch)
 
 
 class _Units(Datasource):
@@ -110,7 +121,7 @@ def run_tasks(
 ) -> None:
     """Run a function on every unit in Ray tasks, retried when a worker dies; few are queued, so the driver stays small."""
     remote = ray.remote(num_cpus=num_cpus, max_retries=-1)(_call)
-    shared = ray.put(function)
+    shared = ray.put(fenced(function))
     limit = in_flight or max(4, int(4 * ray.cluster_resources().get("CPU", 1) / max(num_cpus, 0.1)))
     waiting: list[Any] = []
     queue = iter(units)
