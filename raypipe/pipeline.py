@@ -11,7 +11,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import ConfigError, RaypipeError, ResourceError, RunError, TrustError
+from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
 from raypipe.sources import open_source
@@ -30,6 +30,14 @@ _STAGES = {
     "report": "raypipe.stages.report:ReportStage",
 }
 STAGE_NAMES = tuple(_STAGES)
+LESS_MEMORY = {
+    "seed": "source.fragment_samples (a worker holds a fragment)",
+    "proxy": "proxy.batch_size, or proxy.parts, whose trainings run side by side",
+    "measure": "measure.batch_size or measure.max_actors",
+    "embed": "embed.batch_size, embed.max_actors or source.fragment_samples (a worker holds a fragment)",
+    "extrapolate": "extrapolate.max_actors or source.fragment_samples (a worker holds a fragment)",
+}
+"""By stage: what to lower where workers run out of memory."""
 MORE_THAN_TABLES = {
     "gnn-published": "the graph of a whole source in memory",
     "proxy": "what a proxy says of each sample",
@@ -146,6 +154,9 @@ def _advance(stage: Stage, context: Context, records: dict[str, StageRecord]) ->
             if context.starved:
                 raise ResourceError(f"{name}: {context.starved}") from None
             raise
+        except MemoryShortageError as error:
+            less = f"Lower {LESS_MEMORY[name]}, or use" if name in LESS_MEMORY else "Use"
+            raise MemoryShortageError(f"{name}: {error}. {less} machines with more memory; then run again to resume") from error
         record.state, record.finished = "done", now()
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"

@@ -17,8 +17,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
+from ray.train import TrainingFailedError
 
-from raypipe.errors import RaypipeError, StageError
+from raypipe.errors import MemoryShortageError, RaypipeError, StageError
 from raypipe.stages.cluster import Pool
 from raypipe.stages.demand import asking, shape
 from raypipe.storage.fences import fenced
@@ -148,15 +149,24 @@ def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any
 
 
 def failure(error: BaseException) -> Exception:
-    """Ray's long error as one of ours with the line that matters. An error of ours raised in a worker stays what it is."""
+    """Ray's long error as one of ours with the line that matters. An error of ours raised in a worker stays what it is.
+
+    MemoryShortageError where memory was the reason.
+    """
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
         seen.append(link)
-        link = getattr(link, "cause", None) or link.__cause__
+        of_training = [*getattr(link, "worker_failures", {}).values(), getattr(link, "controller_failure", None)]
+        link = getattr(link, "cause", None) or of_training[0] or link.__cause__
     for link in seen:
-        if isinstance(link, RaypipeError):
+        # what Ray makes of an error is of its class as well, but not made as it is
+        if isinstance(link, RaypipeError) and not isinstance(link, ray.exceptions.RayError):
             return type(link)(str(link))
+    for link in seen:
+        if _of_memory(link):
+            said = " ".join(str(link).split())
+            return MemoryShortageError(f"workers ran out of memory ({said[:300] or type(link).__name__})")
     # Ray Data ends its chains with an empty SystemException, and an actor's start failing has only the text of its traceback
     texts = [f"{type(link).__name__}: {link}" for link in seen if type(link).__name__ != "SystemException" and str(link)]
     text = texts[-1] if texts else type(error).__name__
@@ -165,6 +175,15 @@ def failure(error: BaseException) -> Exception:
     if ours := re.match(r"raypipe\.[\w.]+: (.*)", line):
         return StageError(ours[1])
     return StageError(line[:600])
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Whether memory was the reason. Ray names it among others that are possible where a worker just vanished: that does not count."""
+    if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    if not isinstance(error, ray.exceptions.RayError | TrainingFailedError) or isinstance(error, ray.exceptions.RayTaskError):
+        return False  # of an error in a task the cause tells; its text is a traceback
+    return re.search(r"running low on memory|NODE_OUT_OF_MEMORY|CUDA out of memory|\bMemoryError\b", str(error)) is not None
 
 
 def _plain(value: Any) -> Any:

@@ -184,7 +184,7 @@ def test_object_storage_that_goes_away(proxy: FaultProxy, s3: str, command: Any,
             proxy.every = every if number == 1 else ""
             super().write(uri, number)
 
-    failed_clearly(command(uri, Loses()), f"{uri}/index/1.parquet", words)
+    failed_clearly(command(uri, Loses()), uri, words)
     assert proxy.found[every] < 40, "what tidies up does not wait as long again"
     failed_clearly(command(uri, Writing()), uri)  # and so from the start
     proxy.every = ""
