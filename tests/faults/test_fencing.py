@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import small_config
 
-from raypipe import storage
+from raypipe import rundir, storage
 from raypipe.config import dump_config
 from raypipe.errors import RunError, StorageError, TakenOverError
 from raypipe.rundir import Lease, Run, StageRecord
@@ -96,7 +96,13 @@ def _woken(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     return process.returncode, errors.decode()
 
 
-def test_everything_that_changes_a_run_looks_at_the_fence(place: str) -> None:
+@pytest.fixture
+def unrenewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are not renewed during the test: the thread that does it would notice the loss, too, and interrupt."""
+    monkeypatch.setattr(rundir, "LEASE_SECONDS", 1e6)
+
+
+def test_everything_that_changes_a_run_looks_at_the_fence(place: str, unrenewed: None) -> None:
     run = Run(f"{place}/run")
     with Lease(run):
         storage.write_bytes(run.path("there"), b"mine")
@@ -129,7 +135,9 @@ def _write_past_the_fence(run: Run, lease: bytes) -> None:
     fences.put_up(standing)
 
 
-def test_a_ledger_on_its_way_to_an_object_store_is_refused_there(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_on_its_way_to_an_object_store_is_refused_there(
+    s3: str, unrenewed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other driver comes between the last look at the lease and the request: only the store itself can tell."""
     run = Run(f"{s3}/on-its-way/run")
     with Lease(run):
@@ -138,7 +146,7 @@ def test_a_ledger_on_its_way_to_an_object_store_is_refused_there(s3: str, monkey
 
         def late(uri: str, old: bytes, new: bytes) -> bool:
             if uri.endswith("run.json"):
-                monkeypatch.undo()
+                monkeypatch.setattr(storage, "exchange_bytes", exchange)
                 _write_past_the_fence(run, OTHER)
                 fences.put_up({})  # as if the request had been sent before
                 storage.write_bytes(uri, b"of the other")
@@ -165,7 +173,7 @@ def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(tmp_path: Path, mo
 
 
 @pytest.mark.ray
-def test_tasks_and_actors_of_a_driver_that_lost_its_run_write_nothing(cluster: str, tmp_path: Path) -> None:
+def test_tasks_and_actors_of_a_driver_that_lost_its_run_write_nothing(cluster: str, tmp_path: Path, unrenewed: None) -> None:
     from raypipe.stages.cluster import Pool
     from raypipe.stages.streaming import run_tasks, stream
 
