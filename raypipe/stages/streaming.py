@@ -19,6 +19,7 @@ from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import TrainingFailedError
 
+from raypipe import errors
 from raypipe.errors import MemoryShortageError, RaypipeError, StageError
 from raypipe.stages.cluster import Pool
 from raypipe.stages.demand import asking, shape
@@ -163,26 +164,30 @@ def failure(error: BaseException) -> Exception:
         # what Ray makes of an error is of its class as well, but not made as it is
         if isinstance(link, RaypipeError) and not isinstance(link, ray.exceptions.RayError):
             return type(link)(str(link))
+    for link in seen:  # Ray Data keeps of an actor's error its text alone
+        if ours := re.findall(r"^\s*raypipe\.errors\.(\w+): (.+)", str(link), re.MULTILINE):
+            return getattr(errors, ours[-1][0], StageError)(ours[-1][1])
     for link in seen:
         if _of_memory(link):
             said = " ".join(str(link).split())
             return MemoryShortageError(f"workers ran out of memory ({said[:300] or type(link).__name__})")
-    # Ray Data ends its chains with an empty SystemException, and an actor's start failing has only the text of its traceback
+    # Ray Data ends its chains with an empty SystemException or with what it calls every error of an actor
     texts = [f"{type(link).__name__}: {link}" for link in seen if type(link).__name__ != "SystemException" and str(link)]
-    text = texts[-1] if texts else type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|Interrupt): .", line)]
-    line = lines[-1] if lines else " ".join(text.split())
-    if ours := re.match(r"raypipe\.[\w.]+: (.*)", line):
-        return StageError(ours[1])
-    return StageError(line[:600])
+    for text in reversed(texts):
+        lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|Interrupt): .", line)]
+        if lines := [line for line in lines if not re.match(r"(ray\.exceptions\.)?(UserCodeException|RayTaskError)\b", line)]:
+            return StageError(lines[-1][:600])
+    return StageError(" ".join((texts[-1] if texts else type(error).__name__).split())[:600])
 
 
 def _of_memory(error: BaseException) -> bool:
     """Whether memory was the reason. Ray names it among others that are possible where a worker just vanished: that does not count."""
     if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    if not isinstance(error, ray.exceptions.RayError | TrainingFailedError) or isinstance(error, ray.exceptions.RayTaskError):
-        return False  # of an error in a task the cause tells; its text is a traceback
+    if isinstance(error, ray.exceptions.RayTaskError):  # whose text is a traceback
+        return re.search(r"^\s*[\w.]*(MemoryError|OutOfMemoryError): ", str(error), re.MULTILINE) is not None
+    if not isinstance(error, ray.exceptions.RayError | TrainingFailedError):
+        return False
     return re.search(r"running low on memory|NODE_OUT_OF_MEMORY|CUDA out of memory|\bMemoryError\b", str(error)) is not None
 
 

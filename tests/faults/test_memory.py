@@ -32,6 +32,13 @@ def task_error(cause: Exception) -> Exception:
     return ray.exceptions.RayTaskError("embed", f"Traceback\n{type(cause).__name__}: {cause}", cause).as_instanceof_cause()
 
 
+def actor_error(line: str) -> Exception:
+    """The same of an actor of Ray Data, of whose error the text alone is left."""
+    text = f"Traceback\n{line}\n\nThe above exception was the direct cause of the following exception:\n\nray.exceptions.UserCodeException: "
+    made = ray.exceptions.UserCodeException("UDF failed to process a data block.")
+    return ray.exceptions.RayTaskError("map", text + str(made), made).as_instanceof_cause()
+
+
 def actor_died(message: str) -> Exception:
     context = ActorDiedErrorContext(error_message=message, actor_id=bytes(16), class_name="MapWorker(MapBatches(EmbedActor))")
     return ray.exceptions.ActorDiedError(context)
@@ -42,6 +49,8 @@ def actor_died(message: str) -> Exception:
     [
         ray.exceptions.OutOfMemoryError(LOW),
         task_error(MemoryError("Unable to allocate 3.2 GiB for an array")),
+        actor_error("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 3.2 GiB for an array"),
+        actor_error("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         task_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
         actor_died(f"The actor died. Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: {LOW}"),
         actor_died(LOW),
@@ -73,9 +82,11 @@ def test_what_may_have_been_memory_is_not_told_as_it(error: Exception) -> None:
 def test_errors_of_storage_and_lease_stay_what_they_are() -> None:
     full = StorageError("s3://bucket/run: the disk is full. Free space there, then run the same command again")
     for error in (full, TakenOverError("taken over")):
-        for met in (task_error(error), WorkerGroupError("1 worker failed", {0: task_error(error)})):
+        of_actor = actor_error(f"raypipe.errors.{type(error).__name__}: {error}")
+        for met in (task_error(error), of_actor, WorkerGroupError("1 worker failed", {0: task_error(error)})):
             found = failure(met)
             assert type(found) is type(error) and str(found) == str(error)
+    assert str(failure(actor_error("KeyError: 'label'"))) == "KeyError: 'label'"
 
 
 @pytest.mark.parametrize("stage", ["seed", "proxy", "measure", "embed", "extrapolate", "index"])
