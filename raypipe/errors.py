@@ -31,6 +31,10 @@ class StorageError(RaypipeError, OSError):
     """Storage cannot be read or written, and somebody has to mend that: a full disk, expired credentials, a server that is gone."""
 
 
+class StorageAccessError(StorageError, PermissionError):
+    """Storage refuses what was asked: credentials that have expired or do not allow it, a folder of somebody else's."""
+
+
 class StageError(RaypipeError):
     """A stage ended without everything it should have written."""
 

@@ -276,6 +276,7 @@ def test_faults_that_one_has_to_mend_say_how(monkeypatch: pytest.MonkeyPatch, er
     with pytest.raises(StorageError, match=rf"^s3://bucket/x: .*{words}.*, then run the same command again$") as raised:
         storage.read_bytes("s3://bucket/x")
     assert fs.asked == 1 and raised.value.__cause__ is error
+    assert isinstance(raised.value, PermissionError) == isinstance(error, PermissionError)
     assert pickle.loads(pickle.dumps(raised.value)).args == raised.value.args, "it comes back from workers"
 
 

@@ -165,7 +165,7 @@ def failure(error: BaseException) -> Exception:
         if isinstance(link, RaypipeError) and not isinstance(link, ray.exceptions.RayError):
             return type(link)(str(link))
     for link in seen:  # Ray Data keeps of an actor's error its text alone
-        if ours := re.findall(r"^\s*raypipe\.errors\.(\w+): (.+)", str(link), re.MULTILINE):
+        if ours := re.findall(r"^\s*raypipe\.(?:\w+\.)+(\w+): (.+)", str(link), re.MULTILINE):
             return getattr(errors, ours[-1][0], StageError)(ours[-1][1])
     for link in seen:
         if _of_memory(link):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from raypipe.errors import RaypipeError, StorageError
+from raypipe.errors import RaypipeError, StorageAccessError, StorageError
 
 T = TypeVar("T")
 
@@ -85,7 +85,8 @@ def explaining(what: str, writing: bool = False) -> Iterator[None]:
         found = advice(error, writing)
         if not found:
             raise
-        raise StorageError(f"{what}: {found}, then run the same command again") from error
+        kind = StorageAccessError if isinstance(error, PermissionError) else StorageError
+        raise kind(f"{what}: {found}, then run the same command again") from error
 
 
 # EINVAL and ENOSYS are what a request that S3 calls wrong (400, 412, 416, 501) becomes
