@@ -23,12 +23,28 @@ class RunError(RaypipeError):
     """A run directory is missing, damaged, of another version or used by another driver."""
 
 
+class TakenOverError(RunError):
+    """Another driver has the run now; this one, and what still works for it, writes nothing more."""
+
+
+class StorageError(RaypipeError, OSError):
+    """Storage cannot be read or written, and somebody has to mend that: a full disk, expired credentials, a server that is gone."""
+
+
+class StorageAccessError(StorageError, PermissionError):
+    """Storage refuses what was asked: credentials that have expired or do not allow it, a folder of somebody else's."""
+
+
 class StageError(RaypipeError):
     """A stage ended without everything it should have written."""
 
 
 class ResourceError(RaypipeError):
     """The cluster does not have what the settings ask for."""
+
+
+class MemoryShortageError(ResourceError):
+    """Workers were ended because their machine had no memory left."""
 
 
 class RejectError(RaypipeError):

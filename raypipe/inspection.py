@@ -113,7 +113,7 @@ def _driver(run: Run) -> dict[str, Any]:
         data = storage.read_json(run.path("driver.json"))
     except FileNotFoundError:
         return {}
-    return data if isinstance(data, dict) else {}
+    return data if isinstance(data, dict) and not data.get("released") else {}
 
 
 def _seconds(record: StageRecord) -> str:

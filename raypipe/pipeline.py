@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import ConfigError, RaypipeError, ResourceError, RunError, TrustError
+from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
 from raypipe.sources import open_source
@@ -31,6 +31,14 @@ _STAGES = {
     "report": "raypipe.stages.report:ReportStage",
 }
 STAGE_NAMES = tuple(_STAGES)
+LESS_MEMORY = {
+    "seed": "source.fragment_samples (a worker holds a fragment)",
+    "proxy": "proxy.batch_size, or proxy.parts, whose trainings run side by side",
+    "measure": "measure.batch_size or measure.max_actors",
+    "embed": "embed.batch_size, embed.max_actors or source.fragment_samples (a worker holds a fragment)",
+    "extrapolate": "extrapolate.max_actors or source.fragment_samples (a worker holds a fragment)",
+}
+"""By stage: what to lower where workers run out of memory."""
 MORE_THAN_TABLES = {
     "gnn-published": "the graph of a whole source in memory",
     "proxy": "what a proxy says of each sample",
@@ -152,17 +160,21 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
             if context.starved:
                 raise ResourceError(f"{name}: {context.starved}") from None
             raise
+        except MemoryShortageError as error:
+            less = f"Lower {LESS_MEMORY[name]}, or use" if name in LESS_MEMORY else "Use"
+            raise MemoryShortageError(f"{name}: {error}. {less} machines with more memory; then run again to resume") from error
         record.state, record.finished = "done", now()
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"
         record.error = str(error) or type(error).__name__
-        raise
-    finally:
         record.wall_seconds += time.monotonic() - started
         try:
             run.write_ledger(records)
         except OSError:
             log.exception("the ledger could not be written")
+        raise
+    record.wall_seconds += time.monotonic() - started
+    run.write_ledger(records)
     context.progress.say(f"{name:<11} {record.samples:,} samples in {time.monotonic() - started:.1f} s")
 
 
@@ -171,6 +183,8 @@ def errors_of_storage(uri: str) -> Iterator[None]:
     """Storage that fails for good ends a run with one line that names it."""
     try:
         yield
+    except RaypipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
         raise RaypipeError(f"{where}{error.strerror or error}. Mend it and run again to resume") from error
@@ -208,7 +222,5 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines = [*self._lines[-self.MOST :], self.format(record)]
-        try:
+        with suppress(OSError, RunError):  # the stages report what is wrong with the storage, and who took the run over
             self.store("\n".join(self._lines) + "\n")
-        except OSError:
-            self.handleError(record)

@@ -9,6 +9,7 @@ What is finished is told by the files themselves: names derive from fragments, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,8 +26,9 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config, dump_config, parse_config
-from raypipe.errors import RunError
+from raypipe.errors import RunError, TakenOverError
 from raypipe.sources.base import ClassMap, Fragment
+from raypipe.storage import fences
 
 FORMAT = 1
 """Version of the layout; a run of another version is refused, not guessed at."""
@@ -105,14 +107,27 @@ class Run:
             raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
-        """Raises RunError, and writes nothing, where another driver took the run over."""
+        """Raises TakenOverError, and writes nothing, where another driver took the run over."""
         from raypipe._version import __version__
 
-        if self.lease is not None:
-            self.lease.check()
         stages = {stage: dataclasses.asdict(records[stage]) for stage in STAGE_FOLDERS if stage in records}
         data = {"format": FORMAT, "raypipe": __version__, "updated": now(), "stages": stages}
-        storage.write_json(self.path("run.json"), data)
+        uri = self.path("run.json")
+        if self.lease is None or storage.is_local(uri):
+            storage.write_json(uri, data)
+        elif not self._exchange_ledger(uri, storage.json_bytes(data)):
+            self.lease.check()
+            raise RunError(f"{self.uri}: run.json was changed by somebody while this driver had the run; run again to resume")
+
+    def _exchange_ledger(self, uri: str, content: bytes) -> bool:
+        """Write the ledger of an object store unless it changes meanwhile: a request on its way cannot be called back."""
+        try:
+            known = storage.read_bytes(uri, 0)
+        except FileNotFoundError:
+            known = None
+        if self.lease is not None:
+            self.lease.check()
+        return storage.create_bytes(uri, content) if known is None else storage.exchange_bytes(uri, known, content)
 
     def record(self, stage: str) -> StageRecord:
         """The record of a finished stage. Raises RunError when it is not finished."""
@@ -193,77 +208,134 @@ LEASE_SECONDS = 60.0
 """A lease not renewed for so long is stale and may be taken over."""
 
 
+DRIVER = "driver.json"
+"""Who writes a run, or did so last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fence:
+    """Lets the driver that has a run, and what works for it on other machines, write there, and nobody else.
+
+    The fencing token (Kleppmann, *How to do distributed locking*, 2016) is the owner in `driver.json`, which is never removed:
+    every change below the run looks there first. See `raypipe.storage.fences`.
+    """
+
+    run: str
+    owner: str
+
+    @property
+    def lock(self) -> str:
+        """A driver that takes over has the folder locked, so that it comes before a look into `driver.json` or after the change."""
+        return storage.filesystem(self.run)[1] if storage.is_local(self.run) else ""
+
+    def check(self) -> None:
+        """Raises TakenOverError where another driver has the run. One whose `driver.json` was deleted goes on."""
+        holder = _parsed(_read(storage.join(self.run, DRIVER)))
+        if holder and holder.get("owner") != self.owner:
+            raise TakenOverError(
+                f"{self.run}: taken over by another driver, process {holder.get('pid')} on {holder.get('host')}, since this one did "
+                f"not answer for {LEASE_SECONDS:.0f} s; this one stops, and what it was about to write is not written"
+            )
+
+
 class Lease:
     """`RUN/driver.json` says who writes the run. A second driver is refused while the first renews its lease.
 
-    A lease whose process is gone from this machine, or that was not renewed for `LEASE_SECONDS`, is taken over. The driver that lost
-    it (it was suspended, or cut off from storage) notices when it renews the lease or writes the ledger: it is interrupted, writes the
-    ledger no more, and with it Ray ends its tasks.
+    A lease that was released, whose process is gone from this machine, or that was not renewed for `LEASE_SECONDS`, is taken over.
+    The driver that lost it (it was suspended, or cut off from storage) notices when it renews the lease, and its `Fence` keeps it and
+    its tasks from every change: it is interrupted and ends, and with it Ray ends its tasks.
     """
 
     def __init__(self, run: Run) -> None:
-        self._uri = run.path("driver.json")
+        self._uri = run.path(DRIVER)
         self._run = run
-        self._me = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id()}
+        owner = uuid.uuid4().hex
+        self._me = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id()}
+        self._fence = Fence(run.uri, owner)
+        self._written = b""
+        self._lost: TakenOverError | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._interrupt = interrupt_of_main_thread()
 
     def check(self) -> None:
-        """Raises RunError where another driver has the run."""
-        holder = self._holder()
-        if holder is not None and holder.get("owner") != self._me["owner"]:
-            raise RunError(
-                f"{self._run.uri}: taken over by another driver, process {holder.get('pid')} on {holder.get('host')}, since this one did "
-                f"not answer for {LEASE_SECONDS:.0f} s; this one stops"
-            )
+        """Raises TakenOverError where another driver has the run."""
+        self._fence.check()
 
     def __enter__(self) -> Lease:
-        if not storage.create_bytes(self._uri, self._content()):
-            holder = self._holder()
-            if holder is not None and _alive(holder):
-                raise RunError(
-                    f"{self._run.uri}: in use by another driver: process {holder.get('pid')} on {holder.get('host')}, "
-                    f"last heard of {_age(holder):.0f} s ago; wait for it, or stop it (it is forgotten after {LEASE_SECONDS:.0f} s)"
-                )
-            storage.write_bytes(self._uri, self._content())
-            time.sleep(0 if storage.is_local(self._uri) else 1.0)
-            if (self._holder() or {}).get("owner") != self._me["owner"]:
-                raise RunError(f"{self._run.uri}: another driver took this run over at the same moment; try again")
+        self._written = self._content()
+        if not storage.create_bytes(self._uri, self._written):
+            self._take_over()
         self._run.lease = self
+        fences.put_up({**fences.standing(), self._run.uri: self._fence})
         self._thread = threading.Thread(target=self._renew, daemon=True, name="raypipe-lease")
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _take_over(self) -> None:
+        found = _read(self._uri)
+        holder = _parsed(found)
+        if holder and not holder.get("released") and _alive(holder):
+            raise RunError(
+                f"{self._run.uri}: in use by another driver: process {holder.get('pid')} on {holder.get('host')}, "
+                f"last heard of {_age(holder):.0f} s ago; wait for it, or stop it (it is forgotten after {LEASE_SECONDS:.0f} s)"
+            )
+        taken = storage.exchange_bytes(self._uri, found, self._written)
+        time.sleep(0 if storage.is_local(self._uri) else 1.0)  # for object stores that ignore conditions
+        if not taken or _parsed(_read(self._uri)).get("owner") != self._me["owner"]:
+            raise RunError(f"{self._run.uri}: another driver took this run over at the same moment; try again")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._run.lease = None
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-        if (self._holder() or {}).get("owner") == self._me["owner"]:
-            storage.delete(self._uri)
+        try:
+            if self._thread is not None:
+                self._thread.join(timeout=10)
+        except KeyboardInterrupt:  # the thread's, at the last moment
+            if self._lost is None:
+                raise
+        fences.put_up({folder: fence for folder, fence in fences.standing().items() if fence is not self._fence})
+        with contextlib.suppress(OSError):  # then it is stale after a while
+            storage.exchange_bytes(self._uri, self._written, self._content(released=True))
+        if self._lost is not None and kind in (None, KeyboardInterrupt):
+            raise self._lost
 
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 4):
             try:
+                content = self._content()
+                if storage.exchange_bytes(self._uri, self._written, content):
+                    self._written = content
+                    continue
                 self.check()
-                storage.write_bytes(self._uri, self._content())
+                # somebody deleted it, or wrote into it
+                self._written = content if storage.create_bytes(self._uri, content) else _read(self._uri)
             except OSError:
                 continue  # storage that comes back is renewed next time; the stages report what does not
-            except RunError:
-                if self._interrupt is not None:
+            except TakenOverError as error:
+                self._lost = error
+                if self._interrupt is not None and not self._stop.is_set():
                     self._interrupt()
                 return
 
-    def _content(self) -> bytes:
-        return json.dumps({**self._me, "time": time.time(), "date": now()}).encode()
+    def _content(self, released: bool = False) -> bytes:
+        return json.dumps({**self._me, "time": time.time(), "date": now(), "released": released}).encode()
 
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            data = json.loads(storage.read_bytes(self._uri))
-        except (FileNotFoundError, ValueError):
-            return None
-        return data if isinstance(data, dict) else None
+
+def _read(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri, 0)  # one request; a read without a range asks for the size first
+    except FileNotFoundError:
+        return b""
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """What a lease says; nothing where it is damaged or not there."""
+    try:
+        data = json.loads(content)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def interrupt_of_main_thread() -> Callable[[], None] | None:

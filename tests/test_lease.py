@@ -31,8 +31,8 @@ class Slow(Stage):
         return False
 
     def execute(self, context: Context, record: StageRecord) -> None:
-        storage.write_bytes(context.run.path("driver.json"), json.dumps(OTHER).encode())
-        storage.write_bytes(context.run.path("run.json"), b"of the other")
+        Path(context.run.path("driver.json")).write_text(json.dumps(OTHER))
+        Path(context.run.path("run.json")).write_bytes(b"of the other")
         time.sleep(30)
 
 
@@ -69,4 +69,6 @@ def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path, monkeypa
         run.write_ledger({})
         with pytest.raises(RunError, match="in use by another driver"), Lease(Run(run.uri)):
             pass
-    assert not storage.exists(run.path("driver.json"))
+    assert storage.read_json(run.path("driver.json"))["released"] is True
+    with Lease(Run(run.uri)):
+        pass

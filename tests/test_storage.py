@@ -1,20 +1,19 @@
 from __future__ import annotations
 
 import errno
-import http.client
 import io
 import os
-import threading
-from collections.abc import Iterator
+import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from raypipe import storage
-from raypipe.errors import RaypipeError
+from raypipe.errors import RaypipeError, StorageError
+from raypipe.storage import faults, streams
 
 
 def test_write_read_overwrite_delete(place: str) -> None:
@@ -119,6 +118,18 @@ def test_exactly_one_of_many_creates(place: str) -> None:
     assert [file.path for file in storage.listing(place)] == ["lease"]
 
 
+def test_exactly_one_of_many_exchanges(place: str) -> None:
+    uri = storage.join(place, "driver.json")
+    assert not storage.exchange_bytes(uri, b"", b"x") and not storage.exists(uri)
+    storage.write_bytes(uri, b"old")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: (storage.exchange_bytes(uri, b"old", str(number).encode()), number), range(8)))
+    winners = [number for exchanged, number in won if exchanged]
+    assert len(winners) == 1
+    assert storage.read_bytes(uri) == str(winners[0]).encode()
+    assert not storage.exchange_bytes(uri, b"old", b"late")
+
+
 def test_upload_appears_whole_or_not_at_all(place: str) -> None:
     uri = storage.join(place, "new", "big")
     content = os.urandom(1 << 20) * 6  # more than one part on S3
@@ -164,10 +175,11 @@ class FullDisk(io.FileIO):
 def test_full_disk_leaves_the_old_file_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = str(tmp_path / "file")
     storage.write_bytes(uri, b"old")
-    monkeypatch.setattr(storage, "open", lambda path, mode: FullDisk(path, mode.replace("b", "")), raising=False)
-    with pytest.raises(OSError, match="No space left"):
+    for module in (storage, streams):
+        monkeypatch.setattr(module, "open", lambda path, mode: FullDisk(path, mode.replace("b", "")), raising=False)
+    with pytest.raises(StorageError, match=rf"{uri}: the disk is full \(No space left on device\)\. Free space"):
         storage.write_bytes(uri, b"new")
-    with pytest.raises(OSError, match="No space left"), storage.Upload(uri) as file:
+    with pytest.raises(StorageError, match="the disk is full"), storage.Upload(uri) as file:
         file.write(b"new")
     monkeypatch.undo()
     assert storage.read_bytes(uri) == b"old"
@@ -208,7 +220,8 @@ class Flaky:
 def flaky(monkeypatch: pytest.MonkeyPatch, failures: int, error: Exception) -> Flaky:
     fs = Flaky(failures, error)
     monkeypatch.setattr(storage, "filesystem", lambda uri: (fs, uri))
-    monkeypatch.setattr(storage, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(faults, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(faults, "_gave_up", -100.0)
     return fs
 
 
@@ -222,44 +235,83 @@ def botocore_error() -> Exception:
     "error", [OSError(errno.EBUSY, "Slow Down"), TimeoutError("slow"), ConnectionResetError("gone"), botocore_error()]
 )
 def test_passing_faults_are_retried(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    fs = flaky(monkeypatch, storage.RETRIES - 1, error)
+    fs = flaky(monkeypatch, faults.RETRIES - 1, error)
     assert storage.read_bytes("s3://bucket/x") == b"content"
-    assert fs.asked == storage.RETRIES
+    assert fs.asked == faults.RETRIES
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        FileNotFoundError("x"),
-        PermissionError("Access Denied"),
-        OSError(errno.ENOSPC, "full"),
+        FileNotFoundError(errno.ENOENT, "No such file", "/data/expired-credentials"),
+        PermissionError(errno.EACCES, "Permission denied", "/data/expired"),
         OSError(errno.EINVAL, "The requested range is not satisfiable"),
-        OSError("The provided token has expired"),
         ValueError("a fault of the program"),
     ],
 )
 def test_faults_that_stay_are_raised_at_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     fs = flaky(monkeypatch, 1, error)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as raised:
         storage.read_bytes("s3://bucket/x")
-    assert fs.asked == 1
+    assert fs.asked == 1 and raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError("Access Denied"), r"access denied \(Access Denied\)\. Renew the credentials if they have expired"),
+        (OSError(errno.ENOSPC, "No space left on device"), r"the disk is full \(No space left on device\)\. Free space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), r"the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), r"cannot be written \(Read-only file system\)\. Mount it writable"),
+        (OSError(errno.EFBIG, "File too large"), r"ulimit -f"),
+        (
+            OSError("The provided token has expired."),
+            r"the credentials have expired \(The provided token has expired\)\. Renew them",
+        ),
+        (PermissionError("The AWS Access Key Id (InvalidAccessKeyId) does not exist"), r"missing or wrong"),
+    ],
+)
+def test_faults_that_one_has_to_mend_say_how(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+    fs = flaky(monkeypatch, 1, error)
+    with pytest.raises(StorageError, match=rf"^s3://bucket/x: .*{words}.*, then run the same command again$") as raised:
+        storage.read_bytes("s3://bucket/x")
+    assert fs.asked == 1 and raised.value.__cause__ is error
+    assert isinstance(raised.value, PermissionError) == isinstance(error, PermissionError)
+    assert pickle.loads(pickle.dumps(raised.value)).args == raised.value.args, "it comes back from workers"
 
 
 def test_the_last_attempt_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     fs = flaky(monkeypatch, 99, TimeoutError("slow"))
-    with pytest.raises(OSError, match=r"s3://bucket/x: storage still fails after 8 attempts: slow"):
+    with pytest.raises(StorageError, match=r"s3://bucket/x: storage still fails after 10 attempts: slow\. Look whether"):
         storage.read_bytes("s3://bucket/x")
-    assert fs.asked == storage.RETRIES
+    assert fs.asked == faults.RETRIES
+    with pytest.raises(StorageError, match="after 2 attempts"):
+        storage.read_bytes("s3://bucket/y")  # what tidies up does not wait as long again
+    fs.failures = 0
+    assert storage.read_bytes("s3://bucket/x") == b"content"
+    fs.failures = 99 + fs.asked
+    with pytest.raises(StorageError, match="after 10 attempts"):
+        storage.read_bytes("s3://bucket/x")
 
 
 def test_delays_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(storage.random, "uniform", lambda low, high: high)
-    monkeypatch.setattr(storage.time, "sleep", slept.append)
-    monkeypatch.setattr(storage, "filesystem", lambda uri: (Flaky(99, TimeoutError()), uri))
-    with pytest.raises(OSError):
+    flaky(monkeypatch, 99, TimeoutError())
+    monkeypatch.setattr(faults, "FIRST_DELAY", 0.25)
+    monkeypatch.setattr(faults.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(faults.time, "sleep", slept.append)
+    with pytest.raises(StorageError):
         storage.read_bytes("s3://bucket/x")
-    assert slept == [0.25, 0.5, 1, 2, 4, 8, 16]
+    assert slept == [0.25, 0.5, 1, 2, 4, 8, 16, 20, 20]
+
+
+def test_delays_of_many_clients_are_spread_over_all_of_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "random", random.Random(0))
+    for attempt, bound in ((0, 0.25), (3, 2.0), (9, 20.0)):
+        delays = sorted(faults.delay(attempt) for _ in range(400))
+        assert delays[0] >= 0 and delays[-1] <= bound
+        # no two of the twenty twentieths of the bound have less than 3 or more than 50 of the 400 (20 are expected)
+        assert all(3 < sum(part <= value / bound * 20 < part + 1 for value in delays) < 50 for part in range(20))
 
 
 def test_missing_credentials_are_an_oserror_at_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,84 +320,10 @@ def test_missing_credentials_are_an_oserror_at_once(s3: str, monkeypatch: pytest
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     storage._remote.cache_clear()
     try:
-        with pytest.raises(OSError, match=r"s3://other/x: .*credentials"):
+        with pytest.raises(StorageError, match=r"s3://other/x: the credentials are missing or wrong"):
             storage.write_bytes("s3://other/x", b"1")
     finally:
         storage._remote.cache_clear()
-
-
-class Unsteady(ThreadingHTTPServer):
-    """Stands before another server; answers 503, or closes the connection in the middle, as often as told."""
-
-    daemon_threads = True
-
-    def __init__(self, target: str) -> None:
-        super().__init__(("127.0.0.1", 0), Relay)
-        self.target, self.unavailable, self.cut_off = target.removeprefix("http://"), 0, 0
-
-
-class Relay(BaseHTTPRequestHandler):
-    server: Unsteady
-    protocol_version = "HTTP/1.1"
-
-    def _relay(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.server.unavailable > 0:
-            self.server.unavailable -= 1
-            self.send_response(503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        connection = http.client.HTTPConnection(self.server.target)
-        connection.request(self.command, self.path, body, {key: value for key, value in self.headers.items() if key != "Host"})
-        answer = connection.getresponse()
-        content = answer.read()
-        self.send_response(answer.status)
-        for key, value in answer.getheaders():
-            if key.lower() not in {"connection", "transfer-encoding", "content-length"}:
-                self.send_header(key, value)
-        self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(content)))
-        self.end_headers()
-        if self.server.cut_off > 0 and self.command == "GET" and len(content) > 1:
-            self.server.cut_off -= 1
-            content = content[: len(content) // 2]
-            self.close_connection = True
-        self.wfile.write(content)
-        connection.close()
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _relay
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def unsteady(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unsteady]:
-    server = Unsteady(s3_server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-    storage._remote.cache_clear()
-    yield server
-    monkeypatch.undo()
-    storage._remote.cache_clear()
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_s3_that_fails_for_a_while(unsteady: Unsteady, s3: str) -> None:
-    uri = f"{s3}/unsteady"
-    unsteady.unavailable = 2
-    storage.write_bytes(uri, b"0123456789" * 1000)
-    assert unsteady.unavailable == 0
-    with storage.open_read(uri, block=1000) as file:
-        assert file.read(4) == b"0123"
-        unsteady.unavailable = unsteady.cut_off = 1
-        file.seek(5000)
-        assert file.read(2005) == b"0123456789" * 200 + b"01234"
-        assert unsteady.unavailable == unsteady.cut_off == 0
-        assert file.fault is None
 
 
 def test_an_object_replaced_while_it_is_read_is_a_fault(s3: str) -> None:

@@ -39,6 +39,7 @@ from raypipe.stages.judging import (
 )
 from raypipe.stages.scored import WHOLE_METHODS, Samples, every_measured_score
 from raypipe.stages.streaming import Stopwatch, failure
+from raypipe.storage.fences import fenced
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -83,7 +84,7 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
 def _run(context: Context, parts: dict[str, Part], samples: int) -> float:
     """Run parts side by side, each in a task, showing their progress together."""
     task = ray.remote(num_cpus=1, max_retries=3)(_in_task).options(num_returns="streaming")
-    streams = {name: task.remote(part, context.config, context.run.uri, samples) for name, part in parts.items()}
+    streams = {name: task.remote(fenced(part), context.config, context.run.uri, samples) for name, part in parts.items()}
     done, totals, seconds = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0), dict.fromkeys(parts, 0.0)
     steps: queue.Queue[tuple[str, Any]] = queue.Queue()
 

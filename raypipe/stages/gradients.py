@@ -35,6 +35,7 @@ from raypipe.stages.parts import Part
 from raypipe.stages.proxy import load_checkpoint, proxy_parts
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.streaming import Columns, Stopwatch, failure, stream
+from raypipe.storage.fences import fenced
 
 MOST_GROUPS = 64
 """Partial sums of the mean gradient: enough to keep many workers busy, few enough to add up quickly."""
@@ -140,7 +141,7 @@ def _load(config: Config, run: Run, folders: Folders, part: Part, file: str, dev
 def _recalibrate(config: Config, run: Run, folders: Folders, part: Part, files: list[str], pool: Pool) -> float:
     """Write every checkpoint with BatchNorm statistics estimated on the whole part. Returns processor seconds."""
     there = storage.names(run.path(folders.calibrated))
-    task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(_recalibrated)
+    task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(fenced(_recalibrated))
     waiting = [task.remote(run.uri, folders, part, file, pool.threads, pool.num_gpus > 0) for file in files if file not in there]
     try:
         return sum(ray.get(waiting))
@@ -189,7 +190,7 @@ def _mean_gradients(
     groups = [group.tolist() for group in np.array_split(np.array(seed["shards"]), min(MOST_GROUPS, len(seed["shards"])))]
     share = {"num_cpus": pool.num_cpus, "max_retries": -1}
     add_up = ray.remote(num_gpus=pool.num_gpus, num_returns=len(files) + 1, **share)(_gradient_sums)
-    merge, store = ray.remote(**share)(_add), ray.remote(**share)(_store_gradient)
+    merge, store = ray.remote(**share)(_add), ray.remote(**share)(fenced(_store_gradient))
     partial: list[list[Any]] = [[] for _ in files]
     reports = []
     for group in groups:

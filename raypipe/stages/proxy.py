@@ -39,6 +39,7 @@ from raypipe.stages.base import Context, Stage
 from raypipe.stages.demand import asking, shape
 from raypipe.stages.parts import Part, divide
 from raypipe.stages.seed import seed_manifest
+from raypipe.storage.fences import fenced
 
 SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
 
@@ -292,7 +293,7 @@ def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bo
     fs, path = storage.filesystem(scratch)
     resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
     trainer = Trainer(
-        train_worker,
+        fenced(train_worker),
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "run": run.uri,

@@ -17,10 +17,13 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
+from ray.train import TrainingFailedError
 
-from raypipe.errors import RaypipeError, StageError
+from raypipe import errors
+from raypipe.errors import MemoryShortageError, RaypipeError, StageError
 from raypipe.stages.cluster import Pool
 from raypipe.stages.demand import asking, shape
+from raypipe.storage.fences import fenced
 
 Columns = dict[str, np.ndarray]
 
@@ -55,10 +58,10 @@ def stream(
     least = min(pool.min_actors, most)
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
-            _Units(units, read), override_num_blocks=len(units), num_cpus=pool.read_cpus
+            _Units(units, fenced(read)), override_num_blocks=len(units), num_cpus=pool.read_cpus
         ).map_batches(
-            actor,
-            fn_constructor_kwargs=actor_arguments,
+            _Actor,
+            fn_constructor_kwargs={"make": fenced(actor), "arguments": actor_arguments},
             batch_size=None,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
@@ -76,6 +79,16 @@ def stream(
                         on_result({key: _plain(column[row]) for key, column in batch.items()})
         except Exception as error:
             raise failure(error) from error
+
+
+class _Actor:
+    """An actor of another class, made where the fences of the driver stand."""
+
+    def __init__(self, make: Callable[..., Callable[[Columns], Columns]], arguments: dict[str, Any]) -> None:
+        self._actor = make(**arguments)
+
+    def __call__(self, batch: Columns) -> Columns:
+        return self._actor(batch)
 
 
 class _Units(Datasource):
@@ -110,7 +123,7 @@ def run_tasks(
 ) -> None:
     """Run a function on every unit in Ray tasks, retried when a worker dies; few are queued, so the driver stays small."""
     remote = ray.remote(num_cpus=num_cpus, max_retries=-1)(_call)
-    shared = ray.put(function)
+    shared = ray.put(fenced(function))
     limit = in_flight or max(4, int(4 * ray.cluster_resources().get("CPU", 1) / max(num_cpus, 0.1)))
     waiting: list[Any] = []
     queue = iter(units)
@@ -137,23 +150,45 @@ def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any
 
 
 def failure(error: BaseException) -> Exception:
-    """Ray's long error as one of ours with the line that matters. An error of ours raised in a worker stays what it is."""
+    """Ray's long error as one of ours with the line that matters. An error of ours raised in a worker stays what it is.
+
+    MemoryShortageError where memory was the reason.
+    """
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
         seen.append(link)
-        link = getattr(link, "cause", None) or link.__cause__
+        of_training = [*getattr(link, "worker_failures", {}).values(), getattr(link, "controller_failure", None)]
+        link = getattr(link, "cause", None) or of_training[0] or link.__cause__
     for link in seen:
-        if isinstance(link, RaypipeError):
+        # what Ray makes of an error is of its class as well, but not made as it is
+        if isinstance(link, RaypipeError) and not isinstance(link, ray.exceptions.RayError):
             return type(link)(str(link))
-    # Ray Data ends its chains with an empty SystemException, and an actor's start failing has only the text of its traceback
+    for link in seen:  # Ray Data keeps of an actor's error its text alone
+        if ours := re.findall(r"^\s*raypipe\.(?:\w+\.)+(\w+): (.+)", str(link), re.MULTILINE):
+            return getattr(errors, ours[-1][0], StageError)(ours[-1][1])
+    for link in seen:
+        if _of_memory(link):
+            said = " ".join(str(link).split())
+            return MemoryShortageError(f"workers ran out of memory ({said[:300] or type(link).__name__})")
+    # Ray Data ends its chains with an empty SystemException or with what it calls every error of an actor
     texts = [f"{type(link).__name__}: {link}" for link in seen if type(link).__name__ != "SystemException" and str(link)]
-    text = texts[-1] if texts else type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|Interrupt): .", line)]
-    line = lines[-1] if lines else " ".join(text.split())
-    if ours := re.match(r"raypipe\.[\w.]+: (.*)", line):
-        return StageError(ours[1])
-    return StageError(line[:600])
+    for text in reversed(texts):
+        lines = [line.strip() for line in text.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|Interrupt): .", line)]
+        if lines := [line for line in lines if not re.match(r"(ray\.exceptions\.)?(UserCodeException|RayTaskError)\b", line)]:
+            return StageError(lines[-1][:600])
+    return StageError(" ".join((texts[-1] if texts else type(error).__name__).split())[:600])
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Whether memory was the reason. Ray names it among others that are possible where a worker just vanished: that does not count."""
+    if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    if isinstance(error, ray.exceptions.RayTaskError):  # whose text is a traceback
+        return re.search(r"^\s*[\w.]*(MemoryError|OutOfMemoryError): ", str(error), re.MULTILINE) is not None
+    if not isinstance(error, ray.exceptions.RayError | TrainingFailedError):
+        return False
+    return re.search(r"running low on memory|NODE_OUT_OF_MEMORY|CUDA out of memory|\bMemoryError\b", str(error)) is not None
 
 
 def _plain(value: Any) -> Any:
