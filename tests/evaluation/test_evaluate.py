@@ -171,9 +171,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(scored: R
 @pytest.mark.ray
 def test_on_a_cluster(cluster: str, scored_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(scored_run.path("report", "index.html"), b"as it was before")
-    options = {"seeds": 2, "strategies": ["top"], "keep": [0.5]}
+    options = {"seeds": 1, "strategies": ["top"], "keep": [0.5]}
     summary = _evaluate(scored_run, **options)
-    assert summary["trainings"] == 2 + 2 + 2 and summary["test"] == {"uri": "digits://", "samples": 100, "left_out": 200}
+    assert summary["trainings"] == 1 + 1 + 1 and summary["test"] == {"uri": "digits://", "samples": 100, "left_out": 200}
     shown = storage.read_json(scored_run.path("report", "summary.json"))["evaluation"]
     assert not shown.pop("outdated") and shown == summary
     assert "Does it help?" in Path(scored_run.path("report", "index.html")).read_text("utf-8")
