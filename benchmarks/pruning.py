@@ -237,7 +237,8 @@ class Tables:
         return [values[seed] - others[seed] for seed in sorted(set(values) & set(others))]
 
     def print(self) -> None:
-        self._table("\nAccuracy on the test part", [FULL, RANDOM, *self.names], self._accuracy)
+        references = [name for name in (FULL, RANDOM) if any(name == known for known, _ in self._of)]
+        self._table("\nAccuracy on the test part", [*references, *self.names], self._accuracy)
         self._table("\nDifference to random, in points of accuracy", self.names, self._difference)
         noise = {keep: pooled_reach([self.differences(name, keep) for name in self.names]) for keep in self.keep}
         print("\nNoise of a difference (half its 95 % interval, spread pooled over all lists): "
@@ -263,7 +264,7 @@ class Tables:
         never, rows = [], []
         for name in self.names:
             found = {keep: self.against_random(name, keep) for keep in self.keep}
-            given = {keep: each.mean for keep, each in found.items() if each is not None}
+            given = {keep: each.mean for keep, each in found.items() if each is not None and each.low is not None}
             below = [f"{keep:g}" for keep, mean in given.items() if mean < -noise[keep]]
             above = [f"{keep:g}" for keep, mean in given.items() if mean > noise[keep]]
             if given and not below:

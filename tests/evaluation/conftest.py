@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import serial
 from helpers import small_config
-from serial import no_ray  # noqa: F401  (a fixture)
 from sklearn.datasets import load_digits
 
 from raypipe import storage
@@ -27,21 +26,15 @@ def _in_turn(units: Sequence[Any], function: Callable[[Any], Any], on_result: Ca
 
 
 @pytest.fixture
-def in_process(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """Decoding and training in this process, on a cluster of two CPUs that is none."""
-    monkeypatch.setattr(Context, "cluster", Cluster(2.0, 0.0, 1, 2.0, False))
-    monkeypatch.setattr(running, "run_on", _in_turn)
-    monkeypatch.setattr(running, "_smallest_memory", lambda: 2.0**30)
-    monkeypatch.setattr(running, "_on_each_node", lambda function: function())
-
-
-@pytest.fixture
-def scored(in_process: None, tmp_path: Path) -> Run:
+def scored_run(tmp_path: Path) -> Run:
     """The first 200 digits in two fragments, all but two with a label, with made-up scores; the test set are the other digits."""
     config = small_config(str(tmp_path / "run"), "source.limit=200")
     run = Run(config.run)
     run.write_config(config)
-    serial.index(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raypipe.stages.streaming.run_tasks", serial.run_tasks)
+        patch.setattr(Context, "cluster", None)
+        serial.index(config)
     random, digits = np.random.default_rng(0), load_digits()
     for fragment in run.fragments():
         rows, count = np.arange(fragment.start, fragment.stop), fragment.samples
@@ -59,3 +52,14 @@ def scored(in_process: None, tmp_path: Path) -> Run:
     records["extrapolate"].detail = {"score": "moso", "measured": 0}
     run.write_ledger(records)
     return run
+
+
+@pytest.fixture
+def scored(scored_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`scored_run`, which is decoded and trained on in this process, on a cluster of two CPUs that is none."""
+    monkeypatch.setattr("raypipe.stages.streaming.run_tasks", serial.run_tasks)
+    monkeypatch.setattr(Context, "cluster", Cluster(2.0, 0.0, 1, 2.0, False))
+    monkeypatch.setattr(running, "run_on", _in_turn)
+    monkeypatch.setattr(running, "_smallest_memory", lambda: 2.0**30)
+    monkeypatch.setattr(running, "_on_each_node", lambda function: function())
+    return scored_run

@@ -169,14 +169,13 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(scored: R
 
 
 @pytest.mark.ray
-def test_on_a_cluster(finished: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    run = Run(str(tmp_path / "run"))
-    options = {"test_settings": ("limit=800",), "seeds": 1, "strategies": ["top"]}
-    summary = _evaluate(run, **options)
-    assert summary["trainings"] == 1 + 2 + 2 and summary["test"]["samples"] == 200
-    shown = storage.read_json(run.path("report", "summary.json"))["evaluation"]
+def test_on_a_cluster(cluster: str, scored_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(scored_run.path("report", "index.html"), b"as it was before")
+    options = {"seeds": 1, "strategies": ["top"], "keep": [0.5]}
+    summary = _evaluate(scored_run, **options)
+    assert summary["trainings"] == 1 + 1 + 1 and summary["test"] == {"uri": "digits://", "samples": 100, "left_out": 200}
+    shown = storage.read_json(scored_run.path("report", "summary.json"))["evaluation"]
     assert not shown.pop("outdated") and shown == summary
-    assert "Does it help?" in Path(run.path("report", "index.html")).read_text("utf-8")
+    assert "Does it help?" in Path(scored_run.path("report", "index.html")).read_text("utf-8")
     monkeypatch.setattr(running, "run_on", _refuse)
-    assert {**_evaluate(run, **options), "made": ""} == {**summary, "made": ""}
+    assert {**_evaluate(scored_run, **options), "made": ""} == {**summary, "made": ""}
