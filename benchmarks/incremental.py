@@ -13,6 +13,9 @@ Makes Parquet files of synthetic JPEGs, runs the whole job over them, and then, 
 
 Two figures each: `stages` is what the ledger says of embed and extrapolate; `everything` is of this process and of Ray's workers: the
 start of workers, keep-lists, drift and snapshot included. Reports are not written. Left out is what Ray's own services take with time.
+With --alone there is no Ray: units are worked off one after the other in this process, with a small proxy of a few steps, as in the tests of
+nights. What is left out is the start of workers, and the constant is smaller by it.
+
 margin = 3 % of full for each per cent + constant - cost, which is to be positive.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -50,7 +54,16 @@ def main() -> None:
     parser.add_argument("--method", default="gnn")
     parser.add_argument("--grow", type=float, nargs="+", default=[1.0, 1.0, 4.0], help="per cent that nights add")
     parser.add_argument("--folder", required=True, help="a new folder; the run in it is left there")
+    parser.add_argument("--alone", action="store_true", help="without Ray, in this process")
     options = parser.parse_args()
+    if options.alone:
+        import pytest
+
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+        from nights import in_process
+
+        in_process(pytest.MonkeyPatch())
+        options.model = "small"
     folder = Path(options.folder)
     config = settings(folder, options)
     run, quiet = Run(config.run), Progress(quiet=True)
@@ -103,7 +116,8 @@ def settings(folder: Path, options: argparse.Namespace) -> Config:
             "run": str(folder / "run"),
             "source": {"uri": str(folder / "data"), "format": "parquet", "fragment_samples": ROWS},
             "seed": {"fraction": 0.05},
-            "proxy": {"model": options.model, "image_size": options.size, "epochs": 2, "checkpoints": 2},
+            "proxy": {"model": options.model, "image_size": options.size, "epochs": 1 if options.alone else 2, "checkpoints": 1},
+            "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
             "extrapolate": {"method": options.method, "folds": 1, "judge_published": False, "epochs": 2},
             "trust": {"min_spearman": -1},
             "select": {"keep": [0.5]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import QUIET, digit_pngs
@@ -82,7 +84,8 @@ def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
 
 
 def _about(run: Run) -> dict[str, Any]:
-    return {"model": "small", "classes": len(run.classes().names), "image_size": 8, "mean": [0.3] * 3, "std": [0.4] * 3}
+    size = json.loads(pq.read_schema(run.path("seed", f"{min(run.done('seed'))}.parquet")).metadata[b"raypipe"])["image_size"]
+    return {"model": "small", "classes": len(run.classes().names), "image_size": size, "mean": [0.3] * 3, "std": [0.4] * 3}
 
 
 def _shards(run: Run) -> list[str]:
