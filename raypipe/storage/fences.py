@@ -30,18 +30,18 @@ class Fence(Protocol):
         """Local folder to hold a shared lock of from the check to the end of the change; "" where there are no locks."""
 
 
-_standing: dict[str, Fence] = {}
+_standing: Mapping[str, Fence] = {}
 
 
-def standing() -> dict[str, Fence]:
+def standing() -> Mapping[str, Fence]:
     """The fences of this process by the URI of their folder."""
-    return dict(_standing)
+    return _standing
 
 
 def put_up(fences: Mapping[str, Fence]) -> None:
     """Let these be the fences of this process, and no others."""
-    _standing.clear()
-    _standing.update(fences)
+    global _standing
+    _standing = dict(fences)  # at once, since other threads may be about to write
 
 
 def fenced(function: Callable[P, R]) -> Callable[P, R]:

@@ -172,34 +172,48 @@ def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(tmp_path: Path, mo
             pass
 
 
+def test_an_actor_is_made_where_the_fences_of_its_driver_stand(tmp_path: Path, unrenewed: None) -> None:
+    from raypipe.stages.streaming import _Actor
+
+    run = Run(str(tmp_path / "run"))
+
+    class Writing:
+        def __init__(self, to: str) -> None:
+            storage.write_bytes(f"{to}/started", b"x")
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            storage.write_bytes(run.path("batch"), b"x")
+            return batch
+
+    with Lease(run):
+        make, standing = fences.fenced(Writing), fences.standing()
+        try:
+            fences.put_up({})  # as it is in another process
+            actor = _Actor(make, {"to": run.uri})
+            assert actor({}) == {} and fences.standing() == standing
+            _write_past_the_fence(run, OTHER)
+            for action in (lambda: actor({}), lambda: _Actor(make, {"to": run.uri})):
+                with pytest.raises(TakenOverError):
+                    action()
+        finally:
+            fences.put_up(standing)
+
+
 @pytest.mark.ray
-def test_tasks_and_actors_of_a_driver_that_lost_its_run_write_nothing(cluster: str, tmp_path: Path, unrenewed: None) -> None:
-    from raypipe.stages.cluster import Pool
-    from raypipe.stages.streaming import run_tasks, stream
+def test_tasks_of_a_driver_that_lost_its_run_write_nothing(cluster: str, tmp_path: Path, unrenewed: None) -> None:
+    from raypipe.stages.streaming import run_tasks
 
     run, results, uri = Run(str(tmp_path / "run")), [], str(tmp_path / "run")
-    pool = Pool(min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.5)
 
     def task(name: str) -> dict[str, str]:
         storage.write_bytes(f"{uri}/tasks/{name}", b"x")
         return {"unit": name}
-
-    def read(name: str) -> dict[str, np.ndarray]:
-        return {"unit": np.array([name])}
-
-    class Actor:
-        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            storage.write_bytes(f"{uri}/actors/{batch['unit'][0]}", b"x")
-            return batch
 
     with Lease(run):
         run_tasks(["a"], task, results.append, num_cpus=0.5)
         _write_past_the_fence(run, OTHER)
         with pytest.raises(TakenOverError, match="taken over by another driver, process 7 on elsewhere"):
             run_tasks(["b"], task, results.append, num_cpus=0.5)
-        with pytest.raises(TakenOverError, match="taken over by another driver, process 7 on elsewhere"):
-            stream(["c"], read, Actor, {}, pool, 60, results.append)
-    assert results == [{"unit": "a"}] and storage.names(run.path("tasks")) == {"a"} and not storage.names(run.path("actors"))
-    other = Run(str(tmp_path / "other"))
-    run_tasks(["d"], lambda name: storage.write_bytes(other.path(name), b"x") or {"unit": name}, results.append, num_cpus=0.5)
-    assert storage.names(other.uri) == {"d"}
+    assert results == [{"unit": "a"}] and storage.names(run.path("tasks")) == {"a"}
+    run_tasks(["c"], lambda name: storage.write_bytes(f"{uri}-2/{name}", b"x") or {"unit": name}, results.append, num_cpus=0.5)
+    assert storage.names(f"{uri}-2") == {"c"}
