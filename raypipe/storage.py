@@ -31,12 +31,15 @@ from raypipe.errors import RaypipeError
 from raypipe.listing import FileInfo
 from raypipe.listing import file_info as _file_info
 from raypipe.listing import hidden as _hidden
+from raypipe.parquet_checks import read_checked
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 RETRIES = 8
 """Attempts at a storage request; with the delays below the last one starts after about a minute."""
+MOST_JSON, MOST_TABLE = 64 << 20, 4 << 30
+"""Bytes of a JSON and of a Parquet file that are read as a whole."""
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
 
 
@@ -397,11 +400,22 @@ def delete(uri: str) -> None:
     retrying(action, uri)
 
 
+def read_whole(uri: str, most: int) -> bytes:
+    """The content of a file of at most so many bytes. Raises FileNotFoundError, or RaypipeError for a larger one and for what is no file."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise RaypipeError(f"{uri}: is no file, but a folder, a pipe or a device")
+    size = info(uri).size
+    if size > most:
+        raise RaypipeError(f"{uri}: {size:,} bytes, and {most:,} are the most that it can have; is it what it should be?")
+    return read_bytes(uri)
+
+
 def read_json(uri: str) -> Any:
-    """A JSON file. Raises FileNotFoundError, or RaypipeError naming the file when it is not JSON."""
+    """A JSON file. Raises FileNotFoundError, or RaypipeError naming the file when it is not JSON, or far too large."""
     try:
-        return json.loads(read_bytes(uri))
-    except ValueError as error:
+        return json.loads(read_whole(uri, MOST_JSON))
+    except (ValueError, RecursionError) as error:
         raise RaypipeError(f"{uri}: not valid JSON ({error}); was it cut off or edited?") from None
 
 
@@ -412,10 +426,10 @@ def write_json(uri: str, value: Any) -> None:
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table. Raises FileNotFoundError, or RaypipeError naming the file when it is not Parquet."""
-    data = read_bytes(uri)
+    data = read_whole(uri, MOST_TABLE)
     try:
-        return pq.read_table(io.BytesIO(data), columns=columns)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        return read_checked(data, columns)
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise RaypipeError(f"{uri}: not a readable Parquet file ({error}); delete it and run again to make it anew") from None
 
 
