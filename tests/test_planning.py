@@ -180,7 +180,7 @@ def test_rates_of_a_file_and_of_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"gpu_mac": 1}', "'gpu_mac' is not one of cpu_macs, decode"),
+        ('{"gpu_mac": 1}', "'gpu_mac' is not one of cpu_macs, decision_seconds"),
         ('{"gpu_macs": 0}', "is not a rate"),
         ('{"gpu_macs": true}', "is not a rate"),
         ('{"decode": {}}', "is not a rate"),
@@ -309,7 +309,7 @@ def test_json_has_everything_and_every_option_is_used() -> None:
         "--decode-rate=1",
         "--forward-rate=1",
     ]
-    options += ["--gpu-price=1", "--cpu-price=1", "--request-price=1", "--storage-price=1", "--set=proxy.epochs=3"]
+    options += ["--gpu-price=1", "--cpu-price=1", "--request-price=1", "--storage-price=1", "--set=seed.fraction=0.2"]
     for option in options:
         with_gpu = ["--gpus=2"] if "forward" in option else []
         other = CliRunner().invoke(cli, ["plan", *base, *with_gpu, option]).output
