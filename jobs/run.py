@@ -22,12 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
+def parser() -> argparse.ArgumentParser:
+    """What the entry point takes."""
+    result = argparse.ArgumentParser(description="Run a raypipe configuration; running it again resumes.")
+    result.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
+    result.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the configuration that the arguments name; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Run a raypipe configuration; running it again resumes.")
-    parser.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     import raypipe
     from raypipe.config import load_config

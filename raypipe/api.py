@@ -251,8 +251,10 @@ def select(
     without complete scores, TrustError for too low a fidelity.
     """
     from raypipe.stages.select import write_keep_lists
+    from raypipe.strangers import stays_inside, understood
 
     found = Run(uri)
+    stays_inside(found, "keep")
     config = found.config().model_dump()
     if keep is not None:
         config["select"]["keep"] = [keep] if isinstance(keep, int | float) else list(keep)
@@ -261,7 +263,7 @@ def select(
     config["select"]["force"] |= force
     config["select"] |= options
     settings = absolute_paths(parse_config(config))
-    with Lease(found):
+    with understood(found.uri), Lease(found):
         return write_keep_lists(found, settings.select, trust=settings.trust)
 
 

@@ -29,7 +29,7 @@ def cli() -> None:
     """
 
 
-_verbose = click.option("-v", "--verbose", is_flag=True, help="Show what Ray says, too.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Show every fragment that is done, and what Ray says.")
 _set = click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated.")
 
 
@@ -112,13 +112,50 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("config")
+@click.option("--samples", type=int, required=True, help="Images in the source, which need not be there yet.")
+@click.option("--gpus", type=float, default=0, show_default=True, help="GPUs of the cluster.")
+@click.option("--cpus", type=float, help="CPUs of the cluster. Default: 8 for each GPU, 16 without.")
+@click.option("--image-bytes", type=float, default=110_000, show_default=True, help="Mean size of an encoded image.")
+@click.option("--images-per-file", type=int, help="Default: 1 of folders and lists of images, else 1000.")
+@click.option("--classes", type=int, default=1000, show_default=True)
+@click.option("--rates", metavar="FILE", help="JSON with rates of your machines; see raypipe.planning.Rates.")
+@click.option("--decode-rate", type=float, help="Images that a CPU decodes in a second.")
+@click.option("--forward-rate", type=float, help="Images that go through the proxy on one GPU in a second.")
+@click.option("--run", "like", metavar="RUN", help="Take what its stages took from the ledger of this finished run.")
+@click.option("--gpu-price", type=float, help="Dollars for an hour of a GPU.")
+@click.option("--cpu-price", type=float, help="Dollars for an hour of a CPU.")
+@click.option("--request-price", type=float, help="Dollars for a million requests to storage.")
+@click.option("--storage-price", type=float, help="Dollars for a GB stored for a month.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@_set
+def plan(config: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Plan a run of CONFIG over a source of any size: hours, dollars, requests, files, bytes, and what breaks first.
+
+    Nothing is read but CONFIG. For a source that is there, `raypipe inspect` looks into it.
+    """
+    from raypipe.config import load_config
+    from raypipe.plan_words import describe_plan
+    from raypipe.planning import plan_of_options
+
+    found = plan_of_options(load_config(config, overrides), **options)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        return
+    for line in describe_plan(found):
+        click.echo(line)
+
+
+@cli.command()
 @click.argument("uri", metavar="RUN")
 def status(uri: str) -> None:
     """Show how far a run is, from any machine that can read it."""
     from raypipe.inspection import describe_run
+    from raypipe.strangers import printable, understood
 
-    for line in describe_run(uri):
-        click.echo(line)
+    with understood(uri):
+        for line in describe_run(uri):
+            click.echo(printable(line))
 
 
 @cli.command()
@@ -241,10 +278,12 @@ def report(uri: str) -> None:
     """Write the report of RUN again."""
     from raypipe.report import build
     from raypipe.rundir import Lease, Run
+    from raypipe.strangers import stays_inside, understood
 
     found = Run(uri)
     found.record("extrapolate")
-    with Lease(found):
+    stays_inside(found, "report")
+    with understood(uri), Lease(found):
         click.echo(build(found))
 
 
@@ -255,7 +294,7 @@ def _execute(config: Any, until: str | None, verbose: bool) -> None:
     from raypipe.rundir import Run
 
     try:
-        execute(config, until=until, progress=Progress(), verbose=verbose)
+        execute(config, until=until, progress=Progress(verbose=verbose), verbose=verbose)
     except TrustError:
         for line in describe_result(Run(config.run)):
             click.echo(line)
@@ -272,7 +311,9 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except RaypipeError as error:
-        click.echo(f"raypipe: {error}", err=True)
+        from raypipe.strangers import printable
+
+        click.echo(printable(f"raypipe: {error}"), err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("raypipe: stopped; run the same command again to resume", err=True)

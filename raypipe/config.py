@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -240,9 +241,18 @@ def _lines(error: ValidationError, root: Any = None) -> Iterable[str]:
         else:
             # of a rule on several settings the input is all of the section; the message names those that matter
             what = (
-                "" if item["type"] == "value_error" and isinstance(item["input"], dict) else f"{item['input']!r} is not allowed: "
+                ""
+                if item["type"] == "value_error" and isinstance(item["input"], dict)
+                else f"{_shown(item['input'])} is not allowed: "
             )
             yield f"  {where}: {what}{item['msg'].removeprefix('Value error, ')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, shortened: what YAML writes with anchors can be longer than memory when it is written out."""
+    short = reprlib.Repr()
+    short.maxstring, short.maxother, short.maxlevel = 200, 200, 2
+    return short.repr(value)[:400]
 
 
 def _is_union_branch(part: str | int) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
+from raypipe.progress import far
 from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, tables_of
+from raypipe.survey.words import duration
 
 JUDGED_ON = {
     "audit": "audit samples outside the seed set",
@@ -38,9 +40,24 @@ def describe_run(uri: str) -> Iterator[str]:
     holder = _driver(run)
     if holder:
         yield f"driver      process {holder.get('pid')} on {holder.get('host')}, last heard of {holder.get('date')}"
+        about = holder.get("progress")
+        if isinstance(about, dict) and about.get("stage"):
+            yield f"now         {str(about.get('stage'))[:20]} {far(about)}"
     rejects = records["embed"].detail.get("rejects", 0) if "embed" in records else 0
     if rejects:
         yield f"rejects     {rejects:,}"
+    cpu, gpu = (_spent(records, name, holder) for name in ("cpu_seconds", "gpu_seconds"))
+    attempts = sum(record.attempts for record in records.values())
+    yield f"spent       {duration(cpu)} CPU{f', {duration(gpu)} GPU' if gpu else ''}, in {attempts} attempts at {len(records)} stages"
+
+
+def _spent(records: dict[str, StageRecord], name: str, holder: dict[str, Any]) -> float:
+    """Seconds of all stages: those of the ledger, or of the driver that is at work, which knows more."""
+    about = holder.get("progress")
+    told = about.get(name) if isinstance(about, dict) else None
+    return max(
+        sum(getattr(record, name) for record in records.values()), told if isinstance(told, float) and told < 1e12 else 0.0
+    )
 
 
 def describe_result(run: Run) -> Iterator[str]:

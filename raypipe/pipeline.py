@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -63,7 +66,7 @@ def execute(
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
     with errors_of_storage(config.run):
-        return _execute(config, dataset, until, progress or Progress(), verbose)
+        return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
 
 
 def _execute(config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool) -> Run:
@@ -75,8 +78,9 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
     else:  # what auto stands for is told once here, instead of by a listing in every task
         config = config.model_copy(update={"source": open_source(given).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)
-    with Lease(run), log_file(run), closing(context):
+    with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
+        lease.about = partial(_how_far, progress, records)
         if tables_of(records):
             raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
         if dataset is not None:
@@ -108,7 +112,7 @@ def extrapolate(
     cannot do this, SourceError for tables that cannot be used, RunError where the folder holds something else or is in use.
     """
     with errors_of_storage(config.run):
-        return _extrapolate(config, scores, column, progress or Progress(), verbose)
+        return _extrapolate(config, scores, column, progress or Progress(verbose=verbose), verbose)
 
 
 def _extrapolate(config: Config, scores: str, column: str, progress: Progress, verbose: bool) -> dict[str, Any]:
@@ -126,8 +130,9 @@ def _extrapolate(config: Config, scores: str, column: str, progress: Progress, v
     from raypipe.stages.own import OwnStage
 
     stage, context = OwnStage(uri, scores, column), Context(config, run, progress, verbose)
-    with Lease(run), log_file(run), closing(context):
+    with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
+        lease.about = partial(_how_far, progress, records)
         advance(stage, context, records)
     return storage.read_json(run.path("summary.json"))
 
@@ -178,6 +183,14 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     context.progress.say(f"{name:<11} {record.samples:,} samples in {time.monotonic() - started:.1f} s")
 
 
+def _how_far(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
+    """What `raypipe status` is told of a run under way, beyond its ledger."""
+    seconds = {
+        name: float(sum(getattr(item, name) for item in list(records.values()))) for name in ("cpu_seconds", "gpu_seconds")
+    }
+    return {**progress.about(), **seconds}
+
+
 @contextmanager
 def errors_of_storage(uri: str) -> Iterator[None]:
     """Storage that fails for good ends a run with one line that names it."""
@@ -191,13 +204,13 @@ def errors_of_storage(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def log_file(run: Run) -> Iterator[None]:
-    """Everything said goes to RUN/logs/<start>.log as well, stored at the end of the run and whenever a stage ends."""
+def log_file(run: Run, verbose: bool = False) -> Iterator[None]:
+    """Everything said goes to RUN/logs/<start>.log as well; with `verbose` a line for every fragment, too."""
     handler = _Lines()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
     uri = run.path("logs", now().replace(":", "") + ".log")
     handler.store = lambda text: storage.write_bytes(uri, text.encode())
     try:
@@ -207,20 +220,35 @@ def log_file(run: Run) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
+        with suppress(OSError, RunError):  # what broke storage is told by what it broke
+            handler.save()
         log.setLevel(level)
 
 
 class _Lines(logging.Handler):
-    """Keeps the last lines and stores them all again with every new one: object stores cannot append."""
+    """Keeps the last lines and stores them all again with every new one: object stores cannot append.
 
-    MOST = 5000
+    Lines about fragments wait for the next other one, PAUSE seconds at most.
+    """
+
+    MOST, PAUSE = 5000, 10.0
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=self.MOST)
+        self._stored, self._fresh = -math.inf, False
         self.store = lambda text: None
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines = [*self._lines[-self.MOST :], self.format(record)]
+        self._lines.append(self.format(record))
+        self._fresh = True
+        if record.levelno <= logging.DEBUG and time.monotonic() - self._stored < self.PAUSE:
+            return
         with suppress(OSError, RunError):  # the stages report what is wrong with the storage, and who took the run over
+            self.save()
+
+    def save(self) -> None:
+        """Store what has not been. Raises what storage does."""
+        if self._fresh:
+            self._stored, self._fresh = time.monotonic(), False
             self.store("\n".join(self._lines) + "\n")

@@ -6,9 +6,9 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -19,11 +19,17 @@ PLAIN_SECONDS = 10.0
 
 
 class Meter:
-    """Counts what one stage has done."""
+    """Counts what one stage has done: samples (or other units), fragments and rejects.
 
-    def __init__(self, name: str, total: int, unit: str, stream: TextIO) -> None:
+    queued  fragments of this attempt that are not done yet, where their number is known
+    """
+
+    def __init__(
+        self, name: str, total: int, unit: str, stream: TextIO, heard: Callable[[Meter, int, int, str], None] | None = None
+    ) -> None:
         self.name, self.total, self.unit, self.count = name, total, unit, 0
-        self._stream = stream
+        self.fragments = self.queued = self.rejects = 0
+        self._stream, self._heard = stream, heard
         self._started = self._printed = time.monotonic()
         self._first = 0
         self._bar: tqdm | None = None
@@ -53,8 +59,19 @@ class Meter:
         if self._bar is not None:
             self._bar.total = total
 
-    def add(self, count: int) -> None:
+    def queue(self, fragments: int) -> None:
+        """Say how many fragments are about to be worked on."""
+        self.queued = fragments
+
+    def add(self, count: int, fragment: str = "", rejects: int = 0) -> None:
+        """Count what is done: so many samples, those of a fragment with its name, and rejects among them."""
         self.count += count
+        self.rejects += rejects
+        if fragment:
+            self.fragments += 1
+            self.queued = max(0, self.queued - 1)
+        if self._heard is not None:
+            self._heard(self, count, rejects, fragment)
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() - self._printed >= PLAIN_SECONDS:
@@ -62,13 +79,19 @@ class Meter:
             self._stream.write(self.line() + "\n")
             self._stream.flush()
 
-    def line(self) -> str:
+    @property
+    def rate(self) -> float:
+        """Units per second of this attempt."""
         seconds = time.monotonic() - self._started
-        rate = (self.count - self._first) / seconds if seconds > 0 else 0.0
-        text = f"{self.name:<11} {self.count:,}/{self.total:,} {self.unit}, {rate:,.{0 if rate >= 10 else 2}f}/s"
-        if rate > 0 and self.count < self.total:
-            text += f", {tqdm.format_interval((self.total - self.count) / rate)} left"
-        return text
+        return (self.count - self._first) / seconds if seconds > 0 else 0.0
+
+    def line(self) -> str:
+        return f"{self.name:<11} {far(self.about())}"
+
+    def about(self) -> dict[str, Any]:
+        """How far it is, as JSON can hold it; see `far`."""
+        names = ("count", "total", "unit", "fragments", "queued", "rejects")
+        return {"stage": self.name, "rate": round(self.rate, 3), **{name: getattr(self, name) for name in names}}
 
     def close(self) -> None:
         if self._bar is not None:
@@ -78,17 +101,35 @@ class Meter:
 class Progress:
     """Makes a meter for each stage and keeps the lines printed outside of it whole."""
 
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False, verbose: bool = False) -> None:
         self._stream = stream if stream is not None else sys.stderr
-        self._quiet = quiet
+        self._quiet, self._verbose = quiet, verbose
+        self._meter: Meter | None = None
+        self.listeners: list[Callable[[Meter, int, int], None]] = []
+        """Called with the meter, samples and rejects whenever a unit of work is done: a fragment, a task, never a sample."""
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str = "samples") -> Iterator[Meter]:
-        meter = Meter(name, total, unit, _Nowhere() if self._quiet else self._stream)
+        meter = self._meter = Meter(name, total, unit, _Nowhere() if self._quiet else self._stream, self._heard)
         try:
             yield meter
         finally:
+            self._meter = None
             meter.close()
+
+    def about(self) -> dict[str, Any]:
+        """How far the stage under way is; empty between two of them."""
+        meter = self._meter
+        return meter.about() if meter is not None else {}
+
+    def _heard(self, meter: Meter, count: int, rejects: int, fragment: str) -> None:
+        for listener in self.listeners:
+            listener(meter, count, rejects)
+        if self._verbose and fragment:
+            text = f"{meter.name:<11} {fragment}: {count:,} {meter.unit}" + (f", {rejects:,} rejects" if rejects else "")
+            log.debug(text)
+            if not self._quiet:
+                tqdm.write(text, file=self._stream)
 
     def say(self, text: str) -> None:
         """A line for the user and for the log file."""
@@ -96,6 +137,26 @@ class Progress:
         if not self._quiet:
             tqdm.write(text, file=self._stream)
             self._stream.flush()
+
+
+def far(about: Mapping[str, Any]) -> str:
+    """How far a stage is, in words: done and total, rate, time left, rejects, fragments. What is missing or no number is left out."""
+
+    def number(name: str) -> float:
+        value = about.get(name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15
+        return float(value) if good else 0.0  # type: ignore[arg-type]
+
+    count, total, rate = number("count"), number("total"), number("rate")
+    text = f"{count:,.0f}/{total:,.0f} {str(about.get('unit', ''))[:20]}, {rate:,.{0 if rate >= 10 else 2}f}/s"
+    if rate > 0 and count < total:
+        text += f", {tqdm.format_interval((total - count) / rate)} left"
+    if number("rejects"):
+        text += f", {number('rejects'):,.0f} rejects"
+    if number("fragments"):
+        text += f", {number('fragments'):,.0f} fragments done"
+        text += f", {number('queued'):,.0f} queued" if number("queued") else ""
+    return text
 
 
 class _Nowhere(io.StringIO):

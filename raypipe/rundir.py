@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -32,6 +33,11 @@ from raypipe.storage import fences
 
 FORMAT = 1
 """Version of the layout; a run of another version is refused, not guessed at."""
+
+MOST_CONFIG = 4 << 20
+"""Bytes of a configuration."""
+FIT_NAME = re.compile(r"[\w-][\w.-]*").fullmatch
+"""Of a fragment or a shard, which lead to files by their names: no path."""
 
 STAGE_FOLDERS = {
     "index": ("index", "duplicates"),
@@ -63,6 +69,16 @@ class StageRecord:
     finished: str = ""
     error: str = ""
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def checked_record(record: StageRecord) -> StageRecord:
+    """The record, where every field has the type and range it should. Raises ValueError naming the first that has not."""
+    for item in dataclasses.fields(StageRecord):
+        value, default = getattr(record, item.name), StageRecord().__dict__[item.name]
+        kind: Any = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, (int, float)) and not 0 <= value < 1e18):
+            raise ValueError(f"{item.name} is {str(value)[:60]!r}")
+    return record
 
 
 def tables_of(records: Mapping[str, StageRecord]) -> dict[str, str]:
@@ -99,11 +115,11 @@ class Run:
         fields = {field.name for field in dataclasses.fields(StageRecord)}
         try:
             return {
-                stage: StageRecord(**{key: value for key, value in record.items() if key in fields})
+                stage: checked_record(StageRecord(**{key: value for key, value in record.items() if key in fields}))
                 for stage, record in data["stages"].items()
                 if stage in STAGE_FOLDERS
             }
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
@@ -152,10 +168,10 @@ class Run:
         import yaml
 
         try:
-            return parse_config(yaml.safe_load(storage.read_bytes(self.path("config.yaml"))))
+            return parse_config(yaml.safe_load(storage.read_whole(self.path("config.yaml"), MOST_CONFIG)))
         except FileNotFoundError:
             raise RunError(f"{self.uri}: no run here (config.yaml is missing)") from None
-        except (yaml.YAMLError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
 
     # -- index ----------------------------------------------------------------------------------------------------
@@ -166,6 +182,9 @@ class Run:
         columns = ["fragment_id", "path", "start", "stop", "offset", "error"]
         for part, table in storage.iter_tables(self.path("index"), columns):
             result += [Fragment(**row, part=part) for row in table.to_pylist()]
+        for fragment in result:
+            if not FIT_NAME(fragment.fragment_id):  # a file of the run is named after it
+                raise RunError(f"{self.uri}: index/ is damaged: {fragment.fragment_id!r} is no name of a fragment")
         return result
 
     def with_members(self, fragment: Fragment) -> Fragment:
@@ -208,6 +227,8 @@ LEASE_SECONDS = 60.0
 """A lease not renewed for so long is stale and may be taken over."""
 
 
+MOST_LEASE = 1 << 16
+"""Bytes of `driver.json` that are looked at."""
 DRIVER = "driver.json"
 """Who writes a run, or did so last."""
 
@@ -257,6 +278,8 @@ class Lease:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._interrupt = interrupt_of_main_thread()
+        self.about: Callable[[], dict[str, Any]] = dict
+        """What `driver.json` says beside: how far the stage under way is."""
 
     def check(self) -> None:
         """Raises TakenOverError where another driver has the run."""
@@ -319,12 +342,13 @@ class Lease:
                 return
 
     def _content(self, released: bool = False) -> bytes:
-        return json.dumps({**self._me, "time": time.time(), "date": now(), "released": released}).encode()
+        content = {**self._me, "time": time.time(), "date": now(), "released": released, "progress": self.about()}
+        return json.dumps(content).encode()
 
 
 def _read(uri: str) -> bytes:
     try:
-        return storage.read_bytes(uri, 0)  # one request; a read without a range asks for the size first
+        return storage.read_bytes(uri, 0, MOST_LEASE)  # one request; a read without a range asks for the size first
     except FileNotFoundError:
         return b""
 
@@ -333,7 +357,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
     """What a lease says; nothing where it is damaged or not there."""
     try:
         data = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 

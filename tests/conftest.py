@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-from helpers import QUIET, UNREADABLE, digit_pngs, score_files, small_config
+from helpers import PLANTED, QUIET, UNREADABLE, digit_pngs, score_files, small_config
 
 from raypipe import storage
 
@@ -41,7 +41,8 @@ def s3_server() -> Iterator[str]:
         ):
             patch.delenv(variable, raising=False)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED)
+        patch.setenv("RAYPIPE_TEST_PASSWORD", PLANTED)  # before Ray starts, so that its workers have it
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_CONFIG_FILE", "/dev/null")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")

@@ -18,6 +18,8 @@ from raypipe.progress import Progress
 from raypipe.rundir import Run
 
 QUIET = Progress(quiet=True)
+PLANTED = "planted-4f1d9c62a7"
+"""A password in the environment of all tests, which nothing may write anywhere."""
 
 SMALL: dict[str, Any] = {
     "source": {"uri": "digits://", "format": "digits", "limit": 600, "fragment_samples": 128},

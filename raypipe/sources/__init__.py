@@ -7,7 +7,7 @@ from importlib import import_module
 from raypipe.config import SourceSettings
 from raypipe.sources.base import ClassMap, FileScan, Fragment, RawSample, Source, SourceFile, class_map
 
-__all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFile", "class_map", "open_source"]
+__all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFile", "class_map", "open_source", "source_class"]
 
 _SOURCES = {
     "parquet": "raypipe.sources.parquet:ParquetSource",
@@ -28,5 +28,10 @@ def open_source(settings: SourceSettings) -> Source:
         from raypipe.sources.detect import detect_format
 
         format = detect_format(settings)
+    return source_class(format)(settings)
+
+
+def source_class(format: str) -> type[Source]:
+    """The class of a format other than `auto`."""
     module, _, name = _SOURCES[format].partition(":")
-    return getattr(import_module(module), name)(settings)
+    return getattr(import_module(module), name)

@@ -31,9 +31,11 @@ class Context:
     def cluster(self) -> Cluster:
         from raypipe.stages.cluster import connect
         from raypipe.stages.demand import DemandWatch
+        from raypipe.stages.metrics import RayMetrics
 
         found = connect(self.config.cluster, self.run, self.progress, self.verbose)
         patience, give_up = self.config.cluster.patience_seconds, interrupt_of_main_thread()
+        self.progress.listeners.append(RayMetrics())
         self._demand = DemandWatch(self.progress.say, found.can_grow, patience, give_up)
         return found
 
@@ -49,7 +51,8 @@ class Context:
         return self._demand.given_up if self._demand is not None else ""
 
     def close(self) -> None:
-        """No more looks at the cluster."""
+        """No more looks at the cluster, nor metrics for it."""
+        self.progress.listeners.clear()
         if self._demand is not None:
             self._demand.stop()
 

@@ -184,12 +184,18 @@ def _start_local(options: dict[str, Any]) -> None:
 
 
 def _autoscaling() -> bool:
-    """Whether the cluster has an autoscaler that can add nodes: its nodes then have types with names of the user's."""
+    """Whether the cluster has an autoscaler that can add nodes: its nodes then have types with names of the user's.
+
+    The first of Ray's autoscalers reports them in a store of the cluster; the second, which KubeRay uses from Ray 2.47 on, does not, and
+    the nodes say it themselves.
+    """
     from ray.experimental.internal_kv import _internal_kv_get
+
+    from raypipe.stages.demand import node_types
 
     try:
         report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}").get("autoscaler_report") or {}
     except ValueError:
-        return False
+        report = {}
     types = {name for key in ("active_nodes", "idle_nodes") for name in report.get(key) or {}}
-    return any(not re.fullmatch(r"node_[0-9a-f]+", name) for name in types)
+    return any(not re.fullmatch(r"node_[0-9a-f]+", name) for name in types | node_types())

@@ -13,11 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 log = logging.getLogger("raypipe")
 
 PAUSE, SAID_AFTER = 5.0, 20.0
 """Seconds between two looks, and until a request that no node is large enough for is said. It is said again after twice the time."""
+
+DEAD = {"DEAD", "UNSPECIFIED"}
+"""States of a node that gives nothing."""
 
 Shape = frozenset[tuple[str, float]]
 """CPUs and GPUs of one task or actor, those above 0."""
@@ -84,20 +88,32 @@ def asking(*shapes: Shape) -> Iterator[None]:
 
 def books() -> Books:
     """The cluster's books. Raises whatever Ray does when it cannot tell."""
-    import ray
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
-
-    state = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
+    state = _state()
     waiting = [Waiting((_shape(item.request.resources_bundle),), item.count) for item in state.pending_resource_requests]
     for gang in state.pending_gang_resource_requests:
         bundles = [_shape(item.resources_bundle) for item in gang.requests]
         if not bundles:  # where later versions of Ray put them
             bundles = [_shape(item.resources_bundle) for selector in gang.bundle_selectors for item in selector.resource_requests]
         waiting.append(Waiting(tuple(bundles), 1))
-    dead = {"DEAD", "UNSPECIFIED"}
-    nodes = [dict(node.total_resources) for node in state.node_states if _status(node) not in dead]
+    nodes = [dict(node.total_resources) for node in state.node_states if _status(node) not in DEAD]
     return Books(tuple(node for node in nodes if node.get("CPU", 0) > 0 or node.get("GPU", 0) > 0), tuple(waiting))
+
+
+def node_types() -> set[str]:
+    """Names of the node types by which an autoscaler brought the living nodes; empty where there is none, or Ray cannot tell."""
+    try:
+        return {node.ray_node_type_name for node in _state().node_states if _status(node) not in DEAD} - {""}
+    except Exception as error:
+        log.info("the types of the cluster's nodes cannot be seen: %s", error)
+        return set()
+
+
+def _state() -> Any:
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    return get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
 
 
 def _shape(bundle: Mapping[str, float]) -> Shape:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,8 @@ from raypipe.stages.seed import audit_rule, seed_manifest, wanted
 from raypipe.stages.streaming import Columns, Stopwatch, stream
 
 REJECT_SCHEMA = pa.schema([("sample_id", pa.string()), ("fragment", pa.string()), ("reason", pa.string())])
+READERS = 16
+"""Files of the run that the driver reads at a time; it holds no more of them, however many there are."""
 SIGNALS = ("loss", "margin", "entropy")
 """What the proxy says of a sample, in the order the extrapolators see it."""
 SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
@@ -76,9 +77,10 @@ class EmbedStage(Stage):
         tally.check()
         with context.progress.meter("embed", expected) as meter:
             meter.already(sum(fragment.samples for fragment in readable if fragment.fragment_id in done))
+            meter.queue(len(missing))
 
             def collect(result: dict[str, Any]) -> None:
-                meter.add(result["samples"] + result["rejects"])
+                meter.add(result["samples"] + result["rejects"], result["unit"], result["rejects"])
                 tally.add(result["samples"] + result["rejects"], result["reasons"])
                 tally.check()
                 record.cpu_seconds += result["cpu_seconds"]
@@ -111,14 +113,14 @@ def _count_earlier(run: Run, fragments: list[Fragment], tally: Tally) -> None:
     with_rejects = run.done("rejects")
 
     def rejects(fragment: Fragment) -> str:
-        if fragment.fragment_id not in with_rejects:
-            return "[]"
         table = storage.read_table(run.path("rejects", f"{fragment.fragment_id}.parquet"), ["sample_id", "reason"])
         return summarize((row["sample_id"], row["reason"]) for row in table.to_pylist())
 
-    with ThreadPoolExecutor(16) as threads:
-        for fragment, found in zip(fragments, threads.map(rejects, fragments), strict=True):
-            tally.add(fragment.samples, found)
+    for fragment in fragments:
+        if fragment.fragment_id not in with_rejects:
+            tally.add(fragment.samples, "[]")
+    for fragment, found in storage.ahead(rejects, (item for item in fragments if item.fragment_id in with_rejects), READERS):
+        tally.add(fragment.samples, found)
 
 
 def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) -> None:
@@ -136,8 +138,7 @@ def count_rows(run: Run, folder: str) -> int:
         with storage.open_read(run.path(folder, f"{stem}.parquet")) as file:
             return pq.ParquetFile(file).metadata.num_rows
 
-    with ThreadPoolExecutor(16) as threads:
-        return sum(threads.map(rows, run.done(folder)))
+    return sum(count for _, count in storage.ahead(rows, run.done(folder), READERS))
 
 
 def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) -> None:

@@ -58,10 +58,13 @@ class ExtrapolateStage(Stage):
         if config.extrapolate.method in WHOLE_METHODS:
             missing = []
         with context.progress.meter("extrapolate", sum(fragment.samples for fragment in fragments)) as meter:
-            meter.already(sum(fragment.samples for fragment in fragments if fragment.fragment_id not in set(missing)))
+            left = set(missing)
+            meter.already(sum(fragment.samples for fragment in fragments if fragment.fragment_id not in left))
+
+            meter.queue(len(missing))
 
             def collect(result: dict[str, Any]) -> None:
-                meter.add(result["samples"])
+                meter.add(result["samples"], result["unit"])
                 record.cpu_seconds += result["cpu_seconds"]
 
             stream(

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config, SeedSettings
-from raypipe.errors import StageError
+from raypipe.errors import RunError, StageError
 from raypipe.images import decode_batch
-from raypipe.rundir import Run, StageRecord, content_hash
+from raypipe.rundir import FIT_NAME, Run, StageRecord, content_hash
 from raypipe.sources import Fragment, open_source
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.duplicates import once
@@ -62,8 +62,9 @@ class SeedStage(Stage):
 
             def collect(result: dict[str, Any]) -> None:
                 record.cpu_seconds += result["cpu_seconds"]
-                meter.add(result["samples"])
+                before = tally.rejects
                 tally.add(result["drawn"], result["rejects"])
+                meter.add(result["samples"], result["unit"], tally.rejects - before)
                 tally.check()
 
             meter.already(sum(fragment.samples for name, group in groups if name in done for fragment in group))
@@ -73,6 +74,7 @@ class SeedStage(Stage):
             tally.check()
             context.cluster  # Ray is started before tasks are made
             missing = [unit for unit in fair_order(groups, lambda unit: unit[0]) if unit[0] not in done]
+            meter.queue(len(missing))
             run_tasks(missing, functools.partial(_draw, config, run.uri, audit), collect)
         tally.check(all_read=True)
         shards = sorted(name for name, _ in groups)
@@ -91,7 +93,10 @@ def seed_manifest(run: Run) -> dict[str, Any]:
 
     And what the audit set is: audit_fraction of the samples outside the seed set, audit_samples, audit_shards (those with any), audit_shard_samples.
     """
-    return storage.read_json(run.path("seed", "manifest.json"))
+    manifest = storage.read_json(run.path("seed", "manifest.json"))
+    if not all(map(FIT_NAME, (*manifest["shards"], *manifest["audit_shards"]))):
+        raise RunError(f"{run.uri}: seed/manifest.json is damaged: a shard of it has no name of a shard")
+    return manifest
 
 
 def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -138,12 +143,14 @@ def _groups(fragments: list[Fragment], config: Config) -> list[tuple[str, list[F
     """Runs of fragments that give about SHARD_SAMPLES seed samples, each with the name of its shard."""
     result: list[tuple[str, list[Fragment]]] = []
     group: list[Fragment] = []
+    samples = 0
     for fragment in fragments:
         group.append(fragment)
-        if sum(item.samples for item in group) * config.seed.fraction >= SHARD_SAMPLES or fragment is fragments[-1]:
+        samples += fragment.samples
+        if samples * config.seed.fraction >= SHARD_SAMPLES or fragment is fragments[-1]:
             name = f"seed-{len(result):05d}-{content_hash(item.fragment_id for item in group)}"
             result.append((name, group))
-            group = []
+            group, samples = [], 0
     return result
 
 
@@ -178,7 +185,7 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
             [ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size, about
         )
         storage.write_table(run.path("seed", f"{shard}.parquet"), table)
-    return {"samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap(), **about}
+    return {"unit": name, "samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap(), **about}
 
 
 def shard_table(

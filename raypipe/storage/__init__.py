@@ -26,6 +26,7 @@ from raypipe.errors import RaypipeError
 from raypipe.listing import FileInfo
 from raypipe.listing import file_info as _file_info
 from raypipe.listing import hidden as _hidden
+from raypipe.parquet_checks import read_checked
 from raypipe.storage.faults import code_of, explaining, retrying
 from raypipe.storage.fences import locked, passed
 from raypipe.storage.places import _remote as _remote
@@ -39,6 +40,8 @@ U = TypeVar("U")
 
 BIG = 64 << 20
 """From so many bytes on an object is sent in parts, so that a fault costs a part and not all of it."""
+MOST_JSON, MOST_TABLE = 64 << 20, 4 << 30
+"""Bytes of a JSON and of a Parquet file that are read as a whole."""
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -266,11 +269,22 @@ def delete(uri: str) -> None:
     retrying(action, uri, writing=True)
 
 
+def read_whole(uri: str, most: int) -> bytes:
+    """The content of a file of at most so many bytes. Raises FileNotFoundError, or RaypipeError for a larger one and for what is no file."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise RaypipeError(f"{uri}: is no file, but a folder, a pipe or a device")
+    size = info(uri).size
+    if size > most:
+        raise RaypipeError(f"{uri}: {size:,} bytes, and {most:,} are the most that it can have; is it what it should be?")
+    return read_bytes(uri)
+
+
 def read_json(uri: str) -> Any:
-    """A JSON file. Raises FileNotFoundError, or RaypipeError naming the file when it is not JSON."""
+    """A JSON file. Raises FileNotFoundError, or RaypipeError naming the file when it is not JSON, or far too large."""
     try:
-        return json.loads(read_bytes(uri))
-    except ValueError as error:
+        return json.loads(read_whole(uri, MOST_JSON))
+    except (ValueError, RecursionError) as error:
         raise RaypipeError(f"{uri}: not valid JSON ({error}); was it cut off or edited?") from None
 
 
@@ -286,10 +300,10 @@ def json_bytes(value: Any) -> bytes:
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table. Raises FileNotFoundError, or RaypipeError naming the file when it is not Parquet."""
-    data = read_bytes(uri)
+    data = read_whole(uri, MOST_TABLE)
     try:
-        return pq.read_table(io.BytesIO(data), columns=columns)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        return read_checked(data, columns)
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise RaypipeError(f"{uri}: not a readable Parquet file ({error}); delete it and run again to make it anew") from None
 
 

@@ -6,10 +6,9 @@ other work on the machine.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 
 from raypipe.config import Config, MeasureSettings
@@ -27,11 +26,13 @@ PUBLISHED = 10_000
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would run; `where` in words."""
+    """Where a run would run; `where` in words. Multiply-adds per second of a CPU core and of a GPU: see `raypipe.survey.rates`."""
 
     cpus: float
     gpus: float
     where: str
+    cpu_macs: float = rates.CPU_MACS
+    gpu_macs: float = rates.GPU_MACS
 
     def __str__(self) -> str:
         gpus = f"{self.gpus:g} GPU{'s' * (self.gpus != 1)}" if self.gpus else "no GPU"
@@ -131,18 +132,16 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
     passes, audit_passes = _passes(config.measure, seed)
     count = len(config.proxy.checkpoint_epochs())
     scored = count * (seed * passes + work.audit * audit_passes) * forward
-    result["measure"] = _network(
-        scored, (seed + work.audit) * rates.SAMPLE_SECONDS, _on_gpu(config.measure.use_gpu, machine), shards
-    )
+    result["measure"] = _network(scored, (seed + work.audit) * rates.SAMPLE_SECONDS, config.measure.use_gpu, machine, shards)
     if config.rehearses:  # half of the samples are trained on, and all are looked at
-        again = _training(dataclasses.replace(work, seed=seed // 2), machine, forward)
-        gpu = _on_gpu(config.embed.use_gpu, machine)
-        look = _network(seed * forward, seed * rates.SAMPLE_SECONDS, gpu, shards)
+        again = _training(replace(work, seed=seed // 2), machine, forward)
+        look = _network(seed * forward, seed * rates.SAMPLE_SECONDS, config.embed.use_gpu, machine, shards)
         result["rehearse"] = Effort(again.cpu + look.cpu, again.gpu + look.gpu, again.shared_by)
     result["embed"] = _network(
         work.samples * forward,
         work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
-        _on_gpu(config.embed.use_gpu, machine),
+        config.embed.use_gpu,
+        machine,
         work.fragments,
     )
     result["extrapolate"] = _extrapolation(work)
@@ -160,8 +159,8 @@ def _training(work: Work, machine: Machine, forward: float) -> Effort:
     beside = work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
     amount = work.seed * proxy.epochs * passes * forward
     if _on_gpu(proxy.use_gpu, machine):
-        return Effort(beside, amount / rates.GPU_MACS + beside, proxy.workers * proxy.parts)
-    alone = amount / rates.CPU_MACS + beside
+        return Effort(beside, amount / machine.gpu_macs + beside, proxy.workers * proxy.parts)
+    alone = amount / machine.cpu_macs + beside
     side_by_side = min(float(proxy.parts * proxy.workers), machine.cpus)
     threads = max(1.0, machine.cpus / side_by_side) if proxy.cpus_per_worker == "auto" else float(proxy.cpus_per_worker)
     gain = threads**rates.THREADS_POWER
@@ -198,10 +197,10 @@ def _extrapolation(work: Work) -> Effort:
     return Effort(cpu, 0, max(folds + 1, work.fragments / 2))
 
 
-def _network(amount: float, beside: float, gpu: bool, units: float) -> Effort:
-    if gpu:
-        return Effort(beside, amount / rates.GPU_MACS, units)
-    return Effort(beside + amount / rates.CPU_MACS, 0, units)
+def _network(amount: float, beside: float, use_gpu: bool | str, machine: Machine, units: float) -> Effort:
+    if _on_gpu(use_gpu, machine):
+        return Effort(beside, amount / machine.gpu_macs, units)
+    return Effort(beside + amount / machine.cpu_macs, 0, units)
 
 
 def _on_gpu(wish: bool | str, machine: Machine) -> bool:
@@ -222,7 +221,7 @@ def estimate(
     basis: list[str] = []
     scaled: dict[str, tuple[float, float]] = {}
     if like is not None:
-        scaled = _scaled(work, stated, machine, like)
+        scaled = scaled_efforts(work, stated, machine, like)
         rest = [
             stage for stage, effort in stated.items() if stage not in (*scaled, "select", "report") and effort.cpu + effort.gpu
         ]
@@ -267,20 +266,20 @@ def estimate(
         high=round(sum(stage.high for stage in stages), 1),
         cpu_hours=sum(stage.cpu_seconds for stage in stages) / 3600,
         gpu_hours=sum(stage.gpu_seconds for stage in stages) / 3600,
-        bytes_read=_bytes_read(work, survey),
-        bytes_written=_bytes_written(work),
+        bytes_read=bytes_read(work, survey.bytes * work.samples / max(1, survey.samples), survey.reads_singly),
+        bytes_written=bytes_written(work),
         basis=tuple(basis),
     )
 
 
-def _scaled(work: Work, stated: Mapping[str, Effort], machine: Machine, like: str) -> dict[str, tuple[float, float]]:
+def scaled_efforts(work: Work, stated: Mapping[str, Effort], machine: Machine, like: str) -> dict[str, tuple[float, float]]:
     """(processor seconds, GPU seconds) by stage: those of a run's ledger, times what the constants say this one takes beside that one."""
     run = Run(like)
     records = run.ledger()
     if any(stage not in records or records[stage].state != "done" for stage in ("index", "seed")):
         return {}
     gpus = any(record.gpu_seconds for record in records.values())
-    other = efforts(Work.of_run(run, records, work), Machine(machine.cpus, 1.0 if gpus else 0.0, ""))
+    other = efforts(Work.of_run(run, records, work), replace(machine, gpus=1.0 if gpus else 0.0))
     result = {}
     for stage, effort in stated.items():
         record, theirs = records.get(stage), other[stage]
@@ -298,17 +297,19 @@ def _scaled(work: Work, stated: Mapping[str, Effort], machine: Machine, like: st
     return result
 
 
-def _bytes_read(work: Work, survey: Survey) -> dict[str, int]:
-    """Of the source, by stage: a seed stage that cannot pick single samples reads what lies between them too."""
+def bytes_read(work: Work, stored: float, reads_singly: bool) -> dict[str, int]:
+    """Of the source, by stage: a seed stage that cannot pick single samples reads what lies between them too.
+
+    stored  bytes of the samples that are used
+    """
     index = {"nothing": 0.0, "part": min(work.listed_bytes, work.listed * FOOTER_BYTES), "all": work.listed_bytes}[
         work.scan_reads
     ]
-    used = survey.bytes * work.samples / max(1, survey.samples)
-    drawn = (work.seed + work.audit) / max(1, work.samples) if survey.reads_singly else 1.0
-    return {"index": round(index), "seed": round(used * min(1.0, drawn)), "embed": round(used)}
+    drawn = (work.seed + work.audit) / max(1, work.samples) if reads_singly else 1.0
+    return {"index": round(index), "seed": round(stored * min(1.0, drawn)), "embed": round(stored)}
 
 
-def _bytes_written(work: Work) -> dict[str, int]:
+def bytes_written(work: Work) -> dict[str, int]:
     """By folder of the run."""
     proxy, measure = work.config.proxy, work.config.measure
     weights = 4 * (rates.PARAMETERS[proxy.model] + rates.width(proxy.model) * work.classes) * proxy.parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from helpers import QUIET, small_config
@@ -76,6 +77,45 @@ def test_requests_of_others_and_a_cluster_that_is_only_full_are_none_of_our_busi
         assert not said and not over
 
 
+def _nodes(*names: str, status: str = "RUNNING") -> Any:
+    """A state of the cluster as Ray gives it, with a node of each type."""
+    from ray.core.generated import autoscaler_pb2
+
+    number = autoscaler_pb2.NodeStatus.Value(status)
+    states = [autoscaler_pb2.NodeState(ray_node_type_name=name, status=number) for name in names]
+    return autoscaler_pb2.ClusterResourceState(node_states=states)
+
+
+@pytest.mark.parametrize(
+    ("state", "report", "expected"),
+    [
+        (_nodes("headgroup"), b"", True),  # KubeRay: nothing but the head is there yet
+        (_nodes(""), b'{"autoscaler_report": {"active_nodes": {"head": 1}}}', True),  # the older autoscaler
+        (_nodes("", ""), b"", False),
+        (_nodes(""), b'{"autoscaler_report": {"active_nodes": {"node_0a1b": 1}}}', False),
+        (_nodes("gpu", status="DEAD"), b"not JSON", False),
+    ],
+)
+def test_an_autoscaler_is_known_by_the_types_of_its_nodes(
+    state: Any, report: bytes, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.experimental.internal_kv as store
+
+    from raypipe.stages.cluster import _autoscaling
+
+    monkeypatch.setattr(store, "_internal_kv_get", lambda key: report)
+    monkeypatch.setattr(demand, "_state", lambda: state)
+    assert _autoscaling() is expected
+
+
+def test_a_cluster_that_does_not_tell_its_types_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise RuntimeError("no such request")
+
+    monkeypatch.setattr(demand, "_state", fails)
+    assert demand.node_types() == set()
+
+
 @pytest.mark.ray
 def test_the_books_of_a_cluster(cluster: str) -> None:
     import ray
@@ -89,6 +129,7 @@ def test_the_books_of_a_cluster(cluster: str) -> None:
     found = demand.books()
     assert all(found.impossible(request) for request in found.waiting if request.bundles in wanted)
     assert wanted <= {request.bundles for request in found.waiting} and found.nodes[0]["CPU"] >= 1
+    assert demand.node_types() == set(), "this cluster has no autoscaler"
     ray.cancel(waits)
     ray.util.remove_placement_group(group)
 
