@@ -173,7 +173,7 @@ def main() -> None:
     )
     reach(results, arguments.scores)
     shift(results, arguments.scores, arguments.shift_size)
-    rehearsals(results, arguments.scores)
+    rehearsals(results, arguments.scores, arguments.shift_size)
     if arguments.cross_fit:
         cross_fit(results, arguments.scores, arguments.shift_size)
 

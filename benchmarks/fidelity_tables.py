@@ -220,8 +220,8 @@ def shift(results: Results, scores: list[str], size: float) -> None:
         line(f"{score}, {method}", cells, 19)
 
 
-def rehearsals(results: Results, scores: list[str]) -> None:
-    """What a rehearsal gains, and whether it tells the truth."""
+def rehearsals(results: Results, scores: list[str], folded: float) -> None:
+    """What a rehearsal gains, and whether it tells the truth. folded: the share for which parts of the seed set were held out."""
     count = len(results.seeds)
     print(
         f"\nScores that need training on the sample: {DEFAULT} with a rehearsal on half of the seed set beside {DEFAULT} without. Told: the fidelity"
@@ -232,7 +232,7 @@ def rehearsals(results: Results, scores: list[str]) -> None:
     line("", ["without: told", "true", "with: told", "true", "gain"])
     for score, size in itertools.product((score for score in scores if not direct(score)), results.sizes):
         alone, found = (results.of(score, FULL, size, method) for method in (ALONE, DEFAULT))
-        told = results.each(_held_out, results, size, score, DEFAULT, DIRECT)
+        told = results.each(_held_out, results, size, score, DEFAULT, DIRECT) if size == folded else {}
         rehearsed = results.each(
             lambda seed, score=score, size=size: results.study.rehearsal(results.study.of_seed_set(size, seed), score)
         )

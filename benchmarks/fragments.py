@@ -40,7 +40,7 @@ import pyarrow as pa
 
 from raypipe import inspection, storage
 from raypipe.config import Config, parse_config
-from raypipe.pipeline import _advance
+from raypipe.pipeline import advance
 from raypipe.progress import Progress
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages import embed, extrapolate, index, select
@@ -123,11 +123,11 @@ def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float
     run = Run(config.run)
     records: dict[str, StageRecord] = {}
 
-    def advance(stage: Stage, outputs: Outputs) -> None:
+    def work(stage: Stage, outputs: Outputs) -> None:
         context = Context(config, run, Progress(quiet=True))
         context.__dict__["cluster"] = Cluster(2, 0, 1, 2, False)
         with mock.patch.object(embed, "stream", outputs.stream), mock.patch.object(extrapolate, "stream", outputs.stream):
-            _advance(stage, context, records)
+            advance(stage, context, records)
 
     with (
         mock.patch.object(index, "_run_tasks", _serial),
@@ -135,13 +135,13 @@ def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float
         mock.patch.object(extrapolate, "is_judged", lambda *_: True),
     ):
         run.write_config(config)
-        yield "index", _timed(lambda: advance(index.IndexStage(), Outputs(run)))
+        yield "index", _timed(lambda: work(index.IndexStage(), Outputs(run)))
         for stage in ("seed", "proxy", "measure"):
             records[stage] = StageRecord("done", stage)
 
         def killed() -> None:
             try:
-                advance(embed.EmbedStage(), Outputs(run, fragments // 2))
+                work(embed.EmbedStage(), Outputs(run, fragments // 2))
             except Killed:
                 return
 
@@ -149,11 +149,11 @@ def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float
         yield "status", _timed(lambda: list(inspection.describe_run(run.uri)))
         outputs, started, spent = Outputs(run), time.monotonic(), time.process_time()
         records |= run.ledger()
-        rest = _timed(lambda: advance(embed.EmbedStage(), outputs))
+        rest = _timed(lambda: work(embed.EmbedStage(), outputs))
         assert outputs.first is not None
         yield "decision", {**rest, "seconds": outputs.first[0] - started, "processor": outputs.first[1] - spent}
         yield "rest", rest
-        yield "scores", _timed(lambda: advance(extrapolate.ExtrapolateStage(), Outputs(run)))
+        yield "scores", _timed(lambda: work(extrapolate.ExtrapolateStage(), Outputs(run)))
         storage.write_table(run.path("keep", "keep-0.50.parquet"), pa.table({"sample_id": ["0"]}))
         shards = select.content_hash(run.done("scores"))
         config = config.model_copy(update={"select": config.select.model_copy(update={"keep": (0.5,)})})

@@ -211,8 +211,8 @@ def test_sizes_that_make_no_sense_are_refused(options: dict[str, Any], message: 
 
 
 @pytest.mark.ray
-def test_a_finished_run_gives_its_rates(finished: str, finished_ledger: str) -> None:
-    ledger = Run(finished_ledger).ledger()
+def test_a_finished_run_gives_its_rates(finished: str) -> None:
+    ledger = Run(finished).ledger()
     samples = ledger["index"].samples
     size = Size(samples, image_bytes=64.0, file_samples=samples, classes=10)
     found = plan(small_config(finished), size, gpus=0, cpus=2, like=finished)
@@ -229,11 +229,8 @@ def test_a_finished_run_gives_its_rates(finished: str, finished_ledger: str) -> 
     }
     for stage, count in files.items():
         assert count / 2 <= _of(found, "files")[stage] <= 2 * count, stage
-    assert (
-        storage.info(Run(finished_ledger).path("run.json")).size / 3
-        < found.ledger_bytes
-        < 3 * storage.info(f"{finished_ledger}/run.json").size
-    )
+    size_there = storage.info(Run(finished).path("run.json")).size
+    assert size_there / 3 < found.ledger_bytes < 3 * size_there
     with pytest.raises(RunError, match="no run here"):
         plan(small_config(finished), size, like=f"{finished}/nowhere")
 

@@ -173,7 +173,8 @@ def test_status_of_a_run_under_way(tmp_path: Path) -> None:
         lease.about = lambda: {**shown.about(), "cpu_seconds": 100.0, "gpu_seconds": 0.0}
         meter.queue(3)
         meter.add(120, "f0", rejects=4)
-        storage.write_bytes(run.path("driver.json"), lease._content())
+        lease._written = lease._content()
+        storage.write_bytes(run.path("driver.json"), lease._written)
         text = "\n".join(describe_run(run.uri))
     assert "now         seed 120/300 samples" in text and "4 rejects, 1 fragments done, 2 queued" in text and " left" in text
     assert "embed: storage is full" in text and "spent       1.7 min CPU, in 4 attempts at 3 stages" in text

@@ -108,7 +108,7 @@ def test_credentials_in_an_address_are_in_no_message(tmp_path: Path, monkeypatch
     from raypipe.errors import RaypipeError
     from raypipe.pipeline import errors_of_storage
 
-    monkeypatch.setattr(storage, "RETRIES", 1)
+    monkeypatch.setattr("raypipe.storage.faults.RETRIES", 1)
     storage._remote.cache_clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:planted-password@127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "planted-key")

@@ -94,7 +94,7 @@ def seed_manifest(run: Run) -> dict[str, Any]:
     And what the audit set is: audit_fraction of the samples outside the seed set, audit_samples, audit_shards (those with any), audit_shard_samples.
     """
     manifest = storage.read_json(run.path("seed", "manifest.json"))
-    if not all(map(FIT_NAME, (*manifest["shards"], *manifest["audit_shards"]))):
+    if not all(map(FIT_NAME, (*manifest.get("shards", ()), *manifest.get("audit_shards", ())))):
         raise RunError(f"{run.uri}: seed/manifest.json is damaged: a shard of it has no name of a shard")
     return manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -54,6 +55,22 @@ def silent_for_long(run: Run) -> None:
     storage.write_bytes(run.path("driver.json"), json.dumps({**lease, "time": lease["time"] - 1000}).encode())
 
 
+def suspend(process: int, folder: str) -> None:
+    """Stop a process at a moment at which it has no lock of a local folder: whoever stops it then has to end it."""
+    os.kill(process, signal.SIGSTOP)
+    while "://" not in folder:
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.01)
+            os.kill(process, signal.SIGSTOP)
+        finally:
+            os.close(file)
+
+
 @pytest.mark.parametrize(("where", "finished"), [("local", True), ("s3", False)], ids=["other-finished", "other-at-work"])
 def test_a_suspended_driver_that_wakes_up_changes_nothing(s3: str, tmp_path: Path, where: str, finished: bool) -> None:
     run = Run(f"{s3}/suspended/run" if where == "s3" else str(tmp_path / "run"))
@@ -66,7 +83,7 @@ def test_a_suspended_driver_that_wakes_up_changes_nothing(s3: str, tmp_path: Pat
         while len(storage.names(run.path("index"))) < 5:
             assert first.poll() is None and time.monotonic() < end, first.communicate()[1].decode()
             time.sleep(0.02)
-        os.kill(first.pid, signal.SIGSTOP)
+        suspend(first.pid, run.uri)
         with pytest.raises(RunError, match=rf"in use by another driver: process {first.pid} on"), Lease(run):
             pass
         silent_for_long(run)

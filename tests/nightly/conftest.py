@@ -11,12 +11,12 @@ import pytest
 from nights import Place, finished_place, in_process
 
 
-@pytest.fixture(scope="package")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run that is finished, before its first night. Not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
         in_process(patch)
-        yield finished_place(tmp_path_factory.mktemp("nights") / "place")
+        return finished_place(tmp_path_factory.mktemp("nights") / "place")
 
 
 @pytest.fixture

@@ -379,7 +379,7 @@ def test_other_verbs_on_what_was_made_from_tables(made: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["status", made])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["run", "extrapolate"] and "417 samples" in lines[1]
+    assert [line.split()[0] for line in lines] == ["run", "extrapolate", "spent"] and "417 samples" in lines[1]
 
 
 @pytest.mark.ray
