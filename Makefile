@@ -1,5 +1,5 @@
 # make demo    install, then a complete run on the bundled images
-# make test    install, then the whole test suite     (make test ARGS="-k parquet -x")
+# make test    install, then the test suite            (make test ARGS="-k parquet -x"; ARGS="-m long": what takes minutes)
 # make lint    style, types and the layering of the package
 # make clean   remove the environment and every cache (runs/ stays)
 #

@@ -17,7 +17,7 @@ from raypipe import storage
 from raypipe.config import dump_config
 from raypipe.rundir import Run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
 
 
 def test_scores_are_those_of_an_undisturbed_run(

@@ -101,7 +101,6 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     raypipe.run(plain, progress=QUIET, until="extrapolate")
     assert storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]["judged_on"] == "seed"
     assert not storage.names(f"{run}/rehearsal") and "rehearse" not in Run(run).ledger()
-    raypipe.run(plain, progress=QUIET)
     assert raypipe.select(run, 0.1) == {"keep-0.10.parquet": 41}
     secrets = [storage.read_bytes(f"{run}/{file.path}") for file in storage.listing(run) if "parquet" not in file.path]
     assert not any(b"AWS_SECRET" in content or b"aws_secret" in content for content in secrets)

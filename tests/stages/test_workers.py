@@ -84,7 +84,7 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
     for world in worlds:
         _drawn(f"{tmp_path}/over-{world}")
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_work, args=(rank, str(tmp_path), worlds)) for rank in range(4)]
+    processes = [spawn.Process(target=_work, args=(rank, str(tmp_path), worlds), daemon=True) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
