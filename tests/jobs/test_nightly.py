@@ -125,6 +125,7 @@ def _start(address: str, config: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_night_through_ray_that_is_killed_goes_on_to_what_one_process_makes(cluster: str, place: Place, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
