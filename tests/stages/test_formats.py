@@ -32,7 +32,8 @@ def parquet(images: list[bytes], labels: list[int | None], names: list[str]) -> 
     return buffer.getvalue()
 
 
-def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
+@pytest.mark.parametrize("rehearsal", [False, pytest.param(True, marks=pytest.mark.long)], ids=["plain", "rehearsed"])
+def test_parquet_and_run_on_s3(cluster: str, s3: str, rehearsal: bool) -> None:
     images, labels = digit_pngs(400)
     for part in range(2):
         rows = range(part * 200, part * 200 + 200)
@@ -52,7 +53,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     wrong = {item.key: item.words for item in odd if item.words}
     right = [f"digit-{row}" for row in range(400)] + [item.key for item in odd if not item.words]
     assert len(right) == 410
-    run = f"{s3}/runs/first"
+    run = f"{s3}/runs/first-{rehearsal}"
     config = small_config(
         run,
         f"source.uri={s3}/data/train-{{0..4}}.parquet",  # the last one is not there
@@ -64,6 +65,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
         f"source.max_pixels={MAX_PIXELS}",
         "source.max_reject_fraction=0.3",
         "extrapolate.score=el2n",
+        f"extrapolate.rehearsal={str(rehearsal).lower()}",
         "extrapolate.judge_published=true",
         "measure.max_actors=2",
         "embed.max_actors=2",
@@ -86,20 +88,23 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str) -> None:
     # a score that only training on the sample gives is rehearsed on half of the seed set
     about = storage.read_json(f"{run}/extrapolator/extrapolator.json")
     fidelity, held_out = about["fidelity"], about["fidelity_seed"]
-    assert fidelity["judged_on"] == "rehearsal" and not storage.exists(f"{run}/extrapolator/audit.parquet")
+    assert fidelity["judged_on"] == ("rehearsal" if rehearsal else "seed")
+    assert not storage.exists(f"{run}/extrapolator/audit.parquet")
     assert set(fidelity["baselines"]) >= {"class_mean", "knn_published", "proxy_loss", "random"}
     # beside every baseline where it is judged on the seed set
     assert set(held_out["baselines"]) >= {"class_mean", "gnn_published", "knn_published", "proxy_loss", "random"}
     assert set(held_out["baselines"]["gnn_published"]["overlap_interval"]) == {"0.25", "0.5"}
-    assert_rehearsed(run)
+    if rehearsal:
+        assert_rehearsed(run)
     before = {file.path: file.stamp for file in storage.listing(f"{run}/scores")}
     gone = sorted(before)[0]
     storage.delete(f"{run}/scores/{gone}")
     raypipe.run(config, progress=QUIET)
     assert {file.path: file.stamp for file in storage.listing(f"{run}/scores")} == before
-    plain = config.model_copy(update={"extrapolate": config.extrapolate.model_copy(update={"rehearsal": False})})
-    raypipe.run(plain, progress=QUIET, until="extrapolate")
-    assert storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]["judged_on"] == "seed"
+    if rehearsal:
+        plain = config.model_copy(update={"extrapolate": config.extrapolate.model_copy(update={"rehearsal": False})})
+        raypipe.run(plain, progress=QUIET, until="extrapolate")
+        assert storage.read_json(f"{run}/extrapolator/extrapolator.json")["fidelity"]["judged_on"] == "seed"
     assert not storage.names(f"{run}/rehearsal") and "rehearse" not in Run(run).ledger()
     assert raypipe.select(run, 0.1) == {"keep-0.10.parquet": 41}
     secrets = [storage.read_bytes(f"{run}/{file.path}") for file in storage.listing(run) if "parquet" not in file.path]

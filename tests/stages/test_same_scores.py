@@ -213,6 +213,7 @@ def run_of(cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.parametrize("format", WHOLE_RUNS)
 def test_seed_shards_are_the_same_bit_for_bit(format: str, run_of: Callable[[str], tuple[Run, Layout]], data: Data) -> None:
     run, layout = run_of(format)
@@ -223,6 +224,7 @@ def test_seed_shards_are_the_same_bit_for_bit(format: str, run_of: Callable[[str
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.parametrize("format", WHOLE_RUNS[1:])
 def test_scores_and_embeddings_are_the_same(format: str, run_of: Callable[[str], tuple[Run, Layout]]) -> None:
     expected, found = _numbers(*run_of(WHOLE_RUNS[0])), _numbers(*run_of(format))
