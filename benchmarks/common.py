@@ -235,6 +235,16 @@ def predict(
     return model.predict(everything.take(wanted))
 
 
+def names_of(text: str) -> list[str]:
+    """Of an option: a,b,c."""
+    return text.split(",")
+
+
+def shares_of(text: str) -> list[float]:
+    """Of an option: 0.05,0.1."""
+    return [float(part) for part in text.split(",")]
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t distribution; not a number for fewer than two values."""
     if len(values) < 2:

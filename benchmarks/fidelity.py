@@ -33,7 +33,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import BASELINES, Images, read, save
+from common import BASELINES, Images, names_of, read, save, shares_of
 from fidelity_runs import ALONE, Step, Study
 from fidelity_tables import DEFAULT, SHIFT_METHODS, Results, cross_fit, reach, rehearsals, shift, table, truths
 
@@ -94,12 +94,6 @@ def work(study: Study, arguments: argparse.Namespace, seeds: Sequence[int]) -> l
 
 
 def parse() -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
-    def shares(text: str) -> list[float]:
-        return [float(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", help="folder of Parquet files, or digits")
@@ -111,16 +105,16 @@ def parse() -> argparse.Namespace:
     add("--model", default="small", help="as proxy.model")
     add("--epochs", type=int, default=30)
     add("--checkpoints", type=int, default=10)
-    add("--sizes", type=shares, default=shares("0.05,0.10,0.20"), help="shares that are scored")
+    add("--sizes", type=shares_of, default=shares_of("0.05,0.10,0.20"), help="shares that are scored")
     add("--seeds", type=int, default=3, help="how many")
     add("--first-seed", type=int, default=0)
     add(
         "--scores",
-        type=names,
-        default=names("moso,moso-normalized,el2n,tdds,dynamic-uncertainty"),
+        type=names_of,
+        default=names_of("moso,moso-normalized,el2n,tdds,dynamic-uncertainty"),
         help="these, moso-none, other trajectory scores, and el2n-, loss-, entropy-checkpoints (`at: checkpoints`)",
     )
-    add("--methods", type=names, default=list(ROWS), help=f"of {','.join(ROWS)}")
+    add("--methods", type=names_of, default=list(ROWS), help=f"of {','.join(ROWS)}")
     add("--el2n-epochs", type=int, default=10, help="EL2N is the mean over so many first epochs")
     add("--not-recalibrated", action="store_true", help="MoSo without measure.recalibrate, as published")
     add("--shift-size", type=float, help="share scored in the tables of shift and cross-fitting; default: the middle of --sizes")
@@ -129,7 +123,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count() or 1, help="of training and measuring; fits have one")
     add("--plan", action="store_true", help="only say what there is to do, and how long it takes")
     add("--only-cached", action="store_true", help="only print what is there")
-    add("--refit", type=names, default=[], help="methods whose predictions are made again")
+    add("--refit", type=names_of, default=[], help="methods whose predictions are made again")
     arguments = parser.parse_args()
     arguments.shift_size = arguments.shift_size or sorted(arguments.sizes)[len(arguments.sizes) // 2]
     if arguments.shift_size not in arguments.sizes:

@@ -38,7 +38,7 @@ from functools import cached_property
 import fidelity
 import numpy as np
 import torch
-from common import Images, read
+from common import Images, names_of, read, shares_of
 from fidelity_runs import ProxyRun, Step, Study
 
 from raypipe.config import ProxySettings, SourceSettings
@@ -327,12 +327,6 @@ def scoring_steps(pruning: Pruning) -> list[Step]:
 
 
 def parse() -> Namespace:
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
-    def shares(text: str) -> list[float]:
-        return [float(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", help="folder of Parquet files, or digits")
@@ -342,11 +336,11 @@ def parse() -> Namespace:
     add("--label-column", default="label")
     add("--samples", type=int, default=10_000, help="drawn from the data")
     add("--test-samples", type=int, help="drawn from the test part; default: all")
-    add("--scores", type=names, default=list(SCORES))
-    add("--kinds", type=names, default=list(KINDS))
-    add("--strategies", type=names, default=list(STRATEGY_NAMES))
-    add("--lists", type=names, default=[], help="these and no others, such as measured.moso.top,extrapolated.el2n.ccs")
-    add("--keep", type=shares, default=shares("0.1,0.3,0.5,0.7,0.9"))
+    add("--scores", type=names_of, default=list(SCORES))
+    add("--kinds", type=names_of, default=list(KINDS))
+    add("--strategies", type=names_of, default=list(STRATEGY_NAMES))
+    add("--lists", type=names_of, default=[], help="these and no others, such as measured.moso.top,extrapolated.el2n.ccs")
+    add("--keep", type=shares_of, default=shares_of("0.1,0.3,0.5,0.7,0.9"))
     add("--seeds", type=int, default=3, help="of the trainings on lists")
     add("--scoring-seeds", type=int, default=3, help="runs that scores come from")
     add("--seed-fraction", type=float, default=0.2, help="share that is measured where scores are extrapolated")

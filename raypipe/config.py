@@ -91,8 +91,8 @@ class Config(Settings):
                     f"measure.{score}: at checkpoints, but none is between first_epoch {settings.first_epoch} and last_epoch "
                     f"{settings.last_epoch}; they are of epochs {', '.join(map(str, epochs))} (from 0). See proxy.checkpoints"
                 )
-        if self.extrapolate.rehearsal is True and self._can_rehearse:
-            raise ValueError(f"extrapolate.rehearsal: there is nothing to rehearse, since {self._can_rehearse}")
+        if self.extrapolate.rehearsal is True and self._nothing_to_rehearse:
+            raise ValueError(f"extrapolate.rehearsal: there is nothing to rehearse, since {self._nothing_to_rehearse}")
         return self
 
     @property
@@ -104,10 +104,10 @@ class Config(Settings):
     def rehearses(self) -> bool:
         """Whether a second proxy is trained to learn how the score differs where there was no training on the sample."""
         asked = self.extrapolate.rehearsal
-        return self._can_rehearse == "" if asked == "auto" else asked
+        return self._nothing_to_rehearse == "" if asked == "auto" else asked
 
     @property
-    def _can_rehearse(self) -> str:
+    def _nothing_to_rehearse(self) -> str:
         """Why there is nothing to rehearse; "" where there is."""
         if self.score in self.measure.at_checkpoints:
             return f"{self.score} is measured at checkpoints, on an audit set too"

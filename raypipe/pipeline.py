@@ -92,6 +92,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
             stage = make_stage(name)
             if not stage.wanted(config):
                 if records.pop(name, None) is not None:
+                    run.write_ledger(records)
                     run.clear(name)
                 continue
             try:

@@ -189,8 +189,9 @@ def run_on(
 
     from raypipe.stages.demand import asking, shape
     from raypipe.stages.streaming import failure
+    from raypipe.storage.fences import fenced
 
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_call)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(fenced(_call))
     shared = ray.put(function)
     waiting = [remote.remote(shared, unit) for unit in units]
     try:

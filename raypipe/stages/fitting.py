@@ -23,6 +23,7 @@ from raypipe.errors import StageError
 from raypipe.rundir import Run
 from raypipe.stages.base import Context
 from raypipe.stages.judging import (
+    TRANSFER,
     Step,
     folds,
     is_judged,
@@ -69,7 +70,7 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
         wanted[f"judge-{number}"] = (f"fold-{number}.parquet", functools.partial(write_fold, number))
     wanted["curve"] = ("curve.json", write_curve)
     if rehearsed(run):
-        wanted["rehearse"] = ("transfer.safetensors", write_rehearsal)
+        wanted["rehearse"] = (TRANSFER, write_rehearsal)
     left = {name: part for name, (file, part) in wanted.items() if file not in there}
     # a graph over the whole source is held once at a time
     groups = [{name: part} for name, part in left.items()] if whole else [left]
