@@ -27,13 +27,14 @@ import pyarrow.parquet as pq
 from local_nodes import HEAD, ROOT, LocalNodes, ray_command
 
 SETTINGS = [
-    "source.fragment_samples=32",
-    "seed.fraction=0.2",
-    "proxy.model=resnet18",
-    "proxy.image_size=32",
-    "proxy.epochs=5",
-    "proxy.checkpoints=3",
+    "source.limit=800",
+    "source.fragment_samples=20",
+    "seed.fraction=0.25",
+    "proxy.epochs=3",
+    "proxy.checkpoints=2",
+    "extrapolate.method=knn-published",
     "trust.min_spearman=-1",
+    "report.images=4",
 ]
 FILES = {"embed": "embeddings/*.parquet", "measure": "measured/checkpoints-*/*.parquet"}
 """By stage: what it writes, a file for every unit of its work."""
@@ -128,7 +129,8 @@ def main() -> None:
         with LocalNodes(folder / "ray", jobs=True) as nodes:
             port = nodes.address.partition(":")[2]
             out.typed(f"ray start --head --num-cpus=0 --node-ip-address=127.0.0.{HEAD} --port={port} ...")
-            for number in (nodes.add(1), nodes.add(1)):
+            for number in [nodes.add(1, wait=False), nodes.add(1, wait=False)]:
+                nodes.wait_for(number)
                 out.typed(f"ray start --address={nodes.address} --num-cpus=1 --node-ip-address=127.0.0.{number} ...")
             show_nodes(nodes, out)
             out.say("\n# undisturbed")

@@ -61,7 +61,7 @@ class ExtrapolateSettings(Settings):
     )
     confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")
     seed: int = Field(0, ge=0, description="hold-out split and initial weights")
-    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU")
+    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU, also of nodes that come later")
 
     @property
     def most_folds(self) -> int:
