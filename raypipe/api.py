@@ -245,7 +245,7 @@ def select(
     keep      one fraction or several; default: those of the run's configuration
     strategy  default: that of the run's configuration
     force     make them even where the fidelity is below the run's `trust.min_spearman`; the lists' metadata says so
-    options   any other setting of the section `select` (seed, min_per_class, always_keep, never_keep, near_duplicates, weights,
+    options   any other setting of the section `select` (seed, by_class, min_per_class, always_keep, never_keep, near_duplicates, weights,
               easy_fraction, difficulty, hard_cutoff, strata, beta_exponent); default: those of the run's configuration
     Raises ConfigError for a fraction outside 0..1 and for options that are unknown, wrong or do not go together, RunError for a run
     without complete scores, TrustError for too low a fidelity.

@@ -190,6 +190,7 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--hard-cutoff", type=float, help="ccs: share of the samples, the hardest, that is left out first.")
 @click.option("--strata", type=int, help="ccs: intervals of the score.")
 @click.option("--beta-exponent", type=float, help="beta: the higher, the later easy samples are preferred.")
+@click.option("--by-class/--over-classes", default=None, help="Within each class, the same share of every class; or over all.")
 @click.option("--min-per-class", type=int, help="Samples each class keeps at least.")
 @click.option("--always-keep", metavar="URI", help="Ids in every list: text, one a line, or Parquet with sample_id.")
 @click.option("--never-keep", metavar="URI", help="Ids in no list.")

@@ -204,7 +204,7 @@ def cut_lists(run: Run, config: Config, settings: EvaluateSettings) -> tuple[Poo
             if select_settings.difficulty == "auto":
                 options = dataclasses.replace(options, difficulty="score" if origin.score in DIFFICULTIES else "loss")
             for fraction, rows in _cut(stream, pool, settings.keep, strategy, classes, options, bool(scores.marks)):
-                name = f"{origin.title}, {strategy}"
+                name = f"{origin.title}, {strategy}{' by class' * options.by_class}"
                 lists.append(Listed(name, fraction, rows, origin.kind, origin.score, strategy))
     return pool, lists
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypipe.selection.base import Options, Plan, Top, everything, loss_of
+from raypipe.selection.base import Options, Plan, Top, everything, grouped, loss_of
 from raypipe.selection.hashing import hash64, uniform
 from raypipe.selection.quotas import water_filled
 from raypipe.selection.radix import FIRST, HIGHEST, Boundary, Chunk, Chunks, Ranking, boundaries, key_value, order_key
@@ -51,17 +51,25 @@ def random(chunks: Chunks, keep: Sequence[float], classes: int, options: Options
 
 
 class Strata(Ranking):
-    """Hashes within strata of equal width of the score; samples beyond a boundary are out of the question."""
+    """Hashes within strata of equal width of the score; samples beyond a boundary are out of the question.
+
+    low, high  range of the score: float64 [G], for each group of the boundary
+    """
 
     needs_ids = True
 
-    def __init__(self, seed: int, cut: Boundary, low: float, high: float, strata: int) -> None:
+    def __init__(self, seed: int, cut: Boundary, low: np.ndarray, high: np.ndarray, strata: int) -> None:
         self._drawn, self._cut, self.groups = Drawn(seed), cut, strata
-        self._low, self._width = low, (high - low) / strata
+        width = (high - low) / strata
+        self._low, self._width = (
+            np.append(low, 0.0),
+            np.append(np.where(width > 0, width, 1.0), 1.0),
+        )  # group -1: out of the question
 
     def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         key, _ = self._drawn.place(chunk)
-        place = (chunk.score.astype(np.float64) - self._low) / (self._width or 1.0)
+        _, part = self._cut.ranking.place(chunk)
+        place = (chunk.score.astype(np.float64) - self._low[part]) / self._width[part]
         stratum = np.clip(np.floor(place), 0, self.groups - 1).astype(np.int64)
         return key, np.where(self._cut.mask(chunk), -1, stratum)
 
@@ -76,16 +84,19 @@ def ccs(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -
     Published with AUM as the difficulty that is cut off by, whatever the score; here it is the score, or the proxy's loss. The published
     cut-off grows with the pruning (CIFAR-10: 0.3 where 90 % are pruned); one holds for all keep fractions here, which keeps
     their lists nested. The published top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score
-    belongs to the last stratum.
+    belongs to the last stratum. With `Options.by_class` all of it is done within each class.
     """
     share = options.hard_cutoff
-    (cut,) = boundaries(chunks, [(Top(options.difficulty), lambda size, _: (share * size).astype(np.int64))])
-    low, high = math.inf, -math.inf
+    hardest = grouped(Top(options.difficulty), classes, options)
+    (cut,) = boundaries(chunks, [(hardest, lambda size, _: (share * size).astype(np.int64))])
+    low, high = np.full(hardest.groups, math.inf), np.full(hardest.groups, -math.inf)
     for chunk in chunks(cut.needs_ids):
-        left = chunk.score[chunk.eligible() & ~cut.mask(chunk)]
-        low, high = float(left.min(initial=low)), float(left.max(initial=high))
-    if low > high:  # nothing is left
-        low = high = 0.0
+        left = chunk.eligible() & ~cut.mask(chunk)
+        score, group = chunk.score[left].astype(np.float64), hardest.place(chunk)[1][left]
+        np.minimum.at(low, group, score)
+        np.maximum.at(high, group, score)
+    empty = low > high
+    low[empty] = high[empty] = 0.0
     return [Plan(Strata(options.seed, cut, low, high, options.strata), water_filled, inclusion=even)] * len(keep)
 
 
@@ -120,11 +131,11 @@ def conditional(ranking: Gumbel, chunk: Chunk, boundary: Boundary) -> np.ndarray
     Rank conditioning of bottom-k samples (Cohen & Kaplan 2007, "Summarizing data using bottom-k sketches"). Their t is the
     first key that is not taken, which differs by about 1/k. All are 1 where samples of weight 0 have to fill the list.
     """
-    key, _ = boundary.ranking.place(chunk)
-    last = float(key_value(boundary.threshold)[0])
-    if boundary.quota[0] == boundary.size[0] or not math.isfinite(last):
-        return np.ones(len(key))
-    return np.where(key == FIRST, 1.0, -np.expm1(-np.exp(np.minimum(ranking.log_weight(chunk) - last, 700.0))))
+    key, group = boundary.ranking.place(chunk)
+    last = key_value(boundary.threshold).astype(np.float64)
+    whole = np.append(boundary.quota == boundary.size, False) | ~np.isfinite(last)
+    beyond = np.minimum(ranking.log_weight(chunk) - np.where(whole, 0.0, last)[group], 700.0)
+    return np.where((key == FIRST) | whole[group], 1.0, -np.expm1(-np.exp(beyond)))
 
 
 def beta(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:

@@ -104,6 +104,9 @@ class SelectSettings(Settings):
     hard_cutoff: float = Field(0.1, ge=0, lt=1, description="ccs: share of the samples, the hardest, that is left out first")
     strata: int = Field(50, ge=1, le=10_000, description="ccs: intervals of equal width of the score")
     beta_exponent: float = Field(4.0, gt=0, description="beta: c_D; the higher, the later easy samples are preferred")
+    by_class: bool = Field(
+        False, description="the strategy works within each class, and every class keeps the same share; balanced: always"
+    )
     min_per_class: int = Field(0, ge=0, description="samples each class keeps at least, or all it has")
     always_keep: str | None = Field(
         None, min_length=1, description="ids in every list: text, one a line, or Parquet with sample_id"

@@ -151,6 +151,8 @@ def _stated(settings: SelectSettings, options: Options, marked: dict[str, Any]) 
     strategy = STRATEGIES[settings.strategy]
     names = ["seed"] * strategy.draws + ["difficulty"] * strategy.difficulty + OF_STRATEGY.get(settings.strategy, [])
     stated = {name: getattr(options, name) for name in names}
+    if options.by_class and not strategy.by_class:
+        stated["by_class"] = True
     if options.min_per_class:
         stated["min_per_class"] = options.min_per_class
     if options.weights != "none":
