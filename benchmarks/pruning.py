@@ -9,9 +9,9 @@ set, of which what is not drawn is the test. Scores come from runs as in `fideli
     extrapolated  by a proxy trained on a random 20 %, measured there, and predicted by the default extrapolator for the others; of
                   MoSo, too. The loss that `ccs`, `mixed` and `beta` look at is that of the same proxy
 
-Lists are cut by `raypipe.selection` with its default options, and a fresh network is trained on each with the same epochs
-(`raypipe.evaluation.fitting`), with --seeds seeds of weights, order and augmentation, as many random lists, and the full set. Scores
-come from --scoring-seeds runs of their own weights; training seed s takes the scores of run s modulo their number.
+Lists are cut by `raypipe.selection` with its default options, also within each class (ccs-by-class), and a fresh network is trained
+on each with the same epochs (`raypipe.evaluation.fitting`), with --seeds seeds of weights, order and augmentation, as many random lists,
+and the full set. Scores come from --scoring-seeds runs of their own weights; training seed s takes the scores of run s modulo their number.
 
 The tables give the accuracy on the test part, mean over the seeds ± half its 95 % t interval; the difference to random, paired over seeds,
 with the same; then what is never below random outside noise, and the loss of extrapolated against measured lists. Three seeds make
@@ -53,7 +53,11 @@ KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "tdds", "dynamic-uncertainty", "dual")
 EXTRAPOLATOR = "gnn"
 RANDOM, FULL = "random", "full"
-STRATEGY_NAMES = tuple(name for name in STRATEGIES if name != RANDOM)
+BY_CLASS = "-by-class"
+STRATEGY_NAMES = (
+    *(name for name in STRATEGIES if name != RANDOM),
+    *(f"{name}{BY_CLASS}" for name in STRATEGIES if not STRATEGIES[name].classes and name not in ("top", RANDOM)),
+)
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,9 @@ class Pruning:
         known = self.score(run, kind, score).astype(np.float32)
         loss = self.study.nodes(run).signals[:, 0].astype(np.float32)
         chunk = Chunk(known, self.study.images.label.astype(np.int32), [f"{row}" for row in range(count)], loss)
-        options = Options(seed=job.seed, difficulty="score" if score in DIFFICULTIES else "loss")
-        (cut,) = select(lambda _: [chunk], [job.keep], strategy, self.study.images.classes, options)
+        by_class = strategy.endswith(BY_CLASS)
+        options = Options(seed=job.seed, difficulty="score" if score in DIFFICULTIES else "loss", by_class=by_class)
+        (cut,) = select(lambda _: [chunk], [job.keep], strategy.removesuffix(BY_CLASS), self.study.images.classes, options)
         return np.flatnonzero(cut.mask(chunk))
 
     def _scored_by(self, kind: str, seed: int) -> ProxyRun:
@@ -162,7 +167,7 @@ class Pruning:
         yield from (Job(FULL, 1.0, seed) for seed in seeds if not self.arguments.without_full)
         for name in [RANDOM, *self.names()]:
             for keep, seed in itertools.product(self.arguments.keep, seeds):
-                if not (name.endswith(".ccs") and keep + Options.hard_cutoff > 1 + 1e-9):  # nothing is left to draw from
+                if not (".ccs" in name and keep + Options.hard_cutoff > 1 + 1e-9):  # nothing is left to draw from
                     yield Job(name, keep, seed)
 
     def path(self, job: Job) -> str:
