@@ -100,6 +100,7 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
         balance=[by_label[item["label"]] for item in summary["shown_classes"]],
         hidden_classes=sum(item["samples"] > 0 and item["label"] not in shown for item in summary["classes"]),
         present_classes=sum(item["samples"] > 0 for item in summary["classes"]),
+        all_classes=words.classes([item["label"] for item in summary["classes"] if item["samples"]]),
         wall=summary["cost"]["total"]["wall_seconds"] or 1.0,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SPACE = "\u202f"  # narrow and unbreakable, between a number and its unit
@@ -132,6 +132,13 @@ def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:
     if label is None or label < 0:
         return "unlabelled"
     return names[label] if label < len(names) else str(label)
+
+
+def classes(labels: Sequence[int | None]) -> str:
+    """How many there are, in words; None is the label of the unlabelled."""
+    known = sum(label is not None for label in labels)
+    text = f"{count(known)} {'class' if known == 1 else 'classes'}"
+    return f"{text} and the unlabelled" if None in labels else text
 
 
 def judged_samples(fidelity: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
     assert "Fidelity is good: on 10 held-out seed samples" in text
     for title in (
         "A training on it of as many epochs takes 50 % fewer steps, and so costs about 50 % less.",
-        "Class by class: the lowest and the highest of each of 4 classes",
+        "Class by class: the lowest and the highest scores of 3 classes and the unlabelled",
         "Highest scores",
         "Lowest scores",
         "Most uncertain",
@@ -235,7 +235,7 @@ def test_of_many_classes_the_ends_are_shown(make_run: MakeRun) -> None:
     run = make_run(names=[f"class {number:03d} {'x' * 40}" for number in range(60)], fragments=12)
     _, elements = built(run)
     assert sum(attributes.get("class") == "gap" for _, attributes in elements.found) == 1
-    assert "All 61 classes: middle 80 %" in elements.text, "and the unlabelled"
+    assert "All of 60 classes and the unlabelled: middle 80 %" in elements.text
     shown = json.loads(Path(run.path("report", "summary.json")).read_text())["shown_classes"]
     assert len(shown) == 24
 
@@ -293,6 +293,37 @@ def test_images_can_be_left_out(make_run: MakeRun, source) -> None:
     _, elements = built(make_run(report={"images": 0}))
     assert source.reads == []
     assert not any(tag == "img" for tag, _ in elements.found)
+
+
+def test_classes_with_a_histogram_and_images_of_their_own(make_run: MakeRun) -> None:
+    run = make_run(names=[f"c{number}" for number in range(9)], report={"classes": 4, "class_images": 2})
+    page, elements = built(run)
+    assert page.count('<svg class="mini"') == 4
+    assert "4 of 9 classes and the unlabelled: the lowest and the highest medians" in elements.text
+    summary = json.loads(Path(run.path("report", "summary.json")).read_text())
+    assert [len(item[end]) for item in summary["class_grids"] for end in ("lowest", "highest")] == [2] * 8
+    assert [item["name"] for item in summary["class_grids"]] == [item["name"] for item in summary["class_histograms"]]
+    run = make_run(report={"classes": 0})
+    page, elements = built(run)
+    assert 'class="mini"' not in page and "Class by class" not in elements.text
+
+
+def test_every_point_of_the_map_is_in_a_table(make_run: MakeRun) -> None:
+    run = make_run(select={"keep": [0.5]})
+    _, elements = built(run)
+    table = storage.read_table(run.path("report", "map.parquet"))
+    kept = set(storage.read_table(run.path("keep", "keep-0.50.parquet"))["sample_id"].to_pylist())
+    scores = pa.concat_tables([shard for _, shard in storage.iter_tables(run.path("scores"))])
+    score = dict(zip(scores["sample_id"].to_pylist(), scores["score"].to_pylist(), strict=True))
+    assert table.column_names == ["sample_id", "x", "y", "score", "kept"] and len(table) == 199
+    assert all(row["kept"] == (row["sample_id"] in kept) and row["score"] == score[row["sample_id"]] for row in table.to_pylist())
+    assert "kept (100)" in elements.text and "pruned (99)" in elements.text
+    storage.delete(run.path("keep"))
+    build(run)
+    assert storage.read_table(run.path("report", "map.parquet"))["kept"].null_count == 199, "without a list"
+    storage.delete(run.path("embeddings"))
+    build(run)
+    assert "map.parquet" not in storage.names(run.path("report"))
 
 
 def test_thumbnails_are_read_with_the_settings_of_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
