@@ -60,11 +60,16 @@ def execute(
 ) -> Run:
     """Run every stage, or those up to and including `until`. A `dataset` of Ray Data, where there is one, is the source.
 
-    Raises ConfigError for an unknown stage, RunError when another driver holds the run, and what the stages raise. Where the
-    scores are too unfaithful to prune by, the report is still written before the TrustError is raised.
+    Raises ConfigError for an unknown stage and for a package of `report.log_to` that is not installed, RunError when another driver
+    holds the run, and what the stages raise. Where the scores are too unfaithful to prune by, the report is still written before the
+    TrustError is raised.
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
+    if config.report.log_to:
+        from raypipe.report.trackers import check_trackers
+
+        check_trackers(config.report.log_to)
     with errors_of_storage(config.run):
         return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
 

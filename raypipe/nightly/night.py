@@ -28,6 +28,7 @@ from raypipe.extrapolate.drift import embedding_drift, label_drift
 from raypipe.nightly.policy import advice, changes, judge
 from raypipe.pipeline import advance, errors_of_storage, log_file, make_stage
 from raypipe.progress import Progress
+from raypipe.report.trackers import check_trackers
 from raypipe.rundir import Lease, Run, StageRecord, fingerprint, now, tables_of
 from raypipe.snapshots import (
     TIME,
@@ -95,6 +96,8 @@ def run_night(
 
 def _run_night(config: Config, progress: Progress, verbose: bool, moment: datetime) -> Night:
     run, settings = Run(config.run), config.nightly
+    if settings.report:
+        check_trackers(config.report.log_to)
     run.ledger()  # says so where there is no run at all
     config = config.model_copy(update={"source": open_source(config.source).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)

@@ -19,7 +19,8 @@ MakeRun = Callable[..., Run]
 KEYS = {
     "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "fidelity_seed",
     "learning_curve", "neighbour_search", "scores", "keep", "classes",
-    "shown_classes", "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
+    "shown_classes", "even_classes", "class_histograms", "class_grids", "class_fragments", "headline",
+    "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
 
