@@ -53,6 +53,8 @@ def _message(data: dict) -> str:
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
         ({"source": {}}, ["source.uri", "required"]),
+        ({"source": {"uri": "x", "inject_noise": 1}}, ["source.inject_noise", "1", "less than 1"]),
+        ({"source": {"uri": "x", "noise_seed": -1}}, ["source.noise_seed", "-1", "greater than or equal to 0"]),
         ({"source": {"uri": "x", "max_reject_fraction": 1.5}}, ["source.max_reject_fraction", "1.5", "less than or equal to 1"]),
         ({"source": {"uri": "x", "format": "zip"}}, ["source.format", "'zip'", "'parquet'"]),
         ({"source": {"uri": "x", "split": ""}}, ["source.split", "at least 1 character"]),

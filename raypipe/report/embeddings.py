@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
+from raypipe.report.noise import NoiseJudge
 from raypipe.report.scores import Highest, Pick
 from raypipe.rundir import Run
+from raypipe.sources.noise import LabelNoise
 
 MOST_SHARDS, MAP_SHARDS, MAP_SAMPLES = 256, 32, 3000
 """Shards searched for contradicted labels; shards and samples drawn on the map. Both are evenly spread over the source."""
@@ -27,16 +30,21 @@ class EmbeddingMap:
 
 @dataclass(frozen=True)
 class EmbeddingScan:
-    """shards_read of shards_there were searched; `suspects` have a low score and a label that the proxy contradicts."""
+    """shards_read of shards_there were searched; `suspects` have a low score and a label that the proxy contradicts.
+
+    noise  of a rehearsal with replaced labels how many of these the whole list of suspects finds: see `raypipe.report.noise`
+    """
 
     map: EmbeddingMap | None
     suspects: list[Pick]
     shards_read: int
     shards_there: int
+    noise: dict[str, Any] | None = None
 
 
-def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
+def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None = None) -> EmbeddingScan:
     """`edge` is the score below which a sample counts as low; `images` is how many suspects are wanted at most."""
+    judge = NoiseJudge(noise) if noise is not None else None
     there = sorted(run.done("embeddings") & run.done("scores"))
     chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
     most_doubtful, vectors, scores, read = Highest(images), [], [], 0
@@ -49,13 +57,15 @@ def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
         read += 1
         score, measured = _aligned(table["sample_id"].to_pylist(), score_table)
-        _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
+        doubt = _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
+        if judge is not None:
+            judge.add(table["sample_id"].to_pylist(), table["label"].fill_null(-1).to_numpy(), doubt)
         if fragment in mapped and len(table):
             rows = np.unique(np.linspace(0, len(table) - 1, max(1, MAP_SAMPLES // len(mapped))).astype(np.int64))
             vectors.append(_matrix(table["embedding"])[rows])
             scores.append(score[rows])
     drawn = principal_axes(np.concatenate(vectors), np.concatenate(scores)) if vectors else None
-    return EmbeddingScan(drawn, most_doubtful.picks(), read, len(there))
+    return EmbeddingScan(drawn, most_doubtful.picks(), read, len(there), judge.figures() if judge is not None else None)
 
 
 def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | None:
@@ -100,7 +110,10 @@ def _aligned(ids: list[str], table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return np.append(score, np.nan)[rows], np.append(measured, False)[rows]
 
 
-def _offer_suspects(best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: float) -> None:
+def _offer_suspects(
+    best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: float
+) -> np.ndarray:
+    """How much the proxy contradicts the label, float [n]: by this they are ordered; NaN of samples that are no suspects."""
     label = table["label"].fill_null(-1).to_numpy()
     prediction = table["prediction"].fill_null(-1).to_numpy()
     margin = table["margin"].to_numpy().astype(np.float64)
@@ -112,4 +125,6 @@ def _offer_suspects(best: Highest, fragment: str, table: pa.Table, score: np.nda
             measured=bool(measured[row]), prediction=int(prediction[row]), margin=float(margin[row]),
         )  # fmt: skip
 
-    best.offer(np.where(doubtful, -margin, np.nan), pick)
+    doubt = np.where(doubtful, -margin, np.nan)
+    best.offer(doubt, pick)
+    return doubt

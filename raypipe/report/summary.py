@@ -18,8 +18,9 @@ from raypipe.errors import RaypipeError, RunError
 from raypipe.report import words
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.evaluation import evaluation_of
+from raypipe.report.noise import noise_figures
 from raypipe.report.scores import QUANTILES, READ_AHEAD, Pick, ScoreScan, scan_scores, shown_classes
-from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, now
+from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, noise_of, now
 
 FORMAT = 1
 """Version of `summary.json`."""
@@ -52,7 +53,8 @@ def collect(run: Run) -> Findings:
     ledger, config = run.ledger(), run.config()
     names = _class_names(run)
     scan = scan_scores(run, len(names), config.report.images)
-    embedded = scan_embeddings(run, scan.edge, config.report.images)
+    noise = noise_of(ledger)
+    embedded = scan_embeddings(run, scan.edge, config.report.images, noise)
     keep = _keep_lists(run, len(names))
     rejects = _rejects(run)
     judged = _judged(run, scan)
@@ -83,6 +85,7 @@ def collect(run: Run) -> Findings:
             "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
         },
         **judged,
+        "label_noise": noise_figures(run, noise, embedded.noise, [item["file"] for item in keep]) if noise and embedded.noise else None,
         "scores": _score_figures(scan),
         "keep": keep,
         "classes": _class_figures(names, scan, keep),
