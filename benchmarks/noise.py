@@ -24,7 +24,6 @@ what is there. One process, no Ray.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import platform
 import time
@@ -33,10 +32,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from common import Images, interval, names_of, read, save, shares_of
+from common import Images, data_options, load, names_of, shares_of, shown, table
 from fidelity_runs import Missing, ProxyRun, Study
 
-from raypipe.config import MeasureSettings, ProxySettings, SourceSettings
+from raypipe.config import MeasureSettings, ProxySettings
 from raypipe.evaluation import fitting
 from raypipe.report.noise import found_by
 from raypipe.rundir import fingerprint
@@ -51,29 +50,6 @@ FIFTH = 0.2
 RANDOM, FULL = "random", "full"
 MARGIN_SIGNAL = 1
 """Column of the margin among the signals of a sample."""
-
-
-def load(arguments: argparse.Namespace) -> tuple[Images, Images]:
-    """Training and test part with their true labels, decoded once."""
-    path = os.path.join(arguments.cache, f"images-{fingerprint(arguments.dir, arguments.samples, arguments.image_size)}.npz")
-    if not os.path.exists(path):
-        if arguments.dir is None:
-            every = read(SourceSettings(uri="digits://", format="digits"), arguments.image_size)
-            parts = every.take(slice(arguments.samples)), every.take(slice(arguments.samples, None))
-        else:
-            sources = [
-                SourceSettings(uri=os.path.abspath(arguments.dir), format="parquet", include=include)
-                for include in (arguments.include, arguments.test_include)
-            ]
-            parts = (read(sources[0], arguments.image_size, arguments.samples), read(sources[1], arguments.image_size))
-        names = ("pixels", "label")
-        arrays = {f"{which}_{name}": getattr(part, name) for which, part in zip(("train", "test"), parts) for name in names}
-        save(path, **arrays, classes=np.array(parts[0].classes))
-    with np.load(path) as found:
-        train, test = (
-            Images(found[f"{which}_pixels"], found[f"{which}_label"], int(found["classes"])) for which in ("train", "test")
-        )
-    return train, test
 
 
 class Noisy:
@@ -92,9 +68,7 @@ class Noisy:
             flip=not digits, crop_padding=1 if digits else max(1, arguments.image_size // 8),
         )  # fmt: skip
         self.settings = settings
-        what = fingerprint(
-            arguments.dir, arguments.samples, arguments.noise, seed, settings.model_dump(mode="json", exclude={"seed"})
-        )
+        what = fingerprint(arguments.dir, len(images), arguments.noise, seed, settings.model_dump(mode="json", exclude={"seed"}))
         self._folder = os.path.join(arguments.cache, f"noise-{what}")
         os.makedirs(self._folder, exist_ok=True)
         self.study = Study(self.images, settings, MeasureSettings(), self._folder, arguments.threads, arguments.only_cached)
@@ -163,21 +137,6 @@ class Noisy:
         return fitting.statistics_of(self.images.pixels)
 
 
-def shown(values: Sequence[float | None], form: str = "{:.1f}") -> str:
-    """A share in percent, mean and half the width of its interval; empty without values."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return ""
-    mean, reach = interval(known)
-    return form.format(mean) + (f" ± {reach:.1f}" if np.isfinite(reach) else "")
-
-
-def table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for name, cells in rows:
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
 def of_all(seeds: Sequence[Noisy], figure: Callable[[Noisy], float | None]) -> list[float | None]:
     """A figure of every seed that has it."""
     found = []
@@ -189,16 +148,16 @@ def of_all(seeds: Sequence[Noisy], figure: Callable[[Noisy], float | None]) -> l
     return found
 
 
-def finding(seeds: Sequence[Noisy], scores: Sequence[str]) -> None:
+def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:
+    """names: kinds and scores."""
     share = shown([float(seed.wrong.mean()) for seed in seeds])
-    names = list(itertools.product(KINDS, [*scores, MARGIN]))
 
     def outside(seed: Noisy, kind: str, score: str) -> float:
         others = seed.study.others(seed.study.of_seed_set(seed.arguments.fraction, seed.seed))
         return seed.ranked(kind, score, others)["average_precision"]
 
     rows = [("chance", [share] * 3)]
-    for kind, score in names:
+    for kind, score in [*names, *((kind, MARGIN) for kind in KINDS)]:
         ranked = of_all(seeds, lambda seed, kind=kind, score=score: seed.ranked(kind, score))
         apart = of_all(seeds, lambda seed, kind=kind, score=score: outside(seed, kind, score))
         cells = [found["at_replaced"]["precision"] for found in ranked], [found["average_precision"] for found in ranked], apart
@@ -209,7 +168,7 @@ def finding(seeds: Sequence[Noisy], scores: Sequence[str]) -> None:
         rows,
     )
     rows = [("chance", ["", share, ""])]
-    for kind, score in itertools.product(KINDS, scores):
+    for kind, score in names:
         found = of_all(seeds, lambda seed, kind=kind, score=score: seed.listed(kind, score))
         listed = [each["listed"] / len(seeds[0].wrong) for each in found]
         cells = listed, [each["precision"] for each in found], [each["recall"] for each in found]
@@ -221,9 +180,9 @@ def finding(seeds: Sequence[Noisy], scores: Sequence[str]) -> None:
     )
 
 
-def kept(seeds: Sequence[Noisy], scores: Sequence[str], keep: Sequence[float]) -> None:
+def kept(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]], keep: Sequence[float]) -> None:
     rows = []
-    for name in [RANDOM, *(".".join(parts) for parts in itertools.product(KINDS, scores))]:
+    for name in [RANDOM, *map(".".join, names)]:
         cells = [of_all(seeds, lambda seed, k=k, name=name: float(seed.wrong[seed.rows(name, k)].mean())) for k in keep]
         rows.append((name, [shown(values) for values in cells]))
     head = ("the highest scores", *(f"keep {fraction:g}" for fraction in keep))
@@ -243,35 +202,32 @@ def trained(seeds: Sequence[Noisy], lists: Sequence[str], keep: Sequence[float])
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dir", help="folder of Parquet files; default: the bundled digits")
-    add("--include", default="train-*", help="which files of the folder are for training")
-    add("--test-include", default="test-*", help="which are for the test")
+    data_options(parser)
     add("--noise", type=float, default=0.2, help="share of the labels that is replaced")
-    add("--samples", type=int, help="drawn from the data; default: 5000, of digits 1400")
     add("--fraction", type=float, default=0.2, help="share that is measured where scores are extrapolated")
-    add("--scores", type=names_of, default=list(SCORES))
+    add("--scores", type=names_of, default=list(SCORES), help="measured")
+    add("--extrapolated", type=names_of, default=list(SCORES), help="the same, extrapolated; a fit of each takes the longest")
     add("--seeds", type=int, default=3)
     add("--model", default="small")
-    add("--image-size", type=int, default=16)
     add("--epochs", type=int, default=10, help="of the proxies")
     add("--checkpoints", type=int, default=4)
     add("--keep", type=shares_of, default=shares_of("0.3,0.5,0.7"))
-    add("--train", type=names_of, default=[], help="train on these lists, such as measured.moso,measured.el2n; also random and full")
+    add(
+        "--train",
+        type=names_of,
+        default=[],
+        help="train on these lists, such as measured.moso,measured.el2n; also random and full",
+    )
     add("--train-keep", type=shares_of, default=shares_of("0.5"))
     add("--train-epochs", type=int, default=6)
-    add("--cache", default="/tmp/raypipe-noise")
-    add("--threads", type=int, default=1)
-    add("--only-cached", action="store_true", help="only print what is there")
-    arguments = parser.parse_args()
-    arguments.samples = arguments.samples or (1400 if arguments.dir is None else 5000)
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     os.makedirs(arguments.cache, exist_ok=True)
-    images, test = load(arguments)
+    images, test = load(arguments, 5000)
     seeds = [Noisy(arguments, images, test, seed) for seed in range(arguments.seeds)]
     settings = seeds[0].settings
     print(
@@ -281,10 +237,13 @@ def main() -> None:
         f"{settings.checkpoints} checkpoints; extrapolated from {arguments.fraction:g}; {arguments.seeds} seeds",
         flush=True,
     )
-    finding(seeds, arguments.scores)
-    kept(seeds, arguments.scores, arguments.keep)
+    names = [("measured", score) for score in arguments.scores] + [("extrapolated", score) for score in arguments.extrapolated]
+    finding(seeds, names)
+    kept(seeds, names, arguments.keep)
     if arguments.train:
-        print(f"\nTrained on lists: {settings.model} at {settings.image_size} pixels, {arguments.train_epochs} epochs; test part of {len(test)}")
+        print(
+            f"\nTrained on lists: {settings.model} at {settings.image_size} pixels, {arguments.train_epochs} epochs; test part of {len(test)}"
+        )
         trained(seeds, arguments.train, arguments.train_keep)
 
 

@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Run a raypipe configuration; running it again resumes.")
     result.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
     result.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
-    result.add_argument("--inject-noise", type=float, metavar="SHARE", help="rehearsal: so many labels are replaced by wrong ones")
+    result.add_argument(
+        "--inject-noise", type=float, metavar="SHARE", help="rehearsal: so many labels are replaced by wrong ones"
+    )
     return result
 
 

@@ -34,7 +34,10 @@ _set = click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=
 
 
 _noise = click.option(
-    "--inject-noise", type=float, metavar="SHARE", help="Rehearsal: replace the labels of this share of the samples by wrong ones."
+    "--inject-noise",
+    type=float,
+    metavar="SHARE",
+    help="Rehearsal: replace the labels of this share of the samples by wrong ones.",
 )
 
 
@@ -254,6 +257,9 @@ def export(uri: str, keep: float | None, format: str, to: str, shard_mb: int | N
 @click.option("--seeds", type=int, help="Trainings of each list and fraction. Default: 3.")
 @click.option(
     "--protocol", help="epochs, or steps: the same number of steps for all lists, that of the full set. Default: epochs."
+)
+@click.option(
+    "--attack", is_flag=True, help="Train adversarially, and test on adversarial examples as well (PGD; proxy.adversary)."
 )
 @click.option("--model", help="What is trained. Default: the run's proxy.model.")
 @click.option("--image-size", type=int, help="Pixels. Default: the run's proxy.image_size.")

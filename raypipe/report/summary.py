@@ -85,7 +85,9 @@ def collect(run: Run) -> Findings:
             "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
         },
         **judged,
-        "label_noise": noise_figures(run, noise, embedded.noise, [item["file"] for item in keep]) if noise and embedded.noise else None,
+        "label_noise": noise_figures(run, noise, embedded.noise, [item["file"] for item in keep])
+        if noise and embedded.noise
+        else None,
         "scores": _score_figures(scan),
         "keep": keep,
         "classes": _class_figures(names, scan, keep),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from raypipe import storage
 from raypipe.report import build, summarize
@@ -13,7 +14,6 @@ from raypipe.report.embeddings import scan_embeddings
 from raypipe.report.noise import found_by
 from raypipe.rundir import Run
 from raypipe.sources.noise import LabelNoise
-from sklearn.metrics import average_precision_score
 
 
 def test_average_precision_is_that_of_scikit_learn_where_everything_is_listed() -> None:
