@@ -83,7 +83,7 @@ def _trained(uri: str, world: int) -> tuple[dict[str, torch.Tensor], np.ndarray]
 
 
 def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path) -> None:
-    trainings = ((1, PLAIN), (2, PLAIN), (4, PLAIN), (1, ADVERSARIAL), (4, ADVERSARIAL))
+    trainings = ((1, PLAIN), (2, PLAIN), (4, PLAIN), (1, ADVERSARIAL), (2, ADVERSARIAL))
     for world, adversary in trainings:
         _drawn(f"{tmp_path}/over-{world}-{adversary}")
     spawn = multiprocessing.get_context("spawn")
@@ -93,12 +93,12 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
     for process in processes:
         process.join(250)
         assert process.exitcode == 0
-    (alone, scores), *others, attacked, attacked_by_four = (
+    (alone, scores), *others, attacked, attacked_by_two = (
         _trained(f"{tmp_path}/over-{world}-{adversary}", world) for world, adversary in trainings
     )
     assert attacked[1].mean() > scores.mean() + 0.05
     # a slope that is nearly 0 may have another sign, which moves a pixel by a whole step
-    assert np.abs(attacked_by_four[1] - attacked[1]).max() < 0.1 and np.corrcoef(attacked_by_four[1], attacked[1])[0, 1] > 0.99
+    assert np.abs(attacked_by_two[1] - attacked[1]).max() < 0.1 and np.corrcoef(attacked_by_two[1], attacked[1])[0, 1] > 0.99
     for weights, found in others:
         # single precision: another order of a batch's samples alone moves them as far
         for name, value in alone.items():
