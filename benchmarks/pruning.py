@@ -87,7 +87,7 @@ class Pruning:
             flip=not digits,
             crop_padding=max(1, self.size // 8) if not digits else 1,
         )
-        chosen = self.settings.model_dump(mode="json", exclude={"seed"})
+        chosen = self.settings.model_dump(mode="json", exclude={"seed"}, exclude_none=True)
         what = fingerprint(chosen, arguments.samples, arguments.seed_fraction, arguments.scoring_seeds, arguments.bfloat16)
         self._results = os.path.join(self._images, f"trained-{what}")
         os.makedirs(self._results, exist_ok=True)

@@ -280,7 +280,7 @@ def evaluate(
 
     test           path or URI of the test set, read with the run's settings of `source`, but for format, files and limit
     test_settings  `field=value` of the section `source` for it, such as "split=test" or "include=test-*"
-    options        fields of `raypipe.settings.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, model,
+    options        fields of `raypipe.settings.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, attack, model,
                    image_size, epochs, batch_size, lr, use_gpu, cpus_per_training
     Returns what RUN/evaluation/summary.json then holds. A training whose result is there is not made again. Raises ConfigError for
     options that are unknown, wrong or do not go together, RunError for a run without complete scores, SourceError for a test set

@@ -19,7 +19,7 @@ from raypipe.errors import ConfigError
 from raypipe.settings.base import Settings
 from raypipe.settings.measure import SELF_TERM_BELOW, MeanSettings, MeasureSettings
 from raypipe.settings.nightly import NightlySettings
-from raypipe.settings.proxy import PoolSettings, ProxySettings
+from raypipe.settings.proxy import AdversarySettings, PoolSettings, ProxySettings
 from raypipe.settings.results import (
     ClusterSettings,
     EmbedSettings,
@@ -32,6 +32,7 @@ from raypipe.settings.source import SeedSettings, SourceSettings
 
 __all__ = [
     "SELF_TERM_BELOW",
+    "AdversarySettings",
     "ClusterSettings",
     "Config",
     "EmbedSettings",

@@ -16,8 +16,9 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
-from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
+from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, noise_of, now, tables_of
 from raypipe.sources import open_source
+from raypipe.sources.noise import noise_wanted
 from raypipe.stages.base import Context, Stage
 
 log = logging.getLogger("raypipe")
@@ -88,6 +89,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
         lease.about = partial(_how_far, progress, records)
         if tables_of(records):
             raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
+        _check_noise(config, run, records)
         if dataset is not None:
             copy_dataset(dataset, given, context)
         run.write_config(config)
@@ -107,6 +109,16 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
         if refusal is not None:
             raise refusal
     return run
+
+
+def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
+    """Raise RunError rather than make a real run anew with labels that were replaced, or the other way round."""
+    before, wanted = noise_of(records), noise_wanted(config.source)
+    if "index" in records and records["index"].state == "done" and before != wanted:
+        found = f"{before.share:g} with noise_seed {before.seed}" if before else "0"
+        raise RunError(
+            f"{run.uri}: was made with source.inject_noise {found}; a rehearsal with other labels takes a run folder of its own (`run`)"
+        )
 
 
 def extrapolate(

@@ -29,6 +29,7 @@ from raypipe import storage
 from raypipe.config import Config, dump_config, parse_config
 from raypipe.errors import RunError, TakenOverError
 from raypipe.sources.base import ClassMap, Fragment
+from raypipe.sources.noise import LabelNoise
 from raypipe.storage import fences
 
 FORMAT = 1
@@ -84,6 +85,16 @@ def checked_record(record: StageRecord) -> StageRecord:
 def tables_of(records: Mapping[str, StageRecord]) -> dict[str, str]:
     """What `raypipe extrapolate` made a folder from (embeddings, scores, score_column), by its ledger; empty for a run."""
     return records["extrapolate"].detail.get("tables", {}) if "extrapolate" in records else {}
+
+
+def noise_of(records: Mapping[str, StageRecord]) -> LabelNoise | None:
+    """How labels of a run were replaced for a rehearsal, by its ledger; None where they were not."""
+    return _noise(records["index"].detail) if "index" in records else None
+
+
+def _noise(about: Mapping[str, Any]) -> LabelNoise | None:
+    found = about.get("inject_noise")
+    return LabelNoise(float(found["share"]), int(found["seed"])) if found else None
 
 
 class Run:
@@ -195,7 +206,7 @@ class Run:
 
     def classes(self) -> ClassMap:
         data = storage.read_json(self.path("index", "classes.json"))
-        return ClassMap(tuple(data["names"]), bool(data["numeric"]))
+        return ClassMap(tuple(data["names"]), bool(data["numeric"]), _noise(data))
 
     def done(self, folder: str) -> set[str]:
         """Stems of the Parquet files in a folder: the fragments (or seed shards) that are finished."""

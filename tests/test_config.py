@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from raypipe.config import Config, apply_overrides, commented_config, dump_config, load_config, parse_config
+from raypipe.config import AdversarySettings, Config, apply_overrides, commented_config, dump_config, load_config, parse_config
 from raypipe.errors import ConfigError
 
 LEAST = {"run": "out", "source": {"uri": "data"}}
@@ -36,6 +36,10 @@ def _message(data: dict) -> str:
             ["proxy.normalize.mean.2", "128", "proxy.normalize.std", "missing"],
         ),
         ({"proxy": {"normalize": {"mean": [0, 0, 0], "std": [0, 1, 1]}}}, ["proxy.normalize.std.0", "greater than 0"]),
+        ({"proxy": {"adversary": {"eps": "8/0"}}}, ["proxy.adversary.eps", "'8/0'", "valid number"]),
+        ({"proxy": {"adversary": {"eps": 8}}}, ["proxy.adversary.eps", "8", "less than or equal to 1"]),
+        ({"proxy": {"adversary": {"steps": 3}}}, ["proxy.adversary.steps", "unknown setting"]),
+        ({"proxy": {"adversary": {"iterations": 0}}}, ["proxy.adversary.iterations", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
         ({"extrapolate": {"exact_neighbours": 0}}, ["extrapolate.exact_neighbours", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
@@ -53,6 +57,8 @@ def _message(data: dict) -> str:
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
         ({"source": {}}, ["source.uri", "required"]),
+        ({"source": {"uri": "x", "inject_noise": 1}}, ["source.inject_noise", "1", "less than 1"]),
+        ({"source": {"uri": "x", "noise_seed": -1}}, ["source.noise_seed", "-1", "greater than or equal to 0"]),
         ({"source": {"uri": "x", "max_reject_fraction": 1.5}}, ["source.max_reject_fraction", "1.5", "less than or equal to 1"]),
         ({"source": {"uri": "x", "format": "zip"}}, ["source.format", "'zip'", "'parquet'"]),
         ({"source": {"uri": "x", "split": ""}}, ["source.split", "at least 1 character"]),
@@ -91,6 +97,15 @@ def test_what_is_taken_off_the_channels(tmp_path) -> None:
     assert statistics("proxy.normalize=half") == ([0.5] * 3, [0.5] * 3)
     given = ("proxy.normalize.mean=[0, 0.5, 1]", "proxy.normalize.std=[1, 0.5, 0.1]")
     assert statistics(*given) == ([0, 0.5, 1], [1, 0.5, 0.1])
+
+
+def test_an_adversary_as_papers_write_it(tmp_path) -> None:
+    given = apply_overrides(LEAST, ["proxy.adversary={}", "proxy.adversary.eps=4/255"])
+    config = parse_config(given)
+    assert config.proxy.adversary == AdversarySettings(eps=4 / 255, step_size=2 / 255, iterations=7)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")).proxy == config.proxy
+    assert parse_config(LEAST).proxy.adversary is None
 
 
 def test_overrides() -> None:

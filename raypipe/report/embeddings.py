@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
+from raypipe.report.noise import NoiseJudge
 from raypipe.report.scores import Highest, Pick
 from raypipe.rundir import Run
+from raypipe.sources.noise import LabelNoise
 
 MOST_SHARDS, MAP_SHARDS, MAP_SAMPLES = 256, 32, 3000
 """Shards searched for contradicted labels; shards and samples drawn on the map. Both are evenly spread over the source."""
@@ -51,6 +54,7 @@ class EmbeddingScan:
     suspects  those that it contradicts most
     found     how many there are
     agreed    share of the labelled samples searched in which the proxy sees the class of the label; None without any
+    noise     of a rehearsal with replaced labels how many of these the whole list of suspects finds: see `raypipe.report.noise`
     """
 
     map: EmbeddingMap | None
@@ -59,10 +63,12 @@ class EmbeddingScan:
     agreed: float | None
     shards_read: int
     shards_there: int
+    noise: dict[str, Any] | None = None
 
 
-def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
+def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None = None) -> EmbeddingScan:
     """`edge` is the score below which a sample counts as low; `images` is how many suspects are wanted at most."""
+    judge = NoiseJudge(noise) if noise is not None else None
     there = sorted(run.done("embeddings") & run.done("scores"))
     chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
     most_doubtful, vectors, scores, ids, read = Highest(images), [], [], list[str](), 0
@@ -76,7 +82,10 @@ def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
         read += 1
         score, measured = _aligned(table["sample_id"].to_pylist(), score_table)
-        counts += _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
+        doubt, found_there = _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
+        counts += found_there
+        if judge is not None:
+            judge.add(table["sample_id"].to_pylist(), table["label"].fill_null(-1).to_numpy(), doubt)
         if fragment in mapped and len(table):
             rows = np.unique(np.linspace(0, len(table) - 1, max(1, MAP_SAMPLES // len(mapped))).astype(np.int64))
             vectors.append(_matrix(table["embedding"])[rows])
@@ -86,7 +95,8 @@ def scan_embeddings(run: Run, edge: float, images: int) -> EmbeddingScan:
     if drawn is not None:
         drawn = replace(drawn, sample_id=[ids[row] for row in drawn.rows])
     found, agreed, labelled = counts.tolist()
-    return EmbeddingScan(drawn, most_doubtful.picks(), found, agreed / labelled if labelled else None, read, len(there))
+    share, noisy = agreed / labelled if labelled else None, judge.figures() if judge is not None else None
+    return EmbeddingScan(drawn, most_doubtful.picks(), found, share, read, len(there), noisy)
 
 
 def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | None:
@@ -133,8 +143,9 @@ def _aligned(ids: list[str], table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def _offer_suspects(
     best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: float
-) -> tuple[int, int, int]:
-    """Returns how many there are, how many labels the proxy agrees with, and how many labelled samples there are."""
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """How much the proxy contradicts the label, float [n], by which suspects are ordered, NaN of other samples; and how many
+    suspects there are, how many labels the proxy agrees with, and how many labelled samples there are."""
     label = table["label"].fill_null(-1).to_numpy()
     prediction = table["prediction"].fill_null(-1).to_numpy()
     confidence, margin = (table[name].to_numpy().astype(np.float64) for name in ("confidence", "margin"))
@@ -146,6 +157,7 @@ def _offer_suspects(
             prediction=int(prediction[row]), confidence=float(confidence[row]), margin=float(margin[row]),
         )  # fmt: skip
 
-    best.offer(np.where(doubtful, -margin, np.nan), pick)
+    doubt = np.where(doubtful, -margin, np.nan)
+    best.offer(doubt, pick)
     labelled = (label >= 0) & (prediction >= 0)
-    return int(doubtful.sum()), int((labelled & (label == prediction)).sum()), int(labelled.sum())
+    return doubt, (int(doubtful.sum()), int((labelled & (label == prediction)).sum()), int(labelled.sum()))

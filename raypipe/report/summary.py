@@ -19,8 +19,9 @@ from raypipe.report.cost import cost_figures, headline
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.evaluation import evaluation_of
 from raypipe.report.keep import class_figures, even_classes, held, keep_lists, name_of, quantiles_of
+from raypipe.report.noise import noise_figures
 from raypipe.report.scores import END_CLASSES, MOST_CLASSES, READ_AHEAD, Pick, ScoreScan, ends, scan_scores, shown_classes
-from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, now
+from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, noise_of, now
 
 FORMAT = 1
 """Version of `summary.json`."""
@@ -55,7 +56,8 @@ def collect(run: Run) -> Findings:
     ledger, config = run.ledger(), run.config()
     names = _class_names(run)
     scan = scan_scores(run, len(names), config.report.images)
-    embedded = scan_embeddings(run, scan.edge, config.report.images)
+    noise = noise_of(ledger)
+    embedded = scan_embeddings(run, scan.edge, config.report.images, noise)
     keep = keep_lists(run, len(names))
     rejects = _rejects(run)
     judged = _judged(run, scan)
@@ -101,6 +103,9 @@ def collect(run: Run) -> Findings:
         },
         "headline": leading,
         **judged,
+        "label_noise": noise_figures(run, noise, embedded.noise, [item["file"] for item in keep])
+        if noise and embedded.noise
+        else None,
         "scores": _score_figures(scan),
         "keep": keep,
         "even_classes": even_classes(scan.class_samples),

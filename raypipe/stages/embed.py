@@ -157,7 +157,7 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Colu
     def samples() -> Iterator[RawSample]:
         for sample in once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat):
             ids.append(sample.sample_id)
-            index.append(classes.index(sample.label))
+            index.append(classes.label_of(sample))
             if len(ids) <= count:
                 yield sample
 

@@ -23,7 +23,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import ConfigError, RaypipeError, RunError, SourceError, StageError
 from raypipe.progress import Progress
-from raypipe.rundir import Lease, Run
+from raypipe.rundir import Lease, Run, noise_of
 from raypipe.sources import ClassMap, Fragment, open_source
 from raypipe.stages.base import Context
 from raypipe.stages.index import IndexStage
@@ -101,6 +101,8 @@ def export_keep_list(
         raise ConfigError(f"format {format} is a single file, which has no shards")
     check_has_images(run)
     config = run.config()
+    if noise := noise_of(run.ledger()):
+        raise RunError(f"{run.uri}: {noise.warning}, and there is nothing to export")
     keep_list = find_keep_list(run, keep, snapshot)
     to = Run(to).uri  # workers have other working directories
     if _within(to, config.source.uri):

@@ -120,7 +120,7 @@ def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> dic
     classes, read = run.classes(), source.read(run.with_members(fragment), wanted.__contains__)
     samples = [sample for sample in once(run, fragment, read, source.ids_can_repeat) if sample.sample_id in wanted]
     images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
-    labels = [classes.index(sample.label)[0] for sample in samples]
+    labels = [classes.label_of(sample)[0] for sample in samples]
     good = {
         sample.sample_id: (label, image)
         for sample, label, image, reason in zip(samples, labels, images, reasons, strict=True)

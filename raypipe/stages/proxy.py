@@ -49,7 +49,7 @@ class ProxyStage(Stage):
     needs = ("seed",)
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.proxy.model_dump(mode="json", exclude=SPEED_ONLY)
+        return config.proxy.model_dump(mode="json", exclude=SPEED_ONLY, exclude_none=True)
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:

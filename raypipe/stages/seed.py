@@ -168,7 +168,7 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
         read = source.read(run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id))
         samples = list(once(run, fragment, read, source.ids_can_repeat))
         images, reasons = decode_batch(samples, size, config.source.max_pixels)
-        found = [classes.index(sample.label) for sample in samples]
+        found = [classes.label_of(sample) for sample in samples]
         reasons = [reason or wrong for reason, (_, wrong) in zip(reasons, found, strict=True)]
         index = [label for label, _ in found]
         drawn += len(samples)

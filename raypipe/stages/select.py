@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, TrustSettings
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
-from raypipe.rundir import Run, StageRecord, content_hash, tables_of
+from raypipe.rundir import Run, StageRecord, content_hash, noise_of, tables_of
 from raypipe.selection import STRATEGIES, Chunk, Cut, Options, needs_classes, needs_loss, select
 from raypipe.selection.hashing import text_array
 from raypipe.stages.base import Context, Stage
@@ -117,6 +117,8 @@ def make_keep_lists(
     if not scores.samples:
         raise RunError(f"{run.uri}: scores/ holds no sample, so there is nothing to keep; see rejects/ for what went wrong")
     about = {"strategy": settings.strategy, "samples": str(scores.samples), "scores": scores.digest, **fidelity}
+    if noise := noise_of(run.ledger()):
+        about["inject_noise"] = f"{noise.share:g}"
     if stated := _stated(settings, options, marked):
         about["options"] = json.dumps(stated, sort_keys=True)
     with contextlib.ExitStack() as files:
@@ -225,7 +227,8 @@ def keep_file(fraction: float) -> str:
 def keep_metadata(uri: str) -> dict[str, str]:
     """How a keep-list was made: strategy, fraction, count, samples, scores, spearman, spearman_low, forced; options (JSON), if any.
 
-    Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that.
+    Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that. `inject_noise`, where it is
+    there, is the share of the labels that were replaced for a rehearsal.
     """
     with storage.open_read(uri) as file:
         found = pq.read_schema(file).metadata or {}

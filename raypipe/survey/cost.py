@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from glob import glob
 
-from raypipe.config import Config, MeasureSettings
+from raypipe.config import Config
 from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
 from raypipe.survey import rates
 from raypipe.survey.facts import Cost, StageCost, Survey
@@ -129,7 +129,7 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
         "seed": Effort((seed + work.audit) * work.decode_seconds + work.samples * 0.05e-3, 0, shards),
         "proxy": _training(work, machine, forward),
     }
-    passes, audit_passes = _passes(config.measure, seed)
+    passes, audit_passes = _passes(config, seed)
     count = len(config.proxy.checkpoint_epochs())
     scored = count * (seed * passes + work.audit * audit_passes) * forward
     result["measure"] = _network(scored, (seed + work.audit) * rates.SAMPLE_SECONDS, config.measure.use_gpu, machine, shards)
@@ -155,7 +155,8 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
 
 def _training(work: Work, machine: Machine, forward: float) -> Effort:
     proxy = work.config.proxy
-    passes = rates.TRAINING + (proxy.trajectory == "eval")
+    attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
+    passes = rates.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
     beside = work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
     amount = work.seed * proxy.epochs * passes * forward
     if _on_gpu(proxy.use_gpu, machine):
@@ -167,8 +168,9 @@ def _training(work: Work, machine: Machine, forward: float) -> Effort:
     return Effort(alone / gain * threads, 0, side_by_side * threads)
 
 
-def _passes(measure: MeasureSettings, seed: int) -> tuple[float, float]:
+def _passes(config: Config, seed: int) -> tuple[float, float]:
     """Forward passes that one checkpoint takes per sample of the seed set and of the audit set."""
+    measure, adversary = config.measure, config.proxy.adversary
     scores = measure.at_checkpoints
     if not scores:
         return 0.0, 0.0
@@ -180,7 +182,9 @@ def _passes(measure: MeasureSettings, seed: int) -> tuple[float, float]:
     each += (moso and measure.moso.gradient == "head") or (grand and measure.grand.gradient == "head")
     each += bool(set(scores) - {"moso", "grand"})
     whole = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
-    return each + whole + measure.recalibrate, each
+    attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0  # of each of the passes over the seed set
+    passes = each + whole + measure.recalibrate
+    return passes + attack * (1 + moso + measure.recalibrate), each + attack
 
 
 def _extrapolation(work: Work) -> Effort:

@@ -38,6 +38,8 @@ TRAINING = 3.5
 """Forward passes that a step of training is worth: 2.4 to 4.2 over the same networks."""
 MEAN_GRADIENT, ALIGNMENT, WITH_NORMS = 2.9, 2.4, 4.0
 """The same for the passes of gradient scores (benchmarks/results/alignment-cpu.txt)."""
+ATTACK = 2.4
+"""The same for each iteration of an adversarial example, forward and back to the pixels: 2.1 to 2.6 (small, ResNet-18)."""
 
 STEP_SECONDS, EPOCH_SECONDS = 5e-3, 0.15
 """Of a training beside the network: per step (augmentation, optimiser), per epoch (trajectory and state written)."""

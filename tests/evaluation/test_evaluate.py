@@ -79,6 +79,25 @@ def test_an_evaluation_and_that_it_trains_nothing_twice(scored: Run, monkeypatch
     assert changed <= {"summary.json", "trainings.parquet"} | {path for path in stamps if path.startswith("data-")}
 
 
+def test_under_attack_robust_accuracy_stands_beside_accuracy(scored: Run) -> None:
+    summary = _evaluate(scored, keep=[0.5], seeds=2, strategies=["top"], attack=True)
+    assert summary["training"]["adversary"] == {"eps": 8 / 255, "step_size": 2 / 255, "iterations": 7}
+    rows = pq.read_table(scored.path("evaluation", "trainings.parquet")).to_pylist()
+    assert all(0 <= row["robust_accuracy"] <= row["accuracy"] for row in rows)
+    (listed,) = summary["lists"]
+    (found,) = listed["fractions"]
+    robust = {
+        name: {row["seed"]: row["robust_accuracy"] for row in rows if row["list"] == name} for name in (RANDOM, listed["name"])
+    }
+    assert found["robust_accuracy"]["mean"] == pytest.approx(np.mean(list(robust[listed["name"]].values())))
+    gaps = [robust[listed["name"]][seed] - robust[RANDOM][seed] for seed in (0, 1)]
+    assert found["robust_difference"]["mean"] == pytest.approx(np.mean(gaps))
+    assert "moso, top, under attack: " in listed["sentence"]
+    lines = list(describe(summary))
+    assert any("7 steps of 2/255 within 8/255" in line for line in lines)
+    assert any(line.count("against random") == 2 and "under attack" in line for line in lines)
+
+
 def test_a_training_that_was_killed_goes_on(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"keep": [0.5], "seeds": 1, "strategies": ["top"], "epochs": 2}
     whole = _evaluate(scored, **options)
