@@ -213,15 +213,17 @@ Wanted = Any
 class ClassMap:
     """Stored label -> class index 0 .. C-1.
 
-    names  one per class; for plain numbers, the numbers themselves
+    names     one per class; for plain numbers, the numbers themselves
+    clusters  the classes are clusters, of which no stored label says anything
     """
 
     names: tuple[str, ...]
     numeric: bool
+    clusters: bool = False
 
     def index(self, label: int | str | None) -> tuple[int, str]:
         """Class index and "", or -1 and why the label is wrong. A missing label is -1 and "": such a sample is unlabelled."""
-        if label is None:
+        if label is None or self.clusters:
             return -1, ""
         if isinstance(label, str):
             position = self._positions().get(label, -1)

@@ -26,7 +26,7 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.errors import SourceError
 from raypipe.rundir import Run, StageRecord, content_hash
-from raypipe.sources import FileScan, SourceFile, open_source
+from raypipe.sources import ClassMap, FileScan, SourceFile, open_source
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.classes import settle_classes, write_classes
 from raypipe.stages.duplicates import are_found, find_duplicates
@@ -276,7 +276,9 @@ class _Writer:
                 f"{self._settings.uri}: nothing can be read ({'; '.join(self._problems) or 'no samples in any file'})"
             )
         names = tuple(json.loads(self._names)) if self._names else None
-        classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
+        classes, note = ClassMap((), numeric=False, clusters=True), ""
+        if self._settings.label_column is not None:
+            classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
         write_classes(self._run, classes)
         for name in self._old - self._written:
             storage.delete(self._run.path("index", name))
