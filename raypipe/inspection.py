@@ -74,6 +74,8 @@ def describe_result(run: Run) -> Iterator[str]:
             yield f"keep-list   {run.path('keep', file)}"
     if "report" in records:
         yield f"report      {run.path('report', 'index.html')}"
+    if "label" in records:
+        yield f"labels      pseudo-labels from {records['label'].detail.get('clusters')} clusters; no true labels were used"
     if "extrapolate" in records:
         detail = records["extrapolate"].detail
         fidelity = detail.get("fidelity") or {}

@@ -320,6 +320,8 @@ class KeepList:
     def _check_labels(self, dataset: Any, position: np.ndarray, rows: np.ndarray) -> None:
         """Raise SourceError where the dataset tells labels that are numbers, and some are not those of the list."""
         stated = {self._run.config().source.label_column} if self._run is not None else set()
+        if None in stated:
+            return  # those of the list are pseudo-labels
         column = next((name for name in getattr(dataset, "column_names", None) or () if name in stated | {"label"}), None)
         if column is not None:
             told = list(dataset[column])

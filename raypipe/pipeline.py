@@ -26,6 +26,7 @@ log = logging.getLogger("raypipe")
 _STAGES = {
     "index": "raypipe.stages.index:IndexStage",
     "seed": "raypipe.stages.seed:SeedStage",
+    "label": "raypipe.stages.label:LabelStage",
     "proxy": "raypipe.stages.proxy:ProxyStage",
     "measure": "raypipe.stages.measure:MeasureStage",
     "rehearse": "raypipe.stages.rehearse:RehearseStage",
@@ -37,6 +38,7 @@ _STAGES = {
 STAGE_NAMES = tuple(_STAGES)
 LESS_MEMORY = {
     "seed": "source.fragment_samples (a worker holds a fragment)",
+    "label": "pseudo_labels.batch_size, or pseudo_labels.image_size of a backbone",
     "proxy": "proxy.batch_size, or proxy.parts, whose trainings run side by side",
     "measure": "measure.batch_size or measure.max_actors",
     "embed": "embed.batch_size, embed.max_actors or source.fragment_samples (a worker holds a fragment)",
@@ -158,7 +160,8 @@ def _extrapolate(config: Config, scores: str, column: str, progress: Progress, v
 def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
     """Bring one stage to the state `done`."""
     run, name = context.run, stage.name
-    wanted = fingerprint(name, stage.settings(context.config), [records[need].fingerprint for need in stage.needs])
+    needed = [records[need].fingerprint for need in stage.needs if need in records]  # a stage is not in every run
+    wanted = fingerprint(name, stage.settings(context.config), needed)
     record = records.get(name)
     if record is not None and record.fingerprint != wanted:
         context.progress.say(f"{name:<11} {stage.changed}: made anew")

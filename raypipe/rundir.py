@@ -43,6 +43,7 @@ FIT_NAME = re.compile(r"[\w-][\w.-]*").fullmatch
 STAGE_FOLDERS = {
     "index": ("index", "duplicates"),
     "seed": ("seed",),
+    "label": ("labels",),
     "proxy": ("proxy",),
     "measure": ("measured",),
     "rehearse": ("rehearsal",),
@@ -52,7 +53,7 @@ STAGE_FOLDERS = {
     "report": ("report",),
 }
 """What each stage writes, in the order of the stages."""
-NOT_IN_EVERY_RUN = {"rehearse"}
+NOT_IN_EVERY_RUN = {"label", "rehearse"}
 """A ledger without these is whole."""
 
 
@@ -205,8 +206,12 @@ class Run:
         return dataclasses.replace(fragment, members=tuple(table["members"][row].as_py()))
 
     def classes(self) -> ClassMap:
+        """The classes of the source; where it has none, the clusters that stand for them, none before they are found."""
         data = storage.read_json(self.path("index", "classes.json"))
-        return ClassMap(tuple(data["names"]), bool(data["numeric"]), _noise(data))
+        if data.get("clusters"):
+            with contextlib.suppress(FileNotFoundError):
+                data |= storage.read_json(self.path("labels", "classes.json"))
+        return ClassMap(tuple(data["names"]), bool(data["numeric"]), _noise(data), bool(data.get("clusters")))
 
     def done(self, folder: str) -> set[str]:
         """Stems of the Parquet files in a folder: the fragments (or seed shards) that are finished."""

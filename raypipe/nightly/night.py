@@ -48,9 +48,9 @@ from raypipe.stages.fresh_audit import audit_new, look_at_new, remove_leftovers
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.sketch import ALL, draw, embeddings_of, lowest
 
-LEARNT = ("index", "seed", "proxy", "measure", "rehearse", "embed", "extrapolate")
+LEARNT = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
 """Stages that must have been done with these settings once."""
-FIXED = ("seed", "proxy", "measure", "rehearse")
+FIXED = ("seed", "label", "proxy", "measure", "rehearse")
 """Those of them that a night does not touch."""
 STATE = "nightly"
 ADVISED = 4
@@ -146,7 +146,7 @@ def _check(context: Context, records: dict[str, StageRecord]) -> str:
         stage, record = make_stage(name), records.get(name)
         if not stage.wanted(config):
             continue
-        wanted = fingerprint(name, stage.settings(config), [prints[need] for need in stage.needs])
+        wanted = fingerprint(name, stage.settings(config), [prints[need] for need in stage.needs if need in prints])
         prints[name] = wanted
         if record is not None and record.fingerprint != wanted:
             raise RunError(

@@ -88,6 +88,7 @@ def collect(run: Run) -> Findings:
             "uri": words.without_secrets(config.source.uri),
             "format": config.source.format,
             "classes": len(names),
+            "pseudo_labels": words.pseudo_labels(config.pseudo_labels.model_dump()) or None,
             **_index_figures(ledger),
         },
         "counts": {

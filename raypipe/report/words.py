@@ -141,6 +141,14 @@ def classes(labels: Sequence[int | None]) -> str:
     return f"{text} and the unlabelled" if None in labels else text
 
 
+def pseudo_labels(settings: Mapping[str, Any]) -> str:
+    """What stands for labels, by the section `pseudo_labels` of the settings, in a sentence; "" where the source has labels."""
+    if settings["clusters"] is None:
+        return ""
+    features = "a self-supervised network" if settings["features"] == "self-supervised" else f"a given {settings['model']}"
+    return f"Labels are pseudo-labels from {count(settings['clusters'])} clusters of features of {features}; no true labels were used."
+
+
 def judged_samples(fidelity: Mapping[str, Any]) -> str:
     """What a fidelity was judged on: 54 audit samples, or 500 held-out seed samples."""
     kind = JUDGED_ON.get(str(fidelity.get("judged_on")), "held-out seed samples")

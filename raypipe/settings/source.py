@@ -34,8 +34,11 @@ class SourceSettings(Settings):
     image_column: str = Field(
         "auto", min_length=1, description="Parquet, Hugging Face: column with the images; auto: image, img, ..., or the only one"
     )
-    label_column: str = Field(
-        "auto", min_length=1, description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ..."
+    label_column: str | None = Field(
+        "auto",
+        min_length=1,
+        description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ...; null: there are no labels, or they "
+        "are not to be read, in any format: see pseudo_labels",
     )
     id_column: str | None = Field(
         None, min_length=1, description="Parquet, Hugging Face: column with unique ids; default is file#row"

@@ -59,6 +59,7 @@ def write_classes(run: Run, classes: ClassMap) -> None:
     about: dict[str, Any] = {"names": list(classes.names), "numeric": classes.numeric}
     if classes.noise is not None:
         about["inject_noise"] = dataclasses.asdict(classes.noise)
+    about |= {"clusters": True} if classes.clusters else {}
     file = run.path("index", "classes.json")
     if not storage.exists(file) or storage.read_json(file) != about:
         storage.write_json(file, about)

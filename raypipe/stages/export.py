@@ -356,7 +356,7 @@ def _items(job: Job, shard: Shard, kept: KeepFile, classes: ClassMap, missing: l
                 continue  # a later sample with the same id, which was rejected
             label, wrong = classes.index(sample.label)
             reason = sample.reason or wrong
-            if not reason and label != (-1 if row["label"] is None else row["label"]):
+            if not reason and not classes.clusters and label != (-1 if row["label"] is None else row["label"]):
                 reason = "its label is not the one it was scored with"
             if not reason:
                 try:
@@ -366,7 +366,7 @@ def _items(job: Job, shard: Shard, kept: KeepFile, classes: ClassMap, missing: l
             if reason:
                 missing.append((sample.sample_id, reason))
             else:
-                name = classes.names[label] if label >= 0 else ""
+                name = classes.names[row["label"]] if row["label"] is not None else ""
                 about = row["score"], row.get("weight")
                 yield Item(f"{number:09d}", sample.sample_id, image, extension, row["label"], name, *about)
             number += 1

@@ -84,7 +84,10 @@ def audit_new(context: Context, fragments: Sequence[Fragment], candidates: pa.Ta
     ids = table["sample_id"].to_pylist()
     shard, size = PREFIX + content_hash(ids), config.proxy.image_size
     images = np.stack([found[sample_id][1] for sample_id in ids]) if ids else np.zeros((0, 3, size, size), np.uint8)
-    labels = [found[sample_id][0] for sample_id in ids]
+    # a pseudo-label is that of the sample's embedding
+    labels = [
+        found[sample_id][0] if found[sample_id][0] >= 0 else told for sample_id, told in zip(ids, table["label"].to_pylist())
+    ]
     storage.write_table(run.path("seed", f"{shard}.parquet"), shard_table(ids, labels, images, len(run.classes().names), size))
     scores = measure_more(context, record, shard)
     remove_leftovers(run)
@@ -124,6 +127,6 @@ def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> dic
     good = {
         sample.sample_id: (label, image)
         for sample, label, image, reason in zip(samples, labels, images, reasons, strict=True)
-        if label >= 0 and not reason
+        if (label >= 0 or classes.clusters) and not reason
     }
     return {"images": good, "cpu_seconds": watch.lap()}

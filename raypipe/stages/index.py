@@ -27,7 +27,7 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.errors import SourceError
 from raypipe.rundir import Run, StageRecord, content_hash
-from raypipe.sources import FileScan, SourceFile, open_source
+from raypipe.sources import ClassMap, FileScan, SourceFile, open_source
 from raypipe.sources.noise import noise_wanted
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.classes import settle_classes, write_classes
@@ -282,7 +282,9 @@ class _Writer:
                 f"{self._settings.uri}: nothing can be read ({'; '.join(self._problems) or 'no samples in any file'})"
             )
         names = tuple(json.loads(self._names)) if self._names else None
-        classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
+        classes, note = ClassMap((), numeric=False, clusters=True), ""
+        if self._settings.label_column is not None:
+            classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
         noise = noise_wanted(self._settings)
         if noise is not None and len(classes.names) < 2:
             self._run.clear("index")

@@ -67,6 +67,7 @@ CURVE_SIGHT = 1.25e-3
 START_SECONDS = {
     "index": 6.0,
     "seed": 1.0,
+    "label": 5.0,
     "proxy": 10.0,
     "measure": 6.0,
     "rehearse": 12.0,
@@ -76,7 +77,7 @@ START_SECONDS = {
     "report": 1.0,
 }
 """Wall-clock seconds of a stage that do not depend on the data: Ray, processes and imports starting, on two cores."""
-START_CPU_SECONDS = {"proxy": 1.0, "measure": 2.0, "rehearse": 3.0, "embed": 2.0, "extrapolate": 3.0}
+START_CPU_SECONDS = {"label": 3.0, "proxy": 1.0, "measure": 2.0, "rehearse": 3.0, "embed": 2.0, "extrapolate": 3.0}
 """Processor seconds of the same that the ledger counts."""
 
 SPREAD = {"run": (0.6, 1.8), "cpu": (0.4, 2.2), "gpu": (0.25, 4.0)}
