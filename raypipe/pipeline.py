@@ -179,6 +179,7 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     started = time.monotonic()
     try:
         try:
+            context.look_again()
             stage.execute(context, record)
         except KeyboardInterrupt:
             if run.lease is not None:

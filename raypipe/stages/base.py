@@ -39,6 +39,13 @@ class Context:
         self._demand = DemandWatch(self.progress.say, found.can_grow, patience, give_up)
         return found
 
+    def look_again(self) -> None:
+        """Take the cluster as it is now, where Ray was started before: nodes come and go between two stages."""
+        if self._demand is not None:
+            from raypipe.stages.cluster import survey
+
+            self.cluster = survey(self.cluster.joined)
+
     def within(self, config: Config, run: Run) -> Context:
         """A context for a run within this one, on the same Ray."""
         found = Context(config, run, self.progress, self.verbose)

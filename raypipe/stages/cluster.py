@@ -24,30 +24,53 @@ if TYPE_CHECKING:
     from raypipe.rundir import Run
 
 
+UNITS_OF_A_NEW_NODE = 4
+"""Times the work that justifies an actor on a node that is there justifies one on a node that has yet to come, which takes minutes."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """Size of an actor pool and the share of a machine each member takes.
 
-    threads  torch threads in one actor; actors times threads never exceed the CPUs
+    max_actors  None: as many as the work justifies, of which the cluster gives those that its nodes have room for, whenever these come
+    threads     torch threads in one actor; actors times threads never exceed the CPUs
+    room        actors that the nodes which are there now can hold
     """
 
     min_actors: int
-    max_actors: int
+    max_actors: int | None
     num_cpus: float
     num_gpus: float
     threads: int
     read_cpus: float
+    room: int
+
+    def sizes(self, units: int, worth: int = 1) -> tuple[int, int, int]:
+        """Actors at least, at the start and at most, for some units of work of which `worth` justify the start of an actor."""
+        justified = -(-units // worth)
+        if self.max_actors is not None:
+            most = min(self.max_actors, justified)
+        else:
+            most = max(min(justified, max(self.min_actors, self.room)), -(-units // (worth * UNITS_OF_A_NEW_NODE)))
+        least = min(self.min_actors, most)
+        # those beyond what there is room for would wait, and hold up the start of all
+        return least, least if self.num_gpus else max(least, min(most, self.room)), most
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The resources of the cluster when the run started. An autoscaling one may grow later."""
+    """The resources of the cluster when a stage started.
+
+    can_grow  an autoscaler can bring nodes
+    joined    it is more than a cluster that this process made of this machine: nodes come and go, with an autoscaler or without
+    """
 
     cpus: float
     gpus: float
     nodes: int
     largest_node_cpus: float
     can_grow: bool
+    joined: bool = False
 
     def use_gpu(self, wish: bool | str) -> bool:
         if wish is True and not self.gpus and not self.can_grow:
@@ -57,21 +80,30 @@ class Cluster:
     def pool(self, settings: PoolSettings) -> Pool:
         """The pool for a stage that reads fragments and runs a network on them.
 
-        Without GPUs, every CPU gets one actor of one thread that takes half of it in Ray's books; the other half stays
-        free for reading, so that a pool can never starve its own input, on two cores either.
+        With GPUs, each of them gets an actor. Without, see `cpu_pool`.
         """
         if self.use_gpu(settings.use_gpu):
-            most = max(settings.min_actors, int(self.gpus)) if settings.max_actors == "auto" else settings.max_actors
-            return Pool(min(settings.min_actors, most), most, 1, 1, 2, 1)
+            room = int(self.gpus)
+            most = self._most(settings.max_actors, max(settings.min_actors, room))
+            return Pool(settings.min_actors, most, 1, 1, 2, 1, room)
         return self.cpu_pool(settings.max_actors, settings.min_actors)
 
     def cpu_pool(self, max_actors: int | str, min_actors: int = 1) -> Pool:
-        """One single-threaded actor per CPU."""
-        room = max(1, int(self.cpus))
-        most = room if max_actors == "auto" else int(max_actors)
-        if not self.can_grow and min_actors > 2 * room:
+        """One single-threaded actor per CPU, which reads for itself.
+
+        On this machine alone an actor takes half of a CPU in Ray's books, so that another run beside it finds room, and the pool is as
+        large as it will be. On a cluster whose nodes come and go it takes a whole one: Ray Data then gives the pool an actor for each CPU of
+        each node, also of those that come while it works.
+        """
+        room, share = max(1, int(self.cpus)), 1.0 if self.joined else 0.5
+        if not self.can_grow and min_actors > room / share:
             raise ResourceError(f"min_actors is {min_actors}, but the cluster ({self}) has room for {room} CPU actors")
-        return Pool(min(min_actors, most), max(most, min_actors), 0.5, 0, 1, 0.5)
+        return Pool(min_actors, self._most(max_actors, max(min_actors, room)), share, 0, 1, share, room)
+
+    def _most(self, max_actors: int | str, here: int) -> int | None:
+        if max_actors == "auto":
+            return None if self.joined else here
+        return int(max_actors)
 
     def train_workers(self, settings: ProxySettings) -> tuple[int, bool, int, int]:
         """Workers of a training, whether each has a GPU, CPUs of each, and how many of `proxy.parts` trainings run side by side.
@@ -143,19 +175,29 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             where = "a Ray cluster on this machine" if local else f"the Ray cluster at {settings.address!r}"
             raise RaypipeError(f"cannot reach {where}: {error}") from None
-    alive = [node for node in ray.nodes() if node.get("Alive")]
-    total = ray.cluster_resources()
-    cluster = Cluster(
-        cpus=total.get("CPU", 0.0),
-        gpus=total.get("GPU", 0.0),
-        nodes=len([node for node in alive if node["Resources"].get("CPU", 0) > 0]) or 1,
-        largest_node_cpus=max((node["Resources"].get("CPU", 0.0) for node in alive), default=1.0),
-        can_grow=not local and _autoscaling(),
-    )
-    hosts = {node.get("NodeManagerHostname") for node in alive}
+    hosts = {node.get("NodeManagerHostname") for node in _living()}
     if storage.is_local(run.uri) and hosts - {socket.gethostname()}:
         progress.say(f"note: {run.uri} is a local path; every node of the cluster must see the same files there")
-    return cluster
+    return survey(joined=not local)
+
+
+def survey(joined: bool) -> Cluster:
+    """The cluster that this process has joined, or made, as it is now."""
+    found = [{name: node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")} for node in _living()]
+    return Cluster(
+        cpus=sum(node["CPU"] for node in found),
+        gpus=sum(node["GPU"] for node in found),
+        nodes=len([node for node in found if node["CPU"] > 0]) or 1,
+        largest_node_cpus=max((node["CPU"] for node in found), default=1.0),
+        can_grow=joined and _autoscaling(),
+        joined=joined,
+    )
+
+
+def _living() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node.get("Alive")]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """What the cluster is asked for and has no node for: said within a minute, and given up after a while, instead of waiting in silence.
+Nodes that come and go are said as well.
 
 Ray itself waits for ever for a GPU that no machine has. Stages say what they are about to ask for (`asking`); a thread looks at what the
 cluster's books have waiting, and knows its own requests from those of other jobs by their shape.
@@ -128,6 +129,8 @@ def _status(node: object) -> str:
 class DemandWatch:
     """Looks at the cluster's books until it is stopped; says what waits in vain, and calls `give_up` once when it did for too long.
 
+    Also says when the cluster has become larger or smaller.
+
     can_grow  whether an autoscaler may still bring a node
     patience  seconds; `given_up` then holds the sentence for the user
     give_up   None: only says it, however long
@@ -146,6 +149,7 @@ class DemandWatch:
         self._say, self._can_grow, self._patience, self._give_up, self._look = say, can_grow, patience, give_up, look
         self._since: dict[tuple[Shape, ...], float] = {}
         self._next: dict[tuple[Shape, ...], float] = {}
+        self._size = ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="raypipe-demand")
         self._thread.start()
@@ -171,6 +175,9 @@ class DemandWatch:
 
     def judge(self, found: Books, now: float) -> bool:
         """Say what is to be said at a time in seconds; whether it is time to give up."""
+        if self._size not in ("", str(found)):
+            self._say(f"{'cluster':<11} now {found}")
+        self._size = str(found)
         with _lock:
             ours = {shape for shape, count in _asked.items() if count > 0}
         vain = [request for request in found.waiting if set(request.bundles) <= ours and found.impossible(request)]

@@ -6,6 +6,7 @@ passes on only a line of counts, so the driver never holds data.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,8 @@ from raypipe.stages.demand import asking, shape
 from raypipe.storage.fences import fenced
 
 Columns = dict[str, np.ndarray]
+LOOK_AGAIN = 5.0
+"""Seconds after which the CPUs of the cluster are counted again."""
 
 
 def stream(
@@ -53,9 +56,7 @@ def stream(
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a unit stays one block; its size is bounded by source.fragment_samples
     context.execution_no_progress_timeout_s = patience
-    context.wait_for_min_actors_s = int(patience)
-    most = min(pool.max_actors, -(-len(units) // worth))
-    least = min(pool.min_actors, most)
+    least, start, most = pool.sizes(len(units), worth)
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
             _Units(units, fenced(read)), override_num_blocks=len(units), num_cpus=pool.read_cpus
@@ -65,12 +66,7 @@ def stream(
             batch_size=None,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
-            compute=ActorPoolStrategy(
-                min_size=least,
-                max_size=most,
-                initial_size=most if pool.num_gpus == 0 else least,
-                max_tasks_in_flight_per_actor=2,
-            ),
+            compute=ActorPoolStrategy(min_size=least, max_size=most, initial_size=start, max_tasks_in_flight_per_actor=2),
         )
         try:
             with asking(shape(pool.num_cpus, pool.num_gpus), shape(pool.read_cpus)):
@@ -121,14 +117,19 @@ def run_tasks(
     num_cpus: float = 1,
     in_flight: int | None = None,
 ) -> None:
-    """Run a function on every unit in Ray tasks, retried when a worker dies; few are queued, so the driver stays small."""
+    """Run a function on every unit in Ray tasks, retried when a worker dies; few are queued, so the driver stays small.
+
+    What is queued beyond the CPUs is what an autoscaler sees, and grows with the nodes that it brings.
+    """
     remote = ray.remote(num_cpus=num_cpus, max_retries=-1)(_call)
     shared = ray.put(fenced(function))
-    limit = in_flight or max(4, int(4 * ray.cluster_resources().get("CPU", 1) / max(num_cpus, 0.1)))
+    limit, looked = in_flight or 0, -math.inf
     waiting: list[Any] = []
     queue = iter(units)
     exhausted = False
     while True:
+        if in_flight is None and not exhausted and time.monotonic() - looked > LOOK_AGAIN:
+            limit, looked = max(4, int(4 * ray.cluster_resources().get("CPU", 0) / max(num_cpus, 0.1))), time.monotonic()
         while not exhausted and len(waiting) < limit:
             try:
                 waiting.append(remote.remote(shared, next(queue)))

@@ -1,0 +1,283 @@
+"""A Ray cluster of several nodes on this machine, each with raylet, loopback address and ports of its own.
+
+It stands beside other Ray clusters of the machine: folder, home, token and ports are its own, and only processes whose command names its
+folder are ever ended. Linux only, where all of 127.0.0.0/8 is this machine.
+`Provider` lets Ray's own autoscaler start and end such nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
+
+ROOT = Path(__file__).resolve().parents[1]
+PORTS = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+PORTS += ("runtime-env-agent-port", "metrics-export-port")
+HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
+QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "5"}
+"""A dead node is noticed after five seconds instead of half a minute."""
+HEAD = 2
+"""Number of the head: it has the address 127.0.0.2 (Ray takes 127.0.0.1 for the machine's address in its network)."""
+
+
+def ray_command(*arguments: str) -> list[str]:
+    """Ray's command line, of this interpreter."""
+    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+
+
+def node_id(number: int) -> str:
+    """The id that the node of a number has in Ray's books."""
+    return f"{number:056x}"
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def start_node(
+    number: int, folder: str, address: str, resources: dict[str, float], environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start `ray start` for a node of the cluster at `address`. It may take seconds to be there."""
+    ports = zip(PORTS, free_ports(len(PORTS)), strict=True)
+    command = ray_command("start", f"--address={address}", *_common(number, folder, resources), *_options(ports))
+    own = environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(number)}
+    with open(f"{folder}/node-{number}.log", "wb") as log:
+        return subprocess.Popen(command, env=own, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+
+
+def _common(number: int, folder: str, resources: dict[str, float]) -> list[str]:
+    least = [f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}"]
+    least += [f"--node-ip-address=127.0.0.{number}", "--object-store-memory=100000000", f"--temp-dir={folder}/{number}"]
+    return ["--block", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0", *least]
+
+
+def _options(values: Any) -> list[str]:
+    return [f"--{option}={value}" for option, value in values]
+
+
+class LocalNodes:
+    """A running head, and the nodes that were added to it. Use it as a context: at its end all of them are killed.
+
+    folder       an empty folder with a short path (sockets are made in it)
+    head_cpus    CPUs of the head
+    jobs         with a job server, at `job_server`
+    autoscaling  node types of Ray's autoscaler, as `available_node_types` of its configuration, without the head's; None: there is none
+    idle_seconds after which the autoscaler ends a node that is idle
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        head_cpus: int = 0,
+        jobs: bool = False,
+        autoscaling: dict[str, Any] | None = None,
+        idle_seconds: float = 10,
+    ) -> None:
+        self.folder, self._last = folder, HEAD
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        (folder / "home").mkdir(parents=True)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        paths = os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ("benchmarks", "tests", "tests/faults"))])
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.environment |= {"PATH": path, "PYTHONPATH": paths, "HOME": str(folder / "home"), **QUICK}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
+        ports = dict(zip((*HEAD_PORTS, *PORTS), free_ports(len(HEAD_PORTS) + len(PORTS)), strict=True))
+        self.address, self.job_server = f"127.0.0.{HEAD}:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}"
+        command = ray_command("start", "--head", *_common(HEAD, str(folder), {"CPU": head_cpus}), *_options(ports.items()))
+        command += [f"--include-dashboard={str(jobs).lower()}"]
+        started = self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)}
+        if autoscaling is not None:
+            command += [f"--autoscaling-config={self._autoscaling(autoscaling, head_cpus, idle_seconds)}"]
+            started |= {"AUTOSCALER_UPDATE_INTERVAL_S": "2"}
+        with open(folder / "head.log", "wb") as log:
+            self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        self._wait("head.log", self._head)
+
+    def __enter__(self) -> LocalNodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kill(list(self._mine()))
+        self._head.wait(20)
+
+    def driver(self) -> dict[str, str]:
+        """The environment of a process that is to join the cluster."""
+        return self.environment | {"RAY_ADDRESS": self.address}
+
+    def add(self, cpus: int, gpus: int = 0, wait: bool = True) -> int:
+        """Add a node; returns its number, the last part of its address."""
+        self._last += 1
+        number = self._last
+        process = start_node(number, str(self.folder), self.address, {"CPU": cpus, "GPU": gpus}, self.environment)
+        self._nodes[number] = process
+        if wait:
+            self._wait(f"node-{number}.log", process)
+        return number
+
+    def raylet(self, number: int) -> psutil.Process | None:
+        """The raylet of a node; None where it has none that lives."""
+        for process in self._mine():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet" and f"--node_ip_address=127.0.0.{number}" in process.cmdline():
+                    return process
+        return None
+
+    def workers(self, number: int, name: str = "ray::") -> list[psutil.Process]:
+        """Processes of a node that work, where Ray calls them by a name that has `name` in it."""
+        raylet, found = self.raylet(number), []
+        for process in raylet.children(recursive=True) if raylet is not None else ():
+            with contextlib.suppress(psutil.Error):
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def lose(self, number: int) -> None:
+        """SIGKILL a node's raylet and all that works there, as when a machine goes."""
+        raylet = self.raylet(number)
+        assert raylet is not None, f"node {number} has no raylet"
+        _kill([raylet, *raylet.children(recursive=True)])
+        if number in self._nodes:
+            _kill([psutil.Process(self._nodes[number].pid)] if self._nodes[number].poll() is None else [])
+            self._nodes.pop(number).wait(20)
+
+    def _mine(self) -> Iterator[psutil.Process]:
+        """Processes of this cluster: those whose command names its folder, and what these have started."""
+        seen: set[int] = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if any(str(self.folder) in part for part in process.cmdline()):
+                    for each in (process, *process.children(recursive=True)):
+                        if each.pid not in seen and each.pid != os.getpid():
+                            seen.add(each.pid)
+                            yield each
+
+    def _wait(self, log: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while "Ray runtime started" not in (text := (self.folder / log).read_text(errors="replace")):
+            if process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError(f"a node did not start ({log}):\n{text[-3000:]}")
+            time.sleep(0.2)
+
+    def _autoscaling(self, types: dict[str, Any], head_cpus: int, idle_seconds: float) -> Path:
+        """The configuration of Ray's autoscaler; JSON is YAML as well."""
+        head = {"resources": {"CPU": head_cpus}, "node_config": {}, "min_workers": 0, "max_workers": 0}
+        known = {"head": head, **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in types.items()}}
+        of_provider = {"disable_node_updaters": True, "disable_launch_config_check": True, "use_node_id_as_ip": True}
+        config = {
+            "cluster_name": "local",
+            "max_workers": sum(kind["max_workers"] for kind in types.values()),
+            "upscaling_speed": 4.0,
+            "idle_timeout_minutes": idle_seconds / 60,
+            "provider": {
+                "type": "external",
+                "module": "local_nodes.Provider",
+                "folder": str(self.folder),
+                "address": self.address,
+                **of_provider,
+            },
+            "auth": {},
+            "head_node_type": "head",
+            "available_node_types": known,
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+            "initialization_commands": [],
+            "setup_commands": [],
+            "head_setup_commands": [],
+            "worker_setup_commands": [],
+            "head_start_ray_commands": [],
+            "worker_start_ray_commands": [],
+        }
+        file = self.folder / "autoscaling.json"
+        file.write_text(json.dumps(config))
+        return file
+
+
+class Provider(NodeProvider):
+    """What Ray's autoscaler starts and ends nodes by: `ray start` on this machine. It works in the head's monitor process."""
+
+    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+        super().__init__(provider_config, cluster_name)
+        self._tags: dict[str, dict[str, str]] = {
+            node_id(HEAD): {TAG_RAY_NODE_KIND: NODE_KIND_HEAD, TAG_RAY_USER_NODE_TYPE: "head"}
+        }
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._last = HEAD
+
+    @staticmethod
+    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        return cluster_config
+
+    def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        for name, process in list(self._processes.items()):
+            if process.poll() is not None:  # killed by somebody else
+                self._forget(name)
+        return [name for name, tags in self._tags.items() if tag_filters.items() <= tags.items()]
+
+    def create_node_with_resources_and_labels(
+        self, node_config: dict[str, Any], tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
+    ) -> None:
+        for _ in range(count):
+            self._last += 1
+            folder, address = self.provider_config["folder"], self.provider_config["address"]
+            self._processes[node_id(self._last)] = start_node(self._last, folder, address, resources, dict(os.environ))
+            self._tags[node_id(self._last)] = dict(tags)
+            self._note("up", self._last, tags)
+
+    def terminate_node(self, node_id: str) -> None:
+        process = self._processes.get(node_id)
+        if process is not None and process.poll() is None:
+            _kill([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
+            process.wait(20)
+        self._note("down", int(node_id, 16), self._tags[node_id])
+        self._forget(node_id)
+
+    def node_tags(self, node_id: str) -> dict[str, str]:
+        return self._tags[node_id]
+
+    def is_running(self, node_id: str) -> bool:
+        return node_id in self._tags
+
+    def is_terminated(self, node_id: str) -> bool:
+        return node_id not in self._tags
+
+    def internal_ip(self, node_id: str) -> str:
+        return node_id  # with use_node_id_as_ip
+
+    external_ip = internal_ip
+
+    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        self._tags[node_id].update(tags)
+
+    def _forget(self, name: str) -> None:
+        self._processes.pop(name, None)
+        self._tags.pop(name, None)
+
+    def _note(self, what: str, number: int, tags: dict[str, str]) -> None:
+        with open(f"{self.provider_config['folder']}/autoscaler.txt", "a") as file:
+            file.write(f"{time.time():.1f} {what} {number} {tags[TAG_RAY_USER_NODE_TYPE]}\n")
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for each in processes:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(processes, timeout=10)

@@ -1,0 +1,238 @@
+"""Several nodes, each with a raylet of its own on this machine: one that goes takes nothing with it, one that comes is used and given back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import by_id, score_files, small_config
+from local_nodes import HEAD, LocalNodes, node_id, ray_command
+
+from raypipe.config import PoolSettings, dump_config
+from raypipe.rundir import Run
+from raypipe.stages.cluster import Cluster, Pool
+
+pytestmark = pytest.mark.timeout(600)
+
+SLOW = str(Path(__file__).with_name("slow_units.py"))
+
+
+@contextmanager
+def cluster_of(**options: Any) -> Iterator[LocalNodes]:
+    with (
+        tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as folder,  # socket paths are short
+        LocalNodes(Path(folder) / "ray", **options) as nodes,
+    ):
+        yield nodes
+
+
+def start(nodes: LocalNodes, *command: str) -> subprocess.Popen[str]:
+    """A process that joins the cluster."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], env=nodes.driver(), cwd=nodes.folder, **pipes)
+
+
+def end(process: subprocess.Popen[str], seconds: float = 300) -> str:
+    """What a process that ended well printed."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-4000:]
+    return output
+
+
+def wait_until(true: Callable[[], Any], process: subprocess.Popen[str] | None, what: str, seconds: float = 120) -> Any:
+    """The first value of `true` that is one."""
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"the driver ended before {what}: {process.communicate()[1][-4000:]}")
+        assert time.monotonic() < deadline, f"no {what} in {seconds:.0f} s"
+        time.sleep(0.002)
+    return value
+
+
+def lose_in(nodes: LocalNodes, number: int, driver: subprocess.Popen[str], run: Run, stage: str, name: str) -> None:
+    """Lose a node at a moment when a worker of that name has work of a stage: it is stopped, so that it cannot finish it."""
+
+    def working() -> list[psutil.Process]:
+        record = run.ledger().get(stage) if run.exists() else None
+        return nodes.workers(number, name) if record is not None and record.state == "running" else []
+
+    for worker in wait_until(working, driver, f"{name} in {stage}"):
+        worker.send_signal(signal.SIGSTOP)
+    assert run.ledger()[stage].state == "running", f"{stage} was over before its node was lost"
+    nodes.lose(number)
+
+
+def check(run: Run, scores: dict[str, bytes], samples: int) -> None:
+    """The run is whole, and its scores are those of another."""
+    assert score_files(run.uri) == scores
+    assert len(by_id(run.uri)) == samples
+    assert all(record.state == "done" for record in run.ledger().values())
+
+
+@pytest.mark.ray
+def test_the_only_node_is_lost_and_another_comes(finished: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
+    run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
+    shutil.copytree(finished, run.uri, ignore=shutil.ignore_patterns("embeddings", "scores"))
+    config.write_text(dump_config(small_config(run.uri, "embed.max_actors=auto")))
+    with cluster_of() as nodes:
+        first = nodes.add(1)
+        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
+        lose_in(nodes, first, driver, run, "embed", ".submit")
+        assert len(run.done("embeddings")) < 5
+        nodes.add(1)
+        end(driver)
+    check(run, finished_scores, 600)
+    assert run.ledger()["embed"].attempts == 2, "one of them in the run that was copied"
+
+
+@pytest.mark.ray
+def test_a_pool_grows_onto_a_node_that_comes_and_gives_it_back(tmp_path: Path) -> None:
+    with cluster_of() as nodes:
+        first = nodes.add(1)
+        driver = start(nodes, SLOW, str(tmp_path), "120", "2")
+        wait_until(lambda: list(tmp_path.iterdir()), driver, "unit")
+        second = nodes.add(1)
+        told = json.loads(end(driver))
+        assert sorted(told["units"]) == list(range(120))
+        assert {path.name.partition("-")[2] for path in tmp_path.iterdir()} == {str(first), str(second)}
+        assert told["joined"] and not told["can_grow"] and told["busy"] == []
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_node_is_lost_in_every_stage(cluster: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
+    import ray
+
+    run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
+    config.write_text(dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto")))
+    cpus = int(ray.cluster_resources()["CPU"])  # threads of the training, which rounding depends on, are then those of `finished`
+    with cluster_of() as nodes:
+        lost = nodes.add(cpus)
+        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
+        wait_until(lambda: _epochs(run), driver, "epoch")
+        for stage, name in (
+            ("proxy", "RayTrainWorker"),
+            ("measure", ".submit"),
+            ("embed", ".submit"),
+            ("extrapolate", "_in_task"),
+        ):
+            lose_in(nodes, lost, driver, run, stage, name)
+            lost = nodes.add(cpus)
+        end(driver, 400)
+    check(run, finished_scores, 600)
+
+
+def _epochs(run: Run) -> list[Path]:
+    return list(Path(run.uri, "proxy", "epochs").glob("*.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
+    with cluster_of() as nodes:
+        first, second = nodes.add(1), nodes.add(1)
+        driver = start(nodes, SLOW, str(tmp_path), "40", "3")
+
+        def done(node: int) -> int:
+            return len(list(tmp_path.glob(f"*-{node}")))
+
+        wait_until(lambda: done(first) and done(second), driver, "unit on both nodes")
+        _drain(nodes, first)
+        time.sleep(5)  # two units were in flight there, a second each
+        before = done(first)
+        time.sleep(4)
+        assert done(first) == before and done(second) >= 8
+        nodes.lose(first)
+        assert sorted(json.loads(end(driver))["units"]) == list(range(40))
+
+
+def _drain(nodes: LocalNodes, number: int) -> None:
+    """Tell Ray that a node will be taken away, as a provider of spot machines does."""
+    command = ray_command("drain-node", f"--address={nodes.address}", f"--node-id={node_id(number)}")
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
+    said = subprocess.run(command, env=nodes.environment, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def _autoscaled(nodes: LocalNodes, what: str) -> list[tuple[int, str]]:
+    """Number and type of every node that Ray's autoscaler brought `up` or took `down`, in order."""
+    file = nodes.folder / "autoscaler.txt"
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [(int(number), kind) for _, which, number, kind in lines if which == what]
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
+    cluster: str, finished_scores: dict[str, bytes], tmp_path: Path
+) -> None:
+    import ray
+
+    run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
+    config.write_text(dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto")))
+    cpus = int(ray.cluster_resources()["CPU"])
+    settings = f"--set=proxy.cpus_per_worker={cpus}"  # `auto` has no node to look at
+    with cluster_of(autoscaling={"worker": {"resources": {"CPU": cpus}, "max_workers": 2}}, idle_seconds=15) as nodes:
+        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate", settings)
+        wait_until(lambda: _epochs(run), driver, "epoch", 200)
+        up = [number for number, _ in _autoscaled(nodes, "up") if nodes.raylet(number)]
+        drained = next(number for number in up if nodes.workers(number, "RayTrainWorker"))
+        _drain(nodes, drained)
+        time.sleep(5)
+        nodes.lose(drained)
+        end(driver, 400)
+        brought = {number for number, _ in _autoscaled(nodes, "up")}
+        assert len(brought) >= 2, "another came for the one that was drained"
+        wait_until(lambda: all(nodes.raylet(number) is None for number in brought), None, "end of idle nodes", 90)
+        assert nodes.raylet(HEAD) is not None
+    check(run, finished_scores, 600)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> None:
+    types = {"gpu": {"resources": {"CPU": 2, "GPU": 1}, "max_workers": 2}, "cpu": {"resources": {"CPU": 1}, "max_workers": 1}}
+    with cluster_of(autoscaling=types, idle_seconds=10) as nodes:  # GPUs in Ray's books; the units need none
+        driver = start(nodes, SLOW, str(tmp_path), "150", "2", "gpu")
+        told = json.loads(end(driver))
+        assert told["can_grow"] and told["busy"] == [] and sorted(told["units"]) == list(range(150))
+        kinds = dict(_autoscaled(nodes, "up"))
+        worked = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
+        assert len(worked) == 2 and {kinds[number] for number in worked} == {"gpu"}
+        wait_until(lambda: {number for number, _ in _autoscaled(nodes, "down")} >= set(kinds), None, "end of idle nodes", 90)
+
+
+@pytest.mark.parametrize(
+    ("pool", "units", "worth", "expected"),
+    [
+        (Cluster(8, 0, 2, 4, False).cpu_pool("auto"), 100, 1, (1, 8, 8)),  # this machine alone
+        (Cluster(8, 0, 2, 4, False).cpu_pool("auto"), 5, 1, (1, 5, 5)),
+        (Cluster(8, 0, 2, 4, False, True).cpu_pool("auto"), 100, 1, (1, 8, 25)),
+        (Cluster(8, 0, 2, 4, False, True).cpu_pool("auto"), 9, 1, (1, 8, 8)),
+        (Cluster(8, 0, 2, 4, False, True).cpu_pool("auto"), 640, 16, (1, 8, 10)),
+        (Cluster(0, 0, 1, 0, True, True).cpu_pool("auto"), 3, 1, (1, 1, 1)),
+        (Cluster(0, 0, 1, 0, True, True).cpu_pool("auto"), 40, 1, (1, 1, 10)),
+        (Cluster(2, 0, 1, 2, True, True).cpu_pool(30), 1000, 1, (1, 2, 30)),
+        (Cluster(2, 0, 1, 2, True, True).cpu_pool(30, 6), 1000, 1, (6, 6, 30)),
+        (Cluster(2, 0, 1, 2, True, True).cpu_pool("auto", 6), 10, 1, (6, 6, 6)),
+        (Cluster(8, 0, 2, 4, True, True).pool(PoolSettings(use_gpu=True)), 100, 1, (1, 1, 25)),  # from no GPU at all
+        (Cluster(8, 3, 2, 4, False).pool(PoolSettings()), 100, 1, (1, 1, 3)),
+    ],
+)
+def test_a_pool_is_as_large_as_its_work_justifies(pool: Pool, units: int, worth: int, expected: tuple[int, int, int]) -> None:
+    assert pool.sizes(units, worth) == expected
