@@ -57,7 +57,7 @@ class Origin:
 class Listed:
     """A list to train on.
 
-    name      origin and strategy, such as "moso, top"; or random, full
+    name      origin and strategy, such as "moso, top" or "el2n, ccs by class"; or random, full
     fraction  keep fraction
     rows      of the pool, int64, rising
     draw      of a random list the seed of the trainings it is for; None: it is for those of all seeds
@@ -69,6 +69,7 @@ class Listed:
     origin: str = ""
     score: str = ""
     strategy: str = ""
+    by_class: bool = False
     draw: int | None = None
 
     @property
@@ -205,7 +206,7 @@ def cut_lists(run: Run, config: Config, settings: EvaluateSettings) -> tuple[Poo
                 options = dataclasses.replace(options, difficulty="score" if origin.score in DIFFICULTIES else "loss")
             for fraction, rows in _cut(stream, pool, settings.keep, strategy, classes, options, bool(scores.marks)):
                 name = f"{origin.title}, {strategy}{' by class' * options.by_class}"
-                lists.append(Listed(name, fraction, rows, origin.kind, origin.score, strategy))
+                lists.append(Listed(name, fraction, rows, origin.kind, origin.score, strategy, options.by_class))
     return pool, lists
 
 

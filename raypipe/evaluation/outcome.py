@@ -18,12 +18,13 @@ from raypipe.settings.evaluate import EvaluateSettings
 
 FORMAT = 1
 """Version of `evaluation/summary.json`."""
-SCORING = ("index", "seed", "proxy", "measure", "embed", "extrapolate")
+SCORING = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
 """Stages whose seconds the scores cost."""
 
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("list", "origin", "score", "strategy")),
+        ("by_class", pa.bool_()),
         ("fraction", pa.float64()),
         ("seed", pa.int64()),
         ("samples", pa.int64()),
@@ -84,6 +85,7 @@ def table_of(results: Results, classes: Sequence[str]) -> pa.Table:
                 "origin": listed.origin,
                 "score": listed.score,
                 "strategy": listed.strategy,
+                "by_class": listed.by_class,
                 "fraction": listed.fraction,
                 "worst_class": classes[found["worst_class"]],
                 "fingerprint": item.name,
@@ -144,6 +146,7 @@ def summarize(
                 "origin": listed.origin,
                 "score": listed.score,
                 "strategy": listed.strategy,
+                "by_class": listed.by_class,
                 "sentence": ". ".join(sentences),
                 "fractions": [of(name, fraction) for fraction in results.fractions()],
             }

@@ -71,7 +71,7 @@ def headline(
     known = proxy is not None and proxy.state == "done" and proxy.samples
     training = (proxy.cpu_seconds + proxy.gpu_seconds) * samples / proxy.samples if proxy is not None and known else None
     gain, spent = (training * share if training else None), cost["saving"]["spent"]
-    found = {key: chosen[key] for key in ("fraction", "file", "strategy", "samples")} | {
+    found = {key: chosen[key] for key in ("fraction", "file", "strategy", "by_class", "samples")} | {
         "of": samples,
         "least_kept": chosen.get("least_kept"),
         "most_kept": chosen.get("most_kept"),
@@ -91,7 +91,8 @@ def _trained(chosen: dict[str, Any], evaluation: Any) -> dict[str, Any] | None:
     if not evaluation or evaluation["outdated"]:
         return None
     for listed in evaluation["lists"]:
-        if listed.get("origin") != "run" or listed.get("strategy") != chosen["strategy"]:
+        cut_by = listed.get("strategy"), listed.get("by_class", False)
+        if listed.get("origin") != "run" or cut_by != (chosen["strategy"], chosen["by_class"]):
             continue
         for random, found in zip(evaluation["random"], listed["fractions"], strict=False):
             if math.isclose(found["fraction"], chosen["fraction"]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
                 "fraction": fraction,
                 "file": file,
                 "strategy": about.get("raypipe.strategy"),
+                "by_class": _by_class(about),
                 "forced": about.get("raypipe.forced") == "true",
                 "samples": count,
                 "lowest_score": least,
@@ -53,6 +55,15 @@ def keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
             | {"per_class": per_class}
         )
     return sorted(result, key=lambda item: item["fraction"])
+
+
+def _by_class(about: Mapping[str, str]) -> bool:
+    """Whether the strategy worked within each class, by a keep-list's metadata."""
+    try:
+        options = json.loads(about.get("raypipe.options", "{}"))
+    except ValueError:
+        return False
+    return isinstance(options, dict) and options.get("by_class") is True
 
 
 def held(run: Run, file: str, ids: Sequence[str]) -> np.ndarray:

@@ -123,8 +123,11 @@ def without_secrets(text: str) -> str:
 
 def strategies(keep: list[dict[str, Any]]) -> list[str]:
     """What the keep-lists hold, in a line for each strategy."""
-    names = sorted({item["strategy"] for item in keep if item["strategy"] in STRATEGIES})
-    return [f"{name}: {STRATEGIES[name]}" for name in names]
+    found = sorted({(item["strategy"], item["by_class"]) for item in keep if item["strategy"] in STRATEGIES})
+    return [
+        f"{name} by class: {STRATEGIES[name]}, within each class" if by_class else f"{name}: {STRATEGIES[name]}"
+        for name, by_class in found
+    ]
 
 
 def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:

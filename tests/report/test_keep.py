@@ -87,6 +87,7 @@ def test_an_evaluation_of_such_a_list_is_in_the_headline(make_run: MakeRun) -> N
         "format": 1, "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished}, "lists": lists, "random": [point],
         "full": {"accuracy": {"mean": 0.9, "low": None, "high": None}}, "training": {"model": "resnet18"},
     }  # fmt: skip
+    lists.insert(0, {**lists[2], "by_class": True, "fractions": lists[0]["fractions"]})  # cut in another way
     storage.write_json(run.path("evaluation", "summary.json"), summary)
     found = summarize(run)["headline"]
     assert plain(found["sentences"][-1]) == (
@@ -94,6 +95,13 @@ def test_an_evaluation_of_such_a_list_is_in_the_headline(make_run: MakeRun) -> N
     )
     storage.write_json(run.path("evaluation", "summary.json"), summary | {"scores_of": {}})
     assert summarize(run)["headline"]["trained"] is None, "of other scores"
+
+
+def test_lists_cut_within_each_class_say_so(make_run: MakeRun) -> None:
+    run = make_run(select={"keep": [0.5], "strategy": "moderate", "by_class": True})
+    assert [item["by_class"] for item in summarize(run)["keep"]] == [True]
+    text = plain(Path(build(run)).read_text("utf-8"))
+    assert "moderate by class: the scores around the median, within each class" in text and "samples, moderate by class" in text
 
 
 def test_money_is_said_where_there_are_prices(make_run: MakeRun) -> None:
