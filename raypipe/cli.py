@@ -198,7 +198,7 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--seed", type=int, help="random, ccs, beta: another number draws other samples.")
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
 @click.option("--difficulty", help="mixed, ccs: auto, score or loss.")
-@click.option("--hard-cutoff", type=float, help="ccs: share of the samples, the hardest, that is left out first.")
+@click.option("--hard-cutoff", metavar="SHARE", help="ccs: share of the samples, the hardest, that is left out first; or auto.")
 @click.option("--strata", type=int, help="ccs: intervals of the score.")
 @click.option("--beta-exponent", type=float, help="beta: the higher, the later easy samples are preferred.")
 @click.option("--by-class/--over-classes", default=None, help="Within each class, the same share of every class; or over all.")

@@ -44,7 +44,7 @@ STRATEGIES: dict[str, Strategy] = {
     "moderate": Strategy(ordered.moderate),
     "mixed": Strategy(ordered.mixed, difficulty=True),
     "random": Strategy(drawn.random, draws=True, scores=False),
-    "ccs": Strategy(drawn.ccs, draws=True, difficulty=True),
+    "ccs": Strategy(drawn.ccs, nested=False, draws=True, difficulty=True),
     "beta": Strategy(drawn.beta, nested=False, draws=True, loss=True),
 }
 """Every strategy of `select.strategy`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from raypipe.errors import ConfigError
 from raypipe.selection.quotas import in_proportion
-from raypipe.selection.radix import ALWAYS, FIRST, Boundary, Chunk, Chunks, Ranking, class_groups, order_key
+from raypipe.selection.radix import ALWAYS, FIRST, Boundary, Checked, Chunk, Ranking, class_groups, order_key
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Options:
 
     seed: int = 0
     easy_fraction: float = 0.5
-    hard_cutoff: float = 0.1
+    hard_cutoff: float | Literal["auto"] = "auto"
     strata: int = 50
     beta_exponent: float = 4.0
     difficulty: str = "score"
@@ -57,7 +58,7 @@ class Strategy:
     scores      whether it goes by the scores, so that their fidelity matters
     """
 
-    plan: Callable[[Chunks, Sequence[float], int, Options], list[Plan]]
+    plan: Callable[[Checked, Sequence[float], int, Options], list[Plan]]
     nested: bool = True
     draws: bool = False
     classes: bool = False

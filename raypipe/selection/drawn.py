@@ -14,7 +14,19 @@ import numpy as np
 from raypipe.selection.base import Options, Plan, Top, everything, grouped, loss_of
 from raypipe.selection.hashing import hash64, uniform
 from raypipe.selection.quotas import water_filled
-from raypipe.selection.radix import FIRST, HIGHEST, Boundary, Chunk, Chunks, Ranking, boundaries, key_value, order_key
+from raypipe.selection.radix import (
+    FIRST,
+    HIGHEST,
+    Boundary,
+    Checked,
+    Chunk,
+    Chunks,
+    Quotas,
+    Ranking,
+    boundaries,
+    key_value,
+    order_key,
+)
 
 ANCHORS = 10
 """Samples of highest score whose mean probability sets the Beta distribution."""
@@ -74,7 +86,7 @@ class Strata(Ranking):
         return key, np.where(self._cut.mask(chunk), -1, stratum)
 
 
-def ccs(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:
+def ccs(chunks: Checked, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, arXiv 2210.15809, algorithm 1).
 
         drop the floor(hard_cutoff n) hardest samples
@@ -82,22 +94,39 @@ def ccs(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -
         serve the strata from the smallest: min(size, floor(budget left / strata left)), drawn at random within
 
     Published with AUM as the difficulty that is cut off by, whatever the score; here it is the score, or the proxy's loss. The published
-    cut-off grows with the pruning (CIFAR-10: 0.3 where 90 % are pruned); one holds for all keep fractions here, which keeps
-    their lists nested. The published top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score
-    belongs to the last stratum. With `Options.by_class` all of it is done within each class.
+    cut-off is searched for each dataset and grows with the pruning (90 % pruned: CIFAR-10 0.3, CIFAR-100 0.5). `auto` grows likewise, in one
+    rule: half of what is pruned are the hardest samples. Lists of one number are nested, those of `auto` are not. The published
+    top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score belongs to the last stratum. With
+    `Options.by_class` all of it is done within each class.
     """
-    share = options.hard_cutoff
     hardest = grouped(Top(options.difficulty), classes, options)
-    (cut,) = boundaries(chunks, [(hardest, lambda size, _: (share * size).astype(np.int64))])
-    low, high = np.full(hardest.groups, math.inf), np.full(hardest.groups, -math.inf)
-    for chunk in chunks(cut.needs_ids):
-        left = chunk.eligible() & ~cut.mask(chunk)
-        score, group = chunk.score[left].astype(np.float64), hardest.place(chunk)[1][left]
-        np.minimum.at(low, group, score)
-        np.maximum.at(high, group, score)
+    fractions = keep if options.hard_cutoff == "auto" else keep[:1]
+    cuts = boundaries(chunks, [(hardest, _hardest(chunks, fraction, options.hard_cutoff)) for fraction in fractions])
+    low, high = (np.full((len(cuts), hardest.groups), edge) for edge in (math.inf, -math.inf))
+    for chunk in chunks(any(cut.needs_ids for cut in cuts)):
+        score, (_, group), there = chunk.score.astype(np.float64), hardest.place(chunk), chunk.eligible()
+        for row, cut in enumerate(cuts):
+            left = there & ~cut.mask(chunk)
+            np.minimum.at(low[row], group[left], score[left])
+            np.maximum.at(high[row], group[left], score[left])
     empty = low > high
     low[empty] = high[empty] = 0.0
-    return [Plan(Strata(options.seed, cut, low, high, options.strata), water_filled, inclusion=even)] * len(keep)
+    plans = [
+        Plan(Strata(options.seed, cut, least, most, options.strata), water_filled, inclusion=even)
+        for cut, least, most in zip(cuts, low, high, strict=True)
+    ]
+    return plans if len(plans) == len(keep) else plans * len(keep)
+
+
+def _hardest(chunks: Checked, fraction: float, share: float | str) -> Quotas:
+    """How many samples of each group are cut off."""
+
+    def quotas(size: np.ndarray, _: np.ndarray) -> np.ndarray:
+        there, kept = int(size.sum()), round(fraction * chunks.samples)
+        cut = max(0.0, 0.5 * (1 - kept / max(there, 1))) if share == "auto" else float(share)
+        return (cut * size).astype(np.int64)
+
+    return quotas
 
 
 class Gumbel(Ranking):

@@ -102,7 +102,9 @@ class SelectSettings(Settings):
         description="mixed, ccs: what is hard, a high score or a high loss of the proxy; auto: the score where it is one of difficulty "
         "(aum, el2n, entropy, forgetting, grand, loss), else the loss",
     )
-    hard_cutoff: float = Field(0.1, ge=0, lt=1, description="ccs: share of the samples, the hardest, that is left out first")
+    hard_cutoff: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        "auto", description="ccs: share of the samples, the hardest, that is left out first; auto: half of what is pruned"
+    )
     strata: int = Field(50, ge=1, le=10_000, description="ccs: intervals of equal width of the score")
     beta_exponent: float = Field(4.0, gt=0, description="beta: c_D; the higher, the later easy samples are preferred")
     by_class: bool = Field(
@@ -130,7 +132,7 @@ class SelectSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> SelectSettings:
-        if self.strategy == "ccs" and max(self.keep) + self.hard_cutoff > 1 + 1e-9:
+        if self.strategy == "ccs" and self.hard_cutoff != "auto" and max(self.keep) + self.hard_cutoff > 1 + 1e-9:
             raise ValueError(
                 f"keep ({max(self.keep)}) and hard_cutoff ({self.hard_cutoff}) of ccs cannot be more than 1 together"
             )

@@ -110,7 +110,7 @@ def test_by_class_every_class_has_its_share(strategy: str, samples: list[tuple[f
     there = np.bincount(data.label + 1, minlength=CLASSES + 1)
     if strategy == "ccs":
         there -= there // 10  # the hardest
-    for fraction, kept in zip(FRACTIONS, data.lists(strategy, size=size, by_class=True, strata=3), strict=True):
+    for fraction, kept in zip(FRACTIONS, data.lists(strategy, size=size, by_class=True, strata=3, hard_cutoff=0.1), strict=True):
         assert len(kept) == round(fraction * len(samples))
         found = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept], minlength=CLASSES + 1)
         assert np.abs(found - len(kept) * there / max(1, there.sum())).max() < 1
@@ -245,6 +245,22 @@ def test_ccs_cuts_off_the_hardest_and_covers_the_range_of_the_rest(difficulty: s
     luck = (hash64([data.ids[row] for row in left], 3) >> np.uint64(32)).astype(np.int64)
     for k in range(strata):  # random within: the highest hashes, whatever the score
         assert luck[chosen & (place == k)].min(initial=2**32) >= luck[~chosen & (place == k)].max(initial=0)
+
+
+def test_ccs_cuts_off_half_of_what_is_pruned() -> None:
+    data = Data.drawn(200)
+    data = replace(data, mark=np.where(np.arange(200) < 40, NEVER, FREE).astype(np.uint8))
+    hardest_first = np.argsort(-data.loss[40:]) + 40
+    for fraction, kept in zip(FRACTIONS[:3], data.lists("ccs", FRACTIONS[:3], difficulty="loss", strata=5), strict=True):
+        cut = int(160 * (0.5 * (1 - 200 * fraction / 160)))
+        assert not set(kept) & {data.ids[row] for row in hardest_first[:cut]}
+        (same,) = data.lists("ccs", (fraction,), difficulty="loss", strata=5, hard_cutoff=(cut + 0.5) / 160)
+        assert kept == same
+
+
+def test_ccs_of_one_cut_off_is_nested() -> None:
+    lists = Data.drawn(300).lists("ccs", hard_cutoff=0.1, strata=5)
+    assert all(smaller.keys() <= larger.keys() for smaller, larger in itertools.pairwise(lists))
 
 
 def test_ccs_keeps_rare_scores_that_top_would_not() -> None:

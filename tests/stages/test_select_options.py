@@ -69,7 +69,7 @@ def test_every_strategy_writes_its_list_and_says_how(run: Run, strategy: str) ->
     expected = {
         "mixed": {"easy_fraction": 0.5, "difficulty": "loss"},
         "random": {"seed": 0},
-        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": 0.1, "strata": 5},
+        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": "auto", "strata": 5},
         "beta": {"seed": 0, "beta_exponent": 4.0},
     }
     assert json.loads(about.get("options", "{}")) == expected.get(strategy, {})
