@@ -1,6 +1,6 @@
 """How scores by pseudo-labels rank samples, beside scores by true labels: EL2N, MoSo, TDDS and Dynamic Uncertainty.
 
-    python benchmarks/unsupervised.py DATA [--samples 3000] [--epochs 16] [--pretrain 24] [--clusters 10] [--cache DIR]
+    python benchmarks/unsupervised.py DATA [--samples 2000] [--image-size 16] [--epochs 16] [--pretrain 16] [--clusters 10] [--cache DIR]
 
 DATA is a folder of Parquet files with labels, or `digits` for the bundled set. True labels train the supervised runs and judge the clusters,
 and nothing else. A network is trained on the images alone (SimCLR, as the stage `label` does it), its embeddings are clustered, and the
@@ -104,11 +104,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("data", help="folder of Parquet files, or digits")
     add("--include", default="train-*", help="which files of the folder")
-    add("--samples", type=int, default=3000, help="drawn from the data")
+    add("--samples", type=int, default=2000, help="drawn from the data")
+    add("--image-size", type=int, default=16, help="pixels; 16 so that all of it is minutes of one core")
     add("--model", default="small", help="as proxy.model")
     add("--epochs", type=int, default=16, help="of the proxy")
-    add("--checkpoints", type=int, default=5)
-    add("--pretrain", type=int, default=24, help="epochs of self-supervised training")
+    add("--checkpoints", type=int, default=4)
+    add("--pretrain", type=int, default=16, help="epochs of self-supervised training")
     add("--clusters", type=int, help="default: as many as there are classes")
     add("--method", choices=("kmeans", "turtle"), default="kmeans", help="what gives the pseudo-labels of the second table")
     add("--scores", type=names_of, default=names_of(SCORES))
@@ -121,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     digits = arguments.data == "digits"
     source = SourceSettings(uri="digits://") if digits else SourceSettings(uri=arguments.data, include=arguments.include)
-    size = 16 if digits else 32
+    size = arguments.image_size
     images = read(source, size, arguments.samples)
     # a mirrored digit is no digit
     augmentation = {"flip": False, "crop_padding": 1} if digits else {}

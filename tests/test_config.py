@@ -194,3 +194,30 @@ def test_what_can_be_rehearsed() -> None:
     for wrong, words in (({"score": "moso"}, "audit set"), ({"method": "knn"}, "method knn"), ({"proxy": {"parts": 2}}, "parts")):
         with pytest.raises(ConfigError, match=f"nothing to rehearse.*{words}"):
             given(rehearsal=True, **wrong)
+
+
+def test_labels_come_from_one_place() -> None:
+    unlabelled = {"uri": "data", "label_column": None}
+    config = parse_config({**LEAST, "source": unlabelled, "pseudo_labels": {"clusters": 10}})
+    assert config.unsupervised and not parse_config(LEAST).unsupervised
+    assert (config.pseudo_labels.rounds, config.pseudo_labels.model_copy(update={"method": "turtle"}).rounds) == (100, 1000)
+    for data, expected in (
+        ({"pseudo_labels": {"clusters": 10}}, ["pseudo_labels.clusters", "set source.label_column to null"]),
+        ({"source": unlabelled}, ["source.label_column", "set pseudo_labels.clusters"]),
+        ({"source": unlabelled, "pseudo_labels": {"clusters": 1}}, ["pseudo_labels.clusters", "greater than or equal to 2"]),
+        ({"pseudo_labels": {"features": "backbone"}}, ["pseudo_labels", "needs weights", "torchvision://"]),
+        ({"pseudo_labels": {"weights": "w.safetensors"}}, ["pseudo_labels", "features are self-supervised", "backbone"]),
+        ({"pseudo_labels": {"model": "small"}}, ["pseudo_labels.model", "'small'", "resnet50"]),
+        ({"pseudo_labels": {"method": "dbscan"}}, ["pseudo_labels.method", "'dbscan'", "'turtle'"]),
+    ):
+        message = _message({**LEAST, **data})
+        for part in expected:
+            assert part in message
+
+
+def test_weights_of_a_backbone_are_a_path_unless_they_are_a_uri(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = "pseudo_labels: {clusters: 3, features: backbone, weights: w.safetensors}"
+    (tmp_path / "config.yaml").write_text(f"run: out\nsource: {{uri: data, label_column: null}}\n{backbone}\n")
+    assert load_config("config.yaml").pseudo_labels.weights == str(tmp_path / "w.safetensors")
+    assert load_config("config.yaml", ["pseudo_labels.weights=torchvision://"]).pseudo_labels.weights == "torchvision://"

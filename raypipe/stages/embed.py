@@ -248,9 +248,10 @@ class EmbedActor:
         good = reason == ""
         ids, labels = batch["sample_id"][good], batch["label"][good]
         size = self._config.embed.images_at_once(self._gpu)
+        images = images[good]
         if self._labeller is not None:
-            labels = self._labeller(images[good], size).astype(np.int32)
-        columns = forward(self._model, images[good], labels, size, self._device, self._gpu and self._config.proxy.amp)
+            labels = self._labeller(images, size).astype(np.int32)
+        columns = forward(self._model, images, labels, size, self._device, self._gpu and self._config.proxy.amp)
         finite = np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]
