@@ -28,7 +28,10 @@ PORTS = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-por
 PORTS += ("runtime-env-agent-port", "metrics-export-port")
 HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
 QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "5"}
-"""A dead node is noticed after five seconds instead of half a minute."""
+QUICK |= {"RAY_worker_niceness": "0"}
+"""A dead node is noticed after five seconds instead of half a minute, and workers do not stand back behind all else on the machine."""
+ATTEMPTS = 4
+"""How often a node is started: Ray gives up when it takes more than half a minute, as it may on a busy machine."""
 HEAD = 2
 """Number of the head: it has the address 127.0.0.2 (Ray takes 127.0.0.1 for the machine's address in its network)."""
 
@@ -92,6 +95,7 @@ class LocalNodes:
     ) -> None:
         self.folder, self._last = folder, HEAD
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._added: dict[int, dict[str, float]] = {}
         (folder / "home").mkdir(parents=True)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         paths = os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ("benchmarks", "tests", "tests/faults"))])
@@ -106,9 +110,13 @@ class LocalNodes:
         if autoscaling is not None:
             command += [f"--autoscaling-config={self._autoscaling(autoscaling, head_cpus, idle_seconds)}"]
             started |= {"AUTOSCALER_UPDATE_INTERVAL_S": "2"}
-        with open(folder / "head.log", "wb") as log:
-            self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-        self._wait("head.log", self._head)
+        for _ in range(ATTEMPTS):
+            with open(folder / "head.log", "wb") as log:
+                self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+            if self._is_there("head.log", self._head):
+                return
+            self.__exit__()
+        raise RuntimeError(f"the head did not start:\n{(folder / 'head.log').read_text()[-3000:]}")
 
     def __enter__(self) -> LocalNodes:
         return self
@@ -125,11 +133,22 @@ class LocalNodes:
         """Add a node; returns its number, the last part of its address."""
         self._last += 1
         number = self._last
-        process = start_node(number, str(self.folder), self.address, {"CPU": cpus, "GPU": gpus}, self.environment)
-        self._nodes[number] = process
+        self._added[number] = {"CPU": cpus, "GPU": gpus}
+        self._start(number)
         if wait:
-            self._wait(f"node-{number}.log", process)
+            self.wait_for(number)
         return number
+
+    def wait_for(self, number: int) -> None:
+        """Until a node that was added is there."""
+        for _ in range(ATTEMPTS):
+            if self._is_there(f"node-{number}.log", self._nodes[number]):
+                return
+            self._start(number)
+        raise RuntimeError(f"node {number} did not start:\n{(self.folder / f'node-{number}.log').read_text()[-3000:]}")
+
+    def _start(self, number: int) -> None:
+        self._nodes[number] = start_node(number, str(self.folder), self.address, self._added[number], self.environment)
 
     def raylet(self, number: int) -> psutil.Process | None:
         """The raylet of a node; None where it has none that lives."""
@@ -168,13 +187,13 @@ class LocalNodes:
                             seen.add(each.pid)
                             yield each
 
-    def _wait(self, log: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while "Ray runtime started" not in (text := (self.folder / log).read_text(errors="replace")):
-            if process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise RuntimeError(f"a node did not start ({log}):\n{text[-3000:]}")
+    def _is_there(self, log: str, process: subprocess.Popen[bytes]) -> bool:
+        """Whether a node came up; it was given up by Ray otherwise."""
+        while "Ray runtime started" not in (self.folder / log).read_text(errors="replace"):
+            if process.poll() is not None:
+                return False
             time.sleep(0.2)
+        return True
 
     def _autoscaling(self, types: dict[str, Any], head_cpus: int, idle_seconds: float) -> Path:
         """The configuration of Ray's autoscaler; JSON is YAML as well."""

@@ -1,11 +1,11 @@
 """A run on a head and two more nodes of this machine, submitted as a job; one node is killed in its middle, and the scores are compared.
 
-    python benchmarks/three_nodes.py [--stage embed|measure] > benchmarks/results/three-nodes.txt
+    python benchmarks/three_nodes.py [--stage embed] [--dir /tmp/three] > benchmarks/results/three-nodes.txt
 
 The head has no CPUs in Ray's books, as in cluster.yaml, the two others one each. The same job runs twice: undisturbed, and then so that one of
 the two nodes loses its raylet and all of its processes to SIGKILL when half of the files of the stage are there. Printed is what a
 user would type and see, with the seconds since the job was submitted; the folder of this machine that stands for shared storage
-is written /shared.
+is written /shared. With --dir that folder is kept; an undisturbed run that is in it, and what it said, are taken from there.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ import pyarrow.parquet as pq
 from local_nodes import HEAD, ROOT, LocalNodes, ray_command
 
 SETTINGS = [
-    "source.fragment_samples=32",
-    "seed.fraction=0.2",
-    "proxy.model=resnet18",
-    "proxy.image_size=32",
-    "proxy.epochs=5",
-    "proxy.checkpoints=3",
+    "source.limit=800",
+    "source.fragment_samples=20",
+    "seed.fraction=0.25",
+    "proxy.epochs=3",
+    "proxy.checkpoints=2",
+    "measure.scores=[el2n]",
+    "extrapolate.method=knn-published",
     "trust.min_spearman=-1",
+    "report.images=4",
 ]
-FILES = {"embed": "embeddings/*.parquet", "measure": "measured/checkpoints-*/*.parquet"}
+FILES = {"embed": "embeddings/*.parquet", "extrapolate": "scores/*.parquet"}
 """By stage: what it writes, a file for every unit of its work."""
 LIMIT = 600.0
 """Seconds that a job may take."""
@@ -47,10 +49,12 @@ class Transcript:
     def __init__(self, folder: str) -> None:
         self._folder, self._lock = folder, threading.Lock()
         self.started = time.monotonic()
+        self.lines: list[str] = []
 
     def say(self, text: str = "") -> None:
         with self._lock:
-            print(self._plain(text), flush=True)
+            self.lines.append(self._plain(text))
+            print(self.lines[-1], flush=True)
 
     def heard(self, text: str) -> None:
         """A line that came by itself, with its time."""
@@ -120,39 +124,63 @@ def compare(first: Path, second: Path, out: Transcript) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=sorted(FILES), default="embed", help="in whose middle the node is killed")
-    stage = parser.parse_args().stage
+    parser.add_argument("--dir", default="", help="an existing folder with a short path (default: one that is removed)")
+    options = parser.parse_args()
     os.environ["NO_COLOR"] = "1"
-    with tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as shared:
-        out, folder = Transcript(shared), Path(shared)
-        out.say(f"# python benchmarks/three_nodes.py --stage {stage}      (2-core x86-64)")
-        with LocalNodes(folder / "ray", jobs=True) as nodes:
-            port = nodes.address.partition(":")[2]
-            out.typed(f"ray start --head --num-cpus=0 --node-ip-address=127.0.0.{HEAD} --port={port} ...")
-            for number in (nodes.add(1), nodes.add(1)):
-                out.typed(f"ray start --address={nodes.address} --num-cpus=1 --node-ip-address=127.0.0.{number} ...")
-            show_nodes(nodes, out)
-            out.say("\n# undisturbed")
-            submit(nodes, out, folder / "undisturbed")
-            out.say(f"\n# the same in another folder; a node is killed in the middle of {stage}")
-            units = len(list((folder / "undisturbed").glob(FILES[stage])))
-
-            def kill() -> None:
-                while len(done := list((folder / "killed").glob(FILES[stage]))) < units / 2:
-                    time.sleep(0.005)
-                raylet = nodes.raylet(number)
-                pid = raylet.pid if raylet is not None else 0
-                nodes.lose(number)
-                out.heard(
-                    f">>>> kill -9 {pid}: the raylet of node 127.0.0.{number}, and its workers; {len(done)} of {units} units done"
-                )
-
-            submit(nodes, out, folder / "killed", kill)
-            out.say("")
-            show_nodes(nodes, out)
-            raypipe(nodes, out, "status", str(folder / "killed"))
+    with tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+        shared = Path(options.dir or temporary)
+        out = Transcript(str(shared))
+        out.say(f"# python benchmarks/three_nodes.py --stage {options.stage}      (2-core x86-64)")
+        with LocalNodes(Path(temporary) / "ray", jobs=True) as nodes:
+            lost = _start(nodes, out)
+            _undisturbed(nodes, out, shared)
+            _killed(nodes, out, shared, options.stage, lost)
         out.say("\n# compared")
-        if not compare(folder / "undisturbed", folder / "killed", out):
+        if not compare(shared / "undisturbed", shared / "killed", out):
             sys.exit("the scores differ")
+
+
+def _start(nodes: LocalNodes, out: Transcript) -> int:
+    """Start the two nodes beside the head; returns the number of that which will be lost."""
+    port = nodes.address.partition(":")[2]
+    out.typed(f"ray start --head --num-cpus=0 --node-ip-address=127.0.0.{HEAD} --port={port} ...")
+    numbers = [nodes.add(1, wait=False), nodes.add(1, wait=False)]
+    for number in numbers:
+        nodes.wait_for(number)
+        out.typed(f"ray start --address={nodes.address} --num-cpus=1 --node-ip-address=127.0.0.{number} ...")
+    show_nodes(nodes, out)
+    return numbers[-1]
+
+
+def _undisturbed(nodes: LocalNodes, out: Transcript, shared: Path) -> None:
+    said = shared / "undisturbed.txt"
+    if said.exists():
+        for line in said.read_text().splitlines():
+            out.say(line)
+        return
+    first = len(out.lines)
+    out.say("\n# undisturbed")
+    submit(nodes, out, shared / "undisturbed")
+    said.write_text("\n".join(out.lines[first:]) + "\n")
+
+
+def _killed(nodes: LocalNodes, out: Transcript, shared: Path, stage: str, number: int) -> None:
+    out.say(f"\n# the same in another folder; a node is killed in the middle of {stage}")
+    units = len(list((shared / "undisturbed").glob(FILES[stage])))
+    raylet = nodes.raylet(number)
+    assert raylet is not None
+
+    def kill() -> None:
+        while len(done := list((shared / "killed").glob(FILES[stage]))) < units / 2:
+            time.sleep(0.005)
+        nodes.lose(number)
+        left = f"{len(done)} of {units} units of {stage} were done"
+        out.heard(f">>>> kill -9 {raylet.pid}, the raylet of node 127.0.0.{number}, and all of its workers; {left}")
+
+    submit(nodes, out, shared / "killed", kill)
+    out.say()
+    show_nodes(nodes, out)
+    raypipe(nodes, out, "status", str(shared / "killed"))
 
 
 if __name__ == "__main__":

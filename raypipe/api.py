@@ -205,7 +205,10 @@ def extrapolate(
     given = {"method": method, "confidence": confidence, "holdout": holdout, "seed": seed}
     section = {name: value for name, value in given.items() if value is not None}
     # what gnn-published would say takes a graph over all embeddings
-    config = parse_config({"run": out, "source": {"uri": embeddings}, "extrapolate": {**section, "judge_published": False}})
+    # without images there is no loss of a proxy, which the default strategy cuts off by
+    select = {"strategy": "top"}
+    extrapolate = {**section, "judge_published": False}
+    config = parse_config({"run": out, "source": {"uri": embeddings}, "extrapolate": extrapolate, "select": select})
     config = absolute_paths(config)
     summary = score_tables(config, Run(scores).uri, score_column, progress=progress, verbose=verbose)
     return Result(Run(config.run).uri, summary)

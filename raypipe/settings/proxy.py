@@ -140,7 +140,9 @@ class PoolSettings(Settings):
         "auto", description="images in one forward pass; auto: 256 on a GPU, 64 on a CPU, where more only take memory"
     )
     min_actors: Positive = Field(1, description="actors that are always there")
-    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per GPU, or one per CPU where there is no GPU")
+    max_actors: Positive | Literal["auto"] = Field(
+        "auto", description="auto: one per GPU, or one per CPU where there is no GPU, also of nodes that come later"
+    )
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has any")
 
     @model_validator(mode="after")

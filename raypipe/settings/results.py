@@ -62,7 +62,7 @@ class ExtrapolateSettings(Settings):
     )
     confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")
     seed: int = Field(0, ge=0, description="hold-out split and initial weights")
-    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU")
+    max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU, also of nodes that come later")
 
     @property
     def most_folds(self) -> int:
@@ -89,7 +89,7 @@ class SelectSettings(Settings):
 
     keep: tuple[KeepFraction, ...] = Field((0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep")
     strategy: Literal["top", "balanced", "normalized", "moderate", "mixed", "random", "ccs", "beta"] = Field(
-        "top",
+        "ccs",
         description="top: highest scores; balanced: the same share of each class; normalized: highest within the class; moderate: around "
         "the median; mixed: both ends; random; ccs: over the range of scores; beta: easier the more is pruned. See docs/keep-lists.md",
     )
@@ -107,8 +107,9 @@ class SelectSettings(Settings):
     )
     strata: int = Field(50, ge=1, le=10_000, description="ccs: intervals of equal width of the score")
     beta_exponent: float = Field(4.0, gt=0, description="beta: c_D; the higher, the later easy samples are preferred")
-    by_class: bool = Field(
-        False, description="the strategy works within each class, and every class keeps the same share; balanced: always"
+    by_class: bool | Literal["auto"] = Field(
+        "auto",
+        description="the strategy works within each class, and every class keeps the same share (balanced: always); auto: with ccs",
     )
     min_per_class: int = Field(0, ge=0, description="samples each class keeps at least, or all it has")
     always_keep: str | None = Field(
@@ -124,6 +125,11 @@ class SelectSettings(Settings):
         "frequencies of the source",
     )
     force: bool = Field(False, description="make keep-lists even where the fidelity is below trust.min_spearman")
+
+    @property
+    def within_classes(self) -> bool:
+        """`by_class` as it is meant."""
+        return self.strategy == "ccs" if self.by_class == "auto" else self.by_class
 
     @field_validator("keep", mode="before")
     @classmethod

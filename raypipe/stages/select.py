@@ -139,7 +139,7 @@ def options_of(run: Run, settings: SelectSettings) -> Options:
     if difficulty == "auto":
         score = run.ledger()["extrapolate"].detail.get("score")
         difficulty = "score" if score in DIFFICULTIES and not own else "loss"
-    options = Options(**{**fields, "difficulty": difficulty})
+    options = Options(**{**fields, "difficulty": difficulty, "by_class": settings.within_classes})
     if own and needs_loss(settings.strategy, options):
         other = "; if a high score means a hard sample, say select.difficulty: score" if settings.strategy != "beta" else ""
         raise ConfigError(

@@ -92,18 +92,22 @@ def test_losses_of_other_samples_are_noticed(run: Run) -> None:
     with pytest.raises(RunError, match="not of the same samples"):
         write_keep_lists(run, SelectSettings(strategy="beta"))
     storage.delete(run.path("embeddings", "0.parquet"))
-    for settings in (SelectSettings(strategy="beta"), SelectSettings(near_duplicates=0.9)):
+    for settings in (SelectSettings(strategy="beta"), SelectSettings(strategy="top", near_duplicates=0.9)):
         with pytest.raises(RunError, match=r"0\.parquet"):
             write_keep_lists(run, settings)
 
 
 def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Path) -> None:
-    write_keep_lists(run, SelectSettings(keep=(0.5,)))
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
     (tmp_path / "never.txt").write_text("\r\n".join([*kept(run)[:7], "", "gone"]), encoding="utf-8")
     low = sorted(set(column(run, "scores", "score")) - set(kept(run)))[:9]
     pq.write_table(pa.table({"sample_id": [*low, "a", "b", "c", "d", "e", "f", None]}), tmp_path / "always.parquet")
     settings = SelectSettings(
-        keep=(0.5,), always_keep=str(tmp_path / "always.parquet"), never_keep=str(tmp_path / "never.txt"), min_per_class=2
+        strategy="top",
+        keep=(0.5,),
+        always_keep=str(tmp_path / "always.parquet"),
+        never_keep=str(tmp_path / "never.txt"),
+        min_per_class=2,
     )
     first = kept(run)[:7]
     detail = make_keep_lists(run, settings, (0.5,))
@@ -162,7 +166,7 @@ def test_of_near_duplicates_the_higher_score_stays(
         monkeypatch.setattr(duplicates, "CLUSTER", 20)
         monkeypatch.setattr(cluster_by_cluster, "HELD_BYTES", 1000)
     (tmp_path / "always.txt").write_text("0/é0\n0/é1\n")
-    settings = SelectSettings(keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt"))
+    settings = SelectSettings(strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt"))
     detail = make_keep_lists(run, settings, (0.4,))
     score, names = column(run, "scores", "score"), set(kept(run, "0.40"))
     pairs = [
@@ -208,7 +212,7 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
     with pytest.raises(ConfigError, match=r"say select\.difficulty: score$"):
         write_keep_lists(run, SelectSettings(strategy="ccs"))
     with pytest.raises(ConfigError, match="no embeddings/ to look into"):
-        write_keep_lists(run, SelectSettings(near_duplicates=0.9))
+        write_keep_lists(run, SelectSettings(strategy="top", near_duplicates=0.9))
     assert write_keep_lists(run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))) == {"keep-0.50.parquet": 100}
 
 
