@@ -141,7 +141,7 @@ def test_rows_are_written_in_groups_as_they_come(run: Run, monkeypatch: pytest.M
 
 
 def test_the_stage_is_complete_until_scores_are_added_or_a_list_is_missing(run: Run) -> None:
-    config = parse_config({"run": run.uri, "source": {"uri": "x"}})
+    config = parse_config({"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "top"}})
     stage, context, record = SelectStage(), Context(config, run, Progress(quiet=True)), StageRecord()
     assert not stage.complete(context, record)
     stage.execute(context, record)
@@ -211,7 +211,8 @@ def test_the_threshold_is_a_setting_and_measured_scores_need_none(run: Run) -> N
 
 
 def test_the_verb_goes_by_the_run_and_can_be_forced(run: Run) -> None:
-    run.write_config(parse_config({"run": run.uri, "source": {"uri": "x"}, "trust": {"min_spearman": 0.6}}))
+    sections = {"trust": {"min_spearman": 0.6}, "select": {"strategy": "top"}}
+    run.write_config(parse_config({"run": run.uri, "source": {"uri": "x"}, **sections}))
     with pytest.raises(TrustError, match=r"below trust\.min_spearman \(0\.6\)"):
         select_again(run.uri, 0.5)
     assert select_again(run.uri, 0.5, force=True) == {"keep-0.50.parquet": 150}

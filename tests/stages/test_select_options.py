@@ -69,10 +69,20 @@ def test_every_strategy_writes_its_list_and_says_how(run: Run, strategy: str) ->
     expected = {
         "mixed": {"easy_fraction": 0.5, "difficulty": "loss"},
         "random": {"seed": 0},
-        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": "auto", "strata": 5},
+        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": "auto", "strata": 5, "by_class": True},
         "beta": {"seed": 0, "beta_exponent": 4.0},
     }
     assert json.loads(about.get("options", "{}")) == expected.get(strategy, {})
+
+
+def test_unless_told_otherwise_lists_are_cut_by_ccs_within_each_class(run: Run) -> None:
+    write_keep_lists(run, SelectSettings(keep=(0.25,)))
+    about = keep_metadata(run.path("keep", "keep-0.25.parquet"))
+    assert about["strategy"] == "ccs" and json.loads(about["options"])["by_class"]
+    for settings, within in ((SelectSettings(strategy="top"), False), (SelectSettings(by_class=False), False)):
+        assert settings.within_classes is within
+        write_keep_lists(run, settings.model_copy(update={"keep": (0.25,)}))
+        assert "by_class" not in json.loads(keep_metadata(run.path("keep", "keep-0.25.parquet")).get("options", "{}"))
 
 
 def test_difficulty_is_the_score_where_that_is_one(run: Run) -> None:
@@ -227,7 +237,7 @@ def test_the_command_line_has_every_option(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "never.txt").write_text("0/é1\ngone\n")
     (tmp_path / "always.txt").write_text("0/é2\n")
-    given = "--strategy ccs --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1"
+    given = "--strategy ccs --by-class --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1"
     more = "--near-duplicates 0.999 --always-keep always.txt --never-keep never.txt"
     with pytest.raises(SystemExit) as stop:
         cli.main(["select", run.uri, *given.split(), *more.split()])
@@ -237,7 +247,7 @@ def test_the_command_line_has_every_option(
     assert options.pop("near_duplicates_left_out") > 50
     assert options == {
         "seed": 4, "difficulty": "score", "hard_cutoff": 0.2, "strata": 7, "weights": "class", "min_per_class": 1,
-        "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
+        "by_class": True, "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
     }  # fmt: skip
     for bad, expected in (
         ("--strategy best", "'best'"),
