@@ -233,13 +233,23 @@ def _second_pass(run: Run, scan: ScoreScan, sketch: np.ndarray) -> None:
     scan.edge = float(np.quantile(sketch, 0.2))
     bins = CLASS_BINS if scan.classes <= MANY_CLASSES else COARSE_BINS
     counts = np.zeros((2, scan.classes + 1, bins), np.int32)
-    flat = counts.reshape(-1)
+    flat, waiting = counts.reshape(-1), list[np.ndarray]()
+
+    def count() -> None:
+        """Many at a time: each time takes as long as there are bins."""
+        if waiting:
+            flat[:] += np.bincount(np.concatenate(waiting), minlength=len(flat)).astype(np.int32)
+            waiting.clear()
+
     for _, _, score, label, measured in _shards(run, ["score", "label", "measured"]):
         finite = np.isfinite(score)
         place = np.clip((score[finite] - start) / (stop - start), 0, 1)
         row = np.where((label < 0) | (label >= scan.classes), scan.classes, label)[finite]
         row += (scan.classes + 1) * measured[finite]
-        np.add.at(flat, row * bins + np.minimum((place * bins).astype(np.int64), bins - 1), 1)
+        waiting.append(row * bins + np.minimum((place * bins).astype(np.int64), bins - 1))
+        if sum(map(len, waiting)) > max(len(flat), 1 << 16):
+            count()
+    count()
     overall = counts.reshape(2, scan.classes + 1, BINS, -1).sum(axis=(1, 3), dtype=np.int64)
     scan.class_counts = counts
     scan.histogram = {

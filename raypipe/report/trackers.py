@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raypipe import storage
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, RaypipeError
 from raypipe.report.words import without_secrets
 from raypipe.rundir import Run
 
@@ -44,11 +44,16 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def log_report(run: Run, summary: Mapping[str, Any], names: Sequence[str], experiment: str) -> dict[str, str]:
-    """Log a report that has been written. Returns what went wrong, by tracker: a server that is away is no reason to lose a run."""
+    """Log a report that has been written. Returns what went wrong, by tracker: a server that is away is no reason to lose a run.
+
+    Raises what the storage of the run does.
+    """
     failed = {}
     for name in names:
         try:
             _LOG[name](run, summary, experiment)
+        except RaypipeError:
+            raise
         except Exception as error:  # whatever ails a service of others
             failed[name] = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
     return failed

@@ -168,8 +168,8 @@ class ReportSettings(Settings):
     gpu_price: float | None = Field(None, ge=0, description="the same for an hour of a GPU")
     log_to: tuple[TrackerName, ...] = Field(
         (),
-        description="figures and stage timings go there as well, at the end of a run: tensorboard (files in the run), mlflow, wandb; each "
-        "needs its package: pip install 'raypipe[mlflow]'",
+        description="figures and stage timings go there as well, at the end of a run: tensorboard (files in the run), mlflow, wandb (both with "
+        "the page and its images); each needs its package: pip install 'raypipe[mlflow]'",
     )
     experiment: str = Field(
         "raypipe", min_length=1, max_length=128, description="MLflow's experiment and the project of Weights & Biases for log_to"
