@@ -1,0 +1,174 @@
+"""A Ray cluster of several nodes on this machine, each with raylet, loopback address and ports of its own.
+
+It stands beside other Ray clusters of the machine: folder, home, token and ports are its own, and only processes whose command names its
+folder are ever ended. Linux only, where all of 127.0.0.0/8 is this machine.
+The head has no CPUs in Ray's books, as in cluster.yaml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+PORTS = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+PORTS += ("runtime-env-agent-port", "metrics-export-port")
+HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
+QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "5"}
+QUICK |= {"RAY_worker_niceness": "0"}
+"""A dead node is noticed after five seconds instead of half a minute, and workers do not stand back behind all else on the machine."""
+ATTEMPTS = 4
+"""How often a node is started: Ray gives up when it takes more than half a minute, as it may on a busy machine."""
+HEAD = 2
+"""Number of the head: it has the address 127.0.0.2 (Ray takes 127.0.0.1 for the machine's address in its network)."""
+
+
+def ray_command(*arguments: str) -> list[str]:
+    """Ray's command line, of this interpreter."""
+    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+
+
+def node_id(number: int) -> str:
+    """The id that the node of a number has in Ray's books."""
+    return f"{number:056x}"
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _options(values: Any) -> list[str]:
+    return [f"--{option}={value}" for option, value in values]
+
+
+class LocalNodes:
+    """A running head, and the nodes that were added to it. Use it as a context: at its end all of them are killed.
+
+    folder  an empty folder with a short path (sockets are made in it)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._last = folder, HEAD
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        (folder / "home").mkdir(parents=True)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        paths = os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ("tests", "tests/faults"))])
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.environment |= {"PATH": path, "PYTHONPATH": paths, "HOME": str(folder / "home"), **QUICK}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
+        ports = dict(zip((*HEAD_PORTS, *PORTS), free_ports(len(HEAD_PORTS) + len(PORTS)), strict=True))
+        self.address = f"127.0.0.{HEAD}:{ports['port']}"
+        command = ray_command("start", "--head", *self._common(HEAD, 0), *_options(ports.items()))
+        command += ["--include-dashboard=false"]
+        started = self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)}
+        for _ in range(ATTEMPTS):
+            with open(folder / "head.log", "wb") as log:
+                self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+            if self._is_there("head.log", self._head):
+                return
+            self.__exit__()
+        raise RuntimeError(f"the head did not start:\n{(folder / 'head.log').read_text()[-3000:]}")
+
+    def __enter__(self) -> LocalNodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kill(list(self._mine()))
+        self._head.wait(20)
+
+    def driver(self) -> dict[str, str]:
+        """The environment of a process that is to join the cluster."""
+        return self.environment | {"RAY_ADDRESS": self.address}
+
+    def add(self, cpus: int) -> int:
+        """Add a node; returns its number, the last part of its address, when it is there."""
+        self._last += 1
+        number, log = self._last, f"node-{self._last}.log"
+        for _ in range(ATTEMPTS):
+            self._nodes[number] = self._start(number, cpus)
+            if self._is_there(log, self._nodes[number]):
+                return number
+        raise RuntimeError(f"node {number} did not start:\n{(self.folder / log).read_text()[-3000:]}")
+
+    def _start(self, number: int, cpus: int) -> subprocess.Popen[bytes]:
+        ports = zip(PORTS, free_ports(len(PORTS)), strict=True)
+        command = ray_command("start", f"--address={self.address}", *self._common(number, cpus), *_options(ports))
+        own = self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(number)}
+        with open(self.folder / f"node-{number}.log", "wb") as log:
+            return subprocess.Popen(command, env=own, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+
+    def _common(self, number: int, cpus: int) -> list[str]:
+        least = [
+            f"--num-cpus={cpus}",
+            "--num-gpus=0",
+            "--object-store-memory=100000000",
+            f"--temp-dir={self.folder / str(number)}",
+        ]
+        least += [f"--node-ip-address=127.0.0.{number}", "--min-worker-port=0", "--max-worker-port=0"]
+        return ["--block", "--disable-usage-stats", *least]
+
+    def raylet(self, number: int) -> psutil.Process | None:
+        """The raylet of a node; None where it has none that lives."""
+        for process in self._mine():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet" and f"--node_ip_address=127.0.0.{number}" in process.cmdline():
+                    return process
+        return None
+
+    def workers(self, number: int, name: str = "ray::") -> list[psutil.Process]:
+        """Processes of a node that work, where Ray calls them by a name that has `name` in it."""
+        raylet, found = self.raylet(number), []
+        for process in raylet.children(recursive=True) if raylet is not None else ():
+            with contextlib.suppress(psutil.Error):
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def lose(self, number: int) -> None:
+        """SIGKILL a node's raylet and all that works there, as when a machine goes."""
+        raylet = self.raylet(number)
+        assert raylet is not None, f"node {number} has no raylet"
+        _kill([raylet, *raylet.children(recursive=True)])
+        if number in self._nodes:
+            _kill([psutil.Process(self._nodes[number].pid)] if self._nodes[number].poll() is None else [])
+            self._nodes.pop(number).wait(20)
+
+    def _mine(self) -> Iterator[psutil.Process]:
+        """Processes of this cluster: those whose command names its folder, and what these have started."""
+        seen: set[int] = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if any(str(self.folder) in part for part in process.cmdline()):
+                    for each in (process, *process.children(recursive=True)):
+                        if each.pid not in seen and each.pid != os.getpid():
+                            seen.add(each.pid)
+                            yield each
+
+    def _is_there(self, log: str, process: subprocess.Popen[bytes]) -> bool:
+        """Whether a node came up; it was given up by Ray otherwise."""
+        while "Ray runtime started" not in (self.folder / log).read_text(errors="replace"):
+            if process.poll() is not None:
+                return False
+            time.sleep(0.2)
+        return True
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for each in processes:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(processes, timeout=10)
