@@ -292,7 +292,7 @@ def _cost(ledger: dict[str, StageRecord], scan: ScoreScan) -> dict[str, Any]:
     """Seconds of every stage, and what measuring every sample would have cost.
 
     Spent: CPU + GPU seconds of all stages up to the scores. Everything: the index, and the stages whose cost grows with the
-    number of measured samples (seed, proxy, measure) divided by the share of the samples that was measured.
+    number of measured samples (seed, label, proxy, measure) divided by the share of the samples that was measured.
     """
     rows = []
     for stage, record in ((stage, ledger[stage]) for stage in BEFORE_REPORT if stage in ledger):
@@ -306,8 +306,9 @@ def _cost(ledger: dict[str, StageRecord], scan: ScoreScan) -> dict[str, Any]:
     needed = ("index", *MEASURING, "embed", "extrapolate")
     if scan.measured and all(stage in busy for stage in needed):
         share = scan.measured / scan.samples
-        spent = sum(busy[stage] for stage in needed)
-        everything = busy["index"] + sum(busy[stage] for stage in MEASURING) / share
+        labelling = busy.get("label", 0.0)
+        spent = sum(busy[stage] for stage in needed) + labelling
+        everything = busy["index"] + (sum(busy[stage] for stage in MEASURING) + labelling) / share
         saving = {
             "measured_share": share,
             "spent": spent,
