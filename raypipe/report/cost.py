@@ -22,7 +22,7 @@ def cost_figures(
     """Seconds and dollars of the `stages` that have run, and what measuring every sample would have cost.
 
     Spent: CPU + GPU seconds of all stages up to the scores. Everything: the index, and the stages whose cost grows with the
-    number of measured samples (seed, proxy, measure) divided by the share of the samples that was measured. Dollars are None
+    number of measured samples (seed, label, proxy, measure) divided by the share of the samples that was measured. Dollars are None
     without prices.
     """
     rows: list[dict[str, Any]] = []
@@ -36,8 +36,10 @@ def cost_figures(
     needed = ("index", *MEASURING, "embed", "extrapolate")
     if measured and all(stage in busy for stage in needed):
         share = measured / samples
-        spent = sum(busy[stage] for stage in needed)
-        everything = busy["index"] + sum(busy[stage] for stage in MEASURING) / share
+        # pseudo-labels and a rehearsal are not in every run; what is measured everywhere needs no rehearsal
+        labelling = busy.get("label", 0.0)
+        spent = sum(busy[stage] for stage in needed) + labelling + busy.get("rehearse", 0.0)
+        everything = busy["index"] + (sum(busy[stage] for stage in MEASURING) + labelling) / share
         saving = {
             "measured_share": share,
             "spent": spent,

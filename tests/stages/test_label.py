@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from helpers import QUIET, by_id, digit_pngs, small_config, stamps
 from nights import in_process
 from safetensors.numpy import load
+from serial import run_tasks
 
 import raypipe
 from raypipe import storage
@@ -22,11 +25,13 @@ from raypipe.images import decode_batch
 from raypipe.inspection import describe_result, describe_run
 from raypipe.nightly import run_night
 from raypipe.pipeline import execute
-from raypipe.rundir import Run
+from raypipe.rundir import Run, StageRecord
 from raypipe.settings.evaluate import EvaluateSettings
-from raypipe.sources import RawSample
+from raypipe.sources import ClassMap, RawSample
+from raypipe.stages.base import Context
 from raypipe.stages.pseudo import load_labeller
-from raypipe.stages.seed import read_images, read_shard, seed_manifest
+from raypipe.stages.rehearse import RehearseStage, inside
+from raypipe.stages.seed import read_images, read_shard, seed_manifest, shard_labels
 
 SETTINGS: dict[str, Any] = {
     "source": {"format": "parquet", "fragment_samples": 75, "label_column": None},
@@ -83,6 +88,27 @@ def test_every_sample_has_the_label_of_its_cluster(whole: Path) -> None:
         == np.bincount([told[name] for shard in seed["shards"] for name in read_images(run, shard)[0]], minlength=6).tolist()
     )
     assert all((read_images(run, shard)[2] == -1).all() for shard in seed["shards"]), "the seed set itself has none"
+    for shard, (ids, _, labels) in zip(seed["shards"], drawn):
+        table = shard_labels(run, shard)  # what trajectories are scored with
+        assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (ids, labels.tolist())
+
+
+def test_half_of_the_seed_set_keeps_its_pseudo_labels(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole / "run", tmp_path / "run")
+    in_process(monkeypatch)
+    monkeypatch.setattr("raypipe.stages.rehearse.run_tasks", run_tasks)
+    run = Run(f"{tmp_path}/run")
+    inner, seed = inside(run), seed_manifest(run)
+    RehearseStage()._divide(Context(config_of(whole), run, QUIET), StageRecord(), seed, inner)
+    assert inner.classes() == ClassMap(run.classes().names, numeric=False), "there they are labels like any other"
+    told = {name: label for ids, _, labels in map(run_shard(run), seed["shards"]) for name, label in zip(ids, labels.tolist())}
+    half = {name: label for ids, _, labels in map(run_shard(inner), seed["shards"]) for name, label in zip(ids, labels.tolist())}
+    assert 0 < len(half) < len(told) and half.items() <= told.items()
+    assert seed_manifest(inner)["per_class"] == np.bincount(list(half.values()), minlength=6).tolist()
+
+
+def run_shard(run: Run) -> Any:
+    return functools.partial(read_shard, run)
 
 
 def test_clusters_stand_for_classes_from_the_proxy_to_the_report(whole: Path) -> None:
@@ -101,8 +127,6 @@ def test_clusters_stand_for_classes_from_the_proxy_to_the_report(whole: Path) ->
 
 
 def test_what_a_setting_redoes(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     shutil.copytree(whole / "run", tmp_path / "run")
     in_process(monkeypatch)
     here = f"run={tmp_path}/run"
@@ -131,8 +155,6 @@ def test_turtle_finds_the_labels_where_it_is_asked_to(whole: Path, tmp_path: Pat
 
 
 def test_a_source_that_grows_at_night(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     in_process(monkeypatch)
@@ -156,7 +178,7 @@ def test_no_list_is_compared_by_training_on_pseudo_labels(whole: Path) -> None:
 
 @pytest.mark.ray
 def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> None:
-    """On Ray, a score of the trajectory with its rehearsal; digits have labels, which must have no influence."""
+    """On Ray, with a score of the trajectory; digits have labels, which must have no influence."""
     config = small_config(
         f"{tmp_path}/run",
         "source.label_column=null",
@@ -167,8 +189,7 @@ def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> Non
         "proxy.epochs=2",
         "proxy.cpus_per_worker=1",
         "measure.scores=[el2n]",
-        "extrapolate.method=gnn",
-        "extrapolate.epochs=2",
+        "extrapolate.method=knn",
     )
     result = raypipe.run(config, progress=QUIET)
     run, rows = Run(result.uri), by_id(result.uri)
@@ -178,7 +199,6 @@ def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> Non
     images = np.repeat(_digits()[0][:300, None], 3, 1)
     assert [rows[f"digits/{number:04d}"]["label"] for number in range(300)] == load_labeller(run, "cpu")(images, 64).tolist()
     ledger = run.ledger()
-    assert ledger["label"].state == ledger["rehearse"].state == "done"
     assert ledger["label"].cpu_seconds > 0 and sum(ledger["label"].detail["per_class"]) == ledger["seed"].samples
-    assert storage.read_json(run.path("rehearsal/index/classes.json")) == {"names": list(run.classes().names), "numeric": False}
+    assert storage.read_json(run.path("proxy", "proxy.json"))["classes"] == 5
     assert "no true labels were used" in result.summary["source"]["pseudo_labels"]
