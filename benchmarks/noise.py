@@ -68,7 +68,13 @@ class Noisy:
             flip=not digits, crop_padding=1 if digits else max(1, arguments.image_size // 8),
         )  # fmt: skip
         self.settings = settings
-        what = fingerprint(arguments.dir, len(images), arguments.noise, seed, settings.model_dump(mode="json", exclude={"seed"}))
+        what = fingerprint(
+            arguments.dir,
+            len(images),
+            arguments.noise,
+            seed,
+            settings.model_dump(mode="json", exclude={"seed"}, exclude_none=True),
+        )
         self._folder = os.path.join(arguments.cache, f"noise-{what}")
         os.makedirs(self._folder, exist_ok=True)
         self.study = Study(self.images, settings, MeasureSettings(), self._folder, arguments.threads, arguments.only_cached)

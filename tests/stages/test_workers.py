@@ -96,9 +96,9 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
     (alone, scores), *others, attacked, attacked_by_two = (
         _trained(f"{tmp_path}/over-{world}-{adversary}", world) for world, adversary in trainings
     )
-    assert attacked[1].mean() > scores.mean() + 0.05
+    assert attacked[1].mean() > scores.mean() + 0.005
     # a slope that is nearly 0 may have another sign, which moves a pixel by a whole step
-    assert np.abs(attacked_by_two[1] - attacked[1]).max() < 0.1 and np.corrcoef(attacked_by_two[1], attacked[1])[0, 1] > 0.99
+    np.testing.assert_allclose(attacked_by_two[1], attacked[1], atol=0.01)
     for weights, found in others:
         # single precision: another order of a batch's samples alone moves them as far
         for name, value in alone.items():
