@@ -207,30 +207,79 @@ def _mean_gradients(
     share = {"num_cpus": pool.num_cpus, "max_retries": -1}
     add_up = ray.remote(num_gpus=pool.num_gpus, num_returns=len(files) + 1, **share)(_gradient_sums)
     merge, store = ray.remote(**share)(_add), ray.remote(**share)(fenced(_store_gradient))
-    partial: list[list[Any]] = [[] for _ in files]
-    reports = []
-    for group in groups:
-        *sums, report = add_up.remote(config, run.uri, folders, part, group, files, pool.threads, pool.num_gpus > 0)
-        reports.append(report)
-        for column, value in zip(partial, sums, strict=True):
-            column.append(value)
-    stored = []
-    for file, column in zip(files, partial, strict=True):
-        while len(column) > 1:
-            column = [merge.remote(*column[start : start + FAN_IN]) for start in range(0, len(column), FAN_IN)]
-        stored.append(store.remote(run.uri, folders.gradients, file, part.samples, column[0]))
-    del partial, column, sums  # the references keep the sums alive
-    seconds = 0.0
+    totals = [Total(merge.remote) for _ in files]
+    running, merging, seconds = list[Any](), list[Any](), 0.0
+
+    def wait() -> None:
+        nonlocal running, seconds
+        ready, running = ray.wait(running)
+        for result in ray.get(ready):
+            seconds += result["cpu_seconds"]
+            on_done(result["samples"])
+
     try:
-        while reports:
-            ready, reports = ray.wait(reports)
-            for result in ray.get(ready):
-                seconds += result["cpu_seconds"]
-                on_done(result["samples"])
+        for group in groups:
+            # sums are as large as the network: of all groups at once they would fill the object store
+            slots = _slots(pool)
+            while len(running) >= slots + FAN_IN:
+                wait()
+            while len(merging) > len(files) * (1 + slots // FAN_IN):
+                _, merging = ray.wait(merging, fetch_local=False)
+            *sums, report = add_up.remote(config, run.uri, folders, part, group, files, pool.threads, pool.num_gpus > 0)
+            running.append(report)
+            while sums:  # a reference that stays keeps the sum
+                merging += totals[-len(sums)].add(sums.pop(0))
+        stored = [
+            store.remote(run.uri, folders.gradients, file, part.samples, total.whole()) for file, total in zip(files, totals)
+        ]
+        merging.clear()
+        while running:
+            wait()
         ray.get(stored)
     except Exception as error:
         raise failure(error) from error
     return seconds
+
+
+class Total:
+    """What values that come one after the other add up to, in a tree of a shape that depends on their number alone.
+
+    FAN_IN neighbours of a level are added as soon as they are there, so that few values are held at a time.
+    """
+
+    def __init__(self, merge: Callable[..., Any]) -> None:
+        self._merge = merge
+        self._levels: list[list[Any]] = [[]]
+
+    def add(self, value: Any, level: int = 0) -> list[Any]:
+        """Take the next value. Returns the sums that could be begun with it."""
+        if level == len(self._levels):
+            self._levels.append([])
+        self._levels[level].append(value)
+        if len(self._levels[level]) < FAN_IN:
+            return []
+        return self._up(level)
+
+    def _up(self, level: int) -> list[Any]:
+        values, self._levels[level] = self._levels[level], []
+        merged = self._merge(*values)
+        return [merged, *self.add(merged, level + 1)]
+
+    def whole(self) -> Any:
+        """The sum of all values, of which there is at least one; nothing is held any more."""
+        level = 0
+        while level < len(self._levels) - 1 or len(self._levels[level]) != 1:
+            if self._levels[level]:
+                self._up(level)
+            level += 1
+        return self._levels.pop()[0]
+
+
+def _slots(pool: Pool) -> int:
+    """How many tasks with the share of an actor the cluster has room for now."""
+    room = ray.cluster_resources()
+    share = room.get("GPU", 0) / pool.num_gpus if pool.num_gpus else room.get("CPU", 0) / pool.num_cpus
+    return max(1, int(share))
 
 
 def _gradient_sums(
