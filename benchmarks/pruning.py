@@ -46,9 +46,9 @@ from raypipe.config import ProxySettings, SourceSettings
 from raypipe.evaluation import fitting
 from raypipe.evaluation.figures import Interval, difference, interval, pooled_reach
 from raypipe.models import build
+from raypipe.names import DIFFICULTIES
 from raypipe.rundir import fingerprint
 from raypipe.selection import STRATEGIES, Chunk, Options, select
-from raypipe.stages.select import DIFFICULTIES
 
 KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "tdds", "dynamic-uncertainty", "dual")

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
     "extrapolate": {"method": "knn-published", "folds": 1, "judge_published": False},
     "trust": {"min_spearman": -1},
-    "select": {"keep": [0.5]},
+    "select": {"keep": [0.5], "strategy": "top"},
     "nightly": {"audit": 40, "drift_samples": 200},
 }
 

@@ -19,13 +19,14 @@ import pyarrow.compute as pc
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
 from raypipe.errors import ConfigError, RunError
+from raypipe.names import DIFFICULTIES
 from raypipe.rundir import Run
 from raypipe.selection import Chunk, Options, needs_classes, needs_loss, select
 from raypipe.settings.evaluate import EvaluateSettings
 from raypipe.stages.keeping import Scores, mark_listed
 from raypipe.stages.near_duplicates import mark_near_duplicates
 from raypipe.stages.scored import FOLDERS, every_measured_score
-from raypipe.stages.select import DIFFICULTIES, options_of
+from raypipe.stages.select import options_of
 
 RANDOM_SEEDS = 10_000
 """Seeds of random lists begin here, so that none has the luck of a list that `ccs` or `beta` drew with `select.seed`."""

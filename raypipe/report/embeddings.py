@@ -49,7 +49,7 @@ class EmbeddingMap:
 
 @dataclass(frozen=True)
 class EmbeddingScan:
-    """shards_read of shards_there were searched for samples of a low score and a label that the proxy contradicts.
+    """shards_read of shards_there were searched for samples of a suspicious score and a label that the proxy contradicts.
 
     suspects  those that it contradicts most
     found     how many there are
@@ -66,8 +66,8 @@ class EmbeddingScan:
     noise: dict[str, Any] | None = None
 
 
-def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None = None) -> EmbeddingScan:
-    """`edge` is the score below which a sample counts as low; `images` is how many suspects are wanted at most."""
+def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None = None, above: bool = False) -> EmbeddingScan:
+    """`edge` is the score below which, or `above` which, a sample is suspicious; `images` is how many suspects are wanted at most."""
     judge = NoiseJudge(noise) if noise is not None else None
     there = sorted(run.done("embeddings") & run.done("scores"))
     chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
@@ -82,7 +82,7 @@ def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
         read += 1
         score, measured = _aligned(table["sample_id"].to_pylist(), score_table)
-        doubt, found_there = _offer_suspects(most_doubtful, fragment, table, score, measured, edge)
+        doubt, found_there = _offer_suspects(most_doubtful, fragment, table, score, measured, (edge, above))
         counts += found_there
         if judge is not None:
             judge.add(table["sample_id"].to_pylist(), table["label"].fill_null(-1).to_numpy(), doubt)
@@ -142,14 +142,15 @@ def _aligned(ids: list[str], table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _offer_suspects(
-    best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: float
+    best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: tuple[float, bool]
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """How much the proxy contradicts the label, float [n], by which suspects are ordered, NaN of other samples; and how many
     suspects there are, how many labels the proxy agrees with, and how many labelled samples there are."""
     label = table["label"].fill_null(-1).to_numpy()
     prediction = table["prediction"].fill_null(-1).to_numpy()
     confidence, margin = (table[name].to_numpy().astype(np.float64) for name in ("confidence", "margin"))
-    doubtful = (label >= 0) & (prediction >= 0) & (label != prediction) & (score <= edge) & np.isfinite(margin)
+    beyond = score >= edge[0] if edge[1] else score <= edge[0]
+    doubtful = (label >= 0) & (prediction >= 0) & (label != prediction) & beyond & np.isfinite(margin)
 
     def pick(row: int) -> Pick:
         return Pick(

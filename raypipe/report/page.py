@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from raypipe import storage
 from raypipe.errors import RunError
+from raypipe.names import DIFFICULTIES
 from raypipe.report import words
 from raypipe.report.evaluation import curves
 from raypipe.report.scores import MOST_CLASSES
@@ -31,6 +32,12 @@ GRIDS = {
 """Title and explanation of each image grid, in the order of the page."""
 IMAGE_BYTES = 6 << 20
 """Bytes of images on the page; what is beyond is listed without its image."""
+HARD_ABOUT = {
+    "highest": "The hardest: atypical, hard or wrongly labelled samples gather here. Which of these a keep-list holds is for its strategy to say.",
+    "lowest": "The easiest. Which of these a keep-list holds is for its strategy to say.",
+    "suspects": GRIDS["suspects"][1].replace("lowest", "highest"),
+}
+"""Explanations where a high score means a hard sample."""
 BY_SCORE = {"top", "balanced", "normalized", None}
 """Strategies by which the two ends of the scores are kept and dropped, as these explanations say."""
 OTHER_ABOUT = {
@@ -77,11 +84,12 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     baselines = _baselines(summary["fidelity"])
     shown = {item["label"] for item in summary["shown_classes"]}
     by_label = {item["label"]: item for item in summary["classes"]}
+    hard = str(summary["fidelity"]["score"]) in DIFFICULTIES
     by_score = {item["strategy"] for item in summary["keep"]} <= BY_SCORE
     tiles = Tiles(thumbnails)
     grids = {}
     for name, (title, about) in GRIDS.items():
-        about = about if by_score else OTHER_ABOUT.get(name, about)
+        about = (HARD_ABOUT if hard else {} if by_score else OTHER_ABOUT).get(name, about)
         grids[name] = {"name": name, "title": title, "about": about, "tiles": tiles.of(summary["grids"].get(name, []))}
     class_grids = [
         {**grid, "lowest": tiles.of(grid["lowest"]), "highest": tiles.of(grid["highest"])} for grid in summary["class_grids"]

@@ -77,7 +77,7 @@ class ScoreScan:
     class_samples, class_measured, class_sum   [C + 1]
     class_counts      [2, C + 1, bins] of extrapolated and of measured samples, between the first and the last edge
     class_quantiles   class -> score at each of QUANTILES, for the classes that have scores
-    edge              score below which 20 % of the samples lie, about
+    edges             scores below which 20 % and above which 20 % of the samples lie, about
     """
 
     classes: int
@@ -87,7 +87,7 @@ class ScoreScan:
     low: float = np.inf
     high: float = -np.inf
     total: float = 0.0
-    edge: float = np.nan
+    edges: tuple[float, float] = (np.nan, np.nan)
     class_samples: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_measured: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -230,7 +230,7 @@ def _second_pass(run: Run, scan: ScoreScan, sketch: np.ndarray) -> None:
     if not stop - start > 1e-6 * max(abs(start), abs(stop)):  # (nearly) one value: give it room
         room = 0.5 * max(abs(start), 1e-6)
         start, stop = start - room, stop + room
-    scan.edge = float(np.quantile(sketch, 0.2))
+    scan.edges = float(np.quantile(sketch, 0.2)), float(np.quantile(sketch, 0.8))
     bins = CLASS_BINS if scan.classes <= MANY_CLASSES else COARSE_BINS
     counts = np.zeros((2, scan.classes + 1, bins), np.int32)
     flat, waiting = counts.reshape(-1), list[np.ndarray]()

@@ -13,6 +13,7 @@ import numpy as np
 from raypipe import storage
 from raypipe._version import __version__
 from raypipe.errors import RaypipeError
+from raypipe.names import DIFFICULTIES
 from raypipe.report import words
 from raypipe.report.classes import pick_of_classes
 from raypipe.report.cost import cost_figures, headline
@@ -57,10 +58,11 @@ def collect(run: Run) -> Findings:
     names = _class_names(run)
     scan = scan_scores(run, len(names), config.report.images)
     noise = noise_of(ledger)
-    embedded = scan_embeddings(run, scan.edge, config.report.images, noise)
+    judged = _judged(run, scan)
+    hard = str(judged["fidelity"]["score"]) in DIFFICULTIES
+    embedded = scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
     keep = keep_lists(run, len(names))
     rejects = _rejects(run)
-    judged = _judged(run, scan)
     grids = {**scan.picks, "suspects": embedded.suspects}
     labels = shown_classes(scan, config.report.classes)
     of_classes = pick_of_classes(run, scan, labels, config.report.class_images if config.report.images else 0)

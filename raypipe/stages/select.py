@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, TrustSettings
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
+from raypipe.names import DIFFICULTIES
 from raypipe.rundir import Run, StageRecord, content_hash, noise_of, tables_of
 from raypipe.selection import STRATEGIES, Chunk, Cut, Options, needs_classes, needs_loss, select
 from raypipe.selection.hashing import text_array
@@ -36,8 +37,6 @@ GROUP_ROWS = 1 << 16
 SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("score", pa.float32())])
 WEIGHT = pa.field("weight", pa.float32())
 """One more column, where `select.weights` asks for it."""
-DIFFICULTIES = {"aum", "el2n", "entropy", "forgetting", "grand", "loss"}
-"""Scores that are high for hard samples: `select.difficulty: auto` goes by them, and by the proxy's loss with any other."""
 OF_STRATEGY = {"mixed": ["easy_fraction"], "ccs": ["hard_cutoff", "strata"], "beta": ["beta_exponent"]}
 """Settings that only one strategy looks at."""
 

@@ -57,6 +57,7 @@ def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
         names: Sequence[str] = ("cat", "dog", "owl"), fragments: int = 4, size: int = 50, path: str = "part-{}", **sections: Any
     ) -> Run:
         run = Run(str(tmp_path / "run"))
+        sections["select"] = {"strategy": "top", **sections.get("select", {})}
         run.write_config(parse_config({"run": run.uri, "source": {"uri": "memory"}, **sections}))
         storage.write_json(run.path("index", "classes.json"), {"names": list(names), "numeric": True})
         random, rows = np.random.default_rng(0), []
