@@ -49,7 +49,8 @@ class ExtrapolateSettings(Settings):
     )
     holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of a fit to judge its fidelity")
     folds: Positive | Literal["auto"] = Field(
-        "auto", description="parts of that share held out in turn, a fit for each; auto: all of the seed set, 1 for gnn-published"
+        "auto",
+        description="parts of that share held out in turn, a fit for each; auto: all of the seed set, 1 for gnn-published and after a rehearsal",
     )
     judge_published: bool | Literal["auto"] = Field(
         "auto",

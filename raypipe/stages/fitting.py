@@ -66,7 +66,7 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     if judges_published(config, samples):
         wanted["published"] = ("published.parquet", write_published)  # first, since it takes longest
     wanted["fit"] = ("model.json", _fit)
-    for number in range(folds(config)):
+    for number in range(folds(config, run)):
         wanted[f"judge-{number}"] = (f"fold-{number}.parquet", functools.partial(write_fold, number))
     wanted["curve"] = ("curve.json", write_curve)
     if rehearsed(run):
