@@ -183,7 +183,6 @@ def table(found: dict[str, dict[str, Any]]) -> None:
         + "".join(_number(found[part]["samples"] / sum(values.values())) for part, values in wall.items())
     )
     if run:
-        print(f"\nby the kernel's accounts the pipeline took {run['kernel']:.0f} s, by looking twice a second {sums[0]:.0f} s")
         _memory(found)
         _processes(run)
     _reached(dict(zip(parts, sums)), run)
@@ -204,9 +203,14 @@ def _processes(run: dict[str, Any]) -> None:
     workers = [one for one in run["processes"] if one["kind"] == WORKER]
     print(f"\n{len(workers)} worker processes were started, {len(run['processes'])} in all")
     for stage in STAGES:
-        here = Counter(one["title"].split("(")[0][:60] for one in workers if one["stage"] == stage)
+        here = Counter(_did(one["title"]) for one in workers if one["stage"] == stage)
         if here:
             print(f"  {stage:<12}" + ", ".join(f"{count} x {title}" for title, count in here.most_common()))
+
+
+def _did(title: str) -> str:
+    """Of the title of a worker, without arguments and padding."""
+    return title.split("(")[0].strip().removeprefix("ray::") if title.startswith("ray::") else "nothing"
 
 
 def _reached(sums: dict[str, float], run: dict[str, Any] | None) -> None:

@@ -15,10 +15,9 @@ import psutil
 
 EVERY_SECONDS = 0.5
 RAYS_OWN = ("TrainController", "PlacementGroupCleaner", "DatasetManager", "SynchronizationActor", "_AutoscalingCoordinator",
-            "_StatsActor", "AutoscalingRequester", "DashboardAgent", "RuntimeEnvAgent", "PreemptionWatcher")  # fmt: skip
+            "_StatsActor", "ActorLocationTracker", "AutoscalingRequester", "DashboardAgent", "RuntimeEnvAgent", "PreemptionWatcher")  # fmt: skip
 """Actors and services that Ray starts for itself, by what their titles begin with."""
 DRIVER, WORKER, RAY = "driver", "workers", "Ray"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -38,7 +37,6 @@ class Taken:
 
     seconds    processor seconds by stage and kind of process
     wall       seconds of the clock by stage
-    kernel     processor seconds of the whole by the kernel's accounts, without processes that nobody waited for
     memory     peak in bytes: `driver` and `largest worker`, each the resident set without shared memory; `workers` and `Ray`, what all of
                them had for themselves at one time; `object store`, what was added to /dev/shm
     processes  every one that was seen
@@ -46,7 +44,6 @@ class Taken:
 
     seconds: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     wall: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    kernel: float = 0.0
     memory: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     processes: list[Seen] = field(default_factory=list)
 
@@ -54,7 +51,6 @@ class Taken:
         return {
             "seconds": {stage: dict(kinds) for stage, kinds in self.seconds.items()},
             "wall": dict(self.wall),
-            "kernel": self.kernel,
             "memory": dict(self.memory),
             "processes": [vars(one) for one in self.processes],
         }
@@ -73,8 +69,8 @@ def watch(command: Sequence[str], log: str, stage: Callable[[], str]) -> tuple[i
     before = time.monotonic()
     try:
         while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
+            code = child.poll()
+            if code is not None:
                 break
             now, what = time.monotonic(), stage()
             found.wall[what] += now - before
@@ -86,9 +82,8 @@ def watch(command: Sequence[str], log: str, stage: Callable[[], str]) -> tuple[i
         child.send_signal(signal.SIGINT)  # the driver stops its Ray
         child.wait()
         raise
-    found.kernel = usage.ru_utime + usage.ru_stime
     found.processes = list(processes.values())
-    return os.waitstatus_to_exitcode(status), found
+    return code, found
 
 
 def _look(root: int, stage: str, processes: dict[tuple[int, float], Seen], found: Taken) -> None:
