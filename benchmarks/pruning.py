@@ -9,10 +9,10 @@ set, of which what is not drawn is the test. Scores come from runs as in `fideli
     extrapolated  by a proxy trained on a random 20 %, measured there, and predicted by the default extrapolator for the others; of
                   MoSo, too. The loss that `ccs`, `mixed` and `beta` look at is that of the same proxy
 
-Lists are cut by `raypipe.selection` with its default options, also within each class (ccs-by-class) and with a fixed `hard_cutoff`
-(ccs0.1), and a fresh network is trained on each with the same epochs (`raypipe.evaluation.fitting`), with --seeds seeds of weights, order
-and augmentation, as many random lists, and the full set. Scores come from --scoring-seeds runs of their own weights; training seed s takes
-the scores of run s modulo their number.
+Lists are cut by `raypipe.selection` with its default options, also within each class (ccs-by-class), with a fixed `hard_cutoff`
+(ccs0.1), and with one stratum (ccs1: at random once the hardest are left out, whatever the score). A fresh network is trained on each with
+the same epochs (`raypipe.evaluation.fitting`), with --seeds seeds of weights, order and augmentation, as many random lists, and the full
+set. Scores come from --scoring-seeds runs of their own weights; training seed s takes the scores of run s modulo their number.
 
 The tables give the accuracy on the test part, mean over the seeds ± half its 95 % t interval; the difference to random, paired over seeds,
 with the same; then what is never below random outside noise, and the loss of extrapolated against measured lists. Three seeds make
@@ -33,7 +33,7 @@ import platform
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import fidelity
@@ -54,10 +54,10 @@ KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "tdds", "dynamic-uncertainty", "dual")
 EXTRAPOLATOR = "gnn"
 RANDOM, FULL = "random", "full"
-BY_CLASS, FIXED = "-by-class", "0.1"
+BY_CLASS, FIXED, ONE = "-by-class", "0.1", "1"
 STRATEGY_NAMES = (
     *(name for name in STRATEGIES if name != RANDOM),
-    *(f"ccs{FIXED}{suffix}" for suffix in ("", BY_CLASS)),
+    *(f"ccs{variant}{suffix}" for variant in (FIXED, ONE) for suffix in ("", BY_CLASS)),
     *(f"{name}{BY_CLASS}" for name in STRATEGIES if not STRATEGIES[name].classes and name not in ("top", RANDOM)),
 )
 
@@ -152,6 +152,8 @@ class Pruning:
             hard_cutoff=float(FIXED) if FIXED in strategy else "auto",
         )
         plain = strategy.removesuffix(BY_CLASS).removesuffix(FIXED)
+        if plain.endswith(ONE):
+            plain, options = plain.removesuffix(ONE), replace(options, strata=1)
         (cut,) = select(lambda _: [chunk], [job.keep], plain, self.study.images.classes, options)
         return np.flatnonzero(cut.mask(chunk))
 
