@@ -47,7 +47,7 @@ def _message(data: dict) -> str:
         ({"select": {"keep": []}}, ["select.keep"]),
         ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top', 'balanced'"]),
         ({"select": {"strategy": "ccs", "hard_cutoff": 0.2}}, ["select", "keep (0.9)", "hard_cutoff (0.2)", "more than 1"]),
-        ({"select": {"weights": "inclusion"}}, ["select", "weights", "random, ccs, beta", "not top"]),
+        ({"select": {"weights": "inclusion", "strategy": "top"}}, ["select", "weights", "random, ccs, beta", "not top"]),
         ({"select": {"weights": "inclusion", "strategy": "random", "min_per_class": 1}}, ["select", "min_per_class"]),
         ({"select": {"near_duplicates": 1.5}}, ["select.near_duplicates", "1.5", "less than or equal to 1"]),
         ({"select": {"easy_fraction": -0.5}}, ["select.easy_fraction", "-0.5", "greater than or equal to 0"]),

@@ -31,7 +31,7 @@ from raypipe.stages.streaming import Columns, stream
 
 STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40
 ROW = 3 * 64 * 64
-APART = Pool(min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25)
+APART = Pool(min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1)
 """Reading and computing ask for different shares, as they do with a GPU, so that what is read lies in the object store."""
 
 

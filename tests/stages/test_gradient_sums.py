@@ -78,7 +78,7 @@ def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.Monke
     for name, value in (("ray", serial), ("_gradient_sums", sums), ("_store_gradient", store)):
         monkeypatch.setattr(gradients, name, value)
     folders, part = gradients.Folders("", "", ""), Part(0, 1, 0, 99, (), {})
-    arguments: Any = (None, Run("unused"), {"shards": shards}, folders, part, files, Pool(1, 1, 0.5, 0, 1, 0.5))
+    arguments: Any = (None, Run("unused"), {"shards": shards}, folders, part, files, Pool(1, 1, 0.5, 0, 1, 0.5, 1))
     seconds = gradients._mean_gradients(*arguments, done.append)
     assert seconds == 15 and done == [1] * 30
     assert stored == {file: ([435.0 * (place + 1)] * 3, 99) for place, file in enumerate(files)}
