@@ -6,6 +6,7 @@ of `raypipe.training`, so that it is the training of the proxy stage with one wo
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from raypipe import training
+from raypipe.adversary import attack, starting_points
 from raypipe.config import ExtrapolateSettings, ProxySettings, SourceSettings
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate import make
@@ -25,6 +27,7 @@ from raypipe.extrapolate.base import Nodes, TransductiveExtrapolator
 from raypipe.extrapolate.gnn import AnchorGnn
 from raypipe.images import decode_batch
 from raypipe.models import Proxy, build
+from raypipe.rundir import fingerprint
 from raypipe.scores.base import NUMBERS
 from raypipe.scores.logits import numbers
 from raypipe.scores.moso import gradient_sum
@@ -85,6 +88,47 @@ def read(settings: SourceSettings, size: int, limit: int | None = None) -> Image
     return Images(pixels[good], label[good], len(classes.names))
 
 
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks over a data set with a test part, or the bundled digits: what `load` needs, cache and threads."""
+    add = parser.add_argument
+    add("--dir", help="folder of Parquet files; default: the bundled digits")
+    add("--include", default="train-*", help="which files of the folder are for training")
+    add("--test-include", default="test-*", help="which are for the test")
+    add("--samples", type=int, help="drawn for training")
+    add("--test-samples", type=int, help="drawn for the test; default: all")
+    add("--image-size", type=int, default=16)
+    add("--cache", default="/tmp/raypipe-benchmarks")
+    add("--threads", type=int, default=1)
+    add("--only-cached", action="store_true", help="only print what is there")
+
+
+def load(arguments: argparse.Namespace, samples: int) -> tuple[Images, Images]:
+    """Training and test part, decoded once; so many samples for training where none are asked for, of the digits at most 1400."""
+    count = arguments.samples or (samples if arguments.dir else min(samples, 1400))
+    what = fingerprint(arguments.dir, count, arguments.test_samples, arguments.image_size)
+    path = os.path.join(arguments.cache, f"images-{what}.npz")
+    os.makedirs(arguments.cache, exist_ok=True)
+    if not os.path.exists(path):
+        if arguments.dir is None:
+            every = read(SourceSettings(uri="digits://", format="digits"), arguments.image_size)
+            parts = every.take(slice(count)), every.take(slice(count, None))
+        else:
+            sources = [
+                SourceSettings(uri=os.path.abspath(arguments.dir), format="parquet", include=include)
+                for include in (arguments.include, arguments.test_include)
+            ]
+            limits = (count, arguments.test_samples)
+            parts = tuple(read(source, arguments.image_size, limit) for source, limit in zip(sources, limits))
+        names = ("pixels", "label")
+        arrays = {f"{which}_{name}": getattr(part, name) for which, part in zip(("train", "test"), parts) for name in names}
+        save(path, **arrays, classes=np.array(parts[0].classes))
+    with np.load(path) as found:
+        train, test = (
+            Images(found[f"{which}_pixels"], found[f"{which}_label"], int(found["classes"])) for which in ("train", "test")
+        )
+    return train, test
+
+
 def save(path: str, **arrays: np.ndarray) -> None:
     """Write arrays; a file that is there is whole, whatever was interrupted."""
     temporary = f"{path}.{os.getpid()}.npz"
@@ -121,6 +165,9 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
                 group["lr"] = rate
             pixels = torch.from_numpy(training.augment(images.pixels[rows], settings, epoch, step, slice(None)))
             target = torch.from_numpy(images.label[rows])
+            if settings.adversary is not None:
+                begin = starting_points(pixels.shape, settings.seed, epoch, 1 + step, 1)
+                pixels = attack(model, pixels, target, settings.adversary, begin)
             optimizer.zero_grad(set_to_none=True)
             logits = model(pixels)
             F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing).backward()
@@ -251,6 +298,21 @@ def interval(values: list[float]) -> tuple[float, float]:
         return (values[0] if values else np.nan), np.nan
     reach = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(reach)
+
+
+def shown(values: Sequence[float | None], form: str = "{:.1f}") -> str:
+    """A share in percent, mean and half the width of its interval; empty without values."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return ""
+    mean, reach = interval(known)
+    return form.format(mean) + (f" ± {reach:.1f}" if np.isfinite(reach) else "")
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, cells in rows:
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def fresh_proxy(settings: ProxySettings, classes: int, *statistics: list[float]) -> Proxy:

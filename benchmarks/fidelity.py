@@ -76,7 +76,7 @@ def open_study(arguments: argparse.Namespace) -> Study:
         save(file, pixels=images.pixels, label=images.label, classes=np.array(images.classes))
     with np.load(file) as found:
         images = Images(found["pixels"], found["label"], int(found["classes"]))
-    chosen = fingerprint(settings.model_dump(mode="json", exclude={"seed"}))
+    chosen = fingerprint(settings.model_dump(mode="json", exclude={"seed"}, exclude_none=True))
     proxies = os.path.join(folder, f"{settings.model}-{settings.epochs}-epochs-{chosen}")
     return Study(images, settings, measure, proxies, arguments.threads, arguments.only_cached)
 

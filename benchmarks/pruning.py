@@ -9,9 +9,10 @@ set, of which what is not drawn is the test. Scores come from runs as in `fideli
     extrapolated  by a proxy trained on a random 20 %, measured there, and predicted by the default extrapolator for the others; of
                   MoSo, too. The loss that `ccs`, `mixed` and `beta` look at is that of the same proxy
 
-Lists are cut by `raypipe.selection` with its default options, and a fresh network is trained on each with the same epochs
-(`raypipe.evaluation.fitting`), with --seeds seeds of weights, order and augmentation, as many random lists, and the full set. Scores
-come from --scoring-seeds runs of their own weights; training seed s takes the scores of run s modulo their number.
+Lists are cut by `raypipe.selection` with its default options, also within each class (ccs-by-class), with a fixed `hard_cutoff`
+(ccs0.1), and with one stratum (ccs1: at random once the hardest are left out, whatever the score). A fresh network is trained on each with
+the same epochs (`raypipe.evaluation.fitting`), with --seeds seeds of weights, order and augmentation, as many random lists, and the full
+set. Scores come from --scoring-seeds runs of their own weights; training seed s takes the scores of run s modulo their number.
 
 The tables give the accuracy on the test part, mean over the seeds ± half its 95 % t interval; the difference to random, paired over seeds,
 with the same; then what is never below random outside noise, and the loss of extrapolated against measured lists. Three seeds make
@@ -32,7 +33,7 @@ import platform
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import fidelity
@@ -45,15 +46,20 @@ from raypipe.config import ProxySettings, SourceSettings
 from raypipe.evaluation import fitting
 from raypipe.evaluation.figures import Interval, difference, interval, pooled_reach
 from raypipe.models import build
+from raypipe.names import DIFFICULTIES
 from raypipe.rundir import fingerprint
 from raypipe.selection import STRATEGIES, Chunk, Options, select
-from raypipe.stages.select import DIFFICULTIES
 
 KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "tdds", "dynamic-uncertainty", "dual")
 EXTRAPOLATOR = "gnn"
 RANDOM, FULL = "random", "full"
-STRATEGY_NAMES = tuple(name for name in STRATEGIES if name != RANDOM)
+BY_CLASS, FIXED, ONE = "-by-class", "0.1", "1"
+STRATEGY_NAMES = (
+    *(name for name in STRATEGIES if name != RANDOM),
+    *(f"ccs{variant}{suffix}" for variant in (FIXED, ONE) for suffix in ("", BY_CLASS)),
+    *(f"{name}{BY_CLASS}" for name in STRATEGIES if not STRATEGIES[name].classes and name not in ("top", RANDOM)),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Pruning:
             flip=not digits,
             crop_padding=max(1, self.size // 8) if not digits else 1,
         )
-        chosen = self.settings.model_dump(mode="json", exclude={"seed"})
+        chosen = self.settings.model_dump(mode="json", exclude={"seed"}, exclude_none=True)
         what = fingerprint(chosen, arguments.samples, arguments.seed_fraction, arguments.scoring_seeds, arguments.bfloat16)
         self._results = os.path.join(self._images, f"trained-{what}")
         os.makedirs(self._results, exist_ok=True)
@@ -134,13 +140,21 @@ class Pruning:
             return np.arange(count)
         if job.name == RANDOM:
             return np.sort(np.random.default_rng([job.seed, 7]).permutation(count)[: round(job.keep * count)])
-        kind, score, strategy = job.name.split(".")
+        kind, score, strategy = job.name.split(".", 2)
         run = self._scored_by(kind, job.seed)
         known = self.score(run, kind, score).astype(np.float32)
         loss = self.study.nodes(run).signals[:, 0].astype(np.float32)
         chunk = Chunk(known, self.study.images.label.astype(np.int32), [f"{row}" for row in range(count)], loss)
-        options = Options(seed=job.seed, difficulty="score" if score in DIFFICULTIES else "loss")
-        (cut,) = select(lambda _: [chunk], [job.keep], strategy, self.study.images.classes, options)
+        options = Options(
+            seed=job.seed,
+            difficulty="score" if score in DIFFICULTIES else "loss",
+            by_class=strategy.endswith(BY_CLASS),
+            hard_cutoff=float(FIXED) if FIXED in strategy else "auto",
+        )
+        plain = strategy.removesuffix(BY_CLASS).removesuffix(FIXED)
+        if plain.endswith(ONE):
+            plain, options = plain.removesuffix(ONE), replace(options, strata=1)
+        (cut,) = select(lambda _: [chunk], [job.keep], plain, self.study.images.classes, options)
         return np.flatnonzero(cut.mask(chunk))
 
     def _scored_by(self, kind: str, seed: int) -> ProxyRun:
@@ -162,7 +176,7 @@ class Pruning:
         yield from (Job(FULL, 1.0, seed) for seed in seeds if not self.arguments.without_full)
         for name in [RANDOM, *self.names()]:
             for keep, seed in itertools.product(self.arguments.keep, seeds):
-                if not (name.endswith(".ccs") and keep + Options.hard_cutoff > 1 + 1e-9):  # nothing is left to draw from
+                if not (FIXED in name and keep + float(FIXED) > 1 + 1e-9):  # nothing is left to draw from
                     yield Job(name, keep, seed)
 
     def path(self, job: Job) -> str:

@@ -128,7 +128,7 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
     run = Run(config.run)
     cluster = connect(config.cluster, run, Progress(quiet=True), verbose=False)
     # Ray joins reading and actors into one process where both ask for the same; beside a GPU they do not
-    pool = Pool(1, 1, 0.1, 0, 1, (cluster.cpus - 0.1) / int(cluster.cpus)) if apart else cluster.pool(config.embed)
+    pool = Pool(1, 1, 0.1, 0, 1, (cluster.cpus - 0.1) / int(cluster.cpus), 1) if apart else cluster.pool(config.embed)
     counts: list[int] = []
     read = functools.partial(_read, config, run.uri, False)
     stream(run.fragments(), read, Count, {}, pool, 600, lambda row: counts.append(row["samples"]))

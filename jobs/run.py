@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Run a raypipe configuration; running it again resumes.")
     result.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
     result.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
+    result.add_argument(
+        "--inject-noise", type=float, metavar="SHARE", help="rehearsal: so many labels are replaced by wrong ones"
+    )
     return result
 
 
@@ -38,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from raypipe.config import load_config
     from raypipe.errors import RaypipeError, TrustError
 
+    noise = [f"source.inject_noise={options.inject_noise}"] if options.inject_noise is not None else []
     try:
-        config = load_config(options.config, options.set)
+        config = load_config(options.config, [*options.set, *noise])
         result = raypipe.run(config)
     except TrustError as error:
         from raypipe.api import summary_of
@@ -66,6 +70,8 @@ def one_line(uri: str, summary: dict[str, Any]) -> str:
         "keep": {item["file"]: item["samples"] for item in summary.get("keep") or []},
         "wall_seconds": (cost.get("total") or {}).get("wall_seconds"),
     }
+    if noise := summary.get("label_noise"):
+        figures["warning"] = noise["warning"]
     return json.dumps(figures)
 
 

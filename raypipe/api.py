@@ -205,7 +205,10 @@ def extrapolate(
     given = {"method": method, "confidence": confidence, "holdout": holdout, "seed": seed}
     section = {name: value for name, value in given.items() if value is not None}
     # what gnn-published would say takes a graph over all embeddings
-    config = parse_config({"run": out, "source": {"uri": embeddings}, "extrapolate": {**section, "judge_published": False}})
+    # without images there is no loss of a proxy, which the default strategy cuts off by
+    select = {"strategy": "top"}
+    extrapolate = {**section, "judge_published": False}
+    config = parse_config({"run": out, "source": {"uri": embeddings}, "extrapolate": extrapolate, "select": select})
     config = absolute_paths(config)
     summary = score_tables(config, Run(scores).uri, score_column, progress=progress, verbose=verbose)
     return Result(Run(config.run).uri, summary)
@@ -245,7 +248,7 @@ def select(
     keep      one fraction or several; default: those of the run's configuration
     strategy  default: that of the run's configuration
     force     make them even where the fidelity is below the run's `trust.min_spearman`; the lists' metadata says so
-    options   any other setting of the section `select` (seed, min_per_class, always_keep, never_keep, near_duplicates, weights,
+    options   any other setting of the section `select` (seed, by_class, min_per_class, always_keep, never_keep, near_duplicates, weights,
               easy_fraction, difficulty, hard_cutoff, strata, beta_exponent); default: those of the run's configuration
     Raises ConfigError for a fraction outside 0..1 and for options that are unknown, wrong or do not go together, RunError for a run
     without complete scores, TrustError for too low a fidelity.
@@ -280,7 +283,7 @@ def evaluate(
 
     test           path or URI of the test set, read with the run's settings of `source`, but for format, files and limit
     test_settings  `field=value` of the section `source` for it, such as "split=test" or "include=test-*"
-    options        fields of `raypipe.settings.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, model,
+    options        fields of `raypipe.settings.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, attack, model,
                    image_size, epochs, batch_size, lr, use_gpu, cpus_per_training
     Returns what RUN/evaluation/summary.json then holds. A training whose result is there is not made again. Raises ConfigError for
     options that are unknown, wrong or do not go together, RunError for a run without complete scores, SourceError for a test set

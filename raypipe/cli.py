@@ -33,27 +33,38 @@ _verbose = click.option("-v", "--verbose", is_flag=True, help="Show every fragme
 _set = click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Change a setting; may be repeated.")
 
 
+_noise = click.option(
+    "--inject-noise",
+    type=float,
+    metavar="SHARE",
+    help="Rehearsal: replace the labels of this share of the samples by wrong ones.",
+)
+
+
 @cli.command()
 @click.argument("config")
 @_set
+@_noise
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @_verbose
-def run(config: str, overrides: tuple[str, ...], until: str | None, verbose: bool) -> None:
+def run(config: str, overrides: tuple[str, ...], inject_noise: float | None, until: str | None, verbose: bool) -> None:
     """Do the whole job that CONFIG (YAML, a path or URI) describes, or resume it."""
     from raypipe.config import load_config
 
-    _execute(load_config(config, overrides), until, verbose)
+    _execute(load_config(config, _with_noise(overrides, inject_noise)), until, verbose)
 
 
 @cli.command()
 @click.option("--run", "uri", default="runs/demo", show_default=True, help="Where everything is written.")
 @_set
+@_noise
 @_verbose
-def demo(uri: str, overrides: tuple[str, ...], verbose: bool) -> None:
+def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, verbose: bool) -> None:
     """Do the whole job on 1,797 real images of handwritten digits; needs no download."""
     from raypipe.config import absolute_paths, apply_overrides, parse_config
 
-    _execute(absolute_paths(parse_config(apply_overrides({"run": uri, **DEMO}, overrides))), None, verbose)
+    changes = _with_noise(overrides, inject_noise)
+    _execute(absolute_paths(parse_config(apply_overrides({"run": uri, **DEMO}, changes))), None, verbose)
 
 
 @cli.command()
@@ -187,9 +198,10 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--seed", type=int, help="random, ccs, beta: another number draws other samples.")
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
 @click.option("--difficulty", help="mixed, ccs: auto, score or loss.")
-@click.option("--hard-cutoff", type=float, help="ccs: share of the samples, the hardest, that is left out first.")
+@click.option("--hard-cutoff", metavar="SHARE", help="ccs: share of the samples, the hardest, that is left out first; or auto.")
 @click.option("--strata", type=int, help="ccs: intervals of the score.")
 @click.option("--beta-exponent", type=float, help="beta: the higher, the later easy samples are preferred.")
+@click.option("--by-class/--over-classes", default=None, help="Within each class, the same share of every class; or over all.")
 @click.option("--min-per-class", type=int, help="Samples each class keeps at least.")
 @click.option("--always-keep", metavar="URI", help="Ids in every list: text, one a line, or Parquet with sample_id.")
 @click.option("--never-keep", metavar="URI", help="Ids in no list.")
@@ -247,6 +259,9 @@ def export(uri: str, keep: float | None, format: str, to: str, shard_mb: int | N
 @click.option(
     "--protocol", help="epochs, or steps: the same number of steps for all lists, that of the full set. Default: epochs."
 )
+@click.option(
+    "--attack", is_flag=True, help="Train adversarially, and test on adversarial examples as well (PGD; proxy.adversary)."
+)
 @click.option("--model", help="What is trained. Default: the run's proxy.model.")
 @click.option("--image-size", type=int, help="Pixels. Default: the run's proxy.image_size.")
 @click.option("--epochs", type=int, help="Default: the run's proxy.epochs.")
@@ -285,6 +300,10 @@ def report(uri: str) -> None:
     stays_inside(found, "report")
     with understood(uri), Lease(found):
         click.echo(build(found))
+
+
+def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, ...]:
+    return overrides if share is None else (*overrides, f"source.inject_noise={share}")
 
 
 def _execute(config: Any, until: str | None, verbose: bool) -> None:

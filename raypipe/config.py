@@ -19,7 +19,8 @@ from raypipe.errors import ConfigError
 from raypipe.settings.base import Settings
 from raypipe.settings.measure import SELF_TERM_BELOW, MeanSettings, MeasureSettings
 from raypipe.settings.nightly import NightlySettings
-from raypipe.settings.proxy import PoolSettings, ProxySettings
+from raypipe.settings.proxy import AdversarySettings, PoolSettings, ProxySettings
+from raypipe.settings.pseudo_labels import PseudoLabelSettings
 from raypipe.settings.results import (
     ClusterSettings,
     EmbedSettings,
@@ -32,6 +33,7 @@ from raypipe.settings.source import SeedSettings, SourceSettings
 
 __all__ = [
     "SELF_TERM_BELOW",
+    "AdversarySettings",
     "ClusterSettings",
     "Config",
     "EmbedSettings",
@@ -41,6 +43,7 @@ __all__ = [
     "NightlySettings",
     "PoolSettings",
     "ProxySettings",
+    "PseudoLabelSettings",
     "ReportSettings",
     "SeedSettings",
     "SelectSettings",
@@ -65,6 +68,7 @@ class Config(Settings):
     run: str = Field(description="where everything is written: local path, file:// or s3://")
     source: SourceSettings
     seed: SeedSettings = SeedSettings()
+    pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
     proxy: ProxySettings = ProxySettings()
     measure: MeasureSettings = MeasureSettings()
     embed: EmbedSettings = EmbedSettings()
@@ -94,6 +98,24 @@ class Config(Settings):
         if self.extrapolate.rehearsal is True and self._nothing_to_rehearse:
             raise ValueError(f"extrapolate.rehearsal: there is nothing to rehearse, since {self._nothing_to_rehearse}")
         return self
+
+    @model_validator(mode="after")
+    def _labels_from_somewhere(self) -> Config:
+        if self.unsupervised and self.source.label_column is not None:
+            raise ValueError(
+                "pseudo_labels.clusters: the source's own labels would not be used; set source.label_column to null, which says that it "
+                "has none or that they are not to be read, or leave pseudo_labels.clusters out"
+            )
+        if not self.unsupervised and self.source.label_column is None:
+            raise ValueError(
+                "source.label_column: null leaves no labels to train the proxy on; set pseudo_labels.clusters to have some from clusters"
+            )
+        return self
+
+    @property
+    def unsupervised(self) -> bool:
+        """Whether labels are clusters, and no label of the source is read."""
+        return self.pseudo_labels.clusters is not None
 
     @property
     def score(self) -> str:
@@ -197,8 +219,8 @@ def absolute_paths(config: Config) -> Config:
         return section.model_copy(update={name: absolute(uri) for name, uri in given.items() if uri is not None})
 
     source = absolute_in(config.source, "uri", "root", "class_map")
-    select = absolute_in(config.select, "always_keep", "never_keep")
-    return config.model_copy(update={"run": absolute(config.run), "source": source, "select": select})
+    select, labels = absolute_in(config.select, "always_keep", "never_keep"), absolute_in(config.pseudo_labels, "weights")
+    return config.model_copy(update={"run": absolute(config.run), "source": source, "pseudo_labels": labels, "select": select})
 
 
 def dump_config(config: Config, sections: Mapping[str, Any] | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.progress import far
-from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, tables_of
+from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, noise_of, tables_of
 from raypipe.survey.words import duration
 
 JUDGED_ON = {
@@ -23,6 +23,7 @@ def describe_run(uri: str) -> Iterator[str]:
     run = Run(uri)
     records = run.ledger()
     yield f"run         {run.uri}"
+    yield from _warning(records)
     tables = tables_of(records)  # such a folder has one stage
     for stage in STAGE_FOLDERS:
         record = records.get(stage)
@@ -64,6 +65,7 @@ def describe_result(run: Run) -> Iterator[str]:
     """Lines for the end of a run: where things are, fidelity, where the time went."""
     records = run.ledger()
     yield ""
+    yield from _warning(records)
     if "extrapolate" in records:
         record = records["extrapolate"]
         yield f"scores      {run.path('scores')}  ({record.samples:,} samples, {record.detail.get('measured', 0):,} measured)"
@@ -72,6 +74,8 @@ def describe_result(run: Run) -> Iterator[str]:
             yield f"keep-list   {run.path('keep', file)}"
     if "report" in records:
         yield f"report      {run.path('report', 'index.html')}"
+    if "label" in records:
+        yield f"labels      pseudo-labels from {records['label'].detail.get('clusters')} clusters; no true labels were used"
     if "extrapolate" in records:
         detail = records["extrapolate"].detail
         fidelity = detail.get("fidelity") or {}
@@ -82,6 +86,11 @@ def describe_result(run: Run) -> Iterator[str]:
     total = sum(record.wall_seconds for record in records.values()) or 1.0
     parts = [f"{stage} {record.wall_seconds:.0f} s" for stage, record in records.items() if record.wall_seconds >= 0.5]
     yield f"time        {total:.0f} s: {', '.join(parts)}"
+
+
+def _warning(records: dict[str, StageRecord]) -> Iterator[str]:
+    if noise := noise_of(records):
+        yield f"REHEARSAL   {noise.warning}"
 
 
 def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from raypipe import storage
 from raypipe.errors import ConfigError, SourceError
 from raypipe.rundir import Run
 from raypipe.sources.common import text
+from raypipe.sources.noise import LabelNoise
 from raypipe.stages.kept import KeepFile, find_keep_list, first_positions
 from raypipe.stages.select import keep_metadata
 
@@ -36,6 +37,7 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {
     "count": int,
     "samples": int,
     "forced": lambda value: value == "true",
+    "inject_noise": float,
     "spearman": lambda value: None if value == "unknown" else float(value),
     "spearman_low": lambda value: None if value == "unknown" else float(value),
 }
@@ -65,6 +67,8 @@ class KeepList:
             self.uri = find_keep_list(self._run, keep, snapshot)
         with KeepFile(self.uri) as file:
             self._table = pa.Table.from_batches(file.batches(), file.schema).combine_chunks()
+        if noise := self.metadata.get("inject_noise"):
+            warnings.warn(f"{self.uri}: {LabelNoise(noise).warning}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -100,7 +104,8 @@ class KeepList:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """How the list was made: fraction, strategy, count, samples (scored in all), scores (their hash), spearman, spearman_low, forced.
+        """How the list was made: fraction, strategy, count, samples (scored in all), scores (their hash), spearman, spearman_low, forced;
+        of a rehearsal with wrong labels `inject_noise`.
 
         Spearman figures are None where they are not known. Others, that the strategy adds, are text.
         """
@@ -315,6 +320,8 @@ class KeepList:
     def _check_labels(self, dataset: Any, position: np.ndarray, rows: np.ndarray) -> None:
         """Raise SourceError where the dataset tells labels that are numbers, and some are not those of the list."""
         stated = {self._run.config().source.label_column} if self._run is not None else set()
+        if None in stated:
+            return  # those of the list are pseudo-labels
         column = next((name for name in getattr(dataset, "column_names", None) or () if name in stated | {"label"}), None)
         if column is not None:
             told = list(dataset[column])

@@ -4,3 +4,6 @@ from __future__ import annotations
 
 PROXY_MODELS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d")
 """Networks `raypipe.models.build` can make."""
+
+DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss"})
+"""Scores that are high for hard samples, wrong labels among them; of others a low one is suspicious."""

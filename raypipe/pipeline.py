@@ -16,8 +16,9 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
-from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, now, tables_of
+from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, noise_of, now, tables_of
 from raypipe.sources import open_source
+from raypipe.sources.noise import noise_wanted
 from raypipe.stages.base import Context, Stage
 
 log = logging.getLogger("raypipe")
@@ -25,6 +26,7 @@ log = logging.getLogger("raypipe")
 _STAGES = {
     "index": "raypipe.stages.index:IndexStage",
     "seed": "raypipe.stages.seed:SeedStage",
+    "label": "raypipe.stages.label:LabelStage",
     "proxy": "raypipe.stages.proxy:ProxyStage",
     "measure": "raypipe.stages.measure:MeasureStage",
     "rehearse": "raypipe.stages.rehearse:RehearseStage",
@@ -36,6 +38,7 @@ _STAGES = {
 STAGE_NAMES = tuple(_STAGES)
 LESS_MEMORY = {
     "seed": "source.fragment_samples (a worker holds a fragment)",
+    "label": "pseudo_labels.batch_size, or pseudo_labels.image_size of a backbone",
     "proxy": "proxy.batch_size, or proxy.parts, whose trainings run side by side",
     "measure": "measure.batch_size or measure.max_actors",
     "embed": "embed.batch_size, embed.max_actors or source.fragment_samples (a worker holds a fragment)",
@@ -60,11 +63,16 @@ def execute(
 ) -> Run:
     """Run every stage, or those up to and including `until`. A `dataset` of Ray Data, where there is one, is the source.
 
-    Raises ConfigError for an unknown stage, RunError when another driver holds the run, and what the stages raise. Where the
-    scores are too unfaithful to prune by, the report is still written before the TrustError is raised.
+    Raises ConfigError for an unknown stage and for a package of `report.log_to` that is not installed, RunError when another driver
+    holds the run, and what the stages raise. Where the scores are too unfaithful to prune by, the report is still written before the
+    TrustError is raised.
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
+    if config.report.log_to:
+        from raypipe.report.trackers import check_trackers
+
+        check_trackers(config.report.log_to)
     with errors_of_storage(config.run):
         return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
 
@@ -83,6 +91,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
         lease.about = partial(_how_far, progress, records)
         if tables_of(records):
             raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
+        _check_noise(config, run, records)
         if dataset is not None:
             copy_dataset(dataset, given, context)
         run.write_config(config)
@@ -102,6 +111,16 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
         if refusal is not None:
             raise refusal
     return run
+
+
+def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
+    """Raise RunError rather than make a real run anew with labels that were replaced, or the other way round."""
+    before, wanted = noise_of(records), noise_wanted(config.source)
+    if "index" in records and records["index"].state == "done" and before != wanted:
+        found = f"{before.share:g} with noise_seed {before.seed}" if before else "0"
+        raise RunError(
+            f"{run.uri}: was made with source.inject_noise {found}; a rehearsal with other labels takes a run folder of its own (`run`)"
+        )
 
 
 def extrapolate(
@@ -141,7 +160,8 @@ def _extrapolate(config: Config, scores: str, column: str, progress: Progress, v
 def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
     """Bring one stage to the state `done`."""
     run, name = context.run, stage.name
-    wanted = fingerprint(name, stage.settings(context.config), [records[need].fingerprint for need in stage.needs])
+    needed = [records[need].fingerprint for need in stage.needs if need in records]  # a stage is not in every run
+    wanted = fingerprint(name, stage.settings(context.config), needed)
     record = records.get(name)
     if record is not None and record.fingerprint != wanted:
         context.progress.say(f"{name:<11} {stage.changed}: made anew")

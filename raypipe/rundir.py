@@ -29,6 +29,7 @@ from raypipe import storage
 from raypipe.config import Config, dump_config, parse_config
 from raypipe.errors import RunError, TakenOverError
 from raypipe.sources.base import ClassMap, Fragment
+from raypipe.sources.noise import LabelNoise
 from raypipe.storage import fences
 
 FORMAT = 1
@@ -42,6 +43,7 @@ FIT_NAME = re.compile(r"[\w-][\w.-]*").fullmatch
 STAGE_FOLDERS = {
     "index": ("index", "duplicates"),
     "seed": ("seed",),
+    "label": ("labels",),
     "proxy": ("proxy",),
     "measure": ("measured",),
     "rehearse": ("rehearsal",),
@@ -51,7 +53,7 @@ STAGE_FOLDERS = {
     "report": ("report",),
 }
 """What each stage writes, in the order of the stages."""
-NOT_IN_EVERY_RUN = {"rehearse"}
+NOT_IN_EVERY_RUN = {"label", "rehearse"}
 """A ledger without these is whole."""
 
 
@@ -84,6 +86,16 @@ def checked_record(record: StageRecord) -> StageRecord:
 def tables_of(records: Mapping[str, StageRecord]) -> dict[str, str]:
     """What `raypipe extrapolate` made a folder from (embeddings, scores, score_column), by its ledger; empty for a run."""
     return records["extrapolate"].detail.get("tables", {}) if "extrapolate" in records else {}
+
+
+def noise_of(records: Mapping[str, StageRecord]) -> LabelNoise | None:
+    """How labels of a run were replaced for a rehearsal, by its ledger; None where they were not."""
+    return _noise(records["index"].detail) if "index" in records else None
+
+
+def _noise(about: Mapping[str, Any]) -> LabelNoise | None:
+    found = about.get("inject_noise")
+    return LabelNoise(float(found["share"]), int(found["seed"])) if found else None
 
 
 class Run:
@@ -194,8 +206,12 @@ class Run:
         return dataclasses.replace(fragment, members=tuple(table["members"][row].as_py()))
 
     def classes(self) -> ClassMap:
+        """The classes of the source; where it has none, the clusters that stand for them, none before they are found."""
         data = storage.read_json(self.path("index", "classes.json"))
-        return ClassMap(tuple(data["names"]), bool(data["numeric"]))
+        if data.get("clusters"):
+            with contextlib.suppress(FileNotFoundError):
+                data |= storage.read_json(self.path("labels", "classes.json"))
+        return ClassMap(tuple(data["names"]), bool(data["numeric"]), _noise(data), bool(data.get("clusters")))
 
     def done(self, folder: str) -> set[str]:
         """Stems of the Parquet files in a folder: the fragments (or seed shards) that are finished."""

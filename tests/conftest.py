@@ -13,6 +13,14 @@ from helpers import PLANTED, QUIET, UNREADABLE, digit_pngs, score_files, small_c
 from raypipe import storage
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two groups for `pytest -n 2 --dist loadgroup`: whatever needs a cluster shares one, and the rest goes on beside it."""
+    for item in items:
+        of_ray = "cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray") is not None
+        of_ray = of_ray or item.path.parent.name in ("faults", "jobs")
+        item.add_marker(pytest.mark.xdist_group("ray" if of_ray else "plain"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Torch's threads wait for one another in a loop: beside Ray's workers on few cores two are many times slower than one."""

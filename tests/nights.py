@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
     "extrapolate": {"method": "knn-published", "folds": 1, "judge_published": False},
     "trust": {"min_spearman": -1},
-    "select": {"keep": [0.5]},
+    "select": {"keep": [0.5], "strategy": "top"},
     "nightly": {"audit": 40, "drift_samples": 200},
 }
 
@@ -58,7 +58,7 @@ def serial_stream(
         on_result({key: column[0].item() for key, column in instance(read(unit)).items()})
 
 
-def serial_parts(context: Context, parts: dict[str, Any], samples: int) -> float:
+def serial_parts(context: Context, parts: dict[str, Any], samples: int, *_: Any) -> float:
     for part in parts.values():
         part(context.config, context.run, samples, lambda done, total: None)
     return 0.0
@@ -102,7 +102,7 @@ def in_process(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
     for module in ("streaming", "seed"):
         patch.setattr(f"raypipe.stages.{module}.run_tasks", run_tasks)
-    patch.setattr("raypipe.stages.fitting._run", serial_parts)
+    patch.setattr("raypipe.stages.fitting.run_parts", serial_parts)
     patch.setattr("raypipe.stages.proxy._train", quick_training)
     patch.setattr(Context, "cluster", Cluster(2, 0, 1, 2, False))
 

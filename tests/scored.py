@@ -22,7 +22,9 @@ from raypipe.stages.select import keep_file, write_keep_lists
 
 def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
     """A run in `folder` over the source at `uri`: index, scores and one keep-list. Samples that cannot be read are not scored."""
-    config = absolute_paths(parse_config({"run": folder, "source": {"uri": uri, **source}, "select": {"keep": [keep]}}))
+    config = absolute_paths(
+        parse_config({"run": folder, "source": {"uri": uri, **source}, "select": {"keep": [keep], "strategy": "top"}})
+    )
     stored = open_source(config.source)
     config = config.model_copy(update={"source": config.source.model_copy(update={"format": stored.format})})
     run, record = Run(config.run), StageRecord(state="done")

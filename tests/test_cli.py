@@ -38,6 +38,7 @@ def test_help_names_every_verb(capsys) -> None:
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["demo", "--set", "proxy.epochs=-1"], "proxy.epochs: -1 is not allowed"),
         (["demo", "--set", "proxy.epoch=1"], "did you mean 'epochs'?"),
+        (["demo", "--inject-noise", "1"], "source.inject_noise: 1.0 is not allowed"),
         (["select", "x", "--keep", "many"], "not a valid float"),
         (["export", "x", "--to", "y"], "Missing option '--format'"),
         (["export", "x", "--to", "y", "--format", "zip"], "'zip' is not one of indices, list, webdataset, parquet"),

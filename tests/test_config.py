@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from raypipe.config import Config, apply_overrides, commented_config, dump_config, load_config, parse_config
+from raypipe.config import AdversarySettings, Config, apply_overrides, commented_config, dump_config, load_config, parse_config
 from raypipe.errors import ConfigError
 
 LEAST = {"run": "out", "source": {"uri": "data"}}
@@ -36,6 +36,10 @@ def _message(data: dict) -> str:
             ["proxy.normalize.mean.2", "128", "proxy.normalize.std", "missing"],
         ),
         ({"proxy": {"normalize": {"mean": [0, 0, 0], "std": [0, 1, 1]}}}, ["proxy.normalize.std.0", "greater than 0"]),
+        ({"proxy": {"adversary": {"eps": "8/0"}}}, ["proxy.adversary.eps", "'8/0'", "valid number"]),
+        ({"proxy": {"adversary": {"eps": 8}}}, ["proxy.adversary.eps", "8", "less than or equal to 1"]),
+        ({"proxy": {"adversary": {"steps": 3}}}, ["proxy.adversary.steps", "unknown setting"]),
+        ({"proxy": {"adversary": {"iterations": 0}}}, ["proxy.adversary.iterations", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
         ({"extrapolate": {"exact_neighbours": 0}}, ["extrapolate.exact_neighbours", "0", "greater than or equal to 1"]),
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
@@ -43,7 +47,7 @@ def _message(data: dict) -> str:
         ({"select": {"keep": []}}, ["select.keep"]),
         ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top', 'balanced'"]),
         ({"select": {"strategy": "ccs", "hard_cutoff": 0.2}}, ["select", "keep (0.9)", "hard_cutoff (0.2)", "more than 1"]),
-        ({"select": {"weights": "inclusion"}}, ["select", "weights", "random, ccs, beta", "not top"]),
+        ({"select": {"weights": "inclusion", "strategy": "top"}}, ["select", "weights", "random, ccs, beta", "not top"]),
         ({"select": {"weights": "inclusion", "strategy": "random", "min_per_class": 1}}, ["select", "min_per_class"]),
         ({"select": {"near_duplicates": 1.5}}, ["select.near_duplicates", "1.5", "less than or equal to 1"]),
         ({"select": {"easy_fraction": -0.5}}, ["select.easy_fraction", "-0.5", "greater than or equal to 0"]),
@@ -53,6 +57,8 @@ def _message(data: dict) -> str:
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
         ({"source": {}}, ["source.uri", "required"]),
+        ({"source": {"uri": "x", "inject_noise": 1}}, ["source.inject_noise", "1", "less than 1"]),
+        ({"source": {"uri": "x", "noise_seed": -1}}, ["source.noise_seed", "-1", "greater than or equal to 0"]),
         ({"source": {"uri": "x", "max_reject_fraction": 1.5}}, ["source.max_reject_fraction", "1.5", "less than or equal to 1"]),
         ({"source": {"uri": "x", "format": "zip"}}, ["source.format", "'zip'", "'parquet'"]),
         ({"source": {"uri": "x", "split": ""}}, ["source.split", "at least 1 character"]),
@@ -91,6 +97,15 @@ def test_what_is_taken_off_the_channels(tmp_path) -> None:
     assert statistics("proxy.normalize=half") == ([0.5] * 3, [0.5] * 3)
     given = ("proxy.normalize.mean=[0, 0.5, 1]", "proxy.normalize.std=[1, 0.5, 0.1]")
     assert statistics(*given) == ([0, 0.5, 1], [1, 0.5, 0.1])
+
+
+def test_an_adversary_as_papers_write_it(tmp_path) -> None:
+    given = apply_overrides(LEAST, ["proxy.adversary={}", "proxy.adversary.eps=4/255"])
+    config = parse_config(given)
+    assert config.proxy.adversary == AdversarySettings(eps=4 / 255, step_size=2 / 255, iterations=7)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")).proxy == config.proxy
+    assert parse_config(LEAST).proxy.adversary is None
 
 
 def test_overrides() -> None:
@@ -179,3 +194,30 @@ def test_what_can_be_rehearsed() -> None:
     for wrong, words in (({"score": "moso"}, "audit set"), ({"method": "knn"}, "method knn"), ({"proxy": {"parts": 2}}, "parts")):
         with pytest.raises(ConfigError, match=f"nothing to rehearse.*{words}"):
             given(rehearsal=True, **wrong)
+
+
+def test_labels_come_from_one_place() -> None:
+    unlabelled = {"uri": "data", "label_column": None}
+    config = parse_config({**LEAST, "source": unlabelled, "pseudo_labels": {"clusters": 10}})
+    assert config.unsupervised and not parse_config(LEAST).unsupervised
+    assert (config.pseudo_labels.rounds, config.pseudo_labels.model_copy(update={"method": "turtle"}).rounds) == (100, 1000)
+    for data, expected in (
+        ({"pseudo_labels": {"clusters": 10}}, ["pseudo_labels.clusters", "set source.label_column to null"]),
+        ({"source": unlabelled}, ["source.label_column", "set pseudo_labels.clusters"]),
+        ({"source": unlabelled, "pseudo_labels": {"clusters": 1}}, ["pseudo_labels.clusters", "greater than or equal to 2"]),
+        ({"pseudo_labels": {"features": "backbone"}}, ["pseudo_labels", "needs weights", "torchvision://"]),
+        ({"pseudo_labels": {"weights": "w.safetensors"}}, ["pseudo_labels", "features are self-supervised", "backbone"]),
+        ({"pseudo_labels": {"model": "small"}}, ["pseudo_labels.model", "'small'", "resnet50"]),
+        ({"pseudo_labels": {"method": "dbscan"}}, ["pseudo_labels.method", "'dbscan'", "'turtle'"]),
+    ):
+        message = _message({**LEAST, **data})
+        for part in expected:
+            assert part in message
+
+
+def test_weights_of_a_backbone_are_a_path_unless_they_are_a_uri(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = "pseudo_labels: {clusters: 3, features: backbone, weights: w.safetensors}"
+    (tmp_path / "config.yaml").write_text(f"run: out\nsource: {{uri: data, label_column: null}}\n{backbone}\n")
+    assert load_config("config.yaml").pseudo_labels.weights == str(tmp_path / "w.safetensors")
+    assert load_config("config.yaml", ["pseudo_labels.weights=torchvision://"]).pseudo_labels.weights == "torchvision://"

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypipe import training
-from raypipe.config import ProxySettings
+from raypipe.adversary import attack, starting_points
+from raypipe.config import AdversarySettings, ProxySettings
 from raypipe.errors import StageError
 from raypipe.models import Proxy, build
 
@@ -106,8 +107,12 @@ def fit(
             chosen = rows[batch]
             pixels = torch.from_numpy(training.augment(images[chosen], settings, epoch, step, slice(None)))
             target = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
+            pixels = pixels.to(device, non_blocking=True)
+            if settings.adversary is not None:
+                begin = starting_points(pixels.shape, settings.seed, epoch, 1 + step, 1)
+                pixels = attack(model, pixels, target, settings.adversary, begin, bfloat16=mixed)
             with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed):
-                logits = model(pixels.to(device, non_blocking=True)).float()
+                logits = model(pixels).float()
             loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -120,13 +125,27 @@ def fit(
     return model
 
 
-def test(model: Proxy, images: np.ndarray, labels: np.ndarray, classes: int, device: str = "cpu") -> Tested:
-    """Accuracy on test images, uint8 [m, 3, size, size], with labels int64 [m], in eval mode and float32."""
+def test(
+    model: Proxy,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    device: str = "cpu",
+    adversary: AdversarySettings | None = None,
+) -> Tested:
+    """Accuracy on test images, uint8 [m, 3, size, size], with labels int64 [m], in eval mode and float32.
+
+    adversary  on adversarial examples of them instead, which begin at the same random points in every test
+    """
     right = np.zeros(classes, np.int64)
-    with _eval_mode(model), torch.inference_mode():
+    with _eval_mode(model), torch.no_grad():
         for start in range(0, len(labels), TEST_BATCH):
             part = slice(start, start + TEST_BATCH)
-            said = model(torch.from_numpy(np.array(images[part])).to(device)).argmax(1).cpu().numpy()
+            pixels = torch.from_numpy(np.array(images[part])).to(device)
+            if adversary is not None:
+                target = torch.from_numpy(labels[part]).to(device)
+                pixels = attack(model, pixels, target, adversary, starting_points(pixels.shape, start))
+            said = model(pixels).argmax(1).cpu().numpy()
             right += np.bincount(labels[part][said == labels[part]], minlength=classes)
     there = np.bincount(labels, minlength=classes)
     per_class = np.divide(right, there, out=np.full(classes, np.nan), where=there > 0)

@@ -19,13 +19,14 @@ import pyarrow.compute as pc
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
 from raypipe.errors import ConfigError, RunError
+from raypipe.names import DIFFICULTIES
 from raypipe.rundir import Run
 from raypipe.selection import Chunk, Options, needs_classes, needs_loss, select
 from raypipe.settings.evaluate import EvaluateSettings
 from raypipe.stages.keeping import Scores, mark_listed
 from raypipe.stages.near_duplicates import mark_near_duplicates
 from raypipe.stages.scored import FOLDERS, every_measured_score
-from raypipe.stages.select import DIFFICULTIES, options_of
+from raypipe.stages.select import options_of
 
 RANDOM_SEEDS = 10_000
 """Seeds of random lists begin here, so that none has the luck of a list that `ccs` or `beta` drew with `select.seed`."""
@@ -57,7 +58,7 @@ class Origin:
 class Listed:
     """A list to train on.
 
-    name      origin and strategy, such as "moso, top"; or random, full
+    name      origin and strategy, such as "moso, top" or "el2n, ccs by class"; or random, full
     fraction  keep fraction
     rows      of the pool, int64, rising
     draw      of a random list the seed of the trainings it is for; None: it is for those of all seeds
@@ -69,6 +70,7 @@ class Listed:
     origin: str = ""
     score: str = ""
     strategy: str = ""
+    by_class: bool = False
     draw: int | None = None
 
     @property
@@ -204,8 +206,8 @@ def cut_lists(run: Run, config: Config, settings: EvaluateSettings) -> tuple[Poo
             if select_settings.difficulty == "auto":
                 options = dataclasses.replace(options, difficulty="score" if origin.score in DIFFICULTIES else "loss")
             for fraction, rows in _cut(stream, pool, settings.keep, strategy, classes, options, bool(scores.marks)):
-                name = f"{origin.title}, {strategy}"
-                lists.append(Listed(name, fraction, rows, origin.kind, origin.score, strategy))
+                name = f"{origin.title}, {strategy}{' by class' * options.by_class}"
+                lists.append(Listed(name, fraction, rows, origin.kind, origin.score, strategy, options.by_class))
     return pool, lists
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from raypipe._version import __version__
 from raypipe.config import Config, ProxySettings
-from raypipe.evaluation.figures import UNKNOWN, BreakEven, difference, interval, sentence
+from raypipe.evaluation.figures import UNKNOWN, BreakEven, Interval, difference, interval, sentence
 from raypipe.evaluation.lists import FULL, RANDOM
 from raypipe.evaluation.trainings import RECIPE, Training
 from raypipe.rundir import Run, StageRecord, now
@@ -18,17 +18,19 @@ from raypipe.settings.evaluate import EvaluateSettings
 
 FORMAT = 1
 """Version of `evaluation/summary.json`."""
-SCORING = ("index", "seed", "proxy", "measure", "embed", "extrapolate")
+SCORING = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
 """Stages whose seconds the scores cost."""
 
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("list", "origin", "score", "strategy")),
+        ("by_class", pa.bool_()),
         ("fraction", pa.float64()),
         ("seed", pa.int64()),
         ("samples", pa.int64()),
         ("steps", pa.int64()),
         ("accuracy", pa.float64()),
+        ("robust_accuracy", pa.float64()),
         ("worst_class", pa.string()),
         ("worst_class_accuracy", pa.float64()),
         ("gpu", pa.bool_()),
@@ -36,7 +38,11 @@ SCHEMA = pa.schema(
         ("fingerprint", pa.string()),
     ]
 )
-"""One row for each list, fraction and seed; equal trainings share a result file, which `fingerprint` names."""
+"""One row for each list, fraction and seed; equal trainings share a result file, which `fingerprint` names. Robust: under attack."""
+
+
+ROBUST = ("under attack", "against random")
+"""Columns of the table where models were attacked."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def table_of(results: Results, classes: Sequence[str]) -> pa.Table:
                 "origin": listed.origin,
                 "score": listed.score,
                 "strategy": listed.strategy,
+                "by_class": listed.by_class,
                 "fraction": listed.fraction,
                 "worst_class": classes[found["worst_class"]],
                 "fingerprint": item.name,
@@ -107,31 +114,40 @@ def summarize(
     kind = "gpu_seconds" if gpu else "cpu_seconds"
     scoring = scoring_seconds(ledger, kind)
     extrapolated = ledger["extrapolate"]
-    full = _figures(results, FULL, 1.0, kind)
+    full = _figures(results, FULL, 1.0, kind, settings.attack)
+    accuracies = ("accuracy", "robust_accuracy")[: 1 + settings.attack]
+
+    def against_random(name: str, fraction: float, figure: str) -> Interval | None:
+        return difference(results.values(name, fraction, figure), results.values(RANDOM, fraction, figure))
 
     def of(name: str, fraction: float) -> dict[str, Any]:
-        against = difference(results.values(name, fraction, "accuracy"), results.values(RANDOM, fraction, "accuracy"))
-        figures = _figures(results, name, fraction, kind)
+        figures = _figures(results, name, fraction, kind, settings.attack)
+        found = {figure: against_random(name, fraction, figure) for figure in accuracies}
+        differences = {
+            figure.replace("accuracy", "difference"): None if gap is None else {**gap.as_dict(), "verdict": gap.verdict}
+            for figure, gap in found.items()
+        }
         return {
             **figures,
-            "difference": None if against is None else {**against.as_dict(), "verdict": against.verdict},
+            **differences,
             "break_even": BreakEven("GPU" if gpu else "CPU", full["seconds"] - figures["seconds"], scoring).as_dict(),
         }
 
     lists = []
     for name in results.lists():
         listed = next(item.listed for item in results.trainings if item.listed.name == name)
-        differences = {
-            fraction: difference(results.values(name, fraction, "accuracy"), results.values(RANDOM, fraction, "accuracy"))
-            for fraction in results.fractions()
-        }
+        sentences = [
+            sentence({fraction: against_random(name, fraction, figure) for fraction in results.fractions()}, title)
+            for figure, title in zip(accuracies, (name, f"{name}, under attack"))
+        ]
         lists.append(
             {
                 "name": name,
                 "origin": listed.origin,
                 "score": listed.score,
                 "strategy": listed.strategy,
-                "sentence": sentence(differences, name),
+                "by_class": listed.by_class,
+                "sentence": ". ".join(sentences),
                 "fractions": [of(name, fraction) for fraction in results.fractions()],
             }
         )
@@ -150,12 +166,12 @@ def summarize(
         "scoring_seconds": {name: scoring_seconds(ledger, name) for name in ("cpu_seconds", "gpu_seconds")},
         "trainings": len(results.found),
         "full": full,
-        "random": [_figures(results, RANDOM, fraction, kind) for fraction in results.fractions()],
+        "random": [_figures(results, RANDOM, fraction, kind, settings.attack) for fraction in results.fractions()],
         "lists": lists,
     }
 
 
-def _figures(results: Results, name: str, fraction: float, kind: str) -> dict[str, Any]:
+def _figures(results: Results, name: str, fraction: float, kind: str, attack: bool) -> dict[str, Any]:
     def each(figure: str) -> dict[str, Any]:
         return interval(list(results.values(name, fraction, figure).values())).as_dict()
 
@@ -163,6 +179,7 @@ def _figures(results: Results, name: str, fraction: float, kind: str) -> dict[st
         "fraction": fraction,
         "samples": results.samples(name, fraction),
         "accuracy": each("accuracy"),
+        **({"robust_accuracy": each("robust_accuracy")} if attack else {}),
         "worst_class": each("worst_class_accuracy"),
         "seconds": each(kind)["mean"],
     }
@@ -176,19 +193,37 @@ def describe(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{'' if summary['protocol'] == 'epochs' else ' of the full set, the same steps for all'}, {summary['seeds']} "
         f"{'seeds' if summary['seeds'] > 1 else 'seed'}; test: {test['samples']:,} samples of {test['uri']}"
     )
-    full = summary["full"]
-    yield f"full set    {_percent(full['accuracy'])} ({full['samples']:,} samples); worst class {_percent(full['worst_class'])}"
+    full, attacked = summary["full"], summary["training"].get("adversary")
+    robust = f", {_percent(full['robust_accuracy'])} under attack" if attacked else ""
+    yield f"full set    {_percent(full['accuracy'])}{robust} ({full['samples']:,} samples); worst class {_percent(full['worst_class'])}"
+    if attacked:
+        yield (
+            f"attack      {attacked['iterations']} steps of {255 * attacked['step_size']:.3g}/255 within {255 * attacked['eps']:.3g}/255 "
+            "(PGD), in training and test; what a stronger attack finds is not in these figures"
+        )
     unit, seconds = summary["unit"], summary["scoring_seconds"]
     rows: list[tuple[str, ...]] = [
-        ("list", "keep", "samples", "accuracy", "worst class", "against random", f"{unit} s saved", "paid after")
+        (
+            "list",
+            "keep",
+            "samples",
+            "accuracy",
+            "worst class",
+            "against random",
+            *ROBUST[: 2 * bool(attacked)],
+            f"{unit} s saved",
+            "paid after",
+        )
     ]
     for position, random in enumerate(summary["random"]):
-        rows.append(_row("random", random, "", "", ""))
+        under = (_percent(random["robust_accuracy"]), "") if attacked else ()
+        rows.append(_row("random", random, "", *under, "", ""))
         for listed in summary["lists"]:
             found = listed["fractions"][position]
             gap, even = found["difference"], found["break_even"]
             after = f"{even['trainings']:,}" if even["trainings"] is not None else "never"
-            rows.append(_row(listed["name"], found, _points(gap), f"{even['saved']:,.1f}", after))
+            under = (_percent(found["robust_accuracy"]), _points(found["robust_difference"])) if attacked else ()
+            rows.append(_row(listed["name"], found, _points(gap), *under, f"{even['saved']:,.1f}", after))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         first, *others = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.errors import ResourceError, SourceError
+from raypipe.errors import ResourceError, RunError, SourceError
 from raypipe.evaluation.lists import Pool, cut_lists
 from raypipe.evaluation.outcome import Results, summarize, table_of
 from raypipe.evaluation.pixels import FOLDER as PIXELS
@@ -51,6 +51,11 @@ def evaluate(
     run.record("extrapolate")
     check_has_images(run)
     config, progress = run.config(), progress or Progress()
+    if config.unsupervised:
+        raise RunError(
+            f"{run.uri}: its labels are pseudo-labels, and a training to compare lists by needs true ones; use the keep-lists where there "
+            "are some"
+        )
     test = open_source(test).settled(settings.image_size or config.proxy.image_size)
     context = Context(config, run, progress, verbose)
     with Lease(run), closing(context):

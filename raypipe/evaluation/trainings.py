@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from raypipe import storage
-from raypipe.config import Config, ProxySettings
+from raypipe.config import AdversarySettings, Config, ProxySettings
 from raypipe.evaluation.fitting import State, fit, steps_of, test
 from raypipe.evaluation.lists import Listed, Pool
 from raypipe.evaluation.pixels import NodeCopy
@@ -28,7 +28,7 @@ SAVE_SECONDS = 60.0
 """Least time between two states of a training under way."""
 RECIPE = (
     "model", "image_size", "normalize", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule",
-    "label_smoothing", "flip", "crop_padding", "amp",
+    "label_smoothing", "flip", "crop_padding", "amp", "adversary",
 )  # fmt: skip
 """Settings of `proxy` that a training on a list goes by; the others are about scores, or about speed."""
 
@@ -52,6 +52,7 @@ def recipe_of(config: Config, settings: EvaluateSettings) -> ProxySettings:
     given = config.proxy.model_dump()
     changed = {name: getattr(settings, name) for name in ("model", "image_size", "epochs", "batch_size", "lr")}
     given |= {name: value for name, value in changed.items() if value is not None}
+    given["adversary"] = (config.proxy.adversary or AdversarySettings()) if settings.attack else None
     kept = {name: given[name] for name in RECIPE}
     return ProxySettings.model_validate({**kept, "checkpoints": 1})
 
@@ -69,7 +70,7 @@ def trainings_of(
         for seed in range(settings.seeds) if listed.draw is None else (listed.draw,):
             steps = steps_of(recipe, len(listed.rows)) if settings.protocol == "epochs" else everything
             own = recipe.model_copy(update={"seed": seed})
-            stated = own.model_dump(mode="json", include={*RECIPE, "seed"})
+            stated = own.model_dump(mode="json", include={*RECIPE, "seed"}, exclude_none=True)
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)
             result.append(Training(name, listed, seed, steps, own))
     return result
@@ -103,6 +104,9 @@ def train_one(run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: boo
     )
     trained = seconds()
     tested = test(model, data.test_images, data.test_labels, classes, device)
+    adversary, robust = training.settings.adversary, {}
+    if adversary is not None:
+        robust["robust_accuracy"] = test(model, data.test_images, data.test_labels, classes, device, adversary).accuracy
     result = {
         "list": training.listed.name,
         "fraction": training.listed.fraction,
@@ -110,6 +114,7 @@ def train_one(run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: boo
         "samples": len(rows),
         "steps": steps,
         "accuracy": tested.accuracy,
+        **robust,
         "worst_class": tested.worst_class,
         "worst_class_accuracy": float(np.nanmin(tested.per_class)),
         "per_class": [None if np.isnan(value) else float(value) for value in tested.per_class],

@@ -122,7 +122,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the generators of GPUs too
         net = AnchorNet(anchors.feature.shape[1], num_classes)
-        optimizer = torch.optim.AdamW(net.parameters(), PEAK_RATE, weight_decay=DECAY)
+        optimizer = torch.optim.AdamW(net.parameters(), PEAK_RATE, weight_decay=DECAY, fused=True)
         steps = epochs * -(-len(rows) // batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / steps))
         net.train()

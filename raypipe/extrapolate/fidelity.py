@@ -114,11 +114,13 @@ def hold_out(
     all_nodes: Nodes | None = None,
     scored_rows: np.ndarray | None = None,
     progress: Progress | None = None,
+    mlp: bool = True,
 ) -> Predictions:
     """Fit on the seed set without the rows `held`, int64, and predict these.
 
     seed_nodes, score       the seed set and its measured scores, float [m]
     all_nodes, scored_rows  transductive extrapolators only: all samples, and the rows of the seed set among them, int64 [m]
+    mlp                     whether it is among the baselines: see `simpler_predictions`
     Where the rest is too small to fit on, there are no predictions but a note. Raises RaypipeError where the fit does.
     """
     score = np.asarray(score, np.float64)
@@ -137,18 +139,25 @@ def hold_out(
             raise RaypipeError(f"{model.name}: judging it takes all samples and the row of every seed sample among them")
         rows = np.asarray(scored_rows)
         model.fit_graph(all_nodes, rows[kept], score[kept], progress)
-        return predict(model, known, score[kept], seed_nodes.take(held), score[held], rows[held])
+        return predict(model, known, score[kept], seed_nodes.take(held), score[held], rows[held], mlp)
     model.fit(known, score[kept], progress)
-    return predict(model, known, score[kept], seed_nodes.take(held), score[held])
+    return predict(model, known, score[kept], seed_nodes.take(held), score[held], mlp=mlp)
 
 
 def predict(
-    model: Extrapolator, known: Nodes, score: np.ndarray, nodes: Nodes, measured: np.ndarray, rows: np.ndarray | None = None
+    model: Extrapolator,
+    known: Nodes,
+    score: np.ndarray,
+    nodes: Nodes,
+    measured: np.ndarray,
+    rows: np.ndarray | None = None,
+    mlp: bool = True,
 ) -> Predictions:
     """What a fitted extrapolator and the baselines predict for `nodes`, beside their measured scores, float [m].
 
     known, score  the samples that it was fitted on and their scores, float [n]
     rows          transductive extrapolators only: the rows of `nodes` in the graph, int64 [m]
+    mlp           whether it is among the baselines: see `simpler_predictions`
     """
     if isinstance(model, TransductiveExtrapolator):
         if rows is None:
@@ -156,7 +165,7 @@ def predict(
         predicted, difficulty = model.predict_rows(rows), model.difficulty(nodes)
     else:
         predicted, difficulty = model.predict_with_difficulty(nodes)
-    baselines = simpler_predictions(known, np.asarray(score, np.float64), nodes, model)
+    baselines = simpler_predictions(known, np.asarray(score, np.float64), nodes, model, mlp)
     measured = np.asarray(measured, np.float64)
     return Predictions(nodes.label, measured, predicted.astype(np.float64), difficulty, baselines, n_fit=len(known))
 
@@ -190,7 +199,7 @@ def compare(found: Predictions, seed: int, keep: Sequence[float] = KEEP_FRACTION
 
 
 def simpler_predictions(
-    known: Nodes, score: np.ndarray, nodes: Nodes, model: Extrapolator | None = None
+    known: Nodes, score: np.ndarray, nodes: Nodes, model: Extrapolator | None = None, mlp: bool = True
 ) -> dict[str, np.ndarray]:
     """What needs no fit worth the name predicts for `nodes`, float64 [m] by name, from `known` samples with scores float64 [n].
 
@@ -198,7 +207,8 @@ def simpler_predictions(
 
     class_mean     mean score of the class; of all where the class has no scored sample
     knn_published  `raypipe.extrapolate.knn_published`
-    mlp            `raypipe.extrapolate.mlp` after 20 epochs, where there are enough samples for it
+    mlp            `raypipe.extrapolate.mlp` after 20 epochs, where there are enough samples for it; without `mlp` it is left out: of all these it
+                   takes nearly all the time
     proxy          the one of the proxy's signals that ranks the known samples best (`raypipe.extrapolate.proxy`), where there are any
     proxy_loss     the proxy's loss, where the samples have signals
     """
@@ -211,10 +221,10 @@ def simpler_predictions(
     weight = np.exp(-(distance - distance[:, :1]).astype(np.float64))
     result = {"class_mean": mean[nodes.label + 1], "knn_published": (weight * score[row]).sum(1) / weight.sum(1)}
     # its neighbours are asked for nothing here, so an index of them need not be quick
-    mlp = Mlp(ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS, exact_neighbours=len(known)), groups - 1)
-    if len(known) >= mlp.fewest:
-        mlp.fit(known, score)
-        result["mlp"] = mlp.predict(nodes).astype(np.float64)
+    network = Mlp(ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS, exact_neighbours=len(known)), groups - 1)
+    if mlp and len(known) >= network.fewest:
+        network.fit(known, score)
+        result["mlp"] = network.predict(nodes).astype(np.float64)
     best = SignalMap.fit(known.signals, score)
     if best.maps:
         result["proxy"] = best(nodes.signals)

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raypipe.extrapolate.likelihood import LEAST_NOISE, NAMES, Likelihood
+
 LIKELIHOOD_ROWS = 600
 INDUCING_ROWS = 2000
 STEPS = 40
@@ -42,7 +44,6 @@ START = {
     "noise": 0.04,
 }
 """Where the search for the constants begins; lengths in units of the median distance, amplitudes of the score's variance."""
-LEAST_NOISE = 1e-3
 FITTED = ("class_mean", "class_seen", "units", "constants", "rows", "weight", "head_weight", "head_bias")
 CHUNK_VALUES = 1 << 22
 """Most float64 values in one block of kernel values (32 MiB)."""
@@ -134,32 +135,14 @@ class KernelRegression:
             return torch.zeros(len(y), self._class_mean.shape[1], dtype=torch.float64)
         return self._class_mean[y] * (y >= 0)[:, None]
 
-    def _distances(self, points: list[Tensor]) -> tuple[Tensor, ...]:
-        """Among samples, all [n, n]: of embedding, of signals, of class means in their units; same class; both classes known; product of
-        errors."""
+    def _likelihood(self, points: list[Tensor], z: Tensor) -> Likelihood:
+        """Of some samples: what their kernel and its derivatives are made of."""
         u, v, y = points[0].double(), points[1].double(), points[2]
         embedding, mean = torch.cdist(u, u) / self._units[0], self._class_means(y)
         signals = torch.cdist(v, v) / self._units[1] if v.shape[1] else torch.zeros_like(embedding)
-        between = torch.cdist(mean, mean) / self._units[2]
         known = ((y >= 0)[:, None] & (y >= 0)[None]).double()
-        return (
-            embedding,
-            signals,
-            between,
-            (y[:, None] == y[None]).double() * known,
-            known,
-            points[3] @ points[3].T / self._units[3],
-        )
-
-    @staticmethod
-    def _combine(distances: tuple[Tensor, ...], constants: Tensor) -> Tensor:
-        """The kernel as a function of its constants, to be differentiated."""
-        embedding, signals, between, same, known, errors = distances
-        a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = constants.exp()
-        # the 1e-12 keeps the gradient of the root finite at 0
-        r = math.sqrt(3) * (embedding.square() + (w * signals).square() + 1e-12).sqrt()
-        m1, m2, m3, m4 = ((1 + r / length) * torch.exp(-r / length) for length in (l1, l2, l3, l5))
-        return a1 * m1 + a2 * m2 * same + a3 * m3 * torch.exp(-between / l4) * known + a4 * m4 * errors
+        same, errors = (y[:, None] == y[None]).double() * known, points[3] @ points[3].T / self._units[3]
+        return Likelihood(embedding, signals, torch.cdist(mean, mean) / self._units[2], same, known, errors, z)
 
     def _values(self, a: list[Tensor], b: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """The kernel between n and m samples, a few rows at a time: which, and their values float64 [rows, m].
@@ -212,22 +195,17 @@ class KernelRegression:
             away = away[away > 0]
             self._units[unit] = away.median() if len(away) else 1.0
         self._units[3] = float(points[3].square().sum(1).mean()) or 1.0
-        distances, eye = self._distances(points), torch.eye(len(z), dtype=torch.float64)
-        constants = torch.tensor([math.log(value) for value in START.values()], dtype=torch.float64, requires_grad=True)
+        likelihood = self._likelihood(points, z)
+        constants = torch.tensor([math.log(START[name]) for name in NAMES], dtype=torch.float64)
         optimizer = torch.optim.Adam([constants], RATE)
-        best, self._constants = math.inf, constants.detach().clone()
+        best, self._constants = math.inf, constants.clone()
         for _ in range(STEPS):
-            covariance = self._combine(distances, constants) + (constants[-1].exp() + LEAST_NOISE) * eye
-            root, failed = torch.linalg.cholesky_ex(covariance)
-            if failed:
+            found = likelihood(constants)
+            if found is None:
                 break  # the constants have run to a corner; the best so far are kept
-            loss = 0.5 * z @ torch.cholesky_solve(z[:, None], root)[:, 0] + root.diagonal().log().sum()
-            if not torch.isfinite(loss):
-                break
-            if loss.item() < best:
-                best, self._constants = loss.item(), constants.detach().clone()
-            optimizer.zero_grad()
-            loss.backward()
+            loss, constants.grad = found
+            if loss < best:
+                best, self._constants = loss, constants.clone()
             optimizer.step()
 
     @torch.no_grad()

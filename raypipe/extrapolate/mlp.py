@@ -84,7 +84,7 @@ class Mlp(Extrapolator):
 
     def _train(self, net: MlpNet, x: Tensor, y: Tensor, target: Tensor, rows: Tensor, held: Tensor) -> Any:
         """Fit a network, leaving it at its best epoch; yields the number of each epoch as it ends."""
-        optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
+        optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY, fused=True)
         best, best_epoch, weights = np.inf, 0, copy.deepcopy(net.state_dict())
         for epoch in range(1, self.epochs + 1):
             net.train()

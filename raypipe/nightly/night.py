@@ -28,6 +28,7 @@ from raypipe.extrapolate.drift import embedding_drift, label_drift
 from raypipe.nightly.policy import advice, changes, judge
 from raypipe.pipeline import advance, errors_of_storage, log_file, make_stage
 from raypipe.progress import Progress
+from raypipe.report.trackers import check_trackers
 from raypipe.rundir import Lease, Run, StageRecord, fingerprint, now, tables_of
 from raypipe.snapshots import (
     TIME,
@@ -47,9 +48,9 @@ from raypipe.stages.fresh_audit import audit_new, look_at_new, remove_leftovers
 from raypipe.stages.seed import seed_manifest
 from raypipe.stages.sketch import ALL, draw, embeddings_of, lowest
 
-LEARNT = ("index", "seed", "proxy", "measure", "rehearse", "embed", "extrapolate")
+LEARNT = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
 """Stages that must have been done with these settings once."""
-FIXED = ("seed", "proxy", "measure", "rehearse")
+FIXED = ("seed", "label", "proxy", "measure", "rehearse")
 """Those of them that a night does not touch."""
 STATE = "nightly"
 ADVISED = 4
@@ -95,6 +96,8 @@ def run_night(
 
 def _run_night(config: Config, progress: Progress, verbose: bool, moment: datetime) -> Night:
     run, settings = Run(config.run), config.nightly
+    if settings.report:
+        check_trackers(config.report.log_to)
     run.ledger()  # says so where there is no run at all
     config = config.model_copy(update={"source": open_source(config.source).settled(config.proxy.image_size)})
     context = Context(config, run, progress, verbose)
@@ -143,7 +146,7 @@ def _check(context: Context, records: dict[str, StageRecord]) -> str:
         stage, record = make_stage(name), records.get(name)
         if not stage.wanted(config):
             continue
-        wanted = fingerprint(name, stage.settings(config), [prints[need] for need in stage.needs])
+        wanted = fingerprint(name, stage.settings(config), [prints[need] for need in stage.needs if need in prints])
         prints[name] = wanted
         if record is not None and record.fingerprint != wanted:
             raise RunError(

@@ -9,36 +9,41 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe._version import __version__
-from raypipe.errors import RaypipeError, RunError
+from raypipe.errors import RaypipeError
+from raypipe.names import DIFFICULTIES
 from raypipe.report import words
+from raypipe.report.classes import pick_of_classes
+from raypipe.report.cost import cost_figures, headline
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.evaluation import evaluation_of
-from raypipe.report.scores import QUANTILES, READ_AHEAD, Pick, ScoreScan, scan_scores, shown_classes
-from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, now
+from raypipe.report.keep import class_figures, even_classes, held, keep_lists, name_of, quantiles_of
+from raypipe.report.noise import noise_figures
+from raypipe.report.scores import END_CLASSES, MOST_CLASSES, READ_AHEAD, Pick, ScoreScan, ends, scan_scores, shown_classes
+from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, noise_of, now
 
 FORMAT = 1
 """Version of `summary.json`."""
 REASONS, DISTINCT = 20, 10_000
 """Reject reasons that are listed, and that are told apart at all."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
-SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
 ENDED = ("done", "refused")
 """States of a stage that nothing is left to do for; refused: the scores are too unfaithful for keep-lists."""
-MEASURING = ("seed", "proxy", "measure")
-"""Stages whose cost grows with the number of measured samples."""
 
 
 @dataclasses.dataclass
 class Findings:
-    """`summary` is JSON; grids and map are what the page draws beyond it."""
+    """`summary` is JSON; grids and map are what the page draws beyond it.
+
+    grids        samples by the name of their grid
+    class_grids  lowest and highest samples of each class in `summary["class_grids"]`, in that order
+    """
 
     summary: dict[str, Any]
     grids: dict[str, list[Pick]]
+    class_grids: list[dict[str, list[Pick]]]
     map: EmbeddingMap | None
 
 
@@ -52,11 +57,27 @@ def collect(run: Run) -> Findings:
     ledger, config = run.ledger(), run.config()
     names = _class_names(run)
     scan = scan_scores(run, len(names), config.report.images)
-    embedded = scan_embeddings(run, scan.edge, config.report.images)
-    keep = _keep_lists(run, len(names))
-    rejects = _rejects(run)
+    noise = noise_of(ledger)
     judged = _judged(run, scan)
+    hard = str(judged["fidelity"]["score"]) in DIFFICULTIES
+    embedded = scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
+    keep = keep_lists(run, len(names))
+    rejects = _rejects(run)
     grids = {**scan.picks, "suspects": embedded.suspects}
+    labels = shown_classes(scan, config.report.classes)
+    of_classes = pick_of_classes(run, scan, labels, config.report.class_images if config.report.images else 0)
+    class_grids = [
+        {"lowest": of_classes.lowest[label], "highest": of_classes.highest[label]}
+        for label in labels
+        if label in of_classes.lowest
+    ]
+    classes = class_figures(names, scan, keep)
+    cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
+    evaluation = evaluation_of(run, ledger.get("extrapolate"))
+    leading = headline(keep, scan.samples, ledger.get("proxy"), config.proxy.epochs, cost, evaluation)
+    drawn = embedded.map
+    if drawn is not None and leading is not None:
+        drawn = dataclasses.replace(drawn, kept=held(run, leading["file"], drawn.sample_id))
     indexed = ledger["index"].samples if "index" in ledger else 0
     summary = {
         "format": FORMAT,
@@ -66,9 +87,10 @@ def collect(run: Run) -> Findings:
         "unfinished": [stage for stage in BEFORE_REPORT if not _ended(ledger, stage)],
         "refused": ledger["select"].error if "select" in ledger and ledger["select"].state == "refused" else None,
         "source": {
-            "uri": config.source.uri,
+            "uri": words.without_secrets(config.source.uri),
             "format": config.source.format,
             "classes": len(names),
+            "pseudo_labels": words.pseudo_labels(config.pseudo_labels.model_dump()) or None,
             **_index_figures(ledger),
         },
         "counts": {
@@ -82,24 +104,38 @@ def collect(run: Run) -> Findings:
             "unreadable_files": rejects["files"],
             "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
         },
+        "headline": leading,
         **judged,
+        "label_noise": noise_figures(run, noise, embedded.noise, [item["file"] for item in keep])
+        if noise and embedded.noise
+        else None,
         "scores": _score_figures(scan),
         "keep": keep,
-        "classes": _class_figures(names, scan, keep),
-        "shown_classes": _shown(names, scan),
-        "cost": _cost(ledger, scan),
-        "evaluation": evaluation_of(run, ledger.get("extrapolate")),
+        "even_classes": even_classes(scan.class_samples),
+        "classes": classes,
+        "shown_classes": [_class(names, scan, label) | quantiles_of(scan, label) for label in _listed(scan)],
+        "class_histograms": [_class(names, scan, label) | scan.class_histogram(label) for label in labels],
+        "cost": cost,
+        "evaluation": evaluation,
         "embeddings": {
             "shards_read": embedded.shards_read,
             "shards": embedded.shards_there,
-            "mapped": len(embedded.map.score) if embedded.map else 0,
-            "explained": embedded.map.explained if embedded.map else None,
+            "suspects": embedded.found,
+            "proxy_agrees": embedded.agreed,
+            "mapped": len(drawn.score) if drawn else 0,
+            "explained": drawn.explained if drawn else None,
+            "kept": int(drawn.kept.sum()) if drawn and drawn.kept is not None else None,
         },
         "grids": {name: [_pick(pick, names) for pick in picks] for name, picks in grids.items()},
+        "class_grids": [
+            _class(names, scan, label) | {end: [_pick(pick, names) for pick in picks] for end, picks in grid.items()}
+            for label, grid in zip(labels, class_grids, strict=False)
+        ],
+        "class_fragments": {"read": of_classes.fragments_read, "there": of_classes.fragments_there},
         "rejects": rejects,
-        "settings": config.model_dump(mode="json"),
+        "settings": _without_secrets(config.model_dump(mode="json")),
     }
-    return Findings(clean(summary), grids, embedded.map)
+    return Findings(clean(summary), grids, class_grids, drawn)
 
 
 def clean(value: Any) -> Any:
@@ -113,6 +149,15 @@ def clean(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _without_secrets(value: Any) -> Any:
+    """Settings as they are shown: the page is passed on, and addresses can hold passwords and keys."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return words.without_secrets(value) if isinstance(value, str) else value
 
 
 def _class_names(run: Run) -> list[str]:
@@ -137,84 +182,18 @@ def _score_figures(scan: ScoreScan) -> dict[str, Any]:
     }
 
 
-def _shown(names: list[str], scan: ScoreScan) -> list[dict[str, Any]]:
-    """The classes that the page shows one by one, the lowest mean score first."""
-    means = {label: mean for label in scan.class_quantiles if (mean := scan.mean_of(label)) is not None}
-    return [
-        {
-            "label": label if label < scan.classes else None,
-            "name": _name(names, scan, label),
-            **{f"q{round(100 * q)}": value for q, value in zip(QUANTILES, scan.class_quantiles[label], strict=True)},
-        }
-        for label in shown_classes(means)
-    ]
+def _listed(scan: ScoreScan) -> list[int]:
+    """The classes that the page lists one by one, the lowest median first."""
+    order = scan.by_median()
+    return order if len(order) <= MOST_CLASSES else ends(order, 2 * END_CLASSES)
 
 
-def _class_figures(names: list[str], scan: ScoreScan, keep: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a class (and one for the unlabelled, where there are any): samples before, kept by each keep-list.
-
-    Takes `per_class` out of the keep-lists and puts their least and most kept class, and how many are emptied, there.
-    """
-    kept = {item["file"]: item.pop("per_class") for item in keep}
-    there = np.flatnonzero(scan.class_samples)
-    for item in keep:
-        share = kept[item["file"]][there] / scan.class_samples[there]
-        item["emptied_classes"] = int((share == 0).sum())
-        for key, row in (("least_kept", share.argmin), ("most_kept", share.argmax)) if len(there) else ():
-            item[key] = {"name": _name(names, scan, int(there[row()])), "share": float(share[row()])}
-    return [
-        {
-            "label": label if label < scan.classes else None,
-            "name": _name(names, scan, label),
-            "samples": int(scan.class_samples[label]),
-            "measured": int(scan.class_measured[label]),
-            "mean_score": scan.mean_of(label),
-            "kept": {file: int(counts[label]) for file, counts in kept.items()},
-        }
-        for label in range(scan.classes + 1)
-        if label < scan.classes or scan.class_samples[label]
-    ]
-
-
-def _name(names: list[str], scan: ScoreScan, label: int) -> str:
-    return words.label_name(names, label if label < scan.classes else None)
-
-
-def _keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
-    """What each keep-list holds, by rising keep fraction; `per_class` [C + 1] is taken out again by `_class_figures`."""
-    result = []
-    for file in storage.names(run.path("keep")):
-        if not file.endswith(".parquet"):
-            continue
-        per_class, least, count = np.zeros(classes + 1, np.int64), math.inf, 0
-        try:
-            with storage.open_read(run.path("keep", file)) as handle:
-                parquet = pq.ParquetFile(handle)
-                about = {key.decode(): value.decode() for key, value in (parquet.schema_arrow.metadata or {}).items()}
-                for batch in parquet.iter_batches(columns=["label", "score"]):
-                    label = batch["label"].fill_null(-1).to_numpy().astype(np.int64)
-                    per_class += np.bincount(np.where((label < 0) | (label >= classes), classes, label), minlength=classes + 1)
-                    count += len(label)
-                    least = min(least, float(np.min(batch["score"].to_numpy(zero_copy_only=False), initial=math.inf)))
-        except pa.ArrowException as error:
-            raise RunError(f"{run.path('keep', file)}: not a readable keep-list ({error}); delete it and select again") from None
-        stated = about.get("raypipe.fraction", file.removeprefix("keep-").removesuffix(".parquet"))
-        try:
-            fraction = float(stated)
-        except ValueError:
-            continue  # a file of somebody else's
-        result.append(
-            {
-                "fraction": fraction,
-                "file": file,
-                "strategy": about.get("raypipe.strategy"),
-                "forced": about.get("raypipe.forced") == "true",
-                "samples": count,
-                "lowest_score": least,
-            }
-            | {"per_class": per_class}
-        )
-    return sorted(result, key=lambda item: item["fraction"])
+def _class(names: list[str], scan: ScoreScan, label: int) -> dict[str, Any]:
+    return {
+        "label": label if label < scan.classes else None,
+        "name": name_of(names, scan, label),
+        "samples": int(scan.class_samples[label]),
+    }
 
 
 def _ended(ledger: dict[str, StageRecord], stage: str) -> bool:
@@ -285,35 +264,6 @@ def _rejects(run: Run) -> dict[str, Any]:
         "files": len(files),
         "unreadable_files": [{"path": fragment.path, "reason": fragment.error} for fragment in files[:REASONS]],
     }
-
-
-def _cost(ledger: dict[str, StageRecord], scan: ScoreScan) -> dict[str, Any]:
-    """Seconds of every stage, and what measuring every sample would have cost.
-
-    Spent: CPU + GPU seconds of all stages up to the scores. Everything: the index, and the stages whose cost grows with the
-    number of measured samples (seed, proxy, measure) divided by the share of the samples that was measured.
-    """
-    rows = []
-    for stage, record in ((stage, ledger[stage]) for stage in BEFORE_REPORT if stage in ledger):
-        figures = {
-            key: getattr(record, key) for key in ("state", "samples", "wall_seconds", "cpu_seconds", "gpu_seconds", "attempts")
-        }
-        rows.append({"stage": stage, **figures})
-    totals = {key: sum(row[key] for row in rows) for key in SECONDS}
-    saving: dict[str, Any] = {"measured_share": None, "spent": None, "everything": None, "factor": None}
-    busy = {row["stage"]: row["cpu_seconds"] + row["gpu_seconds"] for row in rows if row["state"] == "done"}
-    needed = ("index", *MEASURING, "embed", "extrapolate")
-    if scan.measured and all(stage in busy for stage in needed):
-        share = scan.measured / scan.samples
-        spent = sum(busy[stage] for stage in needed)
-        everything = busy["index"] + sum(busy[stage] for stage in MEASURING) / share
-        saving = {
-            "measured_share": share,
-            "spent": spent,
-            "everything": everything,
-            "factor": everything / spent if spent else None,
-        }
-    return {"stages": rows, "total": totals, "saving": saving}
 
 
 def _pick(pick: Pick, names: list[str]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from raypipe.report.scores import Pick
 from raypipe.rundir import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
 
-SIZE = 96
-"""Pixels of a thumbnail; smaller images stay as they are."""
+SIZE, SMALL = 96, 64
+"""Pixels of a thumbnail, and of one in the grids of a class; smaller images stay as they are."""
+QUALITY, SMALL_QUALITY = 88, 80
 PIXELATED = 48
 """Images of at most so many pixels a side are shown with their pixels."""
 MOST_FRAGMENTS = 64
@@ -41,8 +42,13 @@ class Thumbnails:
     note: str = ""
 
 
-def load_thumbnails(run: Run, settings: SourceSettings, grids: Sequence[Sequence[Pick]]) -> Thumbnails:
-    """Images for grids of samples, the first of each grid first, from at most MOST_FRAGMENTS fragments. Raises nothing."""
+def load_thumbnails(
+    run: Run, settings: SourceSettings, grids: Sequence[Sequence[Pick]], small: Sequence[Pick] = ()
+) -> Thumbnails:
+    """Images for grids of samples, the first of each grid first, from at most MOST_FRAGMENTS fragments. Raises nothing.
+
+    small  samples of which smaller images will do, from whatever fragments they are in
+    """
     wanted: dict[str, set[str]] = defaultdict(set)
     left_out = 0
     for rank in range(max(map(len, grids), default=0)):
@@ -54,6 +60,9 @@ def load_thumbnails(run: Run, settings: SourceSettings, grids: Sequence[Sequence
     result = Thumbnails()
     if left_out:
         result.note = f"{left_out} images are not shown: no more than {MOST_FRAGMENTS} fragments are opened for the report."
+    large = {sample_id for ids in wanted.values() for sample_id in ids}
+    for pick in small:
+        wanted[pick.fragment].add(pick.sample_id)
     if not wanted:
         return result
     try:
@@ -64,7 +73,7 @@ def load_thumbnails(run: Run, settings: SourceSettings, grids: Sequence[Sequence
         return result
 
     def load(item: tuple[str, set[str]]) -> tuple[dict[str, Thumbnail], str]:
-        return _fragment_images(run, source, fragments.get(item[0]), item[1])
+        return _fragment_images(run, source, fragments.get(item[0]), item[1], large)
 
     todo = list(wanted.items())
     # a source that is gone costs a minute of retries for each fragment: find out with the first few
@@ -82,30 +91,36 @@ def load_thumbnails(run: Run, settings: SourceSettings, grids: Sequence[Sequence
     return result
 
 
-def _fragment_images(run: Run, source: Source, fragment: Fragment | None, ids: set[str]) -> tuple[dict[str, Thumbnail], str]:
-    """A thumbnail, or the reason why there is none, for every id; and why the fragment as a whole could not be read."""
+def _fragment_images(
+    run: Run, source: Source, fragment: Fragment | None, ids: set[str], large: set[str]
+) -> tuple[dict[str, Thumbnail], str]:
+    """A thumbnail, or the reason why there is none, for every id; and why the fragment as a whole could not be read.
+
+    large  ids whose images are not made smaller than SIZE
+    """
     images = {sample_id: Thumbnail(reason="not in the source any more") for sample_id in ids}
     if fragment is None:
         return images, ""
     try:
         for sample in source.read(run.with_members(fragment), ids.__contains__):
             if sample.sample_id in ids:
-                images[sample.sample_id] = make_thumbnail(sample, source.settings.max_pixels)
+                images[sample.sample_id] = make_thumbnail(sample, source.settings.max_pixels, sample.sample_id not in large)
     except Exception as error:  # whatever ails a source, the report of the run must still be made
         failed = Thumbnail(reason=_line(error))
         return {sample_id: image if image.uri else failed for sample_id, image in images.items()}, failed.reason
     return images, ""
 
 
-def make_thumbnail(sample: RawSample, max_pixels: int) -> Thumbnail:
-    """Decode one sample to at most SIZE pixels square."""
+def make_thumbnail(sample: RawSample, max_pixels: int, small: bool = False) -> Thumbnail:
+    """Decode one sample to at most SIZE pixels square, or SMALL."""
     from raypipe.images import BadImage, decode, encode_thumbnail
 
     if sample.image is None:
         return Thumbnail(reason=sample.reason or "no image")
     native = _native_size(sample)
     try:
-        data = encode_thumbnail(decode(sample.image, min(native, SIZE), max_pixels))
+        size, quality = (SMALL, SMALL_QUALITY) if small else (SIZE, QUALITY)
+        data = encode_thumbnail(decode(sample.image, min(native, size), max_pixels), quality)
     except BadImage as error:
         return Thumbnail(reason=_line(error))
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg" if data.startswith(b"\xff\xd8") else "webp"

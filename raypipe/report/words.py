@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SPACE = "\u202f"  # narrow and unbreakable, between a number and its unit
@@ -77,6 +78,18 @@ def _with_reach(found: Mapping[str, Any], form: str) -> str:
     return text if found["low"] is None else f"{text} ± {100 * (found['mean'] - found['low']):.1f}"
 
 
+def money(value: float | None) -> str:
+    """Dollars: cents where there are few."""
+    if value is None:
+        return "–"
+    return "<$0.01" if 0 < value < 0.005 else f"${value:,.2f}" if value < 100 else f"${value:,.0f}"
+
+
+def price(value: float) -> str:
+    """Dollars for an hour."""
+    return f"${value:,g}"
+
+
 def seconds(value: float | None) -> str:
     """A duration in the two largest units that matter."""
     if value is None:
@@ -97,13 +110,24 @@ def setting(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {setting(item)}" for name, item in value.items())
     return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def without_secrets(text: str) -> str:
+    """Without user and password of an address, and without the values of its parameters that look like keys, tokens or signatures."""
+    text = re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(?i)([?&][\w.%-]*(?:auth|credential|key|passw|secret|sig|token)[\w.%-]*)=[^&\s\"']+", r"\1=…", text)
 
 
 def strategies(keep: list[dict[str, Any]]) -> list[str]:
     """What the keep-lists hold, in a line for each strategy."""
-    names = sorted({item["strategy"] for item in keep if item["strategy"] in STRATEGIES})
-    return [f"{name}: {STRATEGIES[name]}" for name in names]
+    found = sorted({(item["strategy"], item["by_class"]) for item in keep if item["strategy"] in STRATEGIES})
+    return [
+        f"{name} by class: {STRATEGIES[name]}, within each class" if by_class else f"{name}: {STRATEGIES[name]}"
+        for name, by_class in found
+    ]
 
 
 def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:
@@ -111,6 +135,21 @@ def label_name(names: list[str] | tuple[str, ...], label: int | None) -> str:
     if label is None or label < 0:
         return "unlabelled"
     return names[label] if label < len(names) else str(label)
+
+
+def classes(labels: Sequence[int | None]) -> str:
+    """How many there are, in words; None is the label of the unlabelled."""
+    known = sum(label is not None for label in labels)
+    text = f"{count(known)} {'class' if known == 1 else 'classes'}"
+    return f"{text} and the unlabelled" if None in labels else text
+
+
+def pseudo_labels(settings: Mapping[str, Any]) -> str:
+    """What stands for labels, by the section `pseudo_labels` of the settings, in a sentence; "" where the source has labels."""
+    if settings["clusters"] is None:
+        return ""
+    features = "a self-supervised network" if settings["features"] == "self-supervised" else f"a given {settings['model']}"
+    return f"Labels are pseudo-labels from {count(settings['clusters'])} clusters of features of {features}; no true labels were used."
 
 
 def judged_samples(fidelity: Mapping[str, Any]) -> str:
@@ -128,6 +167,35 @@ def gain(curve: Mapping[str, Any]) -> str:
         return "What a larger seed set would give cannot be told."
     between = f" (95{SPACE}% range {fixed(bounds[0], 3)} to {fixed(bounds[1], 3)})" if bounds else ""
     return f"Twice the seed set is predicted to raise the Spearman correlation by {fixed(added, 3)}{between}."
+
+
+def saved(found: Mapping[str, Any]) -> list[str]:
+    """What a keep-list saves of each training, and what it was found to give; see `raypipe.report.cost.headline`."""
+    part = share(found["saved_share"], 0)
+    if found["saved_share"] <= 0:
+        return ["It holds every sample, so that a training on it costs what one on everything does."]
+    sentences = [f"A training on it of as many epochs takes {part} fewer steps, and so costs about {part} less."]
+    if found["trainings"]:
+        epochs = f"{count(found['epochs'])} {'epoch' if found['epochs'] == 1 else 'epochs'}"
+        when = "with the first such training" if found["trainings"] == 1 else f"after {count(found['trainings'])} such trainings"
+        sentences.append(
+            f"Of a network like the proxy ({epochs}) that is about {seconds(found['saved_seconds'])} of "
+            f"{seconds(found['training_seconds'])} CPU + GPU time; the scores took {seconds(found['scores_seconds'])}, paid {when}, or "
+            "sooner where a training costs more."
+        )
+    least, most = found["least_kept"], found["most_kept"]
+    if least and least["share"] < found["fraction"] / 2:
+        sentences.append(
+            f"Classes are thinned out unevenly: from {share(least['share'], 0)} of “{least['name']}” to {share(most['share'], 0)} of "
+            f"“{most['name']}” are kept."
+        )
+    trained = found["trained"]
+    if trained:
+        sentences.append(
+            f"Trained on it here, {trained['model']} reached an accuracy of {accuracy(trained['list'])}; on random lists of the same "
+            f"size {accuracy(trained['random'])}, on everything {accuracy(trained['everything'])}."
+        )
+    return sentences
 
 
 def judge(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, str]:

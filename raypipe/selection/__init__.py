@@ -14,7 +14,7 @@ import numpy as np
 
 from raypipe.errors import ConfigError
 from raypipe.selection import drawn, ordered
-from raypipe.selection.base import ByClass, Options, Plan, Reserving, Strategy
+from raypipe.selection.base import ByClass, Options, Plan, Reserving, Strategy, apart
 from raypipe.selection.hashing import IdSet, hash64, id_hash
 from raypipe.selection.quotas import bounded, in_proportion, water_filled
 from raypipe.selection.radix import (
@@ -39,12 +39,12 @@ __all__ = [
 
 STRATEGIES: dict[str, Strategy] = {
     "top": Strategy(ordered.top),
-    "balanced": Strategy(ordered.balanced, nested=False, classes=True),
+    "balanced": Strategy(ordered.balanced, nested=False, classes=True, by_class=True),
     "normalized": Strategy(ordered.normalized, classes=True),
     "moderate": Strategy(ordered.moderate),
     "mixed": Strategy(ordered.mixed, difficulty=True),
     "random": Strategy(drawn.random, draws=True, scores=False),
-    "ccs": Strategy(drawn.ccs, draws=True, difficulty=True),
+    "ccs": Strategy(drawn.ccs, nested=False, draws=True, difficulty=True),
     "beta": Strategy(drawn.beta, nested=False, draws=True, loss=True),
 }
 """Every strategy of `select.strategy`."""
@@ -77,7 +77,7 @@ class Cut:
 
 def needs_classes(strategy: str, options: Options) -> bool:
     """Whether `select` must know the number of classes."""
-    return STRATEGIES[strategy].classes or options.min_per_class > 0 or options.weights == "class"
+    return STRATEGIES[strategy].classes or options.by_class or options.min_per_class > 0 or options.weights == "class"
 
 
 def needs_loss(strategy: str, options: Options) -> bool:
@@ -98,6 +98,7 @@ def select(
     classes  number of classes (labels are below it); see `needs_classes`
     marked   whether chunks have marks. N counts samples marked NEVER too, and those marked ALWAYS are part of the list: of their
              group's quota, where the strategy has groups
+    With `options.by_class` the strategy works within each class, and every class has the same share of the list.
     With `options.min_per_class` m each class has its first m samples (or all it has), in the order of the strategy, in the list.
     Raises ConfigError for an unknown strategy, a fraction outside (0, 1], and what cannot be kept in so long a list or leaves too
     few; StageError for a score that is not finite.
@@ -113,6 +114,8 @@ def select(
         raise ConfigError(f"weights: inclusion weighs by the probability of being drawn, but {why}; use weights: class")
     stream = Checked(chunks)
     plans = STRATEGIES[strategy].plan(stream, keep, classes, options)
+    if options.by_class and not STRATEGIES[strategy].by_class:
+        plans = [apart(plan, classes) for plan in plans]
     if marked or options.min_per_class:
         plans = _reserve(stream, plans, classes, options.min_per_class)
     wants = [(plan.ranking, _exactly(stream, plan, fraction)) for plan, fraction in zip(plans, keep, strict=True)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from raypipe.errors import ConfigError
-from raypipe.selection.radix import ALWAYS, FIRST, Boundary, Chunk, Chunks, Ranking, class_groups, order_key
+from raypipe.selection.quotas import in_proportion
+from raypipe.selection.radix import ALWAYS, FIRST, Boundary, Checked, Chunk, Ranking, class_groups, order_key
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,11 @@ class Options:
 
     seed: int = 0
     easy_fraction: float = 0.5
-    hard_cutoff: float = 0.1
+    hard_cutoff: float | Literal["auto"] = "auto"
     strata: int = 50
     beta_exponent: float = 4.0
     difficulty: str = "score"
+    by_class: bool = False
     min_per_class: int = 0
     weights: str = "none"
 
@@ -49,15 +52,17 @@ class Strategy:
     nested      whether the list of a smaller keep fraction lies inside that of a larger one
     draws       whether it draws at random, so that inclusion probabilities say something
     classes     whether it looks at the class
+    by_class    whether every class has the same share of its lists anyway
     loss        whether it always needs the proxy's loss
     difficulty  whether it goes by difficulty, and so needs the proxy's loss where `Options.difficulty` is loss
     scores      whether it goes by the scores, so that their fidelity matters
     """
 
-    plan: Callable[[Chunks, Sequence[float], int, Options], list[Plan]]
+    plan: Callable[[Checked, Sequence[float], int, Options], list[Plan]]
     nested: bool = True
     draws: bool = False
     classes: bool = False
+    by_class: bool = False
     loss: bool = False
     difficulty: bool = False
     scores: bool = True
@@ -101,6 +106,35 @@ class ByClass(Ranking):
         always = always_kept(chunk)
         label = class_groups(chunk.label, self._classes)
         return np.where(always, FIRST, key), np.where((group < 0) & ~always, -1, label)
+
+
+class Apart(Ranking):
+    """Another ranking with the groups of each class apart, the unlabelled as one more class: group = class * groups + group."""
+
+    def __init__(self, inner: Ranking, classes: int) -> None:
+        self._inner, self._classes = inner, classes
+        self.groups, self.needs_ids = (classes + 1) * inner.groups, inner.needs_ids
+
+    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        key, group = self._inner.place(chunk)
+        label = class_groups(chunk.label, self._classes)
+        return key, np.where(group < 0, -1, label * self._inner.groups + group)
+
+
+def apart(plan: Plan, classes: int) -> Plan:
+    """A plan in which every class has the same share of the list, as near as whole numbers come, divided within it as before."""
+
+    def quotas(size: np.ndarray, total: int) -> np.ndarray:
+        of_class = size.reshape(classes + 1, -1)
+        totals = in_proportion(of_class.sum(axis=1), total).tolist()
+        return np.concatenate([plan.quotas(sizes, share) for sizes, share in zip(of_class, totals, strict=True)])
+
+    return replace(plan, ranking=Apart(plan.ranking, classes), quotas=quotas)
+
+
+def grouped(ranking: Ranking, classes: int, options: Options) -> Ranking:
+    """A ranking of one group as it is, or with a group for every class where `options.by_class`."""
+    return Apart(ranking, classes) if options.by_class else ranking
 
 
 class Reserving(Ranking):

@@ -11,10 +11,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypipe.selection.base import Options, Plan, Top, everything, loss_of
+from raypipe.selection.base import Options, Plan, Top, everything, grouped, loss_of
 from raypipe.selection.hashing import hash64, uniform
 from raypipe.selection.quotas import water_filled
-from raypipe.selection.radix import FIRST, HIGHEST, Boundary, Chunk, Chunks, Ranking, boundaries, key_value, order_key
+from raypipe.selection.radix import (
+    FIRST,
+    HIGHEST,
+    Boundary,
+    Checked,
+    Chunk,
+    Chunks,
+    Quotas,
+    Ranking,
+    boundaries,
+    key_value,
+    order_key,
+)
 
 ANCHORS = 10
 """Samples of highest score whose mean probability sets the Beta distribution."""
@@ -51,22 +63,30 @@ def random(chunks: Chunks, keep: Sequence[float], classes: int, options: Options
 
 
 class Strata(Ranking):
-    """Hashes within strata of equal width of the score; samples beyond a boundary are out of the question."""
+    """Hashes within strata of equal width of the score; samples beyond a boundary are out of the question.
+
+    low, high  range of the score: float64 [G], for each group of the boundary
+    """
 
     needs_ids = True
 
-    def __init__(self, seed: int, cut: Boundary, low: float, high: float, strata: int) -> None:
+    def __init__(self, seed: int, cut: Boundary, low: np.ndarray, high: np.ndarray, strata: int) -> None:
         self._drawn, self._cut, self.groups = Drawn(seed), cut, strata
-        self._low, self._width = low, (high - low) / strata
+        width = (high - low) / strata
+        self._low, self._width = (
+            np.append(low, 0.0),
+            np.append(np.where(width > 0, width, 1.0), 1.0),
+        )  # group -1: out of the question
 
     def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         key, _ = self._drawn.place(chunk)
-        place = (chunk.score.astype(np.float64) - self._low) / (self._width or 1.0)
+        _, part = self._cut.ranking.place(chunk)
+        place = (chunk.score.astype(np.float64) - self._low[part]) / self._width[part]
         stratum = np.clip(np.floor(place), 0, self.groups - 1).astype(np.int64)
         return key, np.where(self._cut.mask(chunk), -1, stratum)
 
 
-def ccs(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:
+def ccs(chunks: Checked, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, arXiv 2210.15809, algorithm 1).
 
         drop the floor(hard_cutoff n) hardest samples
@@ -74,19 +94,39 @@ def ccs(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -
         serve the strata from the smallest: min(size, floor(budget left / strata left)), drawn at random within
 
     Published with AUM as the difficulty that is cut off by, whatever the score; here it is the score, or the proxy's loss. The published
-    cut-off grows with the pruning (CIFAR-10: 0.3 where 90 % are pruned); one holds for all keep fractions here, which keeps
-    their lists nested. The published top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score
-    belongs to the last stratum.
+    cut-off is searched for each dataset and grows with the pruning (90 % pruned: CIFAR-10 0.3, CIFAR-100 0.5). `auto` grows likewise, in one
+    rule: half of what is pruned are the hardest samples. Lists of one number are nested, those of `auto` are not. The published
+    top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score belongs to the last stratum. With
+    `Options.by_class` all of it is done within each class.
     """
-    share = options.hard_cutoff
-    (cut,) = boundaries(chunks, [(Top(options.difficulty), lambda size, _: (share * size).astype(np.int64))])
-    low, high = math.inf, -math.inf
-    for chunk in chunks(cut.needs_ids):
-        left = chunk.score[chunk.eligible() & ~cut.mask(chunk)]
-        low, high = float(left.min(initial=low)), float(left.max(initial=high))
-    if low > high:  # nothing is left
-        low = high = 0.0
-    return [Plan(Strata(options.seed, cut, low, high, options.strata), water_filled, inclusion=even)] * len(keep)
+    hardest = grouped(Top(options.difficulty), classes, options)
+    fractions = keep if options.hard_cutoff == "auto" else keep[:1]
+    cuts = boundaries(chunks, [(hardest, _hardest(chunks, fraction, options.hard_cutoff)) for fraction in fractions])
+    low, high = (np.full((len(cuts), hardest.groups), edge) for edge in (math.inf, -math.inf))
+    for chunk in chunks(any(cut.needs_ids for cut in cuts)):
+        score, (_, group), there = chunk.score.astype(np.float64), hardest.place(chunk), chunk.eligible()
+        for row, cut in enumerate(cuts):
+            left = there & ~cut.mask(chunk)
+            np.minimum.at(low[row], group[left], score[left])
+            np.maximum.at(high[row], group[left], score[left])
+    empty = low > high
+    low[empty] = high[empty] = 0.0
+    plans = [
+        Plan(Strata(options.seed, cut, least, most, options.strata), water_filled, inclusion=even)
+        for cut, least, most in zip(cuts, low, high, strict=True)
+    ]
+    return plans if len(plans) == len(keep) else plans * len(keep)
+
+
+def _hardest(chunks: Checked, fraction: float, share: float | str) -> Quotas:
+    """How many samples of each group are cut off."""
+
+    def quotas(size: np.ndarray, _: np.ndarray) -> np.ndarray:
+        there, kept = int(size.sum()), round(fraction * chunks.samples)
+        cut = max(0.0, 0.5 * (1 - kept / max(there, 1))) if share == "auto" else float(share)
+        return (cut * size).astype(np.int64)
+
+    return quotas
 
 
 class Gumbel(Ranking):
@@ -120,11 +160,11 @@ def conditional(ranking: Gumbel, chunk: Chunk, boundary: Boundary) -> np.ndarray
     Rank conditioning of bottom-k samples (Cohen & Kaplan 2007, "Summarizing data using bottom-k sketches"). Their t is the
     first key that is not taken, which differs by about 1/k. All are 1 where samples of weight 0 have to fill the list.
     """
-    key, _ = boundary.ranking.place(chunk)
-    last = float(key_value(boundary.threshold)[0])
-    if boundary.quota[0] == boundary.size[0] or not math.isfinite(last):
-        return np.ones(len(key))
-    return np.where(key == FIRST, 1.0, -np.expm1(-np.exp(np.minimum(ranking.log_weight(chunk) - last, 700.0))))
+    key, group = boundary.ranking.place(chunk)
+    last = key_value(boundary.threshold).astype(np.float64)
+    whole = np.append(boundary.quota == boundary.size, False) | ~np.isfinite(last)
+    beyond = np.minimum(ranking.log_weight(chunk) - np.where(whole, 0.0, last)[group], 700.0)
+    return np.where((key == FIRST) | whole[group], 1.0, -np.expm1(-np.exp(beyond)))
 
 
 def beta(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypipe.selection.base import ByClass, Options, Plan, Top, everything, loss_of
-from raypipe.selection.quotas import in_proportion
+from raypipe.selection.base import Options, Plan, Top, apart, everything, grouped, loss_of
 from raypipe.selection.radix import Boundary, Chunk, Chunks, Ranking, boundaries, class_groups, key_value, order_key
 from raypipe.selection.statistics import ExactMoments
 
@@ -29,7 +28,7 @@ def balanced(chunks: Chunks, keep: Sequence[float], classes: int, options: Optio
     published code sets their scores to 0, which are then above negative ones. Nearly nested: a quota can fall by one
     where the keep fraction rises (the Alabama paradox of largest remainders).
     """
-    return [Plan(ByClass(Top(), classes), in_proportion)] * len(keep)
+    return [apart(plan, classes) for plan in top(chunks, keep, classes, options)]
 
 
 class Normalized(Ranking):
@@ -79,13 +78,15 @@ class TwoEnds(Ranking):
 
 
 class Nearness(Ranking):
-    """By the distance of the score from a value, the nearest first; one group."""
+    """By the distance of the score from the edge of a boundary of its own group, the nearest first; one group."""
 
-    def __init__(self, value: float) -> None:
-        self._value = value
+    def __init__(self, boundary: Boundary) -> None:
+        self._boundary = boundary
+        self._value = np.where(np.append(boundary.quota, 0) > 0, key_value(boundary.threshold).astype(np.float64), 0.0)
 
     def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        distance = np.abs(chunk.score.astype(np.float64) - self._value)
+        _, group = self._boundary.ranking.place(chunk)
+        distance = np.abs(chunk.score.astype(np.float64) - self._value[group])
         return order_key(-distance.astype(np.float32)), np.zeros(len(distance), np.int64)
 
 
@@ -97,14 +98,13 @@ def moderate(chunks: Chunks, keep: Sequence[float], classes: int, options: Optio
     for. The published code keeps the ranks round(n (0.5 - keep/2)) to round(n (0.5 + keep/2)), which can be one sample more
     or fewer. The median is over all classes, as there. Nested.
     """
-    (boundary,) = boundaries(chunks, [(Top(), lambda size, _: size - size // 2)])
+    (boundary,) = boundaries(chunks, [(grouped(Top(), classes, options), lambda size, _: size - size // 2)])
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         below = max(0, int(size[0]) - (int(size.sum()) - total) // 2)
         return np.array([below, total - below], np.int64)
 
-    middle = float(key_value(boundary.threshold)[0]) if boundary.count else 0.0
-    return [Plan(TwoEnds(boundary, outwards=False), quotas, Nearness(middle))] * len(keep)
+    return [Plan(TwoEnds(boundary, outwards=False), quotas, Nearness(boundary))] * len(keep)
 
 
 def mixed(chunks: Chunks, keep: Sequence[float], classes: int, options: Options) -> list[Plan]:
@@ -121,7 +121,8 @@ def mixed(chunks: Chunks, keep: Sequence[float], classes: int, options: Options)
 
     # for every keep fraction the easy samples lie below this boundary and the hard ones above
     by = options.difficulty
-    (boundary,) = boundaries(chunks, [(Top(by), lambda size, _: size - np.array([easy(int(size[0]))]))])
+    hardest = grouped(Top(by), classes, options)
+    (boundary,) = boundaries(chunks, [(hardest, lambda size, _: size - np.array([easy(int(count)) for count in size]))])
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         return np.array([easy(total), total - easy(total)], np.int64)

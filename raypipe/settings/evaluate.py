@@ -29,6 +29,10 @@ class EvaluateSettings(Settings):
     protocol: Literal["epochs", "steps"] = Field(
         "epochs", description="what all trainings have alike: epochs, or optimiser steps (those of the full set)"
     )
+    attack: bool = Field(
+        False,
+        description="train adversarially, as the run's proxy.adversary or its defaults say, and test on adversarial examples as well",
+    )
     model: str | None = Field(None, min_length=1, description="what is trained: as proxy.model; default: the run's")
     image_size: int | None = Field(None, ge=8, le=1024, description="pixels, square; default: the run's proxy.image_size")
     epochs: Positive | None = Field(None, description="default: the run's proxy.epochs")

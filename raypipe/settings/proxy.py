@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from raypipe.settings.base import Positive, Settings
 
@@ -30,6 +30,28 @@ class NormalizeSettings(Settings):
 
 def _kind_of_normalize(value: Any) -> str:
     return "mean-and-std" if isinstance(value, Mapping | NormalizeSettings) else "a-name"
+
+
+def _fraction(value: Any) -> Any:
+    """8/255 as papers write it."""
+    if isinstance(value, str):
+        above, slash, below = value.partition("/")
+        try:
+            return float(above) / float(below) if slash else value
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Radius = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
+
+
+class AdversarySettings(Settings):
+    """Adversarial examples by projected gradient descent (PGD), in the maximum norm of pixels from 0 to 1."""
+
+    eps: Radius = Field(8 / 255, description="furthest that a pixel is moved; a number, or as 8/255")
+    step_size: Radius = Field(2 / 255, description="how far it is moved in each iteration")
+    iterations: Positive = Field(7, description="gradient steps; a training takes about 1 + 2/3 of them times as long")
 
 
 class ProxySettings(Settings):
@@ -59,6 +81,10 @@ class ProxySettings(Settings):
     checkpoints: Positive = Field(10, description="how many checkpoints are kept")
     checkpoint_choice: Literal["spaced", "random"] | tuple[int, ...] = Field(
         "spaced", description="evenly spaced, drawn at random (as the published MoSo code does), or a list of epochs from 0"
+    )
+    adversary: AdversarySettings | None = Field(
+        None,
+        description="train, and measure, on adversarial examples: {eps: 8/255, step_size: 2/255, iterations: 7}, or {} for these; null: off",
     )
     trajectory: Literal["train", "eval", "none"] = Field(
         "train", description="class probabilities per epoch: of the training forward pass (free), of an extra plain pass, or none"

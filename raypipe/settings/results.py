@@ -10,6 +10,7 @@ from raypipe.settings.base import Positive, Settings
 from raypipe.settings.measure import ScoreName
 from raypipe.settings.proxy import PoolSettings
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -48,7 +49,8 @@ class ExtrapolateSettings(Settings):
     )
     holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of a fit to judge its fidelity")
     folds: Positive | Literal["auto"] = Field(
-        "auto", description="parts of that share held out in turn, a fit for each; auto: all of the seed set, 1 for gnn-published"
+        "auto",
+        description="parts of that share held out in turn, a fit for each; auto: all of the seed set, 1 for gnn-published and after a rehearsal",
     )
     judge_published: bool | Literal["auto"] = Field(
         "auto",
@@ -88,7 +90,7 @@ class SelectSettings(Settings):
 
     keep: tuple[KeepFraction, ...] = Field((0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep")
     strategy: Literal["top", "balanced", "normalized", "moderate", "mixed", "random", "ccs", "beta"] = Field(
-        "top",
+        "ccs",
         description="top: highest scores; balanced: the same share of each class; normalized: highest within the class; moderate: around "
         "the median; mixed: both ends; random; ccs: over the range of scores; beta: easier the more is pruned. See docs/keep-lists.md",
     )
@@ -101,9 +103,15 @@ class SelectSettings(Settings):
         description="mixed, ccs: what is hard, a high score or a high loss of the proxy; auto: the score where it is one of difficulty "
         "(aum, el2n, entropy, forgetting, grand, loss), else the loss",
     )
-    hard_cutoff: float = Field(0.1, ge=0, lt=1, description="ccs: share of the samples, the hardest, that is left out first")
+    hard_cutoff: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        "auto", description="ccs: share of the samples, the hardest, that is left out first; auto: half of what is pruned"
+    )
     strata: int = Field(50, ge=1, le=10_000, description="ccs: intervals of equal width of the score")
     beta_exponent: float = Field(4.0, gt=0, description="beta: c_D; the higher, the later easy samples are preferred")
+    by_class: bool | Literal["auto"] = Field(
+        "auto",
+        description="the strategy works within each class, and every class keeps the same share (balanced: always); auto: with ccs",
+    )
     min_per_class: int = Field(0, ge=0, description="samples each class keeps at least, or all it has")
     always_keep: str | None = Field(
         None, min_length=1, description="ids in every list: text, one a line, or Parquet with sample_id"
@@ -119,6 +127,11 @@ class SelectSettings(Settings):
     )
     force: bool = Field(False, description="make keep-lists even where the fidelity is below trust.min_spearman")
 
+    @property
+    def within_classes(self) -> bool:
+        """`by_class` as it is meant."""
+        return self.strategy == "ccs" if self.by_class == "auto" else self.by_class
+
     @field_validator("keep", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
@@ -126,7 +139,7 @@ class SelectSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> SelectSettings:
-        if self.strategy == "ccs" and max(self.keep) + self.hard_cutoff > 1 + 1e-9:
+        if self.strategy == "ccs" and self.hard_cutoff != "auto" and max(self.keep) + self.hard_cutoff > 1 + 1e-9:
             raise ValueError(
                 f"keep ({max(self.keep)}) and hard_cutoff ({self.hard_cutoff}) of ccs cannot be more than 1 together"
             )
@@ -140,9 +153,40 @@ class SelectSettings(Settings):
 
 
 class ReportSettings(Settings):
-    """The HTML page."""
+    """The HTML page, and where its figures go beside."""
 
-    images: int = Field(24, ge=0, le=200, description="images in each grid")
+    images: int = Field(24, ge=0, le=200, description="images in each grid; 0: no images at all")
+    classes: int = Field(
+        12,
+        ge=0,
+        le=100,
+        description="classes with a histogram and images of their own; of more, those with the most extreme medians",
+    )
+    class_images: int = Field(5, ge=0, le=20, description="images at each end of the scores of such a class")
+    cpu_price: float | None = Field(
+        None, ge=0, description="dollars for an hour of a CPU, to say what the run cost; null: not said"
+    )
+    gpu_price: float | None = Field(None, ge=0, description="the same for an hour of a GPU")
+    log_to: tuple[TrackerName, ...] = Field(
+        (),
+        description="figures and stage timings go there as well, at the end of a run: tensorboard (files in the run), mlflow, wandb (both with "
+        "the page and its images); each needs its package: pip install 'raypipe[mlflow]'",
+    )
+    experiment: str = Field(
+        "raypipe", min_length=1, max_length=128, description="MLflow's experiment and the project of Weights & Biases for log_to"
+    )
+
+    @field_validator("log_to", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("log_to")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("each at most once")
+        return value
 
 
 class ClusterSettings(Settings):

@@ -34,8 +34,11 @@ class SourceSettings(Settings):
     image_column: str = Field(
         "auto", min_length=1, description="Parquet, Hugging Face: column with the images; auto: image, img, ..., or the only one"
     )
-    label_column: str = Field(
-        "auto", min_length=1, description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ..."
+    label_column: str | None = Field(
+        "auto",
+        min_length=1,
+        description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ...; null: there are no labels, or they "
+        "are not to be read, in any format: see pseudo_labels",
     )
     id_column: str | None = Field(
         None, min_length=1, description="Parquet, Hugging Face: column with unique ids; default is file#row"
@@ -52,6 +55,13 @@ class SourceSettings(Settings):
         None, description="default: found in the source; more than it names: the others have no samples"
     )
     limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
+    inject_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="rehearsals: share of the samples whose label is replaced by another class, drawn by id; never train on such a run's lists",
+    )
+    noise_seed: int = Field(0, ge=0, description="inject_noise: another number replaces the labels of others")
     fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
     max_pixels: Positive = Field(100_000_000, description="an image with more pixels is rejected, not decoded")
     max_reject_fraction: float = Field(

@@ -20,6 +20,7 @@ import numpy as np
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
+from raypipe.sources.noise import LabelNoise
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,26 @@ Wanted = Any
 class ClassMap:
     """Stored label -> class index 0 .. C-1.
 
-    names  one per class; for plain numbers, the numbers themselves
+    names     one per class; for plain numbers, the numbers themselves
+    noise     how labels are replaced for a rehearsal (`source.inject_noise`)
+    clusters  the classes are clusters, of which no stored label says anything
     """
 
     names: tuple[str, ...]
     numeric: bool
+    noise: LabelNoise | None = None
+    clusters: bool = False
+
+    def label_of(self, sample: RawSample) -> tuple[int, str]:
+        """`index` of a sample's label, as everything in a run sees it: where it is replaced for a rehearsal, the wrong one."""
+        label, reason = self.index(sample.label)
+        if self.noise is not None:
+            label = self.noise.wrong(sample.sample_id, label, len(self.names))
+        return label, reason
 
     def index(self, label: int | str | None) -> tuple[int, str]:
         """Class index and "", or -1 and why the label is wrong. A missing label is -1 and "": such a sample is unlabelled."""
-        if label is None:
+        if label is None or self.clusters:
             return -1, ""
         if isinstance(label, str):
             position = self._positions().get(label, -1)

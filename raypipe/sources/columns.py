@@ -49,7 +49,7 @@ class Columns:
     """Names of the columns, and the names of the classes where the table states them."""
 
     image: str
-    label: str
+    label: str | None
     identity: str | None
     class_names: tuple[str, ...] | None
 
@@ -127,7 +127,7 @@ def choose(schema: pa.Schema, features: Mapping[str, Any], settings: SourceSetti
         )
     if not _holds_images(schema.field(image).type):
         raise ColumnError(_wrong_type(schema, image, "image"))
-    if not _holds_labels(schema.field(label).type):
+    if label is not None and not _holds_labels(schema.field(label).type):
         raise ColumnError(_wrong_type(schema, label, "label"))
     if identity is not None:
         type = _value_type(schema.field(identity).type)
@@ -198,7 +198,7 @@ def _of_kind(features: Mapping[str, Any], kind: str) -> frozenset[str]:
     return frozenset(name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind)
 
 
-def _class_names(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
+def _class_names(features: Mapping[str, Any], column: str | None) -> tuple[str, ...] | None:
     """Names of a ClassLabel column."""
     names = features[column].get("names") if column in _of_kind(features, "ClassLabel") else None
     return tuple(str(name) for name in names) if isinstance(names, list) and names else None
@@ -277,7 +277,7 @@ def rows(
         return
     labels: list[Any]
     try:
-        labels, label_reason = values(columns.label), ""
+        labels, label_reason = values(columns.label) if columns.label is not None else [None] * count, ""
     except Exception as error:
         labels, label_reason = [None] * count, f"label: {damaged(error)}"
     for row, (image, reason) in zip(chosen, images(chosen), strict=True):

@@ -85,7 +85,9 @@ class FileListSource(Source):
 
     @functools.cached_property
     def _classes(self) -> ClassFile | None:
-        return read_class_file(self._found.class_map) if self._found.class_map is not None else None
+        if self._found.class_map is None or self.settings.label_column is None:
+            return None
+        return read_class_file(self._found.class_map)
 
     def _members(self) -> Iterator[Member]:
         """A member for each line that `include` lets through. Raises SourceError where none can be used."""
@@ -148,7 +150,8 @@ class FileListSource(Source):
             return Member(f"{storage.name(self._list)}#line-{line.number}", None, "the line holds a zero byte")
         if not path:
             return Member(f"{storage.name(self._list)}#line-{line.number}", None, reason or "the line has no path")
-        label = number_or_name(text(line.label)) if line.label is not None else None
+        words = line.label if self.settings.label_column is not None else None
+        label = number_or_name(text(words)) if words is not None else None
         if isinstance(label, str) and self._classes is not None:
             label = self._classes.index.get(label.strip("/"), label)
         return Member(text(path), label, reason)

@@ -79,7 +79,7 @@ class HuggingFaceSource(TableSource):
         try:
             for batch in stream.batches():
                 batches.append(batch)
-                if columns.class_names is None:
+                if columns.class_names is None and columns.label is not None:
                     labels |= _labels(stored, stream, batch, columns.label)
         except Exception as error:
             problem = damage(stored, error)

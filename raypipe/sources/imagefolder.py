@@ -1,6 +1,7 @@
 """Image folders: the first folder level below the source's root is the class, deeper levels are allowed.
 
-A folder without levels gives samples without labels. Sample ids are relative paths. With a class map (`source.class_map`, see
+A folder without levels gives samples without labels, and so does any with `source.label_column: null`. Sample ids are relative paths.
+With a class map (`source.class_map`, see
 `raypipe.sources.classfile`) the class is that of the longest folder of the path that the map names.
 """
 
@@ -40,14 +41,14 @@ class ImageFolderSource(Source):
 
     def scan(self, file: SourceFile) -> FileScan:
         names = self._classes.names if self._classes is not None else None
-        labels = (_labelled(unpacked(member)).label for member in file.members)
+        labels = (self._labelled(unpacked(member)).label for member in file.members)
         return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in labels if label is not None))
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
-        return Counter(_labelled(unpacked(member)).label for member in file.members)
+        return Counter(self._labelled(unpacked(member)).label for member in file.members)
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
-        members = (_labelled(unpacked(member)) for member in fragment.members[fragment.start : fragment.stop])
+        members = (self._labelled(unpacked(member)) for member in fragment.members[fragment.start : fragment.stop])
         return read_ahead(
             (member, self._location.uri(member.path)) for member in members if wanted is None or wanted(member.path)
         )
@@ -73,16 +74,18 @@ class ImageFolderSource(Source):
 
     @functools.cached_property
     def _classes(self) -> ClassFile | None:
-        return read_class_file(self.settings.class_map) if self.settings.class_map is not None else None
+        if self.settings.class_map is None or self.settings.label_column is None:
+            return None
+        return read_class_file(self.settings.class_map)
+
+    def _labelled(self, member: Member) -> Member:
+        """With the first folder as its label where the unit states no other and labels are wanted."""
+        folder, slash, _ = member.path.partition("/")
+        told = bool(slash) and member.label is None and not member.reason and self.settings.label_column is not None
+        return member._replace(label=folder) if told else member
 
     def _refuse_splits(self) -> None:
         folders = self._location.folders()
         if folders and all(folder.lower() in SPLITS for folder in folders):
             choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in folders)
             raise SourceError(f"{self.settings.uri}: {' and '.join(folders)} are not classes; set source.uri to {choices}")
-
-
-def _labelled(member: Member) -> Member:
-    """With the first folder as its label where the unit states no other."""
-    folder, slash, _ = member.path.partition("/")
-    return member._replace(label=folder) if slash and member.label is None and not member.reason else member

@@ -151,6 +151,8 @@ def _columns(uri: str, start: list[list[str]], settings: SourceSettings) -> tupl
     else:
         path = _place(header, PATH_COLUMNS)
         path = path if path >= 0 else next((column for column, cell in enumerate(below) if _IMAGE.fullmatch(cell.strip())), 0)
+    if settings.label_column is None:
+        return path, -1
     label = _place(header, _label_names(settings))
     if label < 0 and len(header) > 1:
         raise SourceError(f"{uri}: no column {_label_names(settings)[0]!r} among {', '.join(header)}; set source.label_column")
@@ -166,7 +168,8 @@ def _is_header(row: list[str], below: list[str], settings: SourceSettings) -> bo
 
 
 def _label_names(settings: SourceSettings) -> tuple[str, ...]:
-    return LABEL_COLUMNS if settings.label_column in ("auto", LABEL_COLUMNS[0]) else (settings.label_column,)
+    wanted = settings.label_column
+    return LABEL_COLUMNS if wanted is None or wanted in ("auto", LABEL_COLUMNS[0]) else (wanted,)
 
 
 def _place(header: list[str], names: tuple[str, ...]) -> int:

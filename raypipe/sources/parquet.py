@@ -57,7 +57,9 @@ class ParquetSource(TableSource):
         except Exception as error:
             return self.broken(file, f"not a readable Parquet file: {damage(stored, error)}")
         names = columns.class_names
-        labels = frozenset[int | str]() if names is not None else self._labels(stored, parquet, columns.label)
+        labels = frozenset[int | str]()
+        if names is None and columns.label is not None:
+            labels = self._labels(stored, parquet, columns.label)
         return FileScan(self.cut(file, sum(groups), list(accumulate(groups))), names, labels)
 
     def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:

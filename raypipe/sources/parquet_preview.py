@@ -71,7 +71,8 @@ def _first(
     try:
         batch = plain(next(parquet.iter_batches(count, [group], [columns.image], use_threads=False)).column(columns.image))
         images = [reader(batch[row]) for row in range(count)]
-        labels = [stored_label(value) for value in _values(parquet, group, columns.label, 0, count)]
+        told = _values(parquet, group, columns.label, 0, count) if columns.label is not None else [None] * count
+        labels = [stored_label(value) for value in told]
         ids = [f"{path}#{first + row}" for row in range(count)]
         if columns.identity is not None:
             ids = [text(str(value)) for value in _values(parquet, group, columns.identity, 0, count)]
@@ -91,6 +92,8 @@ def _first(
 def _labels(stored: Reader, parquet: pq.ParquetFile, columns: Columns, groups: Sequence[int]) -> Counter[int | str | None]:
     """How often each label occurs in some row groups, but for those whose labels are damaged: their samples become rejects."""
     result = Counter[int | str | None]()
+    if columns.label is None:
+        return Counter({None: sum(parquet.metadata.row_group(group).num_rows for group in groups)})
     negative_is_missing = columns.class_names is not None
     for group in groups:
         found = Counter[int | str | None]()

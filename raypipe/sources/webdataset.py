@@ -195,6 +195,8 @@ class WebDatasetSource(FileSource):
 
     def _label(self, group: Group) -> tuple[int | str | None, str]:
         """The label of a group, or why it cannot be read."""
+        if self.settings.label_column is None:
+            return None, ""
         for extension in _LABELS:
             if extension not in group.names:
                 continue

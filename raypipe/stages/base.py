@@ -69,7 +69,7 @@ class Stage(abc.ABC):
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    """Stages whose settings its outputs depend on."""
+    """Stages whose settings its outputs depend on, where the run has them."""
     changed: ClassVar[str] = "settings changed"
     """Why its outputs are made anew, in the words of a line."""
     detail: Mapping[str, Any] = MappingProxyType({})

@@ -8,6 +8,9 @@ the run says that a new run folder takes it in. A class whose files went away ke
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from raypipe import storage
 from raypipe.errors import SourceError
 from raypipe.rundir import Run
@@ -53,7 +56,10 @@ def _fixed(run: Run) -> ClassMap | None:
 
 
 def write_classes(run: Run, classes: ClassMap) -> None:
-    about = {"names": list(classes.names), "numeric": classes.numeric}
+    about: dict[str, Any] = {"names": list(classes.names), "numeric": classes.numeric}
+    if classes.noise is not None:
+        about["inject_noise"] = dataclasses.asdict(classes.noise)
+    about |= {"clusters": True} if classes.clusters else {}
     file = run.path("index", "classes.json")
     if not storage.exists(file) or storage.read_json(file) != about:
         storage.write_json(file, about)

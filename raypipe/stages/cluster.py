@@ -53,7 +53,7 @@ class Pool:
         else:
             most = max(min(justified, max(self.min_actors, self.room)), -(-units // (worth * UNITS_OF_A_NEW_NODE)))
         least = min(self.min_actors, most)
-        # those beyond what there is room for would wait, and hold up the start of all
+        # those beyond what there is room for would only wait; Ray Data starts them when there is
         return least, least if self.num_gpus else max(least, min(most, self.room)), most
 
 

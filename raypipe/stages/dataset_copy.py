@@ -41,7 +41,8 @@ FILE_ROWS, FILE_BYTES = 65_536, 512 << 20
 
 def settings_of_copy(settings: SourceSettings, run: Run) -> SourceSettings:
     """How the copy is read."""
-    columns = {"image_column": "image", "label_column": "label", "id_column": "sample_id"}
+    label = None if settings.label_column is None else "label"
+    columns = {"image_column": "image", "label_column": label, "id_column": "sample_id"}
     return settings.model_copy(update={"uri": run.path(FOLDER), "format": "parquet", "include": "*.parquet", **columns})
 
 
@@ -139,16 +140,17 @@ def _write(dataset: Any, settings: SourceSettings, run: Run, on_rows: Callable[[
     return {"rows": rows, "files": files.written}
 
 
-def _columns(batch: dict[str, np.ndarray], image: str, label: str, identity: str | None) -> pa.Table:
+def _columns(batch: dict[str, np.ndarray], image: str, label: str | None, identity: str | None) -> pa.Table:
     """Columns as the copy has them: image (encoded bytes), label (as JSON, since labels are numbers or names), sample_id (text).
 
     Runs in a task.
     """
-    image, label = _chosen(batch, image, IMAGE_NAMES), _chosen(batch, label, LABEL_NAMES)
+    image = _chosen(batch, image, IMAGE_NAMES)
+    label = _chosen(batch, label, LABEL_NAMES) if label is not None else None
     for setting, column in (("image_column", image), ("label_column", label), ("id_column", identity)):
         if column is not None and column not in batch:
             raise SourceError(f"the dataset has no column {column!r}; it has {', '.join(batch)}; set source.{setting}")
-    labels = [stored_label(value) for value in batch[label].tolist()]
+    labels = [stored_label(value) for value in (batch[label].tolist() if label is not None else [None] * len(batch[image]))]
     wrong = next((reason for _, reason in labels if reason), "")
     if wrong:
         raise SourceError(f"column {label!r}: {wrong}; set source.label_column")

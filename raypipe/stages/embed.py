@@ -2,7 +2,8 @@
 
 With `embed.decode` the actors decode JPEGs as well, on their GPU (`raypipe.jpegs`); only they differ then, by a stated tolerance.
 Writes, per fragment, `embeddings/<fragment>.parquet` (sample_id, label, embedding, and what the proxy says of the sample:
-prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`.
+prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`. Where the source has
+no labels, the label is the pseudo-label that the network and the clusters of the stage `label` give.
 The logits themselves are not kept: for many classes they would be larger than the embedding.
 With several proxies (`proxy.parts`) all samples pass through that of part 0, since distances between embeddings mean something
 in one space only; of the seed set it was trained on its own part and not on the others.
@@ -28,6 +29,7 @@ from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.duplicates import once
 from raypipe.stages.proxy import load_checkpoint, proxy_parts
+from raypipe.stages.pseudo import load_labeller
 from raypipe.stages.rejects import Tally, fair_order, summarize
 from raypipe.stages.seed import audit_rule, seed_manifest, wanted
 from raypipe.stages.streaming import Columns, Stopwatch, stream
@@ -157,7 +159,7 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Colu
     def samples() -> Iterator[RawSample]:
         for sample in once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat):
             ids.append(sample.sample_id)
-            index.append(classes.index(sample.label))
+            index.append(classes.label_of(sample))
             if len(ids) <= count:
                 yield sample
 
@@ -229,6 +231,7 @@ class EmbedActor:
             "seed": wanted(seed.fraction, seed.seed),
             "audit": audit_rule(seed, seed_manifest(self._run)["audit_fraction"]),
         }
+        self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
         if gpu:
             self._model.to(memory_format=torch.channels_last)
         if aside:
@@ -245,7 +248,10 @@ class EmbedActor:
         good = reason == ""
         ids, labels = batch["sample_id"][good], batch["label"][good]
         size = self._config.embed.images_at_once(self._gpu)
-        columns = forward(self._model, images[good], labels, size, self._device, self._gpu and self._config.proxy.amp)
+        images = images[good]
+        if self._labeller is not None:
+            labels = self._labeller(images, size).astype(np.int32)
+        columns = forward(self._model, images, labels, size, self._device, self._gpu and self._config.proxy.amp)
         finite = np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]

@@ -23,7 +23,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import ConfigError, RaypipeError, RunError, SourceError, StageError
 from raypipe.progress import Progress
-from raypipe.rundir import Lease, Run
+from raypipe.rundir import Lease, Run, noise_of
 from raypipe.sources import ClassMap, Fragment, open_source
 from raypipe.stages.base import Context
 from raypipe.stages.index import IndexStage
@@ -101,6 +101,8 @@ def export_keep_list(
         raise ConfigError(f"format {format} is a single file, which has no shards")
     check_has_images(run)
     config = run.config()
+    if noise := noise_of(run.ledger()):
+        raise RunError(f"{run.uri}: {noise.warning}, and there is nothing to export")
     keep_list = find_keep_list(run, keep, snapshot)
     to = Run(to).uri  # workers have other working directories
     if _within(to, config.source.uri):
@@ -354,7 +356,7 @@ def _items(job: Job, shard: Shard, kept: KeepFile, classes: ClassMap, missing: l
                 continue  # a later sample with the same id, which was rejected
             label, wrong = classes.index(sample.label)
             reason = sample.reason or wrong
-            if not reason and label != (-1 if row["label"] is None else row["label"]):
+            if not reason and not classes.clusters and label != (-1 if row["label"] is None else row["label"]):
                 reason = "its label is not the one it was scored with"
             if not reason:
                 try:
@@ -364,7 +366,7 @@ def _items(job: Job, shard: Shard, kept: KeepFile, classes: ClassMap, missing: l
             if reason:
                 missing.append((sample.sample_id, reason))
             else:
-                name = classes.names[label] if label >= 0 else ""
+                name = classes.names[row["label"]] if row["label"] is not None else ""
                 about = row["score"], row.get("weight")
                 yield Item(f"{number:09d}", sample.sample_id, image, extension, row["label"], name, *about)
             number += 1

@@ -66,7 +66,7 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     if judges_published(config, samples):
         wanted["published"] = ("published.parquet", write_published)  # first, since it takes longest
     wanted["fit"] = ("model.json", _fit)
-    for number in range(folds(config)):
+    for number in range(folds(config, run)):
         wanted[f"judge-{number}"] = (f"fold-{number}.parquet", functools.partial(write_fold, number))
     wanted["curve"] = ("curve.json", write_curve)
     if rehearsed(run):
@@ -79,13 +79,13 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     if whole and missing:
         groups.append({"score": functools.partial(_score_whole, missing)})
     context.cluster  # Ray is started before tasks are made
-    return sum(_run(context, group, samples) for group in groups if group)
+    return sum(run_parts(context, group, samples) for group in groups if group)
 
 
-def _run(context: Context, parts: dict[str, Part], samples: int) -> float:
-    """Run parts side by side, each in a task, showing their progress together."""
-    task = ray.remote(num_cpus=1, max_retries=3)(_in_task).options(num_returns="streaming")
-    streams = {name: task.remote(fenced(part), context.config, context.run.uri, samples) for name, part in parts.items()}
+def run_parts(context: Context, parts: dict[str, Part], samples: int, cpus: int = 1, gpus: int = 0) -> float:
+    """Run parts side by side, each in a task of so many threads, showing their progress together. Returns processor seconds."""
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_in_task).options(num_returns="streaming")
+    streams = {name: task.remote(fenced(part), context.config, context.run.uri, samples, cpus) for name, part in parts.items()}
     done, totals, seconds = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0), dict.fromkeys(parts, 0.0)
     steps: queue.Queue[tuple[str, Any]] = queue.Queue()
 
@@ -114,7 +114,7 @@ def _run(context: Context, parts: dict[str, Part], samples: int) -> float:
     return sum(seconds.values())
 
 
-def _in_task(part: Part, config: Config, run_uri: str, samples: int) -> Iterator[tuple[int, int, float]]:
+def _in_task(part: Part, config: Config, run_uri: str, samples: int, threads: int) -> Iterator[tuple[int, int, float]]:
     """Yields (steps done, of, processor seconds) while the part works in a thread. Runs in a task."""
     import torch
 
@@ -122,7 +122,7 @@ def _in_task(part: Part, config: Config, run_uri: str, samples: int) -> Iterator
     steps: queue.Queue[tuple[int, int] | BaseException | None] = queue.Queue()
 
     def work() -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         try:
             part(config, Run(run_uri), samples, lambda done, total: steps.put((done, total)))
             steps.put(None)

@@ -84,7 +84,10 @@ def audit_new(context: Context, fragments: Sequence[Fragment], candidates: pa.Ta
     ids = table["sample_id"].to_pylist()
     shard, size = PREFIX + content_hash(ids), config.proxy.image_size
     images = np.stack([found[sample_id][1] for sample_id in ids]) if ids else np.zeros((0, 3, size, size), np.uint8)
-    labels = [found[sample_id][0] for sample_id in ids]
+    # a pseudo-label is that of the sample's embedding
+    labels = [
+        found[sample_id][0] if found[sample_id][0] >= 0 else told for sample_id, told in zip(ids, table["label"].to_pylist())
+    ]
     storage.write_table(run.path("seed", f"{shard}.parquet"), shard_table(ids, labels, images, len(run.classes().names), size))
     scores = measure_more(context, record, shard)
     remove_leftovers(run)
@@ -120,10 +123,10 @@ def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> dic
     classes, read = run.classes(), source.read(run.with_members(fragment), wanted.__contains__)
     samples = [sample for sample in once(run, fragment, read, source.ids_can_repeat) if sample.sample_id in wanted]
     images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
-    labels = [classes.index(sample.label)[0] for sample in samples]
+    labels = [classes.label_of(sample)[0] for sample in samples]
     good = {
         sample.sample_id: (label, image)
         for sample, label, image, reason in zip(samples, labels, images, reasons, strict=True)
-        if label >= 0 and not reason
+        if (label >= 0 or classes.clusters) and not reason
     }
     return {"images": good, "cpu_seconds": watch.lap()}

@@ -8,6 +8,8 @@ Writes, under `measured/`: `calibrated-*/<checkpoint>` where BatchNorm is recali
 `checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd),
 loss, distance (EL2N), entropy.
 Folder names end in a hash of the settings they depend on: another weighting of the checkpoints finds them as they are.
+Of a proxy that was trained on adversarial examples (`proxy.adversary`), losses and gradients of both passes are those at adversarial
+examples against each checkpoint: of the loss that the training lowers, max over the ball, whose gradient is that at the maximum (Danskin's theorem).
 With several proxies (`proxy.parts`) both passes are made for one after another, each over the samples of its part alone, and
 these folders have one below them for each part.
 """
@@ -25,7 +27,7 @@ import pyarrow as pa
 import ray
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import AdversarySettings, Config
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord, fingerprint
@@ -142,14 +144,21 @@ def _recalibrate(config: Config, run: Run, folders: Folders, part: Part, files: 
     """Write every checkpoint with BatchNorm statistics estimated on the whole part. Returns processor seconds."""
     there = storage.names(run.path(folders.calibrated))
     task = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, max_retries=-1)(fenced(_recalibrated))
-    waiting = [task.remote(run.uri, folders, part, file, pool.threads, pool.num_gpus > 0) for file in files if file not in there]
+    adversary = config.proxy.adversary
+    waiting = [
+        task.remote(run.uri, folders, part, file, adversary, pool.threads, pool.num_gpus > 0)
+        for file in files
+        if file not in there
+    ]
     try:
         return sum(ray.get(waiting))
     except Exception as error:
         raise failure(error) from error
 
 
-def _recalibrated(run_uri: str, folders: Folders, part: Part, file: str, threads: int, gpu: bool) -> float:
+def _recalibrated(
+    run_uri: str, folders: Folders, part: Part, file: str, adversary: AdversarySettings | None, threads: int, gpu: bool
+) -> float:
     import torch
     from safetensors.torch import save
 
@@ -160,15 +169,22 @@ def _recalibrated(run_uri: str, folders: Folders, part: Part, file: str, threads
     device = "cuda" if gpu else "cpu"
     model = load_checkpoint(run, file, device, folder=part.checkpoints)
 
+    # as it was trained: on adversarial examples against the network as it stands in the checkpoint
+    attacked = load_checkpoint(run, file, device, folder=part.checkpoints) if adversary is not None else None
+
     def batches() -> Any:
-        waiting: list[np.ndarray] = []
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
         for shard in [*seed_manifest(run)["shards"], None]:
-            waiting += [] if shard is None else [part.read(run, shard)[1]]
-            images = np.concatenate(waiting)
+            waiting += [] if shard is None else [part.read(run, shard)[1:]]
+            images, labels = (np.concatenate(arrays) for arrays in zip(*waiting, strict=True))
             whole = len(images) if shard is None else len(images) // RECALIBRATION_BATCH * RECALIBRATION_BATCH
             for start in range(0, whole, RECALIBRATION_BATCH):
-                yield torch.from_numpy(images[start : min(whole, start + RECALIBRATION_BATCH)].copy()).to(device)
-            waiting = [images[whole:]]
+                rows = slice(start, min(whole, start + RECALIBRATION_BATCH))
+                pixels = torch.from_numpy(images[rows].copy()).to(device)
+                yield (
+                    pixels if attacked is None else _worst(attacked, pixels, torch.from_numpy(labels[rows]).to(device), adversary)
+                )
+            waiting = [(images[whole:], labels[whole:])]
 
     recalibrate(model, batches())
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
@@ -191,30 +207,79 @@ def _mean_gradients(
     share = {"num_cpus": pool.num_cpus, "max_retries": -1}
     add_up = ray.remote(num_gpus=pool.num_gpus, num_returns=len(files) + 1, **share)(_gradient_sums)
     merge, store = ray.remote(**share)(_add), ray.remote(**share)(fenced(_store_gradient))
-    partial: list[list[Any]] = [[] for _ in files]
-    reports = []
-    for group in groups:
-        *sums, report = add_up.remote(config, run.uri, folders, part, group, files, pool.threads, pool.num_gpus > 0)
-        reports.append(report)
-        for column, value in zip(partial, sums, strict=True):
-            column.append(value)
-    stored = []
-    for file, column in zip(files, partial, strict=True):
-        while len(column) > 1:
-            column = [merge.remote(*column[start : start + FAN_IN]) for start in range(0, len(column), FAN_IN)]
-        stored.append(store.remote(run.uri, folders.gradients, file, part.samples, column[0]))
-    del partial, column, sums  # the references keep the sums alive
-    seconds = 0.0
+    totals = [Total(merge.remote) for _ in files]
+    running, merging, seconds = list[Any](), list[Any](), 0.0
+
+    def wait() -> None:
+        nonlocal running, seconds
+        ready, running = ray.wait(running)
+        for result in ray.get(ready):
+            seconds += result["cpu_seconds"]
+            on_done(result["samples"])
+
     try:
-        while reports:
-            ready, reports = ray.wait(reports)
-            for result in ray.get(ready):
-                seconds += result["cpu_seconds"]
-                on_done(result["samples"])
+        for group in groups:
+            # sums are as large as the network: of all groups at once they would fill the object store
+            slots = _slots(pool)
+            while len(running) >= slots + FAN_IN:
+                wait()
+            while len(merging) > len(files) * (1 + slots // FAN_IN):
+                _, merging = ray.wait(merging, fetch_local=False)
+            *sums, report = add_up.remote(config, run.uri, folders, part, group, files, pool.threads, pool.num_gpus > 0)
+            running.append(report)
+            while sums:  # a reference that stays keeps the sum
+                merging += totals[-len(sums)].add(sums.pop(0))
+        stored = [
+            store.remote(run.uri, folders.gradients, file, part.samples, total.whole()) for file, total in zip(files, totals)
+        ]
+        merging.clear()
+        while running:
+            wait()
         ray.get(stored)
     except Exception as error:
         raise failure(error) from error
     return seconds
+
+
+class Total:
+    """What values that come one after the other add up to, in a tree of a shape that depends on their number alone.
+
+    FAN_IN neighbours of a level are added as soon as they are there, so that few values are held at a time.
+    """
+
+    def __init__(self, merge: Callable[..., Any]) -> None:
+        self._merge = merge
+        self._levels: list[list[Any]] = [[]]
+
+    def add(self, value: Any, level: int = 0) -> list[Any]:
+        """Take the next value. Returns the sums that could be begun with it."""
+        if level == len(self._levels):
+            self._levels.append([])
+        self._levels[level].append(value)
+        if len(self._levels[level]) < FAN_IN:
+            return []
+        return self._up(level)
+
+    def _up(self, level: int) -> list[Any]:
+        values, self._levels[level] = self._levels[level], []
+        merged = self._merge(*values)
+        return [merged, *self.add(merged, level + 1)]
+
+    def whole(self) -> Any:
+        """The sum of all values, of which there is at least one; nothing is held any more."""
+        level = 0
+        while level < len(self._levels) - 1 or len(self._levels[level]) != 1:
+            if self._levels[level]:
+                self._up(level)
+            level += 1
+        return self._levels.pop()[0]
+
+
+def _slots(pool: Pool) -> int:
+    """How many tasks with the share of an actor the cluster has room for now."""
+    room = ray.cluster_resources()
+    share = room.get("GPU", 0) / pool.num_gpus if pool.num_gpus else room.get("CPU", 0) / pool.num_cpus
+    return max(1, int(share))
 
 
 def _gradient_sums(
@@ -241,12 +306,22 @@ def _gradient_sums(
             target = torch.from_numpy(labels[start : start + size]).to(device)
             for model, total in zip(models, totals, strict=True):
                 with computing(config.measure.precision, device):
-                    sums = rule(model, pixels, target)
+                    sums = rule(model, _worst(model, pixels, target, config.proxy.adversary), target)
                 for name, value in sums.items():
                     total[name] = total[name] + value if name in total else value
         count += len(labels)
     arrays = [{name: value.cpu().numpy() for name, value in total.items()} for total in totals]
     return [*arrays, {"samples": count, "cpu_seconds": watch.lap()}]
+
+
+def _worst(model: Any, pixels: Any, target: Any, adversary: AdversarySettings | None) -> Any:
+    """The images that a loss is taken at: themselves, or, where the proxy was trained so, the worst that an attack finds near them.
+
+    It begins at the images, so that what is measured depends neither on the order nor on the size of batches.
+    """
+    from raypipe.adversary import attack
+
+    return pixels if adversary is None else attack(model, pixels, target, adversary)
 
 
 def _add(*parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -301,7 +376,7 @@ class GradientActor:
         from raypipe.scores.per_sample import norms_and_alignments
         from raypipe.scores.tangent import Aligner
 
-        measure = self._config.measure
+        measure, adversary = self._config.measure, self._config.proxy.adversary
         model = _load(self._config, self._run, self._folders, self._part, file, self._device)
         gradient: dict[str, Any] | None = None
         if "moso" in measure.scores:
@@ -313,10 +388,11 @@ class GradientActor:
         aligner = None
         if gradient is not None and moso_rule == "all" and not self._self_term and grand_rule != "all":
             aligner = Aligner(model, gradient, channels_last=measure.channels_last, compiled=measure.compile)
-            if grand_rule is None and not outputs and aligner.traced:
+            if grand_rule is None and not outputs and aligner.traced and adversary is None:
                 model, gradient = None, None  # it has what it needs of them
 
         def numbers(pixels: Any, target: Any) -> dict[str, Any]:
+            pixels = _worst(model, pixels, target, adversary)
             result = {} if aligner is None else {"alignments": aligner(pixels, target)}
             for rule, function in (("head", head_norms_and_alignments), ("all", norms_and_alignments)):
                 of_moso, of_grand = moso_rule == rule and aligner is None, grand_rule == rule

@@ -9,6 +9,7 @@ filled. An index file is named after its content, so that what an interrupted at
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -26,7 +27,8 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.errors import SourceError
 from raypipe.rundir import Run, StageRecord, content_hash
-from raypipe.sources import FileScan, SourceFile, open_source
+from raypipe.sources import ClassMap, FileScan, SourceFile, open_source
+from raypipe.sources.noise import noise_wanted
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.classes import settle_classes, write_classes
 from raypipe.stages.duplicates import are_found, find_duplicates
@@ -62,7 +64,8 @@ class IndexStage(Stage):
         self._listing: Iterable[SourceFile] | None = None
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.source.model_dump(mode="json", exclude={"max_pixels", "max_reject_fraction", "download", "verify"})
+        noise = {"inject_noise", "noise_seed"} if not config.source.inject_noise else set()
+        return config.source.model_dump(mode="json", exclude={"max_pixels", "max_reject_fraction", "download", "verify", *noise})
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         if not storage.exists(context.run.path("index", "classes.json")) or not are_found(context.config, context.run):
@@ -119,6 +122,9 @@ class IndexStage(Stage):
         detail, note = index.close()
         if note:
             context.progress.say(f"note: {note}")
+        noise = noise_wanted(config.source)
+        if noise is not None:
+            context.progress.say(f"note: {noise.warning}")
         duplicates, seconds = find_duplicates(config, run, functools.partial(_run_tasks, context))
         record.cpu_seconds += seconds
         record.detail = {**detail, "duplicates": duplicates}
@@ -276,13 +282,23 @@ class _Writer:
                 f"{self._settings.uri}: nothing can be read ({'; '.join(self._problems) or 'no samples in any file'})"
             )
         names = tuple(json.loads(self._names)) if self._names else None
-        classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
-        write_classes(self._run, classes)
+        classes, note = ClassMap((), numeric=False, clusters=True), ""
+        if self._settings.label_column is not None:
+            classes, note = settle_classes(self._run, names, frozenset(self._labels), self._settings.num_classes)
+        noise = noise_wanted(self._settings)
+        if noise is not None and len(classes.names) < 2:
+            self._run.clear("index")
+            raise SourceError(
+                f"source.inject_noise: {self._settings.uri} has {len(classes.names)} classes, so there is no label to replace by another; "
+                "leave it out, or give a source with labels"
+            )
+        write_classes(self._run, dataclasses.replace(classes, noise=noise))
         for name in self._old - self._written:
             storage.delete(self._run.path("index", name))
         self._tally.check(self._settings.max_reject_fraction)
         found = {"listing": self._listed.text(), "content": self._content.text(), "classes": len(classes.names)}
-        return {**found, **self._counts, "limited": self.full}, note
+        replaced = {"inject_noise": dataclasses.asdict(noise)} if noise is not None else {}
+        return {**found, **self._counts, "limited": self.full, **replaced}, note
 
 
 def _limited(rows: list[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.errors import StageError
 from raypipe.rundir import Run
-from raypipe.stages.seed import read_shard, seed_manifest
+from raypipe.stages.seed import read_shard, seed_manifest, shard_labels
 
 LEAST_SAMPLES = 20
 """Seed samples that a part needs, as the seed set does."""
@@ -84,7 +83,7 @@ class Part:
 
     def count(self, run: Run, shard: str) -> int:
         """Samples of a seed or audit shard that are in the part, or would be."""
-        return len(self.rows(_ids_and_labels(run, shard)["sample_id"].to_pylist()))
+        return len(self.rows(shard_labels(run, shard)["sample_id"].to_pylist()))
 
     def read(self, run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Its samples of a seed shard, as `read_shard` gives them; of an audit shard those that would be in it."""
@@ -103,7 +102,7 @@ def divide(run: Run, parts: int, seed: int) -> list[Part]:
     rule, classes = part_rule(parts, seed), len(manifest["per_class"])
 
     def count(shard: str) -> np.ndarray:
-        table = _ids_and_labels(run, shard)
+        table = shard_labels(run, shard)
         owner = np.array([rule(sample_id) for sample_id in table["sample_id"].to_pylist()], np.int64)
         return np.bincount(owner * classes + table["label"].to_numpy(), minlength=parts * classes).reshape(parts, classes)
 
@@ -123,12 +122,6 @@ def joined(run: Run, parts: Sequence[Part], shard: str, tables: Sequence[pa.Tabl
     """One table of a seed shard from the table of each part, its rows in the order of the shard."""
     if len(parts) == 1:
         return tables[0]
-    ids = _ids_and_labels(run, shard)["sample_id"].to_pylist()
+    ids = shard_labels(run, shard)["sample_id"].to_pylist()
     rows = np.concatenate([part.rows(ids) for part in parts])
     return pa.concat_tables(tables).take(pa.array(np.argsort(rows)))
-
-
-def _ids_and_labels(run: Run, shard: str) -> pa.Table:
-    """sample_id and label of a seed shard, without reading its images."""
-    with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
-        return pq.ParquetFile(file).read(["sample_id", "label"])

@@ -46,10 +46,10 @@ SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
 
 class ProxyStage(Stage):
     name = "proxy"
-    needs = ("seed",)
+    needs = ("seed", "label")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.proxy.model_dump(mode="json", exclude=SPEED_ONLY)
+        return config.proxy.model_dump(mode="json", exclude=SPEED_ONLY, exclude_none=True)
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raypipe import storage, training
+from raypipe.adversary import attack, starting_points
 from raypipe.config import ProxySettings
 from raypipe.data_parallel import share_statistics
 from raypipe.models import build
@@ -87,6 +88,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
             batch = training.augment(images[rows], settings, epoch, step, part)
             pixels = torch.from_numpy(batch).to(device, non_blocking=True)
             target = torch.from_numpy(labels[rows[part]]).to(device, non_blocking=True)
+            if settings.adversary is not None:
+                # drawn for the whole batch, as augmentation is
+                start = starting_points(images[rows].shape, settings.seed, epoch, 1 + step, 1)[part]
+                pixels = attack(plain, pixels, target, settings.adversary, start, bfloat16=gpu and settings.amp)
             with torch.autocast("cuda", torch.bfloat16, enabled=gpu and settings.amp):
                 logits = model(pixels).float()
             # DDP averages over workers; scaled so, the sum is the mean over the whole batch even when its parts are unequal
@@ -105,8 +110,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
             with torch.no_grad():
                 own = np.arange(rank, len(labels), world)
                 for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
-                    logits = plain(torch.from_numpy(images[rows]).to(device)).float()
-                    seen.append((rows, predictions(logits, torch.from_numpy(labels[rows]).to(device))))
+                    pixels, target = (torch.from_numpy(array[rows]).to(device) for array in (images, labels))
+                    if settings.adversary is not None:
+                        pixels = attack(plain, pixels, target, settings.adversary)
+                    seen.append((rows, predictions(plain(pixels).float(), target)))
         distributed.all_reduce(sums)
         loss_mean, accuracy = (sums / len(labels)).tolist()
         if not np.isfinite(

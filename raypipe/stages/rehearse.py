@@ -80,7 +80,8 @@ class RehearseStage(Stage):
         """Copy the half that the second proxy is trained on."""
         run = context.run
         if not storage.exists(inner.path("index", "classes.json")):
-            storage.write_bytes(inner.path("index", "classes.json"), storage.read_bytes(run.path("index", "classes.json")))
+            classes = run.classes()  # with pseudo-labels, those of clusters; in the copy of the half they stand as labels do
+            storage.write_json(inner.path("index", "classes.json"), {"names": classes.names, "numeric": classes.numeric})
 
         def collect(result: dict[str, Any]) -> None:
             record.cpu_seconds += result["cpu_seconds"]

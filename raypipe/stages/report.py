@@ -8,6 +8,7 @@ from typing import Any
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.report import build
+from raypipe.report.trackers import log_report
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
 
@@ -21,13 +22,22 @@ class ReportStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         written = {"index.html", "summary.json"} <= storage.names(context.run.path("report"))
-        return written and record.detail.get("of") == _state(context.run)
+        logged = record.detail.get("logged", []) == list(context.config.report.log_to)
+        return written and logged and record.detail.get("of") == _state(context.run)
 
     def execute(self, context: Context, record: StageRecord) -> None:
-        started = time.process_time()
-        build_report(context.run)
-        record.samples = context.run.ledger()["extrapolate"].samples
-        record.detail = {"of": _state(context.run)}
+        started, run, settings = time.process_time(), context.run, context.config.report
+        build_report(run)
+        record.samples = run.ledger()["extrapolate"].samples
+        record.detail = {"of": _state(run)}
+        # of the configuration that was given, not of one in the run's folder: who looks at a run of others logs nothing
+        failed: dict[str, str] = {}
+        if settings.log_to:
+            summary = storage.read_json(run.path("report", "summary.json"))
+            failed = log_report(run, summary, settings.log_to, settings.experiment)
+            record.detail["logged"] = [name for name in settings.log_to if name not in failed]
+        for name, reason in failed.items():
+            context.progress.say(f"note: the report is written, but {name} did not take it ({reason}); run again to try again")
         record.cpu_seconds += time.process_time() - started
 
 

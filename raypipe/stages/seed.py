@@ -9,6 +9,7 @@ scores at its checkpoints can be measured on it all the same, and tell how well 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,7 +26,7 @@ from raypipe.config import Config, SeedSettings
 from raypipe.errors import RunError, StageError
 from raypipe.images import decode_batch
 from raypipe.rundir import FIT_NAME, Run, StageRecord, content_hash
-from raypipe.sources import Fragment, open_source
+from raypipe.sources import ClassMap, Fragment, open_source
 from raypipe.stages.base import Context, Stage
 from raypipe.stages.duplicates import once
 from raypipe.stages.rejects import Tally, fair_order, summarize
@@ -91,9 +92,13 @@ class SeedStage(Stage):
 def seed_manifest(run: Run) -> dict[str, Any]:
     """What the seed set is: samples, per_class, mean and std per channel (0..1), image_size, names of its shards in order.
 
+    `unlabelled` where the source has no labels; then per_class is of pseudo-labels, and empty before there are any.
     And what the audit set is: audit_fraction of the samples outside the seed set, audit_samples, audit_shards (those with any), audit_shard_samples.
     """
     manifest = storage.read_json(run.path("seed", "manifest.json"))
+    if manifest.get("unlabelled"):
+        with contextlib.suppress(FileNotFoundError):  # before there are pseudo-labels
+            manifest["per_class"] = storage.read_json(run.path("labels", "labels.json"))["per_class"]
     if not all(map(FIT_NAME, (*manifest.get("shards", ()), *manifest.get("audit_shards", ())))):
         raise RunError(f"{run.uri}: seed/manifest.json is damaged: a shard of it has no name of a shard")
     return manifest
@@ -101,6 +106,12 @@ def seed_manifest(run: Run) -> dict[str, Any]:
 
 def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Ids, images uint8 [n, 3, size, size] and labels int64 [n] of a seed or audit shard; the images share the file's memory."""
+    ids, images, labels = read_images(run, shard)
+    return ids, images, shard_labels(run, shard)["label"].to_numpy().astype(np.int64) if (labels < 0).any() else labels
+
+
+def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """As `read_shard`, without pseudo-labels: the labels of an unlabelled source are -1."""
     table = storage.read_table(run.path("seed", f"{shard}.parquet"))
     size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
     count = len(table)
@@ -109,6 +120,15 @@ def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]
     column = table["image"].combine_chunks()
     pixels = np.frombuffer(column.buffers()[1], np.uint8, count * 3 * size * size, column.offset * 3 * size * size)
     return table["sample_id"].to_pylist(), pixels.reshape(count, 3, size, size), table["label"].to_numpy().astype(np.int64)
+
+
+def shard_labels(run: Run, shard: str) -> pa.Table:
+    """sample_id and label, or pseudo-label, of a seed or audit shard, without reading its images."""
+    with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
+        parquet = pq.ParquetFile(file)
+        if not json.loads(parquet.schema_arrow.metadata[b"raypipe"]).get("unlabelled"):
+            return parquet.read(["sample_id", "label"])
+    return storage.read_table(run.path("labels", f"{shard}.parquet"), ["sample_id", "label"])
 
 
 def audit_name(shard: str) -> str:
@@ -168,24 +188,30 @@ def _draw(config: Config, run_uri: str, audit: float, unit: tuple[str, list[Frag
         read = source.read(run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id))
         samples = list(once(run, fragment, read, source.ids_can_repeat))
         images, reasons = decode_batch(samples, size, config.source.max_pixels)
-        found = [classes.index(sample.label) for sample in samples]
+        found = [classes.label_of(sample) for sample in samples]
         reasons = [reason or wrong for reason, (_, wrong) in zip(reasons, found, strict=True)]
         index = [label for label, _ in found]
         drawn += len(samples)
         rejects += [(sample.sample_id, reason) for sample, reason in zip(samples, reasons, strict=True) if reason]
-        good = [row for row, reason in enumerate(reasons) if not reason and index[row] >= 0]
+        good = [row for row, reason in enumerate(reasons) if not reason and (index[row] >= 0 or classes.clusters)]
         ids += [samples[row].sample_id for row in good]
         labels += [index[row] for row in good]
         blocks.append(images[good])
     images, mine = np.concatenate(blocks), np.array([seeds(sample_id) for sample_id in ids], bool)
-    about = {"drawn": drawn, "rejects": summarize(rejects)}
+    about: dict[str, Any] = {"drawn": drawn, "rejects": summarize(rejects)}
+    unlabelled = {"unlabelled": True} if classes.clusters else {}
     for shard, rows in ((name, mine), (audit_name(name), ~mine)):
         kept = np.flatnonzero(rows)
         table = shard_table(
-            [ids[row] for row in kept], [labels[row] for row in kept], images[kept], len(classes.names), size, about
+            [ids[row] for row in kept], [labels[row] for row in kept], images[kept], _told(classes), size, about | unlabelled
         )
         storage.write_table(run.path("seed", f"{shard}.parquet"), table)
     return {"unit": name, "samples": sum(fragment.samples for fragment in group), "cpu_seconds": watch.lap(), **about}
+
+
+def _told(classes: ClassMap) -> int:
+    """Classes that labels of the source tell apart: none, where clusters are to stand for them."""
+    return 0 if classes.clusters else len(classes.names)
 
 
 def shard_table(
@@ -202,7 +228,7 @@ def shard_table(
     statistics = {
         "image_size": size,
         "samples": len(ids),
-        "per_class": np.bincount(np.array(labels, np.int64), minlength=classes).tolist(),
+        "per_class": np.bincount(np.array([label for label in labels if label >= 0], np.int64), minlength=classes).tolist(),
         "sum": channels.sum((0, 2)).tolist(),
         "square": np.square(channels).sum((0, 2)).tolist(),
         **about,
@@ -223,7 +249,8 @@ def _statistics(run: Run, shard: str) -> dict[str, Any]:
 
 def make_manifest(run: Run, shards: list[str], audit: float) -> dict[str, Any]:
     """What `seed_manifest` gives, from the shards; audit: the share of the samples outside the seed set that is in the audit set."""
-    totals, sizes, per_class, sums, squares = 0, [], np.zeros(len(run.classes().names), int), np.zeros(3), np.zeros(3)
+    known = run.classes()
+    totals, sizes, per_class, sums, squares = 0, [], np.zeros(_told(known), int), np.zeros(3), np.zeros(3)
     size = 0
     for shard in shards:
         found = _statistics(run, shard)
@@ -249,12 +276,17 @@ def make_manifest(run: Run, shards: list[str], audit: float) -> dict[str, Any]:
         "audit_samples": sum(audited.values()),
         "audit_shards": [shard for shard, count in audited.items() if count],
         "audit_shard_samples": [count for count in audited.values() if count],
+        **({"unlabelled": True} if known.clusters else {}),
     }
 
 
 def _check(manifest: dict[str, Any], config: Config) -> None:
     present = sum(count > 0 for count in manifest["per_class"])
-    if manifest["samples"] < 20 or present < 2:
+    if config.unsupervised and manifest["samples"] < 20:
+        raise StageError(
+            f"the seed set has {manifest['samples']} readable samples; at least 20 are needed. Raise seed.fraction (now {config.seed.fraction:g})"
+        )
+    if not config.unsupervised and (manifest["samples"] < 20 or present < 2):
         raise StageError(
             f"the seed set has {manifest['samples']} labelled, readable samples of {present} classes; "
             f"at least 20 samples of 2 classes are needed. Raise seed.fraction (now {config.seed.fraction:g}), or check the labels "

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, TrustSettings
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
-from raypipe.rundir import Run, StageRecord, content_hash, tables_of
+from raypipe.names import DIFFICULTIES
+from raypipe.rundir import Run, StageRecord, content_hash, noise_of, tables_of
 from raypipe.selection import STRATEGIES, Chunk, Cut, Options, needs_classes, needs_loss, select
 from raypipe.selection.hashing import text_array
 from raypipe.stages.base import Context, Stage
@@ -36,8 +37,6 @@ GROUP_ROWS = 1 << 16
 SCHEMA = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("score", pa.float32())])
 WEIGHT = pa.field("weight", pa.float32())
 """One more column, where `select.weights` asks for it."""
-DIFFICULTIES = {"aum", "el2n", "entropy", "forgetting", "grand", "loss"}
-"""Scores that are high for hard samples: `select.difficulty: auto` goes by them, and by the proxy's loss with any other."""
 OF_STRATEGY = {"mixed": ["easy_fraction"], "ccs": ["hard_cutoff", "strata"], "beta": ["beta_exponent"]}
 """Settings that only one strategy looks at."""
 
@@ -117,6 +116,8 @@ def make_keep_lists(
     if not scores.samples:
         raise RunError(f"{run.uri}: scores/ holds no sample, so there is nothing to keep; see rejects/ for what went wrong")
     about = {"strategy": settings.strategy, "samples": str(scores.samples), "scores": scores.digest, **fidelity}
+    if noise := noise_of(run.ledger()):
+        about["inject_noise"] = f"{noise.share:g}"
     if stated := _stated(settings, options, marked):
         about["options"] = json.dumps(stated, sort_keys=True)
     with contextlib.ExitStack() as files:
@@ -137,7 +138,7 @@ def options_of(run: Run, settings: SelectSettings) -> Options:
     if difficulty == "auto":
         score = run.ledger()["extrapolate"].detail.get("score")
         difficulty = "score" if score in DIFFICULTIES and not own else "loss"
-    options = Options(**{**fields, "difficulty": difficulty})
+    options = Options(**{**fields, "difficulty": difficulty, "by_class": settings.within_classes})
     if own and needs_loss(settings.strategy, options):
         other = "; if a high score means a hard sample, say select.difficulty: score" if settings.strategy != "beta" else ""
         raise ConfigError(
@@ -151,6 +152,8 @@ def _stated(settings: SelectSettings, options: Options, marked: dict[str, Any]) 
     strategy = STRATEGIES[settings.strategy]
     names = ["seed"] * strategy.draws + ["difficulty"] * strategy.difficulty + OF_STRATEGY.get(settings.strategy, [])
     stated = {name: getattr(options, name) for name in names}
+    if options.by_class and not strategy.by_class:
+        stated["by_class"] = True
     if options.min_per_class:
         stated["min_per_class"] = options.min_per_class
     if options.weights != "none":
@@ -223,7 +226,8 @@ def keep_file(fraction: float) -> str:
 def keep_metadata(uri: str) -> dict[str, str]:
     """How a keep-list was made: strategy, fraction, count, samples, scores, spearman, spearman_low, forced; options (JSON), if any.
 
-    Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that.
+    Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that. `inject_noise`, where it is
+    there, is the share of the labels that were replaced for a rehearsal.
     """
     with storage.open_read(uri) as file:
         found = pq.read_schema(file).metadata or {}

@@ -19,7 +19,7 @@ from raypipe.config import Config
 from raypipe.rundir import Run, StageRecord, fingerprint
 from raypipe.stages.base import Context
 from raypipe.stages.proxy import proxy_manifest, trajectory_files
-from raypipe.stages.seed import seed_manifest
+from raypipe.stages.seed import seed_manifest, shard_labels
 from raypipe.stages.streaming import Stopwatch, run_tasks
 
 BLOCK_BYTES = 16 << 20
@@ -92,7 +92,7 @@ def _row_bytes(run: Run, columns: list[str]) -> int:
 def score_shards(config: Config, run_uri: str, folder: str, scores: list[str], units: list[Unit]) -> dict[str, Any]:
     """Score the samples of seed shards that follow one another. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
-    tables = [storage.read_table(run.path("seed", f"{shard}.parquet"), ["sample_id", "label"]) for shard, _, _ in units]
+    tables = [shard_labels(run, shard) for shard, _, _ in units]
     label = np.concatenate([table["label"].to_numpy().astype(np.int64) for table in tables])
     start, stop = units[0][1], units[-1][2]
     found = score_rows(run, start, stop, label, {score: _options(config, score) for score in scores})

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from glob import glob
 
-from raypipe.config import Config, MeasureSettings
+from raypipe.config import Config
 from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
 from raypipe.survey import rates
 from raypipe.survey.facts import Cost, StageCost, Survey
@@ -84,7 +84,7 @@ class Work:
             survey.bytes,
             survey.scan_reads,
             max(1, round(survey.fragments * used)),
-            len(survey.class_names),
+            config.pseudo_labels.clusters or len(survey.class_names),
             seed,
             min(audit, round(readable) - seed),
             survey.decode_seconds,
@@ -127,9 +127,10 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
     result = {
         "index": Effort(scan, 0, work.listed / INDEX_FILES + 1),
         "seed": Effort((seed + work.audit) * work.decode_seconds + work.samples * 0.05e-3, 0, shards),
+        **({"label": _labelling(work, machine, forward)} if config.unsupervised else {}),
         "proxy": _training(work, machine, forward),
     }
-    passes, audit_passes = _passes(config.measure, seed)
+    passes, audit_passes = _passes(config, seed)
     count = len(config.proxy.checkpoint_epochs())
     scored = count * (seed * passes + work.audit * audit_passes) * forward
     result["measure"] = _network(scored, (seed + work.audit) * rates.SAMPLE_SECONDS, config.measure.use_gpu, machine, shards)
@@ -138,7 +139,7 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
         look = _network(seed * forward, seed * rates.SAMPLE_SECONDS, config.embed.use_gpu, machine, shards)
         result["rehearse"] = Effort(again.cpu + look.cpu, again.gpu + look.gpu, again.shared_by)
     result["embed"] = _network(
-        work.samples * forward,
+        work.samples * (forward + _features(work, forward)),
         work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
         config.embed.use_gpu,
         machine,
@@ -155,7 +156,8 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
 
 def _training(work: Work, machine: Machine, forward: float) -> Effort:
     proxy = work.config.proxy
-    passes = rates.TRAINING + (proxy.trajectory == "eval")
+    attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
+    passes = rates.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
     beside = work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
     amount = work.seed * proxy.epochs * passes * forward
     if _on_gpu(proxy.use_gpu, machine):
@@ -167,8 +169,42 @@ def _training(work: Work, machine: Machine, forward: float) -> Effort:
     return Effort(alone / gain * threads, 0, side_by_side * threads)
 
 
-def _passes(measure: MeasureSettings, seed: int) -> tuple[float, float]:
+def _features(work: Work, forward: float) -> float:
+    """Multiply-adds of the features that tell the pseudo-label of a sample; nothing where labels are the source's."""
+    settings = work.config.pseudo_labels
+    if settings.clusters is None:
+        return 0.0
+    return forward if settings.features == "self-supervised" else rates.macs(settings.model, settings.image_size)
+
+
+def _labelled_by(config: Config) -> str:
+    """The network whose features pseudo-labels come from."""
+    settings = config.pseudo_labels
+    return settings.model if settings.features == "backbone" else config.proxy.model
+
+
+def _labelling(work: Work, machine: Machine, forward: float) -> Effort:
+    """Self-supervised training takes two views of each image; the clusters themselves are not counted."""
+    settings, proxy = work.config.pseudo_labels, work.config.proxy
+    look = _network(work.seed * _features(work, forward), 0, proxy.use_gpu, machine, 1)
+    if settings.features == "backbone":
+        return look
+    plan = {
+        "epochs": settings.epochs,
+        "checkpoints": 1,
+        "checkpoint_choice": "spaced",
+        "batch_size": settings.batch_size,
+        "parts": 1,
+        "adversary": None,
+    }
+    config = work.config.model_copy(update={"proxy": proxy.model_copy(update=plan | {"workers": 1, "trajectory": "none"})})
+    training = _training(replace(work, config=config, seed=2 * work.seed), machine, forward)
+    return Effort(training.cpu + look.cpu, training.gpu + look.gpu, training.shared_by)
+
+
+def _passes(config: Config, seed: int) -> tuple[float, float]:
     """Forward passes that one checkpoint takes per sample of the seed set and of the audit set."""
+    measure, adversary = config.measure, config.proxy.adversary
     scores = measure.at_checkpoints
     if not scores:
         return 0.0, 0.0
@@ -180,7 +216,9 @@ def _passes(measure: MeasureSettings, seed: int) -> tuple[float, float]:
     each += (moso and measure.moso.gradient == "head") or (grand and measure.grand.gradient == "head")
     each += bool(set(scores) - {"moso", "grand"})
     whole = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
-    return each + whole + measure.recalibrate, each
+    attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0  # of each of the passes over the seed set
+    passes = each + whole + measure.recalibrate
+    return passes + attack * (1 + moso + measure.recalibrate), each + attack
 
 
 def _extrapolation(work: Work) -> Effort:
@@ -282,10 +320,11 @@ def scaled_efforts(work: Work, stated: Mapping[str, Effort], machine: Machine, l
     other = efforts(Work.of_run(run, records, work), replace(machine, gpus=1.0 if gpus else 0.0))
     result = {}
     for stage, effort in stated.items():
-        record, theirs = records.get(stage), other[stage]
+        record, theirs = records.get(stage), other.get(stage)
         # seconds of a GPU say nothing of those of a CPU
         if (
             record is None
+            or theirs is None
             or record.state != "done"
             or bool(effort.gpu) != bool(record.gpu_seconds)
             or stage in ("select", "report")
@@ -319,6 +358,7 @@ def bytes_written(work: Work) -> dict[str, int]:
     at_checkpoints, image = bool(measure.at_checkpoints), 3 * proxy.image_size**2 + 40
     found = {
         "seed": (work.seed + work.audit) * image,
+        "labels": work.config.unsupervised * (4 * rates.PARAMETERS[_labelled_by(work.config)] + 60 * (work.seed + work.audit)),
         "proxy": kept + trajectory,
         "measured": kept * (("moso" in measure.scores) + (measure.recalibrate and at_checkpoints))
         + work.seed * (60 + 12 * count),

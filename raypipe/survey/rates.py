@@ -38,6 +38,8 @@ TRAINING = 3.5
 """Forward passes that a step of training is worth: 2.4 to 4.2 over the same networks."""
 MEAN_GRADIENT, ALIGNMENT, WITH_NORMS = 2.9, 2.4, 4.0
 """The same for the passes of gradient scores (benchmarks/results/alignment-cpu.txt)."""
+ATTACK = 2.4
+"""The same for each iteration of an adversarial example, forward and back to the pixels: 2.1 to 2.6 (small, ResNet-18)."""
 
 STEP_SECONDS, EPOCH_SECONDS = 5e-3, 0.15
 """Of a training beside the network: per step (augmentation, optimiser), per epoch (trajectory and state written)."""
@@ -65,6 +67,7 @@ CURVE_SIGHT = 1.25e-3
 START_SECONDS = {
     "index": 6.0,
     "seed": 1.0,
+    "label": 5.0,
     "proxy": 10.0,
     "measure": 6.0,
     "rehearse": 12.0,
@@ -74,7 +77,7 @@ START_SECONDS = {
     "report": 1.0,
 }
 """Wall-clock seconds of a stage that do not depend on the data: Ray, processes and imports starting, on two cores."""
-START_CPU_SECONDS = {"proxy": 1.0, "measure": 2.0, "rehearse": 3.0, "embed": 2.0, "extrapolate": 3.0}
+START_CPU_SECONDS = {"label": 3.0, "proxy": 1.0, "measure": 2.0, "rehearse": 3.0, "embed": 2.0, "extrapolate": 3.0}
 """Processor seconds of the same that the ledger counts."""
 
 SPREAD = {"run": (0.6, 1.8), "cpu": (0.4, 2.2), "gpu": (0.25, 4.0)}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import QUIET
+from helpers import QUIET, small_config
 
 import raypipe
 from raypipe import storage
@@ -45,7 +45,7 @@ def test_an_evaluation_and_that_it_trains_nothing_twice(scored: Run, monkeypatch
     assert summary["trainings"] == 2 + 4 + 8
     assert summary["test"] == {"uri": "digits://", "samples": 100, "left_out": 200}
     assert summary["full"]["samples"] == 198 and summary["unit"] == "CPU" and summary["samples"] == 198
-    assert [listed["name"] for listed in summary["lists"]] == ["moso, top", "moso, ccs"]
+    assert [listed["name"] for listed in summary["lists"]] == ["moso, top", "moso, ccs by class"]
     for listed in summary["lists"]:
         assert [found["fraction"] for found in listed["fractions"]] == [0.25, 0.5]
         assert all(found["difference"]["seeds"] == 2 for found in listed["fractions"])
@@ -53,15 +53,15 @@ def test_an_evaluation_and_that_it_trains_nothing_twice(scored: Run, monkeypatch
     even = summary["lists"][0]["fractions"][0]["break_even"]
     assert even["scoring"] == 48.0 and even["net"] == pytest.approx(even["saved"] - 48.0)  # keep-lists and report are no scores
     rows = pq.read_table(run.path("evaluation", "trainings.parquet")).to_pylist()
-    assert len(rows) == 14 and {row["list"] for row in rows} == {FULL, RANDOM, "moso, top", "moso, ccs"}
+    assert len(rows) == 14 and {row["list"] for row in rows} == {FULL, RANDOM, "moso, top", "moso, ccs by class"}
     assert all(0 <= row["worst_class_accuracy"] <= row["accuracy"] <= 1 and row["cpu_seconds"] > 0 for row in rows)
-    by_seed = {row["seed"]: row["accuracy"] for row in rows if (row["list"], row["fraction"]) == ("moso, ccs", 0.5)}
+    by_seed = {row["seed"]: row["accuracy"] for row in rows if (row["list"], row["fraction"]) == ("moso, ccs by class", 0.5)}
     random = {row["seed"]: row["accuracy"] for row in rows if (row["list"], row["fraction"]) == (RANDOM, 0.5)}
     stated = summary["lists"][1]["fractions"][1]
     assert stated["accuracy"]["mean"] == pytest.approx(np.mean(list(by_seed.values())))
     assert stated["difference"]["mean"] == pytest.approx(np.mean([by_seed[seed] - random[seed] for seed in (0, 1)]))
     lines = list(describe(summary))
-    assert sum(line.startswith("moso, ccs  ") for line in lines) == 2 and lines[-1] == summary["lists"][1]["sentence"]
+    assert sum(line.startswith("moso, ccs by class  ") for line in lines) == 2 and lines[-1] == summary["lists"][1]["sentence"]
     assert "pixels" not in storage.entries(run.path("evaluation"))
 
     with monkeypatch.context() as patch:
@@ -77,6 +77,25 @@ def test_an_evaluation_and_that_it_trains_nothing_twice(scored: Run, monkeypatch
     after = {item.path: item.stamp for item in storage.listing(run.path("evaluation"))}
     changed = {path for path, stamp in stamps.items() if after[path] != stamp}
     assert changed <= {"summary.json", "trainings.parquet"} | {path for path in stamps if path.startswith("data-")}
+
+
+def test_under_attack_robust_accuracy_stands_beside_accuracy(scored: Run) -> None:
+    summary = _evaluate(scored, keep=[0.5], seeds=2, strategies=["top"], attack=True)
+    assert summary["training"]["adversary"] == {"eps": 8 / 255, "step_size": 2 / 255, "iterations": 7}
+    rows = pq.read_table(scored.path("evaluation", "trainings.parquet")).to_pylist()
+    assert all(0 <= row["robust_accuracy"] <= row["accuracy"] for row in rows)
+    (listed,) = summary["lists"]
+    (found,) = listed["fractions"]
+    robust = {
+        name: {row["seed"]: row["robust_accuracy"] for row in rows if row["list"] == name} for name in (RANDOM, listed["name"])
+    }
+    assert found["robust_accuracy"]["mean"] == pytest.approx(np.mean(list(robust[listed["name"]].values())))
+    gaps = [robust[listed["name"]][seed] - robust[RANDOM][seed] for seed in (0, 1)]
+    assert found["robust_difference"]["mean"] == pytest.approx(np.mean(gaps))
+    assert "moso, top, under attack: " in listed["sentence"]
+    lines = list(describe(summary))
+    assert any("7 steps of 2/255 within 8/255" in line for line in lines)
+    assert any(line.count("against random") == 2 and "under attack" in line for line in lines)
 
 
 def test_a_training_that_was_killed_goes_on(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +170,7 @@ def test_other_scores_are_lists_as_well(scored: Run, tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "run_on", _refuse)
+    scored.write_config(small_config(scored.uri, "source.limit=200", "select.hard_cutoff=0.1"))
     with pytest.raises(ConfigError, match=r"keep \(0.95\) and hard_cutoff"):
         _evaluate(scored, keep=[0.95])
     with pytest.raises(SourceError, match="left to test on, and its samples that the run scored"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raypipe import training
-from raypipe.config import ProxySettings
+from raypipe.config import AdversarySettings, ProxySettings
 from raypipe.errors import StageError
 from raypipe.evaluation import fitting
 
@@ -55,6 +55,25 @@ def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, n
     other = fitting.fit(settings, pixels, label, rows, 2, HALF, steps=8)
     weights = [torch.cat([value.flatten().float() for value in model.state_dict().values()]) for model in (whole, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_an_adversarial_training_goes_by_what_an_attack_cannot_change() -> None:
+    """A faint chequered pattern tells the class always, brightness mostly; within 16/255 the first can be turned into the other class's."""
+    random = np.random.default_rng(0)
+    label = random.integers(0, 2, 192)
+    bright = np.where(random.random(192) < 0.9, label, 1 - label)
+    chequered = np.where(np.indices((8, 8)).sum(0) % 2, 8, -8) * (2 * label[:, None, None, None] - 1)
+    pixels = (70 + 110 * bright[:, None, None, None] + chequered + random.integers(-3, 4, (192, 3, 8, 8))).astype(np.uint8)
+    adversary = AdversarySettings(eps="16/255", step_size="8/255", iterations=4)
+    settings, rows, found = SETTINGS.model_copy(update={"epochs": 6}), np.arange(128), {}
+    for name, given in (("plain", None), ("adversarial", adversary)):
+        model = fitting.fit(settings.model_copy(update={"adversary": given}), pixels, label, rows, 2, HALF)
+        model.train()
+        robust = [fitting.test(model, pixels[128:], label[128:], 2, adversary=adversary).accuracy for _ in range(2)]
+        assert robust[0] == robust[1] and model.training
+        found[name] = robust[0], fitting.test(model, pixels[128:], label[128:], 2).accuracy
+    assert found["adversarial"][0] > found["plain"][0] + 0.2, found
+    assert found["plain"][1] >= found["adversarial"][1] and all(robust <= clean for robust, clean in found.values())
 
 
 def test_the_learning_rate_ends_with_the_steps(squares: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,10 +54,15 @@ def test_a_name_depends_on_all_that_determines_the_training() -> None:
         _names(batch_size=8),
         _names(data="new"),
         _names(gpu=True),
+        _names(attack=True),
     ):
         assert not names & set(other.values())
     scored = small_config("run", "proxy.checkpoints=1", "proxy.seed=5", "proxy.parts=2")
     assert names == set(_names(scored).values())
+    # how the proxy was trained says nothing of a plain evaluation; of one under attack, how it is attacked
+    adversarial = small_config("run", "proxy.adversary={eps: 4/255}")
+    assert names == set(_names(adversarial).values())
+    assert not set(_names(attack=True).values()) & set(_names(adversarial, attack=True).values())
     # with as many steps for all, those on everything are the same
     steps = _names(protocol="steps")
     assert steps[FULL, 0] == _names()[FULL, 0] and steps["a, top", 0] != _names()["a, top", 0]

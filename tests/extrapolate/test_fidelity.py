@@ -195,6 +195,9 @@ def test_baselines(problem, settings) -> None:
     assert rivals["class_mean"].spearman is None and not {"proxy", "proxy_loss"} & set(rivals)
     few = judge(lambda: make(settings("knn-published"), 4), nodes.take(np.arange(25)), score[:25], 0.4, 0)[1].baselines
     assert "mlp" not in few and "proxy" in few
+    quick = hold_out(lambda: make(settings("knn-published"), 4), nodes, score, rows, mlp=False)
+    assert quick.baselines.keys() == held.baselines.keys() - {"mlp"}
+    np.testing.assert_array_equal(quick.baselines["proxy"], held.baselines["proxy"])
     unseen = type(nodes)(nodes.embedding[:1], np.array([7]), nodes.signals[:1])
     model = make(settings("knn-published"), 8)
     model.fit(nodes, score)

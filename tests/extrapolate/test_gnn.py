@@ -105,6 +105,19 @@ def test_round_trip_is_bit_equal(fitted, settings, tmp_path) -> None:
         again.load_state({**tensors, "network0.out.0.bias": np.zeros(3, np.float32)}, meta)
 
 
+def test_one_network_will_do(problem, settings) -> None:
+    nodes, score = problem(300)
+    gnn = AnchorGnn(settings("gnn", epochs=6), 4)
+    gnn.members, steps = 1, []
+    gnn.fit(nodes.take(np.arange(150)), score[:150], lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (8, 8) and sum(gnn._weights.values()) == pytest.approx(1)
+    gnn._weights = EQUAL
+    again, rest = AnchorGnn(settings("gnn"), 4), nodes.take(np.arange(150, 300))
+    again.load_state(*gnn.state())
+    assert spearmanr(gnn.predict(rest), score[150:]).statistic > 0.6
+    np.testing.assert_array_equal(gnn.predict(rest), again.predict(rest))
+
+
 def test_repeats_itself_and_leaves_global_random_state(problem, settings) -> None:
     nodes, score = problem(120)
     seed, rest = nodes.take(np.arange(80)), nodes.take(np.arange(80, 120))

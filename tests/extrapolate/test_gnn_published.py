@@ -6,7 +6,7 @@ import torch
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.gnn_published import FAN_OUT, GnnPublished
+from raypipe.extrapolate.gnn_published import FAN_OUT, GnnPublished, PublishedNet
 from raypipe.extrapolate.neighbours import NeighbourIndex
 
 
@@ -39,6 +39,25 @@ def test_inference_by_hand(fitted) -> None:
     np.testing.assert_allclose(gnn.predict_rows(np.array([70, 99, 149])), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_equal_gcnconv(training: bool, monkeypatch) -> None:
+    """A batch of 3 nodes, 9 that receive messages, 20 in all; what the first layers give of nodes that nobody sees is not compared."""
+    monkeypatch.setattr("raypipe.extrapolate.gnn_published.DROPOUT", 0.0)
+    torch.manual_seed(0)
+    net, x, weight = PublishedNet(7).train(training), torch.randn(20, 7), torch.rand(9, 4)
+    near = torch.stack([(row + 1 + torch.randperm(8 if row < 3 else 19)[:4]) % (9 if row < 3 else 20) for row in range(9)])
+    edges = torch.stack([near.flatten(), torch.arange(9).repeat_interleave(4)])
+    expected = x
+    for layer in net.layers[:-1]:
+        torch.nn.init.normal_(layer.bias)
+        expected = torch.relu(layer(expected, edges, weight.flatten()))
+    expected = net.layers[-1](expected, edges, weight.flatten())[:3, 0]
+    wanted = torch.autograd.grad(expected.sum(), list(net.parameters()))
+    found = net(x, near, weight, 3)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), list(net.parameters())), wanted)
+
+
 def test_a_prediction_does_not_depend_on_its_batch(fitted) -> None:
     gnn, _, _ = fitted
     together = gnn.predict_rows(np.arange(150))
@@ -52,15 +71,16 @@ def test_training_subgraph(problem, settings, k: int) -> None:
     gnn.fit_graph(nodes, np.arange(60), score[:60])
     distance, near = NeighbourIndex(nodes.embedding).search(nodes.embedding, k, exclude=np.arange(150))
     batch = torch.tensor([3, 17, 90])
-    x, edges, weight = gnn._sampled(batch)
+    x, sources, weight = gnn._sampled(batch)
     row = {tuple(feature): place for place, feature in enumerate(nodes.embedding.tolist())}
     rows = np.array([row[tuple(feature)] for feature in x[:, 4:].tolist()])
     assert rows[:3].tolist() == [3, 17, 90] and len(set(rows.tolist())) == len(rows)
     received: dict[int, list[int]] = {}
-    for source, target, w in zip(rows[edges[0]], rows[edges[1]], weight.tolist()):
-        received.setdefault(int(target), []).append(int(source))
-        place = near[target].tolist().index(source)  # every edge is an edge of the graph
-        assert w == pytest.approx(np.exp(-distance[target, place] / 2), rel=1e-5)
+    for target, theirs, weights in zip(rows, rows[sources].tolist(), weight.tolist()):
+        received[int(target)] = theirs
+        for source, w in zip(theirs, weights, strict=True):
+            place = near[target].tolist().index(source)  # every edge is an edge of the graph
+            assert w == pytest.approx(np.exp(-distance[target, place] / 2), rel=1e-5)
     assert all(len(set(sources)) == len(sources) == min(k, FAN_OUT) for sources in received.values())
     first = {source for target in (3, 17, 90) for source in received[target]}
     assert set(received) == first | {3, 17, 90}  # two hops: the batch and its neighbours receive, nothing else does

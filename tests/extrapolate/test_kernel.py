@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 
 from raypipe.extrapolate import kernel as kernel_module
+from raypipe.extrapolate import likelihood as likelihood_module
 from raypipe.extrapolate.features import KNOTS, Scaler, Target
 from raypipe.extrapolate.kernel import KernelRegression
 
@@ -46,7 +48,26 @@ def test_kernel_formula(problem) -> None:
         assert found[i, j] == pytest.approx(expected, rel=1e-4)
     assert np.linalg.eigvalsh(found).min() > -1e-8  # a covariance, unlabelled samples included
     points = model._with_error(model._points(u, v, label))
-    np.testing.assert_allclose(model._combine(model._distances(points), model._constants).numpy(), found, atol=1e-7)
+    again = model._likelihood(points, torch.from_numpy(z)).covariance(model._constants).numpy()
+    np.testing.assert_allclose(again, np.tril(found), atol=1e-7)
+
+
+def test_likelihood_and_its_gradient(problem, monkeypatch) -> None:
+    u, v, label, z = arrays(problem, 40)
+    label[:5] = -1
+    model, head = KernelRegression(), (np.random.default_rng(1).normal(size=(4, u.shape[1])), np.arange(4.0))
+    model.fit(u, v, label, z, np.random.default_rng(0), head)
+    monkeypatch.setattr(likelihood_module, "CHUNK_PAIRS", 100)
+    likelihood = model._likelihood(model._with_error(model._points(u, v, label)), torch.from_numpy(z))
+    at = torch.from_numpy(np.random.default_rng(2).normal(scale=0.3, size=11) + np.log(0.5))
+    loss, gradient = likelihood(at)
+    covariance = np.tril(likelihood.covariance(at).numpy())
+    covariance += np.tril(covariance, -1).T + (np.exp(at[-1].item()) + likelihood_module.LEAST_NOISE) * np.eye(40)
+    _, logarithm = np.linalg.slogdet(covariance)
+    assert loss == pytest.approx(z @ np.linalg.solve(covariance, z) / 2 + logarithm / 2)
+    for place, step in enumerate(1e-5 * torch.eye(11, dtype=torch.float64)):
+        slope = (likelihood(at + step)[0] - likelihood(at - step)[0]) / 2e-5
+        assert gradient[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("classes", [1, 4, 90])
@@ -88,8 +109,6 @@ def test_left_out_prediction_does_not_contain_the_own_score(problem) -> None:
     before = model.fit(u, v, label, z, np.random.default_rng(0))
     changed = z.copy()
     changed[17] += 3
-    import torch
-
     after = model._solve(model._points(u, v, label), torch.from_numpy(changed)).numpy()
     assert after[17] == pytest.approx(before[17], abs=1e-6)
     assert np.abs(after - before).max() > 0.05

@@ -94,6 +94,7 @@ def test_scores_too_unfaithful_to_prune_by_are_code_3_with_the_summary(
     [
         (["--config", DIGITS, "--set", "seed.fraction=2"], "seed.fraction: 2 is not allowed"),
         (["--config", DIGITS, "--set", "seed"], "expected section.field=value"),
+        (["--config", DIGITS, "--inject-noise", "2"], "source.inject_noise: 2.0 is not allowed"),
         (["--config", "no/such.yaml"], "no/such.yaml: no such file"),
     ],
 )

@@ -24,11 +24,11 @@ INDEX = pa.schema(
 
 
 class FakeSource:
-    """Grey squares; `reads` lists the fragments that were read. Fragments in `broken` fail."""
+    """Grey squares, or noise; `reads` lists the fragments that were read. Fragments in `broken` fail."""
 
     def __init__(self, size: int = 8) -> None:
         self.settings = SourceSettings(uri="memory")
-        self.size, self.reads, self.broken = size, list[str](), set[str]()
+        self.size, self.noise, self.reads, self.broken = size, False, list[str](), set[str]()
 
     def read(self, fragment: Fragment, wanted: Callable[[str], bool]) -> Iterator[RawSample]:
         self.reads.append(fragment.fragment_id)
@@ -37,7 +37,9 @@ class FakeSource:
         for position in range(fragment.start, fragment.stop):
             sample_id = f"{fragment.path}#{position}"
             if wanted(sample_id):
-                yield RawSample(sample_id, np.full((self.size, self.size), position % 256, np.uint8), 0)
+                shape = (self.size, self.size, 3)
+                noise = np.random.default_rng(position).integers(0, 256, shape, np.uint8) if self.noise else None
+                yield RawSample(sample_id, np.full(shape[:2], position % 256, np.uint8) if noise is None else noise, 0)
 
 
 @pytest.fixture
@@ -55,6 +57,7 @@ def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
         names: Sequence[str] = ("cat", "dog", "owl"), fragments: int = 4, size: int = 50, path: str = "part-{}", **sections: Any
     ) -> Run:
         run = Run(str(tmp_path / "run"))
+        sections["select"] = {"strategy": "top", **sections.get("select", {})}
         run.write_config(parse_config({"run": run.uri, "source": {"uri": "memory"}, **sections}))
         storage.write_json(run.path("index", "classes.json"), {"names": list(names), "numeric": True})
         random, rows = np.random.default_rng(0), []
@@ -111,6 +114,7 @@ def write_fragment(run: Run, fragment: str, file: str, size: int, classes: int, 
         "label": labels,
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), 6),
         "prediction": prediction,
+        "confidence": (0.5 + 0.5 * np.abs(margin)).astype(np.float32),
         "margin": margin.astype(np.float32),
     }
     storage.write_table(run.path("embeddings", f"{fragment}.parquet"), pa.table(columns))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from raypipe import storage
 from raypipe.report import embeddings
 from raypipe.report.embeddings import principal_axes, scan_embeddings
+from raypipe.report.page import build
 from raypipe.report.scores import Highest, Pick
+from raypipe.report.summary import collect
 from raypipe.rundir import Run
 
 
@@ -57,6 +60,17 @@ def test_scores_are_matched_by_id_where_the_order_differs(make_run: Callable[...
     assert {item.sample_id for item in after.suspects} <= set(known)
     assert len(after.suspects) >= len(known) - 4
     assert all(known[item.sample_id] == item.score for item in after.suspects)
+
+
+def test_label_errors_are_sought_at_the_hard_end(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    low = collect(run).grids["suspects"]
+    about = storage.read_json(run.path("extrapolator", "extrapolator.json"))
+    storage.write_json(run.path("extrapolator", "extrapolator.json"), {**about, "score": "el2n"})
+    high = collect(run).grids["suspects"]
+    assert low and high and max(item.score for item in low) < min(item.score for item in high)
+    page = Path(build(run)).read_text("utf-8")
+    assert "Among the highest 20" in page and "The easiest." in page and "What every keep-list drops" not in page
 
 
 def test_only_so_many_shards_are_read(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

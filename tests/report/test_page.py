@@ -74,6 +74,8 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
     assert "Keep 50 %: 100 of 199 samples" in text
     assert "Fidelity is good: on 10 held-out seed samples" in text
     for title in (
+        "A training on it of as many epochs takes 50 % fewer steps, and so costs about 50 % less.",
+        "Class by class: the lowest and the highest scores of 3 classes and the unlabelled",
         "Highest scores",
         "Lowest scores",
         "Most uncertain",
@@ -82,7 +84,8 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
         "Where the time went",
     ):
         assert title in text
-    assert len(re.findall("<svg", page)) == 4
+    assert len(re.findall(r"<svg role", page)) == 6
+    assert len(re.findall(r'<svg class="mini"', page)) == 4, "three classes and the unlabelled"
     images = [attributes for tag, attributes in elements.found if tag == "img"]
     assert len(images) > 24
     assert all(
@@ -175,9 +178,10 @@ def test_hostile_names_stay_text(make_run: MakeRun) -> None:
     _, elements = built(run)
     tags = [tag for tag, _ in elements.found]
     assert "script" not in tags
-    assert tags.count("style") == 1 + tags.count("svg")  # Matplotlib puts one into each plot
+    small = sum(tag == "svg" and attributes.get("class") == "mini" for tag, attributes in elements.found)
+    assert tags.count("style") == 1 + tags.count("svg") - small  # Matplotlib puts one into each plot
     assert "49" not in re.findall(r"img>(\S+)\$", elements.text)
-    titles = [attributes["title"] for tag, attributes in elements.found if tag == "figure" and "title" in attributes]
+    titles = [attributes["title"] for tag, attributes in elements.found if attributes.get("class") == "tile"]
     assert titles
     assert all((title or "").startswith(HOSTILE) for title in titles)
     assert HOSTILE.partition("\x07")[0] in elements.text
@@ -229,9 +233,9 @@ def test_a_source_that_is_gone_is_said_and_the_samples_are_listed(make_run: Make
 
 def test_of_many_classes_the_ends_are_shown(make_run: MakeRun) -> None:
     run = make_run(names=[f"class {number:03d} {'x' * 40}" for number in range(60)], fragments=12)
-    page, elements = built(run)
+    _, elements = built(run)
     assert sum(attributes.get("class") == "gap" for _, attributes in elements.found) == 1
-    assert "⋮" in page
+    assert "All of 60 classes and the unlabelled: middle 80 %" in elements.text
     shown = json.loads(Path(run.path("report", "summary.json")).read_text())["shown_classes"]
     assert len(shown) == 24
 
@@ -245,7 +249,7 @@ def test_a_damaged_keep_list_is_named(make_run: MakeRun) -> None:
 
 def test_class_names_are_no_formulas_in_plots() -> None:
     item = {"name": r"$\undefined{x}$", "q10": 0.0, "q25": 0.1, "q50": 0.2, "q75": 0.3, "q90": 0.4}
-    svg = plots.class_spread([item, {**item, "name": "\x00\n"}, {**item, "name": "犬"}], None)
+    svg = plots.class_spread([item, {**item, "name": "\x00\n"}, {**item, "name": "犬"}])
     assert r"$\undefined{x}$" in svg
     assert "犬" in svg
     assert "\x00" not in svg
@@ -289,6 +293,37 @@ def test_images_can_be_left_out(make_run: MakeRun, source) -> None:
     _, elements = built(make_run(report={"images": 0}))
     assert source.reads == []
     assert not any(tag == "img" for tag, _ in elements.found)
+
+
+def test_classes_with_a_histogram_and_images_of_their_own(make_run: MakeRun) -> None:
+    run = make_run(names=[f"c{number}" for number in range(9)], report={"classes": 4, "class_images": 2})
+    page, elements = built(run)
+    assert page.count('<svg class="mini"') == 4
+    assert "4 of 9 classes and the unlabelled: the lowest and the highest medians" in elements.text
+    summary = json.loads(Path(run.path("report", "summary.json")).read_text())
+    assert [len(item[end]) for item in summary["class_grids"] for end in ("lowest", "highest")] == [2] * 8
+    assert [item["name"] for item in summary["class_grids"]] == [item["name"] for item in summary["class_histograms"]]
+    run = make_run(report={"classes": 0})
+    page, elements = built(run)
+    assert 'class="mini"' not in page and "Class by class" not in elements.text
+
+
+def test_every_point_of_the_map_is_in_a_table(make_run: MakeRun) -> None:
+    run = make_run(select={"keep": [0.5]})
+    _, elements = built(run)
+    table = storage.read_table(run.path("report", "map.parquet"))
+    kept = set(storage.read_table(run.path("keep", "keep-0.50.parquet"))["sample_id"].to_pylist())
+    scores = pa.concat_tables([shard for _, shard in storage.iter_tables(run.path("scores"))])
+    score = dict(zip(scores["sample_id"].to_pylist(), scores["score"].to_pylist(), strict=True))
+    assert table.column_names == ["sample_id", "x", "y", "score", "kept"] and len(table) == 199
+    assert all(row["kept"] == (row["sample_id"] in kept) and row["score"] == score[row["sample_id"]] for row in table.to_pylist())
+    assert "kept (100)" in elements.text and "pruned (99)" in elements.text
+    storage.delete(run.path("keep"))
+    build(run)
+    assert storage.read_table(run.path("report", "map.parquet"))["kept"].null_count == 199, "without a list"
+    storage.delete(run.path("embeddings"))
+    build(run)
+    assert "map.parquet" not in storage.names(run.path("report"))
 
 
 def test_thumbnails_are_read_with_the_settings_of_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from raypipe.rundir import Run, StageRecord
 MakeRun = Callable[..., Run]
 KEYS = {
     "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "fidelity_seed",
-    "learning_curve", "neighbour_search", "scores", "keep", "classes",
-    "shown_classes", "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
+    "learning_curve", "neighbour_search", "label_noise", "scores", "keep", "classes",
+    "shown_classes", "even_classes", "class_histograms", "class_grids", "class_fragments", "headline",
+    "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
 

@@ -102,6 +102,59 @@ def test_lists_are_exact_nested_and_the_same_in_every_order(
             assert len(lost) == len(set(lost))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(SAMPLES, st.integers(1, 9))
+@settings(max_examples=15, deadline=None)
+def test_by_class_every_class_has_its_share(strategy: str, samples: list[tuple[float, int, float]], size: int) -> None:
+    data = Data.of(samples)
+    there = np.bincount(data.label + 1, minlength=CLASSES + 1)
+    if strategy == "ccs":
+        there -= there // 10  # the hardest
+    for fraction, kept in zip(FRACTIONS, data.lists(strategy, size=size, by_class=True, strata=3, hard_cutoff=0.1), strict=True):
+        assert len(kept) == round(fraction * len(samples))
+        found = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept], minlength=CLASSES + 1)
+        assert np.abs(found - len(kept) * there / max(1, there.sum())).max() < 1
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "beta"])  # its density is that of all classes
+def test_by_class_is_the_strategy_on_each_class_alone(strategy: str) -> None:
+    draw = np.random.default_rng(4)
+    label = np.repeat(np.arange(-1, CLASSES, dtype=np.int32), 60)
+    level = draw.uniform(0.2, 5, CLASSES + 1)[label]
+    data = replace(Data.drawn(300), label=label)
+    data = replace(data, score=(data.score * level).astype(np.float32))
+    options: dict[str, object] = {"strata": 6, "seed": 2, "difficulty": "loss", "easy_fraction": 0.3}
+    together = data.lists(strategy, by_class=True, **options)
+    for which in range(-1, CLASSES):
+        rows = np.flatnonzero(label == which)
+        alone = Data(data.score[rows], label[rows], data.loss[rows], [data.ids[row] for row in rows])
+        for kept, expected in zip(together, alone.lists(strategy, **options), strict=True):
+            assert {name for name in kept if label[data.ids.index(name)] == which} == set(expected)
+
+
+def test_beta_by_class_draws_by_the_same_keys() -> None:
+    data = Data.drawn(500)
+    (kept,) = data.lists("beta", (0.4,), by_class=True, seed=9)
+    with np.errstate(under="ignore"):
+        keys = np.log(uniform(hash64(data.ids, 9))) / beta_weights(data, 0.4, 4.0)
+    chosen = np.array([name in kept for name in data.ids])
+    for which in range(-1, CLASSES):
+        here = data.label == which
+        assert keys[here & chosen].min() >= keys[here & ~chosen].max()
+
+
+def test_by_class_with_samples_that_must_be_in_and_must_not() -> None:
+    data = Data.drawn(200)
+    mark = np.zeros(200, np.uint8)
+    mark[:10], mark[10:40] = ALWAYS, NEVER
+    for strategy in STRATEGIES:
+        (kept,) = replace(data, mark=mark).lists(strategy, (0.3,), by_class=True, min_per_class=5, strata=5)
+        assert len(kept) == 60 and {f"s{row}" for row in range(10)} <= set(kept)
+        assert not {f"s{row}" for row in range(10, 40)} & set(kept)
+        found = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept])
+        assert found[1:].min() >= 5
+
+
 def test_beta_is_not_nested_since_it_goes_by_the_fraction() -> None:
     smaller, larger = Data.drawn(400).lists("beta", (0.1, 0.5))
     assert smaller.keys() - larger.keys()
@@ -194,6 +247,22 @@ def test_ccs_cuts_off_the_hardest_and_covers_the_range_of_the_rest(difficulty: s
         assert luck[chosen & (place == k)].min(initial=2**32) >= luck[~chosen & (place == k)].max(initial=0)
 
 
+def test_ccs_cuts_off_half_of_what_is_pruned() -> None:
+    data = Data.drawn(200)
+    data = replace(data, mark=np.where(np.arange(200) < 40, NEVER, FREE).astype(np.uint8))
+    hardest_first = np.argsort(-data.loss[40:]) + 40
+    for fraction, kept in zip(FRACTIONS[:3], data.lists("ccs", FRACTIONS[:3], difficulty="loss", strata=5), strict=True):
+        cut = int(160 * (0.5 * (1 - 200 * fraction / 160)))
+        assert not set(kept) & {data.ids[row] for row in hardest_first[:cut]}
+        (same,) = data.lists("ccs", (fraction,), difficulty="loss", strata=5, hard_cutoff=(cut + 0.5) / 160)
+        assert kept == same
+
+
+def test_ccs_of_one_cut_off_is_nested() -> None:
+    lists = Data.drawn(300).lists("ccs", hard_cutoff=0.1, strata=5)
+    assert all(smaller.keys() <= larger.keys() for smaller, larger in itertools.pairwise(lists))
+
+
 def test_ccs_keeps_rare_scores_that_top_would_not() -> None:
     data = Data.drawn(500)
     data = replace(data, score=np.where(np.arange(500) < 5, -1.0, data.score).astype(np.float32))
@@ -237,14 +306,17 @@ def test_keys_draw_as_often_as_drawing_one_by_one() -> None:
     assert np.abs(found / seeds - expected).max() < 4 * np.sqrt(0.25 / seeds)
 
 
+@pytest.mark.parametrize("by_class", [False, True])
 @pytest.mark.parametrize("strategy", ["random", "ccs", "beta"])
-def test_inverse_inclusion_weights_undo_the_choice(strategy: str) -> None:
+def test_inverse_inclusion_weights_undo_the_choice(strategy: str, by_class: bool) -> None:
     data = Data.drawn(300)
     data = replace(data, loss=np.minimum(data.loss, 1.5))  # or a few samples of tiny probability have all the weight
     truth = float(data.score.mean())
     weighted, plain = [], []
     for seed in range(60):
-        (kept,) = data.lists(strategy, (0.3,), size=100, seed=seed, weights="inclusion", hard_cutoff=0.0, strata=5)
+        (kept,) = data.lists(
+            strategy, (0.3,), size=100, seed=seed, weights="inclusion", hard_cutoff=0.0, strata=5, by_class=by_class
+        )
         rows, weight = [data.ids.index(name) for name in kept], np.array(list(kept.values()), np.float64)
         assert abs(weight.mean() - 1) < 1e-5
         weighted.append(float((weight * data.score[rows]).mean()))

@@ -13,14 +13,18 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as distributed
+import torch.nn.functional as F
 from helpers import small_config
 from safetensors.torch import load
 
 from raypipe import storage
+from raypipe.adversary import attack
 from raypipe.config import Config
 from raypipe.errors import StageError
-from raypipe.rundir import Run
-from raypipe.stages import proxy, proxy_worker
+from raypipe.rundir import Run, StageRecord
+from raypipe.scores.calibration import recalibrate
+from raypipe.scores.logits import numbers
+from raypipe.stages import gradients, proxy, proxy_worker
 from raypipe.stages.parts import Part
 
 SAMPLES, CLASSES = 48, 3
@@ -90,8 +94,11 @@ def test_pixels_are_normalised_as_asked(
         assert manifest[name] == expected
 
 
-def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(alone.uri, "proxy.epochs=3", "proxy.checkpoints=3")
+@pytest.mark.parametrize("adversary", ["null", "{iterations: 2}"])
+def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(
+    alone: Run, monkeypatch: pytest.MonkeyPatch, adversary: str
+) -> None:
+    config = small_config(alone.uri, "proxy.epochs=3", "proxy.checkpoints=3", f"proxy.adversary={adversary}")
     _train(alone, config, monkeypatch)
     folder = alone.path("proxy", "checkpoints")
     whole = {file: storage.read_bytes(storage.join(folder, file)) for file in sorted(storage.names(folder))}
@@ -111,3 +118,71 @@ def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(alone: Run, 
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     _train(alone, config, monkeypatch)
     assert {file: storage.read_bytes(storage.join(folder, file)) for file in sorted(storage.names(folder))} == whole
+
+
+@pytest.mark.parametrize("trajectory", ["train", "eval"])
+def test_a_proxy_is_trained_and_followed_on_adversarial_examples(
+    alone: Run, monkeypatch: pytest.MonkeyPatch, trajectory: str
+) -> None:
+    seen: list[tuple[tuple[int, ...], float, bool]] = []
+    real = proxy_worker.attack
+
+    def noted(model: Any, pixels: Any, target: Any, settings: Any, start: Any = None, **more: Any) -> Any:
+        seen.append((tuple(pixels.shape), settings.eps, start is not None))
+        return real(model, pixels, target, settings, start, **more)
+
+    monkeypatch.setattr(proxy_worker, "attack", noted)
+    given = ("proxy.epochs=1", "proxy.checkpoints=1", f"proxy.trajectory={trajectory}", "proxy.batch_size=24")
+    losses = {}
+    for name, adversary in (("plain", "null"), ("adversarial", "{eps: 16/255, iterations: 3}")):
+        _train(alone, small_config(alone.uri, *given, f"proxy.adversary={adversary}"), monkeypatch)
+        (table,) = [table for _, table in storage.iter_tables(alone.path("proxy", "trajectory"))]
+        losses[name] = table["loss"].to_numpy().mean()
+        storage.delete(alone.path("proxy"))
+    # of each of two batches from random points; the pass of `eval` begins at the images
+    assert seen == [((24, 3, 8, 8), 16 / 255, True)] * 2 + [((24, 3, 8, 8), 16 / 255, False)] * (2 * (trajectory == "eval"))
+    assert losses["adversarial"] > losses["plain"]
+
+
+def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoSo's alignments and EL2N, by definition: gradients and outputs at what an attack on the checkpoint finds."""
+    given = ("proxy.epochs=1", "proxy.checkpoints=1", "proxy.adversary={eps: 16/255, iterations: 2}", "measure.batch_size=20")
+    config = small_config(
+        alone.uri, *given, "measure.scores=[moso, el2n]", "measure.el2n.at=checkpoints", "measure.moso.self_term=false"
+    )
+    _train(alone, config, monkeypatch)
+    seed, whole = proxy.seed_manifest(alone), Part(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy._manifest(config, alone, seed, [whole], [proxy.finished_epochs(alone)])
+    storage.write_json(alone.path("proxy", "proxy.json"), manifest)
+    alone.write_ledger({"proxy": StageRecord("done", "of-the-proxy")})
+    (part,), file = proxy.proxy_parts(alone), manifest["final"]
+    folders = gradients.Folders.of(config, alone)
+    gradients._recalibrated(alone.uri, folders, part, file, config.proxy.adversary, 1, False)
+    total, _ = gradients._gradient_sums(config, alone.uri, folders, part, ["seed-0"], [file], 1, False)
+    gradients._store_gradient(alone.uri, folders.gradients, file, SAMPLES, total)
+    actor = gradients.GradientActor(config, alone.uri, folders, part, SAMPLES, 1, False)
+    actor(gradients._read(alone.uri, part, "seed-0"))
+    table = storage.read_table(alone.path(folders.checkpoints, "seed-0.parquet"))
+
+    trained = proxy.load_checkpoint(alone, file)
+    model = proxy.load_checkpoint(alone, file, folder=folders.calibrated)
+    assert not torch.equal(trained.backbone[1].running_mean, model.backbone[1].running_mean)
+    _, images, labels = part.read(alone, "seed-0")
+    target = torch.from_numpy(labels)
+    expected = recalibrate(
+        proxy.load_checkpoint(alone, file), [attack(trained, torch.from_numpy(images.copy()), target, config.proxy.adversary)]
+    )
+    torch.testing.assert_close(model.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-3, atol=1e-3)
+    worst = attack(model, torch.from_numpy(images.copy()), target, config.proxy.adversary)
+    weights = list(model.parameters())
+    each = [
+        torch.cat([slope.flatten() for slope in torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), weights)])
+        for x, y in zip(worst, target, strict=True)
+    ]
+    direct = (torch.stack(each) @ torch.stack(each).mean(0)).numpy()
+    found = np.array(table["alignments"].to_pylist())[:, 0]
+    np.testing.assert_allclose(found, direct, rtol=0.02, atol=0.02 * np.abs(direct).max())
+    said = numbers(model(worst).detach(), target)["distance"].numpy()
+    np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], said, atol=0.01)
+    clean = numbers(model(torch.from_numpy(images.copy())).detach(), target)["distance"].numpy()
+    assert said.mean() > clean.mean() + 0.05

@@ -67,7 +67,7 @@ def scores(run: Run) -> dict[str, tuple[int | None, float]]:
 
 
 def test_top_lists_hold_the_highest_scores_and_are_nested(run: Run) -> None:
-    lists = write_keep_lists(run, SelectSettings(keep=(0.3, 0.5, 0.125)))
+    lists = write_keep_lists(run, SelectSettings(strategy="top", keep=(0.3, 0.5, 0.125)))
     assert lists == {"keep-0.125.parquet": 38, "keep-0.30.parquet": 90, "keep-0.50.parquet": 150}
     everything, inner = scores(run), set[str]()
     for file, count in lists.items():
@@ -101,9 +101,9 @@ def test_balanced_keeps_the_same_share_of_each_class(run: Run) -> None:
 
 
 def test_the_bytes_are_the_same_every_time(run: Run) -> None:
-    write_keep_lists(run, SelectSettings())
+    write_keep_lists(run, SelectSettings(strategy="top"))
     first = {file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))}
-    write_keep_lists(run, SelectSettings())
+    write_keep_lists(run, SelectSettings(strategy="top"))
     assert first == {file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))}
     assert sorted(first) == ["keep-0.30.parquet", "keep-0.50.parquet", "keep-0.70.parquet", "keep-0.90.parquet"]
 
@@ -112,36 +112,36 @@ def test_an_object_store_gets_the_same_lists(run: Run, s3: str) -> None:
     there = Run(f"{s3}/select")
     for file in storage.listing(run.uri):
         storage.write_bytes(there.path(file.path), storage.read_bytes(run.path(file.path)))
-    lists = write_keep_lists(there, SelectSettings(keep=(0.5,)), keep=[0.4])
-    write_keep_lists(run, SelectSettings(keep=(0.4,)))
+    lists = write_keep_lists(there, SelectSettings(strategy="top", keep=(0.5,)), keep=[0.4])
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.4,)))
     assert lists == {"keep-0.40.parquet": 120}
     assert storage.read_bytes(there.path("keep", "keep-0.40.parquet")) == storage.read_bytes(
         run.path("keep", "keep-0.40.parquet")
     )
     with pytest.raises(StageError):
         write_scores(there, "part-9", ["x"], [1], np.array([np.nan], np.float32))
-        write_keep_lists(there, SelectSettings(keep=(0.9,)))
+        write_keep_lists(there, SelectSettings(strategy="top", keep=(0.9,)))
     assert storage.names(there.path("keep")) == {"keep-0.40.parquet"}
 
 
 def test_another_fraction_is_added_and_lists_of_other_scores_are_removed(run: Run) -> None:
-    write_keep_lists(run, SelectSettings(keep=(0.5,)))
-    write_keep_lists(run, SelectSettings(keep=(0.5,)), keep=[0.2])
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)), keep=[0.2])
     assert storage.names(run.path("keep")) == {"keep-0.50.parquet", "keep-0.20.parquet"}
     write_scores(run, "part-9", ["new"], [1], np.array([9.0], np.float32))
-    write_keep_lists(run, SelectSettings(keep=(0.5,)), keep=[0.2])
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)), keep=[0.2])
     assert storage.names(run.path("keep")) == {"keep-0.20.parquet"}
 
 
 def test_rows_are_written_in_groups_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "GROUP_ROWS", 100)
-    write_keep_lists(run, SelectSettings(keep=(1.0,)))
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(1.0,)))
     assert pq.ParquetFile(run.path("keep", "keep-1.00.parquet")).num_row_groups > 1
     assert set(pq.read_table(run.path("keep", "keep-1.00.parquet"))["sample_id"].to_pylist()) == set(scores(run))
 
 
 def test_the_stage_is_complete_until_scores_are_added_or_a_list_is_missing(run: Run) -> None:
-    config = parse_config({"run": run.uri, "source": {"uri": "x"}})
+    config = parse_config({"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "top"}})
     stage, context, record = SelectStage(), Context(config, run, Progress(quiet=True)), StageRecord()
     assert not stage.complete(context, record)
     stage.execute(context, record)
@@ -159,7 +159,7 @@ def test_the_stage_is_complete_until_scores_are_added_or_a_list_is_missing(run: 
 def test_unfinished_scores_are_refused(run: Run, record: dict[str, StageRecord]) -> None:
     run.write_ledger(record)
     with pytest.raises(RunError, match="extrapolate is not finished"):
-        write_keep_lists(run, SelectSettings())
+        write_keep_lists(run, SelectSettings(strategy="top"))
     assert storage.names(run.path("keep")) == set()
 
 
@@ -176,42 +176,43 @@ def test_unfinished_scores_are_refused(run: Run, record: dict[str, StageRecord])
 def test_unfaithful_scores_are_refused_unless_forced(run: Run, least: float | None, expected: str) -> None:
     judge(run, least)
     with pytest.raises(TrustError, match=expected) as refusal:
-        write_keep_lists(run, SelectSettings())
+        write_keep_lists(run, SelectSettings(strategy="top"))
     assert refusal.value.exit_code == 3
     for help_ in ("seed.fraction", "proxy.epochs", "measure.scores", "--force", "select.force"):
         assert help_ in str(refusal.value)
     assert storage.names(run.path("keep")) == set()
-    write_keep_lists(run, SelectSettings(keep=(0.5,), force=True))
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,), force=True))
     about = keep_metadata(run.path("keep", "keep-0.50.parquet"))
     assert (about["forced"], about["spearman_low"]) == ("true", "unknown" if least is None else "0.1900")
     # a forced list stays as long as its scores do
     with pytest.raises(TrustError):
-        write_keep_lists(run, SelectSettings())
+        write_keep_lists(run, SelectSettings(strategy="top"))
     assert storage.names(run.path("keep")) == {"keep-0.50.parquet"}
     write_scores(run, "part-9", ["new"], [1], np.array([9.0], np.float32))
     with pytest.raises(TrustError):
-        write_keep_lists(run, SelectSettings())
+        write_keep_lists(run, SelectSettings(strategy="top"))
     assert storage.names(run.path("keep")) == set()
 
 
 def test_the_threshold_is_a_setting_and_measured_scores_need_none(run: Run) -> None:
     judge(run, 0.19)
-    write_keep_lists(run, SelectSettings(), trust=TrustSettings(min_spearman=0.19))
+    write_keep_lists(run, SelectSettings(strategy="top"), trust=TrustSettings(min_spearman=0.19))
     judge(run, 0.3)
     records = run.ledger()
     records["extrapolate"].detail["learning_curve"] = {"doubled": {"gain": 0.044}}
     run.write_ledger(records)
     with pytest.raises(TrustError, match=r"seed\.fraction; twice as large is predicted to add 0\.04\)"):
-        write_keep_lists(run, SelectSettings(), trust=TrustSettings(min_spearman=0.31))
+        write_keep_lists(run, SelectSettings(strategy="top"), trust=TrustSettings(min_spearman=0.31))
     judge(run, None)
-    write_keep_lists(run, SelectSettings(force=False), trust=TrustSettings(min_spearman=-1))
+    write_keep_lists(run, SelectSettings(strategy="top", force=False), trust=TrustSettings(min_spearman=-1))
     assert keep_metadata(run.path("keep", "keep-0.30.parquet"))["forced"] == "false"
     judge(run, -0.5, measured=SAMPLES)
-    write_keep_lists(run, SelectSettings())
+    write_keep_lists(run, SelectSettings(strategy="top"))
 
 
 def test_the_verb_goes_by_the_run_and_can_be_forced(run: Run) -> None:
-    run.write_config(parse_config({"run": run.uri, "source": {"uri": "x"}, "trust": {"min_spearman": 0.6}}))
+    sections = {"trust": {"min_spearman": 0.6}, "select": {"strategy": "top"}}
+    run.write_config(parse_config({"run": run.uri, "source": {"uri": "x"}, **sections}))
     with pytest.raises(TrustError, match=r"below trust\.min_spearman \(0\.6\)"):
         select_again(run.uri, 0.5)
     assert select_again(run.uri, 0.5, force=True) == {"keep-0.50.parquet": 150}
@@ -221,13 +222,13 @@ def test_the_verb_goes_by_the_run_and_can_be_forced(run: Run) -> None:
 def test_no_sample_at_all_is_refused(run: Run) -> None:
     storage.delete(run.path("scores"))
     with pytest.raises(RunError, match="no sample"):
-        write_keep_lists(run, SelectSettings())
+        write_keep_lists(run, SelectSettings(strategy="top"))
 
 
 def test_a_missing_score_is_refused_and_no_list_is_written(run: Run) -> None:
     write_scores(run, "part-9", ["x", "y"], [1, 1], np.array([np.nan, 1.0], np.float32))
     with pytest.raises(StageError, match=r"1 of 302 scores are not finite"):
-        write_keep_lists(run, SelectSettings())
+        write_keep_lists(run, SelectSettings(strategy="top"))
     assert storage.names(run.path("keep")) == set()
 
 
@@ -235,13 +236,13 @@ def test_an_id_that_occurs_twice_at_the_threshold_is_noticed(run: Run) -> None:
     storage.delete(run.path("scores"))
     write_scores(run, "part-0", ["a", "a"], [0, 0], np.zeros(2, np.float32))
     with pytest.raises(StageError, match="sample_ids that occur twice"):
-        write_keep_lists(run, SelectSettings(keep=(0.5,)))
+        write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
     assert storage.listing(run.path("keep")) == []
 
 
 def test_a_bad_fraction_is_refused(run: Run) -> None:
     with pytest.raises(ConfigError, match=r"1\.5 is not a fraction"):
-        write_keep_lists(run, SelectSettings(), keep=[1.5])
+        write_keep_lists(run, SelectSettings(strategy="top"), keep=[1.5])
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,20 @@ def test_every_strategy_writes_its_list_and_says_how(run: Run, strategy: str) ->
     expected = {
         "mixed": {"easy_fraction": 0.5, "difficulty": "loss"},
         "random": {"seed": 0},
-        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": 0.1, "strata": 5},
+        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": "auto", "strata": 5, "by_class": True},
         "beta": {"seed": 0, "beta_exponent": 4.0},
     }
     assert json.loads(about.get("options", "{}")) == expected.get(strategy, {})
+
+
+def test_unless_told_otherwise_lists_are_cut_by_ccs_within_each_class(run: Run) -> None:
+    write_keep_lists(run, SelectSettings(keep=(0.25,)))
+    about = keep_metadata(run.path("keep", "keep-0.25.parquet"))
+    assert about["strategy"] == "ccs" and json.loads(about["options"])["by_class"]
+    for settings, within in ((SelectSettings(strategy="top"), False), (SelectSettings(by_class=False), False)):
+        assert settings.within_classes is within
+        write_keep_lists(run, settings.model_copy(update={"keep": (0.25,)}))
+        assert "by_class" not in json.loads(keep_metadata(run.path("keep", "keep-0.25.parquet")).get("options", "{}"))
 
 
 def test_difficulty_is_the_score_where_that_is_one(run: Run) -> None:
@@ -92,18 +102,22 @@ def test_losses_of_other_samples_are_noticed(run: Run) -> None:
     with pytest.raises(RunError, match="not of the same samples"):
         write_keep_lists(run, SelectSettings(strategy="beta"))
     storage.delete(run.path("embeddings", "0.parquet"))
-    for settings in (SelectSettings(strategy="beta"), SelectSettings(near_duplicates=0.9)):
+    for settings in (SelectSettings(strategy="beta"), SelectSettings(strategy="top", near_duplicates=0.9)):
         with pytest.raises(RunError, match=r"0\.parquet"):
             write_keep_lists(run, settings)
 
 
 def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Path) -> None:
-    write_keep_lists(run, SelectSettings(keep=(0.5,)))
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
     (tmp_path / "never.txt").write_text("\r\n".join([*kept(run)[:7], "", "gone"]), encoding="utf-8")
     low = sorted(set(column(run, "scores", "score")) - set(kept(run)))[:9]
     pq.write_table(pa.table({"sample_id": [*low, "a", "b", "c", "d", "e", "f", None]}), tmp_path / "always.parquet")
     settings = SelectSettings(
-        keep=(0.5,), always_keep=str(tmp_path / "always.parquet"), never_keep=str(tmp_path / "never.txt"), min_per_class=2
+        strategy="top",
+        keep=(0.5,),
+        always_keep=str(tmp_path / "always.parquet"),
+        never_keep=str(tmp_path / "never.txt"),
+        min_per_class=2,
     )
     first = kept(run)[:7]
     detail = make_keep_lists(run, settings, (0.5,))
@@ -162,7 +176,7 @@ def test_of_near_duplicates_the_higher_score_stays(
         monkeypatch.setattr(duplicates, "CLUSTER", 20)
         monkeypatch.setattr(cluster_by_cluster, "HELD_BYTES", 1000)
     (tmp_path / "always.txt").write_text("0/é0\n0/é1\n")
-    settings = SelectSettings(keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt"))
+    settings = SelectSettings(strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt"))
     detail = make_keep_lists(run, settings, (0.4,))
     score, names = column(run, "scores", "score"), set(kept(run, "0.40"))
     pairs = [
@@ -208,7 +222,7 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
     with pytest.raises(ConfigError, match=r"say select\.difficulty: score$"):
         write_keep_lists(run, SelectSettings(strategy="ccs"))
     with pytest.raises(ConfigError, match="no embeddings/ to look into"):
-        write_keep_lists(run, SelectSettings(near_duplicates=0.9))
+        write_keep_lists(run, SelectSettings(strategy="top", near_duplicates=0.9))
     assert write_keep_lists(run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))) == {"keep-0.50.parquet": 100}
 
 
@@ -223,7 +237,7 @@ def test_the_command_line_has_every_option(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "never.txt").write_text("0/é1\ngone\n")
     (tmp_path / "always.txt").write_text("0/é2\n")
-    given = "--strategy ccs --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1"
+    given = "--strategy ccs --by-class --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1"
     more = "--near-duplicates 0.999 --always-keep always.txt --never-keep never.txt"
     with pytest.raises(SystemExit) as stop:
         cli.main(["select", run.uri, *given.split(), *more.split()])
@@ -233,7 +247,7 @@ def test_the_command_line_has_every_option(
     assert options.pop("near_duplicates_left_out") > 50
     assert options == {
         "seed": 4, "difficulty": "score", "hard_cutoff": 0.2, "strata": 7, "weights": "class", "min_per_class": 1,
-        "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
+        "by_class": True, "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
     }  # fmt: skip
     for bad, expected in (
         ("--strategy best", "'best'"),

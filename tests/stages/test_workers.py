@@ -22,6 +22,7 @@ from raypipe.stages.parts import Part
 
 SAMPLES, EPOCHS, SIZE = 150, 3, 8
 """With batches of 50 the parts of 4 workers are unequal."""
+PLAIN, ADVERSARIAL = "null", "{iterations: 2}"
 
 
 def _drawn(uri: str) -> None:
@@ -40,10 +41,11 @@ def _drawn(uri: str) -> None:
     storage.write_json(run.path("index", "classes.json"), {"names": [str(digit) for digit in range(10)], "numeric": True})
 
 
-def _work(rank: int, folder: str, worlds: tuple[int, ...]) -> None:
-    """One process, as Ray Train's worker of this rank in one training after the other."""
+def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> None:
+    """One process, as Ray Train's worker of this rank in one training after the other, each of so many workers."""
     torch.set_num_threads(1)
-    for world in worlds:
+    for world, adversary in trainings:
+        training = f"{world}-{adversary}"
         if rank >= world:
             continue
         context = SimpleNamespace(
@@ -57,9 +59,10 @@ def _work(rank: int, folder: str, worlds: tuple[int, ...]) -> None:
         }
         for (module, name), value in replaced.items():
             setattr(module, name, value)
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
-        run = Run(f"{folder}/over-{world}")
-        config = small_config(run.uri, f"proxy.epochs={EPOCHS}", "proxy.batch_size=50", "proxy.checkpoints=1")
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{training}", rank=rank, world_size=world)
+        run = Run(f"{folder}/over-{training}")
+        changes = (f"proxy.epochs={EPOCHS}", "proxy.batch_size=50", "proxy.checkpoints=1", f"proxy.adversary={adversary}")
+        config = small_config(run.uri, *changes)
         part = Part(0, 1, 0, SAMPLES, (SAMPLES,))
         proxy_worker.train_worker(
             {"config": config.model_dump(mode="json"), "run": run.uri, "part": vars(part), "key": "key", "threads": 1}
@@ -80,17 +83,22 @@ def _trained(uri: str, world: int) -> tuple[dict[str, torch.Tensor], np.ndarray]
 
 
 def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path) -> None:
-    worlds = (1, 2, 4)
-    for world in worlds:
-        _drawn(f"{tmp_path}/over-{world}")
+    trainings = ((1, PLAIN), (2, PLAIN), (4, PLAIN), (1, ADVERSARIAL), (2, ADVERSARIAL))
+    for world, adversary in trainings:
+        _drawn(f"{tmp_path}/over-{world}-{adversary}")
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_work, args=(rank, str(tmp_path), worlds), daemon=True) for rank in range(4)]
+    processes = [spawn.Process(target=_work, args=(rank, str(tmp_path), trainings), daemon=True) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(250)
         assert process.exitcode == 0
-    (alone, scores), *others = (_trained(f"{tmp_path}/over-{world}", world) for world in worlds)
+    (alone, scores), *others, attacked, attacked_by_two = (
+        _trained(f"{tmp_path}/over-{world}-{adversary}", world) for world, adversary in trainings
+    )
+    assert attacked[1].mean() > scores.mean() + 0.005
+    # a slope that is nearly 0 may have another sign, which moves a pixel by a whole step
+    np.testing.assert_allclose(attacked_by_two[1], attacked[1], atol=0.01)
     for weights, found in others:
         # single precision: another order of a batch's samples alone moves them as far
         for name, value in alone.items():

@@ -80,6 +80,8 @@ def test_a_cluster_is_asked_only_for_an_address(cluster: str) -> None:
 def test_cost_follows_what_the_settings_ask_for(digits: Survey) -> None:
     plain = _cpu(estimate(digits, _config(), LAPTOP))
     assert _cpu(estimate(digits, _config(proxy={"epochs": 200}), LAPTOP))["proxy"] > 3 * plain["proxy"]
+    attacked = _cpu(estimate(digits, _config(proxy={"adversary": {}}), LAPTOP))
+    assert attacked["proxy"] > 3 * plain["proxy"] and attacked["measure"] > 3 * plain["measure"]
     assert _cpu(estimate(digits, _config(measure={"scores": ["el2n"]}), LAPTOP))["measure"] < 0.2 * plain["measure"]
     assert _cpu(estimate(digits, _config(measure={"moso": {"gradient": "head"}}), LAPTOP))["measure"] < plain["measure"]
     assert _cpu(estimate(digits, _config(extrapolate={"method": "knn"}), LAPTOP))["extrapolate"] < plain["extrapolate"]

@@ -1,0 +1,78 @@
+"""Embeddings in two dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from raypipe.report import words
+from raypipe.report.embeddings import EmbeddingMap
+from raypipe.report.plots.base import SCORES, STYLE, WIDTH, Figure, Normalize, as_svg, rc_context
+
+HEIGHT = 3.6
+KEPT, PRUNED = SCORES(1.0), SCORES(0.0)
+"""As the two ends of the scores, most of which are kept and pruned."""
+
+
+def _new_map(found: EmbeddingMap) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.add_axes((0.02, 0.07, 0.8, 0.84))
+    axes.patch.set_alpha(0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    first, second = (words.share(share, 0) for share in found.explained)
+    axes.set_xlabel(f"two principal components: {first} and {second} of the variance", labelpad=4)
+    return figure, axes
+
+
+def _order(found: EmbeddingMap) -> np.ndarray:
+    """An order that draws no class on top of another, the same in every map."""
+    return np.random.default_rng(0).permutation(len(found.score))
+
+
+def _size(found: EmbeddingMap) -> float:
+    return float(np.clip(9000 / len(found.score), 3, 18))
+
+
+def score_map(found: EmbeddingMap) -> str:
+    """Samples by the first two principal components of their embeddings, coloured by score."""
+    low, high = np.quantile(found.score, (0.02, 0.98))
+    with rc_context(STYLE):
+        figure, axes = _new_map(found)
+        order = _order(found)
+        across, up = found.position[order].T
+        colour = Normalize(low, max(high, low + 1e-12))
+        points = axes.scatter(
+            across, up, c=found.score[order], cmap=SCORES, norm=colour, s=_size(found), linewidths=0, alpha=0.85
+        )
+        points.set_rasterized(True)
+        bar = figure.colorbar(points, cax=figure.add_axes((0.85, 0.16, 0.025, 0.66)))
+        if bar.solids is not None:
+            bar.solids.set(alpha=1, rasterized=True)
+        bar.outline.set_visible(False)
+        bar.ax.patch.set_alpha(0)
+        bar.ax.tick_params(length=0, labelsize=8)
+        bar.ax.locator_params(nbins=5)
+        bar.ax.set_title("score", pad=6)
+        return as_svg(figure, "map", "Embeddings of a sample of the source, coloured by score")
+
+
+def kept_map(found: EmbeddingMap, fraction: float) -> str:
+    """The same samples, coloured by whether the keep-list of a fraction holds them. `found.kept` must be there."""
+    kept = np.asarray(found.kept, bool)
+    with rc_context(STYLE):
+        figure, axes = _new_map(found)
+        order = _order(found)
+        colours = np.where(kept[:, None], KEPT, PRUNED)[order]
+        points = axes.scatter(*found.position[order].T, c=colours, s=_size(found), linewidths=0, alpha=0.85)
+        points.set_rasterized(True)
+        for colour, word in ((KEPT, "kept"), (PRUNED, "pruned")):
+            number = int((kept == (word == "kept")).sum())
+            axes.scatter([], [], color=colour, s=28, label=f"{word} ({words.count(number)})")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2, frameon=False, fontsize=8.5, handletextpad=0.2,
+            title=f"keep {words.share(fraction)}", title_fontsize=8.5, alignment="left",
+        )  # fmt: skip
+        return as_svg(figure, "kept", "The same embeddings, coloured by whether the keep-list holds the sample")

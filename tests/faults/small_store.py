@@ -1,0 +1,142 @@
+"""What a Ray cluster of its own, whose object store holds a few units of work, has in that store at most; prints it as JSON.
+
+    python small_store.py
+
+Run by `test_back_pressure.py` in a process of its own, since one process has one cluster. Megabytes in all:
+
+stream  UNITS units of UNIT are read, and an actor that is slower takes them
+sums    gradients of UNITS groups of seed shards, MODEL each at every one of two checkpoints, are added up
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+from raypipe.rundir import Run
+from raypipe.stages import gradients
+from raypipe.stages.cluster import Pool
+from raypipe.stages.parts import Part
+from raypipe.stages.streaming import Columns, stream
+
+STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40
+ROW = 3 * 64 * 64
+APART = Pool(min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1)
+"""Reading and computing ask for different shares, as they do with a GPU, so that what is read lies in the object store."""
+
+
+def read(unit: int) -> Columns:
+    rows = (UNIT << 20) // ROW
+    return {"unit": np.full(rows, unit), "image": np.full((rows, 3, 64, 64), unit, np.uint8)}
+
+
+class Slow:
+    def __call__(self, batch: Columns) -> Columns:
+        time.sleep(0.1)
+        assert (batch["image"][-1] == batch["unit"][0]).all()
+        return {"unit": batch["unit"][:1]}
+
+
+def streamed() -> list[int]:
+    """The units that came through."""
+    seen: list[int] = []
+    stream(range(UNITS), read, Slow, {}, APART, 60, lambda row: seen.append(row["unit"]))
+    return sorted(seen)
+
+
+def summed() -> list[float]:
+    """The sum at each checkpoint, and how many groups were reported."""
+    reported: list[int] = []
+    with (
+        mock.patch.object(gradients, "_gradient_sums", _sums),
+        mock.patch.object(gradients, "_store_gradient", _last),
+        mock.patch.object(gradients.ray, "get", side_effect=_keeping(kept := [])),
+    ):
+        arguments: Any = (None, Run("unused"), {"shards": [str(unit) for unit in range(UNITS)]})
+        folders, part = gradients.Folders("", "", ""), Part(0, 1, 0, UNITS, (), {})
+        gradients._mean_gradients(*arguments, folders, part, ["first", "second"], APART, reported.append)
+    return [*kept[-1], sum(reported)]
+
+
+def _keeping(kept: list[Any]) -> Callable[..., Any]:
+    """`ray.get`, whose answers are kept."""
+    get = ray.get
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kept.append(get(*args, **kwargs))
+        return kept[-1]
+
+    return call
+
+
+def _sums(config: Any, run_uri: str, folders: Any, part: Any, shards: list[str], files: list[str], *_: Any) -> list[Any]:
+    time.sleep(0.1)
+    sums = [
+        {"weight": np.full(MODEL << 18, int(shard) * (number + 1), np.float32)}
+        for shard in shards
+        for number in range(len(files))
+    ]
+    return [*sums, {"samples": 1, "cpu_seconds": 0.0}]
+
+
+def _last(run_uri: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]) -> float:
+    return float(total["weight"][-1])
+
+
+class Watch(threading.Thread):
+    """Looks at the object store; `most` has the largest numbers seen since it was emptied, in megabytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most: dict[str, float] = {}
+        self._state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        self._over = threading.Event()
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(0.02):
+            found = get_memory_info_reply(self._state).store_stats
+            now = {
+                "used": found.object_store_bytes_used,
+                "fallback": found.object_store_bytes_fallback,
+                "spilled": found.spilled_bytes_total,
+            }
+            self.most = {name: max(self.most.get(name, 0.0), value / 2**20) for name, value in now.items()}
+
+
+def main() -> None:
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=STORE << 20,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    watch, found = Watch(), {}
+    watch.start()
+    for name, work in (("stream", streamed), ("sums", summed)):
+        watch.most = {}
+        found[name] = {"result": work(), **watch.most}
+    watch.stop()
+    print(json.dumps(found))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Sums of gradients are added in a tree whose shape depends on their number alone, and few are held at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raypipe.rundir import Run
+from raypipe.stages import gradients
+from raypipe.stages.cluster import Pool
+from raypipe.stages.gradients import FAN_IN, Total
+from raypipe.stages.parts import Part
+
+
+def _all_at_once(column: list[str]) -> str:
+    """The same tree, made when all values are there."""
+    while len(column) > 1:
+        column = ["(" + "+".join(column[start : start + FAN_IN]) + ")" for start in range(0, len(column), FAN_IN)]
+    return column[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 15, 16, 17, 21, 64, 69])
+def test_the_tree_is_that_of_all_values_at_once(count: int) -> None:
+    held: set[str] = set()
+    most = 0
+
+    def merge(*values: str) -> str:
+        held.difference_update(values)
+        merged = "(" + "+".join(values) + ")"
+        held.add(merged)
+        return merged
+
+    total, begun = Total(merge), 0
+    for number in range(count):
+        held.add(str(number))
+        begun += len(total.add(str(number)))
+        most = max(most, len(held))
+    assert begun == count // FAN_IN + count // FAN_IN**2 + count // FAN_IN**3
+    assert total.whole() == _all_at_once([str(number) for number in range(count)])
+    assert len(held) == 1 and most <= 3 * (FAN_IN - 1) + 1
+
+
+class _Serial:
+    """In place of Ray: everything is computed when it is asked for, and is its own reference; `most` groups waited for at a time."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def remote(self, **options: Any) -> Any:
+        return lambda function: SimpleNamespace(remote=function)
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def wait(self, waiting: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        groups = [item for item in waiting if "samples" in item]
+        self.most = max(self.most, len(groups))
+        return waiting[:1], waiting[1:]
+
+    def get(self, references: Any) -> Any:
+        return references
+
+
+def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, files, stored = [str(number) for number in range(30)], ["first", "second", "third"], {}
+
+    def sums(config: Any, run: str, folders: Any, part: Any, group: list[str], files: list[str], *_: Any) -> list[Any]:
+        values = [{"weight": np.full(3, sum(map(int, group)) * (place + 1.0))} for place in range(len(files))]
+        return [*values, {"samples": len(group), "cpu_seconds": 0.5}]
+
+    def store(run: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]) -> None:
+        stored[file] = total["weight"].tolist(), samples
+
+    serial, done = _Serial(), list[int]()
+    for name, value in (("ray", serial), ("_gradient_sums", sums), ("_store_gradient", store)):
+        monkeypatch.setattr(gradients, name, value)
+    folders, part = gradients.Folders("", "", ""), Part(0, 1, 0, 99, (), {})
+    arguments: Any = (None, Run("unused"), {"shards": shards}, folders, part, files, Pool(1, 1, 0.5, 0, 1, 0.5, 1))
+    seconds = gradients._mean_gradients(*arguments, done.append)
+    assert seconds == 15 and done == [1] * 30
+    assert stored == {file: ([435.0 * (place + 1)] * 3, 99) for place, file in enumerate(files)}
+    assert serial.most <= 4 + FAN_IN, "of 4 that can run, and a few that wait"
