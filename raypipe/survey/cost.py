@@ -20,6 +20,8 @@ SEED_SHARD, INDEX_FILES = 512, 32
 """Seed samples in a shard and files in a task, about: the units of work of the stages `seed`, `measure` and `index`."""
 FOOTER_BYTES = 65_536.0
 """Read of a file to count its samples, where that does not take all of it."""
+QUICK_PART, QUICK_FROM = 0.4, 100
+"""Share of a fit's time that a part held out takes, with so many audit samples: see `raypipe.stages.judging.write_fold`."""
 PUBLISHED = 10_000
 """Samples up to which `extrapolate.judge_published: auto` judges gnn-published as well."""
 
@@ -224,10 +226,11 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
 def _extrapolation(work: Work) -> Effort:
     settings, model = work.config.extrapolate, work.config.proxy.model
     whole = settings.method == "gnn-published"
-    folds = settings.folds if settings.folds != "auto" else 1 if whole else settings.most_folds
+    folds = settings.folds if settings.folds != "auto" else 1 if whole or work.config.rehearses else settings.most_folds
+    part = QUICK_PART if settings.method == "gnn" and work.audit >= QUICK_FROM else 1.0
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
-    cpu = fit * (1 + folds * (1 - settings.holdout) + work.config.rehearses / 2) + rates.CURVE_SIGHT * work.seed
+    cpu = fit * (1 + folds * part * (1 - settings.holdout) + work.config.rehearses / 2) + rates.CURVE_SIGHT * work.seed
     if not whole:
         cpu += work.samples * rates.predict_seconds(work.seed, model)
         published = work.samples <= PUBLISHED if settings.judge_published == "auto" else settings.judge_published
