@@ -2,13 +2,12 @@
 
 It stands beside other Ray clusters of the machine: folder, home, token and ports are its own, and only processes whose command names its
 folder are ever ended. Linux only, where all of 127.0.0.0/8 is this machine.
-`Provider` lets Ray's own autoscaler start and end such nodes.
+The head has no CPUs in Ray's books, as in cluster.yaml.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray.autoscaler.node_provider import NodeProvider
-from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
 ROOT = Path(__file__).resolve().parents[1]
 PORTS = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
@@ -78,21 +75,11 @@ def _options(values: Any) -> list[str]:
 class LocalNodes:
     """A running head, and the nodes that were added to it. Use it as a context: at its end all of them are killed.
 
-    folder       an empty folder with a short path (sockets are made in it)
-    head_cpus    CPUs of the head
-    jobs         with a job server, at `job_server`
-    autoscaling  node types of Ray's autoscaler, as `available_node_types` of its configuration, without the head's; None: there is none
-    idle_seconds after which the autoscaler ends a node that is idle
+    folder  an empty folder with a short path (sockets are made in it)
+    jobs    with a job server, at `job_server`
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        head_cpus: int = 0,
-        jobs: bool = False,
-        autoscaling: dict[str, Any] | None = None,
-        idle_seconds: float = 10,
-    ) -> None:
+    def __init__(self, folder: Path, jobs: bool = False) -> None:
         self.folder, self._last = folder, HEAD
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._added: dict[int, dict[str, float]] = {}
@@ -104,12 +91,9 @@ class LocalNodes:
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
         ports = dict(zip((*HEAD_PORTS, *PORTS), free_ports(len(HEAD_PORTS) + len(PORTS)), strict=True))
         self.address, self.job_server = f"127.0.0.{HEAD}:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}"
-        command = ray_command("start", "--head", *_common(HEAD, str(folder), {"CPU": head_cpus}), *_options(ports.items()))
+        command = ray_command("start", "--head", *_common(HEAD, str(folder), {"CPU": 0}), *_options(ports.items()))
         command += [f"--include-dashboard={str(jobs).lower()}"]
         started = self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)}
-        if autoscaling is not None:
-            command += [f"--autoscaling-config={self._autoscaling(autoscaling, head_cpus, idle_seconds)}"]
-            started |= {"AUTOSCALER_UPDATE_INTERVAL_S": "2"}
         for _ in range(ATTEMPTS):
             with open(folder / "head.log", "wb") as log:
                 self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
@@ -194,105 +178,6 @@ class LocalNodes:
                 return False
             time.sleep(0.2)
         return True
-
-    def _autoscaling(self, types: dict[str, Any], head_cpus: int, idle_seconds: float) -> Path:
-        """The configuration of Ray's autoscaler; JSON is YAML as well."""
-        head = {"resources": {"CPU": head_cpus}, "node_config": {}, "min_workers": 0, "max_workers": 0}
-        known = {"head": head, **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in types.items()}}
-        of_provider = {"disable_node_updaters": True, "disable_launch_config_check": True, "use_node_id_as_ip": True}
-        config = {
-            "cluster_name": "local",
-            "max_workers": sum(kind["max_workers"] for kind in types.values()),
-            "upscaling_speed": 4.0,
-            "idle_timeout_minutes": idle_seconds / 60,
-            "provider": {
-                "type": "external",
-                "module": "local_nodes.Provider",
-                "folder": str(self.folder),
-                "address": self.address,
-                **of_provider,
-            },
-            "auth": {},
-            "head_node_type": "head",
-            "available_node_types": known,
-            "file_mounts": {},
-            "cluster_synced_files": [],
-            "file_mounts_sync_continuously": False,
-            "initialization_commands": [],
-            "setup_commands": [],
-            "head_setup_commands": [],
-            "worker_setup_commands": [],
-            "head_start_ray_commands": [],
-            "worker_start_ray_commands": [],
-        }
-        file = self.folder / "autoscaling.json"
-        file.write_text(json.dumps(config))
-        return file
-
-
-class Provider(NodeProvider):
-    """What Ray's autoscaler starts and ends nodes by: `ray start` on this machine. It works in the head's monitor process."""
-
-    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
-        super().__init__(provider_config, cluster_name)
-        self._tags: dict[str, dict[str, str]] = {
-            node_id(HEAD): {TAG_RAY_NODE_KIND: NODE_KIND_HEAD, TAG_RAY_USER_NODE_TYPE: "head"}
-        }
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._last = HEAD
-
-    @staticmethod
-    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        return cluster_config
-
-    def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
-        for name, process in list(self._processes.items()):
-            if process.poll() is not None:  # killed by somebody else
-                self._forget(name)
-        return [name for name, tags in self._tags.items() if tag_filters.items() <= tags.items()]
-
-    def create_node_with_resources_and_labels(
-        self, node_config: dict[str, Any], tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
-    ) -> None:
-        for _ in range(count):
-            self._last += 1
-            folder, address = self.provider_config["folder"], self.provider_config["address"]
-            self._processes[node_id(self._last)] = start_node(self._last, folder, address, resources, dict(os.environ))
-            self._tags[node_id(self._last)] = dict(tags)
-            self._note("up", self._last, tags)
-
-    def terminate_node(self, node_id: str) -> None:
-        process = self._processes.get(node_id)
-        if process is not None and process.poll() is None:
-            _kill([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
-            process.wait(20)
-        self._note("down", int(node_id, 16), self._tags[node_id])
-        self._forget(node_id)
-
-    def node_tags(self, node_id: str) -> dict[str, str]:
-        return self._tags[node_id]
-
-    def is_running(self, node_id: str) -> bool:
-        return node_id in self._tags
-
-    def is_terminated(self, node_id: str) -> bool:
-        return node_id not in self._tags
-
-    def internal_ip(self, node_id: str) -> str:
-        return node_id  # with use_node_id_as_ip
-
-    external_ip = internal_ip
-
-    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
-        self._tags[node_id].update(tags)
-
-    def _forget(self, name: str) -> None:
-        self._processes.pop(name, None)
-        self._tags.pop(name, None)
-
-    def _note(self, what: str, number: int, tags: dict[str, str]) -> None:
-        with open(f"{self.provider_config['folder']}/autoscaler.txt", "a") as file:
-            file.write(f"{time.time():.1f} {what} {number} {tags[TAG_RAY_USER_NODE_TYPE]}\n")
 
 
 def _kill(processes: list[psutil.Process]) -> None:
