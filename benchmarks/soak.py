@@ -332,6 +332,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def stop(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one would cut off the table
         raise KeyboardInterrupt
 
     with working_folder(arguments.dir) as folder:
