@@ -26,13 +26,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
-from common import Images, data_options, load, names_of, shares_of, shown, table
-from fidelity_runs import Missing, ProxyRun, Study
+from common import FULL, RANDOM, Images, Missing, data_options, load, names_of, of_all, plain_list, shares_of, shown, table
+from fidelity_runs import ProxyRun, Study
 
 from raypipe.config import AdversarySettings, MeasureSettings, ProxySettings
 from raypipe.evaluation import fitting
@@ -40,7 +40,6 @@ from raypipe.extrapolate.figures import spearman
 from raypipe.rundir import fingerprint
 
 KINDS = ("measured", "extrapolated", "plain")
-RANDOM, FULL = "random", "full"
 FIGURES = {"accuracy": "as they are", "robust": "under attack"}
 
 
@@ -93,10 +92,8 @@ class Attacked:
 
     def rows(self, name: str, keep: float) -> np.ndarray:
         count = len(self.images)
-        if name == FULL:
-            return np.arange(count)
-        if name == RANDOM:
-            return np.sort(np.random.default_rng([self.seed, 7]).permutation(count)[: round(keep * count)])
+        if name in (RANDOM, FULL):
+            return plain_list(name, keep, count, self.seed)
         return np.sort(np.argsort(-self.score(*name.split(".")), kind="stable")[: round(keep * count)])
 
     def trained(self, name: str, keep: float) -> dict[str, float]:
@@ -123,17 +120,6 @@ class Attacked:
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
         return fitting.statistics_of(self.images.pixels)
-
-
-def of_all(seeds: Sequence[Attacked], figure: Callable[[Attacked], float | None]) -> list[float | None]:
-    """A figure of every seed that has it."""
-    found = []
-    for seed in seeds:
-        try:
-            found.append(figure(seed))
-        except Missing:
-            continue
-    return found
 
 
 def agreements(seeds: Sequence[Attacked], scores: Sequence[str]) -> None:

@@ -7,9 +7,11 @@ of `raypipe.training`, so that it is the training of the proxy stage with one wo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,14 @@ SIGNALS = ("loss", "margin", "entropy")
 """What the extrapolators are told of a sample, in this order."""
 BASELINES = ("class_mean", "proxy_loss", "random")
 """What `predict` knows beside the extrapolators."""
+
+
+RANDOM, FULL = "random", "full"
+"""Lists that need no score."""
+
+
+class Missing(Exception):
+    """Something is not in the cache, and only what is there is wanted."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,22 @@ def load(arguments: argparse.Namespace, samples: int) -> tuple[Images, Images]:
             Images(found[f"{which}_pixels"], found[f"{which}_label"], int(found["classes"])) for which in ("train", "test")
         )
     return train, test
+
+
+def of_all(seeds: Sequence[Any], figure: Callable[[Any], Any]) -> list[Any]:
+    """A figure of every seed for which it is not missing."""
+    found = []
+    for seed in seeds:
+        with contextlib.suppress(Missing):
+            found.append(figure(seed))
+    return found
+
+
+def plain_list(name: str, keep: float, count: int, seed: int) -> np.ndarray:
+    """Rows of the lists RANDOM and FULL of `count` samples, int64, rising."""
+    if name == FULL:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([seed, 7]).permutation(count)[: round(keep * count)])
 
 
 def save(path: str, **arrays: np.ndarray) -> None:

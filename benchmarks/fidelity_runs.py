@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     Images,
+    Missing,
     checkpoints,
     embed,
     final,
@@ -71,10 +72,6 @@ CROSSED = {
 def direct(score: str) -> bool:
     """Whether a proxy can measure it on samples that it was not trained on."""
     return score in MOSO or score.endswith(AT_CHECKPOINTS)
-
-
-class Missing(Exception):
-    """Something is not in the cache, and only what is there is wanted."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from common import BASELINES, SIGNALS, interval
-from fidelity_runs import ALONE, CROSSED, Missing, Study, direct
+from common import BASELINES, SIGNALS, Missing, interval
+from fidelity_runs import ALONE, CROSSED, Study, direct
 from scipy.stats import rankdata
 
 from raypipe.extrapolate.figures import spearman

@@ -27,13 +27,13 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
-from common import Images, data_options, load, names_of, shares_of, shown, table
-from fidelity_runs import Missing, ProxyRun, Study
+from common import FULL, RANDOM, Images, Missing, data_options, load, names_of, of_all, plain_list, shares_of, shown, table
+from fidelity_runs import ProxyRun, Study
 
 from raypipe.config import MeasureSettings, ProxySettings
 from raypipe.evaluation import fitting
@@ -47,7 +47,6 @@ MARGIN = "margin"
 """The proxy's own, at the end of its training."""
 FIFTH = 0.2
 """Share of the samples among which the run's list of likely label errors is."""
-RANDOM, FULL = "random", "full"
 MARGIN_SIGNAL = 1
 """Column of the margin among the signals of a sample."""
 
@@ -115,10 +114,8 @@ class Noisy:
     def rows(self, name: str, keep: float) -> np.ndarray:
         """What a list holds: kind.score, the highest scores; random; full."""
         count = len(self.wrong)
-        if name == FULL:
-            return np.arange(count)
-        if name == RANDOM:
-            return np.sort(np.random.default_rng([self.seed, 7]).permutation(count)[: round(keep * count)])
+        if name in (RANDOM, FULL):
+            return plain_list(name, keep, count, self.seed)
         return np.sort(np.argsort(-self.score(*name.split(".")), kind="stable")[: round(keep * count)])
 
     def accuracy(self, name: str, keep: float) -> float:
@@ -141,17 +138,6 @@ class Noisy:
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
         return fitting.statistics_of(self.images.pixels)
-
-
-def of_all(seeds: Sequence[Noisy], figure: Callable[[Noisy], float | None]) -> list[float | None]:
-    """A figure of every seed that has it."""
-    found = []
-    for seed in seeds:
-        try:
-            found.append(figure(seed))
-        except Missing:
-            continue
-    return found
 
 
 def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:

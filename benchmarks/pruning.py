@@ -39,7 +39,7 @@ from functools import cached_property
 import fidelity
 import numpy as np
 import torch
-from common import Images, names_of, read, shares_of
+from common import FULL, RANDOM, Images, names_of, plain_list, read, shares_of
 from fidelity_runs import ProxyRun, Step, Study
 
 from raypipe.config import ProxySettings, SourceSettings
@@ -53,7 +53,6 @@ from raypipe.selection import STRATEGIES, Chunk, Options, select
 KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "tdds", "dynamic-uncertainty", "dual")
 EXTRAPOLATOR = "gnn"
-RANDOM, FULL = "random", "full"
 BY_CLASS, FIXED, ONE = "-by-class", "0.1", "1"
 STRATEGY_NAMES = (
     *(name for name in STRATEGIES if name != RANDOM),
@@ -136,10 +135,8 @@ class Pruning:
     def rows(self, job: Job) -> np.ndarray:
         """What a job is trained on, int64, rising."""
         count = len(self.study.images)
-        if job.name == FULL:
-            return np.arange(count)
-        if job.name == RANDOM:
-            return np.sort(np.random.default_rng([job.seed, 7]).permutation(count)[: round(job.keep * count)])
+        if job.name in (RANDOM, FULL):
+            return plain_list(job.name, job.keep, count, job.seed)
         kind, score, strategy = job.name.split(".", 2)
         run = self._scored_by(kind, job.seed)
         known = self.score(run, kind, score).astype(np.float32)

@@ -138,7 +138,8 @@ def options_of(run: Run, settings: SelectSettings) -> Options:
     if difficulty == "auto":
         score = run.ledger()["extrapolate"].detail.get("score")
         difficulty = "score" if score in DIFFICULTIES and not own else "loss"
-    options = Options(**{**fields, "difficulty": difficulty, "by_class": settings.within_classes})
+    by_class = settings.within_classes and not STRATEGIES[settings.strategy].by_class  # balanced is so by itself
+    options = Options(**{**fields, "difficulty": difficulty, "by_class": by_class})
     if own and needs_loss(settings.strategy, options):
         other = "; if a high score means a hard sample, say select.difficulty: score" if settings.strategy != "beta" else ""
         raise ConfigError(
@@ -152,7 +153,7 @@ def _stated(settings: SelectSettings, options: Options, marked: dict[str, Any]) 
     strategy = STRATEGIES[settings.strategy]
     names = ["seed"] * strategy.draws + ["difficulty"] * strategy.difficulty + OF_STRATEGY.get(settings.strategy, [])
     stated = {name: getattr(options, name) for name in names}
-    if options.by_class and not strategy.by_class:
+    if options.by_class:
         stated["by_class"] = True
     if options.min_per_class:
         stated["min_per_class"] = options.min_per_class

@@ -9,7 +9,6 @@ import re
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from local_nodes import free_ports, ray_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -63,13 +63,13 @@ def head() -> Iterator[Head]:
     with tempfile.TemporaryDirectory(prefix="raypipe-", dir="/tmp", ignore_cleanup_errors=True) as name:  # socket paths are short
         folder = Path(name)
         (folder / "home").mkdir()
-        token, ports = secrets.token_hex(16), _free_ports(9)
+        token, ports = secrets.token_hex(16), free_ports(9)
         # The head's PATH decides which `python` an entrypoint is.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "PYTHONPATH"}
         environment |= {"PATH": path, "HOME": str(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
         options = dict(zip(_PORT_OPTIONS, ports, strict=True))
-        command = _ray("start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0")
+        command = ray_command("start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0")
         command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder / 'ray'}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", *(f"--{option}={port}" for option, port in options.items())]
         with open(folder / "head.log", "wb") as log:
@@ -86,18 +86,6 @@ _PORT_OPTIONS = (
     "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
     "runtime-env-agent-port", "metrics-export-port", "node-manager-port", "object-manager-port",
 )  # fmt: skip
-
-
-def _ray(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _wait_until_ready(head: Head, process: subprocess.Popen[bytes]) -> None:
@@ -206,7 +194,9 @@ def test_job_runs_the_uploaded_package_without_secrets_data_or_results(head: Hea
 
 def test_bad_setting_through_the_command_line_fails_with_code_2(head: Head, checkout: Path) -> None:
     run = head.folder / "runs" / "bad"
-    command = _ray("job", "submit", "--address", head.address, "--working-dir", str(checkout), "--submission-id", "bad-setting")
+    command = ray_command(
+        "job", "submit", "--address", head.address, "--working-dir", str(checkout), "--submission-id", "bad-setting"
+    )
     command += ["--", *_entrypoint(f"run={run}", "proxy.epoch=3")]
     sent = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=120)
     assert sent.returncode == 1, sent.stdout + sent.stderr
