@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -93,7 +93,8 @@ class LocalNodes:
         self.address, self.job_server = f"127.0.0.{HEAD}:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}"
         command = ray_command("start", "--head", *_common(HEAD, str(folder), {"CPU": 0}), *_options(ports.items()))
         command += [f"--include-dashboard={str(jobs).lower()}"]
-        started = self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)}
+        more, variables = self._of_head()
+        command, started = command + more, self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)} | variables
         for _ in range(ATTEMPTS):
             with open(folder / "head.log", "wb") as log:
                 self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
@@ -102,11 +103,15 @@ class LocalNodes:
             self.__exit__()
         raise RuntimeError(f"the head did not start:\n{(folder / 'head.log').read_text()[-3000:]}")
 
-    def __enter__(self) -> LocalNodes:
+    def _of_head(self) -> tuple[list[str], dict[str, str]]:
+        """What else the command and the environment of the head have."""
+        return [], {}
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _kill(list(self._mine()))
+        end_processes(list(self._mine()))
         self._head.wait(20)
 
     def driver(self) -> dict[str, str]:
@@ -155,9 +160,9 @@ class LocalNodes:
         """SIGKILL a node's raylet and all that works there, as when a machine goes."""
         raylet = self.raylet(number)
         assert raylet is not None, f"node {number} has no raylet"
-        _kill([raylet, *raylet.children(recursive=True)])
+        end_processes([raylet, *raylet.children(recursive=True)])
         if number in self._nodes:
-            _kill([psutil.Process(self._nodes[number].pid)] if self._nodes[number].poll() is None else [])
+            end_processes([psutil.Process(self._nodes[number].pid)] if self._nodes[number].poll() is None else [])
             self._nodes.pop(number).wait(20)
 
     def _mine(self) -> Iterator[psutil.Process]:
@@ -180,7 +185,8 @@ class LocalNodes:
         return True
 
 
-def _kill(processes: list[psutil.Process]) -> None:
+def end_processes(processes: list[psutil.Process]) -> None:
+    """SIGKILL, and wait until they are gone."""
     for each in processes:
         with contextlib.suppress(psutil.Error):
             each.kill()

@@ -156,3 +156,7 @@ class MeasureSettings(PoolSettings):
     def options(self, score: str) -> dict[str, Any]:
         """The options of one score."""
         return self.settings_of(score).model_dump()
+
+    def trajectory_options(self, score: str) -> dict[str, Any]:
+        """What the function of a score takes that is computed from the trajectory."""
+        return {name: value for name, value in self.options(score).items() if name != "at"}

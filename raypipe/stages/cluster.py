@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 UNITS_OF_A_NEW_NODE = 4
 """Times the work that justifies an actor on a node that is there justifies one on a node that has yet to come, which takes minutes."""
+
+FIRST_REPORT = 15.0
+"""Seconds in which a cluster that has just started says whether it has an autoscaler; it looks every 5 seconds."""
 
 
 @dataclass(frozen=True)
@@ -229,15 +233,24 @@ def _autoscaling() -> bool:
     """Whether the cluster has an autoscaler that can add nodes: its nodes then have types with names of the user's.
 
     The first of Ray's autoscalers reports them in a store of the cluster; the second, which KubeRay uses from Ray 2.47 on, does not, and
-    the nodes say it themselves.
+    the nodes say it themselves. A cluster that has just started is given some seconds for the first report.
     """
-    from ray.experimental.internal_kv import _internal_kv_get
-
     from raypipe.stages.demand import node_types
+
+    end = time.monotonic() + FIRST_REPORT
+    while True:
+        types = node_types() | _reported_types()
+        if types or time.monotonic() > end:
+            return any(not re.fullmatch(r"node_[0-9a-f]+", name) for name in types)
+        time.sleep(0.5)
+
+
+def _reported_types() -> set[str]:
+    """Node types in the last report of the first of Ray's autoscalers; in clusters without one, a type for each node."""
+    from ray.experimental.internal_kv import _internal_kv_get
 
     try:
         report = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}").get("autoscaler_report") or {}
     except ValueError:
         report = {}
-    types = {name for key in ("active_nodes", "idle_nodes") for name in report.get(key) or {}}
-    return any(not re.fullmatch(r"node_[0-9a-f]+", name) for name in types | node_types())
+    return {name for key in ("active_nodes", "idle_nodes") for name in report.get(key) or {}}

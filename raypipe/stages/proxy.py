@@ -32,7 +32,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import StageError
+from raypipe.errors import MemoryShortageError, StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
@@ -280,6 +280,7 @@ def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
 
 def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bool, cpus: int) -> None:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+    from ray.exceptions import ActorDiedError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
@@ -314,7 +315,11 @@ def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bo
         with asking(shape(cpus, int(gpu))):
             trainer.fit()
     except Exception as error:
-        raise failure(error) from error
+        found = failure(error)
+        if isinstance(error, ActorDiedError) and not isinstance(found, MemoryShortageError):
+            # Ray Train replaces workers, but nobody its controller, and the workers' places stay taken until this driver ends
+            found = StageError("the process with which Ray Train looks after the training died; run again to resume")
+        raise found from error
     finally:
         storage.delete(scratch)
     if storage.exists(diverged):

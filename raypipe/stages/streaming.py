@@ -58,9 +58,9 @@ def stream(
     context.execution_no_progress_timeout_s = patience
     least, start, most = pool.sizes(len(units), worth)
     with DataContext.current(context):
-        dataset = ray.data.read_datasource(
-            _Units(units, fenced(read)), override_num_blocks=len(units), num_cpus=pool.read_cpus
-        ).map_batches(
+        dataset = ray.data.read_datasource(_Units(units, fenced(read)), override_num_blocks=len(units), num_cpus=pool.read_cpus)
+        # map_batches refuses whole blocks with a GPU, and with a batch size would put units together
+        dataset = dataset.map_batches_internal(
             _Actor,
             fn_constructor_kwargs={"make": fenced(actor), "arguments": actor_arguments},
             batch_size=None,

@@ -58,7 +58,7 @@ def measure_trajectories(context: Context, record: StageRecord, scores: list[str
 def trajectory_folder(config: Config, run: Run) -> str:
     """Where the scores of a trajectory are, below the run: another proxy, score or option has another folder."""
     followed = sorted(set(config.measure.scores) - set(config.measure.at_checkpoints))
-    options = {score: _options(config, score) for score in followed}
+    options = {score: config.measure.trajectory_options(score) for score in followed}
     return f"measured/trajectory-{fingerprint(run.ledger()['proxy'].fingerprint, options)}"
 
 
@@ -95,17 +95,12 @@ def score_shards(config: Config, run_uri: str, folder: str, scores: list[str], u
     tables = [shard_labels(run, shard) for shard, _, _ in units]
     label = np.concatenate([table["label"].to_numpy().astype(np.int64) for table in tables])
     start, stop = units[0][1], units[-1][2]
-    found = score_rows(run, start, stop, label, {score: _options(config, score) for score in scores})
+    found = score_rows(run, start, stop, label, {score: config.measure.trajectory_options(score) for score in scores})
     for (shard, first, last), table in zip(units, tables, strict=True):
         for score, values in found.items():
             table = table.append_column(score, pa.array(values[first - start : last - start]))
         storage.write_table(run.path(folder, f"{shard}.parquet"), table)
     return {"samples": stop - start, "cpu_seconds": watch.lap()}
-
-
-def _options(config: Config, score: str) -> dict[str, Any]:
-    """What the score's function takes."""
-    return {name: value for name, value in config.measure.options(score).items() if name != "at"}
 
 
 def score_rows(run: Run, start: int, stop: int, label: np.ndarray, options: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """A driver whose actors wait in every unit, which costs no processor; a test sees in their files which node did which unit, and when.
 
-    python slow_units.py FOLDER UNITS NODES
+    python slow_units.py FOLDER UNITS NODES [gpu]
 
 Writes FOLDER/<unit>-<node> for every unit; once so many nodes have worked, units are quick. At the end it prints what was given back.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.config import ClusterSettings
+from raypipe.config import ClusterSettings, PoolSettings
 from raypipe.progress import Progress
 from raypipe.rundir import Run
 from raypipe.stages.cluster import connect
@@ -43,12 +43,12 @@ class Slow:
         return {"unit": np.array([unit])}
 
 
-def main(folder: str, units: int, nodes: int) -> None:
+def main(folder: str, units: int, nodes: int, gpu: bool) -> None:
     import ray
 
     progress = Progress(quiet=True)
     cluster = connect(ClusterSettings(address="auto"), Run("s3://unused/run"), progress, verbose=False)
-    pool = cluster.cpu_pool("auto")
+    pool = cluster.pool(PoolSettings(use_gpu=True)) if gpu else cluster.cpu_pool("auto")
     done: list[dict[str, Any]] = []
     stream(list(range(units)), read, Slow, {"folder": folder, "nodes": nodes}, pool, 200, done.append)
     end = time.monotonic() + 20
@@ -70,4 +70,4 @@ def _busy() -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "gpu" in sys.argv[4:])

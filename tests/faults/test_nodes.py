@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
+from autoscaled_nodes import AutoscaledNodes
 from helpers import by_id, score_files, small_config
-from local_nodes import LocalNodes
+from local_nodes import HEAD, LocalNodes, node_id, ray_command
 
 from raypipe.config import PoolSettings, dump_config
 from raypipe.rundir import Run
@@ -25,14 +26,15 @@ from raypipe.stages.cluster import Cluster, Pool
 
 pytestmark = pytest.mark.timeout(600)
 
+Nodes = TypeVar("Nodes", bound=LocalNodes)
 SLOW = str(Path(__file__).with_name("slow_units.py"))
 
 
 @contextmanager
-def cluster_of() -> Iterator[LocalNodes]:
+def cluster_of(kind: type[Nodes] = LocalNodes, **options: Any) -> Iterator[Nodes]:  # type: ignore[assignment]
     with (
         tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as folder,  # socket paths are short
-        LocalNodes(Path(folder) / "ray") as nodes,
+        kind(Path(folder) / "ray", **options) as nodes,
     ):
         yield nodes
 
@@ -51,6 +53,11 @@ def end(process: subprocess.Popen[str], seconds: float = 300) -> str:
         process.kill()
     assert process.returncode == 0, errors[-4000:]
     return output
+
+
+def told_by(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a driver of slow units says at its end; before it, Ray may have said that a node died."""
+    return json.loads(end(process).splitlines()[-1])
 
 
 def wait_until(true: Callable[[], Any], process: subprocess.Popen[str] | None, what: str, seconds: float = 120) -> Any:
@@ -108,7 +115,7 @@ def test_a_pool_grows_onto_a_node_that_comes_and_gives_it_back(tmp_path: Path) -
         driver = start(nodes, SLOW, str(tmp_path), "120", "2")
         wait_until(lambda: list(tmp_path.iterdir()), driver, "unit")
         second = nodes.add(1)
-        told = json.loads(end(driver))
+        told = told_by(driver)
         assert sorted(told["units"]) == list(range(120))
         assert {path.name.partition("-")[2] for path in tmp_path.iterdir()} == {str(first), str(second)}
         assert told["joined"] and not told["can_grow"] and told["busy"] == []
@@ -140,6 +147,74 @@ def test_a_node_is_lost_in_every_stage(cluster: str, finished_scores: dict[str, 
 
 def _epochs(run: Run) -> list[Path]:
     return list(Path(run.uri, "proxy", "epochs").glob("*.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
+    with cluster_of() as nodes:
+        first, second = nodes.add(1), nodes.add(1)
+        driver = start(nodes, SLOW, str(tmp_path), "40", "3")
+
+        def done(node: int) -> int:
+            return len(list(tmp_path.glob(f"*-{node}")))
+
+        wait_until(lambda: done(first) and done(second), driver, "unit on both nodes")
+        drain(nodes, first)
+        time.sleep(5)  # two units were in flight there, a second each
+        before = done(first)
+        time.sleep(4)
+        assert done(first) == before and done(second) >= 8
+        nodes.lose(first)
+        assert sorted(told_by(driver)["units"]) == list(range(40))
+
+
+def drain(nodes: LocalNodes, number: int) -> None:
+    """Tell Ray that a node will be taken away, as a provider of spot machines does."""
+    command = ray_command("drain-node", f"--address={nodes.address}", f"--node-id={node_id(number)}")
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
+    said = subprocess.run(command, env=nodes.environment, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
+    cluster: str, finished_scores: dict[str, bytes], tmp_path: Path
+) -> None:
+    import ray
+
+    run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
+    config.write_text(dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto")))
+    cpus = int(ray.cluster_resources()["CPU"])
+    settings = f"--set=proxy.cpus_per_worker={cpus}"  # `auto` has no node to look at
+    with cluster_of(AutoscaledNodes, types={"worker": {"resources": {"CPU": cpus}, "max_workers": 2}}, idle_seconds=15) as nodes:
+        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate", settings)
+        wait_until(lambda: _epochs(run), driver, "epoch", 200)
+        drained = next(number for number in nodes.events("up") if nodes.workers(number, "RayTrainWorker"))
+        drain(nodes, drained)
+        time.sleep(5)
+        if nodes.raylet(drained) is not None:  # it ends by itself once it is idle
+            nodes.lose(drained)
+        end(driver, 400)
+        brought = nodes.events("up")
+        assert len(brought) >= 2, "another came for the one that was drained"
+        wait_until(lambda: all(nodes.raylet(number) is None for number in brought), None, "end of idle nodes", 90)
+        assert nodes.raylet(HEAD) is not None
+    check(run, finished_scores, 600)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> None:
+    types = {"gpu": {"resources": {"CPU": 2, "GPU": 1}, "max_workers": 2}, "cpu": {"resources": {"CPU": 1}, "max_workers": 1}}
+    with cluster_of(AutoscaledNodes, types=types, idle_seconds=10) as nodes:  # GPUs in Ray's books; the units need none
+        told = told_by(start(nodes, SLOW, str(tmp_path), "150", "2", "gpu"))
+        assert told["can_grow"] and told["busy"] == [] and sorted(told["units"]) == list(range(150))
+        kinds = nodes.events("up")
+        worked = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
+        assert len(worked) == 2 and {kinds[number] for number in worked} == {"gpu"}
+        wait_until(lambda: nodes.events("down").keys() >= kinds.keys(), None, "end of idle nodes", 90)
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,13 @@ def test_an_autoscaler_is_known_by_the_types_of_its_nodes(
 ) -> None:
     import ray.experimental.internal_kv as store
 
-    from raypipe.stages.cluster import _autoscaling
+    from raypipe.stages import cluster
 
-    monkeypatch.setattr(store, "_internal_kv_get", lambda key: report)
+    reports = iter([b"", report])  # before its first report, too
+    monkeypatch.setattr(cluster, "FIRST_REPORT", 1)
+    monkeypatch.setattr(store, "_internal_kv_get", lambda key: next(reports, report))
     monkeypatch.setattr(demand, "_state", lambda: state)
-    assert _autoscaling() is expected
+    assert cluster._autoscaling() is expected
 
 
 def test_a_cluster_that_does_not_tell_its_types_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

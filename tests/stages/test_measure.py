@@ -15,7 +15,7 @@ from raypipe.stages.parts import Part
 
 
 def test_which_scores_checkpoints_give() -> None:
-    config = small_config("runs/x", "measure.scores=[tdds, el2n, grand, loss]", "measure.el2n.at=checkpoints")
+    config = small_config("runs/x", "measure.scores=[aum, el2n, grand, loss]", "measure.el2n.at=checkpoints")
     assert config.measure.at_checkpoints == ("el2n", "grand", "loss")  # of `SMALL`: loss at checkpoints
     assert small_config("runs/x", "measure.scores=[entropy]").measure.at_checkpoints == ()
 
@@ -43,6 +43,14 @@ def test_without_a_trajectory_scores_at_checkpoints_are_left() -> None:
     assert small_config("runs/x", "measure.scores=[moso, loss]", "proxy.trajectory=none")
     with pytest.raises(ConfigError, match="nothing to compute el2n"):
         small_config("runs/x", "measure.scores=[moso, loss, el2n]", "proxy.trajectory=none")
+
+
+def test_a_score_that_needs_more_epochs_than_the_proxy_has_is_refused_before_they_are_trained() -> None:
+    with pytest.raises(ConfigError, match=r"measure.scores: tdds needs at least 10 epochs .* has 4; raise proxy.epochs"):
+        small_config("runs/x", "measure.scores=[el2n, tdds]")
+    assert small_config("runs/x", "measure.scores=[el2n, tdds, forgetting, aum]", "measure.tdds.window=4")
+    with pytest.raises(ConfigError, match="no epochs between first_epoch 5"):
+        small_config("runs/x", "measure.scores=[el2n]", "measure.el2n.first_epoch=5")
 
 
 def test_numbers_of_a_forward_pass_are_those_of_its_probabilities() -> None:
