@@ -141,9 +141,16 @@ class PoolSettings(Settings):
     )
     min_actors: Positive = Field(1, description="actors that are always there")
     max_actors: Positive | Literal["auto"] = Field(
-        "auto", description="auto: one per GPU, or one per CPU where there is no GPU, also of nodes that come later"
+        "auto",
+        description="auto: as many as the GPUs, or the CPUs where there is no GPU, have room for, also those of nodes that come later",
     )
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has any")
+    actors_per_gpu: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="actors that share a GPU and its memory: more keep it busy where a small network leaves it waiting",
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> PoolSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -39,6 +40,7 @@ class Pool:
     max_actors  None: as many as the work justifies, of which the cluster gives those that its nodes have room for, whenever these come
     threads     torch threads in one actor; actors times threads never exceed the CPUs
     room        actors that the nodes which are there now can hold
+    tasks       their work is done by tasks, whose processes serve one stage after the other and need not import torch in each
     """
 
     min_actors: int
@@ -48,6 +50,7 @@ class Pool:
     threads: int
     read_cpus: float
     room: int
+    tasks: bool = False
 
     def sizes(self, units: int, worth: int = 1) -> tuple[int, int, int]:
         """Actors at least, at the start and at most, for some units of work of which `worth` justify the start of an actor."""
@@ -84,25 +87,25 @@ class Cluster:
     def pool(self, settings: PoolSettings) -> Pool:
         """The pool for a stage that reads fragments and runs a network on them.
 
-        With GPUs, each of them gets an actor. Without, see `cpu_pool`.
+        With GPUs, each of them gets `actors_per_gpu` actors. Without, see `cpu_pool`.
         """
         if self.use_gpu(settings.use_gpu):
-            room = int(self.gpus)
+            share = math.floor(1e4 / settings.actors_per_gpu) / 1e4  # Ray counts in steps of that size
+            room = int(self.gpus) * settings.actors_per_gpu
             most = self._most(settings.max_actors, max(settings.min_actors, room))
-            return Pool(settings.min_actors, most, 1, 1, 2, 1, room)
+            return Pool(settings.min_actors, most, 1, share, 2, 1, room)
         return self.cpu_pool(settings.max_actors, settings.min_actors)
 
     def cpu_pool(self, max_actors: int | str, min_actors: int = 1) -> Pool:
         """One single-threaded actor per CPU, which reads for itself.
 
-        On this machine alone an actor takes half of a CPU in Ray's books, so that another run beside it finds room, and the pool is as
-        large as it will be. On a cluster whose nodes come and go it takes a whole one: Ray Data then gives the pool an actor for each CPU of
-        each node, also of those that come while it works.
+        On a cluster whose nodes come and go Ray Data gives the pool an actor for each CPU of each node, also of those that come while it
+        works. On this machine alone the pool is as large as it will be, and tasks do the work of actors.
         """
-        room, share = max(1, int(self.cpus)), 1.0 if self.joined else 0.5
-        if not self.can_grow and min_actors > room / share:
+        room = max(1, int(self.cpus))
+        if not self.can_grow and min_actors > room:
             raise ResourceError(f"min_actors is {min_actors}, but the cluster ({self}) has room for {room} CPU actors")
-        return Pool(min_actors, self._most(max_actors, max(min_actors, room)), share, 0, 1, share, room)
+        return Pool(min_actors, self._most(max_actors, max(min_actors, room)), 1, 0, 1, 1, room, tasks=not self.joined)
 
     def _most(self, max_actors: int | str, here: int) -> int | None:
         if max_actors == "auto":

@@ -86,7 +86,7 @@ class EmbedStage(Stage):
                 tally.add(result["samples"] + result["rejects"], result["reasons"])
                 tally.check()
                 record.cpu_seconds += result["cpu_seconds"]
-                record.gpu_seconds += result["gpu_seconds"]
+                record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
 
             stream(
                 fair_order(missing, lambda fragment: fragment.fragment_id),
@@ -232,8 +232,7 @@ class EmbedActor:
             "audit": audit_rule(seed, seed_manifest(self._run)["audit_fraction"]),
         }
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
-        if gpu:
-            self._model.to(memory_format=torch.channels_last)
+        self._model.to(memory_format=torch.channels_last)
         if aside:
             from raypipe.jpegs import check
 

@@ -111,7 +111,7 @@ def measure_shards(
     def collect(result: dict[str, Any]) -> None:
         on_done(result["samples"])
         record.cpu_seconds += result["cpu_seconds"]
-        record.gpu_seconds += result["gpu_seconds"]
+        record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
 
     stream(
         shards,

@@ -32,14 +32,12 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import MemoryShortageError, StageError
+from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.demand import asking, shape
 from raypipe.stages.parts import Part, divide
 from raypipe.stages.seed import seed_manifest
-from raypipe.storage.fences import fenced
 
 SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
 
@@ -279,48 +277,19 @@ def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
 
 
 def _train(config: Config, run: Run, part: Part, key: str, workers: int, gpu: bool, cpus: int) -> None:
-    from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
-    from ray.exceptions import ActorDiedError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
-
-    from raypipe.stages.proxy_worker import DIVERGED, train_worker
-    from raypipe.stages.streaming import failure
-    from raypipe.stages.trainer import Trainer
+    from raypipe.stages import trainer
+    from raypipe.stages.proxy_worker import DIVERGED
 
     diverged = run.path(part.folder, DIVERGED)
     storage.delete(diverged)
-    scratch = run.path(part.folder, "train")
-    fs, path = storage.filesystem(scratch)
-    resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
-    trainer = Trainer(
-        fenced(train_worker),
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "run": run.uri,
-            "part": dataclasses.asdict(part),
-            "threads": cpus,
-            "key": key,
-        },
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex,
-            storage_path=path,
-            storage_filesystem=LocalFileSystem() if storage.is_local(scratch) else PyFileSystem(FSSpecHandler(fs)),
-            failure_config=FailureConfig(max_failures=config.proxy.max_failures),
-        ),
-    )
-    try:
-        with asking(shape(cpus, int(gpu))):
-            trainer.fit()
-    except Exception as error:
-        found = failure(error)
-        if isinstance(error, ActorDiedError) and not isinstance(found, MemoryShortageError):
-            # Ray Train replaces workers, but nobody its controller, and the workers' places stay taken until this driver ends
-            found = StageError("the process with which Ray Train looks after the training died; run again to resume")
-        raise found from error
-    finally:
-        storage.delete(scratch)
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "run": run.uri,
+        "part": dataclasses.asdict(part),
+        "gpu": gpu,
+        "threads": cpus,
+        "key": key,
+    }
+    trainer.train(arguments, workers, gpu, cpus, config.proxy.max_failures, run.path(part.folder, "train"))
     if storage.exists(diverged):
         raise StageError(storage.read_json(diverged)["reason"])

@@ -42,8 +42,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     own_part = Part(**arguments["part"])
     folder = own_part.folder
     context = ray.train.get_context()
-    rank, world, device = context.get_world_rank(), context.get_world_size(), get_device()
-    gpu = device.type == "cuda"
+    rank, world, gpu = context.get_world_rank(), context.get_world_size(), arguments["gpu"]
+    device = get_device() if gpu else torch.device("cpu")
     if not gpu:
         torch.set_num_threads(arguments["threads"])
     seed, classes = seed_manifest(run), len(run.classes().names)
@@ -55,11 +55,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     torch.manual_seed(settings.seed)
     statistics = settings.statistics(seed["mean"], seed["std"])
-    network = build(settings.model, classes, seed["image_size"], *statistics)
-    model = prepare_model(share_statistics(network, gpu))
+    network = build(settings.model, classes, seed["image_size"], *statistics).to(memory_format=torch.channels_last)
+    model = prepare_model(share_statistics(network, gpu), device)
     plain = model.module if hasattr(model, "module") else model
-    if gpu:
-        plain.to(memory_format=torch.channels_last)
     optimizer = training.make_optimizer(settings, model)
     first = 0
     try:

@@ -128,7 +128,7 @@ class RehearseStage(Stage):
             def collect(result: dict[str, Any]) -> None:
                 meter.add(result["samples"])
                 record.cpu_seconds += result["cpu_seconds"]
-                record.gpu_seconds += result["gpu_seconds"]
+                record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
 
             stream(
                 missing,
@@ -204,8 +204,7 @@ class SecondProxy:
         self._device = "cuda" if gpu else "cpu"
         inner = inside(self._run)
         self._model = load_checkpoint(inner, proxy_manifest(inner)["final"], self._device)
-        if gpu:
-            self._model.to(memory_format=torch.channels_last)
+        self._model.to(memory_format=torch.channels_last)
 
     def __call__(self, batch: Columns) -> Columns:
         started, gpu = time.monotonic(), self._device == "cuda"

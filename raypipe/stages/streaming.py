@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasource
+from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrategy
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import TrainingFailedError
@@ -57,17 +58,20 @@ def stream(
     context.target_max_block_size = None  # a unit stays one block; its size is bounded by source.fragment_samples
     context.execution_no_progress_timeout_s = patience
     least, start, most = pool.sizes(len(units), worth)
+    made = {"make": fenced(actor), "arguments": actor_arguments}
+    how: dict[str, Any] = {"fn": _Actor, "fn_constructor_kwargs": made}
+    how["compute"] = ActorPoolStrategy(min_size=least, max_size=most, initial_size=start, max_tasks_in_flight_per_actor=2)
+    if pool.tasks:
+        how = {"fn": _as_actor, "fn_kwargs": {"key": uuid.uuid4().hex, **made}, "compute": TaskPoolStrategy(most)}
     with DataContext.current(context):
-        dataset = ray.data.read_datasource(_Units(units, fenced(read)), override_num_blocks=len(units), num_cpus=pool.read_cpus)
-        # map_batches refuses whole blocks with a GPU, and with a batch size would put units together
-        dataset = dataset.map_batches_internal(
-            _Actor,
-            fn_constructor_kwargs={"make": fenced(actor), "arguments": actor_arguments},
-            batch_size=None,
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            compute=ActorPoolStrategy(min_size=least, max_size=most, initial_size=start, max_tasks_in_flight_per_actor=2),
+        dataset = ray.data.read_datasource(
+            _Units(units, fenced(read)),
+            override_num_blocks=len(units),
+            num_cpus=pool.read_cpus,
+            concurrency=most if pool.tasks else None,
         )
+        # map_batches refuses whole blocks with a GPU, and with a batch size would put units together
+        dataset = dataset.map_batches_internal(batch_size=None, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, **how)
         try:
             with asking(shape(pool.num_cpus, pool.num_gpus), shape(pool.read_cpus)):
                 for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
@@ -85,6 +89,19 @@ class _Actor:
 
     def __call__(self, batch: Columns) -> Columns:
         return self._actor(batch)
+
+
+_kept: tuple[str, Callable[[Columns], Columns] | None] = ("", None)
+
+
+def _as_actor(batch: Columns, key: str, make: Callable[..., Callable[[Columns], Columns]], arguments: dict[str, Any]) -> Columns:
+    """What an actor does, by one that is made once in each process that has tasks of a stream with this key."""
+    global _kept
+    if _kept[0] != key:
+        _kept = ("", None)  # before there is another
+        _kept = (key, make(**arguments))
+    assert _kept[1] is not None
+    return _kept[1](batch)
 
 
 class _Units(Datasource):

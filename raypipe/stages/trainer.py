@@ -1,12 +1,26 @@
-"""Ray Train's trainer, which an interrupt ends at once."""
+"""A training with Ray Train: on several workers, or as its local mode in a task where there is one."""
 
 from __future__ import annotations
 
+import logging
+import uuid
 from typing import Any
 
 import ray
-from ray.train import Result
-from ray.train.torch import TorchTrainer
+import torch.distributed as distributed
+from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raypipe import storage
+from raypipe.errors import MemoryShortageError, StageError
+from raypipe.stages.demand import asking, shape
+from raypipe.stages.proxy_worker import train_worker
+from raypipe.stages.streaming import failure
+from raypipe.storage.fences import fenced
+
+log = logging.getLogger("raypipe")
 
 
 class Trainer(TorchTrainer):
@@ -26,3 +40,75 @@ class Trainer(TorchTrainer):
             if self._controller is not None:
                 ray.kill(self._controller)
             raise
+
+
+def train(arguments: dict[str, Any], workers: int, gpu: bool, cpus: int, max_failures: int, scratch: str) -> None:
+    """Run `train_worker` on so many workers with so many CPUs each, and a GPU each where `gpu`.
+
+    max_failures  how often workers that die are replaced
+    scratch       URI of a folder for Ray Train's own files
+    Raises StageError when the training fails, MemoryShortageError where memory was the reason.
+    """
+    try:
+        with asking(shape(cpus, int(gpu))):
+            if workers == 1:
+                _alone(arguments, gpu, cpus, max_failures)
+            else:
+                _together(arguments, workers, gpu, cpus, max_failures, scratch)
+    except Exception as error:
+        found = failure(error)
+        if isinstance(error, ActorDiedError) and not isinstance(found, MemoryShortageError):
+            # Ray Train replaces workers, but nobody its controller, and the workers' places stay taken until this driver ends
+            found = StageError("the process with which Ray Train looks after the training died; run again to resume")
+        raise found from error
+
+
+def _together(arguments: dict[str, Any], workers: int, gpu: bool, cpus: int, max_failures: int, scratch: str) -> None:
+    fs, path = storage.filesystem(scratch)
+    resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
+    trainer = Trainer(
+        fenced(train_worker),
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=path,
+            storage_filesystem=LocalFileSystem() if storage.is_local(scratch) else PyFileSystem(FSSpecHandler(fs)),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        storage.delete(scratch)
+
+
+def _alone(arguments: dict[str, Any], gpu: bool, cpus: int, max_failures: int) -> None:
+    """One worker needs none of the five processes that look after several, whose start takes as long as many a training."""
+    # Ray's own retries have no bound where a worker runs out of memory
+    task = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_retries=0)(fenced(_train_alone))
+    while True:
+        worker = task.remote(arguments)
+        try:
+            return ray.get(worker)
+        except (RayTaskError, TaskCancelledError):
+            raise
+        except RayError as error:
+            if not max_failures:
+                raise
+            max_failures -= 1
+            log.info("the worker of a training died; another goes on after its last finished epoch: %s", error)
+        except KeyboardInterrupt:
+            ray.cancel(worker, force=True)
+            raise
+
+
+def _train_alone(arguments: dict[str, Any]) -> None:
+    """The training as Ray Train's local mode, in this process, with a group of its own of torch.distributed."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        TorchTrainer(train_worker, train_loop_config=arguments, scaling_config=ScalingConfig(num_workers=0)).fit()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

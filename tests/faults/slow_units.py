@@ -2,7 +2,8 @@
 
     python slow_units.py FOLDER UNITS NODES [gpu]
 
-Writes FOLDER/<unit>-<node> for every unit; once so many nodes have worked, units are quick. At the end it prints what was given back.
+Writes FOLDER/<unit>-<node> for every unit, with the process in it; with `gpu`, three processes share one. Once so many nodes have worked,
+units are quick. At the end it prints what was given back.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Slow:
         unit, node = int(batch["unit"][0]), int(ray.get_runtime_context().get_node_id(), 16)
         there = {name.partition("-")[2] for name in os.listdir(self._folder)}
         time.sleep(1 if len(there) < self._nodes else 0.1)
-        Path(self._folder, f"{unit}-{node}").touch()
+        Path(self._folder, f"{unit}-{node}").write_text(str(os.getpid()))
         return {"unit": np.array([unit])}
 
 
@@ -48,7 +49,7 @@ def main(folder: str, units: int, nodes: int, gpu: bool) -> None:
 
     progress = Progress(quiet=True)
     cluster = connect(ClusterSettings(address="auto"), Run("s3://unused/run"), progress, verbose=False)
-    pool = cluster.pool(PoolSettings(use_gpu=True)) if gpu else cluster.cpu_pool("auto")
+    pool = cluster.pool(PoolSettings(use_gpu=True, actors_per_gpu=3)) if gpu else cluster.cpu_pool("auto")
     done: list[dict[str, Any]] = []
     stream(list(range(units)), read, Slow, {"folder": folder, "nodes": nodes}, pool, 200, done.append)
     end = time.monotonic() + 20

@@ -7,16 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers import score_files, small_config
+from helpers import QUIET, score_files, small_config
 
+import raypipe
 from raypipe import storage
 from raypipe.config import dump_config
 from raypipe.rundir import Run
+from raypipe.stages.proxy import finished_epochs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -37,13 +41,13 @@ def _driver(address: str, config: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def _kill_training_worker(run: Run, driver: subprocess.Popen[bytes]) -> bool:
+def _kill_training_worker(run: Run, going_on: Callable[[], bool], name: str) -> bool:
     """Kill a training worker in the middle of an epoch after the first. The cluster is a child of this process, so no other's is met."""
-    while driver.poll() is None:
+    while going_on():
         if storage.names(run.path("proxy", "epochs")):
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                    if name in " ".join(process.cmdline()):
                         process.kill()
                         return True
         time.sleep(0.01)
@@ -66,7 +70,7 @@ def test_killed_in_every_stage(cluster: str, finished_scores: dict[str, bytes], 
         if stage == "seed":
             # the next driver loses a training worker instead, and goes on by itself until it is killed as well
             driver = _driver(cluster, config)
-            assert _kill_training_worker(run, driver)
+            assert _kill_training_worker(run, lambda driver=driver: driver.poll() is None, "_train_alone")
             while driver.poll() is None and len(storage.names(run.path("proxy", "epochs"))) < 3:
                 time.sleep(0.005)
             assert driver.poll() is None, "the training did not go on after its worker died"
@@ -78,3 +82,21 @@ def test_killed_in_every_stage(cluster: str, finished_scores: dict[str, bytes], 
     assert last.returncode == 0, errors.decode()
     assert score_files(run.uri) == finished_scores
     assert all(record.state == "done" for record in run.ledger().values())
+
+
+def test_ray_train_replaces_one_of_two_workers(cluster: str, tmp_path: Path) -> None:
+    run, found = Run(str(tmp_path / "run")), list[bool]()
+    config = small_config(run.uri, "proxy.workers=2", "proxy.epochs=8")
+    going_on = threading.Event()
+    killer = threading.Thread(
+        target=lambda: found.append(_kill_training_worker(run, lambda: not going_on.is_set(), "RayTrainWorker"))
+    )
+    killer.start()
+    try:
+        raypipe.run(config, until="proxy", progress=QUIET)
+    finally:
+        going_on.set()
+        killer.join()
+    assert found == [True]
+    assert [epoch["epoch"] for epoch in finished_epochs(run)] == list(range(8))
+    assert run.ledger()["proxy"].detail["workers"] == 2

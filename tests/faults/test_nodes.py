@@ -134,7 +134,7 @@ def test_a_node_is_lost_in_every_stage(cluster: str, finished_scores: dict[str, 
         driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
         wait_until(lambda: _epochs(run), driver, "epoch")
         for stage, name in (
-            ("proxy", "RayTrainWorker"),
+            ("proxy", "_train_alone"),
             ("measure", ".submit"),
             ("embed", ".submit"),
             ("extrapolate", "_in_task"),
@@ -191,7 +191,7 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
     with cluster_of(AutoscaledNodes, types={"worker": {"resources": {"CPU": cpus}, "max_workers": 2}}, idle_seconds=15) as nodes:
         driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate", settings)
         wait_until(lambda: _epochs(run), driver, "epoch", 200)
-        drained = next(number for number in nodes.events("up") if nodes.workers(number, "RayTrainWorker"))
+        drained = next(number for number in nodes.events("up") if nodes.workers(number, "_train_alone"))
         drain(nodes, drained)
         time.sleep(5)
         if nodes.raylet(drained) is not None:  # it ends by itself once it is idle
@@ -207,13 +207,14 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
 @pytest.mark.ray
 @pytest.mark.long
 def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> None:
-    types = {"gpu": {"resources": {"CPU": 2, "GPU": 1}, "max_workers": 2}, "cpu": {"resources": {"CPU": 1}, "max_workers": 1}}
+    types = {"gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 2}, "cpu": {"resources": {"CPU": 1}, "max_workers": 1}}
     with cluster_of(AutoscaledNodes, types=types, idle_seconds=10) as nodes:  # GPUs in Ray's books; the units need none
         told = told_by(start(nodes, SLOW, str(tmp_path), "150", "2", "gpu"))
         assert told["can_grow"] and told["busy"] == [] and sorted(told["units"]) == list(range(150))
         kinds = nodes.events("up")
         worked = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
         assert len(worked) == 2 and {kinds[number] for number in worked} == {"gpu"}
+        assert 2 < len({path.read_text() for path in tmp_path.iterdir()}) <= 6, "at most three on each"
         wait_until(lambda: nodes.events("down").keys() >= kinds.keys(), None, "end of idle nodes", 90)
 
 
@@ -232,7 +233,14 @@ def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> 
         (Cluster(2, 0, 1, 2, True, True).cpu_pool("auto", 6), 10, 1, (6, 6, 6)),
         (Cluster(8, 0, 2, 4, True, True).pool(PoolSettings(use_gpu=True)), 100, 1, (1, 1, 25)),  # from no GPU at all
         (Cluster(8, 3, 2, 4, False).pool(PoolSettings()), 100, 1, (1, 1, 3)),
+        (Cluster(8, 3, 2, 4, False).pool(PoolSettings(actors_per_gpu=3)), 100, 1, (1, 1, 9)),
     ],
 )
 def test_a_pool_is_as_large_as_its_work_justifies(pool: Pool, units: int, worth: int, expected: tuple[int, int, int]) -> None:
     assert pool.sizes(units, worth) == expected
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3, 6, 7, 100])
+def test_actors_that_share_a_gpu_have_room_on_it(actors: int) -> None:
+    share = Cluster(8, 1, 1, 8, False).pool(PoolSettings(actors_per_gpu=actors)).num_gpus
+    assert share * actors <= 1 and share * 1e4 == pytest.approx(round(share * 1e4)), "in Ray's steps"

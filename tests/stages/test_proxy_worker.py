@@ -50,7 +50,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
-    monkeypatch.setattr(proxy_worker, "prepare_model", lambda model: model)
+    monkeypatch.setattr(proxy_worker, "prepare_model", lambda model, device: model)
     monkeypatch.setattr(proxy_worker, "get_device", lambda: torch.device("cpu"))
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield run
@@ -65,7 +65,7 @@ def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
             self.fit = lambda: loop(train_loop_config)
 
     monkeypatch.setattr("raypipe.stages.trainer.Trainer", Trainer)
-    proxy._train(config, run, Part(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 1, False, 1)
+    proxy._train(config, run, Part(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 2, False, 1)  # of one, Ray Train's local mode is asked
 
 
 def test_a_training_that_diverges_is_not_repeated(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:

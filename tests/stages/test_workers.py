@@ -14,6 +14,7 @@ import torch
 import torch.distributed as distributed
 from helpers import digit_images, small_config
 from safetensors.torch import load
+from torch.nn.parallel import DistributedDataParallel
 
 from raypipe import storage
 from raypipe.rundir import Run
@@ -55,7 +56,7 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
             (proxy_worker.ray.train, "get_context"): lambda context=context: context,
             (proxy_worker.ray.train, "report"): lambda metrics: None,
             (proxy_worker, "get_device"): lambda: torch.device("cpu"),
-            (proxy_worker, "prepare_model"): torch.nn.parallel.DistributedDataParallel if world > 1 else lambda model: model,
+            (proxy_worker, "prepare_model"): lambda model, _, world=world: DistributedDataParallel(model) if world > 1 else model,
         }
         for (module, name), value in replaced.items():
             setattr(module, name, value)
@@ -65,7 +66,14 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
         config = small_config(run.uri, *changes)
         part = Part(0, 1, 0, SAMPLES, (SAMPLES,))
         proxy_worker.train_worker(
-            {"config": config.model_dump(mode="json"), "run": run.uri, "part": vars(part), "key": "key", "threads": 1}
+            {
+                "config": config.model_dump(mode="json"),
+                "run": run.uri,
+                "part": vars(part),
+                "key": "key",
+                "gpu": False,
+                "threads": 1,
+            }
         )
         distributed.destroy_process_group()
 
