@@ -163,10 +163,9 @@ def extrapolate(
 
     model = fresh()
     model.fit(seed, score)
-    folds = settings.most_folds if settings.folds == "auto" else settings.folds
     parts = [
         hold_out(lambda: fresh(1 if quick else MEMBERS), seed, score, held, mlp=not quick)
-        for held in split(len(rows), settings.holdout, folds, settings.seed)
+        for held in split(len(rows), settings.holdout, settings.folds_of(len(rows), classes), settings.seed)
     ]
     found, judged = Predictions.concat(parts), predict(model, seed, score, audit, of_audit)
     if settings.judge_published is True or (settings.judge_published == "auto" and len(nodes) <= PUBLISHED_SAMPLES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -23,6 +24,11 @@ class EmbedSettings(PoolSettings):
         description="where JPEGs are decoded: gpu in batches on the actors' GPUs, other images as before; auto where there are any; pixels differ "
         "by a few levels, so that only cpu gives the same scores on every machine",
     )
+
+
+HELD_OUT_OF_CLASS = 120
+"""Samples of a class, on average, whose residuals say how wide its intervals are: their coverage then is right to about 3 points
+(benchmarks/results/pipeline-cpu.txt)."""
 
 
 class ExtrapolateSettings(Settings):
@@ -50,7 +56,8 @@ class ExtrapolateSettings(Settings):
     holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of a fit to judge its fidelity")
     folds: Positive | Literal["auto"] = Field(
         "auto",
-        description="parts of that share held out in turn, a fit for each; auto: all of the seed set, 1 for gnn-published and after a rehearsal",
+        description="parts of that share held out in turn, a fit for each; auto: until there are about 120 samples for each class to "
+        "tell how wide its intervals are, at most all of the seed set; 1 for gnn-published and after a rehearsal",
     )
     judge_published: bool | Literal["auto"] = Field(
         "auto",
@@ -69,6 +76,12 @@ class ExtrapolateSettings(Settings):
     def most_folds(self) -> int:
         """How many parts of the share `holdout` the seed set has."""
         return int(1 / self.holdout + 1e-9)
+
+    def folds_of(self, seed: int, classes: int) -> int:
+        """`folds` as a number, for a seed set of so many samples of so many classes."""
+        if self.folds != "auto":
+            return self.folds
+        return min(self.most_folds, max(1, math.ceil(HELD_OUT_OF_CLASS * classes / (self.holdout * seed))))
 
     @model_validator(mode="after")
     def _parts_are_apart(self) -> ExtrapolateSettings:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.rundir import Run
-from raypipe.stages.scored import WHOLE_METHODS, Samples, Scored, measured_scores
+from raypipe.stages.scored import WHOLE_METHODS, Samples, Scored, count_measured, measured_scores
 
 Step = Callable[[int, int], None]
 BASELINE = "baseline:"
@@ -37,7 +37,9 @@ def folds(config: Config, run: Run) -> int:
     settings = config.extrapolate
     if settings.folds != "auto":
         return settings.folds
-    return 1 if settings.method in WHOLE_METHODS or rehearsed(run) else settings.most_folds
+    if settings.method in WHOLE_METHODS or rehearsed(run):
+        return 1
+    return settings.folds_of(count_measured(run), len(run.classes().names))
 
 
 def judges_published(config: Config, samples: int) -> bool:

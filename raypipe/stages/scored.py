@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run
-from raypipe.stages.embed import SIGNALS, read_special_rows
+from raypipe.stages.embed import SIGNALS, count_rows, read_special_rows
 
 COLUMNS = ["sample_id", "label", "embedding", *SIGNALS]
 WHOLE_METHODS = {"gnn-published"}
@@ -43,6 +44,14 @@ def measured_scores(run: Run, score: str, which: str) -> dict[str, float]:
         if score in table.column_names:
             result.update(zip(table["sample_id"].to_pylist(), table[score].to_pylist(), strict=True))
     return result
+
+
+def count_measured(run: Run) -> int:
+    """Measured samples of the seed set, or the scored ones of a folder that was made from tables."""
+    if GIVEN in storage.names(run.path("extrapolator")):
+        with storage.open_read(run.path("extrapolator", GIVEN)) as file:
+            return pq.ParquetFile(file).metadata.num_rows
+    return count_rows(run, FOLDERS["seed"])
 
 
 def every_measured_score(run: Run, score: str) -> dict[str, float]:

@@ -226,7 +226,9 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
 def _extrapolation(work: Work) -> Effort:
     settings, model = work.config.extrapolate, work.config.proxy.model
     whole = settings.method == "gnn-published"
-    folds = settings.folds if settings.folds != "auto" else 1 if whole or work.config.rehearses else settings.most_folds
+    folds = settings.folds_of(max(1, work.seed), work.classes)
+    if settings.folds == "auto" and (whole or work.config.rehearses):
+        folds = 1
     part = QUICK_PART if settings.method == "gnn" and work.audit >= QUICK_FROM else 1.0
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)

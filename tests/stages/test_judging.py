@@ -15,17 +15,22 @@ from raypipe.stages import judging
 
 
 @pytest.mark.parametrize(
-    ("extrapolate", "rehearsal", "expected"),
+    ("extrapolate", "rehearsal", "samples", "expected"),
     [
-        ({}, False, 5),
-        ({}, True, 1),
-        ({"holdout": 0.25}, False, 4),
-        ({"folds": 3}, True, 3),
-        ({"method": "gnn-published"}, False, 1),
+        ({}, False, 500, 5),  # 10 classes: 120 samples of each are more than there are
+        ({}, True, 500, 1),
+        ({"holdout": 0.25}, False, 500, 4),
+        ({}, False, 2000, 3),
+        ({}, False, 100_000, 1),
+        ({"folds": 5}, False, 100_000, 5),
+        ({"folds": 3}, True, 500, 3),
+        ({"method": "gnn-published"}, False, 500, 1),
     ],
 )
-def test_parts_that_are_held_out(monkeypatch, extrapolate: dict[str, Any], rehearsal: bool, expected: int) -> None:
+def test_parts_that_are_held_out(monkeypatch, extrapolate: dict[str, Any], rehearsal: bool, samples: int, expected: int) -> None:
     monkeypatch.setattr(Run, "ledger", lambda self: {"rehearse": None} if rehearsal else {})
+    monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=list("0123456789")))
+    monkeypatch.setattr(judging, "count_measured", lambda run: samples)
     config = parse_config({"run": "r", "source": {"uri": "x"}, "extrapolate": extrapolate})
     assert judging.folds(config, Run("r")) == expected
 
@@ -34,6 +39,8 @@ def test_parts_that_are_held_out(monkeypatch, extrapolate: dict[str, Any], rehea
     ("method", "audited", "members"), [("gnn", 100, 1), ("gnn", 99, 3), ("gnn", None, 3), ("trees", 100, None)]
 )
 def test_fits_on_parts_are_quick_where_an_audit_set_decides(monkeypatch, method: str, audited: int | None, members: int) -> None:
+    monkeypatch.setattr(judging, "folds", lambda config, run: 5)
+
     def samples(*_: Any) -> SimpleNamespace:
         seed = SimpleNamespace(ids=[f"{row}" for row in range(50)], nodes=None, score=np.zeros(50), rows=None)
         audit = None if audited is None else SimpleNamespace(ids=["x"] * audited)
