@@ -245,17 +245,18 @@ class _Convolution:
     ) -> None:
         self._stride, self._padding, self._dilation, self._groups = module.stride, module.padding, module.dilation, module.groups
 
-        def fold(own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            weight = own["weight"]
-            bias = own.get("bias", torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
-            if norm is None:
-                return weight, bias
+        weight, weight_tangent = weights["weight"], tangents["weight"]
+        none = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        bias, bias_tangent = weights.get("bias", none), tangents.get("bias", none)
+        if norm is not None:
             assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
-            scale = torch.rsqrt(norm.running_var + norm.eps) * own.get("norm.weight", 1.0)
-            return weight * scale.view(-1, 1, 1, 1), (bias - norm.running_mean) * scale + own.get("norm.bias", 0.0)
-
-        folded = jvp(fold, (weights,), (tangents,))
-        (weight, bias), (weight_tangent, bias_tangent) = folded[0], folded[1]
+            # y = scale * (w x + bias - mean) + shift, and its derivative; `jvp` would import torch's compiler for these lines
+            spread = torch.rsqrt(norm.running_var + norm.eps)
+            scale, scale_tangent = spread * weights.get("norm.weight", 1.0), spread * tangents.get("norm.weight", 0.0)
+            bias_tangent = bias_tangent * scale + (bias - norm.running_mean) * scale_tangent + tangents.get("norm.bias", 0.0)
+            bias = (bias - norm.running_mean) * scale + weights.get("norm.bias", 0.0)
+            weight_tangent = weight_tangent * scale.view(-1, 1, 1, 1) + weight * scale_tangent.view(-1, 1, 1, 1)
+            weight = weight * scale.view(-1, 1, 1, 1)
         plain = norm is None and module.bias is None
         self._weight, self._weight_tangent = (
             weight.contiguous(memory_format=layout),

@@ -11,6 +11,9 @@ from raypipe.settings.proxy import PoolSettings
 
 SELF_TERM_BELOW = 1000
 """`measure.moso.self_term: auto` takes the sample itself out for seed sets, or parts, smaller than this."""
+RECALIBRATED = 10_000
+"""Samples that `recalibrate` takes of a larger seed set: 1,000 to 10,000 give precise statistics (Wu and Johnson 2021, arXiv
+2105.07576, section 3)."""
 
 
 class MosoSettings(Settings):
@@ -110,8 +113,8 @@ class MeasureSettings(PoolSettings):
     )
     recalibrate: bool = Field(
         True,
-        description="estimate BatchNorm's statistics anew on the seed set at every checkpoint, before anything is measured there; false: "
-        "as published",
+        description="estimate BatchNorm's statistics anew at every checkpoint, on the seed set or about 10,000 samples of it, before anything "
+        "is measured there; false: as published",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32", description="of gradient scores on a GPU: float32 is exact, the others faster; a CPU always takes float32"

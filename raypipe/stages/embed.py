@@ -232,7 +232,6 @@ class EmbedActor:
             "audit": audit_rule(seed, seed_manifest(self._run)["audit_fraction"]),
         }
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
-        self._model.to(memory_format=torch.channels_last)
         if aside:
             from raypipe.jpegs import check
 

@@ -31,6 +31,7 @@ from raypipe.config import AdversarySettings, Config
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.rundir import Run, StageRecord, fingerprint
+from raypipe.settings.measure import RECALIBRATED
 from raypipe.stages.base import Context
 from raypipe.stages.cluster import Pool
 from raypipe.stages.parts import Part
@@ -137,7 +138,7 @@ def _load(config: Config, run: Run, folders: Folders, part: Part, file: str, dev
     import torch
 
     model = load_checkpoint(run, file, device, folder=folders.calibrated if config.measure.recalibrate else part.checkpoints)
-    return model.to(memory_format=torch.channels_last) if config.measure.channels_last else model
+    return model if config.measure.channels_last else model.to(memory_format=torch.contiguous_format)
 
 
 def _recalibrate(config: Config, run: Run, folders: Folders, part: Part, files: list[str], pool: Pool) -> float:
@@ -172,10 +173,16 @@ def _recalibrated(
     # as it was trained: on adversarial examples against the network as it stands in the checkpoint
     attacked = load_checkpoint(run, file, device, folder=part.checkpoints) if adversary is not None else None
 
+    step = max(1, part.samples // RECALIBRATED)  # from all shards: the source may be sorted by class
+
     def batches() -> Any:
         waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        seen = 0
         for shard in [*seed_manifest(run)["shards"], None]:
-            waiting += [] if shard is None else [part.read(run, shard)[1:]]
+            if shard is not None:
+                images, labels = part.read(run, shard)[1:]
+                waiting.append((images[-seen % step :: step], labels[-seen % step :: step]))
+                seen += len(images)
             images, labels = (np.concatenate(arrays) for arrays in zip(*waiting, strict=True))
             whole = len(images) if shard is None else len(images) // RECALIBRATION_BATCH * RECALIBRATION_BATCH
             for start in range(0, whole, RECALIBRATION_BATCH):

@@ -192,12 +192,13 @@ def finished_epochs(run: Run, folder: str = "proxy") -> list[dict[str, Any]]:
 
 
 def load_checkpoint(run: Run, file: str, device: str = "cpu", folder: str = "proxy/checkpoints") -> Any:
-    """The proxy with the weights of a checkpoint, in eval mode."""
+    """The proxy with the weights of a checkpoint, in eval mode, laid out as convolutions are fastest."""
+    import torch
     from safetensors.torch import load
 
     model = empty_proxy(run)
     model.load_state_dict(load(storage.read_bytes(run.path(folder, file))))
-    return model.to(device).eval()
+    return model.to(device=device, memory_format=torch.channels_last).eval()
 
 
 def last_layer(run: Run) -> tuple[Any, Any]:

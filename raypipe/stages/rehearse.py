@@ -204,7 +204,6 @@ class SecondProxy:
         self._device = "cuda" if gpu else "cpu"
         inner = inside(self._run)
         self._model = load_checkpoint(inner, proxy_manifest(inner)["final"], self._device)
-        self._model.to(memory_format=torch.channels_last)
 
     def __call__(self, batch: Columns) -> Columns:
         started, gpu = time.monotonic(), self._device == "cuda"

@@ -13,6 +13,7 @@ from glob import glob
 
 from raypipe.config import Config
 from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
+from raypipe.settings.measure import RECALIBRATED
 from raypipe.survey import rates
 from raypipe.survey.facts import Cost, StageCost, Survey
 
@@ -219,8 +220,9 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     each += bool(set(scores) - {"moso", "grand"})
     whole = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
     attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0  # of each of the passes over the seed set
-    passes = each + whole + measure.recalibrate
-    return passes + attack * (1 + moso + measure.recalibrate), each + attack
+    recalibrated = measure.recalibrate * min(1.0, config.proxy.parts * RECALIBRATED / max(1, seed))
+    passes = each + whole + recalibrated
+    return passes + attack * (1 + moso + recalibrated), each + attack
 
 
 def _extrapolation(work: Work) -> Effort:

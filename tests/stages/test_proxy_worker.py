@@ -186,3 +186,23 @@ def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(alone:
     np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], said, atol=0.01)
     clean = numbers(model(torch.from_numpy(images.copy())).detach(), target)["distance"].numpy()
     assert said.mean() > clean.mean() + 0.05
+
+
+def test_of_a_large_seed_set_every_so_many_samples_recalibrate(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(alone.uri, "proxy.epochs=1", "proxy.checkpoints=1")
+    _train(alone, config, monkeypatch)
+    whole = storage.read_table(alone.path("seed", "seed-0.parquet"))
+    for shard, rows in (("seed-0", whole.slice(0, 18)), ("seed-1", whole.slice(18))):
+        storage.write_table(alone.path("seed", f"{shard}.parquet"), rows)
+    seed = proxy.seed_manifest(alone) | {"shards": ["seed-0", "seed-1"], "shard_samples": [18, 30]}
+    storage.write_json(alone.path("seed", "manifest.json"), seed)
+    part, file = Part(0, 1, 0, SAMPLES, (18, 30)), "epoch-0000.safetensors"
+    manifest = proxy._manifest(config, alone, seed, [part], [proxy.finished_epochs(alone)])
+    storage.write_json(alone.path("proxy", "proxy.json"), manifest)
+    monkeypatch.setattr(gradients, "RECALIBRATED", 12)
+    folders = gradients.Folders("measured/calibrated", "", "")
+    gradients._recalibrated(alone.uri, folders, part, file, None, 1, False)
+    found = proxy.load_checkpoint(alone, file, folder="measured/calibrated")
+    images = np.concatenate([part.read(alone, shard)[1] for shard in seed["shards"]])
+    expected = recalibrate(proxy.load_checkpoint(alone, file), [torch.from_numpy(images[::4].copy())])
+    torch.testing.assert_close(found.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-6, atol=1e-7)
