@@ -40,7 +40,7 @@ LOOKING = EXPERTS[:3]
 MEMBERS = 3
 FOLDS = 10
 PRIOR_ROWS, LEAST_WEIGHT = 10.0, 0.03
-BUDGET = 60_000
+BUDGET = 30_000
 """Samples a network sees in a fit with `epochs: auto`, within the bounds below: few seed samples take more epochs."""
 FEWEST_EPOCHS, MOST_EPOCHS = 8, 40
 SMALLEST_BATCH, LARGEST_BATCH = 8, 64

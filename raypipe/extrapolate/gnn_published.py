@@ -34,7 +34,6 @@ HIDDEN = (512, 256)
 FAN_OUT = 10
 BATCH = 128
 RATE = 1e-3
-DROPOUT = 0.5
 VALIDATION = 0.1
 
 
@@ -69,7 +68,14 @@ class PublishedNet(nn.Module):
 
 
 def _dropped(x: Tensor, training: bool) -> Tensor:
-    return F.dropout(F.relu(x, inplace=True), DROPOUT, training)
+    """ReLU, then dropout of half of the values. `F.dropout` draws a number for each, five times slower than a bit for each; x has a
+    multiple of 64 values, as both hidden layers are so wide."""
+    x = F.relu(x, inplace=True)
+    if not training:
+        return x
+    drawn = torch.empty(x.numel() // 64, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+    kept = ((drawn[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).view(torch.bool).view(x.shape)
+    return x * kept.to(x.dtype).mul_(2)
 
 
 def _received(x: Tensor, near: Tensor, weight: Tensor, degree: Tensor, count: int) -> Tensor:

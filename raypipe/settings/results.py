@@ -50,7 +50,7 @@ class ExtrapolateSettings(Settings):
     )
     epochs: Positive | Literal["auto"] = Field(
         "auto",
-        description="passes of the fit of gnn, gnn-published and mlp (at most); auto: 40 for gnn, fewer for more than 1,500 seed "
+        description="passes of the fit of gnn, gnn-published and mlp (at most); auto: 40 for gnn, fewer for more than 750 seed "
         "samples, 25 for gnn-published, 60 for mlp",
     )
     holdout: float = Field(0.2, gt=0, lt=0.5, description="share of the seed set kept out of a fit to judge its fidelity")

@@ -103,7 +103,7 @@ def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, model:
     if method == "gnn-published":
         return GRAPH_SIGHT * samples
     if method == "gnn":
-        seen = seed * (epochs or min(40, max(8, 60_000 // max(1, seed))))
+        seen = seed * (epochs or min(40, max(8, 30_000 // max(1, seed))))
         return GNN_FIT + GNN_SIGHT * seen * (0.9 + 0.1 * width(model) / 96)
     fixed, each = FIT_SECONDS[method]
     return fixed + each * seed

