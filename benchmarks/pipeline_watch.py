@@ -129,7 +129,7 @@ def _memory(pid: int) -> tuple[int, int]:
         sizes = {
             name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in file) if name[:3] == "Rss"
         }
-    return sizes["RssAnon"], sizes["RssFile"]
+    return sizes.get("RssAnon", 0), sizes.get("RssFile", 0)  # of a process that has ended there are none
 
 
 def _shared() -> int:
