@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,11 +75,12 @@ def _options(values: Any) -> list[str]:
 class LocalNodes:
     """A running head, and the nodes that were added to it. Use it as a context: at its end all of them are killed.
 
-    folder  an empty folder with a short path (sockets are made in it)
-    jobs    with a job server, at `job_server`
+    folder     an empty folder with a short path (sockets are made in it)
+    jobs       with a job server, at `job_server`
+    variables  more of the environment of all its processes
     """
 
-    def __init__(self, folder: Path, jobs: bool = False) -> None:
+    def __init__(self, folder: Path, jobs: bool = False, variables: Mapping[str, str] | None = None) -> None:
         self.folder, self._last = folder, HEAD
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._added: dict[int, dict[str, float]] = {}
@@ -89,6 +90,7 @@ class LocalNodes:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment |= {"PATH": path, "PYTHONPATH": paths, "HOME": str(folder / "home"), **QUICK}
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
+        self.environment |= variables or {}
         ports = dict(zip((*HEAD_PORTS, *PORTS), free_ports(len(HEAD_PORTS) + len(PORTS)), strict=True))
         self.address, self.job_server = f"127.0.0.{HEAD}:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}"
         command = ray_command("start", "--head", *_common(HEAD, str(folder), {"CPU": 0}), *_options(ports.items()))

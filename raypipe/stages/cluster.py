@@ -157,6 +157,7 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # of 2 s: the end of a training is noticed that much sooner
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", "3")  # without end otherwise; then the stage says that memory is short
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side writes to this process's stderr
     import ray

@@ -189,6 +189,11 @@ def failure(error: BaseException) -> Exception:
         if _of_memory(link):
             said = " ".join(str(link).split())
             return MemoryShortageError(f"workers ran out of memory ({said[:300] or type(link).__name__})")
+    if any(type(link).__name__ == "ExecutionTimeoutError" for link in seen):
+        return StageError(
+            "nothing was finished for cluster.patience_seconds: workers wait for machines, or die again and again (too little memory, a crash "
+            "in a library), of which Ray's logs tell; run again to resume"
+        )
     # Ray Data ends its chains with an empty SystemException or with what it calls every error of an actor
     texts = [f"{type(link).__name__}: {link}" for link in seen if type(link).__name__ != "SystemException" and str(link)]
     for text in reversed(texts):

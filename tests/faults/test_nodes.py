@@ -27,7 +27,7 @@ from raypipe.stages.cluster import Cluster, Pool
 pytestmark = pytest.mark.timeout(600)
 
 Nodes = TypeVar("Nodes", bound=LocalNodes)
-SLOW = str(Path(__file__).with_name("slow_units.py"))
+SLOW, HOG = (str(Path(__file__).with_name(name)) for name in ("slow_units.py", "memory_hog.py"))
 
 
 @contextmanager
@@ -147,6 +147,17 @@ def test_a_node_is_lost_in_every_stage(cluster: str, finished_scores: dict[str, 
 
 def _epochs(run: Run) -> list[Path]:
     return list(Path(run.uri, "proxy", "epochs").glob("*.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_workers_that_die_of_memory_are_reported_as_that() -> None:
+    most = psutil.virtual_memory().percent / 100 + 0.12  # of the machine, 2.9 of 24 GB more than is used now
+    limits = {"RAY_memory_usage_threshold": f"{most:.2f}", "RAY_memory_monitor_refresh_ms": "250"}
+    with cluster_of(variables=limits) as nodes:
+        nodes.add(1)
+        said = end(start(nodes, HOG)).splitlines()[-1]
+    assert said.startswith("MemoryShortageError: workers ran out of memory")
 
 
 @pytest.mark.ray

@@ -1,0 +1,39 @@
+"""A unit whose worker dies whenever it comes to it: the stage ends with an error instead of trying for ever."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from raypipe.errors import StageError
+from raypipe.stages.cluster import Pool
+from raypipe.stages.streaming import Columns, stream
+
+
+def read(unit: int) -> Columns:
+    return {"unit": np.array([unit])}
+
+
+class Dies:
+    def __call__(self, batch: Columns) -> Columns:
+        if batch["unit"][0] == 2:
+            os._exit(1)
+        return batch
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("tasks", [True, False], ids=["tasks", "actors"])
+def test_it_is_given_up_after_a_while(cluster: str, tasks: bool) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    seen: list[int] = []
+    started = time.monotonic()
+    with pytest.raises(StageError, match=r"nothing was finished .* die again and again"):
+        stream(range(4), read, Dies, {}, Pool(1, 2, 1, 0, 1, 1, 2, tasks), 20, lambda row: seen.append(row["unit"]))
+    assert time.monotonic() - started < 150
+    assert 2 not in seen
