@@ -87,8 +87,6 @@ class Config(Settings):
         followed = sorted(set(given) - set(self.measure.at_checkpoints))
         if self.proxy.trajectory == "none" and followed:
             raise ValueError("proxy.trajectory: 'none' leaves nothing to compute " + ", ".join(followed))
-        for name in followed:
-            self._can_be_computed(name)
         epochs = self.proxy.checkpoint_epochs()
         for score in self.measure.at_checkpoints:
             settings = self.measure.settings_of(score)
@@ -100,20 +98,6 @@ class Config(Settings):
         if self.extrapolate.rehearsal is True and self._nothing_to_rehearse:
             raise ValueError(f"extrapolate.rehearsal: there is nothing to rehearse, since {self._nothing_to_rehearse}")
         return self
-
-    def _can_be_computed(self, score: str) -> None:
-        """Raise ValueError where a score needs more epochs than the proxy will have, before these are trained."""
-        import numpy as np
-
-        from raypipe.scores.base import ScoreError, Trajectory, trajectory_score
-
-        epochs = self.proxy.epochs
-        numbers = {name: np.full((epochs, 1), 0.5, np.float32) for name in ("loss", "margin", "distance", "entropy")}
-        arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **numbers}
-        try:
-            trajectory_score(score)(Trajectory(np.zeros(1, np.int64), arrays), **self.measure.trajectory_options(score))
-        except ScoreError as error:
-            raise ValueError(f"measure.scores: {error}") from None
 
     @model_validator(mode="after")
     def _labels_from_somewhere(self) -> Config:

@@ -17,6 +17,7 @@ from raypipe.config import Config
 from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, noise_of, now, tables_of
+from raypipe.scores.base import ScoreError, check_epochs
 from raypipe.sources import open_source
 from raypipe.sources.noise import noise_wanted
 from raypipe.stages.base import Context, Stage
@@ -63,18 +64,29 @@ def execute(
 ) -> Run:
     """Run every stage, or those up to and including `until`. A `dataset` of Ray Data, where there is one, is the source.
 
-    Raises ConfigError for an unknown stage and for a package of `report.log_to` that is not installed, RunError when another driver
+    Raises ConfigError for an unknown stage, a score that needs more epochs than the proxy has, and a package of `report.log_to` that is
+    not installed, RunError when another driver
     holds the run, and what the stages raise. Where the scores are too unfaithful to prune by, the report is still written before the
     TrustError is raised.
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
+    check_scores(config)
     if config.report.log_to:
         from raypipe.report.trackers import check_trackers
 
         check_trackers(config.report.log_to)
     with errors_of_storage(config.run):
         return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
+
+
+def check_scores(config: Config) -> None:
+    """Raise ConfigError where a score needs more epochs than the proxy will have."""
+    for name in sorted(set(config.measure.scores) - set(config.measure.at_checkpoints)):
+        try:
+            check_epochs(name, config.proxy.epochs, config.measure.trajectory_options(name))
+        except ScoreError as error:
+            raise ConfigError(f"measure.scores: {error}") from None
 
 
 def _execute(config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool) -> Run:

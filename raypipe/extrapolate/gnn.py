@@ -33,6 +33,7 @@ from raypipe.extrapolate.kernel import KernelRegression
 from raypipe.extrapolate.proxy import SignalMap
 from raypipe.extrapolate.rehearsal import Transfer
 from raypipe.extrapolate.trees import FEATURES, NeighbourStatistics, grow
+from raypipe.settings.results import gnn_epochs
 
 EXPERTS = ("kernel", "networks", "trees", "signal")
 LOOKING = EXPERTS[:3]
@@ -40,9 +41,6 @@ LOOKING = EXPERTS[:3]
 MEMBERS = 3
 FOLDS = 10
 PRIOR_ROWS, LEAST_WEIGHT = 10.0, 0.03
-BUDGET = 30_000
-"""Samples a network sees in a fit with `epochs: auto`, within the bounds below: few seed samples take more epochs."""
-FEWEST_EPOCHS, MOST_EPOCHS = 8, 40
 SMALLEST_BATCH, LARGEST_BATCH = 8, 64
 
 
@@ -82,7 +80,7 @@ class AnchorGnn(Extrapolator):
             return  # every measured score is the same, and so is every prediction
         count, rng = len(seed), np.random.default_rng(self.settings.seed)
         if self.settings.epochs == "auto":
-            self.epochs = int(np.clip(BUDGET // count, FEWEST_EPOCHS, MOST_EPOCHS))
+            self.epochs = gnn_epochs(count)
         done, total = 0, 1 + self.members * self.epochs + self.members
 
         def tick() -> None:

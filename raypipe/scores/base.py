@@ -238,6 +238,13 @@ def trajectory_score(name: str) -> Callable[..., np.ndarray]:
     return module.score
 
 
+def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
+    """Raise ScoreError when a trajectory score cannot be computed of so many epochs, before these are trained."""
+    numbers = {column: np.full((epochs, 1), 0.5, np.float32) for column in NUMBERS}
+    arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **numbers}
+    trajectory_score(name)(Trajectory(np.zeros(1, np.int64), arrays), **options)
+
+
 def need_epochs(name: str, epochs: int, least: int, why: str) -> None:
     """Raise ScoreError when there are fewer epochs than a score needs."""
     if epochs < least:

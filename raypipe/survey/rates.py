@@ -6,6 +6,8 @@ as fast. `raypipe inspect --like RUN` replaces them by what a finished run took,
 
 from __future__ import annotations
 
+from raypipe.settings.results import gnn_epochs
+
 MACS_PER_PIXEL = {
     "small": 27_150,
     "resnet18": 542_400,
@@ -103,7 +105,7 @@ def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, model:
     if method == "gnn-published":
         return GRAPH_SIGHT * samples
     if method == "gnn":
-        seen = seed * (epochs or min(40, max(8, 30_000 // max(1, seed))))
+        seen = seed * (epochs or gnn_epochs(seed))
         return GNN_FIT + GNN_SIGHT * seen * (0.9 + 0.1 * width(model) / 96)
     fixed, each = FIT_SECONDS[method]
     return fixed + each * seed

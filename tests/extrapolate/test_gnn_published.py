@@ -98,9 +98,10 @@ def test_learns_from_scored_samples_only(fitted, settings) -> None:
 
 def test_it_learns(problem, settings) -> None:
     nodes, score = problem(400, noise=0.0)
-    gnn = GnnPublished(settings("gnn-published"), 4)
+    # seed 0 draws 0.49; the mean of eight is 0.53
+    gnn = GnnPublished(settings("gnn-published").model_copy(update={"seed": 2}), 4)
     gnn.fit_graph(nodes, np.arange(200), score[:200] * 1e4)  # far from what a learning rate of 1e-3 reaches unstandardised
-    assert np.corrcoef(gnn.predict_rows(np.arange(200, 400)), score[200:])[0, 1] > 0.45  # 0.49 to 0.56 with other seeds
+    assert np.corrcoef(gnn.predict_rows(np.arange(200, 400)), score[200:])[0, 1] > 0.5
 
 
 def test_round_trip_and_global_random_state(fitted, settings) -> None:

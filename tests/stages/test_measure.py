@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import small_config
+from helpers import QUIET, small_config
 
 from raypipe.errors import ConfigError
+from raypipe.pipeline import check_scores, execute
 from raypipe.scores.base import NUMBERS, trajectory
 from raypipe.scores.logits import numbers
 from raypipe.stages.measure import _mean
@@ -47,10 +48,10 @@ def test_without_a_trajectory_scores_at_checkpoints_are_left() -> None:
 
 def test_a_score_that_needs_more_epochs_than_the_proxy_has_is_refused_before_they_are_trained() -> None:
     with pytest.raises(ConfigError, match=r"measure.scores: tdds needs at least 10 epochs .* has 4; raise proxy.epochs"):
-        small_config("runs/x", "measure.scores=[el2n, tdds]")
-    assert small_config("runs/x", "measure.scores=[el2n, tdds, forgetting, aum]", "measure.tdds.window=4")
+        execute(small_config("runs/x", "measure.scores=[el2n, tdds]"), progress=QUIET)
+    check_scores(small_config("runs/x", "measure.scores=[el2n, tdds, forgetting, aum]", "measure.tdds.window=4"))
     with pytest.raises(ConfigError, match="no epochs between first_epoch 5"):
-        small_config("runs/x", "measure.scores=[el2n]", "measure.el2n.first_epoch=5")
+        execute(small_config("runs/x", "measure.scores=[el2n]", "measure.el2n.first_epoch=5"), progress=QUIET)
 
 
 def test_numbers_of_a_forward_pass_are_those_of_its_probabilities() -> None:
