@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,6 +124,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
             return self
+        import psutil  # a machine with a GPU need not have it
+
         process = psutil.Process()
         self._start = process.memory_info().rss
 

@@ -29,6 +29,7 @@ from raypipe.extrapolate.base import Nodes, TransductiveExtrapolator
 from raypipe.extrapolate.gnn import AnchorGnn
 from raypipe.images import decode_batch
 from raypipe.models import Proxy, build
+from raypipe.names import SIGNALS
 from raypipe.rundir import fingerprint
 from raypipe.scores.base import NUMBERS
 from raypipe.scores.logits import numbers
@@ -37,8 +38,6 @@ from raypipe.sources import class_map, open_source
 
 BATCH = 64
 """Images in one pass that only measures, as the stages take them on a CPU."""
-SIGNALS = ("loss", "margin", "entropy")
-"""What the extrapolators are told of a sample, in this order."""
 BASELINES = ("class_mean", "proxy_loss", "random")
 """What `predict` knows beside the extrapolators."""
 

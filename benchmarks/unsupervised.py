@@ -31,6 +31,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from raypipe.config import MeasureSettings, ProxySettings, PseudoLabelSettings, SourceSettings
+from raypipe.devices import AtOnce
 from raypipe.extrapolate.figures import spearman
 from raypipe.rundir import fingerprint
 from raypipe.unsupervised.clusters import Clusters, kmeans
@@ -71,11 +72,11 @@ def embedded(images: Images, proxy: ProxySettings, settings: PseudoLabelSettings
     if not os.path.exists(path):
         mean, std = images.pixels.mean((0, 2, 3)) / 255, images.pixels.std((0, 2, 3)) / 255
         network = pretext(proxy.model, proxy.image_size, mean.tolist(), np.maximum(std, 1e-3).tolist(), settings.seed)
-        untrained = features(network.eval(), images.pixels, 64)
+        untrained = features(network.eval(), images.pixels, AtOnce(64))
         began = time.perf_counter()
         pretrain(network, images.pixels, settings, flip=proxy.flip)
         seconds = time.perf_counter() - began
-        save(path, untrained=untrained, trained=features(network, images.pixels, 64), seconds=np.array(seconds))
+        save(path, untrained=untrained, trained=features(network, images.pixels, AtOnce(64)), seconds=np.array(seconds))
     with np.load(path) as found:
         return dict(found)
 

@@ -7,3 +7,6 @@ PROXY_MODELS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "wide_
 
 DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss"})
 """Scores that are high for hard samples, wrong labels among them; of others a low one is suspicious."""
+
+SIGNALS = ("loss", "margin", "entropy")
+"""What the proxy says of a sample, in the order the extrapolators see it."""

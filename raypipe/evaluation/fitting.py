@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raypipe import training
 from raypipe.adversary import attack, starting_points
 from raypipe.config import AdversarySettings, ProxySettings
+from raypipe.devices import to_device
 from raypipe.errors import StageError
 from raypipe.models import Proxy, build
 
@@ -105,9 +106,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             chosen = rows[batch]
-            pixels = torch.from_numpy(training.augment(images[chosen], settings, epoch, step, slice(None)))
-            target = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
-            pixels = pixels.to(device, non_blocking=True)
+            pixels = to_device(training.augment(images[chosen], settings, epoch, step, slice(None)), device)
+            target = to_device(labels[chosen], device)
             if settings.adversary is not None:
                 begin = starting_points(pixels.shape, settings.seed, epoch, 1 + step, 1)
                 pixels = attack(model, pixels, target, settings.adversary, begin, bfloat16=mixed)
@@ -141,9 +141,9 @@ def test(
     with _eval_mode(model), torch.no_grad():
         for start in range(0, len(labels), TEST_BATCH):
             part = slice(start, start + TEST_BATCH)
-            pixels = torch.from_numpy(np.array(images[part])).to(device)
+            pixels = to_device(np.array(images[part]), device)
             if adversary is not None:
-                target = torch.from_numpy(labels[part]).to(device)
+                target = to_device(labels[part], device)
                 pixels = attack(model, pixels, target, adversary, starting_points(pixels.shape, start))
             said = model(pixels).argmax(1).cpu().numpy()
             right += np.bincount(labels[part][said == labels[part]], minlength=classes)

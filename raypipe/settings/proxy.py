@@ -137,7 +137,9 @@ class PoolSettings(Settings):
     """Size of an autoscaling pool of actors."""
 
     batch_size: Positive | Literal["auto"] = Field(
-        "auto", description="images in one forward pass; auto: 256 on a GPU, 64 on a CPU, where more only take memory"
+        "auto",
+        description="images in one pass; auto: 64 on a CPU, where more only take memory, 256 of 224 pixels on a GPU, up to 2,048 smaller ones. "
+        "A GPU whose memory does not do takes half as many",
     )
     min_actors: Positive = Field(1, description="actors that are always there")
     max_actors: Positive | Literal["auto"] = Field(
@@ -158,6 +160,8 @@ class PoolSettings(Settings):
             raise ValueError(f"max_actors ({self.max_actors}) cannot be less than min_actors ({self.min_actors})")
         return self
 
-    def images_at_once(self, gpu: bool) -> int:
-        """`batch_size` as a number."""
-        return self.batch_size if self.batch_size != "auto" else 256 if gpu else 64
+    def images_at_once(self, gpu: bool, image_size: int) -> int:
+        """`batch_size` as a number, for images of so many pixels a side."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        return min(2048, max(1, round(256 * (224 / image_size) ** 2))) if gpu else 64

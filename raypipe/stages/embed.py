@@ -37,8 +37,6 @@ from raypipe.stages.streaming import Columns, Stopwatch, stream
 REJECT_SCHEMA = pa.schema([("sample_id", pa.string()), ("fragment", pa.string()), ("reason", pa.string())])
 READERS = 16
 """Files of the run that the driver reads at a time; it holds no more of them, however many there are."""
-SIGNALS = ("loss", "margin", "entropy")
-"""What the proxy says of a sample, in the order the extrapolators see it."""
 SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
 """Samples that come first in a fragment's file, in this order and each in a row group of their own; where their number stands."""
 
@@ -186,44 +184,18 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Colu
     }
 
 
-def forward(model: Any, images: Any, labels: np.ndarray, size: int, device: str, amp: bool) -> dict[str, np.ndarray]:
-    """What a proxy makes of images, `size` at a time: embedding [n, d]; prediction, confidence, loss, margin, entropy [n].
-
-    images  pixels uint8 [n, 3, size, size], an array or a tensor;  amp  in bfloat16 where it is safe
-    Loss and margin of an unlabelled sample, label -1, are those of the predicted class.
-    """
-    import torch
-
-    from raypipe.scores.logits import numbers
-
-    parts: list[dict[str, Any]] = []
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
-        for start in range(0, max(1, len(images)), size):
-            pixels = torch.as_tensor(images[start : start + size]).to(device)
-            embedding = model.embed(pixels)
-            logits = model.head(embedding).float()
-            prediction = logits.argmax(1)
-            target = torch.from_numpy(labels[start : start + size].astype(np.int64)).to(device)
-            found = numbers(logits, torch.where(target < 0, prediction, target))
-            part = {
-                "embedding": embedding.float(),
-                "prediction": prediction.int(),
-                "confidence": logits.softmax(1).amax(1),
-                **{name: found[name] for name in SIGNALS},
-            }
-            parts.append({name: value.cpu().numpy() for name, value in part.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 class EmbedActor:
     """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
 
     def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool, aside: bool = False) -> None:
         import torch
 
+        from raypipe.devices import AtOnce
+
         torch.set_num_threads(threads)
         self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
         self._device = "cuda" if gpu else "cpu"
+        self._at_once = AtOnce(config.embed.images_at_once(gpu, config.proxy.image_size))
         part = proxy_parts(self._run)[0]
         self._model = load_checkpoint(self._run, part.trained["final"], self._device, part.checkpoints)
         seed = config.seed
@@ -240,16 +212,17 @@ class EmbedActor:
     def __call__(self, batch: Columns) -> Columns:
         import time
 
+        from raypipe.embedding import forward
+
         started = time.monotonic()
         fragment = str(batch["fragment"][0])
         images, reason = self._images(batch)
         good = reason == ""
         ids, labels = batch["sample_id"][good], batch["label"][good]
-        size = self._config.embed.images_at_once(self._gpu)
         images = images[good]
         if self._labeller is not None:
-            labels = self._labeller(images, size).astype(np.int32)
-        columns = forward(self._model, images, labels, size, self._device, self._gpu and self._config.proxy.amp)
+            labels = self._labeller(images).astype(np.int32)
+        columns = forward(self._model, images, labels, self._at_once, self._device, self._gpu and self._config.proxy.amp)
         finite = np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]
@@ -278,7 +251,7 @@ class EmbedActor:
             self._config.proxy.image_size,
             self._config.source.max_pixels,
             self._device,
-            self._config.embed.images_at_once(self._gpu),
+            self._at_once.size,
         )
         reasons = [new or known for new, known in zip(failed, batch["reason"].tolist(), strict=True)]
         return pixels, np.array(reasons)

@@ -163,6 +163,7 @@ def _recalibrated(
     import torch
     from safetensors.torch import save
 
+    from raypipe.devices import to_device
     from raypipe.scores.calibration import recalibrate
 
     watch, run = Stopwatch(), Run(run_uri)
@@ -187,10 +188,8 @@ def _recalibrated(
             whole = len(images) if shard is None else len(images) // RECALIBRATION_BATCH * RECALIBRATION_BATCH
             for start in range(0, whole, RECALIBRATION_BATCH):
                 rows = slice(start, min(whole, start + RECALIBRATION_BATCH))
-                pixels = torch.from_numpy(images[rows].copy()).to(device)
-                yield (
-                    pixels if attacked is None else _worst(attacked, pixels, torch.from_numpy(labels[rows]).to(device), adversary)
-                )
+                pixels = to_device(images[rows].copy(), device)
+                yield pixels if attacked is None else _worst(attacked, pixels, to_device(labels[rows], device), adversary)
             waiting = [(images[whole:], labels[whole:])]
 
     recalibrate(model, batches())
@@ -295,27 +294,33 @@ def _gradient_sums(
     """For every checkpoint the sum of the gradients over some seed shards, then a report. Runs in a task."""
     import torch
 
+    from raypipe.devices import AtOnce, to_device
     from raypipe.scores.head import head_gradient_sum
     from raypipe.scores.moso import gradient_sum
     from raypipe.scores.precision import computing
 
     watch, run = Stopwatch(), Run(run_uri)
     torch.set_num_threads(threads)
-    device, size = "cuda" if gpu else "cpu", config.measure.images_at_once(gpu)
+    device, size = "cuda" if gpu else "cpu", config.measure.images_at_once(gpu, config.proxy.image_size)
+    at_once = AtOnce(size)
     rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
     models = [_load(config, run, folders, part, file, device) for file in files]
     totals: list[dict[str, Any]] = [{} for _ in files]
     count = 0
+
+    @computing(config.measure.precision, device)
+    def sums_of(model: Any, pixels: Any, target: Any) -> dict[str, Any]:
+        return rule(model, _worst(model, pixels, target, config.proxy.adversary), target)
+
     for shard in shards:
         _, images, labels = part.read(run, shard)
         for start in range(0, len(labels), size):
-            pixels = torch.from_numpy(images[start : start + size].copy()).to(device)
-            target = torch.from_numpy(labels[start : start + size]).to(device)
+            pixels = to_device(images[start : start + size].copy(), device)
+            target = to_device(labels[start : start + size], device)
             for model, total in zip(models, totals, strict=True):
-                with computing(config.measure.precision, device):
-                    sums = rule(model, _worst(model, pixels, target, config.proxy.adversary), target)
-                for name, value in sums.items():
-                    total[name] = total[name] + value if name in total else value
+                for sums in at_once(functools.partial(sums_of, model), pixels, target):
+                    for name, value in sums.items():
+                        total[name] = total[name] + value if name in total else value
         count += len(labels)
     arrays = [{name: value.cpu().numpy() for name, value in total.items()} for total in totals]
     return [*arrays, {"samples": count, "cpu_seconds": watch.lap()}]
@@ -366,8 +371,11 @@ class GradientActor:
     def __init__(self, config: Config, run_uri: str, folders: Folders, part: Part, samples: int, threads: int, gpu: bool) -> None:
         import torch
 
+        from raypipe.devices import AtOnce
+
         torch.set_num_threads(threads)
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
+        self._at_once = AtOnce(config.measure.images_at_once(gpu, config.proxy.image_size))
         self._folders, self._part = folders, part
         files = [item["file"] for item in part.trained["checkpoints"]]
         self._self_term = config.measure.moso.uses_self_term(samples)
@@ -381,6 +389,7 @@ class GradientActor:
         from raypipe.scores import logits
         from raypipe.scores.head import head_norms_and_alignments
         from raypipe.scores.per_sample import norms_and_alignments
+        from raypipe.scores.precision import computing
         from raypipe.scores.tangent import Aligner
 
         measure, adversary = self._config.measure, self._config.proxy.adversary
@@ -398,6 +407,7 @@ class GradientActor:
             if grand_rule is None and not outputs and aligner.traced and adversary is None:
                 model, gradient = None, None  # it has what it needs of them
 
+        @computing(measure.precision, self._device)
         def numbers(pixels: Any, target: Any) -> dict[str, Any]:
             pixels = _worst(model, pixels, target, adversary)
             result = {} if aligner is None else {"alignments": aligner(pixels, target)}
@@ -421,22 +431,22 @@ class GradientActor:
     def __call__(self, batch: Columns) -> Columns:
         import torch
 
-        from raypipe.scores.precision import computing
+        from raypipe.devices import to_device
 
         started = time.monotonic()
         keep = batch["label"] >= 0
         ids, labels, images = batch["sample_id"][keep], batch["label"][keep], batch["image"][keep]
-        size, precision = self._config.measure.images_at_once(self._device == "cuda"), self._config.measure.precision
-        columns: dict[str, np.ndarray] = {}
+        size = self._at_once.size
+        found: list[list[dict[str, Any]]] = [[] for _ in self._checkpoints]  # a GPU is waited for once, at the end
         for start in range(0, max(1, len(ids)), size):
             part = slice(start, start + size)
-            pixels, target = torch.from_numpy(images[part]).to(self._device), torch.from_numpy(labels[part]).to(self._device)
-            for checkpoint, numbers in enumerate(self._checkpoints):
-                with computing(precision, self._device):
-                    found = numbers(pixels, target)
-                for name, value in found.items():
-                    column = columns.setdefault(name, np.zeros((len(ids), len(self._checkpoints)), np.float32))
-                    column[part, checkpoint] = value.float().cpu().numpy()
+            pixels, target = to_device(images[part], self._device), to_device(labels[part], self._device)
+            for numbers, parts in zip(self._checkpoints, found, strict=True):
+                parts += self._at_once(numbers, pixels, target)
+        columns = {
+            name: torch.stack([torch.cat([part[name] for part in parts]).float() for parts in found], 1).cpu().numpy()
+            for name in found[0][0]
+        }
         shard = str(batch["shard"][0])
         data: dict[str, Any] = {"sample_id": pa.array(ids.tolist(), pa.string()), "label": pa.array(labels, pa.int32())}
         for name, column in columns.items():

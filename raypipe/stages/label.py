@@ -32,7 +32,6 @@ from raypipe.stages.seed import read_images, seed_manifest
 
 STATE = "state.safetensors"
 """All that the self-supervised training needs to go on."""
-IMAGES_AT_ONCE = 64
 
 
 class LabelStage(Stage):
@@ -77,8 +76,9 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Step) 
     from safetensors.numpy import save as save_arrays
     from safetensors.torch import save
 
+    from raypipe.devices import AtOnce
     from raypipe.unsupervised.clusters import kmeans
-    from raypipe.unsupervised.labeller import Labeller, features
+    from raypipe.unsupervised.labeller import IMAGES_AT_ONCE, Labeller, features
     from raypipe.unsupervised.turtle import turtle
 
     settings, seed, device = config.pseudo_labels, seed_manifest(run), "cuda" if gpu else "cpu"
@@ -88,7 +88,7 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Step) 
         network, about = _backbone(settings, device), {"model": settings.model, "image_size": settings.image_size}
     else:
         network, about = _self_supervised(config, run, seed, images, device, step)
-    found = features(network, images, IMAGES_AT_ONCE, device)
+    found = features(network, images, AtOnce(IMAGES_AT_ONCE), device)
     if settings.method == "turtle":
         clusters = turtle(found, count, steps=settings.rounds, gamma=settings.gamma, seed=settings.seed, step=step)
     else:
@@ -105,7 +105,7 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Step) 
     labeller = Labeller(network, clusters, device)
     for shard in (*seed["shards"], *seed["audit_shards"]):
         ids, pixels, _ = read_images(run, shard)
-        label = labeller(pixels, IMAGES_AT_ONCE) if ids else np.zeros(0, np.int64)
+        label = labeller(pixels) if ids else np.zeros(0, np.int64)
         table = pa.table({"sample_id": pa.array(ids, pa.string()), "label": pa.array(label, pa.int32())})
         storage.write_table(run.path(FOLDER, f"{shard}.parquet"), table)
     names = [f"cluster-{number}" for number in range(count)]

@@ -23,6 +23,7 @@ from raypipe import storage, training
 from raypipe.adversary import attack, starting_points
 from raypipe.config import ProxySettings
 from raypipe.data_parallel import share_statistics
+from raypipe.devices import to_device
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
 from raypipe.scores.base import NUMBERS
@@ -84,8 +85,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
                 group["lr"] = lr
             part = slice(rank, None, world)
             batch = training.augment(images[rows], settings, epoch, step, part)
-            pixels = torch.from_numpy(batch).to(device, non_blocking=True)
-            target = torch.from_numpy(labels[rows[part]]).to(device, non_blocking=True)
+            pixels, target = to_device(batch, device), to_device(labels[rows[part]], device)
             if settings.adversary is not None:
                 # drawn for the whole batch, as augmentation is
                 start = starting_points(images[rows].shape, settings.seed, epoch, 1 + step, 1)[part]
@@ -108,7 +108,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
             with torch.no_grad():
                 own = np.arange(rank, len(labels), world)
                 for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
-                    pixels, target = (torch.from_numpy(array[rows]).to(device) for array in (images, labels))
+                    pixels, target = (to_device(array[rows], device) for array in (images, labels))
                     if settings.adversary is not None:
                         pixels = attack(plain, pixels, target, settings.adversary)
                     seen.append((rows, predictions(plain(pixels).float(), target)))

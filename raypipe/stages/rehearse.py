@@ -24,9 +24,9 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.extrapolate.figures import FEWEST
+from raypipe.names import SIGNALS
 from raypipe.rundir import Run, StageRecord
 from raypipe.stages.base import Context, Stage
-from raypipe.stages.embed import SIGNALS, forward
 from raypipe.stages.parts import LEAST_SAMPLES, part_rule
 from raypipe.stages.proxy import ProxyStage, load_checkpoint, proxy_manifest
 from raypipe.stages.seed import make_manifest, read_shard, seed_manifest, shard_table
@@ -199,18 +199,23 @@ class SecondProxy:
     def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
         import torch
 
+        from raypipe.devices import AtOnce
+
         torch.set_num_threads(threads)
         self._config, self._run, self._watch = config, Run(run_uri), Stopwatch()
         self._device = "cuda" if gpu else "cpu"
+        self._at_once = AtOnce(config.embed.images_at_once(gpu, config.proxy.image_size))
         inner = inside(self._run)
         self._model = load_checkpoint(inner, proxy_manifest(inner)["final"], self._device)
 
     def __call__(self, batch: Columns) -> Columns:
+        from raypipe.embedding import forward
+
         started, gpu = time.monotonic(), self._device == "cuda"
         keep = batch["label"] >= 0
         ids, labels = batch["sample_id"][keep].tolist(), batch["label"][keep]
-        size, shard = self._config.embed.images_at_once(gpu), str(batch["shard"][0])
-        found = forward(self._model, batch["image"][keep], labels, size, self._device, gpu and self._config.proxy.amp)
+        shard = str(batch["shard"][0])
+        found = forward(self._model, batch["image"][keep], labels, self._at_once, self._device, gpu and self._config.proxy.amp)
         trained = np.zeros(len(ids), bool)
         trained[_half(ids, self._config.proxy.seed)] = True
         embedding = found["embedding"]

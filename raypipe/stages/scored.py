@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
+from raypipe.names import SIGNALS
 from raypipe.rundir import Run
-from raypipe.stages.embed import SIGNALS, count_rows, read_special_rows
+from raypipe.stages.embed import count_rows, read_special_rows
 
 COLUMNS = ["sample_id", "label", "embedding", *SIGNALS]
 WHOLE_METHODS = {"gnn-published"}

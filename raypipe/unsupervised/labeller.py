@@ -7,30 +7,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from raypipe.devices import AtOnce, to_device
 from raypipe.unsupervised.clusters import Clusters
 
+IMAGES_AT_ONCE = 64
+"""Images in one forward pass, on a GPU at most."""
 
-def features(network: Any, images: Any, size: int, device: str = "cpu") -> np.ndarray:
+
+def features(network: Any, images: Any, at_once: AtOnce, device: str = "cpu") -> np.ndarray:
     """What a network embeds images as: float32 [n, d].
 
     network  with `embed`, in eval mode on `device`
-    images   pixels uint8 [n, 3, size, size], an array or a tensor; `size` at a time
+    images   pixels uint8 [n, 3, size, size], an array or a tensor
     """
-    parts: list[np.ndarray] = []
     with torch.inference_mode():
-        for start in range(0, max(1, len(images)), size):
-            pixels = torch.as_tensor(images[start : start + size]).to(device)
-            parts.append(network.embed(pixels).float().cpu().numpy())
-    return np.concatenate(parts)
+        parts = at_once(lambda part: network.embed(to_device(part, device)).float(), images)
+        return torch.cat(parts).cpu().numpy()
 
 
 class Labeller:
     """A network in eval mode on its device, and clusters."""
 
     def __init__(self, network: Any, clusters: Clusters, device: str = "cpu") -> None:
-        self._network, self._clusters, self._device = network, clusters, device
+        self._network, self._clusters, self._device, self._at_once = network, clusters, device, AtOnce(IMAGES_AT_ONCE)
 
-    def __call__(self, images: Any, size: int) -> np.ndarray:
+    def __call__(self, images: Any) -> np.ndarray:
         """Pseudo-labels int64 [n] of images, as for `features`; -1 of those whose features are not finite."""
-        found = features(self._network, images, size, self._device)
+        found = features(self._network, images, self._at_once, self._device)
         return np.where(np.isfinite(found).all(1), self._clusters(np.nan_to_num(found)), -1)

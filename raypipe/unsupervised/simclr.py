@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from raypipe import training
 from raypipe.config import ProxySettings, PseudoLabelSettings
+from raypipe.devices import to_device
 from raypipe.errors import RaypipeError
 from raypipe.models import Proxy, build
 
@@ -94,7 +95,7 @@ def pretrain(
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate(plan, epoch * per_epoch + number, per_epoch * plan.epochs)
                 random = np.random.default_rng([settings.seed, epoch, 1 + number])
-                pixels = torch.from_numpy(images[rows]).to(device)
+                pixels = to_device(images[rows], device)
                 both = torch.cat([views(pixels, flip, random), views(pixels, flip, random)])
                 loss = contrastive_loss(network(both.contiguous(memory_format=torch.channels_last)), settings.temperature)
                 if not torch.isfinite(loss):

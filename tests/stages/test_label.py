@@ -71,7 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_labels(run: Run, images: list[bytes]) -> list[int]:
     """Pseudo-labels of encoded images, by the network and the clusters of a run."""
     pixels, _ = decode_batch([RawSample("x", image, None) for image in images], 8, 1 << 20)
-    return load_labeller(run, "cpu")(pixels, 64).tolist()
+    return load_labeller(run, "cpu")(pixels).tolist()
 
 
 def test_every_sample_has_the_label_of_its_cluster(whole: Path) -> None:
@@ -197,7 +197,7 @@ def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> Non
     from raypipe.sources.digits import _digits
 
     images = np.repeat(_digits()[0][:300, None], 3, 1)
-    assert [rows[f"digits/{number:04d}"]["label"] for number in range(300)] == load_labeller(run, "cpu")(images, 64).tolist()
+    assert [rows[f"digits/{number:04d}"]["label"] for number in range(300)] == load_labeller(run, "cpu")(images).tolist()
     ledger = run.ledger()
     assert ledger["label"].cpu_seconds > 0 and sum(ledger["label"].detail["per_class"]) == ledger["seed"].samples
     assert storage.read_json(run.path("proxy", "proxy.json"))["classes"] == 5

@@ -225,9 +225,11 @@ def test_a_part_that_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch
 @pytest.mark.ray
 def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
     """Two proxies: what was measured, from one process that has everything in memory; and a rerun."""
+    from raypipe.devices import AtOnce
+    from raypipe.embedding import forward
     from raypipe.scores.moso import combine, gradient_sum, without_itself
     from raypipe.scores.per_sample import norms_and_alignments
-    from raypipe.stages.embed import EmbedActor, forward
+    from raypipe.stages.embed import EmbedActor
     from raypipe.stages.proxy import load_checkpoint
 
     run = Run(of_folders)
@@ -268,7 +270,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
     # embeddings are in one space, that of part 0
     first = load_checkpoint(run, manifest["parts"][0]["final"], folder="proxy/part-0/checkpoints")
     actor = EmbedActor(config, run.uri, threads=1, gpu=False)
-    embedded = forward(actor._model, images.numpy(), labels.numpy().astype(np.int32), 64, "cpu", amp=False)
+    embedded = forward(actor._model, images.numpy(), labels.numpy().astype(np.int32), AtOnce(64), "cpu", amp=False)
     with torch.no_grad():
         np.testing.assert_allclose(embedded["embedding"], first.embed(images), rtol=1e-4, atol=1e-5)
 

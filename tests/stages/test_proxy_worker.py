@@ -22,6 +22,7 @@ from raypipe.adversary import attack
 from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
+from raypipe.scores import moso, per_sample, tangent
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.logits import numbers
 from raypipe.stages import gradients, proxy, proxy_worker
@@ -144,25 +145,70 @@ def test_a_proxy_is_trained_and_followed_on_adversarial_examples(
     assert losses["adversarial"] > losses["plain"]
 
 
+def _proxy(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Part, gradients.Folders, str]:
+    """The one part of a trained proxy, where its numbers go, and its last checkpoint, recalibrated."""
+    _train(run, config, monkeypatch)
+    seed, whole = proxy.seed_manifest(run), Part(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy._manifest(config, run, seed, [whole], [proxy.finished_epochs(run)])
+    storage.write_json(run.path("proxy", "proxy.json"), manifest)
+    run.write_ledger({"proxy": StageRecord("done", "of-the-proxy")})
+    (part,), file = proxy.proxy_parts(run), manifest["final"]
+    folders = gradients.Folders.of(config, run)
+    gradients._recalibrated(run.uri, folders, part, file, config.proxy.adversary, 1, False)
+    return part, folders, file
+
+
+def _measured(run: Run, config: Config, part: Part, folders: gradients.Folders, file: str) -> pa.Table:
+    """The numbers of both passes at one checkpoint."""
+    total, _ = gradients._gradient_sums(config, run.uri, folders, part, ["seed-0"], [file], 1, False)
+    gradients._store_gradient(run.uri, folders.gradients, file, SAMPLES, total)
+    actor = gradients.GradientActor(config, run.uri, folders, part, SAMPLES, 1, False)
+    actor(gradients._read(run.uri, part, "seed-0"))
+    return storage.read_table(run.path(folders.checkpoints, "seed-0.parquet"))
+
+
+@pytest.mark.parametrize("self_term", [False, True])
+def test_a_gpu_with_little_memory_measures_the_same(alone: Run, monkeypatch: pytest.MonkeyPatch, self_term: bool) -> None:
+    config = small_config(
+        alone.uri,
+        "proxy.epochs=1",
+        "proxy.checkpoints=1",
+        "measure.scores=[moso, el2n]",
+        "measure.el2n.at=checkpoints",
+        f"measure.moso.self_term={str(self_term).lower()}",
+    )
+    found = _proxy(alone, config, monkeypatch)
+    tables, sizes = [_measured(alone, config, *found)], []
+
+    def tight(real: Any, images: int) -> Any:
+        def call(*given: Any) -> Any:
+            sizes.append(len(given[images]))
+            if sizes[-1] > 10:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(*given)
+
+        return call
+
+    monkeypatch.setattr(moso, "gradient_sum", tight(moso.gradient_sum, 1))
+    monkeypatch.setattr(tangent.Aligner, "__call__", tight(tangent.Aligner.__call__, 1))
+    monkeypatch.setattr(per_sample, "norms_and_alignments", tight(per_sample.norms_and_alignments, 1))
+    tables.append(_measured(alone, config, *found))
+    assert sizes == [48, 24, 12, 6, 6, 6, 6, 6, 6, 6, 6] * 2
+    names = ["alignments", *["squares"] * self_term, "distance"]
+    assert tables[0].column_names == tables[1].column_names == ["sample_id", "label", *names]
+    for name in names:
+        whole, parts = (np.array(table[name].to_pylist()) for table in tables)
+        np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max(), err_msg=name)
+
+
 def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """MoSo's alignments and EL2N, by definition: gradients and outputs at what an attack on the checkpoint finds."""
     given = ("proxy.epochs=1", "proxy.checkpoints=1", "proxy.adversary={eps: 16/255, iterations: 2}", "measure.batch_size=20")
     config = small_config(
         alone.uri, *given, "measure.scores=[moso, el2n]", "measure.el2n.at=checkpoints", "measure.moso.self_term=false"
     )
-    _train(alone, config, monkeypatch)
-    seed, whole = proxy.seed_manifest(alone), Part(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy._manifest(config, alone, seed, [whole], [proxy.finished_epochs(alone)])
-    storage.write_json(alone.path("proxy", "proxy.json"), manifest)
-    alone.write_ledger({"proxy": StageRecord("done", "of-the-proxy")})
-    (part,), file = proxy.proxy_parts(alone), manifest["final"]
-    folders = gradients.Folders.of(config, alone)
-    gradients._recalibrated(alone.uri, folders, part, file, config.proxy.adversary, 1, False)
-    total, _ = gradients._gradient_sums(config, alone.uri, folders, part, ["seed-0"], [file], 1, False)
-    gradients._store_gradient(alone.uri, folders.gradients, file, SAMPLES, total)
-    actor = gradients.GradientActor(config, alone.uri, folders, part, SAMPLES, 1, False)
-    actor(gradients._read(alone.uri, part, "seed-0"))
-    table = storage.read_table(alone.path(folders.checkpoints, "seed-0.parquet"))
+    part, folders, file = _proxy(alone, config, monkeypatch)
+    table = _measured(alone, config, part, folders, file)
 
     trained = proxy.load_checkpoint(alone, file)
     model = proxy.load_checkpoint(alone, file, folder=folders.calibrated)

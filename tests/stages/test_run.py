@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,36 @@ def test_a_deleted_score_shard_is_made_again_and_nothing_else(finished: str) -> 
     assert {name for name in after if after[name] != before[name]} == {gone}
     assert score_files(finished) == content
     assert {folder: stamps(finished, folder) for folder in others} == others
+
+
+def test_blocks_batches_and_actors_change_no_more_than_rounding_does(finished: str, tmp_path: Path) -> None:
+    """Scores in units of their spread: those measured to 1e-3, and those predicted, which go through fits, to 0.02."""
+    sizes = (
+        "source.fragment_samples=77",
+        "measure.batch_size=7",
+        "measure.max_actors=2",
+        "embed.batch_size=5",
+        "embed.max_actors=2",
+    )
+    raypipe.run(small_config(f"{tmp_path}/run", *sizes), until="extrapolate", progress=QUIET)
+    assert len(score_files(f"{tmp_path}/run")) == 8 and len(score_files(finished)) == 5
+    before, after = by_id(finished), by_id(f"{tmp_path}/run")
+    assert before.keys() == after.keys()
+    for measured, tolerance in ((True, 1e-3), (False, 0.02)):
+        ids = [sample_id for sample_id, row in before.items() if row["measured"] == measured]
+        one, other = (np.array([rows[sample_id]["score"] for sample_id in ids]) for rows in (before, after))
+        assert len(ids) > 200 and np.abs(one - other).max() < tolerance * one.std()
+    for name in ("el2n", "grand", "loss"):
+        columns = [
+            {
+                row["sample_id"]: row[name]
+                for _, table in storage.iter_tables(Run(run).path("measured"))
+                for row in table.to_pylist()
+            }
+            for run in (finished, f"{tmp_path}/run")
+        ]
+        one, other = (np.array([column[key] for key in sorted(columns[0])]) for column in columns)
+        assert np.abs(one - other).max() < 1e-3 * one.std(), name
 
 
 def test_a_changed_setting_redoes_what_depends_on_it(finished: str, finished_scores: dict[str, bytes]) -> None:

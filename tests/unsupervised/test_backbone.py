@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raypipe.config import PseudoLabelSettings
+from raypipe.devices import AtOnce
 from raypipe.errors import ConfigError
 from raypipe.stages.label import _backbone
 from raypipe.unsupervised.backbone import Backbone
@@ -34,7 +35,7 @@ def test_features_are_what_the_network_gives_its_last_layer(donor: nn.Module, tm
     normalised = torchvision.transforms.functional.normalize(scaled, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.no_grad():
         expected = donor(normalised)
-        last = torch.from_numpy(features(backbone, images, 2)) @ donor.fc.weight.T + donor.fc.bias
+        last = torch.from_numpy(features(backbone, images, AtOnce(2))) @ donor.fc.weight.T + donor.fc.bias
     assert torch.allclose(last, expected, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ from helpers import digit_images
 from torch import Tensor
 
 from raypipe.config import PseudoLabelSettings
+from raypipe.devices import AtOnce
 from raypipe.errors import RaypipeError
 from raypipe.models import Proxy
 from raypipe.unsupervised.labeller import features
@@ -87,7 +88,7 @@ def test_views_of_an_image_come_closer_than_other_images() -> None:
     def ratio(network: Proxy) -> float:
         """Distance of two views of an image in shares of that of two images."""
         random = np.random.default_rng(5)
-        one, other = (features(network.eval(), views(torch.from_numpy(images), False, random), 64) for _ in range(2))
+        one, other = (features(network.eval(), views(torch.from_numpy(images), False, random), AtOnce(64)) for _ in range(2))
         one, other = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (one - one.mean(0), other - other.mean(0)))
         return float(np.linalg.norm(one - other, axis=1).mean() / np.linalg.norm(one - np.roll(other, 1, 0), axis=1).mean())
 
