@@ -110,8 +110,9 @@ def inspect(
     like       a run of the past, whose ledger is scaled to this source and configuration
     cpus, gpus what the run would have; default: what this machine has
     address    a Ray cluster to ask for that instead ("auto": RAY_ADDRESS); Ray is not touched otherwise
-    Raises ConfigError for settings that are not allowed, SourceError where nothing can be read, RunError where `like` is no run.
+    Raises ConfigError for settings that no run can have, SourceError where nothing can be read, RunError where `like` is no run.
     """
+    from raypipe.scores.base import check_scores
     from raypipe.survey import look
     from raypipe.survey.cost import estimate
 
@@ -124,6 +125,7 @@ def inspect(
         raise ConfigError(f"samples: {samples} is not allowed: at least 1")
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
     settings = parse_config(apply_overrides({"run": "unused", **given}, dotted))
+    check_scores(settings)
     machine = _machine(cpus, gpus, address)
     looked = look(settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size)
     if grid is not None:

@@ -17,7 +17,7 @@ from raypipe.config import Config
 from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, noise_of, now, tables_of
-from raypipe.scores.base import ScoreError, check_epochs
+from raypipe.scores.base import check_scores
 from raypipe.sources import open_source
 from raypipe.sources.noise import noise_wanted
 from raypipe.stages.base import Context, Stage
@@ -78,15 +78,6 @@ def execute(
         check_trackers(config.report.log_to)
     with errors_of_storage(config.run):
         return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
-
-
-def check_scores(config: Config) -> None:
-    """Raise ConfigError where a score needs more epochs than the proxy will have."""
-    for name in sorted(set(config.measure.scores) - set(config.measure.at_checkpoints)):
-        try:
-            check_epochs(name, config.proxy.epochs, config.measure.trajectory_options(name))
-        except ScoreError as error:
-            raise ConfigError(f"measure.scores: {error}") from None
 
 
 def _execute(config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool) -> Run:

@@ -20,14 +20,18 @@ from raypipe.config import Config
 from raypipe.errors import ConfigError
 from raypipe.plan_rates import Rates, read_rates
 from raypipe.rundir import Run
+from raypipe.scores.base import check_scores
+from raypipe.selection import STRATEGIES
 from raypipe.sources import source_class
+from raypipe.stages.keeping import HELD_BYTES
 from raypipe.survey import rates as constants
 from raypipe.survey.cost import SEED_SHARD, Effort, Machine, Work, bytes_read, bytes_written, efforts, scaled_efforts
 
 PAGE, BLOCK, INDEX_PART = 1000, 4 << 20, 10_000
 """Keys in one answer to a listing; bytes of one read of a large file; fragments in a file of the index."""
-SELECT_PASSES = 4
-"""How often `select` reads the score shards: to count, to cut, to write."""
+SELECT_PASSES, SELECT_ROW = 12, 40
+"""How often `select` reads the score shards where they do not stay in memory (else twice), by its default strategy; and what a sample
+takes there, in bytes."""
 LEDGER_BYTES, LEDGER_CLASS = 12_000, 1200
 """Of `run.json`: of a run with few classes, and of each class more (counts, intervals, neighbour search)."""
 NAME_BYTES = 24
@@ -143,6 +147,7 @@ def plan(
     like  a finished run, whose ledger says what its stages took, and whose folders what they weigh
     Raises ConfigError for what cannot be planned, RunError where `like` is no run.
     """
+    check_scores(config)
     rates = rates or Rates()
     for name, value, least in (("samples", size.samples, 1), ("gpus", gpus, 0), ("cpus", 1 if cpus is None else cpus, 1)):
         if not least <= value <= 1e13:
@@ -302,6 +307,9 @@ def _requests(work: Work, singly: bool, read: Mapping[str, int]) -> dict[str, in
     scan = {"nothing": 0, "part": 3 * work.listed, "all": work.listed + math.ceil(read["index"] / BLOCK)}[work.scan_reads]
     whole = work.samples if singly else fragments + math.ceil(read["embed"] / BLOCK)
     drawn = work.seed + work.audit if singly else whole
+    strategy = STRATEGIES[config.select.strategy]
+    passes = 2 if work.samples * SELECT_ROW <= HELD_BYTES else SELECT_PASSES
+    passes *= 1 + 3 * (strategy.loss or strategy.difficulty)  # size, footer and column of the losses
     return {
         "index": pages["source"] + scan + files["index"],
         "seed": fragments + drawn + 2 * 2 * shards + files["seed"],
@@ -309,7 +317,7 @@ def _requests(work: Work, singly: bool, read: Mapping[str, int]) -> dict[str, in
         "measure": count * shards * (2 if "moso" in config.measure.scores else 1) + files["measure"],
         "embed": pages["outputs"] + fragments + whole + 2 * fragments + files["embed"],
         "extrapolate": pages["outputs"] + 3 * fragments + fragments + 2 * 2 * fragments + files["extrapolate"],
-        "select": SELECT_PASSES * fragments + files["select"],
+        "select": passes * fragments + files["select"],
         "report": fragments + files["report"],
     }
 

@@ -186,7 +186,7 @@ def cut_lists(run: Run, config: Config, settings: EvaluateSettings) -> tuple[Poo
     loss = any(needs_loss(strategy, dataclasses.replace(options, difficulty="loss")) for strategy, options in by_strategy.items())
     scores = Scores(run, loss)
     pool = read_pool(scores)
-    ids = [pa.array(chunk.sample_id, pa.string()) for chunk in scores.chunks(True)]
+    ids = [pa.array(chunk.sample_id, pa.string()) for _, chunk in scores.named_chunks(True)]
     found = origins(run, config, settings, ids)
     marked = chosen[0]
     mark_listed(scores, marked.always_keep, marked.never_keep)

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.errors import RaypipeError
+from raypipe.config import Config
+from raypipe.errors import ConfigError, RaypipeError
 
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 """Probabilities are stored as float16; one that became 0 there counts as this in a logarithm."""
@@ -243,6 +244,15 @@ def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
     numbers = {column: np.full((epochs, 1), 0.5, np.float32) for column in NUMBERS}
     arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **numbers}
     trajectory_score(name)(Trajectory(np.zeros(1, np.int64), arrays), **options)
+
+
+def check_scores(config: Config) -> None:
+    """Raise ConfigError where a score needs more epochs than the proxy will have."""
+    for name in sorted(set(config.measure.scores) - set(config.measure.at_checkpoints)):
+        try:
+            check_epochs(name, config.proxy.epochs, config.measure.trajectory_options(name))
+        except ScoreError as error:
+            raise ConfigError(f"measure.scores: {error}") from None
 
 
 def need_epochs(name: str, epochs: int, least: int, why: str) -> None:

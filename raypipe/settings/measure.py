@@ -12,8 +12,8 @@ from raypipe.settings.proxy import PoolSettings
 SELF_TERM_BELOW = 1000
 """`measure.moso.self_term: auto` takes the sample itself out for seed sets, or parts, smaller than this."""
 RECALIBRATED = 10_000
-"""Samples that `recalibrate` takes of a larger seed set: 1,000 to 10,000 give precise statistics (Wu and Johnson 2021, arXiv
-2105.07576, section 3)."""
+"""Samples that `recalibrate` takes of a larger seed set, or up to twice as many, so that they are every second, third, ... one: 1,000 to
+10,000 give precise statistics (Wu and Johnson 2021, arXiv 2105.07576, section 3)."""
 
 
 class MosoSettings(Settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,14 @@ from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError, RunError, StageError
 from raypipe.rundir import Run
 from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
+from raypipe.selection.hashing import text_array
 
 READ_AHEAD = 8
 """Shards read at a time, for the delay of an object store."""
+CHUNK_ROWS = 1 << 16
+"""Rows that a chunk has at least, but for the last: what is done to each chunk takes as long for few rows as for thousands."""
+HELD_BYTES = 256 << 20
+"""Chunks that stay in memory from one pass to the next, if all of them are no more: about five million samples with their ids."""
 SHOWN = 5
 """Ids that are named where there are more."""
 
@@ -61,14 +66,31 @@ class Scores:
         self.marks = Marks()
         self.samples = 0
         self.digest = ""
+        self._held: list[_Piece] | None = None
+        self._held_ids = False
 
     def shards(self) -> list[str]:
         """File names, sorted."""
         return sorted(file for file in storage.names(self._uri) if file.endswith(".parquet"))
 
     def chunks(self, with_ids: bool) -> Iterator[Chunk]:
-        for _, chunk in self.named_chunks(with_ids):
-            yield chunk
+        """Chunks of several shards each, as they are marked now. A pass reads nothing where one before it left all in memory."""
+        if self._held is not None and (self._held_ids or not with_ids):
+            yield from map(self._marked, self._held)
+            return
+        held, size = list[_Piece](), 0
+        for piece in _pieces(self.named_chunks(with_ids)):
+            size += piece.bytes
+            if size <= HELD_BYTES:
+                held.append(piece)
+            else:
+                held.clear()
+            yield self._marked(piece)
+        self._held, self._held_ids = (held if size <= HELD_BYTES else None), with_ids
+
+    def _marked(self, piece: _Piece) -> Chunk:
+        marks = [mark for name, samples in piece.shards if (mark := self.marks.of(name, samples)) is not None]
+        return piece.chunk._replace(mark=np.concatenate(marks) if marks else None)
 
     def named_chunks(self, with_ids: bool) -> Iterator[tuple[str, Chunk]]:
         """Chunks with the names of their shards."""
@@ -94,6 +116,44 @@ class Scores:
         if len(beside) != len(table) or (with_ids and not beside["sample_id"].equals(table["sample_id"])):
             raise RunError(f"{self._run.uri}: embeddings/ and scores/ of {file} are not of the same samples; run it again")
         return table, beside
+
+
+class _Piece(NamedTuple):
+    """A chunk without marks, and the shards that it is made of with their samples."""
+
+    chunk: Chunk
+    shards: list[tuple[str, int]]
+
+    @property
+    def bytes(self) -> int:
+        score, label, ids, loss, _ = self.chunk
+        return sum(values.nbytes for values in (score, label, ids, loss) if isinstance(values, np.ndarray | pa.Array))
+
+
+def _pieces(chunks: Iterator[tuple[str, Chunk]]) -> Iterator[_Piece]:
+    """Shards joined to pieces of at least `CHUNK_ROWS` rows."""
+    parts: list[Chunk] = []
+    shards: list[tuple[str, int]] = []
+    rows = 0
+    for name, chunk in chunks:
+        parts.append(chunk)
+        shards.append((name, len(chunk.score)))
+        rows += len(chunk.score)
+        if rows >= CHUNK_ROWS:
+            yield _Piece(_joined(parts), shards)
+            parts, shards, rows = [], [], 0
+    if parts:
+        yield _Piece(_joined(parts), shards)
+
+
+def _joined(parts: list[Chunk]) -> Chunk:
+    score, label, ids, loss, _ = zip(*parts, strict=True)
+    return Chunk(
+        np.concatenate(score),
+        np.concatenate(label),
+        pa.concat_arrays([text_array(part) for part in ids]) if isinstance(ids[0], pa.Array) else (),
+        None if loss[0] is None else np.concatenate(loss),
+    )
 
 
 def read_embeddings(run: Run, file: str, columns: list[str]) -> pa.Table:

@@ -220,7 +220,7 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     each += bool(set(scores) - {"moso", "grand"})
     whole = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
     attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0  # of each of the passes over the seed set
-    recalibrated = measure.recalibrate * min(1.0, config.proxy.parts * RECALIBRATED / max(1, seed))
+    recalibrated = measure.recalibrate / max(1, seed // config.proxy.parts // RECALIBRATED)
     passes = each + whole + recalibrated
     return passes + attack * (1 + moso + recalibrated), each + attack
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from helpers import QUIET, small_config
 
+import raypipe
 from raypipe.errors import ConfigError
-from raypipe.pipeline import check_scores, execute
-from raypipe.scores.base import NUMBERS, trajectory
+from raypipe.pipeline import execute
+from raypipe.planning import Size, plan
+from raypipe.scores.base import NUMBERS, check_scores, trajectory
 from raypipe.scores.logits import numbers
 from raypipe.stages.measure import _mean
 from raypipe.stages.parts import Part
@@ -47,8 +49,14 @@ def test_without_a_trajectory_scores_at_checkpoints_are_left() -> None:
 
 
 def test_a_score_that_needs_more_epochs_than_the_proxy_has_is_refused_before_they_are_trained() -> None:
-    with pytest.raises(ConfigError, match=r"measure.scores: tdds needs at least 10 epochs .* has 4; raise proxy.epochs"):
-        execute(small_config("runs/x", "measure.scores=[el2n, tdds]"), progress=QUIET)
+    short = small_config("runs/x", "measure.scores=[el2n, tdds]")
+    for begin in (
+        lambda: execute(short, progress=QUIET),
+        lambda: raypipe.inspect(config=short),
+        lambda: plan(short, Size(1000)),
+    ):
+        with pytest.raises(ConfigError, match=r"measure.scores: tdds needs at least 10 epochs .* has 4; raise proxy.epochs"):
+            begin()
     check_scores(small_config("runs/x", "measure.scores=[el2n, tdds, forgetting, aum]", "measure.tdds.window=4"))
     with pytest.raises(ConfigError, match="no epochs between first_epoch 5"):
         execute(small_config("runs/x", "measure.scores=[el2n]", "measure.el2n.first_epoch=5"), progress=QUIET)

@@ -17,6 +17,7 @@ from raypipe.errors import ConfigError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.rundir import Run, StageRecord
 from raypipe.selection import STRATEGIES, duplicates
+from raypipe.stages import keeping
 from raypipe.stages import near_duplicates as cluster_by_cluster
 from raypipe.stages.base import Context
 from raypipe.stages.keeping import notes, read_ids
@@ -83,6 +84,32 @@ def test_unless_told_otherwise_lists_are_cut_by_ccs_within_each_class(run: Run) 
         assert settings.within_classes is within
         write_keep_lists(run, settings.model_copy(update={"keep": (0.25,)}))
         assert "by_class" not in json.loads(keep_metadata(run.path("keep", "keep-0.25.parquet")).get("options", "{}"))
+
+
+@pytest.mark.parametrize("rows", [1, 70, 1 << 16])
+@pytest.mark.parametrize("strategy", ["ccs", "top", "normalized"])
+def test_lists_are_the_same_from_memory_and_from_files(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, rows: int
+) -> None:
+    always, never = (str(tmp_path / name) for name in ("always.txt", "never.txt"))
+    Path(always).write_text("4/é3\n0/é1\n0/é2\n", encoding="utf-8")
+    Path(never).write_text("2/é39\n1/é0\n", encoding="utf-8")
+    settings = SelectSettings(strategy=strategy, keep=(0.3, 0.5), always_keep=always, never_keep=never)
+    read: list[str] = []
+    plain = keeping.Scores._read
+    monkeypatch.setattr(keeping.Scores, "_read", lambda self, file, with_ids: read.append(file) or plain(self, file, with_ids))
+    monkeypatch.setattr(keeping, "CHUNK_ROWS", rows)
+    lists, passes = [], []
+    for most in (0, 1 << 20):
+        monkeypatch.setattr(keeping, "HELD_BYTES", most)
+        read.clear()
+        write_keep_lists(run, settings)
+        lists.append({file: storage.read_bytes(run.path("keep", file)) for file in sorted(storage.names(run.path("keep")))})
+        passes.append(len(read) / SHARDS)
+    assert lists[0] == lists[1] and len(lists[0]) == 2
+    # with memory: the lists of ids, and once or twice for the rest, without ids and with them
+    assert passes[1] in (2, 3) and passes[0] > passes[1]
+    assert set(kept(run)) >= {"4/é3", "0/é1", "0/é2"} and not set(kept(run)) & {"2/é39", "1/é0"}
 
 
 def test_difficulty_is_the_score_where_that_is_one(run: Run) -> None:
