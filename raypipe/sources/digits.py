@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -43,7 +46,10 @@ class DigitsSource(Source):
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [1797, 8, 8] (16 grey levels spread over 0..255) and labels int [1797]."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return np.rint(data.images * (255 / 16)).astype(np.uint8), data.target
+    # from its file: all of scikit-learn takes more than a second to import
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise SourceError("digits:// is in scikit-learn, which is not installed")
+    with gzip.open(os.path.join(found.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), "rt") as file:
+        table = np.loadtxt(file, np.int64, delimiter=",")
+    return np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), table[:, -1]

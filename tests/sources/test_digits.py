@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from source_helpers import ids, make, samples, scans
 
 from raypipe.errors import SourceError
@@ -38,3 +39,10 @@ def test_digits_are_grey_and_bright_on_dark_when_enlarged() -> None:
 def test_another_uri_is_refused() -> None:
     with pytest.raises(SourceError, match="digits://"):
         list(make("/data", format="digits").files())
+
+
+def test_they_are_those_that_scikit_learn_gives() -> None:
+    data = load_digits()
+    found = samples(make("digits://"))
+    assert [sample.label for sample in found] == data.target.tolist()
+    assert np.array_equal(np.stack([sample.image for sample in found]), np.rint(data.images * (255 / 16)))
