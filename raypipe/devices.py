@@ -1,12 +1,29 @@
-"""Bringing samples to where the network is, as many at a time as it has room for."""
+"""Where networks compute: threads and memory of a process, and bringing samples there, as many at a time as it has room for."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
+
+
+def compute_on(threads: int) -> None:
+    """This process computes on so many threads from now on, and keeps the memory that it frees.
+
+    A batch asks for the same large tensors as the one before; given back to the system and cleared anew each time, they take up to a third of
+    the time (benchmarks/results/pipeline-cpu.txt). Only glibc does that, and only there something changes.
+    """
+    torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def to_device(values: Any, device: str | torch.device) -> Tensor:

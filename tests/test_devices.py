@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -89,3 +93,30 @@ def test_on_a_gpu_more_of_smaller_images(settings: type[EmbedSettings | MeasureS
     assert [auto.images_at_once(True, size) for size in (448, 224, 112, 64, 32)] == [64, 256, 1024, 2048, 2048]
     assert auto.images_at_once(False, 32) == auto.images_at_once(False, 224) == 64
     assert settings(batch_size=7).images_at_once(True, 32) == 7
+
+
+REPEATED = """
+import resource, sys, torch
+from raypipe.devices import compute_on
+if sys.argv[1] == "kept":
+    compute_on(1)
+for _ in range(3):
+    torch.empty(1 << 24).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.empty(1 << 24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept with glibc only")
+def test_memory_is_kept_for_the_next_batch() -> None:
+    """64 MB, asked for ten times: 16,384 pages are made anew each time, or none."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    faults, threads = {}, {}
+    for which in ("given back", "kept"):
+        command = [sys.executable, "-c", REPEATED, which]
+        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        faults[which], threads[which] = map(int, said.split())
+    assert faults["kept"] < 1000 and faults["given back"] > 5000  # pages may be larger than 4 kB
+    assert threads == {"given back": 2, "kept": 1}

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 
 from raypipe import storage
 from raypipe.config import AdversarySettings, Config, ProxySettings
+from raypipe.devices import compute_on
 from raypipe.evaluation.fitting import State, fit, steps_of, test
 from raypipe.evaluation.lists import Listed, Pool
 from raypipe.evaluation.pixels import NodeCopy
@@ -79,7 +80,7 @@ def trainings_of(
 def train_one(run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: bool, training: Training) -> dict[str, Any]:
     """Train, test, and write the result. Goes on where an attempt that was killed had got to. Runs in a task."""
     run, device = Run(run_uri), "cuda" if gpu else "cpu"
-    torch.set_num_threads(threads)
+    compute_on(threads)
     data = copy.open()
     state_file = training.path(run, "safetensors")
     state, spent = _earlier(state_file)

@@ -188,11 +188,9 @@ class EmbedActor:
     """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
 
     def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool, aside: bool = False) -> None:
-        import torch
+        from raypipe.devices import AtOnce, compute_on
 
-        from raypipe.devices import AtOnce
-
-        torch.set_num_threads(threads)
+        compute_on(threads)
         self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
         self._device = "cuda" if gpu else "cpu"
         self._at_once = AtOnce(config.embed.images_at_once(gpu, config.proxy.image_size))

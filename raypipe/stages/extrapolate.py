@@ -122,9 +122,9 @@ class ScoreActor:
     """The fitted extrapolator, applied to whole fragments; writes one score shard per fragment."""
 
     def __init__(self, config: Config, run_uri: str, threads: int) -> None:
-        import torch
+        from raypipe.devices import compute_on
 
-        torch.set_num_threads(threads)
+        compute_on(threads)
         self._run, self._watch = Run(run_uri), Stopwatch()
         self._extrapolator, self._intervals = load_extrapolator(config, self._run), load_intervals(self._run)
         self._scores = every_measured_score(self._run, config.score)

@@ -116,13 +116,13 @@ def run_parts(context: Context, parts: dict[str, Part], samples: int, cpus: int 
 
 def _in_task(part: Part, config: Config, run_uri: str, samples: int, threads: int) -> Iterator[tuple[int, int, float]]:
     """Yields (steps done, of, processor seconds) while the part works in a thread. Runs in a task."""
-    import torch
+    from raypipe.devices import compute_on
 
     watch = Stopwatch()
     steps: queue.Queue[tuple[int, int] | BaseException | None] = queue.Queue()
 
     def work() -> None:
-        torch.set_num_threads(threads)
+        compute_on(threads)
         try:
             part(config, Run(run_uri), samples, lambda done, total: steps.put((done, total)))
             steps.put(None)

@@ -160,14 +160,13 @@ def _recalibrate(config: Config, run: Run, folders: Folders, part: Part, files: 
 def _recalibrated(
     run_uri: str, folders: Folders, part: Part, file: str, adversary: AdversarySettings | None, threads: int, gpu: bool
 ) -> float:
-    import torch
     from safetensors.torch import save
 
-    from raypipe.devices import to_device
+    from raypipe.devices import compute_on, to_device
     from raypipe.scores.calibration import recalibrate
 
     watch, run = Stopwatch(), Run(run_uri)
-    torch.set_num_threads(threads)
+    compute_on(threads)
     device = "cuda" if gpu else "cpu"
     model = load_checkpoint(run, file, device, folder=part.checkpoints)
 
@@ -292,15 +291,13 @@ def _gradient_sums(
     config: Config, run_uri: str, folders: Folders, part: Part, shards: list[str], files: list[str], threads: int, gpu: bool
 ) -> list[Any]:
     """For every checkpoint the sum of the gradients over some seed shards, then a report. Runs in a task."""
-    import torch
-
-    from raypipe.devices import AtOnce, to_device
+    from raypipe.devices import AtOnce, compute_on, to_device
     from raypipe.scores.head import head_gradient_sum
     from raypipe.scores.moso import gradient_sum
     from raypipe.scores.precision import computing
 
     watch, run = Stopwatch(), Run(run_uri)
-    torch.set_num_threads(threads)
+    compute_on(threads)
     device, size = "cuda" if gpu else "cpu", config.measure.images_at_once(gpu, config.proxy.image_size)
     at_once = AtOnce(size)
     rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
@@ -369,11 +366,9 @@ class GradientActor:
     """
 
     def __init__(self, config: Config, run_uri: str, folders: Folders, part: Part, samples: int, threads: int, gpu: bool) -> None:
-        import torch
+        from raypipe.devices import AtOnce, compute_on
 
-        from raypipe.devices import AtOnce
-
-        torch.set_num_threads(threads)
+        compute_on(threads)
         self._config, self._run, self._device, self._watch = config, Run(run_uri), "cuda" if gpu else "cpu", Stopwatch()
         self._at_once = AtOnce(config.measure.images_at_once(gpu, config.proxy.image_size))
         self._folders, self._part = folders, part

@@ -198,12 +198,11 @@ def _loaded(run_uri: str, _fingerprint: str) -> tuple[Any, Any, dict[str, float]
 
 def score_piece(job: Job, piece: Piece) -> dict[str, Any]:
     """Write the scores of one piece, and what was left out of it. Runs in a task."""
-    import torch
-
+    from raypipe.devices import compute_on
     from raypipe.extrapolate.base import Nodes
 
     watch, run = Stopwatch(), Run(job.run_uri)
-    torch.set_num_threads(1)
+    compute_on(1)
     extrapolator, intervals, scores = _loaded(job.run_uri, job.fingerprint)
     classes = run.classes()
     rejects: list[tuple[str, str]] = []

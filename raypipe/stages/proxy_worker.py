@@ -23,7 +23,7 @@ from raypipe import storage, training
 from raypipe.adversary import attack, starting_points
 from raypipe.config import ProxySettings
 from raypipe.data_parallel import share_statistics
-from raypipe.devices import to_device
+from raypipe.devices import compute_on, to_device
 from raypipe.models import build
 from raypipe.rundir import Run, fingerprint
 from raypipe.scores.base import NUMBERS
@@ -46,7 +46,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     rank, world, gpu = context.get_world_rank(), context.get_world_size(), arguments["gpu"]
     device = get_device() if gpu else torch.device("cpu")
     if not gpu:
-        torch.set_num_threads(arguments["threads"])
+        compute_on(arguments["threads"])
     seed, classes = seed_manifest(run), len(run.classes().names)
     cache = _LocalSeed(run, seed, own_part, arguments["key"])
     if context.get_local_rank() == 0:

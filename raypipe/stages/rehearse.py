@@ -197,11 +197,9 @@ class SecondProxy:
     """The proxy of the half, run over seed shards; writes one file for each."""
 
     def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
-        import torch
+        from raypipe.devices import AtOnce, compute_on
 
-        from raypipe.devices import AtOnce
-
-        torch.set_num_threads(threads)
+        compute_on(threads)
         self._config, self._run, self._watch = config, Run(run_uri), Stopwatch()
         self._device = "cuda" if gpu else "cpu"
         self._at_once = AtOnce(config.embed.images_at_once(gpu, config.proxy.image_size))
