@@ -1,6 +1,7 @@
 """What a sample's alignment with a direction costs: ours, with the self term, and the ways others do it.
 
     python benchmarks/alignment.py [--device cpu|cuda] [--precision float32|tf32|bfloat16] [--compile] [--threads 1] [--repeats 3] [--quick]
+                                   [--keep-memory]
 
 Prints one table per network: milliseconds per image, ratio to a plain forward pass (of the network as it is built, channels first),
 peak memory above the network's own, and the largest difference from one-at-a-time, in units of the largest alignment. Both ways of
@@ -8,6 +9,7 @@ one sample at a time take batches of one image with one backward pass each; `lea
 layer, `as published` does what the published MoSo code does (github.com/hrtan/MoSo, scoring.py, `MoSo_scoring_exact`): copies them to one
 vector, and computes three products over all parameters. Its mean gradient is a running mean of such vectors. Times are the least of
 the repeats; every method sees the same images. What is made once per checkpoint (folding BatchNorm, compiling) is not timed.
+With --keep-memory the process keeps the memory it frees, as raypipe's workers do (`raypipe.devices.compute_on`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from raypipe.devices import compute_on
 from raypipe.models import build
 from raypipe.scores.moso import alignments, gradient_sum, parameters_of
 from raypipe.scores.per_sample import norms_and_alignments
@@ -169,8 +172,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, help="images in a batch; default 32 and 16, on a GPU 512 and 256")
+    parser.add_argument("--keep-memory", action="store_true", help="instead of giving it back to the system after each batch")
     parser.add_argument("--quick", action="store_true", help="the first network only")
     arguments = parser.parse_args()
+    if arguments.keep_memory:
+        compute_on(arguments.threads)
     torch.set_num_threads(arguments.threads)
     device = arguments.device
     machine = (
@@ -179,7 +185,7 @@ def main() -> None:
         else f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s)"
     )
     arithmetic = arguments.precision if device == "cuda" else "float32"
-    compiled = ", alignment compiled" if arguments.compile else ""
+    compiled = ", alignment compiled" * arguments.compile + ", memory kept" * arguments.keep_memory
     print(f"{machine}; torch {torch.__version__}, {arithmetic}{compiled}, seed 0, least of {arguments.repeats}")
     with computing(arguments.precision, device):
         tables(arguments, device)

@@ -32,7 +32,7 @@ import torch
 from alignment import published
 from torch import nn
 
-from raypipe.devices import AtOnce, to_device
+from raypipe.devices import AtOnce, compute_on, to_device
 from raypipe.embedding import forward
 from raypipe.jpegs import decode_aside, set_aside
 from raypipe.models import build
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the alignment")
     parser.add_argument("--jpegs", metavar="FOLDER", help="of WebDataset tars")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    compute_on(arguments.threads)
     on_gpu = arguments.device == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {arguments.threads} thread(s)"
     arithmetic = arguments.precision if on_gpu else "float32"

@@ -21,8 +21,8 @@ READ_AHEAD = 8
 """Shards read at a time, for the delay of an object store."""
 CHUNK_ROWS = 1 << 16
 """Rows that a chunk has at least, but for the last: what is done to each chunk takes as long for few rows as for thousands."""
-HELD_BYTES = 256 << 20
-"""Chunks that stay in memory from one pass to the next, if all of them are no more: about five million samples with their ids."""
+HELD_BYTES = 128 << 20
+"""Chunks that stay in memory from one pass to the next, if all of them are no more: about three million samples with their ids."""
 SHOWN = 5
 """Ids that are named where there are more."""
 
@@ -67,7 +67,7 @@ class Scores:
         self.samples = 0
         self.digest = ""
         self._held: list[_Piece] | None = None
-        self._held_ids = False
+        self._held_ids = self._too_large = False
 
     def shards(self) -> list[str]:
         """File names, sorted."""
@@ -81,12 +81,13 @@ class Scores:
         held, size = list[_Piece](), 0
         for piece in _pieces(self.named_chunks(with_ids)):
             size += piece.bytes
-            if size <= HELD_BYTES:
-                held.append(piece)
-            else:
+            self._too_large |= size > HELD_BYTES
+            if self._too_large:
                 held.clear()
+            else:
+                held.append(piece)
             yield self._marked(piece)
-        self._held, self._held_ids = (held if size <= HELD_BYTES else None), with_ids
+        self._held, self._held_ids = (None if self._too_large else held), with_ids
 
     def _marked(self, piece: _Piece) -> Chunk:
         marks = [mark for name, samples in piece.shards if (mark := self.marks.of(name, samples)) is not None]
