@@ -161,13 +161,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile the alignment")
+    parser.add_argument(
+        "--give-back", action="store_true", help="memory to the system after each batch, unlike raypipe's workers"
+    )
     parser.add_argument("--jpegs", metavar="FOLDER", help="of WebDataset tars")
     arguments = parser.parse_args()
-    compute_on(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.give_back:
+        compute_on(arguments.threads)
     on_gpu = arguments.device == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {arguments.threads} thread(s)"
     arithmetic = arguments.precision if on_gpu else "float32"
-    print(f"{machine}; torch {torch.__version__}, {arithmetic}{', alignment compiled' if arguments.compile else ''}")
+    about = ", alignment compiled" * arguments.compile + ", memory given back" * arguments.give_back
+    print(f"{machine}; torch {torch.__version__}, {arithmetic}{about}")
     for name, size in (item.split("@") for item in arguments.networks.split(",")):
         network(name, int(size), arguments)
     if arguments.jpegs:
