@@ -100,7 +100,7 @@ import resource, sys, torch
 from raypipe.devices import compute_on
 if sys.argv[1] == "kept":
     compute_on(1)
-for _ in range(20):  # alignment leaves gaps, which are filled one by one
+for _ in range(40):  # alignment leaves gaps, which are filled one by one
     torch.empty(1 << 24).fill_(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -118,5 +118,5 @@ def test_memory_is_kept_for_the_next_batch() -> None:
         command = [sys.executable, "-c", REPEATED, which]
         said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         faults[which], threads[which] = map(int, said.split())
-    assert faults["kept"] < 1000 and faults["given back"] > 5000  # pages may be larger than 4 kB
+    assert faults["kept"] < faults["given back"] / 4
     assert threads == {"given back": 2, "kept": 1}
