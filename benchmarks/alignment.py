@@ -175,9 +175,7 @@ def main() -> None:
     parser.add_argument("--keep-memory", action="store_true", help="instead of giving it back to the system after each batch")
     parser.add_argument("--quick", action="store_true", help="the first network only")
     arguments = parser.parse_args()
-    if arguments.keep_memory:
-        compute_on(arguments.threads)
-    torch.set_num_threads(arguments.threads)
+    (compute_on if arguments.keep_memory else torch.set_num_threads)(arguments.threads)
     device = arguments.device
     machine = (
         torch.cuda.get_device_name()

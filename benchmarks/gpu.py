@@ -23,13 +23,12 @@ import copy
 import glob
 import platform
 import tarfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from alignment import published
+from alignment import measure, published
 from torch import nn
 
 from raypipe.devices import AtOnce, compute_on, to_device
@@ -52,20 +51,7 @@ TO_REACH = {
 
 def rate(run: Callable[[], Any], images: int, device: str, repeats: int) -> float:
     """Images per second, at best."""
-    run()
-    best = float("inf")
-    for _ in range(repeats):
-        _wait(device)
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return images / best
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return images / measure(run, device, repeats)[0]
 
 
 def network(name: str, size: int, arguments: argparse.Namespace) -> None:
@@ -80,9 +66,9 @@ def network(name: str, size: int, arguments: argparse.Namespace) -> None:
     print(f"\n{name} at {size} x {size}, {CLASSES} classes, {len(stream):,} images, {at_once.size} at a time", flush=True)
     found: dict[str, float] = {}
 
-    def tell(what: str, speed: float, beside: str = "") -> None:
+    def tell(what: str, speed: float) -> None:
         found[what] = speed
-        print(f"{what:<28}{speed:>12,.0f} images / s   {beside}", flush=True)
+        print(f"{what:<28}{speed:>12,.0f} images / s", flush=True)
 
     def passes(function: Callable[..., Any]) -> float:
         with computing(arguments.precision, device):
@@ -166,9 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--jpegs", metavar="FOLDER", help="of WebDataset tars")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if not arguments.give_back:
-        compute_on(arguments.threads)
+    (torch.set_num_threads if arguments.give_back else compute_on)(arguments.threads)
     on_gpu = arguments.device == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {arguments.threads} thread(s)"
     arithmetic = arguments.precision if on_gpu else "float32"
