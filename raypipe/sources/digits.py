@@ -50,6 +50,9 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     found = importlib.util.find_spec("sklearn")
     if found is None or not found.submodule_search_locations:
         raise SourceError("digits:// is in scikit-learn, which is not installed")
-    with gzip.open(os.path.join(found.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), "rt") as file:
+    path = os.path.join(found.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if not os.path.exists(path):
+        raise SourceError(f"digits:// is not where scikit-learn had it: {path}; install a version that constraints.txt names")
+    with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, np.int64, delimiter=",")
     return np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), table[:, -1]
