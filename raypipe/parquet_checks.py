@@ -6,8 +6,6 @@ footer are held against the file; texts are decoded as a dictionary first, and s
 
 from __future__ import annotations
 
-import io
-
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,7 +20,7 @@ MOST_DECODED = 8 << 30
 
 def read_checked(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table. Raises ValueError where its numbers cannot be true, and what pyarrow raises for damaged content."""
-    metadata = pq.read_metadata(io.BytesIO(data))
+    metadata = pq.read_metadata(pa.BufferReader(data))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     rows = [group.num_rows for group in groups]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
@@ -40,7 +38,9 @@ def read_checked(data: bytes, columns: list[str] | None = None) -> pa.Table:
     if missing := [name for name in columns or () if name not in schema.names]:
         raise ValueError(f"no column {', '.join(missing)}, but {', '.join(schema.names) or 'none'}")
     texts = [field.name for field in schema if _text_of(field.type) and field.name in names]
-    table = pq.ParquetFile(io.BytesIO(data), read_dictionary=texts).read(columns, use_threads=len(data) > 1 << 20)
+    table = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts).read(
+        columns, use_threads=len(data) > 1 << 20
+    )
     for place, name in enumerate(table.column_names):
         if name in texts:
             kind = _text_of(schema.field(name).type)

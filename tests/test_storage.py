@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -360,6 +361,14 @@ def test_tables_read_ahead_come_in_order(place: str, threads: int) -> None:
     with pytest.raises(RaypipeError, match=r"3\.parquet"):
         list(storage.iter_tables(folder, threads=threads))
     assert next(storage.iter_tables(folder, threads=threads))[0] == "0.parquet"  # and the rest is not waited for
+
+
+@pytest.mark.parametrize(("where", "most"), [("s3://bucket/run", 5), ("/tmp/run", storage.LOCAL_READERS)])
+def test_of_a_local_disk_few_files_are_read_at_a_time(where: str, most: int) -> None:
+    meeting = threading.Barrier(most)
+    assert list(storage.ahead(lambda _: meeting.wait(30) >= 0, range(2 * most), where, 5)) == [(n, True) for n in range(2 * most)]
+    names = {name for _, name in storage.ahead(lambda _: threading.current_thread().name, range(100), where, 5)}
+    assert len(names) <= most
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"PAR1"])

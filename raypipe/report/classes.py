@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raypipe import storage
-from raypipe.report.scores import CLASS_FRAGMENTS, READ_AHEAD, Highest, Pick, ScoreScan, picker
+from raypipe.report.scores import CLASS_FRAGMENTS, Highest, Pick, ScoreScan, picker
 from raypipe.rundir import Run
 
 
@@ -32,7 +32,7 @@ def pick_of_classes(run: Run, scan: ScoreScan, labels: Sequence[int], images: in
     chosen = scan.class_fragments.of(labels, CLASS_FRAGMENTS)
     ends = {(label, sign): Highest(images) for label in labels for sign in (-1, 1)}
     columns = ["sample_id", "score", "label", "lower", "upper", "measured"]
-    tables = storage.ahead(lambda name: storage.read_table(run.path("scores", f"{name}.parquet"), columns), chosen, READ_AHEAD)
+    tables = storage.ahead(lambda name: storage.read_table(run.path("scores", f"{name}.parquet"), columns), chosen, run.uri)
     for fragment, table in tables:
         score = table["score"].to_numpy().astype(np.float64)
         label = table["label"].fill_null(-1).to_numpy().astype(np.int64)

@@ -81,7 +81,7 @@ def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None
         except (RaypipeError, OSError):
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
         read += 1
-        score, measured = _aligned(table["sample_id"].to_pylist(), score_table)
+        score, measured = _aligned(table["sample_id"], score_table)
         doubt, found_there = _offer_suspects(most_doubtful, fragment, table, score, measured, (edge, above))
         counts += found_there
         if judge is not None:
@@ -130,14 +130,14 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
     return flat.astype(np.float32).reshape(len(column), -1)
 
 
-def _aligned(ids: list[str], table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def _aligned(ids: pa.ChunkedArray, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Score (NaN where there is none) and measured, in the order of `ids`."""
     score, measured = table["score"].to_numpy().astype(np.float64), table["measured"].fill_null(False).to_numpy()
-    known = table["sample_id"].to_pylist()
-    if known == ids:
+    known = table["sample_id"]
+    if known.equals(ids):
         return score, measured
-    place = {sample_id: row for row, sample_id in enumerate(known)}
-    rows = np.array([place.get(sample_id, len(known)) for sample_id in ids], np.int64)
+    place = {sample_id: row for row, sample_id in enumerate(known.to_pylist())}
+    rows = np.array([place.get(sample_id, len(known)) for sample_id in ids.to_pylist()], np.int64)
     return np.append(score, np.nan)[rows], np.append(measured, False)[rows]
 
 

@@ -1,4 +1,4 @@
-"""What the report needs of `scores/`, in two streamed passes: figures, histograms, and the samples at the ends."""
+"""What the report needs of `scores/`, in two passes, the first streamed: figures, histograms, and the samples at the ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.rundir import Run
 
-READ_AHEAD = 8
-"""Score shards read at a time."""
+HELD_BYTES = 128 << 20
+"""Numbers that stay in memory from the first pass to the second, if all are no more: of about eight million samples."""
 BINS, SMALL_BINS = 48, 24
 """Bins of the histogram of all scores, and of that of a class."""
 CLASS_BINS, COARSE_BINS, MANY_CLASSES = 240, 48, 10_000
@@ -144,14 +144,15 @@ class ClassFragments:
 
 
 def scan_scores(run: Run, classes: int, images: int) -> ScoreScan:
-    """Read `scores/` twice. `images` is how many samples each grid shows."""
+    """Read `scores/`, twice where there are many. `images` is how many samples each grid shows."""
     scan = ScoreScan(classes)
     scan.class_samples, scan.class_measured = np.zeros(classes + 1, np.int64), np.zeros(classes + 1, np.int64)
     scan.class_sum = np.zeros(classes + 1)
     scan.class_fragments = ClassFragments(classes + 1)
-    sketch = _first_pass(run, scan, images)
+    numbers = _Numbers(run)
+    sketch = _first_pass(run, scan, images, numbers)
     if scan.samples > scan.not_finite:
-        _second_pass(run, scan, sketch)
+        _second_pass(numbers, scan, sketch)
     return scan
 
 
@@ -169,18 +170,41 @@ def shown_classes(scan: ScoreScan, most: int) -> list[int]:
 
 def _shards(run: Run, columns: list[str]) -> Iterator[tuple[str, pa.Table, np.ndarray, np.ndarray, np.ndarray]]:
     """Fragment, table, score [n], class or -1 [n], measured [n] of every shard."""
-    for file, table in storage.iter_tables(run.path("scores"), columns, threads=READ_AHEAD):
+    for file, table in storage.iter_tables(run.path("scores"), columns, threads=storage.READERS):
         score = table["score"].to_numpy().astype(np.float64)
         label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         yield file.removesuffix(".parquet"), table, score, label, table["measured"].fill_null(False).to_numpy()
 
 
-def _first_pass(run: Run, scan: ScoreScan, images: int) -> np.ndarray:
+class _Numbers:
+    """Score [n], class or -1 [n] and measured [n] of every shard; they are read again where they did not stay in memory."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._bytes = run, 0
+        self._held: list[tuple[np.ndarray, ...]] = []
+
+    def hold(self, *numbers: np.ndarray) -> None:
+        self._bytes += sum(values.nbytes for values in numbers)
+        if self._bytes > HELD_BYTES:
+            self._held.clear()
+        else:
+            self._held.append(numbers)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+        if self._bytes <= HELD_BYTES:
+            yield from self._held
+            return
+        for _, _, *numbers in _shards(self._run, ["score", "label", "measured"]):
+            yield tuple(numbers)
+
+
+def _first_pass(run: Run, scan: ScoreScan, images: int, numbers: _Numbers) -> np.ndarray:
     """Fill in the counts and picks; returns a random sample of the scores."""
     high, low, wide = Highest(images), Highest(images), Highest(images)
     random = np.random.default_rng(0)
     drawn, order = np.zeros(0), np.zeros(0)
     for fragment, table, score, label, measured in _shards(run, ["sample_id", "score", "label", "lower", "upper", "measured"]):
+        numbers.hold(score, label, measured)
         finite = np.isfinite(score)
         scan.samples += len(score)
         scan.measured += int(measured.sum())
@@ -222,7 +246,7 @@ def picker(
     return pick
 
 
-def _second_pass(run: Run, scan: ScoreScan, sketch: np.ndarray) -> None:
+def _second_pass(numbers: _Numbers, scan: ScoreScan, sketch: np.ndarray) -> None:
     """Fill in the histograms and the quantiles of the classes."""
     start, stop = (float(value) for value in np.quantile(sketch, (0.005, 0.995)))
     if len(sketch) < 1000:
@@ -241,7 +265,7 @@ def _second_pass(run: Run, scan: ScoreScan, sketch: np.ndarray) -> None:
             flat[:] += np.bincount(np.concatenate(waiting), minlength=len(flat)).astype(np.int32)
             waiting.clear()
 
-    for _, _, score, label, measured in _shards(run, ["score", "label", "measured"]):
+    for score, label, measured in numbers:
         finite = np.isfinite(score)
         place = np.clip((score[finite] - start) / (stop - start), 0, 1)
         row = np.where((label < 0) | (label >= scan.classes), scan.classes, label)[finite]

@@ -21,7 +21,7 @@ from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.evaluation import evaluation_of
 from raypipe.report.keep import class_figures, even_classes, held, keep_lists, name_of, quantiles_of
 from raypipe.report.noise import noise_figures
-from raypipe.report.scores import END_CLASSES, MOST_CLASSES, READ_AHEAD, Pick, ScoreScan, ends, scan_scores, shown_classes
+from raypipe.report.scores import END_CLASSES, MOST_CLASSES, Pick, ScoreScan, ends, scan_scores, shown_classes
 from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, noise_of, now
 
 FORMAT = 1
@@ -246,7 +246,7 @@ def _rejects(run: Run) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     columns = ["sample_id", "fragment", "reason"]
-    for _, table in storage.iter_tables(run.path("rejects"), columns, threads=READ_AHEAD):
+    for _, table in storage.iter_tables(run.path("rejects"), columns, threads=storage.READERS):
         for sample_id, fragment, reason in zip(*(table[name].to_pylist() for name in columns), strict=True):
             if fragment in unreadable:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -14,8 +15,11 @@ Ids: TypeAlias = "Sequence[str] | pa.Array"
 WORD = 8
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: seeds that are neighbours start far apart
 FULL = np.uint64(2**64 - 1)
+REMEMBERED = 1 << 17
+"""Hashes that are not computed again: every list asks for those of the ties in one chunk after the other."""
 
 
+@functools.lru_cache(maxsize=REMEMBERED)
 def id_hash(sample_id: str) -> int:
     """A number below 2^64 that depends on nothing but the sample_id."""
     return int.from_bytes(hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")

@@ -151,10 +151,8 @@ class Boundary:
         limit = self.limit[group[tied]]
         kept[tied] = limit == EVERY
         contested = tied[limit != EVERY]
-        for position, name, highest in zip(
-            contested.tolist(), names_at(chunk.sample_id, contested), limit[limit != EVERY].tolist(), strict=True
-        ):
-            kept[position] = id_hash(name) <= highest
+        hashes = np.fromiter(map(id_hash, names_at(chunk.sample_id, contested)), np.uint64, len(contested))
+        kept[contested] = hashes <= limit[limit != EVERY]
         return kept
 
 
@@ -214,12 +212,24 @@ class _End:
         self.prefix, self.tied = np.zeros(len(left), np.uint32), np.zeros_like(left)
 
     def descend(self, table: np.ndarray, step: int) -> None:
-        """Settle the next bits: table [G, 2^step] counts, of the samples with the prefix, which bits follow."""
-        from_top = np.cumsum(table[:, ::-1], axis=1)
-        steps = np.minimum((from_top < self.left[:, None]).sum(axis=1), table.shape[1] - 1)
-        cell, rows = table.shape[1] - 1 - steps, np.arange(len(table))
-        self.left = self.left - (from_top[rows, steps] - table[rows, cell])
-        self.prefix, self.tied = self.prefix << np.uint32(step) | cell.astype(np.uint32), table[rows, cell]
+        """Settle the next bits: table [G, 2^step] counts, of the samples with the prefix, which bits follow.
+
+        First which run of cells the end is in, then which cell of it, so that not all cells are added up one by one.
+        """
+        runs = table.reshape(len(table), 1 << step // 2, -1)
+        run, self.left, _ = _end_of(runs.sum(axis=2), self.left)
+        cell, self.left, self.tied = _end_of(runs[np.arange(len(runs)), run], self.left)
+        self.prefix = self.prefix << np.uint32(step) | (run * runs.shape[2] + cell).astype(np.uint32)
+
+
+def _end_of(counts: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row of [G, n] counts, from its end on: the cell in which `left` [G] are reached, else the first one; what is left to take
+    there, and the count there."""
+    from_top, rows = np.cumsum(counts[:, ::-1], axis=1), np.arange(len(counts))
+    steps = np.minimum((from_top < left[:, None]).sum(axis=1), counts.shape[1] - 1)
+    cell = counts.shape[1] - 1 - steps
+    there = counts[rows, cell]
+    return cell, left - (from_top[rows, steps] - there), there
 
 
 def _count_first(

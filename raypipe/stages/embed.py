@@ -119,7 +119,9 @@ def _count_earlier(run: Run, fragments: list[Fragment], tally: Tally) -> None:
     for fragment in fragments:
         if fragment.fragment_id not in with_rejects:
             tally.add(fragment.samples, "[]")
-    for fragment, found in storage.ahead(rejects, (item for item in fragments if item.fragment_id in with_rejects), READERS):
+    for fragment, found in storage.ahead(
+        rejects, (item for item in fragments if item.fragment_id in with_rejects), run.uri, READERS
+    ):
         tally.add(fragment.samples, found)
 
 
@@ -138,7 +140,7 @@ def count_rows(run: Run, folder: str) -> int:
         with storage.open_read(run.path(folder, f"{stem}.parquet")) as file:
             return pq.ParquetFile(file).metadata.num_rows
 
-    return sum(count for _, count in storage.ahead(rows, run.done(folder), READERS))
+    return sum(count for _, count in storage.ahead(rows, run.done(folder), run.uri, READERS))
 
 
 def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) -> None:

@@ -27,7 +27,6 @@ from raypipe.stages.sketch import lowest
 
 SALT = 0x6175646974
 """Tells this draw from others by a hash of the id."""
-READ_AHEAD = 8
 PREFIX = "night-"
 COLUMNS = ["sample_id", "label", "score", "measured"]
 
@@ -48,7 +47,7 @@ def look_at_new(run: Run, fragments: Sequence[Fragment], count: int) -> NewRows:
     """Go through the score shards of new fragments once; `count` candidates for an audit are drawn."""
     classes, drawn = np.zeros(len(run.classes().names), np.int64), pa.table({})
     read = functools.partial(_shard, run)
-    for fragment, table in storage.ahead(read, [fragment.fragment_id for fragment in fragments], READ_AHEAD):
+    for fragment, table in storage.ahead(read, [fragment.fragment_id for fragment in fragments], run.uri):
         label = table["label"].fill_null(-1).to_numpy()
         classes += np.bincount(label[label >= 0], minlength=len(classes))
         rows = np.flatnonzero((label >= 0) & ~table["measured"].to_numpy())

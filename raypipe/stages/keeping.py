@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,12 +18,12 @@ from raypipe.rundir import Run
 from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
 from raypipe.selection.hashing import text_array
 
-READ_AHEAD = 8
-"""Shards read at a time, for the delay of an object store."""
 CHUNK_ROWS = 1 << 16
 """Rows that a chunk has at least, but for the last: what is done to each chunk takes as long for few rows as for thousands."""
 HELD_BYTES = 128 << 20
 """Chunks that stay in memory from one pass to the next, if all of them are no more: about three million samples with their ids."""
+COMPRESSED = 4
+"""Bytes in memory for each byte of a score shard, with the loss: 0.9 to 4 (benchmarks/selecting.py, runs on CIFAR-10 and tars)."""
 SHOWN = 5
 """Ids that are named where there are more."""
 
@@ -73,11 +74,20 @@ class Scores:
         """File names, sorted."""
         return sorted(file for file in storage.names(self._uri) if file.endswith(".parquet"))
 
+    @functools.cached_property
+    def _few(self) -> bool:
+        """Whether all chunks with their ids will be no more than HELD_BYTES, going by the size of the files."""
+        return sum(file.size for file in storage.entries(self._uri).values() if file is not None) * COMPRESSED < HELD_BYTES
+
     def chunks(self, with_ids: bool) -> Iterator[Chunk]:
-        """Chunks of several shards each, as they are marked now. A pass reads nothing where one before it left all in memory."""
+        """Chunks of several shards each, as they are marked now. A pass reads nothing where one before it left all in memory.
+
+        The lists need the ids in the end: where all is likely to stay, they are read with the rest in the first pass.
+        """
         if self._held is not None and (self._held_ids or not with_ids):
             yield from map(self._marked, self._held)
             return
+        with_ids = with_ids or self._few
         held, size = list[_Piece](), 0
         for piece in _pieces(self.named_chunks(with_ids)):
             size += piece.bytes
@@ -96,7 +106,7 @@ class Scores:
     def named_chunks(self, with_ids: bool) -> Iterator[tuple[str, Chunk]]:
         """Chunks with the names of their shards."""
         digest, samples = hashlib.blake2b(digest_size=8), 0
-        for name, (table, beside) in storage.ahead(lambda file: self._read(file, with_ids), self.shards(), READ_AHEAD):
+        for name, (table, beside) in storage.ahead(lambda file: self._read(file, with_ids), self.shards(), self._uri):
             score = table["score"].to_numpy()
             label = table["label"].fill_null(-1).to_numpy()
             samples += len(score)

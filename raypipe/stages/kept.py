@@ -23,8 +23,6 @@ from raypipe.stages.select import keep_file
 COLUMNS = ("sample_id", "label", "score", "weight")
 """What is read of a keep-list; `weight` is there where its strategy gives weights."""
 BATCH_ROWS = 1 << 16
-READ_AHEAD = 8
-"""Score shards read at a time, for the delay of an object store."""
 
 
 def find_keep_list(run: Run, keep: float | None, snapshot: str | None = None) -> str:
@@ -140,10 +138,10 @@ def locate(run: Run, uri: str, snapshot: str | None = None) -> Located:
         batches = file.batches()
         held, exhausted = pa.array([], pa.string()), False
         if snapshot is None:
-            stored = storage.iter_tables(run.path("scores"), ["sample_id"], threads=READ_AHEAD)
+            stored = storage.iter_tables(run.path("scores"), ["sample_id"], threads=storage.READERS)
         else:
             shards = score_shards(run, load_snapshot(run, snapshot))
-            read = storage.ahead(lambda shard: storage.read_table(shard[1], ["sample_id"]), shards, READ_AHEAD)
+            read = storage.ahead(lambda shard: storage.read_table(shard[1], ["sample_id"]), shards, run.uri)
             stored = ((name, table) for (name, _), table in read)
         for name, table in stored:
             while len(held) < len(table) and not exhausted:

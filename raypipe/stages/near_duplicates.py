@@ -15,7 +15,7 @@ from raypipe.rundir import Run
 from raypipe.selection import ALWAYS, NEVER, hash64
 from raypipe.selection import duplicates as near
 from raypipe.selection.hashing import uniform
-from raypipe.stages.keeping import READ_AHEAD, Scores, read_embeddings
+from raypipe.stages.keeping import Scores, read_embeddings
 
 HELD_BYTES = 1 << 30
 """Embeddings held at once; where the clusters have more, `embeddings/` is read several times over."""
@@ -33,7 +33,7 @@ def mark_near_duplicates(run: Run, scores: Scores, threshold: float) -> dict[str
     cluster = dict.fromkeys(rows, np.zeros(0, np.int32))
     if clusters > 1:
         centroid = near.centroids(_drawn(run, list(rows), clusters * near.POINTS_PER_CLUSTER / samples), clusters)
-        for shard, table in storage.ahead(lambda file: read_embeddings(run, file, ["embedding"]), list(rows), READ_AHEAD):
+        for shard, table in storage.ahead(lambda file: read_embeddings(run, file, ["embedding"]), list(rows), run.uri):
             cluster[shard] = near.nearest(near.unit(_vectors(table)), centroid).astype(np.int32)
     else:
         cluster = {shard: np.zeros(count, np.int32) for shard, count in rows.items()}
@@ -59,7 +59,7 @@ def _shape(run: Run, shards: list[str]) -> tuple[dict[str, int], int, np.dtype[A
                 f"{run.uri}: select.near_duplicates needs embeddings/, and {shard} is not there; run it again"
             ) from None
 
-    found = dict(storage.ahead(footer, shards, READ_AHEAD))
+    found = dict(storage.ahead(footer, shards, run.uri))
     if not found:
         raise RunError(f"{run.uri}: scores/ holds no sample, so there are no near duplicates to look for")
     return {shard: count for shard, (count, _, _) in found.items()}, *next(iter(found.values()))[1:]
@@ -75,7 +75,7 @@ def _vectors(table: pa.Table) -> np.ndarray:
 def _drawn(run: Run, shards: list[str], fraction: float) -> np.ndarray:
     """About that share of the embeddings, drawn by a hash of the id, as unit vectors."""
     parts = []
-    for _, table in storage.ahead(lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), shards, READ_AHEAD):
+    for _, table in storage.ahead(lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), shards, run.uri):
         rows = uniform(hash64(table["sample_id"].combine_chunks(), near.SEED)) < fraction
         parts.append(near.unit(_vectors(table)[rows]))
     return np.concatenate(parts)
@@ -108,7 +108,7 @@ def _gather(run: Run, scores: Scores, cluster: dict[str, np.ndarray], low: int, 
     """The samples of clusters from `low` up to `high` that are not marked NEVER, from one pass over embeddings and scores."""
     parts: list[tuple[np.ndarray, ...]] = []
     count = 0
-    tables = storage.ahead(lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), list(cluster), READ_AHEAD)
+    tables = storage.ahead(lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), list(cluster), run.uri)
     for number, ((shard, table), (name, chunk)) in enumerate(zip(tables, scores.named_chunks(True), strict=True)):
         ids = table["sample_id"].combine_chunks()
         if name != shard or len(table) != len(chunk.score) or not ids.equals(chunk.sample_id):

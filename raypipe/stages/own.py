@@ -127,7 +127,7 @@ class OwnStage(Stage):
         """Check the sums, and write the summary."""
         run, settings = context.run, context.config.extrapolate
         left_out = Tally()
-        for _, table in storage.iter_tables(run.path("rejects"), threads=8):
+        for _, table in storage.iter_tables(run.path("rejects"), threads=storage.READERS):
             for sample_id, reason in zip(table[ID].to_pylist(), table["reason"].to_pylist(), strict=True):
                 left_out.add(reason.partition(":")[0], [sample_id])
         for line in left_out.lines():
@@ -169,7 +169,7 @@ class OwnStage(Stage):
 
 
 def _chosen(settings: ExtrapolateSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude={"max_actors", "score", "judge_published", "rehearsal"})
+    return settings.model_dump(mode="json", exclude={"max_actors", "use_gpu", "score", "judge_published", "rehearsal"})
 
 
 def _in_words_of_tables(figures: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ BIG = 64 << 20
 """From so many bytes on an object is sent in parts, so that a fault costs a part and not all of it."""
 MOST_JSON, MOST_TABLE = 64 << 20, 4 << 30
 """Bytes of a JSON and of a Parquet file that are read as a whole."""
+READERS, LOCAL_READERS = 8, 2
+"""Files that are read at a time: of an object store to hide its delay. A local disk has none, and more threads only wait for one another."""
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -319,8 +321,12 @@ def write_table(
     write_bytes(uri, buffer.getvalue())
 
 
-def ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[tuple[T, U]]:
-    """Every item with what the function makes of it, in order, so many of them at a time in threads."""
+def ahead(function: Callable[[T], U], items: Iterable[T], where: str, threads: int = READERS) -> Iterator[tuple[T, U]]:
+    """Every item with what the function makes of it, in order, so many of them at a time in threads.
+
+    where  URI of the files that it reads; of local ones no more than `LOCAL_READERS` are read at a time
+    """
+    threads = min(threads, LOCAL_READERS) if is_local(where) else threads
     with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-read") as pool:
         waiting: deque[tuple[T, Future[U]]] = deque()
         try:
@@ -347,4 +353,4 @@ def iter_tables(uri: str, columns: list[str] | None = None, *, threads: int = 1)
         for file in files:
             yield file, read_table(join(uri, file), columns)
         return
-    yield from ahead(lambda file: read_table(join(uri, file), columns), files, threads)
+    yield from ahead(lambda file: read_table(join(uri, file), columns), files, uri, threads)

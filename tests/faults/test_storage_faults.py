@@ -109,7 +109,7 @@ def test_clients_that_failed_together_do_not_come_back_together(
     monkeypatch.setattr(faults, "LONGEST_DELAY", 1.0)
     uris = [f"{s3}/herd/{number}" for number in range(16)]
     proxy.next = ["slow-down"] * len(uris)
-    for uri, _ in storage.ahead(lambda uri: storage.write_bytes(uri, b"x"), uris, len(uris)):
+    for uri, _ in storage.ahead(lambda uri: storage.write_bytes(uri, b"x"), uris, uris[0], len(uris)):
         assert storage.name(uri) in uri
     waits = sorted(times[1] - times[0] for times in proxy.times.values())
     count = len(waits)  # a client that is early again may meet the fault meant for one that is late

@@ -46,6 +46,24 @@ def test_the_figures_are_those_of_the_files(make_run: MakeRun) -> None:
     assert summary["rejects"]["unreadable_files"] == [{"path": "cut.parquet", "reason": "no footer"}]
 
 
+@pytest.mark.parametrize("most", [0, 1000])
+def test_scores_that_did_not_stay_in_memory_give_the_same_figures(
+    most: int, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, reads = make_run(), list[str]()
+    read_table = storage.read_table
+
+    def counted(uri: str, columns: list[str] | None = None) -> pa.Table:
+        reads.append(uri)
+        return read_table(uri, columns)
+
+    monkeypatch.setattr(storage, "read_table", counted)
+    expected, first = summarize(run), len(reads)
+    monkeypatch.setattr("raypipe.report.scores.HELD_BYTES", most)
+    assert {**summarize(run), "made": ""} == {**expected, "made": ""}
+    assert len(reads) - first == first + len(run.done("scores"))
+
+
 def test_classes_before_and_after_each_keep_list(make_run: MakeRun) -> None:
     run = make_run(select={"keep": [0.5, 0.1]})
     summary = summarize(run)

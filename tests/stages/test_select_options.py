@@ -100,15 +100,16 @@ def test_lists_are_the_same_from_memory_and_from_files(
     monkeypatch.setattr(keeping.Scores, "_read", lambda self, file, with_ids: read.append(file) or plain(self, file, with_ids))
     monkeypatch.setattr(keeping, "CHUNK_ROWS", rows)
     lists, passes = [], []
-    for most in (0, 1 << 20):
+    for most, compressed in ((0, 4), (1 << 20, 1 << 20), (1 << 20, 4)):
         monkeypatch.setattr(keeping, "HELD_BYTES", most)
+        monkeypatch.setattr(keeping, "COMPRESSED", compressed)
         read.clear()
         write_keep_lists(run, settings)
         lists.append({file: storage.read_bytes(run.path("keep", file)) for file in sorted(storage.names(run.path("keep")))})
         passes.append(len(read) / SHARDS)
-    assert lists[0] == lists[1] and len(lists[0]) == 2
-    # with memory: the lists of ids, and once or twice for the rest, without ids and with them
-    assert passes[1] in (2, 3) and passes[0] > passes[1]
+    assert lists[0] == lists[1] == lists[2] and len(lists[0]) == 2
+    # with memory: the lists of ids, and once for the rest, or without ids and then with them
+    assert passes[2] == 2 and passes[1] in (2, 3) and passes[0] > passes[1]
     assert set(kept(run)) >= {"4/é3", "0/é1", "0/é2"} and not set(kept(run)) & {"2/é39", "1/é0"}
 
 
