@@ -1,4 +1,4 @@
-"""Images per second of what a GPU does in a run, beside the limit, and beside one sample at a time. Needs no Ray.
+"""Images (and neighbours) per second of what a GPU does in a run, beside the limit, and beside one sample at a time. Needs no Ray.
 
     python benchmarks/gpu.py [--networks resnet18@32,resnet18@64,resnet50@224] [--device cuda|cpu] [--compile] [--jpegs FOLDER]
 
@@ -10,6 +10,9 @@ its outputs are left there. Beside it, all in the same arithmetic:
     embedding       `raypipe.embedding.forward`, which is what the stage calls: pixels from the memory of the host, embeddings and what
                     the proxy says of each sample back into it
     one at a time   what the published MoSo code does (`published` in alignment.py), in float32 as there, on --few images
+
+Then the search for the 32 nearest among 50,000 embeddings of length 512, by FAISS on --threads of the CPU and on the device
+(`extrapolate.use_gpu`), with the distances, which a CPU computes in both.
 
 Then, with --jpegs, a folder of WebDataset tars: decoding by torchvision, on a GPU by nvJPEG, to 224 pixels, and decoding with embedding.
 
@@ -33,6 +36,7 @@ from torch import nn
 
 from raypipe.devices import AtOnce, compute_on, to_device
 from raypipe.embedding import forward
+from raypipe.extrapolate.neighbours import NeighbourIndex
 from raypipe.jpegs import decode_aside, set_aside
 from raypipe.models import build
 from raypipe.scores.moso import gradient_sum
@@ -42,6 +46,8 @@ from raypipe.settings.measure import MeasureSettings
 from raypipe.sources.base import RawSample
 
 CLASSES = 1000
+SCORED, WIDTH, NEAREST = 50_000, 512, 32
+"""Of the search for neighbours."""
 TO_REACH = {
     "alignment": ("times a forward pass", 2.8),
     "embedding": ("of a forward pass", 0.85),
@@ -110,6 +116,21 @@ def embed(model: nn.Module, stream: Any, names: np.ndarray, at_once: AtOnce, arg
     )
 
 
+def search(arguments: argparse.Namespace) -> None:
+    """Neighbours on the device beside FAISS."""
+    draw = np.random.default_rng(0)
+    scored, queries = (draw.normal(size=(rows, WIDTH)).astype(np.float32) for rows in (SCORED, arguments.queries))
+    index, rows = NeighbourIndex(scored), {}
+    print(f"\nsearch for {NEAREST} of {SCORED:,} embeddings of length {WIDTH}, {len(queries):,} queries", flush=True)
+    # a CPU has its name with a number, so that it does what a GPU does
+    for what, device in (("FAISS", "cpu"), ("matrix product", "cuda" if arguments.device == "cuda" else "cpu:0")):
+        index.device = device
+        speed = rate(lambda: index.search(queries, NEAREST), len(queries), arguments.device, arguments.repeats)
+        print(f"{what + ', ' + device:<28}{speed:>12,.0f} queries / s", flush=True)
+        rows[what] = index.search(queries, NEAREST)[1]
+    print(f"  {(rows['FAISS'] == rows['matrix product']).mean():.6f} of the neighbours are the same")
+
+
 def jpegs(arguments: argparse.Namespace) -> None:
     """Decoding, and decoding with embedding, of the JPEGs in tars."""
     samples = []
@@ -144,6 +165,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images at a time; default: as measure.batch_size: auto")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--few", type=int, default=32, help="images one at a time")
+    parser.add_argument("--queries", type=int, default=20_000, help="of the search for neighbours")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile the alignment")
@@ -160,6 +182,7 @@ def main() -> None:
     print(f"{machine}; torch {torch.__version__}, {arithmetic}{about}")
     for name, size in (item.split("@") for item in arguments.networks.split(",")):
         network(name, int(size), arguments)
+    search(arguments)
     if arguments.jpegs:
         jpegs(arguments)
 

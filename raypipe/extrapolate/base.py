@@ -69,7 +69,8 @@ class Extrapolator(abc.ABC):
     """Predicts the score of samples that were not measured from those that were.
 
     The same inputs, `settings.seed` and number of torch threads give the same predictions, bit for bit, whatever the state of
-    the global random generators, which stays as it was. Everything runs on CPU: a fit is seconds to minutes.
+    the global random generators, which stays as it was. Everything runs on CPU (a fit is seconds to minutes), but for the search for
+    neighbours after `search_on`.
     """
 
     name: ClassVar[str]
@@ -110,6 +111,13 @@ class Extrapolator(abc.ABC):
         if self._index is not None and np.array_equal(self._index.vectors, embedding):
             return self._index
         return NeighbourIndex(embedding, self.settings.exact_neighbours)
+
+    def search_on(self, device: str) -> None:
+        """Look for neighbours among all scored samples on this device, cpu or cuda, from now on; those within classes are few.
+
+        Raises RaypipeError before a fit.
+        """
+        self._scored.device = device
 
     @abc.abstractmethod
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -5,6 +5,9 @@ codes): k-means divides n vectors into about 2 sqrt(n) lists, one a centroid; a 
 it, as many as `effort` says, and not the others. What it misses there is measured when the index is built, on vectors that are
 searched among the others: the effort is doubled until the recall is 0.95, and where that would take a quarter of the lists the
 search is exact after all, since then it is faster too.
+
+On a GPU an exact search is a matrix product and the least of its rows; distances to what it finds are computed as elsewhere, so that
+the neighbours are those that a CPU finds.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ import torch  # before faiss: each brings an OpenMP library, and this order is t
 
 import faiss  # isort: skip
 
+from raypipe.devices import AtOnce, to_device
 from raypipe.errors import RaypipeError
+from raypipe.scores.precision import computing
 
 SLACK = 8
-"""Candidates asked of FAISS beyond k. FAISS computes |a|^2 + |b|^2 - 2ab, which rounds; distances are then computed anew."""
+"""Candidates asked for beyond k: |a|^2 + |b|^2 - 2ab, of which they are the least, rounds; distances are then computed anew."""
 QUERIES = 4096
-"""Most queries given to FAISS at once."""
+"""Most queries looked up at once."""
+PRODUCT_VALUES = 1 << 28
+"""Most float32 values of a product on a GPU (1 GiB)."""
 CHUNK_VALUES = 1 << 20
 """Most float32 values held at once while distances are computed anew (4 MiB: more would leave the cache)."""
 LEAST_RECALL = 0.95
@@ -95,7 +102,12 @@ class SearchQuality:
 
 
 class NeighbourIndex:
-    """Finds the nearest of a fixed set of vectors. Memory: the vectors, and once more where there are lists."""
+    """Finds the nearest of a fixed set of vectors. Memory: the vectors, and once more where there are lists.
+
+    device  where an exact search looks for them: cpu, or cuda; lists are searched by the CPU. May be set at any time
+    """
+
+    device = "cpu"
 
     def __init__(self, vectors: np.ndarray, exact: int | None = None, k: int = 20) -> None:
         """Index float32 [n, d]; for n above `exact` by lists, with a recall that is measured for k neighbours.
@@ -110,6 +122,7 @@ class NeighbourIndex:
         self.vectors = vectors
         self.quality = SearchQuality(len(vectors))
         self._lists: Any = None
+        self._aside: tuple[np.ndarray, torch.Tensor, torch.Tensor, AtOnce] | None = None
         if exact is not None and len(vectors) > exact:
             self._build(min(k, len(vectors) - 1))
 
@@ -201,7 +214,23 @@ class NeighbourIndex:
         return away
 
     def _exactly(self, queries: np.ndarray, wanted: int) -> np.ndarray:
+        if self.device != "cpu":
+            return self._by_product(queries, wanted)
         return faiss.knn(queries, self.vectors, wanted)[1]
+
+    def _by_product(self, queries: np.ndarray, wanted: int) -> np.ndarray:
+        """What `_exactly` gives, in any order: rows int64 [m, wanted] of the vectors v of least |v|^2 - 2 <q, v>, computed on the device."""
+        if self._aside is None:
+            centre = self.vectors.mean(0)  # without it the lengths of the vectors would take the digits of their distances
+            vectors = to_device(self.vectors - centre, self.device)
+            self._aside = centre, vectors, vectors.square().sum(1), AtOnce(max(1, PRODUCT_VALUES // len(self)))
+        centre, vectors, square, at_once = self._aside
+
+        def nearest(part: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(square, part, vectors.T, alpha=-2).topk(wanted, largest=False, sorted=False).indices
+
+        with torch.inference_mode(), computing("float32", torch.device(self.device).type):
+            return torch.cat(at_once(nearest, to_device(queries - centre, self.device))).cpu().numpy()
 
     def _from_lists(self, queries: np.ndarray, wanted: int) -> np.ndarray:
         return self._lists.search(queries, wanted)[1]

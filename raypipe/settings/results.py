@@ -31,6 +31,10 @@ HELD_OUT_OF_CLASS = 120
 (benchmarks/results/pipeline-cpu.txt)."""
 
 
+SEARCHERS_PER_GPU = 8
+"""Actors that share a GPU with `extrapolate.use_gpu`: the rest of their work is a CPU's, and takes longer."""
+
+
 def gnn_epochs(seed: int) -> int:
     """`extrapolate.epochs: auto` of gnn, for so many seed samples: a network sees 30,000 samples in a fit, few seed samples more often."""
     return min(40, max(8, 30_000 // max(1, seed)))
@@ -76,6 +80,10 @@ class ExtrapolateSettings(Settings):
     confidence: float = Field(0.9, gt=0, lt=1, description="share of samples whose score lies between lower and upper")
     seed: int = Field(0, ge=0, description="hold-out split and initial weights")
     max_actors: Positive | Literal["auto"] = Field("auto", description="auto: one per CPU, also of nodes that come later")
+    use_gpu: bool = Field(
+        False,
+        description="search for neighbours on GPUs, each shared by eight actors, where the search is exact; the rest stays on CPUs",
+    )
 
     @property
     def most_folds(self) -> int:

@@ -10,16 +10,19 @@ known: it is the better one, and was compared with the predicted one first.
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import Config, ExtrapolateSettings, PoolSettings
 from raypipe.errors import StageError
 from raypipe.rundir import Run, StageRecord
+from raypipe.settings.results import SEARCHERS_PER_GPU
 from raypipe.stages.base import Context, Stage
+from raypipe.stages.cluster import Cluster, Pool
 from raypipe.stages.embed import count_rows, remove_stale
 from raypipe.stages.fitting import fit_extrapolator, write_scores
 from raypipe.stages.judging import TRANSFER, is_judged, load_extrapolator, load_intervals
@@ -35,7 +38,7 @@ class ExtrapolateStage(Stage):
     needs = ("measure", "embed")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        settings = config.extrapolate.model_dump(mode="json", exclude={"max_actors"})
+        settings = config.extrapolate.model_dump(mode="json", exclude={"max_actors", "use_gpu"})
         return {**settings, "rehearsal": config.rehearses, "score": config.score}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
@@ -50,7 +53,7 @@ class ExtrapolateStage(Stage):
         remove_stale(run, fragments, ("scores",))
         done = run.done("scores")
         missing = [fragment.fragment_id for fragment in fragments if fragment.fragment_id not in done]
-        pool = context.cluster.cpu_pool(config.extrapolate.max_actors)
+        pool = _pool(context.cluster, config.extrapolate)
         record.cpu_seconds += fit_extrapolator(context, missing, sum(fragment.samples for fragment in fragments))
         judged = storage.read_json(run.path("extrapolator", "fidelity.json"))
         for note in search_notes(judged["search"], run.classes().names):
@@ -66,12 +69,13 @@ class ExtrapolateStage(Stage):
             def collect(result: dict[str, Any]) -> None:
                 meter.add(result["samples"], result["unit"])
                 record.cpu_seconds += result["cpu_seconds"]
+                record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
 
             stream(
                 missing,
                 functools.partial(_read, run.uri),
                 ScoreActor,
-                {"config": config, "run_uri": run.uri, "threads": pool.threads},
+                {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": pool.num_gpus > 0},
                 pool,
                 config.cluster.patience_seconds,
                 collect,
@@ -94,6 +98,12 @@ class ExtrapolateStage(Stage):
         file = run.path("extrapolator", "extrapolator.json")
         if not storage.exists(file) or storage.read_json(file) != about:
             storage.write_json(file, about)
+
+
+def _pool(cluster: Cluster, settings: ExtrapolateSettings) -> Pool:
+    if not settings.use_gpu:
+        return cluster.cpu_pool(settings.max_actors)
+    return cluster.pool(PoolSettings(use_gpu=True, max_actors=settings.max_actors, actors_per_gpu=SEARCHERS_PER_GPU))
 
 
 def search_notes(search: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
@@ -121,17 +131,20 @@ def _read(run_uri: str, fragment: str) -> Columns:
 class ScoreActor:
     """The fitted extrapolator, applied to whole fragments; writes one score shard per fragment."""
 
-    def __init__(self, config: Config, run_uri: str, threads: int) -> None:
+    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool = False) -> None:
         from raypipe.devices import compute_on
 
         compute_on(threads)
-        self._run, self._watch = Run(run_uri), Stopwatch()
+        self._run, self._watch, self._gpu = Run(run_uri), Stopwatch(), gpu
         self._extrapolator, self._intervals = load_extrapolator(config, self._run), load_intervals(self._run)
+        if gpu:
+            self._extrapolator.search_on("cuda")
         self._scores = every_measured_score(self._run, config.score)
 
     def __call__(self, batch: Columns) -> Columns:
         from raypipe.extrapolate.base import Nodes
 
+        started = time.monotonic()
         fragment, label = str(batch["fragment"][0]), batch["label"]
         count = 0 if label[0] == -2 else len(label)
         table = pa.table(
@@ -146,5 +159,6 @@ class ScoreActor:
             predicted, difficulty = self._extrapolator.predict_with_difficulty(nodes)
             half_width = self._intervals.half_width(difficulty, nodes.label)
         write_scores(self._run, fragment, table, predicted, half_width, self._scores)
-        row = {"unit": fragment, "samples": count, "cpu_seconds": self._watch.lap()}
+        gpu_seconds = time.monotonic() - started if self._gpu else 0.0
+        row = {"unit": fragment, "samples": count, "cpu_seconds": self._watch.lap(), "gpu_seconds": gpu_seconds}
         return {key: np.array([value]) for key, value in row.items()}

@@ -14,6 +14,7 @@ from glob import glob
 from raypipe.config import Config
 from raypipe.rundir import STAGE_FOLDERS, Run, StageRecord
 from raypipe.settings.measure import RECALIBRATED
+from raypipe.settings.results import SEARCHERS_PER_GPU
 from raypipe.survey import rates
 from raypipe.survey.facts import Cost, StageCost, Survey
 
@@ -148,7 +149,7 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
         machine,
         work.fragments,
     )
-    result["extrapolate"] = _extrapolation(work)
+    result["extrapolate"] = _extrapolation(work, machine)
     result["select"] = Effort(work.samples * 1e-5, 0, 1)
     result["report"] = Effort(1.0 + work.samples * 1e-5, 0, 1)
     return {
@@ -225,7 +226,7 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     return passes + attack * (1 + moso + recalibrated), each + attack
 
 
-def _extrapolation(work: Work) -> Effort:
+def _extrapolation(work: Work, machine: Machine) -> Effort:
     settings, model = work.config.extrapolate, work.config.proxy.model
     whole = settings.method == "gnn-published"
     folds = settings.folds_of(max(1, work.seed), work.classes)
@@ -235,11 +236,14 @@ def _extrapolation(work: Work) -> Effort:
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
     cpu = fit * (1 + folds * part * (1 - settings.holdout) + work.config.rehearses / 2) + rates.CURVE_SIGHT * work.seed
+    gpu = 0.0
     if not whole:
-        cpu += work.samples * rates.predict_seconds(work.seed, model)
+        searched_aside = _on_gpu(settings.use_gpu, machine)
+        predictions = work.samples * rates.predict_seconds(work.seed, model, search=not searched_aside)
+        cpu, gpu = cpu + predictions, searched_aside * predictions / SEARCHERS_PER_GPU
         published = work.samples <= PUBLISHED if settings.judge_published == "auto" else settings.judge_published
         cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, model)
-    return Effort(cpu, 0, max(folds + 1, work.fragments / 2))
+    return Effort(cpu, gpu, max(folds + 1, work.fragments / 2))
 
 
 def _network(amount: float, beside: float, use_gpu: bool | str, machine: Machine, units: float) -> Effort:
@@ -280,7 +284,7 @@ def estimate(
         )
     if survey.decode_seconds:
         basis.append(f"decoding measured here: {survey.decode_seconds * 1e3:.2f} ms an image")
-    asks = [name for name in ("proxy", "measure", "embed") if getattr(config, name).use_gpu is True]
+    asks = [name for name in ("proxy", "measure", "embed", "extrapolate") if getattr(config, name).use_gpu is True]
     if asks and not machine.gpus:
         basis.append(
             f"the settings ask for GPUs ({', '.join(asks)}) and there is none: estimated on CPUs; --gpus N estimates with some"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolate import neighbours as module
@@ -108,6 +109,23 @@ def test_the_search_is_exact_where_lists_find_too_little(monkeypatch) -> None:
     assert "so the search is exact" in index.quality.note and list(index.tensors()) == ["vectors"]
     queries = clustered(3050)[3000:]
     np.testing.assert_array_equal(index.search(queries, 10)[1], NeighbourIndex(clustered(3000)).search(queries, 10)[1])
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu:0", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+@pytest.mark.parametrize("offset", [0, 300])
+@pytest.mark.parametrize("values", [1 << 20, 1000])
+def test_the_search_by_products_finds_the_same(device: str, offset: int, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PRODUCT_VALUES", values)
+    vectors = clustered(800) + np.float32(offset)
+    plain, by_product = NeighbourIndex(vectors[:700]), NeighbourIndex(vectors[:700])
+    by_product.device = device  # cpu:0 is not the plain name: what a GPU does, on a CPU
+    few, own = vectors[:50], np.arange(50)
+    for queries, k, exclude in ((vectors[700:], 20, None), (few, 5, own), (few[:1], 700, None), (few[:0], 3, None)):
+        for found, expected in zip(by_product.search(queries, k, exclude), plain.search(queries, k, exclude)):
+            np.testing.assert_array_equal(found, expected)
+    assert by_product._aside is not None and plain._aside is None
 
 
 def test_lists_that_hold_too_few_are_no_gap(lists) -> None:

@@ -1,9 +1,59 @@
 from __future__ import annotations
 
-from raypipe.stages.extrapolate import search_notes
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raypipe import storage
+from raypipe.config import ExtrapolateSettings
+from raypipe.errors import ResourceError
+from raypipe.extrapolate.base import Extrapolator
+from raypipe.extrapolate.neighbours import NeighbourIndex
+from raypipe.rundir import Run
+from raypipe.stages.cluster import Cluster
+from raypipe.stages.extrapolate import ScoreActor, _pool, _read, search_notes
 
 
 def test_what_is_said_of_the_neighbour_search() -> None:
     classes = {"1": {"note": "raised"}, "0": {"note": ""}}
     assert search_notes({"note": "exact", "classes": classes}, ("", "dog")) == ["exact", "raised (class dog)"]
     assert search_notes({"note": ""}, ()) == []
+
+
+def test_a_gpu_is_asked_for_where_the_settings_say_so() -> None:
+    with_gpus, without = Cluster(32, 2, 2, 16, False), Cluster(32, 0, 2, 16, False)
+    pool = _pool(with_gpus, ExtrapolateSettings(use_gpu=True))
+    assert (pool.num_gpus, pool.max_actors, pool.tasks) == (0.125, 16, False)
+    assert _pool(with_gpus, ExtrapolateSettings(use_gpu=True, max_actors=3)).max_actors == 3
+    assert _pool(with_gpus, ExtrapolateSettings()) == with_gpus.cpu_pool("auto")
+    with pytest.raises(ResourceError, match="has no GPU"):
+        _pool(without, ExtrapolateSettings(use_gpu=True))
+
+
+@pytest.mark.ray
+def test_scores_are_the_same_with_neighbours_from_a_gpu(finished: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    run = Run(str(tmp_path / "run"))
+    fragment = sorted(run.done("scores"))[0]
+    file = run.path("scores", f"{fragment}.parquet")
+    expected = storage.read_table(file)
+    storage.delete(file)
+    searched: list[int] = []
+
+    def on_a_cpu(self: Extrapolator, device: str) -> None:
+        assert device == "cuda"
+        self._scored.device = "cpu:0"
+
+    by_product = NeighbourIndex._by_product
+
+    def counted(self: NeighbourIndex, queries: np.ndarray, wanted: int) -> np.ndarray:
+        searched.append(len(queries))
+        return by_product(self, queries, wanted)
+
+    monkeypatch.setattr(Extrapolator, "search_on", on_a_cpu)
+    monkeypatch.setattr(NeighbourIndex, "_by_product", counted)
+    row = ScoreActor(run.config(), run.uri, 1, gpu=True)(_read(run.uri, fragment))
+    assert storage.read_table(file).equals(expected)
+    assert sum(searched) == len(expected) == row["samples"][0] and row["gpu_seconds"][0] > 0
