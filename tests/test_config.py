@@ -54,6 +54,7 @@ def _message(data: dict) -> str:
         ({"seed": {"audit": -1}}, ["seed.audit", "-1", "greater than or equal to 0"]),
         ({"extrapolate": {"holdout": 0.3, "folds": 4}}, ["extrapolate", "folds (4)", "holdout (0.3)"]),
         ({"trust": {"min_spearman": 1.2}}, ["trust.min_spearman", "1.2", "less than or equal to 1"]),
+        ({"extrapolate": {"method": "gnn-published", "use_gpu": True}}, ["extrapolate", "use_gpu: gnn-published"]),
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
         ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
         ({"source": {}}, ["source.uri", "required"]),

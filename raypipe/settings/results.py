@@ -102,6 +102,14 @@ class ExtrapolateSettings(Settings):
             raise ValueError(f"folds ({self.folds}) parts of holdout ({self.holdout:g}) are more than the seed set")
         return self
 
+    @model_validator(mode="after")
+    def _searches(self) -> ExtrapolateSettings:
+        if self.use_gpu and self.method == "gnn-published":
+            raise ValueError(
+                "use_gpu: gnn-published finds neighbours once, for the graph of the whole source, on a CPU; leave it false"
+            )
+        return self
+
 
 class TrustSettings(Settings):
     """When predicted scores are good enough to prune by."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -76,8 +77,9 @@ class Scores:
 
     @functools.cached_property
     def _few(self) -> bool:
-        """Whether all chunks with their ids will be no more than HELD_BYTES, going by the size of the files."""
-        return sum(file.size for file in storage.entries(self._uri).values() if file is not None) * COMPRESSED < HELD_BYTES
+        """Whether all chunks with their ids will be no more than HELD_BYTES, going by the size of the files. Lists no more than it must."""
+        sizes = itertools.accumulate(file.size for file in storage.walk(self._uri))
+        return all(size * COMPRESSED <= HELD_BYTES for size in sizes)
 
     def chunks(self, with_ids: bool) -> Iterator[Chunk]:
         """Chunks of several shards each, as they are marked now. A pass reads nothing where one before it left all in memory.
