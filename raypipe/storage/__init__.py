@@ -42,6 +42,8 @@ BIG = 64 << 20
 """From so many bytes on an object is sent in parts, so that a fault costs a part and not all of it."""
 MOST_JSON, MOST_TABLE = 64 << 20, 4 << 30
 """Bytes of a JSON and of a Parquet file that are read as a whole."""
+LOCAL_BLOCK = 64 << 10
+"""Bytes of a local file read at a time. There is no delay to hide, what is skipped is not read, and larger memory is cleared anew for each file."""
 READERS, LOCAL_READERS = 8, 2
 """Files that are read at a time: of an object store to hide its delay. A local disk has none, and more threads only wait for one another."""
 
@@ -161,10 +163,13 @@ def _put(uri: str, data: bytes, condition: dict[str, str] | None = None) -> bool
 
 
 def open_read(uri: str, block: int = 1 << 20) -> Reader:
-    """A seekable file object that reads at least `block` bytes at a time, each request retried. The caller closes it."""
+    """A seekable file object that reads at least `block` bytes at a time (LOCAL_BLOCK of a local file), each request retried.
+
+    The caller closes it.
+    """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        return Reader(_Ranges(retrying(lambda: open(path, "rb", buffering=0), uri), uri), block)
+        return Reader(_Ranges(retrying(lambda: open(path, "rb", buffering=0), uri), uri), min(block, LOCAL_BLOCK))
     return Reader(_Ranges(retrying(lambda: fs.open(path, "rb", block_size=block, cache_type="none"), uri), uri), block)
 
 

@@ -122,6 +122,7 @@ def test_a_list_is_read_in_few_requests(tmp_path: Any, monkeypatch: pytest.Monke
     for name, text in (("x.csv", "dé/%06d.jpg,%d\n"), ("x.txt", "dé/%06d.jpg %d\n")):
         with monkeypatch.context() as patch:
             patch.setattr("raypipe.sources.lines.READ_BYTES", 100_000)
+            patch.setattr(storage, "LOCAL_BLOCK", 100_000)  # as an object store is read
             found = read(tmp_path, name, "".join(text % (number, number) for number in range(50_000)))
         assert found == [(f"dé/{number:06d}.jpg", str(number)) for number in range(50_000)]
         size = (tmp_path / name).stat().st_size
