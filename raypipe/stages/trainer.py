@@ -12,6 +12,7 @@ from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from raypipe import storage
 from raypipe.errors import MemoryShortageError, StageError
@@ -23,12 +24,34 @@ from raypipe.storage.fences import fenced
 log = logging.getLogger("raypipe")
 
 
+class Leftovers(WorkerGroupCallback):
+    """Ends a group of workers that Ray Train (2.60) forgot before it makes the next.
+
+    Where a worker dies between the start of the group and that of the training (while they find each other, say), Ray Train makes a new group, but
+    leaves the others alive, and the group's CPUs and GPUs taken: on a cluster without as many to spare it would wait for them without end.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._group = worker_group
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        group, self._group = self._group, None
+        if group is not None and group.has_started():
+            group.abort()
+
+
 class Trainer(TorchTrainer):
     """Ray Train answers the first interrupt by asking its controller to stop, which one that waits for workers never hears, and leaves
     its signal handler in place after the training, where it ends the process with exit code 0. Here the interrupt is an ordinary
-    KeyboardInterrupt and the controller is killed, and with it its workers; what the finished epochs wrote is kept."""
+    KeyboardInterrupt and the controller is killed, and with it its workers; what the finished epochs wrote is kept. See also `Leftovers`."""
 
     _controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [Leftovers(), *super()._create_default_callbacks()]  # first, since those behind the one that fails are not called
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

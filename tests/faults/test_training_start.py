@@ -1,0 +1,51 @@
+"""A worker that dies while those of a training start costs a start, and no more."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
+
+
+def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(cluster: str, tmp_path: Path) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+
+    from raypipe.stages.trainer import Trainer
+
+    class Dies(_TorchBackend):
+        """As torch's, but the first time one of the workers dies where they are to find each other."""
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            if not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                worker_group.execute_single(0, os._exit, 1)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type:
+            return Dies
+
+    def work() -> None:
+        (tmp_path / f"rank-{ray.train.get_context().get_world_rank()}").touch()
+
+    cpus = ray.cluster_resources()["CPU"]
+    Trainer(
+        work,
+        torch_config=Config(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": cpus / 2}),  # no room for two groups
+        run_config=RunConfig(storage_path=str(tmp_path / "train"), failure_config=FailureConfig(max_failures=1)),
+    ).fit()
+    assert {"died", "rank-0", "rank-1"} <= {path.name for path in tmp_path.iterdir()}
+    end = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == cpus
