@@ -24,34 +24,49 @@ from raypipe.storage.fences import fenced
 log = logging.getLogger("raypipe")
 
 
-class Leftovers(WorkerGroupCallback):
-    """Ends a group of workers that Ray Train (2.60) forgot before it makes the next.
+class Starts(WorkerGroupCallback):
+    """Looks after groups of workers that start, which Ray Train (2.60) does not where one of them dies before all train, while they find each
+    other, say. It makes a new group, but leaves the others alive and the CPUs and GPUs of the group taken, so that a cluster without as many to
+    spare waits for them without end; and it does so however often they die.
 
-    Where a worker dies between the start of the group and that of the training (while they find each other, say), Ray Train makes a new group, but
-    leaves the others alive, and the group's CPUs and GPUs taken: on a cluster without as many to spare it would wait for them without end.
+    max_failures  how many such groups there may be; another raises StageError
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_failures: int) -> None:
+        self._left, self._starting = max_failures, False
         self._group: Any = None
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        self._group = worker_group
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         group, self._group = self._group, None
         if group is not None and group.has_started():
             group.abort()
+        if self._starting:
+            self._left -= 1
+        self._starting = False
+        if self._left < 0:
+            raise StageError("workers of the training die while they start, again and again; Ray's logs may tell why")
+
+    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
+        self._starting = True
+        return {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._group = worker_group
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._starting = False
 
 
 class Trainer(TorchTrainer):
     """Ray Train answers the first interrupt by asking its controller to stop, which one that waits for workers never hears, and leaves
     its signal handler in place after the training, where it ends the process with exit code 0. Here the interrupt is an ordinary
-    KeyboardInterrupt and the controller is killed, and with it its workers; what the finished epochs wrote is kept. See also `Leftovers`."""
+    KeyboardInterrupt and the controller is killed, and with it its workers; what the finished epochs wrote is kept. See also `Starts`."""
 
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [Leftovers(), *super()._create_default_callbacks()]  # first, since those behind the one that fails are not called
+        starts = Starts(self.run_config.failure_config.max_failures)
+        return [starts, *super()._create_default_callbacks()]  # first, since those behind the one that fails are not called
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

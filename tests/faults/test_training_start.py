@@ -12,20 +12,24 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
 
 
-def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(cluster: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(cluster: str, tmp_path: Path, deaths: int) -> None:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
     from ray.train.torch.config import _TorchBackend
 
+    from raypipe.errors import StageError
+    from raypipe.stages.streaming import failure
     from raypipe.stages.trainer import Trainer
 
     class Dies(_TorchBackend):
-        """As torch's, but the first time one of the workers dies where they are to find each other."""
+        """As torch's, but at first one of the workers dies where they are to find each other."""
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            if not (tmp_path / "died").exists():
-                (tmp_path / "died").touch()
+            died = len(list(tmp_path.glob("died-*")))
+            if died < deaths:
+                (tmp_path / f"died-{died}").touch()
                 worker_group.execute_single(0, os._exit, 1)
             super().on_start(worker_group, backend_config)
 
@@ -38,13 +42,21 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(cluster: str, 
         (tmp_path / f"rank-{ray.train.get_context().get_world_rank()}").touch()
 
     cpus = ray.cluster_resources()["CPU"]
-    Trainer(
+    trainer = Trainer(
         work,
         torch_config=Config(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": cpus / 2}),  # no room for two groups
         run_config=RunConfig(storage_path=str(tmp_path / "train"), failure_config=FailureConfig(max_failures=1)),
-    ).fit()
-    assert {"died", "rank-0", "rank-1"} <= {path.name for path in tmp_path.iterdir()}
+    )
+    if deaths > 1:
+        with pytest.raises(TrainingFailedError) as caught:
+            trainer.fit()
+        assert str(failure(caught.value)).startswith("workers of the training die while they start")
+        assert type(failure(caught.value)) is StageError
+    else:
+        trainer.fit()
+    wanted = {f"died-{number}" for number in range(deaths)} | ({"rank-0", "rank-1"} if deaths == 1 else set())
+    assert {path.name for path in tmp_path.iterdir()} - {"train"} == wanted
     end = time.monotonic() + 30
     while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < end:
         time.sleep(0.1)
