@@ -29,11 +29,12 @@ class Starts(WorkerGroupCallback):
     other, say. It makes a new group, but leaves the others alive and the CPUs and GPUs of the group taken, so that a cluster without as many to
     spare waits for them without end; and it does so however often they die.
 
-    max_failures  how many such groups there may be; another raises StageError
+    max_failures  how many such groups there may be, one after the other; another raises StageError
     """
 
     def __init__(self, max_failures: int) -> None:
-        self._left, self._starting = max_failures, False
+        self._most = self._left = max_failures
+        self._starting = False
         self._group: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
@@ -54,7 +55,7 @@ class Starts(WorkerGroupCallback):
         self._group = worker_group
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        self._starting = False
+        self._starting, self._left = False, self._most
 
 
 class Trainer(TorchTrainer):
