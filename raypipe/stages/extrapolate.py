@@ -58,6 +58,11 @@ class ExtrapolateStage(Stage):
         judged = storage.read_json(run.path("extrapolator", "fidelity.json"))
         for note in search_notes(judged["search"], run.classes().names):
             context.progress.say(f"note: {note}")
+        if config.extrapolate.use_gpu and judged["search"]["kind"] != "exact":
+            context.progress.say(
+                "note: extrapolate.use_gpu: more samples are scored than extrapolate.exact_neighbours, so that inverted lists are searched, by CPUs"
+            )
+            pool = _pool(context.cluster, config.extrapolate, exact=False)
         if config.extrapolate.method in WHOLE_METHODS:
             missing = []
         with context.progress.meter("extrapolate", sum(fragment.samples for fragment in fragments)) as meter:
@@ -100,8 +105,9 @@ class ExtrapolateStage(Stage):
             storage.write_json(file, about)
 
 
-def _pool(cluster: Cluster, settings: ExtrapolateSettings) -> Pool:
-    if not settings.use_gpu:
+def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -> Pool:
+    """With GPUs where they are asked for and the search is exact; of another they would only be held."""
+    if not settings.use_gpu or not exact:
         return cluster.cpu_pool(settings.max_actors)
     return cluster.pool(PoolSettings(use_gpu=True, max_actors=settings.max_actors, actors_per_gpu=SEARCHERS_PER_GPU))
 

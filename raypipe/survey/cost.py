@@ -238,7 +238,7 @@ def _extrapolation(work: Work, machine: Machine) -> Effort:
     cpu = fit * (1 + folds * part * (1 - settings.holdout) + work.config.rehearses / 2) + rates.CURVE_SIGHT * work.seed
     gpu = 0.0
     if not whole:
-        searched_aside = _on_gpu(settings.use_gpu, machine)
+        searched_aside = _on_gpu(settings.use_gpu, machine) and work.seed <= settings.exact_neighbours
         predictions = work.samples * rates.predict_seconds(work.seed, model, search=not searched_aside)
         cpu, gpu = cpu + predictions, searched_aside * predictions / SEARCHERS_PER_GPU
         published = work.samples <= PUBLISHED if settings.judge_published == "auto" else settings.judge_published

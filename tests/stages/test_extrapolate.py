@@ -28,6 +28,7 @@ def test_a_gpu_is_asked_for_where_the_settings_say_so() -> None:
     assert (pool.num_gpus, pool.max_actors, pool.tasks) == (0.125, 16, False)
     assert _pool(with_gpus, ExtrapolateSettings(use_gpu=True, max_actors=3)).max_actors == 3
     assert _pool(with_gpus, ExtrapolateSettings()) == with_gpus.cpu_pool("auto")
+    assert _pool(with_gpus, ExtrapolateSettings(use_gpu=True), exact=False) == with_gpus.cpu_pool("auto")
     with pytest.raises(ResourceError, match="has no GPU"):
         _pool(without, ExtrapolateSettings(use_gpu=True))
 

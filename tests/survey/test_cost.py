@@ -105,6 +105,22 @@ def test_more_machines_take_less_time_but_not_less_work(digits: Survey) -> None:
     assert "no GPU" in "\n".join(describe_cost(few))
 
 
+def test_a_search_on_gpus_is_counted_where_there_is_one(digits: Survey) -> None:
+    larger, machine = dataclasses.replace(digits, samples=100_000, fragments=100), Machine(64, 8, "")
+
+    def extrapolation(machine: Machine, **settings: object) -> tuple[float, float]:
+        config = _config(seed={"fraction": 0.2, "audit": 0}, extrapolate=settings)
+        (found,) = (stage for stage in estimate(larger, config, machine).stages if stage.stage == "extrapolate")
+        return found.cpu_seconds, found.gpu_seconds
+
+    plain = extrapolation(machine)
+    searched = extrapolation(machine, use_gpu=True)
+    assert plain[1] == 0 < searched[1] and searched[0] < plain[0]
+    assert extrapolation(LAPTOP, use_gpu=True) == extrapolation(LAPTOP)
+    # more scored samples are searched by inverted lists, on CPUs
+    assert extrapolation(machine, use_gpu=True, exact_neighbours=10_000) == extrapolation(machine, exact_neighbours=10_000)
+
+
 def test_bytes_read_depend_on_how_the_format_is_read(digits: Survey) -> None:
     source = dataclasses.replace(digits, bytes=10**9, files=100)
     tar = dataclasses.replace(source, scan_reads="all", reads_singly=False)
