@@ -53,8 +53,8 @@ from raypipe.config import Config, ExtrapolateSettings, parse_config
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.blend import EXPERTS, AnchorGnn
 from raypipe.runs.embeddings import SPECIAL_ROWS
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.index.stage import PART_FRAGMENTS
 from raypipe.stages.index.stage import SCHEMA as INDEX
 

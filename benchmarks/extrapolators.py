@@ -26,9 +26,9 @@ from raypipe.errors import RaypipeError
 from raypipe.extrapolators import METHODS
 from raypipe.extrapolators.base import Nodes
 from raypipe.runs.embeddings import COLUMNS, nodes_of
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.measured_scores import measured_scores
+from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES
 from raypipe.stages.measure.trajectories import score_rows
 

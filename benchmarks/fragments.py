@@ -45,8 +45,8 @@ from raypipe.distributed.context import Context
 from raypipe.pipeline import advance
 from raypipe.progress import Progress
 from raypipe.runs import status
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, content_hash
+from raypipe.runs.run import Run
 from raypipe.stages import embed
 from raypipe.stages.base import Stage
 from raypipe.stages.extrapolate import stage as extrapolate

@@ -37,7 +37,7 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings, parse_config
 from raypipe.nightly import run_night
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import open_source
 
 ROWS = 1000

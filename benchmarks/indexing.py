@@ -41,8 +41,8 @@ from fsspec import AbstractFileSystem
 from raypipe.config import Config, parse_config
 from raypipe.distributed.context import Context
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.index.stage import IndexStage
 
 PAGE = 1000

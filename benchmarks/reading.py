@@ -130,7 +130,7 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
     from raypipe.distributed.actor_pool import stream
     from raypipe.distributed.cluster import ActorPool, connect
     from raypipe.progress import Progress
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
     from raypipe.stages.embed import _read
 
     config = config_of(folder)
@@ -153,7 +153,7 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
 
 def index(folder: str) -> None:
     """Write the index of a folder's run, as the index stage does in tasks."""
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
     from raypipe.sources import open_source
     from raypipe.stages.index.stage import _file_id, _rows, _Writer
 

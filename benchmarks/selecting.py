@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import SelectSettings, TrustSettings, parse_config
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.selection import STRATEGIES
 from raypipe.stages.select.stage import make_keep_lists
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYPIPE = (

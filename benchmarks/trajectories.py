@@ -43,7 +43,7 @@ import pyarrow as pa
 import torch
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES
 from raypipe.scores.trajectory import STATISTICS
 from raypipe.stages.measure.trajectories import columns_of, read_groups, score_rows

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = raypipe.run(config)
     except TrustError as error:
         from raypipe.api import summary_of
-        from raypipe.runs.layout import Run
+        from raypipe.runs.run import Run
 
         print(f"raypipe: {error}", file=sys.stderr, flush=True)
         print(one_line(config.run, summary_of(Run(config.run))), flush=True)

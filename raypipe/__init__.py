@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from raypipe.api import evaluate, export, extrapolate, inspect, load_scores, run, select
     from raypipe.config import Config
     from raypipe.keeplists.dataset import KeepList
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
 
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 _HOMES = {
     "Config": "raypipe.config",
     "KeepList": "raypipe.keeplists.dataset",
-    "Run": "raypipe.runs.layout",
+    "Run": "raypipe.runs.run",
     "evaluate": "raypipe.api",
     "export": "raypipe.api",
     "extrapolate": "raypipe.api",

@@ -23,8 +23,8 @@ from raypipe.config import (
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
+from raypipe.runs.run import Run
 from raypipe.runs.snapshots import load_snapshot, score_shards
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[s
     data = apply_overrides(read_config(config) if isinstance(config, str) else config, overrides)
     section = data.get("source") or {}
     if isinstance(data.get("run"), str) and isinstance(section, dict):
-        copy = Run(data["run"]).path("source")
+        copy = Run(data["run"]).source_copy
         if Run(str(section.get("uri", copy))).uri != copy:
             raise ConfigError(
                 f"source.uri is {section['uri']!r}, and a dataset is given as well; leave one of them out"
@@ -231,7 +231,7 @@ def extrapolate(
 def summary_of(run: Run) -> dict[str, Any]:
     """What the run's `report/summary.json` holds; empty when there is none yet."""
     try:
-        return storage.read_json(run.path("report", "summary.json"))
+        return storage.read_json(run.report_summary)
     except FileNotFoundError:
         return {}
 

@@ -456,8 +456,8 @@ def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **op
 def report(uri: str) -> None:
     """Write the report of RUN again."""
     from raypipe.report import build
-    from raypipe.runs.layout import Run
     from raypipe.runs.lease import Lease
+    from raypipe.runs.run import Run
     from raypipe.runs.untrusted import damage_as_error, refuse_links_out
 
     found = Run(uri)
@@ -474,7 +474,7 @@ def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, .
 def _execute(config: Any, until: str | None, verbose: bool) -> None:
     from raypipe.pipeline import execute
     from raypipe.progress import Progress
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
     from raypipe.runs.status import describe_result
 
     try:

@@ -24,9 +24,10 @@ from raypipe.errors import (
     TrustError,
 )
 from raypipe.progress import Progress
-from raypipe.runs.layout import STAGE_FOLDERS, Run
+from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, fingerprint, noise_of, now, tables_of
+from raypipe.runs.run import Run
 from raypipe.scores.registry import check_scores
 from raypipe.sources import open_source
 from raypipe.sources.noise import requested_noise
@@ -226,7 +227,7 @@ def log_file(run: Run, verbose: bool = False) -> Iterator[None]:
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    uri = run.path("logs", now().replace(":", "") + ".log")
+    uri = storage.join(run.logs_folder, now().replace(":", "") + ".log")
     handler.store = lambda text: storage.write_bytes(uri, text.encode())
     try:
         yield

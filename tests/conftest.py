@@ -89,7 +89,7 @@ def cluster(s3_server: str) -> Iterator[str]:
     from raypipe.config import ClusterSettings
     from raypipe.distributed.cluster import connect
     from raypipe.progress import Progress
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
 
     connect(ClusterSettings(address="local"), Run("unused"), Progress(quiet=True), verbose=False)
     yield ray.get_runtime_context().gcs_address

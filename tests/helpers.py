@@ -15,7 +15,7 @@ from raypipe import storage
 from raypipe.api import load_scores
 from raypipe.config import Config, apply_overrides, parse_config
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 QUIET = Progress(quiet=True)
 PLANTED = "planted-4f1d9c62a7"

@@ -25,7 +25,7 @@ from raypipe.distributed.context import Context
 from raypipe.nightly import Night, run_night
 from raypipe.pipeline import execute
 from raypipe.runs.checkpoints import empty_proxy
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 
 FILE_ROWS = 150

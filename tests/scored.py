@@ -15,8 +15,8 @@ from raypipe import storage
 from raypipe.config import SourceSettings, absolute_paths, parse_config
 from raypipe.distributed.context import Context
 from raypipe.runs.keep_files import keep_file
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.sources import RawSample, Source, open_source
 from raypipe.stages.index.stage import IndexStage
 from raypipe.stages.select.stage import write_keep_lists

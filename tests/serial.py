@@ -10,8 +10,8 @@ from helpers import QUIET
 
 from raypipe.config import Config
 from raypipe.distributed.context import Context
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.index.stage import IndexStage
 from raypipe.stages.seed import SeedStage
 

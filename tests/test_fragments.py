@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.status import describe_run
 
 COUNT = 2000

@@ -24,7 +24,7 @@ from raypipe.cli import cli
 from raypipe.config import parse_config
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.report import build
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.untrusted import damage_as_error, printable, refuse_links_out
 from raypipe.storage import untrusted_parquet
 from raypipe.storage.untrusted_parquet import read_checked

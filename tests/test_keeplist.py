@@ -16,7 +16,7 @@ import raypipe
 from raypipe import storage
 from raypipe.cli import main
 from raypipe.errors import ConfigError, RunError, SourceError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 
 @pytest.fixture(scope="module")

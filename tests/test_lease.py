@@ -15,9 +15,9 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import RunError
 from raypipe.runs import layout
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
 
 OTHER = {

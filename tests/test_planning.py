@@ -20,7 +20,7 @@ from raypipe.config import load_config, parse_config
 from raypipe.errors import ConfigError, RunError
 from raypipe.estimate import rates as constants
 from raypipe.estimate.plan import Plan, Prices, Rates, Size, plan, read_rates
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,9 +10,9 @@ import pytest
 
 from raypipe import progress, storage
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.runs.status import describe_run
 
 

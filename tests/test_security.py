@@ -12,7 +12,7 @@ import pytest
 from helpers import PLANTED
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
 FILES = [

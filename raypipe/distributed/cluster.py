@@ -23,7 +23,7 @@ from raypipe.errors import RaypipeError, ResourceError
 from raypipe.progress import Progress
 
 if TYPE_CHECKING:
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
 
 
 UNITS_OF_A_NEW_NODE = 4
@@ -230,7 +230,7 @@ def resources_at(address: str) -> Cluster:
     """Look at the cluster at an address, and leave it again unless this process had joined it before."""
     import ray
 
-    from raypipe.runs.layout import Run
+    from raypipe.runs.run import Run
 
     before = ray.is_initialized()
     try:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe.config import Config
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import interrupt_of_main_thread
+from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
     from raypipe.distributed.cluster import Cluster

@@ -14,7 +14,7 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.usage import Stopwatch
 from raypipe.progress import ProgressCallback
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.storage.fences import fenced
 
 StepFunction = Callable[[Config, Run, int, ProgressCallback], None]

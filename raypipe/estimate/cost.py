@@ -16,8 +16,9 @@ from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
 from raypipe.estimate import rates
 from raypipe.estimate.facts import Cost, StageCost, Survey
-from raypipe.runs.layout import STAGE_FOLDERS, Run
+from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 
 SEED_SHARD, INDEX_FILES = 512, 32
 """Seed samples in a shard and files in a task, about: the units of work of the stages `seed`, `measure` and `index`."""

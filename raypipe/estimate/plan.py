@@ -30,7 +30,7 @@ from raypipe.estimate.cost import (
     scaled_efforts,
 )
 from raypipe.estimate.plan_rates import Rates, read_rates
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.score_stream import CACHE_BYTES
 from raypipe.scores.registry import check_scores
 from raypipe.selection import STRATEGIES

@@ -27,8 +27,8 @@ from raypipe.config import SourceSettings
 from raypipe.errors import ResourceError, SourceError, StageError
 from raypipe.evaluation.train import statistics_of
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import content_hash, fingerprint
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment, open_source
 from raypipe.vision.decode import decode_batch
 
@@ -133,9 +133,7 @@ def decode_train(
 ) -> dict[str, Any]:
     """Decode the labelled samples of a score shard, in its order. Raises StageError where one cannot be read any more."""
     run = Run(run_uri)
-    scored = storage.read_table(
-        run.path("scores", f"{unit.fragment.fragment_id}.parquet"), ["sample_id", "label"]
-    )
+    scored = storage.read_table(run.score_shard(unit.fragment.fragment_id), ["sample_id", "label"])
     labels = scored["label"].fill_null(-1).to_numpy().astype(np.int64)
     ids = [
         name
@@ -172,7 +170,7 @@ def decode_test(
     run = Run(run_uri)
     classes, opened, own = run.classes(), open_source(test.source), set[str]()
     if test.without_own:
-        for _, table in storage.iter_tables(run.path("scores"), ["sample_id"]):
+        for _, table in storage.iter_tables(run.scores_folder, ["sample_id"]):
             own.update(table["sample_id"].to_pylist())
     samples = list(
         opened.read(unit.fragment, (lambda sample_id: sample_id not in own) if own else None)

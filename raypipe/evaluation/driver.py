@@ -33,9 +33,9 @@ from raypipe.evaluation.summary import Results, summarize, table_of
 from raypipe.evaluation.trainings import FOLDER, recipe_of, train_one, trainings_of
 from raypipe.keeplists.file import check_has_images
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import fingerprint
+from raypipe.runs.run import Run
 from raypipe.sources import open_source
 
 SUMMARY, TABLE = "summary.json", "trainings.parquet"
@@ -128,7 +128,7 @@ def _evaluate(
     )
     storage.write_table(run.path(FOLDER, TABLE), table_of(results, run.classes().names))
     storage.write_json(run.path(FOLDER, SUMMARY), summary)
-    if "index.html" in storage.names(run.path("report")):
+    if "index.html" in storage.names(run.report_folder):
         from raypipe.report import build
 
         build(run)

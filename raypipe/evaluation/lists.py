@@ -21,8 +21,8 @@ from raypipe.config import Config, SelectSettings, parse_config
 from raypipe.config.choices import DIFFICULTIES
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RunError
-from raypipe.runs.layout import Run
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
+from raypipe.runs.run import Run
 from raypipe.runs.score_stream import Scores, mark_listed_ids
 from raypipe.selection import Chunk, Options, needs_classes, needs_loss, select
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
@@ -156,7 +156,7 @@ def origins(
         other = Run(uri)
         other.record("extrapolate")
         values = {}
-        for _, table in storage.iter_tables(other.path("scores"), ["sample_id", "score"]):
+        for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "score"]):
             values.update(
                 zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True)
             )

@@ -21,8 +21,8 @@ from raypipe.evaluation.figures import (
 )
 from raypipe.evaluation.lists import FULL, RANDOM
 from raypipe.evaluation.trainings import RECIPE, Training
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, now
+from raypipe.runs.run import Run
 
 FORMAT = 1
 """Version of `evaluation/summary.json`."""

@@ -21,8 +21,8 @@ from raypipe.config.evaluate import EvaluateSettings
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
 from raypipe.evaluation.train import State, fit, steps_of, test
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import fingerprint
+from raypipe.runs.run import Run
 from raypipe.vision.devices import set_threads
 
 FOLDER = "evaluation"

@@ -20,7 +20,7 @@ from raypipe.errors import ConfigError, RunError
 from raypipe.exports.missing import report_missing
 from raypipe.keeplists.file import KeepFile, Located, first_positions, ids_in_order
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment, open_source
 
 ENDINGS = {"indices": (".npy", ".json"), "list": (".txt", ".csv")}

@@ -36,9 +36,9 @@ from raypipe.keeplists.file import (
 )
 from raypipe.progress import Progress
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import noise_of
+from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, Fragment, open_source
 from raypipe.stages.index.stage import IndexStage
 

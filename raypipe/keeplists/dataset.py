@@ -20,7 +20,7 @@ from raypipe import storage
 from raypipe.errors import ConfigError, SourceError
 from raypipe.keeplists.file import KeepFile, find_keep_list, first_positions
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources.common import text
 from raypipe.sources.noise import LabelNoise
 

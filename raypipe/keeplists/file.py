@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.errors import ConfigError, RunError
 from raypipe.runs.keep_files import keep_file
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import content_hash, tables_of
+from raypipe.runs.run import Run
 from raypipe.runs.snapshots import file_uri, load_snapshot, score_shards
 from raypipe.sources import Fragment, Source
 
@@ -38,8 +38,8 @@ def find_keep_list(run: Run, keep: float | None, snapshot: str | None = None) ->
     run.ledger()  # says so where there is no run at all
     if snapshot is None:
         where = {
-            file: run.path("keep", file)
-            for file in storage.names(run.path("keep"))
+            file: run.keep_list(file)
+            for file in storage.names(run.keep_folder)
             if file.endswith(".parquet")
         }
     else:
@@ -160,7 +160,7 @@ def locate(run: Run, uri: str, snapshot: str | None = None) -> Located:
         batches = file.batches()
         held, exhausted = pa.array([], pa.string()), False
         if snapshot is None:
-            stored = storage.iter_tables(run.path("scores"), ["sample_id"], threads=storage.READERS)
+            stored = storage.iter_tables(run.scores_folder, ["sample_id"], threads=storage.READERS)
         else:
             shards = score_shards(run, load_snapshot(run, snapshot))
             read = storage.ahead(

@@ -20,8 +20,8 @@ from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.nightly.sampling import lowest
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, content_hash
+from raypipe.runs.run import Run
 from raypipe.selection.hashing import hash64
 from raypipe.sources import Fragment, open_source
 from raypipe.vision.decode import decode_batch
@@ -109,7 +109,7 @@ def audit_new(
         for sample_id, told in zip(ids, table["label"].to_pylist())
     ]
     storage.write_table(
-        run.path("seed", f"{shard}.parquet"),
+        run.seed_shard(shard),
         shard_table(ids, labels, images, len(run.classes().names), size),
     )
     scores = measure_extra_shard(context, record, shard)
@@ -136,11 +136,11 @@ def remove_leftovers(run: Run) -> None:
     """Remove the images of audits, also of one that was interrupted."""
     for shard in run.done("seed"):
         if shard.startswith(PREFIX):
-            storage.delete(run.path("seed", f"{shard}.parquet"))
+            storage.delete(run.seed_shard(shard))
 
 
 def _shard(run: Run, fragment: str) -> pa.Table:
-    return storage.read_table(run.path("scores", f"{fragment}.parquet"), COLUMNS)
+    return storage.read_table(run.score_shard(fragment), COLUMNS)
 
 
 def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> dict[str, Any]:

@@ -32,10 +32,10 @@ from raypipe.nightly.sampling import ALL, draw, embeddings_of, lowest
 from raypipe.pipeline import advance, errors_of_storage, log_file, make_stage
 from raypipe.progress import Progress
 from raypipe.report.trackers import check_trackers
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, fingerprint, now, tables_of
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.snapshots import (
     TIME,
     Entry,
@@ -184,12 +184,12 @@ def _check(context: Context, records: dict[str, StageRecord]) -> str:
                 f"{run.uri}: stage {name} is not finished; finish the run with jobs/run.py first"
             )
     if not {"model.json", "model.safetensors", "fidelity.json"} <= storage.names(
-        run.path("extrapolator")
+        run.extrapolator_folder
     ):
         raise RunError(
             f"{run.uri}: the extrapolator is not finished; finish the run with jobs/run.py first"
         )
-    about = [seed_manifest(run), storage.read_json(run.path("proxy", "proxy.json"))]
+    about = [seed_manifest(run), storage.read_json(run.proxy_manifest_file)]
     return fingerprint(prints["extrapolate"], *about)
 
 
@@ -420,9 +420,9 @@ def _stored(run: Run, folder: str, name: str, table: pa.Table) -> Entry | None:
 
 def _first_audit(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     """Predicted and measured scores of the audit set that the run drew with its seed set."""
-    if "audit.parquet" not in storage.names(run.path("extrapolator")):
+    if "audit.parquet" not in storage.names(run.extrapolator_folder):
         return None
-    table = storage.read_table(run.path("extrapolator", "audit.parquet"), ["predicted", "measured"])
+    table = storage.read_table(run.held_out_predictions("audit"), ["predicted", "measured"])
     return table["predicted"].to_numpy(), table["measured"].to_numpy()
 
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from raypipe import storage
 from raypipe.config import SeedSettings
 from raypipe.distributed.context import Context
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.selection.hashing import hash64
 from raypipe.sources import Fragment
 from raypipe.sources.id_sampling import in_sample
@@ -99,9 +99,7 @@ def _draw(
     """The rows below a limit of some fragments. Runs in a task, or in a thread of the driver."""
     run, rule, parts = Run(run_uri), in_sample(settings.fraction, settings.seed), []
     for name in names:
-        table = storage.read_table(
-            run.path("embeddings", f"{name}.parquet"), COLUMNS
-        ).replace_schema_metadata(None)
+        table = storage.read_table(run.embedding_shard(name), COLUMNS).replace_schema_metadata(None)
         if not len(table):
             continue
         ids = table["sample_id"].combine_chunks()

@@ -9,7 +9,7 @@ import numpy as np
 
 from raypipe import storage
 from raypipe.report.score_scan import CLASS_FRAGMENTS, Highest, Pick, ScoreScan, picker
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 
 @dataclass
@@ -33,7 +33,7 @@ def pick_of_classes(run: Run, scan: ScoreScan, labels: Sequence[int], images: in
     ends = {(label, sign): Highest(images) for label in labels for sign in (-1, 1)}
     columns = ["sample_id", "score", "label", "lower", "upper", "measured"]
     tables = storage.ahead(
-        lambda name: storage.read_table(run.path("scores", f"{name}.parquet"), columns),
+        lambda name: storage.read_table(run.score_shard(name), columns),
         chosen,
         run.uri,
     )

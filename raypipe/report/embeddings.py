@@ -13,7 +13,7 @@ from raypipe import storage
 from raypipe.errors import RaypipeError
 from raypipe.report.label_noise import LabelNoiseCounter
 from raypipe.report.score_scan import Highest, Pick
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
 MOST_SHARDS, MAP_SHARDS, MAP_SAMPLES = 256, 32, 3000
@@ -80,9 +80,9 @@ def scan_embeddings(
             fragment in mapped
         )
         try:
-            table = storage.read_table(run.path("embeddings", f"{fragment}.parquet"), columns)
+            table = storage.read_table(run.embedding_shard(fragment), columns)
             score_table = storage.read_table(
-                run.path("scores", f"{fragment}.parquet"), ["sample_id", "score", "measured"]
+                run.score_shard(fragment), ["sample_id", "score", "measured"]
             )
         except (RaypipeError, OSError):
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read

@@ -6,8 +6,8 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 
 FORMAT = 1
 """Version of `evaluation/summary.json` that is understood."""
@@ -19,7 +19,7 @@ def evaluation_of(run: Run, extrapolated: StageRecord | None) -> dict[str, Any] 
     extrapolated  the ledger's record of the stage that wrote the scores
     """
     try:
-        found = storage.read_json(run.path("evaluation", "summary.json"))
+        found = storage.read_json(run.evaluation_summary)
     except (FileNotFoundError, RaypipeError):
         return None
     if not isinstance(found, dict) or found.get("format") != FORMAT:

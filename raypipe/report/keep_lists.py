@@ -16,18 +16,18 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report.score_scan import QUANTILES, ScoreScan
 from raypipe.report.text import label_name
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 
 def keep_lists(run: Run, classes: int) -> list[dict[str, Any]]:
     """What each keep-list holds, by rising keep fraction; `per_class` [C + 1] is taken out again by `class_figures`."""
     result = []
-    for file in storage.names(run.path("keep")):
+    for file in storage.names(run.keep_folder):
         if not file.endswith(".parquet"):
             continue
         per_class, least, count = np.zeros(classes + 1, np.int64), math.inf, 0
         try:
-            with storage.open_read(run.path("keep", file)) as handle:
+            with storage.open_read(run.keep_list(file)) as handle:
                 parquet = pq.ParquetFile(handle)
                 about = {
                     key.decode(): value.decode()
@@ -81,7 +81,7 @@ def held(run: Run, file: str, ids: Sequence[str]) -> np.ndarray:
     """Which of some samples a keep-list holds, bool [n]. Reads the ids of the list piece by piece."""
     wanted, found = pa.array(list(ids), pa.string()), np.zeros(len(ids), bool)
     try:
-        with storage.open_read(run.path("keep", file)) as handle:
+        with storage.open_read(run.keep_list(file)) as handle:
             # as a dictionary: one long text that is repeated in every row takes its length once
             for batch in pq.ParquetFile(handle, read_dictionary=["sample_id"]).iter_batches(
                 columns=["sample_id"]
@@ -97,7 +97,7 @@ def held(run: Run, file: str, ids: Sequence[str]) -> np.ndarray:
 
 def _unreadable(run: Run, file: str, error: Exception) -> RunError:
     return RunError(
-        f"{run.path('keep', file)}: not a readable keep-list ({error}); delete it and select again"
+        f"{run.keep_list(file)}: not a readable keep-list ({error}); delete it and select again"
     )
 
 

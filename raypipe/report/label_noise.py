@@ -8,7 +8,7 @@ import numpy as np
 
 from raypipe import storage
 from raypipe.report import text
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
 
@@ -78,7 +78,7 @@ def noise_figures(
 
 def _share_of(run: Run, noise: LabelNoise, file: str) -> float | None:
     """The share of a keep-list's labelled samples whose label was replaced."""
-    table = storage.read_table(run.path("keep", file), ["sample_id", "label"])
+    table = storage.read_table(run.keep_list(file), ["sample_id", "label"])
     ids = table["sample_id"].filter(table["label"].is_valid()).to_pylist()
     return sum(map(noise.replaced, ids)) / len(ids) if ids else None
 

@@ -17,8 +17,8 @@ from raypipe.report.evaluation import curves
 from raypipe.report.score_scan import MOST_CLASSES
 from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import tables_of
+from raypipe.runs.run import Run
 
 GRIDS = {
     "highest": ("Highest scores", "What every keep-list holds."),
@@ -55,20 +55,20 @@ def build(run: Run) -> str:
     """
     if tables_of(run.ledger()):
         raise RunError(
-            f"{run.uri}: was made from tables, without images to show; its figures are in {run.path('summary.json')}"
+            f"{run.uri}: was made from tables, without images to show; its figures are in {run.table_summary}"
         )
     findings = collect(run)
     grids = [findings.grids.get(name, []) for name in GRIDS]
     small = [pick for grid in findings.class_grids for picks in grid.values() for pick in picks]
     thumbnails = load_thumbnails(run, run.config().source, grids, small)
     page = render(findings, thumbnails)
-    storage.write_json(run.path("report", "summary.json"), findings.summary)
+    storage.write_json(run.report_summary, findings.summary)
     if findings.map is not None:
-        storage.write_table(run.path("report", "map.parquet"), findings.map.table())
+        storage.write_table(run.report_map, findings.map.table())
     else:
-        storage.delete(run.path("report", "map.parquet"))
-    storage.write_bytes(run.path("report", "index.html"), page.encode("utf-8", "replace"))
-    return run.path("report", "index.html")
+        storage.delete(run.report_map)
+    storage.write_bytes(run.report_page, page.encode("utf-8", "replace"))
+    return run.report_page
 
 
 def render(findings: Findings, thumbnails: Thumbnails) -> str:

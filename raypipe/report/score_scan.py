@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 HELD_BYTES = 128 << 20
 """Numbers that stay in memory from the first pass to the second, if all are no more: of about eight million samples."""
@@ -181,7 +181,7 @@ def _shards(
     run: Run, columns: list[str]
 ) -> Iterator[tuple[str, pa.Table, np.ndarray, np.ndarray, np.ndarray]]:
     """Fragment, table, score [n], class or -1 [n], measured [n] of every shard."""
-    for file, table in storage.iter_tables(run.path("scores"), columns, threads=storage.READERS):
+    for file, table in storage.iter_tables(run.scores_folder, columns, threads=storage.READERS):
         score = table["score"].to_numpy().astype(np.float64)
         label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
         yield (

@@ -37,8 +37,9 @@ from raypipe.report.score_scan import (
     scan_scores,
     shown_classes,
 )
-from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS, Run
+from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, noise_of, now
+from raypipe.runs.run import Run
 
 FORMAT = 1
 """Version of `summary.json`."""
@@ -231,7 +232,7 @@ def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
     """`fidelity`, the one to go by, with a verdict in words; `fidelity_seed`, of seed samples held out; `learning_curve`;
     `neighbour_search`: exact or by inverted lists, with its recall."""
     try:
-        found = storage.read_json(run.path("extrapolator", "extrapolator.json"))
+        found = storage.read_json(run.extrapolator_summary)
     except (FileNotFoundError, RaypipeError):
         found = {}
     found = clean(found) if isinstance(found, dict) else {}
@@ -291,7 +292,7 @@ def _rejects(run: Run) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     columns = ["sample_id", "fragment", "reason"]
-    for _, table in storage.iter_tables(run.path("rejects"), columns, threads=storage.READERS):
+    for _, table in storage.iter_tables(run.rejects_folder, columns, threads=storage.READERS):
         for sample_id, fragment, reason in zip(
             *(table[name].to_pylist() for name in columns), strict=True
         ):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from raypipe.config import SourceSettings
 from raypipe.errors import RaypipeError
 from raypipe.report.score_scan import Pick
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
 
 SIZE, SMALL = 96, 64

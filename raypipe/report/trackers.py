@@ -20,7 +20,7 @@ import numpy as np
 from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError
 from raypipe.report.text import without_secrets
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 """The module that each of `report.log_to` needs; its extra has the name of the tracker."""
@@ -166,7 +166,7 @@ def _tensorboard(run: Run, summary: Mapping[str, Any], experiment: str) -> None:
             writer.close()
         (written,) = os.listdir(folder)
         with open(os.path.join(folder, written), "rb") as file:
-            storage.write_bytes(run.path("report", "tensorboard", EVENTS), file.read())
+            storage.write_bytes(storage.join(run.report_folder, "tensorboard", EVENTS), file.read())
 
 
 def _add_histogram(
@@ -231,7 +231,7 @@ def _copies(run: Run, folder: str) -> Iterator[str]:
     for name in PAGES:
         path = os.path.join(folder, name)
         with open(path, "wb") as file:
-            file.write(storage.read_bytes(run.path("report", name)))
+            file.write(storage.read_bytes(storage.join(run.report_folder, name)))
         yield path
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from raypipe import storage
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import proxy_manifest
 from raypipe.runs.partition import proxy_parts
+from raypipe.runs.run import Run
 
 
 def load_checkpoint(

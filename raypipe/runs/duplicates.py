@@ -8,7 +8,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, open_source
 
 FOLDER, IDS, FOUND, STATE = "duplicates", "duplicates/ids", "duplicates/of", "state.json"

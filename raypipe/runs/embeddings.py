@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config.choices import PROXY_STATISTICS
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
 """Samples that come first in a fragment's file, in this order and each in a row group of their own; where their number stands."""
@@ -18,7 +18,7 @@ SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
 
 def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None:
     """The samples of a fragment's embeddings drawn for the `seed` or the `audit` set, without reading the others; None without any."""
-    with storage.open_read(run.path("embeddings", f"{fragment_id}.parquet")) as file:
+    with storage.open_read(run.embedding_shard(fragment_id)) as file:
         parquet = pq.ParquetFile(file)
         counts = {
             name: int(parquet.schema_arrow.metadata[key.encode()])

@@ -1,31 +1,17 @@
-"""Where a run lives: its folders, its ledger, its lease, and what has been done already.
+"""Where everything is in a run folder: the only module that knows the names of its files.
 
-A run is one folder (a path or URI). Everything in it is Parquet, JSON, YAML, HTML or safetensors: nothing that executes
-code when it is opened.
-
-The ledger, `run.json`, has for every stage: its state, the fingerprint of all settings it depends on, samples, seconds.
-What is finished is told by the files themselves: names derive from fragments, so a shard that is there is done.
+Everything in a run is Parquet, JSON, YAML, HTML or safetensors: nothing that executes code when it is opened.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 from raypipe import storage
-from raypipe.config import Config, dump_config, parse_config
-from raypipe.errors import RunError
-from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_in, now
-from raypipe.sources.base import ClassMap, Fragment
 
-MOST_CONFIG = 4 << 20
-"""Bytes of a configuration."""
 VALID_NAME = re.compile(r"[\w-][\w.-]*").fullmatch
-"""Of a fragment or a shard, which lead to files by their names: no path."""
+"""Match a valid name of a fragment or shard; it must not contain a path separator."""
 STAGE_FOLDERS = {
     "index": ("index", "duplicates"),
     "seed": ("seed",),
@@ -43,155 +29,219 @@ OPTIONAL_STAGES = {"label", "rehearse"}
 """A ledger without these is whole."""
 
 
-class LeaseHolder(Protocol):
-    """What a run asks of the lease that this process holds on it; see `raypipe.runs.lease`."""
+class Layout:
+    """URIs of the files of one run. Nothing is read or written.
 
-    def check(self) -> None:
-        """Raise TakenOverError when another driver has taken the run over."""
-
-
-class Run:
-    """One run folder. Creating the object touches nothing."""
+    Attributes
+    ----------
+    uri : str
+        The run folder: an absolute path, or a URI without a trailing slash.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-        self.lease: LeaseHolder | None = None
-        """While this process is the one that writes the run."""
 
     def path(self, *parts: str) -> str:
-        """URI of something in the run."""
+        """Return the URI of something below the run folder."""
         return storage.join(self.uri, *parts)
 
-    def exists(self) -> bool:
-        return storage.exists(self.path("run.json"))
+    @property
+    def ledger_file(self) -> str:
+        """The ledger: state, fingerprint and cost of every stage."""
+        return self.path("run.json")
 
-    # -- ledger ---------------------------------------------------------------------------------------------------
+    @property
+    def config_file(self) -> str:
+        """The resolved configuration."""
+        return self.path("config.yaml")
 
-    def ledger(self) -> dict[str, StageRecord]:
-        """Records by stage. Raises RunError where there is no run or its ledger cannot be understood."""
-        try:
-            data = storage.read_json(self.path("run.json"))
-        except FileNotFoundError:
-            raise RunError(f"{self.uri}: no run here (run.json is missing)") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise RunError(
-                f"{self.uri}: run.json has format {found!r}; this raypipe reads format {FORMAT}"
-            )
-        fields = {field.name for field in dataclasses.fields(StageRecord)}
-        try:
-            return {
-                stage: checked_record(
-                    StageRecord(**{key: value for key, value in record.items() if key in fields})
-                )
-                for stage, record in data["stages"].items()
-                if stage in STAGE_FOLDERS
-            }
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
+    @property
+    def driver_file(self) -> str:
+        """Which driver writes the run, or wrote it last."""
+        return self.path("driver.json")
 
-    def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
-        """Raises TakenOverError, and writes nothing, where another driver took the run over."""
-        from raypipe._version import __version__
+    @property
+    def logs_folder(self) -> str:
+        """One file per start of a driver."""
+        return self.path("logs")
 
-        stages = {
-            stage: dataclasses.asdict(records[stage]) for stage in STAGE_FOLDERS if stage in records
-        }
-        data = {"format": FORMAT, "raypipe": __version__, "updated": now(), "stages": stages}
-        uri = self.path("run.json")
-        if self.lease is None or storage.is_local(uri):
-            storage.write_json(uri, data)
-        elif not self._exchange_ledger(uri, storage.json_bytes(data)):
-            self.lease.check()
-            raise RunError(
-                f"{self.uri}: run.json was changed by somebody while this driver had the run; run again to resume"
-            )
+    @property
+    def source_copy(self) -> str:
+        """The copy of a Ray Data dataset."""
+        return self.path("source")
 
-    def _exchange_ledger(self, uri: str, content: bytes) -> bool:
-        """Write the ledger of an object store unless it changes meanwhile: a request on its way cannot be called back."""
-        try:
-            known = storage.read_bytes(uri, 0)
-        except FileNotFoundError:
-            known = None
-        if self.lease is not None:
-            self.lease.check()
-        return (
-            storage.create_bytes(uri, content)
-            if known is None
-            else storage.exchange_bytes(uri, known, content)
-        )
+    @property
+    def index_folder(self) -> str:
+        """Fragments and classes of the source."""
+        return self.path("index")
 
-    def record(self, stage: str) -> StageRecord:
-        """The record of a finished stage. Raises RunError when it is not finished."""
-        found = self.ledger().get(stage)
-        if found is None or found.state != "done":
-            raise RunError(
-                f"{self.uri}: stage {stage} is not finished; run `raypipe run` again to resume"
-            )
-        return found
+    @property
+    def classes_file(self) -> str:
+        """Class names."""
+        return self.path("index", "classes.json")
 
-    def clear(self, stage: str) -> None:
-        """Remove everything a stage wrote."""
-        for folder in STAGE_FOLDERS[stage]:
-            storage.delete(self.path(folder))
+    @property
+    def seed_folder(self) -> str:
+        """Shards of the seed set and the audit set."""
+        return self.path("seed")
 
-    # -- configuration --------------------------------------------------------------------------------------------
+    @property
+    def seed_manifest_file(self) -> str:
+        """See `raypipe.runs.manifests.SeedManifest`."""
+        return self.path("seed", "manifest.json")
 
-    def write_config(self, config: Config, sections: Mapping[str, Any] | None = None) -> None:
-        """Write all settings, or those of some sections."""
-        storage.write_bytes(self.path("config.yaml"), dump_config(config, sections).encode())
+    @property
+    def pseudo_labels_file(self) -> str:
+        """What the pseudo-labels are and how many samples each has."""
+        return self.path("labels", "labels.json")
 
-    def config(self) -> Config:
-        """The configuration this run was made with."""
-        import yaml
+    @property
+    def pseudo_classes_file(self) -> str:
+        """Names of the clusters that stand for classes."""
+        return self.path("labels", "classes.json")
 
-        try:
-            return parse_config(
-                yaml.safe_load(storage.read_whole(self.path("config.yaml"), MOST_CONFIG))
-            )
-        except FileNotFoundError:
-            raise RunError(f"{self.uri}: no run here (config.yaml is missing)") from None
-        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
+    @property
+    def proxy_manifest_file(self) -> str:
+        """See `raypipe.runs.manifests.ProxyManifest`."""
+        return self.path("proxy", "proxy.json")
 
-    # -- index ----------------------------------------------------------------------------------------------------
+    @property
+    def measured_folder(self) -> str:
+        """Measured scores of the seed set."""
+        return self.path("measured")
 
-    def fragments(self) -> list[Fragment]:
-        """All fragments in the order of the source, without their `members` (see `with_members`)."""
-        result = []
-        columns = ["fragment_id", "path", "start", "stop", "offset", "error"]
-        for part, table in storage.iter_tables(self.path("index"), columns):
-            result += [Fragment(**row, part=part) for row in table.to_pylist()]
-        for fragment in result:
-            if not VALID_NAME(fragment.fragment_id):  # a file of the run is named after it
-                raise RunError(
-                    f"{self.uri}: index/ is damaged: {fragment.fragment_id!r} is no name of a fragment"
-                )
-        return result
+    @property
+    def embeddings_folder(self) -> str:
+        """One file per fragment."""
+        return self.path("embeddings")
 
-    def with_members(self, fragment: Fragment) -> Fragment:
-        """The fragment with the names of its small files, ready to be read. Workers call this; the driver never holds them all."""
-        table = storage.read_table(self.path("index", fragment.part), ["fragment_id", "members"])
-        row = table["fragment_id"].to_pylist().index(fragment.fragment_id)
-        return dataclasses.replace(fragment, members=tuple(table["members"][row].as_py()))
+    @property
+    def rejects_folder(self) -> str:
+        """One file per fragment with unreadable samples."""
+        return self.path("rejects")
 
-    def classes(self) -> ClassMap:
-        """The classes of the source; where it has none, the clusters that stand for them, none before they are found."""
-        data = storage.read_json(self.path("index", "classes.json"))
-        if data.get("clusters"):
-            with contextlib.suppress(FileNotFoundError):
-                data |= storage.read_json(self.path("labels", "classes.json"))
-        return ClassMap(
-            tuple(data["names"]),
-            bool(data["numeric"]),
-            label_noise_in(data),
-            bool(data.get("clusters")),
-        )
+    @property
+    def scores_folder(self) -> str:
+        """One file per fragment."""
+        return self.path("scores")
 
-    def done(self, folder: str) -> set[str]:
-        """Stems of the Parquet files in a folder: the fragments (or seed shards) that are finished."""
-        return {
-            file.removesuffix(".parquet")
-            for file in storage.names(self.path(folder))
-            if file.endswith(".parquet")
-        }
+    @property
+    def extrapolator_folder(self) -> str:
+        """The fitted extrapolator and its assessment."""
+        return self.path("extrapolator")
+
+    @property
+    def model_file(self) -> str:
+        """Metadata of the fitted extrapolator."""
+        return self.path("extrapolator", "model.json")
+
+    @property
+    def model_weights(self) -> str:
+        """Tensors of the fitted extrapolator."""
+        return self.path("extrapolator", "model.safetensors")
+
+    @property
+    def transfer_weights(self) -> str:
+        """The map that a rehearsal learned."""
+        return self.path("extrapolator", "transfer.safetensors")
+
+    @property
+    def fidelity_file(self) -> str:
+        """Fidelity and calibrated intervals."""
+        return self.path("extrapolator", "fidelity.json")
+
+    @property
+    def learning_curve_file(self) -> str:
+        """Fidelity against the size of the seed set."""
+        return self.path("extrapolator", "curve.json")
+
+    @property
+    def published_predictions(self) -> str:
+        """Predictions of gnn-published for comparison."""
+        return self.path("extrapolator", "published.parquet")
+
+    @property
+    def extrapolator_summary(self) -> str:
+        """Method, fidelity, learning curve and intervals."""
+        return self.path("extrapolator", "extrapolator.json")
+
+    @property
+    def given_scores(self) -> str:
+        """Scored samples from tables, in place of a seed set."""
+        return self.path("extrapolator", "scored.parquet")
+
+    @property
+    def checked_tables(self) -> str:
+        """What the check of the given tables found."""
+        return self.path("extrapolator", "checked.json")
+
+    @property
+    def keep_folder(self) -> str:
+        """Keep-lists."""
+        return self.path("keep")
+
+    @property
+    def report_folder(self) -> str:
+        """The report page and its figures."""
+        return self.path("report")
+
+    @property
+    def report_page(self) -> str:
+        """The report."""
+        return self.path("report", "index.html")
+
+    @property
+    def report_summary(self) -> str:
+        """Every figure of the report."""
+        return self.path("report", "summary.json")
+
+    @property
+    def report_map(self) -> str:
+        """Points of the map of embeddings."""
+        return self.path("report", "map.parquet")
+
+    @property
+    def evaluation_summary(self) -> str:
+        """Results of `raypipe evaluate`."""
+        return self.path("evaluation", "summary.json")
+
+    @property
+    def table_summary(self) -> str:
+        """Summary of a run that was made from tables."""
+        return self.path("summary.json")
+
+    def index_file(self, name: str) -> str:
+        """One file of fragments."""
+        return self.path("index", name)
+
+    def seed_shard(self, shard: str) -> str:
+        """A shard of the seed set or the audit set."""
+        return self.path("seed", f"{shard}.parquet")
+
+    def label_shard(self, shard: str) -> str:
+        """Pseudo-labels of a seed or audit shard."""
+        return self.path("labels", f"{shard}.parquet")
+
+    def measured_shard(self, shard: str) -> str:
+        """Measured scores of a seed shard."""
+        return self.path("measured", f"{shard}.parquet")
+
+    def embedding_shard(self, fragment_id: str) -> str:
+        """Embeddings of one fragment."""
+        return self.path("embeddings", f"{fragment_id}.parquet")
+
+    def reject_shard(self, fragment_id: str) -> str:
+        """Rejects of one fragment."""
+        return self.path("rejects", f"{fragment_id}.parquet")
+
+    def score_shard(self, fragment_id: str) -> str:
+        """Scores of one fragment."""
+        return self.path("scores", f"{fragment_id}.parquet")
+
+    def held_out_predictions(self, name: str) -> str:
+        """Predictions that the extrapolator is assessed by."""
+        return self.path("extrapolator", f"{name}.parquet")
+
+    def keep_list(self, file: str) -> str:
+        """A keep-list by the name of its file."""
+        return self.path("keep", file)

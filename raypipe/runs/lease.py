@@ -17,8 +17,8 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import RunError, TakenOverError
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import now
+from raypipe.runs.run import Run
 from raypipe.storage import fences
 
 LEASE_SECONDS = 60.0

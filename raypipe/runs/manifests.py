@@ -9,13 +9,14 @@ import numpy as np
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.runs.layout import VALID_NAME, Run
+from raypipe.runs.layout import VALID_NAME
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import audit_name, distinguished_classes, shard_statistics
 
 
 def proxy_manifest(run: Run) -> dict[str, Any]:
     """What `proxy.json` holds."""
-    return storage.read_json(run.path("proxy", "proxy.json"))
+    return storage.read_json(run.proxy_manifest_file)
 
 
 def finished_epochs(run: Run, folder: str = "proxy") -> list[dict[str, Any]]:
@@ -30,12 +31,10 @@ def seed_manifest(run: Run) -> dict[str, Any]:
     `unlabelled` where the source has no labels; then per_class is of pseudo-labels, and empty before there are any.
     And what the audit set is: audit_fraction of the samples outside the seed set, audit_samples, audit_shards (those with any), audit_shard_samples.
     """
-    manifest = storage.read_json(run.path("seed", "manifest.json"))
+    manifest = storage.read_json(run.seed_manifest_file)
     if manifest.get("unlabelled"):
         with contextlib.suppress(FileNotFoundError):  # before there are pseudo-labels
-            manifest["per_class"] = storage.read_json(run.path("labels", "labels.json"))[
-                "per_class"
-            ]
+            manifest["per_class"] = storage.read_json(run.pseudo_labels_file)["per_class"]
     if not all(map(VALID_NAME, (*manifest.get("shards", ()), *manifest.get("audit_shards", ())))):
         raise RunError(
             f"{run.uri}: seed/manifest.json is damaged: a shard of it has no name of a shard"

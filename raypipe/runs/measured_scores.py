@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.shards import count_rows
 
 MEASURED_FOLDERS = {"seed": "measured", "audit": "measured/audit"}
@@ -26,8 +26,8 @@ def measured_scores(run: Run, score: str, which: str) -> dict[str, float]:
 
 def count_measured(run: Run) -> int:
     """Measured samples of the seed set, or the scored ones of a folder that was made from tables."""
-    if GIVEN_SCORES in storage.names(run.path("extrapolator")):
-        with storage.open_read(run.path("extrapolator", GIVEN_SCORES)) as file:
+    if GIVEN_SCORES in storage.names(run.extrapolator_folder):
+        with storage.open_read(run.given_scores) as file:
             return pq.ParquetFile(file).metadata.num_rows
     return count_rows(run, MEASURED_FOLDERS["seed"])
 

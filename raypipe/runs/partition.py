@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import StageError
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import proxy_manifest, seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_labels
 from raypipe.sources.id_sampling import part_rule
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 FOLDER, MANIFEST = "labels", "labels.json"
 NETWORK, CLUSTERS = "network.safetensors", "clusters.safetensors"

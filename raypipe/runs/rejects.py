@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RejectError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 LEAST_REJECTS = 10
 LEAST_SAMPLES, LEAST_UNITS = 500, 8
@@ -200,6 +200,6 @@ def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) ->
         for sample_id, reason in rejects
     ]
     storage.write_table(
-        run.path("rejects", f"{fragment_id}.parquet"),
+        run.reject_shard(fragment_id),
         pa.Table.from_pylist(rows, schema=REJECT_SCHEMA),
     )

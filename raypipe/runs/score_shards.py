@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import StageError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -40,6 +40,4 @@ def write_scores(
         )
     half = np.where(measured, 0, half_width).astype(np.float32)
     columns = [table["sample_id"], table["label"], score, score - half, score + half, measured]
-    storage.write_table(
-        run.path("scores", f"{fragment}.parquet"), pa.table(columns, schema=SCORE_SCHEMA)
-    )
+    storage.write_table(run.score_shard(fragment), pa.table(columns, schema=SCORE_SCHEMA))

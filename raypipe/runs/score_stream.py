@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError, RunError, StageError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
 from raypipe.selection.hashing import text_array
 
@@ -64,7 +64,7 @@ class Scores:
 
     def __init__(self, run: Run, with_loss: bool = False) -> None:
         self._run, self._with_loss = run, with_loss
-        self._uri = run.path("scores")
+        self._uri = run.scores_folder
         self.marks = Marks()
         self.samples = 0
         self.digest = ""
@@ -194,11 +194,11 @@ def _joined(parts: list[Chunk]) -> Chunk:
 def read_embeddings(run: Run, file: str, columns: list[str]) -> pa.Table:
     """Some columns of a shard of embeddings, without reading the others. Raises RunError where they are not there."""
     try:
-        with storage.open_read(run.path("embeddings", file)) as stored:
+        with storage.open_read(storage.join(run.embeddings_folder, file)) as stored:
             return pq.ParquetFile(stored).read(columns=columns)
     except (FileNotFoundError, pa.ArrowException) as error:
         raise RunError(
-            f"{run.path('embeddings', file)}: {', '.join(columns)} cannot be read ({error}); run it again"
+            f"{storage.join(run.embeddings_folder, file)}: {', '.join(columns)} cannot be read ({error}); run it again"
         ) from None
 
 

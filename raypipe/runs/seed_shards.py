@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import ClassMap
 
 
@@ -30,7 +30,7 @@ def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]
 
 def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """As `read_shard`, without pseudo-labels: the labels of an unlabelled source are -1."""
-    table = storage.read_table(run.path("seed", f"{shard}.parquet"))
+    table = storage.read_table(run.seed_shard(shard))
     size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
     count = len(table)
     if count == 0:
@@ -48,11 +48,11 @@ def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray
 
 def shard_labels(run: Run, shard: str) -> pa.Table:
     """sample_id and label, or pseudo-label, of a seed or audit shard, without reading its images."""
-    with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
+    with storage.open_read(run.seed_shard(shard)) as file:
         parquet = pq.ParquetFile(file)
         if not json.loads(parquet.schema_arrow.metadata[b"raypipe"]).get("unlabelled"):
             return parquet.read(["sample_id", "label"])
-    return storage.read_table(run.path("labels", f"{shard}.parquet"), ["sample_id", "label"])
+    return storage.read_table(run.label_shard(shard), ["sample_id", "label"])
 
 
 def audit_name(shard: str) -> str:
@@ -100,5 +100,5 @@ def shard_table(
 
 
 def shard_statistics(run: Run, shard: str) -> dict[str, Any]:
-    with storage.open_read(run.path("seed", f"{shard}.parquet")) as file:
+    with storage.open_read(run.seed_shard(shard)) as file:
         return json.loads(pq.read_schema(file).metadata[b"raypipe"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment
 
 READERS = 16

@@ -19,7 +19,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 FORMAT = 1
 FOLDER, FILES = "snapshots", "snapshots/files"

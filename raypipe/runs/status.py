@@ -7,8 +7,9 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.progress import describe_progress
-from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS, Run
+from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, noise_of, tables_of
+from raypipe.runs.run import Run
 from raypipe.text import JUDGED_ON, duration
 
 
@@ -63,12 +64,12 @@ def describe_result(run: Run) -> Iterator[str]:
     yield from _warning(records)
     if "extrapolate" in records:
         record = records["extrapolate"]
-        yield f"scores      {run.path('scores')}  ({record.samples:,} samples, {record.detail.get('measured', 0):,} measured)"
+        yield f"scores      {run.scores_folder}  ({record.samples:,} samples, {record.detail.get('measured', 0):,} measured)"
     if "select" in records:
-        for file in sorted(storage.names(run.path("keep"))):
-            yield f"keep-list   {run.path('keep', file)}"
+        for file in sorted(storage.names(run.keep_folder)):
+            yield f"keep-list   {run.keep_list(file)}"
     if "report" in records:
-        yield f"report      {run.path('report', 'index.html')}"
+        yield f"report      {run.report_page}"
     if "label" in records:
         yield f"labels      pseudo-labels from {records['label'].detail.get('clusters')} clusters; no true labels were used"
     if "extrapolate" in records:
@@ -141,7 +142,7 @@ def _files_done(run: Run, stage: str) -> str:
 
 def _driver(run: Run) -> dict[str, Any]:
     try:
-        data = storage.read_json(run.path("driver.json"))
+        data = storage.read_json(run.driver_file)
     except FileNotFoundError:
         return {}
     return data if isinstance(data, dict) and not data.get("released") else {}

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 OUT_OF_PLACE = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError, pa.ArrowException,

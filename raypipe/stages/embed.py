@@ -29,12 +29,12 @@ from raypipe.errors import ResourceError, StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.embeddings import SPECIAL_ROWS
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.partition import proxy_parts
 from raypipe.runs.pseudo_labels import load_labeller
 from raypipe.runs.rejects import RejectTally, hash_order, summarize, write_rejects
+from raypipe.runs.run import Run
 from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.sources.id_sampling import audit_rule, in_sample
@@ -137,9 +137,7 @@ def _count_earlier(run: Run, fragments: list[Fragment], tally: RejectTally) -> N
     with_rejects = run.done("rejects")
 
     def rejects(fragment: Fragment) -> str:
-        table = storage.read_table(
-            run.path("rejects", f"{fragment.fragment_id}.parquet"), ["sample_id", "reason"]
-        )
+        table = storage.read_table(run.reject_shard(fragment.fragment_id), ["sample_id", "reason"])
         return summarize((row["sample_id"], row["reason"]) for row in table.to_pylist())
 
     for fragment in fragments:
@@ -313,4 +311,4 @@ class EmbedActor:
             for part in (table.filter(pa.array(rows)) for rows in (*groups.values(), others)):
                 if len(part):
                     writer.write_table(part, row_group_size=len(part))
-        storage.write_bytes(self._run.path("embeddings", f"{fragment}.parquet"), buffer.getvalue())
+        storage.write_bytes(self._run.embedding_shard(fragment), buffer.getvalue())

@@ -26,10 +26,10 @@ from raypipe.config.pseudo_labels import TORCHVISION, PseudoLabelSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, StageError
 from raypipe.progress import ProgressCallback
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.pseudo_labels import CLUSTERS, FOLDER, MANIFEST, NETWORK
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images
 from raypipe.stages.base import Stage
 

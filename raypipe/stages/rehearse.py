@@ -29,10 +29,10 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import make_manifest, proxy_manifest, seed_manifest
 from raypipe.runs.partition import MIN_PART_SAMPLES
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_table
 from raypipe.sources.id_sampling import part_rule
 from raypipe.stages.base import Stage
@@ -55,7 +55,7 @@ class RehearseStage(Stage):
     def complete(self, context: Context, record: StageRecord) -> bool:
         inner = inner_run(context.run)
         shards = set(seed_manifest(context.run)["shards"])
-        return "manifest.json" in storage.names(inner.path("seed")) and all(
+        return "manifest.json" in storage.names(inner.seed_folder) and all(
             shards <= inner.done(folder) for folder in ("seed", SCORES_FOLDER, SEEN)
         )
 
@@ -65,7 +65,7 @@ class RehearseStage(Stage):
         # from other weights: two trainings that are compared must not start alike
         alone = config.proxy.model_copy(update={"seed": config.proxy.seed + 1})
         within = context.within(config.model_copy(update={"proxy": alone}), inner)
-        if "manifest.json" not in storage.names(inner.path("seed")):
+        if "manifest.json" not in storage.names(inner.seed_folder):
             self._divide(context, record, seed, inner)
         halved = seed_manifest(inner)
         proxy, training = ProxyStage(), StageRecord()
@@ -91,10 +91,10 @@ class RehearseStage(Stage):
     ) -> None:
         """Copy the half that the second proxy is trained on."""
         run = context.run
-        if not storage.exists(inner.path("index", "classes.json")):
+        if not storage.exists(inner.classes_file):
             classes = run.classes()  # with pseudo-labels, those of clusters; in the copy of the half they stand as labels do
             storage.write_json(
-                inner.path("index", "classes.json"),
+                inner.classes_file,
                 {"names": classes.names, "numeric": classes.numeric},
             )
 
@@ -118,7 +118,7 @@ class RehearseStage(Stage):
                 f"{seed['samples']} seed samples are too few for a rehearsal on half of them: {manifest['samples']} would be trained on, "
                 f"{others} judged. Raise seed.fraction, or set extrapolate.rehearsal to false"
             )
-        storage.write_json(inner.path("seed", "manifest.json"), manifest)
+        storage.write_json(inner.seed_manifest_file, manifest)
 
     def _score(self, within: Context, record: StageRecord, halved: dict[str, Any]) -> None:
         """The score of the half in the training of the second proxy."""
@@ -209,7 +209,7 @@ def _halve(run_uri: str, seed: int, classes: int, shard: str) -> dict[str, Any]:
     table = shard_table(
         [ids[row] for row in rows], labels[rows].tolist(), images[rows], classes, images.shape[-1]
     )
-    storage.write_table(inner_run(run).path("seed", f"{shard}.parquet"), table)
+    storage.write_table(inner_run(run).seed_shard(shard), table)
     return {"cpu_seconds": watch.lap()}
 
 

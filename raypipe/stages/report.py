@@ -10,8 +10,8 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.report import build
 from raypipe.report.trackers import log_report
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
 
 
@@ -23,7 +23,7 @@ class ReportStage(Stage):
         return config.report.model_dump(mode="json")
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        written = {"index.html", "summary.json"} <= storage.names(context.run.path("report"))
+        written = {"index.html", "summary.json"} <= storage.names(context.run.report_folder)
         logged = record.detail.get("logged", []) == list(context.config.report.log_to)
         return written and logged and record.detail.get("of") == _state(context.run)
 
@@ -35,7 +35,7 @@ class ReportStage(Stage):
         # of the configuration that was given, not of one in the run's folder: who looks at a run of others logs nothing
         failed: dict[str, str] = {}
         if settings.log_to:
-            summary = storage.read_json(run.path("report", "summary.json"))
+            summary = storage.read_json(run.report_summary)
             failed = log_report(run, summary, settings.log_to, settings.experiment)
             record.detail["logged"] = [name for name in settings.log_to if name not in failed]
         for name, reason in failed.items():
@@ -57,4 +57,4 @@ def _state(run: Run) -> dict[str, Any]:
         for stage, record in run.ledger().items()
         if stage != ReportStage.name
     }
-    return {"ended": ended, "keep": sorted(storage.names(run.path("keep")))}
+    return {"ended": ended, "keep": sorted(storage.names(run.keep_folder))}

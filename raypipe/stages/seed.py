@@ -20,10 +20,10 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.manifests import make_manifest, seed_manifest
 from raypipe.runs.rejects import RejectTally, hash_order, summarize
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import (
     audit_name,
     distinguished_classes,
@@ -92,9 +92,9 @@ class SeedStage(Stage):
         shards = sorted(name for name, _ in groups)
         manifest = make_manifest(run, shards, audit)
         for stale in run.done("seed") - set(shards) - {audit_name(name) for name in shards}:
-            storage.delete(run.path("seed", f"{stale}.parquet"))
+            storage.delete(run.seed_shard(stale))
         _check(manifest, config)
-        storage.write_json(run.path("seed", "manifest.json"), manifest)
+        storage.write_json(run.seed_manifest_file, manifest)
         record.samples = manifest["samples"]
         record.detail = {
             key: manifest[key] for key in ("samples", "per_class", "mean", "std", "audit_samples")
@@ -168,7 +168,7 @@ def _draw(
             size,
             about | unlabelled,
         )
-        storage.write_table(run.path("seed", f"{shard}.parquet"), table)
+        storage.write_table(run.seed_shard(shard), table)
     return {
         "unit": name,
         "samples": sum(fragment.samples for fragment in group),

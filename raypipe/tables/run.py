@@ -15,9 +15,9 @@ from raypipe.errors import (
 )
 from raypipe.pipeline import advance, driver_progress, errors_of_storage, log_file
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import tables_of
+from raypipe.runs.run import Run
 
 MORE_THAN_TABLES = {
     "gnn-published": "the graph of a whole source in memory",
@@ -72,4 +72,4 @@ def _extrapolate(
         records = run.ledger() if run.exists() else {}
         lease.about = partial(driver_progress, progress, records)
         advance(stage, context, records)
-    return storage.read_json(run.path("summary.json"))
+    return storage.read_json(run.table_summary)

@@ -30,10 +30,10 @@ from raypipe.config import Config, ExtrapolateSettings
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import SourceError, StageError
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, content_hash, now
 from raypipe.runs.measured_scores import GIVEN_SCORES
 from raypipe.runs.rejects import write_rejects
+from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows
 from raypipe.stages.base import Stage
@@ -93,14 +93,14 @@ class TableStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         run, progress = context.run, context.progress
         run.write_config(context.config, SECTIONS)
-        if CHECKED not in storage.names(run.path("extrapolator")):
+        if CHECKED not in storage.names(run.extrapolator_folder):
             self._check(context)
-        checked = storage.read_json(run.path("extrapolator", CHECKED))
+        checked = storage.read_json(run.checked_tables)
         for line in ProblemTally(checked["problems"]).lines():
             progress.say(f"problem     {line}")
         if not self._learned(context):
             record.cpu_seconds += fit_extrapolator(context, [], self._rows)
-        search = storage.read_json(run.path("extrapolator", "fidelity.json"))["search"]
+        search = storage.read_json(run.fidelity_file)["search"]
         for note in search_notes(search, run.classes().names):
             progress.say(f"note: {note}")
         missing = self._missing(run)
@@ -122,7 +122,7 @@ class TableStage(Stage):
         self._finish(context, record, checked)
 
     def _learned(self, context: Context) -> bool:
-        there = storage.names(context.run.path("extrapolator"))
+        there = storage.names(context.run.extrapolator_folder)
         files = {CHECKED, GIVEN_SCORES, "model.json", "model.safetensors", "curve.json"}
         return files <= there and is_assessed(context.config, context.run)
 
@@ -143,24 +143,20 @@ class TableStage(Stage):
                 f"{len(scored)} scored samples have a usable embedding, but method {settings.method} needs {fewest}; score more "
                 "samples, or use method knn-published"
             )
-        storage.write_json(
-            run.path("index", "classes.json"), {"names": classes.names, "numeric": classes.numeric}
-        )
-        storage.write_table(run.path("extrapolator", GIVEN_SCORES), scored, dictionary=False)
+        storage.write_json(run.classes_file, {"names": classes.names, "numeric": classes.numeric})
+        storage.write_table(run.given_scores, scored, dictionary=False)
         found = {
             "scored": len(scores),
             "measured": len(scored),
             "width": scored.schema.field("embedding").type.list_size,
         }
-        storage.write_json(
-            run.path("extrapolator", CHECKED), {**found, "problems": tally.as_dict()}
-        )
+        storage.write_json(run.checked_tables, {**found, "problems": tally.as_dict()})
 
     def _finish(self, context: Context, record: StageRecord, checked: dict[str, Any]) -> None:
         """Check the sums, and write the summary."""
         run, settings = context.run, context.config.extrapolate
         left_out = ProblemTally()
-        for _, table in storage.iter_tables(run.path("rejects"), threads=storage.READERS):
+        for _, table in storage.iter_tables(run.rejects_folder, threads=storage.READERS):
             for sample_id, reason in zip(
                 table[ID].to_pylist(), table["reason"].to_pylist(), strict=True
             ):
@@ -173,10 +169,10 @@ class TableStage(Stage):
                 f"{self._rows} embeddings, but {samples} scores and {rejects} left out; a file changed while it was read. Run again"
             )
         judged, classes = (
-            storage.read_json(run.path("extrapolator", "fidelity.json")),
+            storage.read_json(run.fidelity_file),
             run.classes(),
         )
-        curve = storage.read_json(run.path("extrapolator", "curve.json"))
+        curve = storage.read_json(run.learning_curve_file)
         fidelity = _in_words_of_tables(judged["fidelity"])
         if not classes.names:
             fidelity["baselines"].pop(
@@ -214,7 +210,7 @@ class TableStage(Stage):
             "settings": _chosen(settings),
             "cpu_seconds": record.cpu_seconds,
         }
-        storage.write_json(run.path("summary.json"), summary)
+        storage.write_json(run.table_summary, summary)
 
 
 def _chosen(settings: ExtrapolateSettings) -> dict[str, Any]:
@@ -246,7 +242,7 @@ class PieceJob:
 def _loaded(run_uri: str, _fingerprint: str) -> tuple[Any, Any, dict[str, float]]:
     """The fitted extrapolator, its intervals, and the scores by id, once a process."""
     run = Run(run_uri)
-    table = storage.read_table(run.path("extrapolator", GIVEN_SCORES), [ID, "score"])
+    table = storage.read_table(run.given_scores, [ID, "score"])
     scores = dict(zip(table[ID].to_pylist(), table["score"].to_pylist(), strict=True))
     return load_extrapolator(run.config(), run), load_intervals(run), scores
 

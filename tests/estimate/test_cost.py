@@ -15,7 +15,7 @@ from raypipe.estimate import Survey, inspect_source, rates
 from raypipe.estimate.cost import Machine, estimate
 from raypipe.estimate.facts import Cost
 from raypipe.estimate.inspect_text import between, describe_cost
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 LAPTOP = Machine(4, 0, "a laptop")
 

@@ -17,8 +17,8 @@ from raypipe import storage
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.evaluation import driver
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 
 
 def _in_turn(

@@ -19,7 +19,7 @@ from raypipe.errors import ConfigError, ResourceError, RunError, SourceError, St
 from raypipe.evaluation import driver, trainings
 from raypipe.evaluation.lists import FULL, RANDOM, cut_lists
 from raypipe.evaluation.summary import describe_evaluation
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.stages.select.stage import write_keep_lists
 
 OPTIONS: dict[str, Any] = {

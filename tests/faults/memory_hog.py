@@ -16,7 +16,7 @@ from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import ActorPool, connect
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 STEP, STEPS = 1 << 24, 60
 """Numbers that are added at a time, 128 MB, and how often: 8 GB."""

@@ -21,7 +21,7 @@ from raypipe.config import ClusterSettings, PoolSettings
 from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import connect
 from raypipe.progress import Progress
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 
 def read(unit: int) -> Batch:

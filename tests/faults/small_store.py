@@ -25,8 +25,8 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import ActorPool
-from raypipe.runs.layout import Run
 from raypipe.runs.partition import SeedPart
+from raypipe.runs.run import Run
 from raypipe.stages.measure import gradients
 
 STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40

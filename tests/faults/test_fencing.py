@@ -20,9 +20,9 @@ from raypipe import storage
 from raypipe.config import dump_config
 from raypipe.errors import RunError, StorageError, TakenOverError
 from raypipe.runs import layout
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.storage import fences
 
 OTHER = json.dumps(

@@ -19,8 +19,8 @@ from helpers import QUIET, score_files, small_config
 import raypipe
 from raypipe import storage
 from raypipe.config import dump_config
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import finished_epochs
+from raypipe.runs.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

@@ -22,7 +22,7 @@ from local_nodes import HEAD, LocalNodes, node_id, ray_command
 
 from raypipe.config import PoolSettings, dump_config
 from raypipe.distributed.cluster import ActorPool, Cluster
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 pytestmark = pytest.mark.timeout(600)
 

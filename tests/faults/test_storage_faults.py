@@ -22,8 +22,8 @@ from raypipe import cli, pipeline, storage
 from raypipe.config import Config, SourceSettings, dump_config
 from raypipe.distributed.context import Context
 from raypipe.errors import StorageError
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.stages.base import Stage
 from raypipe.storage import faults

@@ -15,7 +15,7 @@ from helpers import score_files, small_config
 
 from raypipe import storage
 from raypipe.config import dump_config
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
 

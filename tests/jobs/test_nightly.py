@@ -20,8 +20,8 @@ from raypipe import storage
 from raypipe.config import Config, dump_config
 from raypipe.errors import RunError
 from raypipe.nightly import Night
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.runs.snapshots import load_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from raypipe import storage
 from raypipe.config.measure import MeasureSettings
 from raypipe.errors import ConfigError, RunError, SourceError, StageError
 from raypipe.nightly import night as nights
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.snapshots import load_snapshot, snapshot_names
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.snapshots import (
     entries_of,
     expire,

@@ -13,8 +13,8 @@ import pytest
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
 from raypipe.report import thumbnails
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample
 from raypipe.stages.select.stage import write_keep_lists
 

@@ -18,7 +18,7 @@ from raypipe.report.score_scan import (
     scan_scores,
     shown_classes,
 )
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
 

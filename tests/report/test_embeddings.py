@@ -14,7 +14,7 @@ from raypipe.report.embeddings import principal_axes, scan_embeddings
 from raypipe.report.page import build
 from raypipe.report.score_scan import Highest, Pick
 from raypipe.report.summary import collect
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 
 def pick(row: int) -> Pick:

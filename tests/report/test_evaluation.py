@@ -10,7 +10,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.report import build, summarize
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 
 def _interval(mean: float, reach: float | None = 0.02) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from raypipe.errors import RunError
 from raypipe.report import build, summarize
 from raypipe.report.keep_lists import even_classes, held
 from raypipe.report.text import money, saved, without_secrets
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
 

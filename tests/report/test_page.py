@@ -19,8 +19,8 @@ from raypipe.distributed.context import Context
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
 from raypipe.report import build, plots, text, thumbnails
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.selection import STRATEGIES
 from raypipe.stages.report import ReportStage
 from raypipe.stages.select.stage import write_keep_lists

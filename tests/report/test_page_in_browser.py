@@ -8,7 +8,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.report import build, page
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 needs_chromium = pytest.mark.skipif(
     chromium.PROGRAM is None, reason="needs Chromium on the PATH (apt-get install chromium)"

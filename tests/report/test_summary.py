@@ -13,8 +13,8 @@ from raypipe.errors import RunError
 from raypipe.report import summarize
 from raypipe.report.summary import clean
 from raypipe.report.text import number, seconds, setting, share, verdict
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
 KEYS = {

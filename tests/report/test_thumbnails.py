@@ -12,7 +12,7 @@ from raypipe.errors import SourceError
 from raypipe.report import thumbnails
 from raypipe.report.score_scan import Pick
 from raypipe.report.thumbnails import load_thumbnails, make_thumbnail
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import RawSample
 
 MakeRun = Callable[..., Run]

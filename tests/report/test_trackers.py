@@ -22,8 +22,8 @@ from raypipe.pipeline import execute
 from raypipe.progress import Progress
 from raypipe.report import build, trackers
 from raypipe.report.trackers import check_trackers, log_report, metrics, parameters
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.report import ReportStage
 
 MakeRun = Callable[..., Run]

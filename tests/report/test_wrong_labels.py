@@ -12,7 +12,7 @@ from raypipe import storage
 from raypipe.report import build, summarize
 from raypipe.report.embeddings import scan_embeddings
 from raypipe.report.label_noise import found_by
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
 

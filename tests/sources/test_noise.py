@@ -19,8 +19,8 @@ from raypipe.errors import RunError, SourceError
 from raypipe.nightly import audit
 from raypipe.pipeline import execute
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.digits import _digits
 from raypipe.sources.noise import LabelNoise

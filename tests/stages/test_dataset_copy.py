@@ -18,8 +18,8 @@ import raypipe
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
 from raypipe.errors import ConfigError, RunError, SourceError
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import open_source
 from raypipe.vision.decode import decode

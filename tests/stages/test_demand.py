@@ -21,7 +21,7 @@ from raypipe.distributed.pending import (
     resource_shape,
 )
 from raypipe.errors import ResourceError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 
 NODES = ({"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0})
 GPU = PendingRequest((resource_shape(1, 2),), 1)

@@ -18,8 +18,8 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import open_source
 from raypipe.stages.index import duplicate_ids

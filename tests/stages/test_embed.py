@@ -19,8 +19,8 @@ from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment
 from raypipe.stages.embed import EmbedActor, EmbedStage, _read
 from raypipe.stages.index.stage import IndexStage

@@ -19,8 +19,8 @@ from raypipe import storage
 from raypipe.cli import main
 from raypipe.errors import ConfigError, RunError, StageError
 from raypipe.exports import formats, index_files
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
+from raypipe.runs.run import Run
 from raypipe.sources import RawSample
 
 pytestmark = pytest.mark.usefixtures("without_ray")

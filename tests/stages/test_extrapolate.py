@@ -12,7 +12,7 @@ from raypipe.distributed.cluster import Cluster
 from raypipe.errors import ResourceError
 from raypipe.extrapolators.base import Extrapolator
 from raypipe.extrapolators.neighbours import NeighbourIndex
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.stages.extrapolate.stage import ScoreActor, _pool, _read, search_notes
 
 

@@ -16,8 +16,8 @@ from raypipe import storage
 from raypipe.config import load_config
 from raypipe.errors import RejectError, SourceError
 from raypipe.runs.embeddings import COLUMNS, nodes_of
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import finished_epochs
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.runs.status import describe_run
 from raypipe.stages.extrapolate.assess import load_extrapolator

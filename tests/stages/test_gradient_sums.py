@@ -10,8 +10,8 @@ import pytest
 
 from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.tree_sum import FAN_IN, TreeSum
-from raypipe.runs.layout import Run
 from raypipe.runs.partition import SeedPart
+from raypipe.runs.run import Run
 from raypipe.stages.measure import gradients
 
 

@@ -13,8 +13,8 @@ from raypipe import storage
 from raypipe.config import Config, parse_config
 from raypipe.distributed.context import Context
 from raypipe.errors import SourceError
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.sources import FileScan, SourceFile, filelist, imagefolder, open_source
 from raypipe.stages.index import stage as index_stage
 from raypipe.stages.index.stage import IndexStage, Recorded

@@ -10,7 +10,7 @@ import pytest
 
 from raypipe.assessment import fidelity
 from raypipe.config import parse_config
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.stages.extrapolate import assess
 
 

@@ -25,10 +25,10 @@ from raypipe.errors import RunError, SourceError
 from raypipe.evaluation.driver import evaluate
 from raypipe.nightly import run_night
 from raypipe.pipeline import execute
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.pseudo_labels import load_labeller
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images, read_shard, shard_labels
 from raypipe.runs.status import describe_result, describe_run
 from raypipe.sources import ClassMap, RawSample

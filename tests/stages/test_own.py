@@ -24,9 +24,9 @@ from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, SourceError, TrustError
 from raypipe.report import build
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.layout import Run
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.tables import validate
 from raypipe.tables.reader import (
     KEPT,

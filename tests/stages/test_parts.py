@@ -21,10 +21,11 @@ from raypipe.config import ProxySettings
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError, StageError
-from raypipe.runs.layout import STAGE_FOLDERS, Run
+from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.partition import SeedPart, merge_parts, partition_seed_set, trajectory_files
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.id_sampling import in_sample, part_rule
 from raypipe.stages.measure.trajectories import probabilities_of

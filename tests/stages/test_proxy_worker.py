@@ -21,10 +21,10 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import finished_epochs, seed_manifest
 from raypipe.runs.partition import SeedPart, proxy_parts
+from raypipe.runs.run import Run
 from raypipe.scores import forward_mode, moso, per_sample
 from raypipe.scores.calibration import recalibrate
 from raypipe.stages.measure import gradients

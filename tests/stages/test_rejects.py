@@ -15,7 +15,6 @@ from test_duplicates import put
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError, SourceError
-from raypipe.runs.layout import Run
 from raypipe.runs.rejects import (
     LEAST_REJECTS,
     FileTally,
@@ -24,6 +23,7 @@ from raypipe.runs.rejects import (
     kind,
     summarize,
 )
+from raypipe.runs.run import Run
 from raypipe.sources import ClassMap
 from raypipe.stages.index.classes import settle_classes, write_classes
 

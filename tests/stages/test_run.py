@@ -18,9 +18,10 @@ from raypipe.cli import main
 from raypipe.config import dump_config
 from raypipe.errors import ConfigError, RunError
 from raypipe.runs.embeddings import read_special_rows
-from raypipe.runs.layout import STAGE_FOLDERS, Run
+from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.measure.trajectories import probabilities_of

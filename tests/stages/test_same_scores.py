@@ -36,8 +36,8 @@ from sklearn.datasets import load_digits
 import raypipe
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import class_map, open_source
 from raypipe.sources.id_sampling import in_sample

@@ -7,7 +7,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import SeedSettings
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import audit_name, read_shard, shard_table
 from raypipe.sources.id_sampling import audit_fraction, audit_rule, in_sample
 

@@ -16,8 +16,8 @@ from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
 from raypipe.progress import Progress
 from raypipe.runs.keep_files import keep_file, keep_metadata
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.stages.select import stage as select_stage
 from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
 

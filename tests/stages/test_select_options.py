@@ -18,8 +18,8 @@ from raypipe.errors import ConfigError, RunError, TrustError
 from raypipe.progress import Progress
 from raypipe.runs import score_stream
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.run import Run
 from raypipe.runs.score_stream import notes, read_ids
 from raypipe.selection import STRATEGIES, near_duplicates
 from raypipe.stages.select import near_duplicates as cluster_by_cluster

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision_folders import CIFAR10_CLASSES, cifar10
 
 import raypipe
-from raypipe.runs.layout import Run
 from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.stages.index.stage import IndexStage
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raypipe import storage
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES, trajectory_score
 from raypipe.scores.trajectory import STATISTICS, ScoreError, recorded, trajectory
 from raypipe.stages.measure import trajectories

@@ -17,8 +17,8 @@ from safetensors.torch import load
 from torch.nn.parallel import DistributedDataParallel
 
 from raypipe import storage
-from raypipe.runs.layout import Run
 from raypipe.runs.partition import SeedPart
+from raypipe.runs.run import Run
 from raypipe.stages.proxy import worker
 
 SAMPLES, EPOCHS, SIZE = 150, 3, 8

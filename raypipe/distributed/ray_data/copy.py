@@ -26,7 +26,7 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.ray_data.identity import identity
 from raypipe.errors import ConfigError, RunError, SourceError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
 from raypipe.sources.common import stored_label, text
 

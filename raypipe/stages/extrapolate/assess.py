@@ -23,8 +23,8 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.progress import ProgressCallback
-from raypipe.runs.layout import Run
 from raypipe.runs.measured_scores import count_measured, measured_scores
+from raypipe.runs.run import Run
 from raypipe.stages.extrapolate.measured import WHOLE_METHODS, FitData, ScoredSamples
 
 BASELINE = "baseline:"
@@ -108,7 +108,7 @@ def write_rehearsal(config: Config, run: Run, samples: int, step: ProgressCallba
         lambda: make_extrapolator(config, run, inner_run(run)), given, config.extrapolate.seed, step
     )
     _write(run, "rehearsal", ids, found)
-    storage.write_bytes(run.path("extrapolator", TRANSFER), save(transfer.tensors()))
+    storage.write_bytes(run.transfer_weights, save(transfer.tensors()))
 
 
 def write_published(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
@@ -151,7 +151,7 @@ def write_published(config: Config, run: Run, samples: int, step: ProgressCallba
             "predicted": pa.array(np.concatenate(predicted), pa.float32()),
         }
     )
-    storage.write_table(run.path("extrapolator", "published.parquet"), table)
+    storage.write_table(run.published_predictions, table)
 
 
 def write_curve(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
@@ -172,9 +172,7 @@ def write_curve(config: Config, run: Run, samples: int, step: ProgressCallback) 
         part = seed.nodes.take(kept), seed.score[kept], seed.nodes.take(held), seed.score[held]
         curve = learning_curve(*part, config.extrapolate.seed)
     step(1, 1)
-    storage.write_json(
-        run.path("extrapolator", "curve.json"), curve.as_dict() | {"judged_on": judged_on}
-    )
+    storage.write_json(run.learning_curve_file, curve.as_dict() | {"judged_on": judged_on})
 
 
 def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
@@ -217,10 +215,10 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         "fidelity": figures[leading],
         "fidelity_seed": figures["seed"],
         "intervals": intervals.state(),
-        "search": storage.read_json(run.path("extrapolator", "model.json"))["search"],
+        "search": storage.read_json(run.model_file)["search"],
     }
     step(1, 1)
-    storage.write_json(run.path("extrapolator", "fidelity.json"), result)
+    storage.write_json(run.fidelity_file, result)
 
 
 def load_extrapolator(config: Config, run: Run) -> Any:
@@ -230,15 +228,13 @@ def load_extrapolator(config: Config, run: Run) -> Any:
     from raypipe.extrapolators import make
 
     extrapolator: Any = make(config.extrapolate, len(run.classes().names))
-    meta = storage.read_json(run.path("extrapolator", "model.json"))
-    extrapolator.load_state(
-        load(storage.read_bytes(run.path("extrapolator", "model.safetensors"))), meta
-    )
+    meta = storage.read_json(run.model_file)
+    extrapolator.load_state(load(storage.read_bytes(run.model_weights)), meta)
     if has_rehearsal(run):
         from raypipe.extrapolators.transfer import Transfer
 
         extrapolator.transfer = Transfer.from_tensors(
-            load(storage.read_bytes(run.path("extrapolator", TRANSFER)))
+            load(storage.read_bytes(run.transfer_weights))
         )
     return extrapolator
 
@@ -247,18 +243,14 @@ def load_intervals(run: Run) -> Any:
     """Its calibrated intervals."""
     from raypipe.assessment.conformal import Conformal
 
-    return Conformal.from_state(
-        storage.read_json(run.path("extrapolator", "fidelity.json"))["intervals"]
-    )
+    return Conformal.from_state(storage.read_json(run.fidelity_file)["intervals"])
 
 
 def is_assessed(config: Config, run: Run) -> bool:
     """Whether there are figures, at every keep fraction that is asked for."""
-    if "fidelity.json" not in storage.names(run.path("extrapolator")):
+    if "fidelity.json" not in storage.names(run.extrapolator_folder):
         return False
-    return set(config.select.keep) <= set(
-        storage.read_json(run.path("extrapolator", "fidelity.json"))["keep"]
-    )
+    return set(config.select.keep) <= set(storage.read_json(run.fidelity_file)["keep"])
 
 
 def _held(config: Config, run: Run, seed: ScoredSamples) -> list[np.ndarray]:
@@ -273,7 +265,7 @@ def _audit(config: Config, run: Run, data: FitData) -> tuple[list[str], Any]:
     """Ids and predictions of the audit set; none and None without one. They are made once, and then read again."""
     from raypipe.assessment.fidelity import predict
 
-    if "audit.parquet" in storage.names(run.path("extrapolator")):
+    if "audit.parquet" in storage.names(run.extrapolator_folder):
         return _read(run, "audit")
     audit = data.audit()
     if audit is None:
@@ -288,9 +280,9 @@ def _audit(config: Config, run: Run, data: FitData) -> tuple[list[str], Any]:
 
 def _published(run: Run) -> dict[str, float]:
     """What gnn-published predicts, by id."""
-    if "published.parquet" not in storage.names(run.path("extrapolator")):
+    if "published.parquet" not in storage.names(run.extrapolator_folder):
         return {}
-    table = storage.read_table(run.path("extrapolator", "published.parquet"))
+    table = storage.read_table(run.published_predictions)
     return dict(zip(table["sample_id"].to_pylist(), table["predicted"].to_pylist(), strict=True))
 
 
@@ -316,7 +308,7 @@ def _write(run: Run, name: str, ids: Sequence[str], found: Any) -> None:
     }
     about = {"raypipe.n_fit": str(found.n_fit), "raypipe.note": found.note}
     storage.write_table(
-        run.path("extrapolator", f"{name}.parquet"),
+        run.held_out_predictions(name),
         pa.table(columns).replace_schema_metadata(about),
     )
 
@@ -324,7 +316,7 @@ def _write(run: Run, name: str, ids: Sequence[str], found: Any) -> None:
 def _read(run: Run, name: str) -> tuple[list[str], Any]:
     from raypipe.assessment.fidelity import HeldOutPredictions
 
-    table = storage.read_table(run.path("extrapolator", f"{name}.parquet"))
+    table = storage.read_table(run.held_out_predictions(name))
     about = table.schema.metadata
     rivals = [column for column in table.column_names if column.startswith(BASELINE)]
     found = HeldOutPredictions(

@@ -16,8 +16,8 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.distributed.step_tasks import StepFunction, run_step_functions
 from raypipe.progress import ProgressCallback
-from raypipe.runs.layout import Run
 from raypipe.runs.measured_scores import every_measured_score
+from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.stages.extrapolate.assess import (
     TRANSFER,
@@ -45,7 +45,7 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     config, run = context.config, context.run
     whole, there = (
         config.extrapolate.method in WHOLE_METHODS,
-        storage.names(run.path("extrapolator")),
+        storage.names(run.extrapolator_folder),
     )
     wanted: dict[str, tuple[str, StepFunction]] = {}
     if assesses_published(config, samples):
@@ -84,8 +84,8 @@ def _fit(config: Config, run: Run, samples: int, step: ProgressCallback) -> None
     else:
         extrapolator.fit(data.seed.nodes, data.seed.score, step)
     tensors, meta = extrapolator.state()
-    storage.write_bytes(run.path("extrapolator", "model.safetensors"), save(tensors))
-    storage.write_json(run.path("extrapolator", "model.json"), meta)
+    storage.write_bytes(run.model_weights, save(tensors))
+    storage.write_json(run.model_file, meta)
 
 
 def _score_whole(

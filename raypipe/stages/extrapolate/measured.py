@@ -15,8 +15,8 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.runs.embeddings import COLUMNS, nodes_of, read_special_rows
-from raypipe.runs.layout import Run
 from raypipe.runs.measured_scores import GIVEN_SCORES, measured_scores
+from raypipe.runs.run import Run
 
 WHOLE_METHODS = {"gnn-published"}
 """Extrapolators whose graph is over the whole source."""
@@ -50,8 +50,7 @@ class FitData:
         if whole:
             _check_memory(run, self.names[0], samples)
             self.tables = [
-                storage.read_table(run.path("embeddings", f"{name}.parquet"), COLUMNS)
-                for name in self.names
+                storage.read_table(run.embedding_shard(name), COLUMNS) for name in self.names
             ]
             self.everything = Nodes.concat([nodes_of(table) for table in self.tables])
             self._ids = [
@@ -108,9 +107,9 @@ class FitData:
 
 def _given(run: Run) -> ScoredSamples | None:
     """The scored samples of a folder that was made from tables; None in a run."""
-    if GIVEN_SCORES not in storage.names(run.path("extrapolator")):
+    if GIVEN_SCORES not in storage.names(run.extrapolator_folder):
         return None
-    table = storage.read_table(run.path("extrapolator", GIVEN_SCORES))
+    table = storage.read_table(run.given_scores)
     return ScoredSamples(table["sample_id"].to_pylist(), nodes_of(table), table["score"].to_numpy())
 
 
@@ -119,7 +118,7 @@ def _of(ids: list[str], scores: Mapping[str, float]) -> np.ndarray:
 
 
 def _check_memory(run: Run, fragment: str, samples: int) -> None:
-    table = storage.read_table(run.path("embeddings", f"{fragment}.parquet"), ["embedding"])
+    table = storage.read_table(run.embedding_shard(fragment), ["embedding"])
     needed = 3 * 4 * samples * table.schema.field("embedding").type.list_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * memory:

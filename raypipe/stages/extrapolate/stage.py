@@ -25,9 +25,9 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.runs.embeddings import COLUMNS, nodes_of
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import every_measured_score
+from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.stages.base import Stage
@@ -60,7 +60,7 @@ class ExtrapolateStage(Stage):
             "extrapolator.json",
             *([TRANSFER] if context.config.rehearses else []),
         }
-        fitted = files <= storage.names(run.path("extrapolator"))
+        fitted = files <= storage.names(run.extrapolator_folder)
         return (
             fitted
             and is_assessed(context.config, run)
@@ -79,7 +79,7 @@ class ExtrapolateStage(Stage):
         record.cpu_seconds += fit_extrapolator(
             context, missing, sum(fragment.samples for fragment in fragments)
         )
-        judged = storage.read_json(run.path("extrapolator", "fidelity.json"))
+        judged = storage.read_json(run.fidelity_file)
         for note in search_notes(judged["search"], run.classes().names):
             context.progress.say(f"note: {note}")
         if config.extrapolate.use_gpu and judged["search"]["kind"] != "exact":
@@ -132,14 +132,14 @@ class ExtrapolateStage(Stage):
             "fidelity": judged["fidelity"],
             "fidelity_seed": judged["fidelity_seed"],
             "search": judged["search"],
-            "learning_curve": storage.read_json(run.path("extrapolator", "curve.json")),
+            "learning_curve": storage.read_json(run.learning_curve_file),
         }
         about = {
             **record.detail,
             "confidence": config.extrapolate.confidence,
             "intervals": judged["intervals"],
         }
-        file = run.path("extrapolator", "extrapolator.json")
+        file = run.extrapolator_summary
         if not storage.exists(file) or storage.read_json(file) != about:
             storage.write_json(file, about)
 
@@ -165,7 +165,7 @@ def search_notes(search: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
 
 def _read(run_uri: str, fragment: str) -> Batch:
     """A fragment's embeddings. Runs in a task."""
-    table = storage.read_table(Run(run_uri).path("embeddings", f"{fragment}.parquet"), COLUMNS)
+    table = storage.read_table(Run(run_uri).embedding_shard(fragment), COLUMNS)
     if not len(table):  # every sample was rejected; a row that says so keeps the unit alive
         return {
             "fragment": np.array([fragment]),

@@ -13,7 +13,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import SourceError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, class_map
 
 
@@ -64,6 +64,6 @@ def write_classes(run: Run, classes: ClassMap) -> None:
     if classes.noise is not None:
         about["inject_noise"] = dataclasses.asdict(classes.noise)
     about |= {"clusters": True} if classes.clusters else {}
-    file = run.path("index", "classes.json")
+    file = run.classes_file
     if not storage.exists(file) or storage.read_json(file) != about:
         storage.write_json(file, about)

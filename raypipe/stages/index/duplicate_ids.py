@@ -32,9 +32,9 @@ from raypipe.config import Config
 from raypipe.distributed.context import RunTasks
 from raypipe.errors import RejectError
 from raypipe.runs.duplicates import FOLDER, FOUND, IDS, STATE, id_digest, read_state
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import content_hash
 from raypipe.runs.rejects import LEAST_REJECTS
+from raypipe.runs.run import Run
 from raypipe.sources import Fragment, open_source
 
 GROUP_IDS, PART_IDS, ROW_GROUP = 1_000_000, 2_000_000, 16_384

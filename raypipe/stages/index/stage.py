@@ -28,9 +28,9 @@ from raypipe.config import Config, SourceSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import SourceError
 from raypipe.runs.duplicates import duplicates_known
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.rejects import FileTally
+from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, FileScan, SourceFile, open_source
 from raypipe.sources.noise import requested_noise
 from raypipe.stages.base import Stage
@@ -73,7 +73,7 @@ class IndexStage(Stage):
         )
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        if not storage.exists(context.run.path("index", "classes.json")) or not duplicates_known(
+        if not storage.exists(context.run.classes_file) or not duplicates_known(
             context.config, context.run
         ):
             return False
@@ -199,7 +199,7 @@ class _Known:
         self._run = run
         self._place: dict[str, tuple[str, int, int]] = {}
         self._part, self._table = "", pa.table({})
-        for part, table in storage.iter_tables(run.path("index"), ["file_id"]):
+        for part, table in storage.iter_tables(run.index_folder, ["file_id"]):
             start = 0
             for file_id, rows in itertools.groupby(table["file_id"].to_pylist()):
                 count = len(list(rows))
@@ -215,7 +215,7 @@ class _Known:
         if (
             part != self._part
         ):  # files come in the order of the index, so that its parts are read one after the other
-            self._part, self._table = part, storage.read_table(self._run.path("index", part))
+            self._part, self._table = part, storage.read_table(self._run.index_file(part))
         return self._table.slice(start, count).to_pylist()
 
 
@@ -224,7 +224,7 @@ class _Writer:
 
     def __init__(self, run: Run, settings: SourceSettings) -> None:
         self._run, self._settings = run, settings
-        self._old = {name for name in storage.names(run.path("index")) if name != "classes.json"}
+        self._old = {name for name in storage.names(run.index_folder) if name != "classes.json"}
         self._part: list[dict[str, Any]] = []
         self._members = 0
         self._written: set[str] = set()
@@ -282,7 +282,7 @@ class _Writer:
         name = f"fragments-{len(self._written):05d}-{content_hash(json.dumps(row, sort_keys=True) for row in self._part)}.parquet"
         if name not in self._old:
             storage.write_table(
-                self._run.path("index", name), pa.Table.from_pylist(self._part, schema=SCHEMA)
+                self._run.index_file(name), pa.Table.from_pylist(self._part, schema=SCHEMA)
             )
         self._written.add(name)
         self._part, self._members = [], 0
@@ -314,7 +314,7 @@ class _Writer:
             )
         write_classes(self._run, dataclasses.replace(classes, noise=noise))
         for name in self._old - self._written:
-            storage.delete(self._run.path("index", name))
+            storage.delete(self._run.index_file(name))
         self._tally.check(self._settings.max_reject_fraction)
         found = {
             "listing": self._listed.text(),

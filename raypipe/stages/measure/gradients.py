@@ -37,10 +37,10 @@ from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, fingerprint
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.partition import SeedPart, proxy_parts
+from raypipe.runs.run import Run
 
 MOST_GROUPS = 64
 """Partial sums of the mean gradient: enough to keep many workers busy, few enough to add up quickly."""

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.runs.layout import Run
 from raypipe.runs.partition import SeedPart
+from raypipe.runs.run import Run
 from raypipe.stages.measure.gradients import (
     smallest_part,
 )

@@ -17,10 +17,10 @@ from raypipe.config import SELF_TERM_BELOW, Config, MeanSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import empty_proxy
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.partition import SeedPart, merge_parts, proxy_parts
+from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
 from raypipe.stages.measure.gradients import (
     OUTPUTS,
@@ -49,7 +49,7 @@ class MeasureStage(Stage):
     def clear(self, context: Context) -> None:
         """Only the scores go. What they are combined from has the settings in its name, and may still serve."""
         for shard in context.run.done("measured"):
-            storage.delete(context.run.path("measured", f"{shard}.parquet"))
+            storage.delete(context.run.measured_shard(shard))
         storage.delete(context.run.path(AUDIT_FOLDER))
 
     def complete(self, context: Context, record: StageRecord) -> bool:
@@ -108,9 +108,9 @@ class MeasureStage(Stage):
         current = {
             storage.name(folder) for folder in (*vars(folders).values(), trajectories, AUDIT_FOLDER)
         }
-        for stale in storage.names(run.path("measured")) - current:
+        for stale in storage.names(run.measured_folder) - current:
             if not stale.endswith(".parquet"):
-                storage.delete(run.path("measured", stale))
+                storage.delete(storage.join(run.measured_folder, stale))
         record.samples, record.detail = count + audited, {**detail, "audit_samples": audited}
 
 

@@ -18,10 +18,10 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, fingerprint
 from raypipe.runs.manifests import proxy_manifest, seed_manifest
 from raypipe.runs.partition import trajectory_files
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import shard_labels
 
 BLOCK_BYTES = 16 << 20

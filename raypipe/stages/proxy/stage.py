@@ -35,10 +35,10 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import finished_epochs, seed_manifest
 from raypipe.runs.partition import SeedPart, partition_seed_set, proxy_parts
+from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
 
 SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
@@ -73,7 +73,7 @@ class ProxyStage(Stage):
                 f"{fewest} seed samples are too few for {workers} workers; lower proxy.workers or raise seed.fraction"
             )
         counted = storage.exists(
-            run.path("proxy", "proxy.json")
+            run.proxy_manifest_file
         )  # then the ledger has the seconds of what is there
         epochs = [finished_epochs(run, part.folder) for part in parts]
         missing = [
@@ -111,9 +111,7 @@ class ProxyStage(Stage):
                 raise StageError(
                     f"{name} has {len(done)} finished epochs instead of {config.proxy.epochs}; run again to resume"
                 )
-        storage.write_json(
-            run.path("proxy", "proxy.json"), _manifest(config, run, seed, parts, epochs)
-        )
+        storage.write_json(run.proxy_manifest_file, _manifest(config, run, seed, parts, epochs))
         for part in parts:
             storage.delete(run.path(part.folder, "state.safetensors"))
         record.samples = seed["samples"]

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from raypipe import storage
 from raypipe.config import ProxySettings
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.manifests import seed_manifest
 from raypipe.runs.partition import SeedPart
+from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.scores.trajectory import STATISTICS
 from raypipe.vision import training

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.runs.layout import Run
+from raypipe.runs.run import Run
 from raypipe.runs.score_stream import Scores, read_embeddings
 from raypipe.selection import ALWAYS, NEVER, hash64
 from raypipe.selection import near_duplicates as near
@@ -59,7 +59,7 @@ def _shape(run: Run, shards: list[str]) -> tuple[dict[str, int], int, np.dtype[A
 
     def footer(shard: str) -> tuple[int, int, np.dtype[Any]]:
         try:
-            with storage.open_read(run.path("embeddings", shard)) as file:
+            with storage.open_read(storage.join(run.embeddings_folder, shard)) as file:
                 parquet = pq.ParquetFile(file)
                 kind = parquet.schema_arrow.field("embedding").type
                 return (

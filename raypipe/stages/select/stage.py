@@ -23,8 +23,8 @@ from raypipe.config.choices import DIFFICULTIES
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
 from raypipe.runs.keep_files import keep_file, keep_metadata
-from raypipe.runs.layout import Run
 from raypipe.runs.ledger import StageRecord, content_hash, noise_of, tables_of
+from raypipe.runs.run import Run
 from raypipe.runs.score_stream import Scores, mark_listed_ids, notes
 from raypipe.selection import (
     STRATEGIES,
@@ -72,7 +72,7 @@ class SelectStage(Stage):
             record.detail.get("shards") == content_hash(run.done("scores"))
             and record.detail.get("given", {}) == given
         )
-        return same and wanted <= storage.names(run.path("keep"))
+        return same and wanted <= storage.names(run.keep_folder)
 
     def execute(self, context: Context, record: StageRecord) -> None:
         started = time.process_time()
@@ -126,7 +126,7 @@ def make_keep_lists(
         )
         fidelity = check_trust(run.ledger()["extrapolate"], needed, settings.force)
     except TrustError:
-        if storage.names(run.path("keep")):  # forced once, from the scores of now or of then
+        if storage.names(run.keep_folder):  # forced once, from the scores of now or of then
             for _ in scores.chunks(False):
                 pass
             _remove_stale(run, scores.digest, set())
@@ -235,12 +235,9 @@ def _given(settings: SelectSettings) -> dict[str, str]:
 
 def _remove_stale(run: Run, digest: str, new: set[str]) -> None:
     """Remove keep-lists that were made from other scores; `new` ones were not."""
-    for file in sorted(storage.names(run.path("keep")) - new):
-        if (
-            file.endswith(".parquet")
-            and keep_metadata(run.path("keep", file)).get("scores") != digest
-        ):
-            storage.delete(run.path("keep", file))
+    for file in sorted(storage.names(run.keep_folder) - new):
+        if file.endswith(".parquet") and keep_metadata(run.keep_list(file)).get("scores") != digest:
+            storage.delete(run.keep_list(file))
 
 
 class _KeepList:
@@ -248,7 +245,7 @@ class _KeepList:
 
     def __init__(self, run: Run, cut: Cut, metadata: dict[str, str]) -> None:
         self.cut, self.file = cut, keep_file(cut.fraction)
-        self._uri = run.path("keep", self.file)
+        self._uri = run.keep_list(self.file)
         about = {"fraction": repr(cut.fraction), "count": str(cut.count), **metadata}
         schema = SCHEMA if cut.weights is None else SCHEMA.append(WEIGHT)
         self._schema = schema.with_metadata(

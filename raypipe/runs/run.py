@@ -1,0 +1,172 @@
+"""A run: its ledger, its configuration, its index, and what has been done already.
+
+The ledger, `run.json`, holds for every stage: its state, the fingerprint of all settings that it depends on, samples and
+seconds. The files themselves say what is finished: names derive from fragments, so a shard that exists is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from raypipe import storage
+from raypipe.config import Config, dump_config, parse_config
+from raypipe.errors import RunError
+from raypipe.runs.layout import STAGE_FOLDERS, VALID_NAME, Layout
+from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_in, now
+from raypipe.sources.base import ClassMap, Fragment
+
+MAX_CONFIG_BYTES = 4 << 20
+"""A larger `config.yaml` is refused."""
+
+
+class LeaseHolder(Protocol):
+    """What a run asks of the lease that this process holds on it; see `raypipe.runs.lease`."""
+
+    def check(self) -> None:
+        """Raise TakenOverError when another driver has taken the run over."""
+
+
+class Run(Layout):
+    """One run folder. Creating the object touches nothing."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.lease: LeaseHolder | None = None
+        """While this process is the one that writes the run."""
+
+    def exists(self) -> bool:
+        return storage.exists(self.ledger_file)
+
+    # -- ledger ---------------------------------------------------------------------------------------------------
+
+    def ledger(self) -> dict[str, StageRecord]:
+        """Records by stage. Raises RunError where there is no run or its ledger cannot be understood."""
+        try:
+            data = storage.read_json(self.ledger_file)
+        except FileNotFoundError:
+            raise RunError(f"{self.uri}: no run here (run.json is missing)") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise RunError(
+                f"{self.uri}: run.json has format {found!r}; this raypipe reads format {FORMAT}"
+            )
+        fields = {field.name for field in dataclasses.fields(StageRecord)}
+        try:
+            return {
+                stage: checked_record(
+                    StageRecord(**{key: value for key, value in record.items() if key in fields})
+                )
+                for stage, record in data["stages"].items()
+                if stage in STAGE_FOLDERS
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
+
+    def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
+        """Raises TakenOverError, and writes nothing, where another driver took the run over."""
+        from raypipe._version import __version__
+
+        stages = {
+            stage: dataclasses.asdict(records[stage]) for stage in STAGE_FOLDERS if stage in records
+        }
+        data = {"format": FORMAT, "raypipe": __version__, "updated": now(), "stages": stages}
+        uri = self.ledger_file
+        if self.lease is None or storage.is_local(uri):
+            storage.write_json(uri, data)
+        elif not self._exchange_ledger(uri, storage.json_bytes(data)):
+            self.lease.check()
+            raise RunError(
+                f"{self.uri}: run.json was changed by somebody while this driver had the run; run again to resume"
+            )
+
+    def _exchange_ledger(self, uri: str, content: bytes) -> bool:
+        """Write the ledger of an object store unless it changes meanwhile: a request on its way cannot be called back."""
+        try:
+            known = storage.read_bytes(uri, 0)
+        except FileNotFoundError:
+            known = None
+        if self.lease is not None:
+            self.lease.check()
+        return (
+            storage.create_bytes(uri, content)
+            if known is None
+            else storage.exchange_bytes(uri, known, content)
+        )
+
+    def record(self, stage: str) -> StageRecord:
+        """The record of a finished stage. Raises RunError when it is not finished."""
+        found = self.ledger().get(stage)
+        if found is None or found.state != "done":
+            raise RunError(
+                f"{self.uri}: stage {stage} is not finished; run `raypipe run` again to resume"
+            )
+        return found
+
+    def clear(self, stage: str) -> None:
+        """Remove everything a stage wrote."""
+        for folder in STAGE_FOLDERS[stage]:
+            storage.delete(self.path(folder))
+
+    # -- configuration --------------------------------------------------------------------------------------------
+
+    def write_config(self, config: Config, sections: Mapping[str, Any] | None = None) -> None:
+        """Write all settings, or those of some sections."""
+        storage.write_bytes(self.config_file, dump_config(config, sections).encode())
+
+    def config(self) -> Config:
+        """The configuration this run was made with."""
+        import yaml
+
+        try:
+            return parse_config(
+                yaml.safe_load(storage.read_whole(self.config_file, MAX_CONFIG_BYTES))
+            )
+        except FileNotFoundError:
+            raise RunError(f"{self.uri}: no run here (config.yaml is missing)") from None
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+            raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
+
+    # -- index ----------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> list[Fragment]:
+        """All fragments in the order of the source, without their `members` (see `with_members`)."""
+        result = []
+        columns = ["fragment_id", "path", "start", "stop", "offset", "error"]
+        for part, table in storage.iter_tables(self.index_folder, columns):
+            result += [Fragment(**row, part=part) for row in table.to_pylist()]
+        for fragment in result:
+            if not VALID_NAME(fragment.fragment_id):  # a file of the run is named after it
+                raise RunError(
+                    f"{self.uri}: index/ is damaged: {fragment.fragment_id!r} is no name of a fragment"
+                )
+        return result
+
+    def with_members(self, fragment: Fragment) -> Fragment:
+        """The fragment with the names of its small files, ready to be read. Workers call this; the driver never holds them all."""
+        table = storage.read_table(self.index_file(fragment.part), ["fragment_id", "members"])
+        row = table["fragment_id"].to_pylist().index(fragment.fragment_id)
+        return dataclasses.replace(fragment, members=tuple(table["members"][row].as_py()))
+
+    def classes(self) -> ClassMap:
+        """The classes of the source; where it has none, the clusters that stand for them, none before they are found."""
+        data = storage.read_json(self.classes_file)
+        if data.get("clusters"):
+            with contextlib.suppress(FileNotFoundError):
+                data |= storage.read_json(self.pseudo_classes_file)
+        return ClassMap(
+            tuple(data["names"]),
+            bool(data["numeric"]),
+            label_noise_in(data),
+            bool(data.get("clusters")),
+        )
+
+    def done(self, folder: str) -> set[str]:
+        """Stems of the Parquet files in a folder: the fragments (or seed shards) that are finished."""
+        return {
+            file.removesuffix(".parquet")
+            for file in storage.names(self.path(folder))
+            if file.endswith(".parquet")
+        }
