@@ -32,7 +32,7 @@ from raypipe.scores.moso import alignments, gradient_sum, parameters_of
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision.devices import set_threads
 from raypipe.vision.networks import build
-from raypipe.vision.precision import computing
+from raypipe.vision.precision import use_precision
 
 NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))
 """Name, image size, classes, batch, and images that the slow ways are timed on."""
@@ -223,7 +223,7 @@ def main() -> None:
     print(
         f"{machine}; torch {torch.__version__}, {arithmetic}{compiled}, seed 0, least of {arguments.repeats}"
     )
-    with computing(arguments.precision, device):
+    with use_precision(arguments.precision, device):
         tables(arguments, device)
 
 

@@ -34,7 +34,7 @@ from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.decode import decode_batch
 from raypipe.vision.networks import ProxyNet, build
-from raypipe.vision.output_statistics import numbers
+from raypipe.vision.output_statistics import output_statistics
 
 BATCH = 64
 """Images in one pass that only measures, as the stages take them on a CPU."""
@@ -262,7 +262,7 @@ def final(settings: ProxySettings, classes: int, folder: str) -> ProxyNet:
 
 
 def trajectory_of(settings: ProxySettings, folder: str) -> dict[str, np.ndarray]:
-    """What `raypipe.scores.trajectory.recorded` takes: by name float32 [epochs, n], probabilities float32 [epochs, n, classes]."""
+    """What `raypipe.scores.trajectory.Trajectory.from_recorded` takes: by name float32 [epochs, n], probabilities float32 [epochs, n, classes]."""
     said, probabilities = [], []
     for epoch in range(settings.epochs):
         with np.load(_file(folder, epoch, "npz")) as written:
@@ -388,7 +388,7 @@ def fresh_proxy(settings: ProxySettings, classes: int, *statistics: list[float])
 
 
 def _stacked(logits: Tensor, label: Tensor, names: Sequence[str]) -> np.ndarray:
-    found = numbers(logits, label)
+    found = output_statistics(logits, label)
     return torch.stack([found[name] for name in names], 1).numpy()
 
 

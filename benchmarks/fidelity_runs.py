@@ -38,10 +38,10 @@ from raypipe.extrapolators.blend import AnchorGnn
 from raypipe.runs.ledger import fingerprint
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.forward_mode import Aligner
-from raypipe.scores.moso import combine, without_itself
+from raypipe.scores.moso import combine, leave_one_out
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.scores.registry import SCORES, trajectory_score
-from raypipe.scores.trajectory import STATISTICS, recorded
+from raypipe.scores.trajectory import STATISTICS, Trajectory
 from raypipe.vision import training
 from raypipe.vision.networks import ProxyNet
 
@@ -162,7 +162,9 @@ class Study:
             )
 
         def make(folder: str) -> dict[str, np.ndarray]:
-            followed = recorded(self.images.label[run.rows], trajectory_of(self.settings, folder))
+            followed = Trajectory.from_recorded(
+                self.images.label[run.rows], trajectory_of(self.settings, folder)
+            )
             return {"score": trajectory_score(score)(followed, **options)}
 
         result = np.full(len(self.images), np.nan)
@@ -510,7 +512,7 @@ class Study:
         aligned = found["aligned"].astype(np.float64)
         spread = aligned[run.rows].std(0)
         if "squares" in found:
-            aligned[run.rows] = without_itself(aligned[run.rows], found["squares"], samples)
+            aligned[run.rows] = leave_one_out(aligned[run.rows], found["squares"], samples)
         steps = training.steps_per_epoch(samples, self.settings.batch_size) * self.settings.epochs
         return combine(
             aligned, found["rates"], weights, steps=steps, samples=samples, spread=spread

@@ -43,7 +43,7 @@ from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
 from raypipe.vision.forward import forward
 from raypipe.vision.gpu_decode import decode_jpegs, split_off_jpegs
 from raypipe.vision.networks import build
-from raypipe.vision.precision import computing
+from raypipe.vision.precision import use_precision
 
 CLASSES = 1000
 SCORED, WIDTH, NEAREST = 50_000, 512, 32
@@ -84,7 +84,7 @@ def network(name: str, size: int, arguments: argparse.Namespace) -> None:
         print(f"{what:<28}{speed:>12,.0f} images / s", flush=True)
 
     def passes(function: Callable[..., Any]) -> float:
-        with computing(arguments.precision, device):
+        with use_precision(arguments.precision, device):
             return rate(
                 lambda: at_once(function, pixels, labels), len(pixels), device, arguments.repeats
             )
@@ -92,7 +92,7 @@ def network(name: str, size: int, arguments: argparse.Namespace) -> None:
     tell("forward (the limit)", passes(lambda images, _: _plain(model, images)))
     limit = found["forward (the limit)"]
     tell("mean gradient", passes(lambda images, target: gradient_sum(model, images, target)))
-    with computing("float32", device):
+    with use_precision("float32", device):
         direction = {
             key: value / at_once.size
             for key, value in gradient_sum(model, pixels[:32], labels[:32]).items()

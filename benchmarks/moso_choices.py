@@ -29,7 +29,7 @@ from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import ProxySettings, SourceSettings
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
-from raypipe.scores.moso import combine, without_itself
+from raypipe.scores.moso import combine, leave_one_out
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision import training
 from raypipe.vision.networks import ProxyNet
@@ -56,7 +56,7 @@ class Measured:
         self, weights: str, *, self_term: bool = False, head: bool = False, last: bool = False
     ) -> np.ndarray:
         aligned = self.head if head else self.aligned
-        aligned = without_itself(aligned, self.squares, self.samples) if self_term else aligned
+        aligned = leave_one_out(aligned, self.squares, self.samples) if self_term else aligned
         part = slice(-1, None) if last else slice(None)
         spread = self.aligned.std(0) if not head else self.head.std(0)
         return combine(

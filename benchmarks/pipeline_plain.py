@@ -34,7 +34,7 @@ from raypipe.extrapolators.blend import MEMBERS
 from raypipe.extrapolators.published.gnn import GnnPublished
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.forward_mode import Aligner
-from raypipe.scores.moso import combine, joining, without_itself
+from raypipe.scores.moso import add_one_in, combine, leave_one_out
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.sources import class_map, open_source
 from raypipe.vision.decode import decode_batch
@@ -154,9 +154,9 @@ def measure(
     spread = found[:count].std(0)
     if own:
         square, mean = np.stack(squares, 1).astype(np.float64), found[:count].mean(0)
-        inside, length = joining(found[count:], square[count:], count, mean)
-        found[:count] = without_itself(found[:count], square[:count], count, moso.formula, mean)
-        found[count:] = without_itself(inside, square[count:], count + 1, moso.formula, length)
+        inside, length = add_one_in(found[count:], square[count:], count, mean)
+        found[:count] = leave_one_out(found[:count], square[:count], count, moso.formula, mean)
+        found[count:] = leave_one_out(inside, square[count:], count + 1, moso.formula, length)
     score = combine(found, np.array(rates), moso.weights, steps=steps, samples=count, spread=spread)
     return score[:count], score[count:]
 

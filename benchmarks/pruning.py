@@ -47,7 +47,7 @@ from raypipe.config.choices import DIFFICULTIES
 from raypipe.evaluation import train
 from raypipe.evaluation.figures import Interval, difference, interval, pooled_reach
 from raypipe.runs.ledger import fingerprint
-from raypipe.selection import STRATEGIES, Chunk, Options, select
+from raypipe.selection import STRATEGIES, Chunk, SelectionOptions, select
 from raypipe.vision.networks import build
 
 KINDS = ("measured", "extrapolated")
@@ -60,7 +60,7 @@ STRATEGY_NAMES = (
     *(
         f"{name}{BY_CLASS}"
         for name in STRATEGIES
-        if not STRATEGIES[name].classes and name not in ("top", RANDOM)
+        if not STRATEGIES[name].uses_classes and name not in ("top", RANDOM)
     ),
 )
 
@@ -181,7 +181,7 @@ class Pruning:
             [f"{row}" for row in range(count)],
             loss,
         )
-        options = Options(
+        options = SelectionOptions(
             seed=job.seed,
             difficulty="score" if score in DIFFICULTIES else "loss",
             by_class=strategy.endswith(BY_CLASS),

@@ -34,7 +34,7 @@ from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import MeasureSettings, ProxySettings, PseudoLabelSettings, SourceSettings
 from raypipe.pseudo_labels.clusters import Clusters, kmeans
 from raypipe.pseudo_labels.labeller import features
-from raypipe.pseudo_labels.simclr import pretext, pretrain
+from raypipe.pseudo_labels.simclr import pretext_network, pretrain
 from raypipe.pseudo_labels.turtle import turtle
 from raypipe.runs.ledger import fingerprint
 from raypipe.vision.devices import AdaptiveBatch
@@ -76,7 +76,7 @@ def embedded(
     )
     if not os.path.exists(path):
         mean, std = images.pixels.mean((0, 2, 3)) / 255, images.pixels.std((0, 2, 3)) / 255
-        network = pretext(
+        network = pretext_network(
             proxy.model,
             proxy.image_size,
             mean.tolist(),

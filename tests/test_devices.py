@@ -37,12 +37,12 @@ def test_half_as_many_where_the_memory_does_not_do_and_none_twice() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return rows.tolist()
 
-    at_once = AdaptiveBatch(1000)
-    assert [row for part in at_once(room_for_three, torch.arange(10)) for row in part] == list(
+    batched = AdaptiveBatch(1000)
+    assert [row for part in batched(room_for_three, torch.arange(10)) for row in part] == list(
         range(10)
     )
     assert asked == [10, 5, 3, 3, 3, 1]
-    assert at_once(room_for_three, torch.arange(4)) == [[0, 1, 2], [3]]  # it has learnt
+    assert batched(room_for_three, torch.arange(4)) == [[0, 1, 2], [3]]  # it has learnt
     assert asked[6:] == [3, 1]
 
     def no_room(rows: torch.Tensor) -> None:
@@ -117,9 +117,9 @@ def test_on_a_gpu_more_of_smaller_images(settings: type[EmbedSettings | MeasureS
 
 REPEATED = """
 import resource, sys, torch
-from raypipe.vision.devices import compute_on
+from raypipe.vision.devices import set_threads
 if sys.argv[1] == "kept":
-    compute_on(1)
+    set_threads(1)
 for _ in range(40):  # alignment leaves gaps, which are filled one by one
     torch.empty(1 << 24).fill_(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,7 +14,7 @@ from PIL import Image
 from raypipe.errors import RaypipeError
 from raypipe.vision import gpu_decode
 from raypipe.vision.decode import decode, decode_batch, jpeg_pixels
-from raypipe.vision.gpu_decode import MOST_PIXELS, TOLERANCE, decode_jpegs, split_off_jpegs
+from raypipe.vision.gpu_decode import MAX_PIXELS_PER_CALL, TOLERANCE, decode_jpegs, split_off_jpegs
 
 LIMIT = 10_000_000
 
@@ -103,7 +103,7 @@ def test_the_same_are_rejected_in_the_same_words(size: int, device: str) -> None
     assert sum(map(bool, pixels)) == len(PLAIN) + 3, (
         "the broken one is found out only when it is decoded"
     )
-    result, later = decode_jpegs(images, pixels, size, LIMIT, device, at_once=4)
+    result, later = decode_jpegs(images, pixels, size, LIMIT, device, max_images=4)
     assert [new or known for new, known in zip(later, found, strict=True)] == reasons
     assert result.dtype == torch.uint8 and result.device.type == device
     decoded = result.cpu().numpy()
@@ -127,7 +127,7 @@ def test_the_same_are_rejected_in_the_same_words(size: int, device: str) -> None
 def test_pixels_are_within_the_stated_tolerance(size: int, device: str) -> None:
     data = [encode(photograph(seed), quality=90) for seed in range(2)]
     result, _ = decode_jpegs(
-        data, [jpeg_pixels(item, LIMIT) for item in data], size, LIMIT, device, at_once=8
+        data, [jpeg_pixels(item, LIMIT) for item in data], size, LIMIT, device, max_images=8
     )
     expected = np.stack([decode(item, size, LIMIT) for item in data])
     difference = np.abs(result.cpu().numpy().astype(int) - expected)
@@ -139,18 +139,22 @@ def test_pixels_are_within_the_stated_tolerance(size: int, device: str) -> None:
 
 
 def test_a_call_is_bounded_in_images_and_pixels() -> None:
-    assert list(gpu_decode._calls([5, 0, 5, 5, MOST_PIXELS, MOST_PIXELS * 2, 1, 0], at_once=2)) == [
+    assert list(
+        gpu_decode._calls(
+            [5, 0, 5, 5, MAX_PIXELS_PER_CALL, MAX_PIXELS_PER_CALL * 2, 1, 0], max_images=2
+        )
+    ) == [
         [0, 2],
         [3],
         [4],
         [5],
         [6],
     ]
-    assert list(gpu_decode._calls([0, 0], at_once=2)) == []
+    assert list(gpu_decode._calls([0, 0], max_images=2)) == []
 
 
 def test_no_more_is_set_aside_than_a_task_may_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_decode, "MOST_BYTES", 2 * len(PLAIN["colour"]))
+    monkeypatch.setattr(gpu_decode, "MAX_BYTES_PER_TASK", 2 * len(PLAIN["colour"]))
     images, pixels, reasons = split_off_jpegs([Sample(PLAIN["colour"])] * 3, 8, LIMIT)
     assert [bool(count) for count in pixels] == [True, True, False] and reasons == [""] * 3
     assert np.array_equal(

@@ -343,7 +343,7 @@ def _requests(work: Work, singly: bool, read: Mapping[str, int]) -> dict[str, in
     strategy = STRATEGIES[config.select.strategy]
     passes = 2 if work.samples * SELECT_ROW <= CACHE_BYTES else SELECT_PASSES
     passes *= 1 + 3 * (
-        strategy.loss or strategy.difficulty
+        strategy.needs_loss or strategy.uses_difficulty
     )  # size, footer and column of the losses
     return {
         "index": pages["source"] + scan + files["index"],

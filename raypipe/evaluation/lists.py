@@ -24,7 +24,7 @@ from raypipe.errors import ConfigError, RunError
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import Scores, mark_listed_ids
-from raypipe.selection import Chunk, Options, needs_classes, needs_loss, select
+from raypipe.selection import Chunk, SelectionOptions, needs_classes, needs_loss, select
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.stage import options_of
 
@@ -221,7 +221,7 @@ def cut_lists(
     lists = [ListedSamples(FULL, 1.0, np.arange(len(pool)))]
     for seed in range(settings.seeds):
         stream = _Stream(scores, None, marks=False)
-        options = Options(seed=RANDOM_SEEDS + seed)
+        options = SelectionOptions(seed=RANDOM_SEEDS + seed)
         for fraction, rows in _cut(stream, pool, settings.keep, RANDOM, classes, options, False):
             lists.append(ListedSamples(RANDOM, fraction, rows, draw=seed))
     for origin in found:
@@ -267,7 +267,7 @@ def _cut(
     keep: Sequence[float],
     strategy: str,
     classes: int,
-    options: Options,
+    options: SelectionOptions,
     marked: bool,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Fraction and rows of the pool of each list, one pass over the stream for all of them."""

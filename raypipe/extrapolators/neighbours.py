@@ -24,7 +24,7 @@ import torch  # before faiss: each brings an OpenMP library, and this order is t
 import faiss  # isort: skip
 from raypipe.errors import RaypipeError
 from raypipe.vision.devices import AdaptiveBatch, to_device
-from raypipe.vision.precision import computing
+from raypipe.vision.precision import use_precision
 
 SLACK = 8
 """Candidates asked for beyond k: |a|^2 + |b|^2 - 2ab, of which they are the least, rounds; distances are then computed anew."""
@@ -256,7 +256,7 @@ class NeighbourIndex:
                 .indices
             )
 
-        with torch.inference_mode(), computing("float32", torch.device(self.device).type):
+        with torch.inference_mode(), use_precision("float32", torch.device(self.device).type):
             return (
                 torch.cat(at_once(nearest, to_device(queries - centre, self.device))).cpu().numpy()
             )

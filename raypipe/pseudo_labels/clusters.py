@@ -51,7 +51,7 @@ def kmeans(
     """
     from sklearn.cluster import kmeans_plusplus
 
-    centre, points = prepared(features, clusters)
+    centre, points = centred_directions(features, clusters)
     best, found = -np.inf, np.empty(0, np.float32)
     for restart in range(restarts):
         # spherical k-means is k-means on the sphere but for the length of the centroids, so that its starts are good ones here, too
@@ -75,7 +75,7 @@ def kmeans(
     return Clusters(centre, found, np.zeros(clusters, np.float32)).by_size(features)
 
 
-def prepared(features: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]:
+def centred_directions(features: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]:
     """Centre float32 [d] and directions float32 [n, d] of features. Raises StageError where clusters cannot be found in them."""
     if len(features) < clusters:
         raise StageError(
@@ -89,6 +89,6 @@ def prepared(features: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarra
     return centre, np.ascontiguousarray(directions(features, centre))
 
 
-def torch_points(points: np.ndarray) -> torch.Tensor:
+def scaled_tensor(points: np.ndarray) -> torch.Tensor:
     """Directions as a tensor whose entries have about unit variance, which is what step sizes of gradient methods are meant for."""
     return torch.from_numpy(points * np.float32(np.sqrt(points.shape[1])))

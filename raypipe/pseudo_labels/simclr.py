@@ -30,13 +30,13 @@ from raypipe.vision import training
 from raypipe.vision.devices import to_device
 from raypipe.vision.networks import ProxyNet, build
 
-PROJECTED = 128
+PROJECTION_WIDTH = 128
 """Length of z."""
-LEAST_AREA = 0.2
+MIN_AREA = 0.2
 """A view is a random part of the image of at least this share of its area, and of an aspect ratio from 3/4 to 4/3."""
-JITTER, JITTERED, GREY = 0.4, 0.8, 0.2
+MAX_JITTER, JITTER_PROBABILITY, GREY_PROBABILITY = 0.4, 0.8, 0.2
 """Brightness, contrast and saturation change by up to this factor either way; of so many views; so many are grey."""
-HUE = 0.1
+MAX_HUE_TURN = 0.1
 """Turns of the hue, at most, either way."""
 WEIGHT_DECAY = 1e-4
 
@@ -44,7 +44,7 @@ _LUMA = (0.299, 0.587, 0.114)
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
-def pretext(
+def pretext_network(
     model: str, image_size: int, mean: Sequence[float], std: Sequence[float], seed: int
 ) -> ProxyNet:
     """A network with fresh weights whose head is the projection: one hidden layer (section 4.2)."""
@@ -52,7 +52,9 @@ def pretext(
         torch.manual_seed(seed)
         network = build(model, 1, image_size, mean, std)
         width = network.head.in_features
-        projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTED))
+        projection = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION_WIDTH)
+        )
     network.head = projection  # type: ignore[assignment]
     return network
 
@@ -68,7 +70,7 @@ def pretrain(
     save: Callable[[dict[str, Tensor]], None] = lambda state: None,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Train a network of `pretext` in place.
+    """Train a network of `pretext_network` in place.
 
     images       uint8 [n, 3, size, size]
     flip         whether a view may be mirrored
@@ -104,7 +106,9 @@ def pretrain(
                     )
                 random = np.random.default_rng([settings.seed, epoch, 1 + number])
                 pixels = to_device(images[rows], device)
-                both = torch.cat([views(pixels, flip, random), views(pixels, flip, random)])
+                both = torch.cat(
+                    [random_views(pixels, flip, random), random_views(pixels, flip, random)]
+                )
                 loss = contrastive_loss(
                     network(both.contiguous(memory_format=torch.channels_last)),
                     settings.temperature,
@@ -132,7 +136,7 @@ def contrastive_loss(projected: Tensor, temperature: float) -> Tensor:
     )
 
 
-def views(pixels: Tensor, flip: bool, random: np.random.Generator) -> Tensor:
+def random_views(pixels: Tensor, flip: bool, random: np.random.Generator) -> Tensor:
     """One random view of each image: uint8 [n, 3, size, size] -> float [n, 3, size, size] within 0..255."""
     count, device = len(pixels), pixels.device
 
@@ -141,7 +145,7 @@ def views(pixels: Tensor, flip: bool, random: np.random.Generator) -> Tensor:
             device
         )
 
-    area, ratio = draw(LEAST_AREA, 1), draw(math.log(3 / 4), math.log(4 / 3)).exp()
+    area, ratio = draw(MIN_AREA, 1), draw(math.log(3 / 4), math.log(4 / 3)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     across, down, mirrored = draw(-1, 1), draw(-1, 1), draw(0, 1) < (0.5 if flip else 0)
     nothing = torch.zeros_like(width)
@@ -161,17 +165,19 @@ def _recoloured(seen: Tensor, draw: Callable[[float, float], Tensor]) -> Tensor:
     """Random brightness, contrast, saturation and hue of most images, and no colour at all of some."""
     luma = torch.tensor(_LUMA, device=seen.device).view(1, 3, 1, 1)
     yiq = torch.tensor(_YIQ, device=seen.device)
-    changed = seen * draw(1 - JITTER, 1 + JITTER)
+    changed = seen * draw(1 - MAX_JITTER, 1 + MAX_JITTER)
     middle = (changed * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    changed = middle + (changed - middle) * draw(1 - JITTER, 1 + JITTER)
+    changed = middle + (changed - middle) * draw(1 - MAX_JITTER, 1 + MAX_JITTER)
     grey = (changed * luma).sum(1, keepdim=True)
-    changed = grey + (changed - grey) * draw(1 - JITTER, 1 + JITTER)
-    angle = 2 * math.pi * draw(-HUE, HUE).flatten()
+    changed = grey + (changed - grey) * draw(1 - MAX_JITTER, 1 + MAX_JITTER)
+    angle = 2 * math.pi * draw(-MAX_HUE_TURN, MAX_HUE_TURN).flatten()
     turn = torch.zeros(len(seen), 3, 3, device=seen.device)
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 2, 1] = angle.sin()
     turn[:, 1, 2] = -turn[:, 2, 1]
     changed = torch.einsum("nij,njhw->nihw", torch.linalg.inv(yiq) @ turn @ yiq, changed)
-    seen = torch.where(draw(0, 1) < JITTERED, changed, seen)
-    return torch.where(draw(0, 1) < GREY, (seen * luma).sum(1, keepdim=True).expand_as(seen), seen)
+    seen = torch.where(draw(0, 1) < JITTER_PROBABILITY, changed, seen)
+    return torch.where(
+        draw(0, 1) < GREY_PROBABILITY, (seen * luma).sum(1, keepdim=True).expand_as(seen), seen
+    )

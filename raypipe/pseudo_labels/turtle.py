@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from raypipe.pseudo_labels.clusters import Clusters, prepared, torch_points
+from raypipe.pseudo_labels.clusters import Clusters, centred_directions, scaled_tensor
 
 INNER_STEPS, LR = 10, 1e-2
 """M, and the step size of both: ten times that of the authors' code, which takes 6,000 steps on features of 1,000 and more numbers."""
@@ -42,8 +42,8 @@ def turtle(
     step   called with steps done and in all
     Raises StageError as `raypipe.pseudo_labels.clusters.kmeans` does.
     """
-    centre, points = prepared(features, clusters)
-    everything, random = torch_points(points), np.random.default_rng(seed)
+    centre, points = centred_directions(features, clusters)
+    everything, random = scaled_tensor(points), np.random.default_rng(seed)
     width = points.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

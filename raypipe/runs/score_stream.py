@@ -17,7 +17,7 @@ from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError, RunError, StageError
 from raypipe.runs.run import Run
 from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
-from raypipe.selection.hashing import text_array
+from raypipe.selection.hashing import string_array
 
 CHUNK_ROWS = 1 << 16
 """Rows that a chunk has at least, but for the last: what is done to each chunk takes as long for few rows as for thousands."""
@@ -184,7 +184,7 @@ def _joined(parts: list[Chunk]) -> Chunk:
     return Chunk(
         np.concatenate(score),
         np.concatenate(label),
-        pa.concat_arrays([text_array(part) for part in ids])
+        pa.concat_arrays([string_array(part) for part in ids])
         if isinstance(ids[0], pa.Array)
         else (),
         None if loss[0] is None else np.concatenate(loss),

@@ -17,5 +17,9 @@ from raypipe.scores.trajectory import Trajectory
 
 def score(trajectory: Trajectory, softmax: bool = False) -> np.ndarray:
     """Negated AUM, float32 [samples]."""
-    margin = trajectory.own - trajectory.other if softmax else trajectory.margin
+    margin = (
+        trajectory.label_probability - trajectory.runner_up_probability
+        if softmax
+        else trajectory.margin
+    )
     return -margin.mean(0, dtype=np.float64).astype(np.float32)

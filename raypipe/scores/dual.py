@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.trajectory import Trajectory, need_epochs, sliding
+from raypipe.scores.trajectory import Trajectory, require_epochs, sliding_moments
 
 
 def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> np.ndarray:
@@ -23,9 +23,9 @@ def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> 
     epochs  only the first so many epochs count; None: all
     Raises ScoreError when there is no window for so few epochs.
     """
-    own = trajectory.own[:epochs]
-    need_epochs("dual", len(own), window, f"window {window}")
+    own = trajectory.label_probability[:epochs]
+    require_epochs("dual", len(own), window, f"window {window}")
     total = np.zeros(own.shape[1])
-    for mean, squares in sliding(own, window):
+    for mean, squares in sliding_moments(own, window):
         total += np.sqrt(squares / (window - 1)) * (1 - mean)
     return (total / (len(own) - window + 1)).astype(np.float32)

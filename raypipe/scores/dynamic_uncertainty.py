@@ -16,7 +16,7 @@ import itertools
 
 import numpy as np
 
-from raypipe.scores.trajectory import Trajectory, need_epochs, sliding
+from raypipe.scores.trajectory import Trajectory, require_epochs, sliding_moments
 
 VARIANTS = ("official", "paper", "extrapolation")
 
@@ -28,7 +28,7 @@ def score(trajectory: Trajectory, window: int = 10, variant: str = "official") -
     variant  official, paper or extrapolation; see the module
     Raises ScoreError when there is no window for so few epochs.
     """
-    need_epochs(
+    require_epochs(
         "dynamic-uncertainty",
         trajectory.epochs,
         _least(window, variant),
@@ -38,7 +38,9 @@ def score(trajectory: Trajectory, window: int = 10, variant: str = "official") -
     last = trajectory.epochs - window + (0 if variant == "official" else 1)
     freedom = window if variant == "extrapolation" else window - 1
     total = np.zeros(len(trajectory.label))
-    for _, squares in itertools.islice(sliding(trajectory.own, window), first, last):
+    for _, squares in itertools.islice(
+        sliding_moments(trajectory.label_probability, window), first, last
+    ):
         total += np.sqrt(squares / freedom)
     return (total / (last - first)).astype(np.float32)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.trajectory import Trajectory, need_epochs
+from raypipe.scores.trajectory import Trajectory, require_epochs
 
 
 def score(trajectory: Trajectory, never_learned: str = "hardest") -> np.ndarray:
@@ -21,7 +21,7 @@ def score(trajectory: Trajectory, never_learned: str = "hardest") -> np.ndarray:
 
     never_learned  hardest or easiest: where samples go that were never correct
     """
-    need_epochs("forgetting", trajectory.epochs, 2, "it counts changes")
+    require_epochs("forgetting", trajectory.epochs, 2, "it counts changes")
     correct = trajectory.margin > 0
     events = np.count_nonzero(correct[:-1] & ~correct[1:], 0).astype(np.float32)
     if never_learned == "hardest":

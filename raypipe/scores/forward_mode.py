@@ -26,7 +26,7 @@ from torch.func import functional_call, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from raypipe.scores.moso import alignments, length_of
+from raypipe.scores.moso import alignments, norm_of
 
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "setitem")
 FRESH = (operator.add, operator.iadd, torch.add, torch.relu, F.relu)
@@ -62,7 +62,7 @@ class Aligner:
         compiled: bool = False,
     ) -> None:
         model.eval()
-        self._length = length_of(direction)
+        self._length = norm_of(direction)
         graph = None if self._length == 0 else _trace(model)
         self._run: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         if graph is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.trajectory import Trajectory, spans
+from raypipe.scores.trajectory import Trajectory, epoch_range
 
 
 def score(
@@ -12,7 +12,7 @@ def score(
 ) -> np.ndarray:
     """-log p(label), mean over epochs first_epoch up to and without last_epoch (None: to the end), float32 [samples]."""
     return (
-        trajectory.loss[spans(trajectory.epochs, first_epoch, last_epoch)]
+        trajectory.loss[epoch_range(trajectory.epochs, first_epoch, last_epoch)]
         .mean(0, dtype=np.float64)
         .astype(np.float32)
     )

@@ -14,7 +14,7 @@ rounding, without any per-sample gradient in memory; `raypipe.scores.forward_mod
 mode, so that samples do not mix in BatchNorm, and images are not augmented (the published code scores augmented crops, which
 differ between its two passes).
 
-G_t includes the sample itself. Taking it out subtracts |grad l_i|^2 / N; `without_itself` does that, with the lengths from
+G_t includes the sample itself. Taking it out subtracts |grad l_i|^2 / N; `leave_one_out` does that, with the lengths from
 `raypipe.scores.per_sample`.
 """
 
@@ -53,7 +53,7 @@ def gradient_sum(model: nn.Module, images: Tensor, labels: Tensor) -> Parameters
     }
 
 
-def length_of(direction: Mapping[str, Tensor]) -> float:
+def norm_of(direction: Mapping[str, Tensor]) -> float:
     """|direction|. Raises FloatingPointError when it is not finite."""
     squares = torch.stack([value.double().square().sum() for value in direction.values()])
     length = float(squares.sum().sqrt())
@@ -73,7 +73,7 @@ def alignments(
     """
     model.eval()
     parameters = parameters_of(model)
-    length = length_of(direction)
+    length = norm_of(direction)
     if length == 0:
         return torch.zeros(
             len(images), dtype=next(iter(parameters.values())).dtype, device=images.device
@@ -122,13 +122,13 @@ def combine(
     return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)
 
 
-def joining(
+def add_one_in(
     aligned: np.ndarray, squares: np.ndarray, samples: int, mean_square: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Alignments and |G'|^2 after each sample, one at a time, has joined the N = `samples` others: G' = (N G + g) / (N + 1).
 
     aligned      < G, g >, G the mean over the others;  squares  |g|^2;  both [n, checkpoints];  mean_square  |G|^2, [checkpoints]
-    Returns < G', g > and |G'|^2, float64 [n, checkpoints]. Taken out again by `without_itself` (formula paper, N + 1 samples),
+    Returns < G', g > and |G'|^2, float64 [n, checkpoints]. Taken out again by `leave_one_out` (formula paper, N + 1 samples),
     such a sample has the alignment < G, g > that it came with; formula code scores it as one of N + 1.
     """
     n = float(samples)
@@ -136,7 +136,7 @@ def joining(
     return inside, (n**2 * mean_square + 2 * n * aligned + squares) / (n + 1) ** 2
 
 
-def without_itself(
+def leave_one_out(
     aligned: np.ndarray,
     squares: np.ndarray,
     samples: int,

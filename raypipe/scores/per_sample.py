@@ -29,7 +29,7 @@ Reduced = tuple[Tensor, Tensor]
 """Squared length [n] and alignment [n]."""
 
 FAST_LAYERS = (nn.Linear, nn.Conv2d, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
-CACHED_VALUES, MOST_VALUES = 1 << 19, 1 << 26
+MAX_VALUES_CPU, MAX_VALUES_GPU = 1 << 19, 1 << 26
 """Values of unfolded input held at once, on a CPU and on a GPU."""
 SLOW_CHUNK = 16
 """Samples differentiated at a time by vmap, which keeps their gradients."""
@@ -241,7 +241,7 @@ def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Red
     # the products of few samples at a time, which stay in the processor's cache
     step = max(
         1,
-        (CACHED_VALUES if gradient.device.type == "cpu" else MOST_VALUES)
+        (MAX_VALUES_CPU if gradient.device.type == "cpu" else MAX_VALUES_GPU)
         // (wide * module.groups * max(positions, tall)),
     )
     weight = None

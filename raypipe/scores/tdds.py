@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.trajectory import ScoreError, Trajectory, need_epochs
+from raypipe.scores.trajectory import ScoreError, Trajectory, require_epochs
 
 EPSILON = 1e-8
 
@@ -39,7 +39,7 @@ def score(
     Raises ScoreError when T is smaller than J or than the trajectory allows.
     """
     used = trajectory.epochs if epochs is None else epochs
-    need_epochs("tdds", trajectory.epochs, max(used, window), f"epochs {used}, window {window}")
+    require_epochs("tdds", trajectory.epochs, max(used, window), f"epochs {used}, window {window}")
     if used < window:
         raise ScoreError(f"tdds: epochs ({used}) cannot be fewer than window ({window})")
     start = 0 if take == "first" else trajectory.epochs - used

@@ -1,18 +1,13 @@
-"""What a trajectory score is given, and the registry of all scores.
-
-A measured score is either MoSo or GraNd, from gradients at the proxy's checkpoints, or a function of the proxy's
-trajectory. A trajectory score is one file with one function
-
-    score(trajectory: Trajectory, **options) -> float32 [samples]
-
-and one line in `SCORES`. **Higher always means: keep.** A score whose paper keeps the low end is negated where it is defined.
+"""The input of trajectory scores: what the proxy predicted for each sample at each epoch.
 
 Rules common to all trajectory scores:
 
-- An epoch in which a sample was not seen (a probability that is not finite) takes the values of the epoch before it, as in
-  the official code of Dynamic Uncertainty; before the first one seen, those of the first. A sample never seen is an error.
-- Fewer epochs than a score needs is an error that names both numbers.
-- Scores do not compare a sample with others, so a class with one sample is nothing special, and a large seed set is scored in parts.
+- An epoch in which a sample was not seen (its probabilities are not finite) takes the values of
+  the epoch before it, as in the official code of Dynamic Uncertainty. Epochs before the first one
+  seen take the values of that first one. A sample that was never seen is an error.
+- A trajectory with fewer epochs than a score needs is an error that names both numbers.
+- Scores never compare a sample with others. So a class with one sample is no special case, and a
+  large seed set can be scored in parts.
 """
 
 from __future__ import annotations
@@ -23,36 +18,117 @@ import numpy as np
 
 from raypipe.errors import RaypipeError
 
-SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
-"""Probabilities are stored as float16; one that became 0 there counts as this in a logarithm."""
+MIN_PROBABILITY = float(np.finfo(np.float16).smallest_subnormal)
+"""Lower bound of a probability inside a logarithm: float16 storage can round probabilities to 0."""
 STATISTICS = ("loss", "margin", "distance", "entropy")
-"""What is stored of every sample and epoch beside the probabilities; see `Trajectory`."""
+"""Statistics stored per sample and epoch, in storage order; `Trajectory` defines each of them.
+
+`raypipe.vision.output_statistics` computes them during training. A score that lists only
+statistics in `ScoreInfo.reads` does not need the much larger probabilities (see
+`raypipe.scores.registry`).
+"""
 
 
 class ScoreError(RaypipeError):
-    """A score cannot be computed from what it was given."""
+    """A score cannot be computed from the given data."""
 
 
 class Trajectory:
-    """What the proxy said of some samples at every epoch. Made by `trajectory` or `recorded`, which check and fill.
+    """Predictions of the proxy for some samples at every epoch.
 
-    label          int64 [samples]
-    epochs         how many
-    probabilities  float32 [epochs, samples, classes]
-    loss           float32 [epochs, samples], cross-entropy: -log p(label)
-    margin         float32 [epochs, samples], logit of the label minus the largest other logit
-    distance       float32 [epochs, samples], Euclidean, from the probabilities to the one-hot label
-    entropy        float32 [epochs, samples], of the probabilities, in nats
-    own            float32 [epochs, samples], probability of the label
-    other          float32 [epochs, samples], largest probability of another class
+    Create one with `from_probabilities` or `from_recorded`: they check the data and fill epochs in
+    which a sample was not seen. Statistics that were recorded during the training are used as they
+    are; the others are computed from the probabilities.
 
-    The numbers per epoch are those of the training where they were stored, and come from the probabilities otherwise.
+    Attributes
+    ----------
+    label : np.ndarray
+        Class labels, int64 [samples].
+    epochs : int
+        Number of epochs.
+    probabilities : np.ndarray
+        Class probabilities, float32 [epochs, samples, classes].
+    loss : np.ndarray
+        Cross-entropy, -log p(label), float32 [epochs, samples].
+    margin : np.ndarray
+        Logit of the label minus the largest other logit, float32 [epochs, samples].
+    distance : np.ndarray
+        Euclidean distance from the probabilities to the one-hot label, float32 [epochs, samples].
+    entropy : np.ndarray
+        Entropy of the probabilities in nats, float32 [epochs, samples].
+    label_probability : np.ndarray
+        Probability of the label, float32 [epochs, samples].
+    runner_up_probability : np.ndarray
+        Largest probability of another class, float32 [epochs, samples].
     """
 
     def __init__(self, label: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
         self.label = label
         self.epochs = len(next(iter(arrays.values())))
         self._arrays = dict(arrays)
+
+    @classmethod
+    def from_probabilities(
+        cls, probabilities: np.ndarray, label: np.ndarray, margin: np.ndarray | None = None
+    ) -> Trajectory:
+        """Return a checked trajectory computed from probabilities.
+
+        Parameters
+        ----------
+        probabilities : np.ndarray
+            Float [epochs, samples, classes]; not finite where a sample was not seen in an epoch.
+        label : np.ndarray
+            Int [samples].
+        margin : np.ndarray, optional
+            Margin of the logits, float [epochs, samples]. Without it the margin of the
+            log-probabilities is used, which is the same number unless a probability is 0.
+
+        Raises
+        ------
+        ScoreError
+            If the shapes do not match, a label is not a class, or a sample was never seen.
+        """
+        probabilities = np.asarray(probabilities, np.float32)
+        label = np.asarray(label, np.int64)
+        if probabilities.ndim != 3 or label.shape != probabilities.shape[1:2]:
+            raise ScoreError(
+                "a trajectory needs probabilities [epochs, samples, classes] and one label per "
+                f"sample; got {probabilities.shape} and {label.shape}"
+            )
+        if probabilities.shape[0] < 1 or probabilities.shape[2] < 2:
+            raise ScoreError(
+                f"a trajectory needs at least one epoch and two classes; got {probabilities.shape}"
+            )
+        if len(label) and not ((label >= 0) & (label < probabilities.shape[2])).all():
+            raise ScoreError(f"labels must be 0..{probabilities.shape[2] - 1}")
+        if margin is None:
+            margin = label_margins(probabilities, label)
+        margin = np.asarray(margin, np.float32)
+        seen = np.isfinite(probabilities).all(2) & np.isfinite(margin)
+        return cls(label, _fill_unseen({"probabilities": probabilities, "margin": margin}, seen))
+
+    @classmethod
+    def from_recorded(cls, label: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Trajectory:
+        """Return a checked trajectory from the arrays that the training stored.
+
+        Parameters
+        ----------
+        label : np.ndarray
+            Int64 [samples].
+        arrays : Mapping[str, np.ndarray]
+            At least one of `STATISTICS` by name, float32 [epochs, samples], and optionally
+            "probabilities", float32 [epochs, samples, classes]. Statistics are not finite where a
+            sample was not seen in an epoch or its logits were not finite; only they are checked,
+            not the probabilities.
+
+        Raises
+        ------
+        ScoreError
+            If a sample was never seen.
+        """
+        statistics = [values for name, values in arrays.items() if name in STATISTICS]
+        seen = np.logical_and.reduce([np.isfinite(values) for values in statistics])
+        return cls(label, _fill_unseen(arrays, seen))
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -75,140 +151,72 @@ class Trajectory:
         return self._array("entropy")
 
     @property
-    def own(self) -> np.ndarray:
+    def label_probability(self) -> np.ndarray:
         return np.exp(-self.loss)
 
     @property
-    def other(self) -> np.ndarray:
+    def runner_up_probability(self) -> np.ndarray:
         return np.exp(-self.loss - self.margin)  # log p_other = log p_label - margin
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._arrays:
             if "probabilities" not in self._arrays:
                 raise ScoreError(
-                    f"the trajectory was read without {name}; name it in `reads` of the score's line in SCORES"
+                    f"the trajectory was read without {name}; add it to `reads` of the score's "
+                    "entry in SCORES"
                 )
             self._arrays[name] = _FROM_PROBABILITIES[name](self.probabilities, self.label)
         return self._arrays[name]
 
 
-def trajectory(
-    probabilities: np.ndarray, label: np.ndarray, margin: np.ndarray | None = None
-) -> Trajectory:
-    """A checked trajectory from probabilities.
-
-    probabilities  float [epochs, samples, classes], not finite where a sample was not seen in an epoch
-    label          int [samples]
-    margin         float [epochs, samples] of the logits; without it, that of the log-probabilities, which is the same number
-                   as long as no probability is 0
-    Raises ScoreError for shapes that do not fit, labels outside the classes, and samples never seen.
-    """
-    probabilities = np.asarray(probabilities, np.float32)
-    label = np.asarray(label, np.int64)
-    if probabilities.ndim != 3 or label.shape != probabilities.shape[1:2]:
-        raise ScoreError(
-            f"a trajectory is [epochs, samples, classes] with a label per sample, not {probabilities.shape}, {label.shape}"
-        )
-    if probabilities.shape[0] < 1 or probabilities.shape[2] < 2:
-        raise ScoreError(f"a trajectory needs an epoch and two classes, not {probabilities.shape}")
-    if len(label) and not ((label >= 0) & (label < probabilities.shape[2])).all():
-        raise ScoreError(f"labels must be 0..{probabilities.shape[2] - 1}")
-    if margin is None:
-        margin = margin_of(probabilities, label)
-    margin = np.asarray(margin, np.float32)
-    seen = np.isfinite(probabilities).all(2) & np.isfinite(margin)
-    return Trajectory(label, _filled({"probabilities": probabilities, "margin": margin}, seen))
-
-
-def recorded(label: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Trajectory:
-    """A checked trajectory from what the training stored: some of `NUMBERS`, at least one, and the probabilities or not.
-
-    label   int64 [samples]
-    arrays  by name, float32 [epochs, samples]; probabilities float32 [epochs, samples, classes]. Where a sample was not seen
-            in an epoch, or its logits were not finite, the numbers are not finite; the probabilities are not searched.
-    Raises ScoreError for samples never seen.
-    """
-    numbers = [values for name, values in arrays.items() if name in STATISTICS]
-    return Trajectory(
-        label, _filled(arrays, np.logical_and.reduce([np.isfinite(values) for values in numbers]))
-    )
-
-
-def _filled(arrays: Mapping[str, np.ndarray], seen: np.ndarray) -> Mapping[str, np.ndarray]:
-    """The arrays, with the values of an epoch before where a sample was not seen."""
-    if seen.all():
-        return arrays
-    never = ~seen.any(0)
-    if never.any():
-        raise ScoreError(
-            f"{int(never.sum())} samples have no finite prediction in any epoch; the training diverged (lower proxy.lr)"
-        )
-    source, columns = _last_seen(seen), np.arange(seen.shape[1])[None]
-    return {name: values[source, columns] for name, values in arrays.items()}
-
-
-def margin_of(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """log p_label - max log p_other, float32 [epochs, samples]."""
+def label_margins(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return log p_label - max log p_other, float32 [epochs, samples]."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(np.maximum(probabilities, SMALLEST, dtype=np.float32))
+        logs = np.log(np.maximum(probabilities, MIN_PROBABILITY, dtype=np.float32))
     own = np.take_along_axis(logs, label[None, :, None], 2)[..., 0]
     np.put_along_axis(logs, label[None, :, None], -np.inf, 2)
     return (own - logs.max(2)).astype(np.float32)
 
 
-def _loss_of(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    own = np.take_along_axis(probabilities, label[None, :, None], 2)[..., 0]
-    return -np.log(np.maximum(own, SMALLEST))
-
-
-def _distance_of(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    difference = probabilities.astype(np.float64)
-    difference[:, np.arange(len(label)), label] -= 1
-    return np.sqrt(np.square(difference).sum(2)).astype(np.float32)
-
-
-def _entropy_of(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    terms = probabilities * np.log(np.where(probabilities > 0, probabilities, 1))
-    return -terms.sum(2, dtype=np.float64).astype(np.float32)
-
-
-_FROM_PROBABILITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "loss": _loss_of,
-    "margin": margin_of,
-    "distance": _distance_of,
-    "entropy": _entropy_of,
-}
-
-
-def _last_seen(seen: np.ndarray) -> np.ndarray:
-    """For every epoch and sample the epoch whose values it takes: [epochs, samples]."""
-    epochs = np.arange(len(seen))[:, None]
-    last = np.maximum.accumulate(np.where(seen, epochs, -1), 0)
-    return np.where(last < 0, seen.argmax(0)[None], last)
-
-
-def need_epochs(name: str, epochs: int, least: int, why: str) -> None:
-    """Raise ScoreError when there are fewer epochs than a score needs."""
-    if epochs < least:
+def require_epochs(name: str, epochs: int, minimum: int, reason: str) -> None:
+    """Raise ScoreError if `epochs` is below the `minimum` that the score `name` needs."""
+    if epochs < minimum:
         raise ScoreError(
-            f"{name} needs at least {least} epochs ({why}), the trajectory has {epochs}; raise proxy.epochs"
+            f"{name} needs at least {minimum} epochs ({reason}), but the trajectory has {epochs}; "
+            "raise proxy.epochs"
         )
 
 
-def spans(epochs: int, first: int, last: int | None) -> slice:
-    """The epochs a mean is taken over: `first` (0-based) up to and without `last` (None: to the end). Raises ScoreError when empty."""
+def epoch_range(epochs: int, first: int, last: int | None) -> slice:
+    """Return the epochs `first` (0-based) up to but excluding `last`; None means up to the end.
+
+    Raises
+    ------
+    ScoreError
+        If the range is empty.
+    """
     if not 0 <= first < (epochs if last is None else min(last, epochs)):
         raise ScoreError(
-            f"no epochs between first_epoch {first} and last_epoch {last}: the trajectory has {epochs}"
+            f"there are no epochs between first_epoch {first} and last_epoch {last}: the "
+            f"trajectory has {epochs}"
         )
     return slice(first, last)
 
 
-def sliding(values: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Mean and sum of squared deviations of every window of `window` epochs in turn, float64 [samples] each.
+def sliding_moments(values: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield mean and sum of squared deviations of every window, each float64 [samples].
 
-    values  float [epochs, samples], probabilities: the sums are updated from window to window, which leaves the deviation of a
-            window uncertain by about 1e-8 of the largest one of its sample
+    Parameters
+    ----------
+    values : np.ndarray
+        Probabilities, float [epochs, samples].
+    window : int
+        Epochs in a window.
+
+    Notes
+    -----
+    The sums are updated from window to window. This leaves an uncertainty in a window's deviation
+    of about 1e-8 of the largest deviation of its sample.
     """
     shift = values[0].astype(np.float64)
     moved = values - shift  # a constant gives exactly 0
@@ -220,3 +228,51 @@ def sliding(values: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.nd
             squares += np.square(new) - np.square(old)
         mean = total / window
         yield shift + mean, np.maximum(squares - total * mean, 0)
+
+
+def _fill_unseen(arrays: Mapping[str, np.ndarray], seen: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Fill every epoch in which a sample was not seen with the values of an earlier epoch.
+
+    `seen` is bool [epochs, samples]. Epochs before the first one seen take that one's values.
+    """
+    if seen.all():
+        return arrays
+    never = ~seen.any(0)
+    if never.any():
+        raise ScoreError(
+            f"{int(never.sum())} samples have no finite prediction in any epoch; the training "
+            "diverged (lower proxy.lr)"
+        )
+    source, columns = _last_seen(seen), np.arange(seen.shape[1])[None]
+    return {name: values[source, columns] for name, values in arrays.items()}
+
+
+def _last_seen(seen: np.ndarray) -> np.ndarray:
+    """Return the epoch whose values each epoch and sample takes, int [epochs, samples]."""
+    epochs = np.arange(len(seen))[:, None]
+    last = np.maximum.accumulate(np.where(seen, epochs, -1), 0)
+    return np.where(last < 0, seen.argmax(0)[None], last)
+
+
+def _losses(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    own = np.take_along_axis(probabilities, label[None, :, None], 2)[..., 0]
+    return -np.log(np.maximum(own, MIN_PROBABILITY))
+
+
+def _distances(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    difference = probabilities.astype(np.float64)
+    difference[:, np.arange(len(label)), label] -= 1
+    return np.sqrt(np.square(difference).sum(2)).astype(np.float32)
+
+
+def _entropies(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    terms = probabilities * np.log(np.where(probabilities > 0, probabilities, 1))
+    return -terms.sum(2, dtype=np.float64).astype(np.float32)
+
+
+_FROM_PROBABILITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "loss": _losses,
+    "margin": label_margins,
+    "distance": _distances,
+    "entropy": _entropies,
+}

@@ -14,44 +14,68 @@ import numpy as np
 
 from raypipe.errors import ConfigError
 from raypipe.selection import deterministic, randomized
-from raypipe.selection.base import ByClass, Options, Reserving, SelectionPlan, Strategy, apart
+from raypipe.selection.base import (
+    ClassesAsGroups,
+    ReservedFirst,
+    SelectionOptions,
+    SelectionPlan,
+    Strategy,
+    within_classes,
+)
 from raypipe.selection.hashing import IdSet, hash64, id_hash
-from raypipe.selection.quotas import bounded, in_proportion, water_filled
+from raypipe.selection.quotas import bounded_quotas, even_quotas, proportional_quotas
 from raypipe.selection.radix_select import (
     ALWAYS,
     FREE,
     NEVER,
     Boundary,
-    Checked,
     Chunk,
     Chunks,
     Quotas,
     Ranking,
-    boundaries,
+    ValidatedStream,
+    find_boundaries,
     order_key,
 )
-from raypipe.selection.weights import Weights, inverse_inclusion, of_classes
+from raypipe.selection.weights import Weights, class_weights, inverse_inclusion_weights
 
 __all__ = [
-    "ALWAYS", "FREE", "NEVER", "STRATEGIES", "Chunk", "Chunks", "Cut", "IdSet", "Options", "hash64", "id_hash", "in_proportion",
-    "needs_classes", "needs_loss", "order_key", "select", "water_filled",
+    "ALWAYS",
+    "FREE",
+    "NEVER",
+    "STRATEGIES",
+    "Chunk",
+    "Chunks",
+    "IdSet",
+    "Selection",
+    "SelectionOptions",
+    "even_quotas",
+    "hash64",
+    "id_hash",
+    "needs_classes",
+    "needs_loss",
+    "order_key",
+    "proportional_quotas",
+    "select",
 ]  # fmt: skip
 
 STRATEGIES: dict[str, Strategy] = {
     "top": Strategy(deterministic.top),
-    "balanced": Strategy(deterministic.balanced, nested=False, classes=True, by_class=True),
-    "normalized": Strategy(deterministic.normalized, classes=True),
+    "balanced": Strategy(
+        deterministic.balanced, nested=False, uses_classes=True, balances_classes=True
+    ),
+    "normalized": Strategy(deterministic.normalized, uses_classes=True),
     "moderate": Strategy(deterministic.moderate),
-    "mixed": Strategy(deterministic.mixed, difficulty=True),
-    "random": Strategy(randomized.random, draws=True, scores=False),
-    "ccs": Strategy(randomized.ccs, nested=False, draws=True, difficulty=True),
-    "beta": Strategy(randomized.beta, nested=False, draws=True, loss=True),
+    "mixed": Strategy(deterministic.mixed, uses_difficulty=True),
+    "random": Strategy(randomized.random, draws_at_random=True, uses_scores=False),
+    "ccs": Strategy(randomized.ccs, nested=False, draws_at_random=True, uses_difficulty=True),
+    "beta": Strategy(randomized.beta, nested=False, draws_at_random=True, needs_loss=True),
 }
 """Every strategy of `select.strategy`."""
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Selection:
     """A keep-list: which samples of a chunk are in it, and their weights.
 
     fraction  the keep fraction it was made for
@@ -75,20 +99,20 @@ class Cut:
         return None if self.weights is None else self.weights.of(chunk, rows)
 
 
-def needs_classes(strategy: str, options: Options) -> bool:
+def needs_classes(strategy: str, options: SelectionOptions) -> bool:
     """Whether `select` must know the number of classes."""
     return (
-        STRATEGIES[strategy].classes
+        STRATEGIES[strategy].uses_classes
         or options.by_class
         or options.min_per_class > 0
         or options.weights == "class"
     )
 
 
-def needs_loss(strategy: str, options: Options) -> bool:
+def needs_loss(strategy: str, options: SelectionOptions) -> bool:
     """Whether `select` needs the proxy's loss of every sample in the stream."""
-    return STRATEGIES[strategy].loss or (
-        STRATEGIES[strategy].difficulty and options.difficulty == "loss"
+    return STRATEGIES[strategy].needs_loss or (
+        STRATEGIES[strategy].uses_difficulty and options.difficulty == "loss"
     )
 
 
@@ -97,9 +121,9 @@ def select(
     keep: Sequence[float],
     strategy: str = "top",
     classes: int = 0,
-    options: Options | None = None,
+    options: SelectionOptions | None = None,
     marked: bool = False,
-) -> list[Cut]:
+) -> list[Selection]:
     """One cut for each keep fraction, in the order given; each keeps exactly round(fraction * N) of the N samples.
 
     classes  number of classes (labels are below it); see `needs_classes`
@@ -110,7 +134,7 @@ def select(
     Raises ConfigError for an unknown strategy, a fraction outside (0, 1], and what cannot be kept in so long a list or leaves too
     few; StageError for a score that is not finite.
     """
-    options = options or Options()
+    options = options or SelectionOptions()
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
     for fraction in keep:
@@ -118,7 +142,9 @@ def select(
             raise ConfigError(
                 f"keep: {fraction!r} is not a fraction of the samples: it must be above 0 and at most 1"
             )
-    if options.weights == "inclusion" and (not STRATEGIES[strategy].draws or options.min_per_class):
+    if options.weights == "inclusion" and (
+        not STRATEGIES[strategy].draws_at_random or options.min_per_class
+    ):
         why = (
             f"{strategy} draws nothing at random"
             if not options.min_per_class
@@ -127,29 +153,29 @@ def select(
         raise ConfigError(
             f"weights: inclusion weighs by the probability of being drawn, but {why}; use weights: class"
         )
-    stream = Checked(chunks)
+    stream = ValidatedStream(chunks)
     plans = STRATEGIES[strategy].plan(stream, keep, classes, options)
-    if options.by_class and not STRATEGIES[strategy].by_class:
-        plans = [apart(plan, classes) for plan in plans]
+    if options.by_class and not STRATEGIES[strategy].balances_classes:
+        plans = [within_classes(plan, classes) for plan in plans]
     if marked or options.min_per_class:
         plans = _reserve(stream, plans, classes, options.min_per_class)
     wants = [
         (plan.ranking, _exactly(stream, plan, fraction))
         for plan, fraction in zip(plans, keep, strict=True)
     ]
-    ends = boundaries(stream, wants)
+    ends = find_boundaries(stream, wants)
     weights: Sequence[Weights | None] = [None] * len(ends)
     if options.weights == "inclusion":
-        weights = inverse_inclusion(stream, plans, ends)
+        weights = inverse_inclusion_weights(stream, plans, ends)
     elif options.weights == "class":
-        weights = of_classes(stream, ends, classes)
+        weights = class_weights(stream, ends, classes)
     return [
-        Cut(float(fraction), end, weight)
+        Selection(float(fraction), end, weight)
         for fraction, end, weight in zip(keep, ends, weights, strict=True)
     ]
 
 
-def _exactly(stream: Checked, plan: SelectionPlan, fraction: float) -> Quotas:
+def _exactly(stream: ValidatedStream, plan: SelectionPlan, fraction: float) -> Quotas:
     """The plan's quotas for exactly round(fraction * N) samples, with all reserved ones and no more than each group has."""
 
     def quotas(size: np.ndarray, reserved: np.ndarray) -> np.ndarray:
@@ -165,7 +191,7 @@ def _exactly(stream: Checked, plan: SelectionPlan, fraction: float) -> Quotas:
                 f"keep {fraction:g} is a list of {total:,} samples, but {first:,} must be in it (select.always_keep, "
                 "select.min_per_class). Keep more, or ask for fewer"
             )
-        return bounded(plan.quotas(size, total), reserved, size, total)
+        return bounded_quotas(plan.quotas(size, total), reserved, size, total)
 
     return quotas
 
@@ -180,9 +206,9 @@ def _reserve(
             continue
         of_class = None
         if least:
-            order = ByClass(plan.ranking, classes, plan.priority)
-            (of_class,) = boundaries(stream, [(order, _least(least))])
-        rankings[id(plan.ranking)] = Reserving(plan.ranking, of_class)
+            order = ClassesAsGroups(plan.ranking, classes, plan.priority)
+            (of_class,) = find_boundaries(stream, [(order, _least(least))])
+        rankings[id(plan.ranking)] = ReservedFirst(plan.ranking, of_class)
     return [
         SelectionPlan(rankings[id(plan.ranking)], _with_outsiders(plan), None, plan.inclusion)
         for plan in plans

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from raypipe.selection.base import (
-    Options,
+    ByScore,
+    SelectionOptions,
     SelectionPlan,
-    Top,
-    apart,
-    everything,
-    grouped,
-    loss_of,
+    grouped_by_class,
+    one_group_quota,
+    required_loss,
+    within_classes,
 )
 from raypipe.selection.radix_select import (
     Boundary,
     Chunk,
     Chunks,
     Ranking,
-    boundaries,
     class_groups,
+    find_boundaries,
     key_value,
     order_key,
 )
@@ -30,17 +30,17 @@ from raypipe.selection.statistics import ExactMoments
 
 
 def top(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """The highest scores of all. Ties at the edge go by a hash of the sample_id, in every strategy.
 
     Of Score Extrapolation (Schmidt et al. 2025, arXiv 2506.09010), TDDS, Dynamic Uncertainty, EL2N and others. Nested.
     """
-    return [SelectionPlan(Top(), everything)] * len(keep)
+    return [SelectionPlan(ByScore(), one_group_quota)] * len(keep)
 
 
 def balanced(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """The highest scores of each class; the same share of every class, and of the unlabelled as one more.
 
@@ -49,24 +49,24 @@ def balanced(
     published code sets their scores to 0, which are then above negative ones. Nearly nested: a quota can fall by one
     where the keep fraction rises (the Alabama paradox of largest remainders).
     """
-    return [apart(plan, classes) for plan in top(chunks, keep, classes, options)]
+    return [within_classes(plan, classes) for plan in top(chunks, keep, classes, options)]
 
 
-class Normalized(Ranking):
+class ByClassZScore(Ranking):
     """By the score's distance from the mean of its class, in standard deviations, rounded to float32; one group."""
 
     def __init__(self, mean: np.ndarray, deviation: np.ndarray) -> None:
         self._mean, self._scale = mean, np.where(deviation > 0, deviation, 1.0)
         self._classes = len(mean) - 1
 
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         label = class_groups(chunk.label, self._classes)
         z = (chunk.score.astype(np.float64) - self._mean[label]) / self._scale[label]
         return order_key(z.astype(np.float32)), np.zeros(len(z), np.int64)
 
 
 def normalized(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """The highest z-scores within the class: (s - mean_c) / std_c, then the highest of all.
 
@@ -78,8 +78,8 @@ def normalized(
     for chunk in chunks(False):
         there = chunk.eligible()
         moments.add(chunk.score[there], class_groups(chunk.label, classes)[there])
-    ranking = Normalized(*moments.mean_and_deviation())
-    return [SelectionPlan(ranking, everything)] * len(keep)
+    ranking = ByClassZScore(*moments.mean_and_deviation())
+    return [SelectionPlan(ranking, one_group_quota)] * len(keep)
 
 
 class TwoEnds(Ranking):
@@ -94,13 +94,13 @@ class TwoEnds(Ranking):
         self._boundary, self._outwards, self._by = boundary, outwards, by
         self.needs_ids = boundary.needs_ids
 
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        value = loss_of(chunk) if self._by == "loss" else chunk.score
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        value = required_loss(chunk) if self._by == "loss" else chunk.score
         above = self._boundary.mask(chunk)
         return order_key(np.where(above == self._outwards, value, -value)), above.astype(np.int64)
 
 
-class Nearness(Ranking):
+class NearestFirst(Ranking):
     """By the distance of the score from the edge of a boundary of its own group, the nearest first; one group."""
 
     def __init__(self, boundary: Boundary) -> None:
@@ -109,14 +109,14 @@ class Nearness(Ranking):
             np.append(boundary.quota, 0) > 0, key_value(boundary.threshold).astype(np.float64), 0.0
         )
 
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        _, group = self._boundary.ranking.place(chunk)
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        _, group = self._boundary.ranking.rank(chunk)
         distance = np.abs(chunk.score.astype(np.float64) - self._value[group])
         return order_key(-distance.astype(np.float32)), np.zeros(len(distance), np.int64)
 
 
 def moderate(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """The scores around the median: of n samples in ascending order those from rank floor((n - k) / 2) on, k of them.
 
@@ -125,21 +125,21 @@ def moderate(
     for. The published code keeps the ranks round(n (0.5 - keep/2)) to round(n (0.5 + keep/2)), which can be one sample more
     or fewer. The median is over all classes, as there. Nested.
     """
-    (boundary,) = boundaries(
-        chunks, [(grouped(Top(), classes, options), lambda size, _: size - size // 2)]
+    (boundary,) = find_boundaries(
+        chunks, [(grouped_by_class(ByScore(), classes, options), lambda size, _: size - size // 2)]
     )
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         below = max(0, int(size[0]) - (int(size.sum()) - total) // 2)
         return np.array([below, total - below], np.int64)
 
-    return [SelectionPlan(TwoEnds(boundary, outwards=False), quotas, Nearness(boundary))] * len(
+    return [SelectionPlan(TwoEnds(boundary, outwards=False), quotas, NearestFirst(boundary))] * len(
         keep
     )
 
 
 def mixed(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """A share `easy_fraction` of the list from the easy end, the rest from the hard end: the extremes, and not the middle.
 
@@ -154,12 +154,12 @@ def mixed(
 
     # for every keep fraction the easy samples lie below this boundary and the hard ones above
     by = options.difficulty
-    hardest = grouped(Top(by), classes, options)
-    (boundary,) = boundaries(
+    hardest = grouped_by_class(ByScore(by), classes, options)
+    (boundary,) = find_boundaries(
         chunks, [(hardest, lambda size, _: size - np.array([easy(int(count)) for count in size]))]
     )
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         return np.array([easy(total), total - easy(total)], np.int64)
 
-    return [SelectionPlan(TwoEnds(boundary, outwards=True, by=by), quotas, Top())] * len(keep)
+    return [SelectionPlan(TwoEnds(boundary, outwards=True, by=by), quotas, ByScore())] * len(keep)

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Ids: TypeAlias = "Sequence[str] | pa.Array"
-WORD = 8
+WORD_BYTES = 8
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: seeds that are neighbours start far apart
-FULL = np.uint64(2**64 - 1)
-REMEMBERED = 1 << 17
+ALL_ONES = np.uint64(2**64 - 1)
+HASH_CACHE_SIZE = 1 << 17
 """Hashes that are not computed again: every list asks for those of the ties in one chunk after the other."""
 
 
-@functools.lru_cache(maxsize=REMEMBERED)
+@functools.lru_cache(maxsize=HASH_CACHE_SIZE)
 def id_hash(sample_id: str) -> int:
     """A number below 2^64 that depends on nothing but the sample_id."""
     return int.from_bytes(
@@ -27,14 +27,14 @@ def id_hash(sample_id: str) -> int:
     )
 
 
-def names_at(ids: Ids, positions: np.ndarray) -> list[str]:
+def ids_at(ids: Ids, positions: np.ndarray) -> list[str]:
     """The ids at some positions."""
     if isinstance(ids, pa.Array):
         return ids.take(pa.array(positions)).to_pylist()
     return [ids[position] for position in positions.tolist()]
 
 
-def text_array(ids: Ids) -> pa.Array:
+def string_array(ids: Ids) -> pa.Array:
     """Ids as one Arrow array of strings."""
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
@@ -49,7 +49,7 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     Words of 8 bytes (little-endian, the last one filled with zeros) are mixed in one after the other, then the length, each
     time by the finalizer of SplitMix64 (Steele et al. 2014). It is not cryptographic: who chooses ids can choose hashes.
     """
-    array = text_array(ids)
+    array = string_array(ids)
     state = np.repeat(_mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64)), len(array))
     if not len(array):
         return state
@@ -58,18 +58,18 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     )
     start, length = offsets[:-1].astype(np.int64), np.diff(offsets)
     stored = array.buffers()[2]
-    data = np.zeros(int(offsets[-1]) + WORD, np.uint8)
-    data[:-WORD] = (
+    data = np.zeros(int(offsets[-1]) + WORD_BYTES, np.uint8)
+    data[:-WORD_BYTES] = (
         np.frombuffer(stored, np.uint8, count=int(offsets[-1])) if stored is not None else 0
     )
     words: np.ndarray = np.ndarray(
-        (len(data) - WORD + 1,), "<u8", data, strides=(1,)
+        (len(data) - WORD_BYTES + 1,), "<u8", data, strides=(1,)
     )  # the word that starts at each byte
-    for position in range(0, int(length.max()), WORD):
+    for position in range(0, int(length.max()), WORD_BYTES):
         left = length - position
         rows: Any = slice(None) if int(left.min()) > 0 else np.flatnonzero(left > 0)
-        unused = (8 * np.maximum(WORD - left[rows], 0)).astype(np.uint64)
-        state[rows] = _mix(state[rows] ^ (words[start[rows] + position] & (FULL >> unused)))
+        unused = (8 * np.maximum(WORD_BYTES - left[rows], 0)).astype(np.uint64)
+        state[rows] = _mix(state[rows] ^ (words[start[rows] + position] & (ALL_ONES >> unused)))
     return _mix(state ^ length.astype(np.uint64))
 
 
@@ -88,7 +88,7 @@ class IdSet:
     """A list of ids to look others up in; it notes which of its own were met. Memory: the list, and 8 bytes for each id."""
 
     def __init__(self, ids: Ids) -> None:
-        unique = text_array(ids).drop_null().unique()
+        unique = string_array(ids).drop_null().unique()
         hashes = hash64(unique)
         order = np.argsort(hashes, kind="stable")
         self.ids, self._hashes = unique.take(pa.array(order)), hashes[order]
@@ -98,7 +98,7 @@ class IdSet:
         """Positions among `ids`, int64, of those that are in the list."""
         if not len(self.ids) or not len(ids):
             return np.zeros(0, np.int64)
-        array, hashes = text_array(ids), hash64(ids)
+        array, hashes = string_array(ids), hash64(ids)
         place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         hits = np.flatnonzero(self._hashes[place] == hashes)
         same = pc.equal(array.take(pa.array(hits)), self.ids.take(pa.array(place[hits]))).to_numpy(

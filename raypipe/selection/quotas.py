@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 
-def in_proportion(counts: np.ndarray, total: int) -> np.ndarray:
+def proportional_quotas(counts: np.ndarray, total: int) -> np.ndarray:
     """The same share of each group, by largest remainder (Hamilton's method), in whole numbers throughout.
 
     Equal remainders go to the smaller group, then to the lower index. Returns int64 [G] with sum `total`.
     """
-    everything = int(counts.sum())
-    if everything == 0:
+    population = int(counts.sum())
+    if population == 0:
         return np.zeros(len(counts), np.int64)
-    exact = [divmod(total * int(count), everything) for count in counts]
+    exact = [divmod(total * int(count), population) for count in counts]
     quotas = np.array([whole for whole, _ in exact], np.int64)
     order = sorted(
         range(len(counts)), key=lambda group: (-exact[group][1], int(counts[group]), group)
@@ -22,7 +22,7 @@ def in_proportion(counts: np.ndarray, total: int) -> np.ndarray:
     return quotas
 
 
-def water_filled(counts: np.ndarray, total: int) -> np.ndarray:
+def even_quotas(counts: np.ndarray, total: int) -> np.ndarray:
     """The same number for each group, as far as it has so many: CCS's division of a budget (Zheng et al. 2023, algorithm 1).
 
     Groups are served from the smallest (equal ones by index): each gets the whole part of what is left divided by the groups left,
@@ -35,7 +35,9 @@ def water_filled(counts: np.ndarray, total: int) -> np.ndarray:
     return quotas
 
 
-def bounded(quotas: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
+def bounded_quotas(
+    quotas: np.ndarray, least: np.ndarray, most: np.ndarray, total: int
+) -> np.ndarray:
     """Quotas brought between `least` and `most` [G], with the sum `total`, which must lie between theirs.
 
     What is too much is taken from the groups in proportion to what they have above `least`; what is missing is given in proportion
@@ -44,7 +46,7 @@ def bounded(quotas: np.ndarray, least: np.ndarray, most: np.ndarray, total: int)
     result = np.clip(quotas, least, most)
     excess = int(result.sum()) - total
     if excess > 0:
-        result = result - in_proportion(result - least, excess)
+        result = result - proportional_quotas(result - least, excess)
     elif excess < 0:
-        result = result + in_proportion(most - result, -excess)
+        result = result + proportional_quotas(most - result, -excess)
     return result

@@ -20,14 +20,14 @@ from typing import NamedTuple
 import numpy as np
 
 from raypipe.errors import StageError
-from raypipe.selection.hashing import Ids, id_hash, names_at
+from raypipe.selection.hashing import Ids, id_hash, ids_at
 
-CELLS = 1 << 24
+MAX_COUNTERS = 1 << 24
 """Most counters held at a time (8 bytes each, twice); with very many groups fewer bits are settled in one pass."""
-EVERY = np.uint64(2**64 - 1)
-NOTHING = np.uint32(2**32 - 1)  # above every key
-FIRST = np.uint32(2**32 - 2)  # of samples that come before all others
-HIGHEST = np.uint32(2**32 - 3)
+ANY_HASH = np.uint64(2**64 - 1)
+ABOVE_EVERY_KEY = np.uint32(2**32 - 1)  # above every key
+RESERVED_KEY = np.uint32(2**32 - 2)  # of samples that come before all others
+MAX_KEY = np.uint32(2**32 - 3)
 """The highest key a ranking may give; that of every finite score is below it."""
 FREE, ALWAYS, NEVER = 0, 1, 2
 """Marks of a sample: for the strategy to decide, in every keep-list, in none."""
@@ -58,7 +58,7 @@ Chunks = Callable[[bool], Iterable[Chunk]]
 """Starts the stream anew: the same samples each time; the argument says whether sample_ids are needed."""
 
 
-class Checked:
+class ValidatedStream:
     """A stream that counts its samples the first time, and refuses scores and losses that are not finite."""
 
     def __init__(self, chunks: Chunks) -> None:
@@ -102,13 +102,13 @@ class Ranking(abc.ABC):
     _last: tuple[Chunk, np.ndarray, np.ndarray] | None = None
 
     @abc.abstractmethod
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         """Key uint32 [n], the highest first, and group int64 [n], -1: out of the question."""
 
-    def place(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         """As `rank`, with samples marked NEVER out of the question; asked again for the same chunk, it does not compute again."""
         if self._last is None or self._last[0] is not chunk:
-            key, group = self.rank(chunk)
+            key, group = self.compute(chunk)
             if chunk.mark is not None:
                 group = np.where(chunk.mark == NEVER, -1, group)
             self._last = (chunk, key, group)
@@ -116,14 +116,14 @@ class Ranking(abc.ABC):
 
 
 Quotas = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(samples [G], of these the reserved ones [G]: key FIRST) -> samples to take [G]."""
+"""(samples [G], of these the reserved ones [G]: key RESERVED_KEY) -> samples to take [G]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
     """Where each group of a ranking ends: every key above a threshold, and of the ties there the lowest hashes.
 
-    quota      int64 [G], samples taken; `size`: samples there; `reserved`: samples with the key FIRST
+    quota      int64 [G], samples taken; `size`: samples there; `reserved`: samples with the key RESERVED_KEY
     threshold  uint32 [G + 1], key of the last sample taken; the last one is for samples out of the question
     limit      uint64 [G + 1], the highest hash taken among samples with that key
     """
@@ -143,35 +143,38 @@ class Boundary:
     @property
     def needs_ids(self) -> bool:
         """Whether `mask` looks at sample_ids."""
-        return self.ranking.needs_ids or bool((self.limit != EVERY).any())
+        return self.ranking.needs_ids or bool((self.limit != ANY_HASH).any())
 
     def mask(self, chunk: Chunk) -> np.ndarray:
         """Which samples of a chunk are taken: bool [n]."""
-        key, group = self.ranking.place(chunk)
+        key, group = self.ranking.rank(chunk)
         threshold = self.threshold[group]
         kept = key > threshold
         tied = np.flatnonzero(key == threshold)
         limit = self.limit[group[tied]]
-        kept[tied] = limit == EVERY
-        contested = tied[limit != EVERY]
+        kept[tied] = limit == ANY_HASH
+        contested = tied[limit != ANY_HASH]
         hashes = np.fromiter(
-            map(id_hash, names_at(chunk.sample_id, contested)), np.uint64, len(contested)
+            map(id_hash, ids_at(chunk.sample_id, contested)), np.uint64, len(contested)
         )
-        kept[contested] = hashes <= limit[limit != EVERY]
+        kept[contested] = hashes <= limit[limit != ANY_HASH]
         return kept
 
 
-def boundaries(chunks: Chunks, wants: Sequence[tuple[Ranking, Quotas]]) -> list[Boundary]:
+def find_boundaries(chunks: Chunks, wants: Sequence[tuple[Ranking, Quotas]]) -> list[Boundary]:
     """Where each ranking ends for its quotas, all from the same passes over the stream. Raises what `quotas` raise."""
     rankings = {id(ranking): ranking for ranking, _ in wants}
     with_ids = any(ranking.needs_ids for ranking in rankings.values())
     slots = sum(ranking.groups for ranking, _ in wants)
-    bits = max(1, min(16, (CELLS // max(slots, 1)).bit_length() - 1))
+    bits = max(1, min(16, (MAX_COUNTERS // max(slots, 1)).bit_length() - 1))
 
     counted, reserved = _count_first(chunks, with_ids, rankings, bits)
     sizes = {which: table.sum(axis=1) for which, table in counted.items()}
     quota = [quotas(sizes[id(ranking)], reserved[id(ranking)]) for ranking, quotas in wants]
-    ends = [_End(ranking, taken.copy()) for (ranking, _), taken in zip(wants, quota, strict=True)]
+    ends = [
+        _BoundarySearch(ranking, taken.copy())
+        for (ranking, _), taken in zip(wants, quota, strict=True)
+    ]
     for end in ends:
         end.descend(counted[id(end.ranking)], bits)
     counted.clear()  # the next tables are as large
@@ -185,7 +188,7 @@ def boundaries(chunks: Chunks, wants: Sequence[tuple[Ranking, Quotas]]) -> list[
         settled += step
 
     thresholds = [
-        np.append(np.where(taken > 0, end.prefix, NOTHING), NOTHING)
+        np.append(np.where(taken > 0, end.prefix, ABOVE_EVERY_KEY), ABOVE_EVERY_KEY)
         for end, taken in zip(ends, quota, strict=True)
     ]
     contested = [
@@ -224,7 +227,7 @@ def class_groups(label: np.ndarray, classes: int) -> np.ndarray:
     return np.where(label < 0, classes, label).astype(np.int64)
 
 
-class _End:
+class _BoundarySearch:
     """How far the end of a ranking is known: of each group [G] the leading bits, what to take of them, and what there is."""
 
     def __init__(self, ranking: Ranking, left: np.ndarray) -> None:
@@ -257,7 +260,7 @@ def _end_of(counts: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _count_first(
     chunks: Chunks, with_ids: bool, rankings: dict[int, Ranking], bits: int
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Per ranking int64 [G, 2^bits]: samples by group and leading bits of the key; and [G]: samples with the key FIRST."""
+    """Per ranking int64 [G, 2^bits]: samples by group and leading bits of the key; and [G]: samples with the key RESERVED_KEY."""
     tables = {
         which: np.zeros((ranking.groups, 1 << bits), np.int64)
         for which, ranking in rankings.items()
@@ -265,22 +268,22 @@ def _count_first(
     reserved = {which: np.zeros(ranking.groups, np.int64) for which, ranking in rankings.items()}
     for chunk in chunks(with_ids):
         for which, ranking in rankings.items():
-            key, group = ranking.place(chunk)
+            key, group = ranking.rank(chunk)
             if group.min(initial=0) < 0:
                 key, group = key[group >= 0], group[group >= 0]
             np.add.at(tables[which].reshape(-1), (group << bits) + (key >> np.uint32(32 - bits)), 1)
-            np.add.at(reserved[which], group[key == FIRST], 1)
+            np.add.at(reserved[which], group[key == RESERVED_KEY], 1)
     return tables, reserved
 
 
 def _count_next(
-    chunks: Chunks, with_ids: bool, ends: list[_End], settled: int, step: int
+    chunks: Chunks, with_ids: bool, ends: list[_BoundarySearch], settled: int, step: int
 ) -> list[np.ndarray]:
     """Per end int64 [G, 2^step]: of the samples whose first `settled` bits are the group's prefix, how many have which next bits."""
     tables = [np.zeros((len(end.prefix), 1 << step), np.int64) for end in ends]
     for chunk in chunks(with_ids):
         for end, table in zip(ends, tables, strict=True):
-            key, group = end.ranking.place(chunk)
+            key, group = end.ranking.rank(chunk)
             hit = np.flatnonzero(
                 (key >> np.uint32(32 - settled) == end.prefix[group]) & (group >= 0)
             )
@@ -290,10 +293,13 @@ def _count_next(
 
 
 def _limits(
-    chunks: Chunks, ends: list[_End], thresholds: list[np.ndarray], contested: list[np.ndarray]
+    chunks: Chunks,
+    ends: list[_BoundarySearch],
+    thresholds: list[np.ndarray],
+    contested: list[np.ndarray],
 ) -> list[np.ndarray]:
     """Per end uint64 [G + 1]: the `left`-th lowest hash among the samples at the threshold, where not all of them fit."""
-    limits = [np.full(len(threshold), EVERY) for threshold in thresholds]
+    limits = [np.full(len(threshold), ANY_HASH) for threshold in thresholds]
     where = [
         (number, int(group))
         for number, groups in enumerate(contested)
@@ -308,16 +314,16 @@ def _limits(
     for chunk in chunks(True):
         found: dict[int, np.ndarray] = {}
         for end, threshold, groups in zip(ends, thresholds, contested, strict=True):
-            key, group = end.ranking.place(chunk)
+            key, group = end.ranking.rank(chunk)
             tied = np.append(groups, False)[group] & (key == threshold[group])
             found[id(end.ranking)] = (
                 found[id(end.ranking)] | tied if id(end.ranking) in found else tied
             )
         for end in {id(end.ranking): end for end in ends}.values():
-            key, group = end.ranking.place(chunk)
+            key, group = end.ranking.rank(chunk)
             positions = np.flatnonzero(found[id(end.ranking)])
             for position, name in zip(
-                positions.tolist(), names_at(chunk.sample_id, positions), strict=True
+                positions.tolist(), ids_at(chunk.sample_id, positions), strict=True
             ):
                 hashes[id(end.ranking), int(group[position]), int(key[position])].append(
                     id_hash(name)

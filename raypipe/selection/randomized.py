@@ -11,19 +11,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypipe.selection.base import Options, SelectionPlan, Top, everything, grouped, loss_of
+from raypipe.selection.base import (
+    ByScore,
+    SelectionOptions,
+    SelectionPlan,
+    grouped_by_class,
+    one_group_quota,
+    required_loss,
+)
 from raypipe.selection.hashing import hash64, uniform
-from raypipe.selection.quotas import water_filled
+from raypipe.selection.quotas import even_quotas
 from raypipe.selection.radix_select import (
-    FIRST,
-    HIGHEST,
+    MAX_KEY,
+    RESERVED_KEY,
     Boundary,
-    Checked,
     Chunk,
     Chunks,
     Quotas,
     Ranking,
-    boundaries,
+    ValidatedStream,
+    find_boundaries,
     key_value,
     order_key,
 )
@@ -32,11 +39,11 @@ ANCHORS = 10
 """Samples of highest score whose mean probability sets the Beta distribution."""
 CONCENTRATION = 15.0
 """C of the Beta distribution: alpha + beta = C + 1."""
-LEAST_ERROR = 2.0**-24
+MIN_ERROR = 2.0**-24
 """1 - p is taken to be at least this, since the density has no bound at p = 1 where beta < 1."""
 
 
-class Drawn(Ranking):
+class ByHash(Ranking):
     """By the hash of sample_id and seed; one group."""
 
     needs_ids = True
@@ -44,26 +51,28 @@ class Drawn(Ranking):
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         key = np.minimum(
-            hash64(chunk.sample_id, self._seed) >> np.uint64(32), np.uint64(HIGHEST)
+            hash64(chunk.sample_id, self._seed) >> np.uint64(32), np.uint64(MAX_KEY)
         ).astype(np.uint32)
         return key, np.zeros(len(key), np.int64)
 
 
-def even(chunk: Chunk, boundary: Boundary) -> np.ndarray:
+def uniform_inclusion(chunk: Chunk, boundary: Boundary) -> np.ndarray:
     """Inclusion probabilities where a group's samples have the same: quota / size, and 1 for reserved ones."""
-    key, group = boundary.ranking.place(chunk)
+    key, group = boundary.ranking.rank(chunk)
     free = np.maximum(boundary.size - boundary.reserved, 1)
     share = np.append((boundary.quota - boundary.reserved) / free, 0.0)
-    return np.where(key == FIRST, 1.0, share[group])
+    return np.where(key == RESERVED_KEY, 1.0, share[group])
 
 
 def random(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """A simple random sample: what every other strategy has to beat. The k highest hashes of sample_id and seed. Nested."""
-    return [SelectionPlan(Drawn(options.seed), everything, inclusion=even)] * len(keep)
+    return [
+        SelectionPlan(ByHash(options.seed), one_group_quota, inclusion=uniform_inclusion)
+    ] * len(keep)
 
 
 class Strata(Ranking):
@@ -77,23 +86,23 @@ class Strata(Ranking):
     def __init__(
         self, seed: int, cut: Boundary, low: np.ndarray, high: np.ndarray, strata: int
     ) -> None:
-        self._drawn, self._cut, self.groups = Drawn(seed), cut, strata
+        self._drawn, self._cut, self.groups = ByHash(seed), cut, strata
         width = (high - low) / strata
         self._low, self._width = (
             np.append(low, 0.0),
             np.append(np.where(width > 0, width, 1.0), 1.0),
         )  # group -1: out of the question
 
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        key, _ = self._drawn.place(chunk)
-        _, part = self._cut.ranking.place(chunk)
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        key, _ = self._drawn.rank(chunk)
+        _, part = self._cut.ranking.rank(chunk)
         place = (chunk.score.astype(np.float64) - self._low[part]) / self._width[part]
         stratum = np.clip(np.floor(place), 0, self.groups - 1).astype(np.int64)
         return key, np.where(self._cut.mask(chunk), -1, stratum)
 
 
 def ccs(
-    chunks: Checked, keep: Sequence[float], classes: int, options: Options
+    chunks: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, arXiv 2210.15809, algorithm 1).
 
@@ -105,11 +114,11 @@ def ccs(
     cut-off is searched for each dataset and grows with the pruning (90 % pruned: CIFAR-10 0.3, CIFAR-100 0.5). `auto` grows likewise, in one
     rule: half of what is pruned are the hardest samples. Lists of one number are nested, those of `auto` are not. The published
     top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score belongs to the last stratum. With
-    `Options.by_class` all of it is done within each class.
+    `SelectionOptions.by_class` all of it is done within each class.
     """
-    hardest = grouped(Top(options.difficulty), classes, options)
+    hardest = grouped_by_class(ByScore(options.difficulty), classes, options)
     fractions = keep if options.hard_cutoff == "auto" else keep[:1]
-    cuts = boundaries(
+    cuts = find_boundaries(
         chunks,
         [(hardest, _hardest(chunks, fraction, options.hard_cutoff)) for fraction in fractions],
     )
@@ -117,7 +126,7 @@ def ccs(
     for chunk in chunks(any(cut.needs_ids for cut in cuts)):
         score, (_, group), there = (
             chunk.score.astype(np.float64),
-            hardest.place(chunk),
+            hardest.rank(chunk),
             chunk.eligible(),
         )
         for row, cut in enumerate(cuts):
@@ -128,14 +137,16 @@ def ccs(
     low[empty] = high[empty] = 0.0
     plans = [
         SelectionPlan(
-            Strata(options.seed, cut, least, most, options.strata), water_filled, inclusion=even
+            Strata(options.seed, cut, least, most, options.strata),
+            even_quotas,
+            inclusion=uniform_inclusion,
         )
         for cut, least, most in zip(cuts, low, high, strict=True)
     ]
     return plans if len(plans) == len(keep) else plans * len(keep)
 
 
-def _hardest(chunks: Checked, fraction: float, share: float | str) -> Quotas:
+def _hardest(chunks: ValidatedStream, fraction: float, share: float | str) -> Quotas:
     """How many samples of each group are cut off."""
 
     def quotas(size: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -146,7 +157,7 @@ def _hardest(chunks: Checked, fraction: float, share: float | str) -> Quotas:
     return quotas
 
 
-class Gumbel(Ranking):
+class GumbelTopK(Ranking):
     """By log w - log E: w a sample's weight, E a standard exponential variable drawn from its hash; one group.
 
     The k highest are a weighted sample without replacement, the same as k draws one after the other with probabilities in
@@ -160,34 +171,34 @@ class Gumbel(Ranking):
 
     def log_weight(self, chunk: Chunk) -> np.ndarray:
         """log of w = Beta(p; alpha, beta) (s - shift), but for a constant: float64 [n]."""
-        loss = loss_of(chunk).astype(np.float64)
-        error = np.maximum(-np.expm1(-loss), LEAST_ERROR)
+        loss = required_loss(chunk).astype(np.float64)
+        error = np.maximum(-np.expm1(-loss), MIN_ERROR)
         with np.errstate(divide="ignore"):
             score = np.log(chunk.score.astype(np.float64) - self._shift)
         return (self._alpha - 1) * -loss + (self._beta - 1) * np.log(error) + score
 
-    def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         drawn = np.log(-np.log(uniform(hash64(chunk.sample_id, self._seed))))
         return order_key((self.log_weight(chunk) - drawn).astype(np.float32)), np.zeros(
             len(drawn), np.int64
         )
 
 
-def conditional(ranking: Gumbel, chunk: Chunk, boundary: Boundary) -> np.ndarray:
+def conditional_inclusion(ranking: GumbelTopK, chunk: Chunk, boundary: Boundary) -> np.ndarray:
     """Inclusion probabilities given the last key t that is taken: P(log w - log E >= t) = 1 - exp(-w exp(-t)).
 
     Rank conditioning of bottom-k samples (Cohen & Kaplan 2007, "Summarizing data using bottom-k sketches"). Their t is the
     first key that is not taken, which differs by about 1/k. All are 1 where samples of weight 0 have to fill the list.
     """
-    key, group = boundary.ranking.place(chunk)
+    key, group = boundary.ranking.rank(chunk)
     last = key_value(boundary.threshold).astype(np.float64)
     whole = np.append(boundary.quota == boundary.size, False) | ~np.isfinite(last)
     beyond = np.minimum(ranking.log_weight(chunk) - np.where(whole, 0.0, last)[group], 700.0)
-    return np.where((key == FIRST) | whole[group], 1.0, -np.expm1(-np.exp(beyond)))
+    return np.where((key == RESERVED_KEY) | whole[group], 1.0, -np.expm1(-np.exp(beyond)))
 
 
 def beta(
-    chunks: Chunks, keep: Sequence[float], classes: int, options: Options
+    chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
     """DUAL's Beta sampling (Cho et al., ICML 2025, arXiv 2502.06905, and its published code), adaptive to the keep fraction.
 
@@ -205,9 +216,13 @@ def beta(
     plans = []
     for fraction in keep:
         b = CONCENTRATION * (1 - anchors) * (1 - (1 - fraction) ** options.beta_exponent)
-        ranking = Gumbel(options.seed, CONCENTRATION + 1 - b, b, low)
+        ranking = GumbelTopK(options.seed, CONCENTRATION + 1 - b, b, low)
         plans.append(
-            SelectionPlan(ranking, everything, inclusion=functools.partial(conditional, ranking))
+            SelectionPlan(
+                ranking,
+                one_group_quota,
+                inclusion=functools.partial(conditional_inclusion, ranking),
+            )
         )
     return plans
 
@@ -226,7 +241,7 @@ def _anchors(chunks: Chunks, seed: int) -> tuple[float, float]:
             continue
         hashes = uniform(hash64(chunk.sample_id, seed))
         found = np.stack(
-            [score[rows], hashes[rows], np.exp(-loss_of(chunk)[rows].astype(np.float64))], 1
+            [score[rows], hashes[rows], np.exp(-required_loss(chunk)[rows].astype(np.float64))], 1
         )
         best = np.concatenate([best, found])
         best = best[np.lexsort((-best[:, 1], -best[:, 0]))][:ANCHORS]

@@ -13,7 +13,7 @@ from raypipe.selection.statistics import ExactMoments
 
 
 @dataclass(frozen=True, eq=False)
-class InverseInclusion:
+class InverseInclusionWeights:
     """1 / (probability with which the sample is drawn), scaled to a mean of 1 over the list (Horvitz & Thompson 1952)."""
 
     plan: SelectionPlan
@@ -28,7 +28,7 @@ class InverseInclusion:
 
 
 @dataclass(frozen=True, eq=False)
-class OfClass:
+class ClassWeights:
     """(share of the class in the whole dataset) / (its share in the list): post-stratification (Holt & Smith 1979).
 
     Weighted class frequencies of the list are then those of the dataset, the unlabelled being a class. A class of which the list
@@ -42,34 +42,34 @@ class OfClass:
         return self.weight[class_groups(chunk.label, len(self.weight) - 1)[rows]]
 
 
-Weights = InverseInclusion | OfClass
+Weights = InverseInclusionWeights | ClassWeights
 
 
-def inverse_inclusion(
+def inverse_inclusion_weights(
     chunks: Chunks, plans: Sequence[SelectionPlan], ends: Sequence[Boundary]
 ) -> list[Weights]:
     """Weights of each list, by one pass over the stream for their means."""
-    raw = [InverseInclusion(plan, end) for plan, end in zip(plans, ends, strict=True)]
+    raw = [InverseInclusionWeights(plan, end) for plan, end in zip(plans, ends, strict=True)]
     sums = [ExactMoments() for _ in raw]
     for chunk in chunks(True):
         for weights, end, total in zip(raw, ends, sums, strict=True):
             total.add(weights.of(chunk, np.flatnonzero(end.mask(chunk))))
     return [
-        InverseInclusion(plan, end, end.count / total.total() if end.count else 1.0)
+        InverseInclusionWeights(plan, end, end.count / total.total() if end.count else 1.0)
         for plan, end, total in zip(plans, ends, sums, strict=True)
     ]
 
 
-def of_classes(chunks: Chunks, ends: Sequence[Boundary], classes: int) -> list[Weights]:
+def class_weights(chunks: Chunks, ends: Sequence[Boundary], classes: int) -> list[Weights]:
     """Weights of each list, by one pass over the stream that counts classes in it and in the lists."""
-    everything, kept = np.zeros(classes + 1, np.int64), np.zeros((len(ends), classes + 1), np.int64)
+    population, kept = np.zeros(classes + 1, np.int64), np.zeros((len(ends), classes + 1), np.int64)
     for chunk in chunks(any(end.needs_ids for end in ends)):
         group = class_groups(chunk.label, classes)
-        everything += np.bincount(group, minlength=classes + 1)
+        population += np.bincount(group, minlength=classes + 1)
         for counts, end in zip(kept, ends, strict=True):
             counts += np.bincount(group[end.mask(chunk)], minlength=classes + 1)
-    total = int(everything.sum())
+    total = int(population.sum())
     return [
-        OfClass((everything * end.count / np.maximum(counts * total, 1)).astype(np.float32))
+        ClassWeights((population * end.count / np.maximum(counts * total, 1)).astype(np.float32))
         for counts, end in zip(kept, ends, strict=True)
     ]

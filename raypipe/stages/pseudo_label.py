@@ -178,11 +178,11 @@ def _self_supervised(
     """A network trained on the images alone, from the last finished epoch on, and what the manifest says of it."""
     from safetensors.torch import load, save
 
-    from raypipe.pseudo_labels.simclr import pretext, pretrain
+    from raypipe.pseudo_labels.simclr import pretext_network, pretrain
 
     proxy, settings, uri = config.proxy, config.pseudo_labels, run.path(FOLDER, STATE)
     mean, std = proxy.statistics(seed["mean"], seed["std"])
-    network = pretext(proxy.model, seed["image_size"], mean, std, settings.seed)
+    network = pretext_network(proxy.model, seed["image_size"], mean, std, settings.seed)
     try:
         state = load(storage.read_bytes(uri))
     except FileNotFoundError:

@@ -10,7 +10,7 @@ The result is always RGB, uint8, square. What becomes of other images:
 - several frames or pictures (GIF, WebP, APNG, TIFF, MPO): the first. That of an APNG is what a viewer without animation shows
 - EXIF orientation: applied, wherever in the file it stands
 
-A JPEG much larger than what is wanted is decoded at 1/2, 1/4 or 1/8, as long as its shorter side keeps `DRAFT` times the size, and
+A JPEG much larger than what is wanted is decoded at 1/2, 1/4 or 1/8, as long as its shorter side keeps `DRAFT_FACTOR` times the size, and
 resized from there. Against decoding all of it and resizing with antialiasing (bilinear), on 192 ImageNet photographs of 106 to 1200
 pixels, the difference in levels of 255 is
 
@@ -42,7 +42,7 @@ from raypipe.errors import RaypipeError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded. Other formats Pillow knows are not: some run other programs, such as PostScript."""
 
-DRAFT = 1.75
+DRAFT_FACTOR = 1.75
 """A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves so many times the size wanted. At 64 pixels, 1.5 differs by 1.7 instead of
 1.5 levels, in the worst image by 7.5 instead of 5.3, and is no faster; 1 a tenth faster by 3.6; 2 a twentieth slower by 1.3."""
 BYTES_PER_PIXEL = 20
@@ -68,7 +68,7 @@ class BadImage(RaypipeError):
     """An image that cannot be used; the message is the reject reason."""
 
 
-class Stored(Protocol):
+class EncodedSample(Protocol):
     """What `decode_batch` needs of a sample: `raypipe.sources.RawSample` is one."""
 
     @property
@@ -97,7 +97,9 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
             raise BadImage(f"{width}x{height} pixels are more than max_pixels = {max_pixels}")
         if width < 1 or height < 1:
             raise BadImage(f"no pixels: {width}x{height}")
-        opened.draft(None, (int(DRAFT * size), int(DRAFT * size)))  # a JPEG alone heeds it
+        opened.draft(
+            None, (int(DRAFT_FACTOR * size), int(DRAFT_FACTOR * size))
+        )  # a JPEG alone heeds it
         opened.load()
         orientation = _orientation(opened)  # a PNG can have it behind its pixels
         pixels = _over_white(_square(opened, size))
@@ -116,7 +118,7 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
 
 
 def decode_batch(
-    samples: Iterable[Stored], size: int, max_pixels: int, count: int | None = None
+    samples: Iterable[EncodedSample], size: int, max_pixels: int, count: int | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """Pixels of many samples, uint8 [n, 3, size, size], and for each "" or why it has none; its pixels are then zero.
 

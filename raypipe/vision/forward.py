@@ -9,11 +9,11 @@ import torch
 
 from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.vision.devices import AdaptiveBatch, to_device
-from raypipe.vision.output_statistics import numbers
+from raypipe.vision.output_statistics import output_statistics
 
 
 def forward(
-    model: Any, images: Any, labels: np.ndarray, at_once: AdaptiveBatch, device: str, amp: bool
+    model: Any, images: Any, labels: np.ndarray, batched: AdaptiveBatch, device: str, amp: bool
 ) -> dict[str, np.ndarray]:
     """What a proxy makes of images: embedding [n, d]; prediction, confidence, loss, margin, entropy [n].
 
@@ -27,7 +27,7 @@ def forward(
         logits = model.head(embedding).float()
         prediction = logits.argmax(1)
         target = to_device(labels.astype(np.int64), device)
-        found = numbers(logits, torch.where(target < 0, prediction, target))
+        found = output_statistics(logits, torch.where(target < 0, prediction, target))
         return {
             "embedding": embedding.float(),
             "prediction": prediction.int(),
@@ -36,5 +36,5 @@ def forward(
         }
 
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
-        parts = at_once(outputs, images, labels)
+        parts = batched(outputs, images, labels)
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}

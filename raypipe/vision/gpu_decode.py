@@ -22,17 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from raypipe.errors import RaypipeError
-from raypipe.vision.decode import BadImage, Stored, decode, decode_batch, jpeg_pixels
+from raypipe.vision.decode import BadImage, EncodedSample, decode, decode_batch, jpeg_pixels
 
 TOLERANCE = 3.0
-MOST_PIXELS = 1 << 24
+MAX_PIXELS_PER_CALL = 1 << 24
 """Pixels of the images decoded in one call, of three bytes each; one image may have more."""
-MOST_BYTES = 1 << 30
+MAX_BYTES_PER_TASK = 1 << 30
 """Encoded bytes that a task passes on at most; what is beyond it decodes itself."""
 
 
 def split_off_jpegs(
-    samples: Iterable[Stored], size: int, max_pixels: int
+    samples: Iterable[EncodedSample], size: int, max_pixels: int
 ) -> tuple[list[bytes], list[int], list[str]]:
     """What a task passes on of samples whose JPEGs are decoded elsewhere.
 
@@ -45,7 +45,7 @@ def split_off_jpegs(
     held = 0
     for sample in samples:
         data, count, reason = sample.image, 0, ""
-        if isinstance(data, bytes) and not sample.reason and held + len(data) <= MOST_BYTES:
+        if isinstance(data, bytes) and not sample.reason and held + len(data) <= MAX_BYTES_PER_TASK:
             count = jpeg_pixels(data, max_pixels)
         if count:
             assert isinstance(data, bytes)
@@ -65,11 +65,11 @@ def decode_jpegs(
     size: int,
     max_pixels: int,
     device: str,
-    at_once: int,
+    max_images: int,
 ) -> tuple[Tensor, list[str]]:
     """The inverse of `split_off_jpegs`: uint8 [n, 3, size, size] on the device, and for each JPEG "" or why it cannot be decoded.
 
-    at_once   images in one call, at most
+    max_images   images in one call, at most
     Where there is no image, pixels are zero.
     """
     result = torch.zeros((len(images), 3, size, size), dtype=torch.uint8, device=device)
@@ -80,7 +80,7 @@ def decode_jpegs(
             [np.frombuffer(images[row], np.uint8).reshape(3, size, size) for row in here]
         )
         result[torch.tensor(here, device=device)] = torch.from_numpy(array).to(device)
-    for rows in _calls(pixels, at_once):
+    for rows in _calls(pixels, max_images):
         try:
             result[torch.tensor(rows, device=device)] = _decode(
                 [images[row] for row in rows], size, device
@@ -103,14 +103,14 @@ def check_gpu_decoding(device: str) -> None:
         ) from None
 
 
-def _calls(pixels: Sequence[int], at_once: int) -> Iterable[list[int]]:
+def _calls(pixels: Sequence[int], max_images: int) -> Iterable[list[int]]:
     """Rows of the JPEGs of each call."""
     rows: list[int] = []
     total = 0
     for row, count in enumerate(pixels):
         if not count:
             continue
-        if rows and (len(rows) == at_once or total + count > MOST_PIXELS):
+        if rows and (len(rows) == max_images or total + count > MAX_PIXELS_PER_CALL):
             yield rows
             rows, total = [], 0
         rows.append(row)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def numbers(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+def output_statistics(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
     """Loss, margin, distance and entropy, [n] each, as `raypipe.scores.trajectory.Trajectory` has them; names in that order.
 
     logits  float [n, classes], at least two classes

@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def computing(precision: str, device: str) -> Iterator[None]:
+def use_precision(precision: str, device: str) -> Iterator[None]:
     """Sets torch's arithmetic for the time being.
 
     precision  float32: exact, without the TF32 that PyTorch otherwise allows itself in convolutions;

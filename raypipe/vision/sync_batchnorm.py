@@ -9,7 +9,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 
-def share_statistics(model: nn.Module, gpu: bool) -> nn.Module:
+def synchronize_batchnorm(model: nn.Module, gpu: bool) -> nn.Module:
     """The model with BatchNorm layers that take mean and variance over the parts of a batch on all workers together.
 
     Call it on every worker after torch.distributed is ready and before the model is wrapped; names and shapes of weights stay. On GPUs

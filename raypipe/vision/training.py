@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from raypipe.config import ProxySettings
 
-LOWEST_LR = 1e-3
+FINAL_LR_SHARE = 1e-3
 """The learning rate ends at this share of its peak (the published MoSo code: 1e-4 of 0.1)."""
-WARM_UP = 0.2
+WARM_UP_SHARE = 0.2
 """Share of the steps in which `onecycle` rises linearly to its peak."""
 
 
@@ -30,11 +30,13 @@ def learning_rate(settings: ProxySettings, step: int, steps: int) -> float:
     """The learning rate of optimiser step `step` of `steps` (0-based)."""
     if settings.schedule == "constant":
         return settings.lr
-    warm = int(WARM_UP * steps) if settings.schedule == "onecycle" else 0
+    warm = int(WARM_UP_SHARE * steps) if settings.schedule == "onecycle" else 0
     if step < warm:
         return settings.lr * (step + 1) / (warm + 1)
     turned = (step - warm) / max(1, steps - 1 - warm)
-    return settings.lr * (LOWEST_LR + (1 - LOWEST_LR) * 0.5 * (1 + math.cos(math.pi * turned)))
+    return settings.lr * (
+        FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * turned))
+    )
 
 
 def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

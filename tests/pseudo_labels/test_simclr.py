@@ -11,7 +11,7 @@ from torch import Tensor
 from raypipe.config import PseudoLabelSettings
 from raypipe.errors import RaypipeError
 from raypipe.pseudo_labels.labeller import features
-from raypipe.pseudo_labels.simclr import contrastive_loss, pretext, pretrain, views
+from raypipe.pseudo_labels.simclr import contrastive_loss, pretext_network, pretrain, random_views
 from raypipe.vision.devices import AdaptiveBatch
 from raypipe.vision.networks import ProxyNet
 
@@ -30,11 +30,11 @@ def colours(count: int, size: int = 12) -> Tensor:
 
 def test_a_view_is_an_image_of_the_same_size_and_differs_from_the_next() -> None:
     pixels, random = colours(50), np.random.default_rng(1)
-    one, other = views(pixels, True, random), views(pixels, True, random)
+    one, other = random_views(pixels, True, random), random_views(pixels, True, random)
     assert one.shape == pixels.shape and one.dtype == torch.float32
     assert one.min() >= 0 and one.max() <= 255
     assert (one - other).abs().flatten(1).mean(1).min() > 5, "of no image twice the same view"
-    assert torch.equal(one, views(pixels, True, np.random.default_rng(1))), (
+    assert torch.equal(one, random_views(pixels, True, np.random.default_rng(1))), (
         "the same draws give the same views"
     )
     grey = (one - one.mean(1, keepdim=True)).abs().flatten(1).amax(1) < 0.01
@@ -46,13 +46,18 @@ def test_a_view_is_a_part_of_the_image_mirrored_only_where_it_may_be() -> None:
         200, 3, 24, 24
     )  # brighter to the right
     rises = [
-        (torch.diff(views(ramp, flip, np.random.default_rng(0)).mean((1, 2)), dim=1).mean(1) > 0)
+        (
+            torch.diff(random_views(ramp, flip, np.random.default_rng(0)).mean((1, 2)), dim=1).mean(
+                1
+            )
+            > 0
+        )
         .float()
         .mean()
         for flip in (False, True)
     ]
     assert rises[0] == 1 and 0.3 < rises[1] < 0.7
-    spans = views(ramp, False, np.random.default_rng(0)).mean((1, 2))
+    spans = random_views(ramp, False, np.random.default_rng(0)).mean((1, 2))
     assert ((spans[:, -1] - spans[:, 0]) / 230).quantile(0.9) < 1.3, (
         "parts, not more than the image"
     )
@@ -76,7 +81,7 @@ def trained(
     kept: list | None = None,
     stop: int | None = None,
 ) -> ProxyNet:
-    network, done = pretext("small", 8, MEAN, STD, 0), []
+    network, done = pretext_network("small", 8, MEAN, STD, 0), []
 
     def save(state: dict[str, Tensor]) -> None:
         if kept is not None:
@@ -119,7 +124,9 @@ def test_views_of_an_image_come_closer_than_other_images() -> None:
         random = np.random.default_rng(5)
         one, other = (
             features(
-                network.eval(), views(torch.from_numpy(images), False, random), AdaptiveBatch(64)
+                network.eval(),
+                random_views(torch.from_numpy(images), False, random),
+                AdaptiveBatch(64),
             )
             for _ in range(2)
         )
@@ -132,7 +139,7 @@ def test_views_of_an_image_come_closer_than_other_images() -> None:
             / np.linalg.norm(one - np.roll(other, 1, 0), axis=1).mean()
         )
 
-    network = pretext("small", 8, MEAN, STD, 0)
+    network = pretext_network("small", 8, MEAN, STD, 0)
     before = ratio(network)
     pretrain(network, images, settings, flip=False)
     assert ratio(network) < before - 0.1
@@ -140,7 +147,7 @@ def test_views_of_an_image_come_closer_than_other_images() -> None:
 
 def test_a_loss_that_is_not_finite_ends_it() -> None:
     network, settings = (
-        pretext("small", 8, MEAN, STD, 0),
+        pretext_network("small", 8, MEAN, STD, 0),
         PseudoLabelSettings(clusters=10, epochs=2, lr=3.0),
     )
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from raypipe.scores.moso import combine, without_itself
+from raypipe.scores.moso import combine, leave_one_out
 from raypipe.scores.per_sample import norms_and_alignments
 
 SAMPLES, FEATURES, CLASSES, RATE = 60, 8, 3, 0.05
@@ -79,7 +79,7 @@ def _correlations(seed: int, steps: int) -> tuple[float, float, float]:
     aligned, square = np.stack(columns, 1), np.stack(squares, 1)
     rates = np.full(steps, RATE)
     score = combine(
-        without_itself(aligned, square, SAMPLES), rates, "lr", steps=steps, samples=SAMPLES
+        leave_one_out(aligned, square, SAMPLES), rates, "lr", steps=steps, samples=SAMPLES
     )
     plain = combine(aligned, rates, "lr", steps=steps, samples=SAMPLES)
     return (

@@ -14,7 +14,7 @@ from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision.networks import build
-from raypipe.vision.precision import computing
+from raypipe.vision.precision import use_precision
 
 TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
 """Largest difference from eager float32 in units of the largest alignment."""
@@ -132,7 +132,7 @@ def test_the_compiled_graph_is_the_same_function(monkeypatch: pytest.MonkeyPatch
 
 
 def test_unknown_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match="float16"), computing("float16", "cpu"):
+    with pytest.raises(ValueError, match="float16"), use_precision("float16", "cpu"):
         pass
 
 
@@ -147,10 +147,10 @@ def test_gpu_paths_agree_with_eager_float32(
         _network("resnet18", 32).cuda(),
         [value.cuda() for value in batch(64, 32)],
     )
-    with computing("float32", "cuda"):
+    with use_precision("float32", "cuda"):
         direction = gradient_sum(model, images, labels)
         expected = alignments(model, direction, images, labels)
-    with computing(precision, "cuda"):
+    with use_precision(precision, "cuda"):
         fast = copy.deepcopy(model).to(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypipe.scores.registry import SCORES, trajectory_score
-from raypipe.scores.trajectory import ScoreError, Trajectory, margin_of, trajectory
+from raypipe.scores.trajectory import ScoreError, Trajectory, label_margins
 
 TRAJECTORY_SCORES = sorted(name for name, info in SCORES.items() if info.needs == "trajectory")
 
@@ -23,7 +23,7 @@ def _random(seed: int, epochs: int = 14, samples: int = 6, classes: int = 4) -> 
     logits = 6 * np.tanh(random.normal(0, 2, (epochs, samples, classes)).cumsum(0) / 12)
     probabilities = np.exp(logits - logits.max(2, keepdims=True))
     probabilities /= probabilities.sum(2, keepdims=True)
-    return trajectory(probabilities, random.integers(0, classes, samples))
+    return Trajectory.from_probabilities(probabilities, random.integers(0, classes, samples))
 
 
 def _options(name: str) -> dict:
@@ -176,12 +176,16 @@ def test_does_not_depend_on_order_or_batches_or_names_of_classes(name: str, seed
     found = function(whole, **options)
     random = np.random.default_rng(seed)
     order = random.permutation(9)
-    moved = trajectory(whole.probabilities[:, order], whole.label[order], whole.margin[:, order])
+    moved = Trajectory.from_probabilities(
+        whole.probabilities[:, order], whole.label[order], whole.margin[:, order]
+    )
     np.testing.assert_array_equal(function(moved, **options), found[order])
-    part = trajectory(whole.probabilities[:, :4], whole.label[:4], whole.margin[:, :4])
+    part = Trajectory.from_probabilities(
+        whole.probabilities[:, :4], whole.label[:4], whole.margin[:, :4]
+    )
     np.testing.assert_allclose(function(part, **options), found[:4], rtol=1e-5, atol=1e-7)
     classes = random.permutation(4)
-    renamed = trajectory(
+    renamed = Trajectory.from_probabilities(
         whole.probabilities[..., np.argsort(classes)], classes[whole.label], whole.margin
     )
     np.testing.assert_allclose(function(renamed, **options), found, rtol=1e-4, atol=1e-6)
@@ -193,7 +197,9 @@ def test_hard_samples_are_kept_before_easy_ones(name: str) -> None:
     random = np.random.default_rng(0)
     own = np.stack([0.5 + 0.35 * random.choice([-1, 1], 20), np.full(20, 0.98)], 1)
     probabilities = np.stack([own, 1 - own], 2)
-    found = trajectory_score(name)(trajectory(probabilities, np.array([0, 0])), **_options(name))
+    found = trajectory_score(name)(
+        Trajectory.from_probabilities(probabilities, np.array([0, 0])), **_options(name)
+    )
     assert found[0] > found[1]
 
 
@@ -203,7 +209,7 @@ def test_an_epoch_without_a_sample_takes_the_one_before() -> None:
     holes[0, 2] = np.nan
     holes[5, 2] = np.nan
     holes[6, 2, 1] = np.nan
-    filled = trajectory(holes, given_.label, given_.margin)
+    filled = Trajectory.from_probabilities(holes, given_.label, given_.margin)
     np.testing.assert_array_equal(filled.probabilities[0, 2], given_.probabilities[1, 2])
     np.testing.assert_array_equal(filled.probabilities[5, 2], given_.probabilities[4, 2])
     np.testing.assert_array_equal(filled.probabilities[6, 2], given_.probabilities[4, 2])
@@ -231,24 +237,24 @@ def test_what_cannot_be_scored_is_an_error_with_its_numbers() -> None:
     never = given_.probabilities.copy()
     never[:, 1] = np.nan
     with pytest.raises(ScoreError, match="1 samples have no finite prediction"):
-        trajectory(never, given_.label)
+        Trajectory.from_probabilities(never, given_.label)
     with pytest.raises(ScoreError, match=r"labels must be 0\.\.3"):
-        trajectory(given_.probabilities, given_.label + 4)
+        Trajectory.from_probabilities(given_.probabilities, given_.label + 4)
     with pytest.raises(ScoreError, match="two classes"):
-        trajectory(given_.probabilities[..., :1], np.zeros(6, int))
+        Trajectory.from_probabilities(given_.probabilities[..., :1], np.zeros(6, int))
 
 
 def test_probabilities_of_zero_do_not_make_scores_infinite() -> None:
     probabilities = np.zeros((12, 2, 3), np.float16)
     probabilities[:, 0, 0] = 1
     probabilities[:, 1, 2] = 1
-    given_ = trajectory(probabilities, np.array([0, 0]))
-    assert np.isfinite(margin_of(probabilities, np.array([0, 0]))).all()
+    given_ = Trajectory.from_probabilities(probabilities, np.array([0, 0]))
+    assert np.isfinite(label_margins(probabilities, np.array([0, 0]))).all()
     for name in TRAJECTORY_SCORES:
         assert np.isfinite(trajectory_score(name)(given_)).all(), name
 
 
 def test_empty_sets_and_lonely_classes_are_nothing_special() -> None:
     for name in TRAJECTORY_SCORES:
-        empty = trajectory(np.zeros((12, 0, 3)), np.zeros(0, int))
+        empty = Trajectory.from_probabilities(np.zeros((12, 0, 3)), np.zeros(0, int))
         assert trajectory_score(name)(empty).shape == (0,)

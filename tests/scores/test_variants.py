@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
-from raypipe.scores.moso import joining, without_itself
+from raypipe.scores.moso import add_one_in, leave_one_out
 from raypipe.vision.networks import build
 
 
@@ -25,7 +25,7 @@ def test_leave_one_out_is_the_mean_over_the_others() -> None:
     mean = gradients.mean(0)
     aligned, squares = (gradients @ mean)[:, None], (gradients**2).sum(1)[:, None]
     expected = [np.delete(gradients, i, 0).mean(0) @ gradients[i] for i in range(7)]
-    np.testing.assert_allclose(without_itself(aligned, squares, 7)[:, 0], expected, rtol=1e-12)
+    np.testing.assert_allclose(leave_one_out(aligned, squares, 7)[:, 0], expected, rtol=1e-12)
 
 
 def test_formula_of_the_published_code() -> None:
@@ -38,10 +38,10 @@ def test_formula_of_the_published_code() -> None:
         + (2 * n - 4) / (n - 1) ** 2 * ((mean - g / n) @ g)
         for g in gradients
     ]
-    found = without_itself(aligned, squares, n, "code", np.array([mean @ mean]))
+    found = leave_one_out(aligned, squares, n, "code", np.array([mean @ mean]))
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-12)
     with pytest.raises(ValueError, match=r"needs \|G\|\^2"):
-        without_itself(aligned, squares, n, "code")
+        leave_one_out(aligned, squares, n, "code")
 
 
 def test_a_sample_that_joins_is_scored_as_one_of_them() -> None:
@@ -49,19 +49,19 @@ def test_a_sample_that_joins_is_scored_as_one_of_them() -> None:
     n, mean, new = 6, gradients[:6].mean(0), gradients[6]
     everyone, square = gradients.mean(0), np.array([mean @ mean])
     aligned, squares = np.array([[new @ mean]]), np.array([[new @ new]])
-    inside, mean_square = joining(aligned, squares, n, square)
+    inside, mean_square = add_one_in(aligned, squares, n, square)
     assert inside[0, 0] == pytest.approx(everyone @ new) and mean_square[0, 0] == pytest.approx(
         everyone @ everyone
     )
-    assert without_itself(inside, squares, n + 1)[0, 0] == pytest.approx(new @ mean)
-    whole = without_itself(
+    assert leave_one_out(inside, squares, n + 1)[0, 0] == pytest.approx(new @ mean)
+    whole = leave_one_out(
         (gradients @ everyone)[:, None],
         (gradients**2).sum(1)[:, None],
         7,
         "code",
         np.array([everyone @ everyone]),
     )
-    assert without_itself(inside, squares, n + 1, "code", mean_square)[0, 0] == pytest.approx(
+    assert leave_one_out(inside, squares, n + 1, "code", mean_square)[0, 0] == pytest.approx(
         whole[6, 0]
     )
 

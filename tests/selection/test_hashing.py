@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.selection.hashing import GOLDEN, IdSet, hash64, names_at, uniform
-from raypipe.selection.quotas import bounded, water_filled
+from raypipe.selection.hashing import GOLDEN, IdSet, hash64, ids_at, uniform
+from raypipe.selection.quotas import bounded_quotas, even_quotas
 from raypipe.selection.statistics import ExactMoments
 
 LAST = 2**64 - 1
@@ -85,7 +85,7 @@ def test_equal_hashes_of_different_ids_are_told_apart(monkeypatch: pytest.Monkey
 
 def test_names_at_positions_of_lists_and_arrays() -> None:
     for ids in (["a", "b", "c"], pa.array(["a", "b", "c"])):
-        assert names_at(ids, np.array([2, 0])) == ["c", "a"]
+        assert ids_at(ids, np.array([2, 0])) == ["c", "a"]
 
 
 @given(NUMBERS)
@@ -118,11 +118,11 @@ def test_a_budget_is_shared_as_the_published_code_does(
     for served, group in enumerate(sorted(range(len(counts)), key=lambda group: counts[group])):
         expected[group] = min(counts[group], left // (len(counts) - served))
         left -= expected[group]
-    quotas = water_filled(np.array(counts), total)
+    quotas = even_quotas(np.array(counts), total)
     assert dict(enumerate(quotas.tolist())) == expected
     assert quotas.sum() == total
     if total:
-        assert (water_filled(np.array(counts), total - 1) <= quotas).all()
+        assert (even_quotas(np.array(counts), total - 1) <= quotas).all()
 
 
 @given(
@@ -138,7 +138,7 @@ def test_bounds_hold_and_what_need_not_change_does_not(
     wish, least = np.array([g[0] for g in groups]), np.array([g[1] for g in groups])
     most = least + np.array([g[2] for g in groups])
     total = data.draw(st.integers(int(least.sum()), int(most.sum())))
-    found = bounded(wish, least, most, total)
+    found = bounded_quotas(wish, least, most, total)
     assert found.sum() == total and (found >= least).all() and (found <= most).all()
     if wish.sum() == total and (wish >= least).all() and (wish <= most).all():
         assert (found == wish).all()

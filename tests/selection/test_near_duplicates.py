@@ -9,9 +9,9 @@ from raypipe.selection import near_duplicates
 from raypipe.selection.near_duplicates import (
     centroids,
     clusters_for,
-    nearest,
-    superfluous,
-    unit,
+    nearest_centroid,
+    redundant,
+    unit_vectors,
 )
 
 VECTORS = st.lists(st.tuples(*[st.integers(-2, 2)] * 3), min_size=1, max_size=30)
@@ -22,10 +22,10 @@ VECTORS = st.lists(st.tuples(*[st.integers(-2, 2)] * 3), min_size=1, max_size=30
 def test_one_of_near_duplicates_stays(
     rows: list[tuple[int, ...]], threshold: float, safe: int
 ) -> None:
-    vectors, protected = unit(np.array(rows)), np.arange(len(rows)) < safe
+    vectors, protected = unit_vectors(np.array(rows)), np.arange(len(rows)) < safe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(near_duplicates, "BLOCK", 4)
-        gone = superfluous(vectors, threshold, protected)
+        patch.setattr(near_duplicates, "BLOCK_ROWS", 4)
+        gone = redundant(vectors, threshold, protected)
     similar = vectors.astype(np.float64) @ vectors.T.astype(np.float64) >= threshold - 1e-5
     stays: list[int] = []
     for row in range(len(rows)):
@@ -35,17 +35,17 @@ def test_one_of_near_duplicates_stays(
 
 
 def test_embeddings_without_direction_are_like_nothing() -> None:
-    assert not superfluous(unit(np.zeros((3, 4))), 0.1).any()
+    assert not redundant(unit_vectors(np.zeros((3, 4))), 0.1).any()
 
 
 def test_clusters_bring_near_duplicates_together() -> None:
     draw = np.random.default_rng(0)
-    originals = unit(draw.normal(size=(600, 16)))
-    copies = unit(originals + 0.02 * draw.normal(size=originals.shape))
+    originals = unit_vectors(draw.normal(size=(600, 16)))
+    copies = unit_vectors(originals + 0.02 * draw.normal(size=originals.shape))
     centroid = centroids(originals, 8)
     assert centroid.shape == (8, 16)
     assert np.array_equal(centroid, centroids(originals, 8))
-    first, second = nearest(originals, centroid), nearest(copies, centroid)
+    first, second = nearest_centroid(originals, centroid), nearest_centroid(copies, centroid)
     assert (first == second).mean() > 0.9
     assert len(np.unique(first)) == 8
 

@@ -13,10 +13,10 @@ from raypipe.errors import ConfigError, StageError
 from raypipe.selection import (
     STRATEGIES,
     Chunk,
-    Cut,
+    Selection,
     id_hash,
-    in_proportion,
     order_key,
+    proportional_quotas,
     radix_select,
     select,
 )
@@ -45,7 +45,7 @@ def stream(
     return chunks
 
 
-def kept(cut: Cut, chunks: Callable[[bool], Iterator[Chunk]]) -> set[str]:
+def kept(cut: Selection, chunks: Callable[[bool], Iterator[Chunk]]) -> set[str]:
     return {chunk.sample_id[i] for chunk in chunks(True) for i in np.flatnonzero(cut.mask(chunk))}
 
 
@@ -81,7 +81,7 @@ def test_balanced_is_what_a_full_sort_of_each_class_gives(
     for fraction, cut in zip(FRACTIONS, cuts, strict=True):
         expected: set[str] = set()
         sizes = np.array([labels.count(group) for group in (0, 1, 2, 3, -1)])
-        quotas = in_proportion(sizes, round(fraction * len(ids)))
+        quotas = proportional_quotas(sizes, round(fraction * len(ids)))
         for group, quota in zip((0, 1, 2, 3, -1), quotas, strict=True):
             members = [i for i, label in enumerate(labels) if label == group]
             expected |= sorted_answer(
@@ -99,7 +99,7 @@ def test_quotas_sum_up_and_stay_within_one_of_the_exact_share(
 ) -> None:
     sizes = np.array(counts)
     total = round(fraction * int(sizes.sum()))
-    quotas = in_proportion(sizes, total)
+    quotas = proportional_quotas(sizes, total)
     assert quotas.sum() == total
     assert (quotas <= sizes).all() and (quotas >= 0).all()
     if sizes.sum():
@@ -107,7 +107,7 @@ def test_quotas_sum_up_and_stay_within_one_of_the_exact_share(
 
 
 def test_the_smaller_class_gets_an_equal_remainder() -> None:
-    assert in_proportion(np.array([3, 1]), 2).tolist() == [1, 1]
+    assert proportional_quotas(np.array([3, 1]), 2).tolist() == [1, 1]
 
 
 @given(

@@ -20,7 +20,7 @@ from raypipe.selection import (
     NEVER,
     STRATEGIES,
     Chunk,
-    Options,
+    SelectionOptions,
     hash64,
     id_hash,
     select,
@@ -93,7 +93,7 @@ class Data:
     ) -> list[dict[str, float | None]]:
         """For each keep fraction the ids kept, with their weights."""
         chunks = self.stream(size, order)
-        chosen = Options(**options)  # type: ignore[arg-type]
+        chosen = SelectionOptions(**options)  # type: ignore[arg-type]
         result = []
         for cut in select(chunks, keep, strategy, CLASSES, chosen, marked=self.mark is not None):
             kept: dict[str, float | None] = {}
@@ -215,7 +215,7 @@ def test_beta_is_not_nested_since_it_goes_by_the_fraction() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", [name for name, strategy in STRATEGIES.items() if strategy.draws]
+    "strategy", [name for name, strategy in STRATEGIES.items() if strategy.draws_at_random]
 )
 def test_another_seed_draws_others(strategy: str) -> None:
     (one,), (other,) = (Data.drawn(200).lists(strategy, (0.3,), seed=seed) for seed in (0, 1))
@@ -504,7 +504,7 @@ def test_marked_samples_are_in_every_list_or_in_none(strategy: str) -> None:
     mark[np.argsort(data.score)[::10]] = ALWAYS
     mark[np.argsort(data.score)[5::20]] = NEVER
     data = replace(data, mark=mark)
-    weights = "inclusion" if STRATEGIES[strategy].draws else "none"
+    weights = "inclusion" if STRATEGIES[strategy].draws_at_random else "none"
     for kept, fraction in zip(
         data.lists(strategy, (0.2, 0.8), weights=weights), (0.2, 0.8), strict=True
     ):

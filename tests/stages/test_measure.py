@@ -13,9 +13,9 @@ from raypipe.estimate.plan import Size, plan
 from raypipe.pipeline import execute
 from raypipe.runs.partition import SeedPart
 from raypipe.scores.registry import check_scores
-from raypipe.scores.trajectory import STATISTICS, trajectory
+from raypipe.scores.trajectory import STATISTICS, Trajectory
 from raypipe.stages.measure.stage import _mean
-from raypipe.vision.output_statistics import numbers
+from raypipe.vision.output_statistics import output_statistics
 
 
 def test_which_scores_checkpoints_give() -> None:
@@ -95,8 +95,8 @@ def test_numbers_of_a_forward_pass_are_those_of_its_probabilities() -> None:
         torch.from_numpy(np.random.default_rng(1).normal(0, 2, (40, 5)).astype(np.float32)),
         torch.arange(40) % 5,
     )
-    found = numbers(logits, label)
-    expected = trajectory(logits.softmax(1).numpy()[None], label.numpy())
+    found = output_statistics(logits, label)
+    expected = Trajectory.from_probabilities(logits.softmax(1).numpy()[None], label.numpy())
     assert tuple(found) == STATISTICS
     for name in STATISTICS:
         np.testing.assert_allclose(

@@ -282,7 +282,7 @@ def test_a_part_that_is_trained_is_not_trained_again(
 def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
     """Two proxies: what was measured, from one process that has everything in memory; and a rerun."""
     from raypipe.runs.checkpoints import load_checkpoint
-    from raypipe.scores.moso import combine, gradient_sum, without_itself
+    from raypipe.scores.moso import combine, gradient_sum, leave_one_out
     from raypipe.scores.per_sample import norms_and_alignments
     from raypipe.stages.embed import EmbedActor
     from raypipe.vision.devices import AdaptiveBatch
@@ -312,7 +312,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
             }
             squares, dots = norms_and_alignments(model, images[own], labels[own], mean)
             aligned.append(
-                without_itself(dots.double().numpy(), squares.double().numpy(), own.sum())
+                leave_one_out(dots.double().numpy(), squares.double().numpy(), own.sum())
             )
             lengths.append(squares.sqrt().numpy())
         rates = np.array([item["lr"] for item in part["checkpoints"]])

@@ -31,7 +31,7 @@ from raypipe.stages.measure import gradients
 from raypipe.stages.proxy import stage as proxy_stage
 from raypipe.stages.proxy import worker
 from raypipe.vision.adversarial import attack
-from raypipe.vision.output_statistics import numbers
+from raypipe.vision.output_statistics import output_statistics
 
 SAMPLES, CLASSES = 48, 3
 
@@ -306,9 +306,11 @@ def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
     direct = (torch.stack(each) @ torch.stack(each).mean(0)).numpy()
     found = np.array(table["alignments"].to_pylist())[:, 0]
     np.testing.assert_allclose(found, direct, rtol=0.02, atol=0.02 * np.abs(direct).max())
-    said = numbers(model(worst).detach(), target)["distance"].numpy()
+    said = output_statistics(model(worst).detach(), target)["distance"].numpy()
     np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], said, atol=0.01)
-    clean = numbers(model(torch.from_numpy(images.copy())).detach(), target)["distance"].numpy()
+    clean = output_statistics(model(torch.from_numpy(images.copy())).detach(), target)[
+        "distance"
+    ].numpy()
     assert said.mean() > clean.mean() + 0.05
 
 

@@ -271,7 +271,7 @@ def test_measured_scores_are_moso(finished: str) -> None:
     from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.runs.manifests import proxy_manifest
     from raypipe.scores.calibration import recalibrate
-    from raypipe.scores.moso import combine, gradient_sum, without_itself
+    from raypipe.scores.moso import combine, gradient_sum, leave_one_out
     from raypipe.scores.per_sample import norms_and_alignments
 
     run = Run(finished)
@@ -292,7 +292,7 @@ def test_measured_scores_are_moso(finished: str) -> None:
             name: value / len(ids) for name, value in gradient_sum(model, images, labels).items()
         }
         squares, aligned = norms_and_alignments(model, images, labels, direction)
-        columns.append(without_itself(aligned.double().numpy(), squares.double().numpy(), len(ids)))
+        columns.append(leave_one_out(aligned.double().numpy(), squares.double().numpy(), len(ids)))
     rates = np.array([item["lr"] for item in proxy["checkpoints"]])
     expected = combine(np.stack(columns, 1), rates, "lr", steps=proxy["steps"], samples=len(ids))
     rows = by_id(finished)

@@ -10,7 +10,7 @@ import torch
 from raypipe import storage
 from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES, trajectory_score
-from raypipe.scores.trajectory import STATISTICS, ScoreError, recorded, trajectory
+from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
 from raypipe.stages.measure import trajectories
 from raypipe.stages.measure.trajectories import (
     probabilities_of,
@@ -87,7 +87,7 @@ def test_scores_do_not_depend_on_parts_and_are_those_of_the_whole(
     found = score_rows(run, 0, SAMPLES, label, OPTIONS)
     probabilities = logits.softmax(2).numpy()
     probabilities[4, 33] = np.nan
-    whole = trajectory(probabilities, label)
+    whole = Trajectory.from_probabilities(probabilities, label)
     for (
         name,
         values,
@@ -121,5 +121,5 @@ def test_only_what_a_score_declares_is_read_and_each_row_group_once(
     for first, last, arrays in read_trajectory(run, 30, 40, ["margin"]):
         assert list(arrays) == ["margin"] and arrays["margin"].shape == (EPOCHS, last - first)
         assert np.isnan(arrays["margin"]).sum() == (first <= 33 < last)
-        with pytest.raises(ScoreError, match="read without distance; name it in `reads`"):
-            trajectory_score("el2n")(recorded(label[first:last], arrays))
+        with pytest.raises(ScoreError, match="read without distance; add it to `reads`"):
+            trajectory_score("el2n")(Trajectory.from_recorded(label[first:last], arrays))

@@ -318,7 +318,7 @@ def _gradient_sums(
     from raypipe.scores.head import head_gradient_sum
     from raypipe.scores.moso import gradient_sum
     from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
-    from raypipe.vision.precision import computing
+    from raypipe.vision.precision import use_precision
 
     watch, run = Stopwatch(), Run(run_uri)
     set_threads(threads)
@@ -332,7 +332,7 @@ def _gradient_sums(
     totals: list[dict[str, Any]] = [{} for _ in files]
     count = 0
 
-    @computing(config.measure.precision, device)
+    @use_precision(config.measure.precision, device)
     def sums_of(model: Any, pixels: Any, target: Any) -> dict[str, Any]:
         return rule(model, _worst(model, pixels, target, config.proxy.adversary), target)
 
@@ -434,8 +434,8 @@ class GradientActor:
         from raypipe.scores.forward_mode import Aligner
         from raypipe.scores.head import head_norms_and_alignments
         from raypipe.scores.per_sample import norms_and_alignments
-        from raypipe.vision import output_statistics
-        from raypipe.vision.precision import computing
+        from raypipe.vision.output_statistics import output_statistics
+        from raypipe.vision.precision import use_precision
 
         measure, adversary = self._config.measure, self._config.proxy.adversary
         model = _load(self._config, self._run, self._folders, self._part, file, self._device)
@@ -459,7 +459,7 @@ class GradientActor:
             if grand_rule is None and not outputs and aligner.traced and adversary is None:
                 model, gradient = None, None  # it has what it needs of them
 
-        @computing(measure.precision, self._device)
+        @use_precision(measure.precision, self._device)
         def numbers(pixels: Any, target: Any) -> dict[str, Any]:
             pixels = _worst(model, pixels, target, adversary)
             result = {} if aligner is None else {"alignments": aligner(pixels, target)}
@@ -477,7 +477,7 @@ class GradientActor:
                         result["lengths"] = square.sqrt()
             if outputs:
                 with torch.no_grad():
-                    said = output_statistics.numbers(model(pixels).float(), target)
+                    said = output_statistics(model(pixels).float(), target)
                 result |= {name: said[name] for name in outputs}
             return result
 

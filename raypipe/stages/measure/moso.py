@@ -60,7 +60,7 @@ class MosoTotals:
 
     def score(self, table: pa.Table, audit: bool) -> np.ndarray:
         """MoSo, float32 [n], of a shard of the seed set, or of the audit set."""
-        from raypipe.scores.moso import combine, joining, without_itself
+        from raypipe.scores.moso import add_one_in, combine, leave_one_out
 
         aligned = numbers_in(table, "alignments")
         if self.self_term:
@@ -70,9 +70,9 @@ class MosoTotals:
                 self.mean_square,
             )
             if audit:
-                aligned, mean_square = joining(aligned, squares, count, mean_square)
+                aligned, mean_square = add_one_in(aligned, squares, count, mean_square)
                 count += 1
-            aligned = without_itself(aligned, squares, count, self.settings.formula, mean_square)
+            aligned = leave_one_out(aligned, squares, count, self.settings.formula, mean_square)
         return combine(
             aligned,
             self.rates,

@@ -127,13 +127,13 @@ def score_rows(
     options  of each score, by its name
     """
     from raypipe.scores.registry import trajectory_score
-    from raypipe.scores.trajectory import recorded
+    from raypipe.scores.trajectory import Trajectory
 
     functions = {score: trajectory_score(score) for score in options}
     found = {score: np.empty(stop - start, np.float32) for score in options}
     for first, last, arrays in read_trajectory(run, start, stop, columns_of(list(options))):
         rows = slice(first - start, last - start)
-        followed = recorded(label[rows], arrays)
+        followed = Trajectory.from_recorded(label[rows], arrays)
         for score, function in functions.items():
             found[score][rows] = function(followed, **options[score])
     return found

@@ -31,8 +31,8 @@ from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import set_threads, to_device
 from raypipe.vision.networks import build
-from raypipe.vision.output_statistics import numbers
-from raypipe.vision.sync_batchnorm import share_statistics
+from raypipe.vision.output_statistics import output_statistics
+from raypipe.vision.sync_batchnorm import synchronize_batchnorm
 
 DIVERGED = "diverged.json"
 """Written, with the reason, by a training that is over although epochs are missing."""
@@ -65,7 +65,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     network = build(settings.model, classes, seed["image_size"], *statistics).to(
         memory_format=torch.channels_last
     )
-    model = prepare_model(share_statistics(network, gpu), device)
+    model = prepare_model(synchronize_batchnorm(network, gpu), device)
     plain = model.module if hasattr(model, "module") else model
     optimizer = training.make_optimizer(settings, model)
     first = 0
@@ -186,7 +186,7 @@ EpochPredictions = tuple[np.ndarray, np.ndarray]
 
 def predictions(logits: Tensor, target: Tensor) -> EpochPredictions:
     """What the trajectory keeps of a batch. The numbers are those of the logits, before float16 rounds the probabilities."""
-    found = numbers(logits, target)
+    found = output_statistics(logits, target)
     return torch.stack([found[name] for name in STATISTICS], 1).cpu().numpy(), logits.softmax(
         1
     ).half().cpu().numpy()

@@ -38,7 +38,9 @@ def mark_near_duplicates(run: Run, scores: Scores, threshold: float) -> dict[str
         for shard, table in storage.ahead(
             lambda file: read_embeddings(run, file, ["embedding"]), list(rows), run.uri
         ):
-            cluster[shard] = near.nearest(near.unit(_vectors(table)), centroid).astype(np.int32)
+            cluster[shard] = near.nearest_centroid(
+                near.unit_vectors(_vectors(table)), centroid
+            ).astype(np.int32)
     else:
         cluster = {shard: np.zeros(count, np.int32) for shard, count in rows.items()}
     members = sum(
@@ -98,7 +100,7 @@ def _drawn(run: Run, shards: list[str], fraction: float) -> np.ndarray:
         lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), shards, run.uri
     ):
         rows = uniform(hash64(table["sample_id"].combine_chunks(), near.SEED)) < fraction
-        parts.append(near.unit(_vectors(table)[rows]))
+        parts.append(near.unit_vectors(_vectors(table)[rows]))
     return np.concatenate(parts)
 
 
@@ -158,8 +160,8 @@ def _mark(scores: Scores, shards: list[str], found: Gathered, threshold: float) 
     gone = np.zeros(len(order), bool)
     for start, stop in zip(edges.tolist(), [*edges[1:].tolist(), len(order)], strict=True):
         rows = order[start:stop]
-        gone[rows] = near.superfluous(
-            near.unit(found.embedding[rows]), threshold, found.mark[rows] == ALWAYS
+        gone[rows] = near.redundant(
+            near.unit_vectors(found.embedding[rows]), threshold, found.mark[rows] == ALWAYS
         )
     for number in np.unique(found.shard[gone]).tolist():
         scores.marks.add(shards[number], found.row[gone & (found.shard == number)], NEVER)

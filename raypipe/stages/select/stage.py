@@ -29,13 +29,13 @@ from raypipe.runs.score_stream import Scores, mark_listed_ids, notes
 from raypipe.selection import (
     STRATEGIES,
     Chunk,
-    Cut,
-    Options,
+    Selection,
+    SelectionOptions,
     needs_classes,
     needs_loss,
     select,
 )
-from raypipe.selection.hashing import text_array
+from raypipe.selection.hashing import string_array
 from raypipe.stages.base import Stage
 from raypipe.stages.select.gate import check_trust
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
@@ -121,7 +121,7 @@ def make_keep_lists(
     try:
         needed = (
             trust or TrustSettings()
-            if STRATEGIES[settings.strategy].scores
+            if STRATEGIES[settings.strategy].uses_scores
             else TrustSettings(min_spearman=-1)
         )
         fidelity = check_trust(run.ledger()["extrapolate"], needed, settings.force)
@@ -179,17 +179,19 @@ def make_keep_lists(
     }
 
 
-def options_of(run: Run, settings: SelectSettings) -> Options:
+def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
     """What the strategies go by. Raises ConfigError where the strategy needs the proxy's loss and the scores came from tables."""
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Options)}
+    fields = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(SelectionOptions)
+    }
     difficulty, own = settings.difficulty, tables_of(run.ledger())
     if difficulty == "auto":
         score = run.ledger()["extrapolate"].detail.get("score")
         difficulty = "score" if score in DIFFICULTIES and not own else "loss"
     by_class = (
-        settings.within_classes and not STRATEGIES[settings.strategy].by_class
+        settings.within_classes and not STRATEGIES[settings.strategy].balances_classes
     )  # balanced is so by itself
-    options = Options(**{**fields, "difficulty": difficulty, "by_class": by_class})
+    options = SelectionOptions(**{**fields, "difficulty": difficulty, "by_class": by_class})
     if own and needs_loss(settings.strategy, options):
         other = (
             "; if a high score means a hard sample, say select.difficulty: score"
@@ -202,12 +204,14 @@ def options_of(run: Run, settings: SelectSettings) -> Options:
     return options
 
 
-def _stated(settings: SelectSettings, options: Options, marked: dict[str, Any]) -> dict[str, Any]:
+def _stated(
+    settings: SelectSettings, options: SelectionOptions, marked: dict[str, Any]
+) -> dict[str, Any]:
     """What a keep-list says of how it was made, beyond its strategy: options of the strategy and those that are not the default."""
     strategy = STRATEGIES[settings.strategy]
     names = (
-        ["seed"] * strategy.draws
-        + ["difficulty"] * strategy.difficulty
+        ["seed"] * strategy.draws_at_random
+        + ["difficulty"] * strategy.uses_difficulty
         + OF_STRATEGY.get(settings.strategy, [])
     )
     stated = {name: getattr(options, name) for name in names}
@@ -243,7 +247,7 @@ def _remove_stale(run: Run, digest: str, new: set[str]) -> None:
 class _KeepList:
     """One keep-list being written; the file appears only when it is whole."""
 
-    def __init__(self, run: Run, cut: Cut, metadata: dict[str, str]) -> None:
+    def __init__(self, run: Run, cut: Selection, metadata: dict[str, str]) -> None:
         self.cut, self.file = cut, keep_file(cut.fraction)
         self._uri = run.keep_list(self.file)
         about = {"fraction": repr(cut.fraction), "count": str(cut.count), **metadata}
@@ -264,7 +268,7 @@ class _KeepList:
         kept = np.flatnonzero(self.cut.mask(chunk))
         label = pa.array(chunk.label[kept], pa.int32(), mask=chunk.label[kept] < 0)
         columns = [
-            text_array(chunk.sample_id).take(pa.array(kept)),
+            string_array(chunk.sample_id).take(pa.array(kept)),
             label,
             pa.array(chunk.score[kept]),
         ]
