@@ -26,7 +26,7 @@ from raypipe.errors import RaypipeError
 from raypipe.extrapolators import METHODS
 from raypipe.extrapolators.base import Nodes
 from raypipe.runs.embeddings import COLUMNS, nodes_of
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.measured_scores import measured_scores
 from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES
@@ -48,7 +48,7 @@ def samples(run: Run) -> tuple[list[str], Nodes]:
 def seed_scores(config: Config, run: Run) -> dict[str, dict[str, float]]:
     """Every score that the run measured or that its trajectory gives, by sample id; those that need more epochs are left out."""
     found = {name: measured_scores(run, name, "seed") for name in config.measure.at_checkpoints}
-    shards = [run.path("seed", f"{name}.parquet") for name in seed_manifest(run)["shards"]]
+    shards = [run.path("seed", f"{name}.parquet") for name in SeedManifest.read(run).shards]
     table = pa.concat_tables(
         [storage.read_table(shard, ["sample_id", "label"]) for shard in shards]
     )

@@ -25,6 +25,7 @@ from raypipe.distributed.context import Context
 from raypipe.nightly import Night, run_night
 from raypipe.pipeline import execute
 from raypipe.runs.checkpoints import empty_proxy
+from raypipe.runs.manifests import EpochRecord, ProxyManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 
@@ -66,7 +67,7 @@ def serial_parts(context: Context, parts: dict[str, Any], samples: int, *_: Any)
 
 def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
     """A few steps, and what the stage looks for afterwards."""
-    storage.write_json(run.path("proxy", "proxy.json"), _about(run))
+    _untrained(run).write(run)
     torch.manual_seed(0)
     model = empty_proxy(run)
     images, labels = (
@@ -82,31 +83,15 @@ def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
         optimizer.step()
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     storage.write_bytes(run.path("proxy", "checkpoints", "epoch-0000.safetensors"), save(weights))
-    record = {
-        "epoch": 0,
-        "steps": 12,
-        "lr": 0.01,
-        "checkpoint": "epoch-0000.safetensors",
-        "scored": True,
-        "trajectory": [],
-    }
-    storage.write_json(
-        run.path("proxy", "epochs", "0000.json"),
-        {**record, "accuracy": 0.5, "loss": 1.0, "cpu_seconds": 0.0},
-    )
+    file = "epoch-0000.safetensors"
+    EpochRecord(0, 0.01, 12, 1.0, 0.5, file, True, (), 0.0).write(run, "proxy")
 
 
-def _about(run: Run) -> dict[str, Any]:
-    size = json.loads(
-        pq.read_schema(run.path("seed", f"{min(run.done('seed'))}.parquet")).metadata[b"raypipe"]
-    )["image_size"]
-    return {
-        "model": "small",
-        "classes": len(run.classes().names),
-        "image_size": size,
-        "mean": [0.3] * 3,
-        "std": [0.4] * 3,
-    }
+def _untrained(run: Run) -> ProxyManifest:
+    schema = pq.read_schema(run.seed_shard(min(run.done("seed"))))
+    size = json.loads(schema.metadata[b"raypipe"])["image_size"]
+    classes = len(run.classes().names)
+    return ProxyManifest("small", classes, size, (0.3,) * 3, (0.4,) * 3, 0, 0, ())
 
 
 def _shards(run: Run) -> list[str]:

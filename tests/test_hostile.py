@@ -332,18 +332,18 @@ def test_a_fragment_whose_name_is_a_path_is_refused(run: Run, name: str) -> None
 
 
 def test_a_shard_of_the_manifest_whose_name_is_a_path_is_refused(run: Run) -> None:
-    from raypipe.runs.manifests import seed_manifest
+    from raypipe.runs.manifests import SeedManifest
 
     storage.write_json(
         run.path("seed", "manifest.json"), {"shards": ["../../x"], "audit_shards": []}
     )
     with pytest.raises(RunError, match=r"seed/manifest.json is damaged"):
-        seed_manifest(run)
+        SeedManifest.read(run)
     storage.write_json(
         run.path("seed", "manifest.json"),
         {"shards": ["seed-00000-ab"], "audit_shards": ["audit-00000-ab"]},
     )
-    assert seed_manifest(run)["shards"] == ["seed-00000-ab"]
+    assert SeedManifest.read(run).shards == ("seed-00000-ab",)
 
 
 @pytest.mark.parametrize(("folder", "verb"), [("report", "report"), ("keep", "select")])

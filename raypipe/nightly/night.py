@@ -34,7 +34,7 @@ from raypipe.progress import Progress
 from raypipe.report.trackers import check_trackers
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, fingerprint, now, tables_of
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import (
     TIME,
@@ -189,7 +189,7 @@ def _check(context: Context, records: dict[str, StageRecord]) -> str:
         raise RunError(
             f"{run.uri}: the extrapolator is not finished; finish the run with jobs/run.py first"
         )
-    about = [seed_manifest(run), storage.read_json(run.proxy_manifest_file)]
+    about = [SeedManifest.read(run).as_json(), storage.read_json(run.proxy_manifest_file)]
     return fingerprint(prints["extrapolate"], *about)
 
 
@@ -335,7 +335,7 @@ def _judged(
         **counts,
         "share_since_seed": since / max(1, counts["samples"]["total"]),
         "drift": drift,
-        "labels": label_drift(rows.classes, np.array(seed_manifest(run)["per_class"], np.int64))
+        "labels": label_drift(rows.classes, np.array(SeedManifest.read(run).per_class, np.int64))
         if new
         else None,
         "fidelity": fidelity,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raypipe import storage
-from raypipe.runs.manifests import proxy_manifest
+from raypipe.runs.manifests import ProxyManifest
 from raypipe.runs.partition import proxy_parts
 from raypipe.runs.run import Run
 
@@ -27,7 +27,7 @@ def last_layer(run: Run) -> tuple[Any, Any]:
     from safetensors.numpy import load
 
     part = proxy_parts(run)[0]  # the one that all samples are embedded by
-    weights = load(storage.read_bytes(run.path(part.checkpoints, part.trained["final"])))
+    weights = load(storage.read_bytes(run.path(part.checkpoints, part.trained.final)))
     return weights["head.weight"], weights["head.bias"]
 
 
@@ -37,12 +37,12 @@ def empty_proxy(run: Run) -> Any:
 
     from raypipe.vision.networks import build
 
-    manifest = proxy_manifest(run)
+    manifest = ProxyManifest.read(run)
     with torch.random.fork_rng(devices=[]):
         return build(
-            manifest["model"],
-            manifest["classes"],
-            manifest["image_size"],
-            manifest["mean"],
-            manifest["std"],
+            manifest.model,
+            manifest.classes,
+            manifest.image_size,
+            manifest.mean,
+            manifest.std,
         )

@@ -1,8 +1,10 @@
-"""What the stages hand to one another: typed manifests."""
+"""What the stages seed, proxy and measure hand to one another: one frozen dataclass per manifest on disk."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,72 +16,331 @@ from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import audit_name, distinguished_classes, shard_statistics
 
 
-def proxy_manifest(run: Run) -> dict[str, Any]:
-    """What `proxy.json` holds."""
-    return storage.read_json(run.proxy_manifest_file)
+@dataclass(frozen=True)
+class SeedManifest:
+    """The seed set and the audit set, `seed/manifest.json`.
 
-
-def finished_epochs(run: Run, folder: str = "proxy") -> list[dict[str, Any]]:
-    """The records of the finished epochs of a proxy, in order."""
-    epochs = run.path(folder, "epochs")
-    return [storage.read_json(storage.join(epochs, file)) for file in sorted(storage.names(epochs))]
-
-
-def seed_manifest(run: Run) -> dict[str, Any]:
-    """What the seed set is: samples, per_class, mean and std per channel (0..1), image_size, names of its shards in order.
-
-    `unlabelled` where the source has no labels; then per_class is of pseudo-labels, and empty before there are any.
-    And what the audit set is: audit_fraction of the samples outside the seed set, audit_samples, audit_shards (those with any), audit_shard_samples.
+    Attributes
+    ----------
+    samples : int
+        Samples in the seed set.
+    image_size : int
+        Side of the stored images, pixels.
+    per_class : tuple of int
+        Seed samples of each class. Without labels those of each pseudo-label; empty until there are any.
+    mean, std : tuple of float
+        Of each colour channel over the seed set, 0..1.
+    shards : tuple of str
+        Names of the seed shards, in order.
+    shard_samples : tuple of int
+        Samples in each seed shard.
+    audit_fraction : float
+        Share of the samples outside the seed set that is in the audit set.
+    audit_samples : int
+        Samples in the audit set.
+    audit_shards, audit_shard_samples
+        Names and sizes of the audit shards that hold any sample.
+    unlabelled : bool
+        Whether the source has no labels.
     """
-    manifest = storage.read_json(run.seed_manifest_file)
-    if manifest.get("unlabelled"):
-        with contextlib.suppress(FileNotFoundError):  # before there are pseudo-labels
-            manifest["per_class"] = storage.read_json(run.pseudo_labels_file)["per_class"]
-    if not all(map(VALID_NAME, (*manifest.get("shards", ()), *manifest.get("audit_shards", ())))):
-        raise RunError(
-            f"{run.uri}: seed/manifest.json is damaged: a shard of it has no name of a shard"
+
+    samples: int = 0
+    image_size: int = 0
+    per_class: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    shards: tuple[str, ...] = ()
+    shard_samples: tuple[int, ...] = ()
+    audit_fraction: float = 0.0
+    audit_samples: int = 0
+    audit_shards: tuple[str, ...] = ()
+    audit_shard_samples: tuple[int, ...] = ()
+    unlabelled: bool = False
+
+    @property
+    def all_shards(self) -> tuple[str, ...]:
+        """Seed shards, then audit shards."""
+        return (*self.shards, *self.audit_shards)
+
+    @classmethod
+    def read(cls, run: Run) -> SeedManifest:
+        """Read the manifest of a run.
+
+        Raises
+        ------
+        FileNotFoundError
+            When there is none yet.
+        RunError
+            When it is damaged, or names a file outside its folder.
+        """
+        data = dict(storage.read_json(run.seed_manifest_file))
+        if data.get("unlabelled"):
+            with contextlib.suppress(FileNotFoundError):  # until the stage `label` has run
+                data["per_class"] = storage.read_json(run.pseudo_labels_file)["per_class"]
+        try:
+            manifest = cls(**_frozen(data))
+        except TypeError as error:
+            raise RunError(f"{run.uri}: seed/manifest.json is damaged ({error})") from None
+        if not all(map(VALID_NAME, manifest.all_shards)):
+            raise RunError(
+                f"{run.uri}: seed/manifest.json is damaged: it has an invalid shard name"
+            )
+        return manifest
+
+    @classmethod
+    def from_shards(cls, run: Run, shards: Sequence[str], audit_fraction: float) -> SeedManifest:
+        """Compute the manifest from the statistics that every shard carries."""
+        classes = run.classes()
+        counts = np.zeros(distinguished_classes(classes), int)
+        sums, squares = np.zeros(3), np.zeros(3)
+        sizes, image_size = [], 0
+        for shard in shards:
+            statistics = shard_statistics(run, shard)
+            image_size = statistics["image_size"]
+            sizes.append(statistics["samples"])
+            counts += np.array(statistics["per_class"], int)
+            sums += statistics["sum"]
+            squares += statistics["square"]
+        pixels = max(1, sum(sizes) * image_size**2)
+        mean = sums / pixels
+        std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))
+        audited: dict[str, int] = {}
+        for shard in map(audit_name, shards) if audit_fraction else ():
+            if count := shard_statistics(run, shard)["samples"]:
+                audited[shard] = count
+        return cls(
+            samples=sum(sizes),
+            image_size=image_size,
+            per_class=tuple(counts.tolist()),
+            mean=tuple(mean.round(6).tolist()),
+            std=tuple(std.round(6).tolist()),
+            shards=tuple(shards),
+            shard_samples=tuple(sizes),
+            audit_fraction=audit_fraction,
+            audit_samples=sum(audited.values()),
+            audit_shards=tuple(audited),
+            audit_shard_samples=tuple(audited.values()),
+            unlabelled=classes.clusters,
         )
-    return manifest
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `seed/manifest.json` holds."""
+        data = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
+        if not self.unlabelled:
+            del data["unlabelled"]
+        return data
+
+    def write(self, run: Run) -> None:
+        """Write the manifest of a run."""
+        storage.write_json(run.seed_manifest_file, self.as_json())
 
 
-def make_manifest(run: Run, shards: list[str], audit: float) -> dict[str, Any]:
-    """What `seed_manifest` gives, from the shards; audit: the share of the samples outside the seed set that is in the audit set."""
-    known = run.classes()
-    totals, sizes, per_class, sums, squares = (
-        0,
-        [],
-        np.zeros(distinguished_classes(known), int),
-        np.zeros(3),
-        np.zeros(3),
-    )
-    size = 0
-    for shard in shards:
-        found = shard_statistics(run, shard)
-        size = found["image_size"]
-        totals += found["samples"]
-        sizes.append(found["samples"])
-        per_class += np.array(found["per_class"], int)
-        sums += found["sum"]
-        squares += found["square"]
-    pixels = max(1, totals * size * size)
-    mean = sums / pixels
-    std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))
-    audited = (
-        {audit_name(shard): shard_statistics(run, audit_name(shard))["samples"] for shard in shards}
-        if audit
-        else {}
-    )
+@dataclass(frozen=True)
+class EpochRecord:
+    """One finished epoch of a proxy, `epochs/epoch-0007.json`.
+
+    Attributes
+    ----------
+    epoch : int
+        From 0.
+    lr : float
+        Learning rate of its last step.
+    steps : int
+        Steps since the start of the training.
+    loss, accuracy : float
+        Mean over the epoch, on augmented training images.
+    checkpoint : str
+        File of its checkpoint; empty when none was written.
+    scored : bool
+        Whether scores are measured at that checkpoint.
+    trajectory : tuple of str
+        Files of the trajectory, one per worker.
+    cpu_seconds : float
+        Processor time of all workers.
+    """
+
+    epoch: int
+    lr: float
+    steps: int
+    loss: float
+    accuracy: float
+    checkpoint: str
+    scored: bool
+    trajectory: tuple[str, ...]
+    cpu_seconds: float
+
+    @classmethod
+    def read_all(cls, run: Run, folder: str = "proxy") -> list[EpochRecord]:
+        """Read the finished epochs of the proxy in a folder of the run, in order."""
+        epochs = run.path(folder, "epochs")
+        files = sorted(storage.names(epochs))
+        return [cls(**_frozen(storage.read_json(storage.join(epochs, file)))) for file in files]
+
+    def write(self, run: Run, folder: str) -> None:
+        """Write the record: from then on the epoch counts as finished."""
+        data = {**vars(self), "trajectory": list(self.trajectory)}
+        storage.write_json(run.path(folder, "epochs", f"epoch-{self.epoch:04d}.json"), data)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that scores are measured at: its epoch (from 0), the learning rate there, and its file."""
+
+    epoch: int
+    lr: float
+    file: str
+
+
+@dataclass(frozen=True)
+class TrainedProxy:
+    """What the training of one proxy left.
+
+    Attributes
+    ----------
+    steps, epochs : int
+        Length of the training.
+    trajectory : tuple of tuple of str
+        Per epoch the files of the trajectory.
+    checkpoints : tuple of Checkpoint
+        Those that scores are measured at.
+    final : str
+        File of the last checkpoint.
+    """
+
+    steps: int
+    epochs: int
+    trajectory: tuple[tuple[str, ...], ...]
+    checkpoints: tuple[Checkpoint, ...]
+    final: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of the checkpoints that scores are measured at."""
+        return tuple(checkpoint.file for checkpoint in self.checkpoints)
+
+    @classmethod
+    def from_epochs(cls, epochs: Sequence[EpochRecord]) -> TrainedProxy:
+        """Summarise a complete training."""
+        return cls(
+            steps=epochs[-1].steps,
+            epochs=len(epochs),
+            trajectory=tuple(record.trajectory for record in epochs),
+            checkpoints=tuple(
+                Checkpoint(record.epoch, record.lr, record.checkpoint)
+                for record in epochs
+                if record.scored
+            ),
+            final=epochs[-1].checkpoint,
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainedProxy:
+        """Restore what `as_json` gave."""
+        return cls(
+            steps=data["steps"],
+            epochs=data["epochs"],
+            trajectory=tuple(map(tuple, data["trajectory"])),
+            checkpoints=tuple(Checkpoint(**item) for item in data["checkpoints"]),
+            final=data["final"],
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `proxy.json` holds of it."""
+        return {**vars(self), "checkpoints": [vars(checkpoint) for checkpoint in self.checkpoints]}
+
+
+@dataclass(frozen=True)
+class ProxyOfPart:
+    """The proxy of one part of the seed set: how many samples the part has, in all and by shard, and the training."""
+
+    samples: int
+    shard_samples: tuple[int, ...]
+    trained: TrainedProxy
+
+
+@dataclass(frozen=True)
+class ProxyManifest:
+    """The trained proxy, `proxy/proxy.json`, written last.
+
+    Attributes
+    ----------
+    model : str
+        Name of the network, `proxy.model`.
+    classes, image_size : int
+        Width of its last layer; side of its input, pixels.
+    mean, std : tuple of float
+        Normalisation of its input, per channel.
+    samples : int
+        Seed samples.
+    seed : int
+        Of the division into parts.
+    parts : tuple of ProxyOfPart
+        One per part of the seed set (`proxy.parts`).
+    """
+
+    model: str
+    classes: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    samples: int
+    seed: int
+    parts: tuple[ProxyOfPart, ...]
+
+    @classmethod
+    def read(cls, run: Run) -> ProxyManifest:
+        """Read the manifest of a run. Raises FileNotFoundError when the proxy is not trained yet."""
+        data = storage.read_json(run.proxy_manifest_file)
+        if "parts" in data:
+            parts = tuple(
+                ProxyOfPart(
+                    item["samples"], tuple(item["shard_samples"]), TrainedProxy.from_json(item)
+                )
+                for item in data["parts"]
+            )
+        else:
+            sizes = SeedManifest.read(run).shard_samples
+            parts = (ProxyOfPart(data["samples"], sizes, TrainedProxy.from_json(data)),)
+        names = ("model", "classes", "image_size", "samples")
+        return cls(
+            **{name: data[name] for name in names},
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            seed=data.get("seed", 0),
+            parts=parts,
+        )
+
+    def write(self, run: Run) -> None:
+        """Write the manifest. What was trained on a single part stands at its top, on several in a list."""
+        data: dict[str, Any] = {
+            "model": self.model,
+            "classes": self.classes,
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "samples": self.samples,
+        }
+        if len(self.parts) == 1:
+            data |= self.parts[0].trained.as_json()
+        else:
+            data["seed"] = self.seed
+            data["parts"] = [
+                {
+                    "folder": f"part-{number}",
+                    "samples": part.samples,
+                    "shard_samples": list(part.shard_samples),
+                    **part.trained.as_json(),
+                }
+                for number, part in enumerate(self.parts)
+            ]
+        storage.write_json(run.proxy_manifest_file, data)
+
+
+def _frozen(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON with its lists as tuples."""
     return {
-        "samples": totals,
-        "image_size": size,
-        "per_class": per_class.tolist(),
-        "mean": mean.round(6).tolist(),
-        "std": std.round(6).tolist(),
-        "shards": shards,
-        "shard_samples": sizes,
-        "audit_fraction": audit,
-        "audit_samples": sum(audited.values()),
-        "audit_shards": [shard for shard, count in audited.items() if count],
-        "audit_shard_samples": [count for count in audited.values() if count],
-        **({"unlabelled": True} if known.clusters else {}),
+        name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
     }

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import StageError
-from raypipe.runs.manifests import proxy_manifest, seed_manifest
+from raypipe.runs.manifests import ProxyManifest, SeedManifest, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_labels
 from raypipe.sources.id_sampling import part_rule
@@ -33,7 +32,7 @@ class SeedPart:
 
     number, of     which of how many; seed as for `part_rule`
     samples        how many it has, and in each shard of the seed set
-    trained        what `proxy.json` says of the proxy trained on it: steps, trajectory, checkpoints, final; empty before
+    proxy          the proxy trained on it; None until it is trained
     """
 
     number: int
@@ -41,7 +40,13 @@ class SeedPart:
     seed: int
     samples: int
     shard_samples: tuple[int, ...]
-    trained: dict[str, Any] = field(default_factory=dict)
+    proxy: TrainedProxy | None = None
+
+    @property
+    def trained(self) -> TrainedProxy:
+        """The proxy trained on the part, once there is one."""
+        assert self.proxy is not None, "the proxy is not trained yet"
+        return self.proxy
 
     @property
     def name(self) -> str:
@@ -84,10 +89,10 @@ class SeedPart:
 
 def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
     """The parts of the seed set. Raises StageError when one has too few samples or classes to train on."""
-    manifest = seed_manifest(run)
+    manifest = SeedManifest.read(run)
     if parts == 1:
-        return [SeedPart(0, 1, seed, manifest["samples"], tuple(manifest["shard_samples"]))]
-    rule, classes = part_rule(parts, seed), len(manifest["per_class"])
+        return [SeedPart(0, 1, seed, manifest.samples, manifest.shard_samples)]
+    rule, classes = part_rule(parts, seed), len(manifest.per_class)
 
     def count(shard: str) -> np.ndarray:
         table = shard_labels(run, shard)
@@ -99,7 +104,7 @@ def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
         ).reshape(parts, classes)
 
     with ThreadPoolExecutor(16) as threads:
-        counts = np.stack(list(threads.map(count, manifest["shards"])))  # [shards, parts, classes]
+        counts = np.stack(list(threads.map(count, manifest.shards)))  # [shards, parts, classes]
     samples, present = counts.sum((0, 2)), (counts.sum(0) > 0).sum(1)
     for number in range(parts):
         if samples[number] < MIN_PART_SAMPLES or present[number] < 2:
@@ -127,25 +132,18 @@ def merge_parts(
 
 
 def proxy_parts(run: Run) -> list[SeedPart]:
-    """The parts of the seed set with what was trained on each; a single one that is the whole where `proxy.parts` is 1."""
-    manifest = proxy_manifest(run)
-    if "parts" not in manifest:
-        return [
-            SeedPart(
-                0, 1, 0, manifest["samples"], tuple(seed_manifest(run)["shard_samples"]), manifest
-            )
-        ]
-    listed = manifest["parts"]
+    """Return the parts of the seed set with the proxy trained on each; a single one where `proxy.parts` is 1."""
+    manifest = ProxyManifest.read(run)
     return [
         SeedPart(
             number,
-            len(listed),
-            manifest["seed"],
-            entry["samples"],
-            tuple(entry["shard_samples"]),
-            entry,
+            len(manifest.parts),
+            manifest.seed,
+            part.samples,
+            part.shard_samples,
+            part.trained,
         )
-        for number, entry in enumerate(listed)
+        for number, part in enumerate(manifest.parts)
     ]
 
 
@@ -158,5 +156,5 @@ def trajectory_files(run: Run) -> list[list[str]]:
             for part, files in zip(parts, epoch, strict=True)
             for file in files
         ]
-        for epoch in zip(*(part.trained["trajectory"] for part in parts), strict=True)
+        for epoch in zip(*(part.trained.trajectory for part in parts), strict=True)
     ]

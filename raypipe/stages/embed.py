@@ -30,7 +30,7 @@ from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.embeddings import SPECIAL_ROWS
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import proxy_parts
 from raypipe.runs.pseudo_labels import load_labeller
 from raypipe.runs.rejects import RejectTally, hash_order, summarize, write_rejects
@@ -205,13 +205,11 @@ class EmbedActor:
         self._device = "cuda" if gpu else "cpu"
         self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
         part = proxy_parts(self._run)[0]
-        self._model = load_checkpoint(
-            self._run, part.trained["final"], self._device, part.checkpoints
-        )
+        self._model = load_checkpoint(self._run, part.trained.final, self._device, part.checkpoints)
         seed = config.seed
         self._rules = {
             "seed": in_sample(seed.fraction, seed.seed),
-            "audit": audit_rule(seed, seed_manifest(self._run)["audit_fraction"]),
+            "audit": audit_rule(seed, SeedManifest.read(self._run).audit_fraction),
         }
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
         if aside:

@@ -27,7 +27,7 @@ from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, StageError
 from raypipe.progress import ProgressCallback
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.pseudo_labels import CLUSTERS, FOLDER, MANIFEST, NETWORK
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images
@@ -56,8 +56,8 @@ class LabelStage(Stage):
         }
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        seed = seed_manifest(context.run)
-        shards = {*seed["shards"], *seed["audit_shards"]}
+        seed = SeedManifest.read(context.run)
+        shards = {*seed.shards, *seed.audit_shards}
         return MANIFEST in storage.names(context.run.path(FOLDER)) and shards <= context.run.done(
             FOLDER
         )
@@ -65,13 +65,13 @@ class LabelStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         from raypipe.distributed.step_tasks import run_step_functions
 
-        config, run, seed = context.config, context.run, seed_manifest(context.run)
+        config, run, seed = context.config, context.run, SeedManifest.read(context.run)
         alone = config.proxy.model_copy(update={"workers": 1, "parts": 1})
         _, gpu, cpus, _ = context.cluster.train_workers(alone)
         started = time.monotonic()
         part = functools.partial(write_labels, gpu)
         record.cpu_seconds += run_step_functions(
-            context, {self.name: part}, seed["samples"], cpus, int(gpu)
+            context, {self.name: part}, seed.samples, cpus, int(gpu)
         )
         record.gpu_seconds += time.monotonic() - started if gpu else 0.0
         storage.delete(run.path(FOLDER, STATE))
@@ -81,7 +81,7 @@ class LabelStage(Stage):
             f"{self.name:<11} {len(sizes)} clusters of {min(sizes):,} to {max(sizes):,} seed samples stand for classes; no label of the "
             "source was read"
         )
-        record.samples = seed["samples"]
+        record.samples = seed.samples
         record.detail = {
             name: about[name] for name in ("clusters", "features", "method", "per_class")
         }
@@ -97,7 +97,7 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Progre
     from raypipe.pseudo_labels.turtle import turtle
     from raypipe.vision.devices import AdaptiveBatch
 
-    settings, seed, device = config.pseudo_labels, seed_manifest(run), "cuda" if gpu else "cpu"
+    settings, seed, device = config.pseudo_labels, SeedManifest.read(run), "cuda" if gpu else "cpu"
     count = settings.clusters or 0
     images = seed_images(run, seed)
     if settings.features == "backbone":
@@ -136,7 +136,7 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Progre
         save_arrays({name: np.ascontiguousarray(value) for name, value in arrays.items()}),
     )
     labeller = Labeller(network, clusters, device)
-    for shard in (*seed["shards"], *seed["audit_shards"]):
+    for shard in (*seed.shards, *seed.audit_shards):
         ids, pixels, _ = read_images(run, shard)
         label = labeller(pixels) if ids else np.zeros(0, np.int64)
         table = pa.table(
@@ -154,14 +154,14 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Progre
     storage.write_json(run.path(FOLDER, MANIFEST), about)
 
 
-def seed_images(run: Run, seed: dict[str, Any]) -> np.ndarray:
+def seed_images(run: Run, seed: SeedManifest) -> np.ndarray:
     """The decoded seed set in the order of its shards, uint8 [n, 3, size, size], in a file of this machine that goes with the array."""
     with tempfile.TemporaryFile() as file:
         images = np.memmap(
-            file, np.uint8, "w+", shape=(seed["samples"], 3, seed["image_size"], seed["image_size"])
+            file, np.uint8, "w+", shape=(seed.samples, 3, seed.image_size, seed.image_size)
         )
     start = 0
-    for shard, samples in zip(seed["shards"], seed["shard_samples"], strict=True):
+    for shard, samples in zip(seed.shards, seed.shard_samples, strict=True):
         images[start : start + samples] = read_images(run, shard)[1]
         start += samples
     return np.asarray(images)
@@ -170,7 +170,7 @@ def seed_images(run: Run, seed: dict[str, Any]) -> np.ndarray:
 def _self_supervised(
     config: Config,
     run: Run,
-    seed: dict[str, Any],
+    seed: SeedManifest,
     images: np.ndarray,
     device: str,
     step: ProgressCallback,
@@ -181,8 +181,8 @@ def _self_supervised(
     from raypipe.pseudo_labels.simclr import pretext_network, pretrain
 
     proxy, settings, uri = config.proxy, config.pseudo_labels, run.path(FOLDER, STATE)
-    mean, std = proxy.statistics(seed["mean"], seed["std"])
-    network = pretext_network(proxy.model, seed["image_size"], mean, std, settings.seed)
+    mean, std = proxy.statistics(seed.mean, seed.std)
+    network = pretext_network(proxy.model, seed.image_size, mean, std, settings.seed)
     try:
         state = load(storage.read_bytes(uri))
     except FileNotFoundError:
@@ -199,7 +199,7 @@ def _self_supervised(
     )
     return network, {
         "model": proxy.model,
-        "image_size": seed["image_size"],
+        "image_size": seed.image_size,
         "mean": mean,
         "std": std,
     }

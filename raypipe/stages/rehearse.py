@@ -30,7 +30,7 @@ from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import make_manifest, proxy_manifest, seed_manifest
+from raypipe.runs.manifests import ProxyManifest, SeedManifest
 from raypipe.runs.partition import MIN_PART_SAMPLES
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_table
@@ -54,40 +54,40 @@ class RehearseStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         inner = inner_run(context.run)
-        shards = set(seed_manifest(context.run)["shards"])
+        shards = set(SeedManifest.read(context.run).shards)
         return "manifest.json" in storage.names(inner.seed_folder) and all(
             shards <= inner.done(folder) for folder in ("seed", SCORES_FOLDER, SEEN)
         )
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run, inner = context.config, context.run, inner_run(context.run)
-        seed = seed_manifest(run)
+        seed = SeedManifest.read(run)
         # from other weights: two trainings that are compared must not start alike
         alone = config.proxy.model_copy(update={"seed": config.proxy.seed + 1})
         within = context.within(config.model_copy(update={"proxy": alone}), inner)
         if "manifest.json" not in storage.names(inner.seed_folder):
             self._divide(context, record, seed, inner)
-        halved = seed_manifest(inner)
+        halved = SeedManifest.read(inner)
         proxy, training = ProxyStage(), StageRecord()
         if not proxy.complete(within, training):
             context.progress.say(
-                f"{self.name:<11} {config.score} needs training on the sample: a second proxy, on {halved['samples']:,} of the "
-                f"{seed['samples']:,} seed samples, tells how it differs where there was none"
+                f"{self.name:<11} {config.score} needs training on the sample: a second proxy, on {halved.samples:,} of the "
+                f"{seed.samples:,} seed samples, tells how it differs where there was none"
             )
             proxy.execute(within, training)
         record.cpu_seconds += training.cpu_seconds
         record.gpu_seconds += training.gpu_seconds
         self._score(within, record, halved)
         self._look(context, within, record, seed)
-        record.samples = halved["samples"]
+        record.samples = halved.samples
         record.detail = {
-            "trained": halved["samples"],
-            "others": seed["samples"] - halved["samples"],
+            "trained": halved.samples,
+            "others": seed.samples - halved.samples,
             **training.detail,
         }
 
     def _divide(
-        self, context: Context, record: StageRecord, seed: dict[str, Any], inner: Run
+        self, context: Context, record: StageRecord, seed: SeedManifest, inner: Run
     ) -> None:
         """Copy the half that the second proxy is trained on."""
         run = context.run
@@ -101,29 +101,29 @@ class RehearseStage(Stage):
         def collect(result: dict[str, Any]) -> None:
             record.cpu_seconds += result["cpu_seconds"]
 
-        missing = [shard for shard in seed["shards"] if shard not in inner.done("seed")]
+        missing = [shard for shard in seed.shards if shard not in inner.done("seed")]
         context.run_tasks(
             missing,
-            functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed["per_class"])),
+            functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed.per_class)),
             collect,
         )
-        manifest = make_manifest(inner, seed["shards"], 0.0)
-        others = seed["samples"] - manifest["samples"]
+        manifest = SeedManifest.from_shards(inner, seed.shards, 0.0)
+        others = seed.samples - manifest.samples
         if (
-            manifest["samples"] < MIN_PART_SAMPLES
+            manifest.samples < MIN_PART_SAMPLES
             or others < MIN_SAMPLES
-            or sum(count > 0 for count in manifest["per_class"]) < 2
+            or sum(count > 0 for count in manifest.per_class) < 2
         ):
             raise StageError(
-                f"{seed['samples']} seed samples are too few for a rehearsal on half of them: {manifest['samples']} would be trained on, "
+                f"{seed.samples} seed samples are too few for a rehearsal on half of them: {manifest.samples} would be trained on, "
                 f"{others} judged. Raise seed.fraction, or set extrapolate.rehearsal to false"
             )
-        storage.write_json(inner.seed_manifest_file, manifest)
+        manifest.write(inner)
 
-    def _score(self, within: Context, record: StageRecord, halved: dict[str, Any]) -> None:
+    def _score(self, within: Context, record: StageRecord, halved: SeedManifest) -> None:
         """The score of the half in the training of the second proxy."""
         done, first, units = within.run.done(SCORES_FOLDER), 0, []
-        for shard, samples in zip(halved["shards"], halved["shard_samples"], strict=True):
+        for shard, samples in zip(halved.shards, halved.shard_samples, strict=True):
             if shard not in done:
                 units.append([(shard, first, first + samples)])
             first += samples
@@ -138,16 +138,16 @@ class RehearseStage(Stage):
             within.run_tasks(units, function, collect)
 
     def _look(
-        self, context: Context, within: Context, record: StageRecord, seed: dict[str, Any]
+        self, context: Context, within: Context, record: StageRecord, seed: SeedManifest
     ) -> None:
         """Pass the whole seed set through the second proxy."""
         config, run, done = context.config, context.run, within.run.done(SEEN)
-        missing = [shard for shard in seed["shards"] if shard not in done]
+        missing = [shard for shard in seed.shards if shard not in done]
         if not missing:
             return
         pool = context.cluster.pool(config.embed)
-        with context.progress.meter("rehearse", seed["samples"]) as meter:
-            sizes = dict(zip(seed["shards"], seed["shard_samples"], strict=True))
+        with context.progress.meter("rehearse", seed.samples) as meter:
+            sizes = dict(zip(seed.shards, seed.shard_samples, strict=True))
             meter.already(sum(size for shard, size in sizes.items() if shard in done))
 
             def collect(result: dict[str, Any]) -> None:
@@ -248,7 +248,9 @@ class SecondProxy:
         self._device = "cuda" if gpu else "cpu"
         self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
         inner = inner_run(self._run)
-        self._model = load_checkpoint(inner, proxy_manifest(inner)["final"], self._device)
+        self._model = load_checkpoint(
+            inner, ProxyManifest.read(inner).parts[0].trained.final, self._device
+        )
 
     def __call__(self, batch: Batch) -> Batch:
         from raypipe.vision.forward import forward

@@ -21,7 +21,7 @@ from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import StageRecord, content_hash
-from raypipe.runs.manifests import make_manifest, seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.rejects import RejectTally, hash_order, summarize
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import (
@@ -52,10 +52,10 @@ class SeedStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
-            manifest = seed_manifest(context.run)
+            manifest = SeedManifest.read(context.run)
         except FileNotFoundError:
             return False
-        return {*manifest["shards"], *manifest["audit_shards"]} <= context.run.done("seed")
+        return {*manifest.shards, *manifest.audit_shards} <= context.run.done("seed")
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
@@ -90,14 +90,15 @@ class SeedStage(Stage):
             context.run_tasks(missing, functools.partial(_draw, config, run.uri, audit), collect)
         tally.check(all_read=True)
         shards = sorted(name for name, _ in groups)
-        manifest = make_manifest(run, shards, audit)
+        manifest = SeedManifest.from_shards(run, shards, audit)
         for stale in run.done("seed") - set(shards) - {audit_name(name) for name in shards}:
             storage.delete(run.seed_shard(stale))
         _check(manifest, config)
-        storage.write_json(run.seed_manifest_file, manifest)
-        record.samples = manifest["samples"]
+        manifest.write(run)
+        record.samples = manifest.samples
         record.detail = {
-            key: manifest[key] for key in ("samples", "per_class", "mean", "std", "audit_samples")
+            key: manifest.as_json()[key]
+            for key in ("samples", "per_class", "mean", "std", "audit_samples")
         }
         record.detail["rejects"] = tally.rejects
 
@@ -177,15 +178,15 @@ def _draw(
     }
 
 
-def _check(manifest: dict[str, Any], config: Config) -> None:
-    present = sum(count > 0 for count in manifest["per_class"])
-    if config.unsupervised and manifest["samples"] < 20:
+def _check(manifest: SeedManifest, config: Config) -> None:
+    present = sum(count > 0 for count in manifest.per_class)
+    if config.unsupervised and manifest.samples < 20:
         raise StageError(
-            f"the seed set has {manifest['samples']} readable samples; at least 20 are needed. Raise seed.fraction (now {config.seed.fraction:g})"
+            f"the seed set has {manifest.samples} readable samples; at least 20 are needed. Raise seed.fraction (now {config.seed.fraction:g})"
         )
-    if not config.unsupervised and (manifest["samples"] < 20 or present < 2):
+    if not config.unsupervised and (manifest.samples < 20 or present < 2):
         raise StageError(
-            f"the seed set has {manifest['samples']} labelled, readable samples of {present} classes; "
+            f"the seed set has {manifest.samples} labelled, readable samples of {present} classes; "
             f"at least 20 samples of 2 classes are needed. Raise seed.fraction (now {config.seed.fraction:g}), or check the labels "
             "with `raypipe inspect`"
         )

@@ -23,8 +23,10 @@ import numpy as np
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
+from raypipe.distributed import tree_sum
 from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import ActorPool
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
 from raypipe.stages.measure import gradients
@@ -62,10 +64,14 @@ def summed() -> list[float]:
     with (
         mock.patch.object(gradients, "_gradient_sums", _sums),
         mock.patch.object(gradients, "_store_gradient", _last),
-        mock.patch.object(gradients.ray, "get", side_effect=_keeping(kept := [])),
+        mock.patch.object(tree_sum.ray, "get", side_effect=_keeping(kept := [])),
     ):
-        arguments: Any = (None, Run("unused"), {"shards": [str(unit) for unit in range(UNITS)]})
-        folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, (), {})
+        arguments: Any = (
+            None,
+            Run("unused"),
+            SeedManifest(shards=tuple(str(unit) for unit in range(UNITS))),
+        )
+        folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, ())
         gradients._mean_gradients(
             *arguments, folders, part, ["first", "second"], APART, reported.append
         )
@@ -84,7 +90,14 @@ def _keeping(kept: list[Any]) -> Callable[..., Any]:
 
 
 def _sums(
-    config: Any, run_uri: str, folders: Any, part: Any, shards: list[str], files: list[str], *_: Any
+    config: Any,
+    run_uri: str,
+    folders: Any,
+    part: Any,
+    files: list[str],
+    threads: int,
+    gpu: bool,
+    shards: list[str],
 ) -> list[Any]:
     time.sleep(0.1)
     sums = [
@@ -96,7 +109,7 @@ def _sums(
 
 
 def _last(
-    run_uri: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]
+    run_uri: str, folder: str, samples: int, file: str, total: dict[str, np.ndarray]
 ) -> float:
     return float(total["weight"][-1])
 

@@ -19,7 +19,7 @@ from helpers import QUIET, score_files, small_config
 import raypipe
 from raypipe import storage
 from raypipe.config import dump_config
-from raypipe.runs.manifests import finished_epochs
+from raypipe.runs.manifests import EpochRecord
 from raypipe.runs.run import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -108,5 +108,5 @@ def test_ray_train_replaces_one_of_two_workers(cluster: str, tmp_path: Path) -> 
         going_on.set()
         killer.join()
     assert found == [True]
-    assert [epoch["epoch"] for epoch in finished_epochs(run)] == list(range(8))
+    assert [epoch.epoch for epoch in EpochRecord.read_all(run)] == list(range(8))
     assert run.ledger()["proxy"].detail["workers"] == 2

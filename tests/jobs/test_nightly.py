@@ -99,11 +99,11 @@ def test_failures_and_bad_usage(
 def test_more_samples_are_measured_as_those_of_the_run_were(finished: str) -> None:
     """MoSo, EL2N, GraNd and loss of the run's own audit set, measured once more as a fresh audit is."""
     from raypipe.distributed.context import Context
-    from raypipe.runs.manifests import seed_manifest
+    from raypipe.runs.manifests import SeedManifest
     from raypipe.stages.measure.stage import measure_extra_shard
 
     run = Run(finished)
-    (shard,) = seed_manifest(run)["audit_shards"]
+    (shard,) = SeedManifest.read(run).audit_shards
     storage.write_bytes(
         run.path("seed", "night-x.parquet"),
         storage.read_bytes(run.path("seed", f"{shard}.parquet")),

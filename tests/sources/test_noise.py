@@ -19,7 +19,7 @@ from raypipe.errors import RunError, SourceError
 from raypipe.nightly import audit
 from raypipe.pipeline import execute
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.digits import _digits
@@ -63,7 +63,7 @@ def _seen(config: Config) -> dict[str, int]:
     run, labels = Run(config.run), dict[str, int]()
     serial.index(config)
     serial.seed(config)
-    for shard in [*seed_manifest(run)["shards"], *seed_manifest(run)["audit_shards"]]:
+    for shard in [*SeedManifest.read(run).shards, *SeedManifest.read(run).audit_shards]:
         ids, _, label = read_shard(run, shard)
         labels.update(zip(ids, label.tolist(), strict=True))
     drawn = dict(labels)

@@ -18,7 +18,7 @@ import raypipe
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
 from raypipe.errors import ConfigError, RunError, SourceError
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import open_source
@@ -94,7 +94,7 @@ def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_pat
     for sample, image in zip(found, images, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image))), image)
     # what the seed set has of them, after everything a run does to a source
-    shards = [read_shard(Run(run), shard) for shard in seed_manifest(Run(run))["shards"]]
+    shards = [read_shard(Run(run), shard) for shard in SeedManifest.read(Run(run)).shards]
     drawn = {
         name: (image, label)
         for ids, pixels_, labels_ in shards

@@ -18,7 +18,7 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import open_source
@@ -107,7 +107,7 @@ def test_a_repeated_id_is_drawn_once(tmp_path: Path) -> None:
     run = Run(settings.run)
     drawn = {
         sample_id: image
-        for shard in seed_manifest(run)["shards"]
+        for shard in SeedManifest.read(run).shards
         for sample_id, image in zip(*read_shard(run, shard)[:2])
     }
     assert (record.samples, record.detail["rejects"]) == (40, 20) and list(drawn) == names

@@ -16,7 +16,7 @@ from raypipe import storage
 from raypipe.config import load_config
 from raypipe.errors import RejectError, SourceError
 from raypipe.runs.embeddings import COLUMNS, nodes_of
-from raypipe.runs.manifests import finished_epochs
+from raypipe.runs.manifests import EpochRecord
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.runs.status import describe_run
@@ -157,7 +157,7 @@ def assert_rehearsed(run: str) -> None:
         storage.read_json(f"{run}/seed/manifest.json"),
         storage.read_json(f"{inner.uri}/seed/manifest.json"),
     )
-    assert 0.3 < half["samples"] / seed["samples"] < 0.7
+    assert 0.3 < half["samples"] / seed.samples < 0.7
     assert ledger["rehearse"].detail["trained"] == half["samples"] == ledger["rehearse"].samples
     seen = pa.concat_tables(
         [table for _, table in storage.iter_tables(f"{inner.uri}/seen")]
@@ -165,14 +165,14 @@ def assert_rehearsed(run: str) -> None:
     ids = {shard: read_shard(inner, shard)[0] for shard in half["shards"]}
     trained = {name for names in ids.values() for name in names}
     assert (
-        len(seen) == seed["samples"]
+        len(seen) == seed.samples
         and {row["sample_id"] for row in seen if row["trained"]} == trained
     )
     scored = pa.concat_tables([table for _, table in storage.iter_tables(f"{inner.uri}/measured")])
     assert set(scored["sample_id"].to_pylist()) == trained
     for proxy in (Run(run), inner):  # no two trainings start alike
-        assert len(finished_epochs(proxy)) == 4
-    assert finished_epochs(Run(run))[0]["loss"] != finished_epochs(inner)[0]["loss"]
+        assert len(EpochRecord.read_all(proxy)) == 4
+    assert EpochRecord.read_all(Run(run))[0].loss != EpochRecord.read_all(inner)[0].loss
     predicted = storage.read_table(f"{run}/extrapolator/rehearsal.parquet")
     assert set(predicted["sample_id"].to_pylist()) == {row["sample_id"] for row in seen} - trained
     everyone = {

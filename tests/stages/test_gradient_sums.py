@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raypipe.distributed import tree_sum
 from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.tree_sum import FAN_IN, TreeSum
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
 from raypipe.stages.measure import gradients
@@ -55,6 +57,9 @@ class _Serial:
     def remote(self, **options: Any) -> Any:
         return lambda function: SimpleNamespace(remote=function)
 
+    def put(self, value: Any) -> Any:
+        return value
+
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 2.0}
 
@@ -71,7 +76,14 @@ def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.Monke
     shards, files, stored = [str(number) for number in range(30)], ["first", "second", "third"], {}
 
     def sums(
-        config: Any, run: str, folders: Any, part: Any, group: list[str], files: list[str], *_: Any
+        config: Any,
+        run: str,
+        folders: Any,
+        part: Any,
+        files: list[str],
+        threads: int,
+        gpu: bool,
+        group: list[str],
     ) -> list[Any]:
         values = [
             {"weight": np.full(3, sum(map(int, group)) * (place + 1.0))}
@@ -79,17 +91,18 @@ def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.Monke
         ]
         return [*values, {"samples": len(group), "cpu_seconds": 0.5}]
 
-    def store(run: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]) -> None:
+    def store(run: str, folder: str, samples: int, file: str, total: dict[str, np.ndarray]) -> None:
         stored[file] = total["weight"].tolist(), samples
 
     serial, done = _Serial(), list[int]()
-    for name, value in (("ray", serial), ("_gradient_sums", sums), ("_store_gradient", store)):
-        monkeypatch.setattr(gradients, name, value)
-    folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, 99, (), {})
+    monkeypatch.setattr(tree_sum, "ray", serial)
+    monkeypatch.setattr(gradients, "_gradient_sums", sums)
+    monkeypatch.setattr(gradients, "_store_gradient", store)
+    folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, 99, ())
     arguments: Any = (
         None,
         Run("unused"),
-        {"shards": shards},
+        SeedManifest(shards=tuple(shards)),
         folders,
         part,
         files,

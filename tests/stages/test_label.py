@@ -26,7 +26,7 @@ from raypipe.evaluation.driver import evaluate
 from raypipe.nightly import run_night
 from raypipe.pipeline import execute
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.pseudo_labels import load_labeller
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images, read_shard, shard_labels
@@ -87,27 +87,27 @@ def test_every_sample_has_the_label_of_its_cluster(whole: Path) -> None:
     names = [f"part-{number // 150}.parquet#{number % 150}" for number in range(450)]
     assert [rows[name]["label"] for name in names] == own_labels(run, digit_pngs(450)[0])
     assert run.classes().names == tuple(f"cluster-{number}" for number in range(6))
-    seed = seed_manifest(run)
-    drawn = [read_shard(run, shard) for shard in (*seed["shards"], *seed["audit_shards"])]
+    seed = SeedManifest.read(run)
+    drawn = [read_shard(run, shard) for shard in (*seed.shards, *seed.audit_shards)]
     told = {
         name: label
         for ids, _, labels in drawn
         for name, label in zip(ids, labels.tolist(), strict=True)
     }
-    assert len(told) > seed["samples"] and all(
+    assert len(told) > seed.samples and all(
         rows[name]["label"] == label for name, label in told.items()
     )
     assert (
-        seed["per_class"]
+        seed.per_class
         == np.bincount(
-            [told[name] for shard in seed["shards"] for name in read_images(run, shard)[0]],
+            [told[name] for shard in seed.shards for name in read_images(run, shard)[0]],
             minlength=6,
         ).tolist()
     )
-    assert all((read_images(run, shard)[2] == -1).all() for shard in seed["shards"]), (
+    assert all((read_images(run, shard)[2] == -1).all() for shard in seed.shards), (
         "the seed set itself has none"
     )
-    for shard, (ids, _, labels) in zip(seed["shards"], drawn):
+    for shard, (ids, _, labels) in zip(seed.shards, drawn):
         table = shard_labels(run, shard)  # what trajectories are scored with
         assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (
             ids,
@@ -122,24 +122,25 @@ def test_half_of_the_seed_set_keeps_its_pseudo_labels(
     in_process(monkeypatch)
     monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     run = Run(f"{tmp_path}/run")
-    inner, seed = inner_run(run), seed_manifest(run)
+    inner, seed = inner_run(run), SeedManifest.read(run)
     RehearseStage()._divide(Context(config_of(whole), run, QUIET), StageRecord(), seed, inner)
     assert inner.classes() == ClassMap(run.classes().names, numeric=False), (
         "there they are labels like any other"
     )
     told = {
         name: label
-        for ids, _, labels in map(run_shard(run), seed["shards"])
+        for ids, _, labels in map(run_shard(run), seed.shards)
         for name, label in zip(ids, labels.tolist())
     }
     half = {
         name: label
-        for ids, _, labels in map(run_shard(inner), seed["shards"])
+        for ids, _, labels in map(run_shard(inner), seed.shards)
         for name, label in zip(ids, labels.tolist())
     }
     assert 0 < len(half) < len(told) and half.items() <= told.items()
     assert (
-        seed_manifest(inner)["per_class"] == np.bincount(list(half.values()), minlength=6).tolist()
+        list(SeedManifest.read(inner).per_class)
+        == np.bincount(list(half.values()), minlength=6).tolist()
     )
 
 

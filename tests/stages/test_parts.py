@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, merge_parts, partition_seed_set, trajectory_files
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
@@ -211,10 +212,7 @@ def test_a_part_that_is_trained_is_not_trained_again(
     """The stage with a training that writes what Ray Train's workers would."""
     run = Run(str(tmp_path))
     _seed_set(run, [100], classes=3)
-    storage.write_json(
-        run.path("seed", "manifest.json"),
-        seed_manifest(run) | {"image_size": 8, "mean": [0.5], "std": [0.2]},
-    )
+    replace(SeedManifest.read(run), image_size=8, mean=(0.5,), std=(0.2,)).write(run)
     storage.write_json(
         run.path("index", "classes.json"), {"names": ["a", "b", "c"], "numeric": False}
     )
@@ -290,8 +288,8 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
 
     run = Run(of_folders)
     config = run.config()
-    seed = seed_manifest(run)
-    shards = [read_shard(run, shard) for shard in seed["shards"]]
+    seed = SeedManifest.read(run)
+    shards = [read_shard(run, shard) for shard in seed.shards]
     ids = [sample_id for shard in shards for sample_id in shard[0]]
     images = torch.from_numpy(np.concatenate([shard[1] for shard in shards]))
     labels = torch.from_numpy(np.concatenate([shard[2] for shard in shards]))
@@ -329,7 +327,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
             distance = probabilities_of(table) - np.eye(10)[labels[own]]
             expected["el2n"][own] += np.linalg.norm(distance, axis=1) / len(part["trajectory"])
     measured = pa.concat_tables(
-        [storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]]
+        [storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed.shards]
     )
     assert measured["sample_id"].to_pylist() == ids
     for score, values in expected.items():

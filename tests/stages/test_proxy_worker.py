@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import finished_epochs, seed_manifest
+from raypipe.runs.manifests import EpochRecord, SeedManifest
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.scores import forward_mode, moso, per_sample
@@ -95,12 +96,12 @@ def test_a_training_that_diverges_is_not_repeated(
         StageError, match=r"loss is (nan|inf) in epoch \d; lower proxy.lr \(now 1e\+12\)"
     ):
         _train(alone, small_config(alone.uri, "proxy.lr=1e12"), monkeypatch)
-    assert len(finished_epochs(alone)) < 4
+    assert len(EpochRecord.read_all(alone)) < 4
     storage.delete(alone.path("proxy", "state.safetensors"))
     _train(
         alone, small_config(alone.uri, "proxy.epochs=2"), monkeypatch
     )  # mended: what was said before is forgotten
-    assert [epoch["epoch"] for epoch in finished_epochs(alone)] == [0, 1]
+    assert [epoch.epoch for epoch in EpochRecord.read_all(alone)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -118,11 +119,11 @@ def test_pixels_are_normalised_as_asked(
     )
     _train(alone, config, monkeypatch)
     weights = load(storage.read_bytes(alone.path("proxy", "checkpoints", "epoch-0000.safetensors")))
-    epochs, whole = finished_epochs(alone), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy_stage._manifest(config, alone, seed_manifest(alone), [whole], [epochs])
+    epochs, whole = EpochRecord.read_all(alone), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy_stage._manifest(config, alone, SeedManifest.read(alone), [whole], [epochs])
     for name, expected in (("mean", mean), ("std", std)):
         np.testing.assert_allclose(weights[name].flatten(), expected, rtol=1e-6)
-        assert manifest[name] == expected
+        assert list(getattr(manifest, name)) == expected
 
 
 @pytest.mark.parametrize("adversary", ["null", "{iterations: 2}"])
@@ -197,13 +198,13 @@ def _proxy(
 ) -> tuple[SeedPart, gradients.GradientFolders, str]:
     """The one part of a trained proxy, where its numbers go, and its last checkpoint, recalibrated."""
     _train(run, config, monkeypatch)
-    seed, whole = seed_manifest(run), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy_stage._manifest(config, run, seed, [whole], [finished_epochs(run)])
-    storage.write_json(run.path("proxy", "proxy.json"), manifest)
+    seed, whole = SeedManifest.read(run), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy_stage._manifest(config, run, seed, [whole], [EpochRecord.read_all(run)])
+    manifest.write(run)
     run.write_ledger({"proxy": StageRecord("done", "of-the-proxy")})
-    (part,), file = proxy_parts(run), manifest["final"]
+    (part,), file = proxy_parts(run), manifest.parts[0].trained.final
     folders = gradients.GradientFolders.of(config, run)
-    gradients._recalibrated(run.uri, folders, part, file, config.proxy.adversary, 1, False)
+    gradients._recalibrated(run.uri, folders, part, config.proxy.adversary, 1, False, file)
     return part, folders, file
 
 
@@ -212,9 +213,9 @@ def _measured(
 ) -> pa.Table:
     """The numbers of both passes at one checkpoint."""
     total, _ = gradients._gradient_sums(
-        config, run.uri, folders, part, ["seed-0"], [file], 1, False
+        config, run.uri, folders, part, [file], 1, False, ["seed-0"]
     )
-    gradients._store_gradient(run.uri, folders.gradients, file, SAMPLES, total)
+    gradients._store_gradient(run.uri, folders.gradients, SAMPLES, file, total)
     actor = gradients.GradientActor(config, run.uri, folders, part, SAMPLES, 1, False)
     actor(gradients._read(run.uri, part, "seed-0"))
     return storage.read_table(run.path(folders.checkpoints, "seed-0.parquet"))
@@ -322,16 +323,16 @@ def test_of_a_large_seed_set_every_so_many_samples_recalibrate(
     whole = storage.read_table(alone.path("seed", "seed-0.parquet"))
     for shard, rows in (("seed-0", whole.slice(0, 18)), ("seed-1", whole.slice(18))):
         storage.write_table(alone.path("seed", f"{shard}.parquet"), rows)
-    seed = seed_manifest(alone) | {"shards": ["seed-0", "seed-1"], "shard_samples": [18, 30]}
-    storage.write_json(alone.path("seed", "manifest.json"), seed)
+    seed = replace(SeedManifest.read(alone), shards=("seed-0", "seed-1"), shard_samples=(18, 30))
+    seed.write(alone)
     part, file = SeedPart(0, 1, 0, SAMPLES, (18, 30)), "epoch-0000.safetensors"
-    manifest = proxy_stage._manifest(config, alone, seed, [part], [finished_epochs(alone)])
-    storage.write_json(alone.path("proxy", "proxy.json"), manifest)
+    manifest = proxy_stage._manifest(config, alone, seed, [part], [EpochRecord.read_all(alone)])
+    manifest.write(alone)
     monkeypatch.setattr(gradients, "RECALIBRATED", 12)
     folders = gradients.GradientFolders("measured/calibrated", "", "")
-    gradients._recalibrated(alone.uri, folders, part, file, None, 1, False)
+    gradients._recalibrated(alone.uri, folders, part, None, 1, False, file)
     found = load_checkpoint(alone, file, folder="measured/calibrated")
-    images = np.concatenate([part.read(alone, shard)[1] for shard in seed["shards"]])
+    images = np.concatenate([part.read(alone, shard)[1] for shard in seed.shards])
     expected = recalibrate(load_checkpoint(alone, file), [torch.from_numpy(images[::4].copy())])
     torch.testing.assert_close(
         found.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-6, atol=1e-7

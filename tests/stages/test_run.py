@@ -20,7 +20,7 @@ from raypipe.errors import ConfigError, RunError
 from raypipe.runs.embeddings import read_special_rows
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import ProxyManifest, SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.id_sampling import audit_rule, in_sample
@@ -74,10 +74,10 @@ def losses_at(run: Run, images: Any, labels: Any) -> np.ndarray:
     """Mean over the checkpoints of the loss of images."""
     import torch
 
-    from raypipe.runs.manifests import proxy_manifest
+    from raypipe.runs.manifests import ProxyManifest
 
     with torch.no_grad():
-        models = [measured_with(run, item["file"]) for item in proxy_manifest(run)["checkpoints"]]
+        models = [measured_with(run, item.file) for item in ProxyManifest.read(run)["checkpoints"]]
         found = [
             torch.nn.functional.cross_entropy(model(images), labels, reduction="none").numpy()
             for model in models
@@ -87,21 +87,21 @@ def losses_at(run: Run, images: Any, labels: Any) -> np.ndarray:
 
 def test_the_audit_set_is_drawn_by_its_own_rule_and_never_trained_on(finished: str) -> None:
     run, rows = Run(finished), by_id(finished)
-    manifest = seed_manifest(run)
-    assert manifest["audit_fraction"] == pytest.approx(50 / (600 * 0.65))
-    rule = audit_rule(small_config(finished).seed, manifest["audit_fraction"])
+    manifest = SeedManifest.read(run)
+    assert manifest.audit_fraction == pytest.approx(50 / (600 * 0.65))
+    rule = audit_rule(small_config(finished).seed, manifest.audit_fraction)
     drawn = [
-        sample_id for shard in manifest["audit_shards"] for sample_id in read_shard(run, shard)[0]
+        sample_id for shard in manifest.audit_shards for sample_id in read_shard(run, shard)[0]
     ]
     assert sorted(drawn) == sorted(sample_id for sample_id in rows if rule(sample_id))
-    assert len(drawn) == manifest["audit_samples"] == sum(manifest["audit_shard_samples"])
+    assert len(drawn) == manifest.audit_samples == sum(manifest.audit_shard_samples)
     assert (
-        sum(manifest["shard_samples"])
-        == manifest["samples"]
+        sum(manifest.shard_samples)
+        == manifest.samples
         == len({key for key in rows if in_sample(0.35, 0)(key)})
     )
     # in the embeddings both sets can be read without the rest
-    for which, expected in (("seed", manifest["samples"]), ("audit", len(drawn))):
+    for which, expected in (("seed", manifest.samples), ("audit", len(drawn))):
         parts = [
             read_special_rows(run, fragment, which) for fragment in sorted(run.done("embeddings"))
         ]
@@ -114,36 +114,34 @@ def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
     """Against one process that has both sets in memory: < G, g > with the seed set's mean gradient, and the gradient's length."""
     import torch
 
-    from raypipe.runs.manifests import proxy_manifest
+    from raypipe.runs.manifests import ProxyManifest
     from raypipe.scores.moso import combine, gradient_sum
     from raypipe.scores.per_sample import norms_and_alignments
 
     run = Run(finished)
-    proxy, seed = proxy_manifest(run), seed_manifest(run)
+    proxy, seed = ProxyManifest.read(run).parts[0].trained, SeedManifest.read(run)
     sets = {}
     for which in ("shards", "audit_shards"):
-        parts = [read_shard(run, shard) for shard in seed[which]]
+        parts = [read_shard(run, shard) for shard in getattr(seed, which)]
         sets[which] = tuple(
             torch.from_numpy(np.concatenate([part[item] for part in parts])) for item in (1, 2)
         )
     aligned, lengths = [], []
-    for item in proxy["checkpoints"]:
-        model = measured_with(run, item["file"])
+    for item in proxy.checkpoints:
+        model = measured_with(run, item.file)
         mean = {
-            name: value / seed["samples"]
+            name: value / seed.samples
             for name, value in gradient_sum(model, *sets["shards"]).items()
         }
         squares, found = norms_and_alignments(model, *sets["audit_shards"], mean)
         aligned.append(found.double().numpy())
         lengths.append(squares.sqrt().numpy())
-    rates = np.array([item["lr"] for item in proxy["checkpoints"]])
-    expected = combine(
-        np.stack(aligned, 1), rates, "lr", steps=proxy["steps"], samples=seed["samples"]
-    )
+    rates = np.array([item.lr for item in proxy.checkpoints])
+    expected = combine(np.stack(aligned, 1), rates, "lr", steps=proxy.steps, samples=seed.samples)
     table = pa.concat_tables(
         [
             storage.read_table(run.path("measured/audit", f"{shard}.parquet"))
-            for shard in seed["audit_shards"]
+            for shard in seed.audit_shards
         ]
     )
     assert table.column_names == [
@@ -182,7 +180,7 @@ def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
     assert (fidelity["judged_on"], fidelity["n_held"], fidelity["n_fit"]) == (
         "audit",
         len(measured),
-        seed_manifest(run)["samples"],
+        SeedManifest.read(run).samples,
     )
     predicted = audit["predicted"].to_numpy()
     assert fidelity["spearman"] == pytest.approx(
@@ -239,9 +237,9 @@ def test_another_keep_fraction_is_judged_without_another_fit(finished: str) -> N
 def test_seed_shards_hold_the_pixels(finished: str) -> None:
     from sklearn.datasets import load_digits
 
-    manifest, run = seed_manifest(Run(finished)), Run(finished)
-    assert manifest["samples"] == sum(manifest["per_class"]) == sum(manifest["shard_samples"])
-    ids, images, labels = read_shard(run, manifest["shards"][0])
+    manifest, run = SeedManifest.read(Run(finished)), Run(finished)
+    assert manifest.samples == sum(manifest.per_class) == sum(manifest.shard_samples)
+    ids, images, labels = read_shard(run, manifest.shards[0])
     digits = load_digits()
     for sample_id, image, label in zip(ids[:20], images, labels, strict=False):
         number = int(sample_id.rsplit("/", 1)[-1])
@@ -251,12 +249,12 @@ def test_seed_shards_hold_the_pixels(finished: str) -> None:
 
 def test_proxy_writes_checkpoints_with_their_learning_rate_and_a_trajectory(finished: str) -> None:
     run = Run(finished)
-    proxy = storage.read_json(run.path("proxy", "proxy.json"))
-    assert [item["epoch"] for item in proxy["checkpoints"]] == [1, 3]
-    assert proxy["checkpoints"][0]["lr"] > proxy["checkpoints"][1]["lr"] > 0
-    samples = seed_manifest(run)["samples"]
-    assert len(proxy["trajectory"]) == 4
-    for files in proxy["trajectory"]:
+    proxy = ProxyManifest.read(run).parts[0].trained
+    assert [item.epoch for item in proxy.checkpoints] == [1, 3]
+    assert proxy.checkpoints[0].lr > proxy.checkpoints[1].lr > 0
+    samples = SeedManifest.read(run).samples
+    assert len(proxy.trajectory) == 4
+    for files in proxy.trajectory:
         table = pa.concat_tables(
             [storage.read_table(run.path("proxy", "trajectory", file)) for file in files]
         )
@@ -269,22 +267,22 @@ def test_measured_scores_are_moso(finished: str) -> None:
     import torch
 
     from raypipe.runs.checkpoints import load_checkpoint
-    from raypipe.runs.manifests import proxy_manifest
+    from raypipe.runs.manifests import ProxyManifest
     from raypipe.scores.calibration import recalibrate
     from raypipe.scores.moso import combine, gradient_sum, leave_one_out
     from raypipe.scores.per_sample import norms_and_alignments
 
     run = Run(finished)
-    proxy, seed = proxy_manifest(run), seed_manifest(run)
-    shards = [read_shard(run, shard) for shard in seed["shards"]]
+    proxy, seed = ProxyManifest.read(run).parts[0].trained, SeedManifest.read(run)
+    shards = [read_shard(run, shard) for shard in seed.shards]
     ids = [sample_id for shard in shards for sample_id in shard[0]]
     images = torch.from_numpy(np.concatenate([shard[1] for shard in shards]))
     labels = torch.from_numpy(np.concatenate([shard[2] for shard in shards]))
     columns = []
-    for item in proxy["checkpoints"]:
-        model = measured_with(run, item["file"])
+    for item in proxy.checkpoints:
+        model = measured_with(run, item.file)
         again = recalibrate(
-            load_checkpoint(run, item["file"]), [images]
+            load_checkpoint(run, item.file), [images]
         )  # fewer than one batch of 256
         for name, value in again.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
@@ -293,8 +291,8 @@ def test_measured_scores_are_moso(finished: str) -> None:
         }
         squares, aligned = norms_and_alignments(model, images, labels, direction)
         columns.append(leave_one_out(aligned.double().numpy(), squares.double().numpy(), len(ids)))
-    rates = np.array([item["lr"] for item in proxy["checkpoints"]])
-    expected = combine(np.stack(columns, 1), rates, "lr", steps=proxy["steps"], samples=len(ids))
+    rates = np.array([item.lr for item in proxy.checkpoints])
+    expected = combine(np.stack(columns, 1), rates, "lr", steps=proxy.steps, samples=len(ids))
     rows = by_id(finished)
     np.testing.assert_allclose(
         [rows[sample_id]["score"] for sample_id in ids],
@@ -308,15 +306,15 @@ def test_other_scores_stand_beside_it(finished: str) -> None:
     """EL2N from the stored trajectory, GraNd and loss from the checkpoints, each computed again from the definition."""
     import torch
 
-    from raypipe.runs.manifests import proxy_manifest
+    from raypipe.runs.manifests import ProxyManifest
     from raypipe.scores.per_sample import norms_and_alignments
 
     run = Run(finished)
-    proxy, seed = proxy_manifest(run), seed_manifest(run)
-    shards = [read_shard(run, shard) for shard in seed["shards"]]
+    proxy, seed = ProxyManifest.read(run).parts[0].trained, SeedManifest.read(run)
+    shards = [read_shard(run, shard) for shard in seed.shards]
     labels = np.concatenate([shard[2] for shard in shards])
     distances = []
-    for files in proxy["trajectory"]:
+    for files in proxy.trajectory:
         table = pa.concat_tables(
             [storage.read_table(run.path("proxy", "trajectory", file)) for file in files]
         ).sort_by("row")
@@ -325,13 +323,13 @@ def test_other_scores_stand_beside_it(finished: str) -> None:
         )
     lengths = []
     images = torch.from_numpy(np.concatenate([shard[1] for shard in shards]))
-    for item in proxy["checkpoints"]:
+    for item in proxy.checkpoints:
         squares, _ = norms_and_alignments(
-            measured_with(run, item["file"]), images, torch.from_numpy(labels)
+            measured_with(run, item.file), images, torch.from_numpy(labels)
         )
         lengths.append(squares.sqrt().numpy())
     measured = pa.concat_tables(
-        [storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed["shards"]]
+        [storage.read_table(run.path("measured", f"{shard}.parquet")) for shard in seed.shards]
     )
     assert measured.column_names == ["sample_id", "label", "moso", "el2n", "grand", "loss"]
     np.testing.assert_allclose(

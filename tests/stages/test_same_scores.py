@@ -36,7 +36,7 @@ from sklearn.datasets import load_digits
 import raypipe
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import class_map, open_source
@@ -275,7 +275,7 @@ def test_seed_shards_are_the_same_bit_for_bit(
     format: str, run_of: Callable[[str], tuple[Run, Layout]], data: Data
 ) -> None:
     run, layout = run_of(format)
-    (shard,) = seed_manifest(run)["shards"]
+    (shard,) = SeedManifest.read(run).shards
     ids, images, labels = read_shard(run, shard)
     assert (ids, labels.tolist()) == (layout.ids, data.labels)
     np.testing.assert_array_equal(images, _expected(data, SIZE))

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision_folders import CIFAR10_CLASSES, cifar10
 
 import raypipe
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.stages.index.stage import IndexStage
@@ -42,7 +42,7 @@ def test_a_cifar_folder_from_parquet(cluster: str, tmp_path: Path) -> None:
     assert run.classes().names == tuple(CIFAR10_CLASSES)
     assert [fragment.samples for fragment in run.fragments()] == [64, 64, 22]
     count = 0
-    for shard in seed_manifest(run)["shards"]:
+    for shard in SeedManifest.read(run).shards:
         for name, image, label in zip(*read_shard(run, shard), strict=True):
             row = int(name.removeprefix("CIFAR10/train/"))
             assert np.array_equal(image, pixels[row].transpose(2, 0, 1)) and label == labels[row]

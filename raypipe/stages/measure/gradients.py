@@ -38,7 +38,7 @@ from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord, fingerprint
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.run import Run
 
@@ -90,9 +90,9 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
     """Both passes; finishes what an interrupted attempt left."""
     parts = proxy_parts(context.run)
     passes = 1 + ("moso" in context.config.measure.scores)
-    audited = seed_manifest(context.run)[
-        "audit_samples"
-    ]  # they are no part of the mean gradients they are aligned with
+    audited = SeedManifest.read(
+        context.run
+    ).audit_samples  # they are no part of the mean gradients they are aligned with
     with context.progress.meter(
         "measure", passes * sum(part.samples for part in parts) + audited
     ) as meter:
@@ -103,11 +103,11 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
 def _measure_part(
     context: Context, record: StageRecord, part: SeedPart, fewest: int, meter: Meter
 ) -> None:
-    config, run, seed = context.config, context.run, seed_manifest(context.run)
+    config, run, seed = context.config, context.run, SeedManifest.read(context.run)
     pool = context.cluster.pool(config.measure)
-    files = [item["file"] for item in part.trained["checkpoints"]]
+    files = [item.file for item in part.trained.checkpoints]
     moso, folders = "moso" in config.measure.scores, GradientFolders.of(config, run).of_part(part)
-    done, shards = run.done(folders.checkpoints), [*seed["shards"], *seed["audit_shards"]]
+    done, shards = run.done(folders.checkpoints), [*seed.shards, *seed.audit_shards]
     if config.measure.recalibrate:
         record.cpu_seconds += _recalibrate(config, run, folders, part, files, pool)
     if moso:
@@ -244,7 +244,7 @@ def _recalibrated(
     def batches() -> Any:
         waiting: list[tuple[np.ndarray, np.ndarray]] = []
         seen = 0
-        for shard in [*seed_manifest(run)["shards"], None]:
+        for shard in [*SeedManifest.read(run).shards, None]:
             if shard is not None:
                 images, labels = part.read(run, shard)[1:]
                 waiting.append((images[-seen % step :: step], labels[-seen % step :: step]))
@@ -274,7 +274,7 @@ def _recalibrated(
 def _mean_gradients(
     config: Config,
     run: Run,
-    seed: dict[str, Any],
+    seed: SeedManifest,
     folders: GradientFolders,
     part: SeedPart,
     files: list[str],
@@ -282,7 +282,7 @@ def _mean_gradients(
     on_done: Callable[[int], None],
 ) -> float:
     """Write the mean gradient at every checkpoint of `files`. Returns processor seconds."""
-    shards = np.array(seed["shards"])
+    shards = np.array(seed.shards)
     groups = [group.tolist() for group in np.array_split(shards, min(MOST_GROUPS, len(shards)))]
     seconds: list[float] = []
 
@@ -422,7 +422,7 @@ class GradientActor:
         )
         self._at_once = AdaptiveBatch(config.measure.images_at_once(gpu, config.proxy.image_size))
         self._folders, self._part = folders, part
-        files = [item["file"] for item in part.trained["checkpoints"]]
+        files = [item.file for item in part.trained.checkpoints]
         self._self_term = config.measure.moso.uses_self_term(samples)
         self._checkpoints = [self._checkpoint(file) for file in files]
 

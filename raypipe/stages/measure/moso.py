@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
@@ -22,7 +24,7 @@ class MosoTotals:
 
     @classmethod
     def of_parts(
-        cls, config: Config, run: Run, parts: list[SeedPart], folder: str, shards: list[str]
+        cls, config: Config, run: Run, parts: list[SeedPart], folder: str, shards: Sequence[str]
     ) -> list[MosoTotals]:
         self_term = config.measure.moso.uses_self_term(smallest_part(parts))
         return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
@@ -33,15 +35,15 @@ class MosoTotals:
         run: Run,
         part: SeedPart,
         folder: str,
-        shards: list[str],
+        shards: Sequence[str],
         self_term: bool,
     ) -> None:
         self.settings, self.steps, self.self_term = (
             config.measure.moso,
-            part.trained["steps"],
+            part.trained.steps,
             self_term,
         )
-        self.rates = np.array([item["lr"] for item in part.trained["checkpoints"]])
+        self.rates = np.array([item.lr for item in part.trained.checkpoints])
         self.samples, total, square = 0, np.zeros(len(self.rates)), np.zeros(len(self.rates))
         for shard in shards:
             aligned = numbers_in(read_numbers(run, folder, shard), "alignments")

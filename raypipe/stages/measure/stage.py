@@ -18,7 +18,7 @@ from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import empty_proxy
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, merge_parts, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
@@ -54,13 +54,13 @@ class MeasureStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
-            seed = seed_manifest(context.run)
+            seed = SeedManifest.read(context.run)
         except FileNotFoundError:
             return False
-        audit = seed["audit_shards"] if context.config.measure.at_checkpoints else []
-        return set(seed["shards"]) <= context.run.done("measured") and set(
-            audit
-        ) <= context.run.done(AUDIT_FOLDER)
+        audit = seed.audit_shards if context.config.measure.at_checkpoints else []
+        return set(seed.shards) <= context.run.done("measured") and set(audit) <= context.run.done(
+            AUDIT_FOLDER
+        )
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
@@ -74,11 +74,11 @@ class MeasureStage(Stage):
             measure_gradients(context, record)
         if from_trajectory:
             measure_trajectories(context, record, from_trajectory)
-        seed = seed_manifest(run)
+        seed = SeedManifest.read(run)
         folders, trajectories = GradientFolders.of(config, run), trajectory_folder(config, run)
         parts = proxy_parts(run)
         moso = (
-            MosoTotals.of_parts(config, run, parts, folders.checkpoints, seed["shards"])
+            MosoTotals.of_parts(config, run, parts, folders.checkpoints, seed.shards)
             if "moso" in at_checkpoints
             else None
         )
@@ -87,7 +87,7 @@ class MeasureStage(Stage):
                 moso[0].detail if len(moso) == 1 else {"parts": [totals.detail for totals in moso]}
             )
         count = 0
-        for shard in seed["shards"]:
+        for shard in seed.shards:
             found = (
                 [_of_checkpoints(config, run, parts, folders.checkpoints, shard, moso)]
                 if at_checkpoints
@@ -96,14 +96,14 @@ class MeasureStage(Stage):
             followed = [read_numbers(run, trajectories, shard)] if from_trajectory else []
             count += _combine(config, run, "measured", shard, found + followed)
         audited = 0
-        for shard in seed["audit_shards"] if at_checkpoints else []:
+        for shard in seed.audit_shards if at_checkpoints else []:
             found = [
                 _of_checkpoints(config, run, parts, folders.checkpoints, shard, moso, audit=True)
             ]
             audited += _combine(config, run, AUDIT_FOLDER, shard, found)
-        if count != seed["samples"]:
+        if count != seed.samples:
             raise StageError(
-                f"{count} of {seed['samples']} seed samples were measured; run again to measure the rest"
+                f"{count} of {seed.samples} seed samples were measured; run again to measure the rest"
             )
         current = {
             storage.name(folder) for folder in (*vars(folders).values(), trajectories, AUDIT_FOLDER)
@@ -125,7 +125,7 @@ def measure_extra_shard(context: Context, record: StageRecord, shard: str) -> pa
         measure_shards(context, record, part, smallest_part(parts), [shard], lambda samples: None)
     moso = None
     if "moso" in config.measure.at_checkpoints:
-        moso = MosoTotals.of_parts(config, run, parts, folder, seed_manifest(run)["shards"])
+        moso = MosoTotals.of_parts(config, run, parts, folder, SeedManifest.read(run).shards)
     table = _of_checkpoints(config, run, parts, folder, shard, moso, audit=True)
     for part in parts:
         storage.delete(run.path(part.below(folder), f"{shard}.parquet"))
@@ -196,9 +196,7 @@ def _mean(config: Config, part: SeedPart, numbers: np.ndarray, score: str) -> np
     settings = config.measure.settings_of(score)
     assert isinstance(settings, MeanSettings)
     chosen = [
-        column
-        for column, item in enumerate(part.trained["checkpoints"])
-        if settings.takes(item["epoch"])
+        column for column, item in enumerate(part.trained.checkpoints) if settings.takes(item.epoch)
     ]
     return numbers[:, chosen].mean(1).astype(np.float32)
 

@@ -19,7 +19,7 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.runs.ledger import StageRecord, fingerprint
-from raypipe.runs.manifests import proxy_manifest, seed_manifest
+from raypipe.runs.manifests import ProxyManifest, SeedManifest
 from raypipe.runs.partition import trajectory_files
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import shard_labels
@@ -39,15 +39,15 @@ Unit = tuple[str, int, int]
 
 def measure_trajectories(context: Context, record: StageRecord, scores: list[str]) -> None:
     """Write `<folder>/<shard>.parquet` (sample_id, label, a column per score) for every seed shard without one."""
-    run, seed = context.run, seed_manifest(context.run)
+    run, seed = context.run, SeedManifest.read(context.run)
     folder = trajectory_folder(context.config, run)
     done = run.done(folder)
-    starts = np.cumsum([0, *seed["shard_samples"]])
+    starts = np.cumsum([0, *seed.shard_samples])
     units = [
         (shard, int(start), int(stop))
-        for shard, start, stop in zip(seed["shards"], starts[:-1], starts[1:], strict=True)
+        for shard, start, stop in zip(seed.shards, starts[:-1], starts[1:], strict=True)
     ]
-    with context.progress.meter("trajectory", seed["samples"]) as meter:
+    with context.progress.meter("trajectory", seed.samples) as meter:
         meter.already(sum(stop - start for shard, start, stop in units if shard in done))
 
         def collect(result: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def columns_of(scores: list[str]) -> list[str]:
 
 
 def _row_bytes(run: Run, columns: list[str]) -> int:
-    classes = proxy_manifest(run)["classes"]
+    classes = ProxyManifest.read(run).classes
     row = sum(2 * classes if name == "probabilities" else 4 for name in ("row", *columns))
     return row * max(1, len(trajectory_files(run)))
 
@@ -147,7 +147,7 @@ def read_trajectory(
 
     The probabilities of a block are overwritten by the next.
     """
-    epochs, classes = len(trajectory_files(run)), proxy_manifest(run)["classes"]
+    epochs, classes = len(trajectory_files(run)), ProxyManifest.read(run).classes
     size = (
         max(1, BLOCK_BYTES // (4 * classes * max(1, epochs)))
         if "probabilities" in columns

@@ -36,7 +36,13 @@ from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import finished_epochs, seed_manifest
+from raypipe.runs.manifests import (
+    EpochRecord,
+    ProxyManifest,
+    ProxyOfPart,
+    SeedManifest,
+    TrainedProxy,
+)
 from raypipe.runs.partition import SeedPart, partition_seed_set, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
@@ -57,14 +63,14 @@ class ProxyStage(Stage):
         except FileNotFoundError:
             return False
         return all(
-            {part.trained["final"], *(item["file"] for item in part.trained["checkpoints"])}
+            {part.trained.final, *(item.file for item in part.trained.checkpoints)}
             <= storage.names(context.run.path(part.checkpoints))
             for part in parts
         )
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
-        seed = seed_manifest(run)
+        seed = SeedManifest.read(run)
         workers, gpu, cpus, beside = context.cluster.train_workers(config.proxy)
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed)
         fewest = min(part.samples for part in parts)
@@ -75,7 +81,7 @@ class ProxyStage(Stage):
         counted = storage.exists(
             run.proxy_manifest_file
         )  # then the ledger has the seconds of what is there
-        epochs = [finished_epochs(run, part.folder) for part in parts]
+        epochs = [EpochRecord.read_all(run, part.folder) for part in parts]
         missing = [
             part
             for part, done in zip(parts, epochs, strict=True)
@@ -102,7 +108,7 @@ class ProxyStage(Stage):
             finally:
                 watch.stop()
         epochs = [
-            finished_epochs(run, part.folder) if part in missing else done
+            EpochRecord.read_all(run, part.folder) if part in missing else done
             for part, done in zip(parts, epochs, strict=True)
         ]
         for part, done in zip(parts, epochs, strict=True):
@@ -111,75 +117,59 @@ class ProxyStage(Stage):
                 raise StageError(
                     f"{name} has {len(done)} finished epochs instead of {config.proxy.epochs}; run again to resume"
                 )
-        storage.write_json(run.proxy_manifest_file, _manifest(config, run, seed, parts, epochs))
+        _manifest(config, run, seed, parts, epochs).write(run)
         for part in parts:
             storage.delete(run.path(part.folder, "state.safetensors"))
-        record.samples = seed["samples"]
-        fresh = [
+        trained_now = [
             done for part, done in zip(parts, epochs, strict=True) if part in missing or not counted
         ]
-        record.cpu_seconds += sum(item["cpu_seconds"] for done in fresh for item in done)
+        record.samples = seed.samples
+        record.cpu_seconds += sum(epoch.cpu_seconds for done in trained_now for epoch in done)
         record.gpu_seconds += sum(seconds) * workers if gpu else 0.0
-        last = [
-            {"samples": part.samples, **done[-1]} for part, done in zip(parts, epochs, strict=True)
-        ]
+        last = [done[-1] for done in epochs]
         record.detail = {
-            "accuracy": statistics.fmean(item["accuracy"] for item in last),
-            "loss": statistics.fmean(item["loss"] for item in last),
+            "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
+            "loss": statistics.fmean(epoch.loss for epoch in last),
             "epochs": config.proxy.epochs,
             "workers": workers,
             "gpu": gpu,
         }
         if len(parts) > 1:
             record.detail["parts"] = [
-                {name: item[name] for name in ("samples", "accuracy", "loss")} for item in last
+                {"samples": part.samples, "accuracy": epoch.accuracy, "loss": epoch.loss}
+                for part, epoch in zip(parts, last, strict=True)
             ]
 
 
-def _is_trained(config: Config, run: Run, part: SeedPart, epochs: Sequence[dict[str, Any]]) -> bool:
+def _is_trained(config: Config, run: Run, part: SeedPart, epochs: Sequence[EpochRecord]) -> bool:
     """Whether a part has all its epochs and the checkpoints that they name."""
-    kept = {item["checkpoint"] for item in epochs if item["checkpoint"]}
-    return len(epochs) == config.proxy.epochs and kept <= storage.names(run.path(part.checkpoints))
+    checkpoints = {epoch.checkpoint for epoch in epochs if epoch.checkpoint}
+    complete = len(epochs) == config.proxy.epochs
+    return complete and checkpoints <= storage.names(run.path(part.checkpoints))
 
 
 def _manifest(
     config: Config,
     run: Run,
-    seed: dict[str, Any],
+    seed: SeedManifest,
     parts: Sequence[SeedPart],
-    epochs: Sequence[list[dict[str, Any]]],
-) -> dict[str, Any]:
-    """The content of `proxy.json`; what was trained on a part is at the top where there is one, else in a list."""
-    mean, std = config.proxy.statistics(seed["mean"], seed["std"])
-    about = {
-        "model": config.proxy.model,
-        "classes": len(run.classes().names),
-        "image_size": seed["image_size"],
-        "mean": mean,
-        "std": std,
-        "samples": seed["samples"],
-    }
-    trained = [
-        {
-            "steps": done[-1]["steps"],
-            "epochs": config.proxy.epochs,
-            "trajectory": [item["trajectory"] for item in done],
-            "checkpoints": [
-                {"epoch": item["epoch"], "lr": item["lr"], "file": item["checkpoint"]}
-                for item in done
-                if item["scored"]
-            ],
-            "final": done[-1]["checkpoint"],
-        }
-        for done in epochs
-    ]
-    if len(parts) == 1:
-        return about | trained[0]
-    listed = [
-        {"folder": part.name, "samples": part.samples, "shard_samples": part.shard_samples, **entry}
-        for part, entry in zip(parts, trained, strict=True)
-    ]
-    return about | {"seed": config.proxy.seed, "parts": listed}
+    epochs: Sequence[Sequence[EpochRecord]],
+) -> ProxyManifest:
+    """Describe the finished trainings."""
+    mean, std = config.proxy.statistics(seed.mean, seed.std)
+    return ProxyManifest(
+        model=config.proxy.model,
+        classes=len(run.classes().names),
+        image_size=seed.image_size,
+        mean=tuple(mean),
+        std=tuple(std),
+        samples=seed.samples,
+        seed=config.proxy.seed,
+        parts=tuple(
+            ProxyOfPart(part.samples, part.shard_samples, TrainedProxy.from_epochs(done))
+            for part, done in zip(parts, epochs, strict=True)
+        ),
+    )
 
 
 class _Watch:

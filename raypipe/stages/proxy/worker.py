@@ -22,7 +22,7 @@ from torch import Tensor
 from raypipe import storage
 from raypipe.config import ProxySettings
 from raypipe.runs.ledger import fingerprint
-from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.manifests import EpochRecord, SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
@@ -53,7 +53,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     device = get_device() if gpu else torch.device("cpu")
     if not gpu:
         set_threads(arguments["threads"])
-    seed, classes = seed_manifest(run), len(run.classes().names)
+    seed, classes = SeedManifest.read(run), len(run.classes().names)
     cache = _LocalSeed(run, seed, own_part, arguments["key"])
     if context.get_local_rank() == 0:
         cache.fill()
@@ -61,8 +61,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     images, labels, seed_rows = cache.open()
 
     torch.manual_seed(settings.seed)
-    statistics = settings.statistics(seed["mean"], seed["std"])
-    network = build(settings.model, classes, seed["image_size"], *statistics).to(
+    statistics = settings.statistics(seed.mean, seed.std)
+    network = build(settings.model, classes, seed.image_size, *statistics).to(
         memory_format=torch.channels_last
     )
     model = prepare_model(synchronize_batchnorm(network, gpu), device)
@@ -154,24 +154,20 @@ def train_worker(arguments: dict[str, Any]) -> None:
                     for name, value in plain.state_dict().items()
                 }
                 storage.write_bytes(run.path(folder, "checkpoints", checkpoint), save(weights))
-            storage.write_json(
-                run.path(folder, "epochs", f"epoch-{epoch:04d}.json"),
-                {
-                    "epoch": epoch,
-                    "lr": lr,
-                    "steps": (epoch + 1) * per_epoch,
-                    "loss": loss_mean,
-                    "accuracy": accuracy,
-                    "checkpoint": checkpoint,
-                    "scored": epoch in scored,
-                    "trajectory": [
-                        f"epoch-{epoch:04d}-{other}-of-{world}.parquet" for other in range(world)
-                    ]
-                    if file
-                    else [],
-                    "cpu_seconds": cpu.item(),
-                },
-            )
+            EpochRecord(
+                epoch=epoch,
+                lr=lr,
+                steps=(epoch + 1) * per_epoch,
+                loss=loss_mean,
+                accuracy=accuracy,
+                checkpoint=checkpoint,
+                scored=epoch in scored,
+                trajectory=tuple(
+                    f"epoch-{epoch:04d}-{other}-of-{world}.parquet"
+                    for other in range(world if file else 0)
+                ),
+                cpu_seconds=cpu.item(),
+            ).write(run, folder)
             state = training.training_state(plain, optimizer) | {"epoch": torch.tensor(epoch)}
             storage.write_bytes(run.path(folder, "state.safetensors"), save(state))
         ray.train.report({"epoch": epoch, "loss": loss_mean, "accuracy": accuracy, "lr": lr})
@@ -220,7 +216,7 @@ class _LocalSeed:
     Rows are in the order of the manifest's shards. The page cache makes it as fast as memory, and no larger than fits.
     """
 
-    def __init__(self, run: Run, manifest: dict[str, Any], part: SeedPart, key: str) -> None:
+    def __init__(self, run: Run, manifest: SeedManifest, part: SeedPart, key: str) -> None:
         self._run, self._manifest, self._part = run, manifest, part
         self._prefix = os.path.join(tempfile.gettempdir(), f"raypipe-seed-{fingerprint(run.uri)}-")
         self._driver = self._prefix + key
@@ -235,16 +231,14 @@ class _LocalSeed:
                     left, ignore_errors=True
                 )  # of drivers that were killed, not of the parts trained beside this one
         os.makedirs(self._folder)
-        count, size = self._part.samples, self._manifest["image_size"]
+        count, size = self._part.samples, self._manifest.image_size
         images = np.lib.format.open_memmap(
             self._file("images"), "w+", np.uint8, (count, 3, size, size)
         )
         labels = np.lib.format.open_memmap(self._file("labels"), "w+", np.int64, (count,))
         rows = np.lib.format.open_memmap(self._file("rows"), "w+", np.int64, (count,))
         start = first = 0
-        for shard, samples in zip(
-            self._manifest["shards"], self._manifest["shard_samples"], strict=True
-        ):
+        for shard, samples in zip(self._manifest.shards, self._manifest.shard_samples, strict=True):
             ids, pixels, target = read_shard(self._run, shard)
             own = self._part.rows(ids)
             stop = start + len(own)
