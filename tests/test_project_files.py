@@ -46,7 +46,8 @@ def test_ci_runs_the_same_script_with_every_supported_python() -> None:
     assert workflow["permissions"] == {"contents": "read"}
     job = workflow["jobs"]["test"]
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    classifiers = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    classifiers = re.findall(r"Programming Language :: Python :: (3\.\d+)", project)
     assert job["strategy"]["matrix"]["python-version"] == classifiers
     assert job["strategy"]["fail-fast"] is False
 
