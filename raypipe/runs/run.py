@@ -51,7 +51,8 @@ class Run(Layout):
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise RunError(
-                f"{self.uri}: run.json has format {found!r}; this raypipe reads format {FORMAT}"
+                f"{self.uri}: run.json has format {found!r}; this raypipe reads format {FORMAT}. "
+                "Use the version of raypipe that wrote this run, or give another run folder"
             )
         fields = {field.name for field in dataclasses.fields(StageRecord)}
         try:
