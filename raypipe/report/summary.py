@@ -241,7 +241,7 @@ def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
         "method": found.get("method"),
         "score": found.get("score"),
     }
-    fidelity["verdict"], fidelity["sentence"] = text.verdict(
+    fidelity["verdict"], fidelity["sentence"] = text.fidelity_verdict(
         fidelity, scan.samples - scan.measured if scan.samples else None
     )
     curve, search = found.get("learning_curve"), found.get("search")

@@ -233,7 +233,7 @@ def saved(found: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, str]:
+def fidelity_verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, str]:
     """A one-word verdict and one or two plain sentences that say how far the extrapolated scores can be trusted."""
     rho = fidelity.get("spearman")
     if extrapolated == 0:

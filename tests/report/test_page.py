@@ -173,28 +173,28 @@ def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
     about = {"method": "gnn", "fidelity": audit, "fidelity_seed": seed, "learning_curve": curve}
     storage.write_json(run.path("extrapolator", "extrapolator.json"), about)
     page, _ = built(run)
-    text = " ".join(re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).split()).replace(
-        "\u202f", " "
-    )
+    shown = " ".join(
+        re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).split()
+    ).replace("\u202f", " ")
     assert (
         "on 60 audit samples from outside the seed set, extrapolated and measured scores have a Spearman"
-        in text
+        in shown
     )
-    assert text.index("60 audit samples") < text.index(
+    assert shown.index("60 audit samples") < shown.index(
         "On 500 held-out seed samples, each predicted by a fit on at least 400"
     )
-    assert "Spearman Pearson top 25 % top 50 %" in text
+    assert "Spearman Pearson top 25 % top 50 %" in shown
     low, high = audit["baselines"]["gnn_published"]["overlap_interval"]["0.25"]
-    table = text[text.index("Spearman Pearson top") : text.index("Top: of the samples")]
+    table = shown[shown.index("Spearman Pearson top") : shown.index("Top: of the samples")]
     for row in ("gnn_published", "class_mean", "random"):
         figures = re.search(rf"{row} ([^a-z]*(to [^a-z]*)*)", table)[1]
         assert len(re.findall(r"to", figures)) == 4, f"{row}: four figures, each with its interval"
-    assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in text
+    assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in shown
     assert (
         "Twice the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)."
-        in text
+        in shown
     )
-    assert "800, predicted 0.570 0.400 to 0.700" in text
+    assert "800, predicted 0.570 0.400 to 0.700" in shown
     summary = json.loads(Path(run.path("report", "summary.json")).read_text())
     assert (
         summary["fidelity"]["judged_on"] == "audit"

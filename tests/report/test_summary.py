@@ -12,7 +12,7 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import summarize
 from raypipe.report.summary import clean
-from raypipe.report.text import number, seconds, setting, share, verdict
+from raypipe.report.text import fidelity_verdict, number, seconds, setting, share
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 
@@ -275,7 +275,7 @@ def test_without_a_run_there_is_an_error_that_names_the_place(tmp_path: Any) -> 
     ],
 )
 def test_verdicts(spearman: float, verdict: str) -> None:
-    name, text = verdict({"spearman": spearman, "n_held": 40}, 100)
+    name, text = fidelity_verdict({"spearman": spearman, "n_held": 40}, 100)
     assert name == verdict
     assert text.startswith(f"Fidelity is {verdict}: on 40 held-out seed samples")
     assert ("Do not prune" in text) == (verdict == "weak")
@@ -284,19 +284,20 @@ def test_verdicts(spearman: float, verdict: str) -> None:
 def test_a_baseline_that_does_as_well_is_named() -> None:
     rivals = {"knn": {"spearman": 0.75}, "random": {"spearman": None}}
     assert (
-        "“knn” does as well here (0.75)" in verdict({"spearman": 0.7, "baselines": rivals}, 10)[1]
+        "“knn” does as well here (0.75)"
+        in fidelity_verdict({"spearman": 0.7, "baselines": rivals}, 10)[1]
     )
-    assert "does as well" not in verdict({"spearman": 0.8, "baselines": rivals}, 10)[1]
+    assert "does as well" not in fidelity_verdict({"spearman": 0.8, "baselines": rivals}, 10)[1]
     itself = {
         "spearman": 0.7,
         "method": "knn-published",
         "baselines": {"knn_published": {"spearman": 0.7}},
     }
-    assert "does as well" not in verdict(itself, 10)[1]
+    assert "does as well" not in fidelity_verdict(itself, 10)[1]
 
 
 def test_a_fully_measured_source_needs_no_fidelity() -> None:
-    assert verdict({"spearman": 0.1}, 0)[0] == "measured"
+    assert fidelity_verdict({"spearman": 0.1}, 0)[0] == "measured"
 
 
 def test_words() -> None:
