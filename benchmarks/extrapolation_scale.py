@@ -55,7 +55,7 @@ from raypipe.extrapolators.blend import EXPERTS, AnchorGnn
 from raypipe.runs.embeddings import SPECIAL_ROWS
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.stages.index.stage import PART_FRAGMENTS
+from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS
 from raypipe.stages.index.stage import SCHEMA as INDEX
 
 WIDTH, RESNET_WIDTH = 128, 512
@@ -142,8 +142,8 @@ def write_run(folder: str, samples: int, arguments: argparse.Namespace) -> None:
         }
         for number, name in enumerate(names)
     ]
-    for start in range(0, count, PART_FRAGMENTS):
-        part = pa.Table.from_pylist(rows[start : start + PART_FRAGMENTS], schema=INDEX)
+    for start in range(0, count, INDEX_FILE_FRAGMENTS):
+        part = pa.Table.from_pylist(rows[start : start + INDEX_FILE_FRAGMENTS], schema=INDEX)
         storage.write_table(run.path("index", f"fragments-{start:05d}.parquet"), part)
     classes = {"names": [str(number) for number in range(arguments.classes)], "numeric": True}
     storage.write_json(run.path("index", "classes.json"), classes)

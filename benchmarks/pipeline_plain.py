@@ -32,6 +32,7 @@ from raypipe.extrapolators import make
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.blend import MEMBERS
 from raypipe.extrapolators.published.gnn import GnnPublished
+from raypipe.runs.sizes import PUBLISHED_SAMPLES
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import add_one_in, combine, leave_one_out
@@ -43,7 +44,6 @@ from raypipe.vision.training import steps_per_epoch
 AT_ONCE = 1024
 """Samples scored in one piece."""
 RECALIBRATION_BATCH = 256
-PUBLISHED_SAMPLES = 10_000
 
 
 class Clock:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from glob import glob
 
+from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
 from raypipe.config import Config
 from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
@@ -19,15 +20,15 @@ from raypipe.estimate.facts import Cost, StageCost, Survey
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
+from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, SEED_SHARD_SAMPLES
 
-SEED_SHARD, INDEX_FILES = 512, 32
-"""Seed samples in a shard and files in a task, about: the units of work of the stages `seed`, `measure` and `index`."""
 FOOTER_BYTES = 65_536.0
 """Read of a file to count its samples, where that does not take all of it."""
-QUICK_PART, QUICK_FROM = 0.4, 100
-"""Share of a fit's time that a part held out takes, with so many audit samples: see `raypipe.stages.extrapolate.assess.write_fold`."""
-PUBLISHED = 10_000
-"""Samples up to which `extrapolate.judge_published: auto` judges gnn-published as well."""
+QUICK_FOLD = 0.4
+"""Time of a quick fold as a share of a fit: one network, where the audit set sets the intervals.
+
+See `raypipe.stages.extrapolate.assess.write_fold`.
+"""
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,14 @@ def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
     """What the constants of `raypipe.estimate.rates` say that each stage takes."""
     config, seed = work.config, work.seed
     forward = rates.macs(config.proxy.model, config.proxy.image_size)
-    shards = seed / SEED_SHARD + 1
+    shards = seed / SEED_SHARD_SAMPLES + 1
     scan = {
         "nothing": 0.0,
         "part": work.listed * rates.FILE_SECONDS,
         "all": work.samples * rates.HEADER_SECONDS,
     }[work.scan_reads]
     result = {
-        "index": Effort(scan, 0, work.listed / INDEX_FILES + 1),
+        "index": Effort(scan, 0, work.listed / INDEX_TASK_FILES + 1),
         "seed": Effort(
             (seed + work.audit) * work.decode_seconds + work.samples * 0.05e-3, 0, shards
         ),
@@ -269,7 +270,7 @@ def _extrapolation(work: Work, machine: Machine) -> Effort:
     folds = settings.folds_of(max(1, work.seed), work.classes)
     if settings.folds == "auto" and (whole or work.config.rehearses):
         folds = 1
-    part = QUICK_PART if settings.method == "gnn" and work.audit >= QUICK_FROM else 1.0
+    part = QUICK_FOLD if settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE else 1.0
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
     cpu = (
@@ -286,7 +287,7 @@ def _extrapolation(work: Work, machine: Machine) -> Effort:
         )
         cpu, gpu = cpu + predictions, searched_aside * predictions / SEARCHERS_PER_GPU
         published = (
-            work.samples <= PUBLISHED
+            work.samples <= PUBLISHED_SAMPLES
             if settings.judge_published == "auto"
             else settings.judge_published
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from raypipe.estimate.facts import Balance, Cost, Pictures, Rejects, Survey
+from raypipe.runs.sizes import MIN_SEED_SAMPLES
 from raypipe.text import duration, size
 
 BAR = 32
@@ -16,8 +17,6 @@ SHOWN_CLASSES = 20
 NAME = 24
 """Characters of a class name."""
 ROWS = 8
-LEAST_SEED = 20
-"""Seed samples without which the stage `seed` ends a run."""
 
 
 def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
@@ -59,14 +58,14 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
 def describe_cost(cost: Cost) -> Iterator[str]:
     """Lines about what a run would cost."""
     yield f"cost        of a run with {cost.settings}: {cost.samples:,} samples, {cost.seed_samples:,} of them measured"
-    if cost.seed_samples < LEAST_SEED:
-        enough = math.ceil(100 * LEAST_SEED / max(1, cost.samples))
+    if cost.seed_samples < MIN_SEED_SAMPLES:
+        enough = math.ceil(100 * MIN_SEED_SAMPLES / max(1, cost.samples))
         advice = (
             f"raise seed.fraction to {enough / 100:g} or more"
             if enough <= 100
             else "there are too few samples"
         )
-        yield f"            a run stops where the seed set has fewer than {LEAST_SEED} samples: {advice}"
+        yield f"            a run stops where the seed set has fewer than {MIN_SEED_SAMPLES} samples: {advice}"
     yield f"on          {cost.machine}"
     yield f"time        {between(cost.low, cost.high)}; {_hours(cost.cpu_hours, 'CPU')}, {_hours(cost.gpu_hours, 'GPU')}"
     for stage in cost.stages:

@@ -20,7 +20,6 @@ from raypipe.config import Config
 from raypipe.errors import ConfigError
 from raypipe.estimate import rates as constants
 from raypipe.estimate.cost import (
-    SEED_SHARD,
     Effort,
     Machine,
     Work,
@@ -32,12 +31,14 @@ from raypipe.estimate.cost import (
 from raypipe.estimate.plan_rates import Rates, read_rates
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import CACHE_BYTES
+from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, SEED_SHARD_SAMPLES
 from raypipe.scores.registry import check_scores
 from raypipe.selection import STRATEGIES
 from raypipe.sources import source_class
+from raypipe.storage.listing import PAGE
 
-PAGE, BLOCK, INDEX_PART = 1000, 4 << 20, 10_000
-"""Keys in one answer to a listing; bytes of one read of a large file; fragments in a file of the index."""
+BLOCK = 4 << 20
+"""Bytes of one read of a large file."""
 SELECT_PASSES, SELECT_ROW = 12, 40
 """How often `select` reads the score shards where they do not stay in memory (else twice), by its default strategy; and what a sample
 takes there, in bytes."""
@@ -295,7 +296,7 @@ def _seconds(effort: Effort, machine: Machine, stage: str) -> float:
 
 
 def _shards(work: Work) -> int:
-    return math.ceil(work.seed / SEED_SHARD)
+    return math.ceil(work.seed / SEED_SHARD_SAMPLES)
 
 
 def _files(work: Work) -> dict[str, int]:
@@ -309,7 +310,7 @@ def _files(work: Work) -> dict[str, int]:
     trajectory = 0 if config.proxy.trajectory == "none" else epochs * config.proxy.workers
     moso = "moso" in config.measure.scores
     return {
-        "index": math.ceil(work.fragments / INDEX_PART) + 1,
+        "index": math.ceil(work.fragments / INDEX_FILE_FRAGMENTS) + 1,
         "seed": 2 * shards + 1,
         "proxy": parts * (count + epochs + trajectory + 1),
         "measure": shards * (1 + bool(work.audit))

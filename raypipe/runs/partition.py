@@ -20,10 +20,8 @@ from raypipe.errors import StageError
 from raypipe.runs.manifests import ProxyManifest, SeedManifest, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_labels
+from raypipe.runs.sizes import MIN_SEED_SAMPLES
 from raypipe.sources.id_sampling import part_rule
-
-MIN_PART_SAMPLES = 20
-"""Seed samples that a part needs, as the seed set does."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,10 @@ def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
         counts = np.stack(list(threads.map(count, manifest.shards)))  # [shards, parts, classes]
     samples, present = counts.sum((0, 2)), (counts.sum(0) > 0).sum(1)
     for number in range(parts):
-        if samples[number] < MIN_PART_SAMPLES or present[number] < 2:
+        if samples[number] < MIN_SEED_SAMPLES or present[number] < 2:
             raise StageError(
                 f"part {number} of {parts} would have {samples[number]} seed samples of {present[number]} classes; at least "
-                f"{MIN_PART_SAMPLES} samples of 2 classes are needed in each. Lower proxy.parts or raise seed.fraction"
+                f"{MIN_SEED_SAMPLES} samples of 2 classes are needed in each. Lower proxy.parts or raise seed.fraction"
             )
     return [
         SeedPart(

@@ -31,9 +31,9 @@ from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import ProxyManifest, SeedManifest
-from raypipe.runs.partition import MIN_PART_SAMPLES
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_table
+from raypipe.runs.sizes import MIN_SEED_SAMPLES
 from raypipe.sources.id_sampling import part_rule
 from raypipe.stages.base import Stage
 from raypipe.stages.measure.trajectories import score_shards
@@ -110,7 +110,7 @@ class RehearseStage(Stage):
         manifest = SeedManifest.from_shards(inner, seed.shards, 0.0)
         others = seed.samples - manifest.samples
         if (
-            manifest.samples < MIN_PART_SAMPLES
+            manifest.samples < MIN_SEED_SAMPLES
             or others < MIN_SAMPLES
             or sum(count > 0 for count in manifest.per_class) < 2
         ):

@@ -30,13 +30,11 @@ from raypipe.runs.seed_shards import (
     shard_statistics,
     shard_table,
 )
+from raypipe.runs.sizes import MIN_SEED_SAMPLES, SEED_SHARD_SAMPLES
 from raypipe.sources import Fragment, open_source
 from raypipe.sources.id_sampling import audit_fraction, audit_rule, in_sample
 from raypipe.stages.base import Stage
 from raypipe.vision.decode import decode_batch
-
-SHARD_SAMPLES = 512
-"""Seed samples in a shard, about: fragments are read in groups that give so many."""
 
 
 class SeedStage(Stage):
@@ -104,14 +102,14 @@ class SeedStage(Stage):
 
 
 def _groups(fragments: list[Fragment], config: Config) -> list[tuple[str, list[Fragment]]]:
-    """Runs of fragments that give about SHARD_SAMPLES seed samples, each with the name of its shard."""
+    """Runs of fragments that give about SEED_SHARD_SAMPLES seed samples, each with the name of its shard."""
     result: list[tuple[str, list[Fragment]]] = []
     group: list[Fragment] = []
     samples = 0
     for fragment in fragments:
         group.append(fragment)
         samples += fragment.samples
-        if samples * config.seed.fraction >= SHARD_SAMPLES or fragment is fragments[-1]:
+        if samples * config.seed.fraction >= SEED_SHARD_SAMPLES or fragment is fragments[-1]:
             name = f"seed-{len(result):05d}-{content_hash(item.fragment_id for item in group)}"
             result.append((name, group))
             group, samples = [], 0
@@ -180,13 +178,13 @@ def _draw(
 
 def _check(manifest: SeedManifest, config: Config) -> None:
     present = sum(count > 0 for count in manifest.per_class)
-    if config.unsupervised and manifest.samples < 20:
+    if config.unsupervised and manifest.samples < MIN_SEED_SAMPLES:
         raise StageError(
-            f"the seed set has {manifest.samples} readable samples; at least 20 are needed. Raise seed.fraction (now {config.seed.fraction:g})"
+            f"the seed set has {manifest.samples} readable samples; at least {MIN_SEED_SAMPLES} are needed. Raise seed.fraction (now {config.seed.fraction:g})"
         )
-    if not config.unsupervised and (manifest.samples < 20 or present < 2):
+    if not config.unsupervised and (manifest.samples < MIN_SEED_SAMPLES or present < 2):
         raise StageError(
             f"the seed set has {manifest.samples} labelled, readable samples of {present} classes; "
-            f"at least 20 samples of 2 classes are needed. Raise seed.fraction (now {config.seed.fraction:g}), or check the labels "
+            f"at least {MIN_SEED_SAMPLES} samples of 2 classes are needed. Raise seed.fraction (now {config.seed.fraction:g}), or check the labels "
             "with `raypipe inspect`"
         )

@@ -22,7 +22,7 @@ from raypipe.estimate import rates as constants
 from raypipe.estimate.plan import Plan, Prices, Rates, Size, plan, read_rates
 from raypipe.runs.run import Run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGENET = load_config(str(ROOT / "jobs" / "configs" / "imagenet.yaml"))
 

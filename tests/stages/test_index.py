@@ -48,7 +48,7 @@ def samples(run: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """20 folders of 60 empty images in data/, and a list of them."""
-    monkeypatch.setattr(index_stage, "PART_MEMBERS", 100)
+    monkeypatch.setattr(index_stage, "INDEX_FILE_MEMBERS", 100)
     names = [f"c{number % 20:02d}/{number:04d}.png" for number in range(1200)]
     for name in names:
         path = tmp_path / "data" / name

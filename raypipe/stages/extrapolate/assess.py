@@ -25,12 +25,11 @@ from raypipe.config import Config
 from raypipe.progress import ProgressCallback
 from raypipe.runs.measured_scores import count_measured, measured_scores
 from raypipe.runs.run import Run
+from raypipe.runs.sizes import PUBLISHED_SAMPLES
 from raypipe.stages.extrapolate.measured import WHOLE_METHODS, FitData, ScoredSamples
 
 BASELINE = "baseline:"
 TRANSFER = "transfer.safetensors"
-PUBLISHED_SAMPLES = 10_000
-"""`extrapolate.judge_published: auto` judges gnn-published beside the method in sources of at most so many samples."""
 
 
 def fold_count(config: Config, run: Run) -> int:

@@ -31,6 +31,7 @@ from raypipe.runs.duplicates import duplicates_known
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.rejects import FileTally
 from raypipe.runs.run import Run
+from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS, INDEX_TASK_FILES
 from raypipe.sources import ClassMap, FileScan, SourceFile, open_source
 from raypipe.sources.noise import requested_noise
 from raypipe.stages.base import Stage
@@ -51,10 +52,6 @@ SCHEMA = pa.schema(
         ("labels", pa.string()),
     ]
 )
-PART_FRAGMENTS, PART_MEMBERS = 10_000, 65_536
-"""An index file ends after so many fragments, or so many names of small files: a worker reads one to find its members."""
-SCAN_FILES = 32
-"""Files opened in one task."""
 CUT = ""
 """File id of rows that a limit cut: the file has others beside them."""
 OF_FRAGMENT = ("fragment_id", "path", "start", "stop", "offset", "members", "error")
@@ -128,7 +125,7 @@ class IndexStage(Stage):
 
             new = unknown()
             most = (
-                SCAN_FILES if config.source.limit is None else 1
+                INDEX_TASK_FILES if config.source.limit is None else 1
             )  # with a limit, few files are opened that are not needed
             groups = iter(lambda: list(itertools.islice(new, most)), [])
             context.run_tasks(groups, functools.partial(_scan, config.source), collect)
@@ -256,7 +253,7 @@ class _Writer:
         self._tally.add(size, kept)
         for row in kept:
             self._add(row)
-        if len(self._part) >= PART_FRAGMENTS or self._members >= PART_MEMBERS:
+        if len(self._part) >= INDEX_FILE_FRAGMENTS or self._members >= INDEX_FILE_MEMBERS:
             self._flush()
 
     def _add(self, row: dict[str, Any]) -> None:
