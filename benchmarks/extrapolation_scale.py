@@ -203,6 +203,7 @@ def config_of(folder: str) -> Config:
 
 def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
     """In a process of its own: `fit`, `stage` or `plain`. Says when it begins, then the wall-clock and the processor seconds."""
+    from raypipe.distributed.actor_pool import WorkerContext
     from raypipe.distributed.context import Context
     from raypipe.progress import Progress
     from raypipe.stages.extrapolate.fit import fit_extrapolator
@@ -212,10 +213,10 @@ def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
     if work == "plain":
         answer.send("begins")
         started = time.perf_counter()
-        actor = ScoreActor(config, run.uri, 1)
+        actor = ScoreActor(WorkerContext(config, run.uri, 1, False))
         for fragment in run.fragments():
-            result = actor(_read(run.uri, fragment.fragment_id))
-            record.cpu_seconds += float(result["cpu_seconds"][0])
+            result = actor(fragment.fragment_id, _read(run.uri, fragment.fragment_id))
+            record.add_cost(result)
         answer.send((time.perf_counter() - started, record.cpu_seconds))
         return
     import ray

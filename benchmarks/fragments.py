@@ -47,6 +47,7 @@ from raypipe.progress import Progress
 from raypipe.runs import status
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 from raypipe.stages import embed
 from raypipe.stages.base import Stage
 from raypipe.stages.extrapolate import stage as extrapolate
@@ -74,15 +75,14 @@ class Outputs:
         self,
         units: Sequence[Any],
         read: Any,
-        actor: type,
-        arguments: Any,
+        make_actor: Any,
         pool: Any,
         patience: float,
         on_result: Any,
-        worth: int = 1,
+        **_: Any,
     ) -> None:
         self.first = time.monotonic(), time.process_time()
-        folder = {embed.EmbedActor: "embeddings", extrapolate.ScoreActor: "scores"}[actor]
+        folder = {embed.EmbedActor: "embeddings", extrapolate.ScoreActor: "scores"}[make_actor.func]
         os.makedirs(self._run.path(folder), exist_ok=True)
         rows = pa.table(
             {
@@ -98,20 +98,15 @@ class Outputs:
                 storage.write_table(template, rows)
             name = unit if isinstance(unit, str) else unit.fragment_id
             os.link(template, self._run.path(folder, f"{name}.parquet"))
-            on_result(
-                {
-                    "unit": name,
-                    "samples": FRAGMENT_SAMPLES,
-                    "rejects": 0,
-                    "reasons": "[]",
-                    "cpu_seconds": 0.0,
-                    "gpu_seconds": 0.0,
-                }
-            )
+            on_result(UnitResult(name, FRAGMENT_SAMPLES))
 
 
 def _serial(
-    context: Context, units: Any, function: Callable[[Any], Any], on_result: Callable[[Any], None]
+    context: Context,
+    units: Any,
+    function: Callable[[Any], Any],
+    on_result: Callable[[Any], None],
+    **_: Any,
 ) -> None:
     for unit in units:
         on_result(function(unit))
@@ -157,7 +152,7 @@ def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float
             advance(stage, context, records)
 
     with (
-        mock.patch.object(index, "_run_tasks", _serial),
+        mock.patch.object(Context, "run_tasks", _serial),
         mock.patch.object(extrapolate, "fit_extrapolator", _fit),
         mock.patch.object(extrapolate, "is_assessed", lambda *_: True),
     ):
@@ -228,8 +223,8 @@ class _Nothing:
     def __init__(self) -> None:
         pass
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"unit": batch["unit"][:1]}
+    def __call__(self, unit: str, batch: dict[str, Any]) -> UnitResult:
+        return UnitResult(unit)
 
 
 def _unit(config: Config, unit: Any) -> dict[str, Any]:
@@ -252,7 +247,7 @@ def streamed(folder: str, units: int) -> dict[str, float]:
     pool, seen = context.cluster.cpu_pool(1), []
     found = _timed(
         lambda: stream(
-            fragments, functools.partial(_unit, config), _Nothing, {}, pool, 600, seen.append
+            fragments, functools.partial(_unit, config), _Nothing, pool, 600, seen.append
         )
     )
     assert len(seen) == units

@@ -45,6 +45,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ import psutil
 from PIL import Image
 
 from raypipe.config import Config, parse_config
+from raypipe.runs.unit_result import UnitResult
 from raypipe.vision.decode import decode
 
 MAX_PIXELS = 100_000_000
@@ -147,7 +149,15 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
     )
     counts: list[int] = []
     read = functools.partial(_read, config, run.uri, False)
-    stream(run.fragments(), read, Count, {}, pool, 600, lambda row: counts.append(row["samples"]))
+    stream(
+        run.fragments(),
+        read,
+        Count,
+        pool,
+        600,
+        lambda result: counts.append(result.samples),
+        name=attrgetter("fragment_id"),
+    )
     return sum(counts)
 
 
@@ -167,12 +177,9 @@ def index(folder: str) -> None:
 class Count:
     """Takes what the actors of the embed stage take, and does nothing with it."""
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, unit: str, batch: dict[str, np.ndarray]) -> UnitResult:
         assert batch["image"].dtype == np.uint8 and batch["image"].ndim == 4
-        return {
-            "unit": batch["fragment"][:1],
-            "samples": np.array([int((batch["reason"] == "").sum())]),
-        }
+        return UnitResult(unit, int((batch["reason"] == "").sum()))
 
 
 def pass_of_loader(folder: str, size: int, decoder: Callable[[bytes, int], np.ndarray]) -> int:

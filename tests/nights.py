@@ -28,6 +28,7 @@ from raypipe.runs.checkpoints import empty_proxy
 from raypipe.runs.manifests import EpochRecord, ProxyManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
+from raypipe.runs.unit_result import UnitResult
 
 FILE_ROWS = 150
 FIRST = datetime(2026, 11, 22, 2, 0, 0, tzinfo=UTC)
@@ -46,17 +47,18 @@ SETTINGS: dict[str, Any] = {
 def serial_stream(
     units: Sequence[Any],
     read: Callable[[Any], Any],
-    actor: Callable[..., Any],
-    actor_arguments: dict[str, Any],
+    make_actor: Callable[[], Any],
     pool: Any,
     patience: float,
-    on_result: Callable[[dict[str, Any]], None],
-    worth: int = 1,
+    on_result: Callable[[UnitResult], None],
+    *,
+    units_per_actor: int = 1,
+    name: Callable[[Any], str] = str,
 ) -> None:
-    instance = actor(**actor_arguments) if units else None
+    actor = make_actor() if units else None
     for unit in units:
-        assert instance is not None
-        on_result({key: column[0].item() for key, column in instance(read(unit)).items()})
+        assert actor is not None
+        on_result(actor(name(unit), read(unit)))
 
 
 def serial_parts(context: Context, parts: dict[str, Any], samples: int, *_: Any) -> float:

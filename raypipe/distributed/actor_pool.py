@@ -1,13 +1,14 @@
-"""Fragments through Ray: as a Ray Data pipeline (read -> actor pool), or as plain tasks where there is no network to keep.
+"""Stream units of work through Ray: as a Ray Data pipeline (read -> actor pool), or as plain tasks on a single machine.
 
-One unit (a fragment or a seed shard) is one block and one unit of retry. Whoever computes a unit writes its file and
-passes on only a line of counts, so the driver never holds data.
+One unit (a fragment or a seed shard) is one block and one unit of retry. The worker that computes a unit writes its file
+and passes on only counts, so the driver never holds data.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,31 +18,99 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrateg
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
+from raypipe.config import Config
 from raypipe.distributed.cluster import ActorPool
+from raypipe.distributed.context import Context
 from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.pending import requesting, resource_shape
+from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 from raypipe.storage.fences import fenced
 
 Batch = dict[str, np.ndarray]
+"""Columns of equal length, one row per sample."""
+
+Actor = Callable[[str, Batch], UnitResult]
+"""Works on one unit, given its name and its rows; a unit may have no rows."""
+
+UNIT, EMPTY = "raypipe_unit", "raypipe_empty"
+"""Columns that every block carries: the name of its unit, and whether its only row is a placeholder."""
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What an actor needs to know of the run that it works for.
+
+    Attributes
+    ----------
+    config : Config
+        The configuration of the run.
+    run_uri : str
+        The run folder.
+    threads : int
+        Torch threads of the worker.
+    gpu : bool
+        Whether the worker has a GPU, or a share of one.
+    """
+
+    config: Config
+    run_uri: str
+    threads: int
+    gpu: bool
+
+    @classmethod
+    def of(cls, context: Context, pool: ActorPool) -> WorkerContext:
+        """Return the context of the workers of a pool."""
+        return cls(context.config, context.run.uri, pool.threads, pool.num_gpus > 0)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return Run(self.run_uri)
+
+    @property
+    def device(self) -> str:
+        """The torch device: "cuda" or "cpu"."""
+        return "cuda" if self.gpu else "cpu"
 
 
 def stream(
     units: Sequence[Any],
     read: Callable[[Any], Batch],
-    actor: type,
-    actor_arguments: dict[str, Any],
+    make_actor: Callable[[], Actor],
     pool: ActorPool,
     patience: float,
-    on_result: Callable[[dict[str, Any]], None],
-    worth: int = 1,
+    on_result: Callable[[UnitResult], None],
+    *,
+    units_per_actor: int = 1,
+    name: Callable[[Any], str] = str,
 ) -> None:
-    """Read every unit in a task, hand it to a pool of actors that grows between its bounds, pass their results on.
+    """Read every unit in a task, hand it to a pool of actors that grows between its bounds, and pass their results on.
 
-    read    unit -> columns of equal length; runs in a task, beside the actors. Without a GPU both ask for the same resources, and Ray Data
-            joins them: every actor then reads for itself, and nothing is copied in between
-    actor   class whose instances take those columns and return columns of length 1, a result
-    worth   units that are worth the start of another actor
-    Raises StageError when user code fails, when nothing moves for `patience` seconds, or when workers keep dying.
+    Parameters
+    ----------
+    units
+        What to work on.
+    read
+        unit -> its rows. Runs in a task beside the actors. Without a GPU both ask for the same resources, and Ray Data
+        fuses them: every actor then reads for itself, and nothing is copied in between.
+    make_actor
+        Creates an actor in its own process.
+    pool
+        Size of the pool and the share of a machine that each actor takes.
+    patience
+        Seconds without any result after which the stream gives up.
+    on_result
+        Called in the driver with the result of each unit.
+    units_per_actor
+        Units that justify the start of another actor.
+    name
+        unit -> its name.
+
+    Raises
+    ------
+    StageError
+        When user code fails, when no unit finishes for `patience` seconds, or when workers keep dying.
     """
     if not units:
         return
@@ -52,8 +121,8 @@ def stream(
         None  # a unit stays one block; its size is bounded by source.fragment_samples
     )
     context.execution_no_progress_timeout_s = patience
-    least, start, most = pool.sizes(len(units), worth)
-    made = {"make": fenced(actor), "arguments": actor_arguments}
+    least, start, most = pool.sizes(len(units), units_per_actor)
+    made = {"make": fenced(make_actor)}
     how: dict[str, Any] = {"fn": _Actor, "fn_constructor_kwargs": made}
     how["compute"] = ActorPoolStrategy(
         min_size=least, max_size=most, initial_size=start, max_tasks_in_flight_per_actor=2
@@ -66,7 +135,7 @@ def stream(
         }
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
-            _Units(units, fenced(read)),
+            _Units(units, fenced(read), name),
             override_num_blocks=len(units),
             num_cpus=pool.read_cpus,
             concurrency=most if pool.tasks else None,
@@ -83,59 +152,73 @@ def stream(
                     batch_size=None, batch_format="numpy", prefetch_batches=0
                 ):
                     for row in range(len(batch["unit"])):
-                        on_result({key: _plain(column[row]) for key, column in batch.items()})
+                        on_result(UnitResult.from_batch(batch, row))
         except Exception as error:
             raise as_raypipe_error(error) from error
 
 
 class _Actor:
-    """An actor of another class, made where the fences of the driver stand."""
+    """An actor, created in the process where it works, with the fences of the driver."""
 
-    def __init__(
-        self, make: Callable[..., Callable[[Batch], Batch]], arguments: dict[str, Any]
-    ) -> None:
-        self._actor = make(**arguments)
+    def __init__(self, make: Callable[[], Actor]) -> None:
+        self._actor = make()
 
     def __call__(self, batch: Batch) -> Batch:
-        return self._actor(batch)
+        return _work(self._actor, batch)
 
 
-_kept: tuple[str, Callable[[Batch], Batch] | None] = ("", None)
+_current: tuple[str, Actor | None] = ("", None)
+"""The actor of this process while tasks do the work of actors, and the key of its stream."""
 
 
-def _as_actor(
-    batch: Batch, key: str, make: Callable[..., Callable[[Batch], Batch]], arguments: dict[str, Any]
-) -> Batch:
-    """What an actor does, by one that is made once in each process that has tasks of a stream with this key."""
-    global _kept
-    if _kept[0] != key:
-        _kept = ("", None)  # before there is another
-        _kept = (key, make(**arguments))
-    assert _kept[1] is not None
-    return _kept[1](batch)
+def _as_actor(batch: Batch, key: str, make: Callable[[], Actor]) -> Batch:
+    """Do what an actor does, with one that is created once in each process that has tasks of the stream with this key."""
+    global _current
+    if _current[0] != key:
+        _current = ("", None)  # free the old actor before the new one is created
+        _current = (key, make())
+    assert _current[1] is not None
+    return _work(_current[1], batch)
+
+
+def _work(actor: Actor, batch: Batch) -> Batch:
+    rows = 0 if batch[EMPTY][0] else len(batch[EMPTY])
+    columns = {name: column[:rows] for name, column in batch.items() if name not in (UNIT, EMPTY)}
+    return actor(str(batch[UNIT][0]), columns).as_batch()
 
 
 class _Units(Datasource):
     """A Ray Data source with one read task per unit."""
 
-    def __init__(self, units: Sequence[Any], read: Callable[[Any], Batch]) -> None:
-        self._units, self._read = units, read
+    def __init__(
+        self, units: Sequence[Any], read: Callable[[Any], Batch], name: Callable[[Any], str]
+    ) -> None:
+        self._units, self._read, self._name = units, read, name
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_Reader(self._read, unit), metadata) for unit in self._units]
+        return [
+            ReadTask(_Reader(self._read, unit, self._name(unit)), metadata) for unit in self._units
+        ]
 
 
 class _Reader:
-    def __init__(self, read: Callable[[Any], Batch], unit: Any) -> None:
-        self._read, self._unit = read, unit
+    """Reads one unit into one block. Ray Data drops blocks without rows, so an empty unit gets a placeholder row."""
+
+    def __init__(self, read: Callable[[Any], Batch], unit: Any, name: str) -> None:
+        self._read, self._unit, self._name = read, unit, name
 
     def __call__(self) -> Iterable[pa.Table]:
-        return [BlockAccessor.batch_to_block(self._read(self._unit))]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+        columns = self._read(self._unit)
+        rows = len(next(iter(columns.values())))
+        if not rows:
+            columns = {
+                name: np.zeros((1, *column.shape[1:]), column.dtype)
+                for name, column in columns.items()
+            }
+        count = max(1, rows)
+        marks = {UNIT: np.full(count, self._name), EMPTY: np.full(count, not rows)}
+        return [BlockAccessor.batch_to_block(columns | marks)]

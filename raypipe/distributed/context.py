@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from raypipe.config import Config
 from raypipe.progress import Progress
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from raypipe.distributed.cluster import Cluster
     from raypipe.distributed.pending import PendingWatch
 
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
 
 RunTasks = Callable[..., None]
 """The signature of `Context.run_tasks`: (units, function, on_result, *, num_cpus, in_flight)."""
@@ -49,9 +52,9 @@ class Context:
 
     def run_tasks(
         self,
-        units: Iterable[Any],
-        function: Callable[[Any], dict[str, Any]],
-        on_result: Callable[[dict[str, Any]], None],
+        units: Iterable[Unit],
+        function: Callable[[Unit], Result],
+        on_result: Callable[[Result], None],
         *,
         num_cpus: float = 1,
         in_flight: int | None = None,

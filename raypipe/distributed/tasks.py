@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -13,14 +13,17 @@ from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.pending import requesting, resource_shape
 from raypipe.storage.fences import fenced
 
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+
 RECOUNT_SECONDS = 5.0
 """Seconds after which the CPUs of the cluster are counted again."""
 
 
 def run_tasks(
-    units: Iterable[Any],
-    function: Callable[[Any], dict[str, Any]],
-    on_result: Callable[[dict[str, Any]], None],
+    units: Iterable[Unit],
+    function: Callable[[Unit], Result],
+    on_result: Callable[[Result], None],
     *,
     num_cpus: float = 1,
     in_flight: int | None = None,
@@ -57,5 +60,5 @@ def run_tasks(
             raise as_raypipe_error(error) from error
 
 
-def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any]:
+def _call(function: Callable[[Unit], Result], unit: Unit) -> Result:
     return function(unit)

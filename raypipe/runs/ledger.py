@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from raypipe.runs.unit_result import UnitResult
 from raypipe.sources.noise import LabelNoise
 
 FORMAT = 1
@@ -29,6 +30,11 @@ class StageRecord:
     finished: str = ""
     error: str = ""
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def add_cost(self, result: UnitResult, gpus: float = 1.0) -> None:
+        """Add what a unit cost; `gpus` is the share of a GPU that its worker holds."""
+        self.cpu_seconds += result.cpu_seconds
+        self.gpu_seconds += result.gpu_seconds * gpus
 
 
 def checked_record(record: StageRecord) -> StageRecord:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.actor_pool import Batch, WorkerContext, stream
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
@@ -36,6 +37,7 @@ from raypipe.runs.pseudo_labels import load_labeller
 from raypipe.runs.rejects import RejectTally, hash_order, summarize, write_rejects
 from raypipe.runs.run import Run
 from raypipe.runs.shards import count_rows, remove_stale
+from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.base import Stage
@@ -73,7 +75,7 @@ class EmbedStage(Stage):
             raise ResourceError(
                 f"embed.decode is gpu, but embed has no GPU ({context.cluster}); set it to auto or cpu"
             )
-        aside = gpu and config.embed.decode != "cpu"
+        gpu_decoding = gpu and config.embed.decode != "cpu"
         for fragment in fragments:
             if fragment.error:
                 write_rejects(
@@ -93,27 +95,21 @@ class EmbedStage(Stage):
             )
             meter.queue(len(missing))
 
-            def collect(result: dict[str, Any]) -> None:
-                meter.add(result["samples"] + result["rejects"], result["unit"], result["rejects"])
-                tally.add(result["samples"] + result["rejects"], result["reasons"])
+            def collect(result: UnitResult) -> None:
+                read = result.samples + result.rejects
+                meter.add(read, result.unit, result.rejects)
+                tally.add(read, result.reasons)
                 tally.check()
-                record.cpu_seconds += result["cpu_seconds"]
-                record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
+                record.add_cost(result, pool.num_gpus)
 
             stream(
                 hash_order(missing, lambda fragment: fragment.fragment_id),
-                functools.partial(_read, config, run.uri, aside),
-                EmbedActor,
-                {
-                    "config": config,
-                    "run_uri": run.uri,
-                    "threads": pool.threads,
-                    "gpu": gpu,
-                    "aside": aside,
-                },
+                functools.partial(_read, config, run.uri, gpu_decoding),
+                functools.partial(EmbedActor, WorkerContext.of(context, pool), gpu_decoding),
                 pool,
                 config.cluster.patience_seconds,
                 collect,
+                name=attrgetter("fragment_id"),
             )
         embedded, rejected = count_rows(run, "embeddings"), count_rows(run, "rejects")
         unreadable = len(fragments) - len(readable)
@@ -149,8 +145,11 @@ def _count_earlier(run: Run, fragments: list[Fragment], tally: RejectTally) -> N
         tally.add(fragment.samples, found)
 
 
-def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Batch:
-    """Read and decode a fragment. Runs in a task. With `aside`, JPEGs are left to the actor: see `raypipe.vision.gpu_decode.split_off_jpegs`."""
+def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) -> Batch:
+    """Read and decode a fragment. Runs in a task.
+
+    With GPU decoding, JPEGs are left to the actor; see `raypipe.vision.gpu_decode.split_off_jpegs`.
+    """
     watch, run = Stopwatch(), Run(run_uri)
     classes, count, source = run.classes(), fragment.samples, open_source(config.source)
     ids: list[str] = []
@@ -167,7 +166,7 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Batc
 
     size, max_pixels = config.proxy.image_size, config.source.max_pixels
     columns: Batch = {}
-    if aside:
+    if gpu_decoding:
         from raypipe.vision.gpu_decode import split_off_jpegs
 
         images, pixels, reasons = split_off_jpegs(samples(), size, max_pixels)
@@ -181,7 +180,6 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Batc
             f"{fragment.path}: {len(ids)} samples where the index counted {count}; the file changed. Run again"
         )
     return {
-        "fragment": np.full(count, fragment.fragment_id),
         "sample_id": np.array(ids),
         "label": np.array([label for label, _ in index], np.int32),
         "reason": np.array(
@@ -193,16 +191,18 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Batc
 
 
 class EmbedActor:
-    """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
+    """Runs the last checkpoint of the proxy over whole fragments and writes one file per fragment.
 
-    def __init__(
-        self, config: Config, run_uri: str, threads: int, gpu: bool, aside: bool = False
-    ) -> None:
+    With several proxies (`proxy.parts`) it is that of part 0.
+    """
+
+    def __init__(self, worker: WorkerContext, gpu_decoding: bool = False) -> None:
         from raypipe.vision.devices import AdaptiveBatch, set_threads
 
-        set_threads(threads)
-        self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
-        self._device = "cuda" if gpu else "cpu"
+        set_threads(worker.threads)
+        config, gpu = worker.config, worker.gpu
+        self._config, self._run, self._gpu, self._watch = config, worker.run, gpu, Stopwatch()
+        self._device = worker.device
         self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
         part = proxy_parts(self._run)[0]
         self._model = load_checkpoint(self._run, part.trained.final, self._device, part.checkpoints)
@@ -212,18 +212,17 @@ class EmbedActor:
             "audit": audit_rule(seed, SeedManifest.read(self._run).audit_fraction),
         }
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
-        if aside:
+        if gpu_decoding:
             from raypipe.vision.gpu_decode import check_gpu_decoding
 
             check_gpu_decoding(self._device)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, fragment: str, batch: Batch) -> UnitResult:
         import time
 
         from raypipe.vision.forward import forward
 
         started = time.monotonic()
-        fragment = str(batch["fragment"][0])
         images, reason = self._images(batch)
         good = reason == ""
         ids, labels = batch["sample_id"][good], batch["label"][good]
@@ -252,15 +251,14 @@ class EmbedActor:
             labels[finite],
             {name: value[finite] for name, value in columns.items()},
         )
-        row = {
-            "unit": fragment,
-            "samples": int(finite.sum()),
-            "rejects": len(rejects),
-            "reasons": summarize(rejects),
-            "cpu_seconds": self._watch.lap() + float(batch["cpu_seconds"].sum()),
-            "gpu_seconds": time.monotonic() - started if self._gpu else 0.0,
-        }
-        return {key: np.array([value]) for key, value in row.items()}
+        return UnitResult(
+            fragment,
+            int(finite.sum()),
+            len(rejects),
+            summarize(rejects),
+            self._watch.lap() + float(batch["cpu_seconds"].sum()),
+            time.monotonic() - started if self._gpu else 0.0,
+        )
 
     def _images(self, batch: Batch) -> tuple[Any, np.ndarray]:
         """Pixels uint8 [n, 3, size, size], an array or a tensor on the device, and for each "" or why it is rejected."""

@@ -24,7 +24,7 @@ from raypipe import storage
 from raypipe.assessment.rank_agreement import MIN_SAMPLES
 from raypipe.config import Config
 from raypipe.config.choices import PROXY_STATISTICS
-from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.actor_pool import Batch, WorkerContext, stream
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
@@ -34,6 +34,7 @@ from raypipe.runs.manifests import ProxyManifest, SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_table
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
+from raypipe.runs.unit_result import UnitResult
 from raypipe.sources.id_sampling import part_rule
 from raypipe.stages.base import Stage
 from raypipe.stages.measure.trajectories import score_shards
@@ -98,14 +99,11 @@ class RehearseStage(Stage):
                 {"names": classes.names, "numeric": classes.numeric},
             )
 
-        def collect(result: dict[str, Any]) -> None:
-            record.cpu_seconds += result["cpu_seconds"]
-
         missing = [shard for shard in seed.shards if shard not in inner.done("seed")]
         context.run_tasks(
             missing,
             functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed.per_class)),
-            collect,
+            record.add_cost,
         )
         manifest = SeedManifest.from_shards(inner, seed.shards, 0.0)
         others = seed.samples - manifest.samples
@@ -128,14 +126,11 @@ class RehearseStage(Stage):
                 units.append([(shard, first, first + samples)])
             first += samples
 
-        def collect(result: dict[str, Any]) -> None:
-            record.cpu_seconds += result["cpu_seconds"]
-
         if units:
             function = functools.partial(
                 score_shards, within.config, within.run.uri, SCORES_FOLDER, [within.config.score]
             )
-            within.run_tasks(units, function, collect)
+            within.run_tasks(units, function, record.add_cost)
 
     def _look(
         self, context: Context, within: Context, record: StageRecord, seed: SeedManifest
@@ -150,21 +145,14 @@ class RehearseStage(Stage):
             sizes = dict(zip(seed.shards, seed.shard_samples, strict=True))
             meter.already(sum(size for shard, size in sizes.items() if shard in done))
 
-            def collect(result: dict[str, Any]) -> None:
-                meter.add(result["samples"])
-                record.cpu_seconds += result["cpu_seconds"]
-                record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
+            def collect(result: UnitResult) -> None:
+                meter.add(result.samples)
+                record.add_cost(result, pool.num_gpus)
 
             stream(
                 missing,
                 functools.partial(_read, run.uri),
-                SecondProxy,
-                {
-                    "config": config,
-                    "run_uri": run.uri,
-                    "threads": pool.threads,
-                    "gpu": pool.num_gpus > 0,
-                },
+                functools.partial(SecondProxy, WorkerContext.of(context, pool)),
                 pool,
                 config.cluster.patience_seconds,
                 collect,
@@ -201,7 +189,7 @@ def rehearsal(config: Config, run: Run, scores: dict[str, float]) -> tuple[list[
     )
 
 
-def _halve(run_uri: str, seed: int, classes: int, shard: str) -> dict[str, Any]:
+def _halve(run_uri: str, seed: int, classes: int, shard: str) -> UnitResult:
     """Write the part of a seed shard that is in the half. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
     ids, images, labels = read_shard(run, shard)
@@ -210,7 +198,7 @@ def _halve(run_uri: str, seed: int, classes: int, shard: str) -> dict[str, Any]:
         [ids[row] for row in rows], labels[rows].tolist(), images[rows], classes, images.shape[-1]
     )
     storage.write_table(inner_run(run).seed_shard(shard), table)
-    return {"cpu_seconds": watch.lap()}
+    return UnitResult(shard, len(rows), cpu_seconds=watch.lap())
 
 
 def _half(ids: list[str], seed: int) -> np.ndarray:
@@ -222,46 +210,34 @@ def _half(ids: list[str], seed: int) -> np.ndarray:
 def _read(run_uri: str, shard: str) -> Batch:
     """A seed shard. Runs in a task."""
     ids, images, labels = read_shard(Run(run_uri), shard)
-    if not ids:  # a row that says so keeps the unit alive
-        return {
-            "shard": np.array([shard]),
-            "sample_id": np.array([""]),
-            "label": np.array([-2]),
-            "image": np.zeros((1, *images.shape[1:]), np.uint8),
-        }
-    return {
-        "shard": np.full(len(ids), shard),
-        "sample_id": np.array(ids),
-        "label": labels,
-        "image": images,
-    }
+    return {"sample_id": np.array(ids), "label": labels, "image": images}
 
 
 class SecondProxy:
     """The proxy of the half, run over seed shards; writes one file for each."""
 
-    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
+    def __init__(self, worker: WorkerContext) -> None:
         from raypipe.vision.devices import AdaptiveBatch, set_threads
 
-        set_threads(threads)
-        self._config, self._run, self._watch = config, Run(run_uri), Stopwatch()
-        self._device = "cuda" if gpu else "cpu"
-        self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
+        set_threads(worker.threads)
+        config = worker.config
+        self._config, self._run, self._watch = config, worker.run, Stopwatch()
+        self._device = worker.device
+        images = config.embed.images_at_once(worker.gpu, config.proxy.image_size)
+        self._at_once = AdaptiveBatch(images)
         inner = inner_run(self._run)
         self._model = load_checkpoint(
             inner, ProxyManifest.read(inner).parts[0].trained.final, self._device
         )
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, shard: str, batch: Batch) -> UnitResult:
         from raypipe.vision.forward import forward
 
         started, gpu = time.monotonic(), self._device == "cuda"
-        keep = batch["label"] >= 0
-        ids, labels = batch["sample_id"][keep].tolist(), batch["label"][keep]
-        shard = str(batch["shard"][0])
+        ids, labels = batch["sample_id"].tolist(), batch["label"]
         found = forward(
             self._model,
-            batch["image"][keep],
+            batch["image"],
             labels,
             self._at_once,
             self._device,
@@ -281,10 +257,4 @@ class SecondProxy:
         }
         storage.write_table(inner_run(self._run).path(SEEN, f"{shard}.parquet"), pa.table(data))
         gpu_seconds = time.monotonic() - started if gpu else 0.0
-        row = {
-            "unit": shard,
-            "samples": len(ids),
-            "cpu_seconds": self._watch.lap(),
-            "gpu_seconds": gpu_seconds,
-        }
-        return {key: np.array([value]) for key, value in row.items()}
+        return UnitResult(shard, len(ids), cpu_seconds=self._watch.lap(), gpu_seconds=gpu_seconds)

@@ -10,6 +10,7 @@ scores at its checkpoints can be measured on it all the same, and tell how well 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from raypipe.runs.seed_shards import (
     shard_table,
 )
 from raypipe.runs.sizes import MIN_SEED_SAMPLES, SEED_SHARD_SAMPLES
+from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment, open_source
 from raypipe.sources.id_sampling import audit_fraction, audit_rule, in_sample
 from raypipe.stages.base import Stage
@@ -65,11 +67,11 @@ class SeedStage(Stage):
         tally = RejectTally(config.source.max_reject_fraction, samples)
         with context.progress.meter("seed", samples) as meter:
 
-            def collect(result: dict[str, Any]) -> None:
-                record.cpu_seconds += result["cpu_seconds"]
+            def collect(result: DrawnShard) -> None:
+                record.add_cost(result)
                 before = tally.rejects
-                tally.add(result["drawn"], result["rejects"])
-                meter.add(result["samples"], result["unit"], tally.rejects - before)
+                tally.add(result.drawn, result.reasons)
+                meter.add(result.samples, result.unit, tally.rejects - before)
                 tally.check()
 
             meter.already(
@@ -116,9 +118,16 @@ def _groups(fragments: list[Fragment], config: Config) -> list[tuple[str, list[F
     return result
 
 
+@dataclass(frozen=True)
+class DrawnShard(UnitResult):
+    """What a task reports: `samples` it read, of which it drew `drawn`, with rejects among these."""
+
+    drawn: int = 0
+
+
 def _draw(
     config: Config, run_uri: str, audit: float, unit: tuple[str, list[Fragment]]
-) -> dict[str, Any]:
+) -> DrawnShard:
     """Read a group of fragments and write its seed shard and its audit shard. Runs in a task."""
     name, group = unit
     watch, run, source = Stopwatch(), Run(run_uri), open_source(config.source)
@@ -135,15 +144,15 @@ def _draw(
         read = source.read(
             run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id)
         )
-        samples = list(reject_duplicates(run, fragment, read, source.ids_can_repeat))
-        images, reasons = decode_batch(samples, size, config.source.max_pixels)
-        found = [classes.label_of(sample) for sample in samples]
+        raw = list(reject_duplicates(run, fragment, read, source.ids_can_repeat))
+        images, reasons = decode_batch(raw, size, config.source.max_pixels)
+        found = [classes.label_of(sample) for sample in raw]
         reasons = [reason or wrong for reason, (_, wrong) in zip(reasons, found, strict=True)]
         index = [label for label, _ in found]
-        drawn += len(samples)
+        drawn += len(raw)
         rejects += [
             (sample.sample_id, reason)
-            for sample, reason in zip(samples, reasons, strict=True)
+            for sample, reason in zip(raw, reasons, strict=True)
             if reason
         ]
         good = [
@@ -151,7 +160,7 @@ def _draw(
             for row, reason in enumerate(reasons)
             if not reason and (index[row] >= 0 or classes.clusters)
         ]
-        ids += [samples[row].sample_id for row in good]
+        ids += [raw[row].sample_id for row in good]
         labels += [index[row] for row in good]
         blocks.append(images[good])
     images, mine = np.concatenate(blocks), np.array([seeds(sample_id) for sample_id in ids], bool)
@@ -168,12 +177,8 @@ def _draw(
             about | unlabelled,
         )
         storage.write_table(run.seed_shard(shard), table)
-    return {
-        "unit": name,
-        "samples": sum(fragment.samples for fragment in group),
-        "cpu_seconds": watch.lap(),
-        **about,
-    }
+    samples = sum(fragment.samples for fragment in group)
+    return DrawnShard(name, samples, len(rejects), about["rejects"], watch.lap(), drawn=drawn)
 
 
 def _check(manifest: SeedManifest, config: Config) -> None:

@@ -17,6 +17,7 @@ from raypipe.distributed.cluster import ActorPool, connect
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
 from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 
 STEP, STEPS = 1 << 24, 60
 """Numbers that are added at a time, 128 MB, and how often: 8 GB."""
@@ -27,13 +28,13 @@ def read(unit: int) -> Batch:
 
 
 class Hog:
-    def __call__(self, batch: Batch) -> Batch:
-        if batch["unit"][0] == 2:
+    def __call__(self, unit: str, batch: Batch) -> UnitResult:
+        if unit == "2":
             held = []
             for _ in range(STEPS):
                 held.append(np.ones(STEP))
                 time.sleep(0.05)
-        return batch
+        return UnitResult(unit)
 
 
 if __name__ == "__main__":
@@ -45,7 +46,6 @@ if __name__ == "__main__":
             range(4),
             read,
             Hog,
-            {},
             ActorPool(1, 1, 1, 0, 1, 1, 1, tasks=True),
             100,
             lambda row: None,

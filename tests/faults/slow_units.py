@@ -8,12 +8,12 @@ units are quick. At the end it prints what was given back.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import connect
 from raypipe.progress import Progress
 from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 
 
 def read(unit: int) -> Batch:
@@ -34,14 +35,14 @@ class Slow:
     def __init__(self, folder: str, nodes: int) -> None:
         self._folder, self._nodes = folder, nodes
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, unit: str, batch: Batch) -> UnitResult:
         import ray
 
-        unit, node = int(batch["unit"][0]), int(ray.get_runtime_context().get_node_id(), 16)
+        node = int(ray.get_runtime_context().get_node_id(), 16)
         there = {name.partition("-")[2] for name in os.listdir(self._folder)}
         time.sleep(1 if len(there) < self._nodes else 0.1)
         Path(self._folder, f"{unit}-{node}").write_text(str(os.getpid()))
-        return {"unit": np.array([unit])}
+        return UnitResult(unit)
 
 
 def main(folder: str, units: int, nodes: int, gpu: bool) -> None:
@@ -56,17 +57,16 @@ def main(folder: str, units: int, nodes: int, gpu: bool) -> None:
         if gpu
         else cluster.cpu_pool("auto")
     )
-    done: list[dict[str, Any]] = []
-    stream(
-        list(range(units)), read, Slow, {"folder": folder, "nodes": nodes}, pool, 200, done.append
-    )
+    done: list[UnitResult] = []
+    make = functools.partial(Slow, folder, nodes)
+    stream(list(range(units)), read, make, pool, 200, done.append)
     end = time.monotonic() + 20
     while _busy() and time.monotonic() < end:
         time.sleep(0.2)
     told = {
         "joined": cluster.joined,
         "can_grow": cluster.can_grow,
-        "units": [row["unit"] for row in done],
+        "units": [int(result.unit) for result in done],
         "busy": _busy(),
     }
     print(json.dumps(told), flush=True)

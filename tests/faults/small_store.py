@@ -29,6 +29,7 @@ from raypipe.distributed.cluster import ActorPool
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 from raypipe.stages.measure import gradients
 
 STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40
@@ -41,20 +42,20 @@ APART = ActorPool(
 
 def read(unit: int) -> Batch:
     rows = (UNIT << 20) // ROW
-    return {"unit": np.full(rows, unit), "image": np.full((rows, 3, 64, 64), unit, np.uint8)}
+    return {"image": np.full((rows, 3, 64, 64), unit, np.uint8)}
 
 
 class Slow:
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, unit: str, batch: Batch) -> UnitResult:
         time.sleep(0.1)
-        assert (batch["image"][-1] == batch["unit"][0]).all()
-        return {"unit": batch["unit"][:1]}
+        assert (batch["image"][-1] == int(unit)).all()
+        return UnitResult(unit)
 
 
 def streamed() -> list[int]:
     """The units that came through."""
     seen: list[int] = []
-    stream(range(UNITS), read, Slow, {}, APART, 60, lambda row: seen.append(row["unit"]))
+    stream(range(UNITS), read, Slow, APART, 60, lambda result: seen.append(int(result.unit)))
     return sorted(seen)
 
 

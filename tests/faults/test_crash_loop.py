@@ -13,6 +13,7 @@ import ray
 from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import ActorPool
 from raypipe.errors import StageError
+from raypipe.runs.unit_result import UnitResult
 
 
 def read(unit: int) -> Batch:
@@ -20,10 +21,10 @@ def read(unit: int) -> Batch:
 
 
 class Dies:
-    def __call__(self, batch: Batch) -> Batch:
-        if batch["unit"][0] == 2:
+    def __call__(self, unit: str, batch: Batch) -> UnitResult:
+        if unit == "2":
             os._exit(1)
-        return batch
+        return UnitResult(unit)
 
 
 @pytest.mark.ray
@@ -38,10 +39,9 @@ def test_it_is_given_up_after_a_while(cluster: str, tasks: bool) -> None:
             range(4),
             read,
             Dies,
-            {},
             ActorPool(1, 2, 1, 0, 1, 1, 2, tasks),
             20,
-            lambda row: seen.append(row["unit"]),
+            lambda row: seen.append(int(row.unit)),
         )
     assert time.monotonic() - started < 150
     assert 2 not in seen

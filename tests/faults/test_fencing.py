@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from raypipe.runs import layout
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 from raypipe.storage import fences
 
 OTHER = json.dumps(
@@ -220,7 +222,7 @@ def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(
 def test_an_actor_is_made_where_the_fences_of_its_driver_stand(
     tmp_path: Path, unrenewed: None
 ) -> None:
-    from raypipe.distributed.actor_pool import _Actor
+    from raypipe.distributed.actor_pool import EMPTY, UNIT, _Actor
 
     run = Run(str(tmp_path / "run"))
 
@@ -228,18 +230,18 @@ def test_an_actor_is_made_where_the_fences_of_its_driver_stand(
         def __init__(self, to: str) -> None:
             storage.write_bytes(f"{to}/started", b"x")
 
-        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def __call__(self, unit: str, batch: dict[str, np.ndarray]) -> UnitResult:
             storage.write_bytes(run.path("batch"), b"x")
-            return batch
+            return UnitResult(unit)
 
     with Lease(run):
-        make, standing = fences.fenced(Writing), fences.standing()
+        make, standing = fences.fenced(partial(Writing, run.uri)), fences.standing()
         try:
             fences.put_up({})  # as it is in another process
-            actor = _Actor(make, {"to": run.uri})
-            assert actor({}) == {} and fences.standing() == standing
+            actor, batch = _Actor(make), {UNIT: np.array(["a"]), EMPTY: np.array([True])}
+            assert actor(batch)["unit"] == ["a"] and fences.standing() == standing
             _write_past_the_fence(run, OTHER)
-            for action in (lambda: actor({}), lambda: _Actor(make, {"to": run.uri})):
+            for action in (lambda: actor(batch), lambda: _Actor(make)):
                 with pytest.raises(TakenOverError):
                     action()
         finally:

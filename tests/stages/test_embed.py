@@ -15,11 +15,13 @@ from safetensors.torch import save
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.manifests import ProxyManifest, ProxyOfPart, SeedManifest, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment
 from raypipe.stages.embed import EmbedActor, EmbedStage, _read
@@ -72,20 +74,11 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Fragment, d
         run.path("proxy", "checkpoints", "final.safetensors"),
         save(build("small", 2, SIZE).state_dict()),
     )
-    about = {
-        "model": "small",
-        "classes": 2,
-        "image_size": SIZE,
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
-        "samples": 20,
-    }
-    storage.write_json(
-        run.path("proxy", "proxy.json"), about | {"final": "final.safetensors", "checkpoints": []}
-    )
-    storage.write_json(
-        run.path("seed", "manifest.json"), {"shard_samples": [20], "audit_fraction": 0.0}
-    )
+    proxy = TrainedProxy(1, 1, (), (), "final.safetensors")
+    part = ProxyOfPart(20, (20,), proxy)
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    ProxyManifest("small", 2, SIZE, mean, std, 20, 0, (part,)).write(run)
+    SeedManifest(samples=20, shard_samples=(20,)).write(run)
     (fragment,) = run.fragments()
     return config, fragment, files
 
@@ -98,10 +91,11 @@ def embed(
     run = Run(config.run)
     block = BlockAccessor.batch_to_block(_read(config, config.run, aside, fragment))
     batch = BlockAccessor.for_block(block).to_batch_format("numpy")
-    counts = EmbedActor(config, config.run, threads=1, gpu=False, aside=aside)(batch)
+    actor = EmbedActor(WorkerContext(config, config.run, threads=1, gpu=False), aside)
+    counts = actor(fragment.fragment_id, batch)
     table = storage.read_table(run.path("embeddings", f"{fragment.fragment_id}.parquet"))
     rejects = storage.read_table(run.path("rejects", f"{fragment.fragment_id}.parquet")).to_pylist()
-    assert (counts["samples"][0], counts["rejects"][0]) == (len(table), len(rejects))
+    assert (counts.samples, counts.rejects) == (len(table), len(rejects))
     found = dict(zip(table["sample_id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
     return found, {row["sample_id"]: row["reason"] for row in rejects}
 

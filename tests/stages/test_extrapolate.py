@@ -8,6 +8,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import ExtrapolateSettings
+from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.distributed.cluster import Cluster
 from raypipe.errors import ResourceError
 from raypipe.extrapolators.base import Extrapolator
@@ -62,6 +63,7 @@ def test_scores_are_the_same_with_neighbours_from_a_gpu(
 
     monkeypatch.setattr(Extrapolator, "search_on", on_a_cpu)
     monkeypatch.setattr(NeighbourIndex, "_by_product", counted)
-    row = ScoreActor(run.config(), run.uri, 1, gpu=True)(_read(run.uri, fragment))
+    worker = WorkerContext(run.config(), run.uri, 1, gpu=True)
+    result = ScoreActor(worker)(fragment, _read(run.uri, fragment))
     assert storage.read_table(file).equals(expected)
-    assert sum(searched) == len(expected) == row["samples"][0] and row["gpu_seconds"][0] > 0
+    assert sum(searched) == len(expected) == result.samples and result.gpu_seconds > 0

@@ -19,6 +19,7 @@ from helpers import QUIET, measured_with, small_config, stamps
 import raypipe
 from raypipe import storage
 from raypipe.config import ProxySettings
+from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError, StageError
@@ -345,7 +346,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
 
     # embeddings are in one space, that of part 0
     first = load_checkpoint(run, manifest["parts"][0]["final"], folder="proxy/part-0/checkpoints")
-    actor = EmbedActor(config, run.uri, threads=1, gpu=False)
+    actor = EmbedActor(WorkerContext(config, run.uri, threads=1, gpu=False))
     embedded = forward(
         actor._model,
         images.numpy(),

@@ -20,6 +20,7 @@ from safetensors.torch import load
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
@@ -216,8 +217,9 @@ def _measured(
         config, run.uri, folders, part, [file], 1, False, ["seed-0"]
     )
     gradients._store_gradient(run.uri, folders.gradients, SAMPLES, file, total)
-    actor = gradients.GradientActor(config, run.uri, folders, part, SAMPLES, 1, False)
-    actor(gradients._read(run.uri, part, "seed-0"))
+    context = WorkerContext(config, run.uri, 1, False)
+    actor = gradients.GradientActor(context, folders, part, SAMPLES)
+    actor("seed-0", gradients._read(run.uri, part, "seed-0"))
     return storage.read_table(run.path(folders.checkpoints, "seed-0.parquet"))
 
 

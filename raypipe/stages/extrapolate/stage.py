@@ -19,7 +19,7 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config, ExtrapolateSettings, PoolSettings
 from raypipe.config.extrapolate import SEARCHERS_PER_GPU
-from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.actor_pool import Batch, WorkerContext, stream
 from raypipe.distributed.cluster import ActorPool, Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
@@ -30,6 +30,7 @@ from raypipe.runs.measured_scores import every_measured_score
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows, remove_stale
+from raypipe.runs.unit_result import UnitResult
 from raypipe.stages.base import Stage
 from raypipe.stages.extrapolate.assess import (
     TRANSFER,
@@ -99,25 +100,18 @@ class ExtrapolateStage(Stage):
 
             meter.queue(len(missing))
 
-            def collect(result: dict[str, Any]) -> None:
-                meter.add(result["samples"], result["unit"])
-                record.cpu_seconds += result["cpu_seconds"]
-                record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
+            def collect(result: UnitResult) -> None:
+                meter.add(result.samples, result.unit)
+                record.add_cost(result, pool.num_gpus)
 
             stream(
                 missing,
                 functools.partial(_read, run.uri),
-                ScoreActor,
-                {
-                    "config": config,
-                    "run_uri": run.uri,
-                    "threads": pool.threads,
-                    "gpu": pool.num_gpus > 0,
-                },
+                functools.partial(ScoreActor, WorkerContext.of(context, pool)),
                 pool,
                 config.cluster.patience_seconds,
                 collect,
-                UNITS_PER_ACTOR,
+                units_per_actor=UNITS_PER_ACTOR,
             )
         scores, embedded = count_rows(run, "scores"), count_rows(run, "embeddings")
         if scores != embedded:
@@ -164,17 +158,10 @@ def search_notes(search: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
 
 
 def _read(run_uri: str, fragment: str) -> Batch:
-    """A fragment's embeddings. Runs in a task."""
+    """Read the embeddings of a fragment; none where every sample was rejected. Runs in a task."""
     table = storage.read_table(Run(run_uri).embedding_shard(fragment), COLUMNS)
-    if not len(table):  # every sample was rejected; a row that says so keeps the unit alive
-        return {
-            "fragment": np.array([fragment]),
-            "sample_id": np.array([""]),
-            "label": np.array([-2], np.int32),
-        }
     nodes = nodes_of(table)
     return {
-        "fragment": np.full(len(table), fragment),
         "sample_id": np.array(table["sample_id"].to_pylist()),
         "label": nodes.label.astype(np.int32),
         "embedding": nodes.embedding,
@@ -185,42 +172,34 @@ def _read(run_uri: str, fragment: str) -> Batch:
 class ScoreActor:
     """The fitted extrapolator, applied to whole fragments; writes one score shard per fragment."""
 
-    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool = False) -> None:
+    def __init__(self, worker: WorkerContext) -> None:
         from raypipe.vision.devices import set_threads
 
-        set_threads(threads)
-        self._run, self._watch, self._gpu = Run(run_uri), Stopwatch(), gpu
-        self._extrapolator, self._intervals = (
-            load_extrapolator(config, self._run),
-            load_intervals(self._run),
-        )
-        if gpu:
+        set_threads(worker.threads)
+        self._run, self._watch, self._gpu = worker.run, Stopwatch(), worker.gpu
+        self._extrapolator = load_extrapolator(worker.config, self._run)
+        self._intervals = load_intervals(self._run)
+        if worker.gpu:
             self._extrapolator.search_on("cuda")
-        self._scores = every_measured_score(self._run, config.score)
+        self._scores = every_measured_score(self._run, worker.config.score)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, fragment: str, batch: Batch) -> UnitResult:
         from raypipe.extrapolators.base import Nodes
 
-        started = time.monotonic()
-        fragment, label = str(batch["fragment"][0]), batch["label"]
-        count = 0 if label[0] == -2 else len(label)
+        started, label = time.monotonic(), batch["label"]
         table = pa.table(
             {
-                "sample_id": pa.array(batch["sample_id"][:count].tolist(), pa.string()),
-                "label": pa.array(label[:count], pa.int32(), mask=label[:count] < 0),
+                "sample_id": pa.array(batch["sample_id"].tolist(), pa.string()),
+                "label": pa.array(label, pa.int32(), mask=label < 0),
             }
         )
-        predicted = half_width = np.zeros(count, np.float32)
-        if count:
+        predicted = half_width = np.zeros(len(label), np.float32)
+        if len(label):
             nodes = Nodes(batch["embedding"], label.astype(np.int64), batch["signals"])
             predicted, difficulty = self._extrapolator.predict_with_difficulty(nodes)
             half_width = self._intervals.half_width(difficulty, nodes.label)
         write_scores(self._run, fragment, table, predicted, half_width, self._scores)
         gpu_seconds = time.monotonic() - started if self._gpu else 0.0
-        row = {
-            "unit": fragment,
-            "samples": count,
-            "cpu_seconds": self._watch.lap(),
-            "gpu_seconds": gpu_seconds,
-        }
-        return {key: np.array([value]) for key, value in row.items()}
+        return UnitResult(
+            fragment, len(label), cpu_seconds=self._watch.lap(), gpu_seconds=gpu_seconds
+        )

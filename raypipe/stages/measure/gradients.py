@@ -28,7 +28,7 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import AdversarySettings, Config
 from raypipe.config.measure import RECALIBRATED
-from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.actor_pool import Batch, WorkerContext, stream
 from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.context import Context
 from raypipe.distributed.nodes import run_on_share
@@ -41,6 +41,7 @@ from raypipe.runs.ledger import StageRecord, fingerprint
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.run import Run
+from raypipe.runs.unit_result import UnitResult
 
 MOST_GROUPS = 64
 """Partial sums of the mean gradient: enough to keep many workers busy, few enough to add up quickly."""
@@ -139,24 +140,14 @@ def measure_shards(
         GradientFolders.of(config, run).of_part(part),
     )
 
-    def collect(result: dict[str, Any]) -> None:
-        on_done(result["samples"])
-        record.cpu_seconds += result["cpu_seconds"]
-        record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
+    def collect(result: UnitResult) -> None:
+        on_done(result.samples)
+        record.add_cost(result, pool.num_gpus)
 
     stream(
         shards,
         functools.partial(_read, run.uri, part),
-        GradientActor,
-        {
-            "config": config,
-            "run_uri": run.uri,
-            "folders": folders,
-            "part": part,
-            "samples": fewest,
-            "threads": pool.threads,
-            "gpu": pool.num_gpus > 0,
-        },
+        functools.partial(GradientActor, WorkerContext.of(context, pool), folders, part, fewest),
         pool,
         config.cluster.patience_seconds,
         collect,
@@ -385,14 +376,7 @@ def _store_gradient(
 
 def _read(run_uri: str, part: SeedPart, shard: str) -> Batch:
     ids, images, labels = part.read(Run(run_uri), shard)
-    if not ids:  # a shard without samples of the part still passes through, as one row that says so
-        images, labels, ids = np.zeros((1, *images.shape[1:]), np.uint8), np.array([-1]), [""]
-    return {
-        "shard": np.full(len(ids), shard),
-        "sample_id": np.array(ids),
-        "label": labels,
-        "image": images,
-    }
+    return {"sample_id": np.array(ids), "label": labels, "image": images}
 
 
 class GradientActor:
@@ -402,25 +386,16 @@ class GradientActor:
     """
 
     def __init__(
-        self,
-        config: Config,
-        run_uri: str,
-        folders: GradientFolders,
-        part: SeedPart,
-        samples: int,
-        threads: int,
-        gpu: bool,
+        self, worker: WorkerContext, folders: GradientFolders, part: SeedPart, samples: int
     ) -> None:
         from raypipe.vision.devices import AdaptiveBatch, set_threads
 
-        set_threads(threads)
-        self._config, self._run, self._device, self._watch = (
-            config,
-            Run(run_uri),
-            "cuda" if gpu else "cpu",
-            Stopwatch(),
-        )
-        self._at_once = AdaptiveBatch(config.measure.images_at_once(gpu, config.proxy.image_size))
+        set_threads(worker.threads)
+        config = worker.config
+        self._config, self._run, self._watch = config, worker.run, Stopwatch()
+        self._device = worker.device
+        images = config.measure.images_at_once(worker.gpu, config.proxy.image_size)
+        self._at_once = AdaptiveBatch(images)
         self._folders, self._part = folders, part
         files = [item.file for item in part.trained.checkpoints]
         self._self_term = config.measure.moso.uses_self_term(samples)
@@ -483,51 +458,44 @@ class GradientActor:
 
         return numbers
 
-    def __call__(self, batch: Batch) -> Batch:
-        import torch
-
-        from raypipe.vision.devices import to_device
-
+    def __call__(self, shard: str, batch: Batch) -> UnitResult:
         started = time.monotonic()
-        keep = batch["label"] >= 0
-        ids, labels, images = batch["sample_id"][keep], batch["label"][keep], batch["image"][keep]
-        size = self._at_once.size
-        found: list[list[dict[str, Any]]] = [
-            [] for _ in self._checkpoints
-        ]  # a GPU is waited for once, at the end
-        for start in range(0, max(1, len(ids)), size):
-            part = slice(start, start + size)
-            pixels, target = (
-                to_device(images[part], self._device),
-                to_device(labels[part], self._device),
-            )
-            for numbers, parts in zip(self._checkpoints, found, strict=True):
-                parts += self._at_once(numbers, pixels, target)
-        columns = {
-            name: torch.stack(
-                [torch.cat([part[name] for part in parts]).float() for parts in found], 1
-            )
-            .cpu()
-            .numpy()
-            for name in found[0][0]
-        }
-        shard = str(batch["shard"][0])
+        columns = self._measure(batch["image"], batch["label"])
         data: dict[str, Any] = {
-            "sample_id": pa.array(ids.tolist(), pa.string()),
-            "label": pa.array(labels, pa.int32()),
+            "sample_id": pa.array(batch["sample_id"].tolist(), pa.string()),
+            "label": pa.array(batch["label"], pa.int32()),
         }
         for name, column in columns.items():
             data[name] = pa.FixedSizeListArray.from_arrays(
                 pa.array(column.reshape(-1)), column.shape[1]
             )
-        storage.write_table(
-            self._run.path(self._folders.checkpoints, f"{shard}.parquet"), pa.table(data)
-        )
+        uri = self._run.path(self._folders.checkpoints, f"{shard}.parquet")
+        storage.write_table(uri, pa.table(data))
         gpu_seconds = time.monotonic() - started if self._device == "cuda" else 0.0
-        row = {
-            "unit": shard,
-            "samples": len(ids),
-            "cpu_seconds": self._watch.lap(),
-            "gpu_seconds": gpu_seconds,
+        return UnitResult(
+            shard, len(batch["label"]), cpu_seconds=self._watch.lap(), gpu_seconds=gpu_seconds
+        )
+
+    def _measure(self, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """Measure n samples at every checkpoint: float32 [n, checkpoints] by the name of the number."""
+        import torch
+
+        from raypipe.vision.devices import to_device
+
+        size = self._at_once.size
+        # Tensors stay on the device until the end, so that a GPU is waited for once.
+        by_checkpoint: list[list[dict[str, Any]]] = [[] for _ in self._checkpoints]
+        for start in range(0, max(1, len(labels)), size):
+            rows = slice(start, start + size)
+            pixels = to_device(images[rows], self._device)
+            target = to_device(labels[rows], self._device)
+            for numbers, parts in zip(self._checkpoints, by_checkpoint, strict=True):
+                parts += self._at_once(numbers, pixels, target)
+        return {
+            name: torch.stack(
+                [torch.cat([part[name] for part in parts]).float() for parts in by_checkpoint], 1
+            )
+            .cpu()
+            .numpy()
+            for name in by_checkpoint[0][0]
         }
-        return {key: np.array([value]) for key, value in row.items()}

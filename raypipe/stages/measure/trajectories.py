@@ -23,6 +23,7 @@ from raypipe.runs.manifests import ProxyManifest, SeedManifest
 from raypipe.runs.partition import trajectory_files
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import shard_labels
+from raypipe.runs.unit_result import UnitResult
 
 BLOCK_BYTES = 16 << 20
 """Memory of the probabilities of the samples that are scored at once, at all epochs, float32: little enough for the cache."""
@@ -50,9 +51,9 @@ def measure_trajectories(context: Context, record: StageRecord, scores: list[str
     with context.progress.meter("trajectory", seed.samples) as meter:
         meter.already(sum(stop - start for shard, start, stop in units if shard in done))
 
-        def collect(result: dict[str, Any]) -> None:
-            meter.add(result["samples"])
-            record.cpu_seconds += result["cpu_seconds"]
+        def collect(result: UnitResult) -> None:
+            meter.add(result.samples)
+            record.add_cost(result)
 
         missing = [unit for unit in units if unit[0] not in done]
         tasks = _together(missing, TASK_BYTES // _row_bytes(run, columns_of(scores)))
@@ -98,7 +99,7 @@ def _row_bytes(run: Run, columns: list[str]) -> int:
 
 def score_shards(
     config: Config, run_uri: str, folder: str, scores: list[str], units: list[Unit]
-) -> dict[str, Any]:
+) -> UnitResult:
     """Score the samples of seed shards that follow one another. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
     tables = [shard_labels(run, shard) for shard, _, _ in units]
@@ -115,7 +116,7 @@ def score_shards(
         for score, values in found.items():
             table = table.append_column(score, pa.array(values[first - start : last - start]))
         storage.write_table(run.path(folder, f"{shard}.parquet"), table)
-    return {"samples": stop - start, "cpu_seconds": watch.lap()}
+    return UnitResult(units[0][0], stop - start, cpu_seconds=watch.lap())
 
 
 def score_rows(
