@@ -20,7 +20,7 @@ from helpers import small_config
 from raypipe import storage
 from raypipe.config import dump_config
 from raypipe.errors import RunError, StorageError, TakenOverError
-from raypipe.runs import layout
+from raypipe.runs import lease
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
@@ -140,7 +140,7 @@ def _woken(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 @pytest.fixture
 def unrenewed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases are not renewed during the test: the thread that does it would notice the loss, too, and interrupt."""
-    monkeypatch.setattr(layout, "LEASE_SECONDS", 1e6)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1e6)
 
 
 def test_everything_that_changes_a_run_looks_at_the_fence(place: str, unrenewed: None) -> None:
