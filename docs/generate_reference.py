@@ -1,7 +1,13 @@
-"""Write the reference pages of the site from the code, as a hook of MkDocs.
+"""Fill in the reference pages of the site from the code, as a hook of MkDocs.
 
-`mkdocs.yml` names this file under `hooks`. The pages exist only while the site is built, so they
-cannot disagree with the code. Nothing here starts Ray, imports torch, or needs a network.
+`mkdocs.yml` names this file under `hooks`. A page marks what is filled in:
+
+    <!-- generated: settings -->
+    What a reader of the file itself sees.
+    <!-- end -->
+
+The marked part is replaced only while the site is built, so it cannot disagree with the code.
+Nothing here starts Ray, imports torch, or needs a network.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 import raypipe
 from raypipe import cli, errors
@@ -25,8 +32,10 @@ from raypipe.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository."""
-INCLUDED = {"project/contributing.md": "CONTRIBUTING.md", "project/changelog.md": "CHANGELOG.md"}
-"""Pages that are files of the repository's root."""
+INCLUDED = {"CONTRIBUTING.md": "project/contributing.md", "CHANGELOG.md": "project/changelog.md"}
+"""Files of the repository's root, and the pages that include them."""
+
+_MARKED = re.compile(r"^<!-- generated: ([\w.-]+) -->\n.*?^<!-- end -->$", re.M | re.S)
 
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 _LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)((?:\s+\"[^\"]*\")?)\)")
@@ -45,13 +54,9 @@ def commands(group: click.Command, name: str = "raypipe") -> Iterator[tuple[str,
 
 
 def cli_page() -> str:
-    """Return `reference/cli.md`: every command with its arguments and options."""
+    """Return every command with its arguments and options, for `reference/cli.md`."""
     every = [item for item in commands(cli.cli) if not item[1].hidden]
     lines = [
-        "# Command line",
-        "",
-        "Every command answers `--help`. [Exit codes](exit-codes.md) are the same for all of them.",
-        "",
         "| command | |",
         "|---|---|",
         *(
@@ -111,7 +116,7 @@ def _paragraphs(text: str | None) -> list[str]:
 
 
 def settings_page() -> str:
-    """Return `reference/settings.md`: every section and setting of a configuration."""
+    """Return every section and setting of a configuration, for `reference/settings.md`."""
     schema = Config.model_json_schema()
     models = schema.get("$defs", {})
     sections = [
@@ -124,13 +129,6 @@ def settings_page() -> str:
     }
     required = schema.get("required", [])
     lines = [
-        "# Settings",
-        "",
-        "A configuration is a YAML file with these sections. `raypipe init` prints all of it, with "
-        "every default and a comment. Only the settings marked *required* have no default. "
-        "`--set section.setting=value` changes one setting from a shell. An unknown setting, or a "
-        "value that is not allowed, is refused by name before any work starts.",
-        "",
         *_table("", {"properties": single, "required": required}, models),
         "",
         "| section | |",
@@ -249,6 +247,8 @@ def _value(value: Any) -> str:
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, str):
+        return yaml.safe_dump(value).removesuffix("...\n").strip()  # quoted where it has to be
     return str(value)
 
 
@@ -256,7 +256,7 @@ def _value(value: Any) -> str:
 
 
 def python_page() -> str:
-    """Return `reference/python.md`: every public name, for mkdocstrings to fill in."""
+    """Return every public name for mkdocstrings to document, for `reference/python.md`."""
     public = [name for name in raypipe.__all__ if not name.startswith("_")]
     homes = _imports("raypipe")
     functions = [name for name in public if name[0].islower()]
@@ -268,8 +268,6 @@ def python_page() -> str:
         if name not in public
     }
     lines = [
-        "# Python",
-        "",
         "The public API is what `import raypipe` gives: "
         + ", ".join(f"[`raypipe.{name}`](#raypipe.{name})" for name in public)
         + ", and `raypipe.__version__`, the version as a string. "
@@ -333,25 +331,8 @@ def error_classes() -> list[type[errors.RaypipeError]]:
 
 
 def exit_codes_page() -> str:
-    """Return `reference/exit-codes.md`: the exit codes, and which error has which."""
+    """Return the errors a user can meet with their exit codes, for `reference/exit-codes.md`."""
     lines = [
-        "# Exit codes and errors",
-        "",
-        "| code | meaning |",
-        "|---|---|",
-        "| 0 | Done. |",
-        "| 1 | Failed, or stopped from the keyboard. Run the same command again to resume. |",
-        "| 2 | Bad usage or configuration. Nothing was started. |",
-        "| 3 | Scores and report are written, but the [fidelity](../glossary.md#fidelity) is too "
-        "low to prune by, so there are no keep-lists. |",
-        "| 4 | Of `jobs/nightly.py` alone: the night is done, and a refresh is advised. |",
-        "",
-        "`ray job submit` itself exits with 1 whatever went wrong. The exit code of raypipe is the "
-        "job's `driver_exit_code`.",
-        "",
-        "An error that the user can act on is printed as one line on standard error, without a "
-        "traceback. In Python it is an exception of `raypipe.errors`:",
-        "",
         "| exception | is a | exit code | |",
         "|---|---|---|---|",
     ]
@@ -368,19 +349,41 @@ def exit_codes_page() -> str:
 # -- pages and links ------------------------------------------------------------------------------
 
 
-PAGES: dict[str, Callable[[], str]] = {
-    "reference/cli.md": cli_page,
-    "reference/settings.md": settings_page,
-    "reference/python.md": python_page,
-    "reference/exit-codes.md": exit_codes_page,
+GENERATED: dict[str, Callable[[], str]] = {
+    "cli": cli_page,
+    "settings": settings_page,
+    "python": python_page,
+    "exit-codes": exit_codes_page,
 }
-"""The generated pages by path below `docs/`."""
+"""What a page can have filled in, besides the files of `INCLUDED`."""
 
 
-def included_page(page: str) -> str:
-    """Return a page that is a file of the repository's root, its links as seen from `docs/`."""
-    file = ROOT / INCLUDED[page]
-    return links_of_site(file.read_text(encoding="utf-8"), ROOT, page)
+def expanded(markdown: str, page: str, repository: str | None = None) -> str:
+    """Return a page with its marked parts filled in.
+
+    Parameters
+    ----------
+    markdown : str
+        The page as it is in the repository.
+    page : str
+        Its path below `docs/`.
+    repository : str, optional
+        As in `links_of_site`.
+
+    Raises
+    ------
+    KeyError
+        A marker names nothing that can be filled in.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        if match[1] in INCLUDED:
+            file = ROOT / match[1]
+            text = re.sub(r"\A# .*\n", "", file.read_text(encoding="utf-8"))  # the page has a title
+            return links_of_site(text, ROOT, page, repository)
+        return GENERATED[match[1]]()
+
+    return _MARKED.sub(filled, markdown)
 
 
 def links_of_site(markdown: str, folder: Path, page: str, repository: str | None = None) -> str:
@@ -413,10 +416,9 @@ def links_of_site(markdown: str, folder: Path, page: str, repository: str | None
         if not file.exists() or not file.is_relative_to(ROOT):
             return match[0]
         name = file.relative_to(ROOT).as_posix()
-        for other, root_file in INCLUDED.items():
-            if name == root_file:
-                below = posixpath.relpath(other, posixpath.dirname(page))
-                return f"[{text}]({below}{hash_}{anchor}{title})"
+        if name in INCLUDED:
+            below = posixpath.relpath(INCLUDED[name], posixpath.dirname(page))
+            return f"[{text}]({below}{hash_}{anchor}{title})"
         if repository:
             kind = "tree" if file.is_dir() else "blob"
             return f"[{text}]({repository.rstrip('/')}/{kind}/main/{name}{hash_}{anchor}{title})"
@@ -464,21 +466,9 @@ def _cell(text: str) -> str:
 # -- MkDocs ---------------------------------------------------------------------------------------
 
 
-def on_files(files: Any, config: Any, **_: Any) -> Any:
-    """Add the generated pages; called by MkDocs."""
-    from mkdocs.structure.files import File
-
-    pages = {page: build() for page, build in PAGES.items()}
-    pages |= {page: included_page(page) for page in INCLUDED}
-    for page, content in pages.items():
-        files.append(File.generated(config, page, content=content))
-    return files
-
-
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Repair links to files outside `docs/`; called by MkDocs for every page."""
+    """Fill in a page and repair its links to files outside `docs/`; called by MkDocs."""
     name = page.file.src_uri
-    if name in PAGES:
-        return markdown
     folder = ROOT / "docs" / posixpath.dirname(name)
-    return links_of_site(markdown, folder, name, config.get("repo_url"))
+    repository = config.get("repo_url")
+    return expanded(links_of_site(markdown, folder, name, repository), name, repository)
