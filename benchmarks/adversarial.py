@@ -31,13 +31,26 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from common import FULL, RANDOM, Images, Missing, data_options, load, names_of, of_all, plain_list, shares_of, shown, table
+from common import (
+    FULL,
+    RANDOM,
+    Images,
+    Missing,
+    data_options,
+    load,
+    names_of,
+    of_all,
+    plain_list,
+    shares_of,
+    shown,
+    table,
+)
 from fidelity_runs import ProxyRun, Study
 
+from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import AdversarySettings, MeasureSettings, ProxySettings
-from raypipe.evaluation import fitting
-from raypipe.extrapolate.figures import spearman
-from raypipe.rundir import fingerprint
+from raypipe.evaluation import train
+from raypipe.runs.ledger import fingerprint
 
 KINDS = ("measured", "extrapolated", "plain")
 FIGURES = {"accuracy": "as they are", "robust": "under attack"}
@@ -46,7 +59,9 @@ FIGURES = {"accuracy": "as they are", "robust": "under attack"}
 class Attacked:
     """One seed: its scores, the lists cut from them, and what is trained on these."""
 
-    def __init__(self, arguments: argparse.Namespace, images: Images, test: Images, seed: int) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, images: Images, test: Images, seed: int
+    ) -> None:
         self.arguments, self.images, self.test, self.seed = arguments, images, test, seed
         digits = arguments.dir is None  # a mirrored digit is no digit
         self.settings = ProxySettings(
@@ -55,13 +70,24 @@ class Attacked:
             adversary=AdversarySettings(eps=arguments.eps, step_size=arguments.step_size, iterations=arguments.iterations),
         )  # fmt: skip
         self.judge = AdversarySettings(
-            eps=arguments.eps, step_size=arguments.judge_step_size, iterations=arguments.judge_iterations
+            eps=arguments.eps,
+            step_size=arguments.judge_step_size,
+            iterations=arguments.judge_iterations,
         )
-        measure = MeasureSettings.model_validate({"dynamic_uncertainty": {"window": arguments.window}})
+        measure = MeasureSettings.model_validate(
+            {"dynamic_uncertainty": {"window": arguments.window}}
+        )
         self._folder = self._folder_of(self.settings)
         plain = self.settings.model_copy(update={"adversary": None})
         self.adversarial, self.plain = (
-            Study(images, given, measure, self._folder_of(given), arguments.threads, arguments.only_cached)
+            Study(
+                images,
+                given,
+                measure,
+                self._folder_of(given),
+                arguments.threads,
+                arguments.only_cached,
+            )
             for given in (self.settings, plain)
         )
 
@@ -80,7 +106,9 @@ class Attacked:
         """Of every sample, float64 [n]; higher means keep. Raises Missing."""
         if kind == "extrapolated":
             found = self.adversarial.measured(self.seed_run, score).copy()
-            found[self.adversarial.others(self.seed_run)] = self.adversarial.predicted(self.seed_run, score, "gnn")[0]
+            found[self.adversarial.others(self.seed_run)] = self.adversarial.predicted(
+                self.seed_run, score, "gnn"
+            )[0]
             return found
         study = self.adversarial if kind == "measured" else self.plain
         return study.measured(study.full(self.seed), score)
@@ -94,38 +122,55 @@ class Attacked:
         count = len(self.images)
         if name in (RANDOM, FULL):
             return plain_list(name, keep, count, self.seed)
-        return np.sort(np.argsort(-self.score(*name.split(".")), kind="stable")[: round(keep * count)])
+        return np.sort(
+            np.argsort(-self.score(*name.split(".")), kind="stable")[: round(keep * count)]
+        )
 
     def trained(self, name: str, keep: float) -> dict[str, float]:
         """accuracy and robust of a network trained adversarially on a list. Raises Missing."""
-        path = os.path.join(self._folder, f"list-{name}-{keep:g}-{fingerprint(self.judge.model_dump(), len(self.test))}.json")
+        path = os.path.join(
+            self._folder,
+            f"list-{name}-{keep:g}-{fingerprint(self.judge.model_dump(), len(self.test))}.json",
+        )
         if not os.path.exists(path):
             if self.arguments.only_cached:
                 raise Missing(path)
             rows, began = self.rows(name, keep), time.perf_counter()
             settings = self.settings.model_copy(update={"seed": 100 + self.seed})
-            model = fitting.fit(settings, self.images.pixels, self.images.label, rows, self.images.classes, self._statistics)
+            model = train.fit(
+                settings,
+                self.images.pixels,
+                self.images.label,
+                rows,
+                self.images.classes,
+                self._statistics,
+            )
             tested = (self.test.pixels, self.test.label, self.test.classes)
             found = {
-                "accuracy": fitting.test(model, *tested).accuracy,
-                "robust": fitting.test(model, *tested, adversary=self.judge).accuracy,
+                "accuracy": train.test(model, *tested).accuracy,
+                "robust": train.test(model, *tested, adversary=self.judge).accuracy,
             }
             with open(f"{path}.{os.getpid()}", "w") as file:
                 json.dump(found, file)
             os.replace(f"{path}.{os.getpid()}", path)
-            print(f"{time.strftime('%H:%M:%S')}  {name} {keep:g} {self.seed}: {time.perf_counter() - began:.1f} s", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')}  {name} {keep:g} {self.seed}: {time.perf_counter() - began:.1f} s",
+                flush=True,
+            )
         with open(path) as file:
             return json.load(file)
 
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
-        return fitting.statistics_of(self.images.pixels)
+        return train.statistics_of(self.images.pixels)
 
 
 def agreements(seeds: Sequence[Attacked], scores: Sequence[str]) -> None:
     rows = []
     for kind in ("extrapolated", "plain"):
-        cells = [of_all(seeds, lambda seed, score=score: seed.agreement(kind, score)) for score in scores]  # noqa: B023 (used at once)
+        cells = [
+            of_all(seeds, lambda seed, score=score: seed.agreement(kind, score)) for score in scores
+        ]
         rows.append((kind, [shown(values) for values in cells]))
     table(
         "Spearman's correlation with the score measured in adversarial training, outside the seed set, times 100",
@@ -140,13 +185,23 @@ def accuracies(seeds: Sequence[Attacked], lists: Sequence[str], keep: Sequence[f
     rows, gaps = [], []
     for name in [FULL, RANDOM, *lists]:
         cells = [
-            of_all(seeds, lambda seed, k=fraction, f=figure: seed.trained(name, 1.0 if name == FULL else k)[f])  # noqa: B023
+            of_all(
+                seeds,
+                lambda seed, k=fraction, f=figure: seed.trained(name, 1.0 if name == FULL else k)[
+                    f
+                ],
+            )
             for fraction, figure in pairs
         ]
         rows.append((name, [shown(values) for values in cells]))
         if name not in (FULL, RANDOM):
             differences = [
-                of_all(seeds, lambda seed, k=fraction, f=figure: seed.trained(name, k)[f] - seed.trained(RANDOM, k)[f])  # noqa: B023
+                of_all(
+                    seeds,
+                    lambda seed, k=fraction, f=figure: (
+                        seed.trained(name, k)[f] - seed.trained(RANDOM, k)[f]
+                    ),
+                )
                 for fraction, figure in pairs
             ]
             gaps.append((name, [shown(values, "{:+.1f}") for values in differences]))
@@ -155,7 +210,9 @@ def accuracies(seeds: Sequence[Attacked], lists: Sequence[str], keep: Sequence[f
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     data_options(parser)
     add("--eps", default="8/255", help="of pixels from 0 to 1")
@@ -165,14 +222,25 @@ def parse() -> argparse.Namespace:
     add("--judge-iterations", type=int, default=10, help="in the test")
     add("--scores", type=names_of, default=["dynamic-uncertainty", "el2n"])
     add("--window", type=int, default=5, help="of Dynamic Uncertainty, in epochs")
-    add("--lists", type=names_of, help="such as measured.el2n,plain.el2n; default: all kinds of all scores")
-    add("--fraction", type=float, default=0.2, help="share that is measured where scores are extrapolated")
+    add(
+        "--lists",
+        type=names_of,
+        help="such as measured.el2n,plain.el2n; default: all kinds of all scores",
+    )
+    add(
+        "--fraction",
+        type=float,
+        default=0.2,
+        help="share that is measured where scores are extrapolated",
+    )
     add("--seeds", type=int, default=3)
     add("--model", default="small")
     add("--epochs", type=int, default=12, help="of proxies, and of networks trained on lists")
     add("--keep", type=shares_of, default=shares_of("0.5"))
     arguments = parser.parse_args()
-    arguments.lists = arguments.lists or [f"{kind}.{score}" for score in arguments.scores for kind in KINDS]
+    arguments.lists = arguments.lists or [
+        f"{kind}.{score}" for score in arguments.scores for kind in KINDS
+    ]
     return arguments
 
 

@@ -9,7 +9,7 @@ one sample at a time take batches of one image with one backward pass each; `lea
 layer, `as published` does what the published MoSo code does (github.com/hrtan/MoSo, scoring.py, `MoSo_scoring_exact`): copies them to one
 vector, and computes three products over all parameters. Its mean gradient is a running mean of such vectors. Times are the least of
 the repeats; every method sees the same images. What is made once per checkpoint (folding BatchNorm, compiling) is not timed.
-With --keep-memory the process keeps the memory it frees, as raypipe's workers do (`raypipe.devices.compute_on`).
+With --keep-memory the process keeps the memory it frees, as raypipe's workers do (`raypipe.vision.devices.set_threads`).
 """
 
 from __future__ import annotations
@@ -27,56 +27,80 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from raypipe.devices import compute_on
-from raypipe.models import build
+from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum, parameters_of
 from raypipe.scores.per_sample import norms_and_alignments
-from raypipe.scores.precision import computing
-from raypipe.scores.tangent import Aligner
+from raypipe.vision.devices import set_threads
+from raypipe.vision.networks import build
+from raypipe.vision.precision import computing
 
 NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))
 """Name, image size, classes, batch, and images that the slow ways are timed on."""
 
 
-def forward(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def forward(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     with torch.no_grad():
         return F.cross_entropy(model(images), labels, reduction="none")
 
 
-def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def forward_backward(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     gradient_sum(model, images, labels)
     return torch.zeros(len(images))
 
 
-def plain_jvp(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def plain_jvp(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     return alignments(model, direction, images, labels)
 
 
-def with_self_term(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def with_self_term(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     return norms_and_alignments(model, images, labels, direction)[1]
 
 
-def vmap_grad(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def vmap_grad(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     buffers = dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, {**parameters, **buffers}, (image[None],)), label[None])
+        return F.cross_entropy(
+            functional_call(model, {**parameters, **buffers}, (image[None],)), label[None]
+        )
 
     gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters_of(model), images, labels)
-    return sum((value.flatten(1) @ direction[name].flatten() for name, value in gradients.items()), torch.zeros(()))
+    return sum(
+        (value.flatten(1) @ direction[name].flatten() for name, value in gradients.items()),
+        torch.zeros(()),
+    )
 
 
-def one_at_a_time(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def one_at_a_time(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     named = dict(model.named_parameters())
     rows = []
     for index in range(len(images)):
         loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
         gradients = torch.autograd.grad(loss, list(named.values()))
-        rows.append(sum((direction[name] * value).sum() for name, value in zip(named, gradients, strict=True)))
+        rows.append(
+            sum(
+                (direction[name] * value).sum()
+                for name, value in zip(named, gradients, strict=True)
+            )
+        )
     return torch.stack(rows)
 
 
-def published(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def published(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     """The published score of every image, solved for the alignment."""
     parameters, n = list(model.parameters()), 10_000
     mean = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
@@ -91,7 +115,9 @@ def published(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[
     return torch.stack(rows)
 
 
-def published_mean(model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]) -> Tensor:
+def published_mean(
+    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
+) -> Tensor:
     parameters, mean = list(model.parameters()), torch.zeros(())
     for index in range(len(images)):
         loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
@@ -165,17 +191,27 @@ def measure(run: Callable[[], Tensor], device: str, repeats: int) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bfloat16"], help="on a GPU")
+    parser.add_argument(
+        "--precision", default="float32", choices=["float32", "tf32", "bfloat16"], help="on a GPU"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile our alignment")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, help="images in a batch; default 32 and 16, on a GPU 512 and 256")
-    parser.add_argument("--keep-memory", action="store_true", help="instead of giving it back to the system after each batch")
+    parser.add_argument(
+        "--batch", type=int, help="images in a batch; default 32 and 16, on a GPU 512 and 256"
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="instead of giving it back to the system after each batch",
+    )
     parser.add_argument("--quick", action="store_true", help="the first network only")
     arguments = parser.parse_args()
-    (compute_on if arguments.keep_memory else torch.set_num_threads)(arguments.threads)
+    (set_threads if arguments.keep_memory else torch.set_num_threads)(arguments.threads)
     device = arguments.device
     machine = (
         torch.cuda.get_device_name()
@@ -184,7 +220,9 @@ def main() -> None:
     )
     arithmetic = arguments.precision if device == "cuda" else "float32"
     compiled = ", alignment compiled" * arguments.compile + ", memory kept" * arguments.keep_memory
-    print(f"{machine}; torch {torch.__version__}, {arithmetic}{compiled}, seed 0, least of {arguments.repeats}")
+    print(
+        f"{machine}; torch {torch.__version__}, {arithmetic}{compiled}, seed 0, least of {arguments.repeats}"
+    )
     with computing(arguments.precision, device):
         tables(arguments, device)
 
@@ -197,24 +235,37 @@ def tables(arguments: argparse.Namespace, device: str) -> None:
         model = build(name, classes, size).to(device).eval()
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(device)
         labels = torch.randint(0, classes, (batch,)).to(device)
-        direction = {key: value / batch for key, value in gradient_sum(model, images, labels).items()}
+        direction = {
+            key: value / batch for key, value in gradient_sum(model, images, labels).items()
+        }
         reference = one_at_a_time(model, images[:few], labels[:few], direction)
         scale = reference.abs().max()
         aligner = Aligner(model, direction, compiled=arguments.compile)
         runs = {"plain": model, "last": copy.deepcopy(model).to(memory_format=torch.channels_last)}
-        print(f"\n{name} at {size} x {size}, {classes} classes, batch {batch} (the last four rows: {few})")
+        print(
+            f"\n{name} at {size} x {size}, {classes} classes, batch {batch} (the last four rows: {few})"
+        )
         print(f"{'':<30}{'ms / image':>12}{'x forward':>12}{'peak MiB':>12}{'difference':>14}")
         plain = 0.0
         for label, (method, on, slow) in METHODS.items():
             count = few if slow else batch
             part = images[:count], labels[:count]
-            run = functools.partial(aligner, *part) if on == "aligner" else functools.partial(method, runs[on], *part, direction)
+            run = (
+                functools.partial(aligner, *part)
+                if on == "aligner"
+                else functools.partial(method, runs[on], *part, direction)
+            )
             seconds, peak, result = measure(run, device, arguments.repeats)
             each = seconds / count
             plain = plain or each
             compared = method not in (forward, forward_backward, published_mean)
-            difference = f"{((result[:few] - reference).abs().max() / scale).item():.1e}" if compared else ""
-            print(f"{label:<30}{each * 1e3:>12.3f}{each / plain:>12.2f}{peak / 2**20:>12.0f}{difference:>14}", flush=True)
+            difference = (
+                f"{((result[:few] - reference).abs().max() / scale).item():.1e}" if compared else ""
+            )
+            print(
+                f"{label:<30}{each * 1e3:>12.3f}{each / plain:>12.2f}{peak / 2**20:>12.0f}{difference:>14}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What several benchmarks need: images in memory, a proxy trained on them in this process without Ray, and fits of extrapolators.
 
 A training writes into a folder, epoch by epoch, and goes on there when it was stopped; batches, augmentation and learning rates are those
-of `raypipe.training`, so that it is the training of the proxy stage with one worker.
+of `raypipe.vision.training`, so that it is the training of the proxy stage with one worker.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
 from torch import Tensor
 
-from raypipe import training
-from raypipe.adversary import attack, starting_points
 from raypipe.config import ExtrapolateSettings, ProxySettings, SourceSettings
+from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate import make
-from raypipe.extrapolate.base import Nodes, TransductiveExtrapolator
-from raypipe.extrapolate.gnn import AnchorGnn
-from raypipe.images import decode_batch
-from raypipe.models import Proxy, build
-from raypipe.names import SIGNALS
-from raypipe.rundir import fingerprint
-from raypipe.scores.base import NUMBERS
-from raypipe.scores.logits import numbers
+from raypipe.extrapolators import make
+from raypipe.extrapolators.base import Nodes, TransductiveExtrapolator
+from raypipe.extrapolators.blend import AnchorGnn
+from raypipe.runs.ledger import fingerprint
 from raypipe.scores.moso import gradient_sum
+from raypipe.scores.trajectory import STATISTICS
 from raypipe.sources import class_map, open_source
+from raypipe.vision import training
+from raypipe.vision.adversarial import attack, starting_points
+from raypipe.vision.decode import decode_batch
+from raypipe.vision.networks import ProxyNet, build
+from raypipe.vision.output_statistics import numbers
 
 BATCH = 64
 """Images in one pass that only measures, as the stages take them on a CPU."""
@@ -77,7 +77,9 @@ def read(settings: SourceSettings, size: int, limit: int | None = None) -> Image
     scans = [source.scan(file) for file in source.files()]
     fragments = [fragment for scan in scans for fragment in scan.fragments]
     names = next((scan.class_names for scan in scans if scan.class_names is not None), None)
-    classes = class_map(names, frozenset(label for scan in scans for label in scan.labels), settings.num_classes)
+    classes = class_map(
+        names, frozenset(label for scan in scans for label in scan.labels), settings.num_classes
+    )
     total = sum(fragment.samples for fragment in fragments)
     order = np.random.default_rng(0).permutation(total)[:limit]
     place = np.full(total, -1)
@@ -86,14 +88,22 @@ def read(settings: SourceSettings, size: int, limit: int | None = None) -> Image
     first = 0
     for fragment in fragments:
         own = place[first : first + fragment.samples]
-        chosen = [sample for sample, position in zip(source.read(fragment), own, strict=True) if position >= 0]
+        chosen = [
+            sample
+            for sample, position in zip(source.read(fragment), own, strict=True)
+            if position >= 0
+        ]
         decoded, reasons = decode_batch(chosen, size, settings.max_pixels)
         pixels[own[own >= 0]] = decoded
-        label[own[own >= 0]] = [-1 if bad else classes.index(sample.label)[0] for sample, bad in zip(chosen, reasons)]
+        label[own[own >= 0]] = [
+            -1 if bad else classes.index(sample.label)[0] for sample, bad in zip(chosen, reasons)
+        ]
         first += fragment.samples
     good = label >= 0
     if not good.any():
-        raise RaypipeError(f"{settings.uri}: none of {len(order)} samples has a readable image and a label")
+        raise RaypipeError(
+            f"{settings.uri}: none of {len(order)} samples has a readable image and a label"
+        )
     return Images(pixels[good], label[good], len(classes.names))
 
 
@@ -123,17 +133,26 @@ def load(arguments: argparse.Namespace, samples: int) -> tuple[Images, Images]:
             parts = every.take(slice(count)), every.take(slice(count, None))
         else:
             sources = [
-                SourceSettings(uri=os.path.abspath(arguments.dir), format="parquet", include=include)
+                SourceSettings(
+                    uri=os.path.abspath(arguments.dir), format="parquet", include=include
+                )
                 for include in (arguments.include, arguments.test_include)
             ]
             limits = (count, arguments.test_samples)
-            parts = tuple(read(source, arguments.image_size, limit) for source, limit in zip(sources, limits))
+            parts = tuple(
+                read(source, arguments.image_size, limit) for source, limit in zip(sources, limits)
+            )
         names = ("pixels", "label")
-        arrays = {f"{which}_{name}": getattr(part, name) for which, part in zip(("train", "test"), parts) for name in names}
+        arrays = {
+            f"{which}_{name}": getattr(part, name)
+            for which, part in zip(("train", "test"), parts)
+            for name in names
+        }
         save(path, **arrays, classes=np.array(parts[0].classes))
     with np.load(path) as found:
         train, test = (
-            Images(found[f"{which}_pixels"], found[f"{which}_label"], int(found["classes"])) for which in ("train", "test")
+            Images(found[f"{which}_pixels"], found[f"{which}_label"], int(found["classes"]))
+            for which in ("train", "test")
         )
     return train, test
 
@@ -182,13 +201,19 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
     per_epoch = training.steps_per_epoch(count, settings.batch_size)
     for epoch in range(first, settings.epochs):
         model.train()
-        said = np.empty((count, len(NUMBERS)), np.float32)
+        said = np.empty((count, len(STATISTICS)), np.float32)
         probabilities = np.empty((count, images.classes), np.float16)
-        for step, rows in enumerate(training.epoch_batches(count, settings.batch_size, settings.seed, epoch)):
-            rate = training.learning_rate(settings, epoch * per_epoch + step, per_epoch * settings.epochs)
+        for step, rows in enumerate(
+            training.epoch_batches(count, settings.batch_size, settings.seed, epoch)
+        ):
+            rate = training.learning_rate(
+                settings, epoch * per_epoch + step, per_epoch * settings.epochs
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            pixels = torch.from_numpy(training.augment(images.pixels[rows], settings, epoch, step, slice(None)))
+            pixels = torch.from_numpy(
+                training.augment(images.pixels[rows], settings, epoch, step, slice(None))
+            )
             target = torch.from_numpy(images.label[rows])
             if settings.adversary is not None:
                 begin = starting_points(pixels.shape, settings.seed, epoch, 1 + step, 1)
@@ -198,20 +223,29 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
             F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing).backward()
             optimizer.step()
             with torch.no_grad():
-                said[rows] = _stacked(logits, target, NUMBERS)
+                said[rows] = _stacked(logits, target, STATISTICS)
                 probabilities[rows] = logits.softmax(1).half().numpy()
         if not np.isfinite(said).all():
-            raise RaypipeError(f"the proxy's loss is not finite in epoch {epoch + 1}; lower the learning rate")
+            raise RaypipeError(
+                f"the proxy's loss is not finite in epoch {epoch + 1}; lower the learning rate"
+            )
         if epoch in kept:
             weights = {name: value.contiguous() for name, value in model.state_dict().items()}
             save_file(weights, _file(folder, epoch, "safetensors"))
-        save(_file(folder, epoch, "npz"), rate=np.array(rate), numbers=said, probabilities=probabilities)
+        save(
+            _file(folder, epoch, "npz"),
+            rate=np.array(rate),
+            numbers=said,
+            probabilities=probabilities,
+        )
         state = training.training_state(model, optimizer) | {"epoch": torch.tensor(epoch)}
         save_file(state, f"{state_file}.{os.getpid()}")
         os.replace(f"{state_file}.{os.getpid()}", state_file)
 
 
-def checkpoints(settings: ProxySettings, classes: int, folder: str) -> Iterator[tuple[int, float, Proxy]]:
+def checkpoints(
+    settings: ProxySettings, classes: int, folder: str
+) -> Iterator[tuple[int, float, ProxyNet]]:
     """Epoch, learning rate and network of every checkpoint of a finished training, in the order of training."""
     for epoch in settings.checkpoint_epochs():
         model = fresh_proxy(settings, classes)
@@ -221,25 +255,29 @@ def checkpoints(settings: ProxySettings, classes: int, folder: str) -> Iterator[
         yield epoch, rate, model.eval()
 
 
-def final(settings: ProxySettings, classes: int, folder: str) -> Proxy:
+def final(settings: ProxySettings, classes: int, folder: str) -> ProxyNet:
     """The network after the last checkpoint of a finished training; only the choice `spaced` has that at the end."""
     *_, (_, _, model) = checkpoints(settings, classes, folder)
     return model
 
 
 def trajectory_of(settings: ProxySettings, folder: str) -> dict[str, np.ndarray]:
-    """What `raypipe.scores.base.recorded` takes: by name float32 [epochs, n], probabilities float32 [epochs, n, classes]."""
+    """What `raypipe.scores.trajectory.recorded` takes: by name float32 [epochs, n], probabilities float32 [epochs, n, classes]."""
     said, probabilities = [], []
     for epoch in range(settings.epochs):
         with np.load(_file(folder, epoch, "npz")) as written:
             said.append(written["numbers"])
             probabilities.append(written["probabilities"].astype(np.float32))
     stacked = np.stack(said)
-    return {name: stacked[:, :, column] for column, name in enumerate(NUMBERS)} | {"probabilities": np.stack(probabilities)}
+    return {name: stacked[:, :, column] for column, name in enumerate(STATISTICS)} | {
+        "probabilities": np.stack(probabilities)
+    }
 
 
 def mean_gradient(
-    model: Proxy, images: Images, rule: Callable[[Proxy, Tensor, Tensor], dict[str, Tensor]] = gradient_sum
+    model: ProxyNet,
+    images: Images,
+    rule: Callable[[ProxyNet, Tensor, Tensor], dict[str, Tensor]] = gradient_sum,
 ) -> dict[str, Tensor]:
     """Mean gradient over the images; `rule` gives the sum over a batch."""
     total: dict[str, Tensor] = {}
@@ -249,7 +287,7 @@ def mean_gradient(
     return {name: value / len(images) for name, value in total.items()}
 
 
-def embed(model: Proxy, images: Images) -> Nodes:
+def embed(model: ProxyNet, images: Images) -> Nodes:
     """The images as the extrapolators see them."""
     model.eval()
     embeddings, signals = [], []
@@ -257,15 +295,17 @@ def embed(model: Proxy, images: Images) -> Nodes:
         for pixels, label in images.batches():
             embedding = model.embed(pixels)
             embeddings.append(embedding.numpy())
-            signals.append(_stacked(model.head(embedding), label, SIGNALS))
+            signals.append(_stacked(model.head(embedding), label, PROXY_STATISTICS))
     return Nodes(np.concatenate(embeddings), images.label, np.concatenate(signals))
 
 
-def outputs(model: Proxy, images: Images) -> np.ndarray:
+def outputs(model: ProxyNet, images: Images) -> np.ndarray:
     """NUMBERS of every image by the network in eval mode: float32 [n, 4]."""
     model.eval()
     with torch.inference_mode():
-        return np.concatenate([_stacked(model(pixels), label, NUMBERS) for pixels, label in images.batches()])
+        return np.concatenate(
+            [_stacked(model(pixels), label, STATISTICS) for pixels, label in images.batches()]
+        )
 
 
 def last_layer(settings: ProxySettings, folder: str) -> tuple[np.ndarray, np.ndarray]:
@@ -340,9 +380,11 @@ def table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[st
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def fresh_proxy(settings: ProxySettings, classes: int, *statistics: list[float]) -> Proxy:
+def fresh_proxy(settings: ProxySettings, classes: int, *statistics: list[float]) -> ProxyNet:
     """With weights from the global generator, laid out as convolutions prefer; statistics: mean and spread of the pixels."""
-    return build(settings.model, classes, settings.image_size, *statistics).to(memory_format=torch.channels_last)
+    return build(settings.model, classes, settings.image_size, *statistics).to(
+        memory_format=torch.channels_last
+    )
 
 
 def _stacked(logits: Tensor, label: Tensor, names: Sequence[str]) -> np.ndarray:

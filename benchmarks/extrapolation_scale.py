@@ -50,12 +50,13 @@ from safetensors.numpy import save
 
 from raypipe import storage
 from raypipe.config import Config, ExtrapolateSettings, parse_config
-from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.gnn import EXPERTS, AnchorGnn
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.embed import SPECIAL_ROWS
-from raypipe.stages.index import PART_FRAGMENTS
-from raypipe.stages.index import SCHEMA as INDEX
+from raypipe.extrapolators.base import Nodes
+from raypipe.extrapolators.blend import EXPERTS, AnchorGnn
+from raypipe.runs.embeddings import SPECIAL_ROWS
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.stages.index.stage import PART_FRAGMENTS
+from raypipe.stages.index.stage import SCHEMA as INDEX
 
 WIDTH, RESNET_WIDTH = 128, 512
 CLUSTERS, INNER = 8, 16
@@ -75,20 +76,29 @@ class World:
         random = np.random.default_rng(seed)
         self.classes = classes
         self._centre = BETWEEN * random.standard_normal((classes, CLUSTERS, width), np.float32)
-        self._directions = SPREAD * random.standard_normal((INNER, width), np.float32) / math.sqrt(INNER)
+        self._directions = (
+            SPREAD * random.standard_normal((INNER, width), np.float32) / math.sqrt(INNER)
+        )
         self._slope = random.standard_normal((classes, INNER), np.float32) / math.sqrt(INNER)
         self._level = 0.5 * random.standard_normal((classes, CLUSTERS), np.float32)
 
     def draw(self, random: np.random.Generator, count: int) -> tuple[Nodes, np.ndarray]:
         """Samples and their scores, float32 [n]."""
-        label, cluster = random.integers(0, self.classes, count), random.integers(0, CLUSTERS, count)
+        label, cluster = (
+            random.integers(0, self.classes, count),
+            random.integers(0, CLUSTERS, count),
+        )
         inner = random.standard_normal((count, INNER), np.float32)
         embedding = self._centre[label, cluster] + inner @ self._directions
         embedding += AROUND * random.standard_normal(embedding.shape, np.float32)
         score = np.tanh((inner * self._slope[label]).sum(1)) + self._level[label, cluster]
         score += NOISE * random.standard_normal(count, np.float32)
         wrong = score[:, None] + 0.7 * random.standard_normal((count, 3), np.float32)
-        return Nodes(embedding, label, np.stack([np.exp(-wrong[:, 0]), wrong[:, 1], np.exp(-wrong[:, 2] / 2)], 1)), score
+        return Nodes(
+            embedding,
+            label,
+            np.stack([np.exp(-wrong[:, 0]), wrong[:, 1], np.exp(-wrong[:, 2] / 2)], 1),
+        ), score
 
 
 def write_run(folder: str, samples: int, arguments: argparse.Namespace) -> None:
@@ -103,13 +113,33 @@ def write_run(folder: str, samples: int, arguments: argparse.Namespace) -> None:
         seeds = arguments.seeds * (number + 1) // count - arguments.seeds * number // count
         nodes, score = world.draw(np.random.default_rng([arguments.seed, number]), size)
         own = [f"{name}/{row}" for row in range(size)]
-        ids, labels, scores = ids + own[:seeds], [*labels, nodes.label[:seeds]], [*scores, score[:seeds]]
+        ids, labels, scores = (
+            ids + own[:seeds],
+            [*labels, nodes.label[:seeds]],
+            [*scores, score[:seeds]],
+        )
         write_embeddings(run.path("embeddings", f"{name}.parquet"), own, nodes, seeds)
-    columns = {"sample_id": ids, "label": np.concatenate(labels).astype(np.int32), "moso": np.concatenate(scores)}
+    columns = {
+        "sample_id": ids,
+        "label": np.concatenate(labels).astype(np.int32),
+        "moso": np.concatenate(scores),
+    }
     storage.write_table(run.path("measured", "seed.parquet"), pa.table(columns))
     rows = [
-        {"file_id": name, "fragment_id": name, "path": name, "start": number * arguments.fragment, "offset": 0}
-        | {"stop": min(samples, (number + 1) * arguments.fragment), "members": [], "error": "", "class_names": "", "labels": "[]"}
+        {
+            "file_id": name,
+            "fragment_id": name,
+            "path": name,
+            "start": number * arguments.fragment,
+            "offset": 0,
+        }
+        | {
+            "stop": min(samples, (number + 1) * arguments.fragment),
+            "members": [],
+            "error": "",
+            "class_names": "",
+            "labels": "[]",
+        }
         for number, name in enumerate(names)
     ]
     for start in range(0, count, PART_FRAGMENTS):
@@ -118,16 +148,23 @@ def write_run(folder: str, samples: int, arguments: argparse.Namespace) -> None:
     classes = {"names": [str(number) for number in range(arguments.classes)], "numeric": True}
     storage.write_json(run.path("index", "classes.json"), classes)
     storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [arguments.seeds]})
-    storage.write_json(run.path("proxy", "proxy.json"), {"samples": arguments.seeds, "checkpoints": [], "final": "last"})
+    storage.write_json(
+        run.path("proxy", "proxy.json"),
+        {"samples": arguments.seeds, "checkpoints": [], "final": "last"},
+    )
     weight, bias = last_layer(arguments.classes, WIDTH, arguments.seed)
-    storage.write_bytes(run.path("proxy", "checkpoints", "last"), save({"head.weight": weight, "head.bias": bias}))
+    storage.write_bytes(
+        run.path("proxy", "checkpoints", "last"), save({"head.weight": weight, "head.bias": bias})
+    )
     run.write_ledger({"proxy": StageRecord(state="done")})
 
 
 def last_layer(classes: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Of a proxy that knows nothing; it costs what another does."""
     random = np.random.default_rng(seed)
-    return random.standard_normal((classes, width), np.float32) / math.sqrt(width), np.zeros(classes, np.float32)
+    return random.standard_normal((classes, width), np.float32) / math.sqrt(width), np.zeros(
+        classes, np.float32
+    )
 
 
 def write_embeddings(path: str, ids: list[str], nodes: Nodes, seeds: int) -> None:
@@ -154,15 +191,22 @@ def write_embeddings(path: str, ids: list[str], nodes: Nodes, seeds: int) -> Non
 
 def config_of(folder: str) -> Config:
     extrapolate = {"folds": 1, "judge_published": False}
-    return parse_config({"run": folder, "source": {"uri": folder}, "extrapolate": extrapolate, "cluster": {"address": "local"}})
+    return parse_config(
+        {
+            "run": folder,
+            "source": {"uri": folder},
+            "extrapolate": extrapolate,
+            "cluster": {"address": "local"},
+        }
+    )
 
 
 def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
     """In a process of its own: `fit`, `stage` or `plain`. Says when it begins, then the wall-clock and the processor seconds."""
+    from raypipe.distributed.context import Context
     from raypipe.progress import Progress
-    from raypipe.stages.base import Context
-    from raypipe.stages.extrapolate import ExtrapolateStage, ScoreActor, _read
-    from raypipe.stages.fitting import fit_extrapolator
+    from raypipe.stages.extrapolate.fit import fit_extrapolator
+    from raypipe.stages.extrapolate.stage import ExtrapolateStage, ScoreActor, _read
 
     config, run, record = config_of(folder), Run(folder), StageRecord()
     if work == "plain":
@@ -177,7 +221,7 @@ def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
     import ray
 
     context = Context(config, run, Progress(quiet=True))
-    context.cluster  # Ray is started before the clock is
+    context.start_ray()
     answer.send("begins")
     started = time.perf_counter()
     if work == "fit":
@@ -220,7 +264,9 @@ def look(driver: psutil.Process, peaks: dict[int, int], kinds: dict[int, str]) -
         try:
             with open(f"/proc/{process.pid}/status") as file:
                 sizes = {
-                    name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in file) if "Rss" in name
+                    name: 1024 * int(rest.split()[0])
+                    for name, _, rest in (line.partition(":") for line in file)
+                    if "Rss" in name
                 }
             command = " ".join(process.cmdline())
         except (OSError, psutil.Error):
@@ -235,14 +281,25 @@ def look(driver: psutil.Process, peaks: dict[int, int], kinds: dict[int, str]) -
         elif command.startswith("ray::"):
             kinds.setdefault(process.pid, WORKER)
         else:
-            name = next((name for name in ("gcs_server", "raylet") if os.path.basename(command.split(" ")[0]) == name), None)
+            name = next(
+                (
+                    name
+                    for name in ("gcs_server", "raylet")
+                    if os.path.basename(command.split(" ")[0]) == name
+                ),
+                None,
+            )
             kinds[process.pid] = name or "other process of Ray"
             if name == "raylet":
                 peaks[-1], kinds[-1] = max(peaks.get(-1, 0), sizes["RssShmem"]), "object store"
 
 
 def growth(arguments: argparse.Namespace) -> None:
-    how = "one process, one thread, without Ray" if arguments.plain else f"the stage through Ray, {os.cpu_count()} cores"
+    how = (
+        "one process, one thread, without Ray"
+        if arguments.plain
+        else f"the stage through Ray, {os.cpu_count()} cores"
+    )
     print(
         f"\nGrowth: {how}; {arguments.seeds:,} scored samples, {arguments.classes} classes, {WIDTH} dimensions, fragments of "
         f"{arguments.fragment:,}"
@@ -254,14 +311,22 @@ def growth(arguments: argparse.Namespace) -> None:
         for number, samples in enumerate(arguments.sizes):
             place = os.path.join(folder, str(samples))
             if shutil.disk_usage(folder).free < 1.5 * samples * (2 * WIDTH + 60):
-                sys.exit(f"{folder} has no room for {samples:,} embeddings; name another folder with --dir")
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # its memory is not ours
+                sys.exit(
+                    f"{folder} has no room for {samples:,} embeddings; name another folder with --dir"
+                )
+            with ProcessPoolExecutor(
+                1, mp_context=get_context("spawn")
+            ) as other:  # its memory is not ours
                 other.submit(write_run, place, samples, arguments).result()
             if number == 0:
                 wall, spent, peaks = watch(place, samples, "fit")
-                shutil.copytree(os.path.join(place, "extrapolator"), os.path.join(folder, "extrapolator"))
+                shutil.copytree(
+                    os.path.join(place, "extrapolator"), os.path.join(folder, "extrapolator")
+                )
                 meta = storage.read_json(os.path.join(folder, "extrapolator", "model.json"))
-                weights = ", ".join(f"{name} {weight:.2f}" for name, weight in meta["weights"].items())
+                weights = ", ".join(
+                    f"{name} {weight:.2f}" for name, weight in meta["weights"].items()
+                )
                 search = meta["search"]
                 print(
                     f"fit, judging it and learning curve, once: {wall:.0f} s wall, {spent:.0f} s processor, largest task "
@@ -271,7 +336,9 @@ def growth(arguments: argparse.Namespace) -> None:
                     f"\n{'samples':>12}{'wall s':>10}{'us each':>9}{'exponent':>10}{'processor s':>13}{'us each':>9}{'exponent':>10}"
                 )
             else:
-                shutil.copytree(os.path.join(folder, "extrapolator"), os.path.join(place, "extrapolator"))
+                shutil.copytree(
+                    os.path.join(folder, "extrapolator"), os.path.join(place, "extrapolator")
+                )
             wall, spent, peaks = watch(place, samples, "plain" if arguments.plain else "stage")
             rows.append((samples, wall, spent))
             memory.append(peaks)
@@ -279,12 +346,17 @@ def growth(arguments: argparse.Namespace) -> None:
             for column, width in ((1, 10), (2, 13)):
                 took, power = rows[-1][column], ""
                 if number:
-                    power = f"{math.log(took / rows[-2][column]) / math.log(samples / rows[-2][0]):.3f}"
+                    power = (
+                        f"{math.log(took / rows[-2][column]) / math.log(samples / rows[-2][0]):.3f}"
+                    )
                 cells.append(f"{took:>{width}.1f}{1e6 * took / samples:>9.0f}{power:>10}")
             print("".join(cells), flush=True)
             shutil.rmtree(place)
         print(
-            "\npeak memory, MiB" + " " * 16 + "".join(f"{samples:>14,}" for samples in arguments.sizes) + f"{'last / before':>16}"
+            "\npeak memory, MiB"
+            + " " * 16
+            + "".join(f"{samples:>14,}" for samples in arguments.sizes)
+            + f"{'last / before':>16}"
         )
         for kind in sorted(set().union(*memory)):
             peaks_of = [found.get(kind) for found in memory]
@@ -296,12 +368,17 @@ def growth(arguments: argparse.Namespace) -> None:
 
 
 def share(arguments: argparse.Namespace) -> None:
-    from raypipe.models import build
+    from raypipe.vision.networks import build
 
     torch.set_num_threads(1)
     network = build("resnet18", 1000, 64).eval()
-    pixels = torch.randint(0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    world, random = World(arguments.classes, RESNET_WIDTH, arguments.seed), np.random.default_rng(arguments.seed)
+    pixels = torch.randint(
+        0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    world, random = (
+        World(arguments.classes, RESNET_WIDTH, arguments.seed),
+        np.random.default_rng(arguments.seed),
+    )
     seed, score = world.draw(random, arguments.seeds)
     started = time.process_time()
     gnn = AnchorGnn(ExtrapolateSettings(epochs=1), arguments.classes)
@@ -327,7 +404,13 @@ def share(arguments: argparse.Namespace) -> None:
     print(f"{'':<42}{'ms / image':>12}{'of forward':>12}")
     print(f"{'forward pass of ResNet-18 at 64x64':<42}{1e3 * forward:>12.3f}{'':>12}")
     for name, took in {"search for neighbours": search, **predicted}.items():
-        title = name if name.startswith("search") else f"  {name} alone" if name in EXPERTS else f"search + prediction, {name}"
+        title = (
+            name
+            if name.startswith("search")
+            else f"  {name} alone"
+            if name in EXPERTS
+            else f"search + prediction, {name}"
+        )
         print(f"{title:<42}{1e3 * took:>12.3f}{took / forward:>12.1%}")
 
 
@@ -338,19 +421,28 @@ def seconds(action: Any, *given: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="100000,1000000,10000000", help="numbers of samples with commas, rising")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", default="100000,1000000,10000000", help="numbers of samples with commas, rising"
+    )
     parser.add_argument("--seeds", type=int, default=20_000, help="scored samples")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--fragment", type=int, default=1024, help="samples in a fragment")
     parser.add_argument("--plain", action="store_true", help="one process, without Ray")
     parser.add_argument("--only", default="growth,share", help="growth, share or both with a comma")
-    parser.add_argument("--dir", help="where the embeddings are written, and deleted again; default: a temporary folder")
+    parser.add_argument(
+        "--dir",
+        help="where the embeddings are written, and deleted again; default: a temporary folder",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.sizes = [int(float(size)) for size in arguments.sizes.split(",")]
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), "?"
+        )
     print(
         f"{platform.machine()}, {model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB; torch "
         f"{torch.__version__}, faiss {importlib.metadata.version('faiss-cpu')}, numpy {np.__version__}; seed {arguments.seed}"

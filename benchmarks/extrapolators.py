@@ -20,23 +20,27 @@ import torch
 from common import predict
 
 from raypipe import storage
+from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import Config, load_config
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate import METHODS
-from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.figures import spearman
-from raypipe.rundir import Run
-from raypipe.scores.base import SCORES
-from raypipe.stages.scored import COLUMNS, measured_scores, nodes_of
-from raypipe.stages.seed import seed_manifest
-from raypipe.stages.trajectories import score_rows
+from raypipe.extrapolators import METHODS
+from raypipe.extrapolators.base import Nodes
+from raypipe.runs.embeddings import COLUMNS, nodes_of
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.measured_scores import measured_scores
+from raypipe.scores.registry import SCORES
+from raypipe.stages.measure.trajectories import score_rows
 
 HELD = 0.2
 
 
 def samples(run: Run) -> tuple[list[str], Nodes]:
     """Ids and nodes of every sample of the run."""
-    parts = [storage.read_table(run.path("embeddings", f"{name}.parquet"), COLUMNS) for name in sorted(run.done("embeddings"))]
+    parts = [
+        storage.read_table(run.path("embeddings", f"{name}.parquet"), COLUMNS)
+        for name in sorted(run.done("embeddings"))
+    ]
     table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
     return table["sample_id"].to_pylist(), nodes_of(table)
 
@@ -45,11 +49,17 @@ def seed_scores(config: Config, run: Run) -> dict[str, dict[str, float]]:
     """Every score that the run measured or that its trajectory gives, by sample id; those that need more epochs are left out."""
     found = {name: measured_scores(run, name, "seed") for name in config.measure.at_checkpoints}
     shards = [run.path("seed", f"{name}.parquet") for name in seed_manifest(run)["shards"]]
-    table = pa.concat_tables([storage.read_table(shard, ["sample_id", "label"]) for shard in shards])
+    table = pa.concat_tables(
+        [storage.read_table(shard, ["sample_id", "label"]) for shard in shards]
+    )
     ids, label = table["sample_id"].to_pylist(), table["label"].to_numpy().astype(np.int64)
-    for name in (name for name, info in SCORES.items() if info.needs == "trajectory" and name not in found):
+    for name in (
+        name for name, info in SCORES.items() if info.needs == "trajectory" and name not in found
+    ):
         try:
-            options = {key: value for key, value in config.measure.options(name).items() if key != "at"}
+            options = {
+                key: value for key, value in config.measure.options(name).items() if key != "at"
+            }
             values = score_rows(run, 0, len(ids), label, {name: options})[name]
         except RaypipeError as error:
             print(f"left out: {error}")
@@ -70,10 +80,16 @@ def held_out(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--scores", help="names with commas; default: all there are")
-    parser.add_argument("--methods", default=",".join([*METHODS, "class_mean", "proxy_loss"]), help="names with commas")
+    parser.add_argument(
+        "--methods",
+        default=",".join([*METHODS, "class_mean", "proxy_loss"]),
+        help="names with commas",
+    )
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -85,17 +101,29 @@ def main() -> None:
     names, methods = (arguments.scores or ",".join(scores)).split(","), arguments.methods.split(",")
     place = {sample_id: row for row, sample_id in enumerate(ids)}
     classes = len(run.classes().names)
-    print(f"{len(ids)} samples, {len(scores[names[0]])} of them scored, {arguments.splits} splits\n")
+    print(
+        f"{len(ids)} samples, {len(scores[names[0]])} of them scored, {arguments.splits} splits\n"
+    )
     print("| score | " + " | ".join(methods) + " |\n|" + "---|" * (len(methods) + 1))
     for name in names:
-        known = {sample_id: value for sample_id, value in scores[name].items() if sample_id in place}
-        rows, score = np.array([place[sample_id] for sample_id in known]), np.array(list(known.values()))
+        known = {
+            sample_id: value for sample_id, value in scores[name].items() if sample_id in place
+        }
+        rows, score = (
+            np.array([place[sample_id] for sample_id in known]),
+            np.array(list(known.values())),
+        )
         cells = []
         for method in methods:
             found, seconds = zip(
-                *(held_out(method, everything, rows, score, classes, split) for split in range(arguments.splits))
+                *(
+                    held_out(method, everything, rows, score, classes, split)
+                    for split in range(arguments.splits)
+                )
             )
-            cells.append(f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f}), {np.mean(seconds):.0f} s")
+            cells.append(
+                f"{np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f}), {np.mean(seconds):.0f} s"
+            )
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -35,10 +35,20 @@ import numpy as np
 import torch
 from common import BASELINES, Images, names_of, read, save, shares_of
 from fidelity_runs import ALONE, Step, Study
-from fidelity_tables import DEFAULT, SHIFT_METHODS, Results, cross_fit, reach, rehearsals, shift, table, truths
+from fidelity_tables import (
+    DEFAULT,
+    SHIFT_METHODS,
+    Results,
+    cross_fit,
+    reach,
+    rehearsals,
+    shift,
+    table,
+    truths,
+)
 
 from raypipe.config import MeasureSettings, ProxySettings, SourceSettings
-from raypipe.rundir import fingerprint
+from raypipe.runs.ledger import fingerprint
 
 ROWS = ("gnn", ALONE, "gnn-published", "knn-published", "knn", "mlp", "trees", "proxy", *BASELINES)
 
@@ -61,10 +71,17 @@ def open_study(arguments: argparse.Namespace) -> Study:
     # a mirrored digit is no digit
     augmentation = {"flip": False, "crop_padding": 1} if digits else {}
     settings = ProxySettings(
-        model=arguments.model, image_size=size, epochs=arguments.epochs, checkpoints=arguments.checkpoints, **augmentation
+        model=arguments.model,
+        image_size=size,
+        epochs=arguments.epochs,
+        checkpoints=arguments.checkpoints,
+        **augmentation,
     )
     measure = MeasureSettings.model_validate(
-        {"el2n": {"last_epoch": arguments.el2n_epochs}, "recalibrate": not arguments.not_recalibrated}
+        {
+            "el2n": {"last_epoch": arguments.el2n_epochs},
+            "recalibrate": not arguments.not_recalibrated,
+        }
     )
     name = "digits" if digits else os.path.basename(source.uri)
     data = f"{name}-{arguments.samples}-{fingerprint(source.model_dump(mode='json'), size, arguments.samples)}"
@@ -94,7 +111,9 @@ def work(study: Study, arguments: argparse.Namespace, seeds: Sequence[int]) -> l
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("data", help="folder of Parquet files, or digits")
     add("--include", default="train-*", help="which files of the folder")
@@ -105,7 +124,12 @@ def parse() -> argparse.Namespace:
     add("--model", default="small", help="as proxy.model")
     add("--epochs", type=int, default=30)
     add("--checkpoints", type=int, default=10)
-    add("--sizes", type=shares_of, default=shares_of("0.05,0.10,0.20"), help="shares that are scored")
+    add(
+        "--sizes",
+        type=shares_of,
+        default=shares_of("0.05,0.10,0.20"),
+        help="shares that are scored",
+    )
     add("--seeds", type=int, default=3, help="how many")
     add("--first-seed", type=int, default=0)
     add(
@@ -116,16 +140,31 @@ def parse() -> argparse.Namespace:
     )
     add("--methods", type=names_of, default=list(ROWS), help=f"of {','.join(ROWS)}")
     add("--el2n-epochs", type=int, default=10, help="EL2N is the mean over so many first epochs")
-    add("--not-recalibrated", action="store_true", help="MoSo without measure.recalibrate, as published")
-    add("--shift-size", type=float, help="share scored in the tables of shift and cross-fitting; default: the middle of --sizes")
+    add(
+        "--not-recalibrated",
+        action="store_true",
+        help="MoSo without measure.recalibrate, as published",
+    )
+    add(
+        "--shift-size",
+        type=float,
+        help="share scored in the tables of shift and cross-fitting; default: the middle of --sizes",
+    )
     add("--cross-fit", action="store_true")
     add("--cache", default="/tmp/raypipe-fidelity")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="of training and measuring; fits have one")
+    add(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="of training and measuring; fits have one",
+    )
     add("--plan", action="store_true", help="only say what there is to do, and how long it takes")
     add("--only-cached", action="store_true", help="only print what is there")
     add("--refit", type=names_of, default=[], help="methods whose predictions are made again")
     arguments = parser.parse_args()
-    arguments.shift_size = arguments.shift_size or sorted(arguments.sizes)[len(arguments.sizes) // 2]
+    arguments.shift_size = (
+        arguments.shift_size or sorted(arguments.sizes)[len(arguments.sizes) // 2]
+    )
     if arguments.shift_size not in arguments.sizes:
         parser.error("--shift-size is not one of --sizes")
     return arguments
@@ -134,7 +173,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    study, seeds = open_study(arguments), range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    study, seeds = (
+        open_study(arguments),
+        range(arguments.first_seed, arguments.first_seed + arguments.seeds),
+    )
     if not (arguments.plan or arguments.only_cached):
         study.forget(arguments.refit)
     steps = [] if arguments.only_cached else work(study, arguments, seeds)
@@ -147,7 +189,10 @@ def main() -> None:
     )
     if steps:
         unit = study.unit()
-        training, fits = unit * sum(step.units for step in steps), sum(step.seconds for step in steps)
+        training, fits = (
+            unit * sum(step.units for step in steps),
+            sum(step.seconds for step in steps),
+        )
         print(
             f"{len(steps)} steps to do, about {(training + fits) / 60:.0f} minutes: {training / 60:.0f} of training and measuring at "
             f"{1e3 * unit:.2f} ms for a step of an image, {fits / 60:.0f} of fits (a rough guess)",

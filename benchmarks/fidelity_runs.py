@@ -28,21 +28,22 @@ from common import (
     trajectory_of,
 )
 
-from raypipe import training
+from raypipe.assessment.fidelity import split
+from raypipe.assessment.rank_agreement import spearman
+from raypipe.assessment.rehearsal import Rehearsal, rehearse
 from raypipe.config import ExtrapolateSettings, MeasureSettings, ProxySettings
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.fidelity import split
-from raypipe.extrapolate.figures import spearman
-from raypipe.extrapolate.gnn import AnchorGnn
-from raypipe.extrapolate.rehearsal import Rehearsal, rehearse
-from raypipe.models import Proxy
-from raypipe.rundir import fingerprint
-from raypipe.scores.base import NUMBERS, SCORES, recorded, trajectory_score
+from raypipe.extrapolators.base import Nodes
+from raypipe.extrapolators.blend import AnchorGnn
+from raypipe.runs.ledger import fingerprint
 from raypipe.scores.calibration import recalibrate
+from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import combine, without_itself
 from raypipe.scores.per_sample import norms_and_alignments
-from raypipe.scores.tangent import Aligner
+from raypipe.scores.registry import SCORES, trajectory_score
+from raypipe.scores.trajectory import STATISTICS, recorded
+from raypipe.vision import training
+from raypipe.vision.networks import ProxyNet
 
 MOSO = {"moso": "lr", "moso-normalized": "normalized", "moso-none": "none"}
 """Weights of the checkpoints, by the name of the score."""
@@ -105,7 +106,13 @@ class Study:
     """
 
     def __init__(
-        self, images: Images, settings: ProxySettings, measure: MeasureSettings, folder: str, threads: int, only_cached: bool
+        self,
+        images: Images,
+        settings: ProxySettings,
+        measure: MeasureSettings,
+        folder: str,
+        threads: int,
+        only_cached: bool,
     ) -> None:
         self.images, self.settings, self.measure = images, settings, measure
         self._folder, self._threads, self._only_cached = folder, threads, only_cached
@@ -122,7 +129,8 @@ class Study:
         """Each trained on a random half of a seed set."""
         parts = [np.sort(rows) for rows in np.array_split(self._drawn(size, seed), 2)]
         first, second = (
-            ProxyRun(f"half-{size:g}-{seed}-{number}", rows, HALF_SEED + 2 * seed + number) for number, rows in enumerate(parts)
+            ProxyRun(f"half-{size:g}-{seed}-{number}", rows, HALF_SEED + 2 * seed + number)
+            for number, rows in enumerate(parts)
         )
         return first, second
 
@@ -146,14 +154,21 @@ class Study:
             return self._moso(run, MOSO[score])
         options = self._options(score)
         if score.endswith(AT_CHECKPOINTS):
-            return self._at_checkpoints(run, score.removesuffix(AT_CHECKPOINTS), options["first_epoch"], options["last_epoch"])
+            return self._at_checkpoints(
+                run,
+                score.removesuffix(AT_CHECKPOINTS),
+                options["first_epoch"],
+                options["last_epoch"],
+            )
 
         def make(folder: str) -> dict[str, np.ndarray]:
             followed = recorded(self.images.label[run.rows], trajectory_of(self.settings, folder))
             return {"score": trajectory_score(score)(followed, **options)}
 
         result = np.full(len(self.images), np.nan)
-        result[run.rows] = self._kept(run, self._label("score", score), make, lambda: self._trained(run), cheap=True)["score"]
+        result[run.rows] = self._kept(
+            run, self._label("score", score), make, lambda: self._trained(run), cheap=True
+        )["score"]
         return result
 
     def predicted(self, run: ProxyRun, score: str, method: str) -> tuple[np.ndarray, float]:
@@ -170,7 +185,9 @@ class Study:
             return {"predicted": self._fit(run, method, nodes, run.rows, known, self.others(run))}
 
         name = self._label("predicted", method, score)
-        found = self._kept(run, name, make, lambda: self.measured(run, score)[run.rows], lambda: self.nodes(run))
+        found = self._kept(
+            run, name, make, lambda: self.measured(run, score)[run.rows], lambda: self.nodes(run)
+        )
         return found["predicted"], float(found["seconds"])
 
     def rehearsal(self, run: ProxyRun, score: str) -> float:
@@ -184,25 +201,37 @@ class Study:
             predicted = np.empty(len(known))
             for held in split(len(known), 1 / FOLDS, FOLDS, 0):
                 kept = np.setdiff1d(np.arange(len(known)), held)
-                predicted[held] = self._fit(run, method, nodes, run.rows[kept], known[kept], run.rows[held])
+                predicted[held] = self._fit(
+                    run, method, nodes, run.rows[kept], known[kept], run.rows[held]
+                )
             return {"predicted": predicted}
 
         name = self._label("folds", method, score)
-        return self._kept(run, name, make, lambda: self.measured(run, score)[run.rows], lambda: self.nodes(run))["predicted"]
+        return self._kept(
+            run, name, make, lambda: self.measured(run, score)[run.rows], lambda: self.nodes(run)
+        )["predicted"]
 
     def crossed(self, size: float, seed: int, score: str, variant: str, method: str) -> np.ndarray:
         """What a method predicts outside the seed set in one of the ways of CROSSED, float [n - m]."""
         run, halves = self.of_seed_set(size, seed), self.halves(size, seed)
         others = self.others(run)
 
-        def make(known: np.ndarray, main: Nodes, first: Nodes | None, second: Nodes | None) -> dict[str, np.ndarray]:
+        def make(
+            known: np.ndarray, main: Nodes, first: Nodes | None, second: Nodes | None
+        ) -> dict[str, np.ndarray]:
             if variant == "two fits":
                 assert first is not None and second is not None
                 pairs = ((halves[0], first, halves[1].rows), (halves[1], second, halves[0].rows))
-                parts = [self._fit(half, method, nodes, rows, known[rows], others) for half, nodes, rows in pairs]
+                parts = [
+                    self._fit(half, method, nodes, rows, known[rows], others)
+                    for half, nodes, rows in pairs
+                ]
                 return {"predicted": np.mean(parts, 0)}
             nodes = replace(
-                main, signals=_signals(variant, main.signals, run.rows, first, second, halves[0].rows, halves[1].rows)
+                main,
+                signals=_signals(
+                    variant, main.signals, run.rows, first, second, halves[0].rows, halves[1].rows
+                ),
             )
             return {"predicted": self._fit(run, method, nodes, run.rows, known[run.rows], others)}
 
@@ -225,7 +254,9 @@ class Study:
 
     # -- the work ahead -----------------------------------------------------------------------------------------------
 
-    def steps(self, scores: list[str], sizes: list[float], methods: list[str], seed: int) -> Iterator[Step]:
+    def steps(
+        self, scores: list[str], sizes: list[float], methods: list[str], seed: int
+    ) -> Iterator[Step]:
         """What the tables of fidelity need of one seed."""
         yield from self._run_steps(self.full(seed), scores, with_nodes=False)
         for size in sizes:
@@ -239,14 +270,18 @@ class Study:
                 yield self._fit_step(run, ("predicted", alone, score), 1,
                                      lambda score=score, method=method, run=run: self.predicted(run, score, method))  # fmt: skip
 
-    def fold_steps(self, scores: list[str], size: float, methods: list[str], seed: int) -> Iterator[Step]:
+    def fold_steps(
+        self, scores: list[str], size: float, methods: list[str], seed: int
+    ) -> Iterator[Step]:
         """What the table of out-of-fold predictions needs beside `steps`."""
         run = self.of_seed_set(size, seed)
         for score, method in itertools.product(scores, methods):
             yield self._fit_step(run, ("folds", method, score), FOLDS,
                                  lambda score=score, method=method: self.out_of_fold(run, score, method))  # fmt: skip
 
-    def crossed_steps(self, scores: list[str], size: float, method: str, seed: int) -> Iterator[Step]:
+    def crossed_steps(
+        self, scores: list[str], size: float, method: str, seed: int
+    ) -> Iterator[Step]:
         """What the table of cross-fitting needs beside `steps`."""
         run = self.of_seed_set(size, seed)
         for half in self.halves(size, seed):
@@ -262,30 +297,48 @@ class Study:
         model, least = fresh_proxy(self.settings, self.images.classes), np.inf
         for _ in range(5):
             began = time.perf_counter()
-            F.cross_entropy(model(torch.from_numpy(part.pixels)), torch.from_numpy(part.label)).backward()
+            F.cross_entropy(
+                model(torch.from_numpy(part.pixels)), torch.from_numpy(part.label)
+            ).backward()
             least = min(least, time.perf_counter() - began)
         return least / len(part)
 
-    def _run_steps(self, run: ProxyRun, scores: list[str], with_nodes: bool = True) -> Iterator[Step]:
+    def _run_steps(
+        self, run: ProxyRun, scores: list[str], with_nodes: bool = True
+    ) -> Iterator[Step]:
         own, everyone = len(run.rows), len(self.images)
-        yield Step(self._path(run, "trained"), lambda: self._trained(run), units=own * self.settings.epochs)
+        yield Step(
+            self._path(run, "trained"), lambda: self._trained(run), units=own * self.settings.epochs
+        )
         if with_nodes:
-            yield Step(self._path(run, "nodes"), lambda: self.nodes(run), units=EMBED_UNITS * everyone)
+            yield Step(
+                self._path(run, "nodes"), lambda: self.nodes(run), units=EMBED_UNITS * everyone
+            )
         if any(score.endswith(AT_CHECKPOINTS) for score in scores):
             units = EMBED_UNITS * everyone * self.settings.checkpoints
-            yield Step(self._path(run, self._measured("outputs")), lambda: self._outputs(run), units=units)
+            yield Step(
+                self._path(run, self._measured("outputs")), lambda: self._outputs(run), units=units
+            )
         if set(scores) & set(MOSO):
             squares = SQUARE_UNITS if self.measure.moso.uses_self_term(own) else 0
             each = (GRADIENT_UNITS + squares) * own + ALIGN_UNITS * everyone
             yield Step(
-                self._path(run, self._measured("aligned")), lambda: self._aligned(run), units=self.settings.checkpoints * each
+                self._path(run, self._measured("aligned")),
+                lambda: self._aligned(run),
+                units=self.settings.checkpoints * each,
             )
         for score in (score for score in scores if not direct(score)):
             name = self._label("score", score)
-            yield Step(self._path(run, name), lambda score=score: self.measured(run, score), seconds=1)
+            yield Step(
+                self._path(run, name), lambda score=score: self.measured(run, score), seconds=1
+            )
 
-    def _fit_step(self, run: ProxyRun, parts: tuple[str, ...], fits: int, do: Callable[[], object]) -> Step:
-        return Step(self._path(run, self._label(*parts)), do, seconds=fits * FIT_SECONDS.get(parts[1], 0.3))
+    def _fit_step(
+        self, run: ProxyRun, parts: tuple[str, ...], fits: int, do: Callable[[], object]
+    ) -> Step:
+        return Step(
+            self._path(run, self._label(*parts)), do, seconds=fits * FIT_SECONDS.get(parts[1], 0.3)
+        )
 
     # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -306,11 +359,13 @@ class Study:
         """Name of a file of what checkpoints give."""
         return what + ("-recalibrated" if self.measure.recalibrate else "")
 
-    def _checkpoints(self, run: ProxyRun, folder: str) -> Iterator[tuple[int, float, Proxy]]:
+    def _checkpoints(self, run: ProxyRun, folder: str) -> Iterator[tuple[int, float, ProxyNet]]:
         """Epoch, learning rate and network of every checkpoint, as scores are measured with it."""
         for epoch, rate, model in checkpoints(self.settings, self.images.classes, folder):
             if self.measure.recalibrate:
-                recalibrate(model, (pixels for pixels, _ in self.images.take(run.rows).batches(256)))
+                recalibrate(
+                    model, (pixels for pixels, _ in self.images.take(run.rows).batches(256))
+                )
             yield epoch, rate, model
 
     def _kept(
@@ -335,7 +390,10 @@ class Study:
             arrays = make(*given)
             seconds = time.perf_counter() - began
             save(path, **arrays, seconds=np.array(seconds))
-            print(f"{time.strftime('%H:%M:%S')}  {run.name:<14} {name:<48} {seconds:8.1f} s", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')}  {run.name:<14} {name:<48} {seconds:8.1f} s",
+                flush=True,
+            )
         with np.load(path) as found:
             return dict(found)
 
@@ -344,7 +402,11 @@ class Study:
         folder = os.path.join(self._folder, run.name, "training")
 
         def make() -> dict[str, np.ndarray]:
-            train(self.settings.model_copy(update={"seed": run.seed}), self.images.take(run.rows), folder)
+            train(
+                self.settings.model_copy(update={"seed": run.seed}),
+                self.images.take(run.rows),
+                folder,
+            )
             return {}
 
         self._kept(run, "trained", make)
@@ -357,11 +419,17 @@ class Study:
         def make(folder: str) -> dict[str, np.ndarray]:
             parts = [
                 self._kept(
-                    run, self._measured(f"aligned-{epoch:04d}"), lambda rate=rate, model=model: self._align(run, rate, model)
+                    run,
+                    self._measured(f"aligned-{epoch:04d}"),
+                    lambda rate=rate, model=model: self._align(run, rate, model),
                 )
                 for epoch, rate, model in self._checkpoints(run, folder)
             ]
-            return {name: np.stack([part[name] for part in parts], -1) for name in parts[0] if name != "seconds"}
+            return {
+                name: np.stack([part[name] for part in parts], -1)
+                for name in parts[0]
+                if name != "seconds"
+            }
 
         return self._kept(run, self._measured("aligned"), make, lambda: self._trained(run))
 
@@ -369,7 +437,11 @@ class Study:
         """outputs [checkpoints, n, 4], NUMBERS of every sample."""
 
         def make(folder: str) -> dict[str, np.ndarray]:
-            return {"outputs": np.stack([outputs(model, self.images) for _, _, model in self._checkpoints(run, folder)])}
+            return {
+                "outputs": np.stack(
+                    [outputs(model, self.images) for _, _, model in self._checkpoints(run, folder)]
+                )
+            }
 
         return self._kept(run, self._measured("outputs"), make, lambda: self._trained(run))
 
@@ -377,13 +449,17 @@ class Study:
         """predicted [n - m], and judged, the Spearman correlation within the rehearsal."""
         half, other = self.halves(run.size, run.seed)
 
-        def make(known: np.ndarray, nodes: Nodes, earlier: np.ndarray, seen: Nodes) -> dict[str, np.ndarray]:
+        def make(
+            known: np.ndarray, nodes: Nodes, earlier: np.ndarray, seen: Nodes
+        ) -> dict[str, np.ndarray]:
             def fresh(of: ProxyRun) -> AnchorGnn:
                 model = AnchorGnn(ExtrapolateSettings(), self.images.classes)
                 model.head = self._head(of)
                 return model
 
-            given = Rehearsal(seen.take(half.rows), earlier[half.rows], seen.take(other.rows), known[other.rows])
+            given = Rehearsal(
+                seen.take(half.rows), earlier[half.rows], seen.take(other.rows), known[other.rows]
+            )
             torch.set_num_threads(1)
             transfer, found = rehearse(lambda: fresh(half), given, 0)
             model = fresh(run)
@@ -391,7 +467,10 @@ class Study:
             model.transfer = transfer
             predicted = model.predict(nodes.take(self.others(run)))
             torch.set_num_threads(self._threads)
-            return {"predicted": predicted, "judged": np.array(spearman(found.predicted, found.measured) or 0.0)}
+            return {
+                "predicted": predicted,
+                "judged": np.array(spearman(found.predicted, found.measured) or 0.0),
+            }
 
         return self._kept(
             run,
@@ -409,15 +488,22 @@ class Study:
         count = len(self.images)
         return np.random.default_rng([seed, 1]).permutation(count)[: round(size * count)]
 
-    def _align(self, run: ProxyRun, rate: float, model: Proxy) -> dict[str, np.ndarray]:
+    def _align(self, run: ProxyRun, rate: float, model: ProxyNet) -> dict[str, np.ndarray]:
         own = self.images.take(run.rows)
         direction = mean_gradient(model, own)
         result = {"rates": np.array(rate)}
         if self.measure.moso.uses_self_term(len(own)):
-            squares = [norms_and_alignments(model, pixels, label, direction)[0].numpy() for pixels, label in own.batches()]
+            squares = [
+                norms_and_alignments(model, pixels, label, direction)[0].numpy()
+                for pixels, label in own.batches()
+            ]
             result["squares"] = np.concatenate(squares)
         aligner = Aligner(model, direction)
-        return result | {"aligned": np.concatenate([aligner(pixels, label).numpy() for pixels, label in self.images.batches()])}
+        return result | {
+            "aligned": np.concatenate(
+                [aligner(pixels, label).numpy() for pixels, label in self.images.batches()]
+            )
+        }
 
     def _moso(self, run: ProxyRun, weights: str) -> np.ndarray:
         found, samples = self._aligned(run), len(run.rows)
@@ -426,27 +512,43 @@ class Study:
         if "squares" in found:
             aligned[run.rows] = without_itself(aligned[run.rows], found["squares"], samples)
         steps = training.steps_per_epoch(samples, self.settings.batch_size) * self.settings.epochs
-        return combine(aligned, found["rates"], weights, steps=steps, samples=samples, spread=spread).astype(np.float64)
+        return combine(
+            aligned, found["rates"], weights, steps=steps, samples=samples, spread=spread
+        ).astype(np.float64)
 
-    def _at_checkpoints(self, run: ProxyRun, score: str, first: int, last: int | None) -> np.ndarray:
+    def _at_checkpoints(
+        self, run: ProxyRun, score: str, first: int, last: int | None
+    ) -> np.ndarray:
         """The mean over the checkpoints among the epochs first to last (exclusive)."""
         epochs = self.settings.checkpoint_epochs()
-        chosen = [place for place, epoch in enumerate(epochs) if first <= epoch and (last is None or epoch < last)]
+        chosen = [
+            place
+            for place, epoch in enumerate(epochs)
+            if first <= epoch and (last is None or epoch < last)
+        ]
         if not chosen:
             raise RaypipeError(f"{score} at checkpoints: none between epochs {first} and {last}")
-        column = NUMBERS.index(SCORES[score].reads[0])
+        column = STATISTICS.index(SCORES[score].reads[0])
         return self._outputs(run)["outputs"][chosen, :, column].mean(0, dtype=np.float64)
 
     def _head(self, run: ProxyRun) -> tuple[np.ndarray, np.ndarray]:
         return last_layer(self.settings, self._trained(run))
 
     def _fit(
-        self, run: ProxyRun, method: str, nodes: Nodes, rows: np.ndarray, known: np.ndarray, wanted: np.ndarray
+        self,
+        run: ProxyRun,
+        method: str,
+        nodes: Nodes,
+        rows: np.ndarray,
+        known: np.ndarray,
+        wanted: np.ndarray,
     ) -> np.ndarray:
         """What a method predicts from samples as the proxy of `run` sees them."""
         torch.set_num_threads(1)
         try:
-            return predict(method, nodes, rows, known, wanted, self.images.classes, run.seed, self._head(run))
+            return predict(
+                method, nodes, rows, known, wanted, self.images.classes, run.seed, self._head(run)
+            )
         finally:
             torch.set_num_threads(self._threads)
 

@@ -10,8 +10,8 @@ from common import BASELINES, SIGNALS, Missing, interval
 from fidelity_runs import ALONE, CROSSED, Study, direct
 from scipy.stats import rankdata
 
-from raypipe.extrapolate.figures import spearman
-from raypipe.extrapolate.neighbours import NeighbourIndex
+from raypipe.assessment.rank_agreement import spearman
+from raypipe.extrapolators.neighbours import NeighbourIndex
 
 DIRECT, FULL = "measured directly", "the full run's"
 """The two truths; the first is also a row of tables with the second."""
@@ -41,7 +41,9 @@ NEIGHBOURS = 10
 class Results:
     """Figures by seed, of whatever has been made."""
 
-    def __init__(self, study: Study, sizes: list[float], seeds: Sequence[int], methods: list[str]) -> None:
+    def __init__(
+        self, study: Study, sizes: list[float], seeds: Sequence[int], methods: list[str]
+    ) -> None:
         self.study, self.sizes, self.seeds, self.methods = study, sizes, seeds, methods
         self._known: dict[tuple[str, str, float, str], dict[int, float]] = {}
 
@@ -70,7 +72,9 @@ class Results:
     def true(self, score: str, truth: str, size: float, seed: int) -> np.ndarray:
         """True scores outside the seed set, float [n - m]."""
         run = self.study.of_seed_set(size, seed)
-        return self.study.measured(run if truth == DIRECT else self.study.full(seed), score)[self.study.others(run)]
+        return self.study.measured(run if truth == DIRECT else self.study.full(seed), score)[
+            self.study.others(run)
+        ]
 
     def seconds(self, score: str, size: float, method: str, seed: int) -> float:
         return self.study.predicted(self.study.of_seed_set(size, seed), score, method)[1]
@@ -78,14 +82,24 @@ class Results:
     def seed_ceiling(self, score: str, size: float, seed: int) -> float:
         """Spearman of the seed set's scores in the seed run and in the full run."""
         run = self.study.of_seed_set(size, seed)
-        return agreement(self.study.measured(run, score)[run.rows], self.study.measured(self.study.full(seed), score)[run.rows])
+        return agreement(
+            self.study.measured(run, score)[run.rows],
+            self.study.measured(self.study.full(seed), score)[run.rows],
+        )
 
     def full_ceiling(self, score: str) -> list[float]:
         """Spearman of all scores in two full runs, of every pair there is."""
         pairs = []
         for seed, other in itertools.combinations(self.seeds, 2):
             try:
-                pairs.append(agreement(*(self.study.measured(self.study.full(each), score) for each in (seed, other))))
+                pairs.append(
+                    agreement(
+                        *(
+                            self.study.measured(self.study.full(each), score)
+                            for each in (seed, other)
+                        )
+                    )
+                )
             except Missing:
                 continue
         return pairs
@@ -135,15 +149,25 @@ def table(results: Results, score: str, truth: str) -> None:
     line("", [*(f"{percent(size)} scored" for size in sizes), "fit, s"])
     for method in (method for method in results.methods if method != ALONE or not direct(score)):
         took = (
-            [] if method in BASELINES else [results.each(results.seconds, score, size, method) for size in (sizes[0], sizes[-1])]
+            []
+            if method in BASELINES
+            else [
+                results.each(results.seconds, score, size, method) for size in (sizes[0], sizes[-1])
+            ]
         )
         range_ = " to ".join(f"{np.mean(list(found.values())):.0f}" for found in took if found)
-        line(method.replace("_", " "), [*(cell(results.of(score, truth, size, method), count) for size in sizes), range_])
+        line(
+            method.replace("_", " "),
+            [*(cell(results.of(score, truth, size, method), count) for size in sizes), range_],
+        )
     if truth == DIRECT:
         return
     if direct(score):
         line(DIRECT, [cell(results.of(score, truth, size, DIRECT), count) for size in sizes])
-    line("ceiling: seed set, seed v. full", [cell(results.each(results.seed_ceiling, score, size), count) for size in sizes])
+    line(
+        "ceiling: seed set, seed v. full",
+        [cell(results.each(results.seed_ceiling, score, size), count) for size in sizes],
+    )
     pairs = results.full_ceiling(score)
     text = f"{np.mean(pairs):.3f} ({min(pairs):.3f} to {max(pairs):.3f})" if pairs else "-"
     print(f"{'ceiling: all, full v. full':<35}{text}; {len(pairs)} pairs")
@@ -151,11 +175,17 @@ def table(results: Results, score: str, truth: str) -> None:
 
 def reach(results: Results, scores: list[str]) -> None:
     """What the default extrapolator is to reach, in words."""
-    print(f"\nWhat {DEFAULT} is to reach\n\n1. The best row of every table, or within {NEAR} of it.")
-    first = [(score, truths(score)[0], size) for score, size in itertools.product(scores, results.sizes)]
+    print(
+        f"\nWhat {DEFAULT} is to reach\n\n1. The best row of every table, or within {NEAR} of it."
+    )
+    first = [
+        (score, truths(score)[0], size) for score, size in itertools.product(scores, results.sizes)
+    ]
     _best(results, first)
     if second := [(score, FULL, size) for score, truth, size in first if truth != FULL]:
-        print("   Against the full run, where what is measured directly is no better than its own row says:")
+        print(
+            "   Against the full run, where what is measured directly is no better than its own row says:"
+        )
         _best(results, second)
     print("\n2. Levels, and leads over the published methods:")
     for score, truth, size in first:
@@ -163,18 +193,30 @@ def reach(results: Results, scores: list[str]) -> None:
         if level is None or not found:
             continue
         mean = np.mean(list(found.values()))
-        words = [f"{mean:.3f}, to reach {level:.2f}: {'reached' if mean >= level else f'missed by {level - mean:.3f}'}"]
-        for other, least in ((other, least) for other, least in LEADS[score].items() if other in results.methods):
+        words = [
+            f"{mean:.3f}, to reach {level:.2f}: {'reached' if mean >= level else f'missed by {level - mean:.3f}'}"
+        ]
+        for other, least in (
+            (other, least) for other, least in LEADS[score].items() if other in results.methods
+        ):
             lead = results.lead(score, truth, size, DEFAULT, other)
             if np.isfinite(lead):
-                words.append(f"{lead:+.3f} over {other}, to reach {least}: {'reached' if lead >= least else 'missed'}")
+                words.append(
+                    f"{lead:+.3f} over {other}, to reach {least}: {'reached' if lead >= least else 'missed'}"
+                )
         print(f"   {TITLES.get(score, score)}, {percent(size)}: " + "; ".join(words))
-    print(f"\n3. A signal of the proxy alone is as good as {DEFAULT}, or less than {NEAR} below it:")
+    print(
+        f"\n3. A signal of the proxy alone is as good as {DEFAULT}, or less than {NEAR} below it:"
+    )
     signals = [method for method in ("proxy", "proxy_loss") if method in results.methods]
     found_any = False
     for score, truth, size in first:
         leads = {method: results.lead(score, truth, size, DEFAULT, method) for method in signals}
-        if good := [f"{method.replace('_', ' ')} {-lead:+.3f}" for method, lead in leads.items() if lead <= NEAR]:
+        if good := [
+            f"{method.replace('_', ' ')} {-lead:+.3f}"
+            for method, lead in leads.items()
+            if lead <= NEAR
+        ]:
             print(f"   {TITLES.get(score, score)}, {percent(size)}: " + ", ".join(good))
             found_any = True
     if not found_any:
@@ -187,11 +229,16 @@ def _best(results: Results, cells: list[tuple[str, str, float]]) -> None:
     reached = there = 0
     for score, truth, size in cells:
         leads = {method: results.lead(score, truth, size, DEFAULT, method) for method in methods}
-        lead, method = min(((lead, method) for method, lead in leads.items() if np.isfinite(lead)), default=(np.nan, ""))
+        lead, method = min(
+            ((lead, method) for method, lead in leads.items() if np.isfinite(lead)),
+            default=(np.nan, ""),
+        )
         there += bool(method)
         reached += lead >= -NEAR
         if lead < -NEAR:
-            print(f"   missed: {TITLES.get(score, score)}, {percent(size)}: {method.replace('_', ' ')} is better by {-lead:.3f}")
+            print(
+                f"   missed: {TITLES.get(score, score)}, {percent(size)}: {method.replace('_', ' ')} is better by {-lead:.3f}"
+            )
     print(f"   reached in {reached} of {there}")
 
 
@@ -199,24 +246,44 @@ def shift(results: Results, scores: list[str], size: float) -> None:
     """What it does that seed samples were trained on."""
     count = len(results.seeds)
     print(f"\nSeed samples were trained on, the others were not: with {percent(size)} scored\n")
-    names = ("accuracy", *SIGNALS, f"distance to {NEIGHBOURS} nearest scored", "of these of its class", "its loss is the larger")
-    found = {part: {name: results.each(_seen, results, size, part, name) for name in names} for part in ("seed", "others")}
+    names = (
+        "accuracy",
+        *SIGNALS,
+        f"distance to {NEIGHBOURS} nearest scored",
+        "of these of its class",
+        "its loss is the larger",
+    )
+    found = {
+        part: {name: results.each(_seen, results, size, part, name) for name in names}
+        for part in ("seed", "others")
+    }
     line("means", ["seed samples", "others"])
     for name in names:
         line(name, [cell(found[part][name], count) for part in ("seed", "others")])
     print(
         "\nSpearman on seed samples, each predicted by a fit without its fifth, and outside the seed set; then means, in spreads of the"
     )
-    print("measured scores of the seed set from their mean, of what is predicted outside, and of what is measured directly there")
+    print(
+        "measured scores of the seed set from their mean, of what is predicted outside, and of what is measured directly there"
+    )
     line("", ["held out", "held out", "outside", "outside", "predicted", "direct"], 19)
     line("truth", ["the seed run's", FULL, FULL, DIRECT, "", ""], 19)
-    for score, method in itertools.product(scores, (method for method in SHIFT_METHODS if method in results.methods)):
-        cells = [cell(results.each(_held_out, results, size, score, method, truth), count) for truth in (DIRECT, FULL)]
+    for score, method in itertools.product(
+        scores, (method for method in SHIFT_METHODS if method in results.methods)
+    ):
+        cells = [
+            cell(results.each(_held_out, results, size, score, method, truth), count)
+            for truth in (DIRECT, FULL)
+        ]
         method = ALONE if method == DEFAULT and not direct(score) else method
         cells.append(cell(results.of(score, FULL, size, method), count))
         cells.append(cell(results.of(score, DIRECT, size, method), count) if direct(score) else "")
         cells.append(cell(results.each(_level, results, size, score, method), count, "+"))
-        cells.append(cell(results.each(_level, results, size, score, DIRECT), count, "+") if direct(score) else "")
+        cells.append(
+            cell(results.each(_level, results, size, score, DIRECT), count, "+")
+            if direct(score)
+            else ""
+        )
         line(f"{score}, {method}", cells, 19)
 
 
@@ -230,11 +297,17 @@ def rehearsals(results: Results, scores: list[str], folded: float) -> None:
         "that a user is told, without from seed samples held out of the fit; true: outside the seed set, with the full run's scores"
     )
     line("", ["without: told", "true", "with: told", "true", "gain"])
-    for score, size in itertools.product((score for score in scores if not direct(score)), results.sizes):
+    for score, size in itertools.product(
+        (score for score in scores if not direct(score)), results.sizes
+    ):
         alone, found = (results.of(score, FULL, size, method) for method in (ALONE, DEFAULT))
-        told = results.each(_held_out, results, size, score, DEFAULT, DIRECT) if size == folded else {}
+        told = (
+            results.each(_held_out, results, size, score, DEFAULT, DIRECT) if size == folded else {}
+        )
         rehearsed = results.each(
-            lambda seed, score=score, size=size: results.study.rehearsal(results.study.of_seed_set(size, seed), score)
+            lambda seed, score=score, size=size: results.study.rehearsal(
+                results.study.of_seed_set(size, seed), score
+            )
         )
         cells = [cell(each, count) for each in (told, alone, rehearsed, found)]
         line(f"{score}, {percent(size)}", [*cells, cell(difference(found, alone), count, "+")])
@@ -243,7 +316,10 @@ def rehearsals(results: Results, scores: list[str], folded: float) -> None:
 def _seen(results: Results, size: float, part: str, name: str, seed: int) -> float:
     """A mean over the seed samples or the others."""
     run = results.study.of_seed_set(size, seed)
-    nodes, rows = results.study.nodes(run), run.rows if part == "seed" else results.study.others(run)
+    nodes, rows = (
+        results.study.nodes(run),
+        run.rows if part == "seed" else results.study.others(run),
+    )
     loss, margin, _ = (nodes.signals[:, column] for column in range(3))
     if name in SIGNALS:
         return float(nodes.signals[rows, SIGNALS.index(name)].mean())
@@ -254,22 +330,32 @@ def _seen(results: Results, size: float, part: str, name: str, seed: int) -> flo
         ranks = rankdata(np.concatenate([loss[rows], loss[other]]))[: len(rows)]
         return float((ranks.sum() - len(rows) * (len(rows) + 1) / 2) / (len(rows) * len(other)))
     own = np.arange(len(run.rows)) if part == "seed" else None
-    away, near = NeighbourIndex(nodes.embedding[run.rows]).search(nodes.embedding[rows], NEIGHBOURS, own)
+    away, near = NeighbourIndex(nodes.embedding[run.rows]).search(
+        nodes.embedding[rows], NEIGHBOURS, own
+    )
     if name.startswith("distance"):
         return float(away.mean())
     return float((nodes.label[run.rows][near] == nodes.label[rows, None]).mean())
 
 
-def _held_out(results: Results, size: float, score: str, method: str, truth: str, seed: int) -> float:
+def _held_out(
+    results: Results, size: float, score: str, method: str, truth: str, seed: int
+) -> float:
     run = results.study.of_seed_set(size, seed)
     by = run if truth == DIRECT else results.study.full(seed)
-    return agreement(results.study.out_of_fold(run, score, method), results.study.measured(by, score)[run.rows])
+    return agreement(
+        results.study.out_of_fold(run, score, method), results.study.measured(by, score)[run.rows]
+    )
 
 
 def _level(results: Results, size: float, score: str, method: str, seed: int) -> float:
     run = results.study.of_seed_set(size, seed)
     known = results.study.measured(run, score)[run.rows]
-    outside = results.true(score, DIRECT, size, seed) if method == DIRECT else results.study.predicted(run, score, method)[0]
+    outside = (
+        results.true(score, DIRECT, size, seed)
+        if method == DIRECT
+        else results.study.predicted(run, score, method)[0]
+    )
     return float((outside.mean() - known.mean()) / known.std())
 
 
@@ -290,5 +376,10 @@ def cross_fit(results: Results, scores: list[str], size: float) -> None:
     print("\n" + "\n".join(f"{variant:<14} {words}" for variant, words in CROSSED.items()))
 
 
-def _crossed(results: Results, size: float, score: str, variant: str, truth: str, seed: int) -> float:
-    return agreement(results.study.crossed(size, seed, score, variant, DEFAULT), results.true(score, truth, size, seed))
+def _crossed(
+    results: Results, size: float, score: str, variant: str, truth: str, seed: int
+) -> float:
+    return agreement(
+        results.study.crossed(size, seed, score, variant, DEFAULT),
+        results.true(score, truth, size, seed),
+    )

@@ -38,14 +38,20 @@ from unittest import mock
 import psutil
 import pyarrow as pa
 
-from raypipe import inspection, storage
+from raypipe import storage
 from raypipe.config import Config, parse_config
+from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.context import Context
 from raypipe.pipeline import advance
 from raypipe.progress import Progress
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages import embed, extrapolate, index, select
-from raypipe.stages.base import Context, Stage
-from raypipe.stages.cluster import Cluster
+from raypipe.runs import status
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord, content_hash
+from raypipe.stages import embed
+from raypipe.stages.base import Stage
+from raypipe.stages.extrapolate import stage as extrapolate
+from raypipe.stages.index import stage as index
+from raypipe.stages.select import stage as select
 
 FRAGMENT_SAMPLES = 8
 LINKS = 30_000
@@ -79,7 +85,10 @@ class Outputs:
         folder = {embed.EmbedActor: "embeddings", extrapolate.ScoreActor: "scores"}[actor]
         os.makedirs(self._run.path(folder), exist_ok=True)
         rows = pa.table(
-            {"sample_id": [str(row) for row in range(FRAGMENT_SAMPLES)], "score": pa.array(range(FRAGMENT_SAMPLES), pa.float32())}
+            {
+                "sample_id": [str(row) for row in range(FRAGMENT_SAMPLES)],
+                "score": pa.array(range(FRAGMENT_SAMPLES), pa.float32()),
+            }
         )
         for number, unit in enumerate(units):
             if number == self._stop_after:
@@ -90,11 +99,20 @@ class Outputs:
             name = unit if isinstance(unit, str) else unit.fragment_id
             os.link(template, self._run.path(folder, f"{name}.parquet"))
             on_result(
-                {"unit": name, "samples": FRAGMENT_SAMPLES, "rejects": 0, "reasons": "[]", "cpu_seconds": 0.0, "gpu_seconds": 0.0}
+                {
+                    "unit": name,
+                    "samples": FRAGMENT_SAMPLES,
+                    "rejects": 0,
+                    "reasons": "[]",
+                    "cpu_seconds": 0.0,
+                    "gpu_seconds": 0.0,
+                }
             )
 
 
-def _serial(context: Context, units: Any, function: Callable[[Any], Any], on_result: Callable[[Any], None]) -> None:
+def _serial(
+    context: Context, units: Any, function: Callable[[Any], Any], on_result: Callable[[Any], None]
+) -> None:
     for unit in units:
         on_result(function(unit))
 
@@ -103,7 +121,13 @@ def _fit(context: Context, missing: Sequence[str], samples: int) -> float:
     """What a fit leaves in the run."""
     for file in ("model.json", "model.safetensors", "curve.json"):
         storage.write_json(context.run.path("extrapolator", file), {})
-    judged = {"search": {"note": ""}, "measured": 0, "fidelity": {}, "fidelity_seed": {}, "intervals": {}}
+    judged = {
+        "search": {"note": ""},
+        "measured": 0,
+        "fidelity": {},
+        "fidelity_seed": {},
+        "intervals": {},
+    }
     storage.write_json(context.run.path("extrapolator", "fidelity.json"), judged)
     return 0.0
 
@@ -126,13 +150,16 @@ def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float
     def work(stage: Stage, outputs: Outputs) -> None:
         context = Context(config, run, Progress(quiet=True))
         context.__dict__["cluster"] = Cluster(2, 0, 1, 2, False)
-        with mock.patch.object(embed, "stream", outputs.stream), mock.patch.object(extrapolate, "stream", outputs.stream):
+        with (
+            mock.patch.object(embed, "stream", outputs.stream),
+            mock.patch.object(extrapolate, "stream", outputs.stream),
+        ):
             advance(stage, context, records)
 
     with (
         mock.patch.object(index, "_run_tasks", _serial),
         mock.patch.object(extrapolate, "fit_extrapolator", _fit),
-        mock.patch.object(extrapolate, "is_judged", lambda *_: True),
+        mock.patch.object(extrapolate, "is_assessed", lambda *_: True),
     ):
         run.write_config(config)
         yield "index", _timed(lambda: work(index.IndexStage(), Outputs(run)))
@@ -146,34 +173,45 @@ def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float
                 return
 
         yield "killed", _timed(killed)
-        yield "status", _timed(lambda: list(inspection.describe_run(run.uri)))
+        yield "status", _timed(lambda: list(status.describe_run(run.uri)))
         outputs, started, spent = Outputs(run), time.monotonic(), time.process_time()
         records |= run.ledger()
         rest = _timed(lambda: work(embed.EmbedStage(), outputs))
         assert outputs.first is not None
-        yield "decision", {**rest, "seconds": outputs.first[0] - started, "processor": outputs.first[1] - spent}
+        yield (
+            "decision",
+            {**rest, "seconds": outputs.first[0] - started, "processor": outputs.first[1] - spent},
+        )
         yield "rest", rest
         yield "scores", _timed(lambda: work(extrapolate.ExtrapolateStage(), Outputs(run)))
         storage.write_table(run.path("keep", "keep-0.50.parquet"), pa.table({"sample_id": ["0"]}))
-        shards = select.content_hash(run.done("scores"))
-        config = config.model_copy(update={"select": config.select.model_copy(update={"keep": (0.5,)})})
+        shards = content_hash(run.done("scores"))
+        config = config.model_copy(
+            update={"select": config.select.model_copy(update={"keep": (0.5,)})}
+        )
         context = Context(config, run, Progress(quiet=True))
 
         def look() -> None:
             records.update(run.ledger())
             for stage in (index.IndexStage(), embed.EmbedStage(), extrapolate.ExtrapolateStage()):
                 assert stage.complete(context, records[stage.name]), stage.name
-            assert select.SelectStage().complete(context, StageRecord("done", detail={"shards": shards}))
+            assert select.SelectStage().complete(
+                context, StageRecord("done", detail={"shards": shards})
+            )
 
         yield "all done", _timed(look)
-        yield "status", _timed(lambda: list(inspection.describe_run(run.uri)))
+        yield "status", _timed(lambda: list(status.describe_run(run.uri)))
 
 
 def _timed(action: Callable[[], Any]) -> dict[str, float]:
     started, spent = time.monotonic(), time.process_time()
     action()
     seconds, processor = time.monotonic() - started, time.process_time() - spent
-    return {"seconds": seconds, "processor": processor, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "seconds": seconds,
+        "processor": processor,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def sizes(run: Run) -> dict[str, int]:
@@ -204,15 +242,19 @@ def streamed(folder: str, units: int) -> dict[str, float]:
     """Units through Ray Data on this machine, with nothing to do: seconds, processor seconds of the driver, peak memory."""
     import functools
 
+    from raypipe.distributed.actor_pool import stream
     from raypipe.sources import open_source
-    from raypipe.stages.streaming import stream
 
     config = configuration(folder, units)
     source = open_source(config.source)
     fragments = [fragment for file in source.files() for fragment in source.scan(file).fragments]
     context = Context(config, Run(config.run), Progress(quiet=True))
     pool, seen = context.cluster.cpu_pool(1), []
-    found = _timed(lambda: stream(fragments, functools.partial(_unit, config), _Nothing, {}, pool, 600, seen.append))
+    found = _timed(
+        lambda: stream(
+            fragments, functools.partial(_unit, config), _Nothing, {}, pool, 600, seen.append
+        )
+    )
     assert len(seen) == units
     return found
 
@@ -227,14 +269,24 @@ def _folder(parent: str | None) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fragments", type=int, default=100_000)
-    parser.add_argument("--stream", type=int, default=0, metavar="UNITS", help="measure Ray Data instead")
-    parser.add_argument("--dir", help="where the run is written, and deleted again; default: the temporary folder")
+    parser.add_argument(
+        "--stream", type=int, default=0, metavar="UNITS", help="measure Ray Data instead"
+    )
+    parser.add_argument(
+        "--dir", help="where the run is written, and deleted again; default: the temporary folder"
+    )
     arguments = parser.parse_args()
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")
-    print(f"{platform.machine()}, {model}, {os.cpu_count()} cores; Python {platform.python_version()}")
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), "?"
+        )
+    print(
+        f"{platform.machine()}, {model}, {os.cpu_count()} cores; Python {platform.python_version()}"
+    )
     before = psutil.Process().memory_info().rss
     with _folder(arguments.dir) as folder:
         if arguments.stream:
@@ -247,7 +299,10 @@ def main() -> None:
         print(f"{arguments.fragments:,} fragments; {before / 1e6:.0f} MB before")
         print(f"{'step':<12}{'seconds':>10}{'processor':>12}{'peak MB':>10}")
         for step, found in simulate(folder, arguments.fragments):
-            print(f"{step:<12}{found['seconds']:>10.2f}{found['processor']:>12.2f}{found['memory'] / 1e6:>10.0f}", flush=True)
+            print(
+                f"{step:<12}{found['seconds']:>10.2f}{found['processor']:>12.2f}{found['memory'] / 1e6:>10.0f}",
+                flush=True,
+            )
         size = sizes(Run(f"{folder}/run"))
         print(f"index {size['index']:,} bytes, ledger {size['ledger']:,} bytes")
 

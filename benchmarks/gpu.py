@@ -7,7 +7,7 @@ its outputs are left there. Beside it, all in the same arithmetic:
 
     mean gradient   gradients of batches added up, as the first pass of MoSo does
     alignment       of every sample with the mean gradient, as the second pass does (--compile: by torch.compile, which is not timed)
-    embedding       `raypipe.embedding.forward`, which is what the stage calls: pixels from the memory of the host, embeddings and what
+    embedding       `raypipe.vision.forward.forward`, which is what the stage calls: pixels from the memory of the host, embeddings and what
                     the proxy says of each sample back into it
     one at a time   what the published MoSo code does (`published` in alignment.py), in float32 as there, on --few images
 
@@ -34,16 +34,16 @@ import torch
 from alignment import measure, published
 from torch import nn
 
-from raypipe.devices import AtOnce, compute_on, to_device
-from raypipe.embedding import forward
-from raypipe.extrapolate.neighbours import NeighbourIndex
-from raypipe.jpegs import decode_aside, set_aside
-from raypipe.models import build
+from raypipe.config.measure import MeasureSettings
+from raypipe.extrapolators.neighbours import NeighbourIndex
+from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import gradient_sum
-from raypipe.scores.precision import computing
-from raypipe.scores.tangent import Aligner
-from raypipe.settings.measure import MeasureSettings
 from raypipe.sources.base import RawSample
+from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
+from raypipe.vision.forward import forward
+from raypipe.vision.gpu_decode import decode_jpegs, split_off_jpegs
+from raypipe.vision.networks import build
+from raypipe.vision.precision import computing
 
 CLASSES = 1000
 SCORED, WIDTH, NEAREST = 50_000, 512, 32
@@ -63,13 +63,20 @@ def rate(run: Callable[[], Any], images: int, device: str, repeats: int) -> floa
 def network(name: str, size: int, arguments: argparse.Namespace) -> None:
     """One table."""
     device = arguments.device
-    at_once = AtOnce(arguments.batch or MeasureSettings().images_at_once(device == "cuda", size))
+    at_once = AdaptiveBatch(
+        arguments.batch or MeasureSettings().images_at_once(device == "cuda", size)
+    )
     torch.manual_seed(0)
     model = build(name, CLASSES, size).to(device=device, memory_format=torch.channels_last).eval()
-    stream = np.random.default_rng(0).integers(0, 256, (arguments.batches * at_once.size, 3, size, size), np.uint8)
+    stream = np.random.default_rng(0).integers(
+        0, 256, (arguments.batches * at_once.size, 3, size, size), np.uint8
+    )
     names = np.random.default_rng(1).integers(0, CLASSES, len(stream)).astype(np.int64)
     pixels, labels = to_device(stream, device), to_device(names, device)
-    print(f"\n{name} at {size} x {size}, {CLASSES} classes, {len(stream):,} images, {at_once.size} at a time", flush=True)
+    print(
+        f"\n{name} at {size} x {size}, {CLASSES} classes, {len(stream):,} images, {at_once.size} at a time",
+        flush=True,
+    )
     found: dict[str, float] = {}
 
     def tell(what: str, speed: float) -> None:
@@ -78,18 +85,39 @@ def network(name: str, size: int, arguments: argparse.Namespace) -> None:
 
     def passes(function: Callable[..., Any]) -> float:
         with computing(arguments.precision, device):
-            return rate(lambda: at_once(function, pixels, labels), len(pixels), device, arguments.repeats)
+            return rate(
+                lambda: at_once(function, pixels, labels), len(pixels), device, arguments.repeats
+            )
 
     tell("forward (the limit)", passes(lambda images, _: _plain(model, images)))
     limit = found["forward (the limit)"]
     tell("mean gradient", passes(lambda images, target: gradient_sum(model, images, target)))
     with computing("float32", device):
-        direction = {key: value / at_once.size for key, value in gradient_sum(model, pixels[:32], labels[:32]).items()}
+        direction = {
+            key: value / at_once.size
+            for key, value in gradient_sum(model, pixels[:32], labels[:32]).items()
+        }
     aligner = Aligner(model, direction, compiled=arguments.compile)
     tell("alignment", passes(aligner))
-    tell("embedding", rate(lambda: embed(model, stream, names, at_once, arguments), len(stream), device, arguments.repeats))
-    few, plain = slice(0, arguments.few), copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    one = rate(lambda: published(plain, pixels[few], labels[few], direction), arguments.few, device, arguments.repeats)
+    tell(
+        "embedding",
+        rate(
+            lambda: embed(model, stream, names, at_once, arguments),
+            len(stream),
+            device,
+            arguments.repeats,
+        ),
+    )
+    few, plain = (
+        slice(0, arguments.few),
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+    )
+    one = rate(
+        lambda: published(plain, pixels[few], labels[few], direction),
+        arguments.few,
+        device,
+        arguments.repeats,
+    )
     tell("one at a time, as published", one)
     for what, value, most in (
         ("alignment", limit / found["alignment"], True),
@@ -110,25 +138,51 @@ def _plain(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return result
 
 
-def embed(model: nn.Module, stream: Any, names: np.ndarray, at_once: AtOnce, arguments: argparse.Namespace) -> Any:
+def embed(
+    model: nn.Module,
+    stream: Any,
+    names: np.ndarray,
+    at_once: AdaptiveBatch,
+    arguments: argparse.Namespace,
+) -> Any:
     return forward(
-        model, stream, names, at_once, arguments.device, arguments.device == "cuda" and arguments.precision == "bfloat16"
+        model,
+        stream,
+        names,
+        at_once,
+        arguments.device,
+        arguments.device == "cuda" and arguments.precision == "bfloat16",
     )
 
 
 def search(arguments: argparse.Namespace) -> None:
     """Neighbours on the device beside FAISS."""
     draw = np.random.default_rng(0)
-    scored, queries = (draw.normal(size=(rows, WIDTH)).astype(np.float32) for rows in (SCORED, arguments.queries))
+    scored, queries = (
+        draw.normal(size=(rows, WIDTH)).astype(np.float32) for rows in (SCORED, arguments.queries)
+    )
     index, rows = NeighbourIndex(scored), {}
-    print(f"\nsearch for {NEAREST} of {SCORED:,} embeddings of length {WIDTH}, {len(queries):,} queries", flush=True)
+    print(
+        f"\nsearch for {NEAREST} of {SCORED:,} embeddings of length {WIDTH}, {len(queries):,} queries",
+        flush=True,
+    )
     # a CPU has its name with a number, so that it does what a GPU does
-    for what, device in (("FAISS", "cpu"), ("matrix product", "cuda" if arguments.device == "cuda" else "cpu:0")):
+    for what, device in (
+        ("FAISS", "cpu"),
+        ("matrix product", "cuda" if arguments.device == "cuda" else "cpu:0"),
+    ):
         index.device = device
-        speed = rate(lambda: index.search(queries, NEAREST), len(queries), arguments.device, arguments.repeats)
+        speed = rate(
+            lambda: index.search(queries, NEAREST),
+            len(queries),
+            arguments.device,
+            arguments.repeats,
+        )
         print(f"{what + ', ' + device:<28}{speed:>12,.0f} queries / s", flush=True)
         rows[what] = index.search(queries, NEAREST)[1]
-    print(f"  {(rows['FAISS'] == rows['matrix product']).mean():.6f} of the neighbours are the same")
+    print(
+        f"  {(rows['FAISS'] == rows['matrix product']).mean():.6f} of the neighbours are the same"
+    )
 
 
 def jpegs(arguments: argparse.Namespace) -> None:
@@ -141,28 +195,50 @@ def jpegs(arguments: argparse.Namespace) -> None:
                 if file is not None and member.name.endswith((".jpg", ".jpeg")):
                     samples.append(RawSample(member.name, file.read(), None))
     limit, size, device = 100_000_000, 224, arguments.device
-    images, pixels, _ = set_aside(samples, size, limit)
-    at_once = AtOnce(arguments.batch or MeasureSettings().images_at_once(device == "cuda", size))
-    model = build("resnet50", CLASSES, size).to(device=device, memory_format=torch.channels_last).eval()
+    images, pixels, _ = split_off_jpegs(samples, size, limit)
+    at_once = AdaptiveBatch(
+        arguments.batch or MeasureSettings().images_at_once(device == "cuda", size)
+    )
+    model = (
+        build("resnet50", CLASSES, size).to(device=device, memory_format=torch.channels_last).eval()
+    )
     names = np.zeros(len(images), np.int64)
 
     def decoded() -> Any:
-        return decode_aside(images, pixels, size, limit, device, at_once.size)[0]
+        return decode_jpegs(images, pixels, size, limit, device, at_once.size)[0]
 
-    print(f"\n{len(images)} JPEGs of {np.mean([len(image) for image in images]) / 1e3:.0f} kB to {size} x {size}", flush=True)
+    print(
+        f"\n{len(images)} JPEGs of {np.mean([len(image) for image in images]) / 1e3:.0f} kB to {size} x {size}",
+        flush=True,
+    )
     for what, run in (
         ("decoding", decoded),
         ("decoding and embedding", lambda: embed(model, decoded(), names, at_once, arguments)),
     ):
-        print(f"{what:<28}{rate(run, len(images), device, arguments.repeats):>12,.0f} images / s", flush=True)
+        print(
+            f"{what:<28}{rate(run, len(images), device, arguments.repeats):>12,.0f} images / s",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="resnet18@32,resnet18@64,resnet50@64,resnet50@224", help="name@pixels, with commas")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--precision", default="bfloat16", choices=["float32", "tf32", "bfloat16"], help="on a GPU")
-    parser.add_argument("--batch", type=int, help="images at a time; default: as measure.batch_size: auto")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks",
+        default="resnet18@32,resnet18@64,resnet50@64,resnet50@224",
+        help="name@pixels, with commas",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"]
+    )
+    parser.add_argument(
+        "--precision", default="bfloat16", choices=["float32", "tf32", "bfloat16"], help="on a GPU"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="images at a time; default: as measure.batch_size: auto"
+    )
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--few", type=int, default=32, help="images one at a time")
     parser.add_argument("--queries", type=int, default=20_000, help="of the search for neighbours")
@@ -170,13 +246,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile the alignment")
     parser.add_argument(
-        "--give-back", action="store_true", help="memory to the system after each batch, unlike raypipe's workers"
+        "--give-back",
+        action="store_true",
+        help="memory to the system after each batch, unlike raypipe's workers",
     )
     parser.add_argument("--jpegs", metavar="FOLDER", help="of WebDataset tars")
     arguments = parser.parse_args()
-    (torch.set_num_threads if arguments.give_back else compute_on)(arguments.threads)
+    (torch.set_num_threads if arguments.give_back else set_threads)(arguments.threads)
     on_gpu = arguments.device == "cuda"
-    machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {arguments.threads} thread(s)"
+    machine = (
+        torch.cuda.get_device_name()
+        if on_gpu
+        else f"{platform.machine()}, {arguments.threads} thread(s)"
+    )
     arithmetic = arguments.precision if on_gpu else "float32"
     about = ", alignment compiled" * arguments.compile + ", memory given back" * arguments.give_back
     print(f"{machine}; torch {torch.__version__}, {arithmetic}{about}")

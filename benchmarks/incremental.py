@@ -37,7 +37,7 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings, parse_config
 from raypipe.nightly import run_night
 from raypipe.progress import Progress
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 from raypipe.sources import open_source
 
 ROWS = 1000
@@ -47,12 +47,16 @@ BOUND = 3.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=6000)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--size", type=int, default=32, help="pixels of an image")
     parser.add_argument("--method", default="gnn")
-    parser.add_argument("--grow", type=float, nargs="+", default=[1.0, 1.0, 4.0], help="per cent that nights add")
+    parser.add_argument(
+        "--grow", type=float, nargs="+", default=[1.0, 1.0, 4.0], help="per cent that nights add"
+    )
     parser.add_argument("--folder", required=True, help="a new folder; the run in it is left there")
     parser.add_argument("--alone", action="store_true", help="without Ray, in this process")
     options = parser.parse_args()
@@ -72,7 +76,10 @@ def main() -> None:
     print(
         f"{options.samples:,} samples of {options.size} x {options.size}, {options.model}, {options.method}; seconds of processor"
     )
-    print(f"{'':<12}{'samples':>9}{'stages':>10}{'everything':>12}{'margin':>10}{'% of full':>11}", flush=True)
+    print(
+        f"{'':<12}{'samples':>9}{'stages':>10}{'everything':>12}{'margin':>10}{'% of full':>11}",
+        flush=True,
+    )
 
     def embed() -> int:
         raypipe.run(config, until="embed", progress=quiet)
@@ -116,9 +123,19 @@ def settings(folder: Path, options: argparse.Namespace) -> Config:
             "run": str(folder / "run"),
             "source": {"uri": str(folder / "data"), "format": "parquet", "fragment_samples": ROWS},
             "seed": {"fraction": 0.05},
-            "proxy": {"model": options.model, "image_size": options.size, "epochs": 1 if options.alone else 2, "checkpoints": 1},
+            "proxy": {
+                "model": options.model,
+                "image_size": options.size,
+                "epochs": 1 if options.alone else 2,
+                "checkpoints": 1,
+            },
             "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
-            "extrapolate": {"method": options.method, "folds": 1, "judge_published": False, "epochs": 2},
+            "extrapolate": {
+                "method": options.method,
+                "folds": 1,
+                "judge_published": False,
+                "epochs": 2,
+            },
             "trust": {"min_spearman": -1},
             "select": {"keep": [0.5]},
             "report": {"images": 0},
@@ -130,12 +147,18 @@ def settings(folder: Path, options: argparse.Namespace) -> Config:
 def write(folder: Path, start: int, count: int, size: int) -> int:
     """Files of samples `start` to `start + count` of a synthetic source; returns the end."""
     end = start + count
-    source = open_source(SourceSettings(uri=f"synthetic://?samples={end}&size={size}&encoded=jpeg", fragment_samples=ROWS))
+    source = open_source(
+        SourceSettings(
+            uri=f"synthetic://?samples={end}&size={size}&encoded=jpeg", fragment_samples=ROWS
+        )
+    )
     rows: list[dict[str, object]] = []
     for fragment in (part for file in source.files() for part in source.scan(file).fragments):
         if fragment.stop <= start:
             continue
-        for number, sample in zip(range(fragment.start, fragment.stop), source.read(fragment), strict=True):
+        for number, sample in zip(
+            range(fragment.start, fragment.stop), source.read(fragment), strict=True
+        ):
             if number >= start:
                 rows.append({"image": {"bytes": sample.image}, "label": int(sample.label or 0)})
     for first in range(0, len(rows), ROWS):
@@ -144,7 +167,14 @@ def write(folder: Path, start: int, count: int, size: int) -> int:
     return end
 
 
-def line(name: str, run: Run, work: Callable[[], int], percent: float = 0.0, full: float = 0.0, constant: float = 0.0) -> float:
+def line(
+    name: str,
+    run: Run,
+    work: Callable[[], int],
+    percent: float = 0.0,
+    full: float = 0.0,
+    constant: float = 0.0,
+) -> float:
     """Do something and print what it cost; returns all processor seconds."""
     before, watch = of_stages(run), Watch()
     samples = work()
@@ -189,7 +219,9 @@ class Watch:
     def _look(self) -> None:
         for process in psutil.Process().children(recursive=True):
             try:
-                if process.cmdline()[0].startswith("ray::") or "default_worker.py" in " ".join(process.cmdline()):
+                if process.cmdline()[0].startswith("ray::") or "default_worker.py" in " ".join(
+                    process.cmdline()
+                ):
                     times = process.cpu_times()
                     self._seen[process.pid, process.create_time()] = times.user + times.system
             except (psutil.Error, IndexError):

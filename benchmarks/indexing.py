@@ -39,10 +39,11 @@ import psutil
 from fsspec import AbstractFileSystem
 
 from raypipe.config import Config, parse_config
+from raypipe.distributed.context import Context
 from raypipe.progress import Progress
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.base import Context
-from raypipe.stages.index import IndexStage
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.stages.index.stage import IndexStage
 
 PAGE = 1000
 BUCKET = "slow://bucket"
@@ -67,11 +68,20 @@ class Slow(AbstractFileSystem):
         bucket, _, key = self._strip_protocol(path).partition("/")
         return bucket, key, None
 
-    def call_s3(self, method: str, Bucket: str, Prefix: str = "", Delimiter: str = "", MaxKeys: int = PAGE, **given: str) -> Any:
+    def call_s3(
+        self,
+        method: str,
+        Bucket: str,
+        Prefix: str = "",
+        Delimiter: str = "",
+        MaxKeys: int = PAGE,
+        **given: str,
+    ) -> Any:
         self._wait()
         after = given.get("ContinuationToken") or given.get("StartAfter", "")
         place = max(
-            bisect.bisect_left(range(self.files), Prefix, key=key_of), bisect.bisect_right(range(self.files), after, key=key_of)
+            bisect.bisect_left(range(self.files), Prefix, key=key_of),
+            bisect.bisect_right(range(self.files), after, key=key_of),
         )
         contents: list[dict[str, Any]] = []
         folders: list[dict[str, str]] = []
@@ -79,16 +89,28 @@ class Slow(AbstractFileSystem):
             key = key_of(place)
             if not key.startswith(Prefix):
                 break
-            inside, slash, _ = key[len(Prefix) :].partition(Delimiter) if Delimiter else (key, "", "")
+            inside, slash, _ = (
+                key[len(Prefix) :].partition(Delimiter) if Delimiter else (key, "", "")
+            )
             if slash:
                 folders.append({"Prefix": Prefix + inside + slash})
-                place = bisect.bisect_left(range(self.files), Prefix + inside + slash + "\uffff", key=key_of)
+                place = bisect.bisect_left(
+                    range(self.files), Prefix + inside + slash + "\uffff", key=key_of
+                )
                 last = Prefix + inside + slash + "\uffff"
             else:
                 contents.append(self._entry(key))
                 place, last = place + 1, key
-        if self.more.startswith(Prefix) and not folders and contents and contents[0]["Key"] < self.more <= contents[-1]["Key"]:
-            contents.insert(bisect.bisect_left([item["Key"] for item in contents], self.more), self._entry(self.more))
+        if (
+            self.more.startswith(Prefix)
+            and not folders
+            and contents
+            and contents[0]["Key"] < self.more <= contents[-1]["Key"]
+        ):
+            contents.insert(
+                bisect.bisect_left([item["Key"] for item in contents], self.more),
+                self._entry(self.more),
+            )
         cut = place < self.files and key_of(place).startswith(Prefix)
         answer = {"IsTruncated": cut, "Contents": contents, "CommonPrefixes": folders}
         return answer | ({"NextContinuationToken": last} if cut else {})
@@ -101,7 +123,11 @@ class Slow(AbstractFileSystem):
         place = bisect.bisect_left(range(self.files), key, key=key_of)
         if place == self.files or not key_of(place).startswith(key):
             raise FileNotFoundError(path)
-        return {"name": path, "type": "file" if key_of(place) == key else "directory", "size": 100_000}
+        return {
+            "name": path,
+            "type": "file" if key_of(place) == key else "directory",
+            "size": 100_000,
+        }
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         return Range(self)
@@ -162,7 +188,11 @@ def local_images(folder: str, files: int) -> None:
 def measured(arguments: argparse.Namespace, case: str) -> None:
     """One case in this process; prints a line of JSON per step."""
     fsspec.register_implementation("slow", Slow)
-    Slow.files, Slow.folders, Slow.delay = arguments.files, 1 if case == "flat" else arguments.folders, arguments.delay
+    Slow.files, Slow.folders, Slow.delay = (
+        arguments.files,
+        1 if case == "flat" else arguments.folders,
+        arguments.delay,
+    )
     folder = tempfile.mkdtemp(prefix="raypipe-indexing-", dir=arguments.dir)
     try:
         source: dict[str, Any] = {"uri": f"{BUCKET}/data", "format": "imagefolder"}
@@ -234,26 +264,35 @@ def parse_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--folders", type=int, default=1000)
     parser.add_argument("--local", type=int, default=100_000, help="files on this machine's disk")
     parser.add_argument("--delay", type=float, default=0.03, help="seconds that a request takes")
-    parser.add_argument("--cases", default="folders,flat,list,local", help="some of these, with commas")
     parser.add_argument(
-        "--dir", help="where runs, list and local images are written, and deleted again; default: the temporary folder"
+        "--cases", default="folders,flat,list,local", help="some of these, with commas"
+    )
+    parser.add_argument(
+        "--dir",
+        help="where runs, list and local images are written, and deleted again; default: the temporary folder",
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         return measured(arguments, arguments.one)
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), "?"
+        )
     print(
         f"{platform.machine()}, {model}, {os.cpu_count()} cores; Python {platform.python_version()}; {arguments.delay * 1000:.0f} ms a "
         f"request; botocore reads an answer of {PAGE:,} keys in {parse_seconds() * 1000:.0f} ms"
     )
-    print(f"{'case':<10}{'step':<10}{'samples':>12}{'seconds':>10}{'processor':>11}{'requests':>10}{'MB above':>10}")
+    print(
+        f"{'case':<10}{'step':<10}{'samples':>12}{'seconds':>10}{'processor':>11}{'requests':>10}{'MB above':>10}"
+    )
     for case in arguments.cases.split(","):
         command = [sys.executable, __file__, *sys.argv[1:], "--one", case]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

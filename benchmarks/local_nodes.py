@@ -21,10 +21,19 @@ from typing import Any, Self
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-PORTS = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+PORTS = (
+    "node-manager-port",
+    "object-manager-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+)
 PORTS += ("runtime-env-agent-port", "metrics-export-port")
 HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
-QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "5"}
+QUICK = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+}
 QUICK |= {"RAY_worker_niceness": "0"}
 """A dead node is noticed after five seconds instead of half a minute, and workers do not stand back behind all else on the machine."""
 ATTEMPTS = 4
@@ -56,16 +65,30 @@ def start_node(
 ) -> subprocess.Popen[bytes]:
     """Start `ray start` for a node of the cluster at `address`. It may take seconds to be there."""
     ports = zip(PORTS, free_ports(len(PORTS)), strict=True)
-    command = ray_command("start", f"--address={address}", *_common(number, folder, resources), *_options(ports))
+    command = ray_command(
+        "start", f"--address={address}", *_common(number, folder, resources), *_options(ports)
+    )
     own = environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(number)}
     with open(f"{folder}/node-{number}.log", "wb") as log:
-        return subprocess.Popen(command, env=own, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, env=own, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def _common(number: int, folder: str, resources: dict[str, float]) -> list[str]:
     least = [f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}"]
-    least += [f"--node-ip-address=127.0.0.{number}", "--object-store-memory=100000000", f"--temp-dir={folder}/{number}"]
-    return ["--block", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0", *least]
+    least += [
+        f"--node-ip-address=127.0.0.{number}",
+        "--object-store-memory=100000000",
+        f"--temp-dir={folder}/{number}",
+    ]
+    return [
+        "--block",
+        "--disable-usage-stats",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        *least,
+    ]
 
 
 def _options(values: Any) -> list[str]:
@@ -80,26 +103,53 @@ class LocalNodes:
     variables  more of the environment of all its processes
     """
 
-    def __init__(self, folder: Path, jobs: bool = False, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, jobs: bool = False, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.folder, self._last = folder, HEAD
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._added: dict[int, dict[str, float]] = {}
         (folder / "home").mkdir(parents=True)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        paths = os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ("benchmarks", "tests", "tests/faults"))])
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.environment |= {"PATH": path, "PYTHONPATH": paths, "HOME": str(folder / "home"), **QUICK}
-        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join(
+            [str(ROOT), *(str(ROOT / name) for name in ("benchmarks", "tests", "tests/faults"))]
+        )
+        self.environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("RAY_")
+        }
+        self.environment |= {
+            "PATH": path,
+            "PYTHONPATH": paths,
+            "HOME": str(folder / "home"),
+            **QUICK,
+        }
+        self.environment |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "OMP_NUM_THREADS": "1",
+        }
         self.environment |= variables or {}
-        ports = dict(zip((*HEAD_PORTS, *PORTS), free_ports(len(HEAD_PORTS) + len(PORTS)), strict=True))
-        self.address, self.job_server = f"127.0.0.{HEAD}:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}"
-        command = ray_command("start", "--head", *_common(HEAD, str(folder), {"CPU": 0}), *_options(ports.items()))
+        ports = dict(
+            zip((*HEAD_PORTS, *PORTS), free_ports(len(HEAD_PORTS) + len(PORTS)), strict=True)
+        )
+        self.address, self.job_server = (
+            f"127.0.0.{HEAD}:{ports['port']}",
+            f"http://127.0.0.1:{ports['dashboard-port']}",
+        )
+        command = ray_command(
+            "start", "--head", *_common(HEAD, str(folder), {"CPU": 0}), *_options(ports.items())
+        )
         command += [f"--include-dashboard={str(jobs).lower()}"]
         more, variables = self._of_head()
-        command, started = command + more, self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)} | variables
+        command, started = (
+            command + more,
+            self.environment | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id(HEAD)} | variables,
+        )
         for _ in range(ATTEMPTS):
             with open(folder / "head.log", "wb") as log:
-                self._head = subprocess.Popen(command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+                self._head = subprocess.Popen(
+                    command, env=started, cwd=folder, stdout=log, stderr=log, start_new_session=True
+                )
             if self._is_there("head.log", self._head):
                 return
             self.__exit__()
@@ -136,16 +186,23 @@ class LocalNodes:
             if self._is_there(f"node-{number}.log", self._nodes[number]):
                 return
             self._start(number)
-        raise RuntimeError(f"node {number} did not start:\n{(self.folder / f'node-{number}.log').read_text()[-3000:]}")
+        raise RuntimeError(
+            f"node {number} did not start:\n{(self.folder / f'node-{number}.log').read_text()[-3000:]}"
+        )
 
     def _start(self, number: int) -> None:
-        self._nodes[number] = start_node(number, str(self.folder), self.address, self._added[number], self.environment)
+        self._nodes[number] = start_node(
+            number, str(self.folder), self.address, self._added[number], self.environment
+        )
 
     def raylet(self, number: int) -> psutil.Process | None:
         """The raylet of a node; None where it has none that lives."""
         for process in self._mine():
             with contextlib.suppress(psutil.Error):
-                if process.name() == "raylet" and f"--node_ip_address=127.0.0.{number}" in process.cmdline():
+                if (
+                    process.name() == "raylet"
+                    and f"--node_ip_address=127.0.0.{number}" in process.cmdline()
+                ):
                     return process
         return None
 
@@ -164,7 +221,11 @@ class LocalNodes:
         assert raylet is not None, f"node {number} has no raylet"
         end_processes([raylet, *raylet.children(recursive=True)])
         if number in self._nodes:
-            end_processes([psutil.Process(self._nodes[number].pid)] if self._nodes[number].poll() is None else [])
+            end_processes(
+                [psutil.Process(self._nodes[number].pid)]
+                if self._nodes[number].poll() is None
+                else []
+            )
             self._nodes.pop(number).wait(20)
 
     def _mine(self) -> Iterator[psutil.Process]:

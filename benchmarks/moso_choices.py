@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from common import Images, checkpoints, final, mean_gradient, read, train
 
-from raypipe import training
+from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import ProxySettings, SourceSettings
-from raypipe.extrapolate.figures import spearman
-from raypipe.models import Proxy
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
 from raypipe.scores.moso import combine, without_itself
 from raypipe.scores.per_sample import norms_and_alignments
+from raypipe.vision import training
+from raypipe.vision.networks import ProxyNet
 
 WEIGHTS = ("lr", "none", "normalized")
 SIZE = 32
@@ -52,24 +52,43 @@ class Measured:
     def samples(self) -> int:
         return len(self.aligned)
 
-    def score(self, weights: str, *, self_term: bool = False, head: bool = False, last: bool = False) -> np.ndarray:
+    def score(
+        self, weights: str, *, self_term: bool = False, head: bool = False, last: bool = False
+    ) -> np.ndarray:
         aligned = self.head if head else self.aligned
         aligned = without_itself(aligned, self.squares, self.samples) if self_term else aligned
         part = slice(-1, None) if last else slice(None)
         spread = self.aligned.std(0) if not head else self.head.std(0)
-        return combine(aligned[:, part], self.rates[part], weights, steps=self.steps, samples=self.samples, spread=spread[part])
+        return combine(
+            aligned[:, part],
+            self.rates[part],
+            weights,
+            steps=self.steps,
+            samples=self.samples,
+            spread=spread[part],
+        )
 
 
-def measure(model: Proxy, images: Images, with_head: bool) -> tuple[np.ndarray, ...]:
+def measure(model: ProxyNet, images: Images, with_head: bool) -> tuple[np.ndarray, ...]:
     """Alignments, squares and head alignments [n] at one checkpoint."""
     direction = mean_gradient(model, images)
-    both = [norms_and_alignments(model, pixels, target, direction) for pixels, target in images.batches()]
+    both = [
+        norms_and_alignments(model, pixels, target, direction)
+        for pixels, target in images.batches()
+    ]
     head = np.zeros(len(images))
     if with_head:
         last = mean_gradient(model, images, head_gradient_sum)
-        found = [head_norms_and_alignments(model, pixels, target, last)[1].numpy() for pixels, target in images.batches()]
+        found = [
+            head_norms_and_alignments(model, pixels, target, last)[1].numpy()
+            for pixels, target in images.batches()
+        ]
         head = np.concatenate(found)
-    return np.concatenate([dot.numpy() for _, dot in both]), np.concatenate([square.numpy() for square, _ in both]), head
+    return (
+        np.concatenate([dot.numpy() for _, dot in both]),
+        np.concatenate([square.numpy() for square, _ in both]),
+        head,
+    )
 
 
 def measured(size: int, seed: int, images: Images, cache: str) -> dict[bool, Measured]:
@@ -77,7 +96,9 @@ def measured(size: int, seed: int, images: Images, cache: str) -> dict[bool, Mea
     path = os.path.join(cache, f"measured-{size}-{seed}.npz")
     if not os.path.exists(path):
         own, folder = images.take(slice(size)), os.path.join(cache, f"trained-{size}-{seed}")
-        settings = ProxySettings(model="small", image_size=SIZE, epochs=30, checkpoints=10, seed=seed)
+        settings = ProxySettings(
+            model="small", image_size=SIZE, epochs=30, checkpoints=10, seed=seed
+        )
         train(settings, own, folder)
         columns: dict[bool, list[tuple[np.ndarray, ...]]] = {False: [], True: []}
         rates = []
@@ -93,22 +114,39 @@ def measured(size: int, seed: int, images: Images, cache: str) -> dict[bool, Mea
     found = np.load(path)
     return {
         flag: Measured(
-            found[f"aligned{flag:d}"], found[f"squares{flag:d}"], found[f"head{flag:d}"], found["rates"], int(found["steps"])
+            found[f"aligned{flag:d}"],
+            found[f"squares{flag:d}"],
+            found[f"head{flag:d}"],
+            found["rates"],
+            int(found["steps"]),
         )
         for flag in (False, True)
     }
 
 
-def accuracy(name: str, rows: np.ndarray, seed: int, train_set: Images, test_set: Images, epochs: int, cache: str) -> float:
+def accuracy(
+    name: str,
+    rows: np.ndarray,
+    seed: int,
+    train_set: Images,
+    test_set: Images,
+    epochs: int,
+    cache: str,
+) -> float:
     """Test accuracy of a fresh network trained on some rows."""
     label = f"accuracy-{name}-{len(rows)}-{epochs}-{seed}"
     path = os.path.join(cache, f"{label}.npy")
     if not os.path.exists(path):
-        settings = ProxySettings(model="small", image_size=SIZE, epochs=epochs, checkpoints=1, seed=100 + seed)
+        settings = ProxySettings(
+            model="small", image_size=SIZE, epochs=epochs, checkpoints=1, seed=100 + seed
+        )
         train(settings, train_set.take(rows), os.path.join(cache, label))
         model = final(settings, train_set.classes, os.path.join(cache, label))
         with torch.no_grad():
-            right = [(model(pixels).argmax(1) == target).numpy() for pixels, target in test_set.batches(256)]
+            right = [
+                (model(pixels).argmax(1) == target).numpy()
+                for pixels, target in test_set.batches(256)
+            ]
         np.save(path, np.mean(np.concatenate(right)))
     return float(np.load(path))
 
@@ -123,13 +161,17 @@ def balanced(score: np.ndarray, labels: np.ndarray, keep: float) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source")
     parser.add_argument("--sizes", default="500,2000,10000")
     parser.add_argument("--downstream", type=int, default=0)
     parser.add_argument("--keep", default="0.5")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=15, help="of the networks trained on keep-lists")
+    parser.add_argument(
+        "--epochs", type=int, default=15, help="of the networks trained on keep-lists"
+    )
     parser.add_argument("--cache", default="/tmp/raypipe-moso-choices")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -137,24 +179,36 @@ def main() -> None:
     sizes = [int(size) for size in arguments.sizes.split(",")]
     source = SourceSettings(uri=arguments.source, format="parquet", include="train-*.parquet")
     images = read(source, SIZE, max(*sizes, arguments.downstream, 1))
-    print(f"{platform.machine()}, 1 thread; torch {torch.__version__}; CIFAR-10, small proxy, 30 epochs, 10 checkpoints, seed 0")
+    print(
+        f"{platform.machine()}, 1 thread; torch {torch.__version__}; CIFAR-10, small proxy, 30 epochs, 10 checkpoints, seed 0"
+    )
 
     found = {size: measured(size, 0, images, arguments.cache) for size in sizes}
     print("\n1. Spearman of MoSo with and without the self term")
     print(f"{'N':>7}" + "".join(f"{weights:>14}" for weights in WEIGHTS) + f"{'last only':>14}")
     for size, both in found.items():
         plain = both[False]
-        pairs = [(plain.score(weights), plain.score(weights, self_term=True)) for weights in WEIGHTS]
-        pairs.append((plain.score("none", last=True), plain.score("none", last=True, self_term=True)))
+        pairs = [
+            (plain.score(weights), plain.score(weights, self_term=True)) for weights in WEIGHTS
+        ]
+        pairs.append(
+            (plain.score("none", last=True), plain.score("none", last=True, self_term=True))
+        )
         print(f"{size:>7}" + "".join(f"{spearman(*pair):>14.4f}" for pair in pairs))
     print("\n2. Spearman of the last layer's MoSo (gradient: head) with that of all layers")
     print(f"{'N':>7}" + "".join(f"{weights:>14}" for weights in WEIGHTS) + f"{'last only':>14}")
     for size, both in found.items():
         plain = both[False]
-        agree = [spearman(plain.score(weights), plain.score(weights, head=True)) for weights in WEIGHTS]
-        agree.append(spearman(plain.score("none", last=True), plain.score("none", last=True, head=True)))
+        agree = [
+            spearman(plain.score(weights), plain.score(weights, head=True)) for weights in WEIGHTS
+        ]
+        agree.append(
+            spearman(plain.score("none", last=True), plain.score("none", last=True, head=True))
+        )
         print(f"{size:>7}" + "".join(f"{value:>14.3f}" for value in agree))
-    print("\n3. At every checkpoint: learning rate; |G|; spread of the alignments; the last two with BatchNorm recalibrated")
+    print(
+        "\n3. At every checkpoint: learning rate; |G|; spread of the alignments; the last two with BatchNorm recalibrated"
+    )
     for size, both in found.items():
         print(f"{size:>7}  " + "  ".join(
             f"{rate:.3f} {np.sqrt(max(0, a.mean())):.2f} {a.std():.2g} | {np.sqrt(max(0, b.mean())):.2f} {b.std():.2g}"
@@ -166,11 +220,15 @@ def main() -> None:
 
 def downstream(arguments: argparse.Namespace, images: Images) -> None:
     size = arguments.downstream
-    test = read(SourceSettings(uri=arguments.source, format="parquet", include="test-*.parquet"), SIZE, 4000)
+    test = read(
+        SourceSettings(uri=arguments.source, format="parquet", include="test-*.parquet"), SIZE, 4000
+    )
     train_set = images.take(slice(size))
     both = measured(size, 0, images, arguments.cache)
     lists = {
-        f"{weights}{', recalibrated' if flag else ''}": both[flag].score(weights) for flag in (False, True) for weights in WEIGHTS
+        f"{weights}{', recalibrated' if flag else ''}": both[flag].score(weights)
+        for flag in (False, True)
+        for weights in WEIGHTS
     }
     print(
         f"\n4. Accuracy on {len(test)} test images after {arguments.epochs} epochs on a share of {size} images; scores of one run"
@@ -182,7 +240,13 @@ def downstream(arguments: argparse.Namespace, images: Images) -> None:
                 used = np.random.default_rng(seed).random(size) if name == "random" else score
                 values.append(
                     accuracy(
-                        name, balanced(used, train_set.label, keep), seed, train_set, test, arguments.epochs, arguments.cache
+                        name,
+                        balanced(used, train_set.label, keep),
+                        seed,
+                        train_set,
+                        test,
+                        arguments.epochs,
+                        arguments.cache,
                     )
                 )
             each = " ".join(f"{value:.3f}" for value in values)

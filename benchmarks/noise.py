@@ -32,13 +32,26 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from common import FULL, RANDOM, Images, Missing, data_options, load, names_of, of_all, plain_list, shares_of, shown, table
+from common import (
+    FULL,
+    RANDOM,
+    Images,
+    Missing,
+    data_options,
+    load,
+    names_of,
+    of_all,
+    plain_list,
+    shares_of,
+    shown,
+    table,
+)
 from fidelity_runs import ProxyRun, Study
 
 from raypipe.config import MeasureSettings, ProxySettings
-from raypipe.evaluation import fitting
-from raypipe.report.noise import found_by
-from raypipe.rundir import fingerprint
+from raypipe.evaluation import train
+from raypipe.report.label_noise import found_by
+from raypipe.runs.ledger import fingerprint
 from raypipe.sources.noise import LabelNoise
 
 KINDS = ("measured", "extrapolated")
@@ -54,12 +67,19 @@ MARGIN_SIGNAL = 1
 class Noisy:
     """One seed: labels that were replaced, the runs on them, and what they say."""
 
-    def __init__(self, arguments: argparse.Namespace, images: Images, test: Images, seed: int) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, images: Images, test: Images, seed: int
+    ) -> None:
         self.arguments, self.test, self.seed = arguments, test, seed
         noise = LabelNoise(arguments.noise, seed)
         ids = [str(row) for row in range(len(images))]
         self.wrong = np.array([noise.replaced(name) for name in ids])
-        label = np.array([noise.wrong(name, int(label), images.classes) for name, label in zip(ids, images.label, strict=True)])
+        label = np.array(
+            [
+                noise.wrong(name, int(label), images.classes)
+                for name, label in zip(ids, images.label, strict=True)
+            ]
+        )
         self.images = Images(images.pixels, label, images.classes)
         digits = arguments.dir is None  # a mirrored digit is no digit
         settings = ProxySettings(
@@ -76,10 +96,21 @@ class Noisy:
         )
         self._folder = os.path.join(arguments.cache, f"noise-{what}")
         os.makedirs(self._folder, exist_ok=True)
-        self.study = Study(self.images, settings, MeasureSettings(), self._folder, arguments.threads, arguments.only_cached)
+        self.study = Study(
+            self.images,
+            settings,
+            MeasureSettings(),
+            self._folder,
+            arguments.threads,
+            arguments.only_cached,
+        )
 
     def run(self, kind: str) -> ProxyRun:
-        return self.study.full(self.seed) if kind == "measured" else self.study.of_seed_set(self.arguments.fraction, self.seed)
+        return (
+            self.study.full(self.seed)
+            if kind == "measured"
+            else self.study.of_seed_set(self.arguments.fraction, self.seed)
+        )
 
     def score(self, kind: str, score: str) -> np.ndarray:
         """Of every sample, float64 [n]; higher means keep. Raises Missing."""
@@ -109,14 +140,18 @@ class Noisy:
         """`found_by` of the list of a run."""
         doubt, margin = self.doubt(kind, score), self.margin(kind)
         rows = np.flatnonzero((doubt >= np.quantile(doubt, 1 - FIFTH)) & (margin < 0))
-        return found_by(self.wrong[rows[np.argsort(margin[rows], kind="stable")]], int(self.wrong.sum()))
+        return found_by(
+            self.wrong[rows[np.argsort(margin[rows], kind="stable")]], int(self.wrong.sum())
+        )
 
     def rows(self, name: str, keep: float) -> np.ndarray:
         """What a list holds: kind.score, the highest scores; random; full."""
         count = len(self.wrong)
         if name in (RANDOM, FULL):
             return plain_list(name, keep, count, self.seed)
-        return np.sort(np.argsort(-self.score(*name.split(".")), kind="stable")[: round(keep * count)])
+        return np.sort(
+            np.argsort(-self.score(*name.split(".")), kind="stable")[: round(keep * count)]
+        )
 
     def accuracy(self, name: str, keep: float) -> float:
         """On the test part, of a network trained on a list with the labels as they are. Raises Missing."""
@@ -129,15 +164,25 @@ class Noisy:
                 update={"epochs": arguments.train_epochs, "checkpoints": 1, "seed": 100 + self.seed}
             )
             rows, began = self.rows(name, keep), time.perf_counter()
-            model = fitting.fit(settings, self.images.pixels, self.images.label, rows, self.images.classes, self._statistics)
-            found = fitting.test(model, self.test.pixels, self.test.label, self.test.classes).accuracy
+            model = train.fit(
+                settings,
+                self.images.pixels,
+                self.images.label,
+                rows,
+                self.images.classes,
+                self._statistics,
+            )
+            found = train.test(model, self.test.pixels, self.test.label, self.test.classes).accuracy
             np.save(path, found)
-            print(f"{time.strftime('%H:%M:%S')}  {name} {keep:g} {self.seed}: {time.perf_counter() - began:.1f} s", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')}  {name} {keep:g} {self.seed}: {time.perf_counter() - began:.1f} s",
+                flush=True,
+            )
         return float(np.load(path))
 
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
-        return fitting.statistics_of(self.images.pixels)
+        return train.statistics_of(self.images.pixels)
 
 
 def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:
@@ -152,11 +197,20 @@ def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:
     for kind, score in [*names, *((kind, MARGIN) for kind in KINDS)]:
         ranked = of_all(seeds, lambda seed, kind=kind, score=score: seed.ranked(kind, score))
         apart = of_all(seeds, lambda seed, kind=kind, score=score: outside(seed, kind, score))
-        cells = [found["at_replaced"]["precision"] for found in ranked], [found["average_precision"] for found in ranked], apart
+        cells = (
+            [found["at_replaced"]["precision"] for found in ranked],
+            [found["average_precision"] for found in ranked],
+            apart,
+        )
         rows.append((f"{kind} {score}", [shown(values) for values in cells]))
     table(
         "1. All samples ordered by doubt, in %",
-        ("order", "precision at the number replaced", "average precision", "average precision outside the seed set"),
+        (
+            "order",
+            "precision at the number replaced",
+            "average precision",
+            "average precision outside the seed set",
+        ),
         rows,
     )
     rows = [("chance", ["", share, ""])]
@@ -175,7 +229,10 @@ def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:
 def kept(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]], keep: Sequence[float]) -> None:
     rows = []
     for name in [RANDOM, *map(".".join, names)]:
-        cells = [of_all(seeds, lambda seed, k=k, name=name: float(seed.wrong[seed.rows(name, k)].mean())) for k in keep]
+        cells = [
+            of_all(seeds, lambda seed, k=k, name=name: float(seed.wrong[seed.rows(name, k)].mean()))
+            for k in keep
+        ]
         rows.append((name, [shown(values) for values in cells]))
     head = ("the highest scores", *(f"keep {fraction:g}" for fraction in keep))
     table("3. Share of wrong labels among the kept, in %", head, rows)
@@ -185,20 +242,34 @@ def trained(seeds: Sequence[Noisy], lists: Sequence[str], keep: Sequence[float])
     rows = []
     for name in [FULL, RANDOM, *lists]:
         fractions = [1.0] * len(keep) if name == FULL else keep
-        cells = [of_all(seeds, lambda seed, k=k, name=name: seed.accuracy(name, k)) for k in fractions]
+        cells = [
+            of_all(seeds, lambda seed, k=k, name=name: seed.accuracy(name, k)) for k in fractions
+        ]
         rows.append((name, [shown(values) for values in cells]))
     head = ("trained on", *(f"keep {fraction:g}" for fraction in keep))
     table("4. Accuracy on the test part with its true labels, in %", head, rows)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     data_options(parser)
     add("--noise", type=float, default=0.2, help="share of the labels that is replaced")
-    add("--fraction", type=float, default=0.2, help="share that is measured where scores are extrapolated")
+    add(
+        "--fraction",
+        type=float,
+        default=0.2,
+        help="share that is measured where scores are extrapolated",
+    )
     add("--scores", type=names_of, default=list(SCORES), help="measured")
-    add("--extrapolated", type=names_of, default=list(SCORES), help="the same, extrapolated; a fit of each takes the longest")
+    add(
+        "--extrapolated",
+        type=names_of,
+        default=list(SCORES),
+        help="the same, extrapolated; a fit of each takes the longest",
+    )
     add("--seeds", type=int, default=3)
     add("--model", default="small")
     add("--epochs", type=int, default=10, help="of the proxies")
@@ -229,7 +300,9 @@ def main() -> None:
         f"{settings.checkpoints} checkpoints; extrapolated from {arguments.fraction:g}; {arguments.seeds} seeds",
         flush=True,
     )
-    names = [("measured", score) for score in arguments.scores] + [("extrapolated", score) for score in arguments.extrapolated]
+    names = [("measured", score) for score in arguments.scores] + [
+        ("extrapolated", score) for score in arguments.extrapolated
+    ]
     finding(seeds, names)
     kept(seeds, names, arguments.keep)
     if arguments.train:

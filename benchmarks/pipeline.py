@@ -41,11 +41,23 @@ from pipeline_watch import DRIVER, RAY, WORKER, watch
 
 from raypipe import storage
 from raypipe.config import dump_config, load_config
-from raypipe.rundir import fingerprint
+from raypipe.runs.ledger import fingerprint
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("pipeline", "full", "script", "floor")
-STAGES = ("start", "index", "seed", "decode", "proxy", "measure", "embed", "extrapolate", "select", "report", "end")
+STAGES = (
+    "start",
+    "index",
+    "seed",
+    "decode",
+    "proxy",
+    "measure",
+    "embed",
+    "extrapolate",
+    "select",
+    "report",
+    "end",
+)
 """Of a run and of the script, in the order of the table."""
 OF_FLOOR = ("decode", "proxy", "embed")
 TO_REACH = {"full": 0.30, "floor": 1.25, "script": 1.15}
@@ -69,19 +81,27 @@ def config_of(arguments: argparse.Namespace, folder: Path, part: str) -> Any:
     given = {
         "run": str(folder / "run" / part),
         "source": source,
-        "proxy": {"model": arguments.model, "image_size": arguments.size, "epochs": arguments.epochs},
+        "proxy": {
+            "model": arguments.model,
+            "image_size": arguments.size,
+            "epochs": arguments.epochs,
+        },
         "cluster": {"address": "local"},
         "trust": {"min_spearman": -1},
     }
     if part == "full":
         given["seed"] = {"fraction": 1.0}
     overrides = [
-        f"{section}={json.dumps(values)}" if not isinstance(values, dict) else f"{section}.{name}={json.dumps(value)}"
+        f"{section}={json.dumps(values)}"
+        if not isinstance(values, dict)
+        else f"{section}.{name}={json.dumps(value)}"
         for section, values in given.items()
         for name, value in (values.items() if isinstance(values, dict) else [("", values)])
         if value is not None
     ]
-    return load_config(str(HERE.parent / "jobs" / "configs" / "cifar10.yaml"), [*overrides, *arguments.set])
+    return load_config(
+        str(HERE.parent / "jobs" / "configs" / "cifar10.yaml"), [*overrides, *arguments.set]
+    )
 
 
 def _repeated(data: str, folder: Path, times: int) -> Path:
@@ -111,16 +131,26 @@ def measure(part: str, arguments: argparse.Namespace, folder: Path, file: Path) 
             f"--threads={arguments.threads}",
         ]
         with open(log, "w") as output:
-            subprocess.run(command + ["--floor"] * (part == "floor"), stdout=output, stderr=subprocess.STDOUT, check=True)
+            subprocess.run(
+                command + ["--floor"] * (part == "floor"),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=True,
+            )
         os.replace(str(file) + ".new", file)
         return
     shutil.rmtree(config.run, ignore_errors=True)
-    command = [sys.executable, "-m", "raypipe.cli", "run", str(settings)] + ["--until=measure"] * (part == "full")
+    command = [sys.executable, "-m", "raypipe.cli", "run", str(settings)] + ["--until=measure"] * (
+        part == "full"
+    )
     code, taken = watch(command, log, lambda: running(config.run))
     if code:
         sys.exit(f"the run of {part} ended with {code}: see {log}")
     ledger = storage.read_json(os.path.join(config.run, "run.json"))["stages"]
-    told = {name: {key: record[key] for key in ("samples", "wall_seconds", "cpu_seconds")} for name, record in ledger.items()}
+    told = {
+        name: {key: record[key] for key in ("samples", "wall_seconds", "cpu_seconds")}
+        for name, record in ledger.items()
+    }
     result = taken.as_dict() | {"ledger": told, "samples": config.source.limit}
     if part == "pipeline":
         figures = ledger["extrapolate"]["detail"]
@@ -139,7 +169,10 @@ def running(run: str) -> str:
         stages = json.loads(Path(run, "run.json").read_bytes())["stages"]
     except (OSError, ValueError):
         return "start"
-    return next((name for name, record in stages.items() if record["state"] == "running"), "end" if stages else "start")
+    return next(
+        (name for name, record in stages.items() if record["state"] == "running"),
+        "end" if stages else "start",
+    )
 
 
 def seconds_of(part: str, found: dict[str, dict[str, Any]]) -> dict[str, float] | None:
@@ -149,7 +182,10 @@ def seconds_of(part: str, found: dict[str, dict[str, Any]]) -> dict[str, float] 
     if part not in found:
         return None
     given = found[part]["seconds"]
-    return {name: sum(value.values()) if isinstance(value, dict) else value for name, value in given.items()}
+    return {
+        name: sum(value.values()) if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
 
 
 def table(found: dict[str, dict[str, Any]]) -> None:
@@ -161,7 +197,11 @@ def table(found: dict[str, dict[str, Any]]) -> None:
     run = found.get("pipeline")
     print("\nprocessor seconds" + " " * 29 + "in the pipeline" + " " * 18 + "wall seconds")
     kinds = (DRIVER, WORKER, RAY, "ledger") if run else ()
-    print(f"{'':<12}" + "".join(f"{name:>10}" for name in (*parts, *kinds)) + "".join(f"{name:>10}" for name in wall))
+    print(
+        f"{'':<12}"
+        + "".join(f"{name:>10}" for name in (*parts, *kinds))
+        + "".join(f"{name:>10}" for name in wall)
+    )
     names = [name for name in STAGES if any(name in seconds[part] for part in parts)]
     names += sorted({name for part in parts for name in seconds[part]} - set(names))
     for name in names:
@@ -169,18 +209,37 @@ def table(found: dict[str, dict[str, Any]]) -> None:
         if run:
             told = run["ledger"].get(name, {}).get("cpu_seconds")
             cells += [run["seconds"].get(name, {}).get(kind) for kind in kinds[:-1]] + [told]
-        print(f"{name:<12}" + "".join(_number(cell) for cell in [*cells, *(values.get(name) for values in wall.values())]))
+        print(
+            f"{name:<12}"
+            + "".join(
+                _number(cell) for cell in [*cells, *(values.get(name) for values in wall.values())]
+            )
+        )
     sums = [sum(seconds[part].values()) for part in parts]
     if run:
-        sums += [sum(values.get(kind, 0.0) for values in run["seconds"].values()) for kind in kinds[:-1]]
+        sums += [
+            sum(values.get(kind, 0.0) for values in run["seconds"].values()) for kind in kinds[:-1]
+        ]
         sums.append(sum(record["cpu_seconds"] for record in run["ledger"].values()))
-    print(f"{'all':<12}" + "".join(_number(cell) for cell in [*sums, *(sum(values.values()) for values in wall.values())]))
+    print(
+        f"{'all':<12}"
+        + "".join(
+            _number(cell) for cell in [*sums, *(sum(values.values()) for values in wall.values())]
+        )
+    )
     each = [found.get(part if part in found else "script", {}).get("samples") for part in parts]
-    print(f"{'ms / image':<12}" + "".join(_number(1e3 * total / count if count else None) for total, count in zip(sums, each)))
+    print(
+        f"{'ms / image':<12}"
+        + "".join(
+            _number(1e3 * total / count if count else None) for total, count in zip(sums, each)
+        )
+    )
     print(
         f"{'images / s':<12}"
         + " " * 10 * len(sums)
-        + "".join(_number(found[part]["samples"] / sum(values.values())) for part, values in wall.items())
+        + "".join(
+            _number(found[part]["samples"] / sum(values.values())) for part, values in wall.items()
+        )
     )
     if run:
         _memory(found)
@@ -189,10 +248,19 @@ def table(found: dict[str, dict[str, Any]]) -> None:
 
 
 def _memory(found: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{'peak memory, MB':<32}" + "".join(f"{part:>10}" for part in ("pipeline", "full") if part in found))
+    print(
+        f"\n{'peak memory, MB':<32}"
+        + "".join(f"{part:>10}" for part in ("pipeline", "full") if part in found)
+    )
     for name in (DRIVER, "largest worker", WORKER, RAY, "object store"):
-        title = {WORKER: "all workers, their own", RAY: "Ray's processes, their own"}.get(name, name)
-        values = [found[part]["memory"].get(name, 0) / 1e6 for part in ("pipeline", "full") if part in found]
+        title = {WORKER: "all workers, their own", RAY: "Ray's processes, their own"}.get(
+            name, name
+        )
+        values = [
+            found[part]["memory"].get(name, 0) / 1e6
+            for part in ("pipeline", "full")
+            if part in found
+        ]
         print(f"{title:<32}" + "".join(f"{value:>10,.0f}" for value in values))
     if "script" in found:
         print(f"{'the script':<32}{found['script']['memory'] / 1e6:>10,.0f}")
@@ -205,12 +273,19 @@ def _processes(run: dict[str, Any]) -> None:
     for stage in STAGES:
         here = Counter(_did(one["title"]) for one in workers if one["stage"] == stage)
         if here:
-            print(f"  {stage:<12}" + ", ".join(f"{count} x {title}" for title, count in here.most_common()))
+            print(
+                f"  {stage:<12}"
+                + ", ".join(f"{count} x {title}" for title, count in here.most_common())
+            )
 
 
 def _did(title: str) -> str:
     """Of the title of a worker, without arguments and padding."""
-    return title.split("(")[0].strip().removeprefix("ray::") if title.startswith("ray::") else "nothing"
+    return (
+        title.split("(")[0].strip().removeprefix("ray::")
+        if title.startswith("ray::")
+        else "nothing"
+    )
 
 
 def _reached(sums: dict[str, float], run: dict[str, Any] | None) -> None:
@@ -218,7 +293,9 @@ def _reached(sums: dict[str, float], run: dict[str, Any] | None) -> None:
     for part, most in TO_REACH.items():
         if "pipeline" in sums and part in sums:
             ratio = sums["pipeline"] / sums[part]
-            print(f"pipeline / {part:<8} {ratio:6.3f}  to reach: {most:.2f}  {'reached' if ratio <= most else 'NOT reached'}")
+            print(
+                f"pipeline / {part:<8} {ratio:6.3f}  to reach: {most:.2f}  {'reached' if ratio <= most else 'NOT reached'}"
+            )
         else:
             print(f"pipeline / {part:<8}      -  to reach: {most:.2f}  not measured")
     if run:
@@ -233,7 +310,9 @@ def _number(value: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--dir", required=True, help="where results are kept, and runs are written")
     parser.add_argument("--samples", type=int, default=10_000)
@@ -242,14 +321,29 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of the proxy; default: 30")
     parser.add_argument("--model", default="small", help="the proxy")
     parser.add_argument("--size", type=int, default=32, help="pixels that images are brought to")
-    parser.add_argument("--repeat", type=int, default=0, help="DATA is a folder of tars, each to be read so often")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting; may be repeated"
+        "--repeat", type=int, default=0, help="DATA is a folder of tars, each to be read so often"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="any other setting; may be repeated",
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what it started is stopped as well
-    given = {name: value for name, value in vars(arguments).items() if name not in ("dir", "parts", "threads")}
-    folder = Path(arguments.dir).resolve() / f"{Path(arguments.data).name}-{arguments.samples}-{fingerprint(given)[:6]}"
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped")
+    )  # so that what it started is stopped as well
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("dir", "parts", "threads")
+    }
+    folder = (
+        Path(arguments.dir).resolve()
+        / f"{Path(arguments.data).name}-{arguments.samples}-{fingerprint(given)[:6]}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     wanted = names_of(arguments.parts)
     for part in wanted:
@@ -258,9 +352,15 @@ def main() -> None:
         file = folder / f"{part}.json"
         if not file.exists() and not (part == "floor" and (folder / "script.json").exists()):
             measure(part, arguments, folder, file)
-    found = {part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()}
+    found = {
+        part: json.loads((folder / f"{part}.json").read_text())
+        for part in PARTS
+        if (folder / f"{part}.json").exists()
+    }
     with open("/proc/cpuinfo") as cpu:
-        model = next((line.split(":")[1].strip() for line in cpu if line.startswith("model name")), "?")
+        model = next(
+            (line.split(":")[1].strip() for line in cpu if line.startswith("model name")), "?"
+        )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray"))
     print(f"{platform.machine()}, {model}, {os.cpu_count()} cores; {versions}")
     proxy = yaml.safe_load(dump_config(config_of(arguments, folder, "pipeline")))["proxy"]

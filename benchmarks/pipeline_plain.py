@@ -24,21 +24,21 @@ import numpy as np
 import torch
 from common import Images, checkpoints, embed, final, last_layer, mean_gradient, train
 
+from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE, Conformal
+from raypipe.assessment.fidelity import HeldOutPredictions, compare, hold_out, predict, split
+from raypipe.assessment.learning_curve import learning_curve
 from raypipe.config import Config, load_config
-from raypipe.extrapolate import make
-from raypipe.extrapolate.base import Nodes
-from raypipe.extrapolate.conformal import FEWEST_TO_STRETCH, Conformal
-from raypipe.extrapolate.curve import learning_curve
-from raypipe.extrapolate.fidelity import Predictions, compare, hold_out, predict, split
-from raypipe.extrapolate.gnn import MEMBERS
-from raypipe.extrapolate.gnn_published import GnnPublished
-from raypipe.images import decode_batch
+from raypipe.extrapolators import make
+from raypipe.extrapolators.base import Nodes
+from raypipe.extrapolators.blend import MEMBERS
+from raypipe.extrapolators.published.gnn import GnnPublished
 from raypipe.scores.calibration import recalibrate
+from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import combine, joining, without_itself
 from raypipe.scores.per_sample import norms_and_alignments
-from raypipe.scores.tangent import Aligner
 from raypipe.sources import class_map, open_source
-from raypipe.training import steps_per_epoch
+from raypipe.vision.decode import decode_batch
+from raypipe.vision.training import steps_per_epoch
 
 AT_ONCE = 1024
 """Samples scored in one piece."""
@@ -57,7 +57,10 @@ class Clock:
     def __call__(self, name: str) -> Iterator[None]:
         wall, seconds = time.perf_counter(), time.process_time()
         yield
-        self.wall[name], self.seconds[name] = time.perf_counter() - wall, time.process_time() - seconds
+        self.wall[name], self.seconds[name] = (
+            time.perf_counter() - wall,
+            time.process_time() - seconds,
+        )
 
 
 def run(config: Config, clock: Clock, threads: int, floor: bool) -> dict[str, Any]:
@@ -84,10 +87,17 @@ def run(config: Config, clock: Clock, threads: int, floor: bool) -> dict[str, An
         return {"samples": count, "measured": len(rows)}
     torch.set_num_threads(1)
     with clock("extrapolate"):
-        predicted, spearman = extrapolate(config, nodes, rows, score, audited, of_audit, images.classes, head)
+        predicted, spearman = extrapolate(
+            config, nodes, rows, score, audited, of_audit, images.classes, head
+        )
     with clock("select"):
         lists = [keep_list(predicted, images.label, fraction) for fraction in config.select.keep]
-    return {"samples": count, "measured": len(rows), "spearman": spearman, "kept": [len(one) for one in lists]}
+    return {
+        "samples": count,
+        "measured": len(rows),
+        "spearman": spearman,
+        "kept": [len(one) for one in lists],
+    }
 
 
 def read(config: Config) -> Images:
@@ -112,7 +122,9 @@ def read(config: Config) -> Images:
     return Images(np.concatenate(pixels)[label >= 0], label[label >= 0], len(classes.names))
 
 
-def measure(config: Config, images: Images, rows: np.ndarray, audited: np.ndarray, folder: str) -> tuple[np.ndarray, np.ndarray]:
+def measure(
+    config: Config, images: Images, rows: np.ndarray, audited: np.ndarray, folder: str
+) -> tuple[np.ndarray, np.ndarray]:
     """MoSo of the seed set and of the audit set."""
     settings, moso, seed = config.proxy, config.measure.moso, images.take(rows)
     both, count = images.take(np.concatenate([rows, audited])), len(rows)
@@ -123,14 +135,22 @@ def measure(config: Config, images: Images, rows: np.ndarray, audited: np.ndarra
             recalibrate(model, (pixels for pixels, _ in seed.batches(RECALIBRATION_BATCH)))
         gradient = mean_gradient(model, seed)
         if own:
-            found = [norms_and_alignments(model, pixels, label, gradient) for pixels, label in both.batches()]
+            found = [
+                norms_and_alignments(model, pixels, label, gradient)
+                for pixels, label in both.batches()
+            ]
             squares.append(np.concatenate([square.numpy() for square, _ in found]))
             aligned.append(np.concatenate([one.numpy() for _, one in found]))
         else:
             aligner = Aligner(model, gradient)
-            aligned.append(np.concatenate([aligner(pixels, label).numpy() for pixels, label in both.batches()]))
+            aligned.append(
+                np.concatenate([aligner(pixels, label).numpy() for pixels, label in both.batches()])
+            )
         rates.append(rate)
-    found, steps = np.stack(aligned, 1).astype(np.float64), steps_per_epoch(count, settings.batch_size) * settings.epochs
+    found, steps = (
+        np.stack(aligned, 1).astype(np.float64),
+        steps_per_epoch(count, settings.batch_size) * settings.epochs,
+    )
     spread = found[:count].std(0)
     if own:
         square, mean = np.stack(squares, 1).astype(np.float64), found[:count].mean(0)
@@ -151,10 +171,10 @@ def extrapolate(
     classes: int,
     head: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, float | None]:
-    """Every score, float32 [n], and the fidelity on the audit set; what `raypipe.stages.fitting` and `judging` do."""
+    """Every score, float32 [n], and the fidelity on the audit set; what `raypipe.stages.extrapolate.fit` and `judging` do."""
     settings, seed, audit = config.extrapolate, nodes.take(rows), nodes.take(audited)
 
-    quick = len(audited) >= FEWEST_TO_STRETCH
+    quick = len(audited) >= MIN_SAMPLES_TO_RESCALE
 
     def fresh(members: int = MEMBERS) -> Any:
         model: Any = make(settings, classes)
@@ -165,12 +185,19 @@ def extrapolate(
     model.fit(seed, score)
     parts = [
         hold_out(lambda: fresh(1 if quick else MEMBERS), seed, score, held, mlp=not quick)
-        for held in split(len(rows), settings.holdout, settings.folds_of(len(rows), classes), settings.seed)
+        for held in split(
+            len(rows), settings.holdout, settings.folds_of(len(rows), classes), settings.seed
+        )
     ]
-    found, judged = Predictions.concat(parts), predict(model, seed, score, audit, of_audit)
-    if settings.judge_published is True or (settings.judge_published == "auto" and len(nodes) <= PUBLISHED_SAMPLES):
+    found, judged = HeldOutPredictions.concat(parts), predict(model, seed, score, audit, of_audit)
+    if settings.judge_published is True or (
+        settings.judge_published == "auto" and len(nodes) <= PUBLISHED_SAMPLES
+    ):
         published = GnnPublished(
-            settings.model_copy(update={"method": "gnn-published", "epochs": "auto", "neighbours": "auto"}), classes
+            settings.model_copy(
+                update={"method": "gnn-published", "epochs": "auto", "neighbours": "auto"}
+            ),
+            classes,
         )
         published.fit_graph(nodes, rows, score)
         judged.baselines["gnn_published"] = published.predict_rows(audited).astype(np.float64)
@@ -191,11 +218,15 @@ def extrapolate(
 def keep_list(score: np.ndarray, label: np.ndarray, fraction: float) -> np.ndarray:
     """Rows of the highest scores of each class, the same share of all."""
     parts = [np.flatnonzero(label == y) for y in np.unique(label)]
-    return np.concatenate([own[np.argsort(-score[own], kind="stable")[: round(fraction * len(own))]] for own in parts])
+    return np.concatenate(
+        [own[np.argsort(-score[own], kind="stable")[: round(fraction * len(own))]] for own in parts]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("out")
     parser.add_argument("--threads", type=int, default=2)

@@ -42,7 +42,9 @@ class Taken:
     processes  every one that was seen
     """
 
-    seconds: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    seconds: dict[str, dict[str, float]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(float))
+    )
     wall: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     memory: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     processes: list[Seen] = field(default_factory=list)
@@ -127,9 +129,13 @@ def _memory(pid: int) -> tuple[int, int]:
     """Bytes of its own, and bytes of files, that a process has in memory."""
     with open(f"/proc/{pid}/status") as file:
         sizes = {
-            name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in file) if name[:3] == "Rss"
+            name: 1024 * int(rest.split()[0])
+            for name, _, rest in (line.partition(":") for line in file)
+            if name[:3] == "Rss"
         }
-    return sizes.get("RssAnon", 0), sizes.get("RssFile", 0)  # of a process that has ended there are none
+    return sizes.get("RssAnon", 0), sizes.get(
+        "RssFile", 0
+    )  # of a process that has ended there are none
 
 
 def _shared() -> int:

@@ -10,7 +10,7 @@ is left out. `pip install webdataset` for its row; raypipe does not need it.
 
 **Streaming**: everything from files (in the page cache) to decoded batches at the consumer, without a network, in processes of their own:
 
-- raypipe: `raypipe.stages.streaming.stream` with the read task of the embed stage and its pool of actors, which do nothing. Without a GPU Ray
+- raypipe: `raypipe.distributed.actor_pool.stream` with the read task of the embed stage and its pool of actors, which do nothing. Without a GPU Ray
   joins reading and actor into one process; "read apart" is as beside a GPU, where decoded blocks go through the object store;
 - DataLoader: as many workers as cores, each reads every n-th file front to back (tarfile, pyarrow) and decodes, with raypipe's decoder or
   plain (bilinear); batches of 64, stacked by the workers;
@@ -21,7 +21,7 @@ The rate is 3 N images over the difference of the two times, so what happens onc
 rate; it is the column "start s". Least time of the repeats. "per CPU s" is the same for processor seconds of all processes, which other work
 on the machine disturbs less. Memory is the highest sum over all processes, Ray's included, of proportional set sizes: shared memory counts once.
 
-What else was tried for decoding (192 ImageNet photographs, see `raypipe.images`): a JPEG's entropy coding must be undone whatever the scale,
+What else was tried for decoding (192 ImageNet photographs, see `raypipe.vision.decode`): a JPEG's entropy coding must be undone whatever the scale,
 and is two thirds of the time of full decoding, so that no scale can be much faster than 1/8. Scales that leave less than 1.75 times the
 size are little faster and differ visibly; the whole file in one piece instead of 64 kB pieces gains 2 to 3 %.
 `Image.reduce` (`reducing_gap`) matters only where a factor of four is left. libjpeg's fast transform and
@@ -49,14 +49,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_worker_niceness", "0")  # of 15, with which other work on the machine would come before Ray's alone
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # of 15, with which other work on the machine would come before Ray's alone
 
 import numpy as np
 import psutil
 from PIL import Image
 
 from raypipe.config import Config, parse_config
-from raypipe.images import decode
+from raypipe.vision.decode import decode
 
 MAX_PIXELS = 100_000_000
 BATCH = 64
@@ -64,7 +66,9 @@ TAR_COPIES = 4
 """The images of all tars, so many times, make one tar of the size that is usual."""
 
 
-def plain(data: bytes, size: int, filter: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+def plain(
+    data: bytes, size: int, filter: Image.Resampling = Image.Resampling.BILINEAR
+) -> np.ndarray:
     """What everybody writes: uint8 [3, size, size]."""
     image = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), filter)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -79,7 +83,9 @@ def of_torchvision(data: bytes, size: int) -> np.ndarray:
     from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms.v2.functional import resize
 
-    pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    pixels = decode_jpeg(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+    )
     return resize(pixels, [size, size], antialias=True).numpy()
 
 
@@ -100,7 +106,11 @@ def parquet_samples(path: str) -> Iterator[tuple[bytes, int]]:
     import pyarrow.parquet as pq
 
     for batch in pq.ParquetFile(path).iter_batches(256, use_threads=False):
-        yield from zip((image["bytes"] for image in batch["image"].to_pylist()), batch["label"].to_pylist(), strict=True)
+        yield from zip(
+            (image["bytes"] for image in batch["image"].to_pylist()),
+            batch["label"].to_pylist(),
+            strict=True,
+        )
 
 
 def samples_of(path: str) -> Iterator[tuple[bytes, int]]:
@@ -117,18 +127,24 @@ def config_of(folder: str) -> Config:
 
 
 def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
+    from raypipe.distributed.actor_pool import stream
+    from raypipe.distributed.cluster import ActorPool, connect
     from raypipe.progress import Progress
-    from raypipe.rundir import Run
-    from raypipe.stages.cluster import Pool, connect
+    from raypipe.runs.layout import Run
     from raypipe.stages.embed import _read
-    from raypipe.stages.streaming import stream
 
     config = config_of(folder)
-    config = config.model_copy(update={"proxy": config.proxy.model_copy(update={"image_size": size})})
+    config = config.model_copy(
+        update={"proxy": config.proxy.model_copy(update={"image_size": size})}
+    )
     run = Run(config.run)
     cluster = connect(config.cluster, run, Progress(quiet=True), verbose=False)
     # Ray joins reading and actors into one process where both ask for the same; beside a GPU they do not
-    pool = Pool(1, 1, 0.1, 0, 1, (cluster.cpus - 0.1) / int(cluster.cpus), 1) if apart else cluster.pool(config.embed)
+    pool = (
+        ActorPool(1, 1, 0.1, 0, 1, (cluster.cpus - 0.1) / int(cluster.cpus), 1)
+        if apart
+        else cluster.pool(config.embed)
+    )
     counts: list[int] = []
     read = functools.partial(_read, config, run.uri, False)
     stream(run.fragments(), read, Count, {}, pool, 600, lambda row: counts.append(row["samples"]))
@@ -137,9 +153,9 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
 
 def index(folder: str) -> None:
     """Write the index of a folder's run, as the index stage does in tasks."""
-    from raypipe.rundir import Run
+    from raypipe.runs.layout import Run
     from raypipe.sources import open_source
-    from raypipe.stages.index import _file_id, _rows, _Writer
+    from raypipe.stages.index.stage import _file_id, _rows, _Writer
 
     config = config_of(folder)
     source, writer = open_source(config.source), _Writer(Run(config.run), config.source)
@@ -153,7 +169,10 @@ class Count:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert batch["image"].dtype == np.uint8 and batch["image"].ndim == 4
-        return {"unit": batch["fragment"][:1], "samples": np.array([int((batch["reason"] == "").sum())])}
+        return {
+            "unit": batch["fragment"][:1],
+            "samples": np.array([int((batch["reason"] == "").sum())]),
+        }
 
 
 def pass_of_loader(folder: str, size: int, decoder: Callable[[bytes, int], np.ndarray]) -> int:
@@ -168,7 +187,10 @@ def pass_of_loader(folder: str, size: int, decoder: Callable[[bytes, int], np.nd
                     yield torch.from_numpy(decoder(image, size)), label
 
     torch.set_num_threads(1)
-    return sum(len(images) for images, _ in DataLoader(Files(), batch_size=BATCH, num_workers=os.cpu_count() or 1))
+    return sum(
+        len(images)
+        for images, _ in DataLoader(Files(), batch_size=BATCH, num_workers=os.cpu_count() or 1)
+    )
 
 
 def pass_of_webdataset(folder: str, size: int) -> int:
@@ -179,7 +201,12 @@ def pass_of_webdataset(folder: str, size: int) -> int:
     urls = [str(path) for path in sorted(Path(folder).iterdir())]
     read = webdataset.WebDataset(urls, shardshuffle=False).to_tuple("jpg", "cls")
     data = read.map_tuple(lambda image: torch.from_numpy(ours(image, size)), int).batched(BATCH)
-    return sum(len(images) for images, _ in webdataset.WebLoader(data, batch_size=None, num_workers=os.cpu_count() or 1))
+    return sum(
+        len(images)
+        for images, _ in webdataset.WebLoader(
+            data, batch_size=None, num_workers=os.cpu_count() or 1
+        )
+    )
 
 
 SYSTEMS: dict[str, Callable[[str, int], int]] = {
@@ -195,7 +222,12 @@ class Processes:
     """Processor seconds and highest memory of a process and all that come from it."""
 
     def __init__(self, pid: int, memory: bool) -> None:
-        self._root, self._memory, self._seconds, self._over = psutil.Process(pid), memory, {}, threading.Event()
+        self._root, self._memory, self._seconds, self._over = (
+            psutil.Process(pid),
+            memory,
+            {},
+            threading.Event(),
+        )
         self.peak = 0
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -225,7 +257,9 @@ class Processes:
         return sum(self._seconds.values())
 
 
-def one_pass(system: str, folder: str, size: int, images: int, memory: bool) -> tuple[float, float, int]:
+def one_pass(
+    system: str, folder: str, size: int, images: int, memory: bool
+) -> tuple[float, float, int]:
     """Wall-clock seconds, processor seconds and bytes (0 where they were not looked at) of a pass over a folder."""
     started = time.perf_counter()
     command = [sys.executable, __file__, "--child", json.dumps([system, folder, size])]
@@ -254,7 +288,9 @@ def decoding(name: str, images: list[bytes], sizes: list[int], repeats: int) -> 
         "torchvision": of_torchvision,
         "raypipe": ours,
     }
-    print(f"\nDecoding {len(images):,} JPEGs of {name}, one thread: images per processor second, times plain PIL, times bilinear")
+    print(
+        f"\nDecoding {len(images):,} JPEGs of {name}, one thread: images per processor second, times plain PIL, times bilinear"
+    )
     print(f"{'':<22}" + "".join(f"{f'{size} px':>10}{'':>8}{'':>8}" for size in sizes))
     best = {key: dict.fromkeys(sizes, float("inf")) for key in decoders}
     for _ in range(repeats):  # they take turns, so that other work on the machine falls on all
@@ -265,35 +301,62 @@ def decoding(name: str, images: list[bytes], sizes: list[int], repeats: int) -> 
                     decoder(data, size)
                 best[key][size] = min(best[key][size], time.process_time() - started)
     for key, row in best.items():
-        ratios = ((best["plain PIL"][size] / row[size], best["plain PIL, bilinear"][size] / row[size]) for size in sizes)
-        cells = (f"{len(images) / row[size]:>10,.0f}{a:>8.2f}{b:>8.2f}" for size, (a, b) in zip(sizes, ratios, strict=True))
+        ratios = (
+            (best["plain PIL"][size] / row[size], best["plain PIL, bilinear"][size] / row[size])
+            for size in sizes
+        )
+        cells = (
+            f"{len(images) / row[size]:>10,.0f}{a:>8.2f}{b:>8.2f}"
+            for size, (a, b) in zip(sizes, ratios, strict=True)
+        )
         print(f"{key:<22}" + "".join(cells), flush=True)
 
 
-def streaming(name: str, few: tuple[str, int], many: tuple[str, int], size: int, repeats: int, systems: list[str]) -> None:
+def streaming(
+    name: str,
+    few: tuple[str, int],
+    many: tuple[str, int],
+    size: int,
+    repeats: int,
+    systems: list[str],
+) -> None:
     """Each folder with the number of its images."""
     print(f"\nStreaming {name} at {size} px: {few[1]:,} and {many[1]:,} images")
-    print(f"{'':<26}{'images/s':>9}{'of DL':>7}{'per CPU s':>11}{'of DL':>7}{'start s':>9}{'peak MB':>9}{'of 4 N':>8}")
+    print(
+        f"{'':<26}{'images/s':>9}{'of DL':>7}{'per CPU s':>11}{'of DL':>7}{'start s':>9}{'peak MB':>9}{'of 4 N':>8}"
+    )
     against = (0.0, 0.0)
     for system in systems:
         seconds, cpu, peak = [float("inf")] * 2, [float("inf")] * 2, [0, 0]
         for repeat in range(repeats):
             for which, (folder, images) in enumerate((few, many)):
                 took = one_pass(system, folder, size, images, memory=repeat == 0)
-                print(f"  {system}, {images:,}: {took[0]:.1f} s, {took[1]:.1f} CPU s, {took[2] / 1e6:,.0f} MB", file=sys.stderr)
+                print(
+                    f"  {system}, {images:,}: {took[0]:.1f} s, {took[1]:.1f} CPU s, {took[2] / 1e6:,.0f} MB",
+                    file=sys.stderr,
+                )
                 seconds[which], cpu[which] = min(seconds[which], took[0]), min(cpu[which], took[1])
                 peak[which] = max(peak[which], took[2])
         more = many[1] - few[1]
-        rate, per_cpu = (more / (times[1] - times[0]) if times[1] > times[0] else float("nan") for times in (seconds, cpu))
+        rate, per_cpu = (
+            more / (times[1] - times[0]) if times[1] > times[0] else float("nan")
+            for times in (seconds, cpu)
+        )
         against = against if any(against) else (rate, per_cpu)
-        peaks = "".join(f"{bytes / 1e6:>{width},.0f}" for bytes, width in zip(peak, (9, 8), strict=True))
+        peaks = "".join(
+            f"{bytes / 1e6:>{width},.0f}" for bytes, width in zip(peak, (9, 8), strict=True)
+        )
         print(
             f"{system:<26}{rate:>9,.0f}{rate / against[0]:>7.2f}{per_cpu:>11,.0f}{per_cpu / against[1]:>7.2f}"
             f"{seconds[0] - few[1] / rate:>9.1f}{peaks}",
             flush=True,
         )
     if name != "ImageNet" or importlib.util.find_spec("webdataset") is None:
-        print(f"{'webdataset':<26}not installed" if name == "ImageNet" else f"{'webdataset':<26}reads no Parquet")
+        print(
+            f"{'webdataset':<26}not installed"
+            if name == "ImageNet"
+            else f"{'webdataset':<26}reads no Parquet"
+        )
 
 
 def link(files: list[str], folder: str, count: int) -> str:
@@ -308,7 +371,9 @@ def link(files: list[str], folder: str, count: int) -> str:
 
 def imagenet_tar(folder: str, to: str) -> tuple[list[bytes], str, int]:
     """The images of all tars of a folder, one tar of them several times, and how many it has."""
-    samples = [sample for path in sorted(Path(folder).glob("*.tar")) for sample in tar_samples(str(path))]
+    samples = [
+        sample for path in sorted(Path(folder).glob("*.tar")) for sample in tar_samples(str(path))
+    ]
     path = os.path.join(to, "all.tar")
     with tarfile.open(path, "w") as tar:
         for copy in range(TAR_COPIES):
@@ -321,15 +386,26 @@ def imagenet_tar(folder: str, to: str) -> tuple[list[bytes], str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--imagenet", help="a folder of WebDataset tars")
     parser.add_argument("--cifar", help="a folder of Parquet files")
-    parser.add_argument("--images", type=int, default=6000, help="N of ImageNet; of CIFAR it is ten times as many")
+    parser.add_argument(
+        "--images", type=int, default=6000, help="N of ImageNet; of CIFAR it is ten times as many"
+    )
     parser.add_argument("--sizes", default="64,224", help="pixels")
     parser.add_argument("--repeats", type=int, default=2, help="the least time of so many")
-    parser.add_argument("--systems", default="", help="only those whose names begin so, separated by commas, and the DataLoader")
+    parser.add_argument(
+        "--systems",
+        default="",
+        help="only those whose names begin so, separated by commas, and the DataLoader",
+    )
     parser.add_argument("--tables", default="decoding,streaming", help="which")
-    parser.add_argument("--dir", help="where the repeated files are written, and deleted again; default: a temporary folder")
+    parser.add_argument(
+        "--dir",
+        help="where the repeated files are written, and deleted again; default: a temporary folder",
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the images")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -341,26 +417,36 @@ def main() -> None:
     import torchvision
 
     has_webdataset = importlib.util.find_spec("webdataset") is not None
-    versions = (
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, numpy {np.__version__}"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, numpy {np.__version__}"
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, no GPU used; Python {platform.python_version()}, {versions}"
     )
-    print(f"{platform.machine()}, {os.cpu_count()} cores, no GPU used; Python {platform.python_version()}, {versions}")
     images = arguments.images // (10 if arguments.quick else 1)
     chosen = [
         system
         for system in SYSTEMS
-        if system == "DataLoader, our decoder" or any(map(system.startswith, arguments.systems.split(",")))
+        if system == "DataLoader, our decoder"
+        or any(map(system.startswith, arguments.systems.split(",")))
     ]
     with tempfile.TemporaryDirectory(prefix="raypipe-reading-", dir=arguments.dir) as scratch:
         if arguments.imagenet:
             jpegs, tar, per_tar = imagenet_tar(arguments.imagenet, scratch)
             if "decoding" in arguments.tables:
-                decoding("ImageNet", jpegs, list(map(int, arguments.sizes.split(","))), max(3, arguments.repeats))
+                decoding(
+                    "ImageNet",
+                    jpegs,
+                    list(map(int, arguments.sizes.split(","))),
+                    max(3, arguments.repeats),
+                )
             count = max(2, round(images / per_tar))
             few = link([tar], os.path.join(scratch, "few"), count), count * per_tar
             many = link([tar], os.path.join(scratch, "many"), 4 * count), 4 * count * per_tar
-            for size in map(int, arguments.sizes.split(",") if "streaming" in arguments.tables else ()):
-                systems = [system for system in chosen if has_webdataset or "webdataset" not in system]
+            for size in map(
+                int, arguments.sizes.split(",") if "streaming" in arguments.tables else ()
+            ):
+                systems = [
+                    system for system in chosen if has_webdataset or "webdataset" not in system
+                ]
                 streaming("ImageNet", few, many, size, arguments.repeats, systems)
         if arguments.cifar:
             sources = sorted(map(str, Path(arguments.cifar).glob("train*.parquet")))
@@ -371,7 +457,10 @@ def main() -> None:
                 decoding("CIFAR-10", jpegs, [32], max(3, arguments.repeats))
             count = max(2, round(10 * images / per_file))
             few = link(copies, os.path.join(scratch, "few-cifar"), count), count * per_file
-            many = link(copies, os.path.join(scratch, "many-cifar"), 4 * count), 4 * count * per_file
+            many = (
+                link(copies, os.path.join(scratch, "many-cifar"), 4 * count),
+                4 * count * per_file,
+            )
             systems = [system for system in chosen if "webdataset" not in system]
             if "streaming" in arguments.tables:
                 streaming("CIFAR-10", few, many, 32, arguments.repeats, systems)

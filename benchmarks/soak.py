@@ -41,7 +41,7 @@ from pathlib import Path
 from soak_runs import Driver, Found, Workers, compare, configuration, ids_of, kind_of, write_source
 
 from raypipe.config import dump_config, parse_config
-from raypipe.rundir import STAGE_FOLDERS
+from raypipe.runs.layout import STAGE_FOLDERS
 
 STAGES = ("start", *STAGE_FOLDERS)
 """`start` is the driver before its first stage."""
@@ -78,11 +78,17 @@ class Soak:
         self.windows: dict[Combination, float] = {}
         known = json.loads(self._state.read_bytes()) if self._state.exists() else {}
         self.kills = [Kill(**kill) for kill in known.get("kills", [])]
-        self.missed: Counter[Combination] = Counter({(stage, kind): count for stage, kind, count in known.get("missed", [])})
+        self.missed: Counter[Combination] = Counter(
+            {(stage, kind): count for stage, kind, count in known.get("missed", [])}
+        )
         self.found = [Found(**found) for found in known.get("found", [])]
         self.unfinished: list[str] = known.get("unfinished", [])
         self.errors: Counter[str] = Counter(known.get("errors", {}))
-        self.starts, self.ended, self._before = known.get("starts", 0), known.get("ended", 0), known.get("seconds", 0.0)
+        self.starts, self.ended, self._before = (
+            known.get("starts", 0),
+            known.get("ended", 0),
+            known.get("seconds", 0.0),
+        )
         self._random = random.Random(f"{seed} {len(self.kills)}")
         self._settle("next")
 
@@ -101,7 +107,10 @@ class Soak:
             "kills": [dataclasses.asdict(kill) for kill in self.kills],
             "missed": [[*combination, count] for combination, count in self.missed.items()],
             "found": [dataclasses.asdict(found) for found in self.found],
-            **{name: getattr(self, name) for name in ("unfinished", "errors", "starts", "ended", "seconds")},
+            **{
+                name: getattr(self, name)
+                for name in ("unfinished", "errors", "starts", "ended", "seconds")
+            },
         }
         self._state.write_text(json.dumps(about))
 
@@ -128,11 +137,15 @@ class Soak:
         """The truth, and for every combination the seconds that there is such a process; both are read where they are there."""
         run, file = self._folder / "truth", self._folder / "windows.json"
         if file.exists():
-            self.windows = {(stage, kind): seconds for stage, kind, seconds in json.loads(file.read_bytes())}
+            self.windows = {
+                (stage, kind): seconds for stage, kind, seconds in json.loads(file.read_bytes())
+            }
             self.say("the truth is that of an earlier call")
             return
         for left in (run, run.with_suffix(".log")):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
+                missing_ok=True
+            )
         driver, titles, looked = self._start(run), Counter[str](), time.monotonic()
         while driver.process.poll() is None:
             if driver.look():
@@ -140,17 +153,27 @@ class Soak:
             there, before, looked = self._workers.titles(), looked, time.monotonic()
             for kind in {"driver", *map(kind_of, there.values())}:
                 if kind == "driver" or driver.stage != "start":
-                    self.windows[driver.stage, kind] = self.windows.get((driver.stage, kind), 0.0) + looked - before
-            titles.update({f"{kind_of(title)} {title.partition('::')[2]}" for title in there.values()})
+                    self.windows[driver.stage, kind] = (
+                        self.windows.get((driver.stage, kind), 0.0) + looked - before
+                    )
+            titles.update(
+                {f"{kind_of(title)} {title.partition('::')[2]}" for title in there.values()}
+            )
             time.sleep(POLL)
         if driver.process.returncode != 0:
             raise SystemExit(f"the undisturbed run failed: {driver.said()}")
         self.end_driver()
         for stage in STAGES:
-            kinds = ", ".join(f"{kind} {seconds:.1f} s" for (of, kind), seconds in self.windows.items() if of == stage)
+            kinds = ", ".join(
+                f"{kind} {seconds:.1f} s"
+                for (of, kind), seconds in self.windows.items()
+                if of == stage
+            )
             self.say(f"{stage:<12} {kinds}")
         self.say(f"processes: {', '.join(sorted(titles))}")
-        file.write_text(json.dumps([[*combination, seconds] for combination, seconds in self.windows.items()]))
+        file.write_text(
+            json.dumps([[*combination, seconds] for combination, seconds in self.windows.items()])
+        )
         self.say(f"the truth took {time.monotonic() - driver.started:.0f} s")
 
     def check_truth(self, samples: int) -> None:
@@ -166,7 +189,12 @@ class Soak:
         """Runs until there were kills enough; the last one is brought to its end."""
         while len(self.kills) < self._wanted or self._folder_of(self.ended + 1).exists():
             number = self.ended + 1
-            run, kills, started, starts = self._folder_of(number), len(self.kills), time.monotonic(), self.starts
+            run, kills, started, starts = (
+                self._folder_of(number),
+                len(self.kills),
+                time.monotonic(),
+                self.starts,
+            )
             ended = self._run(number, run)
             self.end_driver()
             self.ended = number
@@ -189,17 +217,30 @@ class Soak:
     def _plan(self) -> list[tuple[str, str, float]]:
         """Combinations and seconds to wait in them, in the order of the stages."""
         done = Counter((kill.stage, kill.kind) for kill in self.kills)
-        rank = {item: (done[item] + self.missed[item] / 2, self._random.random()) for item in self.windows}
+        rank = {
+            item: (done[item] + self.missed[item] / 2, self._random.random())
+            for item in self.windows
+        }
         number = max(0, min(self._random.randint(*KILLS_IN_RUN), self._wanted - len(self.kills)))
         chosen = sorted(
-            sorted(rank, key=lambda item: rank[item])[:number], key=lambda item: (STAGES.index(item[0]), rank[item][1])
+            sorted(rank, key=lambda item: rank[item])[:number],
+            key=lambda item: (STAGES.index(item[0]), rank[item][1]),
         )
-        return [(stage, kind, self._random.uniform(0, self.windows[stage, kind])) for stage, kind in chosen]
+        return [
+            (stage, kind, self._random.uniform(0, self.windows[stage, kind]))
+            for stage, kind in chosen
+        ]
 
     def _run(self, number: int, run: Path) -> bool:
         """One run to its end; False where it does not come to one."""
         plan, driver = self._plan(), self._start(run)
-        moved, in_vain, kills, seen, now = time.monotonic(), 0, len(self.kills), 0.0, time.monotonic()
+        moved, in_vain, kills, seen, now = (
+            time.monotonic(),
+            0,
+            len(self.kills),
+            0.0,
+            time.monotonic(),
+        )
         while True:
             before, now = now, time.monotonic()
             if driver.process.poll() is not None:
@@ -215,7 +256,12 @@ class Soak:
                     self.unfinished.append(error)
                     return False
                 self.end_driver()
-                driver, moved, kills, seen = self._start(run), time.monotonic(), len(self.kills), 0.0
+                driver, moved, kills, seen = (
+                    self._start(run),
+                    time.monotonic(),
+                    len(self.kills),
+                    0.0,
+                )
                 continue
             if driver.look():
                 self._settle("Ray")
@@ -228,7 +274,11 @@ class Soak:
                 self.missed[plan.pop(0)[:2]] += 1
             if plan and plan[0][0] == driver.stage:
                 _, kind, delay = plan[0]
-                there = {driver.process.pid: "the command"} if kind == "driver" else self._workers.of(kind)
+                there = (
+                    {driver.process.pid: "the command"}
+                    if kind == "driver"
+                    else self._workers.of(kind)
+                )
                 seen += (now - before) * bool(there)
                 if there and seen >= delay:
                     pid, title = self._random.choice(sorted(there.items()))
@@ -245,7 +295,9 @@ class Soak:
             os.kill(pid, signal.SIGKILL)
         self._settle("next")
         seconds = time.monotonic() - driver.since
-        self.kills.append(Kill(number, driver.stage, kind, title, seconds, "rerun" if kind == "driver" else ""))
+        self.kills.append(
+            Kill(number, driver.stage, kind, title, seconds, "rerun" if kind == "driver" else "")
+        )
         self.say(
             f"  kill {len(self.kills)} of {self._wanted}: run {number}, {driver.stage}, {kind}, after {seconds:.1f} s: {title}"
         )
@@ -259,7 +311,9 @@ class Soak:
 
     @property
     def good(self) -> bool:
-        return not self.unfinished and not any(found.lost or found.doubled or found.differ for found in self.found)
+        return not self.unfinished and not any(
+            found.lost or found.doubled or found.differ for found in self.found
+        )
 
     def table(self, cut_short: bool) -> Iterator[str]:
         outcomes = ("Ray", "rerun", "next")
@@ -267,7 +321,8 @@ class Soak:
         yield f"{'stage':<12} {'process':<11} {'kills':>6} {'Ray recovered':>15} {'rerun needed':>14} {'next came first':>17}"
         counts = Counter((kill.stage, kill.kind, kill.outcome) for kill in self.kills)
         combinations = sorted(
-            {*self.windows, *((kill.stage, kill.kind) for kill in self.kills)}, key=lambda item: STAGES.index(item[0])
+            {*self.windows, *((kill.stage, kill.kind) for kill in self.kills)},
+            key=lambda item: STAGES.index(item[0]),
         )
         for stage, kind in combinations:
             row = [counts[stage, kind, outcome] for outcome in outcomes]
@@ -291,7 +346,11 @@ class Soak:
         if not found and self.good:
             yield "no run ended: nothing is shown"
         else:
-            yield "nothing lost, nothing doubled, nothing different" if self.good else "NOT AS IT SHOULD BE"
+            yield (
+                "nothing lost, nothing doubled, nothing different"
+                if self.good
+                else "NOT AS IT SHOULD BE"
+            )
 
 
 @contextlib.contextmanager
@@ -302,7 +361,13 @@ def cluster(cpus: int) -> Iterator[str]:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+    )
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
@@ -321,11 +386,14 @@ def working_folder(given: str | None) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of combinations and moments")
     parser.add_argument(
-        "--dir", help="where runs are written, and a call goes on that was cut short; default: a temporary folder"
+        "--dir",
+        help="where runs are written, and a call goes on that was cut short; default: a temporary folder",
     )
     parser.add_argument("--samples", type=int, default=1500)
     parser.add_argument("--cpus", type=int, default=2, help="that Ray has")
@@ -341,7 +409,9 @@ def main() -> None:
             write_source(folder / "source", arguments.samples)
         with cluster(arguments.cpus) as address:
             signal.signal(signal.SIGTERM, stop)  # after Ray, which has a handler of its own
-            signal.signal(signal.SIGINT, stop)  # which is ignored where a shell started this in the background
+            signal.signal(
+                signal.SIGINT, stop
+            )  # which is ignored where a shell started this in the background
             soak, cut_short = Soak(folder, address, arguments.seed, arguments.kills), False
             try:
                 soak.leave_alone()

@@ -40,7 +40,12 @@ def configuration(folder: Path, run: Path) -> dict[str, Any]:
     """A run that has every stage and every kind of process, at a size at which starting these is most of the work."""
     return {
         "run": str(run),
-        "source": {"uri": str(folder / "source"), "format": "webdataset", "fragment_samples": 64, "max_reject_fraction": 0.2},
+        "source": {
+            "uri": str(folder / "source"),
+            "format": "webdataset",
+            "fragment_samples": 64,
+            "max_reject_fraction": 0.2,
+        },
         "seed": {"fraction": 0.4},
         "proxy": {
             "model": "small",
@@ -70,7 +75,10 @@ def write_source(folder: Path, samples: int) -> None:
             for index in range(tar * samples // TARS, (tar + 1) * samples // TARS):
                 image, label = make_sample(recipe, index)
                 assert isinstance(image, bytes)
-                for name, content in ((f"{index:07d}.png", image), (f"{index:07d}.cls", str(label).encode())):
+                for name, content in (
+                    (f"{index:07d}.png", image),
+                    (f"{index:07d}.cls", str(label).encode()),
+                ):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(content)
                     file.addfile(entry, io.BytesIO(content))
@@ -80,7 +88,11 @@ class Workers:
     """The processes that work for the Ray cluster of this process."""
 
     def __init__(self) -> None:
-        found = [process for process in psutil.Process().children(recursive=True) if process.name() == "raylet"]
+        found = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if process.name() == "raylet"
+        ]
         self._raylet, self._pids, self._due = found[0], list[int](), 0.0
         self._over: set[int] = set()
 
@@ -98,7 +110,9 @@ class Workers:
     def over(self, driver_too: bool = False) -> None:
         """What a stage that ended had, and tasks too when its driver is dead, is not met any more."""
         self._due = 0.0
-        self._over |= {pid for pid, title in self.titles().items() if driver_too or kind_of(title) != "task"}
+        self._over |= {
+            pid for pid, title in self.titles().items() if driver_too or kind_of(title) != "task"
+        }
 
 
 def title_of(pid: int) -> str:
@@ -122,7 +136,9 @@ class Driver:
         command = [sys.executable, "-m", "raypipe.cli", "run", str(config)]
         environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
         self._from = self._log.tell()
-        self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True
+        )
 
     def look(self) -> bool:
         """Whether it went on to another stage since the last look."""
@@ -138,7 +154,14 @@ class Driver:
             stages = json.loads((self._run / "run.json").read_bytes())["stages"]
         except (OSError, ValueError):
             return "", 0
-        return next(((name, record["attempts"]) for name, record in stages.items() if record["state"] == "running"), ("", 0))
+        return next(
+            (
+                (name, record["attempts"])
+                for name, record in stages.items()
+                if record["state"] == "running"
+            ),
+            ("", 0),
+        )
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -148,8 +171,17 @@ class Driver:
 
     def said(self) -> str:
         """The error it ended with."""
-        lines = self._run.with_suffix(".log").read_bytes()[self._from :].decode(errors="replace").strip().splitlines()
-        return next((line for line in reversed(lines) if line.startswith("raypipe: ")), lines[-1] if lines else "nothing")
+        lines = (
+            self._run.with_suffix(".log")
+            .read_bytes()[self._from :]
+            .decode(errors="replace")
+            .strip()
+            .splitlines()
+        )
+        return next(
+            (line for line in reversed(lines) if line.startswith("raypipe: ")),
+            lines[-1] if lines else "nothing",
+        )
 
 
 @dataclasses.dataclass
@@ -164,18 +196,30 @@ class Found:
 
 def contents(run: Path) -> dict[str, str]:
     """A hash of every file that must be the same."""
-    files = [file for pattern in COMPARED for file in run.glob(pattern) if not file.name.startswith(".")]
-    return {str(file.relative_to(run)): hashlib.blake2b(file.read_bytes()).hexdigest() for file in files}
+    files = [
+        file for pattern in COMPARED for file in run.glob(pattern) if not file.name.startswith(".")
+    ]
+    return {
+        str(file.relative_to(run)): hashlib.blake2b(file.read_bytes()).hexdigest() for file in files
+    }
 
 
 def ids_of(run: Path) -> Counter[str]:
     """How often each sample is in scores and rejects."""
     files = [file for folder in ("scores", "rejects") for file in (run / folder).glob("*.parquet")]
-    return Counter(name for file in files for name in pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist())
+    return Counter(
+        name
+        for file in files
+        for name in pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
+    )
 
 
 def names_of(run: Path) -> set[str]:
-    return {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file() and file.parent.name != "logs"}
+    return {
+        str(file.relative_to(run))
+        for file in run.rglob("*")
+        if file.is_file() and file.parent.name != "logs"
+    }
 
 
 def compare(truth: Path, run: Path) -> Found:
@@ -183,4 +227,6 @@ def compare(truth: Path, run: Path) -> Found:
     there, counts = contents(run), ids_of(run)
     differ = sorted(name for name in {*expected, *there} if expected.get(name) != there.get(name))
     doubled = sum(count > 1 for count in counts.values()) + len(set(counts) - set(samples))
-    return Found(len(set(samples) - set(counts)), doubled, differ, sorted(names_of(run) - names_of(truth)))
+    return Found(
+        len(set(samples) - set(counts)), doubled, differ, sorted(names_of(run) - names_of(truth))
+    )

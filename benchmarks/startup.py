@@ -24,7 +24,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYPIPE = (
@@ -42,10 +42,22 @@ SHOWN = 12
 def wheel() -> int:
     """Bytes of the wheel of this checkout."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "raypipe", Path(folder, "raypipe"), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "raypipe", Path(folder, "raypipe"), ignore=shutil.ignore_patterns("__pycache__")
+        )
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder)
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            folder,
+            folder,
+        ]
         subprocess.run(command, check=True)
         (file,) = Path(folder).glob("*.whl")
         return file.stat().st_size
@@ -100,16 +112,27 @@ def commands(uri: str, repeats: int) -> None:
     run = Run(uri)
     samples, shards = run.ledger()["extrapolate"].samples, len(run.done("scores"))
     print(f"\n{samples:,} samples in {shards:,} score shards")
-    for words in (["status", uri], ["inspect", "--config", run.path("config.yaml")], ["select", uri], ["report", uri]):
+    for words in (
+        ["status", uri],
+        ["inspect", "--config", run.path("config.yaml")],
+        ["select", uri],
+        ["report", uri],
+    ):
         seconds, said = best([sys.executable, "-c", RAYPIPE, *words], repeats)
         slow = "" if seconds < WITHIN else f"  more than {WITHIN:g} s"
-        heavy = f"  imports {said.removeprefix('with ')}" if said.removeprefix("with").strip() else ""
+        heavy = (
+            f"  imports {said.removeprefix('with ')}" if said.removeprefix("with").strip() else ""
+        )
         print(f"raypipe {words[0]:<22}{seconds:>8.2f} s{slow}{heavy}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="append", default=[], help="a finished run; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", action="append", default=[], help="a finished run; may be repeated"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
@@ -120,14 +143,19 @@ def main() -> None:
     for name in heaviest[:SHOWN]:
         print(f"  {name:<36}{packages[name] / 1e6:>6,.0f}")
     print(f"  {'others':<36}{sum(packages[name] for name in heaviest[SHOWN:]) / 1e6:>6,.0f}")
-    print(f"  of all, PyTorch and CUDA {sum(size for name, size in packages.items() if name.startswith(CUDA)) / 1e6:>17,.0f}\n")
+    print(
+        f"  of all, PyTorch and CUDA {sum(size for name, size in packages.items() if name.startswith(CUDA)) / 1e6:>17,.0f}\n"
+    )
     for what, command in (
         ("python", ["-c", ""]),
         ("import raypipe", ["-c", "import raypipe"]),
         ("raypipe --help", ["-c", RAYPIPE, "--help"]),
         ("raypipe init", ["-c", RAYPIPE, "init"]),
     ):
-        print(f"{what:<30}{best([sys.executable, *command], arguments.repeats)[0]:>8.2f} s", flush=True)
+        print(
+            f"{what:<30}{best([sys.executable, *command], arguments.repeats)[0]:>8.2f} s",
+            flush=True,
+        )
     for uri in arguments.run:
         commands(uri, arguments.repeats)
 

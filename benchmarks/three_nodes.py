@@ -65,13 +65,19 @@ class Transcript:
         self.say(f"$ {text}")
 
     def _plain(self, text: str) -> str:
-        for found, written in ((self._folder, "/shared"), (sys.executable, "python"), (str(ROOT), ".")):
+        for found, written in (
+            (self._folder, "/shared"),
+            (sys.executable, "python"),
+            (str(ROOT), "."),
+        ):
             text = text.replace(found, written)
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)
         return re.sub(r"\b(?!127\.)\d{1,3}(\.\d{1,3}){3}\b", "<address>", text)
 
 
-def submit(nodes: LocalNodes, out: Transcript, run: Path, meanwhile: Callable[[], None] | None = None) -> None:
+def submit(
+    nodes: LocalNodes, out: Transcript, run: Path, meanwhile: Callable[[], None] | None = None
+) -> None:
     """Submit the job by Ray's command line and show what it says until it ends; `meanwhile` runs beside it."""
     entry = ["python", "jobs/run.py", "--config", "jobs/configs/digits.yaml", f"--set=run={run}"]
     entry += [f"--set={setting}" for setting in SETTINGS]
@@ -94,17 +100,23 @@ def submit(nodes: LocalNodes, out: Transcript, run: Path, meanwhile: Callable[[]
 def show_nodes(nodes: LocalNodes, out: Transcript) -> None:
     out.typed(f"ray list nodes --address {nodes.job_server}")
     command = ray_command("list", "nodes", f"--address={nodes.job_server}", "--format=json")
-    said = subprocess.run(command, env=nodes.environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    said = subprocess.run(
+        command, env=nodes.environment, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
     for node in sorted(json.loads(said[said.index("[") :]), key=lambda node: node["node_ip"]):
         cpus = (node.get("resources_total") or {}).get("CPU", 0)
         head = "head, " if node["is_head_node"] else ""
-        out.say(f"  {node['node_ip']}  {node['state']}  {head}{cpus:g} CPU  {node.get('state_message') or ''}".rstrip())
+        out.say(
+            f"  {node['node_ip']}  {node['state']}  {head}{cpus:g} CPU  {node.get('state_message') or ''}".rstrip()
+        )
 
 
 def raypipe(nodes: LocalNodes, out: Transcript, *arguments: str) -> None:
     out.typed("raypipe " + shlex.join(arguments))
     command = [sys.executable, "-m", "raypipe.cli", *arguments]
-    said = subprocess.run(command, env=nodes.environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = subprocess.run(
+        command, env=nodes.environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     for line in (said.stdout + said.stderr).splitlines():
         out.say(f"  {line}")
 
@@ -117,19 +129,35 @@ def compare(first: Path, second: Path, out: Transcript) -> bool:
     """Whether two runs have the same scores, in words."""
     here, there = files_of(first, "scores"), files_of(second, "scores")
     same = sum(there.get(name) == content for name, content in here.items())
-    rows = [row for path in sorted((second / "scores").glob("*.parquet")) for row in pq.read_table(path)["sample_id"].to_pylist()]
-    out.say(f"score files      {len(here)} and {len(there)}; {same} of them are the same, byte for byte")
+    rows = [
+        row
+        for path in sorted((second / "scores").glob("*.parquet"))
+        for row in pq.read_table(path)["sample_id"].to_pylist()
+    ]
+    out.say(
+        f"score files      {len(here)} and {len(there)}; {same} of them are the same, byte for byte"
+    )
     out.say(f"samples          {len(rows):,} rows, {len(set(rows)):,} different ids")
     return here == there and len(rows) == len(set(rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=sorted(FILES), default="embed", help="in whose middle the node is killed")
-    parser.add_argument("--dir", default="", help="an existing folder with a short path (default: one that is removed)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stage", choices=sorted(FILES), default="embed", help="in whose middle the node is killed"
+    )
+    parser.add_argument(
+        "--dir",
+        default="",
+        help="an existing folder with a short path (default: one that is removed)",
+    )
     options = parser.parse_args()
     os.environ["NO_COLOR"] = "1"
-    with tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix="rp-", dir="/tmp", ignore_cleanup_errors=True
+    ) as temporary:
         shared = Path(options.dir or temporary)
         out = Transcript(str(shared))
         out.say(f"# python benchmarks/three_nodes.py --stage {options.stage}      (2-core x86-64)")
@@ -149,7 +177,9 @@ def _start(nodes: LocalNodes, out: Transcript) -> int:
     numbers = [nodes.add(1, wait=False), nodes.add(1, wait=False)]
     for number in numbers:
         nodes.wait_for(number)
-        out.typed(f"ray start --address={nodes.address} --num-cpus=1 --node-ip-address=127.0.0.{number} ...")
+        out.typed(
+            f"ray start --address={nodes.address} --num-cpus=1 --node-ip-address=127.0.0.{number} ..."
+        )
     show_nodes(nodes, out)
     return numbers[-1]
 
@@ -177,7 +207,9 @@ def _killed(nodes: LocalNodes, out: Transcript, shared: Path, stage: str, number
             time.sleep(0.005)
         nodes.lose(number)
         left = f"{len(done)} of {units} units of {stage} were done"
-        out.heard(f">>>> kill -9 {raylet.pid}, the raylet of node 127.0.0.{number}, and all of its workers; {left}")
+        out.heard(
+            f">>>> kill -9 {raylet.pid}, the raylet of node 127.0.0.{number}, and all of its workers; {left}"
+        )
 
     submit(nodes, out, shared / "killed", kill)
     out.say()

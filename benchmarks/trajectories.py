@@ -43,10 +43,11 @@ import pyarrow as pa
 import torch
 
 from raypipe import storage
-from raypipe.rundir import Run
-from raypipe.scores.base import NUMBERS, SCORES
-from raypipe.stages.proxy_worker import group_rows, predictions, write_trajectory
-from raypipe.stages.trajectories import columns_of, read_groups, score_rows
+from raypipe.runs.layout import Run
+from raypipe.scores.registry import SCORES
+from raypipe.scores.trajectory import STATISTICS
+from raypipe.stages.measure.trajectories import columns_of, read_groups, score_rows
+from raypipe.stages.proxy.worker import group_rows, predictions, write_trajectory
 
 CASES = ((50_000, 10, 50), (256_000, 1_000, 10))
 """Samples, classes, epochs."""
@@ -71,7 +72,9 @@ def write(run: Run, samples: int, classes: int, epochs: int, seed: int) -> np.nd
             logits[torch.arange(len(rows)), torch.from_numpy(label[rows])] += towards
             seen.append((rows, predictions(2 * logits, torch.from_numpy(label[rows]))))
         files.append([f"epoch-{epoch:04d}-0-of-1.parquet"])
-        write_trajectory(run.path("proxy", "trajectory", files[-1][0]), seen, group_rows(classes, epochs, 1))
+        write_trajectory(
+            run.path("proxy", "trajectory", files[-1][0]), seen, group_rows(classes, epochs, 1)
+        )
     storage.write_json(run.path("proxy", "proxy.json"), {"classes": classes, "trajectory": files})
     return label
 
@@ -148,8 +151,13 @@ def compare(run: Run, label: np.ndarray, epochs: int, repeats: int, base: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", help="where the trajectories are written, and deleted again; default: a temporary folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dir",
+        help="where the trajectories are written, and deleted again; default: a temporary folder",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3, help="the least time of so many counts")
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples")
@@ -164,14 +172,18 @@ def main() -> None:
     )
     for samples, classes, epochs in CASES:
         samples //= 10 if arguments.quick else 1
-        size = samples * epochs * (2 * classes + 4 * (2 + len(NUMBERS)))
+        size = samples * epochs * (2 * classes + 4 * (2 + len(STATISTICS)))
         folder = tempfile.mkdtemp(prefix="raypipe-trajectories-", dir=arguments.dir)
         try:
             if shutil.disk_usage(folder).free < 1.2 * size:
-                sys.exit(f"{folder} has no room for {size / 1e9:.1f} GB; name another folder with --dir")
+                sys.exit(
+                    f"{folder} has no room for {size / 1e9:.1f} GB; name another folder with --dir"
+                )
             run = Run(folder)
             started = time.perf_counter()
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # its memory is not ours
+            with ProcessPoolExecutor(
+                1, mp_context=get_context("spawn")
+            ) as other:  # its memory is not ours
                 label = other.submit(write, run, samples, classes, epochs, arguments.seed).result()
             written = time.perf_counter() - started
             stored = sum(file.size for file in storage.listing(run.path("proxy", "trajectory")))

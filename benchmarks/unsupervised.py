@@ -30,14 +30,14 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
+from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import MeasureSettings, ProxySettings, PseudoLabelSettings, SourceSettings
-from raypipe.devices import AtOnce
-from raypipe.extrapolate.figures import spearman
-from raypipe.rundir import fingerprint
-from raypipe.unsupervised.clusters import Clusters, kmeans
-from raypipe.unsupervised.labeller import features
-from raypipe.unsupervised.simclr import pretext, pretrain
-from raypipe.unsupervised.turtle import turtle
+from raypipe.pseudo_labels.clusters import Clusters, kmeans
+from raypipe.pseudo_labels.labeller import features
+from raypipe.pseudo_labels.simclr import pretext, pretrain
+from raypipe.pseudo_labels.turtle import turtle
+from raypipe.runs.ledger import fingerprint
+from raypipe.vision.devices import AdaptiveBatch
 
 SCORES = "el2n,moso,tdds,dynamic-uncertainty"
 TOPS = (0.3, 0.5)
@@ -66,22 +66,40 @@ def agreement(a: np.ndarray, b: np.ndarray) -> str:
     return "".join(f"{value:>12.3f}" for value in found)
 
 
-def embedded(images: Images, proxy: ProxySettings, settings: PseudoLabelSettings, folder: str) -> dict[str, np.ndarray]:
+def embedded(
+    images: Images, proxy: ProxySettings, settings: PseudoLabelSettings, folder: str
+) -> dict[str, np.ndarray]:
     """Embeddings of all images before and after self-supervised training, and the seconds it took."""
-    path = os.path.join(folder, f"self-supervised-{fingerprint(settings.model_dump(), proxy.model, proxy.image_size)}.npz")
+    path = os.path.join(
+        folder,
+        f"self-supervised-{fingerprint(settings.model_dump(), proxy.model, proxy.image_size)}.npz",
+    )
     if not os.path.exists(path):
         mean, std = images.pixels.mean((0, 2, 3)) / 255, images.pixels.std((0, 2, 3)) / 255
-        network = pretext(proxy.model, proxy.image_size, mean.tolist(), np.maximum(std, 1e-3).tolist(), settings.seed)
-        untrained = features(network.eval(), images.pixels, AtOnce(64))
+        network = pretext(
+            proxy.model,
+            proxy.image_size,
+            mean.tolist(),
+            np.maximum(std, 1e-3).tolist(),
+            settings.seed,
+        )
+        untrained = features(network.eval(), images.pixels, AdaptiveBatch(64))
         began = time.perf_counter()
         pretrain(network, images.pixels, settings, flip=proxy.flip)
         seconds = time.perf_counter() - began
-        save(path, untrained=untrained, trained=features(network, images.pixels, AtOnce(64)), seconds=np.array(seconds))
+        save(
+            path,
+            untrained=untrained,
+            trained=features(network, images.pixels, AdaptiveBatch(64)),
+            seconds=np.array(seconds),
+        )
     with np.load(path) as found:
         return dict(found)
 
 
-def clusterings(images: Images, found: dict[str, np.ndarray], settings: PseudoLabelSettings) -> dict[str, np.ndarray]:
+def clusterings(
+    images: Images, found: dict[str, np.ndarray], settings: PseudoLabelSettings
+) -> dict[str, np.ndarray]:
     """Cluster of every sample, int64 [n], by how it was found."""
     count = settings.clusters or images.classes
     pixels = images.pixels.reshape(len(images), -1).astype(np.float32)
@@ -89,7 +107,9 @@ def clusterings(images: Images, found: dict[str, np.ndarray], settings: PseudoLa
     def by_kmeans(given: np.ndarray) -> Clusters:
         return kmeans(given, count, restarts=settings.restarts, iterations=100, seed=settings.seed)
 
-    by_turtle = turtle(found["trained"], count, steps=1000, gamma=settings.gamma, seed=settings.seed)
+    by_turtle = turtle(
+        found["trained"], count, steps=1000, gamma=settings.gamma, seed=settings.seed
+    )
     plain = KMeans(count, n_init=settings.restarts, random_state=settings.seed)
     return {
         "k-means, self-supervised": by_kmeans(found["trained"])(found["trained"]),
@@ -101,18 +121,30 @@ def clusterings(images: Images, found: dict[str, np.ndarray], settings: PseudoLa
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("data", help="folder of Parquet files, or digits")
     add("--include", default="train-*", help="which files of the folder")
     add("--samples", type=int, default=2000, help="drawn from the data")
-    add("--image-size", type=int, default=16, help="pixels; 16 so that all of it is minutes of one core")
+    add(
+        "--image-size",
+        type=int,
+        default=16,
+        help="pixels; 16 so that all of it is minutes of one core",
+    )
     add("--model", default="small", help="as proxy.model")
     add("--epochs", type=int, default=16, help="of the proxy")
     add("--checkpoints", type=int, default=4)
     add("--pretrain", type=int, default=16, help="epochs of self-supervised training")
     add("--clusters", type=int, help="default: as many as there are classes")
-    add("--method", choices=("kmeans", "turtle"), default="kmeans", help="what gives the pseudo-labels of the second table")
+    add(
+        "--method",
+        choices=("kmeans", "turtle"),
+        default="kmeans",
+        help="what gives the pseudo-labels of the second table",
+    )
     add("--scores", type=names_of, default=names_of(SCORES))
     add("--cache", default="/tmp/raypipe-unsupervised")
     return parser.parse_args()
@@ -122,7 +154,11 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
     digits = arguments.data == "digits"
-    source = SourceSettings(uri="digits://") if digits else SourceSettings(uri=arguments.data, include=arguments.include)
+    source = (
+        SourceSettings(uri="digits://")
+        if digits
+        else SourceSettings(uri=arguments.data, include=arguments.include)
+    )
     size = arguments.image_size
     images = read(source, size, arguments.samples)
     # a mirrored digit is no digit
@@ -134,8 +170,12 @@ def main() -> None:
         checkpoints=arguments.checkpoints,
         **augmentation,
     )
-    settings = PseudoLabelSettings(clusters=arguments.clusters or images.classes, epochs=arguments.pretrain)
-    data = fingerprint(source.model_dump(mode="json"), size, arguments.samples, proxy.model_dump(mode="json"))
+    settings = PseudoLabelSettings(
+        clusters=arguments.clusters or images.classes, epochs=arguments.pretrain
+    )
+    data = fingerprint(
+        source.model_dump(mode="json"), size, arguments.samples, proxy.model_dump(mode="json")
+    )
     folder = os.path.join(arguments.cache, data)
     os.makedirs(folder, exist_ok=True)
     name = "digits" if digits else os.path.basename(source.uri.rstrip("/"))
@@ -152,9 +192,13 @@ def main() -> None:
     for how, cluster in clusters.items():
         sizes = np.bincount(cluster, minlength=settings.clusters or 0)
         right = matched(cluster, images.label).mean()
-        print(f"{how:<34}{adjusted_rand_score(images.label, cluster):>8.3f}{right:>10.3f}{sizes.min():>10}{sizes.max():>10}")
+        print(
+            f"{how:<34}{adjusted_rand_score(images.label, cluster):>8.3f}{right:>10.3f}{sizes.min():>10}{sizes.max():>10}"
+        )
 
-    chosen = clusters[next(how for how in clusters if how.lower().replace("-", "").startswith(arguments.method))]
+    chosen = clusters[
+        next(how for how in clusters if how.lower().replace("-", "").startswith(arguments.method))
+    ]
     own = Images(images.pixels, chosen, settings.clusters or images.classes)
     named = f"pseudo-{arguments.method}-{fingerprint(settings.model_dump())}"
     measure = MeasureSettings()
@@ -166,13 +210,18 @@ def main() -> None:
     )
     for score in arguments.scores:
         first, second = (true.measured(true.full(seed), score) for seed in (0, 1))
-        by_clusters, again = (pseudo.measured(pseudo.full(PSEUDO_SEED + seed), score) for seed in (0, 1))
+        by_clusters, again = (
+            pseudo.measured(pseudo.full(PSEUDO_SEED + seed), score) for seed in (0, 1)
+        )
         print(f"\n{score:<34}{'Spearman':>12}" + "".join(f"{f'top {top:.0%}':>12}" for top in TOPS))
         print(f"{'supervised, another seed':<34}{agreement(first, second)}")
         print(f"{'pseudo-labels':<34}{agreement(first, by_clusters)}")
         print(f"{'pseudo-labels, other seeds':<34}{agreement(second, again)}")
         print(f"{'pseudo-labels among themselves':<34}{agreement(by_clusters, again)}")
-        print(f"{'pseudo-labels, where they match':<34}{agreement(first[good], by_clusters[good])}", flush=True)
+        print(
+            f"{'pseudo-labels, where they match':<34}{agreement(first[good], by_clusters[good])}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

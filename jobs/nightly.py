@@ -23,9 +23,22 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do the night of the run that the arguments name; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Score what is new in the source of a finished run; running it again resumes.")
-    parser.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
+    parser = argparse.ArgumentParser(
+        description="Score what is new in the source of a finished run; running it again resumes."
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="PATH",
+        help="YAML file: a path in the working directory, or s3://",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="overrides one setting",
+    )
     options = parser.parse_args(arguments)
 
     from raypipe.config import load_config

@@ -24,11 +24,27 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 def parser() -> argparse.ArgumentParser:
     """What the entry point takes."""
-    result = argparse.ArgumentParser(description="Run a raypipe configuration; running it again resumes.")
-    result.add_argument("--config", required=True, metavar="PATH", help="YAML file: a path in the working directory, or s3://")
-    result.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides one setting")
+    result = argparse.ArgumentParser(
+        description="Run a raypipe configuration; running it again resumes."
+    )
     result.add_argument(
-        "--inject-noise", type=float, metavar="SHARE", help="rehearsal: so many labels are replaced by wrong ones"
+        "--config",
+        required=True,
+        metavar="PATH",
+        help="YAML file: a path in the working directory, or s3://",
+    )
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="overrides one setting",
+    )
+    result.add_argument(
+        "--inject-noise",
+        type=float,
+        metavar="SHARE",
+        help="rehearsal: so many labels are replaced by wrong ones",
     )
     return result
 
@@ -41,13 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from raypipe.config import load_config
     from raypipe.errors import RaypipeError, TrustError
 
-    noise = [f"source.inject_noise={options.inject_noise}"] if options.inject_noise is not None else []
+    noise = (
+        [f"source.inject_noise={options.inject_noise}"] if options.inject_noise is not None else []
+    )
     try:
         config = load_config(options.config, [*options.set, *noise])
         result = raypipe.run(config)
     except TrustError as error:
         from raypipe.api import summary_of
-        from raypipe.rundir import Run
+        from raypipe.runs.layout import Run
 
         print(f"raypipe: {error}", file=sys.stderr, flush=True)
         print(one_line(config.run, summary_of(Run(config.run))), flush=True)

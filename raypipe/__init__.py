@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe._version import __version__
 
+if TYPE_CHECKING:
+    from raypipe.api import evaluate, export, extrapolate, inspect, load_scores, run, select
+    from raypipe.config import Config
+    from raypipe.keeplists.dataset import KeepList
+    from raypipe.runs.layout import Run
+
+
 __all__ = [
     "Config",
     "KeepList",
@@ -20,18 +27,14 @@ __all__ = [
     "select",
 ]
 
-if TYPE_CHECKING:
-    from raypipe.api import evaluate, export, extrapolate, inspect, load_scores, run, select
-    from raypipe.config import Config
-    from raypipe.keeplist import KeepList
-    from raypipe.rundir import Run
 
 _HOMES = {
     "Config": "raypipe.config",
-    "KeepList": "raypipe.keeplist",
-    "Run": "raypipe.rundir",
+    "KeepList": "raypipe.keeplists.dataset",
+    "Run": "raypipe.runs.layout",
     "evaluate": "raypipe.api",
     "export": "raypipe.api",
+    "extrapolate": "raypipe.api",
     "inspect": "raypipe.api",
     "load_scores": "raypipe.api",
     "run": "raypipe.api",
@@ -45,8 +48,4 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_HOMES[name]), name)
-    if name == "extrapolate":  # the package of that name can be called
-        from importlib import import_module
-
-        return import_module("raypipe.extrapolate")
     raise AttributeError(f"module 'raypipe' has no attribute {name!r}")

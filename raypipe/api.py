@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import (
-    ClusterSettings,
     Config,
     SourceSettings,
     absolute_paths,
@@ -21,15 +20,16 @@ from raypipe.config import (
     parse_settings,
     read_config,
 )
+from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.progress import Progress
-from raypipe.rundir import Lease, Run
-from raypipe.settings.evaluate import EvaluateSettings
-from raypipe.snapshots import load_snapshot, score_shards
+from raypipe.runs.layout import Run
+from raypipe.runs.lease import Lease
+from raypipe.runs.snapshots import load_snapshot, score_shards
 
 if TYPE_CHECKING:
-    from raypipe.survey import Survey
-    from raypipe.survey.cost import Machine
+    from raypipe.estimate import Survey
+    from raypipe.estimate.cost import Machine
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[s
     if isinstance(data.get("run"), str) and isinstance(section, dict):
         copy = Run(data["run"]).path("source")
         if Run(str(section.get("uri", copy))).uri != copy:
-            raise ConfigError(f"source.uri is {section['uri']!r}, and a dataset is given as well; leave one of them out")
+            raise ConfigError(
+                f"source.uri is {section['uri']!r}, and a dataset is given as well; leave one of them out"
+            )
         data["source"] = {**section, "uri": copy}
     return parse_config(data)
 
@@ -112,9 +114,9 @@ def inspect(
     address    a Ray cluster to ask for that instead ("auto": RAY_ADDRESS); Ray is not touched otherwise
     Raises ConfigError for settings that no run can have, SourceError where nothing can be read, RunError where `like` is no run.
     """
-    from raypipe.scores.base import check_scores
-    from raypipe.survey import look
-    from raypipe.survey.cost import estimate
+    from raypipe.estimate import inspect_source
+    from raypipe.estimate.cost import estimate
+    from raypipe.scores.registry import check_scores
 
     given, name = _config_of(config)
     if uri is not None:
@@ -127,14 +129,18 @@ def inspect(
     settings = parse_config(apply_overrides({"run": "unused", **given}, dotted))
     check_scores(settings)
     machine = _machine(cpus, gpus, address)
-    looked = look(settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size)
+    looked = inspect_source(
+        settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size
+    )
     if grid is not None:
-        from raypipe.survey.sheet import contact_sheet
+        from raypipe.estimate.contact_sheet import contact_sheet
 
         storage.write_bytes(grid, contact_sheet(looked.survey, looked.drawn))
     if not looked.survey.samples:
         return looked.survey
-    return replace(looked.survey, cost=estimate(looked.survey, settings, machine, settings=name, like=like))
+    return replace(
+        looked.survey, cost=estimate(looked.survey, settings, machine, settings=name, like=like)
+    )
 
 
 def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
@@ -148,35 +154,37 @@ def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[st
 
 def _machine(cpus: float | None, gpus: float | None, address: str | None) -> Machine:
     """What a run would have: as given, else of a cluster, else of this machine."""
-    from raypipe.survey.cost import Machine, this_machine
+    from raypipe.estimate.cost import Machine, this_machine
 
     for name, value, least in (("cpus", cpus, 1), ("gpus", gpus, 0)):
         if value is not None and not least <= value <= 1e6:
             raise ConfigError(f"{name}: {value:g} is not allowed: at least {least}")
     found = this_machine() if address is None else _cluster_of(address)
     if address is None and os.environ.get("RAY_ADDRESS"):
-        found = replace(found, where="this machine (--address auto estimates for the cluster at RAY_ADDRESS)")
+        found = replace(
+            found, where="this machine (--address auto estimates for the cluster at RAY_ADDRESS)"
+        )
     if cpus is None and gpus is None:
         return found
-    return Machine(cpus if cpus is not None else found.cpus, gpus if gpus is not None else found.gpus, "as given")
+    return Machine(
+        cpus if cpus is not None else found.cpus,
+        gpus if gpus is not None else found.gpus,
+        "as given",
+    )
 
 
 def _cluster_of(address: str) -> Machine:
-    from raypipe.survey.cost import Machine
+    from raypipe.distributed.cluster import resources_at
+    from raypipe.estimate.cost import Machine
 
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         raise RaypipeError("--address auto: RAY_ADDRESS is not set; give the address of a cluster")
-    import ray
-
-    from raypipe.stages.cluster import connect
-
-    before = ray.is_initialized()
-    try:
-        cluster = connect(ClusterSettings(address=address), Run("unused"), Progress(quiet=True), verbose=False)
-    finally:
-        if not before:
-            ray.shutdown()
-    return Machine(cluster.cpus, cluster.gpus, f"the cluster at {os.environ['RAY_ADDRESS'] if address == 'auto' else address}")
+    cluster = resources_at(address)
+    return Machine(
+        cluster.cpus,
+        cluster.gpus,
+        f"the cluster at {os.environ['RAY_ADDRESS'] if address == 'auto' else address}",
+    )
 
 
 def extrapolate(
@@ -202,7 +210,7 @@ def extrapolate(
     Raises ConfigError before anything starts; SourceError for tables that cannot be used (a column that is missing, an id with two
     different scores or with two embeddings, too few scores); RunError when `out` holds something else.
     """
-    from raypipe.pipeline import extrapolate as score_tables
+    from raypipe.tables.run import extrapolate as score_tables
 
     given = {"method": method, "confidence": confidence, "holdout": holdout, "seed": seed}
     section = {name: value for name, value in given.items() if value is not None}
@@ -210,9 +218,13 @@ def extrapolate(
     # without images there is no loss of a proxy, which the default strategy cuts off by
     select = {"strategy": "top"}
     extrapolate = {**section, "judge_published": False}
-    config = parse_config({"run": out, "source": {"uri": embeddings}, "extrapolate": extrapolate, "select": select})
+    config = parse_config(
+        {"run": out, "source": {"uri": embeddings}, "extrapolate": extrapolate, "select": select}
+    )
     config = absolute_paths(config)
-    summary = score_tables(config, Run(scores).uri, score_column, progress=progress, verbose=verbose)
+    summary = score_tables(
+        config, Run(scores).uri, score_column, progress=progress, verbose=verbose
+    )
     return Result(Run(config.run).uri, summary)
 
 
@@ -224,7 +236,9 @@ def summary_of(run: Run) -> dict[str, Any]:
         return {}
 
 
-def load_scores(uri: str, columns: list[str] | None = None, snapshot: str | None = None) -> pa.Table:
+def load_scores(
+    uri: str, columns: list[str] | None = None, snapshot: str | None = None
+) -> pa.Table:
     """All score shards of a run (a run folder or its `scores` folder) as one table; see the README for the columns.
 
     With `snapshot`, the scores of a run as they were then (docs/nightly.md). Raises RunError when there are none.
@@ -243,7 +257,12 @@ def load_scores(uri: str, columns: list[str] | None = None, snapshot: str | None
 
 
 def select(
-    uri: str, keep: float | Sequence[float] | None = None, strategy: str | None = None, *, force: bool = False, **options: Any
+    uri: str,
+    keep: float | Sequence[float] | None = None,
+    strategy: str | None = None,
+    *,
+    force: bool = False,
+    **options: Any,
 ) -> dict[str, int]:
     """Cut keep-lists of a finished run without scoring anything again. Returns the number of samples kept by file.
 
@@ -255,11 +274,11 @@ def select(
     Raises ConfigError for a fraction outside 0..1 and for options that are unknown, wrong or do not go together, RunError for a run
     without complete scores, TrustError for too low a fidelity.
     """
-    from raypipe.stages.select import write_keep_lists
-    from raypipe.strangers import stays_inside, understood
+    from raypipe.runs.untrusted import damage_as_error, refuse_links_out
+    from raypipe.stages.select.stage import write_keep_lists
 
     found = Run(uri)
-    stays_inside(found, "keep")
+    refuse_links_out(found, "keep")
     config = found.config().model_dump()
     if keep is not None:
         config["select"]["keep"] = [keep] if isinstance(keep, int | float) else list(keep)
@@ -268,7 +287,7 @@ def select(
     config["select"]["force"] |= force
     config["select"] |= options
     settings = absolute_paths(parse_config(config))
-    with understood(found.uri), Lease(found):
+    with damage_as_error(found.uri), Lease(found):
         return write_keep_lists(found, settings.select, trust=settings.trust)
 
 
@@ -285,26 +304,34 @@ def evaluate(
 
     test           path or URI of the test set, read with the run's settings of `source`, but for format, files and limit
     test_settings  `field=value` of the section `source` for it, such as "split=test" or "include=test-*"
-    options        fields of `raypipe.settings.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, attack, model,
+    options        fields of `raypipe.config.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, attack, model,
                    image_size, epochs, batch_size, lr, use_gpu, cpus_per_training
     Returns what RUN/evaluation/summary.json then holds. A training whose result is there is not made again. Raises ConfigError for
     options that are unknown, wrong or do not go together, RunError for a run without complete scores, SourceError for a test set
     that cannot be used, ResourceError where the decoded images do not fit into the memory of a node.
     """
-    from raypipe.evaluation.running import evaluate as compare
+    from raypipe.evaluation.driver import evaluate as compare
     from raypipe.pipeline import errors_of_storage
 
     found = Run(uri)
     settings = parse_settings(EvaluateSettings, options, "evaluate")
     with errors_of_storage(found.uri):
-        return compare(found, _test_source(found.config(), test, test_settings), settings, progress=progress, verbose=verbose)
+        return compare(
+            found,
+            _test_source(found.config(), test, test_settings),
+            settings,
+            progress=progress,
+            verbose=verbose,
+        )
 
 
 def _test_source(config: Config, uri: str, overrides: Sequence[str]) -> SourceSettings:
     """The source of a test set: that of the run with another URI. Raises ConfigError."""
     given = config.model_dump(mode="json")
     anew = ("format", "include", "split", "limit")
-    given["source"] |= {name: SourceSettings.model_fields[name].default for name in anew} | {"uri": uri}
+    given["source"] |= {name: SourceSettings.model_fields[name].default for name in anew} | {
+        "uri": uri
+    }
     if Run(uri).uri == Run(config.source.uri).uri:  # what is left of the run's own source
         given["source"]["format"] = config.source.format
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
@@ -341,8 +368,8 @@ def export(
     time. Raises ConfigError for a bad option, RunError for a missing keep-list or a folder that holds something else, StageError at
     the end for samples that cannot be read.
     """
+    from raypipe.exports.run import export_keep_list
     from raypipe.pipeline import errors_of_storage
-    from raypipe.stages.export import export_keep_list
 
     with errors_of_storage(to):
         return export_keep_list(

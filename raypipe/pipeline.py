@@ -14,26 +14,35 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.errors import ConfigError, MemoryShortageError, RaypipeError, ResourceError, RunError, TrustError
+from raypipe.distributed.context import Context
+from raypipe.errors import (
+    ConfigError,
+    MemoryShortageError,
+    RaypipeError,
+    ResourceError,
+    RunError,
+    TrustError,
+)
 from raypipe.progress import Progress
-from raypipe.rundir import STAGE_FOLDERS, Lease, Run, StageRecord, fingerprint, noise_of, now, tables_of
-from raypipe.scores.base import check_scores
+from raypipe.runs.layout import STAGE_FOLDERS, Run
+from raypipe.runs.lease import Lease
+from raypipe.runs.ledger import StageRecord, fingerprint, noise_of, now, tables_of
+from raypipe.scores.registry import check_scores
 from raypipe.sources import open_source
-from raypipe.sources.noise import noise_wanted
-from raypipe.stages.base import Context, Stage
+from raypipe.sources.noise import requested_noise
+from raypipe.stages.base import Stage
 
 log = logging.getLogger("raypipe")
-
 _STAGES = {
-    "index": "raypipe.stages.index:IndexStage",
+    "index": "raypipe.stages.index.stage:IndexStage",
     "seed": "raypipe.stages.seed:SeedStage",
-    "label": "raypipe.stages.label:LabelStage",
-    "proxy": "raypipe.stages.proxy:ProxyStage",
-    "measure": "raypipe.stages.measure:MeasureStage",
+    "label": "raypipe.stages.pseudo_label:LabelStage",
+    "proxy": "raypipe.stages.proxy.stage:ProxyStage",
+    "measure": "raypipe.stages.measure.stage:MeasureStage",
     "rehearse": "raypipe.stages.rehearse:RehearseStage",
     "embed": "raypipe.stages.embed:EmbedStage",
-    "extrapolate": "raypipe.stages.extrapolate:ExtrapolateStage",
-    "select": "raypipe.stages.select:SelectStage",
+    "extrapolate": "raypipe.stages.extrapolate.stage:ExtrapolateStage",
+    "select": "raypipe.stages.select.stage:SelectStage",
     "report": "raypipe.stages.report:ReportStage",
 }
 STAGE_NAMES = tuple(_STAGES)
@@ -46,11 +55,6 @@ LESS_MEMORY = {
     "extrapolate": "extrapolate.max_actors or source.fragment_samples (a worker holds a fragment)",
 }
 """By stage: what to lower where workers run out of memory."""
-MORE_THAN_TABLES = {
-    "gnn-published": "the graph of a whole source in memory",
-    "proxy": "what a proxy says of each sample",
-}
-"""What extrapolators need that `extrapolate` does not have."""
 
 
 def make_stage(name: str) -> Stage:
@@ -60,7 +64,12 @@ def make_stage(name: str) -> Stage:
 
 
 def execute(
-    config: Config, dataset: Any = None, *, until: str | None = None, progress: Progress | None = None, verbose: bool = False
+    config: Config,
+    dataset: Any = None,
+    *,
+    until: str | None = None,
+    progress: Progress | None = None,
+    verbose: bool = False,
 ) -> Run:
     """Run every stage, or those up to and including `until`. A `dataset` of Ray Data, where there is one, is the source.
 
@@ -80,20 +89,26 @@ def execute(
         return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
 
 
-def _execute(config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool) -> Run:
+def _execute(
+    config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool
+) -> Run:
     run, given = Run(config.run), config.source
     if dataset is not None:
-        from raypipe.stages.dataset_copy import copy_dataset, settings_of_copy
+        from raypipe.distributed.ray_data.copy import copy_dataset, settings_of_copy
 
         config = config.model_copy(update={"source": settings_of_copy(given, run)})
     else:  # what auto stands for is told once here, instead of by a listing in every task
-        config = config.model_copy(update={"source": open_source(given).settled(config.proxy.image_size)})
+        config = config.model_copy(
+            update={"source": open_source(given).settled(config.proxy.image_size)}
+        )
     context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
-        lease.about = partial(_how_far, progress, records)
+        lease.about = partial(driver_progress, progress, records)
         if tables_of(records):
-            raise RunError(f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder")
+            raise RunError(
+                f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder"
+            )
         _check_noise(config, run, records)
         if dataset is not None:
             copy_dataset(dataset, given, context)
@@ -102,7 +117,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
         refusal: TrustError | None = None
         for name in names:
             stage = make_stage(name)
-            if not stage.wanted(config):
+            if not stage.applies_to(config):
                 if records.pop(name, None) is not None:
                     run.write_ledger(records)
                     run.clear(name)
@@ -118,7 +133,7 @@ def _execute(config: Config, dataset: Any, until: str | None, progress: Progress
 
 def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
     """Raise RunError rather than make a real run anew with labels that were replaced, or the other way round."""
-    before, wanted = noise_of(records), noise_wanted(config.source)
+    before, wanted = noise_of(records), requested_noise(config.source)
     if "index" in records and records["index"].state == "done" and before != wanted:
         found = f"{before.share:g} with noise_seed {before.seed}" if before else "0"
         raise RunError(
@@ -126,44 +141,12 @@ def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> N
         )
 
 
-def extrapolate(
-    config: Config, scores: str, column: str, *, progress: Progress | None = None, verbose: bool = False
-) -> dict[str, Any]:
-    """Score the embeddings in tables at `source.uri` from the scores of some of them, in `column` of tables at `scores`.
-
-    Writes into the folder `run`; `raypipe.stages.own` says what. Returns its `summary.json`. Raises ConfigError for a method that
-    cannot do this, SourceError for tables that cannot be used, RunError where the folder holds something else or is in use.
-    """
-    with errors_of_storage(config.run):
-        return _extrapolate(config, scores, column, progress or Progress(verbose=verbose), verbose)
-
-
-def _extrapolate(config: Config, scores: str, column: str, progress: Progress, verbose: bool) -> dict[str, Any]:
-    run, uri = Run(config.run), config.source.uri
-    method = config.extrapolate.method
-    if method in MORE_THAN_TABLES:
-        raise ConfigError(f"method {method} needs {MORE_THAN_TABLES[method]}; use another, such as gnn or knn-published")
-    for given in (uri, scores):
-        if (storage.filesystem(run.uri)[1] + "/").startswith(storage.filesystem(given)[1].rstrip("/") + "/"):
-            raise ConfigError(f"{run.uri}: the output cannot be within {given}; give a folder elsewhere")
-    there = storage.names(run.uri)
-    ours = tables_of(run.ledger()) if "run.json" in there else there <= {"driver.json", "logs"}
-    if not ours:
-        raise RunError(f"{run.uri}: there is something else here, such as {min(there)}; give a new folder")
-    from raypipe.stages.own import OwnStage
-
-    stage, context = OwnStage(uri, scores, column), Context(config, run, progress, verbose)
-    with Lease(run) as lease, log_file(run, verbose), closing(context):
-        records = run.ledger() if run.exists() else {}
-        lease.about = partial(_how_far, progress, records)
-        advance(stage, context, records)
-    return storage.read_json(run.path("summary.json"))
-
-
 def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
     """Bring one stage to the state `done`."""
     run, name = context.run, stage.name
-    needed = [records[need].fingerprint for need in stage.needs if need in records]  # a stage is not in every run
+    needed = [
+        records[need].fingerprint for need in stage.needs if need in records
+    ]  # a stage is not in every run
     wanted = fingerprint(name, stage.settings(context.config), needed)
     record = records.get(name)
     if record is not None and record.fingerprint != wanted:
@@ -182,17 +165,19 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     started = time.monotonic()
     try:
         try:
-            context.look_again()
+            context.refresh_cluster()
             stage.execute(context, record)
         except KeyboardInterrupt:
             if run.lease is not None:
                 run.lease.check()
-            if context.starved:
-                raise ResourceError(f"{name}: {context.starved}") from None
+            if context.gave_up_waiting:
+                raise ResourceError(f"{name}: {context.gave_up_waiting}") from None
             raise
         except MemoryShortageError as error:
             less = f"Lower {LESS_MEMORY[name]}, or use" if name in LESS_MEMORY else "Use"
-            raise MemoryShortageError(f"{name}: {error}. {less} machines with more memory; then run again to resume") from error
+            raise MemoryShortageError(
+                f"{name}: {error}. {less} machines with more memory; then run again to resume"
+            ) from error
         record.state, record.finished = "done", now()
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"
@@ -205,13 +190,16 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
         raise
     record.wall_seconds += time.monotonic() - started
     run.write_ledger(records)
-    context.progress.say(f"{name:<11} {record.samples:,} samples in {time.monotonic() - started:.1f} s")
+    context.progress.say(
+        f"{name:<11} {record.samples:,} samples in {time.monotonic() - started:.1f} s"
+    )
 
 
-def _how_far(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
+def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
     """What `raypipe status` is told of a run under way, beyond its ledger."""
     seconds = {
-        name: float(sum(getattr(item, name) for item in list(records.values()))) for name in ("cpu_seconds", "gpu_seconds")
+        name: float(sum(getattr(item, name) for item in list(records.values())))
+        for name in ("cpu_seconds", "gpu_seconds")
     }
     return {**progress.about(), **seconds}
 
@@ -225,7 +213,9 @@ def errors_of_storage(uri: str) -> Iterator[None]:
         raise
     except OSError as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
-        raise RaypipeError(f"{where}{error.strerror or error}. Mend it and run again to resume") from error
+        raise RaypipeError(
+            f"{where}{error.strerror or error}. Mend it and run again to resume"
+        ) from error
 
 
 @contextmanager
@@ -269,7 +259,9 @@ class _Lines(logging.Handler):
         self._fresh = True
         if record.levelno <= logging.DEBUG and time.monotonic() - self._stored < self.PAUSE:
             return
-        with suppress(OSError, RunError):  # the stages report what is wrong with the storage, and who took the run over
+        with suppress(
+            OSError, RunError
+        ):  # the stages report what is wrong with the storage, and who took the run over
             self.save()
 
     def save(self) -> None:

@@ -18,6 +18,10 @@ PLAIN_SECONDS = 10.0
 """Time between two lines of one stage where the output is not a terminal."""
 
 
+ProgressCallback = Callable[[int, int], None]
+"""Called with (steps done, steps in total) while something is fitted."""
+
+
 class Meter:
     """Counts what one stage has done: samples (or other units), fragments and rejects.
 
@@ -25,7 +29,12 @@ class Meter:
     """
 
     def __init__(
-        self, name: str, total: int, unit: str, stream: TextIO, heard: Callable[[Meter, int, int, str], None] | None = None
+        self,
+        name: str,
+        total: int,
+        unit: str,
+        stream: TextIO,
+        heard: Callable[[Meter, int, int, str], None] | None = None,
     ) -> None:
         self.name, self.total, self.unit, self.count = name, total, unit, 0
         self.fragments = self.queued = self.rejects = 0
@@ -86,12 +95,16 @@ class Meter:
         return (self.count - self._first) / seconds if seconds > 0 else 0.0
 
     def line(self) -> str:
-        return f"{self.name:<11} {far(self.about())}"
+        return f"{self.name:<11} {describe_progress(self.about())}"
 
     def about(self) -> dict[str, Any]:
         """How far it is, as JSON can hold it; see `far`."""
         names = ("count", "total", "unit", "fragments", "queued", "rejects")
-        return {"stage": self.name, "rate": round(self.rate, 3), **{name: getattr(self, name) for name in names}}
+        return {
+            "stage": self.name,
+            "rate": round(self.rate, 3),
+            **{name: getattr(self, name) for name in names},
+        }
 
     def close(self) -> None:
         if self._bar is not None:
@@ -101,7 +114,9 @@ class Meter:
 class Progress:
     """Makes a meter for each stage and keeps the lines printed outside of it whole."""
 
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, quiet: bool = False, verbose: bool = False
+    ) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._quiet, self._verbose = quiet, verbose
         self._meter: Meter | None = None
@@ -110,7 +125,9 @@ class Progress:
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str = "samples") -> Iterator[Meter]:
-        meter = self._meter = Meter(name, total, unit, _Nowhere() if self._quiet else self._stream, self._heard)
+        meter = self._meter = Meter(
+            name, total, unit, _Nowhere() if self._quiet else self._stream, self._heard
+        )
         try:
             yield meter
         finally:
@@ -126,7 +143,9 @@ class Progress:
         for listener in self.listeners:
             listener(meter, count, rejects)
         if self._verbose and fragment:
-            text = f"{meter.name:<11} {fragment}: {count:,} {meter.unit}" + (f", {rejects:,} rejects" if rejects else "")
+            text = f"{meter.name:<11} {fragment}: {count:,} {meter.unit}" + (
+                f", {rejects:,} rejects" if rejects else ""
+            )
             log.debug(text)
             if not self._quiet:
                 tqdm.write(text, file=self._stream)
@@ -139,7 +158,7 @@ class Progress:
             self._stream.flush()
 
 
-def far(about: Mapping[str, Any]) -> str:
+def describe_progress(about: Mapping[str, Any]) -> str:
     """How far a stage is, in words: done and total, rate, time left, rejects, fragments. What is missing or no number is left out."""
 
     def number(name: str) -> float:

@@ -24,7 +24,9 @@ from raypipe import storage
 
 MAX_PIXELS = 1_000_000
 UNREADABLE = r"not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image"
-ANY_DAMAGE = rf"empty: 0 bytes|{UNREADABLE}|cannot be decoded: .|pixels are more than max_pixels|no pixels"
+ANY_DAMAGE = (
+    rf"empty: 0 bytes|{UNREADABLE}|cannot be decoded: .|pixels are more than max_pixels|no pixels"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def picture(height: int = 12, width: int = 12, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 GOOD = encode(picture(), "PNG")
@@ -62,10 +66,20 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG of so many pixels in a few bytes: only its header is true."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def truncated() -> Iterator[BadSample]:
@@ -73,7 +87,13 @@ def truncated() -> Iterator[BadSample]:
     for extension, format in FORMATS.items():
         data = encode(picture(), format)
         for length in range(0, len(data), 10):
-            yield BadSample(f"{extension}-cut-{length:04d}", data[:length], 0, extension, None if length else "empty: 0 bytes")
+            yield BadSample(
+                f"{extension}-cut-{length:04d}",
+                data[:length],
+                0,
+                extension,
+                None if length else "empty: 0 bytes",
+            )
 
 
 def bad_images() -> Iterator[BadSample]:
@@ -82,14 +102,26 @@ def bad_images() -> Iterator[BadSample]:
     cmyk = Image.new("CMYK", (12, 12), (10, 200, 30, 40))
     yield BadSample("zero-bytes", b"", words="empty: 0 bytes")
     yield BadSample("png-named-jpg", GOOD, extension="jpg")
-    yield BadSample("text-named-jpg", b"thumbs.db is not an image\n" * 20, extension="jpg", words=UNREADABLE)
+    yield BadSample(
+        "text-named-jpg", b"thumbs.db is not an image\n" * 20, extension="jpg", words=UNREADABLE
+    )
     yield BadSample("html-named-png", b"<html><body>404 Not Found</body></html>", words=UNREADABLE)
-    yield BadSample("pdf-named-png", b"%PDF-1.7\n1 0 obj <</Type /Catalog>> endobj\n%%EOF", words=UNREADABLE)
-    yield BadSample("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run", words=UNREADABLE)
+    yield BadSample(
+        "pdf-named-png", b"%PDF-1.7\n1 0 obj <</Type /Catalog>> endobj\n%%EOF", words=UNREADABLE
+    )
+    yield BadSample(
+        "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run", words=UNREADABLE
+    )
     yield BadSample("zeros", bytes(4096), words=UNREADABLE)
     yield BadSample("header-alone", b"\x89PNG\r\n\x1a\n" + bytes(52), words=UNREADABLE)
-    yield BadSample("bomb", bomb(60_000, 60_000), words=r"60000x60000 pixels are more than max_pixels = 1000000")
-    yield BadSample("true-bomb", encode(Image.new("1", (4000, 4000)), "PNG"), words=r"4000x4000 pixels are more than max_pixels")
+    yield BadSample(
+        "bomb", bomb(60_000, 60_000), words=r"60000x60000 pixels are more than max_pixels = 1000000"
+    )
+    yield BadSample(
+        "true-bomb",
+        encode(Image.new("1", (4000, 4000)), "PNG"),
+        words=r"4000x4000 pixels are more than max_pixels",
+    )
     yield BadSample(
         "gif-bomb",
         b"GIF89a\xff\xff\xff\xff\x00\x00\x00" + bytes(20),
@@ -100,13 +132,24 @@ def bad_images() -> Iterator[BadSample]:
     yield BadSample("cmyk", encode(cmyk, "JPEG"), extension="jpg")
     yield BadSample("grey-16-bit", encode(Image.new("I;16", (12, 12), 4000), "PNG"))
     yield BadSample(
-        "floating-point", encode(Image.new("F", (12, 12), 0.5), "TIFF"), extension="tif", words="floating-point pixels"
+        "floating-point",
+        encode(Image.new("F", (12, 12), 0.5), "TIFF"),
+        extension="tif",
+        words="floating-point pixels",
     )
     yield BadSample("one-pixel", encode(picture(1, 1), "PNG"))
     yield BadSample("wide", encode(picture(2, 20_000), "JPEG"), extension="jpeg")
     yield BadSample("tall", encode(picture(20_000, 1), "PNG"))
-    yield BadSample("animated-gif", encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), extension="gif")
-    yield BadSample("animated-webp", encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]), extension="webp")
+    yield BadSample(
+        "animated-gif",
+        encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        extension="gif",
+    )
+    yield BadSample(
+        "animated-webp",
+        encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        extension="webp",
+    )
     yield BadSample("bytes-after-the-end", GOOD + b"x" * 100)
 
 
@@ -178,12 +221,18 @@ def write_source(format: str, place: str, samples: list[BadSample]) -> dict[str,
     if format == "parquet":
         half = len(samples) // 2
         for name, part in (("a", samples[:half]), ("b", samples[half:])):
-            storage.write_bytes(f"{place}/{name}.parquet", parquet_bytes(part, pa.float64(), row_group_size=16))
+            storage.write_bytes(
+                f"{place}/{name}.parquet", parquet_bytes(part, pa.float64(), row_group_size=16)
+            )
         return {"uri": place, "format": "parquet", "id_column": "key"}
     if format == "folder":
         for sample in samples:
-            storage.write_bytes(f"{place}/class-{sample.label}/{sample.key}.{sample.extension}", sample.image)
+            storage.write_bytes(
+                f"{place}/class-{sample.label}/{sample.key}.{sample.extension}", sample.image
+            )
         return {"uri": place, "format": "imagefolder"}
     content = tar_bytes(samples)
-    storage.write_bytes(f"{place}/a.{format}", gzip.compress(content) if format == "tar.gz" else content)
+    storage.write_bytes(
+        f"{place}/a.{format}", gzip.compress(content) if format == "tar.gz" else content
+    )
     return {"uri": place, "format": "webdataset"}

@@ -16,7 +16,10 @@ from raypipe import storage
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two groups for `pytest -n 2 --dist loadgroup`: whatever needs a cluster shares one, and the rest goes on beside it."""
     for item in items:
-        of_ray = "cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray") is not None
+        of_ray = (
+            "cluster" in getattr(item, "fixturenames", ())
+            or item.get_closest_marker("ray") is not None
+        )
         of_ray = of_ray or item.path.parent.name in ("faults", "jobs")
         item.add_marker(pytest.mark.xdist_group("ray" if of_ray else "plain"))
 
@@ -50,7 +53,9 @@ def s3_server() -> Iterator[str]:
             patch.delenv(variable, raising=False)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED)
-        patch.setenv("RAYPIPE_TEST_PASSWORD", PLANTED)  # before Ray starts, so that its workers have it
+        patch.setenv(
+            "RAYPIPE_TEST_PASSWORD", PLANTED
+        )  # before Ray starts, so that its workers have it
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_CONFIG_FILE", "/dev/null")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
@@ -82,9 +87,9 @@ def cluster(s3_server: str) -> Iterator[str]:
     import ray
 
     from raypipe.config import ClusterSettings
+    from raypipe.distributed.cluster import connect
     from raypipe.progress import Progress
-    from raypipe.rundir import Run
-    from raypipe.stages.cluster import connect
+    from raypipe.runs.layout import Run
 
     connect(ClusterSettings(address="local"), Run("unused"), Progress(quiet=True), verbose=False)
     yield ray.get_runtime_context().gcs_address
@@ -92,7 +97,9 @@ def cluster(s3_server: str) -> Iterator[str]:
     ray.shutdown()
     # actors of drivers that a test killed can outlive the cluster
     for process in psutil.wait_procs(processes, timeout=5)[1]:
-        if process.name().startswith(("ray::", "raylet", "gcs_server")) or "ray" in " ".join(process.cmdline()):
+        if process.name().startswith(("ray::", "raylet", "gcs_server")) or "ray" in " ".join(
+            process.cmdline()
+        ):
             process.kill()
 
 
@@ -127,7 +134,8 @@ def of_folders(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("of-folders")
     images = {
-        f"class-{label}/{number:04d}.png": image for number, (image, label) in enumerate(zip(*digit_pngs(300), strict=True))
+        f"class-{label}/{number:04d}.png": image
+        for number, (image, label) in enumerate(zip(*digit_pngs(300), strict=True))
     }
     for name, content in {**images, **UNREADABLE}.items():
         path = folder / "data" / name

@@ -31,13 +31,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_inputs import FORMATS, GOOD, encode, good_samples, parquet_bytes, path_tricks, picture, tar_bytes
+from bad_inputs import (
+    FORMATS,
+    GOOD,
+    encode,
+    good_samples,
+    parquet_bytes,
+    path_tricks,
+    picture,
+    tar_bytes,
+)
 from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.images import BadImage, decode, decode_batch
 from raypipe.sources import class_map, open_source
+from raypipe.vision.decode import BadImage, decode, decode_batch
 
 SLOW_SECONDS, MOST_BYTES = 20, 2 << 30
 """A file that takes longer, or a process that grows by more, breaks the contract."""
@@ -65,12 +74,20 @@ def originals() -> dict[str, list[bytes]]:
         }
     )
     pixels = pa.table(
-        {"image": np.arange(12 * 12).reshape(12, 3, 4).tolist(), "label": [0.0] * 12, "key": [str(row) for row in range(12)]}
+        {
+            "image": np.arange(12 * 12).reshape(12, 3, 4).tolist(),
+            "label": [0.0] * 12,
+            "key": [str(row) for row in range(12)],
+        }
     )
     buffers = [io.BytesIO() for _ in range(3)]
     pq.write_table(wide, buffers[0], compression="snappy", row_group_size=5)
-    pq.write_table(pixels, buffers[1], compression="zstd", data_page_version="2.0", write_page_index=True)
-    pq.write_table(wide, buffers[2], compression="gzip", use_dictionary=False, write_page_checksum=True)
+    pq.write_table(
+        pixels, buffers[1], compression="zstd", data_page_version="2.0", write_page_index=True
+    )
+    pq.write_table(
+        wide, buffers[2], compression="gzip", use_dictionary=False, write_page_checksum=True
+    )
     parquet = [parquet_bytes(samples, row_group_size=4), *(buffer.getvalue() for buffer in buffers)]
     tars = [
         tar_bytes(samples, *((info, data) for info, data, _ in path_tricks())),
@@ -80,10 +97,17 @@ def originals() -> dict[str, list[bytes]]:
     frames = [picture(20, 30, seed) for seed in range(3)]
     exif = Image.Exif()
     exif[0x0112] = 6
-    result = {"parquet": parquet, "tar": tars, "tar.gz": [gzip.compress(tar, level) for tar in tars for level in (0, 6)]}
+    result = {
+        "parquet": parquet,
+        "tar": tars,
+        "tar.gz": [gzip.compress(tar, level) for tar in tars for level in (0, 6)],
+    }
     for extension, format in FORMATS.items():
         result[extension] = [encode(frames[0], format)]
-    result["jpg"] += [encode(frames[0], "JPEG", progressive=True, exif=exif), encode(frames[0].convert("CMYK"), "JPEG")]
+    result["jpg"] += [
+        encode(frames[0], "JPEG", progressive=True, exif=exif),
+        encode(frames[0].convert("CMYK"), "JPEG"),
+    ]
     result["png"] += [
         encode(frames[0].quantize(8), "PNG"),
         encode(frames[0].convert("LA"), "PNG"),
@@ -117,13 +141,18 @@ def long_names(format: int) -> bytes:
 
 def mutate(data: bytes, generator: random.Random, others: list[bytes]) -> bytes:
     """A few of: bits flipped, bytes overwritten, a piece cut out, doubled, or taken from another file, a length made absurd, a cut."""
-    result, gentle = bytearray(data), generator.random() < 0.4  # one wrong bit gets further than a wrong page
+    result, gentle = (
+        bytearray(data),
+        generator.random() < 0.4,
+    )  # one wrong bit gets further than a wrong page
     for _ in range(generator.choice((1, 1, 2, 4, 16))):
         if not result:
             break
         place = generator.randrange(len(result))
         near = generator.randrange(min(len(result), generator.choice((100, 600, 3000))))
-        place = generator.choice((place, place, near, len(result) - 1 - near))  # headers and footers are where the structure is
+        place = generator.choice(
+            (place, place, near, len(result) - 1 - near)
+        )  # headers and footers are where the structure is
         length = generator.choice((1, 4, 16, 512, 2000))
         action = 0 if gentle else generator.randrange(8)
         if action == 0:
@@ -143,7 +172,8 @@ def mutate(data: bytes, generator: random.Random, others: list[bytes]) -> bytes:
             result[place : place + len(word)] = word
         elif action == 6:
             result[place : place + 4] = struct.pack(
-                generator.choice("<>") + "I", generator.choice((0, 1, len(result), 1 << 31, 1 << 20))
+                generator.choice("<>") + "I",
+                generator.choice((0, 1, len(result), 1 << 31, 1 << 20)),
             )
         else:
             del result[place:]
@@ -154,7 +184,9 @@ def case(seed: int, files: dict[str, list[bytes]]) -> tuple[str, bytes]:
     """Extension and bytes of the mutated file of a seed."""
     generator = random.Random(seed)
     # Parquet and tar are our own structures to get right: half of all
-    extension = generator.choice(("parquet", "tar", "tar.gz", *(["parquet", "tar", "tar.gz"] if seed % 2 else files)))
+    extension = generator.choice(
+        ("parquet", "tar", "tar.gz", *(["parquet", "tar", "tar.gz"] if seed % 2 else files))
+    )
     data = generator.choice(files[extension])
     if extension == "tar.gz" and generator.random() < 0.5:  # damage inside of sound compression
         return extension, gzip.compress(mutate(gzip.decompress(data), generator, files["tar"]), 1)
@@ -175,7 +207,12 @@ def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) 
         file.unlink()
     (folder / f"a.{extension}").write_bytes(data)
     id_column = "key" if extension == "parquet" and len(data) % 2 else None
-    settings = SourceSettings(uri=str(folder), fragment_samples=fragment_samples, id_column=id_column, max_pixels=MAX_PIXELS)
+    settings = SourceSettings(
+        uri=str(folder),
+        fragment_samples=fragment_samples,
+        id_column=id_column,
+        max_pixels=MAX_PIXELS,
+    )
     try:
         source = open_source(settings)
         (file_found,) = source.files()
@@ -187,7 +224,9 @@ def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) 
     good = 0
     for fragment in scan.fragments:
         if fragment.samples > 100_000:
-            assert extension == "parquet"  # a footer may state many rows; what is read of them stays bounded
+            assert (
+                extension == "parquet"
+            )  # a footer may state many rows; what is read of them stays bounded
             continue
         found = list(source.read(fragment))
         assert len(found) == fragment.samples, f"{len(found)} samples of {fragment.samples}"

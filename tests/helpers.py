@@ -15,7 +15,7 @@ from raypipe import storage
 from raypipe.api import load_scores
 from raypipe.config import Config, apply_overrides, parse_config
 from raypipe.progress import Progress
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 
 QUIET = Progress(quiet=True)
 PLANTED = "planted-4f1d9c62a7"
@@ -33,7 +33,11 @@ SMALL: dict[str, Any] = {
         "crop_padding": 1,
         "flip": False,
     },
-    "measure": {"max_actors": 1, "scores": ["moso", "el2n", "grand", "loss"], "loss": {"at": "checkpoints"}},
+    "measure": {
+        "max_actors": 1,
+        "scores": ["moso", "el2n", "grand", "loss"],
+        "loss": {"at": "checkpoints"},
+    },
     "embed": {"max_actors": 1},
     "extrapolate": {"epochs": 4, "neighbours": 8, "folds": 2, "judge_published": False},
     "trust": {"min_spearman": -1},
@@ -43,7 +47,11 @@ SMALL: dict[str, Any] = {
 """The whole job at its smallest: an actor takes longer to start than all of its work."""
 
 
-UNREADABLE = {"class-0/empty.png": b"", "class-1/words.jpg": b"not an image", "class-2/cut.png": b"\x89PNG\r\n\x1a\n" + bytes(52)}
+UNREADABLE = {
+    "class-0/empty.png": b"",
+    "class-1/words.jpg": b"not an image",
+    "class-2/cut.png": b"\x89PNG\r\n\x1a\n" + bytes(52),
+}
 """Files of the fixture `of_folders` that are no images."""
 
 
@@ -55,7 +63,9 @@ def small_config(run: str, *overrides: str) -> Config:
 def digit_images(count: int) -> tuple[np.ndarray, list[int]]:
     """The first of scikit-learn's digits, uint8 [n, 8, 8], and their labels."""
     digits = load_digits()
-    return (digits.images[:count] * 255 / 16).round().astype(np.uint8), digits.target[:count].tolist()
+    return (digits.images[:count] * 255 / 16).round().astype(np.uint8), digits.target[
+        :count
+    ].tolist()
 
 
 def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
@@ -77,15 +87,22 @@ def photograph(seed: int) -> Image.Image:
     shaped = np.fft.fft2(random.normal(size=(3, 760, 1000))) / np.maximum(frequency, 1 / 1000)
     pixels = np.fft.ifft2(shaped).real
     pixels = pixels.mean(0) + 0.3 * pixels  # colours go together
-    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return Image.fromarray(
+        (128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    )
 
 
 def measured_with(run: Run, file: str, part: int = 0) -> Any:
     """The network of a checkpoint as the scores are measured with it: BatchNorm recalibrated."""
-    from raypipe.stages.gradients import Folders
-    from raypipe.stages.proxy import load_checkpoint, proxy_parts
+    from raypipe.runs.checkpoints import load_checkpoint
+    from raypipe.runs.partition import proxy_parts
+    from raypipe.stages.measure.gradients import GradientFolders
 
-    return load_checkpoint(run, file, folder=Folders.of(run.config(), run).of_part(proxy_parts(run)[part]).calibrated)
+    return load_checkpoint(
+        run,
+        file,
+        folder=GradientFolders.of(run.config(), run).of_part(proxy_parts(run)[part]).calibrated,
+    )
 
 
 def score_files(run: str) -> dict[str, bytes]:
@@ -95,7 +112,10 @@ def score_files(run: str) -> dict[str, bytes]:
 
 def _files(run: str, folder: str) -> dict[str, bytes]:
     root = Run(run).path(folder)
-    return {file.path: storage.read_bytes(storage.join(root, file.path)) for file in storage.listing(root)}
+    return {
+        file.path: storage.read_bytes(storage.join(root, file.path))
+        for file in storage.listing(root)
+    }
 
 
 def stamps(run: str, folder: str) -> dict[str, str]:

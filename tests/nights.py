@@ -20,13 +20,13 @@ from serial import run_tasks
 
 from raypipe import storage
 from raypipe.config import Config, apply_overrides, parse_config
+from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.context import Context
 from raypipe.nightly import Night, run_night
 from raypipe.pipeline import execute
-from raypipe.rundir import Run
-from raypipe.stages.base import Context
-from raypipe.stages.cluster import Cluster
-from raypipe.stages.proxy import empty_proxy
-from raypipe.stages.seed import read_shard
+from raypipe.runs.checkpoints import empty_proxy
+from raypipe.runs.layout import Run
+from raypipe.runs.seed_shards import read_shard
 
 FILE_ROWS = 150
 FIRST = datetime(2026, 11, 22, 2, 0, 0, tzinfo=UTC)
@@ -69,7 +69,10 @@ def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
     storage.write_json(run.path("proxy", "proxy.json"), _about(run))
     torch.manual_seed(0)
     model = empty_proxy(run)
-    images, labels = (torch.from_numpy(np.concatenate(item)) for item in zip(*[_pixels(run, shard) for shard in _shards(run)]))
+    images, labels = (
+        torch.from_numpy(np.concatenate(item))
+        for item in zip(*[_pixels(run, shard) for shard in _shards(run)])
+    )
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     model.train()
     for step in range(12):
@@ -79,13 +82,31 @@ def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
         optimizer.step()
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     storage.write_bytes(run.path("proxy", "checkpoints", "epoch-0000.safetensors"), save(weights))
-    record = {"epoch": 0, "steps": 12, "lr": 0.01, "checkpoint": "epoch-0000.safetensors", "scored": True, "trajectory": []}
-    storage.write_json(run.path("proxy", "epochs", "0000.json"), {**record, "accuracy": 0.5, "loss": 1.0, "cpu_seconds": 0.0})
+    record = {
+        "epoch": 0,
+        "steps": 12,
+        "lr": 0.01,
+        "checkpoint": "epoch-0000.safetensors",
+        "scored": True,
+        "trajectory": [],
+    }
+    storage.write_json(
+        run.path("proxy", "epochs", "0000.json"),
+        {**record, "accuracy": 0.5, "loss": 1.0, "cpu_seconds": 0.0},
+    )
 
 
 def _about(run: Run) -> dict[str, Any]:
-    size = json.loads(pq.read_schema(run.path("seed", f"{min(run.done('seed'))}.parquet")).metadata[b"raypipe"])["image_size"]
-    return {"model": "small", "classes": len(run.classes().names), "image_size": size, "mean": [0.3] * 3, "std": [0.4] * 3}
+    size = json.loads(
+        pq.read_schema(run.path("seed", f"{min(run.done('seed'))}.parquet")).metadata[b"raypipe"]
+    )["image_size"]
+    return {
+        "model": "small",
+        "classes": len(run.classes().names),
+        "image_size": size,
+        "mean": [0.3] * 3,
+        "std": [0.4] * 3,
+    }
 
 
 def _shards(run: Run) -> list[str]:
@@ -98,12 +119,11 @@ def _pixels(run: Run, shard: str) -> tuple[np.ndarray, np.ndarray]:
 
 def in_process(patch: pytest.MonkeyPatch) -> None:
     """Stages work in this process, as on one machine with two CPUs."""
-    for module in ("embed", "extrapolate", "gradients"):
+    for module in ("embed", "extrapolate.stage", "measure.gradients"):
         patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
-    for module in ("streaming", "seed"):
-        patch.setattr(f"raypipe.stages.{module}.run_tasks", run_tasks)
-    patch.setattr("raypipe.stages.fitting.run_parts", serial_parts)
-    patch.setattr("raypipe.stages.proxy._train", quick_training)
+    patch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
+    patch.setattr("raypipe.stages.extrapolate.fit.run_step_functions", serial_parts)
+    patch.setattr("raypipe.stages.proxy.stage._train", quick_training)
     patch.setattr(Context, "cluster", Cluster(2, 0, 1, 2, False))
 
 
@@ -115,7 +135,10 @@ class Place:
         self.run = Run(str(run or folder / "run"))
 
     def config(self, *overrides: str) -> Config:
-        where = {"run": self.run.uri, "source": {**SETTINGS["source"], "uri": str(self.folder / "data")}}
+        where = {
+            "run": self.run.uri,
+            "source": {**SETTINGS["source"], "uri": str(self.folder / "data")},
+        }
         return parse_config(apply_overrides({**SETTINGS, **where}, overrides))
 
     def add(self, number: int, rows: int = FILE_ROWS, invert: bool = False) -> None:
@@ -123,14 +146,20 @@ class Place:
         images, labels = digit_pngs(1797)
         start = number * FILE_ROWS
         part = [_inverted(image) if invert else image for image in images[start : start + rows]]
-        table = pa.table({"image": [{"bytes": image} for image in part], "label": labels[start : start + rows]})
-        storage.write_table(str(self.folder / "data" / f"part-{number:02d}.parquet"), table, row_group_size=75)
+        table = pa.table(
+            {"image": [{"bytes": image} for image in part], "label": labels[start : start + rows]}
+        )
+        storage.write_table(
+            str(self.folder / "data" / f"part-{number:02d}.parquet"), table, row_group_size=75
+        )
 
     def remove(self, number: int) -> None:
         storage.delete(str(self.folder / "data" / f"part-{number:02d}.parquet"))
 
     def night(self, day: int, *overrides: str) -> Night:
-        return run_night(self.config(*overrides), progress=QUIET, moment=FIRST + timedelta(days=day))
+        return run_night(
+            self.config(*overrides), progress=QUIET, moment=FIRST + timedelta(days=day)
+        )
 
     def copy(self, run: Path) -> Place:
         """A copy of the run, of the same source."""

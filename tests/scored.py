@@ -13,20 +13,30 @@ from helpers import QUIET
 
 from raypipe import storage
 from raypipe.config import SourceSettings, absolute_paths, parse_config
-from raypipe.rundir import Run, StageRecord
+from raypipe.distributed.context import Context
+from raypipe.runs.keep_files import keep_file
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.sources import RawSample, Source, open_source
-from raypipe.stages.base import Context
-from raypipe.stages.index import IndexStage
-from raypipe.stages.select import keep_file, write_keep_lists
+from raypipe.stages.index.stage import IndexStage
+from raypipe.stages.select.stage import write_keep_lists
 
 
 def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
     """A run in `folder` over the source at `uri`: index, scores and one keep-list. Samples that cannot be read are not scored."""
     config = absolute_paths(
-        parse_config({"run": folder, "source": {"uri": uri, **source}, "select": {"keep": [keep], "strategy": "top"}})
+        parse_config(
+            {
+                "run": folder,
+                "source": {"uri": uri, **source},
+                "select": {"keep": [keep], "strategy": "top"},
+            }
+        )
     )
     stored = open_source(config.source)
-    config = config.model_copy(update={"source": config.source.model_copy(update={"format": stored.format})})
+    config = config.model_copy(
+        update={"source": config.source.model_copy(update={"format": stored.format})}
+    )
     run, record = Run(config.run), StageRecord(state="done")
     run.write_config(config)
     with pytest.MonkeyPatch.context() as patch:
@@ -34,7 +44,11 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
         IndexStage().execute(Context(config, run, QUIET), record)
     classes, random, samples = run.classes(), np.random.default_rng(0), 0
     for fragment in run.fragments():
-        good = [sample for sample in stored.read(run.with_members(fragment)) if not sample.reason and len(sample.image)]
+        good = [
+            sample
+            for sample in stored.read(run.with_members(fragment))
+            if not sample.reason and len(sample.image)
+        ]
         order = random.permutation(len(good))  # in scores/ the seed set comes first
         labels = [classes.index(good[row].label)[0] for row in order]
         columns = {
@@ -42,9 +56,16 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
             "label": pa.array(labels, pa.int32(), mask=np.array(labels, np.int32) < 0),
             "score": pa.array(random.normal(size=len(good)), pa.float32()),
         }
-        storage.write_table(run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table(columns))
+        storage.write_table(
+            run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table(columns)
+        )
         samples += len(good)
-    run.write_ledger({"index": record, "extrapolate": StageRecord(state="done", samples=samples, detail={"measured": samples})})
+    run.write_ledger(
+        {
+            "index": record,
+            "extrapolate": StageRecord(state="done", samples=samples, detail={"measured": samples}),
+        }
+    )
     write_keep_lists(run, config.select)
     return run
 
@@ -53,12 +74,17 @@ def serially(patch: pytest.MonkeyPatch) -> list[Any]:
     """Tasks are called one after the other in this process; the list gets the units they are called with."""
     called: list[Any] = []
 
-    def run_tasks(units: Iterable[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any) -> None:
+    def run_tasks(
+        units: Iterable[Any],
+        function: Callable[[Any], Any],
+        on_result: Callable[[Any], None],
+        **_: Any,
+    ) -> None:
         for unit in units:
             called.append(unit)
             on_result(function(unit))
 
-    patch.setattr("raypipe.stages.streaming.run_tasks", run_tasks)
+    patch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     patch.setattr(Context, "cluster", None)
     return called
 
@@ -72,7 +98,12 @@ def everything_in(uri: str, **options: Any) -> list[RawSample]:
     """Every sample of a source, in its order."""
     source = opened(uri, **options)
     limit = source.settings.limit
-    found = (sample for file in source.files() for part in source.scan(file).fragments for sample in source.read(part))
+    found = (
+        sample
+        for file in source.files()
+        for part in source.scan(file).fragments
+        for sample in source.read(part)
+    )
     return list(islice(found, limit))
 
 
@@ -81,7 +112,12 @@ def add_weights(run: Run, keep: float) -> np.ndarray:
     uri = run.path("keep", keep_file(keep))
     table = storage.read_table(uri)
     weight = np.linspace(0.5, 2, len(table)).astype(np.float32)
-    storage.write_table(uri, table.append_column("weight", pa.array(weight)).replace_schema_metadata(table.schema.metadata))
+    storage.write_table(
+        uri,
+        table.append_column("weight", pa.array(weight)).replace_schema_metadata(
+            table.schema.metadata
+        ),
+    )
     return weight
 
 

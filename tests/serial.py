@@ -9,13 +9,16 @@ import pytest
 from helpers import QUIET
 
 from raypipe.config import Config
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.base import Context
-from raypipe.stages.index import IndexStage
+from raypipe.distributed.context import Context
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.stages.index.stage import IndexStage
 from raypipe.stages.seed import SeedStage
 
 
-def run_tasks(units: Sequence[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any) -> None:
+def run_tasks(
+    units: Sequence[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], **_: Any
+) -> None:
     for unit in units:
         on_result(function(unit))
 
@@ -23,8 +26,7 @@ def run_tasks(units: Sequence[Any], function: Callable[[Any], Any], on_result: C
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process."""
-    monkeypatch.setattr("raypipe.stages.streaming.run_tasks", run_tasks)
-    monkeypatch.setattr("raypipe.stages.seed.run_tasks", run_tasks)
+    monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "cluster", None)
 
 

@@ -13,7 +13,9 @@ NAMES = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_says_how_it_is_used(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_how_it_is_used(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module(name)
     if not hasattr(module, "main"):

@@ -26,7 +26,17 @@ def _main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_help_names_every_verb(capsys) -> None:
     code, out, _ = _main(capsys, "--help")
     assert code == 0
-    for verb in ("run", "demo", "init", "inspect", "status", "extrapolate", "select", "export", "report"):
+    for verb in (
+        "run",
+        "demo",
+        "init",
+        "inspect",
+        "status",
+        "extrapolate",
+        "select",
+        "export",
+        "report",
+    ):
         assert f"  {verb} " in out
 
 
@@ -41,7 +51,10 @@ def test_help_names_every_verb(capsys) -> None:
         (["demo", "--inject-noise", "1"], "source.inject_noise: 1.0 is not allowed"),
         (["select", "x", "--keep", "many"], "not a valid float"),
         (["export", "x", "--to", "y"], "Missing option '--format'"),
-        (["export", "x", "--to", "y", "--format", "zip"], "'zip' is not one of indices, list, webdataset, parquet"),
+        (
+            ["export", "x", "--to", "y", "--format", "zip"],
+            "'zip' is not one of indices, list, webdataset, parquet",
+        ),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
         (["inspect"], "nothing to look at"),
         (["inspect", "digits://", "--samples", "0"], "samples: 0 is not allowed"),
@@ -69,7 +82,9 @@ def test_bad_usage_exits_with_2(capsys, arguments: list[str], expected: str) -> 
         (["inspect", "digits://", "--like", "nowhere"], "no run here"),
     ],
 )
-def test_what_cannot_be_done_exits_with_1(capsys, tmp_path, monkeypatch, arguments: list[str], expected: str) -> None:
+def test_what_cannot_be_done_exits_with_1(
+    capsys, tmp_path, monkeypatch, arguments: list[str], expected: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = _main(capsys, *arguments)
     assert code == 1
@@ -117,7 +132,9 @@ def test_inspect_takes_the_settings_of_a_configuration(capsys, tmp_path, monkeyp
     assert code == 0
     assert (found["samples"], found["limit"], found["rejects"]["drawn"]) == (1797, 1000, 40)
     assert (found["cost"]["samples"], found["cost"]["seed_samples"]) == (1000, 500)
-    assert found["balance"]["largest"] == 183 and sum(found["balance"]["per_class"].values()) == 1797
+    assert (
+        found["balance"]["largest"] == 183 and sum(found["balance"]["per_class"].values()) == 1797
+    )
     assert "--address auto" in found["cost"]["machine"]  # only then Ray is asked
     assert (tmp_path / "g" / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
@@ -130,7 +147,9 @@ def test_a_damaged_run_is_an_error_not_a_traceback(capsys, tmp_path) -> None:
         assert "run.json" in err
 
 
-@pytest.mark.parametrize("arguments", [["init"], ["--help"], ["inspect", "digits://"], ["status", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments", [["init"], ["--help"], ["inspect", "digits://"], ["status", "nowhere"]]
+)
 def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom raypipe.cli import main\n"
@@ -138,7 +157,13 @@ def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
         "print(sorted({'ray', 'torch', 'torchvision'} & set(sys.modules)))"
     )
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=True,
+    )
     assert done.stdout.strip().endswith("[]")
     assert time.monotonic() - started < 20
 

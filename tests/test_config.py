@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from raypipe.config import AdversarySettings, Config, apply_overrides, commented_config, dump_config, load_config, parse_config
+from raypipe.config import (
+    AdversarySettings,
+    Config,
+    apply_overrides,
+    commented_config,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from raypipe.errors import ConfigError
 
 LEAST = {"run": "out", "source": {"uri": "data"}}
@@ -35,35 +43,86 @@ def _message(data: dict) -> str:
             {"proxy": {"normalize": {"mean": [0.5, 0.5, 128]}}},
             ["proxy.normalize.mean.2", "128", "proxy.normalize.std", "missing"],
         ),
-        ({"proxy": {"normalize": {"mean": [0, 0, 0], "std": [0, 1, 1]}}}, ["proxy.normalize.std.0", "greater than 0"]),
-        ({"proxy": {"adversary": {"eps": "8/0"}}}, ["proxy.adversary.eps", "'8/0'", "valid number"]),
-        ({"proxy": {"adversary": {"eps": 8}}}, ["proxy.adversary.eps", "8", "less than or equal to 1"]),
+        (
+            {"proxy": {"normalize": {"mean": [0, 0, 0], "std": [0, 1, 1]}}},
+            ["proxy.normalize.std.0", "greater than 0"],
+        ),
+        (
+            {"proxy": {"adversary": {"eps": "8/0"}}},
+            ["proxy.adversary.eps", "'8/0'", "valid number"],
+        ),
+        (
+            {"proxy": {"adversary": {"eps": 8}}},
+            ["proxy.adversary.eps", "8", "less than or equal to 1"],
+        ),
         ({"proxy": {"adversary": {"steps": 3}}}, ["proxy.adversary.steps", "unknown setting"]),
-        ({"proxy": {"adversary": {"iterations": 0}}}, ["proxy.adversary.iterations", "0", "greater than or equal to 1"]),
+        (
+            {"proxy": {"adversary": {"iterations": 0}}},
+            ["proxy.adversary.iterations", "0", "greater than or equal to 1"],
+        ),
         ({"seed": {"fraction": 0}}, ["seed.fraction", "0", "greater than 0"]),
-        ({"extrapolate": {"exact_neighbours": 0}}, ["extrapolate.exact_neighbours", "0", "greater than or equal to 1"]),
+        (
+            {"extrapolate": {"exact_neighbours": 0}},
+            ["extrapolate.exact_neighbours", "0", "greater than or equal to 1"],
+        ),
         ({"seed": {"fraction": float("nan")}}, ["seed.fraction", "finite"]),
         ({"select": {"keep": [0.5, 1.5]}}, ["select.keep.1", "1.5", "less than or equal to 1"]),
         ({"select": {"keep": []}}, ["select.keep"]),
         ({"select": {"strategy": "best"}}, ["select.strategy", "'best'", "'top', 'balanced'"]),
-        ({"select": {"strategy": "ccs", "hard_cutoff": 0.2}}, ["select", "keep (0.9)", "hard_cutoff (0.2)", "more than 1"]),
-        ({"select": {"weights": "inclusion", "strategy": "top"}}, ["select", "weights", "random, ccs, beta", "not top"]),
-        ({"select": {"weights": "inclusion", "strategy": "random", "min_per_class": 1}}, ["select", "min_per_class"]),
-        ({"select": {"near_duplicates": 1.5}}, ["select.near_duplicates", "1.5", "less than or equal to 1"]),
-        ({"select": {"easy_fraction": -0.5}}, ["select.easy_fraction", "-0.5", "greater than or equal to 0"]),
+        (
+            {"select": {"strategy": "ccs", "hard_cutoff": 0.2}},
+            ["select", "keep (0.9)", "hard_cutoff (0.2)", "more than 1"],
+        ),
+        (
+            {"select": {"weights": "inclusion", "strategy": "top"}},
+            ["select", "weights", "random, ccs, beta", "not top"],
+        ),
+        (
+            {"select": {"weights": "inclusion", "strategy": "random", "min_per_class": 1}},
+            ["select", "min_per_class"],
+        ),
+        (
+            {"select": {"near_duplicates": 1.5}},
+            ["select.near_duplicates", "1.5", "less than or equal to 1"],
+        ),
+        (
+            {"select": {"easy_fraction": -0.5}},
+            ["select.easy_fraction", "-0.5", "greater than or equal to 0"],
+        ),
         ({"seed": {"audit": -1}}, ["seed.audit", "-1", "greater than or equal to 0"]),
-        ({"extrapolate": {"holdout": 0.3, "folds": 4}}, ["extrapolate", "folds (4)", "holdout (0.3)"]),
-        ({"trust": {"min_spearman": 1.2}}, ["trust.min_spearman", "1.2", "less than or equal to 1"]),
-        ({"extrapolate": {"method": "gnn-published", "use_gpu": True}}, ["extrapolate", "use_gpu: gnn-published"]),
+        (
+            {"extrapolate": {"holdout": 0.3, "folds": 4}},
+            ["extrapolate", "folds (4)", "holdout (0.3)"],
+        ),
+        (
+            {"trust": {"min_spearman": 1.2}},
+            ["trust.min_spearman", "1.2", "less than or equal to 1"],
+        ),
+        (
+            {"extrapolate": {"method": "gnn-published", "use_gpu": True}},
+            ["extrapolate", "use_gpu: gnn-published"],
+        ),
         ({"extrapolate": {"method": "gat"}}, ["extrapolate.method", "'gat'", "'gnn-published'"]),
-        ({"embed": {"min_actors": 4, "max_actors": 2}}, ["embed", "max_actors (2)", "min_actors (4)"]),
+        (
+            {"embed": {"min_actors": 4, "max_actors": 2}},
+            ["embed", "max_actors (2)", "min_actors (4)"],
+        ),
         ({"source": {}}, ["source.uri", "required"]),
         ({"source": {"uri": "x", "inject_noise": 1}}, ["source.inject_noise", "1", "less than 1"]),
-        ({"source": {"uri": "x", "noise_seed": -1}}, ["source.noise_seed", "-1", "greater than or equal to 0"]),
-        ({"source": {"uri": "x", "max_reject_fraction": 1.5}}, ["source.max_reject_fraction", "1.5", "less than or equal to 1"]),
+        (
+            {"source": {"uri": "x", "noise_seed": -1}},
+            ["source.noise_seed", "-1", "greater than or equal to 0"],
+        ),
+        (
+            {"source": {"uri": "x", "max_reject_fraction": 1.5}},
+            ["source.max_reject_fraction", "1.5", "less than or equal to 1"],
+        ),
         ({"source": {"uri": "x", "format": "zip"}}, ["source.format", "'zip'", "'parquet'"]),
         ({"source": {"uri": "x", "split": ""}}, ["source.split", "at least 1 character"]),
-        ({"source": {"uri": "x", "config_name": ""}}, ["source.config_name", "at least 1 character"]),
+        (
+            {"source": {"uri": "x", "config_name": ""}},
+            ["source.config_name", "at least 1 character"],
+        ),
     ],
 )
 def test_a_bad_setting_is_named(change: dict, expected: list[str]) -> None:
@@ -110,13 +169,24 @@ def test_an_adversary_as_papers_write_it(tmp_path) -> None:
 
 
 def test_overrides() -> None:
-    data = apply_overrides(LEAST, ["proxy.epochs=3", "select.keep=[0.5, 0.1]", "source.id_column=null", "run=s3://bucket/run"])
+    data = apply_overrides(
+        LEAST,
+        [
+            "proxy.epochs=3",
+            "select.keep=[0.5, 0.1]",
+            "source.id_column=null",
+            "run=s3://bucket/run",
+        ],
+    )
     assert data["proxy"] == {"epochs": 3}
     assert data["select"] == {"keep": [0.5, 0.1]}
     assert data["run"] == "s3://bucket/run"
     assert "proxy" not in LEAST, "the original is not changed"
     deep = {"measure": {"loss": {"at": "checkpoints"}}}
-    assert apply_overrides(deep, ["measure.loss.first_epoch=2"])["measure"]["loss"] == {"at": "checkpoints", "first_epoch": 2}
+    assert apply_overrides(deep, ["measure.loss.first_epoch=2"])["measure"]["loss"] == {
+        "at": "checkpoints",
+        "first_epoch": 2,
+    }
     assert deep == {"measure": {"loss": {"at": "checkpoints"}}}, "nor what is further down in it"
     for bad in ("proxy.epochs", "=3", "run.field=3", "proxy.epochs=[1"):
         with pytest.raises(ConfigError, match="--set"):
@@ -140,7 +210,9 @@ def test_printed_configuration_is_complete_and_valid(tmp_path) -> None:
             assert set(data[section]) == set(fields)
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(str(tmp_path / "config.yaml")).proxy == parse_config(LEAST).proxy
-    assert all("#" in line for line in text.splitlines() if line.startswith("  ")), "every setting has its comment"
+    assert all("#" in line for line in text.splitlines() if line.startswith("  ")), (
+        "every setting has its comment"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,10 +238,15 @@ def test_a_missing_file() -> None:
 def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = "{uri: s3://bucket/data, root: sets, class_map: ../classes.json}"
-    (tmp_path / "config.yaml").write_text(f"run: out\nsource: {source}\nselect: {{never_keep: faces.txt}}\n")
+    (tmp_path / "config.yaml").write_text(
+        f"run: out\nsource: {source}\nselect: {{never_keep: faces.txt}}\n"
+    )
     config = load_config("config.yaml")
     assert config.run == str(tmp_path / "out")
-    assert (config.select.never_keep, config.select.always_keep) == (str(tmp_path / "faces.txt"), None)
+    assert (config.select.never_keep, config.select.always_keep) == (
+        str(tmp_path / "faces.txt"),
+        None,
+    )
     assert config.source.uri == "s3://bucket/data"
     assert config.source.root == str(tmp_path / "sets")
     assert config.source.class_map == str(tmp_path.parent / "classes.json")
@@ -189,10 +266,18 @@ def test_what_can_be_rehearsed() -> None:
             }
         )
 
-    assert given().rehearses and not given(rehearsal=False).rehearses and given(rehearsal=True).rehearses
+    assert (
+        given().rehearses
+        and not given(rehearsal=False).rehearses
+        and given(rehearsal=True).rehearses
+    )
     assert not given(score="moso").rehearses  # it has an audit set
     assert not given(method="knn").rehearses and not given(proxy={"parts": 2}).rehearses
-    for wrong, words in (({"score": "moso"}, "audit set"), ({"method": "knn"}, "method knn"), ({"proxy": {"parts": 2}}, "parts")):
+    for wrong, words in (
+        ({"score": "moso"}, "audit set"),
+        ({"method": "knn"}, "method knn"),
+        ({"proxy": {"parts": 2}}, "parts"),
+    ):
         with pytest.raises(ConfigError, match=f"nothing to rehearse.*{words}"):
             given(rehearsal=True, **wrong)
 
@@ -201,13 +286,28 @@ def test_labels_come_from_one_place() -> None:
     unlabelled = {"uri": "data", "label_column": None}
     config = parse_config({**LEAST, "source": unlabelled, "pseudo_labels": {"clusters": 10}})
     assert config.unsupervised and not parse_config(LEAST).unsupervised
-    assert (config.pseudo_labels.rounds, config.pseudo_labels.model_copy(update={"method": "turtle"}).rounds) == (100, 1000)
+    assert (
+        config.pseudo_labels.rounds,
+        config.pseudo_labels.model_copy(update={"method": "turtle"}).rounds,
+    ) == (100, 1000)
     for data, expected in (
-        ({"pseudo_labels": {"clusters": 10}}, ["pseudo_labels.clusters", "set source.label_column to null"]),
+        (
+            {"pseudo_labels": {"clusters": 10}},
+            ["pseudo_labels.clusters", "set source.label_column to null"],
+        ),
         ({"source": unlabelled}, ["source.label_column", "set pseudo_labels.clusters"]),
-        ({"source": unlabelled, "pseudo_labels": {"clusters": 1}}, ["pseudo_labels.clusters", "greater than or equal to 2"]),
-        ({"pseudo_labels": {"features": "backbone"}}, ["pseudo_labels", "needs weights", "torchvision://"]),
-        ({"pseudo_labels": {"weights": "w.safetensors"}}, ["pseudo_labels", "features are self-supervised", "backbone"]),
+        (
+            {"source": unlabelled, "pseudo_labels": {"clusters": 1}},
+            ["pseudo_labels.clusters", "greater than or equal to 2"],
+        ),
+        (
+            {"pseudo_labels": {"features": "backbone"}},
+            ["pseudo_labels", "needs weights", "torchvision://"],
+        ),
+        (
+            {"pseudo_labels": {"weights": "w.safetensors"}},
+            ["pseudo_labels", "features are self-supervised", "backbone"],
+        ),
         ({"pseudo_labels": {"model": "small"}}, ["pseudo_labels.model", "'small'", "resnet50"]),
         ({"pseudo_labels": {"method": "dbscan"}}, ["pseudo_labels.method", "'dbscan'", "'turtle'"]),
     ):
@@ -219,6 +319,11 @@ def test_labels_come_from_one_place() -> None:
 def test_weights_of_a_backbone_are_a_path_unless_they_are_a_uri(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     backbone = "pseudo_labels: {clusters: 3, features: backbone, weights: w.safetensors}"
-    (tmp_path / "config.yaml").write_text(f"run: out\nsource: {{uri: data, label_column: null}}\n{backbone}\n")
+    (tmp_path / "config.yaml").write_text(
+        f"run: out\nsource: {{uri: data, label_column: null}}\n{backbone}\n"
+    )
     assert load_config("config.yaml").pseudo_labels.weights == str(tmp_path / "w.safetensors")
-    assert load_config("config.yaml", ["pseudo_labels.weights=torchvision://"]).pseudo_labels.weights == "torchvision://"
+    assert (
+        load_config("config.yaml", ["pseudo_labels.weights=torchvision://"]).pseudo_labels.weights
+        == "torchvision://"
+    )

@@ -14,16 +14,18 @@ import pytest
 import torch
 
 from raypipe.config import EmbedSettings, MeasureSettings
-from raypipe.devices import AtOnce, to_device
-from raypipe.embedding import forward
-from raypipe.models import build
+from raypipe.vision.devices import AdaptiveBatch, to_device
+from raypipe.vision.forward import forward
+from raypipe.vision.networks import build
 
 
 def test_samples_go_in_parts_of_the_size_asked_for() -> None:
-    parts = AtOnce(4)(lambda rows, labels: (rows.tolist(), labels.tolist()), torch.arange(10), np.arange(10) * 2)
+    parts = AdaptiveBatch(4)(
+        lambda rows, labels: (rows.tolist(), labels.tolist()), torch.arange(10), np.arange(10) * 2
+    )
     assert [rows for rows, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [labels for _, labels in parts] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]]
-    assert AtOnce(4)(len, []) == [0]
+    assert AdaptiveBatch(4)(len, []) == [0]
 
 
 def test_half_as_many_where_the_memory_does_not_do_and_none_twice() -> None:
@@ -35,8 +37,10 @@ def test_half_as_many_where_the_memory_does_not_do_and_none_twice() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return rows.tolist()
 
-    at_once = AtOnce(1000)
-    assert [row for part in at_once(room_for_three, torch.arange(10)) for row in part] == list(range(10))
+    at_once = AdaptiveBatch(1000)
+    assert [row for part in at_once(room_for_three, torch.arange(10)) for row in part] == list(
+        range(10)
+    )
     assert asked == [10, 5, 3, 3, 3, 1]
     assert at_once(room_for_three, torch.arange(4)) == [[0, 1, 2], [3]]  # it has learnt
     assert asked[6:] == [3, 1]
@@ -45,7 +49,7 @@ def test_half_as_many_where_the_memory_does_not_do_and_none_twice() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        AtOnce(8)(no_room, torch.arange(8))
+        AdaptiveBatch(8)(no_room, torch.arange(8))
 
 
 def test_what_failed_holds_no_memory_when_it_is_tried_again() -> None:
@@ -59,7 +63,7 @@ def test_what_failed_holds_no_memory_when_it_is_tried_again() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return len(rows)
 
-    assert AtOnce(8)(once, torch.arange(8)) == [4, 4]
+    assert AdaptiveBatch(8)(once, torch.arange(8)) == [4, 4]
 
 
 def test_samples_are_not_copied_where_they_are_already() -> None:
@@ -73,15 +77,25 @@ def test_samples_are_not_copied_where_they_are_already() -> None:
 def test_embeddings_are_the_same_in_halves() -> None:
     torch.manual_seed(0)
     model = build("small", 4, 8).eval()
-    images, labels = np.random.default_rng(0).integers(0, 256, (9, 3, 8, 8), np.uint8), np.arange(9, dtype=np.int32) % 5 - 1
+    images, labels = (
+        np.random.default_rng(0).integers(0, 256, (9, 3, 8, 8), np.uint8),
+        np.arange(9, dtype=np.int32) % 5 - 1,
+    )
 
     def embed(pixels: torch.Tensor) -> torch.Tensor:
         if len(pixels) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return model.embed(pixels)
 
-    whole = forward(model, images, labels, AtOnce(16), "cpu", amp=False)
-    tight = forward(SimpleNamespace(embed=embed, head=model.head), images, labels, AtOnce(16), "cpu", amp=False)
+    whole = forward(model, images, labels, AdaptiveBatch(16), "cpu", amp=False)
+    tight = forward(
+        SimpleNamespace(embed=embed, head=model.head),
+        images,
+        labels,
+        AdaptiveBatch(16),
+        "cpu",
+        amp=False,
+    )
     assert whole["embedding"].shape == (9, 96)
     for name, values in whole.items():
         np.testing.assert_allclose(tight[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -90,14 +104,20 @@ def test_embeddings_are_the_same_in_halves() -> None:
 @pytest.mark.parametrize("settings", [EmbedSettings, MeasureSettings])
 def test_on_a_gpu_more_of_smaller_images(settings: type[EmbedSettings | MeasureSettings]) -> None:
     auto = settings()
-    assert [auto.images_at_once(True, size) for size in (448, 224, 112, 64, 32)] == [64, 256, 1024, 2048, 2048]
+    assert [auto.images_at_once(True, size) for size in (448, 224, 112, 64, 32)] == [
+        64,
+        256,
+        1024,
+        2048,
+        2048,
+    ]
     assert auto.images_at_once(False, 32) == auto.images_at_once(False, 224) == 64
     assert settings(batch_size=7).images_at_once(True, 32) == 7
 
 
 REPEATED = """
 import resource, sys, torch
-from raypipe.devices import compute_on
+from raypipe.vision.devices import compute_on
 if sys.argv[1] == "kept":
     compute_on(1)
 for _ in range(40):  # alignment leaves gaps, which are filled one by one
@@ -116,7 +136,9 @@ def test_memory_is_kept_for_the_next_batch() -> None:
     faults, threads = {}, {}
     for which in ("given back", "kept"):
         command = [sys.executable, "-c", REPEATED, which]
-        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout
         faults[which], threads[which] = map(int, said.split())
     assert faults["kept"] < faults["given back"] / 4
     assert threads == {"given back": 2, "kept": 1}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.inspection import describe_run
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
+from raypipe.runs.status import describe_run
 
 COUNT = 2000
 SHARE = COUNT / 100_000
@@ -24,11 +24,23 @@ def test_the_driver_of_very_many_fragments(tmp_path: Path, monkeypatch: pytest.M
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [name for name, _ in steps] == ["index", "killed", "status", "decision", "rest", "scores", "all done", "status"]
+    assert [name for name, _ in steps] == [
+        "index",
+        "killed",
+        "status",
+        "decision",
+        "rest",
+        "scores",
+        "all done",
+        "status",
+    ]
     found = dict(steps)
     run = Run(f"{tmp_path}/run")
     assert len(run.fragments()) == COUNT and run.done("embeddings") == run.done("scores")
-    assert run.ledger()["embed"].attempts == 2 and run.ledger()["embed"].samples == COUNT * fragments.FRAGMENT_SAMPLES
+    assert (
+        run.ledger()["embed"].attempts == 2
+        and run.ledger()["embed"].samples == COUNT * fragments.FRAGMENT_SAMPLES
+    )
     # processor seconds, which other work on the machine does not change much; tracing makes them several times as many
     assert found["decision"]["processor"] < 30 * SHARE + 1
     assert found["all done"]["processor"] < 30 * SHARE + 1

@@ -19,16 +19,19 @@ import pytest
 from click.testing import CliRunner
 
 import raypipe
-from raypipe import parquet_checks, storage
+from raypipe import storage
 from raypipe.cli import cli
 from raypipe.config import parse_config
 from raypipe.errors import ConfigError, RaypipeError, RunError
-from raypipe.parquet_checks import read_checked
 from raypipe.report import build
-from raypipe.rundir import Run
-from raypipe.strangers import printable, stays_inside, understood
+from raypipe.runs.layout import Run
+from raypipe.runs.untrusted import damage_as_error, printable, refuse_links_out
+from raypipe.storage import untrusted_parquet
+from raypipe.storage.untrusted_parquet import read_checked
 
-_SPEC = importlib.util.spec_from_file_location("report_fixtures", Path(__file__).parent / "report" / "conftest.py")
+_SPEC = importlib.util.spec_from_file_location(
+    "report_fixtures", Path(__file__).parent / "report" / "conftest.py"
+)
 assert _SPEC is not None and _SPEC.loader is not None
 _FIXTURES = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_FIXTURES)
@@ -45,13 +48,17 @@ def run(make_run: Callable[..., Run]) -> Run:
 
 def _refused(run: Run, verb: str) -> str:
     """The one line that a verb ends with; an error that is not ours fails the test."""
-    done = CliRunner().invoke(cli, [verb, run.uri, *(["--keep", "0.5"] if verb == "select" else [])])
+    done = CliRunner().invoke(
+        cli, [verb, run.uri, *(["--keep", "0.5"] if verb == "select" else [])]
+    )
     assert isinstance(done.exception, RaypipeError), (verb, done.output, repr(done.exception))
     return str(done.exception)
 
 
 def _put(run: Run, file: str, content: bytes | str) -> None:
-    storage.write_bytes(run.path(*file.split("/")), content.encode() if isinstance(content, str) else content)
+    storage.write_bytes(
+        run.path(*file.split("/")), content.encode() if isinstance(content, str) else content
+    )
 
 
 # -- JSON and YAML ----------------------------------------------------------------------------------------------------
@@ -97,7 +104,9 @@ def test_details_of_another_kind_than_expected_are_refused(run: Run) -> None:
         _put(run, "run.json", json.dumps(ledger))
         for verb in ("status", "report", "select"):
             done = CliRunner().invoke(cli, [verb, run.uri])
-            assert done.exception is None or isinstance(done.exception, (RaypipeError, SystemExit)), (
+            assert done.exception is None or isinstance(
+                done.exception, (RaypipeError, SystemExit)
+            ), (
                 detail,
                 verb,
                 repr(done.exception),
@@ -130,14 +139,17 @@ def test_a_configuration_that_is_longer_than_memory_when_written_out_is_refused_
     import yaml
 
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi")
+        f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi")
     )
     with pytest.raises(ConfigError) as refused:
         parse_config({"run": "r", "source": {"uri": yaml.safe_load(bomb)["i"]}})
     assert len(str(refused.value)) < 1000 and "source.uri" in str(refused.value)
 
 
-def test_a_file_that_is_far_too_large_is_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_far_too_large_is_not_read(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "read_bytes", lambda *_: pytest.fail("it was read"))
     for file, verb in (("run.json", "status"), ("scores/f001.parquet", None)):
         path = run.path(*file.split("/"))
@@ -170,7 +182,11 @@ def _rle(rows: int, value: str) -> bytes:
     """A few kilobytes that hold one text in very many rows."""
     one = pa.array([value])
     column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), one)
-    return _table(sample_id=column, score=pa.array([0.0] * rows, pa.float32()), label=pa.array([0] * rows, pa.int32()))
+    return _table(
+        sample_id=column,
+        score=pa.array([0.0] * rows, pa.float32()),
+        label=pa.array([0] * rows, pa.int32()),
+    )
 
 
 def test_one_long_text_in_all_rows_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +196,10 @@ def test_one_long_text_in_all_rows_takes_no_memory(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="50,000,000,000 bytes of text"):
         read_checked(data)
     assert pa.total_allocated_bytes() - before < 10 << 20
-    assert len(read_checked(data, ["score"])) == 50_000, "a column that is not asked for does no harm"
-    monkeypatch.setattr(parquet_checks, "MOST_DECODED", 1 << 20)
+    assert len(read_checked(data, ["score"])) == 50_000, (
+        "a column that is not asked for does no harm"
+    )
+    monkeypatch.setattr(untrusted_parquet, "MOST_DECODED", 1 << 20)
     with pytest.raises(ValueError, match=r"bytes stated for one column|bytes of text"):
         read_checked(_table(sample_id=["y" * 2_000_000]))
 
@@ -222,10 +240,17 @@ def _footer_of_gigabytes(data: bytes) -> bytes:
 
 
 def _noise_in_pages(data: bytes) -> bytes:
-    return data[:4] + bytes((byte + 101) % 256 for byte in data[4 : len(data) // 3]) + data[len(data) // 3 :]
+    return (
+        data[:4]
+        + bytes((byte + 101) % 256 for byte in data[4 : len(data) // 3])
+        + data[len(data) // 3 :]
+    )
 
 
-@pytest.mark.parametrize("damage", [_cut, _footer_of_gigabytes, _noise_in_pages, lambda data: b"", lambda data: b"PAR1PAR1"])
+@pytest.mark.parametrize(
+    "damage",
+    [_cut, _footer_of_gigabytes, _noise_in_pages, lambda data: b"", lambda data: b"PAR1PAR1"],
+)
 @pytest.mark.parametrize("folder", ["scores", "index", "keep"])
 def test_damaged_tables_are_named(run: Run, folder: str, damage: Callable[[bytes], bytes]) -> None:
     file = sorted(storage.names(run.path(folder)) - {"classes.json"})[0]
@@ -238,10 +263,31 @@ def test_damaged_tables_are_named(run: Run, folder: str, damage: Callable[[bytes
 @pytest.mark.parametrize(
     "table",
     [
-        {"sample_id": ["a"], "label": [0], "score": ["high"], "lower": [0.0], "upper": [1.0], "measured": [True]},
-        {"sample_id": [5], "label": ["cat"], "score": [1.0], "lower": [0.0], "upper": [1.0], "measured": [True]},
+        {
+            "sample_id": ["a"],
+            "label": [0],
+            "score": ["high"],
+            "lower": [0.0],
+            "upper": [1.0],
+            "measured": [True],
+        },
+        {
+            "sample_id": [5],
+            "label": ["cat"],
+            "score": [1.0],
+            "lower": [0.0],
+            "upper": [1.0],
+            "measured": [True],
+        },
         {"sample_id": ["a"]},
-        {"sample_id": [["a"]], "label": [[1]], "score": [[1.0]], "lower": [0.0], "upper": [1.0], "measured": [3]},
+        {
+            "sample_id": [["a"]],
+            "label": [[1]],
+            "score": [[1.0]],
+            "lower": [0.0],
+            "upper": [1.0],
+            "measured": [3],
+        },
     ],
 )
 def test_tables_of_other_columns_are_refused(run: Run, table: dict[str, Any]) -> None:
@@ -256,11 +302,13 @@ def test_memory_is_bounded_in_a_process_of_its_own(run: Run) -> None:
     for file in storage.names(run.path("scores")):
         _put(run, f"scores/{file}", _rle(60_000, "z" * 1_000_000))
     code = (
-        "import atexit, resource, sys\nimport raypipe.stages.select\nfrom raypipe.cli import main\n"
+        "import atexit, resource, sys\nimport raypipe.stages.select.stage\nfrom raypipe.cli import main\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\nbefore = peak()\n"
         "atexit.register(lambda: print(peak() - before))\nmain(sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", code, "select", run.uri], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "select", run.uri], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 1 and "bytes of text in one column" in done.stderr, done.stderr[-600:]
     assert int(done.stdout) < 300, "MB more than the imports took"
 
@@ -268,7 +316,9 @@ def test_memory_is_bounded_in_a_process_of_its_own(run: Run) -> None:
 # -- names and links --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../../../outside", "/etc/passwd", "a/b", "..", "", "a\0b", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["../../../outside", "/etc/passwd", "a/b", "..", "", "a\0b", ".hidden"]
+)
 def test_a_fragment_whose_name_is_a_path_is_refused(run: Run, name: str) -> None:
     columns = {
         "fragment_id": [name], "path": ["p"], "start": [0], "stop": [1], "offset": [0],
@@ -282,17 +332,24 @@ def test_a_fragment_whose_name_is_a_path_is_refused(run: Run, name: str) -> None
 
 
 def test_a_shard_of_the_manifest_whose_name_is_a_path_is_refused(run: Run) -> None:
-    from raypipe.stages.seed import seed_manifest
+    from raypipe.runs.manifests import seed_manifest
 
-    storage.write_json(run.path("seed", "manifest.json"), {"shards": ["../../x"], "audit_shards": []})
+    storage.write_json(
+        run.path("seed", "manifest.json"), {"shards": ["../../x"], "audit_shards": []}
+    )
     with pytest.raises(RunError, match=r"seed/manifest.json is damaged"):
         seed_manifest(run)
-    storage.write_json(run.path("seed", "manifest.json"), {"shards": ["seed-00000-ab"], "audit_shards": ["audit-00000-ab"]})
+    storage.write_json(
+        run.path("seed", "manifest.json"),
+        {"shards": ["seed-00000-ab"], "audit_shards": ["audit-00000-ab"]},
+    )
     assert seed_manifest(run)["shards"] == ["seed-00000-ab"]
 
 
 @pytest.mark.parametrize(("folder", "verb"), [("report", "report"), ("keep", "select")])
-def test_nothing_is_written_through_a_link_out_of_the_run(run: Run, tmp_path: Path, folder: str, verb: str) -> None:
+def test_nothing_is_written_through_a_link_out_of_the_run(
+    run: Run, tmp_path: Path, folder: str, verb: str
+) -> None:
     import shutil
 
     elsewhere = tmp_path / "precious"
@@ -306,7 +363,7 @@ def test_nothing_is_written_through_a_link_out_of_the_run(run: Run, tmp_path: Pa
     os.remove(run.path(folder))
     os.makedirs(run.path("real"))
     os.symlink("real", run.path(folder))
-    stays_inside(run, folder)  # within the run a link is nobody else's business
+    refuse_links_out(run, folder)  # within the run a link is nobody else's business
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -320,13 +377,18 @@ def test_names_and_ids_are_text_in_the_page(make_run: Callable[..., Run]) -> Non
     run.write_ledger(ledger)
     build(run)
     page = storage.read_bytes(run.path("report", "index.html")).decode()
-    assert "<script" not in page.lower() and "onerror=alert" not in page.replace("onerror=alert(2)&gt;", "")
+    assert "<script" not in page.lower() and "onerror=alert" not in page.replace(
+        "onerror=alert(2)&gt;", ""
+    )
     assert "&lt;script&gt;" in page and "Content-Security-Policy" in page
 
 
 def test_a_terminal_is_not_told_what_to_do(run: Run) -> None:
     ledger = run.ledger()
-    ledger["embed"].state, ledger["embed"].error = "failed", "\x1b]0;owned\x07\x1b[2J words\x9b31m \u202egnp.exe"
+    ledger["embed"].state, ledger["embed"].error = (
+        "failed",
+        "\x1b]0;owned\x07\x1b[2J words\x9b31m \u202egnp.exe",
+    )
     run.write_ledger(ledger)
     shown = CliRunner().invoke(cli, ["status", run.uri]).output
     assert "words" in shown and not any(mark in shown for mark in "\x1b\x07\x9b\u202e")
@@ -346,17 +408,21 @@ def test_errors_of_form_become_one_line_and_ours_stay() -> None:
     ):
         with (
             pytest.raises(
-                RunError, match=r"somewhere: a file of this run is not as raypipe writes it \(\w+: [^\n]*\)$"
+                RunError,
+                match=r"somewhere: a file of this run is not as raypipe writes it \(\w+: [^\n]*\)$",
             ) as raised,
-            understood("somewhere"),
+            damage_as_error("somewhere"),
         ):
             raise error
         assert raised.value.__cause__ is error
-    with pytest.raises(RunError, match="ours"), understood("somewhere"):
+    with pytest.raises(RunError, match="ours"), damage_as_error("somewhere"):
         raise RunError("ours")
-    with pytest.raises(KeyboardInterrupt), understood("somewhere"):
+    with pytest.raises(KeyboardInterrupt), damage_as_error("somewhere"):
         raise KeyboardInterrupt
-    with pytest.raises(RunError, match=r"index/classes.json is missing"), understood("somewhere"):
+    with (
+        pytest.raises(RunError, match=r"index/classes.json is missing"),
+        damage_as_error("somewhere"),
+    ):
         raise FileNotFoundError(2, "No such file", "index/classes.json")
 
 

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from raypipe.images import BadImage, decode, decode_batch, encode_thumbnail
+from raypipe.vision.decode import BadImage, decode, decode_batch, encode_thumbnail
 
 LIMIT = 10_000_000
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest shows what the module silences
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL"
+)  # pytest shows what the module silences
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -34,7 +36,9 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def smooth(height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([255 * x / width, 255 * y / height, 128 + 100 * np.sin(x / width * 6)], -1).astype(np.uint8)
+    return np.stack(
+        [255 * x / width, 255 * y / height, 128 + 100 * np.sin(x / width * 6)], -1
+    ).astype(np.uint8)
 
 
 def plain(mode: str, colour: Any, size: int = 16) -> Image.Image:
@@ -44,24 +48,33 @@ def plain(mode: str, colour: Any, size: int = 16) -> Image.Image:
 @pytest.mark.parametrize("size", [8, 32, 33])
 def test_an_image_of_the_right_size_is_not_resampled(size: int) -> None:
     pixels = noise(size, size)
-    assert np.array_equal(decode(encode(Image.fromarray(pixels)), size, LIMIT), pixels.transpose(2, 0, 1))
+    assert np.array_equal(
+        decode(encode(Image.fromarray(pixels)), size, LIMIT), pixels.transpose(2, 0, 1)
+    )
     assert np.array_equal(decode(pixels, size, LIMIT), pixels.transpose(2, 0, 1))
 
 
 def test_a_jpeg_of_the_right_size_is_what_pillow_decodes() -> None:
     data = encode(Image.fromarray(noise(32, 32)), "JPEG")
-    assert np.array_equal(decode(data, 32, LIMIT), np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1))
+    assert np.array_equal(
+        decode(data, 32, LIMIT), np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+    )
 
 
 def test_the_centre_is_kept() -> None:
     pixels = noise(32, 50)
     assert np.array_equal(decode(pixels, 32, LIMIT), pixels[:, 9:41].transpose(2, 0, 1))
-    assert np.array_equal(decode(pixels.transpose(1, 0, 2).copy(), 32, LIMIT), pixels[:, 9:41].transpose(2, 1, 0))
+    assert np.array_equal(
+        decode(pixels.transpose(1, 0, 2).copy(), 32, LIMIT), pixels[:, 9:41].transpose(2, 1, 0)
+    )
 
 
 def test_reduction_is_antialiased() -> None:
     checkers = np.indices((512, 512)).sum(0) % 2 * 255  # one pixel black, one white
-    for data in (encode(Image.fromarray(checkers.astype(np.uint8))), encode(Image.fromarray(checkers.astype(np.uint8)), "JPEG")):
+    for data in (
+        encode(Image.fromarray(checkers.astype(np.uint8))),
+        encode(Image.fromarray(checkers.astype(np.uint8)), "JPEG"),
+    ):
         assert np.abs(decode(data, 32, LIMIT).astype(int) - 127).max() <= 3
 
 
@@ -70,7 +83,9 @@ def test_scaled_decoding_is_close_to_a_full_resize(shape: tuple[int, int]) -> No
     pixels = smooth(*shape)
     side = min(shape)
     top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
-    reference = Image.fromarray(pixels[top : top + side, left : left + side]).resize((64, 64), Image.Resampling.BILINEAR)
+    reference = Image.fromarray(pixels[top : top + side, left : left + side]).resize(
+        (64, 64), Image.Resampling.BILINEAR
+    )
     found = decode(encode(Image.fromarray(pixels), "JPEG", quality=95), 64, LIMIT)
     assert found.shape == (3, 64, 64) and found.dtype == np.uint8
     assert np.abs(found.astype(int) - np.asarray(reference).transpose(2, 0, 1)).mean() < 4
@@ -112,7 +127,12 @@ def test_a_small_image_is_enlarged_and_stays_grey() -> None:
 )
 @pytest.mark.parametrize("size", [8, 16, 24])
 def test_every_colour_mode_becomes_rgb(
-    image: Image.Image, format: str, options: dict[str, Any], expected: tuple[int, int, int], tolerance: int, size: int
+    image: Image.Image,
+    format: str,
+    options: dict[str, Any],
+    expected: tuple[int, int, int],
+    tolerance: int,
+    size: int,
 ) -> None:
     found = decode(encode(image, format, **options), size, LIMIT).astype(int)
     assert np.abs(found - np.array(expected)[:, None, None]).max() <= tolerance
@@ -151,21 +171,31 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
         stored = stored.transpose(Image.Transpose[undo[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"lossless": True} if format == "WEBP" else {"quality": 95, "subsampling": 0} if format == "JPEG" else {}
+    options = (
+        {"lossless": True}
+        if format == "WEBP"
+        else {"quality": 95, "subsampling": 0}
+        if format == "JPEG"
+        else {}
+    )
     found = decode(encode(stored, format, exif=exif, **options), 64, LIMIT).astype(int)
     expected = upright[:, 16:80].transpose(2, 0, 1).astype(int)
     assert np.abs(found - expected).mean() < 6
 
 
 def test_damaged_exif_is_ignored() -> None:
-    data = encode(plain("RGB", RED), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage", quality=95)
+    data = encode(
+        plain("RGB", RED), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage", quality=95
+    )
     assert decode(data, 16, LIMIT)[0].min() > 240
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_of_an_animation_counts(format: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
-    data = encode(plain("RGB", RED), format, save_all=True, append_images=[plain("RGB", BLUE)], **options)
+    data = encode(
+        plain("RGB", RED), format, save_all=True, append_images=[plain("RGB", BLUE)], **options
+    )
     assert tuple(decode(data, 16, LIMIT)[:, 8, 8]) == RED
 
 
@@ -206,17 +236,29 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG of so many pixels in a few bytes: only its header is true."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_the_pixel_limit_is_the_callers() -> None:
     before = Image.MAX_IMAGE_PIXELS
     with pytest.raises(BadImage, match=r"30000x30000 pixels are more than max_pixels = 1000000"):
         decode(bomb(30_000, 30_000), 8, 1_000_000)
-    with pytest.raises(BadImage, match=r"truncated|broken"):  # Pillow itself would refuse so many before it looks at them
+    with pytest.raises(
+        BadImage, match=r"truncated|broken"
+    ):  # Pillow itself would refuse so many before it looks at them
         decode(bomb(20_000, 10_000), 8, 300_000_000)
     with pytest.raises(BadImage, match="max_pixels"):
         decode(np.zeros((11, 10), np.uint8), 8, 100)
@@ -228,7 +270,7 @@ def test_nothing_is_printed_and_no_warning_escapes() -> None:
     program = """
 import io, sys
 from PIL import Image
-from raypipe.images import BadImage, decode
+from raypipe.vision.decode import BadImage, decode
 image = Image.new("P", (16, 16), 1)
 image.putpalette([255, 0, 0, 0, 255, 0])
 files = [(image, "PNG", {"transparency": b"\\x00\\xff"}), (image, "GIF", {"transparency": 0})]
@@ -244,7 +286,9 @@ for image, format, options in files:
         except BadImage:
             pass
 """
-    done = subprocess.run([sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -308,10 +352,14 @@ SEEDS = [
 @given(
     which=st.integers(0, len(SEEDS) - 1),
     keep=st.floats(0, 1),
-    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12),
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12
+    ),
     head=st.booleans(),
 )
-def test_damage_gives_pixels_or_bad_image(which: int, keep: float, changes: list[tuple[float, int]], head: bool) -> None:
+def test_damage_gives_pixels_or_bad_image(
+    which: int, keep: float, changes: list[tuple[float, int]], head: bool
+) -> None:
     data = SEEDS[which]
     damaged = bytearray(data[: int(len(data) * keep)] if changes == [] else data)
     for place, value in changes:

@@ -1,4 +1,4 @@
-"""Formats few libraries write, scaled decoding against full decoding, and memory. See `raypipe.images`."""
+"""Formats few libraries write, scaled decoding against full decoding, and memory. See `raypipe.vision.decode`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from helpers import photograph
 from PIL import Image
 
-from raypipe.images import BYTES_PER_PIXEL, decode
+from raypipe.vision.decode import BYTES_PER_PIXEL, decode
 
 LIMIT = 10_000_000
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -28,14 +28,24 @@ def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(depth: int, kind: int, pixel: bytes, *others: bytes) -> bytes:
     """A PNG of 8x8 equal pixels of so many bits a channel and colour type."""
     row = b"\0" + (pixel * 8)[: max(1, depth * len(pixel) * 8 // 8) if depth < 8 else None]
     header = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)
-    body = chunk(b"IHDR", header) + b"".join(others) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+    body = (
+        chunk(b"IHDR", header)
+        + b"".join(others)
+        + chunk(b"IDAT", zlib.compress(row * 8))
+        + chunk(b"IEND", b"")
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -55,7 +65,10 @@ def cmyk_without_marker() -> bytes:
 
 
 RGB48 = struct.pack(">HHH", 0xABCD, 0x1234, 0x00FF)
-TWO_PICTURES: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), c) for c in (BLUE, GREEN)]}
+TWO_PICTURES: dict[str, Any] = {
+    "save_all": True,
+    "append_images": [Image.new("RGB", (16, 16), c) for c in (BLUE, GREEN)],
+}
 
 
 @pytest.mark.parametrize(
@@ -63,24 +76,60 @@ TWO_PICTURES: dict[str, Any] = {"save_all": True, "append_images": [Image.new("R
     [
         pytest.param(png(16, 2, RGB48), (0xAB, 0x12, 0), 0, id="48-bit RGB"),
         pytest.param(png(16, 6, RGB48 + b"\xff\xff"), (0xAB, 0x12, 0), 0, id="64-bit RGBA"),
-        pytest.param(png(16, 4, b"\xab\xcd\x80\x00"), (213, 213, 213), 1, id="32-bit grey with alpha"),
-        pytest.param(png(16, 0, b"\xab\xcd", chunk(b"tRNS", b"\xab\xcd")), (0xAB,) * 3, 0, id="16-bit grey, its key is ignored"),
+        pytest.param(
+            png(16, 4, b"\xab\xcd\x80\x00"), (213, 213, 213), 1, id="32-bit grey with alpha"
+        ),
+        pytest.param(
+            png(16, 0, b"\xab\xcd", chunk(b"tRNS", b"\xab\xcd")),
+            (0xAB,) * 3,
+            0,
+            id="16-bit grey, its key is ignored",
+        ),
         pytest.param(png(2, 0, b"\x55"), (85, 85, 85), 0, id="2-bit grey"),
         pytest.param(ycck(), RED, 4, id="YCCK"),
         pytest.param(cmyk_without_marker(), RED, 6, id="CMYK without a marker"),
-        pytest.param(encode(Image.new("1", (16, 16), 1), "TIFF", compression="group4"), WHITE, 0, id="fax"),
-        pytest.param(encode(Image.new("LAB", (8, 8), (136, 208, 195)), "TIFF"), (250, 3, 11), 3, id="Lab"),
-        pytest.param(encode(Image.new("RGB", (16, 16), RED), "TIFF", compression="jpeg"), RED, 3, id="JPEG in TIFF"),
-        pytest.param(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "WEBP", lossless=True), (255, 127, 127), 1, id="alpha"),
-        pytest.param(encode(Image.new("RGB", (16, 16), RED), "MPO", **TWO_PICTURES), RED, 3, id="MPO"),
-        pytest.param(encode(Image.new("RGB", (16, 16), RED), default_image=True, **TWO_PICTURES), RED, 0, id="APNG, still"),
+        pytest.param(
+            encode(Image.new("1", (16, 16), 1), "TIFF", compression="group4"), WHITE, 0, id="fax"
+        ),
+        pytest.param(
+            encode(Image.new("LAB", (8, 8), (136, 208, 195)), "TIFF"), (250, 3, 11), 3, id="Lab"
+        ),
+        pytest.param(
+            encode(Image.new("RGB", (16, 16), RED), "TIFF", compression="jpeg"),
+            RED,
+            3,
+            id="JPEG in TIFF",
+        ),
+        pytest.param(
+            encode(Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "WEBP", lossless=True),
+            (255, 127, 127),
+            1,
+            id="alpha",
+        ),
+        pytest.param(
+            encode(Image.new("RGB", (16, 16), RED), "MPO", **TWO_PICTURES), RED, 3, id="MPO"
+        ),
+        pytest.param(
+            encode(Image.new("RGB", (16, 16), RED), default_image=True, **TWO_PICTURES),
+            RED,
+            0,
+            id="APNG, still",
+        ),
         pytest.param(encode(Image.new("RGB", (16, 16), RED), **TWO_PICTURES), RED, 0, id="APNG"),
-        pytest.param(encode(Image.new("RGB", (16, 16), RED), "WEBP", lossless=True, **TWO_PICTURES), RED, 0, id="animated WebP"),
+        pytest.param(
+            encode(Image.new("RGB", (16, 16), RED), "WEBP", lossless=True, **TWO_PICTURES),
+            RED,
+            0,
+            id="animated WebP",
+        ),
     ],
 )
 def test_what_becomes_of_it(data: bytes, expected: Colour, tolerance: int) -> None:
     for size in (8, 16, 20):
-        assert np.abs(decode(data, size, LIMIT).astype(int) - np.array(expected)[:, None, None]).max() <= tolerance
+        assert (
+            np.abs(decode(data, size, LIMIT).astype(int) - np.array(expected)[:, None, None]).max()
+            <= tolerance
+        )
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_counts() -> None:
@@ -104,21 +153,37 @@ def test_every_shape_works(shape: tuple[int, int], format: str) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 300), (300, 40)])
 @pytest.mark.parametrize("size", [16, 33, 40, 64])
-def test_a_long_image_is_converted_in_part_and_the_pixels_are_those_of_the_whole(shape: tuple[int, int], size: int) -> None:
+def test_a_long_image_is_converted_in_part_and_the_pixels_are_those_of_the_whole(
+    shape: tuple[int, int], size: int
+) -> None:
     """The filter sees the neighbours of the square: a palette and RGB of the same colours give the same, to rounding."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).quantize(60)
-    found, whole = (decode(encode(form), size, LIMIT).astype(int) for form in (image, image.convert("RGB")))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    ).quantize(60)
+    found, whole = (
+        decode(encode(form), size, LIMIT).astype(int) for form in (image, image.convert("RGB"))
+    )
     assert np.abs(found - whole).max() <= 1
 
 
-@pytest.mark.parametrize(("size", "mean", "most"), [(32, 2.4, 66), (64, 1.5, 57), (128, 2.0, 39), (224, 0.4, 7)])
-def test_scaled_decoding_agrees_with_full_decoding_and_a_resize(size: int, mean: float, most: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "mean", "most"), [(32, 2.4, 66), (64, 1.5, 57), (128, 2.0, 39), (224, 0.4, 7)]
+)
+def test_scaled_decoding_agrees_with_full_decoding_and_a_resize(
+    size: int, mean: float, most: int
+) -> None:
     """Within what the module states for photographs."""
     differences = []
     for seed in range(2):
         data = encode(photograph(seed), "JPEG", quality=90)
-        full = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR, (120, 0, 880, 760))
-        differences.append(np.abs(decode(data, size, LIMIT).astype(int) - np.asarray(full).transpose(2, 0, 1)))
+        full = (
+            Image.open(io.BytesIO(data))
+            .convert("RGB")
+            .resize((size, size), Image.Resampling.BILINEAR, (120, 0, 880, 760))
+        )
+        differences.append(
+            np.abs(decode(data, size, LIMIT).astype(int) - np.asarray(full).transpose(2, 0, 1))
+        )
     assert np.mean(differences) < mean and np.max(differences) <= most
 
 
@@ -128,7 +193,7 @@ def test_memory_is_bounded_by_the_pixels() -> None:
     program = """
 import io, sys
 from PIL import Image
-from raypipe.images import decode
+from raypipe.vision.decode import decode
 
 def encoded(mode, size, format, **options):
     buffer = io.BytesIO()
@@ -149,7 +214,9 @@ for mode, size, format, options in [
     decode(data, 64, 10**8)
     print((peak() - before - (2 << 20)) / (size[0] * size[1]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     long, *square = map(float, done.stdout.split())
     assert long < 6 and max(square) <= BYTES_PER_PIXEL

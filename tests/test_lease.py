@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 from helpers import QUIET, small_config
 
-from raypipe import pipeline, rundir, storage
+from raypipe import pipeline, storage
 from raypipe.config import Config
+from raypipe.distributed.context import Context
 from raypipe.errors import RunError
-from raypipe.rundir import Lease, Run, StageRecord
-from raypipe.stages.base import Context, Stage
+from raypipe.runs import layout
+from raypipe.runs.layout import Run
+from raypipe.runs.lease import Lease
+from raypipe.runs.ledger import StageRecord
+from raypipe.stages.base import Stage
 
-OTHER = {"owner": "other", "host": "elsewhere", "pid": 7, "boot": "", "time": 4e9, "date": "2099-01-01"}
+OTHER = {
+    "owner": "other",
+    "host": "elsewhere",
+    "pid": 7,
+    "boot": "",
+    "time": 4e9,
+    "date": "2099-01-01",
+}
 
 
 class Slow(Stage):
@@ -36,8 +47,10 @@ class Slow(Stage):
         time.sleep(30)
 
 
-def test_a_driver_that_lost_its_lease_stops_and_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundir, "LEASE_SECONDS", 0.8)
+def test_a_driver_that_lost_its_lease_stops_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "LEASE_SECONDS", 0.8)
     monkeypatch.setattr(pipeline, "make_stage", lambda name: Slow())
     run, started = Run(str(tmp_path / "run")), time.monotonic()
     with pytest.raises(RunError, match="taken over by another driver, process 7 on elsewhere"):
@@ -58,8 +71,10 @@ def test_the_ledger_is_not_written_without_the_lease(place: str) -> None:
     assert storage.exists(run.path("driver.json")), "the lease of the other stays"
 
 
-def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundir, "LEASE_SECONDS", 0.4)
+def test_a_lease_that_somebody_deleted_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "LEASE_SECONDS", 0.4)
     run = Run(str(tmp_path))
     with Lease(run):
         storage.delete(run.path("driver.json"))

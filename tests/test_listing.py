@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from raypipe import listing, storage
+from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import open_source
+from raypipe.storage import listing
 
 
 class Keys:
@@ -32,7 +33,15 @@ class Keys:
         bucket, _, key = path.partition("/")
         return bucket, key, None
 
-    def call_s3(self, method: str, Bucket: str, Prefix: str = "", Delimiter: str = "", MaxKeys: int = 1000, **given: str) -> Any:
+    def call_s3(
+        self,
+        method: str,
+        Bucket: str,
+        Prefix: str = "",
+        Delimiter: str = "",
+        MaxKeys: int = 1000,
+        **given: str,
+    ) -> Any:
         assert method == "list_objects_v2" and set(given) <= {"StartAfter", "ContinuationToken"}
         with self._lock:
             self.requests += 1
@@ -43,7 +52,9 @@ class Keys:
         entries: dict[str, bool] = {}
         for key in self.keys:
             if key.startswith(Prefix):
-                folder, slash, _ = key[len(Prefix) :].partition(Delimiter) if Delimiter else (key, "", "")
+                folder, slash, _ = (
+                    key[len(Prefix) :].partition(Delimiter) if Delimiter else (key, "", "")
+                )
                 entries.setdefault(Prefix + folder + slash if slash else key, bool(slash))
         left = [entry for entry in entries if entry > after]
         page = left[:MaxKeys]
@@ -51,15 +62,22 @@ class Keys:
             self.busy -= 1
         answer: dict[str, Any] = {"IsTruncated": len(left) > len(page)}
         answer |= {"NextContinuationToken": page[-1]} if len(left) > len(page) else {}
-        contents = [{"Key": key, "Size": len(key), "ETag": f'"{key}"'} for key in page if not entries[key]]
-        return answer | {"Contents": contents, "CommonPrefixes": [{"Prefix": key} for key in page if entries[key]]}
+        contents = [
+            {"Key": key, "Size": len(key), "ETag": f'"{key}"'} for key in page if not entries[key]
+        ]
+        return answer | {
+            "Contents": contents,
+            "CommonPrefixes": [{"Prefix": key} for key in page if entries[key]],
+        }
 
 
 def at_once(action: Callable[[], Any]) -> Any:
     return action()
 
 
-def listed(keys: list[str], folder: str = "bucket/root", **options: Any) -> tuple[list[listing.FileInfo], Keys]:
+def listed(
+    keys: list[str], folder: str = "bucket/root", **options: Any
+) -> tuple[list[listing.FileInfo], Keys]:
     fs = Keys(keys, **options)
     return list(listing.stored_files(fs, folder, at_once)), fs
 
@@ -68,7 +86,11 @@ def some_keys(number: int) -> list[str]:
     draw = random.Random(number)
     parts = ["a", "b", "b-", "ab", "c.d", "é", ".h", "z"]
     keys = {"/".join(draw.choices(parts, k=draw.randint(1, 4))) for _ in range(draw.randint(0, 60))}
-    return [f"root/{key}" for key in keys] + [f"root/{key}/" for key in list(keys)[:5]] + ["root2/x", "roo", "root/"]
+    return (
+        [f"root/{key}" for key in keys]
+        + [f"root/{key}/" for key in list(keys)[:5]]
+        + ["root2/x", "roo", "root/"]
+    )
 
 
 @pytest.mark.parametrize("page", [1, 3, 1000])
@@ -78,10 +100,15 @@ def test_every_key_comes_once_and_in_order(page: int, monkeypatch: pytest.Monkey
         monkeypatch.setattr(listing, "RANGES", number % 4 + 1)
         keys = some_keys(number)
         names = (key.removeprefix("root/") for key in keys if key.startswith("root/"))
-        expected = sorted(name for name in names if name and not name.endswith("/") and not listing.hidden(name))
+        expected = sorted(
+            name for name in names if name and not name.endswith("/") and not listing.hidden(name)
+        )
         found, _ = listed(keys)
         assert [file.path for file in found] == expected
-        assert all((file.size, file.stamp) == (len(f"root/{file.path}"), f"root/{file.path}") for file in found)
+        assert all(
+            (file.size, file.stamp) == (len(f"root/{file.path}"), f"root/{file.path}")
+            for file in found
+        )
     assert [file.path for file in listed(["root/x"], "bucket")[0]] == ["root/x"]
 
 
@@ -115,7 +142,9 @@ def test_what_is_not_taken_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert fs.requests <= first_level + 2 * listing.THREADS * (listing.PAGES_AHEAD + 2)
     assert [file.path for file in taken] == [f"000/{file:03d}" for file in range(10)]
     del stream  # closes it
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("raypipe-list")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("raypipe-list")
+    ]
 
 
 def test_a_fault_in_a_range_ends_the_listing() -> None:
@@ -135,7 +164,9 @@ def test_s3_in_pages(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in paths:
         storage.write_bytes(f"{s3}/paged/{path}", path.encode())
     whole = storage.listing(f"{s3}/paged")
-    assert [file.path for file in whole] == sorted(paths) and [file.size for file in whole][-1] == len("d/e/f/6")
+    assert [file.path for file in whole] == sorted(paths) and [file.size for file in whole][
+        -1
+    ] == len("d/e/f/6")
     monkeypatch.setattr(listing, "PAGE", 2)
     monkeypatch.setattr(listing, "RANGES", 2)
     assert storage.listing(f"{s3}/paged") == whole
@@ -145,7 +176,13 @@ def test_s3_in_pages(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_object_store_other_than_s3() -> None:
     for path in ("b/2", "b/c/3", "b-/4", "a", "z", ".h/5", "b/.h"):
         storage.write_bytes(f"memory://bucket/root/{path}", b"x")
-    assert [file.path for file in storage.walk("memory://bucket/root")] == ["a", "b-/4", "b/2", "b/c/3", "z"]
+    assert [file.path for file in storage.walk("memory://bucket/root")] == [
+        "a",
+        "b-/4",
+        "b/2",
+        "b/c/3",
+        "z",
+    ]
     assert storage.folders("memory://bucket/root") == ["b", "b-"]
     assert storage.listing("memory://bucket/none") == [] == storage.folders("memory://bucket/none")
 
@@ -172,7 +209,10 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     for uri in (root, f"{root}/*/*.png"):
         with pytest.raises(SourceError, match=r"cannot be listed: .*Permission denied: '.*/a=2'"):
             list(open_source(SourceSettings(uri=uri, format="imagefolder")).files())
-    assert [file.path for file in storage.matching(f"{root}/a=[13]/*")] == ["a=1/x.png", "a=3/z.png"]  # not looked into
+    assert [file.path for file in storage.matching(f"{root}/a=[13]/*")] == [
+        "a=1/x.png",
+        "a=3/z.png",
+    ]  # not looked into
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from raypipe import storage
 from raypipe.cli import cli
 from raypipe.config import load_config, parse_config
 from raypipe.errors import ConfigError, RunError
-from raypipe.planning import Plan, Prices, Rates, Size, plan, read_rates
-from raypipe.rundir import Run
-from raypipe.survey import rates as constants
+from raypipe.estimate import rates as constants
+from raypipe.estimate.plan import Plan, Prices, Rates, Size, plan, read_rates
+from raypipe.runs.layout import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,7 +28,11 @@ IMAGENET = load_config(str(ROOT / "jobs" / "configs" / "imagenet.yaml"))
 
 
 def _plan(samples: int = 1_281_167, **options: Any) -> Plan:
-    return plan(IMAGENET, Size(samples, file_samples=options.pop("file_samples", None)), **{"gpus": 8, **options})
+    return plan(
+        IMAGENET,
+        Size(samples, file_samples=options.pop("file_samples", None)),
+        **{"gpus": 8, **options},
+    )
 
 
 def _of(found: Plan, name: str) -> dict[str, Any]:
@@ -38,10 +42,16 @@ def _of(found: Plan, name: str) -> dict[str, Any]:
 def test_work_grows_with_the_source_and_not_with_the_machines() -> None:
     once, ten = _plan(1_000_000), _plan(10_000_000)
     for name in ("requests", "bytes_read", "files"):
-        assert _of(ten, name)["embed"] == pytest.approx(10 * _of(once, name)["embed"], rel=0.01), name
-    assert _of(ten, "cpu_hours")["embed"] == pytest.approx(10 * _of(once, "cpu_hours")["embed"], rel=0.01)
+        assert _of(ten, name)["embed"] == pytest.approx(10 * _of(once, name)["embed"], rel=0.01), (
+            name
+        )
+    assert _of(ten, "cpu_hours")["embed"] == pytest.approx(
+        10 * _of(once, "cpu_hours")["embed"], rel=0.01
+    )
     many = _plan(1_000_000, gpus=64)
-    assert _of(many, "gpu_hours") == _of(once, "gpu_hours") and many.total("hours") < once.total("hours")
+    assert _of(many, "gpu_hours") == _of(once, "gpu_hours") and many.total("hours") < once.total(
+        "hours"
+    )
     alone = _plan(1_000_000, gpus=0)
     assert alone.total("gpu_hours") == 0 and alone.total("cpu_hours") > once.total("cpu_hours")
     assert alone.cpus == 16 and once.cpus == 64 and _plan(gpus=2, cpus=5).cpus == 5
@@ -63,11 +73,18 @@ def test_dollars_are_hours_requests_and_bytes_times_the_prices() -> None:
 
 
 def test_images_one_by_one_cost_more_requests_and_files_than_shards() -> None:
-    folders = plan(parse_config({"run": "r", "source": {"uri": "x", "format": "imagefolder"}}), Size(100_000))
-    shards = plan(parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}}), Size(100_000))
+    folders = plan(
+        parse_config({"run": "r", "source": {"uri": "x", "format": "imagefolder"}}), Size(100_000)
+    )
+    shards = plan(
+        parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}}), Size(100_000)
+    )
     assert folders.files == 100_000 and shards.files == 100
     assert _of(folders, "requests")["embed"] > 10 * _of(shards, "requests")["embed"]
-    assert _of(shards, "bytes_read")["index"] == shards.source_bytes and _of(folders, "bytes_read")["index"] == 0
+    assert (
+        _of(shards, "bytes_read")["index"] == shards.source_bytes
+        and _of(folders, "bytes_read")["index"] == 0
+    )
     guessed = plan(parse_config({"run": "r", "source": {"uri": "x"}}), Size(100_000))
     assert guessed.format == "webdataset" and any("auto" in note for note in guessed.notes)
 
@@ -75,14 +92,18 @@ def test_images_one_by_one_cost_more_requests_and_files_than_shards() -> None:
 def test_settings_change_what_they_should() -> None:
     def changed(**sections: Any) -> Plan:
         return plan(
-            parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}, **sections}), Size(1_000_000), gpus=4
+            parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}, **sections}),
+            Size(1_000_000),
+            gpus=4,
         )
 
     base = changed()
     assert _of(changed(proxy={"epochs": 100}), "gpu_hours")["proxy"] == pytest.approx(
         2 * _of(base, "gpu_hours")["proxy"], rel=0.05
     )
-    assert changed(embed={"dtype": "float16"}).written["embeddings"] < 0.6 * base.written["embeddings"]
+    assert (
+        changed(embed={"dtype": "float16"}).written["embeddings"] < 0.6 * base.written["embeddings"]
+    )
     assert changed(select={"keep": [0.5]}).written["keep"] < base.written["keep"]
     small = changed(source={"uri": "x", "format": "webdataset", "fragment_samples": 100})
     assert small.fragments == 10 * base.fragments and small.driver_bytes > base.driver_bytes
@@ -90,20 +111,30 @@ def test_settings_change_what_they_should() -> None:
 
 
 def test_what_breaks_first_and_what_mends_it() -> None:
-    today, hundred, ten_billion = (_plan(samples) for samples in (1_281_167, 100_000_000, 10_000_000_000))
+    today, hundred, ten_billion = (
+        _plan(samples) for samples in (1_281_167, 100_000_000, 10_000_000_000)
+    )
     assert today.bounds[0].share < 1, "the configuration as it stands is within every bound"
     first = hundred.bounds[0]
     assert first.what.startswith("memory of a worker") and first.share > 1
     fraction = float(first.remedy.removeprefix("seed.fraction "))
     mended = plan(
-        IMAGENET.model_copy(update={"seed": IMAGENET.seed.model_copy(update={"fraction": fraction})}), Size(100_000_000), gpus=8
+        IMAGENET.model_copy(
+            update={"seed": IMAGENET.seed.model_copy(update={"fraction": fraction})}
+        ),
+        Size(100_000_000),
+        gpus=8,
     )
     assert mended.bounds[0].share <= 1, mended.bounds[0]
     broken = {bound.what.split(":")[0]: bound for bound in ten_billion.bounds if bound.share > 1}
     remedy = broken["memory of the driver"].remedy
     samples = int(remedy.rsplit(" ", 1)[1])
     source = IMAGENET.source.model_copy(update={"fragment_samples": samples})
-    larger = plan(IMAGENET.model_copy(update={"source": source}), Size(10_000_000_000, file_samples=samples), gpus=8)
+    larger = plan(
+        IMAGENET.model_copy(update={"source": source}),
+        Size(10_000_000_000, file_samples=samples),
+        gpus=8,
+    )
     within = {bound.what.split(":")[0]: bound.share for bound in larger.bounds}
     assert within["memory of the driver"] <= 1 and within["decision of a resumed run"] <= 1
 
@@ -113,9 +144,13 @@ def test_what_breaks_first_and_what_mends_it() -> None:
 
 def test_rates_are_those_of_the_committed_tables() -> None:
     reading = (RESULTS / "reading-cpu.txt").read_text(encoding="utf-8")
-    header, row = re.search(r"Decoding 192 JPEGs.*\n(.*px.*)\n(?:.*\n)*?raypipe +(.*)", reading).groups()  # type: ignore[union-attr]
+    header, row = re.search(
+        r"Decoding 192 JPEGs.*\n(.*px.*)\n(?:.*\n)*?raypipe +(.*)", reading
+    ).groups()  # type: ignore[union-attr]
     sides = [int(side) for side in re.findall(r"(\d+) px", header)]
-    assert dict(zip(sides, [float(word) for word in row.split()[::3]], strict=True)) == Rates().decode
+    assert (
+        dict(zip(sides, [float(word) for word in row.split()[::3]], strict=True)) == Rates().decode
+    )
     alignment = (RESULTS / "alignment-cpu.txt").read_text(encoding="utf-8")
     forward = float(re.search(r"forward, channels last +([\d.]+)", alignment)[1]) / 1e3  # type: ignore[index]
     assert constants.macs("resnet18", 32) / forward == pytest.approx(Rates().cpu_macs, rel=0.5)
@@ -133,9 +168,13 @@ def test_rates_are_those_of_the_committed_tables() -> None:
     }
     assert rows["decision"][1] / count == pytest.approx(Rates().decision_seconds, rel=0.1)
     before = int(re.search(r"; (\d+) MB before", fragments)[1])  # type: ignore[index]
-    assert (max(row[2] for row in rows.values()) - before) * 1e6 / count == pytest.approx(Rates().driver_bytes, rel=0.1)
+    assert (max(row[2] for row in rows.values()) - before) * 1e6 / count == pytest.approx(
+        Rates().driver_bytes, rel=0.1
+    )
     size = int(re.search(r"index ([\d,]+) bytes", fragments)[1].replace(",", ""))  # type: ignore[index]
-    assert size / count < Rates().index_bytes < 4 * size / count  # paths of a real source do not compress as well
+    assert (
+        size / count < Rates().index_bytes < 4 * size / count
+    )  # paths of a real source do not compress as well
     for source in Rates().sources.values():
         assert not source.startswith("benchmarks/") or (ROOT / source).is_file()
 
@@ -158,7 +197,9 @@ def test_rates_of_a_file_and_of_options(tmp_path: Path) -> None:
     fast, slow = _plan(rates=found), _plan()
     assert _of(fast, "gpu_hours")["embed"] == pytest.approx(_of(slow, "gpu_hours")["embed"] / 10)
     assert _of(fast, "cpu_hours")["embed"] < _of(slow, "cpu_hours")["embed"]
-    assert not any("assumed" in note for note in fast.notes) and any("assumed" in note for note in slow.notes)
+    assert not any("assumed" in note for note in fast.notes) and any(
+        "assumed" in note for note in slow.notes
+    )
     said = CliRunner().invoke(
         cli,
         [
@@ -174,7 +215,9 @@ def test_rates_of_a_file_and_of_options(tmp_path: Path) -> None:
         ],
     )
     embed = next(stage for stage in json.loads(said.output)["stages"] if stage["stage"] == "embed")
-    assert embed["gpu_hours"] == pytest.approx(1000 / 3600, rel=0.01)  # a million images at a thousand a second, and the start
+    assert embed["gpu_hours"] == pytest.approx(
+        1000 / 3600, rel=0.01
+    )  # a million images at a thousand a second, and the start
 
 
 @pytest.mark.parametrize(
@@ -189,7 +232,9 @@ def test_rates_of_a_file_and_of_options(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
     ],
 )
-def test_a_file_of_rates_that_makes_no_sense_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_of_rates_that_makes_no_sense_is_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
     file = tmp_path / "rates.json"
     file.write_text(content)
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -221,13 +266,17 @@ def test_a_finished_run_gives_its_rates(finished: str) -> None:
         if not took:
             continue  # another test had the stage look at what is there
         assert took / 1.3 < 3600 * _of(found, "cpu_hours")[stage] < 1.3 * took, stage
-    written = {folder: sum(file.size for file in storage.listing(Run(finished).path(folder))) for folder in found.written}
+    written = {
+        folder: sum(file.size for file in storage.listing(Run(finished).path(folder)))
+        for folder in found.written
+    }
     for folder in ("seed", "embeddings", "scores"):
         assert found.written[folder] == pytest.approx(written[folder], rel=0.1), folder
     for folder in ("proxy", "measured", "extrapolator", "index", "keep"):
         assert written[folder] / 6 < found.written[folder] < 6 * written[folder], folder
     files = {
-        stage: sum(len(storage.listing(Run(finished).path(folder))) for folder in folders) for stage, folders in OUTPUTS.items()
+        stage: sum(len(storage.listing(Run(finished).path(folder))) for folder in folders)
+        for stage, folders in OUTPUTS.items()
     }
     for stage, count in files.items():
         assert count / 2 <= _of(found, "files")[stage] <= 2 * count, stage
@@ -289,16 +338,26 @@ def test_it_answers_at_once_without_ray_or_torch() -> None:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
-    assert after.ru_utime - before.ru_utime < 2, "processor seconds; those of the clock depend on what else the machine does"
+    assert after.ru_utime - before.ru_utime < 2, (
+        "processor seconds; those of the clock depend on what else the machine does"
+    )
 
 
 def test_json_has_everything_and_every_option_is_used() -> None:
     config = str(ROOT / "jobs" / "configs" / "places365.yaml")
     base = [config, "--samples", "1800000", "--json"]
     plain = json.loads(CliRunner().invoke(cli, ["plan", *base]).output)
-    assert {"stages", "written", "index_bytes", "ledger_bytes", "driver_bytes", "dollars", "bounds", "rates", "total"} <= set(
-        plain
-    )
+    assert {
+        "stages",
+        "written",
+        "index_bytes",
+        "ledger_bytes",
+        "driver_bytes",
+        "dollars",
+        "bounds",
+        "rates",
+        "total",
+    } <= set(plain)
     options = [
         "--gpus=2",
         "--cpus=99",
@@ -308,10 +367,18 @@ def test_json_has_everything_and_every_option_is_used() -> None:
         "--decode-rate=1",
         "--forward-rate=1",
     ]
-    options += ["--gpu-price=1", "--cpu-price=1", "--request-price=1", "--storage-price=1", "--set=seed.fraction=0.2"]
+    options += [
+        "--gpu-price=1",
+        "--cpu-price=1",
+        "--request-price=1",
+        "--storage-price=1",
+        "--set=seed.fraction=0.2",
+    ]
     for option in options:
         with_gpu = ["--gpus=2"] if "forward" in option else []
         other = CliRunner().invoke(cli, ["plan", *base, *with_gpu, option]).output
-        assert json.loads(other) != json.loads(CliRunner().invoke(cli, ["plan", *base, *with_gpu]).output), option
+        assert json.loads(other) != json.loads(
+            CliRunner().invoke(cli, ["plan", *base, *with_gpu]).output
+        ), option
     refused = CliRunner().invoke(cli, ["plan", config, "--samples", "10", "--image-bytes", "0"])
     assert isinstance(refused.exception, ConfigError)

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from raypipe import progress, storage
-from raypipe.inspection import describe_run
 from raypipe.progress import Progress
-from raypipe.rundir import Lease, Run, StageRecord
+from raypipe.runs.layout import Run
+from raypipe.runs.lease import Lease
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.status import describe_run
 
 
 class _Terminal(io.StringIO):
@@ -68,7 +70,9 @@ def test_fragments_rejects_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     shown, heard = Progress(quiet=True), []
     shown.listeners.append(
-        lambda meter, samples, rejects: heard.append((meter.name, samples, rejects, meter.fragments, meter.queued))
+        lambda meter, samples, rejects: heard.append(
+            (meter.name, samples, rejects, meter.fragments, meter.queued)
+        )
     )
     assert shown.about() == {}
     with shown.meter("embed", 300) as meter:
@@ -80,8 +84,13 @@ def test_fragments_rejects_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         assert {key: about[key] for key in ("stage", "count", "total", "fragments", "queued", "rejects")} == {
             "stage": "embed", "count": 200, "total": 300, "fragments": 2, "queued": 1, "rejects": 2,
         }  # fmt: skip
-        assert "200/300 samples" in meter.line() and "2 rejects, 2 fragments done, 1 queued" in meter.line()
-    assert heard == [("embed", 100, 0, 1, 2), ("embed", 100, 2, 2, 1), ("embed", 0, 0, 2, 1)], "once a unit, never a sample"
+        assert (
+            "200/300 samples" in meter.line()
+            and "2 rejects, 2 fragments done, 1 queued" in meter.line()
+        )
+    assert heard == [("embed", 100, 0, 1, 2), ("embed", 100, 2, 2, 1), ("embed", 0, 0, 2, 1)], (
+        "once a unit, never a sample"
+    )
     assert shown.about() == {}
 
 
@@ -98,19 +107,22 @@ def test_a_line_for_every_fragment_only_when_asked(caplog: pytest.LogCaptureFixt
 
 
 def test_how_far_of_anything() -> None:
-    assert progress.far({"count": 5, "total": 10, "unit": "samples", "rate": 0.5}) == "5/10 samples, 0.50/s, 00:10 left"
+    assert (
+        progress.describe_progress({"count": 5, "total": 10, "unit": "samples", "rate": 0.5})
+        == "5/10 samples, 0.50/s, 00:10 left"
+    )
     for nonsense in (
         {},
         {"count": "x", "rate": None, "total": [1]},
         {"count": -1, "rate": float("nan"), "total": 1e300, "unit": {"a": 1}},
     ):
-        assert progress.far(nonsense).startswith("0/0 ")
+        assert progress.describe_progress(nonsense).startswith("0/0 ")
 
 
 def test_metrics_of_ray_are_counted_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray.util.metrics
 
-    from raypipe.stages.metrics import RayMetrics
+    from raypipe.distributed.metrics import RayMetrics
 
     values: dict[tuple[str, str], float] = {}
 
@@ -156,7 +168,11 @@ def test_lines_about_fragments_do_not_each_store_the_log(monkeypatch: pytest.Mon
         logger.debug("fragment %d", number)
     assert len(stored) == 1
     logger.info("end")
-    assert len(stored) == 2 and stored[-1].splitlines() == ["start", *(f"fragment {number}" for number in range(100)), "end"]
+    assert len(stored) == 2 and stored[-1].splitlines() == [
+        "start",
+        *(f"fragment {number}" for number in range(100)),
+        "end",
+    ]
     logger.debug("one more")
     lines.save()
     lines.save()
@@ -167,7 +183,13 @@ def test_status_of_a_run_under_way(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"))
     record = StageRecord("running", samples=0, cpu_seconds=7.0, attempts=2)
     failed = StageRecord("failed", error="embed: storage is full", attempts=1)
-    run.write_ledger({"index": StageRecord("done", samples=300, cpu_seconds=1.0, attempts=1), "seed": record, "embed": failed})
+    run.write_ledger(
+        {
+            "index": StageRecord("done", samples=300, cpu_seconds=1.0, attempts=1),
+            "seed": record,
+            "embed": failed,
+        }
+    )
     shown = Progress(quiet=True)
     with Lease(run) as lease, shown.meter("seed", 300) as meter:
         lease.about = lambda: {**shown.about(), "cpu_seconds": 100.0, "gpu_seconds": 0.0}
@@ -176,8 +198,15 @@ def test_status_of_a_run_under_way(tmp_path: Path) -> None:
         lease._written = lease._content()
         storage.write_bytes(run.path("driver.json"), lease._written)
         text = "\n".join(describe_run(run.uri))
-    assert "now         seed 120/300 samples" in text and "4 rejects, 1 fragments done, 2 queued" in text and " left" in text
-    assert "embed: storage is full" in text and "spent       1.7 min CPU, in 4 attempts at 3 stages" in text
+    assert (
+        "now         seed 120/300 samples" in text
+        and "4 rejects, 1 fragments done, 2 queued" in text
+        and " left" in text
+    )
+    assert (
+        "embed: storage is full" in text
+        and "spent       1.7 min CPU, in 4 attempts at 3 stages" in text
+    )
     after = "\n".join(describe_run(run.uri))
     assert "now " not in after and "spent       8 s CPU, in 4 attempts" in after
 

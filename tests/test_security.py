@@ -12,11 +12,25 @@ import pytest
 from helpers import PLANTED
 
 from raypipe import storage
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 
 ROOT = Path(__file__).parents[1]
-FILES = [file for folder in ("raypipe", "jobs", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))]
-CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+FILES = [
+    file
+    for folder in ("raypipe", "jobs", "benchmarks")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
+CODE = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "jsonpickle",
+}
 """Modules whose files run code when they are opened."""
 RESTRICTED = "raypipe/sources/torchvision_build.py"
 """Opens the pickles in which CIFAR is published, through an Unpickler that knows arrays only; its tests hold it to that."""
@@ -41,7 +55,9 @@ def problems(code: str, restricted: bool = False) -> list[str]:
             found.append(name)
         if name.endswith("torch.load") and words.get("weights_only") != "True":
             found.append(name)
-        if re.fullmatch(r"yaml\.(load|load_all|unsafe_load|full_load|unsafe_load_all|full_load_all)", name):
+        if re.fullmatch(
+            r"yaml\.(load|load_all|unsafe_load|full_load|unsafe_load_all|full_load_all)", name
+        ):
             found.append(name)
         if name in {"np.load", "numpy.load"} and words.get("allow_pickle", "False") != "False":
             found.append(name)
@@ -77,8 +93,12 @@ def test_the_search_finds_what_it_looks_for(code: str) -> None:
 
 
 def test_the_search_leaves_the_rest_alone() -> None:
-    assert not problems("import torch; torch.load('x', weights_only=True); model.eval(); yaml.safe_load(f); np.load('x')")
-    assert problems("import pickle; pickle.load(f)", restricted=True) and not problems("import pickle", restricted=True)
+    assert not problems(
+        "import torch; torch.load('x', weights_only=True); model.eval(); yaml.safe_load(f); np.load('x')"
+    )
+    assert problems("import pickle; pickle.load(f)", restricted=True) and not problems(
+        "import pickle", restricted=True
+    )
 
 
 # -- secrets --------------------------------------------------------------------------------------------------------
@@ -95,7 +115,10 @@ def _files(folder: str) -> Iterator[tuple[str, bytes]]:
 @pytest.mark.ray
 def test_a_secret_of_the_environment_is_in_no_file_of_a_run(finished: str) -> None:
     """conftest plants it before the cluster starts: a password, the key of S3, and an endpoint with credentials in it."""
-    assert os.environ["RAYPIPE_TEST_PASSWORD"] == PLANTED and PLANTED in os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert (
+        os.environ["RAYPIPE_TEST_PASSWORD"] == PLANTED
+        and PLANTED in os.environ["AWS_SECRET_ACCESS_KEY"]
+    )
     content = dict(_files(finished))
     needed = {"config.yaml", "run.json", "report/index.html", "report/summary.json"}
     assert needed <= set(content) and any(name.startswith("logs/") for name in content)
@@ -103,7 +126,9 @@ def test_a_secret_of_the_environment_is_in_no_file_of_a_run(finished: str) -> No
     assert any(b"proxy" in data for data in content.values()), "the files were read"
 
 
-def test_credentials_in_an_address_are_in_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_in_an_address_are_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Storage that cannot be reached is named by what the user wrote, not by what the endpoint holds."""
     from raypipe.errors import RaypipeError
     from raypipe.pipeline import errors_of_storage

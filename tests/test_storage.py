@@ -111,7 +111,11 @@ def test_unknown_protocol_is_a_clear_error() -> None:
 def test_exactly_one_of_many_creates(place: str) -> None:
     uri = storage.join(place, "lease")
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda number: (storage.create_bytes(uri, str(number).encode()), number), range(8)))
+        won = list(
+            pool.map(
+                lambda number: (storage.create_bytes(uri, str(number).encode()), number), range(8)
+            )
+        )
     winners = [number for created, number in won if created]
     assert len(winners) == 1
     assert storage.read_bytes(uri) == str(winners[0]).encode()
@@ -124,7 +128,12 @@ def test_exactly_one_of_many_exchanges(place: str) -> None:
     assert not storage.exchange_bytes(uri, b"", b"x") and not storage.exists(uri)
     storage.write_bytes(uri, b"old")
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda number: (storage.exchange_bytes(uri, b"old", str(number).encode()), number), range(8)))
+        won = list(
+            pool.map(
+                lambda number: (storage.exchange_bytes(uri, b"old", str(number).encode()), number),
+                range(8),
+            )
+        )
     winners = [number for exchanged, number in won if exchanged]
     assert len(winners) == 1
     assert storage.read_bytes(uri) == str(winners[0]).encode()
@@ -173,12 +182,18 @@ class FullDisk(io.FileIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_full_disk_leaves_the_old_file_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_file_and_no_debris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = str(tmp_path / "file")
     storage.write_bytes(uri, b"old")
     for module in (storage, streams):
-        monkeypatch.setattr(module, "open", lambda path, mode: FullDisk(path, mode.replace("b", "")), raising=False)
-    with pytest.raises(StorageError, match=rf"{uri}: the disk is full \(No space left on device\)\. Free space"):
+        monkeypatch.setattr(
+            module, "open", lambda path, mode: FullDisk(path, mode.replace("b", "")), raising=False
+        )
+    with pytest.raises(
+        StorageError, match=rf"{uri}: the disk is full \(No space left on device\)\. Free space"
+    ):
         storage.write_bytes(uri, b"new")
     with pytest.raises(StorageError, match="the disk is full"), storage.Upload(uri) as file:
         file.write(b"new")
@@ -233,7 +248,13 @@ def botocore_error() -> Exception:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EBUSY, "Slow Down"), TimeoutError("slow"), ConnectionResetError("gone"), botocore_error()]
+    "error",
+    [
+        OSError(errno.EBUSY, "Slow Down"),
+        TimeoutError("slow"),
+        ConnectionResetError("gone"),
+        botocore_error(),
+    ],
 )
 def test_passing_faults_are_retried(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     fs = flaky(monkeypatch, faults.RETRIES - 1, error)
@@ -250,7 +271,9 @@ def test_passing_faults_are_retried(monkeypatch: pytest.MonkeyPatch, error: Exce
         ValueError("a fault of the program"),
     ],
 )
-def test_faults_that_stay_are_raised_at_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_faults_that_stay_are_raised_at_once(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     fs = flaky(monkeypatch, 1, error)
     with pytest.raises(type(error)) as raised:
         storage.read_bytes("s3://bucket/x")
@@ -260,30 +283,51 @@ def test_faults_that_stay_are_raised_at_once(monkeypatch: pytest.MonkeyPatch, er
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (PermissionError("Access Denied"), r"access denied \(Access Denied\)\. Renew the credentials if they have expired"),
-        (OSError(errno.ENOSPC, "No space left on device"), r"the disk is full \(No space left on device\)\. Free space"),
+        (
+            PermissionError("Access Denied"),
+            r"access denied \(Access Denied\)\. Renew the credentials if they have expired",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"the disk is full \(No space left on device\)\. Free space",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), r"the disk is full"),
-        (OSError(errno.EROFS, "Read-only file system"), r"cannot be written \(Read-only file system\)\. Mount it writable"),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            r"cannot be written \(Read-only file system\)\. Mount it writable",
+        ),
         (OSError(errno.EFBIG, "File too large"), r"ulimit -f"),
         (
             OSError("The provided token has expired."),
             r"the credentials have expired \(The provided token has expired\)\. Renew them",
         ),
-        (PermissionError("The AWS Access Key Id (InvalidAccessKeyId) does not exist"), r"missing or wrong"),
+        (
+            PermissionError("The AWS Access Key Id (InvalidAccessKeyId) does not exist"),
+            r"missing or wrong",
+        ),
     ],
 )
-def test_faults_that_one_has_to_mend_say_how(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+def test_faults_that_one_has_to_mend_say_how(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
     fs = flaky(monkeypatch, 1, error)
-    with pytest.raises(StorageError, match=rf"^s3://bucket/x: .*{words}.*, then run the same command again$") as raised:
+    with pytest.raises(
+        StorageError, match=rf"^s3://bucket/x: .*{words}.*, then run the same command again$"
+    ) as raised:
         storage.read_bytes("s3://bucket/x")
     assert fs.asked == 1 and raised.value.__cause__ is error
     assert isinstance(raised.value, PermissionError) == isinstance(error, PermissionError)
-    assert pickle.loads(pickle.dumps(raised.value)).args == raised.value.args, "it comes back from workers"
+    assert pickle.loads(pickle.dumps(raised.value)).args == raised.value.args, (
+        "it comes back from workers"
+    )
 
 
 def test_the_last_attempt_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     fs = flaky(monkeypatch, 99, TimeoutError("slow"))
-    with pytest.raises(StorageError, match=r"s3://bucket/x: storage still fails after 10 attempts: slow\. Look whether"):
+    with pytest.raises(
+        StorageError,
+        match=r"s3://bucket/x: storage still fails after 10 attempts: slow\. Look whether",
+    ):
         storage.read_bytes("s3://bucket/x")
     assert fs.asked == faults.RETRIES
     with pytest.raises(StorageError, match="after 2 attempts"):
@@ -306,22 +350,31 @@ def test_delays_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slept == [0.25, 0.5, 1, 2, 4, 8, 16, 20, 20]
 
 
-def test_delays_of_many_clients_are_spread_over_all_of_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delays_of_many_clients_are_spread_over_all_of_their_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(faults, "random", random.Random(0))
     for attempt, bound in ((0, 0.25), (3, 2.0), (9, 20.0)):
         delays = sorted(faults.delay(attempt) for _ in range(400))
         assert delays[0] >= 0 and delays[-1] <= bound
         # no two of the twenty twentieths of the bound have less than 3 or more than 50 of the 400 (20 are expected)
-        assert all(3 < sum(part <= value / bound * 20 < part + 1 for value in delays) < 50 for part in range(20))
+        assert all(
+            3 < sum(part <= value / bound * 20 < part + 1 for value in delays) < 50
+            for part in range(20)
+        )
 
 
-def test_missing_credentials_are_an_oserror_at_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_an_oserror_at_once(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     storage._remote.cache_clear()
     try:
-        with pytest.raises(StorageError, match=r"s3://other/x: the credentials are missing or wrong"):
+        with pytest.raises(
+            StorageError, match=r"s3://other/x: the credentials are missing or wrong"
+        ):
             storage.write_bytes("s3://other/x", b"1")
     finally:
         storage._remote.cache_clear()
@@ -347,7 +400,10 @@ def test_json_and_tables(place: str) -> None:
     storage.write_table(storage.join(place, "t", "1.parquet"), table.slice(1))
     storage.write_bytes(storage.join(place, "t", "note.txt"), b"no table")
     found = list(storage.iter_tables(storage.join(place, "t"), ["b"]))
-    assert [(name, part.to_pydict()) for name, part in found] == [("1.parquet", {"b": [None]}), ("2.parquet", {"b": ["x", None]})]
+    assert [(name, part.to_pydict()) for name, part in found] == [
+        ("1.parquet", {"b": [None]}),
+        ("2.parquet", {"b": ["x", None]}),
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -355,19 +411,32 @@ def test_tables_read_ahead_come_in_order(place: str, threads: int) -> None:
     folder = storage.join(place, "ahead")
     for number in range(5):
         storage.write_table(storage.join(folder, f"{number}.parquet"), pa.table({"a": [number]}))
-    found = [(name, part["a"].to_pylist()) for name, part in storage.iter_tables(folder, threads=threads)]
+    found = [
+        (name, part["a"].to_pylist()) for name, part in storage.iter_tables(folder, threads=threads)
+    ]
     assert found == [(f"{number}.parquet", [number]) for number in range(5)]
     storage.write_bytes(storage.join(folder, "3.parquet"), b"PAR1")
     with pytest.raises(RaypipeError, match=r"3\.parquet"):
         list(storage.iter_tables(folder, threads=threads))
-    assert next(storage.iter_tables(folder, threads=threads))[0] == "0.parquet"  # and the rest is not waited for
+    assert (
+        next(storage.iter_tables(folder, threads=threads))[0] == "0.parquet"
+    )  # and the rest is not waited for
 
 
-@pytest.mark.parametrize(("where", "most"), [("s3://bucket/run", 5), ("/tmp/run", storage.LOCAL_READERS)])
+@pytest.mark.parametrize(
+    ("where", "most"), [("s3://bucket/run", 5), ("/tmp/run", storage.LOCAL_READERS)]
+)
 def test_of_a_local_disk_few_files_are_read_at_a_time(where: str, most: int) -> None:
     meeting = threading.Barrier(most)
-    assert list(storage.ahead(lambda _: meeting.wait(30) >= 0, range(2 * most), where, 5)) == [(n, True) for n in range(2 * most)]
-    names = {name for _, name in storage.ahead(lambda _: threading.current_thread().name, range(100), where, 5)}
+    assert list(storage.ahead(lambda _: meeting.wait(30) >= 0, range(2 * most), where, 5)) == [
+        (n, True) for n in range(2 * most)
+    ]
+    names = {
+        name
+        for _, name in storage.ahead(
+            lambda _: threading.current_thread().name, range(100), where, 5
+        )
+    }
     assert len(names) <= most
 
 

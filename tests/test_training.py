@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raypipe.config import ProxySettings
-from raypipe.models import build
-from raypipe.training import (
+from raypipe.vision.networks import build
+from raypipe.vision.training import (
     augment,
     epoch_batches,
     learning_rate,
@@ -22,7 +22,9 @@ def test_every_sample_is_in_one_batch_of_an_epoch() -> None:
     batches = epoch_batches(103, 20, seed=1, epoch=4)
     assert sorted(np.concatenate(batches).tolist()) == list(range(103))
     assert {len(batch) for batch in batches} <= {17, 18}
-    assert all(np.array_equal(a, b) for a, b in zip(batches, epoch_batches(103, 20, 1, 4), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(batches, epoch_batches(103, 20, 1, 4), strict=True)
+    )
     assert not np.array_equal(np.concatenate(batches), np.concatenate(epoch_batches(103, 20, 1, 5)))
 
 
@@ -37,7 +39,9 @@ def test_learning_rate(schedule: str) -> None:
     else:
         assert rates[-1] == pytest.approx(0.4e-3)
         peak = int(np.argmax(rates))
-        assert rates[peak:] == sorted(rates[peak:], reverse=True) and rates[: peak + 1] == sorted(rates[: peak + 1])
+        assert rates[peak:] == sorted(rates[peak:], reverse=True) and rates[: peak + 1] == sorted(
+            rates[: peak + 1]
+        )
     assert learning_rate(settings, 0, 1) > 0
 
 
@@ -47,7 +51,12 @@ def test_checkpoints() -> None:
     assert ProxySettings(epochs=5, checkpoints=5).checkpoint_epochs() == [0, 1, 2, 3, 4]
     assert ProxySettings(epochs=9, checkpoint_choice=(7, 2)).checkpoint_epochs() == [2, 7]
     drawn = ProxySettings(epochs=50, checkpoint_choice="random", seed=3).checkpoint_epochs()
-    assert len(drawn) == len(set(drawn)) == 10 and drawn == sorted(drawn) and drawn[0] >= 0 and drawn[-1] < 50
+    assert (
+        len(drawn) == len(set(drawn)) == 10
+        and drawn == sorted(drawn)
+        and drawn[0] >= 0
+        and drawn[-1] < 50
+    )
     assert drawn == ProxySettings(epochs=50, checkpoint_choice="random", seed=3).checkpoint_epochs()
     assert drawn != ProxySettings(epochs=50, checkpoint_choice="random", seed=4).checkpoint_epochs()
 
@@ -57,7 +66,9 @@ def test_augmentation_is_the_same_however_a_batch_is_shared() -> None:
     settings = ProxySettings(crop_padding=2)
     whole = augment(images, settings, 3, 1, slice(0, None, 1))
     for rank in range(3):
-        np.testing.assert_array_equal(augment(images, settings, 3, 1, slice(rank, None, 3)), whole[rank::3])
+        np.testing.assert_array_equal(
+            augment(images, settings, 3, 1, slice(rank, None, 3)), whole[rank::3]
+        )
     assert not np.array_equal(whole, augment(images, settings, 3, 2, slice(None)))
     plain = ProxySettings(crop_padding=0, flip=False)
     np.testing.assert_array_equal(augment(images, plain, 3, 1, slice(None)), images)
@@ -87,7 +98,9 @@ def test_training_goes_on_from_its_state_as_if_nothing_had_happened(optimizer: s
         generator = torch.Generator().manual_seed(number)
         images = torch.randint(0, 256, (6, 3, 8, 8), generator=generator, dtype=torch.uint8)
         update.zero_grad()
-        torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+        torch.nn.functional.cross_entropy(
+            model(images), torch.tensor([0, 1, 2, 0, 1, 2])
+        ).backward()
         update.step()
 
     model, update = start()

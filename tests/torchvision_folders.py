@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_CLASSES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
 
 
 def cifar10(root: Path, images: np.ndarray, labels: list[int], tests: int) -> None:
@@ -53,18 +64,28 @@ def imagenet(root: Path, files: dict[str, bytes]) -> None:
     import torch
 
     root.mkdir(parents=True, exist_ok=True)
-    names = {"n01440764": ("tench", "Tinca tinca"), "n02012849": ("crane",), "n03126707": ("crane",)}
+    names = {
+        "n01440764": ("tench", "Tinca tinca"),
+        "n02012849": ("crane",),
+        "n03126707": ("crane",),
+    }
     torch.save((names, []), root / "meta.bin")
     for path, content in files.items():
         (root / "train" / path).parent.mkdir(parents=True, exist_ok=True)
         (root / "train" / path).write_bytes(content)
 
 
-def places365(root: Path, files: dict[str, bytes], listed: dict[str, int], classes: dict[str, int]) -> None:
+def places365(
+    root: Path, files: dict[str, bytes], listed: dict[str, int], classes: dict[str, int]
+) -> None:
     """Places365 with its small images: categories, the list of train-standard, and the folder."""
     (root / "data_256_standard").mkdir(parents=True)
-    (root / "categories_places365.txt").write_text("".join(f"{name} {index}\n" for name, index in classes.items()))
-    (root / "places365_train_standard.txt").write_text("".join(f"/{name} {label}\n" for name, label in listed.items()))
+    (root / "categories_places365.txt").write_text(
+        "".join(f"{name} {index}\n" for name, index in classes.items())
+    )
+    (root / "places365_train_standard.txt").write_text(
+        "".join(f"/{name} {label}\n" for name, label in listed.items())
+    )
     for name, content in files.items():
         path = root / "data_256_standard" / name
         path.parent.mkdir(parents=True, exist_ok=True)

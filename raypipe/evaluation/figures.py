@@ -40,7 +40,9 @@ def interval(values: Sequence[float]) -> Interval:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Interval(mean, None, None, count)
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+    reach = float(
+        student.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    )
     return Interval(mean, mean - reach, mean + reach, count)
 
 
@@ -89,7 +91,12 @@ class BreakEven:
         return max(1, math.ceil(self.scoring / self.saved)) if self.saved > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
-        named = {"saved": self.saved, "scoring": self.scoring, "net": self.net, "trainings": self.trainings}
+        named = {
+            "saved": self.saved,
+            "scoring": self.scoring,
+            "net": self.net,
+            "trainings": self.trainings,
+        }
         return {"unit": self.unit, **named}
 
 
@@ -108,13 +115,21 @@ def sentence(differences: Mapping[float, Interval | None], name: str = "the list
         LEVEL: "not told apart from random at {}",
         UNKNOWN: "not compared with random over several seeds at {}",
     }
-    parts = [text.format(_listed(by_verdict[verdict])) for verdict, text in words.items() if verdict in by_verdict]
+    parts = [
+        text.format(_listed(by_verdict[verdict]))
+        for verdict, text in words.items()
+        if verdict in by_verdict
+    ]
     if not parts:
         return f"{name}: nothing was compared"
     text = f"{name}: " + "; ".join(parts)
     if WORSE in by_verdict:
         everywhere = set(by_verdict) == {WORSE}
-        return text + (": do not prune with it" if everywhere or len(by_verdict[WORSE]) > 1 else ": do not prune with it there")
+        return text + (
+            ": do not prune with it"
+            if everywhere or len(by_verdict[WORSE]) > 1
+            else ": do not prune with it there"
+        )
     if BEATS not in by_verdict and LEVEL in by_verdict:
         return text + ": a random list does as well, as far as this can tell"
     return text

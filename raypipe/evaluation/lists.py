@@ -18,15 +18,15 @@ import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
+from raypipe.config.choices import DIFFICULTIES
+from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RunError
-from raypipe.names import DIFFICULTIES
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
+from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
+from raypipe.runs.score_stream import Scores, mark_listed_ids
 from raypipe.selection import Chunk, Options, needs_classes, needs_loss, select
-from raypipe.settings.evaluate import EvaluateSettings
-from raypipe.stages.keeping import Scores, mark_listed
-from raypipe.stages.near_duplicates import mark_near_duplicates
-from raypipe.stages.scored import FOLDERS, every_measured_score
-from raypipe.stages.select import options_of
+from raypipe.stages.select.near_duplicates import mark_near_duplicates
+from raypipe.stages.select.stage import options_of
 
 RANDOM_SEEDS = 10_000
 """Seeds of random lists begin here, so that none has the luck of a list that `ccs` or `beta` drew with `select.seed`."""
@@ -51,11 +51,15 @@ class Origin:
     def title(self) -> str:
         if self.kind == RUN:
             return self.score
-        return f"{self.score} measured" if self.kind.startswith(MEASURED) else f"{self.score} of {storage.name(self.kind)}"
+        return (
+            f"{self.score} measured"
+            if self.kind.startswith(MEASURED)
+            else f"{self.score} of {storage.name(self.kind)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Listed:
+class ListedSamples:
     """A list to train on.
 
     name      origin and strategy, such as "moso, top" or "el2n, ccs by class"; or random, full
@@ -79,7 +83,7 @@ class Listed:
 
 
 @dataclass(frozen=True, eq=False)
-class Pool:
+class SamplePool:
     """What can be trained on.
 
     shards   name (without suffix) and samples of each score shard, labelled or not
@@ -97,29 +101,43 @@ class Pool:
         return len(self.label)
 
 
-def read_pool(scores: Scores) -> Pool:
+def read_pool(scores: Scores) -> SamplePool:
     """Ids and labels of everything scored. Raises RunError where nothing has a label."""
     digest, shards, labels = hashlib.blake2b(digest_size=8), [], []
     for name, chunk in scores.named_chunks(True):
         ids = "\0".join(pa.array(chunk.sample_id, pa.string()).to_pylist())
-        digest.update(name.encode() + b"\0" + ids.encode("utf-8", "surrogateescape") + chunk.label.astype("<i4").tobytes())
+        digest.update(
+            name.encode()
+            + b"\0"
+            + ids.encode("utf-8", "surrogateescape")
+            + chunk.label.astype("<i4").tobytes()
+        )
         shards.append((name.removesuffix(".parquet"), len(chunk.label)))
         labels.append(chunk.label.astype(np.int64))
     label = np.concatenate(labels) if labels else np.zeros(0, np.int64)
     known = label >= 0
     if not known.any():
-        raise RunError(f"none of the {len(label):,} scored samples has a label, so there is nothing to train on")
-    return Pool(tuple(shards), label[known], np.where(known, np.cumsum(known) - 1, -1), digest.hexdigest())
+        raise RunError(
+            f"none of the {len(label):,} scored samples has a label, so there is nothing to train on"
+        )
+    return SamplePool(
+        tuple(shards), label[known], np.where(known, np.cumsum(known) - 1, -1), digest.hexdigest()
+    )
 
 
-def origins(run: Run, config: Config, settings: EvaluateSettings, pool_ids: Sequence[pa.Array]) -> list[Origin]:
+def origins(
+    run: Run, config: Config, settings: EvaluateSettings, pool_ids: Sequence[pa.Array]
+) -> list[Origin]:
     """The scores that lists are cut from.
 
     pool_ids  ids of every scored sample, shard by shard
     Raises ConfigError for a score that was not measured of every sample, or another run without a score for one.
     """
     everything = sum(map(len, pool_ids))
-    wanted = settings.scores or (RUN, *(f"{MEASURED}{name}" for name in _measured_of(run, everything) if name != config.score))
+    wanted = settings.scores or (
+        RUN,
+        *(f"{MEASURED}{name}" for name in _measured_of(run, everything) if name != config.score),
+    )
     found = []
     for kind in wanted:
         if kind == RUN:
@@ -139,7 +157,9 @@ def origins(run: Run, config: Config, settings: EvaluateSettings, pool_ids: Sequ
         other.record("extrapolate")
         values = {}
         for _, table in storage.iter_tables(other.path("scores"), ["sample_id", "score"]):
-            values.update(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+            values.update(
+                zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True)
+            )
         missing = _without(pool_ids, values)
         if missing:
             raise ConfigError(
@@ -152,7 +172,7 @@ def origins(run: Run, config: Config, settings: EvaluateSettings, pool_ids: Sequ
 def _measured_of(run: Run, everything: int) -> list[str]:
     """Scores that were measured of as many samples as there are."""
     counts: dict[str, int] = {}
-    for folder in FOLDERS.values():
+    for folder in MEASURED_FOLDERS.values():
         for _, table in storage.iter_tables(run.path(folder)):
             for name in table.column_names[2:]:
                 counts[name] = counts.get(name, 0) + len(table)
@@ -176,45 +196,60 @@ def settings_of_lists(config: Config, settings: EvaluateSettings) -> list[Select
     return result
 
 
-def cut_lists(run: Run, config: Config, settings: EvaluateSettings) -> tuple[Pool, list[Listed]]:
+def cut_lists(
+    run: Run, config: Config, settings: EvaluateSettings
+) -> tuple[SamplePool, list[ListedSamples]]:
     """The pool and every list: everything, random ones for each seed, and one for each origin, strategy and fraction.
 
     The gate of `trust` does not hold: whether a list helps is what is to be found out. Raises ConfigError and RunError.
     """
     chosen = settings_of_lists(config, settings)
     by_strategy = {select.strategy: options_of(run, select) for select in chosen}
-    loss = any(needs_loss(strategy, dataclasses.replace(options, difficulty="loss")) for strategy, options in by_strategy.items())
+    loss = any(
+        needs_loss(strategy, dataclasses.replace(options, difficulty="loss"))
+        for strategy, options in by_strategy.items()
+    )
     scores = Scores(run, loss)
     pool = read_pool(scores)
     ids = [pa.array(chunk.sample_id, pa.string()) for _, chunk in scores.named_chunks(True)]
     found = origins(run, config, settings, ids)
     marked = chosen[0]
-    mark_listed(scores, marked.always_keep, marked.never_keep)
+    mark_listed_ids(scores, marked.always_keep, marked.never_keep)
     if marked.near_duplicates is not None:
         mark_near_duplicates(run, scores, marked.near_duplicates)
     classes = len(run.classes().names)
-    lists = [Listed(FULL, 1.0, np.arange(len(pool)))]
+    lists = [ListedSamples(FULL, 1.0, np.arange(len(pool)))]
     for seed in range(settings.seeds):
         stream = _Stream(scores, None, marks=False)
         options = Options(seed=RANDOM_SEEDS + seed)
         for fraction, rows in _cut(stream, pool, settings.keep, RANDOM, classes, options, False):
-            lists.append(Listed(RANDOM, fraction, rows, draw=seed))
+            lists.append(ListedSamples(RANDOM, fraction, rows, draw=seed))
     for origin in found:
         stream = _Stream(scores, origin.values)
         for select_settings in chosen:
             strategy, options = select_settings.strategy, by_strategy[select_settings.strategy]
             if select_settings.difficulty == "auto":
-                options = dataclasses.replace(options, difficulty="score" if origin.score in DIFFICULTIES else "loss")
-            for fraction, rows in _cut(stream, pool, settings.keep, strategy, classes, options, bool(scores.marks)):
+                options = dataclasses.replace(
+                    options, difficulty="score" if origin.score in DIFFICULTIES else "loss"
+                )
+            for fraction, rows in _cut(
+                stream, pool, settings.keep, strategy, classes, options, bool(scores.marks)
+            ):
                 name = f"{origin.title}, {strategy}{' by class' * options.by_class}"
-                lists.append(Listed(name, fraction, rows, origin.kind, origin.score, strategy, options.by_class))
+                lists.append(
+                    ListedSamples(
+                        name, fraction, rows, origin.kind, origin.score, strategy, options.by_class
+                    )
+                )
     return pool, lists
 
 
 class _Stream:
     """The stream of the scored samples, with other scores where these are given."""
 
-    def __init__(self, scores: Scores, values: Mapping[str, float] | None, marks: bool = True) -> None:
+    def __init__(
+        self, scores: Scores, values: Mapping[str, float] | None, marks: bool = True
+    ) -> None:
         self._scores, self._values, self._marks = scores, values, marks
 
     def __call__(self, with_ids: bool) -> Iterator[Chunk]:
@@ -227,7 +262,13 @@ class _Stream:
 
 
 def _cut(
-    stream: _Stream, pool: Pool, keep: Sequence[float], strategy: str, classes: int, options: Options, marked: bool
+    stream: _Stream,
+    pool: SamplePool,
+    keep: Sequence[float],
+    strategy: str,
+    classes: int,
+    options: Options,
+    marked: bool,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Fraction and rows of the pool of each list, one pass over the stream for all of them."""
     count = classes if needs_classes(strategy, options) else 0

@@ -17,12 +17,13 @@ from safetensors.torch import load, save
 
 from raypipe import storage
 from raypipe.config import AdversarySettings, Config, ProxySettings
-from raypipe.devices import compute_on
-from raypipe.evaluation.fitting import State, fit, steps_of, test
-from raypipe.evaluation.lists import Listed, Pool
-from raypipe.evaluation.pixels import NodeCopy
-from raypipe.rundir import Run, fingerprint
-from raypipe.settings.evaluate import EvaluateSettings
+from raypipe.config.evaluate import EvaluateSettings
+from raypipe.evaluation.decoded import NodeCopy
+from raypipe.evaluation.lists import ListedSamples, SamplePool
+from raypipe.evaluation.train import State, fit, steps_of, test
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import fingerprint
+from raypipe.vision.devices import set_threads
 
 FOLDER = "evaluation"
 SAVE_SECONDS = 60.0
@@ -39,7 +40,7 @@ class Training:
     """One training: a list, and a seed of weights, order and augmentation. `name` is the fingerprint of all that determines it."""
 
     name: str
-    listed: Listed
+    listed: ListedSamples
     seed: int
     steps: int
     settings: ProxySettings
@@ -51,15 +52,25 @@ class Training:
 def recipe_of(config: Config, settings: EvaluateSettings) -> ProxySettings:
     """How lists are trained on: the run's `proxy`, with what the evaluation changes."""
     given = config.proxy.model_dump()
-    changed = {name: getattr(settings, name) for name in ("model", "image_size", "epochs", "batch_size", "lr")}
+    changed = {
+        name: getattr(settings, name)
+        for name in ("model", "image_size", "epochs", "batch_size", "lr")
+    }
     given |= {name: value for name, value in changed.items() if value is not None}
-    given["adversary"] = (config.proxy.adversary or AdversarySettings()) if settings.attack else None
+    given["adversary"] = (
+        (config.proxy.adversary or AdversarySettings()) if settings.attack else None
+    )
     kept = {name: given[name] for name in RECIPE}
     return ProxySettings.model_validate({**kept, "checkpoints": 1})
 
 
 def trainings_of(
-    lists: Sequence[Listed], pool: Pool, recipe: ProxySettings, settings: EvaluateSettings, data: str, gpu: bool
+    lists: Sequence[ListedSamples],
+    pool: SamplePool,
+    recipe: ProxySettings,
+    settings: EvaluateSettings,
+    data: str,
+    gpu: bool,
 ) -> list[Training]:
     """Every list with every seed; those of full set and random lists first, since everything is compared with them.
 
@@ -69,7 +80,9 @@ def trainings_of(
     result = []
     for listed in sorted(lists, key=lambda listed: listed.strategy != ""):
         for seed in range(settings.seeds) if listed.draw is None else (listed.draw,):
-            steps = steps_of(recipe, len(listed.rows)) if settings.protocol == "epochs" else everything
+            steps = (
+                steps_of(recipe, len(listed.rows)) if settings.protocol == "epochs" else everything
+            )
             own = recipe.model_copy(update={"seed": seed})
             stated = own.model_dump(mode="json", include={*RECIPE, "seed"}, exclude_none=True)
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)
@@ -77,10 +90,12 @@ def trainings_of(
     return result
 
 
-def train_one(run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: bool, training: Training) -> dict[str, Any]:
+def train_one(
+    run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: bool, training: Training
+) -> dict[str, Any]:
     """Train, test, and write the result. Goes on where an attempt that was killed had got to. Runs in a task."""
     run, device = Run(run_uri), "cuda" if gpu else "cpu"
-    compute_on(threads)
+    set_threads(threads)
     data = copy.open()
     state_file = training.path(run, "safetensors")
     state, spent = _earlier(state_file)
@@ -88,26 +103,44 @@ def train_one(run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: boo
 
     def seconds() -> dict[str, float]:
         wall = time.monotonic() - started
-        now = {"wall_seconds": wall, "cpu_seconds": time.process_time() - busy, "gpu_seconds": wall if gpu else 0.0}
+        now = {
+            "wall_seconds": wall,
+            "cpu_seconds": time.process_time() - busy,
+            "gpu_seconds": wall if gpu else 0.0,
+        }
         return {name: value + spent.get(name, 0.0) for name, value in now.items()}
 
     def keep(state: State) -> None:
         nonlocal saved
         if time.monotonic() - saved >= SAVE_SECONDS:
-            extra = {f"spent.{name}": torch.tensor(value, dtype=torch.float64) for name, value in seconds().items()}
+            extra = {
+                f"spent.{name}": torch.tensor(value, dtype=torch.float64)
+                for name, value in seconds().items()
+            }
             storage.write_bytes(state_file, save(state | extra))
             saved = time.monotonic()
 
     statistics = training.settings.statistics(*data.statistics)
     rows, steps = training.listed.rows, training.steps
     model = fit(
-        training.settings, data.images, data.labels, rows, classes, statistics, steps=steps, device=device, state=state, save=keep
+        training.settings,
+        data.images,
+        data.labels,
+        rows,
+        classes,
+        statistics,
+        steps=steps,
+        device=device,
+        state=state,
+        save=keep,
     )
     trained = seconds()
     tested = test(model, data.test_images, data.test_labels, classes, device)
     adversary, robust = training.settings.adversary, {}
     if adversary is not None:
-        robust["robust_accuracy"] = test(model, data.test_images, data.test_labels, classes, device, adversary).accuracy
+        robust["robust_accuracy"] = test(
+            model, data.test_images, data.test_labels, classes, device, adversary
+        ).accuracy
     result = {
         "list": training.listed.name,
         "fraction": training.listed.fraction,
@@ -133,5 +166,9 @@ def _earlier(uri: str) -> tuple[State | None, dict[str, float]]:
         found = load(storage.read_bytes(uri))
     except FileNotFoundError:
         return None, {}
-    spent = {name.removeprefix("spent."): found.pop(name).item() for name in list(found) if name.startswith("spent.")}
+    spent = {
+        name.removeprefix("spent."): found.pop(name).item()
+        for name in list(found)
+        if name.startswith("spent.")
+    }
     return found, spent

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from raypipe.assessment.drift import Drift
+from raypipe.assessment.rank_agreement import rank_agreement, spearman, spearman_of_resamples
 from raypipe.config import NightlySettings, TrustSettings
-from raypipe.extrapolate.drift import Drift
-from raypipe.extrapolate.figures import figures, spearman, spearman_of_resamples
 
 FEWEST_AUDITED = 30
 """Measured new samples below which their fidelity advises nothing."""
@@ -27,10 +27,17 @@ def changes(before: Iterable[Piece], after: Iterable[Piece]) -> dict[str, dict[s
     """
     old, new = _by_path(before), _by_path(after)
     changed = {path for path in old.keys() & new.keys() if old[path].keys() != new[path].keys()}
-    files = {"new": len(new.keys() - old.keys()), "changed": len(changed), "removed": len(old.keys() - new.keys())}
+    files = {
+        "new": len(new.keys() - old.keys()),
+        "changed": len(changed),
+        "removed": len(old.keys() - new.keys()),
+    }
     samples = {
         "new": sum(sum(new[path].values()) for path in new.keys() - old.keys()),
-        "changed": sum(sum(count for name, count in new[path].items() if name not in old[path]) for path in changed),
+        "changed": sum(
+            sum(count for name, count in new[path].items() if name not in old[path])
+            for path in changed
+        ),
         "removed": sum(sum(old[path].values()) for path in old.keys() - new.keys()),
         "total": sum(sum(pieces.values()) for pieces in new.values()),
     }
@@ -44,14 +51,19 @@ def _by_path(pieces: Iterable[Piece]) -> dict[str, dict[str, int]]:
     return result
 
 
-def judge(predicted: np.ndarray, measured: np.ndarray, first: tuple[np.ndarray, np.ndarray] | None, seed: int) -> dict[str, Any]:
+def assess(
+    predicted: np.ndarray,
+    measured: np.ndarray,
+    first: tuple[np.ndarray, np.ndarray] | None,
+    seed: int,
+) -> dict[str, Any]:
     """Fidelity on new samples: predicted and measured scores, float64 [n], beside those of the run's first audit, where it had one.
 
     spearman, interval         rank correlation with its 95 % bootstrap interval; None where it is undefined
     first, fall, fall_interval that of the first audit, and the difference (below 0: it fell) with its 99 % interval, under independent
                                resamples of both: it is asked every night, so that 95 % would err too often
     """
-    found = figures({"": predicted}, measured, seed, ())[""] if len(measured) > 1 else None
+    found = rank_agreement({"": predicted}, measured, seed, ())[""] if len(measured) > 1 else None
     result: dict[str, Any] = {
         "n": len(measured),
         "spearman": found.spearman if found else None,
@@ -84,13 +96,18 @@ def advice(found: Mapping[str, Any], settings: NightlySettings, trust: TrustSett
     for window, data in (found.get("drift") or {}).items():
         drift = Drift.from_dict(data)
         if drift.beyond(settings.max_drift):
-            parts = (("auc", drift.auc, drift.auc_interval), ("farther", drift.farther, drift.farther_interval))
+            parts = (
+                ("auc", drift.auc, drift.auc_interval),
+                ("farther", drift.farther, drift.farther_interval),
+            )
             shown = ", ".join(
                 f"{name} {value:.2f} ({between[0]:.2f} to {between[1]:.2f})"
                 for name, value, between in parts
                 if value and between
             )
-            reasons.append(f"drift: {WINDOWS[window]} differ from old ones: {shown}; nightly.max_drift is {settings.max_drift:g}")
+            reasons.append(
+                f"drift: {WINDOWS[window]} differ from old ones: {shown}; nightly.max_drift is {settings.max_drift:g}"
+            )
     fidelity = found.get("fidelity") or {}
     if fidelity.get("spearman") is not None and fidelity["n"] >= FEWEST_AUDITED:
         value, between = fidelity["spearman"], fidelity["fall_interval"]

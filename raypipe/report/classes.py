@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raypipe import storage
-from raypipe.report.scores import CLASS_FRAGMENTS, Highest, Pick, ScoreScan, picker
-from raypipe.rundir import Run
+from raypipe.report.score_scan import CLASS_FRAGMENTS, Highest, Pick, ScoreScan, picker
+from raypipe.runs.layout import Run
 
 
 @dataclass
@@ -32,7 +32,11 @@ def pick_of_classes(run: Run, scan: ScoreScan, labels: Sequence[int], images: in
     chosen = scan.class_fragments.of(labels, CLASS_FRAGMENTS)
     ends = {(label, sign): Highest(images) for label in labels for sign in (-1, 1)}
     columns = ["sample_id", "score", "label", "lower", "upper", "measured"]
-    tables = storage.ahead(lambda name: storage.read_table(run.path("scores", f"{name}.parquet"), columns), chosen, run.uri)
+    tables = storage.ahead(
+        lambda name: storage.read_table(run.path("scores", f"{name}.parquet"), columns),
+        chosen,
+        run.uri,
+    )
     for fragment, table in tables:
         score = table["score"].to_numpy().astype(np.float64)
         label = table["label"].fill_null(-1).to_numpy().astype(np.int64)

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from raypipe.config import ReportSettings
-from raypipe.report.words import saved
-from raypipe.rundir import StageRecord
+from raypipe.report.text import saved
+from raypipe.runs.ledger import StageRecord
 
 SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
 MEASURING = ("seed", "proxy", "measure")
@@ -17,7 +17,11 @@ HEADLINE = 0.5
 
 
 def cost_figures(
-    ledger: dict[str, StageRecord], stages: tuple[str, ...], samples: int, measured: int, prices: ReportSettings
+    ledger: dict[str, StageRecord],
+    stages: tuple[str, ...],
+    samples: int,
+    measured: int,
+    prices: ReportSettings,
 ) -> dict[str, Any]:
     """Seconds and dollars of the `stages` that have run, and what measuring every sample would have cost.
 
@@ -28,11 +32,26 @@ def cost_figures(
     rows: list[dict[str, Any]] = []
     for stage, record in ((stage, ledger[stage]) for stage in stages if stage in ledger):
         figures = {key: getattr(record, key) for key in ("state", "samples", *SECONDS, "attempts")}
-        rows.append({"stage": stage, **figures, "dollars": _dollars(record.cpu_seconds, record.gpu_seconds, prices)})
+        rows.append(
+            {
+                "stage": stage,
+                **figures,
+                "dollars": _dollars(record.cpu_seconds, record.gpu_seconds, prices),
+            }
+        )
     totals = {key: sum(row[key] for row in rows) for key in SECONDS}
     totals["dollars"] = _dollars(totals["cpu_seconds"], totals["gpu_seconds"], prices)
-    saving: dict[str, Any] = {"measured_share": None, "spent": None, "everything": None, "factor": None}
-    busy = {row["stage"]: row["cpu_seconds"] + row["gpu_seconds"] for row in rows if row["state"] == "done"}
+    saving: dict[str, Any] = {
+        "measured_share": None,
+        "spent": None,
+        "everything": None,
+        "factor": None,
+    }
+    busy = {
+        row["stage"]: row["cpu_seconds"] + row["gpu_seconds"]
+        for row in rows
+        if row["state"] == "done"
+    }
     needed = ("index", *MEASURING, "embed", "extrapolate")
     if measured and all(stage in busy for stage in needed):
         share = measured / samples
@@ -46,7 +65,12 @@ def cost_figures(
             "everything": everything,
             "factor": everything / spent if spent else None,
         }
-    return {"stages": rows, "total": totals, "prices": {"cpu": prices.cpu_price, "gpu": prices.gpu_price}, "saving": saving}
+    return {
+        "stages": rows,
+        "total": totals,
+        "prices": {"cpu": prices.cpu_price, "gpu": prices.gpu_price},
+        "saving": saving,
+    }
 
 
 def _dollars(cpu_seconds: float, gpu_seconds: float, prices: ReportSettings) -> float | None:
@@ -57,7 +81,12 @@ def _dollars(cpu_seconds: float, gpu_seconds: float, prices: ReportSettings) -> 
 
 
 def headline(
-    keep: list[dict[str, Any]], samples: int, proxy: StageRecord | None, epochs: int, cost: dict[str, Any], evaluation: Any
+    keep: list[dict[str, Any]],
+    samples: int,
+    proxy: StageRecord | None,
+    epochs: int,
+    cost: dict[str, Any],
+    evaluation: Any,
 ) -> dict[str, Any] | None:
     """What the keep-list nearest to a half saves of a training; None without one.
 
@@ -71,9 +100,15 @@ def headline(
     chosen = min(keep, key=lambda item: abs(item["fraction"] - HEADLINE))
     share = 1 - chosen["samples"] / samples
     known = proxy is not None and proxy.state == "done" and proxy.samples
-    training = (proxy.cpu_seconds + proxy.gpu_seconds) * samples / proxy.samples if proxy is not None and known else None
+    training = (
+        (proxy.cpu_seconds + proxy.gpu_seconds) * samples / proxy.samples
+        if proxy is not None and known
+        else None
+    )
     gain, spent = (training * share if training else None), cost["saving"]["spent"]
-    found = {key: chosen[key] for key in ("fraction", "file", "strategy", "by_class", "samples")} | {
+    found = {
+        key: chosen[key] for key in ("fraction", "file", "strategy", "by_class", "samples")
+    } | {
         "of": samples,
         "least_kept": chosen.get("least_kept"),
         "most_kept": chosen.get("most_kept"),

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
-from raypipe.report.noise import NoiseJudge
-from raypipe.report.scores import Highest, Pick
-from raypipe.rundir import Run
+from raypipe.report.label_noise import LabelNoiseCounter
+from raypipe.report.score_scan import Highest, Pick
+from raypipe.runs.layout import Run
 from raypipe.sources.noise import LabelNoise
 
 MOST_SHARDS, MAP_SHARDS, MAP_SAMPLES = 256, 32, 3000
@@ -54,7 +54,7 @@ class EmbeddingScan:
     suspects  those that it contradicts most
     found     how many there are
     agreed    share of the labelled samples searched in which the proxy sees the class of the label; None without any
-    noise     of a rehearsal with replaced labels how many of these the whole list of suspects finds: see `raypipe.report.noise`
+    noise     of a rehearsal with replaced labels how many of these the whole list of suspects finds: see `raypipe.report.label_noise`
     """
 
     map: EmbeddingMap | None
@@ -66,28 +66,40 @@ class EmbeddingScan:
     noise: dict[str, Any] | None = None
 
 
-def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None = None, above: bool = False) -> EmbeddingScan:
+def scan_embeddings(
+    run: Run, edge: float, images: int, noise: LabelNoise | None = None, above: bool = False
+) -> EmbeddingScan:
     """`edge` is the score below which, or `above` which, a sample is suspicious; `images` is how many suspects are wanted at most."""
-    judge = NoiseJudge(noise) if noise is not None else None
+    judge = LabelNoiseCounter(noise) if noise is not None else None
     there = sorted(run.done("embeddings") & run.done("scores"))
     chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
     most_doubtful, vectors, scores, ids, read = Highest(images), [], [], list[str](), 0
     counts = np.zeros(3, np.int64)
     for fragment in chosen:
-        columns = ["sample_id", "label", "prediction", "confidence", "margin"] + ["embedding"] * (fragment in mapped)
+        columns = ["sample_id", "label", "prediction", "confidence", "margin"] + ["embedding"] * (
+            fragment in mapped
+        )
         try:
             table = storage.read_table(run.path("embeddings", f"{fragment}.parquet"), columns)
-            score_table = storage.read_table(run.path("scores", f"{fragment}.parquet"), ["sample_id", "score", "measured"])
+            score_table = storage.read_table(
+                run.path("scores", f"{fragment}.parquet"), ["sample_id", "score", "measured"]
+            )
         except (RaypipeError, OSError):
             continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
         read += 1
         score, measured = _aligned(table["sample_id"], score_table)
-        doubt, found_there = _offer_suspects(most_doubtful, fragment, table, score, measured, (edge, above))
+        doubt, found_there = _offer_suspects(
+            most_doubtful, fragment, table, score, measured, (edge, above)
+        )
         counts += found_there
         if judge is not None:
-            judge.add(table["sample_id"].to_pylist(), table["label"].fill_null(-1).to_numpy(), doubt)
+            judge.add(
+                table["sample_id"].to_pylist(), table["label"].fill_null(-1).to_numpy(), doubt
+            )
         if fragment in mapped and len(table):
-            rows = np.unique(np.linspace(0, len(table) - 1, max(1, MAP_SAMPLES // len(mapped))).astype(np.int64))
+            rows = np.unique(
+                np.linspace(0, len(table) - 1, max(1, MAP_SAMPLES // len(mapped))).astype(np.int64)
+            )
             vectors.append(_matrix(table["embedding"])[rows])
             scores.append(score[rows])
             ids += table["sample_id"].take(pa.array(rows)).to_pylist()
@@ -95,7 +107,10 @@ def scan_embeddings(run: Run, edge: float, images: int, noise: LabelNoise | None
     if drawn is not None:
         drawn = replace(drawn, sample_id=[ids[row] for row in drawn.rows])
     found, agreed, labelled = counts.tolist()
-    share, noisy = agreed / labelled if labelled else None, judge.figures() if judge is not None else None
+    share, noisy = (
+        agreed / labelled if labelled else None,
+        judge.figures() if judge is not None else None,
+    )
     return EmbeddingScan(drawn, most_doubtful.picks(), found, share, read, len(there), noisy)
 
 
@@ -115,8 +130,15 @@ def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | Non
     values = np.maximum(values[[-1, -2]], 0)
     leading = axes[:, [-1, -2]]
     position = leading * np.sqrt(values) if wide else centred @ leading
-    position = position * np.where(position[np.abs(position).argmax(axis=0), [0, 1]] < 0, -1, 1)  # a sign that does not vary
-    return EmbeddingMap(position, score, (float(values[0]) / spread, float(values[1]) / spread), np.flatnonzero(good))
+    position = position * np.where(
+        position[np.abs(position).argmax(axis=0), [0, 1]] < 0, -1, 1
+    )  # a sign that does not vary
+    return EmbeddingMap(
+        position,
+        score,
+        (float(values[0]) / spread, float(values[1]) / spread),
+        np.flatnonzero(good),
+    )
 
 
 def _spread(items: list[str], most: int) -> list[str]:
@@ -132,7 +154,10 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 def _aligned(ids: pa.ChunkedArray, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Score (NaN where there is none) and measured, in the order of `ids`."""
-    score, measured = table["score"].to_numpy().astype(np.float64), table["measured"].fill_null(False).to_numpy()
+    score, measured = (
+        table["score"].to_numpy().astype(np.float64),
+        table["measured"].fill_null(False).to_numpy(),
+    )
     known = table["sample_id"]
     if known.equals(ids):
         return score, measured
@@ -142,15 +167,24 @@ def _aligned(ids: pa.ChunkedArray, table: pa.Table) -> tuple[np.ndarray, np.ndar
 
 
 def _offer_suspects(
-    best: Highest, fragment: str, table: pa.Table, score: np.ndarray, measured: np.ndarray, edge: tuple[float, bool]
+    best: Highest,
+    fragment: str,
+    table: pa.Table,
+    score: np.ndarray,
+    measured: np.ndarray,
+    edge: tuple[float, bool],
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """How much the proxy contradicts the label, float [n], by which suspects are ordered, NaN of other samples; and how many
     suspects there are, how many labels the proxy agrees with, and how many labelled samples there are."""
     label = table["label"].fill_null(-1).to_numpy()
     prediction = table["prediction"].fill_null(-1).to_numpy()
-    confidence, margin = (table[name].to_numpy().astype(np.float64) for name in ("confidence", "margin"))
+    confidence, margin = (
+        table[name].to_numpy().astype(np.float64) for name in ("confidence", "margin")
+    )
     beyond = score >= edge[0] if edge[1] else score <= edge[0]
-    doubtful = (label >= 0) & (prediction >= 0) & (label != prediction) & beyond & np.isfinite(margin)
+    doubtful = (
+        (label >= 0) & (prediction >= 0) & (label != prediction) & beyond & np.isfinite(margin)
+    )
 
     def pick(row: int) -> Pick:
         return Pick(
@@ -161,4 +195,8 @@ def _offer_suspects(
     doubt = np.where(doubtful, -margin, np.nan)
     best.offer(doubt, pick)
     labelled = (label >= 0) & (prediction >= 0)
-    return doubt, (int(doubtful.sum()), int((labelled & (label == prediction)).sum()), int(labelled.sum()))
+    return doubt, (
+        int(doubtful.sum()),
+        int((labelled & (label == prediction)).sum()),
+        int(labelled.sum()),
+    )

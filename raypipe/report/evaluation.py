@@ -6,7 +6,8 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
-from raypipe.rundir import Run, StageRecord
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 
 FORMAT = 1
 """Version of `evaluation/summary.json` that is understood."""
@@ -24,14 +25,29 @@ def evaluation_of(run: Run, extrapolated: StageRecord | None) -> dict[str, Any] 
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         return None
     of = found.get("scores_of") or {}
-    now = {"fingerprint": extrapolated.fingerprint, "finished": extrapolated.finished} if extrapolated is not None else {}
+    now = (
+        {"fingerprint": extrapolated.fingerprint, "finished": extrapolated.finished}
+        if extrapolated is not None
+        else {}
+    )
     return {**found, "outdated": of != now}
 
 
-def curves(found: dict[str, Any]) -> list[tuple[str, list[tuple[float, float, float | None, float | None]]]]:
+def curves(
+    found: dict[str, Any],
+) -> list[tuple[str, list[tuple[float, float, float | None, float | None]]]]:
     """Name and points (fraction, accuracy, low, high) of the random lists, and of each list that is compared."""
-    named = [("random", found["random"]), *((listed["name"], listed["fractions"]) for listed in found["lists"])]
+    named = [
+        ("random", found["random"]),
+        *((listed["name"], listed["fractions"]) for listed in found["lists"]),
+    ]
     return [
-        (name, [(point["fraction"], *(point["accuracy"][key] for key in ("mean", "low", "high"))) for point in points])
+        (
+            name,
+            [
+                (point["fraction"], *(point["accuracy"][key] for key in ("mean", "low", "high")))
+                for point in points
+            ],
+        )
         for name, points in named
     ]

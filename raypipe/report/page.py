@@ -10,14 +10,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from raypipe import storage
+from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RunError
-from raypipe.names import DIFFICULTIES
-from raypipe.report import words
+from raypipe.report import text
 from raypipe.report.evaluation import curves
-from raypipe.report.scores import MOST_CLASSES
+from raypipe.report.score_scan import MOST_CLASSES
 from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
-from raypipe.rundir import Run, tables_of
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import tables_of
 
 GRIDS = {
     "highest": ("Highest scores", "What every keep-list holds."),
@@ -53,7 +54,9 @@ def build(run: Run) -> str:
     `raypipe extrapolate` made.
     """
     if tables_of(run.ledger()):
-        raise RunError(f"{run.uri}: was made from tables, without images to show; its figures are in {run.path('summary.json')}")
+        raise RunError(
+            f"{run.uri}: was made from tables, without images to show; its figures are in {run.path('summary.json')}"
+        )
     findings = collect(run)
     grids = [findings.grids.get(name, []) for name in GRIDS]
     small = [pick for grid in findings.class_grids for picks in grid.values() for pick in picks]
@@ -72,10 +75,14 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     """The page. Everything that comes from the run is escaped by the template; only the plots are markup of our own."""
     folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(words, name)
+        name: getattr(text, name)
         for name in (
             "count", "share", "number", "fixed", "seconds", "money", "price", "setting", "judged_samples", "accuracy", "points",
         )
@@ -90,9 +97,15 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     grids = {}
     for name, (title, about) in GRIDS.items():
         about = (HARD_ABOUT if hard else {} if by_score else OTHER_ABOUT).get(name, about)
-        grids[name] = {"name": name, "title": title, "about": about, "tiles": tiles.of(summary["grids"].get(name, []))}
+        grids[name] = {
+            "name": name,
+            "title": title,
+            "about": about,
+            "tiles": tiles.of(summary["grids"].get(name, [])),
+        }
     class_grids = [
-        {**grid, "lowest": tiles.of(grid["lowest"]), "highest": tiles.of(grid["highest"])} for grid in summary["class_grids"]
+        {**grid, "lowest": tiles.of(grid["lowest"]), "highest": tiles.of(grid["highest"])}
+        for grid in summary["class_grids"]
     ]
     return environment.get_template("page.html").render(
         s=summary,
@@ -100,15 +113,17 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
         name=storage.name(summary["run"]),
         plots={name: Markup(svg) for name, svg in _plots(findings, baselines)},
         minis=_minis(summary),
-        strategies=words.strategies(summary["keep"]),
+        strategies=text.strategies(summary["keep"]),
         grids=grids,
         class_grids=class_grids,
         image_notes=tiles.notes(),
         baselines=baselines,
         balance=[by_label[item["label"]] for item in summary["shown_classes"]],
-        hidden_classes=sum(item["samples"] > 0 and item["label"] not in shown for item in summary["classes"]),
+        hidden_classes=sum(
+            item["samples"] > 0 and item["label"] not in shown for item in summary["classes"]
+        ),
         present_classes=sum(item["samples"] > 0 for item in summary["classes"]),
-        all_classes=words.classes([item["label"] for item in summary["classes"] if item["samples"]]),
+        all_classes=text.classes([item["label"] for item in summary["classes"] if item["samples"]]),
         wall=summary["cost"]["total"]["wall_seconds"] or 1.0,
     )
 
@@ -127,7 +142,9 @@ class Tiles:
         """What is missing, in sentences."""
         found = [self._thumbnails.note] if self._thumbnails.note else []
         if self._left_out:
-            found.append(f"{self._left_out} images are left out, since those of the page have {IMAGE_BYTES >> 20} MB already.")
+            found.append(
+                f"{self._left_out} images are left out, since those of the page have {IMAGE_BYTES >> 20} MB already."
+            )
         return found
 
     def _image(self, sample_id: str) -> dict[str, Any]:
@@ -143,19 +160,32 @@ class Tiles:
 
 def _baselines(fidelity: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Name and figures of each baseline, the best first."""
-    return sorted(fidelity["baselines"].items(), key=lambda row: (row[1]["spearman"] is None, -(row[1]["spearman"] or 0)))
+    return sorted(
+        fidelity["baselines"].items(),
+        key=lambda row: (row[1]["spearman"] is None, -(row[1]["spearman"] or 0)),
+    )
 
 
-def _plots(findings: Findings, baselines: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+def _plots(
+    findings: Findings, baselines: list[tuple[str, dict[str, Any]]]
+) -> Iterator[tuple[str, str]]:
     """Every plot for which the run has the figures, by its name in the template."""
     from raypipe.report import plots
 
     summary, leading = findings.summary, findings.summary["headline"]
-    fidelity, curve, histogram = summary["fidelity"], summary["learning_curve"], summary["scores"]["histogram"]
+    fidelity, curve, histogram = (
+        summary["fidelity"],
+        summary["learning_curve"],
+        summary["scores"]["histogram"],
+    )
     if fidelity["spearman"] is not None:
         rows = [(fidelity["method"] or "extrapolator", fidelity), *baselines]
         keys = ("spearman", "spearman_low", "spearman_high")
-        known = [(name, *(found[key] for key in keys)) for name, found in rows if found["spearman"] is not None]
+        known = [
+            (name, *(found[key] for key in keys))
+            for name, found in rows
+            if found["spearman"] is not None
+        ]
         yield "fidelity", plots.fidelity_chart(known)
         if curve and all(point["spearman"] is not None for point in curve["points"]):
             yield "curve", plots.learning_curve(curve["points"], curve["doubled"])
@@ -172,13 +202,19 @@ def _plots(findings: Findings, baselines: list[tuple[str, dict[str, Any]]]) -> I
         by_label = {item["label"]: item for item in present}
         rows_of = [by_label[item["label"]] for item in order]
         after = [
-            (item["fraction"], [row["kept"][item["file"]] / max(item["samples"], 1) for row in rows_of])
+            (
+                item["fraction"],
+                [row["kept"][item["file"]] / max(item["samples"], 1) for row in rows_of],
+            )
             for item in summary["keep"]
         ]
         before = [row["samples"] / summary["counts"]["samples"] for row in rows_of]
         yield "balance", plots.class_shares([row["name"] for row in rows_of], before, after)
     elif summary["keep"] and present[1:]:
-        kept = [(item["fraction"], [row["kept"][item["file"]] / row["samples"] for row in present]) for item in summary["keep"]]
+        kept = [
+            (item["fraction"], [row["kept"][item["file"]] / row["samples"] for row in present])
+            for item in summary["keep"]
+        ]
         yield "balance", plots.kept_shares(kept)
     if summary["evaluation"]:
         everything = summary["evaluation"]["full"]["accuracy"]
@@ -192,7 +228,11 @@ def _plots(findings: Findings, baselines: list[tuple[str, dict[str, Any]]]) -> I
 
 def _cuts(summary: dict[str, Any]) -> list[tuple[float, float]]:
     """Fraction and lowest score of the keep-lists that end at a score."""
-    cuts = [(item["fraction"], item["lowest_score"]) for item in summary["keep"] if item["strategy"] == "top"]
+    cuts = [
+        (item["fraction"], item["lowest_score"])
+        for item in summary["keep"]
+        if item["strategy"] == "top"
+    ]
     return [cut for cut in cuts if cut[1] is not None]
 
 
@@ -204,7 +244,11 @@ def _minis(summary: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     first, last = (summary["scores"]["histogram"]["edges"][place] for place in (0, -1))
     leading = summary["headline"]
-    cuts = [(cut - first) / (last - first) for fraction, cut in _cuts(summary) if leading and fraction == leading["fraction"]]
+    cuts = [
+        (cut - first) / (last - first)
+        for fraction, cut in _cuts(summary)
+        if leading and fraction == leading["fraction"]
+    ]
     return [
         {**item, "svg": Markup(plots.small_histogram(item["measured"], item["extrapolated"], cuts))}
         for item in summary["class_histograms"]

@@ -12,17 +12,33 @@ import numpy as np
 
 from raypipe import storage
 from raypipe._version import __version__
+from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RaypipeError
-from raypipe.names import DIFFICULTIES
-from raypipe.report import words
+from raypipe.report import text
 from raypipe.report.classes import pick_of_classes
 from raypipe.report.cost import cost_figures, headline
 from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
 from raypipe.report.evaluation import evaluation_of
-from raypipe.report.keep import class_figures, even_classes, held, keep_lists, name_of, quantiles_of
-from raypipe.report.noise import noise_figures
-from raypipe.report.scores import END_CLASSES, MOST_CLASSES, Pick, ScoreScan, ends, scan_scores, shown_classes
-from raypipe.rundir import NOT_IN_EVERY_RUN, STAGE_FOLDERS, Run, StageRecord, noise_of, now
+from raypipe.report.keep_lists import (
+    class_figures,
+    even_classes,
+    held,
+    keep_lists,
+    name_of,
+    quantiles_of,
+)
+from raypipe.report.label_noise import noise_figures
+from raypipe.report.score_scan import (
+    END_CLASSES,
+    MOST_CLASSES,
+    Pick,
+    ScoreScan,
+    ends,
+    scan_scores,
+    shown_classes,
+)
+from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS, Run
+from raypipe.runs.ledger import StageRecord, noise_of, now
 
 FORMAT = 1
 """Version of `summary.json`."""
@@ -65,7 +81,9 @@ def collect(run: Run) -> Findings:
     rejects = _rejects(run)
     grids = {**scan.picks, "suspects": embedded.suspects}
     labels = shown_classes(scan, config.report.classes)
-    of_classes = pick_of_classes(run, scan, labels, config.report.class_images if config.report.images else 0)
+    of_classes = pick_of_classes(
+        run, scan, labels, config.report.class_images if config.report.images else 0
+    )
     class_grids = [
         {"lowest": of_classes.lowest[label], "highest": of_classes.highest[label]}
         for label in labels
@@ -74,7 +92,9 @@ def collect(run: Run) -> Findings:
     classes = class_figures(names, scan, keep)
     cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
     evaluation = evaluation_of(run, ledger.get("extrapolate"))
-    leading = headline(keep, scan.samples, ledger.get("proxy"), config.proxy.epochs, cost, evaluation)
+    leading = headline(
+        keep, scan.samples, ledger.get("proxy"), config.proxy.epochs, cost, evaluation
+    )
     drawn = embedded.map
     if drawn is not None and leading is not None:
         drawn = dataclasses.replace(drawn, kept=held(run, leading["file"], drawn.sample_id))
@@ -85,12 +105,14 @@ def collect(run: Run) -> Findings:
         "made": now(),
         "run": run.uri,
         "unfinished": [stage for stage in BEFORE_REPORT if not _ended(ledger, stage)],
-        "refused": ledger["select"].error if "select" in ledger and ledger["select"].state == "refused" else None,
+        "refused": ledger["select"].error
+        if "select" in ledger and ledger["select"].state == "refused"
+        else None,
         "source": {
-            "uri": words.without_secrets(config.source.uri),
+            "uri": text.without_secrets(config.source.uri),
             "format": config.source.format,
             "classes": len(names),
-            "pseudo_labels": words.pseudo_labels(config.pseudo_labels.model_dump()) or None,
+            "pseudo_labels": text.pseudo_labels(config.pseudo_labels.model_dump()) or None,
             **_index_figures(ledger),
         },
         "counts": {
@@ -113,8 +135,12 @@ def collect(run: Run) -> Findings:
         "keep": keep,
         "even_classes": even_classes(scan.class_samples),
         "classes": classes,
-        "shown_classes": [_class(names, scan, label) | quantiles_of(scan, label) for label in _listed(scan)],
-        "class_histograms": [_class(names, scan, label) | scan.class_histogram(label) for label in labels],
+        "shown_classes": [
+            _class(names, scan, label) | quantiles_of(scan, label) for label in _listed(scan)
+        ],
+        "class_histograms": [
+            _class(names, scan, label) | scan.class_histogram(label) for label in labels
+        ],
         "cost": cost,
         "evaluation": evaluation,
         "embeddings": {
@@ -128,7 +154,8 @@ def collect(run: Run) -> Findings:
         },
         "grids": {name: [_pick(pick, names) for pick in picks] for name, picks in grids.items()},
         "class_grids": [
-            _class(names, scan, label) | {end: [_pick(pick, names) for pick in picks] for end, picks in grid.items()}
+            _class(names, scan, label)
+            | {end: [_pick(pick, names) for pick in picks] for end, picks in grid.items()}
             for label, grid in zip(labels, class_grids, strict=False)
         ],
         "class_fragments": {"read": of_classes.fragments_read, "there": of_classes.fragments_there},
@@ -157,7 +184,7 @@ def _without_secrets(value: Any) -> Any:
         return {key: _without_secrets(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
-    return words.without_secrets(value) if isinstance(value, str) else value
+    return text.without_secrets(value) if isinstance(value, str) else value
 
 
 def _class_names(run: Run) -> list[str]:
@@ -197,7 +224,7 @@ def _class(names: list[str], scan: ScoreScan, label: int) -> dict[str, Any]:
 
 
 def _ended(ledger: dict[str, StageRecord], stage: str) -> bool:
-    return ledger[stage].state in ENDED if stage in ledger else stage in NOT_IN_EVERY_RUN
+    return ledger[stage].state in ENDED if stage in ledger else stage in OPTIONAL_STAGES
 
 
 def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
@@ -208,13 +235,21 @@ def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
     except (FileNotFoundError, RaypipeError):
         found = {}
     found = clean(found) if isinstance(found, dict) else {}
-    fidelity = {**_fidelity(found.get("fidelity")), "method": found.get("method"), "score": found.get("score")}
-    fidelity["verdict"], fidelity["sentence"] = words.judge(fidelity, scan.samples - scan.measured if scan.samples else None)
+    fidelity = {
+        **_fidelity(found.get("fidelity")),
+        "method": found.get("method"),
+        "score": found.get("score"),
+    }
+    fidelity["verdict"], fidelity["sentence"] = text.verdict(
+        fidelity, scan.samples - scan.measured if scan.samples else None
+    )
     curve, search = found.get("learning_curve"), found.get("search")
     return {
         "fidelity": fidelity,
         "fidelity_seed": _fidelity(found["fidelity_seed"]) if found.get("fidelity_seed") else None,
-        "learning_curve": {**curve, "sentence": words.gain(curve)} if isinstance(curve, dict) and curve.get("points") else None,
+        "learning_curve": {**curve, "sentence": text.gain(curve)}
+        if isinstance(curve, dict) and curve.get("points")
+        else None,
         "neighbour_search": search if isinstance(search, dict) else None,
     }
 
@@ -222,10 +257,15 @@ def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
 def _fidelity(stated: Any) -> dict[str, Any]:
     """Fidelity as it was measured: the figures of the extrapolator, and of every baseline."""
     stated = stated if isinstance(stated, dict) else {}
-    result = _figures(stated) | {key: stated.get(key) for key in ("n_fit", "n_held", "note", "judged_on")}
+    result = _figures(stated) | {
+        key: stated.get(key) for key in ("n_fit", "n_held", "note", "judged_on")
+    }
     # a baseline is its Spearman correlation, or all figures by name
     baselines = (stated.get("baselines") or {}).items()
-    result["baselines"] = {name: _figures(value if isinstance(value, dict) else {"spearman": value}) for name, value in baselines}
+    result["baselines"] = {
+        name: _figures(value if isinstance(value, dict) else {"spearman": value})
+        for name, value in baselines
+    }
     return result
 
 
@@ -233,9 +273,14 @@ def _figures(stated: dict[str, Any]) -> dict[str, Any]:
     """Correlations and overlaps with their intervals; None, or nothing, where one is not there."""
     result: dict[str, Any] = {}
     for name in ("spearman", "pearson"):
-        low, high = stated.get(f"{name}_interval") or (stated.get(f"{name}_low"), stated.get(f"{name}_high"))
+        low, high = stated.get(f"{name}_interval") or (
+            stated.get(f"{name}_low"),
+            stated.get(f"{name}_high"),
+        )
         result |= {name: stated.get(name), f"{name}_low": low, f"{name}_high": high}
-    result["overlap"] = {key: value for key, value in (stated.get("overlap") or {}).items() if value is not None}
+    result["overlap"] = {
+        key: value for key, value in (stated.get("overlap") or {}).items() if value is not None
+    }
     result["overlap_interval"] = stated.get("overlap_interval") or {}
     return result
 
@@ -247,7 +292,9 @@ def _rejects(run: Run) -> dict[str, Any]:
     examples: dict[str, str] = {}
     columns = ["sample_id", "fragment", "reason"]
     for _, table in storage.iter_tables(run.path("rejects"), columns, threads=storage.READERS):
-        for sample_id, fragment, reason in zip(*(table[name].to_pylist() for name in columns), strict=True):
+        for sample_id, fragment, reason in zip(
+            *(table[name].to_pylist() for name in columns), strict=True
+        ):
             if fragment in unreadable:
                 continue
             reason = reason or "no reason given"
@@ -259,16 +306,21 @@ def _rejects(run: Run) -> dict[str, Any]:
     files = sorted(unreadable.values(), key=lambda fragment: fragment.path)
     return {
         "samples": reasons.total(),
-        "reasons": [{"reason": reason, "samples": number, "example": examples[reason]} for reason, number in ordered[:REASONS]],
+        "reasons": [
+            {"reason": reason, "samples": number, "example": examples[reason]}
+            for reason, number in ordered[:REASONS]
+        ],
         "distinct_reasons": len(reasons),
         "files": len(files),
-        "unreadable_files": [{"path": fragment.path, "reason": fragment.error} for fragment in files[:REASONS]],
+        "unreadable_files": [
+            {"path": fragment.path, "reason": fragment.error} for fragment in files[:REASONS]
+        ],
     }
 
 
 def _pick(pick: Pick, names: list[str]) -> dict[str, Any]:
     result = dataclasses.asdict(pick)
-    result["label_name"] = words.label_name(names, pick.label)
+    result["label_name"] = text.label_name(names, pick.label)
     if pick.prediction is not None:
-        result["prediction_name"] = words.label_name(names, pick.prediction)
+        result["prediction_name"] = text.label_name(names, pick.prediction)
     return result

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from raypipe.config import SourceSettings
 from raypipe.errors import RaypipeError
-from raypipe.report.scores import Pick
-from raypipe.rundir import Run
+from raypipe.report.score_scan import Pick
+from raypipe.runs.layout import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
 
 SIZE, SMALL = 96, 64
@@ -86,7 +86,9 @@ def load_thumbnails(
         result.note = f"The source cannot be read, so no images are shown: {reason}"
         return result
     with ThreadPoolExecutor(THREADS, thread_name_prefix="raypipe-images") as pool:
-        for images, _ in pool.map(load, [item for item in todo if not item[1] <= result.images.keys()]):
+        for images, _ in pool.map(
+            load, [item for item in todo if not item[1] <= result.images.keys()]
+        ):
             result.images |= images
     return result
 
@@ -104,16 +106,20 @@ def _fragment_images(
     try:
         for sample in source.read(run.with_members(fragment), ids.__contains__):
             if sample.sample_id in ids:
-                images[sample.sample_id] = make_thumbnail(sample, source.settings.max_pixels, sample.sample_id not in large)
+                images[sample.sample_id] = make_thumbnail(
+                    sample, source.settings.max_pixels, sample.sample_id not in large
+                )
     except Exception as error:  # whatever ails a source, the report of the run must still be made
         failed = Thumbnail(reason=_line(error))
-        return {sample_id: image if image.uri else failed for sample_id, image in images.items()}, failed.reason
+        return {
+            sample_id: image if image.uri else failed for sample_id, image in images.items()
+        }, failed.reason
     return images, ""
 
 
 def make_thumbnail(sample: RawSample, max_pixels: int, small: bool = False) -> Thumbnail:
     """Decode one sample to at most SIZE pixels square, or SMALL."""
-    from raypipe.images import BadImage, decode, encode_thumbnail
+    from raypipe.vision.decode import BadImage, decode, encode_thumbnail
 
     if sample.image is None:
         return Thumbnail(reason=sample.reason or "no image")
@@ -123,8 +129,12 @@ def make_thumbnail(sample: RawSample, max_pixels: int, small: bool = False) -> T
         data = encode_thumbnail(decode(sample.image, min(native, size), max_pixels), quality)
     except BadImage as error:
         return Thumbnail(reason=_line(error))
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg" if data.startswith(b"\xff\xd8") else "webp"
-    return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", pixelated=native <= PIXELATED)
+    kind = (
+        "png" if data.startswith(b"\x89PNG") else "jpeg" if data.startswith(b"\xff\xd8") else "webp"
+    )
+    return Thumbnail(
+        f"data:image/{kind};base64,{base64.b64encode(data).decode()}", pixelated=native <= PIXELATED
+    )
 
 
 def _native_size(sample: RawSample) -> int:

@@ -19,8 +19,8 @@ import numpy as np
 
 from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError
-from raypipe.report.words import without_secrets
-from raypipe.rundir import Run
+from raypipe.report.text import without_secrets
+from raypipe.runs.layout import Run
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 """The module that each of `report.log_to` needs; its extra has the name of the tracker."""
@@ -43,7 +43,9 @@ def check_trackers(names: Sequence[str]) -> None:
         )
 
 
-def log_report(run: Run, summary: Mapping[str, Any], names: Sequence[str], experiment: str) -> dict[str, str]:
+def log_report(
+    run: Run, summary: Mapping[str, Any], names: Sequence[str], experiment: str
+) -> dict[str, str]:
     """Log a report that has been written. Returns what went wrong, by tracker: a server that is away is no reason to lose a run.
 
     Raises what the storage of the run does.
@@ -55,28 +57,57 @@ def log_report(run: Run, summary: Mapping[str, Any], names: Sequence[str], exper
         except RaypipeError:
             raise
         except Exception as error:  # whatever ails a service of others
-            failed[name] = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+            failed[name] = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[
+                :300
+            ]
     return failed
 
 
 def metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """Every number worth comparing between runs, by a name with slashes; those that are not there are left out."""
     fidelity, cost = summary["fidelity"], summary["cost"]
-    found: dict[str, Any] = {f"counts/{key}": value for key, value in summary["counts"].items() if not isinstance(value, bool)}
-    for key in ("spearman", "spearman_low", "spearman_high", "pearson", "pearson_low", "pearson_high"):
+    found: dict[str, Any] = {
+        f"counts/{key}": value
+        for key, value in summary["counts"].items()
+        if not isinstance(value, bool)
+    }
+    for key in (
+        "spearman",
+        "spearman_low",
+        "spearman_high",
+        "pearson",
+        "pearson_low",
+        "pearson_high",
+    ):
         found[f"fidelity/{key}"] = fidelity[key]
     found |= {f"fidelity/overlap_{key}": value for key, value in fidelity["overlap"].items()}
-    found |= {f"baselines/{name}_spearman": figures["spearman"] for name, figures in fidelity["baselines"].items()}
+    found |= {
+        f"baselines/{name}_spearman": figures["spearman"]
+        for name, figures in fidelity["baselines"].items()
+    }
     found |= {f"scores/{key}": summary["scores"][key] for key in ("low", "high", "mean")}
     for item in summary["keep"]:
         place = f"keep_{item['fraction']:g}"
-        found |= {f"{place}/{key}": item[key] for key in ("samples", "lowest_score", "emptied_classes", "even_classes")}
+        found |= {
+            f"{place}/{key}": item[key]
+            for key in ("samples", "lowest_score", "emptied_classes", "even_classes")
+        }
     for row in [*cost["stages"], {**cost["total"], "stage": "all"}]:
-        found |= {f"{key}/{row['stage']}": row[key] for key in ("wall_seconds", "cpu_seconds", "gpu_seconds", "dollars")}
+        found |= {
+            f"{key}/{row['stage']}": row[key]
+            for key in ("wall_seconds", "cpu_seconds", "gpu_seconds", "dollars")
+        }
     found["saving/factor"] = cost["saving"]["factor"]
     if summary["headline"]:
-        found |= {f"saving/{key}": summary["headline"][key] for key in ("saved_share", "training_seconds", "saved_seconds")}
-    return {_name(key): float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
+        found |= {
+            f"saving/{key}": summary["headline"][key]
+            for key in ("saved_share", "training_seconds", "saved_seconds")
+        }
+    return {
+        _name(key): float(value)
+        for key, value in found.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
 def parameters(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -95,7 +126,15 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 def _curve(summary: Mapping[str, Any]) -> list[tuple[int, float]]:
     """Seed samples and Spearman correlation of the learning curve."""
     curve = summary["learning_curve"]
-    return [(point["samples"], point["spearman"]) for point in curve["points"] if point["spearman"] is not None] if curve else []
+    return (
+        [
+            (point["samples"], point["spearman"])
+            for point in curve["points"]
+            if point["spearman"] is not None
+        ]
+        if curve
+        else []
+    )
 
 
 def _tensorboard(run: Run, summary: Mapping[str, Any], experiment: str) -> None:
@@ -114,9 +153,15 @@ def _tensorboard(run: Run, summary: Mapping[str, Any], experiment: str) -> None:
                 for kind in ("measured", "extrapolated"):
                     _add_histogram(writer, f"scores/{kind}", ends, histogram[kind])
                 for item in summary["class_histograms"]:
-                    _add_histogram(writer, _name(f"classes/{item['name']}"), ends, item["extrapolated"])
+                    _add_histogram(
+                        writer, _name(f"classes/{item['name']}"), ends, item["extrapolated"]
+                    )
             writer.add_text("summary", "  \n".join(_sentences(summary)), 0)
-            writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in parameters(summary).items()), 0)
+            writer.add_text(
+                "settings",
+                "\n".join(f"    {key}: {value}" for key, value in parameters(summary).items()),
+                0,
+            )
         finally:
             writer.close()
         (written,) = os.listdir(folder)
@@ -124,7 +169,9 @@ def _tensorboard(run: Run, summary: Mapping[str, Any], experiment: str) -> None:
             storage.write_bytes(run.path("report", "tensorboard", EVENTS), file.read())
 
 
-def _add_histogram(writer: Any, name: str, ends: tuple[float, float], counts: Sequence[int]) -> None:
+def _add_histogram(
+    writer: Any, name: str, ends: tuple[float, float], counts: Sequence[int]
+) -> None:
     """Counts of bins of equal width; the sums are those of their middles."""
     if not sum(counts):
         return
@@ -140,7 +187,9 @@ def _mlflow(run: Run, summary: Mapping[str, Any], experiment: str) -> None:
     """A run of its own for each report, in the experiment."""
     mlflow = importlib.import_module("mlflow")
     mlflow.set_experiment(experiment)
-    with mlflow.start_run(run_name=storage.name(run.uri), nested=True):  # nested: the caller may have a run of its own open
+    with mlflow.start_run(
+        run_name=storage.name(run.uri), nested=True
+    ):  # nested: the caller may have a run of its own open
         for name, text in parameters(summary).items():
             mlflow.log_param(name, text)
         for name, value in metrics(summary).items():
@@ -156,7 +205,12 @@ def _wandb(run: Run, summary: Mapping[str, Any], experiment: str) -> None:
     """A run of its own for each report, in the project; within a run that the caller has open, that one."""
     wandb = importlib.import_module("wandb")
     given = wandb.run
-    started = given or wandb.init(project=experiment, name=storage.name(run.uri), job_type="raypipe", config=parameters(summary))
+    started = given or wandb.init(
+        project=experiment,
+        name=storage.name(run.uri),
+        job_type="raypipe",
+        config=parameters(summary),
+    )
     try:
         started.log(metrics(summary))
         artifact = wandb.Artifact("raypipe-report", type="report")
@@ -183,7 +237,14 @@ def _copies(run: Run, folder: str) -> Iterator[str]:
 
 def _sentences(summary: Mapping[str, Any]) -> list[str]:
     lead = summary["headline"]
-    kept = [f"Keep {lead['fraction']:.0%}: {lead['samples']:,} of {lead['of']:,} samples.", *lead["sentences"]] if lead else []
+    kept = (
+        [
+            f"Keep {lead['fraction']:.0%}: {lead['samples']:,} of {lead['of']:,} samples.",
+            *lead["sentences"],
+        ]
+        if lead
+        else []
+    )
     return [*kept, summary["fidelity"]["sentence"]]
 
 
@@ -192,4 +253,8 @@ def _name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_./ -]", "_", text)[:200]
 
 
-_LOG: dict[str, Callable[[Run, Mapping[str, Any], str], None]] = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
+_LOG: dict[str, Callable[[Run, Mapping[str, Any], str], None]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory
+from raypipe.scores.trajectory import Trajectory
 
 
 def score(trajectory: Trajectory, softmax: bool = False) -> np.ndarray:

@@ -19,7 +19,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 
     A network without BatchNorm is left alone, and no batch is asked for. `torch.optim.swa_utils.update_bn` would have dropout on.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
     if not layers:
         return model.eval()
     momenta = [layer.momentum for layer in layers]

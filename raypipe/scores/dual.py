@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory, need_epochs, sliding
+from raypipe.scores.trajectory import Trajectory, need_epochs, sliding
 
 
 def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> np.ndarray:

@@ -16,7 +16,7 @@ import itertools
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory, need_epochs, sliding
+from raypipe.scores.trajectory import Trajectory, need_epochs, sliding
 
 VARIANTS = ("official", "paper", "extrapolation")
 
@@ -28,7 +28,12 @@ def score(trajectory: Trajectory, window: int = 10, variant: str = "official") -
     variant  official, paper or extrapolation; see the module
     Raises ScoreError when there is no window for so few epochs.
     """
-    need_epochs("dynamic-uncertainty", trajectory.epochs, _least(window, variant), f"window {window}, variant {variant}")
+    need_epochs(
+        "dynamic-uncertainty",
+        trajectory.epochs,
+        _least(window, variant),
+        f"window {window}, variant {variant}",
+    )
     first = 2 if variant == "extrapolation" else 0
     last = trajectory.epochs - window + (0 if variant == "official" else 1)
     freedom = window if variant == "extrapolation" else window - 1

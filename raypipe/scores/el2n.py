@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory, spans
+from raypipe.scores.trajectory import Trajectory, spans
 
 
 def score(trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = 10) -> np.ndarray:
@@ -24,4 +24,8 @@ def score(trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None =
 
     first_epoch, last_epoch  0-based; the mean is over first_epoch up to and without last_epoch (None: to the end)
     """
-    return trajectory.distance[spans(trajectory.epochs, first_epoch, last_epoch)].mean(0, dtype=np.float64).astype(np.float32)
+    return (
+        trajectory.distance[spans(trajectory.epochs, first_epoch, last_epoch)]
+        .mean(0, dtype=np.float64)
+        .astype(np.float32)
+    )

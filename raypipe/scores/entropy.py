@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory, spans
+from raypipe.scores.trajectory import Trajectory, spans
 
 
-def score(trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = None) -> np.ndarray:
+def score(
+    trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = None
+) -> np.ndarray:
     """-sum_c p log p, in nats, mean over epochs first_epoch up to and without last_epoch (None: to the end), float32 [samples]."""
-    return trajectory.entropy[spans(trajectory.epochs, first_epoch, last_epoch)].mean(0, dtype=np.float64).astype(np.float32)
+    return (
+        trajectory.entropy[spans(trajectory.epochs, first_epoch, last_epoch)]
+        .mean(0, dtype=np.float64)
+        .astype(np.float32)
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import Trajectory, need_epochs
+from raypipe.scores.trajectory import Trajectory, need_epochs
 
 
 def score(trajectory: Trajectory, never_learned: str = "hardest") -> np.ndarray:

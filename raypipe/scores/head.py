@@ -14,12 +14,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from raypipe.models import Proxy
+from raypipe.vision.networks import ProxyNet
 
 WEIGHT, BIAS = "head.weight", "head.bias"
 
 
-def error_and_embedding(model: Proxy, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def error_and_embedding(model: ProxyNet, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """p - y, [n, classes], and the embedding, [n, d], of a batch; the model is put into eval mode."""
     model.eval()
     with torch.no_grad():
@@ -29,18 +29,20 @@ def error_and_embedding(model: Proxy, images: Tensor, labels: Tensor) -> tuple[T
     return error, embedding
 
 
-def head_gradient_sum(model: Proxy, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def head_gradient_sum(model: ProxyNet, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Sum over a batch of the last layer's gradients."""
     error, embedding = error_and_embedding(model, images, labels)
     return {WEIGHT: error.T @ embedding, BIAS: error.sum(0)}
 
 
 def head_norms_and_alignments(
-    model: Proxy, images: Tensor, labels: Tensor, direction: Mapping[str, Tensor] | None = None
+    model: ProxyNet, images: Tensor, labels: Tensor, direction: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """|g_i|^2 and < direction, g_i > over the last layer: two tensors [n]; the alignments are 0 without a direction."""
     error, embedding = error_and_embedding(model, images, labels)
     square = error.square().sum(1) * (embedding.square().sum(1) + 1)
     if direction is None:
         return square, torch.zeros_like(square)
-    return square, (error * (embedding @ direction[WEIGHT].T.to(error.dtype) + direction[BIAS].to(error.dtype))).sum(1)
+    return square, (
+        error * (embedding @ direction[WEIGHT].T.to(error.dtype) + direction[BIAS].to(error.dtype))
+    ).sum(1)

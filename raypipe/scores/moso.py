@@ -10,7 +10,7 @@ away would raise the loss of the rest.
 
 How it is computed. With G_t = grad L(S, w_t), the number < G_t, grad l_i > is the derivative of l_i along G_t. One
 forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent G_t) gives it for a whole batch, exact to
-rounding, without any per-sample gradient in memory; `raypipe.scores.tangent` does the same faster. The network is in eval
+rounding, without any per-sample gradient in memory; `raypipe.scores.forward_mode` does the same faster. The network is in eval
 mode, so that samples do not mix in BatchNorm, and images are not augmented (the published code scores augmented crops, which
 differ between its two passes).
 
@@ -58,11 +58,15 @@ def length_of(direction: Mapping[str, Tensor]) -> float:
     squares = torch.stack([value.double().square().sum() for value in direction.values()])
     length = float(squares.sum().sqrt())
     if not math.isfinite(length):
-        raise FloatingPointError("the mean gradient is not finite; the proxy's training diverged (lower proxy.lr)")
+        raise FloatingPointError(
+            "the mean gradient is not finite; the proxy's training diverged (lower proxy.lr)"
+        )
     return length
 
 
-def alignments(model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+def alignments(
+    model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor
+) -> Tensor:
     """< direction, grad l_i > for every sample of a batch: [n].
 
     direction  tensors shaped like the parameters, usually the mean gradient G_t
@@ -71,9 +75,13 @@ def alignments(model: nn.Module, direction: Mapping[str, Tensor], images: Tensor
     parameters = parameters_of(model)
     length = length_of(direction)
     if length == 0:
-        return torch.zeros(len(images), dtype=next(iter(parameters.values())).dtype, device=images.device)
+        return torch.zeros(
+            len(images), dtype=next(iter(parameters.values())).dtype, device=images.device
+        )
     # A tangent of unit length keeps its own scale from meeting the limits of low precision.
-    tangent = {name: (direction[name] / length).to(value.dtype) for name, value in parameters.items()}
+    tangent = {
+        name: (direction[name] / length).to(value.dtype) for name, value in parameters.items()
+    }
 
     def losses(weights: Parameters) -> Tensor:
         return F.cross_entropy(functional_call(model, weights, (images,)), labels, reduction="none")
@@ -83,7 +91,13 @@ def alignments(model: nn.Module, direction: Mapping[str, Tensor], images: Tensor
 
 
 def combine(
-    aligned: np.ndarray, learning_rates: np.ndarray, weights: str, *, steps: int, samples: int, spread: np.ndarray | None = None
+    aligned: np.ndarray,
+    learning_rates: np.ndarray,
+    weights: str,
+    *,
+    steps: int,
+    samples: int,
+    spread: np.ndarray | None = None,
 ) -> np.ndarray:
     """MoSo from the alignments at every checkpoint: float32 [n].
 
@@ -95,7 +109,9 @@ def combine(
     """
     if weights == "normalized":
         if spread is None:
-            raise ValueError("weights 'normalized' needs the spread of the alignments over the seed set")
+            raise ValueError(
+                "weights 'normalized' needs the spread of the alignments over the seed set"
+            )
         factor = np.where(spread > 0, 1 / np.where(spread > 0, spread, 1), 0)
     elif weights == "lr":
         factor = learning_rates * steps / samples
@@ -106,7 +122,9 @@ def combine(
     return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)
 
 
-def joining(aligned: np.ndarray, squares: np.ndarray, samples: int, mean_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def joining(
+    aligned: np.ndarray, squares: np.ndarray, samples: int, mean_square: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Alignments and |G'|^2 after each sample, one at a time, has joined the N = `samples` others: G' = (N G + g) / (N + 1).
 
     aligned      < G, g >, G the mean over the others;  squares  |g|^2;  both [n, checkpoints];  mean_square  |G|^2, [checkpoints]
@@ -119,7 +137,11 @@ def joining(aligned: np.ndarray, squares: np.ndarray, samples: int, mean_square:
 
 
 def without_itself(
-    aligned: np.ndarray, squares: np.ndarray, samples: int, formula: str = "paper", mean_square: np.ndarray | None = None
+    aligned: np.ndarray,
+    squares: np.ndarray,
+    samples: int,
+    formula: str = "paper",
+    mean_square: np.ndarray | None = None,
 ) -> np.ndarray:
     """Alignments with the sample taken out of the mean gradient, float64 [n, checkpoints].
 
@@ -135,4 +157,8 @@ def without_itself(
         return rest * (n / (n - 1))
     if mean_square is None:
         raise ValueError("formula 'code' needs |G|^2")
-    return (2 * n - 3) / (n - 1) ** 2 * mean_square - squares / (n - 1) ** 2 + (2 * n - 4) / (n - 1) ** 2 * rest
+    return (
+        (2 * n - 3) / (n - 1) ** 2 * mean_square
+        - squares / (n - 1) ** 2
+        + (2 * n - 4) / (n - 1) ** 2 * rest
+    )

@@ -50,17 +50,26 @@ def norms_and_alignments(
     trainable = {name for name, value in model.named_parameters() if value.requires_grad}
     fast = _fast_modules(model)
     calls: list[_Call] = []
-    handles = [module.register_forward_hook(_recorder(name, module, calls)) for name, module in fast.items()]
+    handles = [
+        module.register_forward_hook(_recorder(name, module, calls))
+        for name, module in fast.items()
+    ]
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     try:
         with torch.enable_grad():
-            loss = F.cross_entropy(functional_call(model, parameters, (images,)), labels, reduction="sum")
+            loss = F.cross_entropy(
+                functional_call(model, parameters, (images,)), labels, reduction="sum"
+            )
     finally:
         for handle in handles:
             handle.remove()
     ran = [call.name for call in calls]
     usable = [call for call in calls if ran.count(call.name) == 1]
-    gradients = torch.autograd.grad(loss, [call.output for call in usable], allow_unused=True) if usable else ()
+    gradients = (
+        torch.autograd.grad(loss, [call.output for call in usable], allow_unused=True)
+        if usable
+        else ()
+    )
     norm = torch.zeros(len(images), dtype=loss.dtype, device=loss.device)
     aligned = torch.zeros_like(norm)
     with torch.no_grad():
@@ -89,7 +98,11 @@ def norms_and_alignments(
 def slow_parameters(model: nn.Module) -> list[str]:
     """Trainable parameters whose layers are not of a kind with a fast rule: differentiated per sample, exact but slower."""
     covered = _covered(model, set(_fast_modules(model)))
-    return [name for name, value in model.named_parameters() if value.requires_grad and name not in covered]
+    return [
+        name
+        for name, value in model.named_parameters()
+        if value.requires_grad and name not in covered
+    ]
 
 
 @dataclass
@@ -112,9 +125,13 @@ def _fast_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, FAST_LAYERS) and own and all(uses[id(value)] == 1 for value in own):
-            if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+            if isinstance(module, nn.Conv2d) and (
+                module.padding_mode != "zeros" or isinstance(module.padding, str)
+            ):
                 continue
-            if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.padding_idx is not None):
+            if isinstance(module, nn.Embedding) and (
+                module.max_norm is not None or module.padding_idx is not None
+            ):
                 continue
             if isinstance(module, _BatchNorm) and module.running_mean is None:
                 continue  # its statistics are those of the batch, even in eval mode: samples mix
@@ -126,16 +143,23 @@ def _covered(model: nn.Module, names: set[str]) -> set[str]:
     result = set()
     for name, module in model.named_modules():
         if name in names:
-            result |= {f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
+            result |= {
+                f"{name}.{key}" if name else key
+                for key, _ in module.named_parameters(recurse=False)
+            }
     return result
 
 
-def _recorder(name: str, module: nn.Module, calls: list[_Call]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _recorder(
+    name: str, module: nn.Module, calls: list[_Call]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not output.requires_grad:
             output.requires_grad_()
         calls.append(_Call(name, module, inputs[0].detach(), output))
-        return output.clone()  # an in-place activation behind this layer must not change what is differentiated by
+        return (
+            output.clone()
+        )  # an in-place activation behind this layer must not change what is differentiated by
 
     return hook
 
@@ -153,7 +177,9 @@ def _reduce(call: _Call, gradient: Tensor, wanted: Mapping[str, Tensor | None]) 
     if isinstance(module, nn.Linear | nn.Conv2d):
         if "bias" in wanted:
             axes = [
-                axis for axis in range(1, gradient.ndim) if axis != (1 if isinstance(module, nn.Conv2d) else gradient.ndim - 1)
+                axis
+                for axis in range(1, gradient.ndim)
+                if axis != (1 if isinstance(module, nn.Conv2d) else gradient.ndim - 1)
             ]
             add(_explicit(gradient.sum(axes) if axes else gradient, wanted["bias"]))
         if "weight" in wanted:
@@ -176,7 +202,9 @@ def _explicit(gradients: Tensor, direction: Tensor | None) -> Reduced:
     """Both numbers from per-sample gradients [n, ...]."""
     flat = gradients.flatten(1)
     square = torch.einsum("np,np->n", flat, flat)
-    return square, torch.zeros_like(square) if direction is None else flat @ direction.flatten().to(flat.dtype)
+    return square, torch.zeros_like(square) if direction is None else flat @ direction.flatten().to(
+        flat.dtype
+    )
 
 
 def _linear(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
@@ -201,12 +229,20 @@ def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Red
         if direction is None:
             return square, torch.zeros_like(square)
         moved = F.conv2d(
-            call.input, direction.to(gradient.dtype), None, module.stride, module.padding, module.dilation, module.groups
+            call.input,
+            direction.to(gradient.dtype),
+            None,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
         )
         return square, (moved * gradient).sum((1, 2, 3))
     # the products of few samples at a time, which stay in the processor's cache
     step = max(
-        1, (CACHED_VALUES if gradient.device.type == "cpu" else MOST_VALUES) // (wide * module.groups * max(positions, tall))
+        1,
+        (CACHED_VALUES if gradient.device.type == "cpu" else MOST_VALUES)
+        // (wide * module.groups * max(positions, tall)),
     )
     weight = None
     if direction is not None:  # in the order of the products: [groups, kernel * channels, out]
@@ -214,7 +250,9 @@ def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Red
     parts = []
     for start in range(0, len(gradient), step):
         outputs = gradient[start : start + step].reshape(-1, tall // module.groups, positions)
-        columns = _patches(module, call.input[start : start + step]).reshape(len(outputs), wide, positions)
+        columns = _patches(module, call.input[start : start + step]).reshape(
+            len(outputs), wide, positions
+        )
         product = _products(columns, outputs)
         parts.append(_explicit(product.reshape(len(outputs) // module.groups, -1), weight))
     squares, dots = zip(*parts, strict=True)
@@ -223,13 +261,19 @@ def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Red
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """left right' of every pair: [n, a, t], [n, b, t] -> [n, a, b]."""
-    if left.device.type != "cpu" or left.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if (
+        left.device.type != "cpu"
+        or left.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+    ):
         return torch.bmm(left, right.transpose(1, 2))
     # As 1x1 convolutions, since oneDNN has AVX-512 kernels on every processor, and MKL only on those of its maker: twice as fast there.
     result = left.new_empty(len(left), left.shape[1], right.shape[1])
     for own, other, target in zip(left, right, result, strict=True):
         pixels = own[None, None].permute(0, 3, 1, 2)
-        product = torch.mkldnn_convolution(pixels, other[:, :, None, None], None, (0, 0), (1, 1), (1, 1), 1)
+        product = torch.mkldnn_convolution(
+            pixels, other[:, :, None, None], None, (0, 0), (1, 1), (1, 1), 1
+        )
         target.copy_(product[0, :, 0].T)
     return result
 
@@ -249,7 +293,11 @@ def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
     for i in range(rows):
         for j in range(columns):
             top, left = i * apart, j * aside
-            seen = padded[..., top : top + down * (high - 1) + 1 : down, left : left + across * (wide - 1) + 1 : across]
+            seen = padded[
+                ...,
+                top : top + down * (high - 1) + 1 : down,
+                left : left + across * (wide - 1) + 1 : across,
+            ]
             result[:, :, i * columns + j] = seen
     return result.flatten(2, 3)
 
@@ -281,7 +329,9 @@ def _outer(inputs: Tensor, outputs: Tensor, direction: Tensor | None) -> Reduced
     """Both numbers of g = sum_t outputs_t inputs_t', from [n, in, t] and [n, out, t]; through whichever product is smaller."""
     wide, tall, positions = inputs.shape[1], outputs.shape[1], inputs.shape[2]
     if positions * (wide + tall) < wide * tall:
-        gram = torch.bmm(inputs.transpose(1, 2), inputs) * torch.bmm(outputs.transpose(1, 2), outputs)
+        gram = torch.bmm(inputs.transpose(1, 2), inputs) * torch.bmm(
+            outputs.transpose(1, 2), outputs
+        )
         square = gram.sum((1, 2))
         if direction is None:
             return square, torch.zeros_like(square)
@@ -310,7 +360,9 @@ def _normalised(module: nn.Module, inputs: Tensor) -> tuple[Tensor, list[int]]:
         return F.group_norm(inputs, module.num_groups, eps=module.eps), [1]
     assert isinstance(module, nn.LayerNorm)
     width = len(module.normalized_shape)
-    return F.layer_norm(inputs, module.normalized_shape, eps=module.eps), list(range(inputs.ndim - width, inputs.ndim))
+    return F.layer_norm(inputs, module.normalized_shape, eps=module.eps), list(
+        range(inputs.ndim - width, inputs.ndim)
+    )
 
 
 def _slow(
@@ -321,10 +373,15 @@ def _slow(
     labels: Tensor,
     direction: Mapping[str, Tensor] | None,
 ) -> Reduced:
-    others = {**{key: value for key, value in parameters.items() if key not in names}, **dict(model.named_buffers())}
+    others = {
+        **{key: value for key, value in parameters.items() if key not in names},
+        **dict(model.named_buffers()),
+    }
 
     def loss(part: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, {**others, **part}, (image[None],)), label[None])
+        return F.cross_entropy(
+            functional_call(model, {**others, **part}, (image[None],)), label[None]
+        )
 
     part = {name: parameters[name] for name in names}
     squares, dots = [], []

@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.scores.base import ScoreError, Trajectory, need_epochs
+from raypipe.scores.trajectory import ScoreError, Trajectory, need_epochs
 
 EPSILON = 1e-8
 
 
 def score(
-    trajectory: Trajectory, epochs: int | None = None, window: int = 10, beta: float = 0.9, take: str = "first"
+    trajectory: Trajectory,
+    epochs: int | None = None,
+    window: int = 10,
+    beta: float = 0.9,
+    take: str = "first",
 ) -> np.ndarray:
     """TDDS, float32 [samples].
 
@@ -43,7 +47,9 @@ def score(
     change = np.empty((used - 1, probabilities.shape[1]))
     before, after = np.empty_like(probabilities[0]), np.empty_like(probabilities[0])
     _logarithm(probabilities[0], before)
-    for step in range(used - 1):  # one epoch at a time, in two arrays: this is most of the work of all trajectory scores
+    for step in range(
+        used - 1
+    ):  # one epoch at a time, in two arrays: this is most of the work of all trajectory scores
         _logarithm(probabilities[step + 1], after)
         np.subtract(after, before, out=before)
         np.abs(before, out=before)
@@ -54,7 +60,9 @@ def score(
         # not by updated sums: the last windows weigh most, and late changes can be far smaller than early ones
         part = change[k : k + window - 1]
         away = part - part.mean(0)
-        total += np.sqrt(np.einsum("jn,jn->n", away, away)) * (beta * (1 - beta) ** (used - window - k))
+        total += np.sqrt(np.einsum("jn,jn->n", away, away)) * (
+            beta * (1 - beta) ** (used - window - k)
+        )
     return total.astype(np.float32)
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from raypipe.errors import ConfigError
-from raypipe.selection import drawn, ordered
-from raypipe.selection.base import ByClass, Options, Plan, Reserving, Strategy, apart
+from raypipe.selection import deterministic, randomized
+from raypipe.selection.base import ByClass, Options, Reserving, SelectionPlan, Strategy, apart
 from raypipe.selection.hashing import IdSet, hash64, id_hash
 from raypipe.selection.quotas import bounded, in_proportion, water_filled
-from raypipe.selection.radix import (
+from raypipe.selection.radix_select import (
     ALWAYS,
     FREE,
     NEVER,
@@ -38,14 +38,14 @@ __all__ = [
 ]  # fmt: skip
 
 STRATEGIES: dict[str, Strategy] = {
-    "top": Strategy(ordered.top),
-    "balanced": Strategy(ordered.balanced, nested=False, classes=True, by_class=True),
-    "normalized": Strategy(ordered.normalized, classes=True),
-    "moderate": Strategy(ordered.moderate),
-    "mixed": Strategy(ordered.mixed, difficulty=True),
-    "random": Strategy(drawn.random, draws=True, scores=False),
-    "ccs": Strategy(drawn.ccs, nested=False, draws=True, difficulty=True),
-    "beta": Strategy(drawn.beta, nested=False, draws=True, loss=True),
+    "top": Strategy(deterministic.top),
+    "balanced": Strategy(deterministic.balanced, nested=False, classes=True, by_class=True),
+    "normalized": Strategy(deterministic.normalized, classes=True),
+    "moderate": Strategy(deterministic.moderate),
+    "mixed": Strategy(deterministic.mixed, difficulty=True),
+    "random": Strategy(randomized.random, draws=True, scores=False),
+    "ccs": Strategy(randomized.ccs, nested=False, draws=True, difficulty=True),
+    "beta": Strategy(randomized.beta, nested=False, draws=True, loss=True),
 }
 """Every strategy of `select.strategy`."""
 
@@ -77,12 +77,19 @@ class Cut:
 
 def needs_classes(strategy: str, options: Options) -> bool:
     """Whether `select` must know the number of classes."""
-    return STRATEGIES[strategy].classes or options.by_class or options.min_per_class > 0 or options.weights == "class"
+    return (
+        STRATEGIES[strategy].classes
+        or options.by_class
+        or options.min_per_class > 0
+        or options.weights == "class"
+    )
 
 
 def needs_loss(strategy: str, options: Options) -> bool:
     """Whether `select` needs the proxy's loss of every sample in the stream."""
-    return STRATEGIES[strategy].loss or (STRATEGIES[strategy].difficulty and options.difficulty == "loss")
+    return STRATEGIES[strategy].loss or (
+        STRATEGIES[strategy].difficulty and options.difficulty == "loss"
+    )
 
 
 def select(
@@ -108,27 +115,41 @@ def select(
         raise ConfigError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
     for fraction in keep:
         if not 0 < fraction <= 1:
-            raise ConfigError(f"keep: {fraction!r} is not a fraction of the samples: it must be above 0 and at most 1")
+            raise ConfigError(
+                f"keep: {fraction!r} is not a fraction of the samples: it must be above 0 and at most 1"
+            )
     if options.weights == "inclusion" and (not STRATEGIES[strategy].draws or options.min_per_class):
-        why = f"{strategy} draws nothing at random" if not options.min_per_class else "min_per_class changes the probabilities"
-        raise ConfigError(f"weights: inclusion weighs by the probability of being drawn, but {why}; use weights: class")
+        why = (
+            f"{strategy} draws nothing at random"
+            if not options.min_per_class
+            else "min_per_class changes the probabilities"
+        )
+        raise ConfigError(
+            f"weights: inclusion weighs by the probability of being drawn, but {why}; use weights: class"
+        )
     stream = Checked(chunks)
     plans = STRATEGIES[strategy].plan(stream, keep, classes, options)
     if options.by_class and not STRATEGIES[strategy].by_class:
         plans = [apart(plan, classes) for plan in plans]
     if marked or options.min_per_class:
         plans = _reserve(stream, plans, classes, options.min_per_class)
-    wants = [(plan.ranking, _exactly(stream, plan, fraction)) for plan, fraction in zip(plans, keep, strict=True)]
+    wants = [
+        (plan.ranking, _exactly(stream, plan, fraction))
+        for plan, fraction in zip(plans, keep, strict=True)
+    ]
     ends = boundaries(stream, wants)
     weights: Sequence[Weights | None] = [None] * len(ends)
     if options.weights == "inclusion":
         weights = inverse_inclusion(stream, plans, ends)
     elif options.weights == "class":
         weights = of_classes(stream, ends, classes)
-    return [Cut(float(fraction), end, weight) for fraction, end, weight in zip(keep, ends, weights, strict=True)]
+    return [
+        Cut(float(fraction), end, weight)
+        for fraction, end, weight in zip(keep, ends, weights, strict=True)
+    ]
 
 
-def _exactly(stream: Checked, plan: Plan, fraction: float) -> Quotas:
+def _exactly(stream: Checked, plan: SelectionPlan, fraction: float) -> Quotas:
     """The plan's quotas for exactly round(fraction * N) samples, with all reserved ones and no more than each group has."""
 
     def quotas(size: np.ndarray, reserved: np.ndarray) -> np.ndarray:
@@ -149,7 +170,9 @@ def _exactly(stream: Checked, plan: Plan, fraction: float) -> Quotas:
     return quotas
 
 
-def _reserve(stream: Chunks, plans: Sequence[Plan], classes: int, least: int) -> list[Plan]:
+def _reserve(
+    stream: Chunks, plans: Sequence[SelectionPlan], classes: int, least: int
+) -> list[SelectionPlan]:
     """Plans in which samples marked ALWAYS and the first `least` of each class come first."""
     rankings: dict[int, Ranking] = {}
     for plan in plans:
@@ -160,7 +183,10 @@ def _reserve(stream: Chunks, plans: Sequence[Plan], classes: int, least: int) ->
             order = ByClass(plan.ranking, classes, plan.priority)
             (of_class,) = boundaries(stream, [(order, _least(least))])
         rankings[id(plan.ranking)] = Reserving(plan.ranking, of_class)
-    return [Plan(rankings[id(plan.ranking)], _with_outsiders(plan), None, plan.inclusion) for plan in plans]
+    return [
+        SelectionPlan(rankings[id(plan.ranking)], _with_outsiders(plan), None, plan.inclusion)
+        for plan in plans
+    ]
 
 
 def _least(least: int) -> Quotas:
@@ -172,7 +198,7 @@ def _least(least: int) -> Quotas:
     return quotas
 
 
-def _with_outsiders(plan: Plan) -> Callable[[np.ndarray, int], np.ndarray]:
+def _with_outsiders(plan: SelectionPlan) -> Callable[[np.ndarray, int], np.ndarray]:
     """The plan's quotas, and one for the group of reserved samples that are out of the question: all of them."""
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:

@@ -10,7 +10,16 @@ import numpy as np
 
 from raypipe.errors import ConfigError
 from raypipe.selection.quotas import in_proportion
-from raypipe.selection.radix import ALWAYS, FIRST, Boundary, Checked, Chunk, Ranking, class_groups, order_key
+from raypipe.selection.radix_select import (
+    ALWAYS,
+    FIRST,
+    Boundary,
+    Checked,
+    Chunk,
+    Ranking,
+    class_groups,
+    order_key,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SelectionPlan:
     """How one keep-list is made.
 
     ranking    the order within each group
@@ -58,7 +67,7 @@ class Strategy:
     scores      whether it goes by the scores, so that their fidelity matters
     """
 
-    plan: Callable[[Checked, Sequence[float], int, Options], list[Plan]]
+    plan: Callable[[Checked, Sequence[float], int, Options], list[SelectionPlan]]
     nested: bool = True
     draws: bool = False
     classes: bool = False
@@ -76,7 +85,9 @@ def everything(counts: np.ndarray, total: int) -> np.ndarray:
 def loss_of(chunk: Chunk) -> np.ndarray:
     """The proxy's loss, float32 [n]. Raises ConfigError where the stream has none."""
     if chunk.loss is None:
-        raise ConfigError("this strategy needs the proxy's loss of each sample, and the stream has none")
+        raise ConfigError(
+            "this strategy needs the proxy's loss of each sample, and the stream has none"
+        )
     return chunk.loss
 
 
@@ -121,13 +132,15 @@ class Apart(Ranking):
         return key, np.where(group < 0, -1, label * self._inner.groups + group)
 
 
-def apart(plan: Plan, classes: int) -> Plan:
+def apart(plan: SelectionPlan, classes: int) -> SelectionPlan:
     """A plan in which every class has the same share of the list, as near as whole numbers come, divided within it as before."""
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         of_class = size.reshape(classes + 1, -1)
         totals = in_proportion(of_class.sum(axis=1), total).tolist()
-        return np.concatenate([plan.quotas(sizes, share) for sizes, share in zip(of_class, totals, strict=True)])
+        return np.concatenate(
+            [plan.quotas(sizes, share) for sizes, share in zip(of_class, totals, strict=True)]
+        )
 
     return replace(plan, ranking=Apart(plan.ranking, classes), quotas=quotas)
 

@@ -22,7 +22,9 @@ REMEMBERED = 1 << 17
 @functools.lru_cache(maxsize=REMEMBERED)
 def id_hash(sample_id: str) -> int:
     """A number below 2^64 that depends on nothing but the sample_id."""
-    return int.from_bytes(hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
+    )
 
 
 def names_at(ids: Ids, positions: np.ndarray) -> list[str]:
@@ -51,12 +53,18 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     state = np.repeat(_mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64)), len(array))
     if not len(array):
         return state
-    offsets = np.frombuffer(array.buffers()[1], np.int32, count=len(array) + 1, offset=4 * array.offset)
+    offsets = np.frombuffer(
+        array.buffers()[1], np.int32, count=len(array) + 1, offset=4 * array.offset
+    )
     start, length = offsets[:-1].astype(np.int64), np.diff(offsets)
     stored = array.buffers()[2]
     data = np.zeros(int(offsets[-1]) + WORD, np.uint8)
-    data[:-WORD] = np.frombuffer(stored, np.uint8, count=int(offsets[-1])) if stored is not None else 0
-    words: np.ndarray = np.ndarray((len(data) - WORD + 1,), "<u8", data, strides=(1,))  # the word that starts at each byte
+    data[:-WORD] = (
+        np.frombuffer(stored, np.uint8, count=int(offsets[-1])) if stored is not None else 0
+    )
+    words: np.ndarray = np.ndarray(
+        (len(data) - WORD + 1,), "<u8", data, strides=(1,)
+    )  # the word that starts at each byte
     for position in range(0, int(length.max()), WORD):
         left = length - position
         rows: Any = slice(None) if int(left.min()) > 0 else np.flatnonzero(left > 0)
@@ -93,6 +101,17 @@ class IdSet:
         array, hashes = text_array(ids), hash64(ids)
         place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         hits = np.flatnonzero(self._hashes[place] == hashes)
-        same = pc.equal(array.take(pa.array(hits)), self.ids.take(pa.array(place[hits]))).to_numpy(zero_copy_only=False)
+        same = pc.equal(array.take(pa.array(hits)), self.ids.take(pa.array(place[hits]))).to_numpy(
+            zero_copy_only=False
+        )
         self.met[place[hits[same]]] = True
         return hits[same]
+
+
+def hash_ids(ids: pa.Array) -> np.ndarray:
+    """64-bit hashes, uint64 [n], of the ids that are not null."""
+    digests = b"".join(
+        hashlib.blake2b(sample_id.encode(), digest_size=8).digest()
+        for sample_id in ids.drop_null().to_pylist()
+    )
+    return np.frombuffer(digests, "<u8")

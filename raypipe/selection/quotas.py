@@ -15,7 +15,9 @@ def in_proportion(counts: np.ndarray, total: int) -> np.ndarray:
         return np.zeros(len(counts), np.int64)
     exact = [divmod(total * int(count), everything) for count in counts]
     quotas = np.array([whole for whole, _ in exact], np.int64)
-    order = sorted(range(len(counts)), key=lambda group: (-exact[group][1], int(counts[group]), group))
+    order = sorted(
+        range(len(counts)), key=lambda group: (-exact[group][1], int(counts[group]), group)
+    )
     quotas[order[: total - int(quotas.sum())]] += 1
     return quotas
 

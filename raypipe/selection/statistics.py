@@ -30,7 +30,9 @@ class ExactMoments:
         whole = (part * np.float32(1 << 24)).astype(np.int64) << shift
         high, low = np.abs(whole) >> 16, np.abs(whole) & 0xFFFF
         cell = place * BUCKETS + bucket
-        for table, number in zip(self._tables, (whole, high * high, high * low, low * low), strict=True):
+        for table, number in zip(
+            self._tables, (whole, high * high, high * low, low * low), strict=True
+        ):
             np.add.at(table, cell, number)
         np.add.at(self.count, place, 1)
 
@@ -44,14 +46,18 @@ class ExactMoments:
         for group in np.flatnonzero(self.count).tolist():
             n, (first, second) = int(self.count[group]), self._sums(group)
             mean[group] = first / (n << FRACTION_BITS)
-            deviation[group] = math.sqrt((n * second - first * first) / (n * n << 2 * FRACTION_BITS))
+            deviation[group] = math.sqrt(
+                (n * second - first * first) / (n * n << 2 * FRACTION_BITS)
+            )
         return mean, deviation
 
     def _sums(self, group: int) -> tuple[int, int]:
         """Sum times 2^FRACTION_BITS and sum of squares times 2^(2 FRACTION_BITS)."""
         first = second = 0
         for bucket in range(BUCKETS):
-            whole, high, mixed, low = (int(table[group * BUCKETS + bucket]) for table in self._tables)
+            whole, high, mixed, low = (
+                int(table[group * BUCKETS + bucket]) for table in self._tables
+            )
             first += whole << BUCKET_BITS * bucket
             second += ((high << 32) + (mixed << 17) + low) << 2 * BUCKET_BITS * bucket
         return first, second

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raypipe.selection.base import Plan
-from raypipe.selection.radix import Boundary, Chunk, Chunks, class_groups
+from raypipe.selection.base import SelectionPlan
+from raypipe.selection.radix_select import Boundary, Chunk, Chunks, class_groups
 from raypipe.selection.statistics import ExactMoments
 
 
@@ -16,7 +16,7 @@ from raypipe.selection.statistics import ExactMoments
 class InverseInclusion:
     """1 / (probability with which the sample is drawn), scaled to a mean of 1 over the list (Horvitz & Thompson 1952)."""
 
-    plan: Plan
+    plan: SelectionPlan
     boundary: Boundary
     scale: float = 1.0
 
@@ -45,7 +45,9 @@ class OfClass:
 Weights = InverseInclusion | OfClass
 
 
-def inverse_inclusion(chunks: Chunks, plans: Sequence[Plan], ends: Sequence[Boundary]) -> list[Weights]:
+def inverse_inclusion(
+    chunks: Chunks, plans: Sequence[SelectionPlan], ends: Sequence[Boundary]
+) -> list[Weights]:
     """Weights of each list, by one pass over the stream for their means."""
     raw = [InverseInclusion(plan, end) for plan, end in zip(plans, ends, strict=True)]
     sums = [ExactMoments() for _ in raw]

@@ -5,12 +5,30 @@ from __future__ import annotations
 from importlib import import_module
 
 from raypipe.config import SourceSettings
-from raypipe.sources.base import ClassMap, FileScan, Fragment, RawSample, Source, SourceFile, class_map
+from raypipe.sources.base import (
+    ClassMap,
+    FileScan,
+    Fragment,
+    RawSample,
+    Source,
+    SourceFile,
+    class_map,
+)
 
-__all__ = ["ClassMap", "FileScan", "Fragment", "RawSample", "Source", "SourceFile", "class_map", "open_source", "source_class"]
+__all__ = [
+    "ClassMap",
+    "FileScan",
+    "Fragment",
+    "RawSample",
+    "Source",
+    "SourceFile",
+    "class_map",
+    "open_source",
+    "source_class",
+]
 
 _SOURCES = {
-    "parquet": "raypipe.sources.parquet:ParquetSource",
+    "parquet": "raypipe.sources.parquet.source:ParquetSource",
     "imagefolder": "raypipe.sources.imagefolder:ImageFolderSource",
     "filelist": "raypipe.sources.filelist:FileListSource",
     "webdataset": "raypipe.sources.webdataset:WebDatasetSource",

@@ -86,12 +86,16 @@ class ArrowStream:
                 whole = b"".join((self._head, *self._dictionaries, data))
                 batch = pa.ipc.open_stream(pa.BufferReader(whole)).read_next_batch()
             else:
-                batch = pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), self.schema)
+                batch = pa.ipc.read_record_batch(
+                    pa.ipc.read_message(pa.py_buffer(data)), self.schema
+                )
             batch.validate(full=True)  # offsets out of bounds would be read without a check
         except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
             raise Damage(f"damaged record batch at byte {message.offset}: {error}") from None
         if batch.num_rows != message.rows:
-            raise Damage(f"damaged record batch at byte {message.offset}: {batch.num_rows} rows, not {message.rows}")
+            raise Damage(
+                f"damaged record batch at byte {message.offset}: {batch.num_rows} rows, not {message.rows}"
+            )
         return batch
 
     def column(self, message: Message, name: str) -> pa.Array:
@@ -100,14 +104,21 @@ class ArrowStream:
         field = self.schema.field(position)
         counts = [_buffers(self.schema.field(before).type) for before in range(position)]
         own = _buffers(field.type)
-        simple = pt.is_primitive(field.type) or pt.is_string(field.type) or pt.is_large_string(field.type)
+        simple = (
+            pt.is_primitive(field.type)
+            or pt.is_string(field.type)
+            or pt.is_large_string(field.type)
+        )
         if not simple or own is None or None in counts or message.buffers is None:
             return self.load(message).column(position)
         first = sum(count or 0 for count in counts)
         chosen = message.buffers[first : first + own]
         if len(chosen) < own:
             raise Damage(f"damaged record batch at byte {message.offset}: too few buffers")
-        buffers = [pa.py_buffer(self._bytes(message.body + start, length)) if length else None for start, length in chosen]
+        buffers = [
+            pa.py_buffer(self._bytes(message.body + start, length)) if length else None
+            for start, length in chosen
+        ]
         if field.type == pa.string() or field.type == pa.large_string():
             buffers[2] = buffers[2] or pa.py_buffer(b"")
         try:
@@ -136,7 +147,9 @@ class ArrowStream:
 
     def _bytes(self, position: int, length: int) -> bytes:
         if position + length > self._size:
-            raise Damage(f"it is cut off: {self._size} bytes, and there should be more than {position + length - 1}")
+            raise Damage(
+                f"it is cut off: {self._size} bytes, and there should be more than {position + length - 1}"
+            )
         self._stored.seek(position)
         data = self._stored.read(length)
         if len(data) != length:
@@ -218,9 +231,19 @@ def _buffers(type: pa.DataType) -> int | None:
         return _buffers(type.storage_type)
     if pt.is_null(type):
         return 0
-    if pt.is_primitive(type) or pt.is_fixed_size_binary(type) or pt.is_dictionary(type) or pt.is_decimal(type):
+    if (
+        pt.is_primitive(type)
+        or pt.is_fixed_size_binary(type)
+        or pt.is_dictionary(type)
+        or pt.is_decimal(type)
+    ):
         return 2
-    if pt.is_binary(type) or pt.is_string(type) or pt.is_large_binary(type) or pt.is_large_string(type):
+    if (
+        pt.is_binary(type)
+        or pt.is_string(type)
+        or pt.is_large_binary(type)
+        or pt.is_large_string(type)
+    ):
         return 3
     if pt.is_struct(type):
         inner, base = [_buffers(type.field(number).type) for number in range(type.num_fields)], 1

@@ -144,7 +144,7 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         """The samples of a fragment in order: exactly `fragment.samples` of them, unreadable ones with a reason.
 
         With `wanted`, samples for which it is false are left out, as far as possible without reading their images.
@@ -154,7 +154,9 @@ class Source(abc.ABC):
         """How often each stored label (None: without one) occurs in a file, where that is known without opening it; else None."""
         return None
 
-    def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
+    def preview(
+        self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool
+    ) -> Preview:
         """Samples from random places of one file, and what else is to be had of it at little cost.
 
         places, each  so many runs of neighbouring samples, of that length at most
@@ -185,28 +187,63 @@ class Source(abc.ABC):
     def broken(self, file: SourceFile, error: object) -> FileScan:
         """The scan of a file that cannot be read."""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return FileScan((Fragment(self.fragment_id(file, 0, 0), file.path, 0, 0, members=file.members, error=reason),))
+        return FileScan(
+            (
+                Fragment(
+                    self.fragment_id(file, 0, 0),
+                    file.path,
+                    0,
+                    0,
+                    members=file.members,
+                    error=reason,
+                ),
+            )
+        )
 
-    def cut(self, file: SourceFile, samples: int, bounds: Sequence[int] = ()) -> tuple[Fragment, ...]:
+    def cut(
+        self, file: SourceFile, samples: int, bounds: Sequence[int] = ()
+    ) -> tuple[Fragment, ...]:
         """Fragments of a file with so many samples; cuts fall on `bounds` (such as row groups) where these are close enough."""
         limit, start, result = self.settings.fragment_samples, 0, []
         while start < samples:
             stop = min(start + limit, samples)
             inside = [bound for bound in bounds if start < bound <= stop]
             stop = inside[-1] if inside else stop
-            result.append(Fragment(self.fragment_id(file, start, stop), file.path, start, stop, members=file.members))
+            result.append(
+                Fragment(
+                    self.fragment_id(file, start, stop),
+                    file.path,
+                    start,
+                    stop,
+                    members=file.members,
+                )
+            )
             start = stop
         return tuple(result)
 
     def fragment_id(self, file: SourceFile, start: int, stop: int) -> str:
         """A name fit for a file on any storage: readable start, then a hash of everything that identifies the content."""
-        identity = "\0".join((self.format, file.path, str(file.size), file.stamp, str(start), str(stop), *file.members))
-        digest = hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", file.path.rsplit("/", 1)[-1].split(".", 1)[0]).strip("-")[:40]
+        identity = "\0".join(
+            (
+                self.format,
+                file.path,
+                str(file.size),
+                file.stamp,
+                str(start),
+                str(stop),
+                *file.members,
+            )
+        )
+        digest = hashlib.blake2b(
+            identity.encode("utf-8", "surrogateescape"), digest_size=8
+        ).hexdigest()
+        readable = re.sub(
+            r"[^A-Za-z0-9]+", "-", file.path.rsplit("/", 1)[-1].split(".", 1)[0]
+        ).strip("-")[:40]
         return f"{readable or 'file'}-{start:07d}-{digest}"
 
 
-Wanted = Any
+IdFilter = Any
 """A function (sample_id: str) -> bool."""
 
 
@@ -237,7 +274,11 @@ class ClassMap:
             return -1, ""
         if isinstance(label, str):
             position = self._positions().get(label, -1)
-            return (position, "") if position >= 0 else (-1, f"label {label!r} is not one of the {len(self.names)} classes")
+            return (
+                (position, "")
+                if position >= 0
+                else (-1, f"label {label!r} is not one of the {len(self.names)} classes")
+            )
         if not self.numeric:
             return -1, f"label {label!r} is a number, but the classes have names"
         if 0 <= label < len(self.names):
@@ -269,7 +310,9 @@ def _as_many(names: tuple[str, ...], count: int | None) -> tuple[str, ...]:
 MOST_CLASSES = 1_000_000
 
 
-def class_map(class_names: tuple[str, ...] | None, labels: frozenset[int | str], num_classes: int | None) -> ClassMap:
+def class_map(
+    class_names: tuple[str, ...] | None, labels: frozenset[int | str], num_classes: int | None
+) -> ClassMap:
     """The classes of a source from what its files state. Raises SourceError when they do not fit together."""
     if class_names is not None:
         return ClassMap(_as_many(class_names, num_classes), numeric=True)
@@ -283,5 +326,7 @@ def class_map(class_names: tuple[str, ...] | None, labels: frozenset[int | str],
         return ClassMap(_as_many(tuple(sorted(words)), num_classes), numeric=False)
     count = num_classes if num_classes is not None else max(numbers, default=-1) + 1
     if count > MOST_CLASSES:
-        raise SourceError(f"the largest label is {count - 1}; if that is one wrong label, set source.num_classes")
+        raise SourceError(
+            f"the largest label is {count - 1}; if that is one wrong label, set source.num_classes"
+        )
     return ClassMap(tuple(str(number) for number in range(count)), numeric=True)

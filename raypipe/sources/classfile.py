@@ -41,7 +41,9 @@ class ClassFile:
     @functools.cached_property
     def digest(self) -> str:
         """Changes when a class does."""
-        return hashlib.blake2b(json.dumps([self.index, self.names]).encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(
+            json.dumps([self.index, self.names]).encode(), digest_size=12
+        ).hexdigest()
 
 
 def read_class_file(uri: str) -> ClassFile:
@@ -52,17 +54,25 @@ def read_class_file(uri: str) -> ClassFile:
         raise SourceError(f"{uri}: no such file; set source.class_map") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{uri}: the class map is not UTF-8 ({error})") from None
-    pairs = _from_json(uri, text) if uri.lower().endswith(".json") or text.lstrip().startswith("{") else _from_lines(text)
+    pairs = (
+        _from_json(uri, text)
+        if uri.lower().endswith(".json") or text.lstrip().startswith("{")
+        else _from_lines(text)
+    )
     if not pairs:
         raise SourceError(f"{uri}: the class map names no class")
-    repeated = [folder for folder, count in Counter(folder for folder, _ in pairs).items() if count > 1]
+    repeated = [
+        folder for folder, count in Counter(folder for folder, _ in pairs).items() if count > 1
+    ]
     if repeated:
         raise SourceError(f"{uri}: the class map names {repeated[0]!r} twice")
     numbers = {folder: value for folder, value in pairs if isinstance(value, int)}
     if len(numbers) == len(pairs):
         return _numbered(uri, numbers)
     if numbers:
-        raise SourceError(f"{uri}: the class map gives numbers (such as of {min(numbers)!r}) and names; use one kind")
+        raise SourceError(
+            f"{uri}: the class map gives numbers (such as of {min(numbers)!r}) and names; use one kind"
+        )
     words = Counter(value for _, value in pairs)
     names = [f"{value} ({folder})" if words[value] > 1 else str(value) for folder, value in pairs]
     return ClassFile({folder: number for number, (folder, _) in enumerate(pairs)}, tuple(names))
@@ -74,7 +84,9 @@ Pairs = Sequence[tuple[str, int | str]]
 def _numbered(uri: str, numbers: dict[str, int]) -> ClassFile:
     wrong = [folder for folder, number in numbers.items() if not 0 <= number < MOST_CLASSES]
     if wrong:
-        raise SourceError(f"{uri}: the class map gives {wrong[0]!r} the number {numbers[wrong[0]]}; 0 is the first")
+        raise SourceError(
+            f"{uri}: the class map gives {wrong[0]!r} the number {numbers[wrong[0]]}; 0 is the first"
+        )
     names = [str(number) for number in range(max(numbers.values()) + 1)]
     for folder, number in reversed(numbers.items()):
         names[number] = folder
@@ -98,5 +110,9 @@ def _from_lines(text: str) -> Pairs:
         return [(folder.rstrip(",").strip().strip("/"), int(number)) for folder, number in ends]
     split = [line.split("\t" if "\t" in line else None, 1) for line in lines]
     return [
-        (parts[0].strip().strip("/"), parts[-1].strip() if len(parts) == 2 else parts[0].strip().strip("/")) for parts in split
+        (
+            parts[0].strip().strip("/"),
+            parts[-1].strip() if len(parts) == 2 else parts[0].strip().strip("/"),
+        )
+        for parts in split
     ]

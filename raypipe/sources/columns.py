@@ -20,15 +20,39 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from raypipe.config import SourceSettings
-from raypipe.sources.base import RawSample, SourceFile, Wanted
+from raypipe.sources.base import IdFilter, RawSample, SourceFile
 from raypipe.sources.common import MISSING, FileSource, damage, stored_label, text
 from raypipe.storage import Reader
 
 AUTO = "auto"
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
-LABEL_NAMES = ("label", "labels", "cls", "fine_label", "class", "class_id", "class_label", "category", "category_id", "target")
+IMAGE_NAMES = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "picture",
+    "photo",
+    "image_bytes",
+    "bytes",
+)
+LABEL_NAMES = (
+    "label",
+    "labels",
+    "cls",
+    "fine_label",
+    "class",
+    "class_id",
+    "class_label",
+    "category",
+    "category_id",
+    "target",
+)
 """Names that `auto` looks for, in this order, without regard to case."""
-NO_LABELS = frozenset({"id", "idx", "index", "__index_level_0__", "image_id", "row", "width", "height"})
+NO_LABELS = frozenset(
+    {"id", "idx", "index", "__index_level_0__", "image_id", "row", "width", "height"}
+)
 """Columns of numbers that `auto` does not take for labels, even where there is no other."""
 
 Image = tuple[bytes | np.ndarray | None, str]
@@ -74,7 +98,10 @@ class TableSource(FileSource):
         some = files[:: max(1, len(files) // FILES_ASKED)]
         found = Counter((columns.image, columns.label) for columns in self._clear(some, settings))
         if not found:
-            found.update((columns.image, columns.label) for columns in islice(self._clear(files[:FILES_TRIED], settings), 1))
+            found.update(
+                (columns.image, columns.label)
+                for columns in islice(self._clear(files[:FILES_TRIED], settings), 1)
+            )
         for (image, label), _ in found.most_common(1):
             return settings.model_copy(update={"image_column": image, "label_column": label})
         return settings  # every file says for itself what is wrong with it
@@ -82,7 +109,9 @@ class TableSource(FileSource):
     def _clear(self, files: Sequence[SourceFile], settings: SourceSettings) -> Iterator[Columns]:
         """The columns of those files in which it is clear."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-columns") as threads:
-            yield from filter(None, threads.map(lambda file: self._columns_of(file, settings), files))
+            yield from filter(
+                None, threads.map(lambda file: self._columns_of(file, settings), files)
+            )
 
     def _columns_of(self, file: SourceFile, settings: SourceSettings) -> Columns | None:
         if file.stamp == MISSING or file.size == 0:
@@ -108,12 +137,18 @@ def choose(schema: pa.Schema, features: Mapping[str, Any], settings: SourceSetti
     calls an image or a class; else the only one of a fitting type.
     """
     identity = settings.id_column
-    for name, column in (("image", settings.image_column), ("label", settings.label_column), ("id", identity)):
+    for name, column in (
+        ("image", settings.image_column),
+        ("label", settings.label_column),
+        ("id", identity),
+    ):
         if column is not None and (column != AUTO or name == "id"):
             _once_there(schema, column, name)
     image, label = settings.image_column, settings.label_column
     if image == AUTO:
-        image = _found(schema, "image", IMAGE_NAMES, _holds_images, _holds_images, _of_kind(features, "Image"))
+        image = _found(
+            schema, "image", IMAGE_NAMES, _holds_images, _holds_images, _of_kind(features, "Image")
+        )
     if label == AUTO:
         left = {image, identity} | {name for name in schema.names if name.lower() in NO_LABELS}
         label = _found(
@@ -151,7 +186,9 @@ def _once_there(schema: pa.Schema, column: str, kind: str) -> None:
     found = schema.names.count(column)
     if found != 1:
         state = f"there are {found} columns" if found else "there is no column"
-        raise ColumnError(f"{state} {column!r}; columns are {', '.join(schema.names[:20])}; set source.{kind}_column")
+        raise ColumnError(
+            f"{state} {column!r}; columns are {', '.join(schema.names[:20])}; set source.{kind}_column"
+        )
 
 
 def _found(
@@ -164,7 +201,12 @@ def _found(
     left: Collection[str | None] = (),
 ) -> str:
     """The column that `auto` takes. Raises ColumnError where there is none, or where there are several and no reason to prefer one."""
-    named = [name for wanted in usual for name in sorted(schema.names, key=lambda name: name != wanted) if name.lower() == wanted]
+    named = [
+        name
+        for wanted in usual
+        for name in sorted(schema.names, key=lambda name: name != wanted)
+        if name.lower() == wanted
+    ]
     for name in named:
         _once_there(schema, name, kind)
         if fits(schema.field(name).type):
@@ -172,17 +214,23 @@ def _found(
     candidates = [
         name
         for name in schema.names
-        if name not in left and schema.names.count(name) == 1 and (likely(schema.field(name).type) or name in stated)
+        if name not in left
+        and schema.names.count(name) == 1
+        and (likely(schema.field(name).type) or name in stated)
     ]
     described = [name for name in candidates if name in stated]
     for chosen in (described, candidates):
         if len(chosen) == 1:
             return chosen[0]
     if candidates:
-        raise ColumnError(f"several columns may hold {kind}s: {', '.join(candidates[:20])}; set source.{kind}_column")
+        raise ColumnError(
+            f"several columns may hold {kind}s: {', '.join(candidates[:20])}; set source.{kind}_column"
+        )
     if named:
         raise ColumnError(_wrong_type(schema, named[0], kind))
-    raise ColumnError(f"no column is clearly the {kind}; columns are {', '.join(schema.names[:20])}; set source.{kind}_column")
+    raise ColumnError(
+        f"no column is clearly the {kind}; columns are {', '.join(schema.names[:20])}; set source.{kind}_column"
+    )
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
@@ -195,7 +243,11 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _of_kind(features: Mapping[str, Any], kind: str) -> frozenset[str]:
-    return frozenset(name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind)
+    return frozenset(
+        name
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == kind
+    )
 
 
 def _class_names(features: Mapping[str, Any], column: str | None) -> tuple[str, ...] | None:
@@ -209,7 +261,12 @@ def is_string(type: pa.DataType) -> bool:
 
 
 def _is_bytes(type: pa.DataType) -> bool:
-    return pt.is_binary(type) or pt.is_large_binary(type) or pt.is_fixed_size_binary(type) or pt.is_binary_view(type)
+    return (
+        pt.is_binary(type)
+        or pt.is_large_binary(type)
+        or pt.is_fixed_size_binary(type)
+        or pt.is_binary_view(type)
+    )
 
 
 def _is_list(type: pa.DataType) -> bool:
@@ -228,7 +285,13 @@ def _holds_images(type: pa.DataType) -> bool:
 
 def _holds_labels(type: pa.DataType) -> bool:
     plain = _value_type(type)
-    return pt.is_integer(plain) or pt.is_floating(plain) or pt.is_boolean(plain) or is_string(plain) or pt.is_null(plain)
+    return (
+        pt.is_integer(plain)
+        or pt.is_floating(plain)
+        or pt.is_boolean(plain)
+        or is_string(plain)
+        or pt.is_null(plain)
+    )
 
 
 def plain(array: pa.Array) -> pa.Array:
@@ -256,7 +319,7 @@ def rows(
     values: Callable[[str], list[Any]],
     images: Callable[[list[int]], Iterator[Image]],
     damaged: Callable[[Exception], str],
-    wanted: Wanted | None,
+    wanted: IdFilter | None,
 ) -> Iterator[RawSample]:
     """The samples of `count` rows, the first of which is row `first` of the file, as far as they are wanted.
 
@@ -268,8 +331,13 @@ def rows(
     if columns.identity is not None:
         try:
             given = values(columns.identity)
-            id_reasons = ["" if value is not None else f"no id: {columns.identity} is null" for value in given]
-            ids = [text(str(value)) if value is not None else ids[index] for index, value in enumerate(given)]
+            id_reasons = [
+                "" if value is not None else f"no id: {columns.identity} is null" for value in given
+            ]
+            ids = [
+                text(str(value)) if value is not None else ids[index]
+                for index, value in enumerate(given)
+            ]
         except Exception as error:
             id_reasons = [f"no id: {damaged(error)}"] * count
     chosen = [row for row in range(count) if wanted is None or wanted(ids[row])]
@@ -277,7 +345,10 @@ def rows(
         return
     labels: list[Any]
     try:
-        labels, label_reason = values(columns.label) if columns.label is not None else [None] * count, ""
+        labels, label_reason = (
+            values(columns.label) if columns.label is not None else [None] * count,
+            "",
+        )
     except Exception as error:
         labels, label_reason = [None] * count, f"label: {damaged(error)}"
     for row, (image, reason) in zip(chosen, images(chosen), strict=True):
@@ -294,18 +365,30 @@ def once(samples: Iterator[RawSample]) -> Iterator[RawSample]:
     for sample in samples:
         repeated = sample.sample_id in seen
         seen.add(sample.sample_id)
-        yield sample._replace(image=None, reason="duplicate id: an earlier row has it too") if repeated else sample
+        yield (
+            sample._replace(image=None, reason="duplicate id: an earlier row has it too")
+            if repeated
+            else sample
+        )
 
 
-def image_reader(type: pa.DataType, by_path: ByPath | None = None) -> Callable[[pa.Scalar], Image] | None:
+def image_reader(
+    type: pa.DataType, by_path: ByPath | None = None
+) -> Callable[[pa.Scalar], Image] | None:
     """How one value of the `plain` image column is read; None for a column that cannot hold images."""
     if isinstance(type, pa.BaseExtensionType):
         return image_reader(type.storage_type, by_path)
     if _is_bytes(type):
         return _from_bytes
-    if pt.is_struct(type) and type.get_field_index("bytes") >= 0 and _is_bytes(type.field("bytes").type):
+    if (
+        pt.is_struct(type)
+        and type.get_field_index("bytes") >= 0
+        and _is_bytes(type.field("bytes").type)
+    ):
         return lambda scalar: _from_struct(scalar, by_path)
-    if (pt.is_list(type) or pt.is_large_list(type)) and (pt.is_uint8(type.value_type) or pt.is_int8(type.value_type)):
+    if (pt.is_list(type) or pt.is_large_list(type)) and (
+        pt.is_uint8(type.value_type) or pt.is_int8(type.value_type)
+    ):
         return _from_byte_list
     depth, inner_type = 0, type
     while _is_list(inner_type):
@@ -326,7 +409,11 @@ def _from_struct(scalar: pa.StructScalar, by_path: ByPath | None) -> Image:
     if not path:
         return None, "no image: bytes are null"
     content = by_path(path) if by_path is not None else None
-    return (content, "") if content is not None else (None, f"no image: the file holds only its path, {text(path)!r}")
+    return (
+        (content, "")
+        if content is not None
+        else (None, f"no image: the file holds only its path, {text(path)!r}")
+    )
 
 
 def _from_byte_list(scalar: pa.Scalar) -> Image:
@@ -344,7 +431,11 @@ def _from_lists(scalar: pa.Scalar) -> Image:
         return None, "no image: null"
     values, shape = scalar.values, [len(scalar.values)]
     while _is_list(values.type):
-        lengths = set(values.value_lengths().to_pylist()) if not pt.is_fixed_size_list(values.type) else {values.type.list_size}
+        lengths = (
+            set(values.value_lengths().to_pylist())
+            if not pt.is_fixed_size_list(values.type)
+            else {values.type.list_size}
+        )
         if len(lengths) != 1 or None in lengths:
             return None, "the rows of the image differ in length"
         values = values.flatten()

@@ -23,7 +23,11 @@ from raypipe.sources.base import FileScan, Source, SourceFile
 from raypipe.storage import FileInfo, Reader
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-EXTENSIONS = {"parquet": (".parquet",), "webdataset": (".tar", ".tar.gz", ".tgz"), "imagefolder": IMAGE_EXTENSIONS}
+EXTENSIONS = {
+    "parquet": (".parquet",),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "imagefolder": IMAGE_EXTENSIONS,
+}
 """File name endings by format, compared without regard to case."""
 LIST = ".txt"
 """File name ending of a list of files."""
@@ -57,9 +61,15 @@ class Location:
     def files(self, format: str) -> list[FileInfo]:
         """The files of a format, sorted. A file given by its own name counts whatever it is called. Raises SourceError."""
         listed, named = self._listing()
-        found = [file for file in listed if file.path in named or file.path.lower().endswith(EXTENSIONS[format])]
+        found = [
+            file
+            for file in listed
+            if file.path in named or file.path.lower().endswith(EXTENSIONS[format])
+        ]
         if all(file.stamp == MISSING for file in found):
-            raise SourceError(f"{self._uri}: no {' or '.join(EXTENSIONS[format])} files among {describe(listed)}")
+            raise SourceError(
+                f"{self._uri}: no {' or '.join(EXTENSIONS[format])} files among {describe(listed)}"
+            )
         return found
 
     def uri(self, path: str) -> str:
@@ -82,17 +92,27 @@ class Location:
             raise SourceError(f"{self._uri}: cannot be listed: {_words(error)}") from None
         kept = [file for file in found if fnmatch.fnmatchcase(file.path, self._include)]
         if not kept:
-            reason = f"none of {len(found)} files matches source.include = {self._include!r}" if found else "no files here"
+            reason = (
+                f"none of {len(found)} files matches source.include = {self._include!r}"
+                if found
+                else "no files here"
+            )
             raise SourceError(f"{self._uri}: {reason}")
         if all(file.stamp == MISSING for file in kept):
-            raise SourceError(f"{self._uri}: none of the {len(kept)} files it names is there, such as {text(kept[0].path)}")
-        return [FileInfo(text(file.path), file.size, file.stamp) for file in kept], {text(path) for path in named}
+            raise SourceError(
+                f"{self._uri}: none of the {len(kept)} files it names is there, such as {text(kept[0].path)}"
+            )
+        return [FileInfo(text(file.path), file.size, file.stamp) for file in kept], {
+            text(path) for path in named
+        }
 
     def _found(self) -> tuple[list[FileInfo], set[str]]:
         if self._is_list:
             return self._named(_listed(self._uri), _folder(self._uri))
         if self._is_pattern:
-            names = [self._literal + rest for rest in patterns.expand(self._uri[len(self._literal) :])]
+            names = [
+                self._literal + rest for rest in patterns.expand(self._uri[len(self._literal) :])
+            ]
             globs = {name for name in names if _wild(name[len(self._literal) :]) >= 0}
             found, named = self._named([name for name in names if name not in globs], self._root)
             with ThreadPoolExecutor(LISTERS, thread_name_prefix="raypipe-list") as threads:
@@ -101,7 +121,9 @@ class Location:
                     for file in matches:
                         path = _relative(storage.join(folder, file.path), self._root)
                         found.append(FileInfo(path, file.size, file.stamp))
-            return sorted({file.path: file for file in found}.values(), key=lambda file: file.path), named
+            return sorted(
+                {file.path: file for file in found}.values(), key=lambda file: file.path
+            ), named
         if self._is_glob:
             return storage.matching(self._uri), set()
         found = storage.listing(self._uri)
@@ -118,7 +140,10 @@ class Location:
         folders = sorted({_folder(uri) for uri in uris})
         with ThreadPoolExecutor(LISTERS, thread_name_prefix="raypipe-list") as threads:
             listed = dict(zip(folders, threads.map(storage.entries, folders), strict=True))
-            entries = {uri: listed[_folder(uri)].get(storage.name(uri), FileInfo("", 0, MISSING)) for uri in uris}
+            entries = {
+                uri: listed[_folder(uri)].get(storage.name(uri), FileInfo("", 0, MISSING))
+                for uri in uris
+            }
             inside = [uri for uri in uris if entries[uri] is None]
             below = dict(zip(inside, threads.map(storage.listing, inside), strict=True))
         found: dict[str, FileInfo] = {}
@@ -126,9 +151,13 @@ class Location:
         for uri, entry in entries.items():
             path = _relative(uri, root)
             for file in below.get(uri, []):
-                found[storage.join(path, file.path)] = FileInfo(storage.join(path, file.path), file.size, file.stamp)
+                found[storage.join(path, file.path)] = FileInfo(
+                    storage.join(path, file.path), file.size, file.stamp
+                )
             if not below.get(uri):
-                found[path] = FileInfo(path, entry.size if entry else 0, entry.stamp if entry else MISSING)
+                found[path] = FileInfo(
+                    path, entry.size if entry else 0, entry.stamp if entry else MISSING
+                )
                 named.add(path)
         return sorted(found.values(), key=lambda file: file.path), named
 
@@ -142,7 +171,11 @@ class Location:
         every = self._include == "*"
         for file in itertools.chain([first], found):
             if every or fnmatch.fnmatchcase(file.path, self._include):
-                yield file if file.path.isascii() else FileInfo(text(file.path), file.size, file.stamp)
+                yield (
+                    file
+                    if file.path.isascii()
+                    else FileInfo(text(file.path), file.size, file.stamp)
+                )
 
     def of_format(self, format: str) -> Iterator[FileInfo]:
         """`files`, of a folder one file after the other as they are found."""
@@ -207,7 +240,9 @@ class Location:
     def _root(self) -> str | None:
         """The part of a brace pattern before its first wildcard or brace, up to a slash; None where that is not even a bucket."""
         rest = self._uri[len(self._literal) :]
-        special = min(position for position in (_wild(rest), patterns.first_brace(rest)) if position >= 0)
+        special = min(
+            position for position in (_wild(rest), patterns.first_brace(rest)) if position >= 0
+        )
         root = _folder(self._literal + rest[:special])
         return None if root.endswith((":", ":/")) else root
 
@@ -239,7 +274,9 @@ def _listed(uri: str) -> list[str]:
     names = [line for line in lines if line and not line.startswith("#")]
     scheme, separator, folder = _folder(uri).rpartition("://")
     return [
-        name if "://" in name or name.startswith("/") else scheme + separator + posixpath.normpath(f"{folder.rstrip('/')}/{name}")
+        name
+        if "://" in name or name.startswith("/")
+        else scheme + separator + posixpath.normpath(f"{folder.rstrip('/')}/{name}")
         for name in names
     ]
 
@@ -268,7 +305,9 @@ class FileSource(Source):
         try:
             stored = self.open(file.path)
         except FileNotFoundError:
-            return self.broken(file, "no such file: deleted since it was listed, or its name is not UTF-8")
+            return self.broken(
+                file, "no such file: deleted since it was listed, or its name is not UTF-8"
+            )
         with stored:
             return self.scan_stored(file, stored)
 
@@ -283,8 +322,12 @@ class FileSource(Source):
 
 def describe(files: list[FileInfo]) -> str:
     """Such as "12 files (9 .csv, 3 .txt)"."""
-    endings = Counter(os.path.splitext(file.path)[1].lower() or "without an ending" for file in files)
-    listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4)) + (", ..." if len(endings) > 4 else "")
+    endings = Counter(
+        os.path.splitext(file.path)[1].lower() or "without an ending" for file in files
+    )
+    listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4)) + (
+        ", ..." if len(endings) > 4 else ""
+    )
     return f"{len(files)} file{'s' * (len(files) != 1)} ({listed})"
 
 
@@ -300,7 +343,11 @@ def stored_label(value: Any) -> tuple[int | str | None, str]:
 
     Whole numbers stored as floating point are numbers; null, NaN and blank text are missing labels.
     """
-    if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value)):
+    if (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and math.isnan(value))
+    ):
         return None, ""
     if isinstance(value, str):
         return text(value), ""
@@ -309,7 +356,10 @@ def stored_label(value: Any) -> tuple[int | str | None, str]:
     if isinstance(value, float) and value.is_integer():
         return int(value), ""
     shown = repr(value)
-    return None, f"label is not a number or a name: {shown if len(shown) <= 60 else shown[:60] + '...'}"
+    return (
+        None,
+        f"label is not a number or a name: {shown if len(shown) <= 60 else shown[:60] + '...'}",
+    )
 
 
 def damage(file: Reader, error: BaseException) -> str:

@@ -29,7 +29,10 @@ def detect_format(settings: SourceSettings) -> str:
     names = {file.path for file in files}
     if DICT in names or {STATE, INFO} <= names:
         return "huggingface"
-    counts = {format: sum(file.path.lower().endswith(endings) for file in files) for format, endings in EXTENSIONS.items()}
+    counts = {
+        format: sum(file.path.lower().endswith(endings) for file in files)
+        for format, endings in EXTENSIONS.items()
+    }
     found = [format for format, count in counts.items() if count]
     if len(found) == 1:
         return found[0]
@@ -49,4 +52,7 @@ def _lists_images(settings: SourceSettings) -> bool:
     if not settings.uri.lower().endswith(ENDINGS) or not storage.is_file(settings.uri):
         return False
     shards = (*EXTENSIONS["parquet"], *EXTENSIONS["webdataset"])
-    return not any(line.path.lower().endswith(shards) for line in itertools.islice(lines(settings.uri, settings), 10))
+    return not any(
+        line.path.lower().endswith(shards)
+        for line in itertools.islice(lines(settings.uri, settings), 10)
+    )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 
 
 class DigitsSource(Source):
@@ -24,18 +24,24 @@ class DigitsSource(Source):
 
     def files(self) -> Iterator[SourceFile]:
         if not self.settings.uri.startswith("digits:"):
-            raise SourceError(f"{self.settings.uri}: format digits is the bundled set; set source.uri to digits://")
+            raise SourceError(
+                f"{self.settings.uri}: format digits is the bundled set; set source.uri to digits://"
+            )
         images, _ = _digits()
         yield SourceFile("digits", images.nbytes, "1")
 
     def scan(self, file: SourceFile) -> FileScan:
         images, labels = _digits()
-        return FileScan(self.cut(file, len(images)), tuple(str(digit) for digit in range(10)), frozenset(labels.tolist()))
+        return FileScan(
+            self.cut(file, len(images)),
+            tuple(str(digit) for digit in range(10)),
+            frozenset(labels.tolist()),
+        )
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
         return Counter(_digits()[1].tolist())
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         images, labels = _digits()
         for position in range(fragment.start, fragment.stop):
             sample_id = f"digits/{position:04d}"
@@ -52,7 +58,9 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         raise SourceError("digits:// is in scikit-learn, which is not installed")
     path = os.path.join(found.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
     if not os.path.exists(path):
-        raise SourceError(f"digits:// is not where scikit-learn had it: {path}; install a version that constraints.txt names")
+        raise SourceError(
+            f"digits:// is not where scikit-learn had it: {path}; install a version that constraints.txt names"
+        )
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, np.int64, delimiter=",")
     return np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), table[:, -1]

@@ -22,7 +22,7 @@ import numpy as np
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.common import number_or_name, text
 from raypipe.sources.lines import Line, lines
@@ -46,24 +46,38 @@ class FileListSource(Source):
         """With the list itself as `uri`, and with `root` and `class_map`."""
         settings, uri = super().settled(), find_list(self.settings.uri)
         root = settings.root if settings.root is not None else root_of(uri, image_size)
-        return settings.model_copy(update={"uri": uri, "root": root, "class_map": settings.class_map or class_file(uri)})
+        return settings.model_copy(
+            update={"uri": uri, "root": root, "class_map": settings.class_map or class_file(uri)}
+        )
 
     def files(self) -> Iterator[SourceFile]:
         """Runs of neighbouring lines, see `units`; no listed file is asked for but a few, in the end."""
         salt = self._classes.digest if self._classes is not None else ""
-        yield from units(((member, len(member.packed()), "") for member in self._members()), self.settings.fragment_samples, salt)
+        yield from units(
+            ((member, len(member.packed()), "") for member in self._members()),
+            self.settings.fragment_samples,
+            salt,
+        )
 
     def scan(self, file: SourceFile) -> FileScan:
         labels = (unpacked(member).label for member in file.members)
         names = self._classes.names if self._classes is not None else None
-        return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in labels if label is not None))
+        return FileScan(
+            self.cut(file, len(file.members)),
+            names,
+            frozenset(label for label in labels if label is not None),
+        )
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
         return Counter(unpacked(member).label for member in file.members)
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         root, members = self._root, map(unpacked, fragment.members[fragment.start : fragment.stop])
-        chosen = ((member, storage.join(root, member.path)) for member in members if wanted is None or wanted(member.path))
+        chosen = (
+            (member, storage.join(root, member.path))
+            for member in members
+            if wanted is None or wanted(member.path)
+        )
         return read_ahead(chosen, f"no such file below {root}")
 
     @functools.cached_property
@@ -77,7 +91,9 @@ class FileListSource(Source):
 
     @functools.cached_property
     def _local_root(self) -> str | None:
-        return storage.filesystem(self._root)[1].rstrip("/") if storage.is_local(self._root) else None
+        return (
+            storage.filesystem(self._root)[1].rstrip("/") if storage.is_local(self._root) else None
+        )
 
     @functools.cached_property
     def _list(self) -> str:
@@ -112,11 +128,15 @@ class FileListSource(Source):
                 yield member
         if not count:
             which = (
-                "no line" if self.settings.include == "*" else f"no path that matches source.include = {self.settings.include!r}"
+                "no line"
+                if self.settings.include == "*"
+                else f"no path that matches source.include = {self.settings.include!r}"
             )
             raise SourceError(f"{self._list}: {which}")
         if not probes:
-            raise SourceError(f"{self._list}: none of {count} lines can be used ({bad}); check the list, or set source.root")
+            raise SourceError(
+                f"{self._list}: none of {count} lines can be used ({bad}); check the list, or set source.root"
+            )
         self._check([path for _, path in probes])
 
     def _check(self, paths: list[str]) -> None:
@@ -135,7 +155,9 @@ class FileListSource(Source):
         try:
             for line in lines(self._list, self.settings):
                 member = self._member(line)
-                if self.settings.include == "*" or fnmatch.fnmatchcase(member.path, self.settings.include):
+                if self.settings.include == "*" or fnmatch.fnmatchcase(
+                    member.path, self.settings.include
+                ):
                     block.append(member)
                 if len(block) == BLOCK:
                     yield block
@@ -147,9 +169,15 @@ class FileListSource(Source):
     def _member(self, line: Line) -> Member:
         path, reason = self._below_root(line.path)
         if "\0" in line.path or "\0" in (line.label or ""):
-            return Member(f"{storage.name(self._list)}#line-{line.number}", None, "the line holds a zero byte")
+            return Member(
+                f"{storage.name(self._list)}#line-{line.number}", None, "the line holds a zero byte"
+            )
         if not path:
-            return Member(f"{storage.name(self._list)}#line-{line.number}", None, reason or "the line has no path")
+            return Member(
+                f"{storage.name(self._list)}#line-{line.number}",
+                None,
+                reason or "the line has no path",
+            )
         words = line.label if self.settings.label_column is not None else None
         label = number_or_name(text(words)) if words is not None else None
         if isinstance(label, str) and self._classes is not None:
@@ -159,7 +187,12 @@ class FileListSource(Source):
     def _below_root(self, path: str) -> tuple[str, str]:
         """The path below the root, and why it must not be read."""
         kind, is_uri, rest = path.partition("://")
-        if is_uri and kind in {"file", "local"} and self._local_root is not None and rest.startswith(self._local_root + "/"):
+        if (
+            is_uri
+            and kind in {"file", "local"}
+            and self._local_root is not None
+            and rest.startswith(self._local_root + "/")
+        ):
             path = rest[len(self._local_root) :]
         elif is_uri and self._local_root is None and path.startswith(self._root + "/"):
             path = path[len(self._root) :]
@@ -176,7 +209,11 @@ class FileListSource(Source):
 
     def _place(self, path: str) -> str:
         """The same for every way to write a path; the keys of an object store are what they are."""
-        return posixpath.normpath(path) if self._local_root is not None and ("//" in path or "/." in path) else path
+        return (
+            posixpath.normpath(path)
+            if self._local_root is not None and ("//" in path or "/." in path)
+            else path
+        )
 
 
 class _Seen:

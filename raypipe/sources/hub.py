@@ -69,7 +69,12 @@ def prepared(uri: str, config_name: str | None, split: str | None) -> Prepared:
         ) from None
     config = datasets.config
     folders = {
-        os.path.realpath(folder) for folder in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+        os.path.realpath(folder)
+        for folder in (
+            config.HF_DATASETS_CACHE,
+            config.DOWNLOADED_DATASETS_PATH,
+            constants.HF_HUB_CACHE,
+        )
     }
     stamp = os.path.basename(os.path.dirname(paths[0])) if paths else ""
     return Prepared({os.path.basename(path): path for path in paths}, stamp, tuple(sorted(folders)))
@@ -82,5 +87,9 @@ def choose_split(uri: str, splits: Iterable[str], wanted: str | None) -> str:
         return there[0]
     if wanted is not None and wanted in there:
         return wanted
-    names = f"the splits are {', '.join(there)}; set source.split" if there else "there are no splits"
-    raise SourceError(f"{uri}: no split {wanted!r}: {names}" if wanted is not None else f"{uri}: {names}")
+    names = (
+        f"the splits are {', '.join(there)}; set source.split" if there else "there are no splits"
+    )
+    raise SourceError(
+        f"{uri}: no split {wanted!r}: {names}" if wanted is not None else f"{uri}: {names}"
+    )

@@ -17,7 +17,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import RaypipeError, SourceError
 from raypipe.sources.arrowstream import ArrowStream, Message
-from raypipe.sources.base import FileScan, Fragment, RawSample, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.columns import (
     ColumnError,
     Columns,
@@ -53,7 +53,11 @@ class HuggingFaceSource(TableSource):
             found = _saved(self.settings.uri, self.settings.split)
         kept = [file for file in found if fnmatch.fnmatchcase(file.path, self.settings.include)]
         if not kept:
-            reason = f"none of {len(found)} files matches source.include" if found else "the dataset has no rows"
+            reason = (
+                f"none of {len(found)} files matches source.include"
+                if found
+                else "the dataset has no rows"
+            )
             raise SourceError(f"{self.settings.uri}: {reason}")
         for file in sorted(kept, key=lambda file: file.path):
             yield SourceFile(file.path, file.size, file.stamp)
@@ -86,22 +90,32 @@ class HuggingFaceSource(TableSource):
         stops = list(accumulate(batch.rows for batch in batches))
         fragments = self.cut(file, stops[-1] if stops else 0, stops)
         if not stream.has_dictionaries:  # which come before the batches that need them
-            starts = {stop - batch.rows: batch.offset for stop, batch in zip(stops, batches, strict=True) if batch.rows}
-            fragments = tuple(dataclasses.replace(part, offset=starts.get(part.start, 0)) for part in fragments)
+            starts = {
+                stop - batch.rows: batch.offset
+                for stop, batch in zip(stops, batches, strict=True)
+                if batch.rows
+            }
+            fragments = tuple(
+                dataclasses.replace(part, offset=starts.get(part.start, 0)) for part in fragments
+            )
         if problem:
             end = stops[-1] if stops else 0
             (rest,) = self.broken(file, f"from row {end} on: {problem}").fragments
-            rest = dataclasses.replace(rest, fragment_id=self.fragment_id(file, end, end), start=end, stop=end)
+            rest = dataclasses.replace(
+                rest, fragment_id=self.fragment_id(file, end, end), start=end, stop=end
+            )
             fragments = (*fragments, rest)
         return FileScan(fragments, columns.class_names, frozenset(labels))
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
             return
         with self.open(fragment.path) as stored:
             yield from once(self._read(stored, fragment, wanted))
 
-    def _read(self, stored: Reader, fragment: Fragment, wanted: Wanted | None) -> Iterator[RawSample]:
+    def _read(
+        self, stored: Reader, fragment: Fragment, wanted: IdFilter | None
+    ) -> Iterator[RawSample]:
         settings, reason = self.settled(), "the file has fewer rows than when it was indexed"
         position, first = fragment.start, fragment.start if fragment.offset else 0
         batches: Iterator[Message] = iter(())
@@ -121,9 +135,14 @@ class HuggingFaceSource(TableSource):
             except Exception as error:
                 reason = damage(stored, error)
                 break
-            begin, end = max(fragment.start, first) - first, min(fragment.stop, first + batch.rows) - first
+            begin, end = (
+                max(fragment.start, first) - first,
+                min(fragment.stop, first + batch.rows) - first,
+            )
             if begin < end:
-                yield from self._batch(stored, stream, columns, fragment.path, batch, first, begin, end, wanted)
+                yield from self._batch(
+                    stored, stream, columns, fragment.path, batch, first, begin, end, wanted
+                )
                 position = first + end
             first += batch.rows
         for row in range(position, fragment.stop):
@@ -141,7 +160,7 @@ class HuggingFaceSource(TableSource):
         first: int,
         begin: int,
         end: int,
-        wanted: Wanted | None,
+        wanted: IdFilter | None,
     ) -> Iterator[RawSample]:
         """Samples of rows `begin` to `end` of one record batch, whose first row is row `first` of the file."""
 
@@ -149,7 +168,10 @@ class HuggingFaceSource(TableSource):
             return plain(stream.column(batch, name)).slice(begin, end - begin).to_pylist()
 
         def images(chosen: list[int]) -> Iterator[Image]:
-            reader = image_reader(stream.schema.field(columns.image).type, self._hub.content if self._hub is not None else None)
+            reader = image_reader(
+                stream.schema.field(columns.image).type,
+                self._hub.content if self._hub is not None else None,
+            )
             assert reader is not None  # the schema has been checked
             try:
                 array, reason = plain(stream.load(batch).column(columns.image)), ""
@@ -173,7 +195,11 @@ class HuggingFaceSource(TableSource):
     def _hub(self) -> Prepared | None:
         """The dataset of the hub, downloaded by the first who asks on a machine; None for a folder."""
         settings = self.settings
-        return prepared(settings.uri, settings.config_name, settings.split) if settings.uri.startswith(SCHEME) else None
+        return (
+            prepared(settings.uri, settings.config_name, settings.split)
+            if settings.uri.startswith(SCHEME)
+            else None
+        )
 
     def _uri(self, path: str) -> str:
         if self._hub is None:
@@ -213,22 +239,35 @@ def _saved(uri: str, split: str | None) -> list[FileInfo]:
             f"{uri}: no split {split!r}: this is one dataset, of split {state.get('_split')!r}; leave out source.split"
         )
     if state.get("_indices_data_files"):
-        raise SourceError(f"{uri}: a selection of rows that is stored apart from the rows; load it and save it again")
+        raise SourceError(
+            f"{uri}: a selection of rows that is stored apart from the rows; load it and save it again"
+        )
     found = [entries.get(name) or FileInfo(name, 0, MISSING) for name in names]
     if found and all(file.stamp == MISSING for file in found):
-        raise SourceError(f"{folder}: none of the {len(found)} files in {STATE} is there, such as {names[0]}")
+        raise SourceError(
+            f"{folder}: none of the {len(found)} files in {STATE} is there, such as {names[0]}"
+        )
     return [FileInfo(prefix + file.path, file.size, file.stamp) for file in found]
 
 
 def _strings(folder: str, file: str, key: str, inner: str | None = None) -> list[str]:
     """A list of names in a JSON file. Raises SourceError when it is none, or has names that lead out of the folder."""
     try:
-        found = [item if inner is None else item[inner] for item in storage.read_json(storage.join(folder, file))[key]]
+        found = [
+            item if inner is None else item[inner]
+            for item in storage.read_json(storage.join(folder, file))[key]
+        ]
     except (KeyError, TypeError) as error:
         raise SourceError(f"{folder}/{file}: not as save_to_disk writes it: {error}") from None
-    wrong = [name for name in found if not isinstance(name, str) or not name or "/" in name or name in {".", ".."}]
+    wrong = [
+        name
+        for name in found
+        if not isinstance(name, str) or not name or "/" in name or name in {".", ".."}
+    ]
     if wrong:
-        raise SourceError(f"{folder}/{file}: {wrong[0]!r} is not the name of anything in this folder")
+        raise SourceError(
+            f"{folder}/{file}: {wrong[0]!r} is not the name of anything in this folder"
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.common import Location
 from raypipe.sources.smallfiles import Member, read_ahead, units, unpacked
@@ -42,15 +42,24 @@ class ImageFolderSource(Source):
     def scan(self, file: SourceFile) -> FileScan:
         names = self._classes.names if self._classes is not None else None
         labels = (self._labelled(unpacked(member)).label for member in file.members)
-        return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in labels if label is not None))
+        return FileScan(
+            self.cut(file, len(file.members)),
+            names,
+            frozenset(label for label in labels if label is not None),
+        )
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
         return Counter(self._labelled(unpacked(member)).label for member in file.members)
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
-        members = (self._labelled(unpacked(member)) for member in fragment.members[fragment.start : fragment.stop])
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
+        members = (
+            self._labelled(unpacked(member))
+            for member in fragment.members[fragment.start : fragment.stop]
+        )
         return read_ahead(
-            (member, self._location.uri(member.path)) for member in members if wanted is None or wanted(member.path)
+            (member, self._location.uri(member.path))
+            for member in members
+            if wanted is None or wanted(member.path)
         )
 
     def _listed(self) -> Iterator[tuple[Member, int, str]]:
@@ -81,11 +90,18 @@ class ImageFolderSource(Source):
     def _labelled(self, member: Member) -> Member:
         """With the first folder as its label where the unit states no other and labels are wanted."""
         folder, slash, _ = member.path.partition("/")
-        told = bool(slash) and member.label is None and not member.reason and self.settings.label_column is not None
+        told = (
+            bool(slash)
+            and member.label is None
+            and not member.reason
+            and self.settings.label_column is not None
+        )
         return member._replace(label=folder) if told else member
 
     def _refuse_splits(self) -> None:
         folders = self._location.folders()
         if folders and all(folder.lower() in SPLITS for folder in folders):
             choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in folders)
-            raise SourceError(f"{self.settings.uri}: {' and '.join(folders)} are not classes; set source.uri to {choices}")
+            raise SourceError(
+                f"{self.settings.uri}: {' and '.join(folders)} are not classes; set source.uri to {choices}"
+            )

@@ -53,7 +53,11 @@ class Line(NamedTuple):
 def lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
     """The lines of a list that are not blank. Raises SourceError where it cannot be understood, and storage faults."""
     with storage.open_read(uri, READ_BYTES) as stored:
-        encoding = "utf-16" if stored.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        encoding = (
+            "utf-16"
+            if stored.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            else "utf-8-sig"
+        )
         stored.seek(0)
         # bytes that are no text are shown escaped: the file will not be found, and the reject says under which name
         blocks: Any = _Blocks(stored)
@@ -70,7 +74,9 @@ def lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
         try:
             yield from _of_table(uri, rows, settings)
         except csv.Error as error:
-            raise SourceError(f"{uri}: line {rows.line_num}: {error}; is a quote not closed?") from None
+            raise SourceError(
+                f"{uri}: line {rows.line_num}: {error}; is a quote not closed?"
+            ) from None
 
 
 class _Blocks(io.BufferedIOBase):
@@ -105,7 +111,11 @@ def _delimiter(name: str, first: str, settings: SourceSettings) -> str:
     if "\t" in first:
         return "\t"
     cells = next(csv.reader([first]), [])
-    return "," if _IMAGE_AND_COMMA.match(first) or (len(cells) > 1 and _is_header(cells, [], settings)) else ""
+    return (
+        ","
+        if _IMAGE_AND_COMMA.match(first) or (len(cells) > 1 and _is_header(cells, [], settings))
+        else ""
+    )
 
 
 def _of_text(file: Iterable[str]) -> Iterator[Line]:
@@ -137,7 +147,10 @@ def _line(number: int, row: list[str], path: int, label: int) -> Line:
 
 def _columns(uri: str, start: list[list[str]], settings: SourceSettings) -> tuple[int, int]:
     """Columns of path and label, the label's -1 where there is none; (-1, -1) where the first row is no header."""
-    header, below = [cell.strip() for cell in start[0]] if start else [], start[1] if len(start) > 1 else []
+    header, below = (
+        [cell.strip() for cell in start[0]] if start else [],
+        start[1] if len(start) > 1 else [],
+    )
     if not _is_header(header, below, settings):
         if settings.path_column is not None:
             raise SourceError(
@@ -147,15 +160,25 @@ def _columns(uri: str, start: list[list[str]], settings: SourceSettings) -> tupl
     if settings.path_column is not None:
         path = _place(header, (settings.path_column,))
         if path < 0:
-            raise SourceError(f"{uri}: no column {settings.path_column!r} among {', '.join(header)}; set source.path_column")
+            raise SourceError(
+                f"{uri}: no column {settings.path_column!r} among {', '.join(header)}; set source.path_column"
+            )
     else:
         path = _place(header, PATH_COLUMNS)
-        path = path if path >= 0 else next((column for column, cell in enumerate(below) if _IMAGE.fullmatch(cell.strip())), 0)
+        path = (
+            path
+            if path >= 0
+            else next(
+                (column for column, cell in enumerate(below) if _IMAGE.fullmatch(cell.strip())), 0
+            )
+        )
     if settings.label_column is None:
         return path, -1
     label = _place(header, _label_names(settings))
     if label < 0 and len(header) > 1:
-        raise SourceError(f"{uri}: no column {_label_names(settings)[0]!r} among {', '.join(header)}; set source.label_column")
+        raise SourceError(
+            f"{uri}: no column {_label_names(settings)[0]!r} among {', '.join(header)}; set source.label_column"
+        )
     return path, label
 
 
@@ -164,7 +187,9 @@ def _is_header(row: list[str], below: list[str], settings: SourceSettings) -> bo
     if any(_IMAGE.fullmatch(cell) for cell in cells):
         return False
     paths = PATH_COLUMNS if settings.path_column is None else (settings.path_column,)
-    return _place(cells, (*paths, *_label_names(settings))) >= 0 or any(_IMAGE.fullmatch(cell.strip()) for cell in below)
+    return _place(cells, (*paths, *_label_names(settings))) >= 0 or any(
+        _IMAGE.fullmatch(cell.strip()) for cell in below
+    )
 
 
 def _label_names(settings: SourceSettings) -> tuple[str, ...]:

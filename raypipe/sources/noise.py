@@ -42,16 +42,22 @@ class LabelNoise:
 
     def _moved(self, sample_id: str, label: int, classes: int, direction: int) -> int:
         replaced, number = self._drawn(sample_id)
-        return (label + direction * (1 + number % (classes - 1))) % classes if replaced and label >= 0 else label
+        return (
+            (label + direction * (1 + number % (classes - 1))) % classes
+            if replaced and label >= 0
+            else label
+        )
 
     def _drawn(self, sample_id: str) -> tuple[bool, int]:
         """Whether the label is replaced, and a number that decides by which."""
         key = self.seed.to_bytes(16, "little") + b"noise"
-        digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=16, key=key).digest()
+        digest = hashlib.blake2b(
+            sample_id.encode("utf-8", "surrogateescape"), digest_size=16, key=key
+        ).digest()
         chosen, number = (int.from_bytes(part, "little") for part in (digest[:8], digest[8:]))
         return chosen < int(self.share * 2**64), number
 
 
-def noise_wanted(settings: SourceSettings) -> LabelNoise | None:
+def requested_noise(settings: SourceSettings) -> LabelNoise | None:
     """What `source.inject_noise` asks for; None: nothing."""
     return LabelNoise(settings.inject_noise, settings.noise_seed) if settings.inject_noise else None

@@ -67,7 +67,10 @@ def _braces(text: str) -> Iterator[tuple[int, str, int]]:
 def _options(content: str) -> Iterator[str]:
     numbers, steps = _NUMBERS.fullmatch(content), _steps(content)
     if numbers is not None and steps is not None:
-        padded = any(len(digits := limit.lstrip("-")) > 1 and digits[0] == "0" for limit in (numbers[1], numbers[2]))
+        padded = any(
+            len(digits := limit.lstrip("-")) > 1 and digits[0] == "0"
+            for limit in (numbers[1], numbers[2])
+        )
         width = max(len(numbers[1]), len(numbers[2])) if padded else 0
         for number in steps:
             yield f"{number:0{width}d}" if width else str(number)

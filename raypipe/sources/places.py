@@ -23,7 +23,12 @@ def places_list(uri: str) -> str | None:
     """The training list of Places365 in a folder; of two the one whose own images are there, else that of Places365-Standard."""
     found = [name for name in _TRAIN if storage.exists(storage.join(uri, name))]
     if len(found) == 2:
-        own = {name: any(storage.exists(storage.join(uri, f"data_{size}_{_TRAIN[name]}")) for size in _SIZES) for name in found}
+        own = {
+            name: any(
+                storage.exists(storage.join(uri, f"data_{size}_{_TRAIN[name]}")) for size in _SIZES
+            )
+            for name in found
+        }
         found = sorted(found, key=lambda name: (not own[name], list(_TRAIN).index(name)))
     return storage.join(uri, found[0]) if found else None
 
@@ -35,9 +40,15 @@ def find_list(uri: str) -> str:
     places = places_list(uri)
     if places is not None:
         return places
-    names = sorted(name for name in storage.names(uri) if name.lower().endswith(ENDINGS) and name != CATEGORIES)
+    names = sorted(
+        name for name in storage.names(uri) if name.lower().endswith(ENDINGS) and name != CATEGORIES
+    )
     if len(names) != 1:
-        found = f"several lists: {', '.join(names[:5])}" if names else f"no {' or '.join(ENDINGS)} file here"
+        found = (
+            f"several lists: {', '.join(names[:5])}"
+            if names
+            else f"no {' or '.join(ENDINGS)} file here"
+        )
         raise SourceError(f"{uri}: {found}; set source.uri to the file list itself")
     return storage.join(uri, names[0])
 
@@ -50,7 +61,11 @@ def root_of(uri: str, image_size: int) -> str:
     folder, name = _folder(uri), storage.name(uri)
     sizes = _SIZES if image_size <= _PIXELS else reversed(_SIZES)
     kinds = (f"_{_TRAIN[name]}", "") if name in _TRAIN else ()
-    folders = [f"data_{size}{kind}" for size in sizes for kind in kinds] if kinds else [f"val_{size}" for size in sizes]
+    folders = (
+        [f"data_{size}{kind}" for size in sizes for kind in kinds]
+        if kinds
+        else [f"val_{size}" for size in sizes]
+    )
     if kinds or name == _VALIDATION:
         for candidate in folders:
             if storage.exists(storage.join(folder, candidate)):

@@ -47,7 +47,9 @@ def unpacked(text: str) -> Member:
     return Member(path, number_or_name(label), reason)
 
 
-def units(listed: Iterable[tuple[Member, int, str]], limit: int, salt: str = "") -> Iterator[SourceFile]:
+def units(
+    listed: Iterable[tuple[Member, int, str]], limit: int, salt: str = ""
+) -> Iterator[SourceFile]:
     """Runs of neighbouring small files, of each its member, size and stamp.
 
     A run ends at `limit` files or at a name whose hash says so. A new file therefore changes the run it falls into and seldom the
@@ -70,7 +72,9 @@ def units(listed: Iterable[tuple[Member, int, str]], limit: int, salt: str = "")
 
 def path_hash(path: str) -> int:
     """64 bits that depend on nothing but the path."""
-    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
+    )
 
 
 def read_ahead(members: Iterable[tuple[Member, str]], missing: str = GONE) -> Iterator[RawSample]:
@@ -88,7 +92,9 @@ def read_ahead(members: Iterable[tuple[Member, str]], missing: str = GONE) -> It
     with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-read") as pool:
         try:
             for member, uri in members:
-                pending.append((member, None if member.reason else pool.submit(_fetch, uri, missing)))
+                pending.append(
+                    (member, None if member.reason else pool.submit(_fetch, uri, missing))
+                )
                 if len(pending) >= LOOK_AHEAD:
                     yield sample()
             while pending:
@@ -105,7 +111,9 @@ def _fetch(uri: str, missing: str) -> tuple[bytes | None, str]:
         if storage.is_local(uri) and not stat.S_ISREG(os.stat(storage.filesystem(uri)[1]).st_mode):
             return None, "a folder or special file"  # reading a pipe would wait for ever
         try:
-            return storage.read_bytes(uri, 0), ""  # one request; a read without a range asks for the size first
+            return storage.read_bytes(
+                uri, 0
+            ), ""  # one request; a read without a range asks for the size first
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

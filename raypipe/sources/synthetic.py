@@ -23,7 +23,15 @@ from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import MOST_CLASSES, FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import (
+    MOST_CLASSES,
+    FileScan,
+    Fragment,
+    IdFilter,
+    RawSample,
+    Source,
+    SourceFile,
+)
 
 SHARD_SAMPLES = 1 << 17
 """Samples of one shard: what stands for a file, and is cut into fragments in one go."""
@@ -67,20 +75,26 @@ class SyntheticSource(Source):
 
     def files(self) -> Iterator[SourceFile]:
         recipe = self._recipe
-        stamp = "&".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe) if field.name != "samples")
+        stamp = "&".join(
+            f"{field.name}={getattr(recipe, field.name)}"
+            for field in fields(recipe)
+            if field.name != "samples"
+        )
         for shard, start in enumerate(range(0, recipe.samples, SHARD_SAMPLES)):
             count = min(SHARD_SAMPLES, recipe.samples - start)
             yield SourceFile(f"shard-{shard:06d}", count * recipe.size**2 * 3, stamp)
 
     def scan(self, file: SourceFile) -> FileScan:
         count = file.size // (self._recipe.size**2 * 3)
-        return FileScan(self.cut(file, count), tuple(f"class {index}" for index in range(self._recipe.classes)))
+        return FileScan(
+            self.cut(file, count), tuple(f"class {index}" for index in range(self._recipe.classes))
+        )
 
     def fragment_id(self, file: SourceFile, start: int, stop: int) -> str:
         """As of any file, but without the shard's size: samples added to the last shard change none of its whole fragments."""
         return super().fragment_id(SourceFile(file.path, 0, file.stamp), start, stop)
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         first = int(fragment.path.removeprefix("shard-")) * SHARD_SAMPLES
         for index in range(first + fragment.start, first + fragment.stop):
             sample_id = f"synthetic/{index:010d}"
@@ -114,7 +128,9 @@ def parse_recipe(uri: str) -> Recipe:
         ("broken", 0, 1),
     ):
         if not least <= getattr(recipe, name) <= most:
-            raise SourceError(f"{uri}: {name} = {getattr(recipe, name)} is not within {least} to {most}")
+            raise SourceError(
+                f"{uri}: {name} = {getattr(recipe, name)} is not within {least} to {most}"
+            )
     if recipe.encoded not in {"none", "jpeg", "png"}:
         raise SourceError(f"{uri}: encoded = {recipe.encoded!r} is not one of none, jpeg, png")
     return recipe
@@ -162,7 +178,9 @@ def _words(recipe: Recipe, index: int) -> np.ndarray:
     """
     key = hashlib.blake2b(f"{recipe.seed}/{index}".encode(), digest_size=16).digest()
     count = WORDS + -(-(recipe.size**2 * 3) // 8)
-    return np.random.PCG64(int.from_bytes(key, "little")).random_raw(count).astype("<u8", copy=False)
+    return (
+        np.random.PCG64(int.from_bytes(key, "little")).random_raw(count).astype("<u8", copy=False)
+    )
 
 
 def _draw(recipe: Recipe, words: list[int]) -> Draw:
@@ -173,13 +191,18 @@ def _draw(recipe: Recipe, words: list[int]) -> Draw:
     label = (target + 1 + words[5] % (classes - 1)) % classes if wrong else target
     even = words[2] & 255
     damage = 1 + words[7] % 3 if words[6] < recipe.broken * 2**64 else 0
-    return Draw(target, label, other, even * even >> 8, words[3] % 3 - 1, (words[3] >> 8) % 3 - 1, damage)
+    return Draw(
+        target, label, other, even * even >> 8, words[3] % 3 - 1, (words[3] >> 8) % 3 - 1, damage
+    )
 
 
 def _pixels(recipe: Recipe, draw: Draw, noise: np.ndarray) -> np.ndarray:
     """uint8 [size, size, 3]. The other class has at most half the weight, and at difficulty 255 the noise is +-64."""
     weight = draw.difficulty >> 1
-    mixed = _pattern(recipe.seed, draw.target) * (256 - weight) + _pattern(recipe.seed, draw.other) * weight
+    mixed = (
+        _pattern(recipe.seed, draw.target) * (256 - weight)
+        + _pattern(recipe.seed, draw.other) * weight
+    )
     cells = np.roll(mixed >> 8, (draw.dy, draw.dx), (0, 1)).astype(np.float32)
     up = _interpolation(recipe.size)  # float32 is exact here: whole numbers below 2^24
     rows = (up @ cells.reshape(GRID, GRID * 3)).reshape(recipe.size, GRID, 3)

@@ -21,9 +21,22 @@ LARGEST_NAME = 1 << 20
 """Bytes of an extended header; a larger one is damage, or an attack."""
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-_NO_CONTENT = {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE}
+_NO_CONTENT = {
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+}
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
-_EXTENDED = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE}
+_EXTENDED = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
+}
 
 Load = Callable[[str, str, int], bool]
 """(key, extension, bytes) -> whether the member's content is wanted."""
@@ -121,7 +134,10 @@ class _Members:
             block = self._read(BLOCK)
             if len(block) < BLOCK:
                 if not ended and (block.strip(b"\0") or not block):
-                    yield _problem(header_at, "the tar is cut off in or after this sample: its end marker is missing")
+                    yield _problem(
+                        header_at,
+                        "the tar is cut off in or after this sample: its end marker is missing",
+                    )
                 return
             if not block.strip(b"\0"):
                 ended, start = True, self._position
@@ -132,7 +148,10 @@ class _Members:
                 overrides, start = {}, self._position
             # What follows the end marker is only damage when there is a header after it
             if damaged_at is not None and not reported and (header is not None or not ended):
-                yield _problem(damaged_at, f"the tar is damaged in or after this sample: bad header at byte {damaged_at}")
+                yield _problem(
+                    damaged_at,
+                    f"the tar is damaged in or after this sample: bad header at byte {damaged_at}",
+                )
                 reported = True
             if header is None:
                 continue
@@ -148,11 +167,15 @@ class _Members:
                 continue
             size = _number(overrides.get("size"), size)
             name = overrides.get("path", header.name)
-            type = b"S" if any(field.startswith("GNU.sparse") for field in overrides) else header.type
+            type = (
+                b"S" if any(field.startswith("GNU.sparse") for field in overrides) else header.type
+            )
             size = 0 if type in _NO_CONTENT else size
             data_at, whole = self._position, [True]
 
-            def read(data_at: int = data_at, size: int = size, whole: list[bool] = whole) -> bytes | None:
+            def read(
+                data_at: int = data_at, size: int = size, whole: list[bool] = whole
+            ) -> bytes | None:
                 content = self._read(size)
                 whole[0] = len(content) == size and self._position == data_at + size
                 return content if whole[0] else None
@@ -249,6 +272,8 @@ def _extension(type: bytes, content: bytes) -> dict[str, str]:
         end = position + int(found[1])
         if end <= found.end() or end > len(content):
             break
-        result[found[2].decode("utf-8", "replace")] = content[found.end() : end - 1].decode("utf-8", "surrogateescape")
+        result[found[2].decode("utf-8", "replace")] = content[found.end() : end - 1].decode(
+            "utf-8", "surrogateescape"
+        )
         position = end
     return result

@@ -86,25 +86,42 @@ def parse_request(settings: SourceSettings) -> Request:
     """What the settings ask for. Imports nothing of torchvision. Raises SourceError for a URI that is not of this kind."""
     parts = urlsplit(settings.uri)
     if parts.scheme != "torchvision" or not parts.netloc or parts.path.strip("/"):
-        raise SourceError(f"{settings.uri}: expected the name of a torchvision dataset, such as {EXAMPLE}")
+        raise SourceError(
+            f"{settings.uri}: expected the name of a torchvision dataset, such as {EXAMPLE}"
+        )
     options: dict[str, Any] = {}
     for name, text in parse_qsl(parts.query, keep_blank_values=True):
         if name in OURS:
-            raise SourceError(f"{settings.uri}: {name} is not given in the URI" + (f"; set {OURS[name]}" if OURS[name] else ""))
+            raise SourceError(
+                f"{settings.uri}: {name} is not given in the URI"
+                + (f"; set {OURS[name]}" if OURS[name] else "")
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
         options[name] = tuple(value) if isinstance(value, list) else value
         if isinstance(value, dict):
-            raise SourceError(f"{settings.uri}: {name} = {text!r} is not a word, a number or a list")
-    root = settings.root or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "raypipe", "torchvision")
+            raise SourceError(
+                f"{settings.uri}: {name} = {text!r} is not a word, a number or a list"
+            )
+    root = settings.root or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "raypipe", "torchvision"
+    )
     root = root.removeprefix("file://")
     if "://" in root:
-        raise SourceError(f"{root}: torchvision reads local folders only; set source.root to one that every machine sees")
+        raise SourceError(
+            f"{root}: torchvision reads local folders only; set source.root to one that every machine sees"
+        )
     root = os.path.abspath(os.path.expanduser(root))
     return Request(
-        settings.uri, parts.netloc, root, settings.split or "train", tuple(options.items()), settings.download, settings.verify
+        settings.uri,
+        parts.netloc,
+        root,
+        settings.split or "train",
+        tuple(options.items()),
+        settings.download,
+        settings.verify,
     )
 
 
@@ -145,7 +162,11 @@ def dataset_class(request: Request) -> Any:
 
     if request.name not in datasets.__all__ or not inspect.isclass(getattr(datasets, request.name)):
         near = difflib.get_close_matches(request.name, datasets.__all__, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(datasets.__all__))}"
+        hint = (
+            f"; did you mean {', '.join(near)}?"
+            if near
+            else f"; there are {', '.join(sorted(datasets.__all__))}"
+        )
         raise SourceError(f"{request.uri}: torchvision has no dataset {request.name!r}{hint}")
     return getattr(datasets, request.name)
 
@@ -177,25 +198,39 @@ def constructor_arguments(request: Request, kind: Any) -> dict[str, Any]:
     unknown = [name for name in arguments if name not in takes]
     if unknown:
         allowed = ", ".join(name for name in takes if name not in OURS) or "none"
-        raise SourceError(f"{request.uri}: {request.name} takes no {unknown[0]!r}; it takes {allowed}")
+        raise SourceError(
+            f"{request.uri}: {request.name} takes no {unknown[0]!r}; it takes {allowed}"
+        )
     named, words = SPLITS.get(request.name, ("split", {}))
-    if "train" in takes:  # where there is a `split` as well, as of EMNIST, that is something else and stands in the URI
+    if (
+        "train" in takes
+    ):  # where there is a `split` as well, as of EMNIST, that is something else and stands in the URI
         if split not in {"train", "test"}:
-            raise SourceError(f"{request.uri}: source.split = {split!r}, but {request.name} has train and test")
+            raise SourceError(
+                f"{request.uri}: source.split = {split!r}, but {request.name} has train and test"
+            )
         arguments["train"] = split == "train"
     elif named in takes:
         arguments.setdefault(named, words.get(split, split))
     elif split != "train":
-        raise SourceError(f"{request.uri}: source.split = {split!r}, but {request.name} has no splits; leave it at train")
+        raise SourceError(
+            f"{request.uri}: source.split = {split!r}, but {request.name} has no splits; leave it at train"
+        )
     if "root" in takes:
         arguments["root"] = request.root
     if "download" in takes:
         arguments["download"] = False
     if "loader" in takes:
         arguments["loader"] = File
-    missing = [name for name, value in takes.items() if value.default is value.empty and name not in arguments]
+    missing = [
+        name
+        for name, value in takes.items()
+        if value.default is value.empty and name not in arguments
+    ]
     if missing:
-        raise SourceError(f"{request.uri}: {request.name} needs {missing[0]}: torchvision://{request.name}?{missing[0]}=...")
+        raise SourceError(
+            f"{request.uri}: {request.name} needs {missing[0]}: torchvision://{request.name}?{missing[0]}=..."
+        )
     return arguments
 
 
@@ -213,15 +248,23 @@ def _attempt(request: Request, kind: Any, arguments: dict[str, Any]) -> Any:
             dataset = kind(**arguments)
             absent = _absent_file(dataset)
         except ImportError as error:
-            raise SourceError(f"{request.uri}: {request.name} needs a package that is not installed: {error}") from None
+            raise SourceError(
+                f"{request.uri}: {request.name} needs a package that is not installed: {error}"
+            ) from None
         except pickle.UnpicklingError as error:
-            raise SourceError(f"{request.uri}: a file in {request.root} is not a pickle of arrays: {error}") from None
-        except Exception as error:  # anything: each class has checks of its own, and files may hold anything
+            raise SourceError(
+                f"{request.uri}: a file in {request.root} is not a pickle of arrays: {error}"
+            ) from None
+        except (
+            Exception
+        ) as error:  # anything: each class has checks of its own, and files may hold anything
             words = " ".join(str(error).split())[:300] or type(error).__name__
             if words.startswith("Unknown value"):
                 hint = "; set source.split" if "argument split" in words else ""
                 raise SourceError(f"{request.uri}: {words}{hint}") from None
-            raise _Unavailable(words, [os.path.relpath(path, request.root) for path in differing]) from None
+            raise _Unavailable(
+                words, [os.path.relpath(path, request.root) for path in differing]
+            ) from None
     if absent:
         raise _Unavailable(f"its list names files that are not there, such as {absent}", [])
     return dataset
@@ -229,7 +272,10 @@ def _attempt(request: Request, kind: Any, arguments: dict[str, Any]) -> Any:
 
 def _absent_file(dataset: Any) -> str:
     """The first of the files that the dataset lists, where none of some of them is there; "" otherwise."""
-    looked = [first_item(dataset, index)[0] for index in range(0, len(dataset), max(1, len(dataset) // 20))]
+    looked = [
+        first_item(dataset, index)[0]
+        for index in range(0, len(dataset), max(1, len(dataset) // 20))
+    ]
     files = [image.path for image in looked if isinstance(image, File)]
     return str(files[0]) if files and not any(map(os.path.exists, files)) else ""
 
@@ -253,7 +299,11 @@ def _checks(kind: Any, verify: bool) -> Iterator[list[str]]:
     torchvision's classes call `check_integrity` and `pickle.load` by their modules' names; these are replaced for a moment.
     """
     differing: list[str] = []
-    modules = {sys.modules[base.__module__] for base in kind.__mro__ if base.__module__.startswith("torchvision.datasets.")}
+    modules = {
+        sys.modules[base.__module__]
+        for base in kind.__mro__
+        if base.__module__.startswith("torchvision.datasets.")
+    }
     with _patching:
         saved = []
         for module in modules:
@@ -301,7 +351,9 @@ def _expected(kind: Any, request: Request) -> str:
         entries = [name for name, *_ in (*kind.train_list, *getattr(kind, "test_list", ()))]
         return f"the folder {folder} with {_some([*entries, kind.meta['filename']], 8)}"
     if isinstance(getattr(kind, "resources", None), list):
-        names = [os.path.splitext(entry[0])[0] for entry in kind.resources if isinstance(entry[0], str)]
+        names = [
+            os.path.splitext(entry[0])[0] for entry in kind.resources if isinstance(entry[0], str)
+        ]
         return f"the folder {request.name}/raw with {_some(names, 8)}"
     return f"the files that torchvision's documentation of {request.name} names"
 

@@ -25,9 +25,17 @@ from PIL import Image
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, RawSample, Source, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 from raypipe.sources.common import text
-from raypipe.sources.torchvision_build import File, Request, build, dataset_class, first_item, has_splits, parse_request
+from raypipe.sources.torchvision_build import (
+    File,
+    Request,
+    build,
+    dataset_class,
+    first_item,
+    has_splits,
+    parse_request,
+)
 
 READERS, AT_ONCE = 8, 32
 """Files read at the same time, and held at most."""
@@ -58,8 +66,14 @@ class TorchvisionSource(Source):
         else:
             stamp = _stamp(self._request, dataset)
             name = self._request.name
-            path = f"{name}/{self._request.split}" if has_splits(self._request, dataset_class(self._request)) else name
-            yield SourceFile(path, getattr(getattr(dataset, "data", None), "nbytes", 0), stamp, (stamp,))
+            path = (
+                f"{name}/{self._request.split}"
+                if has_splits(self._request, dataset_class(self._request))
+                else name
+            )
+            yield SourceFile(
+                path, getattr(getattr(dataset, "data", None), "nbytes", 0), stamp, (stamp,)
+            )
 
     def scan(self, file: SourceFile) -> FileScan:
         if not _is_run(file.members):
@@ -68,10 +82,16 @@ class TorchvisionSource(Source):
             labels = _labels(dataset) if names is None else frozenset[int]()
             return FileScan(self.cut(file, len(dataset)), names, labels)
         found = (_split(member)[0] for member in file.members)
-        names = class_names(build(self._request, fetch=False)) if file.stamp.startswith(NAMED) else None
-        return FileScan(self.cut(file, len(file.members)), names, frozenset(label for label in found if label is not None))
+        names = (
+            class_names(build(self._request, fetch=False)) if file.stamp.startswith(NAMED) else None
+        )
+        return FileScan(
+            self.cut(file, len(file.members)),
+            names,
+            frozenset(label for label in found if label is not None),
+        )
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         if _is_run(fragment.members):
             yield from self._read_files(fragment, wanted)
             return
@@ -99,17 +119,28 @@ class TorchvisionSource(Source):
             digest.update(f"{stamp}\0".encode())
             run.append(f"{'' if target is None else int(target)}\t{text(path)}")
             ends = hashlib.blake2b(run[-1].encode(), digest_size=8).digest()
-            if len(run) == limit or int.from_bytes(ends, "big") % limit == 0 or index == len(dataset) - 1:
-                yield SourceFile(_split(run[0])[1], size, (NAMED if first else "") + digest.hexdigest(), tuple(run))
+            if (
+                len(run) == limit
+                or int.from_bytes(ends, "big") % limit == 0
+                or index == len(dataset) - 1
+            ):
+                yield SourceFile(
+                    _split(run[0])[1],
+                    size,
+                    (NAMED if first else "") + digest.hexdigest(),
+                    tuple(run),
+                )
                 run, first, size, digest = [], False, 0, hashlib.blake2b(digest_size=12)
 
-    def _read_files(self, fragment: Fragment, wanted: Wanted | None) -> Iterator[RawSample]:
+    def _read_files(self, fragment: Fragment, wanted: IdFilter | None) -> Iterator[RawSample]:
         members = map(_split, fragment.members[fragment.start : fragment.stop])
         chosen = (member for member in members if wanted is None or wanted(member[1]))
         with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-read") as pool:
             while group := list(islice(chosen, AT_ONCE)):
                 paths = [os.path.join(self._request.root, path) for _, path in group]
-                for (label, path), (image, reason) in zip(group, pool.map(_fetch, paths), strict=True):
+                for (label, path), (image, reason) in zip(
+                    group, pool.map(_fetch, paths), strict=True
+                ):
                     yield RawSample(path, image, label, reason)
 
 
@@ -123,11 +154,20 @@ def class_names(dataset: Any) -> tuple[str, ...] | None:
     if isinstance(positions, dict) and sorted(positions.values()) == list(range(len(positions))):
         names = [name for name, _ in sorted(positions.items(), key=lambda item: item[1])]
     else:
-        listed = (getattr(dataset, name, None) for name in ("classes", "categories", "all_categories"))
-        names = next((list(found) for found in listed if isinstance(found, list | tuple) and found), [])
-    words = [", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in names]
+        listed = (
+            getattr(dataset, name, None) for name in ("classes", "categories", "all_categories")
+        )
+        names = next(
+            (list(found) for found in listed if isinstance(found, list | tuple) and found), []
+        )
+    words = [
+        ", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in names
+    ]
     count = Counter(words)
-    return tuple(f"{word} ({index})" if count[word] > 1 else word for index, word in enumerate(words)) or None
+    return (
+        tuple(f"{word} ({index})" if count[word] > 1 else word for index, word in enumerate(words))
+        or None
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -135,7 +175,9 @@ def _made(request: Request, stamp: str) -> Any:
     """The dataset in this process. Its stamp is that of the index, so that its checksums need no second look. Raises SourceError."""
     dataset = build(dataclasses.replace(request, verify=False), fetch=False)
     if _stamp(request, dataset) != stamp:
-        raise SourceError(f"{request.uri}: the files in {request.root} changed since they were indexed; run again")
+        raise SourceError(
+            f"{request.uri}: the files in {request.root} changed since they were indexed; run again"
+        )
     return dataset
 
 
@@ -159,11 +201,15 @@ def _check_items(request: Request, dataset: Any) -> bool:
         reason = f"({type(image).__name__}, {type(target).__name__}) instead of an image and a class number"
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise SourceError(f"{request.uri}: none of the first {min(LOOKED_AT, len(dataset))} items can be read: {reason}")
+    raise SourceError(
+        f"{request.uri}: none of the first {min(LOOKED_AT, len(dataset))} items can be read: {reason}"
+    )
 
 
 def _is_label(target: Any) -> bool:
-    if getattr(target, "shape", None) == () and hasattr(target, "item"):  # a tensor or array of one number
+    if getattr(target, "shape", None) == () and hasattr(
+        target, "item"
+    ):  # a tensor or array of one number
         target = target.item()
     return target is None or isinstance(target, numbers.Integral)
 
@@ -182,9 +228,18 @@ def _stamp(request: Request, dataset: Any) -> str:
     if hasattr(data, "__array__"):
         array = np.asarray(data)
         digest.update(f"{array.dtype} {array.shape}".encode())
-        for start in range(0, len(array), AT_ONCE):  # CIFAR's is a view in another order: no second copy of it all
+        for start in range(
+            0, len(array), AT_ONCE
+        ):  # CIFAR's is a view in another order: no second copy of it all
             digest.update(np.ascontiguousarray(array[start : start + AT_ONCE]).data)
-        targets = next((found for name in ("targets", "labels") if (found := getattr(dataset, name, None)) is not None), None)
+        targets = next(
+            (
+                found
+                for name in ("targets", "labels")
+                if (found := getattr(dataset, name, None)) is not None
+            ),
+            None,
+        )
         digest.update(repr(np.asarray(targets).tolist()).encode())
     else:
         for folder in _folders(request, dataset):
@@ -195,8 +250,15 @@ def _stamp(request: Request, dataset: Any) -> str:
 
 def _folders(request: Request, dataset: Any) -> list[str]:
     """The folders below root that belong to a dataset, as far as it says, or that have its name."""
-    stated = [request.name.lower(), *(getattr(dataset, name, None) for name in ("base_folder", "_base_folder", "root"))]
-    found = {os.path.join(request.root, os.fspath(folder)) for folder in stated if isinstance(folder, str | os.PathLike)}
+    stated = [
+        request.name.lower(),
+        *(getattr(dataset, name, None) for name in ("base_folder", "_base_folder", "root")),
+    ]
+    found = {
+        os.path.join(request.root, os.fspath(folder))
+        for folder in stated
+        if isinstance(folder, str | os.PathLike)
+    }
     return sorted(folder for folder in found - {request.root} if os.path.isdir(folder))
 
 
@@ -205,12 +267,17 @@ def _sample(sample_id: str, dataset: Any, index: int) -> RawSample:
         image, target = dataset[index]
         if not isinstance(image, Image.Image) or not _is_label(target):
             given = f"({type(image).__name__}, {type(target).__name__})"
-            return RawSample(sample_id, None, None, f"the item is {given}, not an image and a class number")
+            return RawSample(
+                sample_id, None, None, f"the item is {given}, not an image and a class number"
+            )
         return RawSample(sample_id, _content(image), None if target is None else int(target))
     except Exception as error:
         # each class reads its own way and raises its own errors; what cannot be read is one reject
         return RawSample(
-            sample_id, None, None, f"cannot be read: {text(' '.join(str(error).split())[:200]) or type(error).__name__}"
+            sample_id,
+            None,
+            None,
+            f"cannot be read: {text(' '.join(str(error).split())[:200]) or type(error).__name__}",
         )
 
 

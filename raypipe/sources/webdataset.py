@@ -14,9 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from raypipe import storage
-from raypipe.sources.base import FileScan, Fragment, Preview, RawSample, SourceFile, Wanted
+from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import AUTO, LABEL_NAMES
-from raypipe.sources.common import IMAGE_EXTENSIONS, FileSource, number_or_name, stored_label, text, without_content
+from raypipe.sources.common import (
+    IMAGE_EXTENSIONS,
+    FileSource,
+    number_or_name,
+    stored_label,
+    text,
+    without_content,
+)
 from raypipe.sources.tarfiles import BLOCK, Group, groups
 from raypipe.storage import Reader
 
@@ -47,7 +54,10 @@ class WebDatasetSource(FileSource):
         distant_duplicate = named = False
         for group in groups(stored, 0, _compressed(file.path), _wants_label):
             first = keys.setdefault(group.key, len(offsets))
-            distant_duplicate |= first // self.settings.fragment_samples != len(offsets) // self.settings.fragment_samples
+            distant_duplicate |= (
+                first // self.settings.fragment_samples
+                != len(offsets) // self.settings.fragment_samples
+            )
             offsets.append(group.offset)
             named |= bool(group.names)
             label, _ = self._label(group)
@@ -60,10 +70,12 @@ class WebDatasetSource(FileSource):
         from_start = _compressed(file.path) or distant_duplicate
         fragments = self.cut(file, len(offsets))
         if not from_start:
-            fragments = tuple(dataclasses.replace(part, offset=offsets[part.start]) for part in fragments)
+            fragments = tuple(
+                dataclasses.replace(part, offset=offsets[part.start]) for part in fragments
+            )
         return FileScan(fragments, None, frozenset(labels))
 
-    def read(self, fragment: Fragment, wanted: Wanted | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
             return
         index = fragment.start if fragment.offset else 0
@@ -75,7 +87,9 @@ class WebDatasetSource(FileSource):
         def load(key: str, extension: str, size: int) -> bool:
             if index < fragment.start or (wanted is not None and not wanted(identity(key))):
                 return False
-            return _wants_label(key, extension, size) or (extension in _IMAGES and size <= LARGEST_IMAGE)
+            return _wants_label(key, extension, size) or (
+                extension in _IMAGES and size <= LARGEST_IMAGE
+            )
 
         with self.open(fragment.path) as stored:
             for group in groups(stored, fragment.offset, _compressed(fragment.path), load):
@@ -89,10 +103,14 @@ class WebDatasetSource(FileSource):
         while index < fragment.stop:
             sample_id = f"{fragment.path}#sample-{index}"
             if index >= fragment.start and (wanted is None or wanted(sample_id)):
-                yield RawSample(sample_id, None, None, "the tar has fewer samples than when it was indexed")
+                yield RawSample(
+                    sample_id, None, None, "the tar has fewer samples than when it was indexed"
+                )
             index += 1
 
-    def preview(self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool) -> Preview:
+    def preview(
+        self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool
+    ) -> Preview:
         """Samples from random bytes on: the reader finds the next header by itself. How many there are is told from their size.
 
         A compressed tar can only be read from its start, so there the first samples are taken.
@@ -102,7 +120,9 @@ class WebDatasetSource(FileSource):
         try:
             opened = storage.open_read(self._location.uri(file.path), PREVIEW_BYTES)
         except FileNotFoundError:
-            return Preview(error="no such file: deleted since it was listed, or its name is not UTF-8")
+            return Preview(
+                error="no such file: deleted since it was listed, or its name is not UTF-8"
+            )
         with opened as stored:
             if whole:
                 return self._preview_whole(stored, file, places * each, draw)
@@ -127,29 +147,43 @@ class WebDatasetSource(FileSource):
                 taken, looked = taken + len(kept), looked + span
                 labels |= {group.offset: self._labels(group) for group in kept}
                 for group in draw.sample(kept[:loaded], min(most, loaded)):
-                    drawn[group.offset] = self._sample(f"{file.path}#{text(group.key)}", group, False)
+                    drawn[group.offset] = self._sample(
+                        f"{file.path}#{text(group.key)}", group, False
+                    )
         if not taken:
             return Preview(error=f"not a tar file: {problem}")
         found = Counter(label for part in labels.values() for label in part)
         return Preview(tuple(drawn.values()), file.size * taken / max(1, looked), False, found)
 
-    def _preview_whole(self, stored: Reader, file: SourceFile, count: int, draw: random.Random) -> Preview:
+    def _preview_whole(
+        self, stored: Reader, file: SourceFile, count: int, draw: random.Random
+    ) -> Preview:
         everything = list(groups(stored, 0, _compressed(file.path), _wants_label))
         if everything and not any(group.names for group in everything):
             return Preview(error=f"not a tar file: {everything[-1].reason}")
         labels = Counter(label for group in everything for label in self._labels(group))
-        chosen = {everything[index].key for index in draw.sample(range(len(everything)), min(count, len(everything)))}
-        fragment = Fragment(self.fragment_id(file, 0, len(everything)), file.path, 0, len(everything))
+        chosen = {
+            everything[index].key
+            for index in draw.sample(range(len(everything)), min(count, len(everything)))
+        }
+        fragment = Fragment(
+            self.fragment_id(file, 0, len(everything)), file.path, 0, len(everything)
+        )
         drawn = self.read(fragment, {f"{file.path}#{text(key)}" for key in chosen}.__contains__)
         return Preview(tuple(drawn), len(everything), True, labels)
 
-    def _place(self, stored: Reader, path: str, start: int, window: int) -> tuple[list[Group], int, int]:
+    def _place(
+        self, stored: Reader, path: str, start: int, window: int
+    ) -> tuple[list[Group], int, int]:
         """The whole groups from a byte on, of how many of them the images were read, and the bytes of the file they take.
 
         window  bytes after which it is enough, where there is one group
         """
         kept: list[Group] = []
-        compressed, cut = _compressed(path), start > 0  # where reading begins inside a group, that is no damage
+        compressed, cut = (
+            _compressed(path),
+            start > 0,
+        )  # where reading begins inside a group, that is no damage
         current, wanted, loaded = "", False, 0
 
         def load(key: str, extension: str, size: int) -> bool:
@@ -157,7 +191,9 @@ class WebDatasetSource(FileSource):
             if key != current:
                 current, wanted = key, not cut and (not kept or stored.tell() < start + window)
                 loaded += wanted
-            return _wants_label(key, extension, size) or (wanted and extension in _IMAGES and size <= LARGEST_IMAGE)
+            return _wants_label(key, extension, size) or (
+                wanted and extension in _IMAGES and size <= LARGEST_IMAGE
+            )
 
         ends_early = stored.end_at(1 << 62 if compressed else start + MOST_PREVIEW_BYTES)
         # when a group comes, nothing of the one after it has been loaded
@@ -170,7 +206,11 @@ class WebDatasetSource(FileSource):
                 break
         else:
             if not ends_early:
-                return kept, min(loaded, len(kept)), stored.tell() - (kept[0].offset if kept and not compressed else 0)
+                return (
+                    kept,
+                    min(loaded, len(kept)),
+                    stored.tell() - (kept[0].offset if kept and not compressed else 0),
+                )
         last = kept.pop() if kept else None
         begin = kept[0].offset if kept else 0
         end = stored.tell() if compressed else last.offset if last is not None else 0
@@ -179,7 +219,9 @@ class WebDatasetSource(FileSource):
     def _sample(self, sample_id: str, group: Group, duplicate: bool) -> RawSample:
         label, wrong = self._label(group)
         extension = next((extension for extension in group.names if extension in _IMAGES), None)
-        reason = group.reason or ("duplicate key: an earlier sample of the tar has it too" if duplicate else "")
+        reason = group.reason or (
+            "duplicate key: an earlier sample of the tar has it too" if duplicate else ""
+        )
         if not reason and extension is None:
             reason = f"no image: only {', '.join(f'.{name}' for name in list(group.names)[:5])}"
         image = group.contents.get(extension) if extension is not None else None
@@ -207,7 +249,10 @@ class WebDatasetSource(FileSource):
                 words = content.decode("utf-8")
                 value: Any = json.loads(words) if extension == "json" else number_or_name(words)
             except (ValueError, RecursionError) as error:
-                return None, f"label: .{extension} cannot be read: {' '.join(str(error).split())[:200]}"
+                return (
+                    None,
+                    f"label: .{extension} cannot be read: {' '.join(str(error).split())[:200]}",
+                )
             if extension == "json":
                 if not isinstance(value, dict):
                     return None, f"label: .json holds no fields but {type(value).__name__}"
@@ -221,7 +266,11 @@ class WebDatasetSource(FileSource):
     def _field(self, fields: dict[str, Any]) -> str | None:
         """The field of a .json with the label; of `auto`, the first one with a usual name, or None."""
         wanted = self.settings.label_column
-        return next((name for name in LABEL_NAMES if name in fields), None) if wanted == AUTO else wanted
+        return (
+            next((name for name in LABEL_NAMES if name in fields), None)
+            if wanted == AUTO
+            else wanted
+        )
 
 
 def _compressed(path: str) -> bool:

@@ -1,6 +1,6 @@
 """Embed: streams every fragment of the source once: decoding in tasks, the proxy's forward pass in actors beside them.
 
-With `embed.decode` the actors decode JPEGs as well, on their GPU (`raypipe.jpegs`); only they differ then, by a stated tolerance.
+With `embed.decode` the actors decode JPEGs as well, on their GPU (`raypipe.vision.gpu_decode`); only they differ then, by a stated tolerance.
 Writes, per fragment, `embeddings/<fragment>.parquet` (sample_id, label, embedding, and what the proxy says of the sample:
 prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`. Where the source has
 no labels, the label is the pseudo-label that the network and the clusters of the stage `label` give.
@@ -22,23 +22,27 @@ import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.context import Context
+from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
-from raypipe.images import decode_batch
-from raypipe.rundir import Run, StageRecord
+from raypipe.runs.checkpoints import load_checkpoint
+from raypipe.runs.duplicates import reject_duplicates
+from raypipe.runs.embeddings import SPECIAL_ROWS
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.partition import proxy_parts
+from raypipe.runs.pseudo_labels import load_labeller
+from raypipe.runs.rejects import RejectTally, hash_order, summarize, write_rejects
+from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.sources import Fragment, RawSample, open_source
-from raypipe.stages.base import Context, Stage
-from raypipe.stages.duplicates import once
-from raypipe.stages.proxy import load_checkpoint, proxy_parts
-from raypipe.stages.pseudo import load_labeller
-from raypipe.stages.rejects import Tally, fair_order, summarize
-from raypipe.stages.seed import audit_rule, seed_manifest, wanted
-from raypipe.stages.streaming import Columns, Stopwatch, stream
+from raypipe.sources.id_sampling import audit_rule, in_sample
+from raypipe.stages.base import Stage
+from raypipe.vision.decode import decode_batch
 
-REJECT_SCHEMA = pa.schema([("sample_id", pa.string()), ("fragment", pa.string()), ("reason", pa.string())])
 READERS = 16
 """Files of the run that the driver reads at a time; it holds no more of them, however many there are."""
-SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
-"""Samples that come first in a fragment's file, in this order and each in a row group of their own; where their number stands."""
 
 
 class EmbedStage(Stage):
@@ -66,17 +70,27 @@ class EmbedStage(Stage):
         pool = context.cluster.pool(config.embed)
         gpu = pool.num_gpus > 0
         if config.embed.decode == "gpu" and not gpu:
-            raise ResourceError(f"embed.decode is gpu, but embed has no GPU ({context.cluster}); set it to auto or cpu")
+            raise ResourceError(
+                f"embed.decode is gpu, but embed has no GPU ({context.cluster}); set it to auto or cpu"
+            )
         aside = gpu and config.embed.decode != "cpu"
         for fragment in fragments:
             if fragment.error:
-                write_rejects(run, fragment.fragment_id, [(fragment.path, f"file cannot be read: {fragment.error}")])
+                write_rejects(
+                    run,
+                    fragment.fragment_id,
+                    [(fragment.path, f"file cannot be read: {fragment.error}")],
+                )
         expected = sum(fragment.samples for fragment in readable)
-        tally = Tally(config.source.max_reject_fraction, expected)
-        _count_earlier(run, [fragment for fragment in readable if fragment.fragment_id in done], tally)
+        tally = RejectTally(config.source.max_reject_fraction, expected)
+        _count_earlier(
+            run, [fragment for fragment in readable if fragment.fragment_id in done], tally
+        )
         tally.check()
         with context.progress.meter("embed", expected) as meter:
-            meter.already(sum(fragment.samples for fragment in readable if fragment.fragment_id in done))
+            meter.already(
+                sum(fragment.samples for fragment in readable if fragment.fragment_id in done)
+            )
             meter.queue(len(missing))
 
             def collect(result: dict[str, Any]) -> None:
@@ -87,10 +101,16 @@ class EmbedStage(Stage):
                 record.gpu_seconds += result["gpu_seconds"] * pool.num_gpus
 
             stream(
-                fair_order(missing, lambda fragment: fragment.fragment_id),
+                hash_order(missing, lambda fragment: fragment.fragment_id),
                 functools.partial(_read, config, run.uri, aside),
                 EmbedActor,
-                {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": gpu, "aside": aside},
+                {
+                    "config": config,
+                    "run_uri": run.uri,
+                    "threads": pool.threads,
+                    "gpu": gpu,
+                    "aside": aside,
+                },
                 pool,
                 config.cluster.patience_seconds,
                 collect,
@@ -105,15 +125,21 @@ class EmbedStage(Stage):
         if not embedded:
             raise StageError("every sample was rejected; see rejects/ for the reasons")
         record.samples = embedded
-        record.detail = {"rejects": rejected, "unreadable_files": unreadable, "dtype": config.embed.dtype}
+        record.detail = {
+            "rejects": rejected,
+            "unreadable_files": unreadable,
+            "dtype": config.embed.dtype,
+        }
 
 
-def _count_earlier(run: Run, fragments: list[Fragment], tally: Tally) -> None:
+def _count_earlier(run: Run, fragments: list[Fragment], tally: RejectTally) -> None:
     """Count the rejects of fragments that an earlier attempt finished."""
     with_rejects = run.done("rejects")
 
     def rejects(fragment: Fragment) -> str:
-        table = storage.read_table(run.path("rejects", f"{fragment.fragment_id}.parquet"), ["sample_id", "reason"])
+        table = storage.read_table(
+            run.path("rejects", f"{fragment.fragment_id}.parquet"), ["sample_id", "reason"]
+        )
         return summarize((row["sample_id"], row["reason"]) for row in table.to_pylist())
 
     for fragment in fragments:
@@ -125,62 +151,44 @@ def _count_earlier(run: Run, fragments: list[Fragment], tally: Tally) -> None:
         tally.add(fragment.samples, found)
 
 
-def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) -> None:
-    """Delete outputs of fragments that are no longer in the index: files that changed or went away."""
-    current = {fragment.fragment_id for fragment in fragments}
-    for folder in folders:
-        for stale in run.done(folder) - current:
-            storage.delete(run.path(folder, f"{stale}.parquet"))
-
-
-def count_rows(run: Run, folder: str) -> int:
-    """Rows in all Parquet files of a folder, from their footers."""
-
-    def rows(stem: str) -> int:
-        with storage.open_read(run.path(folder, f"{stem}.parquet")) as file:
-            return pq.ParquetFile(file).metadata.num_rows
-
-    return sum(count for _, count in storage.ahead(rows, run.done(folder), run.uri, READERS))
-
-
-def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) -> None:
-    """Every sample of a fragment that could not be read, with its reason."""
-    rows = [{"sample_id": sample_id, "fragment": fragment_id, "reason": reason} for sample_id, reason in rejects]
-    storage.write_table(run.path("rejects", f"{fragment_id}.parquet"), pa.Table.from_pylist(rows, schema=REJECT_SCHEMA))
-
-
-def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Columns:
-    """Read and decode a fragment. Runs in a task. With `aside`, JPEGs are left to the actor: see `raypipe.jpegs.set_aside`."""
+def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Batch:
+    """Read and decode a fragment. Runs in a task. With `aside`, JPEGs are left to the actor: see `raypipe.vision.gpu_decode.split_off_jpegs`."""
     watch, run = Stopwatch(), Run(run_uri)
     classes, count, source = run.classes(), fragment.samples, open_source(config.source)
     ids: list[str] = []
     index: list[tuple[int, str]] = []
 
     def samples() -> Iterator[RawSample]:
-        for sample in once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat):
+        for sample in reject_duplicates(
+            run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat
+        ):
             ids.append(sample.sample_id)
             index.append(classes.label_of(sample))
             if len(ids) <= count:
                 yield sample
 
     size, max_pixels = config.proxy.image_size, config.source.max_pixels
-    columns: Columns = {}
+    columns: Batch = {}
     if aside:
-        from raypipe.jpegs import set_aside
+        from raypipe.vision.gpu_decode import split_off_jpegs
 
-        images, pixels, reasons = set_aside(samples(), size, max_pixels)
+        images, pixels, reasons = split_off_jpegs(samples(), size, max_pixels)
         columns["image"] = np.empty(len(images), object)
         columns["image"][:] = images
         columns["jpeg_pixels"] = np.array(pixels, np.int64)
     else:
         columns["image"], reasons = decode_batch(samples(), size, max_pixels, count)
     if len(ids) != count:
-        raise StageError(f"{fragment.path}: {len(ids)} samples where the index counted {count}; the file changed. Run again")
+        raise StageError(
+            f"{fragment.path}: {len(ids)} samples where the index counted {count}; the file changed. Run again"
+        )
     return {
         "fragment": np.full(count, fragment.fragment_id),
         "sample_id": np.array(ids),
         "label": np.array([label for label, _ in index], np.int32),
-        "reason": np.array([reason or wrong for reason, (_, wrong) in zip(reasons, index, strict=True)]),
+        "reason": np.array(
+            [reason or wrong for reason, (_, wrong) in zip(reasons, index, strict=True)]
+        ),
         **columns,
         "cpu_seconds": np.full(count, watch.lap() / count),
     }
@@ -189,30 +197,34 @@ def _read(config: Config, run_uri: str, aside: bool, fragment: Fragment) -> Colu
 class EmbedActor:
     """The last checkpoint of the proxy (of part 0, where there are several), run over whole fragments; writes one file per fragment."""
 
-    def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool, aside: bool = False) -> None:
-        from raypipe.devices import AtOnce, compute_on
+    def __init__(
+        self, config: Config, run_uri: str, threads: int, gpu: bool, aside: bool = False
+    ) -> None:
+        from raypipe.vision.devices import AdaptiveBatch, set_threads
 
-        compute_on(threads)
+        set_threads(threads)
         self._config, self._run, self._gpu, self._watch = config, Run(run_uri), gpu, Stopwatch()
         self._device = "cuda" if gpu else "cpu"
-        self._at_once = AtOnce(config.embed.images_at_once(gpu, config.proxy.image_size))
+        self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
         part = proxy_parts(self._run)[0]
-        self._model = load_checkpoint(self._run, part.trained["final"], self._device, part.checkpoints)
+        self._model = load_checkpoint(
+            self._run, part.trained["final"], self._device, part.checkpoints
+        )
         seed = config.seed
         self._rules = {
-            "seed": wanted(seed.fraction, seed.seed),
+            "seed": in_sample(seed.fraction, seed.seed),
             "audit": audit_rule(seed, seed_manifest(self._run)["audit_fraction"]),
         }
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
         if aside:
-            from raypipe.jpegs import check
+            from raypipe.vision.gpu_decode import check_gpu_decoding
 
-            check(self._device)
+            check_gpu_decoding(self._device)
 
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: Batch) -> Batch:
         import time
 
-        from raypipe.embedding import forward
+        from raypipe.vision.forward import forward
 
         started = time.monotonic()
         fragment = str(batch["fragment"][0])
@@ -222,13 +234,28 @@ class EmbedActor:
         images = images[good]
         if self._labeller is not None:
             labels = self._labeller(images).astype(np.int32)
-        columns = forward(self._model, images, labels, self._at_once, self._device, self._gpu and self._config.proxy.amp)
+        columns = forward(
+            self._model,
+            images,
+            labels,
+            self._at_once,
+            self._device,
+            self._gpu and self._config.proxy.amp,
+        )
         finite = np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
-        rejects += [(str(sample_id), "the proxy's embedding of it is not finite") for sample_id in ids[~finite]]
+        rejects += [
+            (str(sample_id), "the proxy's embedding of it is not finite")
+            for sample_id in ids[~finite]
+        ]
         if rejects:
             write_rejects(self._run, fragment, rejects)
-        self._write(fragment, ids[finite], labels[finite], {name: value[finite] for name, value in columns.items()})
+        self._write(
+            fragment,
+            ids[finite],
+            labels[finite],
+            {name: value[finite] for name, value in columns.items()},
+        )
         row = {
             "unit": fragment,
             "samples": int(finite.sum()),
@@ -239,13 +266,13 @@ class EmbedActor:
         }
         return {key: np.array([value]) for key, value in row.items()}
 
-    def _images(self, batch: Columns) -> tuple[Any, np.ndarray]:
+    def _images(self, batch: Batch) -> tuple[Any, np.ndarray]:
         """Pixels uint8 [n, 3, size, size], an array or a tensor on the device, and for each "" or why it is rejected."""
         if "jpeg_pixels" not in batch:
             return batch["image"], batch["reason"]
-        from raypipe.jpegs import decode_aside
+        from raypipe.vision.gpu_decode import decode_jpegs
 
-        pixels, failed = decode_aside(
+        pixels, failed = decode_jpegs(
             batch["image"].tolist(),
             batch["jpeg_pixels"].tolist(),
             self._config.proxy.image_size,
@@ -253,17 +280,24 @@ class EmbedActor:
             self._device,
             self._at_once.size,
         )
-        reasons = [new or known for new, known in zip(failed, batch["reason"].tolist(), strict=True)]
+        reasons = [
+            new or known for new, known in zip(failed, batch["reason"].tolist(), strict=True)
+        ]
         return pixels, np.array(reasons)
 
-    def _write(self, fragment: str, ids: np.ndarray, labels: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    def _write(
+        self, fragment: str, ids: np.ndarray, labels: np.ndarray, columns: dict[str, np.ndarray]
+    ) -> None:
         embedding = columns.pop("embedding")
         with np.errstate(over="ignore"):
             values = embedding.astype(self._config.embed.dtype).reshape(-1)
         if not np.isfinite(values).all():
             raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
         # so that the fit reads seed and audit samples without the rest
-        groups = {name: np.array([self._rules[name](sample_id) for sample_id in ids], bool) for name in SPECIAL_ROWS}
+        groups = {
+            name: np.array([self._rules[name](sample_id) for sample_id in ids], bool)
+            for name in SPECIAL_ROWS
+        }
         others = ~np.logical_or.reduce(list(groups.values()))
         data: dict[str, Any] = {
             "sample_id": pa.array(ids.tolist(), pa.string()),
@@ -271,21 +305,12 @@ class EmbedActor:
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1]),
             **{name: pa.array(value) for name, value in columns.items()},
         }
-        table = pa.table(data).replace_schema_metadata({key: str(int(groups[name].sum())) for name, key in SPECIAL_ROWS.items()})
+        table = pa.table(data).replace_schema_metadata(
+            {key: str(int(groups[name].sum())) for name, key in SPECIAL_ROWS.items()}
+        )
         buffer = io.BytesIO()
         with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
             for part in (table.filter(pa.array(rows)) for rows in (*groups.values(), others)):
                 if len(part):
                     writer.write_table(part, row_group_size=len(part))
         storage.write_bytes(self._run.path("embeddings", f"{fragment}.parquet"), buffer.getvalue())
-
-
-def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None:
-    """The samples of a fragment's embeddings drawn for the `seed` or the `audit` set, without reading the others; None without any."""
-    with storage.open_read(run.path("embeddings", f"{fragment_id}.parquet")) as file:
-        parquet = pq.ParquetFile(file)
-        counts = {name: int(parquet.schema_arrow.metadata[key.encode()]) for name, key in SPECIAL_ROWS.items()}
-        if not counts[which]:
-            return None
-        # a row group without rows is not written
-        return parquet.read_row_group(1 if which == "audit" and counts["seed"] else 0)

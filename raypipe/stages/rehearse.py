@@ -1,4 +1,4 @@
-"""Rehearse: for scores that need training on the sample, the whole in small: see `raypipe.extrapolate.rehearsal`.
+"""Rehearse: for scores that need training on the sample, the whole in small: see `raypipe.assessment.rehearsal`.
 
 A second proxy is trained, with the settings of the proxy, on the half of the seed set that a hash draws; the other half stands to it as
 all other samples stand to the seed set. It starts from other weights than the proxy. Skipped where `Config.rehearses` says so.
@@ -21,40 +21,46 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
+from raypipe.assessment.rank_agreement import MIN_SAMPLES
 from raypipe.config import Config
+from raypipe.config.choices import PROXY_STATISTICS
+from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.context import Context
+from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
-from raypipe.extrapolate.figures import FEWEST
-from raypipe.names import SIGNALS
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.base import Context, Stage
-from raypipe.stages.parts import LEAST_SAMPLES, part_rule
-from raypipe.stages.proxy import ProxyStage, load_checkpoint, proxy_manifest
-from raypipe.stages.seed import make_manifest, read_shard, seed_manifest, shard_table
-from raypipe.stages.streaming import Columns, Stopwatch, run_tasks, stream
-from raypipe.stages.trajectories import score_shards
+from raypipe.runs.checkpoints import load_checkpoint
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.manifests import make_manifest, proxy_manifest, seed_manifest
+from raypipe.runs.partition import MIN_PART_SAMPLES
+from raypipe.runs.seed_shards import read_shard, shard_table
+from raypipe.sources.id_sampling import part_rule
+from raypipe.stages.base import Stage
+from raypipe.stages.measure.trajectories import score_shards
+from raypipe.stages.proxy.stage import ProxyStage
 
-FOLDER, SCORES, SEEN = "rehearsal", "measured", "seen"
+FOLDER, SCORES_FOLDER, SEEN = "rehearsal", "measured", "seen"
 
 
 class RehearseStage(Stage):
     name = "rehearse"
     needs = ("measure",)
 
-    def wanted(self, config: Config) -> bool:
+    def applies_to(self, config: Config) -> bool:
         return config.rehearses
 
     def settings(self, config: Config) -> dict[str, Any]:
         return {"score": config.score, "options": config.measure.options(config.score)}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        inner = inside(context.run)
+        inner = inner_run(context.run)
         shards = set(seed_manifest(context.run)["shards"])
         return "manifest.json" in storage.names(inner.path("seed")) and all(
-            shards <= inner.done(folder) for folder in ("seed", SCORES, SEEN)
+            shards <= inner.done(folder) for folder in ("seed", SCORES_FOLDER, SEEN)
         )
 
     def execute(self, context: Context, record: StageRecord) -> None:
-        config, run, inner = context.config, context.run, inside(context.run)
+        config, run, inner = context.config, context.run, inner_run(context.run)
         seed = seed_manifest(run)
         # from other weights: two trainings that are compared must not start alike
         alone = config.proxy.model_copy(update={"seed": config.proxy.seed + 1})
@@ -74,24 +80,40 @@ class RehearseStage(Stage):
         self._score(within, record, halved)
         self._look(context, within, record, seed)
         record.samples = halved["samples"]
-        record.detail = {"trained": halved["samples"], "others": seed["samples"] - halved["samples"], **training.detail}
+        record.detail = {
+            "trained": halved["samples"],
+            "others": seed["samples"] - halved["samples"],
+            **training.detail,
+        }
 
-    def _divide(self, context: Context, record: StageRecord, seed: dict[str, Any], inner: Run) -> None:
+    def _divide(
+        self, context: Context, record: StageRecord, seed: dict[str, Any], inner: Run
+    ) -> None:
         """Copy the half that the second proxy is trained on."""
         run = context.run
         if not storage.exists(inner.path("index", "classes.json")):
             classes = run.classes()  # with pseudo-labels, those of clusters; in the copy of the half they stand as labels do
-            storage.write_json(inner.path("index", "classes.json"), {"names": classes.names, "numeric": classes.numeric})
+            storage.write_json(
+                inner.path("index", "classes.json"),
+                {"names": classes.names, "numeric": classes.numeric},
+            )
 
         def collect(result: dict[str, Any]) -> None:
             record.cpu_seconds += result["cpu_seconds"]
 
-        context.cluster  # Ray is started before tasks are made
         missing = [shard for shard in seed["shards"] if shard not in inner.done("seed")]
-        run_tasks(missing, functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed["per_class"])), collect)
+        context.run_tasks(
+            missing,
+            functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed["per_class"])),
+            collect,
+        )
         manifest = make_manifest(inner, seed["shards"], 0.0)
         others = seed["samples"] - manifest["samples"]
-        if manifest["samples"] < LEAST_SAMPLES or others < FEWEST or sum(count > 0 for count in manifest["per_class"]) < 2:
+        if (
+            manifest["samples"] < MIN_PART_SAMPLES
+            or others < MIN_SAMPLES
+            or sum(count > 0 for count in manifest["per_class"]) < 2
+        ):
             raise StageError(
                 f"{seed['samples']} seed samples are too few for a rehearsal on half of them: {manifest['samples']} would be trained on, "
                 f"{others} judged. Raise seed.fraction, or set extrapolate.rehearsal to false"
@@ -100,7 +122,7 @@ class RehearseStage(Stage):
 
     def _score(self, within: Context, record: StageRecord, halved: dict[str, Any]) -> None:
         """The score of the half in the training of the second proxy."""
-        done, first, units = within.run.done(SCORES), 0, []
+        done, first, units = within.run.done(SCORES_FOLDER), 0, []
         for shard, samples in zip(halved["shards"], halved["shard_samples"], strict=True):
             if shard not in done:
                 units.append([(shard, first, first + samples)])
@@ -110,11 +132,14 @@ class RehearseStage(Stage):
             record.cpu_seconds += result["cpu_seconds"]
 
         if units:
-            within.cluster  # Ray is started before tasks are made
-            function = functools.partial(score_shards, within.config, within.run.uri, SCORES, [within.config.score])
-            run_tasks(units, function, collect)
+            function = functools.partial(
+                score_shards, within.config, within.run.uri, SCORES_FOLDER, [within.config.score]
+            )
+            within.run_tasks(units, function, collect)
 
-    def _look(self, context: Context, within: Context, record: StageRecord, seed: dict[str, Any]) -> None:
+    def _look(
+        self, context: Context, within: Context, record: StageRecord, seed: dict[str, Any]
+    ) -> None:
         """Pass the whole seed set through the second proxy."""
         config, run, done = context.config, context.run, within.run.done(SEEN)
         missing = [shard for shard in seed["shards"] if shard not in done]
@@ -134,34 +159,46 @@ class RehearseStage(Stage):
                 missing,
                 functools.partial(_read, run.uri),
                 SecondProxy,
-                {"config": config, "run_uri": run.uri, "threads": pool.threads, "gpu": pool.num_gpus > 0},
+                {
+                    "config": config,
+                    "run_uri": run.uri,
+                    "threads": pool.threads,
+                    "gpu": pool.num_gpus > 0,
+                },
                 pool,
                 config.cluster.patience_seconds,
                 collect,
             )
 
 
-def inside(run: Run) -> Run:
+def inner_run(run: Run) -> Run:
     """The small run within a run."""
     return Run(run.path(FOLDER))
 
 
 def rehearsal(config: Config, run: Run, scores: dict[str, float]) -> tuple[list[str], Any]:
     """Ids of the other half, and the rehearsal; scores: those of the seed set in the training of the proxy, by id."""
-    from raypipe.extrapolate.rehearsal import Rehearsal
-    from raypipe.stages.scored import nodes_of
+    from raypipe.assessment.rehearsal import Rehearsal
+    from raypipe.runs.embeddings import nodes_of
 
-    inner, earlier = inside(run), dict[str, float]()
-    for _, table in storage.iter_tables(inner.path(SCORES)):
-        earlier.update(zip(table["sample_id"].to_pylist(), table[config.score].to_pylist(), strict=True))
-    seen = [table for _, table in sorted(storage.iter_tables(inner.path(SEEN)), key=lambda item: item[0])]
+    inner, earlier = inner_run(run), dict[str, float]()
+    for _, table in storage.iter_tables(inner.path(SCORES_FOLDER)):
+        earlier.update(
+            zip(table["sample_id"].to_pylist(), table[config.score].to_pylist(), strict=True)
+        )
+    seen = [
+        table
+        for _, table in sorted(storage.iter_tables(inner.path(SEEN)), key=lambda item: item[0])
+    ]
     table = pa.concat_tables(seen)
     trained = table["trained"].to_numpy()
     parts = [table.filter(pa.array(rows)) for rows in (trained, ~trained)]
     ids = [part["sample_id"].to_pylist() for part in parts]
     first, other = (nodes_of(part) for part in parts)
     before = np.array([earlier[name] for name in ids[0]], np.float64)
-    return ids[1], Rehearsal(first, before, other, np.array([scores[name] for name in ids[1]], np.float64))
+    return ids[1], Rehearsal(
+        first, before, other, np.array([scores[name] for name in ids[1]], np.float64)
+    )
 
 
 def _halve(run_uri: str, seed: int, classes: int, shard: str) -> dict[str, Any]:
@@ -169,8 +206,10 @@ def _halve(run_uri: str, seed: int, classes: int, shard: str) -> dict[str, Any]:
     watch, run = Stopwatch(), Run(run_uri)
     ids, images, labels = read_shard(run, shard)
     rows = _half(ids, seed)
-    table = shard_table([ids[row] for row in rows], labels[rows].tolist(), images[rows], classes, images.shape[-1])
-    storage.write_table(inside(run).path("seed", f"{shard}.parquet"), table)
+    table = shard_table(
+        [ids[row] for row in rows], labels[rows].tolist(), images[rows], classes, images.shape[-1]
+    )
+    storage.write_table(inner_run(run).path("seed", f"{shard}.parquet"), table)
     return {"cpu_seconds": watch.lap()}
 
 
@@ -180,7 +219,7 @@ def _half(ids: list[str], seed: int) -> np.ndarray:
     return np.flatnonzero([rule(sample_id) == 0 for sample_id in ids])
 
 
-def _read(run_uri: str, shard: str) -> Columns:
+def _read(run_uri: str, shard: str) -> Batch:
     """A seed shard. Runs in a task."""
     ids, images, labels = read_shard(Run(run_uri), shard)
     if not ids:  # a row that says so keeps the unit alive
@@ -190,41 +229,60 @@ def _read(run_uri: str, shard: str) -> Columns:
             "label": np.array([-2]),
             "image": np.zeros((1, *images.shape[1:]), np.uint8),
         }
-    return {"shard": np.full(len(ids), shard), "sample_id": np.array(ids), "label": labels, "image": images}
+    return {
+        "shard": np.full(len(ids), shard),
+        "sample_id": np.array(ids),
+        "label": labels,
+        "image": images,
+    }
 
 
 class SecondProxy:
     """The proxy of the half, run over seed shards; writes one file for each."""
 
     def __init__(self, config: Config, run_uri: str, threads: int, gpu: bool) -> None:
-        from raypipe.devices import AtOnce, compute_on
+        from raypipe.vision.devices import AdaptiveBatch, set_threads
 
-        compute_on(threads)
+        set_threads(threads)
         self._config, self._run, self._watch = config, Run(run_uri), Stopwatch()
         self._device = "cuda" if gpu else "cpu"
-        self._at_once = AtOnce(config.embed.images_at_once(gpu, config.proxy.image_size))
-        inner = inside(self._run)
+        self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
+        inner = inner_run(self._run)
         self._model = load_checkpoint(inner, proxy_manifest(inner)["final"], self._device)
 
-    def __call__(self, batch: Columns) -> Columns:
-        from raypipe.embedding import forward
+    def __call__(self, batch: Batch) -> Batch:
+        from raypipe.vision.forward import forward
 
         started, gpu = time.monotonic(), self._device == "cuda"
         keep = batch["label"] >= 0
         ids, labels = batch["sample_id"][keep].tolist(), batch["label"][keep]
         shard = str(batch["shard"][0])
-        found = forward(self._model, batch["image"][keep], labels, self._at_once, self._device, gpu and self._config.proxy.amp)
+        found = forward(
+            self._model,
+            batch["image"][keep],
+            labels,
+            self._at_once,
+            self._device,
+            gpu and self._config.proxy.amp,
+        )
         trained = np.zeros(len(ids), bool)
         trained[_half(ids, self._config.proxy.seed)] = True
         embedding = found["embedding"]
         data = {
             "sample_id": pa.array(ids, pa.string()),
             "label": pa.array(labels, pa.int32()),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), embedding.shape[1]),
-            **{name: pa.array(found[name], pa.float32()) for name in SIGNALS},
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                pa.array(embedding.reshape(-1)), embedding.shape[1]
+            ),
+            **{name: pa.array(found[name], pa.float32()) for name in PROXY_STATISTICS},
             "trained": pa.array(trained),
         }
-        storage.write_table(inside(self._run).path(SEEN, f"{shard}.parquet"), pa.table(data))
+        storage.write_table(inner_run(self._run).path(SEEN, f"{shard}.parquet"), pa.table(data))
         gpu_seconds = time.monotonic() - started if gpu else 0.0
-        row = {"unit": shard, "samples": len(ids), "cpu_seconds": self._watch.lap(), "gpu_seconds": gpu_seconds}
+        row = {
+            "unit": shard,
+            "samples": len(ids),
+            "cpu_seconds": self._watch.lap(),
+            "gpu_seconds": gpu_seconds,
+        }
         return {key: np.array([value]) for key, value in row.items()}

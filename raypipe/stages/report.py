@@ -7,10 +7,12 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.distributed.context import Context
 from raypipe.report import build
 from raypipe.report.trackers import log_report
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.base import Context, Stage
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.stages.base import Stage
 
 
 class ReportStage(Stage):
@@ -37,7 +39,9 @@ class ReportStage(Stage):
             failed = log_report(run, summary, settings.log_to, settings.experiment)
             record.detail["logged"] = [name for name in settings.log_to if name not in failed]
         for name, reason in failed.items():
-            context.progress.say(f"note: the report is written, but {name} did not take it ({reason}); run again to try again")
+            context.progress.say(
+                f"note: the report is written, but {name} did not take it ({reason}); run again to try again"
+            )
         record.cpu_seconds += time.process_time() - started
 
 
@@ -48,5 +52,9 @@ def build_report(run: Run) -> str:
 
 def _state(run: Run) -> dict[str, Any]:
     """What the report shows: when each stage ended, and which keep-lists there are."""
-    ended = {stage: record.finished for stage, record in run.ledger().items() if stage != ReportStage.name}
+    ended = {
+        stage: record.finished
+        for stage, record in run.ledger().items()
+        if stage != ReportStage.name
+    }
     return {"ended": ended, "keep": sorted(storage.names(run.path("keep")))}

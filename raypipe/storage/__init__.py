@@ -21,19 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from raypipe import listing as _listing
 from raypipe.errors import RaypipeError
-from raypipe.listing import FileInfo
-from raypipe.listing import file_info as _file_info
-from raypipe.listing import hidden as _hidden
-from raypipe.parquet_checks import read_checked
+from raypipe.storage import listing as _listing
 from raypipe.storage.faults import code_of, explaining, retrying
 from raypipe.storage.fences import locked, passed
+from raypipe.storage.listing import FileInfo
+from raypipe.storage.listing import file_info as _file_info
+from raypipe.storage.listing import hidden as _hidden
 from raypipe.storage.places import _remote as _remote
-from raypipe.storage.places import asking_once, filesystem, is_local, join, name
+from raypipe.storage.places import filesystem, is_local, join, name, single_attempt
 from raypipe.storage.streams import Ranges as _Ranges
 from raypipe.storage.streams import Reader, Upload
 from raypipe.storage.streams import temporary_of as _temporary_of
+from raypipe.storage.untrusted_parquet import read_checked
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -141,7 +141,7 @@ def _put(uri: str, data: bytes, condition: dict[str, str] | None = None) -> bool
 
     The fence is looked at before every attempt: between the first one and the last there is time for a run to be taken over.
     """
-    fs, path = asking_once(uri), filesystem(uri)[1]
+    fs, path = single_attempt(uri), filesystem(uri)[1]
     conditions = [condition or {}]
 
     def action() -> bool:
@@ -150,9 +150,16 @@ def _put(uri: str, data: bytes, condition: dict[str, str] | None = None) -> bool
                 fs.pipe_file(path, data, **conditions[-1])
                 return True
             except OSError as error:
-                if isinstance(error, FileExistsError) or code_of(error) in ("PreconditionFailed", "412"):
+                if isinstance(error, FileExistsError) or code_of(error) in (
+                    "PreconditionFailed",
+                    "412",
+                ):
                     return False
-                if conditions[-1] and isinstance(error, FileNotFoundError) and code_of(error) == "NoSuchKey":
+                if (
+                    conditions[-1]
+                    and isinstance(error, FileNotFoundError)
+                    and code_of(error) == "NoSuchKey"
+                ):
                     return False
                 if "IfMatch" in conditions[-1] and code_of(error) in ("NotImplemented", "501"):
                     conditions.append({})
@@ -169,8 +176,16 @@ def open_read(uri: str, block: int = 1 << 20) -> Reader:
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        return Reader(_Ranges(retrying(lambda: open(path, "rb", buffering=0), uri), uri), min(block, LOCAL_BLOCK))
-    return Reader(_Ranges(retrying(lambda: fs.open(path, "rb", block_size=block, cache_type="none"), uri), uri), block)
+        return Reader(
+            _Ranges(retrying(lambda: open(path, "rb", buffering=0), uri), uri),
+            min(block, LOCAL_BLOCK),
+        )
+    return Reader(
+        _Ranges(
+            retrying(lambda: fs.open(path, "rb", block_size=block, cache_type="none"), uri), uri
+        ),
+        block,
+    )
 
 
 def exists(uri: str) -> bool:
@@ -192,7 +207,11 @@ def walk(uri: str) -> Iterator[FileInfo]:
     that cannot be read.
     """
     fs, path = filesystem(uri)
-    find = _listing.local_files if isinstance(fs, LocalFileSystem) else functools.partial(_listing.stored_files, fs)
+    find = (
+        _listing.local_files
+        if isinstance(fs, LocalFileSystem)
+        else functools.partial(_listing.stored_files, fs)
+    )
     return find(path, functools.partial(retrying, what=uri))
 
 
@@ -204,7 +223,11 @@ def listing(uri: str) -> list[FileInfo]:
 def folders(uri: str) -> list[str]:
     """Names of the folders directly in a folder, sorted, of S3 those among its first 1,000 entries; hidden ones are left out."""
     fs, path = filesystem(uri)
-    find = _listing.local_folders if isinstance(fs, LocalFileSystem) else functools.partial(_listing.stored_folders, fs)
+    find = (
+        _listing.local_folders
+        if isinstance(fs, LocalFileSystem)
+        else functools.partial(_listing.stored_folders, fs)
+    )
     try:
         return find(path, functools.partial(retrying, what=uri))
     except (FileNotFoundError, NotADirectoryError):
@@ -232,7 +255,13 @@ def entries(uri: str) -> dict[str, FileInfo | None]:
     for detail in found:
         full, kind = detail["name"].rstrip("/"), detail["type"]
         if detail.get("islink"):  # of which a listing does not say what it leads to
-            kind = "directory" if os.path.isdir(full) else "file" if os.path.exists(full) else "nothing"
+            kind = (
+                "directory"
+                if os.path.isdir(full)
+                else "file"
+                if os.path.exists(full)
+                else "nothing"
+            )
         if full != path.rstrip("/") and kind != "nothing":
             result[name(full)] = None if kind == "directory" else _file_info(name(full), detail)
     return result
@@ -241,7 +270,9 @@ def entries(uri: str) -> dict[str, FileInfo | None]:
 def glob_root(uri: str) -> str:
     """The part of a glob before its first wildcard, up to a slash; `uri` itself when it has no wildcard."""
     wild = min((position for position in map(uri.find, "*?[") if position >= 0), default=-1)
-    return uri if wild < 0 else uri[:wild].rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
+    return (
+        uri if wild < 0 else uri[:wild].rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
+    )
 
 
 def matching(uri: str) -> list[FileInfo]:
@@ -254,8 +285,16 @@ def matching(uri: str) -> list[FileInfo]:
     if isinstance(fs, LocalFileSystem):
         return list(_listing.local_matches(path, root, functools.partial(retrying, what=uri)))
     root = root.rstrip("/") + "/"
-    found = {name: item for name, item in retrying(lambda: fs.glob(path, detail=True), uri).items() if item["type"] == "file"}
-    files = [_file_info(full.removeprefix(root), detail) for full, detail in found.items() if not full.endswith("/")]
+    found = {
+        name: item
+        for name, item in retrying(lambda: fs.glob(path, detail=True), uri).items()
+        if item["type"] == "file"
+    }
+    files = [
+        _file_info(full.removeprefix(root), detail)
+        for full, detail in found.items()
+        if not full.endswith("/")
+    ]
     return sorted(file for file in files if not _hidden(file.path))
 
 
@@ -283,7 +322,9 @@ def read_whole(uri: str, most: int) -> bytes:
         raise RaypipeError(f"{uri}: is no file, but a folder, a pipe or a device")
     size = info(uri).size
     if size > most:
-        raise RaypipeError(f"{uri}: {size:,} bytes, and {most:,} are the most that it can have; is it what it should be?")
+        raise RaypipeError(
+            f"{uri}: {size:,} bytes, and {most:,} are the most that it can have; is it what it should be?"
+        )
     return read_bytes(uri)
 
 
@@ -311,22 +352,37 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     try:
         return read_checked(data, columns)
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise RaypipeError(f"{uri}: not a readable Parquet file ({error}); delete it and run again to make it anew") from None
+        raise RaypipeError(
+            f"{uri}: not a readable Parquet file ({error}); delete it and run again to make it anew"
+        ) from None
 
 
 def write_table(
-    uri: str, table: pa.Table, *, compression: str = "zstd", row_group_size: int | None = None, dictionary: bool = True
+    uri: str,
+    table: pa.Table,
+    *,
+    compression: str = "zstd",
+    row_group_size: int | None = None,
+    dictionary: bool = True,
 ) -> None:
     """Write a Parquet file atomically. The bytes depend on nothing but the table.
 
     Without a dictionary, numbers that hardly repeat are written and read faster, and take less space.
     """
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression=compression, row_group_size=row_group_size, use_dictionary=dictionary)
+    pq.write_table(
+        table,
+        buffer,
+        compression=compression,
+        row_group_size=row_group_size,
+        use_dictionary=dictionary,
+    )
     write_bytes(uri, buffer.getvalue())
 
 
-def ahead(function: Callable[[T], U], items: Iterable[T], where: str, threads: int = READERS) -> Iterator[tuple[T, U]]:
+def ahead(
+    function: Callable[[T], U], items: Iterable[T], where: str, threads: int = READERS
+) -> Iterator[tuple[T, U]]:
     """Every item with what the function makes of it, in order, so many of them at a time in threads.
 
     where  URI of the files that it reads; of local ones no more than `LOCAL_READERS` are read at a time
@@ -348,7 +404,9 @@ def ahead(function: Callable[[T], U], items: Iterable[T], where: str, threads: i
                 result.cancel()
 
 
-def iter_tables(uri: str, columns: list[str] | None = None, *, threads: int = 1) -> Iterator[tuple[str, pa.Table]]:
+def iter_tables(
+    uri: str, columns: list[str] | None = None, *, threads: int = 1
+) -> Iterator[tuple[str, pa.Table]]:
     """Name and table of every Parquet file directly in a folder, sorted by name, one at a time.
 
     With more threads, so many files are read ahead and held at once: what hides the delay of an object store.

@@ -94,8 +94,19 @@ _FINAL = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
     errno.EINVAL, errno.ENOSYS,
 }  # fmt: skip
-_FINAL_WORDS = ("expired", "invalidaccesskey", "signature", "access denied", "forbidden", "nosuchbucket", "credentials")
-_FINAL_TYPES = {"ParamValidationError", "FileExpired"}  # a bad name; an object replaced while it is read
+_FINAL_WORDS = (
+    "expired",
+    "invalidaccesskey",
+    "signature",
+    "access denied",
+    "forbidden",
+    "nosuchbucket",
+    "credentials",
+)
+_FINAL_TYPES = {
+    "ParamValidationError",
+    "FileExpired",
+}  # a bad name; an object replaced while it is read
 _CUT_SHORT = {"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 """What S3 says of content that was damaged on its way there: by its status a bad request, but the next one may arrive."""
 
@@ -104,7 +115,14 @@ def passing(error: BaseException) -> bool:
     """Whether an error may be gone a moment later."""
     if isinstance(error, RaypipeError):
         return False
-    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError):
+    if isinstance(
+        error,
+        FileNotFoundError
+        | PermissionError
+        | FileExistsError
+        | IsADirectoryError
+        | NotADirectoryError,
+    ):
         return False
     if code_of(error) in _CUT_SHORT:
         return True
@@ -128,8 +146,15 @@ def advice(error: BaseException, writing: bool = False) -> str:
     """
     if isinstance(error, RaypipeError):
         return ""
-    number, code, said, words = getattr(error, "errno", None), code_of(error), _said(error), _words(error)
-    if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError):
+    number, code, said, words = (
+        getattr(error, "errno", None),
+        code_of(error),
+        _said(error),
+        _words(error),
+    )
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError
+    ):
         if writing and code == "NoSuchBucket":
             return f"there is no such bucket ({words}). Create it"
         return f"cannot be written ({words}). Mend it" if writing else ""
@@ -140,7 +165,11 @@ def advice(error: BaseException, writing: bool = False) -> str:
     if number == errno.EROFS:
         return f"cannot be written ({words}). Mount it writable, or give another folder"
     if number in (errno.EACCES, errno.EPERM):
-        return f"may not be written ({words}). Change who may write there, or give another folder" if writing else ""
+        return (
+            f"may not be written ({words}). Change who may write there, or give another folder"
+            if writing
+            else ""
+        )
     if "expired" in said and type(error).__name__ != "FileExpired":
         return f"the credentials have expired ({words}). Renew them"
     if any(word in said for word in ("invalidaccesskey", "signature", "credentials")):
@@ -156,7 +185,11 @@ def advice(error: BaseException, writing: bool = False) -> str:
 
 def _said(error: BaseException) -> str:
     """What an error of an object store says, in lower case; "" for others, in which such words are part of a path."""
-    stored = code_of(error) or _from_network(error) or (isinstance(error, OSError) and error.errno is None)
+    stored = (
+        code_of(error)
+        or _from_network(error)
+        or (isinstance(error, OSError) and error.errno is None)
+    )
     if not stored:
         return ""
     return f"{code_of(error)} {type(error).__name__} {error}".lower()
@@ -169,4 +202,10 @@ def _words(error: BaseException) -> str:
 
 def _from_network(error: BaseException) -> bool:
     # botocore, aiohttp and urllib3 have exception trees of their own for the network
-    return type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "urllib3", "asyncio"}
+    return type(error).__module__.split(".")[0] in {
+        "botocore",
+        "aiobotocore",
+        "aiohttp",
+        "urllib3",
+        "asyncio",
+    }

@@ -83,7 +83,9 @@ def locked(folder: str, exclusive: bool) -> Iterator[None]:
         end, kind = time.monotonic() + LOCK_SECONDS, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         while not _locks(file, kind):
             if time.monotonic() > end:
-                raise StorageError(f"{folder}: locked by another process; end that one, then run the same command again")
+                raise StorageError(
+                    f"{folder}: locked by another process; end that one, then run the same command again"
+                )
             time.sleep(0.005)
         yield
     finally:

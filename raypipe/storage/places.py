@@ -35,7 +35,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, fs._strip_protocol(uri)
 
 
-def asking_once(uri: str) -> fsspec.AbstractFileSystem:
+def single_attempt(uri: str) -> fsspec.AbstractFileSystem:
     """The filesystem of a URI that is not local, without retries of its own where it has any."""
     return _remote(uri.partition("://")[0], True)
 

@@ -25,7 +25,9 @@ def s3(once: bool = False) -> S3FileSystem:
     options = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, **given}
     options["retries"] = {"total_max_attempts": 1, "mode": "standard"}
     # A listing must show what other machines wrote a moment ago, so fsspec's own cache of listings is off.
-    return Retrying(once=once, config_kwargs=options, use_listings_cache=False, skip_instance_cache=True)
+    return Retrying(
+        once=once, config_kwargs=options, use_listings_cache=False, skip_instance_cache=True
+    )
 
 
 class Retrying(S3FileSystem):
@@ -40,13 +42,19 @@ class Retrying(S3FileSystem):
     async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
         if self._once:
             return await super()._call_s3(method, *akwarglist, **kwargs)
-        attempts = Attempts(f"s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', kwargs.get('Prefix', ''))}")
+        attempts = Attempts(
+            f"s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', kwargs.get('Prefix', ''))}"
+        )
         again = False
         while True:
             try:
                 result = await super()._call_s3(method, *akwarglist, **kwargs)
             except Exception as error:
-                if again and method == "complete_multipart_upload" and isinstance(error, FileNotFoundError):
+                if (
+                    again
+                    and method == "complete_multipart_upload"
+                    and isinstance(error, FileNotFoundError)
+                ):
                     return await self._completed(kwargs, error)
                 pause = attempts.failed(error)
             else:

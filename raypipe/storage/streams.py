@@ -49,7 +49,10 @@ class Ranges(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
+        self._position = max(
+            0,
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence],
+        )
         return self._position
 
     def tell(self) -> int:
@@ -102,7 +105,9 @@ class Upload:
             self._file = self._fs.open(self._path, "wb", autocommit=False)
         return self._file
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: object
+    ) -> None:
         if value is not None:
             with contextlib.suppress(Exception):  # the error under way is the one to see
                 self._discard()

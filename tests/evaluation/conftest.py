@@ -14,13 +14,16 @@ from helpers import small_config
 from sklearn.datasets import load_digits
 
 from raypipe import storage
-from raypipe.evaluation import running
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.base import Context
-from raypipe.stages.cluster import Cluster
+from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.context import Context
+from raypipe.evaluation import driver
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 
 
-def _in_turn(units: Sequence[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], *_: Any) -> None:
+def _in_turn(
+    units: Sequence[Any], function: Callable[[Any], Any], on_result: Callable[[Any], None], *_: Any
+) -> None:
     for unit in units:
         on_result(function(unit))
 
@@ -32,7 +35,7 @@ def scored_run(tmp_path: Path) -> Run:
     run = Run(config.run)
     run.write_config(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("raypipe.stages.streaming.run_tasks", serial.run_tasks)
+        patch.setattr("raypipe.distributed.tasks.run_tasks", serial.run_tasks)
         patch.setattr(Context, "cluster", None)
         serial.index(config)
     random, digits = np.random.default_rng(0), load_digits()
@@ -41,14 +44,33 @@ def scored_run(tmp_path: Path) -> Run:
         ids = [f"digits/{row:04d}" for row in rows]
         labels = pa.array(digits.target[rows].astype(np.int32), pa.int32(), mask=rows >= 198)
         score = random.normal(size=count).astype(np.float32)
-        numbers = {"score": score, "lower": score - 1, "upper": score + 1, "measured": np.zeros(count, bool)}
+        numbers = {
+            "score": score,
+            "lower": score - 1,
+            "upper": score + 1,
+            "measured": np.zeros(count, bool),
+        }
         storage.write_table(
-            run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table({"sample_id": ids, "label": labels, **numbers})
+            run.path("scores", f"{fragment.fragment_id}.parquet"),
+            pa.table({"sample_id": ids, "label": labels, **numbers}),
         )
         told = {"sample_id": ids, "loss": random.random(count).astype(np.float32)}
-        storage.write_table(run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(told))
-    seconds = {"index": 1.0, "seed": 2.0, "proxy": 30.0, "measure": 4.0, "embed": 5.0, "extrapolate": 6.0, "select": 100.0}
-    records = {stage: StageRecord("done", stage, samples=200, cpu_seconds=each) for stage, each in seconds.items()}
+        storage.write_table(
+            run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(told)
+        )
+    seconds = {
+        "index": 1.0,
+        "seed": 2.0,
+        "proxy": 30.0,
+        "measure": 4.0,
+        "embed": 5.0,
+        "extrapolate": 6.0,
+        "select": 100.0,
+    }
+    records = {
+        stage: StageRecord("done", stage, samples=200, cpu_seconds=each)
+        for stage, each in seconds.items()
+    }
     records["extrapolate"].detail = {"score": "moso", "measured": 0}
     run.write_ledger(records)
     return run
@@ -57,9 +79,9 @@ def scored_run(tmp_path: Path) -> Run:
 @pytest.fixture
 def scored(scored_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`scored_run`, which is decoded and trained on in this process, on a cluster of two CPUs that is none."""
-    monkeypatch.setattr("raypipe.stages.streaming.run_tasks", serial.run_tasks)
+    monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", serial.run_tasks)
     monkeypatch.setattr(Context, "cluster", Cluster(2.0, 0.0, 1, 2.0, False))
-    monkeypatch.setattr(running, "run_on", _in_turn)
-    monkeypatch.setattr(running, "_smallest_memory", lambda: 2.0**30)
-    monkeypatch.setattr(running, "_on_each_node", lambda function: function())
+    monkeypatch.setattr(driver, "run_on_share", _in_turn)
+    monkeypatch.setattr(driver, "smallest_memory", lambda: 2.0**30)
+    monkeypatch.setattr(driver, "on_each_node", lambda function: function())
     return scored_run

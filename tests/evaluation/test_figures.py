@@ -7,21 +7,32 @@ import math
 import numpy as np
 import pytest
 
-from raypipe.evaluation.figures import BreakEven, Interval, difference, interval, pooled_reach, sentence
+from raypipe.evaluation.figures import (
+    BreakEven,
+    Interval,
+    difference,
+    interval,
+    pooled_reach,
+    sentence,
+)
 
 
 def test_the_interval_is_students() -> None:
     found = interval([0.5, 0.6, 0.7])
     # t of 2 degrees of freedom at 97.5 % is 4.3027, from a table; the standard deviation is 0.1
     assert found.mean == pytest.approx(0.6) and found.count == 3
-    assert found.high is not None and found.high - found.mean == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert found.high is not None and found.high - found.mean == pytest.approx(
+        4.30265 * 0.1 / math.sqrt(3), rel=1e-4
+    )
     assert interval([0.5]) == Interval(0.5, None, None, 1)
 
 
 def test_differences_are_paired_by_seed() -> None:
     # seeds differ by much and lists by a constant: unpaired, nothing could be told
     random = {0: 0.3, 1: 0.6, 2: 0.9}
-    better = difference({seed: value + 0.01 + 0.001 * seed for seed, value in random.items()}, random)
+    better = difference(
+        {seed: value + 0.01 + 0.001 * seed for seed, value in random.items()}, random
+    )
     assert better is not None and better.verdict == "better" and better.mean == pytest.approx(0.011)
     worse = difference({1: 0.5, 2: 0.801, 7: 1.0}, random)
     assert worse is not None and worse.count == 2 and worse.verdict == "worse"
@@ -34,7 +45,10 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_the_pooled_interval_covers_the_mean_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
-    covered = [abs(groups.mean(1)[0]) < pooled_reach(groups.tolist()) for groups in random.normal(size=(400, 20, 3))]
+    covered = [
+        abs(groups.mean(1)[0]) < pooled_reach(groups.tolist())
+        for groups in random.normal(size=(400, 20, 3))
+    ]
     assert 0.92 < np.mean(covered) < 0.98
     assert math.isnan(pooled_reach([[0.1], [0.2]]))
 
@@ -52,13 +66,25 @@ def test_break_even() -> None:
 
 
 def test_the_sentence_says_plainly_whether_to_prune() -> None:
-    worse, better, level = Interval(-0.1, -0.2, -0.05, 3), Interval(0.1, 0.05, 0.2, 3), Interval(0.0, -0.1, 0.1, 3)
-    assert sentence({0.5: worse, 0.3: worse}, "moso, top") == "moso, top: worse than random at 0.3 and 0.5: do not prune with it"
+    worse, better, level = (
+        Interval(-0.1, -0.2, -0.05, 3),
+        Interval(0.1, 0.05, 0.2, 3),
+        Interval(0.0, -0.1, 0.1, 3),
+    )
+    assert (
+        sentence({0.5: worse, 0.3: worse}, "moso, top")
+        == "moso, top: worse than random at 0.3 and 0.5: do not prune with it"
+    )
     both = sentence({0.1: worse, 0.5: level, 0.9: better}, "x")
     assert (
         both
         == "x: better than random at 0.9; worse than random at 0.1; not told apart from random at 0.5: do not prune with it there"
     )
-    assert sentence({0.5: level}, "x").endswith("a random list does as well, as far as this can tell")
-    assert sentence({0.1: better, 0.3: better, 0.5: better}, "x") == "x: better than random at 0.1, 0.3 and 0.5"
+    assert sentence({0.5: level}, "x").endswith(
+        "a random list does as well, as far as this can tell"
+    )
+    assert (
+        sentence({0.1: better, 0.3: better, 0.5: better}, "x")
+        == "x: better than random at 0.1, 0.3 and 0.5"
+    )
     assert "not compared" in sentence({0.5: Interval(0.4, None, None, 1), 0.7: None}, "x")

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from raypipe import training
 from raypipe.config import AdversarySettings, ProxySettings
 from raypipe.errors import StageError
-from raypipe.evaluation import fitting
+from raypipe.evaluation import train
+from raypipe.vision import training
 
-SETTINGS = ProxySettings(model="small", image_size=8, epochs=2, batch_size=16, checkpoints=1, flip=False, crop_padding=0)
+SETTINGS = ProxySettings(
+    model="small", image_size=8, epochs=2, batch_size=16, checkpoints=1, flip=False, crop_padding=0
+)
 HALF = ([0.5] * 3, [0.25] * 3)
 
 
@@ -20,7 +22,9 @@ def squares() -> tuple[np.ndarray, np.ndarray]:
     """Dark squares of class 0 and light ones of class 1, with noise."""
     random = np.random.default_rng(0)
     label = random.integers(0, 2, 96)
-    pixels = np.clip(60 + 130 * label[:, None, None, None] + random.normal(0, 20, (96, 3, 8, 8)), 0, 255).astype(np.uint8)
+    pixels = np.clip(
+        60 + 130 * label[:, None, None, None] + random.normal(0, 20, (96, 3, 8, 8)), 0, 255
+    ).astype(np.uint8)
     return pixels, label.astype(np.int64)
 
 
@@ -29,18 +33,21 @@ def test_it_learns_from_its_rows_and_no_others(squares: tuple[np.ndarray, np.nda
     rows = np.arange(64)
     spoiled, wrong = pixels.copy(), label.copy()
     spoiled[64:], wrong[64:] = 0, 1
-    first = fitting.fit(SETTINGS, pixels, label, rows, 2, HALF)
-    second = fitting.fit(SETTINGS, spoiled, wrong, rows, 2, HALF)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
-    found = fitting.test(first, pixels[64:], label[64:], 2)
+    first = train.fit(SETTINGS, pixels, label, rows, 2, HALF)
+    second = train.fit(SETTINGS, spoiled, wrong, rows, 2, HALF)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    found = train.test(first, pixels[64:], label[64:], 2)
     assert found.accuracy > 0.9 and first.training
 
 
 def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, np.ndarray]) -> None:
     pixels, label = squares
-    states: list[fitting.State] = []
+    states: list[train.State] = []
     rows, settings = np.arange(50), SETTINGS.model_copy(update={"crop_padding": 1})
-    whole = fitting.fit(
+    whole = train.fit(
         settings,
         pixels,
         label,
@@ -50,10 +57,17 @@ def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, n
         steps=10,
         save=lambda state: states.append({k: v.clone() for k, v in state.items()}),
     )
-    assert [int(state["epoch"]) for state in states] == [0, 1, 2]  # 4 steps an epoch, the last one cut short
-    again = fitting.fit(settings, pixels, label, rows, 2, HALF, steps=10, state=states[1])
-    other = fitting.fit(settings, pixels, label, rows, 2, HALF, steps=8)
-    weights = [torch.cat([value.flatten().float() for value in model.state_dict().values()]) for model in (whole, again, other)]
+    assert [int(state["epoch"]) for state in states] == [
+        0,
+        1,
+        2,
+    ]  # 4 steps an epoch, the last one cut short
+    again = train.fit(settings, pixels, label, rows, 2, HALF, steps=10, state=states[1])
+    other = train.fit(settings, pixels, label, rows, 2, HALF, steps=8)
+    weights = [
+        torch.cat([value.flatten().float() for value in model.state_dict().values()])
+        for model in (whole, again, other)
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -62,43 +76,64 @@ def test_an_adversarial_training_goes_by_what_an_attack_cannot_change() -> None:
     random = np.random.default_rng(0)
     label = random.integers(0, 2, 192)
     bright = np.where(random.random(192) < 0.9, label, 1 - label)
-    chequered = np.where(np.indices((8, 8)).sum(0) % 2, 8, -8) * (2 * label[:, None, None, None] - 1)
-    pixels = (70 + 110 * bright[:, None, None, None] + chequered + random.integers(-3, 4, (192, 3, 8, 8))).astype(np.uint8)
+    chequered = np.where(np.indices((8, 8)).sum(0) % 2, 8, -8) * (
+        2 * label[:, None, None, None] - 1
+    )
+    pixels = (
+        70 + 110 * bright[:, None, None, None] + chequered + random.integers(-3, 4, (192, 3, 8, 8))
+    ).astype(np.uint8)
     adversary = AdversarySettings(eps="16/255", step_size="8/255", iterations=4)
     settings, rows, found = SETTINGS.model_copy(update={"epochs": 6}), np.arange(128), {}
     for name, given in (("plain", None), ("adversarial", adversary)):
-        model = fitting.fit(settings.model_copy(update={"adversary": given}), pixels, label, rows, 2, HALF)
+        model = train.fit(
+            settings.model_copy(update={"adversary": given}), pixels, label, rows, 2, HALF
+        )
         model.train()
-        robust = [fitting.test(model, pixels[128:], label[128:], 2, adversary=adversary).accuracy for _ in range(2)]
+        robust = [
+            train.test(model, pixels[128:], label[128:], 2, adversary=adversary).accuracy
+            for _ in range(2)
+        ]
         assert robust[0] == robust[1] and model.training
-        found[name] = robust[0], fitting.test(model, pixels[128:], label[128:], 2).accuracy
+        found[name] = robust[0], train.test(model, pixels[128:], label[128:], 2).accuracy
     assert found["adversarial"][0] > found["plain"][0] + 0.2, found
-    assert found["plain"][1] >= found["adversarial"][1] and all(robust <= clean for robust, clean in found.values())
+    assert found["plain"][1] >= found["adversarial"][1] and all(
+        robust <= clean for robust, clean in found.values()
+    )
 
 
-def test_the_learning_rate_ends_with_the_steps(squares: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_ends_with_the_steps(
+    squares: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, int]] = []
     rate = training.learning_rate
     monkeypatch.setattr(
-        training, "learning_rate", lambda settings, step, steps: asked.append((step, steps)) or rate(settings, step, steps)
+        training,
+        "learning_rate",
+        lambda settings, step, steps: asked.append((step, steps)) or rate(settings, step, steps),
     )
-    fitting.fit(SETTINGS, *squares, np.arange(40), 2, HALF, steps=7)
+    train.fit(SETTINGS, *squares, np.arange(40), 2, HALF, steps=7)
     assert asked == [(step, 7) for step in range(7)]
-    assert fitting.steps_of(SETTINGS, 40) == 6 and fitting.steps_of(SETTINGS, 96) == 12
+    assert train.steps_of(SETTINGS, 40) == 6 and train.steps_of(SETTINGS, 96) == 12
 
 
 def test_the_callers_random_numbers_are_left_alone(squares: tuple[np.ndarray, np.ndarray]) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    fitting.fit(SETTINGS, *squares, np.arange(16), 2, HALF, steps=1)
+    train.fit(SETTINGS, *squares, np.arange(16), 2, HALF, steps=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_what_cannot_be_trained_is_refused(squares: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(StageError, match="without labelled samples"):
-        fitting.fit(SETTINGS, *squares, np.zeros(0, np.int64), 2, HALF)
+        train.fit(SETTINGS, *squares, np.zeros(0, np.int64), 2, HALF)
     with pytest.raises(StageError, match=r"the loss is nan.*lower lr"):
-        fitting.fit(SETTINGS.model_copy(update={"lr": 1e30, "schedule": "constant"}), *squares, np.arange(64), 2, HALF)
+        train.fit(
+            SETTINGS.model_copy(update={"lr": 1e30, "schedule": "constant"}),
+            *squares,
+            np.arange(64),
+            2,
+            HALF,
+        )
 
 
 def test_accuracy_by_class() -> None:
@@ -108,13 +143,15 @@ def test_accuracy_by_class() -> None:
 
     said = np.array([0, 0, 1, 1, 3, 0])
     label = np.array([0, 0, 1, 1, 1, 3])
-    found = fitting.test(Says(), np.broadcast_to(said[:, None, None, None], (6, 3, 2, 2)).astype(np.uint8), label, 4)  # type: ignore[arg-type]
+    found = train.test(
+        Says(), np.broadcast_to(said[:, None, None, None], (6, 3, 2, 2)).astype(np.uint8), label, 4
+    )  # type: ignore[arg-type]
     assert found.accuracy == pytest.approx(4 / 6) and found.worst_class == 3
     np.testing.assert_allclose(found.per_class, [1, 2 / 3, np.nan, 0])
 
 
 def test_statistics_of_pixels() -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)
-    mean, std = fitting.statistics_of(images, chunk=7)
+    mean, std = train.statistics_of(images, chunk=7)
     np.testing.assert_allclose(mean, images.mean((0, 2, 3)) / 255, rtol=1e-5)
     np.testing.assert_allclose(std, images.std((0, 2, 3)) / 255, rtol=1e-5)

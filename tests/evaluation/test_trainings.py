@@ -11,26 +11,28 @@ from helpers import small_config
 
 from raypipe.api import _test_source
 from raypipe.config import parse_settings
+from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, ResourceError
-from raypipe.evaluation import pixels
-from raypipe.evaluation.lists import FULL, RANDOM, Listed, Pool
+from raypipe.evaluation import decoded
+from raypipe.evaluation.lists import FULL, RANDOM, ListedSamples, SamplePool
 from raypipe.evaluation.trainings import recipe_of, trainings_of
-from raypipe.settings.evaluate import EvaluateSettings
 
-POOL = Pool((("f", 100),), np.zeros(100, np.int64), np.arange(100), "digest")
+POOL = SamplePool((("f", 100),), np.zeros(100, np.int64), np.arange(100), "digest")
 
 
-def _lists() -> list[Listed]:
+def _lists() -> list[ListedSamples]:
     rows = np.arange(30)
     return [
-        Listed(FULL, 1.0, np.arange(100)),
-        *(Listed(RANDOM, 0.3, rows + seed, draw=seed) for seed in range(2)),
-        Listed("a, top", 0.3, rows + 50, "run", "a", "top"),
-        Listed("a, moderate", 0.3, rows + 50, "run", "a", "moderate"),
+        ListedSamples(FULL, 1.0, np.arange(100)),
+        *(ListedSamples(RANDOM, 0.3, rows + seed, draw=seed) for seed in range(2)),
+        ListedSamples("a, top", 0.3, rows + 50, "run", "a", "top"),
+        ListedSamples("a, moderate", 0.3, rows + 50, "run", "a", "moderate"),
     ]
 
 
-def _names(config: Any = None, data: str = "data", gpu: bool = False, **changed: Any) -> dict[tuple[str, int], str]:
+def _names(
+    config: Any = None, data: str = "data", gpu: bool = False, **changed: Any
+) -> dict[tuple[str, int], str]:
     settings = EvaluateSettings(**{"seeds": 2, "epochs": 3, **changed})
     config = config or small_config("run")
     found = trainings_of(_lists(), POOL, recipe_of(config, settings), settings, data, gpu)
@@ -39,7 +41,9 @@ def _names(config: Any = None, data: str = "data", gpu: bool = False, **changed:
 
 def test_a_random_list_is_for_the_seed_it_was_drawn_for() -> None:
     names = _names()
-    assert set(names) == {(name, seed) for name in (FULL, RANDOM, "a, top", "a, moderate") for seed in range(2)}
+    assert set(names) == {
+        (name, seed) for name in (FULL, RANDOM, "a, top", "a, moderate") for seed in range(2)
+    }
     # equal rows are one training, whatever the list is called
     assert len(set(names.values())) == 6 and names["a, top", 1] == names["a, moderate", 1]
 
@@ -87,38 +91,63 @@ def test_a_wrong_setting_is_refused_by_name(change: dict[str, Any], expected: st
 
 def test_every_setting_has_a_description_and_single_values_are_lists() -> None:
     assert all(field.description for field in EvaluateSettings.model_fields.values())
-    given = EvaluateSettings.model_validate({"keep": 0.5, "strategies": "top", "beside": "s3://b/run"})
+    given = EvaluateSettings.model_validate(
+        {"keep": 0.5, "strategies": "top", "beside": "s3://b/run"}
+    )
     assert (given.keep, given.strategies, given.beside) == ((0.5,), ("top",), ("s3://b/run",))
 
 
 def test_the_test_set_is_read_as_the_source_is(tmp_path: Path) -> None:
     config = small_config("run", "source.label_column=digit", "source.include=train-*")
     found = _test_source(config, str(tmp_path), ["include=test-*"])
-    assert (found.format, found.label_column, found.include, found.limit) == ("auto", "digit", "test-*", None)
+    assert (found.format, found.label_column, found.include, found.limit) == (
+        "auto",
+        "digit",
+        "test-*",
+        None,
+    )
     assert _test_source(config, "digits://", []).format == "digits"
 
 
 def test_images_that_do_not_fit_are_refused_with_what_would() -> None:
-    pixels.check_room(1000, 32, 4e6)
-    with pytest.raises(ResourceError, match=r"all 1,000,000 images.* at 224 pixels.*140\.2 GiB.*16\.0 GiB of memory.*image_size"):
-        pixels.check_room(1_000_000, 224, 16 * 2**30)
+    decoded.check_room(1000, 32, 4e6)
+    with pytest.raises(
+        ResourceError,
+        match=r"all 1,000,000 images.* at 224 pixels.*140\.2 GiB.*16\.0 GiB of memory.*image_size",
+    ):
+        decoded.check_room(1_000_000, 224, 16 * 2**30)
 
 
-def test_a_node_has_what_the_parts_hold_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
+def test_a_node_has_what_the_parts_hold_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded.tempfile, "gettempdir", lambda: str(tmp_path))
     random = np.random.default_rng(0)
     counts = ((3, 0, 2), (4,))
-    images = {part: random.integers(0, 256, (sum(of), 3, 4, 4), dtype=np.uint8) for part, of in zip(("train", "test"), counts)}
+    images = {
+        part: random.integers(0, 256, (sum(of), 3, 4, 4), dtype=np.uint8)
+        for part, of in zip(("train", "test"), counts)
+    }
     labels = {part: random.integers(0, 9, len(of)) for part, of in images.items()}
     for part, of in zip(("train", "test"), counts):
         ends = np.cumsum(of)
         for number, (start, stop) in enumerate(zip(ends - of, ends)):
-            pixels._write(f"{tmp_path}/parts/{part}-{number:06d}.parquet", images[part][start:stop], labels[part][start:stop])
-    copy = pixels.NodeCopy("run", f"{tmp_path}/parts", "key", 4, counts)
+            decoded._write(
+                f"{tmp_path}/parts/{part}-{number:06d}.parquet",
+                images[part][start:stop],
+                labels[part][start:stop],
+            )
+    copy = decoded.NodeCopy("run", f"{tmp_path}/parts", "key", 4, counts)
     found = copy.open()
-    assert np.array_equal(found.images, images["train"]) and np.array_equal(found.test_images, images["test"])
-    assert np.array_equal(found.labels, labels["train"]) and np.array_equal(found.test_labels, labels["test"])
-    np.testing.assert_allclose(found.statistics[0], images["train"].mean((0, 2, 3)) / 255, rtol=1e-5)
+    assert np.array_equal(found.images, images["train"]) and np.array_equal(
+        found.test_images, images["test"]
+    )
+    assert np.array_equal(found.labels, labels["train"]) and np.array_equal(
+        found.test_labels, labels["test"]
+    )
+    np.testing.assert_allclose(
+        found.statistics[0], images["train"].mean((0, 2, 3)) / 255, rtol=1e-5
+    )
     for part in (tmp_path / "parts").iterdir():
         part.unlink()
     assert np.array_equal(copy.open().labels, labels["train"])  # it is not made again

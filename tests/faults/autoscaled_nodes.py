@@ -60,13 +60,22 @@ class AutoscaledNodes(LocalNodes):
             "head_node_type": "head",
             "available_node_types": {
                 "head": HEAD_TYPE,
-                **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in self._types.items()},
+                **{
+                    name: {"node_config": {}, "min_workers": 0, **kind}
+                    for name, kind in self._types.items()
+                },
             },
             "file_mounts": {},
             "cluster_synced_files": [],
             "file_mounts_sync_continuously": False,
             **{
-                name: [] for name in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+                name: []
+                for name in (
+                    "initialization_commands",
+                    "setup_commands",
+                    "head_setup_commands",
+                    "worker_setup_commands",
+                )
             },
             **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
         }
@@ -80,7 +89,11 @@ class Provider(NodeProvider):
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
-        of_head = {TAG_RAY_NODE_KIND: NODE_KIND_HEAD, TAG_RAY_USER_NODE_TYPE: "head", TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE}
+        of_head = {
+            TAG_RAY_NODE_KIND: NODE_KIND_HEAD,
+            TAG_RAY_USER_NODE_TYPE: "head",
+            TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
+        }
         self._tags = {node_id(HEAD): of_head}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._last = HEAD
@@ -96,12 +109,19 @@ class Provider(NodeProvider):
         return [name for name, tags in self._tags.items() if tag_filters.items() <= tags.items()]
 
     def create_node_with_resources_and_labels(
-        self, node_config: dict[str, Any], tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
+        self,
+        node_config: dict[str, Any],
+        tags: dict[str, str],
+        count: int,
+        resources: dict[str, float],
+        labels: dict[str, str],
     ) -> None:
         for _ in range(count):
             self._last += 1
             folder, address = self.provider_config["folder"], self.provider_config["address"]
-            self._processes[node_id(self._last)] = start_node(self._last, folder, address, resources, dict(os.environ))
+            self._processes[node_id(self._last)] = start_node(
+                self._last, folder, address, resources, dict(os.environ)
+            )
             self._tags[node_id(self._last)] = dict(tags)
             self._note("up", self._last, tags)
 
@@ -109,7 +129,12 @@ class Provider(NodeProvider):
         process = self._processes.get(node_id)
         if process is not None and process.poll() is None:
             with contextlib.suppress(psutil.Error):
-                end_processes([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
+                end_processes(
+                    [
+                        *psutil.Process(process.pid).children(recursive=True),
+                        psutil.Process(process.pid),
+                    ]
+                )
             process.wait(20)
         self._note("down", int(node_id, 16), self._tags[node_id])
         self._forget(node_id)

@@ -36,9 +36,21 @@ class FaultProxy(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, target: str, rate: float = 0.0, seed: int = 0, kinds: tuple[str, ...] = KINDS, stall: float = 3.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        rate: float = 0.0,
+        seed: int = 0,
+        kinds: tuple[str, ...] = KINDS,
+        stall: float = 3.0,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Relay)
-        self.target, self.rate, self.kinds, self.stall = target.removeprefix("http://"), rate, kinds, stall
+        self.target, self.rate, self.kinds, self.stall = (
+            target.removeprefix("http://"),
+            rate,
+            kinds,
+            stall,
+        )
         self.every, self.next, self.asked = "", list[str](), 0
         self.found: Counter[str] = Counter()
         self.times: dict[str, list[float]] = {}
@@ -81,7 +93,11 @@ class _Relay(BaseHTTPRequestHandler):
         if kind in ERRORS:
             status, code, message = ERRORS[kind]
             text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
-            self._answer(status, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else text)
+            self._answer(
+                status,
+                [("Content-Type", "application/xml")],
+                b"" if self.command == "HEAD" else text,
+            )
         elif kind == "stall":
             time.sleep(self.server.stall)
             self._reset()
@@ -90,7 +106,10 @@ class _Relay(BaseHTTPRequestHandler):
         else:
             connection = http.client.HTTPConnection(self.server.target)
             connection.request(
-                self.command, self.path, body, {key: value for key, value in self.headers.items() if key != "Host"}
+                self.command,
+                self.path,
+                body,
+                {key: value for key, value in self.headers.items() if key != "Host"},
             )
             answer = connection.getresponse()
             content = answer.read()
@@ -100,11 +119,21 @@ class _Relay(BaseHTTPRequestHandler):
                 return
             self._answer(answer.status, answer.getheaders(), content, cut=kind == "truncate")
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, cut: bool = False) -> None:
-        length = {key.lower(): value for key, value in headers}.get("content-length", str(len(content)))
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], content: bytes, cut: bool = False
+    ) -> None:
+        length = {key.lower(): value for key, value in headers}.get(
+            "content-length", str(len(content))
+        )
         self.send_response(status)
         for key, value in headers:
-            if key.lower() not in {"connection", "transfer-encoding", "content-length", "server", "date"}:
+            if key.lower() not in {
+                "connection",
+                "transfer-encoding",
+                "content-length",
+                "server",
+                "date",
+            }:
                 self.send_header(key, value)
         self.send_header("Content-Length", length)
         self.end_headers()
@@ -123,10 +152,14 @@ class _Relay(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def standing_before(target: str, rate: float = 0.0, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> Iterator[FaultProxy]:
+def standing_before(
+    target: str, rate: float = 0.0, seed: int = 0, kinds: tuple[str, ...] = KINDS
+) -> Iterator[FaultProxy]:
     """A proxy that runs as long as the `with` block."""
     proxy = FaultProxy(target, rate, seed, kinds)
-    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield proxy

@@ -12,22 +12,22 @@ import time
 import numpy as np
 
 from raypipe.config import ClusterSettings
+from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.cluster import ActorPool, connect
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
-from raypipe.rundir import Run
-from raypipe.stages.cluster import Pool, connect
-from raypipe.stages.streaming import Columns, stream
+from raypipe.runs.layout import Run
 
 STEP, STEPS = 1 << 24, 60
 """Numbers that are added at a time, 128 MB, and how often: 8 GB."""
 
 
-def read(unit: int) -> Columns:
+def read(unit: int) -> Batch:
     return {"unit": np.array([unit])}
 
 
 class Hog:
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: Batch) -> Batch:
         if batch["unit"][0] == 2:
             held = []
             for _ in range(STEPS):
@@ -37,8 +37,18 @@ class Hog:
 
 
 if __name__ == "__main__":
-    connect(ClusterSettings(address="auto"), Run("s3://unused/run"), Progress(quiet=True), verbose=False)
+    connect(
+        ClusterSettings(address="auto"), Run("s3://unused/run"), Progress(quiet=True), verbose=False
+    )
     try:
-        stream(range(4), read, Hog, {}, Pool(1, 1, 1, 0, 1, 1, 1, tasks=True), 100, lambda row: None)
+        stream(
+            range(4),
+            read,
+            Hog,
+            {},
+            ActorPool(1, 1, 1, 0, 1, 1, 1, tasks=True),
+            100,
+            lambda row: None,
+        )
     except RaypipeError as error:
         print(f"{type(error).__name__}: {error}", flush=True)

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from raypipe.config import ClusterSettings, PoolSettings
+from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.cluster import connect
 from raypipe.progress import Progress
-from raypipe.rundir import Run
-from raypipe.stages.cluster import connect
-from raypipe.stages.streaming import Columns, stream
+from raypipe.runs.layout import Run
 
 
-def read(unit: int) -> Columns:
+def read(unit: int) -> Batch:
     return {"unit": np.array([unit])}
 
 
@@ -34,7 +34,7 @@ class Slow:
     def __init__(self, folder: str, nodes: int) -> None:
         self._folder, self._nodes = folder, nodes
 
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: Batch) -> Batch:
         import ray
 
         unit, node = int(batch["unit"][0]), int(ray.get_runtime_context().get_node_id(), 16)
@@ -48,14 +48,27 @@ def main(folder: str, units: int, nodes: int, gpu: bool) -> None:
     import ray
 
     progress = Progress(quiet=True)
-    cluster = connect(ClusterSettings(address="auto"), Run("s3://unused/run"), progress, verbose=False)
-    pool = cluster.pool(PoolSettings(use_gpu=True, actors_per_gpu=3)) if gpu else cluster.cpu_pool("auto")
+    cluster = connect(
+        ClusterSettings(address="auto"), Run("s3://unused/run"), progress, verbose=False
+    )
+    pool = (
+        cluster.pool(PoolSettings(use_gpu=True, actors_per_gpu=3))
+        if gpu
+        else cluster.cpu_pool("auto")
+    )
     done: list[dict[str, Any]] = []
-    stream(list(range(units)), read, Slow, {"folder": folder, "nodes": nodes}, pool, 200, done.append)
+    stream(
+        list(range(units)), read, Slow, {"folder": folder, "nodes": nodes}, pool, 200, done.append
+    )
     end = time.monotonic() + 20
     while _busy() and time.monotonic() < end:
         time.sleep(0.2)
-    told = {"joined": cluster.joined, "can_grow": cluster.can_grow, "units": [row["unit"] for row in done], "busy": _busy()}
+    told = {
+        "joined": cluster.joined,
+        "can_grow": cluster.can_grow,
+        "units": [row["unit"] for row in done],
+        "busy": _busy(),
+    }
     print(json.dumps(told), flush=True)
     ray.shutdown()
 
@@ -67,7 +80,9 @@ def _busy() -> list[str]:
 
     living = [item["ActorClassName"] for item in actors().values() if item["State"] != "DEAD"]
     free, total = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("CPU", 0.0)
-    return [name for name in living if "MapWorker" in name] + ([f"{total - free:g} CPUs"] if free < total else [])
+    return [name for name in living if "MapWorker" in name] + (
+        [f"{total - free:g} CPUs"] if free < total else []
+    )
 
 
 if __name__ == "__main__":

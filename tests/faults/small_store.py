@@ -23,25 +23,27 @@ import numpy as np
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from raypipe.rundir import Run
-from raypipe.stages import gradients
-from raypipe.stages.cluster import Pool
-from raypipe.stages.parts import Part
-from raypipe.stages.streaming import Columns, stream
+from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.cluster import ActorPool
+from raypipe.runs.layout import Run
+from raypipe.runs.partition import SeedPart
+from raypipe.stages.measure import gradients
 
 STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40
 ROW = 3 * 64 * 64
-APART = Pool(min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1)
+APART = ActorPool(
+    min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1
+)
 """Reading and computing ask for different shares, as they do with a GPU, so that what is read lies in the object store."""
 
 
-def read(unit: int) -> Columns:
+def read(unit: int) -> Batch:
     rows = (UNIT << 20) // ROW
     return {"unit": np.full(rows, unit), "image": np.full((rows, 3, 64, 64), unit, np.uint8)}
 
 
 class Slow:
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: Batch) -> Batch:
         time.sleep(0.1)
         assert (batch["image"][-1] == batch["unit"][0]).all()
         return {"unit": batch["unit"][:1]}
@@ -63,8 +65,10 @@ def summed() -> list[float]:
         mock.patch.object(gradients.ray, "get", side_effect=_keeping(kept := [])),
     ):
         arguments: Any = (None, Run("unused"), {"shards": [str(unit) for unit in range(UNITS)]})
-        folders, part = gradients.Folders("", "", ""), Part(0, 1, 0, UNITS, (), {})
-        gradients._mean_gradients(*arguments, folders, part, ["first", "second"], APART, reported.append)
+        folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, (), {})
+        gradients._mean_gradients(
+            *arguments, folders, part, ["first", "second"], APART, reported.append
+        )
     return [*kept[-1], sum(reported)]
 
 
@@ -79,7 +83,9 @@ def _keeping(kept: list[Any]) -> Callable[..., Any]:
     return call
 
 
-def _sums(config: Any, run_uri: str, folders: Any, part: Any, shards: list[str], files: list[str], *_: Any) -> list[Any]:
+def _sums(
+    config: Any, run_uri: str, folders: Any, part: Any, shards: list[str], files: list[str], *_: Any
+) -> list[Any]:
     time.sleep(0.1)
     sums = [
         {"weight": np.full(MODEL << 18, int(shard) * (number + 1), np.float32)}
@@ -89,7 +95,9 @@ def _sums(config: Any, run_uri: str, folders: Any, part: Any, shards: list[str],
     return [*sums, {"samples": 1, "cpu_seconds": 0.0}]
 
 
-def _last(run_uri: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]) -> float:
+def _last(
+    run_uri: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]
+) -> float:
     return float(total["weight"][-1])
 
 
@@ -114,7 +122,9 @@ class Watch(threading.Thread):
                 "fallback": found.object_store_bytes_fallback,
                 "spilled": found.spilled_bytes_total,
             }
-            self.most = {name: max(self.most.get(name, 0.0), value / 2**20) for name, value in now.items()}
+            self.most = {
+                name: max(self.most.get(name, 0.0), value / 2**20) for name, value in now.items()
+            }
 
 
 def main() -> None:

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import ray
 
+from raypipe.distributed.actor_pool import Batch, stream
+from raypipe.distributed.cluster import ActorPool
 from raypipe.errors import StageError
-from raypipe.stages.cluster import Pool
-from raypipe.stages.streaming import Columns, stream
 
 
-def read(unit: int) -> Columns:
+def read(unit: int) -> Batch:
     return {"unit": np.array([unit])}
 
 
 class Dies:
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: Batch) -> Batch:
         if batch["unit"][0] == 2:
             os._exit(1)
         return batch
@@ -34,6 +34,14 @@ def test_it_is_given_up_after_a_while(cluster: str, tasks: bool) -> None:
     seen: list[int] = []
     started = time.monotonic()
     with pytest.raises(StageError, match=r"nothing was finished .* die again and again"):
-        stream(range(4), read, Dies, {}, Pool(1, 2, 1, 0, 1, 1, 2, tasks), 20, lambda row: seen.append(row["unit"]))
+        stream(
+            range(4),
+            read,
+            Dies,
+            {},
+            ActorPool(1, 2, 1, 0, 1, 1, 2, tasks),
+            20,
+            lambda row: seen.append(row["unit"]),
+        )
     assert time.monotonic() - started < 150
     assert 2 not in seen

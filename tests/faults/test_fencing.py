@@ -16,13 +16,18 @@ import numpy as np
 import pytest
 from helpers import small_config
 
-from raypipe import rundir, storage
+from raypipe import storage
 from raypipe.config import dump_config
 from raypipe.errors import RunError, StorageError, TakenOverError
-from raypipe.rundir import Lease, Run, StageRecord
+from raypipe.runs import layout
+from raypipe.runs.layout import Run
+from raypipe.runs.lease import Lease
+from raypipe.runs.ledger import StageRecord
 from raypipe.storage import fences
 
-OTHER = json.dumps({"owner": "other", "host": "elsewhere", "pid": 7, "boot": "", "time": 4e9, "date": "2099-01-01"}).encode()
+OTHER = json.dumps(
+    {"owner": "other", "host": "elsewhere", "pid": 7, "boot": "", "time": 4e9, "date": "2099-01-01"}
+).encode()
 
 DRIVER = """
 import itertools, sys, time
@@ -46,13 +51,18 @@ cli.main(["run", sys.argv[1], "--until", "index"])
 
 def content(run: Run) -> dict[str, tuple[str, bytes]]:
     """Stamp and content of every file of a run. What was being written and never appeared is hidden, and may go."""
-    return {file.path: (file.stamp, storage.read_bytes(run.path(file.path))) for file in storage.walk(run.uri)}
+    return {
+        file.path: (file.stamp, storage.read_bytes(run.path(file.path)))
+        for file in storage.walk(run.uri)
+    }
 
 
 def silent_for_long(run: Run) -> None:
     """Let the lease look as it does when it has not been renewed for more than a minute."""
     lease = json.loads(storage.read_bytes(run.path("driver.json")))
-    storage.write_bytes(run.path("driver.json"), json.dumps({**lease, "time": lease["time"] - 1000}).encode())
+    storage.write_bytes(
+        run.path("driver.json"), json.dumps({**lease, "time": lease["time"] - 1000}).encode()
+    )
 
 
 def suspend(process: int, folder: str) -> None:
@@ -71,12 +81,18 @@ def suspend(process: int, folder: str) -> None:
             os.close(file)
 
 
-@pytest.mark.parametrize(("where", "finished"), [("local", True), ("s3", False)], ids=["other-finished", "other-at-work"])
-def test_a_suspended_driver_that_wakes_up_changes_nothing(s3: str, tmp_path: Path, where: str, finished: bool) -> None:
+@pytest.mark.parametrize(
+    ("where", "finished"), [("local", True), ("s3", False)], ids=["other-finished", "other-at-work"]
+)
+def test_a_suspended_driver_that_wakes_up_changes_nothing(
+    s3: str, tmp_path: Path, where: str, finished: bool
+) -> None:
     run = Run(f"{s3}/suspended/run" if where == "s3" else str(tmp_path / "run"))
     (tmp_path / "config.yaml").write_text(dump_config(small_config(run.uri)))
     first = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "config.yaml")], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", DRIVER, str(tmp_path / "config.yaml")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     try:
         end = time.monotonic() + 120
@@ -84,7 +100,10 @@ def test_a_suspended_driver_that_wakes_up_changes_nothing(s3: str, tmp_path: Pat
             assert first.poll() is None and time.monotonic() < end, first.communicate()[1].decode()
             time.sleep(0.02)
         suspend(first.pid, run.uri)
-        with pytest.raises(RunError, match=rf"in use by another driver: process {first.pid} on"), Lease(run):
+        with (
+            pytest.raises(RunError, match=rf"in use by another driver: process {first.pid} on"),
+            Lease(run),
+        ):
             pass
         silent_for_long(run)
         with Lease(run):
@@ -104,7 +123,10 @@ def test_a_suspended_driver_that_wakes_up_changes_nothing(s3: str, tmp_path: Pat
     code, errors = outcome
     lines = [line for line in errors.splitlines() if line.startswith("raypipe: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in errors, errors
-    assert re.search(rf"{run.uri}: taken over by another driver, process {os.getpid()} on .*this one stops", lines[0])
+    assert re.search(
+        rf"{run.uri}: taken over by another driver, process {os.getpid()} on .*this one stops",
+        lines[0],
+    )
 
 
 def _woken(process: subprocess.Popen[bytes]) -> tuple[int, str]:
@@ -116,7 +138,7 @@ def _woken(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 @pytest.fixture
 def unrenewed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases are not renewed during the test: the thread that does it would notice the loss, too, and interrupt."""
-    monkeypatch.setattr(rundir, "LEASE_SECONDS", 1e6)
+    monkeypatch.setattr(layout, "LEASE_SECONDS", 1e6)
 
 
 def test_everything_that_changes_a_run_looks_at_the_fence(place: str, unrenewed: None) -> None:
@@ -137,12 +159,16 @@ def test_everything_that_changes_a_run_looks_at_the_fence(place: str, unrenewed:
             lambda: run.clear("index"),
             lambda: run.write_ledger({}),
         ):
-            with pytest.raises(TakenOverError, match="taken over by another driver, process 7 on elsewhere"):
+            with pytest.raises(
+                TakenOverError, match="taken over by another driver, process 7 on elsewhere"
+            ):
                 change()
         assert storage.read_bytes(run.path("there")) == b"mine"
         assert storage.names(run.uri) <= {"there", "driver.json", "deep"}
         storage.write_bytes(f"{place}/run-2/there", b"of another run")
-    assert storage.read_bytes(run.path("driver.json")) == OTHER, "the lease of the other stays as it is"
+    assert storage.read_bytes(run.path("driver.json")) == OTHER, (
+        "the lease of the other stays as it is"
+    )
 
 
 def _write_past_the_fence(run: Run, lease: bytes) -> None:
@@ -175,7 +201,9 @@ def test_a_ledger_on_its_way_to_an_object_store_is_refused_there(
         assert storage.read_bytes(run.path("run.json")) == b"of the other"
 
 
-def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a local disk: who was suspended between the look at the lease and the change still has the lock."""
     monkeypatch.setattr(fences, "LOCK_SECONDS", 0.2)
     run = Run(str(tmp_path / "run"))
@@ -189,8 +217,10 @@ def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(tmp_path: Path, mo
             pass
 
 
-def test_an_actor_is_made_where_the_fences_of_its_driver_stand(tmp_path: Path, unrenewed: None) -> None:
-    from raypipe.stages.streaming import _Actor
+def test_an_actor_is_made_where_the_fences_of_its_driver_stand(
+    tmp_path: Path, unrenewed: None
+) -> None:
+    from raypipe.distributed.actor_pool import _Actor
 
     run = Run(str(tmp_path / "run"))
 
@@ -217,8 +247,10 @@ def test_an_actor_is_made_where_the_fences_of_its_driver_stand(tmp_path: Path, u
 
 
 @pytest.mark.ray
-def test_tasks_of_a_driver_that_lost_its_run_write_nothing(cluster: str, tmp_path: Path, unrenewed: None) -> None:
-    from raypipe.stages.streaming import run_tasks
+def test_tasks_of_a_driver_that_lost_its_run_write_nothing(
+    cluster: str, tmp_path: Path, unrenewed: None
+) -> None:
+    from raypipe.distributed.tasks import run_tasks
 
     run, results, uri = Run(str(tmp_path / "run")), [], str(tmp_path / "run")
 
@@ -229,8 +261,15 @@ def test_tasks_of_a_driver_that_lost_its_run_write_nothing(cluster: str, tmp_pat
     with Lease(run):
         run_tasks(["a"], task, results.append, num_cpus=0.5)
         _write_past_the_fence(run, OTHER)
-        with pytest.raises(TakenOverError, match="taken over by another driver, process 7 on elsewhere"):
+        with pytest.raises(
+            TakenOverError, match="taken over by another driver, process 7 on elsewhere"
+        ):
             run_tasks(["b"], task, results.append, num_cpus=0.5)
     assert results == [{"unit": "a"}] and storage.names(run.path("tasks")) == {"a"}
-    run_tasks(["c"], lambda name: storage.write_bytes(f"{uri}-2/{name}", b"x") or {"unit": name}, results.append, num_cpus=0.5)
+    run_tasks(
+        ["c"],
+        lambda name: storage.write_bytes(f"{uri}-2/{name}", b"x") or {"unit": name},
+        results.append,
+        num_cpus=0.5,
+    )
     assert storage.names(f"{uri}-2") == {"c"}

@@ -19,8 +19,8 @@ from helpers import QUIET, score_files, small_config
 import raypipe
 from raypipe import storage
 from raypipe.config import dump_config
-from raypipe.rundir import Run
-from raypipe.stages.proxy import finished_epochs
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import finished_epochs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -28,7 +28,9 @@ MOMENTS = {
     "index": lambda run: run.exists(),
     "seed": lambda run: bool(run.done("index")),
     "proxy": lambda run: len(storage.names(run.path("proxy", "epochs"))) >= 4,
-    "measure": lambda run: any(name.startswith("gradients-") for name in storage.names(run.path("measured"))),
+    "measure": lambda run: any(
+        name.startswith("gradients-") for name in storage.names(run.path("measured"))
+    ),
     "embed": lambda run: len(run.done("embeddings")) >= 2,
     "extrapolate": lambda run: len(run.done("scores")) >= 1,
 }
@@ -38,7 +40,9 @@ MOMENTS = {
 def _driver(address: str, config: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "RAY_ADDRESS": address}
     command = [sys.executable, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate"]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 def _kill_training_worker(run: Run, going_on: Callable[[], bool], name: str) -> bool:
@@ -54,7 +58,9 @@ def _kill_training_worker(run: Run, going_on: Callable[[], bool], name: str) -> 
     return False
 
 
-def test_killed_in_every_stage(cluster: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
+def test_killed_in_every_stage(
+    cluster: str, finished_scores: dict[str, bytes], tmp_path: Path
+) -> None:
     run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
     config.write_text(dump_config(small_config(run.uri)))
     killed = []
@@ -70,7 +76,9 @@ def test_killed_in_every_stage(cluster: str, finished_scores: dict[str, bytes], 
         if stage == "seed":
             # the next driver loses a training worker instead, and goes on by itself until it is killed as well
             driver = _driver(cluster, config)
-            assert _kill_training_worker(run, lambda driver=driver: driver.poll() is None, "_train_alone")
+            assert _kill_training_worker(
+                run, lambda driver=driver: driver.poll() is None, "_train_alone"
+            )
             while driver.poll() is None and len(storage.names(run.path("proxy", "epochs"))) < 3:
                 time.sleep(0.005)
             assert driver.poll() is None, "the training did not go on after its worker died"
@@ -89,7 +97,9 @@ def test_ray_train_replaces_one_of_two_workers(cluster: str, tmp_path: Path) -> 
     config = small_config(run.uri, "proxy.workers=2", "proxy.epochs=8")
     going_on = threading.Event()
     killer = threading.Thread(
-        target=lambda: found.append(_kill_training_worker(run, lambda: not going_on.is_set(), "RayTrainWorker"))
+        target=lambda: found.append(
+            _kill_training_worker(run, lambda: not going_on.is_set(), "RayTrainWorker")
+        )
     )
     killer.start()
     try:

@@ -21,8 +21,8 @@ from helpers import by_id, score_files, small_config
 from local_nodes import HEAD, LocalNodes, node_id, ray_command
 
 from raypipe.config import PoolSettings, dump_config
-from raypipe.rundir import Run
-from raypipe.stages.cluster import Cluster, Pool
+from raypipe.distributed.cluster import ActorPool, Cluster
+from raypipe.runs.layout import Run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -33,7 +33,9 @@ SLOW, HOG = (str(Path(__file__).with_name(name)) for name in ("slow_units.py", "
 @contextmanager
 def cluster_of(kind: type[Nodes] = LocalNodes, **options: Any) -> Iterator[Nodes]:  # type: ignore[assignment]
     with (
-        tempfile.TemporaryDirectory(prefix="rp-", dir="/tmp", ignore_cleanup_errors=True) as folder,  # socket paths are short
+        tempfile.TemporaryDirectory(
+            prefix="rp-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder,  # socket paths are short
         kind(Path(folder) / "ray", **options) as nodes,
     ):
         yield nodes
@@ -42,7 +44,9 @@ def cluster_of(kind: type[Nodes] = LocalNodes, **options: Any) -> Iterator[Nodes
 def start(nodes: LocalNodes, *command: str) -> subprocess.Popen[str]:
     """A process that joins the cluster."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], env=nodes.driver(), cwd=nodes.folder, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *command], env=nodes.driver(), cwd=nodes.folder, **pipes
+    )
 
 
 def end(process: subprocess.Popen[str], seconds: float = 300) -> str:
@@ -60,7 +64,9 @@ def told_by(process: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(end(process).splitlines()[-1])
 
 
-def wait_until(true: Callable[[], Any], process: subprocess.Popen[str] | None, what: str, seconds: float = 120) -> Any:
+def wait_until(
+    true: Callable[[], Any], process: subprocess.Popen[str] | None, what: str, seconds: float = 120
+) -> Any:
     """The first value of `true` that is one."""
     deadline = time.monotonic() + seconds
     while not (value := true()):
@@ -71,12 +77,16 @@ def wait_until(true: Callable[[], Any], process: subprocess.Popen[str] | None, w
     return value
 
 
-def lose_in(nodes: LocalNodes, number: int, driver: subprocess.Popen[str], run: Run, stage: str, name: str) -> None:
+def lose_in(
+    nodes: LocalNodes, number: int, driver: subprocess.Popen[str], run: Run, stage: str, name: str
+) -> None:
     """Lose a node at a moment when a worker of that name has work of a stage: it is stopped, so that it cannot finish it."""
 
     def working() -> list[psutil.Process]:
         record = run.ledger().get(stage) if run.exists() else None
-        return nodes.workers(number, name) if record is not None and record.state == "running" else []
+        return (
+            nodes.workers(number, name) if record is not None and record.state == "running" else []
+        )
 
     for worker in wait_until(working, driver, f"{name} in {stage}"):
         worker.send_signal(signal.SIGSTOP)
@@ -92,7 +102,9 @@ def check(run: Run, scores: dict[str, bytes], samples: int) -> None:
 
 
 @pytest.mark.ray
-def test_the_only_node_is_lost_and_another_comes(finished: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
+def test_the_only_node_is_lost_and_another_comes(
+    finished: str, finished_scores: dict[str, bytes], tmp_path: Path
+) -> None:
     run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
     shutil.copytree(finished, run.uri, ignore=shutil.ignore_patterns("embeddings", "scores"))
     config.write_text(dump_config(small_config(run.uri, "embed.max_actors=auto")))
@@ -117,18 +129,27 @@ def test_a_pool_grows_onto_a_node_that_comes_and_gives_it_back(tmp_path: Path) -
         second = nodes.add(1)
         told = told_by(driver)
         assert sorted(told["units"]) == list(range(120))
-        assert {path.name.partition("-")[2] for path in tmp_path.iterdir()} == {str(first), str(second)}
+        assert {path.name.partition("-")[2] for path in tmp_path.iterdir()} == {
+            str(first),
+            str(second),
+        }
         assert told["joined"] and not told["can_grow"] and told["busy"] == []
 
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_a_node_is_lost_in_every_stage(cluster: str, finished_scores: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_node_is_lost_in_every_stage(
+    cluster: str, finished_scores: dict[str, bytes], tmp_path: Path
+) -> None:
     import ray
 
     run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
-    config.write_text(dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto")))
-    cpus = int(ray.cluster_resources()["CPU"])  # threads of the training, which rounding depends on, are then those of `finished`
+    config.write_text(
+        dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto"))
+    )
+    cpus = int(
+        ray.cluster_resources()["CPU"]
+    )  # threads of the training, which rounding depends on, are then those of `finished`
     with cluster_of() as nodes:
         lost = nodes.add(cpus)
         driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
@@ -152,7 +173,9 @@ def _epochs(run: Run) -> list[Path]:
 @pytest.mark.ray
 @pytest.mark.long
 def test_workers_that_die_of_memory_are_reported_as_that() -> None:
-    most = psutil.virtual_memory().percent / 100 + 0.12  # of the machine, 2.9 of 24 GB more than is used now
+    most = (
+        psutil.virtual_memory().percent / 100 + 0.12
+    )  # of the machine, 2.9 of 24 GB more than is used now
     limits = {"RAY_memory_usage_threshold": f"{most:.2f}", "RAY_memory_monitor_refresh_ms": "250"}
     with cluster_of(variables=limits) as nodes:
         nodes.add(1)
@@ -182,9 +205,17 @@ def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
 
 def drain(nodes: LocalNodes, number: int) -> None:
     """Tell Ray that a node will be taken away, as a provider of spot machines does."""
-    command = ray_command("drain-node", f"--address={nodes.address}", f"--node-id={node_id(number)}")
-    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
-    said = subprocess.run(command, env=nodes.environment, capture_output=True, text=True, timeout=60)
+    command = ray_command(
+        "drain-node", f"--address={nodes.address}", f"--node-id={node_id(number)}"
+    )
+    command += [
+        "--reason=DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message=spot",
+        "--deadline-remaining-seconds=30",
+    ]
+    said = subprocess.run(
+        command, env=nodes.environment, capture_output=True, text=True, timeout=60
+    )
     assert said.returncode == 0, said.stdout + said.stderr
 
 
@@ -196,13 +227,23 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
     import ray
 
     run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
-    config.write_text(dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto")))
+    config.write_text(
+        dump_config(small_config(run.uri, "measure.max_actors=auto", "embed.max_actors=auto"))
+    )
     cpus = int(ray.cluster_resources()["CPU"])
     settings = f"--set=proxy.cpus_per_worker={cpus}"  # `auto` has no node to look at
-    with cluster_of(AutoscaledNodes, types={"worker": {"resources": {"CPU": cpus}, "max_workers": 2}}, idle_seconds=15) as nodes:
-        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate", settings)
+    with cluster_of(
+        AutoscaledNodes,
+        types={"worker": {"resources": {"CPU": cpus}, "max_workers": 2}},
+        idle_seconds=15,
+    ) as nodes:
+        driver = start(
+            nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate", settings
+        )
         wait_until(lambda: _epochs(run), driver, "epoch", 200)
-        drained = next(number for number in nodes.events("up") if nodes.workers(number, "_train_alone"))
+        drained = next(
+            number for number in nodes.events("up") if nodes.workers(number, "_train_alone")
+        )
         drain(nodes, drained)
         time.sleep(5)
         if nodes.raylet(drained) is not None:  # it ends by itself once it is idle
@@ -210,7 +251,12 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
         end(driver, 400)
         brought = nodes.events("up")
         assert len(brought) >= 2, "another came for the one that was drained"
-        wait_until(lambda: all(nodes.raylet(number) is None for number in brought), None, "end of idle nodes", 90)
+        wait_until(
+            lambda: all(nodes.raylet(number) is None for number in brought),
+            None,
+            "end of idle nodes",
+            90,
+        )
         assert nodes.raylet(HEAD) is not None
     check(run, finished_scores, 600)
 
@@ -218,15 +264,24 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
 @pytest.mark.ray
 @pytest.mark.long
 def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> None:
-    types = {"gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 2}, "cpu": {"resources": {"CPU": 1}, "max_workers": 1}}
-    with cluster_of(AutoscaledNodes, types=types, idle_seconds=10) as nodes:  # GPUs in Ray's books; the units need none
+    types = {
+        "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 2},
+        "cpu": {"resources": {"CPU": 1}, "max_workers": 1},
+    }
+    with cluster_of(
+        AutoscaledNodes, types=types, idle_seconds=10
+    ) as nodes:  # GPUs in Ray's books; the units need none
         told = told_by(start(nodes, SLOW, str(tmp_path), "150", "2", "gpu"))
         assert told["can_grow"] and told["busy"] == [] and sorted(told["units"]) == list(range(150))
         kinds = nodes.events("up")
         worked = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
         assert len(worked) == 2 and {kinds[number] for number in worked} == {"gpu"}
-        assert 2 < len({path.read_text() for path in tmp_path.iterdir()}) <= 6, "at most three on each"
-        wait_until(lambda: nodes.events("down").keys() >= kinds.keys(), None, "end of idle nodes", 90)
+        assert 2 < len({path.read_text() for path in tmp_path.iterdir()}) <= 6, (
+            "at most three on each"
+        )
+        wait_until(
+            lambda: nodes.events("down").keys() >= kinds.keys(), None, "end of idle nodes", 90
+        )
 
 
 @pytest.mark.parametrize(
@@ -242,16 +297,25 @@ def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> 
         (Cluster(2, 0, 1, 2, True, True).cpu_pool(30), 1000, 1, (1, 2, 30)),
         (Cluster(2, 0, 1, 2, True, True).cpu_pool(30, 6), 1000, 1, (6, 6, 30)),
         (Cluster(2, 0, 1, 2, True, True).cpu_pool("auto", 6), 10, 1, (6, 6, 6)),
-        (Cluster(8, 0, 2, 4, True, True).pool(PoolSettings(use_gpu=True)), 100, 1, (1, 1, 25)),  # from no GPU at all
+        (
+            Cluster(8, 0, 2, 4, True, True).pool(PoolSettings(use_gpu=True)),
+            100,
+            1,
+            (1, 1, 25),
+        ),  # from no GPU at all
         (Cluster(8, 3, 2, 4, False).pool(PoolSettings()), 100, 1, (1, 1, 3)),
         (Cluster(8, 3, 2, 4, False).pool(PoolSettings(actors_per_gpu=3)), 100, 1, (1, 1, 9)),
     ],
 )
-def test_a_pool_is_as_large_as_its_work_justifies(pool: Pool, units: int, worth: int, expected: tuple[int, int, int]) -> None:
+def test_a_pool_is_as_large_as_its_work_justifies(
+    pool: ActorPool, units: int, worth: int, expected: tuple[int, int, int]
+) -> None:
     assert pool.sizes(units, worth) == expected
 
 
 @pytest.mark.parametrize("actors", [1, 2, 3, 6, 7, 100])
 def test_actors_that_share_a_gpu_have_room_on_it(actors: int) -> None:
     share = Cluster(8, 1, 1, 8, False).pool(PoolSettings(actors_per_gpu=actors)).num_gpus
-    assert share * actors <= 1 and share * 1e4 == pytest.approx(round(share * 1e4)), "in Ray's steps"
+    assert share * actors <= 1 and share * 1e4 == pytest.approx(round(share * 1e4)), (
+        "in Ray's steps"
+    )

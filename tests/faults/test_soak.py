@@ -12,7 +12,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import parse_config
-from raypipe.rundir import STAGE_FOLDERS
+from raypipe.runs.layout import STAGE_FOLDERS
 
 
 @pytest.fixture
@@ -22,7 +22,10 @@ def soak_runs(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _shard(run: Path, name: str, ids: list[str]) -> None:
-    storage.write_table(f"{run}/{name}.parquet", pa.table({"sample_id": ids, "score": [float(len(name)) for name in ids]}))
+    storage.write_table(
+        f"{run}/{name}.parquet",
+        pa.table({"sample_id": ids, "score": [float(len(name)) for name in ids]}),
+    )
 
 
 def test_what_is_lost_doubled_different_or_left_is_found(soak_runs: Any, tmp_path: Path) -> None:
@@ -45,10 +48,16 @@ def test_what_is_lost_doubled_different_or_left_is_found(soak_runs: Any, tmp_pat
     _shard(run, "keep/keep-0.50", ["a", "d"])
     _shard(run, "scores/three", [])
     found = soak_runs.compare(truth, run)
-    assert (found.lost, found.doubled, found.differ) == (0, 0, ["keep/keep-0.50.parquet", "scores/three.parquet"])
+    assert (found.lost, found.doubled, found.differ) == (
+        0,
+        0,
+        ["keep/keep-0.50.parquet", "scores/three.parquet"],
+    )
 
 
 def test_the_run_has_every_stage(soak_runs: Any, tmp_path: Path) -> None:
     config = parse_config(soak_runs.configuration(tmp_path, tmp_path / "run"))
     assert config.rehearses and config.measure.at_checkpoints and set(STAGE_FOLDERS) >= {"rehearse"}
-    assert set(config.measure.scores) - set(config.measure.at_checkpoints), "no score is from the trajectory"
+    assert set(config.measure.scores) - set(config.measure.at_checkpoints), (
+        "no score is from the trajectory"
+    )

@@ -20,10 +20,12 @@ from helpers import digit_pngs, small_config
 
 from raypipe import cli, pipeline, storage
 from raypipe.config import Config, SourceSettings, dump_config
+from raypipe.distributed.context import Context
 from raypipe.errors import StorageError
-from raypipe.rundir import Run, StageRecord
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.sources import open_source
-from raypipe.stages.base import Context, Stage
+from raypipe.stages.base import Stage
 from raypipe.storage import faults
 from raypipe.storage import s3 as s3_files
 
@@ -44,7 +46,9 @@ def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_fault_is_overcome_and_asked_for_once_more(proxy: FaultProxy, s3: str, kind: str) -> None:
+def test_every_fault_is_overcome_and_asked_for_once_more(
+    proxy: FaultProxy, s3: str, kind: str
+) -> None:
     uri, content = f"{s3}/overcome/{kind}", b"0123456789" * 1000
     storage.filesystem(uri)
     proxy.next = [kind]
@@ -64,7 +68,9 @@ def test_every_fault_is_overcome_and_asked_for_once_more(proxy: FaultProxy, s3: 
     proxy.next = [kind]
     assert storage.exchange_bytes(uri, content, b"new") and storage.read_bytes(uri) == b"new"
     proxy.next = [kind]
-    assert storage.create_bytes(f"{uri}-lease", b"mine") and not storage.create_bytes(f"{uri}-lease", b"yours")
+    assert storage.create_bytes(f"{uri}-lease", b"mine") and not storage.create_bytes(
+        f"{uri}-lease", b"yours"
+    )
     assert proxy.next == [] and sum(proxy.found.values()) == 7
     assert all(2 <= len(times) < 30 for times in proxy.times.values())
 
@@ -85,14 +91,19 @@ def test_a_source_is_read_as_if_nothing_had_happened(proxy: FaultProxy, s3: str)
     images, labels = digit_pngs(24)
     table = pa.table({"image": images, "label": labels})
     for number in range(2):
-        storage.write_table(f"{s3}/digits/{number}.parquet", table.slice(12 * number, 12), row_group_size=4)
+        storage.write_table(
+            f"{s3}/digits/{number}.parquet", table.slice(12 * number, 12), row_group_size=4
+        )
     settings = SourceSettings(uri=f"{s3}/digits", format="parquet")
 
     def read() -> list[Any]:
         source = open_source(settings)
         found = [source.scan(file) for file in source.files()]
         return [
-            (item.sample_id, item.label, item.image) for scan in found for part in scan.fragments for item in source.read(part)
+            (item.sample_id, item.label, item.image)
+            for scan in found
+            for part in scan.fragments
+            for item in source.read(part)
         ]
 
     expected = read()
@@ -109,7 +120,9 @@ def test_clients_that_failed_together_do_not_come_back_together(
     monkeypatch.setattr(faults, "LONGEST_DELAY", 1.0)
     uris = [f"{s3}/herd/{number}" for number in range(16)]
     proxy.next = ["slow-down"] * len(uris)
-    for uri, _ in storage.ahead(lambda uri: storage.write_bytes(uri, b"x"), uris, uris[0], len(uris)):
+    for uri, _ in storage.ahead(
+        lambda uri: storage.write_bytes(uri, b"x"), uris, uris[0], len(uris)
+    ):
         assert storage.name(uri) in uri
     waits = sorted(times[1] - times[0] for times in proxy.times.values())
     count = len(waits)  # a client that is early again may meet the fault meant for one that is late
@@ -141,7 +154,9 @@ class Writing(Stage):
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Any:
     """`raypipe run` of a run whose only stage is `Writing`: exit code and what stands on stderr."""
 
     def run(uri: str, stage: Stage) -> tuple[int, str]:
@@ -158,7 +173,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 def failed_clearly(outcome: tuple[int, str], *words: str) -> None:
     code, text = outcome
     lines = [line for line in text.splitlines() if line.startswith("raypipe: ")]
-    assert code == 1 and len(lines) == 1 and "Traceback" not in text and "Logging error" not in text, text
+    assert (
+        code == 1 and len(lines) == 1 and "Traceback" not in text and "Logging error" not in text
+    ), text
     for word in (*words, "then run the same command again"):
         assert word in lines[0]
 
@@ -176,7 +193,9 @@ def finished(outcome: tuple[int, str], uri: str) -> None:
         ("denied", "access denied (Access Denied)"),
     ],
 )
-def test_object_storage_that_goes_away(proxy: FaultProxy, s3: str, command: Any, every: str, words: str) -> None:
+def test_object_storage_that_goes_away(
+    proxy: FaultProxy, s3: str, command: Any, every: str, words: str
+) -> None:
     uri = f"{s3}/away/{every}"
 
     class Loses(Writing):
@@ -204,22 +223,36 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root on Linux"
+)
 def test_a_disk_that_is_full(tmp_path: Path, command: Any) -> None:
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=128k", "tmpfs"):
         uri = str(tmp_path / "disk" / "run")
-        failed_clearly(command(uri, Writing()), f"{uri}/index/", "the disk is full (No space left on device). Free space there")
-        assert all(not name.startswith(".") for name in os.listdir(f"{uri}/index")), "no half file is left"
+        failed_clearly(
+            command(uri, Writing()),
+            f"{uri}/index/",
+            "the disk is full (No space left on device). Free space there",
+        )
+        assert all(not name.startswith(".") for name in os.listdir(f"{uri}/index")), (
+            "no half file is left"
+        )
         subprocess.run(["mount", "-o", "remount,size=1m", str(tmp_path / "disk")], check=True)
         finished(command(uri, Writing()), uri)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root on Linux"
+)
 def test_a_folder_that_is_read_only(tmp_path: Path, command: Any) -> None:
     uri = str(tmp_path / "disk" / "run")
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
-        failed_clearly(command(uri, Writing()), uri, "cannot be written (Read-only file system). Mount it writable")
+        failed_clearly(
+            command(uri, Writing()),
+            uri,
+            "cannot be written (Read-only file system). Mount it writable",
+        )
         subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "disk")], check=True)
         finished(command(uri, Writing()), uri)
 
@@ -233,9 +266,14 @@ def test_a_folder_whose_owner_is_another(tmp_path: Path) -> None:
     else:
         folder.chmod(0o500)
     try:
-        with pytest.raises(StorageError, match=rf"{folder}/file: may not be written .*Change who may write there"):
+        with pytest.raises(
+            StorageError, match=rf"{folder}/file: may not be written .*Change who may write there"
+        ):
             storage.write_bytes(f"{folder}/file", b"x")
-        with pytest.raises(StorageError, match="may not be written"), storage.Upload(f"{folder}/file") as file:
+        with (
+            pytest.raises(StorageError, match="may not be written"),
+            storage.Upload(f"{folder}/file") as file,
+        ):
             file.write(b"x")
     finally:
         if os.geteuid() == 0:
@@ -250,7 +288,9 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     try:
         words = r"big: files may not grow so large here .*ulimit -f"
         with pytest.raises(StorageError, match=words), storage.Upload(f"{tmp_path}/big") as file:
-            pq.write_table(pa.table({"a": list(range(50_000))}), file, compression="none", use_dictionary=False)
+            pq.write_table(
+                pa.table({"a": list(range(50_000))}), file, compression="none", use_dictionary=False
+            )
         with pytest.raises(StorageError, match=r"ulimit -f"):
             storage.write_bytes(f"{tmp_path}/big", bytes(50_000))
     finally:
@@ -258,8 +298,16 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_time_outs_can_be_set_and_nobody_else_retries(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_outs_can_be_set_and_nobody_else_retries(
+    s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 7}})
     made = s3_files.s3()
-    assert (made.config_kwargs["read_timeout"], made.config_kwargs["connect_timeout"]) == (7, s3_files.CONNECT_TIMEOUT)
-    assert made.config_kwargs["retries"] == {"total_max_attempts": 1, "mode": "standard"} and made.retries == 1
+    assert (made.config_kwargs["read_timeout"], made.config_kwargs["connect_timeout"]) == (
+        7,
+        s3_files.CONNECT_TIMEOUT,
+    )
+    assert (
+        made.config_kwargs["retries"] == {"total_max_attempts": 1, "mode": "standard"}
+        and made.retries == 1
+    )

@@ -13,15 +13,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(cluster: str, tmp_path: Path, deaths: int) -> None:
+def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(
+    cluster: str, tmp_path: Path, deaths: int
+) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
     from ray.train.torch.config import _TorchBackend
 
+    from raypipe.distributed.failures import as_raypipe_error
+    from raypipe.distributed.ray_train import InterruptibleTrainer
     from raypipe.errors import StageError
-    from raypipe.stages.streaming import failure
-    from raypipe.stages.trainer import Trainer
 
     class Dies(_TorchBackend):
         """As torch's, but at first one of the workers dies where they are to find each other."""
@@ -42,20 +44,28 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(cluster: str, 
         (tmp_path / f"rank-{ray.train.get_context().get_world_rank()}").touch()
 
     cpus = ray.cluster_resources()["CPU"]
-    trainer = Trainer(
+    trainer = InterruptibleTrainer(
         work,
         torch_config=Config(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": cpus / 2}),  # no room for two groups
-        run_config=RunConfig(storage_path=str(tmp_path / "train"), failure_config=FailureConfig(max_failures=1)),
+        scaling_config=ScalingConfig(
+            num_workers=2, resources_per_worker={"CPU": cpus / 2}
+        ),  # no room for two groups
+        run_config=RunConfig(
+            storage_path=str(tmp_path / "train"), failure_config=FailureConfig(max_failures=1)
+        ),
     )
     if deaths > 1:
         with pytest.raises(TrainingFailedError) as caught:
             trainer.fit()
-        assert str(failure(caught.value)).startswith("workers of the training die while they start")
-        assert type(failure(caught.value)) is StageError
+        assert str(as_raypipe_error(caught.value)).startswith(
+            "workers of the training die while they start"
+        )
+        assert type(as_raypipe_error(caught.value)) is StageError
     else:
         trainer.fit()
-    wanted = {f"died-{number}" for number in range(deaths)} | ({"rank-0", "rank-1"} if deaths == 1 else set())
+    wanted = {f"died-{number}" for number in range(deaths)} | (
+        {"rank-0", "rank-1"} if deaths == 1 else set()
+    )
     assert {path.name for path in tmp_path.iterdir()} - {"train"} == wanted
     end = time.monotonic() + 30
     while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < end:

@@ -21,7 +21,12 @@ PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 
 def struct(*required: str, **fields: Schema) -> Schema:
     """An object of these fields and no other."""
-    return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
 def many(item: Schema) -> Schema:
@@ -46,7 +51,10 @@ META = struct("name", name=NAME, namespace=NAME, labels=mapping(TEXT), annotatio
 
 RESOURCES = struct("requests", "limits", requests=mapping(QUANTITY), limits=mapping(QUANTITY))
 POD_SECURITY = struct(
-    runAsNonRoot=BOOL, runAsUser=COUNT, fsGroup=COUNT, seccompProfile=struct("type", type=one_of("RuntimeDefault", "Unconfined"))
+    runAsNonRoot=BOOL,
+    runAsUser=COUNT,
+    fsGroup=COUNT,
+    seccompProfile=struct("type", type=one_of("RuntimeDefault", "Unconfined")),
 )
 CONTAINER = struct(
     "name",
@@ -62,7 +70,9 @@ CONTAINER = struct(
     resources=RESOURCES,
     lifecycle=struct("preStop", preStop=struct("exec", exec=struct("command", command=many(TEXT)))),
     securityContext=struct(
-        allowPrivilegeEscalation=BOOL, readOnlyRootFilesystem=BOOL, capabilities=struct("drop", drop=many(one_of("ALL")))
+        allowPrivilegeEscalation=BOOL,
+        readOnlyRootFilesystem=BOOL,
+        capabilities=struct("drop", drop=many(one_of("ALL"))),
     ),
     volumeMounts=many(struct("name", "mountPath", name=NAME, mountPath=TEXT, readOnly=BOOL)),
 )
@@ -84,7 +94,9 @@ POD = struct(
     tolerations=many(TOLERATION),
     volumes=many(struct("name", "configMap", name=NAME, configMap=struct("name", name=NAME))),
 )
-TEMPLATE = struct("spec", metadata=struct(labels=mapping(TEXT), annotations=mapping(TEXT)), spec=POD)
+TEMPLATE = struct(
+    "spec", metadata=struct(labels=mapping(TEXT), annotations=mapping(TEXT)), spec=POD
+)
 
 HEAD = struct(
     "rayStartParams",
@@ -159,11 +171,22 @@ CRON_JOB = kind(
         successfulJobsHistoryLimit=COUNT,
         failedJobsHistoryLimit=COUNT,
         suspend=BOOL,
-        jobTemplate=struct("spec", spec=struct("template", backoffLimit=COUNT, activeDeadlineSeconds=COUNT, template=TEMPLATE)),
+        jobTemplate=struct(
+            "spec",
+            spec=struct(
+                "template", backoffLimit=COUNT, activeDeadlineSeconds=COUNT, template=TEMPLATE
+            ),
+        ),
     ),
 )
 RULE = struct(
-    "apiGroups", "resources", "verbs", apiGroups=many(TEXT), resources=many(TEXT), verbs=many(TEXT), resourceNames=many(NAME)
+    "apiGroups",
+    "resources",
+    "verbs",
+    apiGroups=many(TEXT),
+    resources=many(TEXT),
+    verbs=many(TEXT),
+    resourceNames=many(NAME),
 )
 GROUP = "rbac.authorization.k8s.io"
 
@@ -178,8 +201,24 @@ SCHEMAS: dict[str, Schema] = {
         "RoleBinding",
         "roleRef",
         "subjects",
-        roleRef=struct("apiGroup", "kind", "name", apiGroup={"const": GROUP}, kind=one_of("Role", "ClusterRole"), name=NAME),
-        subjects=many(struct("kind", "name", "namespace", kind={"const": "ServiceAccount"}, name=NAME, namespace=NAME)),
+        roleRef=struct(
+            "apiGroup",
+            "kind",
+            "name",
+            apiGroup={"const": GROUP},
+            kind=one_of("Role", "ClusterRole"),
+            name=NAME,
+        ),
+        subjects=many(
+            struct(
+                "kind",
+                "name",
+                "namespace",
+                kind={"const": "ServiceAccount"},
+                name=NAME,
+                namespace=NAME,
+            )
+        ),
     ),
     "Kustomization": struct(
         "apiVersion",
@@ -188,7 +227,9 @@ SCHEMAS: dict[str, Schema] = {
         apiVersion={"const": "kustomize.config.k8s.io/v1beta1"},
         kind={"const": "Kustomization"},
         resources=many(TEXT),
-        configMapGenerator=many(struct("name", "files", name=NAME, namespace=NAME, files=many(TEXT))),
+        configMapGenerator=many(
+            struct("name", "files", name=NAME, namespace=NAME, files=many(TEXT))
+        ),
     ),
 }
 """By kind."""

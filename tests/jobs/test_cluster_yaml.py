@@ -34,11 +34,18 @@ def project() -> dict[str, Any]:
 def tested() -> dict[str, Requirement]:
     """constraints.txt by name."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return {item.name: item for item in (_pinned(line) for line in lines if line and not line.startswith("#"))}
+    return {
+        item.name: item
+        for item in (_pinned(line) for line in lines if line and not line.startswith("#"))
+    }
 
 
 def _workers(cluster: dict[str, Any]) -> dict[str, Any]:
-    return {name: kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]}
+    return {
+        name: kind
+        for name, kind in cluster["available_node_types"].items()
+        if name != cluster["head_node_type"]
+    }
 
 
 def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
@@ -51,7 +58,12 @@ def test_every_section_is_stated_and_none_left_to_defaults(cluster: dict[str, An
     from ray.autoscaler._private.util import prepare_config
 
     missing = set(prepare_config(cluster)) - set(cluster)
-    assert missing <= {"cluster_synced_files", "file_mounts_sync_continuously", "rsync_exclude", "rsync_filter"}
+    assert missing <= {
+        "cluster_synced_files",
+        "file_mounts_sync_continuously",
+        "rsync_exclude",
+        "rsync_filter",
+    }
 
 
 def test_head_runs_no_work_and_stays(cluster: dict[str, Any]) -> None:
@@ -73,16 +85,16 @@ def test_workers_are_spot_come_when_asked_for_and_go_when_idle(cluster: dict[str
     assert cluster["provider"]["cache_stopped_nodes"] is False
 
 
-def test_machines_act_through_instance_profiles_and_the_file_holds_no_credentials(cluster: dict[str, Any]) -> None:
+def test_machines_act_through_instance_profiles_and_the_file_holds_no_credentials(
+    cluster: dict[str, Any],
+) -> None:
     for kind in cluster["available_node_types"].values():
         assert set(kind["node_config"]["IamInstanceProfile"]) == {"Name"}
         assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
     assert set(cluster["auth"]) == {"ssh_user"}
     assert not cluster["file_mounts"]
     assert "aws_credentials" not in cluster["provider"]
-    forbidden = (
-        r"AKIA|ASIA|aws_access_key|aws_secret|aws_session_token|BEGIN [A-Z ]*PRIVATE KEY|password|\.pem|\d{12}|RAY_AUTH_TOKEN"
-    )
+    forbidden = r"AKIA|ASIA|aws_access_key|aws_secret|aws_session_token|BEGIN [A-Z ]*PRIVATE KEY|password|\.pem|\d{12}|RAY_AUTH_TOKEN"
     assert not re.search(forbidden, TEXT, re.IGNORECASE)
 
 
@@ -92,11 +104,15 @@ def test_machines_install_the_dependencies_of_the_package_in_their_tested_versio
     wanted: dict[str, set[str]] = {}
     for line in project["dependencies"] + project["optional-dependencies"]["jobs"]:
         requirement = Requirement(line)
-        wanted.setdefault(str(canonicalize_name(requirement.name)), set()).update(requirement.extras)
+        wanted.setdefault(str(canonicalize_name(requirement.name)), set()).update(
+            requirement.extras
+        )
     command = next(command for command in cluster["setup_commands"] if "'ray[" in command)
     pins = [_pinned(word) for word in shlex.split(command) if "==" in word]
     assert {pin.name: pin.extras for pin in pins} == wanted
-    assert {pin.name: str(pin.specifier) for pin in pins} == {name: str(tested[name].specifier) for name in wanted}
+    assert {pin.name: str(pin.specifier) for pin in pins} == {
+        name: str(tested[name].specifier) for name in wanted
+    }
     assert set(re.findall(r"ray\[[a-z,]+\](==[\d.]+)", TEXT)) == {str(tested["ray"].specifier)}
 
 
@@ -107,17 +123,25 @@ def _pinned(text: str) -> Requirement:
     return requirement
 
 
-def test_constraints_satisfy_the_ranges_of_the_package(project: dict[str, Any], tested: dict[str, Requirement]) -> None:
-    versions = {name: str(requirement.specifier).removeprefix("==") for name, requirement in tested.items()}
+def test_constraints_satisfy_the_ranges_of_the_package(
+    project: dict[str, Any], tested: dict[str, Requirement]
+) -> None:
+    versions = {
+        name: str(requirement.specifier).removeprefix("==") for name, requirement in tested.items()
+    }
     for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
         requirement = Requirement(line)
         if requirement.name != project["name"]:
-            assert requirement.specifier.contains(versions[str(canonicalize_name(requirement.name))]), line
+            assert requirement.specifier.contains(
+                versions[str(canonicalize_name(requirement.name))]
+            ), line
     assert versions["torch"] != "2.13.0"
 
 
 @pytest.mark.parametrize("name", ["imagenet", "places365"])
-def test_configurations_do_not_ask_for_more_than_the_cluster_may_grow_to(cluster: dict[str, Any], name: str) -> None:
+def test_configurations_do_not_ask_for_more_than_the_cluster_may_grow_to(
+    cluster: dict[str, Any], name: str
+) -> None:
     config = load_config(str(ROOT / "jobs" / "configs" / f"{name}.yaml"))
     gpu = next(kind for kind in _workers(cluster).values() if kind["resources"].get("GPU"))
     gpus = gpu["max_workers"] * gpu["resources"]["GPU"]
@@ -148,13 +172,20 @@ def test_rays_aws_provider_launches_it_on_simulated_ec2(
     launched = {}
     for reservation in client.describe_instances()["Reservations"]:
         for instance in reservation["Instances"]:
-            launched[next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-user-node-type")] = instance
+            launched[
+                next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "ray-user-node-type")
+            ] = instance
     assert {name: item.get("InstanceLifecycle") for name, item in launched.items()} == {
         "head": None,
         "gpu": "spot",
         "cpu": "spot",
     }
     for name, kind in _workers(cluster).items():
-        (machine,) = client.describe_instance_types(InstanceTypes=[launched[name]["InstanceType"]])["InstanceTypes"]
+        (machine,) = client.describe_instance_types(InstanceTypes=[launched[name]["InstanceType"]])[
+            "InstanceTypes"
+        ]
         gpus = sum(gpu["Count"] for gpu in machine.get("GpuInfo", {}).get("Gpus", []))
-        assert kind["resources"] == {"CPU": machine["VCpuInfo"]["DefaultVCpus"], **({"GPU": gpus} if gpus else {})}
+        assert kind["resources"] == {
+            "CPU": machine["VCpuInfo"]["DefaultVCpus"],
+            **({"GPU": gpus} if gpus else {}),
+        }

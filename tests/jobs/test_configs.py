@@ -37,7 +37,11 @@ def test_is_commented_and_says_how_to_run_it(path: Path) -> None:
 def test_cluster_configurations_leave_nothing_to_a_cluster_without_workers(name: str) -> None:
     config = load_config(str(FOLDER / f"{name}.yaml"))
     assert config.run.startswith("s3://") and config.source.uri.startswith("s3://")
-    assert config.proxy.use_gpu is True and config.measure.use_gpu is True and config.embed.use_gpu is True
+    assert (
+        config.proxy.use_gpu is True
+        and config.measure.use_gpu is True
+        and config.embed.use_gpu is True
+    )
     assert isinstance(config.proxy.cpus_per_worker, int)
     for pool in (config.measure, config.embed, config.extrapolate):
         assert isinstance(pool.max_actors, int), pool
@@ -52,8 +56,14 @@ def test_digits_is_the_demo() -> None:
 
 
 def test_rehearsal_of_cifar10_as_its_comment_says() -> None:
-    config = load_config(str(FOLDER / "cifar10.yaml"), ["source.uri=/data/cifar10", "source.limit=10000"])
-    assert (config.source.uri, config.source.limit, config.source.include) == ("/data/cifar10", 10_000, "train-*")
+    config = load_config(
+        str(FOLDER / "cifar10.yaml"), ["source.uri=/data/cifar10", "source.limit=10000"]
+    )
+    assert (config.source.uri, config.source.limit, config.source.include) == (
+        "/data/cifar10",
+        10_000,
+        "train-*",
+    )
     assert load_config(str(FOLDER / "cifar10.yaml")).source.limit is None
 
 

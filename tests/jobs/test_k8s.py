@@ -25,7 +25,9 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def objects(file: str) -> list[dict[str, Any]]:
-    return [item for item in yaml.safe_load_all((FOLDER / file).read_text(encoding="utf-8")) if item]
+    return [
+        item for item in yaml.safe_load_all((FOLDER / file).read_text(encoding="utf-8")) if item
+    ]
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def job() -> dict[str, Any]:
 
 @pytest.fixture
 def groups(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    return {
+        group["groupName"]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    }
 
 
 def _check(item: dict[str, Any]) -> None:
@@ -54,13 +58,21 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where every named field of an object is, but for the maps whose keys are free."""
     free = {"requests", "limits", "annotations", "labels", "rayStartParams", "nodeSelector"}
     if isinstance(value, list):
-        return [place for number, item in enumerate(value) for place in _places(item, (*path, number))]
+        return [
+            place for number, item in enumerate(value) for place in _places(item, (*path, number))
+        ]
     if not isinstance(value, dict) or (path and path[-1] in free):
         return []
-    return [place for key, item in value.items() for place in [(*path, key), *_places(item, (*path, key))]]
+    return [
+        place
+        for key, item in value.items()
+        for place in [(*path, key), *_places(item, (*path, key))]
+    ]
 
 
-@pytest.mark.parametrize("file", ["rayjob.yaml", "rayjob-scheduled.yaml", "access.yaml", "kustomization.yaml"])
+@pytest.mark.parametrize(
+    "file", ["rayjob.yaml", "rayjob-scheduled.yaml", "access.yaml", "kustomization.yaml"]
+)
 def test_a_misspelt_field_anywhere_is_refused(file: str) -> None:
     checked = 0
     for item in objects(file):
@@ -83,10 +95,24 @@ def test_a_misspelt_field_anywhere_is_refused(file: str) -> None:
     [
         (("spec", "shutdownAfterJobFinishes"), "yes"),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "minReplicas"), -1),
-        (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),  # KubeRay takes strings only
+        (
+            ("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"),
+            0,
+        ),  # KubeRay takes strings only
         (("spec", "rayClusterSpec", "autoscalerOptions", "upscalingMode"), "Fast"),
         (
-            ("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "resources", "limits", "memory"),
+            (
+                "spec",
+                "rayClusterSpec",
+                "headGroupSpec",
+                "template",
+                "spec",
+                "containers",
+                0,
+                "resources",
+                "limits",
+                "memory",
+            ),
             "16 GB",
         ),
     ],
@@ -101,7 +127,9 @@ def test_a_wrong_value_is_refused(job: dict[str, Any], place: tuple[Any, ...], v
         _check(job)
 
 
-def test_its_command_is_one_that_the_entry_point_takes(job: dict[str, Any], entry: ModuleType) -> None:
+def test_its_command_is_one_that_the_entry_point_takes(
+    job: dict[str, Any], entry: ModuleType
+) -> None:
     program, script, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "python"
     image = "/opt/raypipe/"
@@ -123,18 +151,27 @@ def entry() -> ModuleType:
     return module
 
 
-def test_it_does_not_ask_for_more_than_the_groups_may_grow_to(job: dict[str, Any], groups: dict[str, dict[str, Any]]) -> None:
+def test_it_does_not_ask_for_more_than_the_groups_may_grow_to(
+    job: dict[str, Any], groups: dict[str, dict[str, Any]]
+) -> None:
     config = load_config(str(ROOT / "jobs" / "configs" / "imagenet.yaml"))
     limits = groups["gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "1"
-    assert max(config.proxy.workers, config.measure.max_actors, config.embed.max_actors) <= groups["gpu"]["maxReplicas"]
+    assert (
+        max(config.proxy.workers, config.measure.max_actors, config.embed.max_actors)
+        <= groups["gpu"]["maxReplicas"]
+    )
     assert config.proxy.cpus_per_worker <= int(limits["cpu"])
     assert job["spec"]["activeDeadlineSeconds"] > config.cluster.patience_seconds
 
 
-def test_workers_come_when_asked_for_and_the_head_does_no_work(job: dict[str, Any], groups: dict[str, dict[str, Any]]) -> None:
+def test_workers_come_when_asked_for_and_the_head_does_no_work(
+    job: dict[str, Any], groups: dict[str, dict[str, Any]]
+) -> None:
     spec = job["spec"]["rayClusterSpec"]
-    assert spec["enableInTreeAutoscaling"] is True and job["spec"]["shutdownAfterJobFinishes"] is True
+    assert (
+        spec["enableInTreeAutoscaling"] is True and job["spec"]["shutdownAfterJobFinishes"] is True
+    )
     assert set(groups) == {"gpu", "cpu"}
     for group in groups.values():
         assert group["replicas"] == group["minReplicas"] == 0 < group["maxReplicas"]
@@ -144,8 +181,13 @@ def test_workers_come_when_asked_for_and_the_head_does_no_work(job: dict[str, An
     assert f"\nray=={spec['rayVersion']}\n" in tested.replace("[data,default,train]", "")
 
 
-def test_pods_that_go_leave_the_cluster_first(job: dict[str, Any], groups: dict[str, dict[str, Any]]) -> None:
-    templates = [job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"], *(group["template"] for group in groups.values())]
+def test_pods_that_go_leave_the_cluster_first(
+    job: dict[str, Any], groups: dict[str, dict[str, Any]]
+) -> None:
+    templates = [
+        job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"],
+        *(group["template"] for group in groups.values()),
+    ]
     for template in templates:
         (container,) = template["spec"]["containers"]
         command = container["lifecycle"]["preStop"]["exec"]["command"]
@@ -154,15 +196,21 @@ def test_pods_that_go_leave_the_cluster_first(job: dict[str, Any], groups: dict[
         assert grace < template["spec"]["terminationGracePeriodSeconds"]
     from ray.scripts.scripts import cli
 
-    assert "--grace-period" in [name for option in cli.commands["stop"].params for name in option.opts]
+    assert "--grace-period" in [
+        name for option in cli.commands["stop"].params for name in option.opts
+    ]
     started = {name for option in cli.commands["start"].params for name in option.opts}
-    assert {f"--{name}" for name in job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]} <= started
+    assert {
+        f"--{name}" for name in job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+    } <= started
 
 
 def _pods(value: Any) -> list[dict[str, Any]]:
     """Every pod of an object."""
     if isinstance(value, dict):
-        return [value] * ("containers" in value) + [pod for item in value.values() for pod in _pods(item)]
+        return [value] * ("containers" in value) + [
+            pod for item in value.values() for pod in _pods(item)
+        ]
     return [pod for item in value for pod in _pods(item)] if isinstance(value, list) else []
 
 
@@ -171,10 +219,18 @@ def test_no_pod_runs_as_root_nor_holds_a_secret() -> None:
     assert len(pods) == 5
     images = set()
     for pod in pods:
-        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
+        assert (
+            pod["securityContext"]["runAsNonRoot"] is True
+            and pod["securityContext"]["runAsUser"] > 0
+        )
         for container in pod["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-            assert {item["name"] for item in container.get("env", [])} <= {"RAY_USAGE_STATS_ENABLED"}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {item["name"] for item in container.get("env", [])} <= {
+                "RAY_USAGE_STATS_ENABLED"
+            }
             images.add(container["image"])
     assert len(images) == 1, "one image for all"
     secret = r"AKIA|ASIA|aws_secret_access_key: |BEGIN [A-Z ]*PRIVATE KEY|password|stringData|kind: Secret|RAY_AUTH_TOKEN"
@@ -185,7 +241,10 @@ def test_no_pod_runs_as_root_nor_holds_a_secret() -> None:
 def test_usage_statistics_are_off_in_every_pod_of_the_cluster(job: dict[str, Any]) -> None:
     for pod in _pods(job):
         assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in pod["containers"][0]["env"]
-    assert job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["disable-usage-stats"] == "true"
+    assert (
+        job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["disable-usage-stats"]
+        == "true"
+    )
 
 
 def test_the_schedule_may_do_what_its_commands_need_and_no_more(job: dict[str, Any]) -> None:
@@ -193,9 +252,17 @@ def test_the_schedule_may_do_what_its_commands_need_and_no_more(job: dict[str, A
     roles = {(item["kind"], item["metadata"]["name"]): item for item in objects("access.yaml")}
     pod = _pods(schedule)[0]
     account = pod["serviceAccountName"]
-    assert roles["RoleBinding", account]["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "raypipe"}]
+    assert roles["RoleBinding", account]["subjects"] == [
+        {"kind": "ServiceAccount", "name": account, "namespace": "raypipe"}
+    ]
     rules = roles[("Role", roles["RoleBinding", account]["roleRef"]["name"])]["rules"]
-    assert {verb for rule in rules for verb in rule["verbs"]} == {"create", "get", "list", "watch", "delete"}
+    assert {verb for rule in rules for verb in rule["verbs"]} == {
+        "create",
+        "get",
+        "list",
+        "watch",
+        "delete",
+    }
     for rule in rules:
         assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
         assert rule["verbs"] == ["create"] or rule["resourceNames"] == [job["metadata"]["name"]]
@@ -203,8 +270,12 @@ def test_the_schedule_may_do_what_its_commands_need_and_no_more(job: dict[str, A
     assert ("ServiceAccount", ray) in roles and ("RoleBinding", ray) not in roles
     (kustomization,) = objects("kustomization.yaml")
     (generated,) = kustomization["configMapGenerator"]
-    assert pod["volumes"][0]["configMap"]["name"] == generated["name"] and generated["files"] == ["rayjob.yaml"]
-    assert all((FOLDER / file).is_file() for file in [*kustomization["resources"], *generated["files"]])
+    assert pod["volumes"][0]["configMap"]["name"] == generated["name"] and generated["files"] == [
+        "rayjob.yaml"
+    ]
+    assert all(
+        (FOLDER / file).is_file() for file in [*kustomization["resources"], *generated["files"]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +288,9 @@ def test_the_schedule_may_do_what_its_commands_need_and_no_more(job: dict[str, A
         ("raypipe-imagenet/", ["get"]),  # created a moment ago, without a status yet
     ],
 )
-def test_the_schedule_leaves_a_run_alone_that_goes_on(tmp_path: Path, found: str, calls: list[str]) -> None:
+def test_the_schedule_leaves_a_run_alone_that_goes_on(
+    tmp_path: Path, found: str, calls: list[str]
+) -> None:
     """The commands of the CronJob, with a kubectl that writes down what it is asked."""
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(
@@ -226,9 +299,17 @@ def test_the_schedule_leaves_a_run_alone_that_goes_on(tmp_path: Path, found: str
     kubectl.chmod(0o755)
     (container,) = _pods(objects("rayjob-scheduled.yaml")[0])[0]["containers"]
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run([*container["command"], *container["args"]], check=True, env=environment, timeout=20, capture_output=True)
+    subprocess.run(
+        [*container["command"], *container["args"]],
+        check=True,
+        env=environment,
+        timeout=20,
+        capture_output=True,
+    )
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert [next(word for word in line.split() if word in {"get", "delete", "create"}) for line in asked] == calls
+    assert [
+        next(word for word in line.split() if word in {"get", "delete", "create"}) for line in asked
+    ] == calls
     if "create" in calls:
         mount = container["volumeMounts"][0]["mountPath"]
         assert asked[-1] == f"create -f {mount}/rayjob.yaml"
@@ -239,7 +320,12 @@ def test_the_schedule_fails_when_kubernetes_does_not_answer(tmp_path: Path) -> N
     (tmp_path / "kubectl").chmod(0o755)
     (container,) = _pods(objects("rayjob-scheduled.yaml")[0])[0]["containers"]
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    assert subprocess.run([*container["command"], *container["args"]], env=environment, timeout=20).returncode == 1
+    assert (
+        subprocess.run(
+            [*container["command"], *container["args"]], env=environment, timeout=20
+        ).returncode
+        == 1
+    )
 
 
 def test_the_image_installs_tested_versions_and_is_not_root() -> None:
@@ -249,7 +335,9 @@ def test_the_image_installs_tested_versions_and_is_not_root() -> None:
     base = [value for word, value in steps if word == "FROM"][-1]
     assert re.match(r"python:3\.1[1-9]-slim", base)
     assert any(
-        "pip install" in value and "-c constraints.txt" in value and "[jobs]" in value for word, value in steps if word == "RUN"
+        "pip install" in value and "-c constraints.txt" in value and "[jobs]" in value
+        for word, value in steps
+        if word == "RUN"
     )
     users = [value for word, value in steps if word == "USER"]
     assert users and users[-1].isdigit() and int(users[-1]) > 0
@@ -257,7 +345,12 @@ def test_the_image_installs_tested_versions_and_is_not_root() -> None:
     ignored = (FOLDER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     taken = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored and "**/.env*" in ignored
-    copied = {word for step, value in steps if step == "COPY" and "--from" not in value for word in value.split()[:-1]}
+    copied = {
+        word
+        for step, value in steps
+        if step == "COPY" and "--from" not in value
+        for word in value.split()[:-1]
+    }
     assert copied == taken and all((ROOT / name).exists() for name in copied)
 
 

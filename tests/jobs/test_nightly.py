@@ -20,8 +20,9 @@ from raypipe import storage
 from raypipe.config import Config, dump_config
 from raypipe.errors import RunError
 from raypipe.nightly import Night
-from raypipe.rundir import Run, StageRecord
-from raypipe.snapshots import load_snapshot
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.snapshots import load_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "jobs" / "nightly.py"
@@ -39,7 +40,10 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("advice", "refused", "code"), [([], "", 0), (["growth"], "", 4), ([], "no", 3), (["growth"], "no", 3)])
+@pytest.mark.parametrize(
+    ("advice", "refused", "code"),
+    [([], "", 0), (["growth"], "", 4), ([], "no", 3), (["growth"], "no", 3)],
+)
 def test_exit_codes_and_the_last_line(
     entry: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
@@ -51,7 +55,12 @@ def test_exit_codes_and_the_last_line(
     def run_night(config: Config) -> Night:
         print("progress")
         drift = {"tonight": {"auc": 0.5}}
-        found = {"files": {"new": 1}, "samples": {"new": 5}, "drift": drift, "fidelity": {"spearman": 0.4}}
+        found = {
+            "files": {"new": 1},
+            "samples": {"new": 5},
+            "drift": drift,
+            "fidelity": {"spearman": 0.4},
+        }
         return Night(config.run, "2026-11-22T020000Z", True, found, advice, refused)
 
     monkeypatch.setattr("raypipe.nightly.run_night", run_night)
@@ -70,7 +79,10 @@ def test_exit_codes_and_the_last_line(
 
 
 def test_failures_and_bad_usage(
-    entry: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    entry: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def run_night(config: Config) -> Night:
         raise RunError("in use")
@@ -86,20 +98,27 @@ def test_failures_and_bad_usage(
 @pytest.mark.ray
 def test_more_samples_are_measured_as_those_of_the_run_were(finished: str) -> None:
     """MoSo, EL2N, GraNd and loss of the run's own audit set, measured once more as a fresh audit is."""
-    from raypipe.stages.base import Context
-    from raypipe.stages.measure import measure_more
-    from raypipe.stages.seed import seed_manifest
+    from raypipe.distributed.context import Context
+    from raypipe.runs.manifests import seed_manifest
+    from raypipe.stages.measure.stage import measure_extra_shard
 
     run = Run(finished)
     (shard,) = seed_manifest(run)["audit_shards"]
-    storage.write_bytes(run.path("seed", "night-x.parquet"), storage.read_bytes(run.path("seed", f"{shard}.parquet")))
+    storage.write_bytes(
+        run.path("seed", "night-x.parquet"),
+        storage.read_bytes(run.path("seed", f"{shard}.parquet")),
+    )
     before = {file.path for file in storage.listing(run.path("measured"))}
     try:
-        found = measure_more(Context(small_config(finished), run, QUIET), StageRecord(), "night-x")
+        found = measure_extra_shard(
+            Context(small_config(finished), run, QUIET), StageRecord(), "night-x"
+        )
     finally:
         storage.delete(run.path("seed", "night-x.parquet"))
     expected = storage.read_table(run.path("measured/audit", f"{shard}.parquet"))
-    assert found.select(expected.column_names).equals(expected.replace_schema_metadata(found.schema.metadata))
+    assert found.select(expected.column_names).equals(
+        expected.replace_schema_metadata(found.schema.metadata)
+    )
     assert {file.path for file in storage.listing(run.path("measured"))} == before
 
 
@@ -120,14 +139,19 @@ def _start(address: str, config: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_ADDRESS": address}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [sys.executable, str(ENTRY), "--config", str(config)], env=environment, start_new_session=True, **pipes
+        [sys.executable, str(ENTRY), "--config", str(config)],
+        env=environment,
+        start_new_session=True,
+        **pipes,
     )
 
 
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.timeout(400)
-def test_a_night_through_ray_that_is_killed_goes_on_to_what_one_process_makes(cluster: str, place: Place, tmp_path: Path) -> None:
+def test_a_night_through_ray_that_is_killed_goes_on_to_what_one_process_makes(
+    cluster: str, place: Place, tmp_path: Path
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         in_process(patch)
         alone = place.copy(tmp_path / "alone")

@@ -44,11 +44,24 @@ def test_passes_the_configuration_on_and_ends_with_one_line(
             "counts": {"samples": 298, "measured": 90, "rejects": 2},
             "keep": [{"file": "keep-0.50.parquet", "samples": 149}],
         }
-        summary |= {"fidelity": {"spearman": 0.5, "spearman_low": 0.4, "spearman_high": 0.6, "baselines": {}}, "classes": []}
-        return SimpleNamespace(uri=config.run, summary=summary | {"cost": {"total": {"wall_seconds": 7.5}}})
+        summary |= {
+            "fidelity": {
+                "spearman": 0.5,
+                "spearman_low": 0.4,
+                "spearman_high": 0.6,
+                "baselines": {},
+            },
+            "classes": [],
+        }
+        return SimpleNamespace(
+            uri=config.run, summary=summary | {"cost": {"total": {"wall_seconds": 7.5}}}
+        )
 
     monkeypatch.setitem(raypipe.__dict__, "run", run)
-    assert entry.main(["--config", DIGITS, "--set", "proxy.epochs=11", "--set", "run=/tmp/somewhere"]) == 0
+    assert (
+        entry.main(["--config", DIGITS, "--set", "proxy.epochs=11", "--set", "run=/tmp/somewhere"])
+        == 0
+    )
     assert seen[0].proxy.epochs == 11 and seen[0].source.uri == "digits://"
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "run": "/tmp/somewhere",
@@ -75,7 +88,10 @@ def test_a_failed_run_is_one_line_and_code_1(
 
 
 def test_scores_too_unfaithful_to_prune_by_are_code_3_with_the_summary(
-    entry: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    entry: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def run(config: Config) -> Any:
         (tmp_path / "report").mkdir()
@@ -105,7 +121,9 @@ def test_a_bad_configuration_is_named_and_code_2(
     assert message in capsys.readouterr().err
 
 
-def test_without_a_configuration_it_says_so(entry: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_configuration_it_says_so(
+    entry: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         entry.main([])
     assert caught.value.code == 2 and "--config" in capsys.readouterr().err
@@ -117,9 +135,13 @@ def test_finds_the_package_beside_it_when_none_is_installed(tmp_path: Path) -> N
     (tmp_path / "jobs" / "run.py").write_bytes((ROOT / "jobs" / "run.py").read_bytes())
     package = tmp_path / "raypipe"
     package.mkdir()
-    (package / "__init__.py").write_text("import types\ndef run(config): return types.SimpleNamespace(uri='here', summary={})\n")
+    (package / "__init__.py").write_text(
+        "import types\ndef run(config): return types.SimpleNamespace(uri='here', summary={})\n"
+    )
     (package / "config.py").write_text("def load_config(path, overrides): return path\n")
-    (package / "errors.py").write_text("class RaypipeError(Exception): exit_code = 1\nclass TrustError(RaypipeError): pass\n")
+    (package / "errors.py").write_text(
+        "class RaypipeError(Exception): exit_code = 1\nclass TrustError(RaypipeError): pass\n"
+    )
     command = [sys.executable, "-I", "-S", str(tmp_path / "jobs" / "run.py"), "--config", "any"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.sep, timeout=60)
     assert (done.returncode, json.loads(done.stdout)["run"], done.stderr) == (0, "here", "")

@@ -37,7 +37,13 @@ BEHIND = [
     "tests/test_x.py",
     "docs/a.png",
 ]
-QUICK = ["source.limit=300", "source.fragment_samples=100", "seed.fraction=0.4", "proxy.epochs=2", "proxy.checkpoints=2"]
+QUICK = [
+    "source.limit=300",
+    "source.fragment_samples=100",
+    "seed.fraction=0.4",
+    "proxy.epochs=2",
+    "proxy.checkpoints=2",
+]
 QUICK += ["measure.max_actors=1", "embed.max_actors=1", "extrapolate.method=knn-published"]
 QUICK += ["trust.min_spearman=-1", "report.images=4"]
 
@@ -60,22 +66,47 @@ class Head:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A Ray head with two CPUs, with ports, folder, home and token of its own; only its own processes are ended afterwards."""
-    with tempfile.TemporaryDirectory(prefix="raypipe-", dir="/tmp", ignore_cleanup_errors=True) as name:  # socket paths are short
+    with tempfile.TemporaryDirectory(
+        prefix="raypipe-", dir="/tmp", ignore_cleanup_errors=True
+    ) as name:  # socket paths are short
         folder = Path(name)
         (folder / "home").mkdir()
         token, ports = secrets.token_hex(16), free_ports(9)
         # The head's PATH decides which `python` an entrypoint is.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "PYTHONPATH"}
-        environment |= {"PATH": path, "HOME": str(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith("RAY_") and key != "PYTHONPATH"
+        }
+        environment |= {
+            "PATH": path,
+            "HOME": str(folder / "home"),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+        }
         options = dict(zip(_PORT_OPTIONS, ports, strict=True))
-        command = ray_command("start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0")
-        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder / 'ray'}"]
-        command += ["--min-worker-port=0", "--max-worker-port=0", *(f"--{option}={port}" for option, port in options.items())]
+        command = ray_command(
+            "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0"
+        )
+        command += [
+            "--node-ip-address=127.0.0.1",
+            "--object-store-memory=200000000",
+            f"--temp-dir={folder / 'ray'}",
+        ]
+        command += [
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            *(f"--{option}={port}" for option, port in options.items()),
+        ]
         with open(folder / "head.log", "wb") as log:
-            process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
+            )
             try:
-                started = Head(f"http://127.0.0.1:{options['dashboard-port']}", token, folder, environment)
+                started = Head(
+                    f"http://127.0.0.1:{options['dashboard-port']}", token, folder, environment
+                )
                 _wait_until_ready(started, process)
                 yield started
             finally:
@@ -96,7 +127,9 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes]) -> None:
             return
         except (ConnectionError, RuntimeError) as error:
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the head did not start: {error}\n{(head.folder / 'head.log').read_text()[-3000:]}")
+                pytest.fail(
+                    f"the head did not start: {error}\n{(head.folder / 'head.log').read_text()[-3000:]}"
+                )
             time.sleep(0.3)
 
 
@@ -127,7 +160,9 @@ def checkout(head: Head) -> Path:
     for name in (".rayignore", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     package = folder / "raypipe" / "_version.py"
-    text, count = re.subn(r'(?m)^__version__ = ".*"$', f'__version__ = "{MARK}"', package.read_text())
+    text, count = re.subn(
+        r'(?m)^__version__ = ".*"$', f'__version__ = "{MARK}"', package.read_text()
+    )
     assert count == 1
     package.write_text(text)
     for name in BEHIND:
@@ -146,14 +181,22 @@ class Finished:
 
 
 def _entrypoint(*settings: str) -> list[str]:
-    return ["python", "jobs/run.py", "--config", "jobs/configs/digits.yaml", *(f"--set={setting}" for setting in settings)]
+    return [
+        "python",
+        "jobs/run.py",
+        "--config",
+        "jobs/configs/digits.yaml",
+        *(f"--set={setting}" for setting in settings),
+    ]
 
 
 def _finish(head: Head, job: str, run: Path, seconds: float = 400) -> Finished:
     client, deadline = head.client(), time.monotonic() + seconds
     while not client.get_job_status(job).is_terminal():
         if time.monotonic() > deadline:
-            pytest.fail(f"the job did not end in {seconds:.0f} s:\n{client.get_job_logs(job)[-3000:]}")
+            pytest.fail(
+                f"the job did not end in {seconds:.0f} s:\n{client.get_job_logs(job)[-3000:]}"
+            )
         time.sleep(0.5)
     return Finished(client.get_job_info(job), client.get_job_logs(job).splitlines(), run)
 
@@ -163,7 +206,8 @@ def digits(head: Head, checkout: Path) -> Finished:
     """The digits configuration, cut down, as a job sent through Ray's client."""
     run = head.folder / "runs" / "digits"
     job = head.client().submit_job(
-        entrypoint=shlex.join(_entrypoint(f"run={run}", *QUICK)), runtime_env={"working_dir": str(checkout)}
+        entrypoint=shlex.join(_entrypoint(f"run={run}", *QUICK)),
+        runtime_env={"working_dir": str(checkout)},
     )
     return _finish(head, job, run)
 
@@ -176,17 +220,27 @@ def test_job_succeeds_and_ends_with_its_summary(digits: Finished) -> None:
 
 def test_job_writes_a_score_for_every_sample(digits: Finished) -> None:
     assert digits.info.status == "SUCCEEDED", "\n".join(digits.log[-40:])
-    rows = [row for file in sorted((digits.run / "scores").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-    rejects = sum(pq.read_metadata(file).num_rows for file in (digits.run / "rejects").glob("*.parquet"))
+    rows = [
+        row
+        for file in sorted((digits.run / "scores").glob("*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+    ]
+    rejects = sum(
+        pq.read_metadata(file).num_rows for file in (digits.run / "rejects").glob("*.parquet")
+    )
     assert len(rows) + rejects == 300 and len({row["sample_id"] for row in rows}) == len(rows)
     assert 60 <= sum(row["measured"] for row in rows) < 240
     assert list((digits.run / "keep").iterdir()) and (digits.run / "report" / "index.html").exists()
 
 
-def test_job_runs_the_uploaded_package_without_secrets_data_or_results(head: Head, digits: Finished) -> None:
+def test_job_runs_the_uploaded_package_without_secrets_data_or_results(
+    head: Head, digits: Finished
+) -> None:
     assert digits.info.status == "SUCCEEDED", "\n".join(digits.log[-40:])
     assert json.loads((digits.run / "run.json").read_text())["raypipe"] == MARK
-    (uploaded,) = (head.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/")
+    (uploaded,) = (
+        head.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files"
+    ).glob("_ray_pkg_*/")
     names = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
     assert {"jobs/run.py", "jobs/configs/digits.yaml", "raypipe/stages/embed.py"} <= names
     assert not names & set(BEHIND)
@@ -195,15 +249,26 @@ def test_job_runs_the_uploaded_package_without_secrets_data_or_results(head: Hea
 def test_bad_setting_through_the_command_line_fails_with_code_2(head: Head, checkout: Path) -> None:
     run = head.folder / "runs" / "bad"
     command = ray_command(
-        "job", "submit", "--address", head.address, "--working-dir", str(checkout), "--submission-id", "bad-setting"
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--working-dir",
+        str(checkout),
+        "--submission-id",
+        "bad-setting",
     )
     command += ["--", *_entrypoint(f"run={run}", "proxy.epoch=3")]
-    sent = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=120)
+    sent = subprocess.run(
+        command, env=head.environment, capture_output=True, text=True, timeout=120
+    )
     assert sent.returncode == 1, sent.stdout + sent.stderr
     finished = _finish(head, "bad-setting", run)
     assert finished.info.status == "FAILED"
     assert finished.info.driver_exit_code == 2
-    assert any("proxy.epoch: unknown setting; did you mean 'epochs'?" in line for line in finished.log)
+    assert any(
+        "proxy.epoch: unknown setting; did you mean 'epochs'?" in line for line in finished.log
+    )
     assert not any("Traceback" in line for line in finished.log)
     assert "did you mean 'epochs'" in sent.stdout
     assert not run.exists()

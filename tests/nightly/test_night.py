@@ -15,15 +15,20 @@ from nights import Place
 
 import raypipe
 from raypipe import storage
+from raypipe.config.measure import MeasureSettings
 from raypipe.errors import ConfigError, RunError, SourceError, StageError
 from raypipe.nightly import night as nights
-from raypipe.rundir import Run
-from raypipe.settings.measure import MeasureSettings
-from raypipe.snapshots import load_snapshot, snapshot_names
+from raypipe.runs.layout import Run
+from raypipe.runs.snapshots import load_snapshot, snapshot_names
 
 
-def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(growing: Place) -> None:
-    before = {folder: stamps(growing.run.uri, folder) for folder in ("scores", "embeddings", "keep", "index", "extrapolator")}
+def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(
+    growing: Place,
+) -> None:
+    before = {
+        folder: stamps(growing.run.uri, folder)
+        for folder in ("scores", "embeddings", "keep", "index", "extrapolator")
+    }
     first, second = growing.night(0), growing.night(1)
     assert (first.made, first.snapshot, first.exit_code) == (True, "2026-11-22T020000Z", 0)
     assert (second.made, second.snapshot, second.exit_code) == (False, first.snapshot, 0)
@@ -33,13 +38,24 @@ def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(g
     assert {entry["file"] for entry in manifest["scores"]} == set(score_files(growing.run.uri))
     assert [entry["file"] for entry in manifest["keep"]] == ["keep-0.50.parquet"]
     # a file that a snapshot names takes no space of its own on a local disk
-    stored, original = manifest["scores"][0], growing.run.path("scores", manifest["scores"][0]["file"])
-    assert os.path.samefile(growing.run.path("snapshots/files", f"{stored['hash']}.parquet"), original)
+    stored, original = (
+        manifest["scores"][0],
+        growing.run.path("scores", manifest["scores"][0]["file"]),
+    )
+    assert os.path.samefile(
+        growing.run.path("snapshots/files", f"{stored['hash']}.parquet"), original
+    )
 
 
-def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(growing: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
+    growing: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     growing.night(0)
-    before, fitted, kept = score_files(growing.run.uri), stamps(growing.run.uri, "extrapolator"), by_id(growing.run.uri)
+    before, fitted, kept = (
+        score_files(growing.run.uri),
+        stamps(growing.run.uri, "extrapolator"),
+        by_id(growing.run.uri),
+    )
     trained = {folder: stamps(growing.run.uri, folder) for folder in ("proxy", "seed", "measured")}
     old = stamps(growing.run.uri, "scores")
     growing.add(4)
@@ -70,7 +86,10 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(growing: Place, 
     pairs = storage.read_table(_state(growing, night.snapshot, "audit"))
     assert all(row["sample_id"].startswith(("part-00", "part-04")) for row in pairs.to_pylist())
     for row in pairs.to_pylist():
-        assert rows[row["sample_id"]]["score"] == pytest.approx(row["predicted"]) and not rows[row["sample_id"]]["measured"]
+        assert (
+            rows[row["sample_id"]]["score"] == pytest.approx(row["predicted"])
+            and not rows[row["sample_id"]]["measured"]
+        )
     assert growing.night(1).made is False
 
 
@@ -87,16 +106,20 @@ def _recording(read: list[str], module: str) -> Any:
 
 
 def _state(growing: Place, snapshot: str, name: str) -> str:
-    entry = next(entry for entry in load_snapshot(growing.run, snapshot)["state"] if entry["file"] == f"{name}.parquet")
+    entry = next(
+        entry
+        for entry in load_snapshot(growing.run, snapshot)["state"]
+        if entry["file"] == f"{name}.parquet"
+    )
     return growing.run.path("snapshots/files", f"{entry['hash']}.parquet")
 
 
 def test_audited_scores_are_those_of_the_proxy_at_its_checkpoint(growing: Place) -> None:
     import torch
 
-    from raypipe.images import decode
+    from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.sources import open_source
-    from raypipe.stages.proxy import load_checkpoint
+    from raypipe.vision.decode import decode
 
     growing.night(0)
     growing.add(4)
@@ -105,20 +128,28 @@ def test_audited_scores_are_those_of_the_proxy_at_its_checkpoint(growing: Place)
     samples = {
         sample.sample_id: sample
         for fragment in growing.run.fragments()
-        for sample in source.read(growing.run.with_members(fragment), {row["sample_id"] for row in pairs}.__contains__)
+        for sample in source.read(
+            growing.run.with_members(fragment), {row["sample_id"] for row in pairs}.__contains__
+        )
     }
     model = load_checkpoint(growing.run, "epoch-0000.safetensors")
     for row in pairs[:5]:
-        pixels = torch.from_numpy(np.asarray(decode(samples[row["sample_id"]].image, 8, 1000))[None].copy())
+        pixels = torch.from_numpy(
+            np.asarray(decode(samples[row["sample_id"]].image, 8, 1000))[None].copy()
+        )
         loss = torch.nn.functional.cross_entropy(model(pixels), torch.tensor([row["label"]])).item()
         assert row["measured"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_other_images_are_drift_and_a_refresh_is_advised_until_the_settings_allow_it(growing: Place) -> None:
+def test_other_images_are_drift_and_a_refresh_is_advised_until_the_settings_allow_it(
+    growing: Place,
+) -> None:
     growing.night(0)
     growing.add(4, invert=True)
     night = growing.night(1)
-    assert night.exit_code == 4 and any(reason.startswith("drift: the samples of this night") for reason in night.advice)
+    assert night.exit_code == 4 and any(
+        reason.startswith("drift: the samples of this night") for reason in night.advice
+    )
     assert any("first audit" in reason for reason in night.advice)
     again = growing.night(1)
     assert (again.made, again.advice) == (False, night.advice), "the same answer for the same run"
@@ -136,7 +167,9 @@ def test_drift_is_told_of_all_nights_together_as_well(growing: Place) -> None:
     found = night.found["drift"]
     assert found["tonight"]["n_new"] < 120 and found["since"]["n_new"] == 120
     sketch = storage.read_table(_state(growing, night.snapshot, "arrivals"))
-    assert {fragment[:2] for fragment in sketch["sample_id"].to_pylist()} == {"pa"} and len(sketch) == 120
+    assert {fragment[:2] for fragment in sketch["sample_id"].to_pylist()} == {"pa"} and len(
+        sketch
+    ) == 120
     assert {row["sample_id"][:7] for row in sketch.to_pylist()} == {"part-04", "part-05"}
     growing.remove(4)
     night = growing.night(6, "nightly.drift_samples=120")
@@ -144,12 +177,17 @@ def test_drift_is_told_of_all_nights_together_as_well(growing: Place) -> None:
     assert {row["sample_id"][:7] for row in left.to_pylist()} == {"part-05"}
 
 
-def test_a_score_that_cannot_be_audited_is_said_to_rest_on_drift(growing: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_cannot_be_audited_is_said_to_rest_on_drift(
+    growing: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     growing.night(0)
     growing.add(4)
     monkeypatch.setattr(MeasureSettings, "at_checkpoints", property(lambda self: ()))
     night = growing.night(1)
-    assert night.found["fidelity"]["spearman"] is None and "drift alone" in night.found["fidelity"]["note"]
+    assert (
+        night.found["fidelity"]["spearman"] is None
+        and "drift alone" in night.found["fidelity"]["note"]
+    )
     assert night.found["drift"]["tonight"]["auc"] is not None
 
 
@@ -157,14 +195,21 @@ def test_no_audit_where_none_is_asked_for(growing: Place) -> None:
     growing.night(0)
     growing.add(4)
     night = growing.night(1, "nightly.audit=0")
-    assert night.found["fidelity"]["n"] == 0 and "nightly.audit is 0" in night.found["fidelity"]["note"]
+    assert (
+        night.found["fidelity"]["n"] == 0
+        and "nightly.audit is 0" in night.found["fidelity"]["note"]
+    )
 
 
 def test_scores_too_unfaithful_leave_a_snapshot_without_keep_lists(growing: Place) -> None:
     growing.night(0)
     growing.add(4)
     night = growing.night(1, "trust.min_spearman=0.999")
-    assert night.exit_code == 3 and "no keep-lists" in night.refused and night.found["refused"] == night.refused
+    assert (
+        night.exit_code == 3
+        and "no keep-lists" in night.refused
+        and night.found["refused"] == night.refused
+    )
     assert load_snapshot(growing.run, night.snapshot)["keep"] == []
     again = growing.night(1, "trust.min_spearman=0.999")
     assert (again.made, again.exit_code) == (False, 3)
@@ -183,8 +228,15 @@ def test_the_report_is_written_where_it_is_asked_for(growing: Place) -> None:
 def test_settings_that_would_train_or_rescore_are_refused(growing: Place) -> None:
     growing.night(0)
     before = score_files(growing.run.uri)
-    for change in ("seed.fraction=0.5", "proxy.epochs=2", "extrapolate.neighbours=3", "embed.dtype=float16"):
-        with pytest.raises(RunError, match=rf"settings of stage {change.split('.')[0]} are others.*jobs/run\.py"):
+    for change in (
+        "seed.fraction=0.5",
+        "proxy.epochs=2",
+        "extrapolate.neighbours=3",
+        "embed.dtype=float16",
+    ):
+        with pytest.raises(
+            RunError, match=rf"settings of stage {change.split('.')[0]} are others.*jobs/run\.py"
+        ):
             growing.night(1, change)
     assert score_files(growing.run.uri) == before
     # keep-lists are cut as the settings say
@@ -206,7 +258,9 @@ def test_a_run_that_is_not_finished_is_refused(growing: Place, tmp_path: Path) -
         growing.night(0)
 
 
-def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(growing: Place) -> None:
+def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(
+    growing: Place,
+) -> None:
     growing.night(0)
     before = score_files(growing.run.uri)
     for number in range(4):
@@ -216,7 +270,9 @@ def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(gr
     assert score_files(growing.run.uri) == before
     for number in range(4):
         growing.add(number)
-    about = growing.run.path("nightly", storage.folders(growing.run.path("nightly"))[0], "baseline.json")
+    about = growing.run.path(
+        "nightly", storage.folders(growing.run.path("nightly"))[0], "baseline.json"
+    )
     noted = storage.read_json(about)
     storage.write_json(about, {**noted, "classes": [*noted["classes"], "11"]})
     with pytest.raises(RunError, match="the classes of the source are others"):
@@ -224,7 +280,9 @@ def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(gr
     storage.write_json(about, noted)
     night = growing.night(3, "nightly.max_new_share=1")  # every file has another time of change
     assert night.exit_code == 0 and night.found["samples"]["changed"] == 600
-    assert night.found["drift"]["tonight"]["n_new"] < 200, "of what is on both sides nothing can be told"
+    assert night.found["drift"]["tonight"]["n_new"] < 200, (
+        "of what is on both sides nothing can be told"
+    )
 
 
 # -- pinned ---------------------------------------------------------------------------------------------------------
@@ -244,14 +302,20 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
     assert raypipe.KeepList(growing.run.uri, snapshot=pin).ids == keep.ids
     assert raypipe.KeepList(growing.run.uri, keep=0.5).ids != keep.ids
     assert raypipe.load_scores(growing.run.uri, snapshot=pin).equals(scores)
-    with pytest.raises(RunError, match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; there is keep-0\.50"):
+    with pytest.raises(
+        RunError,
+        match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; there is keep-0\.50",
+    ):
         raypipe.KeepList(growing.run.uri, keep=0.7, snapshot=pin)
     # what is no longer in the source as it was cannot be exported, and is not taken from what is there now
     lost = [name for name in keep.ids if name.startswith(("part-00", "part-03"))]
     with pytest.raises(
-        StageError, match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing .*changed or went away"
+        StageError,
+        match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing .*changed or went away",
     ):
-        raypipe.export(growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), snapshot=pin, progress=QUIET)
+        raypipe.export(
+            growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), snapshot=pin, progress=QUIET
+        )
     options: dict[str, Any] = {"snapshot": pin, "progress": QUIET, "allow_missing": True}
     done = raypipe.export(growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), **options)
     assert (done["samples"], done["missing"]) == (len(keep) - len(lost), len(lost))
@@ -264,7 +328,10 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
     growing.add(5)
     night = growing.night(2, "nightly.keep_snapshots=2")
     assert night.expired == [pin]
-    with pytest.raises(RunError, match=f"no snapshot '{pin}'; the newest there are: 2026-11-23T020000Z, 2026-11-24T020000Z"):
+    with pytest.raises(
+        RunError,
+        match=f"no snapshot '{pin}'; the newest there are: 2026-11-23T020000Z, 2026-11-24T020000Z",
+    ):
         raypipe.KeepList(growing.run.uri, keep=0.5, snapshot=pin)
     left = set(storage.names(growing.run.path("snapshots/files")))
     assert files - left and left == _named(growing.run)
@@ -279,14 +346,25 @@ def _named(run: Run) -> set[str]:
     }
 
 
-def test_export_of_a_pinned_list_from_a_shell(growing: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_of_a_pinned_list_from_a_shell(
+    growing: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from raypipe.cli import main
 
     growing.night(0)
     growing.add(4)
     growing.night(1)
     pin = snapshot_names(growing.run)[0]
-    arguments = ["export", growing.run.uri, "--keep", "0.5", "--format", "indices", "--snapshot", pin]
+    arguments = [
+        "export",
+        growing.run.uri,
+        "--keep",
+        "0.5",
+        "--format",
+        "indices",
+        "--snapshot",
+        pin,
+    ]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--to", str(tmp_path / "rows.json")])
     assert ended.value.code == 0 and "300 samples" in capsys.readouterr().out
@@ -320,7 +398,11 @@ def _count_down(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
         patch.setattr(storage, name, guarded(getattr(storage, name), 0))
     patch.setattr(os, "link", guarded(os.link, 1))
     entering = storage.Upload.__enter__
-    patch.setattr(storage.Upload, "__enter__", lambda self: guarded(lambda path: entering(self), 0)(self._path))
+    patch.setattr(
+        storage.Upload,
+        "__enter__",
+        lambda self: guarded(lambda path: entering(self), 0)(self._path),
+    )
     return count
 
 
@@ -332,15 +414,20 @@ def _outcome(growing: Place) -> dict[str, Any]:
         for entry in [*manifest["scores"], *manifest["keep"]]:
             del entry["stamp"]
         del manifest["made"], manifest["judging_cpu_seconds"]
-    files = {kind: sorted(storage.names(run.path(kind))) for kind in ("snapshots/files", "seed", "index", "embeddings")}
-    content = {name: storage.read_bytes(run.path("keep", name)) for name in storage.names(run.path("keep"))}
+    files = {
+        kind: sorted(storage.names(run.path(kind)))
+        for kind in ("snapshots/files", "seed", "index", "embeddings")
+    }
+    content = {
+        name: storage.read_bytes(run.path("keep", name)) for name in storage.names(run.path("keep"))
+    }
     return {"manifests": manifests, "files": files, "keep": content, "scores": score_files(run.uri)}
 
 
 def test_killed_at_any_moment_the_same_command_ends_as_if_nothing_had_happened(
     growing: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raypipe.rundir._alive", lambda holder: False)
+    monkeypatch.setattr("raypipe.runs.lease._alive", lambda holder: False)
     growing.night(0)
     growing.add(4)
     growing.add(0, rows=100)
@@ -363,8 +450,10 @@ def test_killed_at_any_moment_the_same_command_ends_as_if_nothing_had_happened(
         assert attempt(moment)[1] == expected, moment
 
 
-def test_killed_before_the_first_snapshot(growing: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raypipe.rundir._alive", lambda holder: False)
+def test_killed_before_the_first_snapshot(
+    growing: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raypipe.runs.lease._alive", lambda holder: False)
     expected = growing.copy(tmp_path / "whole")
     expected.night(0)
     for moment in (2, 4, 8):

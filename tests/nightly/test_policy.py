@@ -9,7 +9,7 @@ import pytest
 
 from raypipe.config import NightlySettings, TrustSettings, parse_config
 from raypipe.errors import ConfigError
-from raypipe.nightly.policy import advice, changes, judge
+from raypipe.nightly.policy import advice, assess, changes
 
 
 def piece(file: str, path: str, samples: int) -> dict[str, Any]:
@@ -17,8 +17,19 @@ def piece(file: str, path: str, samples: int) -> dict[str, Any]:
 
 
 def test_what_changed() -> None:
-    before = [piece("a-1", "a", 10), piece("a-2", "a", 5), piece("b-1", "b", 7), piece("c-1", "c", 3)]
-    after = [piece("a-1", "a", 10), piece("a-3", "a", 6), piece("c-1", "c", 3), piece("d-1", "d", 9), piece("e-1", "e", 0)]
+    before = [
+        piece("a-1", "a", 10),
+        piece("a-2", "a", 5),
+        piece("b-1", "b", 7),
+        piece("c-1", "c", 3),
+    ]
+    after = [
+        piece("a-1", "a", 10),
+        piece("a-3", "a", 6),
+        piece("c-1", "c", 3),
+        piece("d-1", "d", 9),
+        piece("e-1", "e", 0),
+    ]
     assert changes(before, after) == {
         "files": {"new": 2, "changed": 1, "removed": 1},
         "samples": {"new": 9, "changed": 6, "removed": 7, "total": 28},
@@ -34,19 +45,24 @@ def scores(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]
 
 def test_a_fall_of_the_fidelity_is_told_from_chance() -> None:
     good, bad = scores(0, 300, 0.3), scores(1, 200, 3.0)
-    same = [judge(*scores(number, 200, 0.3), good, 0)["fall_interval"] for number in range(2, 22)]
+    same = [assess(*scores(number, 200, 0.3), good, 0)["fall_interval"] for number in range(2, 22)]
     assert sum(high < 0 for _, high in same) <= 1
-    found = judge(*bad, good, 0)
-    assert found["first"] > 0.9 and found["fall"] == pytest.approx(found["spearman"] - found["first"])
+    found = assess(*bad, good, 0)
+    assert found["first"] > 0.9 and found["fall"] == pytest.approx(
+        found["spearman"] - found["first"]
+    )
     assert found["fall_interval"][0] < found["fall"] < found["fall_interval"][1] < 0
-    alone = judge(*bad, None, 0)
+    alone = assess(*bad, None, 0)
     assert alone["fall"] is None and alone["spearman"] == found["spearman"]
-    assert judge(np.ones(5), np.ones(5), good, 0)["spearman"] is None
-    assert judge(np.ones(1), np.ones(1), good, 0)["note"].startswith("1 measured")
+    assert assess(np.ones(5), np.ones(5), good, 0)["spearman"] is None
+    assert assess(np.ones(1), np.ones(1), good, 0)["note"].startswith("1 measured")
 
 
 def advised(found: dict[str, Any], trust: float = 0.2, **settings: Any) -> list[str]:
-    return [reason.partition(":")[0] for reason in advice(found, NightlySettings(**settings), TrustSettings(min_spearman=trust))]
+    return [
+        reason.partition(":")[0]
+        for reason in advice(found, NightlySettings(**settings), TrustSettings(min_spearman=trust))
+    ]
 
 
 def drift(low: float) -> dict[str, Any]:
@@ -58,13 +74,21 @@ def test_when_a_refresh_is_advised() -> None:
     fine = {"n": 100, "spearman": 0.5, "first": 0.5, "fall": 0.0, "fall_interval": [-0.1, 0.1]}
     assert advised({"drift": None, "fidelity": None, "share_since_seed": 0.0}) == []
     assert advised({"drift": drift(0.6), "fidelity": fine, "share_since_seed": 0.5}) == []
-    assert advised({"drift": drift(0.7)}) == ["drift"] and advised({"drift": drift(0.7)}, max_drift=1) == []
+    assert (
+        advised({"drift": drift(0.7)}) == ["drift"]
+        and advised({"drift": drift(0.7)}, max_drift=1) == []
+    )
     assert advised({"drift": drift(0.6)}, max_drift=0.55) == ["drift"]
     assert advised({"fidelity": {**fine, "spearman": 0.1}}) == ["fidelity"]
     assert advised({"fidelity": {**fine, "spearman": 0.1}}, trust=-1) == []
-    assert advised({"fidelity": {**fine, "fall": -0.2, "fall_interval": [-0.3, -0.1]}}) == ["fidelity"]
+    assert advised({"fidelity": {**fine, "fall": -0.2, "fall_interval": [-0.3, -0.1]}}) == [
+        "fidelity"
+    ]
     assert advised({"fidelity": {**fine, "spearman": 0.1, "n": 29}}) == [], "too few to say"
-    assert advised({"share_since_seed": 0.6}) == ["growth"] and advised({"share_since_seed": 0.6}, max_new_share=1) == []
+    assert (
+        advised({"share_since_seed": 0.6}) == ["growth"]
+        and advised({"share_since_seed": 0.6}, max_new_share=1) == []
+    )
 
 
 @pytest.mark.parametrize("change", [{"audit": -1}, {"drift_samples": 99}, {"max_drift": 0.4}, {"max_new_share": 0},

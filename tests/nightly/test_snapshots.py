@@ -10,8 +10,17 @@ import pytest
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.rundir import Run
-from raypipe.snapshots import entries_of, expire, expired, file_uri, load_snapshot, name_at, snapshot_names, write_snapshot
+from raypipe.runs.layout import Run
+from raypipe.runs.snapshots import (
+    entries_of,
+    expire,
+    expired,
+    file_uri,
+    load_snapshot,
+    name_at,
+    snapshot_names,
+    write_snapshot,
+)
 
 NIGHT = datetime(2026, 11, 22, 2, tzinfo=UTC)
 NAMES = [name_at(NIGHT + timedelta(days=day)) for day in range(10)]
@@ -28,7 +37,11 @@ def test_which_expire() -> None:
 
 
 def _write(run: Run, name: str, before: dict[str, Any]) -> dict[str, Any]:
-    manifest = {"scores": entries_of(run, "scores", before.get("scores", [])), "keep": [], "state": []}
+    manifest = {
+        "scores": entries_of(run, "scores", before.get("scores", [])),
+        "keep": [],
+        "state": [],
+    }
     write_snapshot(run, name, manifest)
     return load_snapshot(run, name)
 
@@ -45,10 +58,17 @@ def test_files_are_held_once_and_go_with_the_last_that_names_them(place: str) ->
     assert first["scores"][1]["hash"] == second["scores"][0]["hash"]
     assert len(storage.names(run.path("snapshots/files"))) == 3
     assert storage.read_table(file_uri(run, first["scores"][0]))["score"].to_pylist() == [ord("a")]
-    storage.write_bytes(run.path("snapshots/files", "0123.parquet"), b"left by a night that was killed")
-    assert expire(run, 2, None, NIGHT, clean=False) == [] and len(storage.names(run.path("snapshots/files"))) == 4
+    storage.write_bytes(
+        run.path("snapshots/files", "0123.parquet"), b"left by a night that was killed"
+    )
+    assert (
+        expire(run, 2, None, NIGHT, clean=False) == []
+        and len(storage.names(run.path("snapshots/files"))) == 4
+    )
     assert expire(run, 1, None, NIGHT) == NAMES[:1]
-    assert storage.names(run.path("snapshots/files")) == {f"{entry['hash']}.parquet" for entry in second["scores"]}
+    assert storage.names(run.path("snapshots/files")) == {
+        f"{entry['hash']}.parquet" for entry in second["scores"]
+    }
     assert snapshot_names(run) == NAMES[1:2]
 
 
@@ -58,7 +78,10 @@ def test_a_file_written_anew_under_its_name_is_read_again(place: str) -> None:
     first = _write(run, NAMES[0], {})
     storage.write_table(run.path("scores", "a.parquet"), pa.table({"score": [2.0]}))
     second = _write(run, NAMES[1], first)
-    read = [storage.read_table(file_uri(run, item["scores"][0]))["score"].to_pylist() for item in (first, second)]
+    read = [
+        storage.read_table(file_uri(run, item["scores"][0]))["score"].to_pylist()
+        for item in (first, second)
+    ]
     assert read == [[1.0], [2.0]]
 
 
@@ -72,7 +95,9 @@ def test_a_snapshot_is_never_written_over(place: str) -> None:
         load_snapshot(run, "x")
 
 
-def test_a_disk_without_hard_links_has_copies(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_hard_links_has_copies(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any) -> None:
         raise PermissionError("no links here")
 

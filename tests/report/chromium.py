@@ -20,7 +20,9 @@ PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
 class Page:
     """One page, opened at a size and in a colour scheme. `complaints` holds what the console and the network said."""
 
-    def __init__(self, uri: str, width: int, height: int = 800, scheme: str = "light", media: str = "") -> None:
+    def __init__(
+        self, uri: str, width: int, height: int = 800, scheme: str = "light", media: str = ""
+    ) -> None:
         assert PROGRAM is not None
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -31,7 +33,13 @@ class Page:
 
         # Chromium reads commands from descriptor 3 and answers on 4
         script = f'exec 3<&{read_theirs} 4>&{write_theirs}; exec "$0" "$@"'
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={self._folder}"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={self._folder}",
+        ]
         self._process = subprocess.Popen(
             ["bash", "-c", script, PROGRAM, *flags, "about:blank"],
             pass_fds=(read_theirs, write_theirs), env={**os.environ, "TMPDIR": self._folder},
@@ -40,10 +48,18 @@ class Page:
         os.close(read_theirs)
         os.close(write_theirs)
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme_feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme_feature])
         self.call("Page.navigate", url=uri)
@@ -66,7 +82,9 @@ class Page:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def evaluate(self, expression: str) -> Any:
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)[
+            "result"
+        ].get("value")
 
     def screenshot(self, path: Path) -> None:
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
@@ -75,7 +93,9 @@ class Page:
         path.write_bytes(base64.b64decode(data))
 
     def pdf(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"]))
+        path.write_bytes(
+            base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"])
+        )
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1

@@ -13,13 +13,20 @@ import pytest
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
 from raypipe.report import thumbnails
-from raypipe.rundir import Run, StageRecord
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.sources import Fragment, RawSample
-from raypipe.stages.select import write_keep_lists
+from raypipe.stages.select.stage import write_keep_lists
 
 NUMBERS = [(name, pa.int64()) for name in ("start", "stop", "offset")]
 INDEX = pa.schema(
-    [("fragment_id", pa.string()), ("path", pa.string()), *NUMBERS, ("members", pa.list_(pa.string())), ("error", pa.string())]
+    [
+        ("fragment_id", pa.string()),
+        ("path", pa.string()),
+        *NUMBERS,
+        ("members", pa.list_(pa.string())),
+        ("error", pa.string()),
+    ]
 )
 
 
@@ -38,8 +45,16 @@ class FakeSource:
             sample_id = f"{fragment.path}#{position}"
             if wanted(sample_id):
                 shape = (self.size, self.size, 3)
-                noise = np.random.default_rng(position).integers(0, 256, shape, np.uint8) if self.noise else None
-                yield RawSample(sample_id, np.full(shape[:2], position % 256, np.uint8) if noise is None else noise, 0)
+                noise = (
+                    np.random.default_rng(position).integers(0, 256, shape, np.uint8)
+                    if self.noise
+                    else None
+                )
+                yield RawSample(
+                    sample_id,
+                    np.full(shape[:2], position % 256, np.uint8) if noise is None else noise,
+                    0,
+                )
 
 
 @pytest.fixture
@@ -54,12 +69,18 @@ def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
     """make_run(names, fragments, size, path, **sections) -> a run; samples are called <path>#<number>."""
 
     def make(
-        names: Sequence[str] = ("cat", "dog", "owl"), fragments: int = 4, size: int = 50, path: str = "part-{}", **sections: Any
+        names: Sequence[str] = ("cat", "dog", "owl"),
+        fragments: int = 4,
+        size: int = 50,
+        path: str = "part-{}",
+        **sections: Any,
     ) -> Run:
         run = Run(str(tmp_path / "run"))
         sections["select"] = {"strategy": "top", **sections.get("select", {})}
         run.write_config(parse_config({"run": run.uri, "source": {"uri": "memory"}, **sections}))
-        storage.write_json(run.path("index", "classes.json"), {"names": list(names), "numeric": True})
+        storage.write_json(
+            run.path("index", "classes.json"), {"names": list(names), "numeric": True}
+        )
         random, rows = np.random.default_rng(0), []
         for number in range(fragments):
             file = path.replace("{}", str(number))
@@ -69,24 +90,43 @@ def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
         reject(run, "broken", ["cut.parquet"], "file cannot be read: no footer")
         reject(run, "f000", [f"{path.replace('{}', '0')}#0"], "empty: 0 bytes")
         columns = list(zip(*rows, strict=True))
-        storage.write_table(run.path("index", "fragments-0.parquet"), pa.table(columns, schema=INDEX))
+        storage.write_table(
+            run.path("index", "fragments-0.parquet"), pa.table(columns, schema=INDEX)
+        )
         write_fidelity(run, 0.7)
         done = {
-            stage: StageRecord("done", samples=fragments * size - 1, wall_seconds=wall, cpu_seconds=2 * wall, attempts=1)
+            stage: StageRecord(
+                "done",
+                samples=fragments * size - 1,
+                wall_seconds=wall,
+                cpu_seconds=2 * wall,
+                attempts=1,
+            )
             for stage, wall in zip(
-                ("seed", "proxy", "measure", "embed", "extrapolate", "select"), (1, 20, 9, 5, 4, 0.5), strict=True
+                ("seed", "proxy", "measure", "embed", "extrapolate", "select"),
+                (1, 20, 9, 5, 4, 0.5),
+                strict=True,
             )
         }
         judged = {"spearman": 0.7, "spearman_interval": [0.6, 0.8]}
         done["extrapolate"].detail = {"measured": 40, "fidelity": judged}
-        run.write_ledger({"index": StageRecord("done", samples=fragments * size, wall_seconds=1.0, cpu_seconds=0.5), **done})
+        run.write_ledger(
+            {
+                "index": StageRecord(
+                    "done", samples=fragments * size, wall_seconds=1.0, cpu_seconds=0.5
+                ),
+                **done,
+            }
+        )
         write_keep_lists(run, run.config().select)
         return run
 
     return make
 
 
-def write_fragment(run: Run, fragment: str, file: str, size: int, classes: int, random: np.random.Generator) -> None:
+def write_fragment(
+    run: Run, fragment: str, file: str, size: int, classes: int, random: np.random.Generator
+) -> None:
     """Scores and embeddings; the first sample of the first fragment was rejected."""
     rows = np.arange(fragment == "f000", size)
     count = len(rows)
@@ -127,7 +167,9 @@ def write_fidelity(run: Run, spearman: float | None, **more: Any) -> None:
         "overlap": {"0.3": 0.6}, "overlap_interval": {"0.3": [0.5, 0.7]}, "n_fit": 30, "n_held": 10, "note": "",
         "baselines": {"class_mean": 0.4, "proxy_loss": None, "random": 0.0},
     } | more  # fmt: skip
-    storage.write_json(run.path("extrapolator", "extrapolator.json"), {"method": "gnn", "fidelity": fidelity})
+    storage.write_json(
+        run.path("extrapolator", "extrapolator.json"), {"method": "gnn", "fidelity": fidelity}
+    )
 
 
 def reject(run: Run, fragment: str, ids: list[str], reason: str) -> None:

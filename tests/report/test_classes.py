@@ -11,14 +11,22 @@ import pytest
 from raypipe import storage
 from raypipe.report import classes
 from raypipe.report.classes import pick_of_classes
-from raypipe.report.scores import SMALL_BINS, ClassFragments, ends, scan_scores, shown_classes
-from raypipe.rundir import Run
+from raypipe.report.score_scan import (
+    SMALL_BINS,
+    ClassFragments,
+    ends,
+    scan_scores,
+    shown_classes,
+)
+from raypipe.runs.layout import Run
 
 MakeRun = Callable[..., Run]
 
 
 def rows_of(run: Run) -> list[dict]:
-    return pa.concat_tables([table for _, table in storage.iter_tables(run.path("scores"))]).to_pylist()
+    return pa.concat_tables(
+        [table for _, table in storage.iter_tables(run.path("scores"))]
+    ).to_pylist()
 
 
 def test_histograms_of_the_classes_add_up_to_that_of_all(make_run: MakeRun) -> None:
@@ -28,17 +36,31 @@ def test_histograms_of_the_classes_add_up_to_that_of_all(make_run: MakeRun) -> N
     for kind, wanted in (("measured", True), ("extrapolated", False)):
         found = np.array([scan.class_histogram(label)[kind] for label in range(4)])
         assert found.shape == (4, SMALL_BINS)
-        assert found.sum(0).tolist() == np.reshape(scan.histogram[kind], (SMALL_BINS, -1)).sum(1).tolist()
+        assert (
+            found.sum(0).tolist()
+            == np.reshape(scan.histogram[kind], (SMALL_BINS, -1)).sum(1).tolist()
+        )
         for label in (0, 1, 2, None):
-            scores = [row["score"] for row in rows if row["label"] == label and row["measured"] is wanted]
-            direct = np.histogram(np.clip(scores, edges[0], edges[-1]), np.linspace(edges[0], edges[-1], SMALL_BINS + 1))[0]
-            assert np.abs(found[3 if label is None else label] - direct).sum() <= 2, "rounding at an edge apart"
+            scores = [
+                row["score"] for row in rows if row["label"] == label and row["measured"] is wanted
+            ]
+            direct = np.histogram(
+                np.clip(scores, edges[0], edges[-1]),
+                np.linspace(edges[0], edges[-1], SMALL_BINS + 1),
+            )[0]
+            assert np.abs(found[3 if label is None else label] - direct).sum() <= 2, (
+                "rounding at an edge apart"
+            )
 
 
 def test_classes_come_in_the_order_of_their_medians(make_run: MakeRun) -> None:
     run = make_run(names=[f"c{number}" for number in range(8)])
     scan, rows = scan_scores(run, 8, 0), rows_of(run)
-    medians = [np.median([row["score"] for row in rows if row["label"] == label]) for label in scan.by_median() if label < 8]
+    medians = [
+        np.median([row["score"] for row in rows if row["label"] == label])
+        for label in scan.by_median()
+        if label < 8
+    ]
     assert medians == pytest.approx(sorted(medians), abs=0.1)
     assert shown_classes(scan, 20) == scan.by_median()
     assert shown_classes(scan, 4) == [*scan.by_median()[:2], *scan.by_median()[-2:]]
@@ -60,14 +82,21 @@ def test_the_ends_of_each_class_are_those_of_a_sort(make_run: MakeRun) -> None:
     assert list(found.lowest) == [2, 0, 3]
     for label in (2, 0, 3):
         rows = sorted(
-            (row for row in rows_of(run) if row["label"] == (None if label == 3 else label)), key=lambda row: row["score"]
+            (row for row in rows_of(run) if row["label"] == (None if label == 3 else label)),
+            key=lambda row: row["score"],
         )
-        assert [pick.sample_id for pick in found.lowest[label]] == [row["sample_id"] for row in rows[:4]]
-        assert [pick.sample_id for pick in found.highest[label]] == [row["sample_id"] for row in rows[:-5:-1]]
+        assert [pick.sample_id for pick in found.lowest[label]] == [
+            row["sample_id"] for row in rows[:4]
+        ]
+        assert [pick.sample_id for pick in found.highest[label]] == [
+            row["sample_id"] for row in rows[:-5:-1]
+        ]
     assert pick_of_classes(run, scan_scores(run, 3, 0), [0], 0).lowest == {}
 
 
-def test_of_a_sorted_source_the_fragments_of_the_class_are_read(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_sorted_source_the_fragments_of_the_class_are_read(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As folders of images come: each class in fragments of its own, so that a few fragments drawn at random would miss most."""
     run = make_run(names=[f"c{number}" for number in range(12)], fragments=24)
     for number, (file, table) in enumerate(storage.iter_tables(run.path("scores"))):

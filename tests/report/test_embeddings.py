@@ -12,20 +12,26 @@ from raypipe import storage
 from raypipe.report import embeddings
 from raypipe.report.embeddings import principal_axes, scan_embeddings
 from raypipe.report.page import build
-from raypipe.report.scores import Highest, Pick
+from raypipe.report.score_scan import Highest, Pick
 from raypipe.report.summary import collect
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 
 
 def pick(row: int) -> Pick:
     return Pick(str(row), "f", None, 0.0)
 
 
-@given(st.lists(st.one_of(st.floats(-5, 5), st.just(float("nan"))), max_size=40), st.integers(0, 8), st.integers(1, 9))
+@given(
+    st.lists(st.one_of(st.floats(-5, 5), st.just(float("nan"))), max_size=40),
+    st.integers(0, 8),
+    st.integers(1, 9),
+)
 def test_highest_is_what_a_sort_gives(values: list[float], size: int, step: int) -> None:
     best = Highest(size)
     for start in range(0, len(values), step):
-        best.offer(np.array(values[start : start + step]), lambda row, start=start: pick(start + row))
+        best.offer(
+            np.array(values[start : start + step]), lambda row, start=start: pick(start + row)
+        )
     found = [values[int(item.sample_id)] for item in best.picks()]
     assert found == sorted((value for value in values if value == value), reverse=True)[:size]
 
@@ -54,7 +60,10 @@ def test_scores_are_matched_by_id_where_the_order_differs(make_run: Callable[...
     run = make_run()
     before = scan_embeddings(run, 0.0, 50)
     for file, table in storage.iter_tables(run.path("scores")):
-        storage.write_table(run.path("scores", file), table.slice(0, len(table) - 1).take(list(range(len(table) - 1))[::-1]))
+        storage.write_table(
+            run.path("scores", file),
+            table.slice(0, len(table) - 1).take(list(range(len(table) - 1))[::-1]),
+        )
     after = scan_embeddings(run, 0.0, 50)
     known = {item.sample_id: item.score for item in before.suspects}
     assert {item.sample_id for item in after.suspects} <= set(known)
@@ -70,17 +79,25 @@ def test_label_errors_are_sought_at_the_hard_end(make_run: Callable[..., Run]) -
     high = collect(run).grids["suspects"]
     assert low and high and max(item.score for item in low) < min(item.score for item in high)
     page = Path(build(run)).read_text("utf-8")
-    assert "Among the highest 20" in page and "The easiest." in page and "What every keep-list drops" not in page
+    assert (
+        "Among the highest 20" in page
+        and "The easiest." in page
+        and "What every keep-list drops" not in page
+    )
 
 
-def test_only_so_many_shards_are_read(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_shards_are_read(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(fragments=9)
     monkeypatch.setattr(embeddings, "MOST_SHARDS", 4)
     monkeypatch.setattr(embeddings, "MAP_SHARDS", 2)
     monkeypatch.setattr(embeddings, "MAP_SAMPLES", 30)
     read: list[str] = []
     original = storage.read_table
-    monkeypatch.setattr(storage, "read_table", lambda uri, columns=None: read.append(uri) or original(uri, columns))
+    monkeypatch.setattr(
+        storage, "read_table", lambda uri, columns=None: read.append(uri) or original(uri, columns)
+    )
     found = scan_embeddings(run, 0.0, 5)
     assert (found.shards_read, found.shards_there) == (4, 9)
     assert len(read) == 8  # embeddings and scores

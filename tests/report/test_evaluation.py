@@ -10,7 +10,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.report import build, summarize
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 
 
 def _interval(mean: float, reach: float | None = 0.02) -> dict[str, Any]:
@@ -19,19 +19,33 @@ def _interval(mean: float, reach: float | None = 0.02) -> dict[str, Any]:
 
 
 def _point(fraction: float, mean: float, reach: float | None) -> dict[str, Any]:
-    even = {"unit": "CPU", "saved": 90.0 * (1 - fraction), "scoring": 40.0, "net": 50.0, "trainings": 1}
+    even = {
+        "unit": "CPU",
+        "saved": 90.0 * (1 - fraction),
+        "scoring": 40.0,
+        "net": 50.0,
+        "trainings": 1,
+    }
     figures = {
         "fraction": fraction,
         "samples": 100,
         "accuracy": _interval(mean, reach),
         "worst_class": _interval(mean / 2, reach),
     }
-    return {**figures, "seconds": 10.0, "difference": {**_interval(-0.1, reach), "verdict": "worse"}, "break_even": even}
+    return {
+        **figures,
+        "seconds": 10.0,
+        "difference": {**_interval(-0.1, reach), "verdict": "worse"},
+        "break_even": even,
+    }
 
 
 def _written(run: Run, reach: float | None = 0.02, name: str = "moso, top") -> None:
     record = run.ledger()["extrapolate"]
-    listed = {"name": name, "sentence": f"{name}: worse than random at 0.3 and 0.5: do not prune with it"}
+    listed = {
+        "name": name,
+        "sentence": f"{name}: worse than random at 0.3 and 0.5: do not prune with it",
+    }
     summary = {
         "format": 1, "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished}, "seeds": 3, "protocol": "epochs",
         "training": {"model": "resnet18", "image_size": 32, "epochs": 7}, "unit": "CPU", "full": _point(1.0, 0.9, reach),

@@ -14,9 +14,9 @@ import pytest
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import build, summarize
-from raypipe.report.keep import even_classes, held
-from raypipe.report.words import money, saved, without_secrets
-from raypipe.rundir import Run
+from raypipe.report.keep_lists import even_classes, held
+from raypipe.report.text import money, saved, without_secrets
+from raypipe.runs.layout import Run
 
 MakeRun = Callable[..., Run]
 
@@ -29,14 +29,22 @@ def test_which_samples_a_list_holds(make_run: MakeRun) -> None:
     run = make_run()
     kept = storage.read_table(run.path("keep", "keep-0.50.parquet"))["sample_id"].to_pylist()
     ids = ["nowhere", *kept[::7], "part-1#999", *kept[:1]]
-    assert held(run, "keep-0.50.parquet", ids).tolist() == [name in kept for name in ids[:-1]] + [False]
+    assert held(run, "keep-0.50.parquet", ids).tolist() == [name in kept for name in ids[:-1]] + [
+        False
+    ]
 
 
 def test_a_list_of_one_long_text_takes_little_memory(make_run: MakeRun) -> None:
     """60 GB of text in a file of kilobytes: each text is looked at once."""
     run = make_run()
-    ids = pa.DictionaryArray.from_arrays(pa.array(np.zeros(60_000, np.int32)), pa.array(["z" * 1_000_000]))
-    columns = {"sample_id": ids, "label": pa.array(np.zeros(60_000, np.int32)), "score": pa.array(np.zeros(60_000, np.float32))}
+    ids = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(60_000, np.int32)), pa.array(["z" * 1_000_000])
+    )
+    columns = {
+        "sample_id": ids,
+        "label": pa.array(np.zeros(60_000, np.int32)),
+        "score": pa.array(np.zeros(60_000, np.float32)),
+    }
     pq.write_table(pa.table(columns), run.path("keep", "keep-0.50.parquet"))
     assert held(run, "keep-0.50.parquet", ["z", "z" * 1_000_000]).tolist() == [False, True]
     storage.write_bytes(run.path("keep", "keep-0.50.parquet"), b"PAR1")
@@ -63,7 +71,9 @@ def test_what_a_keep_list_saves(make_run: MakeRun) -> None:
     assert lead["training_seconds"] == pytest.approx(40 * 199 / 20)
     assert lead["saved_seconds"] == pytest.approx(398 * (1 - 50 / 199))
     assert lead["scores_seconds"] == 78.5 and lead["trainings"] == 1
-    assert "took 1 min 18 s, paid with the first such training, or sooner" in plain(" ".join(lead["sentences"]))
+    assert "took 1 min 18 s, paid with the first such training, or sooner" in plain(
+        " ".join(lead["sentences"])
+    )
     records["proxy"].samples = 2000
     run.write_ledger(records)
     lead = summarize(run)["headline"]
@@ -71,7 +81,9 @@ def test_what_a_keep_list_saves(make_run: MakeRun) -> None:
     assert "paid after 27 such trainings" in plain(lead["sentences"][1])
     records["measure"].state = "failed"
     run.write_ledger(records)
-    assert "paid" not in " ".join(summarize(run)["headline"]["sentences"]), "what the scores cost is not known yet"
+    assert "paid" not in " ".join(summarize(run)["headline"]["sentences"]), (
+        "what the scores cost is not known yet"
+    )
     assert "holds every sample" in saved({**lead, "saved_share": 0.0})[0]
 
 
@@ -87,7 +99,9 @@ def test_an_evaluation_of_such_a_list_is_in_the_headline(make_run: MakeRun) -> N
         "format": 1, "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished}, "lists": lists, "random": [point],
         "full": {"accuracy": {"mean": 0.9, "low": None, "high": None}}, "training": {"model": "resnet18"},
     }  # fmt: skip
-    lists.insert(0, {**lists[2], "by_class": True, "fractions": lists[0]["fractions"]})  # cut in another way
+    lists.insert(
+        0, {**lists[2], "by_class": True, "fractions": lists[0]["fractions"]}
+    )  # cut in another way
     storage.write_json(run.path("evaluation", "summary.json"), summary)
     found = summarize(run)["headline"]
     assert plain(found["sentences"][-1]) == (
@@ -101,7 +115,10 @@ def test_lists_cut_within_each_class_say_so(make_run: MakeRun) -> None:
     run = make_run(select={"keep": [0.5], "strategy": "moderate", "by_class": True})
     assert [item["by_class"] for item in summarize(run)["keep"]] == [True]
     text = plain(Path(build(run)).read_text("utf-8"))
-    assert "moderate by class: the scores around the median, within each class" in text and "samples, moderate by class" in text
+    assert (
+        "moderate by class: the scores around the median, within each class" in text
+        and "samples, moderate by class" in text
+    )
 
 
 def test_money_is_said_where_there_are_prices(make_run: MakeRun) -> None:
@@ -110,8 +127,18 @@ def test_money_is_said_where_there_are_prices(make_run: MakeRun) -> None:
     assert {row["stage"]: row["dollars"] for row in cost["stages"]}["proxy"] == pytest.approx(0.4)
     assert cost["total"]["dollars"] == pytest.approx(sum(row["dollars"] for row in cost["stages"]))
     text = plain(Path(build(run)).read_text("utf-8"))
-    assert "Where the time and the money went" in text and "$0.40" in text and "at $36 for an hour of a CPU." in text
-    assert [money(value) for value in (None, 0, 0.001, 1.5, 1234.5)] == ["–", "$0.00", "<$0.01", "$1.50", "$1,234"]
+    assert (
+        "Where the time and the money went" in text
+        and "$0.40" in text
+        and "at $36 for an hour of a CPU." in text
+    )
+    assert [money(value) for value in (None, 0, 0.001, 1.5, 1234.5)] == [
+        "–",
+        "$0.00",
+        "<$0.01",
+        "$1.50",
+        "$1,234",
+    ]
 
 
 def test_without_prices_there_is_no_money(make_run: MakeRun) -> None:
@@ -125,7 +152,10 @@ def test_without_prices_there_is_no_money(make_run: MakeRun) -> None:
     [
         ("s3://AKIA:wJal@bucket/x", "s3://bucket/x"),
         ("https://h/p?x=1&X-Amz-Signature=abc&y=2", "https://h/p?x=1&X-Amz-Signature=…&y=2"),
-        ("http://u@h:5000 said no, api_key is ?api_key=s3cr3t", "http://h:5000 said no, api_key is ?api_key=…"),
+        (
+            "http://u@h:5000 said no, api_key is ?api_key=s3cr3t",
+            "http://h:5000 said no, api_key is ?api_key=…",
+        ),
         ("synthetic://?samples=1000&classes=10", "synthetic://?samples=1000&classes=10"),
         ("/data/a@b/c", "/data/a@b/c"),
     ],

@@ -13,16 +13,17 @@ import pyarrow as pa
 import pytest
 
 from raypipe import storage
+from raypipe.assessment.fidelity import HeldOutPredictions, compare
 from raypipe.config import parse_config
+from raypipe.distributed.context import Context
 from raypipe.errors import RaypipeError
-from raypipe.extrapolate.fidelity import Predictions, compare
 from raypipe.progress import Progress
-from raypipe.report import build, plots, thumbnails, words
-from raypipe.rundir import Run, StageRecord
+from raypipe.report import build, plots, text, thumbnails
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.selection import STRATEGIES
-from raypipe.stages.base import Context
 from raypipe.stages.report import ReportStage
-from raypipe.stages.select import write_keep_lists
+from raypipe.stages.select.stage import write_keep_lists
 
 MakeRun = Callable[..., Run]
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac{1}{2}$\x07]]>--></style></svg>"
@@ -57,14 +58,23 @@ def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
     run = make_run(select={"keep": [0.5]})
     text = built(run)[1].text
     assert "Kept by top: the highest scores." in text and "What every keep-list holds." in text
-    write_keep_lists(run, parse_config({"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "random"}}).select, [0.5])
+    write_keep_lists(
+        run,
+        parse_config(
+            {"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "random"}}
+        ).select,
+        [0.5],
+    )
     text = built(run)[1].text
-    assert "Kept by random: drawn at random, whatever the score." in text and "100 samples, random" in text
+    assert (
+        "Kept by random: drawn at random, whatever the score." in text
+        and "100 samples, random" in text
+    )
     assert "What every keep-list" not in text and text.count("is for its strategy to say") == 2
 
 
 def test_every_strategy_has_words() -> None:
-    assert set(words.STRATEGIES) == set(STRATEGIES)
+    assert set(text.STRATEGIES) == set(STRATEGIES)
 
 
 def test_the_page_shows_the_run(make_run: MakeRun) -> None:
@@ -89,7 +99,8 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
     images = [attributes for tag, attributes in elements.found if tag == "img"]
     assert len(images) > 24
     assert all(
-        (attributes["src"] or "").startswith("data:image/") and attributes["class"] == "pixelated" for attributes in images
+        (attributes["src"] or "").startswith("data:image/") and attributes["class"] == "pixelated"
+        for attributes in images
     )
     summary = json.loads(Path(run.path("report", "summary.json")).read_text())
     assert summary["keep"][1]["samples"] == 100
@@ -128,39 +139,76 @@ def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
 
     def judged(n: int, noise: float) -> dict:
         measured = rng.normal(size=n)
-        rivals = {"class_mean": rng.normal(size=n), "gnn_published": measured + 3 * rng.normal(size=n)}
+        rivals = {
+            "class_mean": rng.normal(size=n),
+            "gnn_published": measured + 3 * rng.normal(size=n),
+        }
         predicted = measured + noise * rng.normal(size=n)
-        found = Predictions(np.zeros(n, np.int64), measured, predicted, np.ones(n, np.float32), rivals, n_fit=400)
+        found = HeldOutPredictions(
+            np.zeros(n, np.int64), measured, predicted, np.ones(n, np.float32), rivals, n_fit=400
+        )
         return compare(found, 0, (0.25, 0.5)).as_dict()
 
     run = make_run()
     audit, seed = judged(60, 1.0) | {"judged_on": "audit"}, judged(500, 0.2) | {"judged_on": "seed"}
-    points = [{"samples": 100 * 2**step, "spearman": 0.3 + 0.1 * step, "spearman_interval": [0.2, 0.9]} for step in range(3)]
-    doubled = {"samples": 800, "spearman": 0.57, "spearman_interval": [0.4, 0.7], "gain": 0.07, "gain_interval": [0.01, 0.12]}
-    curve = {"method": "kernel regression", "n_held": 60, "judged_on": "audit", "points": points, "doubled": doubled, "note": ""}
+    points = [
+        {"samples": 100 * 2**step, "spearman": 0.3 + 0.1 * step, "spearman_interval": [0.2, 0.9]}
+        for step in range(3)
+    ]
+    doubled = {
+        "samples": 800,
+        "spearman": 0.57,
+        "spearman_interval": [0.4, 0.7],
+        "gain": 0.07,
+        "gain_interval": [0.01, 0.12],
+    }
+    curve = {
+        "method": "kernel regression",
+        "n_held": 60,
+        "judged_on": "audit",
+        "points": points,
+        "doubled": doubled,
+        "note": "",
+    }
     about = {"method": "gnn", "fidelity": audit, "fidelity_seed": seed, "learning_curve": curve}
     storage.write_json(run.path("extrapolator", "extrapolator.json"), about)
     page, _ = built(run)
-    text = " ".join(re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).split()).replace("\u202f", " ")
-    assert "on 60 audit samples from outside the seed set, extrapolated and measured scores have a Spearman" in text
-    assert text.index("60 audit samples") < text.index("On 500 held-out seed samples, each predicted by a fit on at least 400")
+    text = " ".join(re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).split()).replace(
+        "\u202f", " "
+    )
+    assert (
+        "on 60 audit samples from outside the seed set, extrapolated and measured scores have a Spearman"
+        in text
+    )
+    assert text.index("60 audit samples") < text.index(
+        "On 500 held-out seed samples, each predicted by a fit on at least 400"
+    )
     assert "Spearman Pearson top 25 % top 50 %" in text
     low, high = audit["baselines"]["gnn_published"]["overlap_interval"]["0.25"]
     table = text[text.index("Spearman Pearson top") : text.index("Top: of the samples")]
     for row in ("gnn_published", "class_mean", "random"):
         figures = re.search(rf"{row} ([^a-z]*(to [^a-z]*)*)", table)[1]
         assert len(re.findall(r"to", figures)) == 4, f"{row}: four figures, each with its interval"
-    assert f"{words.share(low, 0)} to {words.share(high, 0)}".replace("\u202f", " ") in text
-    assert "Twice the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)." in text
+    assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in text
+    assert (
+        "Twice the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)."
+        in text
+    )
     assert "800, predicted 0.570 0.400 to 0.700" in text
     summary = json.loads(Path(run.path("report", "summary.json")).read_text())
-    assert summary["fidelity"]["judged_on"] == "audit" and summary["fidelity_seed"]["judged_on"] == "seed"
+    assert (
+        summary["fidelity"]["judged_on"] == "audit"
+        and summary["fidelity_seed"]["judged_on"] == "seed"
+    )
 
 
 def test_refused_keep_lists_are_said(make_run: MakeRun) -> None:
     run = make_run()
     records = run.ledger()
-    records["select"].state, records["select"].error = "refused", "no keep-lists: too low. More epochs would help"
+    records["select"].state, records["select"].error = (
+        "refused",
+        "no keep-lists: too low. More epochs would help",
+    )
     run.write_ledger(records)
     storage.delete(run.path("keep"))
     _, elements = built(run)
@@ -173,21 +221,32 @@ def test_refused_keep_lists_are_said(make_run: MakeRun) -> None:
 def test_hostile_names_stay_text(make_run: MakeRun) -> None:
     run = make_run(names=(HOSTILE, "dog", "owl"), path=HOSTILE + "-{}", fragments=2)
     storage.write_table(
-        run.path("rejects", "f001.parquet"), pa.table({"sample_id": [HOSTILE], "fragment": ["f001"], "reason": [HOSTILE]})
+        run.path("rejects", "f001.parquet"),
+        pa.table({"sample_id": [HOSTILE], "fragment": ["f001"], "reason": [HOSTILE]}),
     )
     _, elements = built(run)
     tags = [tag for tag, _ in elements.found]
     assert "script" not in tags
-    small = sum(tag == "svg" and attributes.get("class") == "mini" for tag, attributes in elements.found)
-    assert tags.count("style") == 1 + tags.count("svg") - small  # Matplotlib puts one into each plot
+    small = sum(
+        tag == "svg" and attributes.get("class") == "mini" for tag, attributes in elements.found
+    )
+    assert (
+        tags.count("style") == 1 + tags.count("svg") - small
+    )  # Matplotlib puts one into each plot
     assert "49" not in re.findall(r"img>(\S+)\$", elements.text)
-    titles = [attributes["title"] for tag, attributes in elements.found if attributes.get("class") == "tile"]
+    titles = [
+        attributes["title"]
+        for tag, attributes in elements.found
+        if attributes.get("class") == "tile"
+    ]
     assert titles
     assert all((title or "").startswith(HOSTILE) for title in titles)
     assert HOSTILE.partition("\x07")[0] in elements.text
 
 
-@pytest.mark.parametrize("folder", ["index", "scores", "embeddings", "keep", "rejects", "extrapolator"])
+@pytest.mark.parametrize(
+    "folder", ["index", "scores", "embeddings", "keep", "rejects", "extrapolator"]
+)
 def test_a_run_that_lacks_something_has_a_report(make_run: MakeRun, folder: str) -> None:
     run = make_run()
     storage.delete(run.path(folder))
@@ -222,7 +281,9 @@ def test_a_run_of_which_nothing_is_done(make_run: MakeRun) -> None:
     assert "No stage has run yet." in elements.text
 
 
-def test_a_source_that_is_gone_is_said_and_the_samples_are_listed(make_run: MakeRun, source) -> None:
+def test_a_source_that_is_gone_is_said_and_the_samples_are_listed(
+    make_run: MakeRun, source
+) -> None:
     run = make_run()
     source.broken = {f"f{number:03d}" for number in range(4)}
     _, elements = built(run)
@@ -257,8 +318,15 @@ def test_class_names_are_no_formulas_in_plots() -> None:
 
 def test_matplotlib_needs_no_writable_home(tmp_path: Path) -> None:
     code = "import raypipe.report.plots, matplotlib; print(matplotlib.get_configdir())"
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/proc/nowhere", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/proc/nowhere",
+        "TMPDIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith(str(tmp_path))
     assert done.stderr == ""
 
@@ -296,13 +364,19 @@ def test_images_can_be_left_out(make_run: MakeRun, source) -> None:
 
 
 def test_classes_with_a_histogram_and_images_of_their_own(make_run: MakeRun) -> None:
-    run = make_run(names=[f"c{number}" for number in range(9)], report={"classes": 4, "class_images": 2})
+    run = make_run(
+        names=[f"c{number}" for number in range(9)], report={"classes": 4, "class_images": 2}
+    )
     page, elements = built(run)
     assert page.count('<svg class="mini"') == 4
     assert "4 of 9 classes and the unlabelled: the lowest and the highest medians" in elements.text
     summary = json.loads(Path(run.path("report", "summary.json")).read_text())
-    assert [len(item[end]) for item in summary["class_grids"] for end in ("lowest", "highest")] == [2] * 8
-    assert [item["name"] for item in summary["class_grids"]] == [item["name"] for item in summary["class_histograms"]]
+    assert [len(item[end]) for item in summary["class_grids"] for end in ("lowest", "highest")] == [
+        2
+    ] * 8
+    assert [item["name"] for item in summary["class_grids"]] == [
+        item["name"] for item in summary["class_histograms"]
+    ]
     run = make_run(report={"classes": 0})
     page, elements = built(run)
     assert 'class="mini"' not in page and "Class by class" not in elements.text
@@ -316,17 +390,24 @@ def test_every_point_of_the_map_is_in_a_table(make_run: MakeRun) -> None:
     scores = pa.concat_tables([shard for _, shard in storage.iter_tables(run.path("scores"))])
     score = dict(zip(scores["sample_id"].to_pylist(), scores["score"].to_pylist(), strict=True))
     assert table.column_names == ["sample_id", "x", "y", "score", "kept"] and len(table) == 199
-    assert all(row["kept"] == (row["sample_id"] in kept) and row["score"] == score[row["sample_id"]] for row in table.to_pylist())
+    assert all(
+        row["kept"] == (row["sample_id"] in kept) and row["score"] == score[row["sample_id"]]
+        for row in table.to_pylist()
+    )
     assert "kept (100)" in elements.text and "pruned (99)" in elements.text
     storage.delete(run.path("keep"))
     build(run)
-    assert storage.read_table(run.path("report", "map.parquet"))["kept"].null_count == 199, "without a list"
+    assert storage.read_table(run.path("report", "map.parquet"))["kept"].null_count == 199, (
+        "without a list"
+    )
     storage.delete(run.path("embeddings"))
     build(run)
     assert "map.parquet" not in storage.names(run.path("report"))
 
 
-def test_thumbnails_are_read_with_the_settings_of_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thumbnails_are_read_with_the_settings_of_the_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, asked = make_run(source={"uri": "elsewhere", "max_pixels": 7}), []
 
     def refuse(settings: object) -> None:
@@ -340,7 +421,9 @@ def test_thumbnails_are_read_with_the_settings_of_the_run(make_run: MakeRun, mon
 
 def test_the_histogram_marks_where_keep_lists_end() -> None:
     edges = np.linspace(0, 1, 11).tolist()
-    svg = plots.score_histogram({"edges": edges, "measured": [1] * 10, "extrapolated": [0] * 10}, [(0.3, 0.7), (0.5, 5.0)])
+    svg = plots.score_histogram(
+        {"edges": edges, "measured": [1] * 10, "extrapolated": [0] * 10}, [(0.3, 0.7), (0.5, 5.0)]
+    )
     assert "30\u202f%" in svg
     assert "50\u202f%" not in svg  # ends outside the drawn range
     assert "extrapolated (" not in svg

@@ -8,9 +8,11 @@ import pytest
 
 from raypipe import storage
 from raypipe.report import build, page
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 
-needs_chromium = pytest.mark.skipif(chromium.PROGRAM is None, reason="needs Chromium on the PATH (apt-get install chromium)")
+needs_chromium = pytest.mark.skipif(
+    chromium.PROGRAM is None, reason="needs Chromium on the PATH (apt-get install chromium)"
+)
 
 LONG = "an_extraordinarily_long_class_name_without_any_place_to_break_it"
 SHOWN = """
@@ -38,21 +40,34 @@ def shows(opened: chromium.Page, width: int) -> dict:
 
 
 def looked_at(opened: chromium.Page, width: int, scheme: str = "light", media: str = "") -> None:
-    opened.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
-    opened.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
+    opened.call(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=width < 600,
+    )
+    opened.call(
+        "Emulation.setEmulatedMedia",
+        media=media,
+        features=[{"name": "prefers-color-scheme", "value": scheme}],
+    )
 
 
 @needs_chromium
 def test_the_page_fits_and_is_quiet(make_run: Callable[..., Run]) -> None:
     run = make_run(
-        names=("cat", LONG, LONG.upper()), path="folder/" * 20 + "part-{}", select={"keep": [0.1, 0.125, 0.3, 0.5, 0.7, 0.9, 1]}
+        names=("cat", LONG, LONG.upper()),
+        path="folder/" * 20 + "part-{}",
+        select={"keep": [0.1, 0.125, 0.3, 0.5, 0.7, 0.9, 1]},
     )
     with chromium.Page("file://" + build(run), 720) as opened:
         looked_at(opened, 720, media="print")
         assert not opened.evaluate("document.querySelector('details').open")
-        assert opened.evaluate("document.querySelector('details img').getBoundingClientRect().height") > 20, (
-            "printed though folded"
-        )
+        assert (
+            opened.evaluate("document.querySelector('details img').getBoundingClientRect().height")
+            > 20
+        ), "printed though folded"
         for width, scheme in ((360, "dark"), (390, "light"), (1280, "light"), (1280, "dark")):
             looked_at(opened, width, scheme)
             found = shows(opened, width)
@@ -71,7 +86,9 @@ def test_the_page_of_many_classes_fits(make_run: Callable[..., Run]) -> None:
             assert found["minis"] == 12 and found["images"] > 24 * 4 + 12 * 2
 
 
-def test_the_page_stays_small(make_run: Callable[..., Run], source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_stays_small(
+    make_run: Callable[..., Run], source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The worst of 1,000 classes: noise, which no JPEG makes small, in large images. Photographs take about a third of it."""
     source.size, source.noise = 128, True
     run = make_run(names=[f"class {number}" for number in range(1000)], fragments=5, size=400)

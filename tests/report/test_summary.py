@@ -12,8 +12,9 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import summarize
 from raypipe.report.summary import clean
-from raypipe.report.words import judge, number, seconds, setting, share
-from raypipe.rundir import Run, StageRecord
+from raypipe.report.text import number, seconds, setting, share, verdict
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 
 MakeRun = Callable[..., Run]
 KEYS = {
@@ -42,8 +43,12 @@ def test_the_figures_are_those_of_the_files(make_run: MakeRun) -> None:
     assert summary["scores"]["mean"] == pytest.approx(table["score"].to_numpy().mean(), rel=1e-5)
     assert sum(summary["scores"]["histogram"]["measured"]) == measured.sum()
     assert sum(summary["scores"]["histogram"]["extrapolated"]) == (~measured).sum()
-    assert summary["rejects"]["reasons"] == [{"reason": "empty: 0 bytes", "samples": 1, "example": "part-0#0"}]
-    assert summary["rejects"]["unreadable_files"] == [{"path": "cut.parquet", "reason": "no footer"}]
+    assert summary["rejects"]["reasons"] == [
+        {"reason": "empty: 0 bytes", "samples": 1, "example": "part-0#0"}
+    ]
+    assert summary["rejects"]["unreadable_files"] == [
+        {"path": "cut.parquet", "reason": "no footer"}
+    ]
 
 
 @pytest.mark.parametrize("most", [0, 1000])
@@ -59,7 +64,7 @@ def test_scores_that_did_not_stay_in_memory_give_the_same_figures(
 
     monkeypatch.setattr(storage, "read_table", counted)
     expected, first = summarize(run), len(reads)
-    monkeypatch.setattr("raypipe.report.scores.HELD_BYTES", most)
+    monkeypatch.setattr("raypipe.report.score_scan.HELD_BYTES", most)
     assert {**summarize(run), "made": ""} == {**expected, "made": ""}
     assert len(reads) - first == first + len(run.done("scores"))
 
@@ -89,12 +94,20 @@ def test_grids_hold_the_samples_at_the_ends(make_run: MakeRun) -> None:
     run = make_run(report={"images": 5})
     grids, rows = summarize(run)["grids"], all_scores(run).to_pylist()
     by_score = sorted(rows, key=lambda row: row["score"])
-    assert [tile["sample_id"] for tile in grids["lowest"]] == [row["sample_id"] for row in by_score[:5]]
-    assert [tile["sample_id"] for tile in grids["highest"]] == [row["sample_id"] for row in by_score[: -5 - 1 : -1]]
+    assert [tile["sample_id"] for tile in grids["lowest"]] == [
+        row["sample_id"] for row in by_score[:5]
+    ]
+    assert [tile["sample_id"] for tile in grids["highest"]] == [
+        row["sample_id"] for row in by_score[: -5 - 1 : -1]
+    ]
     widest = sorted(rows, key=lambda row: row["lower"] - row["upper"])
-    assert [tile["sample_id"] for tile in grids["uncertain"]] == [row["sample_id"] for row in widest[:5]]
+    assert [tile["sample_id"] for tile in grids["uncertain"]] == [
+        row["sample_id"] for row in widest[:5]
+    ]
     assert grids["suspects"]
-    assert all(tile["label"] != tile["prediction"] and tile["margin"] < 0 for tile in grids["suspects"])
+    assert all(
+        tile["label"] != tile["prediction"] and tile["margin"] < 0 for tile in grids["suspects"]
+    )
     low = np.quantile([row["score"] for row in rows], 0.2)
     assert all(tile["score"] <= low for tile in grids["suspects"])
     margins = [tile["margin"] for tile in grids["suspects"]]
@@ -135,7 +148,10 @@ def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None
         "baselines": {"class_mean": {"spearman": 0.4, "pearson": 0.5}, "odd": None},
     }  # fmt: skip
     search = {"kind": "ivf", "recall": 0.96, "effort": 16}
-    storage.write_json(run.path("extrapolator", "extrapolator.json"), {"method": "gnn", "fidelity": stated, "search": search})
+    storage.write_json(
+        run.path("extrapolator", "extrapolator.json"),
+        {"method": "gnn", "fidelity": stated, "search": search},
+    )
     second = summarize(run)["fidelity"]
     assert summarize(run)["neighbour_search"] == search
     assert (first["spearman_low"], second["spearman_low"]) == (pytest.approx(0.6), 0.6)
@@ -143,7 +159,10 @@ def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None
         "spearman": 0.4, "spearman_low": None, "spearman_high": None, "pearson": None, "pearson_low": None, "pearson_high": None,
         "overlap": {}, "overlap_interval": {},
     }  # fmt: skip
-    assert [second["baselines"]["class_mean"][name] for name in ("spearman", "pearson")] == [0.4, 0.5]
+    assert [second["baselines"]["class_mean"][name] for name in ("spearman", "pearson")] == [
+        0.4,
+        0.5,
+    ]
     assert second["baselines"]["odd"]["spearman"] is None
     assert summarize(run)["fidelity_seed"] is None and summarize(run)["learning_curve"] is None
     assert second["pearson"] is None
@@ -151,9 +170,18 @@ def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"{", b"[]", b"{}", b'{"fidelity": null}', b'{"fidelity": {"spearman": NaN, "overlap": null, "baselines": null}}'],
+    [
+        None,
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"fidelity": null}',
+        b'{"fidelity": {"spearman": NaN, "overlap": null, "baselines": null}}',
+    ],
 )
-def test_a_missing_or_odd_extrapolator_gives_an_unknown_fidelity(make_run: MakeRun, content: bytes | None) -> None:
+def test_a_missing_or_odd_extrapolator_gives_an_unknown_fidelity(
+    make_run: MakeRun, content: bytes | None
+) -> None:
     run = make_run()
     storage.delete(run.path("extrapolator"))
     if content is not None:
@@ -167,10 +195,15 @@ def test_scores_that_are_not_finite_are_counted_and_left_out(make_run: MakeRun) 
     table = storage.read_table(run.path("scores", "f001.parquet"))
     score = table["score"].to_numpy().copy()
     score[:3] = [np.nan, np.inf, -np.inf]
-    storage.write_table(run.path("scores", "f001.parquet"), table.set_column(2, "score", pa.array(score)))
+    storage.write_table(
+        run.path("scores", "f001.parquet"), table.set_column(2, "score", pa.array(score))
+    )
     summary = summarize(run)
     assert summary["counts"]["not_finite"] == 3
-    assert sum(sum(summary["scores"]["histogram"][name]) for name in ("measured", "extrapolated")) == 196
+    assert (
+        sum(sum(summary["scores"]["histogram"][name]) for name in ("measured", "extrapolated"))
+        == 196
+    )
     assert np.isfinite(summary["scores"]["high"])
 
 
@@ -195,11 +228,20 @@ def test_many_reject_reasons_stay_a_short_list(make_run: MakeRun) -> None:
     reasons = [f"label {number} is outside 0..2" for number in range(30)] + ["empty: 0 bytes"] * 9
     ids = [f"x{number}" for number in range(39)]
     storage.write_table(
-        run.path("rejects", "f001.parquet"), pa.table({"sample_id": ids, "fragment": ["f001"] * 39, "reason": reasons})
+        run.path("rejects", "f001.parquet"),
+        pa.table({"sample_id": ids, "fragment": ["f001"] * 39, "reason": reasons}),
     )
     rejects = summarize(run)["rejects"]
-    assert (rejects["samples"], rejects["distinct_reasons"], len(rejects["reasons"])) == (40, 31, 20)
-    assert rejects["reasons"][0] == {"reason": "empty: 0 bytes", "samples": 10, "example": "part-0#0"}
+    assert (rejects["samples"], rejects["distinct_reasons"], len(rejects["reasons"])) == (
+        40,
+        31,
+        20,
+    )
+    assert rejects["reasons"][0] == {
+        "reason": "empty: 0 bytes",
+        "samples": 10,
+        "example": "part-0#0",
+    }
 
 
 def test_a_run_that_has_hardly_begun(make_run: MakeRun) -> None:
@@ -233,7 +275,7 @@ def test_without_a_run_there_is_an_error_that_names_the_place(tmp_path: Any) -> 
     ],
 )
 def test_verdicts(spearman: float, verdict: str) -> None:
-    name, text = judge({"spearman": spearman, "n_held": 40}, 100)
+    name, text = verdict({"spearman": spearman, "n_held": 40}, 100)
     assert name == verdict
     assert text.startswith(f"Fidelity is {verdict}: on 40 held-out seed samples")
     assert ("Do not prune" in text) == (verdict == "weak")
@@ -241,18 +283,26 @@ def test_verdicts(spearman: float, verdict: str) -> None:
 
 def test_a_baseline_that_does_as_well_is_named() -> None:
     rivals = {"knn": {"spearman": 0.75}, "random": {"spearman": None}}
-    assert "“knn” does as well here (0.75)" in judge({"spearman": 0.7, "baselines": rivals}, 10)[1]
-    assert "does as well" not in judge({"spearman": 0.8, "baselines": rivals}, 10)[1]
-    itself = {"spearman": 0.7, "method": "knn-published", "baselines": {"knn_published": {"spearman": 0.7}}}
-    assert "does as well" not in judge(itself, 10)[1]
+    assert (
+        "“knn” does as well here (0.75)" in verdict({"spearman": 0.7, "baselines": rivals}, 10)[1]
+    )
+    assert "does as well" not in verdict({"spearman": 0.8, "baselines": rivals}, 10)[1]
+    itself = {
+        "spearman": 0.7,
+        "method": "knn-published",
+        "baselines": {"knn_published": {"spearman": 0.7}},
+    }
+    assert "does as well" not in verdict(itself, 10)[1]
 
 
 def test_a_fully_measured_source_needs_no_fidelity() -> None:
-    assert judge({"spearman": 0.1}, 0)[0] == "measured"
+    assert verdict({"spearman": 0.1}, 0)[0] == "measured"
 
 
 def test_words() -> None:
-    plain = [text.replace("\u202f", " ") for text in map(seconds, (0.04, 9.96, 59.7, 200, 3600, 90061))]
+    plain = [
+        text.replace("\u202f", " ") for text in map(seconds, (0.04, 9.96, 59.7, 200, 3600, 90061))
+    ]
     assert plain == ["0.0 s", "10.0 s", "1 min", "3 min 20 s", "1 h", "1 d 1 h"]
     assert [share(value, 0).replace("\u202f", " ") for value in (0, 0.001, 0.125, 0.999, 1)] == [
         "0 %",
@@ -262,8 +312,18 @@ def test_words() -> None:
         "100 %",
     ]
     assert share(0.125).replace("\u202f", " ") == "12.5 %"
-    assert [number(value) for value in (0.04, -1.5e-7, 123.0, 0.0)] == ["0.0400", "−1.50e−7", "123", "0.00"]
-    assert [setting(value) for value in (True, None, (0.3, 0.5), "x")] == ["true", "–", "0.3, 0.5", "x"]
+    assert [number(value) for value in (0.04, -1.5e-7, 123.0, 0.0)] == [
+        "0.0400",
+        "−1.50e−7",
+        "123",
+        "0.00",
+    ]
+    assert [setting(value) for value in (True, None, (0.3, 0.5), "x")] == [
+        "true",
+        "–",
+        "0.3, 0.5",
+        "x",
+    ]
 
 
 def test_clean_makes_anything_fit_for_json() -> None:

@@ -10,9 +10,9 @@ from PIL import Image
 
 from raypipe.errors import SourceError
 from raypipe.report import thumbnails
-from raypipe.report.scores import Pick
+from raypipe.report.score_scan import Pick
 from raypipe.report.thumbnails import load_thumbnails, make_thumbnail
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
 from raypipe.sources import RawSample
 
 MakeRun = Callable[..., Run]
@@ -81,11 +81,18 @@ def test_one_broken_fragment_does_not_hide_the_others(make_run: MakeRun, source)
     run = make_run()
     source.broken = {"f000", "f002"}
     found = load_thumbnails(run, source.settings, [grid(range(4))])
-    assert [bool(found.images[f"part-{number}#1"].uri) for number in range(4)] == [False, True, False, True]
+    assert [bool(found.images[f"part-{number}#1"].uri) for number in range(4)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
     assert found.images["part-2#1"].reason == "part-2: gone"
 
 
-def test_a_source_that_cannot_be_opened(make_run: MakeRun, source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_cannot_be_opened(
+    make_run: MakeRun, source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run()
 
     def refuse(settings: object) -> None:
@@ -97,10 +104,18 @@ def test_a_source_that_cannot_be_opened(make_run: MakeRun, source, monkeypatch: 
 
 def test_samples_that_left_the_source_are_said_to_have(make_run: MakeRun, source) -> None:
     run = make_run()
-    picks = [Pick("part-1#1", "f001", 0, 0.0), Pick("old#1", "gone", 0, 0.0), Pick("part-1#999", "f001", 0, 0.0)]
+    picks = [
+        Pick("part-1#1", "f001", 0, 0.0),
+        Pick("old#1", "gone", 0, 0.0),
+        Pick("part-1#999", "f001", 0, 0.0),
+    ]
     found = load_thumbnails(run, source.settings, [picks])
     assert found.images["part-1#1"].uri
-    assert found.images["old#1"].reason == found.images["part-1#999"].reason == "not in the source any more"
+    assert (
+        found.images["old#1"].reason
+        == found.images["part-1#999"].reason
+        == "not in the source any more"
+    )
 
 
 def test_nothing_wanted_opens_nothing(make_run: MakeRun, source) -> None:

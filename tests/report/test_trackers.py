@@ -16,13 +16,14 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import Config, parse_config
+from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError
 from raypipe.pipeline import execute
 from raypipe.progress import Progress
 from raypipe.report import build, trackers
 from raypipe.report.trackers import check_trackers, log_report, metrics, parameters
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages.base import Context
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.stages.report import ReportStage
 
 MakeRun = Callable[..., Run]
@@ -54,7 +55,9 @@ def init(project, name, job_type, config):
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], ModuleType]]:
+def stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, str], ModuleType]]:
     """stand_in(name, code): a module of that name, in place of one that is installed."""
     made: list[str] = []
 
@@ -76,10 +79,20 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 def run(make_run: MakeRun) -> Run:
     """With a page, a learning curve, and a password in an address."""
     run = make_run(source={"uri": "s3://me:hunter2@bucket/x"})
-    points = [{"samples": 10 * 2**step, "spearman": 0.3 + 0.1 * step, "spearman_interval": [0.2, 0.9]} for step in range(3)]
+    points = [
+        {"samples": 10 * 2**step, "spearman": 0.3 + 0.1 * step, "spearman_interval": [0.2, 0.9]}
+        for step in range(3)
+    ]
     about = storage.read_json(run.path("extrapolator", "extrapolator.json"))
-    curve = {"method": "kernel regression", "n_held": 9, "points": points, "doubled": {"spearman": None}}
-    storage.write_json(run.path("extrapolator", "extrapolator.json"), about | {"learning_curve": curve})
+    curve = {
+        "method": "kernel regression",
+        "n_held": 9,
+        "points": points,
+        "doubled": {"spearman": None},
+    }
+    storage.write_json(
+        run.path("extrapolator", "extrapolator.json"), about | {"learning_curve": curve}
+    )
     build(run)
     return run
 
@@ -97,7 +110,11 @@ def events(run: Run) -> list[Any]:
     """What an event file holds: records of a length, its checksum, an Event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    data, place, found = storage.read_bytes(run.path("report", "tensorboard", trackers.EVENTS)), 0, []
+    data, place, found = (
+        storage.read_bytes(run.path("report", "tensorboard", trackers.EVENTS)),
+        0,
+        [],
+    )
     while place < len(data):
         (length,) = struct.unpack_from("<Q", data, place)
         found.append(Event.FromString(data[place + 12 : place + 12 + length]))
@@ -109,8 +126,15 @@ def test_figures_and_timings_are_named(run: Run) -> None:
     summary = summary_of(run)
     found = metrics(summary)
     assert found["fidelity/spearman"] == 0.7 and found["baselines/class_mean_spearman"] == 0.4
-    assert found["wall_seconds/proxy"] == 20 and found["cpu_seconds/all"] == summary["cost"]["total"]["cpu_seconds"]
-    assert found["counts/samples"] == 199 and found["keep_0.5/samples"] == 100 and found["saving/saved_share"] == 1 - 100 / 199
+    assert (
+        found["wall_seconds/proxy"] == 20
+        and found["cpu_seconds/all"] == summary["cost"]["total"]["cpu_seconds"]
+    )
+    assert (
+        found["counts/samples"] == 199
+        and found["keep_0.5/samples"] == 100
+        and found["saving/saved_share"] == 1 - 100 / 199
+    )
     assert "baselines/proxy_loss_spearman" not in found, "there is no figure"
     assert parameters(summary)["proxy.epochs"] == str(summary["settings"]["proxy"]["epochs"])
     assert parameters(summary)["source.uri"] == "s3://bucket/x"
@@ -119,9 +143,17 @@ def test_figures_and_timings_are_named(run: Run) -> None:
 def test_tensorboard_gets_an_event_file_in_the_run(run: Run) -> None:
     for _ in range(2):
         assert log_report(run, summary_of(run), ["tensorboard"], "x") == {}
-        assert storage.names(run.path("report", "tensorboard")) == {trackers.EVENTS}, "the newest alone"
-    values = [(value.tag, event.step, value) for event in events(run) for value in event.summary.value]
-    scalars = {(tag, step): value.simple_value for tag, step, value in values if value.WhichOneof("value") == "simple_value"}
+        assert storage.names(run.path("report", "tensorboard")) == {trackers.EVENTS}, (
+            "the newest alone"
+        )
+    values = [
+        (value.tag, event.step, value) for event in events(run) for value in event.summary.value
+    ]
+    scalars = {
+        (tag, step): value.simple_value
+        for tag, step, value in values
+        if value.WhichOneof("value") == "simple_value"
+    }
     expected = {(name, 0): number for name, number in metrics(summary_of(run)).items()}
     expected |= {("fidelity/learning_curve", 10 * 2**step): 0.3 + 0.1 * step for step in range(3)}
     assert scalars == pytest.approx(expected, rel=1e-6)
@@ -132,17 +164,23 @@ def test_tensorboard_gets_an_event_file_in_the_run(run: Run) -> None:
         *(f"classes/{n}" for n in ("cat", "dog", "owl", "unlabelled")),
     }
     both = [list(histograms[f"scores/{kind}"].bucket) for kind in ("measured", "extrapolated")]
-    assert both == [summary_of(run)["scores"]["histogram"][kind] for kind in ("measured", "extrapolated")]
+    assert both == [
+        summary_of(run)["scores"]["histogram"][kind] for kind in ("measured", "extrapolated")
+    ]
     scores = summary_of(run)["scores"]
     mean = sum(histograms[f"scores/{kind}"].sum for kind in ("measured", "extrapolated")) / 199
     assert mean == pytest.approx(scores["mean"], abs=0.05)
     assert not any(b"hunter2" in event.SerializeToString() for event in events(run))
 
 
-def test_mlflow_gets_a_run_with_page_and_figures(run: Run, stand_in: Callable[[str, str], Any]) -> None:
+def test_mlflow_gets_a_run_with_page_and_figures(
+    run: Run, stand_in: Callable[[str, str], Any]
+) -> None:
     mlflow = stand_in("mlflow", MLFLOW)
     assert log_report(run, summary_of(run), ["mlflow"], "pruning") == {}
-    assert mlflow.calls[:2] == [("experiment", "pruning"), ("start", "run", True)] and mlflow.calls[-1] == ("end",)
+    assert mlflow.calls[:2] == [("experiment", "pruning"), ("start", "run", True)] and mlflow.calls[
+        -1
+    ] == ("end",)
     assert ("param", "source.uri", "s3://bucket/x") in mlflow.calls
     assert ("metric", "fidelity/spearman", 0.7, None) in mlflow.calls and (
         "metric",
@@ -151,11 +189,16 @@ def test_mlflow_gets_a_run_with_page_and_figures(run: Run, stand_in: Callable[[s
         20,
     ) in mlflow.calls
     files = {call[1]: call[2] for call in mlflow.calls if call[0] == "artifact"}
-    assert files == {name: storage.read_bytes(run.path("report", name)) for name in ("index.html", "summary.json")}
+    assert files == {
+        name: storage.read_bytes(run.path("report", name))
+        for name in ("index.html", "summary.json")
+    }
     assert "hunter2" not in str(mlflow.calls)
 
 
-def test_wandb_gets_a_run_with_page_and_figures(run: Run, stand_in: Callable[[str, str], Any]) -> None:
+def test_wandb_gets_a_run_with_page_and_figures(
+    run: Run, stand_in: Callable[[str, str], Any]
+) -> None:
     wandb = stand_in("wandb", WANDB)
     assert log_report(run, summary_of(run), ["wandb"], "pruning") == {}
     assert [call[0] for call in wandb.calls] == ["init", "log", "artifact", "finish"]
@@ -165,10 +208,14 @@ def test_wandb_gets_a_run_with_page_and_figures(run: Run, stand_in: Callable[[st
     assert "hunter2" not in str(wandb.calls)
     wandb.run, wandb.calls[:] = wandb.Run(), []
     assert log_report(run, summary_of(run), ["wandb"], "pruning") == {}
-    assert [call[0] for call in wandb.calls] == ["log", "artifact"], "a run of the caller is used, and is not ended"
+    assert [call[0] for call in wandb.calls] == ["log", "artifact"], (
+        "a run of the caller is used, and is not ended"
+    )
 
 
-def test_a_tracker_that_fails_does_not_take_the_run_with_it(run: Run, stand_in: Callable[[str, str], Any]) -> None:
+def test_a_tracker_that_fails_does_not_take_the_run_with_it(
+    run: Run, stand_in: Callable[[str, str], Any]
+) -> None:
     refuses = 'def set_experiment(name):\n    raise OSError("http://ada:hunter2@host?api_key=abc refused")\n'
     mlflow = stand_in("mlflow", refuses)
     said: list[str] = []
@@ -188,7 +235,9 @@ def test_a_tracker_that_fails_does_not_take_the_run_with_it(run: Run, stand_in: 
     assert not stage.complete(Context(configured(run, "mlflow"), run, progress), record)
 
 
-def test_writing_the_page_of_a_run_logs_nothing(run: Run, stand_in: Callable[[str, str], Any]) -> None:
+def test_writing_the_page_of_a_run_logs_nothing(
+    run: Run, stand_in: Callable[[str, str], Any]
+) -> None:
     """The configuration in a run's folder may be a stranger's: `raypipe report` sends nothing anywhere."""
     mlflow = stand_in("mlflow", MLFLOW)
     run.write_config(configured(run, "mlflow", "tensorboard"))
@@ -196,17 +245,30 @@ def test_writing_the_page_of_a_run_logs_nothing(run: Run, stand_in: Callable[[st
     assert mlflow.calls == [] and not os.path.exists(run.path("report", "tensorboard"))
 
 
-def test_a_missing_package_is_said_before_the_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_said_before_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = trackers.importlib.util.find_spec
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name in ("mlflow", "wandb") else known(name))
+    monkeypatch.setattr(
+        trackers.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("mlflow", "wandb") else known(name),
+    )
     check_trackers([])
     check_trackers(["tensorboard"])
     for names, packages in ((["wandb"], "wandb"), (["mlflow", "wandb"], "mlflow and wandb")):
-        config = parse_config({"run": str(tmp_path / "run"), "source": {"uri": "digits://"}, "report": {"log_to": names}})
+        config = parse_config(
+            {
+                "run": str(tmp_path / "run"),
+                "source": {"uri": "digits://"},
+                "report": {"log_to": names},
+            }
+        )
         with pytest.raises(ConfigError) as error:
             execute(config)
-        assert f"needs the package {packages}, which is not installed here: pip install 'raypipe[{','.join(names)}]'" in str(
-            error.value
+        assert (
+            f"needs the package {packages}, which is not installed here: pip install 'raypipe[{','.join(names)}]'"
+            in str(error.value)
         )
         assert error.value.exit_code == 2
     assert not os.path.exists(tmp_path / "run")
@@ -225,6 +287,10 @@ def test_where_to_log_is_checked() -> None:
 def test_each_tracker_has_an_extra() -> None:
     import tomllib
 
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for name, package in trackers.PACKAGES.items():
-        assert any(line.startswith(package) and "<" in line for line in extras[name]), json.dumps(extras[name])
+        assert any(line.startswith(package) and "<" in line for line in extras[name]), json.dumps(
+            extras[name]
+        )

@@ -11,8 +11,8 @@ from sklearn.metrics import average_precision_score
 from raypipe import storage
 from raypipe.report import build, summarize
 from raypipe.report.embeddings import scan_embeddings
-from raypipe.report.noise import found_by
-from raypipe.rundir import Run
+from raypipe.report.label_noise import found_by
+from raypipe.runs.layout import Run
 from raypipe.sources.noise import LabelNoise
 
 
@@ -46,12 +46,28 @@ def test_the_list_is_judged_by_what_was_replaced(make_run: Callable[..., Run]) -
     run.write_ledger(records)
     build(run)
     found = storage.read_json(run.path("report", "summary.json"))["label_noise"]
-    suspects = scan_embeddings(run, np.inf, 10_000).suspects  # the fixture's edge is a quantile of all scores
-    low = np.quantile([row for _, table in storage.iter_tables(run.path("scores")) for row in table["score"].to_pylist()], 0.2)
+    suspects = scan_embeddings(
+        run, np.inf, 10_000
+    ).suspects  # the fixture's edge is a quantile of all scores
+    low = np.quantile(
+        [
+            row
+            for _, table in storage.iter_tables(run.path("scores"))
+            for row in table["score"].to_pylist()
+        ],
+        0.2,
+    )
     listed = [pick for pick in suspects if pick.score <= low]
     hits = [noise.replaced(pick.sample_id) for pick in listed]
-    assert found["list"] == found_by(np.array(hits), found["replaced"]) and 0 < sum(hits) < len(hits)
-    rows = [row for _, table in storage.iter_tables(run.path("scores")) for row in table.to_pylist() if row["label"] is not None]
+    assert found["list"] == found_by(np.array(hits), found["replaced"]) and 0 < sum(hits) < len(
+        hits
+    )
+    rows = [
+        row
+        for _, table in storage.iter_tables(run.path("scores"))
+        for row in table.to_pylist()
+        if row["label"] is not None
+    ]
     assert found["labelled"] == len(rows)
     assert found["replaced"] == sum(noise.replaced(row["sample_id"]) for row in rows)
     kept = storage.read_table(run.path("keep", "keep-0.30.parquet")).to_pylist()

@@ -36,7 +36,9 @@ def _train(inputs: Tensor, labels: Tensor, keep: list[int], steps: int) -> list[
     path = []
     for _ in range(steps):
         path.append({name: value.clone() for name, value in model.state_dict().items()})
-        gradients = torch.autograd.grad(F.cross_entropy(model(inputs[keep]), labels[keep]), list(model.parameters()))
+        gradients = torch.autograd.grad(
+            F.cross_entropy(model(inputs[keep]), labels[keep]), list(model.parameters())
+        )
         with torch.no_grad():
             for value, gradient in zip(model.parameters(), gradients, strict=True):
                 value -= RATE * gradient
@@ -59,19 +61,32 @@ def _correlations(seed: int, steps: int) -> tuple[float, float, float]:
         keep = [index for index in everything if index != left_out]
         without = _train(inputs, labels, keep, steps)[-1]
         with torch.no_grad():
-            losses = [F.cross_entropy(model(inputs[keep]), labels[keep]).item() for model in (without, path[-1])]
+            losses = [
+                F.cross_entropy(model(inputs[keep]), labels[keep]).item()
+                for model in (without, path[-1])
+            ]
         truth.append(losses[0] - losses[1])
     columns, squares = [], []
     for model in path[:-1]:
-        gradients = torch.autograd.grad(F.cross_entropy(model(inputs), labels), list(model.parameters()))
-        square, aligned = norms_and_alignments(model, inputs, labels, dict(zip(["weight", "bias"], gradients, strict=True)))
+        gradients = torch.autograd.grad(
+            F.cross_entropy(model(inputs), labels), list(model.parameters())
+        )
+        square, aligned = norms_and_alignments(
+            model, inputs, labels, dict(zip(["weight", "bias"], gradients, strict=True))
+        )
         columns.append(aligned.numpy())
         squares.append(square.numpy())
     aligned, square = np.stack(columns, 1), np.stack(squares, 1)
     rates = np.full(steps, RATE)
-    score = combine(without_itself(aligned, square, SAMPLES), rates, "lr", steps=steps, samples=SAMPLES)
+    score = combine(
+        without_itself(aligned, square, SAMPLES), rates, "lr", steps=steps, samples=SAMPLES
+    )
     plain = combine(aligned, rates, "lr", steps=steps, samples=SAMPLES)
-    return spearmanr(score, truth).statistic, spearmanr(plain, truth).statistic, np.polyfit(truth, score, 1)[0]
+    return (
+        spearmanr(score, truth).statistic,
+        spearmanr(plain, truth).statistic,
+        np.polyfit(truth, score, 1)[0],
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

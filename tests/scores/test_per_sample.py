@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from networks import as_trained, batch
 from torch import Tensor, nn
 
-from raypipe.models import build
 from raypipe.scores.per_sample import norms_and_alignments, slow_parameters
+from raypipe.vision.networks import build
 
 
 class _Scaled(nn.Module):
@@ -73,11 +73,19 @@ NETWORKS = {
     "convolutions": (_convolutions, []),
     "sequence": (_Sequence, []),
     "shared weight": (lambda: _Sequence(shared=True), ["embedding.weight"]),
-    "unknown parameter": (lambda: nn.Sequential(_Scaled(), nn.Flatten(), nn.Linear(192, 4)), ["0.scale"]),
-    "prelu": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(), nn.Flatten(), nn.Linear(144, 4)), ["1.weight"]),
+    "unknown parameter": (
+        lambda: nn.Sequential(_Scaled(), nn.Flatten(), nn.Linear(192, 4)),
+        ["0.scale"],
+    ),
+    "prelu": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(), nn.Flatten(), nn.Linear(144, 4)),
+        ["1.weight"],
+    ),
     "layer that runs twice": (_Twice, []),
     "reflecting convolution": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(256, 4)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(256, 4)
+        ),
         ["0.weight", "0.bias"],
     ),
 }
@@ -90,7 +98,10 @@ def _loop(model: nn.Module, images: Tensor, labels: Tensor) -> list[dict[str, Te
         loss = F.cross_entropy(model(image[None]), label[None])
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         rows.append(
-            {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), gradients, strict=True)}
+            {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(named.items(), gradients, strict=True)
+            }
         )
     return rows
 
@@ -98,13 +109,18 @@ def _loop(model: nn.Module, images: Tensor, labels: Tensor) -> list[dict[str, Te
 def _check(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     generator = torch.Generator().manual_seed(5)
     direction = {
-        name: torch.randn(value.shape, generator=generator, dtype=value.dtype) for name, value in model.named_parameters()
+        name: torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        for name, value in model.named_parameters()
     }
     rows = _loop(model, images, labels)
-    squares = torch.stack([sum((g.square().sum() for g in row.values()), torch.zeros(())) for row in rows])
+    squares = torch.stack(
+        [sum((g.square().sum() for g in row.values()), torch.zeros(())) for row in rows]
+    )
     dots = torch.stack([sum((row[name] * direction[name]).sum() for name in row) for row in rows])
     found_squares, found_dots = norms_and_alignments(model, images, labels, direction)
-    torch.testing.assert_close(found_squares, squares.to(found_squares.dtype), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found_squares, squares.to(found_squares.dtype), rtol=1e-9, atol=1e-12
+    )
     torch.testing.assert_close(found_dots, dots, rtol=1e-9, atol=1e-10)
     alone, zero = norms_and_alignments(model, images, labels)
     torch.testing.assert_close(alone, found_squares)
@@ -122,7 +138,9 @@ def test_agrees_with_a_loop_over_samples(name: str) -> None:
     _check(model, images, torch.randint(0, 4, (5,), generator=generator))
 
 
-@pytest.mark.parametrize(("name", "size"), [("small", 16), ("resnet18", 32), ("resnext50_32x4d", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("small", 16), ("resnet18", 32), ("resnext50_32x4d", 32)]
+)
 def test_agrees_on_the_proxies(name: str, size: int) -> None:
     torch.manual_seed(1)
     model = as_trained(build(name, 4, size).double())

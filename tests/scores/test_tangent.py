@@ -9,12 +9,12 @@ import torch
 from networks import as_trained, batch
 from torch import Tensor, nn
 
-from raypipe.models import build
-from raypipe.scores import tangent
+from raypipe.scores import forward_mode
+from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum
 from raypipe.scores.per_sample import norms_and_alignments
-from raypipe.scores.precision import computing
-from raypipe.scores.tangent import Aligner
+from raypipe.vision.networks import build
+from raypipe.vision.precision import computing
 
 TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
 """Largest difference from eager float32 in units of the largest alignment."""
@@ -96,13 +96,19 @@ def _network(name: str, size: int = 16) -> nn.Module:
 def test_agrees_with_jvp(name: str, channels_last: bool) -> None:
     model, (images, labels) = _network(name).double(), batch(5, 16)
     direction = gradient_sum(model, images, labels)
-    direction |= {key: torch.zeros_like(value) for key, value in model.named_parameters() if key not in direction}
+    direction |= {
+        key: torch.zeros_like(value)
+        for key, value in model.named_parameters()
+        if key not in direction
+    }
     expected = alignments(model, direction, images, labels)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     aligner = Aligner(model, direction, channels_last=channels_last)
     assert aligner.traced == (name not in ("branching", "overwriting"))
     for _ in range(2):
-        torch.testing.assert_close(aligner(images, labels), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+        torch.testing.assert_close(
+            aligner(images, labels), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item()
+        )
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 
@@ -110,13 +116,17 @@ def test_agrees_with_jvp(name: str, channels_last: bool) -> None:
 def test_the_compiled_graph_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the compiler itself, which takes a minute: what it is handed must compute the same."""
     handed: list[object] = []
-    monkeypatch.setattr(tangent.torch, "compile", lambda graph, **_: handed.append(graph) or graph)
+    monkeypatch.setattr(
+        forward_mode.torch, "compile", lambda graph, **_: handed.append(graph) or graph
+    )
     model, (images, labels) = _network("small").double(), batch(6, 16)
     direction = gradient_sum(model, images, labels)
     aligner = Aligner(model, direction, compiled=True)
     expected = alignments(model, direction, images, labels)
     torch.testing.assert_close(aligner(images[:4], labels[:4]), expected[:4], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(aligner(images[4:], labels[4:]), expected[4:], rtol=1e-9, atol=1e-9)  # another shape: not compiled
+    torch.testing.assert_close(
+        aligner(images[4:], labels[4:]), expected[4:], rtol=1e-9, atol=1e-9
+    )  # another shape: not compiled
     torch.testing.assert_close(aligner(images[2:], labels[2:]), expected[2:], rtol=1e-9, atol=1e-9)
     assert len(handed) == 1
 
@@ -130,15 +140,24 @@ def test_unknown_precision_is_refused() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_gpu_paths_agree_with_eager_float32(precision: str, channels_last: bool, compiled: bool) -> None:
-    model, (images, labels) = _network("resnet18", 32).cuda(), [value.cuda() for value in batch(64, 32)]
+def test_gpu_paths_agree_with_eager_float32(
+    precision: str, channels_last: bool, compiled: bool
+) -> None:
+    model, (images, labels) = (
+        _network("resnet18", 32).cuda(),
+        [value.cuda() for value in batch(64, 32)],
+    )
     with computing("float32", "cuda"):
         direction = gradient_sum(model, images, labels)
         expected = alignments(model, direction, images, labels)
     with computing(precision, "cuda"):
-        fast = copy.deepcopy(model).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        fast = copy.deepcopy(model).to(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
         own = gradient_sum(fast, images, labels)
-        found = Aligner(fast, direction, channels_last=channels_last, compiled=compiled)(images, labels)
+        found = Aligner(fast, direction, channels_last=channels_last, compiled=compiled)(
+            images, labels
+        )
         squares, dots = norms_and_alignments(fast, images, labels, direction)
     scale, tolerance = expected.abs().max(), TOLERANCE[precision]
     assert (found - expected).abs().max() < tolerance * scale

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.scores.base import SCORES, ScoreError, Trajectory, margin_of, trajectory, trajectory_score
+from raypipe.scores.registry import SCORES, trajectory_score
+from raypipe.scores.trajectory import ScoreError, Trajectory, margin_of, trajectory
 
 TRAJECTORY_SCORES = sorted(name for name, info in SCORES.items() if info.needs == "trajectory")
 
@@ -26,13 +27,17 @@ def _random(seed: int, epochs: int = 14, samples: int = 6, classes: int = 4) -> 
 
 
 def _options(name: str) -> dict:
-    return {"dynamic-uncertainty": {"window": 5}, "dual": {"window": 5}, "tdds": {"window": 5}}.get(name, {})
+    return {"dynamic-uncertainty": {"window": 5}, "dual": {"window": 5}, "tdds": {"window": 5}}.get(
+        name, {}
+    )
 
 
 # -- the obvious computations: p is [epoch][class] of one sample, y its label -----------------------------------------
 
 
-def _dynamic_uncertainty(p: list[list[float]], y: int, window: int = 5, variant: str = "official") -> float:
+def _dynamic_uncertainty(
+    p: list[list[float]], y: int, window: int = 5, variant: str = "official"
+) -> float:
     own = [row[y] for row in p]
     windows = [own[start : start + window] for start in range(len(own) - window + 1)]
     if variant == "official":
@@ -49,25 +54,37 @@ def _dual(p: list[list[float]], y: int, window: int = 5) -> float:
 
 
 def _tdds(
-    p: list[list[float]], y: int, window: int = 5, beta: float = 0.9, epochs: int | None = None, take: str = "first"
+    p: list[list[float]],
+    y: int,
+    window: int = 5,
+    beta: float = 0.9,
+    epochs: int | None = None,
+    take: str = "first",
 ) -> float:
     used = epochs or len(p)
     p = p[:used] if take == "first" else p[-used:]
     change = [
-        sum(abs(b * (math.log(b + 1e-8) - math.log(a + 1e-8))) for a, b in zip(p[t], p[t + 1], strict=True))
+        sum(
+            abs(b * (math.log(b + 1e-8) - math.log(a + 1e-8)))
+            for a, b in zip(p[t], p[t + 1], strict=True)
+        )
         for t in range(used - 1)
     ]
     total = 0.0
     for k in range(used - window + 1):
         part = change[k : k + window - 1]
         mean = sum(part) / len(part)
-        total += math.sqrt(sum((d - mean) ** 2 for d in part)) * beta * (1 - beta) ** (used - window - k)
+        total += (
+            math.sqrt(sum((d - mean) ** 2 for d in part)) * beta * (1 - beta) ** (used - window - k)
+        )
     return total
 
 
 def _el2n(p: list[list[float]], y: int, first: int = 0, last: int = 10) -> float:
     part = p[first:last]
-    return statistics.mean(math.sqrt(sum((value - (c == y)) ** 2 for c, value in enumerate(row))) for row in part)
+    return statistics.mean(
+        math.sqrt(sum((value - (c == y)) ** 2 for c, value in enumerate(row))) for row in part
+    )
 
 
 def _forgetting(p: list[list[float]], y: int, never_learned: str = "hardest") -> float:
@@ -78,11 +95,16 @@ def _forgetting(p: list[list[float]], y: int, never_learned: str = "hardest") ->
 
 
 def _aum(p: list[list[float]], y: int) -> float:
-    return -statistics.mean(math.log(row[y]) - max(math.log(value) for c, value in enumerate(row) if c != y) for row in p)
+    return -statistics.mean(
+        math.log(row[y]) - max(math.log(value) for c, value in enumerate(row) if c != y)
+        for row in p
+    )
 
 
 def _aum_softmax(p: list[list[float]], y: int) -> float:
-    return -statistics.mean(row[y] - max(value for c, value in enumerate(row) if c != y) for row in p)
+    return -statistics.mean(
+        row[y] - max(value for c, value in enumerate(row) if c != y) for row in p
+    )
 
 
 def _loss(p: list[list[float]], y: int) -> float:
@@ -97,7 +119,11 @@ def _entropy(p: list[list[float]], y: int) -> float:
     ("name", "options", "obvious"),
     [
         ("dynamic-uncertainty", {"window": 5}, _dynamic_uncertainty),
-        ("dynamic-uncertainty", {"window": 5, "variant": "paper"}, lambda p, y: _dynamic_uncertainty(p, y, variant="paper")),
+        (
+            "dynamic-uncertainty",
+            {"window": 5, "variant": "paper"},
+            lambda p, y: _dynamic_uncertainty(p, y, variant="paper"),
+        ),
         (
             "dynamic-uncertainty",
             {"window": 5, "variant": "extrapolation"},
@@ -106,7 +132,11 @@ def _entropy(p: list[list[float]], y: int) -> float:
         ("dual", {"window": 5}, _dual),
         ("dual", {"window": 5, "epochs": 8}, lambda p, y: _dual(p[:8], y)),
         ("tdds", {"window": 5}, _tdds),
-        ("tdds", {"window": 5, "beta": 0.3, "epochs": 9}, lambda p, y: _tdds(p, y, beta=0.3, epochs=9)),
+        (
+            "tdds",
+            {"window": 5, "beta": 0.3, "epochs": 9},
+            lambda p, y: _tdds(p, y, beta=0.3, epochs=9),
+        ),
         (
             "tdds",
             {"window": 5, "beta": 0.3, "epochs": 9, "take": "last"},
@@ -124,11 +154,14 @@ def _entropy(p: list[list[float]], y: int) -> float:
 )
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 5))
-def test_agrees_with_the_obvious_computation(name: str, options: dict, obvious, seed: int, classes: int) -> None:
+def test_agrees_with_the_obvious_computation(
+    name: str, options: dict, obvious, seed: int, classes: int
+) -> None:
     given_ = _random(seed, classes=classes)
     found = trajectory_score(name)(given_, **options)
     expected = [
-        obvious(given_.probabilities[:, i].astype(float).tolist(), int(given_.label[i])) for i in range(len(given_.label))
+        obvious(given_.probabilities[:, i].astype(float).tolist(), int(given_.label[i]))
+        for i in range(len(given_.label))
     ]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-6)
@@ -148,7 +181,9 @@ def test_does_not_depend_on_order_or_batches_or_names_of_classes(name: str, seed
     part = trajectory(whole.probabilities[:, :4], whole.label[:4], whole.margin[:, :4])
     np.testing.assert_allclose(function(part, **options), found[:4], rtol=1e-5, atol=1e-7)
     classes = random.permutation(4)
-    renamed = trajectory(whole.probabilities[..., np.argsort(classes)], classes[whole.label], whole.margin)
+    renamed = trajectory(
+        whole.probabilities[..., np.argsort(classes)], classes[whole.label], whole.margin
+    )
     np.testing.assert_allclose(function(renamed, **options), found, rtol=1e-4, atol=1e-6)
 
 
@@ -173,7 +208,9 @@ def test_an_epoch_without_a_sample_takes_the_one_before() -> None:
     np.testing.assert_array_equal(filled.probabilities[5, 2], given_.probabilities[4, 2])
     np.testing.assert_array_equal(filled.probabilities[6, 2], given_.probabilities[4, 2])
     assert filled.margin[6, 2] == given_.margin[4, 2]
-    np.testing.assert_array_equal(np.delete(filled.probabilities, 2, 1), np.delete(given_.probabilities, 2, 1))
+    np.testing.assert_array_equal(
+        np.delete(filled.probabilities, 2, 1), np.delete(given_.probabilities, 2, 1)
+    )
 
 
 def test_what_cannot_be_scored_is_an_error_with_its_numbers() -> None:

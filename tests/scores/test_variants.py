@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypipe.models import build
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
 from raypipe.scores.moso import joining, without_itself
+from raypipe.vision.networks import build
 
 
 def _gradients(count: int = 7, width: int = 5) -> np.ndarray:
@@ -33,7 +33,9 @@ def test_formula_of_the_published_code() -> None:
     n, mean = 7, gradients.mean(0)
     aligned, squares = (gradients @ mean)[:, None], (gradients**2).sum(1)[:, None]
     expected = [
-        (2 * n - 3) / (n - 1) ** 2 * mean @ mean - g @ g / (n - 1) ** 2 + (2 * n - 4) / (n - 1) ** 2 * ((mean - g / n) @ g)
+        (2 * n - 3) / (n - 1) ** 2 * mean @ mean
+        - g @ g / (n - 1) ** 2
+        + (2 * n - 4) / (n - 1) ** 2 * ((mean - g / n) @ g)
         for g in gradients
     ]
     found = without_itself(aligned, squares, n, "code", np.array([mean @ mean]))
@@ -48,12 +50,20 @@ def test_a_sample_that_joins_is_scored_as_one_of_them() -> None:
     everyone, square = gradients.mean(0), np.array([mean @ mean])
     aligned, squares = np.array([[new @ mean]]), np.array([[new @ new]])
     inside, mean_square = joining(aligned, squares, n, square)
-    assert inside[0, 0] == pytest.approx(everyone @ new) and mean_square[0, 0] == pytest.approx(everyone @ everyone)
+    assert inside[0, 0] == pytest.approx(everyone @ new) and mean_square[0, 0] == pytest.approx(
+        everyone @ everyone
+    )
     assert without_itself(inside, squares, n + 1)[0, 0] == pytest.approx(new @ mean)
     whole = without_itself(
-        (gradients @ everyone)[:, None], (gradients**2).sum(1)[:, None], 7, "code", np.array([everyone @ everyone])
+        (gradients @ everyone)[:, None],
+        (gradients**2).sum(1)[:, None],
+        7,
+        "code",
+        np.array([everyone @ everyone]),
     )
-    assert without_itself(inside, squares, n + 1, "code", mean_square)[0, 0] == pytest.approx(whole[6, 0])
+    assert without_itself(inside, squares, n + 1, "code", mean_square)[0, 0] == pytest.approx(
+        whole[6, 0]
+    )
 
 
 def test_last_layer_in_closed_form_agrees_with_differentiation() -> None:
@@ -63,19 +73,26 @@ def test_last_layer_in_closed_form_agrees_with_differentiation() -> None:
     images = torch.randint(0, 256, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 5, (6,), generator=generator)
     head = [model.head.weight, model.head.bias]
-    rows = [torch.autograd.grad(F.cross_entropy(model(images[i : i + 1]), labels[i : i + 1]), head) for i in range(6)]
+    rows = [
+        torch.autograd.grad(F.cross_entropy(model(images[i : i + 1]), labels[i : i + 1]), head)
+        for i in range(6)
+    ]
     total = head_gradient_sum(model, images, labels)
     torch.testing.assert_close(total["head.weight"], sum(row[0] for row in rows))
     torch.testing.assert_close(total["head.bias"], sum(row[1] for row in rows))
     squares, aligned = head_norms_and_alignments(model, images, labels, total)
     for i, (weight, bias) in enumerate(rows):
         torch.testing.assert_close(squares[i], weight.square().sum() + bias.square().sum())
-        torch.testing.assert_close(aligned[i], (weight * total["head.weight"]).sum() + (bias * total["head.bias"]).sum())
+        torch.testing.assert_close(
+            aligned[i], (weight * total["head.weight"]).sum() + (bias * total["head.bias"]).sum()
+        )
 
 
 def test_recalibration_gives_the_statistics_of_the_data_and_leaves_weights_alone() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.2), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5))
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, momentum=0.2), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5)
+    )
     model[0].running_mean.fill_(50)
     batches = [torch.randn(8, 3, 4, 4) * 2 + 1 for _ in range(5)]
     before = {name: value.clone() for name, value in model.named_parameters()}

@@ -15,7 +15,9 @@ from raypipe.selection.quotas import bounded, water_filled
 from raypipe.selection.statistics import ExactMoments
 
 LAST = 2**64 - 1
-NUMBERS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30)
+NUMBERS = st.lists(
+    st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30
+)
 
 
 def mix(state: int) -> int:
@@ -32,19 +34,28 @@ def plain_hash(text: str, seed: int) -> int:
 
 
 @given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12), st.integers(0, 2**63 - 1), st.data()
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12),
+    st.integers(0, 2**63 - 1),
+    st.data(),
 )
 @settings(deadline=None)
 def test_the_hash_of_many_is_that_of_each(ids: list[str], seed: int, data: st.DataObject) -> None:
     assert hash64(ids, seed).tolist() == [plain_hash(text, seed) for text in ids]
     start = data.draw(st.integers(0, len(ids)))
     # a slice of an Arrow array shares the buffers of the whole
-    assert hash64(pa.array(ids, pa.string())[start:], seed).tolist() == hash64(ids[start:], seed).tolist()
+    assert (
+        hash64(pa.array(ids, pa.string())[start:], seed).tolist()
+        == hash64(ids[start:], seed).tolist()
+    )
 
 
 def test_the_hash_does_not_change_between_versions() -> None:
     # a keep-list drawn today must be drawn again tomorrow
-    assert hash64(["", "a", "train/cat/0001.jpg"], 7).tolist() == [0x8625A2873518DD9D, 0x875A2C03D4C73493, 0xC5E8C48BB7DC6EAC]
+    assert hash64(["", "a", "train/cat/0001.jpg"], 7).tolist() == [
+        0x8625A2873518DD9D,
+        0x875A2C03D4C73493,
+        0xC5E8C48BB7DC6EAC,
+    ]
 
 
 def test_hashes_of_ids_that_are_alike_are_spread_evenly() -> None:
@@ -66,7 +77,9 @@ def test_an_id_set_finds_what_it_holds_and_notes_it() -> None:
 
 
 def test_equal_hashes_of_different_ids_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raypipe.selection.hashing.hash64", lambda ids, seed=0: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr(
+        "raypipe.selection.hashing.hash64", lambda ids, seed=0: np.zeros(len(ids), np.uint64)
+    )
     assert IdSet(["b"]).find(["a", "b"]).tolist() == [1]
 
 
@@ -89,12 +102,17 @@ def test_moments_are_exact_in_every_order(values: list[float]) -> None:
     found, deviation = moments.mean_and_deviation()
     assert found.tolist() == [0.0, float(mean)] and moments.total(1) == float(sum(exact))
     assert deviation[1] == math.sqrt(float(variance))
-    assert [array.tolist() for array in shuffled.mean_and_deviation()] == [found.tolist(), deviation.tolist()]
+    assert [array.tolist() for array in shuffled.mean_and_deviation()] == [
+        found.tolist(),
+        deviation.tolist(),
+    ]
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.data())
 @settings(deadline=None)
-def test_a_budget_is_shared_as_the_published_code_does(counts: list[int], data: st.DataObject) -> None:
+def test_a_budget_is_shared_as_the_published_code_does(
+    counts: list[int], data: st.DataObject
+) -> None:
     total = data.draw(st.integers(0, sum(counts)))
     left, expected = total, {}
     for served, group in enumerate(sorted(range(len(counts)), key=lambda group: counts[group])):
@@ -107,9 +125,16 @@ def test_a_budget_is_shared_as_the_published_code_does(counts: list[int], data: 
         assert (water_filled(np.array(counts), total - 1) <= quotas).all()
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=6), st.data())
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=6
+    ),
+    st.data(),
+)
 @settings(deadline=None)
-def test_bounds_hold_and_what_need_not_change_does_not(groups: list[tuple[int, int, int]], data: st.DataObject) -> None:
+def test_bounds_hold_and_what_need_not_change_does_not(
+    groups: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
     wish, least = np.array([g[0] for g in groups]), np.array([g[1] for g in groups])
     most = least + np.array([g[2] for g in groups])
     total = data.draw(st.integers(int(least.sum()), int(most.sum())))

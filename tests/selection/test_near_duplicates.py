@@ -5,18 +5,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.selection import duplicates
-from raypipe.selection.duplicates import centroids, clusters_for, nearest, superfluous, unit
+from raypipe.selection import near_duplicates
+from raypipe.selection.near_duplicates import (
+    centroids,
+    clusters_for,
+    nearest,
+    superfluous,
+    unit,
+)
 
 VECTORS = st.lists(st.tuples(*[st.integers(-2, 2)] * 3), min_size=1, max_size=30)
 
 
 @given(VECTORS, st.sampled_from([0.5, 0.9, 1.0]), st.integers(0, 5))
 @settings(max_examples=80, deadline=None)
-def test_one_of_near_duplicates_stays(rows: list[tuple[int, ...]], threshold: float, safe: int) -> None:
+def test_one_of_near_duplicates_stays(
+    rows: list[tuple[int, ...]], threshold: float, safe: int
+) -> None:
     vectors, protected = unit(np.array(rows)), np.arange(len(rows)) < safe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "BLOCK", 4)
+        patch.setattr(near_duplicates, "BLOCK", 4)
         gone = superfluous(vectors, threshold, protected)
     similar = vectors.astype(np.float64) @ vectors.T.astype(np.float64) >= threshold - 1e-5
     stays: list[int] = []

@@ -10,21 +10,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError, StageError
-from raypipe.selection import STRATEGIES, Chunk, Cut, id_hash, in_proportion, order_key, radix, select
+from raypipe.selection import (
+    STRATEGIES,
+    Chunk,
+    Cut,
+    id_hash,
+    in_proportion,
+    order_key,
+    radix_select,
+    select,
+)
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 1.0)
 # few distinct values, so that ties are the rule; and any float32 at all
 SCORES = st.one_of(
-    st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1e-45, -1e-45, 3e38]), st.floats(width=32, allow_nan=False, allow_infinity=False)
+    st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1e-45, -1e-45, 3e38]),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 SAMPLES = st.lists(st.tuples(SCORES, st.integers(-1, 3)), max_size=60)
 
 
-def stream(scores: list[float], labels: list[int], ids: list[str], size: int = 7) -> Callable[[bool], Iterator[Chunk]]:
+def stream(
+    scores: list[float], labels: list[int], ids: list[str], size: int = 7
+) -> Callable[[bool], Iterator[Chunk]]:
     def chunks(with_ids: bool) -> Iterator[Chunk]:
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
-            yield Chunk(np.array(scores[part], np.float32), np.array(labels[part], np.int32), ids[part] if with_ids else ())
+            yield Chunk(
+                np.array(scores[part], np.float32),
+                np.array(labels[part], np.int32),
+                ids[part] if with_ids else (),
+            )
 
     return chunks
 
@@ -53,12 +69,14 @@ def test_top_is_what_a_full_sort_gives(samples: list[tuple[float, int]], size: i
 
 @given(SAMPLES, st.sampled_from([1 << 6, 1 << 9, 1 << 24]))
 @settings(max_examples=150, deadline=None)
-def test_balanced_is_what_a_full_sort_of_each_class_gives(samples: list[tuple[float, int]], cells: int) -> None:
+def test_balanced_is_what_a_full_sort_of_each_class_gives(
+    samples: list[tuple[float, int]], cells: int
+) -> None:
     scores, labels = [score for score, _ in samples], [label for _, label in samples]
     ids = [f"s{i}" for i in range(len(samples))]
     chunks = stream(scores, labels, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(radix, "CELLS", cells)  # few counters mean more passes over fewer bits
+        patch.setattr(radix_select, "CELLS", cells)  # few counters mean more passes over fewer bits
         cuts = select(chunks, FRACTIONS, "balanced", classes=4)
     for fraction, cut in zip(FRACTIONS, cuts, strict=True):
         expected: set[str] = set()
@@ -66,7 +84,9 @@ def test_balanced_is_what_a_full_sort_of_each_class_gives(samples: list[tuple[fl
         quotas = in_proportion(sizes, round(fraction * len(ids)))
         for group, quota in zip((0, 1, 2, 3, -1), quotas, strict=True):
             members = [i for i, label in enumerate(labels) if label == group]
-            expected |= sorted_answer([scores[i] for i in members], [ids[i] for i in members], int(quota))
+            expected |= sorted_answer(
+                [scores[i] for i in members], [ids[i] for i in members], int(quota)
+            )
         found = kept(cut, chunks)
         assert found == expected
         assert cut.count == len(found) == round(fraction * len(ids))
@@ -74,7 +94,9 @@ def test_balanced_is_what_a_full_sort_of_each_class_gives(samples: list[tuple[fl
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.floats(0, 1))
 @settings(deadline=None)
-def test_quotas_sum_up_and_stay_within_one_of_the_exact_share(counts: list[int], fraction: float) -> None:
+def test_quotas_sum_up_and_stay_within_one_of_the_exact_share(
+    counts: list[int], fraction: float
+) -> None:
     sizes = np.array(counts)
     total = round(fraction * int(sizes.sum()))
     quotas = in_proportion(sizes, total)
@@ -88,7 +110,9 @@ def test_the_smaller_class_gets_an_equal_remainder() -> None:
     assert in_proportion(np.array([3, 1]), 2).tolist() == [1, 1]
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=40))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=40)
+)
 def test_keys_have_the_order_of_the_scores(scores: list[float]) -> None:
     key = order_key(np.array(scores, np.float32))
     for a, b in zip(range(len(scores)), range(1, len(scores)), strict=False):
@@ -122,7 +146,11 @@ def test_sample_ids_are_read_only_when_ties_must_be_broken() -> None:
 
     def chunks(with_ids: bool) -> Iterator[Chunk]:
         asked.append(with_ids)
-        yield Chunk(np.arange(10, dtype=np.float32), np.zeros(10, np.int32), [str(i) for i in range(10)] if with_ids else ())
+        yield Chunk(
+            np.arange(10, dtype=np.float32),
+            np.zeros(10, np.int32),
+            [str(i) for i in range(10)] if with_ids else (),
+        )
 
     select(chunks, [0.5])
     assert asked == [False, False]

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 
 from raypipe.errors import ConfigError, StageError
-from raypipe.selection import ALWAYS, FREE, NEVER, STRATEGIES, Chunk, Options, hash64, id_hash, select
+from raypipe.selection import (
+    ALWAYS,
+    FREE,
+    NEVER,
+    STRATEGIES,
+    Chunk,
+    Options,
+    hash64,
+    id_hash,
+    select,
+)
 from raypipe.selection.hashing import uniform
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.9)
@@ -40,16 +50,28 @@ class Data:
     @classmethod
     def of(cls, samples: list[tuple[float, int, float]]) -> Data:
         columns = list(zip(*samples, strict=True)) or [(), (), ()]
-        score, label, loss = (np.array(column, kind) for column, kind in zip(columns, ("f4", "i4", "f4"), strict=True))
+        score, label, loss = (
+            np.array(column, kind) for column, kind in zip(columns, ("f4", "i4", "f4"), strict=True)
+        )
         return cls(score, label, loss, [f"s{row}" for row in range(len(samples))])
 
     @classmethod
     def drawn(cls, samples: int, seed: int = 0) -> Data:
         draw = np.random.default_rng(seed)
-        score, loss = draw.gamma(2, 0.1, samples).astype(np.float32), draw.exponential(1, samples).astype(np.float32)
-        return cls(score, draw.integers(-1, CLASSES, samples).astype(np.int32), loss, [f"s{row}" for row in range(samples)])
+        score, loss = (
+            draw.gamma(2, 0.1, samples).astype(np.float32),
+            draw.exponential(1, samples).astype(np.float32),
+        )
+        return cls(
+            score,
+            draw.integers(-1, CLASSES, samples).astype(np.int32),
+            loss,
+            [f"s{row}" for row in range(samples)],
+        )
 
-    def stream(self, size: int = 7, order: list[int] | None = None) -> Callable[[bool], Iterator[Chunk]]:
+    def stream(
+        self, size: int = 7, order: list[int] | None = None
+    ) -> Callable[[bool], Iterator[Chunk]]:
         rows = np.array(order if order is not None else range(len(self.ids)), np.int64)
 
         def chunks(with_ids: bool) -> Iterator[Chunk]:
@@ -62,7 +84,12 @@ class Data:
         return chunks
 
     def lists(
-        self, strategy: str, keep: tuple[float, ...] = FRACTIONS, size: int = 7, order: list[int] | None = None, **options: object
+        self,
+        strategy: str,
+        keep: tuple[float, ...] = FRACTIONS,
+        size: int = 7,
+        order: list[int] | None = None,
+        **options: object,
     ) -> list[dict[str, float | None]]:
         """For each keep fraction the ids kept, with their weights."""
         chunks = self.stream(size, order)
@@ -74,7 +101,13 @@ class Data:
                 rows = np.flatnonzero(cut.mask(chunk))
                 weight = cut.weight(chunk, rows)
                 names = [chunk.sample_id[row] for row in rows]
-                kept |= dict(zip(names, [None] * len(names) if weight is None else weight.tolist(), strict=True))
+                kept |= dict(
+                    zip(
+                        names,
+                        [None] * len(names) if weight is None else weight.tolist(),
+                        strict=True,
+                    )
+                )
             assert len(kept) == cut.count
             result.append(kept)
         return result
@@ -91,7 +124,9 @@ def test_lists_are_exact_nested_and_the_same_in_every_order(
 ) -> None:
     data = Data.of(samples)
     lists = data.lists(strategy, seed=seed, strata=5)
-    assert [len(kept) for kept in lists] == [round(fraction * len(samples)) for fraction in FRACTIONS]
+    assert [len(kept) for kept in lists] == [
+        round(fraction * len(samples)) for fraction in FRACTIONS
+    ]
     order = random.Random(seed).sample(range(len(samples)), len(samples))
     assert data.lists(strategy, size=size, order=order, seed=seed, strata=5) == lists
     for smaller, larger in itertools.pairwise(lists):
@@ -105,29 +140,46 @@ def test_lists_are_exact_nested_and_the_same_in_every_order(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(SAMPLES, st.integers(1, 9))
 @settings(max_examples=15, deadline=None)
-def test_by_class_every_class_has_its_share(strategy: str, samples: list[tuple[float, int, float]], size: int) -> None:
+def test_by_class_every_class_has_its_share(
+    strategy: str, samples: list[tuple[float, int, float]], size: int
+) -> None:
     data = Data.of(samples)
     there = np.bincount(data.label + 1, minlength=CLASSES + 1)
     if strategy == "ccs":
         there -= there // 10  # the hardest
-    for fraction, kept in zip(FRACTIONS, data.lists(strategy, size=size, by_class=True, strata=3, hard_cutoff=0.1), strict=True):
+    for fraction, kept in zip(
+        FRACTIONS,
+        data.lists(strategy, size=size, by_class=True, strata=3, hard_cutoff=0.1),
+        strict=True,
+    ):
         assert len(kept) == round(fraction * len(samples))
-        found = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept], minlength=CLASSES + 1)
+        found = np.bincount(
+            [data.label[data.ids.index(name)] + 1 for name in kept], minlength=CLASSES + 1
+        )
         assert np.abs(found - len(kept) * there / max(1, there.sum())).max() < 1
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "beta"])  # its density is that of all classes
+@pytest.mark.parametrize(
+    "strategy", [name for name in STRATEGIES if name != "beta"]
+)  # its density is that of all classes
 def test_by_class_is_the_strategy_on_each_class_alone(strategy: str) -> None:
     draw = np.random.default_rng(4)
     label = np.repeat(np.arange(-1, CLASSES, dtype=np.int32), 60)
     level = draw.uniform(0.2, 5, CLASSES + 1)[label]
     data = replace(Data.drawn(300), label=label)
     data = replace(data, score=(data.score * level).astype(np.float32))
-    options: dict[str, object] = {"strata": 6, "seed": 2, "difficulty": "loss", "easy_fraction": 0.3}
+    options: dict[str, object] = {
+        "strata": 6,
+        "seed": 2,
+        "difficulty": "loss",
+        "easy_fraction": 0.3,
+    }
     together = data.lists(strategy, by_class=True, **options)
     for which in range(-1, CLASSES):
         rows = np.flatnonzero(label == which)
-        alone = Data(data.score[rows], label[rows], data.loss[rows], [data.ids[row] for row in rows])
+        alone = Data(
+            data.score[rows], label[rows], data.loss[rows], [data.ids[row] for row in rows]
+        )
         for kept, expected in zip(together, alone.lists(strategy, **options), strict=True):
             assert {name for name in kept if label[data.ids.index(name)] == which} == set(expected)
 
@@ -148,7 +200,9 @@ def test_by_class_with_samples_that_must_be_in_and_must_not() -> None:
     mark = np.zeros(200, np.uint8)
     mark[:10], mark[10:40] = ALWAYS, NEVER
     for strategy in STRATEGIES:
-        (kept,) = replace(data, mark=mark).lists(strategy, (0.3,), by_class=True, min_per_class=5, strata=5)
+        (kept,) = replace(data, mark=mark).lists(
+            strategy, (0.3,), by_class=True, min_per_class=5, strata=5
+        )
         assert len(kept) == 60 and {f"s{row}" for row in range(10)} <= set(kept)
         assert not {f"s{row}" for row in range(10, 40)} & set(kept)
         found = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept])
@@ -160,7 +214,9 @@ def test_beta_is_not_nested_since_it_goes_by_the_fraction() -> None:
     assert smaller.keys() - larger.keys()
 
 
-@pytest.mark.parametrize("strategy", [name for name, strategy in STRATEGIES.items() if strategy.draws])
+@pytest.mark.parametrize(
+    "strategy", [name for name, strategy in STRATEGIES.items() if strategy.draws]
+)
 def test_another_seed_draws_others(strategy: str) -> None:
     (one,), (other,) = (Data.drawn(200).lists(strategy, (0.3,), seed=seed) for seed in (0, 1))
     assert len(one.keys() - other.keys()) > 10
@@ -181,7 +237,9 @@ def test_normalized_is_the_highest_z_scores(samples: list[tuple[float, int, floa
 
 @given(SAMPLES)
 @settings(max_examples=50, deadline=None)
-def test_moderate_is_the_middle_of_the_sorted_scores(samples: list[tuple[float, int, float]]) -> None:
+def test_moderate_is_the_middle_of_the_sorted_scores(
+    samples: list[tuple[float, int, float]],
+) -> None:
     data = Data.of(samples)
     ascending, n = np.sort(data.score).tolist(), len(samples)
     for fraction, kept in zip(FRACTIONS, data.lists("moderate"), strict=True):
@@ -195,11 +253,15 @@ def test_moderate_is_the_middle_of_the_sorted_scores(samples: list[tuple[float, 
 
 @given(SAMPLES, st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.sampled_from(["score", "loss"]))
 @settings(max_examples=60, deadline=None)
-def test_mixed_is_both_ends(samples: list[tuple[float, int, float]], share: float, difficulty: str) -> None:
+def test_mixed_is_both_ends(
+    samples: list[tuple[float, int, float]], share: float, difficulty: str
+) -> None:
     data = Data.of(samples)
     value = data.score if difficulty == "score" else data.loss
     ascending = np.sort(value).tolist()
-    for fraction, kept in zip(FRACTIONS, data.lists("mixed", easy_fraction=share, difficulty=difficulty), strict=True):
+    for fraction, kept in zip(
+        FRACTIONS, data.lists("mixed", easy_fraction=share, difficulty=difficulty), strict=True
+    ):
         count = round(fraction * len(samples))
         easy = int(np.floor(share * count + 0.5))
         expected = ascending[:easy] + ascending[len(samples) - (count - easy) :]
@@ -230,31 +292,43 @@ def published_strata(score: np.ndarray, budget: int, strata: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("difficulty", "cutoff"), [("score", 0.0), ("score", 0.2), ("loss", 0.2)])
-def test_ccs_cuts_off_the_hardest_and_covers_the_range_of_the_rest(difficulty: str, cutoff: float) -> None:
+def test_ccs_cuts_off_the_hardest_and_covers_the_range_of_the_rest(
+    difficulty: str, cutoff: float
+) -> None:
     data, strata, count = Data.drawn(500), 10, 100
-    (kept,) = data.lists("ccs", (0.2,), difficulty=difficulty, hard_cutoff=cutoff, strata=strata, seed=3)
+    (kept,) = data.lists(
+        "ccs", (0.2,), difficulty=difficulty, hard_cutoff=cutoff, strata=strata, seed=3
+    )
     value = data.score if difficulty == "score" else data.loss
     left = np.argsort(-value)[round(cutoff * 500) :]
     rest = data.score[left].astype(np.float64)
     assert set(kept) <= {data.ids[row] for row in left}
-    place = np.minimum((rest - rest.min()) / (rest.max() - rest.min()) * strata, strata - 1).astype(int)
+    place = np.minimum((rest - rest.min()) / (rest.max() - rest.min()) * strata, strata - 1).astype(
+        int
+    )
     chosen = np.array([data.ids[row] in kept for row in left])
     found = np.bincount(place[chosen], minlength=strata)
     # the published upper edge is a ten-thousandth higher, so a sample at a border can lie in the stratum below
     assert np.abs(found - published_strata(rest, count, strata)).max() <= 1
     luck = (hash64([data.ids[row] for row in left], 3) >> np.uint64(32)).astype(np.int64)
     for k in range(strata):  # random within: the highest hashes, whatever the score
-        assert luck[chosen & (place == k)].min(initial=2**32) >= luck[~chosen & (place == k)].max(initial=0)
+        assert luck[chosen & (place == k)].min(initial=2**32) >= luck[~chosen & (place == k)].max(
+            initial=0
+        )
 
 
 def test_ccs_cuts_off_half_of_what_is_pruned() -> None:
     data = Data.drawn(200)
     data = replace(data, mark=np.where(np.arange(200) < 40, NEVER, FREE).astype(np.uint8))
     hardest_first = np.argsort(-data.loss[40:]) + 40
-    for fraction, kept in zip(FRACTIONS[:3], data.lists("ccs", FRACTIONS[:3], difficulty="loss", strata=5), strict=True):
+    for fraction, kept in zip(
+        FRACTIONS[:3], data.lists("ccs", FRACTIONS[:3], difficulty="loss", strata=5), strict=True
+    ):
         cut = int(160 * (0.5 * (1 - 200 * fraction / 160)))
         assert not set(kept) & {data.ids[row] for row in hardest_first[:cut]}
-        (same,) = data.lists("ccs", (fraction,), difficulty="loss", strata=5, hard_cutoff=(cut + 0.5) / 160)
+        (same,) = data.lists(
+            "ccs", (fraction,), difficulty="loss", strata=5, hard_cutoff=(cut + 0.5) / 160
+        )
         assert kept == same
 
 
@@ -283,18 +357,25 @@ def test_beta_draws_by_the_published_weights(fraction: float, exponent: float) -
     data = Data.drawn(600)
     (kept,) = data.lists("beta", (fraction,), seed=9, beta_exponent=exponent)
     with np.errstate(under="ignore"):
-        keys = np.log(uniform(hash64(data.ids, 9))) / beta_weights(data, fraction, exponent)  # u^(1/w)
+        keys = np.log(uniform(hash64(data.ids, 9))) / beta_weights(
+            data, fraction, exponent
+        )  # u^(1/w)
     assert set(kept) == {data.ids[row] for row in np.argsort(-keys)[: round(fraction * 600)]}
 
 
 def test_beta_prefers_easier_samples_the_more_is_pruned() -> None:
     data = Data.drawn(1000)
-    loss = [np.mean([data.loss[data.ids.index(name)] for name in kept]) for kept in data.lists("beta", (0.1, 0.5, 0.9))]
+    loss = [
+        np.mean([data.loss[data.ids.index(name)] for name in kept])
+        for kept in data.lists("beta", (0.1, 0.5, 0.9))
+    ]
     assert loss[0] < loss[1] < loss[2]
 
 
 def test_keys_draw_as_often_as_drawing_one_by_one() -> None:
-    data = replace(Data.drawn(8), loss=np.full(8, 0.7, np.float32), score=np.arange(1, 9, dtype=np.float32))
+    data = replace(
+        Data.drawn(8), loss=np.full(8, 0.7, np.float32), score=np.arange(1, 9, dtype=np.float32)
+    )
     weight = np.arange(1, 9) / 36
     expected = np.zeros(8)  # of two draws without replacement, in proportion to the weights left
     for first, second in itertools.permutations(range(8), 2):
@@ -302,7 +383,9 @@ def test_keys_draw_as_often_as_drawing_one_by_one() -> None:
     seeds = 600
     found = np.zeros(8)
     for seed in range(seeds):
-        found[[data.ids.index(name) for name in data.lists("beta", (0.25,), size=8, seed=seed)[0]]] += 1
+        found[
+            [data.ids.index(name) for name in data.lists("beta", (0.25,), size=8, seed=seed)[0]]
+        ] += 1
     assert np.abs(found / seeds - expected).max() < 4 * np.sqrt(0.25 / seeds)
 
 
@@ -310,14 +393,26 @@ def test_keys_draw_as_often_as_drawing_one_by_one() -> None:
 @pytest.mark.parametrize("strategy", ["random", "ccs", "beta"])
 def test_inverse_inclusion_weights_undo_the_choice(strategy: str, by_class: bool) -> None:
     data = Data.drawn(300)
-    data = replace(data, loss=np.minimum(data.loss, 1.5))  # or a few samples of tiny probability have all the weight
+    data = replace(
+        data, loss=np.minimum(data.loss, 1.5)
+    )  # or a few samples of tiny probability have all the weight
     truth = float(data.score.mean())
     weighted, plain = [], []
     for seed in range(60):
         (kept,) = data.lists(
-            strategy, (0.3,), size=100, seed=seed, weights="inclusion", hard_cutoff=0.0, strata=5, by_class=by_class
+            strategy,
+            (0.3,),
+            size=100,
+            seed=seed,
+            weights="inclusion",
+            hard_cutoff=0.0,
+            strata=5,
+            by_class=by_class,
         )
-        rows, weight = [data.ids.index(name) for name in kept], np.array(list(kept.values()), np.float64)
+        rows, weight = (
+            [data.ids.index(name) for name in kept],
+            np.array(list(kept.values()), np.float64),
+        )
         assert abs(weight.mean() - 1) < 1e-5
         weighted.append(float((weight * data.score[rows]).mean()))
         plain.append(float(data.score[rows].mean()))
@@ -333,13 +428,18 @@ def test_class_weights_give_the_classes_their_share_of_the_source(strategy: str)
     weight = np.array(list(kept.values()), np.float64)
     label = np.array([data.label[data.ids.index(name)] for name in kept])
     for y in range(-1, CLASSES):
-        assert weight[label == y].sum() / weight.sum() == pytest.approx((data.label == y).mean(), rel=1e-5)
+        assert weight[label == y].sum() / weight.sum() == pytest.approx(
+            (data.label == y).mean(), rel=1e-5
+        )
     assert weight.mean() == pytest.approx(1, rel=1e-5)
 
 
 def test_a_class_without_a_sample_has_no_weight_to_give() -> None:
     data = Data(
-        np.arange(10, dtype=np.float32), np.array([0] * 4 + [1] * 6, np.int32), np.zeros(10, np.float32), list("abcdefghij")
+        np.arange(10, dtype=np.float32),
+        np.array([0] * 4 + [1] * 6, np.int32),
+        np.zeros(10, np.float32),
+        list("abcdefghij"),
     )
     (kept,) = data.lists("top", (0.5,), weights="class")
     assert list(kept.values()) == pytest.approx([0.6] * 5)
@@ -348,26 +448,42 @@ def test_a_class_without_a_sample_has_no_weight_to_give() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_class_has_its_least_number(strategy: str) -> None:
     data = Data.drawn(200)
-    data = replace(data, label=np.where(np.arange(200) < 3, 0, data.label % 2 + 1).astype(np.int32))  # class 0 has three samples
+    data = replace(
+        data, label=np.where(np.arange(200) < 3, 0, data.label % 2 + 1).astype(np.int32)
+    )  # class 0 has three samples
     for least, fraction in itertools.product((2, 5), (0.1, 0.5)):
         (kept,) = data.lists(strategy, (fraction,), min_per_class=least, strata=5)
         label = np.array([data.label[data.ids.index(name)] for name in kept])
         assert len(kept) == round(fraction * 200)
         # what CCS cuts off is out of the question
         present = min(least, 3) if strategy != "ccs" else 1
-        assert (label == 0).sum() >= present and (label == 1).sum() >= least and (label == 2).sum() >= least
+        assert (
+            (label == 0).sum() >= present
+            and (label == 1).sum() >= least
+            and (label == 2).sum() >= least
+        )
 
 
-@given(SAMPLES, st.integers(1, 4), st.lists(st.sampled_from([FREE, FREE, FREE, ALWAYS, NEVER]), min_size=50, max_size=50))
+@given(
+    SAMPLES,
+    st.integers(1, 4),
+    st.lists(st.sampled_from([FREE, FREE, FREE, ALWAYS, NEVER]), min_size=50, max_size=50),
+)
 @settings(max_examples=60, deadline=None)
-def test_top_fills_up_what_is_reserved(samples: list[tuple[float, int, float]], least: int, marks: list[int]) -> None:
+def test_top_fills_up_what_is_reserved(
+    samples: list[tuple[float, int, float]], least: int, marks: list[int]
+) -> None:
     data = replace(Data.of(samples), mark=np.array(marks[: len(samples)], np.uint8))
     order = sorted(range(len(samples)), key=lambda row: (-data.score[row], id_hash(data.ids[row])))
     order = [row for row in order if data.mark is not None and data.mark[row] != NEVER]
     always = [row for row in order if data.mark is not None and data.mark[row] == ALWAYS]
     reserved = set(always)
     for y in range(CLASSES):
-        of_class = [row for row in [*always, *(row for row in order if row not in always)] if data.label[row] == y]
+        of_class = [
+            row
+            for row in [*always, *(row for row in order if row not in always)]
+            if data.label[row] == y
+        ]
         reserved |= set(of_class[:least])
     count = round(0.6 * len(samples))
     if len(reserved) > count or len(order) < count:
@@ -376,7 +492,9 @@ def test_top_fills_up_what_is_reserved(samples: list[tuple[float, int, float]], 
         return
     rest = [row for row in order if row not in reserved]
     expected = reserved | set(rest[: count - len(reserved)])
-    assert set(data.lists("top", (0.6,), min_per_class=least)[0]) == {data.ids[row] for row in expected}
+    assert set(data.lists("top", (0.6,), min_per_class=least)[0]) == {
+        data.ids[row] for row in expected
+    }
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -387,9 +505,13 @@ def test_marked_samples_are_in_every_list_or_in_none(strategy: str) -> None:
     mark[np.argsort(data.score)[5::20]] = NEVER
     data = replace(data, mark=mark)
     weights = "inclusion" if STRATEGIES[strategy].draws else "none"
-    for kept, fraction in zip(data.lists(strategy, (0.2, 0.8), weights=weights), (0.2, 0.8), strict=True):
+    for kept, fraction in zip(
+        data.lists(strategy, (0.2, 0.8), weights=weights), (0.2, 0.8), strict=True
+    ):
         marks = mark[[data.ids.index(name) for name in kept]]
-        assert len(kept) == round(fraction * 200)  # of all samples, those that are never kept included
+        assert len(kept) == round(
+            fraction * 200
+        )  # of all samples, those that are never kept included
         assert (marks == ALWAYS).sum() == 20 and not (marks == NEVER).any()
         if weights == "inclusion":  # drawn with certainty: the least weight there is
             of_always = [kept[data.ids[row]] for row in np.flatnonzero(mark == ALWAYS)]
@@ -402,8 +524,12 @@ def test_a_sample_to_keep_counts_for_its_class_even_where_it_is_cut_off() -> Non
     mark[data.score.argmax()] = ALWAYS
     label = np.zeros(20, np.int32)
     label[np.argsort(data.score)[:10]] = 1
-    (kept,) = replace(data, mark=mark, label=label).lists("ccs", (0.1,), min_per_class=1, hard_cutoff=0.2, strata=4)
-    assert len(kept) == 2 and data.ids[data.score.argmax()] in kept  # and one of the other class: there is room for no more
+    (kept,) = replace(data, mark=mark, label=label).lists(
+        "ccs", (0.1,), min_per_class=1, hard_cutoff=0.2, strata=4
+    )
+    assert (
+        len(kept) == 2 and data.ids[data.score.argmax()] in kept
+    )  # and one of the other class: there is room for no more
 
 
 def test_balanced_gives_what_small_classes_cannot_take_to_others() -> None:
@@ -419,7 +545,9 @@ def test_balanced_gives_what_small_classes_cannot_take_to_others() -> None:
 
 def test_lists_that_cannot_be_made_are_refused_in_numbers() -> None:
     data = Data.drawn(40)
-    with pytest.raises(ConfigError, match=r"keep 0\.9 asks for 36 of 40 samples, but only 28 may be kept"):
+    with pytest.raises(
+        ConfigError, match=r"keep 0\.9 asks for 36 of 40 samples, but only 28 may be kept"
+    ):
         data.lists("ccs", (0.9,), hard_cutoff=0.3)
     with pytest.raises(ConfigError, match=r"keep 0\.1 is a list of 4 samples, but 8 must be in it"):
         data.lists("top", (0.1,), min_per_class=2)

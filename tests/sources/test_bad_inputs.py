@@ -17,22 +17,35 @@ from source_helpers import samples, scans
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.images import decode_batch
 from raypipe.sources import class_map, open_source
+from raypipe.vision.decode import decode_batch
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest shows what raypipe.images silences
-TRACES = re.compile(r"Traceback|Error\b|Exception|Errno|0x[0-9a-f]{6}|object at|<class|pyarrow|lib\.|\.py\b|\bNone\b|\\x00")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL"
+)  # pytest shows what raypipe.vision.decode silences
+TRACES = re.compile(
+    r"Traceback|Error\b|Exception|Errno|0x[0-9a-f]{6}|object at|<class|pyarrow|lib\.|\.py\b|\bNone\b|\\x00"
+)
 """What a program says to programmers."""
 
 
 def outcome(**options: Any) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
     """What becomes of a source, as the stages do it: (sample_id, class index) of what is used, (sample_id or file, reason) of the rest."""
     source = open_source(
-        SourceSettings(**{"max_pixels": bad_inputs.MAX_PIXELS, "num_classes": 3, "fragment_samples": 50, **options})
+        SourceSettings(
+            **{
+                "max_pixels": bad_inputs.MAX_PIXELS,
+                "num_classes": 3,
+                "fragment_samples": 50,
+                **options,
+            }
+        )
     )
     found = scans(source)
     names = next((scan.class_names for scan in found if scan.class_names is not None), None)
-    classes = class_map(names, frozenset().union(*(scan.labels for scan in found)), source.settings.num_classes)
+    classes = class_map(
+        names, frozenset().union(*(scan.labels for scan in found)), source.settings.num_classes
+    )
     used: list[tuple[str, int]] = []
     rejects = [(part.path, part.error) for scan in found for part in scan.fragments if part.error]
     stored = samples(source)  # checks that each fragment gives as many as its scan said
@@ -54,7 +67,9 @@ def key(sample_id: str) -> str:
     return re.sub(r"\.\w+$", "", re.split(r"[/#]", sample_id)[-1])
 
 
-def check(cases: list[BadSample], used: list[tuple[str, int]], rejects: list[tuple[str, str]]) -> None:
+def check(
+    cases: list[BadSample], used: list[tuple[str, int]], rejects: list[tuple[str, str]]
+) -> None:
     """Each case came out once, as it should."""
     assert Counter(key(name) for name, _ in used + rejects) == Counter(case.key for case in cases)
     reasons = {key(name): reason for name, reason in rejects}
@@ -69,14 +84,23 @@ def check(cases: list[BadSample], used: list[tuple[str, int]], rejects: list[tup
 @pytest.mark.parametrize("format", ["parquet", "tar", "tar.gz", "folder"])
 def test_images(place: str, format: str) -> None:
     cases = [*good_samples(5), *bad_inputs.bad_images(), *good_samples(5, 5)]
-    check(cases, *outcome(**write_source(format, place, cases), **({"num_classes": None} if format == "folder" else {})))
+    check(
+        cases,
+        *outcome(
+            **write_source(format, place, cases),
+            **({"num_classes": None} if format == "folder" else {}),
+        ),
+    )
 
 
 @pytest.mark.parametrize("format", ["parquet", "tar", "tar.gz", "folder"])
 def test_images_cut_off_anywhere(tmp_path: Path, format: str) -> None:
     cases = [*good_samples(1), *bad_inputs.truncated(), *good_samples(1, 1)]
     assert len(cases) > 150
-    used, rejects = outcome(**write_source(format, str(tmp_path), cases), **({"num_classes": None} if format == "folder" else {}))
+    used, rejects = outcome(
+        **write_source(format, str(tmp_path), cases),
+        **({"num_classes": None} if format == "folder" else {}),
+    )
     check(cases, used, rejects)
     assert len(rejects) > 0.9 * len(cases)
 
@@ -95,14 +119,23 @@ def test_labels(tmp_path: Path, format: str) -> None:
 
 def test_names_among_numbers_are_refused_as_a_whole(tmp_path: Path) -> None:
     cases = [*good_samples(3), BadSample("odd", bad_inputs.GOOD, "cat")]
-    with pytest.raises(SourceError, match=r"partly numbers \(such as 0\) and partly names \(such as 'cat'\)"):
+    with pytest.raises(
+        SourceError, match=r"partly numbers \(such as 0\) and partly names \(such as 'cat'\)"
+    ):
         outcome(**write_source("tar", f"{tmp_path}/tar", cases))
     storage.write_bytes(f"{tmp_path}/p/a.parquet", parquet_bytes(cases[:3]))
     storage.write_bytes(f"{tmp_path}/p/b.parquet", parquet_bytes(cases[3:]))
     with pytest.raises(SourceError, match="partly numbers"):
         outcome(uri=f"{tmp_path}/p")
-    with pytest.raises(SourceError, match=r"the largest label is 1000000000000000; .* set source.num_classes"):
-        outcome(**write_source("parquet", f"{tmp_path}/large", [BadSample("x", bad_inputs.GOOD, 10**15)]), num_classes=None)
+    with pytest.raises(
+        SourceError, match=r"the largest label is 1000000000000000; .* set source.num_classes"
+    ):
+        outcome(
+            **write_source(
+                "parquet", f"{tmp_path}/large", [BadSample("x", bad_inputs.GOOD, 10**15)]
+            ),
+            num_classes=None,
+        )
 
 
 def test_shards_of_parquet_that_are_empty_cut_off_or_of_another_kind(place: str) -> None:
@@ -124,7 +157,10 @@ def test_shards_of_parquet_that_are_empty_cut_off_or_of_another_kind(place: str)
     reasons = {name.removesuffix(".parquet"): reason for name, reason in rejects}
     assert set(reasons) == set(bad) - {"c-no-rows"}
     assert reasons["a-empty"] == "empty: 0 bytes"
-    assert "there is no column 'image'" in reasons["e-other-columns"] and "set source.image_column" in reasons["e-other-columns"]
+    assert (
+        "there is no column 'image'" in reasons["e-other-columns"]
+        and "set source.image_column" in reasons["e-other-columns"]
+    )
     assert "expected one number or name per sample" in reasons["f-label-is-a-list"]
     for name in ("b-half", "d-text", "g-footer-lies", "h-swapped-halves"):
         assert reasons[name].startswith("not a readable Parquet file: ")
@@ -145,7 +181,9 @@ def test_shards_of_tar_that_are_empty_or_cut_off(place: str, packed: bool) -> No
     pack = gzip.compress if packed else bytes
     shards = {
         "a-empty": b"",
-        "b-half": pack(whole)[: len(pack(whole)) // 2] if not packed else pack(whole[: len(whole) // 2]),
+        "b-half": pack(whole)[: len(pack(whole)) // 2]
+        if not packed
+        else pack(whole[: len(whole) // 2]),
         "c-no-members": pack(empty),
         "d-text": b"key,label\nx,1\n",
         "e-other-kind": whole if packed else gzip.compress(whole),
@@ -156,9 +194,16 @@ def test_shards_of_tar_that_are_empty_or_cut_off(place: str, packed: bool) -> No
     used, rejects = outcome(uri=place)
     shard = Counter(name.split(".tar")[0] for name, _ in used)
     assert shard.pop("m") == 4 and set(shard) <= {"b-half"} and shard["b-half"] in {1, 2}
-    assert sorted(name.split(".tar")[0] for name, _ in rejects) == ["a-empty", "b-half", "d-text", "e-other-kind"]
+    assert sorted(name.split(".tar")[0] for name, _ in rejects) == [
+        "a-empty",
+        "b-half",
+        "d-text",
+        "e-other-kind",
+    ]
     words = {name.split(".tar")[0]: reason for name, reason in rejects}
-    assert "cut off" in words["b-half"] and all("not a tar file" in words[name] for name in ("d-text", "e-other-kind"))
+    assert "cut off" in words["b-half"] and all(
+        "not a tar file" in words[name] for name in ("d-text", "e-other-kind")
+    )
 
 
 def test_path_tricks_in_a_tar(tmp_path: Path) -> None:

@@ -14,8 +14,13 @@ from test_parquet import NAMES, put
 
 
 def described(table: pa.Table, **kinds: str) -> pa.Table:
-    features = {name: {"_type": kind, **({"names": NAMES} if kind == "ClassLabel" else {})} for name, kind in kinds.items()}
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    features = {
+        name: {"_type": kind, **({"names": NAMES} if kind == "ClassLabel" else {})}
+        for name, kind in kinds.items()
+    }
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
 
 
 def of(**columns: Any) -> pa.Table:
@@ -28,31 +33,58 @@ def of(**columns: Any) -> pa.Table:
         (of(img=b"x", fine_label=3, coarse_label=1), "img", "fine_label"),  # CIFAR-100
         (of(label=0, image=b"x", img=b"y", cls=1), "image", "label"),
         (of(IMG=b"x", Class="cat"), "IMG", "Class"),
-        (of(image="0.png", jpg=b"x", label={"name": "cat"}, target=1), "jpg", "target"),  # a usual name of another type is none
+        (
+            of(image="0.png", jpg=b"x", label={"name": "cat"}, target=1),
+            "jpg",
+            "target",
+        ),  # a usual name of another type is none
         (of(pixels=b"x", kind=4, name="a"), "pixels", "kind"),
         (of(scan=b"x", kind=4, id=7), "scan", "kind"),
-        (described(of(hash=b"x", scan=b"y", area=4, kind=1), scan="Image", kind="ClassLabel"), "scan", "kind"),
+        (
+            described(of(hash=b"x", scan=b"y", area=4, kind=1), scan="Image", kind="ClassLabel"),
+            "scan",
+            "kind",
+        ),
     ],
 )
-def test_columns_are_found_by_name_description_or_type(tmp_path: Any, table: pa.Table, image: str, label: str) -> None:
+def test_columns_are_found_by_name_description_or_type(
+    tmp_path: Any, table: pa.Table, image: str, label: str
+) -> None:
     source = make(put(f"{tmp_path}/a.parquet", table))
     assert (source.settled().image_column, source.settled().label_column) == (image, label)
     (sample,) = samples(source)
     row = table.to_pylist()[0]
     assert sample == ("a.parquet#0", row[image], row[label], "")
     # explicit names are kept, and nothing is opened for them
-    explicit = make(f"{tmp_path}/none.parquet", format="parquet", image_column="a", label_column="b").settled()
+    explicit = make(
+        f"{tmp_path}/none.parquet", format="parquet", image_column="a", label_column="b"
+    ).settled()
     assert (explicit.image_column, explicit.label_column) == ("a", "b")
 
 
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (of(before=b"x", after=b"y", label=1), "several columns may hold images: before, after; set source.image_column"),
-        (of(image=b"x", area=1, kind=2), "several columns may hold labels: area, kind; set source.label_column"),
-        (of(image=b"x", id=1), "no column is clearly the label; columns are image, id; set source.label_column"),
-        (of(image=b"x", name="a"), "no column is clearly the label; columns are image, name; set source.label_column"),
-        (of(path="x", label=1), "no column is clearly the image; columns are path, label; set source.image_column"),
+        (
+            of(before=b"x", after=b"y", label=1),
+            "several columns may hold images: before, after; set source.image_column",
+        ),
+        (
+            of(image=b"x", area=1, kind=2),
+            "several columns may hold labels: area, kind; set source.label_column",
+        ),
+        (
+            of(image=b"x", id=1),
+            "no column is clearly the label; columns are image, id; set source.label_column",
+        ),
+        (
+            of(image=b"x", name="a"),
+            "no column is clearly the label; columns are image, name; set source.label_column",
+        ),
+        (
+            of(path="x", label=1),
+            "no column is clearly the image; columns are path, label; set source.image_column",
+        ),
         (
             of(image=b"x", label={"a": 1}),
             "column 'label' is struct<a: int64>; expected one number or name per sample; set source.label_column",
@@ -73,13 +105,19 @@ def test_most_of_the_files_in_which_columns_are_clear_decide_for_all(place: str)
     put(f"{place}/3.parquet", of(img=b"3", fine_label=3, label=4))
     source = make(place)
     errors = [scan.fragments[0].error for scan in scans(source)]
-    assert "no column 'img'; columns are name, kind" in errors[0] and "no column 'label'; columns are img" in errors[1]
+    assert (
+        "no column 'img'; columns are name, kind" in errors[0]
+        and "no column 'label'; columns are img" in errors[1]
+    )
     assert [(sample.image, sample.label) for sample in samples(source)] == [(b"2", 2), (b"3", 4)]
 
 
 def test_a_single_file_that_is_clear_is_found_among_many(tmp_path: Any) -> None:
     for number in range(40):
-        put(f"{tmp_path}/{number:02d}.parquet", of(img=b"1", fine_label=1) if number == 33 else of(name="not", kind="images"))
+        put(
+            f"{tmp_path}/{number:02d}.parquet",
+            of(img=b"1", fine_label=1) if number == 33 else of(name="not", kind="images"),
+        )
     assert make(str(tmp_path)).settled().label_column == "fine_label"
 
 
@@ -117,14 +155,19 @@ def test_extension_types_are_read_as_they_are_stored(tmp_path: Any, registered: 
     if registered:
         pa.register_extension_type(Kind(pa.int64()))
     try:
-        for uri in (put(f"{tmp_path}/a.parquet", table), save(f"{tmp_path}/saved", arrow(table), features=None)):
+        for uri in (
+            put(f"{tmp_path}/a.parquet", table),
+            save(f"{tmp_path}/saved", arrow(table), features=None),
+        ):
             source = make(uri, id_column="key")
             (fragment,) = scans(source)[0].fragments
             found = list(source.read(fragment))
             assert [(sample.sample_id, sample.label, sample.reason) for sample in found] == [
                 ("a", 3, ""), ("b", 4, ""), ("c", None, "no image: null"),
             ]  # fmt: skip
-            assert np.array_equal([sample.image for sample in found[:2]], pixels) and scans(source)[0].labels == {3, 4}
+            assert np.array_equal([sample.image for sample in found[:2]], pixels) and scans(source)[
+                0
+            ].labels == {3, 4}
     finally:
         if registered:
             pa.unregister_extension_type("raypipe.tests.kind")
@@ -137,11 +180,20 @@ def test_bytes_in_other_arrow_types(tmp_path: Any) -> None:
             ([image, None], pa.large_binary()),
             ([list(image), None], pa.list_(pa.uint8())),
             ([np.frombuffer(image, np.int8).tolist(), None], pa.large_list(pa.int8())),
-            ([{"bytes": image, "path": None}, None], pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])),
+            (
+                [{"bytes": image, "path": None}, None],
+                pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())]),
+            ),
         ]
     ):
-        uri = put(f"{tmp_path}/{number}.parquet", pa.table({"image": pa.array(values, type), "label": [0, 1]}))
+        uri = put(
+            f"{tmp_path}/{number}.parquet",
+            pa.table({"image": pa.array(values, type), "label": [0, 1]}),
+        )
         found = samples(make(uri))
         assert found[0].image == image and found[1].reason == "no image: null"
-    uri = put(f"{tmp_path}/n.parquet", pa.table({"image": pa.array([[1, None]], pa.list_(pa.uint8())), "label": [0]}))
+    uri = put(
+        f"{tmp_path}/n.parquet",
+        pa.table({"image": pa.array([[1, None]], pa.list_(pa.uint8())), "label": [0]}),
+    )
     assert rejects(samples(make(uri))) == {"n.parquet#0": "bytes are null"}

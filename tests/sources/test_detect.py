@@ -57,7 +57,9 @@ def test_a_list_of_shards_is_no_file_list(tmp_path: object) -> None:
         detected(f"{tmp_path}/shards.txt")
 
 
-def test_a_listing_of_many_files_is_not_gone_through(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_of_many_files_is_not_gone_through(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def endless(uri: str) -> Iterator[storage.FileInfo]:
         for number in itertools.count():
             assert number <= MOST_FILES
@@ -80,16 +82,24 @@ def test_some_need_no_storage(tmp_path: object, monkeypatch: pytest.MonkeyPatch)
 def test_a_mixture_is_unclear_until_include_or_format_decides(tmp_path: object) -> None:
     for name in ("a.parquet", "b.parquet", "preview.png", "x.txt"):
         storage.write_bytes(f"{tmp_path}/{name}", b"x")
-    with pytest.raises(SourceError, match=r"parquet and imagefolder among 4 files \(2 .parquet, 1 .*set source.format"):
+    with pytest.raises(
+        SourceError,
+        match=r"parquet and imagefolder among 4 files \(2 .parquet, 1 .*set source.format",
+    ):
         detected(str(tmp_path))
     assert detected(str(tmp_path), "*.parquet") == "parquet"
-    assert open_source(SourceSettings(uri=str(tmp_path), format="imagefolder")).format == "imagefolder"
+    assert (
+        open_source(SourceSettings(uri=str(tmp_path), format="imagefolder")).format == "imagefolder"
+    )
 
 
 def test_nothing_known_is_named(tmp_path: object) -> None:
     for name in ("a.csv", "b.csv", "c", "d.zip"):
         storage.write_bytes(f"{tmp_path}/{name}", b"x")
-    with pytest.raises(SourceError, match=r"no Parquet, tar or image file among 4 files \(2 .csv, 1 without an ending, 1 .zip\)"):
+    with pytest.raises(
+        SourceError,
+        match=r"no Parquet, tar or image file among 4 files \(2 .csv, 1 without an ending, 1 .zip\)",
+    ):
         detected(str(tmp_path))
     with pytest.raises(SourceError, match="no such file or folder"):
         detected(f"{tmp_path}/none")
@@ -107,4 +117,7 @@ def test_sources_import_neither_torch_nor_ray() -> None:
         "torchvision_sets, webdataset"
     )
     program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn', 'datasets'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        == "[]\n"
+    )

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from source_helpers import ids, make, samples, scans
 
 from raypipe.errors import SourceError
-from raypipe.images import decode_batch
+from raypipe.vision.decode import decode_batch
 
 
 def test_the_bundled_digits() -> None:
@@ -18,7 +18,12 @@ def test_the_bundled_digits() -> None:
     assert scan.class_names == tuple("0123456789")
     assert np.bincount([sample.label for sample in found]).min() > 170
     images = np.stack([sample.image for sample in found])
-    assert images.shape == (1797, 8, 8) and images.dtype == np.uint8 and images.min() == 0 and images.max() == 255
+    assert (
+        images.shape == (1797, 8, 8)
+        and images.dtype == np.uint8
+        and images.min() == 0
+        and images.max() == 255
+    )
 
 
 def test_wanted_digits() -> None:
@@ -45,4 +50,6 @@ def test_they_are_those_that_scikit_learn_gives() -> None:
     data = load_digits()
     found = samples(make("digits://"))
     assert [sample.label for sample in found] == data.target.tolist()
-    assert np.array_equal(np.stack([sample.image for sample in found]), np.rint(data.images * (255 / 16)))
+    assert np.array_equal(
+        np.stack([sample.image for sample in found]), np.rint(data.images * (255 / 16))
+    )

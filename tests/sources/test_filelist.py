@@ -23,7 +23,9 @@ def write(place: str, name: str, text: str) -> str:
 
 def test_paths_and_labels_in_the_order_of_the_list(place: str) -> None:
     fill(place, ["b/1.png", "a 1/ü.png", "c.png"])
-    source = make(write(place, "train.csv", "path,label\nb/1.png,2\n/a 1/ü.png,7.0\n./c.png,\nb/none.png,0\n"))
+    source = make(
+        write(place, "train.csv", "path,label\nb/1.png,2\n/a 1/ü.png,7.0\n./c.png,\nb/none.png,0\n")
+    )
     assert source.format == "filelist"
     found = samples(source, lambda sample_id: "1" in sample_id)
     assert ids(found) == ["b/1.png", "a 1/ü.png"] and [sample.label for sample in found] == [2, 7]
@@ -49,7 +51,10 @@ def test_a_folder_stands_for_the_one_list_in_it(place: str) -> None:
     write(f"{place}/set", "some.txt", "a.png 3\n")
     assert samples(make(f"{place}/set", format="filelist"))[0].label == 3
     write(f"{place}/set", "other.tsv", "a.png\t4\n")
-    with pytest.raises(SourceError, match=r"several lists: other.tsv, some.txt; set source.uri to the file list itself"):
+    with pytest.raises(
+        SourceError,
+        match=r"several lists: other.tsv, some.txt; set source.uri to the file list itself",
+    ):
         list(make(f"{place}/set", format="filelist").files())
     with pytest.raises(SourceError, match=r"no .csv or .tsv or .txt file here"):
         list(make(f"{place}/none", format="filelist").files())
@@ -60,7 +65,9 @@ def test_a_folder_stands_for_the_one_list_in_it(place: str) -> None:
 def test_the_root_may_be_elsewhere(place: str, s3: str) -> None:
     fill(f"{s3}/elsewhere", ["x/1.png"])
     found = samples(make(write(place, "list.txt", "x/1.png 1\n"), root=f"{s3}/elsewhere"))
-    assert [(sample.sample_id, sample.label, sample.image) for sample in found] == [("x/1.png", 1, picture(0))]
+    assert [(sample.sample_id, sample.label, sample.image) for sample in found] == [
+        ("x/1.png", 1, picture(0))
+    ]
 
 
 def test_nothing_outside_the_root_is_read(tmp_path: Any) -> None:
@@ -81,16 +88,26 @@ def test_nothing_outside_the_root_is_read(tmp_path: Any) -> None:
     found = samples(make(write(root, "list.csv", "path\n" + "\n".join(listed))))
     assert [sample.image is not None for sample in found] == [False] * 7 + [True, True]
     assert found[7].image == picture(1)  # that below the root
-    assert all(sample.reason.startswith("a path with '..', which is not followed") for sample in found[:4])
-    assert found[4].reason.startswith(f"outside of {root}") and found[5].reason.startswith("outside of")
+    assert all(
+        sample.reason.startswith("a path with '..', which is not followed") for sample in found[:4]
+    )
+    assert found[4].reason.startswith(f"outside of {root}") and found[5].reason.startswith(
+        "outside of"
+    )
     assert found[6].reason == f"no such file below {root}"  # a leading slash means the root
     assert ids(found)[7:] == ["etc/passwd", "a.png"]
 
 
 def test_absolute_paths_are_read_below_a_root_that_holds_them(tmp_path: Any, s3: str) -> None:
     fill(f"{tmp_path}/data", ["a.png", "b.png"])
-    uri = write(f"{tmp_path}/lists", "list.txt", f"{tmp_path}/data/a.png 1\nfile://{tmp_path}/data/b.png 2\n")
-    with pytest.raises(SourceError, match=r"of the listed files not is below|none of 1 lines|set source.root"):
+    uri = write(
+        f"{tmp_path}/lists",
+        "list.txt",
+        f"{tmp_path}/data/a.png 1\nfile://{tmp_path}/data/b.png 2\n",
+    )
+    with pytest.raises(
+        SourceError, match=r"of the listed files not is below|none of 1 lines|set source.root"
+    ):
         list(make(uri).files())
     for root in ("/", str(tmp_path), f"file://{tmp_path}/data/"):
         found = samples(make(uri, root=root))
@@ -101,16 +118,23 @@ def test_absolute_paths_are_read_below_a_root_that_holds_them(tmp_path: Any, s3:
     assert ids(found)[0] == "uris/a.png" and not found[0].reason and "outside of" in found[1].reason
 
 
-def test_a_path_that_comes_again_is_a_reject_wherever_it_is(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_comes_again_is_a_reject_wherever_it_is(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(filelist, "BLOCK", 7)
     root = fill(str(tmp_path), [f"d/{number}.png" for number in range(30)])
     listed = [f"d/{number}.png" for number in range(30)]
     again = ["d/3.png", "/d/3.png", "d//29.png", "d/./28.png", "d/3.png"]
-    source = make(write(root, "list.txt", "\n".join(f"{path} 1" for path in [*listed, *again])), fragment_samples=4)
+    source = make(
+        write(root, "list.txt", "\n".join(f"{path} 1" for path in [*listed, *again])),
+        fragment_samples=4,
+    )
     found = samples(source)
     assert ids(found) == [*listed, "d/3.png", "d/3.png", "d//29.png", "d/./28.png", "d/3.png"]
     assert [bool(sample.reason) for sample in found] == [False] * 30 + [True] * 5
-    assert found[30].reason == "duplicate: the list names it before (time 2)" and found[-1].reason.endswith("(time 4)")
+    assert found[30].reason == "duplicate: the list names it before (time 2)" and found[
+        -1
+    ].reason.endswith("(time 4)")
     # a unit of equal lines has an id of its own
     for lines in (["../x.png"] * 3, ["d/3.png"] * 3):
         uri = write(root, "same.csv", "path\nd/1.png\n" + "\n".join(lines))
@@ -119,7 +143,9 @@ def test_a_path_that_comes_again_is_a_reject_wherever_it_is(tmp_path: Any, monke
 
 def test_lines_without_a_path_are_rejects(tmp_path: Any) -> None:
     fill(str(tmp_path), ["a.png"])
-    found = samples(make(write(str(tmp_path), "x.csv", "label,path\n1,a.png\n2,\n3,/\n4\n5,a\0.png\n")))
+    found = samples(
+        make(write(str(tmp_path), "x.csv", "label,path\n1,a.png\n2,\n3,/\n4\n5,a\0.png\n"))
+    )
     assert rejects(found) == {
         "x.csv#line-3": "the line has no path",
         "x.csv#line-4": "the line has no path",
@@ -139,7 +165,9 @@ def test_what_is_listed_and_no_image_file_is_a_reject(tmp_path: Any) -> None:
 
 def test_labels_of_all_kinds_go_to_the_class_map(tmp_path: Any) -> None:
     root = fill(str(tmp_path), [f"{number}.png" for number in range(6)])
-    uri = write(root, "x.csv", "path,label\n0.png,0\n1.png,-2\n2.png,1\n3.png,99\n4.png,\n5.png,cat\n")
+    uri = write(
+        root, "x.csv", "path,label\n0.png,0\n1.png,-2\n2.png,1\n3.png,99\n4.png,\n5.png,cat\n"
+    )
     storage.write_bytes(f"{root}/classes.json", b'{"dog": 0, "cat": 1}')
     source = make(uri, class_map=f"{root}/classes.json")
     (scan,) = scans(source)
@@ -170,7 +198,10 @@ def test_a_new_line_changes_few_units(tmp_path: Any) -> None:
     source = make(write(root, "list.txt", "\n".join(text)), fragment_samples=16)
     before = {scan.fragments[0].fragment_id for scan in scans(source)}
     units = list(source.files())
-    assert max(len(unit.members) for unit in units) == 16 and sum(len(unit.members) for unit in units) == 600
+    assert (
+        max(len(unit.members) for unit in units) == 16
+        and sum(len(unit.members) for unit in units) == 600
+    )
     write(root, "list.txt", "\n".join([*text[:100], "0100a.png 1", *text[100:]]))
     assert len({scan.fragments[0].fragment_id for scan in scans(source)} - before) <= 4
     write(root, "list.txt", "\n".join([*text[:300], "0300.png 3", *text[301:]]))  # another label
@@ -181,7 +212,8 @@ def test_a_root_with_none_of_the_files_is_an_error_and_with_one_is_not(tmp_path:
     text = "\n".join(f"{number}.png 1" for number in range(20))
     uri = write(str(tmp_path), "list.txt", text)
     with pytest.raises(
-        SourceError, match=rf"of the listed files none of 20 drawn at random is below {tmp_path} .*set source.root"
+        SourceError,
+        match=rf"of the listed files none of 20 drawn at random is below {tmp_path} .*set source.root",
     ):
         list(make(uri).files())
     fill(str(tmp_path), ["17.png"])
@@ -208,7 +240,9 @@ PLACES = {
         (["data_256"], 512, "data_256"),
     ],
 )
-def test_places365_is_found_by_its_names(tmp_path: Any, folders: list[str], image_size: int, expected: str) -> None:
+def test_places365_is_found_by_its_names(
+    tmp_path: Any, folders: list[str], image_size: int, expected: str
+) -> None:
     for name, text in PLACES.items():
         write(str(tmp_path), name, text)
     for folder in folders:
@@ -220,10 +254,15 @@ def test_places365_is_found_by_its_names(tmp_path: Any, folders: list[str], imag
         f"{tmp_path}/{expected}",
         f"{tmp_path}/categories_places365.txt",
     )
-    assert open_source(SourceSettings(uri=str(tmp_path), root="/elsewhere")).settled(image_size).root == "/elsewhere"
+    assert (
+        open_source(SourceSettings(uri=str(tmp_path), root="/elsewhere")).settled(image_size).root
+        == "/elsewhere"
+    )
 
 
-def test_a_list_may_be_named_by_a_relative_path(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_may_be_named_by_a_relative_path(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, text in PLACES.items():
         write(str(tmp_path), name, text)
     fill(f"{tmp_path}/data_256", ["a/airfield/1.jpg", "b/bar/2.jpg"])
@@ -233,7 +272,10 @@ def test_a_list_may_be_named_by_a_relative_path(tmp_path: Any, monkeypatch: pyte
     for uri in (".", "places365_train_standard.txt"):
         assert [bool(sample.reason) for sample in samples(make(uri))] == [False, False]
         assert scans(make(uri))[0].class_names == ("a/airfield", "b/bar", "c/cabin")
-    assert [sample.reason for sample in samples(make("x.txt"))] == ["", "duplicate: the list names it before (time 2)"]
+    assert [sample.reason for sample in samples(make("x.txt"))] == [
+        "",
+        "duplicate: the list names it before (time 2)",
+    ]
 
 
 def test_places365_is_read(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +286,14 @@ def test_places365_is_read(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "walk", lambda uri: pytest.fail(f"{uri} was listed"))
     for source in (make(f"{place}/set"), make(f"{place}/set/places365_train_standard.txt")):
         found = samples(source)
-        assert ids(found) == ["a/airfield/1.jpg", "b/bar/2.jpg"] and [sample.label for sample in found] == [0, 1]
+        assert ids(found) == ["a/airfield/1.jpg", "b/bar/2.jpg"] and [
+            sample.label for sample in found
+        ] == [0, 1]
         assert scans(source)[0].class_names == ("a/airfield", "b/bar", "c/cabin")
-    assert [(sample.sample_id, sample.label) for sample in samples(make(f"{place}/set/places365_val.txt"))] == [
-        ("Places365_val_1.jpg", 1)
-    ]
+    assert [
+        (sample.sample_id, sample.label)
+        for sample in samples(make(f"{place}/set/places365_val.txt"))
+    ] == [("Places365_val_1.jpg", 1)]
 
 
 def test_of_two_lists_of_places365_the_one_with_images(tmp_path: Any) -> None:
@@ -266,7 +311,9 @@ def test_workers_look_for_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
         write(str(tmp_path), name, text)
     fill(f"{tmp_path}/data_256", ["a/airfield/1.jpg", "b/bar/2.jpg"])
     settings = open_source(SourceSettings(uri=str(tmp_path))).settled(64)
-    fragments = [part for scan in scans(filelist.FileListSource(settings)) for part in scan.fragments]
+    fragments = [
+        part for scan in scans(filelist.FileListSource(settings)) for part in scan.fragments
+    ]
     for name in ("exists", "is_file", "names"):
         monkeypatch.setattr(storage, name, lambda uri: pytest.fail(f"{uri} was asked for"))
     worker = filelist.FileListSource(settings)

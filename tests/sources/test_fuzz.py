@@ -11,11 +11,18 @@ from fuzz_readers import case, check, originals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest shows what raypipe.images silences
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL"
+)  # pytest shows what raypipe.vision.decode silences
 FILES = originals()
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(seed=st.integers(0, 2**48))
 def test_mutated_files_keep_the_contract(tmp_path: Path, seed: int) -> None:
     check(*case(seed, FILES), tmp_path, 1 + seed % 7)
@@ -33,7 +40,9 @@ def test_mutations_reach_past_the_first_check(tmp_path: Path) -> None:
     outcomes: Counter[tuple[str, str]] = Counter()
     for seed in range(300):
         extension, data = case(seed, FILES)
-        outcomes["image" if extension in FORMATS else extension, check(extension, data, tmp_path)] += 1
+        outcomes[
+            "image" if extension in FORMATS else extension, check(extension, data, tmp_path)
+        ] += 1
     for extension, good, bad in (
         ("parquet", "read", "all rejected"),
         ("tar", "read", "all rejected"),

@@ -28,7 +28,11 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "secret.png").write_bytes(picture(78))
     content = [
         {"bytes": None, "path": path}
-        for path in (f"{tmp_path}/hub/1.png", f"{tmp_path}/hub/../secret.png", f"{tmp_path}/hub/none.png")
+        for path in (
+            f"{tmp_path}/hub/1.png",
+            f"{tmp_path}/hub/../secret.png",
+            f"{tmp_path}/hub/none.png",
+        )
     ]
     by_path = pa.table({"img": pa.array(content, STRUCT), "fine_label": [0, 1, 2]})
     save(str(folder), arrow(images(5)))
@@ -44,7 +48,9 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             asked.append(("prepare",))
 
         def as_dataset(self, split: str) -> Any:
-            return types.SimpleNamespace(cache_files=[{"filename": f"{folder}/little-{split}.arrow"}])
+            return types.SimpleNamespace(
+                cache_files=[{"filename": f"{folder}/little-{split}.arrow"}]
+            )
 
     def load(name: str, config_name: str | None, revision: str | None) -> Builder:
         asked.append((name, config_name, revision))
@@ -52,9 +58,13 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
         return Builder()
 
-    config = types.SimpleNamespace(HF_DATASETS_CACHE=f"{tmp_path}/datasets", DOWNLOADED_DATASETS_PATH=f"{tmp_path}/downloads")
+    config = types.SimpleNamespace(
+        HF_DATASETS_CACHE=f"{tmp_path}/datasets", DOWNLOADED_DATASETS_PATH=f"{tmp_path}/downloads"
+    )
     constants = types.SimpleNamespace(HF_HUB_CACHE=f"{tmp_path}/hub")
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset_builder=load, config=config))
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset_builder=load, config=config)
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(constants=constants))
     hub.prepared.cache_clear()
     yield asked
@@ -81,7 +91,11 @@ def test_what_the_hub_does_not_have(cache: list[Any]) -> None:
     for uri, split, words in (
         ("huggingface://user/little", None, "the splits are train, test; set source.split"),
         ("huggingface://user/little", "val", "no split 'val'"),
-        ("huggingface://none", "train", "Couldn't reach 'none' on the Hub. Check the name, source.config_name and the network"),
+        (
+            "huggingface://none",
+            "train",
+            "Couldn't reach 'none' on the Hub. Check the name, source.config_name and the network",
+        ),
     ):
         with pytest.raises(SourceError, match=words):
             list(make(uri, split=split).files())
@@ -90,11 +104,15 @@ def test_what_the_hub_does_not_have(cache: list[Any]) -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     hub.prepared.cache_clear()
-    with pytest.raises(SourceError, match=r"pip install 'raypipe\[hf\]', or write the dataset with save_to_disk"):
+    with pytest.raises(
+        SourceError, match=r"pip install 'raypipe\[hf\]', or write the dataset with save_to_disk"
+    ):
         list(make("huggingface://user/little").files())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed"
+)
 def test_the_package_itself(tmp_path: Any) -> None:
     """In a process of its own, since the package reads its variables when it is imported."""
     program = """
@@ -129,5 +147,12 @@ except SourceError as error:
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=environment)
-    assert "Couldn't reach 'user/none' on the Hub" in done.stdout and "HF_HUB_OFFLINE=1" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (
+        "Couldn't reach 'user/none' on the Hub" in done.stdout and "HF_HUB_OFFLINE=1" in done.stdout
+    ), done.stderr

@@ -10,9 +10,9 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.errors import SourceError
-from raypipe.images import decode_batch
 from raypipe.sources import smallfiles
 from raypipe.sources.base import class_map
+from raypipe.vision.decode import decode_batch
 
 
 def fill(place: str, paths: list[str]) -> str:
@@ -23,7 +23,16 @@ def fill(place: str, paths: list[str]) -> str:
 
 def test_the_first_level_is_the_class(place: str) -> None:
     fill(
-        f"{place}/set", ["dog/1.png", "cat/deep/er/2.JPG", "cat/1.jpeg", "cat/note.txt", "dog/3.TIFF", ".git/x.png", "dog/.y.png"]
+        f"{place}/set",
+        [
+            "dog/1.png",
+            "cat/deep/er/2.JPG",
+            "cat/1.jpeg",
+            "cat/note.txt",
+            "dog/3.TIFF",
+            ".git/x.png",
+            "dog/.y.png",
+        ],
     )
     source = make(f"{place}/set")
     found = samples(source, lambda sample_id: True)
@@ -60,7 +69,11 @@ def test_wanted_files_only_are_read(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     source = make(fill(str(tmp_path), [f"{number}.png" for number in range(40)]))
     read: list[str] = []
     read_bytes = storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri, start: read.append(storage.name(uri)) or read_bytes(uri, start))
+    monkeypatch.setattr(
+        storage,
+        "read_bytes",
+        lambda uri, start: read.append(storage.name(uri)) or read_bytes(uri, start),
+    )
     found = [
         sample
         for scan in scans(source)
@@ -76,7 +89,9 @@ def test_units_are_bounded_and_a_new_file_changes_few_of_them(tmp_path: Any) -> 
     source = make(str(tmp_path), fragment_samples=16)
     before = {scan.fragments[0].fragment_id for scan in scans(source)}
     units = list(source.files())
-    assert [path for unit in units for path in unit.members] == [f"{number:04d}.png" for number in range(600)]
+    assert [path for unit in units for path in unit.members] == [
+        f"{number:04d}.png" for number in range(600)
+    ]
     assert max(len(unit.members) for unit in units) == 16 and len(units) < 120
     assert all(unit.path == unit.members[0] and unit.size == len(unit.members) for unit in units)
     (tmp_path / "0100a.png").write_bytes(b"x")
@@ -85,7 +100,9 @@ def test_units_are_bounded_and_a_new_file_changes_few_of_them(tmp_path: Any) -> 
     assert len({scan.fragments[0].fragment_id for scan in scans(source)} - before) <= 5
 
 
-def test_reading_is_ahead_ordered_and_bounded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_is_ahead_ordered_and_bounded(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make(fill(str(tmp_path), [f"{number:03d}.png" for number in range(100)]))
     lock, busy, most, done = threading.Lock(), 0, 0, 0
 
@@ -125,7 +142,9 @@ def test_what_cannot_be_read_is_a_reject(place: str) -> None:
     assert [bool(reason) for reason in decode_batch(found, 8, 100)[1]] == [False, True, True]
 
 
-def test_denied_files_are_rejects_on_disk_and_faults_on_s3(tmp_path: Any, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_denied_files_are_rejects_on_disk_and_faults_on_s3(
+    tmp_path: Any, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(uri: str, start: int | None = None) -> bytes:
         raise PermissionError(13, "Permission denied")
 
@@ -149,11 +168,15 @@ def test_names_that_are_not_utf8_are_rejects(tmp_path: Any) -> None:
 
 def test_abandoned_reading_stops(tmp_path: Any) -> None:
     source = make(fill(str(tmp_path), [f"{number:03d}.png" for number in range(60)]))
-    part = max((part for scan in scans(source) for part in scan.fragments), key=lambda part: part.samples)
+    part = max(
+        (part for scan in scans(source) for part in scan.fragments), key=lambda part: part.samples
+    )
     stream = source.read(part)
     next(stream)
     stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("raypipe-read")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("raypipe-read")
+    ]
 
 
 def test_nothing_there(place: str) -> None:
@@ -162,7 +185,11 @@ def test_nothing_there(place: str) -> None:
     for uri, options, words in (
         (f"{place}/none", {}, "no such file or folder"),
         (f"{place}/set", {}, r"no .jpg or .* files among 2 files \(2 .csv\)"),
-        (f"{place}/set", {"include": "*.png"}, r"none of 2 files matches source.include = '\*.png'"),
+        (
+            f"{place}/set",
+            {"include": "*.png"},
+            r"none of 2 files matches source.include = '\*.png'",
+        ),
         (f"{place}/set/*.png", {}, "no files here"),
     ):
         with pytest.raises(SourceError, match=words):

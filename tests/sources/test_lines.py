@@ -10,9 +10,16 @@ from raypipe.errors import SourceError
 from raypipe.sources.lines import lines
 
 
-def read(place: Any, name: str, content: str | bytes, **options: Any) -> list[tuple[str, str | None]]:
-    storage.write_bytes(f"{place}/{name}", content if isinstance(content, bytes) else content.encode())
-    return [(line.path, line.label) for line in lines(f"{place}/{name}", SourceSettings(uri="unused", **options))]
+def read(
+    place: Any, name: str, content: str | bytes, **options: Any
+) -> list[tuple[str, str | None]]:
+    storage.write_bytes(
+        f"{place}/{name}", content if isinstance(content, bytes) else content.encode()
+    )
+    return [
+        (line.path, line.label)
+        for line in lines(f"{place}/{name}", SourceSettings(uri="unused", **options))
+    ]
 
 
 TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
@@ -42,7 +49,11 @@ TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
         ("x.csv", "id,filename,category\nx,a 1.jpg,0\ny,b/2.png,1\n", {}),
         ("x.csv", "path,target,label\na 1.jpg,x,0\nb/2.png,y,1\n", {}),
         ("x.csv", "image,file,label\nx,a 1.jpg,0\ny,b/2.png,1\n", {}),
-        ("x.csv", "id,picture,label\n7,a 1.jpg,0\n8,b/2.png,1\n", {}),  # the column that ends like an image
+        (
+            "x.csv",
+            "id,picture,label\n7,a 1.jpg,0\n8,b/2.png,1\n",
+            {},
+        ),  # the column that ends like an image
         ("x.csv", "picture,kind\na 1.jpg,0\nb/2.png,1\n", {"label_column": "kind"}),
         ("x.csv", "path,picture,label\nx,a 1.jpg,0\ny,b/2.png,1\n", {"path_column": "picture"}),
         ("x.csv", "key,y\na 1.jpg,0\nb/2.png,1\n", {"path_column": "key", "label_column": "y"}),
@@ -67,7 +78,9 @@ def test_two_lines(tmp_path: Any, name: str, content: str | bytes, options: dict
         ("ü \u3042.webp\u30005", ("ü \u3042.webp", "5")),
     ],
 )
-def test_a_line_of_text_is_split_where_a_label_begins(tmp_path: Any, line: str, expected: tuple[str, str | None]) -> None:
+def test_a_line_of_text_is_split_where_a_label_begins(
+    tmp_path: Any, line: str, expected: tuple[str, str | None]
+) -> None:
     assert read(tmp_path, "x.txt", line) == [expected]
 
 
@@ -89,12 +102,18 @@ def test_missing_cells(tmp_path: Any) -> None:
 
 
 def test_a_first_line_with_an_image_is_no_header(tmp_path: Any) -> None:
-    assert read(tmp_path, "x.csv", "a.jpg,label\nb.jpg,class\n") == [("a.jpg", "label"), ("b.jpg", "class")]
+    assert read(tmp_path, "x.csv", "a.jpg,label\nb.jpg,class\n") == [
+        ("a.jpg", "label"),
+        ("b.jpg", "class"),
+    ]
     assert read(tmp_path, "y.csv", "x/1,2\nx/2,3\n") == [("x/1", "2"), ("x/2", "3")]
 
 
 def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
-    for name, content in (("x.csv", 'path,label\n\n"a\nb.jpg",1\n,2\n'), ("x.txt", "\na b.jpg 1\n\nc 2")):
+    for name, content in (
+        ("x.csv", 'path,label\n\n"a\nb.jpg",1\n,2\n'),
+        ("x.txt", "\na b.jpg 1\n\nc 2"),
+    ):
         storage.write_bytes(f"{tmp_path}/{name}", content.encode())
     settings = SourceSettings(uri="unused")
     assert [line.number for line in lines(f"{tmp_path}/x.csv", settings)] == [4, 5]
@@ -105,12 +124,18 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
     ("content", "options", "words"),
     [
         ("path,kind\na.jpg,1\n", {}, "no column 'label' among path, kind; set source.label_column"),
-        ("path,label\na.jpg,1\n", {"path_column": "key"}, "no column 'key' among path, label; set source.path_column"),
+        (
+            "path,label\na.jpg,1\n",
+            {"path_column": "key"},
+            "no column 'key' among path, label; set source.path_column",
+        ),
         ("a.jpg,1\n", {"path_column": "key"}, "no column 'key' in its first line"),
         ('path,label\n"a.jpg,1\n' + "b.jpg,1\n" * 20_000, {}, r"line \d+: .*is a quote not closed"),
     ],
 )
-def test_what_cannot_be_understood_is_said(tmp_path: Any, content: str, options: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_understood_is_said(
+    tmp_path: Any, content: str, options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(SourceError, match=words):
         read(tmp_path, "x.csv", content, **options)
 
@@ -118,15 +143,21 @@ def test_what_cannot_be_understood_is_said(tmp_path: Any, content: str, options:
 def test_a_list_is_read_in_few_requests(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     fetch = storage._Ranges._fetch
-    monkeypatch.setattr(storage._Ranges, "_fetch", lambda self, length: asked.append(length) or fetch(self, length))
+    monkeypatch.setattr(
+        storage._Ranges, "_fetch", lambda self, length: asked.append(length) or fetch(self, length)
+    )
     for name, text in (("x.csv", "dé/%06d.jpg,%d\n"), ("x.txt", "dé/%06d.jpg %d\n")):
         with monkeypatch.context() as patch:
             patch.setattr("raypipe.sources.lines.READ_BYTES", 100_000)
             patch.setattr(storage, "LOCAL_BLOCK", 100_000)  # as an object store is read
-            found = read(tmp_path, name, "".join(text % (number, number) for number in range(50_000)))
+            found = read(
+                tmp_path, name, "".join(text % (number, number) for number in range(50_000))
+            )
         assert found == [(f"dé/{number:06d}.jpg", str(number)) for number in range(50_000)]
         size = (tmp_path / name).stat().st_size
-        assert size <= sum(asked) <= size + 100_000 and len(asked) <= size / 100_000 + 2  # the first twice
+        assert (
+            size <= sum(asked) <= size + 100_000 and len(asked) <= size / 100_000 + 2
+        )  # the first twice
         asked.clear()
 
 

@@ -16,14 +16,16 @@ from raypipe import storage
 from raypipe.cli import main
 from raypipe.config import Config
 from raypipe.errors import RunError, SourceError
+from raypipe.nightly import audit
 from raypipe.pipeline import execute
-from raypipe.rundir import Run
+from raypipe.runs.keep_files import keep_metadata
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.digits import _digits
 from raypipe.sources.noise import LabelNoise
-from raypipe.stages import embed, fresh_audit
-from raypipe.stages.index import IndexStage
-from raypipe.stages.seed import read_shard, seed_manifest
-from raypipe.stages.select import keep_metadata
+from raypipe.stages import embed
+from raypipe.stages.index.stage import IndexStage
 
 IDS = [f"folder/{number}.jpg" for number in range(30_000)]
 NOISE = "source.inject_noise=0.2"
@@ -35,7 +37,9 @@ def test_the_share_that_is_wanted_is_replaced_by_all_other_classes_alike() -> No
     replaced = np.array([noise.replaced(sample_id) for sample_id in IDS])
     assert abs(replaced.mean() - 0.2) < 0.01
     assert ((given != 3) == replaced).all()
-    assert (np.abs(np.bincount(given, minlength=5)[[0, 1, 2, 4]] / replaced.sum() - 0.25) < 0.02).all()
+    assert (
+        np.abs(np.bincount(given, minlength=5)[[0, 1, 2, 4]] / replaced.sum() - 0.25) < 0.02
+    ).all()
     assert noise.wrong(IDS[0], -1, 5) == -1
 
 
@@ -48,7 +52,9 @@ def test_the_true_label_follows_from_the_wrong_one() -> None:
 def test_another_seed_replaces_others_and_a_larger_share_more() -> None:
     first, second, more = ({name for name in IDS if noise.replaced(name)}
                            for noise in (LabelNoise(0.2), LabelNoise(0.2, 1), LabelNoise(0.3)))  # fmt: skip
-    assert abs(len(first & second) / len(first) - 0.2) < 0.03  # as two that know nothing of one another
+    assert (
+        abs(len(first & second) / len(first) - 0.2) < 0.03
+    )  # as two that know nothing of one another
     assert first < more
 
 
@@ -64,8 +70,10 @@ def _seen(config: Config) -> dict[str, int]:
     for fragment in run.fragments():
         block = embed._read(config, run.uri, False, fragment)
         labels.update(zip(block["sample_id"].tolist(), block["label"].tolist(), strict=True))
-        night = fresh_audit._read(config, run.uri, (fragment, block["sample_id"].tolist()))["images"]
-        assert {name: label for name, (label, _) in night.items()} == {name: labels[name] for name in block["sample_id"]}
+        night = audit._read(config, run.uri, (fragment, block["sample_id"].tolist()))["images"]
+        assert {name: label for name, (label, _) in night.items()} == {
+            name: labels[name] for name in block["sample_id"]
+        }
     assert drawn and drawn.items() <= labels.items()
     return labels
 
@@ -75,11 +83,17 @@ def test_everything_sees_the_same_wrong_labels_however_the_source_is_cut(tmp_pat
     config = small_config(f"{tmp_path}/a", NOISE, "source.limit=300")
     labels = _seen(config)
     noise, true = LabelNoise(0.2), _digits()[1]
-    assert labels == {f"digits/{row:04d}": noise.wrong(f"digits/{row:04d}", int(true[row]), 10) for row in range(300)}
+    assert labels == {
+        f"digits/{row:04d}": noise.wrong(f"digits/{row:04d}", int(true[row]), 10)
+        for row in range(300)
+    }
     assert 30 < sum(label != true[int(name[-4:])] for name, label in labels.items()) < 90
     other = small_config(f"{tmp_path}/b", NOISE, "source.limit=300", "source.fragment_samples=77")
     assert _seen(other) == labels
-    assert storage.read_json(f"{tmp_path}/a/index/classes.json")["inject_noise"] == {"share": 0.2, "seed": 0}
+    assert storage.read_json(f"{tmp_path}/a/index/classes.json")["inject_noise"] == {
+        "share": 0.2,
+        "seed": 0,
+    }
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -92,12 +106,21 @@ def test_a_run_without_has_the_fingerprint_it_always_had(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("no_ray")
 def test_a_source_without_labels_is_refused(tmp_path: Path) -> None:
-    config = small_config(str(tmp_path), NOISE, "source.uri=synthetic://?samples=30&classes=1&size=8", "source.format=synthetic")
-    with pytest.raises(SourceError, match=r"inject_noise: .* has 1 classes, so there is no label to replace"):
+    config = small_config(
+        str(tmp_path),
+        NOISE,
+        "source.uri=synthetic://?samples=30&classes=1&size=8",
+        "source.format=synthetic",
+    )
+    with pytest.raises(
+        SourceError, match=r"inject_noise: .* has 1 classes, so there is no label to replace"
+    ):
         serial.index(config)
 
 
-def test_what_came_of_it_says_so_wherever_it_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_came_of_it_says_so_wherever_it_is_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = scored_run(f"{tmp_path}/run", "digits://", limit=120, inject_noise=0.2)
     warning = "20 % of the labels were replaced for a rehearsal: do not train on this run's lists"
     assert keep_metadata(run.path("keep", "keep-0.50.parquet"))["inject_noise"] == "0.2"
@@ -119,6 +142,8 @@ def test_a_real_run_is_not_made_anew_with_wrong_labels(tmp_path: Path) -> None:
         (noisy, ["source.inject_noise=0.1"], "0.1 with noise_seed 4;"),
     ):
         before = storage.read_bytes(run.path("config.yaml"))
-        with pytest.raises(RunError, match=f"{words} a rehearsal with other labels takes a run folder of its own"):
+        with pytest.raises(
+            RunError, match=f"{words} a rehearsal with other labels takes a run folder of its own"
+        ):
             execute(small_config(run.uri, *changes), progress=QUIET)
         assert storage.read_bytes(run.path("config.yaml")) == before

@@ -16,10 +16,10 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.images import decode_batch
-from raypipe.sources import parquet
 from raypipe.sources.base import SourceFile, class_map
-from raypipe.sources.parquet import ParquetSource
+from raypipe.sources.parquet import source as parquet_source
+from raypipe.sources.parquet.source import ParquetSource
+from raypipe.vision.decode import decode_batch
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = ["cat", "dog", "eel"]
@@ -28,12 +28,22 @@ NAMES = ["cat", "dog", "eel"]
 def hugging_face(rows: int, start: int = 0) -> pa.Table:
     images = [{"bytes": picture(start + row), "path": f"{row}.png"} for row in range(rows)]
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": NAMES}}
-    table = pa.table({"image": pa.array(images, STRUCT), "label": [(start + row) % 3 for row in range(rows)]})
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    table = pa.table(
+        {"image": pa.array(images, STRUCT), "label": [(start + row) % 3 for row in range(rows)]}
+    )
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
 
 
 def plain(rows: int, **columns: Any) -> pa.Table:
-    return pa.table({"image": [picture(row) for row in range(rows)], "label": [row % 3 for row in range(rows)], **columns})
+    return pa.table(
+        {
+            "image": [picture(row) for row in range(rows)],
+            "label": [row % 3 for row in range(rows)],
+            **columns,
+        }
+    )
 
 
 def file_bytes(table: pa.Table, **options: Any) -> bytes:
@@ -54,8 +64,12 @@ def test_hugging_face_layout(place: str) -> None:
     source = make(f"{place}/data")
     assert [file.path for file in source.files()] == ["more/train-1.parquet", "train-0.parquet"]
     found = samples(source)
-    assert ids(found) == [f"more/train-1.parquet#{row}" for row in range(4)] + [f"train-0.parquet#{row}" for row in range(7)]
-    assert [sample.image for sample in found] == [picture(100 + row) for row in range(4)] + [picture(row) for row in range(7)]
+    assert ids(found) == [f"more/train-1.parquet#{row}" for row in range(4)] + [
+        f"train-0.parquet#{row}" for row in range(7)
+    ]
+    assert [sample.image for sample in found] == [picture(100 + row) for row in range(4)] + [
+        picture(row) for row in range(7)
+    ]
     assert [sample.label for sample in found[4:]] == [0, 1, 2, 0, 1, 2, 0]
     for scan in scans(source):
         assert scan.class_names == tuple(NAMES) and scan.labels == frozenset()
@@ -64,7 +78,9 @@ def test_hugging_face_layout(place: str) -> None:
 def test_local_and_s3_give_the_same(tmp_path: Any, s3: str) -> None:
     for place in (str(tmp_path), f"{s3}/same"):
         put(f"{place}/a.parquet", hugging_face(20), row_group_size=6)
-    assert samples(make(str(tmp_path), fragment_samples=8)) == samples(make(f"{s3}/same", fragment_samples=8))
+    assert samples(make(str(tmp_path), fragment_samples=8)) == samples(
+        make(f"{s3}/same", fragment_samples=8)
+    )
 
 
 def test_a_file_a_glob_and_include_choose_the_same_ids(place: str) -> None:
@@ -74,12 +90,17 @@ def test_a_file_a_glob_and_include_choose_the_same_ids(place: str) -> None:
     assert ids(samples(make(f"{place}/x/train.parquet"))) == expected
     assert ids(samples(make(f"{place}/x/tr*.parquet"))) == expected
     assert ids(samples(make(f"{place}/x", include="tr*"))) == expected
-    assert ids(samples(make(f"{place}/*/tr*.parquet"))) == [f"x/{sample_id}" for sample_id in expected]
+    assert ids(samples(make(f"{place}/*/tr*.parquet"))) == [
+        f"x/{sample_id}" for sample_id in expected
+    ]
 
 
 def test_folders_named_like_files_and_names_with_wildcards(tmp_path: Any) -> None:
     put(f"{tmp_path}/set[1].parquet/set[1].parquet", plain(2))
-    assert ids(samples(make(f"{tmp_path}/set[1].parquet"))) == ["set[1].parquet#0", "set[1].parquet#1"]
+    assert ids(samples(make(f"{tmp_path}/set[1].parquet"))) == [
+        "set[1].parquet#0",
+        "set[1].parquet#1",
+    ]
     assert len(samples(make(f"{tmp_path}/set[1].parquet/set[1].parquet"))) == 2
 
 
@@ -95,12 +116,20 @@ def test_fragments_end_at_row_groups_where_they_can(tmp_path: Any) -> None:
 
 
 def test_wanted_samples_only(place: str) -> None:
-    uri = put(f"{place}/a.parquet", plain(25, key=[f"k{row}" for row in range(25)]), row_group_size=7)
-    assert len(samples(make(uri, fragment_samples=10), lambda sample_id: sample_id.endswith("3"))) == 3
-    assert len(samples(make(uri, id_column="key"), lambda sample_id: sample_id in {"k1", "k24"})) == 2
+    uri = put(
+        f"{place}/a.parquet", plain(25, key=[f"k{row}" for row in range(25)]), row_group_size=7
+    )
+    assert (
+        len(samples(make(uri, fragment_samples=10), lambda sample_id: sample_id.endswith("3"))) == 3
+    )
+    assert (
+        len(samples(make(uri, id_column="key"), lambda sample_id: sample_id in {"k1", "k24"})) == 2
+    )
 
 
-def test_only_needed_columns_and_row_groups_are_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_needed_columns_and_row_groups_are_read(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide = plain(40, other=[np.random.default_rng(row).bytes(50_000) for row in range(40)])
     uri = put(f"{tmp_path}/a.parquet", wide, row_group_size=10, compression="none")
     asked = 0
@@ -127,9 +156,16 @@ def test_only_needed_columns_and_row_groups_are_read(tmp_path: Any, monkeypatch:
 
 
 def test_rows_are_decoded_a_few_at_a_time(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    big = pa.table({"image": [np.random.default_rng(row).bytes(1 << 20) for row in range(64)], "label": [0] * 64})
-    uri = put(f"{tmp_path}/a.parquet", big, compression="none", use_dictionary=False, write_batch_size=2)
-    monkeypatch.setattr(parquet, "BATCH_BYTES", 4 << 20)
+    big = pa.table(
+        {
+            "image": [np.random.default_rng(row).bytes(1 << 20) for row in range(64)],
+            "label": [0] * 64,
+        }
+    )
+    uri = put(
+        f"{tmp_path}/a.parquet", big, compression="none", use_dictionary=False, write_batch_size=2
+    )
+    monkeypatch.setattr(parquet_source, "BATCH_BYTES", 4 << 20)
     source = make(uri)
     (fragment,) = scans(source)[0].fragments
     del big
@@ -157,7 +193,9 @@ def test_labels_as_they_are_stored(tmp_path: Any, values: pa.Array, expected: li
     source = make(uri)
     assert [sample.label for sample in samples(source)] == expected
     (scan,) = scans(source)
-    assert scan.class_names is None and scan.labels == {label for label in expected if label is not None}
+    assert scan.class_names is None and scan.labels == {
+        label for label in expected if label is not None
+    }
     assert not any(sample.reason for sample in samples(source))
 
 
@@ -169,16 +207,28 @@ def test_a_label_that_is_no_class_is_a_reject(tmp_path: Any) -> None:
 
 def test_negative_class_labels_are_missing(tmp_path: Any) -> None:
     table = hugging_face(2).set_column(1, "label", pa.array([-1, 1]))
-    assert [sample.label for sample in samples(make(put(f"{tmp_path}/a.parquet", table)))] == [None, 1]
+    assert [sample.label for sample in samples(make(put(f"{tmp_path}/a.parquet", table)))] == [
+        None,
+        1,
+    ]
     table = table.replace_schema_metadata({"huggingface": "{broken"})
-    assert [sample.label for sample in samples(make(put(f"{tmp_path}/b.parquet", table)))] == [-1, 1]
+    assert [sample.label for sample in samples(make(put(f"{tmp_path}/b.parquet", table)))] == [
+        -1,
+        1,
+    ]
 
 
 def test_ids_from_a_column(tmp_path: Any) -> None:
     uri = put(f"{tmp_path}/a.parquet", plain(5, key=["x", "y", "x", None, "z"]), row_group_size=2)
     found = samples(make(uri, id_column="key"))
     assert ids(found) == ["x", "y", "x", "a.parquet#3", "z"]
-    assert [sample.reason for sample in found] == ["", "", "duplicate id: an earlier row has it too", "no id: key is null", ""]
+    assert [sample.reason for sample in found] == [
+        "",
+        "",
+        "duplicate id: an earlier row has it too",
+        "no id: key is null",
+        "",
+    ]
     uri = put(f"{tmp_path}/b.parquet", plain(2, key=[10, 20]))
     assert ids(samples(make(uri, id_column="key"))) == ["10", "20"]
     uri = put(f"{tmp_path}/c.parquet", plain(2, key=pa.array(["x", "y"]).dictionary_encode()))
@@ -186,14 +236,25 @@ def test_ids_from_a_column(tmp_path: Any) -> None:
 
 
 def test_images_that_are_not_there(tmp_path: Any) -> None:
-    images = [{"bytes": picture(0), "path": None}, {"bytes": None, "path": "0/1.png"}, {"bytes": None, "path": None}, None]
-    uri = put(f"{tmp_path}/a.parquet", pa.table({"image": pa.array(images, STRUCT), "label": [0, 1, 2, 3]}))
+    images = [
+        {"bytes": picture(0), "path": None},
+        {"bytes": None, "path": "0/1.png"},
+        {"bytes": None, "path": None},
+        None,
+    ]
+    uri = put(
+        f"{tmp_path}/a.parquet",
+        pa.table({"image": pa.array(images, STRUCT), "label": [0, 1, 2, 3]}),
+    )
     assert rejects(samples(make(uri))) == {
         "a.parquet#1": "no image: the file holds only its path, '0/1.png'",
         "a.parquet#2": "no image: bytes are null",
         "a.parquet#3": "no image: null",
     }
-    uri = put(f"{tmp_path}/b.parquet", pa.table({"image": pa.array([None, b""], pa.binary()), "label": [0, 1]}))
+    uri = put(
+        f"{tmp_path}/b.parquet",
+        pa.table({"image": pa.array([None, b""], pa.binary()), "label": [0, 1]}),
+    )
     found = samples(make(uri))
     assert [sample.reason for sample in found] == ["no image: null", ""]
     assert decode_batch(found, 8, 100)[1] == ["no image: null", "empty: 0 bytes"]
@@ -204,14 +265,37 @@ def test_nested_lists_of_pixels(tmp_path: Any, inner: pa.DataType) -> None:
     colour = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3))
     grey = colour[..., 0]
     nested = pa.list_(pa.list_(pa.list_(inner)))
-    uri = put(f"{tmp_path}/a.parquet", pa.table({"image": pa.array(colour.tolist(), nested), "label": [0, 1]}))
-    assert np.array_equal([sample.image for sample in samples_of_arrays(uri)], colour.astype(np.uint8))
     uri = put(
-        f"{tmp_path}/b.parquet", pa.table({"image": pa.array(grey.tolist(), pa.list_(pa.list_(inner, 5), 4)), "label": [0, 1]})
+        f"{tmp_path}/a.parquet",
+        pa.table({"image": pa.array(colour.tolist(), nested), "label": [0, 1]}),
     )
-    assert np.array_equal([sample.image for sample in samples_of_arrays(uri)], grey.astype(np.uint8))
-    odd = [[[1, 2], [3]], [[1, 300]], [[1, -1]], [], [[], []], None, [[1, None]], [[1, 2], None], [[7, 8]]]
-    uri = put(f"{tmp_path}/c.parquet", pa.table({"image": pa.array(odd, pa.list_(pa.list_(pa.int64()))), "label": [0] * 9}))
+    assert np.array_equal(
+        [sample.image for sample in samples_of_arrays(uri)], colour.astype(np.uint8)
+    )
+    uri = put(
+        f"{tmp_path}/b.parquet",
+        pa.table(
+            {"image": pa.array(grey.tolist(), pa.list_(pa.list_(inner, 5), 4)), "label": [0, 1]}
+        ),
+    )
+    assert np.array_equal(
+        [sample.image for sample in samples_of_arrays(uri)], grey.astype(np.uint8)
+    )
+    odd = [
+        [[1, 2], [3]],
+        [[1, 300]],
+        [[1, -1]],
+        [],
+        [[], []],
+        None,
+        [[1, None]],
+        [[1, 2], None],
+        [[7, 8]],
+    ]
+    uri = put(
+        f"{tmp_path}/c.parquet",
+        pa.table({"image": pa.array(odd, pa.list_(pa.list_(pa.int64()))), "label": [0] * 9}),
+    )
     found = samples_of_arrays(uri)
     assert [bool(sample.reason) for sample in found] == [True] * 8 + [False]
     assert np.array_equal(found[8].image, [[7, 8]])
@@ -219,7 +303,9 @@ def test_nested_lists_of_pixels(tmp_path: Any, inner: pa.DataType) -> None:
 
 def samples_of_arrays(uri: str) -> list[Any]:
     source = make(uri)
-    return [sample for scan in scans(source) for part in scan.fragments for sample in source.read(part)]
+    return [
+        sample for scan in scans(source) for part in scan.fragments for sample in source.read(part)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,23 +326,39 @@ def samples_of_arrays(uri: str) -> list[Any]:
             {"label_column": "label"},
             "column 'label' is struct<name: string>; expected one number or name per sample",
         ),
-        (plain(1), {"id_column": "key"}, "no column 'key'; columns are image, label; set source.id_column"),
-        (pa.table({"image": ["a.png"], "label": [0]}), {}, "column 'image' is string; expected encoded bytes"),
+        (
+            plain(1),
+            {"id_column": "key"},
+            "no column 'key'; columns are image, label; set source.id_column",
+        ),
+        (
+            pa.table({"image": ["a.png"], "label": [0]}),
+            {},
+            "column 'image' is string; expected encoded bytes",
+        ),
         (pa.table({"image": [[1, 2]], "label": [0]}), {}, "expected encoded bytes"),
         (
             pa.table({"image": [b"x"], "label": [[0, 1]]}),
             {},
             "column 'label' is list<.*>; expected one number or name per sample",
         ),
-        (plain(1, key=[0.5]), {"id_column": "key"}, "column 'key' is double; expected text or whole numbers"),
         (
-            pa.Table.from_arrays([pa.array([b"x"]), pa.array([0]), pa.array([1])], ["image", "label", "label"]),
+            plain(1, key=[0.5]),
+            {"id_column": "key"},
+            "column 'key' is double; expected text or whole numbers",
+        ),
+        (
+            pa.Table.from_arrays(
+                [pa.array([b"x"]), pa.array([0]), pa.array([1])], ["image", "label", "label"]
+            ),
             {},
             "2 columns 'label'",
         ),
     ],
 )
-def test_columns_that_do_not_fit_are_named(tmp_path: Any, table: pa.Table, options: dict[str, Any], words: str) -> None:
+def test_columns_that_do_not_fit_are_named(
+    tmp_path: Any, table: pa.Table, options: dict[str, Any], words: str
+) -> None:
     source = make(put(f"{tmp_path}/a.parquet", table), **options)
     (scan,) = scans(source)
     (fragment,) = scan.fragments
@@ -276,7 +378,9 @@ def test_a_schema_that_changes_between_shards_breaks_one_shard(tmp_path: Any) ->
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
 def test_a_file_cut_off_is_one_broken_fragment(place: str, keep: float) -> None:
     whole = file_bytes(plain(20))
-    storage.write_bytes(f"{place}/cut.parquet", whole[: int(len(whole) * keep) if keep < 1 else int(keep)])
+    storage.write_bytes(
+        f"{place}/cut.parquet", whole[: int(len(whole) * keep) if keep < 1 else int(keep)]
+    )
     (scan,) = scans(make(f"{place}/cut.parquet"))
     (fragment,) = scan.fragments
     assert fragment.samples == 0 and fragment.error and fragment.path == "cut.parquet"
@@ -302,7 +406,11 @@ def test_a_damaged_row_group_costs_its_own_samples(place: str, column: str) -> N
     found = samples(source, lambda sample_id: sample_id != "k2")
     assert len(found) == 11
     bad = rejects(found)
-    assert sorted(bad) == ([f"a.parquet#{row}" for row in range(4, 8)] if column == "key" else [f"k{row}" for row in range(4, 8)])
+    assert sorted(bad) == (
+        [f"a.parquet#{row}" for row in range(4, 8)]
+        if column == "key"
+        else [f"k{row}" for row in range(4, 8)]
+    )
     assert all("damaged row group 1" in reason for reason in bad.values())
     if column != "label":
         assert scans(source)[0].labels == {0, 1, 2}
@@ -322,12 +430,18 @@ def test_a_file_that_changes_after_the_scan(tmp_path: Any) -> None:
 
 
 def test_a_number_of_rows_that_cannot_be_is_refused(tmp_path: Any) -> None:
-    uri = put(f"{tmp_path}/a.parquet", pa.table({"image": pa.nulls(100_000, pa.binary()), "label": [0] * 100_000}))
+    uri = put(
+        f"{tmp_path}/a.parquet",
+        pa.table({"image": pa.nulls(100_000, pa.binary()), "label": [0] * 100_000}),
+    )
     source = make(uri)
     file = next(source.files())
     assert sum(part.samples for part in source.scan(file).fragments) in {0, 100_000}
     scan = source.scan(SourceFile(file.path, 500, file.stamp))
-    assert scan.fragments[0].samples == 0 and "100000 rows stated in 500 bytes" in scan.fragments[0].error
+    assert (
+        scan.fragments[0].samples == 0
+        and "100000 rows stated in 500 bytes" in scan.fragments[0].error
+    )
 
 
 def test_a_file_deleted_after_the_listing_is_broken(place: str) -> None:
@@ -338,7 +452,9 @@ def test_a_file_deleted_after_the_listing_is_broken(place: str) -> None:
     assert "no such file" in source.scan(file).fragments[0].error
 
 
-def test_a_storage_fault_is_not_mistaken_for_damage(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_fault_is_not_mistaken_for_damage(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = put(
         f"{tmp_path}/a.parquet",
         plain(400, pad=[np.random.default_rng(row).bytes(5000) for row in range(400)]),
@@ -369,12 +485,21 @@ def test_classes_of_named_labels_are_sorted(tmp_path: Any) -> None:
 
 FUZZ = [
     file_bytes(hugging_face(12), row_group_size=5),
-    file_bytes(plain(12, key=[f"k{row}" for row in range(12)]), row_group_size=4, compression="none"),
-    file_bytes(plain(12, key=list(range(12))), compression="gzip", write_page_checksum=True, data_page_version="2.0"),
+    file_bytes(
+        plain(12, key=[f"k{row}" for row in range(12)]), row_group_size=4, compression="none"
+    ),
+    file_bytes(
+        plain(12, key=list(range(12))),
+        compression="gzip",
+        write_page_checksum=True,
+        data_page_version="2.0",
+    ),
 ]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     which=st.integers(0, len(FUZZ) - 1),
     cut=st.none() | st.floats(0, 1),
@@ -383,16 +508,27 @@ FUZZ = [
     key=st.booleans(),
 )
 def test_damage_gives_rejects_or_a_broken_file(
-    tmp_path: Any, which: int, cut: float | None, changes: list[tuple[float, int]], tail: bool, key: bool
+    tmp_path: Any,
+    which: int,
+    cut: float | None,
+    changes: list[tuple[float, int]],
+    tail: bool,
+    key: bool,
 ) -> None:
     damaged = bytearray(FUZZ[which])
     reach = min(len(damaged), 1500)  # where the footer is
     for place, value in changes:
-        damaged[len(damaged) - reach + int(place * reach) if tail else int(place * len(damaged))] = value
+        damaged[
+            len(damaged) - reach + int(place * reach) if tail else int(place * len(damaged))
+        ] = value
     if cut is not None:
         del damaged[int(cut * len(damaged)) :]
     (tmp_path / "a.parquet").write_bytes(damaged)
-    source = ParquetSource(SourceSettings(uri=f"{tmp_path}/a.parquet", fragment_samples=7, id_column="key" if key else None))
+    source = ParquetSource(
+        SourceSettings(
+            uri=f"{tmp_path}/a.parquet", fragment_samples=7, id_column="key" if key else None
+        )
+    )
     found = samples(source)
     assert len(found) == sum(part.samples for scan in scans(source) for part in scan.fragments)
     decode_batch(found, 8, 10_000)
@@ -422,7 +558,9 @@ assert bad
 print(peak() - started)
 """
     file = f"{tmp_path}/a.parquet"
-    pq.write_table(pa.table({"image": [picture(row) for row in range(20)], "label": list(range(20))}), file)
+    pq.write_table(
+        pa.table({"image": [picture(row) for row in range(20)], "label": list(range(20))}), file
+    )
     done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100

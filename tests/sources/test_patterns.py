@@ -70,12 +70,16 @@ def table(number: int) -> bytes:
 
 def fill(place: str, *names: str) -> str:
     for number, name in enumerate(names):
-        storage.write_bytes(f"{place}/{name}", table(number) if name.endswith("parquet") else tar(number))
+        storage.write_bytes(
+            f"{place}/{name}", table(number) if name.endswith("parquet") else tar(number)
+        )
     return place
 
 
 def broken(source: Any) -> dict[str, str]:
-    return {part.path: part.error for scan in scans(source) for part in scan.fragments if part.error}
+    return {
+        part.path: part.error for scan in scans(source) for part in scan.fragments if part.error
+    }
 
 
 def test_shards_by_a_brace_pattern(place: str) -> None:
@@ -83,7 +87,9 @@ def test_shards_by_a_brace_pattern(place: str) -> None:
     source = make(f"{place}/in/a-{{09..11}}.tar")
     assert source.format == "webdataset"
     assert ids(samples(source)) == ["a-09.tar#1", "a-10.tar#2", "a-11.tar#3"] and not broken(source)
-    assert ids(samples(make(f"{place}/{{in,out}}/{{b,a}}-{{09,10,12}}.tar", format="webdataset"))) == [
+    assert ids(
+        samples(make(f"{place}/{{in,out}}/{{b,a}}-{{09,10,12}}.tar", format="webdataset"))
+    ) == [
         "in/a-09.tar#1",
         "in/a-10.tar#2",
         "in/b-09.tar#4",
@@ -107,21 +113,35 @@ def test_folders_by_a_brace_pattern(tmp_path: Any) -> None:
     ]
     fill(str(tmp_path), "train/x.parquet", "val/y.parquet", "test/z.parquet")
     storage.write_bytes(f"{tmp_path}/val/README.md", b"x")
-    assert ids(samples(make(f"{tmp_path}/{{train,val}}/"))) == ["train/x.parquet#0", "val/y.parquet#0"]
+    assert ids(samples(make(f"{tmp_path}/{{train,val}}/"))) == [
+        "train/x.parquet#0",
+        "val/y.parquet#0",
+    ]
 
 
 def test_shards_that_are_not_there_are_unreadable_files(place: str) -> None:
     fill(place, "in/a-1.tar", "in/a-3.tar")
     source = make(f"{place}/in/a-{{1..4}}.tar")
     assert ids(samples(source)) == ["a-1.tar#0", "a-3.tar#1"]
-    assert broken(source) == dict.fromkeys(("a-2.tar", "a-4.tar"), "no such file, though it is named")
+    assert broken(source) == dict.fromkeys(
+        ("a-2.tar", "a-4.tar"), "no such file, though it is named"
+    )
     before = {file.path: file.stamp for file in source.files()}
     fill(place, "in/a-2.tar")  # it is read once it is there
-    assert {file.path for file in make(f"{place}/in/a-{{1..4}}.tar").files() if before[file.path] != file.stamp} == {"a-2.tar"}
+    assert {
+        file.path
+        for file in make(f"{place}/in/a-{{1..4}}.tar").files()
+        if before[file.path] != file.stamp
+    } == {"a-2.tar"}
     for uri in (f"{place}/in/b-{{1..4}}.tar", f"{place}/none/b-{{1..4}}.tar"):
-        with pytest.raises(SourceError, match=r"none of the 4 files it names is there, such as b-1.tar"):
+        with pytest.raises(
+            SourceError, match=r"none of the 4 files it names is there, such as b-1.tar"
+        ):
             make(uri)
-    with pytest.raises(SourceError, match=r"x-\{0..99999999\}.tar: cannot be listed: the braces stand for more than 1,000,000"):
+    with pytest.raises(
+        SourceError,
+        match=r"x-\{0..99999999\}.tar: cannot be listed: the braces stand for more than 1,000,000",
+    ):
         make(f"{place}/in/x-{{0..99999999}}.tar")
 
 
@@ -129,7 +149,9 @@ def test_many_shards_cost_one_listing(place: str, monkeypatch: pytest.MonkeyPatc
     fill(place, "in/a-00007.tar", "in/a-09999.tar", "in/other.tar")
     requests: list[str] = []
     retrying = storage.retrying
-    monkeypatch.setattr(storage, "retrying", lambda action, what: requests.append(what) or retrying(action, what))
+    monkeypatch.setattr(
+        storage, "retrying", lambda action, what: requests.append(what) or retrying(action, what)
+    )
     found = list(make(f"{place}/in/a-{{00000..09999}}.tar", format="webdataset").files())
     assert len(found) == 10_000 and sum(file.stamp != MISSING for file in found) == 2
     assert len(requests) < 6
@@ -145,13 +167,23 @@ def test_a_list_of_shards(place: str, tmp_path: Any) -> None:
     storage.write_bytes(f"{place}/in/shards.txt", "\r\n".join(lines).encode("utf-8-sig"))
     source = make(f"{place}/in/shards.txt", format="webdataset")
     inside = ["a.tar#0", "deep/b.tar#1", "odd-{1,2}.tar#3", "part-0#4"]
-    assert sorted(ids(samples(source))) == sorted([*inside, f"{place}/c.tar#2", f"{tmp_path}/elsewhere/e.tar#1"])
+    assert sorted(ids(samples(source))) == sorted(
+        [*inside, f"{place}/c.tar#2", f"{tmp_path}/elsewhere/e.tar#1"]
+    )
     assert list(broken(source)) == ["none.tar"]
-    assert ids(samples(make(f"{place}/in/shards.txt", format="webdataset", include="deep/*"))) == ["deep/b.tar#1"]
+    assert ids(samples(make(f"{place}/in/shards.txt", format="webdataset", include="deep/*"))) == [
+        "deep/b.tar#1"
+    ]
     storage.write_bytes(f"{place}/in/SHARDS.TXT", b"none.tar\nnor this.tar\n")
-    with pytest.raises(SourceError, match=r"SHARDS.TXT: none of the 2 files it names is there, such as none.tar"):
+    with pytest.raises(
+        SourceError, match=r"SHARDS.TXT: none of the 2 files it names is there, such as none.tar"
+    ):
         list(make(f"{place}/in/SHARDS.TXT", format="webdataset").files())
-    for content, words in ((b"", "no files here"), (b"# only\n", "no files here"), (b"\xff\xfea", "text in UTF-8")):
+    for content, words in (
+        (b"", "no files here"),
+        (b"# only\n", "no files here"),
+        (b"\xff\xfea", "text in UTF-8"),
+    ):
         storage.write_bytes(f"{place}/in/other.txt", content)
         with pytest.raises(SourceError, match=words):
             list(make(f"{place}/in/other.txt", format="webdataset").files())
@@ -165,7 +197,14 @@ def test_a_list_of_parquet_files_tells_its_format(tmp_path: Any) -> None:
 
 
 def test_names_that_have_braces_are_meant_as_they_are(tmp_path: Any) -> None:
-    fill(str(tmp_path), "set{1,2}/a{1,2}.tar", "set{1,2}/b1.tar", "set{1,2}/b2.tar", "set1/c.tar", "set{3}/d1.tar")
+    fill(
+        str(tmp_path),
+        "set{1,2}/a{1,2}.tar",
+        "set{1,2}/b1.tar",
+        "set{1,2}/b2.tar",
+        "set1/c.tar",
+        "set{3}/d1.tar",
+    )
     for uri, expected in (
         (f"{tmp_path}/set{{1,2}}/a{{1,2}}.tar", ["a{1,2}.tar#0"]),
         (f"{tmp_path}/set{{1,2}}/b{{1,2}}.tar", ["b1.tar#1", "b2.tar#2"]),
@@ -177,7 +216,9 @@ def test_names_that_have_braces_are_meant_as_they_are(tmp_path: Any) -> None:
         assert ids(samples(make(uri))) == expected
 
 
-def test_local_patterns_relative_and_through_links(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_patterns_relative_and_through_links(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(str(tmp_path), "real/a-1.tar", "real/deep/b.tar")
     (tmp_path / "in").mkdir()
     os.symlink("../real/a-1.tar", tmp_path / "in" / "a-1.tar")
@@ -190,7 +231,10 @@ def test_local_patterns_relative_and_through_links(tmp_path: Any, monkeypatch: p
         ("a-2.tar/b.tar", False),
         ("a-3.tar", True),
     ]
-    assert ids(samples(make("in/a-{1..2}.tar", format="webdataset"))) == ["a-1.tar#0", "a-2.tar/b.tar#1"]
+    assert ids(samples(make("in/a-{1..2}.tar", format="webdataset"))) == [
+        "a-1.tar#0",
+        "a-2.tar/b.tar#1",
+    ]
     (tmp_path / "l.txt").write_text("real/a-1.tar\n")
     assert ids(samples(make("l.txt", format="webdataset"))) == ["real/a-1.tar#0"]
     monkeypatch.chdir(tmp_path / "real")
@@ -200,6 +244,9 @@ def test_local_patterns_relative_and_through_links(tmp_path: Any, monkeypatch: p
 def test_braces_in_the_name_of_a_bucket(s3: str) -> None:
     fill(f"{s3}/buckets", "a.tar")
     bucket = s3.removeprefix("s3://")
-    source = make(f"s3://{{no-such-bucket-,raypipe-}}{bucket.removeprefix('raypipe-')}/buckets/a.tar", format="webdataset")
+    source = make(
+        f"s3://{{no-such-bucket-,raypipe-}}{bucket.removeprefix('raypipe-')}/buckets/a.tar",
+        format="webdataset",
+    )
     assert ids(samples(source)) == [f"{s3}/buckets/a.tar#0"]
     assert len(broken(source)) == 1

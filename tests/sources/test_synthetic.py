@@ -8,8 +8,8 @@ from source_helpers import ids, make, samples, scans
 
 import raypipe
 from raypipe.errors import SourceError
-from raypipe.images import decode_batch
 from raypipe.sources.synthetic import SHARD_SAMPLES, make_sample, parse_recipe
+from raypipe.vision.decode import decode_batch
 
 
 def test_every_sample_is_a_function_of_seed_and_index() -> None:
@@ -17,7 +17,9 @@ def test_every_sample_is_a_function_of_seed_and_index() -> None:
     assert source.format == "synthetic"
     found = samples(source)
     assert ids(found) == [f"synthetic/{index:010d}" for index in range(300)]
-    assert all(sample.image.shape == (16, 16, 3) and sample.image.dtype == np.uint8 for sample in found)
+    assert all(
+        sample.image.shape == (16, 16, 3) and sample.image.dtype == np.uint8 for sample in found
+    )
     assert {sample.label for sample in found} == set(range(7))
     assert scans(source)[0].class_names == tuple(f"class {index}" for index in range(7))
     recipe = parse_recipe("synthetic://?classes=7&size=16&seed=3")
@@ -25,7 +27,9 @@ def test_every_sample_is_a_function_of_seed_and_index() -> None:
         image, label = make_sample(recipe, index)
         assert np.array_equal(image, found[index].image) and label == found[index].label
     others = samples(make("synthetic://?samples=300&classes=7&size=16&seed=4"))
-    assert not any(np.array_equal(one.image, other.image) for one, other in zip(found, others, strict=True))
+    assert not any(
+        np.array_equal(one.image, other.image) for one, other in zip(found, others, strict=True)
+    )
 
 
 def test_the_pixels_are_the_same_everywhere() -> None:
@@ -37,7 +41,10 @@ def test_the_pixels_are_the_same_everywhere() -> None:
 
 def test_more_samples_leave_the_fragments_before_them_as_they_are() -> None:
     def fragments(count: int) -> list[str]:
-        found = [scan.fragments for scan in scans(make(f"synthetic://?samples={count}", fragment_samples=1000))]
+        found = [
+            scan.fragments
+            for scan in scans(make(f"synthetic://?samples={count}", fragment_samples=1000))
+        ]
         return [fragment.fragment_id for part in found for fragment in part]
 
     few, many = fragments(SHARD_SAMPLES + 2500), fragments(2 * SHARD_SAMPLES)
@@ -67,14 +74,19 @@ def test_the_classes_can_be_told_apart_and_not_all_samples_alike() -> None:
 def test_wrong_labels_and_broken_samples_have_their_share() -> None:
     noisy = parse_recipe("synthetic://?size=4&classes=5&label_noise=0.2")
     clean = parse_recipe("synthetic://?size=4&classes=5")
-    labels = np.array([[make_sample(recipe, index)[1] for index in range(2000)] for recipe in (noisy, clean)])
+    labels = np.array(
+        [[make_sample(recipe, index)[1] for index in range(2000)] for recipe in (noisy, clean)]
+    )
     assert 0.17 < (labels[0] != labels[1]).mean() < 0.23
     assert set(labels[0]) == set(range(5))
     found = samples(make("synthetic://?samples=1000&size=64&broken=0.1"))
     _, reasons = decode_batch(found, 32, 10_000)
     bad = [reason for reason in reasons if reason]
     assert 70 < len(bad) < 130
-    assert {reason.split(":")[0] for reason in bad} >= {"empty", "not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image"}
+    assert {reason.split(":")[0] for reason in bad} >= {
+        "empty",
+        "not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image",
+    }
     assert any("truncated" in reason for reason in bad)
 
 
@@ -94,7 +106,9 @@ def test_encoded_samples_have_the_same_pixels(encoding: str) -> None:
 
 def test_one_class_and_sizes_that_do_not_fit_the_grid() -> None:
     for size in (5, 13, 30):
-        image, label = make_sample(parse_recipe(f"synthetic://?classes=1&size={size}&label_noise=1"), 0)
+        image, label = make_sample(
+            parse_recipe(f"synthetic://?classes=1&size={size}&label_noise=1"), 0
+        )
         assert image.shape == (size, size, 3) and label == 0
 
 
@@ -117,5 +131,9 @@ def test_a_wrong_recipe_is_refused(uri: str, words: str) -> None:
 
 def test_inspect_shows_it() -> None:
     found = raypipe.inspect("synthetic://?samples=5000&classes=3&size=8&broken=0.5")
-    assert (found.samples, found.format, found.class_names) == (5000, "synthetic", ("class 0", "class 1", "class 2"))
+    assert (found.samples, found.format, found.class_names) == (
+        5000,
+        "synthetic",
+        ("class 0", "class 1", "class 2"),
+    )
     assert found.rejects.count > 80 and found.rejects.first[0][0].startswith("synthetic/")

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from source_helpers import make, picture, samples, scans
 
+from raypipe.distributed.ray_data.copy import _columns
 from raypipe.errors import SourceError
-from raypipe.stages.dataset_copy import _columns
 
 IMAGES = [picture(number) for number in range(4)]
 
@@ -26,11 +26,14 @@ def checked(source) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "columns", [{}, {"label": [3, 1, None, 7]}, {"label": [[1], [2], [], [3]], "kind": ["a", "b", "c", "d"]}]
+    "columns",
+    [{}, {"label": [3, 1, None, 7]}, {"label": [[1], [2], [], [3]], "kind": ["a", "b", "c", "d"]}],
 )
 def test_parquet(tmp_path, columns: dict) -> None:
     pq.write_table(pa.table({"image": IMAGES, **columns}), tmp_path / "x.parquet")
-    assert checked(make(str(tmp_path), label_column=None)) == [f"x.parquet#{row}" for row in range(4)]
+    assert checked(make(str(tmp_path), label_column=None)) == [
+        f"x.parquet#{row}" for row in range(4)
+    ]
     settled = make(str(tmp_path), label_column=None).settled()
     assert (settled.image_column, settled.label_column) == ("image", None)
 
@@ -44,7 +47,9 @@ def test_a_look_into_parquet(tmp_path) -> None:
     for whole in (True, False):
         seen = source.preview(file, 2, 2, random.Random(0), whole)
         assert (seen.error, dict(seen.labels), seen.class_names) == ("", {None: 4}, None)
-        assert seen.drawn and all(sample.label is None and not sample.reason for sample in seen.drawn)
+        assert seen.drawn and all(
+            sample.label is None and not sample.reason for sample in seen.drawn
+        )
 
 
 def test_webdataset(tmp_path) -> None:
@@ -55,7 +60,9 @@ def test_webdataset(tmp_path) -> None:
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     assert {sample.reason[:5] for sample in samples(make(str(tmp_path)))} == {"label"}
-    assert checked(make(str(tmp_path), label_column=None)) == [f"a.tar#{number}" for number in range(4)]
+    assert checked(make(str(tmp_path), label_column=None)) == [
+        f"a.tar#{number}" for number in range(4)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,11 @@ def test_file_list(tmp_path, listed: str) -> None:
     (tmp_path / f"list.{ending}").write_text(listed.format(*names))
     (tmp_path / "classes.txt").write_text("nothing of it\n")
     source = make(
-        f"{tmp_path}/list.{ending}", format="filelist", root=str(tmp_path), label_column=None, class_map=f"{tmp_path}/classes.txt"
+        f"{tmp_path}/list.{ending}",
+        format="filelist",
+        root=str(tmp_path),
+        label_column=None,
+        class_map=f"{tmp_path}/classes.txt",
     )
     assert checked(source) == names
 

@@ -13,9 +13,9 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.images import decode_batch
 from raypipe.sources import tarfiles, webdataset
 from raypipe.sources.webdataset import WebDatasetSource
+from raypipe.vision.decode import decode_batch
 
 Member = tuple[str, bytes] | tarfile.TarInfo
 
@@ -42,7 +42,10 @@ def special(name: str, type: bytes, target: str = "") -> tarfile.TarInfo:
 def pairs(count: int, start: int = 0) -> list[Member]:
     members: list[Member] = []
     for number in range(start, start + count):
-        members += [(f"{number:04d}.png", picture(number)), (f"{number:04d}.cls", str(number % 3).encode())]
+        members += [
+            (f"{number:04d}.png", picture(number)),
+            (f"{number:04d}.cls", str(number % 3).encode()),
+        ]
     return members
 
 
@@ -139,12 +142,16 @@ def test_label_field_is_a_setting_and_cls_comes_first(tmp_path: Any) -> None:
     members.append(("x.txt", b"7"))
     assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 5
     assert samples(one(tmp_path, tar(members), label_column="sort"))[0].label is None
-    assert samples(one(tmp_path, tar(members)))[0].label == 7  # the .json has no field that is usual for labels
+    assert (
+        samples(one(tmp_path, tar(members)))[0].label == 7
+    )  # the .json has no field that is usual for labels
     members.append(("x.cls", b"6"))
     assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 6
 
 
-def test_fragments_are_read_from_their_own_offset(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fragments_are_read_from_their_own_offset(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     members: list[Member] = []
     for number in range(20):
         members += [(f"{number:04d}.png", bytes([number]) * 20_000), (f"{number:04d}.cls", b"1")]
@@ -156,14 +163,22 @@ def test_fragments_are_read_from_their_own_offset(tmp_path: Any, monkeypatch: py
     asked: list[int] = []
     fetch = storage._Ranges._fetch
     monkeypatch.setattr(webdataset, "READ_BYTES", 4096)
-    monkeypatch.setattr(storage._Ranges, "_fetch", lambda self, length: asked.append(self._position) or fetch(self, length))
+    monkeypatch.setattr(
+        storage._Ranges,
+        "_fetch",
+        lambda self, length: asked.append(self._position) or fetch(self, length),
+    )
     found = list(source.read(scan.fragments[2]))
     assert ids(found) == [f"a.tar#{number:04d}" for number in range(12, 18)]
     assert min(asked) >= scan.fragments[2].offset - 512
-    assert max(asked) <= scan.fragments[3].offset + 4096  # one header further, to see that the last sample is complete
+    assert (
+        max(asked) <= scan.fragments[3].offset + 4096
+    )  # one header further, to see that the last sample is complete
 
 
-def test_samples_that_are_not_wanted_are_skipped_over(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_are_not_wanted_are_skipped_over(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     members: list[Member] = [(f"{number}.png", bytes([number]) * 100_000) for number in range(20)]
     source = one(tmp_path, tar(members))
     (fragment,) = scans(source)[0].fragments
@@ -195,7 +210,9 @@ def test_samples_that_are_not_wanted_are_skipped_over(tmp_path: Any, monkeypatch
         (("a/../../evil.png", b"x"), "a path out of the tar"),
     ],
 )
-def test_path_tricks_are_rejects_and_nothing_is_extracted(tmp_path: Any, member: Member, words: str) -> None:
+def test_path_tricks_are_rejects_and_nothing_is_extracted(
+    tmp_path: Any, member: Member, words: str
+) -> None:
     source = one(tmp_path, tar([*pairs(1), member, *pairs(1, 1)]))
     found = samples(source)
     assert len(found) == 3 and [bool(sample.reason) for sample in found] == [False, True, False]
@@ -205,7 +222,13 @@ def test_path_tricks_are_rejects_and_nothing_is_extracted(tmp_path: Any, member:
 
 def test_names_that_are_not_utf8_are_shown_escaped(tmp_path: Any) -> None:
     found = samples(
-        one(tmp_path, tar([("\udcffa.png", picture(0)), ("../\udcff.png", b""), ("b.\udcff", b"")], tarfile.GNU_FORMAT))
+        one(
+            tmp_path,
+            tar(
+                [("\udcffa.png", picture(0)), ("../\udcff.png", b""), ("b.\udcff", b"")],
+                tarfile.GNU_FORMAT,
+            ),
+        )
     )
     assert ids(found) == ["a.tar#\\xffa", "a.tar#../\\xff", "a.tar#b"]
     assert [sample.reason for sample in found] == [
@@ -216,12 +239,16 @@ def test_names_that_are_not_utf8_are_shown_escaped(tmp_path: Any) -> None:
 
 
 def test_a_link_for_a_label_rejects_its_sample(tmp_path: Any) -> None:
-    source = one(tmp_path, tar([("x.png", picture(0)), special("x.cls", tarfile.SYMTYPE, "/etc/hostname")]))
+    source = one(
+        tmp_path, tar([("x.png", picture(0)), special("x.cls", tarfile.SYMTYPE, "/etc/hostname")])
+    )
     assert list(rejects(samples(source))) == ["a.tar#x"]
 
 
 def test_a_sample_without_an_image_is_a_reject(tmp_path: Any) -> None:
-    found = samples(one(tmp_path, tar([("x.cls", b"1"), ("x.txt", b"words"), ("y.png", picture(0))])))
+    found = samples(
+        one(tmp_path, tar([("x.cls", b"1"), ("x.txt", b"words"), ("y.png", picture(0))]))
+    )
     assert rejects(found) == {"a.tar#x": "no image: only .cls, .txt"}
 
 
@@ -229,9 +256,19 @@ def test_a_sample_without_an_image_is_a_reject(tmp_path: Any) -> None:
 @pytest.mark.parametrize("limit", [2, 4, 100])
 def test_a_key_that_comes_again_is_a_reject(tmp_path: Any, limit: int, name: str) -> None:
     content = tar([*pairs(5), *pairs(1, 1), ("0009.png", picture(9)), ("0009.png", picture(8))])
-    found = samples(one(tmp_path, gzip.compress(content) if name.endswith("gz") else content, name, fragment_samples=limit))
+    found = samples(
+        one(
+            tmp_path,
+            gzip.compress(content) if name.endswith("gz") else content,
+            name,
+            fragment_samples=limit,
+        )
+    )
     assert [sample.sample_id[-1] for sample in found] == list("01234199")
-    assert [sample.sample_id[-1] for sample in found if "duplicate key" in sample.reason] == ["1", "9"]
+    assert [sample.sample_id[-1] for sample in found if "duplicate key" in sample.reason] == [
+        "1",
+        "9",
+    ]
     assert found[1].image == picture(1) and found[6].image == picture(9)
 
 
@@ -244,22 +281,41 @@ def test_gzip(tmp_path: Any, name: str) -> None:
 
 
 def test_a_cut_tar_loses_one_sample(place: str) -> None:
-    whole = tar([(f"{number}.{kind}", bytes([number]) * 700) for number in range(4) for kind in ("png", "txt")])
+    whole = tar(
+        [
+            (f"{number}.{kind}", bytes([number]) * 700)
+            for number in range(4)
+            for kind in ("png", "txt")
+        ]
+    )
     member, sample = 512 + 1024, 2 * (512 + 1024)
-    for cut in (3 * sample + 100, 3 * sample + 512, 3 * sample + 900, 3 * sample + member, 3 * sample + member + 700, 4 * sample):
+    for cut in (
+        3 * sample + 100,
+        3 * sample + 512,
+        3 * sample + 900,
+        3 * sample + member,
+        3 * sample + member + 700,
+        4 * sample,
+    ):
         storage.write_bytes(f"{place}/a.tar", whole[:cut])
         found = samples(make(f"{place}/a.tar", fragment_samples=2))
-        assert [item.image for item in found if not item.reason] == [bytes([number]) * 700 for number in range(len(found) - 1)]
+        assert [item.image for item in found if not item.reason] == [
+            bytes([number]) * 700 for number in range(len(found) - 1)
+        ]
         assert len(found) == (3 if cut < 3 * sample + 512 else 4)
         assert "cut off" in found[-1].reason
-    storage.write_bytes(f"{place}/a.tar", whole[: 4 * sample + 512])  # the end marker's first half is enough
+    storage.write_bytes(
+        f"{place}/a.tar", whole[: 4 * sample + 512]
+    )  # the end marker's first half is enough
     assert not rejects(samples(make(f"{place}/a.tar")))
 
 
 def test_a_cut_gzip_loses_one_sample(tmp_path: Any) -> None:
     whole = gzip.compress(tar(pairs(40)))
     found = samples(one(tmp_path, whole[: len(whole) // 2], "a.tar.gz", fragment_samples=9))
-    assert 10 < len(found) < 30 and [bool(sample.reason) for sample in found] == [False] * (len(found) - 1) + [True]
+    assert 10 < len(found) < 30 and [bool(sample.reason) for sample in found] == [False] * (
+        len(found) - 1
+    ) + [True]
 
 
 @pytest.mark.parametrize("filler", [b"\xff", b"\0"])
@@ -268,7 +324,13 @@ def test_a_damaged_header_costs_its_neighbourhood_only(tmp_path: Any, filler: by
     content[3 * 1536 : 3 * 1536 + 512] = filler * 512
     source = one(tmp_path, bytes(content), fragment_samples=2)
     found = samples(source)
-    assert [sample.sample_id for sample in found] == ["a.tar#0", "a.tar#1", "a.tar#2", "a.tar#4", "a.tar#5"]
+    assert [sample.sample_id for sample in found] == [
+        "a.tar#0",
+        "a.tar#1",
+        "a.tar#2",
+        "a.tar#4",
+        "a.tar#5",
+    ]
     assert list(rejects(found)) == ["a.tar#2"] and "damaged" in found[2].reason
 
 
@@ -276,7 +338,12 @@ def test_a_damaged_first_header_is_a_reject_of_its_own(tmp_path: Any) -> None:
     content = bytearray(tar(pairs(3)))
     content[:512] = b"\xff" * 512
     found = samples(one(tmp_path, bytes(content)))
-    assert [sample.sample_id for sample in found] == ["a.tar#byte-0", "a.tar#0000", "a.tar#0001", "a.tar#0002"]
+    assert [sample.sample_id for sample in found] == [
+        "a.tar#byte-0",
+        "a.tar#0000",
+        "a.tar#0001",
+        "a.tar#0002",
+    ]
     assert list(rejects(found)) == ["a.tar#byte-0", "a.tar#0000"]  # the second has lost its image
 
 
@@ -292,8 +359,15 @@ def test_what_follows_the_end_is_not_damage(tmp_path: Any) -> None:
 def test_an_endless_name_is_damage(tmp_path: Any) -> None:
     header = special("././@LongLink", tarfile.GNUTYPE_LONGNAME)
     header.size = 1 << 40
-    found = samples(one(tmp_path, tar(pairs(2))[: 4 * 1024] + header.tobuf(tarfile.GNU_FORMAT) + tar(pairs(1, 5))))
-    assert ids(found) == ["a.tar#0000", "a.tar#0001", "a.tar#0005"] and list(rejects(found)) == ["a.tar#0001"]
+    found = samples(
+        one(
+            tmp_path,
+            tar(pairs(2))[: 4 * 1024] + header.tobuf(tarfile.GNU_FORMAT) + tar(pairs(1, 5)),
+        )
+    )
+    assert ids(found) == ["a.tar#0000", "a.tar#0001", "a.tar#0005"] and list(rejects(found)) == [
+        "a.tar#0001"
+    ]
 
 
 def test_a_size_beyond_the_end_is_a_cut(tmp_path: Any) -> None:
@@ -303,7 +377,9 @@ def test_a_size_beyond_the_end_is_a_cut(tmp_path: Any) -> None:
     assert ids(found) == ["a.tar#0000", "a.tar#big"] and "cut off" in found[1].reason
 
 
-def test_a_member_that_is_too_large_is_not_loaded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_is_too_large_is_not_loaded(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(webdataset, "LARGEST_IMAGE", 1000)
     found = samples(one(tmp_path, tar([("x.png", b"1" * 1001), ("y.png", b"1" * 1000)])))
     assert rejects(found) == {"a.tar#x": "the image has more than 1000 bytes"}
@@ -313,12 +389,19 @@ def test_a_member_that_is_too_large_is_not_loaded(tmp_path: Any, monkeypatch: py
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_no_tar_at_all_is_a_broken_file(tmp_path: Any, content: bytes, name: str) -> None:
     (fragment,) = scans(one(tmp_path, content, name))[0].fragments
-    assert fragment.samples == 0 and ("not a tar file" in fragment.error or "empty" in fragment.error)
+    assert fragment.samples == 0 and (
+        "not a tar file" in fragment.error or "empty" in fragment.error
+    )
 
 
 def test_an_empty_tar_has_no_fragments(tmp_path: Any) -> None:
     assert scans(one(tmp_path, tar([])))[0].fragments == ()
-    assert scans(one(tmp_path, tar([special("folder", tarfile.DIRTYPE), ("README", b"x")])))[0].fragments == ()
+    assert (
+        scans(one(tmp_path, tar([special("folder", tarfile.DIRTYPE), ("README", b"x")])))[
+            0
+        ].fragments
+        == ()
+    )
 
 
 def test_a_tar_that_changes_after_the_scan(tmp_path: Any) -> None:
@@ -331,7 +414,9 @@ def test_a_tar_that_changes_after_the_scan(tmp_path: Any) -> None:
             assert len(found) == fragment.samples == len(set(ids(found)))
 
 
-def test_a_storage_fault_is_not_mistaken_for_damage(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_fault_is_not_mistaken_for_damage(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a.tar", "a.tar.gz"):
         content = tar([(f"{number}.png", picture(number, 64)) for number in range(30)])
         source = one(tmp_path, gzip.compress(content, 0) if name.endswith("gz") else content, name)
@@ -367,16 +452,25 @@ def mixed() -> list[Member]:
 FUZZ = [tar(mixed(), format) for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     which=st.integers(0, len(FUZZ) - 1),
     cut=st.none() | st.floats(0, 1),
-    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=6),
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40)), max_size=6
+    ),
     packed=st.booleans(),
     limit=st.integers(1, 8),
 )
 def test_damage_gives_rejects_or_a_broken_file(
-    tmp_path: Any, which: int, cut: float | None, changes: list[tuple[float, bytes]], packed: bool, limit: int
+    tmp_path: Any,
+    which: int,
+    cut: float | None,
+    changes: list[tuple[float, bytes]],
+    packed: bool,
+    limit: int,
 ) -> None:
     damaged = bytearray(gzip.compress(FUZZ[which], 1) if packed else FUZZ[which])
     for place, value in changes:
@@ -385,7 +479,8 @@ def test_damage_gives_rejects_or_a_broken_file(
     if cut is not None:
         del damaged[int(cut * len(damaged)) :]
     found = samples(
-        one(tmp_path, bytes(damaged), "a.tar.gz" if packed else "a.tar", fragment_samples=limit), lambda name: hash(name) % 2
+        one(tmp_path, bytes(damaged), "a.tar.gz" if packed else "a.tar", fragment_samples=limit),
+        lambda name: hash(name) % 2,
     )
     decode_batch(found, 8, 10_000)
 
@@ -394,4 +489,6 @@ def test_damage_gives_rejects_or_a_broken_file(
 @given(data=st.binary(max_size=300), position=st.integers(0, 30))
 def test_any_extended_header_can_be_parsed(data: bytes, position: int) -> None:
     content = b"20 path=some/name.p\n"[:position] + data
-    assert all(isinstance(value, str) for value in tarfiles._extension(tarfile.XHDTYPE, content).values())
+    assert all(
+        isinstance(value, str) for value in tarfiles._extension(tarfile.XHDTYPE, content).values()
+    )

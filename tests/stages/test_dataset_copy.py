@@ -18,10 +18,11 @@ import raypipe
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
 from raypipe.errors import ConfigError, RunError, SourceError
-from raypipe.images import decode
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import open_source
-from raypipe.stages.seed import read_shard, seed_manifest
+from raypipe.vision.decode import decode
 
 pytestmark = pytest.mark.ray
 COUNT = 300
@@ -55,20 +56,29 @@ def dataset(later: Path, shift: int = 0) -> Any:
         number = (row["number"] + shift) % COUNT
         return {"picture": images[number], "digit": labels[number], "name": f"digit {number}"}
 
-    return ray.data.from_items([{"number": number} for number in range(COUNT)], override_num_blocks=2).map(load)
+    return ray.data.from_items(
+        [{"number": number} for number in range(COUNT)], override_num_blocks=2
+    ).map(load)
 
 
 def copy(run: str, given: Any, **source: Any) -> None:
-    from raypipe.stages.base import Context
-    from raypipe.stages.dataset_copy import copy_dataset
+    from raypipe.distributed.context import Context
+    from raypipe.distributed.ray_data.copy import copy_dataset
 
     config = parse_config(settings(run, uri=f"{run}/source", **source))
     copy_dataset(given, config.source, Context(config, Run(run), QUIET))
 
 
 def copied(run: str) -> list[Any]:
-    source = open_source(SourceSettings(uri=f"{run}/source", format="parquet", id_column="sample_id"))
-    return [sample for file in source.files() for part in source.scan(file).fragments for sample in source.read(part)]
+    source = open_source(
+        SourceSettings(uri=f"{run}/source", format="parquet", id_column="sample_id")
+    )
+    return [
+        sample
+        for file in source.files()
+        for part in source.scan(file).fragments
+        for sample in source.read(part)
+    ]
 
 
 def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_path: Path) -> None:
@@ -86,7 +96,9 @@ def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_pat
     # what the seed set has of them, after everything a run does to a source
     shards = [read_shard(Run(run), shard) for shard in seed_manifest(Run(run))["shards"]]
     drawn = {
-        name: (image, label) for ids, pixels_, labels_ in shards for name, image, label in zip(ids, pixels_, labels_, strict=True)
+        name: (image, label)
+        for ids, pixels_, labels_ in shards
+        for name, image, label in zip(ids, pixels_, labels_, strict=True)
     }
     assert 60 < len(drawn) < 150
     for name, (image, label) in drawn.items():
@@ -94,16 +106,25 @@ def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_pat
         assert np.array_equal(image, np.stack([images[row]] * 3)) and label == labels[row]
 
     before = stamps(run, "source")
-    raypipe.run(parse_config(settings(run, uri=f"{run}/source", **columns)), source=dataset(later), until="seed", progress=QUIET)
+    raypipe.run(
+        parse_config(settings(run, uri=f"{run}/source", **columns)),
+        source=dataset(later),
+        until="seed",
+        progress=QUIET,
+    )
     assert stamps(run, "source") == before
     with pytest.raises(RunError, match=r"copy of another dataset \(steps differ\)"):
         copy(run, dataset(later, shift=1), **columns)
     # other columns are another setting, and a copy that lacks a file is none
     copy(run, dataset(later), id_column="name", limit=100, **columns)
-    assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(100)]
+    assert [sample.sample_id for sample in copied(run)] == [
+        f"digit {number}" for number in range(100)
+    ]
     storage.delete(f"{run}/source/part-000000.parquet")
     copy(run, dataset(later, shift=5), id_column="name", limit=100, **columns)
-    assert [sample.sample_id for sample in copied(run)] == [f"digit {number}" for number in range(5, 105)]
+    assert [sample.sample_id for sample in copied(run)] == [
+        f"digit {number}" for number in range(5, 105)
+    ]
 
 
 def test_encoded_images_on_s3(cluster: str, s3: str) -> None:
@@ -118,19 +139,26 @@ def test_encoded_images_on_s3(cluster: str, s3: str) -> None:
     copy(run, given)
     with pytest.raises(SourceError, match="no rows"):
         copy(f"{s3}/runs/of-nothing", given.limit(0))
-    assert stamps(run, "source") == before and set(before) == {"manifest.json", "part-000000.parquet"}
+    assert stamps(run, "source") == before and set(before) == {
+        "manifest.json",
+        "part-000000.parquet",
+    }
     found = copied(run)
-    assert [sample.image for sample in found] == images and [sample.label for sample in found] == names
+    assert [sample.image for sample in found] == images and [
+        sample.label for sample in found
+    ] == names
 
 
 def test_files_that_changed_make_another_dataset(cluster: str, tmp_path: Path) -> None:
     import ray
 
-    from raypipe.stages.dataset_identity import identity
+    from raypipe.distributed.ray_data.identity import identity
 
     (tmp_path / "set").mkdir()
     for number in range(2):
-        pq.write_table(pa.table({"image": [b"x"], "label": [1]}), tmp_path / "set" / f"{number}.parquet")
+        pq.write_table(
+            pa.table({"image": [b"x"], "label": [1]}), tmp_path / "set" / f"{number}.parquet"
+        )
         (tmp_path / "set" / f"{number}.bin").write_bytes(b"one")
 
     def found() -> list[dict[str, str]]:
@@ -142,7 +170,9 @@ def test_files_that_changed_make_another_dataset(cluster: str, tmp_path: Path) -
 
     before = found()
     assert found() == before
-    pq.write_table(pa.table({"image": [b"y", b"z"], "label": [1, 2]}), tmp_path / "set" / "1.parquet")
+    pq.write_table(
+        pa.table({"image": [b"y", b"z"], "label": [1, 2]}), tmp_path / "set" / "1.parquet"
+    )
     (tmp_path / "set" / "2.bin").write_bytes(b"more")
     for one, other in zip(before, found(), strict=True):
         assert {name for name in one if one[name] != other[name]} == {"input files"}
@@ -151,7 +181,7 @@ def test_files_that_changed_make_another_dataset(cluster: str, tmp_path: Path) -
 def test_data_in_memory_is_told_by_its_rows(cluster: str) -> None:
     import ray
 
-    from raypipe.stages.dataset_identity import identity
+    from raypipe.distributed.ray_data.identity import identity
 
     rows = [{"image": bytes([number]), "label": number} for number in range(40)]
     one = identity(ray.data.from_items(rows, override_num_blocks=2))
@@ -167,37 +197,73 @@ def test_data_in_memory_is_told_by_its_rows(cluster: str) -> None:
 @pytest.mark.parametrize(
     ("row", "source", "words"),
     [
-        ({"content": b"x", "label": 1}, {}, "no column 'image'; it has content, label; set source.image_column"),
-        ({"picture": b"x", "kind": 1}, {}, "no column 'label'; it has picture, kind; set source.label_column"),
+        (
+            {"content": b"x", "label": 1},
+            {},
+            "no column 'image'; it has content, label; set source.image_column",
+        ),
+        (
+            {"picture": b"x", "kind": 1},
+            {},
+            "no column 'label'; it has picture, kind; set source.label_column",
+        ),
         ({"image": b"x", "label": 1}, {"id_column": "name"}, "no column 'name'.*source.id_column"),
-        ({"image": np.zeros((3, 8, 8), np.uint8), "label": 1}, {}, r"column 'image' holds uint8 \[3, 8, 8\]; expected encoded"),
-        ({"image": np.zeros((8, 8), np.float32), "label": 1}, {}, r"column 'image' holds float32 \[8, 8\]"),
+        (
+            {"image": np.zeros((3, 8, 8), np.uint8), "label": 1},
+            {},
+            r"column 'image' holds uint8 \[3, 8, 8\]; expected encoded",
+        ),
+        (
+            {"image": np.zeros((8, 8), np.float32), "label": 1},
+            {},
+            r"column 'image' holds float32 \[8, 8\]",
+        ),
         ({"image": "a.jpg", "label": 1}, {}, "column 'image' holds str"),
         ({"image": b"x", "label": 1.5}, {}, "column 'label': label is not a number or a name: 1.5"),
     ],
 )
-def test_columns_that_cannot_be_used_are_named(row: dict[str, Any], source: dict[str, str], words: str) -> None:
-    from raypipe.stages.dataset_copy import _columns
+def test_columns_that_cannot_be_used_are_named(
+    row: dict[str, Any], source: dict[str, str], words: str
+) -> None:
+    from raypipe.distributed.ray_data.copy import _columns
 
     given = SourceSettings(uri="unused", **source)
-    batch = {name: np.array([value], object) if not isinstance(value, np.ndarray) else value[None] for name, value in row.items()}
+    batch = {
+        name: np.array([value], object) if not isinstance(value, np.ndarray) else value[None]
+        for name, value in row.items()
+    }
     with pytest.raises(SourceError, match=words):
         _columns(batch, given.image_column, given.label_column, given.id_column)
 
 
 def test_what_a_column_of_images_may_hold() -> None:
-    from raypipe.stages.dataset_copy import _columns
+    from raypipe.distributed.ray_data.copy import _columns
 
-    grey, colour = np.arange(16, dtype=np.uint8).reshape(4, 4), np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    grey, colour = (
+        np.arange(16, dtype=np.uint8).reshape(4, 4),
+        np.arange(48, dtype=np.uint8).reshape(4, 4, 3),
+    )
     encoded = io.BytesIO()
     Image.fromarray(colour).save(encoded, "PNG")
-    values = [grey, grey[:, :, None], colour, Image.fromarray(colour), encoded.getvalue(), {"bytes": encoded.getvalue()}, None]
-    batch = {"image": np.empty(7, object), "label": np.array([0, 1, 2, 3, 4, np.nan, 6]), "id": np.arange(7)}
+    values = [
+        grey,
+        grey[:, :, None],
+        colour,
+        Image.fromarray(colour),
+        encoded.getvalue(),
+        {"bytes": encoded.getvalue()},
+        None,
+    ]
+    batch = {
+        "image": np.empty(7, object),
+        "label": np.array([0, 1, 2, 3, 4, np.nan, 6]),
+        "id": np.arange(7),
+    }
     batch["image"][:] = values
     table = _columns(batch, "image", "label", "id")
-    assert table["label"].to_pylist() == ["0", "1", "2", "3", "4", "null", "6"] and table["sample_id"].to_pylist() == list(
-        "0123456"
-    )
+    assert table["label"].to_pylist() == ["0", "1", "2", "3", "4", "null", "6"] and table[
+        "sample_id"
+    ].to_pylist() == list("0123456")
     *images, missing = table["image"].to_pylist()
     assert missing is None
     for image, expected in zip(images, [grey, grey, *[colour] * 4], strict=True):
@@ -205,28 +271,38 @@ def test_what_a_column_of_images_may_hold() -> None:
         assert np.array_equal(decode(image, 4, 100), expected)
 
 
-def test_files_do_not_depend_on_how_the_rows_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raypipe.stages import dataset_copy
+def test_files_do_not_depend_on_how_the_rows_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raypipe.distributed.ray_data import copy
 
-    monkeypatch.setattr(dataset_copy, "FILE_ROWS", 512)
+    monkeypatch.setattr(copy, "FILE_ROWS", 512)
     labels = ["null"] * 300 + ["1"] * 430
-    table = pa.table({"image": [b"x"] * 730, "label": labels, "sample_id": list(map(str, range(730)))})
+    table = pa.table(
+        {"image": [b"x"] * 730, "label": labels, "sample_id": list(map(str, range(730)))}
+    )
     for name, step in (("one", 64), ("other", 32)):
-        files = dataset_copy._Files(Run(str(tmp_path / name)))
+        files = copy._Files(Run(str(tmp_path / name)))
         for start in range(0, 730, step):
             files.add(table.slice(start, step))
         files.close()
         assert sum(entry["rows"] for entry in files.written) == 730
     first, second = (
-        {path.name: path.read_bytes() for path in (tmp_path / name / "source").iterdir()} for name in ("one", "other")
+        {path.name: path.read_bytes() for path in (tmp_path / name / "source").iterdir()}
+        for name in ("one", "other")
     )
     assert first == second and sorted(first) == ["part-000000.parquet", "part-000001.parquet"]
     read = [pq.read_table(tmp_path / "one" / "source" / name) for name in sorted(first)]
-    assert [part["sample_id"].to_pylist() for part in read] == [list(map(str, range(512))), list(map(str, range(512, 730)))]
+    assert [part["sample_id"].to_pylist() for part in read] == [
+        list(map(str, range(512))),
+        list(map(str, range(512, 730))),
+    ]
 
 
 def test_a_dataset_and_a_uri_are_one_too_many(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"source\.uri is 'digits://', and a dataset is given as well"):
+    with pytest.raises(
+        ConfigError, match=r"source\.uri is 'digits://', and a dataset is given as well"
+    ):
         raypipe.run(settings(str(tmp_path), uri="digits://"), source=object(), progress=QUIET)
     with pytest.raises(ConfigError, match=r"source is list, not a ray\.data\.Dataset"):
         raypipe.run(settings(str(tmp_path)), source=[1], progress=QUIET)

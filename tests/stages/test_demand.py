@@ -11,22 +11,36 @@ import pytest
 from helpers import QUIET, small_config
 
 import raypipe
+from raypipe.distributed import pending
+from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.pending import (
+    ClusterState,
+    PendingRequest,
+    PendingWatch,
+    requesting,
+    resource_shape,
+)
 from raypipe.errors import ResourceError
-from raypipe.rundir import Run
-from raypipe.stages import demand
-from raypipe.stages.cluster import Cluster
-from raypipe.stages.demand import Books, DemandWatch, Waiting, asking, shape
+from raypipe.runs.layout import Run
 
 NODES = ({"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0})
-GPU = Waiting((shape(1, 2),), 1)
+GPU = PendingRequest((resource_shape(1, 2),), 1)
 
 
 @contextmanager
-def watching(patience: float, can_grow: bool = False) -> Iterator[tuple[DemandWatch, list[str], list[bool]]]:
+def watching(
+    patience: float, can_grow: bool = False
+) -> Iterator[tuple[PendingWatch, list[str], list[bool]]]:
     """A watch that looks at nothing by itself, what it said, and whether it gave up."""
     said: list[str] = []
     over: list[bool] = []
-    watch = DemandWatch(said.append, can_grow, patience, lambda: over.append(True), look=lambda: Books((), ()))
+    watch = PendingWatch(
+        said.append,
+        can_grow,
+        patience,
+        lambda: over.append(True),
+        look=lambda: ClusterState((), ()),
+    )
     try:
         yield watch, said, over
     finally:
@@ -34,46 +48,67 @@ def watching(patience: float, can_grow: bool = False) -> Iterator[tuple[DemandWa
 
 
 def test_a_request_fits_or_not() -> None:
-    books = Books(NODES, ())
-    assert not books.impossible(Waiting((shape(4),), 100)), "one after the other they fit"
-    assert books.impossible(Waiting((shape(5),), 1))
+    books = ClusterState(NODES, ())
+    assert not books.impossible(PendingRequest((resource_shape(4),), 100)), (
+        "one after the other they fit"
+    )
+    assert books.impossible(PendingRequest((resource_shape(5),), 1))
     assert books.impossible(GPU)
-    assert not books.impossible(Waiting((shape(2), shape(2), shape(2, 1)), 1))
-    assert books.impossible(Waiting((shape(2), shape(2), shape(2), shape(2)), 1)), "together they do not"
-    assert str(Waiting((shape(4, 1),) * 2, 1)) == "2 x 4 CPUs and 1 GPU"
+    assert not books.impossible(
+        PendingRequest((resource_shape(2), resource_shape(2), resource_shape(2, 1)), 1)
+    )
+    assert books.impossible(
+        PendingRequest(
+            (resource_shape(2), resource_shape(2), resource_shape(2), resource_shape(2)), 1
+        )
+    ), "together they do not"
+    assert str(PendingRequest((resource_shape(4, 1),) * 2, 1)) == "2 x 4 CPUs and 1 GPU"
     assert str(books) == "2 nodes, 6 CPUs, 1 GPUs"
 
 
 def test_said_within_a_minute_then_less_often_then_given_up() -> None:
-    with watching(patience=600) as (watch, said, over), asking(shape(1, 2)):
+    with watching(patience=600) as (watch, said, over), requesting(resource_shape(1, 2)):
         times = []
         for now in range(0, 600, 5):
             count = len(said)
-            assert not watch.judge(Books(NODES, (GPU,)), 1000.0 + now)
+            assert not watch.judge(ClusterState(NODES, (GPU,)), 1000.0 + now)
             times += [now] * (len(said) - count)
         assert times[0] <= 60 and times == [20, 40, 80, 160, 320]
-        assert "asked for 1 CPU and 2 GPUs, which no node of the cluster can give (2 nodes, 6 CPUs, 1 GPUs)" in said[0]
-        assert not over and watch.judge(Books(NODES, (GPU,)), 1600.0)
+        assert (
+            "asked for 1 CPU and 2 GPUs, which no node of the cluster can give (2 nodes, 6 CPUs, 1 GPUs)"
+            in said[0]
+        )
+        assert not over and watch.judge(ClusterState(NODES, (GPU,)), 1600.0)
         assert over and "for 600 s; ask for less" in watch.given_up
 
 
 def test_a_node_that_comes_ends_the_wait() -> None:
-    with watching(patience=100, can_grow=True) as (watch, said, over), asking(shape(1, 2)):
-        watch.judge(Books(NODES, (GPU,)), 0.0)
-        assert not watch.judge(Books(NODES, (GPU,)), 90.0) and "the autoscaler has brought none" in said[-1]
-        assert not watch.judge(Books((*NODES, {"CPU": 8.0, "GPU": 4.0}), (GPU,)), 95.0), "it can be given now"
-        assert not watch.judge(Books(NODES, (GPU,)), 120.0), "waiting begins anew"
+    with (
+        watching(patience=100, can_grow=True) as (watch, said, over),
+        requesting(resource_shape(1, 2)),
+    ):
+        watch.judge(ClusterState(NODES, (GPU,)), 0.0)
+        assert (
+            not watch.judge(ClusterState(NODES, (GPU,)), 90.0)
+            and "the autoscaler has brought none" in said[-1]
+        )
+        assert not watch.judge(ClusterState((*NODES, {"CPU": 8.0, "GPU": 4.0}), (GPU,)), 95.0), (
+            "it can be given now"
+        )
+        assert not watch.judge(ClusterState(NODES, (GPU,)), 120.0), "waiting begins anew"
         assert not over
 
 
 def test_requests_of_others_and_a_cluster_that_is_only_full_are_none_of_our_business() -> None:
     with watching(patience=10) as (watch, said, over):
-        with asking(shape(1)):
+        with requesting(resource_shape(1)):
             for now in (0.0, 30.0, 60.0):
-                assert not watch.judge(Books(NODES, (GPU, Waiting((shape(1),), 50))), now)
-        with asking(shape(1, 2)):
+                assert not watch.judge(
+                    ClusterState(NODES, (GPU, PendingRequest((resource_shape(1),), 50))), now
+                )
+        with requesting(resource_shape(1, 2)):
             pass
-        assert not watch.judge(Books(NODES, (GPU,)), 90.0), "nothing is asked for any more"
+        assert not watch.judge(ClusterState(NODES, (GPU,)), 90.0), "nothing is asked for any more"
         assert not said and not over
 
 
@@ -90,7 +125,11 @@ def _nodes(*names: str, status: str = "RUNNING") -> Any:
     ("state", "report", "expected"),
     [
         (_nodes("headgroup"), b"", True),  # KubeRay: nothing but the head is there yet
-        (_nodes(""), b'{"autoscaler_report": {"active_nodes": {"head": 1}}}', True),  # the older autoscaler
+        (
+            _nodes(""),
+            b'{"autoscaler_report": {"active_nodes": {"head": 1}}}',
+            True,
+        ),  # the older autoscaler
         (_nodes("", ""), b"", False),
         (_nodes(""), b'{"autoscaler_report": {"active_nodes": {"node_0a1b": 1}}}', False),
         (_nodes("gpu", status="DEAD"), b"not JSON", False),
@@ -101,12 +140,12 @@ def test_an_autoscaler_is_known_by_the_types_of_its_nodes(
 ) -> None:
     import ray.experimental.internal_kv as store
 
-    from raypipe.stages import cluster
+    from raypipe.distributed import cluster
 
     reports = iter([b"", report])  # before its first report, too
     monkeypatch.setattr(cluster, "FIRST_REPORT", 1)
     monkeypatch.setattr(store, "_internal_kv_get", lambda key: next(reports, report))
-    monkeypatch.setattr(demand, "_state", lambda: state)
+    monkeypatch.setattr(pending, "_state", lambda: state)
     assert cluster._autoscaling() is expected
 
 
@@ -114,8 +153,8 @@ def test_a_cluster_that_does_not_tell_its_types_has_none(monkeypatch: pytest.Mon
     def fails() -> Any:
         raise RuntimeError("no such request")
 
-    monkeypatch.setattr(demand, "_state", fails)
-    assert demand.node_types() == set()
+    monkeypatch.setattr(pending, "_state", fails)
+    assert pending.node_types() == set()
 
 
 @pytest.mark.ray
@@ -124,14 +163,17 @@ def test_the_books_of_a_cluster(cluster: str) -> None:
 
     waits = ray.remote(num_cpus=1000, num_gpus=3)(lambda: None).remote()
     group = ray.util.placement_group([{"CPU": 500}, {"CPU": 500}])
-    wanted = {(shape(1000, 3),), (shape(500), shape(500))}
+    wanted = {(resource_shape(1000, 3),), (resource_shape(500), resource_shape(500))}
     end = time.monotonic() + 20
-    while not wanted <= {request.bundles for request in demand.books().waiting} and time.monotonic() < end:
+    while (
+        not wanted <= {request.bundles for request in pending.books().waiting}
+        and time.monotonic() < end
+    ):
         time.sleep(0.2)
-    found = demand.books()
+    found = pending.books()
     assert all(found.impossible(request) for request in found.waiting if request.bundles in wanted)
     assert wanted <= {request.bundles for request in found.waiting} and found.nodes[0]["CPU"] >= 1
-    assert demand.node_types() == set(), "this cluster has no autoscaler"
+    assert pending.node_types() == set(), "this cluster has no autoscaler"
     ray.cancel(waits)
     ray.util.remove_placement_group(group)
 
@@ -140,13 +182,16 @@ def test_the_books_of_a_cluster(cluster: str) -> None:
 def test_a_run_ends_with_what_was_asked_for_and_what_there_is(
     cluster: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demand, "PAUSE", 0.2)
-    monkeypatch.setattr(demand, "SAID_AFTER", 0.5)
+    monkeypatch.setattr(pending, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(pending, "REPORT_AFTER", 0.5)
     # as if a node had gone after the sizes were settled
     monkeypatch.setattr(Cluster, "train_workers", lambda *_: (2, False, 400, 1))
     run = f"{tmp_path}/run"
     config = small_config(run, "cluster.patience_seconds=2", "source.limit=150")
-    with pytest.raises(ResourceError, match=r"proxy: asked for 2 x 400 CPUs, which no node of the cluster can give \(1 node, "):
+    with pytest.raises(
+        ResourceError,
+        match=r"proxy: asked for 2 x 400 CPUs, which no node of the cluster can give \(1 node, ",
+    ):
         raypipe.run(config, until="proxy", progress=QUIET)
     record = Run(run).ledger()["proxy"]
     assert record.state == "failed" and "400 CPUs" in record.error

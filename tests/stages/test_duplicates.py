@@ -17,12 +17,13 @@ from serial import index, run_tasks, seed
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError
-from raypipe.images import decode
-from raypipe.rundir import Run
+from raypipe.runs.duplicates import reject_duplicates
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import open_source
-from raypipe.stages import duplicates
-from raypipe.stages.duplicates import once
-from raypipe.stages.seed import read_shard, seed_manifest
+from raypipe.stages.index import duplicate_ids
+from raypipe.vision.decode import decode
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 
@@ -30,14 +31,31 @@ pytestmark = pytest.mark.usefixtures("no_ray")
 def put(folder: Path, name: str, keys: list[str | None], images: list[bytes] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     buffer, images = io.BytesIO(), images or [b"x"] * len(keys)
-    table = pa.table({"image": images, "label": [row % 2 for row in range(len(keys))], "key": pa.array(keys, pa.string())})
+    table = pa.table(
+        {
+            "image": images,
+            "label": [row % 2 for row in range(len(keys))],
+            "key": pa.array(keys, pa.string()),
+        }
+    )
     pq.write_table(table, buffer)
     (folder / f"{name}.parquet").write_bytes(buffer.getvalue())
 
 
 def config(tmp_path: Path, *more: str) -> Config:
-    where = [f"source.uri={tmp_path}/data", "source.format=parquet", "source.limit=null", "source.id_column=key"]
-    return small_config(f"{tmp_path}/run", *where, "source.fragment_samples=4", "source.max_reject_fraction=1", *more)
+    where = [
+        f"source.uri={tmp_path}/data",
+        "source.format=parquet",
+        "source.limit=null",
+        "source.id_column=key",
+    ]
+    return small_config(
+        f"{tmp_path}/run",
+        *where,
+        "source.fragment_samples=4",
+        "source.max_reject_fraction=1",
+        *more,
+    )
 
 
 def read(settings: Config) -> dict[str, tuple[list[str], list[tuple[str, str]]]]:
@@ -46,7 +64,9 @@ def read(settings: Config) -> dict[str, tuple[list[str], list[tuple[str, str]]]]
     result: dict[str, tuple[list[str], list[tuple[str, str]]]] = {}
     for fragment in run.fragments():
         kept, rejected = result.setdefault(fragment.path.removesuffix(".parquet"), ([], []))
-        for sample in once(run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat):
+        for sample in reject_duplicates(
+            run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat
+        ):
             if sample.reason:
                 rejected.append((sample.sample_id, sample.reason))
             else:
@@ -59,12 +79,17 @@ def test_the_first_counts_and_the_others_name_its_file(tmp_path: Path) -> None:
     put(tmp_path / "data", "b", ["x", "c", "c", "y"])
     put(tmp_path / "data", "c", ["x", "z", None, "h"])
     record = index(config(tmp_path))
-    assert record.detail["duplicates"] == 4, "of each fragment one; the second c in one fragment is seen when it is read"
+    assert record.detail["duplicates"] == 4, (
+        "of each fragment one; the second c in one fragment is seen when it is read"
+    )
     found = read(config(tmp_path))
     assert found["a"] == (list("abcdefgh"), [("a", "duplicate id: also in a.parquet")])
     assert found["b"] == (["x", "y"], [("c", "duplicate id: also in a.parquet")] * 2)
     assert found["c"][0] == ["z"]
-    assert found["c"][1][::2] == [("x", "duplicate id: also in b.parquet"), ("h", "duplicate id: also in a.parquet")]
+    assert found["c"][1][::2] == [
+        ("x", "duplicate id: also in b.parquet"),
+        ("h", "duplicate id: also in a.parquet"),
+    ]
     assert found["c"][1][1][0] == "c.parquet#2" and "null" in found["c"][1][1][1]
     before = stamps(f"{tmp_path}/run", "duplicates")
     index(config(tmp_path))
@@ -80,7 +105,11 @@ def test_a_repeated_id_is_drawn_once(tmp_path: Path) -> None:
     index(settings)
     record = seed(settings)
     run = Run(settings.run)
-    drawn = {sample_id: image for shard in seed_manifest(run)["shards"] for sample_id, image in zip(*read_shard(run, shard)[:2])}
+    drawn = {
+        sample_id: image
+        for shard in seed_manifest(run)["shards"]
+        for sample_id, image in zip(*read_shard(run, shard)[:2])
+    }
     assert (record.samples, record.detail["rejects"]) == (40, 20) and list(drawn) == names
     np.testing.assert_array_equal(drawn["digit-30"], decode(images[30], 8, 1000))
 
@@ -109,13 +138,15 @@ def test_what_had_a_score_stays_the_first_when_the_source_grows(tmp_path: Path) 
     kept = {file: ids for file, (ids, _) in read(config(tmp_path)).items()}
     assert kept == {"z": ["9"], "a": ["0", "2"], "b": [], "0": ["3", "4"]}
     again = {fragment.path for fragment in run.fragments()} - {
-        fragment.path for fragment in run.fragments() if fragment.fragment_id in run.done("embeddings")
+        fragment.path
+        for fragment in run.fragments()
+        if fragment.fragment_id in run.done("embeddings")
     }
     assert again == {"a.parquet", "0.parquet"}
 
 
 def test_interrupted_it_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "GROUP_IDS", 4)
+    monkeypatch.setattr(duplicate_ids, "GROUP_IDS", 4)
     for place in ("whole", "cut"):
         for name in "abcd":
             put(tmp_path / place / "data", name, ["k", name, "j"])
@@ -131,7 +162,7 @@ def test_interrupted_it_finds_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         run_tasks(units, function, on_result)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("raypipe.stages.streaming.run_tasks", dies)
+        patch.setattr("raypipe.distributed.tasks.run_tasks", dies)
         index(config(tmp_path / "cut"))
     assert len(Run(f"{tmp_path}/cut/run").done("duplicates/ids")) == 1
     index(config(tmp_path / "cut"))
@@ -151,9 +182,16 @@ def test_too_many_stop_the_run_and_are_kept_when_more_are_allowed(tmp_path: Path
     index(config(tmp_path, "source.max_reject_fraction=0.01"))  # nine never stop a run
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(files=st.lists(st.lists(st.integers(0, 30), max_size=12), min_size=1, max_size=5), parts=st.integers(1, 6))
-def test_every_id_counts_once(tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], parts: int) -> None:
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    files=st.lists(st.lists(st.integers(0, 30), max_size=12), min_size=1, max_size=5),
+    parts=st.integers(1, 6),
+)
+def test_every_id_counts_once(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], parts: int
+) -> None:
     """Against a walk through all ids in order, with the hashes cut into ranges and row groups."""
     if not any(files):
         return
@@ -161,9 +199,9 @@ def test_every_id_counts_once(tmp_path_factory: pytest.TempPathFactory, files: l
     for number, keys in enumerate(files):
         put(folder / "data", f"{number}", [str(key) for key in keys])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "GROUP_IDS", 10)
-        patch.setattr(duplicates, "PART_IDS", max(1, sum(map(len, files)) // parts))
-        patch.setattr(duplicates, "ROW_GROUP", 3)
+        patch.setattr(duplicate_ids, "GROUP_IDS", 10)
+        patch.setattr(duplicate_ids, "PART_IDS", max(1, sum(map(len, files)) // parts))
+        patch.setattr(duplicate_ids, "ROW_GROUP", 3)
         index(config(folder))
     kept = [key for ids, _ in read(config(folder)).values() for key in ids]
     assert kept == list(dict.fromkeys(str(key) for keys in files for key in keys))
@@ -172,11 +210,18 @@ def test_every_id_counts_once(tmp_path_factory: pytest.TempPathFactory, files: l
 def test_ranges_of_unsigned_hashes(tmp_path: Path) -> None:
     """Row groups are chosen by their statistics, which have to be those of unsigned numbers."""
     values = np.sort(np.random.default_rng(0).integers(0, 2**64, 1000, np.uint64, endpoint=False))
-    table = pa.table([values, values, np.zeros(1000, np.int32)], schema=duplicates.SCHEMA)
+    table = pa.table([values, values, np.zeros(1000, np.int32)], schema=duplicate_ids.SCHEMA)
     storage.write_table(f"{tmp_path}/a.parquet", table, row_group_size=10)
-    for low, high in ((0, 2**62), (2**63 - 2**60, 2**63 + 2**60), (2**63 + 2**62, 2**64 - 1), (5, 6)):
-        found = duplicates._range(f"{tmp_path}/a.parquet", low, high)["high"].to_numpy()
-        np.testing.assert_array_equal(found, values[(values >= np.uint64(low)) & (values <= np.uint64(high))])
+    for low, high in (
+        (0, 2**62),
+        (2**63 - 2**60, 2**63 + 2**60),
+        (2**63 + 2**62, 2**64 - 1),
+        (5, 6),
+    ):
+        found = duplicate_ids._range(f"{tmp_path}/a.parquet", low, high)["high"].to_numpy()
+        np.testing.assert_array_equal(
+            found, values[(values >= np.uint64(low)) & (values <= np.uint64(high))]
+        )
 
 
 def test_ids_made_of_paths_cost_nothing(tmp_path: Path) -> None:

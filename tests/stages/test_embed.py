@@ -15,16 +15,17 @@ from safetensors.torch import save
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError
-from raypipe.images import decode
-from raypipe.models import build
-from raypipe.rundir import Run, StageRecord
+from raypipe.runs.checkpoints import load_checkpoint
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.sources import Fragment
-from raypipe.stages.base import Context
-from raypipe.stages.cluster import Cluster
 from raypipe.stages.embed import EmbedActor, EmbedStage, _read
-from raypipe.stages.index import IndexStage
-from raypipe.stages.proxy import load_checkpoint
+from raypipe.stages.index.stage import IndexStage
+from raypipe.vision.decode import decode
+from raypipe.vision.networks import build
 
 SIZE = 16
 
@@ -40,27 +41,58 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Fragment, d
     """A folder of JPEGs and others, indexed, and a proxy that was never trained; the files by sample id."""
     folder = tmp_path_factory.mktemp("embed")
     pictures = [photograph(0).resize((40 + number, 50)) for number in range(6)]
-    files = {f"a/{number}.jpg": encode(picture, "JPEG", quality=90) for number, picture in enumerate(pictures)}
-    files |= {"b/0.png": encode(pictures[0], "PNG"), "b/1.jpg": encode(pictures[1].convert("CMYK"), "JPEG")}
-    files |= {"b/2.jpg": files["a/2.jpg"][:-30], "b/3.jpg": b"words", "b/4.jpg": encode(pictures[4].convert("L"), "JPEG")}
+    files = {
+        f"a/{number}.jpg": encode(picture, "JPEG", quality=90)
+        for number, picture in enumerate(pictures)
+    }
+    files |= {
+        "b/0.png": encode(pictures[0], "PNG"),
+        "b/1.jpg": encode(pictures[1].convert("CMYK"), "JPEG"),
+    }
+    files |= {
+        "b/2.jpg": files["a/2.jpg"][:-30],
+        "b/3.jpg": b"words",
+        "b/4.jpg": encode(pictures[4].convert("L"), "JPEG"),
+    }
     for name, content in files.items():
         path = folder / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    where = [f"source.uri={folder}/data", "source.format=imagefolder", "source.limit=null", f"proxy.image_size={SIZE}"]
+    where = [
+        f"source.uri={folder}/data",
+        "source.format=imagefolder",
+        "source.limit=null",
+        f"proxy.image_size={SIZE}",
+    ]
     config = small_config(f"{folder}/run", *where, "embed.batch_size=4")
     run = Run(config.run)
     IndexStage().execute(Context(config, run, QUIET), StageRecord(fingerprint=""))
     torch.manual_seed(0)
-    storage.write_bytes(run.path("proxy", "checkpoints", "final.safetensors"), save(build("small", 2, SIZE).state_dict()))
-    about = {"model": "small", "classes": 2, "image_size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3, "samples": 20}
-    storage.write_json(run.path("proxy", "proxy.json"), about | {"final": "final.safetensors", "checkpoints": []})
-    storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [20], "audit_fraction": 0.0})
+    storage.write_bytes(
+        run.path("proxy", "checkpoints", "final.safetensors"),
+        save(build("small", 2, SIZE).state_dict()),
+    )
+    about = {
+        "model": "small",
+        "classes": 2,
+        "image_size": SIZE,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "samples": 20,
+    }
+    storage.write_json(
+        run.path("proxy", "proxy.json"), about | {"final": "final.safetensors", "checkpoints": []}
+    )
+    storage.write_json(
+        run.path("seed", "manifest.json"), {"shard_samples": [20], "audit_fraction": 0.0}
+    )
     (fragment,) = run.fragments()
     return config, fragment, files
 
 
-def embed(ready: tuple[Config, Fragment, dict[str, bytes]], aside: bool) -> tuple[dict[str, Any], dict[str, str]]:
+def embed(
+    ready: tuple[Config, Fragment, dict[str, bytes]], aside: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Embeddings and reject reasons by sample id; the columns go through a block of Ray Data."""
     config, fragment, _ = ready
     run = Run(config.run)
@@ -74,7 +106,9 @@ def embed(ready: tuple[Config, Fragment, dict[str, bytes]], aside: bool) -> tupl
     return found, {row["sample_id"]: row["reason"] for row in rejects}
 
 
-def test_an_embedding_is_that_of_the_plain_image(ready: tuple[Config, Fragment, dict[str, bytes]]) -> None:
+def test_an_embedding_is_that_of_the_plain_image(
+    ready: tuple[Config, Fragment, dict[str, bytes]],
+) -> None:
     """Flips and shifts are for the training alone."""
     config, _, files = ready
     found, rejects = embed(ready, aside=False)
@@ -99,14 +133,19 @@ def test_jpegs_left_to_the_actor_give_the_same_samples_and_nearly_the_same_embed
     assert 0 < np.abs(difference).mean() < 0.1 * np.std(list(here.values()))
 
 
-def test_a_gpu_is_asked_for_where_there_is_one(ready: tuple[Config, Fragment, dict[str, bytes]]) -> None:
+def test_a_gpu_is_asked_for_where_there_is_one(
+    ready: tuple[Config, Fragment, dict[str, bytes]],
+) -> None:
     config, stage = ready[0], EmbedStage()
     context = Context(
-        config.model_copy(update={"embed": config.embed.model_copy(update={"decode": "gpu"})}), Run(config.run), QUIET
+        config.model_copy(update={"embed": config.embed.model_copy(update={"decode": "gpu"})}),
+        Run(config.run),
+        QUIET,
     )
     context.__dict__["cluster"] = Cluster(2, 0, 1, 2, False)
     with pytest.raises(
-        ResourceError, match=r"embed\.decode is gpu, but embed has no GPU \(1 node, 2 CPUs, 0 GPUs\); set it to auto"
+        ResourceError,
+        match=r"embed\.decode is gpu, but embed has no GPU \(1 node, 2 CPUs, 0 GPUs\); set it to auto",
     ):
         stage.execute(context, StageRecord(fingerprint=""))
     # pixels are others then, and so are the embeddings

@@ -8,17 +8,20 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import ExtrapolateSettings
+from raypipe.distributed.cluster import Cluster
 from raypipe.errors import ResourceError
-from raypipe.extrapolate.base import Extrapolator
-from raypipe.extrapolate.neighbours import NeighbourIndex
-from raypipe.rundir import Run
-from raypipe.stages.cluster import Cluster
-from raypipe.stages.extrapolate import ScoreActor, _pool, _read, search_notes
+from raypipe.extrapolators.base import Extrapolator
+from raypipe.extrapolators.neighbours import NeighbourIndex
+from raypipe.runs.layout import Run
+from raypipe.stages.extrapolate.stage import ScoreActor, _pool, _read, search_notes
 
 
 def test_what_is_said_of_the_neighbour_search() -> None:
     classes = {"1": {"note": "raised"}, "0": {"note": ""}}
-    assert search_notes({"note": "exact", "classes": classes}, ("", "dog")) == ["exact", "raised (class dog)"]
+    assert search_notes({"note": "exact", "classes": classes}, ("", "dog")) == [
+        "exact",
+        "raised (class dog)",
+    ]
     assert search_notes({"note": ""}, ()) == []
 
 
@@ -28,13 +31,17 @@ def test_a_gpu_is_asked_for_where_the_settings_say_so() -> None:
     assert (pool.num_gpus, pool.max_actors, pool.tasks) == (0.125, 16, False)
     assert _pool(with_gpus, ExtrapolateSettings(use_gpu=True, max_actors=3)).max_actors == 3
     assert _pool(with_gpus, ExtrapolateSettings()) == with_gpus.cpu_pool("auto")
-    assert _pool(with_gpus, ExtrapolateSettings(use_gpu=True), exact=False) == with_gpus.cpu_pool("auto")
+    assert _pool(with_gpus, ExtrapolateSettings(use_gpu=True), exact=False) == with_gpus.cpu_pool(
+        "auto"
+    )
     with pytest.raises(ResourceError, match="has no GPU"):
         _pool(without, ExtrapolateSettings(use_gpu=True))
 
 
 @pytest.mark.ray
-def test_scores_are_the_same_with_neighbours_from_a_gpu(finished: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_the_same_with_neighbours_from_a_gpu(
+    finished: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     run = Run(str(tmp_path / "run"))
     fragment = sorted(run.done("scores"))[0]

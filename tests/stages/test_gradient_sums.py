@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raypipe.rundir import Run
-from raypipe.stages import gradients
-from raypipe.stages.cluster import Pool
-from raypipe.stages.gradients import FAN_IN, Total
-from raypipe.stages.parts import Part
+from raypipe.distributed.cluster import ActorPool
+from raypipe.distributed.tree_sum import FAN_IN, TreeSum
+from raypipe.runs.layout import Run
+from raypipe.runs.partition import SeedPart
+from raypipe.stages.measure import gradients
 
 
 def _all_at_once(column: list[str]) -> str:
     """The same tree, made when all values are there."""
     while len(column) > 1:
-        column = ["(" + "+".join(column[start : start + FAN_IN]) + ")" for start in range(0, len(column), FAN_IN)]
+        column = [
+            "(" + "+".join(column[start : start + FAN_IN]) + ")"
+            for start in range(0, len(column), FAN_IN)
+        ]
     return column[0]
 
 
@@ -33,7 +36,7 @@ def test_the_tree_is_that_of_all_values_at_once(count: int) -> None:
         held.add(merged)
         return merged
 
-    total, begun = Total(merge), 0
+    total, begun = TreeSum(merge), 0
     for number in range(count):
         held.add(str(number))
         begun += len(total.add(str(number)))
@@ -67,8 +70,13 @@ class _Serial:
 def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     shards, files, stored = [str(number) for number in range(30)], ["first", "second", "third"], {}
 
-    def sums(config: Any, run: str, folders: Any, part: Any, group: list[str], files: list[str], *_: Any) -> list[Any]:
-        values = [{"weight": np.full(3, sum(map(int, group)) * (place + 1.0))} for place in range(len(files))]
+    def sums(
+        config: Any, run: str, folders: Any, part: Any, group: list[str], files: list[str], *_: Any
+    ) -> list[Any]:
+        values = [
+            {"weight": np.full(3, sum(map(int, group)) * (place + 1.0))}
+            for place in range(len(files))
+        ]
         return [*values, {"samples": len(group), "cpu_seconds": 0.5}]
 
     def store(run: str, folder: str, file: str, samples: int, total: dict[str, np.ndarray]) -> None:
@@ -77,8 +85,16 @@ def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.Monke
     serial, done = _Serial(), list[int]()
     for name, value in (("ray", serial), ("_gradient_sums", sums), ("_store_gradient", store)):
         monkeypatch.setattr(gradients, name, value)
-    folders, part = gradients.Folders("", "", ""), Part(0, 1, 0, 99, (), {})
-    arguments: Any = (None, Run("unused"), {"shards": shards}, folders, part, files, Pool(1, 1, 0.5, 0, 1, 0.5, 1))
+    folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, 99, (), {})
+    arguments: Any = (
+        None,
+        Run("unused"),
+        {"shards": shards},
+        folders,
+        part,
+        files,
+        ActorPool(1, 1, 0.5, 0, 1, 0.5, 1),
+    )
     seconds = gradients._mean_gradients(*arguments, done.append)
     assert seconds == 15 and done == [1] * 30
     assert stored == {file: ([435.0 * (place + 1)] * 3, 99) for place, file in enumerate(files)}

@@ -11,16 +11,19 @@ from helpers import QUIET, stamps
 
 from raypipe import storage
 from raypipe.config import Config, parse_config
+from raypipe.distributed.context import Context
 from raypipe.errors import SourceError
-from raypipe.rundir import Run, StageRecord
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
 from raypipe.sources import FileScan, SourceFile, filelist, imagefolder, open_source
-from raypipe.stages import index
-from raypipe.stages.base import Context
-from raypipe.stages.index import IndexStage, Recorded
+from raypipe.stages.index import stage as index_stage
+from raypipe.stages.index.stage import IndexStage, Recorded
 
 
 def config_of(folder: Path, uri: str, **source: Any) -> Config:
-    return parse_config({"run": f"{folder}/run", "source": {"uri": uri, "fragment_samples": 16, **source}})
+    return parse_config(
+        {"run": f"{folder}/run", "source": {"uri": uri, "fragment_samples": 16, **source}}
+    )
 
 
 def is_complete(config: Config, record: StageRecord) -> bool:
@@ -45,13 +48,15 @@ def samples(run: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """20 folders of 60 empty images in data/, and a list of them."""
-    monkeypatch.setattr(index, "PART_MEMBERS", 100)
+    monkeypatch.setattr(index_stage, "PART_MEMBERS", 100)
     names = [f"c{number % 20:02d}/{number:04d}.png" for number in range(1200)]
     for name in names:
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (tmp_path / "data" / "list.csv").write_text("path,label\n" + "".join(f"{name},{name[1:3]}\n" for name in names))
+    (tmp_path / "data" / "list.csv").write_text(
+        "path,label\n" + "".join(f"{name},{name[1:3]}\n" for name in names)
+    )
     return tmp_path
 
 
@@ -73,13 +78,19 @@ def test_everything_is_there_once_and_in_order(folder: Path, name: str) -> None:
     found = samples(config.run)
     expected = [f"c{number % 20:02d}/{number:04d}.png" for number in range(1200)]
     assert found == (sorted(expected) if name == "imagefolder" else expected)
-    assert record.samples == 1200 and record.detail["classes"] == 20 and record.detail["files"] == record.detail["fragments"]
+    assert (
+        record.samples == 1200
+        and record.detail["classes"] == 20
+        and record.detail["files"] == record.detail["fragments"]
+    )
     assert len(storage.names(f"{config.run}/index")) > 8
     assert is_complete(config, record)
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_neither_listing_nor_index_is_held(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_listing_nor_index_is_held(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While paths are drawn from the listing, those drawn before are in the index files already, but for a part and a block."""
     config = SOURCES[name](folder)
     held = 2 * 100 + 2 * 16
@@ -87,7 +98,9 @@ def test_neither_listing_nor_index_is_held(folder: Path, name: str, monkeypatch:
 
     def written() -> int:
         tables = storage.iter_tables(f"{config.run}/index", ["start", "stop"])
-        return sum(sum(table["stop"].to_pylist()) - sum(table["start"].to_pylist()) for _, table in tables)
+        return sum(
+            sum(table["stop"].to_pylist()) - sum(table["start"].to_pylist()) for _, table in tables
+        )
 
     def counting(stream: Iterator[Any]) -> Iterator[Any]:
         nonlocal drawn, most
@@ -117,7 +130,11 @@ def test_a_new_file_changes_its_own_part_and_the_source_is_listed_once(
     record = make(config)
     before = stamps(config.run, "index")
     (folder / "data" / "c19/0600a.png").touch()
-    listed = (folder / "data/list.csv").read_text().replace("c19/0639.png", "c19/0600a.png,19\nc19/0639.png")
+    listed = (
+        (folder / "data/list.csv")
+        .read_text()
+        .replace("c19/0639.png", "c19/0600a.png,19\nc19/0639.png")
+    )
     (folder / "data" / "list.csv").write_text(listed)
     scanned: list[str] = []
     source = type(open_source(config.source))
@@ -141,11 +158,15 @@ def test_a_new_file_changes_its_own_part_and_the_source_is_listed_once(
     assert len(scanned) <= 3 * 16 and any("c19/0600a.png" in member for member in scanned)
     after = stamps(config.run, "index")
     unchanged = {name for name in before if after.get(name) == before[name]}
-    assert "classes.json" in unchanged and len(unchanged) >= len(before) // 2  # parts before it, by their very stamps
+    assert (
+        "classes.json" in unchanged and len(unchanged) >= len(before) // 2
+    )  # parts before it, by their very stamps
     assert is_complete(config, record)
 
 
-def test_an_attempt_that_was_cut_off_is_taken_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_that_was_cut_off_is_taken_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = images(folder)
     write, left = storage.write_table, 3
 
@@ -172,7 +193,11 @@ def test_an_attempt_that_was_cut_off_is_taken_up(folder: Path, monkeypatch: pyte
             make(config)
     scanned: list[SourceFile] = []
     scan = imagefolder.ImageFolderSource.scan
-    monkeypatch.setattr(imagefolder.ImageFolderSource, "scan", lambda self, file: scanned.append(file) or scan(self, file))
+    monkeypatch.setattr(
+        imagefolder.ImageFolderSource,
+        "scan",
+        lambda self, file: scanned.append(file) or scan(self, file),
+    )
     make(config)
     assert samples(config.run) == expected and storage.names(f"{config.run}/index") == names
     assert 0 < sum(len(file.members) for file in scanned) < 200
@@ -184,7 +209,10 @@ def test_a_limit_ends_the_listing(folder: Path, name: str, monkeypatch: pytest.M
     make(config)
     whole = samples(config.run)
     limited = config.model_copy(
-        update={"run": f"{folder}/limited", "source": config.source.model_copy(update={"limit": 333, "num_classes": 20})}
+        update={
+            "run": f"{folder}/limited",
+            "source": config.source.model_copy(update={"limit": 333, "num_classes": 20}),
+        }
     )
     source = type(open_source(config.source))
     files, drawn = source.files, 0

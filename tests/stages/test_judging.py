@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raypipe.assessment import fidelity
 from raypipe.config import parse_config
-from raypipe.extrapolate import fidelity
-from raypipe.rundir import Run
-from raypipe.stages import judging
+from raypipe.runs.layout import Run
+from raypipe.stages.extrapolate import assess
 
 
 @pytest.mark.parametrize(
@@ -27,31 +27,44 @@ from raypipe.stages import judging
         ({"method": "gnn-published"}, False, 500, 1),
     ],
 )
-def test_parts_that_are_held_out(monkeypatch, extrapolate: dict[str, Any], rehearsal: bool, samples: int, expected: int) -> None:
+def test_parts_that_are_held_out(
+    monkeypatch, extrapolate: dict[str, Any], rehearsal: bool, samples: int, expected: int
+) -> None:
     monkeypatch.setattr(Run, "ledger", lambda self: {"rehearse": None} if rehearsal else {})
     monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=list("0123456789")))
-    monkeypatch.setattr(judging, "count_measured", lambda run: samples)
+    monkeypatch.setattr(assess, "count_measured", lambda run: samples)
     config = parse_config({"run": "r", "source": {"uri": "x"}, "extrapolate": extrapolate})
-    assert judging.folds(config, Run("r")) == expected
+    assert assess.fold_count(config, Run("r")) == expected
 
 
 @pytest.mark.parametrize(
-    ("method", "audited", "members"), [("gnn", 100, 1), ("gnn", 99, 3), ("gnn", None, 3), ("trees", 100, None)]
+    ("method", "audited", "members"),
+    [("gnn", 100, 1), ("gnn", 99, 3), ("gnn", None, 3), ("trees", 100, None)],
 )
-def test_fits_on_parts_are_quick_where_an_audit_set_decides(monkeypatch, method: str, audited: int | None, members: int) -> None:
-    monkeypatch.setattr(judging, "folds", lambda config, run: 5)
+def test_fits_on_parts_are_quick_where_an_audit_set_decides(
+    monkeypatch, method: str, audited: int | None, members: int
+) -> None:
+    monkeypatch.setattr(assess, "fold_count", lambda config, run: 5)
 
     def samples(*_: Any) -> SimpleNamespace:
-        seed = SimpleNamespace(ids=[f"{row}" for row in range(50)], nodes=None, score=np.zeros(50), rows=None)
+        seed = SimpleNamespace(
+            ids=[f"{row}" for row in range(50)], nodes=None, score=np.zeros(50), rows=None
+        )
         audit = None if audited is None else SimpleNamespace(ids=["x"] * audited)
         return SimpleNamespace(seed=seed, audit=lambda: audit, everything=None)
 
     made, written = [], []
-    monkeypatch.setattr(judging, "Samples", samples)
+    monkeypatch.setattr(assess, "FitData", samples)
     monkeypatch.setattr(Run, "ledger", lambda self: {})
     monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=("a", "b")))
     monkeypatch.setattr(fidelity, "hold_out", lambda make, *_, mlp: made.append((make(), mlp)))
-    monkeypatch.setattr(judging, "_write", lambda run, name, ids, found: written.append((name, len(ids))))
+    monkeypatch.setattr(
+        assess, "_write", lambda run, name, ids, found: written.append((name, len(ids)))
+    )
     config = parse_config({"run": "r", "source": {"uri": "x"}, "extrapolate": {"method": method}})
-    judging.write_fold(2, config, Run("r"), 1000, lambda *_: None)
-    assert getattr(made[0][0], "members", None) == members and made[0][1] == (members != 1) and written == [("fold-2", 10)]
+    assess.write_fold(2, config, Run("r"), 1000, lambda *_: None)
+    assert (
+        getattr(made[0][0], "members", None) == members
+        and made[0][1] == (members != 1)
+        and written == [("fold-2", 10)]
+    )

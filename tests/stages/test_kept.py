@@ -10,19 +10,19 @@ from scored import opened, scored_run
 import raypipe
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.stages import kept
+from raypipe.keeplists.file import KeepFile, ids_in_order
 
 
 def test_rows_of_a_list_are_read_by_group(tmp_path: Path) -> None:
     run = scored_run(f"{tmp_path}/run", "digits://", limit=120)
     uri, table = f"{tmp_path}/list.parquet", storage.read_table(raypipe.KeepList(run.uri).uri)
     storage.write_table(uri, table, row_group_size=7)
-    with kept.KeepFile(uri) as file:
+    with KeepFile(uri) as file:
         for start, stop in ((0, 60), (0, 7), (7, 14), (6, 8), (13, 50), (59, 60)):
             assert file.rows(start, stop).equals(table.slice(start, stop - start))
     storage.write_table(uri, table.drop_columns("score"))
     with pytest.raises(RunError, match="not a keep-list: its columns are sample_id, label"):
-        kept.KeepFile(uri)
+        KeepFile(uri)
 
 
 def test_ids_of_a_tar_in_order_even_where_keys_repeat(tmp_path: Path) -> None:
@@ -35,4 +35,4 @@ def test_ids_of_a_tar_in_order_even_where_keys_repeat(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/a.tar", buffer.getvalue())
     source = opened(f"{tmp_path}/a.tar")
     (fragment,) = source.scan(next(source.files())).fragments
-    assert kept.ids_in_order(source, fragment) == [f"a.tar#{key}" for key in (1, 2, 2, 3, 1)]
+    assert ids_in_order(source, fragment) == [f"a.tar#{key}" for key in (1, 2, 2, 3, 1)]

@@ -19,19 +19,21 @@ import raypipe
 from raypipe import storage
 from raypipe.api import load_scores
 from raypipe.config import Config, SourceSettings, apply_overrides, parse_config
+from raypipe.config.evaluate import EvaluateSettings
+from raypipe.distributed.context import Context
 from raypipe.errors import RunError, SourceError
-from raypipe.evaluation.running import evaluate
-from raypipe.images import decode_batch
-from raypipe.inspection import describe_result, describe_run
+from raypipe.evaluation.driver import evaluate
 from raypipe.nightly import run_night
 from raypipe.pipeline import execute
-from raypipe.rundir import Run, StageRecord
-from raypipe.settings.evaluate import EvaluateSettings
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.pseudo_labels import load_labeller
+from raypipe.runs.seed_shards import read_images, read_shard, shard_labels
+from raypipe.runs.status import describe_result, describe_run
 from raypipe.sources import ClassMap, RawSample
-from raypipe.stages.base import Context
-from raypipe.stages.pseudo import load_labeller
-from raypipe.stages.rehearse import RehearseStage, inside
-from raypipe.stages.seed import read_images, read_shard, seed_manifest, shard_labels
+from raypipe.stages.rehearse import RehearseStage, inner_run
+from raypipe.vision.decode import decode_batch
 
 SETTINGS: dict[str, Any] = {
     "source": {"format": "parquet", "fragment_samples": 75, "label_column": None},
@@ -47,13 +49,19 @@ SETTINGS: dict[str, Any] = {
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
-    data = {"run": f"{folder}/run", **SETTINGS, "source": {**SETTINGS["source"], "uri": f"{folder}/data"}}
+    data = {
+        "run": f"{folder}/run",
+        **SETTINGS,
+        "source": {**SETTINGS["source"], "uri": f"{folder}/data"},
+    }
     return parse_config(apply_overrides(data, overrides))
 
 
 def add(folder: Path, number: int, rows: int = 150) -> None:
     images = digit_pngs(1797)[0][number * rows : (number + 1) * rows]
-    storage.write_table(f"{folder}/data/part-{number}.parquet", pa.table({"image": images}), row_group_size=75)
+    storage.write_table(
+        f"{folder}/data/part-{number}.parquet", pa.table({"image": images}), row_group_size=75
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,30 +89,58 @@ def test_every_sample_has_the_label_of_its_cluster(whole: Path) -> None:
     assert run.classes().names == tuple(f"cluster-{number}" for number in range(6))
     seed = seed_manifest(run)
     drawn = [read_shard(run, shard) for shard in (*seed["shards"], *seed["audit_shards"])]
-    told = {name: label for ids, _, labels in drawn for name, label in zip(ids, labels.tolist(), strict=True)}
-    assert len(told) > seed["samples"] and all(rows[name]["label"] == label for name, label in told.items())
+    told = {
+        name: label
+        for ids, _, labels in drawn
+        for name, label in zip(ids, labels.tolist(), strict=True)
+    }
+    assert len(told) > seed["samples"] and all(
+        rows[name]["label"] == label for name, label in told.items()
+    )
     assert (
         seed["per_class"]
-        == np.bincount([told[name] for shard in seed["shards"] for name in read_images(run, shard)[0]], minlength=6).tolist()
+        == np.bincount(
+            [told[name] for shard in seed["shards"] for name in read_images(run, shard)[0]],
+            minlength=6,
+        ).tolist()
     )
-    assert all((read_images(run, shard)[2] == -1).all() for shard in seed["shards"]), "the seed set itself has none"
+    assert all((read_images(run, shard)[2] == -1).all() for shard in seed["shards"]), (
+        "the seed set itself has none"
+    )
     for shard, (ids, _, labels) in zip(seed["shards"], drawn):
         table = shard_labels(run, shard)  # what trajectories are scored with
-        assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (ids, labels.tolist())
+        assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (
+            ids,
+            labels.tolist(),
+        )
 
 
-def test_half_of_the_seed_set_keeps_its_pseudo_labels(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_seed_set_keeps_its_pseudo_labels(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(whole / "run", tmp_path / "run")
     in_process(monkeypatch)
-    monkeypatch.setattr("raypipe.stages.rehearse.run_tasks", run_tasks)
+    monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     run = Run(f"{tmp_path}/run")
-    inner, seed = inside(run), seed_manifest(run)
+    inner, seed = inner_run(run), seed_manifest(run)
     RehearseStage()._divide(Context(config_of(whole), run, QUIET), StageRecord(), seed, inner)
-    assert inner.classes() == ClassMap(run.classes().names, numeric=False), "there they are labels like any other"
-    told = {name: label for ids, _, labels in map(run_shard(run), seed["shards"]) for name, label in zip(ids, labels.tolist())}
-    half = {name: label for ids, _, labels in map(run_shard(inner), seed["shards"]) for name, label in zip(ids, labels.tolist())}
+    assert inner.classes() == ClassMap(run.classes().names, numeric=False), (
+        "there they are labels like any other"
+    )
+    told = {
+        name: label
+        for ids, _, labels in map(run_shard(run), seed["shards"])
+        for name, label in zip(ids, labels.tolist())
+    }
+    half = {
+        name: label
+        for ids, _, labels in map(run_shard(inner), seed["shards"])
+        for name, label in zip(ids, labels.tolist())
+    }
     assert 0 < len(half) < len(told) and half.items() <= told.items()
-    assert seed_manifest(inner)["per_class"] == np.bincount(list(half.values()), minlength=6).tolist()
+    assert (
+        seed_manifest(inner)["per_class"] == np.bincount(list(half.values()), minlength=6).tolist()
+    )
 
 
 def run_shard(run: Run) -> Any:
@@ -122,17 +158,27 @@ def test_clusters_stand_for_classes_from_the_proxy_to_the_report(whole: Path) ->
     assert [entry["name"] for entry in summary["classes"]] == list(run.classes().names)
     page = storage.read_bytes(run.path("report", "index.html")).decode()
     assert "in 6 clusters" in page and "no true labels were used" in page
-    assert any("pseudo-labels from 6 clusters; no true labels were used" in line for line in describe_result(run))
+    assert any(
+        "pseudo-labels from 6 clusters; no true labels were used" in line
+        for line in describe_result(run)
+    )
     assert any(line.startswith("label       done") for line in describe_run(run.uri))
 
 
-def test_what_a_setting_redoes(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_setting_redoes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(whole / "run", tmp_path / "run")
     in_process(monkeypatch)
     here = f"run={tmp_path}/run"
-    before = {folder: stamps(f"{tmp_path}/run", folder) for folder in ("index", "seed", "labels", "proxy", "scores")}
+    before = {
+        folder: stamps(f"{tmp_path}/run", folder)
+        for folder in ("index", "seed", "labels", "proxy", "scores")
+    }
     execute(config_of(whole, here), progress=QUIET)
-    assert all(stamps(f"{tmp_path}/run", folder) == found for folder, found in before.items()), "nothing, where nothing changed"
+    assert all(stamps(f"{tmp_path}/run", folder) == found for folder, found in before.items()), (
+        "nothing, where nothing changed"
+    )
     run = execute(config_of(whole, here, "pseudo_labels.clusters=4"), progress=QUIET)
     assert all(stamps(run.uri, folder) == before[folder] for folder in ("index", "seed"))
     assert not before["labels"].items() & stamps(run.uri, "labels").items()
@@ -143,10 +189,18 @@ def test_what_a_setting_redoes(whole: Path, tmp_path: Path, monkeypatch: pytest.
         execute(with_labels, progress=QUIET)
 
 
-def test_turtle_finds_the_labels_where_it_is_asked_to(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turtle_finds_the_labels_where_it_is_asked_to(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_process(monkeypatch)
-    overrides = ("pseudo_labels.method=turtle", "pseudo_labels.iterations=30", "pseudo_labels.epochs=1")
-    run = execute(config_of(whole, f"run={tmp_path}/run", *overrides), until="label", progress=QUIET)
+    overrides = (
+        "pseudo_labels.method=turtle",
+        "pseudo_labels.iterations=30",
+        "pseudo_labels.epochs=1",
+    )
+    run = execute(
+        config_of(whole, f"run={tmp_path}/run", *overrides), until="label", progress=QUIET
+    )
     assert run.record("label").detail["method"] == "turtle"
     found = load(storage.read_bytes(run.path("labels", "clusters.safetensors")))
     assert np.abs(found["bias"]).max() > 0, "k-means has no bias"
@@ -154,7 +208,9 @@ def test_turtle_finds_the_labels_where_it_is_asked_to(whole: Path, tmp_path: Pat
     assert "state.safetensors" not in storage.names(run.path("labels"))
 
 
-def test_a_source_that_grows_at_night(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_grows_at_night(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     in_process(monkeypatch)
@@ -197,8 +253,13 @@ def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> Non
     from raypipe.sources.digits import _digits
 
     images = np.repeat(_digits()[0][:300, None], 3, 1)
-    assert [rows[f"digits/{number:04d}"]["label"] for number in range(300)] == load_labeller(run, "cpu")(images).tolist()
+    assert [rows[f"digits/{number:04d}"]["label"] for number in range(300)] == load_labeller(
+        run, "cpu"
+    )(images).tolist()
     ledger = run.ledger()
-    assert ledger["label"].cpu_seconds > 0 and sum(ledger["label"].detail["per_class"]) == ledger["seed"].samples
+    assert (
+        ledger["label"].cpu_seconds > 0
+        and sum(ledger["label"].detail["per_class"]) == ledger["seed"].samples
+    )
     assert storage.read_json(run.path("proxy", "proxy.json"))["classes"] == 5
     assert "no true labels were used" in result.summary["source"]["pseudo_labels"]

@@ -20,25 +20,29 @@ import raypipe
 from raypipe import storage
 from raypipe.cli import main
 from raypipe.config import parse_config
+from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, SourceError, TrustError
 from raypipe.report import build
-from raypipe.rundir import Lease, Run, StageRecord
-from raypipe.stages import own, own_check
-from raypipe.stages.base import Context
-from raypipe.stages.select import keep_metadata
-from raypipe.tables import KEPT, Tally, plan_embeddings, read_batches, read_scores, usable
+from raypipe.runs.keep_files import keep_metadata
+from raypipe.runs.layout import Run
+from raypipe.runs.lease import Lease
+from raypipe.runs.ledger import StageRecord
+from raypipe.tables import validate
+from raypipe.tables.reader import (
+    KEPT,
+    ProblemTally,
+    plan_embeddings,
+    read_batches,
+    read_scores,
+    usable,
+)
+from raypipe.tables.stage import TableStage
 
 
 def serial(units, function, on_result, **_: Any) -> None:
     """`run_tasks` without Ray."""
     for unit in units:
         on_result(function(unit))
-
-
-@pytest.fixture(autouse=True)
-def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "ray" not in request.keywords:
-        monkeypatch.setattr(own_check, "run_tasks", serial)
 
 
 def write(path: Path | str, rows: int = 1 << 20, **columns: Any) -> str:
@@ -48,9 +52,9 @@ def write(path: Path | str, rows: int = 1 << 20, **columns: Any) -> str:
 
 
 def check(embeddings: str, scores: str) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
-    tally = Tally()
+    tally = ProblemTally()
     table = read_scores(scores, "score", tally)
-    scored, classes = own_check.check(plan_embeddings(embeddings), table, tally, QUIET)
+    scored, classes = validate.check(plan_embeddings(embeddings), table, tally, QUIET, serial)
     return scored, classes.names, tally.as_dict()
 
 
@@ -64,7 +68,10 @@ def test_what_is_wrong_with_scores_is_told_by_id_and_count(tmp_path) -> None:
     write(tmp_path / "s" / "1.parquet", **first)
     write(tmp_path / "s" / "2.parquet", **second)
     scored, classes, problems = check(embeddings, str(tmp_path / "s"))
-    assert dict(zip(scored["sample_id"].to_pylist(), scored["score"].to_pylist(), strict=True)) == {"a": 2.0, "d": 1.5}
+    assert dict(zip(scored["sample_id"].to_pylist(), scored["score"].to_pylist(), strict=True)) == {
+        "a": 2.0,
+        "d": 1.5,
+    }
     assert scored["embedding"].to_pylist() == [VECTORS[0], VECTORS[3]] and classes == ()
     assert problems == {
         "score_without_id": {"count": 2, "ids": ["1.parquet#1", "2.parquet#2"]},
@@ -72,28 +79,40 @@ def test_what_is_wrong_with_scores_is_told_by_id_and_count(tmp_path) -> None:
         "score_repeated": {"count": 1, "ids": ["a"]},
         "score_without_embedding": {"count": 1, "ids": ["x"]},
     }
-    assert "scored samples without an embedding, ignored: 1 (x)" in Tally(problems).lines()
+    assert "scored samples without an embedding, ignored: 1 (x)" in ProblemTally(problems).lines()
 
 
 def test_many_problems_are_counted_and_the_first_are_named() -> None:
-    tally = Tally()
+    tally = ProblemTally()
     tally.add("embedding_missing", (f"i{number}" for number in range(1000)))
-    assert tally.as_dict() == {"embedding_missing": {"count": 1000, "ids": [f"i{number}" for number in range(KEPT)]}}
-    assert tally.lines() == ["samples whose embedding is null, left out: 1,000 (i0, i1, i2, i3, i4, ...)"]
+    assert tally.as_dict() == {
+        "embedding_missing": {"count": 1000, "ids": [f"i{number}" for number in range(KEPT)]}
+    }
+    assert tally.lines() == [
+        "samples whose embedding is null, left out: 1,000 (i0, i1, i2, i3, i4, ...)"
+    ]
 
 
-KINDS = st.sampled_from(["", "embedding_without_id", "embedding_missing", "embedding_width", "embedding_not_finite"])
+KINDS = st.sampled_from(
+    ["", "embedding_without_id", "embedding_missing", "embedding_width", "embedding_not_finite"]
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.lists(st.tuples(KINDS, st.lists(st.integers(-8, 8), min_size=3, max_size=3)), min_size=1, max_size=30),
+    rows=st.lists(
+        st.tuples(KINDS, st.lists(st.integers(-8, 8), min_size=3, max_size=3)),
+        min_size=1,
+        max_size=30,
+    ),
     dtype=st.sampled_from([pa.float16(), pa.float32(), pa.float64()]),
     make=st.sampled_from([pa.list_, pa.large_list, lambda item: pa.list_(item, 3)]),
     per_group=st.integers(1, 8),
     bad=st.sampled_from([math.nan, math.inf, None]),
 )
-def test_every_embedding_is_used_or_left_out_for_its_reason(tmp_path_factory, rows, dtype, make, per_group, bad) -> None:
+def test_every_embedding_is_used_or_left_out_for_its_reason(
+    tmp_path_factory, rows, dtype, make, per_group, bad
+) -> None:
     kind = make(dtype)
     if pa.types.is_fixed_size_list(kind):
         rows = [(fault if fault != "embedding_width" else "", values) for fault, values in rows]
@@ -109,9 +128,16 @@ def test_every_embedding_is_used_or_left_out_for_its_reason(tmp_path_factory, ro
         elif fault == "embedding_not_finite":
             vectors[number][1] = bad
     # Arrow does not convert Python's numbers to float16
-    values = [None if v is None else [None if x is None else np.float16(x) for x in v] for v in vectors]
+    values = [
+        None if v is None else [None if x is None else np.float16(x) for x in v] for v in vectors
+    ]
     column = pa.array(values if dtype == pa.float16() else vectors, kind)
-    path = write(tmp_path_factory.mktemp("e") / "e.parquet", per_group, sample_id=pa.array(ids, pa.string()), embedding=column)
+    path = write(
+        tmp_path_factory.mktemp("e") / "e.parquet",
+        per_group,
+        sample_id=pa.array(ids, pa.string()),
+        embedding=column,
+    )
     found, kept, names = [], [], []
     for piece in plan_embeddings(path):
         for batch in read_batches(piece):
@@ -121,20 +147,34 @@ def test_every_embedding_is_used_or_left_out_for_its_reason(tmp_path_factory, ro
             names += batch.names(piece.path)
     assert found == [fault for fault, _ in rows]
     expected = [values for fault, values in rows if not fault]
-    np.testing.assert_array_equal(np.concatenate(kept), np.array(expected, np.float32).reshape(-1, 3))
+    np.testing.assert_array_equal(
+        np.concatenate(kept), np.array(expected, np.float32).reshape(-1, 3)
+    )
     assert names == [sample_id or f"e.parquet#{number}" for number, sample_id in enumerate(ids)]
 
 
 def test_files_are_cut_at_row_groups_and_names_follow_the_content(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("raypipe.tables.PIECE_ROWS", 10)
+    monkeypatch.setattr("raypipe.tables.reader.PIECE_ROWS", 10)
     ids = [f"i{number}" for number in range(37)]
     path = write(tmp_path / "e" / "my file.parquet", 4, sample_id=ids, embedding=[[1.0]] * 37)
     pieces = plan_embeddings(str(tmp_path / "e"))
-    assert [(piece.first, piece.rows) for piece in pieces] == [(0, 8), (8, 8), (16, 8), (24, 8), (32, 5)]
-    assert [i for piece in pieces for batch in read_batches(piece) for i in batch.ids.to_pylist()] == ids
-    assert len({piece.name for piece in pieces}) == 5 and pieces[1].name.startswith("my-file-000000008-")
+    assert [(piece.first, piece.rows) for piece in pieces] == [
+        (0, 8),
+        (8, 8),
+        (16, 8),
+        (24, 8),
+        (32, 5),
+    ]
+    assert [
+        i for piece in pieces for batch in read_batches(piece) for i in batch.ids.to_pylist()
+    ] == ids
+    assert len({piece.name for piece in pieces}) == 5 and pieces[1].name.startswith(
+        "my-file-000000008-"
+    )
     write(path, 4, sample_id=ids, embedding=[[2.0, 3.0]] * 37)
-    assert not {piece.name for piece in pieces} & {piece.name for piece in plan_embeddings(str(tmp_path / "e"))}
+    assert not {piece.name for piece in pieces} & {
+        piece.name for piece in plan_embeddings(str(tmp_path / "e"))
+    }
 
 
 @pytest.mark.parametrize(
@@ -143,13 +183,23 @@ def test_files_are_cut_at_row_groups_and_names_follow_the_content(tmp_path, monk
         (pa.array([2, None, 0, -1]), [2, None, 0, None], ("0", "1", "2")),
         (pa.array([2.0, math.nan, 0.0, None]), [2, None, 0, None], ("0", "1", "2")),
         (pa.array(["owl", "cat", None, "cat"]), [1, 0, None, 0], ("cat", "owl")),
-        (pa.array(["owl", "cat", None, "cat"]).dictionary_encode(), [1, 0, None, 0], ("cat", "owl")),
+        (
+            pa.array(["owl", "cat", None, "cat"]).dictionary_encode(),
+            [1, 0, None, 0],
+            ("cat", "owl"),
+        ),
         (pa.nulls(4), [None] * 4, ()),
     ],
 )
-def test_labels(tmp_path, label: pa.Array, expected: list[int | None], names: tuple[str, ...]) -> None:
-    embeddings = write(tmp_path / "e.parquet", 2, sample_id=[1, 2, 3, 4], embedding=VECTORS, label=label)
-    scores = write(tmp_path / "s.parquet", sample_id=["1", "2", "3", "4"], score=[1, 2, 3, 4])  # 1 and "1" are one id
+def test_labels(
+    tmp_path, label: pa.Array, expected: list[int | None], names: tuple[str, ...]
+) -> None:
+    embeddings = write(
+        tmp_path / "e.parquet", 2, sample_id=[1, 2, 3, 4], embedding=VECTORS, label=label
+    )
+    scores = write(
+        tmp_path / "s.parquet", sample_id=["1", "2", "3", "4"], score=[1, 2, 3, 4]
+    )  # 1 and "1" are one id
     scored, found, _ = check(embeddings, scores)
     assert (scored["label"].to_pylist(), found) == (expected, names)
     assert scored["score"].to_pylist() == [1, 2, 3, 4]
@@ -158,13 +208,15 @@ def test_labels(tmp_path, label: pa.Array, expected: list[int | None], names: tu
 def test_the_width_is_that_of_most_scored_samples(tmp_path) -> None:
     vectors = [[1.0, 2.0], [1.0], [3.0, 4.0], [math.nan, 1.0], [5.0], [6.0]]
     embeddings = write(tmp_path / "e.parquet", sample_id=list("abcdef"), embedding=vectors)
-    scored, _, problems = check(embeddings, write(tmp_path / "s.parquet", sample_id=list("abcd"), score=[1.0, 2, 3, 4]))
+    scored, _, problems = check(
+        embeddings, write(tmp_path / "s.parquet", sample_id=list("abcd"), score=[1.0, 2, 3, 4])
+    )
     assert scored["sample_id"].to_pylist() == ["a", "c"] and problems == {}
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_ids_that_are_there_twice_are_told(tmp_path, monkeypatch, rounds: int) -> None:
-    monkeypatch.setattr(own_check, "HASHED_ROWS", -(-80 // rounds))
+    monkeypatch.setattr(validate, "HASHED_ROWS", -(-80 // rounds))
     ids = [f"i{number}" for number in range(80)]
     for part in range(4):
         rows = slice(20 * part, 20 * part + 20)
@@ -180,9 +232,20 @@ def test_ids_that_are_there_twice_are_told(tmp_path, monkeypatch, rounds: int) -
 
 
 def test_equal_hashes_of_different_ids_are_no_repetition(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(own_check, "hash_ids", lambda ids: np.array([len(text) for text in ids.to_pylist()], np.uint64))
+    monkeypatch.setattr(
+        validate,
+        "hash_ids",
+        lambda ids: np.array([len(text) for text in ids.to_pylist()], np.uint64),
+    )
     embeddings = write(tmp_path / "e.parquet", sample_id=["a", "b", "cc", "dd"], embedding=VECTORS)
-    assert len(check(embeddings, write(tmp_path / "s.parquet", sample_id=["a", "cc"], score=[1.0, 2]))[0]) == 2
+    assert (
+        len(
+            check(embeddings, write(tmp_path / "s.parquet", sample_id=["a", "cc"], score=[1.0, 2]))[
+                0
+            ]
+        )
+        == 2
+    )
 
 
 GOOD = {"sample_id": ["a", "b", "c", "d"], "embedding": VECTORS}
@@ -211,7 +274,9 @@ SCORES = {"sample_id": ["a", "b"], "score": [1.0, 2.0]}
         ([{**GOOD, "embedding": [[math.nan, 1.0], None, *VECTORS[2:]]}], SCORES, "no scored sample has a usable embedding"),
     ],
 )  # fmt: skip
-def test_tables_that_cannot_be_used(tmp_path, embeddings: list[dict[str, Any]], scores: dict[str, Any], expected: str) -> None:
+def test_tables_that_cannot_be_used(
+    tmp_path, embeddings: list[dict[str, Any]], scores: dict[str, Any], expected: str
+) -> None:
     for number, columns in enumerate(embeddings):
         write(tmp_path / "e" / f"{number}.parquet", **columns)
     with pytest.raises(SourceError, match=expected):
@@ -228,29 +293,40 @@ def test_files_that_cannot_be_used(tmp_path) -> None:
 
 
 def test_too_few_scores_for_the_method(tmp_path) -> None:
-    stage = own.OwnStage(write(tmp_path / "e.parquet", **GOOD), write(tmp_path / "s.parquet", **SCORES), "score")
-    context = Context(parse_config({"run": str(tmp_path / "out"), "source": {"uri": "x"}}), Run(str(tmp_path / "out")), QUIET)
+    stage = TableStage(
+        write(tmp_path / "e.parquet", **GOOD), write(tmp_path / "s.parquet", **SCORES), "score"
+    )
+    context = Context(
+        parse_config({"run": str(tmp_path / "out"), "source": {"uri": "x"}}),
+        Run(str(tmp_path / "out")),
+        QUIET,
+    )
     context.__dict__["cluster"] = None
-    with pytest.raises(SourceError, match="2 scored samples have a usable embedding, but method gnn needs 20"):
+    with pytest.raises(
+        SourceError, match="2 scored samples have a usable embedding, but method gnn needs 20"
+    ):
         stage.execute(context, StageRecord())
 
 
 def test_the_verb_has_the_name_of_a_package() -> None:
-    from raypipe.extrapolate import METHODS
+    from raypipe.extrapolators import METHODS
 
-    package = sys.modules["raypipe.extrapolate"]
-    assert raypipe.extrapolate is package is raypipe.__getattr__("extrapolate")
+    package = sys.modules["raypipe.extrapolators"]
+    assert raypipe.extrapolators is package is raypipe.__getattr__("extrapolate")
     assert "gnn" in METHODS
     with pytest.raises(ConfigError, match=r"extrapolate\.method: 'magic' is not allowed"):
-        raypipe.extrapolate("e", "s", "o", method="magic")
+        raypipe.extrapolators("e", "s", "o", method="magic")
 
 
 def test_an_output_in_the_wrong_place_is_refused(tmp_path) -> None:
-    embeddings, scores = write(tmp_path / "e" / "0.parquet", **GOOD), write(tmp_path / "s.parquet", **SCORES)
+    embeddings, scores = (
+        write(tmp_path / "e" / "0.parquet", **GOOD),
+        write(tmp_path / "s.parquet", **SCORES),
+    )
     with pytest.raises(ConfigError, match="the output cannot be within"):
-        raypipe.extrapolate(str(tmp_path / "e"), scores, f"file://{tmp_path}/e/out")
+        raypipe.extrapolators(str(tmp_path / "e"), scores, f"file://{tmp_path}/e/out")
     with pytest.raises(RunError, match=r"there is something else here, such as 0\.parquet"):
-        raypipe.extrapolate(embeddings, scores, str(tmp_path / "e"))
+        raypipe.extrapolators(embeddings, scores, str(tmp_path / "e"))
     assert storage.names(str(tmp_path / "e")) == {"0.parquet"}
 
 
@@ -266,26 +342,58 @@ def problem(s3: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     rows[5], rows[6][2], rows[200] = None, math.nan, [1.0]  # type: ignore[index]
     for part in range(3):
         here = slice(140 * part, 140 * part + 140)
-        columns = {"sample_id": ids[here], "embedding": rows[here], "label": [f"class {y}" for y in label[here]]}
+        columns = {
+            "sample_id": ids[here],
+            "embedding": rows[here],
+            "label": [f"class {y}" for y in label[here]],
+        }
         write(f"{s3}/own/e/{part}.parquet", 70, **columns)
     scored = sorted(rng.permutation(count)[:200].tolist())
     scores = str(tmp_path_factory.mktemp("own") / "ratings.parquet")
-    write(scores, sample_id=[*(ids[row] for row in scored), "lost"], rating=[*score[scored].tolist(), 1.0])
+    write(
+        scores,
+        sample_id=[*(ids[row] for row in scored), "lost"],
+        rating=[*score[scored].tolist(), 1.0],
+    )
     faulty = {ids[5], ids[6], ids[200]}
     given = {ids[row]: score[row] for row in scored if ids[row] not in faulty}
     truth = dict(zip(ids, score.tolist(), strict=True))
-    return {"embeddings": f"{s3}/own/e", "scores": f"file://{scores}", "given": given, "truth": truth, "faulty": faulty}
+    return {
+        "embeddings": f"{s3}/own/e",
+        "scores": f"file://{scores}",
+        "given": given,
+        "truth": truth,
+        "faulty": faulty,
+    }
 
 
 @pytest.fixture(scope="module")
 def made(cluster: str, problem: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A finished extrapolation by the command line; beside it, what was printed."""
     out = tmp_path_factory.mktemp("made") / "out"
-    arguments = ["--embeddings", problem["embeddings"], "--scores", problem["scores"], "--out", str(out)]
+    arguments = [
+        "--embeddings",
+        problem["embeddings"],
+        "--scores",
+        problem["scores"],
+        "--out",
+        str(out),
+    ]
     with pytest.MonkeyPatch.context() as patch, (out.parent / "printed").open("w") as printed:
         patch.setattr(sys, "stdout", printed)
         with pytest.raises(SystemExit) as stop:
-            main(["extrapolate", *arguments, "--score-column", "rating", "--method", "knn", "--confidence", "0.8"])
+            main(
+                [
+                    "extrapolate",
+                    *arguments,
+                    "--score-column",
+                    "rating",
+                    "--method",
+                    "knn",
+                    "--confidence",
+                    "0.8",
+                ]
+            )
     assert stop.value.code == 0
     return str(out)
 
@@ -294,7 +402,9 @@ def made(cluster: str, problem: dict[str, Any], tmp_path_factory: pytest.TempPat
 def test_every_embedding_has_one_score_or_a_reason(made: str, problem: dict[str, Any]) -> None:
     rows, given, truth = by_id(made), problem["given"], problem["truth"]
     assert set(rows) == set(truth) - problem["faulty"]
-    rejects = pa.concat_tables([table for _, table in storage.iter_tables(made + "/rejects")]).to_pylist()
+    rejects = pa.concat_tables(
+        [table for _, table in storage.iter_tables(made + "/rejects")]
+    ).to_pylist()
     assert Counter(row["reason"].partition(":")[0] for row in rejects) == Counter(
         ["embedding_missing", "embedding_not_finite", "embedding_width"]
     )
@@ -302,7 +412,9 @@ def test_every_embedding_has_one_score_or_a_reason(made: str, problem: dict[str,
     assert {key: row["score"] for key, row in rows.items() if row["measured"]} == given
     inside = []
     for key, row in rows.items():
-        assert row["lower"] <= row["score"] <= row["upper"] and row["measured"] == (row["lower"] == row["upper"])
+        assert row["lower"] <= row["score"] <= row["upper"] and row["measured"] == (
+            row["lower"] == row["upper"]
+        )
         if not row["measured"]:
             inside.append(row["lower"] <= truth[key] <= row["upper"])
     assert 0.68 < np.mean(inside) < 0.92
@@ -318,16 +430,32 @@ def test_the_summary_is_as_honest_as_that_of_a_run(made: str, problem: dict[str,
         "embeddings": 420, "samples": 417, "left_out": 3, "scored": 201, "measured": count, "extrapolated": 417 - count
     }  # fmt: skip
     fidelity, problems = summary["fidelity"], summary["problems"]
-    assert (fidelity["judged_on"], fidelity["n_held"]) == ("scored", count)  # each held out once, of five parts
+    assert (fidelity["judged_on"], fidelity["n_held"]) == (
+        "scored",
+        count,
+    )  # each held out once, of five parts
     assert set(fidelity["baselines"]) == {"class_mean", "knn_published", "mlp", "random"}
-    folds = pa.concat_tables([storage.read_table(f"{made}/extrapolator/fold-{part}.parquet") for part in range(5)])
-    assert fidelity["spearman"] == pytest.approx(spearmanr(folds["measured"], folds["predicted"]).statistic)
+    folds = pa.concat_tables(
+        [storage.read_table(f"{made}/extrapolator/fold-{part}.parquet") for part in range(5)]
+    )
+    assert fidelity["spearman"] == pytest.approx(
+        spearmanr(folds["measured"], folds["predicted"]).statistic
+    )
     low, high = fidelity["spearman_interval"]
     rows = by_id(made)
-    others = [(row["score"], problem["truth"][key]) for key, row in rows.items() if not row["measured"]]
+    others = [
+        (row["score"], problem["truth"][key]) for key, row in rows.items() if not row["measured"]
+    ]
     assert low - 0.05 < spearmanr(*zip(*others, strict=True)).statistic < high + 0.05
-    assert summary["intervals"]["confidence"] == 0.8 and set(summary["intervals"]["of_class"]) == {"0", "1", "2"}
-    assert summary["learning_curve"]["points"][-1]["samples"] == summary["learning_curve"]["doubled"]["samples"] // 2
+    assert summary["intervals"]["confidence"] == 0.8 and set(summary["intervals"]["of_class"]) == {
+        "0",
+        "1",
+        "2",
+    }
+    assert (
+        summary["learning_curve"]["points"][-1]["samples"]
+        == summary["learning_curve"]["doubled"]["samples"] // 2
+    )
     assert problems["score_without_embedding"] == {"count": 1, "ids": ["lost"]}
     assert problems["embedding_width"] == {"count": 1, "ids": ["img/200"]}
     printed = Path(made).parent.joinpath("printed").read_text()
@@ -344,23 +472,31 @@ def test_the_summary_is_as_honest_as_that_of_a_run(made: str, problem: dict[str,
 
 @pytest.mark.ray
 def test_only_what_is_missing_is_made_again(made: str, problem: dict[str, Any]) -> None:
-    before, times = score_files(made), {folder: stamps(made, folder) for folder in ("scores", "extrapolator")}
+    before, times = (
+        score_files(made),
+        {folder: stamps(made, folder) for folder in ("scores", "extrapolator")},
+    )
     gone = sorted(before)[1]
     storage.delete(f"{made}/scores/{gone}")
     options = {"score_column": "rating", "method": "knn", "confidence": 0.8, "progress": QUIET}
-    result = raypipe.extrapolate(problem["embeddings"], problem["scores"], made, **options)
+    result = raypipe.extrapolators(problem["embeddings"], problem["scores"], made, **options)
     assert score_files(made) == before and result.summary["counts"]["samples"] == 417
     after = {folder: stamps(made, folder) for folder in ("scores", "extrapolator")}
     assert after["scores"].pop(gone) != times["scores"].pop(gone)
     assert after == times
     whole = stamps(made, "scores")
-    again = raypipe.extrapolate(problem["embeddings"], problem["scores"], made, **options)
+    again = raypipe.extrapolators(problem["embeddings"], problem["scores"], made, **options)
     assert stamps(made, "scores") == whole and again.summary == result.summary
 
 
 @pytest.mark.ray
-def test_other_verbs_on_what_was_made_from_tables(made: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert raypipe.select(made, [0.5, 0.25], "balanced") == {"keep-0.25.parquet": 104, "keep-0.50.parquet": 208}
+def test_other_verbs_on_what_was_made_from_tables(
+    made: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert raypipe.select(made, [0.5, 0.25], "balanced") == {
+        "keep-0.25.parquet": 104,
+        "keep-0.50.parquet": 208,
+    }
     spearman = json.loads(Path(made, "summary.json").read_text())["fidelity"]["spearman"]
     assert keep_metadata(f"{made}/keep/keep-0.50.parquet")["spearman"] == f"{spearman:.4f}"
     run = Run(made)
@@ -368,18 +504,27 @@ def test_other_verbs_on_what_was_made_from_tables(made: str, capsys: pytest.Capt
     records["extrapolate"].detail["fidelity"]["spearman_interval"] = [0.1, 0.2]
     original = storage.read_bytes(run.path("run.json"))
     run.write_ledger(records)
-    with pytest.raises(TrustError, match=r"What can help is more scored samples \(twice as many is predicted to add"):
+    with pytest.raises(
+        TrustError,
+        match=r"What can help is more scored samples \(twice as many is predicted to add",
+    ):
         raypipe.select(made, 0.5)
     storage.write_bytes(run.path("run.json"), original)
     with pytest.raises(RunError, match=r"was made from tables, .*summary\.json"):
         build(run)
     with pytest.raises(RunError, match="was made by `raypipe extrapolate`"):
-        raypipe.run({"run": made, "source": {"uri": "digits://", "format": "digits"}}, progress=QUIET)
+        raypipe.run(
+            {"run": made, "source": {"uri": "digits://", "format": "digits"}}, progress=QUIET
+        )
     assert run.config() == config and config.extrapolate.method == "knn"
     with pytest.raises(SystemExit):
         main(["status", made])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["run", "extrapolate", "spent"] and "417 samples" in lines[1]
+    assert [line.split()[0] for line in lines] == [
+        "run",
+        "extrapolate",
+        "spent",
+    ] and "417 samples" in lines[1]
 
 
 @pytest.mark.ray
@@ -390,11 +535,20 @@ def test_changed_scores_make_everything_anew_and_the_output_may_be_on_s3(
     embeddings = problem["embeddings"] + "/0.parquet"
     out = f"{s3}/own/out"
     for factor in (1, -2):
-        scores = write(tmp_path / "s.parquet", sample_id=list(given), score=[factor * float(value) for value in given.values()])
-        result = raypipe.extrapolate(embeddings, scores, out, method="knn-published")
+        scores = write(
+            tmp_path / "s.parquet",
+            sample_id=list(given),
+            score=[factor * float(value) for value in given.values()],
+        )
+        result = raypipe.extrapolators(embeddings, scores, out, method="knn-published")
         rows = by_id(out)
-        assert all(row["score"] == factor * given[key] for key, row in rows.items() if row["measured"])
-        assert result.summary["problems"]["score_without_embedding"]["count"] == len(given) - result.summary["counts"]["measured"]
+        assert all(
+            row["score"] == factor * given[key] for key, row in rows.items() if row["measured"]
+        )
+        assert (
+            result.summary["problems"]["score_without_embedding"]["count"]
+            == len(given) - result.summary["counts"]["measured"]
+        )
     assert "settings, scores or embeddings changed: made anew" in capsys.readouterr().err
     with Lease(Run(out)), pytest.raises(RunError, match="in use by another driver"):
-        raypipe.extrapolate(embeddings, scores, out, method="knn-published", progress=QUIET)
+        raypipe.extrapolators(embeddings, scores, out, method="knn-published", progress=QUIET)

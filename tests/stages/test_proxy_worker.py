@@ -18,15 +18,20 @@ from helpers import small_config
 from safetensors.torch import load
 
 from raypipe import storage
-from raypipe.adversary import attack
 from raypipe.config import Config
 from raypipe.errors import StageError
-from raypipe.rundir import Run, StageRecord
-from raypipe.scores import moso, per_sample, tangent
+from raypipe.runs.checkpoints import load_checkpoint
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.manifests import finished_epochs, seed_manifest
+from raypipe.runs.partition import SeedPart, proxy_parts
+from raypipe.scores import forward_mode, moso, per_sample
 from raypipe.scores.calibration import recalibrate
-from raypipe.scores.logits import numbers
-from raypipe.stages import gradients, proxy, proxy_worker
-from raypipe.stages.parts import Part
+from raypipe.stages.measure import gradients
+from raypipe.stages.proxy import stage as proxy_stage
+from raypipe.stages.proxy import worker
+from raypipe.vision.adversarial import attack
+from raypipe.vision.output_statistics import numbers
 
 SAMPLES, CLASSES = 48, 3
 
@@ -45,15 +50,27 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     table = pa.table(columns).replace_schema_metadata({"raypipe": json.dumps({"image_size": 8})})
     storage.write_table(run.path("seed", "seed-0.parquet"), table)
     statistics = {"image_size": 8, "mean": [0.5] * 3, "std": [0.3] * 3}
-    manifest = {"samples": SAMPLES, "per_class": [16] * CLASSES, "shards": ["seed-0"], "shard_samples": [SAMPLES], **statistics}
+    manifest = {
+        "samples": SAMPLES,
+        "per_class": [16] * CLASSES,
+        "shards": ["seed-0"],
+        "shard_samples": [SAMPLES],
+        **statistics,
+    }
     storage.write_json(run.path("seed", "manifest.json"), manifest)
-    storage.write_json(run.path("index", "classes.json"), {"names": ["a", "b", "c"], "numeric": False})
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+    storage.write_json(
+        run.path("index", "classes.json"), {"names": ["a", "b", "c"], "numeric": False}
+    )
+    context = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
+    )
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
-    monkeypatch.setattr(proxy_worker, "prepare_model", lambda model, device: model)
-    monkeypatch.setattr(proxy_worker, "get_device", lambda: torch.device("cpu"))
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    monkeypatch.setattr(worker, "prepare_model", lambda model, device: model)
+    monkeypatch.setattr(worker, "get_device", lambda: torch.device("cpu"))
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
     yield run
     distributed.destroy_process_group()
 
@@ -65,31 +82,44 @@ def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, loop: Any, train_loop_config: dict[str, Any], **_: object) -> None:
             self.fit = lambda: loop(train_loop_config)
 
-    monkeypatch.setattr("raypipe.stages.trainer.Trainer", Trainer)
-    proxy._train(config, run, Part(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 2, False, 1)  # of one, Ray Train's local mode is asked
+    monkeypatch.setattr("raypipe.distributed.ray_train.InterruptibleTrainer", Trainer)
+    proxy_stage._train(
+        config, run, SeedPart(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 2, False, 1
+    )  # of one, Ray Train's local mode is asked
 
 
-def test_a_training_that_diverges_is_not_repeated(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StageError, match=r"loss is (nan|inf) in epoch \d; lower proxy.lr \(now 1e\+12\)"):
+def test_a_training_that_diverges_is_not_repeated(
+    alone: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        StageError, match=r"loss is (nan|inf) in epoch \d; lower proxy.lr \(now 1e\+12\)"
+    ):
         _train(alone, small_config(alone.uri, "proxy.lr=1e12"), monkeypatch)
-    assert len(proxy.finished_epochs(alone)) < 4
+    assert len(finished_epochs(alone)) < 4
     storage.delete(alone.path("proxy", "state.safetensors"))
-    _train(alone, small_config(alone.uri, "proxy.epochs=2"), monkeypatch)  # mended: what was said before is forgotten
-    assert [epoch["epoch"] for epoch in proxy.finished_epochs(alone)] == [0, 1]
+    _train(
+        alone, small_config(alone.uri, "proxy.epochs=2"), monkeypatch
+    )  # mended: what was said before is forgotten
+    assert [epoch["epoch"] for epoch in finished_epochs(alone)] == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("normalize", "mean", "std"),
-    [("measured", [0.5] * 3, [0.3] * 3), ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])],
+    [
+        ("measured", [0.5] * 3, [0.3] * 3),
+        ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
 )
 def test_pixels_are_normalised_as_asked(
     alone: Run, monkeypatch: pytest.MonkeyPatch, normalize: str, mean: list[float], std: list[float]
 ) -> None:
-    config = small_config(alone.uri, "proxy.epochs=1", "proxy.checkpoints=1", f"proxy.normalize={normalize}")
+    config = small_config(
+        alone.uri, "proxy.epochs=1", "proxy.checkpoints=1", f"proxy.normalize={normalize}"
+    )
     _train(alone, config, monkeypatch)
     weights = load(storage.read_bytes(alone.path("proxy", "checkpoints", "epoch-0000.safetensors")))
-    epochs, whole = proxy.finished_epochs(alone), Part(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy._manifest(config, alone, proxy.seed_manifest(alone), [whole], [epochs])
+    epochs, whole = finished_epochs(alone), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy_stage._manifest(config, alone, seed_manifest(alone), [whole], [epochs])
     for name, expected in (("mean", mean), ("std", std)):
         np.testing.assert_allclose(weights[name].flatten(), expected, rtol=1e-6)
         assert manifest[name] == expected
@@ -99,10 +129,15 @@ def test_pixels_are_normalised_as_asked(
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(
     alone: Run, monkeypatch: pytest.MonkeyPatch, adversary: str
 ) -> None:
-    config = small_config(alone.uri, "proxy.epochs=3", "proxy.checkpoints=3", f"proxy.adversary={adversary}")
+    config = small_config(
+        alone.uri, "proxy.epochs=3", "proxy.checkpoints=3", f"proxy.adversary={adversary}"
+    )
     _train(alone, config, monkeypatch)
     folder = alone.path("proxy", "checkpoints")
-    whole = {file: storage.read_bytes(storage.join(folder, file)) for file in sorted(storage.names(folder))}
+    whole = {
+        file: storage.read_bytes(storage.join(folder, file))
+        for file in sorted(storage.names(folder))
+    }
     assert len(whole) == 3
     storage.delete(alone.path("proxy"))
 
@@ -118,7 +153,10 @@ def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(
         _train(alone, config, monkeypatch)
     monkeypatch.setattr("ray.train.report", lambda metrics: None)
     _train(alone, config, monkeypatch)
-    assert {file: storage.read_bytes(storage.join(folder, file)) for file in sorted(storage.names(folder))} == whole
+    assert {
+        file: storage.read_bytes(storage.join(folder, file))
+        for file in sorted(storage.names(folder))
+    } == whole
 
 
 @pytest.mark.parametrize("trajectory", ["train", "eval"])
@@ -126,14 +164,21 @@ def test_a_proxy_is_trained_and_followed_on_adversarial_examples(
     alone: Run, monkeypatch: pytest.MonkeyPatch, trajectory: str
 ) -> None:
     seen: list[tuple[tuple[int, ...], float, bool]] = []
-    real = proxy_worker.attack
+    real = worker.attack
 
-    def noted(model: Any, pixels: Any, target: Any, settings: Any, start: Any = None, **more: Any) -> Any:
+    def noted(
+        model: Any, pixels: Any, target: Any, settings: Any, start: Any = None, **more: Any
+    ) -> Any:
         seen.append((tuple(pixels.shape), settings.eps, start is not None))
         return real(model, pixels, target, settings, start, **more)
 
-    monkeypatch.setattr(proxy_worker, "attack", noted)
-    given = ("proxy.epochs=1", "proxy.checkpoints=1", f"proxy.trajectory={trajectory}", "proxy.batch_size=24")
+    monkeypatch.setattr(worker, "attack", noted)
+    given = (
+        "proxy.epochs=1",
+        "proxy.checkpoints=1",
+        f"proxy.trajectory={trajectory}",
+        "proxy.batch_size=24",
+    )
     losses = {}
     for name, adversary in (("plain", "null"), ("adversarial", "{eps: 16/255, iterations: 3}")):
         _train(alone, small_config(alone.uri, *given, f"proxy.adversary={adversary}"), monkeypatch)
@@ -141,26 +186,34 @@ def test_a_proxy_is_trained_and_followed_on_adversarial_examples(
         losses[name] = table["loss"].to_numpy().mean()
         storage.delete(alone.path("proxy"))
     # of each of two batches from random points; the pass of `eval` begins at the images
-    assert seen == [((24, 3, 8, 8), 16 / 255, True)] * 2 + [((24, 3, 8, 8), 16 / 255, False)] * (2 * (trajectory == "eval"))
+    assert seen == [((24, 3, 8, 8), 16 / 255, True)] * 2 + [((24, 3, 8, 8), 16 / 255, False)] * (
+        2 * (trajectory == "eval")
+    )
     assert losses["adversarial"] > losses["plain"]
 
 
-def _proxy(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Part, gradients.Folders, str]:
+def _proxy(
+    run: Run, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> tuple[SeedPart, gradients.GradientFolders, str]:
     """The one part of a trained proxy, where its numbers go, and its last checkpoint, recalibrated."""
     _train(run, config, monkeypatch)
-    seed, whole = proxy.seed_manifest(run), Part(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy._manifest(config, run, seed, [whole], [proxy.finished_epochs(run)])
+    seed, whole = seed_manifest(run), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+    manifest = proxy_stage._manifest(config, run, seed, [whole], [finished_epochs(run)])
     storage.write_json(run.path("proxy", "proxy.json"), manifest)
     run.write_ledger({"proxy": StageRecord("done", "of-the-proxy")})
-    (part,), file = proxy.proxy_parts(run), manifest["final"]
-    folders = gradients.Folders.of(config, run)
+    (part,), file = proxy_parts(run), manifest["final"]
+    folders = gradients.GradientFolders.of(config, run)
     gradients._recalibrated(run.uri, folders, part, file, config.proxy.adversary, 1, False)
     return part, folders, file
 
 
-def _measured(run: Run, config: Config, part: Part, folders: gradients.Folders, file: str) -> pa.Table:
+def _measured(
+    run: Run, config: Config, part: SeedPart, folders: gradients.GradientFolders, file: str
+) -> pa.Table:
     """The numbers of both passes at one checkpoint."""
-    total, _ = gradients._gradient_sums(config, run.uri, folders, part, ["seed-0"], [file], 1, False)
+    total, _ = gradients._gradient_sums(
+        config, run.uri, folders, part, ["seed-0"], [file], 1, False
+    )
     gradients._store_gradient(run.uri, folders.gradients, file, SAMPLES, total)
     actor = gradients.GradientActor(config, run.uri, folders, part, SAMPLES, 1, False)
     actor(gradients._read(run.uri, part, "seed-0"))
@@ -168,7 +221,9 @@ def _measured(run: Run, config: Config, part: Part, folders: gradients.Folders, 
 
 
 @pytest.mark.parametrize("self_term", [False, True])
-def test_a_gpu_with_little_memory_measures_the_same(alone: Run, monkeypatch: pytest.MonkeyPatch, self_term: bool) -> None:
+def test_a_gpu_with_little_memory_measures_the_same(
+    alone: Run, monkeypatch: pytest.MonkeyPatch, self_term: bool
+) -> None:
     config = small_config(
         alone.uri,
         "proxy.epochs=1",
@@ -190,39 +245,62 @@ def test_a_gpu_with_little_memory_measures_the_same(alone: Run, monkeypatch: pyt
         return call
 
     monkeypatch.setattr(moso, "gradient_sum", tight(moso.gradient_sum, 1))
-    monkeypatch.setattr(tangent.Aligner, "__call__", tight(tangent.Aligner.__call__, 1))
-    monkeypatch.setattr(per_sample, "norms_and_alignments", tight(per_sample.norms_and_alignments, 1))
+    monkeypatch.setattr(forward_mode.Aligner, "__call__", tight(forward_mode.Aligner.__call__, 1))
+    monkeypatch.setattr(
+        per_sample, "norms_and_alignments", tight(per_sample.norms_and_alignments, 1)
+    )
     tables.append(_measured(alone, config, *found))
     assert sizes == [48, 24, 12, 6, 6, 6, 6, 6, 6, 6, 6] * 2
     names = ["alignments", *["squares"] * self_term, "distance"]
     assert tables[0].column_names == tables[1].column_names == ["sample_id", "label", *names]
     for name in names:
         whole, parts = (np.array(table[name].to_pylist()) for table in tables)
-        np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max(), err_msg=name)
+        np.testing.assert_allclose(
+            parts, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max(), err_msg=name
+        )
 
 
-def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
+    alone: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MoSo's alignments and EL2N, by definition: gradients and outputs at what an attack on the checkpoint finds."""
-    given = ("proxy.epochs=1", "proxy.checkpoints=1", "proxy.adversary={eps: 16/255, iterations: 2}", "measure.batch_size=20")
+    given = (
+        "proxy.epochs=1",
+        "proxy.checkpoints=1",
+        "proxy.adversary={eps: 16/255, iterations: 2}",
+        "measure.batch_size=20",
+    )
     config = small_config(
-        alone.uri, *given, "measure.scores=[moso, el2n]", "measure.el2n.at=checkpoints", "measure.moso.self_term=false"
+        alone.uri,
+        *given,
+        "measure.scores=[moso, el2n]",
+        "measure.el2n.at=checkpoints",
+        "measure.moso.self_term=false",
     )
     part, folders, file = _proxy(alone, config, monkeypatch)
     table = _measured(alone, config, part, folders, file)
 
-    trained = proxy.load_checkpoint(alone, file)
-    model = proxy.load_checkpoint(alone, file, folder=folders.calibrated)
+    trained = load_checkpoint(alone, file)
+    model = load_checkpoint(alone, file, folder=folders.calibrated)
     assert not torch.equal(trained.backbone[1].running_mean, model.backbone[1].running_mean)
     _, images, labels = part.read(alone, "seed-0")
     target = torch.from_numpy(labels)
     expected = recalibrate(
-        proxy.load_checkpoint(alone, file), [attack(trained, torch.from_numpy(images.copy()), target, config.proxy.adversary)]
+        load_checkpoint(alone, file),
+        [attack(trained, torch.from_numpy(images.copy()), target, config.proxy.adversary)],
     )
-    torch.testing.assert_close(model.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        model.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-3, atol=1e-3
+    )
     worst = attack(model, torch.from_numpy(images.copy()), target, config.proxy.adversary)
     weights = list(model.parameters())
     each = [
-        torch.cat([slope.flatten() for slope in torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), weights)])
+        torch.cat(
+            [
+                slope.flatten()
+                for slope in torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), weights)
+            ]
+        )
         for x, y in zip(worst, target, strict=True)
     ]
     direct = (torch.stack(each) @ torch.stack(each).mean(0)).numpy()
@@ -234,21 +312,25 @@ def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(alone:
     assert said.mean() > clean.mean() + 0.05
 
 
-def test_of_a_large_seed_set_every_so_many_samples_recalibrate(alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_seed_set_every_so_many_samples_recalibrate(
+    alone: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_config(alone.uri, "proxy.epochs=1", "proxy.checkpoints=1")
     _train(alone, config, monkeypatch)
     whole = storage.read_table(alone.path("seed", "seed-0.parquet"))
     for shard, rows in (("seed-0", whole.slice(0, 18)), ("seed-1", whole.slice(18))):
         storage.write_table(alone.path("seed", f"{shard}.parquet"), rows)
-    seed = proxy.seed_manifest(alone) | {"shards": ["seed-0", "seed-1"], "shard_samples": [18, 30]}
+    seed = seed_manifest(alone) | {"shards": ["seed-0", "seed-1"], "shard_samples": [18, 30]}
     storage.write_json(alone.path("seed", "manifest.json"), seed)
-    part, file = Part(0, 1, 0, SAMPLES, (18, 30)), "epoch-0000.safetensors"
-    manifest = proxy._manifest(config, alone, seed, [part], [proxy.finished_epochs(alone)])
+    part, file = SeedPart(0, 1, 0, SAMPLES, (18, 30)), "epoch-0000.safetensors"
+    manifest = proxy_stage._manifest(config, alone, seed, [part], [finished_epochs(alone)])
     storage.write_json(alone.path("proxy", "proxy.json"), manifest)
     monkeypatch.setattr(gradients, "RECALIBRATED", 12)
-    folders = gradients.Folders("measured/calibrated", "", "")
+    folders = gradients.GradientFolders("measured/calibrated", "", "")
     gradients._recalibrated(alone.uri, folders, part, file, None, 1, False)
-    found = proxy.load_checkpoint(alone, file, folder="measured/calibrated")
+    found = load_checkpoint(alone, file, folder="measured/calibrated")
     images = np.concatenate([part.read(alone, shard)[1] for shard in seed["shards"]])
-    expected = recalibrate(proxy.load_checkpoint(alone, file), [torch.from_numpy(images[::4].copy())])
-    torch.testing.assert_close(found.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-6, atol=1e-7)
+    expected = recalibrate(load_checkpoint(alone, file), [torch.from_numpy(images[::4].copy())])
+    torch.testing.assert_close(
+        found.backbone[1].running_mean, expected.backbone[1].running_mean, rtol=1e-6, atol=1e-7
+    )

@@ -15,17 +15,26 @@ from test_duplicates import put
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError, SourceError
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
+from raypipe.runs.rejects import (
+    LEAST_REJECTS,
+    FileTally,
+    RejectTally,
+    hash_order,
+    kind,
+    summarize,
+)
 from raypipe.sources import ClassMap
-from raypipe.stages.classes import settle_classes, write_classes
-from raypipe.stages.rejects import LEAST_REJECTS, FileTally, Tally, fair_order, kind, summarize
+from raypipe.stages.index.classes import settle_classes, write_classes
 
 
-def tally(fraction: float, total: int, units: list[tuple[int, int]]) -> Tally:
+def tally(fraction: float, total: int, units: list[tuple[int, int]]) -> RejectTally:
     """Of units of so many samples and rejects."""
-    result = Tally(fraction, total)
+    result = RejectTally(fraction, total)
     for samples, rejects in units:
-        result.add(samples, summarize((f"{number}.png", "empty: 0 bytes") for number in range(rejects)))
+        result.add(
+            samples, summarize((f"{number}.png", "empty: 0 bytes") for number in range(rejects))
+        )
     return result
 
 
@@ -42,7 +51,12 @@ def stops(*arguments: object, all_read: bool = False) -> bool:
     [
         (0.01, 100, [(100, 9)], False),  # a small source with a few bad ones
         (0.01, 100, [(100, 10)], True),
-        (0.01, 100_000, [(1000, 900)], False),  # one rotten fragment of a hundred says nothing of the others
+        (
+            0.01,
+            100_000,
+            [(1000, 900)],
+            False,
+        ),  # one rotten fragment of a hundred says nothing of the others
         (0.01, 100_000, [(1000, 900), (1000, 101)], True),  # more than a hundredth of all
         (0.01, 1_000_000, [(1000, 100)] * 7, False),
         (0.01, 1_000_000, [(1000, 100)] * 8, True),  # far from certain, and clear
@@ -64,7 +78,9 @@ def test_a_run_stops_when_it_is_certain_or_clear(
 def test_samples_drawn_one_by_one_need_no_clusters() -> None:
     assert stops(0.01, 1_000_000, [(2000, 60)], all_read=True)
     assert not stops(0.01, 1_000_000, [(2000, 60)])
-    assert not stops(0.01, 1_000_000, [(2000, 30)], all_read=True)  # 1.5 % of 2,000 may be 1 % of all
+    assert not stops(
+        0.01, 1_000_000, [(2000, 30)], all_read=True
+    )  # 1.5 % of 2,000 may be 1 % of all
     assert not stops(0.01, 1_000_000, [(400, 40)], all_read=True)
 
 
@@ -73,10 +89,16 @@ def test_a_source_within_the_fraction_is_seldom_stopped_and_a_rotten_one_soon() 
     generator = np.random.default_rng(0)
 
     def read_until_stopped(share: float, fragments: int = 120, size: int = 200) -> int | None:
-        rates = generator.beta(share * 2, (1 - share) * 2, fragments)  # variance between fragments far above the binomial
+        rates = generator.beta(
+            share * 2, (1 - share) * 2, fragments
+        )  # variance between fragments far above the binomial
         rejects = generator.binomial(size, rates)
-        rejects = rejects if share > 0.05 or rejects.sum() <= 0.05 * size * fragments else np.zeros(fragments, int)
-        found = Tally(0.05, fragments * size)
+        rejects = (
+            rejects
+            if share > 0.05 or rejects.sum() <= 0.05 * size * fragments
+            else np.zeros(fragments, int)
+        )
+        found = RejectTally(0.05, fragments * size)
         for number, count in enumerate(rejects):
             found.add(size, json.dumps([["bad", int(count), "x", "bad"]] if count else []))
             try:
@@ -90,9 +112,13 @@ def test_a_source_within_the_fraction_is_seldom_stopped_and_a_rotten_one_soon() 
 
 
 def test_the_words_count_the_reasons_and_say_what_helps() -> None:
-    found = Tally(0.01, 5000)
+    found = RejectTally(0.01, 5000)
     found.add(
-        600, summarize([(f"{n}.png", f"cannot be decoded: {n} bytes missing") for n in range(100)] + [("l", "label 'x' is odd")])
+        600,
+        summarize(
+            [(f"{n}.png", f"cannot be decoded: {n} bytes missing") for n in range(100)]
+            + [("l", "label 'x' is odd")]
+        ),
     )
     with pytest.raises(RejectError) as error:
         found.check()
@@ -105,8 +131,14 @@ def test_the_words_count_the_reasons_and_say_what_helps() -> None:
 
 
 def test_kinds_of_reasons() -> None:
-    assert kind("label 'it\\'s' is not one of the 10 classes") == "label '...' is not one of the N classes"
-    assert kind("30000x30000 pixels are more than max_pixels = 1000") == "N pixels are more than max_pixels = N"
+    assert (
+        kind("label 'it\\'s' is not one of the 10 classes")
+        == "label '...' is not one of the N classes"
+    )
+    assert (
+        kind("30000x30000 pixels are more than max_pixels = 1000")
+        == "N pixels are more than max_pixels = N"
+    )
     assert kind("../a b/x.png: a link or special file") == "../a b/x.png: a link or special file"
     assert kind("../x.png: a link or special file") == "a link or special file"
     assert kind("duplicate id: also in a/b-1.parquet") == "duplicate id: also in another file"
@@ -116,8 +148,8 @@ def test_kinds_of_reasons() -> None:
 
 def test_the_order_of_reading_is_fixed_and_not_that_of_the_source() -> None:
     names = [f"shard-{number:04d}" for number in range(200)]
-    order = fair_order(names, str)
-    assert sorted(order) == names and order != names and order == fair_order(names[::-1], str)
+    order = hash_order(names, str)
+    assert sorted(order) == names and order != names and order == hash_order(names[::-1], str)
     assert abs(np.corrcoef(np.arange(200), [names.index(name) for name in order])[0, 1]) < 0.2
 
 
@@ -133,13 +165,16 @@ def test_files_count_by_their_bytes_and_when_there_are_many_by_number() -> None:
     good, cut, empty = (1000, 100, ""), (500, 0, "not a tar file"), (0, 0, "empty: 0 bytes")
     files(*[good] * 9, (90, 0, "cut")).check(0.01)  # 1.0 % of the bytes, but nine samples
     with pytest.raises(
-        RejectError, match=r"1 of 3 files cannot be read, 20 % of the bytes; .* 1 x not a tar file \(such as 2.tar\)"
+        RejectError,
+        match=r"1 of 3 files cannot be read, 20 % of the bytes; .* 1 x not a tar file \(such as 2.tar\)",
     ):
         files(good, good, cut).check(0.01)
     files(good, good, cut).check(0.2)
     files(good, empty).check(0.01)
     files(*[good] * 50, *[empty] * (LEAST_REJECTS - 1)).check(0.01)
-    with pytest.raises(RejectError, match=r"10 of 60 files .* 10 x empty: 0 bytes .* to more than 0.17"):
+    with pytest.raises(
+        RejectError, match=r"10 of 60 files .* 10 x empty: 0 bytes .* to more than 0.17"
+    ):
         files(*[good] * 50, *[empty] * LEAST_REJECTS).check(0.01)
     with pytest.raises(RejectError):
         files(*[good] * 500, empty).check(0)
@@ -157,14 +192,18 @@ def folder_config(tmp_path: Path, *more: str) -> Config:
     return small_config(f"{tmp_path}/run", *where, *more)
 
 
-def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(tmp_path: Path, no_ray: None) -> None:
+def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(
+    tmp_path: Path, no_ray: None
+) -> None:
     for number, (image, label) in enumerate(zip(*digit_pngs(80), strict=True)):
         path = tmp_path / "data" / f"class-{label}" / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image if number % 3 else image[:40])
     config = folder_config(tmp_path)
     index(config)
-    with pytest.raises(RejectError, match=r"of \d+ samples read so far were rejected .* 2[0-9] x not a readable"):
+    with pytest.raises(
+        RejectError, match=r"of \d+ samples read so far were rejected .* 2[0-9] x not a readable"
+    ):
         seed(config)
     drawn = stamps(config.run, "seed")
     assert drawn and "manifest.json" not in drawn
@@ -172,7 +211,9 @@ def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(tmp_path: Path, n
         seed(config)  # counted from what is there
     assert stamps(config.run, "seed") == drawn
     record = seed(folder_config(tmp_path, "source.max_reject_fraction=0.5"))
-    assert {name: stamp for name, stamp in stamps(config.run, "seed").items() if name != "manifest.json"} == drawn
+    assert {
+        name: stamp for name, stamp in stamps(config.run, "seed").items() if name != "manifest.json"
+    } == drawn
     assert 10 <= record.detail["rejects"] <= 27 and record.samples + record.detail["rejects"] < 80
 
 
@@ -182,13 +223,20 @@ def test_half_of_the_files_cut_off_stop_the_index(tmp_path: Path, no_ray: None) 
     whole = (tmp_path / "data" / "c.parquet").read_bytes()
     (tmp_path / "data" / "c.parquet").write_bytes(whole[: len(whole) // 2])
     where = [f"source.uri={tmp_path}/data", "source.format=parquet", "source.limit=null"]
-    with pytest.raises(RejectError, match=r"1 of 4 files cannot be read, .* not a readable Parquet file"):
+    with pytest.raises(
+        RejectError, match=r"1 of 4 files cannot be read, .* not a readable Parquet file"
+    ):
         index(small_config(f"{tmp_path}/run", *where))
     assert len(Run(f"{tmp_path}/run").fragments()) == 4, "the index is kept"
-    assert index(small_config(f"{tmp_path}/run", *where, "source.max_reject_fraction=0.2")).samples == 150
+    assert (
+        index(small_config(f"{tmp_path}/run", *where, "source.max_reject_fraction=0.2")).samples
+        == 150
+    )
 
 
-def test_later_classes_do_not_renumber_those_of_the_run(tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_classes_do_not_renumber_those_of_the_run(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, image in enumerate(digit_pngs(80)[0]):
         path = tmp_path / "data" / ("bee", "cow")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,14 +278,20 @@ def test_classes_that_are_numbers_or_named_by_the_source(tmp_path: Path) -> None
     assert len(settle(None, frozenset({0, 4}), None)[0].names) == 5
     storage.write_bytes(run.path("seed", "seed-00000.parquet"), b"")
     classes, note = settle(None, frozenset({0, 4, 7, 9, -1, "cat"}), None)
-    assert len(classes.names) == 5 and note.startswith("3 classes are new in the source (7, 9, cat). ")
+    assert len(classes.names) == 5 and note.startswith(
+        "3 classes are new in the source (7, 9, cat). "
+    )
     assert classes.index(7) == (-1, "label 7 is outside 0..4")
-    assert settle(None, frozenset({9}), 5)[1] == "", "with source.num_classes a larger number is a wrong label"
+    assert settle(None, frozenset({9}), 5)[1] == "", (
+        "with source.num_classes a larger number is a wrong label"
+    )
     write_classes(run, ClassMap(("ox", "pig"), numeric=True))
     assert settle(("ox", "pig"), nothing, None)[1] == ""
     classes, note = settle(("ox", "pig", "rat"), nothing, None)
     assert classes.names == ("ox", "pig") and "1 class is new in the source (rat)" in note
     with pytest.raises(SourceError, match="class names that the source states are others"):
         settle(("ant", "ox", "pig"), nothing, None)
-    storage.delete(run.path("index"))  # what other settings of the source do: the seed set is drawn anew as well
+    storage.delete(
+        run.path("index")
+    )  # what other settings of the source do: the seed set is drawn anew as well
     assert settle(("ant", "ox"), nothing, None)[0].names == ("ant", "ox")

@@ -36,10 +36,12 @@ from sklearn.datasets import load_digits
 import raypipe
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.images import decode_batch
-from raypipe.rundir import Run
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.seed_shards import read_shard
 from raypipe.sources import class_map, open_source
-from raypipe.stages.seed import read_shard, seed_manifest, wanted
+from raypipe.sources.id_sampling import in_sample
+from raypipe.vision.decode import decode_batch
 
 COUNT, SIZE = 160, 8
 """Samples, and the side that the proxy sees, pixels."""
@@ -73,21 +75,34 @@ def data() -> Data:
         Image.fromarray(image).save(buffer, "PNG")
         pngs.append(buffer.getvalue())
     labels = digits.target[order].tolist()
-    return Data([f"class-{label}/{number:04d}" for number, label in enumerate(labels)], pixels, labels, pngs)
+    return Data(
+        [f"class-{label}/{number:04d}" for number, label in enumerate(labels)], pixels, labels, pngs
+    )
 
 
 def parquet(folder: Path, data: Data, ids: list[str] | None = None) -> Layout:
     half = COUNT // 2
-    columns = {"image": [{"bytes": image, "path": None} for image in data.pngs], "label": data.labels}
+    columns = {
+        "image": [{"bytes": image, "path": None} for image in data.pngs],
+        "label": data.labels,
+    }
     table = pa.table(columns if ids is None else {**columns, "id": ids})
     for part in range(2):
-        pq.write_table(table.slice(part * half, half), folder / f"train-{part}.parquet", row_group_size=30)
+        pq.write_table(
+            table.slice(part * half, half), folder / f"train-{part}.parquet", row_group_size=30
+        )
     own = [f"train-{row // half}.parquet#{row % half}" for row in range(COUNT)]
-    return Layout({"format": "parquet"}, own) if ids is None else Layout({"format": "parquet", "id_column": "id"}, ids)
+    return (
+        Layout({"format": "parquet"}, own)
+        if ids is None
+        else Layout({"format": "parquet", "id_column": "id"}, ids)
+    )
 
 
 def parquet_of_pixels(folder: Path, data: Data) -> Layout:
-    pq.write_table(pa.table({"img": data.pixels.tolist(), "y": data.labels}), folder / "all.parquet")
+    pq.write_table(
+        pa.table({"img": data.pixels.tolist(), "y": data.labels}), folder / "all.parquet"
+    )
     settings = {"format": "parquet", "image_column": "img", "label_column": "y"}
     return Layout(settings, [f"all.parquet#{row}" for row in range(COUNT)])
 
@@ -97,7 +112,10 @@ def webdataset(folder: Path, data: Data) -> Layout:
     for part in range(3):
         with tarfile.open(folder / f"{part}.tar", "w") as tar:
             for row in range(part * third, min(COUNT, part * third + third)):
-                for kind, content in (("cls", str(data.labels[row]).encode()), ("png", data.pngs[row])):
+                for kind, content in (
+                    ("cls", str(data.labels[row]).encode()),
+                    ("png", data.pngs[row]),
+                ):
                     member = tarfile.TarInfo(f"{data.names[row]}.{kind}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -118,7 +136,11 @@ def filelist(folder: Path, data: Data) -> Layout:
     imagefolder(folder / "images", data)
     lines = [f"{name}.png {label}\n" for name, label in zip(data.names, data.labels, strict=True)]
     (folder / "train.txt").write_text("".join(lines))
-    settings = {"uri": str(folder / "train.txt"), "format": "filelist", "root": str(folder / "images")}
+    settings = {
+        "uri": str(folder / "train.txt"),
+        "format": "filelist",
+        "root": str(folder / "images"),
+    }
     return Layout(settings, [f"{name}.png" for name in data.names])
 
 
@@ -132,16 +154,29 @@ def torchvision_cifar10(folder: Path, data: Data) -> Layout:
         part = slice(batch * fifth, batch * fifth + fifth)
         content = {"data": rows[part], "labels": data.labels[part]}
         (batches / f"data_batch_{batch + 1}").write_bytes(pickle.dumps(content, protocol=2))
-    (batches / "test_batch").write_bytes(pickle.dumps({"data": rows[:1], "labels": data.labels[:1]}, protocol=2))
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class-{label}" for label in range(10)]}, protocol=2))
-    settings = {"uri": "torchvision://CIFAR10", "format": "torchvision", "root": str(folder), "split": "train", "verify": False}
+    (batches / "test_batch").write_bytes(
+        pickle.dumps({"data": rows[:1], "labels": data.labels[:1]}, protocol=2)
+    )
+    (batches / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"class-{label}" for label in range(10)]}, protocol=2)
+    )
+    settings = {
+        "uri": "torchvision://CIFAR10",
+        "format": "torchvision",
+        "root": str(folder),
+        "split": "train",
+        "verify": False,
+    }
     return Layout(settings, [f"CIFAR10/train/{row:03d}" for row in range(COUNT)])
 
 
 def huggingface(folder: Path, data: Data) -> Layout:
     """What `datasets` writes with `save_to_disk`: streams of Arrow record batches, and what is in them as JSON."""
     table = pa.table(
-        {"image": [{"bytes": image, "path": None} for image in data.pngs], "label": pa.array(data.labels, pa.int64())}
+        {
+            "image": [{"bytes": image, "path": None} for image in data.pngs],
+            "label": pa.array(data.labels, pa.int64()),
+        }
     )
     half, files = COUNT // 2, []
     for part in range(2):
@@ -151,8 +186,13 @@ def huggingface(folder: Path, data: Data) -> Layout:
     names = [f"class-{label}" for label in range(10)]
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
     (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
-    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": "train", "_format_type": None}))
-    return Layout({"format": "huggingface"}, [f"{files[row // half]['filename']}#{row % half}" for row in range(COUNT)])
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": files, "_split": "train", "_format_type": None})
+    )
+    return Layout(
+        {"format": "huggingface"},
+        [f"{files[row // half]['filename']}#{row % half}" for row in range(COUNT)],
+    )
 
 
 WRITERS: dict[str, Callable[[Path, Data], Layout]] = {
@@ -175,15 +215,21 @@ def _laid_out(folder: Path, data: Data, writer: Callable[[Path, Data], Layout]) 
 
 
 @pytest.mark.parametrize("format", WRITERS)
-def test_pixels_and_labels_do_not_depend_on_the_format(format: str, data: Data, tmp_path: Path) -> None:
+def test_pixels_and_labels_do_not_depend_on_the_format(
+    format: str, data: Data, tmp_path: Path
+) -> None:
     layout = _laid_out(tmp_path / "data", data, WRITERS[format])
     source = open_source(SourceSettings.model_validate(layout.settings))
     scans = [source.scan(file) for file in source.files()]
     names = next((scan.class_names for scan in scans if scan.class_names is not None), None)
     classes = class_map(names, frozenset().union(*(scan.labels for scan in scans)), None)
-    samples = [sample for scan in scans for fragment in scan.fragments for sample in source.read(fragment)]
+    samples = [
+        sample for scan in scans for fragment in scan.fragments for sample in source.read(fragment)
+    ]
     assert [sample.sample_id for sample in samples] == layout.ids
-    assert [classes.index(sample.label) for sample in samples] == [(label, "") for label in data.labels]
+    assert [classes.index(sample.label) for sample in samples] == [
+        (label, "") for label in data.labels
+    ]
     for size in (SIZE, 32):
         pixels, reasons = decode_batch(samples, size, 10_000)
         assert not any(reasons)
@@ -192,12 +238,17 @@ def test_pixels_and_labels_do_not_depend_on_the_format(format: str, data: Data, 
 
 def _expected(data: Data, size: int) -> np.ndarray:
     """uint8 [n, 3, size, size]; PNG is decoded at its full size, so that arrays and files are resampled alike."""
-    images = [Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0) for image in data.pixels]
+    images = [
+        Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        for image in data.pixels
+    ]
     return np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
 
 
 @pytest.fixture(scope="module")
-def run_of(cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, Layout]]:
+def run_of(
+    cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Run, Layout]]:
     """The run of a format up to the embeddings, made when it is first asked for."""
 
     @functools.cache
@@ -205,7 +256,12 @@ def run_of(cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -
         folder = tmp_path_factory.mktemp(format)
         layout = _laid_out(folder / "data", data, WRITERS[format])
         changes = [f"source.{name}={value}" for name, value in layout.settings.items()]
-        changes += ["source.limit=null", "seed.fraction=1", "proxy.epochs=2", f"proxy.image_size={SIZE}"]
+        changes += [
+            "source.limit=null",
+            "seed.fraction=1",
+            "proxy.epochs=2",
+            f"proxy.image_size={SIZE}",
+        ]
         config = small_config(str(folder / "run"), *changes, "measure.scores=[moso, el2n]")
         return Run(raypipe.run(config, until="embed", progress=QUIET).uri), layout
 
@@ -215,7 +271,9 @@ def run_of(cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.parametrize("format", WHOLE_RUNS)
-def test_seed_shards_are_the_same_bit_for_bit(format: str, run_of: Callable[[str], tuple[Run, Layout]], data: Data) -> None:
+def test_seed_shards_are_the_same_bit_for_bit(
+    format: str, run_of: Callable[[str], tuple[Run, Layout]], data: Data
+) -> None:
     run, layout = run_of(format)
     (shard,) = seed_manifest(run)["shards"]
     ids, images, labels = read_shard(run, shard)
@@ -226,11 +284,19 @@ def test_seed_shards_are_the_same_bit_for_bit(format: str, run_of: Callable[[str
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.parametrize("format", WHOLE_RUNS[1:])
-def test_scores_and_embeddings_are_the_same(format: str, run_of: Callable[[str], tuple[Run, Layout]]) -> None:
+def test_scores_and_embeddings_are_the_same(
+    format: str, run_of: Callable[[str], tuple[Run, Layout]]
+) -> None:
     expected, found = _numbers(*run_of(WHOLE_RUNS[0])), _numbers(*run_of(format))
     assert expected["moso"].std() > 0 and expected["embedding"].std() > 0
     for name, values in found.items():
-        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            values,
+            expected[name],
+            rtol=1e-4,
+            atol=1e-5 * np.abs(expected[name]).max(),
+            err_msg=name,
+        )
 
 
 def _numbers(run: Run, layout: Layout) -> dict[str, np.ndarray]:
@@ -243,20 +309,31 @@ def _numbers(run: Run, layout: Layout) -> dict[str, np.ndarray]:
 
 def _in_order(run: Run, folder: str, layout: Layout) -> pa.Table:
     """All rows of a folder's tables in the order of the data, each sample exactly once."""
-    table = pa.concat_tables([table.replace_schema_metadata(None) for _, table in storage.iter_tables(run.path(folder))])
+    table = pa.concat_tables(
+        [table.replace_schema_metadata(None) for _, table in storage.iter_tables(run.path(folder))]
+    )
     rows = {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
     assert len(rows) == len(table) and rows.keys() == set(layout.ids)
     return table.take([rows[sample_id] for sample_id in layout.ids])
 
 
 @pytest.mark.parametrize("format", ["webdataset", "imagefolder"])
-def test_a_table_with_the_ids_of_another_layout_is_drawn_the_same_seed_set(format: str, data: Data, tmp_path: Path) -> None:
+def test_a_table_with_the_ids_of_another_layout_is_drawn_the_same_seed_set(
+    format: str, data: Data, tmp_path: Path
+) -> None:
     other = _laid_out(tmp_path / "other", data, WRITERS[format])
-    table = _laid_out(tmp_path / "table", data, lambda folder, data: parquet(folder, data, other.ids))
+    table = _laid_out(
+        tmp_path / "table", data, lambda folder, data: parquet(folder, data, other.ids)
+    )
     drawn = []
     for layout in (other, table):
-        source, rule = open_source(SourceSettings.model_validate(layout.settings)), wanted(0.4, 0)
-        fragments = [fragment for file in source.files() for fragment in source.scan(file).fragments]
+        source, rule = (
+            open_source(SourceSettings.model_validate(layout.settings)),
+            in_sample(0.4, 0),
+        )
+        fragments = [
+            fragment for file in source.files() for fragment in source.scan(file).fragments
+        ]
         samples = [sample for fragment in fragments for sample in source.read(fragment, rule)]
         pixels, _ = decode_batch(samples, SIZE, 10_000)
         drawn.append(([sample.sample_id for sample in samples], pixels))

@@ -7,21 +7,24 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import SeedSettings
-from raypipe.rundir import Run
-from raypipe.stages.seed import audit_fraction, audit_name, audit_rule, read_shard, shard_table, wanted
+from raypipe.runs.layout import Run
+from raypipe.runs.seed_shards import audit_name, read_shard, shard_table
+from raypipe.sources.id_sampling import audit_fraction, audit_rule, in_sample
 
 IDS = [f"folder/{number}.jpg" for number in range(20_000)]
 
 
 def test_the_audit_set_has_about_the_wanted_size_and_no_seed_sample() -> None:
     settings = SeedSettings(fraction=0.2, audit=700)
-    rule, seeds = audit_rule(settings, audit_fraction(settings, len(IDS))), wanted(0.2, 0)
+    rule, seeds = audit_rule(settings, audit_fraction(settings, len(IDS))), in_sample(0.2, 0)
     audit = {sample_id for sample_id in IDS if rule(sample_id)}
     assert 600 < len(audit) < 800
     assert not any(map(seeds, audit))
     # independent of the seed draw: another fraction of the seed set takes some of it, and no more than its share
-    assert 0.2 < sum(map(wanted(0.4, 0), audit)) / len(audit) < 0.3
-    other = audit_rule(SeedSettings(fraction=0.2, audit=700, seed=1), audit_fraction(settings, len(IDS)))
+    assert 0.2 < sum(map(in_sample(0.4, 0), audit)) / len(audit) < 0.3
+    other = audit_rule(
+        SeedSettings(fraction=0.2, audit=700, seed=1), audit_fraction(settings, len(IDS))
+    )
     assert {sample_id for sample_id in IDS if other(sample_id)} != audit
 
 
@@ -37,13 +40,18 @@ def test_the_audit_set_has_about_the_wanted_size_and_no_seed_sample() -> None:
         (SeedSettings(fraction=0.1, audit=90), 1000, 0.1),
     ],
 )
-def test_the_share_of_the_other_samples(settings: SeedSettings, samples: int, expected: float) -> None:
+def test_the_share_of_the_other_samples(
+    settings: SeedSettings, samples: int, expected: float
+) -> None:
     assert audit_fraction(settings, samples) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_shard_reads_back(tmp_path, count: int) -> None:
-    run, images = Run(str(tmp_path)), np.random.default_rng(0).integers(0, 256, (count, 3, 4, 4), np.uint8)
+    run, images = (
+        Run(str(tmp_path)),
+        np.random.default_rng(0).integers(0, 256, (count, 3, 4, 4), np.uint8),
+    )
     table = shard_table(IDS[:count], [1] * count, images, 2, 4)
     storage.write_table(run.path("seed", f"{audit_name('seed-7')}.parquet"), table)
     ids, pixels, labels = read_shard(run, "audit-7")

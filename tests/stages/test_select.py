@@ -12,12 +12,14 @@ import pytest
 from raypipe import storage
 from raypipe.api import select as select_again
 from raypipe.config import SelectSettings, TrustSettings, parse_config
+from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
 from raypipe.progress import Progress
-from raypipe.rundir import Run, StageRecord
-from raypipe.stages import select
-from raypipe.stages.base import Context
-from raypipe.stages.select import SelectStage, keep_file, keep_metadata, make_keep_lists, write_keep_lists
+from raypipe.runs.keep_files import keep_file, keep_metadata
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.stages.select import stage as select_stage
+from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
 
 SAMPLES = 300
 
@@ -26,12 +28,18 @@ SAMPLES = 300
 def run(tmp_path: Path) -> Run:
     run = Run(str(tmp_path / "run"))
     random = np.random.default_rng(0)
-    storage.write_json(run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False})
+    storage.write_json(
+        run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False}
+    )
     for shard in range(6):
-        count = 60 if shard < 5 else 0  # a fragment whose samples were all rejected has an empty shard
+        count = (
+            60 if shard < 5 else 0
+        )  # a fragment whose samples were all rejected has an empty shard
         label = [None if random.random() < 0.05 else int(random.integers(3)) for _ in range(count)]
         score = random.normal(size=count).round(1).astype(np.float32)
-        write_scores(run, f"part-{shard}", [f"part-{shard}/é{row}" for row in range(count)], label, score)
+        write_scores(
+            run, f"part-{shard}", [f"part-{shard}/é{row}" for row in range(count)], label, score
+        )
     judge(run, 0.5)
     return run
 
@@ -39,12 +47,18 @@ def run(tmp_path: Path) -> Run:
 def judge(run: Run, least: float | None, samples: int = SAMPLES, measured: int = 30) -> None:
     """A ledger with scores of that fidelity."""
     interval = None if least is None else [least, least + 0.2]
-    fidelity = {"spearman": None if least is None else least + 0.1, "spearman_interval": interval, "note": "only 3 held out"}
+    fidelity = {
+        "spearman": None if least is None else least + 0.1,
+        "spearman_interval": interval,
+        "note": "only 3 held out",
+    }
     detail = {"measured": measured, "fidelity": fidelity}
     run.write_ledger({"extrapolate": StageRecord(state="done", samples=samples, detail=detail)})
 
 
-def write_scores(run: Run, fragment: str, ids: list[str], label: list[int | None], score: np.ndarray) -> None:
+def write_scores(
+    run: Run, fragment: str, ids: list[str], label: list[int | None], score: np.ndarray
+) -> None:
     table = pa.table(
         {
             "sample_id": pa.array(ids, pa.string()),
@@ -77,7 +91,9 @@ def test_top_lists_hold_the_highest_scores_and_are_nested(run: Run) -> None:
         assert inner <= ids
         inner = ids
         assert all(everything[row["sample_id"]] == (row["label"], row["score"]) for row in rows)
-        assert min(row["score"] for row in rows) >= max(score for key, (_, score) in everything.items() if key not in ids)
+        assert min(row["score"] for row in rows) >= max(
+            score for key, (_, score) in everything.items() if key not in ids
+        )
 
 
 def test_the_file_says_how_it_was_made(run: Run) -> None:
@@ -102,10 +118,19 @@ def test_balanced_keeps_the_same_share_of_each_class(run: Run) -> None:
 
 def test_the_bytes_are_the_same_every_time(run: Run) -> None:
     write_keep_lists(run, SelectSettings(strategy="top"))
-    first = {file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))}
+    first = {
+        file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))
+    }
     write_keep_lists(run, SelectSettings(strategy="top"))
-    assert first == {file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))}
-    assert sorted(first) == ["keep-0.30.parquet", "keep-0.50.parquet", "keep-0.70.parquet", "keep-0.90.parquet"]
+    assert first == {
+        file: storage.read_bytes(run.path("keep", file)) for file in storage.names(run.path("keep"))
+    }
+    assert sorted(first) == [
+        "keep-0.30.parquet",
+        "keep-0.50.parquet",
+        "keep-0.70.parquet",
+        "keep-0.90.parquet",
+    ]
 
 
 def test_an_object_store_gets_the_same_lists(run: Run, s3: str) -> None:
@@ -134,15 +159,21 @@ def test_another_fraction_is_added_and_lists_of_other_scores_are_removed(run: Ru
 
 
 def test_rows_are_written_in_groups_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "GROUP_ROWS", 100)
+    monkeypatch.setattr(select_stage, "GROUP_ROWS", 100)
     write_keep_lists(run, SelectSettings(strategy="top", keep=(1.0,)))
     assert pq.ParquetFile(run.path("keep", "keep-1.00.parquet")).num_row_groups > 1
-    assert set(pq.read_table(run.path("keep", "keep-1.00.parquet"))["sample_id"].to_pylist()) == set(scores(run))
+    assert set(
+        pq.read_table(run.path("keep", "keep-1.00.parquet"))["sample_id"].to_pylist()
+    ) == set(scores(run))
 
 
 def test_the_stage_is_complete_until_scores_are_added_or_a_list_is_missing(run: Run) -> None:
     config = parse_config({"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "top"}})
-    stage, context, record = SelectStage(), Context(config, run, Progress(quiet=True)), StageRecord()
+    stage, context, record = (
+        SelectStage(),
+        Context(config, run, Progress(quiet=True)),
+        StageRecord(),
+    )
     assert not stage.complete(context, record)
     stage.execute(context, record)
     assert record.samples == SAMPLES
@@ -173,7 +204,9 @@ def test_unfinished_scores_are_refused(run: Run, record: dict[str, StageRecord])
         (None, r"is not known \(only 3 held out\)"),
     ],
 )
-def test_unfaithful_scores_are_refused_unless_forced(run: Run, least: float | None, expected: str) -> None:
+def test_unfaithful_scores_are_refused_unless_forced(
+    run: Run, least: float | None, expected: str
+) -> None:
     judge(run, least)
     with pytest.raises(TrustError, match=expected) as refusal:
         write_keep_lists(run, SelectSettings(strategy="top"))
@@ -183,7 +216,10 @@ def test_unfaithful_scores_are_refused_unless_forced(run: Run, least: float | No
     assert storage.names(run.path("keep")) == set()
     write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,), force=True))
     about = keep_metadata(run.path("keep", "keep-0.50.parquet"))
-    assert (about["forced"], about["spearman_low"]) == ("true", "unknown" if least is None else "0.1900")
+    assert (about["forced"], about["spearman_low"]) == (
+        "true",
+        "unknown" if least is None else "0.1900",
+    )
     # a forced list stays as long as its scores do
     with pytest.raises(TrustError):
         write_keep_lists(run, SelectSettings(strategy="top"))
@@ -201,10 +237,16 @@ def test_the_threshold_is_a_setting_and_measured_scores_need_none(run: Run) -> N
     records = run.ledger()
     records["extrapolate"].detail["learning_curve"] = {"doubled": {"gain": 0.044}}
     run.write_ledger(records)
-    with pytest.raises(TrustError, match=r"seed\.fraction; twice as large is predicted to add 0\.04\)"):
-        write_keep_lists(run, SelectSettings(strategy="top"), trust=TrustSettings(min_spearman=0.31))
+    with pytest.raises(
+        TrustError, match=r"seed\.fraction; twice as large is predicted to add 0\.04\)"
+    ):
+        write_keep_lists(
+            run, SelectSettings(strategy="top"), trust=TrustSettings(min_spearman=0.31)
+        )
     judge(run, None)
-    write_keep_lists(run, SelectSettings(strategy="top", force=False), trust=TrustSettings(min_spearman=-1))
+    write_keep_lists(
+        run, SelectSettings(strategy="top", force=False), trust=TrustSettings(min_spearman=-1)
+    )
     assert keep_metadata(run.path("keep", "keep-0.30.parquet"))["forced"] == "false"
     judge(run, -0.5, measured=SAMPLES)
     write_keep_lists(run, SelectSettings(strategy="top"))
@@ -247,12 +289,19 @@ def test_a_bad_fraction_is_refused(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "file"),
-    [(0.7, "0.70"), (0.125, "0.125"), (1, "1.00"), (0.3, "0.30"), (1e-05, "0.00001"), (0.1 + 0.2, "0.30000000000000004")],
+    [
+        (0.7, "0.70"),
+        (0.125, "0.125"),
+        (1, "1.00"),
+        (0.3, "0.30"),
+        (1e-05, "0.00001"),
+        (0.1 + 0.2, "0.30000000000000004"),
+    ],
 )
 def test_file_names(fraction: float, file: str) -> None:
     assert keep_file(fraction) == f"keep-{file}.parquet"
 
 
 def test_neither_torch_nor_ray_is_imported() -> None:
-    code = "import sys, raypipe.stages.select, raypipe.stages.report; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    code = "import sys, raypipe.stages.select.stage, raypipe.stages.report; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

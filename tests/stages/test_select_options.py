@@ -13,15 +13,17 @@ import pytest
 from raypipe import cli, storage
 from raypipe.api import select as select_again
 from raypipe.config import SelectSettings, parse_config
+from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, TrustError
 from raypipe.progress import Progress
-from raypipe.rundir import Run, StageRecord
-from raypipe.selection import STRATEGIES, duplicates
-from raypipe.stages import keeping
-from raypipe.stages import near_duplicates as cluster_by_cluster
-from raypipe.stages.base import Context
-from raypipe.stages.keeping import notes, read_ids
-from raypipe.stages.select import SelectStage, keep_metadata, make_keep_lists, write_keep_lists
+from raypipe.runs import score_stream
+from raypipe.runs.keep_files import keep_metadata
+from raypipe.runs.layout import Run
+from raypipe.runs.ledger import StageRecord
+from raypipe.runs.score_stream import notes, read_ids
+from raypipe.selection import STRATEGIES, near_duplicates
+from raypipe.stages.select import near_duplicates as cluster_by_cluster
+from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
 
 SHARDS, ROWS = 5, 40
 SAMPLES = SHARDS * ROWS
@@ -31,18 +33,25 @@ SAMPLES = SHARDS * ROWS
 def run(tmp_path: Path) -> Run:
     """Scores and embeddings; the samples of each shard come in pairs whose embeddings differ little."""
     run, draw = Run(str(tmp_path / "run")), np.random.default_rng(0)
-    storage.write_json(run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False})
+    storage.write_json(
+        run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False}
+    )
     for shard in range(SHARDS):
         rows = 0 if shard == 3 else ROWS if shard < 3 else 2 * ROWS
         label, score = draw.integers(3, size=rows), draw.normal(size=rows).astype(np.float32)
         vectors = draw.normal(size=(rows // 2, 8)).repeat(2, 0) + 0.01 * draw.normal(size=(rows, 8))
         ids = pa.array([f"{shard}/é{row}" for row in range(rows)], pa.string())
         named = {"sample_id": ids, "label": pa.array(label, pa.int32())}
-        storage.write_table(run.path("scores", f"{shard}.parquet"), pa.table({**named, "score": score}))
+        storage.write_table(
+            run.path("scores", f"{shard}.parquet"), pa.table({**named, "score": score})
+        )
         values = pa.array(vectors.astype(np.float16).reshape(-1))
         loss = pa.array(draw.exponential(size=rows).astype(np.float32))
         embedding = pa.FixedSizeListArray.from_arrays(values, 8)
-        storage.write_table(run.path("embeddings", f"{shard}.parquet"), pa.table({**named, "embedding": embedding, "loss": loss}))
+        storage.write_table(
+            run.path("embeddings", f"{shard}.parquet"),
+            pa.table({**named, "embedding": embedding, "loss": loss}),
+        )
     detail = {"measured": SAMPLES, "score": "moso"}
     run.write_ledger({"extrapolate": StageRecord(state="done", samples=SAMPLES, detail=detail)})
     run.write_config(parse_config({"run": run.uri, "source": {"uri": "x"}}))
@@ -70,7 +79,13 @@ def test_every_strategy_writes_its_list_and_says_how(run: Run, strategy: str) ->
     expected = {
         "mixed": {"easy_fraction": 0.5, "difficulty": "loss"},
         "random": {"seed": 0},
-        "ccs": {"seed": 0, "difficulty": "loss", "hard_cutoff": "auto", "strata": 5, "by_class": True},
+        "ccs": {
+            "seed": 0,
+            "difficulty": "loss",
+            "hard_cutoff": "auto",
+            "strata": 5,
+            "by_class": True,
+        },
         "beta": {"seed": 0, "beta_exponent": 4.0},
     }
     assert json.loads(about.get("options", "{}")) == expected.get(strategy, {})
@@ -80,10 +95,15 @@ def test_unless_told_otherwise_lists_are_cut_by_ccs_within_each_class(run: Run) 
     write_keep_lists(run, SelectSettings(keep=(0.25,)))
     about = keep_metadata(run.path("keep", "keep-0.25.parquet"))
     assert about["strategy"] == "ccs" and json.loads(about["options"])["by_class"]
-    for settings, within in ((SelectSettings(strategy="top"), False), (SelectSettings(by_class=False), False)):
+    for settings, within in (
+        (SelectSettings(strategy="top"), False),
+        (SelectSettings(by_class=False), False),
+    ):
         assert settings.within_classes is within
         write_keep_lists(run, settings.model_copy(update={"keep": (0.25,)}))
-        assert "by_class" not in json.loads(keep_metadata(run.path("keep", "keep-0.25.parquet")).get("options", "{}"))
+        assert "by_class" not in json.loads(
+            keep_metadata(run.path("keep", "keep-0.25.parquet")).get("options", "{}")
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 70, 1 << 16])
@@ -94,18 +114,29 @@ def test_lists_are_the_same_from_memory_and_from_files(
     always, never = (str(tmp_path / name) for name in ("always.txt", "never.txt"))
     Path(always).write_text("4/é3\n0/é1\n0/é2\n", encoding="utf-8")
     Path(never).write_text("2/é39\n1/é0\n", encoding="utf-8")
-    settings = SelectSettings(strategy=strategy, keep=(0.3, 0.5), always_keep=always, never_keep=never)
+    settings = SelectSettings(
+        strategy=strategy, keep=(0.3, 0.5), always_keep=always, never_keep=never
+    )
     read: list[str] = []
-    plain = keeping.Scores._read
-    monkeypatch.setattr(keeping.Scores, "_read", lambda self, file, with_ids: read.append(file) or plain(self, file, with_ids))
-    monkeypatch.setattr(keeping, "CHUNK_ROWS", rows)
+    plain = score_stream.Scores._read
+    monkeypatch.setattr(
+        score_stream.Scores,
+        "_read",
+        lambda self, file, with_ids: read.append(file) or plain(self, file, with_ids),
+    )
+    monkeypatch.setattr(score_stream, "CHUNK_ROWS", rows)
     lists, passes = [], []
     for most, compressed in ((0, 4), (1 << 20, 1 << 20), (1 << 20, 4)):
-        monkeypatch.setattr(keeping, "HELD_BYTES", most)
-        monkeypatch.setattr(keeping, "COMPRESSED", compressed)
+        monkeypatch.setattr(score_stream, "CACHE_BYTES", most)
+        monkeypatch.setattr(score_stream, "COMPRESSED", compressed)
         read.clear()
         write_keep_lists(run, settings)
-        lists.append({file: storage.read_bytes(run.path("keep", file)) for file in sorted(storage.names(run.path("keep")))})
+        lists.append(
+            {
+                file: storage.read_bytes(run.path("keep", file))
+                for file in sorted(storage.names(run.path("keep")))
+            }
+        )
         passes.append(len(read) / SHARDS)
     assert lists[0] == lists[1] == lists[2] and len(lists[0]) == 2
     # with memory: the lists of ids, and once for the rest, or without ids and then with them
@@ -126,11 +157,16 @@ def test_difficulty_is_the_score_where_that_is_one(run: Run) -> None:
 
 def test_losses_of_other_samples_are_noticed(run: Run) -> None:
     table = storage.read_table(run.path("embeddings", "0.parquet"))
-    storage.write_table(run.path("embeddings", "0.parquet"), table.take(list(range(ROWS - 1, -1, -1))))
+    storage.write_table(
+        run.path("embeddings", "0.parquet"), table.take(list(range(ROWS - 1, -1, -1)))
+    )
     with pytest.raises(RunError, match="not of the same samples"):
         write_keep_lists(run, SelectSettings(strategy="beta"))
     storage.delete(run.path("embeddings", "0.parquet"))
-    for settings in (SelectSettings(strategy="beta"), SelectSettings(strategy="top", near_duplicates=0.9)):
+    for settings in (
+        SelectSettings(strategy="beta"),
+        SelectSettings(strategy="top", near_duplicates=0.9),
+    ):
         with pytest.raises(RunError, match=r"0\.parquet"):
             write_keep_lists(run, settings)
 
@@ -139,7 +175,10 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
     write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
     (tmp_path / "never.txt").write_text("\r\n".join([*kept(run)[:7], "", "gone"]), encoding="utf-8")
     low = sorted(set(column(run, "scores", "score")) - set(kept(run)))[:9]
-    pq.write_table(pa.table({"sample_id": [*low, "a", "b", "c", "d", "e", "f", None]}), tmp_path / "always.parquet")
+    pq.write_table(
+        pa.table({"sample_id": [*low, "a", "b", "c", "d", "e", "f", None]}),
+        tmp_path / "always.parquet",
+    )
     settings = SelectSettings(
         strategy="top",
         keep=(0.5,),
@@ -155,13 +194,29 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
         "select.never_keep: 1 of its ids are not among the scores (gone)",
     ]
     about = json.loads(keep_metadata(run.path("keep", "keep-0.50.parquet"))["options"])
-    assert about == {"always_keep": 9, "always_keep_unknown": 6, "never_keep": 7, "never_keep_unknown": 1, "min_per_class": 2}
+    assert about == {
+        "always_keep": 9,
+        "always_keep_unknown": 6,
+        "never_keep": 7,
+        "never_keep_unknown": 1,
+        "min_per_class": 2,
+    }
 
 
 def test_a_list_of_ids_that_changes_makes_the_stage_anew(run: Run, tmp_path: Path) -> None:
     (tmp_path / "never.txt").write_text("0/é1\n")
-    config = parse_config({"run": run.uri, "source": {"uri": "x"}, "select": {"never_keep": str(tmp_path / "never.txt")}})
-    stage, context, record = SelectStage(), Context(config, run, Progress(quiet=True)), StageRecord()
+    config = parse_config(
+        {
+            "run": run.uri,
+            "source": {"uri": "x"},
+            "select": {"never_keep": str(tmp_path / "never.txt")},
+        }
+    )
+    stage, context, record = (
+        SelectStage(),
+        Context(config, run, Progress(quiet=True)),
+        StageRecord(),
+    )
     stage.execute(context, record)
     assert stage.complete(context, record)
     (tmp_path / "never.txt").write_text("0/é1\n0/é2\n")
@@ -178,7 +233,9 @@ def test_a_list_of_ids_that_changes_makes_the_stage_anew(run: Run, tmp_path: Pat
         (b"PAR1 cut", "not a readable Parquet file"),
     ],
 )
-def test_a_list_of_ids_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None, expected: str) -> None:
+def test_a_list_of_ids_that_cannot_be_read_is_refused(
+    tmp_path: Path, content: bytes | None, expected: str
+) -> None:
     if content is not None:
         (tmp_path / "ids").write_bytes(content)
     with pytest.raises(ConfigError, match=f"select.never_keep: .*{expected}"):
@@ -192,7 +249,9 @@ def test_a_table_without_ids_and_ids_in_both_lists_are_refused(run: Run, tmp_pat
     (tmp_path / "a.txt").write_text("x\n0/é1\n")
     (tmp_path / "b.txt").write_text("0/é1\ny\n")
     with pytest.raises(ConfigError, match=r"1 ids are in always_keep and in never_keep \(0/é1\)"):
-        select_again(run.uri, 0.5, always_keep=str(tmp_path / "a.txt"), never_keep=str(tmp_path / "b.txt"))
+        select_again(
+            run.uri, 0.5, always_keep=str(tmp_path / "a.txt"), never_keep=str(tmp_path / "b.txt")
+        )
     assert storage.names(run.path("keep")) == set()
 
 
@@ -201,10 +260,12 @@ def test_of_near_duplicates_the_higher_score_stays(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
     if small:  # many clusters, a few of them held at once
-        monkeypatch.setattr(duplicates, "CLUSTER", 20)
+        monkeypatch.setattr(near_duplicates, "CLUSTER", 20)
         monkeypatch.setattr(cluster_by_cluster, "HELD_BYTES", 1000)
     (tmp_path / "always.txt").write_text("0/é0\n0/é1\n")
-    settings = SelectSettings(strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt"))
+    settings = SelectSettings(
+        strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt")
+    )
     detail = make_keep_lists(run, settings, (0.4,))
     score, names = column(run, "scores", "score"), set(kept(run, "0.40"))
     pairs = [
@@ -219,14 +280,21 @@ def test_of_near_duplicates_the_higher_score_stays(
         assert not both and detail["marked"]["near_duplicates"] == 99
         assert all((min(pair, key=score.__getitem__)) not in names for pair in pairs[1:])
     else:  # a pair on both sides of a border is not seen
-        assert detail["marked"]["clusters"] == 10 and len(both) <= 8 and detail["marked"]["near_duplicates"] >= 85
+        assert (
+            detail["marked"]["clusters"] == 10
+            and len(both) <= 8
+            and detail["marked"]["near_duplicates"] >= 85
+        )
     with pytest.raises(ConfigError, match="near duplicates"):
         make_keep_lists(run, settings, (0.9,))
 
 
 def test_a_random_list_needs_no_faithful_scores(run: Run) -> None:
     records = run.ledger()
-    records["extrapolate"].detail |= {"measured": 10, "fidelity": {"spearman": 0.0, "spearman_interval": [-0.1, 0.1]}}
+    records["extrapolate"].detail |= {
+        "measured": 10,
+        "fidelity": {"spearman": 0.0, "spearman_interval": [-0.1, 0.1]},
+    }
     run.write_ledger(records)
     with pytest.raises(TrustError):
         write_keep_lists(run, SelectSettings(strategy="moderate"))
@@ -235,23 +303,38 @@ def test_a_random_list_needs_no_faithful_scores(run: Run) -> None:
 
 
 def test_weights_are_a_column(run: Run) -> None:
-    write_keep_lists(run, SelectSettings(keep=(0.5,), strategy="ccs", weights="inclusion", strata=4))
+    write_keep_lists(
+        run, SelectSettings(keep=(0.5,), strategy="ccs", weights="inclusion", strata=4)
+    )
     table = pq.read_table(run.path("keep", "keep-0.50.parquet"))
-    assert table.schema.names == ["sample_id", "label", "score", "weight"] and table.schema.field("weight").type == pa.float32()
-    assert np.mean(table["weight"].to_numpy()) == pytest.approx(1, rel=1e-5) and len(set(table["weight"].to_pylist())) > 1
+    assert (
+        table.schema.names == ["sample_id", "label", "score", "weight"]
+        and table.schema.field("weight").type == pa.float32()
+    )
+    assert (
+        np.mean(table["weight"].to_numpy()) == pytest.approx(1, rel=1e-5)
+        and len(set(table["weight"].to_pylist())) > 1
+    )
 
 
 def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None:
     records = run.ledger()
-    records["extrapolate"].detail = {"measured": SAMPLES, "tables": {"embeddings": "e", "scores": "s"}}
+    records["extrapolate"].detail = {
+        "measured": SAMPLES,
+        "tables": {"embeddings": "e", "scores": "s"},
+    }
     run.write_ledger(records)
-    with pytest.raises(ConfigError, match=r"beta needs the proxy's loss, which scores from tables do not have$"):
+    with pytest.raises(
+        ConfigError, match=r"beta needs the proxy's loss, which scores from tables do not have$"
+    ):
         write_keep_lists(run, SelectSettings(strategy="beta"))
     with pytest.raises(ConfigError, match=r"say select\.difficulty: score$"):
         write_keep_lists(run, SelectSettings(strategy="ccs"))
     with pytest.raises(ConfigError, match="no embeddings/ to look into"):
         write_keep_lists(run, SelectSettings(strategy="top", near_duplicates=0.9))
-    assert write_keep_lists(run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))) == {"keep-0.50.parquet": 100}
+    assert write_keep_lists(
+        run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))
+    ) == {"keep-0.50.parquet": 100}
 
 
 def test_the_command_line_has_every_option(
@@ -269,8 +352,12 @@ def test_the_command_line_has_every_option(
     more = "--near-duplicates 0.999 --always-keep always.txt --never-keep never.txt"
     with pytest.raises(SystemExit) as stop:
         cli.main(["select", run.uri, *given.split(), *more.split()])
-    assert (stop.value.code or 0) == 0 and capsys.readouterr().out == "keep-0.30.parquet  60 samples\n"
-    assert caplog.messages == ["note: select.never_keep: 1 of its ids are not among the scores (gone)"]
+    assert (
+        stop.value.code or 0
+    ) == 0 and capsys.readouterr().out == "keep-0.30.parquet  60 samples\n"
+    assert caplog.messages == [
+        "note: select.never_keep: 1 of its ids are not among the scores (gone)"
+    ]
     options = json.loads(keep_metadata(run.path("keep", "keep-0.30.parquet"))["options"])
     assert options.pop("near_duplicates_left_out") > 50
     assert options == {

@@ -14,9 +14,10 @@ from PIL import Image
 from torchvision_folders import CIFAR10_CLASSES, cifar10
 
 import raypipe
-from raypipe.rundir import Run
-from raypipe.stages.index import IndexStage
-from raypipe.stages.seed import read_shard, seed_manifest
+from raypipe.runs.layout import Run
+from raypipe.runs.manifests import seed_manifest
+from raypipe.runs.seed_shards import read_shard
+from raypipe.stages.index.stage import IndexStage
 
 pytestmark = pytest.mark.ray
 
@@ -48,7 +49,9 @@ def test_a_cifar_folder_from_parquet(cluster: str, tmp_path: Path) -> None:
             count += 1
     assert 30 < count < 80
     # whether the files were checked or downloaded changes nothing that was made from them
-    checked = config.model_copy(update={"source": config.source.model_copy(update={"verify": True, "download": False})})
+    checked = config.model_copy(
+        update={"source": config.source.model_copy(update={"verify": True, "download": False})}
+    )
     assert IndexStage().settings(checked) == IndexStage().settings(config)
 
 

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from raypipe import storage
-from raypipe.rundir import Run
-from raypipe.scores.base import NUMBERS, SCORES, ScoreError, recorded, trajectory, trajectory_score
-from raypipe.stages import trajectories
-from raypipe.stages.proxy_worker import predictions, write_trajectory
-from raypipe.stages.trajectories import probabilities_of, read_groups, read_trajectory, score_rows
+from raypipe.runs.layout import Run
+from raypipe.scores.registry import SCORES, trajectory_score
+from raypipe.scores.trajectory import STATISTICS, ScoreError, recorded, trajectory
+from raypipe.stages.measure import trajectories
+from raypipe.stages.measure.trajectories import (
+    probabilities_of,
+    read_groups,
+    read_trajectory,
+    score_rows,
+)
+from raypipe.stages.proxy.worker import predictions, write_trajectory
 
 EPOCHS, SAMPLES, CLASSES = 13, 90, 7
 OPTIONS: dict[str, dict] = {name: {} for name, info in SCORES.items() if info.needs == "trajectory"}
@@ -24,7 +30,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, 
     run = Run(str(tmp_path_factory.mktemp("run")))
     random = np.random.default_rng(0)
     label = random.integers(0, CLASSES, SAMPLES)
-    logits = torch.from_numpy(random.normal(0, 0.6, (EPOCHS, SAMPLES, CLASSES)).cumsum(0).astype(np.float32))
+    logits = torch.from_numpy(
+        random.normal(0, 0.6, (EPOCHS, SAMPLES, CLASSES)).cumsum(0).astype(np.float32)
+    )
     files = []
     for epoch in range(EPOCHS):
         order = random.permutation(SAMPLES)
@@ -33,26 +41,43 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, 
         files.append([f"epoch-{epoch}-{rank}.parquet" for rank in range(2)])
         for rank, file in enumerate(files[-1]):
             batches = np.array_split(order[rank::2], 3)
-            seen = [(rows, predictions(logits[epoch, rows], torch.from_numpy(label[rows]))) for rows in batches]
+            seen = [
+                (rows, predictions(logits[epoch, rows], torch.from_numpy(label[rows])))
+                for rows in batches
+            ]
             write_trajectory(run.path("proxy", "trajectory", file), seen, 16)
     storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [SAMPLES]})
-    storage.write_json(run.path("proxy", "proxy.json"), {"classes": CLASSES, "samples": SAMPLES, "trajectory": files})
+    storage.write_json(
+        run.path("proxy", "proxy.json"),
+        {"classes": CLASSES, "samples": SAMPLES, "trajectory": files},
+    )
     return run, label, logits
 
 
-def test_stored_numbers_are_those_of_the_probabilities(written: tuple[Run, np.ndarray, torch.Tensor]) -> None:
+def test_stored_numbers_are_those_of_the_probabilities(
+    written: tuple[Run, np.ndarray, torch.Tensor],
+) -> None:
     run, label, logits = written
     epoch = 2
-    tables = [storage.read_table(run.path("proxy", "trajectory", f"epoch-{epoch}-{rank}.parquet")) for rank in range(2)]
+    tables = [
+        storage.read_table(run.path("proxy", "trajectory", f"epoch-{epoch}-{rank}.parquet"))
+        for rank in range(2)
+    ]
     table = pa.concat_tables(tables).sort_by("row")
-    assert table.column_names == ["row", *NUMBERS, "probabilities"]
+    assert table.column_names == ["row", *STATISTICS, "probabilities"]
     probabilities = logits[epoch].double().softmax(1).numpy()
     np.testing.assert_allclose(probabilities_of(table), probabilities, rtol=1e-3, atol=1e-7)
     own, one_hot = probabilities[np.arange(SAMPLES), label], np.eye(CLASSES)[label]
     np.testing.assert_allclose(table["loss"], -np.log(own), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(table["margin"], np.log(own / (probabilities * (1 - one_hot)).max(1)), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(table["distance"], np.linalg.norm(probabilities - one_hot, axis=1), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(table["entropy"], -(probabilities * np.log(probabilities)).sum(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        table["margin"], np.log(own / (probabilities * (1 - one_hot)).max(1)), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        table["distance"], np.linalg.norm(probabilities - one_hot, axis=1), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        table["entropy"], -(probabilities * np.log(probabilities)).sum(1), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_scores_do_not_depend_on_parts_and_are_those_of_the_whole(
@@ -63,8 +88,13 @@ def test_scores_do_not_depend_on_parts_and_are_those_of_the_whole(
     probabilities = logits.softmax(2).numpy()
     probabilities[4, 33] = np.nan
     whole = trajectory(probabilities, label)
-    for name, values in found.items():  # float16 moves a probability by up to 1/2048 of it; only TDDS reads them
-        np.testing.assert_allclose(values, trajectory_score(name)(whole), rtol=5e-3 if name == "tdds" else 1e-4, atol=1e-5)
+    for (
+        name,
+        values,
+    ) in found.items():  # float16 moves a probability by up to 1/2048 of it; only TDDS reads them
+        np.testing.assert_allclose(
+            values, trajectory_score(name)(whole), rtol=5e-3 if name == "tdds" else 1e-4, atol=1e-5
+        )
     monkeypatch.setattr(trajectories, "BLOCK_BYTES", 4 * CLASSES * EPOCHS * 7)  # 7 rows
     for start, stop in ((0, SAMPLES), (29, 71)):
         for options in (OPTIONS, *({name: {}} for name in OPTIONS)):
@@ -79,9 +109,13 @@ def test_only_what_a_score_declares_is_read_and_each_row_group_once(
     read: list[tuple[str, int]] = []
     original = trajectories._Following._read
     monkeypatch.setattr(
-        trajectories._Following, "_read", lambda self, group: read.append((self._uri, group)) or original(self, group)
+        trajectories._Following,
+        "_read",
+        lambda self, group: read.append((self._uri, group)) or original(self, group),
     )
-    rows = [part["row"] for _, _, found in read_groups(run, 0, SAMPLES, ["margin"]) for part in found[0]]
+    rows = [
+        part["row"] for _, _, found in read_groups(run, 0, SAMPLES, ["margin"]) for part in found[0]
+    ]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(SAMPLES))
     assert len(read) == len(set(read)) == EPOCHS * 2 * 3  # 45 rows of a file in groups of 16
     for first, last, arrays in read_trajectory(run, 30, 40, ["margin"]):

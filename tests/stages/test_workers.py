@@ -17,9 +17,9 @@ from safetensors.torch import load
 from torch.nn.parallel import DistributedDataParallel
 
 from raypipe import storage
-from raypipe.rundir import Run
-from raypipe.stages import proxy_worker
-from raypipe.stages.parts import Part
+from raypipe.runs.layout import Run
+from raypipe.runs.partition import SeedPart
+from raypipe.stages.proxy import worker
 
 SAMPLES, EPOCHS, SIZE = 150, 3, 8
 """With batches of 50 the parts of 4 workers are unequal."""
@@ -37,9 +37,18 @@ def _drawn(uri: str) -> None:
     }
     table = pa.table(columns).replace_schema_metadata({"raypipe": json.dumps({"image_size": SIZE})})
     storage.write_table(run.path("seed", "seed-0.parquet"), table)
-    manifest = {"samples": SAMPLES, "shards": ["seed-0"], "shard_samples": [SAMPLES], "mean": [0.5] * 3, "std": [0.3] * 3}
+    manifest = {
+        "samples": SAMPLES,
+        "shards": ["seed-0"],
+        "shard_samples": [SAMPLES],
+        "mean": [0.5] * 3,
+        "std": [0.3] * 3,
+    }
     storage.write_json(run.path("seed", "manifest.json"), manifest | {"image_size": SIZE})
-    storage.write_json(run.path("index", "classes.json"), {"names": [str(digit) for digit in range(10)], "numeric": True})
+    storage.write_json(
+        run.path("index", "classes.json"),
+        {"names": [str(digit) for digit in range(10)], "numeric": True},
+    )
 
 
 def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> None:
@@ -50,22 +59,33 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
         if rank >= world:
             continue
         context = SimpleNamespace(
-            get_world_rank=lambda: rank, get_world_size=lambda size=world: size, get_local_rank=lambda: rank
+            get_world_rank=lambda: rank,
+            get_world_size=lambda size=world: size,
+            get_local_rank=lambda: rank,
         )
         replaced: dict[tuple[Any, str], Any] = {
-            (proxy_worker.ray.train, "get_context"): lambda context=context: context,
-            (proxy_worker.ray.train, "report"): lambda metrics: None,
-            (proxy_worker, "get_device"): lambda: torch.device("cpu"),
-            (proxy_worker, "prepare_model"): lambda model, _, world=world: DistributedDataParallel(model) if world > 1 else model,
+            (worker.ray.train, "get_context"): lambda context=context: context,
+            (worker.ray.train, "report"): lambda metrics: None,
+            (worker, "get_device"): lambda: torch.device("cpu"),
+            (worker, "prepare_model"): lambda model, _, world=world: (
+                DistributedDataParallel(model) if world > 1 else model
+            ),
         }
         for (module, name), value in replaced.items():
             setattr(module, name, value)
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{training}", rank=rank, world_size=world)
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet-{training}", rank=rank, world_size=world
+        )
         run = Run(f"{folder}/over-{training}")
-        changes = (f"proxy.epochs={EPOCHS}", "proxy.batch_size=50", "proxy.checkpoints=1", f"proxy.adversary={adversary}")
+        changes = (
+            f"proxy.epochs={EPOCHS}",
+            "proxy.batch_size=50",
+            "proxy.checkpoints=1",
+            f"proxy.adversary={adversary}",
+        )
         config = small_config(run.uri, *changes)
-        part = Part(0, 1, 0, SAMPLES, (SAMPLES,))
-        proxy_worker.train_worker(
+        part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+        worker.train_worker(
             {
                 "config": config.model_dump(mode="json"),
                 "run": run.uri,
@@ -81,7 +101,9 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
 def _trained(uri: str, world: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Last weights, and EL2N of every sample: the mean over the epochs of the distance in the trajectory, float [n]."""
     run = Run(uri)
-    weights = load(storage.read_bytes(run.path("proxy", "checkpoints", f"epoch-{EPOCHS - 1:04d}.safetensors")))
+    weights = load(
+        storage.read_bytes(run.path("proxy", "checkpoints", f"epoch-{EPOCHS - 1:04d}.safetensors"))
+    )
     tables = [table for _, table in storage.iter_tables(run.path("proxy", "trajectory"))]
     assert len(tables) == EPOCHS * world
     rows = np.concatenate([table["row"].to_numpy() for table in tables])
@@ -95,7 +117,10 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
     for world, adversary in trainings:
         _drawn(f"{tmp_path}/over-{world}-{adversary}")
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_work, args=(rank, str(tmp_path), trainings), daemon=True) for rank in range(4)]
+    processes = [
+        spawn.Process(target=_work, args=(rank, str(tmp_path), trainings), daemon=True)
+        for rank in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -110,6 +135,12 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
     for weights, found in others:
         # single precision: another order of a batch's samples alone moves them as far
         for name, value in alone.items():
-            torch.testing.assert_close(weights[name], value, rtol=0, atol=0.02, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                weights[name],
+                value,
+                rtol=0,
+                atol=0.02,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
         np.testing.assert_allclose(found, scores, atol=0.01)  # EL2N lies between 0 and 1.41
     assert scores.std() > 0.05

@@ -2,7 +2,12 @@
 
 from raypipe.report.plots.balance import class_shares, kept_shares
 from raypipe.report.plots.maps import kept_map, score_map
-from raypipe.report.plots.scores import class_bands, class_spread, score_histogram, small_histogram
+from raypipe.report.plots.scores import (
+    class_bands,
+    class_spread,
+    score_histogram,
+    small_histogram,
+)
 from raypipe.report.plots.trust import evaluation_curves, fidelity_chart, learning_curve
 
 __all__ = [

@@ -7,8 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.report import words
-from raypipe.report.plots.base import INK, MUTED, SCORES, STYLE, as_svg, light_grid, new_figure, rc_context, short
+from raypipe.report import text
+from raypipe.report.plots.base import (
+    INK,
+    MUTED,
+    SCORE_COLOURS,
+    STYLE,
+    as_svg,
+    light_grid,
+    new_figure,
+    rc_context,
+    short,
+)
 
 MARKS = ("o", "s", "^", "D", "v", "P")
 MOST_LISTS = len(MARKS)
@@ -19,14 +29,23 @@ POINTS = 200
 
 def some(lists: Sequence[Any]) -> list[Any]:
     """At most MOST_LISTS of them, the first and the last included."""
-    return [lists[place] for place in np.unique(np.linspace(0, len(lists) - 1, MOST_LISTS).astype(int))] if lists else []
+    return (
+        [
+            lists[place]
+            for place in np.unique(np.linspace(0, len(lists) - 1, MOST_LISTS).astype(int))
+        ]
+        if lists
+        else []
+    )
 
 
 def _colour(place: int, lists: int) -> Any:
-    return SCORES(place / max(lists - 1, 1))
+    return SCORE_COLOURS(place / max(lists - 1, 1))
 
 
-def class_shares(names: Sequence[str], before: Sequence[float], after: Sequence[tuple[float, Sequence[float]]]) -> str:
+def class_shares(
+    names: Sequence[str], before: Sequence[float], after: Sequence[tuple[float, Sequence[float]]]
+) -> str:
     """Share of each class in the source (line) and in each keep-list (marks).
 
     before  a share for each of the names
@@ -42,16 +61,25 @@ def class_shares(names: Sequence[str], before: Sequence[float], after: Sequence[
         for place, (fraction, shares) in enumerate(after):
             axes.plot(
                 shares, rows, marker=MARKS[place], markersize=4.6, linestyle="none", color=_colour(place, len(after)),
-                label=f"keep {words.share(fraction)}",
+                label=f"keep {text.share(fraction)}",
             )  # fmt: skip
-        axes.set_xlim(0, 1.06 * max([*before, *(share for _, shares in after for share in shares), 1e-9]))
+        axes.set_xlim(
+            0, 1.06 * max([*before, *(share for _, shares in after for share in shares), 1e-9])
+        )
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_yticks(rows, [short(name) for name in names])
-        axes.xaxis.set_major_formatter(lambda value, _: words.share(value))
+        axes.xaxis.set_major_formatter(lambda value, _: text.share(value))
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("share of all samples")
         light_grid(axes, "x")
-        figure.legend(loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=8.5, handlelength=1.0)
+        figure.legend(
+            loc="upper left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=3,
+            frameon=False,
+            fontsize=8.5,
+            handlelength=1.0,
+        )
         return as_svg(figure, "balance", "Share of each class in the source and in each keep-list")
 
 
@@ -69,14 +97,26 @@ def kept_shares(after: Sequence[tuple[float, Sequence[float]]]) -> str:
             colour = _colour(place, len(after))
             axes.plot((rows + 0.5) / len(ordered), ordered[rows], color=colour, linewidth=1.7)
             axes.axhline(fraction, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-            axes.text(1.0, fraction, f" {words.share(fraction)}", color=MUTED, va="center", ha="left", fontsize=8)
+            axes.text(
+                1.0,
+                fraction,
+                f" {text.share(fraction)}",
+                color=MUTED,
+                va="center",
+                ha="left",
+                fontsize=8,
+            )
         axes.set_position((0.13, 0.42 / 2.9, 0.76, 2.36 / 2.9))
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: words.share(value, 0))
+            axis.set_major_formatter(lambda value, _: text.share(value, 0))
         axes.set_xlabel("classes, the most thinned first")
         axes.set_ylabel("share of the class kept", labelpad=2)
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
-        return as_svg(figure, "balance", "Share of each class that each keep-list holds, the most thinned class first")
+        return as_svg(
+            figure,
+            "balance",
+            "Share of each class that each keep-list holds, the most thinned class first",
+        )

@@ -14,10 +14,15 @@ from typing import Literal
 def _writable_cache() -> None:
     """Matplotlib wants a folder for its list of fonts; a worker or a container may have no writable home."""
     if "MPLCONFIGDIR" not in os.environ:
-        folder = Path(tempfile.gettempdir()) / f"raypipe-matplotlib-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+        folder = (
+            Path(tempfile.gettempdir())
+            / f"raypipe-matplotlib-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+        )
         folder.mkdir(mode=0o700, exist_ok=True)
         mine = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
-        os.environ["MPLCONFIGDIR"] = str(folder) if mine else tempfile.mkdtemp(prefix="raypipe-matplotlib-")
+        os.environ["MPLCONFIGDIR"] = (
+            str(folder) if mine else tempfile.mkdtemp(prefix="raypipe-matplotlib-")
+        )
 
 
 _writable_cache()
@@ -29,12 +34,19 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 __all__ = [
-    "EXTRAPOLATED", "INK", "LINE", "MEASURED", "MUTED", "SCORES", "SOFT", "STYLE", "WIDTH", "Figure", "Normalize", "as_svg", "light_grid",
+    "EXTRAPOLATED", "INK", "LINE", "MEASURED", "MUTED", "SCORE_COLOURS", "SOFT", "STYLE", "WIDTH", "Figure", "Normalize", "as_svg", "light_grid",
     "new_figure", "rc_context", "short",
 ]  # fmt: skip
 
 # Stand-ins, exchanged for variables of the page's style sheet in the finished SVG.
-INK, MUTED, LINE, MEASURED, EXTRAPOLATED, SOFT = "#010101", "#010102", "#010103", "#010104", "#010105", "#010106"
+INK, MUTED, LINE, MEASURED, EXTRAPOLATED, SOFT = (
+    "#010101",
+    "#010102",
+    "#010103",
+    "#010104",
+    "#010105",
+    "#010106",
+)
 _VARIABLES = {
     INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)",
     MEASURED: "var(--measured)", EXTRAPOLATED: "var(--extrapolated)", SOFT: "var(--soft)",
@@ -57,7 +69,9 @@ STYLE = {
     "axes.unicode_minus": True,
 }
 WIDTH = 4.6  # inches; at the width of a phone the letters are still of about 9.5 px
-SCORES = LinearSegmentedColormap.from_list("score", ["#3f6fd8", "#7d78c4", "#b07c9d", "#d98a62", "#eda634"])
+SCORE_COLOURS = LinearSegmentedColormap.from_list(
+    "score", ["#3f6fd8", "#7d78c4", "#b07c9d", "#d98a62", "#eda634"]
+)
 """From low to high, every colour dark enough for a white page and light enough for a black one."""
 
 
@@ -74,7 +88,9 @@ def as_svg(figure: Figure, name: str, title: str) -> str:
     figure.patch.set_alpha(0)
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a letter that Matplotlib's font lacks: the reader's has it
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # a letter that Matplotlib's font lacks: the reader's has it
         figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

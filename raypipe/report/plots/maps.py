@@ -6,12 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.report import words
+from raypipe.report import text
 from raypipe.report.embeddings import EmbeddingMap
-from raypipe.report.plots.base import SCORES, STYLE, WIDTH, Figure, Normalize, as_svg, rc_context
+from raypipe.report.plots.base import (
+    SCORE_COLOURS,
+    STYLE,
+    WIDTH,
+    Figure,
+    Normalize,
+    as_svg,
+    rc_context,
+)
 
 HEIGHT = 3.6
-KEPT, PRUNED = SCORES(1.0), SCORES(0.0)
+KEPT, PRUNED = SCORE_COLOURS(1.0), SCORE_COLOURS(0.0)
 """As the two ends of the scores, most of which are kept and pruned."""
 
 
@@ -22,7 +30,7 @@ def _new_map(found: EmbeddingMap) -> tuple[Figure, Any]:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    first, second = (words.share(share, 0) for share in found.explained)
+    first, second = (text.share(share, 0) for share in found.explained)
     axes.set_xlabel(f"two principal components: {first} and {second} of the variance", labelpad=4)
     return figure, axes
 
@@ -45,7 +53,14 @@ def score_map(found: EmbeddingMap) -> str:
         across, up = found.position[order].T
         colour = Normalize(low, max(high, low + 1e-12))
         points = axes.scatter(
-            across, up, c=found.score[order], cmap=SCORES, norm=colour, s=_size(found), linewidths=0, alpha=0.85
+            across,
+            up,
+            c=found.score[order],
+            cmap=SCORE_COLOURS,
+            norm=colour,
+            s=_size(found),
+            linewidths=0,
+            alpha=0.85,
         )
         points.set_rasterized(True)
         bar = figure.colorbar(points, cax=figure.add_axes((0.85, 0.16, 0.025, 0.66)))
@@ -66,13 +81,19 @@ def kept_map(found: EmbeddingMap, fraction: float) -> str:
         figure, axes = _new_map(found)
         order = _order(found)
         colours = np.where(kept[:, None], KEPT, PRUNED)[order]
-        points = axes.scatter(*found.position[order].T, c=colours, s=_size(found), linewidths=0, alpha=0.85)
+        points = axes.scatter(
+            *found.position[order].T, c=colours, s=_size(found), linewidths=0, alpha=0.85
+        )
         points.set_rasterized(True)
         for colour, word in ((KEPT, "kept"), (PRUNED, "pruned")):
             number = int((kept == (word == "kept")).sum())
-            axes.scatter([], [], color=colour, s=28, label=f"{word} ({words.count(number)})")
+            axes.scatter([], [], color=colour, s=28, label=f"{word} ({text.count(number)})")
         axes.legend(
             loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2, frameon=False, fontsize=8.5, handletextpad=0.2,
-            title=f"keep {words.share(fraction)}", title_fontsize=8.5, alignment="left",
+            title=f"keep {text.share(fraction)}", title_fontsize=8.5, alignment="left",
         )  # fmt: skip
-        return as_svg(figure, "kept", "The same embeddings, coloured by whether the keep-list holds the sample")
+        return as_svg(
+            figure,
+            "kept",
+            "The same embeddings, coloured by whether the keep-list holds the sample",
+        )

@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.report import words
-from raypipe.report.plots.base import EXTRAPOLATED, INK, MEASURED, MUTED, STYLE, as_svg, light_grid, new_figure, rc_context, short
+from raypipe.report import text
+from raypipe.report.plots.base import (
+    EXTRAPOLATED,
+    INK,
+    MEASURED,
+    MUTED,
+    STYLE,
+    as_svg,
+    light_grid,
+    new_figure,
+    rc_context,
+    short,
+)
 
 BAND_POINTS = 400
 """Classes that are drawn one by one in the plot of all; of more, so many evenly spread over their order."""
@@ -26,10 +37,18 @@ def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float,
             if not counts.sum():
                 continue
             colour = MEASURED if filled else EXTRAPOLATED
-            label = f"{name} ({words.count(counts.sum())})"
+            label = f"{name} ({text.count(counts.sum())})"
             values = counts / counts.sum()
             if filled:
-                axes.stairs(values, edges, fill=True, facecolor=colour, edgecolor="none", alpha=0.45, label=label)
+                axes.stairs(
+                    values,
+                    edges,
+                    fill=True,
+                    facecolor=colour,
+                    edgecolor="none",
+                    alpha=0.45,
+                    label=label,
+                )
             else:
                 axes.stairs(values, edges, color=colour, linewidth=1.6, label=label)
         top = axes.get_ylim()[1]
@@ -38,29 +57,50 @@ def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float,
         for fraction, lowest in sorted(cuts):
             if not edges[0] <= lowest <= edges[-1]:
                 continue
-            axes.plot([lowest, lowest], [0, top * 1.04], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
+            axes.plot(
+                [lowest, lowest], [0, top * 1.04], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2))
+            )
             if last - lowest > 0.085 * (edges[-1] - edges[0]):  # the labels would lie on each other
-                axes.text(lowest, top * 1.06, words.share(fraction), color=MUTED, ha="center", va="bottom", fontsize=8)
+                axes.text(
+                    lowest,
+                    top * 1.06,
+                    text.share(fraction),
+                    color=MUTED,
+                    ha="center",
+                    va="bottom",
+                    fontsize=8,
+                )
                 last = lowest
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel("score (the end bins hold everything beyond)")
-        axes.yaxis.set_major_formatter(lambda value, _: words.share(value))
+        axes.yaxis.set_major_formatter(lambda value, _: text.share(value))
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=6)
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, 1.06), ncols=2, frameon=False, fontsize=8.5, handlelength=1.2)
+        axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(-0.02, 1.06),
+            ncols=2,
+            frameon=False,
+            fontsize=8.5,
+            handlelength=1.2,
+        )
         return as_svg(figure, "histogram", "Distribution of measured and extrapolated scores")
 
 
-def small_histogram(measured: Sequence[int], extrapolated: Sequence[int], cuts: Sequence[float]) -> str:
+def small_histogram(
+    measured: Sequence[int], extrapolated: Sequence[int], cuts: Sequence[float]
+) -> str:
     """The same for one class, without words, as an <svg> that fills the width it is given.
 
     measured, extrapolated  counts [B] of bins of equal width, each drawn as a share of its own sum
     cuts                    where keep-lists end, from 0 (the left edge) to 1; those beyond are left out
     """
     width, height = MINI
-    shares = [np.asarray(counts, float) / max(np.sum(counts), 1) for counts in (measured, extrapolated)]
+    shares = [
+        np.asarray(counts, float) / max(np.sum(counts), 1) for counts in (measured, extrapolated)
+    ]
     top = max(*(found.max(initial=0) for found in shares), 1e-9)
     parts = []
     for kind, found in zip(("measured", "extrapolated"), shares, strict=True):
@@ -70,7 +110,9 @@ def small_histogram(measured: Sequence[int], extrapolated: Sequence[int], cuts: 
         up = height - 1 - (height - 3) * found / top
         steps = "".join(f"V{y:.1f}H{x:.1f}" for x, y in zip(edges[1:], up, strict=True))
         parts.append(f'<path class="{kind}-bars" d="M0 {height - 1}{steps}V{height - 1}"/>')
-    lines = "".join(f'<path class="cut" d="M{width * cut:.1f} 0V{height}"/>' for cut in cuts if 0 <= cut <= 1)
+    lines = "".join(
+        f'<path class="cut" d="M{width * cut:.1f} 0V{height}"/>' for cut in cuts if 0 <= cut <= 1
+    )
     return (
         f'<svg class="mini" viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" '
         f'aria-label="Distribution of the scores of this class">{"".join(parts)}{lines}</svg>'
@@ -82,10 +124,25 @@ def class_spread(classes: Sequence[dict[str, Any]]) -> str:
     with rc_context(STYLE):
         figure, axes = new_figure(0.62 + 0.2 * len(classes), left=0.31)
         for place, item in enumerate(classes):
-            axes.plot([item["q10"], item["q90"]], [place, place], color=EXTRAPOLATED, linewidth=1, alpha=0.7)
+            axes.plot(
+                [item["q10"], item["q90"]],
+                [place, place],
+                color=EXTRAPOLATED,
+                linewidth=1,
+                alpha=0.7,
+            )
             middle = [item["q25"], item["q75"]]
-            axes.plot(middle, [place, place], color=EXTRAPOLATED, alpha=0.55, linewidth=4, solid_capstyle="butt")
-            axes.plot([item["q50"]], [place], marker="o", markersize=3.6, color=INK, linestyle="none")
+            axes.plot(
+                middle,
+                [place, place],
+                color=EXTRAPOLATED,
+                alpha=0.55,
+                linewidth=4,
+                solid_capstyle="butt",
+            )
+            axes.plot(
+                [item["q50"]], [place], marker="o", markersize=3.6, color=INK, linestyle="none"
+            )
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.set_yticks(range(len(classes)), [short(item["name"]) for item in classes])
         axes.locator_params(axis="x", nbins=6)
@@ -98,18 +155,27 @@ def class_bands(classes: Sequence[dict[str, Any]]) -> str:
     """The same of many classes, side by side in the order of their medians: bands of the middle 80 % and 50 %, a line of medians."""
     rows = np.unique(np.linspace(0, len(classes) - 1, BAND_POINTS).astype(int))
     q10, q25, q50, q75, q90 = (
-        np.array([classes[row][key] for row in rows], float) for key in ("q10", "q25", "q50", "q75", "q90")
+        np.array([classes[row][key] for row in rows], float)
+        for key in ("q10", "q25", "q50", "q75", "q90")
     )
     with rc_context(STYLE):
         figure, axes = new_figure(2.9, left=0.13)
-        axes.fill_between(rows + 1, q10, q90, step="mid", color=EXTRAPOLATED, alpha=0.22, linewidth=0)
-        axes.fill_between(rows + 1, q25, q75, step="mid", color=EXTRAPOLATED, alpha=0.4, linewidth=0)
+        axes.fill_between(
+            rows + 1, q10, q90, step="mid", color=EXTRAPOLATED, alpha=0.22, linewidth=0
+        )
+        axes.fill_between(
+            rows + 1, q25, q75, step="mid", color=EXTRAPOLATED, alpha=0.4, linewidth=0
+        )
         axes.plot(rows + 1, q50, color=INK, linewidth=1.3)
         axes.set_xlim(1, len(classes))
         axes.locator_params(axis="both", nbins=6)
-        axes.xaxis.set_major_formatter(lambda value, _: words.count(value))
+        axes.xaxis.set_major_formatter(lambda value, _: text.count(value))
         axes.set_xlabel("classes, the lowest median first")
         axes.set_ylabel("score", labelpad=2)
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
-        return as_svg(figure, "classes", "Distribution of the scores in all classes, in the order of their medians")
+        return as_svg(
+            figure,
+            "classes",
+            "Distribution of the scores in all classes, in the order of their medians",
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raypipe.report import words
+from raypipe.report import text
 from raypipe.report.plots.base import (
     EXTRAPOLATED,
     INK,
@@ -33,15 +33,28 @@ def fidelity_chart(rows: Sequence[tuple[str, float, float | None, float | None]]
         for row, (_, value, low, high) in enumerate(rows):
             colour = EXTRAPOLATED if row == 0 else MUTED
             if low is not None and high is not None:
-                axes.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
-            axes.plot([value], [row], marker="o", color=colour, markersize=6.5 if row == 0 else 5, linestyle="none")
+                axes.plot(
+                    [low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round"
+                )
+            axes.plot(
+                [value],
+                [row],
+                marker="o",
+                color=colour,
+                markersize=6.5 if row == 0 else 5,
+                linestyle="none",
+            )
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.set_yticks(range(len(rows)), [short(name, 22) for name, *_ in rows])
-        axes.set_xticks([tick for tick in (-0.5, 0, 0.2, 0.5, 0.8, 1) if tick >= axes.get_xlim()[0]])
+        axes.set_xticks(
+            [tick for tick in (-0.5, 0, 0.2, 0.5, 0.8, 1) if tick >= axes.get_xlim()[0]]
+        )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
         axes.set_xlabel("Spearman correlation with the measured score")
         light_grid(axes, "x")
-        return as_svg(figure, "fidelity", "Spearman correlation of the extrapolator and of simpler baselines")
+        return as_svg(
+            figure, "fidelity", "Spearman correlation of the extrapolator and of simpler baselines"
+        )
 
 
 def learning_curve(points: Sequence[dict[str, Any]], doubled: dict[str, Any]) -> str:
@@ -50,18 +63,32 @@ def learning_curve(points: Sequence[dict[str, Any]], doubled: dict[str, Any]) ->
         figure, axes = new_figure(2.3, left=0.13)
         across, up = [point["samples"] for point in points], [point["spearman"] for point in points]
         for point in points:
-            axes.plot([point["samples"]] * 2, point["spearman_interval"], color=EXTRAPOLATED, linewidth=1.6, alpha=0.6)
+            axes.plot(
+                [point["samples"]] * 2,
+                point["spearman_interval"],
+                color=EXTRAPOLATED,
+                linewidth=1.6,
+                alpha=0.6,
+            )
         axes.plot(across, up, color=EXTRAPOLATED, marker="o", markersize=5, linewidth=1.6)
         ticks = list(across)
         if doubled.get("spearman") is not None:
             end, value = doubled["samples"], doubled["spearman"]
             ticks.append(end)
-            axes.plot([across[-1], end], [up[-1], value], color=MUTED, linewidth=1.2, linestyle=(0, (3, 2)))
+            axes.plot(
+                [across[-1], end],
+                [up[-1], value],
+                color=MUTED,
+                linewidth=1.2,
+                linestyle=(0, (3, 2)),
+            )
             if doubled.get("spearman_interval"):
-                axes.plot([end, end], doubled["spearman_interval"], color=MUTED, linewidth=1.6, alpha=0.6)
+                axes.plot(
+                    [end, end], doubled["spearman_interval"], color=MUTED, linewidth=1.6, alpha=0.6
+                )
             axes.plot([end], [value], marker="o", markersize=5, markerfacecolor="none", color=MUTED)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [words.count(tick) for tick in ticks])
+        axes.set_xticks(ticks, [text.count(tick) for tick in ticks])
         axes.minorticks_off()
         axes.locator_params(axis="y", nbins=5)
         axes.set_xlabel("seed samples")
@@ -83,7 +110,9 @@ STYLES = (
 """Colour, line and mark of the lists; beyond these they begin anew."""
 
 
-def evaluation_curves(curves: Sequence[Curve], full: tuple[float, float | None, float | None]) -> str:
+def evaluation_curves(
+    curves: Sequence[Curve], full: tuple[float, float | None, float | None]
+) -> str:
     """Accuracy against keep fraction: random (the first curve) with its interval as a band, lists with theirs as bars, the full set as a line."""
     with rc_context(STYLE):
         figure, axes = new_figure(2.9 + 0.17 * ((len(curves) + 2) // 2))
@@ -96,9 +125,22 @@ def evaluation_curves(curves: Sequence[Curve], full: tuple[float, float | None, 
         for place, (name, points) in enumerate(curves):
             across = [point[0] for point in points]
             up = [point[1] for point in points]
-            colour, line, mark = (MUTED, "-", "o") if place == 0 else STYLES[(place - 1) % len(STYLES)]
-            axes.plot(across, up, color=colour, linestyle=line, marker=mark, markersize=4.5, linewidth=1.5, label=short(name, 32))
-            ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
+            colour, line, mark = (
+                (MUTED, "-", "o") if place == 0 else STYLES[(place - 1) % len(STYLES)]
+            )
+            axes.plot(
+                across,
+                up,
+                color=colour,
+                linestyle=line,
+                marker=mark,
+                markersize=4.5,
+                linewidth=1.5,
+                label=short(name, 32),
+            )
+            ends = [
+                (x, low, high) for x, _, low, high in points if low is not None and high is not None
+            ]
             if place == 0 and ends:
                 where, lows, highs = (list(column) for column in zip(*ends, strict=True))
                 axes.fill_between(where, lows, highs, color=MUTED, alpha=0.25, linewidth=0)
@@ -106,11 +148,22 @@ def evaluation_curves(curves: Sequence[Curve], full: tuple[float, float | None, 
                 for x, low, high in ends:
                     axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.8)
         axes.set_xlabel("fraction kept")
-        axes.xaxis.set_major_formatter(lambda value, _: words.share(value, 0))
-        axes.yaxis.set_major_formatter(lambda value, _: words.share(value, 0))
+        axes.xaxis.set_major_formatter(lambda value, _: text.share(value, 0))
+        axes.yaxis.set_major_formatter(lambda value, _: text.share(value, 0))
         axes.set_xticks(sorted({point[0] for _, points in curves for point in points}))
         axes.locator_params(axis="y", nbins=6)
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
-        figure.legend(loc="upper left", bbox_to_anchor=(0.02, 1.0), ncols=2, frameon=False, fontsize=8.5, handlelength=1.8)
-        return as_svg(figure, "evaluation", "Accuracy against keep fraction, of lists, random lists and the full set")
+        figure.legend(
+            loc="upper left",
+            bbox_to_anchor=(0.02, 1.0),
+            ncols=2,
+            frameon=False,
+            fontsize=8.5,
+            handlelength=1.8,
+        )
+        return as_svg(
+            figure,
+            "evaluation",
+            "Accuracy against keep fraction, of lists, random lists and the full set",
+        )

@@ -1,0 +1,1 @@
+"""How far predicted scores can be trusted: fidelity, intervals, learning curve, drift."""

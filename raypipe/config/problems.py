@@ -1,0 +1,65 @@
+"""Describe validation errors: one line for each wrong field, with the nearest valid name."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from raypipe.config.model import Config
+
+
+def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
+    for item in error.errors():
+        where = (
+            ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
+            or "configuration"
+        )
+        if item["type"] == "extra_forbidden":
+            yield f"  {where}: unknown setting{_suggestion(item['loc'], root or Config)}"
+        elif item["type"] == "missing":
+            yield f"  {where}: required, but missing"
+        else:
+            # of a rule on several settings the input is all of the section; the message names those that matter
+            what = (
+                ""
+                if item["type"] == "value_error" and isinstance(item["input"], dict)
+                else f"{_shown(item['input'])} is not allowed: "
+            )
+            yield f"  {where}: {what}{item['msg'].removeprefix('Value error, ')}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, shortened: what YAML writes with anchors can be longer than memory when it is written out."""
+    short = reprlib.Repr()
+    short.maxstring, short.maxother, short.maxlevel = 200, 200, 2
+    return short.repr(value)[:400]
+
+
+def _is_union_branch(part: str | int) -> bool:
+    # pydantic puts the tried type ("int", "literal['auto']", "constrained-int") into the location of a union's error
+    return isinstance(part, str) and (
+        part in {"int", "bool", "float", "str"} or "[" in part or "-" in part
+    )
+
+
+def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
+    import difflib
+
+    for part in location[:-1]:
+        model = (
+            model.model_fields[part].annotation
+            if part in getattr(model, "model_fields", {})
+            else None
+        )
+    names = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return (
+        f"; did you mean {near[0]!r}?"
+        if near
+        else f"; allowed: {', '.join(names)}"
+        if names
+        else ""
+    )

@@ -1,0 +1,69 @@
+"""Run functions on shares of machines and on every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raypipe.distributed.failures import as_raypipe_error
+from raypipe.distributed.pending import requesting, resource_shape
+from raypipe.storage.fences import fenced
+
+
+def run_on_share(
+    units: Sequence[Any],
+    function: Callable[[Any], dict[str, Any]],
+    on_result: Callable[[dict[str, Any]], None],
+    cpus: float,
+    gpus: float,
+) -> None:
+    """Run a function on every unit in Ray tasks with a share of a machine each, retried when a worker dies. Raises what it raises."""
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(fenced(_call))
+    shared = ray.put(function)
+    waiting = [remote.remote(shared, unit) for unit in units]
+    try:
+        with requesting(resource_shape(cpus, gpus)):
+            while waiting:
+                ready, waiting = ray.wait(waiting)
+                for result in ray.get(ready):
+                    on_result(result)
+    except Exception as error:
+        raise as_raypipe_error(error) from error
+    finally:
+        for task in waiting:  # of one that failed, or was interrupted; what they had got to is kept
+            ray.cancel(task, force=True)
+
+
+def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any]:
+    return function(unit)
+
+
+def on_each_node(function: Callable[[], None]) -> None:
+    """Run a function on every node that is alive; one that cannot be reached is left as it is."""
+    there = [node["NodeID"] for node in ray.nodes() if node.get("Alive")]
+    remote = ray.remote(num_cpus=0, max_retries=0)(_plain)
+    tasks = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            function
+        )
+        for node in there
+    ]
+    ray.wait(tasks, num_returns=len(tasks), timeout=60)
+
+
+def _plain(function: Callable[[], None]) -> None:
+    function()
+
+
+def smallest_memory() -> float:
+    """Return the bytes that Ray accounts for on the smallest living node with CPUs; infinity where it does not say."""
+    alive = [
+        node["Resources"]
+        for node in ray.nodes()
+        if node.get("Alive") and node["Resources"].get("CPU", 0) > 0
+    ]
+    accounted = (node.get("memory", 0.0) + node.get("object_store_memory", 0.0) for node in alive)
+    return min(accounted, default=0.0) or float("inf")

@@ -1,0 +1,321 @@
+"""A Ray Data dataset as the source of a run: copied once, as Parquet, to `RUN/source/`, which the run then reads as any source.
+
+The parts of a dataset have no lasting names, so that what fell to a lost worker could not be asked for again; those of the copy have.
+Images are encoded, and columns named, in tasks on the cluster; the driver takes the rows in order, a bounded number at a time, and
+writes them down. `manifest.json` is written last and says what was copied: a copy with it is finished, one without is made anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from PIL import Image
+
+from raypipe import storage
+from raypipe.config import SourceSettings
+from raypipe.distributed.context import Context
+from raypipe.distributed.failures import as_raypipe_error
+from raypipe.distributed.ray_data.identity import identity
+from raypipe.errors import ConfigError, RunError, SourceError
+from raypipe.runs.layout import Run
+from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
+from raypipe.sources.common import stored_label, text
+
+FOLDER, MANIFEST = "source", "manifest.json"
+BATCH_ROWS = 64
+"""Rows the driver asks for at a time."""
+GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
+"""A row group ends at so many rows or bytes; so much is what the driver holds."""
+FILE_ROWS, FILE_BYTES = 65_536, 512 << 20
+"""A file ends at so many rows or bytes."""
+
+
+def settings_of_copy(settings: SourceSettings, run: Run) -> SourceSettings:
+    """How the copy is read."""
+    label = None if settings.label_column is None else "label"
+    columns = {"image_column": "image", "label_column": label, "id_column": "sample_id"}
+    return settings.model_copy(
+        update={"uri": run.path(FOLDER), "format": "parquet", "include": "*.parquet", **columns}
+    )
+
+
+def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> None:
+    """Make the copy, or find it finished. `settings` are the user's: columns of the dataset, and how many rows.
+
+    Raises ConfigError for what is no dataset, RunError when the finished copy is of another dataset, SourceError for columns that
+    cannot be used.
+    """
+    if not isinstance(dataset, ray.data.Dataset):
+        raise ConfigError(
+            f"source is {type(dataset).__name__}, not a ray.data.Dataset; for files, set source.uri instead"
+        )
+    context.start_ray()  # before the dataset is inspected
+    run, progress = context.run, context.progress
+    asked = {
+        name: getattr(settings, name)
+        for name in ("image_column", "label_column", "id_column", "limit")
+    }
+    found = identity(dataset)
+    manifest = _manifest(run)
+    if manifest is not None and manifest["asked"] == asked:
+        changed = [name for name, value in found.items() if manifest["dataset"].get(name) != value]
+        if changed:
+            raise RunError(
+                f"{run.path(FOLDER)}: holds a copy of another dataset ({' and '.join(changed)} differ); give another run folder, or "
+                "delete that one to copy this dataset"
+            )
+        progress.say(f"{FOLDER:<11} copied before: {manifest['rows']:,} samples")
+        return
+    storage.delete(run.path(FOLDER))
+    started = time.monotonic()
+    with (
+        progress.meter(FOLDER, 0) as meter,
+        _in_order(dataset, context.config.cluster.patience_seconds),
+    ):
+
+        def count(rows: int) -> None:
+            meter.expect(
+                meter.count + rows
+            )  # how many there will be is not known: to count them is to make them
+            meter.add(rows)
+
+        written = _write(dataset, settings, run, count)
+    storage.write_json(run.path(FOLDER, MANIFEST), {"asked": asked, "dataset": found, **written})
+    progress.say(
+        f"{FOLDER:<11} {written['rows']:,} samples copied in {time.monotonic() - started:.1f} s"
+    )
+
+
+def _manifest(run: Run) -> dict[str, Any] | None:
+    """What a finished copy says of itself; None where there is none, or one without all its files."""
+    try:
+        manifest = storage.read_json(run.path(FOLDER, MANIFEST))
+    except FileNotFoundError:
+        return None
+    return (
+        manifest
+        if {entry["name"] for entry in manifest["files"]} <= storage.names(run.path(FOLDER))
+        else None
+    )
+
+
+@contextmanager
+def _in_order(dataset: Any, patience: float) -> Iterator[None]:
+    """For a while, the dataset's blocks come in its order. By itself Ray Data hands on whichever block is ready first."""
+    context = dataset.context
+    wanted = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "execution_no_progress_timeout_s": patience,
+    }
+    saved = {name: getattr(context, name) for name in wanted}
+    ordered = context.execution_options.preserve_order
+    for name, value in wanted.items():
+        setattr(context, name, value)
+    context.execution_options.preserve_order = True
+    try:
+        yield
+    finally:
+        context.execution_options.preserve_order = ordered
+        for name, value in saved.items():
+            setattr(context, name, value)
+
+
+def _write(
+    dataset: Any, settings: SourceSettings, run: Run, on_rows: Callable[[int], None]
+) -> dict[str, Any]:
+    """Files of the copy; returns what the manifest says of them."""
+    if settings.limit is not None:
+        dataset = dataset.limit(settings.limit)
+    # without a batch size a block stays a block
+    columns = dataset.map_batches(
+        _columns,
+        fn_kwargs={
+            "image": settings.image_column,
+            "label": settings.label_column,
+            "identity": settings.id_column,
+        },
+        batch_format="numpy",
+        batch_size=None,
+    )
+    files = _Files(run)
+    rows = 0
+    try:
+        for batch in columns.iter_batches(
+            batch_format="pyarrow", batch_size=BATCH_ROWS, prefetch_batches=2
+        ):
+            if settings.id_column is None:
+                names = pa.array(
+                    [f"row-{row:010d}" for row in range(rows, rows + len(batch))], pa.string()
+                )
+                batch = batch.append_column("sample_id", names)
+            files.add(batch)
+            rows += len(batch)
+            on_rows(len(batch))
+    except BaseException as error:
+        files.discard(error)
+        if isinstance(error, OSError) or not isinstance(error, Exception):
+            raise
+        raise as_raypipe_error(error) from error
+    files.close()
+    if not rows:
+        raise SourceError("the dataset has no rows")
+    return {"rows": rows, "files": files.written}
+
+
+def _columns(
+    batch: dict[str, np.ndarray], image: str, label: str | None, identity: str | None
+) -> pa.Table:
+    """Columns as the copy has them: image (encoded bytes), label (as JSON, since labels are numbers or names), sample_id (text).
+
+    Runs in a task.
+    """
+    image = _chosen(batch, image, IMAGE_NAMES)
+    label = _chosen(batch, label, LABEL_NAMES) if label is not None else None
+    for setting, column in (
+        ("image_column", image),
+        ("label_column", label),
+        ("id_column", identity),
+    ):
+        if column is not None and column not in batch:
+            raise SourceError(
+                f"the dataset has no column {column!r}; it has {', '.join(batch)}; set source.{setting}"
+            )
+    labels = [
+        stored_label(value)
+        for value in (batch[label].tolist() if label is not None else [None] * len(batch[image]))
+    ]
+    wrong = next((reason for _, reason in labels if reason), "")
+    if wrong:
+        raise SourceError(f"column {label!r}: {wrong}; set source.label_column")
+    result = {
+        "image": pa.array([_encoded(value, image) for value in batch[image]], pa.large_binary()),
+        "label": pa.array([json.dumps(value) for value, _ in labels], pa.string()),
+    }
+    if identity is not None:
+        names = [None if value is None else text(str(value)) for value in batch[identity].tolist()]
+        result["sample_id"] = pa.array(names, pa.string())
+    return pa.table(result)
+
+
+def _chosen(batch: Mapping[str, Any], column: str, usual: Sequence[str]) -> str:
+    """The column of a setting; of `auto`, the one with the first of the usual names, without regard to case."""
+    if column != AUTO:
+        return column
+    return next((name for wanted in usual for name in batch if name.lower() == wanted), usual[0])
+
+
+def _encoded(value: Any, column: str) -> bytes | None:
+    """The bytes of an image; pixels become PNG, which loses nothing."""
+    if isinstance(value, dict):  # as Hugging Face writes images
+        value = value.get("bytes")
+    if value is None or isinstance(value, bytes):
+        return value
+    if isinstance(value, Image.Image):
+        value = np.asarray(
+            value if value.mode in {"L", "LA", "RGB", "RGBA"} else value.convert("RGB")
+        )
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.size:
+        if value.ndim == 3 and value.shape[2] == 1:
+            value = value[:, :, 0]
+        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in {2, 3, 4}):
+            buffer = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(value)).save(buffer, "PNG", compress_level=1)
+            return buffer.getvalue()
+    shown = (
+        f"{value.dtype} {list(value.shape)}"
+        if isinstance(value, np.ndarray)
+        else type(value).__name__
+    )
+    raise SourceError(
+        f"column {column!r} holds {shown}; expected encoded images (bytes), or pixels: uint8 [height, width] or [height, width, 3]. "
+        "Set source.image_column, or convert them with map_batches"
+    )
+
+
+class _Files:
+    """Writes rows to part-000000.parquet, ..., which depend on the rows alone and not on how Ray Data divided them."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.written: list[dict[str, Any]] = []
+        self._waiting: list[pa.Table] = []
+        self._open: tuple[storage.Upload, pq.ParquetWriter, pa.Schema] | None = None
+
+    def add(self, batch: pa.Table) -> None:
+        self._waiting.append(batch)
+        if (
+            sum(map(len, self._waiting)) >= GROUP_ROWS
+            or sum(part.nbytes for part in self._waiting) >= GROUP_BYTES
+        ):
+            self._write_group()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._write_group()
+        self._end_file()
+
+    def discard(self, error: BaseException) -> None:
+        """Drop the file under way; a copy that was interrupted is made anew."""
+        if self._open is not None:
+            self._open[0].__exit__(type(error), error, None)
+            self._open = None
+
+    def _write_group(self) -> None:
+        batch, self._waiting = pa.concat_tables(self._waiting), []
+        labels = [json.loads(value) for value in batch["label"].to_pylist()]
+        kinds = {type(value) for value in labels if value is not None}
+        if len(kinds) > 1:
+            raise SourceError("labels are partly numbers and partly names; use one kind")
+        kind = pa.string() if kinds == {str} else pa.int64()
+        if self._open is not None and kinds and self._open[2].field("label").type != kind:
+            self._end_file()  # after a file without labels, or names after numbers, which the index refuses by name
+        if self._open is not None:
+            kind = self._open[2].field("label").type
+        columns = {
+            "sample_id": batch["sample_id"].cast(pa.string()),
+            "label": pa.array(labels, kind),
+            "image": batch["image"].cast(pa.large_binary()),
+        }
+        table = pa.table(columns)
+        if self._open is None:
+            self._start_file(table.schema)
+        assert self._open is not None
+        self._open[1].write_table(table, row_group_size=len(table))
+        entry = self.written[-1]
+        entry["rows"] += len(table)
+        entry["bytes"] += table.nbytes
+        if entry["rows"] >= FILE_ROWS or entry["bytes"] >= FILE_BYTES:
+            self._end_file()
+
+    def _start_file(self, schema: pa.Schema) -> None:
+        name = f"part-{len(self.written):06d}.parquet"
+        upload = storage.Upload(self._run.path(FOLDER, name))
+        writer = pq.ParquetWriter(
+            upload.__enter__(),
+            schema,
+            compression={"sample_id": "zstd", "label": "zstd", "image": "none"},
+            use_dictionary=["label"],
+            write_statistics=["label"],
+            write_page_checksum=True,
+        )
+        self._open = (upload, writer, schema)
+        self.written.append(
+            {"name": name, "rows": 0, "bytes": 0, "label": str(schema.field("label").type)}
+        )
+
+    def _end_file(self) -> None:
+        if self._open is not None:
+            upload, writer, _ = self._open
+            writer.close()
+            self._open = None
+            upload.__exit__(None, None, None)

@@ -1,0 +1,8 @@
+"""A look at a source before anything is run: what is in it, what would be rejected, what a run would cost. No Ray, no torch."""
+
+from __future__ import annotations
+
+from raypipe.estimate.facts import Survey
+from raypipe.estimate.inspect import Inspection, inspect_source
+
+__all__ = ["Inspection", "Survey", "inspect_source"]

@@ -1,0 +1,172 @@
+"""One training on a keep-list, and its test. Batches, augmentation, schedule and optimiser are those of the proxy (`raypipe.vision.training`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raypipe.config import AdversarySettings, ProxySettings
+from raypipe.errors import StageError
+from raypipe.vision import training
+from raypipe.vision.adversarial import attack, starting_points
+from raypipe.vision.devices import to_device
+from raypipe.vision.networks import ProxyNet, build
+
+TEST_BATCH = 256
+"""Test images in one forward pass."""
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """What a trained model gets right.
+
+    accuracy   share of the test samples
+    per_class  share of each class, float64 [classes]; NaN of a class without test samples
+    """
+
+    accuracy: float
+    per_class: np.ndarray
+
+    @property
+    def worst_class(self) -> int:
+        """The class with the lowest accuracy."""
+        return int(np.nanargmin(self.per_class))
+
+
+def steps_of(settings: ProxySettings, samples: int) -> int:
+    """Optimiser steps of a training of `settings.epochs` epochs on so many samples."""
+    return settings.epochs * training.steps_per_epoch(samples, settings.batch_size)
+
+
+def statistics_of(images: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of pixels scaled to 0..1, of uint8 [n, 3, size, size]; read piece by piece."""
+    total, square = np.zeros(3), np.zeros(3)
+    for start in range(0, len(images), chunk):
+        part = images[start : start + chunk].astype(np.float32) / 255
+        total += part.sum((0, 2, 3), dtype=np.float64)
+        square += np.square(part).sum((0, 2, 3), dtype=np.float64)
+    count = max(1, images.size // 3)
+    mean = total / count
+    return mean.tolist(), np.sqrt(np.maximum(square / count - mean**2, 1e-6)).tolist()
+
+
+def fit(
+    settings: ProxySettings,
+    images: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    classes: int,
+    statistics: tuple[list[float], list[float]],
+    *,
+    steps: int | None = None,
+    device: str = "cpu",
+    bfloat16: bool | None = None,
+    state: State | None = None,
+    save: Callable[[State], None] | None = None,
+) -> ProxyNet:
+    """A fresh model trained on some rows of `images`, uint8 [n, 3, size, size], with `labels` int64 [n].
+
+    rows        int64 [k], in any order; the training depends on their order
+    statistics  mean and standard deviation of the channels, of pixels from 0 to 1
+    steps       optimiser steps; default: those of `settings.epochs` epochs. The learning rate falls over exactly these, and the last
+                epoch ends where they do
+    bfloat16    mixed precision; default: `settings.amp` on a GPU
+    state       what `save` was given at the end of an epoch: the training goes on from there, to the same end
+    Raises StageError where the loss is not finite, or there is nothing to train on.
+    """
+    count = len(rows)
+    if not count:
+        raise StageError("a keep-list without labelled samples cannot be trained on")
+    gpu = device != "cpu"
+    mixed = (gpu and settings.amp) if bfloat16 is None else bfloat16
+    # the global generator is the caller's
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = build(settings.model, classes, settings.image_size, *statistics)
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer, first = training.make_optimizer(settings, model), 0
+    if state is not None:
+        first = int(state["epoch"]) + 1
+        training.restore_training(
+            {name: value for name, value in state.items() if name != "epoch"}, model, optimizer
+        )
+    per_epoch = training.steps_per_epoch(count, settings.batch_size)
+    steps = steps_of(settings, count) if steps is None else steps
+    for epoch in range(first, -(-steps // per_epoch)):
+        model.train()
+        total = torch.zeros((), device=device)
+        batches = training.epoch_batches(count, settings.batch_size, settings.seed, epoch)[
+            : steps - epoch * per_epoch
+        ]
+        for step, batch in enumerate(batches):
+            rate = training.learning_rate(settings, epoch * per_epoch + step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            chosen = rows[batch]
+            pixels = to_device(
+                training.augment(images[chosen], settings, epoch, step, slice(None)), device
+            )
+            target = to_device(labels[chosen], device)
+            if settings.adversary is not None:
+                begin = starting_points(pixels.shape, settings.seed, epoch, 1 + step, 1)
+                pixels = attack(model, pixels, target, settings.adversary, begin, bfloat16=mixed)
+            with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed):
+                logits = model(pixels).float()
+            loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        if not np.isfinite(total.item()):
+            raise StageError(
+                f"the loss is {total.item()} in epoch {epoch + 1} of a training on {count:,} samples; lower lr"
+            )
+        if save is not None:
+            save(training.training_state(model, optimizer) | {"epoch": torch.tensor(epoch)})
+    return model
+
+
+def test(
+    model: ProxyNet,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    device: str = "cpu",
+    adversary: AdversarySettings | None = None,
+) -> TestResult:
+    """Accuracy on test images, uint8 [m, 3, size, size], with labels int64 [m], in eval mode and float32.
+
+    adversary  on adversarial examples of them instead, which begin at the same random points in every test
+    """
+    right = np.zeros(classes, np.int64)
+    with _eval_mode(model), torch.no_grad():
+        for start in range(0, len(labels), TEST_BATCH):
+            part = slice(start, start + TEST_BATCH)
+            pixels = to_device(np.array(images[part]), device)
+            if adversary is not None:
+                target = to_device(labels[part], device)
+                pixels = attack(
+                    model, pixels, target, adversary, starting_points(pixels.shape, start)
+                )
+            said = model(pixels).argmax(1).cpu().numpy()
+            right += np.bincount(labels[part][said == labels[part]], minlength=classes)
+    there = np.bincount(labels, minlength=classes)
+    per_class = np.divide(right, there, out=np.full(classes, np.nan), where=there > 0)
+    return TestResult(float(right.sum() / max(1, len(labels))), per_class)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

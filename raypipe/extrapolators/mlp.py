@@ -1,0 +1,164 @@
+"""A network on a sample's own embedding and class, which sees no neighbour: what all of the graph has to beat.
+
+Source: the baseline that reviewers of arXiv 2506.09010 ("Effective Data Pruning through Score Extrapolation") asked for and its
+later code has: [one-hot label ; embedding] -> 256 -> 64 -> 1, ReLU and dropout 0.5 after the first two. Here three networks, each
+on all scored samples but another tenth, which chooses its epoch by squared error; the prediction is their mean. Embeddings and
+scores are standardised. An unlabelled sample has no one-hot entry.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raypipe.errors import RaypipeError
+from raypipe.extrapolators.base import Extrapolator, Nodes
+from raypipe.extrapolators.features import Scaler, Target
+from raypipe.progress import ProgressCallback
+
+HIDDEN = (256, 64)
+DROPOUT = 0.5
+MEMBERS, FOLDS = 3, 10
+RATE, DECAY = 1e-3, 1e-2
+BATCH = 64
+PATIENCE = 10
+"""Epochs without a better one after which a fit ends."""
+
+
+class MlpNet(nn.Module):
+    """Three dense layers. The one-hot columns of the first are a table of vectors, so thousands of classes cost nothing."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.embedding, self.label = (
+            nn.Linear(width, HIDDEN[0]),
+            nn.Embedding(num_classes + 1, HIDDEN[0], padding_idx=0),
+        )
+        self.hidden, self.out = nn.Linear(HIDDEN[0], HIDDEN[1]), nn.Linear(HIDDEN[1], 1)
+        bound = width**-0.5  # the range in which nn.Linear draws its weights
+        nn.init.uniform_(self.label.weight[1:], -bound, bound)
+
+    def forward(self, embedding: Tensor, label: Tensor) -> Tensor:
+        """Standardised embedding [n, width], class [n] (0 = unlabelled, class c at c + 1) -> [n]."""
+        x = F.dropout(F.relu(self.embedding(embedding) + self.label(label)), DROPOUT, self.training)
+        return self.out(F.dropout(F.relu(self.hidden(x)), DROPOUT, self.training))[:, 0]
+
+
+class Mlp(Extrapolator):
+    """Three small networks on embedding and class."""
+
+    name = "mlp"
+    default_neighbours = 20
+    default_epochs = 60
+    fewest = 20
+
+    def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
+        """Learn from the seed set and its measured scores, float [n].
+
+        Raises RaypipeError for fewer than 20 samples, scores or embeddings that are not finite, labels out of range.
+        """
+        score = self._check_fit(seed, score)
+        self._build_index(seed.embedding)
+        self._scaler = Scaler.fit(seed)
+        self._target, z = Target.fit(score)
+        self._networks: list[MlpNet] = []
+        total = MEMBERS * self.epochs
+        if self._target.spread:
+            x, y = self._inputs(seed)
+            target, rng = (
+                torch.from_numpy(z.astype(np.float32)),
+                np.random.default_rng(self.settings.seed),
+            )
+            order = torch.from_numpy(rng.permutation(len(seed)))
+            for member in range(MEMBERS):
+                held = order[member::FOLDS]
+                rows = order[torch.isin(order, held, invert=True)]
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(int(rng.integers(2**31)))
+                    net = MlpNet(x.shape[1], self.num_classes)
+                    for epoch in self._train(net, x, y, target, rows, held):
+                        if progress is not None:
+                            progress(member * self.epochs + epoch, total)
+                self._networks.append(net.eval())
+        if progress is not None:
+            progress(total, total)
+
+    def _train(
+        self, net: MlpNet, x: Tensor, y: Tensor, target: Tensor, rows: Tensor, held: Tensor
+    ) -> Any:
+        """Fit a network, leaving it at its best epoch; yields the number of each epoch as it ends."""
+        optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY, fused=True)
+        best, best_epoch, weights = np.inf, 0, copy.deepcopy(net.state_dict())
+        for epoch in range(1, self.epochs + 1):
+            net.train()
+            for part in rows[torch.randperm(len(rows))].split(BATCH):
+                loss = F.mse_loss(net(x[part], y[part]), target[part])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            net.eval()
+            with torch.no_grad():
+                error = float(F.mse_loss(net(x[held], y[held]), target[held]))
+            if error < best:
+                best, best_epoch, weights = error, epoch, copy.deepcopy(net.state_dict())
+            yield epoch
+            if epoch - best_epoch >= PATIENCE:
+                break
+        net.load_state_dict(weights)
+
+    @torch.no_grad()
+    def predict(self, nodes: Nodes) -> np.ndarray:
+        self._check_nodes(nodes)
+        if not self._networks:
+            return np.full(len(nodes), self._target.mean, np.float32)
+        x, y = self._inputs(nodes)
+        z = torch.stack([net(x, y) for net in self._networks]).mean(0)
+        return self._target.restore(z.double().numpy())
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, meta = self._base_state()
+        tensors |= {f"scaler.{name}": value for name, value in self._scaler.tensors().items()}
+        for number, net in enumerate(self._networks):
+            tensors |= {
+                f"network{number}.{name}": value.numpy() for name, value in net.state_dict().items()
+            }
+        meta |= {
+            "mean": self._target.mean,
+            "spread": self._target.spread,
+            "networks": len(self._networks),
+        }
+        return tensors, meta | {"epochs": self.epochs}
+
+    def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        self._load_base(tensors, meta)
+        try:
+            self._target, self.epochs = (
+                Target(float(meta["mean"]), float(meta["spread"])),
+                int(meta["epochs"]),
+            )
+            self._scaler = Scaler.from_tensors(
+                {name: tensors[f"scaler.{name}"] for name in ("mean", "spread", "knots")}
+            )
+            self._networks = []
+            for number in range(int(meta["networks"])):
+                with torch.random.fork_rng(devices=[]):
+                    net = MlpNet(self._scored.width, self.num_classes)
+                weights = {
+                    name: torch.from_numpy(np.array(tensors[f"network{number}.{name}"]))
+                    for name in net.state_dict()
+                }
+                net.load_state_dict(weights)
+                self._networks.append(net.eval())
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RaypipeError(
+                f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again"
+            ) from None
+
+    def _inputs(self, nodes: Nodes) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self._scaler.embedding(nodes)), torch.from_numpy(nodes.label + 1)

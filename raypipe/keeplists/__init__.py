@@ -1,0 +1,1 @@
+"""Read keep-lists: files of a run, and datasets restricted to them."""

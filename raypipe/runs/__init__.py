@@ -1,0 +1,1 @@
+"""A run folder: where everything is, what is finished, who writes it."""

@@ -1,1 +1,0 @@
-"""The sections of a configuration, a model each; `raypipe.config` puts them together and reads them."""

@@ -1,0 +1,1 @@
+"""Fit the extrapolator, assess it, and predict the score of every sample."""

@@ -1,0 +1,1 @@
+"""List the files of a source and cut them into fragments."""

@@ -1,0 +1,1 @@
+"""Measure the scores of the seed set and the audit set."""

@@ -1,0 +1,1 @@
+"""Train the proxy on the seed set with Ray Train."""

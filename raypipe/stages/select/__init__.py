@@ -1,0 +1,1 @@
+"""Write keep-lists from the score shards."""

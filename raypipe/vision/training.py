@@ -1,0 +1,130 @@
+"""The mathematics of training a proxy: order, augmentation, learning rate, optimiser state. No Ray, no storage.
+
+Everything random derives from (seed, epoch, step) and every batch is defined over the whole seed set, so that a training
+that was interrupted, or that runs on another number of workers, sees the same batches and the same augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raypipe.config import ProxySettings
+
+LOWEST_LR = 1e-3
+"""The learning rate ends at this share of its peak (the published MoSo code: 1e-4 of 0.1)."""
+WARM_UP = 0.2
+"""Share of the steps in which `onecycle` rises linearly to its peak."""
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Batches in an epoch; they are of nearly equal size, none is dropped."""
+    return max(1, math.ceil(samples / batch_size))
+
+
+def learning_rate(settings: ProxySettings, step: int, steps: int) -> float:
+    """The learning rate of optimiser step `step` of `steps` (0-based)."""
+    if settings.schedule == "constant":
+        return settings.lr
+    warm = int(WARM_UP * steps) if settings.schedule == "onecycle" else 0
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    turned = (step - warm) / max(1, steps - 1 - warm)
+    return settings.lr * (LOWEST_LR + (1 - LOWEST_LR) * 0.5 * (1 + math.cos(math.pi * turned)))
+
+
+def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Rows of every batch of an epoch, the same on every worker."""
+    order = np.random.default_rng([seed, epoch, 0]).permutation(samples)
+    return np.array_split(order, steps_per_epoch(samples, batch_size))
+
+
+def augment(
+    images: np.ndarray, settings: ProxySettings, epoch: int, step: int, part: slice
+) -> np.ndarray:
+    """Random flips and shifts, drawn for the whole batch and applied to one worker's part of it.
+
+    images  uint8 [n, 3, size, size], the whole batch;  returns the augmented images[part]
+    """
+    count, size = len(images), images.shape[-1]
+    random = np.random.default_rng([settings.seed, epoch, 1 + step])
+    flips = random.random(count) < 0.5
+    shifts = random.integers(-settings.crop_padding, settings.crop_padding + 1, (count, 2))
+    images, flips, shifts = images[part], flips[part], shifts[part]
+    if settings.flip:
+        images = np.where(flips[:, None, None, None], images[..., ::-1], images)
+    if settings.crop_padding:
+        # a shifted index, reflected at the border
+        base = np.arange(size)
+        rows = _reflect(base[None] + shifts[:, :1], size)
+        columns = _reflect(base[None] + shifts[:, 1:], size)
+        images = np.take_along_axis(images, rows[:, None, :, None], 2)
+        images = np.take_along_axis(images, columns[:, None, None, :], 3)
+    return np.ascontiguousarray(images)
+
+
+def _reflect(index: np.ndarray, size: int) -> np.ndarray:
+    period = max(1, 2 * (size - 1))
+    index = np.abs(index) % period
+    return np.where(index >= size, period - index, index)
+
+
+def make_optimizer(settings: ProxySettings, model: nn.Module) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything needed to go on, as flat tensors: weights as `model.NAME`, optimiser as `optimizer.SLOT.INDEX`."""
+    state = {
+        f"model.{name}": value.detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot, value in slots.items():
+            if value is not None:
+                state[f"optimizer.{slot}.{index}"] = (
+                    torch.as_tensor(value).detach().cpu().contiguous()
+                )
+    return state
+
+
+def restore_training(
+    state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """The inverse of `training_state`."""
+    model.load_state_dict(
+        {
+            name.removeprefix("model."): value
+            for name, value in state.items()
+            if name.startswith("model.")
+        }
+    )
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in _optimizer_slots(state):
+        slot, _, index = name.rpartition(".")
+        slots.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict(
+        {"state": slots, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _optimizer_slots(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return (
+        (name.removeprefix("optimizer."), value)
+        for name, value in state.items()
+        if name.startswith("optimizer.")
+    )

@@ -1,0 +1,226 @@
+"""What a run is estimated to cost, held against what one took."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from helpers import small_config
+
+import raypipe
+from raypipe import storage
+from raypipe.config import Config, SourceSettings, parse_config
+from raypipe.errors import RunError
+from raypipe.estimate import Survey, inspect_source, rates
+from raypipe.estimate.cost import Machine, estimate
+from raypipe.estimate.facts import Cost
+from raypipe.estimate.inspect_text import between, describe_cost
+from raypipe.runs.layout import Run
+
+LAPTOP = Machine(4, 0, "a laptop")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Survey:
+    return inspect_source(SourceSettings(uri="digits://")).survey
+
+
+def _config(**sections: object) -> Config:
+    return parse_config({"run": "r", "source": {"uri": "digits://"}, **sections})
+
+
+def _cpu(cost: Cost) -> dict[str, float]:
+    return {stage.stage: stage.cpu_seconds for stage in cost.stages}
+
+
+@pytest.mark.ray
+def test_the_estimate_is_within_a_factor_of_four_of_a_run(
+    finished: str, finished_ledger: str
+) -> None:
+    ledger = Run(finished_ledger).ledger()
+    cost = raypipe.inspect(config=small_config(finished), cpus=2, gpus=0).cost
+    assert cost is not None
+    took = sum(record.cpu_seconds for record in ledger.values())
+    assert took / 4 < 3600 * cost.cpu_hours < 4 * took
+    # seconds of the clock are those of an idle machine: other work makes a run longer, nothing makes it shorter
+    assert took / 2 < cost.high and cost.low / 4 < sum(
+        record.wall_seconds for record in ledger.values()
+    )
+    assert abs(cost.seed_samples - ledger["seed"].samples) < 0.2 * ledger["seed"].samples
+    written = {
+        folder: sum(file.size for file in storage.listing(Run(finished).path(folder)))
+        for folder in cost.bytes_written
+    }
+    assert written["seed"] < 5 * cost.bytes_written["seed"]  # digits compress well
+    for folder in ("proxy", "measured", "embeddings", "scores"):
+        assert written[folder] / 3 < cost.bytes_written[folder] < 3 * written[folder], folder
+
+
+@pytest.mark.ray
+def test_a_run_of_the_past_is_scaled_stage_by_stage(finished_ledger: str, digits: Survey) -> None:
+    config, ledger = small_config(finished_ledger), Run(finished_ledger).ledger()
+    same = _cpu(estimate(digits, config, LAPTOP, like=finished_ledger))
+    for stage in ("proxy", "measure", "embed", "extrapolate"):
+        took = ledger[stage].cpu_seconds  # an estimate is given to a tenth of a second
+        assert took / 1.3 - 0.05 < same[stage] < took * 1.3 + 0.05, stage
+    longer = _cpu(
+        estimate(
+            digits, small_config(finished_ledger, "proxy.epochs=400"), LAPTOP, like=finished_ledger
+        )
+    )
+    stated = [
+        _cpu(estimate(digits, small_config(finished_ledger, f"proxy.epochs={epochs}"), LAPTOP))[
+            "proxy"
+        ]
+        for epochs in (4, 400)
+    ]
+    assert longer["proxy"] / same["proxy"] == pytest.approx(
+        stated[1] / stated[0], rel=0.3
+    )  # figures are rounded
+    assert longer["embed"] == same["embed"]
+    # what ran on CPUs says nothing of a GPU
+    on_gpu = estimate(digits, config, Machine(4, 1, "a machine"), like=finished_ledger)
+    assert any("constants for proxy, measure, embed" in sentence for sentence in on_gpu.basis)
+    with pytest.raises(RunError, match="no run here"):
+        estimate(digits, config, LAPTOP, like=f"{finished_ledger}/nowhere")
+
+
+@pytest.mark.ray
+def test_a_cluster_is_asked_only_for_an_address(cluster: str) -> None:
+    import ray
+
+    cost = raypipe.inspect("digits://", address=cluster).cost
+    assert cost is not None and cost.machine.startswith(
+        f"the cluster at {cluster}: {ray.cluster_resources()['CPU']:g} CPU"
+    )
+    assert ray.is_initialized()  # that of the tests goes on
+
+
+def test_cost_follows_what_the_settings_ask_for(digits: Survey) -> None:
+    plain = _cpu(estimate(digits, _config(), LAPTOP))
+    assert (
+        _cpu(estimate(digits, _config(proxy={"epochs": 200}), LAPTOP))["proxy"] > 3 * plain["proxy"]
+    )
+    attacked = _cpu(estimate(digits, _config(proxy={"adversary": {}}), LAPTOP))
+    assert attacked["proxy"] > 3 * plain["proxy"] and attacked["measure"] > 3 * plain["measure"]
+    assert (
+        _cpu(estimate(digits, _config(measure={"scores": ["el2n"]}), LAPTOP))["measure"]
+        < 0.2 * plain["measure"]
+    )
+    assert (
+        _cpu(estimate(digits, _config(measure={"moso": {"gradient": "head"}}), LAPTOP))["measure"]
+        < plain["measure"]
+    )
+    assert (
+        _cpu(estimate(digits, _config(extrapolate={"method": "knn"}), LAPTOP))["extrapolate"]
+        < plain["extrapolate"]
+    )
+    half = estimate(digits, _config(source={"uri": "digits://", "limit": 900}), LAPTOP)
+    assert half.samples == 900 and _cpu(half)["embed"] < 0.7 * plain["embed"]
+    larger = dataclasses.replace(
+        digits, samples=100 * digits.samples, bytes=100 * digits.bytes, fragments=200
+    )
+    assert _cpu(estimate(larger, _config(), LAPTOP))["embed"] > 50 * plain["embed"]
+
+
+def test_more_machines_take_less_time_but_not_less_work(digits: Survey) -> None:
+    larger = dataclasses.replace(digits, samples=1_000_000, fragments=1000)
+    few, many = (estimate(larger, _config(), Machine(cpus, 0, "")) for cpus in (2, 64))
+    assert many.high < few.high / 2
+    assert _cpu(many)["embed"] == _cpu(few)["embed"]
+    gpus = estimate(larger, _config(), Machine(64, 8, ""))
+    assert few.gpu_hours == 0 < gpus.gpu_hours and gpus.high < many.high
+    assert any("no GPU was measured" in sentence for sentence in gpus.basis)
+    asked = estimate(larger, _config(proxy={"use_gpu": True}), LAPTOP)
+    assert asked.gpu_hours == 0 and any(
+        "ask for GPUs (proxy)" in sentence for sentence in asked.basis
+    )
+    assert "no GPU" in "\n".join(describe_cost(few))
+
+
+def test_a_search_on_gpus_is_counted_where_there_is_one(digits: Survey) -> None:
+    larger, machine = (
+        dataclasses.replace(digits, samples=100_000, fragments=100),
+        Machine(64, 8, ""),
+    )
+
+    def extrapolation(machine: Machine, **settings: object) -> tuple[float, float]:
+        config = _config(seed={"fraction": 0.2, "audit": 0}, extrapolate=settings)
+        (found,) = (
+            stage
+            for stage in estimate(larger, config, machine).stages
+            if stage.stage == "extrapolate"
+        )
+        return found.cpu_seconds, found.gpu_seconds
+
+    plain = extrapolation(machine)
+    searched = extrapolation(machine, use_gpu=True)
+    assert plain[1] == 0 < searched[1] and searched[0] < plain[0]
+    assert extrapolation(LAPTOP, use_gpu=True) == extrapolation(LAPTOP)
+    # more scored samples are searched by inverted lists, on CPUs
+    assert extrapolation(machine, use_gpu=True, exact_neighbours=10_000) == extrapolation(
+        machine, exact_neighbours=10_000
+    )
+
+
+def test_bytes_read_depend_on_how_the_format_is_read(digits: Survey) -> None:
+    source = dataclasses.replace(digits, bytes=10**9, files=100)
+    tar = dataclasses.replace(source, scan_reads="all", reads_singly=False)
+    table = dataclasses.replace(source, scan_reads="part", reads_singly=False)
+    config = _config(seed={"fraction": 0.1, "audit": 0})
+    assert estimate(source, config, LAPTOP).bytes_read == {
+        "index": 0,
+        "seed": pytest.approx(10**8, rel=0.01),
+        "embed": 10**9,
+    }
+    assert estimate(tar, config, LAPTOP).bytes_read == dict.fromkeys(
+        ("index", "seed", "embed"), 10**9
+    )
+    assert estimate(table, config, LAPTOP).bytes_read == {
+        "index": 6_553_600,
+        "seed": 10**9,
+        "embed": 10**9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("small", 16), ("resnet18", 32), ("resnet18", 64), ("resnet50", 128), ("resnet34", 224)],
+)
+def test_the_table_of_networks_is_right(model: str, size: int) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from raypipe.vision.networks import build
+
+    with torch.device("meta"):
+        network = build(model, 10, size).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta"))
+    assert rates.macs(model, size) == pytest.approx(counter.get_total_flops() / 2, rel=0.08)
+    assert rates.width(model) == network.head.in_features
+    assert rates.PARAMETERS[model] == pytest.approx(
+        sum(value.numel() for value in network.backbone.parameters()), rel=0.01
+    )
+
+
+def test_every_method_and_network_has_a_cost(digits: Survey) -> None:
+    from raypipe.config.choices import PROXY_MODELS
+    from raypipe.extrapolators import METHODS
+
+    assert set(rates.MACS_PER_PIXEL) == set(rates.PARAMETERS) == set(PROXY_MODELS)
+    for method in METHODS:
+        assert estimate(digits, _config(extrapolate={"method": method}), LAPTOP).high > 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (3, 12, "3 to 12 s"),
+        (50, 240, "50 s to 4 min"),
+        (7200, 7300, "about 2.0 h"),
+        (3e5, 3e6, "3.5 to 35 days"),
+    ],
+)
+def test_times_are_in_units_a_person_would_use(low: float, high: float, expected: str) -> None:
+    assert between(low, high) == expected
