@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +80,7 @@ def _section(page: str, heading: str) -> str:
     return "\n".join(lines[start:stop])
 
 
-def test_every_command_and_option_is_in_the_reference(reference) -> None:
+def test_every_command_and_option_is_in_the_reference(reference: ModuleType) -> None:
     page = reference.cli_page()
     found = list(_commands(cli.cli, "raypipe"))
     assert len(found) > 10
@@ -119,7 +118,7 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", info
 
 
-def test_every_setting_is_in_the_reference(reference) -> None:
+def test_every_setting_is_in_the_reference(reference: ModuleType) -> None:
     rows = reference.settings_page().split("\n")
     found = list(_settings(Config))
     assert len(found) > 100
@@ -141,7 +140,7 @@ def test_every_setting_is_in_the_reference(reference) -> None:
             assert stated == expected or stated == pytest.approx(expected, rel=1e-5), name
 
 
-def test_names_that_are_allowed_are_in_the_reference(reference) -> None:
+def test_names_that_are_allowed_are_in_the_reference(reference: ModuleType) -> None:
     page = reference.settings_page()
     row = next(row for row in page.split("\n") if "`select.strategy` |" in row)
     for strategy in ("top", "ccs", "beta", "random"):
@@ -149,7 +148,7 @@ def test_names_that_are_allowed_are_in_the_reference(reference) -> None:
     assert "> 0, ≤ 1" in next(row for row in page.split("\n") if "`seed.fraction` |" in row)
 
 
-def test_every_public_name_is_in_the_reference(reference) -> None:
+def test_every_public_name_is_in_the_reference(reference: ModuleType) -> None:
     page = reference.python_page()
     for name in raypipe.__all__:
         assert f"raypipe.{name}" in page
@@ -160,7 +159,7 @@ def test_every_public_name_is_in_the_reference(reference) -> None:
         assert hasattr(importlib.import_module(module), name), path
 
 
-def test_every_error_is_in_the_reference_with_its_exit_code(reference) -> None:
+def test_every_error_is_in_the_reference_with_its_exit_code(reference: ModuleType) -> None:
     page = reference.exit_codes_page()
     whole = reference.expanded((DOCS / "reference" / "exit-codes.md").read_text(), "")
     every = [errors.RaypipeError]
@@ -174,7 +173,7 @@ def test_every_error_is_in_the_reference_with_its_exit_code(reference) -> None:
 
 
 @pytest.mark.ray
-def test_tables_of_files_have_the_columns_of_a_run(finished) -> None:
+def test_tables_of_files_have_the_columns_of_a_run(finished: str) -> None:
     import pyarrow.parquet as pq
 
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
@@ -237,59 +236,43 @@ def _slugs(heading: str) -> Iterator[str]:
     yield re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_).strip())
 
 
-def _page(file: Path, reference: ModuleType) -> Page:
+def _page(file: Path, reference: ModuleType, text: str | None = None) -> Page:
     """A page with what is filled in when the site is built."""
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8") if text is None else text
     if DOCS in file.parents:
         text = reference.expanded(text, file.relative_to(DOCS).as_posix())
     return Page.of(text, reference)
 
 
-def _broken(file: Path, reference: ModuleType) -> Iterator[str]:
+def _broken(file: Path, reference: ModuleType, text: str | None = None) -> Iterator[str]:
     """Yield the relative links of a page that lead nowhere."""
-    for target in re.findall(r"\]\(([^()\s]+)(?: \"[^\"]*\")?\)", _page(file, reference).text):
+    page = _page(file, reference, text)
+    for target in re.findall(r"\]\(([^()\s]+)(?: \"[^\"]*\")?\)", page.text):
         path, _, anchor = target.partition("#")
         if "://" in target or target.startswith("mailto:"):
             continue
         other = Path(os.path.normpath(file.parent / path)) if path else file
         if not other.exists():
             yield f"{file.relative_to(ROOT)}: {target}: no such file"
-        elif anchor and other.suffix == ".md" and anchor not in _page(other, reference).anchors:
-            yield f"{file.relative_to(ROOT)}: {target}: no such heading"
+        elif anchor and other.suffix == ".md":
+            linked = _page(other, reference) if path else page
+            if anchor not in linked.anchors:
+                yield f"{file.relative_to(ROOT)}: {target}: no such heading"
 
 
-def test_links_lead_to_files_and_headings(reference) -> None:
+def test_links_lead_to_files_and_headings(reference: ModuleType) -> None:
     assert len(PAGES) > 10
     assert [line for page in PAGES for line in _broken(page, reference)] == []
 
 
-def test_a_broken_link_is_noticed(reference, tmp_path) -> None:
-    page = DOCS / "index.md"
-    text = "[a](gone.md) [b](index.md#nothing) [c](#there)\n# There\n"
-    text += "```\n[d](gone.md)\n```\n`[e](gone.md)`"
-    fake = _FakePage(page, text)
-    assert [line.split(": ")[1] for line in _broken(fake, reference)] == [
-        "gone.md",
-        "index.md#nothing",
-    ]
+def test_a_broken_link_is_noticed(reference: ModuleType) -> None:
+    text = "[a](gone.md) [b](concepts.md#nothing) [c](#there) [d](#not-there)\n# There\n"
+    text += "```\n[e](gone.md)\n```\n`[f](gone.md)`"
+    broken = [line.split(": ")[1] for line in _broken(DOCS / "index.md", reference, text)]
+    assert broken == ["gone.md", "concepts.md#nothing", "#not-there"]
 
 
-class _FakePage(type(Path())):  # type: ignore[misc]
-    """A path whose text is given."""
-
-    def __new__(cls, path: Path, text: str) -> _FakePage:
-        return super().__new__(cls, path)
-
-    def __init__(self, path: Path, text: str) -> None:
-        if sys.version_info >= (3, 12):
-            super().__init__(path)
-        self.given = text
-
-    def read_text(self, *_: Any, **__: Any) -> str:
-        return self.given
-
-
-def test_pages_of_the_site_are_in_its_navigation(reference) -> None:
+def test_pages_of_the_site_are_in_its_navigation(reference: ModuleType) -> None:
     """`make docs` refuses both as well: a page that no entry names, and an entry without a page."""
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed: set[str] = set()
@@ -308,7 +291,7 @@ def test_pages_of_the_site_are_in_its_navigation(reference) -> None:
     assert listed == there
 
 
-def test_generated_parts_are_on_their_pages(reference) -> None:
+def test_generated_parts_are_on_their_pages(reference: ModuleType) -> None:
     for name, build in reference.GENERATED.items():
         page = (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
         assert build() in reference.expanded(page, f"reference/{name}.md")
@@ -316,7 +299,9 @@ def test_generated_parts_are_on_their_pages(reference) -> None:
         reference.expanded("<!-- generated: nothing -->\n<!-- end -->", "reference/cli.md")
 
 
-def test_links_out_of_the_site_become_text_or_links_to_the_repository(reference) -> None:
+def test_links_out_of_the_site_become_text_or_links_to_the_repository(
+    reference: ModuleType,
+) -> None:
     text = "See [results](../benchmarks/results/gpu.md) and [home](index.md), "
     text += "not `[x](../Makefile)`.\n```\n[y](../Makefile)\n```"
     kept = "not `[x](../Makefile)`.\n```\n[y](../Makefile)\n```"
@@ -431,7 +416,9 @@ def test_few_examples_are_not_run(page: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
-def test_examples_run(page: Path, cluster, tmp_path, monkeypatch) -> None:
+def test_examples_run(
+    page: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All examples of a page, in their order and in one folder, as a reader runs them."""
     blocks = [block for block in _blocks(page) if not block.not_run]
     blocks = [block for block in blocks if block.language in ("python", "bash", "console")]
