@@ -1,6 +1,7 @@
 # make demo    install, then a complete run on the bundled images
 # make test    install, then the test suite            (make test ARGS="-k parquet -x"; ARGS="-m long": what takes minutes)
 # make lint    style, types and the layering of the package
+# make docs    the documentation site into site/, strictly: a broken link fails; needs no network
 # make clean   remove the environment and every cache (runs/ stays)
 #
 # Needs python3 >= 3.11 with venv, make, and a package index. Another interpreter: make PYTHON=python3.12 demo
@@ -20,7 +21,7 @@ export RAY_AUTH_TOKEN := $(shell od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 endif
 endif
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -34,6 +35,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+	@echo "site/index.html is the site; to read it: $(BIN)/python -m http.server --directory site"
 
 install: $(STAMP)
 
@@ -49,5 +54,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .home build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .home build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find raypipe jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
