@@ -1,6 +1,6 @@
 """Score the handwritten digits that ship with scikit-learn, and work with the scores.
 
-    python examples/digits.py
+Run it with `python examples/digits.py`; it needs no download.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import raypipe
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--run", default="runs/digits-example", help="folder for everything that is written")
-parser.add_argument("--samples", type=int, default=1797, help="use only the first N images")
+parser.add_argument("--run", default="runs/digits-example", help="folder for the results")
+parser.add_argument("--samples", type=int, default=1797, help="use the first N images")
 parser.add_argument("--epochs", type=int, default=20, help="epochs of the proxy network")
 options = parser.parse_args()
 
@@ -32,8 +32,7 @@ result = raypipe.run(
 # Can the scores be trusted? Fidelity is the rank correlation of predicted and measured scores on
 # images that the predictor never saw. If it were too low, `run` would raise a TrustError instead.
 fidelity = result.summary["fidelity"]
-low, high = fidelity["spearman_interval"]
-print(f"fidelity {fidelity['spearman']:.2f} (95 % interval {low:.2f} to {high:.2f})")
+print("fidelity {spearman:.2f} ({spearman_low:.2f} to {spearman_high:.2f})".format(**fidelity))
 
 # Another keep-list takes seconds, because nothing is scored again.
 for file, kept in raypipe.select(result.uri, keep=0.6, strategy="balanced").items():

@@ -1,12 +1,12 @@
 """Predict a score of your own for a whole dataset from the scores of some samples.
 
-No images are needed, only numpy arrays: an embedding of every sample and the score of a few.
-
-    python examples/own_scores.py
+It needs no images, only numpy arrays: an embedding of every sample and the scores of a few.
+Run it with `python examples/own_scores.py`.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,8 @@ from sklearn.model_selection import cross_val_predict
 import raypipe
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--out", default="runs/own-scores", help="folder for everything that is written")
-parser.add_argument("--samples", type=int, default=1797, help="use only the first N digits")
+parser.add_argument("--out", default="runs/own-scores", help="folder for the results")
+parser.add_argument("--samples", type=int, default=1797, help="use only the first N")
 options = parser.parse_args()
 
 # Stand-ins for your data. The embedding of a sample is any vector in which similar samples are
@@ -33,28 +33,25 @@ ids = [f"digit-{row}" for row in range(len(labels))]
 # This score is high for a digit that a classifier trained on others does not recognise. Any score
 # will do if higher means: keep.
 scored = np.random.default_rng(0).permutation(len(labels))[: len(labels) // 4]
-classifier = LogisticRegression(max_iter=1000)
-probability = cross_val_predict(
-    classifier, embeddings[scored] / 16, labels[scored], cv=5, method="predict_proba"
-)
-scores = 1 - probability[np.arange(len(scored)), labels[scored]]
+x, y = embeddings[scored] / 16, labels[scored]
+probability = cross_val_predict(LogisticRegression(), x, y, cv=5, method="predict_proba")
+scores = 1 - probability[np.arange(len(scored)), y]
 
 # raypipe reads both as Parquet. The column `label` is optional.
 folder = Path(options.out)
 folder.mkdir(parents=True, exist_ok=True)
-all_samples = {"sample_id": ids, "embedding": list(embeddings), "label": labels}
-pq.write_table(pa.table(all_samples), folder / "embeddings.parquet")
-some_scores = {"sample_id": [ids[row] for row in scored], "score": scores}
-pq.write_table(pa.table(some_scores), folder / "scores.parquet")
+all_embeddings, some_scores = f"{folder}/embeddings.parquet", f"{folder}/scores.parquet"
+columns: dict[str, Any] = {"sample_id": ids, "embedding": list(embeddings), "label": labels}
+pq.write_table(pa.table(columns), all_embeddings)
+columns = {"sample_id": [ids[row] for row in scored], "score": scores}
+pq.write_table(pa.table(columns), some_scores)
 
-result = raypipe.extrapolate(
-    f"{folder}/embeddings.parquet", f"{folder}/scores.parquet", f"{folder}/run", method="knn"
-)
+result = raypipe.extrapolate(all_embeddings, some_scores, f"{folder}/run", method="knn")
 
 # How well does the prediction rank samples whose score it was not given?
 fidelity = result.summary["fidelity"]
 low, high = fidelity["spearman_interval"]
-print(f"fidelity {fidelity['spearman']:.2f} (95 % interval {low:.2f} to {high:.2f})")
+print(f"fidelity {fidelity['spearman']:.2f} ({low:.2f} to {high:.2f})")
 for name, baseline in fidelity["baselines"].items():
     print(f"  baseline {name}: {baseline['spearman']:.2f}")
 

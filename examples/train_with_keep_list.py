@@ -1,6 +1,6 @@
 """Train a PyTorch network on the kept part of a dataset, and compare it with a random part.
 
-    python examples/train_with_keep_list.py
+Run it with `python examples/train_with_keep_list.py`; it uses the digits of scikit-learn.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import raypipe
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--run", default="runs/train-example", help="folder for everything that is written")
-parser.add_argument("--samples", type=int, default=1297, help="train on the first N digits, test on the others")
-parser.add_argument("--keep", type=float, default=0.3, help="share of the training images to keep")
+parser.add_argument("--run", default="runs/train-example", help="folder for the results")
+parser.add_argument("--samples", type=int, default=1297, help="train on the first N")
+parser.add_argument("--keep", type=float, default=0.3, help="share of these to keep")
 parser.add_argument("--seeds", type=int, default=5, help="trainings of each list")
 parser.add_argument("--epochs", type=int, default=20, help="epochs of proxy and network")
 options = parser.parse_args()
