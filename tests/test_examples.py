@@ -18,7 +18,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """A function that runs a script of examples/ in an empty folder and returns what it printed."""
     monkeypatch.chdir(tmp_path)
 
@@ -44,7 +46,9 @@ def test_digits(cluster: str, example: Any) -> None:
     spearman, low, high = map(float, found.groups())
     assert low <= spearman <= high
     assert "keep-0.60.parquet: 360 of 600 images" in printed
-    ordered = sorted(raypipe.load_scores("runs/digits-example").to_pylist(), key=lambda row: row["score"])
+    ordered = sorted(
+        raypipe.load_scores("runs/digits-example").to_pylist(), key=lambda row: row["score"]
+    )
     ends = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
     score = {row["sample_id"]: row["score"] for row in ordered}
     assert [score[name] for name in ends["highest"]] == [row["score"] for row in ordered[:-6:-1]]
@@ -64,7 +68,9 @@ def test_own_scores(cluster: str, example: Any) -> None:
 
 @pytest.mark.ray
 def test_train_with_keep_list(cluster: str, example: Any) -> None:
-    printed = example("train_with_keep_list.py", "--samples", "600", "--epochs", "6", "--seeds", "2")
+    printed = example(
+        "train_with_keep_list.py", "--samples", "600", "--epochs", "6", "--seeds", "2"
+    )
     accuracies = re.findall(r"^seed \d: keep-list (\S+) %, random (\S+) %", printed, re.MULTILINE)
     assert len(accuracies) == 2
     assert all(50 < float(accuracy) <= 100 for pair in accuracies for accuracy in pair), printed
@@ -92,7 +98,10 @@ def test_the_notebook_is_committed_with_its_results() -> None:
 
 @pytest.mark.ray
 def test_the_cells_of_the_notebook(
-    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import matplotlib
 
@@ -111,5 +120,7 @@ def test_the_cells_of_the_notebook(
     assert shown == [1, 1, 20, 20, 1]
     printed = capsys.readouterr().out
     assert "300 of 600 images, such as digits/" in printed and "sections: " in printed
-    assert space["images"]["score"].to_pylist() == sorted(space["scores"]["score"].to_pylist(), reverse=True)
+    assert space["images"]["score"].to_pylist() == sorted(
+        space["scores"]["score"].to_pylist(), reverse=True
+    )
     assert len(space["keep"]) == 300 and Path("runs/cifar10-notebook/report/index.html").exists()
