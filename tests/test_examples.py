@@ -40,7 +40,7 @@ def test_the_table_names_every_example() -> None:
 
 @pytest.mark.ray
 def test_digits(cluster: str, example: Any) -> None:
-    printed = example("digits.py", "--samples", "600", "--epochs", "6")
+    printed = example("digits.py", "--samples", "600", "--epochs", "10")
     found = re.search(r"fidelity (\S+) \((\S+) to (\S+)\)", printed)
     assert found is not None
     spearman, low, high = map(float, found.groups())
@@ -69,7 +69,7 @@ def test_own_scores(cluster: str, example: Any) -> None:
 @pytest.mark.ray
 def test_train_with_keep_list(cluster: str, example: Any) -> None:
     printed = example(
-        "train_with_keep_list.py", "--samples", "600", "--epochs", "6", "--seeds", "2"
+        "train_with_keep_list.py", "--samples", "600", "--epochs", "10", "--seeds", "2"
     )
     accuracies = re.findall(r"^seed \d: keep-list (\S+) %, random (\S+) %", printed, re.MULTILINE)
     assert len(accuracies) == 2
@@ -111,7 +111,7 @@ def test_the_cells_of_the_notebook(
     shown: list[int] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plt, "show", lambda: shown.append(len(plt.gcf().axes)) or plt.close("all"))
-    for name, value in {"CIFAR10": "digits://", "SAMPLES": "600", "EPOCHS": "4"}.items():
+    for name, value in {"CIFAR10": "digits://", "SAMPLES": "600", "EPOCHS": "5"}.items():
         monkeypatch.setenv(name, value)
     space: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(cell for cell in cells() if cell["cell_type"] == "code"):
