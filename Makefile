@@ -34,6 +34,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 
 docs: $(STAMP)
@@ -55,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf .venv .home build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find raypipe jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find raypipe jobs tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
