@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python jobs/nightly.py --config jobs/configs/digits.yaml --set run=s3://bucket/runs/digits
 
 The last line of the log is the night in one line of JSON. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 scores are
-written, but too unfaithful to prune by, 4 done, and a refresh (a new seed set) is advised. See docs/nightly.md.
+written, but too unfaithful to prune by, 4 done, and a refresh (a new seed set) is advised. See docs/guides/nightly.md.
 """
 
 from __future__ import annotations
