@@ -41,7 +41,7 @@ train = TensorDataset(images[: options.samples], labels[: options.samples])
 test_images, test_labels = images[options.samples :], labels[options.samples :]
 
 # This is the only line that training with a keep-list adds. The subset is an ordinary Dataset.
-# docs/guides/training.md lists the datasets whose samples raypipe recognises; for others, pass `ids=`.
+# docs/guides/training.md lists the datasets that raypipe recognises; for others, pass `ids=`.
 kept = raypipe.KeepList(result.uri, keep=options.keep).subset(train)
 
 
