@@ -100,7 +100,7 @@ def _execute(
         config = config.model_copy(update={"source": settings_of_copy(given, run)})
     else:  # what auto stands for is told once here, instead of by a listing in every task
         config = config.model_copy(
-            update={"source": open_source(given).settled(config.proxy.image_size)}
+            update={"source": open_source(given).resolved_settings(config.proxy.image_size)}
         )
     context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):

@@ -122,7 +122,7 @@ def inspect_source(
         fragments=_fragments(files, previews, listed, total, settings.fragment_samples),
         limit=settings.limit,
         scan_reads=source.scan_reads,
-        reads_singly=source.reads_singly,
+        reads_singly=source.random_access,
         class_names=classes.names,
         classes_known=exact or names is not None or settings.num_classes is not None,
         unreadable_files=errors,
@@ -149,7 +149,7 @@ def _places(source: Source, files: Sequence[SourceFile], samples: int, seed: int
 
 def _whole(source: Source, files: Sequence[SourceFile]) -> bool:
     return (
-        not source.reads_singly
+        not source.random_access
         and len(files) <= WHOLE_FILES
         and sum(file.size for file in files) <= WHOLE_BYTES
     )

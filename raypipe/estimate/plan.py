@@ -188,9 +188,9 @@ def plan(
         notes.append(
             "GPU hours rest on an assumed GPU: give --forward-rate, or --run with a run that used some"
         )
-    read = bytes_read(work, size.samples * size.image_bytes, kind.reads_singly)
+    read = bytes_read(work, size.samples * size.image_bytes, kind.random_access)
     written = _written(work, rates, like)
-    files, asked = _files(work), _requests(work, kind.reads_singly, read)
+    files, asked = _files(work), _requests(work, kind.random_access, read)
     stages = tuple(
         StagePlan(
             stage,

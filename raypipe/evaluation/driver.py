@@ -63,7 +63,7 @@ def evaluate(
             f"{run.uri}: its labels are pseudo-labels, and a training to compare lists by needs true ones; use the keep-lists where there "
             "are some"
         )
-    test = open_source(test).settled(settings.image_size or config.proxy.image_size)
+    test = open_source(test).resolved_settings(settings.image_size or config.proxy.image_size)
     context = Context(config, run, progress, verbose)
     with Lease(run), closing(context):
         try:

@@ -21,8 +21,8 @@ from raypipe.errors import ConfigError, SourceError
 from raypipe.keeplists.file import KeepFile, find_keep_list, first_positions
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
-from raypipe.sources.common import text
 from raypipe.sources.noise import LabelNoise
+from raypipe.sources.values import printable
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +222,7 @@ class KeepList:
             url, seen = sample["__url__"], seen + 1
             if url not in tars:
                 tars[url] = self._tar(url, base)
-            if f"{tars[url]}#{text(sample['__key__'].removeprefix('./'))}" in self._set:
+            if f"{tars[url]}#{printable(sample['__key__'].removeprefix('./'))}" in self._set:
                 kept += 1
                 yield sample
         if seen and not kept:
@@ -308,7 +308,7 @@ class KeepList:
             return [inner[index] for index in dataset.indices]
         if hasattr(dataset, "samples") and hasattr(dataset, "root"):
             return [
-                text(os.path.relpath(path, dataset.root).replace(os.sep, "/"))
+                printable(os.path.relpath(path, dataset.root).replace(os.sep, "/"))
                 for path, *_ in dataset.samples
             ]
         columns = getattr(dataset, "column_names", None) or ()

@@ -106,7 +106,7 @@ def _run_night(config: Config, progress: Progress, verbose: bool, moment: dateti
         check_trackers(config.report.log_to)
     run.ledger()  # says so where there is no run at all
     config = config.model_copy(
-        update={"source": open_source(config.source).settled(config.proxy.image_size)}
+        update={"source": open_source(config.source).resolved_settings(config.proxy.image_size)}
     )
     context = Context(config, run, progress, verbose)
     with Lease(run), log_file(run), closing(context):

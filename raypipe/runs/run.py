@@ -16,7 +16,7 @@ from raypipe.config import Config, dump_config, parse_config
 from raypipe.errors import RunError
 from raypipe.runs.layout import STAGE_FOLDERS, VALID_NAME, Layout
 from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_in, now
-from raypipe.sources.base import ClassMap, Fragment
+from raypipe.sources import ClassMap, Fragment
 
 MAX_CONFIG_BYTES = 4 << 20
 """A larger `config.yaml` is refused."""
@@ -136,8 +136,8 @@ class Run(Layout):
         """All fragments in the order of the source, without their `members` (see `with_members`)."""
         result = []
         columns = ["fragment_id", "path", "start", "stop", "offset", "error"]
-        for part, table in storage.iter_tables(self.index_folder, columns):
-            result += [Fragment(**row, part=part) for row in table.to_pylist()]
+        for name, table in storage.iter_tables(self.index_folder, columns):
+            result += [Fragment(**row, index_file=name) for row in table.to_pylist()]
         for fragment in result:
             if not VALID_NAME(fragment.fragment_id):  # a file of the run is named after it
                 raise RunError(
@@ -147,7 +147,7 @@ class Run(Layout):
 
     def with_members(self, fragment: Fragment) -> Fragment:
         """The fragment with the names of its small files, ready to be read. Workers call this; the driver never holds them all."""
-        table = storage.read_table(self.index_file(fragment.part), ["fragment_id", "members"])
+        table = storage.read_table(self.index_file(fragment.index_file), ["fragment_id", "members"])
         row = table["fragment_id"].to_pylist().index(fragment.fragment_id)
         return dataclasses.replace(fragment, members=tuple(table["members"][row].as_py()))
 

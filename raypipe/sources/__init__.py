@@ -1,24 +1,21 @@
-"""Sources: one file per format, one line in the registry."""
+"""Sources: one module per format, registered in `_SOURCES`.
+
+To add a format, see `raypipe.sources.base.Source`.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 from raypipe.config import SourceSettings
-from raypipe.sources.base import (
-    ClassMap,
-    FileScan,
-    Fragment,
-    RawSample,
-    Source,
-    SourceFile,
-    class_map,
-)
+from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.classes import ClassMap, class_map
 
 __all__ = [
     "ClassMap",
     "FileScan",
     "Fragment",
+    "IdFilter",
     "RawSample",
     "Source",
     "SourceFile",
@@ -37,10 +34,17 @@ _SOURCES = {
     "torchvision": "raypipe.sources.torchvision_sets:TorchvisionSource",
     "synthetic": "raypipe.sources.synthetic:SyntheticSource",
 }
+"""Format -> "module:class". A module is imported when its format is first used."""
 
 
 def open_source(settings: SourceSettings) -> Source:
-    """The source that the settings describe. Raises SourceError when its format cannot be told."""
+    """Return the source that the settings describe.
+
+    Raises
+    ------
+    SourceError
+        If `format` is `auto` and the format cannot be determined.
+    """
     format: str = settings.format
     if format == "auto":
         from raypipe.sources.detect import detect_format
@@ -50,6 +54,6 @@ def open_source(settings: SourceSettings) -> Source:
 
 
 def source_class(format: str) -> type[Source]:
-    """The class of a format other than `auto`."""
+    """Return the class of a format other than `auto`."""
     module, _, name = _SOURCES[format].partition(":")
     return getattr(import_module(module), name)

@@ -1,7 +1,4 @@
-"""What every source gives: files, what is in a file, and the samples of one fragment.
-
-A source is made anew in every worker from the settings alone; it holds no open files.
-"""
+"""Data types that every source uses, and `Source`, the base class of all formats."""
 
 from __future__ import annotations
 
@@ -10,27 +7,36 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from raypipe.config import SourceSettings
-from raypipe.errors import SourceError
-from raypipe.sources.noise import LabelNoise
+
+IdFilter = Callable[[str], bool]
+"""A function `sample_id -> bool`: whether to read the sample."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the source, or a bounded run of small files (`members`), as a listing shows it.
+    """One file of a source, or a bounded run of small files, as a listing shows it.
 
-    path     relative to the source's root; of a run of small files, the name of its first
-    size     bytes; of a file list, which does not say, those of its own words
-    stamp    ETag or time of change: with path and size, the fingerprint
-    members  where the unit is a run of small files: of each its relative path, and what else the source has to say of it
+    Attributes
+    ----------
+    path : str
+        Relative to the source's root. For a run of small files, the path of its first file.
+    size : int
+        Bytes. For a file list, which does not state the sizes of its images, the bytes of the
+        list's own entries.
+    stamp : str
+        ETag or modification time. Together with path and size it is the file's fingerprint.
+    members : tuple of str
+        For a run of small files, one entry per file: its relative path and whatever else the
+        source records about it. Empty otherwise.
     """
 
     path: str
@@ -43,11 +49,23 @@ class SourceFile:
 class Fragment:
     """The unit of work: samples `start` to `stop` (exclusive) of one source file.
 
-    fragment_id  names every output file made from it; changes when the file's content does
-    offset       byte at which reading may begin (uncompressed tar), else 0
-    members      as of the SourceFile, where it is a run of small files; listed in the index (`Run.with_members`)
-    error        why the file cannot be read at all; such a fragment has no samples
-    part         index file that lists the members
+    Attributes
+    ----------
+    fragment_id : str
+        Names every output file of the fragment. It changes when the file's content changes.
+    path : str
+        Path of the source file.
+    start, stop : int
+        Range of samples within the file.
+    offset : int
+        Byte at which reading can begin (uncompressed tar, Arrow stream), else 0.
+    members : tuple of str
+        Those of the `SourceFile` if it is a run of small files. Fragments that were read from an
+        index have none until `Run.with_members` adds them.
+    error : str
+        Why the file cannot be read at all. Such a fragment has no samples.
+    index_file : str
+        Index file of the run that lists the members.
     """
 
     fragment_id: str
@@ -57,16 +75,27 @@ class Fragment:
     offset: int = 0
     members: tuple[str, ...] = ()
     error: str = ""
-    part: str = ""
+    index_file: str = ""
 
     @property
     def samples(self) -> int:
+        """Number of samples."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class FileScan:
-    """What is in one file: its fragments, the names of the classes where the file states them, and the labels that occur."""
+    """Result of scanning one file.
+
+    Attributes
+    ----------
+    fragments : tuple of Fragment
+        All samples of the file, in order.
+    class_names : tuple of str or None
+        Names of the classes, if the file states them.
+    labels : frozenset of int or str
+        The distinct stored labels. Can stay empty if `class_names` is set.
+    """
 
     fragments: tuple[Fragment, ...]
     class_names: tuple[str, ...] | None = None
@@ -76,9 +105,16 @@ class FileScan:
 class RawSample(NamedTuple):
     """One sample as stored.
 
-    image   encoded bytes, or an array uint8 [height, width] or [height, width, 3]; None when it could not be read
-    label   as stored: a number, a name, or None
-    reason  why the image could not be read, in words; "" when it could
+    Attributes
+    ----------
+    sample_id : str
+        Unique within the source.
+    image : bytes, ndarray or None
+        Encoded bytes, or uint8 [height, width] or [height, width, 3]. None if it is unreadable.
+    label : int, str or None
+        As stored: a class number, a class name, or None if the sample has no label.
+    reason : str
+        Why the image is unreadable, for people; "" if it is readable.
     """
 
     sample_id: str
@@ -89,13 +125,22 @@ class RawSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Preview:
-    """A look into one file: what `raypipe inspect` shows is put together from some of these.
+    """A cheap look into one file, as `raypipe inspect` combines them.
 
-    drawn        samples from random places of the file
-    samples      how many the file has; `counted`, or estimated from the part that was looked at
-    labels       stored label (None: without one) -> samples, of those whose label was looked at
-    class_names  where the file states them
-    error        why the file cannot be read at all
+    Attributes
+    ----------
+    drawn : tuple of RawSample
+        Samples from random places of the file.
+    samples : float
+        Number of samples in the file.
+    counted : bool
+        Whether `samples` was counted rather than estimated from the part that was read.
+    labels : Counter
+        Stored label (None: no label) -> number of samples, over all labels that were read.
+    class_names : tuple of str or None
+        Names of the classes, if the file states them.
+    error : str
+        Why the file cannot be read at all.
     """
 
     drawn: tuple[RawSample, ...] = ()
@@ -107,122 +152,252 @@ class Preview:
 
 
 class Source(abc.ABC):
-    """A format. One subclass per file of this package, registered in `raypipe.sources`.
+    """A dataset in one format.
 
-    scan_reads    how much of a file `scan` reads; nothing, where the listing says all there is to know
-    reads_singly  whether `read` fetches the samples that are wanted without those between them
+    To add a format, write one module in `raypipe.sources` with a subclass that defines the class
+    attribute `format` and the three abstract methods:
+
+    `files`
+        List the files without opening any.
+    `scan`
+        Open one file, count its samples and divide it into fragments of at most
+        `settings.fragment_samples` samples (`cut_fragments` does that).
+    `read`
+        Yield the samples of one fragment, in order.
+
+    Then register it: one line in `raypipe/sources/__init__.py`, its name in the `format` choices
+    of `raypipe/config/source.py`, and a rule in `raypipe/sources/detect.py` if `format: auto`
+    should recognise it. Formats whose files hold many samples each should start from `FileSource`,
+    which lists and opens the files; tables of rows and columns from `TableSource`, which also
+    finds the image and label columns.
+
+    Three rules keep a source safe to use on a cluster:
+
+    - Every worker builds its own source from the settings. Keep no open files and no state that
+      another process would need.
+    - Reading is repeatable: `read` yields the same samples, with the same ids, for the same
+      fragment on every machine. Ids are unique within the source and do not depend on
+      `fragment_samples`.
+    - Damaged content never raises. A file that cannot be opened as this format becomes one
+      fragment with `error` (`unreadable_file`); a damaged sample is yielded with `image=None` and
+      a `reason`. Storage faults (network, credentials, disk) do raise, so that the task is retried
+      rather than its samples rejected.
+
+    Parameters
+    ----------
+    settings : SourceSettings
+        The section `source` of the configuration.
+
+    Attributes
+    ----------
+    format : str
+        Name of the format in the settings.
+    scan_reads : {"nothing", "part", "all"}
+        How much of a file `scan` reads; "nothing" if the listing already contains everything that
+        a scan reports. Used by cost estimates.
+    random_access : bool
+        Whether `read` with `keep_id` fetches only the chosen samples, without reading those in
+        between.
+
+    Examples
+    --------
+    A complete source for `.npz` files with an array `images` (uint8 [n, height, width, 3]) and an
+    array `labels` (int [n]) each:
+
+    >>> class NpzSource(Source):
+    ...     format = "npz"
+    ...
+    ...     def files(self):
+    ...         for info in Location(self.settings).listing():
+    ...             yield SourceFile(info.path, info.size, info.stamp)
+    ...
+    ...     def scan(self, file):
+    ...         try:
+    ...             labels = self._load(file.path)["labels"]
+    ...         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    ...             return self.unreadable_file(file, error)
+    ...         fragments = self.cut_fragments(file, len(labels))
+    ...         return FileScan(fragments, labels=frozenset(labels.tolist()))
+    ...
+    ...     def read(self, fragment, keep_id=None):
+    ...         if not fragment.samples:
+    ...             return
+    ...         arrays = self._load(fragment.path)
+    ...         images, labels = arrays["images"], arrays["labels"]
+    ...         for row in range(fragment.start, fragment.stop):
+    ...             sample_id = f"{fragment.path}#{row}"
+    ...             if keep_id is None or keep_id(sample_id):
+    ...                 yield RawSample(sample_id, images[row], int(labels[row]))
+    ...
+    ...     def _load(self, path):
+    ...         uri = Location(self.settings).uri(path)
+    ...         return np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
     """
 
     format: ClassVar[str]
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
-    reads_singly: ClassVar[bool] = False
+    random_access: ClassVar[bool] = False
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
 
-    def settled(self, image_size: int = 0) -> SourceSettings:
-        """The settings with what `auto` and defaults stand for in this source, so that a worker need not look at it to find out.
+    def resolved_settings(self, image_size: int = 0) -> SourceSettings:
+        """Return the settings with `auto` and defaults replaced by what they mean for this source.
 
-        image_size  pixels, square, that are wanted of an image. Raises SourceError.
+        The driver calls this once, so that workers need not inspect the source themselves.
+
+        Parameters
+        ----------
+        image_size : int
+            Side in pixels to which images will be decoded; sources that store several sizes pick
+            one accordingly.
+
+        Raises
+        ------
+        SourceError
         """
         return self.settings.model_copy(update={"format": self.format})
 
     @property
     def ids_can_repeat(self) -> bool:
-        """Whether ids are given by the data, so that two samples may share one, rather than made of paths."""
+        """Whether ids come from the data, so that two samples can share one, not from paths."""
         return self.settings.id_column is not None
 
     @abc.abstractmethod
     def files(self) -> Iterator[SourceFile]:
-        """Everything a listing shows, in a stable order, without opening a file. Raises SourceError when nothing is there."""
+        """Yield all files, in a stable order, without opening any.
+
+        Raises
+        ------
+        SourceError
+            If there are no files.
+        """
 
     @abc.abstractmethod
     def scan(self, file: SourceFile) -> FileScan:
-        """Open one file just enough to count its samples and cut it into fragments of at most `fragment_samples`.
+        """Open one file just far enough to count its samples and divide it into fragments.
 
-        A file that cannot be read gives one fragment without samples, with `error` set; only storage faults raise.
+        A fragment has at most `settings.fragment_samples` samples. A file that cannot be read
+        gives one fragment without samples and with `error` set (see `unreadable_file`). Only
+        storage faults raise.
         """
 
     @abc.abstractmethod
-    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
-        """The samples of a fragment in order: exactly `fragment.samples` of them, unreadable ones with a reason.
+    def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
+        """Yield the samples of a fragment, in order.
 
-        With `wanted`, samples for which it is false are left out, as far as possible without reading their images.
+        Parameters
+        ----------
+        fragment : Fragment
+            One of those that `scan` returned.
+        keep_id : callable, optional
+            Yield only samples whose id passes, if possible without reading the images of others.
+
+        Yields
+        ------
+        RawSample
+            Without `keep_id`, exactly `fragment.samples` of them; unreadable samples have a
+            `reason`.
         """
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
-        """How often each stored label (None: without one) occurs in a file, where that is known without opening it; else None."""
+        """Count the stored labels (None: no label) of a file if they are known without opening it.
+
+        Returns None if they are not.
+        """
         return None
 
     def preview(
         self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool
     ) -> Preview:
-        """Samples from random places of one file, and what else is to be had of it at little cost.
+        """Read samples from random places of one file, and whatever else it reveals cheaply.
 
-        places, each  so many runs of neighbouring samples, of that length at most
-        whole         the file is small: everything is counted, and `places` times `each` single samples are drawn from all of it
+        Parameters
+        ----------
+        file : SourceFile
+        places : int
+            Number of random places to read from.
+        each : int
+            Maximum number of neighbouring samples read at each place.
+        draw : random.Random
+            Source of randomness.
+        whole : bool
+            The file is small: count everything, and draw `places * each` single samples from all
+            of it.
         """
         scan = self.scan(file)
         error = next((fragment.error for fragment in scan.fragments if fragment.error), "")
         fragments = [fragment for fragment in scan.fragments if fragment.samples]
-        drawn: list[RawSample] = []
-        if whole or self.reads_singly:
-            ids: dict[str, None] = {}
-            for fragment in fragments:  # a pass that wants nothing, for the ids
-                for _ in self.read(fragment, lambda sample_id: ids.update({sample_id: None})):
-                    pass
-            chosen = set(draw.sample(list(ids), min(len(ids), places * each)))
-            for fragment in fragments:
-                drawn += self.read(fragment, chosen.__contains__)
+        if whole or self.random_access:
+            drawn = self._draw_single(fragments, places * each, draw)
         else:
-            for fragment in draw.sample(fragments, min(len(fragments), places)):
-                with closing(self.read(fragment)) as samples:  # type: ignore[type-var]
-                    drawn += islice(samples, each)
+            drawn = self._draw_runs(fragments, places, each, draw)
         labels = self.listed_labels(file)
         if labels is None:
             labels = Counter(sample.label for sample in drawn if not sample.reason)
         total = sum(fragment.samples for fragment in fragments)
         return Preview(tuple(drawn), total, True, labels, scan.class_names, error)
 
-    def broken(self, file: SourceFile, error: object) -> FileScan:
-        """The scan of a file that cannot be read."""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return FileScan(
-            (
-                Fragment(
-                    self.fragment_id(file, 0, 0),
-                    file.path,
-                    0,
-                    0,
-                    members=file.members,
-                    error=reason,
-                ),
-            )
-        )
+    def _draw_single(
+        self, fragments: Sequence[Fragment], count: int, draw: random.Random
+    ) -> list[RawSample]:
+        """Up to `count` single samples from all fragments."""
+        ids = _IdCollector()
+        for fragment in fragments:
+            for _ in self.read(fragment, ids):  # ids keeps no sample: this yields none
+                pass
+        chosen = set(draw.sample(list(ids.seen), min(len(ids.seen), count)))
+        return [
+            sample for fragment in fragments for sample in self.read(fragment, chosen.__contains__)
+        ]
 
-    def cut(
+    def _draw_runs(
+        self, fragments: Sequence[Fragment], places: int, each: int, draw: random.Random
+    ) -> list[RawSample]:
+        """The first `each` samples of up to `places` fragments."""
+        drawn: list[RawSample] = []
+        for fragment in draw.sample(fragments, min(len(fragments), places)):
+            with closing(self.read(fragment)) as samples:  # type: ignore[type-var]
+                drawn += islice(samples, each)
+        return drawn
+
+    def unreadable_file(self, file: SourceFile, error: object) -> FileScan:
+        """Return the scan of a file that cannot be read."""
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        fragment_id = self.fragment_id(file, 0, 0)
+        fragment = Fragment(fragment_id, file.path, 0, 0, members=file.members, error=reason)
+        return FileScan((fragment,))
+
+    def cut_fragments(
         self, file: SourceFile, samples: int, bounds: Sequence[int] = ()
     ) -> tuple[Fragment, ...]:
-        """Fragments of a file with so many samples; cuts fall on `bounds` (such as row groups) where these are close enough."""
+        """Divide a file into fragments.
+
+        Parameters
+        ----------
+        file : SourceFile
+        samples : int
+            Number of samples in the file.
+        bounds : sequence of int
+            Preferred cuts in ascending order, such as the ends of row groups. The last one within
+            reach of `settings.fragment_samples` is used.
+        """
         limit, start, result = self.settings.fragment_samples, 0, []
         while start < samples:
             stop = min(start + limit, samples)
             inside = [bound for bound in bounds if start < bound <= stop]
             stop = inside[-1] if inside else stop
-            result.append(
-                Fragment(
-                    self.fragment_id(file, start, stop),
-                    file.path,
-                    start,
-                    stop,
-                    members=file.members,
-                )
-            )
+            fragment_id = self.fragment_id(file, start, stop)
+            result.append(Fragment(fragment_id, file.path, start, stop, members=file.members))
             start = stop
         return tuple(result)
 
     def fragment_id(self, file: SourceFile, start: int, stop: int) -> str:
-        """A name fit for a file on any storage: readable start, then a hash of everything that identifies the content."""
+        """Return a name that is a valid file name on any storage.
+
+        It begins with something readable and ends with a hash of everything that identifies the
+        content.
+        """
         identity = "\0".join(
             (
                 self.format,
@@ -237,96 +412,17 @@ class Source(abc.ABC):
         digest = hashlib.blake2b(
             identity.encode("utf-8", "surrogateescape"), digest_size=8
         ).hexdigest()
-        readable = re.sub(
-            r"[^A-Za-z0-9]+", "-", file.path.rsplit("/", 1)[-1].split(".", 1)[0]
-        ).strip("-")[:40]
+        stem = file.path.rsplit("/", 1)[-1].split(".", 1)[0]
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")[:40]
         return f"{readable or 'file'}-{start:07d}-{digest}"
 
 
-IdFilter = Any
-"""A function (sample_id: str) -> bool."""
+class _IdCollector:
+    """An `IdFilter` that keeps no sample and remembers the ids it was asked about, in order."""
 
+    def __init__(self) -> None:
+        self.seen: dict[str, None] = {}
 
-@dataclass(frozen=True)
-class ClassMap:
-    """Stored label -> class index 0 .. C-1.
-
-    names     one per class; for plain numbers, the numbers themselves
-    noise     how labels are replaced for a rehearsal (`source.inject_noise`)
-    clusters  the classes are clusters, of which no stored label says anything
-    """
-
-    names: tuple[str, ...]
-    numeric: bool
-    noise: LabelNoise | None = None
-    clusters: bool = False
-
-    def label_of(self, sample: RawSample) -> tuple[int, str]:
-        """`index` of a sample's label, as everything in a run sees it: where it is replaced for a rehearsal, the wrong one."""
-        label, reason = self.index(sample.label)
-        if self.noise is not None:
-            label = self.noise.wrong(sample.sample_id, label, len(self.names))
-        return label, reason
-
-    def index(self, label: int | str | None) -> tuple[int, str]:
-        """Class index and "", or -1 and why the label is wrong. A missing label is -1 and "": such a sample is unlabelled."""
-        if label is None or self.clusters:
-            return -1, ""
-        if isinstance(label, str):
-            position = self._positions().get(label, -1)
-            return (
-                (position, "")
-                if position >= 0
-                else (-1, f"label {label!r} is not one of the {len(self.names)} classes")
-            )
-        if not self.numeric:
-            return -1, f"label {label!r} is a number, but the classes have names"
-        if 0 <= label < len(self.names):
-            return int(label), ""
-        return -1, f"label {label} is outside 0..{len(self.names) - 1}"
-
-    def _positions(self) -> dict[str, int]:
-        return _positions(self.names)
-
-
-_position_cache: dict[tuple[str, ...], dict[str, int]] = {}
-
-
-def _positions(names: tuple[str, ...]) -> dict[str, int]:
-    if names not in _position_cache:
-        _position_cache[names] = {name: index for index, name in enumerate(names)}
-    return _position_cache[names]
-
-
-def _as_many(names: tuple[str, ...], count: int | None) -> tuple[str, ...]:
-    """The names, with numbers for classes without one."""
-    if count is not None and count < len(names):
-        raise SourceError(
-            f"source.num_classes is {count}, but the source names {len(names)} classes, such as {names[-1]!r}; leave it out"
-        )
-    return (*names, *map(str, range(len(names), count or 0)))
-
-
-MOST_CLASSES = 1_000_000
-
-
-def class_map(
-    class_names: tuple[str, ...] | None, labels: frozenset[int | str], num_classes: int | None
-) -> ClassMap:
-    """The classes of a source from what its files state. Raises SourceError when they do not fit together."""
-    if class_names is not None:
-        return ClassMap(_as_many(class_names, num_classes), numeric=True)
-    numbers = {label for label in labels if isinstance(label, int)}
-    words = {label for label in labels if isinstance(label, str)}
-    if numbers and words:
-        raise SourceError(
-            f"labels are partly numbers (such as {min(numbers)}) and partly names (such as {min(words)!r}); use one kind"
-        )
-    if words:
-        return ClassMap(_as_many(tuple(sorted(words)), num_classes), numeric=False)
-    count = num_classes if num_classes is not None else max(numbers, default=-1) + 1
-    if count > MOST_CLASSES:
-        raise SourceError(
-            f"the largest label is {count - 1}; if that is one wrong label, set source.num_classes"
-        )
-    return ClassMap(tuple(str(number) for number in range(count)), numeric=True)
+    def __call__(self, sample_id: str) -> bool:
+        self.seen[sample_id] = None
+        return False

@@ -1,9 +1,12 @@
-"""Class map files (`source.class_map`): which class a folder, or a label in words, stands for.
+"""Class map files (`source.class_map`): which class a folder, or a label in text, stands for.
 
-JSON: {"n01440764": "tench", ...} or {"cat": 0, "dog": 1}. Text: a line per class, the folder and then the class's name or number
-(`n01440764 tench, Tinca tinca`, as ImageNet's LOC_synset_mapping.txt; `/a/airfield 0`, as Places365's categories_places365.txt).
-Where every class has a number, that is its index; else the order of the file. Folders with equal numbers are one class; folders with
-equal names are not, since ImageNet has two classes that are called crane.
+JSON: {"n01440764": "tench", ...} or {"cat": 0, "dog": 1}. Text: one class per line, the folder
+followed by the class's name or number (`n01440764 tench, Tinca tinca`, as in ImageNet's
+LOC_synset_mapping.txt; `/a/airfield 0`, as in Places365's categories_places365.txt).
+
+If every class has a number, that is its index; otherwise the order of the file counts. Folders with
+equal numbers are one class. Folders with equal names are not, since ImageNet has two classes called
+crane.
 """
 
 from __future__ import annotations
@@ -17,18 +20,32 @@ from dataclasses import dataclass
 
 from raypipe import storage
 from raypipe.errors import SourceError
-from raypipe.sources.base import MOST_CLASSES
+from raypipe.sources.classes import MAX_CLASSES
+
+_Pairs = Sequence[tuple[str, int | str]]
+"""Folder or label, and the name or number of its class."""
 
 
 @dataclass(frozen=True)
 class ClassFile:
-    """index: folder or label -> class 0 .. C-1; names: one per class."""
+    """Content of a class map file.
+
+    Attributes
+    ----------
+    index : dict of str to int
+        Folder or label -> class 0 .. C-1.
+    names : tuple of str
+        One per class.
+    """
 
     index: dict[str, int]
     names: tuple[str, ...]
 
     def of_path(self, path: str) -> int | None:
-        """The class of the longest folder of a path that is listed. Of a file in no folder, what precedes the first `_` of its name counts."""
+        """Return the class of the longest folder of a path that is listed.
+
+        For a file in no folder, the part of its name before the first `_` counts.
+        """
         folder, slash, name = path.rpartition("/")
         if not slash:
             return self.index.get(name.partition("_")[0])
@@ -40,62 +57,62 @@ class ClassFile:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Changes when a class does."""
+        """Hash of the content."""
         return hashlib.blake2b(
             json.dumps([self.index, self.names]).encode(), digest_size=12
         ).hexdigest()
 
 
 def read_class_file(uri: str) -> ClassFile:
-    """Raises SourceError where the file is missing or says nothing that can be understood."""
+    """Read a class map file. Raises SourceError if it is missing or malformed."""
     try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
+        content = storage.read_bytes(uri).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise SourceError(f"{uri}: no such file; set source.class_map") from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{uri}: the class map is not UTF-8 ({error})") from None
-    pairs = (
-        _from_json(uri, text)
-        if uri.lower().endswith(".json") or text.lstrip().startswith("{")
-        else _from_lines(text)
-    )
+    is_json = uri.lower().endswith(".json") or content.lstrip().startswith("{")
+    pairs = _parse_json(uri, content) if is_json else _parse_lines(content)
     if not pairs:
         raise SourceError(f"{uri}: the class map names no class")
-    repeated = [
-        folder for folder, count in Counter(folder for folder, _ in pairs).items() if count > 1
-    ]
-    if repeated:
-        raise SourceError(f"{uri}: the class map names {repeated[0]!r} twice")
+    for folder, count in Counter(folder for folder, _ in pairs).items():
+        if count > 1:
+            raise SourceError(f"{uri}: the class map names {folder!r} twice")
     numbers = {folder: value for folder, value in pairs if isinstance(value, int)}
     if len(numbers) == len(pairs):
-        return _numbered(uri, numbers)
+        return _from_numbers(uri, numbers)
     if numbers:
         raise SourceError(
-            f"{uri}: the class map gives numbers (such as of {min(numbers)!r}) and names; use one kind"
+            f"{uri}: the class map gives numbers (such as of {min(numbers)!r}) and names; "
+            "use one kind"
         )
-    words = Counter(value for _, value in pairs)
-    names = [f"{value} ({folder})" if words[value] > 1 else str(value) for folder, value in pairs]
+    return _from_names(pairs)
+
+
+def _from_names(pairs: _Pairs) -> ClassFile:
+    """Classes in the order of the file; repeated names are followed by their folder."""
+    counts = Counter(name for _, name in pairs)
+    names = [f"{name} ({folder})" if counts[name] > 1 else str(name) for folder, name in pairs]
     return ClassFile({folder: number for number, (folder, _) in enumerate(pairs)}, tuple(names))
 
 
-Pairs = Sequence[tuple[str, int | str]]
-
-
-def _numbered(uri: str, numbers: dict[str, int]) -> ClassFile:
-    wrong = [folder for folder, number in numbers.items() if not 0 <= number < MOST_CLASSES]
-    if wrong:
-        raise SourceError(
-            f"{uri}: the class map gives {wrong[0]!r} the number {numbers[wrong[0]]}; 0 is the first"
-        )
+def _from_numbers(uri: str, numbers: dict[str, int]) -> ClassFile:
+    """Classes by number; each is named after its first folder."""
+    for folder, number in numbers.items():
+        if not 0 <= number < MAX_CLASSES:
+            raise SourceError(
+                f"{uri}: the class map gives {folder!r} the number {number}; numbers begin at 0 "
+                f"and end below {MAX_CLASSES}"
+            )
     names = [str(number) for number in range(max(numbers.values()) + 1)]
     for folder, number in reversed(numbers.items()):
         names[number] = folder
     return ClassFile(numbers, tuple(names))
 
 
-def _from_json(uri: str, text: str) -> Pairs:
+def _parse_json(uri: str, content: str) -> _Pairs:
     try:
-        data = json.loads(text)
+        data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{uri}: the class map is not valid JSON ({error})") from None
     if not isinstance(data, dict) or not all(type(value) in (int, str) for value in data.values()):
@@ -103,16 +120,14 @@ def _from_json(uri: str, text: str) -> Pairs:
     return [(folder.strip("/"), value) for folder, value in data.items()]
 
 
-def _from_lines(text: str) -> Pairs:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _parse_lines(content: str) -> _Pairs:
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
     ends = [line.rsplit(None, 1) for line in lines]
     if all(len(end) == 2 and end[1].isdecimal() for end in ends):
         return [(folder.rstrip(",").strip().strip("/"), int(number)) for folder, number in ends]
-    split = [line.split("\t" if "\t" in line else None, 1) for line in lines]
-    return [
-        (
-            parts[0].strip().strip("/"),
-            parts[-1].strip() if len(parts) == 2 else parts[0].strip().strip("/"),
-        )
-        for parts in split
-    ]
+    pairs = []
+    for line in lines:
+        folder, *name = line.split("\t" if "\t" in line else None, 1)
+        folder = folder.strip().strip("/")
+        pairs.append((folder, name[0].strip() if name else folder))
+    return pairs

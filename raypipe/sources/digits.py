@@ -1,4 +1,7 @@
-"""The bundled set: 1,797 handwritten digits of 8x8 pixels, as scikit-learn carries them. Needs no storage."""
+"""The bundled dataset: 1,797 handwritten digits of 8x8 pixels from scikit-learn.
+
+Needs no storage.
+"""
 
 from __future__ import annotations
 
@@ -16,50 +19,63 @@ from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source
 
 
 class DigitsSource(Source):
-    """Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998; test part). Ids are digits/0000 to digits/1796."""
+    """Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998; test part).
+
+    Sample ids are digits/0000 to digits/1796.
+    """
 
     format = "digits"
     scan_reads = "nothing"
-    reads_singly = True
+    random_access = True
 
     def files(self) -> Iterator[SourceFile]:
         if not self.settings.uri.startswith("digits:"):
             raise SourceError(
-                f"{self.settings.uri}: format digits is the bundled set; set source.uri to digits://"
+                f"{self.settings.uri}: format digits is the bundled dataset; set source.uri to "
+                "digits://"
             )
-        images, _ = _digits()
+        images, _ = read_digits()
         yield SourceFile("digits", images.nbytes, "1")
 
     def scan(self, file: SourceFile) -> FileScan:
-        images, labels = _digits()
-        return FileScan(
-            self.cut(file, len(images)),
-            tuple(str(digit) for digit in range(10)),
-            frozenset(labels.tolist()),
-        )
+        images, labels = read_digits()
+        names = tuple(str(digit) for digit in range(10))
+        fragments = self.cut_fragments(file, len(images))
+        return FileScan(fragments, names, frozenset(labels.tolist()))
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
-        return Counter(_digits()[1].tolist())
+        return Counter(read_digits()[1].tolist())
 
-    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
-        images, labels = _digits()
+    def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
+        images, labels = read_digits()
         for position in range(fragment.start, fragment.stop):
             sample_id = f"digits/{position:04d}"
-            if wanted is None or wanted(sample_id):
+            if keep_id is None or keep_id(sample_id):
                 yield RawSample(sample_id, images[position], int(labels[position]))
 
 
 @functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [1797, 8, 8] (16 grey levels spread over 0..255) and labels int [1797]."""
-    # from its file: all of scikit-learn takes more than a second to import
-    found = importlib.util.find_spec("sklearn")
-    if found is None or not found.submodule_search_locations:
-        raise SourceError("digits:// is in scikit-learn, which is not installed")
-    path = os.path.join(found.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels.
+
+    Returns
+    -------
+    images : ndarray of uint8 [1797, 8, 8]
+        16 grey levels, scaled to 0..255.
+    labels : ndarray of int [1797]
+    """
+    # Read from scikit-learn's data file, since importing scikit-learn takes more than a second.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise SourceError(
+            "digits:// is part of scikit-learn, which is not installed; pip install scikit-learn"
+        )
+    folder = package.submodule_search_locations[0]
+    path = os.path.join(folder, "datasets", "data", "digits.csv.gz")
     if not os.path.exists(path):
         raise SourceError(
-            f"digits:// is not where scikit-learn had it: {path}; install a version that constraints.txt names"
+            f"digits:// is not in {path}, where scikit-learn used to have it; install a version "
+            "named in constraints.txt"
         )
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, np.int64, delimiter=",")

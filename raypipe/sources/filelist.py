@@ -1,10 +1,14 @@
-"""File lists: a CSV, TSV or plain text file with a path and, optionally, a label per line (`raypipe.sources.lines` says how it is read).
+"""File lists: a CSV, TSV or plain text file with one path and, optionally, a label per line.
 
-Sample ids are the paths as listed, without a leading slash, below `source.root`. What a line says of its image, its label or why it
-cannot be read, is in the unit it falls into, so that a worker reads neither the list nor the class map.
+`raypipe.sources.lines` describes how a list is parsed.
 
-A list cannot name anything outside the root: `..` is a reject, and so is a path or URI that begins with another place than the root.
-The list is read once, from front to back; of its paths only hashes of 8 bytes are held, to find those that it names twice.
+Sample ids are the paths as listed, relative to `source.root` and without a leading slash. The label
+of an image, and the reason if its line cannot be used, are stored in the unit that the line falls
+into, so that workers read neither the list nor the class map.
+
+A list cannot name anything outside the root: a path with `..`, or a path or URI that begins with
+another folder than the root, is a reject. The list is read once, from front to back. To find paths
+that it names twice, only a hash of 8 bytes per path is held.
 """
 
 from __future__ import annotations
@@ -24,15 +28,15 @@ from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 from raypipe.sources.classfile import ClassFile, read_class_file
-from raypipe.sources.common import number_or_name, text
-from raypipe.sources.lines import Line, lines
-from raypipe.sources.places import class_file, find_list, root_of
-from raypipe.sources.smallfiles import Member, path_hash, read_ahead, units, unpacked
+from raypipe.sources.lines import Line, read_lines
+from raypipe.sources.places365 import class_names_file, find_list, image_root
+from raypipe.sources.smallfiles import Member, file_runs, path_hash, read_members, unpack_member
+from raypipe.sources.values import number_or_name, printable
 
-BLOCK = 16_384
-"""Lines that are looked for together among those before them."""
+BLOCK_LINES = 16_384
+"""Lines that are checked for repeated paths together."""
 PROBES = 32
-"""Listed files, drawn by a hash, of which one at least has to be there."""
+"""Listed files, drawn by a hash, of which at least one has to exist."""
 
 
 class FileListSource(Source):
@@ -40,126 +44,135 @@ class FileListSource(Source):
 
     format = "filelist"
     scan_reads = "nothing"
-    reads_singly = True
+    random_access = True
 
-    def settled(self, image_size: int = 0) -> SourceSettings:
-        """With the list itself as `uri`, and with `root` and `class_map`."""
-        settings, uri = super().settled(), find_list(self.settings.uri)
-        root = settings.root if settings.root is not None else root_of(uri, image_size)
-        return settings.model_copy(
-            update={"uri": uri, "root": root, "class_map": settings.class_map or class_file(uri)}
-        )
+    def resolved_settings(self, image_size: int = 0) -> SourceSettings:
+        """Return the settings with the list itself as `uri`, and with `root` and `class_map`."""
+        settings, uri = super().resolved_settings(), find_list(self.settings.uri)
+        root = settings.root if settings.root is not None else image_root(uri, image_size)
+        class_map = settings.class_map or class_names_file(uri)
+        return settings.model_copy(update={"uri": uri, "root": root, "class_map": class_map})
 
     def files(self) -> Iterator[SourceFile]:
-        """Runs of neighbouring lines, see `units`; no listed file is asked for but a few, in the end."""
+        """Yield runs of neighbouring lines (see `file_runs`).
+
+        Listed files are not opened. After the last run, a few are checked for existence.
+        """
         salt = self._classes.digest if self._classes is not None else ""
-        yield from units(
+        yield from file_runs(
             ((member, len(member.packed()), "") for member in self._members()),
             self.settings.fragment_samples,
             salt,
         )
 
     def scan(self, file: SourceFile) -> FileScan:
-        labels = (unpacked(member).label for member in file.members)
+        labels = (unpack_member(member).label for member in file.members)
         names = self._classes.names if self._classes is not None else None
         return FileScan(
-            self.cut(file, len(file.members)),
+            self.cut_fragments(file, len(file.members)),
             names,
             frozenset(label for label in labels if label is not None),
         )
 
     def listed_labels(self, file: SourceFile) -> Counter[int | str | None] | None:
-        return Counter(unpacked(member).label for member in file.members)
+        return Counter(unpack_member(member).label for member in file.members)
 
-    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
-        root, members = self._root, map(unpacked, fragment.members[fragment.start : fragment.stop])
+    def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
+        root = self._root
+        members = map(unpack_member, fragment.members[fragment.start : fragment.stop])
         chosen = (
             (member, storage.join(root, member.path))
             for member in members
-            if wanted is None or wanted(member.path)
+            if keep_id is None or keep_id(member.path)
         )
-        return read_ahead(chosen, f"no such file below {root}")
+        return read_members(chosen, f"no such file below {root}")
 
     @functools.cached_property
-    def _found(self) -> SourceSettings:
-        return self.settled()
+    def _resolved(self) -> SourceSettings:
+        return self.resolved_settings()
 
     @functools.cached_property
     def _root(self) -> str:
-        root = self.settings.root if self.settings.root is not None else self._found.root
+        root = self.settings.root if self.settings.root is not None else self._resolved.root
         return (root or "").rstrip("/") or "/"
 
     @functools.cached_property
     def _local_root(self) -> str | None:
-        return (
-            storage.filesystem(self._root)[1].rstrip("/") if storage.is_local(self._root) else None
-        )
+        """The root as a local path; None if it is on an object store."""
+        if not storage.is_local(self._root):
+            return None
+        return storage.filesystem(self._root)[1].rstrip("/")
 
     @functools.cached_property
     def _list(self) -> str:
-        return self._found.uri
+        return self._resolved.uri
 
     @functools.cached_property
     def _classes(self) -> ClassFile | None:
-        if self._found.class_map is None or self.settings.label_column is None:
+        if self._resolved.class_map is None or self.settings.label_column is None:
             return None
-        return read_class_file(self._found.class_map)
+        return read_class_file(self._resolved.class_map)
 
     def _members(self) -> Iterator[Member]:
-        """A member for each line that `include` lets through. Raises SourceError where none can be used."""
-        seen, again = _Seen(), dict[int, int]()
-        probes: list[tuple[int, str]] = []  # the lowest hashes, negated
-        count, bad = 0, ""
+        """One member per line that passes `include`. Raises SourceError if none can be used."""
+        seen, occurrences = _HashSet(), dict[int, int]()
+        probes = _LowestHashes(PROBES)
+        count, first_problem = 0, ""
         for block in self._blocks():
-            hashes = [path_hash(self._place(member.path)) for member in block]
+            hashes = [path_hash(self._normalised(member.path)) for member in block]
             repeated = seen.add(hashes)
-            for member, key, twice in zip(block, hashes, repeated.tolist()):
+            for member, key, is_repeated in zip(block, hashes, repeated.tolist()):
                 count += 1
-                if twice:
-                    again[key] = again.get(key, 1) + 1  # which time it is tells equal lines apart
-                    reason = member.reason or "duplicate: the list names it before"
-                    member = member._replace(reason=f"{reason} (time {again[key]})")
-                elif member.reason:
-                    bad = bad or f"{member.path}: {member.reason}"
-                elif len(probes) < PROBES:
-                    heapq.heappush(probes, (-key, member.path))
-                elif -key > probes[0][0]:
-                    heapq.heapreplace(probes, (-key, member.path))
+                if is_repeated:
+                    # the number makes the entries of equal lines differ
+                    occurrences[key] = occurrences.get(key, 1) + 1
+                    reason = member.reason or "duplicate: the list already names it"
+                    yield member._replace(reason=f"{reason} (occurrence {occurrences[key]})")
+                    continue
+                if member.reason:
+                    first_problem = first_problem or f"{member.path}: {member.reason}"
+                else:
+                    probes.add(key, member.path)
                 yield member
         if not count:
-            which = (
+            problem = (
                 "no line"
                 if self.settings.include == "*"
                 else f"no path that matches source.include = {self.settings.include!r}"
             )
-            raise SourceError(f"{self._list}: {which}")
-        if not probes:
+            raise SourceError(f"{self._list}: {problem}")
+        if not probes.paths:
             raise SourceError(
-                f"{self._list}: none of {count} lines can be used ({bad}); check the list, or set source.root"
+                f"{self._list}: none of {count} lines can be used ({first_problem}); "
+                "check the list, or set source.root"
             )
-        self._check([path for _, path in probes])
+        self._check_root(probes.paths)
 
-    def _check(self, paths: list[str]) -> None:
-        """That the root is not quite another one."""
+    def _check_root(self, paths: list[str]) -> None:
+        """Raise SourceError if none of the files exists, so that the root must be another one."""
         root = self._root
         with ThreadPoolExecutor(8, thread_name_prefix="raypipe-list") as pool:
-            there = pool.map(lambda path: _there(storage.join(root, path)), paths)
-            if not any(there):
-                some = f"none of {len(paths)} drawn at random" if len(paths) > 1 else "not"
+            exist = pool.map(lambda path: _exists(storage.join(root, path)), paths)
+            if not any(exist):
+                absent = (
+                    f"none of {len(paths)} listed files drawn at random is"
+                    if len(paths) > 1
+                    else "the listed file is not"
+                )
                 raise SourceError(
-                    f"{self._list}: of the listed files {some} is below {root} (such as {paths[0]}); set source.root"
+                    f"{self._list}: {absent} below {root} (such as {paths[0]}); set source.root"
                 )
 
     def _blocks(self) -> Iterator[list[Member]]:
+        """The members that pass `include`, `BLOCK_LINES` at a time."""
+        include = self.settings.include
         block: list[Member] = []
         try:
-            for line in lines(self._list, self.settings):
+            for line in read_lines(self._list, self.settings):
                 member = self._member(line)
-                if self.settings.include == "*" or fnmatch.fnmatchcase(
-                    member.path, self.settings.include
-                ):
+                if include == "*" or fnmatch.fnmatchcase(member.path, include):
                     block.append(member)
-                if len(block) == BLOCK:
+                if len(block) == BLOCK_LINES:
                     yield block
                     block = []
         except (FileNotFoundError, IsADirectoryError):
@@ -168,38 +181,34 @@ class FileListSource(Source):
 
     def _member(self, line: Line) -> Member:
         path, reason = self._below_root(line.path)
+        line_id = f"{storage.name(self._list)}#line-{line.number}"
         if "\0" in line.path or "\0" in (line.label or ""):
-            return Member(
-                f"{storage.name(self._list)}#line-{line.number}", None, "the line holds a zero byte"
-            )
+            return Member(line_id, None, "the line holds a zero byte")
         if not path:
-            return Member(
-                f"{storage.name(self._list)}#line-{line.number}",
-                None,
-                reason or "the line has no path",
-            )
-        words = line.label if self.settings.label_column is not None else None
-        label = number_or_name(text(words)) if words is not None else None
+            return Member(line_id, None, reason or "the line has no path")
+        stored = line.label if self.settings.label_column is not None else None
+        label = number_or_name(printable(stored)) if stored is not None else None
         if isinstance(label, str) and self._classes is not None:
             label = self._classes.index.get(label.strip("/"), label)
-        return Member(text(path), label, reason)
+        return Member(printable(path), label, reason)
 
     def _below_root(self, path: str) -> tuple[str, str]:
-        """The path below the root, and why it must not be read."""
-        kind, is_uri, rest = path.partition("://")
+        """The path relative to the root, and why it must not be read."""
+        scheme, is_uri, rest = path.partition("://")
+        local_root = self._local_root
         if (
             is_uri
-            and kind in {"file", "local"}
-            and self._local_root is not None
-            and rest.startswith(self._local_root + "/")
+            and scheme in {"file", "local"}
+            and local_root is not None
+            and rest.startswith(local_root + "/")
         ):
-            path = rest[len(self._local_root) :]
-        elif is_uri and self._local_root is None and path.startswith(self._root + "/"):
+            path = rest[len(local_root) :]
+        elif is_uri and local_root is None and path.startswith(self._root + "/"):
             path = path[len(self._root) :]
         elif is_uri:
-            return path, f"outside of {self._root}; see source.root"
-        elif self._local_root is not None and path.startswith(self._local_root + "/"):
-            path = path[len(self._local_root) :]
+            return path, f"outside {self._root}; see source.root"
+        elif local_root is not None and path.startswith(local_root + "/"):
+            path = path[len(local_root) :]
         path = path.lstrip("/")
         while path.startswith("./"):
             path = path[2:].lstrip("/")
@@ -207,23 +216,42 @@ class FileListSource(Source):
             return path, "a path with '..', which is not followed"
         return path, ""
 
-    def _place(self, path: str) -> str:
-        """The same for every way to write a path; the keys of an object store are what they are."""
-        return (
-            posixpath.normpath(path)
-            if self._local_root is not None and ("//" in path or "/." in path)
-            else path
-        )
+    def _normalised(self, path: str) -> str:
+        """The same for every spelling of a local path; keys of an object store are unchanged."""
+        if self._local_root is not None and ("//" in path or "/." in path):
+            return posixpath.normpath(path)
+        return path
 
 
-class _Seen:
-    """A growing set of 64-bit hashes in sorted arrays, 8 bytes each. Of 30 million lists of a million paths, one has two equal by chance."""
+class _LowestHashes:
+    """The paths with the `count` lowest hashes: a sample that does not depend on their order."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._heap: list[tuple[int, str]] = []  # hashes negated: the highest is on top
+
+    def add(self, key: int, path: str) -> None:
+        if len(self._heap) < self._count:
+            heapq.heappush(self._heap, (-key, path))
+        elif -key > self._heap[0][0]:
+            heapq.heapreplace(self._heap, (-key, path))
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, path in self._heap]
+
+
+class _HashSet:
+    """A growing set of 64-bit hashes in sorted arrays, 8 bytes each.
+
+    In one of 30 million lists of a million paths, two paths have equal hashes by chance.
+    """
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
 
     def add(self, hashes: list[int]) -> np.ndarray:
-        """Which of them were there before, or are earlier in the list; bool [n]."""
+        """Add hashes, and return which ones the set or an earlier position had: bool [n]."""
         new = np.array(hashes, np.uint64)
         distinct, first = np.unique(new, return_index=True)
         known = np.zeros(len(distinct), bool)
@@ -234,14 +262,14 @@ class _Seen:
         repeated[first[~known]] = False
         if not known.all():
             self._runs.append(distinct[~known])
-        # runs of equal length are merged, so that there are few of them
+        # merge runs of similar length, so that few remain
         while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
             self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]))]
         return repeated
 
 
-def _there(uri: str) -> bool:
+def _exists(uri: str) -> bool:
     try:
         return storage.exists(uri)
     except PermissionError:
-        return True  # something is
+        return True  # something exists there

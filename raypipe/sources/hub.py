@@ -1,4 +1,7 @@
-"""Datasets of the Hugging Face Hub, through the package `datasets`, which downloads them into a cache all workers of a machine share."""
+"""Datasets of the Hugging Face Hub.
+
+The package `datasets` downloads them into a cache that all workers of a machine share.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raypipe.errors import SourceError
+from raypipe.sources.values import error_text
 
 SCHEME = "huggingface://"
-DICT, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-"""What `save_to_disk` writes beside the Arrow files: the splits, the names of the files, the description of the columns."""
+SPLITS_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"
+"""What `save_to_disk` writes next to the Arrow files: splits, file names, column descriptions."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class CachedDataset:
     """One split of a dataset in the cache of this machine.
 
-    files     name -> local path of its Arrow files
-    revision  what the cache calls this content; the same on every machine
-    folders   where the cache is: images held by their path only are read below these
+    Attributes
+    ----------
+    files : dict of str to str
+        Name -> local path of each Arrow file.
+    revision : str
+        The cache's identifier of this content; the same on every machine.
+    folders : tuple of str
+        Folders of the cache. Images stored only by their path are read from these and nowhere
+        else.
     """
 
     files: dict[str, str]
@@ -28,7 +38,7 @@ class Prepared:
     folders: tuple[str, ...]
 
     def content(self, path: str) -> bytes | None:
-        """A file of the cache; None where there is no such file in it."""
+        """Return the content of a file in the cache; None if the cache has no such file."""
         real = os.path.realpath(path)
         if not any(real.startswith(folder + os.sep) for folder in self.folders):
             return None
@@ -40,10 +50,20 @@ class Prepared:
 
 
 @functools.cache
-def prepared(uri: str, config_name: str | None, split: str | None) -> Prepared:
-    """Download a dataset `huggingface://user/name` or `huggingface://name`, with `@revision` if any, unless it is in the cache.
+def download_dataset(uri: str, config_name: str | None, split: str | None) -> CachedDataset:
+    """Download a dataset unless it is in the cache. Never runs code of its repository.
 
-    Code of the dataset's repository is never run. Raises SourceError, saying what to do, when the package or the network is missing.
+    Parameters
+    ----------
+    uri : str
+        `huggingface://user/name` or `huggingface://name`, optionally followed by `@revision`.
+    config_name, split : str or None
+        `source.config_name` and `source.split`.
+
+    Raises
+    ------
+    SourceError
+        If the package, the dataset or the network is missing; the message says what to do.
     """
     name, _, revision = uri.removeprefix(SCHEME).strip("/").partition("@")
     try:
@@ -51,8 +71,9 @@ def prepared(uri: str, config_name: str | None, split: str | None) -> Prepared:
         from huggingface_hub import constants
     except ImportError as error:
         raise SourceError(
-            f"{uri}: datasets of the hub need the package datasets, which cannot be imported ({error}); pip install 'raypipe[hf]', or "
-            "write the dataset with save_to_disk or to_parquet elsewhere and set source.uri to the folder"
+            f"{uri}: datasets of the hub need the package datasets, which cannot be imported "
+            f"({error}); pip install 'raypipe[hf]', or write the dataset with save_to_disk or "
+            "to_parquet elsewhere and set source.uri to the folder"
         ) from None
     try:
         builder = datasets.load_dataset_builder(name, config_name, revision=revision or None)
@@ -61,11 +82,12 @@ def prepared(uri: str, config_name: str | None, split: str | None) -> Prepared:
         paths = [file["filename"] for file in builder.as_dataset(split=chosen).cache_files]
     except SourceError:
         raise
-    except Exception as error:  # of the package, of the hub's client, of HTTP, of the disk
-        words = " ".join(str(error).split())[:400] or type(error).__name__
+    except Exception as error:  # from the package, the hub's client, HTTP or the disk
+        message = " ".join(str(error).split())[:400] or error_text(error)
         raise SourceError(
-            f"{uri}: {words}. Check the name, source.config_name and the network; without a network only what is in the cache "
-            "(HF_HOME) can be read, at once with HF_HUB_OFFLINE=1; or write the dataset with save_to_disk elsewhere"
+            f"{uri}: {message}. Check the name, source.config_name and the network; without a "
+            "network, only datasets in the cache (HF_HOME) can be read (HF_HUB_OFFLINE=1 skips "
+            "the wait); or write the dataset with save_to_disk elsewhere"
         ) from None
     config = datasets.config
     folders = {
@@ -76,20 +98,29 @@ def prepared(uri: str, config_name: str | None, split: str | None) -> Prepared:
             constants.HF_HUB_CACHE,
         )
     }
-    stamp = os.path.basename(os.path.dirname(paths[0])) if paths else ""
-    return Prepared({os.path.basename(path): path for path in paths}, stamp, tuple(sorted(folders)))
+    fingerprint = os.path.basename(os.path.dirname(paths[0])) if paths else ""
+    files = {os.path.basename(path): path for path in paths}
+    return CachedDataset(files, fingerprint, tuple(sorted(folders)))
 
 
-def choose_split(uri: str, splits: Iterable[str], wanted: str | None) -> str:
-    """The split to read. Raises SourceError, naming those there are, when it is not clear or not there."""
-    there = list(splits)
-    if wanted is None and len(there) == 1:
-        return there[0]
-    if wanted is not None and wanted in there:
-        return wanted
-    names = (
-        f"the splits are {', '.join(there)}; set source.split" if there else "there are no splits"
+def choose_split(uri: str, splits: Iterable[str], requested: str | None) -> str:
+    """Return the split to read: the requested one, or the only one.
+
+    Raises
+    ------
+    SourceError
+        If it does not exist, or none is requested and there are several. Names the existing ones.
+    """
+    existing = list(splits)
+    if requested is None and len(existing) == 1:
+        return existing[0]
+    if requested is not None and requested in existing:
+        return requested
+    problem = (
+        f"the splits are {', '.join(existing)}; set source.split"
+        if existing
+        else "the dataset has no splits"
     )
-    raise SourceError(
-        f"{uri}: no split {wanted!r}: {names}" if wanted is not None else f"{uri}: {names}"
-    )
+    if requested is not None:
+        problem = f"no split {requested!r}: {problem}"
+    raise SourceError(f"{uri}: {problem}")

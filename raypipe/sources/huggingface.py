@@ -1,6 +1,7 @@
-"""Hugging Face datasets: a folder written by `save_to_disk`, local or on S3, or a dataset of the hub (`huggingface://user/name`).
+"""Hugging Face datasets: a `save_to_disk` folder, or a dataset of the hub.
 
-The Arrow files of both are read by pyarrow alone, a record batch at a time; only the hub needs the package `datasets`.
+The folder is local or on S3; `huggingface://user/name` is a dataset of the hub. pyarrow alone reads
+the Arrow files of both, one record batch at a time; only the hub needs the package `datasets`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -16,28 +18,37 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import RaypipeError, SourceError
+from raypipe.sources.arrow_images import ImageOrReason, ReadByPath, image_reader, storage_array
 from raypipe.sources.arrowstream import ArrowStream, Message
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.columns import (
     ColumnError,
-    Columns,
-    Image,
-    TableSource,
-    choose,
+    Features,
+    TableColumns,
+    choose_columns,
     distinct_labels,
     features_of,
-    image_reader,
-    once,
-    plain,
-    rows,
 )
-from raypipe.sources.common import MISSING, damage
-from raypipe.sources.hub import DICT, INFO, SCHEME, STATE, Prepared, choose_split, prepared
+from raypipe.sources.hub import (
+    INFO_FILE,
+    SCHEME,
+    SPLITS_FILE,
+    STATE_FILE,
+    CachedDataset,
+    choose_split,
+    download_dataset,
+)
+from raypipe.sources.location import MISSING
+from raypipe.sources.table_source import TableSource, read_rows, reject_repeated_ids
+from raypipe.sources.values import damage_reason
 from raypipe.storage import FileInfo, Reader
 
 
 class HuggingFaceSource(TableSource):
-    """Rows of Arrow files. Sample ids are "<relative path>#<row number in the file>", or the id column's values."""
+    """Rows of Arrow files.
+
+    Sample ids are "<relative path>#<row number in the file>", or the id column's values.
+    """
 
     format = "huggingface"
 
@@ -48,35 +59,36 @@ class HuggingFaceSource(TableSource):
     def files(self) -> Iterator[SourceFile]:
         if self._hub is not None:
             sizes = {name: storage.info(path).size for name, path in self._hub.files.items()}
-            found = [FileInfo(name, size, self._hub.revision) for name, size in sizes.items()]
+            files = [FileInfo(name, size, self._hub.revision) for name, size in sizes.items()]
         else:
-            found = _saved(self.settings.uri, self.settings.split)
-        kept = [file for file in found if fnmatch.fnmatchcase(file.path, self.settings.include)]
-        if not kept:
+            files = _saved_files(self.settings.uri, self.settings.split)
+        included = [file for file in files if fnmatch.fnmatchcase(file.path, self.settings.include)]
+        if not included:
             reason = (
-                f"none of {len(found)} files matches source.include"
-                if found
+                f"none of {len(files)} files matches source.include"
+                if files
                 else "the dataset has no rows"
             )
             raise SourceError(f"{self.settings.uri}: {reason}")
-        for file in sorted(kept, key=lambda file: file.path):
+        for file in sorted(included, key=lambda file: file.path):
             yield SourceFile(file.path, file.size, file.stamp)
 
     def open(self, path: str) -> Reader:
         return storage.open_read(self._uri(path))
 
-    def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, dict[str, Any]]:
-        return self._described(path, ArrowStream(stored))
+    def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, Features]:
+        return self._describe(path, ArrowStream(stored))
 
     def scan_stored(self, file: SourceFile, stored: Reader) -> FileScan:
-        settings = self.settled()
+        settings = self.resolved_settings()
         try:
             stream = ArrowStream(stored)
-            columns = choose(*self._described(file.path, stream), settings)
+            columns = choose_columns(*self._describe(file.path, stream), settings)
         except ColumnError as error:
-            return self.broken(file, error)
+            return self.unreadable_file(file, error)
         except Exception as error:
-            return self.broken(file, f"not a readable Arrow file: {damage(stored, error)}")
+            reason = f"not a readable Arrow file: {damage_reason(stored, error)}"
+            return self.unreadable_file(file, reason)
         batches: list[Message] = []
         labels: set[int | str] = set()
         problem = ""
@@ -84,122 +96,90 @@ class HuggingFaceSource(TableSource):
             for batch in stream.batches():
                 batches.append(batch)
                 if columns.class_names is None and columns.label is not None:
-                    labels |= _labels(stored, stream, batch, columns.label)
+                    labels |= _batch_labels(stored, stream, batch, columns.label)
         except Exception as error:
-            problem = damage(stored, error)
-        stops = list(accumulate(batch.rows for batch in batches))
-        fragments = self.cut(file, stops[-1] if stops else 0, stops)
-        if not stream.has_dictionaries:  # which come before the batches that need them
-            starts = {
-                stop - batch.rows: batch.offset
-                for stop, batch in zip(stops, batches, strict=True)
-                if batch.rows
-            }
-            fragments = tuple(
-                dataclasses.replace(part, offset=starts.get(part.start, 0)) for part in fragments
-            )
+            problem = damage_reason(stored, error)
+        fragments = self._cut_at_batches(file, stream, batches)
         if problem:
-            end = stops[-1] if stops else 0
-            (rest,) = self.broken(file, f"from row {end} on: {problem}").fragments
-            rest = dataclasses.replace(
-                rest, fragment_id=self.fragment_id(file, end, end), start=end, stop=end
-            )
-            fragments = (*fragments, rest)
+            rows = sum(batch.rows for batch in batches)
+            fragments = (*fragments, self._unreadable_rest(file, rows, problem))
         return FileScan(fragments, columns.class_names, frozenset(labels))
 
-    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
             return
         with self.open(fragment.path) as stored:
-            yield from once(self._read(stored, fragment, wanted))
+            yield from reject_repeated_ids(self._read(stored, fragment, keep_id))
+
+    def _cut_at_batches(
+        self, file: SourceFile, stream: ArrowStream, batches: list[Message]
+    ) -> tuple[Fragment, ...]:
+        """Fragments that end with record batches if possible, with the offsets of these."""
+        stops = list(accumulate(batch.rows for batch in batches))
+        fragments = self.cut_fragments(file, stops[-1] if stops else 0, stops)
+        if stream.has_dictionaries:  # they precede the batches that need them: read from the start
+            return fragments
+        offsets = {
+            stop - batch.rows: batch.offset
+            for stop, batch in zip(stops, batches, strict=True)
+            if batch.rows
+        }
+        return tuple(
+            dataclasses.replace(fragment, offset=offsets.get(fragment.start, 0))
+            for fragment in fragments
+        )
+
+    def _unreadable_rest(self, file: SourceFile, row: int, problem: str) -> Fragment:
+        """A fragment that reports damage after the last readable row."""
+        (rest,) = self.unreadable_file(file, f"from row {row} on: {problem}").fragments
+        fragment_id = self.fragment_id(file, row, row)
+        return dataclasses.replace(rest, fragment_id=fragment_id, start=row, stop=row)
 
     def _read(
-        self, stored: Reader, fragment: Fragment, wanted: IdFilter | None
+        self, stored: Reader, fragment: Fragment, keep_id: IdFilter | None
     ) -> Iterator[RawSample]:
-        settings, reason = self.settled(), "the file has fewer rows than when it was indexed"
+        settings = self.resolved_settings()
+        reason = "the file has fewer rows than when it was indexed"
         position, first = fragment.start, fragment.start if fragment.offset else 0
         batches: Iterator[Message] = iter(())
         try:
             stream = ArrowStream(stored)
-            columns = choose(*self._described(fragment.path, stream), settings)
+            columns = choose_columns(*self._describe(fragment.path, stream), settings)
             batches = stream.batches(fragment.offset)
         except ColumnError as error:
             reason = str(error)
         except Exception as error:
-            reason = f"not a readable Arrow file: {damage(stored, error)}"
+            reason = f"not a readable Arrow file: {damage_reason(stored, error)}"
         while position < fragment.stop:
             try:
                 batch = next(batches)
             except StopIteration:
                 break
             except Exception as error:
-                reason = damage(stored, error)
+                reason = damage_reason(stored, error)
                 break
-            begin, end = (
-                max(fragment.start, first) - first,
-                min(fragment.stop, first + batch.rows) - first,
-            )
+            begin = max(fragment.start, first) - first
+            end = min(fragment.stop, first + batch.rows) - first
             if begin < end:
-                yield from self._batch(
-                    stored, stream, columns, fragment.path, batch, first, begin, end, wanted
+                by_path = self._hub.content if self._hub is not None else None
+                rows = _BatchRows(stored, stream, columns, batch, begin, end, by_path)
+                yield from read_rows(
+                    rows, columns, fragment.path, first + begin, end - begin, keep_id
                 )
                 position = first + end
             first += batch.rows
         for row in range(position, fragment.stop):
             sample_id = f"{fragment.path}#{row}"
-            if wanted is None or wanted(sample_id):
+            if keep_id is None or keep_id(sample_id):
                 yield RawSample(sample_id, None, None, reason)
 
-    def _batch(
-        self,
-        stored: Reader,
-        stream: ArrowStream,
-        columns: Columns,
-        path: str,
-        batch: Message,
-        first: int,
-        begin: int,
-        end: int,
-        wanted: IdFilter | None,
-    ) -> Iterator[RawSample]:
-        """Samples of rows `begin` to `end` of one record batch, whose first row is row `first` of the file."""
-
-        def values(name: str) -> list[Any]:
-            return plain(stream.column(batch, name)).slice(begin, end - begin).to_pylist()
-
-        def images(chosen: list[int]) -> Iterator[Image]:
-            reader = image_reader(
-                stream.schema.field(columns.image).type,
-                self._hub.content if self._hub is not None else None,
-            )
-            assert reader is not None  # the schema has been checked
-            try:
-                array, reason = plain(stream.load(batch).column(columns.image)), ""
-            except Exception as error:
-                array, reason = None, damage(stored, error)
-            for row in chosen:
-                yield (None, reason) if array is None else reader(array[begin + row])
-
-        return rows(
-            columns,
-            path,
-            first + begin,
-            end - begin,
-            values=values,
-            images=images,
-            damaged=lambda error: damage(stored, error),
-            wanted=wanted,
-        )
-
     @property
-    def _hub(self) -> Prepared | None:
-        """The dataset of the hub, downloaded by the first who asks on a machine; None for a folder."""
+    def _hub(self) -> CachedDataset | None:
+        """The dataset of the hub, downloaded on the first use on a machine; None for a folder."""
         settings = self.settings
-        return (
-            prepared(settings.uri, settings.config_name, settings.split)
-            if settings.uri.startswith(SCHEME)
-            else None
-        )
+        if not settings.uri.startswith(SCHEME):
+            return None
+        return download_dataset(settings.uri, settings.config_name, settings.split)
 
     def _uri(self, path: str) -> str:
         if self._hub is None:
@@ -208,73 +188,117 @@ class HuggingFaceSource(TableSource):
             raise FileNotFoundError(path)
         return self._hub.files[path]
 
-    def _described(self, path: str, stream: ArrowStream) -> tuple[pa.Schema, dict[str, Any]]:
-        """Schema, and the description of its columns: that of the folder, which `datasets` goes by, else the schema's."""
+    def _describe(self, path: str, stream: ArrowStream) -> tuple[pa.Schema, Features]:
+        """The schema, and the description of its columns.
+
+        The description next to the file comes first, as in `datasets`; then that in the schema.
+        """
         folder = self._uri(path).rpartition("/")[0]
         if folder not in self._features:
             try:
-                features = storage.read_json(storage.join(folder, INFO))["features"]
+                features = storage.read_json(storage.join(folder, INFO_FILE))["features"]
             except (FileNotFoundError, RaypipeError, KeyError, TypeError):
                 features = None
             self._features[folder] = features if isinstance(features, dict) else {}
         return stream.schema, self._features[folder] or features_of(stream.schema)
 
 
-def _saved(uri: str, split: str | None) -> list[FileInfo]:
-    """The Arrow files of a folder written by `save_to_disk`; one that is not there has the stamp `MISSING`. Raises SourceError."""
+@dataclass(frozen=True)
+class _BatchRows:
+    """Rows `begin` to `end` of one record batch; a `RowReader`."""
+
+    stored: Reader
+    stream: ArrowStream
+    columns: TableColumns
+    batch: Message
+    begin: int
+    end: int
+    by_path: ReadByPath | None
+
+    def values(self, column: str) -> list[Any]:
+        array = storage_array(self.stream.column(self.batch, column))
+        return array.slice(self.begin, self.end - self.begin).to_pylist()
+
+    def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
+        reader = image_reader(
+            self.stream.schema.field(self.columns.image).type,
+            self.by_path,
+        )
+        assert reader is not None  # choose_columns has checked the type
+        try:
+            array = storage_array(self.stream.load(self.batch).column(self.columns.image))
+        except Exception as error:
+            reason = damage_reason(self.stored, error)
+            yield from ((None, reason) for _ in rows)
+            return
+        for row in rows:
+            yield reader(array[self.begin + row])
+
+    def damage(self, error: Exception) -> str:
+        return damage_reason(self.stored, error)
+
+
+def _saved_files(uri: str, split: str | None) -> list[FileInfo]:
+    """The Arrow files of a folder written by `save_to_disk`.
+
+    One that does not exist has the stamp `MISSING`. Raises SourceError.
+    """
     try:
         prefix, entries = "", storage.entries(uri)
-        if DICT in entries:
-            prefix = choose_split(uri, _strings(uri, DICT, "splits"), split) + "/"
+        if SPLITS_FILE in entries:
+            prefix = choose_split(uri, _read_names(uri, SPLITS_FILE, "splits"), split) + "/"
             entries = storage.entries(storage.join(uri, prefix))
         folder = storage.join(uri, prefix)
-        if STATE not in entries:
-            raise SourceError(f"{folder}: no folder written by save_to_disk: there is no {STATE}")
-        state = storage.read_json(storage.join(folder, STATE))
-        names = _strings(folder, STATE, "_data_files", "filename")
+        if STATE_FILE not in entries:
+            raise SourceError(
+                f"{folder}: not a folder written by save_to_disk: it has no {STATE_FILE}"
+            )
+        state = storage.read_json(storage.join(folder, STATE_FILE))
+        names = _read_names(folder, STATE_FILE, "_data_files", "filename")
     except OSError as error:
         raise SourceError(f"{uri}: cannot be read: {error}") from None
     if not prefix and split is not None and state.get("_split") != split:
         raise SourceError(
-            f"{uri}: no split {split!r}: this is one dataset, of split {state.get('_split')!r}; leave out source.split"
+            f"{uri}: no split {split!r}: this is one dataset, of split {state.get('_split')!r}; "
+            "leave out source.split"
         )
     if state.get("_indices_data_files"):
         raise SourceError(
-            f"{uri}: a selection of rows that is stored apart from the rows; load it and save it again"
+            f"{uri}: a selection of rows that is stored separately from the rows; load it with "
+            "datasets and save it again"
         )
-    found = [entries.get(name) or FileInfo(name, 0, MISSING) for name in names]
-    if found and all(file.stamp == MISSING for file in found):
+    files = [entries.get(name) or FileInfo(name, 0, MISSING) for name in names]
+    if files and all(file.stamp == MISSING for file in files):
         raise SourceError(
-            f"{folder}: none of the {len(found)} files in {STATE} is there, such as {names[0]}"
+            f"{folder}: none of the {len(files)} files in {STATE_FILE} exists, such as {names[0]}"
         )
-    return [FileInfo(prefix + file.path, file.size, file.stamp) for file in found]
+    return [FileInfo(prefix + file.path, file.size, file.stamp) for file in files]
 
 
-def _strings(folder: str, file: str, key: str, inner: str | None = None) -> list[str]:
-    """A list of names in a JSON file. Raises SourceError when it is none, or has names that lead out of the folder."""
+def _read_names(folder: str, file: str, key: str, inner: str | None = None) -> list[str]:
+    """A list of names in a JSON file: `file[key]`, or `item[inner]` of each item in it.
+
+    Raises SourceError if it is something else, or a name leads out of the folder.
+    """
     try:
-        found = [
+        names = [
             item if inner is None else item[inner]
             for item in storage.read_json(storage.join(folder, file))[key]
         ]
     except (KeyError, TypeError) as error:
         raise SourceError(f"{folder}/{file}: not as save_to_disk writes it: {error}") from None
-    wrong = [
-        name
-        for name in found
-        if not isinstance(name, str) or not name or "/" in name or name in {".", ".."}
-    ]
-    if wrong:
-        raise SourceError(
-            f"{folder}/{file}: {wrong[0]!r} is not the name of anything in this folder"
-        )
-    return found
+    for name in names:
+        if not isinstance(name, str) or not name or "/" in name or name in {".", ".."}:
+            raise SourceError(f"{folder}/{file}: {name!r} is not a name in this folder")
+    return names
 
 
-def _labels(stored: Reader, stream: ArrowStream, batch: Message, column: str) -> set[int | str]:
-    """The labels that occur in a batch; none where it is damaged, since its samples become rejects."""
+def _batch_labels(
+    stored: Reader, stream: ArrowStream, batch: Message, column: str
+) -> set[int | str]:
+    """The labels that occur in a batch; none if it is damaged, since its samples are rejects."""
     try:
         return distinct_labels(stream.column(batch, column))
     except Exception as error:
-        damage(stored, error)
+        damage_reason(stored, error)
         return set()

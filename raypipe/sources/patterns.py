@@ -1,11 +1,14 @@
-"""Brace patterns in names, as shells and WebDataset write them: `{000..127}`, `{a,b}`, several of them, and one in another."""
+"""Expand brace patterns in names, as shells and WebDataset write them.
+
+Such as `{000..127}` and `{a,b}`; a name can have several, also nested.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-MOST_NAMES = 1_000_000
+MAX_NAMES = 1_000_000
 """A pattern that stands for more names is taken for a mistake."""
 
 _NUMBERS = re.compile(r"(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})(?:\.\.(-?[0-9]{1,18}))?")
@@ -13,29 +16,37 @@ _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 
 
 def first_brace(text: str) -> int:
-    """Where the first brace that stands for several names begins; -1 where there is none, as in `{1}` or `a{b`."""
+    """Return the position of the first brace that stands for several names.
+
+    -1 if there is none, as in `{1}` or `a{b`.
+    """
     return next((start for start, _, _ in _braces(text)), -1)
 
 
 def expand(pattern: str) -> list[str]:
-    """Every name that a pattern stands for, in its order; the pattern itself where no brace stands for several.
+    """Return every name that a pattern stands for, in order; a name without braces as it is.
 
-    `{1..3}` counts, also downwards and in steps (`{0..9..3}`); where a limit has leading zeros, all numbers are as wide as the
-    wider limit. `{a..e}` are letters, `{train,val}` alternatives. Raises ValueError for more than `MOST_NAMES` names.
+    `{1..3}` counts, also downwards and in steps (`{0..9..3}`). If a limit has leading zeros, all
+    numbers are as wide as the wider limit. `{a..e}` are letters, `{train,val}` alternatives.
+
+    Raises
+    ------
+    ValueError
+        If the pattern stands for more than `MAX_NAMES` names.
     """
-    if _count(pattern) > MOST_NAMES:
-        raise ValueError(f"the braces stand for more than {MOST_NAMES:,} names")
+    if _count(pattern) > MAX_NAMES:
+        raise ValueError(f"the braces stand for more than {MAX_NAMES:,} names")
     return list(_expanded(pattern))
 
 
 def _count(text: str) -> int:
-    """How many names a pattern stands for."""
+    """Number of names that a pattern stands for."""
     result, end = 1, 0
     for start, content, stop in _braces(text):
         if start < end:
-            continue  # within the braces before
+            continue  # nested in the previous braces
         steps = _steps(content)
-        result *= len(steps) if steps is not None else sum(map(_count, _parts(content)))
+        result *= len(steps) if steps is not None else sum(map(_count, _alternatives(content)))
         end = stop
     return result
 
@@ -50,7 +61,7 @@ def _expanded(text: str) -> Iterator[str]:
 
 
 def _braces(text: str) -> Iterator[tuple[int, str, int]]:
-    """Start, content and end of every pair of braces that stands for several names."""
+    """Start, content and end (exclusive) of each pair of braces that stands for several names."""
     for start, character in enumerate(text):
         if character != "{":
             continue
@@ -59,7 +70,7 @@ def _braces(text: str) -> Iterator[tuple[int, str, int]]:
             depth += {"{": 1, "}": -1}.get(text[stop], 0)
             if depth == 0:
                 content = text[start + 1 : stop]
-                if len(_parts(content)) > 1 or _steps(content) is not None:
+                if len(_alternatives(content)) > 1 or _steps(content) is not None:
                     yield start, content, stop + 1
                 break
 
@@ -77,12 +88,12 @@ def _options(content: str) -> Iterator[str]:
     elif steps is not None:
         yield from map(chr, steps)
     else:
-        for part in _parts(content):
+        for part in _alternatives(content):
             yield from _expanded(part)
 
 
 def _steps(content: str) -> range | None:
-    """The numbers, or codes of letters, that a range runs through; None where it is none."""
+    """The numbers, or character codes, of a range such as `1..3`; None if it is not a range."""
     numbers, letters = _NUMBERS.fullmatch(content), _LETTERS.fullmatch(content)
     if numbers is not None:
         low, high, step = int(numbers[1]), int(numbers[2]), abs(int(numbers[3] or 1)) or 1
@@ -93,8 +104,8 @@ def _steps(content: str) -> range | None:
     return range(low, high + 1, step) if low <= high else range(low, high - 1, -step)
 
 
-def _parts(content: str) -> list[str]:
-    """What commas outside inner braces separate."""
+def _alternatives(content: str) -> list[str]:
+    """The parts between commas outside inner braces."""
     parts, depth, begin = [], 0, 0
     for position, character in enumerate(content):
         depth += {"{": 1, "}": -1}.get(character, 0)

@@ -1,4 +1,4 @@
-"""Sources of very many small files: what a unit of work lists of each, where a unit ends, and reading ahead."""
+"""Sources of very many small files: grouping them into units of work, and reading them ahead."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from raypipe import storage
 from raypipe.sources.base import RawSample, SourceFile
-from raypipe.sources.common import number_or_name
+from raypipe.sources.filesource import FILE_VANISHED
+from raypipe.sources.values import number_or_name
 
 READERS, LOOK_AHEAD = 8, 32
-"""Files read at the same time, and at most so many held: both hide the latency of object storage."""
-GONE = "no such file: deleted since it was listed, or its name is not UTF-8"
+"""Files read at the same time, and files held at most: both hide the latency of object storage."""
 
 
 class Member(NamedTuple):
-    """One small file as its unit lists it.
+    """One small file of a unit of work.
 
-    path    the sample's id
-    label   a number or a name; None where there is none, or where the path says it
-    reason  why it is not read; "" when it is
+    Attributes
+    ----------
+    path : str
+        The sample's id.
+    label : int, str or None
+        None if there is no label, or if the path implies it.
+    reason : str
+        Why the file is not read; "" if it is.
     """
 
     path: str
@@ -33,91 +39,125 @@ class Member(NamedTuple):
     reason: str = ""
 
     def packed(self) -> str:
-        """As text: the path alone where there is no more to say."""
+        """Return the member as text; the path alone if there is neither label nor reason."""
         if self.label is None and not self.reason:
             return self.path
         return "\0".join((self.path, "" if self.label is None else str(self.label), self.reason))
 
 
-def unpacked(text: str) -> Member:
-    """A member from its text. Names that are numbers come back as numbers."""
-    if "\0" not in text:
-        return Member(text)
-    path, label, reason = text.split("\0")
+def unpack_member(packed: str) -> Member:
+    """Return the member from its text. A label that looks like a number becomes a number."""
+    if "\0" not in packed:
+        return Member(packed)
+    path, label, reason = packed.split("\0")
     return Member(path, number_or_name(label), reason)
 
 
-def units(
+def file_runs(
     listed: Iterable[tuple[Member, int, str]], limit: int, salt: str = ""
 ) -> Iterator[SourceFile]:
-    """Runs of neighbouring small files, of each its member, size and stamp.
+    """Divide a listing into runs of neighbouring small files.
 
-    A run ends at `limit` files or at a name whose hash says so. A new file therefore changes the run it falls into and seldom the
-    runs after it, which keep their fingerprints and are not processed again.
-    salt  what all fingerprints depend on besides
+    A run ends after `limit` files, or at a name whose hash says so. A new file therefore changes
+    the run it falls into but seldom the following runs, which keep their fingerprints and are not
+    processed again.
+
+    Parameters
+    ----------
+    listed : iterable of (Member, int, str)
+        Member, size in bytes and stamp of each file.
+    limit : int
+        Maximum number of files in a run; also their average number between hash boundaries.
+    salt : str
+        Part of every fingerprint.
     """
-    members: list[str] = []
-    first, total, stamps = "", 0, hashlib.blake2b(salt.encode(), digest_size=12)
+    run = _Run(salt)
     for member, size, stamp in listed:
-        first = first if members else member.path
-        members.append(member.packed())
-        total += size
-        stamps.update(f"{size}\0{stamp}\0".encode())
-        if len(members) == limit or path_hash(member.path) % limit == 0:
-            yield SourceFile(first, total, stamps.hexdigest(), tuple(members))
-            members, total, stamps = [], 0, hashlib.blake2b(salt.encode(), digest_size=12)
-    if members:
-        yield SourceFile(first, total, stamps.hexdigest(), tuple(members))
+        run.add(member, size, stamp)
+        if len(run.members) == limit or path_hash(member.path) % limit == 0:
+            yield run.source_file()
+            run = _Run(salt)
+    if run.members:
+        yield run.source_file()
+
+
+class _Run:
+    """A run of small files being collected."""
+
+    def __init__(self, salt: str) -> None:
+        self.members: list[str] = []
+        self._first, self._size = "", 0
+        self._stamps = hashlib.blake2b(salt.encode(), digest_size=12)
+
+    def add(self, member: Member, size: int, stamp: str) -> None:
+        self._first = self._first if self.members else member.path
+        self.members.append(member.packed())
+        self._size += size
+        self._stamps.update(f"{size}\0{stamp}\0".encode())
+
+    def source_file(self) -> SourceFile:
+        return SourceFile(self._first, self._size, self._stamps.hexdigest(), tuple(self.members))
 
 
 def path_hash(path: str) -> int:
-    """64 bits that depend on nothing but the path."""
-    return int.from_bytes(
-        hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
-    )
+    """Return 64 bits that depend on the path alone."""
+    digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
-def read_ahead(members: Iterable[tuple[Member, str]], missing: str = GONE) -> Iterator[RawSample]:
-    """The samples of some members, each with its URI, in order; `missing` is the reason of a file that is not there.
+ImageBytes = tuple[bytes | None, str]
+"""The bytes of an image, and ""; or None and why there are none."""
 
-    Raises storage faults.
-    """
-    pending: deque[tuple[Member, Future[tuple[bytes | None, str]] | None]] = deque()
 
-    def sample() -> RawSample:
-        member, future = pending.popleft()
-        image, reason = future.result() if future is not None else (None, member.reason)
+@dataclass
+class _Pending:
+    """A member that is being read; `future` is None if it is not read at all."""
+
+    member: Member
+    future: Future[ImageBytes] | None
+
+    def sample(self) -> RawSample:
+        member = self.member
+        image, reason = self.future.result() if self.future is not None else (None, member.reason)
         return RawSample(member.path, image, member.label, reason)
 
+
+def read_members(
+    members: Iterable[tuple[Member, str]], missing: str = FILE_VANISHED
+) -> Iterator[RawSample]:
+    """Yield the samples of some members, in order, while reading ahead.
+
+    Storage faults raise.
+
+    Parameters
+    ----------
+    members : iterable of (Member, str)
+        Members and their URIs.
+    missing : str
+        Reject reason of a file that does not exist.
+    """
+    pending: deque[_Pending] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-read") as pool:
         try:
             for member, uri in members:
-                pending.append(
-                    (member, None if member.reason else pool.submit(_fetch, uri, missing))
-                )
+                future = None if member.reason else pool.submit(_fetch, uri, missing)
+                pending.append(_Pending(member, future))
                 if len(pending) >= LOOK_AHEAD:
-                    yield sample()
+                    yield pending.popleft().sample()
             while pending:
-                yield sample()
+                yield pending.popleft().sample()
         finally:
-            for _, future in pending:
-                if future is not None:
-                    future.cancel()
+            for item in pending:
+                if item.future is not None:
+                    item.future.cancel()
 
 
-def _fetch(uri: str, missing: str) -> tuple[bytes | None, str]:
-    """The bytes of one image, or why there are none. Raises storage faults."""
+def _fetch(uri: str, missing: str) -> ImageBytes:
+    """Read one image. Storage faults raise; anything wrong with the file itself is a reason."""
     try:
         if storage.is_local(uri) and not stat.S_ISREG(os.stat(storage.filesystem(uri)[1]).st_mode):
             return None, "a folder or special file"  # reading a pipe would wait for ever
-        try:
-            return storage.read_bytes(
-                uri, 0
-            ), ""  # one request; a read without a range asks for the size first
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return storage.read_bytes(uri), ""  # a range of an empty object is refused
+        return _read_whole(uri), ""
     except (FileNotFoundError, NotADirectoryError):
         return None, missing
     except PermissionError as error:
@@ -130,3 +170,12 @@ def _fetch(uri: str, missing: str) -> tuple[bytes | None, str]:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) or not storage.is_local(uri):
             raise
         return None, f"cannot be read: {error.strerror}"
+
+
+def _read_whole(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri, 0)  # one request; without a range, one more for the size
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return storage.read_bytes(uri)  # stores refuse a range of an empty object

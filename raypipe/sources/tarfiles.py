@@ -1,7 +1,7 @@
-"""Groups of tar members that share a key, read front to back.
+"""Read tar files from front to back, as groups of members that share a key.
 
-The standard library's reader takes a damaged header for the end of the archive and would drop what follows; this one says
-what is damaged and goes on at the next good header.
+The standard library's reader takes a damaged header for the end of the archive and would drop
+everything after it. This one reports the damage and continues at the next valid header.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import gzip
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from raypipe.sources.common import damage
+from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
 
 BLOCK = 512
-LARGEST_NAME = 1 << 20
+MAX_EXTENSION_BYTES = 1 << 20
 """Bytes of an extended header; a larger one is damage, or an attack."""
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
 _NO_CONTENT = {
     tarfile.LNKTYPE,
     tarfile.SYMTYPE,
@@ -37,19 +38,27 @@ _EXTENDED = {
     tarfile.SOLARIS_XHDTYPE,
     tarfile.XGLTYPE,
 }
+_SPARSE = b"S"
 
-Load = Callable[[str, str, int], bool]
-"""(key, extension, bytes) -> whether the member's content is wanted."""
+LoadMember = Callable[[str, str, int], bool]
+"""A function (key, extension, bytes) -> whether to read the member's content."""
 
 
 @dataclass
 class Group:
     """Consecutive members with one key.
 
-    offset    of the first member's header, where reading may begin
-    names     extension -> name of the member in the tar, in order
-    contents  extension -> content of the members that were wanted
-    reason    why the group cannot be trusted; "" when nothing is wrong with it
+    Attributes
+    ----------
+    key : str
+    offset : int
+        Byte of the first member's header, at which reading can begin.
+    names : dict of str to str
+        Extension -> name of the member in the tar, in order.
+    contents : dict of str to bytes
+        Extension -> content, of the members that were loaded.
+    reason : str
+        Why the group cannot be trusted; "" if nothing is wrong with it.
     """
 
     key: str
@@ -59,37 +68,51 @@ class Group:
     reason: str = ""
 
 
-def groups(file: Reader, offset: int, compressed: bool, load: Load) -> Iterator[Group]:
-    """The groups of a tar from a header at `offset` on. Where the tar is damaged, the group before the damage has a reason.
+def read_groups(file: Reader, offset: int, compressed: bool, load: LoadMember) -> Iterator[Group]:
+    """Yield the groups of a tar from a header on.
 
-    Links, devices, absolute names and names with '..' are never followed; their group has a reason. Members without an
-    extension, hidden ones and folders belong to no sample. Raises storage faults only.
+    If the tar is damaged, the group before the damage has a reason. Links, devices, absolute names
+    and names with '..' are never followed; their group has a reason. Members without an extension,
+    hidden ones and folders belong to no sample. Only storage faults raise.
+
+    Parameters
+    ----------
+    file : Reader
+    offset : int
+        Byte of the (uncompressed) tar at which to begin.
+    compressed : bool
+        Whether the file is compressed with gzip.
+    load : callable
+        Decides which members to load.
     """
     group: Group | None = None
-    for member in _Members(file, offset, compressed):
-        if member.problem:
-            group = group or Group(f"byte-{member.offset}", member.offset)
-            group.reason = group.reason or member.problem
+    for item in _Members(file, offset, compressed):
+        if isinstance(item, _Problem):
+            group = group or Group(f"byte-{item.offset}", item.offset)
+            group.reason = group.reason or item.reason
             continue
-        key, extension, unsafe = _parse(member.name, member.type)
+        key, extension, unsafe = _parse_name(item.name, item.type)
         if not key:
             continue
         if group is None or group.key != key or extension in group.names:
             if group is not None:
                 yield group
-            group = Group(key, member.offset)
+            group = Group(key, item.offset)
         group.reason = group.reason or unsafe
-        group.names[extension] = member.name
-        if not group.reason and load(key, extension, member.size):
-            content = member.read()
-            if content is not None:  # else the next item says what is wrong
+        group.names[extension] = item.name
+        if not group.reason and load(key, extension, item.size):
+            content = item.read()
+            if content is not None:  # otherwise the next item is the problem
                 group.contents[extension] = content
     if group is not None:
         yield group
 
 
-def _parse(name: str, type: bytes) -> tuple[str, str, str]:
-    """Key, extension and what is dangerous; an empty key for what belongs to no sample."""
+def _parse_name(name: str, type: bytes) -> tuple[str, str, str]:
+    """Key, extension and why following the member would be unsafe.
+
+    The key is empty if the member belongs to no sample.
+    """
     if type == tarfile.DIRTYPE or name.endswith("/"):
         return "", "", ""
     unsafe = ""
@@ -99,95 +122,153 @@ def _parse(name: str, type: bytes) -> tuple[str, str, str]:
         unsafe = f"{name}: a path out of the tar, which is not followed"
     while name.startswith("./"):
         name = name[2:]
-    found = _KEY.fullmatch(name)
-    if found is not None:
-        return found[1], found[2].lower(), unsafe
+    match = _KEY.fullmatch(name)
+    if match is not None:
+        return match[1], match[2].lower(), unsafe
     return (name if unsafe else ""), "", unsafe
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Damage, or a missing end, at a byte of the tar."""
+
+    offset: int
+    reason: str
 
 
 @dataclass
 class _Member:
+    """One member of a tar. `read` works until the next member is requested.
+
+    Attributes
+    ----------
+    name : str
+    type : bytes
+        As in `tarfile.TarInfo`.
+    size : int
+        Bytes of content.
+    offset : int
+        Byte of its first header, which is an extended one if it has any.
+    data_at : int
+        Byte of its content.
+    cut_off : bool
+        Whether `read` met the end of the tar.
+    """
+
+    tar: _Members
     name: str
     type: bytes
     size: int
     offset: int
-    read: Callable[[], bytes | None]
-    problem: str = ""
+    data_at: int
+    cut_off: bool = False
+
+    def read(self) -> bytes | None:
+        """Return the content; None if the tar ends within it."""
+        content = self.tar.read_content(self.data_at, self.size)
+        self.cut_off = content is None
+        return content
 
 
 class _Members:
-    """The members of a tar one after the other; damage and a missing end are items with a `problem`."""
+    """The members of a tar, one after the other, with the problems between them.
+
+    `_start` is where the headers of the next member begin, and `_overrides` are the fields that its
+    extended headers replace.
+    """
 
     def __init__(self, file: Reader, offset: int, compressed: bool) -> None:
         self._stream: Reader | _Gunzip = _Gunzip(file) if compressed else file
         self._size = None if compressed else file.seek(0, 2)
         self._position = offset
         self._seek(offset)
+        self._start = self._position
+        self._overrides: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[_Member]:
-        ended, start = False, self._position
-        damaged_at: int | None = None
-        reported = False
-        overrides: dict[str, str] = {}
+    def __iter__(self) -> Iterator[_Member | _Problem]:
+        while (header := (yield from self._next_header())) is not None:
+            if header.type in _EXTENDED:
+                if not self._read_extension(header):
+                    yield _Problem(self._start, "the tar is cut off in or after this sample")
+                    return
+                continue
+            header_at = self._position - BLOCK
+            member = self._member(header)
+            yield member
+            if member.cut_off or not self._seek(member.data_at + _padded(member.size)):
+                yield _Problem(header_at, "the tar is cut off in this sample")
+                return
+            self._begin_member()
+
+    def _next_header(self) -> Generator[_Problem, None, tarfile.TarInfo | None]:
+        """Skip to the next valid header and return it; None at the end of the tar.
+
+        Yields the damage that was skipped, once. Blocks after an end marker (zeros) are damage only
+        if a header follows them, so reporting those waits for it.
+        """
+        after_end_marker = damaged = False
+        unreported: _Problem | None = None
         while True:
-            header_at = self._position
+            position = self._position
             block = self._read(BLOCK)
             if len(block) < BLOCK:
-                if not ended and (block.strip(b"\0") or not block):
-                    yield _problem(
-                        header_at,
+                if not after_end_marker and (block.strip(b"\0") or not block):
+                    yield _Problem(
+                        position,
                         "the tar is cut off in or after this sample: its end marker is missing",
                     )
-                return
+                return None
             if not block.strip(b"\0"):
-                ended, start = True, self._position
+                after_end_marker, self._start = True, self._position
                 continue
-            header = _header(block)
-            if header is None:
-                damaged_at = header_at if damaged_at is None else damaged_at
-                overrides, start = {}, self._position
-            # What follows the end marker is only damage when there is a header after it
-            if damaged_at is not None and not reported and (header is not None or not ended):
-                yield _problem(
-                    damaged_at,
-                    f"the tar is damaged in or after this sample: bad header at byte {damaged_at}",
+            header = _parse_header(block)
+            if header is not None:
+                if unreported is not None:
+                    yield unreported
+                return header
+            self._begin_member()
+            if not damaged:
+                damaged = True
+                problem = _Problem(
+                    position,
+                    f"the tar is damaged in or after this sample: bad header at byte {position}",
                 )
-                reported = True
-            if header is None:
-                continue
-            ended, damaged_at, reported = False, None, False
-            size = header.size
-            if header.type in _EXTENDED:
-                content = self._read(size)
-                if len(content) < size:
-                    yield _problem(start, "the tar is cut off in or after this sample")
-                    return
-                self._seek(header_at + BLOCK + _padded(size))
-                overrides |= _extension(header.type, content)
-                continue
-            size = _number(overrides.get("size"), size)
-            name = overrides.get("path", header.name)
-            type = (
-                b"S" if any(field.startswith("GNU.sparse") for field in overrides) else header.type
-            )
-            size = 0 if type in _NO_CONTENT else size
-            data_at, whole = self._position, [True]
+                if after_end_marker:
+                    unreported = problem
+                else:
+                    yield problem
 
-            def read(
-                data_at: int = data_at, size: int = size, whole: list[bool] = whole
-            ) -> bytes | None:
-                content = self._read(size)
-                whole[0] = len(content) == size and self._position == data_at + size
-                return content if whole[0] else None
+    def _begin_member(self) -> None:
+        """Note that the next header begins a member."""
+        self._overrides, self._start = {}, self._position
 
-            yield _Member(name, type, size, start, read)
-            if not whole[0] or not self._seek(data_at + _padded(size)):
-                yield _problem(header_at, "the tar is cut off in this sample")
-                return
-            overrides, start = {}, self._position
+    def _read_extension(self, header: tarfile.TarInfo) -> bool:
+        """Read an extended header. False if the tar ends within it."""
+        data_at = self._position
+        content = self._read(header.size)
+        if len(content) < header.size:
+            return False
+        self._seek(data_at + _padded(header.size))
+        self._overrides |= _extension(header.type, content)
+        return True
+
+    def _member(self, header: tarfile.TarInfo) -> _Member:
+        """The member of a header and of the extended headers before it."""
+        overrides = self._overrides
+        is_sparse = any(name.startswith("GNU.sparse") for name in overrides)
+        type = _SPARSE if is_sparse else header.type
+        size = 0 if type in _NO_CONTENT else _number(overrides.get("size"), header.size)
+        name = overrides.get("path", header.name)
+        return _Member(self, name, type, size, self._start, self._position)
+
+    def read_content(self, data_at: int, size: int) -> bytes | None:
+        """Return `size` bytes, at byte `data_at`; None if the tar ends within them."""
+        content = self._read(size)
+        whole = len(content) == size and self._position == data_at + size
+        return content if whole else None
 
     def _read(self, size: int) -> bytes:
-        """Up to `size` bytes; fewer at the end and where the compression is damaged."""
+        """Up to `size` bytes; fewer at the end, or if the compression is damaged."""
         if self._size is not None:
             size = max(0, min(size, self._size - self._position))
         content = self._stream.read(size)
@@ -195,7 +276,7 @@ class _Members:
         return content
 
     def _seek(self, position: int) -> bool:
-        """Go forward to a byte. False when the tar ends before it."""
+        """Go forward to a byte. False if the tar ends before it."""
         self._position = self._stream.seek(position)
         return self._position == position and (self._size is None or position <= self._size)
 
@@ -203,13 +284,14 @@ class _Members:
 class _Gunzip:
     """A gzip file read forward; it ends where the compression is damaged.
 
-    Unpacked in steps of fixed size, so that a damaged file ends at the same byte however it is read.
+    It is decompressed in steps of fixed size, so that a damaged file ends at the same byte however
+    it is read.
     """
 
     STEP = 1 << 16
 
     def __init__(self, file: Reader) -> None:
-        self._file, self._unpacked = file, gzip.GzipFile(fileobj=file, mode="rb")
+        self._file, self._gzip = file, gzip.GzipFile(fileobj=file, mode="rb")
         self._held, self._used, self._position, self._ended = b"", 0, 0, False
 
     def read(self, size: int) -> bytes:
@@ -224,24 +306,21 @@ class _Gunzip:
         return content
 
     def seek(self, position: int) -> int:
-        """Go forward as far as there are bytes; where that is."""
+        """Go forward to a byte, or to the end if that is before it; return the position."""
         while self._position < position and self.read(min(self.STEP, position - self._position)):
             pass
         return self._position
 
     def _step(self) -> bool:
+        """Decompress the next step. False at the end."""
         if not self._ended:
             try:
-                self._held, self._used = self._unpacked.read1(self.STEP), 0
+                self._held, self._used = self._gzip.read1(self.STEP), 0
                 self._ended = not self._held
             except (OSError, EOFError, zlib.error) as error:
-                damage(self._file, error)
+                damage_reason(self._file, error)
                 self._ended = True
         return not self._ended
-
-
-def _problem(offset: int, problem: str) -> _Member:
-    return _Member("", b"", 0, offset, lambda: None, problem)
 
 
 def _padded(size: int) -> int:
@@ -252,28 +331,28 @@ def _number(text: str | None, default: int) -> int:
     return int(text) if text is not None and text.isdecimal() and len(text) < 19 else default
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
+def _parse_header(block: bytes) -> tarfile.TarInfo | None:
+    """The header in a block; None if it is damaged."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError, OverflowError):
         return None
-    largest = LARGEST_NAME if header.type in _EXTENDED else 1 << 62
-    return header if 0 <= header.size <= largest else None
+    limit = MAX_EXTENSION_BYTES if header.type in _EXTENDED else 1 << 62
+    return header if 0 <= header.size <= limit else None
 
 
 def _extension(type: bytes, content: bytes) -> dict[str, str]:
-    """What an extended header says of the next member: its path, its size."""
+    """The fields of the next member that an extended header replaces, such as path and size."""
     if type == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if type not in {tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}:
         return {}
-    result, position = {}, 0
-    while found := re.compile(rb"(\d{1,7}) ([^=\n]+)=").match(content, position):
-        end = position + int(found[1])
-        if end <= found.end() or end > len(content):
+    fields, position = {}, 0
+    while record := _PAX_RECORD.match(content, position):
+        end = position + int(record[1])
+        if end <= record.end() or end > len(content):
             break
-        result[found[2].decode("utf-8", "replace")] = content[found.end() : end - 1].decode(
-            "utf-8", "surrogateescape"
-        )
+        name = record[2].decode("utf-8", "replace")
+        fields[name] = content[record.end() : end - 1].decode("utf-8", "surrogateescape")
         position = end
-    return result
+    return fields

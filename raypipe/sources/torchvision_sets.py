@@ -1,8 +1,9 @@
-"""Datasets of torchvision by name: `torchvision://CIFAR10`, and any other class that yields an image and a class number.
+"""torchvision datasets by name: `torchvision://CIFAR10`, and any class of images and class numbers.
 
-Classes that keep images as files (ImageNet, Places365, Food101, ...) are asked for the files' names only: the encoded images are
-read as those of any folder, by workers that need no torchvision. Of the others (CIFAR, MNIST, SVHN, ...) every worker process makes
-the dataset once. Only the driver downloads.
+Classes that store images as files (ImageNet, Places365, Food101, ...) are asked for the names of
+the files only: the encoded images are read like those of any folder, by workers that need no
+torchvision. Datasets of the other classes (CIFAR, MNIST, SVHN, ...) are constructed once in every
+worker process. Only the driver downloads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -26,31 +27,41 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
-from raypipe.sources.common import text
-from raypipe.sources.torchvision_build import (
-    File,
-    Request,
-    build,
+from raypipe.sources.torchvision_build import build_dataset, first_item
+from raypipe.sources.torchvision_request import (
+    DatasetRequest,
+    ImagePath,
     dataset_class,
-    first_item,
     has_splits,
     parse_request,
 )
+from raypipe.sources.values import printable
 
-READERS, AT_ONCE = 8, 32
-"""Files read at the same time, and held at most."""
-LOOKED_AT = 10
-"""Items that may fail before what a dataset yields is given up on."""
-NAMED = "names "
-"""Starts the stamp of the first run of files: its scan states the class names, for which the dataset is made once more."""
-AS_PNG = {"1", "LA", "P", "RGBA", "I;16"}
-"""Modes of images that are passed on encoded, since an array would lose transparency or depth."""
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
+
+READERS, FILES_HELD = 8, 32
+"""Files read at the same time, and files held at most."""
+HASHED_ITEMS = 32
+"""Items of an array that are hashed at a time."""
+ITEMS_TRIED = 10
+"""Items that may fail before a dataset is given up."""
+STATES_NAMES = "names "
+"""Prefix of the stamp of the first run of files.
+
+Its scan states the class names, for which the dataset is constructed once more.
+"""
+PNG_MODES = {"1", "LA", "P", "RGBA", "I;16"}
+"""Modes of images that are passed on as PNG, since an array would lose transparency or depth."""
 
 
 class TorchvisionSource(Source):
-    """Items of a dataset class. Sample ids are paths below `source.root` where items are files, else "<Name>/<split>/<index>".
+    """Items of a torchvision dataset.
 
-    A run of files has as `members` "<label><tab><path>"; a dataset without files is one SourceFile, whose member is its stamp.
+    Sample ids are paths below `source.root` if items are files, else "<Name>/<split>/<index>".
+
+    The `members` of a run of files are "<label><tab><path>". A dataset without files is a single
+    SourceFile whose only member is its stamp.
     """
 
     format = "torchvision"
@@ -60,53 +71,52 @@ class TorchvisionSource(Source):
         self._request = parse_request(settings)
 
     def files(self) -> Iterator[SourceFile]:
-        dataset = build(self._request, fetch=True)
+        dataset = build_dataset(self._request, fetch=True)
         if _check_items(self._request, dataset):
-            yield from self._runs(dataset)
-        else:
-            stamp = _stamp(self._request, dataset)
-            name = self._request.name
-            path = (
-                f"{name}/{self._request.split}"
-                if has_splits(self._request, dataset_class(self._request))
-                else name
-            )
-            yield SourceFile(
-                path, getattr(getattr(dataset, "data", None), "nbytes", 0), stamp, (stamp,)
-            )
+            yield from self._file_runs(dataset)
+            return
+        stamp = _content_stamp(self._request, dataset)
+        path = self._request.name
+        if has_splits(self._request, dataset_class(self._request)):
+            path = f"{path}/{self._request.split}"
+        size = getattr(getattr(dataset, "data", None), "nbytes", 0)
+        yield SourceFile(path, size, stamp, (stamp,))
 
     def scan(self, file: SourceFile) -> FileScan:
-        if not _is_run(file.members):
-            dataset = _made(self._request, file.members[0])
+        if not _is_file_run(file.members):
+            dataset = _unchanged_dataset(self._request, file.members[0])
             names = class_names(dataset)
-            labels = _labels(dataset) if names is None else frozenset[int]()
-            return FileScan(self.cut(file, len(dataset)), names, labels)
-        found = (_split(member)[0] for member in file.members)
-        names = (
-            class_names(build(self._request, fetch=False)) if file.stamp.startswith(NAMED) else None
-        )
+            labels = _all_labels(dataset) if names is None else frozenset[int]()
+            return FileScan(self.cut_fragments(file, len(dataset)), names, labels)
+        stored = (_parse_member(member)[0] for member in file.members)
+        names = None
+        if file.stamp.startswith(STATES_NAMES):
+            names = class_names(build_dataset(self._request, fetch=False))
         return FileScan(
-            self.cut(file, len(file.members)),
+            self.cut_fragments(file, len(file.members)),
             names,
-            frozenset(label for label in found if label is not None),
+            frozenset(label for label in stored if label is not None),
         )
 
-    def read(self, fragment: Fragment, wanted: IdFilter | None = None) -> Iterator[RawSample]:
-        if _is_run(fragment.members):
-            yield from self._read_files(fragment, wanted)
+    def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
+        if _is_file_run(fragment.members):
+            yield from self._read_files(fragment, keep_id)
             return
-        dataset = _made(self._request, fragment.members[0])
+        dataset = _unchanged_dataset(self._request, fragment.members[0])
         digits = len(str(len(dataset) - 1))
         for index in range(fragment.start, fragment.stop):
             sample_id = f"{fragment.path}/{index:0{digits}d}"
-            if wanted is None or wanted(sample_id):
-                yield _sample(sample_id, dataset, index)
+            if keep_id is None or keep_id(sample_id):
+                yield _read_item(sample_id, dataset, index)
 
-    def _runs(self, dataset: Any) -> Iterator[SourceFile]:
-        """Runs of files in the order of the dataset. As in image folders, a hash ends most runs, so that a new file changes few."""
+    def _file_runs(self, dataset: VisionDataset) -> Iterator[SourceFile]:
+        """Runs of files in the order of the dataset.
+
+        As in image folders, a hash ends most runs, so that a new file changes few of them.
+        """
         root, limit = self._request.root, self.settings.fragment_samples
         run: list[str] = []
-        first, size, digest = True, 0, hashlib.blake2b(digest_size=12)
+        prefix, size, digest = STATES_NAMES, 0, hashlib.blake2b(digest_size=12)
         digest.update(repr(class_names(dataset)).encode())  # of the first run, which states them
         for index in range(len(dataset)):
             image, target = dataset[index]
@@ -117,194 +127,185 @@ class TorchvisionSource(Source):
             except OSError:
                 stamp = "missing"
             digest.update(f"{stamp}\0".encode())
-            run.append(f"{'' if target is None else int(target)}\t{text(path)}")
-            ends = hashlib.blake2b(run[-1].encode(), digest_size=8).digest()
+            run.append(f"{'' if target is None else int(target)}\t{printable(path)}")
+            member_hash = hashlib.blake2b(run[-1].encode(), digest_size=8).digest()
             if (
                 len(run) == limit
-                or int.from_bytes(ends, "big") % limit == 0
+                or int.from_bytes(member_hash, "big") % limit == 0
                 or index == len(dataset) - 1
             ):
-                yield SourceFile(
-                    _split(run[0])[1],
-                    size,
-                    (NAMED if first else "") + digest.hexdigest(),
-                    tuple(run),
-                )
-                run, first, size, digest = [], False, 0, hashlib.blake2b(digest_size=12)
+                first_path = _parse_member(run[0])[1]
+                yield SourceFile(first_path, size, prefix + digest.hexdigest(), tuple(run))
+                run, prefix, size, digest = [], "", 0, hashlib.blake2b(digest_size=12)
 
-    def _read_files(self, fragment: Fragment, wanted: IdFilter | None) -> Iterator[RawSample]:
-        members = map(_split, fragment.members[fragment.start : fragment.stop])
-        chosen = (member for member in members if wanted is None or wanted(member[1]))
+    def _read_files(self, fragment: Fragment, keep_id: IdFilter | None) -> Iterator[RawSample]:
+        members = map(_parse_member, fragment.members[fragment.start : fragment.stop])
+        chosen = (member for member in members if keep_id is None or keep_id(member[1]))
         with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-read") as pool:
-            while group := list(islice(chosen, AT_ONCE)):
+            while group := list(islice(chosen, FILES_HELD)):
                 paths = [os.path.join(self._request.root, path) for _, path in group]
-                for (label, path), (image, reason) in zip(
-                    group, pool.map(_fetch, paths), strict=True
-                ):
+                images = pool.map(_fetch, paths)
+                for (label, path), (image, reason) in zip(group, images, strict=True):
                     yield RawSample(path, image, label, reason)
 
 
-def class_names(dataset: Any) -> tuple[str, ...] | None:
-    """Names of the classes in the order of their numbers; None where the dataset states none.
+def class_names(dataset: VisionDataset) -> tuple[str, ...] | None:
+    """Return the names of the classes by class number; None if the dataset states none.
 
-    `class_to_idx` goes before `classes`, whose order differs in Places365. Names that occur twice (two classes of ImageNet are
-    "crane") are told apart by their number.
+    `class_to_idx` takes precedence over `classes`, whose order differs in Places365. The number is
+    added to names that occur twice (two classes of ImageNet are "crane").
     """
     positions = getattr(dataset, "class_to_idx", None)
+    names: list[Any] = []
     if isinstance(positions, dict) and sorted(positions.values()) == list(range(len(positions))):
         names = [name for name, _ in sorted(positions.items(), key=lambda item: item[1])]
     else:
-        listed = (
-            getattr(dataset, name, None) for name in ("classes", "categories", "all_categories")
-        )
-        names = next(
-            (list(found) for found in listed if isinstance(found, list | tuple) and found), []
-        )
-    words = [
+        for attribute in ("classes", "categories", "all_categories"):
+            listed = getattr(dataset, attribute, None)
+            if isinstance(listed, list | tuple) and listed:
+                names = list(listed)
+                break
+    texts = [
         ", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in names
     ]
-    count = Counter(words)
-    return (
-        tuple(f"{word} ({index})" if count[word] > 1 else word for index, word in enumerate(words))
-        or None
+    count = Counter(texts)
+    unique = tuple(
+        f"{text} ({index})" if count[text] > 1 else text for index, text in enumerate(texts)
     )
+    return unique or None
 
 
 @functools.lru_cache(maxsize=1)
-def _made(request: Request, stamp: str) -> Any:
-    """The dataset in this process. Its stamp is that of the index, so that its checksums need no second look. Raises SourceError."""
-    dataset = build(dataclasses.replace(request, verify=False), fetch=False)
-    if _stamp(request, dataset) != stamp:
+def _unchanged_dataset(request: DatasetRequest, stamp: str) -> VisionDataset:
+    """The dataset, constructed in this process.
+
+    Its stamp must be that of the index, so checksums need not be verified again. Raises
+    SourceError if it differs.
+    """
+    dataset = build_dataset(dataclasses.replace(request, verify=False), fetch=False)
+    if _content_stamp(request, dataset) != stamp:
         raise SourceError(
-            f"{request.uri}: the files in {request.root} changed since they were indexed; run again"
+            f"{request.uri}: the files in {request.root} changed since they were indexed; rerun"
         )
     return dataset
 
 
-def _check_items(request: Request, dataset: Any) -> bool:
-    """Whether the items are files. Raises SourceError when they are no images with a class number, or none can be read."""
+def _check_items(request: DatasetRequest, dataset: VisionDataset) -> bool:
+    """Whether the items are files.
+
+    Raises SourceError if they are not images with a class number, or none can be read.
+    """
     if not len(dataset):
         raise SourceError(f"{request.uri}: no samples in {request.root}")
-    for index in range(min(LOOKED_AT, len(dataset))):
+    tried = min(ITEMS_TRIED, len(dataset))
+    for index in range(tried):
         image, target = first_item(dataset, index)
         if image is None and target is None:
             continue
-        if not isinstance(image, Image.Image | File) or not _is_label(target):
-            given = f"{type(image).__name__}, {type(target).__name__}"
+        if not isinstance(image, Image.Image | ImagePath) or not _is_label(target):
+            types = f"({type(image).__name__}, {type(target).__name__})"
             raise SourceError(
-                f"{request.uri}: {request.name} yields ({given}), not an image and a class number; it is no dataset of classes, "
-                f"or an argument makes it one: torchvision://{request.name}?argument=value"
+                f"{request.uri}: {request.name} yields {types}, not an image and a class number; "
+                "either it has no classes, or it needs an argument: "
+                f"torchvision://{request.name}?argument=value"
             )
-        return isinstance(image, File)
+        return isinstance(image, ImagePath)
     try:
         image, target = dataset[0]
-        reason = f"({type(image).__name__}, {type(target).__name__}) instead of an image and a class number"
+        types = f"({type(image).__name__}, {type(target).__name__})"
+        reason = f"{types} instead of an image and a class number"
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise SourceError(
-        f"{request.uri}: none of the first {min(LOOKED_AT, len(dataset))} items can be read: {reason}"
-    )
+    raise SourceError(f"{request.uri}: none of the first {tried} items can be read: {reason}")
 
 
 def _is_label(target: Any) -> bool:
-    if getattr(target, "shape", None) == () and hasattr(
-        target, "item"
-    ):  # a tensor or array of one number
-        target = target.item()
+    if getattr(target, "shape", None) == () and hasattr(target, "item"):
+        target = target.item()  # a tensor or array of one number
     return target is None or isinstance(target, numbers.Integral)
 
 
-def _labels(dataset: Any) -> frozenset[int]:
-    """The labels that occur, by going through all items: for the few classes that state no names."""
-    found = (first_item(dataset, index)[1] for index in range(len(dataset)))
-    return frozenset(int(target) for target in found if target is not None and _is_label(target))
+def _all_labels(dataset: VisionDataset) -> frozenset[int]:
+    """The labels that occur, from a pass over all items: for the few classes without names."""
+    targets = (first_item(dataset, index)[1] for index in range(len(dataset)))
+    return frozenset(int(target) for target in targets if target is not None and _is_label(target))
 
 
-def _stamp(request: Request, dataset: Any) -> str:
-    """What identifies the content: of the arrays where the dataset holds them, else of its files' names, sizes and times."""
+def _content_stamp(request: DatasetRequest, dataset: VisionDataset) -> str:
+    """Hash of the content: of the arrays if the dataset holds them, else of its file listing."""
     digest = hashlib.blake2b(digest_size=12)
     digest.update(repr((request.name, request.options, len(dataset))).encode())
     data = getattr(dataset, "data", None)
     if hasattr(data, "__array__"):
         array = np.asarray(data)
         digest.update(f"{array.dtype} {array.shape}".encode())
-        for start in range(
-            0, len(array), AT_ONCE
-        ):  # CIFAR's is a view in another order: no second copy of it all
-            digest.update(np.ascontiguousarray(array[start : start + AT_ONCE]).data)
-        targets = next(
-            (
-                found
-                for name in ("targets", "labels")
-                if (found := getattr(dataset, name, None)) is not None
-            ),
-            None,
-        )
+        # in steps: CIFAR's is a view in another order, and a second copy of all would be large
+        for start in range(0, len(array), HASHED_ITEMS):
+            digest.update(np.ascontiguousarray(array[start : start + HASHED_ITEMS]).data)
+        targets = getattr(dataset, "targets", None)
+        if targets is None:
+            targets = getattr(dataset, "labels", None)
         digest.update(repr(np.asarray(targets).tolist()).encode())
     else:
-        for folder in _folders(request, dataset):
+        for folder in _dataset_folders(request, dataset):
             for file in storage.listing(folder):
-                digest.update(f"{text(file.path)}\0{file.size}\0{file.stamp}\0".encode())
+                digest.update(f"{printable(file.path)}\0{file.size}\0{file.stamp}\0".encode())
     return digest.hexdigest()
 
 
-def _folders(request: Request, dataset: Any) -> list[str]:
-    """The folders below root that belong to a dataset, as far as it says, or that have its name."""
+def _dataset_folders(request: DatasetRequest, dataset: VisionDataset) -> list[str]:
+    """The folders below the root that belong to a dataset: those it states, and its name."""
     stated = [
         request.name.lower(),
         *(getattr(dataset, name, None) for name in ("base_folder", "_base_folder", "root")),
     ]
-    found = {
+    folders = {
         os.path.join(request.root, os.fspath(folder))
         for folder in stated
         if isinstance(folder, str | os.PathLike)
     }
-    return sorted(folder for folder in found - {request.root} if os.path.isdir(folder))
+    return sorted(folder for folder in folders - {request.root} if os.path.isdir(folder))
 
 
-def _sample(sample_id: str, dataset: Any, index: int) -> RawSample:
+def _read_item(sample_id: str, dataset: VisionDataset, index: int) -> RawSample:
     try:
         image, target = dataset[index]
         if not isinstance(image, Image.Image) or not _is_label(target):
-            given = f"({type(image).__name__}, {type(target).__name__})"
-            return RawSample(
-                sample_id, None, None, f"the item is {given}, not an image and a class number"
-            )
-        return RawSample(sample_id, _content(image), None if target is None else int(target))
+            types = f"({type(image).__name__}, {type(target).__name__})"
+            reason = f"the item is {types}, not an image and a class number"
+            return RawSample(sample_id, None, None, reason)
+        return RawSample(sample_id, _image_content(image), None if target is None else int(target))
     except Exception as error:
-        # each class reads its own way and raises its own errors; what cannot be read is one reject
-        return RawSample(
-            sample_id,
-            None,
-            None,
-            f"cannot be read: {text(' '.join(str(error).split())[:200]) or type(error).__name__}",
-        )
+        # Each class reads and fails in its own way; an unreadable item is one reject.
+        message = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        return RawSample(sample_id, None, None, f"cannot be read: {message}")
 
 
-def _content(image: Image.Image) -> np.ndarray | bytes:
-    """Encoded bytes where the image is a file that has not been decoded yet, else pixels."""
+def _image_content(image: Image.Image) -> np.ndarray | bytes:
+    """Encoded bytes if the image is a file that is not decoded yet, else pixels."""
     path = getattr(image, "filename", "")
     if path and os.path.isfile(path):
         with image:
             return storage.read_bytes(path)
-    if image.mode in AS_PNG:
+    if image.mode in PNG_MODES:
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
     return np.array(image if image.mode in {"L", "RGB"} else image.convert("RGB"))
 
 
-def _is_run(members: tuple[str, ...]) -> bool:
+def _is_file_run(members: tuple[str, ...]) -> bool:
     return "\t" in members[0]
 
 
-def _split(member: str) -> tuple[int | None, str]:
+def _parse_member(member: str) -> tuple[int | None, str]:
+    """Label and path of a member of a run of files."""
     label, _, path = member.partition("\t")
     return (int(label) if label else None), path
 
 
 def _fetch(path: str) -> tuple[bytes | None, str]:
-    """The bytes of a file, or why there are none. Raises storage faults."""
+    """The bytes of a file, and ""; or None and why there are none. Raises storage faults."""
     try:
         return storage.read_bytes(path), ""
     except FileNotFoundError:

@@ -24,7 +24,8 @@ import pyarrow.types as pt
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.common import Location, damage
+from raypipe.sources.location import Location
+from raypipe.sources.values import damage_reason
 
 ID, LABEL, EMBEDDING = "sample_id", "label", "embedding"
 PIECE_ROWS = 16_384
@@ -139,7 +140,7 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
             )
         except (pa.ArrowException, OSError) as error:
             raise SourceError(
-                f"{uri}: not a readable Parquet file: {damage(stored, error)}"
+                f"{uri}: not a readable Parquet file: {damage_reason(stored, error)}"
             ) from None
 
 

@@ -19,7 +19,7 @@ from raypipe.distributed.context import RunTasks
 from raypipe.errors import SourceError
 from raypipe.progress import Progress
 from raypipe.selection.hashing import hash_ids
-from raypipe.sources.base import MOST_CLASSES, ClassMap, class_map
+from raypipe.sources.classes import MAX_CLASSES, ClassMap, class_map
 from raypipe.tables.reader import (
     EMBEDDING,
     ID,
@@ -66,13 +66,12 @@ def check(
             new: set[int | str] = result.pop("labels")
             labels.update(new)
             if (
-                len(labels) > MOST_CLASSES
-                or max((label for label in new if isinstance(label, int)), default=0)
-                >= MOST_CLASSES
+                len(labels) > MAX_CLASSES
+                or max((label for label in new if isinstance(label, int)), default=0) >= MAX_CLASSES
             ):
                 raise SourceError(
                     f"column {LABEL!r} has numbers that are too large, or too many values, for a class: classes are numbered from 0, "
-                    f"fewer than {MOST_CLASSES:,}; leave the column out if it is no class"
+                    f"fewer than {MAX_CLASSES:,}; leave the column out if it is no class"
                 )
             found[result["unit"]] = result
 

@@ -307,5 +307,5 @@ def test_a_shard_that_a_pattern_names_and_that_is_not_there_is_told(place: str) 
     storage.write_bytes(f"{place}/a-0.tar", content.getvalue())
     found = inspect_source(SourceSettings(uri=f"{place}/a-{{0..1}}.tar")).survey
     assert found.samples == 1 and found.unreadable_files == (
-        ("a-1.tar", "no such file, though it is named"),
+        ("a-1.tar", "no such file, although source.uri names it"),
     )

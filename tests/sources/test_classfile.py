@@ -9,7 +9,7 @@ from test_imagefolder import fill
 
 from raypipe import storage
 from raypipe.errors import SourceError
-from raypipe.sources.base import class_map
+from raypipe.sources.classes import class_map
 from raypipe.sources.classfile import read_class_file
 
 
@@ -97,8 +97,8 @@ def test_folders_get_their_classes_from_the_map(place: str) -> None:
         "n02/images/n01/3.png": 0,
     }
     assert rejects(found) == {
-        "6.png": "no folder of it is in the class map: 6.png",
-        "other/4.png": "no folder of it is in the class map: other",
+        "6.png": "the class map names no folder of it: 6.png",
+        "other/4.png": "the class map names no folder of it: other",
     }
     scan = scans(source)[0]
     classes = class_map(scan.class_names, scan.labels, None)
@@ -137,7 +137,7 @@ def test_a_map_of_other_folders_is_an_error(tmp_path: Any) -> None:
     (tmp_path / "map.txt").write_text("n01 tench\n")
     with pytest.raises(
         SourceError,
-        match=r"no folder \(such as 'b'\) is in the class map .*map.txt, which names such as 'n01'",
+        match=r"no folder \(such as 'b'\) is in the class map .*map.txt, which names folders such as 'n01'",
     ):
         list(make(f"{tmp_path}/set", class_map=f"{tmp_path}/map.txt").files())
 

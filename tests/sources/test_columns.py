@@ -51,14 +51,17 @@ def test_columns_are_found_by_name_description_or_type(
     tmp_path: Any, table: pa.Table, image: str, label: str
 ) -> None:
     source = make(put(f"{tmp_path}/a.parquet", table))
-    assert (source.settled().image_column, source.settled().label_column) == (image, label)
+    assert (source.resolved_settings().image_column, source.resolved_settings().label_column) == (
+        image,
+        label,
+    )
     (sample,) = samples(source)
     row = table.to_pylist()[0]
     assert sample == ("a.parquet#0", row[image], row[label], "")
     # explicit names are kept, and nothing is opened for them
     explicit = make(
         f"{tmp_path}/none.parquet", format="parquet", image_column="a", label_column="b"
-    ).settled()
+    ).resolved_settings()
     assert (explicit.image_column, explicit.label_column) == ("a", "b")
 
 
@@ -95,7 +98,7 @@ def test_columns_that_are_not_clear_are_named(tmp_path: Any, table: pa.Table, wo
     source = make(put(f"{tmp_path}/a.parquet", table))
     (fragment,) = scans(source)[0].fragments
     assert fragment.samples == 0 and fragment.error == words
-    assert source.settled().image_column == "auto"
+    assert source.resolved_settings().image_column == "auto"
 
 
 def test_most_of_the_files_in_which_columns_are_clear_decide_for_all(place: str) -> None:
@@ -118,7 +121,7 @@ def test_a_single_file_that_is_clear_is_found_among_many(tmp_path: Any) -> None:
             f"{tmp_path}/{number:02d}.parquet",
             of(img=b"1", fine_label=1) if number == 33 else of(name="not", kind="images"),
         )
-    assert make(str(tmp_path)).settled().label_column == "fine_label"
+    assert make(str(tmp_path)).resolved_settings().label_column == "fine_label"
 
 
 class Values(pa.ExtensionArray):

@@ -11,7 +11,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import open_source
-from raypipe.sources.detect import MOST_FILES, detect_format
+from raypipe.sources.detect import MAX_FILES, detect_format
 
 
 def detected(uri: str, include: str = "*") -> str:
@@ -62,7 +62,7 @@ def test_a_listing_of_many_files_is_not_gone_through(
 ) -> None:
     def endless(uri: str) -> Iterator[storage.FileInfo]:
         for number in itertools.count():
-            assert number <= MOST_FILES
+            assert number <= MAX_FILES
             yield storage.FileInfo(f"{number}.png", 1, "1")
 
     monkeypatch.setattr(storage, "walk", endless)
@@ -113,8 +113,8 @@ def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: obj
 
 def test_sources_import_neither_torch_nor_ray() -> None:
     names = (
-        "common, detect, digits, filelist, hub, huggingface, imagefolder, parquet, synthetic, tarfiles, torchvision_build, "
-        "torchvision_sets, webdataset"
+        "detect, digits, filelist, filesource, hub, huggingface, imagefolder, location, parquet, synthetic, "
+        "table_source, tarfiles, torchvision_build, torchvision_request, torchvision_sets, webdataset"
     )
     program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn', 'datasets'}} & set(sys.modules)))"
     assert (

@@ -12,8 +12,8 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import filelist, open_source
-from raypipe.sources.base import class_map
-from raypipe.sources.filelist import _Seen
+from raypipe.sources.classes import class_map
+from raypipe.sources.filelist import _HashSet
 
 
 def write(place: str, name: str, text: str) -> str:
@@ -91,9 +91,7 @@ def test_nothing_outside_the_root_is_read(tmp_path: Any) -> None:
     assert all(
         sample.reason.startswith("a path with '..', which is not followed") for sample in found[:4]
     )
-    assert found[4].reason.startswith(f"outside of {root}") and found[5].reason.startswith(
-        "outside of"
-    )
+    assert found[4].reason.startswith(f"outside {root}") and found[5].reason.startswith("outside ")
     assert found[6].reason == f"no such file below {root}"  # a leading slash means the root
     assert ids(found)[7:] == ["etc/passwd", "a.png"]
 
@@ -106,7 +104,7 @@ def test_absolute_paths_are_read_below_a_root_that_holds_them(tmp_path: Any, s3:
         f"{tmp_path}/data/a.png 1\nfile://{tmp_path}/data/b.png 2\n",
     )
     with pytest.raises(
-        SourceError, match=r"of the listed files not is below|none of 1 lines|set source.root"
+        SourceError, match=r"the listed file is not below|none of 1 lines|set source.root"
     ):
         list(make(uri).files())
     for root in ("/", str(tmp_path), f"file://{tmp_path}/data/"):
@@ -115,13 +113,13 @@ def test_absolute_paths_are_read_below_a_root_that_holds_them(tmp_path: Any, s3:
     fill(f"{s3}/uris", ["a.png"])
     uri = write(str(tmp_path), "uris.txt", f"{s3}/uris/a.png 1\n{s3}-other/a.png 2\n")
     found = samples(make(uri, root=s3))
-    assert ids(found)[0] == "uris/a.png" and not found[0].reason and "outside of" in found[1].reason
+    assert ids(found)[0] == "uris/a.png" and not found[0].reason and "outside " in found[1].reason
 
 
 def test_a_path_that_comes_again_is_a_reject_wherever_it_is(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filelist, "BLOCK", 7)
+    monkeypatch.setattr(filelist, "BLOCK_LINES", 7)
     root = fill(str(tmp_path), [f"d/{number}.png" for number in range(30)])
     listed = [f"d/{number}.png" for number in range(30)]
     again = ["d/3.png", "/d/3.png", "d//29.png", "d/./28.png", "d/3.png"]
@@ -132,9 +130,9 @@ def test_a_path_that_comes_again_is_a_reject_wherever_it_is(
     found = samples(source)
     assert ids(found) == [*listed, "d/3.png", "d/3.png", "d//29.png", "d/./28.png", "d/3.png"]
     assert [bool(sample.reason) for sample in found] == [False] * 30 + [True] * 5
-    assert found[30].reason == "duplicate: the list names it before (time 2)" and found[
+    assert found[30].reason == "duplicate: the list already names it (occurrence 2)" and found[
         -1
-    ].reason.endswith("(time 4)")
+    ].reason.endswith("(occurrence 4)")
     # a unit of equal lines has an id of its own
     for lines in (["../x.png"] * 3, ["d/3.png"] * 3):
         uri = write(root, "same.csv", "path\nd/1.png\n" + "\n".join(lines))
@@ -213,7 +211,7 @@ def test_a_root_with_none_of_the_files_is_an_error_and_with_one_is_not(tmp_path:
     uri = write(str(tmp_path), "list.txt", text)
     with pytest.raises(
         SourceError,
-        match=rf"of the listed files none of 20 drawn at random is below {tmp_path} .*set source.root",
+        match=rf"none of 20 listed files drawn at random is below {tmp_path} .*set source.root",
     ):
         list(make(uri).files())
     fill(str(tmp_path), ["17.png"])
@@ -247,7 +245,7 @@ def test_places365_is_found_by_its_names(
         write(str(tmp_path), name, text)
     for folder in folders:
         fill(f"{tmp_path}/{folder}", ["a/airfield/1.jpg", "b/bar/2.jpg"])
-    found = open_source(SourceSettings(uri=str(tmp_path))).settled(image_size)
+    found = open_source(SourceSettings(uri=str(tmp_path))).resolved_settings(image_size)
     assert (found.format, found.uri, found.root, found.class_map) == (
         "filelist",
         f"{tmp_path}/places365_train_standard.txt",
@@ -255,7 +253,9 @@ def test_places365_is_found_by_its_names(
         f"{tmp_path}/categories_places365.txt",
     )
     assert (
-        open_source(SourceSettings(uri=str(tmp_path), root="/elsewhere")).settled(image_size).root
+        open_source(SourceSettings(uri=str(tmp_path), root="/elsewhere"))
+        .resolved_settings(image_size)
+        .root
         == "/elsewhere"
     )
 
@@ -274,7 +274,7 @@ def test_a_list_may_be_named_by_a_relative_path(
         assert scans(make(uri))[0].class_names == ("a/airfield", "b/bar", "c/cabin")
     assert [sample.reason for sample in samples(make("x.txt"))] == [
         "",
-        "duplicate: the list names it before (time 2)",
+        "duplicate: the list already names it (occurrence 2)",
     ]
 
 
@@ -310,7 +310,7 @@ def test_workers_look_for_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     for name, text in PLACES.items():
         write(str(tmp_path), name, text)
     fill(f"{tmp_path}/data_256", ["a/airfield/1.jpg", "b/bar/2.jpg"])
-    settings = open_source(SourceSettings(uri=str(tmp_path))).settled(64)
+    settings = open_source(SourceSettings(uri=str(tmp_path))).resolved_settings(64)
     fragments = [
         part for scan in scans(filelist.FileListSource(settings)) for part in scan.fragments
     ]
@@ -322,7 +322,7 @@ def test_workers_look_for_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_repeated_hashes_are_found_in_bounded_memory() -> None:
     random = np.random.default_rng(0)
-    seen, before = _Seen(), set[int]()
+    seen, before = _HashSet(), set[int]()
     for _ in range(60):
         block = random.integers(0, 4000, 50).tolist()
         expected = []

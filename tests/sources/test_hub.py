@@ -66,9 +66,9 @@ def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules, "datasets", types.SimpleNamespace(load_dataset_builder=load, config=config)
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(constants=constants))
-    hub.prepared.cache_clear()
+    hub.download_dataset.cache_clear()
     yield asked
-    hub.prepared.cache_clear()
+    hub.download_dataset.cache_clear()
 
 
 def test_a_dataset_of_the_hub_is_read_from_the_cache(cache: list[Any]) -> None:
@@ -103,7 +103,7 @@ def test_what_the_hub_does_not_have(cache: list[Any]) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    hub.prepared.cache_clear()
+    hub.download_dataset.cache_clear()
     with pytest.raises(
         SourceError, match=r"pip install 'raypipe\[hf\]', or write the dataset with save_to_disk"
     ):

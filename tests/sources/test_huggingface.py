@@ -72,7 +72,7 @@ def save(uri: str, *shards: bytes, features: Any = "classes", split: str | None 
 def test_a_saved_dataset(place: str) -> None:
     source = make(save(f"{place}/set", arrow(images(7)), arrow(images(5, 100))))
     assert source.format == "huggingface"
-    settled = source.settled()
+    settled = source.resolved_settings()
     assert (settled.format, settled.image_column, settled.label_column) == (
         "huggingface",
         "img",
@@ -322,17 +322,17 @@ def test_what_is_no_arrow_file_is_an_unreadable_file(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (None, "there is no state.json"),
+        (None, "it has no state.json"),
         ({"_data_files": []}, "the dataset has no rows"),
         (
             {"_data_files": [{"filename": "../x.arrow"}]},
-            "'../x.arrow' is not the name of anything in this folder",
+            "'../x.arrow' is not a name in this folder",
         ),
         ({"_data_files": ["x"]}, "state.json: not as save_to_disk writes it"),
         ({"files": []}, "state.json: not as save_to_disk writes it"),
         (
             {"_data_files": [{"filename": "x.arrow"}]},
-            "none of the 1 files in state.json is there, such as x.arrow",
+            "none of the 1 files in state.json exists, such as x.arrow",
         ),
         (
             {

@@ -11,7 +11,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 from raypipe import storage
 from raypipe.errors import SourceError
 from raypipe.sources import smallfiles
-from raypipe.sources.base import class_map
+from raypipe.sources.classes import class_map
 from raypipe.vision.decode import decode_batch
 
 

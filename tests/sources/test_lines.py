@@ -7,7 +7,7 @@ import pytest
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.lines import lines
+from raypipe.sources.lines import read_lines
 
 
 def read(
@@ -18,7 +18,7 @@ def read(
     )
     return [
         (line.path, line.label)
-        for line in lines(f"{place}/{name}", SourceSettings(uri="unused", **options))
+        for line in read_lines(f"{place}/{name}", SourceSettings(uri="unused", **options))
     ]
 
 
@@ -116,8 +116,8 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
     ):
         storage.write_bytes(f"{tmp_path}/{name}", content.encode())
     settings = SourceSettings(uri="unused")
-    assert [line.number for line in lines(f"{tmp_path}/x.csv", settings)] == [4, 5]
-    assert [line.number for line in lines(f"{tmp_path}/x.txt", settings)] == [2, 4]
+    assert [line.number for line in read_lines(f"{tmp_path}/x.csv", settings)] == [4, 5]
+    assert [line.number for line in read_lines(f"{tmp_path}/x.txt", settings)] == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
-from raypipe.sources.digits import _digits
+from raypipe.sources.digits import read_digits
 from raypipe.sources.noise import LabelNoise
 from raypipe.stages import embed
 from raypipe.stages.index.stage import IndexStage
@@ -82,7 +82,7 @@ def _seen(config: Config) -> dict[str, int]:
 def test_everything_sees_the_same_wrong_labels_however_the_source_is_cut(tmp_path: Path) -> None:
     config = small_config(f"{tmp_path}/a", NOISE, "source.limit=300")
     labels = _seen(config)
-    noise, true = LabelNoise(0.2), _digits()[1]
+    noise, true = LabelNoise(0.2), read_digits()[1]
     assert labels == {
         f"digits/{row:04d}": noise.wrong(f"digits/{row:04d}", int(true[row]), 10)
         for row in range(300)

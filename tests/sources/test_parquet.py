@@ -16,8 +16,8 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.sources.base import SourceFile, class_map
-from raypipe.sources.parquet import source as parquet_source
+from raypipe.sources import SourceFile, class_map
+from raypipe.sources.parquet import reader as parquet_reader
 from raypipe.sources.parquet.source import ParquetSource
 from raypipe.vision.decode import decode_batch
 
@@ -165,7 +165,7 @@ def test_rows_are_decoded_a_few_at_a_time(tmp_path: Any, monkeypatch: pytest.Mon
     uri = put(
         f"{tmp_path}/a.parquet", big, compression="none", use_dictionary=False, write_batch_size=2
     )
-    monkeypatch.setattr(parquet_source, "BATCH_BYTES", 4 << 20)
+    monkeypatch.setattr(parquet_reader, "BATCH_BYTES", 4 << 20)
     source = make(uri)
     (fragment,) = scans(source)[0].fragments
     del big

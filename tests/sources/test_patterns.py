@@ -15,8 +15,8 @@ from source_helpers import ids, make, picture, samples, scans
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.common import MISSING, Location
-from raypipe.sources.patterns import MOST_NAMES, expand, first_brace
+from raypipe.sources.location import MISSING, Location
+from raypipe.sources.patterns import MAX_NAMES, expand, first_brace
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_braces_are_those_of_a_shell(pattern: str, names: list[str]) -> None:
 def test_a_pattern_for_too_many_names_is_refused_at_once() -> None:
     assert len(expand("{000000..001281}")) == 1282 and expand("{000000..001281}")[7] == "000007"
     for pattern in ("{0..999999999999}", "{0..9999}{0..9999}", "{1..9}" * 40):
-        with pytest.raises(ValueError, match=f"more than {MOST_NAMES:,} names"):
+        with pytest.raises(ValueError, match=f"more than {MAX_NAMES:,} names"):
             expand(pattern)
 
 
@@ -124,7 +124,7 @@ def test_shards_that_are_not_there_are_unreadable_files(place: str) -> None:
     source = make(f"{place}/in/a-{{1..4}}.tar")
     assert ids(samples(source)) == ["a-1.tar#0", "a-3.tar#1"]
     assert broken(source) == dict.fromkeys(
-        ("a-2.tar", "a-4.tar"), "no such file, though it is named"
+        ("a-2.tar", "a-4.tar"), "no such file, although source.uri names it"
     )
     before = {file.path: file.stamp for file in source.files()}
     fill(place, "in/a-2.tar")  # it is read once it is there
@@ -135,7 +135,7 @@ def test_shards_that_are_not_there_are_unreadable_files(place: str) -> None:
     } == {"a-2.tar"}
     for uri in (f"{place}/in/b-{{1..4}}.tar", f"{place}/none/b-{{1..4}}.tar"):
         with pytest.raises(
-            SourceError, match=r"none of the 4 files it names is there, such as b-1.tar"
+            SourceError, match=r"none of the 4 files it names exists, such as b-1.tar"
         ):
             make(uri)
     with pytest.raises(
@@ -176,7 +176,7 @@ def test_a_list_of_shards(place: str, tmp_path: Any) -> None:
     ]
     storage.write_bytes(f"{place}/in/SHARDS.TXT", b"none.tar\nnor this.tar\n")
     with pytest.raises(
-        SourceError, match=r"SHARDS.TXT: none of the 2 files it names is there, such as none.tar"
+        SourceError, match=r"SHARDS.TXT: none of the 2 files it names exists, such as none.tar"
     ):
         list(make(f"{place}/in/SHARDS.TXT", format="webdataset").files())
     for content, words in (

@@ -16,7 +16,7 @@ import raypipe
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import Source
-from raypipe.sources.torchvision_build import (
+from raypipe.sources.torchvision_request import (
     constructor_arguments,
     dataset_class,
     parse_request,
@@ -216,7 +216,7 @@ def test_places365_in_the_order_of_its_categories(tmp_path: Path) -> None:
     assert list(rejects(found)) == ["data_256_standard/b/bar/00000001.jpg"]
     with pytest.raises(
         SourceError,
-        match=r"names files that are not there, such as .*data_large_standard.*Expected there: categories",
+        match=r"names files that do not exist, such as .*data_large_standard.*Expected there: categories",
     ):
         list(opened("Places365", tmp_path, verify=False).files())
     with pytest.raises(

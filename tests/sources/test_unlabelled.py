@@ -34,7 +34,7 @@ def test_parquet(tmp_path, columns: dict) -> None:
     assert checked(make(str(tmp_path), label_column=None)) == [
         f"x.parquet#{row}" for row in range(4)
     ]
-    settled = make(str(tmp_path), label_column=None).settled()
+    settled = make(str(tmp_path), label_column=None).resolved_settings()
     assert (settled.image_column, settled.label_column) == ("image", None)
 
 

@@ -380,7 +380,7 @@ def test_a_size_beyond_the_end_is_a_cut(tmp_path: Any) -> None:
 def test_a_member_that_is_too_large_is_not_loaded(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webdataset, "LARGEST_IMAGE", 1000)
+    monkeypatch.setattr(webdataset, "MAX_IMAGE_BYTES", 1000)
     found = samples(one(tmp_path, tar([("x.png", b"1" * 1001), ("y.png", b"1" * 1000)])))
     assert rejects(found) == {"a.tar#x": "the image has more than 1000 bytes"}
 

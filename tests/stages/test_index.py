@@ -114,10 +114,12 @@ def test_neither_listing_nor_index_is_held(
         walk = storage.walk
         monkeypatch.setattr(storage, "walk", lambda uri: counting(walk(uri)))
     else:
-        monkeypatch.setattr(filelist, "BLOCK", 32)
+        monkeypatch.setattr(filelist, "BLOCK_LINES", 32)
         held += 32
-        lines = filelist.lines
-        monkeypatch.setattr(filelist, "lines", lambda uri, settings: counting(lines(uri, settings)))
+        lines = filelist.read_lines
+        monkeypatch.setattr(
+            filelist, "read_lines", lambda uri, settings: counting(lines(uri, settings))
+        )
     make(config)
     assert drawn >= 1200 and 50 <= most <= held
 

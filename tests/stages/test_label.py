@@ -251,9 +251,9 @@ def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> Non
     result = raypipe.run(config, progress=QUIET)
     run, rows = Run(result.uri), by_id(result.uri)
     assert len(rows) == 300 and {row["label"] for row in rows.values()} == set(range(5))
-    from raypipe.sources.digits import _digits
+    from raypipe.sources.digits import read_digits
 
-    images = np.repeat(_digits()[0][:300, None], 3, 1)
+    images = np.repeat(read_digits()[0][:300, None], 3, 1)
     assert [rows[f"digits/{number:04d}"]["label"] for number in range(300)] == load_labeller(
         run, "cpu"
     )(images).tolist()

@@ -28,7 +28,7 @@ from raypipe.distributed.ray_data.identity import identity
 from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.runs.run import Run
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
-from raypipe.sources.common import stored_label, text
+from raypipe.sources.values import printable, stored_label
 
 FOLDER, MANIFEST = "source", "manifest.json"
 BATCH_ROWS = 64
@@ -202,7 +202,9 @@ def _columns(
         "label": pa.array([json.dumps(value) for value, _ in labels], pa.string()),
     }
     if identity is not None:
-        names = [None if value is None else text(str(value)) for value in batch[identity].tolist()]
+        names = [
+            None if value is None else printable(str(value)) for value in batch[identity].tolist()
+        ]
         result["sample_id"] = pa.array(names, pa.string())
     return pa.table(result)
 

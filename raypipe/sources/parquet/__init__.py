@@ -1,1 +1,1 @@
-"""Images in Parquet files."""
+"""Parquet files: the source, its reader of row groups, and its preview."""

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from raypipe.config import SourceSettings
+from raypipe.sources.arrow_images import ImageOrReason, image_reader, storage_array
 from raypipe.sources.base import IdFilter, RawSample
-from raypipe.sources.columns import (
-    Columns,
-    Image,
-    choose,
-    features_of,
-    image_reader,
-    plain,
-    rows,
-)
-from raypipe.sources.common import damage
+from raypipe.sources.columns import TableColumns, choose_columns, features_of
+from raypipe.sources.table_source import read_rows
+from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
 
 READ_BYTES = 8 << 20
-"""Bytes of one request for a column; no more of a larger one is held than its largest page."""
+"""Bytes of one request for a column. Of a larger column, at most its largest page is held."""
 BATCH_BYTES, BATCH_ROWS = 32 << 20, 256
-"""Bounds of the rows decoded at a time."""
+"""Limits of the rows decoded at a time."""
 
 
 def open_parquet(stored: Reader, request: int = READ_BYTES) -> pq.ParquetFile:
-    """The file, read in requests of so many bytes; a smaller file a column of a row group at a time.
+    """Open a Parquet file that is read in requests of `request` bytes.
 
-    A buffer grows to what a page's header says, up to 2 GB. Of a column read in one piece pages are parts, whatever they say.
+    A smaller file is read one column of a row group at a time. This bounds memory: a buffered
+    reader grows to the size that a page's header claims, up to 2 GB, whereas pages of a column that
+    was read in one piece cannot exceed it, whatever they claim.
     """
     size = stored.seek(0, 2)
     return pq.ParquetFile(
@@ -41,30 +38,46 @@ def open_parquet(stored: Reader, request: int = READ_BYTES) -> pq.ParquetFile:
     )
 
 
-def columns_of(parquet: pq.ParquetFile, settings: SourceSettings) -> Columns:
-    return choose(parquet.schema_arrow, features_of(parquet.schema_arrow), settings)
+def columns_of(parquet: pq.ParquetFile, settings: SourceSettings) -> TableColumns:
+    """Return the columns by the settings. Raises ColumnError."""
+    return choose_columns(parquet.schema_arrow, features_of(parquet.schema_arrow), settings)
 
 
-def row_groups(parquet: pq.ParquetFile, size: int | None) -> list[int]:
-    """Rows of each row group. Raises ValueError where the numbers cannot be true."""
+def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:
+    """Return the number of rows of each row group.
+
+    Parameters
+    ----------
+    parquet : pyarrow.parquet.ParquetFile
+    size : int or None
+        Bytes of the file, to reject impossible counts.
+
+    Raises
+    ------
+    ValueError
+        If the counts cannot be true.
+    """
     metadata = parquet.metadata
-    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
-        raise ValueError(f"{metadata.num_rows} rows stated, but the row groups have {groups[:8]}")
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        raise ValueError(f"{metadata.num_rows} rows stated, but the row groups have {counts[:8]}")
     if size is not None and metadata.num_rows > 8 * size:
         raise ValueError(f"{metadata.num_rows} rows stated in {size} bytes")
-    return groups
+    return counts
 
 
 def read_values(
     parquet: pq.ParquetFile, group: int, column: str, begin: int, end: int
 ) -> list[Any]:
-    """Rows `begin` to `end` of a small column of one row group. Raises what pyarrow raises for damaged content, or ValueError."""
+    """Return rows `begin` to `end` (exclusive) of a small column of one row group.
+
+    Raises ValueError, or whatever pyarrow raises for damaged content.
+    """
     result: list[Any] = []
     first = 0
     for batch in parquet.iter_batches(8192, [group], [column], use_threads=False):
         result += (
-            plain(batch.column(column))
+            storage_array(batch.column(column))
             .slice(max(0, begin - first), max(0, end - max(begin, first)))
             .to_pylist()
         )
@@ -76,57 +89,74 @@ def read_values(
     return result
 
 
-def read_group(
+@dataclass(frozen=True)
+class _GroupRows:
+    """Rows `begin` to `end` of one row group; a `RowReader`."""
+
+    stored: Reader
+    parquet: pq.ParquetFile
+    image_column: str
+    group: int
+    begin: int
+    end: int
+
+    def values(self, column: str) -> list[Any]:
+        return read_values(self.parquet, self.group, column, self.begin, self.end)
+
+    def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
+        rows = [self.begin + row for row in rows]
+        return read_images(self.stored, self.parquet, self.group, self.image_column, rows)
+
+    def damage(self, error: Exception) -> str:
+        return f"damaged row group {self.group}: {damage_reason(self.stored, error)}"
+
+
+def read_row_group(
     stored: Reader,
     parquet: pq.ParquetFile,
-    columns: Columns,
+    columns: TableColumns,
     path: str,
     group: int,
     first: int,
     begin: int,
     end: int,
-    wanted: IdFilter | None,
+    keep_id: IdFilter | None,
 ) -> Iterator[RawSample]:
-    """Samples of rows `begin` to `end` of one row group, whose first row is row `first` of the file."""
-    return rows(
-        columns,
-        path,
-        first + begin,
-        end - begin,
-        values=lambda name: read_values(parquet, group, name, begin, end),
-        images=lambda chosen: read_images(
-            stored, parquet, group, columns.image, [begin + row for row in chosen]
-        ),
-        damaged=lambda error: f"damaged row group {group}: {damage(stored, error)}",
-        wanted=wanted,
-    )
+    """Yield the samples of rows `begin` to `end` (exclusive) of one row group.
+
+    `first` is the row of the file at which the row group begins.
+    """
+    reader = _GroupRows(stored, parquet, columns.image, group, begin, end)
+    return read_rows(reader, columns, path, first + begin, end - begin, keep_id)
 
 
 def read_images(
-    stored: Reader, parquet: pq.ParquetFile, group: int, column: str, chosen: list[int]
-) -> Iterator[Image]:
-    """Image or reason of each of `chosen` (ascending, counted within the row group)."""
+    stored: Reader, parquet: pq.ParquetFile, group: int, column: str, rows: list[int]
+) -> Iterator[ImageOrReason]:
+    """Yield the image, or the reason why there is none, of each of `rows`.
+
+    `rows` are in ascending order and counted within the row group.
+    """
     reader = image_reader(parquet.schema_arrow.field(column).type)
-    assert reader is not None  # the schema has been checked
+    assert reader is not None  # choose_columns has checked the type
     metadata = parquet.metadata.row_group(group)
     row_bytes = metadata.total_byte_size / max(1, metadata.num_rows)
     batch_rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES / max(1.0, row_bytes))))
     done, first, reason = 0, 0, "the row group ends early"
     batches = parquet.iter_batches(batch_rows, [group], [column], use_threads=False)
-    while done < len(chosen):
+    while done < len(rows):
         try:
-            array = plain(next(batches).column(column))
-            found: list[Image] = []
-            while done + len(found) < len(chosen) and chosen[done + len(found)] < first + len(
-                array
-            ):
-                found.append(reader(array[chosen[done + len(found)] - first]))
+            array = storage_array(next(batches).column(column))
+            stop = first + len(array)
+            images: list[ImageOrReason] = []
+            while done + len(images) < len(rows) and rows[done + len(images)] < stop:
+                images.append(reader(array[rows[done + len(images)] - first]))
         except StopIteration:
             break
         except Exception as error:
-            reason = f"damaged row group {group}: {damage(stored, error)}"
+            reason = f"damaged row group {group}: {damage_reason(stored, error)}"
             break
-        yield from found
-        done, first = done + len(found), first + len(array)
-    for _ in range(done, len(chosen)):
+        yield from images
+        done, first = done + len(images), stop
+    for _ in range(done, len(rows)):
         yield None, reason

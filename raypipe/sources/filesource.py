@@ -1,0 +1,65 @@
+"""`FileSource`, the base class of formats whose files hold many samples each."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+
+from raypipe import storage
+from raypipe.config import SourceSettings
+from raypipe.sources.base import FileScan, Source, SourceFile
+from raypipe.sources.location import MISSING, Location
+from raypipe.storage import Reader
+
+FILE_VANISHED = "no such file: deleted since it was listed, or its name is not UTF-8"
+"""Reject reason of a listed file that cannot be opened."""
+
+
+class FileSource(Source):
+    """A source whose files hold many samples each and are opened one by one.
+
+    `files` and `scan` are implemented here. A subclass defines
+
+    `format`
+        A key of `raypipe.sources.location.EXTENSIONS`, which lists the format's file name endings.
+        (A subclass that overrides `files` does not need it there.)
+    `scan_stored`
+        `scan`, given the open file. Missing and empty files never reach it.
+    `read`
+        As in `Source`. Open the file with `self.open(fragment.path)`, and turn exceptions of the
+        format's library into reject reasons with `raypipe.sources.values.damage_reason`, which
+        raises storage faults again.
+    """
+
+    def __init__(self, settings: SourceSettings) -> None:
+        super().__init__(settings)
+        self._location = Location(settings)
+
+    def files(self) -> Iterator[SourceFile]:
+        for file in self._location.files(self.format):
+            yield SourceFile(file.path, file.size, file.stamp)
+
+    def scan(self, file: SourceFile) -> FileScan:
+        if reason := no_content(file):
+            return self.unreadable_file(file, reason)
+        try:
+            stored = self.open(file.path)
+        except FileNotFoundError:
+            return self.unreadable_file(file, FILE_VANISHED)
+        with stored:
+            return self.scan_stored(file, stored)
+
+    def open(self, path: str) -> Reader:
+        """Open the file at a relative path. Raises FileNotFoundError."""
+        return storage.open_read(self._location.uri(path))
+
+    @abc.abstractmethod
+    def scan_stored(self, file: SourceFile, stored: Reader) -> FileScan:
+        """Scan a file that exists and is not empty; see `Source.scan`."""
+
+
+def no_content(file: SourceFile) -> str:
+    """Return why the listing says that a file has no content; "" if it has some."""
+    if file.stamp == MISSING:
+        return "no such file, although source.uri names it"
+    return "empty: 0 bytes" if file.size == 0 else ""

@@ -1,0 +1,82 @@
+"""Stored values as raypipe uses them: labels, text, and the reason of a reject."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from raypipe.storage import Reader
+
+_WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+
+
+def number_or_name(text: str) -> int | str | None:
+    """Return the number if the text is a whole one, else the text; None for blank text.
+
+    "3.0" is a whole number too: tables write integers this way next to missing values.
+    """
+    text = text.strip()
+    number = _WHOLE_NUMBER.fullmatch(text)
+    return int(number[1]) if number is not None else text or None
+
+
+def stored_label(value: Any) -> tuple[int | str | None, str]:
+    """Return a stored value as a label.
+
+    Whole numbers stored as floating point count as numbers. Null, NaN and blank text are missing
+    labels.
+
+    Returns
+    -------
+    label : int, str or None
+        A class number or name; None if it is missing or invalid.
+    reason : str
+        Why the value cannot be a label; "" if it can.
+    """
+    if (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and math.isnan(value))
+    ):
+        return None, ""
+    if isinstance(value, str):
+        return printable(value), ""
+    if isinstance(value, int):  # includes bool
+        return int(value), ""
+    if isinstance(value, float) and value.is_integer():
+        return int(value), ""
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:60] + "..."
+    return None, f"label is not a number or a name: {shown}"
+
+
+def damage_reason(file: Reader, error: BaseException) -> str:
+    """Return the reject reason for content that cannot be read.
+
+    Libraries raise the same exceptions for damaged content and for failed reads; if the read
+    failed, this raises the storage fault instead.
+    """
+    if file.fault is not None:
+        raise file.fault
+    if isinstance(error, MemoryError):
+        return "it needs more memory than is available"
+    return error_text(error)
+
+
+def error_text(error: BaseException) -> str:
+    """Return the message of an exception on one line, or the name of its type."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return text that can be encoded as UTF-8.
+
+    Bytes of file names that are not UTF-8, and lone surrogates, are shown escaped.
+    """
+    if text.isascii():
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
