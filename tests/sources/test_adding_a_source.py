@@ -1,4 +1,4 @@
-"""The example in the documentation of `Source` works as it is printed there."""
+"""The example in the docstring of `Source` works as printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every bad input through every format: pixels and a valid label, or one reject that a person understands, or one SourceError."""
+"""Every bad input through every format.
+
+The result is pixels and a valid label, one reject that a person understands, or one SourceError.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,19 @@ from raypipe.vision.decode import decode_batch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:PIL"
-)  # pytest shows what raypipe.vision.decode silences
+)  # pytest turns warnings on that raypipe.vision.decode silences
 TRACES = re.compile(
-    r"Traceback|Error\b|Exception|Errno|0x[0-9a-f]{6}|object at|<class|pyarrow|lib\.|\.py\b|\bNone\b|\\x00"
+    r"Traceback|Error\b|Exception|Errno|0x[0-9a-f]{6}|object at|<class|pyarrow|lib\.|\.py\b"
+    r"|\bNone\b|\\x00"
 )
-"""What a program says to programmers."""
+"""What only programmers understand."""
 
 
 def outcome(**options: Any) -> tuple[list[tuple[str, int]], list[tuple[str, str]]]:
-    """What becomes of a source, as the stages do it: (sample_id, class index) of what is used, (sample_id or file, reason) of the rest."""
+    """What the stages make of a source.
+
+    (sample_id, class index) of each usable sample, (sample_id or file, reason) of each reject.
+    """
     source = open_source(
         SourceSettings(
             **{
@@ -48,7 +55,7 @@ def outcome(**options: Any) -> tuple[list[tuple[str, int]], list[tuple[str, str]
     )
     used: list[tuple[str, int]] = []
     rejects = [(part.path, part.error) for scan in found for part in scan.fragments if part.error]
-    stored = samples(source)  # checks that each fragment gives as many as its scan said
+    stored = samples(source)  # checks that each fragment has as many as its scan counted
     pixels, reasons = decode_batch(stored, 8, source.settings.max_pixels)
     for sample, image, reason in zip(stored, pixels, reasons, strict=True):
         label, wrong = classes.index(sample.label)
@@ -70,7 +77,7 @@ def key(sample_id: str) -> str:
 def check(
     cases: list[BadSample], used: list[tuple[str, int]], rejects: list[tuple[str, str]]
 ) -> None:
-    """Each case came out once, as it should."""
+    """Check that each case appears once, with the expected result."""
     assert Counter(key(name) for name, _ in used + rejects) == Counter(case.key for case in cases)
     reasons = {key(name): reason for name, reason in rejects}
     for case in cases:
@@ -108,7 +115,7 @@ def test_images_cut_off_anywhere(tmp_path: Path, format: str) -> None:
 @pytest.mark.parametrize("format", ["parquet", "tar"])
 def test_labels(tmp_path: Path, format: str) -> None:
     cases = [*good_samples(5), *bad_inputs.bad_labels(), *good_samples(5, 5)]
-    if format == "tar":  # text is a name there
+    if format == "tar":  # any text is a class name there
         cases = [case for case in cases if case.key not in {"fraction", "not-a-number"}]
     used, rejects = outcome(**write_source(format, str(tmp_path), cases))
     check(cases, used, rejects)

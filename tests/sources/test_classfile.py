@@ -89,7 +89,7 @@ def test_folders_get_their_classes_from_the_map(place: str) -> None:
     storage.write_bytes(f"{place}/map.txt", b"n02 goldfish\nn01 tench, Tinca tinca\nn03 nobody\n")
     source = make(f"{place}/set", class_map=f"{place}/map.txt")
     found = samples(source)
-    # the longest path that is named: folder n01 within n02/images is none
+    # the longest folder in the map wins: n01 within n02/images is not in it
     assert {sample.sample_id: sample.label for sample in found if not sample.reason} == {
         "n01/1.png": 1,
         "n01_5.png": 1,
@@ -137,7 +137,8 @@ def test_a_map_of_other_folders_is_an_error(tmp_path: Any) -> None:
     (tmp_path / "map.txt").write_text("n01 tench\n")
     with pytest.raises(
         SourceError,
-        match=r"no folder \(such as 'b'\) is in the class map .*map.txt, which names folders such as 'n01'",
+        match=r"no folder \(such as 'b'\) is in the class map .*map.txt, "
+        "which names folders such as 'n01'",
     ):
         list(make(f"{tmp_path}/set", class_map=f"{tmp_path}/map.txt").files())
 

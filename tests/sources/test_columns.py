@@ -1,4 +1,4 @@
-"""Which columns `auto` takes, and how they are stored, by way of Parquet files."""
+"""Which columns `auto` takes, and which types they can have; tested on Parquet files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def of(**columns: Any) -> pa.Table:
             of(image="0.png", jpg=b"x", label={"name": "cat"}, target=1),
             "jpg",
             "target",
-        ),  # a usual name of another type is none
+        ),  # a usual name does not count if the type is unsuitable
         (of(pixels=b"x", kind=4, name="a"), "pixels", "kind"),
         (of(scan=b"x", kind=4, id=7), "scan", "kind"),
         (
@@ -58,7 +58,7 @@ def test_columns_are_found_by_name_description_or_type(
     (sample,) = samples(source)
     row = table.to_pylist()[0]
     assert sample == ("a.parquet#0", row[image], row[label], "")
-    # explicit names are kept, and nothing is opened for them
+    # explicit names are kept without opening any file
     explicit = make(
         f"{tmp_path}/none.parquet", format="parquet", image_column="a", label_column="b"
     ).resolved_settings()
@@ -90,7 +90,8 @@ def test_columns_are_found_by_name_description_or_type(
         ),
         (
             of(image=b"x", label={"a": 1}),
-            "column 'label' is struct<a: int64>; expected one number or name per sample; set source.label_column",
+            "column 'label' is struct<a: int64>; expected one number or name per sample; "
+            "set source.label_column",
         ),
     ],
 )
@@ -125,7 +126,7 @@ def test_a_single_file_that_is_clear_is_found_among_many(tmp_path: Any) -> None:
 
 
 class Values(pa.ExtensionArray):
-    """As `datasets` has it for arrays of fixed shape: a value is not the scalar that pyarrow would give."""
+    """Like the array types of `datasets`, whose values are not the scalars of pyarrow."""
 
     def __getitem__(self, index: int) -> Any:
         return self.storage[index]

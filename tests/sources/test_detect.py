@@ -34,7 +34,7 @@ def test_the_endings_tell_the_format(place: str, names: list[str], expected: str
     for name in names:
         storage.write_bytes(f"{place}/set/{name}", b"x")
     assert detected(f"{place}/set") == expected
-    if expected != "huggingface":  # which is a folder
+    if expected != "huggingface":  # that format is a folder
         assert detected(f"{place}/set/{names[0]}") == expected
         assert detected(f"{place}/*/{names[0]}") == expected
         assert detected(f"{place}/{{set,other}}/{names[0]}") == expected
@@ -53,7 +53,7 @@ def test_a_list_is_told_by_its_own_name(place: str, name: str) -> None:
 
 def test_a_list_of_shards_is_no_file_list(tmp_path: object) -> None:
     storage.write_bytes(f"{tmp_path}/shards.txt", b"# all of them\na-000.tar\na-001.tar\n")
-    with pytest.raises(SourceError):  # the file itself is of no format
+    with pytest.raises(SourceError):  # the list is not read as a file of a format
         detected(f"{tmp_path}/shards.txt")
 
 
@@ -74,7 +74,9 @@ def test_some_need_no_storage(tmp_path: object, monkeypatch: pytest.MonkeyPatch)
     assert detected("torchvision://CIFAR10") == "torchvision"
     assert detected("synthetic://?samples=5") == "synthetic"
     assert detected("huggingface://user/name") == "huggingface"
-    storage.write_bytes(f"{tmp_path}/synthetic/a.tar", b"x")  # a folder of such a name is a folder
+    storage.write_bytes(
+        f"{tmp_path}/synthetic/a.tar", b"x"
+    )  # a folder called synthetic is a folder
     monkeypatch.chdir(str(tmp_path))
     assert detected("synthetic") == "webdataset"
 
@@ -98,7 +100,8 @@ def test_nothing_known_is_named(tmp_path: object) -> None:
         storage.write_bytes(f"{tmp_path}/{name}", b"x")
     with pytest.raises(
         SourceError,
-        match=r"no Parquet, tar or image file among 4 files \(2 .csv, 1 without an ending, 1 .zip\)",
+        match=r"no Parquet, tar or image file among 4 files "
+        r"\(2 .csv, 1 without an ending, 1 .zip\)",
     ):
         detected(str(tmp_path))
     with pytest.raises(SourceError, match="no such file or folder"):
@@ -113,10 +116,14 @@ def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: obj
 
 def test_sources_import_neither_torch_nor_ray() -> None:
     names = (
-        "detect, digits, filelist, filesource, hub, huggingface, imagefolder, location, parquet, synthetic, "
-        "table_source, tarfiles, torchvision_build, torchvision_request, torchvision_sets, webdataset"
+        "detect, digits, filelist, filesource, hub, huggingface, imagefolder, location, parquet, "
+        "synthetic, table_source, tarfiles, torchvision_build, torchvision_request, "
+        "torchvision_sets, webdataset"
     )
-    program = f"import sys; from raypipe.sources import {names}; print(sorted({{'torch', 'ray', 'sklearn', 'datasets'}} & set(sys.modules)))"
+    program = (
+        f"import sys; from raypipe.sources import {names}; "
+        "print(sorted({'torch', 'ray', 'sklearn', 'datasets'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
         == "[]\n"

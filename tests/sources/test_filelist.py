@@ -87,7 +87,7 @@ def test_nothing_outside_the_root_is_read(tmp_path: Any) -> None:
     ]
     found = samples(make(write(root, "list.csv", "path\n" + "\n".join(listed))))
     assert [sample.image is not None for sample in found] == [False] * 7 + [True, True]
-    assert found[7].image == picture(1)  # that below the root
+    assert found[7].image == picture(1)  # the file below the root
     assert all(
         sample.reason.startswith("a path with '..', which is not followed") for sample in found[:4]
     )
@@ -133,7 +133,7 @@ def test_a_path_that_comes_again_is_a_reject_wherever_it_is(
     assert found[30].reason == "duplicate: the list already names it (occurrence 2)" and found[
         -1
     ].reason.endswith("(occurrence 4)")
-    # a unit of equal lines has an id of its own
+    # units of equal lines have different ids
     for lines in (["../x.png"] * 3, ["d/3.png"] * 3):
         uri = write(root, "same.csv", "path\nd/1.png\n" + "\n".join(lines))
         assert len(samples(make(uri, fragment_samples=1))) == 4
@@ -173,7 +173,7 @@ def test_labels_of_all_kinds_go_to_the_class_map(tmp_path: Any) -> None:
     found = [classes.index(sample.label) for sample in samples(source)]
     assert [index for index, _ in found] == [0, -1, 1, -1, -1, 1]
     assert [bool(reason) for _, reason in found] == [False, True, False, True, False, False]
-    # labels in words, without a map, are sorted
+    # labels in text are sorted if there is no class map
     write(root, "x.csv", "path,label\n0.png,dog\n1.png,cat\n")
     assert class_map(None, scans(make(uri))[0].labels, None).names == ("cat", "dog")
 

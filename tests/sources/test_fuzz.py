@@ -1,4 +1,4 @@
-"""A short stretch of `tests/fuzz_readers.py`: mutated files through the readers, the same ones every time."""
+"""A short run of `tests/fuzz_readers.py`: the same mutated files through the readers every time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:PIL"
-)  # pytest shows what raypipe.vision.decode silences
+)  # pytest turns warnings on that raypipe.vision.decode silences
 FILES = originals()
 
 
@@ -30,13 +30,13 @@ def test_mutated_files_keep_the_contract(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("extension", sorted(FILES))
 def test_the_originals_are_read(tmp_path: Path, extension: str) -> None:
-    """Otherwise nothing would be learnt from their mutations."""
+    """If they were not, their mutations would test nothing."""
     expected = "read" if extension in {"parquet", "tar", "tar.gz"} else "pixels"
     assert {check(extension, data, tmp_path, 4) for data in FILES[extension]} == {expected}
 
 
 def test_mutations_reach_past_the_first_check(tmp_path: Path) -> None:
-    """Of each kind of file some are still read and some refused."""
+    """Of each kind of file, some mutations are still read and some refused."""
     outcomes: Counter[tuple[str, str]] = Counter()
     for seed in range(300):
         extension, data = case(seed, FILES)

@@ -1,4 +1,4 @@
-"""Datasets of the hub: with a stand-in for the package `datasets`, and with the package itself where it is installed."""
+"""Datasets of the hub, with a fake of the package `datasets`, and with the package if installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raypipe.sources import hub
 
 @pytest.fixture
 def cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A cache with one dataset of two splits, and a package that finds it there and nothing else."""
+    """A cache with one dataset of two splits, and a fake package that finds nothing else."""
     folder = tmp_path / "datasets" / "user___little" / "default" / "0.0.0" / "0123abcd"
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "1.png").write_bytes(picture(77))
@@ -78,7 +78,7 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache(cache: list[Any]) -> None:
     assert ids(found) == [f"little-train.arrow#{row}" for row in range(5)]
     assert [sample.image for sample in found] == [picture(row) for row in range(5)]
     assert next(source.files()).stamp == "0123abcd"
-    assert cache == [("user/little", "plain", "v1"), ("prepare",)]  # once in a process
+    assert cache == [("user/little", "plain", "v1"), ("prepare",)]  # once per process
 
 
 def test_images_by_path_are_read_within_the_cache_only(cache: list[Any]) -> None:
@@ -114,27 +114,33 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed"
 )
 def test_the_package_itself(tmp_path: Any) -> None:
-    """In a process of its own, since the package reads its variables when it is imported."""
+    """In a separate process, since the package reads its variables when it is imported."""
     program = """
 import json, os, shutil, sys, datasets
 from source_helpers import ids, make, picture, samples
 from raypipe.errors import SourceError
 folder = sys.argv[1]
-kinds = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["a", "b"])})
-rows = {"img": [{"bytes": picture(row), "path": None} for row in range(9)], "fine_label": [0, 1, 0] * 3}
+label = datasets.ClassLabel(names=["a", "b"])
+kinds = datasets.Features({"img": datasets.Image(), "fine_label": label})
+images = [{"bytes": picture(row), "path": None} for row in range(9)]
+rows = {"img": images, "fine_label": [0, 1, 0] * 3}
 made = datasets.Dataset.from_dict(rows, features=kinds)
 datasets.DatasetDict(train=made, test=made.select([5, 2])).save_to_disk(folder + "/saved")
-assert [sample.image for sample in samples(make(folder + "/saved", split="test"))] == [picture(5), picture(2)]
+test = samples(make(folder + "/saved", split="test"))
+assert [sample.image for sample in test] == [picture(5), picture(2)]
 cached = folder + "/home/datasets/user___little/default/0.0.0/" + "0123456789" * 4
 made.save_to_disk(folder + "/one")
 os.makedirs(cached)
 shutil.copy(folder + "/one/data-00000-of-00001.arrow", cached + "/little-train.arrow")
 info = json.load(open(folder + "/one/dataset_info.json"))
-info |= {"builder_name": "little", "dataset_name": "little", "config_name": "default", "version": "0.0.0"}
-info["splits"] = {"train": {"name": "train", "num_bytes": 1, "num_examples": 9, "dataset_name": "little"}}
+info |= {"builder_name": "little", "dataset_name": "little"}
+info |= {"config_name": "default", "version": "0.0.0"}
+train = {"name": "train", "num_bytes": 1, "num_examples": 9, "dataset_name": "little"}
+info["splits"] = {"train": train}
 json.dump(info, open(cached + "/dataset_info.json", "w"))
 found = samples(make("huggingface://user/little"))
-assert ids(found) == [f"little-train.arrow#{row}" for row in range(9)] and found[4].image == picture(4)
+assert ids(found) == [f"little-train.arrow#{row}" for row in range(9)]
+assert found[4].image == picture(4)
 try:
     list(make("huggingface://user/none").files())
 except SourceError as error:

@@ -1,4 +1,4 @@
-"""Folders as `save_to_disk` of Hugging Face's datasets writes them, made with pyarrow alone."""
+"""Folders as `save_to_disk` of Hugging Face's datasets writes them, written with pyarrow alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ["cat", "dog", "eel"]
 
 
 def images(rows: int, start: int = 0, **columns: Any) -> pa.Table:
-    """As CIFAR-100 has it: img and two kinds of labels."""
+    """The columns of CIFAR-100: img and two kinds of labels."""
     content = [{"bytes": picture(start + row), "path": None} for row in range(rows)]
     labels = [(start + row) % 3 for row in range(rows)]
     return pa.table(
@@ -46,7 +46,7 @@ def arrow(table: pa.Table, batch: int = 4, **options: Any) -> bytes:
 
 
 def save(uri: str, *shards: bytes, features: Any = "classes", split: str | None = "train") -> str:
-    """What `save_to_disk` writes."""
+    """Write what `save_to_disk` writes; return the URI."""
     names = [f"data-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
     for name, content in zip(names, shards, strict=True):
         storage.write_bytes(f"{uri}/{name}", content)
@@ -120,7 +120,7 @@ def test_a_dictionary_of_splits(place: str) -> None:
     assert len(samples(make(f"{place}/dict"))) == 3
     assert (
         len(samples(make(f"{place}/dict/test", split="train"))) == 2
-    )  # the split it was made from
+    )  # the split that the folder is
     with pytest.raises(
         SourceError,
         match=r"no split 'test': this is one dataset, of split 'train'; leave out source.split",
@@ -182,7 +182,8 @@ def test_images_of_pixels_and_images_that_are_not_there(tmp_path: Any) -> None:
     table = pa.table({"img": pa.array(content, STRUCT), "label": [0, 1, 2, 3]})
     found = samples(make(save(f"{tmp_path}/a", arrow(table, 3), features=None)))
     assert [sample.reason for sample in found] == [
-        "", "no image: the file holds only its path, '/etc/1.png'", "no image: bytes are null", "no image: null",
+        "", "no image: the file holds only its path, '/etc/1.png'", "no image: bytes are null",
+        "no image: null",
     ]  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3))
     table = pa.table(

@@ -32,7 +32,7 @@ TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
         ("x.txt", "a 1.jpg 0\nb/2.png\t1\n", {}),  # the first line has no tab
         ("x.txt", "\n\n  a 1.jpg   0  \r\n\r\nb/2.png 1", {}),
         ("x", "a 1.jpg 0\nb/2.png 1", {}),
-        # tables without a header: path first, label second
+        # tables without a header: the path is first, the label second
         ("x.txt", "a 1.jpg\t0\nb/2.png\t1\n", {}),
         ("x.txt", "a 1.jpg,0\nb/2.png,1\n", {}),
         ("x.tsv", "a 1.jpg\t0\nb/2.png\t1\n", {}),
@@ -42,7 +42,7 @@ TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
         ("x.csv", "a 1.jpg,0,more\n\n,,\nb/2.png,1\n", {}),
         ("x.csv", b"\xef\xbb\xbfa 1.jpg,0\nb/2.png,1", {}),
         ("x.csv", "a 1.jpg,0\nb/2.png,1".encode("utf-16"), {}),
-        # with one: by the names of the columns
+        # tables with a header: columns are found by name
         ("x.csv", "path,label\na 1.jpg,0\nb/2.png,1\n", {}),
         ("x.txt", "path,label\na 1.jpg,0\nb/2.png,1\n", {}),
         ("x.csv", ",Label,FileName\n0,0,a 1.jpg\n1,1,b/2.png\n", {}),

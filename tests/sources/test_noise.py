@@ -1,4 +1,4 @@
-"""Labels replaced for a rehearsal: which, by what, and that everything in a run sees the same wrong label."""
+"""Labels replaced for a rehearsal: which ones, by what, and that a run sees the same label."""
 
 from __future__ import annotations
 
@@ -51,15 +51,14 @@ def test_the_true_label_follows_from_the_wrong_one() -> None:
 
 def test_another_seed_replaces_others_and_a_larger_share_more() -> None:
     first, second, more = ({name for name in IDS if noise.replaced(name)}
-                           for noise in (LabelNoise(0.2), LabelNoise(0.2, 1), LabelNoise(0.3)))  # fmt: skip
-    assert (
-        abs(len(first & second) / len(first) - 0.2) < 0.03
-    )  # as two that know nothing of one another
+                           for noise in (LabelNoise(0.2), LabelNoise(0.2, 1),
+                                         LabelNoise(0.3)))  # fmt: skip
+    assert abs(len(first & second) / len(first) - 0.2) < 0.03  # as if they were independent
     assert first < more
 
 
 def _seen(config: Config) -> dict[str, int]:
-    """Labels by id as the seed stage, the embed stage and the audit of a night read them, after the index."""
+    """Labels by id as the seed stage, the embed stage and a nightly audit read them."""
     run, labels = Run(config.run), dict[str, int]()
     serial.index(config)
     serial.seed(config)

@@ -390,7 +390,7 @@ def test_an_empty_table_is_fine_and_has_no_fragments(tmp_path: Any) -> None:
     (scan,) = scans(make(put(f"{tmp_path}/a.parquet", plain(3).slice(0, 0))))
     assert scan.fragments == () and scan.labels == frozenset()
     (scan,) = scans(make(put(f"{tmp_path}/b.parquet", pa.table({"x": [0]}).slice(0, 0))))
-    assert scan.fragments == ()  # of other columns, and nothing is lost with it
+    assert scan.fragments == ()  # it has other columns, but no rows that could be lost
 
 
 @pytest.mark.parametrize("column", ["image", "label", "key"])
@@ -536,7 +536,7 @@ def test_damage_gives_rejects_or_a_broken_file(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 def test_a_page_whose_header_claims_gigabytes_takes_no_memory(tmp_path: Any) -> None:
-    """In a process of its own: sizes in page headers are replaced one after the other."""
+    """In a separate process: sizes in page headers are replaced one after the other."""
     program = """
 import sys
 from pathlib import Path
@@ -544,14 +544,17 @@ from raypipe.config import SourceSettings
 from raypipe.sources import open_source
 
 def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) // 1024
+    status = open("/proc/self/status")
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) // 1024
 
 path, started, bad = Path(sys.argv[1]), 0, False
 whole = path.read_bytes()
 for place in range(4, 44):
-    path.write_bytes(whole[:place] + bytes.fromhex("acffffff0f") + whole[place + 5 :])  # 2,147,483,606 as Thrift writes it
+    size = bytes.fromhex("acffffff0f")  # 2,147,483,606 as Thrift writes it
+    path.write_bytes(whole[:place] + size + whole[place + 5 :])
     source = open_source(SourceSettings(uri=str(path)))
-    found = [sample for file in source.files() for part in source.scan(file).fragments for sample in source.read(part)]
+    parts = [part for file in source.files() for part in source.scan(file).fragments]
+    found = [sample for part in parts for sample in source.read(part)]
     assert len(found) == 20, len(found)
     started, bad = started or peak(), bad or any(sample.reason for sample in found)
 assert bad

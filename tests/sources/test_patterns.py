@@ -1,4 +1,4 @@
-"""Brace patterns and lists of shards: what names they stand for, and what becomes of names that nothing is behind."""
+"""Brace patterns and lists of shards: which names they stand for, and names without a file."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_shards_that_are_not_there_are_unreadable_files(place: str) -> None:
         ("a-2.tar", "a-4.tar"), "no such file, although source.uri names it"
     )
     before = {file.path: file.stamp for file in source.files()}
-    fill(place, "in/a-2.tar")  # it is read once it is there
+    fill(place, "in/a-2.tar")  # it is read once it exists
     assert {
         file.path
         for file in make(f"{place}/in/a-{{1..4}}.tar").files()
@@ -161,7 +161,8 @@ def test_a_list_of_shards(place: str, tmp_path: Any) -> None:
     fill(place, "in/a.tar", "in/deep/b.tar", "c.tar", "in/odd-{1,2}.tar", "in/part-0")
     fill(f"{tmp_path}/elsewhere", "d.tar", "e.tar")
     lines = [
-        "# training shards", "deep/b.tar", "", "./a.tar ", "a.tar", "../c.tar", f"{tmp_path}/elsewhere/e.tar", "odd-{1,2}.tar",
+        "# training shards", "deep/b.tar", "", "./a.tar ", "a.tar", "../c.tar",
+        f"{tmp_path}/elsewhere/e.tar", "odd-{1,2}.tar",
         "part-0", f"{place}/in/none.tar",
     ]  # fmt: skip
     storage.write_bytes(f"{place}/in/shards.txt", "\r\n".join(lines).encode("utf-8-sig"))

@@ -100,7 +100,8 @@ def test_missing_files_are_named_and_only_the_driver_downloads(
 ) -> None:
     with pytest.raises(
         SourceError,
-        match=r"not found in .*source\.download is false.*cifar-10-batches-py with data_batch_1, .*source\.root",
+        match=r"not found in .*source\.download is false.*cifar-10-batches-py with data_batch_1, "
+        r".*source\.root",
     ):
         list(opened("CIFAR10", tmp_path).files())
 
@@ -133,7 +134,7 @@ def test_files_that_changed_since_they_were_indexed_are_not_read(cifar: Path) ->
     path = cifar / "cifar-10-batches-py" / "data_batch_2"
     batch = pickle.loads(path.read_bytes())
     batch["data"][0] = 0
-    path.write_bytes(pickle.dumps(batch))  # of another protocol, as any Python writes it
+    path.write_bytes(pickle.dumps(batch))  # with a newer protocol, as any Python writes it
     (after,) = (source.scan(file).fragments[0] for file in source.files())
     assert before.fragment_id != after.fragment_id
     with pytest.raises(SourceError, match="changed since they were indexed"):
@@ -168,7 +169,7 @@ def test_imagenet_gives_encoded_files_and_damaged_ones_are_rejects(tmp_path: Pat
     _, reasons = decode_batch(found, 8, 10_000)
     assert [index for index, reason in enumerate(reasons) if reason] == [6, 7]
     fragment = scans(source)[0].fragments[0]
-    (tmp_path / "train" / "n02012849" / "a.JPEG").unlink()  # after the index was made
+    (tmp_path / "train" / "n02012849" / "a.JPEG").unlink()  # after indexing
     assert "no such file" in rejects(list(source.read(fragment)))["train/n02012849/a.JPEG"]
     with pytest.raises(SourceError, match=r"image-net\.org"):
         list(opened("ImageNet", tmp_path / "nothing").files())
@@ -189,9 +190,7 @@ def test_a_new_file_changes_few_fragments(tmp_path: Path) -> None:
     (tmp_path / "train" / "n02012849").mkdir()
     (tmp_path / "train" / "n02012849" / "x.png").write_bytes(picture(2))
     again, *_ = source.files()
-    assert (
-        again.members == first.members and again.stamp != first.stamp
-    )  # there are more names to state
+    assert again.members == first.members and again.stamp != first.stamp  # it states more names
     assert source.scan(again).class_names == ("tench, Tinca tinca", "crane")
 
 
@@ -216,7 +215,8 @@ def test_places365_in_the_order_of_its_categories(tmp_path: Path) -> None:
     assert list(rejects(found)) == ["data_256_standard/b/bar/00000001.jpg"]
     with pytest.raises(
         SourceError,
-        match=r"names files that do not exist, such as .*data_large_standard.*Expected there: categories",
+        match=r"names files that do not exist, such as .*data_large_standard.*"
+        "Expected there: categories",
     ):
         list(opened("Places365", tmp_path, verify=False).files())
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""With `source.label_column: null` no format reads a label: neither is a missing one an error, nor a bad one."""
+"""With `source.label_column: null` no format reads labels: missing or bad ones are no error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGES = [picture(number) for number in range(4)]
 
 
 def checked(source) -> list[str]:
-    """Ids of a source that is seen to have four readable samples and no labels."""
+    """Ids of a source, after checking that it has four readable samples and no labels."""
     found = samples(source)
     assert [sample.image for sample in found] == IMAGES
     assert {(sample.label, sample.reason) for sample in found} == {(None, "")}

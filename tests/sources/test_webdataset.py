@@ -144,7 +144,7 @@ def test_label_field_is_a_setting_and_cls_comes_first(tmp_path: Any) -> None:
     assert samples(one(tmp_path, tar(members), label_column="sort"))[0].label is None
     assert (
         samples(one(tmp_path, tar(members)))[0].label == 7
-    )  # the .json has no field that is usual for labels
+    )  # the .json has no field with a usual name
     members.append(("x.cls", b"6"))
     assert samples(one(tmp_path, tar(members), label_column="kind"))[0].label == 6
 
@@ -173,7 +173,7 @@ def test_fragments_are_read_from_their_own_offset(
     assert min(asked) >= scan.fragments[2].offset - 512
     assert (
         max(asked) <= scan.fragments[3].offset + 4096
-    )  # one header further, to see that the last sample is complete
+    )  # one header more, to find that the last sample is complete
 
 
 def test_samples_that_are_not_wanted_are_skipped_over(
@@ -306,7 +306,7 @@ def test_a_cut_tar_loses_one_sample(place: str) -> None:
         assert "cut off" in found[-1].reason
     storage.write_bytes(
         f"{place}/a.tar", whole[: 4 * sample + 512]
-    )  # the end marker's first half is enough
+    )  # the first half of the end marker is enough
     assert not rejects(samples(make(f"{place}/a.tar")))
 
 
@@ -344,7 +344,10 @@ def test_a_damaged_first_header_is_a_reject_of_its_own(tmp_path: Any) -> None:
         "a.tar#0001",
         "a.tar#0002",
     ]
-    assert list(rejects(found)) == ["a.tar#byte-0", "a.tar#0000"]  # the second has lost its image
+    assert list(rejects(found)) == [
+        "a.tar#byte-0",
+        "a.tar#0000",
+    ]  # the damage includes the image of 0000
 
 
 def test_tars_one_after_the_other_are_all_read(tmp_path: Any) -> None:
