@@ -1,1 +1,1 @@
-"""From image bytes to pixels, and from pixels to what a network says. No Ray, no storage."""
+"""Decode images, and build, train and run the networks that look at them. No Ray, no storage."""

@@ -1,21 +1,31 @@
-"""Adversarial examples by projected gradient descent, for adversarial training and for judging what is robust. No Ray, no storage.
+"""Adversarial examples by projected gradient descent (PGD), for training and evaluation.
 
-Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018 (arXiv 1706.06083), in the l_inf norm:
+With the l_inf norm, for a loss l, a label y and a ball of radius eps around the image x:
 
     x_0     = x + a random point of the ball,      or x itself
-    x_{t+1} = clip to [x - eps, x + eps] and to [0, 1] of   x_t + step * sign( grad_x loss(x_t, y) )
+    x_{t+1} = clip to [x - eps, x + eps] and to [0, 1] of   x_t + step * sign( grad_x l(x_t, y) )
 
-Balls are in pixel space: pixels go from 0 to 255 here, as everywhere in raypipe, and eps and step, which are of pixels from 0 to 1, are
-multiplied by 255. Whatever normalises the pixels is part of the network that is attacked.
+Pixels range from 0 to 255 here, as everywhere in raypipe. The settings eps and step are relative to
+pixels from 0 to 1, so they are multiplied by 255. Normalisation is part of the attacked network.
 
-The network is attacked in eval mode, as the code of TRADES does (Zhang et al. 2019, arXiv 1901.08573): BatchNorm by its running averages. So an
-example depends on no other of its batch, nor on how a batch is shared among workers, and running averages see no images but those that are
-trained on. Training then goes on with the examples in train mode.
+The network is attacked in eval mode, as in the code of TRADES (Zhang et al. 2019): BatchNorm uses
+its running averages. So an example does not depend on the rest of its batch, nor on how a batch
+is split among workers, and the running averages see only the images that are trained on. Training
+then uses the examples in train mode.
+
+No Ray, no storage.
+
+References
+----------
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018
+(arXiv 1706.06083).
+Zhang et al. 2019, TRADES (arXiv 1901.08573).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,9 +36,19 @@ from raypipe.config import AdversarySettings
 
 
 def starting_points(shape: Sequence[int], *key: int) -> np.ndarray:
-    """Where in the ball attacks begin: uint8, 0 to 255 for -eps to eps of each value.
+    """Return random starting points of attacks within the ball.
 
-    key  what the draw depends on, and nothing else: seed, epoch, step
+    Parameters
+    ----------
+    shape : Sequence[int]
+        Shape of the images, [n, 3, size, size].
+    *key : int
+        Seed, epoch and step. The draw depends on nothing else.
+
+    Returns
+    -------
+    np.ndarray
+        uint8 of the given shape; 0 to 255 stand for -eps to eps.
     """
     return np.random.default_rng(key).integers(0, 256, tuple(shape), np.uint8)
 
@@ -42,37 +62,59 @@ def attack(
     *,
     bfloat16: bool = False,
 ) -> Tensor:
-    """Images within eps of the given ones on which the loss is higher: float32, shape of `pixels`, values from 0 to 255.
+    """Return images within eps of the given ones on which the loss is higher.
 
-    model     logits [n, classes] of pixels [n, 3, size, size] from 0 to 255, uint8 or float32; an `nn.Module` is in eval mode meanwhile,
-              and its gradients are left alone
-    pixels    uint8 or float32 [n, 3, size, size];  label  int64 [n]
-    start     of `starting_points`, [n, 3, size, size]; None: the images themselves
-    bfloat16  the passes through the model in mixed precision; steps and bounds are float32
+    Parameters
+    ----------
+    model : callable
+        Maps pixels [n, 3, size, size] from 0 to 255, uint8 or float32, to logits [n, classes]. An
+        `nn.Module` is put into eval mode during the attack; its gradients are not changed.
+    pixels : Tensor
+        uint8 or float32 [n, 3, size, size].
+    label : Tensor
+        int64 [n].
+    settings : AdversarySettings
+        Radius, step size and number of iterations.
+    start : np.ndarray, optional
+        Result of `starting_points`, [n, 3, size, size]. None starts at the images themselves.
+    bfloat16 : bool
+        Run the passes through the model in mixed precision. Steps and bounds stay float32.
+
+    Returns
+    -------
+    Tensor
+        float32 with the shape of `pixels`, values from 0 to 255.
     """
     clean = pixels.detach().float()
-    reach, step = 255 * settings.eps, 255 * settings.step_size
-    low, high = (clean - reach).clamp_(min=0), (clean + reach).clamp_(max=255)
-    found = clean
+    radius, step = 255 * settings.eps, 255 * settings.step_size
+    low, high = (clean - radius).clamp_(min=0), (clean + radius).clamp_(max=255)
+    examples = clean
     if start is not None:
-        moved = torch.from_numpy(start).to(clean.device).float().div_(127.5).sub_(1).mul_(reach)
-        found = torch.clamp(clean + moved, low, high)
-    network = model if isinstance(model, nn.Module) else None
-    training = network is not None and network.training
-    if network is not None:
-        network.eval()
-    try:
+        offset = torch.from_numpy(start).to(clean.device).float().div_(127.5).sub_(1).mul_(radius)
+        examples = torch.clamp(clean + offset, low, high)
+    with _in_eval_mode(model):
         for _ in range(settings.iterations):
-            found = found.detach().requires_grad_()
+            examples = examples.detach().requires_grad_()
             with (
                 torch.enable_grad(),
                 torch.autocast(clean.device.type, torch.bfloat16, enabled=bfloat16),
             ):
-                logits = model(found)
+                logits = model(examples)
                 loss = F.cross_entropy(logits.float(), label, reduction="sum")
-            (slope,) = torch.autograd.grad(loss, found)
-            found = torch.clamp(found.detach() + step * slope.sign(), low, high)
+            (gradient,) = torch.autograd.grad(loss, examples)
+            examples = torch.clamp(examples.detach() + step * gradient.sign(), low, high)
+    return examples.detach()
+
+
+@contextmanager
+def _in_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put a module into eval mode and restore its mode afterwards; ignore other callables."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
-        if network is not None:
-            network.train(training)
-    return found.detach()
+        model.train(training)

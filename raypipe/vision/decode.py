@@ -1,18 +1,21 @@
-"""Encoded images to pixels: every defect becomes a `BadImage` whose words go into `rejects/`.
+"""Decode encoded images to pixels. A defect becomes a `BadImage`; its message goes to `rejects/`.
 
-The result is always RGB, uint8, square. What becomes of other images:
+The result is always RGB, uint8, square. Other kinds of images are converted:
 
-- greyscale of any depth: three equal channels; bilevel: black and white; a palette: its colours
-- 16 bits a channel (PNG, TIFF): the high byte; 32-bit and floating-point pixels are refused
-- CMYK and YCCK, Lab and YCbCr: converted without their profiles. A JPEG's CMYK is taken for inverted, as Adobe writes it,
-  whether or not it has Adobe's marker
-- transparency (alpha, a palette's, the colour key of 8-bit images): laid over white. Colour keys of other depths are ignored
-- several frames or pictures (GIF, WebP, APNG, TIFF, MPO): the first. That of an APNG is what a viewer without animation shows
-- EXIF orientation: applied, wherever in the file it stands
+- Greyscale of any depth: three equal channels. Bilevel: black and white. Palette: its colours.
+- 16 bits per channel (PNG, TIFF): the high byte. 32-bit and floating-point pixels are refused.
+- CMYK and YCCK, Lab and YCbCr: converted without their profiles. CMYK in a JPEG is taken to be
+  inverted, as Adobe writes it, with or without Adobe's marker.
+- Transparency (alpha, of a palette, the colour key of 8-bit images): laid over white. Colour keys
+  of other depths are ignored.
+- Several frames or pictures (GIF, WebP, APNG, TIFF, MPO): the first. For an APNG this is what a
+  viewer without animation shows.
+- EXIF orientation: applied, wherever in the file it is stored.
 
-A JPEG much larger than what is wanted is decoded at 1/2, 1/4 or 1/8, as long as its shorter side keeps `DRAFT_FACTOR` times the size, and
-resized from there. Against decoding all of it and resizing with antialiasing (bilinear), on 192 ImageNet photographs of 106 to 1200
-pixels, the difference in levels of 255 is
+A JPEG much larger than the requested size is decoded at 1/2, 1/4 or 1/8 scale, as long as its
+shorter side keeps at least `DRAFT_FACTOR` times that size, and resized from there. Compared with
+decoding at full scale and resizing with antialiasing (bilinear), on 192 ImageNet photographs of
+106 to 1200 pixels, the difference in levels of 255 is
 
     size   mean    worst image's mean   largest
       32   2.4     6.8                  66
@@ -20,9 +23,10 @@ pixels, the difference in levels of 255 is
      128   0.09    2.0                  39
      224   0.01    0.4                   7
 
-Memory: at most `BYTES_PER_PIXEL` for each pixel of the image, whatever its shape and mode, beside the bytes given and the result; a
-lossless WebP takes the most, an RGB image 4, a JPEG decoded at 1/8 next to nothing. So `max_pixels` bounds it. Of a long image
-no more than the central square is converted.
+Memory: at most `BYTES_PER_PIXEL` for each pixel of the image, whatever its shape and mode, in
+addition to the encoded bytes and the result. A lossless WebP takes the most, an RGB image 4
+bytes, a JPEG decoded at 1/8 scale next to nothing. So `max_pixels` bounds the memory. For a long
+image only the central square is converted.
 """
 
 from __future__ import annotations
@@ -40,13 +44,16 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from raypipe.errors import RaypipeError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded. Other formats Pillow knows are not: some run other programs, such as PostScript."""
+"""Accepted formats. Pillow's others are excluded: some of them run other programs (PostScript)."""
 
 DRAFT_FACTOR = 1.75
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves so many times the size wanted. At 64 pixels, 1.5 differs by 1.7 instead of
-1.5 levels, in the worst image by 7.5 instead of 5.3, and is no faster; 1 a tenth faster by 3.6; 2 a twentieth slower by 1.3."""
+"""A JPEG is decoded at reduced scale if this many times the requested size remain.
+
+At 64 pixels, 1.5 differs by 1.7 instead of 1.5 levels (worst image 7.5 instead of 5.3) and is no
+faster; 1 is a tenth faster and differs by 3.6; 2 is a twentieth slower and differs by 1.3.
+"""
 BYTES_PER_PIXEL = 20
-"""The most memory that decoding takes; see above."""
+"""Upper bound of the memory that decoding takes; see the module docstring."""
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,16 +67,17 @@ _ORIENTATIONS = {
 _EXIF_ORIENTATION = 0x0112
 _limit = threading.Lock()
 
-# Pillow warns of what it mends in a damaged file (palette, EXIF, TIFF tags); a million images would drown the log.
+# Pillow warns about everything it repairs in a damaged file (palette, EXIF, TIFF tags). With a
+# million images the warnings would flood the log.
 warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 
 class BadImage(RaypipeError):
-    """An image that cannot be used; the message is the reject reason."""
+    """An image that cannot be used. The message is the reject reason."""
 
 
 class EncodedSample(Protocol):
-    """What `decode_batch` needs of a sample: `raypipe.sources.RawSample` is one."""
+    """The part of a sample that `decode_batch` needs; `raypipe.sources.RawSample` has it."""
 
     @property
     def image(self) -> bytes | np.ndarray | None: ...
@@ -79,15 +87,25 @@ class EncodedSample(Protocol):
 
 
 def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
-    """Pixels of one image, uint8 [3, size, size].
+    """Return the pixels of one image, uint8 [3, size, size].
 
-    The shorter side is resized to `size` (antialiased bilinear; smaller images are enlarged), then the centre is cut out.
-    An image whose shorter side has `size` pixels already is not resampled at all. Any shape will do, from 1x1 on.
+    The shorter side is resized to `size` (antialiased bilinear; smaller images are enlarged),
+    then the centre is cropped. An image whose shorter side already has `size` pixels is not
+    resampled. Any shape from 1x1 upwards works.
 
-    image       encoded bytes, or uint8 [height, width], [height, width, 1] or [height, width, 3]
-    max_pixels  an image whose header states more pixels is refused before it is decoded
+    Parameters
+    ----------
+    image : bytes or np.ndarray
+        Encoded bytes, or uint8 [height, width], [height, width, 1] or [height, width, 3].
+    size : int
+        Side of the result in pixels.
+    max_pixels : int
+        An image whose header states more pixels is refused before it is decoded.
 
-    Raises BadImage, whatever is wrong with the bytes.
+    Raises
+    ------
+    BadImage
+        Whatever is wrong with the bytes.
     """
     opened: Image.Image
     try:
@@ -97,11 +115,10 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
             raise BadImage(f"{width}x{height} pixels are more than max_pixels = {max_pixels}")
         if width < 1 or height < 1:
             raise BadImage(f"no pixels: {width}x{height}")
-        opened.draft(
-            None, (int(DRAFT_FACTOR * size), int(DRAFT_FACTOR * size))
-        )  # a JPEG alone heeds it
+        draft_size = int(DRAFT_FACTOR * size)
+        opened.draft(None, (draft_size, draft_size))  # has an effect on JPEGs only
         opened.load()
-        orientation = _orientation(opened)  # a PNG can have it behind its pixels
+        orientation = _orientation(opened)  # after loading: a PNG can store it after its pixels
         pixels = _over_white(_square(opened, size))
         if orientation in _ORIENTATIONS:
             pixels = pixels.transpose(_ORIENTATIONS[orientation])
@@ -113,17 +130,31 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None
     except Exception as error:
-        # Pillow's decoders raise nearly anything for damaged bytes: OSError, SyntaxError, ValueError, struct.error, IndexError
-        raise BadImage(f"cannot be decoded: {_words(error)}") from None
+        # for damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError,
+        # ValueError, struct.error, IndexError
+        raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
 
 
 def decode_batch(
     samples: Iterable[EncodedSample], size: int, max_pixels: int, count: int | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Pixels of many samples, uint8 [n, 3, size, size], and for each "" or why it has none; its pixels are then zero.
+    """Decode many samples.
 
-    count  how many samples there are; needed where they have no length. They are taken one by one, so that what a generator reads
-           need not be in memory all at once
+    Parameters
+    ----------
+    samples : Iterable[EncodedSample]
+        Taken one by one: what a generator reads need not be in memory all at once.
+    size, max_pixels : int
+        As for `decode`.
+    count : int, optional
+        Number of samples. Needed if `samples` has no length.
+
+    Returns
+    -------
+    pixels : np.ndarray
+        uint8 [n, 3, size, size]; zero where a sample has no usable image.
+    reasons : list[str]
+        For each sample "" or the reason why it has no pixels.
     """
     if count is None:
         samples = list(samples)
@@ -142,32 +173,35 @@ def decode_batch(
 
 
 def jpeg_pixels(data: bytes, max_pixels: int) -> int:
-    """The number of pixels of a plain JPEG, one on which decoders agree; 0 for anything else, whether or not it is an image.
+    """Return the number of pixels of a plain JPEG, or 0 for any other data.
 
-    Plain is: complete to its end marker and one picture, greyscale or YCbCr, upright, with at most `max_pixels`. Only the header is read.
+    All decoders agree on plain JPEGs: complete up to the end marker, a single picture, greyscale or
+    YCbCr, upright, with at most `max_pixels`. Only the header is read.
     """
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return 0
     try:
         image = _from_bytes(data)
-        stored_as_rgb = image.info.get("adobe_transform") == 0 or [
-            layer[0] for layer in getattr(image, "layer", ())
-        ] == [*b"RGB"]
-        plain = image.format == "JPEG" and (
-            image.mode == "L" or (image.mode == "RGB" and not stored_as_rgb)
-        )
         count = image.width * image.height
-        return (
-            count
-            if plain and 0 < count <= max_pixels and _orientation(image) not in _ORIENTATIONS
-            else 0
+        plain = (
+            image.format == "JPEG"
+            and (image.mode == "L" or (image.mode == "RGB" and not _stored_as_rgb(image)))
+            and 0 < count <= max_pixels
+            and _orientation(image) not in _ORIENTATIONS
         )
     except Exception:
-        return 0  # whoever decodes it says what is wrong
+        return 0  # `decode` reports what is wrong
+    return count if plain else 0
+
+
+def _stored_as_rgb(jpeg: Image.Image) -> bool:
+    """Whether a JPEG stores RGB channels instead of YCbCr."""
+    layers = [layer[0] for layer in getattr(jpeg, "layer", ())]
+    return jpeg.info.get("adobe_transform") == 0 or layers == [*b"RGB"]
 
 
 def encode_thumbnail(pixels: np.ndarray, quality: int = 88) -> bytes:
-    """A JPEG of uint8 [3, height, width], for reports."""
+    """Return uint8 [3, height, width] as a JPEG, for reports."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(
         buffer, "JPEG", quality=quality, subsampling=0
@@ -194,15 +228,17 @@ def _from_bytes(data: bytes) -> ImageFile.ImageFile:
         raise BadImage("empty: 0 bytes")
     with _own_limit():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.decodermaxblock = max(
-        ImageFile.MAXBLOCK, len(data)
-    )  # all in one piece; in several, JPEGs are scanned in part twice
+    # decode in one piece: in several pieces, parts of a JPEG are scanned twice
+    image.decodermaxblock = max(ImageFile.MAXBLOCK, len(data))
     return image
 
 
 @contextlib.contextmanager
 def _own_limit() -> Iterator[None]:
-    """Pillow's limit of pixels is lifted: it is one for the whole process, ours is the caller's and checked before decoding."""
+    """Lift Pillow's pixel limit, which applies to the whole process.
+
+    Our limit is the caller's `max_pixels` and is checked before decoding.
+    """
     with _limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -212,7 +248,7 @@ def _own_limit() -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    if not image.info.get("exif"):  # nor has a TIFF any: Pillow turns it itself when it loads it
+    if not image.info.get("exif"):  # always so for a TIFF: Pillow rotates it while loading
         return 1
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
@@ -221,7 +257,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """The image as L, RGB or RGBA, the modes that can be resized faithfully."""
+    """Return the image as L, RGB or RGBA, the modes that can be resized faithfully."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -229,16 +265,16 @@ def _plain(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise BadImage("floating-point pixels are not supported")
-    wanted = "RGBA" if image.has_transparency_data else "L" if image.mode in {"1", "L"} else "RGB"
-    return image if image.mode == wanted else image.convert(wanted)
+    mode = "RGBA" if image.has_transparency_data else "L" if image.mode in {"1", "L"} else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    """The central square, resized, as L, RGB or RGBA."""
+    """Return the central square, resized, as L, RGB or RGBA."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.mode not in {"L", "RGB"} or image.has_transparency_data:
-        # converted is the square and what the filter reads beside it, not all of a long image
+        # convert only the square and the pixels next to it that the filter reads
         margin = side // size + 2
         x, y = max(0, left - margin), max(0, top - margin)
         with _own_limit():
@@ -265,5 +301,5 @@ def _over_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,24 +1,27 @@
-"""Where networks compute: threads and memory of a process, and bringing samples there, as many at a time as it has room for."""
+"""Threads and memory of this process, transfers to a device, and the batch size."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""Parameters of mallopt, from glibc's malloc.h."""
 
 
 def set_threads(threads: int) -> None:
-    """This process computes on so many threads from now on, and keeps the memory that it frees.
+    """Compute with this many threads in this process, and keep freed memory.
 
-    A batch asks for the same large tensors as the one before; given back to the system and cleared anew each time, they take up to a third of
-    the time (benchmarks/results/pipeline-cpu.txt). Only glibc does that, and only there something changes.
+    Every batch allocates the same large tensors as the batch before. Returning that memory to the
+    system and clearing it again takes up to a third of the time
+    (benchmarks/results/pipeline-cpu.txt). Only glibc returns it, so memory is only kept there.
     """
     torch.set_num_threads(threads)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -28,9 +31,10 @@ def set_threads(threads: int) -> None:
 
 
 def to_device(values: Any, device: str | torch.device) -> Tensor:
-    """Values (an array or a tensor) as a tensor on a device.
+    """Return values (an array or a tensor) as a tensor on a device.
 
-    To a GPU they go from page-locked memory, so that neither side waits: the next batch is made ready while the GPU has the one before.
+    Transfers to a GPU go through page-locked memory, so neither side waits: the next batch is
+    prepared while the GPU processes the one before.
     """
     tensor = torch.as_tensor(values)
     if torch.device(device).type != "cuda" or tensor.is_cuda:
@@ -39,20 +43,53 @@ def to_device(values: Any, device: str | torch.device) -> Tensor:
 
 
 class AdaptiveBatch:
-    """Runs functions over samples, so many at a time; half as many from then on, where the memory of the GPU does not do.
+    """Apply functions batch by batch, with smaller batches if GPU memory runs out.
 
-    size  samples at a time: what one sample takes depends on the network, the function and whatever else is on the GPU
+    Each time a function runs out of GPU memory the batch size is halved. It stays at the smaller
+    value for all later calls.
+
+    Parameters
+    ----------
+    size : int
+        Samples per batch to start with. How much memory a sample takes depends on the network, the
+        function and whatever else uses the GPU.
+
+    Attributes
+    ----------
+    size : int
+        Samples per batch now.
+
+    Examples
+    --------
+    >>> batched = AdaptiveBatch(64)
+    >>> parts = batched(lambda rows: network(rows), images)  # doctest: +SKIP
+    >>> outputs = torch.cat(parts)  # doctest: +SKIP
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, function: Callable[..., Any], *values: Any) -> list[Any]:
-        """What the function gives for consecutive parts of arrays or tensors with as many rows; of no rows, for the one empty part.
+    def __call__(self, function: Callable[..., T], *values: Any) -> list[T]:
+        """Return the results of the function for consecutive batches.
 
-        Raises torch.OutOfMemoryError where there is no room for a single sample.
+        Parameters
+        ----------
+        function : callable
+            Called with one slice of each of `values`.
+        *values : array or tensor
+            Arrays or tensors with the same number of rows.
+
+        Returns
+        -------
+        list
+            One result per batch. Without any rows, the result for one empty batch.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If not even a single sample fits.
         """
-        results: list[Any] = []
+        results: list[T] = []
         start, rows = 0, len(values[0])
         while start < rows or not results:
             try:
@@ -63,7 +100,7 @@ class AdaptiveBatch:
             else:
                 start += self.size
                 continue
-            # here, and not where it is caught: the error holds on to what the function had
+            # Not inside `except`: until it ends, the error keeps the function's tensors alive.
             self.size = -(-min(self.size, rows) // 2)
             torch.cuda.empty_cache()
         return results

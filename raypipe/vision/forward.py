@@ -1,8 +1,9 @@
-"""What a proxy makes of images: the embedding, and what it says of each of them."""
+"""Forward pass of a proxy: the embedding of each image, and statistics of the prediction."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,14 +13,49 @@ from raypipe.vision.devices import AdaptiveBatch, to_device
 from raypipe.vision.output_statistics import output_statistics
 
 
-def forward(
-    model: Any, images: Any, labels: np.ndarray, batched: AdaptiveBatch, device: str, amp: bool
-) -> dict[str, np.ndarray]:
-    """What a proxy makes of images: embedding [n, d]; prediction, confidence, loss, margin, entropy [n].
+class EmbeddingModel(Protocol):
+    """The part of a proxy that `forward` needs; `raypipe.vision.networks.ProxyNet` has it."""
 
-    images  pixels uint8 [n, 3, size, size], an array or a tensor;  amp  in bfloat16 where it is safe
-    Loss and margin of an unlabelled sample, label -1, are those of the predicted class.
-    A GPU is waited for once, at the end: until then what comes out stays there.
+    @property
+    def embed(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+
+def forward(
+    model: EmbeddingModel,
+    images: np.ndarray | torch.Tensor,
+    labels: np.ndarray,
+    batched: AdaptiveBatch,
+    device: str,
+    amp: bool,
+) -> dict[str, np.ndarray]:
+    """Return the embedding and the prediction statistics of every image.
+
+    Parameters
+    ----------
+    model : EmbeddingModel
+        The proxy, or anything with its `embed` and `head`.
+    images : np.ndarray or Tensor
+        Pixels, uint8 [n, 3, size, size].
+    labels : np.ndarray
+        Int [n]; -1 for unlabelled samples. Their loss and margin are those of the predicted class.
+    batched : AdaptiveBatch
+        Decides how many images go through the network at a time.
+    device : str
+        Device of the model.
+    amp : bool
+        Use bfloat16 where that is safe.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        embedding [n, d]; prediction, confidence, loss, margin, entropy [n].
+
+    Notes
+    -----
+    The CPU waits for the GPU once, at the end: until then all outputs stay on the GPU.
     """
 
     def outputs(images: Any, labels: np.ndarray) -> dict[str, torch.Tensor]:
@@ -27,12 +63,12 @@ def forward(
         logits = model.head(embedding).float()
         prediction = logits.argmax(1)
         target = to_device(labels.astype(np.int64), device)
-        found = output_statistics(logits, torch.where(target < 0, prediction, target))
+        statistics = output_statistics(logits, torch.where(target < 0, prediction, target))
         return {
             "embedding": embedding.float(),
             "prediction": prediction.int(),
             "confidence": logits.softmax(1).amax(1),
-            **{name: found[name] for name in PROXY_STATISTICS},
+            **{name: statistics[name] for name in PROXY_STATISTICS},
         }
 
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):

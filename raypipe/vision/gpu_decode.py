@@ -1,13 +1,16 @@
-"""JPEGs decoded by torchvision, many in one call: on a GPU by nvJPEG. `embed.decode` asks for it.
+"""Decode many JPEGs in one call with torchvision, on a GPU by nvJPEG; enabled by `embed.decode`.
 
-A task sets JPEGs aside for the actor that has the GPU; whatever is not a plain JPEG (`raypipe.vision.decode.jpeg_pixels`) it decodes itself. What the
-call for many refuses goes through `raypipe.vision.decode.decode` as well, image by image, so that the same samples are rejected, in the
-same words.
+A task passes plain JPEGs (see `raypipe.vision.decode.jpeg_pixels`) on to the actor that holds the
+GPU and decodes all other images itself. JPEGs that the batch call refuses also go through
+`raypipe.vision.decode.decode`, one by one. So the same samples are rejected, with the same
+messages.
 
-Pixels are those of full decoding and an antialiased resize. On a CPU, with libjpeg, they differ from `raypipe.vision.decode.decode` by what scaled
-decoding does, stated there, by one level of rounding, and at the two edges where a long image was cut, since here the filter does not see
-what is beyond. nvJPEG has its own transform and its own way to enlarge the colour channels: the
-stated tolerance is a mean difference of `TOLERANCE` levels of 255 over photographs; a test holds it where there is a GPU.
+The pixels are those of decoding at full scale with an antialiased resize. On a CPU, with libjpeg,
+they differ from `raypipe.vision.decode.decode` by the effect of scaled decoding (stated there),
+by one level of rounding, and at the two edges where a long image was cropped, since here the
+filter does not see the pixels beyond. nvJPEG has its own transform and its own way to upsample
+the colour channels. The stated tolerance is a mean difference of `TOLERANCE` levels of 255 over
+photographs; a test checks it where a GPU is available.
 """
 
 from __future__ import annotations
@@ -25,32 +28,44 @@ from raypipe.errors import RaypipeError
 from raypipe.vision.decode import BadImage, EncodedSample, decode, decode_batch, jpeg_pixels
 
 TOLERANCE = 3.0
+"""Mean difference in levels of 255, over photographs, within which a GPU agrees with the CPU."""
 MAX_PIXELS_PER_CALL = 1 << 24
-"""Pixels of the images decoded in one call, of three bytes each; one image may have more."""
+"""Pixels decoded in one call, of three bytes each; a single image can have more."""
 MAX_BYTES_PER_TASK = 1 << 30
-"""Encoded bytes that a task passes on at most; what is beyond it decodes itself."""
+"""Encoded bytes that a task passes on; it decodes the remaining images itself."""
 
 
 def split_off_jpegs(
     samples: Iterable[EncodedSample], size: int, max_pixels: int
 ) -> tuple[list[bytes], list[int], list[str]]:
-    """What a task passes on of samples whose JPEGs are decoded elsewhere.
+    """Separate plain JPEGs, which are decoded elsewhere, and decode all other samples.
 
-    Returns, for each: a JPEG, or uint8 [3, size, size] as bytes; the pixels of the JPEG, or 0; "" or why there is no image, which is
-    then b"".
+    Returns
+    -------
+    images : list[bytes]
+        For each sample an encoded JPEG, or uint8 [3, size, size] as bytes, or b"" if there is no
+        image.
+    pixels : list[int]
+        For each sample the number of pixels of the JPEG, or 0 if it is not an encoded JPEG.
+    reasons : list[str]
+        For each sample "" or the reason why there is no image.
     """
     images: list[bytes] = []
     pixels: list[int] = []
     reasons: list[str] = []
-    held = 0
+    encoded_bytes = 0
     for sample in samples:
         data, count, reason = sample.image, 0, ""
-        if isinstance(data, bytes) and not sample.reason and held + len(data) <= MAX_BYTES_PER_TASK:
+        if (
+            isinstance(data, bytes)
+            and not sample.reason
+            and encoded_bytes + len(data) <= MAX_BYTES_PER_TASK
+        ):
             count = jpeg_pixels(data, max_pixels)
         if count:
             assert isinstance(data, bytes)
             images.append(data)
-            held += len(data)
+            encoded_bytes += len(data)
         else:
             decoded, (reason,) = decode_batch([sample], size, max_pixels)
             images.append(b"" if reason else decoded.tobytes())
@@ -67,44 +82,68 @@ def decode_jpegs(
     device: str,
     max_images: int,
 ) -> tuple[Tensor, list[str]]:
-    """The inverse of `split_off_jpegs`: uint8 [n, 3, size, size] on the device, and for each JPEG "" or why it cannot be decoded.
+    """Complete what `split_off_jpegs` began: decode the JPEGs and collect all pixels on the device.
 
-    max_images   images in one call, at most
-    Where there is no image, pixels are zero.
+    Parameters
+    ----------
+    images, pixels
+        As returned by `split_off_jpegs`.
+    size, max_pixels : int
+        As for `raypipe.vision.decode.decode`.
+    device : str
+        Device that decodes and that holds the result.
+    max_images : int
+        Images per call.
+
+    Returns
+    -------
+    result : Tensor
+        uint8 [n, 3, size, size] on the device; zero where there is no image.
+    reasons : list[str]
+        For each JPEG "" or the reason why it cannot be decoded.
     """
     result = torch.zeros((len(images), 3, size, size), dtype=torch.uint8, device=device)
     reasons = [""] * len(images)
-    here = [row for row in range(len(images)) if not pixels[row] and images[row]]
-    if here:
+    decoded = [row for row in range(len(images)) if not pixels[row] and images[row]]
+    if decoded:
         array = np.stack(
-            [np.frombuffer(images[row], np.uint8).reshape(3, size, size) for row in here]
+            [np.frombuffer(images[row], np.uint8).reshape(3, size, size) for row in decoded]
         )
-        result[torch.tensor(here, device=device)] = torch.from_numpy(array).to(device)
+        result[torch.tensor(decoded, device=device)] = torch.from_numpy(array).to(device)
     for rows in _calls(pixels, max_images):
         try:
             result[torch.tensor(rows, device=device)] = _decode(
                 [images[row] for row in rows], size, device
             )
-        except RuntimeError:  # of one of them, which is not named
+        except RuntimeError:  # raised for one of them, without naming it
             for row in rows:
-                reasons[row] = _one(images[row], size, max_pixels, device, result[row])
+                reasons[row] = _decode_one(images[row], size, max_pixels, device, result[row])
     return result, reasons
 
 
 def check_gpu_decoding(device: str) -> None:
-    """Raises RaypipeError where torchvision cannot decode JPEGs on a device; without this, all would be decoded one by one on the CPU."""
+    """Check that torchvision can decode JPEGs on a device.
+
+    Without this check every JPEG would silently be decoded on the CPU, one by one.
+
+    Raises
+    ------
+    RaypipeError
+        If it cannot.
+    """
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "white").save(buffer, "JPEG")
     try:
         _decode([buffer.getvalue()], 8, device)
     except (RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise RaypipeError(
-            f"torchvision cannot decode JPEGs on {device} ({' '.join(str(error).split())[:200]}); set embed.decode to cpu"
+            f"torchvision cannot decode JPEGs on {device} ({reason}); set embed.decode to cpu"
         ) from None
 
 
 def _calls(pixels: Sequence[int], max_images: int) -> Iterable[list[int]]:
-    """Rows of the JPEGs of each call."""
+    """Yield the rows of the JPEGs of each call."""
     rows: list[int] = []
     total = 0
     for row, count in enumerate(pixels):
@@ -119,7 +158,8 @@ def _calls(pixels: Sequence[int], max_images: int) -> Iterable[list[int]]:
         yield rows
 
 
-def _one(data: bytes, size: int, max_pixels: int, device: str, into: Tensor) -> str:
+def _decode_one(data: bytes, size: int, max_pixels: int, device: str, into: Tensor) -> str:
+    """Decode one JPEG into a tensor; return "" or the reason why it cannot be decoded."""
     try:
         into.copy_(_decode([data], size, device)[0])
     except RuntimeError:
@@ -131,7 +171,7 @@ def _one(data: bytes, size: int, max_pixels: int, device: str, into: Tensor) -> 
 
 
 def _decode(encoded: Sequence[bytes], size: int, device: str) -> Tensor:
-    """uint8 [n, 3, size, size] on the device. Raises RuntimeError where one cannot be decoded."""
+    """Return uint8 [n, 3, size, size] on the device; raise RuntimeError if any image fails."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
     data = [torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in encoded]
@@ -141,7 +181,7 @@ def _decode(encoded: Sequence[bytes], size: int, device: str) -> Tensor:
 
 
 def _square(image: Tensor, size: int) -> Tensor:
-    """The central square of [3, height, width], resized as `raypipe.vision.decode` does."""
+    """Return the central square of [3, height, width], resized as in `raypipe.vision.decode`."""
     height, width = image.shape[1:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

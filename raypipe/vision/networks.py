@@ -1,7 +1,7 @@
-"""Proxies: torchvision networks with a stem for small images, and one small network.
+"""Proxy networks: torchvision networks with a stem for small images, and one small network.
 
-A `Proxy` is a backbone that gives an embedding and a linear head that gives logits; pixels go in as uint8 and are
-normalised inside, so that every caller treats them alike.
+A `ProxyNet` consists of a backbone, which computes an embedding, and a linear head, which computes
+logits. Pixels go in as uint8 and are normalised inside, so every caller treats them alike.
 """
 
 from __future__ import annotations
@@ -17,11 +17,27 @@ from raypipe.errors import ConfigError
 
 
 class ProxyNet(nn.Module):
-    """Image classifier in two parts.
+    """Image classifier that consists of a backbone and a linear head.
 
-    backbone       float [n, 3, size, size] -> embedding [n, d]
-    head           embedding [n, d] -> logits [n, classes]
-    mean, std      per channel, of pixels scaled to 0..1
+    Parameters
+    ----------
+    backbone : nn.Module
+        Maps float [n, 3, size, size] to embeddings [n, width].
+    width : int
+        Length of an embedding.
+    classes : int
+        Number of classes.
+    mean, std : Sequence[float]
+        Per channel, for pixels scaled to 0..1.
+
+    Attributes
+    ----------
+    backbone : nn.Module
+        As above.
+    head : nn.Linear
+        Maps embeddings [n, width] to logits [n, classes].
+    mean, std : Tensor
+        Buffers [1, 3, 1, 1].
     """
 
     mean: Tensor
@@ -42,12 +58,12 @@ class ProxyNet(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, 3, size, size] -> float [n, d]."""
+        """Map uint8 [n, 3, size, size] to embeddings, float [n, width]."""
         scaled = pixels.to(self.mean.dtype).div(255)
         return self.backbone((scaled - self.mean) / self.std)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, 3, size, size] -> logits [n, classes]."""
+        """Map uint8 [n, 3, size, size] to logits [n, classes]."""
         return self.head(self.embed(pixels))
 
 
@@ -58,15 +74,29 @@ def build(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
 ) -> ProxyNet:
-    """A proxy with fresh weights from torch's global generator.
+    """Return a proxy with fresh weights, drawn from torch's global generator.
 
-    Raises ConfigError for an unknown name.
+    Parameters
+    ----------
+    name : str
+        One of `raypipe.config.choices.PROXY_MODELS`.
+    classes : int
+        Number of classes.
+    image_size : int
+        Side of the images in pixels; small images get a smaller stem.
+    mean, std : Sequence[float]
+        Per channel, for pixels scaled to 0..1.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown.
     """
     if name == "small":
-        return ProxyNet(_small(24), 96, classes, mean, std)
+        return ProxyNet(_small_resnet(24), 96, classes, mean, std)
     if name not in PROXY_MODELS:
         raise ConfigError(f"proxy.model: {name!r} is not one of {', '.join(PROXY_MODELS)}")
-    import torchvision  # takes as long to import as torch itself; the small network does without
+    import torchvision  # slow to import (as slow as torch) and not needed for the small network
 
     network = torchvision.models.get_model(name, weights=None)
     width = network.fc.in_features
@@ -76,7 +106,10 @@ def build(
 
 
 def _adapt_stem(network: nn.Module, image_size: int) -> None:
-    """A stem made for 224 pixels would leave 1x1 maps of a small image: below 128 pixels the pooling goes, below 48 the stride too."""
+    """Remove downsampling for small images: a stem for 224 pixels would leave 1x1 maps.
+
+    Below 128 pixels the pooling is removed, below 48 pixels the stride as well.
+    """
     if image_size >= 128:
         return
     stride = 1 if image_size < 48 else 2
@@ -86,7 +119,9 @@ def _adapt_stem(network: nn.Module, image_size: int) -> None:
     network.maxpool = nn.Identity()
 
 
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a skip connection."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -104,15 +139,20 @@ class _Block(nn.Module):
         return torch.relu(self.second_norm(self.second(y)) + self.skip(x))
 
 
-def _small(width: int) -> nn.Module:
-    """A residual network of 0.3 M parameters for small images: three blocks of `width`, 2 and 4 times `width` channels."""
+def _small_resnet(width: int) -> nn.Module:
+    """Return a residual network for small images.
+
+    Three blocks have `width`, 2 `width` and 4 `width` channels.
+
+    With `width` 24 it has 0.3 M parameters.
+    """
     return nn.Sequential(
         nn.Conv2d(3, width, 3, 1, 1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
-        _Block(width, width, 1),
-        _Block(width, 2 * width, 2),
-        _Block(2 * width, 4 * width, 2),
+        _ResidualBlock(width, width, 1),
+        _ResidualBlock(width, 2 * width, 2),
+        _ResidualBlock(2 * width, 4 * width, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )

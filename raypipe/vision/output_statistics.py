@@ -1,4 +1,4 @@
-"""What one forward pass says of a sample."""
+"""Statistics of the proxy's output for each sample, from one forward pass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from torch import Tensor
 
 
 def output_statistics(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
-    """Loss, margin, distance and entropy, [n] each, as `raypipe.scores.trajectory.Trajectory` has them; names in that order.
+    """Return loss, margin, distance and entropy of every sample.
 
-    logits  float [n, classes], at least two classes
-    label   int64 [n]
+    Parameters
+    ----------
+    logits : Tensor
+        Float [n, classes] with at least two classes.
+    label : Tensor
+        Int64 [n].
+
+    Returns
+    -------
+    dict[str, Tensor]
+        By name, [n] each, in the order of `raypipe.scores.trajectory.STATISTICS`. They are
+        defined in `raypipe.scores.trajectory.Trajectory`.
     """
     column = label[:, None]
     probabilities = logits.softmax(1)

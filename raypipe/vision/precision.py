@@ -1,4 +1,4 @@
-"""In which arithmetic gradients are taken on a GPU. A CPU computes in float32 whatever is asked."""
+"""The arithmetic of gradients on a GPU. A CPU always computes in float32."""
 
 from __future__ import annotations
 
@@ -10,23 +10,32 @@ import torch
 
 @contextmanager
 def use_precision(precision: str, device: str) -> Iterator[None]:
-    """Sets torch's arithmetic for the time being.
+    """Set torch's arithmetic inside a `with` block.
 
-    precision  float32: exact, without the TF32 that PyTorch otherwise allows itself in convolutions;
-               tf32: products of 10-bit mantissas, summed in float32;
-               bfloat16: autocast, weights stay float32
-    device     cuda or cpu
+    Parameters
+    ----------
+    precision : {"float32", "tf32", "bfloat16"}
+        float32: exact, without the TF32 that PyTorch allows in convolutions by default.
+        tf32: products with 10-bit mantissas, summed in float32.
+        bfloat16: autocast; weights stay float32.
+    device : {"cuda", "cpu"}
+        Nothing changes on a CPU.
+
+    Raises
+    ------
+    ValueError
+        If the precision is unknown.
     """
     if precision not in ("float32", "tf32", "bfloat16"):
-        raise ValueError(f"precision {precision!r} is not float32, tf32 or bfloat16")
+        raise ValueError(f"precision {precision!r} is not one of float32, tf32, bfloat16")
     if device != "cuda":
         yield
         return
-    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolution.allow_tf32, product.allow_tf32
-    convolution.allow_tf32 = product.allow_tf32 = precision != "float32"
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = precision != "float32"
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
             yield
     finally:
-        convolution.allow_tf32, product.allow_tf32 = before
+        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -1,4 +1,7 @@
-"""BatchNorm over the whole batch of a data-parallel training, so that the number of workers changes rounding and nothing else."""
+"""BatchNorm over the whole batch of a data-parallel training.
+
+With it, the number of workers changes nothing but rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,20 @@ from torch import Tensor, nn
 
 
 def synchronize_batchnorm(model: nn.Module, gpu: bool) -> nn.Module:
-    """The model with BatchNorm layers that take mean and variance over the parts of a batch on all workers together.
+    """Return the model with BatchNorm statistics computed over all workers together.
 
-    Call it on every worker after torch.distributed is ready and before the model is wrapped; names and shapes of weights stay. On GPUs
-    this is `torch.nn.SyncBatchNorm`, which has no CPU kernels. Of a single worker the model is returned as it is.
+    Call it on every worker after torch.distributed is initialised and before the model is
+    wrapped. Names and shapes of the weights do not change. On GPUs this uses
+    `torch.nn.SyncBatchNorm`, which has no CPU kernels. With a single worker the model is returned
+    unchanged.
     """
     if distributed.get_world_size() == 1:
         return model
     if gpu:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    group = (
-        distributed.new_group()
-    )  # gradients are averaged in the group of all; the two never wait for one another
+    # Gradients are averaged in the default group. With a group of their own, statistics and
+    # gradients never wait for each other.
+    group = distributed.new_group()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = _SharedBatchNorm
@@ -30,7 +35,10 @@ def synchronize_batchnorm(model: nn.Module, gpu: bool) -> nn.Module:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all workers; so is that of its gradients, since what is shared matters for every worker's loss."""
+    """Sum over all workers, in the forward pass and for its gradients.
+
+    The gradients are summed because the shared statistics affect every worker's loss.
+    """
 
     @staticmethod
     def forward(context: Any, x: Tensor, group: Any) -> Tensor:
@@ -47,19 +55,20 @@ class _Sum(torch.autograd.Function):
 
 
 class _SharedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d with mean and variance over the batches of all workers in `group`."""
+
     group: Any
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         dims, shape = (0, 2, 3), (1, -1, 1, 1)
-        count = x.new_tensor(
-            [x.numel() / x.shape[1]]
-        )  # a worker's part may be larger than another's, or empty
+        # parts of a batch differ in size and can be empty
+        count = x.new_tensor([x.numel() / x.shape[1]])
         distributed.all_reduce(count, group=self.group)
         mean = _Sum.apply(x.sum(dims), self.group) / count
         centred = x - mean.view(shape)
-        # in two passes, since the difference of two large sums would lose what tells workers apart from rounding
+        # in two passes: the difference of two large sums would lose too much precision
         variance = _Sum.apply(centred.square().sum(dims), self.group) / count
         if (
             self.track_running_stats

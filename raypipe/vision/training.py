@@ -1,7 +1,8 @@
-"""The mathematics of training a proxy: order, augmentation, learning rate, optimiser state. No Ray, no storage.
+"""The mathematics of training a proxy: batch order, augmentation, learning rate, saved state.
 
-Everything random derives from (seed, epoch, step) and every batch is defined over the whole seed set, so that a training
-that was interrupted, or that runs on another number of workers, sees the same batches and the same augmentation.
+Every random draw derives from (seed, epoch, step), and every batch is defined over the whole seed
+set. So a training that was interrupted, or that runs on another number of workers, sees the same
+batches and the same augmentation. No Ray, no storage.
 """
 
 from __future__ import annotations
@@ -22,25 +23,24 @@ WARM_UP_SHARE = 0.2
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in an epoch; they are of nearly equal size, none is dropped."""
+    """Return the number of batches in an epoch: nearly equal in size, and none is dropped."""
     return max(1, math.ceil(samples / batch_size))
 
 
 def learning_rate(settings: ProxySettings, step: int, steps: int) -> float:
-    """The learning rate of optimiser step `step` of `steps` (0-based)."""
+    """Return the learning rate of optimiser step `step` (0-based) of `steps`."""
     if settings.schedule == "constant":
         return settings.lr
     warm = int(WARM_UP_SHARE * steps) if settings.schedule == "onecycle" else 0
     if step < warm:
         return settings.lr * (step + 1) / (warm + 1)
-    turned = (step - warm) / max(1, steps - 1 - warm)
-    return settings.lr * (
-        FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * turned))
-    )
+    progress = (step - warm) / max(1, steps - 1 - warm)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
 
 
 def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Rows of every batch of an epoch, the same on every worker."""
+    """Return the rows of every batch of an epoch, the same on every worker."""
     order = np.random.default_rng([seed, epoch, 0]).permutation(samples)
     return np.array_split(order, steps_per_epoch(samples, batch_size))
 
@@ -48,9 +48,23 @@ def epoch_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[
 def augment(
     images: np.ndarray, settings: ProxySettings, epoch: int, step: int, part: slice
 ) -> np.ndarray:
-    """Random flips and shifts, drawn for the whole batch and applied to one worker's part of it.
+    """Apply random flips and shifts, drawn for the whole batch, to one worker's part of it.
 
-    images  uint8 [n, 3, size, size], the whole batch;  returns the augmented images[part]
+    Parameters
+    ----------
+    images : np.ndarray
+        The whole batch, uint8 [n, 3, size, size].
+    settings : ProxySettings
+        Seed, flip and crop_padding.
+    epoch, step : int
+        Together with the seed they determine the draws.
+    part : slice
+        This worker's samples.
+
+    Returns
+    -------
+    np.ndarray
+        The augmented images[part].
     """
     count, size = len(images), images.shape[-1]
     random = np.random.default_rng([settings.seed, epoch, 1 + step])
@@ -60,7 +74,7 @@ def augment(
     if settings.flip:
         images = np.where(flips[:, None, None, None], images[..., ::-1], images)
     if settings.crop_padding:
-        # a shifted index, reflected at the border
+        # shift the index and reflect it at the border
         base = np.arange(size)
         rows = _reflect(base[None] + shifts[:, :1], size)
         columns = _reflect(base[None] + shifts[:, 1:], size)
@@ -76,6 +90,7 @@ def _reflect(index: np.ndarray, size: int) -> np.ndarray:
 
 
 def make_optimizer(settings: ProxySettings, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser of the settings for all parameters of the model."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -90,7 +105,10 @@ def make_optimizer(settings: ProxySettings, model: nn.Module) -> torch.optim.Opt
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything needed to go on, as flat tensors: weights as `model.NAME`, optimiser as `optimizer.SLOT.INDEX`."""
+    """Return the state needed to resume training, as flat tensors.
+
+    Weights are named `model.NAME`, optimiser state `optimizer.SLOT.INDEX`.
+    """
     state = {
         f"model.{name}": value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
@@ -107,7 +125,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def restore_training(
     state: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """The inverse of `training_state`."""
+    """Load the result of `training_state` into a model and its optimiser."""
     model.load_state_dict(
         {
             name.removeprefix("model."): value
