@@ -1,1 +1,1 @@
-"""Measured scores: one file each, the paper's formula at its top. Higher always means: keep."""
+"""Measured scores, one file each with the paper's formula at the top. Higher always means: keep."""

@@ -1,8 +1,9 @@
-"""BatchNorm recalibration: the running statistics of a checkpoint, estimated anew on the seed set.
+"""BatchNorm recalibration: estimate the running statistics of a checkpoint again, on the seed set.
 
-While the learning rate is high, the exponential averages that BatchNorm keeps lag behind the weights, and in eval mode the
-network is not the one that was trained: its gradients can be many times larger. One pass in train mode with equal weight for
-every batch mends that, as in stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
+While the learning rate is high, BatchNorm's exponential averages lag behind the weights. In eval
+mode the network then is not the one that was trained: its gradients can be many times larger. One
+pass in train mode with equal weight for every batch fixes this, as in stochastic weight averaging
+(Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
 """
 
 from __future__ import annotations
@@ -15,9 +16,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Set the running mean and variance of every BatchNorm to their average over `batches`; weights stay as they are.
+    """Set the running mean and variance of every BatchNorm to their average over the batches.
 
-    A network without BatchNorm is left alone, and no batch is asked for. `torch.optim.swa_utils.update_bn` would have dropout on.
+    The weights do not change. A network without BatchNorm is left alone, and no batch is read.
+    `torch.optim.swa_utils.update_bn` is not used because it would enable dropout.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    batches : Iterable[Tensor]
+        Inputs of the model, [n, ...] each.
+
+    Returns
+    -------
+    nn.Module
+        The model, in eval mode.
     """
     layers = [
         module

@@ -1,12 +1,17 @@
 """DUAL: Difficulty and Uncertainty-Aware Lightweight score, for early epochs.
 
-Source: Cho et al., "Lightweight Dataset Pruning without Full Training via Example Difficulty and Prediction Uncertainty",
-ICML 2025 (arXiv 2502.06905):
+With the probability p of the label and windows of J = 10 epochs:
 
-    DUAL(x) = mean_k [ std(p_k .. p_{k+J-1}) * (1 - mean(p_k .. p_{k+J-1})) ],    p the label's probability, J = 10
+    DUAL(x) = mean_k [ std(p_k .. p_{k+J-1}) * (1 - mean(p_k .. p_{k+J-1})) ]
 
-over the first 30 epochs (CIFAR) or 60 (ImageNet). Higher means keep. All windows count; the factor 10 of the official code
-does not change the ranking and is left out; its deviation is that of `torch.std` (ddof 1).
+over the first 30 epochs (CIFAR) or 60 (ImageNet). Higher means keep. All windows count. The
+standard deviation is that of `torch.std` (ddof 1). The official code multiplies by 10; this does
+not change the ranking and is left out.
+
+References
+----------
+Cho et al., "Lightweight Dataset Pruning without Full Training via Example Difficulty and Prediction
+Uncertainty", ICML 2025 (arXiv 2502.06905).
 """
 
 from __future__ import annotations
@@ -17,11 +22,21 @@ from raypipe.scores.trajectory import Trajectory, require_epochs, sliding_moment
 
 
 def score(trajectory: Trajectory, window: int = 10, epochs: int | None = 30) -> np.ndarray:
-    """DUAL, float32 [samples].
+    """Return DUAL, float32 [samples].
 
-    window  J, epochs in a window, at least 2
-    epochs  only the first so many epochs count; None: all
-    Raises ScoreError when there is no window for so few epochs.
+    Parameters
+    ----------
+    trajectory : Trajectory
+        Predictions of the proxy.
+    window : int
+        J, epochs in a window; at least 2.
+    epochs : int, optional
+        Use only this many epochs, the first ones. None uses all.
+
+    Raises
+    ------
+    ScoreError
+        If there are fewer epochs than one window.
     """
     own = trajectory.label_probability[:epochs]
     require_epochs("dual", len(own), window, f"window {window}")

@@ -1,4 +1,7 @@
-"""Entropy: mean entropy of the predicted probabilities over epochs, a plain baseline. Higher (less certain) means keep."""
+"""Entropy of the predicted probabilities, averaged over epochs: a plain baseline.
+
+Higher (less certain) means keep.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,21 @@ from raypipe.scores.trajectory import Trajectory, epoch_range
 def score(
     trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = None
 ) -> np.ndarray:
-    """-sum_c p log p, in nats, mean over epochs first_epoch up to and without last_epoch (None: to the end), float32 [samples]."""
+    """Return -sum_c p log p in nats, averaged over epochs, float32 [samples].
+
+    Parameters
+    ----------
+    trajectory : Trajectory
+        Predictions of the proxy.
+    first_epoch, last_epoch : int
+        0-based. The mean is over first_epoch up to but excluding last_epoch; None means up to the
+        end.
+
+    Raises
+    ------
+    ScoreError
+        If there is no such epoch.
+    """
     return (
         trajectory.entropy[epoch_range(trajectory.epochs, first_epoch, last_epoch)]
         .mean(0, dtype=np.float64)

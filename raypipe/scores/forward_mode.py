@@ -1,20 +1,25 @@
-"""Directional derivatives of the loss at the speed limit: forward mode over the network's own graph, BatchNorm folded away.
+"""Fast directional derivatives of the loss: forward mode over the network's traced graph.
 
-`torch.func.jvp` (`raypipe.scores.moso.alignments`) is exact and general, and visits every layer three times: the value,
-the derivative through the input, the derivative through the weights. `Aligner` computes the same number and saves what need not be done:
+`torch.func.jvp` (`raypipe.scores.moso.alignments`) is exact and general, but visits every layer
+three times: for the value, for the derivative through the input, and for the derivative through
+the weights. `Aligner` computes the same number and avoids work:
 
-- BatchNorm in eval mode is linear with fixed numbers: it is folded into the convolution before it, and its part of the direction into that
-  of the convolution (the derivative of the folding, by `torch.func.jvp`), once per checkpoint instead of once per batch;
-- what has no derivative yet (everything before the first weight) is not differentiated;
-- activations are changed in place where nothing else needs them, and weights are laid out once in the format the kernels want.
+- In eval mode BatchNorm is a fixed linear map. It is folded into the preceding convolution, and its
+  part of the direction into the convolution's (by differentiating the folding), once per checkpoint
+  instead of once per batch.
+- Values that have no derivative yet (everything before the first weight) are not differentiated.
+- Activations are changed in place where nothing else needs them, and weights are laid out once in
+  the memory format that the kernels prefer.
 
-Layers without a rule here go through `torch.func.jvp` one by one, so any network that `torch.fx` can trace is served, exactly; one
-that it cannot trace is left to `alignments` as a whole.
+Layers without a rule here go through `torch.func.jvp` one by one. So every network that
+`torch.fx` can trace is supported, exactly. A network that it cannot trace is left to `alignments`
+as a whole.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +34,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from raypipe.scores.moso import alignments, norm_of
 
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "setitem")
+"""Names of in-place operators without a trailing underscore."""
 FRESH = (operator.add, operator.iadd, torch.add, torch.relu, F.relu)
-"""Functions whose results are no views of anything else."""
+"""Functions whose results are never views of other tensors."""
 
 
 @dataclass
 class _Dual:
-    """A value and its derivative along the direction. `own`: no other value lives in the same memory."""
+    """A value and its derivative along the direction.
+
+    Attributes
+    ----------
+    value, tangent : Tensor
+        Of the same shape.
+    own : bool
+        Whether no other value shares the memory, so that it can be overwritten.
+    """
 
     value: Tensor
     tangent: Tensor
@@ -43,14 +57,26 @@ class _Dual:
 
 
 class Aligner:
-    """< direction, grad l_i > of a batch's cross-entropy, for one network and one direction.
+    """Compute < direction, grad l_i > of a batch's cross-entropy, for one network and one
+    direction.
 
-    model          put into eval mode; its weights are read when the object is made
-    direction      tensors shaped like the parameters, usually the mean gradient G_t
-    channels_last  lay out weights, and with them activations, with the channels innermost: what convolution kernels prefer
-    compiled       let `torch.compile` fuse the graph; worth its minute of compilation for many batches of one shape
+    Parameters
+    ----------
+    model : nn.Module
+        Put into eval mode. Its weights are read once, when the object is created.
+    direction : Mapping[str, Tensor]
+        Tensors shaped like the parameters, usually the mean gradient G_t.
+    channels_last : bool
+        Lay out weights, and with them activations, with the channels innermost: the format that
+        convolution kernels prefer.
+    compiled : bool
+        Let `torch.compile` fuse the graph. Compilation takes about a minute, so this pays off for
+        many batches of one shape.
 
-    Raises FloatingPointError when the direction is not finite.
+    Raises
+    ------
+    FloatingPointError
+        If the direction is not finite.
     """
 
     def __init__(
@@ -68,9 +94,8 @@ class Aligner:
         if graph is None:
             self._model, self._direction = model, direction
         else:
-            names = {
-                id(value): name for name, value in model.named_parameters()
-            }  # of two tied weights, the first
+            # tied weights share the name of the first
+            names = {id(value): name for name, value in model.named_parameters()}
             tangents = {
                 name: (direction[names[id(value)]] / self._length).to(value.dtype)
                 if value.requires_grad
@@ -83,11 +108,24 @@ class Aligner:
 
     @property
     def traced(self) -> bool:
-        """Whether the fast way is taken; else every batch goes through `alignments`."""
+        """Whether the network was traced. If not, every batch goes through `alignments`."""
         return self._run is not None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images: input of the model [n, ...];  labels: int64 [n];  returns [n], float32 (float64 for a float64 network)."""
+        """Return the alignment of every sample of a batch.
+
+        Parameters
+        ----------
+        images : Tensor
+            Input of the model, [n, ...].
+        labels : Tensor
+            int64 [n].
+
+        Returns
+        -------
+        Tensor
+            [n], float32 (float64 for a float64 network).
+        """
         if self._run is None:
             return alignments(self._model, self._direction, images, labels)
         with torch.no_grad():
@@ -101,7 +139,11 @@ class Aligner:
 
 
 def _trace(model: nn.Module) -> fx.GraphModule | None:
-    """The network's graph; None where there is none, or where it changes a value in place that is used again: a graph does not tell."""
+    """Return the network's graph, or None if it cannot be traced or used.
+
+    A graph is not usable if it changes a value in place that is used again: the graph does not
+    show this.
+    """
     try:
         module = fx.symbolic_trace(model)
     except Exception:  # whatever a network's own code raises on a symbolic value
@@ -110,7 +152,7 @@ def _trace(model: nn.Module) -> fx.GraphModule | None:
 
 
 def _overwrites(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node changes in place what another one may still use."""
+    """Whether a node changes in place a value that another node might still use."""
     if node.op == "call_module":
         changes = bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     elif node.op == "call_method":
@@ -131,21 +173,21 @@ def _overwrites(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs the graph on values and `_Dual`s."""
+    """Run the graph on plain values and on `_Dual`s."""
 
     def __init__(
         self, module: fx.GraphModule, tangents: Mapping[str, Tensor], layout: torch.memory_format
     ) -> None:
         super().__init__(module)
-        self._convolutions, self._gone = _fold(module, tangents, layout)
-        for name in (*self._convolutions, *self._gone):
-            module.delete_submodule(name)  # their weights live on in the folded ones
+        self._convolutions, self._folded_norms = _fold(module, tangents, layout)
+        for name in (*self._convolutions, *self._folded_norms):
+            module.delete_submodule(name)  # the folded convolutions hold their weights
         self._tangents = {
             name: tangents[name] for name, _ in module.named_parameters(remove_duplicate=False)
         }
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's output and its derivative."""
+        """Return the network's output and its derivative."""
         result = self.run(images)
         return (
             (result.value, result.tangent)
@@ -164,7 +206,7 @@ class _Interpreter(fx.Interpreter):
         )
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self._gone:
+        if target in self._folded_norms:
             return args[0]
         if target in self._convolutions:
             return self._convolutions[target](args[0])
@@ -212,7 +254,7 @@ class _Interpreter(fx.Interpreter):
         )
 
     def _may_overwrite(self, value: Any) -> bool:
-        """Whether the running node is the only one that needs its first argument, so that it may take its memory."""
+        """Whether only the running node needs its first argument, so that it can reuse its memory."""
         argument = self._node.args[0]
         return isinstance(argument, fx.Node) and len(argument.users) == 1 and value.own
 
@@ -231,7 +273,11 @@ class _Interpreter(fx.Interpreter):
 
 
 class _Compiled:
-    """The interpreter's graph of plain tensor operations, compiled for the shape of the first batch; other shapes run as they are."""
+    """The interpreter as a graph of plain tensor operations, compiled for the shape of the first
+    batch.
+
+    Batches of other shapes run uncompiled.
+    """
 
     def __init__(self, interpreter: _Interpreter) -> None:
         self._plain = interpreter.logits
@@ -248,6 +294,7 @@ class _Compiled:
 
 
 def _shared(value: Any) -> Any:
+    """Mark a value as one that shares its memory with another."""
     return _Dual(value.value, value.tangent, own=False) if isinstance(value, _Dual) else value
 
 
@@ -258,7 +305,11 @@ def _generic(
     weights: dict[str, Tensor] | None = None,
     tangents: dict[str, Tensor] | None = None,
 ) -> _Dual:
-    """`torch.func.jvp` of one node: `function(*args, **kwargs)`, or `function(weights, *args, **kwargs)` where there are any."""
+    """Apply `torch.func.jvp` to one node.
+
+    The node computes `function(*args, **kwargs)`, or `function(weights, *args, **kwargs)` if it has
+    weights.
+    """
     dual = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Dual)]
 
     def call(*values: Any) -> Any:
@@ -274,7 +325,20 @@ def _generic(
 
 
 class _Convolution:
-    """A convolution and the norm layer behind it as one, with its derivative along the direction."""
+    """A convolution with its norm layer folded in, and its derivative along the direction.
+
+    Parameters
+    ----------
+    module : nn.Conv2d
+        The convolution.
+    norm : nn.Module, optional
+        The BatchNorm that follows it, in eval mode.
+    weights, tangents : dict[str, Tensor]
+        Parameters and their part of the direction: "weight" and "bias" of the convolution,
+        "norm.weight" and "norm.bias" of the norm layer.
+    layout : torch.memory_format
+        Memory format of the folded weight.
+    """
 
     def __init__(
         self,
@@ -284,45 +348,34 @@ class _Convolution:
         tangents: dict[str, Tensor],
         layout: torch.memory_format,
     ) -> None:
-        self._stride, self._padding, self._dilation, self._groups = (
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-        )
-
+        self._stride, self._padding = module.stride, module.padding
+        self._dilation, self._groups = module.dilation, module.groups
         weight, weight_tangent = weights["weight"], tangents["weight"]
-        none = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-        bias, bias_tangent = weights.get("bias", none), tangents.get("bias", none)
+        zeros = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        bias, bias_tangent = weights.get("bias", zeros), tangents.get("bias", zeros)
         if norm is not None:
-            assert (
-                isinstance(norm, _BatchNorm)
-                and norm.running_mean is not None
-                and norm.running_var is not None
-            )
-            # y = scale * (w x + bias - mean) + shift, and its derivative; `jvp` would import torch's compiler for these lines
-            spread = torch.rsqrt(norm.running_var + norm.eps)
-            scale, scale_tangent = (
-                spread * weights.get("norm.weight", 1.0),
-                spread * tangents.get("norm.weight", 0.0),
-            )
+            assert isinstance(norm, _BatchNorm)
+            assert norm.running_mean is not None and norm.running_var is not None
+            # y = scale * (w x + bias - mean) + shift, and its derivative by hand: `jvp` would import
+            # torch's compiler for these few lines.
+            inverse_deviation = torch.rsqrt(norm.running_var + norm.eps)
+            scale = inverse_deviation * weights.get("norm.weight", 1.0)
+            scale_tangent = inverse_deviation * tangents.get("norm.weight", 0.0)
+            centred_bias = bias - norm.running_mean
             bias_tangent = (
-                bias_tangent * scale
-                + (bias - norm.running_mean) * scale_tangent
-                + tangents.get("norm.bias", 0.0)
+                bias_tangent * scale + centred_bias * scale_tangent + tangents.get("norm.bias", 0.0)
             )
-            bias = (bias - norm.running_mean) * scale + weights.get("norm.bias", 0.0)
-            weight_tangent = weight_tangent * scale.view(-1, 1, 1, 1) + weight * scale_tangent.view(
-                -1, 1, 1, 1
+            bias = centred_bias * scale + weights.get("norm.bias", 0.0)
+            per_channel, per_channel_tangent = (
+                value.view(-1, 1, 1, 1) for value in (scale, scale_tangent)
             )
-            weight = weight * scale.view(-1, 1, 1, 1)
-        plain = norm is None and module.bias is None
-        self._weight, self._weight_tangent = (
-            weight.contiguous(memory_format=layout),
-            weight_tangent.contiguous(memory_format=layout),
-        )
-        self._bias: Tensor | None = None if plain else bias
-        self._bias_tangent: Tensor | None = None if plain else bias_tangent
+            weight_tangent = weight_tangent * per_channel + weight * per_channel_tangent
+            weight = weight * per_channel
+        self._weight = weight.contiguous(memory_format=layout)
+        self._weight_tangent = weight_tangent.contiguous(memory_format=layout)
+        has_bias = norm is not None or module.bias is not None
+        self._bias: Tensor | None = bias if has_bias else None
+        self._bias_tangent: Tensor | None = bias_tangent if has_bias else None
 
     def _convolve(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(
@@ -345,13 +398,10 @@ class _Convolution:
 def _fold(
     module: fx.GraphModule, tangents: Mapping[str, Tensor], layout: torch.memory_format
 ) -> tuple[dict[str, _Convolution], set[str]]:
-    """Every plain convolution by name, and the names of the norm layers that went into one."""
-    calls: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
+    """Return every plain convolution by name, and the names of the norm layers folded into one."""
+    calls = Counter(node.target for node in module.graph.nodes if node.op == "call_module")
     convolutions: dict[str, _Convolution] = {}
-    gone: set[str] = set()
+    folded_norms: set[str] = set()
     for node in module.graph.nodes:
         if node.op != "call_module" or not isinstance(
             convolution := module.get_submodule(node.target), nn.Conv2d
@@ -361,18 +411,30 @@ def _fold(
             continue
         weights = {name: value.detach() for name, value in convolution.named_parameters()}
         along = {name: tangents[f"{node.target}.{name}"] for name in weights}
-        norm, behind = None, [user.target for user in node.users if user.op == "call_module"]
-        if len(node.users) == len(behind) == 1 and calls[node.target] == calls[behind[0]] == 1:
-            module_behind = module.get_submodule(behind[0])
-            if isinstance(module_behind, nn.BatchNorm2d) and module_behind.running_mean is not None:
-                norm = module_behind
-                gone.add(behind[0])
-                weights |= {
-                    f"norm.{name}": value.detach() for name, value in norm.named_parameters()
-                }
-                along |= {
-                    f"norm.{name}": tangents[f"{behind[0]}.{name}"]
-                    for name, _ in norm.named_parameters()
-                }
+        norm, norm_name = None, _foldable_norm(module, node, calls)
+        if norm_name is not None:
+            norm = module.get_submodule(norm_name)
+            folded_norms.add(norm_name)
+            for name, value in norm.named_parameters():
+                weights[f"norm.{name}"] = value.detach()
+                along[f"norm.{name}"] = tangents[f"{norm_name}.{name}"]
         convolutions[node.target] = _Convolution(convolution, norm, weights, along, layout)
-    return convolutions, gone
+    return convolutions, folded_norms
+
+
+def _foldable_norm(
+    module: fx.GraphModule, convolution: fx.Node, calls: Mapping[str, int]
+) -> str | None:
+    """Return the name of the BatchNorm that alone uses a convolution's output, if there is one.
+
+    Both layers must run only once (`calls` counts the runs of every module).
+    """
+    users = [user.target for user in convolution.users if user.op == "call_module"]
+    if not len(convolution.users) == len(users) == 1:
+        return None
+    if not calls[str(convolution.target)] == calls[str(users[0])] == 1:
+        return None
+    norm = module.get_submodule(str(users[0]))
+    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+        return str(users[0])
+    return None

@@ -1,6 +1,7 @@
-"""Gradients of the last layer alone, in closed form: no differentiation, one plain forward pass.
+"""Gradients of the last layer alone, in closed form: one forward pass and no differentiation.
 
-With embedding h, logits W h + b and probabilities p, the gradient of the cross-entropy is (p - y) h' for W and p - y for b, so
+With embedding h, logits W h + b and probabilities p, the gradient of the cross-entropy is (p - y)
+h' for W and p - y for b, so
 
     < G, g_i > = (p_i - y_i)' (G_W h_i + G_b),        |g_i|^2 = |p_i - y_i|^2 (|h_i|^2 + 1)
 
@@ -20,7 +21,10 @@ WEIGHT, BIAS = "head.weight", "head.bias"
 
 
 def error_and_embedding(model: ProxyNet, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """p - y, [n, classes], and the embedding, [n, d], of a batch; the model is put into eval mode."""
+    """Return the error p - y, [n, classes], and the embedding, [n, d], of a batch.
+
+    The model is put into eval mode.
+    """
     model.eval()
     with torch.no_grad():
         embedding = model.embed(images)
@@ -30,7 +34,7 @@ def error_and_embedding(model: ProxyNet, images: Tensor, labels: Tensor) -> tupl
 
 
 def head_gradient_sum(model: ProxyNet, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Sum over a batch of the last layer's gradients."""
+    """Return the sum over a batch of the last layer's gradients, by parameter name."""
     error, embedding = error_and_embedding(model, images, labels)
     return {WEIGHT: error.T @ embedding, BIAS: error.sum(0)}
 
@@ -38,7 +42,24 @@ def head_gradient_sum(model: ProxyNet, images: Tensor, labels: Tensor) -> dict[s
 def head_norms_and_alignments(
     model: ProxyNet, images: Tensor, labels: Tensor, direction: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """|g_i|^2 and < direction, g_i > over the last layer: two tensors [n]; the alignments are 0 without a direction."""
+    """Return squared gradient norms and alignments over the last layer.
+
+    Parameters
+    ----------
+    model : ProxyNet
+        Put into eval mode.
+    images : Tensor
+        uint8 [n, 3, size, size].
+    labels : Tensor
+        int64 [n].
+    direction : Mapping[str, Tensor], optional
+        Must have `WEIGHT` and `BIAS`. None: the alignments are 0.
+
+    Returns
+    -------
+    squares, alignments : Tensor
+        |g_i|^2 and < direction, g_i >, [n] each.
+    """
     error, embedding = error_and_embedding(model, images, labels)
     square = error.square().sum(1) * (embedding.square().sum(1) + 1)
     if direction is None:

@@ -1,4 +1,4 @@
-"""Loss: mean cross-entropy over epochs, a plain baseline. Higher (harder) means keep."""
+"""Cross-entropy loss, averaged over epochs: a plain baseline. Higher (harder) means keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ from raypipe.scores.trajectory import Trajectory, epoch_range
 def score(
     trajectory: Trajectory, first_epoch: int = 0, last_epoch: int | None = None
 ) -> np.ndarray:
-    """-log p(label), mean over epochs first_epoch up to and without last_epoch (None: to the end), float32 [samples]."""
+    """Return -log p(label), averaged over epochs, float32 [samples].
+
+    Parameters
+    ----------
+    trajectory : Trajectory
+        Predictions of the proxy.
+    first_epoch, last_epoch : int
+        0-based. The mean is over first_epoch up to but excluding last_epoch; None means up to the
+        end.
+
+    Raises
+    ------
+    ScoreError
+        If there is no such epoch.
+    """
     return (
         trajectory.loss[epoch_range(trajectory.epochs, first_epoch, last_epoch)]
         .mean(0, dtype=np.float64)

@@ -1,21 +1,26 @@
-"""MoSo, Moving-one-Sample-out: how well a sample's gradient aligns with the mean gradient.
+r"""MoSo, Moving-one-Sample-out: how well a sample's gradient aligns with the mean gradient.
 
-Source: Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023 (arXiv 2310.14664), Eq. 4:
+Eq. 4 of the paper:
 
-    M(z) = E_{t ~ U{1..T}} [ (T/N) * eta_t * < grad L(S\\z, w_t), grad l(z, w_t) > ]
+    M(z) = E_{t ~ U{1..T}} [ (T/N) * eta_t * < grad L(S\z, w_t), grad l(z, w_t) > ]
 
-T is the number of optimiser steps, N the size of the seed set S (or, with `proxy.parts`, of the part that is S then), eta_t the
-learning rate in force at checkpoint t. The expectation is taken over the kept checkpoints. Higher means keep: taking the sample
-away would raise the loss of the rest.
+T is the number of optimiser steps, N the size of the seed set S (with `proxy.parts`, of the part
+that takes its place), and eta_t the learning rate at checkpoint t. The expectation is over the
+saved checkpoints. Higher means keep: removing the sample would raise the loss of the rest.
 
-How it is computed. With G_t = grad L(S, w_t), the number < G_t, grad l_i > is the derivative of l_i along G_t. One
-forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent G_t) gives it for a whole batch, exact to
-rounding, without any per-sample gradient in memory; `raypipe.scores.forward_mode` does the same faster. The network is in eval
-mode, so that samples do not mix in BatchNorm, and images are not augmented (the published code scores augmented crops, which
-differ between its two passes).
+How it is computed. With G_t = grad L(S, w_t), the number < G_t, grad l_i > is the derivative of
+l_i along G_t. One forward-mode pass (`torch.func.jvp` of the vector of per-sample losses, tangent
+G_t) yields it for a whole batch. This is exact up to rounding and keeps no per-sample gradient in
+memory. `raypipe.scores.forward_mode` does the same faster. The network is in eval mode, so that
+samples do not mix in BatchNorm, and images are not augmented. (The published code scores
+augmented crops, which differ between its two passes.)
 
-G_t includes the sample itself. Taking it out subtracts |grad l_i|^2 / N; `leave_one_out` does that, with the lengths from
-`raypipe.scores.per_sample`.
+G_t includes the sample itself. Removing it subtracts |grad l_i|^2 / N; `leave_one_out` does that,
+with the norms from `raypipe.scores.per_sample`.
+
+References
+----------
+Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023 (arXiv 2310.14664).
 """
 
 from __future__ import annotations
@@ -33,15 +38,28 @@ Parameters = dict[str, Tensor]
 
 
 def parameters_of(model: nn.Module) -> Parameters:
-    """The weights a MoSo gradient is taken over: all trainable ones, detached."""
+    """Return the weights a MoSo gradient is taken over: all trainable ones, detached."""
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
 def gradient_sum(model: nn.Module, images: Tensor, labels: Tensor) -> Parameters:
-    """Sum over a batch of the gradients of the cross-entropy.
+    """Return the sum over a batch of the gradients of the cross-entropy.
 
-    images  input of the model [n, ...];  labels  int64 [n]
-    Returns tensors shaped like the parameters. Divide the sum over all batches by N to get G_t.
+    Divide the sum over all batches by N to get G_t.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Put into eval mode.
+    images : Tensor
+        Input of the model, [n, ...].
+    labels : Tensor
+        int64 [n].
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Tensors shaped like the trainable parameters.
     """
     model.eval()
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -54,7 +72,7 @@ def gradient_sum(model: nn.Module, images: Tensor, labels: Tensor) -> Parameters
 
 
 def norm_of(direction: Mapping[str, Tensor]) -> float:
-    """|direction|. Raises FloatingPointError when it is not finite."""
+    """Return |direction|; raise FloatingPointError if it is not finite."""
     squares = torch.stack([value.double().square().sum() for value in direction.values()])
     length = float(squares.sum().sqrt())
     if not math.isfinite(length):
@@ -67,9 +85,23 @@ def norm_of(direction: Mapping[str, Tensor]) -> float:
 def alignments(
     model: nn.Module, direction: Mapping[str, Tensor], images: Tensor, labels: Tensor
 ) -> Tensor:
-    """< direction, grad l_i > for every sample of a batch: [n].
+    """Return < direction, grad l_i > for every sample of a batch, [n].
 
-    direction  tensors shaped like the parameters, usually the mean gradient G_t
+    Parameters
+    ----------
+    model : nn.Module
+        Put into eval mode.
+    direction : Mapping[str, Tensor]
+        Tensors shaped like the parameters, usually the mean gradient G_t.
+    images : Tensor
+        Input of the model, [n, ...].
+    labels : Tensor
+        int64 [n].
+
+    Raises
+    ------
+    FloatingPointError
+        If the direction is not finite.
     """
     model.eval()
     parameters = parameters_of(model)
@@ -78,7 +110,7 @@ def alignments(
         return torch.zeros(
             len(images), dtype=next(iter(parameters.values())).dtype, device=images.device
         )
-    # A tangent of unit length keeps its own scale from meeting the limits of low precision.
+    # A tangent of unit length avoids overflow and underflow in low precision.
     tangent = {
         name: (direction[name] / length).to(value.dtype) for name, value in parameters.items()
     }
@@ -99,18 +131,32 @@ def combine(
     samples: int,
     spread: np.ndarray | None = None,
 ) -> np.ndarray:
-    """MoSo from the alignments at every checkpoint: float32 [n].
+    """Return MoSo from the alignments at every checkpoint, float32 [n].
 
-    aligned         [n, checkpoints]
-    learning_rates  [checkpoints], eta_t
-    weights         lr: Eq. 4; none: eta_t = 1; normalized: every checkpoint divided by its `spread`, then averaged
-    steps, samples  T and N of Eq. 4
-    spread          [checkpoints], standard deviation of the alignments over the whole seed set; for `normalized` only
+    Parameters
+    ----------
+    aligned : np.ndarray
+        Alignments, [n, checkpoints].
+    learning_rates : np.ndarray
+        eta_t, [checkpoints].
+    weights : {"lr", "none", "normalized"}
+        lr: Eq. 4. none: eta_t = 1. normalized: divide every checkpoint by its `spread`, then
+        average.
+    steps, samples : int
+        T and N of Eq. 4.
+    spread : np.ndarray, optional
+        Standard deviation of the alignments over the whole seed set, [checkpoints]. Required for
+        "normalized" and otherwise unused.
+
+    Raises
+    ------
+    ValueError
+        If `weights` is unknown, or `spread` is missing.
     """
     if weights == "normalized":
         if spread is None:
             raise ValueError(
-                "weights 'normalized' needs the spread of the alignments over the seed set"
+                "weights 'normalized' requires the spread of the alignments over the seed set"
             )
         factor = np.where(spread > 0, 1 / np.where(spread > 0, spread, 1), 0)
     elif weights == "lr":
@@ -118,18 +164,37 @@ def combine(
     elif weights == "none":
         factor = np.full(aligned.shape[1], steps / samples)
     else:
-        raise ValueError(f"weights {weights!r} is not lr, none or normalized")
+        raise ValueError(f"weights {weights!r} is not one of lr, none, normalized")
     return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)
 
 
 def add_one_in(
     aligned: np.ndarray, squares: np.ndarray, samples: int, mean_square: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Alignments and |G'|^2 after each sample, one at a time, has joined the N = `samples` others: G' = (N G + g) / (N + 1).
+    """Return alignments and |G'|^2 after each sample, one at a time, has joined N others.
 
-    aligned      < G, g >, G the mean over the others;  squares  |g|^2;  both [n, checkpoints];  mean_square  |G|^2, [checkpoints]
-    Returns < G', g > and |G'|^2, float64 [n, checkpoints]. Taken out again by `leave_one_out` (formula paper, N + 1 samples),
-    such a sample has the alignment < G, g > that it came with; formula code scores it as one of N + 1.
+    The mean gradient becomes G' = (N G + g) / (N + 1).
+
+    Parameters
+    ----------
+    aligned : np.ndarray
+        < G, g >, where G is the mean over the N others, [n, checkpoints].
+    squares : np.ndarray
+        |g|^2, [n, checkpoints].
+    samples : int
+        N.
+    mean_square : np.ndarray
+        |G|^2, [checkpoints].
+
+    Returns
+    -------
+    aligned, mean_square : np.ndarray
+        < G', g > and |G'|^2, float64 [n, checkpoints].
+
+    Notes
+    -----
+    `leave_one_out` with formula "paper" and N + 1 samples removes the sample again and returns the
+    alignment < G, g > it started from. Formula "code" scores it as one of N + 1.
     """
     n = float(samples)
     inside = (n * aligned + squares) / (n + 1)
@@ -143,20 +208,37 @@ def leave_one_out(
     formula: str = "paper",
     mean_square: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Alignments with the sample taken out of the mean gradient, float64 [n, checkpoints].
+    """Return alignments with the mean gradient of the other samples, float64 [n, checkpoints].
 
-    aligned      < G, g_i >, G the mean over all `samples` N;  squares  |g_i|^2;  both [n, checkpoints]
-    formula      paper: < G_-i, g_i > = N/(N-1) (< G, g_i > - |g_i|^2 / N), with the mean over the others, as Eq. 4 says
-                 code: what the published code computes ("MoSo_scoring_exact"), with S = < G - g_i/N, g_i >:
-                 (2N-3)/(N-1)^2 |G|^2 - |g_i|^2/(N-1)^2 + (2N-4)/(N-1)^2 S
-    mean_square  |G|^2, [checkpoints] or [n, checkpoints], for formula code
+    Parameters
+    ----------
+    aligned : np.ndarray
+        < G, g_i >, where G is the mean over all N samples, [n, checkpoints].
+    squares : np.ndarray
+        |g_i|^2, [n, checkpoints].
+    samples : int
+        N.
+    formula : {"paper", "code"}
+        See below.
+    mean_square : np.ndarray, optional
+        |G|^2, [checkpoints] or [n, checkpoints]. Required for "code".
+
+    Notes
+    -----
+    paper: the mean over the others, as in Eq. 4,
+
+        < G_-i, g_i > = N/(N-1) (< G, g_i > - |g_i|^2 / N)
+
+    code: what the published code computes ("MoSo_scoring_exact"), with S = < G - g_i/N, g_i >,
+
+        (2N-3)/(N-1)^2 |G|^2 - |g_i|^2/(N-1)^2 + (2N-4)/(N-1)^2 S
     """
     n = float(samples)
     rest = aligned - squares / n
     if formula == "paper":
         return rest * (n / (n - 1))
     if mean_square is None:
-        raise ValueError("formula 'code' needs |G|^2")
+        raise ValueError("formula 'code' requires mean_square, |G|^2")
     return (
         (2 * n - 3) / (n - 1) ** 2 * mean_square
         - squares / (n - 1) ** 2

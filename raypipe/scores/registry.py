@@ -18,11 +18,12 @@ from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
 class ScoreInfo:
     """One line of the registry.
 
-    needs   gradients or trajectory
-    cost    what it costs beyond training the proxy, in words; with `at: checkpoints` a forward pass per checkpoint more
-    source  the paper
-    reads   what a trajectory score takes from the trajectory: some of `NUMBERS`, or the probabilities, from which everything
-            follows. Only this is read from storage: a number is 4 bytes per sample and epoch, probabilities 2 bytes per class
+    needs   gradients or trajectory cost    what it costs beyond training the proxy, in words;
+    with `at: checkpoints` a forward pass per checkpoint more source  the paper reads   what a
+    trajectory score takes from the trajectory: some of `NUMBERS`, or the probabilities, from
+    which everything
+            follows. Only this is read from storage: a number is 4 bytes per sample and epoch,
+            probabilities 2 bytes per class
     """
 
     name: str
@@ -68,7 +69,9 @@ def trajectory_score(name: str) -> Callable[..., np.ndarray]:
 
 
 def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
-    """Raise ScoreError when a trajectory score cannot be computed of so many epochs, before these are trained."""
+    """Raise ScoreError when a trajectory score cannot be computed of so many epochs, before these
+    are trained.
+    """
     numbers = {column: np.full((epochs, 1), 0.5, np.float32) for column in STATISTICS}
     arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **numbers}
     trajectory_score(name)(Trajectory(np.zeros(1, np.int64), arrays), **options)

@@ -1,17 +1,22 @@
-"""TDDS: Temporal Dual-Depth Scoring.
+"""TDDS: Temporal Dual-Depth Scoring, as its official code computes it.
 
-Source: Zhang et al., "Spanning Training Progress: Temporal Dual-Depth Scoring (TDDS) for Enhanced Dataset Pruning", CVPR 2024
-(arXiv 2311.13613), as its official code computes it. With p_t the class probabilities at epoch t and windows
-k = 0 .. T-J of J epochs:
+With p_t the class probabilities at epoch t and windows k = 0 .. T-J of J epochs:
 
-    d_{k,j} = sum_c | p_{k+j+1}(c) * ( log(p_{k+j+1}(c) + e) - log(p_{k+j}(c) + e) ) |,    j = 0 .. J-2,   e = 1e-8
+    d_{k,j} = sum_c | p_{k+j+1}(c) * ( log(p_{k+j+1}(c) + e) - log(p_{k+j}(c) + e) ) |,
+              j = 0 .. J-2,   e = 1e-8
     R_k     = || ( d_{k,j} - mean_j d_{k,j} )_j ||_2
     score   = sum_k R_k * beta * (1 - beta)^(T-J-k),    beta = 0.9
 
-Higher means keep. The absolute value is taken per class, inside the sum. With beta 0.9 the last window has nine tenths of
-the weight, and with T = J there is one window, so that beta only scales. The official code reads the first T epochs
-(`take: first`), that of arXiv 2506.09010 the last (`take: last`). The loss re-scaling by the mean score of a batch, which the
-official re-training does, belongs to training and not to the score.
+Higher means keep. The absolute value is taken per class, inside the sum. With beta 0.9 the last
+window has nine tenths of the weight. With T = J there is a single window, so beta is only a
+factor. The official code reads the first T epochs (`take: first`), that of arXiv 2506.09010 the
+last (`take: last`). The official re-training also re-scales the loss by the mean score of a
+batch; this belongs to training, not to the score.
+
+References
+----------
+Zhang et al., "Spanning Training Progress: Temporal Dual-Depth Scoring (TDDS) for Enhanced Dataset
+Pruning", CVPR 2024 (arXiv 2311.13613).
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 from raypipe.scores.trajectory import ScoreError, Trajectory, require_epochs
 
 EPSILON = 1e-8
+"""e of the formula."""
 
 
 def score(
@@ -30,13 +36,25 @@ def score(
     beta: float = 0.9,
     take: str = "first",
 ) -> np.ndarray:
-    """TDDS, float32 [samples].
+    """Return TDDS, float32 [samples].
 
-    epochs  T, epochs used; None: all
-    window  J, epochs in a window, at least 3
-    beta    weight of the newest window, 0 < beta <= 1
-    take    first or last: which T epochs
-    Raises ScoreError when T is smaller than J or than the trajectory allows.
+    Parameters
+    ----------
+    trajectory : Trajectory
+        Predictions of the proxy.
+    epochs : int, optional
+        T, number of epochs used. None uses all.
+    window : int
+        J, epochs in a window; at least 3.
+    beta : float
+        Weight of the newest window, 0 < beta <= 1.
+    take : {"first", "last"}
+        Which T epochs to use.
+
+    Raises
+    ------
+    ScoreError
+        If T is smaller than J or larger than the trajectory.
     """
     used = trajectory.epochs if epochs is None else epochs
     require_epochs("tdds", trajectory.epochs, max(used, window), f"epochs {used}, window {window}")
@@ -47,9 +65,9 @@ def score(
     change = np.empty((used - 1, probabilities.shape[1]))
     before, after = np.empty_like(probabilities[0]), np.empty_like(probabilities[0])
     _logarithm(probabilities[0], before)
-    for step in range(
-        used - 1
-    ):  # one epoch at a time, in two arrays: this is most of the work of all trajectory scores
+    # One epoch at a time, reusing two arrays: this loop is most of the work of all trajectory
+    # scores together.
+    for step in range(used - 1):
         _logarithm(probabilities[step + 1], after)
         np.subtract(after, before, out=before)
         np.abs(before, out=before)
@@ -57,15 +75,17 @@ def score(
         before, after = after, before
     total = np.zeros(probabilities.shape[1])
     for k in range(used - window + 1):
-        # not by updated sums: the last windows weigh most, and late changes can be far smaller than early ones
+        # Not by updating sums from window to window: the last windows weigh most, and late
+        # changes can be far smaller than early ones.
         part = change[k : k + window - 1]
-        away = part - part.mean(0)
-        total += np.sqrt(np.einsum("jn,jn->n", away, away)) * (
+        deviation = part - part.mean(0)
+        total += np.sqrt(np.einsum("jn,jn->n", deviation, deviation)) * (
             beta * (1 - beta) ** (used - window - k)
         )
     return total.astype(np.float32)
 
 
 def _logarithm(probabilities: np.ndarray, out: np.ndarray) -> None:
+    """Write log(p + e) to `out`."""
     np.add(probabilities, np.float32(EPSILON), out=out)
     np.log(out, out=out)
