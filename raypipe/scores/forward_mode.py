@@ -57,8 +57,9 @@ class _Dual:
 
 
 class Aligner:
-    """Compute < direction, grad l_i > of a batch's cross-entropy, for one network and one
-    direction.
+    """Compute < direction, grad l_i > of batches, for one network and one direction.
+
+    l_i is the cross-entropy of sample i.
 
     Parameters
     ----------
@@ -254,7 +255,7 @@ class _Interpreter(fx.Interpreter):
         )
 
     def _may_overwrite(self, value: Any) -> bool:
-        """Whether only the running node needs its first argument, so that it can reuse its memory."""
+        """Whether no other node needs the running node's first argument, `value`."""
         argument = self._node.args[0]
         return isinstance(argument, fx.Node) and len(argument.users) == 1 and value.own
 
@@ -273,10 +274,9 @@ class _Interpreter(fx.Interpreter):
 
 
 class _Compiled:
-    """The interpreter as a graph of plain tensor operations, compiled for the shape of the first
-    batch.
+    """The interpreter as a compiled graph of plain tensor operations.
 
-    Batches of other shapes run uncompiled.
+    It is compiled for the shape of the first batch. Batches of other shapes run uncompiled.
     """
 
     def __init__(self, interpreter: _Interpreter) -> None:
@@ -356,8 +356,8 @@ class _Convolution:
         if norm is not None:
             assert isinstance(norm, _BatchNorm)
             assert norm.running_mean is not None and norm.running_var is not None
-            # y = scale * (w x + bias - mean) + shift, and its derivative by hand: `jvp` would import
-            # torch's compiler for these few lines.
+            # y = scale * (w x + bias - mean) + shift, and its derivative by hand: `jvp` would
+            # import torch's compiler for these few lines.
             inverse_deviation = torch.rsqrt(norm.running_var + norm.eps)
             scale = inverse_deviation * weights.get("norm.weight", 1.0)
             scale_tangent = inverse_deviation * tangents.get("norm.weight", 0.0)

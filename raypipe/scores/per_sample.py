@@ -311,8 +311,9 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """Return what each output position sees of the input: [n, groups, kernel * channels, height,
-    width].
+    """Return what each output position sees of the input.
+
+    The shape is [n, groups, kernel * channels, height, width].
 
     The padded input is copied once for every position in the kernel: five times faster on a CPU
     than `F.unfold`.

@@ -1,11 +1,45 @@
-"""The registry of measured scores."""
+"""The registry of measured scores.
+
+A measured score is either computed from gradients at the proxy's checkpoints (MoSo, GraNd) or is a
+function of the proxy's trajectory. **Higher always means: keep.** A score whose paper keeps the low
+end is negated where it is defined.
+
+To add a trajectory score, three steps are needed:
+
+1. Write `raypipe/scores/my_score.py` with the paper's formula at its top and one function
+   ``score(trajectory, **options)`` that returns float32 [samples].
+2. Add an entry to `SCORES`. The module is found by name: "my-score" is `raypipe.scores.my_score`.
+3. Add the name to `ScoreName` in `raypipe.config.measure`, and a field ``my_score`` with the
+   options to `MeasureSettings`. They are passed to ``score`` as keyword arguments.
+
+For example, the mean probability of any class but the label::
+
+    # raypipe/scores/error.py
+    def score(trajectory: Trajectory, last_epoch: int | None = None) -> np.ndarray:
+        epochs = epoch_range(trajectory.epochs, 0, last_epoch)
+        return 1 - trajectory.label_probability[epochs].mean(0)
+
+    # an entry of SCORES; label_probability is computed from the loss
+    ScoreInfo(
+        name="error",
+        summary="mean probability of all classes but the label",
+        needs="trajectory",
+        cost="none",
+        source="this example",
+        reads=("loss",),
+    )
+
+    # raypipe/config/measure.py
+    class ErrorSettings(Settings):
+        last_epoch: int | None = Field(None, ge=1, description="use only the epochs before it")
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,19 +50,31 @@ from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
 
 @dataclass(frozen=True)
 class ScoreInfo:
-    """One line of the registry.
+    """One entry of the registry.
 
-    needs   gradients or trajectory cost    what it costs beyond training the proxy, in words;
-    with `at: checkpoints` a forward pass per checkpoint more source  the paper reads   what a
-    trajectory score takes from the trajectory: some of `NUMBERS`, or the probabilities, from
-    which everything
-            follows. Only this is read from storage: a number is 4 bytes per sample and epoch,
-            probabilities 2 bytes per class
+    Attributes
+    ----------
+    name : str
+        As in `measure.scores`.
+    summary : str
+        What the score measures, in a few words.
+    needs : {"gradients", "trajectory"}
+        What the score is computed from.
+    cost : str
+        Cost beyond training the proxy, in words. With `at: checkpoints` one forward pass per
+        checkpoint comes on top.
+    source : str
+        The paper.
+    reads : tuple[str, ...]
+        What a trajectory score reads from the trajectory: some of
+        `raypipe.scores.trajectory.STATISTICS`, or "probabilities", from which everything else can
+        be computed. Only these are read from storage: a statistic takes 4 bytes per sample and
+        epoch, probabilities take 2 bytes per sample, epoch and class.
     """
 
     name: str
     summary: str
-    needs: str
+    needs: Literal["gradients", "trajectory"]
     cost: str
     source: str
     reads: tuple[str, ...] = ("probabilities",)
@@ -37,48 +83,102 @@ class ScoreInfo:
 SCORES = {
     info.name: info
     for info in (
-        ScoreInfo("moso", "alignment of a sample's gradient with the mean gradient", "gradients",
-                  "about 7 forward passes of the seed set per checkpoint", "arXiv 2310.14664"),
-        ScoreInfo("grand", "length of a sample's gradient", "gradients",
-                  "1 forward pass (head) or about 4 (all) of the seed set per checkpoint", "arXiv 2107.07075"),
-        ScoreInfo("dynamic-uncertainty", "spread of the label's probability over sliding windows of epochs", "trajectory",
-                  "none", "arXiv 2306.05175", ("loss",)),
-        ScoreInfo("tdds", "spread of the change of all probabilities between epochs", "trajectory", "none", "arXiv 2311.13613"),
-        ScoreInfo("el2n", "distance of the probabilities from the one-hot label", "trajectory",
-                  "none", "arXiv 2107.07075", ("distance",)),
-        ScoreInfo("forgetting", "how often a learned sample is forgotten again", "trajectory",
-                  "none", "arXiv 1812.05159", ("margin",)),
-        ScoreInfo("aum", "negated mean margin of the label's logit: hard samples high", "trajectory",
-                  "none", "arXiv 2001.10528", ("loss", "margin")),
-        ScoreInfo("dual", "Dynamic Uncertainty times the label's mean improbability", "trajectory", "none", "arXiv 2502.06905", ("loss",)),
+        ScoreInfo(
+            "moso",
+            "alignment of a sample's gradient with the mean gradient",
+            "gradients",
+            "about 7 forward passes of the seed set per checkpoint",
+            "arXiv 2310.14664",
+        ),
+        ScoreInfo(
+            "grand",
+            "length of a sample's gradient",
+            "gradients",
+            "1 forward pass (head) or about 4 (all) of the seed set per checkpoint",
+            "arXiv 2107.07075",
+        ),
+        ScoreInfo(
+            "dynamic-uncertainty",
+            "spread of the label's probability over sliding windows of epochs",
+            "trajectory",
+            "none",
+            "arXiv 2306.05175",
+            ("loss",),
+        ),
+        ScoreInfo(
+            "tdds",
+            "spread of the change of all probabilities between epochs",
+            "trajectory",
+            "none",
+            "arXiv 2311.13613",
+        ),
+        ScoreInfo(
+            "el2n",
+            "distance of the probabilities from the one-hot label",
+            "trajectory",
+            "none",
+            "arXiv 2107.07075",
+            ("distance",),
+        ),
+        ScoreInfo(
+            "forgetting",
+            "how often a learned sample is forgotten again",
+            "trajectory",
+            "none",
+            "arXiv 1812.05159",
+            ("margin",),
+        ),
+        ScoreInfo(
+            "aum",
+            "negated mean margin of the label's logit: hard samples high",
+            "trajectory",
+            "none",
+            "arXiv 2001.10528",
+            ("loss", "margin"),
+        ),
+        ScoreInfo(
+            "dual",
+            "Dynamic Uncertainty times the label's mean improbability",
+            "trajectory",
+            "none",
+            "arXiv 2502.06905",
+            ("loss",),
+        ),
         ScoreInfo("loss", "mean cross-entropy", "trajectory", "none", "baseline", ("loss",)),
-        ScoreInfo("entropy", "mean entropy of the probabilities", "trajectory", "none", "baseline", ("entropy",)),
+        ScoreInfo(
+            "entropy",
+            "mean entropy of the probabilities",
+            "trajectory",
+            "none",
+            "baseline",
+            ("entropy",),
+        ),
     )
-}  # fmt: skip
-"""Every measured score."""
+}
+"""Every measured score by name."""
 
 
 def trajectory_score(name: str) -> Callable[..., np.ndarray]:
-    """The function of a trajectory score."""
+    """Return the function of a trajectory score; raise ScoreError if the name is not one."""
     if name not in SCORES or SCORES[name].needs != "trajectory":
-        raise ScoreError(
-            f"{name!r} is not a trajectory score: {', '.join(key for key, info in SCORES.items() if info.needs == 'trajectory')}"
-        )
+        names = ", ".join(key for key, info in SCORES.items() if info.needs == "trajectory")
+        raise ScoreError(f"{name!r} is not a trajectory score; those are {names}")
     module: Any = import_module(f"raypipe.scores.{name.replace('-', '_')}")
     return module.score
 
 
 def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
-    """Raise ScoreError when a trajectory score cannot be computed of so many epochs, before these
-    are trained.
+    """Raise ScoreError if a trajectory score cannot be computed from this many epochs.
+
+    The check runs the score on one artificial sample, so it costs nothing and needs no training.
     """
-    numbers = {column: np.full((epochs, 1), 0.5, np.float32) for column in STATISTICS}
-    arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **numbers}
+    statistics = {column: np.full((epochs, 1), 0.5, np.float32) for column in STATISTICS}
+    arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **statistics}
     trajectory_score(name)(Trajectory(np.zeros(1, np.int64), arrays), **options)
 
 
 def check_scores(config: Config) -> None:
-    """Raise ConfigError where a score needs more epochs than the proxy will have."""
+    """Raise ConfigError if a score needs more epochs than the proxy will be trained for."""
     for name in sorted(set(config.measure.scores) - set(config.measure.at_checkpoints)):
         try:
             check_epochs(name, config.proxy.epochs, config.measure.trajectory_options(name))
