@@ -36,6 +36,20 @@ def cli() -> None:
     """
 
 
+class _StrategyOption(click.Option):
+    """An option whose help names all strategies. The settings are imported once it is shown."""
+
+    @property
+    def help(self) -> str | None:
+        from raypipe.config.choices import STRATEGY_NAMES
+
+        return f"{', '.join(STRATEGY_NAMES[:-1])} or {STRATEGY_NAMES[-1]}. Default: the run's own."
+
+    @help.setter
+    def help(self, value: str | None) -> None:
+        pass
+
+
 _verbose = click.option(
     "-v", "--verbose", is_flag=True, help="Show every fragment that is done, and what Ray says."
 )
@@ -282,10 +296,7 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
     multiple=True,
     help="Fraction to keep; may be repeated. Default: the run's own.",
 )
-@click.option(
-    "--strategy",
-    help="top, balanced, normalized, moderate, mixed, random, ccs or beta. Default: the run's own.",
-)
+@click.option("--strategy", cls=_StrategyOption)
 @click.option("--seed", type=int, help="random, ccs, beta: another number draws other samples.")
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
 @click.option("--difficulty", help="mixed, ccs: auto, score or loss.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 PROXY_MODELS = (
     "small",
     "resnet18",
@@ -18,3 +21,64 @@ DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss
 
 PROXY_STATISTICS = ("loss", "margin", "entropy")
 """What the proxy says of a sample, in the order the extrapolators see it."""
+
+StrategyName = Literal[
+    "top", "balanced", "normalized", "moderate", "mixed", "random", "ccs", "beta"
+]
+"""Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps each name to its function."""
+
+ScoreStrategyName = Literal["top", "balanced", "normalized", "moderate", "mixed", "ccs", "beta"]
+"""Strategies that use the scores, which `raypipe evaluate` compares: all but random."""
+
+STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+
+@dataclass(frozen=True)
+class StrategyText:
+    """How a strategy is described to users.
+
+    Attributes
+    ----------
+    summary : str
+        The rule in a few words, for the settings; "" where the name says it.
+    kept : str
+        What a keep-list contains, for the report.
+    """
+
+    summary: str
+    kept: str
+
+
+STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
+    "top": StrategyText("highest scores", "the highest scores"),
+    "balanced": StrategyText(
+        "the same share of each class",
+        "the highest scores of each class, the same share of every class",
+    ),
+    "normalized": StrategyText(
+        "highest within the class",
+        "the highest scores within the class, measured in its standard deviations",
+    ),
+    "moderate": StrategyText("around the median", "the scores around the median"),
+    "mixed": StrategyText("both ends", "the hardest and the easiest samples"),
+    "random": StrategyText("", "drawn at random, whatever the score"),
+    "ccs": StrategyText(
+        "over the range of scores",
+        "drawn evenly over the range of the scores, without the hardest samples",
+    ),
+    "beta": StrategyText(
+        "easier the more is pruned",
+        "drawn by score and ease, the easier the more is pruned",
+    ),
+}
+"""Texts of every strategy; the settings, the command line and the report use them."""
+
+RANDOM_STRATEGIES: tuple[StrategyName, ...] = ("random", "ccs", "beta")
+"""Strategies that draw samples at random, so that inclusion probabilities exist."""
+
+
+def strategy_summaries() -> str:
+    """Return all strategies with their summaries, in one line."""
+    return "; ".join(
+        f"{name}: {text.summary}" if text.summary else name for name, text in STRATEGY_TEXTS.items()
+    )

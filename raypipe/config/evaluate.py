@@ -7,9 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Positive, Settings
+from raypipe.config.choices import ScoreStrategyName
 from raypipe.config.select import KeepFraction
-
-StrategyName = Literal["top", "balanced", "normalized", "moderate", "mixed", "ccs", "beta"]
 
 
 class EvaluateSettings(Settings):
@@ -18,7 +17,7 @@ class EvaluateSettings(Settings):
     keep: tuple[KeepFraction, ...] = Field(
         (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions to keep"
     )
-    strategies: tuple[StrategyName, ...] = Field(
+    strategies: tuple[ScoreStrategyName, ...] = Field(
         (),
         description="by which lists are cut, with the run's other settings of `select`; default: the run's own",
     )

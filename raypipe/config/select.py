@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Settings
+from raypipe.config.choices import RANDOM_STRATEGIES, StrategyName, strategy_summaries
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -17,12 +18,8 @@ class SelectSettings(Settings):
     keep: tuple[KeepFraction, ...] = Field(
         (0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep"
     )
-    strategy: Literal[
-        "top", "balanced", "normalized", "moderate", "mixed", "random", "ccs", "beta"
-    ] = Field(
-        "ccs",
-        description="top: highest scores; balanced: the same share of each class; normalized: highest within the class; moderate: around "
-        "the median; mixed: both ends; random; ccs: over the range of scores; beta: easier the more is pruned. See docs/keep-lists.md",
+    strategy: StrategyName = Field(
+        "ccs", description=f"{strategy_summaries()}. See docs/keep-lists.md"
     )
     seed: int = Field(
         0, ge=0, lt=2**63, description="random, ccs, beta: another number draws other samples"
@@ -96,9 +93,10 @@ class SelectSettings(Settings):
             raise ValueError(
                 f"keep ({max(self.keep)}) and hard_cutoff ({self.hard_cutoff}) of ccs cannot be more than 1 together"
             )
-        if self.weights == "inclusion" and self.strategy not in {"random", "ccs", "beta"}:
+        if self.weights == "inclusion" and self.strategy not in RANDOM_STRATEGIES:
             raise ValueError(
-                f"weights: inclusion is for strategies that draw (random, ccs, beta), not {self.strategy}; use class"
+                "weights: inclusion is for strategies that draw "
+                f"({', '.join(RANDOM_STRATEGIES)}), not {self.strategy}; use class"
             )
         if self.weights == "inclusion" and self.min_per_class:
             raise ValueError(

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raypipe.config.choices import STRATEGY_TEXTS
+
 SPACE = "\u202f"  # narrow and unbreakable, between a number and its unit
 VERDICTS = (
     (
@@ -27,17 +29,6 @@ VERDICTS = (
     (-math.inf, "weak", "Do not prune by these scores."),
 )
 """Least Spearman correlation, its name, and how far to trust the scores."""
-STRATEGIES = {
-    "top": "the highest scores",
-    "balanced": "the highest scores of each class, the same share of every class",
-    "normalized": "the highest scores within the class, measured in its standard deviations",
-    "moderate": "the scores around the median",
-    "mixed": "the hardest and the easiest samples",
-    "random": "drawn at random, whatever the score",
-    "ccs": "drawn evenly over the range of the scores, without the hardest samples",
-    "beta": "drawn by score and ease, the easier the more is pruned",
-}
-"""What a keep-list of each strategy holds."""
 JUDGED_ON = {
     "audit": "audit samples from outside the seed set",
     "rehearsal": "seed samples that a second proxy was not trained on",
@@ -141,12 +132,16 @@ def without_secrets(text: str) -> str:
 def strategies(keep: list[dict[str, Any]]) -> list[str]:
     """What the keep-lists hold, in a line for each strategy."""
     found = sorted(
-        {(item["strategy"], item["by_class"]) for item in keep if item["strategy"] in STRATEGIES}
+        {
+            (item["strategy"], item["by_class"])
+            for item in keep
+            if item["strategy"] in STRATEGY_TEXTS
+        }
     )
     return [
-        f"{name} by class: {STRATEGIES[name]}, within each class"
+        f"{name} by class: {STRATEGY_TEXTS[name].kept}, within each class"
         if by_class
-        else f"{name}: {STRATEGIES[name]}"
+        else f"{name}: {STRATEGY_TEXTS[name].kept}"
         for name, by_class in found
     ]
 

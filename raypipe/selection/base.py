@@ -1,4 +1,4 @@
-"""What a keep-list strategy is, and what all of them are built from."""
+"""The interface of keep-list strategies, and rankings and quotas that several of them share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raypipe.selection.radix_select import (
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """The numbers strategies go by; `raypipe.config.SelectSettings` says what each is and validates them."""
+    """Parameters of the strategies; `raypipe.config.SelectSettings` describes and checks them."""
 
     seed: int = 0
     easy_fraction: float = 0.5
@@ -39,12 +39,20 @@ class SelectionOptions:
 
 @dataclass(frozen=True, eq=False)
 class SelectionPlan:
-    """How one keep-list is made.
+    """How one keep-list is computed.
 
-    ranking    the order within each group
-    quotas     (samples per group [G], samples to keep) -> samples to keep per group [G], which sum to the latter
-    priority   the order within a class in which `min_per_class` reserves samples; None: that of the ranking
-    inclusion  (chunk, boundary) -> probability float64 [n] with which each sample is drawn; None: nothing is drawn
+    Attributes
+    ----------
+    ranking : Ranking
+        The order within each group.
+    quotas : callable
+        (samples per group [G], samples to keep) -> samples to keep per group [G], with that sum.
+    priority : Ranking, optional
+        The order within a class in which `min_per_class` reserves samples. None: that of the
+        ranking.
+    inclusion : callable, optional
+        (chunk, boundary) -> probability with which each sample is drawn, float64 [n]. None:
+        nothing is drawn.
     """
 
     ranking: Ranking
@@ -90,12 +98,12 @@ class Strategy:
 
 
 def one_group_quota(counts: np.ndarray, total: int) -> np.ndarray:
-    """Quotas where all samples are one group."""
+    """Quotas if all samples form one group."""
     return np.full(1, total, np.int64)
 
 
 def required_loss(chunk: Chunk) -> np.ndarray:
-    """The proxy's loss, float32 [n]. Raises ConfigError where the stream has none."""
+    """Return the proxy's loss, float32 [n]; raise ConfigError if the stream has none."""
     if chunk.loss is None:
         raise ConfigError(
             "this strategy needs the proxy's loss of each sample, and the stream has none"
@@ -104,7 +112,7 @@ def required_loss(chunk: Chunk) -> np.ndarray:
 
 
 class ByScore(Ranking):
-    """By score, all samples in one group; or by the proxy's loss."""
+    """Highest score first, or highest loss of the proxy; all samples form one group."""
 
     def __init__(self, by: str = "score") -> None:
         self._by = by
@@ -115,9 +123,10 @@ class ByScore(Ranking):
 
 
 class ClassesAsGroups(Ranking):
-    """Another ranking's keys, or those of `order`, with the classes as groups and the unlabelled as one more.
+    """The keys of another ranking, or those of `order`, with the classes as groups.
 
-    Samples that are out of the question in the other ranking are so here, but for those marked ALWAYS, which come first.
+    The unlabelled form one more group. Samples that the other ranking excludes are excluded here
+    as well, except those marked ALWAYS, which come first.
     """
 
     def __init__(self, inner: Ranking, classes: int, order: Ranking | None = None) -> None:
@@ -132,7 +141,10 @@ class ClassesAsGroups(Ranking):
 
 
 class WithinClasses(Ranking):
-    """Another ranking with the groups of each class apart, the unlabelled as one more class: group = class * groups + group."""
+    """Another ranking with its groups split by class; the unlabelled form one more class.
+
+    The group is class * groups + group.
+    """
 
     def __init__(self, inner: Ranking, classes: int) -> None:
         self._inner, self._classes = inner, classes
@@ -145,7 +157,10 @@ class WithinClasses(Ranking):
 
 
 def within_classes(plan: SelectionPlan, classes: int) -> SelectionPlan:
-    """A plan in which every class has the same share of the list, as near as whole numbers come, divided within it as before."""
+    """Return a plan in which every class has the same share of the list.
+
+    Shares are as equal as whole numbers allow. Within a class the list is divided as before.
+    """
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         of_class = size.reshape(classes + 1, -1)
@@ -158,31 +173,40 @@ def within_classes(plan: SelectionPlan, classes: int) -> SelectionPlan:
 
 
 def grouped_by_class(ranking: Ranking, classes: int, options: SelectionOptions) -> Ranking:
-    """A ranking of one group as it is, or with a group for every class where `options.by_class`."""
+    """Return the ranking, which has one group, with a group per class if `options.by_class`."""
     return WithinClasses(ranking, classes) if options.by_class else ranking
 
 
 class ReservedFirst(Ranking):
-    """Another ranking in which reserved samples come first in their group: those marked ALWAYS, and the first of each class.
+    """Another ranking in which reserved samples come first in their group.
 
-    One more group, the last, has the reserved samples that are out of the question there.
+    Reserved are samples marked ALWAYS and the first of each class. One more group, the last, has
+    the reserved samples that the other ranking excludes.
+
+    Parameters
+    ----------
+    inner : Ranking
+        The other ranking.
+    first_of_class : Boundary, optional
+        Where the reserved samples of each class end.
     """
 
-    def __init__(self, inner: Ranking, of_class: Boundary | None) -> None:
-        self._inner, self._of_class = inner, of_class
+    def __init__(self, inner: Ranking, first_of_class: Boundary | None) -> None:
+        self._inner, self._first_of_class = inner, first_of_class
         self.groups = inner.groups + 1
-        self.needs_ids = inner.needs_ids or (of_class is not None and of_class.needs_ids)
+        self.needs_ids = inner.needs_ids or (
+            first_of_class is not None and first_of_class.needs_ids
+        )
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         key, group = self._inner.rank(chunk)
-        first = must_keep(chunk)
-        if self._of_class is not None:
-            first = first | self._of_class.mask(chunk)
-        return np.where(first, RESERVED_KEY, key), np.where(
-            first & (group < 0), self.groups - 1, group
-        )
+        reserved = must_keep(chunk)
+        if self._first_of_class is not None:
+            reserved = reserved | self._first_of_class.mask(chunk)
+        outsiders = reserved & (group < 0)
+        return np.where(reserved, RESERVED_KEY, key), np.where(outsiders, self.groups - 1, group)
 
 
 def must_keep(chunk: Chunk) -> np.ndarray:
-    """bool [n]: samples marked ALWAYS."""
+    """Return which samples are marked ALWAYS, bool [n]."""
     return np.zeros(len(chunk.score), bool) if chunk.mark is None else chunk.mark == ALWAYS

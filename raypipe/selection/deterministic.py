@@ -1,4 +1,4 @@
-"""Strategies that go by the order of the scores alone: nothing is drawn."""
+"""Strategies without randomness: they depend on the order of the scores alone."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from raypipe.selection.statistics import ExactMoments
 def top(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The highest scores of all. Ties at the edge go by a hash of the sample_id, in every strategy.
+    """The highest scores overall.
 
-    Of Score Extrapolation (Schmidt et al. 2025, arXiv 2506.09010), TDDS, Dynamic Uncertainty, EL2N and others. Nested.
+    Used by Score Extrapolation (Schmidt et al. 2025, arXiv 2506.09010), TDDS, Dynamic Uncertainty,
+    EL2N and others. In every strategy a hash of the sample_id breaks ties at the edge. Nested.
     """
     return [SelectionPlan(ByScore(), one_group_quota)] * len(keep)
 
@@ -42,18 +43,22 @@ def top(
 def balanced(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The highest scores of each class; the same share of every class, and of the unlabelled as one more.
+    """The highest scores of each class, with the same share of every class.
 
-    MoSo (Tan et al. 2023, arXiv 2310.14664) keeps as many of each class, floor(size / C). Shares are kept here, by largest
-    remainder, so that classes may differ in size and the sum is exact; and samples of other classes are out of the question, where the
-    published code sets their scores to 0, which are then above negative ones. Nearly nested: a quota can fall by one
-    where the keep fraction rises (the Alabama paradox of largest remainders).
+    The unlabelled form one more class. MoSo (Tan et al. 2023, arXiv 2310.14664) keeps the same
+    number of each class, floor(size / C). Here shares are kept, by largest remainder: classes can
+    differ in size and the sum is exact. Samples of other classes are excluded; the published code
+    sets their scores to 0, which ranks them above negative scores. Nearly nested: a quota can
+    fall by one when the keep fraction rises (the Alabama paradox of largest remainders).
     """
     return [within_classes(plan, classes) for plan in top(chunks, keep, classes, options)]
 
 
 class ByClassZScore(Ranking):
-    """By the score's distance from the mean of its class, in standard deviations, rounded to float32; one group."""
+    """By the distance of the score from the mean of its class, in standard deviations; one group.
+
+    The distance is rounded to float32.
+    """
 
     def __init__(self, mean: np.ndarray, deviation: np.ndarray) -> None:
         self._mean, self._scale = mean, np.where(deviation > 0, deviation, 1.0)
@@ -68,24 +73,32 @@ class ByClassZScore(Ranking):
 def normalized(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The highest z-scores within the class: (s - mean_c) / std_c, then the highest of all.
+    """The highest z-scores within the class: (s - mean_c) / std_c, then the highest overall.
 
-    `nopt` of MoSo's published code. Mean and deviation (ddof 0) are exact sums, rounded once, of the samples that may be kept; the
-    unlabelled are a class of their own. A class of equal scores has z = 0. Classes get shares that follow the shape of
-    their scores and not their level. Nested.
+    This is `nopt` of MoSo's published code. Mean and deviation (ddof 0) are exact sums over the
+    eligible samples, rounded once. The unlabelled form a class of their own. A class with equal
+    scores has z = 0. The share of a class depends on the shape of its scores, not on their level.
+    Nested.
     """
     moments = ExactMoments(classes + 1)
     for chunk in chunks(False):
-        there = chunk.eligible()
-        moments.add(chunk.score[there], class_groups(chunk.label, classes)[there])
+        eligible = chunk.eligible()
+        moments.add(chunk.score[eligible], class_groups(chunk.label, classes)[eligible])
     ranking = ByClassZScore(*moments.mean_and_deviation())
     return [SelectionPlan(ranking, one_group_quota)] * len(keep)
 
 
 class TwoEnds(Ranking):
-    """Group 0: samples below a boundary of a ranking by value, group 1: those above it.
+    """Group 0 has the samples below a boundary of a ranking by value, group 1 those above it.
 
-    outwards  True: the highest first above and the lowest first below; False: those nearest to the boundary first
+    Parameters
+    ----------
+    boundary : Boundary
+        Separates the two groups.
+    outwards : bool
+        True: highest first above, lowest first below. False: nearest to the boundary first.
+    by : {"score", "loss"}
+        The value.
     """
 
     groups = 2
@@ -101,7 +114,10 @@ class TwoEnds(Ranking):
 
 
 class NearestFirst(Ranking):
-    """By the distance of the score from the edge of a boundary of its own group, the nearest first; one group."""
+    """By the distance of the score from the edge of a boundary of its own group; one group.
+
+    The nearest come first.
+    """
 
     def __init__(self, boundary: Boundary) -> None:
         self._boundary = boundary
@@ -118,12 +134,14 @@ class NearestFirst(Ranking):
 def moderate(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The scores around the median: of n samples in ascending order those from rank floor((n - k) / 2) on, k of them.
+    """The scores around the median.
 
-    Moderate coreset (Xia et al., ICLR 2023). Published with the distance of a sample to the centre of its class as the score;
-    here it is whatever score was extrapolated, which the paper's argument (the median stands for the distribution) allows
-    for. The published code keeps the ranks round(n (0.5 - keep/2)) to round(n (0.5 + keep/2)), which can be one sample more
-    or fewer. The median is over all classes, as there. Nested.
+    Of n samples in ascending order it keeps k, from rank floor((n - k) / 2) on. Moderate coreset
+    (Xia et al., ICLR 2023) was published with the distance of a sample to the centre of its class
+    as the score. Here it is whatever score was extrapolated; the paper's argument (the median
+    represents the distribution) allows for this. The published code keeps the ranks round(n (0.5
+    - keep/2)) to round(n (0.5 + keep/2)), which can be one sample more or fewer. The median is
+    over all classes, as in the published code. Nested.
     """
     (boundary,) = find_boundaries(
         chunks, [(grouped_by_class(ByScore(), classes, options), lambda size, _: size - size // 2)]
@@ -141,18 +159,19 @@ def moderate(
 def mixed(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """A share `easy_fraction` of the list from the easy end, the rest from the hard end: the extremes, and not the middle.
+    """Both extremes: a share `easy_fraction` of the list from the easy end, the rest hard samples.
 
-    Of k samples floor(easy_fraction k + 0.5) are those of lowest difficulty and the others those of highest; difficulty is the
-    score, or the proxy's loss. Sorscher et al. 2022 (arXiv 2206.14486) show that hard samples are worth keeping where data
-    are many and easy ones where they are few; they keep one end, which is easy_fraction 0 or 1. The mixture is ours. Nested.
+    Of k samples, floor(easy_fraction k + 0.5) have the lowest difficulty and the others the highest.
+    Difficulty is the score or the proxy's loss. Sorscher et al. 2022 (arXiv 2206.14486) show that
+    hard samples are worth keeping where data is abundant, and easy ones where it is scarce. They keep
+    one end, which is easy_fraction 0 or 1. The mixture is ours. Nested.
     """
     share = options.easy_fraction
 
     def easy(total: int) -> int:
         return math.floor(share * total + 0.5)
 
-    # for every keep fraction the easy samples lie below this boundary and the hard ones above
+    # for every keep fraction, the easy samples are below this boundary and the hard ones above it
     by = options.difficulty
     hardest = grouped_by_class(ByScore(by), classes, options)
     (boundary,) = find_boundaries(

@@ -1,4 +1,4 @@
-"""Numbers that depend on nothing but a sample_id and a seed: the same on every machine and in every order of the stream."""
+"""Hashes of a sample_id and a seed: the same on every machine and in every order of the stream."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ import pyarrow.compute as pc
 
 Ids: TypeAlias = "Sequence[str] | pa.Array"
 WORD_BYTES = 8
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: seeds that are neighbours start far apart
+"""Bytes mixed in at a time by `hash64`."""
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 / golden ratio, odd: neighbouring seeds start far apart."""
 ALL_ONES = np.uint64(2**64 - 1)
 HASH_CACHE_SIZE = 1 << 17
-"""Hashes that are not computed again: every list asks for those of the ties in one chunk after the other."""
+"""Hashes cached by `id_hash`: every keep-list asks for those of the same ties in each chunk."""
 
 
 @functools.lru_cache(maxsize=HASH_CACHE_SIZE)
 def id_hash(sample_id: str) -> int:
-    """A number below 2^64 that depends on nothing but the sample_id."""
+    """Return a 64-bit number that depends only on the sample_id."""
     return int.from_bytes(
         hashlib.blake2b(sample_id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
     )
 
 
 def ids_at(ids: Ids, positions: np.ndarray) -> list[str]:
-    """The ids at some positions."""
+    """Return the ids at the given positions."""
     if isinstance(ids, pa.Array):
         return ids.take(pa.array(positions)).to_pylist()
     return [ids[position] for position in positions.tolist()]
 
 
 def string_array(ids: Ids) -> pa.Array:
-    """Ids as one Arrow array of strings."""
+    """Return ids as one Arrow array of strings."""
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
     if not isinstance(ids, pa.Array):
@@ -44,10 +46,11 @@ def string_array(ids: Ids) -> pa.Array:
 
 
 def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
-    """uint64 [n]: a hash of the UTF-8 bytes of each id and the seed, all ids at once.
+    """Return a 64-bit hash of each id and the seed, uint64 [n], for all ids at once.
 
-    Words of 8 bytes (little-endian, the last one filled with zeros) are mixed in one after the other, then the length, each
-    time by the finalizer of SplitMix64 (Steele et al. 2014). It is not cryptographic: who chooses ids can choose hashes.
+    Words of 8 bytes (little-endian, the last one padded with zeros) of the UTF-8 encoding are
+    mixed in one after the other, then the length, each time with the finalizer of SplitMix64
+    (Steele et al. 2014). The hash is not cryptographic: whoever chooses ids can choose hashes.
     """
     array = string_array(ids)
     state = np.repeat(_mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64)), len(array))
@@ -62,9 +65,8 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     data[:-WORD_BYTES] = (
         np.frombuffer(stored, np.uint8, count=int(offsets[-1])) if stored is not None else 0
     )
-    words: np.ndarray = np.ndarray(
-        (len(data) - WORD_BYTES + 1,), "<u8", data, strides=(1,)
-    )  # the word that starts at each byte
+    # the word that starts at each byte
+    words: np.ndarray = np.ndarray((len(data) - WORD_BYTES + 1,), "<u8", data, strides=(1,))
     for position in range(0, int(length.max()), WORD_BYTES):
         left = length - position
         rows: Any = slice(None) if int(left.min()) > 0 else np.flatnonzero(left > 0)
@@ -74,18 +76,29 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
+    """Mix the bits of uint64 [n] (finalizer of SplitMix64)."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
 
 
 def uniform(hashes: np.ndarray) -> np.ndarray:
-    """uint64 [n] -> float64 [n] strictly between 0 and 1."""
+    """Map uint64 [n] to float64 [n] strictly between 0 and 1."""
     return ((hashes >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 class IdSet:
-    """A list of ids to look others up in; it notes which of its own were met. Memory: the list, and 8 bytes for each id."""
+    """A set of ids for lookups, which records which of its ids were found.
+
+    Memory: the ids, and 8 bytes per id.
+
+    Attributes
+    ----------
+    ids : pa.Array
+        The unique ids.
+    met : np.ndarray
+        Whether `find` has found each of them, bool [len(ids)].
+    """
 
     def __init__(self, ids: Ids) -> None:
         unique = string_array(ids).drop_null().unique()
@@ -95,21 +108,21 @@ class IdSet:
         self.met = np.zeros(len(order), bool)
 
     def find(self, ids: Ids) -> np.ndarray:
-        """Positions among `ids`, int64, of those that are in the list."""
+        """Return the positions in `ids` of the ids that are in the set, int64."""
         if not len(self.ids) or not len(ids):
             return np.zeros(0, np.int64)
         array, hashes = string_array(ids), hash64(ids)
-        place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        hits = np.flatnonzero(self._hashes[place] == hashes)
-        same = pc.equal(array.take(pa.array(hits)), self.ids.take(pa.array(place[hits]))).to_numpy(
+        slot = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        hits = np.flatnonzero(self._hashes[slot] == hashes)
+        same = pc.equal(array.take(pa.array(hits)), self.ids.take(pa.array(slot[hits]))).to_numpy(
             zero_copy_only=False
         )
-        self.met[place[hits[same]]] = True
+        self.met[slot[hits[same]]] = True
         return hits[same]
 
 
 def hash_ids(ids: pa.Array) -> np.ndarray:
-    """64-bit hashes, uint64 [n], of the ids that are not null."""
+    """Return unseeded 64-bit BLAKE2b hashes of the ids that are not null, uint64 [n]."""
     digests = b"".join(
         hashlib.blake2b(sample_id.encode(), digest_size=8).digest()
         for sample_id in ids.drop_null().to_pylist()

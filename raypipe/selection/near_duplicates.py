@@ -1,9 +1,10 @@
-"""Near duplicates in embedding space: of samples that look the same, the one with the highest score stays.
+"""Near-duplicates in embedding space: of samples that look the same, keep the best-scored one.
 
-After SemDeDup (Abbas et al. 2023, arXiv 2303.09540): k-means divides the embeddings into clusters, and pairs are compared within a
-cluster only, so the cost grows with n times the size of a cluster and not with n^2. Pairs on both sides of a border are missed.
-Unlike there a sample is removed for being near one that *stays*, not for being near any: a chain of small steps does not
-remove all but its head.
+After SemDeDup (Abbas et al. 2023, arXiv 2303.09540): k-means divides the embeddings into
+clusters, and only pairs within a cluster are compared. So the cost grows with n times the cluster
+size, not with n^2. Pairs on both sides of a cluster border are missed. Unlike SemDeDup, a sample
+is removed for being near one that *stays*, not for being near any other: a chain of small steps
+does not remove everything but its head.
 """
 
 from __future__ import annotations
@@ -13,27 +14,32 @@ import numpy as np
 BLOCK_ROWS = 1024
 """Embeddings compared at a time."""
 ROUNDING = 1e-6
-"""A similarity this far below the threshold counts: that of equal embeddings is 1 but for rounding in float32."""
+"""A similarity this far below the threshold counts: rounding moves that of equal embeddings from 1.
+"""
 CLUSTER_SIZE = 4096
-"""Samples in a cluster, on average; up to twice as many are one cluster, in which every pair is compared."""
+"""Average samples per cluster. Up to twice as many form one cluster, with all pairs compared."""
 POINTS_PER_CLUSTER, ITERATIONS, SEED = 32, 10, 1234
 """Of k-means."""
 
 
 def clusters_for(samples: int) -> int:
-    """How many clusters so many samples are divided into."""
+    """Return the number of clusters for a number of samples."""
     return 1 if samples <= 2 * CLUSTER_SIZE else -(-samples // CLUSTER_SIZE)
 
 
 def unit_vectors(vectors: np.ndarray) -> np.ndarray:
-    """float32 [n, d] of length 1; vectors of length 0 stay."""
+    """Return vectors scaled to length 1, float32 [n, d]; vectors of length 0 stay as they are."""
     values = np.asarray(vectors, np.float32)
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return values / np.where(length > 0, length, 1)
 
 
 def centroids(vectors: np.ndarray, clusters: int) -> np.ndarray:
-    """float32 [clusters, d]: spherical k-means of unit vectors [n, d], n at least `clusters`, by FAISS. The same for the same vectors."""
+    """Return the centroids of spherical k-means by FAISS, float32 [clusters, d].
+
+    `vectors` are unit vectors [n, d], with n at least `clusters`. The result depends on nothing
+    else.
+    """
     import torch  # noqa: F401  # before faiss: see raypipe.extrapolators.neighbours
 
     import faiss  # isort: skip
@@ -46,7 +52,7 @@ def centroids(vectors: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def nearest_centroid(vectors: np.ndarray, centroid: np.ndarray) -> np.ndarray:
-    """int64 [n]: the centroid with which each unit vector has the highest cosine similarity."""
+    """Return the centroid with the highest cosine similarity for each unit vector, int64 [n]."""
     result = np.zeros(len(vectors), np.int64)
     for start in range(0, len(vectors), BLOCK_ROWS):
         result[start : start + BLOCK_ROWS] = (
@@ -58,28 +64,40 @@ def nearest_centroid(vectors: np.ndarray, centroid: np.ndarray) -> np.ndarray:
 def redundant(
     vectors: np.ndarray, threshold: float, protected: np.ndarray | None = None
 ) -> np.ndarray:
-    """bool [n]: which of unit vectors [n, d], in order of preference, have one before them that stays and is that similar.
+    """Return which samples are near-duplicates of an earlier sample that stays, bool [n].
 
-    Every pair is compared. `protected` ones, bool [n], stay; they should come first. Memory: beyond the vectors, once more those
-    that stay.
+    Every pair is compared.
+
+    Parameters
+    ----------
+    vectors : np.ndarray
+        Unit vectors [n, d], in order of preference.
+    threshold : float
+        Cosine similarity from which two samples are near-duplicates.
+    protected : np.ndarray, optional
+        Samples that always stay, bool [n]. They should come first.
+
+    Notes
+    -----
+    Memory: in addition to the vectors, a copy of those that stay.
     """
-    least = threshold - ROUNDING
+    minimum = threshold - ROUNDING
     safe = np.zeros(len(vectors), bool) if protected is None else protected
     staying, count = np.empty_like(vectors), 0
-    gone = np.zeros(len(vectors), bool)
+    removed = np.zeros(len(vectors), bool)
     for start in range(0, len(vectors), BLOCK_ROWS):
-        block, guarded = vectors[start : start + BLOCK_ROWS], safe[start : start + BLOCK_ROWS]
+        block, block_safe = vectors[start : start + BLOCK_ROWS], safe[start : start + BLOCK_ROWS]
         near = np.zeros(len(block), bool)
         for other in range(0, count, BLOCK_ROWS):
-            near |= (block @ staying[other : min(other + BLOCK_ROWS, count)].T >= least).any(1)
-        rows = np.flatnonzero(~near | guarded)
-        alike = np.tril(block[rows] @ block[rows].T >= least, -1)
+            near |= (block @ staying[other : min(other + BLOCK_ROWS, count)].T >= minimum).any(1)
+        rows = np.flatnonzero(~near | block_safe)
+        alike = np.tril(block[rows] @ block[rows].T >= minimum, -1)
         stays = np.ones(len(rows), bool)
-        for position in np.flatnonzero(alike.any(1) & ~guarded[rows]).tolist():
+        for position in np.flatnonzero(alike.any(1) & ~block_safe[rows]).tolist():
             stays[position] = not (alike[position] & stays).any()
-        kept = rows[stays]
-        staying[count : count + len(kept)] = block[kept]
-        count += len(kept)
-        gone[start : start + BLOCK_ROWS] = True
-        gone[start + kept] = False
-    return gone
+        new = rows[stays]
+        staying[count : count + len(new)] = block[new]
+        count += len(new)
+        removed[start : start + BLOCK_ROWS] = True
+        removed[start + new] = False
+    return removed

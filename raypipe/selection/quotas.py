@@ -1,4 +1,4 @@
-"""How many samples each group gets, in whole numbers that sum to what is asked for."""
+"""How many samples each group gets, in whole numbers with a given sum."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 
 
 def proportional_quotas(counts: np.ndarray, total: int) -> np.ndarray:
-    """The same share of each group, by largest remainder (Hamilton's method), in whole numbers throughout.
+    """Return the same share of each group, int64 [G] with sum `total`.
 
-    Equal remainders go to the smaller group, then to the lower index. Returns int64 [G] with sum `total`.
+    The method is the largest remainder (Hamilton's method), in whole numbers throughout. Of equal
+    remainders, the smaller group comes first, then the lower index.
     """
     population = int(counts.sum())
     if population == 0:
@@ -23,10 +24,12 @@ def proportional_quotas(counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def even_quotas(counts: np.ndarray, total: int) -> np.ndarray:
-    """The same number for each group, as far as it has so many: CCS's division of a budget (Zheng et al. 2023, algorithm 1).
+    """Return the same number for each group, or all it has, int64 [G].
 
-    Groups are served from the smallest (equal ones by index): each gets the whole part of what is left divided by the groups left,
-    or all it has. Returns int64 [G], with sum `total` where the groups hold so many; growing with `total` in every group.
+    This is the budget allocation of CCS (Zheng et al. 2023, algorithm 1). Groups are served from
+    the smallest (equal ones by index): each gets the whole part of the remaining budget divided
+    by the remaining groups, or all it has. The sum is `total` if the groups have that many
+    samples. No quota falls when `total` grows.
     """
     quotas, left = np.zeros(len(counts), np.int64), total
     for served, group in enumerate(np.argsort(counts, kind="stable").tolist()):
@@ -36,17 +39,18 @@ def even_quotas(counts: np.ndarray, total: int) -> np.ndarray:
 
 
 def bounded_quotas(
-    quotas: np.ndarray, least: np.ndarray, most: np.ndarray, total: int
+    quotas: np.ndarray, minimum: np.ndarray, maximum: np.ndarray, total: int
 ) -> np.ndarray:
-    """Quotas brought between `least` and `most` [G], with the sum `total`, which must lie between theirs.
+    """Return the quotas, moved between `minimum` and `maximum` [G] and to the sum `total`.
 
-    What is too much is taken from the groups in proportion to what they have above `least`; what is missing is given in proportion
-    to what they have left below `most`.
+    `total` must lie between the sums of the bounds. An excess is taken from the groups in
+    proportion to what they have above `minimum`. A deficit is given in proportion to the room
+    below `maximum`.
     """
-    result = np.clip(quotas, least, most)
+    result = np.clip(quotas, minimum, maximum)
     excess = int(result.sum()) - total
     if excess > 0:
-        result = result - proportional_quotas(result - least, excess)
+        result = result - proportional_quotas(result - minimum, excess)
     elif excess < 0:
-        result = result + proportional_quotas(most - result, -excess)
+        result = result + proportional_quotas(maximum - result, -excess)
     return result

@@ -1,12 +1,13 @@
-"""Exactly the first so many samples of every group, from a stream too long to sort or to hold.
+"""Select exactly the first k samples of every group from a stream too long to sort or to hold.
 
-A ranking gives every sample a uint32 key, the highest first, and a group. A few passes over the stream count how many samples
-share the leading bits of the key (a radix histogram), and so pin down, bit by bit, the key at which each group ends. Memory depends
-on the number of groups and quotas, never on the number of samples; only where several samples share that last key and not
-all of them fit are 8 bytes for each of these held.
+A ranking gives every sample a uint32 key, highest first, and a group. A few passes over the
+stream count how many samples share the leading bits of the key (a radix histogram), and so
+determine, bit by bit, the key at which each group ends. Memory depends on the number of groups
+and quotas, never on the number of samples. The exception: if several samples share that last key
+and not all of them fit, 8 bytes are held for each of them.
 
-Samples with equal keys are taken in the order of a hash of their sample_id: the same ones on every machine and in
-every order of the stream.
+Samples with equal keys are taken in the order of a hash of their sample_id: the same samples on
+every machine and in every order of the stream.
 """
 
 from __future__ import annotations
@@ -23,24 +24,34 @@ from raypipe.errors import StageError
 from raypipe.selection.hashing import Ids, id_hash, ids_at
 
 MAX_COUNTERS = 1 << 24
-"""Most counters held at a time (8 bytes each, twice); with very many groups fewer bits are settled in one pass."""
+"""Counters held at a time (8 bytes each, twice); with many groups a pass settles fewer bits."""
 ANY_HASH = np.uint64(2**64 - 1)
-ABOVE_EVERY_KEY = np.uint32(2**32 - 1)  # above every key
-RESERVED_KEY = np.uint32(2**32 - 2)  # of samples that come before all others
+"""Limit of hashes where all samples with the last key are taken."""
+ABOVE_EVERY_KEY = np.uint32(2**32 - 1)
+"""Threshold where no sample is taken."""
+RESERVED_KEY = np.uint32(2**32 - 2)
+"""Key of samples that come before all others."""
 MAX_KEY = np.uint32(2**32 - 3)
-"""The highest key a ranking may give; that of every finite score is below it."""
+"""The highest key a ranking can return; those of finite scores are below it."""
 FREE, ALWAYS, NEVER = 0, 1, 2
-"""Marks of a sample: for the strategy to decide, in every keep-list, in none."""
+"""Marks of a sample: the strategy decides, in every keep-list, in no keep-list."""
 
 
 class Chunk(NamedTuple):
     """A part of the stream.
 
-    score      float32 [n]
-    label      int32 [n] with -1 for unlabelled
-    sample_id  n ids, a list or an Arrow array; none unless asked for
-    loss       float32 [n], the proxy's loss; None where no strategy asks for it
-    mark       uint8 [n]: FREE, ALWAYS or NEVER; None: all are free
+    Attributes
+    ----------
+    score : np.ndarray
+        float32 [n].
+    label : np.ndarray
+        int32 [n]; -1 for unlabelled samples.
+    sample_id : Sequence[str] or pa.Array
+        n ids; empty unless requested.
+    loss : np.ndarray, optional
+        The proxy's loss, float32 [n]; None if no strategy needs it.
+    mark : np.ndarray, optional
+        FREE, ALWAYS or NEVER, uint8 [n]; None if all are free.
     """
 
     score: np.ndarray
@@ -50,28 +61,38 @@ class Chunk(NamedTuple):
     mark: np.ndarray | None = None
 
     def eligible(self) -> np.ndarray:
-        """bool [n]: samples that are not marked NEVER."""
+        """Return which samples are not marked NEVER, bool [n]."""
         return np.ones(len(self.score), bool) if self.mark is None else self.mark != NEVER
 
 
 Chunks = Callable[[bool], Iterable[Chunk]]
-"""Starts the stream anew: the same samples each time; the argument says whether sample_ids are needed."""
+"""Starts a pass over the stream: the same samples each time, with sample_ids if given True."""
 
 
 class ValidatedStream:
-    """A stream that counts its samples the first time, and refuses scores and losses that are not finite."""
+    """A stream whose first pass counts the samples and refuses non-finite scores and losses.
+
+    Attributes
+    ----------
+    samples : int
+        Number of samples; 0 until the first pass is complete.
+    """
 
     def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
-        self._read = False
+        self._validated = False
         self.samples = 0
 
     def __call__(self, with_ids: bool) -> Iterator[Chunk]:
-        """Raises StageError at the end of the first pass, in which nothing follows the first such number."""
-        if self._read:
+        """Yield the chunks.
+
+        The first pass yields nothing after a non-finite value; at its end it raises StageError with
+        their number.
+        """
+        if self._validated:
             yield from self._chunks(with_ids)
             return
-        samples, bad, example, what = 0, 0, np.float32(0), "scores"
+        samples, bad, example, kind = 0, 0, np.float32(0), "scores"
         for chunk in self._chunks(with_ids):
             samples += len(chunk.score)
             for name, values in (
@@ -80,21 +101,28 @@ class ValidatedStream:
             ):
                 if values is not None and not np.isfinite(values).all():
                     infinite = values[~np.isfinite(values)]
-                    bad, example, what = bad + len(infinite), infinite[0], name
+                    bad, example, kind = bad + len(infinite), infinite[0], name
             if not bad:
                 yield chunk
         if bad:
             raise StageError(
-                f"{bad} of {samples} {what} are not finite (such as {example}), so they have no order; score them again"
+                f"{bad} of {samples} {kind} are not finite (such as {example}) and cannot be "
+                "ranked; score the samples again"
             )
-        self._read, self.samples = True, samples
+        self._validated, self.samples = True, samples
 
 
 class Ranking(abc.ABC):
     """An order of the samples within groups.
 
-    groups     how many groups there are
-    needs_ids  whether it looks at sample_ids
+    A subclass implements `compute`; callers use `rank`.
+
+    Attributes
+    ----------
+    groups : int
+        Number of groups.
+    needs_ids : bool
+        Whether it uses sample_ids.
     """
 
     groups: int = 1
@@ -103,10 +131,13 @@ class Ranking(abc.ABC):
 
     @abc.abstractmethod
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        """Key uint32 [n], the highest first, and group int64 [n], -1: out of the question."""
+        """Return key, uint32 [n], highest first, and group, int64 [n]; group -1 is excluded."""
 
     def rank(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, with samples marked NEVER out of the question; asked again for the same chunk, it does not compute again."""
+        """Return keys and groups of a chunk, with samples marked NEVER excluded.
+
+        The result for the latest chunk is cached.
+        """
         if self._last is None or self._last[0] is not chunk:
             key, group = self.compute(chunk)
             if chunk.mark is not None:
@@ -116,16 +147,29 @@ class Ranking(abc.ABC):
 
 
 Quotas = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(samples [G], of these the reserved ones [G]: key RESERVED_KEY) -> samples to take [G]."""
+"""(samples per group [G], those of them with RESERVED_KEY [G]) -> samples to take per group [G]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
-    """Where each group of a ranking ends: every key above a threshold, and of the ties there the lowest hashes.
+    """Where each group of a ranking ends.
 
-    quota      int64 [G], samples taken; `size`: samples there; `reserved`: samples with the key RESERVED_KEY
-    threshold  uint32 [G + 1], key of the last sample taken; the last one is for samples out of the question
-    limit      uint64 [G + 1], the highest hash taken among samples with that key
+    Taken are all keys above a threshold, and of the ties at the threshold the lowest hashes.
+
+    Attributes
+    ----------
+    ranking : Ranking
+        The ranking.
+    quota : np.ndarray
+        Samples taken per group, int64 [G].
+    size : np.ndarray
+        Samples per group, int64 [G].
+    reserved : np.ndarray
+        Samples per group with RESERVED_KEY, int64 [G].
+    threshold : np.ndarray
+        Key of the last sample taken, uint32 [G + 1]; the last entry is for excluded samples.
+    limit : np.ndarray
+        The highest hash taken among samples with that key, uint64 [G + 1].
     """
 
     ranking: Ranking
@@ -137,16 +181,16 @@ class Boundary:
 
     @property
     def count(self) -> int:
-        """Samples taken."""
+        """Number of samples taken."""
         return int(self.quota.sum())
 
     @property
     def needs_ids(self) -> bool:
-        """Whether `mask` looks at sample_ids."""
+        """Whether `mask` uses sample_ids."""
         return self.ranking.needs_ids or bool((self.limit != ANY_HASH).any())
 
     def mask(self, chunk: Chunk) -> np.ndarray:
-        """Which samples of a chunk are taken: bool [n]."""
+        """Return which samples of a chunk are taken, bool [n]."""
         key, group = self.ranking.rank(chunk)
         threshold = self.threshold[group]
         kept = key > threshold
@@ -161,56 +205,64 @@ class Boundary:
         return kept
 
 
-def find_boundaries(chunks: Chunks, wants: Sequence[tuple[Ranking, Quotas]]) -> list[Boundary]:
-    """Where each ranking ends for its quotas, all from the same passes over the stream. Raises what `quotas` raise."""
-    rankings = {id(ranking): ranking for ranking, _ in wants}
+def find_boundaries(chunks: Chunks, requests: Sequence[tuple[Ranking, Quotas]]) -> list[Boundary]:
+    """Return where each ranking ends for its quotas, from the same passes over the stream.
+
+    Exceptions that the quotas raise are not caught.
+    """
+    rankings = {id(ranking): ranking for ranking, _ in requests}
     with_ids = any(ranking.needs_ids for ranking in rankings.values())
-    slots = sum(ranking.groups for ranking, _ in wants)
-    bits = max(1, min(16, (MAX_COUNTERS // max(slots, 1)).bit_length() - 1))
+    groups = sum(ranking.groups for ranking, _ in requests)
+    bits = max(1, min(16, (MAX_COUNTERS // max(groups, 1)).bit_length() - 1))
 
     counted, reserved = _count_first(chunks, with_ids, rankings, bits)
     sizes = {which: table.sum(axis=1) for which, table in counted.items()}
-    quota = [quotas(sizes[id(ranking)], reserved[id(ranking)]) for ranking, quotas in wants]
-    ends = [
+    quota = [quotas(sizes[id(ranking)], reserved[id(ranking)]) for ranking, quotas in requests]
+    searches = [
         _BoundarySearch(ranking, taken.copy())
-        for (ranking, _), taken in zip(wants, quota, strict=True)
+        for (ranking, _), taken in zip(requests, quota, strict=True)
     ]
-    for end in ends:
-        end.descend(counted[id(end.ranking)], bits)
+    for search in searches:
+        search.descend(counted[id(search.ranking)], bits)
     counted.clear()  # the next tables are as large
     settled = bits
     while settled < 32:
         step = min(bits, 32 - settled)
-        for end, table in zip(
-            ends, _count_next(chunks, with_ids, ends, settled, step), strict=True
-        ):
-            end.descend(table, step)
+        tables = _count_next(chunks, with_ids, searches, settled, step)
+        for search, table in zip(searches, tables, strict=True):
+            search.descend(table, step)
         settled += step
 
     thresholds = [
-        np.append(np.where(taken > 0, end.prefix, ABOVE_EVERY_KEY), ABOVE_EVERY_KEY)
-        for end, taken in zip(ends, quota, strict=True)
+        np.append(np.where(taken > 0, search.prefix, ABOVE_EVERY_KEY), ABOVE_EVERY_KEY)
+        for search, taken in zip(searches, quota, strict=True)
     ]
     contested = [
-        (taken > 0) & (end.left < end.tied) for end, taken in zip(ends, quota, strict=True)
+        (taken > 0) & (search.remaining < search.tied)
+        for search, taken in zip(searches, quota, strict=True)
     ]
-    limits = _limits(chunks, ends, thresholds, contested)
+    limits = _hash_limits(chunks, searches, thresholds, contested)
     return [
         Boundary(
-            end.ranking, taken, sizes[id(end.ranking)], reserved[id(end.ranking)], threshold, limit
+            search.ranking,
+            taken,
+            sizes[id(search.ranking)],
+            reserved[id(search.ranking)],
+            threshold,
+            limit,
         )
-        for end, taken, threshold, limit in zip(ends, quota, thresholds, limits, strict=True)
+        for search, taken, threshold, limit in zip(searches, quota, thresholds, limits, strict=True)
     ]
 
 
 def order_key(score: np.ndarray) -> np.ndarray:
-    """float32 [n] -> uint32 [n] in the same order, infinities included; 0.0 and -0.0 are equal, as they are as numbers."""
+    """Map float32 [n] to uint32 [n] in the same order, infinities included; 0.0 and -0.0 are equal."""
     bits = (np.asarray(score, np.float32) + np.float32(0)).view(np.uint32)
     return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
 
 
 def key_value(key: np.ndarray) -> np.ndarray:
-    """The float32 of which `order_key` made a key."""
+    """Return the float32 that `order_key` mapped to a key."""
     return (
         np.where(key >> np.uint32(31), key ^ np.uint32(1 << 31), ~key)
         .astype(np.uint32)
@@ -219,48 +271,90 @@ def key_value(key: np.ndarray) -> np.ndarray:
 
 
 def class_groups(label: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [n]: the class, with `classes` for the unlabelled. Raises StageError for a label beyond them."""
+    """Return the class of each label, int64 [n], with `classes` for the unlabelled.
+
+    Raises
+    ------
+    StageError
+        If a label is not below `classes`.
+    """
     if len(label) and int(label.max()) >= classes:
         raise StageError(
-            f"label {int(label.max())} among the scores, but the source has {classes} classes; score it again"
+            f"label {int(label.max())} among the scores, but the source has {classes} classes; "
+            "score the samples again"
         )
     return np.where(label < 0, classes, label).astype(np.int64)
 
 
 class _BoundarySearch:
-    """How far the end of a ranking is known: of each group [G] the leading bits, what to take of them, and what there is."""
+    """The search for the boundary of a ranking, bit by bit from the highest bits of the key.
 
-    def __init__(self, ranking: Ranking, left: np.ndarray) -> None:
-        self.ranking, self.left = ranking, left
-        self.prefix, self.tied = np.zeros(len(left), np.uint32), np.zeros_like(left)
+    Attributes
+    ----------
+    ranking : Ranking
+        The ranking.
+    prefix : np.ndarray
+        The leading bits of each group's threshold settled so far, uint32 [G].
+    remaining : np.ndarray
+        Samples still to be taken among those with that prefix, int64 [G].
+    tied : np.ndarray
+        Samples with that prefix, int64 [G].
+    """
+
+    def __init__(self, ranking: Ranking, remaining: np.ndarray) -> None:
+        self.ranking, self.remaining = ranking, remaining
+        self.prefix = np.zeros(len(remaining), np.uint32)
+        self.tied = np.zeros_like(remaining)
 
     def descend(self, table: np.ndarray, step: int) -> None:
-        """Settle the next bits: table [G, 2^step] counts, of the samples with the prefix, which bits follow.
+        """Settle the next `step` bits.
 
-        First which run of cells the end is in, then which cell of it, so that not all cells are added up one by one.
+        `table` [G, 2^step] counts the samples with the prefix by their next bits. The search first
+        finds the run of cells that contains the boundary, then the cell in it, to avoid adding up
+        all cells.
         """
         runs = table.reshape(len(table), 1 << step // 2, -1)
-        run, self.left, _ = _end_of(runs.sum(axis=2), self.left)
-        cell, self.left, self.tied = _end_of(runs[np.arange(len(runs)), run], self.left)
+        run, self.remaining, _ = _boundary_cell(runs.sum(axis=2), self.remaining)
+        cell, self.remaining, self.tied = _boundary_cell(
+            runs[np.arange(len(runs)), run], self.remaining
+        )
         self.prefix = self.prefix << np.uint32(step) | (run * runs.shape[2] + cell).astype(
             np.uint32
         )
 
 
-def _end_of(counts: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row of [G, n] counts, from its end on: the cell in which `left` [G] are reached, else the first one; what is left to take
-    there, and the count there."""
+def _boundary_cell(
+    counts: np.ndarray, remaining: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the cell of each row of `counts` [G, n] in which `remaining` [G] samples are reached.
+
+    Cells are counted from the last one, which has the highest keys. If the samples are not reached,
+    the result is the first cell.
+
+    Returns
+    -------
+    cell, remaining, count : np.ndarray
+        The cell, the samples still to be taken in it, and the samples in it, [G] each.
+    """
     from_top, rows = np.cumsum(counts[:, ::-1], axis=1), np.arange(len(counts))
-    steps = np.minimum((from_top < left[:, None]).sum(axis=1), counts.shape[1] - 1)
+    steps = np.minimum((from_top < remaining[:, None]).sum(axis=1), counts.shape[1] - 1)
     cell = counts.shape[1] - 1 - steps
-    there = counts[rows, cell]
-    return cell, left - (from_top[rows, steps] - there), there
+    count = counts[rows, cell]
+    return cell, remaining - (from_top[rows, steps] - count), count
 
 
 def _count_first(
     chunks: Chunks, with_ids: bool, rankings: dict[int, Ranking], bits: int
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Per ranking int64 [G, 2^bits]: samples by group and leading bits of the key; and [G]: samples with the key RESERVED_KEY."""
+    """Count samples per ranking by group and leading bits of the key.
+
+    Returns
+    -------
+    tables : dict[int, np.ndarray]
+        By id of the ranking, int64 [G, 2^bits].
+    reserved : dict[int, np.ndarray]
+        Samples with RESERVED_KEY, by id of the ranking, int64 [G].
+    """
     tables = {
         which: np.zeros((ranking.groups, 1 << bits), np.int64)
         for which, ranking in rankings.items()
@@ -277,65 +371,80 @@ def _count_first(
 
 
 def _count_next(
-    chunks: Chunks, with_ids: bool, ends: list[_BoundarySearch], settled: int, step: int
+    chunks: Chunks, with_ids: bool, searches: list[_BoundarySearch], settled: int, step: int
 ) -> list[np.ndarray]:
-    """Per end int64 [G, 2^step]: of the samples whose first `settled` bits are the group's prefix, how many have which next bits."""
-    tables = [np.zeros((len(end.prefix), 1 << step), np.int64) for end in ends]
+    """Count samples whose first `settled` bits are their group's prefix, by their next bits.
+
+    Returns int64 [G, 2^step] per search.
+    """
+    tables = [np.zeros((len(search.prefix), 1 << step), np.int64) for search in searches]
     for chunk in chunks(with_ids):
-        for end, table in zip(ends, tables, strict=True):
-            key, group = end.ranking.rank(chunk)
+        for search, table in zip(searches, tables, strict=True):
+            key, group = search.ranking.rank(chunk)
             hit = np.flatnonzero(
-                (key >> np.uint32(32 - settled) == end.prefix[group]) & (group >= 0)
+                (key >> np.uint32(32 - settled) == search.prefix[group]) & (group >= 0)
             )
             following = (key[hit] >> np.uint32(32 - settled - step)) & np.uint32((1 << step) - 1)
             np.add.at(table.reshape(-1), (group[hit] << step) + following, 1)
     return tables
 
 
-def _limits(
+def _hash_limits(
     chunks: Chunks,
-    ends: list[_BoundarySearch],
+    searches: list[_BoundarySearch],
     thresholds: list[np.ndarray],
     contested: list[np.ndarray],
 ) -> list[np.ndarray]:
-    """Per end uint64 [G + 1]: the `left`-th lowest hash among the samples at the threshold, where not all of them fit."""
+    """Return the highest hash to take among the samples at each threshold.
+
+    Where not all samples at the threshold fit (`contested`, bool [G] per search), that is the
+    `remaining`-th lowest of their hashes, elsewhere `ANY_HASH`. Returns uint64 [G + 1] per search.
+    """
     limits = [np.full(len(threshold), ANY_HASH) for threshold in thresholds]
-    where = [
-        (number, int(group))
-        for number, groups in enumerate(contested)
-        for group in np.flatnonzero(groups)
-    ]
-    if not where:
+    if not any(groups.any() for groups in contested):
         return limits
-    hashes: dict[tuple[int, int, int], array[int]] = {
-        (id(ends[number].ranking), group, int(thresholds[number][group])): array("Q")
-        for number, group in where
-    }
-    for chunk in chunks(True):
-        found: dict[int, np.ndarray] = {}
-        for end, threshold, groups in zip(ends, thresholds, contested, strict=True):
-            key, group = end.ranking.rank(chunk)
-            tied = np.append(groups, False)[group] & (key == threshold[group])
-            found[id(end.ranking)] = (
-                found[id(end.ranking)] | tied if id(end.ranking) in found else tied
+    hashes = _tied_hashes(chunks, searches, thresholds, contested)
+    for search, threshold, groups, limit in zip(
+        searches, thresholds, contested, limits, strict=True
+    ):
+        for group in np.flatnonzero(groups).tolist():
+            tied = np.frombuffer(
+                hashes[id(search.ranking), group, int(threshold[group])], np.uint64
             )
-        for end in {id(end.ranking): end for end in ends}.values():
-            key, group = end.ranking.rank(chunk)
-            positions = np.flatnonzero(found[id(end.ranking)])
-            for position, name in zip(
-                positions.tolist(), ids_at(chunk.sample_id, positions), strict=True
-            ):
-                hashes[id(end.ranking), int(group[position]), int(key[position])].append(
-                    id_hash(name)
+            last = int(search.remaining[group]) - 1
+            if last >= len(tied):
+                raise StageError(
+                    "the scores changed while the keep-lists were being written; run it again"
                 )
-    for number, which in where:
-        known = np.frombuffer(
-            hashes[id(ends[number].ranking), which, int(thresholds[number][which])], np.uint64
-        )
-        last = int(ends[number].left[which]) - 1
-        if last >= len(known):
-            raise StageError(
-                "the scores changed while the keep-lists were being made; run it again"
-            )
-        limits[number][which] = np.partition(known, last)[last]
+            limit[group] = np.partition(tied, last)[last]
     return limits
+
+
+def _tied_hashes(
+    chunks: Chunks,
+    searches: list[_BoundarySearch],
+    thresholds: list[np.ndarray],
+    contested: list[np.ndarray],
+) -> dict[tuple[int, int, int], array[int]]:
+    """Return the hashes of the samples at contested thresholds, in one pass.
+
+    They are keyed by id of the ranking, group and key: searches over the same ranking share them.
+    """
+    hashes: dict[tuple[int, int, int], array[int]] = {
+        (id(search.ranking), group, int(threshold[group])): array("Q")
+        for search, threshold, groups in zip(searches, thresholds, contested, strict=True)
+        for group in np.flatnonzero(groups).tolist()
+    }
+    rankings = {id(search.ranking): search.ranking for search in searches}
+    for chunk in chunks(True):
+        tied = {which: np.zeros(len(chunk.score), bool) for which in rankings}
+        for search, threshold, groups in zip(searches, thresholds, contested, strict=True):
+            key, group = search.ranking.rank(chunk)
+            tied[id(search.ranking)] |= np.append(groups, False)[group] & (key == threshold[group])
+        for which, ranking in rankings.items():
+            key, group = ranking.rank(chunk)
+            positions = np.flatnonzero(tied[which])
+            names = ids_at(chunk.sample_id, positions)
+            for position, name in zip(positions.tolist(), names, strict=True):
+                hashes[which, int(group[position]), int(key[position])].append(id_hash(name))
+    return hashes

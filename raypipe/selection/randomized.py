@@ -1,6 +1,7 @@
-"""Strategies that draw samples at random, from a hash of the sample_id and the seed in place of a generator's state.
+"""Strategies that draw samples at random, by a hash of the sample_id and the seed.
 
-So a sample's luck is its own: the same in every order of the stream, on every machine, and when other samples come and go.
+There is no generator with a state. So whether a sample is drawn does not depend on the order of the
+stream or on the machine, and its hash stays the same when other samples come and go.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from raypipe.selection.radix_select import (
 )
 
 ANCHORS = 10
-"""Samples of highest score whose mean probability sets the Beta distribution."""
+"""Number of samples with the highest score whose mean probability sets the Beta distribution."""
 CONCENTRATION = 15.0
 """C of the Beta distribution: alpha + beta = C + 1."""
 MIN_ERROR = 2.0**-24
-"""1 - p is taken to be at least this, since the density has no bound at p = 1 where beta < 1."""
+"""Lower bound of 1 - p: at p = 1 the density is unbounded where beta < 1."""
 
 
 class ByHash(Ranking):
@@ -59,7 +60,10 @@ class ByHash(Ranking):
 
 
 def uniform_inclusion(chunk: Chunk, boundary: Boundary) -> np.ndarray:
-    """Inclusion probabilities where a group's samples have the same: quota / size, and 1 for reserved ones."""
+    """Return inclusion probabilities that are equal within a group.
+
+    They are quota / size, and 1 for reserved samples.
+    """
     key, group = boundary.ranking.rank(chunk)
     free = np.maximum(boundary.size - boundary.reserved, 1)
     share = np.append((boundary.quota - boundary.reserved) / free, 0.0)
@@ -69,16 +73,28 @@ def uniform_inclusion(chunk: Chunk, boundary: Boundary) -> np.ndarray:
 def random(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """A simple random sample: what every other strategy has to beat. The k highest hashes of sample_id and seed. Nested."""
+    """A simple random sample, the baseline for every other strategy.
+
+    It keeps the k highest hashes of sample_id and seed. Nested.
+    """
     return [
         SelectionPlan(ByHash(options.seed), one_group_quota, inclusion=uniform_inclusion)
     ] * len(keep)
 
 
 class Strata(Ranking):
-    """Hashes within strata of equal width of the score; samples beyond a boundary are out of the question.
+    """Hashes within strata of equal width of the score; samples above a boundary are excluded.
 
-    low, high  range of the score: float64 [G], for each group of the boundary
+    Parameters
+    ----------
+    seed : int
+        Seed of the hashes.
+    cut : Boundary
+        The samples to exclude.
+    low, high : np.ndarray
+        Range of the score for each group of the boundary, float64 [G].
+    strata : int
+        Number of strata.
     """
 
     needs_ids = True
@@ -86,15 +102,14 @@ class Strata(Ranking):
     def __init__(
         self, seed: int, cut: Boundary, low: np.ndarray, high: np.ndarray, strata: int
     ) -> None:
-        self._drawn, self._cut, self.groups = ByHash(seed), cut, strata
+        self._by_hash, self._cut, self.groups = ByHash(seed), cut, strata
         width = (high - low) / strata
-        self._low, self._width = (
-            np.append(low, 0.0),
-            np.append(np.where(width > 0, width, 1.0), 1.0),
-        )  # group -1: out of the question
+        # one more entry for group -1, which is excluded
+        self._low = np.append(low, 0.0)
+        self._width = np.append(np.where(width > 0, width, 1.0), 1.0)
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        key, _ = self._drawn.rank(chunk)
+        key, _ = self._by_hash.rank(chunk)
         _, part = self._cut.ranking.rank(chunk)
         place = (chunk.score.astype(np.float64) - self._low[part]) / self._width[part]
         stratum = np.clip(np.floor(place), 0, self.groups - 1).astype(np.int64)
@@ -107,14 +122,17 @@ def ccs(
     """Coverage-centric coreset selection (Zheng et al., ICLR 2023, arXiv 2210.15809, algorithm 1).
 
         drop the floor(hard_cutoff n) hardest samples
-        divide the range of the scores left into `strata` (50) intervals of equal width
-        serve the strata from the smallest: min(size, floor(budget left / strata left)), drawn at random within
+        divide the range of the remaining scores into `strata` (50) intervals of equal width
+        serve the strata from the smallest: min(size, floor(budget left / strata left)),
+        drawn at random within
 
-    Published with AUM as the difficulty that is cut off by, whatever the score; here it is the score, or the proxy's loss. The published
-    cut-off is searched for each dataset and grows with the pruning (90 % pruned: CIFAR-10 0.3, CIFAR-100 0.5). `auto` grows likewise, in one
-    rule: half of what is pruned are the hardest samples. Lists of one number are nested, those of `auto` are not. The published
-    top edge, 1.0001 max, leaves out samples where all scores are negative; here the highest score belongs to the last stratum. With
-    `SelectionOptions.by_class` all of it is done within each class.
+    The paper cuts off by AUM, whatever the score; here difficulty is the score, or the proxy's
+    loss. The published cut-off is searched for each dataset and grows with the pruning (90 %
+    pruned: CIFAR-10 0.3, CIFAR-100 0.5). `auto` grows likewise, by one rule: half of what is
+    pruned are the hardest samples. Lists with a fixed cut-off are nested, those of `auto` are
+    not. The published upper edge, 1.0001 max, excludes samples if all scores are negative; here
+    the highest score belongs to the last stratum. With `SelectionOptions.by_class` all of this is
+    done within each class.
     """
     hardest = grouped_by_class(ByScore(options.difficulty), classes, options)
     fractions = keep if options.hard_cutoff == "auto" else keep[:1]
@@ -122,46 +140,52 @@ def ccs(
         chunks,
         [(hardest, _hardest(chunks, fraction, options.hard_cutoff)) for fraction in fractions],
     )
-    low, high = (np.full((len(cuts), hardest.groups), edge) for edge in (math.inf, -math.inf))
-    for chunk in chunks(any(cut.needs_ids for cut in cuts)):
-        score, (_, group), there = (
-            chunk.score.astype(np.float64),
-            hardest.rank(chunk),
-            chunk.eligible(),
-        )
-        for row, cut in enumerate(cuts):
-            left = there & ~cut.mask(chunk)
-            np.minimum.at(low[row], group[left], score[left])
-            np.maximum.at(high[row], group[left], score[left])
-    empty = low > high
-    low[empty] = high[empty] = 0.0
+    low, high = _score_ranges(chunks, hardest, cuts)
     plans = [
         SelectionPlan(
-            Strata(options.seed, cut, least, most, options.strata),
+            Strata(options.seed, cut, lowest, highest, options.strata),
             even_quotas,
             inclusion=uniform_inclusion,
         )
-        for cut, least, most in zip(cuts, low, high, strict=True)
+        for cut, lowest, highest in zip(cuts, low, high, strict=True)
     ]
     return plans if len(plans) == len(keep) else plans * len(keep)
 
 
+def _score_ranges(
+    chunks: Chunks, ranking: Ranking, cuts: Sequence[Boundary]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return lowest and highest score not cut off, float64 [cuts, groups] each; 0 for no score."""
+    low, high = (np.full((len(cuts), ranking.groups), edge) for edge in (math.inf, -math.inf))
+    for chunk in chunks(any(cut.needs_ids for cut in cuts)):
+        score, eligible = chunk.score.astype(np.float64), chunk.eligible()
+        _, group = ranking.rank(chunk)
+        for row, cut in enumerate(cuts):
+            left = eligible & ~cut.mask(chunk)
+            np.minimum.at(low[row], group[left], score[left])
+            np.maximum.at(high[row], group[left], score[left])
+    empty = low > high
+    low[empty] = high[empty] = 0.0
+    return low, high
+
+
 def _hardest(chunks: ValidatedStream, fraction: float, share: float | str) -> Quotas:
-    """How many samples of each group are cut off."""
+    """Return quotas that say how many samples of each group are cut off."""
 
     def quotas(size: np.ndarray, _: np.ndarray) -> np.ndarray:
-        there, kept = int(size.sum()), round(fraction * chunks.samples)
-        cut = max(0.0, 0.5 * (1 - kept / max(there, 1))) if share == "auto" else float(share)
+        eligible, kept = int(size.sum()), round(fraction * chunks.samples)
+        cut = max(0.0, 0.5 * (1 - kept / max(eligible, 1))) if share == "auto" else float(share)
         return (cut * size).astype(np.int64)
 
     return quotas
 
 
 class GumbelTopK(Ranking):
-    """By log w - log E: w a sample's weight, E a standard exponential variable drawn from its hash; one group.
+    """By log w - log E: w is a sample's weight, E a standard exponential variable from its hash.
 
-    The k highest are a weighted sample without replacement, the same as k draws one after the other with probabilities in
-    proportion to the weights left (Efraimidis & Spirakis 2006: keys u^(1/w)). A weight of 0 comes after all others.
+    All samples form one group. The k highest are a weighted sample without replacement, the same as k
+    successive draws with probabilities proportional to the remaining weights (Efraimidis & Spirakis
+    2006: keys u^(1/w)). Samples of weight 0 come last.
     """
 
     needs_ids = True
@@ -170,7 +194,7 @@ class GumbelTopK(Ranking):
         self._seed, self._alpha, self._beta, self._shift = seed, alpha, beta, shift
 
     def log_weight(self, chunk: Chunk) -> np.ndarray:
-        """log of w = Beta(p; alpha, beta) (s - shift), but for a constant: float64 [n]."""
+        """Return log of w = Beta(p; alpha, beta) (s - shift), up to a constant, float64 [n]."""
         loss = required_loss(chunk).astype(np.float64)
         error = np.maximum(-np.expm1(-loss), MIN_ERROR)
         with np.errstate(divide="ignore"):
@@ -185,10 +209,12 @@ class GumbelTopK(Ranking):
 
 
 def conditional_inclusion(ranking: GumbelTopK, chunk: Chunk, boundary: Boundary) -> np.ndarray:
-    """Inclusion probabilities given the last key t that is taken: P(log w - log E >= t) = 1 - exp(-w exp(-t)).
+    """Return inclusion probabilities given the last key t that is taken.
 
-    Rank conditioning of bottom-k samples (Cohen & Kaplan 2007, "Summarizing data using bottom-k sketches"). Their t is the
-    first key that is not taken, which differs by about 1/k. All are 1 where samples of weight 0 have to fill the list.
+    P(log w - log E >= t) = 1 - exp(-w exp(-t)): rank conditioning of bottom-k samples (Cohen &
+    Kaplan 2007, "Summarizing data using bottom-k sketches"). Their t is the first key that is not
+    taken, which differs by about 1/k. All probabilities are 1 if samples of weight 0 are needed
+    to fill the list.
     """
     key, group = boundary.ranking.rank(chunk)
     last = key_value(boundary.threshold).astype(np.float64)
@@ -200,17 +226,21 @@ def conditional_inclusion(ranking: GumbelTopK, chunk: Chunk, boundary: Boundary)
 def beta(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """DUAL's Beta sampling (Cho et al., ICML 2025, arXiv 2502.06905, and its published code), adaptive to the keep fraction.
+    """DUAL's Beta sampling, adaptive to the keep fraction.
 
         r = 1 - keep;   b = 15 (1 - m) (1 - r^c);   a = 16 - b;   c = beta_exponent
-        w(x) = Beta density(p(x); a, b) * score(x);   k samples without replacement, in proportion to w
+        w(x) = Beta density(p(x); a, b) * score(x);
+        k samples without replacement, in proportion to w
 
-    p is a sample's mean predicted probability of its label and m the mean p of the 10 samples of highest score; c is 4 by default in
-    the code (CIFAR-100). The more is pruned, the easier the samples it prefers.
+    Cho et al., ICML 2025 (arXiv 2502.06905), and its published code. p is a sample's mean
+    predicted probability of its label and m the mean p of the 10 samples with the highest score.
+    c is 4 by default in the code (CIFAR-100). The more is pruned, the easier the preferred
+    samples.
 
-    Deviations: p is that of the finished proxy, exp(-loss), since the mean over epochs is known of measured samples only;
-    the proxy was trained on those of the seed set, so their p is higher than that of samples like them. A score may be negative
-    here: w then uses score - min score. 1 - p is at least 2^-24. Not nested, since the density changes with the fraction.
+    Deviations: p is that of the finished proxy, exp(-loss), because the mean over epochs is known
+    for measured samples only. The proxy was trained on the seed set, so the p of its samples is
+    higher than that of similar samples. Scores can be negative here: w then uses score - min
+    score. 1 - p is at least 2^-24. Not nested, since the density changes with the fraction.
     """
     anchors, low = _anchors(chunks, options.seed)
     plans = []
@@ -228,21 +258,22 @@ def beta(
 
 
 def _anchors(chunks: Chunks, seed: int) -> tuple[float, float]:
-    """Mean p of the samples of highest score (ties by hash), and what scores are shifted by: the lowest, where it is below 0."""
+    """Return the mean p of the samples with the highest score, and the shift of the scores.
+
+    Ties are broken by hash. The shift is the lowest score if it is below 0, else 0.
+    """
     low = 0.0
     best = np.zeros((0, 3))  # score, hash, p
     for chunk in chunks(True):
         score = chunk.score.astype(np.float64)
-        there = chunk.eligible()
-        low = float(score[there].min(initial=low))
-        least = best[-1, 0] if len(best) == ANCHORS else -math.inf
-        rows = np.flatnonzero(there & (score >= least))
+        eligible = chunk.eligible()
+        low = float(score[eligible].min(initial=low))
+        minimum = best[-1, 0] if len(best) == ANCHORS else -math.inf
+        rows = np.flatnonzero(eligible & (score >= minimum))
         if not len(rows):
             continue
         hashes = uniform(hash64(chunk.sample_id, seed))
-        found = np.stack(
-            [score[rows], hashes[rows], np.exp(-required_loss(chunk)[rows].astype(np.float64))], 1
-        )
-        best = np.concatenate([best, found])
+        p = np.exp(-required_loss(chunk)[rows].astype(np.float64))
+        best = np.concatenate([best, np.stack([score[rows], hashes[rows], p], 1)])
         best = best[np.lexsort((-best[:, 1], -best[:, 0]))][:ANCHORS]
     return (math.fsum(best[:, 2]) / len(best) if len(best) else 0.0), low

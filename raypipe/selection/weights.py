@@ -14,14 +14,17 @@ from raypipe.selection.statistics import ExactMoments
 
 @dataclass(frozen=True, eq=False)
 class InverseInclusionWeights:
-    """1 / (probability with which the sample is drawn), scaled to a mean of 1 over the list (Horvitz & Thompson 1952)."""
+    """1 / (probability of being drawn), scaled to mean 1 over the list.
+
+    Horvitz & Thompson 1952.
+    """
 
     plan: SelectionPlan
     boundary: Boundary
     scale: float = 1.0
 
     def of(self, chunk: Chunk, rows: np.ndarray) -> np.ndarray:
-        """float32 [rows]."""
+        """Return the weights of some samples of a chunk, float32 [rows]."""
         assert self.plan.inclusion is not None
         share = self.plan.inclusion(chunk, self.boundary)[rows]
         return (self.scale / share).astype(np.float32)
@@ -29,16 +32,22 @@ class InverseInclusionWeights:
 
 @dataclass(frozen=True, eq=False)
 class ClassWeights:
-    """(share of the class in the whole dataset) / (its share in the list): post-stratification (Holt & Smith 1979).
+    """(share of the class in the dataset) / (its share in the list): post-stratification.
 
-    Weighted class frequencies of the list are then those of the dataset, the unlabelled being a class. A class of which the list
-    has no sample has none to weigh: the mean weight, else 1, is lower by its share.
+    Holt & Smith 1979. With these weights the class frequencies of the list are those of the
+    dataset; the unlabelled count as a class. A class with no sample in the list has nothing to
+    weight: the mean weight, otherwise 1, is lower by its share.
+
+    Attributes
+    ----------
+    weight : np.ndarray
+        float32 [classes + 1]; the last one is for the unlabelled.
     """
 
     weight: np.ndarray
 
     def of(self, chunk: Chunk, rows: np.ndarray) -> np.ndarray:
-        """float32 [rows]."""
+        """Return the weights of some samples of a chunk, float32 [rows]."""
         return self.weight[class_groups(chunk.label, len(self.weight) - 1)[rows]]
 
 
@@ -48,7 +57,7 @@ Weights = InverseInclusionWeights | ClassWeights
 def inverse_inclusion_weights(
     chunks: Chunks, plans: Sequence[SelectionPlan], ends: Sequence[Boundary]
 ) -> list[Weights]:
-    """Weights of each list, by one pass over the stream for their means."""
+    """Return the weights of each list; one pass over the stream computes their means."""
     raw = [InverseInclusionWeights(plan, end) for plan, end in zip(plans, ends, strict=True)]
     sums = [ExactMoments() for _ in raw]
     for chunk in chunks(True):
@@ -61,7 +70,7 @@ def inverse_inclusion_weights(
 
 
 def class_weights(chunks: Chunks, ends: Sequence[Boundary], classes: int) -> list[Weights]:
-    """Weights of each list, by one pass over the stream that counts classes in it and in the lists."""
+    """Return the weights of each list; one pass counts classes in the stream and in the lists."""
     population, kept = np.zeros(classes + 1, np.int64), np.zeros((len(ends), classes + 1), np.int64)
     for chunk in chunks(any(end.needs_ids for end in ends)):
         group = class_groups(chunk.label, classes)

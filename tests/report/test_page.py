@@ -15,6 +15,7 @@ import pytest
 from raypipe import storage
 from raypipe.assessment.fidelity import HeldOutPredictions, compare
 from raypipe.config import parse_config
+from raypipe.config.choices import STRATEGY_TEXTS
 from raypipe.distributed.context import Context
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
@@ -74,7 +75,7 @@ def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
 
 
 def test_every_strategy_has_words() -> None:
-    assert set(text.STRATEGIES) == set(STRATEGIES)
+    assert set(STRATEGY_TEXTS) == set(STRATEGIES)
 
 
 def test_the_page_shows_the_run(make_run: MakeRun) -> None:

@@ -3,12 +3,20 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raypipe.config import SelectSettings
+from raypipe.config.choices import (
+    RANDOM_STRATEGIES,
+    STRATEGY_NAMES,
+    STRATEGY_TEXTS,
+    ScoreStrategyName,
+)
 from raypipe.errors import ConfigError, StageError
 from raypipe.selection import (
     STRATEGIES,
@@ -70,13 +78,13 @@ def test_top_is_what_a_full_sort_gives(samples: list[tuple[float, int]], size: i
 @given(SAMPLES, st.sampled_from([1 << 6, 1 << 9, 1 << 24]))
 @settings(max_examples=150, deadline=None)
 def test_balanced_is_what_a_full_sort_of_each_class_gives(
-    samples: list[tuple[float, int]], cells: int
+    samples: list[tuple[float, int]], counters: int
 ) -> None:
     scores, labels = [score for score, _ in samples], [label for _, label in samples]
     ids = [f"s{i}" for i in range(len(samples))]
     chunks = stream(scores, labels, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(radix_select, "CELLS", cells)  # few counters mean more passes over fewer bits
+        patch.setattr(radix_select, "MAX_COUNTERS", counters)  # few counters: more passes
         cuts = select(chunks, FRACTIONS, "balanced", classes=4)
     for fraction, cut in zip(FRACTIONS, cuts, strict=True):
         expected: set[str] = set()
@@ -178,9 +186,13 @@ def test_a_label_beyond_the_classes_is_refused() -> None:
         select(stream([0.0], [7], ["a"]), [0.5], "balanced", classes=4)
 
 
-def test_every_strategy_of_the_settings_is_registered() -> None:
-    from typing import get_args
-
-    from raypipe.config import SelectSettings
-
+def test_names_texts_and_functions_of_the_strategies_agree() -> None:
     assert set(STRATEGIES) == set(get_args(SelectSettings.model_fields["strategy"].annotation))
+    assert STRATEGY_NAMES == tuple(STRATEGIES) == tuple(STRATEGY_TEXTS)
+    assert (
+        tuple(name for name, strategy in STRATEGIES.items() if strategy.draws_at_random)
+        == RANDOM_STRATEGIES
+    )
+    assert get_args(ScoreStrategyName) == tuple(
+        name for name, strategy in STRATEGIES.items() if strategy.uses_scores
+    )

@@ -487,7 +487,7 @@ def test_top_fills_up_what_is_reserved(
         reserved |= set(of_class[:least])
     count = round(0.6 * len(samples))
     if len(reserved) > count or len(order) < count:
-        with pytest.raises(ConfigError, match=r"must be in it|only .* may be kept"):
+        with pytest.raises(ConfigError, match=r"must be in it|only .* are eligible"):
             data.lists("top", (0.6,), min_per_class=least)
         return
     rest = [row for row in order if row not in reserved]
@@ -546,7 +546,7 @@ def test_balanced_gives_what_small_classes_cannot_take_to_others() -> None:
 def test_lists_that_cannot_be_made_are_refused_in_numbers() -> None:
     data = Data.drawn(40)
     with pytest.raises(
-        ConfigError, match=r"keep 0\.9 asks for 36 of 40 samples, but only 28 may be kept"
+        ConfigError, match=r"keep 0\.9 asks for 36 of 40 samples, but only 28 are eligible"
     ):
         data.lists("ccs", (0.9,), hard_cutoff=0.3)
     with pytest.raises(ConfigError, match=r"keep 0\.1 is a list of 4 samples, but 8 must be in it"):
