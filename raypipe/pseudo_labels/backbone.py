@@ -1,4 +1,4 @@
-"""Features of a torchvision network with weights that were trained elsewhere."""
+"""Features of a torchvision network with existing weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from raypipe.errors import ConfigError
 class Backbone(nn.Module):
     """A torchvision network without its last layer.
 
-    name        of PROXY_MODELS, but for small
-    image_size  pixels, square, that images are scaled to; channels are normalised as for ImageNet
+    Parameters
+    ----------
+    name : str
+        One of `raypipe.config.choices.PROXY_MODELS` except "small".
+    image_size : int
+        Side in pixels to which images are scaled. Channels are normalised as for ImageNet.
     """
 
     mean: Tensor
@@ -34,32 +38,43 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def load_weights(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """Take the weights of a state dict with torchvision's names; those of the last layer are left out.
+        """Load a state dict with torchvision's names, without the weights of the last layer.
 
-        Raises ConfigError, naming `where` they come from, when they are not those of this network.
+        Parameters
+        ----------
+        weights : Mapping[str, Tensor]
+            The state dict.
+        where : str
+            Where it comes from, for the message of the error.
+
+        Raises
+        ------
+        ConfigError
+            If the weights are not those of this network.
         """
-        given = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        body = {name: value for name, value in weights.items() if not name.startswith("fc.")}
         own = self.network.state_dict()
         missing = sorted(
-            name for name in own if name not in given and not name.endswith("num_batches_tracked")
+            name for name in own if name not in body and not name.endswith("num_batches_tracked")
         )
         wrong = sorted(
-            name for name in given if name not in own or given[name].shape != own[name].shape
+            name for name in body if name not in own or body[name].shape != own[name].shape
         )
         if missing or wrong:
-            about = (
+            problem = (
                 f"{len(missing)} missing, such as {missing[0]}"
                 if missing
                 else f"{len(wrong)} that do not fit, such as {wrong[0]}"
             )
             raise ConfigError(
-                f"pseudo_labels.weights: {where} does not have the weights of torchvision's {self._name} ({about}); set "
-                "pseudo_labels.model to the network they are of, and name them as torchvision does"
+                f"pseudo_labels.weights: {where} does not have the weights of torchvision's "
+                f"{self._name} ({problem}); set pseudo_labels.model to the network they belong to, "
+                "and name them as torchvision does"
             )
-        self.network.load_state_dict(dict(given), strict=False)
+        self.network.load_state_dict(dict(body), strict=False)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, 3, size, size] -> float [n, d]."""
+        """Map uint8 [n, 3, size, size] to features, float [n, d]."""
         scaled = pixels.to(self.mean.dtype).div(255)
         if scaled.shape[-1] != self._size:
             scaled = F.interpolate(

@@ -1,8 +1,9 @@
-"""Images to pseudo-labels: a network that gives features, and the rule that says which cluster these are in."""
+"""Map images to pseudo-labels, with a network that computes features and a rule for clusters."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,15 +11,36 @@ import torch
 from raypipe.pseudo_labels.clusters import Clusters
 from raypipe.vision.devices import AdaptiveBatch, to_device
 
+
+class FeatureNetwork(Protocol):
+    """A network whose `embed` maps uint8 [n, 3, size, size] to features, float [n, d]."""
+
+    @property
+    def embed(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+
 BATCH_SIZE = 64
-"""Images in one forward pass, on a GPU at most."""
+"""Images in one forward pass; fewer if a GPU runs out of memory."""
 
 
-def features(network: Any, images: Any, batched: AdaptiveBatch, device: str = "cpu") -> np.ndarray:
-    """What a network embeds images as: float32 [n, d].
+def features(
+    network: FeatureNetwork,
+    images: np.ndarray | torch.Tensor,
+    batched: AdaptiveBatch,
+    device: str = "cpu",
+) -> np.ndarray:
+    """Return the network's features of images, float32 [n, d].
 
-    network  with `embed`, in eval mode on `device`
-    images   pixels uint8 [n, 3, size, size], an array or a tensor
+    Parameters
+    ----------
+    network : FeatureNetwork
+        In eval mode, on `device`.
+    images : np.ndarray or Tensor
+        Pixels, uint8 [n, 3, size, size].
+    batched : AdaptiveBatch
+        Decides how many images go through the network at a time.
+    device : str
+        Device of the network.
     """
     with torch.inference_mode():
         parts = batched(lambda part: network.embed(to_device(part, device)).float(), images)
@@ -26,17 +48,24 @@ def features(network: Any, images: Any, batched: AdaptiveBatch, device: str = "c
 
 
 class Labeller:
-    """A network in eval mode on its device, and clusters."""
+    """Assigns pseudo-labels to images.
 
-    def __init__(self, network: Any, clusters: Clusters, device: str = "cpu") -> None:
-        self._network, self._clusters, self._device, self._batched = (
-            network,
-            clusters,
-            device,
-            AdaptiveBatch(BATCH_SIZE),
-        )
+    Parameters
+    ----------
+    network : FeatureNetwork
+        In eval mode, on `device`.
+    clusters : Clusters
+        The clusters of its features.
+    device : str
+        Device of the network.
+    """
 
-    def __call__(self, images: Any) -> np.ndarray:
-        """Pseudo-labels int64 [n] of images, as for `features`; -1 of those whose features are not finite."""
-        found = features(self._network, images, self._batched, self._device)
-        return np.where(np.isfinite(found).all(1), self._clusters(np.nan_to_num(found)), -1)
+    def __init__(self, network: FeatureNetwork, clusters: Clusters, device: str = "cpu") -> None:
+        self._network, self._clusters, self._device = network, clusters, device
+        self._batched = AdaptiveBatch(BATCH_SIZE)
+
+    def __call__(self, images: np.ndarray | torch.Tensor) -> np.ndarray:
+        """Return pseudo-labels of images, int64 [n]; -1 where features are not finite."""
+        values = features(self._network, images, self._batched, self._device)
+        labels = self._clusters(np.nan_to_num(values))
+        return np.where(np.isfinite(values).all(1), labels, -1)

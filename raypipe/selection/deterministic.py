@@ -161,10 +161,10 @@ def mixed(
 ) -> list[SelectionPlan]:
     """Both extremes: a share `easy_fraction` of the list from the easy end, the rest hard samples.
 
-    Of k samples, floor(easy_fraction k + 0.5) have the lowest difficulty and the others the highest.
-    Difficulty is the score or the proxy's loss. Sorscher et al. 2022 (arXiv 2206.14486) show that
-    hard samples are worth keeping where data is abundant, and easy ones where it is scarce. They keep
-    one end, which is easy_fraction 0 or 1. The mixture is ours. Nested.
+    Of k samples, floor(easy_fraction k + 0.5) have the lowest difficulty and the others the
+    highest. Difficulty is the score or the proxy's loss. Sorscher et al. 2022 (arXiv 2206.14486)
+    show that hard samples are worth keeping where data is abundant, and easy ones where it is
+    scarce. They keep one end, which is easy_fraction 0 or 1. The mixture is ours. Nested.
     """
     share = options.easy_fraction
 

@@ -183,9 +183,9 @@ def _hardest(chunks: ValidatedStream, fraction: float, share: float | str) -> Qu
 class GumbelTopK(Ranking):
     """By log w - log E: w is a sample's weight, E a standard exponential variable from its hash.
 
-    All samples form one group. The k highest are a weighted sample without replacement, the same as k
-    successive draws with probabilities proportional to the remaining weights (Efraimidis & Spirakis
-    2006: keys u^(1/w)). Samples of weight 0 come last.
+    All samples form one group. The k highest are a weighted sample without replacement, the same
+    as k successive draws with probabilities proportional to the remaining weights (Efraimidis &
+    Spirakis 2006: keys u^(1/w)). Samples of weight 0 come last.
     """
 
     needs_ids = True

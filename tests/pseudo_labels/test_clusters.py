@@ -76,7 +76,7 @@ def test_the_entropy_keeps_labels_from_being_all_the_same() -> None:
 @pytest.mark.parametrize("find", [by_kmeans, by_turtle])
 def test_what_cannot_be_clustered_is_refused(find) -> None:
     features, _ = gaussians()
-    with pytest.raises(StageError, match=r"5 seed samples cannot make 6 clusters.*seed\.fraction"):
+    with pytest.raises(StageError, match=r"5 seed samples cannot form 6 clusters.*seed\.fraction"):
         find(features[:5], 6)
     features[3, 3] = np.nan
     with pytest.raises(StageError, match="not finite"):
