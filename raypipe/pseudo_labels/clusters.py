@@ -13,8 +13,9 @@ from raypipe.errors import StageError
 
 @dataclass(frozen=True)
 class Clusters:
-    """A rule: x is in cluster argmax_k of <weight_k, u> + bias_k, with u = (x - centre) / |x -
-    centre|.
+    """A linear rule that assigns features to clusters.
+
+    x is in cluster argmax_k of <weight_k, u> + bias_k, where u = (x - centre) / |x - centre|.
 
     Attributes
     ----------
