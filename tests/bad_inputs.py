@@ -1,7 +1,6 @@
-"""A corpus of bad inputs: what owners of large datasets really have in their files, and what nobody should trust.
+"""A corpus of bad inputs: what large datasets really contain, and files made to do harm.
 
-Every image and label is small enough to be written into each format. `words` is a pattern that the reject's reason has to match;
-an empty one says that the sample can be used as it is.
+Every image and label is small enough to be written in each format.
 """
 
 from __future__ import annotations
@@ -31,11 +30,19 @@ ANY_DAMAGE = (
 
 @dataclass(frozen=True)
 class BadSample:
-    """One sample with something odd about it.
+    """One odd sample.
 
-    key        names it; fit for a file
-    extension  of its image, where files have names
-    words      what the reason says; "" where it is a sample like others; None where either may be: pixels, or a reason like `ANY_DAMAGE`
+    Attributes
+    ----------
+    key : str
+        Its name; valid as a file name.
+    image : bytes
+    label : int, str, float or None
+    extension : str
+        Ending of the image's file name, in formats that have one.
+    words : str or None
+        Pattern that the reject reason has to match. "" if the sample is usable; None if it is
+        either usable or rejected with a reason like `ANY_DAMAGE`.
     """
 
     key: str
@@ -63,7 +70,7 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BM
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of so many pixels in a few bytes: only its header is true."""
+    """A PNG of a few bytes whose header claims that many pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -97,7 +104,7 @@ def truncated() -> Iterator[BadSample]:
 
 
 def bad_images() -> Iterator[BadSample]:
-    """Images that are none, are not what their name says, or are what few expect."""
+    """Files that are not images or not what their name says, and unusual images."""
     frames = [picture(seed=1), picture(seed=2)]
     cmyk = Image.new("CMYK", (12, 12), (10, 200, 30, 40))
     yield BadSample("zero-bytes", b"", words="empty: 0 bytes")
@@ -154,7 +161,7 @@ def bad_images() -> Iterator[BadSample]:
 
 
 def bad_labels() -> Iterator[BadSample]:
-    """Labels as numbers that are wrong, of three classes (`source.num_classes`)."""
+    """Wrong numeric labels, for a source of three classes (`source.num_classes`)."""
     yield BadSample("no-label", GOOD, None)
     yield BadSample("negative", GOOD, -1, words=r"label -1 is outside 0\.\.2")
     yield BadSample("too-large", GOOD, 3, words=r"label 3 is outside 0\.\.2")
@@ -164,12 +171,15 @@ def bad_labels() -> Iterator[BadSample]:
 
 
 def good_samples(count: int, start: int = 0) -> list[BadSample]:
-    """Samples with nothing wrong."""
+    """Samples without any fault."""
     return [BadSample(f"good-{start + number:02d}", GOOD, number % 3) for number in range(count)]
 
 
 def parquet_bytes(samples: list[BadSample], labels: Any = None, **options: Any) -> bytes:
-    """Columns image, label and key; labels are floating-point where there are fractions or missing ones among them."""
+    """Columns image, label and key.
+
+    Labels are floating-point if some are fractions or missing.
+    """
     values = [sample.label for sample in samples]
     columns = {
         "image": pa.array([sample.image for sample in samples], pa.binary()),
@@ -182,7 +192,7 @@ def parquet_bytes(samples: list[BadSample], labels: Any = None, **options: Any) 
 
 
 def tar_bytes(samples: list[BadSample], *members: tuple[tarfile.TarInfo, bytes]) -> bytes:
-    """The image and `.cls` of each sample; then members of any kind."""
+    """The image and `.cls` of each sample, followed by other members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for sample in samples:
@@ -200,7 +210,7 @@ def tar_bytes(samples: list[BadSample], *members: tuple[tarfile.TarInfo, bytes])
 
 
 def path_tricks() -> Iterator[tuple[tarfile.TarInfo, bytes, str]]:
-    """Members of a tar that reach out of it, with the words of their reject."""
+    """Members of a tar that point outside it, with their reject reasons."""
     for name in ("../../evil.png", "a/../../evil.png", "/etc/evil.png"):
         yield tarfile.TarInfo(name), GOOD, "a path out of the tar, which is not followed"
     kinds = {
@@ -217,7 +227,10 @@ def path_tricks() -> Iterator[tuple[tarfile.TarInfo, bytes, str]]:
 
 
 def write_source(format: str, place: str, samples: list[BadSample]) -> dict[str, Any]:
-    """Write samples in a format (parquet, tar, tar.gz, folder) below a place. Returns the settings of a source that reads them."""
+    """Write samples in a format (parquet, tar, tar.gz, folder) below `place`.
+
+    Returns the settings of a source that reads them.
+    """
     if format == "parquet":
         half = len(samples) // 2
         for name, part in (("a", samples[:half]), ("b", samples[half:])):

@@ -1,9 +1,10 @@
-"""Mutates valid files and feeds them to the readers: `python tests/fuzz_readers.py --minutes 10`.
+"""Mutate valid files and feed them to the readers: `python tests/fuzz_readers.py --minutes 10`.
 
-The contract: whatever the bytes, scanning and reading end with exactly `fragment.samples` results of a fragment, each with pixels or
-with a reason, or with one SourceError; soon, and in bounded memory. A finding is printed with the seed that makes it again
-(`--seed N --once`), and its file is kept with `--keep FOLDER`. Mutations are made in child processes, so that a crash of a C library
-or an endless loop is a finding as well.
+The contract: whatever the bytes, scanning and reading yield exactly `fragment.samples` samples per
+fragment, each with pixels or a reason, or raise one SourceError; quickly, and in bounded memory. A
+finding is printed with the seed that reproduces it (`--seed N --once`), and `--keep FOLDER` saves
+its file. Files are read in child processes, so that a crash of a C library or an endless loop is a
+finding as well.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from raypipe.errors import SourceError
 from raypipe.sources import class_map, open_source
 from raypipe.vision.decode import BadImage, decode, decode_batch
 
-SLOW_SECONDS, MOST_BYTES = 20, 2 << 30
+MAX_SECONDS, MAX_BYTES = 20, 2 << 30
 """A file that takes longer, or a process that grows by more, breaks the contract."""
 MAX_PIXELS = 4_000_000
 WORDS = [
@@ -60,7 +61,7 @@ WORDS = [
     struct.pack("<q", 1 << 40),
     b"\x80" * 9 + b"\1",
 ]
-"""Values that length fields do not expect, Thrift's variable-length ones among them."""
+"""Absurd values for length fields, including Thrift's variable-length ones."""
 
 
 def originals() -> dict[str, list[bytes]]:
@@ -140,19 +141,19 @@ def long_names(format: int) -> bytes:
 
 
 def mutate(data: bytes, generator: random.Random, others: list[bytes]) -> bytes:
-    """A few of: bits flipped, bytes overwritten, a piece cut out, doubled, or taken from another file, a length made absurd, a cut."""
-    result, gentle = (
-        bytearray(data),
-        generator.random() < 0.4,
-    )  # one wrong bit gets further than a wrong page
+    """Apply a few mutations.
+
+    Flip bits; overwrite bytes; remove, repeat or insert a piece; write an absurd length; truncate.
+    """
+    result = bytearray(data)
+    gentle = generator.random() < 0.4  # one wrong bit gets further than a wrong page
     for _ in range(generator.choice((1, 1, 2, 4, 16))):
         if not result:
             break
         place = generator.randrange(len(result))
         near = generator.randrange(min(len(result), generator.choice((100, 600, 3000))))
-        place = generator.choice(
-            (place, place, near, len(result) - 1 - near)
-        )  # headers and footers are where the structure is
+        # prefer headers and footers, which hold the structure
+        place = generator.choice((place, place, near, len(result) - 1 - near))
         length = generator.choice((1, 4, 16, 512, 2000))
         action = 0 if gentle else generator.randrange(8)
         if action == 0:
@@ -183,18 +184,21 @@ def mutate(data: bytes, generator: random.Random, others: list[bytes]) -> bytes:
 def case(seed: int, files: dict[str, list[bytes]]) -> tuple[str, bytes]:
     """Extension and bytes of the mutated file of a seed."""
     generator = random.Random(seed)
-    # Parquet and tar are our own structures to get right: half of all
+    # half of all cases are Parquet and tar, whose readers are largely raypipe's own
     extension = generator.choice(
         ("parquet", "tar", "tar.gz", *(["parquet", "tar", "tar.gz"] if seed % 2 else files))
     )
     data = generator.choice(files[extension])
-    if extension == "tar.gz" and generator.random() < 0.5:  # damage inside of sound compression
+    if extension == "tar.gz" and generator.random() < 0.5:  # damage inside valid compression
         return extension, gzip.compress(mutate(gzip.decompress(data), generator, files["tar"]), 1)
     return extension, mutate(data, generator, files[extension])
 
 
 def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) -> str:
-    """Drive a file through the readers. Returns what became of it in a word; raises AssertionError, or anything, for a breach."""
+    """Run a file through the readers and return the outcome in a few words.
+
+    Raises AssertionError, or anything else, if the contract is broken.
+    """
     if extension in FORMATS:
         try:
             pixels = decode(data, 16, MAX_PIXELS)
@@ -203,8 +207,8 @@ def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) 
             return "refused"
         assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
         return "pixels"
-    for file in folder.iterdir():
-        file.unlink()
+    for leftover in folder.iterdir():
+        leftover.unlink()
     (folder / f"a.{extension}").write_bytes(data)
     id_column = "key" if extension == "parquet" and len(data) % 2 else None
     settings = SourceSettings(
@@ -215,8 +219,8 @@ def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) 
     )
     try:
         source = open_source(settings)
-        (file_found,) = source.files()
-        scan = source.scan(file_found)
+        (file,) = source.files()
+        scan = source.scan(file)
         classes = class_map(scan.class_names, scan.labels, None)
     except SourceError as error:
         assert str(error)
@@ -224,29 +228,28 @@ def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) 
     good = 0
     for fragment in scan.fragments:
         if fragment.samples > 100_000:
-            assert (
-                extension == "parquet"
-            )  # a footer may state many rows; what is read of them stays bounded
+            # a footer can state many rows; reading them stays bounded
+            assert extension == "parquet"
             continue
-        found = list(source.read(fragment))
-        assert len(found) == fragment.samples, f"{len(found)} samples of {fragment.samples}"
-        for sample in found:
+        samples = list(source.read(fragment))
+        assert len(samples) == fragment.samples, f"{len(samples)} samples of {fragment.samples}"
+        for sample in samples:
             assert (sample.image is None) == bool(sample.reason), sample.reason
             assert sample.sample_id and len(sample.reason) < 1200
             (sample.sample_id + sample.reason).encode()
             classes.index(sample.label)
-        _, reasons = decode_batch(found, 8, MAX_PIXELS)
+        _, reasons = decode_batch(samples, 8, MAX_PIXELS)
         good += sum(not reason for reason in reasons)
     return "read" if good else "all rejected" if scan.fragments else "nothing in it"
 
 
 def peak() -> int:
-    """Bytes this process ever held."""
+    """Peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def worker(seeds: range, state: Any, results: Any) -> None:
-    """Work off seeds; `state` holds the one under way, so that a death can be told."""
+    """Process seeds; `state` holds the current one, so that the parent can report a crash."""
     os.close(1)  # libtiff prints
     os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError):
@@ -261,14 +264,14 @@ def worker(seeds: range, state: Any, results: Any) -> None:
                 outcome = check(extension, data, Path(folder), 1 + seed % 7)
             except BaseException:
                 problem, outcome = traceback.format_exc(limit=-6), "breach"
-            if peak() - before > MOST_BYTES:
+            if peak() - before > MAX_BYTES:
                 problem, before = f"memory grew to {peak() >> 20} MiB", peak()
             results.put((seed, extension, outcome, problem))
     results.put(None)
 
 
 def fuzz(first: int, minutes: float, keep: str | None) -> int:
-    """Run until the time is over. Returns the number of findings."""
+    """Fuzz for some minutes and return the number of findings."""
     context, until = multiprocessing.get_context("spawn"), time.monotonic() + 60 * minutes
     counts: Counter[str] = Counter()
     findings, seed = 0, first
@@ -284,7 +287,7 @@ def fuzz(first: int, minutes: float, keep: str | None) -> int:
             (Path(keep) / f"{bad_seed}.{extension}").write_bytes(data)
 
     while time.monotonic() < until:
-        state[0], state[1] = seed - 1, int(time.time()) + 60  # it takes a while to start
+        state[0], state[1] = seed - 1, int(time.time()) + 60  # starting takes a while
         process = context.Process(target=worker, args=(range(seed, seed + 20_000), state, results))
         process.start()
         while time.monotonic() < until:
@@ -297,8 +300,8 @@ def fuzz(first: int, minutes: float, keep: str | None) -> int:
                     report(item[0], item[3])
             if not process.is_alive():
                 break
-            if time.time() - state[1] > SLOW_SECONDS:
-                report(state[0], f"takes longer than {SLOW_SECONDS} s")
+            if time.time() - state[1] > MAX_SECONDS:
+                report(state[0], f"takes longer than {MAX_SECONDS} s")
                 process.kill()
                 seed = state[0] + 1
                 break
@@ -314,7 +317,7 @@ def fuzz(first: int, minutes: float, keep: str | None) -> int:
 
 
 def drained(results: Any, wait: float) -> Iterator[Any]:
-    """What is in a queue now, or comes within `wait` seconds."""
+    """Items that are in a queue or arrive within `wait` seconds."""
     import queue
 
     try:
@@ -328,9 +331,9 @@ def drained(results: Any, wait: float) -> Iterator[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--keep", help="folder for files that break the contract")
-    parser.add_argument("--once", action="store_true", help="only that seed, in this process")
+    parser.add_argument("--seed", type=int, default=0, help="first seed")
+    parser.add_argument("--keep", help="save files that break the contract to this folder")
+    parser.add_argument("--once", action="store_true", help="run only this seed, in this process")
     arguments = parser.parse_args()
     if arguments.once:
         with tempfile.TemporaryDirectory() as folder:

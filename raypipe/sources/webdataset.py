@@ -140,7 +140,7 @@ class WebDatasetSource(FileSource):
             if not any(group.names for group in groups):
                 problem = groups[-1].reason if groups else problem
                 continue
-            samples_read, bytes_read = samples_read + len(groups), bytes_read + place.bytes
+            samples_read, bytes_read = samples_read + len(groups), bytes_read + place.span
             labels |= {group.offset: self._label_if_valid(group) for group in groups}
             with_images = groups[: place.loaded]
             for group in draw.sample(with_images, min(per_place, place.loaded)):
@@ -253,13 +253,13 @@ class _Place:
         The whole groups.
     loaded : int
         Number of groups, from the first on, whose images were read.
-    bytes : int
+    span : int
         Bytes of the file that the groups take.
     """
 
     groups: list[Group]
     loaded: int
-    bytes: int
+    span: int
 
 
 class _PlaceReader:
