@@ -1,4 +1,4 @@
-"""Features of a torchvision network with given weights."""
+"""Features of a torchvision network with existing weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_weights_of_another_network_are_refused(donor: nn.Module, tmp_path) -> N
         other = Backbone("resnet34", 48)
     with pytest.raises(
         ConfigError,
-        match=r"does not have the weights of torchvision's resnet34 \(\d+ missing, such as layer1\.2",
+        match=r"does not have the weights of torchvision's resnet34 "
+        r"\(\d+ missing, such as layer1\.2",
     ):
         other.load_weights(donor.state_dict(), "given")
     wide = {**donor.state_dict(), "conv1.weight": torch.zeros(64, 3, 3, 3)}

@@ -33,7 +33,7 @@ def test_a_view_is_an_image_of_the_same_size_and_differs_from_the_next() -> None
     one, other = random_views(pixels, True, random), random_views(pixels, True, random)
     assert one.shape == pixels.shape and one.dtype == torch.float32
     assert one.min() >= 0 and one.max() <= 255
-    assert (one - other).abs().flatten(1).mean(1).min() > 5, "of no image twice the same view"
+    assert (one - other).abs().flatten(1).mean(1).min() > 5, "two views of an image always differ"
     assert torch.equal(one, random_views(pixels, True, np.random.default_rng(1))), (
         "the same draws give the same views"
     )
@@ -42,9 +42,8 @@ def test_a_view_is_an_image_of_the_same_size_and_differs_from_the_next() -> None
 
 
 def test_a_view_is_a_part_of_the_image_mirrored_only_where_it_may_be() -> None:
-    ramp = torch.arange(0, 240, 10, dtype=torch.uint8).expand(
-        200, 3, 24, 24
-    )  # brighter to the right
+    # brighter to the right
+    ramp = torch.arange(0, 240, 10, dtype=torch.uint8).expand(200, 3, 24, 24)
     rises = [
         (
             torch.diff(random_views(ramp, flip, np.random.default_rng(0)).mean((1, 2)), dim=1).mean(
@@ -57,9 +56,9 @@ def test_a_view_is_a_part_of_the_image_mirrored_only_where_it_may_be() -> None:
         for flip in (False, True)
     ]
     assert rises[0] == 1 and 0.3 < rises[1] < 0.7
-    spans = random_views(ramp, False, np.random.default_rng(0)).mean((1, 2))
-    assert ((spans[:, -1] - spans[:, 0]) / 230).quantile(0.9) < 1.3, (
-        "parts, not more than the image"
+    profile = random_views(ramp, False, np.random.default_rng(0)).mean((1, 2))
+    assert ((profile[:, -1] - profile[:, 0]) / 230).quantile(0.9) < 1.3, (
+        "views are crops of the image"
     )
 
 
@@ -100,7 +99,7 @@ def trained(
         step=lambda now, total: done.append((now, total)),
     )
     assert done == [(epoch + 1, epochs) for epoch in range(epochs)], (
-        "also of epochs that were there"
+        "also called for epochs trained before"
     )
     return network
 
@@ -120,7 +119,7 @@ def test_views_of_an_image_come_closer_than_other_images() -> None:
     settings, images = PseudoLabelSettings(clusters=10, epochs=8, batch_size=64), digits(256)
 
     def ratio(network: ProxyNet) -> float:
-        """Distance of two views of an image in shares of that of two images."""
+        """Return the distance of two views of an image relative to that of two images."""
         random = np.random.default_rng(5)
         one, other = (
             features(

@@ -1,7 +1,8 @@
-"""MoSo against what it approximates: a convex model trained again without each sample.
+"""MoSo against what it approximates: retraining a convex model without each sample.
 
-The approximation takes the mean gradient of every step to stand for that of the end. It ranks almost like leave-one-out while
-the model is on its way (a few steps), and less well the nearer the training comes to its end; the test holds both.
+The approximation uses the mean gradient of every step in place of that of the end. After a few
+steps it ranks samples almost like leave-one-out, and less well the longer the training. The tests
+check both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _data(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _train(inputs: Tensor, labels: Tensor, keep: list[int], steps: int) -> list[nn.Module]:
-    """The model before every step of plain gradient descent on the samples `keep`, and at the end."""
+    """Return the model before every step of gradient descent on the samples `keep`, and after."""
     model = nn.Linear(FEATURES, CLASSES).double()
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
@@ -52,7 +53,10 @@ def _train(inputs: Tensor, labels: Tensor, keep: list[int], steps: int) -> list[
 
 
 def _correlations(seed: int, steps: int) -> tuple[float, float, float]:
-    """Spearman with leave-one-out, with and without the self term, and the slope of the scores over the truth."""
+    """Return Spearman with leave-one-out, with and without the self term, and the slope.
+
+    The slope is that of the scores over the true changes of the loss.
+    """
     inputs, labels = _data(seed)
     everything = list(range(SAMPLES))
     path = _train(inputs, labels, everything, steps)

@@ -32,7 +32,7 @@ def _network(name: str, size: int) -> nn.Module:
 
 
 def _loop(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """One gradient per sample, as the definition says: [n, parameters]."""
+    """Return one gradient per sample, as in the definition, [n, parameters]."""
     rows = []
     for image, label in zip(images, labels, strict=True):
         loss = F.cross_entropy(model(image[None]), label[None])
@@ -61,14 +61,14 @@ def test_agrees_with_a_loop_over_samples(name: str, size: int) -> None:
     torch.testing.assert_close(
         torch.cat([value.flatten() for value in direction.values()]), mean, rtol=1e-9, atol=1e-12
     )
-    found = torch.cat(
+    actual = torch.cat(
         [
             alignments(model, direction, images[:5], labels[:5]),
             alignments(model, direction, images[5:], labels[5:]),
         ]
     )
-    assert ((found - expected).abs() / expected.abs().max()).max() < 1e-5
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    assert ((actual - expected).abs() / expected.abs().max()).max() < 1e-5
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_float32_agrees_with_float64() -> None:
@@ -127,9 +127,9 @@ def test_combine_is_equation_4() -> None:
 def test_normalized_weights_let_no_checkpoint_decide_alone() -> None:
     aligned = np.array([[100.0, 1.0], [-100.0, 2.0], [0.0, -3.0]])
     spread = aligned.std(0)
-    found = combine(aligned, np.array([0.1, 0.1]), "normalized", steps=5, samples=3, spread=spread)
-    np.testing.assert_allclose(found, (aligned / spread).mean(1), rtol=1e-6)
-    # a checkpoint at which all alignments are equal says nothing, and divides by nothing
+    actual = combine(aligned, np.array([0.1, 0.1]), "normalized", steps=5, samples=3, spread=spread)
+    np.testing.assert_allclose(actual, (aligned / spread).mean(1), rtol=1e-6)
+    # a checkpoint at which all alignments are equal contributes nothing, without a division by 0
     flat = combine(
         np.ones((3, 1)), np.array([0.1]), "normalized", steps=5, samples=3, spread=np.zeros(1)
     )

@@ -1,4 +1,4 @@
-"""Gradient lengths and alignments layer by layer against one gradient per sample, in float64."""
+"""Gradient norms and alignments layer by layer against one gradient per sample, in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raypipe.vision.networks import build
 
 
 class _Scaled(nn.Module):
-    """A parameter of no known layer."""
+    """A bare parameter that belongs to no standard layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Scaled(nn.Module):
 
 
 class _Twice(nn.Module):
-    """A layer that runs twice, and an activation that works in place."""
+    """A layer that runs twice, and an in-place activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         [sum((g.square().sum() for g in row.values()), torch.zeros(())) for row in rows]
     )
     dots = torch.stack([sum((row[name] * direction[name]).sum() for name in row) for row in rows])
-    found_squares, found_dots = norms_and_alignments(model, images, labels, direction)
+    actual_squares, actual_dots = norms_and_alignments(model, images, labels, direction)
     torch.testing.assert_close(
-        found_squares, squares.to(found_squares.dtype), rtol=1e-9, atol=1e-12
+        actual_squares, squares.to(actual_squares.dtype), rtol=1e-9, atol=1e-12
     )
-    torch.testing.assert_close(found_dots, dots, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(actual_dots, dots, rtol=1e-9, atol=1e-10)
     alone, zero = norms_and_alignments(model, images, labels)
-    torch.testing.assert_close(alone, found_squares)
+    torch.testing.assert_close(alone, actual_squares)
     assert zero.abs().max() == 0
 
 

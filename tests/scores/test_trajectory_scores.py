@@ -1,4 +1,4 @@
-"""Every trajectory score against a slow, obvious computation in Python floats, and the properties all of them share."""
+"""Every trajectory score against a slow reference in Python floats, and their common properties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAJECTORY_SCORES = sorted(name for name, info in SCORES.items() if info.needs =
 
 def _random(seed: int, epochs: int = 14, samples: int = 6, classes: int = 4) -> Trajectory:
     random = np.random.default_rng(seed)
-    # no probability below what float16 can hold, where logarithms stop on purpose (see SMALLEST)
+    # no probability below what float16 can represent: logarithms are cut there (MIN_PROBABILITY)
     logits = 6 * np.tanh(random.normal(0, 2, (epochs, samples, classes)).cumsum(0) / 12)
     probabilities = np.exp(logits - logits.max(2, keepdims=True))
     probabilities /= probabilities.sum(2, keepdims=True)
@@ -32,7 +32,7 @@ def _options(name: str) -> dict:
     )
 
 
-# -- the obvious computations: p is [epoch][class] of one sample, y its label -----------------------------------------
+# -- the reference computations: p is [epoch][class] of one sample, y its label ------------------
 
 
 def _dynamic_uncertainty(
@@ -116,7 +116,7 @@ def _entropy(p: list[list[float]], y: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "obvious"),
+    ("name", "options", "reference"),
     [
         ("dynamic-uncertainty", {"window": 5}, _dynamic_uncertainty),
         (
@@ -154,17 +154,17 @@ def _entropy(p: list[list[float]], y: int) -> float:
 )
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 5))
-def test_agrees_with_the_obvious_computation(
-    name: str, options: dict, obvious, seed: int, classes: int
+def test_agrees_with_the_reference_computation(
+    name: str, options: dict, reference, seed: int, classes: int
 ) -> None:
-    given_ = _random(seed, classes=classes)
-    found = trajectory_score(name)(given_, **options)
+    trajectory = _random(seed, classes=classes)
+    actual = trajectory_score(name)(trajectory, **options)
     expected = [
-        obvious(given_.probabilities[:, i].astype(float).tolist(), int(given_.label[i]))
-        for i in range(len(given_.label))
+        reference(trajectory.probabilities[:, i].astype(float).tolist(), int(trajectory.label[i]))
+        for i in range(len(trajectory.label))
     ]
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-6)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", TRAJECTORY_SCORES)
@@ -173,85 +173,85 @@ def test_agrees_with_the_obvious_computation(
 def test_does_not_depend_on_order_or_batches_or_names_of_classes(name: str, seed: int) -> None:
     whole = _random(seed, samples=9)
     function, options = trajectory_score(name), _options(name)
-    found = function(whole, **options)
+    actual = function(whole, **options)
     random = np.random.default_rng(seed)
     order = random.permutation(9)
     moved = Trajectory.from_probabilities(
         whole.probabilities[:, order], whole.label[order], whole.margin[:, order]
     )
-    np.testing.assert_array_equal(function(moved, **options), found[order])
+    np.testing.assert_array_equal(function(moved, **options), actual[order])
     part = Trajectory.from_probabilities(
         whole.probabilities[:, :4], whole.label[:4], whole.margin[:, :4]
     )
-    np.testing.assert_allclose(function(part, **options), found[:4], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(function(part, **options), actual[:4], rtol=1e-5, atol=1e-7)
     classes = random.permutation(4)
     renamed = Trajectory.from_probabilities(
         whole.probabilities[..., np.argsort(classes)], classes[whole.label], whole.margin
     )
-    np.testing.assert_allclose(function(renamed, **options), found, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(function(renamed, **options), actual, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TRAJECTORY_SCORES)
 def test_hard_samples_are_kept_before_easy_ones(name: str) -> None:
-    """A sample that is learned late and unsteadily against one that is right from the start."""
+    """Compare a sample whose prediction keeps changing with one that is correct throughout."""
     random = np.random.default_rng(0)
     own = np.stack([0.5 + 0.35 * random.choice([-1, 1], 20), np.full(20, 0.98)], 1)
     probabilities = np.stack([own, 1 - own], 2)
-    found = trajectory_score(name)(
+    actual = trajectory_score(name)(
         Trajectory.from_probabilities(probabilities, np.array([0, 0])), **_options(name)
     )
-    assert found[0] > found[1]
+    assert actual[0] > actual[1]
 
 
 def test_an_epoch_without_a_sample_takes_the_one_before() -> None:
-    given_ = _random(1)
-    holes = given_.probabilities.copy()
+    trajectory = _random(1)
+    holes = trajectory.probabilities.copy()
     holes[0, 2] = np.nan
     holes[5, 2] = np.nan
     holes[6, 2, 1] = np.nan
-    filled = Trajectory.from_probabilities(holes, given_.label, given_.margin)
-    np.testing.assert_array_equal(filled.probabilities[0, 2], given_.probabilities[1, 2])
-    np.testing.assert_array_equal(filled.probabilities[5, 2], given_.probabilities[4, 2])
-    np.testing.assert_array_equal(filled.probabilities[6, 2], given_.probabilities[4, 2])
-    assert filled.margin[6, 2] == given_.margin[4, 2]
+    filled = Trajectory.from_probabilities(holes, trajectory.label, trajectory.margin)
+    np.testing.assert_array_equal(filled.probabilities[0, 2], trajectory.probabilities[1, 2])
+    np.testing.assert_array_equal(filled.probabilities[5, 2], trajectory.probabilities[4, 2])
+    np.testing.assert_array_equal(filled.probabilities[6, 2], trajectory.probabilities[4, 2])
+    assert filled.margin[6, 2] == trajectory.margin[4, 2]
     np.testing.assert_array_equal(
-        np.delete(filled.probabilities, 2, 1), np.delete(given_.probabilities, 2, 1)
+        np.delete(filled.probabilities, 2, 1), np.delete(trajectory.probabilities, 2, 1)
     )
 
 
 def test_what_cannot_be_scored_is_an_error_with_its_numbers() -> None:
-    given_ = _random(2, epochs=4)
+    trajectory = _random(2, epochs=4)
     for name, message in (
         ("dynamic-uncertainty", "at least 11 epochs"),
         ("dual", "at least 10 epochs"),
         ("tdds", "at least 10 epochs"),
     ):
         with pytest.raises(ScoreError, match=message):
-            trajectory_score(name)(given_)
+            trajectory_score(name)(trajectory)
     with pytest.raises(ScoreError, match="at least 2 epochs"):
         trajectory_score("forgetting")(_random(2, epochs=1))
     with pytest.raises(ScoreError, match="no epochs between first_epoch 9"):
-        trajectory_score("el2n")(given_, first_epoch=9)
+        trajectory_score("el2n")(trajectory, first_epoch=9)
     with pytest.raises(ScoreError, match="'moso' is not a trajectory score"):
         trajectory_score("moso")
-    never = given_.probabilities.copy()
+    never = trajectory.probabilities.copy()
     never[:, 1] = np.nan
     with pytest.raises(ScoreError, match="1 samples have no finite prediction"):
-        Trajectory.from_probabilities(never, given_.label)
+        Trajectory.from_probabilities(never, trajectory.label)
     with pytest.raises(ScoreError, match=r"labels must be 0\.\.3"):
-        Trajectory.from_probabilities(given_.probabilities, given_.label + 4)
+        Trajectory.from_probabilities(trajectory.probabilities, trajectory.label + 4)
     with pytest.raises(ScoreError, match="two classes"):
-        Trajectory.from_probabilities(given_.probabilities[..., :1], np.zeros(6, int))
+        Trajectory.from_probabilities(trajectory.probabilities[..., :1], np.zeros(6, int))
 
 
 def test_probabilities_of_zero_do_not_make_scores_infinite() -> None:
     probabilities = np.zeros((12, 2, 3), np.float16)
     probabilities[:, 0, 0] = 1
     probabilities[:, 1, 2] = 1
-    given_ = Trajectory.from_probabilities(probabilities, np.array([0, 0]))
+    trajectory = Trajectory.from_probabilities(probabilities, np.array([0, 0]))
     assert np.isfinite(label_margins(probabilities, np.array([0, 0]))).all()
     for name in TRAJECTORY_SCORES:
-        assert np.isfinite(trajectory_score(name)(given_)).all(), name
+        assert np.isfinite(trajectory_score(name)(trajectory)).all(), name
 
 
 def test_empty_sets_and_lonely_classes_are_nothing_special() -> None:

@@ -1,4 +1,4 @@
-"""MoSo without the sample itself, its published code's formula, gradients of the last layer, and recalibrated BatchNorm."""
+"""Variants of MoSo: leave-one-out, the published code's formula, last layer, BatchNorm."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_formula_of_the_published_code() -> None:
         + (2 * n - 4) / (n - 1) ** 2 * ((mean - g / n) @ g)
         for g in gradients
     ]
-    found = leave_one_out(aligned, squares, n, "code", np.array([mean @ mean]))
-    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"needs \|G\|\^2"):
+    actual = leave_one_out(aligned, squares, n, "code", np.array([mean @ mean]))
+    np.testing.assert_allclose(actual[:, 0], expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"requires mean_square, \|G\|\^2"):
         leave_one_out(aligned, squares, n, "code")
 
 
@@ -109,7 +109,7 @@ def test_recalibration_gives_the_statistics_of_the_data_and_leaves_weights_alone
 
 def test_a_network_without_batchnorm_needs_no_batch_to_be_recalibrated() -> None:
     def batches() -> Iterator[Tensor]:
-        raise AssertionError("a batch was asked for")
+        raise AssertionError("a batch was read")
         yield
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3))

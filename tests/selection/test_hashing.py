@@ -99,11 +99,11 @@ def test_moments_are_exact_in_every_order(values: list[float]) -> None:
     exact = [Fraction(value) for value in values]
     mean = sum(exact) / len(exact)
     variance = sum((value - mean) ** 2 for value in exact) / len(exact)
-    found, deviation = moments.mean_and_deviation()
-    assert found.tolist() == [0.0, float(mean)] and moments.total(1) == float(sum(exact))
+    actual, deviation = moments.mean_and_deviation()
+    assert actual.tolist() == [0.0, float(mean)] and moments.total(1) == float(sum(exact))
     assert deviation[1] == math.sqrt(float(variance))
     assert [array.tolist() for array in shuffled.mean_and_deviation()] == [
-        found.tolist(),
+        actual.tolist(),
         deviation.tolist(),
     ]
 
@@ -135,10 +135,14 @@ def test_a_budget_is_shared_as_the_published_code_does(
 def test_bounds_hold_and_what_need_not_change_does_not(
     groups: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
-    wish, least = np.array([g[0] for g in groups]), np.array([g[1] for g in groups])
-    most = least + np.array([g[2] for g in groups])
-    total = data.draw(st.integers(int(least.sum()), int(most.sum())))
-    found = bounded_quotas(wish, least, most, total)
-    assert found.sum() == total and (found >= least).all() and (found <= most).all()
-    if wish.sum() == total and (wish >= least).all() and (wish <= most).all():
-        assert (found == wish).all()
+    quotas_before, minimum = np.array([g[0] for g in groups]), np.array([g[1] for g in groups])
+    maximum = minimum + np.array([g[2] for g in groups])
+    total = data.draw(st.integers(int(minimum.sum()), int(maximum.sum())))
+    actual = bounded_quotas(quotas_before, minimum, maximum, total)
+    assert actual.sum() == total and (actual >= minimum).all() and (actual <= maximum).all()
+    if (
+        quotas_before.sum() == total
+        and (quotas_before >= minimum).all()
+        and (quotas_before <= maximum).all()
+    ):
+        assert (actual == quotas_before).all()

@@ -1,4 +1,4 @@
-"""Every strategy against a plain reading of its paper, on arrays that fit into memory."""
+"""Every strategy against a direct implementation of its paper, on arrays in memory."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Data:
         order: list[int] | None = None,
         **options: object,
     ) -> list[dict[str, float | None]]:
-        """For each keep fraction the ids kept, with their weights."""
+        """Return the listed ids with their weights, for each keep fraction."""
         chunks = self.stream(size, order)
         chosen = SelectionOptions(**options)  # type: ignore[arg-type]
         result = []
@@ -144,24 +144,25 @@ def test_by_class_every_class_has_its_share(
     strategy: str, samples: list[tuple[float, int, float]], size: int
 ) -> None:
     data = Data.of(samples)
-    there = np.bincount(data.label + 1, minlength=CLASSES + 1)
+    class_sizes = np.bincount(data.label + 1, minlength=CLASSES + 1)
     if strategy == "ccs":
-        there -= there // 10  # the hardest
+        class_sizes -= class_sizes // 10  # the hardest
     for fraction, kept in zip(
         FRACTIONS,
         data.lists(strategy, size=size, by_class=True, strata=3, hard_cutoff=0.1),
         strict=True,
     ):
         assert len(kept) == round(fraction * len(samples))
-        found = np.bincount(
+        actual = np.bincount(
             [data.label[data.ids.index(name)] + 1 for name in kept], minlength=CLASSES + 1
         )
-        assert np.abs(found - len(kept) * there / max(1, there.sum())).max() < 1
+        assert np.abs(actual - len(kept) * class_sizes / max(1, class_sizes.sum())).max() < 1
 
 
 @pytest.mark.parametrize(
-    "strategy", [name for name in STRATEGIES if name != "beta"]
-)  # its density is that of all classes
+    "strategy",
+    [name for name in STRATEGIES if name != "beta"],  # its density is computed over all classes
+)
 def test_by_class_is_the_strategy_on_each_class_alone(strategy: str) -> None:
     draw = np.random.default_rng(4)
     label = np.repeat(np.arange(-1, CLASSES, dtype=np.int32), 60)
@@ -205,8 +206,8 @@ def test_by_class_with_samples_that_must_be_in_and_must_not() -> None:
         )
         assert len(kept) == 60 and {f"s{row}" for row in range(10)} <= set(kept)
         assert not {f"s{row}" for row in range(10, 40)} & set(kept)
-        found = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept])
-        assert found[1:].min() >= 5
+        actual = np.bincount([data.label[data.ids.index(name)] + 1 for name in kept])
+        assert actual[1:].min() >= 5
 
 
 def test_beta_is_not_nested_since_it_goes_by_the_fraction() -> None:
@@ -231,8 +232,8 @@ def test_normalized_is_the_highest_z_scores(samples: list[tuple[float, int, floa
         of_class = data.score[data.label == label].astype(np.float64)
         z[data.label == label] = (of_class - of_class.mean()) / (of_class.std() or 1)
     for fraction, kept in zip(FRACTIONS, data.lists("normalized"), strict=True):
-        found = sorted(z[data.ids.index(name)] for name in kept)
-        assert np.allclose(found, np.sort(z)[len(z) - round(fraction * len(z)) :], atol=1e-5)
+        actual = sorted(z[data.ids.index(name)] for name in kept)
+        assert np.allclose(actual, np.sort(z)[len(z) - round(fraction * len(z)) :], atol=1e-5)
 
 
 @given(SAMPLES)
@@ -246,7 +247,7 @@ def test_moderate_is_the_middle_of_the_sorted_scores(
         count = round(fraction * n)
         start = (n - count) // 2
         assert data.scores_of(kept) == ascending[start : start + count]
-        # where the published code keeps as many, it keeps the same ones, or those one rank from them
+        # the published code keeps the same ranks, or those shifted by one
         low, high = round(n * (0.5 - fraction / 2)), round(n * (0.5 + fraction / 2))
         assert abs(low - start) <= 1 and abs(high - start - count) <= 1
 
@@ -281,7 +282,7 @@ def test_random_is_the_highest_hashes() -> None:
 
 
 def published_strata(score: np.ndarray, budget: int, strata: int) -> list[int]:
-    """Budgets of the strata as in `stratified_sampling` of CCS's published code."""
+    """Return the budgets of the strata, as `stratified_sampling` of CCS's published code does."""
     low, high = score.min(), score.max() * 1.0001
     edges = low + (high - low) / strata * np.arange(strata + 1)
     sizes = np.array([((score >= edges[k]) & (score < edges[k + 1])).sum() for k in range(strata)])
@@ -307,9 +308,9 @@ def test_ccs_cuts_off_the_hardest_and_covers_the_range_of_the_rest(
         int
     )
     chosen = np.array([data.ids[row] in kept for row in left])
-    found = np.bincount(place[chosen], minlength=strata)
-    # the published upper edge is a ten-thousandth higher, so a sample at a border can lie in the stratum below
-    assert np.abs(found - published_strata(rest, count, strata)).max() <= 1
+    actual = np.bincount(place[chosen], minlength=strata)
+    # the published upper edge is higher by 1e-4 of max, so a sample at a border can fall one lower
+    assert np.abs(actual - published_strata(rest, count, strata)).max() <= 1
     luck = (hash64([data.ids[row] for row in left], 3) >> np.uint64(32)).astype(np.int64)
     for k in range(strata):  # random within: the highest hashes, whatever the score
         assert luck[chosen & (place == k)].min(initial=2**32) >= luck[~chosen & (place == k)].max(
@@ -345,7 +346,7 @@ def test_ccs_keeps_rare_scores_that_top_would_not() -> None:
 
 
 def beta_weights(data: Data, fraction: float, exponent: float) -> np.ndarray:
-    """Of `beta_sampling` of DUAL's published code, with exp(-loss) for the mean probability."""
+    """Return the weights of `beta_sampling` of DUAL's code, with exp(-loss) as the probability."""
     p = np.exp(-data.loss.astype(np.float64))
     anchor = p[np.argsort(data.score)[-10:]].mean()
     b = 15 * (1 - anchor) * (1 - (1 - fraction) ** exponent)
@@ -377,25 +378,24 @@ def test_keys_draw_as_often_as_drawing_one_by_one() -> None:
         Data.drawn(8), loss=np.full(8, 0.7, np.float32), score=np.arange(1, 9, dtype=np.float32)
     )
     weight = np.arange(1, 9) / 36
-    expected = np.zeros(8)  # of two draws without replacement, in proportion to the weights left
+    expected = np.zeros(8)  # two draws without replacement, in proportion to the remaining weights
     for first, second in itertools.permutations(range(8), 2):
         expected[[first, second]] += weight[first] * weight[second] / (1 - weight[first])
     seeds = 600
-    found = np.zeros(8)
+    actual = np.zeros(8)
     for seed in range(seeds):
-        found[
+        actual[
             [data.ids.index(name) for name in data.lists("beta", (0.25,), size=8, seed=seed)[0]]
         ] += 1
-    assert np.abs(found / seeds - expected).max() < 4 * np.sqrt(0.25 / seeds)
+    assert np.abs(actual / seeds - expected).max() < 4 * np.sqrt(0.25 / seeds)
 
 
 @pytest.mark.parametrize("by_class", [False, True])
 @pytest.mark.parametrize("strategy", ["random", "ccs", "beta"])
 def test_inverse_inclusion_weights_undo_the_choice(strategy: str, by_class: bool) -> None:
     data = Data.drawn(300)
-    data = replace(
-        data, loss=np.minimum(data.loss, 1.5)
-    )  # or a few samples of tiny probability have all the weight
+    # without the bound, a few samples of tiny probability would have all the weight
+    data = replace(data, loss=np.minimum(data.loss, 1.5))
     truth = float(data.score.mean())
     weighted, plain = [], []
     for seed in range(60):
@@ -448,19 +448,19 @@ def test_a_class_without_a_sample_has_no_weight_to_give() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_class_has_its_least_number(strategy: str) -> None:
     data = Data.drawn(200)
-    data = replace(
-        data, label=np.where(np.arange(200) < 3, 0, data.label % 2 + 1).astype(np.int32)
-    )  # class 0 has three samples
-    for least, fraction in itertools.product((2, 5), (0.1, 0.5)):
-        (kept,) = data.lists(strategy, (fraction,), min_per_class=least, strata=5)
+    # class 0 has three samples
+    label = np.where(np.arange(200) < 3, 0, data.label % 2 + 1).astype(np.int32)
+    data = replace(data, label=label)
+    for minimum, fraction in itertools.product((2, 5), (0.1, 0.5)):
+        (kept,) = data.lists(strategy, (fraction,), min_per_class=minimum, strata=5)
         label = np.array([data.label[data.ids.index(name)] for name in kept])
         assert len(kept) == round(fraction * 200)
-        # what CCS cuts off is out of the question
-        present = min(least, 3) if strategy != "ccs" else 1
+        # CCS excludes the samples it cuts off
+        present = min(minimum, 3) if strategy != "ccs" else 1
         assert (
             (label == 0).sum() >= present
-            and (label == 1).sum() >= least
-            and (label == 2).sum() >= least
+            and (label == 1).sum() >= minimum
+            and (label == 2).sum() >= minimum
         )
 
 
@@ -471,7 +471,7 @@ def test_each_class_has_its_least_number(strategy: str) -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_top_fills_up_what_is_reserved(
-    samples: list[tuple[float, int, float]], least: int, marks: list[int]
+    samples: list[tuple[float, int, float]], minimum: int, marks: list[int]
 ) -> None:
     data = replace(Data.of(samples), mark=np.array(marks[: len(samples)], np.uint8))
     order = sorted(range(len(samples)), key=lambda row: (-data.score[row], id_hash(data.ids[row])))
@@ -484,15 +484,15 @@ def test_top_fills_up_what_is_reserved(
             for row in [*always, *(row for row in order if row not in always)]
             if data.label[row] == y
         ]
-        reserved |= set(of_class[:least])
+        reserved |= set(of_class[:minimum])
     count = round(0.6 * len(samples))
     if len(reserved) > count or len(order) < count:
         with pytest.raises(ConfigError, match=r"must be in it|only .* are eligible"):
-            data.lists("top", (0.6,), min_per_class=least)
+            data.lists("top", (0.6,), min_per_class=minimum)
         return
     rest = [row for row in order if row not in reserved]
     expected = reserved | set(rest[: count - len(reserved)])
-    assert set(data.lists("top", (0.6,), min_per_class=least)[0]) == {
+    assert set(data.lists("top", (0.6,), min_per_class=minimum)[0]) == {
         data.ids[row] for row in expected
     }
 
@@ -509,11 +509,10 @@ def test_marked_samples_are_in_every_list_or_in_none(strategy: str) -> None:
         data.lists(strategy, (0.2, 0.8), weights=weights), (0.2, 0.8), strict=True
     ):
         marks = mark[[data.ids.index(name) for name in kept]]
-        assert len(kept) == round(
-            fraction * 200
-        )  # of all samples, those that are never kept included
+        # a fraction of all samples, including those that are never kept
+        assert len(kept) == round(fraction * 200)
         assert (marks == ALWAYS).sum() == 20 and not (marks == NEVER).any()
-        if weights == "inclusion":  # drawn with certainty: the least weight there is
+        if weights == "inclusion":  # drawn with certainty, so their weight is the lowest
             of_always = [kept[data.ids[row]] for row in np.flatnonzero(mark == ALWAYS)]
             assert max(of_always) <= min(kept.values()) + 1e-6
 
@@ -527,9 +526,8 @@ def test_a_sample_to_keep_counts_for_its_class_even_where_it_is_cut_off() -> Non
     (kept,) = replace(data, mark=mark, label=label).lists(
         "ccs", (0.1,), min_per_class=1, hard_cutoff=0.2, strata=4
     )
-    assert (
-        len(kept) == 2 and data.ids[data.score.argmax()] in kept
-    )  # and one of the other class: there is room for no more
+    # and one of the other class: there is no room for more
+    assert len(kept) == 2 and data.ids[data.score.argmax()] in kept
 
 
 def test_balanced_gives_what_small_classes_cannot_take_to_others() -> None:

@@ -1,4 +1,4 @@
-"""JPEGs decoded by torchvision: the same samples rejected in the same words, and pixels within what is stated."""
+"""JPEGs decoded by torchvision: the same rejects as on the CPU, and pixels within tolerance."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rotated() -> bytes:
 
 
 def broken() -> bytes:
-    """Complete from its first to its last marker, but no decoder can read it."""
+    """Complete from the first to the last marker, but not decodable."""
     data = bytearray(encode(small()))
     table = data.index(b"\xff\xc4")  # a Huffman table
     data[table + 5 : table + 21] = b"\xff" * 16
@@ -71,7 +71,7 @@ def test_what_is_a_plain_jpeg(name: str) -> None:
     if name in PLAIN:
         assert jpeg_pixels(PLAIN[name], LIMIT) == 60 * 80
         assert jpeg_pixels(PLAIN[name], 60 * 80 - 1) == 0, (
-            "who decodes it says that it has too many pixels"
+            "`decode` reports that it has too many pixels"
         )
     else:
         assert jpeg_pixels(OTHERS[name], LIMIT) == 0
@@ -99,18 +99,18 @@ SAMPLES += [Sample(encode(small(33, 33))), Sample(encode(small(20, 400)))]
 @pytest.mark.parametrize("size", [16, 33, 100])
 def test_the_same_are_rejected_in_the_same_words(size: int, device: str) -> None:
     expected, reasons = decode_batch(SAMPLES, size, LIMIT)
-    images, pixels, found = split_off_jpegs(SAMPLES, size, LIMIT)
+    images, pixels, first_reasons = split_off_jpegs(SAMPLES, size, LIMIT)
     assert sum(map(bool, pixels)) == len(PLAIN) + 3, (
-        "the broken one is found out only when it is decoded"
+        "the broken one is noticed only when it is decoded"
     )
-    result, later = decode_jpegs(images, pixels, size, LIMIT, device, max_images=4)
-    assert [new or known for new, known in zip(later, found, strict=True)] == reasons
+    result, decode_reasons = decode_jpegs(images, pixels, size, LIMIT, device, max_images=4)
+    assert [
+        new or first for new, first in zip(decode_reasons, first_reasons, strict=True)
+    ] == reasons
     assert result.dtype == torch.uint8 and result.device.type == device
     decoded = result.cpu().numpy()
     aside = np.array(pixels) > 0
-    assert np.array_equal(decoded[~aside], expected[~aside]), (
-        "what is not set aside is decoded as ever"
-    )
+    assert np.array_equal(decoded[~aside], expected[~aside]), "the others are decoded as usual"
     assert np.abs(decoded.astype(int) - expected).mean() < TOLERANCE
 
 
@@ -132,9 +132,8 @@ def test_pixels_are_within_the_stated_tolerance(size: int, device: str) -> None:
     expected = np.stack([decode(item, size, LIMIT) for item in data])
     difference = np.abs(result.cpu().numpy().astype(int) - expected)
     assert difference.mean() < (TOLERANCE if device == "cuda" else 1.3)
-    if (
-        size == 224 and device == "cpu"
-    ):  # decoded in full by both: what is left is rounding, and neighbours at two edges
+    if size == 224 and device == "cpu":
+        # both decode at full scale: only rounding and the neighbours at two edges differ
         assert difference[..., 1:-1].max() <= 1 and difference.max() <= 20
 
 

@@ -1,4 +1,4 @@
-"""Formats few libraries write, scaled decoding against full decoding, and memory. See `raypipe.vision.decode`."""
+"""Rare formats, scaled against full decoding, and memory. See `raypipe.vision.decode`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(depth: int, kind: int, pixel: bytes, *others: bytes) -> bytes:
-    """A PNG of 8x8 equal pixels of so many bits a channel and colour type."""
+    """Return a PNG of 8x8 equal pixels with the given bits per channel and colour type."""
     row = b"\0" + (pixel * 8)[: max(1, depth * len(pixel) * 8 // 8) if depth < 8 else None]
     header = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)
     body = (
@@ -50,8 +50,9 @@ def png(depth: int, kind: int, pixel: bytes, *others: bytes) -> bytes:
 
 
 def ycck() -> bytes:
-    """A red JPEG whose CMYK is stored as brightness and colour, as Photoshop does: the stored channels say so in Adobe's marker."""
-    # inverted CMYK of red is (255, 0, 0, 255); libjpeg takes C, M, Y for the complement of RGB, here cyan: YCbCr (179, 171, 1)
+    """Return a red YCCK JPEG, as Photoshop writes it: Adobe's marker names the transform."""
+    # Inverted CMYK of red is (255, 0, 0, 255). libjpeg takes C, M, Y for the complement of RGB,
+    # here cyan: YCbCr (179, 171, 1).
     stored = Image.new("CMYK", (16, 16), (255 - 179, 255 - 171, 255 - 1, 0))
     data = bytearray(encode(stored, "JPEG", quality=100))
     data[data.index(b"Adobe") + 11] = 2  # the transform
@@ -147,8 +148,8 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 3), (64, 20_000)], ids=str)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF"])
 def test_every_shape_works(shape: tuple[int, int], format: str) -> None:
-    found = decode(encode(Image.new("RGB", shape[::-1], (128, 128, 128)), format), 64, LIMIT)
-    assert found.shape == (3, 64, 64) and np.abs(found.astype(int) - 128).max() <= 3
+    actual = decode(encode(Image.new("RGB", shape[::-1], (128, 128, 128)), format), 64, LIMIT)
+    assert actual.shape == (3, 64, 64) and np.abs(actual.astype(int) - 128).max() <= 3
 
 
 @pytest.mark.parametrize("shape", [(40, 300), (300, 40)])
@@ -156,14 +157,14 @@ def test_every_shape_works(shape: tuple[int, int], format: str) -> None:
 def test_a_long_image_is_converted_in_part_and_the_pixels_are_those_of_the_whole(
     shape: tuple[int, int], size: int
 ) -> None:
-    """The filter sees the neighbours of the square: a palette and RGB of the same colours give the same, to rounding."""
+    """The filter reads pixels next to the square: palette and RGB agree up to rounding."""
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     ).quantize(60)
-    found, whole = (
+    actual, whole = (
         decode(encode(form), size, LIMIT).astype(int) for form in (image, image.convert("RGB"))
     )
-    assert np.abs(found - whole).max() <= 1
+    assert np.abs(actual - whole).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_a_long_image_is_converted_in_part_and_the_pixels_are_those_of_the_whole
 def test_scaled_decoding_agrees_with_full_decoding_and_a_resize(
     size: int, mean: float, most: int
 ) -> None:
-    """Within what the module states for photographs."""
+    """The differences are within those that the module states for photographs."""
     differences = []
     for seed in range(2):
         data = encode(photograph(seed), "JPEG", quality=90)
@@ -189,7 +190,7 @@ def test_scaled_decoding_agrees_with_full_decoding_and_a_resize(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 def test_memory_is_bounded_by_the_pixels() -> None:
-    """In a process of its own. Of a long image only the square is converted: 4 bytes a pixel for LA, and not 12."""
+    """Of a long image only the square is converted: LA takes 4 bytes a pixel, not 12."""
     program = """
 import io, sys
 from PIL import Image
@@ -201,13 +202,18 @@ def encoded(mode, size, format, **options):
     return buffer.getvalue()
 
 def peak():
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 for mode, size, format, options in [
-    ("LA", (16000, 250), "PNG", {}), ("LA", (2000, 2000), "PNG", {}), ("CMYK", (2000, 2000), "JPEG", {"progressive": True}),
-    ("RGBA", (2000, 2000), "WEBP", {"lossless": True, "method": 0}), ("I", (2000, 2000), "TIFF", {}),
+    ("LA", (16000, 250), "PNG", {}),
+    ("LA", (2000, 2000), "PNG", {}),
+    ("CMYK", (2000, 2000), "JPEG", {"progressive": True}),
+    ("RGBA", (2000, 2000), "WEBP", {"lossless": True, "method": 0}),
+    ("I", (2000, 2000), "TIFF", {}),
 ]:
-    decode(encoded(mode, (80, 80), format, **options), 64, 10**8)  # what is imported and held from now on
+    # import everything and fill caches before measuring
+    decode(encoded(mode, (80, 80), format, **options), 64, 10**8)
     data = encoded(mode, size, format, **options)
     open("/proc/self/clear_refs", "w").write("5")
     before = peak()

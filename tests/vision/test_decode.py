@@ -18,9 +18,8 @@ from PIL import Image
 from raypipe.vision.decode import BadImage, decode, decode_batch, encode_thumbnail
 
 LIMIT = 10_000_000
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:PIL"
-)  # pytest shows what the module silences
+# pytest shows warnings that the module silences
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -86,19 +85,19 @@ def test_scaled_decoding_is_close_to_a_full_resize(shape: tuple[int, int]) -> No
     reference = Image.fromarray(pixels[top : top + side, left : left + side]).resize(
         (64, 64), Image.Resampling.BILINEAR
     )
-    found = decode(encode(Image.fromarray(pixels), "JPEG", quality=95), 64, LIMIT)
-    assert found.shape == (3, 64, 64) and found.dtype == np.uint8
-    assert np.abs(found.astype(int) - np.asarray(reference).transpose(2, 0, 1)).mean() < 4
+    actual = decode(encode(Image.fromarray(pixels), "JPEG", quality=95), 64, LIMIT)
+    assert actual.shape == (3, 64, 64) and actual.dtype == np.uint8
+    assert np.abs(actual.astype(int) - np.asarray(reference).transpose(2, 0, 1)).mean() < 4
 
 
 def test_a_small_image_is_enlarged_and_stays_grey() -> None:
     grey = np.zeros((8, 8), np.uint8)
     grey[2:6, 4:] = 255
-    found = decode(grey, 32, LIMIT)
-    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
-    assert found[0, 12:20, 22:].min() == 255 and found[0, :, :10].max() == 0
-    assert np.array_equal(found, decode(encode(Image.fromarray(grey)), 32, LIMIT))
-    assert np.array_equal(found, decode(grey[:, :, None], 32, LIMIT))
+    actual = decode(grey, 32, LIMIT)
+    assert np.array_equal(actual[0], actual[1]) and np.array_equal(actual[0], actual[2])
+    assert actual[0, 12:20, 22:].min() == 255 and actual[0, :, :10].max() == 0
+    assert np.array_equal(actual, decode(encode(Image.fromarray(grey)), 32, LIMIT))
+    assert np.array_equal(actual, decode(grey[:, :, None], 32, LIMIT))
 
 
 @pytest.mark.parametrize(
@@ -134,16 +133,16 @@ def test_every_colour_mode_becomes_rgb(
     tolerance: int,
     size: int,
 ) -> None:
-    found = decode(encode(image, format, **options), size, LIMIT).astype(int)
-    assert np.abs(found - np.array(expected)[:, None, None]).max() <= tolerance
+    actual = decode(encode(image, format, **options), size, LIMIT).astype(int)
+    assert np.abs(actual - np.array(expected)[:, None, None]).max() <= tolerance
 
 
 def test_a_transparent_palette_lies_over_white() -> None:
     image = Image.new("P", (16, 16), 1)
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.paste(0, (0, 0, 16, 8))
-    found = decode(encode(image, "PNG", transparency=b"\x00\xff"), 16, LIMIT)
-    assert tuple(found[:, 0, 0]) == WHITE and tuple(found[:, 15, 0]) == GREEN
+    actual = decode(encode(image, "PNG", transparency=b"\x00\xff"), 16, LIMIT)
+    assert tuple(actual[:, 0, 0]) == WHITE and tuple(actual[:, 15, 0]) == GREEN
 
 
 def test_the_edge_of_a_transparent_shape_takes_no_hidden_colour() -> None:
@@ -178,9 +177,9 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
         if format == "JPEG"
         else {}
     )
-    found = decode(encode(stored, format, exif=exif, **options), 64, LIMIT).astype(int)
+    actual = decode(encode(stored, format, exif=exif, **options), 64, LIMIT).astype(int)
     expected = upright[:, 16:80].transpose(2, 0, 1).astype(int)
-    assert np.abs(found - expected).mean() < 6
+    assert np.abs(actual - expected).mean() < 6
 
 
 def test_damaged_exif_is_ignored() -> None:
@@ -233,7 +232,7 @@ def test_reasons_say_what_is_wrong(data: bytes | np.ndarray, words: str) -> None
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of so many pixels in a few bytes: only its header is true."""
+    """Return a PNG whose header claims many pixels and which has only a few bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -256,9 +255,8 @@ def test_the_pixel_limit_is_the_callers() -> None:
     before = Image.MAX_IMAGE_PIXELS
     with pytest.raises(BadImage, match=r"30000x30000 pixels are more than max_pixels = 1000000"):
         decode(bomb(30_000, 30_000), 8, 1_000_000)
-    with pytest.raises(
-        BadImage, match=r"truncated|broken"
-    ):  # Pillow itself would refuse so many before it looks at them
+    # Pillow's own limit would refuse this many pixels before decoding
+    with pytest.raises(BadImage, match=r"truncated|broken"):
         decode(bomb(20_000, 10_000), 8, 300_000_000)
     with pytest.raises(BadImage, match="max_pixels"):
         decode(np.zeros((11, 10), np.uint8), 8, 100)
@@ -275,7 +273,8 @@ image = Image.new("P", (16, 16), 1)
 image.putpalette([255, 0, 0, 0, 255, 0])
 files = [(image, "PNG", {"transparency": b"\\x00\\xff"}), (image, "GIF", {"transparency": 0})]
 files += [(Image.new("RGB", (9500, 9500)), "PNG", {}), (Image.new("RGB", (300, 300)), "TIFF", {})]
-files += [(Image.new("RGB", (16, 16)), "JPEG", {"exif": b"Exif\\0\\0MM\\0*\\xff\\xff\\xff\\xffgarbage"})]
+exif = b"Exif\\0\\0MM\\0*\\xff\\xff\\xff\\xffgarbage"
+files += [(Image.new("RGB", (16, 16)), "JPEG", {"exif": exif})]
 for image, format, options in files:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
@@ -332,9 +331,9 @@ def test_samples_that_are_read_one_by_one_are_not_held() -> None:
 @pytest.mark.parametrize("size", [8, 64])
 def test_thumbnails_show_the_image(size: int) -> None:
     pixels = smooth(size, size).transpose(2, 0, 1)
-    found = np.asarray(Image.open(io.BytesIO(encode_thumbnail(pixels))))
-    assert found.shape == (size, size, 3)
-    assert np.abs(found.astype(int) - pixels.transpose(1, 2, 0)).mean() < 6
+    actual = np.asarray(Image.open(io.BytesIO(encode_thumbnail(pixels))))
+    assert actual.shape == (size, size, 3)
+    assert np.abs(actual.astype(int) - pixels.transpose(1, 2, 0)).mean() < 6
 
 
 SEEDS = [

@@ -30,7 +30,7 @@ from raypipe.selection import (
 )
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 1.0)
-# few distinct values, so that ties are the rule; and any float32 at all
+# few distinct values, so that ties are common; and any float32
 SCORES = st.one_of(
     st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1e-45, -1e-45, 3e38]),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -69,8 +69,8 @@ def test_top_is_what_a_full_sort_gives(samples: list[tuple[float, int]], size: i
     ids = [f"s{i}" for i in range(len(samples))]
     chunks = stream(scores, labels, ids, size)
     lists = [kept(cut, chunks) for cut in select(chunks, FRACTIONS, "top")]
-    for fraction, found in zip(FRACTIONS, lists, strict=True):
-        assert found == sorted_answer(scores, ids, round(fraction * len(ids)))
+    for fraction, actual in zip(FRACTIONS, lists, strict=True):
+        assert actual == sorted_answer(scores, ids, round(fraction * len(ids)))
     for smaller, larger in itertools.pairwise(lists):
         assert smaller <= larger
 
@@ -95,9 +95,9 @@ def test_balanced_is_what_a_full_sort_of_each_class_gives(
             expected |= sorted_answer(
                 [scores[i] for i in members], [ids[i] for i in members], int(quota)
             )
-        found = kept(cut, chunks)
-        assert found == expected
-        assert cut.count == len(found) == round(fraction * len(ids))
+        actual = kept(cut, chunks)
+        assert actual == expected
+        assert cut.count == len(actual) == round(fraction * len(ids))
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.floats(0, 1))

@@ -1,4 +1,4 @@
-"""So many samples at a time as there is room for. The room of a GPU is played; nothing here needs one."""
+"""Adaptive batches, transfers and memory. GPU memory is simulated: no test here needs a GPU."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_samples_go_in_parts_of_the_size_asked_for() -> None:
 
 
 def test_half_as_many_where_the_memory_does_not_do_and_none_twice() -> None:
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def room_for_three(rows: torch.Tensor) -> list[int]:
-        asked.append(len(rows))
+        batch_sizes.append(len(rows))
         if len(rows) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return rows.tolist()
@@ -41,9 +41,9 @@ def test_half_as_many_where_the_memory_does_not_do_and_none_twice() -> None:
     assert [row for part in batched(room_for_three, torch.arange(10)) for row in part] == list(
         range(10)
     )
-    assert asked == [10, 5, 3, 3, 3, 1]
-    assert batched(room_for_three, torch.arange(4)) == [[0, 1, 2], [3]]  # it has learnt
-    assert asked[6:] == [3, 1]
+    assert batch_sizes == [10, 5, 3, 3, 3, 1]
+    assert batched(room_for_three, torch.arange(4)) == [[0, 1, 2], [3]]  # the batch stays small
+    assert batch_sizes[6:] == [3, 1]
 
     def no_room(rows: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -131,14 +131,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept with glibc only")
 def test_memory_is_kept_for_the_next_batch() -> None:
-    """64 MB, asked for ten times: 16,384 pages are made anew each time, or none."""
+    """64 MB, allocated ten times: each time 16,384 pages are mapped, or none."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     faults, threads = {}, {}
     for which in ("given back", "kept"):
         command = [sys.executable, "-c", REPEATED, which]
-        said = subprocess.run(
+        output = subprocess.run(
             command, env=environment, check=True, capture_output=True, text=True
         ).stdout
-        faults[which], threads[which] = map(int, said.split())
+        faults[which], threads[which] = map(int, output.split())
     assert faults["kept"] < faults["given back"] / 4
     assert threads == {"given back": 2, "kept": 1}

@@ -22,7 +22,7 @@ def model() -> ProxyNet:
     network = build("small", 5, 8, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
     as_trained(network)
     with torch.no_grad():
-        network.head.weight.mul_(30)  # a fresh network hardly tells one image from another
+        network.head.weight.mul_(30)  # a fresh network predicts nearly the same for every image
     return network
 
 
@@ -34,7 +34,7 @@ def _loss(model: nn.Module, pixels: Tensor, label: Tensor) -> Tensor:
 def _by_hand(
     model: nn.Module, pixels: Tensor, label: Tensor, settings: AdversarySettings, start: np.ndarray
 ) -> Tensor:
-    """The iteration of the paper, of pixels from 0 to 1, image by image."""
+    """The paper's iteration, on pixels from 0 to 1, image by image."""
     examples = []
     for image, y, begin in zip(
         pixels.double() / 255, label, torch.from_numpy(start).double(), strict=True
@@ -56,25 +56,25 @@ def test_it_stays_in_the_ball_and_in_the_image_and_raises_the_loss(
     model: ProxyNet, random: bool
 ) -> None:
     pixels, label = batch(32, 8)
-    pixels[0], pixels[1] = 0, 255  # where the image's own bounds cut the ball
+    pixels[0], pixels[1] = 0, 255  # where the range of pixels cuts the ball
     start = starting_points(pixels.shape, 3) if random else None
-    found = attack(model, pixels, label, FIVE, start)
-    assert found.dtype == torch.float32 and not found.requires_grad
-    assert (found - pixels).abs().max() <= 8 + 1e-4 and found.min() >= 0 and found.max() <= 255
-    assert (found - pixels).abs().max() > 7.9
-    before, after = _loss(model, pixels, label), _loss(model, found, label)
+    actual = attack(model, pixels, label, FIVE, start)
+    assert actual.dtype == torch.float32 and not actual.requires_grad
+    assert (actual - pixels).abs().max() <= 8 + 1e-4 and actual.min() >= 0 and actual.max() <= 255
+    assert (actual - pixels).abs().max() > 7.9
+    before, after = _loss(model, pixels, label), _loss(model, actual, label)
     assert (after >= before - 1e-5).float().mean() > 0.95 and after.mean() > before.mean() + 0.1
 
 
 def test_it_is_the_iteration_of_the_paper(model: ProxyNet) -> None:
     pixels, label = batch(4, 8)
     start = starting_points(pixels.shape, 1, 2)
-    found, expected = (
+    actual, expected = (
         attack(model, pixels, label, FIVE, start),
         _by_hand(model, pixels, label, FIVE, start),
     )
-    # where a slope is nearly 0 its sign is a matter of rounding
-    assert ((found - expected).abs() < 0.01).float().mean() > 0.99
+    # the sign of a gradient near 0 depends on rounding
+    assert ((actual - expected).abs() < 0.01).float().mean() > 0.99
 
 
 def test_more_iterations_and_a_larger_ball_find_worse(model: ProxyNet) -> None:
@@ -130,10 +130,10 @@ def test_where_the_pixels_are_normalised_makes_no_difference(model: ProxyNet) ->
 
 def test_in_bfloat16_bounds_hold_and_the_loss_rises(model: ProxyNet) -> None:
     pixels, label = batch(32, 8)
-    found = attack(model, pixels, label, FIVE, starting_points(pixels.shape, 3), bfloat16=True)
-    assert found.dtype == torch.float32
-    assert (found - pixels).abs().max() <= 8 + 1e-4 and found.min() >= 0 and found.max() <= 255
-    assert _loss(model, found, label).mean() > _loss(model, pixels, label).mean() + 0.1
+    actual = attack(model, pixels, label, FIVE, starting_points(pixels.shape, 3), bfloat16=True)
+    assert actual.dtype == torch.float32
+    assert (actual - pixels).abs().max() <= 8 + 1e-4 and actual.min() >= 0 and actual.max() <= 255
+    assert _loss(model, actual, label).mean() > _loss(model, pixels, label).mean() + 0.1
 
 
 def test_attacks_begin_anywhere_in_the_ball() -> None:

@@ -1,4 +1,7 @@
-"""The fast alignment pass against `torch.func.jvp`, in float64; and the faster arithmetic of a GPU against exact float32 there."""
+"""The fast alignment pass against `torch.func.jvp`, in float64.
+
+On a GPU, its faster arithmetic is also compared with exact float32.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,11 @@ TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
 
 
 class Unusual(nn.Module):
-    """Everything the graph may hold that a residual network does not: tied weights, a layer that runs twice, a bare parameter,
-    a frozen one, a norm layer on its own, reflected padding, grouped and strided kernels, methods, and functions with options."""
+    """Everything a graph can contain that a residual network does not.
+
+    Tied weights, a layer that runs twice, a bare parameter, a frozen one, a norm layer on its own,
+    reflected padding, grouped and strided kernels, methods, and functions with options.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class Unusual(nn.Module):
 
 
 class Branching(nn.Module):
-    """Python decides on values: cannot be traced."""
+    """Python code branches on values, so it cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class Branching(nn.Module):
 
 
 class Overwriting(Branching):
-    """Uses a value that was changed in place: the graph alone would give another function."""
+    """Uses a value after changing it in place: its graph alone would be another function."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.head(pixels.to(self.head.weight.dtype).flatten(1) / 255 - 0.5)
@@ -114,21 +120,20 @@ def test_agrees_with_jvp(name: str, channels_last: bool) -> None:
 
 
 def test_the_compiled_graph_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the compiler itself, which takes a minute: what it is handed must compute the same."""
-    handed: list[object] = []
+    """Check the graph passed to the compiler, without the compiler, which takes a minute."""
+    compiled_graphs: list[object] = []
     monkeypatch.setattr(
-        forward_mode.torch, "compile", lambda graph, **_: handed.append(graph) or graph
+        forward_mode.torch, "compile", lambda graph, **_: compiled_graphs.append(graph) or graph
     )
     model, (images, labels) = _network("small").double(), batch(6, 16)
     direction = gradient_sum(model, images, labels)
     aligner = Aligner(model, direction, compiled=True)
     expected = alignments(model, direction, images, labels)
     torch.testing.assert_close(aligner(images[:4], labels[:4]), expected[:4], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        aligner(images[4:], labels[4:]), expected[4:], rtol=1e-9, atol=1e-9
-    )  # another shape: not compiled
+    # another shape: not compiled
+    torch.testing.assert_close(aligner(images[4:], labels[4:]), expected[4:], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(aligner(images[2:], labels[2:]), expected[2:], rtol=1e-9, atol=1e-9)
-    assert len(handed) == 1
+    assert len(compiled_graphs) == 1
 
 
 def test_unknown_precision_is_refused() -> None:
@@ -155,12 +160,12 @@ def test_gpu_paths_agree_with_eager_float32(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
         own = gradient_sum(fast, images, labels)
-        found = Aligner(fast, direction, channels_last=channels_last, compiled=compiled)(
+        actual = Aligner(fast, direction, channels_last=channels_last, compiled=compiled)(
             images, labels
         )
         squares, dots = norms_and_alignments(fast, images, labels, direction)
     scale, tolerance = expected.abs().max(), TOLERANCE[precision]
-    assert (found - expected).abs().max() < tolerance * scale
+    assert (actual - expected).abs().max() < tolerance * scale
     assert (dots - expected).abs().max() < tolerance * scale
     for key, value in direction.items():
         assert (own[key] - value).norm() < tolerance * value.norm() + 1e-6 * scale, key
