@@ -5,7 +5,7 @@ every sample a sortable key and a group, and quotas, which say how many samples 
 can gather statistics in passes over the stream first. `raypipe.selection.radix_select` then finds
 where each group ends.
 
-To add a strategy, three steps are needed:
+To add a strategy:
 
 1. Write the function, in `raypipe.selection.deterministic`, or in `raypipe.selection.randomized` if
    it draws samples at random.

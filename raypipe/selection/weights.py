@@ -55,30 +55,40 @@ Weights = InverseInclusionWeights | ClassWeights
 
 
 def inverse_inclusion_weights(
-    chunks: Chunks, plans: Sequence[SelectionPlan], ends: Sequence[Boundary]
+    chunks: Chunks, plans: Sequence[SelectionPlan], boundaries: Sequence[Boundary]
 ) -> list[Weights]:
     """Return the weights of each list; one pass over the stream computes their means."""
-    raw = [InverseInclusionWeights(plan, end) for plan, end in zip(plans, ends, strict=True)]
+    raw = [
+        InverseInclusionWeights(plan, boundary)
+        for plan, boundary in zip(plans, boundaries, strict=True)
+    ]
     sums = [ExactMoments() for _ in raw]
     for chunk in chunks(True):
-        for weights, end, total in zip(raw, ends, sums, strict=True):
-            total.add(weights.of(chunk, np.flatnonzero(end.mask(chunk))))
+        for weights, boundary, total in zip(raw, boundaries, sums, strict=True):
+            total.add(weights.of(chunk, np.flatnonzero(boundary.mask(chunk))))
     return [
-        InverseInclusionWeights(plan, end, end.count / total.total() if end.count else 1.0)
-        for plan, end, total in zip(plans, ends, sums, strict=True)
+        InverseInclusionWeights(
+            plan, boundary, boundary.count / total.total() if boundary.count else 1.0
+        )
+        for plan, boundary, total in zip(plans, boundaries, sums, strict=True)
     ]
 
 
-def class_weights(chunks: Chunks, ends: Sequence[Boundary], classes: int) -> list[Weights]:
+def class_weights(chunks: Chunks, boundaries: Sequence[Boundary], classes: int) -> list[Weights]:
     """Return the weights of each list; one pass counts classes in the stream and in the lists."""
-    population, kept = np.zeros(classes + 1, np.int64), np.zeros((len(ends), classes + 1), np.int64)
-    for chunk in chunks(any(end.needs_ids for end in ends)):
+    population, listed = (
+        np.zeros(classes + 1, np.int64),
+        np.zeros((len(boundaries), classes + 1), np.int64),
+    )
+    for chunk in chunks(any(boundary.needs_ids for boundary in boundaries)):
         group = class_groups(chunk.label, classes)
         population += np.bincount(group, minlength=classes + 1)
-        for counts, end in zip(kept, ends, strict=True):
-            counts += np.bincount(group[end.mask(chunk)], minlength=classes + 1)
+        for counts, boundary in zip(listed, boundaries, strict=True):
+            counts += np.bincount(group[boundary.mask(chunk)], minlength=classes + 1)
     total = int(population.sum())
     return [
-        ClassWeights((population * end.count / np.maximum(counts * total, 1)).astype(np.float32))
-        for counts, end in zip(kept, ends, strict=True)
+        ClassWeights(
+            (population * boundary.count / np.maximum(counts * total, 1)).astype(np.float32)
+        )
+        for counts, boundary in zip(listed, boundaries, strict=True)
     ]
