@@ -31,7 +31,7 @@ from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum, parameters_of
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision.devices import set_threads
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 from raypipe.vision.precision import use_precision
 
 NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))
@@ -232,7 +232,7 @@ def tables(arguments: argparse.Namespace, device: str) -> None:
         batch = arguments.batch or (batch * 16 if device == "cuda" else batch)
         few = min(batch, few * 16 if device == "cuda" else few)
         torch.manual_seed(0)
-        model = build(name, classes, size).to(device).eval()
+        model = build_network(name, classes, size).to(device).eval()
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(device)
         labels = torch.randint(0, classes, (batch,)).to(device)
         direction = {

@@ -33,7 +33,7 @@ from raypipe.sources import class_map, open_source
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.decode import decode_batch
-from raypipe.vision.networks import ProxyNet, build
+from raypipe.vision.networks import ProxyNet, build_network
 from raypipe.vision.output_statistics import output_statistics
 
 BATCH = 64
@@ -382,7 +382,7 @@ def table(title: str, head: Sequence[str], rows: Sequence[tuple[str, Sequence[st
 
 def fresh_proxy(settings: ProxySettings, classes: int, *statistics: list[float]) -> ProxyNet:
     """With weights from the global generator, laid out as convolutions prefer; statistics: mean and spread of the pixels."""
-    return build(settings.model, classes, settings.image_size, *statistics).to(
+    return build_network(settings.model, classes, settings.image_size, *statistics).to(
         memory_format=torch.channels_last
     )
 

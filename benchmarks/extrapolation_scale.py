@@ -369,10 +369,10 @@ def growth(arguments: argparse.Namespace) -> None:
 
 
 def share(arguments: argparse.Namespace) -> None:
-    from raypipe.vision.networks import build
+    from raypipe.vision.networks import build_network
 
     torch.set_num_threads(1)
-    network = build("resnet18", 1000, 64).eval()
+    network = build_network("resnet18", 1000, 64).eval()
     pixels = torch.randint(
         0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

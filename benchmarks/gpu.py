@@ -42,7 +42,7 @@ from raypipe.sources.base import RawSample
 from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
 from raypipe.vision.forward import forward
 from raypipe.vision.gpu_decode import decode_jpegs, split_off_jpegs
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 from raypipe.vision.precision import use_precision
 
 CLASSES = 1000
@@ -67,7 +67,11 @@ def network(name: str, size: int, arguments: argparse.Namespace) -> None:
         arguments.batch or MeasureSettings().images_at_once(device == "cuda", size)
     )
     torch.manual_seed(0)
-    model = build(name, CLASSES, size).to(device=device, memory_format=torch.channels_last).eval()
+    model = (
+        build_network(name, CLASSES, size)
+        .to(device=device, memory_format=torch.channels_last)
+        .eval()
+    )
     stream = np.random.default_rng(0).integers(
         0, 256, (arguments.batches * at_once.size, 3, size, size), np.uint8
     )
@@ -200,7 +204,9 @@ def jpegs(arguments: argparse.Namespace) -> None:
         arguments.batch or MeasureSettings().images_at_once(device == "cuda", size)
     )
     model = (
-        build("resnet50", CLASSES, size).to(device=device, memory_format=torch.channels_last).eval()
+        build_network("resnet50", CLASSES, size)
+        .to(device=device, memory_format=torch.channels_last)
+        .eval()
     )
     names = np.zeros(len(images), np.int64)
 

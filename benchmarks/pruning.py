@@ -48,7 +48,7 @@ from raypipe.evaluation import train
 from raypipe.evaluation.figures import Interval, difference, interval, pooled_reach
 from raypipe.runs.ledger import fingerprint
 from raypipe.selection import STRATEGIES, Chunk, SelectionOptions, select
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 
 KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "tdds", "dynamic-uncertainty", "dual")
@@ -269,7 +269,7 @@ class Pruning:
     def unit(self) -> float:
         """Seconds of one step of training for one image."""
         part = self.data[0].take(slice(self.settings.batch_size))
-        model = build(self.settings.model, part.classes, self.size).to(
+        model = build_network(self.settings.model, part.classes, self.size).to(
             memory_format=torch.channels_last
         )
         times = []

@@ -14,7 +14,7 @@ PROXY_MODELS = (
     "wide_resnet50_2",
     "resnext50_32x4d",
 )
-"""Networks `raypipe.vision.networks.build` can make."""
+"""Networks `raypipe.vision.networks.build_network` can make."""
 
 DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss"})
 """Scores that are high for hard samples, wrong labels among them; of others a low one is suspicious."""

@@ -94,7 +94,7 @@ SPREAD = {"run": (0.6, 1.8), "cpu": (0.4, 2.2), "gpu": (0.25, 4.0)}
 
 
 def macs(model: str, image_size: int) -> float:
-    """Multiply-adds of one forward pass of a proxy (`raypipe.vision.networks.build`)."""
+    """Multiply-adds of one forward pass of a proxy (`raypipe.vision.networks.build_network`)."""
     if model == "small" or image_size < 48:
         side: float = image_size
     else:

@@ -16,7 +16,7 @@ from raypipe.errors import StageError
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import to_device
-from raypipe.vision.networks import ProxyNet, build
+from raypipe.vision.networks import ProxyNet, build_network
 
 TEST_BATCH = 256
 """Test images in one forward pass."""
@@ -89,7 +89,7 @@ def fit(
     # the global generator is the caller's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = build(settings.model, classes, settings.image_size, *statistics)
+        model = build_network(settings.model, classes, settings.image_size, *statistics)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, first = training.make_optimizer(settings, model), 0
     if state is not None:

@@ -36,7 +36,7 @@ from raypipe.config import ProxySettings, PseudoLabelSettings
 from raypipe.errors import RaypipeError
 from raypipe.vision import training
 from raypipe.vision.devices import to_device
-from raypipe.vision.networks import ProxyNet, build
+from raypipe.vision.networks import ProxyNet, build_network
 
 PROJECTION_WIDTH = 128
 """Length of z."""
@@ -66,7 +66,7 @@ def pretext_network(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build(model, 1, image_size, mean, std)
+        network = build_network(model, 1, image_size, mean, std)
         width = network.head.in_features
         projection = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION_WIDTH)

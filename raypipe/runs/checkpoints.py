@@ -35,11 +35,11 @@ def empty_proxy(run: Run) -> Any:
     """The proxy's network with weights that mean nothing."""
     import torch
 
-    from raypipe.vision.networks import build
+    from raypipe.vision.networks import build_network
 
     manifest = ProxyManifest.read(run)
     with torch.random.fork_rng(devices=[]):
-        return build(
+        return build_network(
             manifest.model,
             manifest.classes,
             manifest.image_size,

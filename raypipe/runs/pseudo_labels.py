@@ -41,10 +41,10 @@ def empty_network(about: dict[str, Any]) -> Any:
     from torch import nn
 
     from raypipe.pseudo_labels.backbone import Backbone
-    from raypipe.vision.networks import build
+    from raypipe.vision.networks import build_network
 
     if about["features"] == "backbone":
         return Backbone(about["model"], about["image_size"])
-    network = build(about["model"], 1, about["image_size"], about["mean"], about["std"])
+    network = build_network(about["model"], 1, about["image_size"], about["mean"], about["std"])
     network.head = nn.Identity()  # type: ignore[assignment]
     return network

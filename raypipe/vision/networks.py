@@ -67,7 +67,7 @@ class ProxyNet(nn.Module):
         return self.head(self.embed(pixels))
 
 
-def build(
+def build_network(
     name: str,
     classes: int,
     image_size: int,

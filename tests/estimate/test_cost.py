@@ -191,10 +191,10 @@ def test_the_table_of_networks_is_right(model: str, size: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from raypipe.vision.networks import build
+    from raypipe.vision.networks import build_network
 
     with torch.device("meta"):
-        network = build(model, 10, size).eval()
+        network = build_network(model, 10, size).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta"))
     assert rates.macs(model, size) == pytest.approx(counter.get_total_flops() / 2, rel=0.08)

@@ -16,7 +16,7 @@ from raypipe.scores import forward_mode
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum
 from raypipe.scores.per_sample import norms_and_alignments
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 from raypipe.vision.precision import use_precision
 
 TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}
@@ -83,7 +83,7 @@ OWN = {"unusual": Unusual, "branching": Branching, "overwriting": Overwriting}
 
 def _network(name: str, size: int = 16) -> nn.Module:
     torch.manual_seed(3)
-    model = OWN[name]() if name in OWN else build(name, 5, size)
+    model = OWN[name]() if name in OWN else build_network(name, 5, size)
     return as_trained(model)
 
 

@@ -10,7 +10,7 @@ from networks import as_trained, batch
 from torch import Tensor, nn
 
 from raypipe.scores.moso import alignments, combine, gradient_sum
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 
 
 class Mlp(nn.Module):
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
 
 def _network(name: str, size: int) -> nn.Module:
     torch.manual_seed(3)
-    model = Mlp() if name == "mlp" else build(name, 5, size)
+    model = Mlp() if name == "mlp" else build_network(name, 5, size)
     model = model.double()
     return as_trained(model)
 

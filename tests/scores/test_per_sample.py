@@ -9,7 +9,7 @@ from networks import as_trained, batch
 from torch import Tensor, nn
 
 from raypipe.scores.per_sample import norms_and_alignments, slow_parameters
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 
 
 class _Scaled(nn.Module):
@@ -143,7 +143,7 @@ def test_agrees_with_a_loop_over_samples(name: str) -> None:
 )
 def test_agrees_on_the_proxies(name: str, size: int) -> None:
     torch.manual_seed(1)
-    model = as_trained(build(name, 4, size).double())
+    model = as_trained(build_network(name, 4, size).double())
     _check(model, *batch(3, size, classes=4, seed=2))
     assert slow_parameters(model) == []
 
@@ -159,6 +159,6 @@ def test_frozen_parameters_do_not_count() -> None:
 
 
 def test_no_samples_have_no_gradients() -> None:
-    model, images = build("small", 4, 8), torch.zeros((0, 3, 8, 8), dtype=torch.uint8)
+    model, images = build_network("small", 4, 8), torch.zeros((0, 3, 8, 8), dtype=torch.uint8)
     square, aligned = norms_and_alignments(model, images, torch.zeros(0, dtype=torch.int64))
     assert square.shape == aligned.shape == (0,)

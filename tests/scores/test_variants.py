@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
 from raypipe.scores.moso import add_one_in, leave_one_out
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 
 
 def _gradients(count: int = 7, width: int = 5) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_a_sample_that_joins_is_scored_as_one_of_them() -> None:
 
 def test_last_layer_in_closed_form_agrees_with_differentiation() -> None:
     torch.manual_seed(0)
-    model = build("small", 5, 16).double().eval()
+    model = build_network("small", 5, 16).double().eval()
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 5, (6,), generator=generator)

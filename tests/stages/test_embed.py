@@ -27,7 +27,7 @@ from raypipe.sources import Fragment
 from raypipe.stages.embed import EmbedActor, EmbedStage, _read
 from raypipe.stages.index.stage import IndexStage
 from raypipe.vision.decode import decode
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 
 SIZE = 16
 
@@ -72,7 +72,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Fragment, d
     torch.manual_seed(0)
     storage.write_bytes(
         run.path("proxy", "checkpoints", "final.safetensors"),
-        save(build("small", 2, SIZE).state_dict()),
+        save(build_network("small", 2, SIZE).state_dict()),
     )
     proxy = TrainedProxy(1, 1, (), (), "final.safetensors")
     part = ProxyOfPart(20, (20,), proxy)

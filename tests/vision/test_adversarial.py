@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raypipe.config import AdversarySettings
 from raypipe.vision.adversarial import attack, starting_points
-from raypipe.vision.networks import ProxyNet, build
+from raypipe.vision.networks import ProxyNet, build_network
 
 FIVE = AdversarySettings(eps=8 / 255, step_size=3 / 255, iterations=5)
 
@@ -19,7 +19,7 @@ FIVE = AdversarySettings(eps=8 / 255, step_size=3 / 255, iterations=5)
 @pytest.fixture(scope="module")
 def model() -> ProxyNet:
     torch.manual_seed(0)
-    network = build("small", 5, 8, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    network = build_network("small", 5, 8, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
     as_trained(network)
     with torch.no_grad():
         network.head.weight.mul_(30)  # a fresh network predicts nearly the same for every image

@@ -16,7 +16,7 @@ import torch
 from raypipe.config import EmbedSettings, MeasureSettings
 from raypipe.vision.devices import AdaptiveBatch, to_device
 from raypipe.vision.forward import forward
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 
 
 def test_samples_go_in_parts_of_the_size_asked_for() -> None:
@@ -76,7 +76,7 @@ def test_samples_are_not_copied_where_they_are_already() -> None:
 
 def test_embeddings_are_the_same_in_halves() -> None:
     torch.manual_seed(0)
-    model = build("small", 4, 8).eval()
+    model = build_network("small", 4, 8).eval()
     images, labels = (
         np.random.default_rng(0).integers(0, 256, (9, 3, 8, 8), np.uint8),
         np.arange(9, dtype=np.int32) % 5 - 1,

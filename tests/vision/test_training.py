@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raypipe.config import ProxySettings
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 from raypipe.vision.training import (
     augment,
     epoch_batches,
@@ -91,7 +91,7 @@ def test_training_goes_on_from_its_state_as_if_nothing_had_happened(optimizer: s
 
     def start() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = build("small", 3, 8)
+        model = build_network("small", 3, 8)
         return model, make_optimizer(settings, model)
 
     def step(model: torch.nn.Module, update: torch.optim.Optimizer, number: int) -> None:

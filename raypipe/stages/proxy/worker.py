@@ -30,7 +30,7 @@ from raypipe.scores.trajectory import STATISTICS
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import set_threads, to_device
-from raypipe.vision.networks import build
+from raypipe.vision.networks import build_network
 from raypipe.vision.output_statistics import output_statistics
 from raypipe.vision.sync_batchnorm import synchronize_batchnorm
 
@@ -62,7 +62,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     torch.manual_seed(settings.seed)
     statistics = settings.statistics(seed.mean, seed.std)
-    network = build(settings.model, classes, seed.image_size, *statistics).to(
+    network = build_network(settings.model, classes, seed.image_size, *statistics).to(
         memory_format=torch.channels_last
     )
     model = prepare_model(synchronize_batchnorm(network, gpu), device)
