@@ -61,8 +61,8 @@ class LabelNoise:
         digest = hashlib.blake2b(
             sample_id.encode("utf-8", "surrogateescape"), digest_size=16, key=key
         ).digest()
-        threshold, number = (int.from_bytes(part, "little") for part in (digest[:8], digest[8:]))
-        return threshold < int(self.share * 2**64), number
+        uniform, number = (int.from_bytes(part, "little") for part in (digest[:8], digest[8:]))
+        return uniform < int(self.share * 2**64), number
 
 
 def requested_noise(settings: SourceSettings) -> LabelNoise | None:

@@ -18,13 +18,7 @@ from raypipe.sources.arrow_images import image_reader, storage_array
 from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
 from raypipe.sources.filesource import FILE_VANISHED, no_content
-from raypipe.sources.parquet.reader import (
-    columns_of,
-    open_parquet,
-    read_row_group,
-    read_values,
-    row_counts,
-)
+from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
 from raypipe.sources.table_source import drop_unknown_class
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
@@ -80,46 +74,36 @@ def preview(
         labels = _label_counts(stored, parquet, columns, labelled)
         drawn: list[RawSample] = []
         starts = list(accumulate(counts, initial=0))
-        for group in draw.sample(groups, min(len(groups), places)):
-            row_bytes = parquet.metadata.row_group(group).total_byte_size / counts[group]
-            count = int(max(1, min(each, counts[group], REQUEST_BYTES / max(1.0, row_bytes))))
-            drawn += _first_rows(stored, parquet, columns, file.path, group, starts[group], count)
+        for number in draw.sample(groups, min(len(groups), places)):
+            group = RowGroup(stored, parquet, columns, file.path, number, starts[number])
+            limit = REQUEST_BYTES / max(1.0, group.row_bytes)
+            drawn += _first_rows(group, int(max(1, min(each, counts[number], limit))))
     return Preview(tuple(drawn), sum(counts), True, labels, columns.class_names)
 
 
-def _first_rows(
-    stored: Reader,
-    parquet: pq.ParquetFile,
-    columns: TableColumns,
-    path: str,
-    group: int,
-    first: int,
-    count: int,
-) -> list[RawSample]:
-    """The first `count` rows of a row group that begins at row `first` of the file.
-
-    Reads fewer rows at a time than a run does.
-    """
-    reader = image_reader(parquet.schema_arrow.field(columns.image).type)
+def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
+    """The first `count` rows of a row group. Reads fewer rows at a time than a run does."""
+    columns = group.columns
+    reader = image_reader(group.parquet.schema_arrow.field(columns.image).type)
     assert reader is not None  # choose_columns has checked the type
     try:
-        batch = next(parquet.iter_batches(count, [group], [columns.image], use_threads=False))
-        array = storage_array(batch.column(columns.image))
+        batches = group.parquet.iter_batches(
+            count, [group.number], [columns.image], use_threads=False
+        )
+        array = storage_array(next(batches).column(columns.image))
         images = [reader(array[row]) for row in range(count)]
         stored_labels = (
-            read_values(parquet, group, columns.label, 0, count)
-            if columns.label is not None
-            else [None] * count
+            group.values(columns.label, 0, count) if columns.label is not None else [None] * count
         )
         labels = [stored_label(value) for value in stored_labels]
-        ids = [f"{path}#{first + row}" for row in range(count)]
+        ids = [f"{group.path}#{group.first + row}" for row in range(count)]
         if columns.identity is not None:
-            values = read_values(parquet, group, columns.identity, 0, count)
+            values = group.values(columns.identity, 0, count)
             ids = [printable(str(value)) for value in values]
     except Exception as error:
-        damage_reason(stored, error)
+        damage_reason(group.stored, error)
         # read as in a run, which finds out what is wrong with which row
-        return list(read_row_group(stored, parquet, columns, path, group, first, 0, count, None))
+        return list(group.samples(0, count, None))
     return [
         RawSample(
             sample_id,

@@ -66,97 +66,105 @@ def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:
     return counts
 
 
-def read_values(
-    parquet: pq.ParquetFile, group: int, column: str, begin: int, end: int
-) -> list[Any]:
-    """Return rows `begin` to `end` (exclusive) of a small column of one row group.
-
-    Raises ValueError, or whatever pyarrow raises for damaged content.
-    """
-    result: list[Any] = []
-    first = 0
-    for batch in parquet.iter_batches(8192, [group], [column], use_threads=False):
-        result += (
-            storage_array(batch.column(column))
-            .slice(max(0, begin - first), max(0, end - max(begin, first)))
-            .to_pylist()
-        )
-        first += batch.num_rows
-        if first >= end:
-            break
-    if len(result) != end - begin:
-        raise ValueError(f"{column} ends after {first} rows")
-    return result
-
-
 @dataclass(frozen=True)
-class _GroupRows:
-    """Rows `begin` to `end` of one row group; a `RowReader`."""
+class RowGroup:
+    """One row group of an open Parquet file.
+
+    Attributes
+    ----------
+    stored : Reader
+        The file, for its storage faults.
+    parquet : pyarrow.parquet.ParquetFile
+    columns : TableColumns
+    path : str
+        Relative path of the file; default ids begin with it.
+    number : int
+        Number of the row group in the file, from 0.
+    first : int
+        Row of the file at which the row group begins.
+    """
 
     stored: Reader
     parquet: pq.ParquetFile
-    image_column: str
-    group: int
+    columns: TableColumns
+    path: str
+    number: int
+    first: int
+
+    def samples(self, begin: int, end: int, keep_id: IdFilter | None) -> Iterator[RawSample]:
+        """Yield the samples of rows `begin` to `end` (exclusive) of the row group."""
+        rows = _Rows(self, begin, end)
+        return read_rows(rows, self.columns, self.path, self.first + begin, end - begin, keep_id)
+
+    def values(self, column: str, begin: int, end: int) -> list[Any]:
+        """Return rows `begin` to `end` (exclusive) of a small column.
+
+        Raises ValueError, or whatever pyarrow raises for damaged content.
+        """
+        result: list[Any] = []
+        first = 0
+        for batch in self.parquet.iter_batches(8192, [self.number], [column], use_threads=False):
+            result += (
+                storage_array(batch.column(column))
+                .slice(max(0, begin - first), max(0, end - max(begin, first)))
+                .to_pylist()
+            )
+            first += batch.num_rows
+            if first >= end:
+                break
+        if len(result) != end - begin:
+            raise ValueError(f"{column} ends after {first} rows")
+        return result
+
+    def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
+        """Yield the image, or the reason why there is none, of each of `rows` (ascending)."""
+        column = self.columns.image
+        reader = image_reader(self.parquet.schema_arrow.field(column).type)
+        assert reader is not None  # choose_columns has checked the type
+        batch_rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES / max(1.0, self.row_bytes))))
+        done, first, reason = 0, 0, "the row group ends early"
+        batches = self.parquet.iter_batches(batch_rows, [self.number], [column], use_threads=False)
+        while done < len(rows):
+            try:
+                array = storage_array(next(batches).column(column))
+                stop = first + len(array)
+                images: list[ImageOrReason] = []
+                while done + len(images) < len(rows) and rows[done + len(images)] < stop:
+                    images.append(reader(array[rows[done + len(images)] - first]))
+            except StopIteration:
+                break
+            except Exception as error:
+                reason = self.damage(error)
+                break
+            yield from images
+            done, first = done + len(images), stop
+        for _ in range(done, len(rows)):
+            yield None, reason
+
+    @property
+    def row_bytes(self) -> float:
+        """Average bytes of a row, uncompressed."""
+        metadata = self.parquet.metadata.row_group(self.number)
+        return metadata.total_byte_size / max(1, metadata.num_rows)
+
+    def damage(self, error: Exception) -> str:
+        """Return the reject reason for an exception. Raises storage faults."""
+        return f"damaged row group {self.number}: {damage_reason(self.stored, error)}"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows `begin` to `end` (exclusive) of a row group; a `RowReader`."""
+
+    group: RowGroup
     begin: int
     end: int
 
     def values(self, column: str) -> list[Any]:
-        return read_values(self.parquet, self.group, column, self.begin, self.end)
+        return self.group.values(column, self.begin, self.end)
 
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
-        rows = [self.begin + row for row in rows]
-        return read_images(self.stored, self.parquet, self.group, self.image_column, rows)
+        return self.group.images([self.begin + row for row in rows])
 
     def damage(self, error: Exception) -> str:
-        return f"damaged row group {self.group}: {damage_reason(self.stored, error)}"
-
-
-def read_row_group(
-    stored: Reader,
-    parquet: pq.ParquetFile,
-    columns: TableColumns,
-    path: str,
-    group: int,
-    first: int,
-    begin: int,
-    end: int,
-    keep_id: IdFilter | None,
-) -> Iterator[RawSample]:
-    """Yield the samples of rows `begin` to `end` (exclusive) of one row group.
-
-    `first` is the row of the file at which the row group begins.
-    """
-    reader = _GroupRows(stored, parquet, columns.image, group, begin, end)
-    return read_rows(reader, columns, path, first + begin, end - begin, keep_id)
-
-
-def read_images(
-    stored: Reader, parquet: pq.ParquetFile, group: int, column: str, rows: list[int]
-) -> Iterator[ImageOrReason]:
-    """Yield the image, or the reason why there is none, of each of `rows`.
-
-    `rows` are in ascending order and counted within the row group.
-    """
-    reader = image_reader(parquet.schema_arrow.field(column).type)
-    assert reader is not None  # choose_columns has checked the type
-    metadata = parquet.metadata.row_group(group)
-    row_bytes = metadata.total_byte_size / max(1, metadata.num_rows)
-    batch_rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES / max(1.0, row_bytes))))
-    done, first, reason = 0, 0, "the row group ends early"
-    batches = parquet.iter_batches(batch_rows, [group], [column], use_threads=False)
-    while done < len(rows):
-        try:
-            array = storage_array(next(batches).column(column))
-            stop = first + len(array)
-            images: list[ImageOrReason] = []
-            while done + len(images) < len(rows) and rows[done + len(images)] < stop:
-                images.append(reader(array[rows[done + len(images)] - first]))
-        except StopIteration:
-            break
-        except Exception as error:
-            reason = f"damaged row group {group}: {damage_reason(stored, error)}"
-            break
-        yield from images
-        done, first = done + len(images), stop
-    for _ in range(done, len(rows)):
-        yield None, reason
+        return self.group.damage(error)

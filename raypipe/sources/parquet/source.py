@@ -15,12 +15,7 @@ import pyarrow.parquet as pq
 
 from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
-from raypipe.sources.parquet.reader import (
-    columns_of,
-    open_parquet,
-    read_row_group,
-    row_counts,
-)
+from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
@@ -76,10 +71,8 @@ class ParquetSource(TableSource):
     def _read(
         self, stored: Reader, fragment: Fragment, keep_id: IdFilter | None
     ) -> Iterator[RawSample]:
-        settings, reason = (
-            self.resolved_settings(),
-            "the file has fewer rows than when it was indexed",
-        )
+        settings = self.resolved_settings()
+        reason = "the file has fewer rows than when it was indexed"
         counts: list[int] = []
         try:
             parquet = open_parquet(stored)
@@ -89,13 +82,12 @@ class ParquetSource(TableSource):
         except Exception as error:
             reason = f"not a readable Parquet file: {damage_reason(stored, error)}"
         first, position = 0, fragment.start
-        for group, count in enumerate(counts):
+        for number, count in enumerate(counts):
             begin = max(fragment.start, first) - first
             end = min(fragment.stop, first + count) - first
             if begin < end:
-                yield from read_row_group(
-                    stored, parquet, columns, fragment.path, group, first, begin, end, keep_id
-                )
+                row_group = RowGroup(stored, parquet, columns, fragment.path, number, first)
+                yield from row_group.samples(begin, end, keep_id)
                 position = first + end
             first += count
         for row in range(position, fragment.stop):
