@@ -50,7 +50,7 @@ from fidelity_runs import ProxyRun, Study
 
 from raypipe.config import MeasureSettings, ProxySettings
 from raypipe.evaluation import train
-from raypipe.report.label_noise import found_by
+from raypipe.report.label_noise import retrieval_figures
 from raypipe.runs.ledger import fingerprint
 from raypipe.sources.noise import LabelNoise
 
@@ -131,16 +131,16 @@ class Noisy:
         return self.score(kind, score) * (-1 if score == "moso" else 1)
 
     def ranked(self, kind: str, score: str, among: np.ndarray | None = None) -> dict[str, float]:
-        """`found_by` of all samples, or those at the rows `among`, in the order of the doubt."""
+        """`retrieval_figures` of all samples, or those at the rows `among`, in the order of the doubt."""
         rows = np.arange(len(self.wrong)) if among is None else among
         order = rows[np.argsort(-self.doubt(kind, score)[rows], kind="stable")]
-        return found_by(self.wrong[order], int(self.wrong[rows].sum()))
+        return retrieval_figures(self.wrong[order], int(self.wrong[rows].sum()))
 
     def listed(self, kind: str, score: str) -> dict[str, float]:
-        """`found_by` of the list of a run."""
+        """`retrieval_figures` of the list of a run."""
         doubt, margin = self.doubt(kind, score), self.margin(kind)
         rows = np.flatnonzero((doubt >= np.quantile(doubt, 1 - FIFTH)) & (margin < 0))
-        return found_by(
+        return retrieval_figures(
             self.wrong[rows[np.argsort(margin[rows], kind="stable")]], int(self.wrong.sum())
         )
 

@@ -1,6 +1,9 @@
-"""Durations, sizes, counts and shares as people read them."""
+"""Durations, sizes, counts, shares and percentages as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 JUDGED_ON = {
     "audit": "audit samples outside the seed set",
@@ -8,10 +11,11 @@ JUDGED_ON = {
     "seed": "seed samples held out of the fit",
     "scored": "scored samples held out of the fit",
 }
+"""What fidelity was measured on, by the value of `judged_on`."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit a person would use."""
+    """Return seconds in the unit a person would use: "40 s", "2.5 min", "17 h"."""
     for limit, unit, length in ((90, "s", 1), (90 * 60, "min", 60), (48 * 3600, "h", 3600)):
         if seconds < limit:
             number = seconds / length
@@ -21,10 +25,81 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days" if seconds < 10 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
+def duration_range(low: float, high: float) -> str:
+    """Return a range of seconds, such as "4 to 12 min"."""
+    first, second = duration(low), duration(high)
+    if first == second:
+        return f"about {first}"
+    (number, unit), (_, other_unit) = first.rsplit(" ", 1), second.rsplit(" ", 1)
+    return f"{number} to {second}" if unit == other_unit else f"{first} to {second}"
+
+
+def hours(value: float) -> str:
+    """Return hours without their unit: two decimals below ten."""
+    return f"{value:,.2f}" if value < 10 else f"{value:,.0f}"
+
+
 def size(count: float) -> str:
-    """Bytes in the unit a person would use."""
+    """Return bytes in the unit a person would use: "512 B", "3.2 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1000 or unit == "TiB":
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def plural(count: float, noun: str, nouns: str = "") -> str:
+    """Return the noun for a count; `nouns` is its plural where adding an s is not enough."""
+    return noun if count == 1 else nouns or f"{noun}s"
+
+
+def counted(count: float, noun: str, nouns: str = "") -> str:
+    """Return a count and its noun: "1 file", "2,000 files"."""
+    return f"{count:,} {plural(count, noun, nouns)}"
+
+
+def large_count(count: float) -> str:
+    """Return a whole number, from a million on in millions: "250,000", "1.2 M"."""
+    return f"{count:,.0f}" if count < 1e6 else f"{count / 1e6:,.1f} M"
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Return a share as a percentage with `digits` significant digits: "0.031 %", "42 %"."""
+    value = 100 * share
+    return f"{value:.{digits}g} %" if value < 10**digits - 0.5 else f"{value:.0f} %"
+
+
+def rough_percent(share: float) -> str:
+    """Return a share in whole percent that is rounded neither to nothing nor to everything."""
+    if 0.005 <= share < 0.995 or share == 1:
+        return f"{share:.0%}"
+    return "over 99%" if share > 0.5 else "under 1%"
+
+
+def mean_and_margin(figure: Mapping[str, Any], form: str, minus: str = "-") -> str:
+    """Return a mean, times 100, and the half-width of its interval: "61.3 ± 0.8".
+
+    Parameters
+    ----------
+    figure
+        Has `mean` and `low`, both as shares; `low` is None where there is no interval.
+    form
+        Format of the mean, such as "{:.1f}".
+    minus
+        Sign of a negative mean.
+    """
+    mean = form.format(100 * figure["mean"]).replace("-", minus)
+    if figure["low"] is None:
+        return mean
+    return f"{mean} ± {100 * (figure['mean'] - figure['low']):.1f}"
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
+    """Yield the lines of a table; the columns in `left` are aligned left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()

@@ -1,4 +1,4 @@
-"""The report of a run: every figure in `summary.json`, and one self-contained HTML page that shows them."""
+"""The report of a run: all figures in `summary.json`, and a self-contained HTML page."""
 
 from raypipe.report.page import build
 from raypipe.report.summary import summarize

@@ -1,4 +1,4 @@
-"""The highest and lowest samples of some classes, from a bounded number of score shards."""
+"""Samples with the highest and lowest scores of some classes, from a few shards."""
 
 from __future__ import annotations
 
@@ -8,47 +8,65 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raypipe import storage
-from raypipe.report.score_scan import CLASS_FRAGMENTS, Highest, Pick, ScoreScan, picker
+from raypipe.report.score_scan import (
+    CLASS_FRAGMENTS,
+    HighestPicks,
+    Pick,
+    ScoreScan,
+    pick_maker,
+)
 from raypipe.runs.run import Run
 
 
 @dataclass
 class ClassPicks:
-    """By class the samples of the lowest and of the highest scores, the most extreme first, in so many of all the fragments."""
+    """Samples with the lowest and the highest scores of each class, the most extreme first.
+
+    They come from `fragments_read` of all `fragments` that have scores.
+    """
 
     lowest: dict[int, list[Pick]] = field(default_factory=dict)
     highest: dict[int, list[Pick]] = field(default_factory=dict)
     fragments_read: int = 0
-    fragments_there: int = 0
+    fragments: int = 0
 
 
-def pick_of_classes(run: Run, scan: ScoreScan, labels: Sequence[int], images: int) -> ClassPicks:
-    """At most `images` samples of each end of each class, in CLASS_FRAGMENTS fragments that have these classes.
+def pick_class_samples(run: Run, scan: ScoreScan, labels: Sequence[int], images: int) -> ClassPicks:
+    """Return at most `images` samples from each end of each class.
 
-    labels  classes, the number of classes for the unlabelled
+    Parameters
+    ----------
+    run
+        The run whose scores are read.
+    scan
+        Tells which fragments have which classes; CLASS_FRAGMENTS of them are read.
+    labels
+        Classes; the number of classes stands for the unlabelled.
+    images
+        Samples at each end.
     """
     if not labels or not images:
         return ClassPicks()
-    chosen = scan.class_fragments.of(labels, CLASS_FRAGMENTS)
-    ends = {(label, sign): Highest(images) for label in labels for sign in (-1, 1)}
+    fragments = scan.class_fragments.containing(labels, CLASS_FRAGMENTS)
+    lowest = {label: HighestPicks(images) for label in labels}
+    highest = {label: HighestPicks(images) for label in labels}
     columns = ["sample_id", "score", "label", "lower", "upper", "measured"]
     tables = storage.ahead(
-        lambda name: storage.read_table(run.score_shard(name), columns),
-        chosen,
-        run.uri,
+        lambda name: storage.read_table(run.score_shard(name), columns), fragments, run.uri
     )
     for fragment, table in tables:
         score = table["score"].to_numpy().astype(np.float64)
         label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
-        lower, upper = (table[name].to_numpy().astype(np.float64) for name in ("lower", "upper"))
-        pick = picker(fragment, table, score, label, [lower, upper])
+        pick = pick_maker(fragment, table, score, label)
         score = np.where(np.isfinite(score), score, np.nan)
-        row_class = np.where((label < 0) | (label >= scan.classes), scan.classes, label)
-        for (of, sign), best in ends.items():
-            best.offer(np.where(row_class == of, sign * score, np.nan), pick)
+        row_class = scan.class_row(label)
+        for target in labels:
+            own = np.where(row_class == target, score, np.nan)
+            lowest[target].offer(-own, pick)
+            highest[target].offer(own, pick)
     return ClassPicks(
-        {label: ends[label, -1].picks() for label in labels},
-        {label: ends[label, 1].picks() for label in labels},
-        len(chosen),
+        {label: best.picks() for label, best in lowest.items()},
+        {label: best.picks() for label, best in highest.items()},
+        len(fragments),
         len(run.done("scores")),
     )

@@ -1,139 +1,213 @@
-"""What a run cost, in time and money, and what keeping a share of the samples saves of each training."""
+"""What a run cost in time and money, and what the leading keep-list saves of each training."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.config import ReportSettings
-from raypipe.report.text import saved
+from raypipe.report.schema import (
+    Cost,
+    Evaluation,
+    Headline,
+    HeadlineFigures,
+    KeepListFigures,
+    Saving,
+    StageCost,
+    TotalCost,
+    Trained,
+)
+from raypipe.report.text import savings_sentences
 from raypipe.runs.ledger import StageRecord
 
-SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
 MEASURING = ("seed", "proxy", "measure")
 """Stages whose cost grows with the number of measured samples."""
+SCORING = ("index", *MEASURING, "embed", "extrapolate")
+"""Stages that every run needs for its scores."""
 HEADLINE = 0.5
-"""The keep-list of the fraction nearest to this one leads."""
+"""The keep-list whose fraction is nearest to this one leads the page."""
 
 
 def cost_figures(
-    ledger: dict[str, StageRecord],
-    stages: tuple[str, ...],
+    ledger: Mapping[str, StageRecord],
+    stages: Sequence[str],
     samples: int,
     measured: int,
     prices: ReportSettings,
-) -> dict[str, Any]:
-    """Seconds and dollars of the `stages` that have run, and what measuring every sample would have cost.
+) -> Cost:
+    """Return what the stages took, and what measuring every sample would have taken.
 
-    Spent: CPU + GPU seconds of all stages up to the scores. Everything: the index, and the stages whose cost grows with the
-    number of measured samples (seed, label, proxy, measure) divided by the share of the samples that was measured. Dollars are None
-    without prices.
+    Parameters
+    ----------
+    ledger
+        Records of the stages that have run.
+    stages
+        The stages that are counted.
+    samples, measured
+        All scored samples, and those that were measured.
+    prices
+        Dollars an hour of a CPU and of a GPU; without any, dollars are None.
     """
-    rows: list[dict[str, Any]] = []
-    for stage, record in ((stage, ledger[stage]) for stage in stages if stage in ledger):
-        figures = {key: getattr(record, key) for key in ("state", "samples", *SECONDS, "attempts")}
-        rows.append(
-            {
-                "stage": stage,
-                **figures,
-                "dollars": _dollars(record.cpu_seconds, record.gpu_seconds, prices),
-            }
-        )
-    totals = {key: sum(row[key] for row in rows) for key in SECONDS}
-    totals["dollars"] = _dollars(totals["cpu_seconds"], totals["gpu_seconds"], prices)
-    saving: dict[str, Any] = {
-        "measured_share": None,
-        "spent": None,
-        "everything": None,
-        "factor": None,
+    rows = [
+        _stage_cost(stage, record, prices)
+        for stage, record in ((stage, ledger[stage]) for stage in stages if stage in ledger)
+    ]
+    return {
+        "stages": rows,
+        "total": _total(rows, prices),
+        "prices": {"cpu": prices.cpu_price, "gpu": prices.gpu_price},
+        "saving": _saving(rows, measured / samples if samples else 0.0),
     }
+
+
+def _stage_cost(stage: str, record: StageRecord, prices: ReportSettings) -> StageCost:
+    return {
+        "stage": stage,
+        "state": record.state,
+        "samples": record.samples,
+        "wall_seconds": record.wall_seconds,
+        "cpu_seconds": record.cpu_seconds,
+        "gpu_seconds": record.gpu_seconds,
+        "attempts": record.attempts,
+        "dollars": _dollars(record.cpu_seconds, record.gpu_seconds, prices),
+    }
+
+
+def _total(rows: Sequence[StageCost], prices: ReportSettings) -> TotalCost:
+    cpu = sum(row["cpu_seconds"] for row in rows)
+    gpu = sum(row["gpu_seconds"] for row in rows)
+    return {
+        "wall_seconds": sum(row["wall_seconds"] for row in rows),
+        "cpu_seconds": cpu,
+        "gpu_seconds": gpu,
+        "dollars": _dollars(cpu, gpu, prices),
+    }
+
+
+def _saving(rows: Sequence[StageCost], share: float) -> Saving:
+    """Compare the scores' cost with measuring every sample.
+
+    `spent`: CPU + GPU seconds of all stages up to the scores. `everything`: those of the index,
+    plus those of the stages whose cost grows with the number of measured samples (seed, label,
+    proxy, measure), divided by the measured share.
+    """
     busy = {
         row["stage"]: row["cpu_seconds"] + row["gpu_seconds"]
         for row in rows
         if row["state"] == "done"
     }
-    needed = ("index", *MEASURING, "embed", "extrapolate")
-    if measured and all(stage in busy for stage in needed):
-        share = measured / samples
-        # pseudo-labels and a rehearsal are not in every run; what is measured everywhere needs no rehearsal
-        labelling = busy.get("label", 0.0)
-        spent = sum(busy[stage] for stage in needed) + labelling + busy.get("rehearse", 0.0)
-        everything = busy["index"] + (sum(busy[stage] for stage in MEASURING) + labelling) / share
-        saving = {
-            "measured_share": share,
-            "spent": spent,
-            "everything": everything,
-            "factor": everything / spent if spent else None,
-        }
+    if not share or any(stage not in busy for stage in SCORING):
+        return {"measured_share": None, "spent": None, "everything": None, "factor": None}
+    # not every run has pseudo-labels or a rehearsal; measuring everything would need no rehearsal
+    labelling = busy.get("label", 0.0)
+    spent = sum(busy[stage] for stage in SCORING) + labelling + busy.get("rehearse", 0.0)
+    everything = busy["index"] + (sum(busy[stage] for stage in MEASURING) + labelling) / share
     return {
-        "stages": rows,
-        "total": totals,
-        "prices": {"cpu": prices.cpu_price, "gpu": prices.gpu_price},
-        "saving": saving,
+        "measured_share": share,
+        "spent": spent,
+        "everything": everything,
+        "factor": everything / spent if spent else None,
     }
 
 
 def _dollars(cpu_seconds: float, gpu_seconds: float, prices: ReportSettings) -> float | None:
-    """None without a price; a kind of processor without one costs nothing."""
+    """Return None without any price; a kind of processor without a price costs nothing."""
     if prices.cpu_price is None and prices.gpu_price is None:
         return None
     return (cpu_seconds * (prices.cpu_price or 0) + gpu_seconds * (prices.gpu_price or 0)) / 3600
 
 
 def headline(
-    keep: list[dict[str, Any]],
+    keep: Sequence[KeepListFigures],
     samples: int,
     proxy: StageRecord | None,
     epochs: int,
-    cost: dict[str, Any],
-    evaluation: Any,
-) -> dict[str, Any] | None:
-    """What the keep-list nearest to a half saves of a training; None without one.
+    scores_seconds: float | None,
+    evaluation: Evaluation | None,
+) -> Headline | None:
+    """Return what the keep-list nearest to a half saves of a training; None without one.
 
-    saved_share       of the samples of an epoch, and so about of the cost of a training of as many epochs
-    training_seconds  CPU + GPU seconds that the proxy's training would take on all samples, by what it took on the seed set
-    trainings         so many trainings like that until the savings exceed what the scores cost
-    trained           what the evaluation found of such a list, where there is one: accuracy of it, of random ones, of everything
+    Parameters
+    ----------
+    keep
+        The keep-lists.
+    samples
+        All scored samples.
+    proxy, epochs
+        Record of the stage `proxy`, and the epochs that it trained.
+    scores_seconds
+        CPU + GPU seconds of the scores, where known.
+    evaluation
+        An evaluation of the run, where there is one.
+
+    Returns
+    -------
+    Headline
+        `saved_share`: of the samples of an epoch, and so about of the cost of a training of equally
+        many epochs. `training_seconds`: CPU + GPU seconds of the proxy's training, scaled from the
+        seed set to all samples. `trainings`: how many such trainings it takes until the savings
+        exceed the cost of the scores. `trained`: the evaluation's accuracies on this list, on
+        random lists and on everything.
     """
     if not keep or not samples:
         return None
-    chosen = min(keep, key=lambda item: abs(item["fraction"] - HEADLINE))
-    share = 1 - chosen["samples"] / samples
-    known = proxy is not None and proxy.state == "done" and proxy.samples
-    training = (
-        (proxy.cpu_seconds + proxy.gpu_seconds) * samples / proxy.samples
-        if proxy is not None and known
-        else None
-    )
-    gain, spent = (training * share if training else None), cost["saving"]["spent"]
-    found = {
-        key: chosen[key] for key in ("fraction", "file", "strategy", "by_class", "samples")
-    } | {
+    leading = min(keep, key=lambda item: abs(item["fraction"] - HEADLINE))
+    share = 1 - leading["samples"] / samples
+    training = _training_seconds(proxy, samples)
+    saved = training * share if training else None
+    figures: HeadlineFigures = {
+        "fraction": leading["fraction"],
+        "file": leading["file"],
+        "strategy": leading["strategy"],
+        "by_class": leading["by_class"],
+        "samples": leading["samples"],
         "of": samples,
-        "least_kept": chosen.get("least_kept"),
-        "most_kept": chosen.get("most_kept"),
+        "least_kept": leading.get("least_kept"),
+        "most_kept": leading.get("most_kept"),
         "saved_share": share,
         "epochs": epochs,
         "training_seconds": training,
-        "saved_seconds": gain,
-        "scores_seconds": spent,
-        "trainings": max(1, math.ceil(spent / gain)) if spent and gain else None,
-        "trained": _trained(chosen, evaluation),
+        "saved_seconds": saved,
+        "scores_seconds": scores_seconds,
+        "trainings": (
+            max(1, math.ceil(scores_seconds / saved)) if scores_seconds and saved else None
+        ),
+        "trained": _trained(leading, evaluation),
     }
-    return {**found, "sentences": saved(found)}
+    return {**figures, "sentences": savings_sentences(figures)}
 
 
-def _trained(chosen: dict[str, Any], evaluation: Any) -> dict[str, Any] | None:
-    """Accuracies of the evaluation at this list's fraction, of the list cut by the same strategy from the scores of now."""
+def _training_seconds(proxy: StageRecord | None, samples: int) -> float | None:
+    """Return the seconds of a training like the proxy's on all samples."""
+    if proxy is None or proxy.state != "done" or not proxy.samples:
+        return None
+    return (proxy.cpu_seconds + proxy.gpu_seconds) * samples / proxy.samples
+
+
+def _trained(leading: KeepListFigures, evaluation: Evaluation | None) -> Trained | None:
+    """Return accuracies at the list's fraction.
+
+    Only a list counts that the same strategy cut from the current scores of this run.
+    """
     if not evaluation or evaluation["outdated"]:
         return None
     for listed in evaluation["lists"]:
         cut_by = listed.get("strategy"), listed.get("by_class", False)
-        if listed.get("origin") != "run" or cut_by != (chosen["strategy"], chosen["by_class"]):
+        if listed.get("origin") != "run" or cut_by != (leading["strategy"], leading["by_class"]):
             continue
-        for random, found in zip(evaluation["random"], listed["fractions"], strict=False):
-            if math.isclose(found["fraction"], chosen["fraction"]):
-                figures = {"list": found, "random": random, "everything": evaluation["full"]}
-                accuracies = {name: item["accuracy"] for name, item in figures.items()}
-                return {"model": evaluation["training"]["model"], **accuracies}
+        for random, point in zip(evaluation["random"], listed["fractions"], strict=False):
+            if math.isclose(point["fraction"], leading["fraction"]):
+                return _accuracies(evaluation, point, random)
     return None
+
+
+def _accuracies(
+    evaluation: Evaluation, point: Mapping[str, Any], random: Mapping[str, Any]
+) -> Trained:
+    return {
+        "model": evaluation["training"]["model"],
+        "list": point["accuracy"],
+        "random": random["accuracy"],
+        "everything": evaluation["full"]["accuracy"],
+    }

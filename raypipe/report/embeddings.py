@@ -1,35 +1,46 @@
-"""What the report takes from `embeddings/`: a map of a bounded sample, and samples whose label the proxy contradicts."""
+"""Scan `embeddings/`: a map of a bounded sample, and samples whose label the proxy contradicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
-from raypipe.report.label_noise import LabelNoiseCounter
-from raypipe.report.score_scan import Highest, Pick
+from raypipe.report.label_noise import LabelNoiseCounter, NoiseCounts
+from raypipe.report.score_scan import HighestPicks, Pick
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
-MOST_SHARDS, MAP_SHARDS, MAP_SAMPLES = 256, 32, 3000
-"""Shards searched for contradicted labels; shards and samples drawn on the map. Both are evenly spread over the source."""
+MAX_SHARDS = 256
+"""Shards that are searched for contradicted labels, evenly spread over the source."""
+MAP_SHARDS = 32
+"""Shards from which the map is drawn, evenly spread over the source."""
+MAP_SAMPLES = 3000
+"""Samples on the map, about."""
 
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """Two principal components of some embeddings.
+    """The first two principal components of some embeddings.
 
-    position   [n, 2]
-    score      [n]
-    explained  share of the variance along each axis
-    rows       [n], those of the embeddings given that are drawn: without the ones that are not finite
-    sample_id  [n]
-    kept       bool [n], whether a keep-list holds the sample; None without one
+    Attributes
+    ----------
+    position
+        [n, 2].
+    score
+        [n].
+    explained
+        Share of the variance along each axis.
+    rows
+        [n]: which of the given embeddings are on the map; those that are not finite are left out.
+    sample_id
+        [n].
+    kept
+        bool [n]: whether a keep-list holds the sample; None without one.
     """
 
     position: np.ndarray
@@ -40,7 +51,7 @@ class EmbeddingMap:
     kept: np.ndarray | None = None
 
     def table(self) -> pa.Table:
-        """One row for each point: sample_id, x, y, score, kept."""
+        """Return a row for each point: sample_id, x, y, score, kept."""
         kept = pa.nulls(len(self.score), pa.bool_()) if self.kept is None else pa.array(self.kept)
         numbers = [pa.array(column.astype(np.float32)) for column in (*self.position.T, self.score)]
         ids = pa.array(list(self.sample_id), pa.string())
@@ -49,102 +60,214 @@ class EmbeddingMap:
 
 @dataclass(frozen=True)
 class EmbeddingScan:
-    """shards_read of shards_there were searched for samples of a suspicious score and a label that the proxy contradicts.
+    """The result of reading `shards_read` of all `shards` of embeddings.
 
-    suspects  those that it contradicts most
-    found     how many there are
-    agreed    share of the labelled samples searched in which the proxy sees the class of the label; None without any
-    noise     of a rehearsal with replaced labels how many of these the whole list of suspects finds: see `raypipe.report.label_noise`
+    Attributes
+    ----------
+    map
+        None where there is nothing to project.
+    suspects
+        The samples whose label the proxy contradicts most, among those with a suspicious score.
+    suspect_count
+        All such samples.
+    agreement
+        Share of the labelled samples for which the proxy predicts the label; None without any.
+    shards_read, shards
+        Shards that were searched, and all of them.
+    noise
+        In a rehearsal with replaced labels, how well the whole list of suspects finds them; see
+        `raypipe.report.label_noise`.
     """
 
     map: EmbeddingMap | None
     suspects: list[Pick]
-    found: int
-    agreed: float | None
+    suspect_count: int
+    agreement: float | None
     shards_read: int
-    shards_there: int
-    noise: dict[str, Any] | None = None
+    shards: int
+    noise: NoiseCounts | None = None
 
 
 def scan_embeddings(
     run: Run, edge: float, images: int, noise: LabelNoise | None = None, above: bool = False
 ) -> EmbeddingScan:
-    """`edge` is the score below which, or `above` which, a sample is suspicious; `images` is how many suspects are wanted at most."""
-    judge = LabelNoiseCounter(noise) if noise is not None else None
-    there = sorted(run.done("embeddings") & run.done("scores"))
-    chosen, mapped = _spread(there, MOST_SHARDS), set(_spread(there, MAP_SHARDS))
-    most_doubtful, vectors, scores, ids, read = Highest(images), [], [], list[str](), 0
-    counts = np.zeros(3, np.int64)
-    for fragment in chosen:
-        columns = ["sample_id", "label", "prediction", "confidence", "margin"] + ["embedding"] * (
-            fragment in mapped
-        )
+    """Read some embedding shards.
+
+    Parameters
+    ----------
+    run
+        The run whose embeddings and scores are read.
+    edge
+        Samples are suspicious whose score lies below it.
+    images
+        The largest number of suspects to return.
+    noise
+        Labels that were replaced for a rehearsal.
+    above
+        Samples are suspicious whose score lies above `edge` instead.
+    """
+    counter = LabelNoiseCounter(noise) if noise is not None else None
+    fragments = sorted(run.done("embeddings") & run.done("scores"))
+    suspects, on_map = _Suspects(images, edge, above), set(_spread(fragments, MAP_SHARDS))
+    points, read = _MapPoints(max(1, MAP_SAMPLES // max(1, len(on_map)))), 0
+    for fragment in _spread(fragments, MAX_SHARDS):
         try:
-            table = storage.read_table(run.embedding_shard(fragment), columns)
-            score_table = storage.read_table(
-                run.score_shard(fragment), ["sample_id", "score", "measured"]
-            )
+            shard = _read_shard(run, fragment, with_embedding=fragment in on_map)
         except (RaypipeError, OSError):
-            continue  # a damaged shard is the business of the stage that wrote it; the page says how many were read
+            # a damaged shard concerns the stage that wrote it; the page says how many were read
+            continue
         read += 1
-        score, measured = _aligned(table["sample_id"], score_table)
-        doubt, found_there = _offer_suspects(
-            most_doubtful, fragment, table, score, measured, (edge, above)
-        )
-        counts += found_there
-        if judge is not None:
-            judge.add(
-                table["sample_id"].to_pylist(), table["label"].fill_null(-1).to_numpy(), doubt
-            )
-        if fragment in mapped and len(table):
-            rows = np.unique(
-                np.linspace(0, len(table) - 1, max(1, MAP_SAMPLES // len(mapped))).astype(np.int64)
-            )
-            vectors.append(_matrix(table["embedding"])[rows])
-            scores.append(score[rows])
-            ids += table["sample_id"].take(pa.array(rows)).to_pylist()
-    drawn = principal_axes(np.concatenate(vectors), np.concatenate(scores)) if vectors else None
-    if drawn is not None:
-        drawn = replace(drawn, sample_id=[ids[row] for row in drawn.rows])
-    found, agreed, labelled = counts.tolist()
-    share, noisy = (
-        agreed / labelled if labelled else None,
-        judge.figures() if judge is not None else None,
+        doubt = suspects.add(shard)
+        if counter is not None:
+            counter.add(shard.table["sample_id"].to_pylist(), shard.label, doubt)
+        if fragment in on_map and len(shard.table):
+            points.add(shard)
+    return EmbeddingScan(
+        points.project(),
+        suspects.picks(),
+        suspects.count,
+        suspects.agreed / suspects.labelled if suspects.labelled else None,
+        read,
+        len(fragments),
+        counter.counts() if counter is not None else None,
     )
-    return EmbeddingScan(drawn, most_doubtful.picks(), found, share, read, len(there), noisy)
+
+
+@dataclass(frozen=True)
+class _EmbeddingShard:
+    """An embedding shard with the scores of its samples.
+
+    `label` and `prediction` are -1 where there is none; `score` is NaN where there is none.
+    """
+
+    fragment: str
+    table: pa.Table
+    label: np.ndarray
+    prediction: np.ndarray
+    confidence: np.ndarray
+    margin: np.ndarray
+    score: np.ndarray
+    measured: np.ndarray
+
+
+def _read_shard(run: Run, fragment: str, *, with_embedding: bool) -> _EmbeddingShard:
+    columns = ["sample_id", "label", "prediction", "confidence", "margin"]
+    if with_embedding:
+        columns.append("embedding")
+    table = storage.read_table(run.embedding_shard(fragment), columns)
+    scores = storage.read_table(run.score_shard(fragment), ["sample_id", "score", "measured"])
+    score, measured = _aligned(table["sample_id"], scores)
+    return _EmbeddingShard(
+        fragment,
+        table,
+        table["label"].fill_null(-1).to_numpy(),
+        table["prediction"].fill_null(-1).to_numpy(),
+        table["confidence"].to_numpy().astype(np.float64),
+        table["margin"].to_numpy().astype(np.float64),
+        score,
+        measured,
+    )
+
+
+class _Suspects:
+    """Finds the samples with a suspicious score whose label the proxy contradicts."""
+
+    def __init__(self, images: int, edge: float, above: bool) -> None:
+        self._edge, self._above = edge, above
+        self._best = HighestPicks(images)
+        self.count = self.agreed = self.labelled = 0
+
+    def add(self, shard: _EmbeddingShard) -> np.ndarray:
+        """Return how much the proxy contradicts each label, float [n]; NaN for no suspect."""
+        label, prediction = shard.label, shard.prediction
+        labelled = (label >= 0) & (prediction >= 0)
+        suspicious = shard.score >= self._edge if self._above else shard.score <= self._edge
+        suspect = labelled & (label != prediction) & suspicious & np.isfinite(shard.margin)
+        doubt = np.where(suspect, -shard.margin, np.nan)
+        self._best.offer(doubt, _suspect_maker(shard))
+        self.count += int(suspect.sum())
+        self.agreed += int((labelled & (label == prediction)).sum())
+        self.labelled += int(labelled.sum())
+        return doubt
+
+    def picks(self) -> list[Pick]:
+        return self._best.picks()
+
+
+def _suspect_maker(shard: _EmbeddingShard) -> Callable[[int], Pick]:
+    """Return the function that makes the `Pick` of a row."""
+
+    def pick(row: int) -> Pick:
+        return Pick(
+            shard.table["sample_id"][row].as_py(),
+            shard.fragment,
+            int(shard.label[row]),
+            float(shard.score[row]),
+            measured=bool(shard.measured[row]),
+            prediction=int(shard.prediction[row]),
+            confidence=float(shard.confidence[row]),
+            margin=float(shard.margin[row]),
+        )
+
+    return pick
+
+
+class _MapPoints:
+    """Collects the samples of the map, at most `per_shard` of each shard, evenly spread."""
+
+    def __init__(self, per_shard: int) -> None:
+        self._per_shard = per_shard
+        self._vectors: list[np.ndarray] = []
+        self._scores: list[np.ndarray] = []
+        self._ids: list[str] = []
+
+    def add(self, shard: _EmbeddingShard) -> None:
+        last = len(shard.table) - 1
+        rows = np.unique(np.linspace(0, last, self._per_shard).astype(np.int64))
+        self._vectors.append(_matrix(shard.table["embedding"])[rows])
+        self._scores.append(shard.score[rows])
+        self._ids += shard.table["sample_id"].take(pa.array(rows)).to_pylist()
+
+    def project(self) -> EmbeddingMap | None:
+        if not self._vectors:
+            return None
+        projected = principal_axes(np.concatenate(self._vectors), np.concatenate(self._scores))
+        if projected is None:
+            return None
+        return replace(projected, sample_id=[self._ids[row] for row in projected.rows])
 
 
 def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | None:
-    """Project [n, d] onto the two directions of largest variance; None where there are not two."""
-    good = np.isfinite(vectors).all(axis=1) & np.isfinite(score)
-    vectors, score = vectors[good], score[good]
+    """Project vectors [n, d] onto the two directions of largest variance.
+
+    Return None for fewer than three points or two dimensions, and for vectors that do not vary.
+    """
+    finite = np.isfinite(vectors).all(axis=1) & np.isfinite(score)
+    vectors, score = vectors[finite], score[finite]
     if len(vectors) < 3 or vectors.shape[1] < 2:
         return None
     centred = vectors - vectors.mean(axis=0)
-    spread = float(np.square(centred).sum())
-    if spread == 0:
+    variance = float(np.square(centred).sum())
+    if variance == 0:
         return None
-    # the smaller of the two Gram matrices has the same nonzero eigenvalues
+    # both Gram matrices have the same nonzero eigenvalues; take the smaller one
     wide = len(centred) < centred.shape[1]
     values, axes = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
     values = np.maximum(values[[-1, -2]], 0)
     leading = axes[:, [-1, -2]]
     position = leading * np.sqrt(values) if wide else centred @ leading
-    position = position * np.where(
-        position[np.abs(position).argmax(axis=0), [0, 1]] < 0, -1, 1
-    )  # a sign that does not vary
-    return EmbeddingMap(
-        position,
-        score,
-        (float(values[0]) / spread, float(values[1]) / spread),
-        np.flatnonzero(good),
-    )
+    # eigenvectors have no sign: make the largest coordinate of each axis positive
+    largest = position[np.abs(position).argmax(axis=0), [0, 1]]
+    position = position * np.where(largest < 0, -1, 1)
+    explained = float(values[0]) / variance, float(values[1]) / variance
+    return EmbeddingMap(position, score, explained, np.flatnonzero(finite))
 
 
-def _spread(items: list[str], most: int) -> list[str]:
-    if len(items) <= most:
+def _spread(items: list[str], limit: int) -> list[str]:
+    """Return at most `limit` items, evenly spread."""
+    if len(items) <= limit:
         return items
-    return [items[position] for position in np.linspace(0, len(items) - 1, most).astype(int)]
+    return [items[position] for position in np.linspace(0, len(items) - 1, limit).astype(int)]
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
@@ -152,51 +275,13 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
     return flat.astype(np.float32).reshape(len(column), -1)
 
 
-def _aligned(ids: pa.ChunkedArray, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Score (NaN where there is none) and measured, in the order of `ids`."""
-    score, measured = (
-        table["score"].to_numpy().astype(np.float64),
-        table["measured"].fill_null(False).to_numpy(),
-    )
-    known = table["sample_id"]
-    if known.equals(ids):
+def _aligned(ids: pa.ChunkedArray, scores: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Return score (NaN for an id without one) and measured, in the order of `ids`."""
+    score = scores["score"].to_numpy().astype(np.float64)
+    measured = scores["measured"].fill_null(False).to_numpy()
+    scored = scores["sample_id"]
+    if scored.equals(ids):
         return score, measured
-    place = {sample_id: row for row, sample_id in enumerate(known.to_pylist())}
-    rows = np.array([place.get(sample_id, len(known)) for sample_id in ids.to_pylist()], np.int64)
+    place = {sample_id: row for row, sample_id in enumerate(scored.to_pylist())}
+    rows = np.array([place.get(sample_id, len(scored)) for sample_id in ids.to_pylist()], np.int64)
     return np.append(score, np.nan)[rows], np.append(measured, False)[rows]
-
-
-def _offer_suspects(
-    best: Highest,
-    fragment: str,
-    table: pa.Table,
-    score: np.ndarray,
-    measured: np.ndarray,
-    edge: tuple[float, bool],
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """How much the proxy contradicts the label, float [n], by which suspects are ordered, NaN of other samples; and how many
-    suspects there are, how many labels the proxy agrees with, and how many labelled samples there are."""
-    label = table["label"].fill_null(-1).to_numpy()
-    prediction = table["prediction"].fill_null(-1).to_numpy()
-    confidence, margin = (
-        table[name].to_numpy().astype(np.float64) for name in ("confidence", "margin")
-    )
-    beyond = score >= edge[0] if edge[1] else score <= edge[0]
-    doubtful = (
-        (label >= 0) & (prediction >= 0) & (label != prediction) & beyond & np.isfinite(margin)
-    )
-
-    def pick(row: int) -> Pick:
-        return Pick(
-            table["sample_id"][row].as_py(), fragment, int(label[row]), float(score[row]), measured=bool(measured[row]),
-            prediction=int(prediction[row]), confidence=float(confidence[row]), margin=float(margin[row]),
-        )  # fmt: skip
-
-    doubt = np.where(doubtful, -margin, np.nan)
-    best.offer(doubt, pick)
-    labelled = (label >= 0) & (prediction >= 0)
-    return doubt, (
-        int(doubtful.sum()),
-        int((labelled & (label == prediction)).sum()),
-        int(labelled.sum()),
-    )

@@ -1,8 +1,9 @@
-"""How well the list of likely label errors finds labels that were replaced for a rehearsal (`source.inject_noise`)."""
+"""How well the list of likely label errors finds replaced labels (`source.inject_noise`)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 
@@ -12,19 +13,66 @@ from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
 
-def found_by(wrong: np.ndarray, replaced: int) -> dict[str, Any]:
-    """How well a list finds what was replaced.
+class ListPart(TypedDict):
+    """The first samples of a list: how many, how many of them are hits, precision and recall.
 
-    wrong     bool [listed], in the order of the list: whether the label of each was replaced
-    replaced  how many labels were replaced in all, listed or not
-    Returns listed, found; precision (of the whole list) and recall; at_replaced, both of the first `replaced` of the list, which may be
-    shorter; average_precision: the mean over all that were replaced of the precision of the list down to each, 0 where one is not
-    in it. None where there is nothing to divide by.
+    A share is None if there is nothing to divide by.
     """
-    hits = np.cumsum(wrong)
-    first = min(replaced, len(wrong))
 
-    def figures(listed: int) -> dict[str, Any]:
+    listed: int
+    found: int
+    precision: float | None
+    recall: float | None
+
+
+class RetrievalFigures(ListPart):
+    """How well a whole list finds the replaced labels; see `retrieval_figures`."""
+
+    at_replaced: ListPart
+    average_precision: float | None
+
+
+class NoiseCounts(TypedDict):
+    """What the samples that were searched contain, and how well the list finds it."""
+
+    labelled: int
+    replaced: int
+    list: RetrievalFigures
+
+
+class LabelNoiseFigures(NoiseCounts):
+    """The section `label_noise` of `summary.json`.
+
+    `keep` is the share of replaced labels in each keep-list, by file name.
+    """
+
+    share: float
+    noise_seed: int
+    warning: str
+    keep: dict[str, float | None]
+    sentence: str
+
+
+def retrieval_figures(replaced_label: np.ndarray, replaced: int) -> RetrievalFigures:
+    """Return how well a list finds the replaced labels.
+
+    Parameters
+    ----------
+    replaced_label
+        bool [listed], in the order of the list: whether the label of each was replaced.
+    replaced
+        How many labels were replaced in all, listed or not.
+
+    Returns
+    -------
+    RetrievalFigures
+        Figures of the whole list; `at_replaced`, those of its first `replaced` samples (or all, if
+        the list is shorter); `average_precision`, the mean over all replaced labels of the
+        precision of the list down to each, 0 for those that are not in it.
+    """
+    hits = np.cumsum(replaced_label)
+
+    def first(listed: int) -> ListPart:
         found = int(hits[listed - 1]) if listed else 0
         return {
             "listed": listed,
@@ -33,72 +81,93 @@ def found_by(wrong: np.ndarray, replaced: int) -> dict[str, Any]:
             "recall": found / replaced if replaced else None,
         }
 
-    precisions = hits / np.arange(1, len(wrong) + 1)
-    average = float(precisions[np.asarray(wrong, bool)].sum()) / replaced if replaced else None
-    return {**figures(len(wrong)), "at_replaced": figures(first), "average_precision": average}
+    precision = hits / np.arange(1, len(replaced_label) + 1)
+    total = float(precision[np.asarray(replaced_label, bool)].sum())
+    return {
+        **first(len(replaced_label)),
+        "at_replaced": first(min(replaced, len(replaced_label))),
+        "average_precision": total / replaced if replaced else None,
+    }
 
 
 class LabelNoiseCounter:
-    """Collects, shard by shard, what the list holds and what was replaced."""
+    """Collects, shard by shard, the list of suspects and the replaced labels."""
 
     def __init__(self, noise: LabelNoise) -> None:
         self._noise = noise
-        self._doubt, self._wrong = [np.zeros(0)], [np.zeros(0, bool)]
+        self._doubt, self._replaced_label = [np.zeros(0)], [np.zeros(0, bool)]
         self._labelled = self._replaced = 0
 
-    def add(self, ids: list[str], label: np.ndarray, doubt: np.ndarray) -> None:
-        """The samples of a shard: label int [n], -1 without; doubt float [n], by which the list is ordered, NaN of those not in it."""
-        wrong = np.array([self._noise.replaced(sample_id) for sample_id in ids], bool) & (
-            label >= 0
-        )
+    def add(self, ids: Sequence[str], label: np.ndarray, doubt: np.ndarray) -> None:
+        """Add the samples of a shard.
+
+        Parameters
+        ----------
+        ids
+            Their ids.
+        label
+            int [n]; -1 without a label.
+        doubt
+            float [n], by which the list is ordered; NaN for samples that are not in it.
+        """
+        replaced_label = np.array([self._noise.replaced(sample_id) for sample_id in ids], bool)
+        replaced_label &= label >= 0
         listed = np.isfinite(doubt)
         self._labelled += int((label >= 0).sum())
-        self._replaced += int(wrong.sum())
+        self._replaced += int(replaced_label.sum())
         self._doubt.append(doubt[listed])
-        self._wrong.append(wrong[listed])
+        self._replaced_label.append(replaced_label[listed])
 
-    def figures(self) -> dict[str, Any]:
-        """Labelled samples that were looked at, how many of them have a replaced label, and `found_by` of the list."""
+    def counts(self) -> NoiseCounts:
+        """Return the figures of everything that was added."""
         order = np.argsort(-np.concatenate(self._doubt), kind="stable")
+        replaced_label = np.concatenate(self._replaced_label)[order]
         return {
             "labelled": self._labelled,
             "replaced": self._replaced,
-            "list": found_by(np.concatenate(self._wrong)[order], self._replaced),
+            "list": retrieval_figures(replaced_label, self._replaced),
         }
 
 
 def noise_figures(
-    run: Run, noise: LabelNoise, judged: dict[str, Any], files: list[str]
-) -> dict[str, Any]:
-    """Everything `summary.json` says of a rehearsal with replaced labels; judged: of `LabelNoiseCounter`; files: the keep-lists."""
-    found = {"share": noise.share, "noise_seed": noise.seed, "warning": noise.warning, **judged}
-    found["keep"] = {file: _share_of(run, noise, file) for file in files}
-    return {**found, "sentence": _sentence(found)}
+    run: Run, noise: LabelNoise, counts: NoiseCounts, files: Sequence[str]
+) -> LabelNoiseFigures:
+    """Return the section `label_noise`; `files` are the keep-lists."""
+    keep = {file: _replaced_share(run, noise, file) for file in files}
+    return {
+        "share": noise.share,
+        "noise_seed": noise.seed,
+        "warning": noise.warning,
+        **counts,
+        "keep": keep,
+        "sentence": _sentence(counts, keep),
+    }
 
 
-def _share_of(run: Run, noise: LabelNoise, file: str) -> float | None:
-    """The share of a keep-list's labelled samples whose label was replaced."""
+def _replaced_share(run: Run, noise: LabelNoise, file: str) -> float | None:
+    """Return the share of a keep-list's labelled samples whose label was replaced."""
     table = storage.read_table(run.keep_list(file), ["sample_id", "label"])
     ids = table["sample_id"].filter(table["label"].is_valid()).to_pylist()
     return sum(map(noise.replaced, ids)) / len(ids) if ids else None
 
 
-def _sentence(found: dict[str, Any]) -> str:
-    listed = found["list"]
+def _sentence(counts: NoiseCounts, keep: dict[str, float | None]) -> str:
+    listed, replaced = counts["list"], counts["replaced"]
     first = listed["at_replaced"]
-    share = found["replaced"] / found["labelled"] if found["labelled"] else None
-    if not listed["listed"]:
-        sentence = f"The list of likely label errors is empty; {text.count(found['replaced'])} labels were replaced."
-    else:
+    chance = replaced / counts["labelled"] if counts["labelled"] else None
+    if listed["listed"]:
         sentence = (
-            f"Of {text.count(listed['listed'])} samples listed as likely label errors {text.share(listed['precision'])} have a replaced "
-            f"label (by chance {text.share(share)}), which are {text.share(listed['recall'])} of the {text.count(found['replaced'])} "
-            f"replaced; of the first {text.count(first['listed'])}, {text.share(first['precision'])}; average precision "
+            f"Of {text.count(listed['listed'])} samples listed as likely label errors, "
+            f"{text.share(listed['precision'])} have a replaced label (by chance "
+            f"{text.share(chance)}); they are {text.share(listed['recall'])} of the "
+            f"{text.count(replaced)} replaced labels. Of the first {text.count(first['listed'])}, "
+            f"{text.share(first['precision'])} have one. Average precision: "
             f"{text.fixed(listed['average_precision'])}."
         )
-    kept = [
-        f"{text.share(value)} in {file}"
-        for file, value in found["keep"].items()
-        if value is not None
-    ]
+    else:
+        sentence = (
+            "The list of likely label errors is empty; "
+            f"{text.count(replaced)} labels were replaced."
+        )
+    kept = [f"{text.share(share)} in {file}" for file, share in keep.items() if share is not None]
     return sentence + (f" Replaced labels in keep-lists: {', '.join(kept)}." if kept else "")

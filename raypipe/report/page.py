@@ -1,8 +1,8 @@
-"""The report as one HTML file: no network, no script, nothing that could change what it shows."""
+"""The report as one HTML file, without network and scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +10,76 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from raypipe import storage
-from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RunError
 from raypipe.report import text
 from raypipe.report.evaluation import curves
-from raypipe.report.score_scan import MOST_CLASSES
-from raypipe.report.summary import Findings, collect
+from raypipe.report.schema import Agreement, ClassFigures, HeldOutFidelity, Summary, Tile
+from raypipe.report.score_scan import MAX_LISTED_CLASSES
+from raypipe.report.summary import Findings, collect, high_is_hard
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
 from raypipe.runs.ledger import tables_of
 from raypipe.runs.run import Run
+from raypipe.text import counted, plural
 
-GRIDS = {
-    "highest": ("Highest scores", "What every keep-list holds."),
-    "lowest": ("Lowest scores", "What every keep-list drops: atypical, hard or wrongly labelled samples gather here."),
-    "uncertain": ("Most uncertain", "Extrapolated scores with the widest intervals."),
-    "suspects": (
-        "Likely label errors",
-        "Among the lowest 20 % of the scores, and the proxy sees another class: those that it contradicts most. Look before you relabel: "
-        "hard but rightly labelled samples gather here as well.",
-    ),
-}  # fmt: skip
-"""Title and explanation of each image grid, in the order of the page."""
 IMAGE_BYTES = 6 << 20
-"""Bytes of images on the page; what is beyond is listed without its image."""
-HARD_ABOUT = {
-    "highest": "The hardest: atypical, hard or wrongly labelled samples gather here. Which of these a keep-list holds is for its strategy to say.",
-    "lowest": "The easiest. Which of these a keep-list holds is for its strategy to say.",
-    "suspects": GRIDS["suspects"][1].replace("lowest", "highest"),
+"""Bytes of images on the page; further samples are listed without their image."""
+TITLES = {
+    "highest": "Highest scores",
+    "lowest": "Lowest scores",
+    "uncertain": "Most uncertain",
+    "suspects": "Likely label errors",
 }
-"""Explanations where a high score means a hard sample."""
-BY_SCORE = {"top", "balanced", "normalized", None}
-"""Strategies by which the two ends of the scores are kept and dropped, as these explanations say."""
-OTHER_ABOUT = {
-    "highest": "Which of these a keep-list holds is for its strategy to say.",
-    "lowest": "Atypical, hard or wrongly labelled samples gather here. Which of these a keep-list drops is for its strategy to say.",
-}
+"""Title of each image grid, in the order of the page."""
+HARD_SAMPLES = "Atypical, hard or wrongly labelled samples gather here."
+BY_STRATEGY = "The strategy decides which of these a keep-list {verb}."
+SUSPECTS = (
+    "These are among the {end} 20 % of the scores, and the proxy predicts another class. Shown are "
+    "the samples that it contradicts most. Check before you relabel: hard samples with a correct "
+    "label gather here as well."
+)
+ORDERED_BY_SCORE = {"top", "balanced", "normalized", None}
+"""Strategies that keep the highest scores and drop the lowest."""
+FILTERS = (
+    "accuracy",
+    "count",
+    "fixed",
+    "judged_samples",
+    "money",
+    "number",
+    "points",
+    "price",
+    "seconds",
+    "setting",
+    "share",
+)
+"""Functions of `raypipe.report.text` that the templates use."""
+
+Baselines = list[tuple[str, Agreement]]
+"""Names of the baselines and their figures."""
 
 
 def build(run: Run) -> str:
-    """Write `RUN/report/summary.json`, `map.parquet` and `index.html`; returns the URI of the page.
+    """Write `summary.json`, `map.parquet` and `index.html` to `RUN/report/`.
 
-    What the run lacks (an unfinished stage, a source that is gone) is said on the page. Raises RunError without a run, and for what
-    `raypipe extrapolate` made.
+    The page itself reports what the run lacks: an unfinished stage, or a source that is gone.
+
+    Returns
+    -------
+    str
+        The URI of the page.
+
+    Raises
+    ------
+    RunError
+        If there is no run, or if it was extrapolated from tables.
     """
     if tables_of(run.ledger()):
         raise RunError(
-            f"{run.uri}: was made from tables, without images to show; its figures are in {run.table_summary}"
+            f"{run.uri}: was extrapolated from tables, so there are no images to show; "
+            f"its figures are in {run.table_summary}"
         )
     findings = collect(run)
-    grids = [findings.grids.get(name, []) for name in GRIDS]
+    grids = [findings.grids.get(name, []) for name in TITLES]
     small = [pick for grid in findings.class_grids for picks in grid.values() for pick in picks]
     thumbnails = load_thumbnails(run, run.config().source, grids, small)
     page = render(findings, thumbnails)
@@ -72,8 +93,50 @@ def build(run: Run) -> str:
 
 
 def render(findings: Findings, thumbnails: Thumbnails) -> str:
-    """The page. Everything that comes from the run is escaped by the template; only the plots are markup of our own."""
+    """Return the page.
+
+    The template escapes everything that comes from the run; only the plots are trusted markup.
+    """
     folder = Path(__file__).parent
+    summary, tiles = findings.summary, Tiles(thumbnails)
+    baselines = _baselines(summary["fidelity"])
+    shown = {item["label"] for item in summary["shown_classes"]}
+    present = [item for item in summary["classes"] if item["samples"]]
+    by_label = {item["label"]: item for item in summary["classes"]}
+    # the image budget is spent in this order: grids first, then classes
+    grids = _grids(summary, tiles)
+    class_grids = [
+        {
+            **grid,
+            "lowest": tiles.with_images(grid["lowest"]),
+            "highest": tiles.with_images(grid["highest"]),
+        }
+        for grid in summary["class_grids"]
+    ]
+    return (
+        _environment(folder)
+        .get_template("page.html")
+        .render(
+            s=summary,
+            style=Markup((folder / "page.css").read_text("utf-8")),
+            name=storage.name(summary["run"]),
+            plots=draw_plots(findings, baselines),
+            minis=_small_histograms(summary),
+            strategies=text.strategies(summary["keep"]),
+            grids=grids,
+            class_grids=class_grids,
+            image_notes=tiles.notes(),
+            baselines=baselines,
+            balance=[by_label[item["label"]] for item in summary["shown_classes"]],
+            hidden_classes=sum(item["label"] not in shown for item in present),
+            present_classes=len(present),
+            all_classes=text.classes([item["label"] for item in present]),
+            wall=summary["cost"]["total"]["wall_seconds"] or 1.0,
+        )
+    )
+
+
+def _environment(folder: Path) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -81,169 +144,230 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        name: getattr(text, name)
-        for name in (
-            "count", "share", "number", "fixed", "seconds", "money", "price", "setting", "judged_samples", "accuracy", "points",
-        )
-    }  # fmt: skip
-    summary = findings.summary
-    baselines = _baselines(summary["fidelity"])
-    shown = {item["label"] for item in summary["shown_classes"]}
-    by_label = {item["label"]: item for item in summary["classes"]}
-    hard = str(summary["fidelity"]["score"]) in DIFFICULTIES
-    by_score = {item["strategy"] for item in summary["keep"]} <= BY_SCORE
-    tiles = Tiles(thumbnails)
-    grids = {}
-    for name, (title, about) in GRIDS.items():
-        about = (HARD_ABOUT if hard else {} if by_score else OTHER_ABOUT).get(name, about)
-        grids[name] = {
-            "name": name,
-            "title": title,
-            "about": about,
-            "tiles": tiles.of(summary["grids"].get(name, [])),
-        }
-    class_grids = [
-        {**grid, "lowest": tiles.of(grid["lowest"]), "highest": tiles.of(grid["highest"])}
-        for grid in summary["class_grids"]
-    ]
-    return environment.get_template("page.html").render(
-        s=summary,
-        style=Markup((folder / "page.css").read_text("utf-8")),
-        name=storage.name(summary["run"]),
-        plots={name: Markup(svg) for name, svg in _plots(findings, baselines)},
-        minis=_minis(summary),
-        strategies=text.strategies(summary["keep"]),
-        grids=grids,
-        class_grids=class_grids,
-        image_notes=tiles.notes(),
-        baselines=baselines,
-        balance=[by_label[item["label"]] for item in summary["shown_classes"]],
-        hidden_classes=sum(
-            item["samples"] > 0 and item["label"] not in shown for item in summary["classes"]
-        ),
-        present_classes=sum(item["samples"] > 0 for item in summary["classes"]),
-        all_classes=text.classes([item["label"] for item in summary["classes"] if item["samples"]]),
-        wall=summary["cost"]["total"]["wall_seconds"] or 1.0,
-    )
+    environment.filters |= {name: getattr(text, name) for name in FILTERS}
+    environment.filters |= {"counted": counted, "plural": plural}
+    return environment
+
+
+# -- images --------------------------------------------------------------------------------------
 
 
 class Tiles:
-    """Samples with their images, until the images are IMAGE_BYTES together."""
+    """Adds images to samples, until the images take IMAGE_BYTES together."""
 
     def __init__(self, thumbnails: Thumbnails) -> None:
         self._thumbnails, self._bytes, self._left_out = thumbnails, 0, 0
 
-    def of(self, picks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Samples as `summary.json` describes them, each with `image` ("": none, for a `reason`) and `pixelated`."""
-        return [{**pick, **self._image(pick["sample_id"])} for pick in picks]
+    def with_images(self, tiles: Sequence[Tile]) -> list[dict[str, Any]]:
+        """Return the samples with `image`, `pixelated` and `reason`.
+
+        `image` is a data: URI; it is empty, for the reason given, where there is no image.
+        """
+        return [{**tile, **self._image(tile["sample_id"])} for tile in tiles]
 
     def notes(self) -> list[str]:
-        """What is missing, in sentences."""
-        found = [self._thumbnails.note] if self._thumbnails.note else []
+        """Return sentences about what is missing."""
+        notes = [self._thumbnails.note] if self._thumbnails.note else []
         if self._left_out:
-            found.append(
-                f"{self._left_out} images are left out, since those of the page have {IMAGE_BYTES >> 20} MB already."
+            notes.append(
+                f"{self._left_out} images are left out: the page already holds "
+                f"{IMAGE_BYTES >> 20} MB of images."
             )
-        return found
+        return notes
 
     def _image(self, sample_id: str) -> dict[str, Any]:
-        found = self._thumbnails.images.get(sample_id)
-        if found is None or not found.uri:
-            return {"image": "", "pixelated": False, "reason": found.reason if found else ""}
-        if self._bytes + len(found.uri) > IMAGE_BYTES:
+        thumbnail = self._thumbnails.images.get(sample_id)
+        if thumbnail is None or not thumbnail.uri:
+            reason = thumbnail.reason if thumbnail else ""
+            return {"image": "", "pixelated": False, "reason": reason}
+        if self._bytes + len(thumbnail.uri) > IMAGE_BYTES:
             self._left_out += 1
             return {"image": "", "pixelated": False, "reason": "left out"}
-        self._bytes += len(found.uri)
-        return {"image": found.uri, "pixelated": found.pixelated, "reason": ""}
+        self._bytes += len(thumbnail.uri)
+        return {"image": thumbnail.uri, "pixelated": thumbnail.pixelated, "reason": ""}
 
 
-def _baselines(fidelity: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and figures of each baseline, the best first."""
+def _grids(summary: Summary, tiles: Tiles) -> dict[str, dict[str, Any]]:
+    """Return the image grids by name."""
+    about = _explanations(summary)
+    return {
+        name: {
+            "name": name,
+            "title": title,
+            "about": about[name],
+            "tiles": tiles.with_images(summary["grids"].get(name, [])),
+        }
+        for name, title in TITLES.items()
+    }
+
+
+def _explanations(summary: Summary) -> dict[str, str]:
+    """Return what each grid shows; that depends on the score and on the strategies."""
+    hard = high_is_hard(summary["fidelity"])
+    about = {
+        "uncertain": "Extrapolated scores with the widest intervals.",
+        "suspects": SUSPECTS.format(end="highest" if hard else "lowest"),
+    }
+    holds, drops = BY_STRATEGY.format(verb="holds"), BY_STRATEGY.format(verb="drops")
+    if hard:
+        return about | {
+            "highest": f"The hardest samples. {HARD_SAMPLES} {holds}",
+            "lowest": f"The easiest samples. {holds}",
+        }
+    if {item["strategy"] for item in summary["keep"]} <= ORDERED_BY_SCORE:
+        return about | {
+            "highest": "Every keep-list holds these.",
+            "lowest": f"Every keep-list drops these. {HARD_SAMPLES}",
+        }
+    return about | {"highest": holds, "lowest": f"{HARD_SAMPLES} {drops}"}
+
+
+# -- plots ---------------------------------------------------------------------------------------
+
+
+def draw_plots(findings: Findings, baselines: Baselines) -> dict[str, Markup]:
+    """Return every plot for which the run has the figures, by its name in the template."""
+    summary = findings.summary
+    drawn = {
+        "fidelity": _fidelity_plot(summary, baselines),
+        "curve": _learning_curve_plot(summary),
+        "histogram": _histogram_plot(summary),
+        "classes": _class_plot(summary),
+        "balance": _balance_plot(summary),
+        "evaluation": _evaluation_plot(summary),
+        "map": _score_map(findings),
+        "kept": _kept_map(findings),
+    }
+    return {name: Markup(svg) for name, svg in drawn.items() if svg is not None}
+
+
+def _baselines(fidelity: HeldOutFidelity) -> Baselines:
+    """Return the baselines, the best first."""
     return sorted(
         fidelity["baselines"].items(),
         key=lambda row: (row[1]["spearman"] is None, -(row[1]["spearman"] or 0)),
     )
 
 
-def _plots(
-    findings: Findings, baselines: list[tuple[str, dict[str, Any]]]
-) -> Iterator[tuple[str, str]]:
-    """Every plot for which the run has the figures, by its name in the template."""
+def _fidelity_plot(summary: Summary, baselines: Baselines) -> str | None:
     from raypipe.report import plots
 
-    summary, leading = findings.summary, findings.summary["headline"]
-    fidelity, curve, histogram = (
-        summary["fidelity"],
-        summary["learning_curve"],
-        summary["scores"]["histogram"],
-    )
-    if fidelity["spearman"] is not None:
-        rows = [(fidelity["method"] or "extrapolator", fidelity), *baselines]
-        keys = ("spearman", "spearman_low", "spearman_high")
-        known = [
-            (name, *(found[key] for key in keys))
-            for name, found in rows
-            if found["spearman"] is not None
+    fidelity = summary["fidelity"]
+    if fidelity["spearman"] is None:
+        return None
+    rows: Baselines = [(fidelity["method"] or "extrapolator", fidelity), *baselines]
+    return plots.fidelity_chart(
+        [
+            (name, figures["spearman"], figures["spearman_low"], figures["spearman_high"])
+            for name, figures in rows
+            if figures["spearman"] is not None
         ]
-        yield "fidelity", plots.fidelity_chart(known)
-        if curve and all(point["spearman"] is not None for point in curve["points"]):
-            yield "curve", plots.learning_curve(curve["points"], curve["doubled"])
-    if histogram:
-        yield "histogram", plots.score_histogram(histogram, _cuts(summary))
-    everyone = [item for item in summary["classes"] if item["q50"] is not None]
-    if 1 < len(everyone) <= MOST_CLASSES:
-        yield "classes", plots.class_spread(summary["shown_classes"])
-    elif everyone[1:]:
-        yield "classes", plots.class_bands(sorted(everyone, key=lambda item: item["q50"]))
+    )
+
+
+def _learning_curve_plot(summary: Summary) -> str | None:
+    from raypipe.report import plots
+
+    curve = summary["learning_curve"]
+    if summary["fidelity"]["spearman"] is None or curve is None:
+        return None
+    if any(point["spearman"] is None for point in curve["points"]):
+        return None
+    return plots.learning_curve(curve["points"], curve["doubled"])
+
+
+def _histogram_plot(summary: Summary) -> str | None:
+    from raypipe.report import plots
+
+    histogram = summary["scores"]["histogram"]
+    return plots.score_histogram(histogram, _cuts(summary)) if histogram else None
+
+
+def _class_plot(summary: Summary) -> str | None:
+    from raypipe.report import plots
+
+    scored = [item for item in summary["classes"] if item["q50"] is not None]
+    if len(scored) < 2:
+        return None
+    if len(scored) <= MAX_LISTED_CLASSES:
+        return plots.class_spread(summary["shown_classes"])
+    return plots.class_bands(sorted(scored, key=lambda item: item["q50"] or 0.0))
+
+
+def _balance_plot(summary: Summary) -> str | None:
+    from raypipe.report import plots
+
     present = [item for item in summary["classes"] if item["samples"]]
-    if summary["keep"] and 1 < len(present) <= MOST_CLASSES:
-        order = [item for item in summary["shown_classes"] if item["samples"]]
-        by_label = {item["label"]: item for item in present}
-        rows_of = [by_label[item["label"]] for item in order]
-        after = [
+    if not summary["keep"] or len(present) < 2:
+        return None
+    if len(present) > MAX_LISTED_CLASSES:
+        return plots.kept_shares(
+            [
+                (item["fraction"], [row["kept"][item["file"]] / row["samples"] for row in present])
+                for item in summary["keep"]
+            ]
+        )
+    rows = _in_shown_order(summary, present)
+    return plots.class_shares(
+        [row["name"] for row in rows],
+        [row["samples"] / summary["counts"]["samples"] for row in rows],
+        [
             (
                 item["fraction"],
-                [row["kept"][item["file"]] / max(item["samples"], 1) for row in rows_of],
+                [row["kept"][item["file"]] / max(item["samples"], 1) for row in rows],
             )
             for item in summary["keep"]
-        ]
-        before = [row["samples"] / summary["counts"]["samples"] for row in rows_of]
-        yield "balance", plots.class_shares([row["name"] for row in rows_of], before, after)
-    elif summary["keep"] and present[1:]:
-        kept = [
-            (item["fraction"], [row["kept"][item["file"]] / row["samples"] for row in present])
-            for item in summary["keep"]
-        ]
-        yield "balance", plots.kept_shares(kept)
-    if summary["evaluation"]:
-        everything = summary["evaluation"]["full"]["accuracy"]
-        full = (everything["mean"], everything["low"], everything["high"])
-        yield "evaluation", plots.evaluation_curves(curves(summary["evaluation"]), full)
-    if findings.map is not None:
-        yield "map", plots.score_map(findings.map)
-        if findings.map.kept is not None and leading:
-            yield "kept", plots.kept_map(findings.map, leading["fraction"])
+        ],
+    )
 
 
-def _cuts(summary: dict[str, Any]) -> list[tuple[float, float]]:
-    """Fraction and lowest score of the keep-lists that end at a score."""
-    cuts = [
-        (item["fraction"], item["lowest_score"])
-        for item in summary["keep"]
-        if item["strategy"] == "top"
-    ]
-    return [cut for cut in cuts if cut[1] is not None]
+def _in_shown_order(summary: Summary, present: Sequence[ClassFigures]) -> list[ClassFigures]:
+    by_label = {item["label"]: item for item in present}
+    return [by_label[item["label"]] for item in summary["shown_classes"] if item["samples"]]
 
 
-def _minis(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The classes that have a histogram of their own, with it."""
+def _evaluation_plot(summary: Summary) -> str | None:
     from raypipe.report import plots
 
-    if not summary["scores"]["histogram"] or len(summary["class_histograms"]) < 2:
+    evaluation = summary["evaluation"]
+    if not evaluation:
+        return None
+    full = evaluation["full"]["accuracy"]
+    return plots.evaluation_curves(curves(evaluation), (full["mean"], full["low"], full["high"]))
+
+
+def _score_map(findings: Findings) -> str | None:
+    from raypipe.report import plots
+
+    return plots.score_map(findings.map) if findings.map is not None else None
+
+
+def _kept_map(findings: Findings) -> str | None:
+    from raypipe.report import plots
+
+    leading = findings.summary["headline"]
+    if findings.map is None or findings.map.kept is None or leading is None:
+        return None
+    return plots.kept_map(findings.map, leading["fraction"])
+
+
+def _cuts(summary: Summary) -> list[tuple[float, float]]:
+    """Return fraction and lowest score of the keep-lists that end at a score."""
+    return [
+        (item["fraction"], item["lowest_score"])
+        for item in summary["keep"]
+        if item["strategy"] == "top" and item["lowest_score"] is not None
+    ]
+
+
+def _small_histograms(summary: Summary) -> list[dict[str, Any]]:
+    """Return the classes that have a histogram of their own, each with its `svg`."""
+    from raypipe.report import plots
+
+    histogram, leading = summary["scores"]["histogram"], summary["headline"]
+    if not histogram or len(summary["class_histograms"]) < 2:
         return []
-    first, last = (summary["scores"]["histogram"]["edges"][place] for place in (0, -1))
-    leading = summary["headline"]
+    first, last = histogram["edges"][0], histogram["edges"][-1]
     cuts = [
         (cut - first) / (last - first)
         for fraction, cut in _cuts(summary)

@@ -6,168 +6,191 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
 from raypipe import storage
 from raypipe._version import __version__
+from raypipe.config import Config
 from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RaypipeError
 from raypipe.report import text
-from raypipe.report.classes import pick_of_classes
+from raypipe.report.classes import ClassPicks, pick_class_samples
 from raypipe.report.cost import cost_figures, headline
-from raypipe.report.embeddings import EmbeddingMap, scan_embeddings
-from raypipe.report.evaluation import evaluation_of
+from raypipe.report.embeddings import EmbeddingMap, EmbeddingScan, scan_embeddings
+from raypipe.report.evaluation import read_evaluation
 from raypipe.report.keep_lists import (
     class_figures,
+    class_name,
     even_classes,
-    held,
-    keep_lists,
-    name_of,
+    in_keep_list,
+    keep_list_figures,
     quantiles_of,
+    scan_keep_lists,
 )
 from raypipe.report.label_noise import noise_figures
+from raypipe.report.schema import (
+    Agreement,
+    ClassGrid,
+    ClassHistogram,
+    ClassName,
+    Counts,
+    Embeddings,
+    Fidelity,
+    Headline,
+    HeldOutFidelity,
+    Rejects,
+    Scores,
+    ShownClass,
+    SourceSection,
+    Summary,
+    Tile,
+)
 from raypipe.report.score_scan import (
     END_CLASSES,
-    MOST_CLASSES,
+    MAX_LISTED_CLASSES,
     Pick,
     ScoreScan,
-    ends,
+    both_ends,
     scan_scores,
     shown_classes,
 )
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, noise_of, now
 from raypipe.runs.run import Run
+from raypipe.sources.noise import LabelNoise
 
 FORMAT = 1
 """Version of `summary.json`."""
-REASONS, DISTINCT = 20, 10_000
-"""Reject reasons that are listed, and that are told apart at all."""
+MAX_REASONS = 20
+"""Reject reasons, and unreadable files, that are listed."""
+MAX_DISTINCT_REASONS = 10_000
+"""Reject reasons that are counted one by one; the others are counted together."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
 ENDED = ("done", "refused")
-"""States of a stage that nothing is left to do for; refused: the scores are too unfaithful for keep-lists."""
+"""States of a finished stage; refused: fidelity is too low for keep-lists."""
+
+Ledger = Mapping[str, StageRecord]
 
 
-@dataclasses.dataclass
+@dataclass
 class Findings:
-    """`summary` is JSON; grids and map are what the page draws beyond it.
+    """What the page shows.
 
-    grids        samples by the name of their grid
-    class_grids  lowest and highest samples of each class in `summary["class_grids"]`, in that order
+    Attributes
+    ----------
+    summary
+        The content of `summary.json`.
+    grids
+        Samples by the name of their grid.
+    class_grids
+        Lowest and highest samples of each class in `summary["class_grids"]`, in that order.
+    map
+        The embedding map; None without one.
     """
 
-    summary: dict[str, Any]
+    summary: Summary
     grids: dict[str, list[Pick]]
     class_grids: list[dict[str, list[Pick]]]
     map: EmbeddingMap | None
 
 
-def summarize(run: Run) -> dict[str, Any]:
-    """All figures of the report as JSON; one that the run does not have is None. Raises RunError without a run."""
+def summarize(run: Run) -> Summary:
+    """Return all figures of the report; one that the run does not have is None.
+
+    Raises
+    ------
+    RunError
+        If there is no run.
+    """
     return collect(run).summary
 
 
 def collect(run: Run) -> Findings:
-    """What the page shows, in memory that does not grow with the number of samples. Raises RunError without a run."""
+    """Return what the page shows, in memory that does not grow with the number of samples.
+
+    Raises
+    ------
+    RunError
+        If there is no run.
+    """
     ledger, config = run.ledger(), run.config()
     names = _class_names(run)
-    scan = scan_scores(run, len(names), config.report.images)
     noise = noise_of(ledger)
-    judged = _judged(run, scan)
-    hard = str(judged["fidelity"]["score"]) in DIFFICULTIES
-    embedded = scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
-    keep = keep_lists(run, len(names))
+    assessment = _assessment(run)
+    scan = scan_scores(run, len(names), config.report.images)
+    fidelity = _fidelity(assessment, scan)
+    embeddings = _scan_embeddings(run, config, scan, fidelity, noise)
+    keep_lists = scan_keep_lists(run, len(names))
+    keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
+    cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
+    evaluation = read_evaluation(run, ledger.get("extrapolate"))
+    leading = headline(
+        keep,
+        scan.samples,
+        ledger.get("proxy"),
+        config.proxy.epochs,
+        cost["saving"]["spent"],
+        evaluation,
+    )
+    embedding_map = _with_keep_list(run, embeddings.map, leading)
     rejects = _rejects(run)
-    grids = {**scan.picks, "suspects": embedded.suspects}
     labels = shown_classes(scan, config.report.classes)
-    of_classes = pick_of_classes(
+    class_picks = pick_class_samples(
         run, scan, labels, config.report.class_images if config.report.images else 0
     )
-    class_grids = [
-        {"lowest": of_classes.lowest[label], "highest": of_classes.highest[label]}
-        for label in labels
-        if label in of_classes.lowest
-    ]
-    classes = class_figures(names, scan, keep)
-    cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
-    evaluation = evaluation_of(run, ledger.get("extrapolate"))
-    leading = headline(
-        keep, scan.samples, ledger.get("proxy"), config.proxy.epochs, cost, evaluation
-    )
-    drawn = embedded.map
-    if drawn is not None and leading is not None:
-        drawn = dataclasses.replace(drawn, kept=held(run, leading["file"], drawn.sample_id))
-    indexed = ledger["index"].samples if "index" in ledger else 0
-    summary = {
+    grids = {**scan.picks, "suspects": embeddings.suspects}
+    summary: Summary = {
         "format": FORMAT,
         "raypipe": __version__,
         "made": now(),
         "run": run.uri,
         "unfinished": [stage for stage in BEFORE_REPORT if not _ended(ledger, stage)],
-        "refused": ledger["select"].error
-        if "select" in ledger and ledger["select"].state == "refused"
-        else None,
-        "source": {
-            "uri": text.without_secrets(config.source.uri),
-            "format": config.source.format,
-            "classes": len(names),
-            "pseudo_labels": text.pseudo_labels(config.pseudo_labels.model_dump()) or None,
-            **_index_figures(ledger),
-        },
-        "counts": {
-            "indexed": indexed or None,
-            "samples": scan.samples,
-            "measured": scan.measured,
-            "extrapolated": scan.samples - scan.measured,
-            "unlabelled": int(scan.class_samples[-1]),
-            "not_finite": scan.not_finite,
-            "rejects": rejects["samples"],
-            "unreadable_files": rejects["files"],
-            "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
-        },
+        "refused": _refusal(ledger),
+        "source": _source(config, names, ledger),
+        "counts": _counts(scan, rejects, ledger),
         "headline": leading,
-        **judged,
-        "label_noise": noise_figures(run, noise, embedded.noise, [item["file"] for item in keep])
-        if noise and embedded.noise
-        else None,
-        "scores": _score_figures(scan),
+        "fidelity": fidelity,
+        "fidelity_seed": _seed_fidelity(assessment),
+        "learning_curve": _learning_curve(assessment),
+        "neighbour_search": _neighbour_search(assessment),
+        "label_noise": (
+            dict(noise_figures(run, noise, embeddings.noise, [item["file"] for item in keep]))
+            if noise and embeddings.noise
+            else None
+        ),
+        "scores": _scores(scan),
         "keep": keep,
         "even_classes": even_classes(scan.class_samples),
-        "classes": classes,
-        "shown_classes": [
-            _class(names, scan, label) | quantiles_of(scan, label) for label in _listed(scan)
-        ],
-        "class_histograms": [
-            _class(names, scan, label) | scan.class_histogram(label) for label in labels
-        ],
+        "classes": class_figures(names, scan, keep_lists),
+        "shown_classes": [_shown_class(names, scan, label) for label in _listed_classes(scan)],
+        "class_histograms": [_class_histogram(names, scan, label) for label in labels],
         "cost": cost,
         "evaluation": evaluation,
-        "embeddings": {
-            "shards_read": embedded.shards_read,
-            "shards": embedded.shards_there,
-            "suspects": embedded.found,
-            "proxy_agrees": embedded.agreed,
-            "mapped": len(drawn.score) if drawn else 0,
-            "explained": drawn.explained if drawn else None,
-            "kept": int(drawn.kept.sum()) if drawn and drawn.kept is not None else None,
-        },
-        "grids": {name: [_pick(pick, names) for pick in picks] for name, picks in grids.items()},
+        "embeddings": _embeddings(embeddings, embedding_map),
+        "grids": {name: [_tile(pick, names) for pick in picks] for name, picks in grids.items()},
         "class_grids": [
-            _class(names, scan, label)
-            | {end: [_pick(pick, names) for pick in picks] for end, picks in grid.items()}
-            for label, grid in zip(labels, class_grids, strict=False)
+            _class_grid(names, scan, class_picks, label) for label in class_picks.lowest
         ],
-        "class_fragments": {"read": of_classes.fragments_read, "there": of_classes.fragments_there},
+        "class_fragments": {"read": class_picks.fragments_read, "there": class_picks.fragments},
         "rejects": rejects,
         "settings": _without_secrets(config.model_dump(mode="json")),
     }
-    return Findings(clean(summary), grids, class_grids, drawn)
+    class_grids = [
+        {"lowest": class_picks.lowest[label], "highest": class_picks.highest[label]}
+        for label in class_picks.lowest
+    ]
+    return Findings(clean(summary), grids, class_grids, embedding_map)
 
 
 def clean(value: Any) -> Any:
-    """Fit for JSON: numbers that are not finite become None, tuples lists, NumPy scalars Python's."""
+    """Make a value fit for JSON.
+
+    Numbers that are not finite become None, tuples lists, and NumPy scalars Python's.
+    """
     if isinstance(value, dict):
         return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -180,7 +203,7 @@ def clean(value: Any) -> Any:
 
 
 def _without_secrets(value: Any) -> Any:
-    """Settings as they are shown: the page is passed on, and addresses can hold passwords and keys."""
+    """Remove what could be a secret from the settings: a page is passed on."""
     if isinstance(value, dict):
         return {key: _without_secrets(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -195,99 +218,52 @@ def _class_names(run: Run) -> list[str]:
         return []
 
 
-def _index_figures(ledger: dict[str, StageRecord]) -> dict[str, Any]:
-    detail = ledger["index"].detail if "index" in ledger else {}
-    return {key: detail.get(key) for key in ("files", "fragments", "bytes")}
+# -- stages, source, counts ----------------------------------------------------------------------
 
 
-def _score_figures(scan: ScoreScan) -> dict[str, Any]:
-    finite = scan.samples - scan.not_finite
-    return {
-        "low": scan.low,
-        "high": scan.high,
-        "mean": scan.total / finite if finite else None,
-        "histogram": scan.histogram or None,
-    }
-
-
-def _listed(scan: ScoreScan) -> list[int]:
-    """The classes that the page lists one by one, the lowest median first."""
-    order = scan.by_median()
-    return order if len(order) <= MOST_CLASSES else ends(order, 2 * END_CLASSES)
-
-
-def _class(names: list[str], scan: ScoreScan, label: int) -> dict[str, Any]:
-    return {
-        "label": label if label < scan.classes else None,
-        "name": name_of(names, scan, label),
-        "samples": int(scan.class_samples[label]),
-    }
-
-
-def _ended(ledger: dict[str, StageRecord], stage: str) -> bool:
+def _ended(ledger: Ledger, stage: str) -> bool:
     return ledger[stage].state in ENDED if stage in ledger else stage in OPTIONAL_STAGES
 
 
-def _judged(run: Run, scan: ScoreScan) -> dict[str, Any]:
-    """`fidelity`, the one to go by, with a verdict in words; `fidelity_seed`, of seed samples held out; `learning_curve`;
-    `neighbour_search`: exact or by inverted lists, with its recall."""
-    try:
-        found = storage.read_json(run.extrapolator_summary)
-    except (FileNotFoundError, RaypipeError):
-        found = {}
-    found = clean(found) if isinstance(found, dict) else {}
-    fidelity = {
-        **_fidelity(found.get("fidelity")),
-        "method": found.get("method"),
-        "score": found.get("score"),
-    }
-    fidelity["verdict"], fidelity["sentence"] = text.fidelity_verdict(
-        fidelity, scan.samples - scan.measured if scan.samples else None
-    )
-    curve, search = found.get("learning_curve"), found.get("search")
+def _refusal(ledger: Ledger) -> str | None:
+    """Return why the stage `select` refused to write keep-lists."""
+    record = ledger.get("select")
+    return record.error if record is not None and record.state == "refused" else None
+
+
+def _source(config: Config, names: Sequence[str], ledger: Ledger) -> SourceSection:
+    detail = ledger["index"].detail if "index" in ledger else {}
     return {
-        "fidelity": fidelity,
-        "fidelity_seed": _fidelity(found["fidelity_seed"]) if found.get("fidelity_seed") else None,
-        "learning_curve": {**curve, "sentence": text.gain(curve)}
-        if isinstance(curve, dict) and curve.get("points")
-        else None,
-        "neighbour_search": search if isinstance(search, dict) else None,
+        "uri": text.without_secrets(config.source.uri),
+        "format": config.source.format,
+        "classes": len(names),
+        "pseudo_labels": text.pseudo_labels(config.pseudo_labels.model_dump()) or None,
+        "files": detail.get("files"),
+        "fragments": detail.get("fragments"),
+        "bytes": detail.get("bytes"),
     }
 
 
-def _fidelity(stated: Any) -> dict[str, Any]:
-    """Fidelity as it was measured: the figures of the extrapolator, and of every baseline."""
-    stated = stated if isinstance(stated, dict) else {}
-    result = _figures(stated) | {
-        key: stated.get(key) for key in ("n_fit", "n_held", "note", "judged_on")
+def _counts(scan: ScoreScan, rejects: Rejects, ledger: Ledger) -> Counts:
+    indexed = (ledger["index"].samples if "index" in ledger else 0) or None
+    return {
+        "indexed": indexed,
+        "samples": scan.samples,
+        "measured": scan.measured,
+        "extrapolated": scan.samples - scan.measured,
+        "unlabelled": int(scan.class_samples[-1]),
+        "not_finite": scan.not_finite,
+        "rejects": rejects["samples"],
+        "unreadable_files": rejects["files"],
+        "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
     }
-    # a baseline is its Spearman correlation, or all figures by name
-    baselines = (stated.get("baselines") or {}).items()
-    result["baselines"] = {
-        name: _figures(value if isinstance(value, dict) else {"spearman": value})
-        for name, value in baselines
-    }
-    return result
 
 
-def _figures(stated: dict[str, Any]) -> dict[str, Any]:
-    """Correlations and overlaps with their intervals; None, or nothing, where one is not there."""
-    result: dict[str, Any] = {}
-    for name in ("spearman", "pearson"):
-        low, high = stated.get(f"{name}_interval") or (
-            stated.get(f"{name}_low"),
-            stated.get(f"{name}_high"),
-        )
-        result |= {name: stated.get(name), f"{name}_low": low, f"{name}_high": high}
-    result["overlap"] = {
-        key: value for key, value in (stated.get("overlap") or {}).items() if value is not None
-    }
-    result["overlap_interval"] = stated.get("overlap_interval") or {}
-    return result
+def _rejects(run: Run) -> Rejects:
+    """Return rejected samples by reason, and the files that could not be read at all.
 
-
-def _rejects(run: Run) -> dict[str, Any]:
-    """Rejected samples by reason, and the files that could not be read at all (one row of `rejects/` each, but no sample)."""
+    Such a file has one row in `rejects/`, which does not count as a sample.
+    """
     unreadable = {fragment.fragment_id: fragment for fragment in run.fragments() if fragment.error}
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -299,7 +275,7 @@ def _rejects(run: Run) -> dict[str, Any]:
             if fragment in unreadable:
                 continue
             reason = reason or "no reason given"
-            if reason not in reasons and len(reasons) >= DISTINCT:
+            if reason not in reasons and len(reasons) >= MAX_DISTINCT_REASONS:
                 reason = "other reasons"
             reasons[reason] += 1
             examples.setdefault(reason, sample_id)
@@ -309,19 +285,193 @@ def _rejects(run: Run) -> dict[str, Any]:
         "samples": reasons.total(),
         "reasons": [
             {"reason": reason, "samples": number, "example": examples[reason]}
-            for reason, number in ordered[:REASONS]
+            for reason, number in ordered[:MAX_REASONS]
         ],
         "distinct_reasons": len(reasons),
         "files": len(files),
         "unreadable_files": [
-            {"path": fragment.path, "reason": fragment.error} for fragment in files[:REASONS]
+            {"path": fragment.path, "reason": fragment.error} for fragment in files[:MAX_REASONS]
         ],
     }
 
 
-def _pick(pick: Pick, names: list[str]) -> dict[str, Any]:
-    result = dataclasses.asdict(pick)
-    result["label_name"] = text.label_name(names, pick.label)
+# -- fidelity ------------------------------------------------------------------------------------
+
+
+def _assessment(run: Run) -> dict[str, Any]:
+    """Return what the extrapolator wrote about itself; empty if that is missing or damaged."""
+    try:
+        content = storage.read_json(run.extrapolator_summary)
+    except (FileNotFoundError, RaypipeError):
+        return {}
+    return clean(content) if isinstance(content, dict) else {}
+
+
+def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan) -> Fidelity:
+    """Return the fidelity to go by, with a verdict."""
+    held_out = _held_out_fidelity(assessment.get("fidelity"))
+    method = assessment.get("method")
+    verdict, sentence = text.fidelity_verdict(
+        {**held_out, "method": method}, scan.samples - scan.measured if scan.samples else None
+    )
+    return {
+        **held_out,
+        "method": method,
+        "score": assessment.get("score"),
+        "verdict": verdict,
+        "sentence": sentence,
+    }
+
+
+def _seed_fidelity(assessment: Mapping[str, Any]) -> HeldOutFidelity | None:
+    """Return the fidelity on held-out seed samples, where it is not the one to go by."""
+    stated = assessment.get("fidelity_seed")
+    return _held_out_fidelity(stated) if stated else None
+
+
+def _learning_curve(assessment: Mapping[str, Any]) -> dict[str, Any] | None:
+    curve = assessment.get("learning_curve")
+    if not isinstance(curve, dict) or not curve.get("points"):
+        return None
+    return {**curve, "sentence": text.larger_seed_set(curve)}
+
+
+def _neighbour_search(assessment: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how neighbours were searched: exactly, or by inverted lists with some recall."""
+    search = assessment.get("search")
+    return search if isinstance(search, dict) else None
+
+
+def _held_out_fidelity(stated: Any) -> HeldOutFidelity:
+    """Return the figures of the extrapolator and of every baseline.
+
+    A baseline is stated as its Spearman correlation, or as a mapping with all figures.
+    """
+    stated = stated if isinstance(stated, dict) else {}
+    return {
+        **_agreement(stated),
+        "n_fit": stated.get("n_fit"),
+        "n_held": stated.get("n_held"),
+        "note": stated.get("note"),
+        "judged_on": stated.get("judged_on"),
+        "baselines": {
+            name: _agreement(figures if isinstance(figures, dict) else {"spearman": figures})
+            for name, figures in (stated.get("baselines") or {}).items()
+        },
+    }
+
+
+def _agreement(stated: Mapping[str, Any]) -> Agreement:
+    """Return correlations and overlaps with their intervals, which are stated in two ways."""
+    spearman_low, spearman_high = _stated_interval(stated, "spearman")
+    pearson_low, pearson_high = _stated_interval(stated, "pearson")
+    overlap = (stated.get("overlap") or {}).items()
+    return {
+        "spearman": stated.get("spearman"),
+        "spearman_low": spearman_low,
+        "spearman_high": spearman_high,
+        "pearson": stated.get("pearson"),
+        "pearson_low": pearson_low,
+        "pearson_high": pearson_high,
+        "overlap": {fraction: value for fraction, value in overlap if value is not None},
+        "overlap_interval": stated.get("overlap_interval") or {},
+    }
+
+
+def _stated_interval(stated: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:
+    low, high = stated.get(f"{name}_interval") or (
+        stated.get(f"{name}_low"),
+        stated.get(f"{name}_high"),
+    )
+    return low, high
+
+
+# -- scores and classes --------------------------------------------------------------------------
+
+
+def _scores(scan: ScoreScan) -> Scores:
+    finite = scan.samples - scan.not_finite
+    return {
+        "low": scan.low,
+        "high": scan.high,
+        "mean": scan.total / finite if finite else None,
+        "histogram": scan.histogram,
+    }
+
+
+def _listed_classes(scan: ScoreScan) -> list[int]:
+    """Return the classes that the page lists one by one, the lowest median first."""
+    order = scan.by_median()
+    return order if len(order) <= MAX_LISTED_CLASSES else both_ends(order, 2 * END_CLASSES)
+
+
+def _class(names: Sequence[str], scan: ScoreScan, label: int) -> ClassName:
+    return {
+        "label": label if label < scan.classes else None,
+        "name": class_name(names, scan, label),
+        "samples": int(scan.class_samples[label]),
+    }
+
+
+def _shown_class(names: Sequence[str], scan: ScoreScan, label: int) -> ShownClass:
+    return cast(ShownClass, {**_class(names, scan, label), **quantiles_of(scan, label)})
+
+
+def _class_histogram(names: Sequence[str], scan: ScoreScan, label: int) -> ClassHistogram:
+    measured, extrapolated = scan.class_histogram(label)
+    return {**_class(names, scan, label), "measured": measured, "extrapolated": extrapolated}
+
+
+def _class_grid(names: Sequence[str], scan: ScoreScan, picks: ClassPicks, label: int) -> ClassGrid:
+    return {
+        **_class(names, scan, label),
+        "lowest": [_tile(pick, names) for pick in picks.lowest[label]],
+        "highest": [_tile(pick, names) for pick in picks.highest[label]],
+    }
+
+
+def _tile(pick: Pick, names: Sequence[str]) -> Tile:
+    tile = cast(Tile, dataclasses.asdict(pick))
+    tile["label_name"] = text.label_name(names, pick.label)
     if pick.prediction is not None:
-        result["prediction_name"] = text.label_name(names, pick.prediction)
-    return result
+        tile["prediction_name"] = text.label_name(names, pick.prediction)
+    return tile
+
+
+# -- embeddings ----------------------------------------------------------------------------------
+
+
+def high_is_hard(fidelity: Fidelity) -> bool:
+    """Tell whether a high score means a hard sample."""
+    return str(fidelity["score"]) in DIFFICULTIES
+
+
+def _scan_embeddings(
+    run: Run, config: Config, scan: ScoreScan, fidelity: Fidelity, noise: LabelNoise | None
+) -> EmbeddingScan:
+    """Search for label errors at the hard end of the scores."""
+    hard = high_is_hard(fidelity)
+    return scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
+
+
+def _with_keep_list(
+    run: Run, embedding_map: EmbeddingMap | None, leading: Headline | None
+) -> EmbeddingMap | None:
+    """Add to the map which samples the leading keep-list holds."""
+    if embedding_map is None or leading is None:
+        return embedding_map
+    kept = in_keep_list(run, leading["file"], embedding_map.sample_id)
+    return dataclasses.replace(embedding_map, kept=kept)
+
+
+def _embeddings(scan: EmbeddingScan, embedding_map: EmbeddingMap | None) -> Embeddings:
+    kept = embedding_map.kept if embedding_map is not None else None
+    return {
+        "shards_read": scan.shards_read,
+        "shards": scan.shards,
+        "suspects": scan.suspect_count,
+        "proxy_agrees": scan.agreement,
+        "mapped": len(embedding_map.score) if embedding_map is not None else 0,
+        "explained": embedding_map.explained if embedding_map is not None else None,
+        "kept": int(kept.sum()) if kept is not None else None,
+    }

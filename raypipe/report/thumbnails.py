@@ -1,11 +1,10 @@
-"""The images of some samples, read from the source again and made small."""
+"""Small images of some samples, read from the source again."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -15,19 +14,22 @@ from raypipe.report.score_scan import Pick
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
 
-SIZE, SMALL = 96, 64
-"""Pixels of a thumbnail, and of one in the grids of a class; smaller images stay as they are."""
-QUALITY, SMALL_QUALITY = 88, 80
+SIZE, QUALITY = 96, 88
+"""Pixels a side of a thumbnail, and its quality; smaller images keep their size."""
+SMALL, SMALL_QUALITY = 64, 80
+"""The same in the grids of a class."""
 PIXELATED = 48
-"""Images of at most so many pixels a side are shown with their pixels."""
-MOST_FRAGMENTS = 64
-"""Fragments read at most: one may be hundreds of megabytes."""
-THREADS, PROBES = 4, 3
+"""Images of at most this many pixels a side are shown with visible pixels."""
+MAX_FRAGMENTS = 64
+"""Fragments that are read at most: one can have hundreds of megabytes."""
+THREADS = 4
+PROBES = 3
+"""Fragments that are tried before the source counts as gone."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """`uri` is a data: URI; empty when there is no image, for the `reason` given."""
+    """An image as a data: URI, which is empty, for the `reason` given, if there is no image."""
 
     uri: str = ""
     pixelated: bool = False
@@ -36,7 +38,7 @@ class Thumbnail:
 
 @dataclass
 class Thumbnails:
-    """Images by sample_id; `note` says in a sentence what is missing, if anything is."""
+    """Images by sample id, and a sentence about what is missing, if anything is."""
 
     images: dict[str, Thumbnail] = field(default_factory=dict)
     note: str = ""
@@ -45,25 +47,25 @@ class Thumbnails:
 def load_thumbnails(
     run: Run, settings: SourceSettings, grids: Sequence[Sequence[Pick]], small: Sequence[Pick] = ()
 ) -> Thumbnails:
-    """Images for grids of samples, the first of each grid first, from at most MOST_FRAGMENTS fragments. Raises nothing.
+    """Return images for grids of samples; raise nothing.
 
-    small  samples of which smaller images will do, from whatever fragments they are in
+    Parameters
+    ----------
+    run
+        The run that has the index of the source.
+    settings
+        The source.
+    grids
+        Samples of at most MAX_FRAGMENTS fragments get an image, the first of each grid first.
+    small
+        Samples for which smaller images suffice, whatever fragments they are in.
     """
-    wanted: dict[str, set[str]] = defaultdict(set)
-    left_out = 0
-    for rank in range(max(map(len, grids), default=0)):
-        for pick in (grid[rank] for grid in grids if rank < len(grid)):
-            if pick.fragment not in wanted and len(wanted) == MOST_FRAGMENTS:
-                left_out += 1
-                continue
-            wanted[pick.fragment].add(pick.sample_id)
-    result = Thumbnails()
-    if left_out:
-        result.note = f"{left_out} images are not shown: no more than {MOST_FRAGMENTS} fragments are opened for the report."
-    large = {sample_id for ids in wanted.values() for sample_id in ids}
-    for pick in small:
-        wanted[pick.fragment].add(pick.sample_id)
-    if not wanted:
+    request = _Request()
+    for pick in _interleaved(grids):
+        request.add(pick)
+    result = Thumbnails(note=request.note())
+    request.add_small(small)
+    if not request.ids:
         return result
     try:
         source = open_source(settings)
@@ -72,73 +74,120 @@ def load_thumbnails(
         result.note = f"The source cannot be opened, so no images are shown: {_line(error)}"
         return result
 
-    def load(item: tuple[str, set[str]]) -> tuple[dict[str, Thumbnail], str]:
-        return _fragment_images(run, source, fragments.get(item[0]), item[1], large)
+    def load(fragment_id: str) -> _FragmentImages:
+        fragment, ids = fragments.get(fragment_id), request.ids[fragment_id]
+        return _fragment_images(run, source, fragment, ids, request.large)
 
-    todo = list(wanted.items())
-    # a source that is gone costs a minute of retries for each fragment: find out with the first few
-    for item in todo[:PROBES]:
-        images, reason = load(item)
-        result.images |= images
-        if not reason:
+    # a source that is gone costs a minute of retries a fragment: the first few tell whether it is
+    for fragment_id in list(request.ids)[:PROBES]:
+        loaded = load(fragment_id)
+        result.images |= loaded.images
+        if not loaded.error:
             break
     else:
-        result.note = f"The source cannot be read, so no images are shown: {reason}"
+        result.note = f"The source cannot be read, so no images are shown: {loaded.error}"
         return result
+    rest = [name for name, ids in request.ids.items() if not ids <= result.images.keys()]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="raypipe-images") as pool:
-        for images, _ in pool.map(
-            load, [item for item in todo if not item[1] <= result.images.keys()]
-        ):
-            result.images |= images
+        for loaded in pool.map(load, rest):
+            result.images |= loaded.images
     return result
+
+
+class _Request:
+    """Ids of the samples to read, by fragment."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, set[str]] = {}
+        self.large: set[str] = set()
+        self._left_out = 0
+
+    def add(self, pick: Pick) -> None:
+        """Add a sample, unless its fragment would be one too many."""
+        if pick.fragment not in self.ids and len(self.ids) == MAX_FRAGMENTS:
+            self._left_out += 1
+            return
+        self.ids.setdefault(pick.fragment, set()).add(pick.sample_id)
+        self.large.add(pick.sample_id)
+
+    def add_small(self, picks: Sequence[Pick]) -> None:
+        for pick in picks:
+            self.ids.setdefault(pick.fragment, set()).add(pick.sample_id)
+
+    def note(self) -> str:
+        if not self._left_out:
+            return ""
+        return (
+            f"{self._left_out} images are not shown: the report opens at most {MAX_FRAGMENTS} "
+            "fragments."
+        )
+
+
+def _interleaved(grids: Sequence[Sequence[Pick]]) -> Iterator[Pick]:
+    """Yield the first of each grid, then the second of each, and so on."""
+    for rank in range(max(map(len, grids), default=0)):
+        for grid in grids:
+            if rank < len(grid):
+                yield grid[rank]
+
+
+@dataclass(frozen=True)
+class _FragmentImages:
+    """Thumbnails by sample id; `error` tells why the fragment as a whole could not be read."""
+
+    images: dict[str, Thumbnail]
+    error: str = ""
 
 
 def _fragment_images(
     run: Run, source: Source, fragment: Fragment | None, ids: set[str], large: set[str]
-) -> tuple[dict[str, Thumbnail], str]:
-    """A thumbnail, or the reason why there is none, for every id; and why the fragment as a whole could not be read.
+) -> _FragmentImages:
+    """Return a thumbnail, or the reason why there is none, for every id.
 
-    large  ids whose images are not made smaller than SIZE
+    Those in `large` have up to SIZE pixels a side, the others up to SMALL.
     """
-    images = {sample_id: Thumbnail(reason="not in the source any more") for sample_id in ids}
+    images = {sample_id: Thumbnail(reason="no longer in the source") for sample_id in ids}
     if fragment is None:
-        return images, ""
+        return _FragmentImages(images)
     try:
         for sample in source.read(run.with_members(fragment), ids.__contains__):
             if sample.sample_id in ids:
                 images[sample.sample_id] = make_thumbnail(
                     sample, source.settings.max_pixels, sample.sample_id not in large
                 )
-    except Exception as error:  # whatever ails a source, the report of the run must still be made
+    except Exception as error:  # whatever is wrong with a source, the report must be written
         failed = Thumbnail(reason=_line(error))
-        return {
-            sample_id: image if image.uri else failed for sample_id, image in images.items()
-        }, failed.reason
-    return images, ""
+        return _FragmentImages(
+            {sample_id: image if image.uri else failed for sample_id, image in images.items()},
+            failed.reason,
+        )
+    return _FragmentImages(images)
 
 
 def make_thumbnail(sample: RawSample, max_pixels: int, small: bool = False) -> Thumbnail:
-    """Decode one sample to at most SIZE pixels square, or SMALL."""
+    """Decode a sample to a square of at most SIZE pixels a side, or SMALL."""
     from raypipe.vision.decode import BadImage, decode, encode_thumbnail
 
     if sample.image is None:
         return Thumbnail(reason=sample.reason or "no image")
     native = _native_size(sample)
+    size, quality = (SMALL, SMALL_QUALITY) if small else (SIZE, QUALITY)
     try:
-        size, quality = (SMALL, SMALL_QUALITY) if small else (SIZE, QUALITY)
         data = encode_thumbnail(decode(sample.image, min(native, size), max_pixels), quality)
     except BadImage as error:
         return Thumbnail(reason=_line(error))
-    kind = (
-        "png" if data.startswith(b"\x89PNG") else "jpeg" if data.startswith(b"\xff\xd8") else "webp"
-    )
-    return Thumbnail(
-        f"data:image/{kind};base64,{base64.b64encode(data).decode()}", pixelated=native <= PIXELATED
-    )
+    uri = f"data:image/{_format(data)};base64,{base64.b64encode(data).decode()}"
+    return Thumbnail(uri, pixelated=native <= PIXELATED)
+
+
+def _format(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "jpeg" if data.startswith(b"\xff\xd8") else "webp"
 
 
 def _native_size(sample: RawSample) -> int:
-    """The shorter side in pixels; SIZE where the header cannot be read."""
+    """Return the shorter side in pixels; SIZE if the header cannot be read."""
     from PIL import Image
 
     if not isinstance(sample.image, bytes):
@@ -146,7 +195,7 @@ def _native_size(sample: RawSample) -> int:
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
             return min(image.size)
-    except Exception:  # decoding says what is wrong with it
+    except Exception:  # decoding reports what is wrong with it
         return SIZE
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from raypipe import storage
 from raypipe.report import classes
-from raypipe.report.classes import pick_of_classes
+from raypipe.report.classes import pick_class_samples
 from raypipe.report.score_scan import (
     SMALL_BINS,
     ClassFragments,
-    ends,
+    both_ends,
     scan_scores,
     shown_classes,
 )
@@ -34,7 +34,9 @@ def test_histograms_of_the_classes_add_up_to_that_of_all(make_run: MakeRun) -> N
     scan, rows = scan_scores(run, 3, 0), rows_of(run)
     edges = scan.histogram["edges"]
     for kind, wanted in (("measured", True), ("extrapolated", False)):
-        found = np.array([scan.class_histogram(label)[kind] for label in range(4)])
+        found = np.array(
+            [scan.class_histogram(label)[kind == "extrapolated"] for label in range(4)]
+        )
         assert found.shape == (4, SMALL_BINS)
         assert (
             found.sum(0).tolist()
@@ -64,7 +66,7 @@ def test_classes_come_in_the_order_of_their_medians(make_run: MakeRun) -> None:
     assert medians == pytest.approx(sorted(medians), abs=0.1)
     assert shown_classes(scan, 20) == scan.by_median()
     assert shown_classes(scan, 4) == [*scan.by_median()[:2], *scan.by_median()[-2:]]
-    assert ends(list("abcde"), 3) == ["a", "b", "e"] and ends(list("abc"), 0) == []
+    assert both_ends(list("abcde"), 3) == ["a", "b", "e"] and both_ends(list("abc"), 0) == []
 
 
 def test_classes_of_few_samples_are_no_extremes_where_others_are_enough(make_run: MakeRun) -> None:
@@ -77,8 +79,8 @@ def test_classes_of_few_samples_are_no_extremes_where_others_are_enough(make_run
 
 def test_the_ends_of_each_class_are_those_of_a_sort(make_run: MakeRun) -> None:
     run = make_run()
-    found = pick_of_classes(run, scan_scores(run, 3, 0), [2, 0, 3], 4)
-    assert (found.fragments_read, found.fragments_there) == (4, 4)
+    found = pick_class_samples(run, scan_scores(run, 3, 0), [2, 0, 3], 4)
+    assert (found.fragments_read, found.fragments) == (4, 4)
     assert list(found.lowest) == [2, 0, 3]
     for label in (2, 0, 3):
         rows = sorted(
@@ -91,7 +93,7 @@ def test_the_ends_of_each_class_are_those_of_a_sort(make_run: MakeRun) -> None:
         assert [pick.sample_id for pick in found.highest[label]] == [
             row["sample_id"] for row in rows[:-5:-1]
         ]
-    assert pick_of_classes(run, scan_scores(run, 3, 0), [0], 0).lowest == {}
+    assert pick_class_samples(run, scan_scores(run, 3, 0), [0], 0).lowest == {}
 
 
 def test_of_a_sorted_source_the_fragments_of_the_class_are_read(
@@ -103,8 +105,8 @@ def test_of_a_sorted_source_the_fragments_of_the_class_are_read(
         label = pa.array(np.full(len(table), number // 2, np.int32))
         storage.write_table(run.path("scores", file), table.set_column(1, "label", label))
     monkeypatch.setattr(classes, "CLASS_FRAGMENTS", 3)
-    found = pick_of_classes(run, scan_scores(run, 12, 0), [4, 9, 11], 5)
-    assert (found.fragments_read, found.fragments_there) == (3, 24)
+    found = pick_class_samples(run, scan_scores(run, 12, 0), [4, 9, 11], 5)
+    assert (found.fragments_read, found.fragments) == (3, 24)
     assert all(len(found.lowest[label]) == len(found.highest[label]) == 5 for label in (4, 9, 11))
     assert {pick.label for pick in found.highest[9]} == {9}
 
@@ -113,11 +115,11 @@ def test_classes_of_a_shuffled_source_share_their_fragments() -> None:
     found, many = ClassFragments(50), [f"f{number:04d}" for number in range(400)]
     for name in many:
         found.add(name, np.arange(50))
-    chosen = found.of(range(0, 50, 7), 32)
+    chosen = found.containing(range(0, 50, 7), 32)
     assert len(chosen) == 32 and set(chosen) <= set(many)
-    assert chosen == found.of([3], 32), "the same of every class"
+    assert chosen == found.containing([3], 32), "the same of every class"
     again = ClassFragments(50)
     for name in reversed(many):
         again.add(name, np.arange(50))
-    assert again.of([3], 32) == chosen, "whatever order they come in"
-    assert ClassFragments(2).of([0, 1], 5) == []
+    assert again.containing([3], 32) == chosen, "whatever order they come in"
+    assert ClassFragments(2).containing([0, 1], 5) == []

@@ -12,7 +12,7 @@ from raypipe import storage
 from raypipe.report import embeddings
 from raypipe.report.embeddings import principal_axes, scan_embeddings
 from raypipe.report.page import build
-from raypipe.report.score_scan import Highest, Pick
+from raypipe.report.score_scan import HighestPicks, Pick
 from raypipe.report.summary import collect
 from raypipe.runs.run import Run
 
@@ -27,7 +27,7 @@ def pick(row: int) -> Pick:
     st.integers(1, 9),
 )
 def test_highest_is_what_a_sort_gives(values: list[float], size: int, step: int) -> None:
-    best = Highest(size)
+    best = HighestPicks(size)
     for start in range(0, len(values), step):
         best.offer(
             np.array(values[start : start + step]), lambda row, start=start: pick(start + row)
@@ -80,9 +80,9 @@ def test_label_errors_are_sought_at_the_hard_end(make_run: Callable[..., Run]) -
     assert low and high and max(item.score for item in low) < min(item.score for item in high)
     page = Path(build(run)).read_text("utf-8")
     assert (
-        "Among the highest 20" in page
-        and "The easiest." in page
-        and "What every keep-list drops" not in page
+        "These are among the highest 20" in page
+        and "The easiest samples." in page
+        and "Every keep-list drops" not in page
     )
 
 
@@ -90,7 +90,7 @@ def test_only_so_many_shards_are_read(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(fragments=9)
-    monkeypatch.setattr(embeddings, "MOST_SHARDS", 4)
+    monkeypatch.setattr(embeddings, "MAX_SHARDS", 4)
     monkeypatch.setattr(embeddings, "MAP_SHARDS", 2)
     monkeypatch.setattr(embeddings, "MAP_SAMPLES", 30)
     read: list[str] = []
@@ -99,7 +99,7 @@ def test_only_so_many_shards_are_read(
         storage, "read_table", lambda uri, columns=None: read.append(uri) or original(uri, columns)
     )
     found = scan_embeddings(run, 0.0, 5)
-    assert (found.shards_read, found.shards_there) == (4, 9)
+    assert (found.shards_read, found.shards) == (4, 9)
     assert len(read) == 8  # embeddings and scores
     assert found.map is not None
     assert len(found.map.score) <= 30
@@ -109,5 +109,5 @@ def test_a_damaged_shard_is_left_out(make_run: Callable[..., Run]) -> None:
     run = make_run()
     storage.write_bytes(run.path("embeddings", "f001.parquet"), b"PAR1")
     found = scan_embeddings(run, 0.0, 50)
-    assert (found.shards_read, found.shards_there) == (3, 4)
+    assert (found.shards_read, found.shards) == (3, 4)
     assert all(item.fragment != "f001" for item in found.suspects)

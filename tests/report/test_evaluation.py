@@ -67,7 +67,7 @@ def test_the_page_says_whether_it_helps(make_run: Callable[..., Run], reach: flo
     assert "Accuracy against keep fraction" in page and "1,234 samples" in page
     assert "<moso>" not in page and "<test>" not in page  # escaped, in plot, table and text
     assert ("60.0 ± 2.0" in page) == (reach is not None)
-    assert "of other scores" not in page
+    assert "for earlier scores" not in page
 
 
 def test_an_evaluation_of_other_scores_is_said_to_be_one(make_run: Callable[..., Run]) -> None:
@@ -77,7 +77,7 @@ def test_an_evaluation_of_other_scores_is_said_to_be_one(make_run: Callable[...,
     ledger["extrapolate"].finished = "later"
     run.write_ledger(ledger)
     assert summarize(run)["evaluation"]["outdated"]
-    assert "This evaluation is of other scores" in Path(build(run)).read_text("utf-8")
+    assert "This evaluation was made for earlier scores" in Path(build(run)).read_text("utf-8")
 
 
 def test_what_cannot_be_understood_is_left_out(make_run: Callable[..., Run]) -> None:

@@ -14,8 +14,8 @@ import pytest
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import build, summarize
-from raypipe.report.keep_lists import even_classes, held
-from raypipe.report.text import money, saved, without_secrets
+from raypipe.report.keep_lists import even_classes, in_keep_list
+from raypipe.report.text import money, savings_sentences, without_secrets
 from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
@@ -29,9 +29,9 @@ def test_which_samples_a_list_holds(make_run: MakeRun) -> None:
     run = make_run()
     kept = storage.read_table(run.path("keep", "keep-0.50.parquet"))["sample_id"].to_pylist()
     ids = ["nowhere", *kept[::7], "part-1#999", *kept[:1]]
-    assert held(run, "keep-0.50.parquet", ids).tolist() == [name in kept for name in ids[:-1]] + [
-        False
-    ]
+    assert in_keep_list(run, "keep-0.50.parquet", ids).tolist() == [
+        name in kept for name in ids[:-1]
+    ] + [False]
 
 
 def test_a_list_of_one_long_text_takes_little_memory(make_run: MakeRun) -> None:
@@ -46,10 +46,10 @@ def test_a_list_of_one_long_text_takes_little_memory(make_run: MakeRun) -> None:
         "score": pa.array(np.zeros(60_000, np.float32)),
     }
     pq.write_table(pa.table(columns), run.path("keep", "keep-0.50.parquet"))
-    assert held(run, "keep-0.50.parquet", ["z", "z" * 1_000_000]).tolist() == [False, True]
+    assert in_keep_list(run, "keep-0.50.parquet", ["z", "z" * 1_000_000]).tolist() == [False, True]
     storage.write_bytes(run.path("keep", "keep-0.50.parquet"), b"PAR1")
     with pytest.raises(RunError, match=r"keep-0\.50\.parquet: not a readable keep-list"):
-        held(run, "keep-0.50.parquet", ["z"])
+        in_keep_list(run, "keep-0.50.parquet", ["z"])
 
 
 def test_how_even_classes_are() -> None:
@@ -71,20 +71,20 @@ def test_what_a_keep_list_saves(make_run: MakeRun) -> None:
     assert lead["training_seconds"] == pytest.approx(40 * 199 / 20)
     assert lead["saved_seconds"] == pytest.approx(398 * (1 - 50 / 199))
     assert lead["scores_seconds"] == 78.5 and lead["trainings"] == 1
-    assert "took 1 min 18 s, paid with the first such training, or sooner" in plain(
+    assert "took 1 min 18 s; they pay off with the first such training, or sooner" in plain(
         " ".join(lead["sentences"])
     )
     records["proxy"].samples = 2000
     run.write_ledger(records)
     lead = summarize(run)["headline"]
     assert lead["trainings"] == int(np.ceil(78.5 / (40 * 199 / 2000 * (1 - 50 / 199)))) == 27
-    assert "paid after 27 such trainings" in plain(lead["sentences"][1])
+    assert "they pay off after 27 such trainings" in plain(lead["sentences"][1])
     records["measure"].state = "failed"
     run.write_ledger(records)
-    assert "paid" not in " ".join(summarize(run)["headline"]["sentences"]), (
+    assert "pay off" not in " ".join(summarize(run)["headline"]["sentences"]), (
         "what the scores cost is not known yet"
     )
-    assert "holds every sample" in saved({**lead, "saved_share": 0.0})[0]
+    assert "holds every sample" in savings_sentences({**lead, "saved_share": 0.0})[0]
 
 
 def test_an_evaluation_of_such_a_list_is_in_the_headline(make_run: MakeRun) -> None:

@@ -58,7 +58,7 @@ def built(run: Run) -> tuple[str, Elements]:
 def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
     run = make_run(select={"keep": [0.5]})
     text = built(run)[1].text
-    assert "Kept by top: the highest scores." in text and "What every keep-list holds." in text
+    assert "Strategy top: the highest scores." in text and "Every keep-list holds these." in text
     write_keep_lists(
         run,
         parse_config(
@@ -68,10 +68,10 @@ def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
     )
     text = built(run)[1].text
     assert (
-        "Kept by random: drawn at random, whatever the score." in text
+        "Strategy random: drawn at random, whatever the score." in text
         and "100 samples, random" in text
     )
-    assert "What every keep-list" not in text and text.count("is for its strategy to say") == 2
+    assert "Every keep-list" not in text and text.count("The strategy decides which") == 2
 
 
 def test_every_strategy_has_words() -> None:
@@ -83,9 +83,9 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
     page, elements = built(run)
     text = " ".join(elements.text.split()).replace("\u202f", " ")
     assert "Keep 50 %: 100 of 199 samples" in text
-    assert "Fidelity is good: on 10 held-out seed samples" in text
+    assert "Fidelity is good: on 10 seed samples held out of the fit" in text
     for title in (
-        "A training on it of as many epochs takes 50 % fewer steps, and so costs about 50 % less.",
+        "Training on it for the same number of epochs takes 50 % fewer steps, and so costs about 50 % less.",
         "Class by class: the lowest and the highest scores of 3 classes and the unlabelled",
         "Highest scores",
         "Lowest scores",
@@ -178,21 +178,21 @@ def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
         re.sub(r"<(svg|style).*?</\1>|<[^>]+>", " ", page, flags=re.S).split()
     ).replace("\u202f", " ")
     assert (
-        "on 60 audit samples from outside the seed set, extrapolated and measured scores have a Spearman"
+        "on 60 audit samples outside the seed set, extrapolated and measured scores have a Spearman"
         in shown
     )
     assert shown.index("60 audit samples") < shown.index(
-        "On 500 held-out seed samples, each predicted by a fit on at least 400"
+        "On 500 seed samples held out of the fit, each predicted by a fit on at least 400"
     )
     assert "Spearman Pearson top 25 % top 50 %" in shown
     low, high = audit["baselines"]["gnn_published"]["overlap_interval"]["0.25"]
-    table = shown[shown.index("Spearman Pearson top") : shown.index("Top: of the samples")]
+    table = shown[shown.index("Spearman Pearson top") : shown.index("Top: cut a keep-list")]
     for row in ("gnn_published", "class_mean", "random"):
         figures = re.search(rf"{row} ([^a-z]*(to [^a-z]*)*)", table)[1]
         assert len(re.findall(r"to", figures)) == 4, f"{row}: four figures, each with its interval"
     assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in shown
     assert (
-        "Twice the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)."
+        "Doubling the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)."
         in shown
     )
     assert "800, predicted 0.570 0.400 to 0.700" in shown

@@ -101,7 +101,7 @@ def test_the_page_stays_small(
     assert 0.95 * (1 << 20) < images < 1 << 20
     left_out = bounded.count('<div class="none">left out</div>')
     assert left_out == text.count("data:image/jpeg") - bounded.count("data:image/jpeg") > 0
-    assert f"{left_out} images are left out, since those of the page have 1 MB already." in bounded
+    assert f"{left_out} images are left out: the page already holds 1 MB of images." in bounded
 
 
 CONTRAST = """

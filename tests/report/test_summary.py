@@ -64,7 +64,7 @@ def test_scores_that_did_not_stay_in_memory_give_the_same_figures(
 
     monkeypatch.setattr(storage, "read_table", counted)
     expected, first = summarize(run), len(reads)
-    monkeypatch.setattr("raypipe.report.score_scan.HELD_BYTES", most)
+    monkeypatch.setattr("raypipe.report.score_scan.CACHE_BYTES", most)
     assert {**summarize(run), "made": ""} == {**expected, "made": ""}
     assert len(reads) - first == first + len(run.done("scores"))
 
@@ -277,7 +277,7 @@ def test_without_a_run_there_is_an_error_that_names_the_place(tmp_path: Any) -> 
 def test_verdicts(spearman: float, verdict: str) -> None:
     name, text = fidelity_verdict({"spearman": spearman, "n_held": 40}, 100)
     assert name == verdict
-    assert text.startswith(f"Fidelity is {verdict}: on 40 held-out seed samples")
+    assert text.startswith(f"Fidelity is {verdict}: on 40 seed samples held out of the fit")
     assert ("Do not prune" in text) == (verdict == "weak")
 
 

@@ -62,7 +62,7 @@ def test_no_more_than_so_many_fragments_are_opened_the_first_of_each_grid_first(
     make_run: MakeRun, source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(fragments=6)
-    monkeypatch.setattr(thumbnails, "MOST_FRAGMENTS", 3)
+    monkeypatch.setattr(thumbnails, "MAX_FRAGMENTS", 3)
     found = load_thumbnails(run, source.settings, [grid(range(3)), grid(range(3, 6))])
     assert set(source.reads) == {"f000", "f003", "f001"}
     assert found.note.startswith("3 images are not shown")
@@ -114,7 +114,7 @@ def test_samples_that_left_the_source_are_said_to_have(make_run: MakeRun, source
     assert (
         found.images["old#1"].reason
         == found.images["part-1#999"].reason
-        == "not in the source any more"
+        == "no longer in the source"
     )
 
 

@@ -1,4 +1,4 @@
-"""Plots as inline SVG that takes its colours from the page, so that one plot is legible in light, dark and print."""
+"""Plots as inline SVG with the page's colours, so they are legible in light, dark and print."""
 
 from raypipe.report.plots.balance import class_shares, kept_shares
 from raypipe.report.plots.maps import kept_map, score_map

@@ -21,38 +21,42 @@ from raypipe.report.plots.base import (
 )
 
 MARKS = ("o", "s", "^", "D", "v", "P")
-MOST_LISTS = len(MARKS)
-"""Keep-lists in a plot; of more, so many evenly spread over the fractions."""
+MAX_LISTS = len(MARKS)
+"""Keep-lists in a plot; of more, the plot shows this many, evenly spread over the fractions."""
 POINTS = 200
-"""Points of a curve over all classes."""
+"""Points of a curve over all classes, at most."""
 
 
-def some(lists: Sequence[Any]) -> list[Any]:
-    """At most MOST_LISTS of them, the first and the last included."""
-    return (
-        [
-            lists[place]
-            for place in np.unique(np.linspace(0, len(lists) - 1, MOST_LISTS).astype(int))
-        ]
-        if lists
-        else []
-    )
+ListShares = tuple[float, Sequence[float]]
+"""Keep fraction of a list, and a share for each class."""
+
+
+def evenly_chosen(lists: Sequence[ListShares]) -> list[ListShares]:
+    """Return at most MAX_LISTS of them, the first and the last included."""
+    if not lists:
+        return []
+    places = np.unique(np.linspace(0, len(lists) - 1, MAX_LISTS).astype(int))
+    return [lists[place] for place in places]
 
 
 def _colour(place: int, lists: int) -> Any:
     return SCORE_COLOURS(place / max(lists - 1, 1))
 
 
-def class_shares(
-    names: Sequence[str], before: Sequence[float], after: Sequence[tuple[float, Sequence[float]]]
-) -> str:
-    """Share of each class in the source (line) and in each keep-list (marks).
+def class_shares(names: Sequence[str], before: Sequence[float], after: Sequence[ListShares]) -> str:
+    """Draw the share of each class in the source (line) and in each keep-list (marks).
 
-    before  a share for each of the names
-    after   keep fraction, and a share for each of the names
+    Parameters
+    ----------
+    names
+        Classes.
+    before
+        Share of the source for each class.
+    after
+        Share of each keep-list for each class.
     """
     with rc_context(STYLE):
-        after = some(after)
+        after = evenly_chosen(after)
         height = 0.95 + 0.22 * len(names)
         figure, axes = new_figure(height, left=0.31)
         axes.set_position((0.31, 0.42 / height, 0.66, 1 - 0.86 / height))
@@ -60,9 +64,14 @@ def class_shares(
         axes.vlines(before, rows - 0.36, rows + 0.36, color=INK, linewidth=1.6, label="source")
         for place, (fraction, shares) in enumerate(after):
             axes.plot(
-                shares, rows, marker=MARKS[place], markersize=4.6, linestyle="none", color=_colour(place, len(after)),
+                shares,
+                rows,
+                marker=MARKS[place],
+                markersize=4.6,
+                linestyle="none",
+                color=_colour(place, len(after)),
                 label=f"keep {text.share(fraction)}",
-            )  # fmt: skip
+            )
         axes.set_xlim(
             0, 1.06 * max([*before, *(share for _, shares in after for share in shares), 1e-9])
         )
@@ -83,13 +92,13 @@ def class_shares(
         return as_svg(figure, "balance", "Share of each class in the source and in each keep-list")
 
 
-def kept_shares(after: Sequence[tuple[float, Sequence[float]]]) -> str:
-    """Of every class the share that a keep-list holds, the most thinned class first: a curve for each list, its fraction dashed.
+def kept_shares(after: Sequence[ListShares]) -> str:
+    """Draw the share of every class that each keep-list holds, the most thinned class first.
 
-    after  keep fraction, and the share kept of each class
+    Each list is a curve, and its keep fraction a dashed line.
     """
     with rc_context(STYLE):
-        after = some(after)
+        after = evenly_chosen(after)
         figure, axes = new_figure(2.9, left=0.13)
         for place, (fraction, shares) in enumerate(after):
             ordered = np.sort(np.asarray(shares, float))

@@ -1,4 +1,4 @@
-"""Plots as inline SVG that takes its colours from the page, so that one plot is legible in light, dark and print."""
+"""Plots as inline SVG with the page's colours, so they are legible in light, dark and print."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Literal
 
 
 def _writable_cache() -> None:
-    """Matplotlib wants a folder for its list of fonts; a worker or a container may have no writable home."""
-    if "MPLCONFIGDIR" not in os.environ:
-        folder = (
-            Path(tempfile.gettempdir())
-            / f"raypipe-matplotlib-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-        )
-        folder.mkdir(mode=0o700, exist_ok=True)
-        mine = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
-        os.environ["MPLCONFIGDIR"] = (
-            str(folder) if mine else tempfile.mkdtemp(prefix="raypipe-matplotlib-")
-        )
+    """Give Matplotlib a folder for its font list; workers and containers can lack a home."""
+    if "MPLCONFIGDIR" in os.environ:
+        return
+    user = os.getuid() if hasattr(os, "getuid") else None
+    name = f"raypipe-matplotlib-{'user' if user is None else user}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    owned = user is None or folder.stat().st_uid == user
+    os.environ["MPLCONFIGDIR"] = (
+        str(folder) if owned else tempfile.mkdtemp(prefix="raypipe-matplotlib-")
+    )
 
 
 _writable_cache()
@@ -34,19 +34,17 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 __all__ = [
-    "EXTRAPOLATED", "INK", "LINE", "MEASURED", "MUTED", "SCORE_COLOURS", "SOFT", "STYLE", "WIDTH", "Figure", "Normalize", "as_svg", "light_grid",
-    "new_figure", "rc_context", "short",
+    "EXTRAPOLATED", "INK", "LINE", "MEASURED", "MUTED", "SCORE_COLOURS", "SOFT", "STYLE", "WIDTH",
+    "Axes", "Figure", "Normalize", "as_svg", "light_grid", "new_figure", "rc_context", "short",
 ]  # fmt: skip
 
-# Stand-ins, exchanged for variables of the page's style sheet in the finished SVG.
-INK, MUTED, LINE, MEASURED, EXTRAPOLATED, SOFT = (
-    "#010101",
-    "#010102",
-    "#010103",
-    "#010104",
-    "#010105",
-    "#010106",
-)
+# Placeholders: the finished SVG has variables of the page's style sheet in their place.
+INK = "#010101"
+MUTED = "#010102"
+LINE = "#010103"
+MEASURED = "#010104"
+EXTRAPOLATED = "#010105"
+SOFT = "#010106"
 _VARIABLES = {
     INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)",
     MEASURED: "var(--measured)", EXTRAPOLATED: "var(--extrapolated)", SOFT: "var(--soft)",
@@ -68,14 +66,16 @@ STYLE = {
     "axes.spines.right": False,
     "axes.unicode_minus": True,
 }
-WIDTH = 4.6  # inches; at the width of a phone the letters are still of about 9.5 px
+WIDTH = 4.6
+"""Inches; on a phone the letters are still about 9.5 px high."""
 SCORE_COLOURS = LinearSegmentedColormap.from_list(
     "score", ["#3f6fd8", "#7d78c4", "#b07c9d", "#d98a62", "#eda634"]
 )
-"""From low to high, every colour dark enough for a white page and light enough for a black one."""
+"""From low to high; every colour is legible on a white and on a black page."""
 
 
 def new_figure(height: float, left: float = 0.11) -> tuple[Figure, Axes]:
+    """Return a figure of WIDTH x height inches, and its axes; `left` is the margin for labels."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((left, 0.42 / height, 0.97 - left, 1 - 0.52 / height))
     axes.patch.set_alpha(0)
@@ -83,14 +83,16 @@ def new_figure(height: float, left: float = 0.11) -> tuple[Figure, Axes]:
 
 
 def as_svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an <svg> element with ids of its own, no size of its own, and a title for those who cannot see it."""
+    """Return the figure as an <svg> element.
+
+    It has unique ids (they begin with `name`), no fixed size, and `title` for screen readers.
+    """
     FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # a letter that Matplotlib's font lacks: the reader's has it
+        # a letter that Matplotlib's font lacks: the reader's font has it
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -104,13 +106,14 @@ def as_svg(figure: Figure, name: str, title: str) -> str:
 
 
 def light_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """Draw grid lines across one axis."""
     axes.set_axisbelow(True)
     axes.grid(axis=axis, color=LINE, linewidth=0.6)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(axis == "y")
 
 
-def short(name: str, most: int = 16) -> str:
-    """A class name for an axis: one line, no control characters, cut where it is long."""
+def short(name: str, limit: int = 16) -> str:
+    """Return a class name for an axis: one line, no control characters, at most `limit` long."""
     name = "".join(letter if letter.isprintable() else " " for letter in name).strip() or "?"
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return name if len(name) <= limit else name[: limit - 1] + "…"

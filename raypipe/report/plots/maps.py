@@ -1,8 +1,6 @@
-"""Embeddings in two dimensions."""
+"""Maps of the embeddings in two dimensions."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +10,7 @@ from raypipe.report.plots.base import (
     SCORE_COLOURS,
     STYLE,
     WIDTH,
+    Axes,
     Figure,
     Normalize,
     as_svg,
@@ -20,45 +19,45 @@ from raypipe.report.plots.base import (
 
 HEIGHT = 3.6
 KEPT, PRUNED = SCORE_COLOURS(1.0), SCORE_COLOURS(0.0)
-"""As the two ends of the scores, most of which are kept and pruned."""
+"""The colours of the highest and of the lowest scores."""
 
 
-def _new_map(found: EmbeddingMap) -> tuple[Figure, Any]:
+def _new_map(samples: EmbeddingMap) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.add_axes((0.02, 0.07, 0.8, 0.84))
     axes.patch.set_alpha(0)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    first, second = (text.share(share, 0) for share in found.explained)
+    first, second = (text.share(share, 0) for share in samples.explained)
     axes.set_xlabel(f"two principal components: {first} and {second} of the variance", labelpad=4)
     return figure, axes
 
 
-def _order(found: EmbeddingMap) -> np.ndarray:
-    """An order that draws no class on top of another, the same in every map."""
-    return np.random.default_rng(0).permutation(len(found.score))
+def _order(samples: EmbeddingMap) -> np.ndarray:
+    """Return a random order, the same in every map, so that no class is drawn on top."""
+    return np.random.default_rng(0).permutation(len(samples.score))
 
 
-def _size(found: EmbeddingMap) -> float:
-    return float(np.clip(9000 / len(found.score), 3, 18))
+def _size(samples: EmbeddingMap) -> float:
+    return float(np.clip(9000 / len(samples.score), 3, 18))
 
 
-def score_map(found: EmbeddingMap) -> str:
-    """Samples by the first two principal components of their embeddings, coloured by score."""
-    low, high = np.quantile(found.score, (0.02, 0.98))
+def score_map(samples: EmbeddingMap) -> str:
+    """Draw samples by the two principal components of their embeddings, coloured by score."""
+    low, high = np.quantile(samples.score, (0.02, 0.98))
     with rc_context(STYLE):
-        figure, axes = _new_map(found)
-        order = _order(found)
-        across, up = found.position[order].T
+        figure, axes = _new_map(samples)
+        order = _order(samples)
+        across, up = samples.position[order].T
         colour = Normalize(low, max(high, low + 1e-12))
         points = axes.scatter(
             across,
             up,
-            c=found.score[order],
+            c=samples.score[order],
             cmap=SCORE_COLOURS,
             norm=colour,
-            s=_size(found),
+            s=_size(samples),
             linewidths=0,
             alpha=0.85,
         )
@@ -74,24 +73,38 @@ def score_map(found: EmbeddingMap) -> str:
         return as_svg(figure, "map", "Embeddings of a sample of the source, coloured by score")
 
 
-def kept_map(found: EmbeddingMap, fraction: float) -> str:
-    """The same samples, coloured by whether the keep-list of a fraction holds them. `found.kept` must be there."""
-    kept = np.asarray(found.kept, bool)
+def kept_map(samples: EmbeddingMap, fraction: float) -> str:
+    """Draw the same samples, coloured by whether a keep-list holds them.
+
+    Parameters
+    ----------
+    samples
+        Its `kept` must not be None.
+    fraction
+        Keep fraction of the list.
+    """
+    kept = np.asarray(samples.kept, bool)
     with rc_context(STYLE):
-        figure, axes = _new_map(found)
-        order = _order(found)
+        figure, axes = _new_map(samples)
+        order = _order(samples)
         colours = np.where(kept[:, None], KEPT, PRUNED)[order]
-        points = axes.scatter(
-            *found.position[order].T, c=colours, s=_size(found), linewidths=0, alpha=0.85
-        )
+        across, up = samples.position[order].T
+        points = axes.scatter(across, up, c=colours, s=_size(samples), linewidths=0, alpha=0.85)
         points.set_rasterized(True)
         for colour, word in ((KEPT, "kept"), (PRUNED, "pruned")):
             number = int((kept == (word == "kept")).sum())
             axes.scatter([], [], color=colour, s=28, label=f"{word} ({text.count(number)})")
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2, frameon=False, fontsize=8.5, handletextpad=0.2,
-            title=f"keep {text.share(fraction)}", title_fontsize=8.5, alignment="left",
-        )  # fmt: skip
+            loc="lower left",
+            bbox_to_anchor=(0, 0.98),
+            ncols=2,
+            frameon=False,
+            fontsize=8.5,
+            handletextpad=0.2,
+            title=f"keep {text.share(fraction)}",
+            title_fontsize=8.5,
+            alignment="left",
+        )
         return as_svg(
             figure,
             "kept",

@@ -1,9 +1,8 @@
-"""Distributions of the scores: overall, and by class."""
+"""Distributions of the scores: of all samples, and by class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,20 +19,32 @@ from raypipe.report.plots.base import (
     rc_context,
     short,
 )
+from raypipe.report.schema import ClassFigures, Histogram, ShownClass
 
 BAND_POINTS = 400
-"""Classes that are drawn one by one in the plot of all; of more, so many evenly spread over their order."""
+"""Classes that the plot of all classes draws at most, evenly spread over their order."""
 MINI = (120, 44)
-"""Units of a small histogram."""
+"""Width and height of a small histogram, in SVG units."""
 
 
-def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float, float]]) -> str:
-    """Measured against extrapolated scores, each as a share of its own number; `cuts` are (keep fraction, lowest score)."""
+def score_histogram(histogram: Histogram, cuts: Sequence[tuple[float, float]]) -> str:
+    """Draw measured and extrapolated scores, each as a share of its own total.
+
+    Parameters
+    ----------
+    histogram
+        Edges and counts.
+    cuts
+        Keep fraction and lowest score of the keep-lists that end at a score.
+    """
     edges = np.array(histogram["edges"])
     with rc_context(STYLE):
         figure, axes = new_figure(2.5)
-        for name, filled in (("measured", True), ("extrapolated", False)):
-            counts = np.array(histogram[name], float)
+        for name, counts_of in (
+            ("measured", histogram["measured"]),
+            ("extrapolated", histogram["extrapolated"]),
+        ):
+            counts, filled = np.array(counts_of, float), name == "measured"
             if not counts.sum():
                 continue
             colour = MEASURED if filled else EXTRAPOLATED
@@ -60,7 +71,7 @@ def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float,
             axes.plot(
                 [lowest, lowest], [0, top * 1.04], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2))
             )
-            if last - lowest > 0.085 * (edges[-1] - edges[0]):  # the labels would lie on each other
+            if last - lowest > 0.085 * (edges[-1] - edges[0]):  # else labels overlap
                 axes.text(
                     lowest,
                     top * 1.06,
@@ -92,22 +103,26 @@ def score_histogram(histogram: dict[str, list[Any]], cuts: Sequence[tuple[float,
 def small_histogram(
     measured: Sequence[int], extrapolated: Sequence[int], cuts: Sequence[float]
 ) -> str:
-    """The same for one class, without words, as an <svg> that fills the width it is given.
+    """Draw the scores of one class, without labels, as an <svg> that fills its container.
 
-    measured, extrapolated  counts [B] of bins of equal width, each drawn as a share of its own sum
-    cuts                    where keep-lists end, from 0 (the left edge) to 1; those beyond are left out
+    Parameters
+    ----------
+    measured, extrapolated
+        Counts [B] in bins of equal width, each drawn as a share of its own sum.
+    cuts
+        Where keep-lists end, from 0 (the left edge) to 1; others are left out.
     """
     width, height = MINI
     shares = [
         np.asarray(counts, float) / max(np.sum(counts), 1) for counts in (measured, extrapolated)
     ]
-    top = max(*(found.max(initial=0) for found in shares), 1e-9)
+    top = max(*(heights.max(initial=0) for heights in shares), 1e-9)
     parts = []
-    for kind, found in zip(("measured", "extrapolated"), shares, strict=True):
-        if not found.any():
+    for kind, heights in zip(("measured", "extrapolated"), shares, strict=True):
+        if not heights.any():
             continue
-        edges = np.linspace(0, width, len(found) + 1)
-        up = height - 1 - (height - 3) * found / top
+        edges = np.linspace(0, width, len(heights) + 1)
+        up = height - 1 - (height - 3) * heights / top
         steps = "".join(f"V{y:.1f}H{x:.1f}" for x, y in zip(edges[1:], up, strict=True))
         parts.append(f'<path class="{kind}-bars" d="M0 {height - 1}{steps}V{height - 1}"/>')
     lines = "".join(
@@ -119,30 +134,26 @@ def small_histogram(
     )
 
 
-def class_spread(classes: Sequence[dict[str, Any]]) -> str:
-    """The middle 80 % (thin), 50 % (thick) and median (dot) of the scores of each class."""
+def _quantiles(classes: Sequence[ShownClass]) -> np.ndarray:
+    """Return q10, q25, q50, q75 and q90 of each class, [classes, 5]; NaN without scores."""
+    return np.array(
+        [[item["q10"], item["q25"], item["q50"], item["q75"], item["q90"]] for item in classes],
+        float,
+    )
+
+
+def class_spread(classes: Sequence[ShownClass]) -> str:
+    """Draw the middle 80 % (thin), 50 % (thick) and median (dot) of the scores of each class."""
     with rc_context(STYLE):
         figure, axes = new_figure(0.62 + 0.2 * len(classes), left=0.31)
-        for place, item in enumerate(classes):
+        for place, quantiles in enumerate(_quantiles(classes)):
+            q10, q25, q50, q75, q90 = quantiles
+            line = [place, place]
+            axes.plot([q10, q90], line, color=EXTRAPOLATED, linewidth=1, alpha=0.7)
             axes.plot(
-                [item["q10"], item["q90"]],
-                [place, place],
-                color=EXTRAPOLATED,
-                linewidth=1,
-                alpha=0.7,
+                [q25, q75], line, color=EXTRAPOLATED, alpha=0.55, linewidth=4, solid_capstyle="butt"
             )
-            middle = [item["q25"], item["q75"]]
-            axes.plot(
-                middle,
-                [place, place],
-                color=EXTRAPOLATED,
-                alpha=0.55,
-                linewidth=4,
-                solid_capstyle="butt",
-            )
-            axes.plot(
-                [item["q50"]], [place], marker="o", markersize=3.6, color=INK, linestyle="none"
-            )
+            axes.plot([q50], [place], marker="o", markersize=3.6, color=INK, linestyle="none")
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.set_yticks(range(len(classes)), [short(item["name"]) for item in classes])
         axes.locator_params(axis="x", nbins=6)
@@ -151,13 +162,10 @@ def class_spread(classes: Sequence[dict[str, Any]]) -> str:
         return as_svg(figure, "classes", "Distribution of the scores in each class")
 
 
-def class_bands(classes: Sequence[dict[str, Any]]) -> str:
-    """The same of many classes, side by side in the order of their medians: bands of the middle 80 % and 50 %, a line of medians."""
+def class_bands(classes: Sequence[ClassFigures]) -> str:
+    """Draw the same for many classes, in the order of their medians, as bands and a line."""
     rows = np.unique(np.linspace(0, len(classes) - 1, BAND_POINTS).astype(int))
-    q10, q25, q50, q75, q90 = (
-        np.array([classes[row][key] for row in rows], float)
-        for key in ("q10", "q25", "q50", "q75", "q90")
-    )
+    q10, q25, q50, q75, q90 = _quantiles([classes[row] for row in rows]).T
     with rc_context(STYLE):
         figure, axes = new_figure(2.9, left=0.13)
         axes.fill_between(

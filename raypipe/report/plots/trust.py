@@ -1,4 +1,4 @@
-"""How well scores are predicted, what more of them would give, and what training on them gives."""
+"""Fidelity, the learning curve, and the accuracy of trainings on keep-lists."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from raypipe.report.plots.base import (
 
 
 def fidelity_chart(rows: Sequence[tuple[str, float, float | None, float | None]]) -> str:
-    """Spearman correlation of the extrapolator (first row) and of the baselines, with their intervals where they have one."""
+    """Draw the Spearman correlation of the extrapolator (first row) and of the baselines.
+
+    A row is a name, a correlation, and both ends of its interval (None without one).
+    """
     with rc_context(STYLE):
         height = 0.62 + 0.27 * len(rows)
         figure, axes = new_figure(height, left=0.33)
-        least = min(0.0, *(value if low is None else low for _, value, low, _ in rows)) - 0.03
-        axes.set_xlim(max(-1.0, least), 1)
+        lowest = min(0.0, *(value if low is None else low for _, value, low, _ in rows)) - 0.03
+        axes.set_xlim(max(-1.0, lowest), 1)
         for start, stop in ((0.2, 0.5), (0.8, 1.0)):
             axes.axvspan(start, stop, color=SOFT, linewidth=0)
         for row, (_, value, low, high) in enumerate(rows):
@@ -58,7 +61,10 @@ def fidelity_chart(rows: Sequence[tuple[str, float, float | None, float | None]]
 
 
 def learning_curve(points: Sequence[dict[str, Any]], doubled: dict[str, Any]) -> str:
-    """Spearman correlation against the number of seed samples, with 95 % intervals; open and dashed: predicted for twice as many."""
+    """Draw the Spearman correlation against the number of seed samples, with 95 % intervals.
+
+    The prediction for a doubled seed set is drawn open and dashed.
+    """
     with rc_context(STYLE):
         figure, axes = new_figure(2.3, left=0.13)
         across, up = [point["samples"] for point in points], [point["spearman"] for point in points]
@@ -98,7 +104,7 @@ def learning_curve(points: Sequence[dict[str, Any]], doubled: dict[str, Any]) ->
 
 
 Curve = tuple[str, Sequence[tuple[float, float, float | None, float | None]]]
-"""Name, and points: keep fraction, accuracy, both ends of its interval (None: it has none)."""
+"""Name, and points: keep fraction, accuracy, both ends of its interval (None without one)."""
 STYLES = (
     (EXTRAPOLATED, "-", "o"),
     (MEASURED, "-", "s"),
@@ -107,13 +113,21 @@ STYLES = (
     (MEASURED, ":", "v"),
     (INK, ":", "x"),
 )
-"""Colour, line and mark of the lists; beyond these they begin anew."""
+"""Colour, line and mark of the lists, in turn."""
 
 
 def evaluation_curves(
     curves: Sequence[Curve], full: tuple[float, float | None, float | None]
 ) -> str:
-    """Accuracy against keep fraction: random (the first curve) with its interval as a band, lists with theirs as bars, the full set as a line."""
+    """Draw accuracy against keep fraction.
+
+    Parameters
+    ----------
+    curves
+        The random lists, whose interval is drawn as a band; then lists, with bars.
+    full
+        Accuracy of the full set and both ends of its interval, drawn as a line.
+    """
     with rc_context(STYLE):
         figure, axes = new_figure(2.9 + 0.17 * ((len(curves) + 2) // 2))
         height = figure.get_figheight()
