@@ -510,7 +510,7 @@ def test_other_verbs_on_what_was_made_from_tables(
     ):
         raypipe.select(made, 0.5)
     storage.write_bytes(run.path("run.json"), original)
-    with pytest.raises(RunError, match=r"was made from tables, .*summary\.json"):
+    with pytest.raises(RunError, match=r"was extrapolated from tables, .*summary\.json"):
         build(run)
     with pytest.raises(RunError, match="was made by `raypipe extrapolate`"):
         raypipe.run(
