@@ -41,4 +41,5 @@ class UnitResult:
     @classmethod
     def from_batch(cls, batch: dict[str, np.ndarray], row: int) -> UnitResult:
         """Restore one row of such columns."""
-        return cls(**{name: column[row].item() for name, column in batch.items()})
+        # Ray gives strings as an array of objects, which have no `item`
+        return cls(**{name: column.tolist()[row] for name, column in batch.items()})
