@@ -1,8 +1,10 @@
-"""How well extrapolated scores rank samples compared with measured ones, on samples the extrapolator never saw.
+"""How well extrapolated scores rank samples compared with measured ones, on samples not fitted on.
 
-Two kinds of such samples. The seed set, held out of the fit in parts, of which each is predicted by a fit on the rest: the
-proxy was trained on them, so they tell nothing of a shift between the seed set and the other samples. And, for scores that can
-be measured on any sample, an audit set outside the seed set, predicted by the fit on all of it: that figure is unbiased.
+There are two kinds of such samples. The first is the seed set: parts of it are held out of the fit,
+and each part is predicted by a fit on the rest. The proxy was trained on these samples, so they do
+not reveal a shift between the seed set and the other samples. The second is an audit set outside
+the seed set, for scores that can be measured on any sample. It is predicted by the fit on the whole
+seed set, so its figure is unbiased.
 """
 
 from __future__ import annotations
@@ -30,22 +32,31 @@ from raypipe.extrapolators.proxy_signal import ProxyStatisticsMap
 from raypipe.progress import ProgressCallback
 
 KEEP_FRACTIONS = (0.3, 0.5, 0.7)
+"""Keep fractions at which the overlap of the tops is computed."""
 NEIGHBOURS = 20
-"""Of the published kNN among the baselines."""
+"""Neighbours of the published kNN among the baselines."""
 MLP_EPOCHS = 20
-"""Of the network among the baselines: it learns little after these."""
+"""Epochs of the network among the baselines; it learns little after them."""
 
 
 @dataclass(frozen=True)
 class HeldOutPredictions:
-    """Of m samples that were not fitted on.
+    """Predictions for m samples that were not fitted on.
 
-    label       int64 [m]
-    measured    float64 [m], their measured scores;  predicted  float64 [m]
-    difficulty  float32 [m], `Extrapolator.difficulty`
-    baselines   what simpler methods predict, float64 [m] by name; one that cannot be had is absent
-    n_fit       samples fitted on
-    note        why there are none, where there are none
+    Attributes
+    ----------
+    label
+        Classes, int64 [m].
+    measured, predicted
+        Measured and predicted scores, float64 [m].
+    difficulty
+        `Extrapolator.difficulty`, float32 [m].
+    baselines
+        Predictions of simpler methods, float64 [m] by name; unavailable ones are absent.
+    n_fit
+        Number of samples in the fit.
+    note
+        Why there are no predictions; else empty.
     """
 
     label: np.ndarray
@@ -61,12 +72,18 @@ class HeldOutPredictions:
 
     @property
     def residual(self) -> np.ndarray:
-        """Measured minus predicted, float64 [m]: what `Conformal.fit` calibrates on."""
+        """Measured minus predicted scores, float64 [m]; `Conformal.fit` calibrates on them."""
         return self.measured - self.predicted
 
     @staticmethod
     def concat(parts: Sequence[HeldOutPredictions]) -> HeldOutPredictions:
-        """All of them, with the baselines that all have. Raises RaypipeError when there are no parts."""
+        """Join predictions, with the baselines that all parts have.
+
+        Raises
+        ------
+        RaypipeError
+            There are no parts.
+        """
         if not parts:
             raise RaypipeError("no predictions to join")
         names = [
@@ -85,11 +102,16 @@ class HeldOutPredictions:
 
 @dataclass(frozen=True)
 class Fidelity(RankAgreement):
-    """Figures of the predictions, and beside them
+    """Agreement of predicted with measured scores, next to that of simpler predictions.
 
-    baselines  figures of simpler predictions: class_mean, knn_published, proxy_loss, random, ...
-    n_fit      samples fitted on;  n_held  samples judged on
-    note       why a figure is None
+    Attributes
+    ----------
+    baselines
+        Agreement of simpler predictions by name: class_mean, knn_published, proxy_loss, random, ...
+    n_fit, n_held
+        Number of samples in the fit, and of those assessed.
+    note
+        Why a figure is None; else empty.
     """
 
     baselines: dict[str, RankAgreement] = field(default_factory=dict)
@@ -98,8 +120,8 @@ class Fidelity(RankAgreement):
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures as JSON."""
-        baselines = {name: found.as_dict() for name, found in self.baselines.items()}
+        """Return all figures as JSON data."""
+        baselines = {name: agreement.as_dict() for name, agreement in self.baselines.items()}
         return super().as_dict() | {
             "baselines": baselines,
             "n_fit": self.n_fit,
@@ -109,13 +131,32 @@ class Fidelity(RankAgreement):
 
 
 def split(count: int, holdout: float, folds: int, seed: int) -> list[np.ndarray]:
-    """Rows of `count` samples in disjoint random parts, each the share `holdout` of them: int64, sorted, `folds` of them.
+    """Split samples into disjoint random parts.
 
-    Raises RaypipeError where nothing would be left to fit on.
+    Parameters
+    ----------
+    count
+        Number of samples.
+    holdout
+        Share of the samples in each part.
+    folds
+        Number of parts.
+    seed
+        Seed of the split.
+
+    Returns
+    -------
+    list[np.ndarray]
+        Sorted rows of each part, int64.
+
+    Raises
+    ------
+    RaypipeError
+        Nothing would be left to fit on.
     """
     if count < 2 or round(count * holdout) >= count:
         raise RaypipeError(
-            f"{count} measured samples cannot be split to judge fidelity; raise seed.fraction"
+            f"{count} measured samples cannot be split to assess fidelity; raise seed.fraction"
         )
     order = np.random.default_rng(seed).permutation(count)
     bounds = [min(count, round(count * holdout * part)) for part in range(folds + 1)]
@@ -132,38 +173,67 @@ def hold_out(
     progress: ProgressCallback | None = None,
     mlp: bool = True,
 ) -> HeldOutPredictions:
-    """Fit on the seed set without the rows `held`, int64, and predict these.
+    """Fit on the seed set without some rows, and predict these.
 
-    seed_nodes, score       the seed set and its measured scores, float [m]
-    all_nodes, scored_rows  transductive extrapolators only: all samples, and the rows of the seed set among them, int64 [m]
-    mlp                     whether it is among the baselines: see `simpler_predictions`
-    Where the rest is too small to fit on, there are no predictions but a note. Raises RaypipeError where the fit does.
+    Parameters
+    ----------
+    make_extrapolator
+        Returns an extrapolator that is not fitted.
+    seed_nodes, score
+        The seed set and its measured scores, float [m].
+    held
+        Rows of the seed set to hold out, int64.
+    all_nodes, scored_rows
+        For transductive extrapolators only: all samples, and the rows of the seed set among them,
+        int64 [m].
+    progress
+        Called during the fit.
+    mlp
+        Whether the network is among the baselines; see `simpler_predictions`.
+
+    Returns
+    -------
+    HeldOutPredictions
+        Has a note instead of predictions if too few samples are left to fit on.
+
+    Raises
+    ------
+    RaypipeError
+        Lengths differ, or the fit raises it.
     """
     score = np.asarray(score, np.float64)
     count = len(seed_nodes)
     if score.shape != (count,):
         raise RaypipeError(f"{count} seed samples but scores of shape {list(score.shape)}")
-    kept = np.setdiff1d(np.arange(count), held)
+    fit_rows = np.setdiff1d(np.arange(count), held)
     model = make_extrapolator()
-    known = seed_nodes.take(kept)
-    if len(kept) < model.fewest <= count:  # enough for a fit, but not for a fit on part of them
-        note = f"{count} measured samples leave {len(kept)} to fit on, fewer than the {model.fewest} needed: raise seed.fraction"
-        none = np.empty(0)
-        return HeldOutPredictions(
-            np.empty(0, np.int64), none, none, np.empty(0, np.float32), {}, len(kept), note
+    known, known_score = seed_nodes.take(fit_rows), score[fit_rows]
+    # enough samples for a fit, but not for a fit on part of them
+    if len(fit_rows) < model.min_samples <= count:
+        return _no_predictions(count, len(fit_rows), model.min_samples)
+    if not isinstance(model, TransductiveExtrapolator):
+        model.fit(known, known_score, progress)
+        return predict(model, known, known_score, seed_nodes.take(held), score[held], mlp=mlp)
+    if all_nodes is None or scored_rows is None or len(scored_rows) != count:
+        raise RaypipeError(
+            f"{model.name}: to assess it, pass all samples and the row of every seed sample "
+            "among them"
         )
-    if isinstance(model, TransductiveExtrapolator):
-        if all_nodes is None or scored_rows is None or len(scored_rows) != count:
-            raise RaypipeError(
-                f"{model.name}: judging it takes all samples and the row of every seed sample among them"
-            )
-        rows = np.asarray(scored_rows)
-        model.fit_graph(all_nodes, rows[kept], score[kept], progress)
-        return predict(
-            model, known, score[kept], seed_nodes.take(held), score[held], rows[held], mlp
-        )
-    model.fit(known, score[kept], progress)
-    return predict(model, known, score[kept], seed_nodes.take(held), score[held], mlp=mlp)
+    rows = np.asarray(scored_rows)
+    model.fit_graph(all_nodes, rows[fit_rows], known_score, progress)
+    return predict(model, known, known_score, seed_nodes.take(held), score[held], rows[held], mlp)
+
+
+def _no_predictions(count: int, n_fit: int, min_samples: int) -> HeldOutPredictions:
+    """Return the result if `n_fit` of `count` samples are too few to fit on."""
+    note = (
+        f"{count} measured samples leave {n_fit} to fit on, fewer than the {min_samples} needed: "
+        "raise seed.fraction"
+    )
+    empty = np.empty(0)
+    return HeldOutPredictions(
+        np.empty(0, np.int64), empty, empty, np.empty(0, np.float32), {}, n_fit, note
+    )
 
 
 def predict(
@@ -175,16 +245,25 @@ def predict(
     rows: np.ndarray | None = None,
     mlp: bool = True,
 ) -> HeldOutPredictions:
-    """What a fitted extrapolator and the baselines predict for `nodes`, beside their measured scores, float [m].
+    """Predict samples with a fitted extrapolator and with the baselines.
 
-    known, score  the samples that it was fitted on and their scores, float [n]
-    rows          transductive extrapolators only: the rows of `nodes` in the graph, int64 [m]
-    mlp           whether it is among the baselines: see `simpler_predictions`
+    Parameters
+    ----------
+    model
+        The fitted extrapolator.
+    known, score
+        The samples of its fit and their scores, float [n].
+    nodes, measured
+        The samples to predict and their measured scores, float [m].
+    rows
+        For transductive extrapolators only: the rows of `nodes` in the graph, int64 [m].
+    mlp
+        Whether the network is among the baselines; see `simpler_predictions`.
     """
     if isinstance(model, TransductiveExtrapolator):
         if rows is None:
             raise RaypipeError(
-                f"{model.name}: predicting takes the rows of the samples in the graph"
+                f"{model.name}: to predict, pass the rows of the samples in the graph"
             )
         predicted, difficulty = model.predict_rows(rows), model.difficulty(nodes)
     else:
@@ -197,52 +276,78 @@ def predict(
 
 
 def compare(
-    found: HeldOutPredictions, seed: int, keep: Sequence[float] = KEEP_FRACTIONS
+    held_out: HeldOutPredictions, seed: int, keep: Sequence[float] = KEEP_FRACTIONS
 ) -> Fidelity:
-    """Fidelity of predictions of samples that were not fitted on; `seed` is that of the bootstrap.
+    """Return the fidelity of predictions for samples that were not fitted on.
 
-    Raises RaypipeError when lengths differ or a value is not finite.
+    Parameters
+    ----------
+    held_out
+        The predictions.
+    seed
+        Seed of the bootstrap.
+    keep
+        Keep fractions for the overlaps.
+
+    Raises
+    ------
+    RaypipeError
+        Lengths differ or a value is not finite.
     """
-    measured = np.asarray(found.measured, np.float64)
-    rivals = {name: np.asarray(value, np.float64) for name, value in found.baselines.items()}
-    for name, value in {"": np.asarray(found.predicted, np.float64), **rivals}.items():
-        if value.ndim != 1 or value.shape != measured.shape:
-            raise RaypipeError(
-                f"{list(value.shape)} predicted scores {name} do not match {list(measured.shape)} measured ones"
-            )
-        bad = int((~np.isfinite(value) | ~np.isfinite(measured)).sum())
-        if bad:
-            raise RaypipeError(
-                f"{bad} of {len(measured)} held-out samples have scores {name} that are not finite"
-            )
-    n, note = len(measured), found.note
-    if n < MIN_SAMPLES:
-        note = (
-            note
-            or f"only {n} held-out samples; at least {MIN_SAMPLES} are needed: raise seed.fraction or extrapolate.holdout"
-        )
-    elif not np.ptp(measured):
-        note = "all held-out samples have the same measured score, so there is no order to predict"
-    else:
-        if not np.ptp(found.predicted):
-            note = "all held-out samples got the same predicted score"
-        # the empty name is the method's own; no baseline has it
-        judged = rank_agreement({"": found.predicted, **rivals}, measured, seed, keep)
-        own = judged.pop("")
+    measured = np.asarray(held_out.measured, np.float64)
+    baselines = {name: np.asarray(value, np.float64) for name, value in held_out.baselines.items()}
+    # the extrapolator's own predictions have the empty name, which no baseline has
+    predictions = {"": np.asarray(held_out.predicted, np.float64), **baselines}
+    for name, value in predictions.items():
+        _check_comparable(name, value, measured)
+    n = len(measured)
+    undefined = _why_undefined(measured)
+    if undefined:
         return Fidelity(
-            **vars(own),
-            baselines=judged | {"random": chance(n, keep)},
-            n_fit=found.n_fit,
+            **vars(NO_AGREEMENT),
+            baselines=dict.fromkeys(baselines, NO_AGREEMENT),
+            n_fit=held_out.n_fit,
             n_held=n,
-            note=note,
+            note=(held_out.note if n < MIN_SAMPLES else "") or undefined,
         )
+    note = held_out.note
+    if not np.ptp(held_out.predicted):
+        note = "all held-out samples got the same predicted score"
+    agreement = rank_agreement(predictions, measured, seed, keep)
+    own = agreement.pop("")
     return Fidelity(
-        **vars(NO_AGREEMENT),
-        baselines=dict.fromkeys(rivals, NO_AGREEMENT),
-        n_fit=found.n_fit,
+        **vars(own),
+        baselines=agreement | {"random": chance(n, keep)},
+        n_fit=held_out.n_fit,
         n_held=n,
         note=note,
     )
+
+
+def _check_comparable(name: str, predicted: np.ndarray, measured: np.ndarray) -> None:
+    """Raise RaypipeError unless both are finite and of the same length."""
+    if predicted.ndim != 1 or predicted.shape != measured.shape:
+        raise RaypipeError(
+            f"{list(predicted.shape)} predicted scores {name} do not match "
+            f"{list(measured.shape)} measured ones"
+        )
+    bad = int((~np.isfinite(predicted) | ~np.isfinite(measured)).sum())
+    if bad:
+        raise RaypipeError(
+            f"{bad} of {len(measured)} held-out samples have scores {name} that are not finite"
+        )
+
+
+def _why_undefined(measured: np.ndarray) -> str:
+    """Return why no agreement can be computed with these scores; else an empty string."""
+    if len(measured) < MIN_SAMPLES:
+        return (
+            f"only {len(measured)} held-out samples; at least {MIN_SAMPLES} are needed: "
+            "raise seed.fraction or extrapolate.holdout"
+        )
+    if not np.ptp(measured):
+        return "all held-out samples have the same measured score, so there is no order to predict"
+    return ""
 
 
 def simpler_predictions(
@@ -252,20 +357,40 @@ def simpler_predictions(
     model: Extrapolator | None = None,
     mlp: bool = True,
 ) -> dict[str, np.ndarray]:
-    """What needs no fit worth the name predicts for `nodes`, float64 [m] by name, from `known` samples with scores float64 [n].
+    """Predict samples with methods that need no or little fitting.
 
-    `model`, where it was fitted on `known`, lends its index.
+    Parameters
+    ----------
+    known, score
+        Scored samples and their scores, float64 [n].
+    nodes
+        The samples to predict.
+    model
+        An extrapolator that was fitted on `known`; its index is reused.
+    mlp
+        Whether to include the network, which takes nearly all of the time.
 
-    class_mean     mean score of the class; of all where the class has no scored sample
-    knn_published  `raypipe.extrapolators.published.knn`
-    mlp            `raypipe.extrapolators.mlp` after 20 epochs, where there are enough samples for it; without `mlp` it is left out: of all these it
-                   takes nearly all the time
-    proxy          the one of the proxy's signals that ranks the known samples best (`raypipe.extrapolators.proxy_signal`), where there are any
-    proxy_loss     the proxy's loss, where the samples have signals
+    Returns
+    -------
+    dict[str, np.ndarray]
+        Predictions, float64 [m] by name:
+
+        class_mean
+            Mean score of the class; of all samples if the class has no scored one.
+        knn_published
+            `raypipe.extrapolators.published.knn`.
+        mlp
+            `raypipe.extrapolators.mlp` after 20 epochs, if there are enough samples for it.
+        proxy
+            The proxy statistic that ranks the known samples best
+            (`raypipe.extrapolators.proxy_signal`), if there is one.
+        proxy_loss
+            The proxy's loss, if the samples have signals.
     """
     label = known.label + 1  # -1, no label, is a group of its own
     groups = int(max(known.label.max(initial=-1), nodes.label.max(initial=-1))) + 2
-    count, total = np.bincount(label, minlength=groups), np.bincount(label, score, minlength=groups)
+    count = np.bincount(label, minlength=groups)
+    total = np.bincount(label, score, minlength=groups)
     mean = np.where(count > 0, total / np.maximum(count, 1), score.mean())
     index = model.index_of(known.embedding) if model else NeighbourIndex(known.embedding)
     distance, row = index.search(nodes.embedding, NEIGHBOURS)
@@ -274,17 +399,17 @@ def simpler_predictions(
         "class_mean": mean[nodes.label + 1],
         "knn_published": (weight * score[row]).sum(1) / weight.sum(1),
     }
-    # its neighbours are asked for nothing here, so an index of them need not be quick
+    # the neighbours of the network are never used, so it needs no fast index
     network = Mlp(
         ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS, exact_neighbours=len(known)),
         groups - 1,
     )
-    if mlp and len(known) >= network.fewest:
+    if mlp and len(known) >= network.min_samples:
         network.fit(known, score)
         result["mlp"] = network.predict(nodes).astype(np.float64)
-    best = ProxyStatisticsMap.fit(known.signals, score)
-    if best.maps:
-        result["proxy"] = best(nodes.signals)
+    statistics = ProxyStatisticsMap.fit(known.signals, score)
+    if statistics.maps:
+        result["proxy"] = statistics(nodes.signals)
     if nodes.signals.shape[1]:
         result["proxy_loss"] = nodes.signals[:, 0].astype(np.float64)
     return result

@@ -1,14 +1,16 @@
-"""Fidelity against the size of the seed set, and what doubling it would give.
+"""Fidelity as a function of the size of the seed set, and what doubling the seed set would give.
 
-Kernel regression (`raypipe.extrapolators.gp.regression`, a part of the default extrapolator) is fitted on random parts of the seed set, an
-eighth, a quarter, half and all of it, and judged on samples that no fit saw. Its constants are those of the whole seed set: they
-are nine numbers, and learning them anew for every part would cost more than the fits. What is missing to a perfect ranking is
-taken to fall by the same factor with every doubling,
+Kernel regression (`raypipe.extrapolators.gp.regression`, an expert of the default extrapolator) is
+fitted on random parts of the seed set: an eighth, a quarter, half and all of it. It is assessed on
+samples that no fit saw. Its constants are learned once, on the whole seed set: they are few, and
+learning them again for every part would cost more than the fits. What is missing to a perfect
+ranking is assumed to fall by the same factor with every doubling,
 
     1 - rho(n) = c n^-a ,   a >= 0
 
-by least squares on log(1 - rho), as learning curves mostly do (Hestness et al. 2017, arXiv 1712.00409). The range
-resamples the samples judged on, and fits anew: it holds this source of error, and not that the law may be wrong.
+by least squares on log(1 - rho), as learning curves mostly do (Hestness et al. 2017, arXiv
+1712.00409). The interval comes from resampling the assessed samples and fitting the law again. It
+covers this source of error, but not the possibility that the law is wrong.
 """
 
 from __future__ import annotations
@@ -18,48 +20,66 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.assessment.rank_agreement import MIN_SAMPLES, Interval, spearman, spearman_of_resamples
+from raypipe.assessment.rank_agreement import (
+    MIN_SAMPLES,
+    BootstrapInterval,
+    spearman,
+    spearman_of_resamples,
+)
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.features import Scaler, Target
 from raypipe.extrapolators.gp.regression import KernelRegression
 
-PARTS = (8, 4, 2, 1)
+DIVISORS = (8, 4, 2, 1)
 """The seed set is divided by these."""
-REPEATS = 3
-"""Most disjoint parts of one size that are fitted and averaged over."""
+MAX_REPEATS = 3
+"""Maximum number of disjoint parts of one size that are fitted and averaged."""
 CONSTANTS_ROWS = 300
-"""Samples whose likelihood the constants maximise: half of what the extrapolator takes, at a sixth of the time."""
-FEWEST_IN_PART = 40
-"""Scored samples below which a part is left out: the curve has another shape there."""
+"""Samples whose marginal likelihood the constants maximise: half as many as the extrapolator uses,
+at a sixth of the time."""
+MIN_SAMPLES_OF_PART = 40
+"""Smaller parts are left out, because the curve has another shape there."""
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """spearman[i] of a fit on samples[i] scored samples, judged on `judged` others, with 95 % bootstrap intervals.
+    """Fidelity for several sizes of the seed set, and its extrapolation to twice the largest.
 
-    doubled, gain  what is predicted for twice the largest number: the correlation, and by how much it is higher; with ranges
-    note           why there is no prediction, where there is none
+    Attributes
+    ----------
+    samples
+        Numbers of scored samples in a fit.
+    spearman, interval
+        For each number, the rank correlation and its 95 % bootstrap interval.
+    judged
+        Number of samples on which it was assessed.
+    doubled, doubled_interval
+        Predicted rank correlation for twice the largest number of samples, and its interval.
+    gain, gain_interval
+        How much higher this is than the last point, and its interval.
+    note
+        Why there is no prediction; else empty.
     """
 
     samples: tuple[int, ...]
     spearman: tuple[float, ...]
-    interval: tuple[Interval, ...]
+    interval: tuple[BootstrapInterval, ...]
     judged: int
     doubled: float | None = None
-    doubled_interval: Interval | None = None
+    doubled_interval: BootstrapInterval | None = None
     gain: float | None = None
-    gain_interval: Interval | None = None
+    gain_interval: BootstrapInterval | None = None
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Itself as JSON."""
+        """Return the curve as JSON data."""
         points = zip(self.samples, self.spearman, self.interval, strict=True)
         return {
             "method": "kernel regression",
             "n_held": self.judged,
             "points": [
-                {"samples": count, "spearman": rho, "spearman_interval": list(between)}
-                for count, rho, between in points
+                {"samples": count, "spearman": rho, "spearman_interval": list(interval)}
+                for count, rho, interval in points
             ],
             "doubled": {
                 "samples": 2 * self.samples[-1] if self.samples else None,
@@ -75,94 +95,119 @@ class LearningCurve:
 def learning_curve(
     known: Nodes, score: np.ndarray, nodes: Nodes, measured: np.ndarray, seed: int
 ) -> LearningCurve:
-    """Fit on parts of `known`, with scores float [n], judge on `nodes`, with measured scores float [m]; `seed` is that of the parts.
+    """Fit on parts of the scored samples and assess the fits on others.
 
-    Where something is too few or constant, there are no points but a note.
+    Parameters
+    ----------
+    known, score
+        The seed set and its scores, float [n].
+    nodes, measured
+        The samples to assess on and their scores, float [m].
+    seed
+        Seed of the parts.
+
+    Returns
+    -------
+    LearningCurve
+        Has a note instead of points if there are too few samples or all scores are equal.
     """
     score, measured = np.asarray(score, np.float64), np.asarray(measured, np.float64)
     count = len(score)
-    sizes = [count // part for part in PARTS if count // part >= FEWEST_IN_PART]
+    sizes = [count // by for by in DIVISORS if count // by >= MIN_SAMPLES_OF_PART]
     if len(sizes) < 3 or len(measured) < MIN_SAMPLES or not np.ptp(score) or not np.ptp(measured):
-        note = f"no learning curve from {count} measured samples and {len(measured)} to judge it on: too few, or all scores equal"
+        note = (
+            f"no learning curve from {count} measured samples and {len(measured)} to assess it "
+            "on: too few, or all scores equal"
+        )
         return LearningCurve((), (), (), len(measured), note=note)
     rng = np.random.default_rng(seed)
-    order, kernel, predictions = rng.permutation(count), _FewConstants(), {}
-    whole = _predict(kernel, known, score, nodes, rng)
-    for size in sizes:
-        for repeat in range(min(REPEATS, count // size)):
-            rows = order[repeat * size : (repeat + 1) * size]
-            again = _SameConstants(kernel)
-            predictions[size, repeat] = (
-                whole
-                if size == count
-                else _predict(again, known.take(rows), score[rows], nodes, rng)
-            )
-    here = {key: spearman(value, measured) for key, value in predictions.items()}
-    drawn = spearman_of_resamples(predictions, measured, seed)
-    middle = np.array(
-        [np.mean([here[key] or 0.0 for key in here if key[0] == size]) for size in sizes]
+    predictions = _predictions_of_parts(sizes, known, score, nodes, rng)
+    correlation = {key: spearman(value, measured) for key, value in predictions.items()}
+    resampled = spearman_of_resamples(predictions, measured, seed)
+    points = np.array(
+        [np.mean([correlation[key] or 0.0 for key in correlation if key[0] == n]) for n in sizes]
     )
-    spread = np.stack(
+    point_resamples = np.stack(
         [
-            np.mean([np.nan_to_num(drawn[key]) for key in drawn if key[0] == size], 0)
-            for size in sizes
+            np.mean([np.nan_to_num(resampled[key]) for key in resampled if key[0] == n], 0)
+            for n in sizes
         ]
-    )
-    doubled, doubles = _extrapolated(sizes, middle[:, None])[0], _extrapolated(sizes, spread)
+    )  # [sizes, resamples]
+    doubled = _extrapolated(sizes, points[:, None])[0]
+    doubled_resamples = _extrapolated(sizes, point_resamples)
     return LearningCurve(
-        tuple(sizes),
-        tuple(middle.tolist()),
-        tuple(_range(row) for row in spread),
-        len(measured),
-        float(doubled),
-        _range(doubles),
-        float(doubled - middle[-1]),
-        _range(doubles - spread[-1]),
+        samples=tuple(sizes),
+        spearman=tuple(points.tolist()),
+        interval=tuple(_percentile_interval(row) for row in point_resamples),
+        judged=len(measured),
+        doubled=float(doubled),
+        doubled_interval=_percentile_interval(doubled_resamples),
+        gain=float(doubled - points[-1]),
+        gain_interval=_percentile_interval(doubled_resamples - point_resamples[-1]),
     )
 
 
-def _extrapolated(sizes: list[int], rho: np.ndarray) -> np.ndarray:
-    """The correlations predicted for twice the last size, from those at `sizes`, [sizes, resamples] -> [resamples].
+def _predictions_of_parts(
+    sizes: list[int], known: Nodes, score: np.ndarray, nodes: Nodes, rng: np.random.Generator
+) -> dict[tuple[int, int], np.ndarray]:
+    """Predict `nodes` by fits on disjoint random parts, float64 [m] by (size, repeat)."""
+    count = len(score)
+    order = rng.permutation(count)
+    whole = KernelRegression(likelihood_rows=CONSTANTS_ROWS)
+    whole_prediction = _fit_and_predict(whole, known, score, nodes, rng)
+    predictions = {}
+    for size in sizes:
+        for repeat in range(min(MAX_REPEATS, count // size)):
+            if size == count:
+                predictions[size, repeat] = whole_prediction
+                continue
+            rows = order[repeat * size : (repeat + 1) * size]
+            part = KernelRegression(constants=whole.learned_constants)
+            predictions[size, repeat] = _fit_and_predict(
+                part, known.take(rows), score[rows], nodes, rng
+            )
+    return predictions
 
-    The law gives the factor by which 1 - rho falls with one doubling; it is applied to the last point.
-    """
-    at = np.log2(sizes) - np.mean(np.log2(sizes))
-    missing = np.log(np.clip(1 - rho, 1e-6, None))
-    slope = np.minimum((at[:, None] * (missing - missing.mean(0))).sum(0) / np.square(at).sum(), 0)
-    return 1 - (1 - rho[-1]) * np.exp(slope)
 
-
-def _predict(
+def _fit_and_predict(
     kernel: KernelRegression,
     known: Nodes,
     score: np.ndarray,
     nodes: Nodes,
     rng: np.random.Generator,
 ) -> np.ndarray:
+    """Fit a kernel regression to scores, float [n]; return its predictions, float64 [m]."""
     scaler, (target, z) = Scaler.fit(known), Target.fit(score)
     kernel.fit(scaler.embedding(known), scaler.signals(known), known.label, z, rng)
-    return target.restore(
-        kernel.predict(scaler.embedding(nodes), scaler.signals(nodes), nodes.label)
-    ).astype(np.float64)
+    predicted = kernel.predict(scaler.embedding(nodes), scaler.signals(nodes), nodes.label)
+    return target.restore(predicted).astype(np.float64)
 
 
-class _FewConstants(KernelRegression):
-    """Kernel regression that learns its constants from fewer samples."""
+def _extrapolated(sizes: list[int], rho: np.ndarray) -> np.ndarray:
+    """Predict the correlations for twice the last size.
 
-    def _learn_constants(self, points: list[Any], z: Any) -> None:
-        super()._learn_constants([part[:CONSTANTS_ROWS] for part in points], z[:CONSTANTS_ROWS])
+    The law gives the factor by which 1 - rho falls with one doubling. It is applied to the last
+    point.
+
+    Parameters
+    ----------
+    sizes
+        Numbers of samples.
+    rho
+        Correlations at these, [sizes, resamples].
+
+    Returns
+    -------
+    np.ndarray
+        Predicted correlations, [resamples].
+    """
+    log_size = np.log2(sizes) - np.mean(np.log2(sizes))
+    missing = np.log(np.clip(1 - rho, 1e-6, None))
+    covariance = (log_size[:, None] * (missing - missing.mean(0))).sum(0)
+    slope = np.minimum(covariance / np.square(log_size).sum(), 0)
+    return 1 - (1 - rho[-1]) * np.exp(slope)
 
 
-class _SameConstants(KernelRegression):
-    """Kernel regression with the constants of one that is fitted."""
-
-    def __init__(self, fitted: KernelRegression) -> None:
-        self._given = fitted._units, fitted._constants
-
-    def _learn_constants(self, points: list[Any], z: Any) -> None:
-        self._units, self._constants = self._given
-
-
-def _range(values: np.ndarray) -> Interval:
+def _percentile_interval(values: np.ndarray) -> BootstrapInterval:
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)

@@ -1,23 +1,33 @@
-"""Rehearsal: learning from half of the seed set what a fit on the seed set cannot know.
+"""Rehearsal: learn from half of the seed set what a fit on the seed set cannot show.
 
-A trajectory score (EL2N, TDDS, ...) tells how training on a sample went, so that it is measured only on samples that were trained on. What
-the proxy says of these is not what it says of others: their losses are lower, and what a low loss means for the score is another thing. Nor
-is the score that a training on few samples gives what a training on all would give. Both are shifts between the seed set, which an
-extrapolator learns from, and the samples that it is applied to, and nothing within the seed set shows them.
+A trajectory score (EL2N, TDDS, ...) describes how training on a sample went, so it is measured only
+on samples that were trained on. What the proxy reports about these differs from what it reports
+about others: their losses are lower, and a low loss means something else for the score. Moreover,
+the score from a training on few samples is not the score from a training on all. Both are shifts
+between the seed set, from which an extrapolator learns, and the samples to which it is applied.
+Nothing within the seed set shows them.
 
-So the whole is rehearsed in small. A second proxy is trained on a random half of the seed set only. The other half stands to it as all other samples
-stand to the seed set: it was not trained on, and its scores are known from a training on a set twice as large. An extrapolator is
-fitted on the first half, and a map from its expert_predictions and the second proxy's signals to these scores is learned on the other half:
+A rehearsal therefore repeats the whole on a smaller scale. A second proxy is trained on a random
+half of the seed set. The other half relates to this proxy as all other samples relate to the seed
+set: the proxy was not trained on it, and its scores are known from a training on a set twice as
+large. An extrapolator is fitted on the first half. On the other half, a map from its expert
+predictions and the second proxy's statistics to these scores is learned:
 
     order(x) = sum_j w_j * rank_j(x) ,    score(x) = m(order(x))
 
-rank_j, normal score of the rank of input j; w, ridge regression on the normal scores of the scores; m, centred isotonic regression. The
-map is then applied to the extrapolator that was fitted on the whole seed set, and to the signals of the proxy. This is stacked
-regression (Wolpert 1992) with level-one data from cross-fitting (Chernozhukov et al. 2018, section 3), of one fold, in which the
-networks as well as the fits are held apart.
+rank_j is the normal score of the rank of input j; w comes from ridge regression on the normal
+scores of the scores; m is a centred isotonic regression. The map is then applied to the
+extrapolator that was fitted on the whole seed set and to the statistics of the first proxy.
 
-What it predicts of the other half, each fifth of it by a map that was learned on the rest, is also the honest figure of fidelity for such
-scores: on samples that the proxy was not trained on, though from half the seed set, and to a set twice as large instead of the whole source.
+The predictions for the other half, each fifth of it by a map that was learned on the rest, also
+give an honest figure of fidelity for such scores: on samples that the proxy was not trained on. It
+differs from the real case in that it starts from half the seed set, and extrapolates to a set twice
+as large instead of to the whole source.
+
+References
+----------
+This is stacked regression (Wolpert 1992) with level-one data from cross-fitting (Chernozhukov et
+al. 2018, section 3), of one fold, where the proxies as well as the fits are kept apart.
 """
 
 from __future__ import annotations
@@ -38,14 +48,19 @@ if TYPE_CHECKING:
 
 
 FOLDS = 5
+"""The other half is predicted in this many parts."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The seed set in two halves, both as the proxy of the first sees them.
+    """The seed set in two halves, both as seen by the proxy that was trained on the first.
 
-    known, score     the first half; its scores in that proxy's training, float [m]
-    nodes, measured  the other; its scores in the training on the whole seed set, float [n]
+    Attributes
+    ----------
+    known, score
+        The first half, and its scores from the training of that proxy, float [m].
+    nodes, measured
+        The other half, and its scores from the training on the whole seed set, float [n].
     """
 
     known: Nodes
@@ -60,27 +75,46 @@ def rehearse(
     seed: int,
     progress: ProgressCallback | None = None,
 ) -> tuple[Transfer, HeldOutPredictions]:
-    """The map learned in a rehearsal, and what is predicted of the other half without looking at the scores of the fifth that is predicted.
+    """Learn the map, and predict each fifth of the other half without its scores.
 
-    make  an extrapolator, not fitted yet;  seed  of the division in fifths
-    Raises RaypipeError where the fit on the first half does.
+    Parameters
+    ----------
+    make
+        Returns an extrapolator that is not fitted.
+    rehearsal
+        The two halves of the seed set.
+    seed
+        Seed of the division into fifths.
+    progress
+        Called during the fit on the first half.
+
+    Returns
+    -------
+    transfer
+        The map.
+    held_out
+        Predictions for the other half.
+
+    Raises
+    ------
+    RaypipeError
+        The fit on the first half raises it.
     """
-    model, measured = make(), np.asarray(rehearsal.measured, np.float64)
-    model.fit(rehearsal.known, np.asarray(rehearsal.score, np.float64), progress)
+    score = np.asarray(rehearsal.score, np.float64)
+    measured = np.asarray(rehearsal.measured, np.float64)
+    model = make()
+    model.fit(rehearsal.known, score, progress)
     inputs, difficulty = model.expert_predictions(rehearsal.nodes)
     predicted = np.empty(len(measured))
     for held in split(len(measured), 1 / FOLDS, FOLDS, seed):
-        kept = np.setdiff1d(np.arange(len(measured)), held)
-        predicted[held] = Transfer.fit(inputs[kept], measured[kept])(inputs[held])
-    baselines = simpler_predictions(
-        rehearsal.known, np.asarray(rehearsal.score, np.float64), rehearsal.nodes, model
-    )
-    found = HeldOutPredictions(
+        rest = np.setdiff1d(np.arange(len(measured)), held)
+        predicted[held] = Transfer.fit(inputs[rest], measured[rest])(inputs[held])
+    held_out = HeldOutPredictions(
         rehearsal.nodes.label,
         measured,
         predicted,
         difficulty,
-        baselines,
+        simpler_predictions(rehearsal.known, score, rehearsal.nodes, model),
         n_fit=len(rehearsal.known),
     )
-    return Transfer.fit(inputs, measured), found
+    return Transfer.fit(inputs, measured), held_out

@@ -1,6 +1,7 @@
-"""Extrapolators: the score of samples that were not measured, predicted from those that were. Arrays in, arrays out.
+"""Extrapolators predict the scores of samples that were not measured from those that were.
 
-A new one is a file in this package and a line in `_HOMES`.
+They take and return arrays. To add one, write a module in this package and add a line to
+`_CLASSES`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from raypipe.extrapolators.base import Extrapolator
 
 
-_HOMES = {
+_CLASSES = {
     "gnn": ("raypipe.extrapolators.blend", "AnchorGnn"),
     "knn": ("raypipe.extrapolators.knn", "Knn"),
     "mlp": ("raypipe.extrapolators.mlp", "Mlp"),
@@ -25,16 +26,22 @@ _HOMES = {
     "knn-published": ("raypipe.extrapolators.published.knn", "KnnPublished"),
 }
 
-METHODS = tuple(_HOMES)
-"""Names `make` understands in `settings.method`."""
+METHODS = tuple(_CLASSES)
+"""Valid values of `settings.method`."""
 
 
 def make(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
-    """The extrapolator `settings.method` names, not fitted. Raises ConfigError for an unknown one."""
-    if settings.method not in _HOMES:
+    """Return the extrapolator that `settings.method` names, not fitted.
+
+    Raises
+    ------
+    ConfigError
+        The method is unknown.
+    """
+    if settings.method not in _CLASSES:
         raise ConfigError(
             f"extrapolate.method: {settings.method!r} is not one of {', '.join(METHODS)}"
         )
-    module, name = _HOMES[settings.method]
+    module, name = _CLASSES[settings.method]
     extrapolator: Extrapolator = getattr(import_module(module), name)(settings, num_classes)
     return extrapolator

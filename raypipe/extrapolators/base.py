@@ -1,4 +1,4 @@
-"""What every extrapolator takes and gives: samples as arrays in, predicted scores as an array out."""
+"""Interface of the extrapolators: samples as arrays in, predicted scores as an array out."""
 
 from __future__ import annotations
 
@@ -11,20 +11,33 @@ import numpy as np
 
 from raypipe.config import ExtrapolateSettings
 from raypipe.errors import RaypipeError
-from raypipe.extrapolators.neighbours import ClassNeighbours, NeighbourIndex
+from raypipe.extrapolators.neighbours import ClassNeighbours, NeighbourIndex, Neighbours
 from raypipe.progress import ProgressCallback
 
 TYPICAL_ROWS = 2048
-"""Scored samples from which the typical distance is taken; more would cost quadratic time and change nothing."""
+"""Scored samples from which the typical distance is measured. More would cost quadratic time and
+change nothing."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Samples as the extrapolators see them. Arrays are converted to the types below; lengths must agree.
+    """Samples as the extrapolators see them.
 
-    embedding  float32 [n, d], the proxy's features
-    label      int64 [n], class index, -1 where there is no label
-    signals    float32 [n, s], what the proxy says of the sample: loss, margin, entropy, in this order; s may be 0
+    Arrays are converted to the types below.
+
+    Attributes
+    ----------
+    embedding
+        The proxy's features, float32 [n, d].
+    label
+        Class indices, int64 [n]; -1 where a sample has no label.
+    signals
+        Proxy statistics, float32 [n, s]: loss, margin and entropy, in this order; s can be 0.
+
+    Raises
+    ------
+    RaypipeError
+        An array has another number of dimensions or rows.
     """
 
     embedding: np.ndarray
@@ -40,7 +53,8 @@ class Nodes:
             array = np.ascontiguousarray(getattr(self, name), dtype=dtype)
             if array.ndim != dims or len(array) != len(self.embedding):
                 raise RaypipeError(
-                    f"{name} has shape {list(array.shape)}; expected {dims} dimensions, {len(self.embedding)} rows"
+                    f"{name} has shape {list(array.shape)}; "
+                    f"expected {dims} dimensions, {len(self.embedding)} rows"
                 )
             object.__setattr__(self, name, array)
 
@@ -48,12 +62,18 @@ class Nodes:
         return len(self.label)
 
     def take(self, rows: np.ndarray) -> Nodes:
-        """The samples at `rows`: positions, or a mask of bools."""
+        """Return the samples at `rows`: positions, or a boolean mask."""
         return Nodes(self.embedding[rows], self.label[rows], self.signals[rows])
 
     @staticmethod
     def concat(parts: Sequence[Nodes]) -> Nodes:
-        """All samples of `parts`, in order. Raises RaypipeError when widths differ or there are no parts."""
+        """Return all samples of `parts`, in order.
+
+        Raises
+        ------
+        RaypipeError
+            There are no parts, or their widths differ.
+        """
         if not parts:
             raise RaypipeError("no samples to join")
         for name in ("embedding", "signals"):
@@ -70,19 +90,29 @@ class Nodes:
 
 
 class Extrapolator(abc.ABC):
-    """Predicts the score of samples that were not measured from those that were.
+    """Predicts the scores of samples that were not measured from those that were.
 
-    The same inputs, `settings.seed` and number of torch threads give the same predictions, bit for bit, whatever the state of
-    the global random generators, which stays as it was. Everything runs on CPU (a fit is seconds to minutes), but for the search for
-    neighbours after `search_on`.
+    The same inputs, `settings.seed` and number of torch threads give the same predictions, bit for
+    bit. The global random generators play no part and keep their state. Everything runs on the CPU
+    (a fit takes seconds to minutes), except the neighbour search after `search_on`.
+
+    Attributes
+    ----------
+    name
+        The value of `extrapolate.method` that selects this class.
+    transductive
+        Whether a fit needs all samples, scored or not; see `TransductiveExtrapolator`.
+    default_neighbours, default_epochs
+        What the setting "auto" means.
+    min_samples
+        Number of scored samples below which `fit` raises.
     """
 
     name: ClassVar[str]
     transductive: ClassVar[bool] = False
     default_neighbours: ClassVar[int]
     default_epochs: ClassVar[int] = 1
-    fewest: ClassVar[int] = 1
-    """Scored samples below which `fit` refuses."""
+    min_samples: ClassVar[int] = 1
 
     def __init__(self, settings: ExtrapolateSettings, num_classes: int) -> None:
         self.settings = settings
@@ -97,43 +127,69 @@ class Extrapolator(abc.ABC):
 
     @abc.abstractmethod
     def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
-        """Learn from the seed set and its measured scores, float [n]. Raises RaypipeError for input it cannot learn from."""
+        """Learn from the seed set and its measured scores, float [n].
+
+        Raises
+        ------
+        RaypipeError
+            The input is unusable: too few samples, values that are not finite, labels out of range.
+        """
 
     @abc.abstractmethod
     def predict(self, nodes: Nodes) -> np.ndarray:
-        """Predicted scores, float32 [n], of samples outside the fitted seed set. Each depends on its own sample alone."""
+        """Return predicted scores, float32 [n], of samples outside the seed set.
+
+        Each prediction depends on its own sample alone.
+        """
 
     def difficulty(self, nodes: Nodes) -> np.ndarray:
-        """How far each sample lies from the scored ones, float32 [n]: its mean distance to the nearest, 1 = typical of the seed set."""
+        """Return how far each sample lies from the scored ones, float32 [n].
+
+        This is its mean distance to the nearest scored samples; 1 is typical of the seed set.
+        """
         self._check_nodes(nodes)
-        return self._remoteness(self._nearest(nodes)[0])
+        return self._remoteness(self._nearest(nodes).distance)
 
     def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
-        """What `predict` and `difficulty` give, both float32 [n]; a method that looks at neighbours searches for them once."""
+        """Return `predict` and `difficulty`, both float32 [n], with a single neighbour search."""
         return self.predict(nodes), self.difficulty(nodes)
 
     def index_of(self, embedding: np.ndarray) -> NeighbourIndex:
-        """An index of these vectors, float32 [n, d]: that of the scored samples where they are the same, else a new one."""
+        """Return an index of these vectors, float32 [n, d].
+
+        If they are the embeddings of the scored samples, the existing index is returned.
+        """
         if self._index is not None and np.array_equal(self._index.vectors, embedding):
             return self._index
         return NeighbourIndex(embedding, self.settings.exact_neighbours)
 
     def search_on(self, device: str) -> None:
-        """Look for neighbours among all scored samples on this device, cpu or cuda, from now on; those within classes are few.
+        """Search neighbours among all scored samples on this device, "cpu" or "cuda".
 
-        Raises RaypipeError before a fit.
+        Searches within a class are small and stay on the CPU.
+
+        Raises
+        ------
+        RaypipeError
+            The extrapolator is not fitted.
         """
         self._scored.device = device
 
     @abc.abstractmethod
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Everything fitted: tensors fit for safetensors, and meta data fit for JSON."""
+        """Return everything fitted: tensors for safetensors and metadata for JSON."""
 
     @abc.abstractmethod
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        """Restore what `state` gave; predictions are then bit-equal."""
+        """Restore a fitted extrapolator from its `state`; its predictions are bit-identical.
 
-    # -- for subclasses -------------------------------------------------------------------------------------------
+        Raises
+        ------
+        RaypipeError
+            The state belongs to another method or is damaged.
+        """
+
+    # -- for subclasses -------------------------------------------------------------------------
 
     @property
     def _scored(self) -> NeighbourIndex:
@@ -147,15 +203,21 @@ class Extrapolator(abc.ABC):
             raise RaypipeError(f"{self.name}: not fitted yet; call fit or load_state first")
         return self._classes
 
-    def _nearest(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+    def _nearest(self, nodes: Nodes) -> Neighbours:
         return self._scored.search(nodes.embedding, self.neighbours)
 
     def _remoteness(self, distance: np.ndarray) -> np.ndarray:
-        """`difficulty` from the distances to the nearest, float32 [n, k]."""
+        """Return `difficulty` from the distances to the nearest scored samples, float32 [n, k]."""
         return (distance.mean(1) / self._typical).astype(np.float32)
 
     def _check_fit(self, seed: Nodes, score: np.ndarray) -> np.ndarray:
-        """The scores as float64 [n]. Raises RaypipeError for too few samples, bad scores or bad labels."""
+        """Return the scores as float64 [n].
+
+        Raises
+        ------
+        RaypipeError
+            There are too few samples, a score is not finite or a label is out of range.
+        """
         score = np.asarray(score, dtype=np.float64)
         if score.shape != (len(seed),):
             raise RaypipeError(
@@ -164,12 +226,13 @@ class Extrapolator(abc.ABC):
         bad = int((~np.isfinite(score)).sum())
         if bad:
             raise RaypipeError(
-                f"{self.name}: {bad} of {len(score)} measured scores are not finite; leave these samples out"
+                f"{self.name}: {bad} of {len(score)} measured scores are not finite; "
+                "leave these samples out"
             )
-        if len(seed) < self.fewest:
+        if len(seed) < self.min_samples:
             raise RaypipeError(
-                f"{self.name}: {len(seed)} measured samples are too few, it needs {self.fewest}; raise seed.fraction, "
-                "or use extrapolate.method knn-published"
+                f"{self.name}: {len(seed)} measured samples are too few, it needs "
+                f"{self.min_samples}; raise seed.fraction or use extrapolate.method knn-published"
             )
         self._check_labels(seed)
         return score
@@ -184,23 +247,31 @@ class Extrapolator(abc.ABC):
     def _check_nodes(self, nodes: Nodes) -> None:
         if nodes.embedding.shape[1] != self._scored.width:
             raise RaypipeError(
-                f"{self.name}: embeddings are {nodes.embedding.shape[1]} wide, but it was fitted on {self._scored.width}; "
-                "embed and fit with the same proxy"
+                f"{self.name}: embeddings are {nodes.embedding.shape[1]} wide, but it was fitted "
+                f"on width {self._scored.width}; embed and fit with the same proxy"
             )
         self._check_labels(nodes)
 
     def _build_index(
-        self, embedding: np.ndarray, label: np.ndarray | None = None, most: int = 0
+        self, embedding: np.ndarray, label: np.ndarray | None = None, max_neighbours: int = 0
     ) -> None:
-        """Index the scored samples, given labels also each class of them, and measure what distance to the nearest is typical.
+        """Index the scored samples and measure their typical distance to the nearest.
 
-        `most`: neighbours that a prediction asks for, where these may be more than `self.neighbours`.
+        Parameters
+        ----------
+        embedding
+            Embeddings of the scored samples, float32 [n, d].
+        label
+            Their classes, int64 [n]; if present, each class gets an index too.
+        max_neighbours
+            Neighbours that a prediction needs, if this can be more than `self.neighbours`.
         """
-        exact, most = self.settings.exact_neighbours, max(most, self.neighbours)
-        self._index = NeighbourIndex(embedding, exact, most)
-        self._classes = (
-            ClassNeighbours(self._index.vectors, label, exact, most) if label is not None else None
-        )
+        exact = self.settings.exact_neighbours
+        k = max(max_neighbours, self.neighbours)
+        self._index = NeighbourIndex(embedding, exact, k)
+        self._classes = None
+        if label is not None:
+            self._classes = ClassNeighbours(self._index.vectors, label, exact, k)
         rows = np.unique(
             np.linspace(0, len(embedding) - 1, min(len(embedding), TYPICAL_ROWS)).astype(np.int64)
         )
@@ -227,10 +298,14 @@ class Extrapolator(abc.ABC):
     def _load_base(
         self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any], classes: bool = False
     ) -> None:
-        """Restore what `_base_state` gave; `classes`: also the indexes of classes, by the labels in the tensor `label`."""
+        """Restore what `_base_state` returned.
+
+        With `classes`, also restore the class indexes, using the labels in the tensor `label`.
+        """
         if meta.get("method") != self.name:
             raise RaypipeError(
-                f"a fitted {meta.get('method')!r} cannot be loaded as {self.name!r}; fit the extrapolator again"
+                f"a fitted {meta.get('method')!r} cannot be loaded as {self.name!r}; "
+                "fit the extrapolator again"
             )
         try:
             self.num_classes, self.neighbours = int(meta["num_classes"]), int(meta["neighbours"])
@@ -253,24 +328,29 @@ class Extrapolator(abc.ABC):
                 f"{self.name}: the fitted extrapolator is damaged: {error} is missing; fit it again"
             ) from None
         except (TypeError, ValueError) as error:
-            raise RaypipeError(
-                f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again"
-            ) from None
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> RaypipeError:
+        """Return the error to raise for a state that cannot be restored."""
+        return RaypipeError(
+            f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again"
+        )
 
 
 class TransductiveExtrapolator(Extrapolator):
-    """An extrapolator whose graph holds all samples, scored or not, and so needs them all at once."""
+    """An extrapolator whose graph holds all samples, scored or not; it needs them all at once."""
 
     transductive = True
 
     def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
-        """Refused: the graph needs all samples. Raises RaypipeError."""
+        """Raise RaypipeError: the graph needs all samples."""
         raise RaypipeError(f"{self.name}: the graph holds all samples; use fit_graph")
 
     def predict(self, nodes: Nodes) -> np.ndarray:
-        """Refused: only samples of the graph have a prediction. Raises RaypipeError."""
+        """Raise RaypipeError: only samples in the graph have a prediction."""
         raise RaypipeError(
-            f"{self.name}: only samples of the graph have a prediction; use attach_graph and predict_rows"
+            f"{self.name}: only samples in the graph have a prediction; "
+            "use attach_graph and predict_rows"
         )
 
     @abc.abstractmethod
@@ -281,12 +361,27 @@ class TransductiveExtrapolator(Extrapolator):
         score: np.ndarray,
         progress: ProgressCallback | None = None,
     ) -> None:
-        """Build the graph over all `nodes` and learn from those at rows `scored`, int64 [m], with scores float [m]."""
+        """Build the graph over all samples and learn from the scored ones.
+
+        Parameters
+        ----------
+        nodes
+            All n samples.
+        scored
+            Rows of the scored samples in `nodes`, int64 [m].
+        score
+            Their scores, float [m].
+        progress
+            Called as the fit advances.
+        """
 
     @abc.abstractmethod
     def attach_graph(self, nodes: Nodes) -> None:
-        """Build the graph over all `nodes` for predictions with what was fitted (after `load_state`, or with new samples)."""
+        """Build the graph over all `nodes` for predictions by a fitted extrapolator.
+
+        Needed after `load_state`, and for new samples.
+        """
 
     @abc.abstractmethod
     def predict_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Predicted scores, float32 [m], of the graph's samples at `rows`."""
+        """Return predicted scores, float32 [m], of the graph's samples at `rows`."""

@@ -1,4 +1,4 @@
-"""Samples and scores in the units the default extrapolator works in."""
+"""Standardisation of embeddings, proxy statistics and scores for the default extrapolator."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from raypipe.extrapolators.base import Nodes
 
 KNOTS = 257
 """Quantiles that describe the distribution of a signal."""
-FARTHEST = 100.0
-WILD = 8.0
-"""Scores further than this many interquartile ranges from the median are pulled in before a fit."""
+MAX_EMBEDDING = 100.0
+"""Standardised embedding values are clipped to plus or minus this."""
+MAX_SCORE_RANGES = 8.0
+"""Scores farther than this many interquartile ranges from the median are clipped before a fit."""
 
 
 @dataclass(frozen=True)
 class NormalScores:
-    """Brings numbers to normal scores of their ranks, as seen in a fit: bounded, whatever comes later.
+    """Maps numbers to the normal scores of their ranks among those of the fit.
 
-    knots  float32 [s, 257], quantiles of each column
+    The result is bounded, whatever values come later.
+
+    Attributes
+    ----------
+    knots
+        Quantiles of each column, float32 [s, 257].
     """
 
     knots: np.ndarray
 
     @classmethod
     def fit(cls, columns: np.ndarray) -> NormalScores:
-        """From float [n, s]; what is not finite says nothing."""
+        """Learn the quantiles of each column, float [n, s], from its finite values."""
         knots = [
             np.quantile(
                 column[np.isfinite(column)] if np.isfinite(column).any() else [0.0],
@@ -40,33 +46,45 @@ class NormalScores:
         return cls(np.array(knots, np.float32).reshape(len(knots), KNOTS))
 
     def __call__(self, columns: np.ndarray) -> np.ndarray:
-        """float32 [n, s]; 0, the middle, where a number is not finite. Raises RaypipeError for another number of columns."""
+        """Return the normal scores, float32 [n, s]; 0, the middle, for values that are not finite.
+
+        Raises
+        ------
+        RaypipeError
+            The number of columns differs from that of the fit.
+        """
         if columns.shape[1] != len(self.knots):
             raise RaypipeError(
                 f"{columns.shape[1]} signals for each sample, but the fit had {len(self.knots)}"
             )
         result = np.zeros(columns.shape, np.float32)
         for column, (values, knots) in enumerate(zip(columns.T, self.knots)):
-            good = np.isfinite(values)
+            finite = np.isfinite(values)
             # mean of both sides, so that values tied over several knots get their middle rank
             low, high = (
-                np.searchsorted(knots, values[good], side) / KNOTS for side in ("left", "right")
+                np.searchsorted(knots, values[finite], side) / KNOTS for side in ("left", "right")
             )
-            inside = np.interp(values[good], knots, np.linspace(0, 1, KNOTS))
-            rank = np.where(high - low > 1.5 / KNOTS, (low + high) / 2, inside)
-            result[good, column] = ndtri(0.5 + (rank - 0.5) * (1 - 1 / KNOTS))
+            interpolated = np.interp(values[finite], knots, np.linspace(0, 1, KNOTS))
+            rank = np.where(high - low > 1.5 / KNOTS, (low + high) / 2, interpolated)
+            result[finite, column] = ndtri(0.5 + (rank - 0.5) * (1 - 1 / KNOTS))
         return result
 
 
 @dataclass(frozen=True)
 class Scaler:
-    """Brings embeddings and signals to unit spread, as seen on the seed set.
+    """Scales embeddings and signals to unit spread on the seed set.
 
-    mean, spread  float32 [d], of the embedding
-    ranks         of the signals
+    Attributes
+    ----------
+    mean, spread
+        Mean and standard deviation of the embedding, float32 [d].
+    ranks
+        Normal scores of the signals.
 
-    Losses of samples the proxy was not trained on reach far beyond those of the seed set; a rank is bounded, so that they cannot drive
-    a prediction beyond anything seen in the fit.
+    Notes
+    -----
+    Losses of samples that the proxy was not trained on reach far beyond those of the seed set.
+    Ranks are bounded, so these losses cannot drive a prediction beyond anything seen in the fit.
     """
 
     mean: np.ndarray
@@ -75,57 +93,68 @@ class Scaler:
 
     @classmethod
     def fit(cls, seed: Nodes) -> Scaler:
+        """Learn means and spreads from the seed set."""
         spread = seed.embedding.std(0, dtype=np.float64)
-        spread[spread < 1e-6 * max(1e-12, float(np.abs(seed.embedding).max()))] = (
-            1  # a constant feature is rounding, not signal
-        )
+        # the spread of a constant feature is rounding error
+        rounding = 1e-6 * max(1e-12, float(np.abs(seed.embedding).max()))
+        spread[spread < rounding] = 1
         mean = seed.embedding.mean(0, dtype=np.float64)
         return cls(
             mean.astype(np.float32), spread.astype(np.float32), NormalScores.fit(seed.signals)
         )
 
     def embedding(self, nodes: Nodes) -> np.ndarray:
-        """float32 [n, d], values within +-100: a damaged embedding must not overflow what is computed from it."""
-        return np.clip(
-            (nodes.embedding.astype(np.float64) - self.mean) / self.spread, -FARTHEST, FARTHEST
-        ).astype(np.float32)
+        """Return standardised embeddings, float32 [n, d], within +-100.
+
+        The bound keeps a damaged embedding from overflowing what is computed from it.
+        """
+        standardised = (nodes.embedding.astype(np.float64) - self.mean) / self.spread
+        return np.clip(standardised, -MAX_EMBEDDING, MAX_EMBEDDING).astype(np.float32)
 
     def layer(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A linear layer, float [c, d] and [c], as one that takes what `embedding` gives: float64."""
+        """Rewrite a linear layer so that it takes the output of `embedding`.
+
+        `weight` is float [c, d], `bias` float [c]; the result is float64.
+        """
         weight = weight.astype(np.float64)
         return weight * self.spread, bias + weight @ self.mean.astype(np.float64)
 
     def signals(self, nodes: Nodes) -> np.ndarray:
-        """float32 [n, s]; see NormalScores."""
+        """Return normal scores of the signals, float32 [n, s]."""
         return self.ranks(nodes.signals)
 
     def tensors(self) -> dict[str, np.ndarray]:
+        """Return everything fitted."""
         return {"mean": self.mean, "spread": self.spread, "knots": self.ranks.knots}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> Scaler:
+        """Restore a scaler from its `tensors`."""
         return cls(tensors["mean"], tensors["spread"], NormalScores(tensors["knots"]))
 
 
 @dataclass(frozen=True)
 class Target:
-    """Scores in standard units: z = (score - mean) / spread, a pure affine change but for wild values, which are pulled in."""
+    """Standardises scores: z = (score - mean) / spread.
+
+    This is affine, except for outliers, which are clipped.
+    """
 
     mean: float
     spread: float
 
     @classmethod
     def fit(cls, score: np.ndarray) -> tuple[Target, np.ndarray]:
-        """The change of units, spread 0 when the scores are constant, and z, float64 [n]."""
+        """Return the target, whose spread is 0 if the scores are constant, and z, float64 [n]."""
         low, middle, high = np.quantile(score, [0.25, 0.5, 0.75])
-        reach = WILD * (high - low)
+        reach = MAX_SCORE_RANGES * (high - low)
         if reach > 0:
             score = np.clip(score, middle - reach, middle + reach)
         mean, spread = float(score.mean()), float(score.std())
-        if spread <= 1e-9 * abs(mean):  # no more than the rounding of equal float32 scores
+        if spread <= 1e-9 * abs(mean):  # at most the rounding error of equal float32 scores
             return cls(mean, 0.0), np.zeros_like(score)
         return cls(mean, spread), (score - mean) / spread
 
     def restore(self, z: np.ndarray) -> np.ndarray:
-        """Scores, float32 [n]."""
+        """Return the scores of z, float32 [n]."""
         return (z * self.spread + self.mean).astype(np.float32)

@@ -1,9 +1,10 @@
-"""A graph attention network: a sample attends over its nearest scored samples, which carry their scores.
+"""Graph attention network: a sample attends over its nearest scored samples and their scores.
 
-The graph is a neighbour table of fixed degree, so message passing is a gather and a dense softmax: the layer is GATv2
-(Brody et al. 2022, "How Attentive are Graph Attention Networks?", eq. 7), equal to `torch_geometric.nn.GATv2Conv` without
-self-loops and about twice as fast on CPU. Self-loops must be off: in a bipartite batch they would join query i with neighbour i
-of the batch, which belongs to another sample.
+The graph is a neighbour table of fixed degree, so message passing is a gather and a dense softmax.
+The layer is GATv2 (Brody et al. 2022, "How Attentive are Graph Attention Networks?", eq. 7). It
+equals `torch_geometric.nn.GATv2Conv` without self-loops and is about twice as fast on CPU.
+Self-loops must be off: in a bipartite batch they would connect query i with neighbour i of the
+batch, which belongs to another sample.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN, HEADS = 64, 4
-PEAK_RATE, DECAY = 1e-2, 1e-2
+PEAK_LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
 WARM_UP = 0.1
-LONGEST_GRADIENT = 1.0
+"""Share of the steps over which the learning rate rises."""
+MAX_GRADIENT_NORM = 1.0
 PREDICT_ROWS = 64
-"""Samples predicted at once: what is computed for their neighbours then stays in the cache."""
+"""Samples predicted at once: intermediate values of their neighbours then stay in the cache."""
 
 
 class FixedDegreeGATv2(nn.Module):
-    """GATv2 from k neighbours to each of n samples, heads concatenated: [n, k, hidden], [n, hidden], [n, k, edge] -> [n, hidden]."""
+    """GATv2 from k neighbours to each of n samples; the heads are concatenated."""
 
     def __init__(self, hidden: int, heads: int, edge_width: int) -> None:
         super().__init__()
@@ -36,6 +38,7 @@ class FixedDegreeGATv2(nn.Module):
         nn.init.xavier_uniform_(self.attention)
 
     def forward(self, neighbour: Tensor, query: Tensor, edge: Tensor) -> Tensor:
+        """Map [n, k, hidden], [n, hidden] and [n, k, edge_width] to [n, hidden]."""
         split = (*edge.shape[:2], *self.attention.shape)
         value = self.source(neighbour).view(split)
         key = (
@@ -49,7 +52,17 @@ class FixedDegreeGATv2(nn.Module):
 
 @dataclass(frozen=True)
 class Anchors:
-    """The scored samples: features float32 [n, f], class int64 [n] (0 = unlabelled, class c at c + 1), score float32 [n]."""
+    """The scored samples.
+
+    Attributes
+    ----------
+    feature
+        float32 [n, f].
+    label
+        Class, int64 [n]: 0 for unlabelled, c + 1 for class c.
+    score
+        Standardised scores, float32 [n].
+    """
 
     feature: Tensor
     label: Tensor
@@ -58,7 +71,17 @@ class Anchors:
 
 @dataclass(frozen=True)
 class Queries:
-    """Samples to predict: features [m, f], class [m], rows of their neighbours among the anchors [m, k], distances to them [m, k]."""
+    """Samples to predict.
+
+    Attributes
+    ----------
+    feature, label
+        As in `Anchors`, [m, f] and [m].
+    neighbour
+        Rows of their nearest anchors, int64 [m, k].
+    distance
+        Distances to these, float32 [m, k].
+    """
 
     feature: Tensor
     label: Tensor
@@ -69,15 +92,18 @@ class Queries:
         return len(self.label)
 
     def take(self, rows: Tensor | slice) -> Queries:
+        """Return the samples at `rows`."""
         return Queries(
             self.feature[rows], self.label[rows], self.neighbour[rows], self.distance[rows]
         )
 
 
 class AnchorNet(nn.Module):
-    """Predicts a sample's score from its own features and class, and its neighbours': those, their score, whether the class agrees.
+    """Predicts a score from a sample's own features and class and from its scored neighbours.
 
-    The class is a learned vector, not a one-hot column, so thousands of classes cost nothing; no label is the zero vector.
+    A neighbour contributes its features, its class, its score and whether its class is the
+    sample's. A class is a learned vector, not a one-hot column, so thousands of classes cost
+    nothing. A missing label is the zero vector.
     """
 
     def __init__(
@@ -90,30 +116,36 @@ class AnchorNet(nn.Module):
         for table in (self.query_class, self.anchor_class):
             nn.init.normal_(table.weight[1:], std=0.3)
         self.query, self.anchor = nn.Linear(width, hidden), nn.Linear(width, hidden)
-        self.told = nn.Linear(2, hidden, bias=False)  # score, same class
+        # of a neighbour's score and "same class"; stored networks know this layer as `told`
+        self.told = nn.Linear(2, hidden, bias=False)
         self.attend = FixedDegreeGATv2(hidden, heads, 1)
         self.out = nn.Sequential(
             nn.Linear(2 * hidden, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 1)
         )
 
     def encode(self, feature: Tensor, label: Tensor) -> Tensor:
-        """What an anchor says apart from its score, [n, hidden]: computed once however many samples it is a neighbour of."""
+        """Encode an anchor's features and class, [n, hidden].
+
+        This does not depend on the query, so it is computed once per anchor.
+        """
         return self.anchor(feature) + self.anchor_class(label)
 
     def forward(self, queries: Queries, anchors: Anchors, encoded: Tensor | None = None) -> Tensor:
+        """Return predictions, float32 [m]; `encoded` is `encode` of all anchors."""
         near = queries.neighbour
         if encoded is None:
             rows, near = torch.unique(near, return_inverse=True)
             encoded = self.encode(anchors.feature[rows], anchors.label[rows])
         label = anchors.label[queries.neighbour]
         same = ((label == queries.label[:, None]) & (label > 0)).float()
-        told = torch.stack([anchors.score[queries.neighbour], same], -1)
-        # index_select: its backward pass adds in a fixed order, that of plain indexing need not
-        message = encoded.index_select(0, near.flatten()).view(*near.shape, -1) + self.told(told)
+        score_and_same = torch.stack([anchors.score[queries.neighbour], same], -1)
+        # the backward pass of index_select adds in a fixed order; that of plain indexing might not
+        gathered = encoded.index_select(0, near.flatten()).view(*near.shape, -1)
+        message = gathered + self.told(score_and_same)
         message = F.dropout(F.relu(message), 0.1, self.training)
         own = F.relu(self.query(queries.feature) + self.query_class(queries.label))
-        seen = F.relu(self.attend(message, own, queries.distance[..., None]))
-        return self.out(torch.cat([seen, own], 1))[:, 0]
+        attended = F.relu(self.attend(message, own, queries.distance[..., None]))
+        return self.out(torch.cat([attended, own], 1))[:, 0]
 
 
 def train(
@@ -124,22 +156,40 @@ def train(
     epochs: int,
     batch: int,
     seed: int,
-    tick: Callable[[], None],
+    on_epoch: Callable[[], None],
 ) -> AnchorNet:
-    """Fit a network to the scores of the anchors at `rows`: squared error, AdamW. `tick` follows each epoch.
+    """Fit a network to the scores of some anchors: squared error, AdamW.
 
-    `queries` are the anchors themselves, with a neighbour table in which no sample is its own neighbour: a score to be predicted
-    is never among the inputs. The global random state is left as it was.
+    The global random state stays as it was.
+
+    Parameters
+    ----------
+    queries
+        The anchors themselves, with a neighbour table in which no sample is its own neighbour: the
+        score to be predicted is never among the inputs.
+    anchors
+        The scored samples.
+    rows
+        Anchors to fit on, int64 [r].
+    num_classes
+        Number of classes.
+    epochs, batch
+        Passes over `rows`, and samples per step.
+    seed
+        Of the initial weights, the order of samples and the dropout.
+    on_epoch
+        Called after each epoch.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would touch the generators of GPUs too
+        # torch.manual_seed would also seed the generators of the GPUs
+        torch.default_generator.manual_seed(seed)
         net = AnchorNet(anchors.feature.shape[1], num_classes)
-        optimizer = torch.optim.AdamW(net.parameters(), PEAK_RATE, weight_decay=DECAY, fused=True)
+        optimizer = torch.optim.AdamW(
+            net.parameters(), PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
         steps = epochs * -(-len(rows) // batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _rate((step + 0.5) / steps)
+            optimizer, lambda step: _rate_factor((step + 0.5) / steps)
         )
         net.train()
         for _ in range(epochs):
@@ -147,23 +197,25 @@ def train(
                 loss = F.mse_loss(net(queries.take(part), anchors), anchors.score[part])
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), LONGEST_GRADIENT)
+                nn.utils.clip_grad_norm_(net.parameters(), MAX_GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
-            tick()
+            on_epoch()
     return net.eval()
 
 
-def _rate(share: float) -> float:
-    """Learning rate, as a share of its peak, after a share of the steps: up over a tenth, then down as a cosine."""
-    return min(
-        share / WARM_UP, (1 + math.cos(math.pi * max(0.0, share - WARM_UP) / (1 - WARM_UP))) / 2
-    )
+def _rate_factor(progress: float) -> float:
+    """Return the learning rate as a share of its peak: linear warm-up, then cosine decay."""
+    cosine = (1 + math.cos(math.pi * max(0.0, progress - WARM_UP) / (1 - WARM_UP))) / 2
+    return min(progress / WARM_UP, cosine)
 
 
 @torch.no_grad()
 def encode(net: AnchorNet, anchors: Anchors) -> Tensor:
-    """`AnchorNet.encode` of all anchors, for many calls of `apply`: it takes as long as thousands of predictions."""
+    """Return `AnchorNet.encode` of all anchors, to reuse in many calls of `apply`.
+
+    It takes as long as thousands of predictions.
+    """
     return net.encode(anchors.feature, anchors.label)
 
 
@@ -171,7 +223,7 @@ def encode(net: AnchorNet, anchors: Anchors) -> Tensor:
 def apply(
     net: AnchorNet, queries: Queries, anchors: Anchors, encoded: Tensor | None = None
 ) -> Tensor:
-    """Predictions, float32 [m]; `encoded` is what `encode` gives."""
+    """Return predictions, float32 [m]; `encoded` is the result of `encode`."""
     if encoded is None:
         encoded = encode(net, anchors)
     parts = [

@@ -1,15 +1,16 @@
-"""A network on a sample's own embedding and class, which sees no neighbour: what all of the graph has to beat.
+"""Network on a sample's own embedding and class. It sees no neighbours: the graph must beat it.
 
-Source: the baseline that reviewers of arXiv 2506.09010 ("Effective Data Pruning through Score Extrapolation") asked for and its
-later code has: [one-hot label ; embedding] -> 256 -> 64 -> 1, ReLU and dropout 0.5 after the first two. Here three networks, each
-on all scored samples but another tenth, which chooses its epoch by squared error; the prediction is their mean. Embeddings and
-scores are standardised. An unlabelled sample has no one-hot entry.
+This is the baseline that reviewers of arXiv 2506.09010 ("Effective Data Pruning through Score
+Extrapolation") requested and that its later code contains: [one-hot label ; embedding] -> 256 -> 64
+-> 1, with ReLU and dropout 0.5 after the first two layers. Here the prediction is the mean of three
+networks. Each is fitted on all scored samples except another tenth, which selects the epoch by
+squared error. Embeddings and scores are standardised. An unlabelled sample has no one-hot entry.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Extrapolator, Nodes
 from raypipe.extrapolators.features import Scaler, Target
 from raypipe.progress import ProgressCallback
@@ -25,27 +25,29 @@ from raypipe.progress import ProgressCallback
 HIDDEN = (256, 64)
 DROPOUT = 0.5
 MEMBERS, FOLDS = 3, 10
-RATE, DECAY = 1e-3, 1e-2
+"""Networks, and the parts of the seed set of which each leaves out another one."""
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 BATCH = 64
 PATIENCE = 10
-"""Epochs without a better one after which a fit ends."""
+"""A fit ends after this many epochs without improvement."""
 
 
 class MlpNet(nn.Module):
-    """Three dense layers. The one-hot columns of the first are a table of vectors, so thousands of classes cost nothing."""
+    """Three dense layers.
+
+    The one-hot columns of the first are a table of vectors, so thousands of classes cost nothing.
+    """
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.embedding, self.label = (
-            nn.Linear(width, HIDDEN[0]),
-            nn.Embedding(num_classes + 1, HIDDEN[0], padding_idx=0),
-        )
+        self.embedding = nn.Linear(width, HIDDEN[0])
+        self.label = nn.Embedding(num_classes + 1, HIDDEN[0], padding_idx=0)
         self.hidden, self.out = nn.Linear(HIDDEN[0], HIDDEN[1]), nn.Linear(HIDDEN[1], 1)
-        bound = width**-0.5  # the range in which nn.Linear draws its weights
+        bound = width**-0.5  # nn.Linear draws its weights from this range
         nn.init.uniform_(self.label.weight[1:], -bound, bound)
 
     def forward(self, embedding: Tensor, label: Tensor) -> Tensor:
-        """Standardised embedding [n, width], class [n] (0 = unlabelled, class c at c + 1) -> [n]."""
+        """Map embedding [n, width] and class [n] (0 for unlabelled, c + 1 for class c) to [n]."""
         x = F.dropout(F.relu(self.embedding(embedding) + self.label(label)), DROPOUT, self.training)
         return self.out(F.dropout(F.relu(self.hidden(x)), DROPOUT, self.training))[:, 0]
 
@@ -56,12 +58,16 @@ class Mlp(Extrapolator):
     name = "mlp"
     default_neighbours = 20
     default_epochs = 60
-    fewest = 20
+    min_samples = 20
 
     def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
         """Learn from the seed set and its measured scores, float [n].
 
-        Raises RaypipeError for fewer than 20 samples, scores or embeddings that are not finite, labels out of range.
+        Raises
+        ------
+        RaypipeError
+            There are fewer than 20 samples, scores or embeddings are not finite, or labels are out
+            of range.
         """
         score = self._check_fit(seed, score)
         self._build_index(seed.embedding)
@@ -71,10 +77,8 @@ class Mlp(Extrapolator):
         total = MEMBERS * self.epochs
         if self._target.spread:
             x, y = self._inputs(seed)
-            target, rng = (
-                torch.from_numpy(z.astype(np.float32)),
-                np.random.default_rng(self.settings.seed),
-            )
+            target = torch.from_numpy(z.astype(np.float32))
+            rng = np.random.default_rng(self.settings.seed)
             order = torch.from_numpy(rng.permutation(len(seed)))
             for member in range(MEMBERS):
                 held = order[member::FOLDS]
@@ -91,10 +95,12 @@ class Mlp(Extrapolator):
 
     def _train(
         self, net: MlpNet, x: Tensor, y: Tensor, target: Tensor, rows: Tensor, held: Tensor
-    ) -> Any:
-        """Fit a network, leaving it at its best epoch; yields the number of each epoch as it ends."""
-        optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY, fused=True)
-        best, best_epoch, weights = np.inf, 0, copy.deepcopy(net.state_dict())
+    ) -> Iterator[int]:
+        """Fit a network and leave it at its best epoch; yield the number of each finished epoch."""
+        optimizer = torch.optim.AdamW(
+            net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        best_error, best_epoch, weights = np.inf, 0, copy.deepcopy(net.state_dict())
         for epoch in range(1, self.epochs + 1):
             net.train()
             for part in rows[torch.randperm(len(rows))].split(BATCH):
@@ -105,8 +111,9 @@ class Mlp(Extrapolator):
             net.eval()
             with torch.no_grad():
                 error = float(F.mse_loss(net(x[held], y[held]), target[held]))
-            if error < best:
-                best, best_epoch, weights = error, epoch, copy.deepcopy(net.state_dict())
+            if error < best_error:
+                best_error, best_epoch = error, epoch
+                weights = copy.deepcopy(net.state_dict())
             yield epoch
             if epoch - best_epoch >= PATIENCE:
                 break
@@ -138,10 +145,8 @@ class Mlp(Extrapolator):
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         self._load_base(tensors, meta)
         try:
-            self._target, self.epochs = (
-                Target(float(meta["mean"]), float(meta["spread"])),
-                int(meta["epochs"]),
-            )
+            self._target = Target(float(meta["mean"]), float(meta["spread"]))
+            self.epochs = int(meta["epochs"])
             self._scaler = Scaler.from_tensors(
                 {name: tensors[f"scaler.{name}"] for name in ("mean", "spread", "knots")}
             )
@@ -156,9 +161,7 @@ class Mlp(Extrapolator):
                 net.load_state_dict(weights)
                 self._networks.append(net.eval())
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RaypipeError(
-                f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again"
-            ) from None
+            raise self._damaged(error) from None
 
     def _inputs(self, nodes: Nodes) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self._scaler.embedding(nodes)), torch.from_numpy(nodes.label + 1)

@@ -1,32 +1,33 @@
-"""The map from expert predictions to scores that a rehearsal learns."""
+"""Map from expert predictions to scores, which a rehearsal learns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raypipe.extrapolators.features import NormalScores
 from raypipe.extrapolators.proxy_signal import MONOTONE_NUMBERS, Monotone
 
-if TYPE_CHECKING:
-    pass
-
-
 RIDGE_ROWS = 10.0
-"""Rows' worth of pull of the weights to 0."""
+"""Strength of the ridge penalty, in rows of data."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The map from inputs, float [n, c], to scores.
+    """Map from c inputs per sample to its score.
 
-    ranks    of the inputs
-    weights  float64 [c]
-    mean     of the scores that it was learned on, where there is no order in them
-    rising   the map of the order to the score; None where there is none
+    Attributes
+    ----------
+    ranks
+        Normal scores of the inputs.
+    weights
+        Weights of the ranked inputs, float64 [c]; their weighted sum orders the samples.
+    mean
+        Mean of the scores it was fitted on; the prediction if these have no order.
+    rising
+        Map from the weighted sum to the score; None if the scores have no order.
     """
 
     ranks: NormalScores
@@ -36,7 +37,10 @@ class Transfer:
 
     @classmethod
     def fit(cls, inputs: np.ndarray, score: np.ndarray) -> Transfer:
-        """From float [n, c] and float [n]; an input that is not finite says nothing."""
+        """Learn from inputs, float [n, c], and scores, float [n].
+
+        Inputs that are not finite count as the middle rank.
+        """
         score = np.asarray(score, np.float64)
         ranks = NormalScores.fit(inputs)
         x = ranks(inputs).astype(np.float64)
@@ -45,16 +49,17 @@ class Transfer:
         return cls(ranks, weights, float(score.mean()), Monotone.fit(x @ weights, score))
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Scores, float64 [n]; each depends on its own row alone."""
+        """Return scores, float64 [n]; each depends on its own row alone."""
         if self.rising is None:
             return np.full(len(inputs), self.mean)
-        # summed column by column: a matrix product may round a row differently beside other rows
+        # summed by column: a matrix product can round a row differently depending on the other rows
         order = np.zeros(len(inputs))
         for column, weight in zip(self.ranks(inputs).T, self.weights):
             order += weight * column.astype(np.float64)
         return self.rising(order)
 
     def tensors(self) -> dict[str, np.ndarray]:
+        """Return everything fitted."""
         result = {"knots": self.ranks.knots, "weights": self.weights, "mean": np.array([self.mean])}
         if self.rising is not None:
             numbers = np.array([getattr(self.rising, name) for name in MONOTONE_NUMBERS])
@@ -63,7 +68,7 @@ class Transfer:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> Transfer:
-        """Restore what `tensors` gave. Raises KeyError for one that is missing."""
+        """Restore a map from its `tensors`; raises KeyError if one is missing."""
         rising = None
         if "x" in tensors:
             rising = Monotone(
@@ -71,7 +76,9 @@ class Transfer:
                 np.array(tensors["y"]),
                 *np.array(tensors["numbers"]).tolist(),
             )
-        mean = float(tensors["mean"][0])
         return cls(
-            NormalScores(np.array(tensors["knots"])), np.array(tensors["weights"]), mean, rising
+            NormalScores(np.array(tensors["knots"])),
+            np.array(tensors["weights"]),
+            float(tensors["mean"][0]),
+            rising,
         )

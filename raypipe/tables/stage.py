@@ -137,7 +137,7 @@ class TableStage(Stage):
         run, settings, tally = context.run, context.config.extrapolate, ProblemTally()
         scores = read_scores(self.tables["scores"], self.tables["score_column"], tally)
         scored, classes = check(self._pieces, scores, tally, context.progress, context.run_tasks)
-        fewest = max(2, make(settings, len(classes.names)).fewest)
+        fewest = max(2, make(settings, len(classes.names)).min_samples)
         if len(scored) < fewest:
             raise SourceError(
                 f"{len(scored)} scored samples have a usable embedding, but method {settings.method} needs {fewest}; score more "

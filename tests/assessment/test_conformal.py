@@ -15,9 +15,8 @@ def test_coverage_on_fresh_samples() -> None:
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
         difficulty = rng.gamma(4, 0.25, count)
-        return rng.standard_t(5, count) * (
-            0.2 + difficulty
-        ), difficulty  # wrong shape and wrong scale: validity needs neither
+        # heavy tails and another scale than assumed: coverage holds anyway
+        return rng.standard_t(5, count) * (0.2 + difficulty), difficulty
 
     interval = Conformal.fit(*draw(4000), 0.9)
     residual, difficulty = draw(20000)
@@ -36,7 +35,10 @@ def test_coverage_around_an_extrapolator(problem, settings) -> None:
 def _classes(
     rng: np.random.Generator, count: int, unseen: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals whose scale and shape differ by class, difficulties and labels; `unseen` multiplies the residuals of class 3 most."""
+    """Residuals whose scale and shape differ by class, difficulties and labels.
+
+    `unseen` multiplies the residuals, those of class 3 a little more.
+    """
     label, difficulty = rng.integers(0, 10, count), rng.gamma(4, 0.25, count)
     scale = 2.0 ** (label / 3) * np.where(label == 3, unseen**1.05, unseen)
     return (
@@ -51,7 +53,7 @@ def _classes(
 def _covered(
     interval: Conformal, residual: np.ndarray, difficulty: np.ndarray, label: np.ndarray
 ) -> list[float]:
-    """Share of the samples inside, overall and in each class."""
+    """Share of the samples inside their interval, overall and in each class."""
     inside = np.abs(residual) <= interval.half_width(difficulty, label)
     return [inside.mean(), *(inside[label == known].mean() for known in range(10))]
 
@@ -78,7 +80,7 @@ def test_an_audit_set_corrects_for_a_seed_set_that_the_proxy_was_trained_on() ->
     both = held_out.stretched(*audit)
     assert both.stretch == pytest.approx(1 / 0.6, rel=0.1) and both.stretch_count == 4000
     assert all(0.88 < share < 0.92 for share in _covered(both, *fresh))
-    assert held_out.stretched(*(values[:99] for values in audit)) is held_out, "too few to say"
+    assert held_out.stretched(*(values[:99] for values in audit)) is held_out, "too few to decide"
     assert Conformal.fit(*(values[:5] for values in seed[:2]), 0.9).stretched(*audit).count == 4000
     nothing = Conformal.fit(np.zeros(200), np.ones(200), 0.9).stretched(np.ones(200), np.ones(200))
     assert nothing.half_width(np.ones(1)) == pytest.approx(1)
@@ -94,7 +96,7 @@ def test_small_classes_share_a_quantile() -> None:
     assert interval.half_width(np.zeros(4), np.array([0, 1, -1, 7])).tolist() == [1, 9, 9, 9]
     alone = Conformal.fit(residual[:200], np.zeros(200), 0.8, label[:200])
     assert alone.half_width(np.zeros(1), np.array([5])).tolist() == [1], (
-        "a class that was not there gets what all have"
+        "a class without residuals gets the shared quantile"
     )
 
 
@@ -116,7 +118,8 @@ def test_coverage_holds_for_few_samples_on_average() -> None:
     for _ in range(3000):
         interval = Conformal.fit(rng.normal(size=19), np.ones(19), 0.9)
         covered.append(abs(rng.normal()) <= interval.half_width(np.ones(1))[0])
-    # with 19 samples the corrected rank, ceil(20 * 0.9) = 18, covers 18 / 20 exactly; the uncorrected 17.1th would cover less
+    # With 19 samples the corrected rank, ceil(20 * 0.9) = 18, covers 18 / 20 exactly. The
+    # uncorrected rank of 17.1 would cover less.
     assert np.mean(covered) == pytest.approx(0.9, abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Drift: how often there is an alarm without any, how often with some, and figures against others' or by hand."""
+"""How often drift raises an alarm, with and without a shift; figures against other implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ MOST = 0.65
 
 
 def cloud(seed: int, count: int, shift: float = 0.0, spread: float = 1.0) -> np.ndarray:
-    """Embeddings of ten classes in 24 dimensions; `shift` moves each along one direction, in units of the spread within a class."""
+    """Embeddings of ten classes in 24 dimensions.
+
+    `shift` moves each along one direction, in units of the spread within a class.
+    """
     random, centres = np.random.default_rng(seed), np.random.default_rng(0).normal(0, 2, (10, 24))
     points = centres[random.integers(0, 10, count)] + spread * random.normal(size=(count, 24))
     return (points + shift * np.eye(24)[3]).astype(np.float32)
@@ -30,12 +33,12 @@ def drift(number: int, new: int, **changes: float) -> Drift:
 
 @pytest.mark.parametrize("new", [30, 300])
 def test_without_drift_there_is_no_alarm_and_the_intervals_hold_one_half(new: int) -> None:
-    found = [drift(number, new) for number in range(24)]
-    assert not any(item.beyond(MOST) for item in found)
+    drifts = [drift(number, new) for number in range(24)]
+    assert not any(item.beyond(MOST) for item in drifts)
     for name in ("auc_interval", "farther_interval"):
-        held = np.mean([getattr(item, name)[0] <= 0.5 <= getattr(item, name)[1] for item in found])
-        assert held >= 0.8, name  # 95 % are due, of 24
-        assert sum(getattr(item, name)[0] > 0.5 for item in found) <= 3, name
+        held = np.mean([getattr(item, name)[0] <= 0.5 <= getattr(item, name)[1] for item in drifts])
+        assert held >= 0.8, name  # 95 % of 24 are expected
+        assert sum(getattr(item, name)[0] > 0.5 for item in drifts) <= 3, name
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from raypipe.extrapolators.base import Nodes
 def pair(
     predicted: np.ndarray, measured: np.ndarray, **baselines: np.ndarray
 ) -> HeldOutPredictions:
-    """Predictions of nothing but numbers."""
+    """Held-out predictions without samples."""
     n = len(measured)
     return HeldOutPredictions(
         np.zeros(n, np.int64), measured, predicted, np.ones(n, np.float32), baselines, n_fit=5
@@ -37,7 +37,7 @@ def pair(
 def judge(
     make_it: Any, nodes: Nodes, score: np.ndarray, holdout: float, seed: int, **more: Any
 ) -> tuple[HeldOutPredictions, Fidelity]:
-    """One part of the seed set, held out and judged."""
+    """Hold out one part of the seed set and assess its predictions."""
     found = hold_out(make_it, nodes, score, split(len(nodes), holdout, 1, seed)[0], **more)
     return found, compare(found, seed)
 
@@ -70,7 +70,7 @@ def test_bootstrap_equals_the_obvious_loop(monkeypatch) -> None:
     rng = np.random.default_rng(3)
     measured = rng.normal(size=40)
     predicted = np.round(measured + rng.normal(size=40), 1)
-    found = module._resample({"": module._Pair(predicted, measured, 0)}, 40, 9, ())[""]
+    found = module._resample({"": module._ScorePair(predicted, measured, 0)}, 40, 9, ())[""]
     again = np.random.default_rng(9)
     drawn = np.concatenate(
         [again.integers(0, 40, (min(7, 20 - start), 40)) for start in range(0, 20, 7)]
@@ -85,7 +85,7 @@ def test_bootstrap_equals_the_obvious_loop(monkeypatch) -> None:
 
 def test_overlap_of_a_resample_counts_repeats() -> None:
     a, b = np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3])
-    pair = module._Pair(a, b, 0)
+    pair = module._ScorePair(a, b, 0)
     # drawn: the third pair three times, the fourth once; the top 2 are 4, 3 by a and 3, 3 by b
     assert pair.overlap(np.array([[0.0, 0, 3, 1]]), 0.5) == pytest.approx([0.5])
     assert pair.overlap(np.ones((1, 4)), 0.5) == pytest.approx([1.0])
@@ -148,8 +148,8 @@ def test_a_random_order_is_what_random_orders_give() -> None:
 
 
 def test_with_very_many_samples_there_are_fewer_resamples(monkeypatch) -> None:
-    monkeypatch.setattr(module, "MOST_DRAWN", 50 * 300)
-    monkeypatch.setattr(module, "LEAST_RESAMPLES", 20)
+    monkeypatch.setattr(module, "MAX_DRAWS", 50 * 300)
+    monkeypatch.setattr(module, "MIN_RESAMPLES", 20)
     values = np.random.default_rng(0).normal(size=50)
     assert len(module.spearman_of_resamples({"a": values}, values, 0)["a"]) == 300
     long = np.random.default_rng(0).normal(size=5000)

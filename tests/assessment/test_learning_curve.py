@@ -36,7 +36,7 @@ def test_a_power_law_is_continued_exactly() -> None:
     sizes = [100, 200, 400, 800]
     rho = 1 - 3 * np.array(sizes, float) ** -0.4
     assert _extrapolated(sizes, rho[:, None])[0] == pytest.approx(1 - 3 * 1600.0**-0.4)
-    # a curve that falls promises nothing
+    # a falling curve predicts no gain
     assert _extrapolated(sizes, rho[::-1, None])[0] == pytest.approx(rho[0])
 
 

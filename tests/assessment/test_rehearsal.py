@@ -12,7 +12,7 @@ from raypipe.extrapolators.transfer import Transfer
 
 
 def shifted(nodes: Nodes, hidden: np.ndarray, trained: np.ndarray, seed: int) -> Nodes:
-    """Samples whose loss tells what is hidden in the score, but falls with it for those that were trained on."""
+    """Samples whose loss rises with the hidden part of the score, but falls for trained-on samples."""
     rng = np.random.default_rng(seed)
     loss = np.where(trained, -hidden, 3 + 2 * hidden) + 0.1 * rng.normal(size=len(hidden))
     return Nodes(
@@ -22,33 +22,38 @@ def shifted(nodes: Nodes, hidden: np.ndarray, trained: np.ndarray, seed: int) ->
 
 @pytest.fixture(scope="module")
 def world(problem, settings):
-    """A seed set of 200 among 500 whose score is half told by the embedding, half by the loss; and its rehearsal on 100."""
+    """A seed set of 200 among 500 samples, and its rehearsal on 100.
+
+    The embedding predicts half of the score, the loss the other half.
+    """
     nodes, place = problem(500, noise=0)
     hidden = np.random.default_rng(1).normal(size=500)
     score = place / place.std() + hidden
     seed, half, rest = np.arange(200), np.arange(100), np.arange(100, 200)
     by_proxy = shifted(nodes, hidden, np.arange(500) < 200, 2)
     by_second = shifted(nodes, hidden, np.arange(500) < 100, 3)
-    given = Rehearsal(by_second.take(half), score[half] * 0.5, by_second.take(rest), score[rest])
+    rehearsal = Rehearsal(
+        by_second.take(half), score[half] * 0.5, by_second.take(rest), score[rest]
+    )
 
     def make() -> AnchorGnn:
         return AnchorGnn(settings("gnn", epochs=4), 4)
 
     model = make()
     model.fit(by_proxy.take(seed), score[seed])
-    return make, model, given, by_proxy.take(np.arange(200, 500)), score[200:]
+    return make, model, rehearsal, by_proxy.take(np.arange(200, 500)), score[200:]
 
 
 def test_what_training_hides_is_learned_in_the_rehearsal(world) -> None:
-    make, model, given, others, truth = world
+    make, model, rehearsal, others, truth = world
     plain = spearmanr(model.predict(others), truth).statistic
-    transfer, found = rehearse(make, given, 0)
+    transfer, found = rehearse(make, rehearsal, 0)
     model.transfer = transfer
     try:
         predicted, difficulty = model.predict_with_difficulty(others)
         rehearsed = spearmanr(predicted, truth).statistic
         np.testing.assert_array_equal(predicted, model.predict(others))
-        for row in (0, 7):  # beside no other sample
+        for row in (0, 7):  # alone in its batch
             assert model.predict(others.take(np.array([row])))[0] == pytest.approx(
                 predicted[row], rel=1e-5
             )
@@ -58,29 +63,33 @@ def test_what_training_hides_is_learned_in_the_rehearsal(world) -> None:
     assert (
         np.abs(predicted - truth).mean() < 0.6 * np.abs(truth - truth.mean()).mean()
     )  # on the score's scale
-    # the figure that a user sees is about what it is outside
+    # the figure that a user sees is about that of the other samples
     assert spearmanr(found.predicted, found.measured).statistic == pytest.approx(rehearsed, abs=0.1)
     assert (len(found), found.n_fit) == (100, 100) and np.isfinite(difficulty).all()
-    np.testing.assert_array_equal(found.measured, given.measured)
+    np.testing.assert_array_equal(found.measured, rehearsal.measured)
     assert {"class_mean", "knn_published", "proxy_loss"} <= set(found.baselines)
     np.testing.assert_array_equal(
-        found.baselines["proxy_loss"], given.nodes.signals[:, 0].astype(np.float64)
+        found.baselines["proxy_loss"], rehearsal.nodes.signals[:, 0].astype(np.float64)
     )
 
 
 def test_no_score_is_seen_by_its_own_prediction(world) -> None:
-    make, _, given, _, _ = world
-    _, found = rehearse(make, given, 0)
+    make, _, rehearsal, _, _ = world
+    _, found = rehearse(make, rehearsal, 0)
     noise = np.random.default_rng(5).normal(size=100)
-    _, blind = rehearse(make, Rehearsal(given.known, given.score, given.nodes, noise), 0)
+    _, blind = rehearse(
+        make, Rehearsal(rehearsal.known, rehearsal.score, rehearsal.nodes, noise), 0
+    )
     assert abs(spearmanr(blind.predicted, noise).statistic) < 0.3
-    # 20 of the scores changed: what is predicted of these 20 alone does not
+    # changing 20 of the scores leaves the predictions of just these 20 as they were
     from raypipe.assessment.fidelity import split
 
     held = split(100, 0.2, 5, 0)[2]
-    changed = given.measured.copy()
+    changed = rehearsal.measured.copy()
     changed[held] = changed[held][::-1] + 5
-    _, again = rehearse(make, Rehearsal(given.known, given.score, given.nodes, changed), 0)
+    _, again = rehearse(
+        make, Rehearsal(rehearsal.known, rehearsal.score, rehearsal.nodes, changed), 0
+    )
     np.testing.assert_array_equal(again.predicted[held], found.predicted[held])
     assert not np.array_equal(again.predicted, found.predicted)
 
@@ -88,7 +97,7 @@ def test_no_score_is_seen_by_its_own_prediction(world) -> None:
 def test_the_map_is_what_ridge_regression_on_normal_scores_gives() -> None:
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(4000, 3))
-    score = np.exp(2 * inputs[:, 0] - inputs[:, 1])  # monotone in what is linear
+    score = np.exp(2 * inputs[:, 0] - inputs[:, 1])  # a monotone function of a linear one
     transfer = Transfer.fit(np.exp(inputs), score)  # ranks do not change with the units of an input
     weights = transfer.weights / np.abs(transfer.weights).sum()
     np.testing.assert_allclose(weights, [2 / 3, -1 / 3, 0], atol=0.02)
@@ -124,9 +133,9 @@ def test_a_map_is_restored_bit_for_bit(constant: bool) -> None:
 
 
 def test_a_constant_score_is_rehearsed_too(world) -> None:
-    make, _, given, _, _ = world
+    make, _, rehearsal, _, _ = world
     transfer, found = rehearse(
-        make, Rehearsal(given.known, np.ones(100), given.nodes, np.ones(100)), 0
+        make, Rehearsal(rehearsal.known, np.ones(100), rehearsal.nodes, np.ones(100)), 0
     )
     np.testing.assert_array_equal(found.predicted, np.ones(100))
     assert transfer.rising is None

@@ -23,7 +23,7 @@ def _problem(
     seed: int = 0,
     noise: float = 0.1,
 ) -> Problem:
-    """Samples whose score depends on where they lie, differently for each class."""
+    """Samples whose score depends on their embedding, differently for each class."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, classes, count)
     embedding = (
@@ -40,7 +40,7 @@ def _problem(
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from more threads, and lose much where cores are busy."""
+    """Tiny matrices gain nothing from more threads, and lose a lot on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_trees() -> Iterator[None]:
-    """A few steps tell as much about tiny problems."""
+    """A few steps are enough for tiny problems."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OPTIONS, "max_iter", 60)
         patch.setitem(OPTIONS, "learning_rate", 0.15)

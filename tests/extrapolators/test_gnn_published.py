@@ -19,7 +19,10 @@ def fitted(problem, settings) -> tuple[GnnPublished, Nodes, np.ndarray]:
 
 
 def test_inference_by_hand(fitted) -> None:
-    """One hop of all neighbours, three layers, in dense matrices: D^-1/2 (A + I) D^-1/2 X W + b of each sample's own star."""
+    """One hop of all neighbours and three layers, in dense matrices.
+
+    Each layer is D^-1/2 (A + I) D^-1/2 X W + b of the sample and its neighbours alone.
+    """
     gnn, nodes, score = fitted
     tensors = {
         name.removeprefix("network.layers."): value.astype(np.float64)
@@ -46,7 +49,10 @@ def test_inference_by_hand(fitted) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_layers_equal_gcnconv(training: bool, monkeypatch) -> None:
-    """A batch of 3 nodes, 9 that receive messages, 20 in all; what the first layers give of nodes that nobody sees is not compared."""
+    """A batch of 3 nodes, 9 that receive messages, 20 in all.
+
+    The values of the first layers at nodes that no output depends on are not compared.
+    """
     monkeypatch.setattr(
         "raypipe.extrapolators.published.gnn._dropped", lambda x, training: torch.relu(x)
     )
@@ -64,10 +70,11 @@ def test_layers_equal_gcnconv(training: bool, monkeypatch) -> None:
         torch.nn.init.normal_(layer.bias)
         expected = torch.relu(layer(expected, edges, weight.flatten()))
     expected = net.layers[-1](expected, edges, weight.flatten())[:3, 0]
-    wanted = torch.autograd.grad(expected.sum(), list(net.parameters()))
-    found = net(x, near, weight, 3)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), list(net.parameters())), wanted)
+    expected_gradient = torch.autograd.grad(expected.sum(), list(net.parameters()))
+    output = net(x, near, weight, 3)
+    torch.testing.assert_close(output, expected)
+    gradient = torch.autograd.grad(output.sum(), list(net.parameters()))
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_a_prediction_does_not_depend_on_its_batch(fitted) -> None:
@@ -87,7 +94,7 @@ def test_training_subgraph(problem, settings, k: int) -> None:
         nodes.embedding, k, exclude=np.arange(150)
     )
     batch = torch.tensor([3, 17, 90])
-    x, sources, weight = gnn._sampled(batch)
+    x, sources, weight = gnn._subgraph(batch)
     row = {tuple(feature): place for place, feature in enumerate(nodes.embedding.tolist())}
     rows = np.array([row[tuple(feature)] for feature in x[:, 4:].tolist()])
     assert rows[:3].tolist() == [3, 17, 90] and len(set(rows.tolist())) == len(rows)
@@ -101,11 +108,8 @@ def test_training_subgraph(problem, settings, k: int) -> None:
         len(set(sources)) == len(sources) == min(k, FAN_OUT) for sources in received.values()
     )
     first = {source for target in (3, 17, 90) for source in received[target]}
-    assert set(received) == first | {
-        3,
-        17,
-        90,
-    }  # two hops: the batch and its neighbours receive, nothing else does
+    # two hops: the batch and its neighbours receive messages, no other node does
+    assert set(received) == first | {3, 17, 90}
 
 
 def test_learns_from_scored_samples_only(fitted, settings) -> None:
@@ -124,9 +128,8 @@ def test_it_learns(problem, settings) -> None:
     nodes, score = problem(400, noise=0.0)
     # seed 0 draws 0.49; the mean of eight is 0.53
     gnn = GnnPublished(settings("gnn-published").model_copy(update={"seed": 2}), 4)
-    gnn.fit_graph(
-        nodes, np.arange(200), score[:200] * 1e4
-    )  # far from what a learning rate of 1e-3 reaches unstandardised
+    # without standardisation a learning rate of 1e-3 would not reach such scores
+    gnn.fit_graph(nodes, np.arange(200), score[:200] * 1e4)
     assert np.corrcoef(gnn.predict_rows(np.arange(200, 400)), score[200:])[0, 1] > 0.5
 
 
@@ -168,16 +171,15 @@ def test_degenerate_input(problem, settings) -> None:
 def test_half_of_the_values_are_dropped_and_the_others_doubled() -> None:
     torch.manual_seed(0)
     x = torch.randn(500, 512, requires_grad=True)
-    found = _dropped(x * 1.0, True)
+    dropped = _dropped(x * 1.0, True)
     positive = x > 0
-    kept = found != 0
-    torch.testing.assert_close(found, torch.where(kept, 2 * x, 0.0))
-    assert not kept[~positive].any() and float(kept[positive].float().mean()) == pytest.approx(
-        0.5, abs=0.01
-    )
-    values = kept[:, :-1] & positive[:, :-1]
-    both = float(kept[:, 1:][values & positive[:, 1:]].float().mean())
-    assert both == pytest.approx(0.5, abs=0.01), "neighbours are drawn apart"
-    (slope,) = torch.autograd.grad(found.sum(), x)
-    torch.testing.assert_close(slope, kept * 2.0)
+    survives = dropped != 0
+    torch.testing.assert_close(dropped, torch.where(survives, 2 * x, 0.0))
+    assert not survives[~positive].any()
+    assert float(survives[positive].float().mean()) == pytest.approx(0.5, abs=0.01)
+    left, right = survives[:, :-1] & positive[:, :-1], positive[:, 1:]
+    both = float(survives[:, 1:][left & right].float().mean())
+    assert both == pytest.approx(0.5, abs=0.01), "neighbouring values are drawn independently"
+    (slope,) = torch.autograd.grad(dropped.sum(), x)
+    torch.testing.assert_close(slope, survives * 2.0)
     torch.testing.assert_close(_dropped(x * 1.0, False), torch.relu(x))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from raypipe.extrapolators.base import Nodes
-from raypipe.extrapolators.knn import Constants, Knn
+from raypipe.extrapolators.knn import Knn, KnnConstants
 
 
-def slow(
-    seed: Nodes, score: np.ndarray, nodes: Nodes, typical: float, chosen: Constants
+def plain_loop(
+    seed: Nodes, score: np.ndarray, nodes: Nodes, typical: float, constants: KnnConstants
 ) -> list[float]:
     result = []
     for z, y in zip(nodes.embedding.astype(float), nodes.label):
@@ -18,19 +18,19 @@ def slow(
             (math.dist(z, other), row) for row, other in enumerate(seed.embedding.astype(float))
         )
         same = [(d, row) for d, row in away if y >= 0 and seed.label[row] == y]
-        near = same[: chosen.neighbours] + [
-            pair for pair in away[: chosen.neighbours] if pair not in same
+        near = same[: constants.neighbours] + [
+            pair for pair in away[: constants.neighbours] if pair not in same
         ]
         first = min(d for d, _ in near)
-        share = {True: 1.0, False: chosen.others if y >= 0 else 1.0}
+        share = {True: 1.0, False: constants.others if y >= 0 else 1.0}
         weights = [
-            math.exp((first - d) / (chosen.bandwidth * typical)) * share[seed.label[row] == y]
+            math.exp((first - d) / (constants.bandwidth * typical)) * share[seed.label[row] == y]
             for d, row in near
         ]
         mine = [score[row] for _, row in same]
         mean = (sum(mine) + score.mean()) / (len(mine) + 1)
-        top = sum(w * score[row] for w, (_, row) in zip(weights, near)) + chosen.shrinkage * mean
-        result.append(top / (sum(weights) + chosen.shrinkage))
+        top = sum(w * score[row] for w, (_, row) in zip(weights, near)) + constants.shrinkage * mean
+        result.append(top / (sum(weights) + constants.shrinkage))
     return result
 
 
@@ -42,9 +42,11 @@ def test_formula(problem, settings) -> None:
     knn = Knn(settings("knn", neighbours=6), 4)
     knn.fit(seed, score[:90])
     assert knn._constants.neighbours == 6
-    knn._constants = Constants(6, 0.4, 0.3, 0.7)
+    knn._constants = KnnConstants(6, 0.4, 0.3, 0.7)
     np.testing.assert_allclose(
-        knn.predict(rest), slow(seed, score[:90], rest, knn._typical, knn._constants), rtol=1e-5
+        knn.predict(rest),
+        plain_loop(seed, score[:90], rest, knn._typical, knn._constants),
+        rtol=1e-5,
     )
 
 
@@ -53,14 +55,14 @@ def test_what_is_chosen_from_is_leave_one_out(problem, settings) -> None:
     nodes, score = problem(40)
     knn = Knn(settings("knn"), 4)
     knn.fit(nodes, score)
-    found = knn._find(nodes, 5, exclude=np.arange(40))
+    together = knn._scored_neighbours(nodes, 5, exclude=np.arange(40))
     for row in (0, 17):
         others = np.delete(np.arange(40), row)
         less = Knn(settings("knn"), 4)
         less.fit(nodes.take(others), score[others])
-        alone = less._find(nodes.take(np.array([row])), 5)
-        for name in ("same", "same_score", "other", "mean"):
-            mine, theirs = getattr(found, name)[row], getattr(alone, name)[0]
+        alone = less._scored_neighbours(nodes.take(np.array([row])), 5)
+        for name in ("same", "same_score", "other", "class_mean"):
+            mine, theirs = getattr(together, name)[row], getattr(alone, name)[0]
             np.testing.assert_allclose(
                 mine[np.isfinite(mine)], theirs[np.isfinite(theirs)], rtol=1e-6
             )

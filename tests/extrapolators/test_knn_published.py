@@ -12,7 +12,7 @@ from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.published.knn import KnnPublished
 
 
-def slow(seed: Nodes, score: np.ndarray, nodes: Nodes, k: int) -> list[float]:
+def plain_loop(seed: Nodes, score: np.ndarray, nodes: Nodes, k: int) -> list[float]:
     result = []
     for z in nodes.embedding.astype(float):
         near = sorted(
@@ -30,7 +30,7 @@ def test_published_formula(problem, settings, k: int) -> None:
     seed, rest = nodes.take(np.arange(60)), nodes.take(np.arange(60, 120))
     knn = KnnPublished(settings("knn-published", neighbours=k), 4)
     knn.fit(seed, score[:60])
-    np.testing.assert_allclose(knn.predict(rest), slow(seed, score[:60], rest, k), rtol=1e-5)
+    np.testing.assert_allclose(knn.predict(rest), plain_loop(seed, score[:60], rest, k), rtol=1e-5)
 
 
 def test_default_is_twenty_neighbours_and_labels_do_not_matter(problem, settings) -> None:
@@ -38,7 +38,7 @@ def test_default_is_twenty_neighbours_and_labels_do_not_matter(problem, settings
     seed, rest = nodes.take(np.arange(60)), nodes.take(np.arange(60, 120))
     knn = KnnPublished(settings("knn-published"), 4)
     knn.fit(seed, score[:60])
-    np.testing.assert_allclose(knn.predict(rest), slow(seed, score[:60], rest, 20), rtol=1e-5)
+    np.testing.assert_allclose(knn.predict(rest), plain_loop(seed, score[:60], rest, 20), rtol=1e-5)
     unlabelled = Nodes(rest.embedding, np.full(60, -1), rest.signals)
     np.testing.assert_array_equal(knn.predict(rest), knn.predict(unlabelled))
 

@@ -1,4 +1,4 @@
-"""What `knn`, `mlp`, `trees` and `proxy` have in common; each with what is its own below."""
+"""Properties that `knn`, `mlp`, `trees` and `proxy` share, and a few that only some have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = {"mlp": {"epochs": 15}, "gnn": {"epochs": 2}}
 
 @pytest.fixture(scope="module")
 def telling(problem) -> tuple[Nodes, np.ndarray]:
-    """A score that depends on class, place and, through it, on a signal; 500 samples."""
+    """500 samples whose score depends on class and embedding; a signal depends on the score."""
     nodes, score = problem(500)
     signals = np.stack([np.exp(-score), np.random.default_rng(1).normal(size=500)], 1)
     return Nodes(nodes.embedding, nodes.label, signals), score
@@ -119,8 +119,10 @@ def test_order_of_the_scored_samples_does_not_matter(
 @pytest.mark.parametrize("method", [*METHODS, "gnn"])
 @pytest.mark.parametrize("classes", [4, 60])
 def test_noise_is_not_learned(settings, method: str, classes: int) -> None:
-    """A score with nothing to find must be predicted by about its mean: whoever sees a sample's own score in the fit learns a
-    relation that does not hold for other samples."""
+    """A score that is pure noise must be predicted by about its mean.
+
+    A method that sees a sample's own score in the fit learns a relation that other samples lack.
+    """
     rng = np.random.default_rng(0)
     nodes = Nodes(
         rng.normal(size=(900, 6)), rng.integers(0, classes, 900), rng.normal(size=(900, 3))
@@ -209,10 +211,10 @@ def test_signals_must_be_those_of_the_fit(telling, fitted, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["knn", "trees", "gnn", "knn-published"])
 def test_inverted_lists_of_many_scored_samples(telling, settings, monkeypatch, method: str) -> None:
-    """Beyond `exact_neighbours` the search is by lists: predicted nearly as by the exact one, said in the state, and restored with it."""
-    monkeypatch.setattr(
-        "raypipe.extrapolators.neighbours.MOST_OF_LISTS", 1
-    )  # 40 neighbours of 300 are in most lists
+    """Beyond `exact_neighbours` the search uses lists: nearly the same predictions, and part of the
+    state."""
+    # 40 neighbours of 300 are in most lists
+    monkeypatch.setattr("raypipe.extrapolators.neighbours.MAX_EFFORT_DIVISOR", 1)
     nodes, score = telling
     some = np.arange(120 if method == "gnn" else 300)
     models = [

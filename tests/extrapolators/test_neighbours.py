@@ -11,7 +11,7 @@ from raypipe.extrapolators import neighbours as module
 from raypipe.extrapolators.neighbours import ClassNeighbours, NeighbourIndex
 
 
-def brute(
+def brute_force(
     vectors: np.ndarray, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     distance = np.sqrt(((queries[:, None].astype(np.float64) - vectors[None]) ** 2).sum(2))
@@ -26,13 +26,13 @@ def brute(
 @pytest.mark.parametrize("queries", [1, 5, 70])
 def test_search_is_exact(queries: int) -> None:
     rng = np.random.default_rng(0)
-    # a large common offset is where |a|^2 + |b|^2 - 2ab loses its digits
-    vectors, wanted = (
+    # with a large common offset |a|^2 + |b|^2 - 2ab loses its digits
+    vectors, points = (
         rng.normal(size=(200, 7)).astype(np.float32) + 300,
         rng.normal(size=(queries, 7)).astype(np.float32) + 300,
     )
-    distance, row = NeighbourIndex(vectors).search(wanted, 9)
-    true_distance, true_row = brute(vectors, wanted, 9)
+    distance, row = NeighbourIndex(vectors).search(points, 9)
+    true_distance, true_row = brute_force(vectors, points, 9)
     np.testing.assert_allclose(distance, true_distance, rtol=1e-5)
     assert (row == true_row).mean() > 0.97  # only near-equal distances may differ
     assert distance.dtype == np.float32 and row.dtype == np.int64
@@ -91,16 +91,23 @@ def lists() -> NeighbourIndex:
 
 def test_many_vectors_are_searched_by_lists_with_a_measured_recall(lists) -> None:
     assert NeighbourIndex(clustered(3000), exact=3000).quality.as_dict() == {
-        "kind": "exact", "vectors": 3000, "lists": 0, "effort": 0, "recall": 1.0, "k": 0, "tried": [], "note": "",
-    }  # fmt: skip
+        "kind": "exact",
+        "vectors": 3000,
+        "lists": 0,
+        "effort": 0,
+        "recall": 1.0,
+        "k": 0,
+        "tried": [],
+        "note": "",
+    }
     about = lists.quality.as_dict()
     assert (about["kind"], about["vectors"], about["lists"], about["k"]) == ("ivf", 3000, 110, 10)
     assert about["recall"] >= 0.95 and about["effort"] < 30
     queries = clustered(3200)[3000:]
-    true_distance, _ = brute(lists.vectors, queries, 10)
+    true_distance, _ = brute_force(lists.vectors, queries, 10)
     distance, row = lists.search(queries, 10)
-    found = (distance <= true_distance[:, -1:] * (1 + 1e-5)).mean()
-    assert found == pytest.approx(about["recall"], abs=0.03)
+    recall = (distance <= true_distance[:, -1:] * (1 + 1e-5)).mean()
+    assert recall == pytest.approx(about["recall"], abs=0.03)
     np.testing.assert_allclose(
         distance, np.linalg.norm(lists.vectors[row] - queries[:, None], axis=2), rtol=1e-5
     )
@@ -125,7 +132,7 @@ def test_effort_is_raised_until_enough_is_found(monkeypatch) -> None:
 
 
 def test_the_search_is_exact_where_lists_find_too_little(monkeypatch) -> None:
-    monkeypatch.setattr(module, "MOST_OF_LISTS", 60)
+    monkeypatch.setattr(module, "MAX_EFFORT_DIVISOR", 60)
     index = NeighbourIndex(clustered(3000), exact=2000, k=10)
     assert (
         index.quality.as_dict()["kind"] == "exact"
@@ -156,7 +163,7 @@ def test_the_search_by_products_finds_the_same(
     monkeypatch.setattr(module, "PRODUCT_VALUES", values)
     vectors = clustered(800) + np.float32(offset)
     plain, by_product = NeighbourIndex(vectors[:700]), NeighbourIndex(vectors[:700])
-    by_product.device = device  # cpu:0 is not the plain name: what a GPU does, on a CPU
+    by_product.device = device  # "cpu:0" is not "cpu": the code path of a GPU, on a CPU
     few, own = vectors[:50], np.arange(50)
     for queries, k, exclude in (
         (vectors[700:], 20, None),
@@ -164,23 +171,23 @@ def test_the_search_by_products_finds_the_same(
         (few[:1], 700, None),
         (few[:0], 3, None),
     ):
-        for found, expected in zip(
+        for result, expected in zip(
             by_product.search(queries, k, exclude), plain.search(queries, k, exclude)
         ):
-            np.testing.assert_array_equal(found, expected)
-    assert by_product._aside is not None and plain._aside is None
+            np.testing.assert_array_equal(result, expected)
+    assert by_product._device_vectors is not None and plain._device_vectors is None
 
 
 def test_lists_that_hold_too_few_are_no_gap(lists) -> None:
     exact, queries = NeighbourIndex(lists.vectors), clustered(3040)[3000:]
     many = lists.search(queries, 2500)
-    for found, expected in zip(many, exact.search(queries, 2500)):
-        np.testing.assert_array_equal(found, expected)
+    for result, expected in zip(many, exact.search(queries, 2500)):
+        np.testing.assert_array_equal(result, expected)
     rows = np.arange(40)
-    for found, expected in zip(
+    for result, expected in zip(
         lists.search(lists.vectors[:40], 2999, rows), exact.search(lists.vectors[:40], 2999, rows)
     ):
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_lists_of_equal_vectors() -> None:
@@ -233,22 +240,22 @@ def test_damaged_tensors_are_an_error(
 
 def test_only_large_classes_have_lists(monkeypatch) -> None:
     vectors, label = clustered(3000), np.repeat([0, 1, -1], [2400, 400, 200])
-    found, queries = ClassNeighbours(vectors, label, exact=1000, k=10), clustered(3050)[3000:]
-    assert list(found.quality()) == [0] and found.quality()[0].recall >= 0.95
-    assert set(found.lists()) == {"0.centroid", "0.list", "0.tried"}
+    by_class, queries = ClassNeighbours(vectors, label, exact=1000, k=10), clustered(3050)[3000:]
+    assert list(by_class.quality()) == [0] and by_class.quality()[0].recall >= 0.95
+    assert set(by_class.lists()) == {"0.centroid", "0.list", "0.tried"}
     monkeypatch.setattr(NeighbourIndex, "_build", None)
-    again = ClassNeighbours(vectors, label, lists=found.lists())
+    again = ClassNeighbours(vectors, label, lists=by_class.lists())
     for y in (0, 1):
-        wanted = np.full(50, y)
+        labels = np.full(50, y)
         for before, after in zip(
-            found.search(queries, wanted, 10), again.search(queries, wanted, 10)
+            by_class.search(queries, labels, 10), again.search(queries, labels, 10)
         ):
             np.testing.assert_array_equal(before, after)
-    exact = ClassNeighbours(vectors, label).search(queries, wanted, 10)[1]
-    np.testing.assert_array_equal(found.search(queries, wanted, 10)[1], exact)
+    exact = ClassNeighbours(vectors, label).search(queries, labels, 10)[1]
+    np.testing.assert_array_equal(by_class.search(queries, labels, 10)[1], exact)
     with pytest.raises(RaypipeError, match="damaged"):
         ClassNeighbours(
-            vectors, label, lists={**found.lists(), "0.list": found.lists()["0.list"][1:]}
+            vectors, label, lists={**by_class.lists(), "0.list": by_class.lists()["0.list"][1:]}
         )
 
 

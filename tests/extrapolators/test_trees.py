@@ -48,22 +48,24 @@ def test_nodes_that_lead_nowhere_are_refused() -> None:
 def test_statistics_by_hand() -> None:
     seed = np.array([[0.0], [1.0], [3.0], [4.0], [7.0], [20.0]])
     label, score = np.array([0, 0, 1, 0, 0, -1]), np.array([1.0, 2.0, 5.0, 4.0, 8.0, 100.0])
-    of, index = (
-        NeighbourStatistics(ClassNeighbours(seed, label), label, score, 2.0),
-        NeighbourIndex(seed),
-    )
-    statistics = lambda nodes, own=None: of(nodes, *index.search(nodes.embedding, 4, own), own)  # noqa: E731
-    found = statistics(Nodes(seed[:1] + 0.25, np.array([0]), np.array([[9.0]])))[0]
-    assert len(found) == FEATURES + 1 and found[-1] == 9
-    # the nearest of any class; the four nearest: mean, spread, least and mean distance; then those of its class
-    assert found[:5].tolist() == pytest.approx([1, 1, 0, 0.125, 0.125])
+    compute = NeighbourStatistics(ClassNeighbours(seed, label), label, score, 2.0)
+    index = NeighbourIndex(seed)
+
+    def statistics(nodes: Nodes, own: np.ndarray | None = None) -> np.ndarray:
+        return compute(nodes, *index.search(nodes.embedding, 4, own), own)
+
+    features = statistics(Nodes(seed[:1] + 0.25, np.array([0]), np.array([[9.0]])))[0]
+    assert len(features) == FEATURES + 1 and features[-1] == 9
+    # Five statistics of the nearest of any class, then of the four nearest, then the same for its
+    # own class: mean, weighted mean, spread, least and mean distance.
+    assert features[:5].tolist() == pytest.approx([1, 1, 0, 0.125, 0.125])
     weight = np.exp(-(np.array([0.25, 0.75, 2.75, 3.75]) - 0.25) / 2 / 0.2)
-    assert found[6] == pytest.approx(weight @ [1, 2, 5, 4] / weight.sum())
-    assert [*found[[5, 7, 8, 9]]] == pytest.approx([3, np.std([1, 2, 5, 4]), 0.125, 7.5 / 8])
-    assert [*found[[15, 17, 18, 19]]] == pytest.approx(
+    assert features[6] == pytest.approx(weight @ [1, 2, 5, 4] / weight.sum())
+    assert [*features[[5, 7, 8, 9]]] == pytest.approx([3, np.std([1, 2, 5, 4]), 0.125, 7.5 / 8])
+    assert [*features[[15, 17, 18, 19]]] == pytest.approx(
         [3.75, np.std([1, 2, 4, 8]), 0.125, 11.5 / 8]
     )
-    assert [*found[20:23]] == pytest.approx([0, 1, 0.75])
+    assert [*features[20:23]] == pytest.approx([0, 1, 0.75])
     left_out = statistics(Nodes(seed[:1], np.array([0]), np.array([[9.0]])), np.array([0]))[0]
     assert left_out[0] == 2 and left_out[15] == pytest.approx(14 / 3)
     bare = statistics(Nodes(seed[:1], np.array([-1]), np.zeros((1, 0))))[0]
@@ -73,9 +75,8 @@ def test_statistics_by_hand() -> None:
 def test_signals_are_used_where_they_tell(settings) -> None:
     rng = np.random.default_rng(0)
     nodes = Nodes(rng.normal(size=(400, 4)), rng.integers(0, 3, 400), rng.normal(size=(400, 3)))
-    score = np.abs(nodes.signals[:, 1]).astype(
-        float
-    )  # no neighbour knows it, no monotone map finds it
+    # no neighbour reveals this score, and no monotone map fits it
+    score = np.abs(nodes.signals[:, 1]).astype(float)
     trees = Trees(settings("trees"), 3)
     trees.fit(nodes.take(np.arange(250)), score[:250])
     assert np.corrcoef(trees.predict(nodes.take(np.arange(250, 400))), score[250:])[0, 1] > 0.8
@@ -96,9 +97,9 @@ def test_a_damaged_forest_is_refused(problem, settings) -> None:
 
 def test_neighbours_within_a_class() -> None:
     vectors, label = np.array([[0.0], [1.0], [2.0], [3.0], [9.0]]), np.array([0, 1, 0, 0, -1])
-    found = ClassNeighbours(vectors, label)
-    distance, row = found.search(np.array([[0.0], [0.0], [2.0], [0.0]]), np.array([0, 1, -1, 7]), 3)
+    index = ClassNeighbours(vectors, label)
+    distance, row = index.search(np.array([[0.0], [0.0], [2.0], [0.0]]), np.array([0, 1, -1, 7]), 3)
     assert row.tolist() == [[0, 2, 3], [1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert distance[0].tolist() == [0, 2, 3] and np.isinf(distance[1:, 1:]).all()
-    _, row = found.search(vectors[[2, 1]], label[[2, 1]], 2, exclude=np.array([2, 1]))
+    _, row = index.search(vectors[[2, 1]], label[[2, 1]], 2, exclude=np.array([2, 1]))
     assert row.tolist() == [[3, 0], [-1, -1]]

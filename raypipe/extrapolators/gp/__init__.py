@@ -1,1 +1,1 @@
-"""Gaussian process regression on embeddings."""
+"""Gaussian process regression on embeddings, proxy statistics and classes."""

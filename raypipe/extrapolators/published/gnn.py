@@ -1,17 +1,23 @@
-"""GNN extrapolation as published (arXiv 2506.09010, "Effective Data Pruning through Score Extrapolation", and its code).
+"""GNN extrapolation as published (arXiv 2506.09010, "Effective Data Pruning through Score
+Extrapolation", and its code).
 
-Graph: k nearest neighbours (k = 10) of every sample among all samples, scored or not; edge weight exp(-d / 2), d the Euclidean
-distance of embeddings. Node features: [one-hot label ; embedding]. Network: three GCN layers (Kipf & Welling 2017, eq. 2)
-in -> 512 -> 256 -> 1, ReLU and dropout 0.5 after the first two. Fit: squared error on the scored samples but a tenth, which chooses
-the epoch by its Pearson correlation; Adam 1e-3, batch 128, 25 epochs. Training batches see two hops of at most 10 neighbours,
-predictions one hop of all neighbours: that mismatch is the published code's, and is kept.
+Graph: k nearest neighbours (k = 10) of every sample among all samples, scored or not; edge weight
+exp(-d / 2), d the Euclidean distance of the embeddings. Node features: [one-hot label ; embedding].
+Network: three GCN layers (Kipf & Welling 2017, eq. 2), in -> 512 -> 256 -> 1, with ReLU and dropout
+0.5 after the first two. Fit: squared error on the scored samples except a tenth, which selects the
+epoch by its Pearson correlation; Adam 1e-3, batch 128, 25 epochs. Training batches see two hops of
+at most 10 neighbours, predictions one hop of all neighbours. This mismatch is in the published code
+and is preserved.
 
 Deviations, none of which changes what the method can express:
-- scores are standardised for the fit and predictions changed back, a pure affine change: MoSo's raw scores may be 1e-4 or 1e3 in
-  size, which a learning rate of 1e-3 cannot reach in 25 epochs;
-- each predicted sample's neighbourhood is a graph of its own, so that a prediction does not depend on what shares its batch
-  (in the published code it does where two samples of a batch are neighbours);
-- neighbours are sampled here from the neighbour table; PyG's NeighborLoader needs compiled extensions that cannot be assumed.
+
+- Scores are standardised for the fit and predictions mapped back, which is affine. MoSo's raw
+  scores can be of size 1e-4 or 1e3, which a learning rate of 1e-3 cannot reach in 25 epochs.
+- The neighbourhood of each predicted sample is a graph of its own, so a prediction does not depend
+  on what shares its batch. In the published code it does if two samples of a batch are neighbours.
+- Neighbours are sampled from the neighbour table. PyG's NeighborLoader needs compiled extensions
+  that cannot be assumed.
+
 An unlabelled sample has no one-hot entry.
 """
 
@@ -33,16 +39,18 @@ from raypipe.progress import ProgressCallback
 
 HIDDEN = (512, 256)
 FAN_OUT = 10
+"""Maximum number of neighbours per node in a training batch."""
 BATCH = 128
-RATE = 1e-3
+LEARNING_RATE = 1e-3
 VALIDATION = 0.1
+"""Share of the scored samples that selects the epoch."""
 
 
 class PublishedNet(nn.Module):
-    """Three GCN layers, equal to `torch_geometric.nn.GCNConv` and a few times as fast in what it is used for here.
+    """Three GCN layers, equal to `torch_geometric.nn.GCNConv` and a few times as fast here.
 
-    Every node that receives messages receives k of them, so that a layer is a weighted sum over a table and a product with a matrix, in the
-    order that takes less; and what no wanted node can see is left out.
+    Every node that receives messages receives k of them. A layer is therefore a weighted sum over a
+    table and a matrix product, in the cheaper order. Nodes that no output depends on are left out.
     """
 
     def __init__(self, width: int) -> None:
@@ -51,53 +59,60 @@ class PublishedNet(nn.Module):
             [GCNConv(width, HIDDEN[0]), GCNConv(HIDDEN[0], HIDDEN[1]), GCNConv(HIDDEN[1], 1)]
         )
 
-    def forward(self, x: Tensor, near: Tensor, weight: Tensor, wanted: int) -> Tensor:
-        """What is said of the first nodes, [wanted].
+    def forward(self, x: Tensor, near: Tensor, weight: Tensor, outputs: int) -> Tensor:
+        """Return the predictions for the first `outputs` nodes, [outputs].
 
-        x             features [n, width];  near, weight  of the first m nodes the rows of their neighbours and the weights of these, [m, k]
-        The others receive nothing. `wanted` is at most m.
+        Parameters
+        ----------
+        x
+            Features of n nodes, [n, width].
+        near, weight
+            Rows of the neighbours of the first m nodes, and the edge weights, [m, k]. The other
+            nodes receive no messages.
+        outputs
+            Number of predictions, at most m.
         """
         degree = torch.ones(len(x))
         degree[: len(near)] += weight.sum(1)
         scale = degree.rsqrt()
         weight = scale[: len(near), None] * weight * scale[near]
-        # of the second layer only the wanted nodes and their neighbours are seen by the third
-        seen = max(wanted, int(near[:wanted].max()) + 1) if near.numel() else wanted
+        # the third layer reads only the outputs and their neighbours from the second
+        visible = max(outputs, int(near[:outputs].max()) + 1) if near.numel() else outputs
         layers: list[Any] = list(self.layers)
         first, second, third = layers
-        x = _dropped(
-            first.lin(_received(x, near, weight, degree, len(x))) + first.bias, self.training
-        )
-        x = _dropped(
-            second.lin(_received(x, near, weight, degree, seen)) + second.bias, self.training
-        )
-        return (
-            _received(third.lin(x), near[:wanted], weight[:wanted], degree, wanted) + third.bias
-        )[:, 0]
+        x = first.lin(_aggregated(x, near, weight, degree, len(x))) + first.bias
+        x = _dropped(x, self.training)
+        x = second.lin(_aggregated(x, near, weight, degree, visible)) + second.bias
+        x = _dropped(x, self.training)
+        x = _aggregated(third.lin(x), near[:outputs], weight[:outputs], degree, outputs)
+        return (x + third.bias)[:, 0]
 
 
 def _dropped(x: Tensor, training: bool) -> Tensor:
-    """ReLU, then dropout of half of the values. `F.dropout` draws a number for each, five times slower than a bit for each; x has a
-    multiple of 64 values, as both hidden layers are so wide."""
+    """Apply ReLU, then drop half of the values during training.
+
+    `F.dropout` draws a number per value, which is five times slower than one random bit per value.
+    The number of values in x must be a multiple of 64; the widths of both hidden layers ensure
+    this.
+    """
     x = F.relu(x, inplace=True)
     if not training:
         return x
-    drawn = (
-        torch.empty(x.numel() // 64, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-    )
-    kept = (
-        ((drawn[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).view(torch.bool).view(x.shape)
-    )
-    return x * kept.to(x.dtype).mul_(2)
+    words = torch.empty(x.numel() // 64, dtype=torch.int64).random_(-(2**63), None)
+    octets = words.view(torch.uint8)
+    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    mask = bits.view(torch.bool).view(x.shape)
+    return x * mask.to(x.dtype).mul_(2)
 
 
-def _received(x: Tensor, near: Tensor, weight: Tensor, degree: Tensor, count: int) -> Tensor:
-    """For the first `count` nodes, x and what their neighbours send, normalised (Kipf & Welling 2017, eq. 2): [count, width]."""
+def _aggregated(x: Tensor, near: Tensor, weight: Tensor, degree: Tensor, count: int) -> Tensor:
+    """Add to each of the first `count` nodes its normalised messages, [count, width].
+
+    Kipf & Welling 2017, eq. 2; nodes beyond `near` receive none.
+    """
     near, weight = near[:count], weight[:count]
-    summed = (
-        F.embedding_bag(near, x, mode="sum", per_sample_weights=weight)
-        + x[: len(near)] / degree[: len(near), None]
-    )
+    messages = F.embedding_bag(near, x, mode="sum", per_sample_weights=weight)
+    summed = messages + x[: len(near)] / degree[: len(near), None]
     return torch.cat([summed, x[len(near) : count]])
 
 
@@ -107,7 +122,7 @@ class GnnPublished(TransductiveExtrapolator):
     name = "gnn-published"
     default_neighbours = 10
     default_epochs = 25
-    fewest = 20
+    min_samples = 20
     _near: Tensor | None = None
     _quality: SearchQuality | None = None
 
@@ -118,31 +133,31 @@ class GnnPublished(TransductiveExtrapolator):
         score: np.ndarray,
         progress: ProgressCallback | None = None,
     ) -> None:
-        """Learn from the graph over `nodes` and the scores, float [m], of those at rows `scored`, int64 [m].
+        """Learn from the graph over all samples and the scores of some.
 
-        Raises RaypipeError for fewer than 20 scored samples, rows that are repeated or not there, values that are not finite.
+        Raises
+        ------
+        RaypipeError
+            There are fewer than 20 scored samples, a row is repeated or outside the graph, or a
+            value is not finite.
         """
         scored = self._check_rows(np.asarray(scored, dtype=np.int64), len(nodes))
-        if len(np.unique(scored)) != len(scored):
-            raise RaypipeError(
-                f"{self.name}: {len(scored) - len(np.unique(scored))} of {len(scored)} scored rows are repeated"
-            )
+        repeated = len(scored) - len(np.unique(scored))
+        if repeated:
+            raise RaypipeError(f"{self.name}: {repeated} of {len(scored)} scored rows are repeated")
         score = self._check_fit(nodes.take(scored), score)
         self._build_index(nodes.embedding[scored])
         self.attach_graph(nodes)
         self._mean, self._spread = float(score.mean()), float(score.std())
         if self._spread <= 1e-9 * abs(self._mean):
             self._spread = 0.0
+        standardised = (score - self._mean) / (self._spread or 1.0)
         target = torch.zeros(len(nodes))
-        target[torch.from_numpy(scored)] = torch.from_numpy(
-            ((score - self._mean) / (self._spread or 1.0)).astype(np.float32)
-        )
+        target[torch.from_numpy(scored)] = torch.from_numpy(standardised.astype(np.float32))
         rng = np.random.default_rng(self.settings.seed)
         order = torch.from_numpy(rng.permutation(scored))
-        held, rows = (
-            order[: max(2, round(VALIDATION * len(order)))],
-            order[max(2, round(VALIDATION * len(order))) :],
-        )
+        validation_count = max(2, round(VALIDATION * len(order)))
+        held, rows = order[:validation_count], order[validation_count:]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**31)))
             self._net = PublishedNet(self.num_classes + nodes.embedding.shape[1])
@@ -153,49 +168,45 @@ class GnnPublished(TransductiveExtrapolator):
     def _train(
         self, rows: Tensor, held: Tensor, target: Tensor, progress: ProgressCallback | None
     ) -> None:
-        optimizer = torch.optim.Adam(self._net.parameters(), RATE)
-        best, weights = -np.inf, None
+        """Fit the network to `rows` and leave it at its best epoch on `held`."""
+        optimizer = torch.optim.Adam(self._net.parameters(), LEARNING_RATE)
+        best_pearson, weights = -np.inf, None
         for epoch in range(self.epochs):
             self._net.train()
             for batch in rows[torch.randperm(len(rows))].split(BATCH):
-                loss = F.mse_loss(self._net(*self._sampled(batch), len(batch)), target[batch])
+                loss = F.mse_loss(self._net(*self._subgraph(batch), len(batch)), target[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            guess, truth = self._infer(held), target[held]
-            centred, other = guess - guess.mean(), truth - truth.mean()
-            pearson = float(centred @ other / (centred.norm() * other.norm()).clamp(min=1e-12))
-            if pearson > best:
-                best, weights = (
-                    pearson,
-                    {name: value.clone() for name, value in self._net.state_dict().items()},
-                )
+            pearson = _pearson(self._infer(held), target[held])
+            if pearson > best_pearson:
+                best_pearson = pearson
+                weights = {name: value.clone() for name, value in self._net.state_dict().items()}
             if progress is not None:
                 progress(epoch + 1, self.epochs)
-        if weights is not None:  # None: every epoch's predictions were not finite
+        if weights is not None:  # None: no epoch had finite predictions
             self._net.load_state_dict(weights)
 
     def attach_graph(self, nodes: Nodes) -> None:
-        """Build the graph over all `nodes`. Raises RaypipeError when embeddings do not fit what was fitted, or are not finite."""
+        """Build the graph over all `nodes`.
+
+        Raises
+        ------
+        RaypipeError
+            Embeddings are not finite, or their width differs from the fit.
+        """
         self._check_nodes(nodes)
         rows = np.arange(len(nodes))
         index = NeighbourIndex(nodes.embedding, self.settings.exact_neighbours, self.neighbours)
         distance, near = index.search(nodes.embedding, self.neighbours, exclude=rows)
         self._quality = index.quality
-        self._embedding, self._label = (
-            torch.from_numpy(nodes.embedding),
-            torch.from_numpy(nodes.label),
-        )
-        self._near, self._weight = (
-            torch.from_numpy(near),
-            torch.exp(-torch.from_numpy(distance) / 2),
-        )
+        self._embedding = torch.from_numpy(nodes.embedding)
+        self._label = torch.from_numpy(nodes.label)
+        self._near = torch.from_numpy(near)
+        self._weight = torch.exp(-torch.from_numpy(distance) / 2)
 
     def predict_rows(self, rows: np.ndarray) -> np.ndarray:
-        if self._near is None:
-            raise RaypipeError(
-                f"{self.name}: no graph; call fit_graph, or load_state and attach_graph, first"
-            )
+        self._check_graph()
         rows = self._check_rows(np.asarray(rows, dtype=np.int64), len(self._label))
         if not self._spread:
             return np.full(len(rows), self._mean, np.float32)
@@ -207,35 +218,27 @@ class GnnPublished(TransductiveExtrapolator):
         tensors |= {
             f"network.{name}": value.numpy() for name, value in self._net.state_dict().items()
         }
-        if (
-            self._quality is not None
-        ):  # of the graph: predictions hang on it, and not on the index of scored samples
+        # predictions depend on the search behind the graph, not on the index of scored samples
+        if self._quality is not None:
             meta |= {"search": self._quality.as_dict()}
         return tensors, meta | {"mean": self._mean, "spread": self._spread, "epochs": self.epochs}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        """Restore what `state` gave. The graph is not part of it: call `attach_graph` before `predict_rows`."""
+        """Restore from `state`, which has no graph: call `attach_graph` before `predict_rows`."""
         self._load_base(tensors, meta)
         try:
-            self._mean, self._spread, self.epochs = (
-                float(meta["mean"]),
-                float(meta["spread"]),
-                int(meta["epochs"]),
-            )
+            self._mean, self._spread = float(meta["mean"]), float(meta["spread"])
+            self.epochs = int(meta["epochs"])
             with torch.random.fork_rng(devices=[]):
                 self._net = PublishedNet(self.num_classes + self._scored.width).eval()
             weights = {
-                name.removeprefix("network."): value
+                name.removeprefix("network."): torch.from_numpy(np.array(value))
                 for name, value in tensors.items()
                 if name.startswith("network.")
             }
-            self._net.load_state_dict(
-                {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
-            )
+            self._net.load_state_dict(weights)
         except (KeyError, RuntimeError) as error:
-            raise RaypipeError(
-                f"{self.name}: the fitted extrapolator is damaged ({error}); fit it again"
-            ) from None
+            raise self._damaged(error) from None
 
     def _check_rows(self, rows: np.ndarray, count: int) -> np.ndarray:
         bad = int(((rows < 0) | (rows >= count)).sum())
@@ -245,39 +248,50 @@ class GnnPublished(TransductiveExtrapolator):
             )
         return rows
 
-    def _features(self, rows: Tensor) -> Tensor:
-        """[one-hot label ; embedding], made for a batch at a time since all of it may not fit in memory."""
-        label = self._label[rows]
-        onehot = F.one_hot((label + 1), self.num_classes + 1)[:, 1:].float()
-        return torch.cat([onehot, self._embedding[rows]], 1)
-
-    def _neighbours(self, of: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and edge weights of all neighbours, [m, k]."""
+    def _check_graph(self) -> Tensor:
+        """Return the neighbour table, or raise RaypipeError if there is no graph."""
         if self._near is None:
             raise RaypipeError(
                 f"{self.name}: no graph; call fit_graph, or load_state and attach_graph, first"
             )
-        return self._near[of], self._weight[of]
+        return self._near
 
-    def _some_neighbours(self, of: Tensor) -> tuple[Tensor, Tensor]:
-        near, weight = self._neighbours(of)
+    def _features(self, rows: Tensor) -> Tensor:
+        """Return [one-hot label ; embedding] of a batch: all samples might not fit in memory."""
+        label = self._label[rows]
+        onehot = F.one_hot((label + 1), self.num_classes + 1)[:, 1:].float()
+        return torch.cat([onehot, self._embedding[rows]], 1)
+
+    def _neighbours(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows and edge weights of all neighbours, [m, k]."""
+        return self._check_graph()[rows], self._weight[rows]
+
+    def _sampled_neighbours(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return at most `FAN_OUT` neighbours of each sample, drawn without replacement."""
+        near, weight = self._neighbours(rows)
         if near.shape[1] <= FAN_OUT:
             return near, weight
         chosen = torch.rand(near.shape).argsort(1)[:, :FAN_OUT]
         return near.gather(1, chosen), weight.gather(1, chosen)
 
-    def _sampled(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The subgraph of two hops around a batch: features of its nodes [n, width], of the first of them neighbours and weights, [m, k].
+    def _subgraph(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample the subgraph of two hops around a batch.
 
-        The samples of the batch come first, then their neighbours.
-        A node met in the first hop is expanded in the second; one met in the second is not. At most 10 neighbours each, drawn
-        without replacement.
+        The samples of the batch come first, then their neighbours. A node that the first hop
+        reaches is expanded in the second; one that the second reaches is not.
+
+        Returns
+        -------
+        features
+            Of the n nodes, [n, width].
+        near, weight
+            Neighbours and edge weights of the first m nodes, [m, k].
         """
-        first, first_weight = self._some_neighbours(batch)
-        fresh = torch.unique(first)
-        fresh = fresh[torch.isin(fresh, batch, invert=True)]
-        second, second_weight = self._some_neighbours(fresh)
-        expanded, source = torch.cat([batch, fresh]), torch.cat([first, second])
+        first, first_weight = self._sampled_neighbours(batch)
+        reached = torch.unique(first)
+        reached = reached[torch.isin(reached, batch, invert=True)]
+        second, second_weight = self._sampled_neighbours(reached)
+        expanded, source = torch.cat([batch, reached]), torch.cat([first, second])
         outer = torch.unique(second)
         nodes = torch.cat([expanded, outer[torch.isin(outer, expanded, invert=True)]])
         ordered, place = nodes.sort()
@@ -289,7 +303,7 @@ class GnnPublished(TransductiveExtrapolator):
 
     @torch.no_grad()
     def _infer(self, rows: Tensor) -> Tensor:
-        """Predictions, in units of the target, each from a sample and its neighbours alone."""
+        """Return standardised predictions, each from a sample and its neighbours alone."""
         self._net.eval()
         parts = []
         for batch in rows.split(BATCH):
@@ -300,3 +314,8 @@ class GnnPublished(TransductiveExtrapolator):
                 self._net(x, torch.arange(count, len(x)).reshape(count, degree), weight, count)
             )
         return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-12))

@@ -1,9 +1,11 @@
-"""kNN extrapolation as published (arXiv 2506.09010, "Effective Data Pruning through Score Extrapolation", its KNN variant).
+"""kNN extrapolation as published (arXiv 2506.09010, "Effective Data Pruning through Score
+Extrapolation", its kNN variant).
 
     score(x) = sum_{i in NN_k(x)} w_i s_i / sum_{i in NN_k(x)} w_i ,   w_i = exp(-||z_x - z_i||_2)
 
-Neighbours are searched among the scored samples only, k = 20; labels are not used. The weights are computed as a softmax over
-the negative distances, which is the same quotient but never 0 / 0 when all distances are large.
+Neighbours are searched among the scored samples only, k = 20. Labels are not used. The weights are
+computed as a softmax over the negative distances. The quotient is the same, but never 0 / 0 when
+all distances are large.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ class KnnPublished(Extrapolator):
     default_neighbours = 20
 
     def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
-        """Index the seed set. Raises RaypipeError for scores or embeddings that are not finite, or no samples."""
+        """Index the seed set.
+
+        Raises
+        ------
+        RaypipeError
+            There are no samples, or scores or embeddings are not finite.
+        """
         self._score = self._check_fit(seed, score)
         self._build_index(seed.embedding)
         if progress is not None:
@@ -37,9 +45,8 @@ class KnnPublished(Extrapolator):
     def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
         self._check_nodes(nodes)
         distance, row = self._nearest(nodes)
-        weight = np.exp(
-            -(distance - distance[:, :1]).astype(np.float64)
-        )  # the nearest comes first and gets weight 1
+        # the nearest neighbour comes first and gets the weight 1
+        weight = np.exp(-(distance - distance[:, :1]).astype(np.float64))
         mean = (weight * self._score[row]).sum(1) / weight.sum(1)
         return mean.astype(np.float32), self._remoteness(distance)
 
@@ -51,6 +58,7 @@ class KnnPublished(Extrapolator):
         self._load_base(tensors, meta)
         if len(tensors.get("score", ())) != len(self._scored):
             raise RaypipeError(
-                f"{self.name}: the fitted extrapolator is damaged: scores do not match the index; fit it again"
+                f"{self.name}: the fitted extrapolator is damaged: "
+                "scores do not match the index; fit it again"
             )
         self._score = np.asarray(tensors["score"], dtype=np.float64)

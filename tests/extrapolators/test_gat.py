@@ -18,7 +18,7 @@ from raypipe.extrapolators.gat import (
 def make(
     count: int = 60, k: int = 5, width: int = 7, classes: int = 3, seed: int = 0
 ) -> tuple[Queries, Anchors]:
-    """Anchors as queries of each other: random neighbours, never a sample itself."""
+    """Anchors as queries of each other, with random neighbours, never the sample itself."""
     g = torch.Generator().manual_seed(seed)
     feature, label = (
         torch.randn(count, width, generator=g),
@@ -85,22 +85,23 @@ def test_unlabelled_samples_have_no_class() -> None:
     queries, anchors = make()
     net = AnchorNet(7, 3).eval()
     assert (net.query_class.weight[0] == 0).all() and (net.anchor_class.weight[0] == 0).all()
-    nobody = Queries(
+    unlabelled_queries = Queries(
         queries.feature, torch.zeros(60, dtype=torch.long), queries.neighbour, queries.distance
     )
-    unlabelled = Anchors(anchors.feature, torch.zeros(60, dtype=torch.long), anchors.score)
+    unlabelled_anchors = Anchors(anchors.feature, torch.zeros(60, dtype=torch.long), anchors.score)
     with torch.no_grad():
-        before = net(nobody, unlabelled)
-        net.told.weight[:, 1] = (
-            5.0  # the weight of "same class": two missing labels are not the same class
+        before = net(unlabelled_queries, unlabelled_anchors)
+        # the weight of "same class": two missing labels are not the same class
+        net.told.weight[:, 1] = 5.0
+        torch.testing.assert_close(net(unlabelled_queries, unlabelled_anchors), before)
+        assert not torch.allclose(
+            net(queries, anchors), AnchorNet.forward(net, unlabelled_queries, unlabelled_anchors)
         )
-        torch.testing.assert_close(net(nobody, unlabelled), before)
-        assert not torch.allclose(net(queries, anchors), AnchorNet.forward(net, nobody, unlabelled))
 
 
 def test_training_reaches_its_target_and_repeats_itself() -> None:
     queries, anchors = make(count=200)
-    # the score of the nearest neighbour of the same class is what attention has to find
+    # attention must find the score of the nearest neighbour of the same class
     target = torch.where(
         (anchors.label > 0), anchors.feature[:, 0] + anchors.label.float(), torch.tensor(0.0)
     )

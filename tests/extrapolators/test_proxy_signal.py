@@ -30,9 +30,9 @@ def test_takes_the_best_signal_and_its_direction(settings, sign: int) -> None:
 
 def test_order_is_kept_beyond_and_between_the_knots() -> None:
     signal = np.linspace(0, 1, 200)
-    found = Monotone.fit(signal, np.where(signal > 0.5, 2.0, 1.0) - 3)
-    assert found is not None
-    mapped = found(np.array([-5.0, 0.1, 0.2, 0.5, 0.9, 30.0, 31.0]))
+    monotone = Monotone.fit(signal, np.where(signal > 0.5, 2.0, 1.0) - 3)
+    assert monotone is not None
+    mapped = monotone(np.array([-5.0, 0.1, 0.2, 0.5, 0.9, 30.0, 31.0]))
     assert (np.diff(mapped.astype(np.float32)) > 0).all()
     assert mapped == pytest.approx([-2, -2, -2, -1.5, -1, -1, -1], abs=0.02)
 

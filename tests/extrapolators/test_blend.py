@@ -21,25 +21,25 @@ def fitted(problem, settings) -> tuple[AnchorGnn, Nodes, np.ndarray]:
     nodes, score = problem(300)
     gnn = AnchorGnn(settings("gnn", epochs=6), 4)
     gnn.fit(nodes.take(np.arange(150)), score[:150])
-    gnn._weights = EQUAL  # so that every expert shows in every comparison below
+    gnn._weights = EQUAL  # so that every expert affects every comparison below
     return gnn, nodes, score
 
 
 def test_beats_the_published_knn_where_class_and_place_matter(problem, settings) -> None:
     nodes, score = problem(900, classes=6)
     seed, rest = np.arange(300), np.arange(300, 900)
-    found = {}
+    correlation = {}
     for method in ("gnn", "knn-published"):
         model = make(settings(method, epochs=10), 6)
         model.fit(nodes.take(seed), score[seed])
-        found[method] = spearmanr(model.predict(nodes.take(rest)), score[rest]).statistic
-    assert found["gnn"] > 0.85
-    assert found["gnn"] > found["knn-published"] + 0.2
+        correlation[method] = spearmanr(model.predict(nodes.take(rest)), score[rest]).statistic
+    assert correlation["gnn"] > 0.85
+    assert correlation["gnn"] > correlation["knn-published"] + 0.2
 
 
 def test_blend_takes_the_better_experts(problem, settings, monkeypatch) -> None:
     nodes, score = problem(150)
-    gnn = AnchorGnn(settings("gnn", epochs=1), 4)  # networks after one epoch know next to nothing
+    gnn = AnchorGnn(settings("gnn", epochs=1), 4)  # networks hardly learn in one epoch
     gnn.fit(nodes, score)
     assert gnn._weights["networks"] < 0.3 and sum(gnn._weights.values()) == pytest.approx(1)
     monkeypatch.setattr(
@@ -54,7 +54,7 @@ def test_blend_takes_the_better_experts(problem, settings, monkeypatch) -> None:
 def test_signals_count_where_they_tell(problem, settings) -> None:
     nodes, score = problem(300)
     rng = np.random.default_rng(0)
-    score = rng.permutation(score)  # neither place nor class says anything of it
+    score = rng.permutation(score)  # neither embedding nor class predicts it
     nodes = Nodes(
         nodes.embedding, nodes.label, np.stack([np.exp(3 * score), rng.normal(size=300)], 1)
     )
@@ -78,10 +78,9 @@ def test_blend_is_the_best_convex_combination() -> None:
     weights = blend(guesses, guesses @ [0.9, -0.5, 0.1])
     assert weights.sum() == pytest.approx(1) and weights[1] == 0 and weights[0] > 0.8
     weights = blend(np.c_[np.full(4000, np.nan), guesses], guesses[:, 0] + 0.02 * guesses[:, 1])
-    assert weights.tolist() == [0, 1, 0, 0]  # neither what is not finite nor what hardly counts
-    np.testing.assert_allclose(
-        blend(guesses[:2], guesses[:2, 1]), [1, 0, 0], atol=0.35
-    )  # too few to leave the first
+    assert weights.tolist() == [0, 1, 0, 0]  # neither the one that is not finite nor the weak one
+    # too few samples to move the weight away from the first
+    np.testing.assert_allclose(blend(guesses[:2], guesses[:2, 1]), [1, 0, 0], atol=0.35)
 
 
 def test_no_sample_is_its_own_neighbour_in_the_fit(problem, settings, monkeypatch) -> None:
@@ -93,7 +92,8 @@ def test_no_sample_is_its_own_neighbour_in_the_fit(problem, settings, monkeypatc
 
     def watch(queries, anchors, rows, *others):
         assert queries.neighbour.shape == (60, 32)
-        seen.append(bool((queries.neighbour == torch.arange(60)[:, None]).any()))
+        own_neighbour = queries.neighbour == torch.arange(60)[:, None]
+        seen.append(bool(own_neighbour.any()))
         return original(queries, anchors, rows, *others)
 
     monkeypatch.setattr(module, "train", watch)
@@ -212,10 +212,8 @@ def test_degenerate_input(problem, settings, kind: str) -> None:
     elif kind == "half labelled":
         label[::2] = -1
     elif kind == "many classes":
-        label, classes = (
-            np.arange(60) * 50,
-            3000,
-        )  # every class once, and the unscored ones never seen
+        # every class once, so that those of the unscored samples are unseen
+        label, classes = np.arange(60) * 50, 3000
     elif kind == "no signals":
         signals = signals[:, :0]
     elif kind == "bad signals":

@@ -8,6 +8,7 @@ from scipy.special import softmax
 from raypipe.extrapolators.features import KNOTS, Scaler, Target
 from raypipe.extrapolators.gp import marginal_likelihood as likelihood_module
 from raypipe.extrapolators.gp import regression as kernel_module
+from raypipe.extrapolators.gp.marginal_likelihood import KernelConstants
 from raypipe.extrapolators.gp.regression import KernelRegression
 
 
@@ -36,13 +37,13 @@ def test_kernel_formula(problem) -> None:
         (np.random.default_rng(1).normal(size=(4, u.shape[1])), np.arange(4.0)),
     )
     model.fit(u, v, label, z, np.random.default_rng(0), head)
-    a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = np.exp(model._constants.numpy())
+    a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = KernelConstants.from_logarithms(model._constants)
     error = softmax(u @ head[0].T + head[1], 1) - np.eye(5)[label][:, :4]
     error[label < 0] = 0
     assert unit_of_errors(model) == pytest.approx(np.square(error).sum(1).mean())
     unit = model._units.numpy()
     mean = np.array([u[label == c].mean(0) if c >= 0 else np.zeros(u.shape[1]) for c in label])
-    found = matrix(model, u, v, label)
+    kernel = matrix(model, u, v, label)
     for i, j in [(0, 1), (0, 10), (10, 11), (20, 20), (30, 41)]:
         r2 = (
             np.sum((u[i] - u[j]) ** 2.0) / unit[0] ** 2
@@ -56,11 +57,13 @@ def test_kernel_formula(problem) -> None:
         near = np.exp(-np.linalg.norm(mean[i] - mean[j]) / unit[2] / l4) * known
         expected = a1 * m[0] + a2 * m[1] * (known and label[i] == label[j]) + a3 * m[2] * near
         expected += a4 * m[3] * error[i] @ error[j] / unit[3]
-        assert found[i, j] == pytest.approx(expected, rel=1e-4)
-    assert np.linalg.eigvalsh(found).min() > -1e-8  # a covariance, unlabelled samples included
+        assert kernel[i, j] == pytest.approx(expected, rel=1e-4)
+    assert np.linalg.eigvalsh(kernel).min() > -1e-8  # a covariance, unlabelled samples included
     points = model._with_error(model._points(u, v, label))
-    again = model._likelihood(points, torch.from_numpy(z)).covariance(model._constants).numpy()
-    np.testing.assert_allclose(again, np.tril(found), atol=1e-7)
+    again = (
+        model._marginal_likelihood(points, torch.from_numpy(z)).covariance(model._constants).numpy()
+    )
+    np.testing.assert_allclose(again, np.tril(kernel), atol=1e-7)
 
 
 def test_likelihood_and_its_gradient(problem, monkeypatch) -> None:
@@ -72,20 +75,32 @@ def test_likelihood_and_its_gradient(problem, monkeypatch) -> None:
     )
     model.fit(u, v, label, z, np.random.default_rng(0), head)
     monkeypatch.setattr(likelihood_module, "CHUNK_PAIRS", 100)
-    likelihood = model._likelihood(
+    likelihood = model._marginal_likelihood(
         model._with_error(model._points(u, v, label)), torch.from_numpy(z)
     )
     at = torch.from_numpy(np.random.default_rng(2).normal(scale=0.3, size=11) + np.log(0.5))
     loss, gradient = likelihood(at)
     covariance = np.tril(likelihood.covariance(at).numpy())
     covariance += np.tril(covariance, -1).T + (
-        np.exp(at[-1].item()) + likelihood_module.LEAST_NOISE
+        np.exp(at[-1].item()) + likelihood_module.MIN_NOISE
     ) * np.eye(40)
     _, logarithm = np.linalg.slogdet(covariance)
     assert loss == pytest.approx(z @ np.linalg.solve(covariance, z) / 2 + logarithm / 2)
     for place, step in enumerate(1e-5 * torch.eye(11, dtype=torch.float64)):
         slope = (likelihood(at + step)[0] - likelihood(at - step)[0]) / 2e-5
         assert gradient[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_constants_of_another_regression_are_used_as_they_are(problem) -> None:
+    u, v, label, z = arrays(problem, 150)
+    first, second = KernelRegression(likelihood_rows=60), KernelRegression()
+    first.fit(u[:100], v[:100], label[:100], z[:100], np.random.default_rng(0))
+    second.fit(u[:100], v[:100], label[:100], z[:100], np.random.default_rng(0))
+    assert not torch.equal(first._constants, second._constants), "learned from other samples"
+    reused = KernelRegression(constants=first.learned_constants)
+    reused.fit(u[:100], v[:100], label[:100], z[:100], np.random.default_rng(0))
+    rest = u[100:], v[100:], label[100:]
+    np.testing.assert_array_equal(reused.predict(*rest), first.predict(*rest))
 
 
 @pytest.mark.parametrize("classes", [1, 4, 90])
@@ -124,7 +139,7 @@ def test_equals_the_textbook_regression_and_its_left_out_predictions(problem) ->
     u, v, label, z = arrays(problem, 80)
     model = KernelRegression()
     left_out = model.fit(u, v, label, z, np.random.default_rng(0))
-    noise = np.exp(model._constants[-1].item()) + kernel_module.LEAST_NOISE
+    noise = np.exp(model._constants[-1].item()) + kernel_module.MIN_NOISE
     covariance = matrix(model, u, v, label)
     np.testing.assert_allclose(
         model.predict(u, v, label),
@@ -156,9 +171,9 @@ def test_a_score_of_the_gradient_is_told_by_the_error(problem) -> None:
     score = np.einsum("nc,nd,cd->n", error, u, rng.normal(size=(5, u.shape[1])))  # < e h^T, G >
     z, known, rest = Target.fit(score)[1], slice(0, 200), slice(200, 500)
     fidelity = []
-    for given in (None, head):
+    for last_layer in (None, head):
         model = KernelRegression()
-        model.fit(u[known], v[known], label[known], z[known], np.random.default_rng(0), given)
+        model.fit(u[known], v[known], label[known], z[known], np.random.default_rng(0), last_layer)
         fidelity.append(np.corrcoef(model.predict(u[rest], v[rest], label[rest]), z[rest])[0, 1])
         again = KernelRegression.from_tensors(model.tensors(), u[known], v[known], label[known])
         np.testing.assert_array_equal(
@@ -211,7 +226,7 @@ def test_degenerate_input(problem, kind: str) -> None:
     model = KernelRegression()
     assert np.isfinite(model.fit(u, v, label, z, np.random.default_rng(0))).all()
     far = np.full_like(u, 100.0)
-    unseen = np.full(len(label), 3)  # maybe a class without a scored sample
+    unseen = np.full(len(label), 3)  # in some cases a class without a scored sample
     assert np.isfinite(model.predict(far, v, unseen)).all()
     assert model.predict(u[:0], v[:0], label[:0]).shape == (0,)
 
@@ -225,10 +240,9 @@ def test_signals_become_bounded_ranks(problem) -> None:
     v = scaler.signals(seed)
     order = signals[4:, 2].argsort()
     assert (np.diff(v[4:, 2][order]) >= 0).all() and abs(v[:, 2].std() - 1) < 0.05 and v[3, 2] == 0
-    assert len(np.unique(v[:200, 1])) == 1 and v[0, 1] == pytest.approx(
-        -0.84, abs=0.05
-    )  # the normal score of rank 0.2
-    assert np.abs(v[:, 0]).max() < 0.01  # a constant signal says nothing
+    # -0.84 is the normal score of rank 0.2
+    assert len(np.unique(v[:200, 1])) == 1 and v[0, 1] == pytest.approx(-0.84, abs=0.05)
+    assert np.abs(v[:, 0]).max() < 0.01  # a constant signal has the middle rank
     beyond = type(nodes)(
         nodes.embedding[:2], nodes.label[:2], [[1e9, 1e9, 1e9], [-1e9, -1e9, -1e9]]
     )
