@@ -1,4 +1,4 @@
-"""How often drift raises an alarm, with and without a shift; figures against other implementations."""
+"""How often drift raises an alarm, with and without a shift, and its figures by other means."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def test_a_shift_or_a_wider_spread_is_an_alarm(new: int, changes: dict[str, floa
     assert sum(drift(number, new, **changes).beyond(MOST) for number in range(6)) == 6
 
 
-def test_a_difference_that_is_too_small_to_matter_is_no_alarm_however_many_samples_show_it() -> (
-    None
-):
+def test_a_difference_too_small_to_matter_is_no_alarm_however_many_samples_show_it() -> None:
     found = embedding_drift(cloud(1, 4000, shift=0.3), cloud(2, 4000), cloud(3, 300))
     assert found.auc_interval is not None and 0.5 < found.auc_interval[0] < MOST
     assert not found.beyond(MOST) and found.beyond(0.5)

@@ -12,7 +12,7 @@ from raypipe.extrapolators.transfer import Transfer
 
 
 def shifted(nodes: Nodes, hidden: np.ndarray, trained: np.ndarray, seed: int) -> Nodes:
-    """Samples whose loss rises with the hidden part of the score, but falls for trained-on samples."""
+    """Samples whose loss rises with the hidden part of the score, but falls if trained on."""
     rng = np.random.default_rng(seed)
     loss = np.where(trained, -hidden, 3 + 2 * hidden) + 0.1 * rng.normal(size=len(hidden))
     return Nodes(
