@@ -207,21 +207,21 @@ def hold_out(
         raise RaypipeError(f"{count} seed samples but scores of shape {list(score.shape)}")
     fit_rows = np.setdiff1d(np.arange(count), held)
     model = make_extrapolator()
-    known, known_score = seed_nodes.take(fit_rows), score[fit_rows]
+    fit_nodes, fit_score = seed_nodes.take(fit_rows), score[fit_rows]
     # enough samples for a fit, but not for a fit on part of them
     if len(fit_rows) < model.min_samples <= count:
         return _no_predictions(count, len(fit_rows), model.min_samples)
     if not isinstance(model, TransductiveExtrapolator):
-        model.fit(known, known_score, progress)
-        return predict(model, known, known_score, seed_nodes.take(held), score[held], mlp=mlp)
+        model.fit(fit_nodes, fit_score, progress)
+        return predict(model, fit_nodes, fit_score, seed_nodes.take(held), score[held], mlp=mlp)
     if all_nodes is None or scored_rows is None or len(scored_rows) != count:
         raise RaypipeError(
             f"{model.name}: to assess it, pass all samples and the row of every seed sample "
             "among them"
         )
     rows = np.asarray(scored_rows)
-    model.fit_graph(all_nodes, rows[fit_rows], known_score, progress)
-    return predict(model, known, known_score, seed_nodes.take(held), score[held], rows[held], mlp)
+    model.fit_graph(all_nodes, rows[fit_rows], fit_score, progress)
+    return predict(model, fit_nodes, fit_score, seed_nodes.take(held), score[held], rows[held], mlp)
 
 
 def _no_predictions(count: int, n_fit: int, min_samples: int) -> HeldOutPredictions:
@@ -238,8 +238,8 @@ def _no_predictions(count: int, n_fit: int, min_samples: int) -> HeldOutPredicti
 
 def predict(
     model: Extrapolator,
-    known: Nodes,
-    score: np.ndarray,
+    fit_nodes: Nodes,
+    fit_score: np.ndarray,
     nodes: Nodes,
     measured: np.ndarray,
     rows: np.ndarray | None = None,
@@ -251,7 +251,7 @@ def predict(
     ----------
     model
         The fitted extrapolator.
-    known, score
+    fit_nodes, fit_score
         The samples of its fit and their scores, float [n].
     nodes, measured
         The samples to predict and their measured scores, float [m].
@@ -268,10 +268,15 @@ def predict(
         predicted, difficulty = model.predict_rows(rows), model.difficulty(nodes)
     else:
         predicted, difficulty = model.predict_with_difficulty(nodes)
-    baselines = simpler_predictions(known, np.asarray(score, np.float64), nodes, model, mlp)
+    baselines = simpler_predictions(fit_nodes, np.asarray(fit_score, np.float64), nodes, model, mlp)
     measured = np.asarray(measured, np.float64)
     return HeldOutPredictions(
-        nodes.label, measured, predicted.astype(np.float64), difficulty, baselines, n_fit=len(known)
+        nodes.label,
+        measured,
+        predicted.astype(np.float64),
+        difficulty,
+        baselines,
+        n_fit=len(fit_nodes),
     )
 
 
@@ -351,8 +356,8 @@ def _why_undefined(measured: np.ndarray) -> str:
 
 
 def simpler_predictions(
-    known: Nodes,
-    score: np.ndarray,
+    fit_nodes: Nodes,
+    fit_score: np.ndarray,
     nodes: Nodes,
     model: Extrapolator | None = None,
     mlp: bool = True,
@@ -361,12 +366,12 @@ def simpler_predictions(
 
     Parameters
     ----------
-    known, score
+    fit_nodes, fit_score
         Scored samples and their scores, float64 [n].
     nodes
         The samples to predict.
     model
-        An extrapolator that was fitted on `known`; its index is reused.
+        An extrapolator that was fitted on `fit_nodes`; its index is reused.
     mlp
         Whether to include the network, which takes nearly all of the time.
 
@@ -382,32 +387,32 @@ def simpler_predictions(
         mlp
             `raypipe.extrapolators.mlp` after 20 epochs, if there are enough samples for it.
         proxy
-            The proxy statistic that ranks the known samples best
+            The proxy statistic that ranks the scored samples best
             (`raypipe.extrapolators.proxy_signal`), if there is one.
         proxy_loss
             The proxy's loss, if the samples have signals.
     """
-    label = known.label + 1  # -1, no label, is a group of its own
-    groups = int(max(known.label.max(initial=-1), nodes.label.max(initial=-1))) + 2
+    label = fit_nodes.label + 1  # -1, no label, is a group of its own
+    groups = int(max(fit_nodes.label.max(initial=-1), nodes.label.max(initial=-1))) + 2
     count = np.bincount(label, minlength=groups)
-    total = np.bincount(label, score, minlength=groups)
-    mean = np.where(count > 0, total / np.maximum(count, 1), score.mean())
-    index = model.index_of(known.embedding) if model else NeighbourIndex(known.embedding)
+    total = np.bincount(label, fit_score, minlength=groups)
+    mean = np.where(count > 0, total / np.maximum(count, 1), fit_score.mean())
+    index = model.index_of(fit_nodes.embedding) if model else NeighbourIndex(fit_nodes.embedding)
     distance, row = index.search(nodes.embedding, NEIGHBOURS)
     weight = np.exp(-(distance - distance[:, :1]).astype(np.float64))
     result = {
         "class_mean": mean[nodes.label + 1],
-        "knn_published": (weight * score[row]).sum(1) / weight.sum(1),
+        "knn_published": (weight * fit_score[row]).sum(1) / weight.sum(1),
     }
     # the neighbours of the network are never used, so it needs no fast index
     network = Mlp(
-        ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS, exact_neighbours=len(known)),
+        ExtrapolateSettings(method="mlp", epochs=MLP_EPOCHS, exact_neighbours=len(fit_nodes)),
         groups - 1,
     )
-    if mlp and len(known) >= network.min_samples:
-        network.fit(known, score)
+    if mlp and len(fit_nodes) >= network.min_samples:
+        network.fit(fit_nodes, fit_score)
         result["mlp"] = network.predict(nodes).astype(np.float64)
-    statistics = ProxyStatisticsMap.fit(known.signals, score)
+    statistics = ProxyStatisticsMap.fit(fit_nodes.signals, fit_score)
     if statistics.maps:
         result["proxy"] = statistics(nodes.signals)
     if nodes.signals.shape[1]:

@@ -93,13 +93,13 @@ class LearningCurve:
 
 
 def learning_curve(
-    known: Nodes, score: np.ndarray, nodes: Nodes, measured: np.ndarray, seed: int
+    fit_nodes: Nodes, fit_score: np.ndarray, nodes: Nodes, measured: np.ndarray, seed: int
 ) -> LearningCurve:
     """Fit on parts of the scored samples and assess the fits on others.
 
     Parameters
     ----------
-    known, score
+    fit_nodes, fit_score
         The seed set and its scores, float [n].
     nodes, measured
         The samples to assess on and their scores, float [m].
@@ -111,17 +111,22 @@ def learning_curve(
     LearningCurve
         Has a note instead of points if there are too few samples or all scores are equal.
     """
-    score, measured = np.asarray(score, np.float64), np.asarray(measured, np.float64)
-    count = len(score)
+    fit_score, measured = np.asarray(fit_score, np.float64), np.asarray(measured, np.float64)
+    count = len(fit_score)
     sizes = [count // by for by in DIVISORS if count // by >= MIN_SAMPLES_OF_PART]
-    if len(sizes) < 3 or len(measured) < MIN_SAMPLES or not np.ptp(score) or not np.ptp(measured):
+    if (
+        len(sizes) < 3
+        or len(measured) < MIN_SAMPLES
+        or not np.ptp(fit_score)
+        or not np.ptp(measured)
+    ):
         note = (
             f"no learning curve from {count} measured samples and {len(measured)} to assess it "
             "on: too few, or all scores equal"
         )
         return LearningCurve((), (), (), len(measured), note=note)
     rng = np.random.default_rng(seed)
-    predictions = _predictions_of_parts(sizes, known, score, nodes, rng)
+    predictions = _predictions_of_parts(sizes, fit_nodes, fit_score, nodes, rng)
     correlation = {key: spearman(value, measured) for key, value in predictions.items()}
     resampled = spearman_of_resamples(predictions, measured, seed)
     points = np.array(
@@ -148,13 +153,17 @@ def learning_curve(
 
 
 def _predictions_of_parts(
-    sizes: list[int], known: Nodes, score: np.ndarray, nodes: Nodes, rng: np.random.Generator
+    sizes: list[int],
+    fit_nodes: Nodes,
+    fit_score: np.ndarray,
+    nodes: Nodes,
+    rng: np.random.Generator,
 ) -> dict[tuple[int, int], np.ndarray]:
     """Predict `nodes` by fits on disjoint random parts, float64 [m] by (size, repeat)."""
-    count = len(score)
+    count = len(fit_score)
     order = rng.permutation(count)
     whole = KernelRegression(likelihood_rows=CONSTANTS_ROWS)
-    whole_prediction = _fit_and_predict(whole, known, score, nodes, rng)
+    whole_prediction = _fit_and_predict(whole, fit_nodes, fit_score, nodes, rng)
     predictions = {}
     for size in sizes:
         for repeat in range(min(MAX_REPEATS, count // size)):
@@ -164,21 +173,21 @@ def _predictions_of_parts(
             rows = order[repeat * size : (repeat + 1) * size]
             part = KernelRegression(constants=whole.learned_constants)
             predictions[size, repeat] = _fit_and_predict(
-                part, known.take(rows), score[rows], nodes, rng
+                part, fit_nodes.take(rows), fit_score[rows], nodes, rng
             )
     return predictions
 
 
 def _fit_and_predict(
     kernel: KernelRegression,
-    known: Nodes,
-    score: np.ndarray,
+    fit_nodes: Nodes,
+    fit_score: np.ndarray,
     nodes: Nodes,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Fit a kernel regression to scores, float [n]; return its predictions, float64 [m]."""
-    scaler, (target, z) = Scaler.fit(known), Target.fit(score)
-    kernel.fit(scaler.embedding(known), scaler.signals(known), known.label, z, rng)
+    scaler, (target, z) = Scaler.fit(fit_nodes), Target.fit(fit_score)
+    kernel.fit(scaler.embedding(fit_nodes), scaler.signals(fit_nodes), fit_nodes.label, z, rng)
     predicted = kernel.predict(scaler.embedding(nodes), scaler.signals(nodes), nodes.label)
     return target.restore(predicted).astype(np.float64)
 

@@ -57,14 +57,14 @@ class Rehearsal:
 
     Attributes
     ----------
-    known, score
+    fit_nodes, fit_score
         The first half, and its scores from the training of that proxy, float [m].
     nodes, measured
         The other half, and its scores from the training on the whole seed set, float [n].
     """
 
-    known: Nodes
-    score: np.ndarray
+    fit_nodes: Nodes
+    fit_score: np.ndarray
     nodes: Nodes
     measured: np.ndarray
 
@@ -100,10 +100,10 @@ def rehearse(
     RaypipeError
         The fit on the first half raises it.
     """
-    score = np.asarray(rehearsal.score, np.float64)
+    fit_score = np.asarray(rehearsal.fit_score, np.float64)
     measured = np.asarray(rehearsal.measured, np.float64)
     model = make()
-    model.fit(rehearsal.known, score, progress)
+    model.fit(rehearsal.fit_nodes, fit_score, progress)
     inputs, difficulty = model.expert_predictions(rehearsal.nodes)
     predicted = np.empty(len(measured))
     for held in split(len(measured), 1 / FOLDS, FOLDS, seed):
@@ -114,7 +114,7 @@ def rehearse(
         measured,
         predicted,
         difficulty,
-        simpler_predictions(rehearsal.known, score, rehearsal.nodes, model),
-        n_fit=len(rehearsal.known),
+        simpler_predictions(rehearsal.fit_nodes, fit_score, rehearsal.nodes, model),
+        n_fit=len(rehearsal.fit_nodes),
     )
     return Transfer.fit(inputs, measured), held_out

@@ -78,7 +78,7 @@ def test_no_score_is_seen_by_its_own_prediction(world) -> None:
     _, found = rehearse(make, rehearsal, 0)
     noise = np.random.default_rng(5).normal(size=100)
     _, blind = rehearse(
-        make, Rehearsal(rehearsal.known, rehearsal.score, rehearsal.nodes, noise), 0
+        make, Rehearsal(rehearsal.fit_nodes, rehearsal.fit_score, rehearsal.nodes, noise), 0
     )
     assert abs(spearmanr(blind.predicted, noise).statistic) < 0.3
     # changing 20 of the scores leaves the predictions of just these 20 as they were
@@ -88,7 +88,7 @@ def test_no_score_is_seen_by_its_own_prediction(world) -> None:
     changed = rehearsal.measured.copy()
     changed[held] = changed[held][::-1] + 5
     _, again = rehearse(
-        make, Rehearsal(rehearsal.known, rehearsal.score, rehearsal.nodes, changed), 0
+        make, Rehearsal(rehearsal.fit_nodes, rehearsal.fit_score, rehearsal.nodes, changed), 0
     )
     np.testing.assert_array_equal(again.predicted[held], found.predicted[held])
     assert not np.array_equal(again.predicted, found.predicted)
@@ -135,7 +135,7 @@ def test_a_map_is_restored_bit_for_bit(constant: bool) -> None:
 def test_a_constant_score_is_rehearsed_too(world) -> None:
     make, _, rehearsal, _, _ = world
     transfer, found = rehearse(
-        make, Rehearsal(rehearsal.known, np.ones(100), rehearsal.nodes, np.ones(100)), 0
+        make, Rehearsal(rehearsal.fit_nodes, np.ones(100), rehearsal.nodes, np.ones(100)), 0
     )
     np.testing.assert_array_equal(found.predicted, np.ones(100))
     assert transfer.rising is None
