@@ -100,7 +100,7 @@ def main() -> None:
         def do() -> int:
             given = config.nightly.model_copy(update={"audit": audit})
             done = run_night(config.model_copy(update={"nightly": given}), progress=quiet)
-            assert done.found["samples"]["new"] == count or not done.made
+            assert done.manifest["samples"]["new"] == count or not done.wrote_snapshot
             return count
 
         return do

@@ -61,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def one_line(night: Any) -> str:
     """What one looks for first; all of it is in RUN/snapshots/<snapshot>.json."""
-    drift, fidelity = night.found["drift"] or {}, night.found["fidelity"] or {}
+    drift, fidelity = night.manifest["drift"] or {}, night.manifest["fidelity"] or {}
     figures = {
         "run": night.uri,
         "snapshot": night.snapshot,
-        "made": night.made,
-        "files": night.found["files"],
-        "samples": night.found["samples"],
+        "made": night.wrote_snapshot,
+        "files": night.manifest["files"],
+        "samples": night.manifest["samples"],
         "auc": {window: found["auc"] for window, found in drift.items()},
         "spearman": fidelity.get("spearman"),
         "refresh": night.advice,

@@ -26,7 +26,7 @@ from raypipe.errors import (
 from raypipe.progress import Progress
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
-from raypipe.runs.ledger import StageRecord, fingerprint, noise_of, now, tables_of
+from raypipe.runs.ledger import StageRecord, extrapolated_tables, fingerprint, injected_noise, now
 from raypipe.runs.run import Run
 from raypipe.scores.registry import check_scores
 from raypipe.sources import open_source
@@ -106,7 +106,7 @@ def _execute(
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
         lease.about = partial(driver_progress, progress, records)
-        if tables_of(records):
+        if extrapolated_tables(records):
             raise RunError(
                 f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder"
             )
@@ -134,7 +134,7 @@ def _execute(
 
 def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
     """Raise RunError rather than make a real run anew with labels that were replaced, or the other way round."""
-    before, wanted = noise_of(records), requested_noise(config.source)
+    before, wanted = injected_noise(records), requested_noise(config.source)
     if "index" in records and records["index"].state == "done" and before != wanted:
         found = f"{before.share:g} with noise_seed {before.seed}" if before else "0"
         raise RunError(

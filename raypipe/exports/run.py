@@ -37,7 +37,7 @@ from raypipe.keeplists.file import (
 from raypipe.progress import Progress
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.lease import Lease
-from raypipe.runs.ledger import noise_of
+from raypipe.runs.ledger import injected_noise
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, Fragment, open_source
 from raypipe.stages.index.stage import IndexStage
@@ -114,7 +114,7 @@ def export_keep_list(
         raise ConfigError(f"format {format} is a single file, which has no shards")
     check_has_images(run)
     config = run.config()
-    if noise := noise_of(run.ledger()):
+    if noise := injected_noise(run.ledger()):
         raise RunError(f"{run.uri}: {noise.warning}, and there is nothing to export")
     keep_list = find_keep_list(run, keep, snapshot)
     to = Run(to).uri  # workers have other working directories

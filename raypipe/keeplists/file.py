@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.errors import ConfigError, RunError
 from raypipe.runs.keep_files import keep_file
-from raypipe.runs.ledger import content_hash, tables_of
+from raypipe.runs.ledger import content_hash, extrapolated_tables
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import file_uri, load_snapshot, score_shards
 from raypipe.sources import Fragment, Source
@@ -251,7 +251,7 @@ def first_positions(fragments: list[Fragment]) -> dict[str, int]:
 
 def check_has_images(run: Run) -> None:
     """Raise RunError where the scores were extrapolated from tables: there is no source to take images from."""
-    if tables_of(run.ledger()):
+    if extrapolated_tables(run.ledger()):
         raise RunError(
             f"{run.uri}: was made by `raypipe extrapolate`, from tables; there are no images to export. See raypipe.KeepList"
         )

@@ -1,4 +1,7 @@
-"""Scheduled pruning: a night that scores what is new with what was learnt once, judges it, and leaves a snapshot. See docs/nightly.md."""
+"""Scheduled pruning: score what is new with the existing models, assess it, write a snapshot.
+
+See docs/guides/nightly.md.
+"""
 
 from raypipe.nightly.night import Night, run_night
 

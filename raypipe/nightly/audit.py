@@ -1,7 +1,8 @@
-"""A fresh audit: scores at checkpoints measured on a few of the samples that came after the seed set, beside those predicted.
+"""Fresh audit: measure scores at checkpoints for some new samples and compare with the predictions.
 
-Their images lie in `seed/night-*.parquet` while they are measured, and nothing of that stays. Score shards are left as they are: the
-samples keep their predicted scores.
+New samples are those that came after the seed set. Their images are written to
+`seed/night-*.parquet` while they are measured, and removed afterwards. Score shards do not change:
+the samples keep their predicted scores.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,147 +22,179 @@ from raypipe.nightly.sampling import lowest
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.run import Run
+from raypipe.runs.seed_shards import shard_table
 from raypipe.selection.hashing import hash64
 from raypipe.sources import Fragment, open_source
 from raypipe.vision.decode import decode_batch
 
 SALT = 0x6175646974
-"""Tells this draw from others by a hash of the id."""
+"""Hash seed of this draw, so that it is independent of all others."""
 PREFIX = "night-"
+"""Start of the names of the temporary shards in `seed/`."""
 COLUMNS = ["sample_id", "label", "score", "measured"]
+
+LabelledImages = dict[str, tuple[int, np.ndarray]]
+"""Label (-1 for none) and pixels, uint8 [3, size, size], by sample_id."""
 
 
 @dataclass(frozen=True)
-class NewRows:
-    """What the score shards of new fragments say.
+class NewSamples:
+    """Summary of the score shards of new fragments.
 
-    classes     labelled samples of each class, int64 [classes]
-    candidates  of the samples with a predicted score and a label, drawn at random: sample_id, label, score, fragment
+    Attributes
+    ----------
+    class_counts : numpy.ndarray
+        Labelled samples of each class, int64 [classes].
+    candidates : pyarrow.Table
+        Random draw of the samples with a label and a predicted score. Columns sample_id, label,
+        score, order and fragment.
     """
 
-    classes: np.ndarray
+    class_counts: np.ndarray
     candidates: pa.Table
 
 
-def scan_new(run: Run, fragments: Sequence[Fragment], count: int) -> NewRows:
-    """Go through the score shards of new fragments once; `count` candidates for an audit are drawn."""
-    classes, drawn = np.zeros(len(run.classes().names), np.int64), pa.table({})
-    read = functools.partial(_shard, run)
-    for fragment, table in storage.ahead(
-        read, [fragment.fragment_id for fragment in fragments], run.uri
-    ):
-        label = table["label"].fill_null(-1).to_numpy()
-        classes += np.bincount(label[label >= 0], minlength=len(classes))
-        rows = np.flatnonzero((label >= 0) & ~table["measured"].to_numpy())
-        part = table.take(pa.array(rows)).drop_columns(["measured"])
-        part = part.append_column(
-            "order", pa.array(hash64(part["sample_id"].combine_chunks(), SALT))
-        )
-        drawn = lowest(
-            [drawn, part.append_column("fragment", pa.array([fragment] * len(part), pa.string()))],
-            count,
-        )
-    return NewRows(classes, drawn)
+def scan_new_samples(run: Run, fragments: Sequence[Fragment], count: int) -> NewSamples:
+    """Read the score shards of new fragments once, and draw `count` candidates for an audit."""
+    class_counts, drawn = np.zeros(len(run.classes().names), np.int64), pa.table({})
+    read = functools.partial(_read_scores, run)
+    names = [fragment.fragment_id for fragment in fragments]
+    for name, table in storage.ahead(read, names, run.uri):
+        labels = table["label"].fill_null(-1).to_numpy()
+        class_counts += np.bincount(labels[labels >= 0], minlength=len(class_counts))
+        rows = np.flatnonzero((labels >= 0) & ~table["measured"].to_numpy())
+        table = table.take(pa.array(rows)).drop_columns(["measured"])
+        order = hash64(table["sample_id"].combine_chunks(), SALT)
+        table = table.append_column("order", pa.array(order))
+        table = table.append_column("fragment", pa.array([name] * len(table), pa.string()))
+        drawn = lowest([drawn, table], count)
+    return NewSamples(class_counts, drawn)
 
 
-def audit_new(
+def _read_scores(run: Run, fragment: str) -> pa.Table:
+    return storage.read_table(run.score_shard(fragment), COLUMNS)
+
+
+def audit_new_samples(
     context: Context, fragments: Sequence[Fragment], candidates: pa.Table
 ) -> tuple[pa.Table, StageRecord]:
-    """Measure candidates: sample_id, label, measured, predicted (float64), in the order drawn; and what that cost.
+    """Measure the scores of candidates.
 
-    Raises StageError where a score is not finite.
+    Parameters
+    ----------
+    fragments : sequence of Fragment
+        New fragments.
+    candidates : pyarrow.Table
+        See `NewSamples`. Candidates that can no longer be read are left out.
+
+    Returns
+    -------
+    pyarrow.Table
+        Columns sample_id, label, measured and predicted (both float64), in the order of the draw.
+    StageRecord
+        Time that it took.
+
+    Raises
+    ------
+    StageError
+        If a score is not finite.
     """
-    config, run, record = context.config, context.run, StageRecord()
-    wanted: dict[str, list[str]] = {}
-    for row in candidates.select(["sample_id", "fragment"]).to_pylist():
-        wanted.setdefault(row["fragment"], []).append(row["sample_id"])
-    units = [
-        (fragment, wanted[fragment.fragment_id])
-        for fragment in fragments
-        if fragment.fragment_id in wanted
-    ]
-    found: dict[str, tuple[int, np.ndarray]] = {}
-
-    def collect(result: dict[str, Any]) -> None:
-        found.update(result["images"])
-        record.cpu_seconds += result["cpu_seconds"]
-
-    from raypipe.runs.seed_shards import shard_table
     from raypipe.stages.measure.stage import measure_extra_shard
 
-    context.run_tasks(units, functools.partial(_read, config, run.uri), collect)
-    table = candidates.filter(
-        pa.array(
-            [sample_id in found for sample_id in candidates["sample_id"].to_pylist()], pa.bool_()
-        )
-    )
-    ids = table["sample_id"].to_pylist()
-    shard, size = PREFIX + content_hash(ids), config.proxy.image_size
-    images = (
-        np.stack([found[sample_id][1] for sample_id in ids])
-        if ids
-        else np.zeros((0, 3, size, size), np.uint8)
-    )
-    # a pseudo-label is that of the sample's embedding
-    labels = [
-        found[sample_id][0] if found[sample_id][0] >= 0 else told
-        for sample_id, told in zip(ids, table["label"].to_pylist())
-    ]
-    storage.write_table(
-        run.seed_shard(shard),
-        shard_table(ids, labels, images, len(run.classes().names), size),
-    )
+    config, run, record = context.config, context.run, StageRecord()
+    images = _read_candidates(context, fragments, candidates, record)
+    readable = [sample_id in images for sample_id in candidates["sample_id"].to_pylist()]
+    candidates = candidates.filter(pa.array(readable, pa.bool_()))
+    shard = _write_shard(context, candidates, images)
     scores = measure_extra_shard(context, record, shard)
     remove_leftovers(run)
-    measured = dict(
+    by_id = dict(
         zip(scores["sample_id"].to_pylist(), scores[config.score].to_pylist(), strict=True)
     )
-    values = np.array([measured[sample_id] for sample_id in ids], np.float64)
-    if not np.isfinite(values).all():
-        raise StageError(
-            f"{config.score} of {int((~np.isfinite(values)).sum())} new samples is not finite"
-        )
-    predicted = table["score"].to_numpy().astype(np.float64)
+    ids = candidates["sample_id"].to_pylist()
+    measured = np.array([by_id[sample_id] for sample_id in ids], np.float64)
+    if not np.isfinite(measured).all():
+        count = int((~np.isfinite(measured)).sum())
+        raise StageError(f"{config.score} of {count} new samples is not finite")
     columns = {
-        "sample_id": table["sample_id"],
-        "label": table["label"],
-        "measured": values,
-        "predicted": predicted,
+        "sample_id": candidates["sample_id"],
+        "label": candidates["label"],
+        "measured": measured,
+        "predicted": candidates["score"].to_numpy().astype(np.float64),
     }
     return pa.table(columns), record
 
 
 def remove_leftovers(run: Run) -> None:
-    """Remove the images of audits, also of one that was interrupted."""
+    """Remove the temporary shards of audits, including those of one that was interrupted."""
     for shard in run.done("seed"):
         if shard.startswith(PREFIX):
             storage.delete(run.seed_shard(shard))
 
 
-def _shard(run: Run, fragment: str) -> pa.Table:
-    return storage.read_table(run.score_shard(fragment), COLUMNS)
+def _read_candidates(
+    context: Context, fragments: Sequence[Fragment], candidates: pa.Table, record: StageRecord
+) -> LabelledImages:
+    """Decode the images of the candidates in tasks, and add the time to the record."""
+    ids: dict[str, list[str]] = {}
+    for row in candidates.select(["sample_id", "fragment"]).to_pylist():
+        ids.setdefault(row["fragment"], []).append(row["sample_id"])
+    units = [
+        (fragment, ids[fragment.fragment_id])
+        for fragment in fragments
+        if fragment.fragment_id in ids
+    ]
+    images: LabelledImages = {}
+
+    def collect(result: _ReadResult) -> None:
+        images.update(result.images)
+        record.cpu_seconds += result.cpu_seconds
+
+    context.run_tasks(units, functools.partial(_read, context.config, context.run.uri), collect)
+    return images
 
 
-def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> dict[str, Any]:
-    """Label and pixels uint8 [3, size, size] of some samples of a fragment, by id; one that cannot be read any more is left out.
+def _write_shard(context: Context, candidates: pa.Table, images: LabelledImages) -> str:
+    """Write the candidates as a temporary shard in `seed/`; return its name."""
+    run, size = context.run, context.config.proxy.image_size
+    ids = candidates["sample_id"].to_pylist()
+    # without a label in the source, the label of the score shard is the pseudo-label
+    labels = [
+        images[sample_id][0] if images[sample_id][0] >= 0 else pseudo_label
+        for sample_id, pseudo_label in zip(ids, candidates["label"].to_pylist())
+    ]
+    pixels = np.zeros((0, 3, size, size), np.uint8)
+    if ids:
+        pixels = np.stack([images[sample_id][1] for sample_id in ids])
+    shard = PREFIX + content_hash(ids)
+    table = shard_table(ids, labels, pixels, len(run.classes().names), size)
+    storage.write_table(run.seed_shard(shard), table)
+    return shard
 
-    Runs in a task.
-    """
+
+@dataclass(frozen=True)
+class _ReadResult:
+    images: LabelledImages
+    cpu_seconds: float
+
+
+def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> _ReadResult:
+    """Decode some samples of a fragment; those that cannot be read are left out. Runs in a task."""
     from raypipe.distributed.usage import Stopwatch
 
     fragment, ids = unit
-    watch, run, source, wanted = Stopwatch(), Run(run_uri), open_source(config.source), set(ids)
-    classes, read = run.classes(), source.read(run.with_members(fragment), wanted.__contains__)
+    watch, run, source, requested = Stopwatch(), Run(run_uri), open_source(config.source), set(ids)
+    classes, read = run.classes(), source.read(run.with_members(fragment), requested.__contains__)
     samples = [
         sample
         for sample in reject_duplicates(run, fragment, read, source.ids_can_repeat)
-        if sample.sample_id in wanted
+        if sample.sample_id in requested
     ]
     images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
     labels = [classes.label_of(sample)[0] for sample in samples]
-    good = {
+    valid = {
         sample.sample_id: (label, image)
         for sample, label, image, reason in zip(samples, labels, images, reasons, strict=True)
         if (label >= 0 or classes.clusters) and not reason
     }
-    return {"images": good, "cpu_seconds": watch.lap()}
+    return _ReadResult(valid, watch.lap())

@@ -1,8 +1,12 @@
-"""What a night concludes: what changed in the source, how faithful the scores of new samples are, whether to refresh. Plain functions."""
+"""Conclusions of a night: what changed, how faithful the new scores are, whether to refresh.
+
+Plain functions and values, without storage and Ray.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,122 +15,249 @@ from raypipe.assessment.drift import Drift
 from raypipe.assessment.rank_agreement import rank_agreement, spearman, spearman_of_resamples
 from raypipe.config import NightlySettings, TrustSettings
 
-FEWEST_AUDITED = 30
-"""Measured new samples below which their fidelity advises nothing."""
+MIN_AUDITED = 30
+"""Measured new samples below which their fidelity is no reason for a refresh."""
 FALL_LEVEL = 0.99
+"""Confidence level of the interval of the fall. The test is repeated every night, so that at 95 %
+it would give a false alarm too often."""
+WINDOWS = {"tonight": "the samples of this night", "since": "the samples since the seed set"}
+"""Sets of new samples whose drift is measured."""
 
-Piece = Mapping[str, Any]
-"""A fragment as a snapshot lists it: file (named after the fragment), path of the source file, samples."""
+Interval = tuple[float, float]
 
 
-def changes(before: Iterable[Piece], after: Iterable[Piece]) -> dict[str, dict[str, int]]:
-    """Files and samples of the source that are new, changed (another fingerprint under the same path) and removed.
+@dataclass(frozen=True)
+class ListedFragment:
+    """A fragment as a snapshot lists it.
 
-    A fragment's name is a fingerprint of its file. Samples of a changed file are counted where its fragments are new, all of them as
-    changed: nothing tells which of them are as they were.
+    Attributes
+    ----------
+    name : str
+        Name of its score shard: a fingerprint of the source file.
+    path : str
+        Path of the source file.
+    samples : int
+        Number of samples.
+    """
+
+    name: str
+    path: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class SourceChanges:
+    """Source files and samples that are new, changed and removed, by "new", "changed", "removed".
+
+    `samples` also has the "total" after the change.
+    """
+
+    files: Mapping[str, int]
+    samples: Mapping[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the part of a snapshot that holds the counts."""
+        return {"files": dict(self.files), "samples": dict(self.samples)}
+
+
+def source_changes(
+    before: Iterable[ListedFragment], after: Iterable[ListedFragment]
+) -> SourceChanges:
+    """Compare two listings of a source.
+
+    A file is changed if its path is the same but a fingerprint differs. All samples in new
+    fragments of a changed file count as changed, because nothing shows which of them are the same
+    as before.
     """
     old, new = _by_path(before), _by_path(after)
+    added, removed = new.keys() - old.keys(), old.keys() - new.keys()
     changed = {path for path in old.keys() & new.keys() if old[path].keys() != new[path].keys()}
-    files = {
-        "new": len(new.keys() - old.keys()),
-        "changed": len(changed),
-        "removed": len(old.keys() - new.keys()),
-    }
+    files = {"new": len(added), "changed": len(changed), "removed": len(removed)}
     samples = {
-        "new": sum(sum(new[path].values()) for path in new.keys() - old.keys()),
+        "new": sum(sum(new[path].values()) for path in added),
         "changed": sum(
-            sum(count for name, count in new[path].items() if name not in old[path])
-            for path in changed
+            count for path in changed for name, count in new[path].items() if name not in old[path]
         ),
-        "removed": sum(sum(old[path].values()) for path in old.keys() - new.keys()),
-        "total": sum(sum(pieces.values()) for pieces in new.values()),
+        "removed": sum(sum(old[path].values()) for path in removed),
+        "total": sum(sum(fragments.values()) for fragments in new.values()),
     }
-    return {"files": files, "samples": samples}
+    return SourceChanges(files, samples)
 
 
-def _by_path(pieces: Iterable[Piece]) -> dict[str, dict[str, int]]:
+def _by_path(fragments: Iterable[ListedFragment]) -> dict[str, dict[str, int]]:
+    """Return the samples of every fragment, by path and name."""
     result: dict[str, dict[str, int]] = {}
-    for piece in pieces:
-        result.setdefault(piece["path"], {})[piece["file"]] = piece["samples"]
+    for fragment in fragments:
+        result.setdefault(fragment.path, {})[fragment.name] = fragment.samples
     return result
 
 
-def assess(
+@dataclass(frozen=True)
+class NewFidelity:
+    """Rank correlation of predicted with measured scores of new samples.
+
+    Attributes
+    ----------
+    n : int
+        Measured samples; 0 if none were measured.
+    spearman, interval : float, (float, float), optional
+        Rank correlation and its 95 % bootstrap interval; None where they are undefined.
+    first : float, optional
+        Rank correlation of the run's first audit; None if it had none.
+    fall, fall_interval : float, (float, float), optional
+        Difference from the first audit (negative: fidelity fell) and its 99 % interval, from
+        independent resamples of both.
+    note : str
+        Why `spearman` is None, or "".
+    """
+
+    n: int = 0
+    spearman: float | None = None
+    interval: Interval | None = None
+    first: float | None = None
+    fall: float | None = None
+    fall_interval: Interval | None = None
+    note: str = ""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> NewFidelity:
+        """Restore what `as_json` returned."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**values)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fidelity in a snapshot, which has fewer keys if nothing was measured."""
+        if not self.n:
+            return {"n": 0, "spearman": None, "note": self.note}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
+
+
+def new_fidelity(
     predicted: np.ndarray,
     measured: np.ndarray,
-    first: tuple[np.ndarray, np.ndarray] | None,
+    first_audit: tuple[np.ndarray, np.ndarray] | None,
     seed: int,
-) -> dict[str, Any]:
-    """Fidelity on new samples: predicted and measured scores, float64 [n], beside those of the run's first audit, where it had one.
+) -> NewFidelity:
+    """Compute the fidelity on new samples.
 
-    spearman, interval         rank correlation with its 95 % bootstrap interval; None where it is undefined
-    first, fall, fall_interval that of the first audit, and the difference (below 0: it fell) with its 99 % interval, under independent
-                               resamples of both: it is asked every night, so that 95 % would err too often
+    Parameters
+    ----------
+    predicted, measured : numpy.ndarray
+        Scores of the same new samples, float64 [n].
+    first_audit : tuple of numpy.ndarray, optional
+        Predicted and measured scores of the run's first audit, float64 [m].
+    seed : int
+        Seed of the bootstrap.
     """
-    found = rank_agreement({"": predicted}, measured, seed, ())[""] if len(measured) > 1 else None
-    result: dict[str, Any] = {
-        "n": len(measured),
-        "spearman": found.spearman if found else None,
-        "interval": list(found.spearman_interval) if found and found.spearman_interval else None,
-        "first": None,
-        "fall": None,
-        "fall_interval": None,
-        "note": "",
-    }
-    if found is None or found.spearman is None:
-        result["note"] = f"{len(measured)} measured new samples have no rank correlation"
-    if first is not None:
-        result["first"] = spearman(*first)
-    if result["first"] is not None and result["spearman"] is not None and first is not None:
+    n = len(measured)
+    agreement = rank_agreement({"": predicted}, measured, seed, ())[""] if n > 1 else None
+    value = agreement.spearman if agreement else None
+    first = spearman(*first_audit) if first_audit is not None else None
+    fall, fall_interval = None, None
+    if first_audit is not None and first is not None and value is not None:
         now = spearman_of_resamples({"": predicted}, measured, seed + 1)[""]
-        then = spearman_of_resamples({"": first[0]}, first[1], seed + 2)[""]
-        count = min(len(now), len(then))
-        difference = now[:count] - then[:count]
-        bounds = np.nanquantile(difference, [(1 - FALL_LEVEL) / 2, (1 + FALL_LEVEL) / 2])
-        result |= {"fall": result["spearman"] - result["first"], "fall_interval": bounds.tolist()}
-    return result
+        then = spearman_of_resamples({"": first_audit[0]}, first_audit[1], seed + 2)[""]
+        resamples = min(len(now), len(then))
+        differences = now[:resamples] - then[:resamples]
+        quantiles = [(1 - FALL_LEVEL) / 2, (1 + FALL_LEVEL) / 2]
+        low, high = np.nanquantile(differences, quantiles).tolist()
+        fall, fall_interval = value - first, (low, high)
+    return NewFidelity(
+        n=n,
+        spearman=value,
+        interval=agreement.spearman_interval if agreement else None,
+        first=first,
+        fall=fall,
+        fall_interval=fall_interval,
+        note="" if value is not None else f"{n} measured new samples have no rank correlation",
+    )
 
 
-def advice(found: Mapping[str, Any], settings: NightlySettings, trust: TrustSettings) -> list[str]:
-    """Why a refresh (a new seed set, proxy and extrapolator) is advised, in sentences; none where it is not.
+@dataclass(frozen=True)
+class Assessment:
+    """Whatever can be a reason for a refresh.
 
-    found  drift (by window), fidelity and share_since_seed, as a snapshot has them
+    Attributes
+    ----------
+    drift : mapping of str to Drift
+        Drift of the embeddings by window, see `WINDOWS`.
+    fidelity : NewFidelity, optional
+        Fidelity on new samples; None before the first night.
+    share_since_seed : float
+        Share of all samples that came after the seed set.
     """
-    reasons = []
-    for window, data in (found.get("drift") or {}).items():
-        drift = Drift.from_dict(data)
-        if drift.beyond(settings.max_drift):
-            parts = (
-                ("auc", drift.auc, drift.auc_interval),
-                ("farther", drift.farther, drift.farther_interval),
-            )
-            shown = ", ".join(
-                f"{name} {value:.2f} ({between[0]:.2f} to {between[1]:.2f})"
-                for name, value, between in parts
-                if value and between
-            )
-            reasons.append(
-                f"drift: {WINDOWS[window]} differ from old ones: {shown}; nightly.max_drift is {settings.max_drift:g}"
-            )
-    fidelity = found.get("fidelity") or {}
-    if fidelity.get("spearman") is not None and fidelity["n"] >= FEWEST_AUDITED:
-        value, between = fidelity["spearman"], fidelity["fall_interval"]
-        if trust.min_spearman > -1 and value < trust.min_spearman:
-            reasons.append(
-                f"fidelity: {value:.2f} on {fidelity['n']} new samples is below trust.min_spearman ({trust.min_spearman:g})"
-            )
-        if between is not None and between[1] < 0:
-            reasons.append(
-                f"fidelity: {value:.2f} on {fidelity['n']} new samples, {fidelity['first']:.2f} in the run's first audit; the difference "
-                f"is {fidelity['fall']:.2f} ({between[0]:.2f} to {between[1]:.2f})"
-            )
-    share = found.get("share_since_seed") or 0.0
+
+    drift: Mapping[str, Drift] = field(default_factory=dict)
+    fidelity: NewFidelity | None = None
+    share_since_seed: float = 0.0
+
+    @classmethod
+    def from_json(cls, manifest: Mapping[str, Any]) -> Assessment:
+        """Read the assessment in a snapshot."""
+        drift, fidelity = manifest["drift"] or {}, manifest["fidelity"]
+        return cls(
+            {window: Drift.from_dict(data) for window, data in drift.items()},
+            NewFidelity.from_json(fidelity) if fidelity else None,
+            manifest["share_since_seed"],
+        )
+
+
+def refresh_reasons(
+    assessment: Assessment, settings: NightlySettings, trust: TrustSettings
+) -> list[str]:
+    """Return the reasons for a refresh (new seed set, proxy and extrapolator), as sentences."""
+    reasons = _drift_reasons(assessment.drift, settings)
+    if assessment.fidelity is not None:
+        reasons += _fidelity_reasons(assessment.fidelity, trust)
+    share = assessment.share_since_seed
     if share > settings.max_new_share:
         reasons.append(
-            f"growth: {100 * share:.0f} % of the samples came after the seed set; nightly.max_new_share is {settings.max_new_share:g}"
+            f"growth: {100 * share:.0f} % of the samples came after the seed set; "
+            f"nightly.max_new_share is {settings.max_new_share:g}"
         )
     return reasons
 
 
-WINDOWS = {"tonight": "the samples of this night", "since": "the samples since the seed set"}
-"""Sets of new samples whose drift is told."""
+def _drift_reasons(drifts: Mapping[str, Drift], settings: NightlySettings) -> list[str]:
+    reasons = []
+    for window, drift in drifts.items():
+        if not drift.beyond(settings.max_drift):
+            continue
+        figures = (
+            ("auc", drift.auc, drift.auc_interval),
+            ("farther", drift.farther, drift.farther_interval),
+        )
+        shown = ", ".join(
+            f"{name} {value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+            for name, value, interval in figures
+            if value and interval
+        )
+        reasons.append(
+            f"drift: {WINDOWS[window]} differ from old ones: {shown}; "
+            f"nightly.max_drift is {settings.max_drift:g}"
+        )
+    return reasons
+
+
+def _fidelity_reasons(fidelity: NewFidelity, trust: TrustSettings) -> list[str]:
+    value, fall, interval = fidelity.spearman, fidelity.fall, fidelity.fall_interval
+    if value is None or fidelity.n < MIN_AUDITED:
+        return []
+    reasons = []
+    if trust.min_spearman > -1 and value < trust.min_spearman:
+        reasons.append(
+            f"fidelity: {value:.2f} on {fidelity.n} new samples is below trust.min_spearman "
+            f"({trust.min_spearman:g})"
+        )
+    if fall is not None and interval is not None and interval[1] < 0:
+        reasons.append(
+            f"fidelity: {value:.2f} on {fidelity.n} new samples, {fidelity.first:.2f} in the "
+            f"run's first audit; the difference is {fall:.2f} "
+            f"({interval[0]:.2f} to {interval[1]:.2f})"
+        )
+    return reasons

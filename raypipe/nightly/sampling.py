@@ -1,7 +1,7 @@
-"""Random samples of what is embedded, of bounded size: the `count` samples with the lowest hash of their id, in any order of reading.
+"""Random samples of embedded images, of bounded size: the samples with the lowest hash of their id.
 
-A hash of the id has nothing to do with content or order, so that these are drawn at random from all samples, are the same at every
-attempt, and can be drawn from several sets one after the other: of two draws the lowest are a draw from both.
+The hash has nothing to do with content or reading order. The draw is therefore random, the same at
+every attempt, and can be combined: the lowest of two draws are a draw from both sets together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,47 +25,75 @@ from raypipe.sources.id_sampling import in_sample
 
 COLUMNS = ["sample_id", "label", "embedding"]
 SALT = 0x6E69676874
-"""Tells this draw from those of the strategies of keep-lists."""
+"""Hash seed of this draw, so that it is independent of the draws of selection strategies."""
 LOCAL_FRAGMENTS = 64
-"""So many fragments are read by the driver: that takes less time than Ray to start."""
+"""Up to this many fragments are read by the driver, which is faster than starting Ray."""
 TASK_FRAGMENTS = 16
-ALL = 2**64 - 1
+"""Fragments that one task reads."""
+NO_LIMIT = 2**64 - 1
+"""Upper limit of `order` that admits all samples."""
 
 
 def draw(
-    context: Context, fragments: Sequence[Fragment], count: int, *, seeds: bool, below: int = ALL
+    context: Context,
+    fragments: Sequence[Fragment],
+    count: int,
+    *,
+    from_seed_set: bool,
+    below: int = NO_LIMIT,
 ) -> pa.Table:
-    """At most `count` samples: sample_id, fragment, label, embedding, order (uint64, rising).
+    """Draw up to `count` embedded samples at random.
 
-    seeds  whether from those whose id the rule of the seed set takes, or from the others
-    below  only samples with an order below this
+    Parameters
+    ----------
+    fragments : sequence of Fragment
+        Fragments to draw from; they must be embedded.
+    count : int
+        Maximal number of samples.
+    from_seed_set : bool
+        True draws from the samples that the hash rule of the seed set selects, False from all
+        others.
+    below : int
+        Only samples with a lower `order` are drawn.
+
+    Returns
+    -------
+    pyarrow.Table
+        Columns sample_id, label, embedding, order (uint64, ascending) and fragment; no columns
+        without fragments.
     """
     if not fragments:
         return pa.table({})
-    samples = sum(fragment.samples for fragment in fragments)
-    # so many among all of them are hardly ever fewer than `count`, and the rest need not be passed on
-    share = min(
-        1.0,
-        (count + 6 * math.sqrt(count) + 10)
-        / max(1.0, samples * _share(context.config.seed, seeds)),
-    )
-    limit = min(below, int(share * ALL))
+    limit = min(below, _expected_limit(context.config.seed, fragments, count, from_seed_set))
     names = sorted(fragment.fragment_id for fragment in fragments)
     groups = [
         names[start : start + TASK_FRAGMENTS] for start in range(0, len(names), TASK_FRAGMENTS)
     ]
-    read = functools.partial(_draw, context.run.uri, context.config.seed, seeds, limit)
-    found: list[pa.Table] = []
+    read = functools.partial(_draw_from, context.run.uri, context.config.seed, from_seed_set, limit)
+    tables: list[pa.Table] = []
     if len(names) <= LOCAL_FRAGMENTS:
         with ThreadPoolExecutor(4) as threads:
-            found += [result["rows"] for result in threads.map(read, groups)]
+            tables += threads.map(read, groups)
     else:
-        context.run_tasks(groups, read, lambda result: found.append(result["rows"]))
-    return lowest(found, count)
+        context.run_tasks(groups, read, tables.append)
+    return lowest(tables, count)
+
+
+def _expected_limit(
+    settings: SeedSettings, fragments: Sequence[Fragment], count: int, from_seed_set: bool
+) -> int:
+    """Return an `order` below which there are almost certainly `count` samples.
+
+    Rows above it need not be sent to the driver.
+    """
+    samples = sum(fragment.samples for fragment in fragments)
+    eligible = samples * (settings.fraction if from_seed_set else 1 - settings.fraction)
+    six_deviations_above = count + 6 * math.sqrt(count) + 10
+    return int(min(1.0, six_deviations_above / max(1.0, eligible)) * NO_LIMIT)
 
 
 def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
-    """The rows of lowest order of all tables, rising; an id that comes twice has one row."""
+    """Return the `count` rows of lowest order of all tables, ascending, one row per id."""
     filled = [table for table in tables if len(table)]
     if not filled:
         return pa.table({})
@@ -80,7 +107,7 @@ def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
 
 
 def embeddings_of(table: pa.Table) -> np.ndarray:
-    """float32 [n, d] of a draw that has the column; [0, 0] of one from no fragments."""
+    """Return the embeddings of a draw, float32 [n, d]; [0, 0] for a draw without fragments."""
     if "embedding" not in table.column_names:
         return np.zeros((0, 0), np.float32)
     width = table.schema.field("embedding").type.list_size
@@ -89,23 +116,25 @@ def embeddings_of(table: pa.Table) -> np.ndarray:
     )
 
 
-def _share(settings: SeedSettings, seeds: bool) -> float:
-    return settings.fraction if seeds else 1 - settings.fraction
-
-
-def _draw(
-    run_uri: str, settings: SeedSettings, seeds: bool, limit: int, names: list[str]
-) -> dict[str, Any]:
-    """The rows below a limit of some fragments. Runs in a task, or in a thread of the driver."""
-    run, rule, parts = Run(run_uri), in_sample(settings.fraction, settings.seed), []
+def _draw_from(
+    run_uri: str, settings: SeedSettings, from_seed_set: bool, limit: int, names: list[str]
+) -> pa.Table:
+    """Return the rows of some fragments below a limit. Runs in a task or a thread of the driver."""
+    run, in_seed_set, tables = Run(run_uri), in_sample(settings.fraction, settings.seed), []
     for name in names:
         table = storage.read_table(run.embedding_shard(name), COLUMNS).replace_schema_metadata(None)
         if not len(table):
             continue
         ids = table["sample_id"].combine_chunks()
         order = hash64(ids, SALT)
-        low = np.flatnonzero(order < np.uint64(limit))
-        rows = np.array([row for row in low.tolist() if rule(ids[row].as_py()) == seeds], np.int64)
-        part = table.take(pa.array(rows)).append_column("order", pa.array(order[rows]))
-        parts.append(part.append_column("fragment", pa.array([name] * len(rows), pa.string())))
-    return {"rows": pa.concat_tables(parts) if parts else pa.table({})}
+        rows = np.array(
+            [
+                row
+                for row in np.flatnonzero(order < np.uint64(limit)).tolist()
+                if in_seed_set(ids[row].as_py()) == from_seed_set
+            ],
+            np.int64,
+        )
+        table = table.take(pa.array(rows)).append_column("order", pa.array(order[rows]))
+        tables.append(table.append_column("fragment", pa.array([name] * len(rows), pa.string())))
+    return pa.concat_tables(tables) if tables else pa.table({})

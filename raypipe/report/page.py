@@ -17,7 +17,7 @@ from raypipe.report.schema import Agreement, ClassFigures, HeldOutFidelity, Summ
 from raypipe.report.score_scan import MAX_LISTED_CLASSES
 from raypipe.report.summary import Findings, collect, high_is_hard
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
-from raypipe.runs.ledger import tables_of
+from raypipe.runs.ledger import extrapolated_tables
 from raypipe.runs.run import Run
 from raypipe.text import counted, plural
 
@@ -73,7 +73,7 @@ def build(run: Run) -> str:
     RunError
         If there is no run, or if it was extrapolated from tables.
     """
-    if tables_of(run.ledger()):
+    if extrapolated_tables(run.ledger()):
         raise RunError(
             f"{run.uri}: was extrapolated from tables, so there are no images to show; "
             f"its figures are in {run.table_summary}"

@@ -59,7 +59,7 @@ from raypipe.report.score_scan import (
     shown_classes,
 )
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
-from raypipe.runs.ledger import StageRecord, noise_of, now
+from raypipe.runs.ledger import StageRecord, injected_noise, now
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
@@ -119,7 +119,7 @@ def collect(run: Run) -> Findings:
     """
     ledger, config = run.ledger(), run.config()
     names = _class_names(run)
-    noise = noise_of(ledger)
+    noise = injected_noise(ledger)
     assessment = _assessment(run)
     scan = scan_scores(run, len(names), config.report.images)
     fidelity = _fidelity(assessment, scan)

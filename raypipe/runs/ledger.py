@@ -13,12 +13,32 @@ from raypipe.runs.unit_result import UnitResult
 from raypipe.sources.noise import LabelNoise
 
 FORMAT = 1
-"""Version of the layout; a run of another version is refused, not guessed at."""
+"""Version of the layout of a run folder. Runs with another version are refused."""
 
 
 @dataclasses.dataclass
 class StageRecord:
-    """What the ledger says of one stage. Seconds add up over interrupted attempts; detail is the stage's own."""
+    """What the ledger records of one stage.
+
+    Attributes
+    ----------
+    state : str
+        "running", "done", "failed" or "refused".
+    fingerprint : str
+        Of the settings that the outputs depend on.
+    samples : int
+        Samples that the stage processed.
+    wall_seconds, cpu_seconds, gpu_seconds : float
+        Time, summed over interrupted attempts.
+    attempts : int
+        Number of attempts.
+    finished : str
+        Time of the end, UTC.
+    error : str
+        Why the stage failed, or "".
+    detail : dict
+        Details that only this stage records.
+    """
 
     state: str = "running"
     fingerprint: str = ""
@@ -38,7 +58,7 @@ class StageRecord:
 
 
 def checked_record(record: StageRecord) -> StageRecord:
-    """The record, where every field has the type and range it should. Raises ValueError naming the first that has not."""
+    """Return the record. Raises ValueError naming the first field of a wrong type or range."""
     for item in dataclasses.fields(StageRecord):
         value, default = getattr(record, item.name), StageRecord().__dict__[item.name]
         kind: Any = (int, float) if isinstance(default, float) else type(default)
@@ -51,29 +71,33 @@ def checked_record(record: StageRecord) -> StageRecord:
     return record
 
 
-def tables_of(records: Mapping[str, StageRecord]) -> dict[str, str]:
-    """What `raypipe extrapolate` made a folder from (embeddings, scores, score_column), by its ledger; empty for a run."""
+def extrapolated_tables(records: Mapping[str, StageRecord]) -> dict[str, str]:
+    """Return the tables that `raypipe extrapolate` read, by the ledger of its folder.
+
+    The keys are embeddings, scores and score_column. Empty for the ledger of a run.
+    """
     return records["extrapolate"].detail.get("tables", {}) if "extrapolate" in records else {}
 
 
-def noise_of(records: Mapping[str, StageRecord]) -> LabelNoise | None:
-    """How labels of a run were replaced for a rehearsal, by its ledger; None where they were not."""
-    return label_noise_in(records["index"].detail) if "index" in records else None
+def injected_noise(records: Mapping[str, StageRecord]) -> LabelNoise | None:
+    """Return the label noise injected for a rehearsal, by the ledger; None without any."""
+    return label_noise_of(records["index"].detail) if "index" in records else None
 
 
-def label_noise_in(about: Mapping[str, Any]) -> LabelNoise | None:
-    found = about.get("inject_noise")
-    return LabelNoise(float(found["share"]), int(found["seed"])) if found else None
+def label_noise_of(index: Mapping[str, Any]) -> LabelNoise | None:
+    """Return the label noise that the JSON of an index states; None without any."""
+    noise = index.get("inject_noise")
+    return LabelNoise(float(noise["share"]), int(noise["seed"])) if noise else None
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of anything JSON can hold."""
+    """Return a short hash of anything that JSON can represent."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def content_hash(names: Iterable[str]) -> str:
-    """A short hash of a set of names."""
+    """Return a short hash of a set of names."""
     digest = hashlib.blake2b(digest_size=8)
     for item in sorted(names):
         digest.update(item.encode() + b"\0")
@@ -81,5 +105,5 @@ def content_hash(names: Iterable[str]) -> str:
 
 
 def now() -> str:
-    """The time, UTC, to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -15,7 +15,7 @@ from raypipe import storage
 from raypipe.config import Config, dump_config, parse_config
 from raypipe.errors import RunError
 from raypipe.runs.layout import STAGE_FOLDERS, VALID_NAME, Layout
-from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_in, now
+from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_of, now
 from raypipe.sources import ClassMap, Fragment
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -160,7 +160,7 @@ class Run(Layout):
         return ClassMap(
             tuple(data["names"]),
             bool(data["numeric"]),
-            label_noise_in(data),
+            label_noise_of(data),
             bool(data.get("clusters")),
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 from raypipe import storage
 from raypipe.progress import describe_progress
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
-from raypipe.runs.ledger import StageRecord, noise_of, tables_of
+from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
 from raypipe.text import JUDGED_ON, duration
 
@@ -19,7 +19,7 @@ def describe_run(uri: str) -> Iterator[str]:
     records = run.ledger()
     yield f"run         {run.uri}"
     yield from _warning(records)
-    tables = tables_of(records)  # such a folder has one stage
+    tables = extrapolated_tables(records)  # such a folder has one stage
     for stage in STAGE_FOLDERS:
         record = records.get(stage)
         if record is None and (tables or stage in OPTIONAL_STAGES):
@@ -89,7 +89,7 @@ def describe_result(run: Run) -> Iterator[str]:
 
 
 def _warning(records: dict[str, StageRecord]) -> Iterator[str]:
-    if noise := noise_of(records):
+    if noise := injected_noise(records):
         yield f"REHEARSAL   {noise.warning}"
 
 

@@ -16,7 +16,7 @@ from raypipe.errors import (
 from raypipe.pipeline import advance, driver_progress, errors_of_storage, log_file
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
-from raypipe.runs.ledger import tables_of
+from raypipe.runs.ledger import extrapolated_tables
 from raypipe.runs.run import Run
 
 MORE_THAN_TABLES = {
@@ -60,7 +60,11 @@ def _extrapolate(
                 f"{run.uri}: the output cannot be within {given}; give a folder elsewhere"
             )
     there = storage.names(run.uri)
-    ours = tables_of(run.ledger()) if "run.json" in there else there <= {"driver.json", "logs"}
+    ours = (
+        extrapolated_tables(run.ledger())
+        if "run.json" in there
+        else there <= {"driver.json", "logs"}
+    )
     if not ours:
         raise RunError(
             f"{run.uri}: there is something else here, such as {min(there)}; give a new folder"

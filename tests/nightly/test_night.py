@@ -30,8 +30,12 @@ def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(
         for folder in ("scores", "embeddings", "keep", "index", "extrapolator")
     }
     first, second = growing.night(0), growing.night(1)
-    assert (first.made, first.snapshot, first.exit_code) == (True, "2026-11-22T020000Z", 0)
-    assert (second.made, second.snapshot, second.exit_code) == (False, first.snapshot, 0)
+    assert (first.wrote_snapshot, first.snapshot, first.exit_code) == (
+        True,
+        "2026-11-22T020000Z",
+        0,
+    )
+    assert (second.wrote_snapshot, second.snapshot, second.exit_code) == (False, first.snapshot, 0)
     assert {folder: stamps(growing.run.uri, folder) for folder in before} == before
     manifest = load_snapshot(growing.run, first.snapshot)
     assert manifest["samples"] == {"new": 0, "changed": 0, "removed": 0, "total": 600}
@@ -65,9 +69,9 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
     embed = nights.make_stage("embed")
     monkeypatch.setattr("raypipe.stages.embed._read", _recording(read, type(embed).__module__))
     night = growing.night(1)
-    assert night.made and night.exit_code == 0, night.advice
-    assert night.found["files"] == {"new": 1, "changed": 1, "removed": 1}
-    assert night.found["samples"] == {"new": 150, "changed": 100, "removed": 150, "total": 550}
+    assert night.wrote_snapshot and night.exit_code == 0, night.advice
+    assert night.manifest["files"] == {"new": 1, "changed": 1, "removed": 1}
+    assert night.manifest["samples"] == {"new": 150, "changed": 100, "removed": 150, "total": 550}
     assert sorted(set(read)) == ["part-00.parquet", "part-04.parquet"]
     after, rows = score_files(growing.run.uri), by_id(growing.run.uri)
     same = before.keys() & after.keys()
@@ -81,7 +85,7 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
     keep = raypipe.KeepList(growing.run.uri)
     assert len(keep) == 275 and set(keep) <= rows.keys()
     # the fidelity is that of measured beside predicted scores of samples that were not there before
-    fidelity = night.found["fidelity"]
+    fidelity = night.manifest["fidelity"]
     assert fidelity["n"] == 40 and fidelity["spearman"] > 0.5 and fidelity["first"] is not None
     pairs = storage.read_table(_state(growing, night.snapshot, "audit"))
     assert all(row["sample_id"].startswith(("part-00", "part-04")) for row in pairs.to_pylist())
@@ -90,7 +94,7 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
             rows[row["sample_id"]]["score"] == pytest.approx(row["predicted"])
             and not rows[row["sample_id"]]["measured"]
         )
-    assert growing.night(1).made is False
+    assert growing.night(1).wrote_snapshot is False
 
 
 def _recording(read: list[str], module: str) -> Any:
@@ -152,7 +156,9 @@ def test_other_images_are_drift_and_a_refresh_is_advised_until_the_settings_allo
     )
     assert any("first audit" in reason for reason in night.advice)
     again = growing.night(1)
-    assert (again.made, again.advice) == (False, night.advice), "the same answer for the same run"
+    assert (again.wrote_snapshot, again.advice) == (False, night.advice), (
+        "the same answer for the same run"
+    )
     allowed = ["nightly.max_drift=1", "nightly.max_new_share=1"]
     assert not any(reason.startswith("drift") for reason in growing.night(1, *allowed).advice)
     grown = growing.night(1, "nightly.max_drift=1", "nightly.max_new_share=0.1")
@@ -164,7 +170,7 @@ def test_drift_is_told_of_all_nights_together_as_well(growing: Place) -> None:
     for number in (4, 5):
         growing.add(number)
         night = growing.night(number, "nightly.drift_samples=120")
-    found = night.found["drift"]
+    found = night.manifest["drift"]
     assert found["tonight"]["n_new"] < 120 and found["since"]["n_new"] == 120
     sketch = storage.read_table(_state(growing, night.snapshot, "arrivals"))
     assert {fragment[:2] for fragment in sketch["sample_id"].to_pylist()} == {"pa"} and len(
@@ -185,10 +191,10 @@ def test_a_score_that_cannot_be_audited_is_said_to_rest_on_drift(
     monkeypatch.setattr(MeasureSettings, "at_checkpoints", property(lambda self: ()))
     night = growing.night(1)
     assert (
-        night.found["fidelity"]["spearman"] is None
-        and "drift alone" in night.found["fidelity"]["note"]
+        night.manifest["fidelity"]["spearman"] is None
+        and "drift alone" in night.manifest["fidelity"]["note"]
     )
-    assert night.found["drift"]["tonight"]["auc"] is not None
+    assert night.manifest["drift"]["tonight"]["auc"] is not None
 
 
 def test_no_audit_where_none_is_asked_for(growing: Place) -> None:
@@ -196,8 +202,8 @@ def test_no_audit_where_none_is_asked_for(growing: Place) -> None:
     growing.add(4)
     night = growing.night(1, "nightly.audit=0")
     assert (
-        night.found["fidelity"]["n"] == 0
-        and "nightly.audit is 0" in night.found["fidelity"]["note"]
+        night.manifest["fidelity"]["n"] == 0
+        and "nightly.audit is 0" in night.manifest["fidelity"]["note"]
     )
 
 
@@ -208,11 +214,11 @@ def test_scores_too_unfaithful_leave_a_snapshot_without_keep_lists(growing: Plac
     assert (
         night.exit_code == 3
         and "no keep-lists" in night.refused
-        and night.found["refused"] == night.refused
+        and night.manifest["refused"] == night.refused
     )
     assert load_snapshot(growing.run, night.snapshot)["keep"] == []
     again = growing.night(1, "trust.min_spearman=0.999")
-    assert (again.made, again.exit_code) == (False, 3)
+    assert (again.wrote_snapshot, again.exit_code) == (False, 3)
 
 
 def test_the_report_is_written_where_it_is_asked_for(growing: Place) -> None:
@@ -235,12 +241,12 @@ def test_settings_that_would_train_or_rescore_are_refused(growing: Place) -> Non
         "embed.dtype=float16",
     ):
         with pytest.raises(
-            RunError, match=rf"settings of stage {change.split('.')[0]} are others.*jobs/run\.py"
+            RunError, match=rf"settings of stage {change.split('.')[0]} have changed.*jobs/run\.py"
         ):
             growing.night(1, change)
     assert score_files(growing.run.uri) == before
     # keep-lists are cut as the settings say
-    assert growing.night(1, "select.keep=[0.25]").made
+    assert growing.night(1, "select.keep=[0.25]").wrote_snapshot
     assert len(raypipe.KeepList(growing.run.uri, keep=0.25)) == 150
 
 
@@ -275,12 +281,12 @@ def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(
     )
     noted = storage.read_json(about)
     storage.write_json(about, {**noted, "classes": [*noted["classes"], "11"]})
-    with pytest.raises(RunError, match="the classes of the source are others"):
+    with pytest.raises(RunError, match="the classes of the source differ"):
         growing.night(2)
     storage.write_json(about, noted)
     night = growing.night(3, "nightly.max_new_share=1")  # every file has another time of change
-    assert night.exit_code == 0 and night.found["samples"]["changed"] == 600
-    assert night.found["drift"]["tonight"]["n_new"] < 200, (
+    assert night.exit_code == 0 and night.manifest["samples"]["changed"] == 600
+    assert night.manifest["drift"]["tonight"]["n_new"] < 200, (
         "of what is on both sides nothing can be told"
     )
 
@@ -330,7 +336,7 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
     assert night.expired == [pin]
     with pytest.raises(
         RunError,
-        match=f"no snapshot '{pin}'; the newest there are: 2026-11-23T020000Z, 2026-11-24T020000Z",
+        match=f"no snapshot '{pin}'; the newest are: 2026-11-23T020000Z, 2026-11-24T020000Z",
     ):
         raypipe.KeepList(growing.run.uri, keep=0.5, snapshot=pin)
     left = set(storage.names(growing.run.path("snapshots/files")))
@@ -462,5 +468,5 @@ def test_killed_before_the_first_snapshot(
             _count_down(patch, moment)
             with pytest.raises(Killed):
                 other.night(0)
-        assert other.night(0).made
+        assert other.night(0).wrote_snapshot
         assert _outcome(other) == _outcome(expected)

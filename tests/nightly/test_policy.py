@@ -9,32 +9,35 @@ import pytest
 
 from raypipe.config import NightlySettings, TrustSettings, parse_config
 from raypipe.errors import ConfigError
-from raypipe.nightly.policy import advice, assess, changes
-
-
-def piece(file: str, path: str, samples: int) -> dict[str, Any]:
-    return {"file": file, "path": path, "samples": samples}
+from raypipe.nightly.policy import (
+    Assessment,
+    ListedFragment,
+    NewFidelity,
+    new_fidelity,
+    refresh_reasons,
+    source_changes,
+)
 
 
 def test_what_changed() -> None:
     before = [
-        piece("a-1", "a", 10),
-        piece("a-2", "a", 5),
-        piece("b-1", "b", 7),
-        piece("c-1", "c", 3),
+        ListedFragment("a-1", "a", 10),
+        ListedFragment("a-2", "a", 5),
+        ListedFragment("b-1", "b", 7),
+        ListedFragment("c-1", "c", 3),
     ]
     after = [
-        piece("a-1", "a", 10),
-        piece("a-3", "a", 6),
-        piece("c-1", "c", 3),
-        piece("d-1", "d", 9),
-        piece("e-1", "e", 0),
+        ListedFragment("a-1", "a", 10),
+        ListedFragment("a-3", "a", 6),
+        ListedFragment("c-1", "c", 3),
+        ListedFragment("d-1", "d", 9),
+        ListedFragment("e-1", "e", 0),
     ]
-    assert changes(before, after) == {
+    assert source_changes(before, after).as_json() == {
         "files": {"new": 2, "changed": 1, "removed": 1},
         "samples": {"new": 9, "changed": 6, "removed": 7, "total": 28},
     }
-    assert changes(before, before)["files"] == {"new": 0, "changed": 0, "removed": 0}
+    assert source_changes(before, before).files == {"new": 0, "changed": 0, "removed": 0}
 
 
 def scores(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -45,24 +48,26 @@ def scores(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]
 
 def test_a_fall_of_the_fidelity_is_told_from_chance() -> None:
     good, bad = scores(0, 300, 0.3), scores(1, 200, 3.0)
-    same = [assess(*scores(number, 200, 0.3), good, 0)["fall_interval"] for number in range(2, 22)]
-    assert sum(high < 0 for _, high in same) <= 1
-    found = assess(*bad, good, 0)
-    assert found["first"] > 0.9 and found["fall"] == pytest.approx(
-        found["spearman"] - found["first"]
+    same = [new_fidelity(*scores(number, 200, 0.3), good, 0) for number in range(2, 22)]
+    assert sum(fidelity.fall_interval[1] < 0 for fidelity in same) <= 1
+    fell = new_fidelity(*bad, good, 0)
+    assert fell.first > 0.9 and fell.fall == pytest.approx(fell.spearman - fell.first)
+    assert fell.fall_interval[0] < fell.fall < fell.fall_interval[1] < 0
+    alone = new_fidelity(*bad, None, 0)
+    assert alone.fall is None and alone.spearman == fell.spearman
+    assert new_fidelity(np.ones(5), np.ones(5), good, 0).spearman is None
+    assert new_fidelity(np.ones(1), np.ones(1), good, 0).note.startswith("1 measured")
+    assert NewFidelity.from_json(fell.as_json()) == fell
+    assert NewFidelity(note="why").as_json() == {"n": 0, "spearman": None, "note": "why"}
+
+
+def advised(manifest: dict[str, Any], trust: float = 0.2, **settings: Any) -> list[str]:
+    """First words of the reasons for a refresh, given part of a manifest."""
+    full = {"drift": None, "fidelity": None, "share_since_seed": 0.0, **manifest}
+    reasons = refresh_reasons(
+        Assessment.from_json(full), NightlySettings(**settings), TrustSettings(min_spearman=trust)
     )
-    assert found["fall_interval"][0] < found["fall"] < found["fall_interval"][1] < 0
-    alone = assess(*bad, None, 0)
-    assert alone["fall"] is None and alone["spearman"] == found["spearman"]
-    assert assess(np.ones(5), np.ones(5), good, 0)["spearman"] is None
-    assert assess(np.ones(1), np.ones(1), good, 0)["note"].startswith("1 measured")
-
-
-def advised(found: dict[str, Any], trust: float = 0.2, **settings: Any) -> list[str]:
-    return [
-        reason.partition(":")[0]
-        for reason in advice(found, NightlySettings(**settings), TrustSettings(min_spearman=trust))
-    ]
+    return [reason.partition(":")[0] for reason in reasons]
 
 
 def drift(low: float) -> dict[str, Any]:

@@ -12,33 +12,38 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import (
-    entries_of,
-    expire,
-    expired,
+    expire_snapshots,
+    expired_names,
     file_uri,
     load_snapshot,
-    name_at,
+    snapshot_name,
     snapshot_names,
+    store_folder,
     write_snapshot,
 )
 
 NIGHT = datetime(2026, 11, 22, 2, tzinfo=UTC)
-NAMES = [name_at(NIGHT + timedelta(days=day)) for day in range(10)]
+NAMES = [snapshot_name(NIGHT + timedelta(days=day)) for day in range(10)]
 
 
 def test_which_expire() -> None:
     last = NIGHT + timedelta(days=9)
-    assert expired(NAMES, 30, None, last) == []
-    assert expired(NAMES[::-1], 4, None, last) == NAMES[:6]
-    assert expired(NAMES, 30, 3, last) == NAMES[:6]
-    assert expired(NAMES, 8, 3, last) == NAMES[:6] and expired(NAMES, 2, 3, last) == NAMES[:8]
-    assert expired(NAMES, 1, 1, last + timedelta(days=400)) == NAMES[:9], "the newest never does"
-    assert expired([], 1, 1, last) == []
+    assert expired_names(NAMES, 30, None, last) == []
+    assert expired_names(NAMES[::-1], 4, None, last) == NAMES[:6]
+    assert expired_names(NAMES, 30, 3, last) == NAMES[:6]
+    assert (
+        expired_names(NAMES, 8, 3, last) == NAMES[:6]
+        and expired_names(NAMES, 2, 3, last) == NAMES[:8]
+    )
+    assert expired_names(NAMES, 1, 1, last + timedelta(days=400)) == NAMES[:9], (
+        "the newest never does"
+    )
+    assert expired_names([], 1, 1, last) == []
 
 
 def _write(run: Run, name: str, before: dict[str, Any]) -> dict[str, Any]:
     manifest = {
-        "scores": entries_of(run, "scores", before.get("scores", [])),
+        "scores": store_folder(run, "scores", before.get("scores", [])),
         "keep": [],
         "state": [],
     }
@@ -62,17 +67,17 @@ def test_files_are_held_once_and_go_with_the_last_that_names_them(place: str) ->
         run.path("snapshots/files", "0123.parquet"), b"left by a night that was killed"
     )
     assert (
-        expire(run, 2, None, NIGHT, clean=False) == []
+        expire_snapshots(run, 2, None, NIGHT, clean=False) == []
         and len(storage.names(run.path("snapshots/files"))) == 4
     )
-    assert expire(run, 1, None, NIGHT) == NAMES[:1]
+    assert expire_snapshots(run, 1, None, NIGHT) == NAMES[:1]
     assert storage.names(run.path("snapshots/files")) == {
         f"{entry['hash']}.parquet" for entry in second["scores"]
     }
     assert snapshot_names(run) == NAMES[1:2]
 
 
-def test_a_file_written_anew_under_its_name_is_read_again(place: str) -> None:
+def test_a_file_rewritten_under_its_name_is_read_again(place: str) -> None:
     run = Run(f"{place}/run")
     storage.write_table(run.path("scores", "a.parquet"), pa.table({"score": [1.0]}))
     first = _write(run, NAMES[0], {})
@@ -88,10 +93,10 @@ def test_a_file_written_anew_under_its_name_is_read_again(place: str) -> None:
 def test_a_snapshot_is_never_written_over(place: str) -> None:
     run = Run(f"{place}/run")
     _write(run, NAMES[0], {})
-    with pytest.raises(RunError, match="never written over"):
+    with pytest.raises(RunError, match="never overwritten"):
         write_snapshot(run, NAMES[0], {"scores": [], "keep": [], "state": [], "other": 1})
     assert "other" not in load_snapshot(run, NAMES[0])
-    with pytest.raises(RunError, match=f"no snapshot 'x'; the newest there are: {NAMES[0]}"):
+    with pytest.raises(RunError, match=f"no snapshot 'x'; the newest are: {NAMES[0]}"):
         load_snapshot(run, "x")
 
 
@@ -105,6 +110,6 @@ def test_a_disk_without_hard_links_has_copies(
     storage.write_table(run.path("scores", "a.parquet"), pa.table({"score": [1.0]}))
     with monkeypatch.context() as patch:
         patch.setattr("os.link", refused)
-        (entry,) = entries_of(run, "scores")
+        (entry,) = store_folder(run, "scores")
     storage.write_table(run.path("scores", "a.parquet"), pa.table({"score": [3.0]}))
     assert storage.read_table(file_uri(run, entry))["score"].to_pylist() == [1.0]

@@ -69,7 +69,7 @@ def _seen(config: Config) -> dict[str, int]:
     for fragment in run.fragments():
         block = embed._read(config, run.uri, False, fragment)
         labels.update(zip(block["sample_id"].tolist(), block["label"].tolist(), strict=True))
-        night = audit._read(config, run.uri, (fragment, block["sample_id"].tolist()))["images"]
+        night = audit._read(config, run.uri, (fragment, block["sample_id"].tolist())).images
         assert {name: label for name, (label, _) in night.items()} == {
             name: labels[name] for name in block["sample_id"]
         }

@@ -220,7 +220,7 @@ def test_a_source_that_grows_at_night(
     run_night(config_of(folder), progress=QUIET)
     add(folder, 3)
     night = run_night(config_of(folder), progress=QUIET)
-    assert night.found["samples"]["new"] == 150 and night.found["fidelity"]["n"] == 40
+    assert night.manifest["samples"]["new"] == 150 and night.manifest["fidelity"]["n"] == 40
     rows = by_id(f"{folder}/run")
     new = [rows[f"part-3.parquet#{number}"]["label"] for number in range(150)]
     assert new == own_labels(Run(f"{folder}/run"), digit_pngs(600)[0][450:])

@@ -23,7 +23,7 @@ from raypipe.config.choices import DIFFICULTIES
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, StageError, TrustError
 from raypipe.runs.keep_files import keep_file, keep_metadata
-from raypipe.runs.ledger import StageRecord, content_hash, noise_of, tables_of
+from raypipe.runs.ledger import StageRecord, content_hash, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import Scores, mark_listed_ids, notes
 from raypipe.selection import (
@@ -133,7 +133,7 @@ def make_keep_lists(
         raise
     marked = mark_listed_ids(scores, settings.always_keep, settings.never_keep)
     if settings.near_duplicates is not None:
-        if tables_of(run.ledger()):
+        if extrapolated_tables(run.ledger()):
             raise ConfigError(
                 "select.near_duplicates: scores extrapolated from tables have no embeddings/ to look into"
             )
@@ -157,7 +157,7 @@ def make_keep_lists(
         "scores": scores.digest,
         **fidelity,
     }
-    if noise := noise_of(run.ledger()):
+    if noise := injected_noise(run.ledger()):
         about["inject_noise"] = f"{noise.share:g}"
     if stated := _stated(settings, options, marked):
         about["options"] = json.dumps(stated, sort_keys=True)
@@ -184,7 +184,7 @@ def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
     fields = {
         field.name: getattr(settings, field.name) for field in dataclasses.fields(SelectionOptions)
     }
-    difficulty, own = settings.difficulty, tables_of(run.ledger())
+    difficulty, own = settings.difficulty, extrapolated_tables(run.ledger())
     if difficulty == "auto":
         score = run.ledger()["extrapolate"].detail.get("score")
         difficulty = "score" if score in DIFFICULTIES and not own else "loss"
