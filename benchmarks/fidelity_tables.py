@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from common import BASELINES, SIGNALS, Missing, interval
+from common import BASELINES, Missing, interval
 from fidelity_runs import ALONE, CROSSED, Study, direct
 from scipy.stats import rankdata
 
 from raypipe.assessment.rank_agreement import spearman
+from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.extrapolators.neighbours import NeighbourIndex
 
 DIRECT, FULL = "measured directly", "the full run's"
@@ -248,7 +249,7 @@ def shift(results: Results, scores: list[str], size: float) -> None:
     print(f"\nSeed samples were trained on, the others were not: with {percent(size)} scored\n")
     names = (
         "accuracy",
-        *SIGNALS,
+        *PROXY_STATISTICS,
         f"distance to {NEIGHBOURS} nearest scored",
         "of these of its class",
         "its loss is the larger",
@@ -321,8 +322,8 @@ def _seen(results: Results, size: float, part: str, name: str, seed: int) -> flo
         run.rows if part == "seed" else results.study.others(run),
     )
     loss, margin, _ = (nodes.signals[:, column] for column in range(3))
-    if name in SIGNALS:
-        return float(nodes.signals[rows, SIGNALS.index(name)].mean())
+    if name in PROXY_STATISTICS:
+        return float(nodes.signals[rows, PROXY_STATISTICS.index(name)].mean())
     if name == "accuracy":
         return float((margin[rows] > 0).mean())
     if name == "its loss is the larger":  # of a random pair, one of each

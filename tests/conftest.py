@@ -60,9 +60,9 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_CONFIG_FILE", "/dev/null")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        storage._remote.cache_clear()  # a filesystem made before now knows another endpoint
+        storage.places.remote_filesystem.cache_clear()  # a filesystem made before now knows another endpoint
         yield endpoint
-        storage._remote.cache_clear()
+        storage.places.remote_filesystem.cache_clear()
     server.stop()
 
 

@@ -150,12 +150,12 @@ def test_a_configuration_that_is_longer_than_memory_when_written_out_is_refused_
 def test_a_file_that_is_far_too_large_is_not_read(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "read_bytes", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(storage.content, "read_bytes", lambda *_: pytest.fail("it was read"))
     for file, verb in (("run.json", "status"), ("scores/f001.parquet", None)):
         path = run.path(*file.split("/"))
         with open(path, "wb") as sparse:
             sparse.truncate(1 << 40)  # takes no space on disk
-        with pytest.raises(RaypipeError, match="are the most that it can have"):
+        with pytest.raises(RaypipeError, match=r"bytes, but at most [0-9,]+ are allowed"):
             storage.read_json(path) if verb else storage.read_table(path)
 
 
@@ -163,10 +163,10 @@ def test_a_file_that_is_far_too_large_is_not_read(
 def test_pipes_and_devices_are_no_files(run: Run) -> None:
     os.remove(run.path("run.json"))
     os.mkfifo(run.path("run.json"))  # would be waited for without end
-    assert "is no file" in _refused(run, "status")
+    assert "not a file" in _refused(run, "status")
     os.remove(run.path("run.json"))
     os.symlink("/dev/zero", run.path("run.json"))
-    assert "is no file" in _refused(run, "status")
+    assert "not a file" in _refused(run, "status")
 
 
 # -- Parquet --------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_one_long_text_in_all_rows_takes_no_memory(monkeypatch: pytest.MonkeyPat
     assert len(read_checked(data, ["score"])) == 50_000, (
         "a column that is not asked for does no harm"
     )
-    monkeypatch.setattr(untrusted_parquet, "MOST_DECODED", 1 << 20)
+    monkeypatch.setattr(untrusted_parquet, "MAX_DECODED_BYTES", 1 << 20)
     with pytest.raises(ValueError, match=r"bytes stated for one column|bytes of text"):
         read_checked(_table(sample_id=["y" * 2_000_000]))
 

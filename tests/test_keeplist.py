@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import serial
 from helpers import QUIET, digit_pngs
 from scored import add_weights, scored_run
 
@@ -246,10 +247,7 @@ def of_tars(
     folder = tmp_path_factory.mktemp("tars")
     first = scored_run(f"{folder}/first", "digits://", 1.0, limit=24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "raypipe.distributed.tasks.run_tasks",
-            lambda units, function, done: [done(function(unit)) for unit in units],
-        )
+        patch.setattr("raypipe.distributed.tasks.run_tasks", serial.run_tasks)
         patch.setattr("raypipe.distributed.context.Context.cluster", None)
         raypipe.export(
             first.uri, None, "webdataset", f"{folder}/tars/deep", shard_samples=8, progress=QUIET

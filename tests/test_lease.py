@@ -14,7 +14,7 @@ from raypipe import pipeline, storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import RunError
-from raypipe.runs import layout
+from raypipe.runs import lease
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
@@ -50,7 +50,7 @@ class Slow(Stage):
 def test_a_driver_that_lost_its_lease_stops_and_overwrites_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "LEASE_SECONDS", 0.8)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.8)
     monkeypatch.setattr(pipeline, "make_stage", lambda name: Slow())
     run, started = Run(str(tmp_path / "run")), time.monotonic()
     with pytest.raises(RunError, match="taken over by another driver, process 7 on elsewhere"):
@@ -74,7 +74,7 @@ def test_the_ledger_is_not_written_without_the_lease(place: str) -> None:
 def test_a_lease_that_somebody_deleted_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.4)
     run = Run(str(tmp_path))
     with Lease(run):
         storage.delete(run.path("driver.json"))

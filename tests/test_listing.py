@@ -17,7 +17,8 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import open_source
-from raypipe.storage import listing
+from raypipe.storage import FileInfo, remote_listing
+from raypipe.storage.file_info import hidden
 
 
 class Keys:
@@ -77,9 +78,9 @@ def at_once(action: Callable[[], Any]) -> Any:
 
 def listed(
     keys: list[str], folder: str = "bucket/root", **options: Any
-) -> tuple[list[listing.FileInfo], Keys]:
+) -> tuple[list[FileInfo], Keys]:
     fs = Keys(keys, **options)
-    return list(listing.stored_files(fs, folder, at_once)), fs
+    return list(remote_listing.stored_files(fs, folder, at_once)), fs
 
 
 def some_keys(number: int) -> list[str]:
@@ -95,13 +96,13 @@ def some_keys(number: int) -> list[str]:
 
 @pytest.mark.parametrize("page", [1, 3, 1000])
 def test_every_key_comes_once_and_in_order(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "PAGE", page)
+    monkeypatch.setattr(remote_listing, "PAGE", page)
     for number in range(30):
-        monkeypatch.setattr(listing, "RANGES", number % 4 + 1)
+        monkeypatch.setattr(remote_listing, "RANGES", number % 4 + 1)
         keys = some_keys(number)
         names = (key.removeprefix("root/") for key in keys if key.startswith("root/"))
         expected = sorted(
-            name for name in names if name and not name.endswith("/") and not listing.hidden(name)
+            name for name in names if name and not name.endswith("/") and not hidden(name)
         )
         found, _ = listed(keys)
         assert [file.path for file in found] == expected
@@ -113,8 +114,8 @@ def test_every_key_comes_once_and_in_order(page: int, monkeypatch: pytest.Monkey
 
 
 def test_a_listing_takes_hardly_more_requests_than_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "PAGE", 10)
-    monkeypatch.setattr(listing, "RANGES", 8)
+    monkeypatch.setattr(remote_listing, "PAGE", 10)
+    monkeypatch.setattr(remote_listing, "RANGES", 8)
     many_folders = [f"root/{folder:03d}/{file}" for folder in range(300) for file in range(2)]
     flat = [f"root/{number:04d}" for number in range(600)]
     one_below_the_other = [f"root/only/one/{key.removeprefix('root/')}" for key in many_folders]
@@ -124,22 +125,24 @@ def test_a_listing_takes_hardly_more_requests_than_pages(monkeypatch: pytest.Mon
 
 
 def test_ranges_are_listed_side_by_side_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "PAGE", 5)
+    monkeypatch.setattr(remote_listing, "PAGE", 5)
     keys = [f"root/{folder:02d}/{file:02d}" for folder in range(30) for file in range(10)]
     found, fs = listed(keys, seconds=0.002)
     assert [f"root/{file.path}" for file in found] == keys
-    assert 4 < fs.most <= listing.THREADS
+    assert 4 < fs.most <= remote_listing.THREADS
 
 
 def test_what_is_not_taken_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "PAGE", 2)
-    monkeypatch.setattr(listing, "RANGES", 1000)
+    monkeypatch.setattr(remote_listing, "PAGE", 2)
+    monkeypatch.setattr(remote_listing, "RANGES", 1000)
     fs = Keys([f"root/{folder:03d}/{file:03d}" for folder in range(100) for file in range(40)])
-    stream = listing.stored_files(fs, "bucket/root", at_once)
+    stream = remote_listing.stored_files(fs, "bucket/root", at_once)
     taken = list(itertools.islice(stream, 10))
     time.sleep(0.1)
     first_level = 50
-    assert fs.requests <= first_level + 2 * listing.THREADS * (listing.PAGES_AHEAD + 2)
+    assert fs.requests <= first_level + 2 * remote_listing.THREADS * (
+        remote_listing.PAGES_AHEAD + 2
+    )
     assert [file.path for file in taken] == [f"000/{file:03d}" for file in range(10)]
     del stream  # closes it
     assert not [
@@ -156,7 +159,7 @@ def test_a_fault_in_a_range_ends_the_listing() -> None:
         return action()
 
     with pytest.raises(PermissionError, match="Access Denied"):
-        list(listing.stored_files(fs, "bucket/root", failing))
+        list(remote_listing.stored_files(fs, "bucket/root", failing))
 
 
 def test_s3_in_pages(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +170,8 @@ def test_s3_in_pages(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [file.path for file in whole] == sorted(paths) and [file.size for file in whole][
         -1
     ] == len("d/e/f/6")
-    monkeypatch.setattr(listing, "PAGE", 2)
-    monkeypatch.setattr(listing, "RANGES", 2)
+    monkeypatch.setattr(remote_listing, "PAGE", 2)
+    monkeypatch.setattr(remote_listing, "RANGES", 2)
     assert storage.listing(f"{s3}/paged") == whole
     assert storage.folders(f"{s3}/paged") == ["a", "a-"]  # of its first page
 
@@ -242,4 +245,4 @@ def test_local_order_is_that_of_whole_paths(tmp_path: Path) -> None:
         keys = [key.rstrip("/") + "/f" for key in some_keys(number)]
         root = tree(tmp_path / str(number), keys)
         found = [file.path for file in storage.listing(root)]
-        assert found == sorted(key for key in set(keys) if not listing.hidden(key))
+        assert found == sorted(key for key in set(keys) if not hidden(key))

@@ -134,7 +134,7 @@ def test_credentials_in_an_address_are_in_no_message(
     from raypipe.pipeline import errors_of_storage
 
     monkeypatch.setattr("raypipe.storage.faults.RETRIES", 1)
-    storage._remote.cache_clear()
+    storage.places.remote_filesystem.cache_clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:planted-password@127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "planted-key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-password")
@@ -142,5 +142,5 @@ def test_credentials_in_an_address_are_in_no_message(
         with pytest.raises(RaypipeError) as refused, errors_of_storage("s3://bucket/run"):
             Run("s3://bucket/run").ledger()
     finally:
-        storage._remote.cache_clear()
+        storage.places.remote_filesystem.cache_clear()
     assert "planted" not in str(refused.value)

@@ -187,7 +187,7 @@ def test_full_disk_leaves_the_old_file_and_no_debris(
 ) -> None:
     uri = str(tmp_path / "file")
     storage.write_bytes(uri, b"old")
-    for module in (storage, streams):
+    for module in (storage.files, streams):
         monkeypatch.setattr(
             module, "open", lambda path, mode: FullDisk(path, mode.replace("b", "")), raising=False
         )
@@ -235,7 +235,7 @@ class Flaky:
 
 def flaky(monkeypatch: pytest.MonkeyPatch, failures: int, error: Exception) -> Flaky:
     fs = Flaky(failures, error)
-    monkeypatch.setattr(storage, "filesystem", lambda uri: (fs, uri))
+    monkeypatch.setattr(storage.files, "filesystem", lambda uri: (fs, uri))
     monkeypatch.setattr(faults, "FIRST_DELAY", 0.0)
     monkeypatch.setattr(faults, "_gave_up", -100.0)
     return fs
@@ -326,7 +326,7 @@ def test_the_last_attempt_names_the_file(monkeypatch: pytest.MonkeyPatch) -> Non
     fs = flaky(monkeypatch, 99, TimeoutError("slow"))
     with pytest.raises(
         StorageError,
-        match=r"s3://bucket/x: storage still fails after 10 attempts: slow\. Look whether",
+        match=r"s3://bucket/x: storage still fails after 10 attempts: slow\. Check that",
     ):
         storage.read_bytes("s3://bucket/x")
     assert fs.asked == faults.RETRIES
@@ -370,14 +370,14 @@ def test_missing_credentials_are_an_oserror_at_once(
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._remote.cache_clear()
+    storage.places.remote_filesystem.cache_clear()
     try:
         with pytest.raises(
             StorageError, match=r"s3://other/x: the credentials are missing or wrong"
         ):
             storage.write_bytes("s3://other/x", b"1")
     finally:
-        storage._remote.cache_clear()
+        storage.places.remote_filesystem.cache_clear()
 
 
 def test_an_object_replaced_while_it_is_read_is_a_fault(s3: str) -> None:

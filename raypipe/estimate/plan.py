@@ -35,7 +35,7 @@ from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, SEED_SHARD_SAMPLES
 from raypipe.scores.registry import check_scores
 from raypipe.selection import STRATEGIES
 from raypipe.sources import source_class
-from raypipe.storage.listing import PAGE
+from raypipe.storage.remote_listing import PAGE
 
 BLOCK = 4 << 20
 """Bytes of one read of a large file."""

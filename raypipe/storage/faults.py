@@ -1,7 +1,8 @@
-"""Faults of storage: which pass and are waited for, and how those that stay are told.
+"""Storage faults: which are transient and retried, and how the others are reported.
 
-One layer retries, with exponential back-off and full jitter (Brooker, *Exponential Backoff And Jitter*, AWS Architecture Blog, 2015).
-Those of botocore and s3fs are off: three layers, one in the other, ask up to two hundred times, and that of s3fs has no jitter.
+One layer retries, with exponential back-off and full jitter (Brooker, *Exponential Backoff And
+Jitter*, AWS Architecture Blog, 2015). The retries of botocore and s3fs are off: three nested layers
+would send up to two hundred requests, and that of s3fs has no jitter.
 """
 
 from __future__ import annotations
@@ -18,38 +19,47 @@ from raypipe.errors import RaypipeError, StorageAccessError, StorageError
 T = TypeVar("T")
 
 RETRIES = 10
-"""Attempts at a request; between them lie 36 s on average and 72 s at most."""
+"""Attempts at a request. The pauses between them take 36 s on average and 72 s at most."""
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
-AFTER_GIVING_UP, FEWER = 60.0, 2
-"""For so many seconds after a request failed for good, or until one succeeds, others are tried so often only: what tidies up
-after the failure would else wait as long again, one request after the other."""
+AFTER_GIVING_UP, FEWER_RETRIES = 60.0, 2
+"""For `AFTER_GIVING_UP` seconds after a request failed permanently, or until one succeeds, requests
+get `FEWER_RETRIES` attempts. Otherwise each request of the clean-up would wait as long again."""
 
 _gave_up = -AFTER_GIVING_UP
 
 
 def delay(attempt: int) -> float:
-    """Seconds to wait after the failure of attempt 0, 1, ...: anything up to a bound that doubles, so that many clients spread out."""
+    """Return the seconds to wait after attempt 0, 1, ... failed.
+
+    Uniform between 0 and a bound that doubles, so that the requests of many clients spread out.
+    """
     return random.uniform(0, min(LONGEST_DELAY, FIRST_DELAY * 2**attempt))
 
 
 class Attempts:
-    """The attempts at one request. `what` names the URI in the error of the last one."""
+    """Counts the attempts at one request to the URI `what`, which errors name."""
 
     def __init__(self, what: str) -> None:
         self._what, self._failed = what, 0
-        self._most = FEWER if time.monotonic() - _gave_up < AFTER_GIVING_UP else RETRIES
+        self._max_attempts = (
+            FEWER_RETRIES if time.monotonic() - _gave_up < AFTER_GIVING_UP else RETRIES
+        )
 
     def failed(self, error: Exception) -> float:
-        """Seconds to wait before the next attempt. Raises the error where another attempt is of no use, StorageError after the last."""
+        """Return the seconds to wait before the next attempt.
+
+        Raises the error itself if it is not transient, and StorageError after the last attempt.
+        """
         global _gave_up
-        if not passing(error):
+        if not is_transient(error):
             raise error
         self._failed += 1
-        if self._failed >= self._most:
+        if self._failed >= self._max_attempts:
             _gave_up = time.monotonic()
             raise StorageError(
-                f"{self._what}: storage still fails after {self._failed} attempts: {_words(error)}. Look whether it can be reached "
-                "from here, then run the same command again"
+                f"{self._what}: storage still fails after {self._failed} attempts: "
+                f"{_words(error)}. Check that it can be reached from here, then run the same "
+                "command again"
             ) from error
         return delay(self._failed - 1)
 
@@ -59,9 +69,22 @@ class Attempts:
 
 
 def retrying(action: Callable[[], T], what: str, writing: bool = False) -> T:
-    """Run `action`, again after passing faults. `what` names the URI in errors; see `advice` for `writing`.
+    """Return the result of `action`, which is repeated after transient faults.
 
-    Raises StorageError for faults that stay and are for the user to mend; others (no such file, a bad range) as they are.
+    Parameters
+    ----------
+    action : callable
+        Sends one request.
+    what : str
+        The URI that errors name.
+    writing : bool
+        Whether the request writes; see `advice`.
+
+    Raises
+    ------
+    StorageError
+        For permanent faults that the user can fix. Other errors (a missing file, a bad range) are
+        raised unchanged.
     """
     attempts = Attempts(what)
     while True:
@@ -78,23 +101,32 @@ def retrying(action: Callable[[], T], what: str, writing: bool = False) -> T:
 
 @contextlib.contextmanager
 def explaining(what: str, writing: bool = False) -> Iterator[None]:
-    """Faults that are for the user to mend become a StorageError that names the URI `what` and says what to do."""
+    """Turn faults that the user can fix into a StorageError that names `what` and the remedy."""
     try:
         yield
     except Exception as error:
-        found = advice(error, writing)
-        if not found:
+        remedy = advice(error, writing)
+        if not remedy:
             raise
         kind = StorageAccessError if isinstance(error, PermissionError) else StorageError
-        raise kind(f"{what}: {found}, then run the same command again") from error
+        raise kind(f"{what}: {remedy}, then run the same command again") from error
 
 
-# EINVAL and ENOSYS are what a request that S3 calls wrong (400, 412, 416, 501) becomes
-_FINAL = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
-    errno.EINVAL, errno.ENOSYS,
-}  # fmt: skip
-_FINAL_WORDS = (
+# s3fs raises EINVAL and ENOSYS for requests that S3 rejects as wrong (400, 412, 416, 501)
+_PERMANENT = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.ENOSYS,
+}
+_PERMANENT_WORDS = (
     "expired",
     "invalidaccesskey",
     "signature",
@@ -103,16 +135,17 @@ _FINAL_WORDS = (
     "nosuchbucket",
     "credentials",
 )
-_FINAL_TYPES = {
-    "ParamValidationError",
-    "FileExpired",
-}  # a bad name; an object replaced while it is read
+_PERMANENT_TYPES = {
+    "ParamValidationError",  # a bad name
+    "FileExpired",  # an object that was replaced while it was read
+}
 _CUT_SHORT = {"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
-"""What S3 says of content that was damaged on its way there: by its status a bad request, but the next one may arrive."""
+"""S3 error codes for content that was damaged in transit. The status says bad request, but another
+attempt can succeed."""
 
 
-def passing(error: BaseException) -> bool:
-    """Whether an error may be gone a moment later."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether another attempt can succeed."""
     if isinstance(error, RaypipeError):
         return False
     if isinstance(
@@ -126,82 +159,105 @@ def passing(error: BaseException) -> bool:
         return False
     if code_of(error) in _CUT_SHORT:
         return True
-    if any(word in _said(error) for word in _FINAL_WORDS) or type(error).__name__ in _FINAL_TYPES:
+    if any(word in _store_text(error) for word in _PERMANENT_WORDS):
+        return False
+    if type(error).__name__ in _PERMANENT_TYPES:
         return False
     if isinstance(error, OSError):
-        return error.errno not in _FINAL
+        return error.errno not in _PERMANENT
     return _from_network(error)
 
 
 def code_of(error: BaseException) -> str:
-    """What S3 calls an error, such as ExpiredToken; its status where it says no more; "" for errors of other origin."""
+    """Return the S3 code of an error, such as ExpiredToken, or its status; "" for other errors."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def advice(error: BaseException, writing: bool = False) -> str:
-    """What is wrong and what would mend it, in words; "" for an error that says enough, or is not for the user to mend.
+    """Return what is wrong and how to fix it, as one sentence.
 
-    writing  of a write: then a local file or folder that may not be touched is a fault, and not a property of a source
+    Parameters
+    ----------
+    error : BaseException
+        What a request raised.
+    writing : bool
+        Whether the request was a write. Only then is a local file or folder without permission a
+        storage fault; otherwise it is a property of the source.
+
+    Returns
+    -------
+    str
+        "" for an error that explains itself, or that the user cannot fix.
     """
     if isinstance(error, RaypipeError):
         return ""
-    number, code, said, words = (
-        getattr(error, "errno", None),
-        code_of(error),
-        _said(error),
-        _words(error),
-    )
+    number, code = getattr(error, "errno", None), code_of(error)
+    text, words = _store_text(error), _words(error)
     if isinstance(
         error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError
     ):
         if writing and code == "NoSuchBucket":
-            return f"there is no such bucket ({words}). Create it"
-        return f"cannot be written ({words}). Mend it" if writing else ""
+            return f"the bucket does not exist ({words}). Create it"
+        return f"cannot be written ({words}). Fix this" if writing else ""
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({words}). Free space there"
     if number == errno.EFBIG:
-        return f"files may not grow so large here ({words}). Raise the limit (`ulimit -f`)"
+        return f"the file is larger than allowed ({words}). Raise the limit (`ulimit -f`)"
     if number == errno.EROFS:
         return f"cannot be written ({words}). Mount it writable, or give another folder"
     if number in (errno.EACCES, errno.EPERM):
         return (
-            f"may not be written ({words}). Change who may write there, or give another folder"
+            f"no permission to write ({words}). Change the permissions, or give another folder"
             if writing
             else ""
         )
-    if "expired" in said and type(error).__name__ != "FileExpired":
+    if "expired" in text and type(error).__name__ != "FileExpired":
         return f"the credentials have expired ({words}). Renew them"
-    if any(word in said for word in ("invalidaccesskey", "signature", "credentials")):
-        return f"the credentials are missing or wrong ({words}). Set them by the AWS variables, files or an instance profile"
-    if isinstance(error, PermissionError) or "access denied" in said or "forbidden" in said:
-        return f"access denied ({words}). Renew the credentials if they have expired, or allow them to read and write there"
-    if code == "400":  # the answer to HEAD has no content that would say more
-        return f"the request was refused ({words}). Renew the credentials if they have expired, and look at region and endpoint"
+    if any(word in text for word in ("invalidaccesskey", "signature", "credentials")):
+        return (
+            f"the credentials are missing or wrong ({words}). Set them with the AWS variables, "
+            "the AWS files or an instance profile"
+        )
+    if isinstance(error, PermissionError) or "access denied" in text or "forbidden" in text:
+        return (
+            f"access denied ({words}). Renew the credentials if they have expired, or grant them "
+            "read and write access"
+        )
+    if code == "400":  # the answer to HEAD has no body with details
+        return (
+            f"the request was refused ({words}). Renew the credentials if they have expired, and "
+            "check region and endpoint"
+        )
     if _from_network(error) and not isinstance(error, OSError):
-        return f"{words}. Look at endpoint, region and network"
-    return f"cannot be written ({words}). Mend it" if writing and isinstance(error, OSError) else ""
+        return f"{words}. Check endpoint, region and network"
+    return (
+        f"cannot be written ({words}). Fix this" if writing and isinstance(error, OSError) else ""
+    )
 
 
-def _said(error: BaseException) -> str:
-    """What an error of an object store says, in lower case; "" for others, in which such words are part of a path."""
-    stored = (
+def _store_text(error: BaseException) -> str:
+    """Return the text of an object store's error in lower case.
+
+    "" for other errors, where words such as "expired" can be part of a path.
+    """
+    from_store = (
         code_of(error)
         or _from_network(error)
         or (isinstance(error, OSError) and error.errno is None)
     )
-    if not stored:
+    if not from_store:
         return ""
     return f"{code_of(error)} {type(error).__name__} {error}".lower()
 
 
 def _words(error: BaseException) -> str:
-    said = (error.strerror if isinstance(error, OSError) else None) or error
-    return " ".join(str(said).split()).rstrip(".")[:300] or type(error).__name__
+    text = (error.strerror if isinstance(error, OSError) else None) or error
+    return " ".join(str(text).split()).rstrip(".")[:300] or type(error).__name__
 
 
 def _from_network(error: BaseException) -> bool:
-    # botocore, aiohttp and urllib3 have exception trees of their own for the network
+    # botocore, aiohttp and urllib3 have their own exception hierarchies for network errors
     return type(error).__module__.split(".")[0] in {
         "botocore",
         "aiobotocore",

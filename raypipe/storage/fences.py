@@ -1,4 +1,8 @@
-"""Fences: a process that may write in a folder only as long as something holds looks at that before every change it makes there."""
+"""Fences: before every change in a folder, check that this process is still allowed to write there.
+
+A run folder belongs to one driver at a time. Its fence fails once another driver has taken the run
+over, so that a suspended process or a late worker cannot overwrite anything.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +20,39 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 LOCK_SECONDS = 5.0
-"""How long a lock of a folder is waited for: what it is held for takes less than a millisecond."""
+"""Maximum time to wait for the lock of a folder. A lock is held for less than a millisecond."""
 
 
 class Fence(Protocol):
-    """What may be pickled and taken to other processes."""
+    """A permission to write. It can be pickled and sent to other processes."""
 
     def check(self) -> None:
-        """Raises where this process may no longer write."""
+        """Raise an error if this process may no longer write."""
 
     @property
     def lock(self) -> str:
-        """Local folder to hold a shared lock of from the check to the end of the change; "" where there are no locks."""
+        """Local folder to lock (shared) from the check to the end of the change; "" for no lock."""
 
 
 _standing: Mapping[str, Fence] = {}
 
 
 def standing() -> Mapping[str, Fence]:
-    """The fences of this process by the URI of their folder."""
+    """Return the fences of this process by the URI of their folder."""
     return _standing
 
 
 def put_up(fences: Mapping[str, Fence]) -> None:
-    """Let these be the fences of this process, and no others."""
+    """Replace the fences of this process."""
     global _standing
-    _standing = dict(fences)  # at once, since other threads may be about to write
+    _standing = dict(fences)  # in one step, because other threads can be writing
 
 
 def fenced(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that takes the fences of this process with it, to the process that it is sent to and called in."""
+    """Return a function that carries the fences of this process to the process that calls it."""
     fences = standing()
 
-    @functools.wraps(function, updated=())  # of a class, that would be its methods
+    @functools.wraps(function, updated=())  # for a class this would copy its methods
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         put_up(fences)
         return function(*args, **kwargs)
@@ -58,7 +62,10 @@ def fenced(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def passed(uri: str) -> Iterator[None]:
-    """Within it, `uri` may be changed. Raises what the fence of a folder it is in raises."""
+    """Check the fences of all folders above `uri`, and hold their locks during the `with` block.
+
+    Raises what a fence raises.
+    """
     with contextlib.ExitStack() as stack:
         for folder, fence in standing().items():
             if uri == folder or uri.startswith(folder.rstrip("/") + "/"):
@@ -70,9 +77,15 @@ def passed(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: str, exclusive: bool) -> Iterator[None]:
-    """Hold a lock of a local folder; of none where there is no such folder, or its file system has no locks (some NFS).
+    """Hold a lock of a local folder during the `with` block.
 
-    Raises StorageError where another process has it and does not let go, such as one that was suspended while it had it.
+    Nothing is locked if the folder does not exist, or if its file system has no locks (some NFS).
+
+    Raises
+    ------
+    StorageError
+        If another process does not release the lock within `LOCK_SECONDS`, for example because it
+        was suspended while it held the lock.
     """
     try:
         file = os.open(folder, os.O_RDONLY)
@@ -80,11 +93,12 @@ def locked(folder: str, exclusive: bool) -> Iterator[None]:
         yield
         return
     try:
-        end, kind = time.monotonic() + LOCK_SECONDS, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        while not _locks(file, kind):
-            if time.monotonic() > end:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
+            if time.monotonic() > deadline:
                 raise StorageError(
-                    f"{folder}: locked by another process; end that one, then run the same command again"
+                    f"{folder}: locked by another process; end that process, then run the same "
+                    "command again"
                 )
             time.sleep(0.005)
         yield
@@ -92,11 +106,11 @@ def locked(folder: str, exclusive: bool) -> Iterator[None]:
         os.close(file)
 
 
-def _locks(file: int, kind: int) -> bool:
+def _try_lock(file: int, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # as far as this file system can
+        return True  # this file system has no locks
     return True

@@ -1,4 +1,4 @@
-"""A path or URI -> its filesystem, and the path on that."""
+"""Find the file system of a path or URI, and the path on it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from raypipe.errors import RaypipeError
 
 
 @functools.cache
-def _remote(protocol: str, once: bool = False) -> fsspec.AbstractFileSystem:
-    """The filesystem of a protocol; `once`, of S3: one whose requests are not retried."""
+def remote_filesystem(protocol: str, once: bool = False) -> fsspec.AbstractFileSystem:
+    """Return the file system of a protocol. With `once`, requests to S3 are not retried.
+
+    Raises RaypipeError for a protocol that is not supported.
+    """
     try:
         if protocol in {"s3", "s3a"}:
             from raypipe.storage.s3 import s3
@@ -25,31 +28,31 @@ def _remote(protocol: str, once: bool = False) -> fsspec.AbstractFileSystem:
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a path or URI and the path on it."""
+    """Return the file system of a path or URI, and the path on it."""
     protocol, separator, rest = uri.partition("://")
     if not separator:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     if protocol in {"file", "local"}:
         return LocalFileSystem(), os.path.abspath(rest)
-    fs = _remote(protocol)
+    fs = remote_filesystem(protocol)
     return fs, fs._strip_protocol(uri)
 
 
 def single_attempt(uri: str) -> fsspec.AbstractFileSystem:
-    """The filesystem of a URI that is not local, without retries of its own where it has any."""
-    return _remote(uri.partition("://")[0], True)
+    """Return the file system of a remote URI, without retries of its own."""
+    return remote_filesystem(uri.partition("://")[0], True)
 
 
 def is_local(uri: str) -> bool:
-    """Whether a path or URI is on this machine's disk."""
+    """Return whether a path or URI is on a disk of this machine."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with path parts appended."""
+    """Return `uri` with path components appended."""
     return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)])
 
 
 def name(uri: str) -> str:
-    """The last part of a path or URI."""
+    """Return the last component of a path or URI."""
     return uri.rstrip("/").rsplit("/", 1)[-1]

@@ -1,4 +1,7 @@
-"""S3 with every request retried by itself, those that others make through fsspec (Ray Train, pyarrow) and parts of uploads as well."""
+"""S3 with retries of every single request.
+
+This includes the parts of uploads, and requests that Ray Train and pyarrow send through fsspec.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,33 @@ from s3fs import S3FileSystem
 from raypipe.storage.faults import Attempts
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
-"""Seconds without an answer, after which a request is a failed one."""
+"""Seconds without an answer after which a request fails."""
 
 
 def s3(once: bool = False) -> S3FileSystem:
-    """A filesystem for s3://. `once`: its requests are not retried, for a caller that looks at something before every attempt.
+    """Return a file system for s3://.
 
-    What the user has told fsspec (`FSSPEC_S3='{"config_kwargs": {"read_timeout": 20}}'`) goes before the time-outs here.
+    The user's fsspec settings (`FSSPEC_S3='{"config_kwargs": {"read_timeout": 20}}'`) override the
+    time-outs of this module.
+
+    Parameters
+    ----------
+    once : bool
+        Don't retry requests. For callers that check something before every attempt.
     """
-    given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    options = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, **given}
+    user_options = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    options = {"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, **user_options}
     options["retries"] = {"total_max_attempts": 1, "mode": "standard"}
-    # A listing must show what other machines wrote a moment ago, so fsspec's own cache of listings is off.
-    return Retrying(
+    # A listing must show what other machines have just written, so fsspec's listings cache is off.
+    return RetryingS3(
         once=once, config_kwargs=options, use_listings_cache=False, skip_instance_cache=True
     )
 
 
-class Retrying(S3FileSystem):
-    """s3fs whose requests are retried by `raypipe.storage.faults` and by nobody else."""
+class RetryingS3(S3FileSystem):
+    """s3fs with the retries of `raypipe.storage.faults` instead of its own."""
 
-    retries = 1  # of s3fs itself
+    retries = 1  # the attempts of s3fs itself
 
     def __init__(self, *args: Any, once: bool = False, **kwargs: Any) -> None:
         self._once = once
@@ -45,13 +54,13 @@ class Retrying(S3FileSystem):
         attempts = Attempts(
             f"s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', kwargs.get('Prefix', ''))}"
         )
-        again = False
+        is_retry = False
         while True:
             try:
                 result = await super()._call_s3(method, *akwarglist, **kwargs)
             except Exception as error:
                 if (
-                    again
+                    is_retry
                     and method == "complete_multipart_upload"
                     and isinstance(error, FileNotFoundError)
                 ):
@@ -60,19 +69,23 @@ class Retrying(S3FileSystem):
             else:
                 attempts.succeeded()
                 return result
-            again = True
+            is_retry = True
             await asyncio.sleep(pause)
 
     call_s3 = sync_wrapper(_call_s3)
 
-    async def _completed(self, asked: dict[str, Any], error: Exception) -> dict[str, Any]:
-        """The object that a completion made whose answer was lost: the upload is gone, and the object has the ETag of its parts."""
-        parts = asked["MultipartUpload"]["Parts"]
+    async def _completed(self, request: dict[str, Any], error: Exception) -> dict[str, Any]:
+        """Return the object of a multipart upload whose completion succeeded but was not answered.
+
+        The upload no longer exists then, and the object has the ETag of the uploaded parts. Raises
+        `error` if it has another one.
+        """
+        parts = request["MultipartUpload"]["Parts"]
         try:
             digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
-        except ValueError:  # of an encryption whose ETags are no hashes
+        except ValueError:  # with some encryptions, ETags are not hashes
             raise error from None
-        found = await self._call_s3("head_object", Bucket=asked["Bucket"], Key=asked["Key"])
-        if found["ETag"].strip('"') != f"{hashlib.md5(digests).hexdigest()}-{len(parts)}":
+        head = await self._call_s3("head_object", Bucket=request["Bucket"], Key=request["Key"])
+        if head["ETag"].strip('"') != f"{hashlib.md5(digests).hexdigest()}-{len(parts)}":
             raise error
-        return found
+        return head

@@ -1,4 +1,4 @@
-"""Stored files being read in pieces, and being written in pieces."""
+"""Read and write stored files piece by piece."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from raypipe.storage.places import filesystem
 
 
 class Reader(io.BufferedReader):
-    """A stored file being read. `fault` is the storage fault that ended a read, if any.
+    """A stored file that is open for reading.
 
-    Libraries for file formats raise OSError for damaged content as well; `fault` tells the two apart.
+    Attributes
+    ----------
+    fault : Exception or None
+        The storage fault that ended a read. Libraries for file formats also raise OSError for
+        damaged content; `fault` distinguishes the two.
     """
 
     raw: Ranges
@@ -29,12 +33,12 @@ class Reader(io.BufferedReader):
         return self.raw.fault
 
     def end_at(self, position: int) -> bool:
-        """Go on as if the file ended after so many bytes. Whether it has more."""
+        """Treat `position` as the end of the file. Return whether the file is longer than that."""
         return self.raw.end_at(position)
 
 
 class Ranges(io.RawIOBase):
-    """A stored file as a raw stream without read-ahead; every read is retried."""
+    """A stored file as a raw stream without read-ahead. Every read is retried."""
 
     def __init__(self, file: Any, uri: str) -> None:
         self._file, self._uri = file, uri
@@ -79,7 +83,7 @@ class Ranges(io.RawIOBase):
         self._file.seek(self._position)
         data = self._file.read(length)
         if len(data) < length and isinstance(self._file, AbstractBufferedFile):
-            raise OSError(f"{length:,} bytes were asked for, and {len(data):,} came")
+            raise OSError(f"{length:,} bytes were requested, but {len(data):,} received")
         return data
 
     def close(self) -> None:
@@ -89,7 +93,7 @@ class Ranges(io.RawIOBase):
 
 
 class Upload:
-    """A file written piece by piece; it appears only when the `with` block ends without an error."""
+    """A file written piece by piece. It appears when the `with` block ends without an error."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -109,7 +113,7 @@ class Upload:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: object
     ) -> None:
         if value is not None:
-            with contextlib.suppress(Exception):  # the error under way is the one to see
+            with contextlib.suppress(Exception):  # the original error is the one to report
                 self._discard()
             if isinstance(value, OSError):
                 with explaining(self._uri):
@@ -138,9 +142,9 @@ class Upload:
     def _discard(self) -> None:
         if not self._local:
             try:
-                self._file.discard()  # parts sent so far are removed
+                self._file.discard()  # removes the parts sent so far
             finally:
-                self._file.closed = True  # or it would send the rest when it is collected
+                self._file.closed = True  # otherwise it sends the rest when it is garbage collected
             return
         try:
             self._file.close()
@@ -150,7 +154,7 @@ class Upload:
 
 
 def temporary_of(path: str) -> str:
-    """A hidden name beside a local file, for its content until it is whole; their folder is made where it is not there."""
+    """Return a hidden temporary name next to a local file, and create the folder if necessary."""
     folder, base = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     return os.path.join(folder, f".{base[:100]}.{uuid.uuid4().hex}")

@@ -147,13 +147,13 @@ def test_of_a_large_tar_little_is_read(
     )
     storage.write_bytes(f"{place}/in/large.tar", (tmp_path / "t").read_bytes())
     read = [0]
-    fetch = storage._Ranges._fetch
+    fetch = storage.streams.Ranges._fetch
 
-    def counting(self: storage._Ranges, length: int) -> bytes:
+    def counting(self: storage.streams.Ranges, length: int) -> bytes:
         read[0] += length
         return fetch(self, length)
 
-    monkeypatch.setattr(storage._Ranges, "_fetch", counting)
+    monkeypatch.setattr(storage.streams.Ranges, "_fetch", counting)
     found = _survey(f"{place}/in", samples=8)
     assert found.bytes > 15 << 20 and read[0] < 5 << 20
     assert 150 < found.samples < 170

@@ -401,7 +401,10 @@ def _count_down(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
         return call
 
     for name in ("write_bytes", "create_bytes", "delete"):
-        patch.setattr(storage, name, guarded(getattr(storage, name), 0))
+        function = guarded(getattr(storage, name), 0)
+        for module in (storage, storage.content, storage.files):
+            if hasattr(module, name):
+                patch.setattr(module, name, function)
     patch.setattr(os, "link", guarded(os.link, 1))
     entering = storage.Upload.__enter__
     patch.setattr(

@@ -62,7 +62,8 @@ def test_scores_that_did_not_stay_in_memory_give_the_same_figures(
         reads.append(uri)
         return read_table(uri, columns)
 
-    monkeypatch.setattr(storage, "read_table", counted)
+    for module in (storage, storage.content):
+        monkeypatch.setattr(module, "read_table", counted)
     expected, first = summarize(run), len(reads)
     monkeypatch.setattr("raypipe.report.score_scan.CACHE_BYTES", most)
     assert {**summarize(run), "made": ""} == {**expected, "made": ""}

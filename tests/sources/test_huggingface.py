@@ -230,7 +230,7 @@ def test_a_fragment_needs_its_own_batches_only(
         }
     )
     uri = save(str(tmp_path), arrow(table, 5), features=None)
-    asked, open_read, fetch = 0, storage.open_read, storage._Ranges._fetch
+    asked, open_read, fetch = 0, storage.open_read, storage.streams.Ranges._fetch
 
     def counting(self: Any, length: int) -> bytes:
         nonlocal asked
@@ -238,7 +238,7 @@ def test_a_fragment_needs_its_own_batches_only(
         return fetch(self, length)
 
     monkeypatch.setattr(storage, "open_read", lambda uri: open_read(uri, block=1024))
-    monkeypatch.setattr(storage._Ranges, "_fetch", counting)
+    monkeypatch.setattr(storage.streams.Ranges, "_fetch", counting)
     source = make(uri, fragment_samples=10)
     (scan,) = scans(source)
     assert [(part.start, part.stop) for part in scan.fragments] == [
@@ -371,14 +371,14 @@ def test_a_storage_fault_is_not_mistaken_for_damage(
     source = make(save(str(tmp_path), arrow(wide, 50)))
     file = next(source.files())
     fragments = source.scan(file).fragments
-    fetch = storage._Ranges._fetch
+    fetch = storage.streams.Ranges._fetch
 
     def fails(self: Any, length: int) -> bytes:
         if self._position > 1_500_000:
             raise PermissionError("the token has expired")
         return fetch(self, length)
 
-    monkeypatch.setattr(storage._Ranges, "_fetch", fails)
+    monkeypatch.setattr(storage.streams.Ranges, "_fetch", fails)
     for action in (
         lambda: source.scan(file),
         lambda: [list(source.read(part)) for part in fragments],

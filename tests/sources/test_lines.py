@@ -142,14 +142,16 @@ def test_what_cannot_be_understood_is_said(
 
 def test_a_list_is_read_in_few_requests(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    fetch = storage._Ranges._fetch
+    fetch = storage.streams.Ranges._fetch
     monkeypatch.setattr(
-        storage._Ranges, "_fetch", lambda self, length: asked.append(length) or fetch(self, length)
+        storage.streams.Ranges,
+        "_fetch",
+        lambda self, length: asked.append(length) or fetch(self, length),
     )
     for name, text in (("x.csv", "dé/%06d.jpg,%d\n"), ("x.txt", "dé/%06d.jpg %d\n")):
         with monkeypatch.context() as patch:
             patch.setattr("raypipe.sources.lines.READ_BYTES", 100_000)
-            patch.setattr(storage, "LOCAL_BLOCK", 100_000)  # as an object store is read
+            patch.setattr(storage.files, "LOCAL_BLOCK", 100_000)  # as an object store is read
             found = read(
                 tmp_path, name, "".join(text % (number, number) for number in range(50_000))
             )

@@ -133,7 +133,7 @@ def test_only_needed_columns_and_row_groups_are_read(
     wide = plain(40, other=[np.random.default_rng(row).bytes(50_000) for row in range(40)])
     uri = put(f"{tmp_path}/a.parquet", wide, row_group_size=10, compression="none")
     asked = 0
-    fetch = storage._Ranges._fetch
+    fetch = storage.streams.Ranges._fetch
 
     def counting(self: Any, length: int) -> bytes:
         nonlocal asked
@@ -141,7 +141,7 @@ def test_only_needed_columns_and_row_groups_are_read(
         asked += len(data)
         return data
 
-    monkeypatch.setattr(storage._Ranges, "_fetch", counting)
+    monkeypatch.setattr(storage.streams.Ranges, "_fetch", counting)
     open_read = storage.open_read
     monkeypatch.setattr(storage, "open_read", lambda uri: open_read(uri, block=1024))
     source = make(uri, fragment_samples=10)
@@ -468,11 +468,11 @@ def test_a_storage_fault_is_not_mistaken_for_damage(
         raise PermissionError("the token has expired")
 
     with monkeypatch.context() as patch, pytest.raises(PermissionError, match="expired"):
-        patch.setattr(storage._Ranges, "_fetch", fails)
+        patch.setattr(storage.streams.Ranges, "_fetch", fails)
         source.scan(file)
     stream = source.read(fragment)
     next(stream)
-    monkeypatch.setattr(storage._Ranges, "_fetch", fails)
+    monkeypatch.setattr(storage.streams.Ranges, "_fetch", fails)
     with pytest.raises(PermissionError, match="expired"):
         list(stream)
 

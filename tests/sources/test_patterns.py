@@ -149,12 +149,13 @@ def test_many_shards_cost_one_listing(place: str, monkeypatch: pytest.MonkeyPatc
     fill(place, "in/a-00007.tar", "in/a-09999.tar", "in/other.tar")
     requests: list[str] = []
     retrying = storage.retrying
-    monkeypatch.setattr(
-        storage, "retrying", lambda action, what: requests.append(what) or retrying(action, what)
-    )
+    for module in (storage, storage.files, storage.listings):
+        monkeypatch.setattr(
+            module, "retrying", lambda action, what: requests.append(what) or retrying(action, what)
+        )
     found = list(make(f"{place}/in/a-{{00000..09999}}.tar", format="webdataset").files())
     assert len(found) == 10_000 and sum(file.stamp != MISSING for file in found) == 2
-    assert len(requests) < 6
+    assert 0 < len(requests) < 6
 
 
 def test_a_list_of_shards(place: str, tmp_path: Any) -> None:

@@ -161,10 +161,10 @@ def test_fragments_are_read_from_their_own_offset(
         (start, min(start + 6, 20), start * (512 + 20_480 + 1024)) for start in (0, 6, 12, 18)
     ]
     asked: list[int] = []
-    fetch = storage._Ranges._fetch
+    fetch = storage.streams.Ranges._fetch
     monkeypatch.setattr(webdataset, "READ_BYTES", 4096)
     monkeypatch.setattr(
-        storage._Ranges,
+        storage.streams.Ranges,
         "_fetch",
         lambda self, length: asked.append(self._position) or fetch(self, length),
     )
@@ -183,7 +183,7 @@ def test_samples_that_are_not_wanted_are_skipped_over(
     source = one(tmp_path, tar(members))
     (fragment,) = scans(source)[0].fragments
     read = 0
-    fetch = storage._Ranges._fetch
+    fetch = storage.streams.Ranges._fetch
 
     def counting(self: Any, length: int) -> bytes:
         nonlocal read
@@ -191,7 +191,7 @@ def test_samples_that_are_not_wanted_are_skipped_over(
         return fetch(self, length)
 
     monkeypatch.setattr(webdataset, "READ_BYTES", 4096)
-    monkeypatch.setattr(storage._Ranges, "_fetch", counting)
+    monkeypatch.setattr(storage.streams.Ranges, "_fetch", counting)
     (sample,) = source.read(fragment, lambda sample_id: sample_id == "a.tar#7")
     assert sample.image == bytes([7]) * 100_000
     assert read < 300_000
@@ -425,7 +425,7 @@ def test_a_storage_fault_is_not_mistaken_for_damage(
         source = one(tmp_path, gzip.compress(content, 0) if name.endswith("gz") else content, name)
         file = next(source.files())
         (fragment,) = source.scan(file).fragments
-        fetch = storage._Ranges._fetch
+        fetch = storage.streams.Ranges._fetch
 
         def fails(self: Any, length: int, fetch: Any = fetch) -> bytes:
             if self._position > 50_000:
@@ -434,7 +434,7 @@ def test_a_storage_fault_is_not_mistaken_for_damage(
 
         with monkeypatch.context() as patch:
             patch.setattr(webdataset, "READ_BYTES", 4096)
-            patch.setattr(storage._Ranges, "_fetch", fails)
+            patch.setattr(storage.streams.Ranges, "_fetch", fails)
             with pytest.raises(PermissionError, match="expired"):
                 source.scan(file)
             with pytest.raises(PermissionError, match="expired"):

@@ -308,14 +308,13 @@ def test_too_few_scores_for_the_method(tmp_path) -> None:
         stage.execute(context, StageRecord())
 
 
-def test_the_verb_has_the_name_of_a_package() -> None:
-    from raypipe.extrapolators import METHODS
+def test_the_verb_is_the_function_of_the_api() -> None:
+    from raypipe import api
 
-    package = sys.modules["raypipe.extrapolators"]
-    assert raypipe.extrapolators is package is raypipe.__getattr__("extrapolate")
-    assert "gnn" in METHODS
+    assert raypipe.extrapolate is api.extrapolate is raypipe.__getattr__("extrapolate")
+    assert "raypipe.extrapolate" not in sys.modules, "no package hides the function"
     with pytest.raises(ConfigError, match=r"extrapolate\.method: 'magic' is not allowed"):
-        raypipe.extrapolators("e", "s", "o", method="magic")
+        raypipe.extrapolate("e", "s", "o", method="magic")
 
 
 def test_an_output_in_the_wrong_place_is_refused(tmp_path) -> None:
@@ -324,9 +323,9 @@ def test_an_output_in_the_wrong_place_is_refused(tmp_path) -> None:
         write(tmp_path / "s.parquet", **SCORES),
     )
     with pytest.raises(ConfigError, match="the output cannot be within"):
-        raypipe.extrapolators(str(tmp_path / "e"), scores, f"file://{tmp_path}/e/out")
+        raypipe.extrapolate(str(tmp_path / "e"), scores, f"file://{tmp_path}/e/out")
     with pytest.raises(RunError, match=r"there is something else here, such as 0\.parquet"):
-        raypipe.extrapolators(embeddings, scores, str(tmp_path / "e"))
+        raypipe.extrapolate(embeddings, scores, str(tmp_path / "e"))
     assert storage.names(str(tmp_path / "e")) == {"0.parquet"}
 
 
@@ -479,13 +478,13 @@ def test_only_what_is_missing_is_made_again(made: str, problem: dict[str, Any]) 
     gone = sorted(before)[1]
     storage.delete(f"{made}/scores/{gone}")
     options = {"score_column": "rating", "method": "knn", "confidence": 0.8, "progress": QUIET}
-    result = raypipe.extrapolators(problem["embeddings"], problem["scores"], made, **options)
+    result = raypipe.extrapolate(problem["embeddings"], problem["scores"], made, **options)
     assert score_files(made) == before and result.summary["counts"]["samples"] == 417
     after = {folder: stamps(made, folder) for folder in ("scores", "extrapolator")}
     assert after["scores"].pop(gone) != times["scores"].pop(gone)
     assert after == times
     whole = stamps(made, "scores")
-    again = raypipe.extrapolators(problem["embeddings"], problem["scores"], made, **options)
+    again = raypipe.extrapolate(problem["embeddings"], problem["scores"], made, **options)
     assert stamps(made, "scores") == whole and again.summary == result.summary
 
 
@@ -540,7 +539,7 @@ def test_changed_scores_make_everything_anew_and_the_output_may_be_on_s3(
             sample_id=list(given),
             score=[factor * float(value) for value in given.values()],
         )
-        result = raypipe.extrapolators(embeddings, scores, out, method="knn-published")
+        result = raypipe.extrapolate(embeddings, scores, out, method="knn-published")
         rows = by_id(out)
         assert all(
             row["score"] == factor * given[key] for key, row in rows.items() if row["measured"]
@@ -551,4 +550,4 @@ def test_changed_scores_make_everything_anew_and_the_output_may_be_on_s3(
         )
     assert "settings, scores or embeddings changed: made anew" in capsys.readouterr().err
     with Lease(Run(out)), pytest.raises(RunError, match="in use by another driver"):
-        raypipe.extrapolators(embeddings, scores, out, method="knn-published", progress=QUIET)
+        raypipe.extrapolate(embeddings, scores, out, method="knn-published", progress=QUIET)
