@@ -24,7 +24,7 @@ from typing import Any, NotRequired, TypedDict
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
-from raypipe.storage.listing import FileInfo
+from raypipe.storage import FileInfo
 
 FORMAT = 1
 FOLDER, FILES = "snapshots", "snapshots/files"
