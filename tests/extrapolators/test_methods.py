@@ -211,8 +211,10 @@ def test_signals_must_be_those_of_the_fit(telling, fitted, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["knn", "trees", "gnn", "knn-published"])
 def test_inverted_lists_of_many_scored_samples(telling, settings, monkeypatch, method: str) -> None:
-    """Beyond `exact_neighbours` the search uses lists: nearly the same predictions, and part of the
-    state."""
+    """Beyond `exact_neighbours` the search uses lists.
+
+    Predictions stay nearly the same, and the lists are part of the state.
+    """
     # 40 neighbours of 300 are in most lists
     monkeypatch.setattr("raypipe.extrapolators.neighbours.MAX_EFFORT_DIVISOR", 1)
     nodes, score = telling
