@@ -1,4 +1,4 @@
-"""A look at a source before anything is run: what is in it, what would be rejected, what a run would cost. No Ray, no torch."""
+"""Inspect a source before anything runs, and estimate what a run would cost. No Ray, no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A contact sheet: samples of a source as raypipe reads them, each with its class and its id."""
+"""A contact sheet: samples of a source as raypipe reads them, with their classes and ids."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raypipe.estimate.facts import Survey
-from raypipe.estimate.inspect import DrawnSamples
+from raypipe.estimate.inspect import DrawnSample
 from raypipe.text import size
 from raypipe.vision.decode import BadImage, decode
 
-TILE, GAP, MARGIN = 160, 14, 24
-"""Pixels: side of an image, space between two, space around all."""
+TILE = 160
+"""Pixels a side of an image."""
+GAP, MARGIN = 14, 24
+"""Pixels between two images, and around all of them."""
 PIXELATED = 48
-"""Images of at most so many pixels a side are enlarged with their pixels visible."""
+"""Images of at most this many pixels a side are enlarged with visible pixels."""
 TITLE_SIZE, NAME_SIZE, ID_SIZE = 20, 14, 11
+"""Font sizes."""
+LINE = ID_SIZE + 4
+"""Pixels from one line of a paragraph to the next."""
 HEAD, CAPTION = 70, 54
 """Pixels above the first row, and below each image."""
 INK, FAINT, PAPER, BLANK, EDGE = "#1a1a1a", "#606060", "#ffffff", "#d9d9d9", "#c8c8c8"
@@ -28,48 +33,70 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(
-    survey: Survey, drawn: Sequence[DrawnSamples], columns: int = 8, rows: int = 8
+    survey: Survey, drawn: Sequence[DrawnSample], columns: int = 8, rows: int = 8
 ) -> bytes:
-    """A PNG of the first `columns` times `rows` drawn samples. One that would be rejected is a grey tile with the reason."""
+    """Return a PNG of the first `columns` times `rows` drawn samples.
+
+    A sample that a run would reject is a grey tile with the reason.
+    """
     shown = drawn[: columns * rows]
     lines = -(-len(shown) // columns) if shown else 1
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     height = HEAD + lines * (TILE + CAPTION + GAP) + MARGIN - GAP
     sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    title, name, small = _font(TITLE_SIZE, bold=True), _font(NAME_SIZE, bold=True), _font(ID_SIZE)
-    pen.text((MARGIN, 16), _fit(survey.uri, title, width - 2 * MARGIN), INK, title)
-    about = "" if survey.counted else "about "
-    words = f"{survey.format}, {about}{survey.samples:,} samples, {size(survey.bytes)}; {len(shown)} of them drawn at random"
-    pen.text((MARGIN, 42), _fit(words, small, width - 2 * MARGIN), FAINT, small)
-    for number, item in enumerate(shown):
-        left = MARGIN + number % columns * (TILE + GAP)
-        top = HEAD + number // columns * (TILE + CAPTION + GAP)
-        image, reason = _tile(item, survey)
-        if image is None:
-            pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), BLANK)
-            _paragraph(pen, reason, small, (left, top))
-        else:
-            sheet.paste(image, (left, top))
-            pen.rectangle(
-                (left - 1, top - 1, left + TILE, top + TILE), None, EDGE
-            )  # a white image ends somewhere
-        label = item.class_name if item.class_name is not None else "no label"
-        pen.text(
-            (left, top + TILE + 4),
-            _fit(label, name, TILE),
-            INK if item.class_name is not None else FAINT,
-            name,
-        )
-        for line, part in enumerate(_in_two(item.sample.sample_id, small, TILE)):
-            pen.text((left, top + TILE + 23 + 14 * line), part, FAINT, small)
+    _Sheet(sheet).draw(survey, shown, columns)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _tile(item: DrawnSamples, survey: Survey) -> tuple[Image.Image | None, str]:
-    """The image as raypipe reads it, TILE pixels square, or why there is none."""
+class _Sheet:
+    """Draws on the image of a sheet."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self._image, self._pen = image, ImageDraw.Draw(image)
+        self._title = _font(TITLE_SIZE, bold=True)
+        self._name = _font(NAME_SIZE, bold=True)
+        self._small = _font(ID_SIZE)
+
+    def draw(self, survey: Survey, shown: Sequence[DrawnSample], columns: int) -> None:
+        self._header(survey, len(shown))
+        for number, item in enumerate(shown):
+            left = MARGIN + number % columns * (TILE + GAP)
+            top = HEAD + number // columns * (TILE + CAPTION + GAP)
+            self._tile(item, left, top)
+            self._caption(item, left, top + TILE)
+
+    def _header(self, survey: Survey, shown: int) -> None:
+        room = self._image.width - 2 * MARGIN
+        about = "" if survey.counted else "about "
+        text = (
+            f"{survey.format}, {about}{survey.samples:,} samples, {size(survey.bytes)}; "
+            f"{shown} of them drawn at random"
+        )
+        self._pen.text((MARGIN, 16), _fit(survey.uri, self._title, room), INK, self._title)
+        self._pen.text((MARGIN, 42), _fit(text, self._small, room), FAINT, self._small)
+
+    def _tile(self, item: DrawnSample, left: int, top: int) -> None:
+        image, reason = _tile_image(item)
+        if image is None:
+            self._pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), BLANK)
+            _paragraph(self._pen, reason, self._small, (left, top))
+            return
+        self._image.paste(image, (left, top))
+        # a frame, so that white images have an edge
+        self._pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), None, EDGE)
+
+    def _caption(self, item: DrawnSample, left: int, top: int) -> None:
+        label = item.class_name if item.class_name is not None else "no label"
+        colour = INK if item.class_name is not None else FAINT
+        self._pen.text((left, top + 4), _fit(label, self._name, TILE), colour, self._name)
+        for line, part in enumerate(_in_two(item.sample.sample_id, self._small, TILE)):
+            self._pen.text((left, top + 23 + 14 * line), part, FAINT, self._small)
+
+
+def _tile_image(item: DrawnSample) -> tuple[Image.Image | None, str]:
+    """Return the image as raypipe reads it, TILE pixels square, or why there is none."""
     if item.reason or item.sample.image is None:
         return None, item.reason
     try:
@@ -78,71 +105,68 @@ def _tile(item: DrawnSamples, survey: Survey) -> tuple[Image.Image | None, str]:
     except BadImage as error:
         return None, str(error)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return image if image.width == TILE else image.resize(
-        (TILE, TILE), Image.Resampling.NEAREST
-    ), ""
+    if image.width != TILE:
+        image = image.resize((TILE, TILE), Image.Resampling.NEAREST)
+    return image, ""
 
 
 def _native_side(image: bytes | np.ndarray) -> int:
-    """The shorter side, pixels."""
+    """Return the shorter side in pixels."""
     if isinstance(image, np.ndarray):
         return min(image.shape[:2])
     with Image.open(io.BytesIO(image)) as opened:
         return min(opened.size)
 
 
-def _paragraph(pen: ImageDraw.ImageDraw, words: str, font: Font, corner: tuple[int, int]) -> None:
-    """Words in lines, in the middle of a tile."""
+def _paragraph(pen: ImageDraw.ImageDraw, text: str, font: Font, corner: tuple[int, int]) -> None:
+    """Write a text in lines, in the middle of a tile."""
     room, lines = TILE - 16, [""]
-    for word in words.split():
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= room:
             lines[-1] = longer
         else:
             lines.append(word)
     lines = [_fit(line, font, room) for line in lines if line]
-    most = (TILE - 16) // (ID_SIZE + 4)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], _fit(f"{lines[most - 1]} …", font, room)]
-    top = corner[1] + (TILE - len(lines) * (ID_SIZE + 4)) // 2
+    limit = room // LINE
+    if len(lines) > limit:
+        lines = [*lines[: limit - 1], _fit(f"{lines[limit - 1]} …", font, room)]
+    top = corner[1] + (TILE - len(lines) * LINE) // 2
     for number, line in enumerate(lines):
         left = corner[0] + (TILE - font.getlength(line)) / 2
-        pen.text((left, top + number * (ID_SIZE + 4)), line, INK, font)
+        pen.text((left, top + number * LINE), line, INK, font)
 
 
-def _in_two(words: str, font: Font, room: float) -> tuple[str, str]:
-    """The words in two lines; the first ends where a path, file or key does, if it can."""
-    if font.getlength(words) <= room:
-        return words, ""
-    most = max(
-        kept for kept in range(1, len(words)) if kept == 1 or font.getlength(words[:kept]) <= room
+def _in_two(text: str, font: Font, room: float) -> tuple[str, str]:
+    """Split a text into two lines, if possible where a path, file or key ends."""
+    if font.getlength(text) <= room:
+        return text, ""
+    fitting = max(
+        length
+        for length in range(1, len(text))
+        if length == 1 or font.getlength(text[:length]) <= room
     )
-    at = max(words.rfind(mark, most // 3, most) for mark in "/#_-. ") + 1 or most
-    return words[:at], _fit(words[at:], font, room)
+    at = max(text.rfind(mark, fitting // 3, fitting) for mark in "/#_-. ") + 1 or fitting
+    return text[:at], _fit(text[at:], font, room)
 
 
-def _fit(words: str, font: Font, room: float) -> str:
-    """The words, with their middle left out where they are longer than so many pixels: both ends of an id tell it apart."""
-    if font.getlength(words) <= room:
-        return words
-    for kept in range(len(words) - 1, 0, -1):
-        shorter = f"{words[: kept - kept // 2]}…{words[len(words) - kept // 2 :]}"
+def _fit(text: str, font: Font, room: float) -> str:
+    """Leave out the middle of a text longer than `room` pixels: both ends identify an id."""
+    if font.getlength(text) <= room:
+        return text
+    for length in range(len(text) - 1, 0, -1):
+        shorter = f"{text[: length - length // 2]}…{text[len(text) - length // 2 :]}"
         if font.getlength(shorter) <= room:
             return shorter
     return "…"
 
 
 def _font(size: int, bold: bool = False) -> Font:
-    """DejaVu Sans, which knows most alphabets and comes with matplotlib; else Pillow's own."""
-    found = importlib.util.find_spec("matplotlib")  # finds it without importing it
-    if found is not None and found.origin is not None:
-        file = os.path.join(
-            os.path.dirname(found.origin),
-            "mpl-data",
-            "fonts",
-            "ttf",
-            f"DejaVuSans{'-Bold' * bold}.ttf",
-        )
+    """Return DejaVu Sans, which has most alphabets and comes with Matplotlib, or Pillow's font."""
+    matplotlib = importlib.util.find_spec("matplotlib")  # not imported
+    if matplotlib is not None and matplotlib.origin is not None:
+        folder = os.path.join(os.path.dirname(matplotlib.origin), "mpl-data", "fonts", "ttf")
+        file = os.path.join(folder, f"DejaVuSans{'-Bold' * bold}.ttf")
         if os.path.exists(file):
             return ImageFont.truetype(file, size)
     return ImageFont.load_default(size)

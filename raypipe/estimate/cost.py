@@ -1,7 +1,7 @@
-"""What a run would cost: the work of every stage, from the settings and the size of the source, times measured rates.
+"""Estimate a run: the work of every stage, from settings and size of the source, times rates.
 
-An estimate to decide by (minutes or days, one machine or twenty), not to bill by. It knows nothing of how fast the storage is, nor of
-other work on the machine.
+The estimate is for decisions (minutes or days, one machine or twenty), not for billing. It does not
+know how fast the storage is, nor what else the machines do.
 """
 
 from __future__ import annotations
@@ -16,24 +16,37 @@ from raypipe.config import Config
 from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
 from raypipe.estimate import rates
-from raypipe.estimate.facts import Cost, StageCost, Survey
+from raypipe.estimate.facts import CostEstimate, StageEstimate, Survey
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, SEED_SHARD_SAMPLES
+from raypipe.text import plural
 
 FOOTER_BYTES = 65_536.0
-"""Read of a file to count its samples, where that does not take all of it."""
+"""Bytes read of a file to count its samples, if that does not require all of it."""
 QUICK_FOLD = 0.4
 """Time of a quick fold as a share of a fit: one network, where the audit set sets the intervals.
 
 See `raypipe.stages.extrapolate.assess.write_fold`.
 """
+LAST_STAGES = ("select", "report")
+"""Stages that are never scaled from a ledger: they are short."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would run; `where` in words. Multiply-adds per second of a CPU core and of a GPU: see `raypipe.estimate.rates`."""
+    """Where a run would take place.
+
+    Attributes
+    ----------
+    cpus, gpus
+        CPU cores and GPUs.
+    where
+        A description.
+    cpu_macs, gpu_macs
+        Multiply-adds per second of a CPU core and of a GPU; see `raypipe.estimate.rates`.
+    """
 
     cpus: float
     gpus: float
@@ -42,12 +55,16 @@ class Machine:
     gpu_macs: float = rates.GPU_MACS
 
     def __str__(self) -> str:
-        gpus = f"{self.gpus:g} GPU{'s' * (self.gpus != 1)}" if self.gpus else "no GPU"
-        return f"{self.where}: {self.cpus:g} CPU{'s' * (self.cpus != 1)}, {gpus}"
+        gpus = f"{self.gpus:g} {plural(self.gpus, 'GPU')}" if self.gpus else "no GPU"
+        return f"{self.where}: {self.cpus:g} {plural(self.cpus, 'CPU')}, {gpus}"
+
+    def uses_gpu(self, setting: bool | str) -> bool:
+        """Tell whether a stage with this `use_gpu` would run on a GPU."""
+        return bool(setting) and self.gpus > 0
 
 
 def this_machine() -> Machine:
-    """The CPUs this process may use, and the GPUs whose devices are there, without asking Ray or torch."""
+    """Return the CPUs this process may use, and this machine's GPUs, without Ray and torch."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (
@@ -59,11 +76,25 @@ def this_machine() -> Machine:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The size of a run: its source, seed and audit samples, and seconds to decode an image.
+class Workload:
+    """The size of a run.
 
-    listed, listed_bytes  files and bytes that the index looks through, whatever `source.limit`
-    scan_reads            how much of them; see `Source.scan_reads`
+    Attributes
+    ----------
+    config
+        The settings.
+    samples
+        Samples to score.
+    listed, listed_bytes
+        Files and bytes that the index looks through, whatever `source.limit` is.
+    scan_reads
+        How much of them it reads; see `raypipe.sources.Source.scan_reads`.
+    fragments, classes
+        Of the source.
+    seed, audit
+        Samples of the seed set and of the audit set.
+    decode_seconds
+        Processor seconds to decode an image.
     """
 
     config: Config
@@ -78,164 +109,206 @@ class Work:
     decode_seconds: float
 
     @classmethod
-    def of_survey(cls, survey: Survey, config: Config) -> Work:
+    def of_survey(cls, survey: Survey, config: Config) -> Workload:
+        """Return the workload of a run over an inspected source."""
         samples = min(survey.samples, config.source.limit or survey.samples)
         used = samples / max(1, survey.samples)
         readable = samples * (1 - survey.rejects.share)
         seed = round(readable * config.seed.fraction)
         audit = round(config.seed.audit_samples(samples)) if config.measure.at_checkpoints else 0
         return cls(
-            config,
-            samples,
-            survey.files,
-            survey.bytes,
-            survey.scan_reads,
-            max(1, round(survey.fragments * used)),
-            config.pseudo_labels.clusters or len(survey.class_names),
-            seed,
-            min(audit, round(readable) - seed),
-            survey.decode_seconds,
+            config=config,
+            samples=samples,
+            listed=survey.files,
+            listed_bytes=survey.bytes,
+            scan_reads=survey.scan_reads,
+            fragments=max(1, round(survey.fragments * used)),
+            classes=config.pseudo_labels.clusters or len(survey.class_names),
+            seed=seed,
+            audit=min(audit, round(readable) - seed),
+            decode_seconds=survey.decode_seconds,
         )
 
     @classmethod
-    def of_run(cls, run: Run, records: Mapping[str, StageRecord], beside: Work) -> Work:
-        """Of a run over a source like that of `beside`, by its ledger."""
+    def of_run(cls, run: Run, records: Mapping[str, StageRecord], similar: Workload) -> Workload:
+        """Return the workload of an earlier run over a source of the same kind as `similar`."""
         index, seed = records["index"], records["seed"]
-        detail = index.detail
         return cls(
-            run.config(),
-            index.samples,
-            detail["files"],
-            detail["bytes"],
-            beside.scan_reads,
-            detail["fragments"],
-            detail["classes"],
-            seed.samples,
-            seed.detail.get("audit_samples", 0),
-            beside.decode_seconds,
+            config=run.config(),
+            samples=index.samples,
+            listed=index.detail["files"],
+            listed_bytes=index.detail["bytes"],
+            scan_reads=similar.scan_reads,
+            fragments=index.detail["fragments"],
+            classes=index.detail["classes"],
+            seed=seed.samples,
+            audit=seed.detail.get("audit_samples", 0),
+            decode_seconds=similar.decode_seconds,
         )
+
+    @property
+    def forward_macs(self) -> float:
+        """Multiply-adds of a forward pass of the proxy."""
+        return rates.macs(self.config.proxy.model, self.config.proxy.image_size)
+
+    @property
+    def seed_shards(self) -> float:
+        """Shards of the seed set, about."""
+        return self.seed / SEED_SHARD_SAMPLES + 1
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Of one stage: processor seconds, GPU seconds, and how many CPUs or GPUs can share them."""
+    """The work of one stage: processor seconds, GPU seconds, and how many CPUs or GPUs share it."""
 
     cpu: float
     gpu: float
     shared_by: float
 
+    def wall_seconds(self, machine: Machine) -> float:
+        """Return seconds on the clock if every CPU or GPU that can share the work is busy."""
+        cpu = self.cpu / max(1.0, min(machine.cpus, self.shared_by))
+        gpu = self.gpu / max(1.0, min(machine.gpus, self.shared_by)) if self.gpu else 0.0
+        return max(cpu, gpu)
 
-def efforts(work: Work, machine: Machine) -> dict[str, Effort]:
-    """What the constants of `raypipe.estimate.rates` say that each stage takes."""
-    config, seed = work.config, work.seed
-    forward = rates.macs(config.proxy.model, config.proxy.image_size)
-    shards = seed / SEED_SHARD_SAMPLES + 1
+
+def efforts(work: Workload, machine: Machine) -> dict[str, Effort]:
+    """Return the work of each stage, by the constants of `raypipe.estimate.rates`."""
+    config = work.config
+    by_stage = {
+        "index": _indexing(work),
+        "seed": _drawing(work),
+        **({"label": _labelling(work, machine)} if config.unsupervised else {}),
+        "proxy": _training(work, machine),
+        "measure": _measuring(work, machine),
+        **({"rehearse": _rehearsal(work, machine)} if config.rehearses else {}),
+        "embed": _embedding(work, machine),
+        "extrapolate": _extrapolation(work, machine),
+        "select": Effort(work.samples * 1e-5, 0, 1),
+        "report": Effort(1.0 + work.samples * 1e-5, 0, 1),
+    }
+    return {
+        stage: replace(effort, cpu=effort.cpu + rates.START_CPU_SECONDS.get(stage, 0))
+        for stage, effort in by_stage.items()
+    }
+
+
+def _indexing(work: Workload) -> Effort:
     scan = {
         "nothing": 0.0,
         "part": work.listed * rates.FILE_SECONDS,
         "all": work.samples * rates.HEADER_SECONDS,
     }[work.scan_reads]
-    result = {
-        "index": Effort(scan, 0, work.listed / INDEX_TASK_FILES + 1),
-        "seed": Effort(
-            (seed + work.audit) * work.decode_seconds + work.samples * 0.05e-3, 0, shards
-        ),
-        **({"label": _labelling(work, machine, forward)} if config.unsupervised else {}),
-        "proxy": _training(work, machine, forward),
-    }
-    passes, audit_passes = _passes(config, seed)
-    count = len(config.proxy.checkpoint_epochs())
-    scored = count * (seed * passes + work.audit * audit_passes) * forward
-    result["measure"] = _network(
-        scored, (seed + work.audit) * rates.SAMPLE_SECONDS, config.measure.use_gpu, machine, shards
-    )
-    if config.rehearses:  # half of the samples are trained on, and all are looked at
-        again = _training(replace(work, seed=seed // 2), machine, forward)
-        look = _network(
-            seed * forward, seed * rates.SAMPLE_SECONDS, config.embed.use_gpu, machine, shards
-        )
-        result["rehearse"] = Effort(again.cpu + look.cpu, again.gpu + look.gpu, again.shared_by)
-    result["embed"] = _network(
-        work.samples * (forward + _features(work, forward)),
-        work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
-        config.embed.use_gpu,
-        machine,
-        work.fragments,
-    )
-    result["extrapolate"] = _extrapolation(work, machine)
-    result["select"] = Effort(work.samples * 1e-5, 0, 1)
-    result["report"] = Effort(1.0 + work.samples * 1e-5, 0, 1)
-    return {
-        stage: Effort(
-            effort.cpu + rates.START_CPU_SECONDS.get(stage, 0), effort.gpu, effort.shared_by
-        )
-        for stage, effort in result.items()
-    }
+    return Effort(scan, 0, work.listed / INDEX_TASK_FILES + 1)
 
 
-def _training(work: Work, machine: Machine, forward: float) -> Effort:
+def _drawing(work: Workload) -> Effort:
+    """Return the work of the stage `seed`: hash every id, decode the samples that are drawn."""
+    decoding = (work.seed + work.audit) * work.decode_seconds
+    return Effort(decoding + work.samples * rates.HASH_SECONDS, 0, work.seed_shards)
+
+
+def _training(work: Workload, machine: Machine) -> Effort:
     proxy = work.config.proxy
     attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
     passes = rates.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
-    beside = (
+    overhead = (
         work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS
         + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
     )
-    amount = work.seed * proxy.epochs * passes * forward
-    if _on_gpu(proxy.use_gpu, machine):
-        return Effort(beside, amount / machine.gpu_macs + beside, proxy.workers * proxy.parts)
-    alone = amount / machine.cpu_macs + beside
-    side_by_side = min(float(proxy.parts * proxy.workers), machine.cpus)
+    amount = work.seed * proxy.epochs * passes * work.forward_macs
+    if machine.uses_gpu(proxy.use_gpu):
+        return Effort(overhead, amount / machine.gpu_macs + overhead, proxy.workers * proxy.parts)
+    on_one_thread = amount / machine.cpu_macs + overhead
+    workers = min(float(proxy.parts * proxy.workers), machine.cpus)
     threads = (
-        max(1.0, machine.cpus / side_by_side)
+        max(1.0, machine.cpus / workers)
         if proxy.cpus_per_worker == "auto"
         else float(proxy.cpus_per_worker)
     )
-    gain = threads**rates.THREADS_POWER
-    return Effort(alone / gain * threads, 0, side_by_side * threads)
+    speed_up = threads**rates.THREADS_POWER
+    return Effort(on_one_thread / speed_up * threads, 0, workers * threads)
 
 
-def _features(work: Work, forward: float) -> float:
-    """Multiply-adds of the features that tell the pseudo-label of a sample; nothing where labels are the source's."""
-    settings = work.config.pseudo_labels
-    if settings.clusters is None:
-        return 0.0
-    return (
-        forward
-        if settings.features == "self-supervised"
-        else rates.macs(settings.model, settings.image_size)
+def _measuring(work: Workload, machine: Machine) -> Effort:
+    config = work.config
+    passes, audit_passes = _passes(config, work.seed)
+    checkpoints = len(config.proxy.checkpoint_epochs())
+    amount = checkpoints * (work.seed * passes + work.audit * audit_passes) * work.forward_macs
+    overhead = (work.seed + work.audit) * rates.SAMPLE_SECONDS
+    return _network(amount, overhead, config.measure.use_gpu, machine, work.seed_shards)
+
+
+def _rehearsal(work: Workload, machine: Machine) -> Effort:
+    """Return the work of a rehearsal: half of the samples are trained on, all are embedded."""
+    training = _training(replace(work, seed=work.seed // 2), machine)
+    embedding = _network(
+        work.seed * work.forward_macs,
+        work.seed * rates.SAMPLE_SECONDS,
+        work.config.embed.use_gpu,
+        machine,
+        work.seed_shards,
+    )
+    return Effort(training.cpu + embedding.cpu, training.gpu + embedding.gpu, training.shared_by)
+
+
+def _embedding(work: Workload, machine: Machine) -> Effort:
+    return _network(
+        work.samples * (work.forward_macs + _label_feature_macs(work)),
+        work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
+        work.config.embed.use_gpu,
+        machine,
+        work.fragments,
     )
 
 
-def _labelled_by(config: Config) -> str:
-    """The network whose features pseudo-labels come from."""
+def _label_feature_macs(work: Workload) -> float:
+    """Return the multiply-adds of the features that give a sample its pseudo-label.
+
+    They are 0 if the source has labels.
+    """
+    settings = work.config.pseudo_labels
+    if settings.clusters is None:
+        return 0.0
+    if settings.features == "self-supervised":
+        return work.forward_macs
+    return rates.macs(settings.model, settings.image_size)
+
+
+def _label_network(config: Config) -> str:
+    """Return the network whose features give samples their pseudo-labels."""
     settings = config.pseudo_labels
     return settings.model if settings.features == "backbone" else config.proxy.model
 
 
-def _labelling(work: Work, machine: Machine, forward: float) -> Effort:
-    """Self-supervised training takes two views of each image; the clusters themselves are not counted."""
+def _labelling(work: Workload, machine: Machine) -> Effort:
+    """Return the work of pseudo-labels, without the clustering itself.
+
+    Self-supervised training takes two views of each image.
+    """
     settings, proxy = work.config.pseudo_labels, work.config.proxy
-    look = _network(work.seed * _features(work, forward), 0, proxy.use_gpu, machine, 1)
+    features = _network(work.seed * _label_feature_macs(work), 0, proxy.use_gpu, machine, 1)
     if settings.features == "backbone":
-        return look
-    plan = {
-        "epochs": settings.epochs,
-        "checkpoints": 1,
-        "checkpoint_choice": "spaced",
-        "batch_size": settings.batch_size,
-        "parts": 1,
-        "adversary": None,
-    }
-    config = work.config.model_copy(
-        update={"proxy": proxy.model_copy(update=plan | {"workers": 1, "trajectory": "none"})}
+        return features
+    like_proxy = proxy.model_copy(
+        update={
+            "epochs": settings.epochs,
+            "checkpoints": 1,
+            "checkpoint_choice": "spaced",
+            "batch_size": settings.batch_size,
+            "parts": 1,
+            "adversary": None,
+            "workers": 1,
+            "trajectory": "none",
+        }
     )
-    training = _training(replace(work, config=config, seed=2 * work.seed), machine, forward)
-    return Effort(training.cpu + look.cpu, training.gpu + look.gpu, training.shared_by)
+    config = work.config.model_copy(update={"proxy": like_proxy})
+    training = _training(replace(work, config=config, seed=2 * work.seed), machine)
+    return Effort(training.cpu + features.cpu, training.gpu + features.gpu, training.shared_by)
 
 
 def _passes(config: Config, seed: int) -> tuple[float, float]:
-    """Forward passes that one checkpoint takes per sample of the seed set and of the audit set."""
+    """Return the forward passes that a checkpoint is worth, per seed and per audit sample."""
     measure, adversary = config.measure, config.proxy.adversary
     scores = measure.at_checkpoints
     if not scores:
@@ -244,48 +317,34 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     norms = (moso and measure.moso.gradient == "all" and measure.moso.uses_self_term(seed)) or (
         grand and measure.grand.gradient == "all"
     )
-    each = (
-        rates.WITH_NORMS
-        if norms
-        else rates.ALIGNMENT
-        if moso and measure.moso.gradient == "all"
-        else 0.0
-    )
+    if norms:
+        each = rates.WITH_NORMS
+    else:
+        each = rates.ALIGNMENT if moso and measure.moso.gradient == "all" else 0.0
     each += (moso and measure.moso.gradient == "head") or (
         grand and measure.grand.gradient == "head"
     )
     each += bool(set(scores) - {"moso", "grand"})
-    whole = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
-    attack = (
-        rates.ATTACK * adversary.iterations if adversary is not None else 0.0
-    )  # of each of the passes over the seed set
+    mean = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
+    # an attack precedes each pass over the seed set
+    attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0
     recalibrated = measure.recalibrate / max(1, seed // config.proxy.parts // RECALIBRATED)
-    passes = each + whole + recalibrated
-    return passes + attack * (1 + moso + recalibrated), each + attack
+    return each + mean + recalibrated + attack * (1 + moso + recalibrated), each + attack
 
 
-def _extrapolation(work: Work, machine: Machine) -> Effort:
+def _extrapolation(work: Workload, machine: Machine) -> Effort:
     settings, model = work.config.extrapolate, work.config.proxy.model
-    whole = settings.method == "gnn-published"
-    folds = settings.folds_of(max(1, work.seed), work.classes)
-    if settings.folds == "auto" and (whole or work.config.rehearses):
-        folds = 1
-    part = QUICK_FOLD if settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE else 1.0
+    folds = _folds(work)
+    quick = settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE
+    fold = (QUICK_FOLD if quick else 1.0) * (1 - settings.holdout)
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
-    cpu = (
-        fit * (1 + folds * part * (1 - settings.holdout) + work.config.rehearses / 2)
-        + rates.CURVE_SIGHT * work.seed
-    )
+    cpu = fit * (1 + folds * fold + work.config.rehearses / 2) + rates.CURVE_SAMPLE * work.seed
     gpu = 0.0
-    if not whole:
-        searched_aside = (
-            _on_gpu(settings.use_gpu, machine) and work.seed <= settings.exact_neighbours
-        )
-        predictions = work.samples * rates.predict_seconds(
-            work.seed, model, search=not searched_aside
-        )
-        cpu, gpu = cpu + predictions, searched_aside * predictions / SEARCHERS_PER_GPU
+    if settings.method != "gnn-published":
+        on_gpu = machine.uses_gpu(settings.use_gpu) and work.seed <= settings.exact_neighbours
+        predictions = work.samples * rates.predict_seconds(work.seed, model, search=not on_gpu)
+        cpu, gpu = cpu + predictions, on_gpu * predictions / SEARCHERS_PER_GPU
         published = (
             work.samples <= PUBLISHED_SAMPLES
             if settings.judge_published == "auto"
@@ -295,16 +354,24 @@ def _extrapolation(work: Work, machine: Machine) -> Effort:
     return Effort(cpu, gpu, max(folds + 1, work.fragments / 2))
 
 
+def _folds(work: Workload) -> int:
+    settings = work.config.extrapolate
+    one_will_do = settings.method == "gnn-published" or work.config.rehearses
+    if settings.folds == "auto" and one_will_do:
+        return 1
+    return settings.folds_of(max(1, work.seed), work.classes)
+
+
 def _network(
-    amount: float, beside: float, use_gpu: bool | str, machine: Machine, units: float
+    macs: float, overhead: float, use_gpu: bool | str, machine: Machine, shared_by: float
 ) -> Effort:
-    if _on_gpu(use_gpu, machine):
-        return Effort(beside, amount / machine.gpu_macs, units)
-    return Effort(beside + amount / machine.cpu_macs, 0, units)
+    """Return the work of forward passes, with `overhead` processor seconds alongside."""
+    if machine.uses_gpu(use_gpu):
+        return Effort(overhead, macs / machine.gpu_macs, shared_by)
+    return Effort(overhead + macs / machine.cpu_macs, 0, shared_by)
 
 
-def _on_gpu(wish: bool | str, machine: Machine) -> bool:
-    return bool(wish) and machine.gpus > 0
+# -- the estimate of a run -----------------------------------------------------------------------
 
 
 def estimate(
@@ -314,158 +381,198 @@ def estimate(
     *,
     settings: str = "default settings",
     like: str | None = None,
-) -> Cost:
-    """What a run of `config` over the surveyed source would cost.
+) -> CostEstimate:
+    """Estimate what a run over an inspected source would cost.
 
-    settings  how the configuration is called in words
-    like      a run, finished or not, whose ledger is scaled to this one
-    Raises RunError where `like` is no run.
+    Parameters
+    ----------
+    survey, config, machine
+        Source, settings and place of the run.
+    settings
+        A description of the configuration.
+    like
+        An earlier run, finished or not, whose ledger is scaled to this one.
+
+    Raises
+    ------
+    RunError
+        If `like` is not a run.
     """
-    work = Work.of_survey(survey, config)
-    stated = efforts(work, machine)
-    basis: list[str] = []
-    scaled: dict[str, tuple[float, float]] = {}
-    if like is not None:
-        scaled = scaled_efforts(work, stated, machine, like)
-        rest = [
-            stage
-            for stage, effort in stated.items()
-            if stage not in (*scaled, "select", "report") and effort.cpu + effort.gpu
-        ]
-        basis.append(
-            f"scaled from the ledger of {like}; its images are taken to be like these"
-            + (f"; constants for {', '.join(rest)}" if rest else "")
-        )
-    else:
-        basis.append(
-            "constants of raypipe.estimate.rates, measured on one server core; --like RUN scales a run of your own instead"
-        )
-    if survey.decode_seconds:
-        basis.append(f"decoding measured here: {survey.decode_seconds * 1e3:.2f} ms an image")
-    asks = [
-        name
-        for name in ("proxy", "measure", "embed", "extrapolate")
-        if getattr(config, name).use_gpu is True
-    ]
-    if asks and not machine.gpus:
-        basis.append(
-            f"the settings ask for GPUs ({', '.join(asks)}) and there is none: estimated on CPUs; --gpus N estimates with some"
-        )
-    if any(effort.gpu for stage, effort in stated.items() if stage not in scaled):
-        basis.append(
-            "no GPU was measured: about a T4 is assumed, others are up to ten times faster"
-        )
-    stages = []
-    for stage, effort in stated.items():
-        cpu, gpu = scaled.get(stage, (effort.cpu, effort.gpu))
-        less, more = rates.SPREAD["run" if stage in scaled else "gpu" if gpu else "cpu"]
-        seconds = max(
-            cpu / max(1.0, min(machine.cpus, effort.shared_by)),
-            gpu / max(1.0, min(machine.gpus, effort.shared_by)) if gpu else 0.0,
-        )
-        start = rates.START_SECONDS[stage]
-        stages.append(
-            StageCost(
-                stage,
-                round(cpu, 1),
-                round(gpu, 1),
-                round(start / 2 + less * seconds, 1),
-                round(2 * start + more * seconds, 1),
-            )
-        )
-    return Cost(
+    work = Workload.of_survey(survey, config)
+    by_constants = efforts(work, machine)
+    scaled = scaled_efforts(work, by_constants, machine, like) if like is not None else {}
+    stages = tuple(
+        _stage_estimate(stage, scaled.get(stage, effort), machine, from_run=stage in scaled)
+        for stage, effort in by_constants.items()
+    )
+    used_bytes = survey.bytes * work.samples / max(1, survey.samples)
+    return CostEstimate(
         machine=str(machine),
         settings=settings,
         samples=work.samples,
         seed_samples=work.seed,
-        stages=tuple(stages),
+        stages=stages,
         low=round(sum(stage.low for stage in stages), 1),
         high=round(sum(stage.high for stage in stages), 1),
         cpu_hours=sum(stage.cpu_seconds for stage in stages) / 3600,
         gpu_hours=sum(stage.gpu_seconds for stage in stages) / 3600,
-        bytes_read=bytes_read(
-            work, survey.bytes * work.samples / max(1, survey.samples), survey.reads_singly
-        ),
+        bytes_read=bytes_read(work, used_bytes, survey.reads_singly),
         bytes_written=bytes_written(work),
-        basis=tuple(basis),
+        basis=tuple(_basis(work, machine, by_constants, scaled, like)),
     )
 
 
+def _stage_estimate(
+    stage: str, effort: Effort, machine: Machine, *, from_run: bool
+) -> StageEstimate:
+    less, more = rates.SPREAD["run" if from_run else "gpu" if effort.gpu else "cpu"]
+    seconds, start = effort.wall_seconds(machine), rates.START_SECONDS[stage]
+    return StageEstimate(
+        stage,
+        cpu_seconds=round(effort.cpu, 1),
+        gpu_seconds=round(effort.gpu, 1),
+        low=round(start / 2 + less * seconds, 1),
+        high=round(2 * start + more * seconds, 1),
+    )
+
+
+def _basis(
+    work: Workload,
+    machine: Machine,
+    by_constants: Mapping[str, Effort],
+    scaled: Mapping[str, Effort],
+    like: str | None,
+) -> list[str]:
+    """Return sentences on what the estimate is based on."""
+    if like is not None:
+        rest = [
+            stage
+            for stage, effort in by_constants.items()
+            if stage not in (*scaled, *LAST_STAGES) and effort.cpu + effort.gpu
+        ]
+        basis = [
+            f"scaled from the ledger of {like}, assuming similar images"
+            + (f"; constants for {', '.join(rest)}" if rest else "")
+        ]
+    else:
+        basis = [
+            "constants of raypipe.estimate.rates, measured on one server core; "
+            "--like RUN scales one of your own runs instead"
+        ]
+    if work.decode_seconds:
+        basis.append(f"decoding measured here: {work.decode_seconds * 1e3:.2f} ms per image")
+    want_gpus = [
+        name
+        for name in ("proxy", "measure", "embed", "extrapolate")
+        if getattr(work.config, name).use_gpu is True
+    ]
+    if want_gpus and not machine.gpus:
+        basis.append(
+            f"the settings ask for GPUs ({', '.join(want_gpus)}), but there are none: "
+            "estimated on CPUs; --gpus N estimates with GPUs"
+        )
+    if any(effort.gpu for stage, effort in by_constants.items() if stage not in scaled):
+        basis.append(
+            "no GPU was measured: about a T4 is assumed; others are up to ten times faster"
+        )
+    return basis
+
+
 def scaled_efforts(
-    work: Work, stated: Mapping[str, Effort], machine: Machine, like: str
-) -> dict[str, tuple[float, float]]:
-    """(processor seconds, GPU seconds) by stage: those of a run's ledger, times what the constants say this one takes beside that one."""
+    work: Workload, by_constants: Mapping[str, Effort], machine: Machine, like: str
+) -> dict[str, Effort]:
+    """Scale what the stages of an earlier run took to this one.
+
+    The scale of a stage is the ratio of what the constants give for the two runs. Stages that
+    cannot be scaled are left out.
+
+    Raises
+    ------
+    RunError
+        If `like` is not a run.
+    """
     run = Run(like)
     records = run.ledger()
     if any(stage not in records or records[stage].state != "done" for stage in ("index", "seed")):
         return {}
     gpus = any(record.gpu_seconds for record in records.values())
-    other = efforts(Work.of_run(run, records, work), replace(machine, gpus=1.0 if gpus else 0.0))
-    result = {}
-    for stage, effort in stated.items():
-        record, theirs = records.get(stage), other.get(stage)
-        # seconds of a GPU say nothing of those of a CPU
-        if (
-            record is None
-            or theirs is None
-            or record.state != "done"
-            or bool(effort.gpu) != bool(record.gpu_seconds)
-            or stage in ("select", "report")
-        ):
-            continue
-        if record.cpu_seconds and theirs.cpu:
-            gpu = record.gpu_seconds * effort.gpu / theirs.gpu if effort.gpu and theirs.gpu else 0.0
-            result[stage] = record.cpu_seconds * effort.cpu / theirs.cpu, gpu
-    return result
+    earlier = efforts(
+        Workload.of_run(run, records, work), replace(machine, gpus=1.0 if gpus else 0.0)
+    )
+    scaled = {}
+    for stage, effort in by_constants.items():
+        if stage in records and stage in earlier and stage not in LAST_STAGES:
+            found = _scaled(effort, records[stage], earlier[stage])
+            if found is not None:
+                scaled[stage] = found
+    return scaled
 
 
-def bytes_read(work: Work, stored: float, reads_singly: bool) -> dict[str, int]:
-    """Of the source, by stage: a seed stage that cannot pick single samples reads what lies between them too.
+def _scaled(effort: Effort, record: StageRecord, earlier: Effort) -> Effort | None:
+    """Scale one stage; None if its record does not allow it."""
+    # seconds on a GPU say nothing about seconds on a CPU
+    if record.state != "done" or bool(effort.gpu) != bool(record.gpu_seconds):
+        return None
+    if not record.cpu_seconds or not earlier.cpu:
+        return None
+    gpu = record.gpu_seconds * effort.gpu / earlier.gpu if effort.gpu and earlier.gpu else 0.0
+    return Effort(record.cpu_seconds * effort.cpu / earlier.cpu, gpu, effort.shared_by)
 
-    stored  bytes of the samples that are used
+
+def bytes_read(work: Workload, stored: float, random_access: bool) -> dict[str, int]:
+    """Return the bytes of the source that each stage reads.
+
+    Parameters
+    ----------
+    work
+        The run.
+    stored
+        Bytes of the samples that are used.
+    random_access
+        Whether single samples can be read; otherwise the stage `seed` reads what lies between.
     """
     index = {
         "nothing": 0.0,
         "part": min(work.listed_bytes, work.listed * FOOTER_BYTES),
         "all": work.listed_bytes,
     }[work.scan_reads]
-    drawn = (work.seed + work.audit) / max(1, work.samples) if reads_singly else 1.0
+    drawn = (work.seed + work.audit) / max(1, work.samples) if random_access else 1.0
     return {"index": round(index), "seed": round(stored * min(1.0, drawn)), "embed": round(stored)}
 
 
-def bytes_written(work: Work) -> dict[str, int]:
-    """By folder of the run."""
-    proxy, measure = work.config.proxy, work.config.measure
-    weights = (
-        4 * (rates.PARAMETERS[proxy.model] + rates.width(proxy.model) * work.classes) * proxy.parts
-    )
-    count, number = len(proxy.checkpoint_epochs()), 4 if work.config.embed.dtype == "float32" else 2
-    kept = count * weights
+def bytes_written(work: Workload) -> dict[str, int]:
+    """Return the bytes of each folder of the run."""
+    config, proxy, measure = work.config, work.config.proxy, work.config.measure
+    width = rates.width(proxy.model)
+    checkpoint = 4 * (rates.PARAMETERS[proxy.model] + width * work.classes) * proxy.parts
+    count = len(proxy.checkpoint_epochs())
+    checkpoints = count * checkpoint
     trajectory = (
         0 if proxy.trajectory == "none" else proxy.epochs * work.seed * (24 + 2 * work.classes)
     )
-    at_checkpoints, image = bool(measure.at_checkpoints), 3 * proxy.image_size**2 + 40
-    found = {
-        "seed": (work.seed + work.audit) * image,
-        "labels": work.config.unsupervised
-        * (4 * rates.PARAMETERS[_labelled_by(work.config)] + 60 * (work.seed + work.audit)),
-        "proxy": kept + trajectory,
-        "measured": kept * (("moso" in measure.scores) + (measure.recalibrate and at_checkpoints))
-        + work.seed * (60 + 12 * count),
-        "rehearsal": work.config.rehearses
-        * (
-            (work.seed * image + trajectory) // 2
-            + kept
-            + work.seed * (4 * rates.width(proxy.model) + 60)
+    image = 3 * proxy.image_size**2 + 40
+    drawn = work.seed + work.audit
+    recalibrated = measure.recalibrate and bool(measure.at_checkpoints)
+    feature = 4 if config.embed.dtype == "float32" else 2
+    labeller = 4 * rates.PARAMETERS[_label_network(config)] + 60 * drawn
+    rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
+    folder_bytes = {
+        "seed": drawn * image,
+        "labels": config.unsupervised * labeller,
+        "proxy": checkpoints + trajectory,
+        "measured": (
+            checkpoints * (("moso" in measure.scores) + recalibrated)
+            + work.seed * (60 + 12 * count)
         ),
-        "embeddings": work.samples * (number * rates.width(proxy.model) + 150),
-        "extrapolator": 2 * work.seed * (4 * rates.width(proxy.model) + 100),
+        "rehearsal": config.rehearses * rehearsal,
+        "embeddings": work.samples * (feature * width + 150),
+        "extrapolator": 2 * work.seed * (4 * width + 100),
         "scores": work.samples * 30,
-        "keep": round(sum(work.config.select.keep) * work.samples * 25),
+        "keep": round(sum(config.select.keep) * work.samples * 25),
     }
     return {
-        folder: found[folder]
+        folder: folder_bytes[folder]
         for folders in STAGE_FOLDERS.values()
         for folder in folders
-        if found.get(folder)
+        if folder_bytes.get(folder)
     }

@@ -1,4 +1,4 @@
-"""What a survey finds out, as plain values; `raypipe.estimate.inspect_text` says them in a terminal."""
+"""What an inspection finds out, as plain values; `raypipe.estimate.inspect_text` prints them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Balance:
+class ClassBalance:
     """How the samples are spread over the classes.
 
-    exact         every label was counted; else `counted` labels stand for all of them
-    per_class     class name -> samples, largest class first; scaled up to the whole source where not exact
-    unlabelled    share of the counted samples without a label
-    fewer_than_10 classes with fewer than ten samples; None where too few labels were counted to tell
+    Attributes
+    ----------
+    exact
+        Every label was counted; otherwise `counted` labels represent all of them.
+    counted
+        Labels that were counted.
+    per_class
+        Class name -> samples, largest class first; scaled up to the whole source if not exact.
+    unlabelled
+        Share of the counted samples without a label.
+    fewer_than_10
+        Classes with fewer than ten samples; None if too few labels were counted to tell.
     """
 
     exact: bool
@@ -28,33 +36,40 @@ class Balance:
 
     @property
     def smallest(self) -> int:
+        """Samples of the smallest class."""
         return min(self.per_class.values(), default=0)
 
     @property
     def median(self) -> float:
+        """Median number of samples in a class."""
         sizes = sorted(self.per_class.values())
+        if not sizes:
+            return 0
         middle = len(sizes) // 2
-        return (
-            0
-            if not sizes
-            else sizes[middle]
-            if len(sizes) % 2
-            else (sizes[middle - 1] + sizes[middle]) / 2
-        )
+        return sizes[middle] if len(sizes) % 2 else (sizes[middle - 1] + sizes[middle]) / 2
 
     @property
     def largest(self) -> int:
+        """Samples of the largest class."""
         return max(self.per_class.values(), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class ImageFacts:
     """The images among the drawn samples, as stored.
 
-    read               images whose header could be read
-    bytes_median, _p95 of an encoded image; None where pixels are stored as they are
-    smallest, largest  width and height of the image with the fewest and the most pixels; median of width and of height
-    formats, modes     name -> share of those read, most frequent first
+    Attributes
+    ----------
+    read
+        Images whose header could be read.
+    bytes_median, bytes_p95
+        Bytes of an encoded image; None if pixels are stored without encoding.
+    smallest, largest
+        Width and height of the image with the fewest and with the most pixels.
+    median
+        Median width and median height.
+    formats, modes
+        Name -> share of the images that were read, most frequent first.
     """
 
     read: int
@@ -68,14 +83,23 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rejects:
-    """Samples among those drawn that a run would reject.
+class RejectFacts:
+    """Drawn samples that a run would reject.
 
-    share        of those drawn
-    upper_bound  what the share in the source stays below with a confidence of 95 % (Clopper and Pearson 1934), had the samples been
-                 drawn one by one; defects that come in runs make it less sure. Equal to the share where every sample was drawn
-    reasons      reason, without what is particular to a sample -> how often
-    first        (sample_id, reason) of a few
+    Attributes
+    ----------
+    drawn, count
+        Drawn samples, and those of them that would be rejected.
+    share
+        `count` / `drawn`.
+    upper_bound
+        The share in the whole source is below this with a confidence of 95 % (Clopper and Pearson
+        1934), provided that samples were drawn one by one; defects that occur in runs make it less
+        certain. Equal to `share` if every sample was drawn.
+    reasons
+        Reason, without what is specific to a sample -> how often.
+    first
+        (sample_id, reason) of a few.
     """
 
     drawn: int
@@ -87,8 +111,8 @@ class Rejects:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageCost:
-    """What one stage is estimated to take; seconds are those of the clock, from `low` to `high`."""
+class StageEstimate:
+    """What one stage is estimated to take; `low` and `high` are seconds on the clock."""
 
     stage: str
     cpu_seconds: float
@@ -98,23 +122,34 @@ class StageCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class CostEstimate:
     """What a run is estimated to cost.
 
-    machine         where it would run, in words
-    settings        with which settings, in words
-    seed_samples    samples that would be measured
-    low, high       seconds from start to end
-    cpu_hours, gpu_hours   of all stages together, middle of the estimate
-    bytes_read, bytes_written   by stage, and by folder of the run
-    basis           sentences: what the estimate rests on
+    Attributes
+    ----------
+    machine, settings
+        Descriptions of where it would run, and with which settings.
+    samples, seed_samples
+        Samples that would be scored, and those of them that would be measured.
+    stages
+        The estimate of every stage.
+    low, high
+        Seconds from start to end.
+    cpu_hours, gpu_hours
+        All stages together, middle of the estimate.
+    bytes_read
+        By stage.
+    bytes_written
+        By folder of the run.
+    basis
+        Sentences on what the estimate is based on.
     """
 
     machine: str
     settings: str
     samples: int
     seed_samples: int
-    stages: tuple[StageCost, ...]
+    stages: tuple[StageEstimate, ...]
     low: float
     high: float
     cpu_hours: float
@@ -126,17 +161,40 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What is in a source.
+    """What a source contains.
 
-    files, bytes      of the listing, or where that has no sizes estimated; opened: how many files were looked into
-    samples           counted, or an estimate where `counted` is false
-    class_names       all of them, or with `classes_known` false those that were seen
-    unreadable_files  (path, reason) of files among the opened that cannot be read
-    limit             `source.limit`: a run takes the first so many samples
-    scan_reads, reads_singly   how the format is read; see `raypipe.sources.Source`
-    duplicates        drawn samples with the same bytes as an earlier one of them
-    decode_seconds    processor seconds to decode one image to the proxy's input size, on this machine
-    seconds           what the look took
+    Attributes
+    ----------
+    uri, format
+        The source.
+    files, bytes
+        From the listing; bytes are estimated if the listing has no sizes.
+    empty_files
+        Files without content.
+    opened
+        Files that were opened.
+    samples
+        Number of samples; an estimate if `counted` is false.
+    fragments
+        Estimated number of fragments.
+    limit
+        `source.limit`: a run takes this many samples from the start.
+    scan_reads, reads_singly
+        How the format is read; see `scan_reads` and `random_access` of `raypipe.sources.Source`.
+    class_names
+        All classes; if `classes_known` is false, those that were seen.
+    unreadable_files
+        (path, reason) of opened files that cannot be read.
+    balance, pictures, rejects
+        Classes, images and rejects.
+    duplicates
+        Drawn samples with the same bytes as an earlier one.
+    decode_seconds
+        Processor seconds to decode one image to the proxy's input size, on this machine.
+    seconds
+        Duration of the inspection.
+    cost
+        Estimate of a run.
     """
 
     uri: str
@@ -154,16 +212,16 @@ class Survey:
     class_names: tuple[str, ...]
     classes_known: bool
     unreadable_files: tuple[tuple[str, str], ...]
-    balance: Balance | None
-    pictures: Pictures | None
-    rejects: Rejects
+    balance: ClassBalance | None
+    pictures: ImageFacts | None
+    rejects: RejectFacts
     duplicates: int
     decode_seconds: float
     seconds: float
-    cost: Cost | None = None
+    cost: CostEstimate | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
+        """Return everything as JSON can hold it."""
         result = dataclasses.asdict(self)
         if self.balance is not None:
             result["balance"] |= {
@@ -173,21 +231,27 @@ class Survey:
 
 
 def upper_bound(count: int, drawn: int, confidence: float = CONFIDENCE) -> float:
-    """The largest share p for which `count` or fewer of `drawn` are not too few to be believed: P(X <= count | p) = 1 - confidence."""
+    """Return the upper confidence bound of a share of which `count` in `drawn` were observed.
+
+    It is the share p with P(X <= count | p) = 1 - confidence for a binomial X (Clopper and Pearson
+    1934).
+    """
     if count >= drawn:
         return 1.0
 
-    def tail(share: float) -> float:
-        ways = (
+    def probability(share: float) -> float:
+        """P(X <= count | share)."""
+        log_binomials = (
             (math.lgamma(drawn + 1) - math.lgamma(k + 1) - math.lgamma(drawn - k + 1), k)
             for k in range(count + 1)
         )
         return math.fsum(
-            math.exp(w + k * math.log(share) + (drawn - k) * math.log1p(-share)) for w, k in ways
+            math.exp(log_binomial + k * math.log(share) + (drawn - k) * math.log1p(-share))
+            for log_binomial, k in log_binomials
         )
 
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle) > 1 - confidence else (low, middle)
+        low, high = (middle, high) if probability(middle) > 1 - confidence else (low, middle)
     return high

@@ -1,7 +1,8 @@
-"""Looking into a source: a few samples from places spread over all of it, and what its listing and its label columns tell."""
+"""Inspect a source: draw samples from places spread over it, and read its listing and labels."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -12,7 +13,7 @@ import statistics
 import time
 from bisect import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,20 +22,22 @@ from typing import NamedTuple
 from PIL import Image
 
 from raypipe.config import SourceSettings
-from raypipe.estimate.facts import Balance, Pictures, Rejects, Survey, upper_bound
+from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
 from raypipe.sources import ClassMap, RawSample, Source, SourceFile, class_map, open_source
 from raypipe.sources.base import Preview
 from raypipe.vision.decode import FORMATS, BadImage, decode
 
 SAMPLES = 256
-"""Samples that are drawn."""
-RUN = 4
-"""Neighbouring samples taken at one place: a place costs a request or two, the sample beside it next to nothing."""
-WHOLE_BYTES, WHOLE_FILES = 32 << 20, 256
-"""A source of no more than this is read from end to end, and everything in it is counted."""
-ENOUGH_LABELS = 20
-"""Labels per class below which nothing is said of the smallest class."""
+"""Samples that are drawn by default."""
+NEIGHBOURS = 4
+"""Samples taken at one place: a place costs one or two requests, a neighbour hardly any."""
+WHOLE_BYTES = 32 << 20
+"""A source of at most this size and WHOLE_FILES files is read completely."""
+WHOLE_FILES = 256
+MIN_LABELS_PER_CLASS = 20
+"""Labels per class from which the sizes of small classes are estimated."""
 THREADS = 16
+DECODE_THREADS = 4
 _MODES = {
     "1": "black and white",
     "L": "greyscale",
@@ -43,20 +46,23 @@ _MODES = {
     "RGBA": "RGB with transparency",
 }
 
-
-class Header(NamedTuple):
-    """What an image says of itself before it is decoded; no bytes where pixels are stored as they are."""
-
-    width: int
-    height: int
-    format: str
-    mode: str
-    bytes: int | None
+LabelCounts = Counter[int | str | None]
+"""Label (None without one) -> number of samples."""
 
 
 @dataclass(frozen=True)
-class DrawnSamples:
-    """A drawn sample; `reason` says why a run would reject it, "" if it would not; no class where it has no label."""
+class DrawnSample:
+    """A drawn sample.
+
+    Attributes
+    ----------
+    sample
+        As the source has it.
+    reason
+        Why a run would reject it; empty if it would not.
+    class_name
+        None without a label.
+    """
 
     sample: RawSample
     reason: str
@@ -65,49 +71,46 @@ class DrawnSamples:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a survey found, and the samples it drew, in random order."""
+    """What a source contains, and the samples that were drawn, in random order."""
 
     survey: Survey
-    drawn: tuple[DrawnSamples, ...]
+    drawn: tuple[DrawnSample, ...]
 
 
 def inspect_source(
     settings: SourceSettings, *, samples: int = SAMPLES, seed: int = 0, image_size: int = 64
 ) -> Inspection:
-    """Look into a source. The same source and seed give the same samples.
+    """Inspect a source.
 
-    samples     how many to draw, about
-    image_size  what images are decoded to, pixels, to find those that cannot be and the time it takes
-    Raises SourceError where nothing can be listed, the format cannot be told, or the labels do not fit together.
+    Parameters
+    ----------
+    settings
+        The source.
+    samples
+        How many samples to draw, about.
+    seed
+        The same source and seed give the same samples.
+    image_size
+        Pixels to which images are decoded, to find undecodable ones and to time decoding.
+
+    Raises
+    ------
+    SourceError
+        If nothing can be listed, the format is unknown, or the labels contradict one another.
     """
     started = time.monotonic()
-    source = open_source(settings)
-    files = list(source.files())
-    wanted = _places(source, files, samples, seed)
-    previews = _previews(source, files, wanted, samples, seed)
-    listed = [source.listed_labels(file) for file in files]
-    labels = [
-        found if found is not None else previews[row].labels if row in previews else Counter()
-        for row, found in enumerate(listed)
-    ]
-    total, counted = _total(files, previews, listed)
-    exact = counted and sum(found.total() for found in labels) >= total
-    names = next(
-        (preview.class_names for preview in previews.values() if preview.class_names is not None),
-        None,
-    )
-    occurring: Counter[int | str | None] = sum(labels, Counter())
+    listing = _Listing.read(settings, samples, seed)
+    source, files, previews = listing.source, listing.files, listing.previews
+    total, counted = listing.total()
+    labels = listing.labels()
+    exact = counted and labels.total() >= total
+    names = listing.class_names()
     classes = class_map(
-        names, frozenset(label for label in occurring if label is not None), settings.num_classes
+        names, frozenset(label for label in labels if label is not None), settings.num_classes
     )
     draw = random.Random(f"{seed}-choice")
-    chosen = _choice([preview for _, preview in sorted(previews.items())], samples, draw)
-    drawn, decode_seconds = _decoded(chosen, classes, settings, image_size)
-    errors = tuple(
-        (files[row].path, preview.error)
-        for row, preview in sorted(previews.items())
-        if preview.error
-    )
+    chosen = _choose([preview for _, preview in sorted(previews.items())], samples, draw)
+    decoded = _decode(chosen, classes, settings, image_size)
     survey = Survey(
         uri=settings.uri,
         format=source.format,
@@ -119,35 +122,129 @@ def inspect_source(
         ),
         samples=total,
         counted=counted,
-        fragments=_fragments(files, previews, listed, total, settings.fragment_samples),
+        fragments=listing.fragments(total, settings.fragment_samples),
         limit=settings.limit,
         scan_reads=source.scan_reads,
         reads_singly=source.random_access,
         class_names=classes.names,
         classes_known=exact or names is not None or settings.num_classes is not None,
-        unreadable_files=errors,
-        balance=_balance(classes, occurring, total, exact),
-        pictures=_pictures([sample for sample in chosen if sample.image is not None]),
-        rejects=_rejects(drawn, total),
+        unreadable_files=listing.unreadable(),
+        balance=_balance(classes, labels, total, exact),
+        pictures=_image_facts([sample for sample in chosen if sample.image is not None]),
+        rejects=_reject_facts(decoded.samples, total),
         duplicates=_duplicates(chosen),
-        decode_seconds=decode_seconds,
+        decode_seconds=decoded.seconds,
         seconds=round(time.monotonic() - started, 3),
     )
-    return Inspection(survey, tuple(drawn))
+    return Inspection(survey, tuple(decoded.samples))
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a source, and previews of some of them.
+
+    Attributes
+    ----------
+    source, files
+        The source and all of its files.
+    previews
+        Row in `files` -> preview.
+    listed
+        Labels of each file as its name or the listing states them; None if they do not.
+    """
+
+    source: Source
+    files: Sequence[SourceFile]
+    previews: dict[int, Preview]
+    listed: Sequence[LabelCounts | None]
+
+    @classmethod
+    def read(cls, settings: SourceSettings, samples: int, seed: int) -> _Listing:
+        source = open_source(settings)
+        files = list(source.files())
+        places = _places(source, files, samples, seed)
+        previews = _previews(source, files, places, seed)
+        return cls(source, files, previews, [source.listed_labels(file) for file in files])
+
+    def labels(self) -> LabelCounts:
+        """Return all labels that are known."""
+        counts: LabelCounts = Counter()
+        for row, listed in enumerate(self.listed):
+            if listed is not None:
+                counts += listed
+            elif row in self.previews:
+                counts += self.previews[row].labels
+        return counts
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the class names that the first such file states."""
+        named = (preview.class_names for preview in self.previews.values())
+        return next((names for names in named if names is not None), None)
+
+    def total(self) -> tuple[int, bool]:
+        """Return the number of samples, and whether it was counted rather than estimated.
+
+        Files that were not opened are assumed to have as many samples per byte as the others.
+        """
+        samples = {
+            row: float(labels.total())
+            for row, labels in enumerate(self.listed)
+            if labels is not None
+        }
+        opened = {row: preview for row, preview in self.previews.items() if row not in samples}
+        samples |= {row: preview.samples for row, preview in opened.items()}
+        unseen = [row for row, file in enumerate(self.files) if row not in samples and file.size]
+        opened_bytes = sum(self.files[row].size for row in opened)
+        rest = (
+            sum(self.files[row].size for row in unseen)
+            * sum(preview.samples for preview in opened.values())
+            / opened_bytes
+            if opened_bytes
+            else 0.0
+        )
+        counted = not unseen and all(preview.counted for preview in opened.values())
+        return round(sum(samples.values()) + rest), counted
+
+    def fragments(self, total: int, fragment_samples: int) -> int:
+        """Return the estimated number of fragments."""
+        known = [labels.total() for labels in self.listed if labels is not None]
+        known += [
+            round(preview.samples)
+            for row, preview in self.previews.items()
+            if self.listed[row] is None
+        ]
+        per_file = sum(math.ceil(samples / fragment_samples) for samples in known)
+        estimate = round(per_file / max(1, len(known)) * len(self.files))
+        return max(estimate, math.ceil(total / fragment_samples))
+
+    def unreadable(self) -> tuple[tuple[str, str], ...]:
+        """Return path and error of every opened file that cannot be read."""
+        return tuple(
+            (self.files[row].path, preview.error)
+            for row, preview in sorted(self.previews.items())
+            if preview.error
+        )
 
 
 def _places(source: Source, files: Sequence[SourceFile], samples: int, seed: int) -> dict[int, int]:
-    """How many places to look at in which file: spread evenly over the source, each at a random distance from the one before."""
-    weights = [len(file.members) or file.size for file in files]
-    if _whole(source, files):
+    """Return how many places to look at in which file.
+
+    Places are spread evenly over the source, each at a random distance from the one before.
+    """
+    if _is_small(source, files):
         return dict.fromkeys(range(len(files)), samples)
+    weights = [len(file.members) or file.size for file in files]
     bounds, draw = list(accumulate(weights)), random.Random(f"{seed}-places")
-    count = max(1, math.ceil(samples / RUN))
+    count = max(1, math.ceil(samples / NEIGHBOURS))
     at = [bisect(bounds, (place + draw.random()) * bounds[-1] / count) for place in range(count)]
     return dict(sorted(Counter(min(row, len(files) - 1) for row in at).items()))
 
 
-def _whole(source: Source, files: Sequence[SourceFile]) -> bool:
+def _is_small(source: Source, files: Sequence[SourceFile]) -> bool:
+    """Tell whether the source is read completely."""
     return (
         not source.random_access
         and len(files) <= WHOLE_FILES
@@ -156,124 +253,96 @@ def _whole(source: Source, files: Sequence[SourceFile]) -> bool:
 
 
 def _previews(
-    source: Source, files: Sequence[SourceFile], wanted: dict[int, int], samples: int, seed: int
+    source: Source, files: Sequence[SourceFile], places: dict[int, int], seed: int
 ) -> dict[int, Preview]:
-    whole = _whole(source, files)
+    """Return a preview of each file that has places."""
+    whole = _is_small(source, files)
 
-    def preview(item: tuple[int, int]) -> Preview:
-        row, places = item
+    def preview(row: int) -> Preview:
         draw = random.Random(f"{seed}-{files[row].path}")
-        return source.preview(files[row], places, 1 if whole else RUN, draw, whole)
+        return source.preview(files[row], places[row], 1 if whole else NEIGHBOURS, draw, whole)
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="raypipe-look") as pool:
-        return dict(zip(wanted, pool.map(preview, wanted.items()), strict=True))
-
-
-def _total(
-    files: Sequence[SourceFile],
-    previews: dict[int, Preview],
-    listed: Sequence[Counter[int | str | None] | None],
-) -> tuple[int, bool]:
-    """Samples of the source, and whether they were counted; files not looked into have as many for their size as the others."""
-    known = {row: float(found.total()) for row, found in enumerate(listed) if found is not None}
-    looked = {row: preview for row, preview in previews.items() if row not in known}
-    known |= {row: preview.samples for row, preview in looked.items()}
-    left = [row for row, file in enumerate(files) if row not in known and file.size]
-    size = sum(files[row].size for row in looked)
-    rest = (
-        sum(files[row].size for row in left)
-        * sum(preview.samples for preview in looked.values())
-        / size
-        if size
-        else 0.0
-    )
-    return round(sum(known.values()) + rest), not left and all(
-        preview.counted for preview in looked.values()
-    )
+        return dict(zip(places, pool.map(preview, places), strict=True))
 
 
 def _unlisted_bytes(files: Sequence[SourceFile], drawn: Sequence[RawSample], total: int) -> int:
-    """What the samples take, by those drawn, of a source of small files; the listing of some (lists of paths) has no sizes."""
+    """Estimate the bytes of a source of small files whose listing has no sizes (lists of paths).
+
+    Return 0 if the listing has them.
+    """
     sizes = [len(sample.image) for sample in drawn if isinstance(sample.image, bytes)]
-    estimated = (
-        round(statistics.fmean(sizes) * total)
-        if sizes and any(file.members for file in files)
-        else 0
-    )
-    return estimated if estimated > 2 * sum(file.size for file in files) else 0
+    if not sizes or not any(file.members for file in files):
+        return 0
+    estimate = round(statistics.fmean(sizes) * total)
+    return estimate if estimate > 2 * sum(file.size for file in files) else 0
 
 
-def _fragments(
-    files: Sequence[SourceFile],
-    previews: dict[int, Preview],
-    listed: Sequence[Counter[int | str | None] | None],
-    total: int,
-    most: int,
-) -> int:
-    """Units of work, about."""
-    known = [found.total() for found in listed if found is not None]
-    known += [round(preview.samples) for row, preview in previews.items() if listed[row] is None]
-    per_file = sum(math.ceil(samples / most) for samples in known) / max(1, len(known))
-    return max(round(per_file * len(files)), math.ceil(total / most))
+# -- samples -------------------------------------------------------------------------------------
 
 
-def _choice(previews: Sequence[Preview], samples: int, draw: random.Random) -> list[RawSample]:
-    """About so many of the samples that were drawn, of each file in proportion to what it holds; in random order."""
-    result = [sample for preview in previews for sample in preview.drawn]
-    if len(result) > samples:
-        result, total, reached, at = (
-            [],
-            sum(preview.samples for preview in previews),
-            0.0,
-            draw.random(),
-        )
-        for (
-            preview
-        ) in previews:  # a mark at every whole number, shifted at random, so that the counts add up
+def _choose(previews: Sequence[Preview], samples: int, draw: random.Random) -> list[RawSample]:
+    """Choose about `samples` of the drawn samples, in random order.
+
+    Each file contributes in proportion to what it holds.
+    """
+    chosen = [sample for preview in previews for sample in preview.drawn]
+    if len(chosen) > samples:
+        chosen, total = [], sum(preview.samples for preview in previews)
+        # marks at every whole number, shifted by a random offset, so that the counts add up
+        reached, offset = 0.0, draw.random()
+        for preview in previews:
             before, reached = reached, reached + samples * preview.samples / total
-            count = math.floor(reached + at) - math.floor(before + at)
-            result += draw.sample(preview.drawn, min(count, len(preview.drawn)))
-    draw.shuffle(result)
-    return result
+            count = math.floor(reached + offset) - math.floor(before + offset)
+            chosen += draw.sample(preview.drawn, min(count, len(preview.drawn)))
+    draw.shuffle(chosen)
+    return chosen
 
 
-def _decoded(
+@dataclass(frozen=True)
+class _Decoded:
+    """Samples as a run would judge them, and the processor seconds to decode one."""
+
+    samples: list[DrawnSample]
+    seconds: float
+
+
+def _decode(
     chosen: Sequence[RawSample], classes: ClassMap, settings: SourceSettings, size: int
-) -> tuple[list[DrawnSamples], float]:
-    """What a run would say of each sample, and the processor seconds of decoding one."""
+) -> _Decoded:
+    attempt = functools.partial(_try_decoding, size=size, max_pixels=settings.max_pixels)
+    threads = min(DECODE_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-decode") as pool:
+        attempts = list(pool.map(attempt, chosen))
+    samples = []
+    for sample, (reason, _) in zip(chosen, attempts, strict=True):
+        index, label_error = classes.index(sample.label)
+        class_name = classes.names[index] if index >= 0 else None
+        samples.append(DrawnSample(sample, reason or label_error, class_name))
+    seconds = [seconds for reason, seconds in attempts if not reason]
+    return _Decoded(samples, statistics.fmean(seconds) if seconds else 0.0)
 
-    def attempt(sample: RawSample) -> tuple[str, float]:
-        started = time.thread_time()
-        reason = sample.reason or ("" if sample.image is not None else "no image")
-        if not reason and sample.image is not None:
-            try:
-                decode(sample.image, size, settings.max_pixels)
-            except BadImage as error:
-                reason = str(error)
-        return reason, time.thread_time() - started
 
-    with ThreadPoolExecutor(
-        min(4, os.cpu_count() or 1), thread_name_prefix="raypipe-decode"
-    ) as pool:
-        found = list(pool.map(attempt, chosen))
-    drawn = []
-    for sample, (reason, _) in zip(chosen, found, strict=True):
-        index, wrong = classes.index(sample.label)
-        drawn.append(
-            DrawnSamples(sample, reason or wrong, classes.names[index] if index >= 0 else None)
-        )
-    times = [seconds for reason, seconds in found if not reason]
-    return drawn, statistics.fmean(times) if times else 0.0
+def _try_decoding(sample: RawSample, size: int, max_pixels: int) -> tuple[str, float]:
+    """Return why the sample cannot be decoded ("" if it can), and processor seconds."""
+    started = time.thread_time()
+    reason = sample.reason or ("" if sample.image is not None else "no image")
+    if not reason and sample.image is not None:
+        try:
+            decode(sample.image, size, max_pixels)
+        except BadImage as error:
+            reason = str(error)
+    return reason, time.thread_time() - started
 
 
 def _balance(
-    classes: ClassMap, occurring: Counter[int | str | None], total: int, exact: bool
-) -> Balance | None:
-    counted = occurring.total()
+    classes: ClassMap, labels: LabelCounts, total: int, exact: bool
+) -> ClassBalance | None:
+    counted = labels.total()
     if not counted or not classes.names:
         return None
     sizes = dict.fromkeys(classes.names, 0)
-    for label, count in occurring.items():
+    for label, count in labels.items():
         index, _ = classes.index(label)
         if index >= 0:
             sizes[classes.names[index]] += count
@@ -282,23 +351,28 @@ def _balance(
         name: round(count * scale)
         for name, count in sorted(sizes.items(), key=lambda item: -item[1])
     }
-    enough = exact or counted >= ENOUGH_LABELS * len(sizes)
-    fewer = sum(count < 10 for count in scaled.values()) if enough else None
-    return Balance(exact, counted, scaled, occurring[None] / counted, fewer)
+    enough = exact or counted >= MIN_LABELS_PER_CLASS * len(sizes)
+    small = sum(count < 10 for count in scaled.values()) if enough else None
+    return ClassBalance(exact, counted, scaled, labels[None] / counted, small)
 
 
-def _header(sample: RawSample) -> Header | None:
+class _ImageHeader(NamedTuple):
+    """What an image states before it is decoded; no bytes if pixels are stored without encoding."""
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    bytes: int | None
+
+
+def _header(sample: RawSample) -> _ImageHeader | None:
     image = sample.image
     if image is None:
         return None
     if not isinstance(image, bytes):
-        return Header(
-            image.shape[1],
-            image.shape[0],
-            "pixels",
-            "RGB" if image.ndim == 3 and image.shape[2] == 3 else "greyscale",
-            None,
-        )
+        mode = "RGB" if image.ndim == 3 and image.shape[2] == 3 else "greyscale"
+        return _ImageHeader(image.shape[1], image.shape[0], "pixels", mode, None)
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             mode = (
@@ -306,18 +380,18 @@ def _header(sample: RawSample) -> Header | None:
                 if opened.mode.startswith("I")
                 else _MODES.get(opened.mode, opened.mode)
             )
-            return Header(*opened.size, opened.format or "unknown", mode, len(image))
-    except Exception:  # Pillow raises nearly anything; decoding says what is wrong
+            return _ImageHeader(*opened.size, opened.format or "unknown", mode, len(image))
+    except Exception:  # Pillow raises nearly anything; decoding reports what is wrong
         return None
 
 
-def _pictures(samples: Sequence[RawSample]) -> Pictures | None:
+def _image_facts(samples: Sequence[RawSample]) -> ImageFacts | None:
     headers = [header for header in map(_header, samples) if header is not None]
     if not headers:
         return None
     stored = sorted(header.bytes for header in headers if header.bytes is not None)
     by_area = sorted(headers, key=lambda header: (header.width * header.height, header.width))
-    return Pictures(
+    return ImageFacts(
         read=len(headers),
         bytes_median=stored[len(stored) // 2] if stored else None,
         bytes_p95=stored[math.ceil(0.95 * len(stored)) - 1] if stored else None,
@@ -332,23 +406,23 @@ def _pictures(samples: Sequence[RawSample]) -> Pictures | None:
     )
 
 
-def _shares(values: object) -> dict[str, float]:
-    counts = Counter(values)  # type: ignore[call-overload]
+def _shares(values: Iterable[str]) -> dict[str, float]:
+    counts = Counter(values)
     return {name: count / counts.total() for name, count in counts.most_common()}
 
 
-def _rejects(drawn: Sequence[DrawnSamples], total: int) -> Rejects:
+def _reject_facts(drawn: Sequence[DrawnSample], total: int) -> RejectFacts:
     bad = [item for item in drawn if item.reason]
     share = len(bad) / max(1, len(drawn))
-    return Rejects(
+    if len(drawn) >= total:
+        bound = share
+    else:
+        bound = upper_bound(len(bad), len(drawn)) if drawn else 1.0
+    return RejectFacts(
         drawn=len(drawn),
         count=len(bad),
         share=share,
-        upper_bound=share
-        if len(drawn) >= total
-        else upper_bound(len(bad), len(drawn))
-        if drawn
-        else 1.0,
+        upper_bound=bound,
         reasons=dict(Counter(re.sub(r"\d+", "N", item.reason) for item in bad).most_common(10)),
         first=tuple((item.sample.sample_id, item.reason) for item in bad[:5]),
     )

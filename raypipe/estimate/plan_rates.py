@@ -1,4 +1,4 @@
-"""The rates that `raypipe plan` goes by: what was measured, on which machine, and how a user's own take their place."""
+"""The rates of `raypipe plan`: what was measured, on which machine, and how to replace them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ from raypipe.estimate import rates as constants
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured, and where.
+    """Rates and where they were measured.
 
-    machine          in words
-    decode           images a CPU core decodes in a second, by the side they are brought to, in pixels (104 kB, 0.2 megapixels)
-    cpu_macs         multiply-adds of a CPU core in a second
-    gpu_macs         of a GPU
-    driver_bytes     of the driver's memory for a fragment
-    decision_seconds processor seconds for a fragment until a run that is started again knows what is left
-    list_seconds     processor seconds for a listed file
-    index_bytes      of the index for a fragment
-    sources          field -> where its number comes from
+    Attributes
+    ----------
+    machine
+        A description.
+    decode
+        Images that a CPU core decodes in a second, by the pixels a side to which they are decoded
+        (images of 104 kB and 0.2 megapixels).
+    cpu_macs, gpu_macs
+        Multiply-adds of a CPU core and of a GPU in a second.
+    driver_bytes
+        Memory of the driver for a fragment.
+    decision_seconds
+        Processor seconds for a fragment until a restarted run knows what is left.
+    list_seconds
+        Processor seconds for a listed file.
+    index_bytes
+        Bytes of the index for a fragment.
+    sources
+        Field -> where its number comes from.
     """
 
     machine: str = "one core of an AMD EPYC server, no GPU"
@@ -50,7 +60,10 @@ class Rates:
     )
 
     def decode_seconds(self, side: int) -> float:
-        """Seconds of a core to decode one image to a square; between the measured sides along a line, beyond them as at the nearest."""
+        """Return the seconds that a core takes to decode one image to a square of this side.
+
+        Between measured sides they are interpolated; beyond, those of the nearest side hold.
+        """
         sides = sorted(self.decode)
         low = max((known for known in sides if known <= side), default=sides[0])
         high = min((known for known in sides if known >= side), default=sides[-1])
@@ -58,22 +71,20 @@ class Rates:
         return (1 - part) / self.decode[low] + part / self.decode[high]
 
     def changed(self, values: Mapping[str, Any], source: str) -> Rates:
-        """With other values of some fields, which come from `source`. Raises ConfigError for what is no rate."""
-        known = {item.name for item in dataclasses.fields(self)} - {"sources"}
+        """Return these rates with other values of some fields, which come from `source`.
+
+        Raises
+        ------
+        ConfigError
+            If a name is not a field, or a value is not a rate.
+        """
+        names = {item.name for item in dataclasses.fields(self)} - {"sources"}
         fresh: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in known:
-                raise ConfigError(f"{source}: {name!r} is not one of {', '.join(sorted(known))}")
+            if name not in names:
+                raise ConfigError(f"{source}: {name!r} is not one of {', '.join(sorted(names))}")
             try:
-                if name == "machine":
-                    fresh[name] = str(value)
-                elif name == "decode":
-                    table = value.items() if isinstance(value, Mapping) else [(64, value)]
-                    fresh[name] = {int(side): _positive(rate) for side, rate in table}
-                    if not fresh[name]:
-                        raise ValueError("no rate")
-                else:
-                    fresh[name] = _positive(value)
+                fresh[name] = _field_value(name, value)
             except (TypeError, ValueError):
                 raise ConfigError(
                     f"{source}: {name} = {value!r} is not a rate: a number above 0"
@@ -81,6 +92,19 @@ class Rates:
         return dataclasses.replace(
             self, **fresh, sources={**self.sources, **dict.fromkeys(fresh, source)}
         )
+
+
+def _field_value(name: str, value: Any) -> Any:
+    """Return the value of a field of `Rates`; raise TypeError or ValueError for a wrong one."""
+    if name == "machine":
+        return str(value)
+    if name != "decode":
+        return _positive(value)
+    by_side = value.items() if isinstance(value, Mapping) else [(64, value)]
+    rates = {int(side): _positive(rate) for side, rate in by_side}
+    if not rates:
+        raise ValueError("no rate")
+    return rates
 
 
 def _positive(value: Any) -> float:
@@ -91,15 +115,21 @@ def _positive(value: Any) -> float:
 
 
 def read_rates(uri: str) -> Rates:
-    """Rates of a JSON file: fields of `Rates`, those that are left out as measured here. Raises ConfigError."""
+    """Read rates from a JSON file with fields of `Rates`; missing fields keep their default.
+
+    Raises
+    ------
+    ConfigError
+        If the file does not exist or has something else in it.
+    """
     try:
-        found = json.loads(storage.read_bytes(uri))
+        content = json.loads(storage.read_bytes(uri))
     except FileNotFoundError:
         raise ConfigError(f"{uri}: no such file") from None
     except ValueError as error:
         raise ConfigError(f"{uri}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigError(
-            f"{uri}: expected an object with rates such as decode, found {type(found).__name__}"
+            f"{uri}: expected an object with rates such as decode, not {type(content).__name__}"
         )
-    return Rates().changed(found, uri)
+    return Rates().changed(content, uri)

@@ -1,79 +1,29 @@
-"""A plan in the words and columns a person reads in a terminal."""
+"""Print a plan in a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from raypipe.estimate.plan import Plan
-from raypipe.text import duration, size
+from raypipe.estimate.plan import RunPlan
+from raypipe.text import duration, hours, large_count, size, table
 
 COLUMNS = ("stage", "GPU hours", "CPU hours", "clock", "requests", "reads", "files")
 
 
-def describe_plan(plan: Plan) -> Iterator[str]:
-    """Lines about what a run would cost, and what breaks first."""
-    yield f"images      {plan.samples:,}, {size(plan.source_bytes)} in {plan.files:,} files ({plan.format}), {plan.fragments:,} fragments"
-    yield f"measured    {plan.measured:,}, and {plan.audit:,} to judge by"
+def describe_plan(plan: RunPlan) -> Iterator[str]:
+    """Yield lines about what a run would cost, and what breaks first."""
+    yield (
+        f"images      {plan.samples:,}, {size(plan.source_bytes)} in {plan.files:,} files "
+        f"({plan.format}), {plan.fragments:,} fragments"
+    )
+    yield f"measured    {plan.measured:,} seed samples, {plan.audit:,} audit samples"
     yield f"on          {plan.gpus:g} GPUs, {plan.cpus:g} CPUs"
     yield ""
-    rows = [
-        (
-            stage.stage,
-            _hours(stage.gpu_hours),
-            _hours(stage.cpu_hours),
-            duration(3600 * stage.hours),
-            _many(stage.requests),
-            size(stage.bytes_read) if stage.bytes_read else "-",
-            _many(stage.files),
-        )
-        for stage in plan.stages
-    ]
-    total = (
-        "all",
-        _hours(plan.total("gpu_hours")),
-        _hours(plan.total("cpu_hours")),
-        duration(3600 * plan.total("hours")),
-        _many(plan.total("requests")),
-        size(plan.total("bytes_read")),
-        _many(plan.written_files),
-    )
-    yield from _table([COLUMNS, *rows, total])
+    yield from _stages(plan)
     yield ""
-    written = sorted(
-        ((folder, count) for folder, count in plan.written.items() if count),
-        key=lambda item: -item[1],
-    )
-    yield f"writes      {size(sum(plan.written.values()))}: " + ", ".join(
-        f"{folder} {size(count)}" for folder, count in written
-    )
-    yield f"ledger      {size(plan.ledger_bytes)}; driver about {plan.driver_bytes / 1e6:,.0f} MB"
-    if plan.dollars:
-        parts = ", ".join(f"{name} {_dollars(amount)}" for name, amount in plan.dollars.items())
-        yield f"dollars     {_dollars(sum(plan.dollars.values()))}: {parts}{' a month' if 'storage' in plan.dollars else ''}"
-    else:
-        yield "dollars     give list prices: --gpu-price, --cpu-price (an hour), --request-price (a million), --storage-price (a GB and month)"
+    yield from _output(plan)
     yield ""
-    yield from _table(
-        [
-            ("bound", "here", "most", "then"),
-            *(
-                (
-                    bound.what,
-                    f"{_short(bound.figure)} {bound.unit}",
-                    f"{bound.limit:g} {bound.unit}",
-                    bound.remedy if bound.share > 1 else "",
-                )
-                for bound in plan.bounds
-            ),
-        ],
-        left=(0, 3),
-    )
-    first = plan.bounds[0]
-    yield (
-        f"breaks      {first.what}, at {_short(first.share)} times what it may be"
-        if first.share > 1
-        else "breaks      nothing"
-    )
+    yield from _bounds(plan)
     yield ""
     yield f"rates       {plan.rates.machine}"
     for name, source in plan.rates.sources.items():
@@ -82,26 +32,71 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         yield f"note        {note}"
 
 
-def _table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
+def _stages(plan: RunPlan) -> Iterator[str]:
+    rows = [
+        (
+            stage.stage,
+            _hours(stage.gpu_hours),
+            _hours(stage.cpu_hours),
+            duration(3600 * stage.hours),
+            large_count(stage.requests),
+            size(stage.bytes_read) if stage.bytes_read else "-",
+            large_count(stage.files),
         )
-        yield "  ".join(cells).rstrip()
+        for stage in plan.stages
+    ]
+    total = (
+        "all",
+        _hours(plan.total("gpu_hours")),
+        _hours(plan.total("cpu_hours")),
+        duration(3600 * plan.total("hours")),
+        large_count(plan.total("requests")),
+        size(plan.total("bytes_read")),
+        large_count(plan.written_files),
+    )
+    yield from table([COLUMNS, *rows, total])
 
 
-def _hours(hours: float) -> str:
-    return "-" if not hours else f"{hours:,.2f}" if hours < 10 else f"{hours:,.0f}"
+def _output(plan: RunPlan) -> Iterator[str]:
+    written = sorted(plan.written.items(), key=lambda item: -item[1])
+    folders = ", ".join(f"{folder} {size(count)}" for folder, count in written if count)
+    yield f"writes      {size(sum(plan.written.values()))}: {folders}"
+    yield f"ledger      {size(plan.ledger_bytes)}; driver about {plan.driver_bytes / 1e6:,.0f} MB"
+    if plan.dollars:
+        parts = ", ".join(f"{name} {_dollars(amount)}" for name, amount in plan.dollars.items())
+        month = " a month" if "storage" in plan.dollars else ""
+        yield f"dollars     {_dollars(sum(plan.dollars.values()))}: {parts}{month}"
+    else:
+        yield (
+            "dollars     give list prices: --gpu-price, --cpu-price (an hour), "
+            "--request-price (a million), --storage-price (a GB and month)"
+        )
 
 
-def _many(count: float) -> str:
-    """Whole numbers up to a million, then in millions."""
-    return f"{count:,.0f}" if count < 1e6 else f"{count / 1e6:,.1f} M"
+def _bounds(plan: RunPlan) -> Iterator[str]:
+    rows = [
+        (
+            bound.what,
+            f"{_significant(bound.figure)} {bound.unit}",
+            f"{bound.limit:g} {bound.unit}",
+            bound.remedy if bound.share > 1 else "",
+        )
+        for bound in plan.bounds
+    ]
+    yield from table([("bound", "here", "limit", "remedy"), *rows], left=(0, 3))
+    tightest = plan.bounds[0]
+    if tightest.share > 1:
+        yield f"breaks      {tightest.what} ({_significant(tightest.share)} times the limit)"
+    else:
+        yield "breaks      nothing"
 
 
-def _short(number: float) -> str:
+def _hours(value: float) -> str:
+    return hours(value) if value else "-"
+
+
+def _significant(number: float) -> str:
+    """Return two significant digits, or a whole number from ten on."""
     return f"{number:,.2g}" if number < 10 else f"{number:,.0f}"
 
 

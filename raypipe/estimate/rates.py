@@ -1,7 +1,8 @@
-"""What a run's work costs, in constants that were measured, and what is only assumed.
+"""Rates of the work of a run: constants that were measured, and a few that are assumed.
 
-Measured on one core of an x86-64 server (AMD EPYC, torch 2.15, float32), where not said otherwise; another core is easily half or twice
-as fast. `raypipe inspect --like RUN` replaces them by what a finished run took, stage by stage.
+Unless noted otherwise they were measured on one core of an x86-64 server (AMD EPYC, torch 2.15,
+float32); another core is easily half or twice as fast. `raypipe inspect --like RUN` replaces them,
+stage by stage, by what a finished run took.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MACS_PER_PIXEL = {
     "wide_resnet50_2": 3_598_000,
     "resnext50_32x4d": 1_312_500,
 }
-"""Multiply-adds of a forward pass per pixel of the first stage's maps, counted by torch's FlopCounterMode."""
+"""Multiply-adds of a forward pass per pixel of the first feature maps (FlopCounterMode)."""
 PARAMETERS = {
     "small": 174_000,
     "resnet18": 11_174_000,
@@ -27,30 +28,50 @@ PARAMETERS = {
     "wide_resnet50_2": 66_847_000,
     "resnext50_32x4d": 22_993_000,
 }
-"""Weights, but for those of the last layer's classes beyond ten."""
+"""Weights, except those of the last layer for more than ten classes."""
 WIDTHS = {"small": 96, "resnet18": 512, "resnet34": 512}
+"""Length of an embedding."""
 WIDTH = 2048
-"""Length of an embedding; of the networks not named in WIDTHS."""
+"""Length of an embedding of the other networks."""
 
 CPU_MACS = 60e9
-"""Multiply-adds per second of one core in forward passes: 44 to 62e9 (small, 8 to 32 pixels), 98 to 101e9 (ResNet-18), 69e9 (ResNet-50)."""
-GPU_MACS = 4e12
-"""The same of a GPU. Assumed, not measured by this project: about a T4 at half precision; data-centre GPUs are several times faster."""
-TRAINING = 3.5
-"""Forward passes that a step of training is worth: 2.4 to 4.2 over the same networks."""
-MEAN_GRADIENT, ALIGNMENT, WITH_NORMS = 2.9, 2.4, 4.0
-"""The same for the passes of gradient scores (benchmarks/results/alignment-cpu.txt)."""
-ATTACK = 2.4
-"""The same for each iteration of an adversarial example, forward and back to the pixels: 2.1 to 2.6 (small, ResNet-18)."""
+"""Multiply-adds per second of one core in forward passes.
 
-STEP_SECONDS, EPOCH_SECONDS = 5e-3, 0.15
-"""Of a training beside the network: per step (augmentation, optimiser), per epoch (trajectory and state written)."""
+Measured: 44 to 62e9 (small, 8 to 32 pixels), 98 to 101e9 (ResNet-18), 69e9 (ResNet-50).
+"""
+GPU_MACS = 4e12
+"""The same of a GPU, about a T4 at half precision. Assumed, not measured by this project.
+
+Data-centre GPUs are several times faster.
+"""
+TRAINING = 3.5
+"""Forward passes that a training step is worth: 2.4 to 4.2 over the same networks."""
+MEAN_GRADIENT = 2.9
+"""The same for the mean gradient (benchmarks/results/alignment-cpu.txt)."""
+ALIGNMENT = 2.4
+"""The same for the alignment of each sample's gradient with the mean (the same table)."""
+WITH_NORMS = 4.0
+"""The same for alignments and norms of gradients (the same table)."""
+ATTACK = 2.4
+"""The same for an iteration of an attack, forward and back to the pixels.
+
+Measured: 2.1 to 2.6 (small, ResNet-18).
+"""
+
+STEP_SECONDS = 5e-3
+"""Per training step, outside the network: augmentation, optimiser."""
+EPOCH_SECONDS = 0.15
+"""Per training epoch, outside the network: writing trajectory and state."""
 SAMPLE_SECONDS = 0.3e-3
 """Per sample and stage: passing it on, writing its row."""
-FILE_SECONDS, HEADER_SECONDS = 20e-3, 0.1e-3
-"""Of the index: per file that states how many samples it has; per sample where every header is read."""
+HASH_SECONDS = 0.05e-3
+"""Per sample of the source: deciding by its id whether it is drawn."""
+FILE_SECONDS = 20e-3
+"""Of the index, per file that states how many samples it has."""
+HEADER_SECONDS = 0.1e-3
+"""Of the index, per sample if every header is read."""
 THREADS_POWER = 0.5
-"""A training on t threads is t ** 0.5 times faster: the networks are small, and threads wait for one another."""
+"""A training on t threads is t ** 0.5 times faster: the networks are small, so threads wait."""
 FIT_SECONDS = {
     "knn": (0.1, 0.05e-3),
     "knn-published": (0.1, 0.05e-3),
@@ -58,13 +79,15 @@ FIT_SECONDS = {
     "mlp": (0.5, 2e-3),
     "proxy": (0.1, 0.01e-3),
 }
-"""Of a fit of an extrapolator: seconds, and seconds per seed sample."""
-GNN_FIT, GNN_SIGHT = 2.0, 0.32e-3
-"""Of a fit of gnn: seconds, and seconds per seed sample and epoch for embeddings of length 96."""
-GRAPH_SIGHT = 5e-3
-"""Of a fit of gnn-published: seconds per sample of the whole source."""
-CURVE_SIGHT = 1.25e-3
-"""Of the learning curve: seconds per seed sample."""
+"""A fit of an extrapolator: seconds, and seconds per seed sample."""
+GNN_FIT = 2.0
+"""A fit of gnn: seconds."""
+GNN_SAMPLE_EPOCH = 0.32e-3
+"""A fit of gnn: seconds per seed sample and epoch, for embeddings of length 96."""
+GRAPH_SAMPLE = 5e-3
+"""A fit of gnn-published: seconds per sample of the whole source."""
+CURVE_SAMPLE = 1.25e-3
+"""The learning curve: seconds per seed sample."""
 
 START_SECONDS = {
     "index": 6.0,
@@ -78,7 +101,7 @@ START_SECONDS = {
     "select": 0.2,
     "report": 1.0,
 }
-"""Wall-clock seconds of a stage that do not depend on the data: Ray, processes and imports starting, on two cores."""
+"""Wall-clock seconds of a stage whatever the data: starting Ray and processes, on two cores."""
 START_CPU_SECONDS = {
     "label": 3.0,
     "proxy": 1.0,
@@ -87,14 +110,17 @@ START_CPU_SECONDS = {
     "embed": 2.0,
     "extrapolate": 3.0,
 }
-"""Processor seconds of the same that the ledger counts."""
+"""The processor seconds of the same that the ledger counts."""
 
 SPREAD = {"run": (0.6, 1.8), "cpu": (0.4, 2.2), "gpu": (0.25, 4.0)}
-"""How far off an estimate may be, as factors: scaled from a run's ledger, from the constants above, from the assumed GPU."""
+"""How far off an estimate can be, as factors.
+
+By its basis: a run's ledger, the constants above, or the assumed GPU.
+"""
 
 
 def macs(model: str, image_size: int) -> float:
-    """Multiply-adds of one forward pass of a proxy (`raypipe.vision.networks.build_network`)."""
+    """Return the multiply-adds of a forward pass of a proxy (`vision.networks.build_network`)."""
     if model == "small" or image_size < 48:
         side: float = image_size
     else:
@@ -103,24 +129,37 @@ def macs(model: str, image_size: int) -> float:
 
 
 def width(model: str) -> int:
-    """Length of the embeddings of a proxy."""
+    """Return the length of the embeddings of a proxy."""
     return WIDTHS.get(model, WIDTH)
 
 
 def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, model: str) -> float:
-    """Processor seconds of one fit of an extrapolator to so many seed samples; epochs: None where they are chosen by its size."""
+    """Return the processor seconds of one fit of an extrapolator.
+
+    Parameters
+    ----------
+    method
+        `extrapolate.method`.
+    seed, samples
+        Samples of the seed set and of the source.
+    epochs
+        None if the size of the seed set decides.
+    model
+        The proxy's network.
+    """
     if method == "gnn-published":
-        return GRAPH_SIGHT * samples
+        return GRAPH_SAMPLE * samples
     if method == "gnn":
         seen = seed * (epochs or gnn_epochs(seed))
-        return GNN_FIT + GNN_SIGHT * seen * (0.9 + 0.1 * width(model) / 96)
+        return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * width(model) / 96)
     fixed, each = FIT_SECONDS[method]
     return fixed + each * seed
 
 
 def predict_seconds(seed: int, model: str, search: bool = True) -> float:
-    """Processor seconds to predict the score of one sample: its row, its embedding, its neighbours among the seed samples.
+    """Return the processor seconds to predict the score of one sample.
 
-    search  the CPU looks for neighbours
+    They cover its row, its embedding and, with `search`, the search of its neighbours among the
+    seed samples on the CPU.
     """
     return 0.1e-3 + 0.3e-6 * width(model) + search * 5e-11 * min(seed, 50_000) * width(model)

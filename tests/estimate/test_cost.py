@@ -13,9 +13,10 @@ from raypipe.config import Config, SourceSettings, parse_config
 from raypipe.errors import RunError
 from raypipe.estimate import Survey, inspect_source, rates
 from raypipe.estimate.cost import Machine, estimate
-from raypipe.estimate.facts import Cost
-from raypipe.estimate.inspect_text import between, describe_cost
+from raypipe.estimate.facts import CostEstimate
+from raypipe.estimate.inspect_text import describe_cost
 from raypipe.runs.run import Run
+from raypipe.text import duration_range
 
 LAPTOP = Machine(4, 0, "a laptop")
 
@@ -29,7 +30,7 @@ def _config(**sections: object) -> Config:
     return parse_config({"run": "r", "source": {"uri": "digits://"}, **sections})
 
 
-def _cpu(cost: Cost) -> dict[str, float]:
+def _cpu(cost: CostEstimate) -> dict[str, float]:
     return {stage.stage: stage.cpu_seconds for stage in cost.stages}
 
 
@@ -223,4 +224,4 @@ def test_every_method_and_network_has_a_cost(digits: Survey) -> None:
     ],
 )
 def test_times_are_in_units_a_person_would_use(low: float, high: float, expected: str) -> None:
-    assert between(low, high) == expected
+    assert duration_range(low, high) == expected

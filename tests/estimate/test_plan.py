@@ -19,7 +19,7 @@ from raypipe.cli import cli
 from raypipe.config import load_config, parse_config
 from raypipe.errors import ConfigError, RunError
 from raypipe.estimate import rates as constants
-from raypipe.estimate.plan import Plan, Prices, Rates, Size, plan, read_rates
+from raypipe.estimate.plan import Prices, Rates, RunPlan, SourceSize, plan, read_rates
 from raypipe.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +27,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGENET = load_config(str(ROOT / "jobs" / "configs" / "imagenet.yaml"))
 
 
-def _plan(samples: int = 1_281_167, **options: Any) -> Plan:
+def _plan(samples: int = 1_281_167, **options: Any) -> RunPlan:
     return plan(
         IMAGENET,
-        Size(samples, file_samples=options.pop("file_samples", None)),
+        SourceSize(samples, file_samples=options.pop("file_samples", None)),
         **{"gpus": 8, **options},
     )
 
 
-def _of(found: Plan, name: str) -> dict[str, Any]:
+def _of(found: RunPlan, name: str) -> dict[str, Any]:
     return {stage.stage: getattr(stage, name) for stage in found.stages}
 
 
@@ -74,10 +74,12 @@ def test_dollars_are_hours_requests_and_bytes_times_the_prices() -> None:
 
 def test_images_one_by_one_cost_more_requests_and_files_than_shards() -> None:
     folders = plan(
-        parse_config({"run": "r", "source": {"uri": "x", "format": "imagefolder"}}), Size(100_000)
+        parse_config({"run": "r", "source": {"uri": "x", "format": "imagefolder"}}),
+        SourceSize(100_000),
     )
     shards = plan(
-        parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}}), Size(100_000)
+        parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}}),
+        SourceSize(100_000),
     )
     assert folders.files == 100_000 and shards.files == 100
     assert _of(folders, "requests")["embed"] > 10 * _of(shards, "requests")["embed"]
@@ -85,15 +87,15 @@ def test_images_one_by_one_cost_more_requests_and_files_than_shards() -> None:
         _of(shards, "bytes_read")["index"] == shards.source_bytes
         and _of(folders, "bytes_read")["index"] == 0
     )
-    guessed = plan(parse_config({"run": "r", "source": {"uri": "x"}}), Size(100_000))
+    guessed = plan(parse_config({"run": "r", "source": {"uri": "x"}}), SourceSize(100_000))
     assert guessed.format == "webdataset" and any("auto" in note for note in guessed.notes)
 
 
 def test_settings_change_what_they_should() -> None:
-    def changed(**sections: Any) -> Plan:
+    def changed(**sections: Any) -> RunPlan:
         return plan(
             parse_config({"run": "r", "source": {"uri": "x", "format": "webdataset"}, **sections}),
-            Size(1_000_000),
+            SourceSize(1_000_000),
             gpus=4,
         )
 
@@ -110,6 +112,29 @@ def test_settings_change_what_they_should() -> None:
     assert _of(small, "requests")["extrapolate"] > 9 * _of(base, "requests")["extrapolate"]
 
 
+def test_rehearsals_and_pseudo_labels_are_planned() -> None:
+    source = {"uri": "x", "format": "webdataset"}
+    rehearsed = plan(
+        parse_config({"run": "r", "source": source, "measure": {"scores": ["forgetting"]}}),
+        SourceSize(100_000),
+    )
+    unlabelled = plan(
+        parse_config(
+            {
+                "run": "r",
+                "source": {**source, "label_column": None},
+                "pseudo_labels": {"clusters": 10},
+            }
+        ),
+        SourceSize(100_000),
+    )
+    plain = plan(parse_config({"run": "r", "source": source}), SourceSize(100_000))
+    for found, stage in ((rehearsed, "rehearse"), (unlabelled, "label")):
+        assert _of(found, "files")[stage] > 0 and _of(found, "requests")[stage] > 0
+        assert stage not in _of(plain, "files")
+        assert found.written_files == found.total("files")
+
+
 def test_what_breaks_first_and_what_mends_it() -> None:
     today, hundred, ten_billion = (
         _plan(samples) for samples in (1_281_167, 100_000_000, 10_000_000_000)
@@ -122,7 +147,7 @@ def test_what_breaks_first_and_what_mends_it() -> None:
         IMAGENET.model_copy(
             update={"seed": IMAGENET.seed.model_copy(update={"fraction": fraction})}
         ),
-        Size(100_000_000),
+        SourceSize(100_000_000),
         gpus=8,
     )
     assert mended.bounds[0].share <= 1, mended.bounds[0]
@@ -132,11 +157,11 @@ def test_what_breaks_first_and_what_mends_it() -> None:
     source = IMAGENET.source.model_copy(update={"fragment_samples": samples})
     larger = plan(
         IMAGENET.model_copy(update={"source": source}),
-        Size(10_000_000_000, file_samples=samples),
+        SourceSize(10_000_000_000, file_samples=samples),
         gpus=8,
     )
     within = {bound.what.split(":")[0]: bound.share for bound in larger.bounds}
-    assert within["memory of the driver"] <= 1 and within["decision of a resumed run"] <= 1
+    assert within["memory of the driver"] <= 1 and within["start of a resumed run"] <= 1
 
 
 # -- rates --------------------------------------------------------------------------------------------------------
@@ -259,7 +284,7 @@ def test_sizes_that_make_no_sense_are_refused(options: dict[str, Any], message: 
 def test_a_finished_run_gives_its_rates(finished: str) -> None:
     ledger = Run(finished).ledger()
     samples = ledger["index"].samples
-    size = Size(samples, image_bytes=64.0, file_samples=samples, classes=10)
+    size = SourceSize(samples, image_bytes=64.0, file_samples=samples, classes=10)
     found = plan(small_config(finished), size, gpus=0, cpus=2, like=finished)
     for stage in ("proxy", "measure", "embed", "extrapolate"):
         took = ledger[stage].cpu_seconds

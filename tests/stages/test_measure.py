@@ -9,7 +9,7 @@ from helpers import QUIET, small_config
 
 import raypipe
 from raypipe.errors import ConfigError
-from raypipe.estimate.plan import Size, plan
+from raypipe.estimate.plan import SourceSize, plan
 from raypipe.pipeline import execute
 from raypipe.runs.partition import SeedPart
 from raypipe.scores.registry import check_scores
@@ -71,7 +71,7 @@ def test_a_score_that_needs_more_epochs_than_the_proxy_has_is_refused_before_the
     for begin in (
         lambda: execute(short, progress=QUIET),
         lambda: raypipe.inspect(config=short),
-        lambda: plan(short, Size(1000)),
+        lambda: plan(short, SourceSize(1000)),
     ):
         with pytest.raises(
             ConfigError,

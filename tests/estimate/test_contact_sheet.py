@@ -23,7 +23,7 @@ from raypipe.estimate.contact_sheet import (
     _in_two,
     contact_sheet,
 )
-from raypipe.estimate.inspect import DrawnSamples
+from raypipe.estimate.inspect import DrawnSample
 from raypipe.sources import RawSample
 
 
@@ -42,12 +42,12 @@ def test_each_sample_has_its_tile() -> None:
         np.full((40, 60, 3), (number * 20, 255 - number * 20, 90), np.uint8) for number in range(10)
     ]
     drawn = [
-        DrawnSamples(RawSample(f"a/{number}.png", image, number), "", f"class {number}")
+        DrawnSample(RawSample(f"a/{number}.png", image, number), "", f"class {number}")
         for number, image in enumerate(shades)
     ]
     drawn.insert(
         3,
-        DrawnSamples(
+        DrawnSample(
             RawSample("broken/" + "x" * 300, None, None, "cut off"),
             "the file is cut off " * 30,
             None,
