@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from raypipe import storage
 from raypipe.runs.manifests import ProxyManifest
 from raypipe.runs.partition import proxy_parts
 from raypipe.runs.run import Run
 
+if TYPE_CHECKING:
+    from raypipe.vision.networks import Network
+
 
 def load_checkpoint(
     run: Run, file: str, device: str = "cpu", folder: str = "proxy/checkpoints"
-) -> Any:
-    """The proxy with the weights of a checkpoint, in eval mode, laid out as convolutions are fastest."""
+) -> Network:
+    """Return the proxy with the weights of a checkpoint, in eval mode, in channels-last layout."""
     import torch
     from safetensors.torch import load
 
@@ -22,17 +27,23 @@ def load_checkpoint(
     return model.to(device=device, memory_format=torch.channels_last).eval()
 
 
-def last_layer(run: Run) -> tuple[Any, Any]:
-    """Weight float32 [classes, d] and bias float32 [classes] of the layer that makes logits of embeddings."""
+def last_layer(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight and bias of the layer from embeddings to logits.
+
+    Returns
+    -------
+    weight, bias : numpy.ndarray
+        float32 [classes, d] and float32 [classes].
+    """
     from safetensors.numpy import load
 
-    part = proxy_parts(run)[0]  # the one that all samples are embedded by
+    part = proxy_parts(run)[0]  # the proxy that embeds all samples
     weights = load(storage.read_bytes(run.path(part.checkpoints, part.trained.final)))
     return weights["head.weight"], weights["head.bias"]
 
 
-def empty_proxy(run: Run) -> Any:
-    """The proxy's network with weights that mean nothing."""
+def empty_proxy(run: Run) -> Network:
+    """Return the proxy's network with arbitrary weights."""
     import torch
 
     from raypipe.vision.networks import build_network

@@ -1,4 +1,4 @@
-"""Reject samples whose id an earlier sample has."""
+"""Reject samples whose id occurs in an earlier sample."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from raypipe.sources import Fragment, RawSample, open_source
 FOLDER, IDS, FOUND, STATE = "duplicates", "duplicates/ids", "duplicates/of", "state.json"
 
 
-def duplicates_known(config: Config, run: Run) -> bool:
-    """Whether duplicates were looked for to the end, or cannot be."""
+def duplicates_searched(config: Config, run: Run) -> bool:
+    """Whether the search for duplicates is complete, or not needed."""
     return not open_source(config.source).ids_can_repeat or storage.exists(run.path(FOLDER, STATE))
 
 
 def reject_duplicates(
     run: Run, fragment: Fragment, samples: Iterable[RawSample], ids_can_repeat: bool
 ) -> Iterator[RawSample]:
-    """The samples of a fragment, those that are duplicates of others as rejects. Runs in tasks."""
-    known = _duplicates(run, fragment.fragment_id) if ids_can_repeat else {}
+    """Pass on the samples of a fragment, with duplicates turned into rejects. Runs in tasks."""
+    duplicates = _duplicates(run, fragment.fragment_id) if ids_can_repeat else {}
     seen = set[str]()
     for sample in samples:
-        first = known.get(id_digest(sample.sample_id)) if known else None
+        first = duplicates.get(id_digest(sample.sample_id)) if duplicates else None
         if first is not None:
             sample = sample._replace(image=None, reason=duplicate_reason(first))
         elif ids_can_repeat and sample.sample_id in seen and not sample.reason:
@@ -38,16 +38,19 @@ def reject_duplicates(
 
 
 def duplicate_reason(first: str) -> str:
+    """Return the reason of a reject, given the file with the first occurrence."""
     return f"duplicate id: also in {first}"
 
 
 def id_digest(sample_id: str) -> bytes:
+    """Return the hash that a sample_id is compared by."""
     return hashlib.blake2b(
         sample_id.encode("utf-8", "surrogateescape"), digest_size=16, person=b"raypipe-id"
     ).digest()
 
 
 def read_state(run: Run) -> dict[str, Any]:
+    """Read the state of the last complete search; empty without one."""
     try:
         return storage.read_json(run.path(FOLDER, STATE))
     except FileNotFoundError:
@@ -55,7 +58,7 @@ def read_state(run: Run) -> dict[str, Any]:
 
 
 def _duplicates(run: Run, fragment_id: str) -> dict[bytes, str]:
-    """Hash of the id -> path of the file that has its first occurrence."""
+    """Return the path of the file with the first occurrence, by hash of the id."""
     try:
         table = storage.read_table(run.path(FOUND, f"{fragment_id}.parquet"))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Read embeddings as the extrapolators take them."""
+"""Read embeddings as input of the extrapolators."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +12,19 @@ from raypipe import storage
 from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.runs.run import Run
 
+if TYPE_CHECKING:
+    from raypipe.extrapolators.base import Nodes
+
 SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
-"""Samples that come first in a fragment's file, in this order and each in a row group of their own; where their number stands."""
+"""Sets whose samples come first in a fragment's file, in this order, each set in a row group of its
+own; and the metadata key of their number."""
 
 
 def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None:
-    """The samples of a fragment's embeddings drawn for the `seed` or the `audit` set, without reading the others; None without any."""
+    """Read only the embeddings of a fragment that belong to the "seed" or the "audit" set.
+
+    None if there are none.
+    """
     with storage.open_read(run.embedding_shard(fragment_id)) as file:
         parquet = pq.ParquetFile(file)
         counts = {
@@ -33,12 +40,13 @@ def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None
 COLUMNS = ["sample_id", "label", "embedding", *PROXY_STATISTICS]
 
 
-def nodes_of(table: pa.Table) -> Any:
-    """Samples of a table of embeddings as the extrapolators see them; without a proxy there are no signals."""
+def nodes_of(table: pa.Table) -> Nodes:
+    """Convert a table of embeddings; without a proxy there are no proxy statistics."""
     from raypipe.extrapolators.base import Nodes
 
     column = table["embedding"].combine_chunks()
     embedding = np.asarray(column.flatten(), np.float32).reshape(len(table), -1)
     label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
-    signals = [table[name].to_numpy() for name in PROXY_STATISTICS if name in table.column_names]
-    return Nodes(embedding, label, np.stack(signals, 1) if signals else np.zeros((len(table), 0)))
+    statistics = [table[name].to_numpy() for name in PROXY_STATISTICS if name in table.column_names]
+    stacked = np.stack(statistics, 1) if statistics else np.zeros((len(table), 0))
+    return Nodes(embedding, label, stacked)

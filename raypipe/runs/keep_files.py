@@ -10,23 +10,28 @@ from raypipe import storage
 
 
 def keep_file(fraction: float) -> str:
-    """keep-0.70.parquet; more digits where the fraction has them, as in keep-0.125.parquet."""
+    """Return the file name of a keep-list, such as keep-0.70.parquet or keep-0.125.parquet."""
     exact = Decimal(repr(float(fraction)))
     digits = -int(exact.normalize().as_tuple().exponent)
     return f"keep-{exact:.{max(digits, 2)}f}.parquet"
 
 
 def keep_metadata(uri: str) -> dict[str, str]:
-    """How a keep-list was made: strategy, fraction, count, samples, scores, spearman, spearman_low, forced; options (JSON), if any.
+    """Read how a keep-list was cut.
 
-    Empty for a file without. `forced` is true where the fidelity was too low and `select.force` overrode that. `inject_noise`, where it is
-    there, is the share of the labels that were replaced for a rehearsal.
+    Returns
+    -------
+    dict of str to str
+        `strategy`, `fraction`, `count`, `samples`, `scores`, `spearman`, `spearman_low` and
+        `forced`; `options` (JSON) if there are any. `forced` is true if the fidelity was too low
+        and `select.force` overrode that. `inject_noise`, if present, is the share of labels that
+        were replaced for a rehearsal. Empty for a file without metadata.
     """
     with storage.open_read(uri) as file:
-        found = pq.read_schema(file).metadata or {}
-    start = b"raypipe."
+        metadata = pq.read_schema(file).metadata or {}
+    prefix = b"raypipe."
     return {
-        key.removeprefix(start).decode(): value.decode()
-        for key, value in found.items()
-        if key.startswith(start)
+        key.removeprefix(prefix).decode(): value.decode()
+        for key, value in metadata.items()
+        if key.startswith(prefix)
     }

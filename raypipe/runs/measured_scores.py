@@ -10,11 +10,15 @@ from raypipe.runs.shards import count_rows
 
 MEASURED_FOLDERS = {"seed": "measured", "audit": "measured/audit"}
 GIVEN_SCORES = "scored.parquet"
-"""Under `extrapolator/`: scored samples that were given in tables (`raypipe.tables.stage`), in place of a seed set."""
+"""File in `extrapolator/` of scored samples from tables (`raypipe.tables.stage`), which replace the
+seed set."""
 
 
 def measured_scores(run: Run, score: str, which: str) -> dict[str, float]:
-    """A measured score of every sample of the `seed` or the `audit` set by id; empty where it was not measured there."""
+    """Return the measured scores of the "seed" or the "audit" set by id.
+
+    Empty if the score was not measured there.
+    """
     result: dict[str, float] = {}
     for _, table in storage.iter_tables(run.path(MEASURED_FOLDERS[which])):
         if score in table.column_names:
@@ -25,7 +29,7 @@ def measured_scores(run: Run, score: str, which: str) -> dict[str, float]:
 
 
 def count_measured(run: Run) -> int:
-    """Measured samples of the seed set, or the scored ones of a folder that was made from tables."""
+    """Count the measured samples of the seed set, or the scored samples of tables."""
     if GIVEN_SCORES in storage.names(run.extrapolator_folder):
         with storage.open_read(run.given_scores) as file:
             return pq.ParquetFile(file).metadata.num_rows
@@ -33,5 +37,5 @@ def count_measured(run: Run) -> int:
 
 
 def every_measured_score(run: Run, score: str) -> dict[str, float]:
-    """A measured score by id, of seed set and audit set."""
+    """Return the measured scores of seed set and audit set by id."""
     return measured_scores(run, score, "seed") | measured_scores(run, score, "audit")

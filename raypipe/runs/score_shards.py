@@ -29,15 +29,33 @@ def write_scores(
     half_width: np.ndarray,
     scores: dict[str, float],
 ) -> None:
-    """One score shard; a measured sample, of the seed or the audit set, has its measured score, without an interval around it."""
+    """Write one score shard.
+
+    A measured sample has its measured score and an interval of width 0.
+
+    Parameters
+    ----------
+    fragment : str
+        Name of the fragment.
+    table : pyarrow.Table
+        Columns sample_id and label, n rows.
+    predicted, half_width : numpy.ndarray
+        Predicted scores and half the width of their intervals, float32 [n].
+    scores : dict of str to float
+        Measured scores by id, of seed set and audit set.
+
+    Raises
+    ------
+    StageError
+        If a score is not finite.
+    """
     ids = table["sample_id"].to_pylist()
     measured = np.array([sample_id in scores for sample_id in ids], bool)
-    own = np.array([scores.get(sample_id, 0.0) for sample_id in ids], np.float32)
-    score = np.where(measured, own, predicted).astype(np.float32)
+    measured_score = np.array([scores.get(sample_id, 0.0) for sample_id in ids], np.float32)
+    score = np.where(measured, measured_score, predicted).astype(np.float32)
     if not np.isfinite(score).all():
-        raise StageError(
-            f"{int((~np.isfinite(score)).sum())} predicted scores of fragment {fragment} are not finite"
-        )
+        count = int((~np.isfinite(score)).sum())
+        raise StageError(f"{count} predicted scores of fragment {fragment} are not finite")
     half = np.where(measured, 0, half_width).astype(np.float32)
     columns = [table["sample_id"], table["label"], score, score - half, score + half, measured]
     storage.write_table(run.score_shard(fragment), pa.table(columns, schema=SCORE_SCHEMA))

@@ -9,11 +9,11 @@ from raypipe.runs.run import Run
 from raypipe.sources import Fragment
 
 READERS = 16
-"""Footers read at a time."""
+"""Footers that are read concurrently."""
 
 
 def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) -> None:
-    """Delete outputs of fragments that are no longer in the index: files that changed or went away."""
+    """Delete outputs of fragments that are no longer in the index."""
     current = {fragment.fragment_id for fragment in fragments}
     for folder in folders:
         for stale in run.done(folder) - current:
@@ -21,7 +21,7 @@ def remove_stale(run: Run, fragments: list[Fragment], folders: tuple[str, ...]) 
 
 
 def count_rows(run: Run, folder: str) -> int:
-    """Rows in all Parquet files of a folder, from their footers."""
+    """Count the rows of all Parquet files in a folder, from their footers."""
 
     def rows(stem: str) -> int:
         with storage.open_read(run.path(folder, f"{stem}.parquet")) as file:

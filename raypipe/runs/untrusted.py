@@ -1,8 +1,9 @@
-"""A run folder of unknown origin: what is wrong in it becomes one sentence, and nothing outside of it is written.
+"""Read run folders of unknown origin: report damage in one line, and write nothing outside.
 
-`raypipe status`, `report` and `select` can be pointed at a folder that somebody else made. Its files hold no code, and
-their readers bound what they take (`raypipe.storage.read_whole`, `raypipe.storage.untrusted_parquet`). What remains: figures
-that are missing or have the wrong type, names that lead out of the folder, and text with terminal control codes.
+`raypipe status`, `report` and `select` can be applied to a folder that somebody else wrote. Its
+files hold no code, and the readers limit sizes (`raypipe.storage.read_whole`,
+`raypipe.storage.untrusted_parquet`). This module handles the rest: values that are missing or have
+the wrong type, links that lead out of the folder, and text with terminal control codes.
 """
 
 from __future__ import annotations
@@ -18,32 +19,41 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
 
-OUT_OF_PLACE = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError, pa.ArrowException,
-)  # fmt: skip
-"""What reading files of another form than expected ends in."""
+DAMAGE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    pa.ArrowException,
+)
+"""Exceptions from reading files with unexpected content."""
 
 
 @contextmanager
 def damage_as_error(uri: str) -> Iterator[None]:
-    """What a run holds that cannot be understood is raised as a RunError of one line; errors of ours stay what they are."""
+    """Turn errors from unexpected content into a RunError of one line; keep those of raypipe."""
     try:
         yield
     except FileNotFoundError as error:
         raise RunError(
-            f"{uri}: {error.filename or error} is missing; is the run finished, and all of it here?"
+            f"{uri}: {error.filename or error} is missing; "
+            "check that the run is finished and its folder complete"
         ) from error
-    except OSError as error:  # Arrow raises one for damaged content, too
+    except OSError as error:  # Arrow also raises one for damaged content
         raise RunError(f"{uri}: {' '.join(str(error).split())[:300]}") from error
-    except OUT_OF_PLACE as error:
+    except DAMAGE_ERRORS as error:
         what = " ".join(str(error).split())[:200]
         raise RunError(
-            f"{uri}: a file of this run is not as raypipe writes it ({type(error).__name__}: {what})"
+            f"{uri}: a file of this run has unexpected content ({type(error).__name__}: {what})"
         ) from error
 
 
 def refuse_links_out(run: Run, *folders: str) -> None:
-    """Raises RunError where a folder of a local run that is to be written is a link to somewhere else."""
+    """Raise RunError if an output folder of a local run is a link that leads out of the run."""
     if not storage.is_local(run.uri):
         return
     root = os.path.realpath(storage.filesystem(run.uri)[1])
@@ -51,12 +61,13 @@ def refuse_links_out(run: Run, *folders: str) -> None:
         place = os.path.realpath(os.path.join(root, folder))
         if os.path.commonpath([root, place]) != root:
             raise RunError(
-                f"{run.path(folder)}: leads out of the run, to {place}; nothing is written there. Replace the link by a folder"
+                f"{run.path(folder)}: leads out of the run, to {place}; nothing is written there. "
+                "Replace the link with a folder"
             )
 
 
 def printable(text: str) -> str:
-    """Text without what a terminal would act on."""
+    """Replace characters that a terminal would interpret."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
         "\N{REPLACEMENT CHARACTER}",

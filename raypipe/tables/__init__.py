@@ -1,1 +1,1 @@
-"""Extrapolate scores from tables: embeddings and scores that somebody else computed."""
+"""Extrapolate scores from tables: embeddings and scores that were computed elsewhere."""

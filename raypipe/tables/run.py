@@ -9,21 +9,18 @@ from typing import Any
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
-from raypipe.errors import (
-    ConfigError,
-    RunError,
-)
+from raypipe.errors import ConfigError, RunError
 from raypipe.pipeline import advance, driver_progress, errors_of_storage, log_file
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import extrapolated_tables
 from raypipe.runs.run import Run
 
-MORE_THAN_TABLES = {
+UNSUPPORTED_METHODS = {
     "gnn-published": "the graph of a whole source in memory",
-    "proxy": "what a proxy says of each sample",
+    "proxy": "the proxy's statistics of each sample",
 }
-"""What extrapolators need that `extrapolate` does not have."""
+"""Extrapolators that need more than tables, and what they need."""
 
 
 def extrapolate(
@@ -34,10 +31,33 @@ def extrapolate(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Score the embeddings in tables at `source.uri` from the scores of some of them, in `column` of tables at `scores`.
+    """Score all embeddings in tables, given the scores of some of them.
 
-    Writes into the folder `run`; `raypipe.tables.stage` says what. Returns its `summary.json`. Raises ConfigError for a method that
-    cannot do this, SourceError for tables that cannot be used, RunError where the folder holds something else or is in use.
+    Parameters
+    ----------
+    config : Config
+        `source.uri` holds the embeddings, and `run` is the output folder; its layout is described
+        in `raypipe.tables.stage`.
+    scores, column : str
+        File or folder of the scores, and their column.
+    progress : Progress, optional
+        Where to print.
+    verbose : bool
+        Whether Ray logs to the console.
+
+    Returns
+    -------
+    dict
+        `summary.json` of the output folder.
+
+    Raises
+    ------
+    ConfigError
+        For a method that needs more than tables, or an output folder inside the input.
+    SourceError
+        For tables that cannot be used.
+    RunError
+        If the output folder holds something else, or is in use.
     """
     with errors_of_storage(config.run):
         return _extrapolate(config, scores, column, progress or Progress(verbose=verbose), verbose)
@@ -46,34 +66,44 @@ def extrapolate(
 def _extrapolate(
     config: Config, scores: str, column: str, progress: Progress, verbose: bool
 ) -> dict[str, Any]:
-    run, uri = Run(config.run), config.source.uri
+    run, embeddings = Run(config.run), config.source.uri
     method = config.extrapolate.method
-    if method in MORE_THAN_TABLES:
+    if method in UNSUPPORTED_METHODS:
         raise ConfigError(
-            f"method {method} needs {MORE_THAN_TABLES[method]}; use another, such as gnn or knn-published"
+            f"method {method} needs {UNSUPPORTED_METHODS[method]}; "
+            "use another method, such as gnn or knn-published"
         )
-    for given in (uri, scores):
-        if (storage.filesystem(run.uri)[1] + "/").startswith(
-            storage.filesystem(given)[1].rstrip("/") + "/"
-        ):
-            raise ConfigError(
-                f"{run.uri}: the output cannot be within {given}; give a folder elsewhere"
-            )
-    there = storage.names(run.uri)
-    ours = (
-        extrapolated_tables(run.ledger())
-        if "run.json" in there
-        else there <= {"driver.json", "logs"}
-    )
-    if not ours:
-        raise RunError(
-            f"{run.uri}: there is something else here, such as {min(there)}; give a new folder"
-        )
+    for uri in (embeddings, scores):
+        _check_not_inside(run, uri)
+    _check_output_folder(run)
     from raypipe.tables.stage import TableStage
 
-    stage, context = TableStage(uri, scores, column), Context(config, run, progress, verbose)
+    stage = TableStage(embeddings, scores, column)
+    context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
         lease.about = partial(driver_progress, progress, records)
         advance(stage, context, records)
     return storage.read_json(run.table_summary)
+
+
+def _check_not_inside(run: Run, uri: str) -> None:
+    """Raise ConfigError if the output folder is inside an input."""
+    output = storage.filesystem(run.uri)[1] + "/"
+    if output.startswith(storage.filesystem(uri)[1].rstrip("/") + "/"):
+        raise ConfigError(
+            f"{run.uri}: the output folder cannot be inside {uri}; choose a folder elsewhere"
+        )
+
+
+def _check_output_folder(run: Run) -> None:
+    """Raise RunError unless the folder is new, or was written by the same command."""
+    files = storage.names(run.uri)
+    if "run.json" in files:
+        reusable = bool(extrapolated_tables(run.ledger()))
+    else:
+        reusable = files <= {"driver.json", "logs"}
+    if not reusable:
+        raise RunError(
+            f"{run.uri}: the folder holds something else, such as {min(files)}; choose a new folder"
+        )

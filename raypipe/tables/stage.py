@@ -1,25 +1,28 @@
-"""Extrapolates a score that somebody measured over embeddings that somebody made: no images, no proxy, no training of one.
+"""Extrapolate measured scores to tables of embeddings: no images, and no training of a proxy.
 
-The folder is laid out as a run without the stages before, so that keep-lists are cut from it as from any run:
+The folder has the layout of a run without the earlier stages, so that keep-lists are cut from it as
+from any run::
 
-    OUT/run.json        the ledger: one stage, with what it was made from
+    OUT/run.json        the ledger: one stage, with the tables it read
     OUT/config.yaml     settings of the extrapolation and of keep-lists
     OUT/index/          classes.json
-    OUT/extrapolator/   checked.json, what was found in the tables; scored.parquet, the scored samples; the rest as in a run
-    OUT/scores/         one file per piece of the embeddings, as in a run
+    OUT/extrapolator/   checked.json, the result of the check of the tables; scored.parquet, the
+                        scored samples; the rest as in a run
+    OUT/scores/         one file per fragment of the embeddings, as in a run
     OUT/rejects/        every embedding that was left out, and why
     OUT/summary.json    counts, problems, fidelity
 
-The tables are looked through first (`own_check`), then the extrapolator is fitted and judged as that of a run without an audit set
-is (`fitting`), then every piece of the embeddings is read, scored and written on its own, in a Ray task, under a name made from the
-piece: what is there is not done again.
+The tables are checked first (`validate`). Then the extrapolator is fitted and assessed, as in a run
+without an audit set (`raypipe.stages.extrapolate.fit`). Finally every fragment of the embeddings is
+read, scored and written in a Ray task. The file name derives from the fragment, so that an existing
+file is not computed again.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,49 +46,118 @@ from raypipe.stages.extrapolate.stage import search_notes
 from raypipe.tables.reader import (
     ID,
     LABEL,
-    Piece,
-    ProblemTally,
+    ProblemCounts,
+    TableFragment,
     plan_embeddings,
     read_batches,
     read_scores,
     stored_files,
     usable,
 )
-from raypipe.tables.validate import check, class_index
+from raypipe.tables.validate import check_tables, class_index
+
+if TYPE_CHECKING:
+    from raypipe.assessment.conformal import Conformal
 
 CHECKED = "checked.json"
 SECTIONS = {"run": True, "source": {"uri"}, "extrapolate": True, "trust": True, "select": True}
-"""Settings that mean something here."""
+"""Settings that have a meaning for tables."""
+IRRELEVANT = {"max_actors", "use_gpu", "score", "judge_published", "rehearsal"}
+"""Settings of `extrapolate` that scores from tables do not depend on."""
+
+
+@dataclass(frozen=True)
+class InputTables:
+    """Where the tables are, as the ledger records it.
+
+    Attributes
+    ----------
+    embeddings, scores : str
+        File or folder.
+    score_column : str
+        Column of the scores.
+    """
+
+    embeddings: str
+    scores: str
+    score_column: str
+
+    def as_json(self) -> dict[str, str]:
+        """Return what the ledger records."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class CheckedTables:
+    """Result of the check of the tables, `extrapolator/checked.json`.
+
+    Attributes
+    ----------
+    scored : int
+        Samples with a score.
+    measured : int
+        Those of them with a usable embedding.
+    width : int
+        Width of a usable embedding.
+    problems : dict
+        See `ProblemCounts.as_dict`.
+    """
+
+    scored: int
+    measured: int
+    width: int
+    problems: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, run: Run) -> CheckedTables:
+        """Read the result of an earlier check."""
+        return cls(**storage.read_json(run.checked_tables))
+
+    def write(self, run: Run) -> None:
+        """Write the result."""
+        storage.write_json(run.checked_tables, vars(self))
 
 
 class TableStage(Stage):
-    """The only stage of such a folder."""
+    """The only stage of a folder that `raypipe extrapolate` writes.
+
+    Creating it reads the footers of all embeddings.
+
+    Parameters
+    ----------
+    embeddings, scores, column : str
+        See `InputTables`.
+
+    Raises
+    ------
+    SourceError
+        For tables that cannot be used.
+    """
 
     name = "extrapolate"
     changed = "settings, scores or embeddings changed"
 
     def __init__(self, embeddings: str, scores: str, column: str) -> None:
-        """Reads the footers of all embeddings. Raises SourceError for tables that cannot be used."""
-        self.tables = {"embeddings": embeddings, "scores": scores, "score_column": column}
-        self.detail = {"tables": self.tables}
-        self._pieces = plan_embeddings(embeddings)
+        self._tables = InputTables(embeddings, scores, column)
+        self.detail = {"tables": self._tables.as_json()}
+        self._fragments = plan_embeddings(embeddings)
         self._stamps = [f"{file.path} {file.size} {file.stamp}" for _, file in stored_files(scores)]
-        self._rows = sum(piece.rows for piece in self._pieces)
+        self._rows = sum(fragment.rows for fragment in self._fragments)
 
     def settings(self, config: Config) -> dict[str, Any]:
         content = {
-            "pieces": content_hash(piece.name for piece in self._pieces),
+            "pieces": content_hash(fragment.name for fragment in self._fragments),
             "stamps": content_hash(self._stamps),
         }
-        return {**self.tables, **content, **_chosen(config.extrapolate)}
+        return {**self._tables.as_json(), **content, **_relevant(config.extrapolate)}
 
     def clear(self, context: Context) -> None:
-        for what in ("extrapolator", "scores", "rejects", "keep", "index", "summary.json"):
-            storage.delete(context.run.path(what))
+        for output in ("extrapolator", "scores", "rejects", "keep", "index", "summary.json"):
+            storage.delete(context.run.path(output))
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         return (
-            self._learned(context)
+            self._is_fitted(context)
             and not self._missing(context.run)
             and "summary.json" in storage.names(context.run.uri)
         )
@@ -95,132 +167,134 @@ class TableStage(Stage):
         run.write_config(context.config, SECTIONS)
         if CHECKED not in storage.names(run.extrapolator_folder):
             self._check(context)
-        checked = storage.read_json(run.checked_tables)
-        for line in ProblemTally(checked["problems"]).lines():
+        checked = CheckedTables.read(run)
+        for line in ProblemCounts(checked.problems).lines():
             progress.say(f"problem     {line}")
-        if not self._learned(context):
+        if not self._is_fitted(context):
             record.cpu_seconds += fit_extrapolator(context, [], self._rows)
         search = storage.read_json(run.fidelity_file)["search"]
         for note in search_notes(search, run.classes().names):
             progress.say(f"note: {note}")
-        missing = self._missing(run)
-        with progress.meter("extrapolate", self._rows) as meter:
-            meter.already(self._rows - sum(piece.rows for piece in missing))
-
-            def collect(result: dict[str, Any]) -> None:
-                meter.add(result["rows"])
-                record.cpu_seconds += result["cpu_seconds"]
-
-            if missing:
-                context.run_tasks(
-                    missing,
-                    functools.partial(
-                        score_piece, PieceJob(run.uri, record.fingerprint, checked["width"])
-                    ),
-                    collect,
-                )
+        self._score(context, record, checked.width)
         self._finish(context, record, checked)
 
-    def _learned(self, context: Context) -> bool:
-        there = storage.names(context.run.extrapolator_folder)
+    def _is_fitted(self, context: Context) -> bool:
+        existing = storage.names(context.run.extrapolator_folder)
         files = {CHECKED, GIVEN_SCORES, "model.json", "model.safetensors", "curve.json"}
-        return files <= there and is_assessed(context.config, context.run)
+        return files <= existing and is_assessed(context.config, context.run)
 
-    def _missing(self, run: Run) -> list[Piece]:
+    def _missing(self, run: Run) -> list[TableFragment]:
         done = run.done("scores")
-        return [piece for piece in self._pieces if piece.name not in done]
+        return [fragment for fragment in self._fragments if fragment.name not in done]
 
     def _check(self, context: Context) -> None:
-        """Look through the tables, and write down what the fit needs of them."""
+        """Check the tables, and write what the fit needs of them."""
         from raypipe.extrapolators import make
 
-        run, settings, tally = context.run, context.config.extrapolate, ProblemTally()
-        scores = read_scores(self.tables["scores"], self.tables["score_column"], tally)
-        scored, classes = check(self._pieces, scores, tally, context.progress, context.run_tasks)
-        fewest = max(2, make(settings, len(classes.names)).min_samples)
-        if len(scored) < fewest:
+        run, settings, problems = context.run, context.config.extrapolate, ProblemCounts()
+        scores = read_scores(self._tables.scores, self._tables.score_column, problems)
+        scored, classes = check_tables(
+            self._fragments, scores, problems, context.progress, context.run_tasks
+        )
+        required = max(2, make(settings, len(classes.names)).min_samples)
+        if len(scored) < required:
             raise SourceError(
-                f"{len(scored)} scored samples have a usable embedding, but method {settings.method} needs {fewest}; score more "
-                "samples, or use method knn-published"
+                f"{len(scored)} scored samples have a usable embedding, but method "
+                f"{settings.method} needs {required}; score more samples, "
+                "or use method knn-published"
             )
         storage.write_json(run.classes_file, {"names": classes.names, "numeric": classes.numeric})
         storage.write_table(run.given_scores, scored, dictionary=False)
-        found = {
-            "scored": len(scores),
-            "measured": len(scored),
-            "width": scored.schema.field("embedding").type.list_size,
-        }
-        storage.write_json(run.checked_tables, {**found, "problems": tally.as_dict()})
+        CheckedTables(
+            scored=len(scores),
+            measured=len(scored),
+            width=scored.schema.field("embedding").type.list_size,
+            problems=problems.as_dict(),
+        ).write(run)
 
-    def _finish(self, context: Context, record: StageRecord, checked: dict[str, Any]) -> None:
-        """Check the sums, and write the summary."""
+    def _score(self, context: Context, record: StageRecord, width: int) -> None:
+        """Score the fragments that have no score shard yet."""
+        missing = self._missing(context.run)
+        with context.progress.meter("extrapolate", self._rows) as meter:
+            meter.already(self._rows - sum(fragment.rows for fragment in missing))
+
+            def collect(result: ScoredFragment) -> None:
+                meter.add(result.rows)
+                record.cpu_seconds += result.cpu_seconds
+
+            if missing:
+                task = ScoringTask(context.run.uri, record.fingerprint, width)
+                context.run_tasks(missing, functools.partial(score_fragment, task), collect)
+
+    def _finish(self, context: Context, record: StageRecord, checked: CheckedTables) -> None:
+        """Check that every embedding has a score or a reject, and write the summary."""
         run, settings = context.run, context.config.extrapolate
-        left_out = ProblemTally()
-        for _, table in storage.iter_tables(run.rejects_folder, threads=storage.READERS):
-            for sample_id, reason in zip(
-                table[ID].to_pylist(), table["reason"].to_pylist(), strict=True
-            ):
-                left_out.add(reason.partition(":")[0], [sample_id])
+        left_out = _rejected(run)
         for line in left_out.lines():
             context.progress.say(f"problem     {line}")
         samples, rejects = count_rows(run, "scores"), count_rows(run, "rejects")
         if samples + rejects != self._rows:
             raise StageError(
-                f"{self._rows} embeddings, but {samples} scores and {rejects} left out; a file changed while it was read. Run again"
+                f"{self._rows} embeddings, but {samples} scores and {rejects} left out; "
+                "a file changed while it was read. Rerun the command"
             )
-        judged, classes = (
-            storage.read_json(run.fidelity_file),
-            run.classes(),
-        )
+        assessment, classes = storage.read_json(run.fidelity_file), run.classes()
         curve = storage.read_json(run.learning_curve_file)
-        fidelity = _in_words_of_tables(judged["fidelity"])
+        fidelity = _in_terms_of_tables(assessment["fidelity"])
         if not classes.names:
-            fidelity["baselines"].pop(
-                "class_mean", None
-            )  # without classes it is one number for all
+            # without classes, the mean of a class is the same number for all samples
+            fidelity["baselines"].pop("class_mean", None)
         record.samples = samples
         record.detail = {
             **self.detail,
             "method": settings.method,
-            "score": self.tables["score_column"],
-            "measured": checked["measured"],
+            "score": self._tables.score_column,
+            "measured": checked.measured,
             "fidelity": fidelity,
-            "learning_curve": _in_words_of_tables(curve),
-        }
-        counts = {
-            "embeddings": self._rows,
-            "samples": samples,
-            "left_out": rejects,
-            "scored": checked["scored"],
+            "learning_curve": _in_terms_of_tables(curve),
         }
         summary = {
             "raypipe": __version__,
             "finished": now(),
             **record.detail,
             "counts": {
-                **counts,
-                "measured": checked["measured"],
-                "extrapolated": samples - checked["measured"],
+                "embeddings": self._rows,
+                "samples": samples,
+                "left_out": rejects,
+                "scored": checked.scored,
+                "measured": checked.measured,
+                "extrapolated": samples - checked.measured,
             },
-            "width": checked["width"],
+            "width": checked.width,
             "classes": len(classes.names),
-            "intervals": judged["intervals"],
-            "neighbour_search": judged["search"],
-            "problems": {**checked["problems"], **left_out.as_dict()},
-            "settings": _chosen(settings),
+            "intervals": assessment["intervals"],
+            "neighbour_search": assessment["search"],
+            "problems": {**checked.problems, **left_out.as_dict()},
+            "settings": _relevant(settings),
             "cpu_seconds": record.cpu_seconds,
         }
         storage.write_json(run.table_summary, summary)
 
 
-def _chosen(settings: ExtrapolateSettings) -> dict[str, Any]:
-    return settings.model_dump(
-        mode="json", exclude={"max_actors", "use_gpu", "score", "judge_published", "rehearsal"}
-    )
+def _rejected(run: Run) -> ProblemCounts:
+    """Count the rejects by kind of problem."""
+    problems = ProblemCounts()
+    for _, table in storage.iter_tables(run.rejects_folder, threads=storage.READERS):
+        ids, reasons = table[ID].to_pylist(), table["reason"].to_pylist()
+        for sample_id, reason in zip(ids, reasons, strict=True):
+            problems.add(reason.partition(":")[0], [sample_id])
+    return problems
 
 
-def _in_words_of_tables(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures as a run has them; but here the samples that were held out are no seed set, and what its notes advise has other names."""
+def _relevant(settings: ExtrapolateSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude=IRRELEVANT)
+
+
+def _in_terms_of_tables(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures of a run in the terms of tables.
+
+    The held-out samples are not a seed set, and what the notes recommend has other names.
+    """
     note = (
         figures["note"]
         .replace("seed.fraction", "the number of scored samples")
@@ -229,64 +303,76 @@ def _in_words_of_tables(figures: dict[str, Any]) -> dict[str, Any]:
     return {**figures, "judged_on": "scored", "note": note}
 
 
+# -- tasks ------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class PieceJob:
-    """What a task needs beside its piece. width: that of a usable embedding."""
+class ScoringTask:
+    """What a task needs in addition to its fragment.
+
+    Attributes
+    ----------
+    run_uri, fingerprint : str
+        The output folder, and the fingerprint of the fitted extrapolator in it.
+    width : int
+        Width of a usable embedding.
+    """
 
     run_uri: str
     fingerprint: str
     width: int
 
 
+@dataclass(frozen=True)
+class ScoredFragment:
+    """Size and cost of a scored fragment."""
+
+    rows: int
+    cpu_seconds: float
+
+
 @functools.lru_cache(maxsize=1)
-def _loaded(run_uri: str, _fingerprint: str) -> tuple[Any, Any, dict[str, float]]:
-    """The fitted extrapolator, its intervals, and the scores by id, once a process."""
+def _loaded(run_uri: str, _fingerprint: str) -> tuple[Any, Conformal, dict[str, float]]:
+    """Load extrapolator, intervals and the given scores by id, once per process."""
     run = Run(run_uri)
     table = storage.read_table(run.given_scores, [ID, "score"])
     scores = dict(zip(table[ID].to_pylist(), table["score"].to_pylist(), strict=True))
     return load_extrapolator(run.config(), run), load_intervals(run), scores
 
 
-def score_piece(job: PieceJob, piece: Piece) -> dict[str, Any]:
-    """Write the scores of one piece, and what was left out of it. Runs in a task."""
+def score_fragment(task: ScoringTask, fragment: TableFragment) -> ScoredFragment:
+    """Write scores and rejects of one fragment. Runs in a task."""
     from raypipe.extrapolators.base import Nodes
     from raypipe.vision.devices import set_threads
 
-    watch, run = Stopwatch(), Run(job.run_uri)
+    watch, run = Stopwatch(), Run(task.run_uri)
     set_threads(1)
-    extrapolator, intervals, scores = _loaded(job.run_uri, job.fingerprint)
+    extrapolator, intervals, scores = _loaded(task.run_uri, task.fingerprint)
     classes = run.classes()
     rejects: list[tuple[str, str]] = []
-    tables, predicted, half_width = (
-        list[pa.Table](),
-        [np.zeros(0, np.float32)],
-        [np.zeros(0, np.float32)],
-    )
-    for batch in read_batches(piece):
-        reason, embedding = usable(batch, job.width)
-        good = pa.array([not text for text in reason])
-        rejects += [
-            (name, text) for name, text in zip(batch.names(piece.path), reason, strict=True) if text
-        ]
-        label = class_index(batch.label.filter(good), classes)
+    tables: list[pa.Table] = []
+    predicted, half_width = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    for batch in read_batches(fragment):
+        reasons, embedding = usable(batch, task.width)
+        names = batch.names(fragment.path)
+        rejects += [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
+        is_usable = pa.array([not reason for reason in reasons])
+        label = class_index(batch.label.filter(is_usable), classes)
         nodes = Nodes(embedding, label, np.zeros((len(label), 0), np.float32))
         if len(nodes):
-            scored, difficulty = extrapolator.predict_with_difficulty(nodes)
-            predicted.append(scored)
+            values, difficulty = extrapolator.predict_with_difficulty(nodes)
+            predicted.append(values)
             half_width.append(intervals.half_width(difficulty, label))
-        tables.append(
-            pa.table(
-                {ID: batch.ids.filter(good), LABEL: pa.array(label, pa.int32(), mask=label < 0)}
-            )
-        )
+        labels = pa.array(label, pa.int32(), mask=label < 0)
+        tables.append(pa.table({ID: batch.ids.filter(is_usable), LABEL: labels}))
     if rejects:
-        write_rejects(run, piece.name, rejects)
+        write_rejects(run, fragment.name, rejects)
     write_scores(
         run,
-        piece.name,
+        fragment.name,
         pa.concat_tables(tables),
         np.concatenate(predicted),
         np.concatenate(half_width),
         scores,
     )
-    return {"unit": piece.name, "rows": piece.rows, "cpu_seconds": watch.lap()}
+    return ScoredFragment(fragment.rows, watch.lap())

@@ -1,15 +1,19 @@
-"""What is in tables of embeddings and scores: the scored samples, the classes, and ids that are there twice.
+"""Check tables of embeddings against tables of scores: scored samples, classes, repeated ids.
 
-Every piece is read in a Ray task: ids and labels, and embeddings only of row groups with a scored sample. The driver holds the scored
-samples and no others. Ids that are there twice are found by their 64-bit hashes, of `HASHED_ROWS` rows at a time: of larger tables
-the ids are read again for each further share of the hashes. Equal hashes are confirmed by the ids themselves.
+Every fragment is read in a Ray task: all ids and labels, and embeddings only of row groups with a
+scored sample. The driver holds the scored samples and no others.
+
+Repeated ids show as repeated 64-bit hashes, which are held `HASHED_ROWS` at a time: for larger
+tables, the ids are read once more for every further share of the hashes. The ids behind equal
+hashes are then compared.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -17,184 +21,280 @@ import pyarrow.compute as pc
 
 from raypipe.distributed.context import RunTasks
 from raypipe.errors import SourceError
-from raypipe.progress import Progress
+from raypipe.progress import Meter, Progress
 from raypipe.selection.hashing import hash_ids
 from raypipe.sources.classes import MAX_CLASSES, ClassMap, class_map
 from raypipe.tables.reader import (
     EMBEDDING,
     ID,
     LABEL,
-    Piece,
-    ProblemTally,
+    EmbeddingBatch,
+    ProblemCounts,
+    TableFragment,
     matrix,
-    name_some,
     read_batches,
     read_ids,
+    shortened,
     widths,
 )
 
 HASHED_ROWS = 1 << 25
-"""Hashes held at once, 256 MiB, while ids that are there twice are looked for."""
-CONFIRMED = 100
-"""Equal hashes whose ids are compared; of more, chance is no explanation."""
+"""Hashes held at once in search of repeated ids: 256 MiB."""
+MAX_CONFIRMED = 100
+"""Equal hashes per round whose ids are compared. More cannot be a coincidence."""
 
 
-def check(
-    pieces: list[Piece],
+@dataclass(frozen=True)
+class ScoredRows:
+    """Scored samples of one fragment whose embeddings have the same width d.
+
+    Attributes
+    ----------
+    ids : pyarrow.Array
+        Text [n].
+    label : pyarrow.Array
+        As in `EmbeddingBatch` [n].
+    embedding : numpy.ndarray
+        float32 [n, d], finite.
+    """
+
+    ids: pa.Array
+    label: pa.Array
+    embedding: np.ndarray
+
+    @classmethod
+    def concat(cls, parts: Sequence[ScoredRows]) -> ScoredRows:
+        """Join rows of the same width."""
+        return cls(
+            pa.concat_arrays([part.ids for part in parts]),
+            pa.concat_arrays([part.label for part in parts]),
+            np.concatenate([part.embedding for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class FragmentScan:
+    """Result of the scan of one fragment.
+
+    Attributes
+    ----------
+    name, rows : str, int
+        Name and rows of the fragment.
+    hashes : numpy.ndarray
+        Hashes of all ids that belong to round 0, uint64.
+    labels : set of int or str
+        Labels that occur.
+    scored_ids : pyarrow.Array
+        Ids in the fragment that have a score.
+    scored : dict of int to ScoredRows
+        The scored samples with a usable embedding, by its width.
+    """
+
+    name: str
+    rows: int
+    hashes: np.ndarray
+    labels: set[int | str]
+    scored_ids: pa.Array
+    scored: dict[int, ScoredRows]
+
+
+@dataclass
+class _Scans:
+    """Collects the scans of all fragments."""
+
+    meter: Meter
+    hashes: list[np.ndarray] = field(default_factory=list)
+    labels: set[int | str] = field(default_factory=set)
+    scored_ids: dict[str, pa.Array] = field(default_factory=dict)
+    scored: dict[str, dict[int, ScoredRows]] = field(default_factory=dict)
+
+    def add(self, scan: FragmentScan) -> None:
+        """Add one scan. Raises SourceError if the labels cannot be classes."""
+        self.meter.add(scan.rows)
+        self.hashes.append(scan.hashes)
+        self.labels |= scan.labels
+        largest = max((label for label in scan.labels if isinstance(label, int)), default=0)
+        if len(self.labels) > MAX_CLASSES or largest >= MAX_CLASSES:
+            raise SourceError(
+                f"column {LABEL!r} has numbers that are too large, or too many values, for a "
+                f"class: classes are numbered from 0, fewer than {MAX_CLASSES:,}; "
+                "leave the column out if it holds no classes"
+            )
+        self.scored_ids[scan.name] = scan.scored_ids
+        self.scored[scan.name] = scan.scored
+
+
+def check_tables(
+    fragments: Sequence[TableFragment],
     scores: pa.Table,
-    tally: ProblemTally,
+    problems: ProblemCounts,
     progress: Progress,
     run_tasks: RunTasks,
 ) -> tuple[pa.Table, ClassMap]:
-    """The scored samples with a usable embedding, in the order of the pieces, and the classes.
+    """Return the scored samples with a usable embedding, and the classes.
 
-    scores   sample_id, score of every scored sample (`tables.read_scores`)
-    Returns sample_id string, label int32 (class index, or null), embedding float32 [d], score float32. Where widths differ, d is
-    the one that most of these samples have. Scored samples without an embedding go into the tally. Raises SourceError for ids
-    that are there twice, labels that cannot be classes, and where nothing is left to fit on.
+    Parameters
+    ----------
+    fragments : sequence of TableFragment
+        All embeddings.
+    scores : pyarrow.Table
+        sample_id and score of every scored sample, from `read_scores`.
+    problems : ProblemCounts
+        Receives the scored samples without an embedding.
+    progress : Progress
+        Where to show progress.
+    run_tasks : callable
+        `Context.run_tasks`.
+
+    Returns
+    -------
+    pyarrow.Table
+        In the order of the fragments: sample_id string, label int32 (class index, or null),
+        embedding float32 [d], score float32. Embeddings have the width d that most scored samples
+        have.
+    ClassMap
+        The classes.
+
+    Raises
+    ------
+    SourceError
+        For repeated ids, labels that cannot be classes, or if no sample is left to fit on.
     """
-    rows = sum(piece.rows for piece in pieces)
+    rows = sum(fragment.rows for fragment in fragments)
     rounds = -(-rows // HASHED_ROWS)
-    found: dict[str, dict[str, Any]] = {}
-    hashes: list[np.ndarray] = []
-    labels: set[int | str] = set()
     with progress.meter("check", rows) as meter:
-
-        def collect(result: dict[str, Any]) -> None:
-            meter.add(result["rows"])
-            hashes.append(result.pop("hashes"))
-            new: set[int | str] = result.pop("labels")
-            labels.update(new)
-            if (
-                len(labels) > MAX_CLASSES
-                or max((label for label in new if isinstance(label, int)), default=0) >= MAX_CLASSES
-            ):
-                raise SourceError(
-                    f"column {LABEL!r} has numbers that are too large, or too many values, for a class: classes are numbered from 0, "
-                    f"fewer than {MAX_CLASSES:,}; leave the column out if it is no class"
-                )
-            found[result["unit"]] = result
-
-        run_tasks(pieces, functools.partial(scan_piece, scores[ID], rounds), collect)
-    _refuse_repeated(pieces, rounds, hashes, run_tasks)
-    results = [found[piece.name] for piece in pieces]
-    seen = pa.chunked_array([result["seen"] for result in results], pa.string())
-    alone = scores[ID].filter(pc.invert(pc.is_in(scores[ID], value_set=seen)))
-    if len(alone) == len(scores):
+        scans = _Scans(meter)
+        run_tasks(fragments, functools.partial(scan_fragment, scores[ID], rounds), scans.add)
+    _check_unique(fragments, rounds, scans.hashes, run_tasks)
+    scored_ids = pa.chunked_array(
+        [scans.scored_ids[fragment.name] for fragment in fragments], pa.string()
+    )
+    without_embedding = scores[ID].filter(pc.invert(pc.is_in(scores[ID], value_set=scored_ids)))
+    if len(without_embedding) == len(scores):
         raise SourceError(
-            f"none of the {len(scores):,} scored samples has an embedding: their ids are such as {scores[ID][0].as_py()!r}. "
-            "sample_id must be the same in both tables"
+            f"none of the {len(scores):,} scored samples has an embedding; the first scored "
+            f"sample is {scores[ID][0].as_py()!r}. sample_id must be the same in both tables"
         )
-    tally.add("score_without_embedding", alone.to_pylist())
-    sizes: Counter[int] = Counter()
-    for result in results:
-        sizes.update({width: len(part[ID]) for width, part in result["scored"].items()})
-    if not sizes:
+    problems.add("score_without_embedding", without_embedding.to_pylist())
+    classes = class_map(None, frozenset(scans.labels), None)
+    scored = _of_most_frequent_width([scans.scored[fragment.name] for fragment in fragments])
+    return _scored_table(scored, scores, classes), classes
+
+
+def _of_most_frequent_width(scored: Sequence[dict[int, ScoredRows]]) -> ScoredRows:
+    """Join the scored samples of the most frequent width; the smaller one of two."""
+    counts: Counter[int] = Counter()
+    for by_width in scored:
+        counts.update({width: len(rows.ids) for width, rows in by_width.items()})
+    if not counts:
         raise SourceError(
             "no scored sample has a usable embedding: each is missing, empty or not finite"
         )
-    width = min(sizes, key=lambda size: (-sizes[size], size))
-    parts = [result["scored"][width] for result in results if width in result["scored"]]
-    ids, classes = (
-        pa.concat_arrays([part[ID] for part in parts]),
-        class_map(None, frozenset(labels), None),
-    )
-    label = class_index(pa.concat_arrays([part[LABEL] for part in parts]), classes)
-    values = np.concatenate([part[EMBEDDING] for part in parts])
-    scored = {
-        ID: ids,
+    width = min(counts, key=lambda size: (-counts[size], size))
+    return ScoredRows.concat([by_width[width] for by_width in scored if width in by_width])
+
+
+def _scored_table(scored: ScoredRows, scores: pa.Table, classes: ClassMap) -> pa.Table:
+    label, width = class_index(scored.label, classes), scored.embedding.shape[1]
+    columns = {
+        ID: scored.ids,
         LABEL: pa.array(label, pa.int32(), mask=label < 0),
-        EMBEDDING: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width),
-        "score": scores["score"].take(pc.index_in(ids, value_set=scores[ID])),
+        EMBEDDING: pa.FixedSizeListArray.from_arrays(pa.array(scored.embedding.reshape(-1)), width),
+        "score": scores["score"].take(pc.index_in(scored.ids, value_set=scores[ID])),
     }
-    return pa.table(scored), classes
+    return pa.table(columns)
 
 
-def scan_piece(scored: pa.ChunkedArray, rounds: int, piece: Piece) -> dict[str, Any]:
-    """Ids, labels and the scored samples of one piece. Runs in a task.
+def scan_fragment(scored: pa.ChunkedArray, rounds: int, fragment: TableFragment) -> FragmentScan:
+    """Read ids and labels of a fragment, and the embeddings of scored samples. Runs in a task.
 
-    hashes of all ids (those of the first round); labels that occur; seen: scored ids that are here; scored: by width of the
-    embedding, those of them whose embedding is finite.
+    Parameters
+    ----------
+    scored : pyarrow.ChunkedArray
+        Ids of all scored samples.
+    rounds : int
+        Rounds of the search for repeated ids.
+    fragment : TableFragment
+        What to read.
     """
     groups, hashes, labels = [], [], set()
-    for group, ids, label in read_ids(piece):
+    for group, ids, label in read_ids(fragment):
         hashes.append(_of_round(hash_ids(ids), rounds, 0))
         labels.update(label.unique().drop_null().to_pylist())
         if pc.any(pc.is_in(ids, value_set=scored)).as_py():
             groups.append(group)
-    seen = [pa.array([], pa.string())]
-    parts: dict[int, list[dict[str, Any]]] = {}
-    for batch in read_batches(piece, groups) if groups else ():
-        mine = pc.is_in(batch.ids, value_set=scored).to_numpy(zero_copy_only=False)
-        seen.append(batch.ids.filter(pa.array(mine)))
-        width = widths(batch.embedding)
-        for size in np.unique(width[mine & (width > 0)]).tolist():
-            rows = mine & (width == size)
-            embedding = matrix(batch.embedding, rows)
-            good = np.isfinite(embedding).all(1)
-            rows[rows] = good
-            if good.any():
-                keep = pa.array(rows)
-                part = {
-                    ID: batch.ids.filter(keep),
-                    LABEL: batch.label.filter(keep),
-                    EMBEDDING: embedding[good],
-                }
-                parts.setdefault(size, []).append(part)
-    joined = {
-        size: {
-            ID: pa.concat_arrays([part[ID] for part in same]),
-            LABEL: pa.concat_arrays([part[LABEL] for part in same]),
-            EMBEDDING: np.concatenate([part[EMBEDDING] for part in same]),
-        }
-        for size, same in parts.items()
-    }
-    return {
-        "unit": piece.name,
-        "rows": piece.rows,
-        "hashes": np.concatenate(hashes),
-        "labels": labels,
-        "seen": pa.concat_arrays(seen),
-        "scored": joined,
-    }
+    scored_ids = [pa.array([], pa.string())]
+    parts: dict[int, list[ScoredRows]] = {}
+    for batch in read_batches(fragment, groups) if groups else ():
+        is_scored = pc.is_in(batch.ids, value_set=scored).to_numpy(zero_copy_only=False)
+        scored_ids.append(batch.ids.filter(pa.array(is_scored)))
+        for width, rows in _scored_rows(batch, is_scored).items():
+            parts.setdefault(width, []).append(rows)
+    return FragmentScan(
+        name=fragment.name,
+        rows=fragment.rows,
+        hashes=np.concatenate(hashes),
+        labels=labels,
+        scored_ids=pa.concat_arrays(scored_ids),
+        scored={width: ScoredRows.concat(rows) for width, rows in parts.items()},
+    )
+
+
+def _scored_rows(batch: EmbeddingBatch, is_scored: np.ndarray) -> dict[int, ScoredRows]:
+    """Return the scored rows of a batch with finite embeddings, by the width of the embedding."""
+    result, sizes = {}, widths(batch.embedding)
+    for width in np.unique(sizes[is_scored & (sizes > 0)]).tolist():
+        rows = is_scored & (sizes == width)
+        embedding = matrix(batch.embedding, rows)
+        finite = np.isfinite(embedding).all(1)
+        rows[rows] = finite
+        if finite.any():
+            mask = pa.array(rows)
+            result[width] = ScoredRows(
+                batch.ids.filter(mask), batch.label.filter(mask), embedding[finite]
+            )
+    return result
 
 
 def class_index(label: pa.Array, classes: ClassMap) -> np.ndarray:
-    """Class indices, int64 [n], of labels as `tables` reads them; -1 where there is none."""
+    """Return the class indices, int64 [n], of labels in tables; -1 for a missing label."""
     if classes.numeric:  # a number is its own index; without any label all are null
         return pc.fill_null(pc.cast(label, pa.int64()), -1).to_numpy(zero_copy_only=False)
     index = pc.index_in(label, value_set=pa.array(classes.names, pa.string()))
     return pc.fill_null(pc.cast(index, pa.int64()), -1).to_numpy(zero_copy_only=False)
 
 
-def _refuse_repeated(
-    pieces: list[Piece], rounds: int, first: list[np.ndarray], run_tasks: RunTasks
+# -- repeated ids -----------------------------------------------------------------------
+
+
+def _check_unique(
+    fragments: Sequence[TableFragment], rounds: int, hashes: list[np.ndarray], run_tasks: RunTasks
 ) -> None:
-    """Raises SourceError when an id is there twice. `first`: hashes of round 0; emptied."""
-    count, some = 0, list[np.ndarray]()
+    """Raise SourceError if an id occurs twice.
+
+    `hashes` holds those of round 0. It is emptied, to free the memory for the next round.
+    """
+    count, candidates = 0, list[np.ndarray]()
     for number in range(rounds):
         if number:
-            run_tasks(
-                pieces,
-                functools.partial(_hashes, rounds, number),
-                lambda result: first.append(result["hashes"]),
-            )
-        values = np.concatenate(first)
-        first.clear()
+            run_tasks(fragments, functools.partial(_hashes, rounds, number), hashes.append)
+        values = np.concatenate(hashes)
+        hashes.clear()
         values.sort()
-        twice = np.unique(values[1:][values[1:] == values[:-1]])
-        count += len(twice)
-        some.append(twice[:CONFIRMED])
+        repeated = np.unique(values[1:][values[1:] == values[:-1]])
+        count += len(repeated)
+        candidates.append(repeated[:MAX_CONFIRMED])
     if not count:
         return
     ids: Counter[str] = Counter()
-    asked = np.concatenate(some)
-    run_tasks(pieces, functools.partial(_ids_with, asked), lambda result: ids.update(result["ids"]))
-    repeated = sorted(sample_id for sample_id, times in ids.items() if times > 1)
-    if repeated:
-        count = len(repeated) if count == len(asked) else count
+    confirmed = np.concatenate(candidates)
+    run_tasks(fragments, functools.partial(_ids_with, confirmed), ids.update)
+    repeated_ids = sorted(sample_id for sample_id, times in ids.items() if times > 1)
+    if repeated_ids:
+        count = len(repeated_ids) if count == len(confirmed) else count
         raise SourceError(
-            f"sample_ids with more than one embedding: {count:,} ({name_some(repeated, count)}); leave one embedding for each"
+            f"sample_ids with more than one embedding: {count:,} "
+            f"({shortened(repeated_ids, count)}); keep one embedding per sample_id"
         )
 
 
@@ -202,18 +302,17 @@ def _of_round(hashes: np.ndarray, rounds: int, number: int) -> np.ndarray:
     return hashes[hashes % np.uint64(rounds) == number] if rounds > 1 else hashes
 
 
-def _hashes(rounds: int, number: int, piece: Piece) -> dict[str, Any]:
-    return {
-        "hashes": np.concatenate(
-            [_of_round(hash_ids(ids), rounds, number) for _, ids, _ in read_ids(piece)]
-        )
-    }
+def _hashes(rounds: int, number: int, fragment: TableFragment) -> np.ndarray:
+    """Return the hashes of a fragment's ids that belong to a round, uint64. Runs in a task."""
+    return np.concatenate(
+        [_of_round(hash_ids(ids), rounds, number) for _, ids, _ in read_ids(fragment)]
+    )
 
 
-def _ids_with(asked: np.ndarray, piece: Piece) -> dict[str, Any]:
-    """Ids of a piece that have one of some hashes."""
+def _ids_with(hashes: np.ndarray, fragment: TableFragment) -> list[str]:
+    """Return the ids of a fragment that have one of some hashes. Runs in a task."""
     result: list[str] = []
-    for _, ids, _ in read_ids(piece):
-        there = ids.drop_null()
-        result += there.filter(pa.array(np.isin(hash_ids(there), asked))).to_pylist()
-    return {"ids": result}
+    for _, ids, _ in read_ids(fragment):
+        present = ids.drop_null()
+        result += present.filter(pa.array(np.isin(hash_ids(present), hashes))).to_pylist()
+    return result

@@ -1,4 +1,4 @@
-"""Scores over tables of embeddings that raypipe did not make: what is wrong with tables, by id and count, and the verb itself."""
+"""`raypipe extrapolate`: problems with tables, by id and count, and the command itself."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.tables import validate
 from raypipe.tables.reader import (
-    KEPT,
-    ProblemTally,
+    MAX_IDS,
+    ProblemCounts,
     plan_embeddings,
     read_batches,
     read_scores,
@@ -46,16 +46,18 @@ def serial(units, function, on_result, **_: Any) -> None:
 
 
 def write(path: Path | str, rows: int = 1 << 20, **columns: Any) -> str:
-    """A Parquet file with row groups of so many rows."""
+    """Write a Parquet file with row groups of `rows` rows; return its path."""
     storage.write_table(str(path), pa.table(columns), row_group_size=rows)
     return str(path)
 
 
 def check(embeddings: str, scores: str) -> tuple[pa.Table, tuple[str, ...], dict[str, Any]]:
-    tally = ProblemTally()
-    table = read_scores(scores, "score", tally)
-    scored, classes = validate.check(plan_embeddings(embeddings), table, tally, QUIET, serial)
-    return scored, classes.names, tally.as_dict()
+    """Scored samples, class names and problems of two tables."""
+    problems = ProblemCounts()
+    table = read_scores(scores, "score", problems)
+    fragments = plan_embeddings(embeddings)
+    scored, classes = validate.check_tables(fragments, table, problems, QUIET, serial)
+    return scored, classes.names, problems.as_dict()
 
 
 VECTORS = [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [2.0, 0.0]]
@@ -79,16 +81,16 @@ def test_what_is_wrong_with_scores_is_told_by_id_and_count(tmp_path) -> None:
         "score_repeated": {"count": 1, "ids": ["a"]},
         "score_without_embedding": {"count": 1, "ids": ["x"]},
     }
-    assert "scored samples without an embedding, ignored: 1 (x)" in ProblemTally(problems).lines()
+    assert "scored samples without an embedding, ignored: 1 (x)" in ProblemCounts(problems).lines()
 
 
 def test_many_problems_are_counted_and_the_first_are_named() -> None:
-    tally = ProblemTally()
-    tally.add("embedding_missing", (f"i{number}" for number in range(1000)))
-    assert tally.as_dict() == {
-        "embedding_missing": {"count": 1000, "ids": [f"i{number}" for number in range(KEPT)]}
+    problems = ProblemCounts()
+    problems.add("embedding_missing", (f"i{number}" for number in range(1000)))
+    assert problems.as_dict() == {
+        "embedding_missing": {"count": 1000, "ids": [f"i{number}" for number in range(MAX_IDS)]}
     }
-    assert tally.lines() == [
+    assert problems.lines() == [
         "samples whose embedding is null, left out: 1,000 (i0, i1, i2, i3, i4, ...)"
     ]
 
@@ -138,27 +140,27 @@ def test_every_embedding_is_used_or_left_out_for_its_reason(
         sample_id=pa.array(ids, pa.string()),
         embedding=column,
     )
-    found, kept, names = [], [], []
-    for piece in plan_embeddings(path):
-        for batch in read_batches(piece):
+    kinds, matrices, names = [], [], []
+    for fragment in plan_embeddings(path):
+        for batch in read_batches(fragment):
             reasons, matrix = usable(batch, 3)
-            found += [reason.partition(":")[0] for reason in reasons]
-            kept.append(matrix)
-            names += batch.names(piece.path)
-    assert found == [fault for fault, _ in rows]
+            kinds += [reason.partition(":")[0] for reason in reasons]
+            matrices.append(matrix)
+            names += batch.names(fragment.path)
+    assert kinds == [fault for fault, _ in rows]
     expected = [values for fault, values in rows if not fault]
     np.testing.assert_array_equal(
-        np.concatenate(kept), np.array(expected, np.float32).reshape(-1, 3)
+        np.concatenate(matrices), np.array(expected, np.float32).reshape(-1, 3)
     )
     assert names == [sample_id or f"e.parquet#{number}" for number, sample_id in enumerate(ids)]
 
 
 def test_files_are_cut_at_row_groups_and_names_follow_the_content(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("raypipe.tables.reader.PIECE_ROWS", 10)
+    monkeypatch.setattr("raypipe.tables.reader.FRAGMENT_ROWS", 10)
     ids = [f"i{number}" for number in range(37)]
     path = write(tmp_path / "e" / "my file.parquet", 4, sample_id=ids, embedding=[[1.0]] * 37)
-    pieces = plan_embeddings(str(tmp_path / "e"))
-    assert [(piece.first, piece.rows) for piece in pieces] == [
+    fragments = plan_embeddings(str(tmp_path / "e"))
+    assert [(fragment.first, fragment.rows) for fragment in fragments] == [
         (0, 8),
         (8, 8),
         (16, 8),
@@ -166,14 +168,17 @@ def test_files_are_cut_at_row_groups_and_names_follow_the_content(tmp_path, monk
         (32, 5),
     ]
     assert [
-        i for piece in pieces for batch in read_batches(piece) for i in batch.ids.to_pylist()
+        i
+        for fragment in fragments
+        for batch in read_batches(fragment)
+        for i in batch.ids.to_pylist()
     ] == ids
-    assert len({piece.name for piece in pieces}) == 5 and pieces[1].name.startswith(
+    assert len({fragment.name for fragment in fragments}) == 5 and fragments[1].name.startswith(
         "my-file-000000008-"
     )
     write(path, 4, sample_id=ids, embedding=[[2.0, 3.0]] * 37)
-    assert not {piece.name for piece in pieces} & {
-        piece.name for piece in plan_embeddings(str(tmp_path / "e"))
+    assert not {fragment.name for fragment in fragments} & {
+        fragment.name for fragment in plan_embeddings(str(tmp_path / "e"))
     }
 
 
@@ -255,22 +260,22 @@ SCORES = {"sample_id": ["a", "b"], "score": [1.0, 2.0]}
 @pytest.mark.parametrize(
     ("embeddings", "scores", "expected"),
     [
-        ([{"sample_id": ["a"]}], SCORES, r"0\.parquet: there is no column 'embedding' \(or more than one\); the columns are sample_id"),
-        ([{"embedding": VECTORS}], SCORES, "there is no column 'sample_id'"),
-        ([{**GOOD, "embedding": ["x"] * 4}], SCORES, "column 'embedding' is string; a list of float16"),
+        ([{"sample_id": ["a"]}], SCORES, r"0\.parquet: no column 'embedding' \(or more than one\); the columns are sample_id"),
+        ([{"embedding": VECTORS}], SCORES, "no column 'sample_id'"),
+        ([{**GOOD, "embedding": ["x"] * 4}], SCORES, "column 'embedding' is string; expected a list of float16"),
         ([{**GOOD, "embedding": [[1]] * 4}], SCORES, "a list of float16"),
-        ([{**GOOD, "sample_id": [1.0] * 4}], SCORES, "column 'sample_id' is double; text or whole numbers"),
+        ([{**GOOD, "sample_id": [1.0] * 4}], SCORES, "column 'sample_id' is double; expected text or whole numbers"),
         ([{**GOOD, "label": [[1]] * 4}], SCORES, "column 'label' is list"),
         ([{**GOOD, "label": [0.5] * 4}], SCORES, "column 'label' has values that are not whole numbers"),
-        ([{**GOOD, "label": [10**7] * 4}], SCORES, "leave the column out if it is no class"),
+        ([{**GOOD, "label": [10**7] * 4}], SCORES, "leave the column out if it holds no classes"),
         ([{**GOOD, "label": [1] * 4}, {**GOOD, "label": ["x"] * 4}], SCORES, "labels are numbers in some files and text in others"),
         ([GOOD, GOOD], SCORES, r"sample_ids with more than one embedding: 4 \(a, b, c, d\)"),
         ([{name: pa.array(values)[:0] for name, values in GOOD.items()}], SCORES, "the files have no rows"),
         ([GOOD], {"sample_id": ["a"], "rating": [1.0]}, "no column 'score' .*; the columns are sample_id, rating"),
-        ([GOOD], {**SCORES, "score": ["1", "2"]}, "column 'score' is string; numbers are expected"),
-        ([GOOD], {"sample_id": ["a", "b", "a"], "score": [1.0, 2, 3]}, r"samples with scores that differ: 1 \(a\)"),
+        ([GOOD], {**SCORES, "score": ["1", "2"]}, "column 'score' is string; expected numbers"),
+        ([GOOD], {"sample_id": ["a", "b", "a"], "score": [1.0, 2, 3]}, r"samples with conflicting scores: 1 \(a\)"),
         ([GOOD], {**SCORES, "score": [math.nan, None]}, "no sample has a finite score in column 'score'"),
-        ([GOOD], {**SCORES, "sample_id": ["A", "B"]}, "none of the 2 scored samples has an embedding: their ids are such as 'A'"),
+        ([GOOD], {**SCORES, "sample_id": ["A", "B"]}, "none of the 2 scored samples has an embedding; the first scored sample is 'A'"),
         ([{**GOOD, "embedding": [[math.nan, 1.0], None, *VECTORS[2:]]}], SCORES, "no scored sample has a usable embedding"),
     ],
 )  # fmt: skip
@@ -322,9 +327,9 @@ def test_an_output_in_the_wrong_place_is_refused(tmp_path) -> None:
         write(tmp_path / "e" / "0.parquet", **GOOD),
         write(tmp_path / "s.parquet", **SCORES),
     )
-    with pytest.raises(ConfigError, match="the output cannot be within"):
+    with pytest.raises(ConfigError, match="the output folder cannot be inside"):
         raypipe.extrapolate(str(tmp_path / "e"), scores, f"file://{tmp_path}/e/out")
-    with pytest.raises(RunError, match=r"there is something else here, such as 0\.parquet"):
+    with pytest.raises(RunError, match=r"the folder holds something else, such as 0\.parquet"):
         raypipe.extrapolate(embeddings, scores, str(tmp_path / "e"))
     assert storage.names(str(tmp_path / "e")) == {"0.parquet"}
 
@@ -368,7 +373,7 @@ def problem(s3: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def made(cluster: str, problem: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished extrapolation by the command line; beside it, what was printed."""
+    """Output folder of the command; `printed` next to it holds what the command printed."""
     out = tmp_path_factory.mktemp("made") / "out"
     arguments = [
         "--embeddings",
