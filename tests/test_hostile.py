@@ -409,7 +409,7 @@ def test_errors_of_form_become_one_line_and_ours_stay() -> None:
         with (
             pytest.raises(
                 RunError,
-                match=r"somewhere: a file of this run is not as raypipe writes it \(\w+: [^\n]*\)$",
+                match=r"somewhere: a file of this run has unexpected content \(\w+: [^\n]*\)$",
             ) as raised,
             damage_as_error("somewhere"),
         ):

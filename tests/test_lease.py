@@ -1,4 +1,4 @@
-"""One driver at a time: what becomes of a driver that did not answer for so long that another took its run over."""
+"""One driver at a time: a driver whose lease expired, so that another took over its run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHER = {
 
 
 class Slow(Stage):
-    """A stage in whose middle another driver takes the run over."""
+    """A stage during which another driver takes over the run."""
 
     name = "index"
 

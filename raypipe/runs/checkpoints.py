@@ -12,12 +12,12 @@ from raypipe.runs.partition import proxy_parts
 from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
-    from raypipe.vision.networks import Network
+    from raypipe.vision.networks import ProxyNet
 
 
 def load_checkpoint(
     run: Run, file: str, device: str = "cpu", folder: str = "proxy/checkpoints"
-) -> Network:
+) -> ProxyNet:
     """Return the proxy with the weights of a checkpoint, in eval mode, in channels-last layout."""
     import torch
     from safetensors.torch import load
@@ -42,7 +42,7 @@ def last_layer(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return weights["head.weight"], weights["head.bias"]
 
 
-def empty_proxy(run: Run) -> Network:
+def empty_proxy(run: Run) -> ProxyNet:
     """Return the proxy's network with arbitrary weights."""
     import torch
 

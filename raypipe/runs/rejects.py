@@ -1,13 +1,19 @@
-"""When a run stops because too much of its source cannot be read: `source.max_reject_fraction`.
+"""Stop a run when too much of its source cannot be read (`source.max_reject_fraction`).
 
-Rejects are counted from the first sample on. A run stops when they are certain to exceed the fraction, because they are more than that
-share of *all* samples already, or when the samples seen so far make it clear: the lower end of a confidence interval of their share
-lies above it. Fragments are read in an order drawn by a hash of their names (`hash_order`), so that those seen so far stand for all,
-also where a source is sorted. Rejects come in heaps (one shard, one folder); the interval therefore counts fragments as clusters, as
-surveys do: the exact binomial interval (Clopper and Pearson, 1934) at the effective sample size, with the correction for few
-clusters (Korn and Graubard, Survey Methodology 24, 1998).
+Rejects are counted from the first sample on. A run stops in two cases:
 
-Fewer than `LEAST_REJECTS` rejects never stop a run, so that a small source is not stopped by a few; a fraction of 0 stops at the first.
+- It is certain: there are already more rejects than the fraction allows of *all* samples.
+- It is clear: the lower confidence bound of their share, given the samples read so far, exceeds the
+  fraction.
+
+Fragments are read in a random order, sorted by a hash of their names (`hash_order`), so that those
+read so far represent all, even in a sorted source. Rejects are clustered (one shard, one folder).
+The interval therefore treats fragments as clusters, as in survey sampling: the exact binomial
+interval of Clopper and Pearson (1934), with the number of samples replaced by the effective sample
+size, and a correction for few clusters (Korn and Graubard, Survey Methodology 24, 1998).
+
+Fewer than `MIN_REJECTS` rejects never stop a run, so that a few bad samples do not stop a small
+source. A fraction of 0 stops at the first reject.
 """
 
 from __future__ import annotations
@@ -25,21 +31,29 @@ from raypipe import storage
 from raypipe.errors import RejectError
 from raypipe.runs.run import Run
 
-LEAST_REJECTS = 10
-LEAST_SAMPLES, LEAST_UNITS = 500, 8
-"""Samples and units (fragments, seed shards) that have to be seen before their share says something of the rest."""
-DOUBT = 1e-4
-"""Probability that the share of all lies below the confidence bound. Small, since the bound is looked at after every unit."""
-MOST_KINDS = 100
+MIN_REJECTS = 10
+"""Rejects, or unreadable files, below which a run never stops."""
+MIN_SAMPLES, MIN_UNITS = 500, 8
+"""Samples and units (fragments or seed shards) that must be read before their share is
+extrapolated to the rest."""
+ERROR_PROBABILITY = 1e-4
+"""Probability that the true share lies below the confidence bound. Small, because the bound is
+checked after every unit."""
+MAX_KINDS = 100
+"""Kinds of reasons that are counted separately."""
 
 T = TypeVar("T")
 
 
-class RejectTally:
-    """Rejects among the samples seen so far, by kind of reason.
+class RejectCounter:
+    """Rejects among the samples read so far, by kind of reason.
 
-    fraction  source.max_reject_fraction
-    total     samples of the source; of which those seen are a part
+    Parameters
+    ----------
+    fraction : float
+        `source.max_reject_fraction`.
+    total : int
+        Samples of the whole source.
     """
 
     def __init__(self, fraction: float, total: int) -> None:
@@ -50,11 +64,11 @@ class RejectTally:
         self._examples: dict[str, tuple[str, str]] = {}
 
     def add(self, samples: int, kinds: str) -> None:
-        """Count a unit: its samples, and its rejects as `summarize` gives them."""
-        found = json.loads(kinds)
-        rejects = sum(count for _, count, *_ in found)
-        for kind, count, *example in found:
-            if kind not in self._kinds and len(self._kinds) >= MOST_KINDS:
+        """Count a unit: its samples, and its rejects as `summarize_rejects` returns them."""
+        groups = json.loads(kinds)
+        rejects = sum(count for _, count, *_ in groups)
+        for kind, count, *example in groups:
+            if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
                 kind = "other reasons"
             self._kinds[kind] += count
             self._examples.setdefault(kind, (example[0], example[1]))
@@ -67,42 +81,58 @@ class RejectTally:
             self._sizes += samples * samples
 
     def check(self, all_read: bool = False) -> None:
-        """Raises RejectError where the rejects are too many. `all_read`: those seen are the whole, or drawn from the whole one by one."""
-        if self.rejects < (LEAST_REJECTS if self.fraction else 1):
+        """Raise RejectError if there are too many rejects.
+
+        Parameters
+        ----------
+        all_read : bool
+            Whether the samples read so far are the whole source, or were drawn from it one by one,
+            so that they are not clustered.
+        """
+        if self.rejects < (MIN_REJECTS if self.fraction else 1):
             return
         if self.rejects > self.fraction * self.total or self.bound(all_read) > self.fraction:
-            raise RejectError(self.words())
+            raise RejectError(self._message())
 
     def bound(self, all_read: bool = False) -> float:
-        """The lower confidence bound of the share of rejects in the source; 0 where too little was seen."""
+        """Return the lower confidence bound of the share of rejects in the source.
+
+        0 if too little was read. See `check` for `all_read`.
+        """
         from scipy.stats import beta, norm, t
 
         if (
-            self.seen < LEAST_SAMPLES
+            self.seen < MIN_SAMPLES
             or not self.rejects
-            or (self._units < LEAST_UNITS and not all_read)
+            or (self._units < MIN_UNITS and not all_read)
         ):
             return 0.0
         share, effective = self.rejects / self.seen, float(self.seen)
         if not all_read:
+            # variance of the share as a ratio of two sums over clusters, compared with that of
+            # independent samples: the design effect
             units = self._units
             residuals = self._squares - 2 * share * self._products + share * share * self._sizes
             variance = units / (units - 1) * residuals / self.seen**2
-            simple = share * (1 - share) / self.seen
-            effective = self.seen / max(1.0, variance / simple) if simple else float(units)
-            effective *= float(norm.isf(DOUBT) / t.isf(DOUBT, units - 1)) ** 2
-        return float(beta.ppf(DOUBT, share * effective, effective * (1 - share) + 1))
+            independent = share * (1 - share) / self.seen
+            effective = (
+                self.seen / max(1.0, variance / independent) if independent else float(units)
+            )
+            few_clusters = norm.isf(ERROR_PROBABILITY) / t.isf(ERROR_PROBABILITY, units - 1)
+            effective *= float(few_clusters) ** 2
+        return float(beta.ppf(ERROR_PROBABILITY, share * effective, effective * (1 - share) + 1))
 
-    def words(self) -> str:
-        """What is wrong, how often, and what would help."""
+    def _message(self) -> str:
+        share = _percent(self.rejects, self.seen)
         return (
-            f"{self.rejects:,} of {self.seen:,} samples read so far were rejected ({_percent(self.rejects, self.seen)}); "
-            f"source.max_reject_fraction allows {100 * self.fraction:g} % of {self.total:,}. {self._commonest()}. "
-            f"Mend the source, or go on without these samples: set source.max_reject_fraction to more than "
-            f"{self.rejects / max(1, self.seen):.2g}; what is done is kept"
+            f"{self.rejects:,} of {self.seen:,} samples read so far were rejected ({share}); "
+            f"source.max_reject_fraction allows {100 * self.fraction:g} % of {self.total:,}. "
+            f"{self._most_common()}. Fix the source and rerun, or continue without these samples: "
+            "set source.max_reject_fraction to more than "
+            f"{self.rejects / max(1, self.seen):.2g}; finished work is kept"
         )
 
-    def _commonest(self) -> str:
+    def _most_common(self) -> str:
         shown = []
         for kind, count in self._kinds.most_common(3):
             sample_id, reason = self._examples[kind]
@@ -111,21 +141,33 @@ class RejectTally:
         return "; ".join(shown) + (f"; {rest:,} others" if rest else "")
 
 
-def summarize(rejects: Iterable[tuple[str, str]]) -> str:
-    """(sample_id, reason) of rejects -> JSON [[kind, count, a sample_id, its reason], ...], a few kilobytes whatever their number."""
+def summarize_rejects(rejects: Iterable[tuple[str, str]]) -> str:
+    """Group rejects by kind of reason.
+
+    Parameters
+    ----------
+    rejects : iterable of (str, str)
+        sample_id and reason.
+
+    Returns
+    -------
+    str
+        JSON `[[kind, count, a sample_id, its reason], ...]`: a few kilobytes for any number of
+        rejects.
+    """
     counts: Counter[str] = Counter()
     examples: dict[str, tuple[str, str]] = {}
     for sample_id, reason in rejects:
-        name = kind(reason)
-        if name not in counts and len(counts) >= MOST_KINDS:
+        name = reason_kind(reason)
+        if name not in counts and len(counts) >= MAX_KINDS:
             name = "other reasons"
         counts[name] += 1
         examples.setdefault(name, (sample_id[:200], reason[:200]))
     return json.dumps([[name, count, *examples[name]] for name, count in counts.most_common()])
 
 
-def kind(reason: str) -> str:
-    """A reason without what is of one sample in it: names, numbers and quoted values."""
+def reason_kind(reason: str) -> str:
+    """Return a reason without the details of one sample: names, numbers and quoted values."""
     reason = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", reason)
     reason = re.sub(r"^\S*[./]\S*: ", "", reason)
     reason = re.sub(r"(also in ).*", r"\1another file", reason)
@@ -133,53 +175,57 @@ def kind(reason: str) -> str:
 
 
 def hash_order(units: Sequence[T], name: Callable[[T], str]) -> list[T]:
-    """The units in an order that has nothing to do with their place in the source, the same every time."""
+    """Sort units by a hash of their names: a reproducible order, unrelated to the source's."""
     return sorted(
         units, key=lambda unit: hashlib.blake2b(name(unit).encode(), digest_size=8).digest()
     )
 
 
-class FileTally:
-    """Files that cannot be read at all, and what is lost with them.
+class UnreadableFiles:
+    """Files that cannot be read at all, and how much of the source is lost with them.
 
-    Nobody knows how many samples are in them: they count by their share of the bytes, and, from `LEAST_REJECTS` on, by their number.
+    The number of samples in them is unknown. They count by their share of the bytes and, from
+    `MIN_REJECTS` files on, by their number.
     """
 
     def __init__(self) -> None:
-        self._files = self._bytes = self._samples = self._broken = self._broken_bytes = 0
+        self._files = self._bytes = self._samples = self._unreadable = self._unreadable_bytes = 0
         self._reasons: list[tuple[str, str]] = []
 
     def add(self, size: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Count a file of `size` bytes by its rows of the index."""
+        """Count a file of `size` bytes, given its rows in the index."""
         self._files += 1
         self._bytes += size
         self._samples += sum(row["stop"] - row["start"] for row in rows)
         for row in rows[:1]:
             if row["error"]:
-                self._broken += 1
-                self._broken_bytes += size
+                self._unreadable += 1
+                self._unreadable_bytes += size
                 if len(self._reasons) < 10_000:
                     self._reasons.append((row["path"], row["error"]))
 
     def check(self, fraction: float) -> None:
-        """Raises RejectError where too much is in files that cannot be read."""
-        if not self._broken:
+        """Raise RejectError if too much of the source is in unreadable files."""
+        if not self._unreadable:
             return
-        share = self._broken_bytes / self._bytes if self._bytes else 0.0
+        share = self._unreadable_bytes / self._bytes if self._bytes else 0.0
         lost = self._samples * share / (1 - share) if share < 1 else float("inf")
-        least = LEAST_REJECTS if fraction else 0
-        by_bytes = share > fraction and lost >= least
-        by_number = self._broken > fraction * self._files and self._broken >= least
+        minimum = MIN_REJECTS if fraction else 0
+        by_bytes = share > fraction and lost >= minimum
+        by_number = self._unreadable > fraction * self._files and self._unreadable >= minimum
         if not by_bytes and not by_number:
             return
-        found = json.loads(summarize(self._reasons))
+        groups = json.loads(summarize_rejects(self._reasons))
         reasons = "; ".join(
-            f"{count:,} x {reason} (such as {path})" for _, count, path, reason in found[:3]
+            f"{count:,} x {reason} (such as {path})" for _, count, path, reason in groups[:3]
         )
-        needed = max(share if by_bytes else 0.0, self._broken / self._files if by_number else 0.0)
+        needed = max(
+            share if by_bytes else 0.0, self._unreadable / self._files if by_number else 0.0
+        )
         raise RejectError(
-            f"{self._broken:,} of {self._files:,} files cannot be read, {_percent(share, 1)} of the bytes; source.max_reject_fraction "
-            f"allows {100 * fraction:g} %. {reasons}. Mend them, leave them out with source.include, or go on without them: "
+            f"{self._unreadable:,} of {self._files:,} files cannot be read, {_percent(share, 1)} "
+            f"of the bytes; source.max_reject_fraction allows {100 * fraction:g} %. {reasons}. "
+            "Fix them, exclude them with source.include, or continue without them: "
             f"set source.max_reject_fraction to more than {needed:.2g}"
         )
 
@@ -194,7 +240,7 @@ REJECT_SCHEMA = pa.schema(
 
 
 def write_rejects(run: Run, fragment_id: str, rejects: list[tuple[str, str]]) -> None:
-    """Every sample of a fragment that could not be read, with its reason."""
+    """Write the rejects of a fragment, given sample_id and reason of each."""
     rows = [
         {"sample_id": sample_id, "fragment": fragment_id, "reason": reason}
         for sample_id, reason in rejects

@@ -20,7 +20,7 @@ class UnitResult:
     rejects : int
         Samples that could not be used.
     reasons : str
-        The rejects as `raypipe.runs.rejects.summarize` gives them, JSON.
+        JSON as `raypipe.runs.rejects.summarize_rejects` returns it.
     cpu_seconds : float
         Processor time.
     gpu_seconds : float

@@ -34,7 +34,7 @@ from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import proxy_parts
 from raypipe.runs.pseudo_labels import load_labeller
-from raypipe.runs.rejects import RejectTally, hash_order, summarize, write_rejects
+from raypipe.runs.rejects import RejectCounter, hash_order, summarize_rejects, write_rejects
 from raypipe.runs.run import Run
 from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.runs.unit_result import UnitResult
@@ -84,7 +84,7 @@ class EmbedStage(Stage):
                     [(fragment.path, f"file cannot be read: {fragment.error}")],
                 )
         expected = sum(fragment.samples for fragment in readable)
-        tally = RejectTally(config.source.max_reject_fraction, expected)
+        tally = RejectCounter(config.source.max_reject_fraction, expected)
         _count_earlier(
             run, [fragment for fragment in readable if fragment.fragment_id in done], tally
         )
@@ -128,13 +128,13 @@ class EmbedStage(Stage):
         }
 
 
-def _count_earlier(run: Run, fragments: list[Fragment], tally: RejectTally) -> None:
+def _count_earlier(run: Run, fragments: list[Fragment], tally: RejectCounter) -> None:
     """Count the rejects of fragments that an earlier attempt finished."""
     with_rejects = run.done("rejects")
 
     def rejects(fragment: Fragment) -> str:
         table = storage.read_table(run.reject_shard(fragment.fragment_id), ["sample_id", "reason"])
-        return summarize((row["sample_id"], row["reason"]) for row in table.to_pylist())
+        return summarize_rejects((row["sample_id"], row["reason"]) for row in table.to_pylist())
 
     for fragment in fragments:
         if fragment.fragment_id not in with_rejects:
@@ -255,7 +255,7 @@ class EmbedActor:
             fragment,
             int(finite.sum()),
             len(rejects),
-            summarize(rejects),
+            summarize_rejects(rejects),
             self._watch.lap() + float(batch["cpu_seconds"].sum()),
             time.monotonic() - started if self._gpu else 0.0,
         )

@@ -23,7 +23,7 @@ from raypipe.errors import StageError
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.manifests import SeedManifest
-from raypipe.runs.rejects import RejectTally, hash_order, summarize
+from raypipe.runs.rejects import RejectCounter, hash_order, summarize_rejects
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import (
     audit_name,
@@ -64,7 +64,7 @@ class SeedStage(Stage):
         audit = audit_fraction(config.seed, samples)
         files = run.done("seed")
         done = {name for name, _ in groups if {name, audit_name(name)} <= files}
-        tally = RejectTally(config.source.max_reject_fraction, samples)
+        tally = RejectCounter(config.source.max_reject_fraction, samples)
         with context.progress.meter("seed", samples) as meter:
 
             def collect(result: DrawnShard) -> None:
@@ -164,7 +164,7 @@ def _draw(
         labels += [index[row] for row in good]
         blocks.append(images[good])
     images, mine = np.concatenate(blocks), np.array([seeds(sample_id) for sample_id in ids], bool)
-    about: dict[str, Any] = {"drawn": drawn, "rejects": summarize(rejects)}
+    about: dict[str, Any] = {"drawn": drawn, "rejects": summarize_rejects(rejects)}
     unlabelled = {"unlabelled": True} if classes.clusters else {}
     for shard, rows in ((name, mine), (audit_name(name), ~mine)):
         kept = np.flatnonzero(rows)

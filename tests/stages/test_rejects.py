@@ -1,4 +1,4 @@
-"""When a run stops because too much of its source cannot be read: the rule, and the stages that follow it without a cluster."""
+"""When a run stops because too much of its source cannot be read: the rule, and its stages."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError, SourceError
 from raypipe.runs.rejects import (
-    LEAST_REJECTS,
-    FileTally,
-    RejectTally,
+    MIN_REJECTS,
+    RejectCounter,
+    UnreadableFiles,
     hash_order,
-    kind,
-    summarize,
+    reason_kind,
+    summarize_rejects,
 )
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap
 from raypipe.stages.index.classes import settle_classes, write_classes
 
 
-def tally(fraction: float, total: int, units: list[tuple[int, int]]) -> RejectTally:
-    """Of units of so many samples and rejects."""
-    result = RejectTally(fraction, total)
+def counter(fraction: float, total: int, units: list[tuple[int, int]]) -> RejectCounter:
+    """Count units, given (samples, rejects) of each."""
+    result = RejectCounter(fraction, total)
     for samples, rejects in units:
         result.add(
-            samples, summarize((f"{number}.png", "empty: 0 bytes") for number in range(rejects))
+            samples,
+            summarize_rejects((f"{number}.png", "empty: 0 bytes") for number in range(rejects)),
         )
     return result
 
 
 def stops(*arguments: object, all_read: bool = False) -> bool:
     try:
-        tally(*arguments).check(all_read)  # type: ignore[arg-type]
+        counter(*arguments).check(all_read)  # type: ignore[arg-type]
     except RejectError:
         return True
     return False
@@ -56,13 +57,13 @@ def stops(*arguments: object, all_read: bool = False) -> bool:
             100_000,
             [(1000, 900)],
             False,
-        ),  # one rotten fragment of a hundred says nothing of the others
+        ),  # one bad fragment of a hundred says nothing about the others
         (0.01, 100_000, [(1000, 900), (1000, 101)], True),  # more than a hundredth of all
         (0.01, 1_000_000, [(1000, 100)] * 7, False),
-        (0.01, 1_000_000, [(1000, 100)] * 8, True),  # far from certain, and clear
+        (0.01, 1_000_000, [(1000, 100)] * 8, True),  # far from certain, but clear
         (0.01, 1_000_000, [(1000, 11)] * 20, False),
-        (0.01, 1_000_000, [(1000, 1000)] + [(1000, 0)] * 20, False),  # a heap is no share
-        (0.5, 1_000_000, [(1000, 1000)] * 8, False),  # of eight fragments all
+        (0.01, 1_000_000, [(1000, 1000)] + [(1000, 0)] * 20, False),  # one cluster is no share
+        (0.5, 1_000_000, [(1000, 1000)] * 8, False),  # all of eight fragments
         (0.5, 1_000_000, [(1000, 1000)] * 40, True),
         (0.0, 100, [(10, 0)], False),
         (0.0, 100, [(10, 1)], True),
@@ -85,7 +86,7 @@ def test_samples_drawn_one_by_one_need_no_clusters() -> None:
 
 
 def test_a_source_within_the_fraction_is_seldom_stopped_and_a_rotten_one_soon() -> None:
-    """Simulated: rejects in heaps, looked at after every fragment. Seeded."""
+    """Simulation with clustered rejects, checked after every fragment. Seeded."""
     generator = np.random.default_rng(0)
 
     def read_until_stopped(share: float, fragments: int = 120, size: int = 200) -> int | None:
@@ -98,7 +99,7 @@ def test_a_source_within_the_fraction_is_seldom_stopped_and_a_rotten_one_soon() 
             if share > 0.05 or rejects.sum() <= 0.05 * size * fragments
             else np.zeros(fragments, int)
         )
-        found = RejectTally(0.05, fragments * size)
+        found = RejectCounter(0.05, fragments * size)
         for number, count in enumerate(rejects):
             found.add(size, json.dumps([["bad", int(count), "x", "bad"]] if count else []))
             try:
@@ -112,10 +113,10 @@ def test_a_source_within_the_fraction_is_seldom_stopped_and_a_rotten_one_soon() 
 
 
 def test_the_words_count_the_reasons_and_say_what_helps() -> None:
-    found = RejectTally(0.01, 5000)
+    found = RejectCounter(0.01, 5000)
     found.add(
         600,
-        summarize(
+        summarize_rejects(
             [(f"{n}.png", f"cannot be decoded: {n} bytes missing") for n in range(100)]
             + [("l", "label 'x' is odd")]
         ),
@@ -124,25 +125,32 @@ def test_the_words_count_the_reasons_and_say_what_helps() -> None:
         found.check()
     assert str(error.value) == (
         "101 of 600 samples read so far were rejected (16.8 %); source.max_reject_fraction allows 1 % of 5,000. "
-        "100 x cannot be decoded: N bytes missing (such as 0.png); 1 x label 'x' is odd (such as l). Mend the source, or go on "
-        "without these samples: set source.max_reject_fraction to more than 0.17; what is done is kept"
+        "100 x cannot be decoded: N bytes missing (such as 0.png); 1 x label 'x' is odd (such as l). Fix the source and rerun, or continue "
+        "without these samples: set source.max_reject_fraction to more than 0.17; finished work is kept"
     )
     assert error.value.exit_code == 1
 
 
 def test_kinds_of_reasons() -> None:
     assert (
-        kind("label 'it\\'s' is not one of the 10 classes")
+        reason_kind("label 'it\\'s' is not one of the 10 classes")
         == "label '...' is not one of the N classes"
     )
     assert (
-        kind("30000x30000 pixels are more than max_pixels = 1000")
+        reason_kind("30000x30000 pixels are more than max_pixels = 1000")
         == "N pixels are more than max_pixels = N"
     )
-    assert kind("../a b/x.png: a link or special file") == "../a b/x.png: a link or special file"
-    assert kind("../x.png: a link or special file") == "a link or special file"
-    assert kind("duplicate id: also in a/b-1.parquet") == "duplicate id: also in another file"
-    many = json.loads(summarize((str(number), chr(0x4E00 + number)) for number in range(500)))
+    assert (
+        reason_kind("../a b/x.png: a link or special file")
+        == "../a b/x.png: a link or special file"
+    )
+    assert reason_kind("../x.png: a link or special file") == "a link or special file"
+    assert (
+        reason_kind("duplicate id: also in a/b-1.parquet") == "duplicate id: also in another file"
+    )
+    many = json.loads(
+        summarize_rejects((str(number), chr(0x4E00 + number)) for number in range(500))
+    )
     assert len(many) <= 101 and sum(count for _, count, *_ in many) == 500
 
 
@@ -153,9 +161,9 @@ def test_the_order_of_reading_is_fixed_and_not_that_of_the_source() -> None:
     assert abs(np.corrcoef(np.arange(200), [names.index(name) for name in order])[0, 1]) < 0.2
 
 
-def files(*items: tuple[int, int, str]) -> FileTally:
-    """Of files of so many bytes and samples, and why they cannot be read."""
-    result = FileTally()
+def files(*items: tuple[int, int, str]) -> UnreadableFiles:
+    """Count files, given (bytes, samples, reason why it cannot be read) of each."""
+    result = UnreadableFiles()
     for number, (size, samples, error) in enumerate(items):
         result.add(size, [{"start": 0, "stop": samples, "error": error, "path": f"{number}.tar"}])
     return result
@@ -171,11 +179,11 @@ def test_files_count_by_their_bytes_and_when_there_are_many_by_number() -> None:
         files(good, good, cut).check(0.01)
     files(good, good, cut).check(0.2)
     files(good, empty).check(0.01)
-    files(*[good] * 50, *[empty] * (LEAST_REJECTS - 1)).check(0.01)
+    files(*[good] * 50, *[empty] * (MIN_REJECTS - 1)).check(0.01)
     with pytest.raises(
         RejectError, match=r"10 of 60 files .* 10 x empty: 0 bytes .* to more than 0.17"
     ):
-        files(*[good] * 50, *[empty] * LEAST_REJECTS).check(0.01)
+        files(*[good] * 50, *[empty] * MIN_REJECTS).check(0.01)
     with pytest.raises(RejectError):
         files(*[good] * 500, empty).check(0)
     files(cut, cut).check(1)
@@ -208,7 +216,7 @@ def test_the_seed_stage_stops_and_goes_on_when_more_is_allowed(
     drawn = stamps(config.run, "seed")
     assert drawn and "manifest.json" not in drawn
     with pytest.raises(RejectError):
-        seed(config)  # counted from what is there
+        seed(config)  # rejects of the shards on disk count
     assert stamps(config.run, "seed") == drawn
     record = seed(folder_config(tmp_path, "source.max_reject_fraction=0.5"))
     assert {

@@ -33,7 +33,7 @@ from raypipe.distributed.context import RunTasks
 from raypipe.errors import RejectError
 from raypipe.runs.duplicates import FOLDER, FOUND, IDS, STATE, id_digest, read_state
 from raypipe.runs.ledger import content_hash
-from raypipe.runs.rejects import LEAST_REJECTS
+from raypipe.runs.rejects import MIN_REJECTS
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, open_source
 
@@ -80,7 +80,7 @@ def find_duplicates(config: Config, run: Run, run_tasks: RunTasks) -> tuple[int,
         spent(result)
         found.append(np.frombuffer(result["rows"], np.uint64).reshape(-1, 4))
         count, fraction = sum(map(len, found)), config.source.max_reject_fraction
-        if count > fraction * total and count >= (LEAST_REJECTS if fraction else 1):
+        if count > fraction * total and count >= (MIN_REJECTS if fraction else 1):
             row = next(rows[0] for rows in found if len(rows))
             raise RejectError(
                 f"at least {count:,} of {total:,} samples have an id that an earlier one has, and source.max_reject_fraction allows "

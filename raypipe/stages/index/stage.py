@@ -27,9 +27,9 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import SourceError
-from raypipe.runs.duplicates import duplicates_known
+from raypipe.runs.duplicates import duplicates_searched
 from raypipe.runs.ledger import StageRecord, content_hash
-from raypipe.runs.rejects import FileTally
+from raypipe.runs.rejects import UnreadableFiles
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS, INDEX_TASK_FILES
 from raypipe.sources import ClassMap, FileScan, SourceFile, open_source
@@ -70,7 +70,7 @@ class IndexStage(Stage):
         )
 
     def complete(self, context: Context, record: StageRecord) -> bool:
-        if not storage.exists(context.run.classes_file) or not duplicates_known(
+        if not storage.exists(context.run.classes_file) or not duplicates_searched(
             context.config, context.run
         ):
             return False
@@ -229,7 +229,7 @@ class _Writer:
         self._labels: set[int | str] = set()
         self._names = ""
         self._problems: list[str] = []
-        self._tally = FileTally()
+        self._tally = UnreadableFiles()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}
         self.samples = 0
 
