@@ -24,7 +24,8 @@ def load_checkpoint(
 
     model = empty_proxy(run)
     model.load_state_dict(load(storage.read_bytes(run.path(folder, file))))
-    return model.to(device=device, memory_format=torch.channels_last).eval()
+    # the stubs of torch lack this combination of arguments
+    return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def last_layer(run: Run) -> tuple[np.ndarray, np.ndarray]:
