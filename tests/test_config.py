@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import yaml
 
@@ -210,9 +212,11 @@ def test_printed_configuration_is_complete_and_valid(tmp_path) -> None:
             assert set(data[section]) == set(fields)
     (tmp_path / "config.yaml").write_text(text)
     assert load_config(str(tmp_path / "config.yaml")).proxy == parse_config(LEAST).proxy
-    assert all("#" in line for line in text.splitlines() if line.startswith("  ")), (
-        "every setting has its comment"
-    )
+    lines = text.splitlines()
+    for above, line in itertools.pairwise(lines):
+        if line.startswith("  ") and not line.lstrip().startswith("#"):
+            assert above.lstrip().startswith("# "), f"{line!r} has no comment"
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The settings of a run: one model per section, validated before any work starts.
 
-`model` holds `Config`; every section has a file of its own; `io` reads, overrides and writes
-configurations. The names that other packages use are here.
+`model` holds `Config`, every section has its own module, and `io` reads, overrides and writes
+configurations. The descriptions of the fields are the comments that `raypipe init` prints, and the
+settings reference in the docs.
 """
 
 from __future__ import annotations

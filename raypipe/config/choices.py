@@ -1,4 +1,4 @@
-"""Names that must be known without importing torch: command line and validation stay fast."""
+"""Names that the command line and the validation need without importing torch, which is slow."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ PROXY_MODELS = (
     "wide_resnet50_2",
     "resnext50_32x4d",
 )
-"""Networks `raypipe.vision.networks.build_network` can make."""
+"""Networks `raypipe.vision.networks.build_network` can build."""
 
 DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss"})
-"""Scores that are high for hard samples, wrong labels among them; of others a low one is suspicious."""
+"""Scores that are high for hard samples, including mislabelled ones. For all other scores, a low
+value is suspicious."""
 
 PROXY_STATISTICS = ("loss", "margin", "entropy")
-"""What the proxy says of a sample, in the order the extrapolators see it."""
+"""Statistics of the proxy's output for a sample, in the order that the extrapolators expect."""
 
 StrategyName = Literal[
     "top", "balanced", "normalized", "moderate", "mixed", "random", "ccs", "beta"
 ]
-"""Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps each name to its function."""
+"""Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps a name to its function."""
 
 ScoreStrategyName = Literal["top", "balanced", "normalized", "moderate", "mixed", "ccs", "beta"]
 """Strategies that use the scores, which `raypipe evaluate` compares: all but random."""

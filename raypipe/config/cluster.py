@@ -8,13 +8,16 @@ from raypipe.config.base import Positive, Settings
 
 
 class ClusterSettings(Settings):
-    """How to reach Ray."""
+    """The Ray cluster."""
 
     address: str = Field(
         "auto",
         min_length=1,
-        description="auto: RAY_ADDRESS or the cluster a job runs in, else this machine alone; local: this machine",
+        description="Ray address. auto: RAY_ADDRESS or the cluster of the Ray job, otherwise this "
+        "machine. local: this machine.",
     )
     patience_seconds: Positive = Field(
-        600, description="a stage in which nothing moves for this long is stopped with an error"
+        600,
+        description="Seconds without progress after which a stage fails. Raise it if new machines "
+        "take longer to start.",
     )

@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
 
 import yaml
 
 from raypipe.config.base import Settings
 from raypipe.config.model import Config
 
+WIDTH = 100
+"""Columns of the printed configuration."""
+
 
 def commented_config() -> str:
-    """A complete configuration with a comment on every field, for `raypipe init`."""
+    """Return a complete configuration in YAML, with a comment above every setting."""
     lines = [
-        "# A raypipe configuration. Every value shown is the default; only run and source.uri are required.",
+        *_comment(
+            "A raypipe configuration. Every value shown is the default. Only run and source.uri "
+            "are required; delete the lines you don't need.",
+            "",
+        ),
         "",
+        *_comment(str(Config.model_fields["run"].description), ""),
+        "run: runs/first",
     ]
-    lines += ["run: runs/first              # " + str(Config.model_fields["run"].description)]
     for name, field in Config.model_fields.items():
         section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, Settings)):
-            continue
-        lines += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
-        lines += _commented(section, "  ")
+        if isinstance(section, type) and issubclass(section, Settings):
+            lines += ["", *_comment(_summary(section), ""), f"{name}:", *_settings(section, "  ")]
     return "\n".join(lines) + "\n"
 
 
-def _commented(section: type[Settings], indent: str) -> Iterable[str]:
+def _settings(section: type[Settings], indent: str) -> Iterator[str]:
     for key, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
-            yield f"{indent}{key}:".ljust(29) + f"# {(info.annotation.__doc__ or '').strip()}"
-            yield from _commented(info.annotation, indent + "  ")
+            yield from _comment(_summary(info.annotation), indent)
+            yield f"{indent}{key}:"
+            yield from _settings(info.annotation, indent + "  ")
             continue
         default = "data/train" if info.is_required() else info.default
         value = yaml.safe_dump(
             list(default) if isinstance(default, tuple) else default, default_flow_style=True
         )
-        value = value.removesuffix("\n").removesuffix("\n...").strip()
-        yield f"{indent}{key}: {value}".ljust(29) + f"# {info.description}"
+        yield from _comment(str(info.description), indent)
+        yield f"{indent}{key}: {value.strip().removesuffix('...').strip()}"
+
+
+def _summary(section: type[Settings]) -> str:
+    """Return the first paragraph of a section's docstring."""
+    return " ".join((section.__doc__ or "").strip().partition("\n\n")[0].split())
+
+
+def _comment(text: str, indent: str) -> Iterable[str]:
+    prefix = f"{indent}# "
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=prefix,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

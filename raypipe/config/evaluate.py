@@ -1,4 +1,7 @@
-"""What `raypipe evaluate` compares. No section of a configuration: a run can be evaluated in several ways."""
+"""Settings of `raypipe evaluate`.
+
+They are not a section of the configuration, because a run can be evaluated in several ways.
+"""
 
 from __future__ import annotations
 
@@ -12,53 +15,66 @@ from raypipe.config.select import KeepFraction
 
 
 class EvaluateSettings(Settings):
-    """Trainings on keep-lists, on random lists of the same size and on everything."""
+    """Train on keep-lists, on random lists of the same size and on the full set."""
 
     keep: tuple[KeepFraction, ...] = Field(
-        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions to keep"
+        (0.1, 0.3, 0.5, 0.7, 0.9),
+        min_length=1,
+        description="Fractions of the samples to keep, 0 to 1.",
     )
     strategies: tuple[ScoreStrategyName, ...] = Field(
         (),
-        description="by which lists are cut, with the run's other settings of `select`; default: the run's own",
+        description="Strategies that cut the lists, with the run's other `select` settings. "
+        "Default: the run's strategy.",
     )
     scores: tuple[str, ...] = Field(
         (),
-        description="scores that lists are cut from: run, those in scores/; measured:NAME, one that was measured of every sample; "
-        "default: all there are",
+        description="Scores to cut lists from. run: those in scores/. measured:NAME: a score that "
+        "was measured on every sample. Default: all available.",
     )
     beside: tuple[str, ...] = Field(
-        (), description="other runs over the same source, whose scores are lists as well"
+        (), description="Other runs over the same source. Their scores are compared as well."
     )
     seeds: Positive = Field(
-        3, description="trainings of each list, and random lists, at each fraction"
+        3, description="Trainings per list and fraction, and random lists per fraction."
     )
     protocol: Literal["epochs", "steps"] = Field(
         "epochs",
-        description="what all trainings have alike: epochs, or optimiser steps (those of the full set)",
+        description="What all trainings have in common: the number of epochs, or the number of "
+        "optimiser steps (that of the full set).",
     )
     attack: bool = Field(
         False,
-        description="train adversarially, as the run's proxy.adversary or its defaults say, and test on adversarial examples as well",
+        description="Train adversarially, with the run's proxy.adversary or its defaults, and "
+        "also test on adversarial examples.",
     )
     model: str | None = Field(
-        None, min_length=1, description="what is trained: as proxy.model; default: the run's"
+        None,
+        min_length=1,
+        description="Network to train, one of those of proxy.model. Default: the run's.",
     )
     image_size: int | None = Field(
-        None, ge=8, le=1024, description="pixels, square; default: the run's proxy.image_size"
+        None,
+        ge=8,
+        le=1024,
+        description="Side of the square images in pixels. Default: the run's proxy.image_size.",
     )
-    epochs: Positive | None = Field(None, description="default: the run's proxy.epochs")
+    epochs: Positive | None = Field(
+        None, description="Passes over a list. Default: the run's proxy.epochs."
+    )
     batch_size: Positive | None = Field(
-        None, description="images per step; default: the run's proxy.batch_size"
+        None, description="Images per step. Default: the run's proxy.batch_size."
     )
     lr: float | None = Field(
-        None, gt=0, description="peak learning rate; default: the run's proxy.lr"
+        None, gt=0, description="Peak learning rate. Default: the run's proxy.lr."
     )
     use_gpu: bool | Literal["auto"] = Field(
-        "auto", description="a GPU for each training; auto: when the cluster has any"
+        "auto", description="Use one GPU per training. auto: if the cluster has GPUs."
     )
     cpus_per_training: Positive | Literal["auto"] = Field(
         "auto",
-        description="auto: 1 where there are no GPUs, more where trainings are fewer than CPUs; else up to 4",
+        description="CPUs per training. auto: without GPUs 1, or more if there are fewer "
+        "trainings than CPUs; with GPUs up to 4.",
     )
 
     @field_validator("keep", "strategies", "scores", "beside", mode="before")

@@ -1,7 +1,7 @@
-"""The settings of a run: one model per stage (`raypipe.settings`), validated before any work starts.
+"""Read, validate, override and write configurations.
 
-A configuration is YAML (safe loading only). An unknown key or a bad value raises `ConfigError`, naming the field, the
-value and what is allowed. Descriptions of the fields are also the comments `raypipe init` prints.
+A configuration is YAML (safe loading only). An unknown key or a bad value raises `ConfigError`,
+which names the field, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Section = TypeVar("Section", bound=Settings)
 
 
 def parse_config(data: Mapping[str, Any]) -> Config:
-    """Validate a mapping. Raises `ConfigError` with one line for each wrong field."""
+    """Validate a mapping. Raises `ConfigError` with one line per wrong field."""
     try:
         return Config.model_validate(dict(data))
     except ValidationError as error:
@@ -31,7 +31,10 @@ def parse_config(data: Mapping[str, Any]) -> Config:
 
 
 def parse_settings(section: type[Section], data: Mapping[str, Any], name: str) -> Section:
-    """Validate settings that are no part of a configuration. Raises `ConfigError` with one line for each wrong field."""
+    """Validate settings that are not part of a configuration.
+
+    Raises `ConfigError` with one line per wrong field.
+    """
     try:
         return section.model_validate(dict(data))
     except ValidationError as error:
@@ -41,15 +44,31 @@ def parse_settings(section: type[Section], data: Mapping[str, Any], name: str) -
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
-    """Read YAML from a path or URI and apply `section.field=value` overrides. Raises `ConfigError`.
+    """Read a YAML file, apply overrides and validate the result.
 
-    Relative paths in the file (`run`, `source.uri`) are relative to the working directory, as on any command line.
+    Parameters
+    ----------
+    path : str
+        Path or URI of the file.
+    overrides : iterable of str
+        `section.field=value`; values are YAML.
+
+    Returns
+    -------
+    Config
+        Local paths are absolute. Relative paths in the file (`run`, `source.uri`) are relative to
+        the working directory.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or a setting is unknown or has a wrong value.
     """
     return absolute_paths(parse_config(apply_overrides(read_config(path), overrides)))
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The sections of a YAML file as they stand there, not validated. Raises `ConfigError`."""
+    """Return the content of a YAML file without validating it. Raises `ConfigError`."""
     from raypipe.storage import read_bytes
 
     try:
@@ -68,7 +87,10 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `data` with every `section.field=value` set; values are YAML. Raises `ConfigError` on a malformed one."""
+    """Return a copy of `data` with every `section.field=value` set; values are YAML.
+
+    Raises `ConfigError` for a malformed override.
+    """
     result = copy.deepcopy(dict(data))
     for item in overrides:
         name, equals, text = item.partition("=")
@@ -88,15 +110,15 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
 
 
 def absolute_paths(config: Config) -> Config:
-    """Make local paths absolute, since workers have other working directories."""
+    """Return the configuration with absolute paths: workers have other working directories."""
 
     def absolute(uri: str) -> str:
         return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
     def absolute_in(section: Section, *names: str) -> Section:
-        given = {name: getattr(section, name) for name in names}
+        uris = {name: getattr(section, name) for name in names}
         return section.model_copy(
-            update={name: absolute(uri) for name, uri in given.items() if uri is not None}
+            update={name: absolute(uri) for name, uri in uris.items() if uri is not None}
         )
 
     source = absolute_in(config.source, "uri", "root", "class_map")
@@ -115,7 +137,7 @@ def absolute_paths(config: Config) -> Config:
 
 
 def dump_config(config: Config, sections: Mapping[str, Any] | None = None) -> str:
-    """The resolved configuration, or some sections of it, as YAML that `load_config` reads back."""
+    """Return the resolved configuration, or some of its sections, as YAML for `load_config`."""
     return yaml.safe_dump(
         config.model_dump(mode="json", include=sections), sort_keys=False, allow_unicode=True
     )

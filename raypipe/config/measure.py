@@ -1,4 +1,4 @@
-"""The measured scores, each with its options."""
+"""Settings of the measured scores."""
 
 from __future__ import annotations
 
@@ -10,84 +10,92 @@ from raypipe.config.base import Positive, Settings
 from raypipe.config.pool import PoolSettings
 
 SELF_TERM_BELOW = 1000
-"""`measure.moso.self_term: auto` takes the sample itself out for seed sets, or parts, smaller than this."""
+"""`measure.moso.self_term: auto` excludes the sample itself for seed sets (or parts) below this."""
 RECALIBRATED = 10_000
-"""Samples that `recalibrate` takes of a larger seed set, or up to twice as many, so that they are every second, third, ... one: 1,000 to
-10,000 give precise statistics (Wu and Johnson 2021, arXiv 2105.07576, section 3)."""
+"""Samples that `recalibrate` uses of a larger seed set. It takes every second, third, ... sample,
+so up to twice as many. 1,000 to 10,000 samples give precise statistics (Wu and Johnson 2021, arXiv
+2105.07576, section 3)."""
 
 
 class MosoSettings(Settings):
-    """MoSo: alignment with the mean gradient."""
+    """MoSo: alignment of a sample's gradient with the mean gradient."""
 
     weights: Literal["lr", "none", "normalized"] = Field(
         "lr",
-        description="a checkpoint's weight: its learning rate (as published), equal, or equal after scaling to unit spread",
+        description="Weight of a checkpoint. lr: its learning rate, as published. none: equal "
+        "weights. normalized: equal weights after scaling each checkpoint to unit spread.",
     )
     gradient: Literal["all", "head"] = Field(
         "all",
-        description="over all weights, or the last layer's alone (closed form, one forward pass)",
+        description="all: gradient over all weights. head: over the last layer only (closed form, "
+        "one forward pass).",
     )
     self_term: bool | Literal["auto"] = Field(
         "auto",
-        description="take the sample itself out of the mean gradient; auto: for seed sets (or parts) below 1,000, where it can matter",
+        description="Exclude the sample itself from the mean gradient. auto: for seed sets (or "
+        "parts) below 1,000 samples, where it can matter.",
     )
     formula: Literal["paper", "code"] = Field(
-        "paper", description="paper: Eq. 4; code: the published code's own, for self_term only"
+        "paper",
+        description="Formula with the self term. paper: Eq. 4. code: that of the published code.",
     )
 
     def uses_self_term(self, samples: int) -> bool:
-        """`self_term` for a seed set, or part, of so many samples."""
+        """Return `self_term` as a bool for a seed set, or part, of `samples` samples."""
         return samples < SELF_TERM_BELOW if self.self_term == "auto" else self.self_term
 
 
 class DynamicUncertaintySettings(Settings):
     """Dynamic Uncertainty: spread of the label's probability over windows of epochs."""
 
-    window: int = Field(10, ge=2, description="epochs in a window")
+    window: int = Field(10, ge=2, description="Epochs in a window.")
     variant: Literal["official", "paper", "extrapolation"] = Field(
-        "official", description="windows and ddof of which implementation"
+        "official", description="Implementation whose windows and ddof are used."
     )
 
 
 class TddsSettings(Settings):
-    """TDDS: spread of the change of all probabilities."""
+    """TDDS: spread of the changes of all class probabilities."""
 
-    epochs: Positive | None = Field(None, description="epochs used; default: all")
-    window: int = Field(10, ge=3, description="epochs in a window")
+    epochs: Positive | None = Field(None, description="Number of epochs to use. Default: all.")
+    window: int = Field(10, ge=3, description="Epochs in a window.")
     beta: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="weight of the newest window; no effect where epochs equal window",
+        description="Weight of the newest window. No effect if epochs equals window.",
     )
     take: Literal["first", "last"] = Field(
-        "first", description="which epochs: the official code takes the first"
+        "first", description="Which epochs to use. The official code takes the first."
     )
 
 
 class DualSettings(Settings):
     """DUAL: Dynamic Uncertainty times improbability."""
 
-    window: int = Field(10, ge=2, description="epochs in a window")
+    window: int = Field(10, ge=2, description="Epochs in a window.")
     epochs: Positive | None = Field(
-        30, description="first epochs used: 30 for CIFAR, 60 for ImageNet as published; null: all"
+        30,
+        description="Number of epochs to use, from the first. Published: 30 for CIFAR, 60 for "
+        "ImageNet. null: all.",
     )
 
 
 class MeanSettings(Settings):
-    """A mean over epochs of what the proxy says of a sample."""
+    """Mean over epochs of a statistic of the proxy's output."""
 
     at: Literal["trajectory", "checkpoints"] = Field(
         "trajectory",
-        description="at every epoch of the training, or by the proxy at its checkpoints, which can measure any sample: an audit set too",
+        description="trajectory: at every epoch of the training. checkpoints: by the proxy at its "
+        "checkpoints, which can also measure an audit set.",
     )
-    first_epoch: int = Field(0, ge=0, description="first epoch of the mean, from 0")
+    first_epoch: int = Field(0, ge=0, description="First epoch of the mean, counted from 0.")
     last_epoch: Positive | None = Field(
-        None, description="the mean ends before this epoch; null: at the end"
+        None, description="The mean ends before this epoch. null: at the end."
     )
 
     def takes(self, epoch: int) -> bool:
-        """Whether an epoch, from 0, is in the mean."""
+        """Return whether an epoch, counted from 0, is in the mean."""
         return self.first_epoch <= epoch and (self.last_epoch is None or epoch < self.last_epoch)
 
 
@@ -95,7 +103,7 @@ class El2nSettings(MeanSettings):
     """EL2N: distance from the one-hot label."""
 
     last_epoch: Positive | None = Field(
-        10, description="the mean ends before this epoch; null: at the end"
+        10, description="The mean ends before this epoch. null: at the end."
     )
 
 
@@ -103,21 +111,24 @@ class ForgettingSettings(Settings):
     """Forgetting events."""
 
     never_learned: Literal["hardest", "easiest"] = Field(
-        "hardest", description="where samples go that were never correct"
+        "hardest",
+        description="Whether samples that were never classified correctly rank as hardest or "
+        "easiest.",
     )
 
 
 class AumSettings(Settings):
     """Negated area under the margin."""
 
-    softmax: bool = Field(False, description="margin of probabilities instead of logits")
+    softmax: bool = Field(False, description="Use the margin of probabilities instead of logits.")
 
 
 class GrandSettings(Settings):
-    """GraNd: length of a sample's gradient, mean over the checkpoints."""
+    """GraNd: length of a sample's gradient, averaged over the checkpoints."""
 
     gradient: Literal["all", "head"] = Field(
-        "all", description="over all weights, or the last layer's alone (closed form)"
+        "all",
+        description="all: gradient over all weights. head: over the last layer only (closed form).",
     )
 
 
@@ -136,29 +147,32 @@ ScoreName = Literal[
 
 
 class MeasureSettings(PoolSettings):
-    """The measured scores of every seed sample."""
+    """Measure: the scores of every seed sample."""
 
     scores: tuple[ScoreName, ...] = Field(
         ("moso",),
         min_length=1,
-        description="one or several, from one proxy training; see `raypipe scores`",
+        description="Scores to measure, all from one proxy training. `raypipe scores` lists them.",
     )
     recalibrate: bool = Field(
         True,
-        description="estimate BatchNorm's statistics anew at every checkpoint, on the seed set or about 10,000 samples of it, before anything "
-        "is measured there; false: as published",
+        description="Re-estimate the BatchNorm statistics at every checkpoint before measuring, on "
+        "the seed set or about 10,000 samples of it. false: as published.",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="of gradient scores on a GPU: float32 is exact, the others faster; a CPU always takes float32",
+        description="Precision of gradient scores on a GPU. float32 is exact, the others are "
+        "faster. A CPU always uses float32.",
     )
     channels_last: bool = Field(
         True,
-        description="memory format of gradient scores; faster on CPU and GPU, the same to rounding",
+        description="Use the channels-last memory format for gradient scores. Faster on CPU and "
+        "GPU; results are equal up to rounding.",
     )
     compile: bool = Field(
         False,
-        description="torch.compile of MoSo's alignments: a minute of compilation per checkpoint first",
+        description="Compile MoSo's alignments with torch.compile. This first takes a minute per "
+        "checkpoint.",
     )
     moso: MosoSettings = MosoSettings()
     grand: GrandSettings = GrandSettings()
@@ -185,7 +199,10 @@ class MeasureSettings(PoolSettings):
 
     @property
     def at_checkpoints(self) -> tuple[str, ...]:
-        """The scores that the proxy's checkpoints give, of any sample; the others follow the training of a sample."""
+        """Scores that are measured at checkpoints, which is possible for any sample.
+
+        All other scores follow the training of a sample, and exist for seed samples only.
+        """
         return tuple(
             score
             for score in self.scores
@@ -193,14 +210,14 @@ class MeasureSettings(PoolSettings):
         )
 
     def settings_of(self, score: str) -> Settings:
-        """The settings of one score."""
+        """Return the settings of one score."""
         settings: Settings = getattr(self, score.replace("-", "_"))
         return settings
 
     def options(self, score: str) -> dict[str, Any]:
-        """The options of one score."""
+        """Return the options of one score by name."""
         return self.settings_of(score).model_dump()
 
     def trajectory_options(self, score: str) -> dict[str, Any]:
-        """What the function of a score takes that is computed from the trajectory."""
+        """Return the keyword arguments of a score that is computed from the trajectory."""
         return {name: value for name, value in self.options(score).items() if name != "at"}

@@ -1,4 +1,4 @@
-"""The settings of a run: one model per section, validated before any work starts."""
+"""The configuration of a run: all sections, and the rules between them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,28 @@ from raypipe.config.trust import TrustSettings
 
 
 class Config(Settings):
-    """Everything that decides what a run produces."""
+    """Everything that determines what a run produces.
 
-    run: str = Field(description="where everything is written: local path, file:// or s3://")
+    Attributes
+    ----------
+    run : str
+        The run folder, where everything is written: local path, file:// or s3://.
+    source : SourceSettings
+        The dataset.
+    seed, pseudo_labels, proxy, measure, embed, extrapolate, trust, select, report, nightly, cluster
+        The other sections. All of them have defaults.
+
+    Examples
+    --------
+    >>> from raypipe import Config
+    >>> config = Config(run="runs/digits", source={"uri": "digits://"})
+    >>> config.proxy.epochs
+    50
+    """
+
+    run: str = Field(
+        description="Run folder, where everything is written: local path, file:// or s3://."
+    )
     source: SourceSettings
     seed: SeedSettings = SeedSettings()
     pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
@@ -38,27 +57,31 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _scores_fit(self) -> Config:
-        wanted, given = self.extrapolate.score, self.measure.scores
-        if wanted != "auto" and wanted not in given:
+        extrapolated, measured = self.extrapolate.score, self.measure.scores
+        if extrapolated != "auto" and extrapolated not in measured:
             raise ValueError(
-                f"extrapolate.score: {wanted!r} is not one of measure.scores ({', '.join(given)})"
+                f"extrapolate.score: {extrapolated!r} is not one of measure.scores ({', '.join(measured)})"
             )
-        followed = sorted(set(given) - set(self.measure.at_checkpoints))
-        if self.proxy.trajectory == "none" and followed:
+        from_trajectory = sorted(set(measured) - set(self.measure.at_checkpoints))
+        if self.proxy.trajectory == "none" and from_trajectory:
             raise ValueError(
-                "proxy.trajectory: 'none' leaves nothing to compute " + ", ".join(followed)
+                f"proxy.trajectory: {', '.join(from_trajectory)} cannot be computed without a "
+                "trajectory; set it to train or eval"
             )
         epochs = self.proxy.checkpoint_epochs()
         for score in self.measure.at_checkpoints:
             settings = self.measure.settings_of(score)
             if isinstance(settings, MeanSettings) and not any(map(settings.takes, epochs)):
                 raise ValueError(
-                    f"measure.{score}: at checkpoints, but none is between first_epoch {settings.first_epoch} and last_epoch "
-                    f"{settings.last_epoch}; they are of epochs {', '.join(map(str, epochs))} (from 0). See proxy.checkpoints"
+                    f"measure.{score}: no checkpoint is between first_epoch {settings.first_epoch} "
+                    f"and last_epoch {settings.last_epoch}; checkpoints are at epochs "
+                    f"{', '.join(map(str, epochs))} (from 0). Change these settings or "
+                    "proxy.checkpoints"
                 )
         if self.extrapolate.rehearsal is True and self._nothing_to_rehearse:
             raise ValueError(
-                f"extrapolate.rehearsal: there is nothing to rehearse, since {self._nothing_to_rehearse}"
+                f"extrapolate.rehearsal: nothing to rehearse: {self._nothing_to_rehearse}. Set it "
+                "to auto or false"
             )
         return self
 
@@ -66,18 +89,20 @@ class Config(Settings):
     def _labels_from_somewhere(self) -> Config:
         if self.unsupervised and self.source.label_column is not None:
             raise ValueError(
-                "pseudo_labels.clusters: the source's own labels would not be used; set source.label_column to null, which says that it "
-                "has none or that they are not to be read, or leave pseudo_labels.clusters out"
+                "pseudo_labels.clusters: the source's own labels would not be used; set "
+                "source.label_column to null if it has none or they should be ignored, or remove "
+                "pseudo_labels.clusters"
             )
         if not self.unsupervised and self.source.label_column is None:
             raise ValueError(
-                "source.label_column: null leaves no labels to train the proxy on; set pseudo_labels.clusters to have some from clusters"
+                "source.label_column: null leaves no labels to train the proxy on; set "
+                "pseudo_labels.clusters to use clusters as labels"
             )
         return self
 
     @property
     def unsupervised(self) -> bool:
-        """Whether labels are clusters, and no label of the source is read."""
+        """Whether clusters are used as labels, and no label of the source is read."""
         return self.pseudo_labels.clusters is not None
 
     @property
@@ -89,15 +114,15 @@ class Config(Settings):
 
     @property
     def rehearses(self) -> bool:
-        """Whether a second proxy is trained to learn how the score differs where there was no training on the sample."""
-        asked = self.extrapolate.rehearsal
-        return self._nothing_to_rehearse == "" if asked == "auto" else asked
+        """Whether a second proxy is trained, to learn how scores of unseen samples differ."""
+        setting = self.extrapolate.rehearsal
+        return self._nothing_to_rehearse == "" if setting == "auto" else setting
 
     @property
     def _nothing_to_rehearse(self) -> str:
-        """Why there is nothing to rehearse; "" where there is."""
+        """Why a rehearsal is of no use; "" if it is."""
         if self.score in self.measure.at_checkpoints:
-            return f"{self.score} is measured at checkpoints, on an audit set too"
+            return f"{self.score} is measured at checkpoints, also on an audit set"
         if self.extrapolate.method != "gnn":
             return f"method {self.extrapolate.method} does not learn from it"
         return "proxy.parts is above 1" if self.proxy.parts > 1 else ""

@@ -1,4 +1,4 @@
-"""Settings shared by the stages that run a network in a pool of actors."""
+"""Settings that all stages with a network in a pool of actors share."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from raypipe.config.base import Positive, Settings
 
 
 class PoolSettings(Settings):
-    """Size of an autoscaling pool of actors."""
+    """An autoscaling pool of actors."""
 
     batch_size: Positive | Literal["auto"] = Field(
         "auto",
-        description="images in one pass; auto: 64 on a CPU, where more only take memory, 256 of 224 pixels on a GPU, up to 2,048 smaller ones. "
-        "A GPU whose memory does not do takes half as many",
+        description="Images per forward pass. auto: 64 on a CPU, where more only take memory; 256 "
+        "of 224 pixels on a GPU, up to 2,048 smaller ones. Halved when the GPU runs out of memory.",
     )
-    min_actors: Positive = Field(1, description="actors that are always there")
+    min_actors: Positive = Field(1, description="Number of actors that are always running.")
     max_actors: Positive | Literal["auto"] = Field(
         "auto",
-        description="auto: as many as the GPUs, or the CPUs where there is no GPU, have room for, also those of nodes that come later",
+        description="Largest number of actors. auto: as many as fit on the GPUs, or on the CPUs if "
+        "there are no GPUs, including nodes that join later.",
     )
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: when the cluster has any")
+    use_gpu: bool | Literal["auto"] = Field(
+        "auto", description="Whether actors use GPUs. auto: if the cluster has any."
+    )
     actors_per_gpu: int = Field(
         1,
         ge=1,
         le=100,
-        description="actors that share a GPU and its memory: more keep it busy where a small network leaves it waiting",
+        description="Actors that share one GPU and its memory. Raise it if a small network leaves "
+        "the GPU idle.",
     )
 
     @model_validator(mode="after")
@@ -39,7 +43,7 @@ class PoolSettings(Settings):
         return self
 
     def images_at_once(self, gpu: bool, image_size: int) -> int:
-        """`batch_size` as a number, for images of so many pixels a side."""
+        """Return `batch_size` as a number, for square images of `image_size` pixels a side."""
         if self.batch_size != "auto":
             return self.batch_size
         return min(2048, max(1, round(256 * (224 / image_size) ** 2))) if gpu else 64

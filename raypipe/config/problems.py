@@ -1,4 +1,4 @@
-"""Describe validation errors: one line for each wrong field, with the nearest valid name."""
+"""Describe validation errors: one line per wrong field, with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from raypipe.config.model import Config
 
 
 def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
+    """Yield one indented line per wrong field.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+        What validation raised.
+    root : type of Settings, optional
+        The model that was validated. Default: `Config`.
+    """
     for item in error.errors():
         where = (
             ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
@@ -22,24 +31,26 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
         elif item["type"] == "missing":
             yield f"  {where}: required, but missing"
         else:
-            # of a rule on several settings the input is all of the section; the message names those that matter
-            what = (
+            # The input of a rule on several settings is the whole section. Its message names the
+            # settings that matter.
+            prefix = (
                 ""
                 if item["type"] == "value_error" and isinstance(item["input"], dict)
                 else f"{_shown(item['input'])} is not allowed: "
             )
-            yield f"  {where}: {what}{item['msg'].removeprefix('Value error, ')}"
+            yield f"  {where}: {prefix}{item['msg'].removeprefix('Value error, ')}"
 
 
 def _shown(value: Any) -> str:
-    """A value as it was given, shortened: what YAML writes with anchors can be longer than memory when it is written out."""
+    """Return a value as short text: YAML anchors can expand to more than fits in memory."""
     short = reprlib.Repr()
     short.maxstring, short.maxother, short.maxlevel = 200, 200, 2
     return short.repr(value)[:400]
 
 
 def _is_union_branch(part: str | int) -> bool:
-    # pydantic puts the tried type ("int", "literal['auto']", "constrained-int") into the location of a union's error
+    # pydantic adds the type it tried ("int", "literal['auto']", "constrained-int") to the location
+    # of an error in a union
     return isinstance(part, str) and (
         part in {"int", "bool", "float", "str"} or "[" in part or "-" in part
     )

@@ -1,4 +1,4 @@
-"""The network whose training the scores come from, and the pools of actors that run it."""
+"""Settings of the proxy, the network whose training the scores come from."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-"""Mean and standard deviation of red, green and blue, of pixels from 0 to 1; `half` brings them to -1..1."""
+"""Mean and standard deviation of red, green and blue for pixels from 0 to 1. `half` gives -1..1."""
 
 
 class NormalizeSettings(Settings):
-    """Mean and standard deviation of red, green and blue, of pixels from 0 to 1."""
+    """Mean and standard deviation of red, green and blue for pixels from 0 to 1."""
 
-    mean: tuple[Share, Share, Share] = Field(description="of each channel")
-    std: tuple[Spread, Spread, Spread] = Field(description="of each channel")
+    mean: tuple[Share, Share, Share] = Field(description="Mean of each channel.")
+    std: tuple[Spread, Spread, Spread] = Field(description="Standard deviation of each channel.")
 
 
 def _kind_of_normalize(value: Any) -> str:
@@ -33,11 +33,11 @@ def _kind_of_normalize(value: Any) -> str:
 
 
 def _fraction(value: Any) -> Any:
-    """8/255 as papers write it."""
+    """Parse a fraction such as "8/255", as papers write it."""
     if isinstance(value, str):
-        above, slash, below = value.partition("/")
+        numerator, slash, denominator = value.partition("/")
         try:
-            return float(above) / float(below) if slash else value
+            return float(numerator) / float(denominator) if slash else value
         except (ValueError, ZeroDivisionError):
             return value
     return value
@@ -47,84 +47,123 @@ Radius = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
 
 
 class AdversarySettings(Settings):
-    """Adversarial examples by projected gradient descent (PGD), in the maximum norm of pixels from 0 to 1."""
+    """Adversarial examples by projected gradient descent (PGD).
+
+    Distances are in the maximum norm, for pixels from 0 to 1.
+    """
 
     eps: Radius = Field(
-        8 / 255, description="furthest that a pixel is moved; a number, or as 8/255"
+        8 / 255, description="Largest change of a pixel: a number, or a fraction such as 8/255."
     )
-    step_size: Radius = Field(2 / 255, description="how far it is moved in each iteration")
+    step_size: Radius = Field(
+        2 / 255, description="Change of a pixel per iteration, in the same unit."
+    )
     iterations: Positive = Field(
-        7, description="gradient steps; a training takes about 1 + 2/3 of them times as long"
+        7, description="Gradient steps. A training takes about 1 + 2/3 x iterations times as long."
     )
 
 
 class ProxySettings(Settings):
-    """The small network trained on the seed set with Ray Train."""
+    """Proxy: the small network trained on the seed set with Ray Train."""
 
     model: str = Field(
         "resnet18",
         min_length=1,
-        description="small, or a torchvision network: resnet18, resnet50, ...",
+        description="small (0.3 M parameters), or a torchvision network: resnet18, resnet50, ...",
     )
-    image_size: int = Field(64, ge=8, le=1024, description="pixels, square")
+    image_size: int = Field(
+        64, ge=8, le=1024, description="Side in pixels that images are scaled to, square."
+    )
     normalize: Annotated[
         Annotated[Literal["measured", "imagenet", "cifar10", "half"], Tag("a-name")]
         | Annotated[NormalizeSettings, Tag("mean-and-std")],
         Discriminator(_kind_of_normalize),
     ] = Field(
         "measured",
-        description="mean and standard deviation taken off each channel: measured (on the seed set), imagenet, cifar10, half (0.5 and 0.5), "
-        "or {mean: [r, g, b], std: [r, g, b]} of pixels from 0 to 1",
+        description="Mean and standard deviation that normalise each channel: measured (on the "
+        "seed set), imagenet, cifar10, half (0.5 and 0.5), or {mean: [r, g, b], std: [r, g, b]} "
+        "for pixels from 0 to 1.",
     )
-    epochs: Positive = Field(50, description="passes over the seed set")
-    batch_size: Positive = Field(128, description="images per step, over all workers together")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has Nesterov momentum 0.9")
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 (SGD) or decoupled (AdamW)")
+    epochs: Positive = Field(50, description="Passes over the seed set.")
+    batch_size: Positive = Field(128, description="Images per step, over all workers together.")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="Optimiser. sgd uses Nesterov momentum."
+    )
+    lr: float = Field(0.1, gt=0, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD. AdamW ignores it.")
+    weight_decay: float = Field(
+        5e-4, ge=0, description="Weight decay: L2 for SGD, decoupled for AdamW."
+    )
     schedule: Literal["onecycle", "cosine", "constant"] = Field(
-        "onecycle", description="learning rate over the training"
+        "onecycle", description="Learning rate schedule."
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="training loss only; scores use the plain loss"
+        0.0,
+        ge=0,
+        lt=1,
+        description="Label smoothing of the training loss. Scores use the plain loss.",
     )
-    flip: bool = Field(True, description="random horizontal flips while training")
+    flip: bool = Field(
+        True,
+        description="Flip images horizontally at random while training. Switch it off if mirrored "
+        "images have another meaning, such as digits.",
+    )
     crop_padding: int = Field(
-        4, ge=0, le=64, description="random shifts by up to this many pixels while training"
+        4,
+        ge=0,
+        le=64,
+        description="Shift images at random by up to this many pixels while training. 0: off.",
     )
-    checkpoints: Positive = Field(10, description="how many checkpoints are kept")
+    checkpoints: Positive = Field(
+        10,
+        description="Number of checkpoints to keep. Each adds measurement time for scores such as "
+        "MoSo.",
+    )
     checkpoint_choice: Literal["spaced", "random"] | tuple[int, ...] = Field(
         "spaced",
-        description="evenly spaced, drawn at random (as the published MoSo code does), or a list of epochs from 0",
+        description="Epochs of the checkpoints. spaced: evenly. random: as in the published MoSo "
+        "code. Or a list of epochs, counted from 0.",
     )
     adversary: AdversarySettings | None = Field(
         None,
-        description="train, and measure, on adversarial examples: {eps: 8/255, step_size: 2/255, iterations: 7}, or {} for these; null: off",
+        description="Train and measure on adversarial examples: {eps: 8/255, step_size: 2/255, "
+        "iterations: 7}, or {} for these defaults. null: off.",
     )
     trajectory: Literal["train", "eval", "none"] = Field(
         "train",
-        description="class probabilities per epoch: of the training forward pass (free), of an extra plain pass, or none",
+        description="Class probabilities to record per epoch. train: from the training forward "
+        "pass (free). eval: from an extra pass without augmentation. none: no trajectory.",
     )
     seed: int = Field(
-        0, ge=0, description="initial weights, order and augmentation; the division into parts"
+        0,
+        ge=0,
+        description="Random seed of initial weights, order, augmentation and the division into "
+        "parts.",
     )
     parts: Positive = Field(
         1,
-        description="so many proxies, each trained and scored on its own random part of the seed set, as the MoSo paper does",
+        description="Number of proxies. Each is trained and scored on its own random part of the "
+        "seed set, as in the MoSo paper.",
     )
     workers: Positive = Field(
-        1, description="data-parallel workers of a training; batch_size is shared among them"
+        1, description="Data-parallel workers of a training. They share batch_size."
     )
     use_gpu: bool | Literal["auto"] = Field(
-        "auto", description="one GPU per worker; auto: when the cluster has any"
+        "auto", description="Use one GPU per worker. auto: if the cluster has GPUs."
     )
     cpus_per_worker: Positive | Literal["auto"] = Field(
         "auto",
-        description="auto: all CPUs of a CPU-only machine shared evenly, also among parts; else up to 4",
+        description="CPUs per worker. auto: without GPUs, all CPUs of a machine shared evenly, "
+        "also among parts; otherwise up to 4.",
     )
-    amp: bool = Field(True, description="bf16 mixed precision on GPU; CPU is always fp32")
+    amp: bool = Field(
+        True, description="Use bfloat16 mixed precision on GPUs. CPUs always use float32."
+    )
     max_failures: int = Field(
-        3, ge=0, description="worker failures a training survives before the stage gives up"
+        3,
+        ge=0,
+        description="Worker failures that a training survives before the stage fails. Raise it on "
+        "spot machines: each one taken away counts.",
     )
 
     @model_validator(mode="after")
@@ -133,7 +172,7 @@ class ProxySettings(Settings):
             wrong = [epoch for epoch in self.checkpoint_choice if not 0 <= epoch < self.epochs]
             if wrong or not self.checkpoint_choice:
                 raise ValueError(
-                    f"checkpoint_choice names epochs {wrong}, but there are 0..{self.epochs - 1}"
+                    f"checkpoint_choice names epochs {wrong}, but epochs are 0..{self.epochs - 1}"
                 )
         elif self.checkpoints > self.epochs:
             raise ValueError(
@@ -144,16 +183,23 @@ class ProxySettings(Settings):
     def statistics(
         self, mean: Sequence[float], std: Sequence[float]
     ) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of the channels that `normalize` names; those given are the measured ones."""
+        """Return mean and standard deviation of the channels, as `normalize` chooses them.
+
+        Parameters
+        ----------
+        mean, std : sequence of float
+            The measured values of red, green and blue, for pixels from 0 to 1.
+        """
         if isinstance(self.normalize, NormalizeSettings):
             return list(self.normalize.mean), list(self.normalize.std)
         chosen = NORMALIZATIONS.get(self.normalize, (mean, std))
         return list(chosen[0]), list(chosen[1])
 
     def checkpoint_epochs(self) -> list[int]:
-        """0-based epochs at whose end scores are measured.
+        """Return the epochs, counted from 0, after which scores are measured.
 
-        spaced: evenly over the epochs, the last one included. random: drawn without replacement, seeded. Otherwise those named.
+        spaced: evenly over all epochs, including the last. random: drawn without replacement, from
+        `seed`. Otherwise the listed epochs.
         """
         if isinstance(self.checkpoint_choice, tuple):
             return sorted(set(self.checkpoint_choice))

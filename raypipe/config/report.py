@@ -12,34 +12,39 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class ReportSettings(Settings):
-    """The HTML page, and where its figures go beside."""
+    """Report: the HTML page, and trackers that receive its figures."""
 
-    images: int = Field(24, ge=0, le=200, description="images in each grid; 0: no images at all")
+    images: int = Field(24, ge=0, le=200, description="Images in each grid. 0: no images at all.")
     classes: int = Field(
         12,
         ge=0,
         le=100,
-        description="classes with a histogram and images of their own; of more, those with the most extreme medians",
+        description="Classes shown with a histogram and images. If there are more, those with the "
+        "most extreme medians are shown.",
     )
     class_images: int = Field(
-        5, ge=0, le=20, description="images at each end of the scores of such a class"
+        5, ge=0, le=20, description="Images at each end of the scores of such a class."
     )
     cpu_price: float | None = Field(
         None,
         ge=0,
-        description="dollars for an hour of a CPU, to say what the run cost; null: not said",
+        description="Price of a CPU hour in dollars, to report the cost of the run. null: not "
+        "reported.",
     )
-    gpu_price: float | None = Field(None, ge=0, description="the same for an hour of a GPU")
+    gpu_price: float | None = Field(
+        None, ge=0, description="Price of a GPU hour in dollars. null: not reported."
+    )
     log_to: tuple[TrackerName, ...] = Field(
         (),
-        description="figures and stage timings go there as well, at the end of a run: tensorboard (files in the run), mlflow, wandb (both with "
-        "the page and its images); each needs its package: pip install 'raypipe[mlflow]'",
+        description="Trackers that receive figures and stage timings at the end of a run: "
+        "tensorboard (files in the run), mlflow, wandb (both also get the page and its images). "
+        "Each needs its package: pip install 'raypipe[mlflow]'.",
     )
     experiment: str = Field(
         "raypipe",
         min_length=1,
         max_length=128,
-        description="MLflow's experiment and the project of Weights & Biases for log_to",
+        description="MLflow experiment, and Weights & Biases project, for log_to.",
     )
 
     @field_validator("log_to", mode="before")
@@ -51,5 +56,5 @@ class ReportSettings(Settings):
     @classmethod
     def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("each at most once")
+            raise ValueError("name each tracker at most once")
         return value

@@ -10,18 +10,24 @@ from raypipe.config.base import Settings
 
 
 class SeedSettings(Settings):
-    """The randomly chosen few percent of samples that are scored by measurement."""
+    """Seed: the random few percent of the samples whose scores are measured."""
 
-    fraction: float = Field(0.1, gt=0, le=1, description="share of the source that is measured")
-    seed: int = Field(0, ge=0, description="another number draws another seed set")
+    fraction: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of the source that is measured, 0 to 1. More samples give better "
+        "predictions and cost more training; the report's learning curve shows how much.",
+    )
+    seed: int = Field(0, ge=0, description="Random seed. Another number draws another seed set.")
     audit: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="samples outside the seed set that are measured directly to judge the fidelity of scores at checkpoints, about; "
-        "auto: a tenth of the seed set, 50 to 500; 0: none",
+        description="Approximate number of samples outside the seed set to measure, which assesses "
+        "the fidelity of scores at checkpoints. auto: a tenth of the seed set, 50 to 500. 0: none.",
     )
 
     def audit_samples(self, samples: int) -> int:
-        """How many samples an audit set should have where the source has so many."""
+        """Return the target size of the audit set for a source of `samples` samples."""
         return (
             min(500, max(50, round(samples * self.fraction / 10)))
             if self.audit == "auto"

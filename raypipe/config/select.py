@@ -13,69 +13,87 @@ KeepFraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class SelectSettings(Settings):
-    """Keep-lists."""
+    """Select: keep-lists."""
 
     keep: tuple[KeepFraction, ...] = Field(
-        (0.3, 0.5, 0.7, 0.9), min_length=1, description="fractions of the samples to keep"
+        (0.3, 0.5, 0.7, 0.9),
+        min_length=1,
+        description="Fractions of the samples to keep, 0 to 1. One keep-list each.",
     )
     strategy: StrategyName = Field(
-        "ccs", description=f"{strategy_summaries()}. See docs/keep-lists.md"
+        "ccs",
+        description=f"Strategy. {strategy_summaries()}. See the guide to keep-lists.",
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="random, ccs, beta: another number draws other samples"
+        0,
+        ge=0,
+        lt=2**63,
+        description="random, ccs, beta: random seed. Another number draws other samples.",
     )
     easy_fraction: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="mixed: share of the list from the easy end, the rest from the hard end",
+        description="mixed: share of the list from the easy end. The rest is from the hard end.",
     )
     difficulty: Literal["auto", "score", "loss"] = Field(
         "auto",
-        description="mixed, ccs: what is hard, a high score or a high loss of the proxy; auto: the score where it is one of difficulty "
-        "(aum, el2n, entropy, forgetting, grand, loss), else the loss",
+        description="mixed, ccs: what counts as hard, a high score or a high loss of the proxy. "
+        "auto: the score if it measures difficulty (aum, el2n, entropy, forgetting, grand, loss), "
+        "otherwise the loss.",
     )
     hard_cutoff: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         "auto",
-        description="ccs: share of the samples, the hardest, that is left out first; auto: half of what is pruned",
+        description="ccs: share of hardest samples that is removed first. "
+        "auto: half of what is pruned.",
     )
     strata: int = Field(
-        50, ge=1, le=10_000, description="ccs: intervals of equal width of the score"
+        50, ge=1, le=10_000, description="ccs: number of score intervals of equal width."
     )
     beta_exponent: float = Field(
-        4.0, gt=0, description="beta: c_D; the higher, the later easy samples are preferred"
+        4.0,
+        gt=0,
+        description="beta: exponent c_D. The higher, the more has to be pruned before easy "
+        "samples are preferred.",
     )
     by_class: bool | Literal["auto"] = Field(
         "auto",
-        description="the strategy works within each class, and every class keeps the same share (balanced: always); auto: with ccs",
+        description="Apply the strategy within each class, so that every class keeps the same "
+        "share (balanced: always). auto: with ccs.",
     )
     min_per_class: int = Field(
-        0, ge=0, description="samples each class keeps at least, or all it has"
+        0,
+        ge=0,
+        description="Minimum number of samples to keep of each class, or all if it has fewer.",
     )
     always_keep: str | None = Field(
         None,
         min_length=1,
-        description="ids in every list: text, one a line, or Parquet with sample_id",
+        description="File of sample ids that every list contains: text with one id per line, or "
+        "Parquet with a column sample_id.",
     )
-    never_keep: str | None = Field(None, min_length=1, description="ids in no list, as always_keep")
+    never_keep: str | None = Field(
+        None, min_length=1, description="File of sample ids that no list contains, as always_keep."
+    )
     near_duplicates: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="of embeddings with at least this cosine similarity only that of the highest score is kept",
+        description="Cosine similarity of embeddings from which samples count as near-duplicates. "
+        "Only the one with the highest score is kept. null: keep all.",
     )
     weights: Literal["none", "inclusion", "class"] = Field(
         "none",
-        description="column of training weights; inclusion: inverse probability of being drawn (random, ccs, beta); class: class "
-        "frequencies of the source",
+        description="Training weights in the list. inclusion: inverse probability of being drawn "
+        "(random, ccs, beta). class: restores the class frequencies of the source.",
     )
     force: bool = Field(
-        False, description="make keep-lists even where the fidelity is below trust.min_spearman"
+        False, description="Write keep-lists even if the fidelity is below trust.min_spearman."
     )
 
     @property
     def within_classes(self) -> bool:
-        """`by_class` as it is meant."""
+        """`by_class` as a bool."""
         return self.strategy == "ccs" if self.by_class == "auto" else self.by_class
 
     @field_validator("keep", mode="before")
@@ -91,7 +109,8 @@ class SelectSettings(Settings):
             and max(self.keep) + self.hard_cutoff > 1 + 1e-9
         ):
             raise ValueError(
-                f"keep ({max(self.keep)}) and hard_cutoff ({self.hard_cutoff}) of ccs cannot be more than 1 together"
+                f"keep ({max(self.keep)}) plus hard_cutoff ({self.hard_cutoff}) of ccs cannot be "
+                "more than 1"
             )
         if self.weights == "inclusion" and self.strategy not in RANDOM_STRATEGIES:
             raise ValueError(
@@ -100,6 +119,7 @@ class SelectSettings(Settings):
             )
         if self.weights == "inclusion" and self.min_per_class:
             raise ValueError(
-                "weights: inclusion does not hold with min_per_class, which changes the probabilities; use class"
+                "weights: inclusion does not hold with min_per_class, which changes the "
+                "probabilities; use class"
             )
         return self

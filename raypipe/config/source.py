@@ -1,4 +1,4 @@
-"""Where the samples are, and which of them are measured."""
+"""Settings of the source."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from raypipe.config.base import Positive, Settings
 
 
 class SourceSettings(Settings):
-    """The dataset as its owner stores it."""
+    """Source: the dataset as its owner stores it."""
 
     uri: str = Field(
-        description="folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards (.txt); local path, file:// or s3://; "
-        "digits:// is the bundled set; torchvision://CIFAR10, huggingface://user/name a dataset by name; synthetic:// made-up images"
+        description="Folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards "
+        "(.txt), as local path, file:// or s3://. digits:// is the bundled dataset, "
+        "torchvision://CIFAR10 and huggingface://user/name are datasets by name, synthetic:// "
+        "generates images."
     )
     format: Literal[
         "auto",
@@ -26,74 +28,88 @@ class SourceSettings(Settings):
         "torchvision",
         "synthetic",
         "digits",
-    ] = Field("auto", description="auto looks at the file names")
+    ] = Field("auto", description="Storage format. auto: from the file names.")
     root: str | None = Field(
         None,
         min_length=1,
-        description="folder of a torchvision dataset's files, or below which the paths of a file list are",
+        description="Folder of a torchvision dataset's files, or the folder that the paths of a "
+        "file list are relative to.",
     )
     split: str | None = Field(
         None,
         min_length=1,
-        description="which split of a dataset that has several; of a torchvision dataset train, if not given",
+        description="Split of a dataset that has several. Default for torchvision: train.",
     )
     config_name: str | None = Field(
-        None, min_length=1, description="Hugging Face: which configuration of a dataset of the hub"
+        None, min_length=1, description="Hugging Face: configuration of a dataset on the hub."
     )
-    download: bool = Field(True, description="fetch a torchvision dataset that is not in root")
+    download: bool = Field(True, description="Download a torchvision dataset that is not in root.")
     verify: bool = Field(
-        True, description="check a torchvision dataset's files against the published checksums"
+        True, description="Verify a torchvision dataset's files against the published checksums."
     )
     include: str = Field(
-        "*", min_length=1, description="glob on the path below uri: only matching files are read"
+        "*", min_length=1, description="Glob on the path below uri. Only matching files are read."
     )
     image_column: str = Field(
         "auto",
         min_length=1,
-        description="Parquet, Hugging Face: column with the images; auto: image, img, ..., or the only one",
+        description="Parquet, Hugging Face: column with the images. auto: image, img, ..., or the "
+        "only candidate.",
     )
     label_column: str | None = Field(
         "auto",
         min_length=1,
-        description="column, or WebDataset .json field, with the label; auto: label, fine_label, class, ...; null: there are no labels, or they "
-        "are not to be read, in any format: see pseudo_labels",
+        description="Column, or WebDataset .json field, with the label. auto: label, fine_label, "
+        "class, ... null: the source has no labels, or they should be ignored (any format); see "
+        "pseudo_labels.",
     )
     id_column: str | None = Field(
         None,
         min_length=1,
-        description="Parquet, Hugging Face: column with unique ids; default is file#row",
+        description="Parquet, Hugging Face: column with unique ids. Default: file#row.",
     )
     path_column: str | None = Field(
         None,
         min_length=1,
-        description="file list: column with the paths; default: path, file, filename or image, else the first",
+        description="File list: column with the paths. Default: path, file, filename or image, "
+        "otherwise the first.",
     )
     class_map: str | None = Field(
         None,
         min_length=1,
-        description="image folder, file list: file that says which class a folder or label is; JSON or text lines",
+        description="Image folder, file list: file that maps folders or labels to classes, as "
+        "JSON or text lines.",
     )
     num_classes: Positive | None = Field(
         None,
-        description="default: found in the source; more than it names: the others have no samples",
+        description="Number of classes. Default: found in the source. Extra classes have no "
+        "samples.",
     )
-    limit: Positive | None = Field(None, description="use only the first N samples (rehearsals)")
+    limit: Positive | None = Field(
+        None, description="Use only the first N samples, for a trial run."
+    )
     inject_noise: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="rehearsals: share of the samples whose label is replaced by another class, drawn by id; never train on such a run's lists",
+        description="Share of the samples whose label is replaced by another class, drawn by id, "
+        "to test the detection of label noise. Never train on the lists of such a run.",
     )
     noise_seed: int = Field(
-        0, ge=0, description="inject_noise: another number replaces the labels of others"
+        0, ge=0, description="inject_noise: random seed. Another number changes other labels."
     )
-    fragment_samples: Positive = Field(1024, description="most samples in one unit of work")
+    fragment_samples: Positive = Field(
+        1024,
+        description="Largest number of samples in one unit of work. Lower it to use less memory "
+        "per worker, raise it for very large sources.",
+    )
     max_pixels: Positive = Field(
-        100_000_000, description="an image with more pixels is rejected, not decoded"
+        100_000_000, description="Images with more pixels are rejected, not decoded."
     )
     max_reject_fraction: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="a run stops when more of its samples than this cannot be read; fewer than 10 never stop it; 0: none may, 1: all may",
+        description="Share of unreadable samples above which the run fails. Fewer than 10 never "
+        "fail it. 0: no sample can be unreadable, 1: all can.",
     )

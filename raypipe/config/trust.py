@@ -1,4 +1,4 @@
-"""Settings of the gate that refuses keep-lists."""
+"""Settings of the gate that refuses keep-lists of low fidelity."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from raypipe.config.base import Settings
 
 
 class TrustSettings(Settings):
-    """When predicted scores are good enough to prune by."""
+    """Trust: when predicted scores are good enough to prune by."""
 
     min_spearman: float = Field(
         0.2,
         ge=-1,
         le=1,
-        description="no keep-lists where the lower end of the fidelity's interval is below; -1: never refuse",
+        description="Refuse keep-lists if the lower end of the fidelity's interval (Spearman) is "
+        "below this. -1: never refuse.",
     )
