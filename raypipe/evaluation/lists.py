@@ -23,7 +23,7 @@ from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RunError
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.run import Run
-from raypipe.runs.score_stream import Scores, mark_listed_ids
+from raypipe.runs.score_stream import ScoreStream, mark_listed_ids
 from raypipe.selection import Chunk, SelectionOptions, needs_classes, needs_loss, select
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.stage import options_of
@@ -101,7 +101,7 @@ class SamplePool:
         return len(self.label)
 
 
-def read_pool(scores: Scores) -> SamplePool:
+def read_pool(scores: ScoreStream) -> SamplePool:
     """Ids and labels of everything scored. Raises RunError where nothing has a label."""
     digest, shards, labels = hashlib.blake2b(digest_size=8), [], []
     for name, chunk in scores.named_chunks(True):
@@ -209,7 +209,7 @@ def cut_lists(
         needs_loss(strategy, dataclasses.replace(options, difficulty="loss"))
         for strategy, options in by_strategy.items()
     )
-    scores = Scores(run, loss)
+    scores = ScoreStream(run, loss)
     pool = read_pool(scores)
     ids = [pa.array(chunk.sample_id, pa.string()) for _, chunk in scores.named_chunks(True)]
     found = origins(run, config, settings, ids)
@@ -248,7 +248,7 @@ class _Stream:
     """The stream of the scored samples, with other scores where these are given."""
 
     def __init__(
-        self, scores: Scores, values: Mapping[str, float] | None, marks: bool = True
+        self, scores: ScoreStream, values: Mapping[str, float] | None, marks: bool = True
     ) -> None:
         self._scores, self._values, self._marks = scores, values, marks
 

@@ -1,6 +1,6 @@
-"""Where everything is in a run folder: the only module that knows the names of its files.
+"""Layout of a run folder: the only module that knows the names of its files.
 
-Everything in a run is Parquet, JSON, YAML, HTML or safetensors: nothing that executes code when it is opened.
+All files are Parquet, JSON, YAML, HTML or safetensors: formats that execute no code when opened.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ STAGE_FOLDERS = {
     "select": ("keep",),
     "report": ("report",),
 }
-"""What each stage writes, in the order of the stages."""
+"""Folders that each stage writes, in the order of the stages."""
 OPTIONAL_STAGES = {"label", "rehearse"}
-"""A ledger without these is whole."""
+"""Stages that a finished run need not have."""
 
 
 class Layout:
@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def driver_file(self) -> str:
-        """Which driver writes the run, or wrote it last."""
+        """The lease: the driver that writes the run, or wrote it last."""
         return self.path("driver.json")
 
     @property
@@ -92,7 +92,7 @@ class Layout:
 
     @property
     def pseudo_labels_file(self) -> str:
-        """What the pseudo-labels are and how many samples each has."""
+        """Manifest of the pseudo-labels, with the number of samples of each."""
         return self.path("labels", "labels.json")
 
     @property
@@ -172,7 +172,7 @@ class Layout:
 
     @property
     def checked_tables(self) -> str:
-        """What the check of the given tables found."""
+        """Result of the check of the input tables."""
         return self.path("extrapolator", "checked.json")
 
     @property
@@ -207,7 +207,7 @@ class Layout:
 
     @property
     def table_summary(self) -> str:
-        """Summary of a run that was made from tables."""
+        """Summary of an extrapolation from tables."""
         return self.path("summary.json")
 
     def index_file(self, name: str) -> str:

@@ -22,19 +22,27 @@ from raypipe.runs.run import Run
 from raypipe.storage import fences
 
 LEASE_SECONDS = 60.0
-"""A lease not renewed for so long is stale and may be taken over."""
-MOST_LEASE = 1 << 16
-"""Bytes of `driver.json` that are looked at."""
+"""A lease that was not renewed for this long has expired, and can be taken over."""
+MAX_LEASE_BYTES = 1 << 16
+"""Bytes of `driver.json` that are read."""
 DRIVER = "driver.json"
-"""Who writes a run, or did so last."""
+"""File of the lease: the driver that writes a run, or wrote it last."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Fence:
-    """Lets the driver that has a run, and what works for it on other machines, write there, and nobody else.
+class FencingToken:
+    """Fencing token of a driver: only the holder of the lease and its workers may write to the run.
 
-    The fencing token (Kleppmann, *How to do distributed locking*, 2016) is the owner in `driver.json`, which is never removed:
-    every change below the run looks there first. See `raypipe.storage.fences`.
+    The token (Kleppmann, *How to do distributed locking*, 2016) is the owner in `driver.json`, a
+    file that is never removed. Every change inside the run folder first compares the token with
+    that file. See `raypipe.storage.fences`.
+
+    Attributes
+    ----------
+    run : str
+        URI of the run.
+    owner : str
+        Random id of the driver.
     """
 
     run: str
@@ -42,25 +50,49 @@ class Fence:
 
     @property
     def lock(self) -> str:
-        """A driver that takes over has the folder locked, so that it comes before a look into `driver.json` or after the change."""
+        """Local folder to lock for a change; "" in an object store.
+
+        A driver that takes over locks the same folder, so that the takeover happens either before
+        the token is compared, or after the change.
+        """
         return storage.filesystem(self.run)[1] if storage.is_local(self.run) else ""
 
     def check(self) -> None:
-        """Raises TakenOverError where another driver has the run. One whose `driver.json` was deleted goes on."""
+        """Raise TakenOverError if another driver holds the lease.
+
+        If `driver.json` was deleted, the driver continues.
+        """
         holder = _parsed(_read(storage.join(self.run, DRIVER)))
         if holder and holder.get("owner") != self.owner:
             raise TakenOverError(
-                f"{self.run}: taken over by another driver, process {holder.get('pid')} on {holder.get('host')}, since this one did "
-                f"not answer for {LEASE_SECONDS:.0f} s; this one stops, and what it was about to write is not written"
+                f"{self.run}: taken over by another driver, process {holder.get('pid')} on "
+                f"{holder.get('host')}, because this one did not renew its lease for "
+                f"{LEASE_SECONDS:.0f} s; this one stops without writing anything more"
             )
 
 
 class Lease:
-    """`RUN/driver.json` says who writes the run. A second driver is refused while the first renews its lease.
+    """Exclusive right to write a run, recorded in `RUN/driver.json`. Used as a context manager.
 
-    A lease that was released, whose process is gone from this machine, or that was not renewed for `LEASE_SECONDS`, is taken over.
-    The driver that lost it (it was suspended, or cut off from storage) notices when it renews the lease, and its `Fence` keeps it and
-    its tasks from every change: it is interrupted and ends, and with it Ray ends its tasks.
+    A second driver is refused while the first renews its lease. A lease can be taken over if it was
+    released, if its process on this machine has ended, or if it was not renewed for
+    `LEASE_SECONDS`.
+
+    A driver can lose its lease when it is suspended or cut off from storage. Its fencing token then
+    prevents every change, by the driver and by its tasks. When it next renews the lease, it notices
+    the loss and is interrupted; Ray ends its tasks when the driver ends.
+
+    Raises
+    ------
+    RunError
+        On entry, if another driver holds the run.
+    TakenOverError
+        On exit, if the lease was lost.
+
+    Attributes
+    ----------
+    about : callable
+        Returns the progress that `driver.json` reports in addition: a dict, written as JSON.
     """
 
     def __init__(self, run: Run) -> None:
@@ -73,17 +105,16 @@ class Lease:
             "pid": os.getpid(),
             "boot": _boot_id(),
         }
-        self._fence = Fence(run.uri, owner)
+        self._fence = FencingToken(run.uri, owner)
         self._written = b""
         self._lost: TakenOverError | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._interrupt = interrupt_of_main_thread()
         self.about: Callable[[], dict[str, Any]] = dict
-        """What `driver.json` says beside: how far the stage under way is."""
 
     def check(self) -> None:
-        """Raises TakenOverError where another driver has the run."""
+        """Raise TakenOverError if another driver has taken over the run."""
         self._fence.check()
 
     def __enter__(self) -> Lease:
@@ -97,20 +128,20 @@ class Lease:
         return self
 
     def _take_over(self) -> None:
-        found = _read(self._uri)
-        holder = _parsed(found)
+        content = _read(self._uri)
+        holder = _parsed(content)
         if holder and not holder.get("released") and _alive(holder):
             raise RunError(
-                f"{self._run.uri}: in use by another driver: process {holder.get('pid')} on {holder.get('host')}, "
-                f"last heard of {_age(holder):.0f} s ago; wait for it, or stop it (it is forgotten after {LEASE_SECONDS:.0f} s)"
+                f"{self._run.uri}: in use by another driver: process {holder.get('pid')} on "
+                f"{holder.get('host')}, lease renewed {_age(holder):.0f} s ago; wait for it, or "
+                f"stop it (its lease expires after {LEASE_SECONDS:.0f} s)"
             )
-        taken = storage.exchange_bytes(self._uri, found, self._written)
-        time.sleep(
-            0 if storage.is_local(self._uri) else 1.0
-        )  # for object stores that ignore conditions
+        taken = storage.exchange_bytes(self._uri, content, self._written)
+        # some object stores ignore the condition: the last writer wins, and the others see that
+        time.sleep(0 if storage.is_local(self._uri) else 1.0)
         if not taken or _parsed(_read(self._uri)).get("owner") != self._me["owner"]:
             raise RunError(
-                f"{self._run.uri}: another driver took this run over at the same moment; try again"
+                f"{self._run.uri}: another driver took over this run at the same moment; try again"
             )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -119,7 +150,7 @@ class Lease:
         try:
             if self._thread is not None:
                 self._thread.join(timeout=10)
-        except KeyboardInterrupt:  # the thread's, at the last moment
+        except KeyboardInterrupt:  # sent by the thread at the last moment
             if self._lost is None:
                 raise
         fences.put_up(
@@ -129,7 +160,7 @@ class Lease:
                 if fence is not self._fence
             }
         )
-        with contextlib.suppress(OSError):  # then it is stale after a while
+        with contextlib.suppress(OSError):  # then the lease expires
             storage.exchange_bytes(self._uri, self._written, self._content(released=True))
         if self._lost is not None and kind in (None, KeyboardInterrupt):
             raise self._lost
@@ -142,12 +173,12 @@ class Lease:
                     self._written = content
                     continue
                 self.check()
-                # somebody deleted it, or wrote into it
+                # the file was deleted or changed, but not by a driver that took over
                 self._written = (
                     content if storage.create_bytes(self._uri, content) else _read(self._uri)
                 )
             except OSError:
-                continue  # storage that comes back is renewed next time; the stages report what does not
+                continue  # try again later; if storage stays unreachable, a stage reports it
             except TakenOverError as error:
                 self._lost = error
                 if self._interrupt is not None and not self._stop.is_set():
@@ -167,15 +198,14 @@ class Lease:
 
 def _read(uri: str) -> bytes:
     try:
-        return storage.read_bytes(
-            uri, 0, MOST_LEASE
-        )  # one request; a read without a range asks for the size first
+        # a read with a range is one request; without one, the size is requested first
+        return storage.read_bytes(uri, 0, MAX_LEASE_BYTES)
     except FileNotFoundError:
         return b""
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """What a lease says; nothing where it is damaged or not there."""
+    """Return the content of a lease; empty if it is damaged or missing."""
     try:
         data = json.loads(content)
     except (ValueError, RecursionError):
@@ -184,9 +214,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def interrupt_of_main_thread() -> Callable[[], None] | None:
-    """What another thread calls to raise KeyboardInterrupt in this one, where this is the main thread, which alone can be; else None.
+    """Return a function that raises KeyboardInterrupt in the main thread, callable from any thread.
 
-    SIGINT will not do: who starts a command in the background often has it ignored, and others have handlers of their own.
+    None if this is not the main thread, because only the main thread can install the handler, or if
+    SIGUSR2 is taken. SIGINT is no alternative: it is often ignored in commands started in the
+    background, and applications install handlers of their own.
     """
     main = threading.main_thread()
     if threading.current_thread() is not main or signal.getsignal(signal.SIGUSR2) not in (
@@ -223,7 +255,7 @@ def _alive(holder: Mapping[str, Any]) -> bool:
 
 
 def _boot_id() -> str:
-    """Tells containers and reboots apart that share a host name, since a pid means nothing across them."""
+    """Identify boot and container: a process id is only meaningful within both."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip() + ":" + os.readlink("/proc/self/ns/pid")

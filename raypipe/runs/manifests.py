@@ -1,4 +1,4 @@
-"""What the stages seed, proxy and measure hand to one another: one frozen dataclass per manifest on disk."""
+"""Manifests that the stages seed, proxy and measure exchange: one frozen dataclass per file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class SeedManifest:
     image_size : int
         Side of the stored images, pixels.
     per_class : tuple of int
-        Seed samples of each class. Without labels those of each pseudo-label; empty until there are any.
+        Seed samples of each class. For an unlabelled source those of each pseudo-label; empty
+        before the stage `label` has run.
     mean, std : tuple of float
         Of each colour channel over the seed set, 0..1.
     shards : tuple of str
@@ -69,9 +70,9 @@ class SeedManifest:
         Raises
         ------
         FileNotFoundError
-            When there is none yet.
+            If there is none yet.
         RunError
-            When it is damaged, or names a file outside its folder.
+            If it is damaged, or names a file outside its folder.
         """
         data = dict(storage.read_json(run.seed_manifest_file))
         if data.get("unlabelled"):
@@ -187,7 +188,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that scores are measured at: its epoch (from 0), the learning rate there, and its file."""
+    """A checkpoint at which scores are measured: epoch (from 0), learning rate and file."""
 
     epoch: int
     lr: float
@@ -196,7 +197,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainedProxy:
-    """What the training of one proxy left.
+    """Result of the training of one proxy.
 
     Attributes
     ----------
@@ -205,7 +206,7 @@ class TrainedProxy:
     trajectory : tuple of tuple of str
         Per epoch the files of the trajectory.
     checkpoints : tuple of Checkpoint
-        Those that scores are measured at.
+        Checkpoints at which scores are measured.
     final : str
         File of the last checkpoint.
     """
@@ -218,7 +219,7 @@ class TrainedProxy:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Files of the checkpoints that scores are measured at."""
+        """Files of the checkpoints at which scores are measured."""
         return tuple(checkpoint.file for checkpoint in self.checkpoints)
 
     @classmethod
@@ -238,7 +239,7 @@ class TrainedProxy:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainedProxy:
-        """Restore what `as_json` gave."""
+        """Restore what `as_json` returned."""
         return cls(
             steps=data["steps"],
             epochs=data["epochs"],
@@ -248,13 +249,13 @@ class TrainedProxy:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `proxy.json` holds of it."""
+        """Return its part of `proxy.json`."""
         return {**vars(self), "checkpoints": [vars(checkpoint) for checkpoint in self.checkpoints]}
 
 
 @dataclass(frozen=True)
 class ProxyOfPart:
-    """The proxy of one part of the seed set: how many samples the part has, in all and by shard, and the training."""
+    """The proxy of one part of the seed set, with the samples of the part: all, and by shard."""
 
     samples: int
     shard_samples: tuple[int, ...]
@@ -276,7 +277,7 @@ class ProxyManifest:
     samples : int
         Seed samples.
     seed : int
-        Of the division into parts.
+        Seed of the division into parts.
     parts : tuple of ProxyOfPart
         One per part of the seed set (`proxy.parts`).
     """
@@ -292,7 +293,7 @@ class ProxyManifest:
 
     @classmethod
     def read(cls, run: Run) -> ProxyManifest:
-        """Read the manifest of a run. Raises FileNotFoundError when the proxy is not trained yet."""
+        """Read the manifest of a run. Raises FileNotFoundError if the proxy is not trained yet."""
         data = storage.read_json(run.proxy_manifest_file)
         if "parts" in data:
             parts = tuple(
@@ -314,7 +315,7 @@ class ProxyManifest:
         )
 
     def write(self, run: Run) -> None:
-        """Write the manifest. What was trained on a single part stands at its top, on several in a list."""
+        """Write the manifest: a single part at the top level, several parts as a list."""
         data: dict[str, Any] = {
             "model": self.model,
             "classes": self.classes,
@@ -340,7 +341,7 @@ class ProxyManifest:
 
 
 def _frozen(data: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON with its lists as tuples."""
+    """Return JSON with tuples in place of lists."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
     }

@@ -1,9 +1,11 @@
-"""Parts: the seed set divided at random among several proxies, as MoSo does (arXiv 2310.14664, Algorithm 1).
+"""Divide the seed set at random among several proxies, as in MoSo (arXiv 2310.14664, Algorithm 1).
 
-A hash of its id says which part a sample is in, so that parts are disjoint, about equally large, and the same everywhere and for
-ever, whatever else is in the seed set. The published code takes ranges of indices instead, which on files sorted by class
-leaves each part a few classes; that is not copied here.
-With one part, which is all of the seed set, nothing is hashed and no folder is named after it.
+A hash of the id decides which part a sample belongs to. Parts are therefore disjoint and about
+equally large, and the part of a sample never changes, whatever else is in the seed set. The
+published code divides ranges of indices instead; in files sorted by class, each part then has few
+classes. We do not follow it.
+
+With a single part, nothing is hashed, and no folder is named after the part.
 """
 
 from __future__ import annotations
@@ -28,9 +30,16 @@ from raypipe.sources.id_sampling import part_rule
 class SeedPart:
     """One part of the seed set.
 
-    number, of     which of how many; seed as for `part_rule`
-    samples        how many it has, and in each shard of the seed set
-    proxy          the proxy trained on it; None until it is trained
+    Attributes
+    ----------
+    number, of : int
+        Its number, from 0, and the number of parts.
+    seed : int
+        Seed of the division, see `part_rule`.
+    samples, shard_samples : int, tuple of int
+        Its samples, in total and in each shard of the seed set.
+    proxy : TrainedProxy, optional
+        The proxy trained on it; None until it is trained.
     """
 
     number: int
@@ -42,42 +51,45 @@ class SeedPart:
 
     @property
     def trained(self) -> TrainedProxy:
-        """The proxy trained on the part, once there is one."""
+        """The proxy trained on the part, which must exist."""
         assert self.proxy is not None, "the proxy is not trained yet"
         return self.proxy
 
     @property
     def name(self) -> str:
-        """Name of its folders; empty for a part that is the whole."""
+        """Name of its folders; empty for the only part."""
         return f"part-{self.number}" if self.of > 1 else ""
 
     def below(self, folder: str) -> str:
-        """Its own folder below one that all parts share; that one itself for a part that is the whole."""
+        """Return its folder inside one that all parts share; the only part uses that one."""
         return storage.join(folder, self.name) if self.name else folder
 
     @property
     def folder(self) -> str:
-        """Where its proxy is, below the run."""
+        """Folder of its proxy, inside the run."""
         return self.below("proxy")
 
     @property
     def checkpoints(self) -> str:
-        """Where its proxy's checkpoints are, below the run."""
+        """Folder of the checkpoints of its proxy, inside the run."""
         return storage.join(self.folder, "checkpoints")
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """Which of some samples are in the part, rising."""
+        """Return the positions of the samples that belong to the part, ascending."""
         if self.of == 1:
             return np.arange(len(ids))
         rule = part_rule(self.of, self.seed)
         return np.flatnonzero([rule(sample_id) == self.number for sample_id in ids])
 
     def count(self, run: Run, shard: str) -> int:
-        """Samples of a seed or audit shard that are in the part, or would be."""
+        """Count the samples of a seed or audit shard that the hash assigns to the part."""
         return len(self.rows(shard_labels(run, shard)["sample_id"].to_pylist()))
 
     def read(self, run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Its samples of a seed shard, as `read_shard` gives them; of an audit shard those that would be in it."""
+        """Read the samples of a seed or audit shard that the hash assigns to the part.
+
+        Returns ids, images and labels, as `read_shard` does.
+        """
         ids, images, labels = read_shard(run, shard)
         if self.of == 1:
             return ids, images, labels
@@ -86,7 +98,7 @@ class SeedPart:
 
 
 def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
-    """The parts of the seed set. Raises StageError when one has too few samples or classes to train on."""
+    """Divide the seed set. Raises StageError if a part has too few samples or classes."""
     manifest = SeedManifest.read(run)
     if parts == 1:
         return [SeedPart(0, 1, seed, manifest.samples, manifest.shard_samples)]
@@ -107,8 +119,9 @@ def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
     for number in range(parts):
         if samples[number] < MIN_SEED_SAMPLES or present[number] < 2:
             raise StageError(
-                f"part {number} of {parts} would have {samples[number]} seed samples of {present[number]} classes; at least "
-                f"{MIN_SEED_SAMPLES} samples of 2 classes are needed in each. Lower proxy.parts or raise seed.fraction"
+                f"part {number} of {parts} would have {samples[number]} seed samples of "
+                f"{present[number]} classes; each needs at least {MIN_SEED_SAMPLES} samples of 2 "
+                "classes. Lower proxy.parts or raise seed.fraction"
             )
     return [
         SeedPart(
@@ -121,7 +134,7 @@ def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
 def merge_parts(
     run: Run, parts: Sequence[SeedPart], shard: str, tables: Sequence[pa.Table]
 ) -> pa.Table:
-    """One table of a seed shard from the table of each part, its rows in the order of the shard."""
+    """Join the tables of all parts of a seed shard, with the rows in the order of the shard."""
     if len(parts) == 1:
         return tables[0]
     ids = shard_labels(run, shard)["sample_id"].to_pylist()
@@ -130,7 +143,7 @@ def merge_parts(
 
 
 def proxy_parts(run: Run) -> list[SeedPart]:
-    """Return the parts of the seed set with the proxy trained on each; a single one where `proxy.parts` is 1."""
+    """Return the parts of the seed set with the proxy trained on each."""
     manifest = ProxyManifest.read(run)
     return [
         SeedPart(
@@ -146,7 +159,10 @@ def proxy_parts(run: Run) -> list[SeedPart]:
 
 
 def trajectory_files(run: Run) -> list[list[str]]:
-    """Per epoch the files, as paths below the run, that have a row for every seed sample: those of all parts."""
+    """Return the trajectory files of all parts per epoch, as paths inside the run.
+
+    Together, the files of an epoch have one row per seed sample.
+    """
     parts = proxy_parts(run)
     return [
         [

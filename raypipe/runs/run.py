@@ -1,7 +1,8 @@
-"""A run: its ledger, its configuration, its index, and what has been done already.
+"""A run: its ledger, its configuration, its index, and the work that is finished.
 
-The ledger, `run.json`, holds for every stage: its state, the fingerprint of all settings that it depends on, samples and
-seconds. The files themselves say what is finished: names derive from fragments, so a shard that exists is complete.
+The ledger, `run.json`, holds the state of every stage, the fingerprint of all settings that it
+depends on, samples and seconds. The files themselves show which work is finished: their names
+derive from fragments, and a shard that exists is complete.
 """
 
 from __future__ import annotations
@@ -23,35 +24,36 @@ MAX_CONFIG_BYTES = 4 << 20
 
 
 class LeaseHolder(Protocol):
-    """What a run asks of the lease that this process holds on it; see `raypipe.runs.lease`."""
+    """The lease that this process holds on a run; see `raypipe.runs.lease`."""
 
     def check(self) -> None:
-        """Raise TakenOverError when another driver has taken the run over."""
+        """Raise TakenOverError if another driver has taken over the run."""
 
 
 class Run(Layout):
-    """One run folder. Creating the object touches nothing."""
+    """One run folder. Creating the object reads and writes nothing."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self.lease: LeaseHolder | None = None
-        """While this process is the one that writes the run."""
+        """Set while this process is the driver of the run."""
 
     def exists(self) -> bool:
+        """Whether the folder holds a run."""
         return storage.exists(self.ledger_file)
 
-    # -- ledger ---------------------------------------------------------------------------------------------------
+    # -- ledger -------------------------------------------------------------------------
 
     def ledger(self) -> dict[str, StageRecord]:
-        """Records by stage. Raises RunError where there is no run or its ledger cannot be understood."""
+        """Read the records by stage. Raises RunError if they are missing or damaged."""
         try:
             data = storage.read_json(self.ledger_file)
         except FileNotFoundError:
             raise RunError(f"{self.uri}: no run here (run.json is missing)") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            version = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise RunError(
-                f"{self.uri}: run.json has format {found!r}; this raypipe reads format {FORMAT}. "
+                f"{self.uri}: run.json has format {version!r}; this raypipe reads format {FORMAT}. "
                 "Use the version of raypipe that wrote this run, or give another run folder"
             )
         fields = {field.name for field in dataclasses.fields(StageRecord)}
@@ -67,7 +69,7 @@ class Run(Layout):
             raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
-        """Raises TakenOverError, and writes nothing, where another driver took the run over."""
+        """Write the ledger. Raises TakenOverError if another driver took over the run."""
         from raypipe._version import __version__
 
         stages = {
@@ -80,45 +82,49 @@ class Run(Layout):
         elif not self._exchange_ledger(uri, storage.json_bytes(data)):
             self.lease.check()
             raise RunError(
-                f"{self.uri}: run.json was changed by somebody while this driver had the run; run again to resume"
+                f"{self.uri}: another process changed run.json while this driver held the run; "
+                "rerun to resume"
             )
 
     def _exchange_ledger(self, uri: str, content: bytes) -> bool:
-        """Write the ledger of an object store unless it changes meanwhile: a request on its way cannot be called back."""
+        """Write the ledger to an object store unless it has changed. Returns whether it was written.
+
+        Unlike a local write, a request that was sent cannot be stopped when the lease is lost.
+        """
         try:
-            known = storage.read_bytes(uri, 0)
+            current = storage.read_bytes(uri, 0)
         except FileNotFoundError:
-            known = None
+            current = None
         if self.lease is not None:
             self.lease.check()
         return (
             storage.create_bytes(uri, content)
-            if known is None
-            else storage.exchange_bytes(uri, known, content)
+            if current is None
+            else storage.exchange_bytes(uri, current, content)
         )
 
     def record(self, stage: str) -> StageRecord:
-        """The record of a finished stage. Raises RunError when it is not finished."""
-        found = self.ledger().get(stage)
-        if found is None or found.state != "done":
+        """Return the record of a finished stage. Raises RunError if it is not finished."""
+        record = self.ledger().get(stage)
+        if record is None or record.state != "done":
             raise RunError(
-                f"{self.uri}: stage {stage} is not finished; run `raypipe run` again to resume"
+                f"{self.uri}: stage {stage} is not finished; rerun `raypipe run` to resume"
             )
-        return found
+        return record
 
     def clear(self, stage: str) -> None:
-        """Remove everything a stage wrote."""
+        """Remove everything that a stage wrote."""
         for folder in STAGE_FOLDERS[stage]:
             storage.delete(self.path(folder))
 
-    # -- configuration --------------------------------------------------------------------------------------------
+    # -- configuration ------------------------------------------------------------------
 
     def write_config(self, config: Config, sections: Mapping[str, Any] | None = None) -> None:
         """Write all settings, or those of some sections."""
         storage.write_bytes(self.config_file, dump_config(config, sections).encode())
 
     def config(self) -> Config:
-        """The configuration this run was made with."""
+        """Read the configuration of the run. Raises RunError if it is missing or damaged."""
         import yaml
 
         try:
@@ -130,29 +136,39 @@ class Run(Layout):
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
 
-    # -- index ----------------------------------------------------------------------------------------------------
+    # -- index --------------------------------------------------------------------------
 
     def fragments(self) -> list[Fragment]:
-        """All fragments in the order of the source, without their `members` (see `with_members`)."""
+        """Return all fragments in the order of the source.
+
+        Their `members` are left out, see `with_members`.
+        """
         result = []
         columns = ["fragment_id", "path", "start", "stop", "offset", "error"]
         for name, table in storage.iter_tables(self.index_folder, columns):
             result += [Fragment(**row, index_file=name) for row in table.to_pylist()]
         for fragment in result:
-            if not VALID_NAME(fragment.fragment_id):  # a file of the run is named after it
+            if not VALID_NAME(fragment.fragment_id):  # files of the run are named after it
                 raise RunError(
-                    f"{self.uri}: index/ is damaged: {fragment.fragment_id!r} is no name of a fragment"
+                    f"{self.uri}: index/ is damaged: {fragment.fragment_id!r} is not a valid "
+                    "fragment name"
                 )
         return result
 
     def with_members(self, fragment: Fragment) -> Fragment:
-        """The fragment with the names of its small files, ready to be read. Workers call this; the driver never holds them all."""
+        """Return the fragment with the names of its small files, ready to be read.
+
+        Only workers call this: the driver never holds all names at once.
+        """
         table = storage.read_table(self.index_file(fragment.index_file), ["fragment_id", "members"])
         row = table["fragment_id"].to_pylist().index(fragment.fragment_id)
         return dataclasses.replace(fragment, members=tuple(table["members"][row].as_py()))
 
     def classes(self) -> ClassMap:
-        """The classes of the source; where it has none, the clusters that stand for them, none before they are found."""
+        """Return the classes of the source.
+
+        For an unlabelled source these are its clusters; none before the stage `label` has run.
+        """
         data = storage.read_json(self.classes_file)
         if data.get("clusters"):
             with contextlib.suppress(FileNotFoundError):
@@ -165,7 +181,7 @@ class Run(Layout):
         )
 
     def done(self, folder: str) -> set[str]:
-        """Stems of the Parquet files in a folder: the fragments (or seed shards) that are finished."""
+        """Return the stems of the Parquet files in a folder: its finished fragments or shards."""
         return {
             file.removesuffix(".parquet")
             for file in storage.names(self.path(folder))

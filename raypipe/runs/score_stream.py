@@ -1,4 +1,4 @@
-"""What keep-lists are made from: the score shards of a run as a stream, beside the proxy's losses, with the marks of samples."""
+"""Stream the score shards of a run, with the proxy's losses and marks, to cut keep-lists."""
 
 from __future__ import annotations
 
@@ -20,46 +20,71 @@ from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
 from raypipe.selection.hashing import string_array
 
 CHUNK_ROWS = 1 << 16
-"""Rows that a chunk has at least, but for the last: what is done to each chunk takes as long for few rows as for thousands."""
+"""Minimal rows of a chunk, except the last: work per chunk costs the same for a few rows as for
+thousands."""
 CACHE_BYTES = 128 << 20
-"""Chunks that stay in memory from one pass to the next, if all of them are no more: about three million samples with their ids."""
-COMPRESSED = 4
-"""Bytes in memory for each byte of a score shard, with the loss: 0.9 to 4 (benchmarks/selecting.py, runs on CIFAR-10 and tars)."""
-SHOWN = 5
-"""Ids that are named where there are more."""
+"""Chunks stay in memory between passes if all of them fit into this: about three million samples
+with their ids."""
+EXPANSION = 4
+"""Bytes in memory per byte of a score shard, with the loss: 0.9 to 4 (benchmarks/selecting.py, on
+runs on CIFAR-10 and tar files)."""
+SHOWN_IDS = 5
+"""Ids that a message names."""
 
 
 class Marks:
-    """Which samples are in every keep-list and in none: per shard their rows and marks. Memory: 5 bytes for each of them."""
+    """Samples that belong in every keep-list, and in none.
+
+    Stores rows and marks by shard: 5 bytes per marked sample.
+    """
 
     def __init__(self) -> None:
-        self._of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._by_shard: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._of)
+        return bool(self._by_shard)
 
     def add(self, shard: str, rows: np.ndarray, mark: int) -> None:
+        """Set the mark of some rows of a shard; see `raypipe.selection` for the marks."""
         if not len(rows):
             return
-        known = self._of.get(shard, (np.zeros(0, np.int32), np.zeros(0, np.uint8)))
-        new = (rows.astype(np.int32), np.full(len(rows), mark, np.uint8))
-        self._of[shard] = (np.concatenate([known[0], new[0]]), np.concatenate([known[1], new[1]]))
+        old_rows, old_marks = self._by_shard.get(
+            shard, (np.zeros(0, np.int32), np.zeros(0, np.uint8))
+        )
+        self._by_shard[shard] = (
+            np.concatenate([old_rows, rows.astype(np.int32)]),
+            np.concatenate([old_marks, np.full(len(rows), mark, np.uint8)]),
+        )
 
     def of(self, shard: str, samples: int) -> np.ndarray | None:
-        """uint8 [samples]; None where no sample of any shard is marked."""
-        if not self._of:
+        """Return the marks of a shard, uint8 [samples]; None without marks in any shard."""
+        if not self._by_shard:
             return None
-        mark = np.zeros(samples, np.uint8)
-        if shard in self._of:
-            rows, marks = self._of[shard]
-            mark[rows] = marks
-        return mark
+        result = np.zeros(samples, np.uint8)
+        if shard in self._by_shard:
+            rows, marks = self._by_shard[shard]
+            result[rows] = marks
+        return result
 
 
-class Scores:
-    """The score shards of a run as a stream that can be started anew; the first pass also counts and hashes it.
+class ScoreStream:
+    """The score shards of a run as a stream that can be read repeatedly.
 
-    `with_loss`: the proxy's loss of each sample comes along, from `embeddings/`.
+    Parameters
+    ----------
+    run : Run
+        The run.
+    with_loss : bool
+        Whether to read the proxy's loss of each sample as well, from `embeddings/`.
+
+    Attributes
+    ----------
+    marks : Marks
+        Marks that the chunks carry.
+    samples : int
+        Number of samples, after the first pass.
+    digest : str
+        Hash of scores and labels, after the first pass.
     """
 
     def __init__(self, run: Run, with_loss: bool = False) -> None:
@@ -68,51 +93,62 @@ class Scores:
         self.marks = Marks()
         self.samples = 0
         self.digest = ""
-        self._held: list[_Piece] | None = None
-        self._held_ids = self._too_large = False
+        self._cache: list[_JoinedChunk] | None = None
+        self._cache_has_ids = self._too_large = False
 
     def shards(self) -> list[str]:
-        """File names, sorted."""
+        """Return the file names, sorted."""
         return sorted(file for file in storage.names(self._uri) if file.endswith(".parquet"))
 
     @functools.cached_property
-    def _few(self) -> bool:
-        """Whether all chunks with their ids will be no more than HELD_BYTES, going by the size of the files. Lists no more than it must."""
+    def _expected_to_fit(self) -> bool:
+        """Whether all chunks with ids will fit into CACHE_BYTES, judging by the file sizes.
+
+        Stops listing files once the answer is no.
+        """
         sizes = itertools.accumulate(file.size for file in storage.walk(self._uri))
-        return all(size * COMPRESSED <= CACHE_BYTES for size in sizes)
+        return all(size * EXPANSION <= CACHE_BYTES for size in sizes)
 
     def chunks(self, with_ids: bool) -> Iterator[Chunk]:
-        """Chunks of several shards each, as they are marked now. A pass reads nothing where one before it left all in memory.
+        """Read chunks of several shards each, with the current marks.
 
-        The lists need the ids in the end: where all is likely to stay, they are read with the rest in the first pass.
+        Nothing is read if an earlier pass left everything in memory. Keep-lists need the ids in the
+        end. If everything is expected to fit into memory, the first pass therefore reads the ids
+        as well, even without `with_ids`.
         """
-        if self._held is not None and (self._held_ids or not with_ids):
-            yield from map(self._marked, self._held)
+        if self._cache is not None and (self._cache_has_ids or not with_ids):
+            yield from map(self._marked, self._cache)
             return
-        with_ids = with_ids or self._few
-        held, size = list[_Piece](), 0
-        for piece in _pieces(self.named_chunks(with_ids)):
-            size += piece.bytes
+        with_ids = with_ids or self._expected_to_fit
+        cache, size = list[_JoinedChunk](), 0
+        for joined in _joined(self.named_chunks(with_ids)):
+            size += joined.bytes
             self._too_large |= size > CACHE_BYTES
             if self._too_large:
-                held.clear()
+                cache.clear()
             else:
-                held.append(piece)
-            yield self._marked(piece)
-        self._held, self._held_ids = (None if self._too_large else held), with_ids
+                cache.append(joined)
+            yield self._marked(joined)
+        self._cache, self._cache_has_ids = (None if self._too_large else cache), with_ids
 
-    def _marked(self, piece: _Piece) -> Chunk:
+    def _marked(self, joined: _JoinedChunk) -> Chunk:
         marks = [
             mark
-            for name, samples in piece.shards
+            for name, samples in joined.shards
             if (mark := self.marks.of(name, samples)) is not None
         ]
-        return piece.chunk._replace(mark=np.concatenate(marks) if marks else None)
+        return joined.chunk._replace(mark=np.concatenate(marks) if marks else None)
 
     def named_chunks(self, with_ids: bool) -> Iterator[tuple[str, Chunk]]:
-        """Chunks with the names of their shards."""
+        """Read one chunk per shard, with the name of the shard.
+
+        Raises
+        ------
+        StageError
+            If scores or labels have changed since the last pass.
+        """
         digest, samples = hashlib.blake2b(digest_size=8), 0
-        for name, (table, beside) in storage.ahead(
+        for name, (table, losses) in storage.ahead(
             lambda file: self._read(file, with_ids), self.shards(), self._uri
         ):
             score = table["score"].to_numpy()
@@ -123,11 +159,12 @@ class Scores:
             )
             ids: Any = table["sample_id"].combine_chunks() if with_ids else ()
             ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-            loss = None if beside is None else beside["loss"].to_numpy()
+            loss = None if losses is None else losses["loss"].to_numpy()
             yield name, Chunk(score, label, ids, loss, self.marks.of(name, len(score)))
         if self.digest and self.digest != digest.hexdigest():
             raise StageError(
-                f"{self._uri}: changed while the keep-lists were being made; run it again"
+                f"{self._uri}: scores changed while the keep-lists were being cut; "
+                "rerun the command"
             )
         self.digest, self.samples = digest.hexdigest(), samples
 
@@ -137,24 +174,25 @@ class Scores:
         )
         if not self._with_loss:
             return table, None
-        beside = read_embeddings(self._run, file, ["loss"] + ["sample_id"] * with_ids)
-        if len(beside) != len(table) or (
-            with_ids and not beside["sample_id"].equals(table["sample_id"])
-        ):
+        losses = read_embedding_columns(self._run, file, ["loss"] + ["sample_id"] * with_ids)
+        same_ids = not with_ids or losses["sample_id"].equals(table["sample_id"])
+        if len(losses) != len(table) or not same_ids:
             raise RunError(
-                f"{self._run.uri}: embeddings/ and scores/ of {file} are not of the same samples; run it again"
+                f"{self._run.uri}: embeddings/{file} and scores/{file} hold different samples; "
+                "rerun `raypipe run`"
             )
-        return table, beside
+        return table, losses
 
 
-class _Piece(NamedTuple):
-    """A chunk without marks, and the shards that it is made of with their samples."""
+class _JoinedChunk(NamedTuple):
+    """A chunk without marks, with name and samples of the shards that it consists of."""
 
     chunk: Chunk
     shards: list[tuple[str, int]]
 
     @property
     def bytes(self) -> int:
+        """Memory of the chunk."""
         score, label, ids, loss, _ = self.chunk
         return sum(
             values.nbytes
@@ -163,8 +201,8 @@ class _Piece(NamedTuple):
         )
 
 
-def _pieces(chunks: Iterator[tuple[str, Chunk]]) -> Iterator[_Piece]:
-    """Shards joined to pieces of at least `CHUNK_ROWS` rows."""
+def _joined(chunks: Iterator[tuple[str, Chunk]]) -> Iterator[_JoinedChunk]:
+    """Join the chunks of consecutive shards to chunks of at least `CHUNK_ROWS` rows."""
     parts: list[Chunk] = []
     shards: list[tuple[str, int]] = []
     rows = 0
@@ -173,13 +211,13 @@ def _pieces(chunks: Iterator[tuple[str, Chunk]]) -> Iterator[_Piece]:
         shards.append((name, len(chunk.score)))
         rows += len(chunk.score)
         if rows >= CHUNK_ROWS:
-            yield _Piece(_joined(parts), shards)
+            yield _JoinedChunk(_concatenated(parts), shards)
             parts, shards, rows = [], [], 0
     if parts:
-        yield _Piece(_joined(parts), shards)
+        yield _JoinedChunk(_concatenated(parts), shards)
 
 
-def _joined(parts: list[Chunk]) -> Chunk:
+def _concatenated(parts: list[Chunk]) -> Chunk:
     score, label, ids, loss, _ = zip(*parts, strict=True)
     return Chunk(
         np.concatenate(score),
@@ -191,33 +229,46 @@ def _joined(parts: list[Chunk]) -> Chunk:
     )
 
 
-def read_embeddings(run: Run, file: str, columns: list[str]) -> pa.Table:
-    """Some columns of a shard of embeddings, without reading the others. Raises RunError where they are not there."""
+def read_embedding_columns(run: Run, file: str, columns: list[str]) -> pa.Table:
+    """Read some columns of a shard of embeddings. Raises RunError if they cannot be read."""
+    uri = storage.join(run.embeddings_folder, file)
     try:
-        with storage.open_read(storage.join(run.embeddings_folder, file)) as stored:
+        with storage.open_read(uri) as stored:
             return pq.ParquetFile(stored).read(columns=columns)
     except (FileNotFoundError, pa.ArrowException) as error:
         raise RunError(
-            f"{storage.join(run.embeddings_folder, file)}: {', '.join(columns)} cannot be read ({error}); run it again"
+            f"{uri}: {', '.join(columns)} cannot be read ({error}); rerun `raypipe run`"
         ) from None
 
 
 def read_ids(uri: str, setting: str) -> pa.Array:
-    """The ids in a file: text in UTF-8, one a line, or Parquet with a column `sample_id`, such as a keep-list.
+    """Read the ids in a file.
 
-    Blank lines and nulls are left out. Raises ConfigError for a file that is not there or is neither.
+    Parameters
+    ----------
+    uri : str
+        UTF-8 text with one id per line, or Parquet with a column `sample_id`, such as a keep-list.
+        Blank lines and nulls are ignored.
+    setting : str
+        The setting that names the file, for error messages.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, or neither text nor such Parquet.
     """
     try:
         data = storage.read_bytes(uri)
         if data[:4] == b"PAR1":
             table = storage.read_table(uri)
             if "sample_id" not in table.column_names:
+                columns = ", ".join(table.column_names) or "none"
                 raise ConfigError(
-                    f"{setting}: {uri} has no column sample_id, but {', '.join(table.column_names) or 'none'}"
+                    f"{setting}: {uri} has no column sample_id; the columns are: {columns}"
                 )
-            found = table["sample_id"].combine_chunks().cast(pa.string())
+            ids = table["sample_id"].combine_chunks().cast(pa.string())
         else:
-            found = pa.array(
+            ids = pa.array(
                 [line for line in data.decode("utf-8-sig").splitlines() if line.strip()],
                 pa.string(),
             )
@@ -225,24 +276,39 @@ def read_ids(uri: str, setting: str) -> pa.Array:
         raise ConfigError(f"{setting}: {uri}: no such file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{setting}: {uri} is neither UTF-8 text with an id in each line nor Parquet ({error})"
+            f"{setting}: {uri} is neither UTF-8 text with one id per line nor Parquet ({error})"
         ) from None
     except (pa.ArrowException, RaypipeError) as error:
         raise (
             error if isinstance(error, ConfigError) else ConfigError(f"{setting}: {uri}: {error}")
         ) from None
-    return found.drop_null()
+    return ids.drop_null()
 
 
-def mark_listed_ids(scores: Scores, always: str | None, never: str | None) -> dict[str, Any]:
-    """Mark the samples listed at the URIs, by one pass over the ids. Returns how many were found and how many are not known.
+def mark_listed_ids(scores: ScoreStream, always: str | None, never: str | None) -> dict[str, Any]:
+    """Mark listed samples in one pass over the ids.
 
-    Raises ConfigError for ids in both lists, and for what `read_ids` does not read.
+    Parameters
+    ----------
+    scores : ScoreStream
+        Receives the marks.
+    always, never : str, optional
+        URIs of lists of ids, as in `read_ids`.
+
+    Returns
+    -------
+    dict
+        For each list, its number of marked samples, of unknown ids, and the first unknown ids.
+
+    Raises
+    ------
+    ConfigError
+        For ids in both lists, and files that `read_ids` cannot read.
     """
-    given = {"always_keep": (always, ALWAYS), "never_keep": (never, NEVER)}
+    settings = {"always_keep": (always, ALWAYS), "never_keep": (never, NEVER)}
     lists = {
         name: (IdSet(read_ids(uri, f"select.{name}")), mark)
-        for name, (uri, mark) in given.items()
+        for name, (uri, mark) in settings.items()
         if uri is not None
     }
     if not lists:
@@ -252,32 +318,34 @@ def mark_listed_ids(scores: Scores, always: str | None, never: str | None) -> di
         both = first.filter(pc.is_in(first, second)).to_pylist()
         if both:
             raise ConfigError(
-                f"select: {len(both):,} ids are in always_keep and in never_keep ({_named(both)}); leave each in one"
+                f"select: {len(both):,} ids are in both always_keep and never_keep "
+                f"({_shortened(both)}); remove each from one of them"
             )
-    found = dict.fromkeys(lists, 0)
+    marked = dict.fromkeys(lists, 0)
     for shard, chunk in scores.named_chunks(True):
         for name, (ids, mark) in lists.items():
             rows = ids.find(chunk.sample_id)
             scores.marks.add(shard, rows, mark)
-            found[name] += len(rows)
+            marked[name] += len(rows)
     result: dict[str, Any] = {}
     for name, (ids, _) in lists.items():
         unknown = ids.ids.filter(pa.array(~ids.met))
-        result[name] = found[name]
+        result[name] = marked[name]
         result[f"{name}_unknown"] = len(unknown)
-        result[f"{name}_unknown_ids"] = sorted(unknown.to_pylist())[:SHOWN]
+        result[f"{name}_unknown_ids"] = sorted(unknown.to_pylist())[:SHOWN_IDS]
     return result
 
 
-def notes(marked: dict[str, Any]) -> list[str]:
-    """What there is to say of the lists of ids, in lines."""
-    return [
-        f"select.{name}: {marked[f'{name}_unknown']:,} of its ids are not among the scores ({_named(marked[f'{name}_unknown_ids'])}"
-        + (", ...)" if marked[f"{name}_unknown"] > SHOWN else ")")
-        for name in ("always_keep", "never_keep")
-        if marked.get(f"{name}_unknown")
-    ]
+def unknown_id_notes(marked: dict[str, Any]) -> list[str]:
+    """Return a line per list with unknown ids, given the result of `mark_listed_ids`."""
+    notes = []
+    for name in ("always_keep", "never_keep"):
+        count, ids = marked.get(f"{name}_unknown"), marked.get(f"{name}_unknown_ids", [])
+        if count:
+            shown = ", ".join(ids) + (", ..." if count > SHOWN_IDS else "")
+            notes.append(f"select.{name}: {count:,} of its ids are not among the scores ({shown})")
+    return notes
 
 
-def _named(ids: list[str]) -> str:
-    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
+def _shortened(ids: list[str]) -> str:
+    return ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")

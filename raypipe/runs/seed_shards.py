@@ -17,19 +17,25 @@ from raypipe.sources import ClassMap
 
 
 def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Ids, images uint8 [n, 3, size, size] and labels int64 [n] of a seed or audit shard; the images share the file's memory."""
+    """Read a seed or audit shard.
+
+    Returns
+    -------
+    list of str
+        Ids.
+    numpy.ndarray
+        Images, uint8 [n, 3, size, size], in the memory of the file.
+    numpy.ndarray
+        Labels or pseudo-labels, int64 [n].
+    """
     ids, images, labels = read_images(run, shard)
-    return (
-        ids,
-        images,
-        shard_labels(run, shard)["label"].to_numpy().astype(np.int64)
-        if (labels < 0).any()
-        else labels,
-    )
+    if (labels < 0).any():
+        labels = shard_labels(run, shard)["label"].to_numpy().astype(np.int64)
+    return ids, images, labels
 
 
 def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """As `read_shard`, without pseudo-labels: the labels of an unlabelled source are -1."""
+    """Read a shard like `read_shard`, but with label -1 instead of pseudo-labels."""
     table = storage.read_table(run.seed_shard(shard))
     size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
     count = len(table)
@@ -47,7 +53,7 @@ def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray
 
 
 def shard_labels(run: Run, shard: str) -> pa.Table:
-    """sample_id and label, or pseudo-label, of a seed or audit shard, without reading its images."""
+    """Return sample_id and label or pseudo-label of a seed or audit shard; reads no images."""
     with storage.open_read(run.seed_shard(shard)) as file:
         parquet = pq.ParquetFile(file)
         if not json.loads(parquet.schema_arrow.metadata[b"raypipe"]).get("unlabelled"):
@@ -56,12 +62,12 @@ def shard_labels(run: Run, shard: str) -> pa.Table:
 
 
 def audit_name(shard: str) -> str:
-    """The audit shard that is drawn with a seed shard."""
+    """Return the name of the audit shard that is drawn with a seed shard."""
     return "audit" + shard.removeprefix("seed")
 
 
 def distinguished_classes(classes: ClassMap) -> int:
-    """Classes that labels of the source tell apart: none, where clusters are to stand for them."""
+    """Return the number of classes in the labels of the source; 0 for an unlabelled one."""
     return 0 if classes.clusters else len(classes.names)
 
 
@@ -71,9 +77,21 @@ def shard_table(
     images: np.ndarray,
     classes: int,
     size: int,
-    about: Mapping[str, Any] = MappingProxyType({}),
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> pa.Table:
-    """A shard with what the manifest needs of it in its metadata; `about` is there, too: samples drawn, and the rejects among them."""
+    """Return a shard as a table, with the statistics that the manifest needs in its metadata.
+
+    Parameters
+    ----------
+    ids, labels : list
+        One per sample; label -1 for an unlabelled one.
+    images : numpy.ndarray
+        uint8 [n, 3, size, size].
+    classes, size : int
+        Number of classes, and side of the images in pixels.
+    extra : mapping
+        Further metadata: samples drawn, and the rejects among them.
+    """
     pixels = images.reshape(len(ids), 3 * size * size)
     channels = pixels.reshape(len(ids), 3, size * size).astype(np.float64) / 255
     statistics = {
@@ -84,7 +102,7 @@ def shard_table(
         ).tolist(),
         "sum": channels.sum((0, 2)).tolist(),
         "square": np.square(channels).sum((0, 2)).tolist(),
-        **about,
+        **extra,
     }
     image_type = pa.binary(3 * size * size)
     columns = [
@@ -100,5 +118,6 @@ def shard_table(
 
 
 def shard_statistics(run: Run, shard: str) -> dict[str, Any]:
+    """Read the statistics in the metadata of a shard."""
     with storage.open_read(run.seed_shard(shard)) as file:
         return json.loads(pq.read_schema(file).metadata[b"raypipe"])

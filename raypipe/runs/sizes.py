@@ -1,12 +1,12 @@
-"""Sizes that a stage works by and an estimate has to know: one definition for both, without Ray."""
+"""Sizes shared by the stages and the estimates, without Ray."""
 
 from __future__ import annotations
 
 SEED_SHARD_SAMPLES = 512
-"""Seed samples in a shard, about: fragments are read in groups that yield this many."""
+"""Approximate number of seed samples in a shard: fragments are read in groups to yield it."""
 
 MIN_SEED_SAMPLES = 20
-"""Fewest samples of a seed set, and of each part of one; with fewer the run stops."""
+"""Samples that a seed set, and each part of one, must have; otherwise the run stops."""
 
 INDEX_TASK_FILES = 32
 """Files that one task of the stage `index` opens."""

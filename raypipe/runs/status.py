@@ -1,4 +1,7 @@
-"""What a person is shown in a terminal of a run on its way and of a run at its end. No Ray, no torch. Of a source: `raypipe.estimate`."""
+"""Text for the terminal about a run: its state, and its result. Without Ray and torch.
+
+For text about a source, see `raypipe.estimate`.
+"""
 
 from __future__ import annotations
 
@@ -14,64 +17,74 @@ from raypipe.text import JUDGED_ON, duration
 
 
 def describe_run(uri: str) -> Iterator[str]:
-    """Lines about how far a run is."""
+    """Return lines about the state of a run."""
     run = Run(uri)
     records = run.ledger()
     yield f"run         {run.uri}"
     yield from _warning(records)
-    tables = extrapolated_tables(records)  # such a folder has one stage
+    has_one_stage = bool(extrapolated_tables(records))
     for stage in STAGE_FOLDERS:
         record = records.get(stage)
-        if record is None and (tables or stage in OPTIONAL_STAGES):
-            continue
-        if record is None:
+        if record is not None:
+            yield _stage_line(run, stage, record)
+        elif not has_one_stage and stage not in OPTIONAL_STAGES:
             yield f"{stage:<11} not started"
-            continue
-        text = f"{stage:<11} {record.state:<8} {record.samples:>12,} samples {_seconds(record)}"
-        if record.state != "done":
-            text += _files_done(run, stage)
-        if record.error:
-            text += f"  {record.error}"
-        yield text
     holder = _driver(run)
     if holder:
-        yield f"driver      process {holder.get('pid')} on {holder.get('host')}, last heard of {holder.get('date')}"
-        about = holder.get("progress")
-        if isinstance(about, dict) and about.get("stage"):
-            yield f"now         {str(about.get('stage'))[:20]} {describe_progress(about)}"
+        yield (
+            f"driver      process {holder.get('pid')} on {holder.get('host')}, "
+            f"lease renewed {holder.get('date')}"
+        )
+        progress = holder.get("progress")
+        if isinstance(progress, dict) and progress.get("stage"):
+            yield f"now         {str(progress.get('stage'))[:20]} {describe_progress(progress)}"
     rejects = records["embed"].detail.get("rejects", 0) if "embed" in records else 0
     if rejects:
         yield f"rejects     {rejects:,}"
     cpu, gpu = (_spent(records, name, holder) for name in ("cpu_seconds", "gpu_seconds"))
     attempts = sum(record.attempts for record in records.values())
-    yield f"spent       {duration(cpu)} CPU{f', {duration(gpu)} GPU' if gpu else ''}, in {attempts} attempts at {len(records)} stages"
+    gpu_time = f", {duration(gpu)} GPU" if gpu else ""
+    yield (
+        f"spent       {duration(cpu)} CPU{gpu_time}, "
+        f"in {attempts} attempts at {len(records)} stages"
+    )
+
+
+def _stage_line(run: Run, stage: str, record: StageRecord) -> str:
+    text = f"{stage:<11} {record.state:<8} {record.samples:>12,} samples {_seconds(record)}"
+    if record.state != "done":
+        text += _files_done(run, stage)
+    if record.error:
+        text += f"  {record.error}"
+    return text
 
 
 def _spent(records: dict[str, StageRecord], name: str, holder: dict[str, Any]) -> float:
-    """Seconds of all stages: those of the ledger, or of the driver that is at work, which knows more."""
-    about = holder.get("progress")
-    told = about.get(name) if isinstance(about, dict) else None
+    """Return seconds of all stages, from the ledger or, if it reports more, from the driver."""
+    progress = holder.get("progress")
+    reported = progress.get(name) if isinstance(progress, dict) else None
     return max(
         sum(getattr(record, name) for record in records.values()),
-        told if isinstance(told, float) and told < 1e12 else 0.0,
+        reported if isinstance(reported, float) and reported < 1e12 else 0.0,
     )
 
 
 def describe_result(run: Run) -> Iterator[str]:
-    """Lines for the end of a run: where things are, fidelity, where the time went."""
+    """Return lines for the end of a run: paths of the results, fidelity, time of each stage."""
     records = run.ledger()
     yield ""
     yield from _warning(records)
     if "extrapolate" in records:
         record = records["extrapolate"]
-        yield f"scores      {run.scores_folder}  ({record.samples:,} samples, {record.detail.get('measured', 0):,} measured)"
+        yield _scores_line(run.scores_folder, record.samples, record.detail.get("measured", 0))
     if "select" in records:
         for file in sorted(storage.names(run.keep_folder)):
             yield f"keep-list   {run.keep_list(file)}"
     if "report" in records:
         yield f"report      {run.report_page}"
     if "label" in records:
-        yield f"labels      pseudo-labels from {records['label'].detail.get('clusters')} clusters; no true labels were used"
+        clusters = records["label"].detail.get("clusters")
+        yield f"labels      pseudo-labels from {clusters} clusters; no true labels were used"
     if "extrapolate" in records:
         detail = records["extrapolate"].detail
         fidelity = detail.get("fidelity") or {}
@@ -88,33 +101,40 @@ def describe_result(run: Run) -> Iterator[str]:
     yield f"time        {total:.0f} s: {', '.join(parts)}"
 
 
+def _scores_line(folder: str, samples: int, measured: int) -> str:
+    return f"scores      {folder}  ({samples:,} samples, {measured:,} measured)"
+
+
 def _warning(records: dict[str, StageRecord]) -> Iterator[str]:
     if noise := injected_noise(records):
         yield f"REHEARSAL   {noise.warning}"
 
 
 def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:
-    """Lines for the end of an extrapolation from tables: where things are, fidelity beside that of simpler methods."""
+    """Return lines for the end of an extrapolation from tables.
+
+    They name the results and compare the fidelity with that of simpler methods.
+    """
     counts, fidelity = summary["counts"], summary["fidelity"]
-    yield f"scores      {storage.join(out, 'scores')}  ({counts['samples']:,} samples, {counts['measured']:,} measured)"
+    yield _scores_line(storage.join(out, "scores"), counts["samples"], counts["measured"])
     if counts["left_out"]:
         yield f"left out    {storage.join(out, 'rejects')}  ({counts['left_out']:,} samples)"
     yield f"summary     {storage.join(out, 'summary.json')}"
     yield f"fidelity    {fidelity_sentence(fidelity)}"
     simpler = sorted(
-        (found["spearman"], name)
-        for name, found in fidelity["baselines"].items()
-        if found["spearman"] is not None
+        (figures["spearman"], name)
+        for name, figures in fidelity["baselines"].items()
+        if figures["spearman"] is not None
     )
     if simpler:
-        yield "            beside " + ", ".join(
+        yield "            compared with " + ", ".join(
             f"{name} {spearman:.2f}" for spearman, name in reversed(simpler)
         )
     yield from _doubled(summary["learning_curve"], "as many scored samples")
 
 
 def fidelity_sentence(fidelity: dict[str, Any]) -> str:
-    """The fidelity in words, with its interval."""
+    """Return the fidelity with its interval as text."""
     spearman, bounds = fidelity.get("spearman"), fidelity.get("spearman_interval")
     if spearman is None:
         return f"unknown: {fidelity.get('note') or 'not judged yet'}"
@@ -124,11 +144,15 @@ def fidelity_sentence(fidelity: dict[str, Any]) -> str:
     return f"Spearman {spearman:.2f}{interval}{pearson}, on {fidelity.get('n_held', 0):,} {where}"
 
 
-def _doubled(curve: dict[str, Any], what: str) -> Iterator[str]:
+def _doubled(curve: dict[str, Any], quantity: str) -> Iterator[str]:
+    """Return a line about the predicted effect of doubling a quantity."""
     doubled = curve.get("doubled") or {}
     if doubled.get("gain") is not None:
         low, high = doubled["gain_interval"]
-        yield f"            twice {what}: predicted to add {doubled['gain']:.3f} ({low:.3f} to {high:.3f}) to Spearman"
+        yield (
+            f"            twice {quantity}: predicted to add {doubled['gain']:.3f} "
+            f"({low:.3f} to {high:.3f}) to Spearman"
+        )
 
 
 def _files_done(run: Run, stage: str) -> str:

@@ -1,4 +1,4 @@
-"""What a worker reports of one unit of work: a fragment, a seed shard, or a group of them."""
+"""The result that a worker returns for one unit: a fragment, a seed shard, or a group of them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from raypipe.runs import score_stream
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.runs.score_stream import notes, read_ids
+from raypipe.runs.score_stream import read_ids, unknown_id_notes
 from raypipe.selection import STRATEGIES, near_duplicates
 from raypipe.stages.select import near_duplicates as cluster_by_cluster
 from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
@@ -118,9 +118,9 @@ def test_lists_are_the_same_from_memory_and_from_files(
         strategy=strategy, keep=(0.3, 0.5), always_keep=always, never_keep=never
     )
     read: list[str] = []
-    plain = score_stream.Scores._read
+    plain = score_stream.ScoreStream._read
     monkeypatch.setattr(
-        score_stream.Scores,
+        score_stream.ScoreStream,
         "_read",
         lambda self, file, with_ids: read.append(file) or plain(self, file, with_ids),
     )
@@ -189,7 +189,7 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
     first = kept(run)[:7]
     detail = make_keep_lists(run, settings, (0.5,))
     assert len(kept(run)) == 100 and set(low) <= set(kept(run)) and not set(first) & set(kept(run))
-    assert notes(detail["marked"]) == [
+    assert unknown_id_notes(detail["marked"]) == [
         "select.always_keep: 6 of its ids are not among the scores (a, b, c, d, e, ...)",
         "select.never_keep: 1 of its ids are not among the scores (gone)",
     ]
@@ -244,11 +244,11 @@ def test_a_list_of_ids_that_cannot_be_read_is_refused(
 
 def test_a_table_without_ids_and_ids_in_both_lists_are_refused(run: Run, tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(ConfigError, match="has no column sample_id, but id"):
+    with pytest.raises(ConfigError, match="has no column sample_id; the columns are: id"):
         select_again(run.uri, 0.5, always_keep=str(tmp_path / "other.parquet"))
     (tmp_path / "a.txt").write_text("x\n0/é1\n")
     (tmp_path / "b.txt").write_text("0/é1\ny\n")
-    with pytest.raises(ConfigError, match=r"1 ids are in always_keep and in never_keep \(0/é1\)"):
+    with pytest.raises(ConfigError, match=r"1 ids are in both always_keep and never_keep \(0/é1\)"):
         select_again(
             run.uri, 0.5, always_keep=str(tmp_path / "a.txt"), never_keep=str(tmp_path / "b.txt")
         )

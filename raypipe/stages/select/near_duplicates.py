@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
-from raypipe.runs.score_stream import Scores, read_embeddings
+from raypipe.runs.score_stream import ScoreStream, read_embedding_columns
 from raypipe.selection import ALWAYS, NEVER, hash64
 from raypipe.selection import near_duplicates as near
 from raypipe.selection.hashing import uniform
@@ -21,7 +21,7 @@ HELD_BYTES = 1 << 30
 """Embeddings held at once; where the clusters have more, `embeddings/` is read several times over."""
 
 
-def mark_near_duplicates(run: Run, scores: Scores, threshold: float) -> dict[str, Any]:
+def mark_near_duplicates(run: Run, scores: ScoreStream, threshold: float) -> dict[str, Any]:
     """Mark as NEVER all but the best of near duplicates: the highest score, equal ones by hash of the id. Returns counts.
 
     Samples marked ALWAYS stay, and others like them go; samples marked NEVER before do not count. Memory: 4 bytes a sample for its cluster,
@@ -36,7 +36,7 @@ def mark_near_duplicates(run: Run, scores: Scores, threshold: float) -> dict[str
             _drawn(run, list(rows), clusters * near.POINTS_PER_CLUSTER / samples), clusters
         )
         for shard, table in storage.ahead(
-            lambda file: read_embeddings(run, file, ["embedding"]), list(rows), run.uri
+            lambda file: read_embedding_columns(run, file, ["embedding"]), list(rows), run.uri
         ):
             cluster[shard] = near.nearest_centroid(
                 near.unit_vectors(_vectors(table)), centroid
@@ -97,7 +97,7 @@ def _drawn(run: Run, shards: list[str], fraction: float) -> np.ndarray:
     """About that share of the embeddings, drawn by a hash of the id, as unit vectors."""
     parts = []
     for _, table in storage.ahead(
-        lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), shards, run.uri
+        lambda file: read_embedding_columns(run, file, ["sample_id", "embedding"]), shards, run.uri
     ):
         rows = uniform(hash64(table["sample_id"].combine_chunks(), near.SEED)) < fraction
         parts.append(near.unit_vectors(_vectors(table)[rows]))
@@ -128,13 +128,20 @@ class Gathered(NamedTuple):
 
 
 def _gather(
-    run: Run, scores: Scores, cluster: dict[str, np.ndarray], low: int, high: int, space: np.ndarray
+    run: Run,
+    scores: ScoreStream,
+    cluster: dict[str, np.ndarray],
+    low: int,
+    high: int,
+    space: np.ndarray,
 ) -> Gathered:
     """The samples of clusters from `low` up to `high` that are not marked NEVER, from one pass over embeddings and scores."""
     parts: list[tuple[np.ndarray, ...]] = []
     count = 0
     tables = storage.ahead(
-        lambda file: read_embeddings(run, file, ["sample_id", "embedding"]), list(cluster), run.uri
+        lambda file: read_embedding_columns(run, file, ["sample_id", "embedding"]),
+        list(cluster),
+        run.uri,
     )
     for number, ((shard, table), (name, chunk)) in enumerate(
         zip(tables, scores.named_chunks(True), strict=True)
@@ -153,7 +160,7 @@ def _gather(
     return Gathered(space[:count], *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _mark(scores: Scores, shards: list[str], found: Gathered, threshold: float) -> int:
+def _mark(scores: ScoreStream, shards: list[str], found: Gathered, threshold: float) -> int:
     """Mark the near duplicates of whole clusters; returns how many there are."""
     order = np.lexsort((found.hashes, -found.score, found.mark != ALWAYS, found.cluster))
     edges = np.flatnonzero(np.diff(found.cluster[order], prepend=-1))

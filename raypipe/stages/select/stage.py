@@ -25,7 +25,7 @@ from raypipe.errors import ConfigError, RunError, StageError, TrustError
 from raypipe.runs.keep_files import keep_file, keep_metadata
 from raypipe.runs.ledger import StageRecord, content_hash, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
-from raypipe.runs.score_stream import Scores, mark_listed_ids, notes
+from raypipe.runs.score_stream import ScoreStream, mark_listed_ids, unknown_id_notes
 from raypipe.selection import (
     STRATEGIES,
     Chunk,
@@ -80,7 +80,7 @@ class SelectStage(Stage):
         record.detail = make_keep_lists(
             context.run, config.select, config.select.keep, config.trust
         )
-        for line in notes(record.detail["marked"]):
+        for line in unknown_id_notes(record.detail["marked"]):
             context.progress.say(f"note: {line}")
         record.samples = record.detail["samples"]
         record.cpu_seconds += time.process_time() - started
@@ -103,7 +103,7 @@ def write_keep_lists(
     """
     run.record("extrapolate")
     detail = make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)
-    for line in notes(detail["marked"]):
+    for line in unknown_id_notes(detail["marked"]):
         log.warning("note: %s", line)
     return detail["lists"]
 
@@ -117,7 +117,7 @@ def make_keep_lists(
     of `always_keep`, `never_keep` and near duplicates) and given (stamps of the files of ids).
     """
     options = options_of(run, settings)
-    scores = Scores(run, needs_loss(settings.strategy, options))
+    scores = ScoreStream(run, needs_loss(settings.strategy, options))
     try:
         needed = (
             trust or TrustSettings()
