@@ -260,7 +260,7 @@ def test_of_near_duplicates_the_higher_score_stays(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
     if small:  # many clusters, a few of them held at once
-        monkeypatch.setattr(near_duplicates, "CLUSTER", 20)
+        monkeypatch.setattr(near_duplicates, "CLUSTER_SIZE", 20)
         monkeypatch.setattr(cluster_by_cluster, "HELD_BYTES", 1000)
     (tmp_path / "always.txt").write_text("0/é0\n0/é1\n")
     settings = SelectSettings(
