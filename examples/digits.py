@@ -24,7 +24,13 @@ result = raypipe.run(
         "source": {"uri": "digits://", "limit": options.samples},
         "seed": {"fraction": 0.3},
         # A mirrored digit is not a digit, so augmentation must not flip.
-        "proxy": {"image_size": 16, "epochs": options.epochs, "batch_size": 64, "flip": False},
+        "proxy": {
+            "model": "small",
+            "image_size": 16,
+            "epochs": options.epochs,
+            "batch_size": 64,
+            "flip": False,
+        },
         "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
     }
 )

@@ -27,7 +27,13 @@ result = raypipe.run(
         "run": options.run,
         "source": {"uri": "digits://", "limit": options.samples},
         "seed": {"fraction": 0.3},
-        "proxy": {"image_size": 16, "epochs": options.epochs, "batch_size": 64, "flip": False},
+        "proxy": {
+            "model": "small",
+            "image_size": 16,
+            "epochs": options.epochs,
+            "batch_size": 64,
+            "flip": False,
+        },
         "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
         "select": {"keep": [options.keep]},
     }

@@ -84,7 +84,12 @@ def test_demo_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
         cwd=empty, PYTHONPATH=str(copy),
     )  # fmt: skip
     assert Path(where.strip()) == copy / "raypipe" / "__init__.py"
-    demo = [copy / "bin" / "raypipe", "demo", "--set", "cluster.address=local"]
+    changes = ("cluster.address=local", "source.limit=500", "proxy.epochs=10")
+    demo = [
+        copy / "bin" / "raypipe",
+        "demo",
+        *(word for item in changes for word in ("--set", item)),
+    ]
     _call(*demo, cwd=empty, PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
     report = empty / "runs" / "demo" / "report" / "index.html"
     assert report.stat().st_size > 100_000
