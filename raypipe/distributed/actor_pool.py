@@ -121,24 +121,27 @@ def stream(
         None  # a unit stays one block; its size is bounded by source.fragment_samples
     )
     context.execution_no_progress_timeout_s = patience
-    least, start, most = pool.sizes(len(units), units_per_actor)
+    size = pool.sizes(len(units), units_per_actor)
     made = {"make": fenced(make_actor)}
     how: dict[str, Any] = {"fn": _Actor, "fn_constructor_kwargs": made}
     how["compute"] = ActorPoolStrategy(
-        min_size=least, max_size=most, initial_size=start, max_tasks_in_flight_per_actor=2
+        min_size=size.minimum,
+        max_size=size.maximum,
+        initial_size=size.initial,
+        max_tasks_in_flight_per_actor=2,
     )
     if pool.tasks:
         how = {
             "fn": _as_actor,
             "fn_kwargs": {"key": uuid.uuid4().hex, **made},
-            "compute": TaskPoolStrategy(most),
+            "compute": TaskPoolStrategy(size.maximum),
         }
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
             _Units(units, fenced(read), name),
             override_num_blocks=len(units),
             num_cpus=pool.read_cpus,
-            concurrency=most if pool.tasks else None,
+            concurrency=size.maximum if pool.tasks else None,
         )
         # map_batches refuses whole blocks with a GPU, and with a batch size would put units together
         dataset = dataset.map_batches_internal(

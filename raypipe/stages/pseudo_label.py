@@ -67,11 +67,12 @@ class LabelStage(Stage):
 
         config, run, seed = context.config, context.run, SeedManifest.read(context.run)
         alone = config.proxy.model_copy(update={"workers": 1, "parts": 1})
-        _, gpu, cpus, _ = context.cluster.train_workers(alone)
+        resources = context.cluster.training_resources(alone)
+        gpu = resources.gpu
         started = time.monotonic()
         part = functools.partial(write_labels, gpu)
         record.cpu_seconds += run_step_functions(
-            context, {self.name: part}, seed.samples, cpus, int(gpu)
+            context, {self.name: part}, seed.samples, resources.cpus, int(gpu)
         )
         record.gpu_seconds += time.monotonic() - started if gpu else 0.0
         storage.delete(run.path(FOLDER, STATE))

@@ -20,7 +20,7 @@ import raypipe
 from raypipe import storage
 from raypipe.config import ProxySettings
 from raypipe.distributed.actor_pool import WorkerContext
-from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.cluster import Cluster, TrainingResources
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.layout import STAGE_FOLDERS
@@ -174,17 +174,18 @@ def test_parts_too_small_to_train_on_are_refused(
 def test_trainings_share_the_cluster(
     cluster: tuple, settings: dict[str, Any], expected: tuple
 ) -> None:
-    assert Cluster(*cluster).train_workers(ProxySettings(**settings)) == expected
+    resources = Cluster(*cluster).training_resources(ProxySettings(**settings))
+    assert resources == TrainingResources(*expected)
 
 
 def test_a_training_that_does_not_fit_at_all_is_refused() -> None:
     for settings in ({"workers": 3, "parts": 2}, {"workers": 2, "cpus_per_worker": 2, "parts": 2}):
         with pytest.raises(ResourceError, match="lower one of them"):
-            Cluster(2, 0, 1, 2, False).train_workers(ProxySettings(**settings))
+            Cluster(2, 0, 1, 2, False).training_resources(ProxySettings(**settings))
     with pytest.raises(
         ResourceError, match=r"cpus_per_worker is 4, but the largest node .* has 2; lower it"
     ):
-        Cluster(8, 0, 4, 2, False).train_workers(ProxySettings(cpus_per_worker=4))
+        Cluster(8, 0, 4, 2, False).training_resources(ProxySettings(cpus_per_worker=4))
 
 
 def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:

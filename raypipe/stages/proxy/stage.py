@@ -71,7 +71,8 @@ class ProxyStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         seed = SeedManifest.read(run)
-        workers, gpu, cpus, beside = context.cluster.train_workers(config.proxy)
+        resources = context.cluster.training_resources(config.proxy)
+        workers = resources.workers
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed)
         fewest = min(part.samples for part in parts)
         if fewest < 2 * workers:
@@ -92,7 +93,7 @@ class ProxyStage(Stage):
         def train(part: SeedPart) -> None:
             started = time.monotonic()
             try:
-                _train(config, run, part, key, workers, gpu, cpus)
+                _train(config, run, part, key, workers, resources.gpu, resources.cpus)
             except Exception as error:
                 if part.name:  # others may go on for long before the error is raised
                     context.progress.say(f"proxy {part.name} stopped: {error}")
@@ -104,7 +105,9 @@ class ProxyStage(Stage):
             meter.already(sum(len(done) for done in epochs))
             watch = _Watch([run.path(part.folder, "epochs") for part in parts], meter)
             try:
-                side_by_side([functools.partial(train, part) for part in missing], beside)
+                side_by_side(
+                    [functools.partial(train, part) for part in missing], resources.side_by_side
+                )
             finally:
                 watch.stop()
         epochs = [
@@ -125,14 +128,14 @@ class ProxyStage(Stage):
         ]
         record.samples = seed.samples
         record.cpu_seconds += sum(epoch.cpu_seconds for done in trained_now for epoch in done)
-        record.gpu_seconds += sum(seconds) * workers if gpu else 0.0
+        record.gpu_seconds += sum(seconds) * workers if resources.gpu else 0.0
         last = [done[-1] for done in epochs]
         record.detail = {
             "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
             "loss": statistics.fmean(epoch.loss for epoch in last),
             "epochs": config.proxy.epochs,
             "workers": workers,
-            "gpu": gpu,
+            "gpu": resources.gpu,
         }
         if len(parts) > 1:
             record.detail["parts"] = [

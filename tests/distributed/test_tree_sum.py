@@ -1,4 +1,4 @@
-"""Sums of gradients are added in a tree whose shape depends on their number alone, and few are held at a time."""
+"""Values are added in a tree whose shape depends only on their number, and few are held."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raypipe.stages.measure import gradients
 
 
 def _all_at_once(column: list[str]) -> str:
-    """The same tree, made when all values are there."""
+    """The same tree, built from all values at once."""
     while len(column) > 1:
         column = [
             "(" + "+".join(column[start : start + FAN_IN]) + ")"
