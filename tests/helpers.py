@@ -96,7 +96,7 @@ def measured_with(run: Run, file: str, part: int = 0) -> Any:
     """The network of a checkpoint as the scores are measured with it: BatchNorm recalibrated."""
     from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.runs.partition import proxy_parts
-    from raypipe.stages.measure.gradients import GradientFolders
+    from raypipe.stages.measure.gradient_job import GradientFolders
 
     return load_checkpoint(
         run,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -12,11 +12,13 @@ from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.pending import requesting, resource_shape
 from raypipe.storage.fences import fenced
 
+Result = TypeVar("Result")
+
 
 def run_on_share(
     units: Sequence[Any],
-    function: Callable[[Any], dict[str, Any]],
-    on_result: Callable[[dict[str, Any]], None],
+    function: Callable[[Any], Result],
+    on_result: Callable[[Result], None],
     cpus: float,
     gpus: float,
 ) -> None:
@@ -56,7 +58,7 @@ def run_on_share(
             ray.cancel(task, force=True)
 
 
-def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any]:
+def _call(function: Callable[[Any], Result], unit: Any) -> Result:
     return function(unit)
 
 

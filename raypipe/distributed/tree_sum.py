@@ -13,6 +13,7 @@ import ray
 
 from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.failures import as_raypipe_error
+from raypipe.runs.unit_result import UnitResult
 from raypipe.storage.fences import fenced
 
 FAN_IN = 4
@@ -26,7 +27,7 @@ def tree_sums(
     merge: Callable[..., Any],
     store: Callable[[str, Any], None],
     pool: ActorPool,
-    on_report: Callable[[dict[str, Any]], None],
+    on_report: Callable[[UnitResult], None],
 ) -> None:
     """Add up, for every key, the values that tasks compute for groups of units, and store the totals.
 

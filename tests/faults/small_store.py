@@ -26,11 +26,10 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from raypipe.distributed import tree_sum
 from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import ActorPool
-from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
-from raypipe.runs.run import Run
 from raypipe.runs.unit_result import UnitResult
-from raypipe.stages.measure import gradients
+from raypipe.stages.measure import mean_gradient
+from raypipe.stages.measure.gradient_job import GradientFolders, GradientJob
 
 STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40
 ROW = 3 * 64 * 64
@@ -63,19 +62,14 @@ def summed() -> list[float]:
     """The sum at each checkpoint, and how many groups were reported."""
     reported: list[int] = []
     with (
-        mock.patch.object(gradients, "_gradient_sums", _sums),
-        mock.patch.object(gradients, "_store_gradient", _last),
+        mock.patch.object(mean_gradient, "_sum_gradients", _sums),
+        mock.patch.object(mean_gradient, "_store_mean", _last),
         mock.patch.object(tree_sum.ray, "get", side_effect=_keeping(kept := [])),
     ):
-        arguments: Any = (
-            None,
-            Run("unused"),
-            SeedManifest(shards=tuple(str(unit) for unit in range(UNITS))),
-        )
-        folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, ())
-        gradients._mean_gradients(
-            *arguments, folders, part, ["first", "second"], APART, reported.append
-        )
+        worker: Any = None
+        job = GradientJob(worker, GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, ()), False)
+        shards = [str(unit) for unit in range(UNITS)]
+        mean_gradient.write_mean_gradients(job, ["first", "second"], shards, APART, reported.append)
     return [*kept[-1], sum(reported)]
 
 
@@ -90,28 +84,17 @@ def _keeping(kept: list[Any]) -> Callable[..., Any]:
     return call
 
 
-def _sums(
-    config: Any,
-    run_uri: str,
-    folders: Any,
-    part: Any,
-    files: list[str],
-    threads: int,
-    gpu: bool,
-    shards: list[str],
-) -> list[Any]:
+def _sums(job: GradientJob, files: list[str], shards: list[str]) -> list[Any]:
     time.sleep(0.1)
     sums = [
         {"weight": np.full(MODEL << 18, int(shard) * (number + 1), np.float32)}
         for shard in shards
         for number in range(len(files))
     ]
-    return [*sums, {"samples": 1, "cpu_seconds": 0.0}]
+    return [*sums, UnitResult(samples=1)]
 
 
-def _last(
-    run_uri: str, folder: str, samples: int, file: str, total: dict[str, np.ndarray]
-) -> float:
+def _last(job: GradientJob, file: str, total: dict[str, np.ndarray]) -> float:
     return float(total["weight"][-1])
 
 

@@ -20,7 +20,7 @@ from raypipe.runs.manifests import EpochRecord
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.runs.status import describe_run
-from raypipe.stages.extrapolate.assess import load_extrapolator
+from raypipe.stages.extrapolate.model import load_extrapolator
 
 pytestmark = pytest.mark.ray
 

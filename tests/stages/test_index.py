@@ -16,8 +16,9 @@ from raypipe.errors import SourceError
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.sources import FileScan, SourceFile, filelist, imagefolder, open_source
-from raypipe.stages.index import stage as index_stage
-from raypipe.stages.index.stage import IndexStage, Recorded
+from raypipe.stages.index import writer
+from raypipe.stages.index.listing import RecordedListing
+from raypipe.stages.index.stage import IndexStage
 
 
 def config_of(folder: Path, uri: str, **source: Any) -> Config:
@@ -48,7 +49,7 @@ def samples(run: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """20 folders of 60 empty images in data/, and a list of them."""
-    monkeypatch.setattr(index_stage, "INDEX_FILE_MEMBERS", 100)
+    monkeypatch.setattr(writer, "INDEX_FILE_MEMBERS", 100)
     names = [f"c{number % 20:02d}/{number:04d}.png" for number in range(1200)]
     for name in names:
         path = tmp_path / "data" / name
@@ -260,7 +261,7 @@ def test_recorded_files_are_asked_for_once() -> None:
             yield SourceFile(f"{number} ü\n", number, "x", (f"{number}\0{number}\0why",))
 
     whole = list(files())
-    drawn, recorded = 0, Recorded(files())
+    drawn, recorded = 0, RecordedListing(files())
     part = iter(recorded)
     assert [next(part) for _ in range(30)] == whole[:30] and drawn == 30
     assert list(recorded) == whole == list(recorded) and drawn == 100

@@ -59,7 +59,9 @@ def test_fits_on_parts_are_quick_where_an_audit_set_decides(
     monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=("a", "b")))
     monkeypatch.setattr(fidelity, "hold_out", lambda make, *_, mlp: made.append((make(), mlp)))
     monkeypatch.setattr(
-        assess, "_write", lambda run, name, ids, found: written.append((name, len(ids)))
+        assess,
+        "write_predictions",
+        lambda run, name, ids, predictions: written.append((name, len(ids))),
     )
     config = parse_config({"run": "r", "source": {"uri": "x"}, "extrapolate": {"method": method}})
     assess.write_fold(2, config, Run("r"), 1000, lambda *_: None)

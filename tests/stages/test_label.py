@@ -28,11 +28,12 @@ from raypipe.pipeline import execute
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.pseudo_labels import load_labeller
+from raypipe.runs.rehearsal import inner_run
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images, read_shard, shard_labels
 from raypipe.runs.status import describe_result, describe_run
 from raypipe.sources import ClassMap, RawSample
-from raypipe.stages.rehearse import RehearseStage, inner_run
+from raypipe.stages.rehearse import RehearseStage
 from raypipe.vision.decode import decode_batch
 
 SETTINGS: dict[str, Any] = {

@@ -187,7 +187,7 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
         min_per_class=2,
     )
     first = kept(run)[:7]
-    detail = make_keep_lists(run, settings, (0.5,))
+    detail = make_keep_lists(run, settings, (0.5,)).ledger_detail()
     assert len(kept(run)) == 100 and set(low) <= set(kept(run)) and not set(first) & set(kept(run))
     assert unknown_id_notes(detail["marked"]) == [
         "select.always_keep: 6 of its ids are not among the scores (a, b, c, d, e, ...)",
@@ -266,7 +266,7 @@ def test_of_near_duplicates_the_higher_score_stays(
     settings = SelectSettings(
         strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt")
     )
-    detail = make_keep_lists(run, settings, (0.4,))
+    detail = make_keep_lists(run, settings, (0.4,)).ledger_detail()
     score, names = column(run, "scores", "score"), set(kept(run, "0.40"))
     pairs = [
         (f"{shard}/é{row}", f"{shard}/é{row + 1}")
@@ -328,9 +328,9 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
         ConfigError, match=r"beta needs the proxy's loss, which scores from tables do not have$"
     ):
         write_keep_lists(run, SelectSettings(strategy="beta"))
-    with pytest.raises(ConfigError, match=r"say select\.difficulty: score$"):
+    with pytest.raises(ConfigError, match=r"set select\.difficulty: score$"):
         write_keep_lists(run, SelectSettings(strategy="ccs"))
-    with pytest.raises(ConfigError, match="no embeddings/ to look into"):
+    with pytest.raises(ConfigError, match="no embeddings/ to search"):
         write_keep_lists(run, SelectSettings(strategy="top", near_duplicates=0.9))
     assert write_keep_lists(
         run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raypipe import storage
+from raypipe.runs.manifests import ProxyManifest, ProxyOfPart, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES, trajectory_score
 from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
@@ -41,16 +42,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, 
         files.append([f"epoch-{epoch}-{rank}.parquet" for rank in range(2)])
         for rank, file in enumerate(files[-1]):
             batches = np.array_split(order[rank::2], 3)
-            seen = [
-                (rows, predictions(logits[epoch, rows], torch.from_numpy(label[rows])))
+            predicted = [
+                predictions(rows, logits[epoch, rows], torch.from_numpy(label[rows]))
                 for rows in batches
             ]
-            write_trajectory(run.path("proxy", "trajectory", file), seen, 16)
+            write_trajectory(run.path("proxy", "trajectory", file), predicted, 16)
     storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [SAMPLES]})
-    storage.write_json(
-        run.path("proxy", "proxy.json"),
-        {"classes": CLASSES, "samples": SAMPLES, "trajectory": files},
-    )
+    trained = TrainedProxy(EPOCHS, EPOCHS, tuple(map(tuple, files)), (), "")
+    parts = (ProxyOfPart(SAMPLES, (SAMPLES,), trained),)
+    ProxyManifest("small", CLASSES, 8, (), (), SAMPLES, 0, parts).write(run)
     return run, label, logits
 
 
@@ -107,9 +107,9 @@ def test_only_what_a_score_declares_is_read_and_each_row_group_once(
 ) -> None:
     run, label, _ = written
     read: list[tuple[str, int]] = []
-    original = trajectories._Following._read
+    original = trajectories._TrajectoryFile._read
     monkeypatch.setattr(
-        trajectories._Following,
+        trajectories._TrajectoryFile,
         "_read",
         lambda self, group: read.append((self._uri, group)) or original(self, group),
     )

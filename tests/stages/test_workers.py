@@ -85,16 +85,8 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
         )
         config = small_config(run.uri, *changes)
         part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
-        worker.train_worker(
-            {
-                "config": config.model_dump(mode="json"),
-                "run": run.uri,
-                "part": vars(part),
-                "key": "key",
-                "gpu": False,
-                "threads": 1,
-            }
-        )
+        job = worker.TrainingJob(config.proxy, run.uri, part, False, 1, "key")
+        worker.train_worker(job.as_arguments())
         distributed.destroy_process_group()
 
 
