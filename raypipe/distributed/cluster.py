@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 NEW_NODE_FACTOR = 4
-"""An actor on a node that has yet to start needs this many times the work of one on an existing node:
-the start takes minutes."""
+"""An actor on a node that has yet to start needs this many times the work of one on an existing
+node: the start takes minutes."""
 
 FIRST_REPORT_SECONDS = 15.0
-"""Seconds until a new cluster has reported whether it has an autoscaler, which reports every 5 seconds."""
+"""Seconds until a new cluster has reported whether it has an autoscaler."""
 
 
 class PoolSize(NamedTuple):
@@ -173,8 +173,8 @@ class Cluster:
     def cpu_pool(self, max_actors: int | str, min_actors: int = 1) -> ActorPool:
         """Return a pool of one single-threaded actor per CPU, which reads its own data.
 
-        On a cluster whose nodes come and go, Ray Data gives the pool an actor per CPU of every node,
-        including nodes that join while it works. On a single machine the size of the pool is
+        On a cluster whose nodes come and go, Ray Data gives the pool an actor per CPU of every
+        node, including nodes that join while it works. On a single machine the size of the pool is
         constant, and tasks do the work of actors.
         """
         room = max(1, int(self.cpus))
@@ -392,9 +392,9 @@ def _start_local(options: dict[str, Any]) -> None:
 def _autoscaling() -> bool:
     """Whether the cluster has an autoscaler: then its nodes have types that the user named.
 
-    The first version of Ray's autoscaler reports the types in a key-value store of the cluster. With
-    the second version, which KubeRay uses from Ray 2.47 on, the nodes report them. A cluster that
-    has just started gets `FIRST_REPORT_SECONDS` for the first report.
+    The first version of Ray's autoscaler reports the types in a key-value store of the cluster.
+    With the second version, which KubeRay uses from Ray 2.47 on, the nodes report them. A cluster
+    that has just started gets `FIRST_REPORT_SECONDS` for the first report.
     """
     from raypipe.distributed.pending import node_types
 

@@ -90,7 +90,7 @@ class Context:
             )
 
     def refresh_cluster(self) -> None:
-        """Read the resources of a running cluster again: nodes can join and leave between stages."""
+        """Read the resources of a running cluster again, because nodes can join and leave."""
         if self._pending_watch is not None:
             from raypipe.distributed.cluster import current_cluster
 

@@ -13,8 +13,8 @@ class RayMetrics:
     """Listener of `raypipe.progress.Progress`. Requires that Ray is running.
 
     Counters by stage: raypipe_samples and raypipe_rejects. Gauges by stage, of the current attempt:
-    raypipe_fragments_done and raypipe_fragments_queued. Metrics of the same name are shared within a
-    process.
+    raypipe_fragments_done and raypipe_fragments_queued. Metrics of the same name are shared within
+    a process.
     """
 
     def __init__(self) -> None:

@@ -245,7 +245,7 @@ class PendingWatch:
                 return
 
     def update(self, state: ClusterState, now: float) -> bool:
-        """Report on a state of the cluster, given the time in seconds; return whether to give up."""
+        """Report on the state of the cluster at a time in seconds; return whether to give up."""
         if self._size not in ("", str(state)):
             self._say(f"{'cluster':<11} now {state}")
         self._size = str(state)

@@ -1,7 +1,7 @@
 """Sum large values in a tree of Ray tasks.
 
-The shape of the tree depends only on the number of values, so that the result does not depend on the
-number of workers. The driver holds references, never values.
+The shape of the tree depends only on the number of values, so that the result does not depend on
+the number of workers. The driver holds references, never values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def tree_sums(
     pool: ActorPool,
     on_report: Callable[[UnitResult], None],
 ) -> None:
-    """Add up, for every key, the values that tasks compute for groups of units, and store the totals.
+    """Add up the values that tasks compute for groups of units, by key, and store the totals.
 
     Parameters
     ----------

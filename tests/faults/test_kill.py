@@ -77,7 +77,7 @@ def test_killed_in_every_stage(
             # the next driver loses a training worker instead, and goes on by itself until it is killed as well
             driver = _driver(cluster, config)
             assert _kill_training_worker(
-                run, lambda driver=driver: driver.poll() is None, "_train_alone"
+                run, lambda driver=driver: driver.poll() is None, "_train_locally"
             )
             while driver.poll() is None and len(storage.names(run.path("proxy", "epochs"))) < 3:
                 time.sleep(0.005)

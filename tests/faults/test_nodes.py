@@ -155,7 +155,7 @@ def test_a_node_is_lost_in_every_stage(
         driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
         wait_until(lambda: _epochs(run), driver, "epoch")
         for stage, name in (
-            ("proxy", "_train_alone"),
+            ("proxy", "_train_locally"),
             ("measure", ".submit"),
             ("embed", ".submit"),
             ("extrapolate", "_in_task"),
@@ -242,7 +242,7 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
         )
         wait_until(lambda: _epochs(run), driver, "epoch", 200)
         drained = next(
-            number for number in nodes.events("up") if nodes.workers(number, "_train_alone")
+            number for number in nodes.events("up") if nodes.workers(number, "_train_locally")
         )
         drain(nodes, drained)
         time.sleep(5)

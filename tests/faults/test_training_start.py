@@ -58,7 +58,7 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(
         with pytest.raises(TrainingFailedError) as caught:
             trainer.fit()
         assert str(as_raypipe_error(caught.value)).startswith(
-            "workers of the training die while they start"
+            "workers of the training keep dying while they start"
         )
         assert type(as_raypipe_error(caught.value)) is StageError
     else:
