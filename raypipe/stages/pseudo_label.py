@@ -74,22 +74,13 @@ class LabelStage(Stage):
         from raypipe.distributed.step_tasks import run_step_functions
 
         config, run, seed = context.config, context.run, SeedManifest.read(context.run)
-<<<<<<< HEAD
-        alone = config.proxy.model_copy(update={"workers": 1, "parts": 1})
-        resources = context.cluster.training_resources(alone)
-        gpu = resources.gpu
-=======
         one_worker = config.proxy.model_copy(update={"workers": 1, "parts": 1})
-        _, gpu, cpus, _ = context.cluster.train_workers(one_worker)
->>>>>>> be21fc3 (Stages: typed jobs and files between steps, long functions split by step, plain docstrings)
+        resources = context.cluster.training_resources(one_worker)
+        gpu = resources.gpu
         started = time.monotonic()
         step = functools.partial(write_labels, gpu)
         record.cpu_seconds += run_step_functions(
-<<<<<<< HEAD
-            context, {self.name: part}, seed.samples, resources.cpus, int(gpu)
-=======
-            context, {self.name: step}, seed.samples, cpus, int(gpu)
->>>>>>> be21fc3 (Stages: typed jobs and files between steps, long functions split by step, plain docstrings)
+            context, {self.name: step}, seed.samples, resources.cpus, int(gpu)
         )
         record.gpu_seconds += time.monotonic() - started if gpu else 0.0
         storage.delete(run.path(FOLDER, STATE))

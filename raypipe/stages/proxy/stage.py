@@ -31,7 +31,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
 from raypipe.config import Config
@@ -49,6 +49,9 @@ from raypipe.runs.manifests import (
 from raypipe.runs.partition import SeedPart, partition_seed_set, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
+
+if TYPE_CHECKING:
+    from raypipe.distributed.cluster import TrainingResources
 
 SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
 """Settings that change how fast the training is, but not its result."""
@@ -92,28 +95,6 @@ class PartProgress:
             )
 
 
-@dataclass(frozen=True)
-class WorkerGroup:
-    """The workers of one training, and how many trainings run at a time.
-
-    Attributes
-    ----------
-    workers : int
-        Workers of a training.
-    gpu : bool
-        Whether each worker has a GPU.
-    cpus : int
-        CPUs of each worker.
-    trainings : int
-        Trainings that run side by side.
-    """
-
-    workers: int
-    gpu: bool
-    cpus: int
-    trainings: int
-
-
 class ProxyStage(Stage):
     """Train the proxy of every part of the seed set."""
 
@@ -137,90 +118,31 @@ class ProxyStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         seed = SeedManifest.read(run)
-<<<<<<< HEAD
         resources = context.cluster.training_resources(config.proxy)
-        workers = resources.workers
-=======
-        group = WorkerGroup(*context.cluster.train_workers(config.proxy))
->>>>>>> be21fc3 (Stages: typed jobs and files between steps, long functions split by step, plain docstrings)
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed)
-        _check_sizes(parts, group.workers)
+        _check_sizes(parts, resources.workers)
         # with a manifest, the ledger has the seconds of the finished epochs already
         already_counted = storage.exists(run.proxy_manifest_file)
         before = [PartProgress.read(config, run, part) for part in parts]
-        train_seconds = _train_missing(context, before, group)
+        train_seconds = _train_missing(context, before, resources)
         after = [
             state if state.trained else PartProgress.read(config, run, state.part)
             for state in before
         ]
-<<<<<<< HEAD
-        key, seconds = uuid.uuid4().hex, [0.0]
-
-        def train(part: SeedPart) -> None:
-            started = time.monotonic()
-            try:
-                _train(config, run, part, key, workers, resources.gpu, resources.cpus)
-            except Exception as error:
-                if part.name:  # others may go on for long before the error is raised
-                    context.progress.say(f"proxy {part.name} stopped: {error}")
-                raise
-            finally:
-                seconds.append(time.monotonic() - started)
-
-        with context.progress.meter("proxy", len(parts) * config.proxy.epochs, "epochs") as meter:
-            meter.already(sum(len(done) for done in epochs))
-            watch = _Watch([run.path(part.folder, "epochs") for part in parts], meter)
-            try:
-                side_by_side(
-                    [functools.partial(train, part) for part in missing], resources.side_by_side
-                )
-            finally:
-                watch.stop()
-        epochs = [
-            EpochRecord.read_all(run, part.folder) if part in missing else done
-            for part, done in zip(parts, epochs, strict=True)
-        ]
-        for part, done in zip(parts, epochs, strict=True):
-            if len(done) != config.proxy.epochs:
-                name = f"the proxy of {part.name}" if part.name else "the proxy"
-                raise StageError(
-                    f"{name} has {len(done)} finished epochs instead of {config.proxy.epochs}; run again to resume"
-                )
-        _manifest(config, run, seed, parts, epochs).write(run)
-=======
         for state in after:
             state.check_epochs(config.proxy.epochs)
         _manifest(config, run, seed, after).write(run)
->>>>>>> be21fc3 (Stages: typed jobs and files between steps, long functions split by step, plain docstrings)
         for part in parts:
             storage.delete(run.path(part.folder, "state.safetensors"))
         record.samples = seed.samples
-<<<<<<< HEAD
-        record.cpu_seconds += sum(epoch.cpu_seconds for done in trained_now for epoch in done)
-        record.gpu_seconds += sum(seconds) * workers if resources.gpu else 0.0
-        last = [done[-1] for done in epochs]
-        record.detail = {
-            "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
-            "loss": statistics.fmean(epoch.loss for epoch in last),
-            "epochs": config.proxy.epochs,
-            "workers": workers,
-            "gpu": resources.gpu,
-        }
-        if len(parts) > 1:
-            record.detail["parts"] = [
-                {"samples": part.samples, "accuracy": epoch.accuracy, "loss": epoch.loss}
-                for part, epoch in zip(parts, last, strict=True)
-            ]
-=======
         record.cpu_seconds += sum(
             epoch.cpu_seconds
             for old, new in zip(before, after, strict=True)
             if not (old.trained and already_counted)
             for epoch in new.epochs
         )
-        record.gpu_seconds += train_seconds * group.workers if group.gpu else 0.0
-        record.detail = _detail(after, config.proxy.epochs, group)
->>>>>>> be21fc3 (Stages: typed jobs and files between steps, long functions split by step, plain docstrings)
+        record.gpu_seconds += train_seconds * resources.workers if resources.gpu else 0.0
+        record.detail = _detail(after, config.proxy.epochs, resources)
 
 
 def _check_sizes(parts: Sequence[SeedPart], workers: int) -> None:
@@ -233,7 +155,9 @@ def _check_sizes(parts: Sequence[SeedPart], workers: int) -> None:
         )
 
 
-def _train_missing(context: Context, parts: Sequence[PartProgress], group: WorkerGroup) -> float:
+def _train_missing(
+    context: Context, parts: Sequence[PartProgress], resources: TrainingResources
+) -> float:
     """Train the parts that are not trained. Returns the sum of the seconds of all trainings."""
     config, run = context.config, context.run
     key = uuid.uuid4().hex
@@ -242,7 +166,7 @@ def _train_missing(context: Context, parts: Sequence[PartProgress], group: Worke
     def train(part: SeedPart) -> None:
         started = time.monotonic()
         try:
-            _train(config, run, part, key, group.workers, group.gpu, group.cpus)
+            _train(config, run, part, key, resources.workers, resources.gpu, resources.cpus)
         except Exception as error:
             if part.name:  # the error is raised only when the other trainings have ended
                 context.progress.say(f"proxy {part.name} stopped: {error}")
@@ -256,7 +180,7 @@ def _train_missing(context: Context, parts: Sequence[PartProgress], group: Worke
         watch = _EpochWatch([run.path(state.part.folder, "epochs") for state in parts], meter)
         try:
             jobs = [functools.partial(train, state.part) for state in parts if not state.trained]
-            side_by_side(jobs, group.trainings)
+            side_by_side(jobs, resources.side_by_side)
         finally:
             watch.stop()
     return sum(seconds)
@@ -286,15 +210,17 @@ def _manifest(
     )
 
 
-def _detail(parts: Sequence[PartProgress], epochs: int, group: WorkerGroup) -> dict[str, Any]:
+def _detail(
+    parts: Sequence[PartProgress], epochs: int, resources: TrainingResources
+) -> dict[str, Any]:
     """Return the stage's entry in the ledger: figures of the last epoch, averaged over parts."""
     last = [state.epochs[-1] for state in parts]
     detail: dict[str, Any] = {
         "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
         "loss": statistics.fmean(epoch.loss for epoch in last),
         "epochs": epochs,
-        "workers": group.workers,
-        "gpu": group.gpu,
+        "workers": resources.workers,
+        "gpu": resources.gpu,
     }
     if len(parts) > 1:
         detail["parts"] = [
