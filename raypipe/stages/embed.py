@@ -1,12 +1,12 @@
 """Embed: stream every fragment of the source once through the proxy.
 
 Tasks read and decode; actors next to them run the forward pass. With `embed.decode` the actors
-decode JPEGs as well, on their GPU (`raypipe.vision.gpu_decode`); only these pixels differ then, by a
-stated tolerance.
+decode JPEGs as well, on their GPU (`raypipe.vision.gpu_decode`); only these pixels differ then, by
+a stated tolerance.
 
-Writes, for each fragment, `embeddings/<fragment>.parquet`: sample_id, label, embedding and the proxy
-statistics of the sample (prediction, confidence, loss, margin, entropy). Where samples cannot be
-used, it writes `rejects/<fragment>.parquet`. Where the source has no labels, the label is the
+Writes, for each fragment, `embeddings/<fragment>.parquet`: sample_id, label, embedding and the
+proxy statistics of the sample (prediction, confidence, loss, margin, entropy). Where samples cannot
+be used, it writes `rejects/<fragment>.parquet`. Where the source has no labels, the label is the
 pseudo-label from the network and the clusters of the stage `label`. The logits are not kept: for
 many classes they would be larger than the embedding.
 

@@ -1,9 +1,9 @@
 """Rehearse: predict scores that need training on the sample, in small, where the truth is known.
 
 See `raypipe.assessment.rehearsal` for the reason. A second proxy is trained, with the settings of
-the proxy, on the half of the seed set that a hash selects. The other half relates to it as all other
-samples relate to the seed set. It starts from other weights than the proxy. The stage is skipped
-unless `Config.rehearses`.
+the proxy, on the half of the seed set that a hash selects. The other half relates to it as all
+other samples relate to the seed set. It starts from other weights than the proxy. The stage is
+skipped unless `Config.rehearses`.
 
 `rehearsal/` is a small run of its own, written by the stages of this one:
 

@@ -34,8 +34,8 @@ class ReportStage(Stage):
         build_report(run)
         record.samples = run.ledger()["extrapolate"].samples
         record.detail = {"of": _state(run)}
-        # Trackers come from the configuration of this process, never from the run's folder: a report
-        # on the run of someone else must not log anywhere.
+        # Trackers come from the configuration of this process, never from the run's folder: a
+        # report on the run of someone else must not log anywhere.
         failed: dict[str, str] = {}
         if settings.log_to:
             summary = storage.read_json(run.report_summary)

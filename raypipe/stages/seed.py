@@ -1,12 +1,12 @@
 """Seed: draw the seed set and the audit set, and decode them once to the proxy's input size.
 
 A sample is in the seed set when a hash of its id is below the fraction. So the same samples are
-drawn everywhere and always, whatever else is in the source. A seed set that is drawn does not change
-when the source grows: new samples are scored with the existing extrapolator.
+drawn everywhere and always, whatever else is in the source. A seed set that is drawn does not
+change when the source grows: new samples are scored with the existing extrapolator.
 
-In the same pass, another hash draws an audit set from the samples outside the seed set. The proxy is
-never trained on it. Scores at its checkpoints can be measured on it all the same, and show how well
-scores of samples outside the seed set are predicted.
+In the same pass, another hash draws an audit set from the samples outside the seed set. The proxy
+is never trained on it. Scores at its checkpoints can be measured on it all the same, and show how
+well scores of samples outside the seed set are predicted.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ GROUP_IDS = 1_000_000
 PART_IDS = 2_000_000
 """Ids that one task compares, about."""
 ROW_GROUP = 16_384
-"""Ids in a row group. A comparing task reads up to this many at each end of its range for nothing."""
+"""Ids in a row group; a comparing task reads up to this many too many at each end of its range."""
 FILES_AT_ONCE = 16
 """Small files that the driver reads or writes at a time."""
 SCHEMA = pa.schema([("high", pa.uint64()), ("low", pa.uint64()), ("fragment", pa.int32())])

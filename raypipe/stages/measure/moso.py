@@ -75,7 +75,7 @@ class MosoTotals:
         }
 
     def score(self, table: pa.Table, audit: bool) -> np.ndarray:
-        """Return MoSo, float32 [n], of a shard of the seed set, or with `audit` of the audit set."""
+        """Return MoSo, float32 [n], of a shard of the seed set, or of the audit set."""
         from raypipe.scores.moso import add_one_in, combine, leave_one_out
 
         aligned = checkpoint_column(table, "alignments")

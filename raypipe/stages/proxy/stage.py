@@ -13,8 +13,8 @@ Writes, under `proxy/`:
 
 With `proxy.parts` above 1, one such network is trained for each part of the seed set
 (`raypipe.runs.partition`), on its part alone. All start from the same weights. Each has the first
-four items in its own folder, `proxy/part-0/`; `proxy.json` describes all of them. They train side by
-side as far as the cluster has room.
+four items in its own folder, `proxy/part-0/`; `proxy.json` describes all of them. They train side
+by side as far as the cluster has room.
 
 When a worker or the driver dies, the training resumes after the last finished epoch. Batches and
 the statistics of BatchNorm are defined over the whole seed set (or part): the number of workers
@@ -255,8 +255,8 @@ class _EpochWatch:
 def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
     """Run jobs, at most `at_once` of them at a time, and raise the first error.
 
-    A failure starts no further jobs. Running jobs finish first, since Ray Train cannot stop them and
-    their epochs are kept. With `at_once` 1, jobs run in this thread, where Ray Train notices an
+    After a failure no job is started. Running jobs finish first, since Ray Train cannot stop them
+    and their epochs are kept. With `at_once` 1, jobs run in this thread, where Ray Train notices an
     interrupt.
     """
     if at_once == 1:

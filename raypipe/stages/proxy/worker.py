@@ -1,4 +1,4 @@
-"""The training of a proxy in one worker; Ray Train calls `train_worker` with torch.distributed ready.
+"""Train a proxy in one worker; Ray Train calls `train_worker` when torch.distributed is ready.
 
 `raypipe.stages.proxy.stage` starts it and describes the files.
 """
