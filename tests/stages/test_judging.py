@@ -1,4 +1,4 @@
-"""Which fits judge the extrapolator; no cluster, nothing is fitted."""
+"""Which fits assess the extrapolator; without a cluster or a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raypipe.stages.extrapolate import assess
 @pytest.mark.parametrize(
     ("extrapolate", "rehearsal", "samples", "expected"),
     [
-        ({}, False, 500, 5),  # 10 classes: 120 samples of each are more than there are
+        ({}, False, 500, 5),  # 10 classes with fewer than 120 samples each
         ({}, True, 500, 1),
         ({"holdout": 0.25}, False, 500, 4),
         ({}, False, 2000, 3),

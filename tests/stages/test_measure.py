@@ -1,4 +1,4 @@
-"""Scores at checkpoints: which they are, and what they are the mean of."""
+"""Scores at checkpoints: which scores, and over which checkpoints they are averaged."""
 
 from __future__ import annotations
 

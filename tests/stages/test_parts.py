@@ -1,4 +1,4 @@
-"""Parts of the seed set: who is in which, and what a run with several proxies measures."""
+"""Parts of the seed set: which samples are in which, and what several proxies measure."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_parts_are_random_disjoint_and_about_even() -> None:
 
 
 def test_a_sample_stays_in_its_part_whatever_is_around_it() -> None:
-    """The rule from its definition; no order, no number of samples enters."""
+    """The rule from its definition; it depends on no order and no number of samples."""
     for sample_id in (IDS[3], "ünïcode\udc80/x"):
         text = sample_id.encode("utf-8", "surrogateescape")
         digest = hashlib.blake2b(
@@ -72,7 +72,10 @@ def test_a_sample_stays_in_its_part_whatever_is_around_it() -> None:
 
 
 def _seed_set(run: Run, shards: list[int], classes: int) -> tuple[list[str], np.ndarray]:
-    """A seed set with shards of so many samples; the label of a sample is its row modulo `classes`, its image is its row."""
+    """Write a seed set with shards of these sizes.
+
+    The label of a sample is its row modulo `classes`; its image is its row.
+    """
     rows = np.arange(sum(shards))
     labels = (rows % classes).astype(np.int32)
     ids, start, names = IDS[: len(rows)], 0, [f"seed-{number}" for number in range(len(shards))]
@@ -193,7 +196,7 @@ def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
 
     def fails() -> None:
         threads.append(threading.current_thread())
-        together.wait()  # passes only while the other one runs
+        together.wait()  # returns only while the other job runs
         raise StageError("the first")
 
     def goes_on() -> None:
@@ -211,7 +214,7 @@ def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
 def test_a_part_that_is_trained_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage with a training that writes what Ray Train's workers would."""
+    """The stage with a fake training that writes the files of Ray Train's workers."""
     run = Run(str(tmp_path))
     _seed_set(run, [100], classes=3)
     replace(SeedManifest.read(run), image_size=8, mean=(0.5,), std=(0.2,)).write(run)
@@ -280,7 +283,7 @@ def test_a_part_that_is_trained_is_not_trained_again(
 
 @pytest.mark.ray
 def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
-    """Two proxies: what was measured, from one process that has everything in memory; and a rerun."""
+    """Two proxies: the scores against one process with everything in memory; and a rerun."""
     from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.scores.moso import combine, gradient_sum, leave_one_out
     from raypipe.scores.per_sample import norms_and_alignments
@@ -345,7 +348,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
         np.mean([part["accuracy"] for part in record.detail["parts"]])
     )
 
-    # embeddings are in one space, that of part 0
+    # all embeddings are in the space of part 0
     first = load_checkpoint(run, manifest["parts"][0]["final"], folder="proxy/part-0/checkpoints")
     actor = EmbedActor(WorkerContext(config, run.uri, threads=1, gpu=False))
     embedded = forward(

@@ -1,4 +1,4 @@
-"""The proxy's training loop in this process, as the one worker of its group."""
+"""The proxy's training loop in this process, as the only worker."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`proxy._train` with the loop called here instead of by Ray Train."""
+    """Call `proxy._train` with the loop in this process instead of Ray Train."""
 
     class Trainer:
         def __init__(self, loop: Any, train_loop_config: dict[str, Any], **_: object) -> None:
@@ -89,7 +89,7 @@ def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raypipe.distributed.ray_train.InterruptibleTrainer", Trainer)
     proxy_stage._train(
         config, run, SeedPart(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 2, False, 1
-    )  # of one, Ray Train's local mode is asked
+    )  # with 1 worker, Ray Train's local mode would run
 
 
 def test_a_training_that_diverges_is_not_repeated(
@@ -103,7 +103,7 @@ def test_a_training_that_diverges_is_not_repeated(
     storage.delete(alone.path("proxy", "state.safetensors"))
     _train(
         alone, small_config(alone.uri, "proxy.epochs=2"), monkeypatch
-    )  # mended: what was said before is forgotten
+    )  # fixed: the earlier divergence is forgotten
     assert [epoch.epoch for epoch in EpochRecord.read_all(alone)] == [0, 1]
 
 
@@ -188,7 +188,7 @@ def test_a_proxy_is_trained_and_followed_on_adversarial_examples(
         (table,) = [table for _, table in storage.iter_tables(alone.path("proxy", "trajectory"))]
         losses[name] = table["loss"].to_numpy().mean()
         storage.delete(alone.path("proxy"))
-    # of each of two batches from random points; the pass of `eval` begins at the images
+    # two batches, each from random points; the pass of `eval` starts at the images
     assert seen == [((24, 3, 8, 8), 16 / 255, True)] * 2 + [((24, 3, 8, 8), 16 / 255, False)] * (
         2 * (trajectory == "eval")
     )
@@ -266,7 +266,7 @@ def test_a_gpu_with_little_memory_measures_the_same(
 def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
     alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MoSo's alignments and EL2N, by definition: gradients and outputs at what an attack on the checkpoint finds."""
+    """MoSo's alignments and EL2N by definition, at adversarial examples against the checkpoint."""
     given = (
         "proxy.epochs=1",
         "proxy.checkpoints=1",
@@ -310,12 +310,12 @@ def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
     direct = (torch.stack(each) @ torch.stack(each).mean(0)).numpy()
     found = np.array(table["alignments"].to_pylist())[:, 0]
     np.testing.assert_allclose(found, direct, rtol=0.02, atol=0.02 * np.abs(direct).max())
-    said = output_statistics(model(worst).detach(), target)["distance"].numpy()
-    np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], said, atol=0.01)
+    distance = output_statistics(model(worst).detach(), target)["distance"].numpy()
+    np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], distance, atol=0.01)
     clean = output_statistics(model(torch.from_numpy(images.copy())).detach(), target)[
         "distance"
     ].numpy()
-    assert said.mean() > clean.mean() + 0.05
+    assert distance.mean() > clean.mean() + 0.05
 
 
 def test_of_a_large_seed_set_every_so_many_samples_recalibrate(

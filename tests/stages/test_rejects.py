@@ -301,5 +301,5 @@ def test_classes_that_are_numbers_or_named_by_the_source(tmp_path: Path) -> None
         settle(("ant", "ox", "pig"), nothing, None)
     storage.delete(
         run.path("index")
-    )  # what other settings of the source do: the seed set is drawn anew as well
+    )  # as other settings of the source do: the seed set is drawn again as well
     assert settle(("ant", "ox"), nothing, None)[0].names == ("ant", "ox")

@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def judge(run: Run, least: float | None, samples: int = SAMPLES, measured: int = 30) -> None:
-    """A ledger with scores of that fidelity."""
+    """Write a ledger with scores of this fidelity."""
     interval = None if least is None else [least, least + 0.2]
     fidelity = {
         "spearman": None if least is None else least + 0.1,

@@ -1,4 +1,4 @@
-"""Keep-lists by every strategy and option on the files of a run; what is chosen is tested in tests/selection/."""
+"""Keep-lists by every strategy and option from files; the choice is tested in tests/selection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLES = SHARDS * ROWS
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Scores and embeddings; the samples of each shard come in pairs whose embeddings differ little."""
+    """Scores and embeddings; in each shard, pairs of samples have similar embeddings."""
     run, draw = Run(str(tmp_path / "run")), np.random.default_rng(0)
     storage.write_json(
         run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False}
@@ -139,7 +139,7 @@ def test_lists_are_the_same_from_memory_and_from_files(
         )
         passes.append(len(read) / SHARDS)
     assert lists[0] == lists[1] == lists[2] and len(lists[0]) == 2
-    # with memory: the lists of ids, and once for the rest, or without ids and then with them
+    # in memory: once for lists of ids and once for the rest, or without and then with ids
     assert passes[2] == 2 and passes[1] in (2, 3) and passes[0] > passes[1]
     assert set(kept(run)) >= {"4/é3", "0/é1", "0/é2"} and not set(kept(run)) & {"2/é39", "1/é0"}
 
@@ -259,7 +259,7 @@ def test_a_table_without_ids_and_ids_in_both_lists_are_refused(run: Run, tmp_pat
 def test_of_near_duplicates_the_higher_score_stays(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
-    if small:  # many clusters, a few of them held at once
+    if small:  # many clusters, few of them held at a time
         monkeypatch.setattr(near_duplicates, "CLUSTER_SIZE", 20)
         monkeypatch.setattr(cluster_by_cluster, "HELD_BYTES", 1000)
     (tmp_path / "always.txt").write_text("0/é0\n0/é1\n")

@@ -1,4 +1,4 @@
-"""The trajectory on disk: what the training writes, and scores from it that do not depend on how it is cut."""
+"""The trajectory on disk: what the training writes, and scores that no cut of it changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict] = {name: {} for name, info in SCORES.items() if info.ne
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, torch.Tensor]:
-    """A run with a trajectory of two workers that see other rows in every epoch, its labels, and the logits it is from."""
+    """A run with a trajectory of two workers with other rows in every epoch; its labels and logits."""
     run = Run(str(tmp_path_factory.mktemp("run")))
     random = np.random.default_rng(0)
     label = random.integers(0, CLASSES, SAMPLES)
@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, 
     for epoch in range(EPOCHS):
         order = random.permutation(SAMPLES)
         if epoch == 4:
-            order = order[order != 33]  # not seen in this epoch
+            order = order[order != 33]  # missing in this epoch
         files.append([f"epoch-{epoch}-{rank}.parquet" for rank in range(2)])
         for rank, file in enumerate(files[-1]):
             batches = np.array_split(order[rank::2], 3)
