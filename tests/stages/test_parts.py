@@ -138,7 +138,7 @@ def test_one_part_is_the_whole(tmp_path: Path) -> None:
             [60],
             2,
             4,
-            r"part \d of 4 would have 1\d seed samples of 2 classes; at least 20.*Lower proxy\.parts",
+            r"part \d of 4 would have 1\d seed samples of 2 classes; each needs at least 20.*Lower proxy\.parts",
         ),
         ([200], 1, 2, r"part 0 of 2 would have \d+ seed samples of 1 classes"),
         ([50], 2, 200, r"part 0 of 200 would have 0 seed samples of 0 classes"),

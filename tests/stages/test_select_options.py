@@ -128,7 +128,7 @@ def test_lists_are_the_same_from_memory_and_from_files(
     lists, passes = [], []
     for most, compressed in ((0, 4), (1 << 20, 1 << 20), (1 << 20, 4)):
         monkeypatch.setattr(score_stream, "CACHE_BYTES", most)
-        monkeypatch.setattr(score_stream, "COMPRESSED", compressed)
+        monkeypatch.setattr(score_stream, "EXPANSION", compressed)
         read.clear()
         write_keep_lists(run, settings)
         lists.append(
@@ -160,7 +160,7 @@ def test_losses_of_other_samples_are_noticed(run: Run) -> None:
     storage.write_table(
         run.path("embeddings", "0.parquet"), table.take(list(range(ROWS - 1, -1, -1)))
     )
-    with pytest.raises(RunError, match="not of the same samples"):
+    with pytest.raises(RunError, match="hold different samples"):
         write_keep_lists(run, SelectSettings(strategy="beta"))
     storage.delete(run.path("embeddings", "0.parquet"))
     for settings in (

@@ -104,7 +104,7 @@ class EmbeddingLayout:
             except (FileNotFoundError, KeyError, AttributeError):
                 raise RunError(
                     f"{run.uri}: select.near_duplicates needs embeddings/, but {shard} is missing; "
-                    "run it again"
+                    "rerun `raypipe run`"
                 ) from None
 
         layouts = [layout for _, layout in storage.ahead(read_footer, shards, run.uri)]
@@ -211,8 +211,8 @@ def _gather(
         ids = table["sample_id"].combine_chunks()
         if name != shard or len(table) != len(chunk.score) or not ids.equals(chunk.sample_id):
             raise RunError(
-                f"{run.uri}: embeddings/ and scores/ of {shard} are not of the same samples; "
-                "run it again"
+                f"{run.uri}: embeddings/{shard} and scores/{shard} hold different samples; "
+                "rerun `raypipe run`"
             )
         cluster = clusters[shard]
         rows = np.flatnonzero((cluster >= low) & (cluster < high) & chunk.eligible())
