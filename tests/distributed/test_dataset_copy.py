@@ -1,4 +1,4 @@
-"""A Ray Data dataset as the source: the copy has its rows in its order, is made once, and is never that of another dataset."""
+"""A Ray Data dataset as the source: the copy keeps its rows and order, and is written once."""
 
 from __future__ import annotations
 

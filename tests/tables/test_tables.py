@@ -40,7 +40,7 @@ from raypipe.tables.stage import TableStage
 
 
 def serial(units, function, on_result, **_: Any) -> None:
-    """`run_tasks` without Ray."""
+    """Replaces `run_tasks`, without Ray."""
     for unit in units:
         on_result(function(unit))
 
@@ -336,7 +336,7 @@ def test_an_output_in_the_wrong_place_is_refused(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def problem(s3: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Embeddings in three files on S3, some of them faulty, and ratings of half of the samples on disk."""
+    """Embeddings in three files on S3, some of them faulty, and ratings of half of the samples."""
     rng = np.random.default_rng(0)
     count = 420
     vectors, label = rng.normal(size=(count, 6)).astype(np.float32), rng.integers(0, 3, count)
