@@ -1,11 +1,12 @@
-"""What a Ray cluster of its own, whose object store holds a few units of work, has in that store at most; prints it as JSON.
+"""Measure the peak use of a small object store, in a Ray cluster of its own; print it as JSON.
 
     python small_store.py
 
-Run by `test_back_pressure.py` in a process of its own, since one process has one cluster. Megabytes in all:
+The object store holds only a few units of work. `test_back_pressure.py` runs this in a process of its
+own, because a process has one cluster. Two workloads, sizes in megabytes:
 
-stream  UNITS units of UNIT are read, and an actor that is slower takes them
-sums    gradients of UNITS groups of seed shards, MODEL each at every one of two checkpoints, are added up
+stream  UNITS units of size UNIT are read and passed to a slower actor
+sums    gradients of UNITS groups of seed shards, MODEL each at two checkpoints, are added
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ ROW = 3 * 64 * 64
 APART = ActorPool(
     min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1
 )
-"""Reading and computing ask for different shares, as they do with a GPU, so that what is read lies in the object store."""
+"""Reading and computing request different shares, as with a GPU, so that Ray Data does not fuse them
+and units pass through the object store."""
 
 
 def read(unit: int) -> Batch:
@@ -52,14 +54,14 @@ class Slow:
 
 
 def streamed() -> list[int]:
-    """The units that came through."""
+    """Stream all units; return those that arrived."""
     seen: list[int] = []
     stream(range(UNITS), read, Slow, APART, 60, lambda result: seen.append(int(result.unit)))
     return sorted(seen)
 
 
 def summed() -> list[float]:
-    """The sum at each checkpoint, and how many groups were reported."""
+    """Return the sum at each checkpoint, and the number of reported groups."""
     reported: list[int] = []
     with (
         mock.patch.object(mean_gradient, "_sum_gradients", _sums),
@@ -74,7 +76,7 @@ def summed() -> list[float]:
 
 
 def _keeping(kept: list[Any]) -> Callable[..., Any]:
-    """`ray.get`, whose answers are kept."""
+    """`ray.get`, recording its results."""
     get = ray.get
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +101,7 @@ def _last(job: GradientJob, file: str, total: dict[str, np.ndarray]) -> float:
 
 
 class Watch(threading.Thread):
-    """Looks at the object store; `most` has the largest numbers seen since it was emptied, in megabytes."""
+    """Watches the object store; `most` has the peaks since it was last cleared, in megabytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

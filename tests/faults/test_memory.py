@@ -1,4 +1,4 @@
-"""Workers that ran out of memory are reported as that, with the stage and what to lower."""
+"""Memory shortages of workers are reported as such, with the stage and the setting to lower."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ POSSIBLY = (
 
 
 def task_error(cause: Exception) -> Exception:
-    """As it comes out of `ray.get`."""
+    """The error that `ray.get` raises."""
     return ray.exceptions.RayTaskError(
         "embed", f"Traceback\n{type(cause).__name__}: {cause}", cause
     ).as_instanceof_cause()
 
 
 def actor_error(line: str) -> Exception:
-    """The same of an actor of Ray Data, of whose error the text alone is left."""
+    """The same for an actor of Ray Data, which keeps only the text of the error."""
     text = f"Traceback\n{line}\n\nThe above exception was the direct cause of the following exception:\n\nray.exceptions.UserCodeException: "
     made = ray.exceptions.UserCodeException("UDF failed to process a data block.")
     return ray.exceptions.RayTaskError("map", text + str(made), made).as_instanceof_cause()
