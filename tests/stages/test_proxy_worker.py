@@ -21,6 +21,7 @@ from safetensors.torch import load
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.actor_pool import WorkerContext
+from raypipe.distributed.cluster import TrainingResources
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
@@ -87,9 +88,10 @@ def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
             self.fit = lambda: loop(train_loop_config)
 
     monkeypatch.setattr("raypipe.distributed.ray_train.InterruptibleTrainer", Trainer)
-    proxy_stage._train(
-        config, run, SeedPart(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 2, False, 1
-    )  # with 1 worker, Ray Train's local mode would run
+    part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+    # with 1 worker, Ray Train's local mode would run
+    resources = TrainingResources(workers=2, gpu=False, cpus=1, side_by_side=1)
+    proxy_stage._train(config, run, part, "key", resources)
 
 
 def test_a_training_that_diverges_is_not_repeated(

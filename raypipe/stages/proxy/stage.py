@@ -166,7 +166,7 @@ def _train_missing(
     def train(part: SeedPart) -> None:
         started = time.monotonic()
         try:
-            _train(config, run, part, key, resources.workers, resources.gpu, resources.cpus)
+            _train(config, run, part, key, resources)
         except Exception as error:
             if part.name:  # the error is raised only when the other trainings have ended
                 context.progress.say(f"proxy {part.name} stopped: {error}")
@@ -288,7 +288,7 @@ def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
 
 
 def _train(
-    config: Config, run: Run, part: SeedPart, key: str, workers: int, gpu: bool, cpus: int
+    config: Config, run: Run, part: SeedPart, key: str, resources: TrainingResources
 ) -> None:
     """Train the proxy of one part. Raises StageError when the training fails or diverges."""
     from raypipe.distributed import ray_train
@@ -296,12 +296,13 @@ def _train(
 
     diverged = run.path(part.folder, DIVERGED)
     storage.delete(diverged)
+    job = TrainingJob(config.proxy, run.uri, part, resources.gpu, resources.cpus, key)
     ray_train.train(
         train_worker,
-        TrainingJob(config.proxy, run.uri, part, gpu, cpus, key).as_arguments(),
-        workers,
-        gpu,
-        cpus,
+        job.as_arguments(),
+        resources.workers,
+        resources.gpu,
+        resources.cpus,
         config.proxy.max_failures,
         run.path(part.folder, "train"),
     )
