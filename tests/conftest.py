@@ -14,7 +14,7 @@ from raypipe import storage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make two groups for `pytest -n 2 --dist loadgroup`: tests that share a cluster, and the rest."""
+    """Group the tests that share a cluster, and the rest, for `pytest -n 2 --dist loadgroup`."""
     for item in items:
         of_ray = (
             "cluster" in getattr(item, "fixturenames", ())
@@ -32,7 +32,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Endpoint of an S3 server on this machine. The AWS variables point at it during the session."""
+    """Endpoint of a local S3 server. The AWS variables point at it during the session."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -129,7 +129,7 @@ def finished_scores(finished: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def of_folders(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run up to the embeddings over image folders, with two proxies and a few unreadable files."""
+    """A run up to the embeddings over image folders: two proxies, a few unreadable files."""
     import raypipe
 
     folder = tmp_path_factory.mktemp("of-folders")

@@ -38,7 +38,7 @@ def settings(run: str, **source: Any) -> dict[str, Any]:
 
 
 def dataset(later: Path, shift: int = 0) -> Any:
-    """Numbers of rows, from which the images are made on the way: the first block when another one is done, told by a file."""
+    """A dataset whose images are computed lazily. The first block waits until the last is done."""
     import time
 
     import ray

@@ -1,4 +1,4 @@
-"""Infeasible requests are reported and given up; requests of other jobs and a full cluster are not."""
+"""Infeasible requests are reported and given up, but not those of other jobs or a full cluster."""
 
 from __future__ import annotations
 

@@ -49,7 +49,10 @@ def test_the_tree_is_that_of_all_values_at_once(count: int) -> None:
 
 
 class _Serial:
-    """In place of Ray: everything is computed when it is asked for, and is its own reference; `most` groups waited for at a time."""
+    """Replaces Ray: results are computed at once and are their own references.
+
+    `most` is the largest number of groups waited for at a time.
+    """
 
     def __init__(self) -> None:
         self.most = 0

@@ -101,7 +101,8 @@ class _Relay(BaseHTTPRequestHandler):
         kind = self.server.fault(f"{self.command} {self.path}", self.command == "GET")
         if kind in ERRORS:
             status, code, message = ERRORS[kind]
-            text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+            error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+            text = f'<?xml version="1.0"?>{error}'.encode()
             self._answer(
                 status,
                 [("Content-Type", "application/xml")],

@@ -2,8 +2,8 @@
 
     python small_store.py
 
-The object store holds only a few units of work. `test_back_pressure.py` runs this in a process of its
-own, because a process has one cluster. Two workloads, sizes in megabytes:
+The object store holds only a few units of work. `test_back_pressure.py` runs this in a process of
+its own, because a process has one cluster. Two workloads, sizes in megabytes:
 
 stream  UNITS units of size UNIT are read and passed to a slower actor
 sums    gradients of UNITS groups of seed shards, MODEL each at two checkpoints, are added
@@ -37,8 +37,8 @@ ROW = 3 * 64 * 64
 APART = ActorPool(
     min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1
 )
-"""Reading and computing request different shares, as with a GPU, so that Ray Data does not fuse them
-and units pass through the object store."""
+"""Reading and computing request different shares, as with a GPU, so that Ray Data does not fuse
+them and units pass through the object store."""
 
 
 def read(unit: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Units far larger in total than the object store are read as they fit, without spilling to disk."""
+"""Units much larger in total than the object store are read as they fit, without spilling."""
 
 from __future__ import annotations
 

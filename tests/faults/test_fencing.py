@@ -42,7 +42,8 @@ class Endless(Stage):
     def complete(self, context, record): return False
     def execute(self, context, record):
         for number in itertools.count():
-            storage.write_bytes(context.run.path("index", f"{number % 5}.parquet"), b"first %d" % number)
+            uri = context.run.path("index", f"{number % 5}.parquet")
+            storage.write_bytes(uri, b"first %d" % number)
             context.run.write_ledger({"index": record})
             context.progress.say(f"written {number}")
 
@@ -68,7 +69,7 @@ def silent_for_long(run: Run) -> None:
 
 
 def suspend(process: int, folder: str) -> None:
-    """Suspend a process while it holds no lock of a local folder, which would block the next driver."""
+    """Suspend a process while it holds no lock of a folder, which would block the next driver."""
     os.kill(process, signal.SIGSTOP)
     while "://" not in folder:
         file = os.open(folder, os.O_RDONLY)

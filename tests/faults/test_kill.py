@@ -77,7 +77,7 @@ def test_killed_in_every_stage(
         _, errors = driver.communicate()
         assert driver.returncode in (0, -signal.SIGKILL), errors.decode()
         if stage == "seed":
-            # the next driver loses a training worker instead, and continues until it is killed as well
+            # the next driver loses a training worker instead, and continues until it is killed
             driver = _driver(cluster, config)
             assert _kill_training_worker(
                 run, lambda driver=driver: driver.poll() is None, "_train_locally"

@@ -1,4 +1,4 @@
-"""Storage that fails for a while, loses answers, cuts them short, goes away, fills up, or lets credentials expire."""
+"""Storage that fails for a while, loses or truncates answers, disappears, fills up, or expires."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_fault_is_overcome_and_asked_for_once_more(
 
 
 def test_an_upload_whose_every_request_fails_once(proxy: FaultProxy, s3: str) -> None:
-    """Includes a lost answer to the completion: the upload no longer exists, but the object does."""
+    """Includes a lost answer to the completion: the upload is gone, but the object exists."""
     uri, content = f"{s3}/parts", os.urandom(1 << 20) * 6
     proxy.next = ["slow-down", "", "reset", "", "lost"]
     with storage.Upload(uri) as file:

@@ -1,4 +1,4 @@
-"""jobs/nightly.py: exit codes and the last line; a night through Ray, killed on its way; fresh measurements against the run's own."""
+"""jobs/nightly.py: exit codes, the last line, a killed night on Ray, and fresh measurements."""
 
 from __future__ import annotations
 

@@ -311,11 +311,12 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
         match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; there is keep-0\.50",
     ):
         raypipe.KeepList(growing.run.uri, keep=0.7, snapshot=pin)
-    # samples that changed or disappeared cannot be exported, and are not read from the current source
+    # changed and removed samples cannot be exported, and are not read from the current source
     lost = [name for name in keep.ids if name.startswith(("part-00", "part-03"))]
     with pytest.raises(
         StageError,
-        match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing .*changed or went away",
+        match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing "
+        ".*changed or went away",
     ):
         raypipe.export(
             growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), snapshot=pin, progress=QUIET
