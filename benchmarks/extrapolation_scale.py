@@ -56,7 +56,7 @@ from raypipe.runs.embeddings import SPECIAL_ROWS
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS
-from raypipe.stages.index.stage import SCHEMA as INDEX
+from raypipe.stages.index.rows import SCHEMA as INDEX
 
 WIDTH, RESNET_WIDTH = 128, 512
 CLUSTERS, INNER = 8, 16

@@ -119,6 +119,7 @@ def _fit(context: Context, missing: Sequence[str], samples: int) -> float:
     judged = {
         "search": {"note": ""},
         "measured": 0,
+        "keep": [],
         "fidelity": {},
         "fidelity_seed": {},
         "intervals": {},

@@ -171,7 +171,7 @@ def extrapolate(
     classes: int,
     head: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, float | None]:
-    """Every score, float32 [n], and the fidelity on the audit set; what `raypipe.stages.extrapolate.fit` and `judging` do."""
+    """Every score, float32 [n], and the fidelity on the audit set; what `raypipe.stages.extrapolate` computes."""
     settings, seed, audit = config.extrapolate, nodes.take(rows), nodes.take(audited)
 
     quick = len(audited) >= MIN_SAMPLES_TO_RESCALE

@@ -165,12 +165,14 @@ def index(folder: str) -> None:
     """Write the index of a folder's run, as the index stage does in tasks."""
     from raypipe.runs.run import Run
     from raypipe.sources import open_source
-    from raypipe.stages.index.stage import _file_id, _rows, _Writer
+    from raypipe.stages.index.listing import file_id
+    from raypipe.stages.index.rows import rows_of
+    from raypipe.stages.index.writer import IndexWriter
 
     config = config_of(folder)
-    source, writer = open_source(config.source), _Writer(Run(config.run), config.source)
+    source, writer = open_source(config.source), IndexWriter(Run(config.run), config.source)
     for file in source.files():
-        writer.add(_file_id(file), file.size, list(_rows(_file_id(file), source.scan(file))))
+        writer.add(file_id(file), file.size, list(rows_of(file_id(file), source.scan(file))))
     writer.close()
 
 

@@ -43,6 +43,7 @@ import pyarrow as pa
 import torch
 
 from raypipe import storage
+from raypipe.runs.manifests import ProxyManifest, ProxyOfPart, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES
 from raypipe.scores.trajectory import STATISTICS
@@ -64,18 +65,19 @@ def write(run: Run, samples: int, classes: int, epochs: int, seed: int) -> np.nd
     noise = torch.Generator().manual_seed(seed)
     files = []
     for epoch in range(epochs):
-        seen = []
+        predicted = []
         for first in range(0, samples, BATCH):
             rows = np.arange(first, min(first + BATCH, samples))
             logits = torch.randn(len(rows), classes, generator=noise)
             towards = torch.from_numpy(8 * np.tanh(pace[rows] * (epoch + 1) / epochs))
             logits[torch.arange(len(rows)), torch.from_numpy(label[rows])] += towards
-            seen.append((rows, predictions(2 * logits, torch.from_numpy(label[rows]))))
+            predicted.append(predictions(rows, 2 * logits, torch.from_numpy(label[rows])))
         files.append([f"epoch-{epoch:04d}-0-of-1.parquet"])
-        write_trajectory(
-            run.path("proxy", "trajectory", files[-1][0]), seen, group_rows(classes, epochs, 1)
-        )
-    storage.write_json(run.path("proxy", "proxy.json"), {"classes": classes, "trajectory": files})
+        uri = run.path("proxy", "trajectory", files[-1][0])
+        write_trajectory(uri, predicted, group_rows(classes, epochs, 1))
+    trained = TrainedProxy(epochs, epochs, tuple(map(tuple, files)), (), "")
+    parts = (ProxyOfPart(samples, (samples,), trained),)
+    ProxyManifest("small", classes, 8, (), (), samples, 0, parts).write(run)
     return label
 
 

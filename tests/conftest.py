@@ -14,7 +14,7 @@ from raypipe import storage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two groups for `pytest -n 2 --dist loadgroup`: whatever needs a cluster shares one, and the rest goes on beside it."""
+    """Group the tests that share a cluster, and the rest, for `pytest -n 2 --dist loadgroup`."""
     for item in items:
         of_ray = (
             "cluster" in getattr(item, "fixturenames", ())
@@ -26,13 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Torch's threads wait for one another in a loop: beside Ray's workers on few cores two are many times slower than one."""
+    """Use one thread: torch's threads busy-wait, and next to Ray's workers two are much slower."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Endpoint of an S3 server on a free port of this machine; the AWS variables point at it until the session ends."""
+    """Endpoint of a local S3 server. The AWS variables point at it during the session."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -60,7 +60,7 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_CONFIG_FILE", "/dev/null")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        storage.places.remote_filesystem.cache_clear()  # a filesystem made before now knows another endpoint
+        storage.places.remote_filesystem.cache_clear()  # earlier filesystems have another endpoint
         yield endpoint
         storage.places.remote_filesystem.cache_clear()
     server.stop()
@@ -68,14 +68,14 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3(s3_server: str) -> str:
-    """An empty bucket, as `s3://bucket`. Tests share it: write below a folder of your own."""
+    """A bucket, as `s3://bucket`. Tests share it: write only inside a folder of your own."""
     storage.filesystem("s3://raypipe-test")[0].mkdir("raypipe-test")
     return "s3://raypipe-test"
 
 
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: object) -> str:
-    """A folder to write below, once on disk and once on S3."""
+    """A folder to write to, once on disk and once on S3."""
     if request.param == "local":
         return str(tmp_path)
     return f"{request.getfixturevalue('s3')}/{abs(hash(request.node.nodeid)):x}"
@@ -83,7 +83,7 @@ def place(request: pytest.FixtureRequest, tmp_path: object) -> str:
 
 @pytest.fixture(scope="session")
 def cluster(s3_server: str) -> Iterator[str]:
-    """Address of one Ray cluster on this machine, shared by all tests; its workers know the S3 server of `s3`."""
+    """Address of a Ray cluster on this machine, shared by all tests; its workers can use `s3`."""
     import ray
 
     from raypipe.config import ClusterSettings
@@ -105,7 +105,7 @@ def cluster(s3_server: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished run of `helpers.small_config`. Tests that change it put it back."""
+    """A finished run of `helpers.small_config`. Tests that change it must restore it."""
     import raypipe
 
     uri = str(tmp_path_factory.mktemp("finished") / "run")
@@ -117,7 +117,7 @@ def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def finished_ledger(finished: str) -> str:
-    """A folder with the ledger and the configuration of `finished` as they were when it ended."""
+    """A folder with the original ledger and configuration of `finished`."""
     return f"{finished}-as-made"
 
 
@@ -129,7 +129,7 @@ def finished_scores(finished: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def of_folders(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run up to the embeddings over folders of images, a few of them unreadable, with two proxies on parts of the seed set."""
+    """A run up to the embeddings over image folders: two proxies, a few unreadable files."""
     import raypipe
 
     folder = tmp_path_factory.mktemp("of-folders")

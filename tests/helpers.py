@@ -1,4 +1,4 @@
-"""Small configurations and comparisons shared by the tests that run the whole job."""
+"""Small configurations and comparisons for tests that run the whole pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raypipe.runs.run import Run
 
 QUIET = Progress(quiet=True)
 PLANTED = "planted-4f1d9c62a7"
-"""A password in the environment of all tests, which nothing may write anywhere."""
+"""A password in the environment of all tests. Nothing may write it to any output."""
 
 SMALL: dict[str, Any] = {
     "source": {"uri": "digits://", "format": "digits", "limit": 600, "fragment_samples": 128},
@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
     "select": {"keep": [0.25, 0.5], "strategy": "top"},
     "report": {"images": 4},
 }
-"""The whole job at its smallest: an actor takes longer to start than all of its work."""
+"""Settings of a minimal run: starting an actor takes longer than all of its work."""
 
 
 UNREADABLE = {
@@ -52,7 +52,7 @@ UNREADABLE = {
     "class-1/words.jpg": b"not an image",
     "class-2/cut.png": b"\x89PNG\r\n\x1a\n" + bytes(52),
 }
-"""Files of the fixture `of_folders` that are no images."""
+"""Files of the fixture `of_folders` that are not images."""
 
 
 def small_config(run: str, *overrides: str) -> Config:
@@ -69,7 +69,7 @@ def digit_images(count: int) -> tuple[np.ndarray, list[int]]:
 
 
 def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
-    """The same as PNG files."""
+    """The same images as PNG files, and their labels."""
     images, labels = digit_images(count)
     encoded = []
     for image in images:
@@ -81,22 +81,22 @@ def digit_pngs(count: int) -> tuple[list[bytes], list[int]]:
 
 @functools.cache
 def photograph(seed: int) -> Image.Image:
-    """Noise whose spectrum falls with the frequency, as that of photographs does, 1000 x 760."""
+    """Noise of 1000 x 760 pixels whose spectrum falls with frequency, as in photographs."""
     random = np.random.default_rng(seed)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(1000), np.fft.fftfreq(760)))
     shaped = np.fft.fft2(random.normal(size=(3, 760, 1000))) / np.maximum(frequency, 1 / 1000)
     pixels = np.fft.ifft2(shaped).real
-    pixels = pixels.mean(0) + 0.3 * pixels  # colours go together
+    pixels = pixels.mean(0) + 0.3 * pixels  # colours are correlated
     return Image.fromarray(
         (128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
     )
 
 
 def measured_with(run: Run, file: str, part: int = 0) -> Any:
-    """The network of a checkpoint as the scores are measured with it: BatchNorm recalibrated."""
+    """The network of a checkpoint with recalibrated BatchNorm, with which scores are measured."""
     from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.runs.partition import proxy_parts
-    from raypipe.stages.measure.gradients import GradientFolders
+    from raypipe.stages.measure.gradient_job import GradientFolders
 
     return load_checkpoint(
         run,
@@ -119,12 +119,12 @@ def _files(run: str, folder: str) -> dict[str, bytes]:
 
 
 def stamps(run: str, folder: str) -> dict[str, str]:
-    """Time of change of every file in a folder of a run: equal stamps mean that nothing was written again."""
+    """Time stamps of the files in a folder of a run: equal ones mean that nothing was rewritten."""
     return {file.path: file.stamp for file in storage.listing(Run(run).path(folder))}
 
 
 def by_id(run: str) -> dict[str, dict[str, Any]]:
-    """Rows of all score shards by sample_id; an id that is there twice is an error."""
+    """Rows of all score shards by sample_id, which must be unique."""
     table: pa.Table = load_scores(run)
     rows = {row["sample_id"]: row for row in table.to_pylist()}
     assert len(rows) == len(table), "a sample has two scores"

@@ -1,4 +1,4 @@
-"""A finished run over a few Parquet files that can grow, made and continued in this process: no Ray, no training worth the name."""
+"""A finished run over a few Parquet files that can grow, without Ray and with minimal training."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def serial_parts(context: Context, parts: dict[str, Any], samples: int, *_: Any)
 
 
 def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
-    """A few steps, and what the stage looks for afterwards."""
+    """A few steps, and the files that the stage expects afterwards."""
     _untrained(run).write(run)
     torch.manual_seed(0)
     model = empty_proxy(run)
@@ -105,7 +105,7 @@ def _pixels(run: Run, shard: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_process(patch: pytest.MonkeyPatch) -> None:
-    """Stages work in this process, as on one machine with two CPUs."""
+    """Run stages in this process, as on one machine with two CPUs."""
     for module in ("embed", "extrapolate.stage", "measure.gradients"):
         patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
     patch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
@@ -129,7 +129,7 @@ class Place:
         return parse_config(apply_overrides({**SETTINGS, **where}, overrides))
 
     def add(self, number: int, rows: int = FILE_ROWS, invert: bool = False) -> None:
-        """Write file number `number`, or write it anew with fewer rows, or with inverted pixels."""
+        """Write file `number`, or rewrite it with fewer rows or inverted pixels."""
         images, labels = digit_pngs(1797)
         start = number * FILE_ROWS
         part = [_inverted(image) if invert else image for image in images[start : start + rows]]
@@ -149,7 +149,7 @@ class Place:
         )
 
     def copy(self, run: Path) -> Place:
-        """A copy of the run, of the same source."""
+        """Copy the run; the source is the same."""
         shutil.copytree(self.run.uri, run)
         return Place(self.folder, run)
 
@@ -165,7 +165,7 @@ def _inverted(image: bytes) -> bytes:
 
 
 def finished_place(folder: Path) -> Place:
-    """A run over four files."""
+    """Create a finished run over four files."""
     place = Place(folder)
     for number in range(4):
         place.add(number)

@@ -1,4 +1,4 @@
-"""Runs with scores and a keep-list over any source, made without Ray and without a network."""
+"""Runs with scores and a keep-list over any source, built without Ray and a network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from raypipe.stages.select.stage import write_keep_lists
 
 
 def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
-    """A run in `folder` over the source at `uri`: index, scores and one keep-list. Samples that cannot be read are not scored."""
+    """Build a run in `folder` over the source at `uri`: index, scores and one keep-list.
+
+    Unreadable samples have no score.
+    """
     config = absolute_paths(
         parse_config(
             {
@@ -44,22 +47,24 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
         IndexStage().execute(Context(config, run, QUIET), record)
     classes, random, samples = run.classes(), np.random.default_rng(0), 0
     for fragment in run.fragments():
-        good = [
+        readable = [
             sample
             for sample in stored.read(run.with_members(fragment))
             if not sample.reason and len(sample.image)
         ]
-        order = random.permutation(len(good))  # in scores/ the seed set comes first
-        labels = [classes.index(good[row].label)[0] for row in order]
+        order = random.permutation(
+            len(readable)
+        )  # scores/ is not in source order: the seed set comes first
+        labels = [classes.index(readable[row].label)[0] for row in order]
         columns = {
-            "sample_id": pa.array([good[row].sample_id for row in order], pa.string()),
+            "sample_id": pa.array([readable[row].sample_id for row in order], pa.string()),
             "label": pa.array(labels, pa.int32(), mask=np.array(labels, np.int32) < 0),
-            "score": pa.array(random.normal(size=len(good)), pa.float32()),
+            "score": pa.array(random.normal(size=len(readable)), pa.float32()),
         }
         storage.write_table(
             run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table(columns)
         )
-        samples += len(good)
+        samples += len(readable)
     run.write_ledger(
         {
             "index": record,
@@ -71,7 +76,7 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
 
 
 def serially(patch: pytest.MonkeyPatch) -> list[Any]:
-    """Tasks are called one after the other in this process; the list gets the units they are called with."""
+    """Run tasks one after another in this process; the list receives their units."""
     called: list[Any] = []
 
     def run_tasks(
@@ -90,25 +95,25 @@ def serially(patch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def opened(uri: str, **options: Any) -> Source:
-    """The source at a place."""
+    """Open the source at a URI."""
     return open_source(SourceSettings(uri=uri, **options))
 
 
 def everything_in(uri: str, **options: Any) -> list[RawSample]:
-    """Every sample of a source, in its order."""
+    """All samples of a source, in its order."""
     source = opened(uri, **options)
     limit = source.settings.limit
-    found = (
+    samples = (
         sample
         for file in source.files()
         for part in source.scan(file).fragments
         for sample in source.read(part)
     )
-    return list(islice(found, limit))
+    return list(islice(samples, limit))
 
 
 def add_weights(run: Run, keep: float) -> np.ndarray:
-    """Give the keep-list a column of weights, as some strategies do: float32 [n]."""
+    """Add a column of weights to the keep-list, as some strategies do; return it, float32 [n]."""
     uri = run.path("keep", keep_file(keep))
     table = storage.read_table(uri)
     weight = np.linspace(0.5, 2, len(table)).astype(np.float32)

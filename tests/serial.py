@@ -1,4 +1,4 @@
-"""Stages without Ray: units are worked off one after the other in this process."""
+"""Stages without Ray: units are processed one after another in this process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def run_tasks(
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks run in this process."""
+    """Run tasks in this process."""
     monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     monkeypatch.setattr(Context, "cluster", None)
 
 
 def index(config: Config) -> StageRecord:
-    """Make or renew the index of a run. Needs `no_ray`."""
+    """Write or update the index of a run. Needs `no_ray`."""
     return _execute(IndexStage(), config)
 
 

@@ -326,7 +326,7 @@ def test_a_fragment_whose_name_is_a_path_is_refused(run: Run, name: str) -> None
     }  # fmt: skip
     for file in storage.names(run.path("index")) - {"classes.json"}:
         _put(run, f"index/{file}", _table(**columns))
-    with pytest.raises(RunError, match="is no name of a fragment"):
+    with pytest.raises(RunError, match="is not a valid fragment name"):
         run.fragments()
     _refused(run, "report")
 

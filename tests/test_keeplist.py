@@ -371,7 +371,7 @@ def test_a_batch_is_joined_by_id_and_not_by_hash(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SourceError, match="no column 'key'; it has sample_id, row"):
         join._join(shared, "key", (), batch)
     paths = pa.table({"path": ["s3://a/x/b", "a/x/d", "a/xb", "b"]})
-    assert join._join(shared, "path", join._starts("s3://a/x/"), paths)["path"].to_pylist() == [
+    assert join._join(shared, "path", join._prefixes("s3://a/x/"), paths)["path"].to_pylist() == [
         "s3://a/x/b",
         "a/x/d",
         "b",

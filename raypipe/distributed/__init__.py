@@ -1,1 +1,1 @@
-"""The only package that imports Ray, apart from the worker that trains the proxy."""
+"""Everything that uses Ray; only the worker that trains the proxy imports it elsewhere."""

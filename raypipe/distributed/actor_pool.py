@@ -1,7 +1,7 @@
-"""Stream units of work through Ray: as a Ray Data pipeline (read -> actor pool), or as plain tasks on a single machine.
+"""Stream units of work through Ray: by a Ray Data pipeline (read -> actor pool), or by tasks.
 
-One unit (a fragment or a seed shard) is one block and one unit of retry. The worker that computes a unit writes its file
-and passes on only counts, so the driver never holds data.
+A unit (a fragment or a seed shard) is one block, and the unit of retry. The worker that computes a
+unit writes its file and returns only counts, so that the driver never holds data.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Batch = dict[str, np.ndarray]
 """Columns of equal length, one row per sample."""
 
 Actor = Callable[[str, Batch], UnitResult]
-"""Works on one unit, given its name and its rows; a unit may have no rows."""
+"""Processes one unit, given its name and its rows; a unit can have no rows."""
 
 UNIT, EMPTY = "raypipe_unit", "raypipe_empty"
-"""Columns that every block carries: the name of its unit, and whether its only row is a placeholder."""
+"""Columns of every block: the name of its unit, and whether its only row is a placeholder."""
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What an actor needs to know of the run that it works for.
+    """The run that an actor works for, and its share of a machine.
 
     Attributes
     ----------
@@ -85,15 +85,16 @@ def stream(
     units_per_actor: int = 1,
     name: Callable[[Any], str] = str,
 ) -> None:
-    """Read every unit in a task, hand it to a pool of actors that grows between its bounds, and pass their results on.
+    """Read every unit in a task, process it in a pool of actors, and pass the results on.
 
     Parameters
     ----------
     units
         What to work on.
     read
-        unit -> its rows. Runs in a task beside the actors. Without a GPU both ask for the same resources, and Ray Data
-        fuses them: every actor then reads for itself, and nothing is copied in between.
+        unit -> its rows. Runs in a task. Without a GPU, tasks and actors request the same
+        resources, and Ray Data fuses them: every actor then reads its own units, and nothing is
+        copied in between.
     make_actor
         Creates an actor in its own process.
     pool
@@ -110,37 +111,39 @@ def stream(
     Raises
     ------
     StageError
-        When user code fails, when no unit finishes for `patience` seconds, or when workers keep dying.
+        If user code fails, no unit finishes for `patience` seconds, or workers keep dying.
     """
     if not units:
         return
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = (
-        None  # a unit stays one block; its size is bounded by source.fragment_samples
-    )
+    # a unit stays one block; source.fragment_samples bounds its size
+    context.target_max_block_size = None
     context.execution_no_progress_timeout_s = patience
-    least, start, most = pool.sizes(len(units), units_per_actor)
+    size = pool.sizes(len(units), units_per_actor)
     made = {"make": fenced(make_actor)}
     how: dict[str, Any] = {"fn": _Actor, "fn_constructor_kwargs": made}
     how["compute"] = ActorPoolStrategy(
-        min_size=least, max_size=most, initial_size=start, max_tasks_in_flight_per_actor=2
+        min_size=size.minimum,
+        max_size=size.maximum,
+        initial_size=size.initial,
+        max_tasks_in_flight_per_actor=2,
     )
     if pool.tasks:
         how = {
             "fn": _as_actor,
             "fn_kwargs": {"key": uuid.uuid4().hex, **made},
-            "compute": TaskPoolStrategy(most),
+            "compute": TaskPoolStrategy(size.maximum),
         }
     with DataContext.current(context):
         dataset = ray.data.read_datasource(
             _Units(units, fenced(read), name),
             override_num_blocks=len(units),
             num_cpus=pool.read_cpus,
-            concurrency=most if pool.tasks else None,
+            concurrency=size.maximum if pool.tasks else None,
         )
-        # map_batches refuses whole blocks with a GPU, and with a batch size would put units together
+        # map_batches refuses whole blocks with a GPU, and with a batch size would merge units
         dataset = dataset.map_batches_internal(
             batch_size=None, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, **how
         )
@@ -158,7 +161,7 @@ def stream(
 
 
 class _Actor:
-    """An actor, created in the process where it works, with the fences of the driver."""
+    """An actor that is created in the process where it works, with the fences of the driver."""
 
     def __init__(self, make: Callable[[], Actor]) -> None:
         self._actor = make()
@@ -168,11 +171,11 @@ class _Actor:
 
 
 _current: tuple[str, Actor | None] = ("", None)
-"""The actor of this process while tasks do the work of actors, and the key of its stream."""
+"""Key of a stream, and its actor in this process, while tasks do the work of actors."""
 
 
 def _as_actor(batch: Batch, key: str, make: Callable[[], Actor]) -> Batch:
-    """Do what an actor does, with one that is created once in each process that has tasks of the stream with this key."""
+    """Do the work of an actor in a task; the actor is created once per process and stream."""
     global _current
     if _current[0] != key:
         _current = ("", None)  # free the old actor before the new one is created
@@ -206,7 +209,10 @@ class _Units(Datasource):
 
 
 class _Reader:
-    """Reads one unit into one block. Ray Data drops blocks without rows, so an empty unit gets a placeholder row."""
+    """Reads one unit into one block.
+
+    Ray Data drops blocks without rows, so an empty unit gets a placeholder row.
+    """
 
     def __init__(self, read: Callable[[Any], Batch], unit: Any, name: str) -> None:
         self._read, self._unit, self._name = read, unit, name

@@ -1,4 +1,4 @@
-"""What a stage is given: configuration, run, progress, and Ray."""
+"""Context of a stage: configuration, run, progress and Ray."""
 
 from __future__ import annotations
 
@@ -25,29 +25,42 @@ RunTasks = Callable[..., None]
 
 
 class Context:
-    """What a stage is given: the configuration, the run, where to show progress, and Ray, started when first used."""
+    """Context of a stage. Ray starts when it is first used.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+    run : Run
+        The run folder.
+    progress : Progress
+        Where to print progress.
+    verbose : bool
+        Whether Ray logs to the console.
+    """
 
     def __init__(self, config: Config, run: Run, progress: Progress, verbose: bool = False) -> None:
         self.config = config
         self.run = run
         self.progress = progress
         self.verbose = verbose
-        self._demand: PendingWatch | None = None
+        self._pending_watch: PendingWatch | None = None
 
     @cached_property
     def cluster(self) -> Cluster:
+        """The cluster, which is joined or started on first access."""
         from raypipe.distributed.cluster import connect
         from raypipe.distributed.metrics import RayMetrics
         from raypipe.distributed.pending import PendingWatch
 
-        found = connect(self.config.cluster, self.run, self.progress, self.verbose)
+        cluster = connect(self.config.cluster, self.run, self.progress, self.verbose)
         patience, give_up = self.config.cluster.patience_seconds, interrupt_of_main_thread()
         self.progress.listeners.append(RayMetrics())
-        self._demand = PendingWatch(self.progress.say, found.can_grow, patience, give_up)
-        return found
+        self._pending_watch = PendingWatch(self.progress.say, cluster.can_grow, patience, give_up)
+        return cluster
 
     def start_ray(self) -> None:
-        """Join or start Ray, unless that has happened already."""
+        """Join or start Ray, unless it is running already."""
         _ = self.cluster
 
     def run_tasks(
@@ -59,7 +72,10 @@ class Context:
         num_cpus: float = 1,
         in_flight: int | None = None,
     ) -> None:
-        """Run a function on every unit; see `raypipe.distributed.tasks.run_tasks`. Ray starts with the first unit."""
+        """Run a function on every unit, as `raypipe.distributed.tasks.run_tasks` does.
+
+        Ray starts with the first unit, and not at all without one.
+        """
         remaining = iter(units)
         for first in remaining:
             self.start_ray()
@@ -74,25 +90,25 @@ class Context:
             )
 
     def refresh_cluster(self) -> None:
-        """Take the cluster as it is now, where Ray was started before: nodes come and go between two stages."""
-        if self._demand is not None:
+        """Read the resources of a running cluster again, because nodes can join and leave."""
+        if self._pending_watch is not None:
             from raypipe.distributed.cluster import current_cluster
 
             self.cluster = current_cluster(self.cluster.joined)
 
     def within(self, config: Config, run: Run) -> Context:
-        """A context for a run within this one, on the same Ray."""
-        found = Context(config, run, self.progress, self.verbose)
-        found.cluster = self.cluster
-        return found
+        """Return a context for a run inside this one, with the same cluster."""
+        context = Context(config, run, self.progress, self.verbose)
+        context.cluster = self.cluster
+        return context
 
     @property
     def gave_up_waiting(self) -> str:
-        """What the run waited for in vain, in a sentence, where it was interrupted for that; else ""."""
-        return self._demand.given_up if self._demand is not None else ""
+        """Message about the request that the run gave up waiting for, or ""."""
+        return self._pending_watch.given_up if self._pending_watch is not None else ""
 
     def close(self) -> None:
-        """No more looks at the cluster, nor metrics for it."""
+        """Stop watching the cluster and sending metrics to it."""
         self.progress.listeners.clear()
-        if self._demand is not None:
-            self._demand.stop()
+        if self._pending_watch is not None:
+            self._pending_watch.stop()

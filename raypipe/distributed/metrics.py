@@ -1,6 +1,7 @@
-"""What the driver counts, as metrics of Ray: its dashboard shows them, and Prometheus collects them from the nodes.
+"""Export the driver's counts as Ray metrics, for its dashboard and for Prometheus.
 
-Counted when a unit of work is done, which the driver knows anyway: nothing is added to the path of a sample.
+Metrics change when a unit of work is finished, which the driver learns anyway. Samples cost nothing
+extra.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from raypipe.progress import Meter
 
 
 class RayMetrics:
-    """A listener of `raypipe.progress.Progress`. Needs Ray to be running; metrics of one name are shared within a process.
+    """Listener of `raypipe.progress.Progress`. Requires that Ray is running.
 
-    raypipe_samples, raypipe_rejects                    counters by stage
-    raypipe_fragments_done, raypipe_fragments_queued    gauges by stage, of this attempt
+    Counters by stage: raypipe_samples and raypipe_rejects. Gauges by stage, of the current attempt:
+    raypipe_fragments_done and raypipe_fragments_queued. Metrics of the same name are shared within
+    a process.
     """
 
     def __init__(self) -> None:

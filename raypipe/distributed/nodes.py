@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -12,15 +12,36 @@ from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.pending import requesting, resource_shape
 from raypipe.storage.fences import fenced
 
+Result = TypeVar("Result")
+
 
 def run_on_share(
     units: Sequence[Any],
-    function: Callable[[Any], dict[str, Any]],
-    on_result: Callable[[dict[str, Any]], None],
+    function: Callable[[Any], Result],
+    on_result: Callable[[Result], None],
     cpus: float,
     gpus: float,
 ) -> None:
-    """Run a function on every unit in Ray tasks with a share of a machine each, retried when a worker dies. Raises what it raises."""
+    """Run a function on every unit in Ray tasks, each with a share of a machine.
+
+    Tasks are retried when a worker dies.
+
+    Parameters
+    ----------
+    units : sequence
+        Arguments of the function, one per task.
+    function : callable
+        Runs in a task.
+    on_result : callable
+        Called in the driver with each result.
+    cpus, gpus : float
+        Share of a machine of each task.
+
+    Raises
+    ------
+    RaypipeError
+        What the function raises. The other tasks are cancelled.
+    """
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(fenced(_call))
     shared = ray.put(function)
     waiting = [remote.remote(shared, unit) for unit in units]
@@ -33,23 +54,23 @@ def run_on_share(
     except Exception as error:
         raise as_raypipe_error(error) from error
     finally:
-        for task in waiting:  # of one that failed, or was interrupted; what they had got to is kept
+        for task in waiting:  # after a failure or interrupt; files that they wrote are kept
             ray.cancel(task, force=True)
 
 
-def _call(function: Callable[[Any], dict[str, Any]], unit: Any) -> dict[str, Any]:
+def _call(function: Callable[[Any], Result], unit: Any) -> Result:
     return function(unit)
 
 
 def on_each_node(function: Callable[[], None]) -> None:
-    """Run a function on every node that is alive; one that cannot be reached is left as it is."""
-    there = [node["NodeID"] for node in ray.nodes() if node.get("Alive")]
+    """Run a function on every living node; skip nodes that cannot be reached."""
+    living = [node["NodeID"] for node in ray.nodes() if node.get("Alive")]
     remote = ray.remote(num_cpus=0, max_retries=0)(_plain)
     tasks = [
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
             function
         )
-        for node in there
+        for node in living
     ]
     ray.wait(tasks, num_returns=len(tasks), timeout=60)
 
@@ -59,7 +80,10 @@ def _plain(function: Callable[[], None]) -> None:
 
 
 def smallest_memory() -> float:
-    """Return the bytes that Ray accounts for on the smallest living node with CPUs; infinity where it does not say."""
+    """Return the memory of the smallest living node with CPUs, as Ray accounts it, in bytes.
+
+    Infinity if Ray does not report it.
+    """
     alive = [
         node["Resources"]
         for node in ray.nodes()

@@ -1,8 +1,9 @@
-"""What the cluster is asked for and has no node for: said within a minute, and given up after a while, instead of waiting in silence.
-Nodes that come and go are said as well.
+"""Report pending resource requests that no node can satisfy, and give up after a while.
 
-Ray itself waits for ever for a GPU that no machine has. Stages say what they are about to ask for (`asking`); a thread looks at what the
-cluster's books have waiting, and knows its own requests from those of other jobs by their shape.
+Ray itself waits forever for a GPU that no machine has. Stages therefore declare what they are about
+to request (`requesting`), and a thread compares the pending requests of the cluster with its nodes.
+It recognises the requests of this run by their shape, because other jobs have requests as well. It
+reports within a minute, and also when nodes join or leave.
 """
 
 from __future__ import annotations
@@ -19,21 +20,32 @@ from typing import Any
 log = logging.getLogger("raypipe")
 
 POLL_SECONDS, REPORT_AFTER = 5.0, 20.0
-"""Seconds between two looks, and until a request that no node is large enough for is said. It is said again after twice the time."""
+"""Seconds between two polls, and until an infeasible request is reported. Each further report comes
+after twice the time."""
 
 DEAD = {"DEAD", "UNSPECIFIED"}
-"""States of a node that gives nothing."""
+"""States of a node without resources."""
 
 Shape = frozenset[tuple[str, float]]
-"""CPUs and GPUs of one task or actor, those above 0."""
+"""CPUs and GPUs of one task or actor; amounts of 0 are left out."""
 
 _requested: Counter[Shape] = Counter()
+"""Shapes that this process requests now."""
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """Requests that wait: `count` times all of `bundles` (one for a task or actor, several that must come together for a training)."""
+    """Identical pending requests.
+
+    Attributes
+    ----------
+    bundles : tuple of Shape
+        What one request consists of: one shape for a task or actor; several shapes, to be provided
+        together, for a training.
+    count : int
+        Number of such requests.
+    """
 
     bundles: tuple[Shape, ...]
     count: int
@@ -49,13 +61,24 @@ class PendingRequest:
 
 @dataclass(frozen=True)
 class ClusterState:
-    """What the living nodes have in all, and what waits."""
+    """Resources and pending requests of the cluster.
+
+    Attributes
+    ----------
+    nodes : tuple of mapping
+        Total resources of every living node with CPUs or GPUs.
+    pending : tuple of PendingRequest
+        Requests that are not satisfied yet.
+    """
 
     nodes: tuple[Mapping[str, float], ...]
-    waiting: tuple[PendingRequest, ...]
+    pending: tuple[PendingRequest, ...]
 
-    def impossible(self, request: PendingRequest) -> bool:
-        """Whether the nodes, all of them idle, could not hold one set of the request's bundles."""
+    def is_infeasible(self, request: PendingRequest) -> bool:
+        """Whether one request does not fit into the cluster even if all nodes are idle.
+
+        Bundles are placed greedily, the largest first.
+        """
         free = [dict(node) for node in self.nodes]
         for shape in sorted(
             request.bundles,
@@ -78,11 +101,12 @@ class ClusterState:
 
     def __str__(self) -> str:
         totals = {name: sum(node.get(name, 0) for node in self.nodes) for name in ("CPU", "GPU")}
-        return f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs"
+        nodes = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
+        return f"{nodes}, {totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs"
 
 
 def resource_shape(cpus: float, gpus: float = 0.0) -> Shape:
-    """The shape of a request."""
+    """Return the shape of a request for one task or actor."""
     return frozenset(
         (name, float(amount)) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0
     )
@@ -90,7 +114,7 @@ def resource_shape(cpus: float, gpus: float = 0.0) -> Shape:
 
 @contextlib.contextmanager
 def requesting(*shapes: Shape) -> Iterator[None]:
-    """While the block runs, requests of these shapes may wait in the cluster's books on behalf of this run."""
+    """Declare that pending requests of these shapes belong to this run while the block runs."""
     with _lock:
         _requested.update(shapes)
     try:
@@ -101,36 +125,39 @@ def requesting(*shapes: Shape) -> Iterator[None]:
 
 
 def cluster_state() -> ClusterState:
-    """The cluster's books. Raises whatever Ray does when it cannot tell."""
+    """Read resources and pending requests from Ray. Raises what Ray raises if it cannot."""
     state = _state()
-    waiting = [
+    pending = [
         PendingRequest((_shape(item.request.resources_bundle),), item.count)
         for item in state.pending_resource_requests
     ]
     for gang in state.pending_gang_resource_requests:
         bundles = [_shape(item.resources_bundle) for item in gang.requests]
-        if not bundles:  # where later versions of Ray put them
+        if not bundles:  # newer versions of Ray store them here
             bundles = [
                 _shape(item.resources_bundle)
                 for selector in gang.bundle_selectors
                 for item in selector.resource_requests
             ]
-        waiting.append(PendingRequest(tuple(bundles), 1))
+        pending.append(PendingRequest(tuple(bundles), 1))
     nodes = [dict(node.total_resources) for node in state.node_states if _status(node) not in DEAD]
     return ClusterState(
         tuple(node for node in nodes if node.get("CPU", 0) > 0 or node.get("GPU", 0) > 0),
-        tuple(waiting),
+        tuple(pending),
     )
 
 
 def node_types() -> set[str]:
-    """Names of the node types by which an autoscaler brought the living nodes; empty where there is none, or Ray cannot tell."""
+    """Return the types of the living nodes that an autoscaler started.
+
+    Empty without an autoscaler, or if Ray does not report the types.
+    """
     try:
         return {
             node.ray_node_type_name for node in _state().node_states if _status(node) not in DEAD
         } - {""}
     except Exception as error:
-        log.info("the types of the cluster's nodes cannot be seen: %s", error)
+        log.info("cannot read the node types of the cluster: %s", error)
         return set()
 
 
@@ -152,14 +179,25 @@ def _status(node: object) -> str:
 
 
 class PendingWatch:
-    """Looks at the cluster's books until it is stopped; says what waits in vain, and calls `give_up` once when it did for too long.
+    """Thread that reports infeasible requests of this run, and changes of the cluster's size.
 
-    Also says when the cluster has become larger or smaller.
+    Parameters
+    ----------
+    say : callable
+        Prints a line.
+    can_grow : bool
+        Whether an autoscaler can still add nodes.
+    patience : float
+        Seconds after which an infeasible request is given up.
+    give_up : callable, optional
+        Called once after that time. None only reports, for any time.
+    read_state : callable
+        Returns the `ClusterState`.
 
-    can_grow  whether an autoscaler may still bring a node
-    patience  seconds; `given_up` then holds the sentence for the user
-    give_up   None: only says it, however long
-    look      gives the books
+    Attributes
+    ----------
+    given_up : str
+        Message for the user once `give_up` was called; "" before.
     """
 
     def __init__(
@@ -168,76 +206,80 @@ class PendingWatch:
         can_grow: bool,
         patience: float,
         give_up: Callable[[], None] | None,
-        look: Callable[[], ClusterState] = cluster_state,
+        read_state: Callable[[], ClusterState] = cluster_state,
     ) -> None:
         self.given_up = ""
-        self._say, self._can_grow, self._patience, self._give_up, self._look = (
-            say,
-            can_grow,
-            patience,
-            give_up,
-            look,
-        )
+        self._say = say
+        self._can_grow = can_grow
+        self._patience = patience
+        self._give_up = give_up
+        self._read_state = read_state
         self._since: dict[tuple[Shape, ...], float] = {}
-        self._next: dict[tuple[Shape, ...], float] = {}
+        self._next_report: dict[tuple[Shape, ...], float] = {}
         self._size = ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="raypipe-demand")
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._watch, daemon=True, name="raypipe-pending-requests"
+        )
         self._thread.start()
 
     def stop(self) -> None:
-        self._over.set()
+        """End the thread."""
+        self._stopped.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=10)
 
     def _watch(self) -> None:
-        failed = 0
-        while not self._over.wait(POLL_SECONDS):
+        failures = 0
+        while not self._stopped.wait(POLL_SECONDS):
             try:
-                found = self._look()
-                failed = 0
+                state = self._read_state()
             except Exception as error:
-                failed += 1
-                if (
-                    failed == 3
-                ):  # a cluster that ends, or a Ray without these books: only the notice is lost
-                    log.info("what the cluster is asked for cannot be seen: %s", error)
+                failures += 1
+                if failures == 3:
+                    # the cluster is ending, or Ray has changed; the run continues without reports
+                    log.info("cannot read the pending requests of the cluster: %s", error)
                 continue
-            if self.judge(found, time.monotonic()):
+            failures = 0
+            if self.update(state, time.monotonic()):
                 return
 
-    def judge(self, found: ClusterState, now: float) -> bool:
-        """Say what is to be said at a time in seconds; whether it is time to give up."""
-        if self._size not in ("", str(found)):
-            self._say(f"{'cluster':<11} now {found}")
-        self._size = str(found)
-        with _lock:
-            ours = {shape for shape, count in _requested.items() if count > 0}
-        vain = [
-            request
-            for request in found.waiting
-            if set(request.bundles) <= ours and found.impossible(request)
-        ]
-        keys = {request.bundles for request in vain}
-        self._since = {key: since for key, since in self._since.items() if key in keys}
-        self._next = {key: due for key, due in self._next.items() if key in keys}
-        for request in vain:
-            since = self._since.setdefault(request.bundles, now)
-            waited = now - since
+    def update(self, state: ClusterState, now: float) -> bool:
+        """Report on the state of the cluster at a time in seconds; return whether to give up."""
+        if self._size not in ("", str(state)):
+            self._say(f"{'cluster':<11} now {state}")
+        self._size = str(state)
+        infeasible = self._infeasible(state)
+        shapes = {request.bundles for request in infeasible}
+        self._since = {key: since for key, since in self._since.items() if key in shapes}
+        self._next_report = {key: due for key, due in self._next_report.items() if key in shapes}
+        for request in infeasible:
+            waited = now - self._since.setdefault(request.bundles, now)
             if waited >= self._patience and self._give_up is not None:
                 self.given_up = (
-                    f"{self._sentence(request, found)}, for {waited:.0f} s; ask for less (workers, cpus_per_worker, use_gpu, min_actors), "
-                    "or add such a node, and run again to resume"
+                    f"{self._describe(request, state)}, for {waited:.0f} s; request less (workers, "
+                    "cpus_per_worker, use_gpu, min_actors) or add such a node, and rerun to resume"
                 )
                 self._give_up()
                 return True
-            if waited >= self._next.setdefault(request.bundles, REPORT_AFTER):
-                self._next[request.bundles] = 2 * waited
+            if waited >= self._next_report.setdefault(request.bundles, REPORT_AFTER):
+                self._next_report[request.bundles] = 2 * waited
                 self._say(
-                    f"{'waiting':<11} {self._sentence(request, found)}; for {waited:.0f} s of {self._patience:.0f} (cluster.patience_seconds)"
+                    f"{'waiting':<11} {self._describe(request, state)}; for {waited:.0f} s of "
+                    f"{self._patience:.0f} (cluster.patience_seconds)"
                 )
         return False
 
-    def _sentence(self, request: PendingRequest, found: ClusterState) -> str:
-        more = ", and the autoscaler has brought none" if self._can_grow else ""
-        return f"asked for {request}, which no node of the cluster can give ({found}){more}"
+    def _infeasible(self, state: ClusterState) -> list[PendingRequest]:
+        """Return the pending requests of this run that no node can satisfy."""
+        with _lock:
+            requested = {shape for shape, count in _requested.items() if count > 0}
+        return [
+            request
+            for request in state.pending
+            if set(request.bundles) <= requested and state.is_infeasible(request)
+        ]
+
+    def _describe(self, request: PendingRequest, state: ClusterState) -> str:
+        autoscaler = ", and the autoscaler has added none" if self._can_grow else ""
+        return f"requested {request}, which no node of the cluster has ({state}){autoscaler}"

@@ -1,4 +1,4 @@
-"""A training with Ray Train: on several workers, or as its local mode in a task where there is one."""
+"""Train with Ray Train: on several workers, or in its local mode in a task for a single worker."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ TrainWorker = Callable[[dict[str, Any]], None]
 
 
 class WorkerStartGuard(WorkerGroupCallback):
-    """Looks after groups of workers that start, which Ray Train (2.60) does not where one of them dies before all train, while they find each
-    other, say. It makes a new group, but leaves the others alive and the CPUs and GPUs of the group taken, so that a cluster without as many to
-    spare waits for them without end; and it does so however often they die.
+    """Clean up after worker groups that fail while they start.
 
-    max_failures  how many such groups there may be, one after the other; another raises StageError
+    If a worker dies before all workers train, for example while they connect, Ray Train (2.60)
+    starts a new group but leaves the other workers alive. They hold the CPUs and GPUs of the old
+    group, and a cluster without as many free ones waits forever. Ray Train also has no limit for
+    such failures.
+
+    Parameters
+    ----------
+    max_failures : int
+        Groups in a row that can fail this way; one more raises StageError.
     """
 
     def __init__(self, max_failures: int) -> None:
-        self._most = self._left = max_failures
+        self._max_failures = self._failures_left = max_failures
         self._starting = False
         self._group: Any = None
 
@@ -45,11 +51,11 @@ class WorkerStartGuard(WorkerGroupCallback):
         if group is not None and group.has_started():
             group.abort()
         if self._starting:
-            self._left -= 1
+            self._failures_left -= 1
         self._starting = False
-        if self._left < 0:
+        if self._failures_left < 0:
             raise StageError(
-                "workers of the training die while they start, again and again; Ray's logs may tell why"
+                "workers of the training keep dying while they start; see Ray's logs for the reason"
             )
 
     def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
@@ -60,22 +66,25 @@ class WorkerStartGuard(WorkerGroupCallback):
         self._group = worker_group
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        self._starting, self._left = False, self._most
+        self._starting, self._failures_left = False, self._max_failures
 
 
 class InterruptibleTrainer(TorchTrainer):
-    """Ray Train answers the first interrupt by asking its controller to stop, which one that waits for workers never hears, and leaves
-    its signal handler in place after the training, where it ends the process with exit code 0. Here the interrupt is an ordinary
-    KeyboardInterrupt and the controller is killed, and with it its workers; what the finished epochs wrote is kept. See also `Starts`."""
+    """A trainer that an interrupt stops.
+
+    On the first interrupt, Ray Train asks its controller to stop, and a controller that waits for
+    workers never receives that. Its signal handler also stays installed after the training, and
+    then ends the process with exit code 0. Here, an interrupt raises KeyboardInterrupt as usual and
+    kills the controller with its workers. Files of finished epochs are kept. See also
+    `WorkerStartGuard`.
+    """
 
     _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
-        starts = WorkerStartGuard(self.run_config.failure_config.max_failures)
-        return [
-            starts,
-            *super()._create_default_callbacks(),
-        ]  # first, since those behind the one that fails are not called
+        guard = WorkerStartGuard(self.run_config.failure_config.max_failures)
+        # first, because callbacks after one that fails are not called
+        return [guard, *super()._create_default_callbacks()]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -98,29 +107,48 @@ def train(
     max_failures: int,
     scratch: str,
 ) -> None:
-    """Run a training function on so many workers with so many CPUs each, and a GPU each where `gpu`.
+    """Run a training function.
 
-    max_failures  how often workers that die are replaced
-    scratch       URI of a folder for Ray Train's own files
-    Raises StageError when the training fails, MemoryShortageError where memory was the reason.
+    Parameters
+    ----------
+    worker : callable
+        The training function; every worker runs it with the arguments.
+    arguments : dict
+        Arguments of the function.
+    workers, cpus : int
+        Number of workers, and CPUs of each.
+    gpu : bool
+        Whether each worker has a GPU.
+    max_failures : int
+        How often workers that die are replaced.
+    scratch : str
+        URI of a folder for Ray Train's own files; it is deleted afterwards.
+
+    Raises
+    ------
+    StageError
+        If the training fails.
+    MemoryShortageError
+        If it fails because memory is short.
     """
     try:
         with requesting(resource_shape(cpus, int(gpu))):
             if workers == 1:
-                _alone(worker, arguments, gpu, cpus, max_failures)
+                _train_single_worker(worker, arguments, gpu, cpus, max_failures)
             else:
-                _together(worker, arguments, workers, gpu, cpus, max_failures, scratch)
+                _train_workers(worker, arguments, workers, gpu, cpus, max_failures, scratch)
     except Exception as error:
-        found = as_raypipe_error(error)
-        if isinstance(error, ActorDiedError) and not isinstance(found, MemoryShortageError):
-            # Ray Train replaces workers, but nobody its controller, and the workers' places stay taken until this driver ends
-            found = StageError(
-                "the process with which Ray Train looks after the training died; run again to resume"
+        failure = as_raypipe_error(error)
+        if isinstance(error, ActorDiedError) and not isinstance(failure, MemoryShortageError):
+            # Ray Train replaces workers but not its controller, and the resources of the workers
+            # stay taken until this driver ends
+            failure = StageError(
+                "the controller process of Ray Train died; rerun to resume the training"
             )
-        raise found from error
+        raise failure from error
 
 
-def _together(
+def _train_workers(
     worker: TrainWorker,
     arguments: dict[str, Any],
     workers: int,
@@ -153,12 +181,14 @@ def _together(
         storage.delete(scratch)
 
 
-def _alone(
+def _train_single_worker(
     worker: TrainWorker, arguments: dict[str, Any], gpu: bool, cpus: int, max_failures: int
 ) -> None:
-    """One worker needs none of the five processes that look after several, whose start takes as long as many a training."""
-    # Ray's own retries have no bound where a worker runs out of memory
-    task = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_retries=0)(fenced(_train_alone))
+    """Train in one task. The five processes that manage several workers take as long to start as a
+    small training takes.
+    """
+    # Ray's own retries have no limit for a worker that runs out of memory
+    task = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_retries=0)(fenced(_train_locally))
     while True:
         training = task.remote(worker, arguments)
         try:
@@ -170,7 +200,7 @@ def _alone(
                 raise
             max_failures -= 1
             log.info(
-                "the worker of a training died; another goes on after its last finished epoch: %s",
+                "the worker of a training died; another resumes after its last finished epoch: %s",
                 error,
             )
         except KeyboardInterrupt:
@@ -178,8 +208,8 @@ def _alone(
             raise
 
 
-def _train_alone(worker: TrainWorker, arguments: dict[str, Any]) -> None:
-    """The training as Ray Train's local mode, in this process, with a group of its own of torch.distributed."""
+def _train_locally(worker: TrainWorker, arguments: dict[str, Any]) -> None:
+    """Train in Ray Train's local mode, with a process group of a single process."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         TorchTrainer(

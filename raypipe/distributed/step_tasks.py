@@ -1,4 +1,4 @@
-"""Run functions that report their steps side by side in Ray tasks."""
+"""Run functions that report their steps in concurrent Ray tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,25 @@ StepFunction = Callable[[Config, Run, int, ProgressCallback], None]
 def run_step_functions(
     context: Context, parts: dict[str, StepFunction], samples: int, cpus: int = 1, gpus: int = 0
 ) -> float:
-    """Run parts side by side, each in a task of so many threads, showing their progress together. Returns processor seconds."""
+    """Run functions concurrently, each in a task, and show their joint progress.
+
+    Parameters
+    ----------
+    context : Context
+        Configuration and run are passed to the functions.
+    parts : dict of str to callable
+        The functions by name. Each is called with (config, run, samples, step), where step reports
+        steps done and in total.
+    samples : int
+        Passed to the functions.
+    cpus, gpus : int
+        Share of a machine of each task. A task has as many threads as CPUs.
+
+    Returns
+    -------
+    float
+        Processor seconds.
+    """
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_in_task).options(
         num_returns="streaming"
     )
@@ -68,7 +86,10 @@ def run_step_functions(
 def _in_task(
     part: StepFunction, config: Config, run_uri: str, samples: int, threads: int
 ) -> Iterator[tuple[int, int, float]]:
-    """Yields (steps done, of, processor seconds) while the part works in a thread. Runs in a task."""
+    """Yield (steps done, steps in total, processor seconds) while the function runs in a thread.
+
+    Runs in a task.
+    """
     from raypipe.vision.devices import set_threads
 
     watch = Stopwatch()

@@ -28,22 +28,39 @@ def run_tasks(
     num_cpus: float = 1,
     in_flight: int | None = None,
 ) -> None:
-    """Run a function on every unit in Ray tasks, retried when a worker dies; few are queued, so the driver stays small.
+    """Run a function on every unit in Ray tasks, which are retried when a worker dies.
 
-    What is queued beyond the CPUs is what an autoscaler sees, and grows with the nodes that it brings.
+    Only a few tasks are queued at a time, to limit the memory of the driver. An autoscaler sees the
+    tasks queued beyond the CPUs, and the limit grows with the nodes that it adds.
+
+    Parameters
+    ----------
+    units : iterable
+        Arguments of the function, one per task.
+    function : callable
+        Runs in a task.
+    on_result : callable
+        Called in the driver with each result, in the order of completion.
+    num_cpus : float
+        CPUs of a task.
+    in_flight : int, optional
+        Tasks submitted at a time. Default: four per CPU of the cluster.
+
+    Raises
+    ------
+    RaypipeError
+        What the function raises.
     """
     remote = ray.remote(num_cpus=num_cpus, max_retries=-1)(_call)
     shared = ray.put(fenced(function))
-    limit, looked = in_flight or 0, -math.inf
+    limit, counted_at = in_flight or 0, -math.inf
     waiting: list[Any] = []
     queue = iter(units)
     exhausted = False
     while True:
-        if in_flight is None and not exhausted and time.monotonic() - looked > RECOUNT_SECONDS:
-            limit, looked = (
-                max(4, int(4 * ray.cluster_resources().get("CPU", 0) / max(num_cpus, 0.1))),
-                time.monotonic(),
-            )
+        if in_flight is None and not exhausted and time.monotonic() - counted_at > RECOUNT_SECONDS:
+            cpus = ray.cluster_resources().get("CPU", 0)
+            limit, counted_at = max(4, int(4 * cpus / max(num_cpus, 0.1))), time.monotonic()
         while not exhausted and len(waiting) < limit:
             try:
                 waiting.append(remote.remote(shared, next(queue)))

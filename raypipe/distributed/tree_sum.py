@@ -1,7 +1,7 @@
 """Sum large values in a tree of Ray tasks.
 
-The tree's shape depends on the number of values alone, so the result does not depend on how many workers there are.
-The driver holds references and never a value.
+The shape of the tree depends only on the number of values, so that the result does not depend on
+the number of workers. The driver holds references, never values.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ray
 
 from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.failures import as_raypipe_error
+from raypipe.runs.unit_result import UnitResult
 from raypipe.storage.fences import fenced
 
 FAN_IN = 4
@@ -26,9 +27,9 @@ def tree_sums(
     merge: Callable[..., Any],
     store: Callable[[str, Any], None],
     pool: ActorPool,
-    on_report: Callable[[dict[str, Any]], None],
+    on_report: Callable[[UnitResult], None],
 ) -> None:
-    """Add up, for every key, the values that tasks compute for groups of units, and store the totals.
+    """Add up the values that tasks compute for groups of units, by key, and store the totals.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ def tree_sums(
 
     try:
         for group in groups:
-            # A value is as large as a network: those of all groups at once would fill the object store.
+            # a value is as large as a network; those of all groups would fill the object store
             room = _room(pool)
             while len(running) >= room + FAN_IN:
                 wait_for_one()
@@ -94,9 +95,14 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class TreeSum:
-    """What values that come one after the other add up to, in a tree of a shape that depends on their number alone.
+    """Incremental sum of a sequence of values, in a tree whose shape depends only on their number.
 
-    FAN_IN neighbours of a level are added as soon as they are there, so that few values are held at a time.
+    FAN_IN neighbours of a level are added as soon as they exist, so that few values are held.
+
+    Parameters
+    ----------
+    merge : callable
+        Adds up to FAN_IN values.
     """
 
     def __init__(self, merge: Callable[..., Any]) -> None:
@@ -104,7 +110,7 @@ class TreeSum:
         self._levels: list[list[Any]] = [[]]
 
     def add(self, value: Any, level: int = 0) -> list[Any]:
-        """Take the next value. Returns the sums that could be begun with it."""
+        """Add the next value. Return the partial sums that it completes."""
         if level == len(self._levels):
             self._levels.append([])
         self._levels[level].append(value)
@@ -118,7 +124,7 @@ class TreeSum:
         return [merged, *self.add(merged, level + 1)]
 
     def whole(self) -> Any:
-        """The sum of all values, of which there is at least one; nothing is held any more."""
+        """Return the sum of all values, of which there must be at least one, and release them."""
         level = 0
         while level < len(self._levels) - 1 or len(self._levels[level]) != 1:
             if self._levels[level]:
@@ -128,7 +134,7 @@ class TreeSum:
 
 
 def _room(pool: ActorPool) -> int:
-    """Return how many tasks with the share of an actor the cluster has room for now."""
+    """Return the number of tasks with the share of an actor that the cluster has room for."""
     total = ray.cluster_resources()
     share = (
         total.get("GPU", 0) / pool.num_gpus

@@ -26,7 +26,7 @@ from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids
 from raypipe.selection import Chunk, SelectionOptions, needs_classes, needs_loss, select
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
-from raypipe.stages.select.stage import options_of
+from raypipe.stages.select.options import options_of
 
 RANDOM_SEEDS = 10_000
 """Seeds of random lists begin here, so that none has the luck of a list that `ccs` or `beta` drew with `select.seed`."""

@@ -87,7 +87,7 @@ class Run(Layout):
             )
 
     def _exchange_ledger(self, uri: str, content: bytes) -> bool:
-        """Write the ledger to an object store unless it has changed. Returns whether it was written.
+        """Write the ledger to an object store, and return True, unless it has changed.
 
         Unlike a local write, a request that was sent cannot be stopped when the lease is lost.
         """

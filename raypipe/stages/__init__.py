@@ -1,1 +1,1 @@
-"""Stages: the only code that knows Ray. They move data and call the mathematics."""
+"""The stages of a run: they move data between storage and the mathematics, on Ray."""

@@ -1,47 +1,61 @@
-"""What every stage is, and what it is given."""
+"""The interface of a stage."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.runs.ledger import StageRecord
 
-if TYPE_CHECKING:
-    pass
-
 
 class Stage(abc.ABC):
-    """One stage. Its outputs are files named after fragments, so that what is there is done."""
+    """One stage of a run.
+
+    Its outputs are files named after fragments or shards; a file that exists is done.
+
+    Attributes
+    ----------
+    name : str
+        Name of the stage in the ledger.
+    needs : tuple of str
+        Stages whose settings the outputs depend on, as far as the run has them.
+    changed : str
+        Why the outputs are computed again, for a line of the progress display.
+    detail : Mapping
+        Initial content of `StageRecord.detail`.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    """Stages whose settings its outputs depend on, where the run has them."""
     changed: ClassVar[str] = "settings changed"
-    """Why its outputs are made anew, in the words of a line."""
     detail: Mapping[str, Any] = MappingProxyType({})
-    """What the ledger says of it from its start."""
 
     def applies_to(self, config: Config) -> bool:
-        """Whether a run with this configuration has the stage at all."""
+        """Return whether a run with this configuration has the stage."""
         return True
 
     @abc.abstractmethod
     def settings(self, config: Config) -> dict[str, Any]:
-        """The settings its outputs depend on; how fast it goes (workers, batch sizes of inference) is none of them."""
+        """Return the settings that the outputs depend on.
+
+        Settings of speed (workers, batch sizes of inference) are not among them.
+        """
 
     def clear(self, context: Context) -> None:
-        """Remove outputs that other settings made."""
+        """Remove the outputs of other settings."""
         context.run.clear(self.name)
 
     @abc.abstractmethod
     def complete(self, context: Context, record: StageRecord) -> bool:
-        """Whether every output is there, told by listing and not by trust."""
+        """Return whether every output exists, by listing the files, not by the ledger."""
 
     @abc.abstractmethod
     def execute(self, context: Context, record: StageRecord) -> None:
-        """Make what is missing. Fills the record's samples, cpu_seconds, gpu_seconds and detail."""
+        """Compute what is missing.
+
+        Sets `samples` and `detail` of the record, and adds to `cpu_seconds` and `gpu_seconds`.
+        """

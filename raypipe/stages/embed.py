@@ -1,21 +1,28 @@
-"""Embed: streams every fragment of the source once: decoding in tasks, the proxy's forward pass in actors beside them.
+"""Embed: stream every fragment of the source once through the proxy.
 
-With `embed.decode` the actors decode JPEGs as well, on their GPU (`raypipe.vision.gpu_decode`); only they differ then, by a stated tolerance.
-Writes, per fragment, `embeddings/<fragment>.parquet` (sample_id, label, embedding, and what the proxy says of the sample:
-prediction, confidence, loss, margin, entropy) and, where a sample could not be read, `rejects/<fragment>.parquet`. Where the source has
-no labels, the label is the pseudo-label that the network and the clusters of the stage `label` give.
-The logits themselves are not kept: for many classes they would be larger than the embedding.
-With several proxies (`proxy.parts`) all samples pass through that of part 0, since distances between embeddings mean something
-in one space only; of the seed set it was trained on its own part and not on the others.
+Tasks read and decode; actors next to them run the forward pass. With `embed.decode` the actors
+decode JPEGs as well, on their GPU (`raypipe.vision.gpu_decode`); only these pixels differ then, by
+a stated tolerance.
+
+Writes, for each fragment, `embeddings/<fragment>.parquet`: sample_id, label, embedding and the
+proxy statistics of the sample (prediction, confidence, loss, margin, entropy). Where samples cannot
+be used, it writes `rejects/<fragment>.parquet`. Where the source has no labels, the label is the
+pseudo-label from the network and the clusters of the stage `label`. The logits are not kept: for
+many classes they would be larger than the embedding.
+
+With several proxies (`proxy.parts`), all samples pass through the proxy of part 0, since distances
+between embeddings mean something in one space only. Of the seed set, that proxy was trained on its
+own part and not on the others.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +31,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.actor_pool import Batch, WorkerContext, stream
+from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
@@ -43,11 +51,16 @@ from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.base import Stage
 from raypipe.vision.decode import decode_batch
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 READERS = 16
-"""Files of the run that the driver reads at a time; it holds no more of them, however many there are."""
+"""Files of rejects that the driver reads at a time; it holds no more of them."""
 
 
 class EmbedStage(Stage):
+    """Embed all samples with the proxy."""
+
     name = "embed"
     needs = ("proxy",)
 
@@ -57,8 +70,8 @@ class EmbedStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         fragments = context.run.fragments()
+        # a fragment without a readable sample still has a table of embeddings, an empty one
         readable = {fragment.fragment_id for fragment in fragments if not fragment.error}
-        # a fragment none of whose samples can be read has rejects and an empty table of embeddings
         broken = {fragment.fragment_id for fragment in fragments if fragment.error}
         return readable == context.run.done("embeddings") and broken <= context.run.done("rejects")
 
@@ -66,83 +79,85 @@ class EmbedStage(Stage):
         config, run = context.config, context.run
         fragments = run.fragments()
         remove_stale(run, fragments, ("embeddings", "rejects"))
-        done = run.done("embeddings")
         readable = [fragment for fragment in fragments if not fragment.error]
-        missing = [fragment for fragment in readable if fragment.fragment_id not in done]
+        broken = [fragment for fragment in fragments if fragment.error]
         pool = context.cluster.pool(config.embed)
-        gpu = pool.num_gpus > 0
-        if config.embed.decode == "gpu" and not gpu:
+        if config.embed.decode == "gpu" and not pool.num_gpus:
             raise ResourceError(
-                f"embed.decode is gpu, but embed has no GPU ({context.cluster}); set it to auto or cpu"
+                f"embed.decode is gpu, but embed has no GPU ({context.cluster}); "
+                "set it to auto or cpu"
             )
-        gpu_decoding = gpu and config.embed.decode != "cpu"
-        for fragment in fragments:
-            if fragment.error:
-                write_rejects(
-                    run,
-                    fragment.fragment_id,
-                    [(fragment.path, f"file cannot be read: {fragment.error}")],
-                )
+        for fragment in broken:
+            reason = f"file cannot be read: {fragment.error}"
+            write_rejects(run, fragment.fragment_id, [(fragment.path, reason)])
+        _embed_missing(context, record, readable, pool)
         expected = sum(fragment.samples for fragment in readable)
-        tally = RejectCounter(config.source.max_reject_fraction, expected)
-        _count_earlier(
-            run, [fragment for fragment in readable if fragment.fragment_id in done], tally
-        )
-        tally.check()
-        with context.progress.meter("embed", expected) as meter:
-            meter.already(
-                sum(fragment.samples for fragment in readable if fragment.fragment_id in done)
-            )
-            meter.queue(len(missing))
-
-            def collect(result: UnitResult) -> None:
-                read = result.samples + result.rejects
-                meter.add(read, result.unit, result.rejects)
-                tally.add(read, result.reasons)
-                tally.check()
-                record.add_cost(result, pool.num_gpus)
-
-            stream(
-                hash_order(missing, lambda fragment: fragment.fragment_id),
-                functools.partial(_read, config, run.uri, gpu_decoding),
-                functools.partial(EmbedActor, WorkerContext.of(context, pool), gpu_decoding),
-                pool,
-                config.cluster.patience_seconds,
-                collect,
-                name=attrgetter("fragment_id"),
-            )
-        embedded, rejected = count_rows(run, "embeddings"), count_rows(run, "rejects")
-        unreadable = len(fragments) - len(readable)
-        if embedded + rejected - unreadable != expected:
+        embedded, rejects = count_rows(run, "embeddings"), count_rows(run, "rejects")
+        rejected = rejects - len(broken)
+        if embedded + rejected != expected:
             raise StageError(
-                f"{expected} samples in the source, but {embedded} embedded and {rejected - unreadable} rejected; "
-                "a file of the source changed while it was read. Run again"
+                f"{expected} samples in the source, but {embedded} embedded and {rejected} "
+                "rejected; a file of the source changed while it was read. Run again"
             )
         if not embedded:
             raise StageError("every sample was rejected; see rejects/ for the reasons")
         record.samples = embedded
         record.detail = {
-            "rejects": rejected,
-            "unreadable_files": unreadable,
+            "rejects": rejects,
+            "unreadable_files": len(broken),
             "dtype": config.embed.dtype,
         }
 
 
-def _count_earlier(run: Run, fragments: list[Fragment], tally: RejectCounter) -> None:
-    """Count the rejects of fragments that an earlier attempt finished."""
+def _embed_missing(
+    context: Context, record: StageRecord, fragments: Sequence[Fragment], pool: ActorPool
+) -> None:
+    """Embed the fragments that have no embeddings, and tally the rejects of all."""
+    config, run = context.config, context.run
+    embedded = run.done("embeddings")
+    done = [fragment for fragment in fragments if fragment.fragment_id in embedded]
+    missing = [fragment for fragment in fragments if fragment.fragment_id not in embedded]
+    samples = sum(fragment.samples for fragment in fragments)
+    tally = RejectCounter(config.source.max_reject_fraction, samples)
+    _tally_done(run, done, tally)
+    tally.check()
+    gpu_decoding = pool.num_gpus > 0 and config.embed.decode != "cpu"
+    with context.progress.meter("embed", samples) as meter:
+        meter.already(sum(fragment.samples for fragment in done))
+        meter.queue(len(missing))
+
+        def collect(result: UnitResult) -> None:
+            read = result.samples + result.rejects
+            meter.add(read, result.unit, result.rejects)
+            tally.add(read, result.reasons)
+            tally.check()
+            record.add_cost(result, pool.num_gpus)
+
+        stream(
+            hash_order(missing, lambda fragment: fragment.fragment_id),
+            functools.partial(_read, config, run.uri, gpu_decoding),
+            functools.partial(EmbedActor, WorkerContext.of(context, pool), gpu_decoding),
+            pool,
+            config.cluster.patience_seconds,
+            collect,
+            name=attrgetter("fragment_id"),
+        )
+
+
+def _tally_done(run: Run, fragments: Sequence[Fragment], tally: RejectCounter) -> None:
+    """Tally the rejects of fragments that an earlier attempt finished."""
     with_rejects = run.done("rejects")
 
-    def rejects(fragment: Fragment) -> str:
+    def reasons(fragment: Fragment) -> str:
         table = storage.read_table(run.reject_shard(fragment.fragment_id), ["sample_id", "reason"])
         return summarize_rejects((row["sample_id"], row["reason"]) for row in table.to_pylist())
 
     for fragment in fragments:
         if fragment.fragment_id not in with_rejects:
             tally.add(fragment.samples, "[]")
-    for fragment, found in storage.ahead(
-        rejects, (item for item in fragments if item.fragment_id in with_rejects), run.uri, READERS
-    ):
-        tally.add(fragment.samples, found)
+    rejecting = (fragment for fragment in fragments if fragment.fragment_id in with_rejects)
+    for fragment, summary in storage.ahead(reasons, rejecting, run.uri, READERS):
+        tally.add(fragment.samples, summary)
 
 
 def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) -> Batch:
@@ -153,14 +168,14 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
     watch, run = Stopwatch(), Run(run_uri)
     classes, count, source = run.classes(), fragment.samples, open_source(config.source)
     ids: list[str] = []
-    index: list[tuple[int, str]] = []
+    labels: list[tuple[int, str]] = []
 
     def samples() -> Iterator[RawSample]:
         for sample in reject_duplicates(
             run, fragment, source.read(run.with_members(fragment)), source.ids_can_repeat
         ):
             ids.append(sample.sample_id)
-            index.append(classes.label_of(sample))
+            labels.append(classes.label_of(sample))
             if len(ids) <= count:
                 yield sample
 
@@ -169,29 +184,31 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
     if gpu_decoding:
         from raypipe.vision.gpu_decode import split_off_jpegs
 
-        images, pixels, reasons = split_off_jpegs(samples(), size, max_pixels)
+        images, pixels, unreadable = split_off_jpegs(samples(), size, max_pixels)
         columns["image"] = np.empty(len(images), object)
         columns["image"][:] = images
         columns["jpeg_pixels"] = np.array(pixels, np.int64)
     else:
-        columns["image"], reasons = decode_batch(samples(), size, max_pixels, count)
+        columns["image"], unreadable = decode_batch(samples(), size, max_pixels, count)
     if len(ids) != count:
         raise StageError(
-            f"{fragment.path}: {len(ids)} samples where the index counted {count}; the file changed. Run again"
+            f"{fragment.path}: {len(ids)} samples where the index counted {count}; "
+            "the file changed. Run again"
         )
+    reasons = [
+        reason or bad_label for reason, (_, bad_label) in zip(unreadable, labels, strict=True)
+    ]
     return {
         "sample_id": np.array(ids),
-        "label": np.array([label for label, _ in index], np.int32),
-        "reason": np.array(
-            [reason or wrong for reason, (_, wrong) in zip(reasons, index, strict=True)]
-        ),
+        "label": np.array([label for label, _ in labels], np.int32),
+        "reason": np.array(reasons),
         **columns,
         "cpu_seconds": np.full(count, watch.lap() / count),
     }
 
 
 class EmbedActor:
-    """Runs the last checkpoint of the proxy over whole fragments and writes one file per fragment.
+    """Runs the proxy's last checkpoint over whole fragments; writes one file per fragment.
 
     With several proxies (`proxy.parts`) it is that of part 0.
     """
@@ -218,8 +235,6 @@ class EmbedActor:
             check_gpu_decoding(self._device)
 
     def __call__(self, fragment: str, batch: Batch) -> UnitResult:
-        import time
-
         from raypipe.vision.forward import forward
 
         started = time.monotonic()
@@ -260,13 +275,16 @@ class EmbedActor:
             time.monotonic() - started if self._gpu else 0.0,
         )
 
-    def _images(self, batch: Batch) -> tuple[Any, np.ndarray]:
-        """Pixels uint8 [n, 3, size, size], an array or a tensor on the device, and for each "" or why it is rejected."""
+    def _images(self, batch: Batch) -> tuple[np.ndarray | Tensor, np.ndarray]:
+        """Return n images, and for each "" or the reason of its rejection.
+
+        The images are uint8 [n, 3, size, size], an array or a tensor on the device.
+        """
         if "jpeg_pixels" not in batch:
             return batch["image"], batch["reason"]
         from raypipe.vision.gpu_decode import decode_jpegs
 
-        pixels, failed = decode_jpegs(
+        pixels, failures = decode_jpegs(
             batch["image"].tolist(),
             batch["jpeg_pixels"].tolist(),
             self._config.proxy.image_size,
@@ -274,37 +292,41 @@ class EmbedActor:
             self._device,
             self._at_once.size,
         )
-        reasons = [
-            new or known for new, known in zip(failed, batch["reason"].tolist(), strict=True)
-        ]
+        earlier = batch["reason"].tolist()
+        reasons = [failure or reason for failure, reason in zip(failures, earlier, strict=True)]
         return pixels, np.array(reasons)
 
     def _write(
         self, fragment: str, ids: np.ndarray, labels: np.ndarray, columns: dict[str, np.ndarray]
     ) -> None:
+        """Write the embeddings of a fragment.
+
+        Seed and audit samples are in row groups of their own, so that the fit reads them without
+        the rest.
+        """
         embedding = columns.pop("embedding")
         with np.errstate(over="ignore"):
             values = embedding.astype(self._config.embed.dtype).reshape(-1)
         if not np.isfinite(values).all():
             raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
-        # so that the fit reads seed and audit samples without the rest
-        groups = {
+        special = {
             name: np.array([self._rules[name](sample_id) for sample_id in ids], bool)
             for name in SPECIAL_ROWS
         }
-        others = ~np.logical_or.reduce(list(groups.values()))
-        data: dict[str, Any] = {
+        others = ~np.logical_or.reduce(list(special.values()))
+        data = {
             "sample_id": pa.array(ids.tolist(), pa.string()),
             "label": pa.array(labels, pa.int32(), mask=labels < 0),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1]),
             **{name: pa.array(value) for name, value in columns.items()},
         }
         table = pa.table(data).replace_schema_metadata(
-            {key: str(int(groups[name].sum())) for name, key in SPECIAL_ROWS.items()}
+            {key: str(int(special[name].sum())) for name, key in SPECIAL_ROWS.items()}
         )
         buffer = io.BytesIO()
         with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-            for part in (table.filter(pa.array(rows)) for rows in (*groups.values(), others)):
-                if len(part):
-                    writer.write_table(part, row_group_size=len(part))
+            for rows in (*special.values(), others):
+                group = table.filter(pa.array(rows))
+                if len(group):
+                    writer.write_table(group, row_group_size=len(group))
         storage.write_bytes(self._run.embedding_shard(fragment), buffer.getvalue())

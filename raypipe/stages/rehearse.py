@@ -1,14 +1,17 @@
-"""Rehearse: for scores that need training on the sample, the whole in small: see `raypipe.assessment.rehearsal`.
+"""Rehearse: predict scores that need training on the sample, in small, where the truth is known.
 
-A second proxy is trained, with the settings of the proxy, on the half of the seed set that a hash draws; the other half stands to it as
-all other samples stand to the seed set. It starts from other weights than the proxy. Skipped where `Config.rehearses` says so.
+See `raypipe.assessment.rehearsal` for the reason. A second proxy is trained, with the settings of
+the proxy, on the half of the seed set that a hash selects. The other half relates to it as all
+other samples relate to the seed set. It starts from other weights than the proxy. The stage is
+skipped unless `Config.rehearses`.
 
-`rehearsal/` is a small run of its own, made by the stages of this one:
+`rehearsal/` is a small run of its own, written by the stages of this one:
 
-    index/classes.json, seed/, proxy/   as in a run: the half, decoded, and its proxy
-    measured/<shard>.parquet            sample_id, label and the score of the half in the training of that proxy
-    seen/<shard>.parquet                every seed sample as that proxy sees it: sample_id, label, embedding, loss, margin, entropy, and
-                                        trained, whether it is of the half
+- `index/classes.json`, `seed/`, `proxy/`, as in a run: the decoded half and its proxy;
+- `measured/<shard>.parquet`: sample_id, label and the score of the half in the training of that
+  proxy;
+- `seen/<shard>.parquet`: every seed sample as that proxy sees it: sample_id, label, embedding,
+  loss, margin, entropy, and trained, whether the sample is in the half.
 """
 
 from __future__ import annotations
@@ -31,19 +34,20 @@ from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import ProxyManifest, SeedManifest
+from raypipe.runs.rehearsal import SCORES_FOLDER, SEEN_FOLDER, inner_run
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_table
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
 from raypipe.runs.unit_result import UnitResult
 from raypipe.sources.id_sampling import part_rule
 from raypipe.stages.base import Stage
-from raypipe.stages.measure.trajectories import score_shards
+from raypipe.stages.measure.trajectories import score_shards, shard_rows
 from raypipe.stages.proxy.stage import ProxyStage
-
-FOLDER, SCORES_FOLDER, SEEN = "rehearsal", "measured", "seen"
 
 
 class RehearseStage(Stage):
+    """Train a second proxy on half of the seed set, and look at both halves with it."""
+
     name = "rehearse"
     needs = ("measure",)
 
@@ -57,143 +61,110 @@ class RehearseStage(Stage):
         inner = inner_run(context.run)
         shards = set(SeedManifest.read(context.run).shards)
         return "manifest.json" in storage.names(inner.seed_folder) and all(
-            shards <= inner.done(folder) for folder in ("seed", SCORES_FOLDER, SEEN)
+            shards <= inner.done(folder) for folder in ("seed", SCORES_FOLDER, SEEN_FOLDER)
         )
 
     def execute(self, context: Context, record: StageRecord) -> None:
-        config, run, inner = context.config, context.run, inner_run(context.run)
-        seed = SeedManifest.read(run)
-        # from other weights: two trainings that are compared must not start alike
-        alone = config.proxy.model_copy(update={"seed": config.proxy.seed + 1})
-        within = context.within(config.model_copy(update={"proxy": alone}), inner)
-        if "manifest.json" not in storage.names(inner.seed_folder):
-            self._divide(context, record, seed, inner)
-        halved = SeedManifest.read(inner)
+        seed = SeedManifest.read(context.run)
+        inner = _inner_context(context)
+        if "manifest.json" not in storage.names(inner.run.seed_folder):
+            _write_half(context, record, seed, inner.run)
+        half = SeedManifest.read(inner.run)
         proxy, training = ProxyStage(), StageRecord()
-        if not proxy.complete(within, training):
+        if not proxy.complete(inner, training):
             context.progress.say(
-                f"{self.name:<11} {config.score} needs training on the sample: a second proxy, on {halved.samples:,} of the "
-                f"{seed.samples:,} seed samples, tells how it differs where there was none"
+                f"{self.name:<11} {context.config.score} needs training on the sample: a second "
+                f"proxy, on {half.samples:,} of the {seed.samples:,} seed samples, shows how the "
+                "score differs without it"
             )
-            proxy.execute(within, training)
+            proxy.execute(inner, training)
         record.cpu_seconds += training.cpu_seconds
         record.gpu_seconds += training.gpu_seconds
-        self._score(within, record, halved)
-        self._look(context, within, record, seed)
-        record.samples = halved.samples
+        _score_half(inner, record, half)
+        _write_seen(context, inner.run, record, seed)
+        record.samples = half.samples
         record.detail = {
-            "trained": halved.samples,
-            "others": seed.samples - halved.samples,
+            "trained": half.samples,
+            "others": seed.samples - half.samples,
             **training.detail,
         }
 
-    def _divide(
-        self, context: Context, record: StageRecord, seed: SeedManifest, inner: Run
-    ) -> None:
-        """Copy the half that the second proxy is trained on."""
-        run = context.run
-        if not storage.exists(inner.classes_file):
-            classes = run.classes()  # with pseudo-labels, those of clusters; in the copy of the half they stand as labels do
-            storage.write_json(
-                inner.classes_file,
-                {"names": classes.names, "numeric": classes.numeric},
-            )
 
-        missing = [shard for shard in seed.shards if shard not in inner.done("seed")]
-        context.run_tasks(
-            missing,
-            functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed.per_class)),
-            record.add_cost,
-        )
-        manifest = SeedManifest.from_shards(inner, seed.shards, 0.0)
-        others = seed.samples - manifest.samples
-        if (
-            manifest.samples < MIN_SEED_SAMPLES
-            or others < MIN_SAMPLES
-            or sum(count > 0 for count in manifest.per_class) < 2
-        ):
-            raise StageError(
-                f"{seed.samples} seed samples are too few for a rehearsal on half of them: {manifest.samples} would be trained on, "
-                f"{others} judged. Raise seed.fraction, or set extrapolate.rehearsal to false"
-            )
-        manifest.write(inner)
+def _inner_context(context: Context) -> Context:
+    """Return the context of the small run.
 
-    def _score(self, within: Context, record: StageRecord, halved: SeedManifest) -> None:
-        """The score of the half in the training of the second proxy."""
-        done, first, units = within.run.done(SCORES_FOLDER), 0, []
-        for shard, samples in zip(halved.shards, halved.shard_samples, strict=True):
-            if shard not in done:
-                units.append([(shard, first, first + samples)])
-            first += samples
-
-        if units:
-            function = functools.partial(
-                score_shards, within.config, within.run.uri, SCORES_FOLDER, [within.config.score]
-            )
-            within.run_tasks(units, function, record.add_cost)
-
-    def _look(
-        self, context: Context, within: Context, record: StageRecord, seed: SeedManifest
-    ) -> None:
-        """Pass the whole seed set through the second proxy."""
-        config, run, done = context.config, context.run, within.run.done(SEEN)
-        missing = [shard for shard in seed.shards if shard not in done]
-        if not missing:
-            return
-        pool = context.cluster.pool(config.embed)
-        with context.progress.meter("rehearse", seed.samples) as meter:
-            sizes = dict(zip(seed.shards, seed.shard_samples, strict=True))
-            meter.already(sum(size for shard, size in sizes.items() if shard in done))
-
-            def collect(result: UnitResult) -> None:
-                meter.add(result.samples)
-                record.add_cost(result, pool.num_gpus)
-
-            stream(
-                missing,
-                functools.partial(_read, run.uri),
-                functools.partial(SecondProxy, WorkerContext.of(context, pool)),
-                pool,
-                config.cluster.patience_seconds,
-                collect,
-            )
+    Its proxy starts from other weights: two trainings that are compared must not start alike.
+    """
+    config = context.config
+    proxy = config.proxy.model_copy(update={"seed": config.proxy.seed + 1})
+    return context.within(config.model_copy(update={"proxy": proxy}), inner_run(context.run))
 
 
-def inner_run(run: Run) -> Run:
-    """The small run within a run."""
-    return Run(run.path(FOLDER))
-
-
-def rehearsal(config: Config, run: Run, scores: dict[str, float]) -> tuple[list[str], Any]:
-    """Ids of the other half, and the rehearsal; scores: those of the seed set in the training of the proxy, by id."""
-    from raypipe.assessment.rehearsal import Rehearsal
-    from raypipe.runs.embeddings import nodes_of
-
-    inner, earlier = inner_run(run), dict[str, float]()
-    for _, table in storage.iter_tables(inner.path(SCORES_FOLDER)):
-        earlier.update(
-            zip(table["sample_id"].to_pylist(), table[config.score].to_pylist(), strict=True)
-        )
-    seen = [
-        table
-        for _, table in sorted(storage.iter_tables(inner.path(SEEN)), key=lambda item: item[0])
-    ]
-    table = pa.concat_tables(seen)
-    trained = table["trained"].to_numpy()
-    parts = [table.filter(pa.array(rows)) for rows in (trained, ~trained)]
-    ids = [part["sample_id"].to_pylist() for part in parts]
-    first, other = (nodes_of(part) for part in parts)
-    before = np.array([earlier[name] for name in ids[0]], np.float64)
-    return ids[1], Rehearsal(
-        first, before, other, np.array([scores[name] for name in ids[1]], np.float64)
+def _write_half(context: Context, record: StageRecord, seed: SeedManifest, inner: Run) -> None:
+    """Copy the half that the second proxy is trained on into the small run."""
+    run = context.run
+    if not storage.exists(inner.classes_file):
+        # pseudo-labels become plain labels in the copy
+        classes = run.classes()
+        storage.write_json(inner.classes_file, {"names": classes.names, "numeric": classes.numeric})
+    done = inner.done("seed")
+    context.run_tasks(
+        [shard for shard in seed.shards if shard not in done],
+        functools.partial(_halve, run.uri, context.config.proxy.seed, len(seed.per_class)),
+        record.add_cost,
     )
+    half = SeedManifest.from_shards(inner, seed.shards, 0.0)
+    others = seed.samples - half.samples
+    classes_present = sum(count > 0 for count in half.per_class)
+    if half.samples < MIN_SEED_SAMPLES or others < MIN_SAMPLES or classes_present < 2:
+        raise StageError(
+            f"{seed.samples} seed samples are too few for a rehearsal on half of them: "
+            f"{half.samples} would be trained on and {others} judged. Raise seed.fraction, or set "
+            "extrapolate.rehearsal to false"
+        )
+    half.write(inner)
+
+
+def _score_half(inner: Context, record: StageRecord, half: SeedManifest) -> None:
+    """Write the score of the half in the training of the second proxy."""
+    done = inner.run.done(SCORES_FOLDER)
+    groups = [[unit] for unit in shard_rows(half) if unit.shard not in done]
+    function = functools.partial(
+        score_shards, inner.config, inner.run.uri, SCORES_FOLDER, [inner.config.score]
+    )
+    inner.run_tasks(groups, function, record.add_cost)
+
+
+def _write_seen(context: Context, inner: Run, record: StageRecord, seed: SeedManifest) -> None:
+    """Pass the whole seed set through the second proxy."""
+    config, done = context.config, inner.done(SEEN_FOLDER)
+    missing = [shard for shard in seed.shards if shard not in done]
+    if not missing:
+        return
+    pool = context.cluster.pool(config.embed)
+    with context.progress.meter("rehearse", seed.samples) as meter:
+        sizes = zip(seed.shards, seed.shard_samples, strict=True)
+        meter.already(sum(size for shard, size in sizes if shard in done))
+
+        def collect(result: UnitResult) -> None:
+            meter.add(result.samples)
+            record.add_cost(result, pool.num_gpus)
+
+        stream(
+            missing,
+            functools.partial(_read, context.run.uri),
+            functools.partial(SecondProxy, WorkerContext.of(context, pool)),
+            pool,
+            config.cluster.patience_seconds,
+            collect,
+        )
 
 
 def _halve(run_uri: str, seed: int, classes: int, shard: str) -> UnitResult:
-    """Write the part of a seed shard that is in the half. Runs in a task."""
+    """Write the samples of a seed shard that are in the half. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
     ids, images, labels = read_shard(run, shard)
-    rows = _half(ids, seed)
+    rows = _rows_of_half(ids, seed)
     table = shard_table(
         [ids[row] for row in rows], labels[rows].tolist(), images[rows], classes, images.shape[-1]
     )
@@ -201,20 +172,20 @@ def _halve(run_uri: str, seed: int, classes: int, shard: str) -> UnitResult:
     return UnitResult(shard, len(rows), cpu_seconds=watch.lap())
 
 
-def _half(ids: list[str], seed: int) -> np.ndarray:
-    """Rows of the samples that the second proxy is trained on."""
+def _rows_of_half(ids: list[str], seed: int) -> np.ndarray:
+    """Return the rows of the samples that the second proxy is trained on."""
     rule = part_rule(2, seed)
     return np.flatnonzero([rule(sample_id) == 0 for sample_id in ids])
 
 
 def _read(run_uri: str, shard: str) -> Batch:
-    """A seed shard. Runs in a task."""
+    """Read a seed shard. Runs in a task."""
     ids, images, labels = read_shard(Run(run_uri), shard)
     return {"sample_id": np.array(ids), "label": labels, "image": images}
 
 
 class SecondProxy:
-    """The proxy of the half, run over seed shards; writes one file for each."""
+    """Runs the second proxy over seed shards; writes one file per shard."""
 
     def __init__(self, worker: WorkerContext) -> None:
         from raypipe.vision.devices import AdaptiveBatch, set_threads
@@ -226,16 +197,15 @@ class SecondProxy:
         images = config.embed.images_at_once(worker.gpu, config.proxy.image_size)
         self._at_once = AdaptiveBatch(images)
         inner = inner_run(self._run)
-        self._model = load_checkpoint(
-            inner, ProxyManifest.read(inner).parts[0].trained.final, self._device
-        )
+        final = ProxyManifest.read(inner).parts[0].trained.final
+        self._model = load_checkpoint(inner, final, self._device)
 
     def __call__(self, shard: str, batch: Batch) -> UnitResult:
         from raypipe.vision.forward import forward
 
         started, gpu = time.monotonic(), self._device == "cuda"
         ids, labels = batch["sample_id"].tolist(), batch["label"]
-        found = forward(
+        outputs = forward(
             self._model,
             batch["image"],
             labels,
@@ -244,17 +214,18 @@ class SecondProxy:
             gpu and self._config.proxy.amp,
         )
         trained = np.zeros(len(ids), bool)
-        trained[_half(ids, self._config.proxy.seed)] = True
-        embedding = found["embedding"]
+        trained[_rows_of_half(ids, self._config.proxy.seed)] = True
+        embedding = outputs["embedding"]
         data = {
             "sample_id": pa.array(ids, pa.string()),
             "label": pa.array(labels, pa.int32()),
             "embedding": pa.FixedSizeListArray.from_arrays(
                 pa.array(embedding.reshape(-1)), embedding.shape[1]
             ),
-            **{name: pa.array(found[name], pa.float32()) for name in PROXY_STATISTICS},
+            **{name: pa.array(outputs[name], pa.float32()) for name in PROXY_STATISTICS},
             "trained": pa.array(trained),
         }
-        storage.write_table(inner_run(self._run).path(SEEN, f"{shard}.parquet"), pa.table(data))
+        uri = inner_run(self._run).path(SEEN_FOLDER, f"{shard}.parquet")
+        storage.write_table(uri, pa.table(data))
         gpu_seconds = time.monotonic() - started if gpu else 0.0
         return UnitResult(shard, len(ids), cpu_seconds=self._watch.lap(), gpu_seconds=gpu_seconds)

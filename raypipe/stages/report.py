@@ -16,6 +16,8 @@ from raypipe.stages.base import Stage
 
 
 class ReportStage(Stage):
+    """Write the report and log it to experiment trackers."""
+
     name = "report"
     needs = ("select",)
 
@@ -32,7 +34,8 @@ class ReportStage(Stage):
         build_report(run)
         record.samples = run.ledger()["extrapolate"].samples
         record.detail = {"of": _state(run)}
-        # of the configuration that was given, not of one in the run's folder: who looks at a run of others logs nothing
+        # Trackers come from the configuration of this process, never from the run's folder: a
+        # report on the run of someone else must not log anywhere.
         failed: dict[str, str] = {}
         if settings.log_to:
             summary = storage.read_json(run.report_summary)
@@ -40,18 +43,30 @@ class ReportStage(Stage):
             record.detail["logged"] = [name for name in settings.log_to if name not in failed]
         for name, reason in failed.items():
             context.progress.say(
-                f"note: the report is written, but {name} did not take it ({reason}); run again to try again"
+                f"note: the report is written, but {name} did not accept it ({reason}); "
+                "run again to retry"
             )
         record.cpu_seconds += time.process_time() - started
 
 
 def build_report(run: Run) -> str:
-    """Write `RUN/report/summary.json` and `RUN/report/index.html`; returns the URI of the page. Raises RunError without a run."""
+    """Write `RUN/report/summary.json` and `RUN/report/index.html`.
+
+    Returns
+    -------
+    str
+        URI of the page.
+
+    Raises
+    ------
+    RunError
+        When there is no run.
+    """
     return build(run)
 
 
 def _state(run: Run) -> dict[str, Any]:
-    """What the report shows: when each stage ended, and which keep-lists there are."""
+    """Return what the report shows: when each stage ended, and the keep-lists that exist."""
     ended = {
         stage: record.finished
         for stage, record in run.ledger().items()

@@ -1,15 +1,18 @@
-"""Seed: keeps a sample when a hash of its id falls under the fraction, decoded once to the proxy's input size.
+"""Seed: draw the seed set and the audit set, and decode them once to the proxy's input size.
 
-The same sample is drawn everywhere and for ever, whatever else is in the source. A source that grows does not change a
-seed set that is drawn: new samples are scored with the extrapolator that exists.
+A sample is in the seed set when a hash of its id is below the fraction. So the same samples are
+drawn everywhere and always, whatever else is in the source. A seed set that is drawn does not
+change when the source grows: new samples are scored with the existing extrapolator.
 
-In the same pass an audit set is drawn by another hash from the samples outside the seed set. The proxy is never trained on it;
-scores at its checkpoints can be measured on it all the same, and tell how well scores of samples outside the seed set are predicted.
+In the same pass, another hash draws an audit set from the samples outside the seed set. The proxy
+is never trained on it. Scores at its checkpoints can be measured on it all the same, and show how
+well scores of samples outside the seed set are predicted.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +36,44 @@ from raypipe.runs.seed_shards import (
 )
 from raypipe.runs.sizes import MIN_SEED_SAMPLES, SEED_SHARD_SAMPLES
 from raypipe.runs.unit_result import UnitResult
-from raypipe.sources import Fragment, open_source
+from raypipe.sources import ClassMap, Fragment, RawSample, open_source
 from raypipe.sources.id_sampling import audit_fraction, audit_rule, in_sample
 from raypipe.stages.base import Stage
 from raypipe.vision.decode import decode_batch
 
 
+@dataclass(frozen=True)
+class SeedShard:
+    """A seed shard to be drawn: its name and the consecutive fragments that it is drawn from."""
+
+    name: str
+    fragments: list[Fragment]
+
+    @property
+    def samples(self) -> int:
+        """Samples of the fragments."""
+        return sum(fragment.samples for fragment in self.fragments)
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the seed shard and of its audit shard."""
+        return {self.name, audit_name(self.name)}
+
+
+@dataclass(frozen=True)
+class DrawnShard(UnitResult):
+    """What a task reports of a seed shard.
+
+    `samples` are those that it read; `drawn` of them are in the seed or audit set, and `rejects`
+    are among these.
+    """
+
+    drawn: int = 0
+
+
 class SeedStage(Stage):
+    """Draw the seed set and the audit set."""
+
     name = "seed"
     needs = ("index",)
 
@@ -55,141 +89,178 @@ class SeedStage(Stage):
             manifest = SeedManifest.read(context.run)
         except FileNotFoundError:
             return False
-        return {*manifest.shards, *manifest.audit_shards} <= context.run.done("seed")
+        return set(manifest.all_shards) <= context.run.done("seed")
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
-        groups = _groups([fragment for fragment in run.fragments() if not fragment.error], config)
-        samples = sum(fragment.samples for _, group in groups for fragment in group)
+        readable = [fragment for fragment in run.fragments() if not fragment.error]
+        shards = _plan_shards(readable, config.seed.fraction)
+        samples = sum(shard.samples for shard in shards)
         audit = audit_fraction(config.seed, samples)
-        files = run.done("seed")
-        done = {name for name, _ in groups if {name, audit_name(name)} <= files}
         tally = RejectCounter(config.source.max_reject_fraction, samples)
-        with context.progress.meter("seed", samples) as meter:
-
-            def collect(result: DrawnShard) -> None:
-                record.add_cost(result)
-                before = tally.rejects
-                tally.add(result.drawn, result.reasons)
-                meter.add(result.samples, result.unit, tally.rejects - before)
-                tally.check()
-
-            meter.already(
-                sum(
-                    fragment.samples for name, group in groups if name in done for fragment in group
-                )
-            )
-            for name in sorted(done):
-                before = shard_statistics(run, name)
-                tally.add(before.get("drawn", 0), before.get("rejects", "[]"))
-            tally.check()
-            missing = [
-                unit for unit in hash_order(groups, lambda unit: unit[0]) if unit[0] not in done
-            ]
-            meter.queue(len(missing))
-            context.run_tasks(missing, functools.partial(_draw, config, run.uri, audit), collect)
+        _draw_missing(context, record, shards, audit, tally)
         tally.check(all_read=True)
-        shards = sorted(name for name, _ in groups)
-        manifest = SeedManifest.from_shards(run, shards, audit)
-        for stale in run.done("seed") - set(shards) - {audit_name(name) for name in shards}:
+        manifest = SeedManifest.from_shards(run, sorted(shard.name for shard in shards), audit)
+        current = {name for shard in shards for name in shard.files}
+        for stale in run.done("seed") - current:
             storage.delete(run.seed_shard(stale))
-        _check(manifest, config)
+        _check_size(manifest, config)
         manifest.write(run)
         record.samples = manifest.samples
-        record.detail = {
-            key: manifest.as_json()[key]
-            for key in ("samples", "per_class", "mean", "std", "audit_samples")
-        }
-        record.detail["rejects"] = tally.rejects
+        written = manifest.as_json()
+        names = ("samples", "per_class", "mean", "std", "audit_samples")
+        record.detail = {name: written[name] for name in names} | {"rejects": tally.rejects}
 
 
-def _groups(fragments: list[Fragment], config: Config) -> list[tuple[str, list[Fragment]]]:
-    """Runs of fragments that give about SEED_SHARD_SAMPLES seed samples, each with the name of its shard."""
-    result: list[tuple[str, list[Fragment]]] = []
+def _plan_shards(fragments: Sequence[Fragment], fraction: float) -> list[SeedShard]:
+    """Group consecutive fragments that give about SEED_SHARD_SAMPLES seed samples."""
+    shards: list[SeedShard] = []
     group: list[Fragment] = []
     samples = 0
     for fragment in fragments:
         group.append(fragment)
         samples += fragment.samples
-        if samples * config.seed.fraction >= SEED_SHARD_SAMPLES or fragment is fragments[-1]:
-            name = f"seed-{len(result):05d}-{content_hash(item.fragment_id for item in group)}"
-            result.append((name, group))
+        if samples * fraction >= SEED_SHARD_SAMPLES or fragment is fragments[-1]:
+            content = content_hash(item.fragment_id for item in group)
+            shards.append(SeedShard(f"seed-{len(shards):05d}-{content}", group))
             group, samples = [], 0
-    return result
+    return shards
+
+
+def _draw_missing(
+    context: Context,
+    record: StageRecord,
+    shards: Sequence[SeedShard],
+    audit: float,
+    tally: RejectCounter,
+) -> None:
+    """Draw the shards that do not exist, and tally the rejects of all."""
+    config, run = context.config, context.run
+    files = run.done("seed")
+    done = [shard for shard in shards if shard.files <= files]
+    missing = [shard for shard in shards if not shard.files <= files]
+    with context.progress.meter("seed", sum(shard.samples for shard in shards)) as meter:
+        meter.already(sum(shard.samples for shard in done))
+        for name in sorted(shard.name for shard in done):
+            statistics = shard_statistics(run, name)
+            tally.add(statistics.get("drawn", 0), statistics.get("rejects", "[]"))
+        tally.check()
+        meter.queue(len(missing))
+
+        def collect(result: DrawnShard) -> None:
+            record.add_cost(result)
+            before = tally.rejects
+            tally.add(result.drawn, result.reasons)
+            meter.add(result.samples, result.unit, tally.rejects - before)
+            tally.check()
+
+        units = hash_order(missing, lambda shard: shard.name)
+        context.run_tasks(units, functools.partial(_draw, config, run.uri, audit), collect)
 
 
 @dataclass(frozen=True)
-class DrawnShard(UnitResult):
-    """What a task reports: `samples` it read, of which it drew `drawn`, with rejects among these."""
+class _DecodedFragment:
+    """The drawn samples of one fragment.
 
-    drawn: int = 0
+    Attributes
+    ----------
+    drawn : int
+        Samples drawn, rejects included.
+    ids, labels : list
+        Ids and class indices of the n usable ones.
+    images : np.ndarray
+        Their pixels, uint8 [n, 3, size, size].
+    rejects : list of tuple
+        Id and reason of the others.
+    """
+
+    drawn: int
+    ids: list[str]
+    labels: list[int]
+    images: np.ndarray
+    rejects: list[tuple[str, str]]
 
 
-def _draw(
-    config: Config, run_uri: str, audit: float, unit: tuple[str, list[Fragment]]
-) -> DrawnShard:
-    """Read a group of fragments and write its seed shard and its audit shard. Runs in a task."""
-    name, group = unit
+def _draw(config: Config, run_uri: str, audit: float, shard: SeedShard) -> DrawnShard:
+    """Read the fragments of a seed shard; write it and its audit shard. Runs in a task."""
     watch, run, source = Stopwatch(), Run(run_uri), open_source(config.source)
     classes, size = run.classes(), config.proxy.image_size
-    seeds, audits = (
-        in_sample(config.seed.fraction, config.seed.seed),
-        audit_rule(config.seed, audit),
-    )
-    ids: list[str] = []
-    labels: list[int] = []
-    blocks: list[np.ndarray] = []
-    drawn, rejects = 0, []
-    for fragment in group:
+    in_seed = in_sample(config.seed.fraction, config.seed.seed)
+    in_audit = audit_rule(config.seed, audit)
+    decoded: list[_DecodedFragment] = []
+    for fragment in shard.fragments:
         read = source.read(
-            run.with_members(fragment), lambda sample_id: seeds(sample_id) or audits(sample_id)
+            run.with_members(fragment), lambda sample_id: in_seed(sample_id) or in_audit(sample_id)
         )
         raw = list(reject_duplicates(run, fragment, read, source.ids_can_repeat))
-        images, reasons = decode_batch(raw, size, config.source.max_pixels)
-        found = [classes.label_of(sample) for sample in raw]
-        reasons = [reason or wrong for reason, (_, wrong) in zip(reasons, found, strict=True)]
-        index = [label for label, _ in found]
-        drawn += len(raw)
-        rejects += [
-            (sample.sample_id, reason)
-            for sample, reason in zip(raw, reasons, strict=True)
-            if reason
-        ]
-        good = [
-            row
-            for row, reason in enumerate(reasons)
-            if not reason and (index[row] >= 0 or classes.clusters)
-        ]
-        ids += [raw[row].sample_id for row in good]
-        labels += [index[row] for row in good]
-        blocks.append(images[good])
-    images, mine = np.concatenate(blocks), np.array([seeds(sample_id) for sample_id in ids], bool)
-    about: dict[str, Any] = {"drawn": drawn, "rejects": summarize_rejects(rejects)}
-    unlabelled = {"unlabelled": True} if classes.clusters else {}
-    for shard, rows in ((name, mine), (audit_name(name), ~mine)):
-        kept = np.flatnonzero(rows)
+        decoded.append(_decode(raw, classes, size, config.source.max_pixels))
+    ids = [sample_id for item in decoded for sample_id in item.ids]
+    labels = [label for item in decoded for label in item.labels]
+    rejects = [reject for item in decoded for reject in item.rejects]
+    images = np.concatenate([item.images for item in decoded])
+    drawn = sum(item.drawn for item in decoded)
+    statistics: dict[str, Any] = {"drawn": drawn, "rejects": summarize_rejects(rejects)}
+    if classes.clusters:
+        statistics["unlabelled"] = True
+    of_seed = np.array([in_seed(sample_id) for sample_id in ids], bool)
+    for name, mask in ((shard.name, of_seed), (audit_name(shard.name), ~of_seed)):
+        rows = np.flatnonzero(mask)
         table = shard_table(
-            [ids[row] for row in kept],
-            [labels[row] for row in kept],
-            images[kept],
+            [ids[row] for row in rows],
+            [labels[row] for row in rows],
+            images[rows],
             distinguished_classes(classes),
             size,
-            about | unlabelled,
+            statistics,
         )
-        storage.write_table(run.seed_shard(shard), table)
-    samples = sum(fragment.samples for fragment in group)
-    return DrawnShard(name, samples, len(rejects), about["rejects"], watch.lap(), drawn=drawn)
+        storage.write_table(run.seed_shard(name), table)
+    return DrawnShard(
+        shard.name,
+        shard.samples,
+        len(rejects),
+        statistics["rejects"],
+        watch.lap(),
+        drawn=drawn,
+    )
 
 
-def _check(manifest: SeedManifest, config: Config) -> None:
-    present = sum(count > 0 for count in manifest.per_class)
+def _decode(
+    raw: Sequence[RawSample], classes: ClassMap, size: int, max_pixels: int
+) -> _DecodedFragment:
+    """Decode drawn samples, and separate those that cannot be used."""
+    images, unreadable = decode_batch(raw, size, max_pixels)
+    labelled = [classes.label_of(sample) for sample in raw]
+    labels = [label for label, _ in labelled]
+    reasons = [
+        reason or bad_label for reason, (_, bad_label) in zip(unreadable, labelled, strict=True)
+    ]
+    good = [
+        row
+        for row, reason in enumerate(reasons)
+        if not reason and (labels[row] >= 0 or classes.clusters)
+    ]
+    return _DecodedFragment(
+        len(raw),
+        [raw[row].sample_id for row in good],
+        [labels[row] for row in good],
+        images[good],
+        [(sample.sample_id, reason) for sample, reason in zip(raw, reasons, strict=True) if reason],
+    )
+
+
+def _check_size(manifest: SeedManifest, config: Config) -> None:
+    """Raise StageError when the seed set is too small to train on."""
+    fraction = config.seed.fraction
     if config.unsupervised and manifest.samples < MIN_SEED_SAMPLES:
         raise StageError(
-            f"the seed set has {manifest.samples} readable samples; at least {MIN_SEED_SAMPLES} are needed. Raise seed.fraction (now {config.seed.fraction:g})"
+            f"the seed set has {manifest.samples} readable samples; at least {MIN_SEED_SAMPLES} "
+            f"are needed. Raise seed.fraction (now {fraction:g})"
         )
-    if not config.unsupervised and (manifest.samples < MIN_SEED_SAMPLES or present < 2):
+    classes_present = sum(count > 0 for count in manifest.per_class)
+    too_small = manifest.samples < MIN_SEED_SAMPLES or classes_present < 2
+    if not config.unsupervised and too_small:
         raise StageError(
-            f"the seed set has {manifest.samples} labelled, readable samples of {present} classes; "
-            f"at least {MIN_SEED_SAMPLES} samples of 2 classes are needed. Raise seed.fraction (now {config.seed.fraction:g}), or check the labels "
-            "with `raypipe inspect`"
+            f"the seed set has {manifest.samples} labelled, readable samples of {classes_present} "
+            f"classes; at least {MIN_SEED_SAMPLES} samples of 2 classes are needed. Raise "
+            f"seed.fraction (now {fraction:g}), or check the labels with `raypipe inspect`"
         )

@@ -21,6 +21,7 @@ file is not computed again.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,10 @@ from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows
 from raypipe.stages.base import Stage
-from raypipe.stages.extrapolate.assess import is_assessed, load_extrapolator, load_intervals
+from raypipe.stages.extrapolate.assess import is_assessed
+from raypipe.stages.extrapolate.fidelity_file import FidelityFile, search_notes
 from raypipe.stages.extrapolate.fit import fit_extrapolator
-from raypipe.stages.extrapolate.stage import search_notes
+from raypipe.stages.extrapolate.model import load_extrapolator, load_intervals
 from raypipe.tables.reader import (
     ID,
     LABEL,
@@ -172,8 +174,7 @@ class TableStage(Stage):
             progress.say(f"problem     {line}")
         if not self._is_fitted(context):
             record.cpu_seconds += fit_extrapolator(context, [], self._rows)
-        search = storage.read_json(run.fidelity_file)["search"]
-        for note in search_notes(search, run.classes().names):
+        for note in search_notes(FidelityFile.read(run).search, run.classes().names):
             progress.say(f"note: {note}")
         self._score(context, record, checked.width)
         self._finish(context, record, checked)
@@ -238,9 +239,9 @@ class TableStage(Stage):
                 f"{self._rows} embeddings, but {samples} scores and {rejects} left out; "
                 "a file changed while it was read. Rerun the command"
             )
-        assessment, classes = storage.read_json(run.fidelity_file), run.classes()
+        assessment, classes = FidelityFile.read(run), run.classes()
         curve = storage.read_json(run.learning_curve_file)
-        fidelity = _in_terms_of_tables(assessment["fidelity"])
+        fidelity = _in_terms_of_tables(assessment.fidelity)
         if not classes.names:
             # without classes, the mean of a class is the same number for all samples
             fidelity["baselines"].pop("class_mean", None)
@@ -267,8 +268,8 @@ class TableStage(Stage):
             },
             "width": checked.width,
             "classes": len(classes.names),
-            "intervals": assessment["intervals"],
-            "neighbour_search": assessment["search"],
+            "intervals": assessment.intervals,
+            "neighbour_search": assessment.search,
             "problems": {**checked.problems, **left_out.as_dict()},
             "settings": _relevant(settings),
             "cpu_seconds": record.cpu_seconds,
@@ -290,7 +291,7 @@ def _relevant(settings: ExtrapolateSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=IRRELEVANT)
 
 
-def _in_terms_of_tables(figures: dict[str, Any]) -> dict[str, Any]:
+def _in_terms_of_tables(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Return figures of a run in the terms of tables.
 
     The held-out samples are not a seed set, and what the notes recommend has other names.

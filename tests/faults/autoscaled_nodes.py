@@ -1,4 +1,4 @@
-"""Nodes of this machine that Ray's own autoscaler brings and takes away, by `ray start`."""
+"""Local nodes that Ray's own autoscaler starts and stops, through `ray start`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ HEAD_TYPE = {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_
 
 
 class AutoscaledNodes(LocalNodes):
-    """A running head whose autoscaler brings nodes by what is asked for.
+    """A running head whose autoscaler starts nodes for pending requests.
 
-    types         as `available_node_types` of Ray's configuration, without the head's
-    idle_seconds  after which a node that does nothing is ended
+    Parameters
+    ----------
+    folder : Path
+        Where the nodes keep their files.
+    types : dict
+        `available_node_types` of Ray's configuration, without the head's.
+    idle_seconds : float
+        Time after which an idle node is stopped.
     """
 
     def __init__(self, folder: Path, types: dict[str, Any], idle_seconds: float) -> None:
@@ -36,7 +42,7 @@ class AutoscaledNodes(LocalNodes):
         super().__init__(folder)
 
     def events(self, what: str) -> dict[int, str]:
-        """Number and type of every node that was brought `up` or taken `down`."""
+        """Number and type of every node that was started ("up") or stopped ("down")."""
         file = self.folder / EVENTS
         lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
         return {int(number): kind for which, number, kind in lines if which == what}
@@ -85,7 +91,7 @@ class AutoscaledNodes(LocalNodes):
 
 
 class Provider(NodeProvider):
-    """What Ray's autoscaler starts and ends nodes by. It works in the head's monitor process."""
+    """Node provider of Ray's autoscaler. It runs in the monitor process of the head."""
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)

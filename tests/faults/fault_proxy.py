@@ -1,4 +1,4 @@
-"""An HTTP proxy that stands before a server on this machine and disturbs a seeded share of the requests."""
+"""An HTTP proxy in front of a local server that disturbs a seeded share of the requests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KINDS = ("slow-down", "reset", "lost", "stall", "truncate")
-"""503 SlowDown; the connection reset before the request is passed on; after it, so that its answer is lost; no answer for `stall`
-seconds; an answer whose second half is missing."""
+"""503 SlowDown; connection reset before the request is passed on; connection reset afterwards, so
+that the answer is lost; no answer for `stall` seconds; an answer without its second half."""
 ERRORS = {
     "slow-down": (503, "SlowDown", "Please reduce your request rate."),
     "expired": (403, "ExpiredToken", "The provided token has expired."),
@@ -26,11 +26,20 @@ ERRORS = {
 class FaultProxy(ThreadingHTTPServer):
     """Passes requests on to `target` (http://host:port).
 
-    rate    share of the requests that are disturbed, each by one of `kinds`, drawn from `seed`
-    every   name in ERRORS with which every request is answered instead; "" for none
-    next    faults for the next requests, before any is drawn
-    found   how often each kind was done; asked: how many requests there were
-    times   of each request that was disturbed, and of those like it that followed: method and path -> seconds
+    Attributes
+    ----------
+    rate : float
+        Share of the requests that are disturbed, each by one of `kinds`, drawn from `seed`.
+    every : str
+        Name in ERRORS with which every request is answered instead; "" for none.
+    next : list of str
+        Faults of the next requests, before any is drawn.
+    found : Counter
+        Number of faults of each kind.
+    asked : int
+        Number of requests.
+    times : dict
+        Times of each disturbed request and of its retries, in seconds, by method and path.
     """
 
     daemon_threads = True
@@ -61,7 +70,7 @@ class FaultProxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def fault(self, request: str, readable: bool) -> str:
-        """What becomes of a request. Only one whose answer has content can be cut short."""
+        """Choose the fault of a request. Only an answer with content can be truncated."""
         with self._lock:
             self.asked += 1
             draw, kind = self._random.random(), self._random.choice(self.kinds)
@@ -80,7 +89,7 @@ class FaultProxy(ThreadingHTTPServer):
             return kind
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that time out close their connection: nothing to tell."""
+        """Ignore errors of clients that time out and close their connection."""
 
 
 class _Relay(BaseHTTPRequestHandler):
@@ -92,7 +101,8 @@ class _Relay(BaseHTTPRequestHandler):
         kind = self.server.fault(f"{self.command} {self.path}", self.command == "GET")
         if kind in ERRORS:
             status, code, message = ERRORS[kind]
-            text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+            error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+            text = f'<?xml version="1.0"?>{error}'.encode()
             self._answer(
                 status,
                 [("Content-Type", "application/xml")],
@@ -155,7 +165,7 @@ class _Relay(BaseHTTPRequestHandler):
 def standing_before(
     target: str, rate: float = 0.0, seed: int = 0, kinds: tuple[str, ...] = KINDS
 ) -> Iterator[FaultProxy]:
-    """A proxy that runs as long as the `with` block."""
+    """Run a proxy during the `with` block."""
     proxy = FaultProxy(target, rate, seed, kinds)
     thread = threading.Thread(
         target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True

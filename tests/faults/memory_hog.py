@@ -1,4 +1,4 @@
-"""A driver one of whose units needs more memory than its node gives, however often it is tried.
+"""A driver with a unit that needs more memory than its node has, at every attempt.
 
     python memory_hog.py
 
@@ -20,7 +20,7 @@ from raypipe.runs.run import Run
 from raypipe.runs.unit_result import UnitResult
 
 STEP, STEPS = 1 << 24, 60
-"""Numbers that are added at a time, 128 MB, and how often: 8 GB."""
+"""Numbers per step, 128 MB, and number of steps: 8 GB in total."""
 
 
 def read(unit: int) -> Batch:

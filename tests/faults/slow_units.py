@@ -1,9 +1,10 @@
-"""A driver whose actors wait in every unit, which costs no processor; a test sees in their files which node did which unit, and when.
+"""A driver whose actors sleep in every unit. Their files show which node did which unit, and when.
 
     python slow_units.py FOLDER UNITS NODES [gpu]
 
-Writes FOLDER/<unit>-<node> for every unit, with the process in it; with `gpu`, three processes share one. Once so many nodes have worked,
-units are quick. At the end it prints what was given back.
+Writes FOLDER/<unit>-<node> for every unit, with the process id as content; with `gpu`, three
+processes share a GPU. Units are quick once NODES nodes have worked. At the end it prints the
+resources still in use.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def read(unit: int) -> Batch:
 
 
 class Slow:
-    """Waits a second in a unit until `nodes` nodes have done some."""
+    """Sleeps for a second per unit until `nodes` nodes have finished a unit."""
 
     def __init__(self, folder: str, nodes: int) -> None:
         self._folder, self._nodes = folder, nodes
@@ -74,7 +75,7 @@ def main(folder: str, units: int, nodes: int, gpu: bool) -> None:
 
 
 def _busy() -> list[str]:
-    """What of the cluster is in use: actors of pools that live, and CPUs that are taken."""
+    """Resources of the cluster in use: living actors of pools, and CPUs."""
     import ray
     from ray._private.state import actors
 

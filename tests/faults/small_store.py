@@ -1,11 +1,12 @@
-"""What a Ray cluster of its own, whose object store holds a few units of work, has in that store at most; prints it as JSON.
+"""Measure the peak use of a small object store, in a Ray cluster of its own; print it as JSON.
 
     python small_store.py
 
-Run by `test_back_pressure.py` in a process of its own, since one process has one cluster. Megabytes in all:
+The object store holds only a few units of work. `test_back_pressure.py` runs this in a process of
+its own, because a process has one cluster. Two workloads, sizes in megabytes:
 
-stream  UNITS units of UNIT are read, and an actor that is slower takes them
-sums    gradients of UNITS groups of seed shards, MODEL each at every one of two checkpoints, are added up
+stream  UNITS units of size UNIT are read and passed to a slower actor
+sums    gradients of UNITS groups of seed shards, MODEL each at two checkpoints, are added
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from raypipe.distributed import tree_sum
 from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.cluster import ActorPool
-from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
-from raypipe.runs.run import Run
 from raypipe.runs.unit_result import UnitResult
-from raypipe.stages.measure import gradients
+from raypipe.stages.measure import mean_gradient
+from raypipe.stages.measure.gradient_job import GradientFolders, GradientJob
 
 STORE, UNIT, MODEL, UNITS = 80, 12, 4, 40
 ROW = 3 * 64 * 64
 APART = ActorPool(
     min_actors=1, max_actors=1, num_cpus=0.5, num_gpus=0, threads=1, read_cpus=0.25, room=1
 )
-"""Reading and computing ask for different shares, as they do with a GPU, so that what is read lies in the object store."""
+"""Reading and computing request different shares, as with a GPU, so that Ray Data does not fuse
+them and units pass through the object store."""
 
 
 def read(unit: int) -> Batch:
@@ -53,34 +54,29 @@ class Slow:
 
 
 def streamed() -> list[int]:
-    """The units that came through."""
+    """Stream all units; return those that arrived."""
     seen: list[int] = []
     stream(range(UNITS), read, Slow, APART, 60, lambda result: seen.append(int(result.unit)))
     return sorted(seen)
 
 
 def summed() -> list[float]:
-    """The sum at each checkpoint, and how many groups were reported."""
+    """Return the sum at each checkpoint, and the number of reported groups."""
     reported: list[int] = []
     with (
-        mock.patch.object(gradients, "_gradient_sums", _sums),
-        mock.patch.object(gradients, "_store_gradient", _last),
+        mock.patch.object(mean_gradient, "_sum_gradients", _sums),
+        mock.patch.object(mean_gradient, "_store_mean", _last),
         mock.patch.object(tree_sum.ray, "get", side_effect=_keeping(kept := [])),
     ):
-        arguments: Any = (
-            None,
-            Run("unused"),
-            SeedManifest(shards=tuple(str(unit) for unit in range(UNITS))),
-        )
-        folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, ())
-        gradients._mean_gradients(
-            *arguments, folders, part, ["first", "second"], APART, reported.append
-        )
+        worker: Any = None
+        job = GradientJob(worker, GradientFolders("", "", ""), SeedPart(0, 1, 0, UNITS, ()), False)
+        shards = [str(unit) for unit in range(UNITS)]
+        mean_gradient.write_mean_gradients(job, ["first", "second"], shards, APART, reported.append)
     return [*kept[-1], sum(reported)]
 
 
 def _keeping(kept: list[Any]) -> Callable[..., Any]:
-    """`ray.get`, whose answers are kept."""
+    """`ray.get`, recording its results."""
     get = ray.get
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -90,33 +86,22 @@ def _keeping(kept: list[Any]) -> Callable[..., Any]:
     return call
 
 
-def _sums(
-    config: Any,
-    run_uri: str,
-    folders: Any,
-    part: Any,
-    files: list[str],
-    threads: int,
-    gpu: bool,
-    shards: list[str],
-) -> list[Any]:
+def _sums(job: GradientJob, files: list[str], shards: list[str]) -> list[Any]:
     time.sleep(0.1)
     sums = [
         {"weight": np.full(MODEL << 18, int(shard) * (number + 1), np.float32)}
         for shard in shards
         for number in range(len(files))
     ]
-    return [*sums, {"samples": 1, "cpu_seconds": 0.0}]
+    return [*sums, UnitResult(samples=1)]
 
 
-def _last(
-    run_uri: str, folder: str, samples: int, file: str, total: dict[str, np.ndarray]
-) -> float:
+def _last(job: GradientJob, file: str, total: dict[str, np.ndarray]) -> float:
     return float(total["weight"][-1])
 
 
 class Watch(threading.Thread):
-    """Looks at the object store; `most` has the largest numbers seen since it was emptied, in megabytes."""
+    """Watches the object store; `most` has the peaks since it was last cleared, in megabytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

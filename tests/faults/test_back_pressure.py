@@ -1,4 +1,4 @@
-"""Units that are many times the object store are read as they fit, and not spilled to disk; sums that do not fit are right all the same."""
+"""Units much larger in total than the object store are read as they fit, without spilling."""
 
 from __future__ import annotations
 

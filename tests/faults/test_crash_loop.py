@@ -1,4 +1,4 @@
-"""A unit whose worker dies whenever it comes to it: the stage ends with an error instead of trying for ever."""
+"""A unit whose worker always dies: the stage ends with an error instead of retrying forever."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_is_given_up_after_a_while(cluster: str, tasks: bool) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     seen: list[int] = []
     started = time.monotonic()
-    with pytest.raises(StageError, match=r"nothing was finished .* die again and again"):
+    with pytest.raises(StageError, match=r"no unit of work was finished .* keep dying"):
         stream(
             range(4),
             read,

@@ -1,4 +1,4 @@
-"""A driver that was suspended, and whose run another took over meanwhile, changes no byte when it wakes up."""
+"""A suspended driver whose run was taken over changes nothing when it resumes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Endless(Stage):
     def complete(self, context, record): return False
     def execute(self, context, record):
         for number in itertools.count():
-            storage.write_bytes(context.run.path("index", f"{number % 5}.parquet"), b"first %d" % number)
+            uri = context.run.path("index", f"{number % 5}.parquet")
+            storage.write_bytes(uri, b"first %d" % number)
             context.run.write_ledger({"index": record})
             context.progress.say(f"written {number}")
 
@@ -52,7 +53,7 @@ cli.main(["run", sys.argv[1], "--until", "index"])
 
 
 def content(run: Run) -> dict[str, tuple[str, bytes]]:
-    """Stamp and content of every file of a run. What was being written and never appeared is hidden, and may go."""
+    """Stamp and content of every file of a run. Unfinished files are hidden, and can disappear."""
     return {
         file.path: (file.stamp, storage.read_bytes(run.path(file.path)))
         for file in storage.walk(run.uri)
@@ -60,7 +61,7 @@ def content(run: Run) -> dict[str, tuple[str, bytes]]:
 
 
 def silent_for_long(run: Run) -> None:
-    """Let the lease look as it does when it has not been renewed for more than a minute."""
+    """Make the lease look as if it had not been renewed for more than a minute."""
     lease = json.loads(storage.read_bytes(run.path("driver.json")))
     storage.write_bytes(
         run.path("driver.json"), json.dumps({**lease, "time": lease["time"] - 1000}).encode()
@@ -68,7 +69,7 @@ def silent_for_long(run: Run) -> None:
 
 
 def suspend(process: int, folder: str) -> None:
-    """Stop a process at a moment at which it has no lock of a local folder: whoever stops it then has to end it."""
+    """Suspend a process while it holds no lock of a folder, which would block the next driver."""
     os.kill(process, signal.SIGSTOP)
     while "://" not in folder:
         file = os.open(folder, os.O_RDONLY)
@@ -139,7 +140,7 @@ def _woken(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 
 @pytest.fixture
 def unrenewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases are not renewed during the test: the thread that does it would notice the loss, too, and interrupt."""
+    """Disable renewals during the test: the renewing thread would notice the loss and interrupt."""
     monkeypatch.setattr(lease, "LEASE_SECONDS", 1e6)
 
 
@@ -183,7 +184,7 @@ def _write_past_the_fence(run: Run, lease: bytes) -> None:
 def test_a_ledger_on_its_way_to_an_object_store_is_refused_there(
     s3: str, unrenewed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other driver comes between the last look at the lease and the request: only the store itself can tell."""
+    """Another driver takes over between the check and the request: only the store can notice."""
     run = Run(f"{s3}/on-its-way/run")
     with Lease(run):
         run.write_ledger({"index": StageRecord(fingerprint="first")})
@@ -206,7 +207,7 @@ def test_a_ledger_on_its_way_to_an_object_store_is_refused_there(
 def test_a_run_cannot_be_taken_over_in_the_middle_of_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a local disk: who was suspended between the look at the lease and the change still has the lock."""
+    """On a local disk, a driver suspended between the check and the change still holds the lock."""
     monkeypatch.setattr(fences, "LOCK_SECONDS", 0.2)
     run = Run(str(tmp_path / "run"))
     with Lease(run):

@@ -1,4 +1,4 @@
-"""A driver killed with SIGKILL in every stage leaves a run that ends, when started again, as if nothing had happened."""
+"""A run whose driver is killed in every stage ends, when resumed, as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOMENTS = {
     "embed": lambda run: len(run.done("embeddings")) >= 2,
     "extrapolate": lambda run: len(run.done("scores")) >= 1,
 }
-"""By stage: something that is there when the stage is on its way and not finished."""
+"""By stage: a condition that holds once the stage has started and before it is finished."""
 
 
 def _driver(address: str, config: Path) -> subprocess.Popen[bytes]:
@@ -46,7 +46,10 @@ def _driver(address: str, config: Path) -> subprocess.Popen[bytes]:
 
 
 def _kill_training_worker(run: Run, going_on: Callable[[], bool], name: str) -> bool:
-    """Kill a training worker in the middle of an epoch after the first. The cluster is a child of this process, so no other's is met."""
+    """Kill a training worker during an epoch after the first.
+
+    Only workers of this test's cluster, which are children of this process, are killed.
+    """
     while going_on():
         if storage.names(run.path("proxy", "epochs")):
             for process in psutil.Process().children(recursive=True):
@@ -74,10 +77,10 @@ def test_killed_in_every_stage(
         _, errors = driver.communicate()
         assert driver.returncode in (0, -signal.SIGKILL), errors.decode()
         if stage == "seed":
-            # the next driver loses a training worker instead, and goes on by itself until it is killed as well
+            # the next driver loses a training worker instead, and continues until it is killed
             driver = _driver(cluster, config)
             assert _kill_training_worker(
-                run, lambda driver=driver: driver.poll() is None, "_train_alone"
+                run, lambda driver=driver: driver.poll() is None, "_train_locally"
             )
             while driver.poll() is None and len(storage.names(run.path("proxy", "epochs"))) < 3:
                 time.sleep(0.005)

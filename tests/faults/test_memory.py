@@ -1,4 +1,4 @@
-"""Workers that ran out of memory are reported as that, with the stage and what to lower."""
+"""Memory shortages of workers are reported as such, with the stage and the setting to lower."""
 
 from __future__ import annotations
 
@@ -20,24 +20,33 @@ from raypipe.errors import MemoryShortageError, StageError, StorageError, TakenO
 from raypipe.runs.ledger import StageRecord
 from raypipe.stages.base import Stage
 
-LOW = "Task was killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1) was 15.3GB / 16.0GB (0.956)"
+LOW = (
+    "Task was killed due to the node running low on memory. "
+    "Memory on the node (IP: 10.0.0.1) was 15.3GB / 16.0GB (0.956)"
+)
 POSSIBLY = (
-    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits "
-    "with a connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer due to high "
-    "memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly due to SIGSEGV or another unexpected error."
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
+    "Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file. "
+    "Some common causes include: (1) the process was killed by the OOM killer due to high memory "
+    "usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly due to SIGSEGV "
+    "or another unexpected error."
 )
 
 
 def task_error(cause: Exception) -> Exception:
-    """As it comes out of `ray.get`."""
+    """The error that `ray.get` raises."""
     return ray.exceptions.RayTaskError(
         "embed", f"Traceback\n{type(cause).__name__}: {cause}", cause
     ).as_instanceof_cause()
 
 
 def actor_error(line: str) -> Exception:
-    """The same of an actor of Ray Data, of whose error the text alone is left."""
-    text = f"Traceback\n{line}\n\nThe above exception was the direct cause of the following exception:\n\nray.exceptions.UserCodeException: "
+    """The same for an actor of Ray Data, which keeps only the text of the error."""
+    text = (
+        f"Traceback\n{line}\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "ray.exceptions.UserCodeException: "
+    )
     made = ray.exceptions.UserCodeException("UDF failed to process a data block.")
     return ray.exceptions.RayTaskError("map", text + str(made), made).as_instanceof_cause()
 

@@ -1,4 +1,4 @@
-"""Several nodes, each with a raylet of its own on this machine: one that goes takes nothing with it, one that comes is used and given back."""
+"""Several nodes, each with a raylet on this machine: nodes can be lost, join, and be released."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cluster_of(kind: type[Nodes] = LocalNodes, **options: Any) -> Iterator[Nodes
 
 
 def start(nodes: LocalNodes, *command: str) -> subprocess.Popen[str]:
-    """A process that joins the cluster."""
+    """Start a process that joins the cluster."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
         [sys.executable, *command], env=nodes.driver(), cwd=nodes.folder, **pipes
@@ -50,7 +50,7 @@ def start(nodes: LocalNodes, *command: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str], seconds: float = 300) -> str:
-    """What a process that ended well printed."""
+    """Return the output of a process that succeeded."""
     try:
         output, errors = process.communicate(timeout=seconds)
     finally:
@@ -60,14 +60,14 @@ def end(process: subprocess.Popen[str], seconds: float = 300) -> str:
 
 
 def told_by(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a driver of slow units says at its end; before it, Ray may have said that a node died."""
+    """Return the last line of a driver of slow units; before it, Ray can report a dead node."""
     return json.loads(end(process).splitlines()[-1])
 
 
 def wait_until(
     true: Callable[[], Any], process: subprocess.Popen[str] | None, what: str, seconds: float = 120
 ) -> Any:
-    """The first value of `true` that is one."""
+    """Return the first truthy value of `true`."""
     deadline = time.monotonic() + seconds
     while not (value := true()):
         if process is not None and process.poll() is not None:
@@ -80,7 +80,7 @@ def wait_until(
 def lose_in(
     nodes: LocalNodes, number: int, driver: subprocess.Popen[str], run: Run, stage: str, name: str
 ) -> None:
-    """Lose a node at a moment when a worker of that name has work of a stage: it is stopped, so that it cannot finish it."""
+    """Lose a node while a worker of that name works for a stage; the worker is suspended first."""
 
     def working() -> list[psutil.Process]:
         record = run.ledger().get(stage) if run.exists() else None
@@ -95,7 +95,7 @@ def lose_in(
 
 
 def check(run: Run, scores: dict[str, bytes], samples: int) -> None:
-    """The run is whole, and its scores are those of another."""
+    """Check that the run is complete and that its scores are as expected."""
     assert score_files(run.uri) == scores
     assert len(by_id(run.uri)) == samples
     assert all(record.state == "done" for record in run.ledger().values())
@@ -155,7 +155,7 @@ def test_a_node_is_lost_in_every_stage(
         driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
         wait_until(lambda: _epochs(run), driver, "epoch")
         for stage, name in (
-            ("proxy", "_train_alone"),
+            ("proxy", "_train_locally"),
             ("measure", ".submit"),
             ("embed", ".submit"),
             ("extrapolate", "_in_task"),
@@ -204,7 +204,7 @@ def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
 
 
 def drain(nodes: LocalNodes, number: int) -> None:
-    """Tell Ray that a node will be taken away, as a provider of spot machines does."""
+    """Announce the preemption of a node to Ray, as a provider of spot machines does."""
     command = ray_command(
         "drain-node", f"--address={nodes.address}", f"--node-id={node_id(number)}"
     )
@@ -242,7 +242,7 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
         )
         wait_until(lambda: _epochs(run), driver, "epoch", 200)
         drained = next(
-            number for number in nodes.events("up") if nodes.workers(number, "_train_alone")
+            number for number in nodes.events("up") if nodes.workers(number, "_train_locally")
         )
         drain(nodes, drained)
         time.sleep(5)
@@ -270,7 +270,7 @@ def test_gpu_nodes_come_for_a_pool_that_asks_for_gpus_and_go(tmp_path: Path) -> 
     }
     with cluster_of(
         AutoscaledNodes, types=types, idle_seconds=10
-    ) as nodes:  # GPUs in Ray's books; the units need none
+    ) as nodes:  # GPUs that Ray only counts; the units need none
         told = told_by(start(nodes, SLOW, str(tmp_path), "150", "2", "gpu"))
         assert told["can_grow"] and told["busy"] == [] and sorted(told["units"]) == list(range(150))
         kinds = nodes.events("up")

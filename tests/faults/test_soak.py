@@ -1,4 +1,4 @@
-"""What `benchmarks/soak.py` compares runs by. The kills themselves are the benchmark."""
+"""How `benchmarks/soak.py` compares runs. The kills themselves are in the benchmark."""
 
 from __future__ import annotations
 

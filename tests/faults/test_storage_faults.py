@@ -1,4 +1,4 @@
-"""Storage that fails for a while, loses answers, cuts them short, goes away, fills up, or lets credentials expire."""
+"""Storage that fails for a while, loses or truncates answers, disappears, fills up, or expires."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from raypipe.storage import s3 as s3_files
 
 @pytest.fixture
 def proxy(s3_server: str, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A proxy that does nothing yet and that this process takes for the server; it waits little between attempts."""
+    """A proxy without faults, which this process uses as the server, with short retry delays."""
     with standing_before(s3_server) as found:
         monkeypatch.setenv("AWS_ENDPOINT_URL", found.endpoint)
         monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
@@ -76,7 +76,7 @@ def test_every_fault_is_overcome_and_asked_for_once_more(
 
 
 def test_an_upload_whose_every_request_fails_once(proxy: FaultProxy, s3: str) -> None:
-    """Also the completion whose answer is lost: the upload is gone then, and the object is there."""
+    """Includes a lost answer to the completion: the upload is gone, but the object exists."""
     uri, content = f"{s3}/parts", os.urandom(1 << 20) * 6
     proxy.next = ["slow-down", "", "reset", "", "lost"]
     with storage.Upload(uri) as file:
@@ -115,7 +115,7 @@ def test_a_source_is_read_as_if_nothing_had_happened(proxy: FaultProxy, s3: str)
 def test_clients_that_failed_together_do_not_come_back_together(
     proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the server sees it: after a moment in which everything fails, the next attempts lie all over the time they may take."""
+    """From the server's view: after all requests failed at once, retries are spread over time."""
     monkeypatch.setattr(faults, "FIRST_DELAY", 1.0)
     monkeypatch.setattr(faults, "LONGEST_DELAY", 1.0)
     uris = [f"{s3}/herd/{number}" for number in range(16)]
@@ -133,7 +133,7 @@ def test_clients_that_failed_together_do_not_come_back_together(
 
 
 class Writing(Stage):
-    """A stage that writes a file for each of its units, and so can be run where Ray is not."""
+    """A stage that writes a file per unit, without Ray."""
 
     name = "index"
 
@@ -157,7 +157,7 @@ class Writing(Stage):
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Any:
-    """`raypipe run` of a run whose only stage is `Writing`: exit code and what stands on stderr."""
+    """`raypipe run` of a run whose only stage is `Writing`: exit code and stderr."""
 
     def run(uri: str, stage: Stage) -> tuple[int, str]:
         monkeypatch.setattr(pipeline, "make_stage", lambda name: stage)
@@ -282,7 +282,7 @@ def test_a_folder_whose_owner_is_another(tmp_path: Path) -> None:
 
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
-    """A full disk as a process without a mount of its own can have it: the write itself fails, in a Parquet writer here."""
+    """Simulate a full disk by a limit on file sizes: the write fails, here in a Parquet writer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # Python ignores SIGXFSZ
     try:

@@ -1,4 +1,4 @@
-"""A worker that dies while those of a training start costs a start, and no more."""
+"""A worker that dies while the workers of a training start costs only a restart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(
     from raypipe.errors import StageError
 
     class Dies(_TorchBackend):
-        """As torch's, but at first one of the workers dies where they are to find each other."""
+        """Like torch's, but at first one of the workers dies while they connect."""
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             died = len(list(tmp_path.glob("died-*")))
@@ -58,7 +58,7 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(
         with pytest.raises(TrainingFailedError) as caught:
             trainer.fit()
         assert str(as_raypipe_error(caught.value)).startswith(
-            "workers of the training die while they start"
+            "workers of the training keep dying while they start"
         )
         assert type(as_raypipe_error(caught.value)) is StageError
     else:

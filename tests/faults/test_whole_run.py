@@ -1,4 +1,4 @@
-"""A whole run on an object store that fails in five of a hundred requests, and whose credentials expire in its middle."""
+"""A whole run on an object store that fails 5 % of the requests and lets credentials expire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""jobs/nightly.py: exit codes and the last line; a night through Ray, killed on its way; fresh measurements against the run's own."""
+"""jobs/nightly.py: exit codes, the last line, a killed night on Ray, and fresh measurements."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_failures_and_bad_usage(
 
 @pytest.mark.ray
 def test_more_samples_are_measured_as_those_of_the_run_were(finished: str) -> None:
-    """MoSo, EL2N, GraNd and loss of the run's own audit set, measured once more as a fresh audit is."""
+    """Measure the run's own audit set again, as a fresh audit does: MoSo, EL2N, GraNd and loss."""
     from raypipe.distributed.context import Context
     from raypipe.runs.manifests import SeedManifest
     from raypipe.stages.measure.stage import measure_extra_shard
@@ -124,7 +124,7 @@ def test_more_samples_are_measured_as_those_of_the_run_were(finished: str) -> No
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """A finished run before a night with a new file, a changed one and one that is gone."""
+    """A finished run before a night with a new file, a changed file and a removed file."""
     with pytest.MonkeyPatch.context() as patch:
         in_process(patch)
         place = finished_place(tmp_path / "place")

@@ -13,7 +13,7 @@ from nights import Place, finished_place, in_process
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A run that is finished, before its first night. Not to be changed."""
+    """A finished run before its first night. Tests must not change it."""
     with pytest.MonkeyPatch.context() as patch:
         in_process(patch)
         return finished_place(tmp_path_factory.mktemp("nights") / "place")
@@ -21,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def growing(made: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """The same, to be changed: the source is put back as it was afterwards."""
+    """The same, for changes: source and run are restored afterwards."""
     in_process(monkeypatch)
     aside = Path(f"{made.folder}-aside")
     shutil.rmtree(aside, ignore_errors=True)

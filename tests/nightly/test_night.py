@@ -41,7 +41,7 @@ def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(
     assert manifest["samples"] == {"new": 0, "changed": 0, "removed": 0, "total": 600}
     assert {entry["file"] for entry in manifest["scores"]} == set(score_files(growing.run.uri))
     assert [entry["file"] for entry in manifest["keep"]] == ["keep-0.50.parquet"]
-    # a file that a snapshot names takes no space of its own on a local disk
+    # on a local disk, a file that a snapshot names takes no extra space
     stored, original = (
         manifest["scores"][0],
         growing.run.path("scores", manifest["scores"][0]["file"]),
@@ -84,7 +84,7 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
     assert rows["part-00.parquet#7"]["score"] == kept["part-00.parquet#7"]["score"]
     keep = raypipe.KeepList(growing.run.uri)
     assert len(keep) == 275 and set(keep) <= rows.keys()
-    # the fidelity is that of measured beside predicted scores of samples that were not there before
+    # fidelity compares measured with predicted scores of new samples
     fidelity = night.manifest["fidelity"]
     assert fidelity["n"] == 40 and fidelity["spearman"] > 0.5 and fidelity["first"] is not None
     pairs = storage.read_table(_state(growing, night.snapshot, "audit"))
@@ -172,11 +172,11 @@ def test_drift_is_told_of_all_nights_together_as_well(growing: Place) -> None:
         night = growing.night(number, "nightly.drift_samples=120")
     found = night.manifest["drift"]
     assert found["tonight"]["n_new"] < 120 and found["since"]["n_new"] == 120
-    sketch = storage.read_table(_state(growing, night.snapshot, "arrivals"))
-    assert {fragment[:2] for fragment in sketch["sample_id"].to_pylist()} == {"pa"} and len(
-        sketch
+    sample = storage.read_table(_state(growing, night.snapshot, "arrivals"))
+    assert {fragment[:2] for fragment in sample["sample_id"].to_pylist()} == {"pa"} and len(
+        sample
     ) == 120
-    assert {row["sample_id"][:7] for row in sketch.to_pylist()} == {"part-04", "part-05"}
+    assert {row["sample_id"][:7] for row in sample.to_pylist()} == {"part-04", "part-05"}
     growing.remove(4)
     night = growing.night(6, "nightly.drift_samples=120")
     left = storage.read_table(_state(growing, night.snapshot, "arrivals"))
@@ -245,7 +245,7 @@ def test_settings_that_would_train_or_rescore_are_refused(growing: Place) -> Non
         ):
             growing.night(1, change)
     assert score_files(growing.run.uri) == before
-    # keep-lists are cut as the settings say
+    # keep-lists follow the settings
     assert growing.night(1, "select.keep=[0.25]").wrote_snapshot
     assert len(raypipe.KeepList(growing.run.uri, keep=0.25)) == 150
 
@@ -284,27 +284,25 @@ def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(
     with pytest.raises(RunError, match="the classes of the source differ"):
         growing.night(2)
     storage.write_json(about, noted)
-    night = growing.night(3, "nightly.max_new_share=1")  # every file has another time of change
+    night = growing.night(3, "nightly.max_new_share=1")  # every file has a new time of change
     assert night.exit_code == 0 and night.manifest["samples"]["changed"] == 600
-    assert night.manifest["drift"]["tonight"]["n_new"] < 200, (
-        "of what is on both sides nothing can be told"
-    )
+    assert night.manifest["drift"]["tonight"]["n_new"] < 200, "samples on both sides are left out"
 
 
-# -- pinned ---------------------------------------------------------------------------------------------------------
+# -- pinned -----------------------------------------------------------------------------
 
 
 def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_path: Path) -> None:
     growing.night(0)
     pin = snapshot_names(growing.run)[0]
     keep, scores = raypipe.KeepList(growing.run.uri, keep=0.5), raypipe.load_scores(growing.run.uri)
-    about = keep.metadata
+    metadata = keep.metadata
     growing.remove(3)
     growing.add(0, rows=100)
     growing.add(4)
     growing.night(1)
     pinned = raypipe.KeepList(growing.run.uri, keep=0.5, snapshot=pin)
-    assert pinned.ids == keep.ids and pinned.metadata == about
+    assert pinned.ids == keep.ids and pinned.metadata == metadata
     assert raypipe.KeepList(growing.run.uri, snapshot=pin).ids == keep.ids
     assert raypipe.KeepList(growing.run.uri, keep=0.5).ids != keep.ids
     assert raypipe.load_scores(growing.run.uri, snapshot=pin).equals(scores)
@@ -313,11 +311,12 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
         match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; there is keep-0\.50",
     ):
         raypipe.KeepList(growing.run.uri, keep=0.7, snapshot=pin)
-    # what is no longer in the source as it was cannot be exported, and is not taken from what is there now
+    # changed and removed samples cannot be exported, and are not read from the current source
     lost = [name for name in keep.ids if name.startswith(("part-00", "part-03"))]
     with pytest.raises(
         StageError,
-        match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing .*changed or went away",
+        match=f"{len(lost)} of the {len(keep)} samples of the keep-list are missing "
+        ".*changed or went away",
     ):
         raypipe.export(
             growing.run.uri, 0.5, "parquet", str(tmp_path / "out"), snapshot=pin, progress=QUIET
@@ -329,7 +328,7 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
     assert sorted(there["sample_id"].to_pylist()) == sorted(set(keep.ids) - set(lost))
     with pytest.raises(ConfigError, match="not one of"):
         raypipe.export(growing.run.uri, 0.5, "csv", str(tmp_path / "other"), snapshot=pin)
-    # the last snapshot that names it goes
+    # the last snapshot that names these files expires
     files = set(storage.names(growing.run.path("snapshots/files")))
     growing.add(5)
     night = growing.night(2, "nightly.keep_snapshots=2")
@@ -378,15 +377,15 @@ def test_export_of_a_pinned_list_from_a_shell(
     assert kept["sample_ids"] and len(kept["indices"]) == 300 and max(kept["indices"]) < 600
 
 
-# -- killed ---------------------------------------------------------------------------------------------------------
+# -- killed -----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Nothing is written from here on, as after SIGKILL."""
+    """Simulates SIGKILL: nothing is written any more."""
 
 
 def _count_down(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
-    """Let the process be dead from its `moment`-th change of storage on. Returns the number of changes so far, in a list."""
+    """Raise Killed at the `moment`-th change of storage and after. The list counts the changes."""
     count = [0]
 
     def guarded(function: Any, where: int) -> Any:
@@ -416,7 +415,7 @@ def _count_down(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
 
 
 def _outcome(growing: Place) -> dict[str, Any]:
-    """Everything a night leaves, without times and stamps."""
+    """Everything that a night writes, without times and time stamps."""
     run = growing.run
     manifests = [load_snapshot(run, name) for name in snapshot_names(run)]
     for manifest in manifests:

@@ -71,8 +71,17 @@ def advised(manifest: dict[str, Any], trust: float = 0.2, **settings: Any) -> li
 
 
 def drift(low: float) -> dict[str, Any]:
-    return {"tonight": {"n_new": 90, "n_old": 90, "auc": low + 0.1, "auc_interval": [low, low + 0.2], "farther": 0.5,
-                        "farther_interval": [0.4, 0.6], "note": ""}}  # fmt: skip
+    return {
+        "tonight": {
+            "n_new": 90,
+            "n_old": 90,
+            "auc": low + 0.1,
+            "auc_interval": [low, low + 0.2],
+            "farther": 0.5,
+            "farther_interval": [0.4, 0.6],
+            "note": "",
+        }
+    }
 
 
 def test_when_a_refresh_is_advised() -> None:
@@ -96,8 +105,17 @@ def test_when_a_refresh_is_advised() -> None:
     )
 
 
-@pytest.mark.parametrize("change", [{"audit": -1}, {"drift_samples": 99}, {"max_drift": 0.4}, {"max_new_share": 0},
-                                    {"keep_snapshots": 0}, {"keep_days": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"audit": -1},
+        {"drift_samples": 99},
+        {"max_drift": 0.4},
+        {"max_new_share": 0},
+        {"keep_snapshots": 0},
+        {"keep_days": 0},
+    ],
+)
 def test_settings_that_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"nightly.{next(iter(change))}"):
         parse_config({"run": "r", "source": {"uri": "u"}, "nightly": change})

@@ -225,7 +225,7 @@ def test_a_tracker_that_fails_does_not_take_the_run_with_it(
     context, stage, record = Context(config, run, progress), ReportStage(), StageRecord()
     stage.execute(context, record)
     assert said == [
-        "note: the report is written, but mlflow did not take it (OSError: http://host?api_key=… refused); run again to try again"
+        "note: the report is written, but mlflow did not accept it (OSError: http://host?api_key=… refused); run again to retry"
     ]
     assert record.detail["logged"] == ["tensorboard"]
     assert not stage.complete(context, record), "so that the next start tries again"

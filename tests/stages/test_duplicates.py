@@ -1,4 +1,4 @@
-"""Ids that occur twice, in one fragment, in two, in two files, before and after a source grows; without a cluster."""
+"""Ids that occur twice: in a fragment, in two, in two files, in a growing source. Without Ray."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def config(tmp_path: Path, *more: str) -> Config:
 
 
 def read(settings: Config) -> dict[str, tuple[list[str], list[tuple[str, str]]]]:
-    """By file: ids that are kept, and ids with the reason that are not."""
+    """Return by file the ids that are kept, and the others with the reason."""
     run, source = Run(settings.run), open_source(settings.source)
     result: dict[str, tuple[list[str], list[tuple[str, str]]]] = {}
     for fragment in run.fragments():
@@ -122,7 +122,7 @@ def test_what_had_a_score_stays_the_first_when_the_source_grows(tmp_path: Path) 
     for fragment in run.fragments():
         for folder in ("embeddings", "scores"):
             storage.write_bytes(run.path(folder, f"{fragment.fragment_id}.parquet"), b"done")
-    put(tmp_path / "data", "a", ["0", "2"])  # sorts before them, and is younger
+    put(tmp_path / "data", "a", ["0", "2"])  # sorts before them, but is younger
     index(config(tmp_path))
     put(tmp_path / "data", "b", ["0", "3"])
     put(tmp_path / "data", "0", ["3", "0", "4"])
@@ -130,7 +130,7 @@ def test_what_had_a_score_stays_the_first_when_the_source_grows(tmp_path: Path) 
     kept = {file: ids for file, (ids, _) in read(config(tmp_path)).items()}
     assert kept == {"m": ["1", "2", "3"], "z": ["9"], "a": ["0"], "b": [], "0": ["4"]}
     assert len(run.done("scores")) == 2, "nothing finished was removed"
-    # the file with the first occurrence goes away: the next one counts, and is read again
+    # the file with the first occurrence disappears: the next one counts, and is read again
     for fragment in run.fragments():
         storage.write_bytes(run.path("embeddings", f"{fragment.fragment_id}.parquet"), b"done")
     (tmp_path / "data" / "m.parquet").unlink()
@@ -179,7 +179,7 @@ def test_too_many_stop_the_run_and_are_kept_when_more_are_allowed(tmp_path: Path
     index(config(tmp_path, "source.max_reject_fraction=0.1"))
     assert stamps(f"{tmp_path}/run", "duplicates/ids") == hashed
     put(tmp_path / "data", "b", [str(number) for number in range(41, 90)])
-    index(config(tmp_path, "source.max_reject_fraction=0.01"))  # nine never stop a run
+    index(config(tmp_path, "source.max_reject_fraction=0.01"))  # nine rejects never stop a run
 
 
 @settings(
@@ -192,7 +192,7 @@ def test_too_many_stop_the_run_and_are_kept_when_more_are_allowed(tmp_path: Path
 def test_every_id_counts_once(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], parts: int
 ) -> None:
-    """Against a walk through all ids in order, with the hashes cut into ranges and row groups."""
+    """Against a walk through all ids in order, with hashes in several ranges and row groups."""
     if not any(files):
         return
     folder = tmp_path_factory.mktemp("once")
@@ -208,7 +208,7 @@ def test_every_id_counts_once(
 
 
 def test_ranges_of_unsigned_hashes(tmp_path: Path) -> None:
-    """Row groups are chosen by their statistics, which have to be those of unsigned numbers."""
+    """Row groups are chosen by their statistics, which must be those of unsigned numbers."""
     values = np.sort(np.random.default_rng(0).integers(0, 2**64, 1000, np.uint64, endpoint=False))
     table = pa.table([values, values, np.zeros(1000, np.int32)], schema=duplicate_ids.SCHEMA)
     storage.write_table(f"{tmp_path}/a.parquet", table, row_group_size=10)

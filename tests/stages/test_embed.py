@@ -1,4 +1,4 @@
-"""What the embed stage's task and actor do with a fragment, in this process; whole runs are in test_run."""
+"""The task and the actor of the stage `embed`, in this process; whole runs are in test_run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Fragment, dict[str, bytes]]:
-    """A folder of JPEGs and others, indexed, and a proxy that was never trained; the files by sample id."""
+    """An indexed folder of JPEGs and other files, and an untrained proxy; the files by sample id."""
     folder = tmp_path_factory.mktemp("embed")
     pictures = [photograph(0).resize((40 + number, 50)) for number in range(6)]
     files = {
@@ -103,7 +103,7 @@ def embed(
 def test_an_embedding_is_that_of_the_plain_image(
     ready: tuple[Config, Fragment, dict[str, bytes]],
 ) -> None:
-    """Flips and shifts are for the training alone."""
+    """Only the training flips and shifts images."""
     config, _, files = ready
     found, rejects = embed(ready, aside=False)
     assert config.proxy.crop_padding > 0
@@ -142,5 +142,5 @@ def test_a_gpu_is_asked_for_where_there_is_one(
         match=r"embed\.decode is gpu, but embed has no GPU \(1 node, 2 CPUs, 0 GPUs\); set it to auto",
     ):
         stage.execute(context, StageRecord(fingerprint=""))
-    # pixels are others then, and so are the embeddings
+    # the pixels differ then, and so do the embeddings
     assert stage.settings(context.config) == {**stage.settings(config), "decode": "gpu"}

@@ -14,7 +14,8 @@ from raypipe.errors import ResourceError
 from raypipe.extrapolators.base import Extrapolator
 from raypipe.extrapolators.neighbours import NeighbourIndex
 from raypipe.runs.run import Run
-from raypipe.stages.extrapolate.stage import ScoreActor, _pool, _read, search_notes
+from raypipe.stages.extrapolate.fidelity_file import search_notes
+from raypipe.stages.extrapolate.stage import ScoreActor, _pool, _read
 
 
 def test_what_is_said_of_the_neighbour_search() -> None:

@@ -1,4 +1,4 @@
-"""The whole job on files: Parquet and run both on an S3 server, and a folder with images nobody can read."""
+"""The whole job on files: Parquet and the run on S3, and a folder with unreadable images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raypipe.runs.manifests import EpochRecord
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.runs.status import describe_run
-from raypipe.stages.extrapolate.assess import load_extrapolator
+from raypipe.stages.extrapolate.model import load_extrapolator
 
 pytestmark = pytest.mark.ray
 
@@ -49,7 +49,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str, rehearsal: bool) -> None:
         storage.write_bytes(f"{s3}/data/train-{part}.parquet", content)
     storage.write_bytes(
         f"{s3}/data/train-2.parquet", content[:5000]
-    )  # half a file does not stop the run
+    )  # half a file must not stop the run
     odd = [
         *bad_images(),
         BadSample("no-label", images[0], None),
@@ -71,7 +71,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str, rehearsal: bool) -> None:
     run = f"{s3}/runs/first-{rehearsal}"
     config = small_config(
         run,
-        f"source.uri={s3}/data/train-{{0..4}}.parquet",  # the last one is not there
+        f"source.uri={s3}/data/train-{{0..4}}.parquet",  # the last one does not exist
         "source.format=auto",
         "source.limit=null",
         "source.fragment_samples=100",
@@ -109,13 +109,13 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str, rehearsal: bool) -> None:
     )
     assert len(storage.read_table(f"{run}/keep/keep-0.50.parquet")) == 205
     assert b"<html" in storage.read_bytes(f"{run}/report/index.html")
-    # a score that only training on the sample gives is rehearsed on half of the seed set
+    # a score that needs training on the sample is rehearsed on half of the seed set
     about = storage.read_json(f"{run}/extrapolator/extrapolator.json")
     fidelity, held_out = about["fidelity"], about["fidelity_seed"]
     assert fidelity["judged_on"] == ("rehearsal" if rehearsal else "seed")
     assert not storage.exists(f"{run}/extrapolator/audit.parquet")
     assert set(fidelity["baselines"]) >= {"class_mean", "knn_published", "proxy_loss", "random"}
-    # beside every baseline where it is judged on the seed set
+    # with every baseline where it is judged on the seed set
     assert set(held_out["baselines"]) >= {
         "class_mean",
         "gnn_published",
@@ -151,7 +151,7 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str, rehearsal: bool) -> None:
 
 
 def assert_rehearsed(run: str) -> None:
-    """That half of the seed set was rehearsed, that nothing of the other half went into it, and that the scores come from it."""
+    """Check the rehearsal: half of the seed set, nothing of the other half, and the scores use it."""
     ledger, inner = Run(run).ledger(), Run(f"{run}/rehearsal")
     seed, half = (
         storage.read_json(f"{run}/seed/manifest.json"),
@@ -183,7 +183,7 @@ def assert_rehearsed(run: str) -> None:
     assert [everyone[row["sample_id"]]["el2n"] for row in predicted.to_pylist()] == predicted[
         "measured"
     ].to_pylist()
-    # what is written is what the map says
+    # the written scores are those of the map
     model, fragment = (
         load_extrapolator(Run(run).config(), Run(run)),
         sorted(Run(run).done("embeddings"))[0],
@@ -241,7 +241,7 @@ def test_a_rotten_source_stops_the_run_and_another_limit_resumes_it(of_folders: 
     ):
         raypipe.run(
             strict, until="embed", progress=QUIET
-        )  # by those of the first attempt, before anything is read
+        )  # by the rejects of the first attempt, before anything is read
     assert run.done("embeddings") == {first}
     storage.delete(run.path("embeddings", f"{first}.parquet"))
     with pytest.raises(

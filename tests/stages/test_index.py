@@ -1,4 +1,4 @@
-"""The index of sources of many small files: what it holds while it is made, and what it does again. No Ray is started."""
+"""The index of sources with many small files: its memory, and what it repeats. Without Ray."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from raypipe.errors import SourceError
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.sources import FileScan, SourceFile, filelist, imagefolder, open_source
-from raypipe.stages.index import stage as index_stage
-from raypipe.stages.index.stage import IndexStage, Recorded
+from raypipe.stages.index import writer
+from raypipe.stages.index.listing import RecordedListing
+from raypipe.stages.index.stage import IndexStage
 
 
 def config_of(folder: Path, uri: str, **source: Any) -> Config:
@@ -37,7 +38,7 @@ def make(config: Config, stage: IndexStage | None = None) -> StageRecord:
 
 
 def samples(run: str) -> list[str]:
-    """Paths of all samples in the order of the index, with what every index promises checked on the way."""
+    """Return the paths of all samples in the order of the index, and check its invariants."""
     fragments = Run(run).fragments()
     assert len({fragment.fragment_id for fragment in fragments}) == len(fragments)
     found = [Run(run).with_members(fragment) for fragment in fragments]
@@ -48,7 +49,7 @@ def samples(run: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """20 folders of 60 empty images in data/, and a list of them."""
-    monkeypatch.setattr(index_stage, "INDEX_FILE_MEMBERS", 100)
+    monkeypatch.setattr(writer, "INDEX_FILE_MEMBERS", 100)
     names = [f"c{number % 20:02d}/{number:04d}.png" for number in range(1200)]
     for name in names:
         path = tmp_path / "data" / name
@@ -91,7 +92,7 @@ def test_everything_is_there_once_and_in_order(folder: Path, name: str) -> None:
 def test_neither_listing_nor_index_is_held(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While paths are drawn from the listing, those drawn before are in the index files already, but for a part and a block."""
+    """Paths of the listing are in index files soon: all but one index file and one block."""
     config = SOURCES[name](folder)
     held = 2 * 100 + 2 * 16
     drawn, most = 0, 0
@@ -162,7 +163,7 @@ def test_a_new_file_changes_its_own_part_and_the_source_is_listed_once(
     unchanged = {name for name in before if after.get(name) == before[name]}
     assert (
         "classes.json" in unchanged and len(unchanged) >= len(before) // 2
-    )  # parts before it, by their very stamps
+    )  # index files before it, unchanged by their stamps
     assert is_complete(config, record)
 
 
@@ -182,7 +183,7 @@ def test_an_attempt_that_was_cut_off_is_taken_up(
     make(config)
     expected, names = samples(config.run), storage.names(f"{config.run}/index")
     changed = [folder / "data" / path for path in expected[::131]]
-    # the index that is there is of another state of the source, and its parts are cut elsewhere
+    # the existing index is of another state of the source, and its files are cut elsewhere
     storage.delete(f"{config.run}/index")
     for path in changed:
         path.rename(path.with_suffix(".b.png"))
@@ -229,7 +230,7 @@ def test_a_limit_ends_the_listing(folder: Path, name: str, monkeypatch: pytest.M
     record = make(limited)
     assert record.samples == 333 and samples(limited.run) == whole[:333]
     assert 333 <= drawn <= 333 + 16 and is_complete(limited, record)
-    # behind the limit nothing matters, and a file that was cut is whole again when it has to be
+    # nothing beyond the limit matters, and a file that was cut is read whole when needed
     (folder / "data" / "c19/9999.png").touch()
     (folder / "data" / "list.csv").open("a").write("c19/9999.png,19\n")
     assert is_complete(limited, record)
@@ -260,7 +261,7 @@ def test_recorded_files_are_asked_for_once() -> None:
             yield SourceFile(f"{number} ü\n", number, "x", (f"{number}\0{number}\0why",))
 
     whole = list(files())
-    drawn, recorded = 0, Recorded(files())
+    drawn, recorded = 0, RecordedListing(files())
     part = iter(recorded)
     assert [next(part) for _ in range(30)] == whole[:30] and drawn == 30
     assert list(recorded) == whole == list(recorded) and drawn == 100

@@ -1,4 +1,4 @@
-"""Which fits judge the extrapolator; no cluster, nothing is fitted."""
+"""Which fits assess the extrapolator; without a cluster or a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raypipe.stages.extrapolate import assess
 @pytest.mark.parametrize(
     ("extrapolate", "rehearsal", "samples", "expected"),
     [
-        ({}, False, 500, 5),  # 10 classes: 120 samples of each are more than there are
+        ({}, False, 500, 5),  # 10 classes with fewer than 120 samples each
         ({}, True, 500, 1),
         ({"holdout": 0.25}, False, 500, 4),
         ({}, False, 2000, 3),
@@ -59,7 +59,9 @@ def test_fits_on_parts_are_quick_where_an_audit_set_decides(
     monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=("a", "b")))
     monkeypatch.setattr(fidelity, "hold_out", lambda make, *_, mlp: made.append((make(), mlp)))
     monkeypatch.setattr(
-        assess, "_write", lambda run, name, ids, found: written.append((name, len(ids)))
+        assess,
+        "write_predictions",
+        lambda run, name, ids, predictions: written.append((name, len(ids))),
     )
     config = parse_config({"run": "r", "source": {"uri": "x"}, "extrapolate": {"method": method}})
     assess.write_fold(2, config, Run("r"), 1000, lambda *_: None)

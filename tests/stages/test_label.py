@@ -1,4 +1,4 @@
-"""A source without labels through the whole pipeline, in this process but for one run on Ray."""
+"""A source without labels in the whole pipeline, in this process except for one run on Ray."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from raypipe.pipeline import execute
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.pseudo_labels import load_labeller
+from raypipe.runs.rehearsal import inner_run
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images, read_shard, shard_labels
 from raypipe.runs.status import describe_result, describe_run
 from raypipe.sources import ClassMap, RawSample
-from raypipe.stages.rehearse import RehearseStage, inner_run
+from raypipe.stages.rehearse import RehearseStage
 from raypipe.vision.decode import decode_batch
 
 SETTINGS: dict[str, Any] = {
@@ -77,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_labels(run: Run, images: list[bytes]) -> list[int]:
-    """Pseudo-labels of encoded images, by the network and the clusters of a run."""
+    """Return pseudo-labels of encoded images by the network and the clusters of a run."""
     pixels, _ = decode_batch([RawSample("x", image, None) for image in images], 8, 1 << 20)
     return load_labeller(run, "cpu")(pixels).tolist()
 
@@ -108,7 +109,7 @@ def test_every_sample_has_the_label_of_its_cluster(whole: Path) -> None:
         "the seed set itself has none"
     )
     for shard, (ids, _, labels) in zip(seed.shards, drawn):
-        table = shard_labels(run, shard)  # what trajectories are scored with
+        table = shard_labels(run, shard)  # the labels that trajectories are scored with
         assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (
             ids,
             labels.tolist(),
@@ -235,7 +236,7 @@ def test_no_list_is_compared_by_training_on_pseudo_labels(whole: Path) -> None:
 
 @pytest.mark.ray
 def test_labels_that_are_there_are_not_read(cluster: str, tmp_path: Path) -> None:
-    """On Ray, with a score of the trajectory; digits have labels, which must have no influence."""
+    """On Ray, with a trajectory score; the labels of the digits must have no influence."""
     config = small_config(
         f"{tmp_path}/run",
         "source.label_column=null",

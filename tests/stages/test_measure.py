@@ -1,4 +1,4 @@
-"""Scores at checkpoints: which they are, and what they are the mean of."""
+"""Scores at checkpoints: which scores, and over which checkpoints they are averaged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import raypipe
 from raypipe.errors import ConfigError
 from raypipe.estimate.plan import SourceSize, plan
 from raypipe.pipeline import execute
+from raypipe.runs.manifests import Checkpoint, TrainedProxy
 from raypipe.runs.partition import SeedPart
 from raypipe.scores.registry import check_scores
 from raypipe.scores.trajectory import STATISTICS, Trajectory
@@ -43,7 +44,8 @@ def test_the_mean_is_over_checkpoints_of_the_epochs_asked_for(
     override: str, columns: list[int]
 ) -> None:
     config = small_config("runs/x", f"measure.loss.{override}")
-    part = SeedPart(0, 1, 0, 5, (5,), {"checkpoints": [{"epoch": epoch} for epoch in (1, 3, 5)]})
+    checkpoints = tuple(Checkpoint(epoch, 0.1, f"{epoch}.safetensors") for epoch in (1, 3, 5))
+    part = SeedPart(0, 1, 0, 5, (5,), TrainedProxy(6, 6, (), checkpoints, ""))
     values = np.random.default_rng(0).random((5, 3))
     np.testing.assert_allclose(
         _mean(config, part, values, "loss"), values[:, columns].mean(1), rtol=1e-6
@@ -51,7 +53,7 @@ def test_the_mean_is_over_checkpoints_of_the_epochs_asked_for(
 
 
 def test_no_checkpoint_among_the_epochs_is_refused_before_anything_starts() -> None:
-    message = r"loss: at checkpoints, but none is between first_epoch 2 and last_epoch 3; they are of epochs 1, 3"
+    message = r"loss: no checkpoint is between first_epoch 2 and last_epoch 3; checkpoints are at epochs 1, 3"
     with pytest.raises(ConfigError, match=message) as refused:
         small_config("runs/x", "measure.loss.first_epoch=2", "measure.loss.last_epoch=3")
     assert "digits://" not in str(refused.value), "not the whole configuration"
@@ -60,7 +62,7 @@ def test_no_checkpoint_among_the_epochs_is_refused_before_anything_starts() -> N
 
 def test_without_a_trajectory_scores_at_checkpoints_are_left() -> None:
     assert small_config("runs/x", "measure.scores=[moso, loss]", "proxy.trajectory=none")
-    with pytest.raises(ConfigError, match="nothing to compute el2n"):
+    with pytest.raises(ConfigError, match="el2n cannot be computed without a trajectory"):
         small_config("runs/x", "measure.scores=[moso, loss, el2n]", "proxy.trajectory=none")
 
 

@@ -1,4 +1,4 @@
-"""Parts of the seed set: who is in which, and what a run with several proxies measures."""
+"""Parts of the seed set: which samples are in which, and what several proxies measure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import raypipe
 from raypipe import storage
 from raypipe.config import ProxySettings
 from raypipe.distributed.actor_pool import WorkerContext
-from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.cluster import Cluster, TrainingResources
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.layout import STAGE_FOLDERS
@@ -56,7 +56,7 @@ def test_parts_are_random_disjoint_and_about_even() -> None:
 
 
 def test_a_sample_stays_in_its_part_whatever_is_around_it() -> None:
-    """The rule from its definition; no order, no number of samples enters."""
+    """The rule from its definition; it depends on no order and no number of samples."""
     for sample_id in (IDS[3], "ünïcode\udc80/x"):
         text = sample_id.encode("utf-8", "surrogateescape")
         digest = hashlib.blake2b(
@@ -72,7 +72,10 @@ def test_a_sample_stays_in_its_part_whatever_is_around_it() -> None:
 
 
 def _seed_set(run: Run, shards: list[int], classes: int) -> tuple[list[str], np.ndarray]:
-    """A seed set with shards of so many samples; the label of a sample is its row modulo `classes`, its image is its row."""
+    """Write a seed set with shards of these sizes.
+
+    The label of a sample is its row modulo `classes`; its image is its row.
+    """
     rows = np.arange(sum(shards))
     labels = (rows % classes).astype(np.int32)
     ids, start, names = IDS[: len(rows)], 0, [f"seed-{number}" for number in range(len(shards))]
@@ -135,7 +138,7 @@ def test_one_part_is_the_whole(tmp_path: Path) -> None:
             [60],
             2,
             4,
-            r"part \d of 4 would have 1\d seed samples of 2 classes; at least 20.*Lower proxy\.parts",
+            r"part \d of 4 would have 1\d seed samples of 2 classes; each needs at least 20.*Lower proxy\.parts",
         ),
         ([200], 1, 2, r"part 0 of 2 would have \d+ seed samples of 1 classes"),
         ([50], 2, 200, r"part 0 of 200 would have 0 seed samples of 0 classes"),
@@ -174,17 +177,18 @@ def test_parts_too_small_to_train_on_are_refused(
 def test_trainings_share_the_cluster(
     cluster: tuple, settings: dict[str, Any], expected: tuple
 ) -> None:
-    assert Cluster(*cluster).train_workers(ProxySettings(**settings)) == expected
+    resources = Cluster(*cluster).training_resources(ProxySettings(**settings))
+    assert resources == TrainingResources(*expected)
 
 
 def test_a_training_that_does_not_fit_at_all_is_refused() -> None:
     for settings in ({"workers": 3, "parts": 2}, {"workers": 2, "cpus_per_worker": 2, "parts": 2}):
         with pytest.raises(ResourceError, match="lower one of them"):
-            Cluster(2, 0, 1, 2, False).train_workers(ProxySettings(**settings))
+            Cluster(2, 0, 1, 2, False).training_resources(ProxySettings(**settings))
     with pytest.raises(
         ResourceError, match=r"cpus_per_worker is 4, but the largest node .* has 2; lower it"
     ):
-        Cluster(8, 0, 4, 2, False).train_workers(ProxySettings(cpus_per_worker=4))
+        Cluster(8, 0, 4, 2, False).training_resources(ProxySettings(cpus_per_worker=4))
 
 
 def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
@@ -192,7 +196,7 @@ def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
 
     def fails() -> None:
         threads.append(threading.current_thread())
-        together.wait()  # passes only while the other one runs
+        together.wait()  # returns only while the other job runs
         raise StageError("the first")
 
     def goes_on() -> None:
@@ -210,7 +214,7 @@ def test_jobs_run_side_by_side_and_no_other_is_begun_after_a_failure() -> None:
 def test_a_part_that_is_trained_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage with a training that writes what Ray Train's workers would."""
+    """The stage with a fake training that writes the files of Ray Train's workers."""
     run = Run(str(tmp_path))
     _seed_set(run, [100], classes=3)
     replace(SeedManifest.read(run), image_size=8, mean=(0.5,), std=(0.2,)).write(run)
@@ -279,7 +283,7 @@ def test_a_part_that_is_trained_is_not_trained_again(
 
 @pytest.mark.ray
 def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
-    """Two proxies: what was measured, from one process that has everything in memory; and a rerun."""
+    """Two proxies: the scores against one process with everything in memory; and a rerun."""
     from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.scores.moso import combine, gradient_sum, leave_one_out
     from raypipe.scores.per_sample import norms_and_alignments
@@ -344,7 +348,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
         np.mean([part["accuracy"] for part in record.detail["parts"]])
     )
 
-    # embeddings are in one space, that of part 0
+    # all embeddings are in the space of part 0
     first = load_checkpoint(run, manifest["parts"][0]["final"], folder="proxy/part-0/checkpoints")
     actor = EmbedActor(WorkerContext(config, run.uri, threads=1, gpu=False))
     embedded = forward(

@@ -1,4 +1,4 @@
-"""The proxy's training loop in this process, as the one worker of its group."""
+"""The proxy's training loop in this process, as the only worker."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from safetensors.torch import load
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.actor_pool import WorkerContext
+from raypipe.distributed.cluster import TrainingResources
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
-from raypipe.runs.manifests import EpochRecord, SeedManifest
+from raypipe.runs.manifests import EpochRecord, ProxyManifest, SeedManifest
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.scores import forward_mode, moso, per_sample
 from raypipe.scores.calibration import recalibrate
-from raypipe.stages.measure import gradients
+from raypipe.stages.measure import mean_gradient, recalibration
+from raypipe.stages.measure.gradient_job import GradientFolders, GradientJob, needs_self_term
+from raypipe.stages.measure.gradients import GradientActor, read_shard
 from raypipe.stages.proxy import stage as proxy_stage
 from raypipe.stages.proxy import worker
 from raypipe.vision.adversarial import attack
@@ -78,16 +81,17 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`proxy._train` with the loop called here instead of by Ray Train."""
+    """Call `proxy._train` with the loop in this process instead of Ray Train."""
 
     class Trainer:
         def __init__(self, loop: Any, train_loop_config: dict[str, Any], **_: object) -> None:
             self.fit = lambda: loop(train_loop_config)
 
     monkeypatch.setattr("raypipe.distributed.ray_train.InterruptibleTrainer", Trainer)
-    proxy_stage._train(
-        config, run, SeedPart(0, 1, 0, SAMPLES, (SAMPLES,)), "key", 2, False, 1
-    )  # of one, Ray Train's local mode is asked
+    part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
+    # with 1 worker, Ray Train's local mode would run
+    resources = TrainingResources(workers=2, gpu=False, cpus=1, side_by_side=1)
+    proxy_stage._train(config, run, part, "key", resources)
 
 
 def test_a_training_that_diverges_is_not_repeated(
@@ -101,7 +105,7 @@ def test_a_training_that_diverges_is_not_repeated(
     storage.delete(alone.path("proxy", "state.safetensors"))
     _train(
         alone, small_config(alone.uri, "proxy.epochs=2"), monkeypatch
-    )  # mended: what was said before is forgotten
+    )  # fixed: the earlier divergence is forgotten
     assert [epoch.epoch for epoch in EpochRecord.read_all(alone)] == [0, 1]
 
 
@@ -120,8 +124,7 @@ def test_pixels_are_normalised_as_asked(
     )
     _train(alone, config, monkeypatch)
     weights = load(storage.read_bytes(alone.path("proxy", "checkpoints", "epoch-0000.safetensors")))
-    epochs, whole = EpochRecord.read_all(alone), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy_stage._manifest(config, alone, SeedManifest.read(alone), [whole], [epochs])
+    manifest = _manifest(alone, config)
     for name, expected in (("mean", mean), ("std", std)):
         np.testing.assert_allclose(weights[name].flatten(), expected, rtol=1e-6)
         assert list(getattr(manifest, name)) == expected
@@ -187,40 +190,39 @@ def test_a_proxy_is_trained_and_followed_on_adversarial_examples(
         (table,) = [table for _, table in storage.iter_tables(alone.path("proxy", "trajectory"))]
         losses[name] = table["loss"].to_numpy().mean()
         storage.delete(alone.path("proxy"))
-    # of each of two batches from random points; the pass of `eval` begins at the images
+    # two batches, each from random points; the pass of `eval` starts at the images
     assert seen == [((24, 3, 8, 8), 16 / 255, True)] * 2 + [((24, 3, 8, 8), 16 / 255, False)] * (
         2 * (trajectory == "eval")
     )
     assert losses["adversarial"] > losses["plain"]
 
 
-def _proxy(
-    run: Run, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> tuple[SeedPart, gradients.GradientFolders, str]:
-    """The one part of a trained proxy, where its numbers go, and its last checkpoint, recalibrated."""
+def _manifest(run: Run, config: Config, sizes: tuple[int, ...] = (SAMPLES,)) -> ProxyManifest:
+    """The manifest of a training on the whole seed set, in shards of these sizes."""
+    part = SeedPart(0, 1, 0, SAMPLES, sizes)
+    progress = proxy_stage.PartProgress.read(config, run, part)
+    return proxy_stage._manifest(config, run, SeedManifest.read(run), [progress])
+
+
+def _proxy(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> GradientJob:
+    """The job of a trained proxy; its last checkpoint is recalibrated."""
     _train(run, config, monkeypatch)
-    seed, whole = SeedManifest.read(run), SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
-    manifest = proxy_stage._manifest(config, run, seed, [whole], [EpochRecord.read_all(run)])
-    manifest.write(run)
+    _manifest(run, config).write(run)
     run.write_ledger({"proxy": StageRecord("done", "of-the-proxy")})
-    (part,), file = proxy_parts(run), manifest.parts[0].trained.final
-    folders = gradients.GradientFolders.of(config, run)
-    gradients._recalibrated(run.uri, folders, part, config.proxy.adversary, 1, False, file)
-    return part, folders, file
+    parts, worker_context = proxy_parts(run), WorkerContext(config, run.uri, 1, False)
+    folders, self_term = GradientFolders.of(config, run), needs_self_term(config, parts)
+    job = GradientJob(worker_context, folders, parts[0], self_term)
+    recalibration.recalibrate_checkpoint(job, job.part.trained.final)
+    return job
 
 
-def _measured(
-    run: Run, config: Config, part: SeedPart, folders: gradients.GradientFolders, file: str
-) -> pa.Table:
-    """The numbers of both passes at one checkpoint."""
-    total, _ = gradients._gradient_sums(
-        config, run.uri, folders, part, [file], 1, False, ["seed-0"]
-    )
-    gradients._store_gradient(run.uri, folders.gradients, SAMPLES, file, total)
-    context = WorkerContext(config, run.uri, 1, False)
-    actor = gradients.GradientActor(context, folders, part, SAMPLES)
-    actor("seed-0", gradients._read(run.uri, part, "seed-0"))
-    return storage.read_table(run.path(folders.checkpoints, "seed-0.parquet"))
+def _measured(job: GradientJob) -> pa.Table:
+    """The values of both passes at the last checkpoint."""
+    file = job.part.trained.final
+    total, _ = mean_gradient._sum_gradients(job, [file], ["seed-0"])
+    mean_gradient._store_mean(job, file, total)
+    GradientActor(job)("seed-0", read_shard(job, "seed-0"))
+    return storage.read_table(job.run.path(job.folders.checkpoints, "seed-0.parquet"))
 
 
 @pytest.mark.parametrize("self_term", [False, True])
@@ -235,8 +237,8 @@ def test_a_gpu_with_little_memory_measures_the_same(
         "measure.el2n.at=checkpoints",
         f"measure.moso.self_term={str(self_term).lower()}",
     )
-    found = _proxy(alone, config, monkeypatch)
-    tables, sizes = [_measured(alone, config, *found)], []
+    job = _proxy(alone, config, monkeypatch)
+    tables, sizes = [_measured(job)], []
 
     def tight(real: Any, images: int) -> Any:
         def call(*given: Any) -> Any:
@@ -252,7 +254,7 @@ def test_a_gpu_with_little_memory_measures_the_same(
     monkeypatch.setattr(
         per_sample, "norms_and_alignments", tight(per_sample.norms_and_alignments, 1)
     )
-    tables.append(_measured(alone, config, *found))
+    tables.append(_measured(job))
     assert sizes == [48, 24, 12, 6, 6, 6, 6, 6, 6, 6, 6] * 2
     names = ["alignments", *["squares"] * self_term, "distance"]
     assert tables[0].column_names == tables[1].column_names == ["sample_id", "label", *names]
@@ -266,7 +268,7 @@ def test_a_gpu_with_little_memory_measures_the_same(
 def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
     alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MoSo's alignments and EL2N, by definition: gradients and outputs at what an attack on the checkpoint finds."""
+    """MoSo's alignments and EL2N by definition, at adversarial examples against the checkpoint."""
     given = (
         "proxy.epochs=1",
         "proxy.checkpoints=1",
@@ -280,11 +282,12 @@ def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
         "measure.el2n.at=checkpoints",
         "measure.moso.self_term=false",
     )
-    part, folders, file = _proxy(alone, config, monkeypatch)
-    table = _measured(alone, config, part, folders, file)
+    job = _proxy(alone, config, monkeypatch)
+    table = _measured(job)
 
+    part, file = job.part, job.part.trained.final
     trained = load_checkpoint(alone, file)
-    model = load_checkpoint(alone, file, folder=folders.calibrated)
+    model = load_checkpoint(alone, file, folder=job.folders.calibrated)
     assert not torch.equal(trained.backbone[1].running_mean, model.backbone[1].running_mean)
     _, images, labels = part.read(alone, "seed-0")
     target = torch.from_numpy(labels)
@@ -309,12 +312,12 @@ def test_scores_of_an_adversarial_proxy_are_those_at_adversarial_examples(
     direct = (torch.stack(each) @ torch.stack(each).mean(0)).numpy()
     found = np.array(table["alignments"].to_pylist())[:, 0]
     np.testing.assert_allclose(found, direct, rtol=0.02, atol=0.02 * np.abs(direct).max())
-    said = output_statistics(model(worst).detach(), target)["distance"].numpy()
-    np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], said, atol=0.01)
+    distance = output_statistics(model(worst).detach(), target)["distance"].numpy()
+    np.testing.assert_allclose(np.array(table["distance"].to_pylist())[:, 0], distance, atol=0.01)
     clean = output_statistics(model(torch.from_numpy(images.copy())).detach(), target)[
         "distance"
     ].numpy()
-    assert said.mean() > clean.mean() + 0.05
+    assert distance.mean() > clean.mean() + 0.05
 
 
 def test_of_a_large_seed_set_every_so_many_samples_recalibrate(
@@ -328,11 +331,11 @@ def test_of_a_large_seed_set_every_so_many_samples_recalibrate(
     seed = replace(SeedManifest.read(alone), shards=("seed-0", "seed-1"), shard_samples=(18, 30))
     seed.write(alone)
     part, file = SeedPart(0, 1, 0, SAMPLES, (18, 30)), "epoch-0000.safetensors"
-    manifest = proxy_stage._manifest(config, alone, seed, [part], [EpochRecord.read_all(alone)])
-    manifest.write(alone)
-    monkeypatch.setattr(gradients, "RECALIBRATED", 12)
-    folders = gradients.GradientFolders("measured/calibrated", "", "")
-    gradients._recalibrated(alone.uri, folders, part, None, 1, False, file)
+    _manifest(alone, config, part.shard_samples).write(alone)
+    monkeypatch.setattr(recalibration, "RECALIBRATED", 12)
+    folders = GradientFolders("measured/calibrated", "", "")
+    job = GradientJob(WorkerContext(config, alone.uri, 1, False), folders, part, False)
+    recalibration.recalibrate_checkpoint(job, file)
     found = load_checkpoint(alone, file, folder="measured/calibrated")
     images = np.concatenate([part.read(alone, shard)[1] for shard in seed.shards])
     expected = recalibrate(load_checkpoint(alone, file), [torch.from_numpy(images[::4].copy())])

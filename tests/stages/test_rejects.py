@@ -266,7 +266,7 @@ def test_later_classes_do_not_renumber_those_of_the_run(
     assert run.classes().names == ("bee", "cow")
     assert said == [
         "note: 1 class is new in the source (ape). The proxy of this run was not trained on it, so its samples are rejected; "
-        "a new run folder takes it in"
+        "a new run folder includes it"
     ]
     assert run.classes().index("ape") == (-1, "label 'ape' is not one of the 2 classes")
     for path in (tmp_path / "data" / "bee").iterdir():
@@ -297,9 +297,9 @@ def test_classes_that_are_numbers_or_named_by_the_source(tmp_path: Path) -> None
     assert settle(("ox", "pig"), nothing, None)[1] == ""
     classes, note = settle(("ox", "pig", "rat"), nothing, None)
     assert classes.names == ("ox", "pig") and "1 class is new in the source (rat)" in note
-    with pytest.raises(SourceError, match="class names that the source states are others"):
+    with pytest.raises(SourceError, match="class names that the source states differ"):
         settle(("ant", "ox", "pig"), nothing, None)
     storage.delete(
         run.path("index")
-    )  # what other settings of the source do: the seed set is drawn anew as well
+    )  # as other settings of the source do: the seed set is drawn again as well
     assert settle(("ant", "ox"), nothing, None)[0].names == ("ant", "ox")

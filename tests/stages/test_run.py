@@ -1,4 +1,4 @@
-"""The whole job on real digits: what is written, what a second run does, what a changed setting redoes."""
+"""The whole job on real digits: its files, a second run, and what a changed setting recomputes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def audit_table(run: str) -> pa.Table:
 
 
 def losses_at(run: Run, images: Any, labels: Any) -> np.ndarray:
-    """Mean over the checkpoints of the loss of images."""
+    """Return the mean loss of images over the checkpoints."""
     import torch
 
     from raypipe.runs.manifests import ProxyManifest
@@ -100,7 +100,7 @@ def test_the_audit_set_is_drawn_by_its_own_rule_and_never_trained_on(finished: s
         == manifest.samples
         == len({key for key in rows if in_sample(0.35, 0)(key)})
     )
-    # in the embeddings both sets can be read without the rest
+    # both sets can be read from the embeddings without the rest
     for which, expected in (("seed", manifest.samples), ("audit", len(drawn))):
         parts = [
             read_special_rows(run, fragment, which) for fragment in sorted(run.done("embeddings"))
@@ -111,7 +111,10 @@ def test_the_audit_set_is_drawn_by_its_own_rule_and_never_trained_on(finished: s
 
 
 def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
-    """Against one process that has both sets in memory: < G, g > with the seed set's mean gradient, and the gradient's length."""
+    """Against one process with both sets in memory.
+
+    < G, g > with the seed set's mean gradient, and the length of the gradient.
+    """
     import torch
 
     from raypipe.runs.manifests import ProxyManifest
@@ -150,7 +153,7 @@ def test_audit_scores_are_alignments_with_the_seed_set(finished: str) -> None:
         "moso",
         "grand",
         "loss",
-    ]  # EL2N is of the trajectory: not of the audit set
+    ]  # EL2N is a trajectory score, so the audit set has none
     np.testing.assert_allclose(
         table["moso"].to_numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
     )
@@ -191,7 +194,7 @@ def test_fidelity_is_that_of_the_audit_set(finished: str) -> None:
         == {"0.25", "0.5"}
         == set(fidelity["baselines"]["class_mean"]["overlap_interval"])
     )
-    # its samples were compared with their predictions first; their scores are the measured ones
+    # after the comparison with their predictions, the samples have their measured scores
     assert all(
         rows[key]["score"] == value and rows[key]["measured"] for key, value in measured.items()
     )
@@ -263,7 +266,7 @@ def test_proxy_writes_checkpoints_with_their_learning_rate_and_a_trajectory(fini
 
 
 def test_measured_scores_are_moso(finished: str) -> None:
-    """The distributed scores against one process that has the whole seed set in memory."""
+    """The distributed scores against one process with the whole seed set in memory."""
     import torch
 
     from raypipe.runs.checkpoints import load_checkpoint
@@ -303,7 +306,7 @@ def test_measured_scores_are_moso(finished: str) -> None:
 
 
 def test_other_scores_stand_beside_it(finished: str) -> None:
-    """EL2N from the stored trajectory, GraNd and loss from the checkpoints, each computed again from the definition."""
+    """EL2N from the trajectory, GraNd and loss from the checkpoints, by their definitions."""
     import torch
 
     from raypipe.runs.manifests import ProxyManifest
@@ -387,7 +390,7 @@ def test_a_deleted_score_shard_is_made_again_and_nothing_else(finished: str) -> 
 def test_blocks_batches_and_actors_change_no_more_than_rounding_does(
     finished: str, tmp_path: Path
 ) -> None:
-    """Scores in units of their spread: those measured to 1e-3, and those predicted, which go through fits, to 0.02."""
+    """In units of the spread, measured scores agree to 1e-3 and predicted ones, after fits, to 0.02."""
     sizes = (
         "source.fragment_samples=77",
         "measure.batch_size=7",
@@ -452,7 +455,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(
     assert set(stamps(finished, "scores")) == set(scored)
     assert all(stamps(finished, "scores")[name] != scored[name] for name in scored)
     other = {sample_id: row["score"] for sample_id, row in by_id(finished).items()}
-    # the extrapolator over the whole source makes a missing shard again, too
+    # the extrapolator over the whole source rewrites a missing shard, too
     content = score_files(finished)
     storage.delete(f"{finished}/scores/{sorted(content)[0]}")
     raypipe.run(small_config(finished, *published), progress=QUIET)

@@ -48,7 +48,7 @@ COUNT, SIZE = 160, 8
 
 
 class Data(NamedTuple):
-    """names: "class-3/0017", sorted; pixels uint8 [n, 32, 32, 3]; labels int [n]; pngs: the pixels encoded."""
+    """Sorted names as "class-3/0017", uint8 pixels [n, 32, 32, 3], labels [n], and PNGs of them."""
 
     names: list[str]
     pixels: np.ndarray
@@ -57,7 +57,7 @@ class Data(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """settings of the section `source`, and the id of each sample, in the order of `Data`."""
+    """Settings of the section `source`, and the ids of the samples in the order of `Data`."""
 
     settings: dict[str, Any]
     ids: list[str]
@@ -132,7 +132,7 @@ def imagefolder(folder: Path, data: Data) -> Layout:
 
 
 def filelist(folder: Path, data: Data) -> Layout:
-    """A list as Places365 has it: a path and a class number a line."""
+    """Write a list like that of Places365: a path and a class number in each line."""
     imagefolder(folder / "images", data)
     lines = [f"{name}.png {label}\n" for name, label in zip(data.names, data.labels, strict=True)]
     (folder / "train.txt").write_text("".join(lines))
@@ -145,7 +145,7 @@ def filelist(folder: Path, data: Data) -> Layout:
 
 
 def torchvision_cifar10(folder: Path, data: Data) -> Layout:
-    """The original files of CIFAR-10: pickles of arrays, all red values of an image, then green, then blue."""
+    """Write files like the original CIFAR-10: pickled arrays, each image all red, green, then blue."""
     batches = folder / "cifar-10-batches-py"
     batches.mkdir()
     rows = data.pixels.transpose(0, 3, 1, 2).reshape(COUNT, -1)
@@ -171,7 +171,7 @@ def torchvision_cifar10(folder: Path, data: Data) -> Layout:
 
 
 def huggingface(folder: Path, data: Data) -> Layout:
-    """What `datasets` writes with `save_to_disk`: streams of Arrow record batches, and what is in them as JSON."""
+    """Write what `datasets` saves with `save_to_disk`: Arrow streams, and their schema as JSON."""
     table = pa.table(
         {
             "image": [{"bytes": image, "path": None} for image in data.pngs],
@@ -205,7 +205,7 @@ WRITERS: dict[str, Callable[[Path, Data], Layout]] = {
     "huggingface": huggingface,
 }
 WHOLE_RUNS = ("parquet", "webdataset", "imagefolder")
-"""Formats that go through the stages: a run costs ten seconds, most of them to start processes."""
+"""Formats that the stages run on: a run takes ten seconds, mostly to start processes."""
 
 
 def _laid_out(folder: Path, data: Data, writer: Callable[[Path, Data], Layout]) -> Layout:
@@ -237,7 +237,7 @@ def test_pixels_and_labels_do_not_depend_on_the_format(
 
 
 def _expected(data: Data, size: int) -> np.ndarray:
-    """uint8 [n, 3, size, size]; PNG is decoded at its full size, so that arrays and files are resampled alike."""
+    """uint8 [n, 3, size, size]; PNGs are decoded at full size, so arrays and files resample alike."""
     images = [
         Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
         for image in data.pixels
@@ -249,7 +249,7 @@ def _expected(data: Data, size: int) -> np.ndarray:
 def run_of(
     cluster: str, data: Data, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Run, Layout]]:
-    """The run of a format up to the embeddings, made when it is first asked for."""
+    """The run of a format up to the embeddings, computed at first use."""
 
     @functools.cache
     def made(format: str) -> tuple[Run, Layout]:
@@ -300,7 +300,7 @@ def test_scores_and_embeddings_are_the_same(
 
 
 def _numbers(run: Run, layout: Layout) -> dict[str, np.ndarray]:
-    """What was measured of each sample, and what the proxy says of it, in the order of the data."""
+    """Measured scores and proxy statistics of each sample, in the order of the data."""
     measured, embedded = _in_order(run, "measured", layout), _in_order(run, "embeddings", layout)
     found = {name: measured[name].to_numpy() for name in ("moso", "el2n")}
     found |= {name: embedded[name].to_numpy() for name in ("label", "loss", "entropy")}

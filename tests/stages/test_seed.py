@@ -20,7 +20,7 @@ def test_the_audit_set_has_about_the_wanted_size_and_no_seed_sample() -> None:
     audit = {sample_id for sample_id in IDS if rule(sample_id)}
     assert 600 < len(audit) < 800
     assert not any(map(seeds, audit))
-    # independent of the seed draw: another fraction of the seed set takes some of it, and no more than its share
+    # independent of the seed draw: a larger seed set takes its share of the audit set, no more
     assert 0.2 < sum(map(in_sample(0.4, 0), audit)) / len(audit) < 0.3
     other = audit_rule(
         SeedSettings(fraction=0.2, audit=700, seed=1), audit_fraction(settings, len(IDS))

@@ -18,7 +18,7 @@ from raypipe.progress import Progress
 from raypipe.runs.keep_files import keep_file, keep_metadata
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.stages.select import stage as select_stage
+from raypipe.stages.select import writer
 from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
 
 SAMPLES = 300
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def judge(run: Run, least: float | None, samples: int = SAMPLES, measured: int = 30) -> None:
-    """A ledger with scores of that fidelity."""
+    """Write a ledger with scores of this fidelity."""
     interval = None if least is None else [least, least + 0.2]
     fidelity = {
         "spearman": None if least is None else least + 0.1,
@@ -97,7 +97,8 @@ def test_top_lists_hold_the_highest_scores_and_are_nested(run: Run) -> None:
 
 
 def test_the_file_says_how_it_was_made(run: Run) -> None:
-    detail = make_keep_lists(run, SelectSettings(strategy="balanced"), keep=[0.7])
+    written = make_keep_lists(run, SelectSettings(strategy="balanced"), keep=[0.7])
+    detail = written.ledger_detail()
     assert (detail["samples"], detail["strategy"]) == (SAMPLES, "balanced")
     uri = run.path("keep", "keep-0.70.parquet")
     assert pq.read_schema(uri).names == ["sample_id", "label", "score"]
@@ -159,7 +160,7 @@ def test_another_fraction_is_added_and_lists_of_other_scores_are_removed(run: Ru
 
 
 def test_rows_are_written_in_groups_as_they_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_stage, "GROUP_ROWS", 100)
+    monkeypatch.setattr(writer, "GROUP_ROWS", 100)
     write_keep_lists(run, SelectSettings(strategy="top", keep=(1.0,)))
     assert pq.ParquetFile(run.path("keep", "keep-1.00.parquet")).num_row_groups > 1
     assert set(

@@ -1,4 +1,4 @@
-"""Keep-lists by every strategy and option on the files of a run; what is chosen is tested in tests/selection/."""
+"""Keep-lists by every strategy and option from files; the choice is tested in tests/selection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLES = SHARDS * ROWS
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Scores and embeddings; the samples of each shard come in pairs whose embeddings differ little."""
+    """Scores and embeddings; in each shard, pairs of samples have similar embeddings."""
     run, draw = Run(str(tmp_path / "run")), np.random.default_rng(0)
     storage.write_json(
         run.path("index", "classes.json"), {"names": ["cat", "dog", "owl"], "numeric": False}
@@ -128,7 +128,7 @@ def test_lists_are_the_same_from_memory_and_from_files(
     lists, passes = [], []
     for most, compressed in ((0, 4), (1 << 20, 1 << 20), (1 << 20, 4)):
         monkeypatch.setattr(score_stream, "CACHE_BYTES", most)
-        monkeypatch.setattr(score_stream, "COMPRESSED", compressed)
+        monkeypatch.setattr(score_stream, "EXPANSION", compressed)
         read.clear()
         write_keep_lists(run, settings)
         lists.append(
@@ -139,7 +139,7 @@ def test_lists_are_the_same_from_memory_and_from_files(
         )
         passes.append(len(read) / SHARDS)
     assert lists[0] == lists[1] == lists[2] and len(lists[0]) == 2
-    # with memory: the lists of ids, and once for the rest, or without ids and then with them
+    # in memory: once for lists of ids and once for the rest, or without and then with ids
     assert passes[2] == 2 and passes[1] in (2, 3) and passes[0] > passes[1]
     assert set(kept(run)) >= {"4/é3", "0/é1", "0/é2"} and not set(kept(run)) & {"2/é39", "1/é0"}
 
@@ -160,7 +160,7 @@ def test_losses_of_other_samples_are_noticed(run: Run) -> None:
     storage.write_table(
         run.path("embeddings", "0.parquet"), table.take(list(range(ROWS - 1, -1, -1)))
     )
-    with pytest.raises(RunError, match="not of the same samples"):
+    with pytest.raises(RunError, match="hold different samples"):
         write_keep_lists(run, SelectSettings(strategy="beta"))
     storage.delete(run.path("embeddings", "0.parquet"))
     for settings in (
@@ -187,7 +187,7 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
         min_per_class=2,
     )
     first = kept(run)[:7]
-    detail = make_keep_lists(run, settings, (0.5,))
+    detail = make_keep_lists(run, settings, (0.5,)).ledger_detail()
     assert len(kept(run)) == 100 and set(low) <= set(kept(run)) and not set(first) & set(kept(run))
     assert unknown_id_notes(detail["marked"]) == [
         "select.always_keep: 6 of its ids are not among the scores (a, b, c, d, e, ...)",
@@ -259,14 +259,14 @@ def test_a_table_without_ids_and_ids_in_both_lists_are_refused(run: Run, tmp_pat
 def test_of_near_duplicates_the_higher_score_stays(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
-    if small:  # many clusters, a few of them held at once
+    if small:  # many clusters, few of them held at a time
         monkeypatch.setattr(near_duplicates, "CLUSTER_SIZE", 20)
         monkeypatch.setattr(cluster_by_cluster, "HELD_BYTES", 1000)
     (tmp_path / "always.txt").write_text("0/é0\n0/é1\n")
     settings = SelectSettings(
         strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt")
     )
-    detail = make_keep_lists(run, settings, (0.4,))
+    detail = make_keep_lists(run, settings, (0.4,)).ledger_detail()
     score, names = column(run, "scores", "score"), set(kept(run, "0.40"))
     pairs = [
         (f"{shard}/é{row}", f"{shard}/é{row + 1}")
@@ -328,9 +328,9 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
         ConfigError, match=r"beta needs the proxy's loss, which scores from tables do not have$"
     ):
         write_keep_lists(run, SelectSettings(strategy="beta"))
-    with pytest.raises(ConfigError, match=r"say select\.difficulty: score$"):
+    with pytest.raises(ConfigError, match=r"set select\.difficulty: score$"):
         write_keep_lists(run, SelectSettings(strategy="ccs"))
-    with pytest.raises(ConfigError, match="no embeddings/ to look into"):
+    with pytest.raises(ConfigError, match="no embeddings/ to search"):
         write_keep_lists(run, SelectSettings(strategy="top", near_duplicates=0.9))
     assert write_keep_lists(
         run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))

@@ -1,4 +1,4 @@
-"""A run on a CIFAR-10 folder that was laid out from images in Parquet: workers read what the driver found."""
+"""A run on a CIFAR-10 folder that was built from images in Parquet."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_cifar_folder_from_parquet(cluster: str, tmp_path: Path) -> None:
             assert np.array_equal(image, pixels[row].transpose(2, 0, 1)) and label == labels[row]
             count += 1
     assert 30 < count < 80
-    # whether the files were checked or downloaded changes nothing that was made from them
+    # checking or downloading the files changes no output
     checked = config.model_copy(
         update={"source": config.source.model_copy(update={"verify": True, "download": False})}
     )

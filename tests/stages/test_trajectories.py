@@ -1,4 +1,4 @@
-"""The trajectory on disk: what the training writes, and scores from it that do not depend on how it is cut."""
+"""The trajectory on disk: what the training writes, and scores that no cut of it changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raypipe import storage
+from raypipe.runs.manifests import ProxyManifest, ProxyOfPart, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES, trajectory_score
 from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
@@ -26,7 +27,7 @@ OPTIONS: dict[str, dict] = {name: {} for name, info in SCORES.items() if info.ne
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, torch.Tensor]:
-    """A run with a trajectory of two workers that see other rows in every epoch, its labels, and the logits it is from."""
+    """A run with a trajectory of two workers with other rows in every epoch; its labels and logits."""
     run = Run(str(tmp_path_factory.mktemp("run")))
     random = np.random.default_rng(0)
     label = random.integers(0, CLASSES, SAMPLES)
@@ -37,20 +38,19 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, np.ndarray, 
     for epoch in range(EPOCHS):
         order = random.permutation(SAMPLES)
         if epoch == 4:
-            order = order[order != 33]  # not seen in this epoch
+            order = order[order != 33]  # missing in this epoch
         files.append([f"epoch-{epoch}-{rank}.parquet" for rank in range(2)])
         for rank, file in enumerate(files[-1]):
             batches = np.array_split(order[rank::2], 3)
-            seen = [
-                (rows, predictions(logits[epoch, rows], torch.from_numpy(label[rows])))
+            predicted = [
+                predictions(rows, logits[epoch, rows], torch.from_numpy(label[rows]))
                 for rows in batches
             ]
-            write_trajectory(run.path("proxy", "trajectory", file), seen, 16)
+            write_trajectory(run.path("proxy", "trajectory", file), predicted, 16)
     storage.write_json(run.path("seed", "manifest.json"), {"shard_samples": [SAMPLES]})
-    storage.write_json(
-        run.path("proxy", "proxy.json"),
-        {"classes": CLASSES, "samples": SAMPLES, "trajectory": files},
-    )
+    trained = TrainedProxy(EPOCHS, EPOCHS, tuple(map(tuple, files)), (), "")
+    parts = (ProxyOfPart(SAMPLES, (SAMPLES,), trained),)
+    ProxyManifest("small", CLASSES, 8, (), (), SAMPLES, 0, parts).write(run)
     return run, label, logits
 
 
@@ -107,9 +107,9 @@ def test_only_what_a_score_declares_is_read_and_each_row_group_once(
 ) -> None:
     run, label, _ = written
     read: list[tuple[str, int]] = []
-    original = trajectories._Following._read
+    original = trajectories._TrajectoryFile._read
     monkeypatch.setattr(
-        trajectories._Following,
+        trajectories._TrajectoryFile,
         "_read",
         lambda self, group: read.append((self._uri, group)) or original(self, group),
     )

@@ -1,4 +1,4 @@
-"""The proxy over 1, 2 and 4 workers: the same network, and the same seed scores, up to rounding."""
+"""The proxy on 1, 2 and 4 workers: the same network and seed scores up to rounding."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from raypipe.runs.run import Run
 from raypipe.stages.proxy import worker
 
 SAMPLES, EPOCHS, SIZE = 150, 3, 8
-"""With batches of 50 the parts of 4 workers are unequal."""
+"""In batches of 50, the shares of 4 workers are unequal."""
 PLAIN, ADVERSARIAL = "null", "{iterations: 2}"
 
 
 def _drawn(uri: str) -> None:
-    """A run with a seed set of digits."""
+    """Write a run with a seed set of digits."""
     run, (images, labels) = Run(uri), digit_images(SAMPLES)
     pixels = [np.repeat(image[None], 3, 0).tobytes() for image in images]
     columns = {
@@ -52,7 +52,7 @@ def _drawn(uri: str) -> None:
 
 
 def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> None:
-    """One process, as Ray Train's worker of this rank in one training after the other, each of so many workers."""
+    """Be Ray Train's worker of this rank in one training after the other."""
     torch.set_num_threads(1)
     for world, adversary in trainings:
         training = f"{world}-{adversary}"
@@ -85,21 +85,16 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
         )
         config = small_config(run.uri, *changes)
         part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
-        worker.train_worker(
-            {
-                "config": config.model_dump(mode="json"),
-                "run": run.uri,
-                "part": vars(part),
-                "key": "key",
-                "gpu": False,
-                "threads": 1,
-            }
-        )
+        job = worker.TrainingJob(config.proxy, run.uri, part, False, 1, "key")
+        worker.train_worker(job.as_arguments())
         distributed.destroy_process_group()
 
 
 def _trained(uri: str, world: int) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """Last weights, and EL2N of every sample: the mean over the epochs of the distance in the trajectory, float [n]."""
+    """Return the last weights, and EL2N of every sample, float [n].
+
+    EL2N is the mean of the trajectory's distance over the epochs.
+    """
     run = Run(uri)
     weights = load(
         storage.read_bytes(run.path("proxy", "checkpoints", f"epoch-{EPOCHS - 1:04d}.safetensors"))
@@ -130,10 +125,10 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
         _trained(f"{tmp_path}/over-{world}-{adversary}", world) for world, adversary in trainings
     )
     assert attacked[1].mean() > scores.mean() + 0.005
-    # a slope that is nearly 0 may have another sign, which moves a pixel by a whole step
+    # a gradient near 0 can have another sign, which moves a pixel by a whole step
     np.testing.assert_allclose(attacked_by_two[1], attacked[1], atol=0.01)
     for weights, found in others:
-        # single precision: another order of a batch's samples alone moves them as far
+        # single precision: another order of the samples of a batch changes them as much
         for name, value in alone.items():
             torch.testing.assert_close(
                 weights[name],

@@ -40,7 +40,7 @@ from raypipe.tables.stage import TableStage
 
 
 def serial(units, function, on_result, **_: Any) -> None:
-    """`run_tasks` without Ray."""
+    """Replaces `run_tasks`, without Ray."""
     for unit in units:
         on_result(function(unit))
 
@@ -260,25 +260,69 @@ SCORES = {"sample_id": ["a", "b"], "score": [1.0, 2.0]}
 @pytest.mark.parametrize(
     ("embeddings", "scores", "expected"),
     [
-        ([{"sample_id": ["a"]}], SCORES, r"0\.parquet: no column 'embedding' \(or more than one\); the columns are sample_id"),
+        (
+            [{"sample_id": ["a"]}],
+            SCORES,
+            r"0\.parquet: no column 'embedding' \(or more than one\); the columns are sample_id",
+        ),
         ([{"embedding": VECTORS}], SCORES, "no column 'sample_id'"),
-        ([{**GOOD, "embedding": ["x"] * 4}], SCORES, "column 'embedding' is string; expected a list of float16"),
+        (
+            [{**GOOD, "embedding": ["x"] * 4}],
+            SCORES,
+            "column 'embedding' is string; expected a list of float16",
+        ),
         ([{**GOOD, "embedding": [[1]] * 4}], SCORES, "a list of float16"),
-        ([{**GOOD, "sample_id": [1.0] * 4}], SCORES, "column 'sample_id' is double; expected text or whole numbers"),
+        (
+            [{**GOOD, "sample_id": [1.0] * 4}],
+            SCORES,
+            "column 'sample_id' is double; expected text or whole numbers",
+        ),
         ([{**GOOD, "label": [[1]] * 4}], SCORES, "column 'label' is list"),
-        ([{**GOOD, "label": [0.5] * 4}], SCORES, "column 'label' has values that are not whole numbers"),
+        (
+            [{**GOOD, "label": [0.5] * 4}],
+            SCORES,
+            "column 'label' has values that are not whole numbers",
+        ),
         ([{**GOOD, "label": [10**7] * 4}], SCORES, "leave the column out if it holds no classes"),
-        ([{**GOOD, "label": [1] * 4}, {**GOOD, "label": ["x"] * 4}], SCORES, "labels are numbers in some files and text in others"),
+        (
+            [{**GOOD, "label": [1] * 4}, {**GOOD, "label": ["x"] * 4}],
+            SCORES,
+            "labels are numbers in some files and text in others",
+        ),
         ([GOOD, GOOD], SCORES, r"sample_ids with more than one embedding: 4 \(a, b, c, d\)"),
-        ([{name: pa.array(values)[:0] for name, values in GOOD.items()}], SCORES, "the files have no rows"),
-        ([GOOD], {"sample_id": ["a"], "rating": [1.0]}, "no column 'score' .*; the columns are sample_id, rating"),
+        (
+            [{name: pa.array(values)[:0] for name, values in GOOD.items()}],
+            SCORES,
+            "the files have no rows",
+        ),
+        (
+            [GOOD],
+            {"sample_id": ["a"], "rating": [1.0]},
+            "no column 'score' .*; the columns are sample_id, rating",
+        ),
         ([GOOD], {**SCORES, "score": ["1", "2"]}, "column 'score' is string; expected numbers"),
-        ([GOOD], {"sample_id": ["a", "b", "a"], "score": [1.0, 2, 3]}, r"samples with conflicting scores: 1 \(a\)"),
-        ([GOOD], {**SCORES, "score": [math.nan, None]}, "no sample has a finite score in column 'score'"),
-        ([GOOD], {**SCORES, "sample_id": ["A", "B"]}, "none of the 2 scored samples has an embedding; the first scored sample is 'A'"),
-        ([{**GOOD, "embedding": [[math.nan, 1.0], None, *VECTORS[2:]]}], SCORES, "no scored sample has a usable embedding"),
+        (
+            [GOOD],
+            {"sample_id": ["a", "b", "a"], "score": [1.0, 2, 3]},
+            r"samples with conflicting scores: 1 \(a\)",
+        ),
+        (
+            [GOOD],
+            {**SCORES, "score": [math.nan, None]},
+            "no sample has a finite score in column 'score'",
+        ),
+        (
+            [GOOD],
+            {**SCORES, "sample_id": ["A", "B"]},
+            "none of the 2 scored samples has an embedding; the first scored sample is 'A'",
+        ),
+        (
+            [{**GOOD, "embedding": [[math.nan, 1.0], None, *VECTORS[2:]]}],
+            SCORES,
+            "no scored sample has a usable embedding",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tables_that_cannot_be_used(
     tmp_path, embeddings: list[dict[str, Any]], scores: dict[str, Any], expected: str
 ) -> None:
@@ -336,7 +380,7 @@ def test_an_output_in_the_wrong_place_is_refused(tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def problem(s3: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Embeddings in three files on S3, some of them faulty, and ratings of half of the samples on disk."""
+    """Embeddings in three files on S3, some of them faulty, and ratings of half of the samples."""
     rng = np.random.default_rng(0)
     count = 420
     vectors, label = rng.normal(size=(count, 6)).astype(np.float32), rng.integers(0, 3, count)
@@ -431,8 +475,13 @@ def test_the_summary_is_as_honest_as_that_of_a_run(made: str, problem: dict[str,
 
     summary, count = json.loads(Path(made, "summary.json").read_text()), len(problem["given"])
     assert summary["counts"] == {
-        "embeddings": 420, "samples": 417, "left_out": 3, "scored": 201, "measured": count, "extrapolated": 417 - count
-    }  # fmt: skip
+        "embeddings": 420,
+        "samples": 417,
+        "left_out": 3,
+        "scored": 201,
+        "measured": count,
+        "extrapolated": 417 - count,
+    }
     fidelity, problems = summary["fidelity"], summary["problems"]
     assert (fidelity["judged_on"], fidelity["n_held"]) == (
         "scored",

@@ -1,8 +1,10 @@
-"""A Ray Data dataset as the source of a run: copied once, as Parquet, to `RUN/source/`, which the run then reads as any source.
+"""Copy a Ray Data dataset to `RUN/source/` as Parquet, which the run then reads like any source.
 
-The parts of a dataset have no lasting names, so that what fell to a lost worker could not be asked for again; those of the copy have.
-Images are encoded, and columns named, in tasks on the cluster; the driver takes the rows in order, a bounded number at a time, and
-writes them down. `manifest.json` is written last and says what was copied: a copy with it is finished, one without is made anew.
+The blocks of a dataset have no lasting names, so that the share of a lost worker could not be
+requested again. The files of the copy have names. Tasks on the cluster encode images and rename
+columns. The driver receives the rows in order, a bounded number at a time, and writes them.
+`manifest.json` is written last and describes the copy: a copy without it is unfinished, and is
+started again.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ from raypipe.sources.values import printable, stored_label
 
 FOLDER, MANIFEST = "source", "manifest.json"
 BATCH_ROWS = 64
-"""Rows the driver asks for at a time."""
+"""Rows that the driver requests at a time."""
 GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
-"""A row group ends at so many rows or bytes; so much is what the driver holds."""
+"""Rows or bytes at which a row group ends; the driver holds as much."""
 FILE_ROWS, FILE_BYTES = 65_536, 512 << 20
-"""A file ends at so many rows or bytes."""
+"""Rows or bytes at which a file ends."""
 
 
 def settings_of_copy(settings: SourceSettings, run: Run) -> SourceSettings:
-    """How the copy is read."""
+    """Return the settings that read the copy."""
     label = None if settings.label_column is None else "label"
     columns = {"image_column": "image", "label_column": label, "id_column": "sample_id"}
     return settings.model_copy(
@@ -49,29 +51,47 @@ def settings_of_copy(settings: SourceSettings, run: Run) -> SourceSettings:
 
 
 def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> None:
-    """Make the copy, or find it finished. `settings` are the user's: columns of the dataset, and how many rows.
+    """Copy a dataset, unless a finished copy exists.
 
-    Raises ConfigError for what is no dataset, RunError when the finished copy is of another dataset, SourceError for columns that
-    cannot be used.
+    Parameters
+    ----------
+    dataset : ray.data.Dataset
+        The dataset.
+    settings : SourceSettings
+        The user's settings: columns of the dataset, and the limit of rows.
+    context : Context
+        The run, and Ray.
+
+    Raises
+    ------
+    ConfigError
+        If `dataset` is not a dataset.
+    RunError
+        If the finished copy is of another dataset.
+    SourceError
+        For columns that cannot be used.
     """
     if not isinstance(dataset, ray.data.Dataset):
         raise ConfigError(
-            f"source is {type(dataset).__name__}, not a ray.data.Dataset; for files, set source.uri instead"
+            f"source is {type(dataset).__name__}, not a ray.data.Dataset; "
+            "for files, set source.uri instead"
         )
     context.start_ray()  # before the dataset is inspected
     run, progress = context.run, context.progress
-    asked = {
+    selection = {
         name: getattr(settings, name)
         for name in ("image_column", "label_column", "id_column", "limit")
     }
-    found = identity(dataset)
+    fingerprints = identity(dataset)
     manifest = _manifest(run)
-    if manifest is not None and manifest["asked"] == asked:
-        changed = [name for name, value in found.items() if manifest["dataset"].get(name) != value]
+    if manifest is not None and manifest["asked"] == selection:
+        changed = [
+            name for name, value in fingerprints.items() if manifest["dataset"].get(name) != value
+        ]
         if changed:
             raise RunError(
-                f"{run.path(FOLDER)}: holds a copy of another dataset ({' and '.join(changed)} differ); give another run folder, or "
-                "delete that one to copy this dataset"
+                f"{run.path(FOLDER)}: holds a copy of another dataset ({' and '.join(changed)} "
+                "differ); choose another run folder, or delete the copy to copy this dataset"
             )
         progress.say(f"{FOLDER:<11} copied before: {manifest['rows']:,} samples")
         return
@@ -83,43 +103,44 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
     ):
 
         def count(rows: int) -> None:
-            meter.expect(
-                meter.count + rows
-            )  # how many there will be is not known: to count them is to make them
+            # the total is unknown: counting the rows would compute them
+            meter.expect(meter.count + rows)
             meter.add(rows)
 
         written = _write(dataset, settings, run, count)
-    storage.write_json(run.path(FOLDER, MANIFEST), {"asked": asked, "dataset": found, **written})
+    storage.write_json(
+        run.path(FOLDER, MANIFEST), {"asked": selection, "dataset": fingerprints, **written}
+    )
     progress.say(
         f"{FOLDER:<11} {written['rows']:,} samples copied in {time.monotonic() - started:.1f} s"
     )
 
 
 def _manifest(run: Run) -> dict[str, Any] | None:
-    """What a finished copy says of itself; None where there is none, or one without all its files."""
+    """Return the manifest of a finished copy; None without one, or if a file is missing."""
     try:
         manifest = storage.read_json(run.path(FOLDER, MANIFEST))
     except FileNotFoundError:
         return None
-    return (
-        manifest
-        if {entry["name"] for entry in manifest["files"]} <= storage.names(run.path(FOLDER))
-        else None
-    )
+    files = {entry["name"] for entry in manifest["files"]}
+    return manifest if files <= storage.names(run.path(FOLDER)) else None
 
 
 @contextmanager
 def _in_order(dataset: Any, patience: float) -> Iterator[None]:
-    """For a while, the dataset's blocks come in its order. By itself Ray Data hands on whichever block is ready first."""
+    """Make Ray Data pass on the blocks in the order of the dataset while the block runs.
+
+    By default it passes on whichever block is ready first.
+    """
     context = dataset.context
-    wanted = {
+    options = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
         "execution_no_progress_timeout_s": patience,
     }
-    saved = {name: getattr(context, name) for name in wanted}
+    saved = {name: getattr(context, name) for name in options}
     ordered = context.execution_options.preserve_order
-    for name, value in wanted.items():
+    for name, value in options.items():
         setattr(context, name, value)
     context.execution_options.preserve_order = True
     try:
@@ -133,10 +154,10 @@ def _in_order(dataset: Any, patience: float) -> Iterator[None]:
 def _write(
     dataset: Any, settings: SourceSettings, run: Run, on_rows: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Files of the copy; returns what the manifest says of them."""
+    """Write the files of the copy; return their part of the manifest."""
     if settings.limit is not None:
         dataset = dataset.limit(settings.limit)
-    # without a batch size a block stays a block
+    # without a batch size, a batch is a block
     columns = dataset.map_batches(
         _columns,
         fn_kwargs={
@@ -175,12 +196,16 @@ def _write(
 def _columns(
     batch: dict[str, np.ndarray], image: str, label: str | None, identity: str | None
 ) -> pa.Table:
-    """Columns as the copy has them: image (encoded bytes), label (as JSON, since labels are numbers or names), sample_id (text).
+    """Return the columns of the copy. Runs in a task.
 
-    Runs in a task.
+    Returns
+    -------
+    pyarrow.Table
+        image (encoded bytes), label (JSON, because labels are numbers or names) and, with an id
+        column, sample_id (text).
     """
-    image = _chosen(batch, image, IMAGE_NAMES)
-    label = _chosen(batch, label, LABEL_NAMES) if label is not None else None
+    image = _resolved(batch, image, IMAGE_NAMES)
+    label = _resolved(batch, label, LABEL_NAMES) if label is not None else None
     for setting, column in (
         ("image_column", image),
         ("label_column", label),
@@ -188,7 +213,8 @@ def _columns(
     ):
         if column is not None and column not in batch:
             raise SourceError(
-                f"the dataset has no column {column!r}; it has {', '.join(batch)}; set source.{setting}"
+                f"the dataset has no column {column!r}; it has {', '.join(batch)}; "
+                f"set source.{setting}"
             )
     labels = [
         stored_label(value)
@@ -209,16 +235,18 @@ def _columns(
     return pa.table(result)
 
 
-def _chosen(batch: Mapping[str, Any], column: str, usual: Sequence[str]) -> str:
-    """The column of a setting; of `auto`, the one with the first of the usual names, without regard to case."""
+def _resolved(batch: Mapping[str, Any], column: str, usual: Sequence[str]) -> str:
+    """Return the column of a setting; for `auto`, the first usual name, ignoring case."""
     if column != AUTO:
         return column
-    return next((name for wanted in usual for name in batch if name.lower() == wanted), usual[0])
+    return next(
+        (name for candidate in usual for name in batch if name.lower() == candidate), usual[0]
+    )
 
 
 def _encoded(value: Any, column: str) -> bytes | None:
-    """The bytes of an image; pixels become PNG, which loses nothing."""
-    if isinstance(value, dict):  # as Hugging Face writes images
+    """Return the encoded bytes of an image; pixels become PNG, which is lossless."""
+    if isinstance(value, dict):  # the format of Hugging Face
         value = value.get("bytes")
     if value is None or isinstance(value, bytes):
         return value
@@ -239,13 +267,17 @@ def _encoded(value: Any, column: str) -> bytes | None:
         else type(value).__name__
     )
     raise SourceError(
-        f"column {column!r} holds {shown}; expected encoded images (bytes), or pixels: uint8 [height, width] or [height, width, 3]. "
-        "Set source.image_column, or convert them with map_batches"
+        f"column {column!r} holds {shown}; expected encoded images (bytes), or pixels: uint8 "
+        "[height, width] or [height, width, 3]. Set source.image_column, or convert them with "
+        "map_batches"
     )
 
 
 class _Files:
-    """Writes rows to part-000000.parquet, ..., which depend on the rows alone and not on how Ray Data divided them."""
+    """Writes rows to part-000000.parquet and so on.
+
+    The files depend only on the rows, not on how Ray Data divided them.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -267,7 +299,7 @@ class _Files:
         self._end_file()
 
     def discard(self, error: BaseException) -> None:
-        """Drop the file under way; a copy that was interrupted is made anew."""
+        """Drop the unfinished file; an interrupted copy starts again."""
         if self._open is not None:
             self._open[0].__exit__(type(error), error, None)
             self._open = None
@@ -277,10 +309,12 @@ class _Files:
         labels = [json.loads(value) for value in batch["label"].to_pylist()]
         kinds = {type(value) for value in labels if value is not None}
         if len(kinds) > 1:
-            raise SourceError("labels are partly numbers and partly names; use one kind")
+            raise SourceError("some labels are numbers and some are names; use one kind")
         kind = pa.string() if kinds == {str} else pa.int64()
         if self._open is not None and kinds and self._open[2].field("label").type != kind:
-            self._end_file()  # after a file without labels, or names after numbers, which the index refuses by name
+            # numbers after names, or labels after a file without any; the index refuses a mixture,
+            # naming the files
+            self._end_file()
         if self._open is not None:
             kind = self._open[2].field("label").type
         columns = {

@@ -1,7 +1,8 @@
-"""What tells one Ray Data dataset from another without running it: its steps, the files it reads, the data it holds.
+"""Identify a Ray Data dataset without running it, by its steps, input files and data in memory.
 
-Two datasets of the same identity are taken to hold the same rows. What it cannot see: data that a step fetches by itself, a
-database that changed behind the same query, and objects a function holds that are neither functions nor plain values.
+Two datasets of the same identity are assumed to hold the same rows. It does not cover data that a
+step fetches itself, a database that changed behind the same query, and objects referenced by a
+function that are neither functions nor plain values.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ IGNORED = {
     "detected_parallelism",
     "per_block_limit",
 }
-"""How fast a step goes."""
-DEEPEST = 6
+"""Attributes of a step that only affect its speed."""
+MAX_DEPTH = 6
 
 
 def identity(dataset: Any) -> dict[str, str]:
-    """Short hashes of the steps, of the input files (names, and sizes and times where they can be told) and of the data held."""
+    """Return short hashes of the steps, the input files and the data in memory.
+
+    Input files count with their names and, where the filesystem reports them, sizes and times.
+    """
     operators = list(dataset._logical_plan.dag.post_order_iter())
     return {
         "steps": _hash(_step(operator) for operator in operators),
         "input files": _hash(_files(dataset, operators)),
-        "data": _hash(_held(operators)),
+        "data": _hash(_data_in_memory(operators)),
     }
 
 
@@ -51,17 +55,19 @@ def _hash(parts: Iterable[str]) -> str:
 
 
 def _step(operator: Any) -> str:
-    """Name of an operator with the plain values and functions it was given, and those of what it reads from."""
-    found = [type(operator).__name__, operator.name]
+    """Describe an operator and its datasource by their names, plain values and functions."""
+    parts = [type(operator).__name__, operator.name]
     for holder in (operator, getattr(operator, "datasource", None)):
         values = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
-        found += [
-            f"{name}={_describe(value)}" for name, value in sorted(values.items()) if _counts(name)
+        parts += [
+            f"{name}={_describe(value)}"
+            for name, value in sorted(values.items())
+            if _is_relevant(name)
         ]
-    return " ".join(found)
+    return " ".join(parts)
 
 
-def _counts(name: str) -> bool:
+def _is_relevant(name: str) -> bool:
     plain = name.lstrip("_")
     return plain not in IGNORED and not any(
         word in plain for word in ("cached", "input", "context")
@@ -69,14 +75,15 @@ def _counts(name: str) -> bool:
 
 
 def _describe(value: Any, depth: int = 0) -> str:
-    """A value in words that are the same in another process: no addresses, no order of sets."""
-    if depth > DEEPEST:
+    """Describe a value by a text that is the same in every process: no addresses or set order."""
+    if depth > MAX_DEPTH:
         return "..."
     inner = functools.partial(_describe, depth=depth + 1)
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, np.ndarray):
-        return f"array {value.dtype} {value.shape} {hashlib.blake2b(np.ascontiguousarray(value).tobytes()).hexdigest()[:24]}"
+        digest = hashlib.blake2b(np.ascontiguousarray(value).tobytes()).hexdigest()[:24]
+        return f"array {value.dtype} {value.shape} {digest}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(inner, value))}]"
     if isinstance(value, set | frozenset):
@@ -90,22 +97,21 @@ def _describe(value: Any, depth: int = 0) -> str:
         return f"code {value.co_code.hex()} {value.co_names} {constants}"
     if isinstance(value, ray.ObjectRef):
         return "reference"
-    if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__.split(".")[
-        0
-    ] == "ray":
-        return value.__qualname__  # its code may change with Ray's version
+    is_code = inspect.isfunction(value) or inspect.isclass(value)
+    if is_code and value.__module__.split(".")[0] == "ray":
+        return value.__qualname__  # its code can change with the version of Ray
     if inspect.ismethod(value):
         return f"{inner(value.__func__)} of {type(value.__self__).__qualname__}"
     if inspect.isfunction(value):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        return f"{value.__qualname__} {inner(value.__code__)} {inner(value.__defaults__)} {inner(cells)}"
+        code, defaults = inner(value.__code__), inner(value.__defaults__)
+        return f"{value.__qualname__} {code} {defaults} {inner(cells)}"
     if inspect.isclass(value):
         methods = {name: item for name, item in vars(value).items() if inspect.isfunction(item)}
         return f"{value.__qualname__} {inner(methods)}"
     shown = repr(value)
-    return (
-        type(value).__qualname__ if " at 0x" in shown else shown
-    )  # a filter's expression shows all there is
+    # the text of a filter expression is complete
+    return type(value).__qualname__ if " at 0x" in shown else shown
 
 
 def _filled(cell: Any) -> bool:
@@ -117,7 +123,7 @@ def _filled(cell: Any) -> bool:
 
 
 def _files(dataset: Any, operators: list[Any]) -> list[str]:
-    """A line on each file that is read: its path, and its size and time of change where its filesystem tells them."""
+    """Return a line per input file: path, and size and time of change if reported."""
     lines: list[str] = []
     for operator in operators:
         if hasattr(operator, "paths") and hasattr(operator, "filesystem"):
@@ -125,7 +131,7 @@ def _files(dataset: Any, operators: list[Any]) -> list[str]:
         elif hasattr(operator, "datasource"):
             try:
                 paths = dataset.input_files()
-            except Exception:  # a source of the user's own need not know any
+            except Exception:  # a custom datasource need not report any
                 paths = []
             lines += _states(getattr(operator.datasource, "_filesystem", None), sorted(set(paths)))
     return lines
@@ -133,48 +139,47 @@ def _files(dataset: Any, operators: list[Any]) -> list[str]:
 
 def _states(system: Any, paths: list[str]) -> list[str]:
     if not hasattr(system, "get_file_info"):
-        return paths  # such as those of a Lance dataset, whose names change with their content
-    found = []
+        return paths  # as for a Lance dataset, whose file names change with the content
+    lines = []
     for info in system.get_file_info(paths):
-        below = (
+        files = (
             system.get_file_info(FileSelector(info.path, recursive=True))
             if info.type == FileType.Directory
             else [info]
         )
-        found += [
+        lines += [
             f"{file.path} {file.size} {file.mtime_ns}"
-            for file in below
+            for file in files
             if file.type != FileType.Directory
         ]
-    return sorted(found)
+    return sorted(lines)
 
 
-def _held(operators: list[Any]) -> list[str]:
-    """Hashes of rows that lie in Ray's memory, which do not depend on how they are divided into blocks."""
+def _data_in_memory(operators: list[Any]) -> list[str]:
+    """Return hashes of rows in Ray's memory, independent of their division into blocks."""
     hasher = ray.remote(num_cpus=0.5)(_rows)
-    found = []
+    hashes = []
     for operator in operators:
         if operator.input_dependencies:
             continue
         parts, rows = [], 0
-        held = operator.output_data() if hasattr(operator, "output_data") else None
-        for bundle in held or []:
+        bundles = operator.output_data() if hasattr(operator, "output_data") else None
+        for bundle in bundles or []:
             for block, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
                 parts.append(hasher.remote(block, rows))
                 rows += metadata.num_rows or 0
-        found.append(f"{rows} rows {sum(ray.get(parts)) % 2**64:016x}" if parts else "")
-    return found
+        hashes.append(f"{rows} rows {sum(ray.get(parts)) % 2**64:016x}" if parts else "")
+    return hashes
 
 
 def _rows(block: Any, first: int) -> int:
-    """The sum of a hash of each row and its number. Runs in a task."""
+    """Return the sum of the hashes of all rows with their numbers. Runs in a task."""
     table, total = BlockAccessor.for_block(block).to_arrow(), 0
     for row, batch in enumerate(
         part.slice(at, 1) for part in table.to_batches() for at in range(len(part))
     ):
         digest = hashlib.blake2b(f"{first + row} ".encode(), digest_size=8)
-        digest.update(
-            batch.take(pa.array([0])).serialize()
-        )  # taken out: a slice keeps traces of where it was
+        # `take` copies the row: a slice would serialise its offset as well
+        digest.update(batch.take(pa.array([0])).serialize())
         total += int.from_bytes(digest.digest(), "little")
     return total % 2**64

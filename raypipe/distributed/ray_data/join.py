@@ -1,4 +1,4 @@
-"""The rows of a Ray Dataset that a keep-list names."""
+"""Filter a Ray Dataset by a keep-list."""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ from raypipe.selection.hashing import hash_ids
 
 
 def filter_dataset(
-    dataset: ray.data.Dataset, kept: pa.Table, id_column: str, root: str
+    dataset: ray.data.Dataset, keep_list: pa.Table, id_column: str, root: str
 ) -> ray.data.Dataset:
-    """The rows whose id, which may stand below `root`, is in `kept`, a table of sample_id and columns to add; in their order.
+    """Return the rows whose id is in a keep-list, in their order, with added columns.
 
-    The table goes to the object store once, sorted by a hash of the ids, and a batch is joined to it by binary search: each worker
-    looks at the copy of its machine, and builds no table of its own.
+    The keep-list is put into the object store once, sorted by a hash of the ids. Batches are joined
+    by binary search, so that workers share one copy per machine and build no tables of their own.
+
+    Parameters
+    ----------
+    dataset : ray.data.Dataset
+        The dataset.
+    keep_list : pyarrow.Table
+        sample_id, and the columns to add.
+    id_column : str
+        Column of the dataset that holds the ids.
+    root : str
+        Folder that ids of the dataset can start with; "" for none.
     """
-    ids = kept["sample_id"].combine_chunks()
+    ids = keep_list["sample_id"].combine_chunks()
     hashes = hash_ids(ids)
     order = np.argsort(hashes, kind="stable")
-    shared = ray.put((hashes[order], kept.take(pa.array(order)).combine_chunks()))
+    shared = ray.put((hashes[order], keep_list.take(pa.array(order)).combine_chunks()))
     result = dataset.map_batches(
-        functools.partial(_join, shared, id_column, _starts(root)),
+        functools.partial(_join, shared, id_column, _prefixes(root)),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
@@ -38,31 +49,34 @@ def filter_dataset(
     return result
 
 
-def _starts(root: str) -> tuple[str, ...]:
-    """What paths below a folder begin with: Ray leaves out the protocol."""
+def _prefixes(root: str) -> tuple[str, ...]:
+    """Return the prefixes of paths inside a folder: Ray leaves out the protocol."""
     return (root.rstrip("/") + "/", storage.filesystem(root)[1].rstrip("/") + "/") if root else ()
 
 
 def _join(
-    shared: ray.ObjectRef, id_column: str, starts: Sequence[str], batch: pa.Table
+    shared: ray.ObjectRef, id_column: str, prefixes: Sequence[str], batch: pa.Table
 ) -> pa.Table:
     if id_column not in batch.column_names:
         raise SourceError(
-            f"the dataset has no column {id_column!r}; it has {', '.join(batch.column_names)}. Name it with id_column"
+            f"the dataset has no column {id_column!r}; it has {', '.join(batch.column_names)}. "
+            "Set id_column to the column of the ids"
         )
-    hashes, kept = ray.get(shared)
+    hashes, keep_list = ray.get(shared)
     ids = pc.cast(batch[id_column], pa.string()).combine_chunks()
-    for start in starts:
-        ids = pc.if_else(pc.starts_with(ids, start), pc.utf8_slice_codeunits(ids, len(start)), ids)
+    for prefix in prefixes:
+        inside = pc.starts_with(ids, prefix)
+        ids = pc.if_else(inside, pc.utf8_slice_codeunits(ids, len(prefix)), ids)
     if not len(hashes):
         return batch.slice(0, 0)
-    found = pa.array(
+    positions = pa.array(
         np.minimum(np.searchsorted(hashes, hash_ids(pc.fill_null(ids, ""))), len(hashes) - 1)
     )
-    # the id itself is compared, so that an equal hash is no match
-    same = pc.fill_null(pc.equal(pc.take(kept["sample_id"].combine_chunks(), found), ids), False)
+    # ids are compared, because different ids can have the same hash
+    candidates = pc.take(keep_list["sample_id"].combine_chunks(), positions)
+    same = pc.fill_null(pc.equal(candidates, ids), False)
     result = batch.filter(same)
-    for name in kept.column_names[1:]:
+    for name in keep_list.column_names[1:]:
         result = result.drop_columns(name) if name in result.column_names else result
-        result = result.append_column(name, kept[name].take(found.filter(same)))
+        result = result.append_column(name, keep_list[name].take(positions.filter(same)))
     return result

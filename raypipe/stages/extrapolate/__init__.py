@@ -1,1 +1,1 @@
-"""Fit the extrapolator, assess it, and predict the score of every sample."""
+"""Fit the extrapolator, assess its fidelity and predict the remaining scores."""

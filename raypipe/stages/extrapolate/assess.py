@@ -1,39 +1,56 @@
-"""Judging the extrapolator: each function is a part that `raypipe.stages.extrapolate.fit` runs in a task, and writes under `extrapolator/`
+"""Assess the extrapolator: steps that `raypipe.stages.extrapolate.fit` runs in tasks.
 
-    fold-<number>.parquet  a part of the seed set, predicted by a fit on the rest of it
-    audit.parquet          the audit set, predicted by the fit on all of the seed set, with its measured scores
-    rehearsal.parquet      half of the seed set, predicted by what was learned without training on it, and transfer.safetensors, the map
-                           that was learned from it
-    published.parquet      what gnn-published predicts for the samples that fidelity is judged on
-    curve.json             fidelity against the size of the seed set
-    fidelity.json          figures and intervals, from all of these
+They write, under `extrapolator/`:
 
-The tables of predictions hold sample_id, label, measured, predicted, difficulty and a column `baseline:<name>` a baseline.
+- `fold-<number>.parquet`: a part of the seed set, predicted by a fit on the rest of it;
+- `audit.parquet`: the audit set, predicted by the fit on the whole seed set, with its measured
+  scores;
+- `rehearsal.parquet`: half of the seed set, predicted by what was learned without training on it;
+  and `transfer.safetensors`, the map that was learned from it;
+- `published.parquet`: predictions of gnn-published for the samples that fidelity is judged on;
+- `curve.json`: fidelity against the size of the seed set;
+- `fidelity.json`: figures and intervals, from all of these.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.progress import ProgressCallback
 from raypipe.runs.measured_scores import count_measured, measured_scores
+from raypipe.runs.rehearsal import inner_run, read_rehearsal
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import PUBLISHED_SAMPLES
-from raypipe.stages.extrapolate.measured import WHOLE_METHODS, FitData, ScoredSamples
+from raypipe.stages.extrapolate.fidelity_file import FidelityFile
+from raypipe.stages.extrapolate.measured import FitData, ScoredSamples
+from raypipe.stages.extrapolate.model import (
+    WHOLE_METHODS,
+    has_rehearsal,
+    load_extrapolator,
+    make_extrapolator,
+)
+from raypipe.stages.extrapolate.predictions import (
+    PredictedSamples,
+    read_predictions,
+    read_published,
+    write_predictions,
+    write_published,
+)
 
-BASELINE = "baseline:"
-TRANSFER = "transfer.safetensors"
+if TYPE_CHECKING:
+    from raypipe.assessment.fidelity import Fidelity
 
 
 def fold_count(config: Config, run: Run) -> int:
-    """How many parts of the seed set are held out in turn. After a rehearsal they are for `fidelity_seed` alone, and one will do."""
+    """Return how many parts of the seed set are held out in turn.
+
+    After a rehearsal, they serve `fidelity_seed` alone, and one is enough.
+    """
     settings = config.extrapolate
     if settings.folds != "auto":
         return settings.folds
@@ -43,288 +60,229 @@ def fold_count(config: Config, run: Run) -> int:
 
 
 def assesses_published(config: Config, samples: int) -> bool:
-    """Whether gnn-published is judged beside the method."""
-    asked = config.extrapolate.judge_published
+    """Return whether gnn-published is assessed along with the method."""
+    setting = config.extrapolate.judge_published
     return config.extrapolate.method != "gnn-published" and (
-        samples <= PUBLISHED_SAMPLES if asked == "auto" else asked
+        samples <= PUBLISHED_SAMPLES if setting == "auto" else setting
     )
 
 
 def write_fold(number: int, config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
-    """Hold one part of the seed set out of a fit, and write the predictions of it.
+    """Fit without one part of the seed set, and write the predictions for it.
 
-    Where an audit set decides how wide intervals are and how faithful scores, a fit of gnn with one network does, without the mlp beside it:
-    it tells as well which samples have wide intervals, in less than half the time.
+    Where an audit set decides the fidelity and the width of intervals, gnn fits a single network
+    and the MLP baseline is left out: that shows as well which samples have wide intervals, in less
+    than half the time.
     """
     from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
     from raypipe.assessment.fidelity import hold_out
 
     data = FitData(config, run, samples, config.extrapolate.method in WHOLE_METHODS)
-    held, seed, audit = _held(config, run, data.seed)[number], data.seed, data.audit()
+    seed, audit = data.seed, data.audit()
+    held_out = _folds(config, run, seed)[number]
     quick = (
         config.extrapolate.method == "gnn"
         and audit is not None
         and len(audit.ids) >= MIN_SAMPLES_TO_RESCALE
     )
 
-    def fresh() -> Any:
+    def make() -> Any:
         extrapolator = make_extrapolator(config, run)
         if quick:
             extrapolator.members = 1
         return extrapolator
 
-    found = hold_out(
-        fresh, seed.nodes, seed.score, held, data.everything, seed.rows, step, mlp=not quick
+    predictions = hold_out(
+        make, seed.nodes, seed.score, held_out, data.everything, seed.rows, step, mlp=not quick
     )
-    _write(run, f"fold-{number}", [seed.ids[row] for row in held], found)
-
-
-def make_extrapolator(config: Config, run: Run, proxy_of: Run | None = None) -> Any:
-    """The extrapolator, not fitted; proxy_of: the run whose proxy made the embeddings, where it is another."""
-    from raypipe.extrapolators import make
-    from raypipe.runs.checkpoints import last_layer
-
-    extrapolator: Any = make(config.extrapolate, len(run.classes().names))
-    if config.extrapolate.method == "gnn" and "proxy" in run.ledger():
-        extrapolator.head = last_layer(proxy_of or run)
-    return extrapolator
-
-
-def has_rehearsal(run: Run) -> bool:
-    """Whether there is a rehearsal to learn from; a run within a run has none."""
-    return "rehearse" in run.ledger()
+    ids = [seed.ids[row] for row in held_out]
+    write_predictions(run, f"fold-{number}", ids, predictions)
 
 
 def write_rehearsal(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
-    """Learn the map to samples that no proxy was trained on, and write its predictions of half of the seed set."""
+    """Learn the map to samples that no proxy was trained on.
+
+    Writes the map, and its predictions of half of the seed set.
+    """
     from safetensors.numpy import save
 
     from raypipe.assessment.rehearsal import rehearse
-    from raypipe.stages.rehearse import inner_run, rehearsal
 
-    ids, given = rehearsal(config, run, measured_scores(run, config.score, "seed"))
-    transfer, found = rehearse(
-        lambda: make_extrapolator(config, run, inner_run(run)), given, config.extrapolate.seed, step
+    seed_scores = measured_scores(run, config.score, "seed")
+    ids, rehearsal = read_rehearsal(run, config.score, seed_scores)
+    transfer, predictions = rehearse(
+        lambda: make_extrapolator(config, run, inner_run(run)),
+        rehearsal,
+        config.extrapolate.seed,
+        step,
     )
-    _write(run, "rehearsal", ids, found)
+    write_predictions(run, "rehearsal", ids, predictions)
     storage.write_bytes(run.transfer_weights, save(transfer.tensors()))
 
 
-def write_published(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
-    """What gnn-published predicts for the audit set from the seed set; without an audit set, for each part from the others."""
+@dataclass(frozen=True)
+class PublishedFit:
+    """One fit of gnn-published: rows to fit on and their scores; ids and rows to predict."""
+
+    rows: np.ndarray
+    score: np.ndarray
+    predicted_ids: list[str]
+    predicted_rows: np.ndarray
+
+
+def write_published_predictions(
+    config: Config, run: Run, samples: int, step: ProgressCallback
+) -> None:
+    """Write what gnn-published predicts for the audit set from the seed set.
+
+    Without an audit set, it predicts each held-out part of the seed set from the rest.
+    """
     from raypipe.extrapolators.published.gnn import GnnPublished
 
     data, classes = FitData(config, run, samples, whole=True), len(run.classes().names)
-    seed, audit = data.seed, data.audit()
-    plain = config.extrapolate.model_copy(
+    assert data.source is not None
+    settings = config.extrapolate.model_copy(
         update={"method": "gnn-published", "epochs": "auto", "neighbours": "auto"}
     )
-    if audit is not None:
-        tasks = [(seed.in_graph, seed.score, audit.ids, audit.in_graph)]
-    else:
-        tasks = []
-        for held in _held(config, run, seed):
-            kept = np.setdiff1d(np.arange(len(seed.ids)), held)
-            tasks.append(
-                (
-                    seed.in_graph[kept],
-                    seed.score[kept],
-                    [seed.ids[row] for row in held],
-                    seed.in_graph[held],
-                )
-            )
+    fits = _published_fits(config, run, data)
     ids: list[str] = []
     predicted: list[np.ndarray] = []
-    for number, (rows, score, names, wanted) in enumerate(tasks):
+    for number, fit in enumerate(fits):
 
-        def steps(done: int, total: int, before: int = number) -> None:
-            step(before * total + done, len(tasks) * total)
+        def report(done: int, total: int, before: int = number) -> None:
+            step(before * total + done, len(fits) * total)
 
-        model = GnnPublished(plain, classes)
-        model.fit_graph(data.everything, rows, score, steps)
-        ids += names
-        predicted.append(model.predict_rows(wanted))
-    table = pa.table(
-        {
-            "sample_id": pa.array(ids, pa.string()),
-            "predicted": pa.array(np.concatenate(predicted), pa.float32()),
-        }
-    )
-    storage.write_table(run.published_predictions, table)
+        model = GnnPublished(settings, classes)
+        model.fit_graph(data.source.nodes, fit.rows, fit.score, report)
+        ids += fit.predicted_ids
+        predicted.append(model.predict_rows(fit.predicted_rows))
+    write_published(run, ids, np.concatenate(predicted))
+
+
+def _published_fits(config: Config, run: Run, data: FitData) -> list[PublishedFit]:
+    seed, audit = data.seed, data.audit()
+    if audit is not None:
+        return [PublishedFit(seed.in_graph, seed.score, audit.ids, audit.in_graph)]
+    fits = []
+    for held_out in _folds(config, run, seed):
+        rest = np.setdiff1d(np.arange(len(seed.ids)), held_out)
+        ids = [seed.ids[row] for row in held_out]
+        fits.append(
+            PublishedFit(seed.in_graph[rest], seed.score[rest], ids, seed.in_graph[held_out])
+        )
+    return fits
 
 
 def write_curve(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
-    """The learning curve, judged on the audit set, or where that is too small on the first part of the seed set that is held out."""
+    """Write the learning curve.
+
+    It is judged on the audit set, or, where that is too small, on the first held-out part of the
+    seed set.
+    """
     from raypipe.assessment.learning_curve import learning_curve
     from raypipe.assessment.rank_agreement import MIN_SAMPLES
 
     data = FitData(config, run, samples, whole=False)
-    seed, audit = data.seed, data.audit()
+    seed, audit, random_seed = data.seed, data.audit(), config.extrapolate.seed
     if audit is not None and len(audit.ids) >= MIN_SAMPLES:
         judged_on = "audit"
-        curve = learning_curve(
-            seed.nodes, seed.score, audit.nodes, audit.score, config.extrapolate.seed
-        )
+        curve = learning_curve(seed.nodes, seed.score, audit.nodes, audit.score, random_seed)
     else:
-        judged_on, held = "seed", _held(config, run, seed)[0]
-        kept = np.setdiff1d(np.arange(len(seed.ids)), held)
-        part = seed.nodes.take(kept), seed.score[kept], seed.nodes.take(held), seed.score[held]
-        curve = learning_curve(*part, config.extrapolate.seed)
+        judged_on = "seed"
+        held_out = _folds(config, run, seed)[0]
+        rest = np.setdiff1d(np.arange(len(seed.ids)), held_out)
+        curve = learning_curve(
+            seed.nodes.take(rest),
+            seed.score[rest],
+            seed.nodes.take(held_out),
+            seed.score[held_out],
+            random_seed,
+        )
     step(1, 1)
     storage.write_json(run.learning_curve_file, curve.as_dict() | {"judged_on": judged_on})
 
 
 def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
-    """Predict the audit set, and write the figures: of the audit set where it can be judged, of the seed set in any case."""
+    """Predict the audit set, and write figures and intervals.
+
+    Figures are of the audit set where it is large enough, and always of the seed set.
+    """
     from raypipe.assessment.conformal import Conformal
-    from raypipe.assessment.fidelity import HeldOutPredictions, compare
+    from raypipe.assessment.fidelity import compare
 
     settings, keep = config.extrapolate, sorted(set(config.select.keep))
-    parts = [_read(run, f"fold-{number}") for number in range(fold_count(config, run))]
-    ids, found = (
-        [name for names, _ in parts for name in names],
-        HeldOutPredictions.concat([part for _, part in parts]),
-    )
+    folds = [read_predictions(run, f"fold-{number}") for number in range(fold_count(config, run))]
+    held_out = PredictedSamples.concat(folds)
     data = FitData(config, run, samples, settings.method in WHOLE_METHODS)
-    audit_ids, audit = _audit(config, run, data)
-    published = _published(run)
-    judged = {"seed": compare(_with(found, ids, published), settings.seed, keep)}
+    audit = _audit_predictions(config, run, data)
+    published = read_published(run)
+    judged = {"seed": compare(held_out.with_published(published), settings.seed, keep)}
+    calibration = held_out.predictions
     if has_rehearsal(run):
-        # held-out seed samples were trained on, and a fit on them without the map is not the one that is used
-        _, found = _read(run, "rehearsal")
-        judged["rehearsal"] = compare(found, settings.seed, keep)
-    intervals = Conformal.fit(found.residual, found.difficulty, settings.confidence, found.label)
-    if audit is not None:
-        judged["audit"] = compare(_with(audit, audit_ids, published), settings.seed, keep)
-        intervals = intervals.stretched(audit.residual, audit.difficulty, audit.label)
-    leading = next(
-        (
-            which
-            for which in ("audit", "rehearsal")
-            if which in judged and judged[which].spearman is not None
-        ),
-        "seed",
+        # The proxy was trained on the held-out seed samples, and the folds are fitted without the
+        # map that predictions use; so the rehearsal decides.
+        calibration = read_predictions(run, "rehearsal").predictions
+        judged["rehearsal"] = compare(calibration, settings.seed, keep)
+    intervals = Conformal.fit(
+        calibration.residual, calibration.difficulty, settings.confidence, calibration.label
     )
+    if audit is not None:
+        judged["audit"] = compare(audit.with_published(published), settings.seed, keep)
+        predictions = audit.predictions
+        intervals = intervals.stretched(
+            predictions.residual, predictions.difficulty, predictions.label
+        )
     figures = {
         which: fidelity.as_dict() | {"judged_on": which} for which, fidelity in judged.items()
     }
-    result = {
-        "measured": len(data.seed.ids) + len(audit_ids),
-        "keep": keep,
-        "fidelity": figures[leading],
-        "fidelity_seed": figures["seed"],
-        "intervals": intervals.state(),
-        "search": storage.read_json(run.model_file)["search"],
-    }
     step(1, 1)
-    storage.write_json(run.fidelity_file, result)
+    FidelityFile(
+        measured=len(data.seed.ids) + (len(audit.ids) if audit is not None else 0),
+        keep=tuple(keep),
+        fidelity=figures[_deciding(judged)],
+        fidelity_seed=figures["seed"],
+        intervals=intervals.state(),
+        search=storage.read_json(run.model_file)["search"],
+    ).write(run)
 
 
-def load_extrapolator(config: Config, run: Run) -> Any:
-    """The fitted extrapolator."""
-    from safetensors.numpy import load
-
-    from raypipe.extrapolators import make
-
-    extrapolator: Any = make(config.extrapolate, len(run.classes().names))
-    meta = storage.read_json(run.model_file)
-    extrapolator.load_state(load(storage.read_bytes(run.model_weights)), meta)
-    if has_rehearsal(run):
-        from raypipe.extrapolators.transfer import Transfer
-
-        extrapolator.transfer = Transfer.from_tensors(
-            load(storage.read_bytes(run.transfer_weights))
-        )
-    return extrapolator
-
-
-def load_intervals(run: Run) -> Any:
-    """Its calibrated intervals."""
-    from raypipe.assessment.conformal import Conformal
-
-    return Conformal.from_state(storage.read_json(run.fidelity_file)["intervals"])
+def _deciding(judged: dict[str, Fidelity]) -> str:
+    """Return the samples whose figures count: the first that have a correlation."""
+    for which in ("audit", "rehearsal"):
+        if which in judged and judged[which].spearman is not None:
+            return which
+    return "seed"
 
 
 def is_assessed(config: Config, run: Run) -> bool:
-    """Whether there are figures, at every keep fraction that is asked for."""
+    """Return whether there are figures for every keep fraction of the settings."""
     if "fidelity.json" not in storage.names(run.extrapolator_folder):
         return False
-    return set(config.select.keep) <= set(storage.read_json(run.fidelity_file)["keep"])
+    return set(config.select.keep) <= set(FidelityFile.read(run).keep)
 
 
-def _held(config: Config, run: Run, seed: ScoredSamples) -> list[np.ndarray]:
+def _folds(config: Config, run: Run, seed: ScoredSamples) -> list[np.ndarray]:
+    """Return the rows of the held-out parts of the seed set."""
     from raypipe.assessment.fidelity import split
 
-    return split(
-        len(seed.ids), config.extrapolate.holdout, fold_count(config, run), config.extrapolate.seed
-    )
+    settings = config.extrapolate
+    return split(len(seed.ids), settings.holdout, fold_count(config, run), settings.seed)
 
 
-def _audit(config: Config, run: Run, data: FitData) -> tuple[list[str], Any]:
-    """Ids and predictions of the audit set; none and None without one. They are made once, and then read again."""
+def _audit_predictions(config: Config, run: Run, data: FitData) -> PredictedSamples | None:
+    """Return the predictions of the audit set; None without one. They are computed once."""
     from raypipe.assessment.fidelity import predict
 
     if "audit.parquet" in storage.names(run.extrapolator_folder):
-        return _read(run, "audit")
+        return read_predictions(run, "audit")
     audit = data.audit()
     if audit is None:
-        return [], None
+        return None
     model = load_extrapolator(config, run)
-    if data.whole:
-        model.attach_graph(data.everything)
-    found = predict(model, data.seed.nodes, data.seed.score, audit.nodes, audit.score, audit.rows)
-    _write(run, "audit", audit.ids, found)
-    return audit.ids, found
-
-
-def _published(run: Run) -> dict[str, float]:
-    """What gnn-published predicts, by id."""
-    if "published.parquet" not in storage.names(run.extrapolator_folder):
-        return {}
-    table = storage.read_table(run.published_predictions)
-    return dict(zip(table["sample_id"].to_pylist(), table["predicted"].to_pylist(), strict=True))
-
-
-def _with(found: Any, ids: Sequence[str], published: dict[str, float]) -> Any:
-    """Predictions with those of gnn-published among the baselines, where it predicted the same samples."""
-    if not ids or not published.keys() >= set(ids):
-        return found
-    predicted = np.array([published[name] for name in ids], np.float64)
-    return dataclasses.replace(found, baselines={**found.baselines, "gnn_published": predicted})
-
-
-def _write(run: Run, name: str, ids: Sequence[str], found: Any) -> None:
-    columns = {
-        "sample_id": pa.array(ids if len(found) else [], pa.string()),
-        "label": pa.array(found.label, pa.int32(), mask=found.label < 0),
-        "measured": pa.array(found.measured, pa.float64()),
-        "predicted": pa.array(found.predicted, pa.float64()),
-        "difficulty": pa.array(found.difficulty, pa.float32()),
-        **{
-            BASELINE + rival: pa.array(value, pa.float64())
-            for rival, value in found.baselines.items()
-        },
-    }
-    about = {"raypipe.n_fit": str(found.n_fit), "raypipe.note": found.note}
-    storage.write_table(
-        run.held_out_predictions(name),
-        pa.table(columns).replace_schema_metadata(about),
+    if data.source is not None:
+        model.attach_graph(data.source.nodes)
+    predictions = predict(
+        model, data.seed.nodes, data.seed.score, audit.nodes, audit.score, audit.rows
     )
-
-
-def _read(run: Run, name: str) -> tuple[list[str], Any]:
-    from raypipe.assessment.fidelity import HeldOutPredictions
-
-    table = storage.read_table(run.held_out_predictions(name))
-    about = table.schema.metadata
-    rivals = [column for column in table.column_names if column.startswith(BASELINE)]
-    found = HeldOutPredictions(
-        table["label"].fill_null(-1).to_numpy().astype(np.int64),
-        table["measured"].to_numpy(),
-        table["predicted"].to_numpy(),
-        table["difficulty"].to_numpy(),
-        {column.removeprefix(BASELINE): table[column].to_numpy() for column in rivals},
-        int(about[b"raypipe.n_fit"]),
-        about[b"raypipe.note"].decode(),
-    )
-    return table["sample_id"].to_pylist(), found
+    write_predictions(run, "audit", audit.ids, predictions)
+    return PredictedSamples(audit.ids, predictions)

@@ -1,13 +1,16 @@
-"""Fitting the extrapolator: judging it, fitting it, and, where its graph is over the whole source, applying it.
+"""Fit and assess the extrapolator and, where its graph spans the whole source, apply it.
 
-Each part is a task of one thread (the networks are small, and more threads mostly wait for one another) that writes a file under
-`extrapolator/`: `model.json` and `model.safetensors` from the fit on the whole seed set, and what `raypipe.stages.extrapolate.assess` says.
-Parts that do not need one another run side by side; an interrupted stage repeats only those that are missing.
+Each step is a task with one thread (the networks are small, and more threads mostly wait for one
+another) that writes a file under `extrapolator/`: `model.json` and `model.safetensors` from the fit
+on the whole seed set, and the files of `raypipe.stages.extrapolate.assess`. Steps that do not need
+one another run side by side. An interrupted stage repeats only the missing ones.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,51 +23,63 @@ from raypipe.runs.measured_scores import every_measured_score
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.stages.extrapolate.assess import (
-    TRANSFER,
     assesses_published,
     fold_count,
-    has_rehearsal,
     is_assessed,
-    load_extrapolator,
-    load_intervals,
-    make_extrapolator,
     write_curve,
     write_fidelity,
     write_fold,
-    write_published,
+    write_published_predictions,
     write_rehearsal,
 )
-from raypipe.stages.extrapolate.measured import WHOLE_METHODS, FitData
+from raypipe.stages.extrapolate.measured import FitData
+from raypipe.stages.extrapolate.model import (
+    TRANSFER,
+    WHOLE_METHODS,
+    has_rehearsal,
+    load_extrapolator,
+    load_intervals,
+    make_extrapolator,
+    save_extrapolator,
+)
+
+
+@dataclass(frozen=True)
+class FitStep:
+    """One step: its name in the progress display, the file it writes, and its function."""
+
+    name: str
+    file: str
+    function: StepFunction
 
 
 def fit_extrapolator(context: Context, missing: list[str], samples: int) -> float:
-    """Do what of fitting, judging and (for a graph over the whole source) scoring of the `missing` fragments is not done yet.
+    """Run the steps of fitting and assessing whose files are missing.
 
-    Returns processor seconds.
+    Parameters
+    ----------
+    context
+        The run.
+    missing
+        Fragments without scores; they are scored where the graph spans the whole source.
+    samples
+        Samples in the source.
+
+    Returns
+    -------
+    float
+        Processor seconds.
     """
     config, run = context.config, context.run
-    whole, there = (
-        config.extrapolate.method in WHOLE_METHODS,
-        storage.names(run.extrapolator_folder),
-    )
-    wanted: dict[str, tuple[str, StepFunction]] = {}
-    if assesses_published(config, samples):
-        wanted["published"] = (
-            "published.parquet",
-            write_published,
-        )  # first, since it takes longest
-    wanted["fit"] = ("model.json", _fit)
-    for number in range(fold_count(config, run)):
-        wanted[f"judge-{number}"] = (
-            f"fold-{number}.parquet",
-            functools.partial(write_fold, number),
-        )
-    wanted["curve"] = ("curve.json", write_curve)
-    if has_rehearsal(run):
-        wanted["rehearse"] = (TRANSFER, write_rehearsal)
-    left = {name: part for name, (file, part) in wanted.items() if file not in there}
-    # a graph over the whole source is held once at a time
-    groups = [{name: part} for name, part in left.items()] if whole else [left]
+    whole = config.extrapolate.method in WHOLE_METHODS
+    present = storage.names(run.extrapolator_folder)
+    steps = {
+        step.name: step.function
+        for step in _steps(config, run, samples)
+        if step.file not in present
+    }
+    # one graph over the whole source at a time fits into memory
+    groups = [{name: function} for name, function in steps.items()] if whole else [steps]
     if not is_assessed(config, run):
         groups.append({"fidelity": write_fidelity})
     if whole and missing:
@@ -73,43 +88,46 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     return sum(run_step_functions(context, group, samples) for group in groups if group)
 
 
+def _steps(config: Config, run: Run, samples: int) -> Iterator[FitStep]:
+    """Yield all steps that do not need one another, the longest first."""
+    if assesses_published(config, samples):
+        yield FitStep("published", "published.parquet", write_published_predictions)
+    yield FitStep("fit", "model.json", _fit)
+    for number in range(fold_count(config, run)):
+        function = functools.partial(write_fold, number)
+        yield FitStep(f"judge-{number}", f"fold-{number}.parquet", function)
+    yield FitStep("curve", "curve.json", write_curve)
+    if has_rehearsal(run):
+        yield FitStep("rehearse", TRANSFER, write_rehearsal)
+
+
 def _fit(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
     """Write the extrapolator fitted on the whole seed set."""
-    from safetensors.numpy import save
-
     data = FitData(config, run, samples, config.extrapolate.method in WHOLE_METHODS)
     extrapolator = make_extrapolator(config, run)
-    if data.whole:
-        extrapolator.fit_graph(data.everything, data.seed.rows, data.seed.score, step)
+    if data.source is not None:
+        extrapolator.fit_graph(data.source.nodes, data.seed.rows, data.seed.score, step)
     else:
         extrapolator.fit(data.seed.nodes, data.seed.score, step)
-    tensors, meta = extrapolator.state()
-    storage.write_bytes(run.model_weights, save(tensors))
-    storage.write_json(run.model_file, meta)
+    save_extrapolator(run, extrapolator)
 
 
 def _score_whole(
     fragments: list[str], config: Config, run: Run, samples: int, step: ProgressCallback
 ) -> None:
     """Write the score shards of some fragments from the graph over the whole source."""
-    data, scores = (
-        FitData(config, run, samples, whole=True),
-        every_measured_score(run, config.score),
-    )
+    data = FitData(config, run, samples, whole=True)
+    assert data.source is not None
+    nodes, tables = data.source.nodes, data.source.tables
+    scores = every_measured_score(run, config.score)
     extrapolator, intervals = load_extrapolator(config, run), load_intervals(run)
-    extrapolator.attach_graph(data.everything)
-    offsets = np.cumsum([0, *(len(table) for table in data.tables)])
+    extrapolator.attach_graph(nodes)
+    offsets = np.cumsum([0, *(len(table) for table in tables)])
     for number, fragment in enumerate(fragments):
         position = data.names.index(fragment)
-        part = np.arange(offsets[position], offsets[position + 1])
-        nodes = data.everything.take(part)
-        half_width = intervals.half_width(extrapolator.difficulty(nodes), nodes.label)
-        write_scores(
-            run,
-            fragment,
-            data.tables[position],
-            extrapolator.predict_rows(part),
-            half_width,
-            scores,
-        )
+        rows = np.arange(offsets[position], offsets[position + 1])
+        own = nodes.take(rows)
+        half_width = intervals.half_width(extrapolator.difficulty(own), own.label)
+        predicted = extrapolator.predict_rows(rows)
+        write_scores(run, fragment, tables[position], predicted, half_width, scores)
         step(number + 1, len(fragments))

@@ -1,4 +1,4 @@
-"""Samples with a measured score, as the extrapolators see them: the seed set and the audit set."""
+"""Samples with a measured score, as the extrapolators need them: the seed set and the audit set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,111 +18,173 @@ from raypipe.runs.embeddings import COLUMNS, nodes_of, read_special_rows
 from raypipe.runs.measured_scores import GIVEN_SCORES, measured_scores
 from raypipe.runs.run import Run
 
-WHOLE_METHODS = {"gnn-published"}
-"""Extrapolators whose graph is over the whole source."""
+if TYPE_CHECKING:
+    from raypipe.extrapolators.base import Nodes
+
+SampleSet = Literal["seed", "audit"]
+"""The set that samples with a measured score belong to."""
+READERS = 16
+"""Embedding files that are read at a time."""
 
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """Samples with their measured scores, float32 [n], and, in a graph over the whole source, their rows there."""
+    """n samples with their measured scores.
+
+    Attributes
+    ----------
+    ids : list of str
+        Ids of the samples.
+    nodes : Nodes
+        Embeddings, labels and proxy statistics.
+    score : np.ndarray
+        Measured scores, float32 [n].
+    rows : np.ndarray or None
+        Their rows in a graph over the whole source, int64 [n]; None without such a graph.
+    """
 
     ids: list[str]
-    nodes: Any
+    nodes: Nodes
     score: np.ndarray
     rows: np.ndarray | None = None
 
     @property
     def in_graph(self) -> np.ndarray:
-        """`rows`, of samples that have them."""
+        """`rows` of samples in a graph."""
         assert self.rows is not None
         return self.rows
 
 
-class FitData:
-    """What an extrapolator is fitted and judged on; with `whole`, within everything in the source."""
+@dataclass(frozen=True)
+class WholeSource:
+    """Everything in the source, held in memory for a graph over it.
 
-    def __init__(self, config: Config, run: Run, samples: int, whole: bool) -> None:
+    Attributes
+    ----------
+    tables : list of pa.Table
+        Embeddings of each fragment, in the order of fragment names.
+    nodes : Nodes
+        All samples in the same order.
+    ids : list of str
+        Their ids.
+    """
+
+    tables: list[pa.Table]
+    nodes: Nodes
+    ids: list[str]
+
+    @classmethod
+    def read(cls, run: Run, fragments: list[str]) -> WholeSource:
+        """Read the embeddings of all fragments."""
         from raypipe.extrapolators.base import Nodes
 
-        self._run, self._score, self.whole = run, config.score, whole
-        self.everything: Any = None
+        tables = [storage.read_table(run.embedding_shard(name), COLUMNS) for name in fragments]
+        nodes = Nodes.concat([nodes_of(table) for table in tables])
+        return cls(
+            tables, nodes, [name for table in tables for name in table["sample_id"].to_pylist()]
+        )
+
+
+class FitData:
+    """What an extrapolator is fitted and assessed on.
+
+    Attributes
+    ----------
+    names : list of str
+        Names of the fragments with embeddings.
+    seed : ScoredSamples
+        The seed set, or the scored samples of a folder that was created from tables.
+    source : WholeSource or None
+        The whole source; None unless `whole`.
+
+    Raises
+    ------
+    StageError
+        When no seed sample has an embedding, or the whole source does not fit into memory.
+    """
+
+    def __init__(self, config: Config, run: Run, samples: int, whole: bool) -> None:
+        self._run, self._score = run, config.score
         self.names: list[str] = sorted(run.done("embeddings"))
+        self.source: WholeSource | None = None
         if whole:
             _check_memory(run, self.names[0], samples)
-            self.tables = [
-                storage.read_table(run.embedding_shard(name), COLUMNS) for name in self.names
-            ]
-            self.everything = Nodes.concat([nodes_of(table) for table in self.tables])
-            self._ids = [
-                sample_id for table in self.tables for sample_id in table["sample_id"].to_pylist()
-            ]
-        seed = self._scored("seed") or _given(run)
+            self.source = WholeSource.read(run, self.names)
+        seed = self._scored("seed") or _from_tables(run)
         if seed is None:
             raise StageError(
-                "no seed sample has an embedding; the source changed completely. Use a new run folder"
+                "no seed sample has an embedding; the source changed completely. "
+                "Use a new run folder"
             )
         self.seed = seed
 
+    @property
+    def everything(self) -> Nodes | None:
+        """All samples of the source; None unless the whole source is held."""
+        return self.source.nodes if self.source is not None else None
+
     def audit(self) -> ScoredSamples | None:
-        """The audit set; None where the score was not measured on any."""
+        """Return the audit set; None where the score was not measured on it."""
         return self._scored("audit")
 
-    def _scored(self, which: str) -> ScoredSamples | None:
+    def _scored(self, which: SampleSet) -> ScoredSamples | None:
         scores = measured_scores(self._run, self._score, which)
-        if self.whole:
-            rows = np.array(
-                [row for row, sample_id in enumerate(self._ids) if sample_id in scores], np.int64
-            )
-            ids = [self._ids[row] for row in rows]
-            return (
-                ScoredSamples(ids, self.everything.take(rows), _of(ids, scores), rows)
-                if ids
-                else None
-            )
-        with ThreadPoolExecutor(16) as threads:
+        if not scores:
+            return None
+        if self.source is not None:
+            return _take_scored(self.source, scores)
+        return self._read_scored(which, scores)
+
+    def _read_scored(self, which: SampleSet, scores: Mapping[str, float]) -> ScoredSamples | None:
+        """Read the samples of one set from the embeddings, without reading the others."""
+        with ThreadPoolExecutor(READERS) as threads:
             # in the order of fragment names
-            parts = (
-                list(
-                    threads.map(
-                        lambda fragment: read_special_rows(self._run, fragment, which), self.names
-                    )
-                )
-                if scores
-                else []
+            rows = list(
+                threads.map(lambda name: read_special_rows(self._run, name, which), self.names)
             )
         tables = [
-            part.select(COLUMNS).replace_schema_metadata(None) for part in parts if part is not None
+            table.select(COLUMNS).replace_schema_metadata(None)
+            for table in rows
+            if table is not None
         ]
         if not tables:
             return None
         table = pa.concat_tables(tables)
-        table = table.filter(
-            pa.array(
-                [sample_id in scores for sample_id in table["sample_id"].to_pylist()], pa.bool_()
-            )
-        )
+        scored = [sample_id in scores for sample_id in table["sample_id"].to_pylist()]
+        table = table.filter(pa.array(scored, pa.bool_()))
         ids = table["sample_id"].to_pylist()
-        return ScoredSamples(ids, nodes_of(table), _of(ids, scores)) if ids else None
+        return ScoredSamples(ids, nodes_of(table), _scores_of(ids, scores)) if ids else None
 
 
-def _given(run: Run) -> ScoredSamples | None:
-    """The scored samples of a folder that was made from tables; None in a run."""
+def _take_scored(source: WholeSource, scores: Mapping[str, float]) -> ScoredSamples | None:
+    """Return the samples of the source that have a score."""
+    rows = np.array([row for row, name in enumerate(source.ids) if name in scores], np.int64)
+    ids = [source.ids[row] for row in rows]
+    if not ids:
+        return None
+    return ScoredSamples(ids, source.nodes.take(rows), _scores_of(ids, scores), rows)
+
+
+def _from_tables(run: Run) -> ScoredSamples | None:
+    """Return the scored samples of a folder that was created from tables; None in a run."""
     if GIVEN_SCORES not in storage.names(run.extrapolator_folder):
         return None
     table = storage.read_table(run.given_scores)
     return ScoredSamples(table["sample_id"].to_pylist(), nodes_of(table), table["score"].to_numpy())
 
 
-def _of(ids: list[str], scores: Mapping[str, float]) -> np.ndarray:
+def _scores_of(ids: list[str], scores: Mapping[str, float]) -> np.ndarray:
     return np.array([scores[sample_id] for sample_id in ids], np.float32)
 
 
 def _check_memory(run: Run, fragment: str, samples: int) -> None:
+    """Raise StageError when the embeddings of all samples need most of the memory."""
     table = storage.read_table(run.embedding_shard(fragment), ["embedding"])
     needed = 3 * 4 * samples * table.schema.field("embedding").type.list_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * memory:
         raise StageError(
-            f"gnn-published holds the whole source in one process: about {needed / 2**30:.1f} GiB for "
-            f"{samples:,} samples, but this machine has {memory / 2**30:.1f} GiB; extrapolate.method gnn has no such limit"
+            "gnn-published holds the whole source in one process: about "
+            f"{needed / 2**30:.1f} GiB for {samples:,} samples, but this machine has "
+            f"{memory / 2**30:.1f} GiB; extrapolate.method gnn has no such limit"
         )

@@ -1,10 +1,13 @@
-"""Extrapolate: fits the extrapolator on the seed set, judges its fidelity, then predicts the score of everything else.
+"""Extrapolate: fit the extrapolator on the seed set, assess it, and predict all other scores.
 
-Writes under `extrapolator/` the fitted model, the predictions it is judged by (see `raypipe.stages.extrapolate.assess`) and
-`extrapolator.json` (method, fidelity, learning curve, intervals), and per fragment `scores/<fragment>.parquet`. A sample's
-neighbours are looked up among the scored samples, so every fragment is independent; the exception is `gnn-published`, whose graph
-is over the whole source and is held by one task. A sample of the audit set has its measured score there, once the fidelity is
-known: it is the better one, and was compared with the predicted one first.
+Writes under `extrapolator/` the fitted model, the predictions that it is assessed by (see
+`raypipe.stages.extrapolate.assess`) and `extrapolator.json` (method, fidelity, learning curve,
+intervals), and for each fragment `scores/<fragment>.parquet`.
+
+A sample's neighbours are searched among the scored samples, so fragments are independent of one
+another. The exception is `gnn-published`, whose graph spans the whole source and is held by one
+task. A sample of the audit set gets its measured score, which is better than the predicted one,
+after the two were compared for the fidelity.
 """
 
 from __future__ import annotations
@@ -31,21 +34,25 @@ from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.runs.unit_result import UnitResult
+from raypipe.sources import Fragment
 from raypipe.stages.base import Stage
-from raypipe.stages.extrapolate.assess import (
+from raypipe.stages.extrapolate.assess import is_assessed
+from raypipe.stages.extrapolate.fidelity_file import FidelityFile, search_notes
+from raypipe.stages.extrapolate.fit import fit_extrapolator
+from raypipe.stages.extrapolate.model import (
     TRANSFER,
-    is_assessed,
+    WHOLE_METHODS,
     load_extrapolator,
     load_intervals,
 )
-from raypipe.stages.extrapolate.fit import fit_extrapolator
-from raypipe.stages.extrapolate.measured import WHOLE_METHODS
 
 UNITS_PER_ACTOR = 16
-"""Fragments of a thousand samples that take as long to score as an actor takes to import torch."""
+"""Fragments of a thousand samples whose scoring takes as long as an actor's import of torch."""
 
 
 class ExtrapolateStage(Stage):
+    """Predict the score of every sample that has no measured one."""
+
     name = "extrapolate"
     needs = ("measure", "embed")
 
@@ -55,15 +62,11 @@ class ExtrapolateStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
-        files = {
-            "model.json",
-            "model.safetensors",
-            "extrapolator.json",
-            *([TRANSFER] if context.config.rehearses else []),
-        }
-        fitted = files <= storage.names(run.extrapolator_folder)
+        files = {"model.json", "model.safetensors", "extrapolator.json"}
+        if context.config.rehearses:
+            files.add(TRANSFER)
         return (
-            fitted
+            files <= storage.names(run.extrapolator_folder)
             and is_assessed(context.config, run)
             and run.done("scores") == run.done("embeddings")
         )
@@ -77,69 +80,81 @@ class ExtrapolateStage(Stage):
             fragment.fragment_id for fragment in fragments if fragment.fragment_id not in done
         ]
         pool = _pool(context.cluster, config.extrapolate)
-        record.cpu_seconds += fit_extrapolator(
-            context, missing, sum(fragment.samples for fragment in fragments)
-        )
-        judged = storage.read_json(run.fidelity_file)
-        for note in search_notes(judged["search"], run.classes().names):
+        samples = sum(fragment.samples for fragment in fragments)
+        record.cpu_seconds += fit_extrapolator(context, missing, samples)
+        assessment = FidelityFile.read(run)
+        for note in search_notes(assessment.search, run.classes().names):
             context.progress.say(f"note: {note}")
-        if config.extrapolate.use_gpu and judged["search"]["kind"] != "exact":
-            context.progress.say(
-                "note: extrapolate.use_gpu: more samples are scored than extrapolate.exact_neighbours, so that inverted lists are searched, by CPUs"
-            )
+        if config.extrapolate.use_gpu and assessment.search["kind"] != "exact":
             pool = _pool(context.cluster, config.extrapolate, exact=False)
+            context.progress.say(
+                "note: extrapolate.use_gpu has no effect: more samples have a measured score than "
+                "extrapolate.exact_neighbours, so CPUs search inverted lists"
+            )
         if config.extrapolate.method in WHOLE_METHODS:
-            missing = []
-        with context.progress.meter(
-            "extrapolate", sum(fragment.samples for fragment in fragments)
-        ) as meter:
-            left = set(missing)
-            meter.already(
-                sum(fragment.samples for fragment in fragments if fragment.fragment_id not in left)
-            )
-
-            meter.queue(len(missing))
-
-            def collect(result: UnitResult) -> None:
-                meter.add(result.samples, result.unit)
-                record.add_cost(result, pool.num_gpus)
-
-            stream(
-                missing,
-                functools.partial(_read, run.uri),
-                functools.partial(ScoreActor, WorkerContext.of(context, pool)),
-                pool,
-                config.cluster.patience_seconds,
-                collect,
-                units_per_actor=UNITS_PER_ACTOR,
-            )
-        scores, embedded = count_rows(run, "scores"), count_rows(run, "embeddings")
-        if scores != embedded:
+            missing = []  # the fit has scored them
+        _score_fragments(context, record, fragments, missing, pool)
+        scored, embedded = count_rows(run, "scores"), count_rows(run, "embeddings")
+        if scored != embedded:
             raise StageError(
-                f"{embedded} samples are embedded, but {scores} have a score; run again to score the rest"
+                f"{embedded} samples are embedded, but {scored} have a score; "
+                "run again to score the rest"
             )
-        record.samples = scores
+        record.samples = scored
         record.detail = {
             "method": config.extrapolate.method,
             "score": config.score,
-            "measured": judged["measured"],
-            "fidelity": judged["fidelity"],
-            "fidelity_seed": judged["fidelity_seed"],
-            "search": judged["search"],
+            "measured": assessment.measured,
+            "fidelity": assessment.fidelity,
+            "fidelity_seed": assessment.fidelity_seed,
+            "search": assessment.search,
             "learning_curve": storage.read_json(run.learning_curve_file),
         }
-        about = {
+        summary = {
             **record.detail,
             "confidence": config.extrapolate.confidence,
-            "intervals": judged["intervals"],
+            "intervals": assessment.intervals,
         }
         file = run.extrapolator_summary
-        if not storage.exists(file) or storage.read_json(file) != about:
-            storage.write_json(file, about)
+        if not storage.exists(file) or storage.read_json(file) != summary:
+            storage.write_json(file, summary)
+
+
+def _score_fragments(
+    context: Context,
+    record: StageRecord,
+    fragments: list[Fragment],
+    missing: list[str],
+    pool: ActorPool,
+) -> None:
+    """Write the score shards of the `missing` fragments."""
+    total = sum(fragment.samples for fragment in fragments)
+    left = set(missing)
+    done = [fragment for fragment in fragments if fragment.fragment_id not in left]
+    with context.progress.meter("extrapolate", total) as meter:
+        meter.already(sum(fragment.samples for fragment in done))
+        meter.queue(len(missing))
+
+        def collect(result: UnitResult) -> None:
+            meter.add(result.samples, result.unit)
+            record.add_cost(result, pool.num_gpus)
+
+        stream(
+            missing,
+            functools.partial(_read, context.run.uri),
+            functools.partial(ScoreActor, WorkerContext.of(context, pool)),
+            pool,
+            context.config.cluster.patience_seconds,
+            collect,
+            units_per_actor=UNITS_PER_ACTOR,
+        )
 
 
 def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -> ActorPool:
-    """With GPUs where they are asked for and the search is exact; of another they would only be held."""
+    """Return a pool with GPUs when they are set and the search is exact.
+
+    Other searches run on CPUs and would only occupy the GPUs.
+    """
     if not settings.use_gpu or not exact:
         return cluster.cpu_pool(settings.max_actors)
     return cluster.pool(
@@ -147,18 +162,8 @@ def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -
     )
 
 
-def search_notes(search: dict[str, Any], classes: tuple[str, ...]) -> list[str]:
-    """What there is to say of the neighbour search, over all and within classes."""
-    found = [(search["note"], "")]
-    found += [
-        (part["note"], f" (class {classes[int(y)]})")
-        for y, part in search.get("classes", {}).items()
-    ]
-    return [note + where for note, where in found if note]
-
-
 def _read(run_uri: str, fragment: str) -> Batch:
-    """Read the embeddings of a fragment; none where every sample was rejected. Runs in a task."""
+    """Read the embeddings of a fragment; no rows when all were rejected. Runs in a task."""
     table = storage.read_table(Run(run_uri).embedding_shard(fragment), COLUMNS)
     nodes = nodes_of(table)
     return {
@@ -170,7 +175,7 @@ def _read(run_uri: str, fragment: str) -> Batch:
 
 
 class ScoreActor:
-    """The fitted extrapolator, applied to whole fragments; writes one score shard per fragment."""
+    """Applies the fitted extrapolator to whole fragments; writes one score shard per fragment."""
 
     def __init__(self, worker: WorkerContext) -> None:
         from raypipe.vision.devices import set_threads

@@ -1,14 +1,16 @@
-"""The classes of a run: fixed with its seed set.
+"""The classes of a run, fixed when its seed set is drawn.
 
-Class indices are written into seed shards, embeddings and scores, and are what the proxy's outputs stand for. Names of classes are
-numbered in sorted order, so a class that comes later would change the number of every class after it. Therefore the classes of a run
-stay as they are once its seed set is drawn: a class that comes later is none the proxy knows, its samples are rejected by name, and
-the run says that a new run folder takes it in. A class whose files went away keeps its number.
+Class indices are written into seed shards, embeddings and scores, and number the proxy's outputs.
+Class names are numbered in sorted order, so that a new class would change the number of every class
+after it. Therefore the classes of a run stay as they are once its seed set is drawn. The proxy does
+not know a class that appears later: its samples are rejected by name, and the run says that a new
+run folder includes it. A class whose files disappeared keeps its number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from raypipe import storage
@@ -16,54 +18,86 @@ from raypipe.errors import SourceError
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, class_map
 
+SHOWN_CLASSES = 5
+"""New classes that a note names."""
+
 
 def settle_classes(
     run: Run, names: tuple[str, ...] | None, labels: frozenset[int | str], num_classes: int | None
 ) -> tuple[ClassMap, str]:
-    """The classes of the run, from what its source states (see `class_map`), and "" or what the user should know of them.
+    """Settle the classes of a run.
 
-    Raises SourceError when the labels do not fit together, or when the numbers of the source mean other classes than before.
+    Parameters
+    ----------
+    run
+        The run.
+    names, labels, num_classes
+        What the source states; see `raypipe.sources.class_map`.
+
+    Returns
+    -------
+    tuple
+        The classes, and a note for the user, or "".
+
+    Raises
+    ------
+    SourceError
+        When the labels are inconsistent, or when the source numbers its classes differently than
+        before.
     """
-    known = _fixed(run)
-    if known is None:
+    fixed = _fixed(run)
+    if fixed is None:
         return class_map(names, labels, num_classes), ""
-    if names is not None and names[: len(known.names)] != known.names:
+    if names is not None and names[: len(fixed.names)] != fixed.names:
         raise SourceError(
-            "the class names that the source states are others than when the seed set was drawn; use a new run folder"
+            "the class names that the source states differ from those when the seed set was drawn; "
+            "use a new run folder"
         )
-    if num_classes is not None and known.numeric:
-        return known, ""  # a number beyond is a wrong label, as it was from the beginning
-    new = [
+    if num_classes is not None and fixed.numeric:
+        return fixed, ""  # a larger number is a wrong label, as it was from the beginning
+    if names is not None:
+        return fixed, _note(names[len(fixed.names) :])
+    unknown = [
         label
         for label in labels
-        if known.index(label)[1] and (isinstance(label, str) or label >= 0)
+        if fixed.index(label)[1] and (isinstance(label, str) or label >= 0)
     ]
-    strangers = sorted(map(str, new)) if names is None else names[len(known.names) :]
-    if not strangers:
-        return known, ""
-    shown = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-    many = len(strangers) > 1
-    return known, (
-        f"{len(strangers)} class{'es are' if many else ' is'} new in the source ({shown}). The proxy of this run was not trained on "
-        f"{'them' if many else 'it'}, so {'their' if many else 'its'} samples are rejected; a new run folder takes {'them' if many else 'it'} in"
+    return fixed, _note(sorted(map(str, unknown)))
+
+
+def _note(new: Sequence[str]) -> str:
+    """Describe classes that are new in the source; "" when there are none."""
+    if not new:
+        return ""
+    shown = ", ".join(new[:SHOWN_CLASSES]) + (", ..." if len(new) > SHOWN_CLASSES else "")
+    if len(new) == 1:
+        return (
+            f"1 class is new in the source ({shown}). The proxy of this run was not trained on it, "
+            "so its samples are rejected; a new run folder includes it"
+        )
+    return (
+        f"{len(new)} classes are new in the source ({shown}). The proxy of this run was not "
+        "trained on them, so their samples are rejected; a new run folder includes them"
     )
 
 
 def _fixed(run: Run) -> ClassMap | None:
-    """The classes that the seed set was drawn with; None where there is none yet."""
+    """Return the classes that the seed set was drawn with; None before it is drawn."""
     if not run.done("seed"):
         return None
     try:
         return run.classes()
-    except FileNotFoundError:  # other settings of the source: everything is made anew
+    except FileNotFoundError:  # other settings of the source: everything is computed again
         return None
 
 
 def write_classes(run: Run, classes: ClassMap) -> None:
-    about: dict[str, Any] = {"names": list(classes.names), "numeric": classes.numeric}
+    """Write `index/classes.json`, unless it holds the same classes already."""
+    data: dict[str, Any] = {"names": list(classes.names), "numeric": classes.numeric}
     if classes.noise is not None:
-        about["inject_noise"] = dataclasses.asdict(classes.noise)
-    about |= {"clusters": True} if classes.clusters else {}
+        data["inject_noise"] = dataclasses.asdict(classes.noise)
+    if classes.clusters:
+        data["clusters"] = True
     file = run.classes_file
-    if not storage.exists(file) or storage.read_json(file) != about:
-        storage.write_json(file, about)
+    if not storage.exists(file) or storage.read_json(file) != data:
+        storage.write_json(file, data)

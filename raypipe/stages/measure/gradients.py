@@ -1,17 +1,26 @@
-"""Scores at the proxy's checkpoints (MoSo, GraNd; loss, EL2N and entropy with `at: checkpoints`), of the seed set and the audit set.
+"""Values at the proxy's checkpoints for the scores of the seed set and the audit set.
 
-In two passes. The first, for MoSo, sums the seed set's gradients of every checkpoint: tasks over seed shards, whose sums are added
-in a tree of fixed shape, so that the result does not depend on the number of workers and the driver sees none of them. The second
-streams the shards through actors that hold all checkpoints and mean gradients.
+For MoSo, GraNd, and loss, EL2N and entropy with `at: checkpoints`. The work has two passes. The
+first, for MoSo alone, computes the mean gradient of the seed set at every checkpoint
+(`raypipe.stages.measure.mean_gradient`). The second streams the shards through actors that hold all
+checkpoints and mean gradients.
 
-Writes, under `measured/`: `calibrated-*/<checkpoint>` where BatchNorm is recalibrated, `gradients-*/<checkpoint>` (MoSo), and
-`checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and squares (MoSo), lengths (GraNd),
-loss, distance (EL2N), entropy.
-Folder names end in a hash of the settings they depend on: another weighting of the checkpoints finds them as they are.
-Of a proxy that was trained on adversarial examples (`proxy.adversary`), losses and gradients of both passes are those at adversarial
-examples against each checkpoint: of the loss that the training lowers, max over the ball, whose gradient is that at the maximum (Danskin's theorem).
-With several proxies (`proxy.parts`) both passes are made for one after another, each over the samples of its part alone, and
-these folders have one below them for each part.
+Writes, under `measured/`:
+
+- `calibrated-*/<checkpoint>`, where BatchNorm is recalibrated;
+- `gradients-*/<checkpoint>`, for MoSo;
+- `checkpoints-*/<shard>.parquet`: sample_id, label and, float32 [checkpoints], alignments and
+  squares (MoSo), lengths (GraNd), loss, distance (EL2N), entropy.
+
+Folder names end in a hash of the settings that the content depends on: another weighting of the
+checkpoints reuses them.
+
+With a proxy trained on adversarial examples (`proxy.adversary`), both passes take losses and
+gradients at adversarial examples against each checkpoint: of the loss that the training minimises,
+the maximum over the ball, whose gradient is the gradient at the maximum (Danskin's theorem).
+
+With several proxies (`proxy.parts`), both passes run for one after the other, each over the samples
+of its part alone, and each of these folders has a subfolder for each part.
 """
 
 from __future__ import annotations
@@ -19,449 +28,125 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import AdversarySettings, Config
-from raypipe.config.measure import RECALIBRATED
-from raypipe.distributed.actor_pool import Batch, WorkerContext, stream
-from raypipe.distributed.cluster import ActorPool
+from raypipe.distributed.actor_pool import Batch, stream
 from raypipe.distributed.context import Context
-from raypipe.distributed.nodes import run_on_share
-from raypipe.distributed.tree_sum import tree_sums
 from raypipe.distributed.usage import Stopwatch
-from raypipe.errors import StageError
 from raypipe.progress import Meter
-from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.ledger import StageRecord, fingerprint
+from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, proxy_parts
-from raypipe.runs.run import Run
 from raypipe.runs.unit_result import UnitResult
+from raypipe.stages.measure.gradient_job import GradientJob, needs_self_term
+from raypipe.stages.measure.mean_gradient import write_mean_gradients
+from raypipe.stages.measure.recalibration import recalibrate_checkpoints
 
-MOST_GROUPS = 64
-"""Partial sums of the mean gradient: enough to keep many workers busy, few enough to add up quickly."""
-RECALIBRATION_BATCH = 256
-"""Images whose statistics are taken together when BatchNorm is recalibrated; part of what the result is."""
-OUTPUTS = {"loss": "loss", "el2n": "distance", "entropy": "entropy"}
-"""Which number of one forward pass a score is the mean of."""
-
-
-@dataclass(frozen=True)
-class GradientFolders:
-    """Where the two passes write, below the run; with several parts, in a folder for each below these."""
-
-    calibrated: str
-    gradients: str
-    checkpoints: str
-
-    @classmethod
-    def of(cls, config: Config, run: Run) -> GradientFolders:
-        moso, grand = config.measure.moso, config.measure.grand
-        which = sorted(config.measure.at_checkpoints)
-        mean = fingerprint(
-            run.ledger()["proxy"].fingerprint,
-            moso.gradient,
-            config.measure.recalibrate,
-            config.measure.precision,
-        )
-        numbers = fingerprint(
-            mean, which, moso.uses_self_term(smallest_part(proxy_parts(run))), grand.gradient
-        )
-        return cls(
-            f"measured/calibrated-{mean}",
-            f"measured/gradients-{mean}",
-            f"measured/checkpoints-{numbers}",
-        )
-
-    def of_part(self, part: SeedPart) -> GradientFolders:
-        return GradientFolders(*(part.below(folder) for folder in vars(self).values()))
-
-
-def smallest_part(parts: list[SeedPart]) -> int:
-    """Samples of the smallest part, by which `self_term: auto` is decided for all, so that their scores are alike."""
-    return min(part.samples for part in parts)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def measure_gradients(context: Context, record: StageRecord) -> None:
-    """Both passes; finishes what an interrupted attempt left."""
+    """Run both passes, or what an interrupted attempt left of them."""
     parts = proxy_parts(context.run)
     passes = 1 + ("moso" in context.config.measure.scores)
-    audited = SeedManifest.read(
-        context.run
-    ).audit_samples  # they are no part of the mean gradients they are aligned with
-    with context.progress.meter(
-        "measure", passes * sum(part.samples for part in parts) + audited
-    ) as meter:
+    seed_samples = sum(part.samples for part in parts)
+    # audit samples are not part of the mean gradients that they are aligned with
+    audit_samples = SeedManifest.read(context.run).audit_samples
+    self_term = needs_self_term(context.config, parts)
+    with context.progress.meter("measure", passes * seed_samples + audit_samples) as meter:
         for part in parts:
-            _measure_part(context, record, part, smallest_part(parts), meter)
+            _measure_part(context, record, part, self_term, meter)
 
 
 def _measure_part(
-    context: Context, record: StageRecord, part: SeedPart, fewest: int, meter: Meter
+    context: Context, record: StageRecord, part: SeedPart, self_term: bool, meter: Meter
 ) -> None:
     config, run, seed = context.config, context.run, SeedManifest.read(context.run)
     pool = context.cluster.pool(config.measure)
-    files = [item.file for item in part.trained.checkpoints]
-    moso, folders = "moso" in config.measure.scores, GradientFolders.of(config, run).of_part(part)
-    done, shards = run.done(folders.checkpoints), [*seed.shards, *seed.audit_shards]
+    job = GradientJob.of(context, part, self_term)
+    done = run.done(job.folders.checkpoints)
     if config.measure.recalibrate:
-        record.cpu_seconds += _recalibrate(config, run, folders, part, files, pool)
-    if moso:
-        without = [file for file in files if file not in storage.names(run.path(folders.gradients))]
-        if without:
-            record.cpu_seconds += _mean_gradients(
-                config, run, seed, folders, part, without, pool, meter.add
-            )
+        record.cpu_seconds += recalibrate_checkpoints(job, pool)
+    if "moso" in config.measure.scores:
+        present = storage.names(run.path(job.folders.gradients))
+        files = [file for file in part.trained.files if file not in present]
+        if files:
+            record.cpu_seconds += write_mean_gradients(job, files, seed.shards, pool, meter.add)
         else:
             meter.already(part.samples)
-    meter.already(sum(part.count(run, shard) for shard in shards if shard in done))
-    measure_shards(
-        context, record, part, fewest, [shard for shard in shards if shard not in done], meter.add
-    )
+    meter.already(sum(part.count(run, shard) for shard in seed.all_shards if shard in done))
+    missing = [shard for shard in seed.all_shards if shard not in done]
+    measure_shards(context, record, part, self_term, missing, meter.add)
 
 
 def measure_shards(
     context: Context,
     record: StageRecord,
     part: SeedPart,
-    fewest: int,
+    self_term: bool,
     shards: list[str],
     on_done: Callable[[int], None],
 ) -> None:
-    """The second pass over some shards in `seed/`, as of a part of the seed set; `fewest` are the samples of the smallest part."""
-    config, run = context.config, context.run
-    pool, folders = (
-        context.cluster.pool(config.measure),
-        GradientFolders.of(config, run).of_part(part),
-    )
+    """Run the second pass over some shards in `seed/`.
+
+    Parameters
+    ----------
+    context, record
+        The run, and the ledger's record that the cost is added to.
+    part
+        The part of the seed set whose proxy is used, and whose samples are measured.
+    self_term
+        Whether MoSo takes the sample itself out of the mean gradient.
+    shards
+        Names of the shards.
+    on_done
+        Called with the number of samples of each finished shard.
+    """
+    pool = context.cluster.pool(context.config.measure)
 
     def collect(result: UnitResult) -> None:
         on_done(result.samples)
         record.add_cost(result, pool.num_gpus)
 
+    job = GradientJob.of(context, part, self_term)
     stream(
         shards,
-        functools.partial(_read, run.uri, part),
-        functools.partial(GradientActor, WorkerContext.of(context, pool), folders, part, fewest),
+        functools.partial(read_shard, job),
+        functools.partial(GradientActor, job),
         pool,
-        config.cluster.patience_seconds,
+        context.config.cluster.patience_seconds,
         collect,
     )
 
 
-def _load(
-    config: Config, run: Run, folders: GradientFolders, part: SeedPart, file: str, device: str
-) -> Any:
-    """A checkpoint, with recalibrated BatchNorm and in the memory format that are asked for."""
-    import torch
-
-    model = load_checkpoint(
-        run,
-        file,
-        device,
-        folder=folders.calibrated if config.measure.recalibrate else part.checkpoints,
-    )
-    return (
-        model if config.measure.channels_last else model.to(memory_format=torch.contiguous_format)
-    )
-
-
-def _recalibrate(
-    config: Config,
-    run: Run,
-    folders: GradientFolders,
-    part: SeedPart,
-    files: list[str],
-    pool: ActorPool,
-) -> float:
-    """Write every checkpoint with BatchNorm statistics estimated on the whole part. Returns processor seconds."""
-    present = storage.names(run.path(folders.calibrated))
-    missing = [file for file in files if file not in present]
-    seconds: list[float] = []
-    function = functools.partial(
-        _recalibrated,
-        run.uri,
-        folders,
-        part,
-        config.proxy.adversary,
-        pool.threads,
-        pool.num_gpus > 0,
-    )
-    run_on_share(
-        missing,
-        function,
-        lambda result: seconds.append(result["cpu_seconds"]),
-        pool.num_cpus,
-        pool.num_gpus,
-    )
-    return sum(seconds)
-
-
-def _recalibrated(
-    run_uri: str,
-    folders: GradientFolders,
-    part: SeedPart,
-    adversary: AdversarySettings | None,
-    threads: int,
-    gpu: bool,
-    file: str,
-) -> dict[str, float]:
-    from safetensors.torch import save
-
-    from raypipe.scores.calibration import recalibrate
-    from raypipe.vision.devices import set_threads, to_device
-
-    watch, run = Stopwatch(), Run(run_uri)
-    set_threads(threads)
-    device = "cuda" if gpu else "cpu"
-    model = load_checkpoint(run, file, device, folder=part.checkpoints)
-
-    # as it was trained: on adversarial examples against the network as it stands in the checkpoint
-    attacked = (
-        load_checkpoint(run, file, device, folder=part.checkpoints)
-        if adversary is not None
-        else None
-    )
-
-    step = max(
-        1, part.samples // RECALIBRATED
-    )  # from all shards: the source may be sorted by class
-
-    def batches() -> Any:
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        seen = 0
-        for shard in [*SeedManifest.read(run).shards, None]:
-            if shard is not None:
-                images, labels = part.read(run, shard)[1:]
-                waiting.append((images[-seen % step :: step], labels[-seen % step :: step]))
-                seen += len(images)
-            images, labels = (np.concatenate(arrays) for arrays in zip(*waiting, strict=True))
-            whole = (
-                len(images)
-                if shard is None
-                else len(images) // RECALIBRATION_BATCH * RECALIBRATION_BATCH
-            )
-            for start in range(0, whole, RECALIBRATION_BATCH):
-                rows = slice(start, min(whole, start + RECALIBRATION_BATCH))
-                pixels = to_device(images[rows].copy(), device)
-                yield (
-                    pixels
-                    if attacked is None
-                    else _worst(attacked, pixels, to_device(labels[rows], device), adversary)
-                )
-            waiting = [(images[whole:], labels[whole:])]
-
-    recalibrate(model, batches())
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    storage.write_bytes(run.path(folders.calibrated, file), save(weights))
-    return {"cpu_seconds": watch.lap()}
-
-
-def _mean_gradients(
-    config: Config,
-    run: Run,
-    seed: SeedManifest,
-    folders: GradientFolders,
-    part: SeedPart,
-    files: list[str],
-    pool: ActorPool,
-    on_done: Callable[[int], None],
-) -> float:
-    """Write the mean gradient at every checkpoint of `files`. Returns processor seconds."""
-    shards = np.array(seed.shards)
-    groups = [group.tolist() for group in np.array_split(shards, min(MOST_GROUPS, len(shards)))]
-    seconds: list[float] = []
-
-    def collect(report: dict[str, Any]) -> None:
-        seconds.append(report["cpu_seconds"])
-        on_done(report["samples"])
-
-    tree_sums(
-        groups,
-        files,
-        functools.partial(
-            _gradient_sums, config, run.uri, folders, part, files, pool.threads, pool.num_gpus > 0
-        ),
-        _add,
-        functools.partial(_store_gradient, run.uri, folders.gradients, part.samples),
-        pool,
-        collect,
-    )
-    return sum(seconds)
-
-
-def _gradient_sums(
-    config: Config,
-    run_uri: str,
-    folders: GradientFolders,
-    part: SeedPart,
-    files: list[str],
-    threads: int,
-    gpu: bool,
-    shards: list[str],
-) -> list[Any]:
-    """For every checkpoint the sum of the gradients over some seed shards, then a report. Runs in a task."""
-    from raypipe.scores.head import head_gradient_sum
-    from raypipe.scores.moso import gradient_sum
-    from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
-    from raypipe.vision.precision import use_precision
-
-    watch, run = Stopwatch(), Run(run_uri)
-    set_threads(threads)
-    device, size = (
-        "cuda" if gpu else "cpu",
-        config.measure.images_at_once(gpu, config.proxy.image_size),
-    )
-    at_once = AdaptiveBatch(size)
-    rule = head_gradient_sum if config.measure.moso.gradient == "head" else gradient_sum
-    models = [_load(config, run, folders, part, file, device) for file in files]
-    totals: list[dict[str, Any]] = [{} for _ in files]
-    count = 0
-
-    @use_precision(config.measure.precision, device)
-    def sums_of(model: Any, pixels: Any, target: Any) -> dict[str, Any]:
-        return rule(model, _worst(model, pixels, target, config.proxy.adversary), target)
-
-    for shard in shards:
-        _, images, labels = part.read(run, shard)
-        for start in range(0, len(labels), size):
-            pixels = to_device(images[start : start + size].copy(), device)
-            target = to_device(labels[start : start + size], device)
-            for model, total in zip(models, totals, strict=True):
-                for sums in at_once(functools.partial(sums_of, model), pixels, target):
-                    for name, value in sums.items():
-                        total[name] = total[name] + value if name in total else value
-        count += len(labels)
-    arrays = [{name: value.cpu().numpy() for name, value in total.items()} for total in totals]
-    return [*arrays, {"samples": count, "cpu_seconds": watch.lap()}]
-
-
-def _worst(model: Any, pixels: Any, target: Any, adversary: AdversarySettings | None) -> Any:
-    """The images that a loss is taken at: themselves, or, where the proxy was trained so, the worst that an attack finds near them.
-
-    It begins at the images, so that what is measured depends neither on the order nor on the size of batches.
-    """
-    from raypipe.vision.adversarial import attack
-
-    return pixels if adversary is None else attack(model, pixels, target, adversary)
-
-
-def _add(*parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    result = dict(parts[0]) if parts else {}
-    for part in parts[1:]:
-        for name, value in part.items():
-            result[name] = result[name] + value if name in result else value
-    return result
-
-
-def _store_gradient(
-    run_uri: str, folder: str, samples: int, file: str, total: dict[str, np.ndarray]
-) -> None:
-    from safetensors.numpy import save
-
-    mean = {
-        name: np.ascontiguousarray(value / np.float32(samples)) for name, value in total.items()
-    }
-    if not all(np.isfinite(value).all() for value in mean.values()):
-        raise StageError(
-            f"the mean gradient at {file} is not finite: the proxy's training diverged; lower proxy.lr and run again"
-        )
-    storage.write_bytes(Run(run_uri).path(folder, file), save(mean))
-
-
-def _read(run_uri: str, part: SeedPart, shard: str) -> Batch:
-    ids, images, labels = part.read(Run(run_uri), shard)
+def read_shard(job: GradientJob, shard: str) -> Batch:
+    """Read a part's samples of a shard. Runs in a task."""
+    ids, images, labels = job.part.read(job.run, shard)
     return {"sample_id": np.array(ids), "label": labels, "image": images}
 
 
 class GradientActor:
-    """Alignments and lengths of gradients at every checkpoint, of a part's samples of whole seed shards; writes one file per shard.
+    """Computes the values of whole shards at every checkpoint; writes one file per shard."""
 
-    samples  those of the smallest part, for `self_term: auto`
-    """
-
-    def __init__(
-        self, worker: WorkerContext, folders: GradientFolders, part: SeedPart, samples: int
-    ) -> None:
+    def __init__(self, job: GradientJob) -> None:
+        from raypipe.stages.measure.checkpoint_values import CheckpointValues, ValuePlan
         from raypipe.vision.devices import AdaptiveBatch, set_threads
 
-        set_threads(worker.threads)
-        config = worker.config
-        self._config, self._run, self._watch = config, worker.run, Stopwatch()
-        self._device = worker.device
-        images = config.measure.images_at_once(worker.gpu, config.proxy.image_size)
-        self._at_once = AdaptiveBatch(images)
-        self._folders, self._part = folders, part
-        files = [item.file for item in part.trained.checkpoints]
-        self._self_term = config.measure.moso.uses_self_term(samples)
-        self._checkpoints = [self._checkpoint(file) for file in files]
-
-    def _checkpoint(self, file: str) -> Callable[[Any, Any], dict[str, Any]]:
-        """What gives the numbers of a batch at one checkpoint, by the cheapest way that gives all that the wanted scores need."""
-        import torch
-        from safetensors.torch import load
-
-        from raypipe.scores.forward_mode import Aligner
-        from raypipe.scores.head import head_norms_and_alignments
-        from raypipe.scores.per_sample import norms_and_alignments
-        from raypipe.vision.output_statistics import output_statistics
-        from raypipe.vision.precision import use_precision
-
-        measure, adversary = self._config.measure, self._config.proxy.adversary
-        model = _load(self._config, self._run, self._folders, self._part, file, self._device)
-        gradient: dict[str, Any] | None = None
-        if "moso" in measure.scores:
-            read = load(storage.read_bytes(self._run.path(self._folders.gradients, file)))
-            gradient = {name: value.to(self._device) for name, value in read.items()}
-        moso_rule = measure.moso.gradient if gradient is not None else None
-        grand_rule = measure.grand.gradient if "grand" in measure.scores else None
-        outputs = [OUTPUTS[score] for score in measure.at_checkpoints if score in OUTPUTS]
-        aligner = None
-        if (
-            gradient is not None
-            and moso_rule == "all"
-            and not self._self_term
-            and grand_rule != "all"
-        ):
-            aligner = Aligner(
-                model, gradient, channels_last=measure.channels_last, compiled=measure.compile
-            )
-            if grand_rule is None and not outputs and aligner.traced and adversary is None:
-                model, gradient = None, None  # it has what it needs of them
-
-        @use_precision(measure.precision, self._device)
-        def numbers(pixels: Any, target: Any) -> dict[str, Any]:
-            pixels = _worst(model, pixels, target, adversary)
-            result = {} if aligner is None else {"alignments": aligner(pixels, target)}
-            for rule, function in (
-                ("head", head_norms_and_alignments),
-                ("all", norms_and_alignments),
-            ):
-                of_moso, of_grand = moso_rule == rule and aligner is None, grand_rule == rule
-                if of_moso or of_grand:
-                    square, aligned = function(model, pixels, target, gradient if of_moso else None)
-                    if of_moso:
-                        result["alignments"] = aligned
-                        result.update({"squares": square} if self._self_term else {})
-                    if of_grand:
-                        result["lengths"] = square.sqrt()
-            if outputs:
-                with torch.no_grad():
-                    said = output_statistics(model(pixels).float(), target)
-                result |= {name: said[name] for name in outputs}
-            return result
-
-        return numbers
+        set_threads(job.worker.threads)
+        self._job, self._run, self._watch = job, job.run, Stopwatch()
+        self._at_once = AdaptiveBatch(job.images_at_once)
+        plan = ValuePlan.choose(job.config.measure, job.self_term)
+        self._checkpoints = [CheckpointValues(job, plan, file) for file in job.part.trained.files]
 
     def __call__(self, shard: str, batch: Batch) -> UnitResult:
         started = time.monotonic()
         columns = self._measure(batch["image"], batch["label"])
-        data: dict[str, Any] = {
+        data = {
             "sample_id": pa.array(batch["sample_id"].tolist(), pa.string()),
             "label": pa.array(batch["label"], pa.int32()),
         }
@@ -469,33 +154,33 @@ class GradientActor:
             data[name] = pa.FixedSizeListArray.from_arrays(
                 pa.array(column.reshape(-1)), column.shape[1]
             )
-        uri = self._run.path(self._folders.checkpoints, f"{shard}.parquet")
+        uri = self._run.path(self._job.folders.checkpoints, f"{shard}.parquet")
         storage.write_table(uri, pa.table(data))
-        gpu_seconds = time.monotonic() - started if self._device == "cuda" else 0.0
+        gpu_seconds = time.monotonic() - started if self._job.worker.gpu else 0.0
         return UnitResult(
             shard, len(batch["label"]), cpu_seconds=self._watch.lap(), gpu_seconds=gpu_seconds
         )
 
     def _measure(self, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """Measure n samples at every checkpoint: float32 [n, checkpoints] by the name of the number."""
+        """Return the values of n samples by name, float32 [n, checkpoints] each."""
         import torch
 
         from raypipe.vision.devices import to_device
 
         size = self._at_once.size
-        # Tensors stay on the device until the end, so that a GPU is waited for once.
-        by_checkpoint: list[list[dict[str, Any]]] = [[] for _ in self._checkpoints]
+        # Tensors stay on the device until the end, so that the GPU is waited for once.
+        results: list[list[dict[str, Tensor]]] = [[] for _ in self._checkpoints]
         for start in range(0, max(1, len(labels)), size):
             rows = slice(start, start + size)
-            pixels = to_device(images[rows], self._device)
-            target = to_device(labels[rows], self._device)
-            for numbers, parts in zip(self._checkpoints, by_checkpoint, strict=True):
-                parts += self._at_once(numbers, pixels, target)
+            pixels = to_device(images[rows], self._job.device)
+            target = to_device(labels[rows], self._job.device)
+            for checkpoint, batches in zip(self._checkpoints, results, strict=True):
+                batches += self._at_once(checkpoint, pixels, target)
         return {
             name: torch.stack(
-                [torch.cat([part[name] for part in parts]).float() for parts in by_checkpoint], 1
+                [torch.cat([batch[name] for batch in batches]).float() for batches in results], 1
             )
             .cpu()
             .numpy()
-            for name in by_checkpoint[0][0]
+            for name in results[0][0]
         }

@@ -11,23 +11,24 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
-from raypipe.stages.measure.gradients import (
-    smallest_part,
-)
+from raypipe.stages.measure.gradient_job import needs_self_term
 
 
 class MosoTotals:
-    """What MoSo needs of a whole part of the seed set: its size and, per checkpoint, the spread of the alignments.
+    """What MoSo needs to know of a whole part of the seed set.
 
-    With several parts T, N and the spread are those of the part, so that scores are computed within it (Algorithm 1 of the paper).
+    With several parts, the number of steps, the number of samples and the spread are those of the
+    part, so that scores are computed within it (Algorithm 1 of the paper).
+
+    Attributes
+    ----------
+    samples : int
+        Samples of the part.
+    spread : np.ndarray
+        Standard deviation of the alignments, float64 [checkpoints].
+    mean_square : np.ndarray
+        |G|^2 of the mean gradient G, float64 [checkpoints]: the mean of the alignments < G, g >.
     """
-
-    @classmethod
-    def of_parts(
-        cls, config: Config, run: Run, parts: list[SeedPart], folder: str, shards: Sequence[str]
-    ) -> list[MosoTotals]:
-        self_term = config.measure.moso.uses_self_term(smallest_part(parts))
-        return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
 
     def __init__(
         self,
@@ -38,59 +39,70 @@ class MosoTotals:
         shards: Sequence[str],
         self_term: bool,
     ) -> None:
-        self.settings, self.steps, self.self_term = (
-            config.measure.moso,
-            part.trained.steps,
-            self_term,
-        )
-        self.rates = np.array([item.lr for item in part.trained.checkpoints])
-        self.samples, total, square = 0, np.zeros(len(self.rates)), np.zeros(len(self.rates))
+        self._settings, self._steps = config.measure.moso, part.trained.steps
+        self._self_term = self_term
+        self._rates = np.array([item.lr for item in part.trained.checkpoints])
+        self.samples = 0
+        total, square = np.zeros(len(self._rates)), np.zeros(len(self._rates))
         for shard in shards:
-            aligned = numbers_in(read_numbers(run, folder, shard), "alignments")
+            aligned = checkpoint_column(read_shard_table(run, folder, shard), "alignments")
             self.samples += len(aligned)
             total += aligned.sum(0)
             square += np.square(aligned).sum(0)
-        mean = total / self.samples
-        self.spread = np.sqrt(np.maximum(square / self.samples - mean**2, 0))
-        # < G, g > averaged over the part is |G|^2
-        self.mean_square = mean
-        self.detail = {
-            "self_term": self.self_term,
-            "mean": mean.tolist(),
+        self.mean_square = total / self.samples
+        variance = square / self.samples - self.mean_square**2
+        self.spread = np.sqrt(np.maximum(variance, 0))
+
+    @classmethod
+    def of_parts(
+        cls,
+        config: Config,
+        run: Run,
+        parts: Sequence[SeedPart],
+        folder: str,
+        shards: Sequence[str],
+    ) -> list[MosoTotals]:
+        """Compute the totals of every part from the files below `folder`."""
+        self_term = needs_self_term(config, parts)
+        return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
+
+    def ledger_detail(self) -> dict[str, bool | list[float]]:
+        """Return what the ledger records of the totals."""
+        return {
+            "self_term": self._self_term,
+            "mean": self.mean_square.tolist(),
             "spread": self.spread.tolist(),
         }
 
     def score(self, table: pa.Table, audit: bool) -> np.ndarray:
-        """MoSo, float32 [n], of a shard of the seed set, or of the audit set."""
+        """Return MoSo, float32 [n], of a shard of the seed set, or of the audit set."""
         from raypipe.scores.moso import add_one_in, combine, leave_one_out
 
-        aligned = numbers_in(table, "alignments")
-        if self.self_term:
-            squares, count, mean_square = (
-                numbers_in(table, "squares"),
-                self.samples,
-                self.mean_square,
-            )
+        aligned = checkpoint_column(table, "alignments")
+        if self._self_term:
+            squares = checkpoint_column(table, "squares")
+            count, mean_square = self.samples, self.mean_square
             if audit:
                 aligned, mean_square = add_one_in(aligned, squares, count, mean_square)
                 count += 1
-            aligned = leave_one_out(aligned, squares, count, self.settings.formula, mean_square)
+            aligned = leave_one_out(aligned, squares, count, self._settings.formula, mean_square)
         return combine(
             aligned,
-            self.rates,
-            self.settings.weights,
-            steps=self.steps,
+            self._rates,
+            self._settings.weights,
+            steps=self._steps,
             samples=self.samples,
             spread=self.spread,
         )
 
 
-def read_numbers(run: Run, folder: str, shard: str) -> pa.Table:
+def read_shard_table(run: Run, folder: str, shard: str) -> pa.Table:
+    """Read the file of a shard in a folder of the run."""
     return storage.read_table(run.path(folder, f"{shard}.parquet"))
 
 
-def numbers_in(table: pa.Table, column: str) -> np.ndarray:
-    """A column of lists as float64 [samples, checkpoints]."""
+def checkpoint_column(table: pa.Table, column: str) -> np.ndarray:
+    """Return a column of lists as float64 [samples, checkpoints]."""
     if not len(table):
         return np.zeros((0, table.schema.field(column).type.list_size))
     return np.asarray(table[column].combine_chunks().flatten(), np.float64).reshape(len(table), -1)

@@ -1,12 +1,16 @@
 """Measure: the measured scores of every seed sample.
 
-Writes `measured/<shard>.parquet` (sample_id, label, a float32 column per score of `measure.scores`), from what
-`raypipe.stages.measure.gradients` and `raypipe.stages.measure.trajectories` left beside it; and `measured/audit/<shard>.parquet` with the scores at
-checkpoints of the audit set: its alignments with the mean gradients of the seed set. A trajectory score needs training on the sample.
+Writes `measured/<shard>.parquet`: sample_id, label and a float32 column for each of
+`measure.scores`, computed from the files that `raypipe.stages.measure.gradients` and
+`raypipe.stages.measure.trajectories` wrote next to it. Writes `measured/audit/<shard>.parquet` with
+the scores at checkpoints of the audit set, from its alignments with the mean gradients of the seed
+set. Trajectory scores need training on the sample, so the audit set has none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +26,19 @@ from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, merge_parts, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
-from raypipe.stages.measure.gradients import (
-    OUTPUTS,
-    GradientFolders,
-    measure_gradients,
-    measure_shards,
-    smallest_part,
-)
-from raypipe.stages.measure.moso import MosoTotals, numbers_in, read_numbers
+from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term, smallest_part
+from raypipe.stages.measure.gradients import measure_gradients, measure_shards
+from raypipe.stages.measure.moso import MosoTotals, checkpoint_column, read_shard_table
+from raypipe.stages.measure.outputs import OUTPUTS
 from raypipe.stages.measure.trajectories import measure_trajectories, trajectory_folder
 
 AUDIT_FOLDER = "measured/audit"
+"""Scores of the audit set."""
 
 
 class MeasureStage(Stage):
+    """Compute the scores of the seed set and the audit set."""
+
     name = "measure"
     needs = ("proxy",)
 
@@ -47,7 +50,10 @@ class MeasureStage(Stage):
         }
 
     def clear(self, context: Context) -> None:
-        """Only the scores go. What they are combined from has the settings in its name, and may still serve."""
+        """Remove the scores only.
+
+        The files that they are combined from carry their settings in their names and can be reused.
+        """
         for shard in context.run.done("measured"):
             storage.delete(context.run.measured_shard(shard))
         storage.delete(context.run.path(AUDIT_FOLDER))
@@ -65,78 +71,72 @@ class MeasureStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         at_checkpoints = config.measure.at_checkpoints
-        from_trajectory: list[str] = [
+        followed: list[str] = [
             score for score in config.measure.scores if score not in at_checkpoints
         ]
         detail: dict[str, Any] = {"scores": list(config.measure.scores)}
+        checkpoint_scores = None
         if at_checkpoints:
             detail |= _announce(context)
             measure_gradients(context, record)
-        if from_trajectory:
-            measure_trajectories(context, record, from_trajectory)
-        seed = SeedManifest.read(run)
-        folders, trajectories = GradientFolders.of(config, run), trajectory_folder(config, run)
-        parts = proxy_parts(run)
-        moso = (
-            MosoTotals.of_parts(config, run, parts, folders.checkpoints, seed.shards)
-            if "moso" in at_checkpoints
-            else None
-        )
-        if moso is not None:
-            detail["moso"] = (
-                moso[0].detail if len(moso) == 1 else {"parts": [totals.detail for totals in moso]}
-            )
-        count = 0
+        if followed:
+            measure_trajectories(context, record, followed)
+        seed, trajectories = SeedManifest.read(run), trajectory_folder(config, run)
+        if at_checkpoints:
+            checkpoint_scores = CheckpointScores.read(config, run, seed)
+            detail |= checkpoint_scores.ledger_detail()
+        samples = 0
         for shard in seed.shards:
-            found = (
-                [_of_checkpoints(config, run, parts, folders.checkpoints, shard, moso)]
-                if at_checkpoints
-                else []
-            )
-            followed = [read_numbers(run, trajectories, shard)] if from_trajectory else []
-            count += _combine(config, run, "measured", shard, found + followed)
-        audited = 0
-        for shard in seed.audit_shards if at_checkpoints else []:
-            found = [
-                _of_checkpoints(config, run, parts, folders.checkpoints, shard, moso, audit=True)
-            ]
-            audited += _combine(config, run, AUDIT_FOLDER, shard, found)
-        if count != seed.samples:
+            tables = [checkpoint_scores.of_shard(shard)] if checkpoint_scores else []
+            tables += [read_shard_table(run, trajectories, shard)] if followed else []
+            samples += _write_scores(config, run, "measured", shard, tables)
+        audit_samples = 0
+        if checkpoint_scores is not None:
+            for shard in seed.audit_shards:
+                table = checkpoint_scores.of_shard(shard, audit=True)
+                audit_samples += _write_scores(config, run, AUDIT_FOLDER, shard, [table])
+        if samples != seed.samples:
             raise StageError(
-                f"{count} of {seed.samples} seed samples were measured; run again to measure the rest"
+                f"{samples} of {seed.samples} seed samples were measured; "
+                "run again to measure the rest"
             )
-        current = {
-            storage.name(folder) for folder in (*vars(folders).values(), trajectories, AUDIT_FOLDER)
-        }
-        for stale in storage.names(run.measured_folder) - current:
-            if not stale.endswith(".parquet"):
-                storage.delete(storage.join(run.measured_folder, stale))
-        record.samples, record.detail = count + audited, {**detail, "audit_samples": audited}
+        _remove_stale(config, run)
+        record.samples = samples + audit_samples
+        record.detail = {**detail, "audit_samples": audit_samples}
 
 
 def measure_extra_shard(context: Context, record: StageRecord, shard: str) -> pa.Table:
-    """sample_id, label and the scores at checkpoints of one more shard in `seed/`, of samples outside the seed set.
+    """Measure one more shard in `seed/`, of samples outside the seed set, at the checkpoints.
 
-    The stage must be done: its checkpoints and mean gradients are used, and nothing is left in `measured/`.
+    The stage must be done: its checkpoints and mean gradients are used. Nothing stays in
+    `measured/`.
+
+    Returns
+    -------
+    pa.Table
+        sample_id, label and the scores at checkpoints.
     """
     config, run = context.config, context.run
     parts, folder = proxy_parts(run), GradientFolders.of(config, run).checkpoints
+    self_term = needs_self_term(config, parts)
     for part in parts:
-        measure_shards(context, record, part, smallest_part(parts), [shard], lambda samples: None)
-    moso = None
-    if "moso" in config.measure.at_checkpoints:
-        moso = MosoTotals.of_parts(config, run, parts, folder, SeedManifest.read(run).shards)
-    table = _of_checkpoints(config, run, parts, folder, shard, moso, audit=True)
+        measure_shards(context, record, part, self_term, [shard], lambda samples: None)
+    scores = CheckpointScores.read(config, run, SeedManifest.read(run))
+    table = scores.of_shard(shard, audit=True)
     for part in parts:
         storage.delete(run.path(part.below(folder), f"{shard}.parquet"))
     return table
 
 
 def _announce(context: Context) -> dict[str, Any]:
-    """Say what `self_term: auto` decided, and which layers have no fast rule for per-sample gradients; both for the ledger."""
-    config, samples = context.config, smallest_part(proxy_parts(context.run))
+    """Print what `self_term: auto` decided, and which layers need slow per-sample gradients.
+
+    Returns what the ledger records of it.
+    """
+    config, parts = context.config, proxy_parts(context.run)
     moso, grand = config.measure.moso, config.measure.grand
-    self_term = "moso" in config.measure.scores and moso.uses_self_term(samples)
+    samples = smallest_part(parts)
+    self_term = "moso" in config.measure.scores and needs_self_term(config, parts)
     if "moso" in config.measure.scores and moso.self_term == "auto":
         side = (
             f"below {SELF_TERM_BELOW:,}: with"
@@ -145,74 +145,122 @@ def _announce(context: Context) -> dict[str, Any]:
         )
         context.progress.say(f"{'measure':<11} self term: {samples:,} samples are {side} it")
     slow: list[str] = []
-    if (self_term and moso.gradient == "all") or (
-        "grand" in config.measure.scores and grand.gradient == "all"
-    ):
+    grand_over_all = "grand" in config.measure.scores and grand.gradient == "all"
+    if grand_over_all or (self_term and moso.gradient == "all"):
         from raypipe.scores.per_sample import slow_parameters
 
         slow = slow_parameters(empty_proxy(context.run))
-    if slow:
-        context.progress.say(
-            f"{'measure':<11} {len(slow)} weights have no fast per-sample rule and take a slower, exact way: {slow[0]}, ..."
-        )
-    return {"slow_parameters": slow} if slow else {}
+    if not slow:
+        return {}
+    context.progress.say(
+        f"{'measure':<11} {len(slow)} weights have no fast rule for per-sample gradients and use a "
+        f"slower, exact one: {slow[0]}, ..."
+    )
+    return {"slow_parameters": slow}
 
 
-def _of_checkpoints(
-    config: Config,
-    run: Run,
-    parts: list[SeedPart],
-    folder: str,
-    shard: str,
-    moso: list[MosoTotals] | None,
-    audit: bool = False,
-) -> pa.Table:
-    """sample_id, label and the scores at checkpoints of one shard, each sample's from the proxy of its own part."""
-    tables = []
-    for number, part in enumerate(parts):
-        found = read_numbers(run, part.below(folder), shard)
-        table = found.select(["sample_id", "label"])
-        if moso is not None:
-            table = table.append_column(
-                "moso", pa.array(moso[number].score(found, audit), pa.float32())
-            )
-        if "grand" in config.measure.scores:
-            table = table.append_column(
-                "grand", pa.array(numbers_in(found, "lengths").mean(1).astype(np.float32))
-            )
-        for score in (score for score in config.measure.at_checkpoints if score in OUTPUTS):
-            table = table.append_column(
-                score,
-                pa.array(
-                    _mean(config, part, numbers_in(found, OUTPUTS[score]), score), pa.float32()
-                ),
-            )
-        tables.append(table)
-    return merge_parts(run, parts, shard, tables)
+@dataclass(frozen=True)
+class CheckpointScores:
+    """The scores at checkpoints, combined from the values of `raypipe.stages.measure.gradients`.
+
+    Attributes
+    ----------
+    config, run
+        The configuration and the run.
+    parts : list of SeedPart
+        Parts of the seed set, each with its own proxy.
+    folder : str
+        Folder of the values, below the run.
+    moso : list of MosoTotals or None
+        Totals of each part; None when MoSo is not measured.
+    """
+
+    config: Config
+    run: Run
+    parts: list[SeedPart]
+    folder: str
+    moso: list[MosoTotals] | None
+
+    @classmethod
+    def read(cls, config: Config, run: Run, seed: SeedManifest) -> CheckpointScores:
+        """Read the totals over the seed set that MoSo needs."""
+        parts, folder = proxy_parts(run), GradientFolders.of(config, run).checkpoints
+        moso = None
+        if "moso" in config.measure.at_checkpoints:
+            moso = MosoTotals.of_parts(config, run, parts, folder, seed.shards)
+        return cls(config, run, parts, folder, moso)
+
+    def ledger_detail(self) -> dict[str, Any]:
+        """Return what the ledger records of MoSo."""
+        if self.moso is None:
+            return {}
+        details = [totals.ledger_detail() for totals in self.moso]
+        return {"moso": details[0] if len(details) == 1 else {"parts": details}}
+
+    def of_shard(self, shard: str, audit: bool = False) -> pa.Table:
+        """Return sample_id, label and the scores of one shard.
+
+        Each sample's scores come from the proxy of its own part.
+        """
+        tables = [
+            self._of_part(number, part, shard, audit) for number, part in enumerate(self.parts)
+        ]
+        return merge_parts(self.run, self.parts, shard, tables)
+
+    def _of_part(self, number: int, part: SeedPart, shard: str, audit: bool) -> pa.Table:
+        measure = self.config.measure
+        values = read_shard_table(self.run, part.below(self.folder), shard)
+        table = values.select(["sample_id", "label"])
+        if self.moso is not None:
+            moso = pa.array(self.moso[number].score(values, audit), pa.float32())
+            table = table.append_column("moso", moso)
+        if "grand" in measure.scores:
+            lengths = checkpoint_column(values, "lengths")
+            table = table.append_column("grand", pa.array(lengths.mean(1).astype(np.float32)))
+        for score in (score for score in measure.at_checkpoints if score in OUTPUTS):
+            mean = _mean(self.config, part, checkpoint_column(values, OUTPUTS[score]), score)
+            table = table.append_column(score, pa.array(mean, pa.float32()))
+        return table
 
 
-def _mean(config: Config, part: SeedPart, numbers: np.ndarray, score: str) -> np.ndarray:
-    """Mean over the checkpoints among the epochs that are asked for; numbers float64 [n, checkpoints], returns float32 [n]."""
+def _mean(config: Config, part: SeedPart, values: np.ndarray, score: str) -> np.ndarray:
+    """Return the mean over the checkpoints among the epochs of the settings, float32 [n].
+
+    `values` is float64 [n, checkpoints].
+    """
     settings = config.measure.settings_of(score)
     assert isinstance(settings, MeanSettings)
     chosen = [
         column for column, item in enumerate(part.trained.checkpoints) if settings.takes(item.epoch)
     ]
-    return numbers[:, chosen].mean(1).astype(np.float32)
+    return values[:, chosen].mean(1).astype(np.float32)
 
 
-def _combine(config: Config, run: Run, folder: str, shard: str, given: list[pa.Table]) -> int:
-    """Write the scores of one shard, which tables of the same samples have among them; returns its samples."""
+def _write_scores(
+    config: Config, run: Run, folder: str, shard: str, tables: Sequence[pa.Table]
+) -> int:
+    """Write the scores of one shard from tables of the same samples. Returns their number."""
     columns = {
-        score: table[score].to_numpy() for table in given for score in table.column_names[2:]
+        score: table[score].to_numpy() for table in tables for score in table.column_names[2:]
     }
-    table = given[0].select(["sample_id", "label"])
+    result = tables[0].select(["sample_id", "label"])
     for score in (score for score in config.measure.scores if score in columns):
         bad = int((~np.isfinite(columns[score])).sum())
         if bad:
             raise StageError(
-                f"{score} of {bad} samples of {shard} is not finite: the proxy's training diverged; lower proxy.lr"
+                f"{score} of {bad} samples of {shard} is not finite: the proxy's training "
+                "diverged; lower proxy.lr"
             )
-        table = table.append_column(score, pa.array(columns[score], pa.float32()))
-    storage.write_table(run.path(folder, f"{shard}.parquet"), table)
-    return len(table)
+        result = result.append_column(score, pa.array(columns[score], pa.float32()))
+    storage.write_table(run.path(folder, f"{shard}.parquet"), result)
+    return len(result)
+
+
+def _remove_stale(config: Config, run: Run) -> None:
+    """Remove folders of other settings below `measured/`."""
+    folders = GradientFolders.of(config, run)
+    paths = (*vars(folders).values(), trajectory_folder(config, run), AUDIT_FOLDER)
+    current = {storage.name(path) for path in paths}
+    for stale in storage.names(run.measured_folder) - current:
+        if not stale.endswith(".parquet"):
+            storage.delete(storage.join(run.measured_folder, stale))

@@ -1,26 +1,28 @@
-"""Proxy: the small network trained on the seed set with Ray Train, data-parallel over its workers.
+"""Proxy: train the small network on the seed set with Ray Train, data-parallel over its workers.
 
 Writes, under `proxy/`:
 
-    epochs/epoch-0007.json            loss, accuracy, learning rate, files of the trajectory: an epoch with this file is finished
-    trajectory/epoch-0007-*.parquet   row (of the seed set); float32 loss, margin, distance, entropy, as in scores.base.Trajectory;
-                                      probabilities, the bytes of little-endian float16 [classes]
-    checkpoints/epoch-0007.safetensors
-    state.safetensors                 all that is needed to go on after the last finished epoch
-    proxy.json                        what the later stages need; written last
+- `epochs/epoch-0007.json`: loss, accuracy, learning rate and files of the trajectory. An epoch with
+  this file is finished.
+- `trajectory/epoch-0007-*.parquet`: row (of the seed set); float32 loss, margin, distance and
+  entropy, as in `raypipe.scores.trajectory.Trajectory`; probabilities, the bytes of little-endian
+  float16 [classes].
+- `checkpoints/epoch-0007.safetensors`.
+- `state.safetensors`: everything needed to resume after the last finished epoch.
+- `proxy.json`: what the later stages need; written last.
 
-With `proxy.parts` above 1 there is one such network for each part of the seed set (`raypipe.runs.partition`), trained on its part
-alone. All start from the same weights. Each has the first four in a folder of its own, `proxy/part-0/`; `proxy.json` is about
-all of them. They are trained side by side as far as the cluster has room.
+With `proxy.parts` above 1, one such network is trained for each part of the seed set
+(`raypipe.runs.partition`), on its part alone. All start from the same weights. Each has the first
+four items in its own folder, `proxy/part-0/`; `proxy.json` describes all of them. They train side
+by side as far as the cluster has room.
 
-A worker that dies is replaced and the training goes on after the last finished epoch; so it does when the driver dies.
-Batches are defined over the whole seed set (or part), and so are the statistics of BatchNorm: the number of workers changes the rounding of
-sums and nothing else.
+When a worker or the driver dies, the training resumes after the last finished epoch. Batches and
+the statistics of BatchNorm are defined over the whole seed set (or part): the number of workers
+changes the rounding of sums and nothing else.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import queue
 import statistics
@@ -28,7 +30,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
 from raypipe.config import Config
@@ -47,10 +50,54 @@ from raypipe.runs.partition import SeedPart, partition_seed_set, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
 
+if TYPE_CHECKING:
+    from raypipe.distributed.cluster import TrainingResources
+
 SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
+"""Settings that change how fast the training is, but not its result."""
+
+
+@dataclass(frozen=True)
+class PartProgress:
+    """How far the training of one part of the seed set is.
+
+    Attributes
+    ----------
+    part : SeedPart
+        The part.
+    epochs : list of EpochRecord
+        Its finished epochs.
+    trained : bool
+        Whether all epochs are finished and all checkpoints that they name exist.
+    """
+
+    part: SeedPart
+    epochs: list[EpochRecord]
+    trained: bool
+
+    @classmethod
+    def read(cls, config: Config, run: Run, part: SeedPart) -> PartProgress:
+        """Read the progress of a part from the run."""
+        epochs = EpochRecord.read_all(run, part.folder)
+        checkpoints = {epoch.checkpoint for epoch in epochs if epoch.checkpoint}
+        trained = len(epochs) == config.proxy.epochs and checkpoints <= storage.names(
+            run.path(part.checkpoints)
+        )
+        return cls(part, epochs, trained)
+
+    def check_epochs(self, expected: int) -> None:
+        """Raise StageError unless all epochs are finished."""
+        if len(self.epochs) != expected:
+            name = f"the proxy of {self.part.name}" if self.part.name else "the proxy"
+            raise StageError(
+                f"{name} has {len(self.epochs)} finished epochs instead of {expected}; "
+                "run again to resume"
+            )
 
 
 class ProxyStage(Stage):
+    """Train the proxy of every part of the seed set."""
+
     name = "proxy"
     needs = ("seed", "label")
 
@@ -63,7 +110,7 @@ class ProxyStage(Stage):
         except FileNotFoundError:
             return False
         return all(
-            {part.trained.final, *(item.file for item in part.trained.checkpoints)}
+            {part.trained.final, *part.trained.files}
             <= storage.names(context.run.path(part.checkpoints))
             for part in parts
         )
@@ -71,89 +118,76 @@ class ProxyStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         seed = SeedManifest.read(run)
-        workers, gpu, cpus, beside = context.cluster.train_workers(config.proxy)
+        resources = context.cluster.training_resources(config.proxy)
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed)
-        fewest = min(part.samples for part in parts)
-        if fewest < 2 * workers:
-            raise StageError(
-                f"{fewest} seed samples are too few for {workers} workers; lower proxy.workers or raise seed.fraction"
-            )
-        counted = storage.exists(
-            run.proxy_manifest_file
-        )  # then the ledger has the seconds of what is there
-        epochs = [EpochRecord.read_all(run, part.folder) for part in parts]
-        missing = [
-            part
-            for part, done in zip(parts, epochs, strict=True)
-            if not _is_trained(config, run, part, done)
+        _check_sizes(parts, resources.workers)
+        # with a manifest, the ledger has the seconds of the finished epochs already
+        already_counted = storage.exists(run.proxy_manifest_file)
+        before = [PartProgress.read(config, run, part) for part in parts]
+        train_seconds = _train_missing(context, before, resources)
+        after = [
+            state if state.trained else PartProgress.read(config, run, state.part)
+            for state in before
         ]
-        key, seconds = uuid.uuid4().hex, [0.0]
-
-        def train(part: SeedPart) -> None:
-            started = time.monotonic()
-            try:
-                _train(config, run, part, key, workers, gpu, cpus)
-            except Exception as error:
-                if part.name:  # others may go on for long before the error is raised
-                    context.progress.say(f"proxy {part.name} stopped: {error}")
-                raise
-            finally:
-                seconds.append(time.monotonic() - started)
-
-        with context.progress.meter("proxy", len(parts) * config.proxy.epochs, "epochs") as meter:
-            meter.already(sum(len(done) for done in epochs))
-            watch = _Watch([run.path(part.folder, "epochs") for part in parts], meter)
-            try:
-                side_by_side([functools.partial(train, part) for part in missing], beside)
-            finally:
-                watch.stop()
-        epochs = [
-            EpochRecord.read_all(run, part.folder) if part in missing else done
-            for part, done in zip(parts, epochs, strict=True)
-        ]
-        for part, done in zip(parts, epochs, strict=True):
-            if len(done) != config.proxy.epochs:
-                name = f"the proxy of {part.name}" if part.name else "the proxy"
-                raise StageError(
-                    f"{name} has {len(done)} finished epochs instead of {config.proxy.epochs}; run again to resume"
-                )
-        _manifest(config, run, seed, parts, epochs).write(run)
+        for state in after:
+            state.check_epochs(config.proxy.epochs)
+        _manifest(config, run, seed, after).write(run)
         for part in parts:
             storage.delete(run.path(part.folder, "state.safetensors"))
-        trained_now = [
-            done for part, done in zip(parts, epochs, strict=True) if part in missing or not counted
-        ]
         record.samples = seed.samples
-        record.cpu_seconds += sum(epoch.cpu_seconds for done in trained_now for epoch in done)
-        record.gpu_seconds += sum(seconds) * workers if gpu else 0.0
-        last = [done[-1] for done in epochs]
-        record.detail = {
-            "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
-            "loss": statistics.fmean(epoch.loss for epoch in last),
-            "epochs": config.proxy.epochs,
-            "workers": workers,
-            "gpu": gpu,
-        }
-        if len(parts) > 1:
-            record.detail["parts"] = [
-                {"samples": part.samples, "accuracy": epoch.accuracy, "loss": epoch.loss}
-                for part, epoch in zip(parts, last, strict=True)
-            ]
+        record.cpu_seconds += sum(
+            epoch.cpu_seconds
+            for old, new in zip(before, after, strict=True)
+            if not (old.trained and already_counted)
+            for epoch in new.epochs
+        )
+        record.gpu_seconds += train_seconds * resources.workers if resources.gpu else 0.0
+        record.detail = _detail(after, config.proxy.epochs, resources)
 
 
-def _is_trained(config: Config, run: Run, part: SeedPart, epochs: Sequence[EpochRecord]) -> bool:
-    """Whether a part has all its epochs and the checkpoints that they name."""
-    checkpoints = {epoch.checkpoint for epoch in epochs if epoch.checkpoint}
-    complete = len(epochs) == config.proxy.epochs
-    return complete and checkpoints <= storage.names(run.path(part.checkpoints))
+def _check_sizes(parts: Sequence[SeedPart], workers: int) -> None:
+    """Raise StageError when a part has fewer than two samples for each worker."""
+    smallest = min(part.samples for part in parts)
+    if smallest < 2 * workers:
+        raise StageError(
+            f"{smallest} seed samples are too few for {workers} workers; "
+            "lower proxy.workers or raise seed.fraction"
+        )
+
+
+def _train_missing(
+    context: Context, parts: Sequence[PartProgress], resources: TrainingResources
+) -> float:
+    """Train the parts that are not trained. Returns the sum of the seconds of all trainings."""
+    config, run = context.config, context.run
+    key = uuid.uuid4().hex
+    seconds = [0.0]
+
+    def train(part: SeedPart) -> None:
+        started = time.monotonic()
+        try:
+            _train(config, run, part, key, resources)
+        except Exception as error:
+            if part.name:  # the error is raised only when the other trainings have ended
+                context.progress.say(f"proxy {part.name} stopped: {error}")
+            raise
+        finally:
+            seconds.append(time.monotonic() - started)
+
+    total = len(parts) * config.proxy.epochs
+    with context.progress.meter("proxy", total, "epochs") as meter:
+        meter.already(sum(len(state.epochs) for state in parts))
+        watch = _EpochWatch([run.path(state.part.folder, "epochs") for state in parts], meter)
+        try:
+            jobs = [functools.partial(train, state.part) for state in parts if not state.trained]
+            side_by_side(jobs, resources.side_by_side)
+        finally:
+            watch.stop()
+    return sum(seconds)
 
 
 def _manifest(
-    config: Config,
-    run: Run,
-    seed: SeedManifest,
-    parts: Sequence[SeedPart],
-    epochs: Sequence[Sequence[EpochRecord]],
+    config: Config, run: Run, seed: SeedManifest, parts: Sequence[PartProgress]
 ) -> ProxyManifest:
     """Describe the finished trainings."""
     mean, std = config.proxy.statistics(seed.mean, seed.std)
@@ -166,41 +200,66 @@ def _manifest(
         samples=seed.samples,
         seed=config.proxy.seed,
         parts=tuple(
-            ProxyOfPart(part.samples, part.shard_samples, TrainedProxy.from_epochs(done))
-            for part, done in zip(parts, epochs, strict=True)
+            ProxyOfPart(
+                state.part.samples,
+                state.part.shard_samples,
+                TrainedProxy.from_epochs(state.epochs),
+            )
+            for state in parts
         ),
     )
 
 
-class _Watch:
-    """Shows finished epochs, one file each in some folders, while Ray Train holds the driver."""
+def _detail(
+    parts: Sequence[PartProgress], epochs: int, resources: TrainingResources
+) -> dict[str, Any]:
+    """Return the stage's entry in the ledger: figures of the last epoch, averaged over parts."""
+    last = [state.epochs[-1] for state in parts]
+    detail: dict[str, Any] = {
+        "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
+        "loss": statistics.fmean(epoch.loss for epoch in last),
+        "epochs": epochs,
+        "workers": resources.workers,
+        "gpu": resources.gpu,
+    }
+    if len(parts) > 1:
+        detail["parts"] = [
+            {"samples": state.part.samples, "accuracy": epoch.accuracy, "loss": epoch.loss}
+            for state, epoch in zip(parts, last, strict=True)
+        ]
+    return detail
+
+
+class _EpochWatch:
+    """Counts finished epochs, one file each, while Ray Train blocks the driver."""
 
     def __init__(self, folders: Sequence[str], meter: Meter) -> None:
-        self._folders, self._meter, self._over = folders, meter, threading.Event()
+        self._folders, self._meter, self._stopped = folders, meter, threading.Event()
         self._pause = 0.5 if storage.is_local(folders[0]) else 5.0
-        self._thread = threading.Thread(target=self._look, daemon=True, name="raypipe-epochs")
+        self._thread = threading.Thread(target=self._poll, daemon=True, name="raypipe-epochs")
         self._thread.start()
 
-    def _look(self) -> None:
-        while not self._over.wait(self._pause):
+    def _poll(self) -> None:
+        while not self._stopped.wait(self._pause):
             try:
                 count = sum(len(storage.names(folder)) for folder in self._folders)
                 self._meter.add(max(0, count - self._meter.count))
             except OSError:
-                continue  # only the display is late; the workers report what matters
+                continue  # delays the display only; the workers report real failures
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join(timeout=10)
 
 
-def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
-    """Run jobs, at most so many at a time; a single one at a time in this thread, where Ray Train hears an interrupt.
+def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
+    """Run jobs, at most `at_once` of them at a time, and raise the first error.
 
-    After one has failed no other is begun. Those that run go on to their end, since Ray Train has no way to stop them and what
-    they finish is kept; then the first error is raised.
+    After a failure no job is started. Running jobs finish first, since Ray Train cannot stop them
+    and their epochs are kept. With `at_once` 1, jobs run in this thread, where Ray Train notices an
+    interrupt.
     """
-    if most == 1:
+    if at_once == 1:
         for job in jobs:
             job()
         return
@@ -219,7 +278,7 @@ def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
                 errors.append(error)
 
     # daemons, so that an interrupt of the driver ends them
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(most, len(jobs)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(jobs)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -229,27 +288,21 @@ def side_by_side(jobs: Sequence[Callable[[], None]], most: int) -> None:
 
 
 def _train(
-    config: Config, run: Run, part: SeedPart, key: str, workers: int, gpu: bool, cpus: int
+    config: Config, run: Run, part: SeedPart, key: str, resources: TrainingResources
 ) -> None:
+    """Train the proxy of one part. Raises StageError when the training fails or diverges."""
     from raypipe.distributed import ray_train
-    from raypipe.stages.proxy.worker import DIVERGED, train_worker
+    from raypipe.stages.proxy.worker import DIVERGED, TrainingJob, train_worker
 
     diverged = run.path(part.folder, DIVERGED)
     storage.delete(diverged)
-    arguments = {
-        "config": config.model_dump(mode="json"),
-        "run": run.uri,
-        "part": dataclasses.asdict(part),
-        "gpu": gpu,
-        "threads": cpus,
-        "key": key,
-    }
+    job = TrainingJob(config.proxy, run.uri, part, resources.gpu, resources.cpus, key)
     ray_train.train(
         train_worker,
-        arguments,
-        workers,
-        gpu,
-        cpus,
+        job.as_arguments(),
+        resources.workers,
+        resources.gpu,
+        resources.cpus,
         config.proxy.max_failures,
         run.path(part.folder, "train"),
     )

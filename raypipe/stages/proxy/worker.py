@@ -1,12 +1,14 @@
-"""What one worker of the proxy's training does; Ray Train starts it with torch.distributed ready. See `raypipe.stages.proxy.stage`."""
+"""Train a proxy in one worker; Ray Train calls `train_worker` when torch.distributed is ready.
+
+`raypipe.stages.proxy.stage` starts it and describes the files.
+"""
 
 from __future__ import annotations
 
-import glob
-import os
-import shutil
-import tempfile
+import dataclasses
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,11 @@ from torch import Tensor
 
 from raypipe import storage
 from raypipe.config import ProxySettings
-from raypipe.runs.ledger import fingerprint
 from raypipe.runs.manifests import EpochRecord, SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
-from raypipe.runs.seed_shards import read_shard
 from raypipe.scores.trajectory import STATISTICS
+from raypipe.stages.proxy.local_seed import LocalSeedSet, SeedArrays
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import set_threads, to_device
@@ -35,82 +36,229 @@ from raypipe.vision.output_statistics import output_statistics
 from raypipe.vision.sync_batchnorm import synchronize_batchnorm
 
 DIVERGED = "diverged.json"
-"""Written, with the reason, by a training that is over although epochs are missing."""
+"""File with the reason why a training ended before its last epoch."""
 GROUP_BYTES = 64 << 20
-"""Size of one row group of every trajectory file together, uncompressed: what the measure stage holds at once."""
+"""Uncompressed size of one row group of all trajectory files together.
+
+The measure stage holds one row group of each file at a time.
+"""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """The training of one proxy, as its workers need to know it.
+
+    Attributes
+    ----------
+    settings : ProxySettings
+        The section `proxy` of the configuration.
+    run_uri : str
+        The run folder.
+    part : SeedPart
+        The part of the seed set to train on.
+    gpu : bool
+        Whether each worker has a GPU.
+    threads : int
+        Torch threads of a worker without a GPU.
+    key : str
+        Names this attempt of the stage; local copies of the seed set carry it.
+    """
+
+    settings: ProxySettings
+    run_uri: str
+    part: SeedPart
+    gpu: bool
+    threads: int
+    key: str
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the job as JSON values, which Ray Train passes to every worker."""
+        settings = self.settings.model_dump(mode="json")
+        return {**vars(self), "settings": settings, "part": dataclasses.asdict(self.part)}
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> TrainingJob:
+        """Restore the job from `as_arguments`."""
+        settings = ProxySettings.model_validate(arguments["settings"])
+        return cls(**{**arguments, "settings": settings, "part": SeedPart(**arguments["part"])})
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """The training loop of one worker; Ray Train calls it with torch.distributed ready."""
-    settings, run = (
-        ProxySettings.model_validate(arguments["config"]["proxy"]),
-        Run(arguments["run"]),
-    )
-    own_part = SeedPart(**arguments["part"])
-    folder = own_part.folder
+    """Train the proxy from the last finished epoch on, as one worker of several."""
+    job = TrainingJob.from_arguments(arguments)
     context = ray.train.get_context()
-    rank, world, gpu = context.get_world_rank(), context.get_world_size(), arguments["gpu"]
-    device = get_device() if gpu else torch.device("cpu")
-    if not gpu:
-        set_threads(arguments["threads"])
-    seed, classes = SeedManifest.read(run), len(run.classes().names)
-    cache = _LocalSeed(run, seed, own_part, arguments["key"])
-    if context.get_local_rank() == 0:
-        cache.fill()
+    if not job.gpu:
+        set_threads(job.threads)
+    run = Run(job.run_uri)
+    seed = SeedManifest.read(run)
+    local_seed = LocalSeedSet(run, seed, job.part, job.key)
+    first_on_node = context.get_local_rank() == 0
+    if first_on_node:
+        local_seed.fill()
     distributed.barrier()
-    images, labels, seed_rows = cache.open()
-
-    torch.manual_seed(settings.seed)
-    statistics = settings.statistics(seed.mean, seed.std)
-    network = build_network(settings.model, classes, seed.image_size, *statistics).to(
-        memory_format=torch.channels_last
+    worker = ProxyTraining(
+        job, run, seed, local_seed.open(), context.get_world_rank(), context.get_world_size()
     )
-    model = prepare_model(synchronize_batchnorm(network, gpu), device)
-    plain = model.module if hasattr(model, "module") else model
-    optimizer = training.make_optimizer(settings, model)
-    first = 0
-    try:
-        data = storage.read_bytes(run.path(folder, "state.safetensors"))
-    except FileNotFoundError:
-        pass
-    else:
-        state = load(data)
-        first = int(state.pop("epoch")) + 1
-        training.restore_training(state, plain, optimizer)
+    for epoch in range(worker.first_epoch, job.settings.epochs):
+        if not worker.run_epoch(epoch):
+            break
+    distributed.barrier()
+    if first_on_node:
+        local_seed.remove()
 
-    per_epoch = training.steps_per_epoch(len(labels), settings.batch_size)
-    steps = per_epoch * settings.epochs
-    scored = settings.checkpoint_epochs()
-    kept = {*scored, settings.epochs - 1}
-    for epoch in range(first, settings.epochs):
+
+@dataclass(frozen=True)
+class BatchPredictions:
+    """Predictions of n samples in one epoch, as the trajectory stores them.
+
+    Attributes
+    ----------
+    rows : np.ndarray
+        Rows of the samples in the whole seed set, int64 [n].
+    statistics : np.ndarray
+        The values named by `raypipe.scores.trajectory.STATISTICS`, float32 [n, 4].
+    probabilities : np.ndarray
+        Class probabilities, float16 [n, classes].
+    """
+
+    rows: np.ndarray
+    statistics: np.ndarray
+    probabilities: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """What a worker knows after the steps of one epoch.
+
+    Attributes
+    ----------
+    lr : float
+        Learning rate of the last step.
+    sums : Tensor
+        Loss and number of correct predictions, summed over this worker's samples, float32 [2].
+    predictions : list of BatchPredictions
+        Those of the training batches; empty unless `proxy.trajectory` is `train`.
+    """
+
+    lr: float
+    sums: Tensor
+    predictions: list[BatchPredictions]
+
+
+class ProxyTraining:
+    """The network, optimiser and data of one worker.
+
+    Batches are defined over all samples of the part. Worker r of w takes every w-th sample of each
+    batch, from sample r on, so that the batches do not depend on the number of workers.
+
+    Attributes
+    ----------
+    first_epoch : int
+        The epoch to begin with: 0, or the one after the last finished epoch.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        run: Run,
+        seed: SeedManifest,
+        data: SeedArrays,
+        rank: int,
+        workers: int,
+    ) -> None:
+        self._job, self._run, self._data = job, run, data
+        self._settings, self._folder = job.settings, job.part.folder
+        self._rank, self._workers = rank, workers
+        self._classes = len(run.classes().names)
+        self._steps_per_epoch = training.steps_per_epoch(
+            len(data.labels), self._settings.batch_size
+        )
+        self._scored_epochs = self._settings.checkpoint_epochs()
+        self._device = get_device() if job.gpu else torch.device("cpu")
+
+        torch.manual_seed(self._settings.seed)
+        statistics = self._settings.statistics(seed.mean, seed.std)
+        network = build_network(
+            self._settings.model, self._classes, seed.image_size, *statistics
+        ).to(memory_format=torch.channels_last)
+        self._model = prepare_model(synchronize_batchnorm(network, job.gpu), self._device)
+        # without the wrapper of data-parallel training
+        self._network = self._model.module if hasattr(self._model, "module") else self._model
+        self._optimizer = training.make_optimizer(self._settings, self._model)
+        self.first_epoch = self._restore()
+
+    def _restore(self) -> int:
+        """Restore the state after the last finished epoch. Returns the next epoch."""
+        try:
+            data = storage.read_bytes(self._state_file)
+        except FileNotFoundError:
+            return 0
+        state = load(data)
+        finished = int(state.pop("epoch"))
+        training.restore_training(state, self._network, self._optimizer)
+        return finished + 1
+
+    @property
+    def _state_file(self) -> str:
+        return self._run.path(self._folder, "state.safetensors")
+
+    def run_epoch(self, epoch: int) -> bool:
+        """Train and write one epoch. Returns False when the training diverged and is over."""
         cpu_started = time.process_time()
-        model.train()
-        sums = torch.zeros(2, device=device)
-        seen: list[tuple[np.ndarray, EpochPredictions]] = []
-        for step, rows in enumerate(
-            training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)
-        ):
-            lr = training.learning_rate(settings, epoch * per_epoch + step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            part = slice(rank, None, world)
-            batch = training.augment(images[rows], settings, epoch, step, part)
-            pixels, target = to_device(batch, device), to_device(labels[rows[part]], device)
-            if settings.adversary is not None:
-                # drawn for the whole batch, as augmentation is
-                start = starting_points(images[rows].shape, settings.seed, epoch, 1 + step, 1)[part]
-                pixels = attack(
-                    plain, pixels, target, settings.adversary, start, bfloat16=gpu and settings.amp
-                )
-            with torch.autocast("cuda", torch.bfloat16, enabled=gpu and settings.amp):
-                logits = model(pixels).float()
-            # DDP averages over workers; scaled so, the sum is the mean over the whole batch even when its parts are unequal
+        trained = self._train(epoch)
+        evaluates = self._settings.trajectory == "eval"
+        predicted = self._evaluate() if evaluates else trained.predictions
+        distributed.all_reduce(trained.sums)
+        loss, accuracy = (trained.sums / len(self._data.labels)).tolist()
+        if not np.isfinite(loss):
+            self._record_divergence(epoch, loss)
+            return False
+        if predicted:
+            self._write_trajectory(epoch, predicted)
+        cpu_seconds = torch.tensor([time.process_time() - cpu_started], device=self._device)
+        # when this returns, every worker has written its trajectory
+        distributed.all_reduce(cpu_seconds)
+        if self._rank == 0:
+            checkpoint = self._write_checkpoint(epoch)
+            EpochRecord(
+                epoch=epoch,
+                lr=trained.lr,
+                steps=(epoch + 1) * self._steps_per_epoch,
+                loss=loss,
+                accuracy=accuracy,
+                checkpoint=checkpoint,
+                scored=epoch in self._scored_epochs,
+                trajectory=tuple(
+                    self._trajectory_file(epoch, rank)
+                    for rank in range(self._workers if predicted else 0)
+                ),
+                cpu_seconds=cpu_seconds.item(),
+            ).write(self._run, self._folder)
+            self._write_state(epoch)
+        ray.train.report({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": trained.lr})
+        return True
+
+    def _train(self, epoch: int) -> TrainedEpoch:
+        """Take the optimiser steps of one epoch."""
+        settings, labels = self._settings, self._data.labels
+        self._model.train()
+        sums = torch.zeros(2, device=self._device)
+        predicted: list[BatchPredictions] = []
+        batches = training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)
+        for step, batch in enumerate(batches):
+            lr = self._set_learning_rate(epoch, step)
+            rows = batch[self._share]
+            pixels, target = self._training_batch(epoch, step, batch)
+            with torch.autocast("cuda", torch.bfloat16, enabled=self._job.gpu and settings.amp):
+                logits = self._model(pixels).float()
+            # DDP averages over the workers. Scaled like this, the result is the mean over the
+            # whole batch even when the workers have unequal shares of it.
             loss = F.cross_entropy(
                 logits, target, reduction="sum", label_smoothing=settings.label_smoothing
-            ) * (world / len(rows))
-            optimizer.zero_grad(set_to_none=True)
+            ) * (self._workers / len(batch))
+            self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            self._optimizer.step()
             with torch.no_grad():
                 sums += torch.stack(
                     [
@@ -119,150 +267,140 @@ def train_worker(arguments: dict[str, Any]) -> None:
                     ]
                 )
                 if settings.trajectory == "train":
-                    seen.append((rows[part], predictions(logits, target)))
-        if settings.trajectory == "eval":
-            model.eval()
-            with torch.no_grad():
-                own = np.arange(rank, len(labels), world)
-                for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
-                    pixels, target = (to_device(array[rows], device) for array in (images, labels))
-                    if settings.adversary is not None:
-                        pixels = attack(plain, pixels, target, settings.adversary)
-                    seen.append((rows, predictions(plain(pixels).float(), target)))
-        distributed.all_reduce(sums)
-        loss_mean, accuracy = (sums / len(labels)).tolist()
-        if not np.isfinite(
-            loss_mean
-        ):  # on every worker alike; an error would only make Ray Train repeat what cannot end otherwise
-            reason = f"the proxy's loss is {loss_mean} in epoch {epoch + 1}; lower proxy.lr (now {settings.lr:g})"
-            if rank == 0:
-                storage.write_json(run.path(folder, DIVERGED), {"reason": reason})
-            break
-        file = ""
-        if seen:
-            file = f"epoch-{epoch:04d}-{rank}-of-{world}.parquet"
-            written = [(seed_rows[rows], values) for rows, values in seen]
-            most = group_rows(classes, settings.epochs, world * own_part.of)
-            write_trajectory(run.path(folder, "trajectory", file), written, most)
-        cpu = torch.tensor([time.process_time() - cpu_started], device=device)
-        distributed.all_reduce(cpu)  # every worker's trajectory is written when this returns
-        if rank == 0:
-            checkpoint = f"epoch-{epoch:04d}.safetensors" if epoch in kept else ""
-            if checkpoint:
-                weights = {
-                    name: value.detach().cpu().contiguous()
-                    for name, value in plain.state_dict().items()
-                }
-                storage.write_bytes(run.path(folder, "checkpoints", checkpoint), save(weights))
-            EpochRecord(
-                epoch=epoch,
-                lr=lr,
-                steps=(epoch + 1) * per_epoch,
-                loss=loss_mean,
-                accuracy=accuracy,
-                checkpoint=checkpoint,
-                scored=epoch in scored,
-                trajectory=tuple(
-                    f"epoch-{epoch:04d}-{other}-of-{world}.parquet"
-                    for other in range(world if file else 0)
-                ),
-                cpu_seconds=cpu.item(),
-            ).write(run, folder)
-            state = training.training_state(plain, optimizer) | {"epoch": torch.tensor(epoch)}
-            storage.write_bytes(run.path(folder, "state.safetensors"), save(state))
-        ray.train.report({"epoch": epoch, "loss": loss_mean, "accuracy": accuracy, "lr": lr})
-    distributed.barrier()
-    if context.get_local_rank() == 0:
-        cache.remove()
+                    predicted.append(predictions(self._data.seed_rows[rows], logits, target))
+        return TrainedEpoch(lr, sums, predicted)
+
+    @property
+    def _share(self) -> slice:
+        """This worker's share of a batch."""
+        return slice(self._rank, None, self._workers)
+
+    def _set_learning_rate(self, epoch: int, step: int) -> float:
+        steps = self._steps_per_epoch
+        lr = training.learning_rate(
+            self._settings, epoch * steps + step, steps * self._settings.epochs
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _training_batch(self, epoch: int, step: int, batch: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return this worker's augmented images of a batch, attacked where set, and labels."""
+        settings, images = self._settings, self._data.images
+        augmented = training.augment(images[batch], settings, epoch, step, self._share)
+        pixels = to_device(augmented, self._device)
+        target = to_device(self._data.labels[batch[self._share]], self._device)
+        if settings.adversary is not None:
+            # drawn for the whole batch, like the augmentation
+            start = starting_points(images[batch].shape, settings.seed, epoch, 1 + step, 1)
+            pixels = attack(
+                self._network,
+                pixels,
+                target,
+                settings.adversary,
+                start[self._share],
+                bfloat16=self._job.gpu and settings.amp,
+            )
+        return pixels, target
+
+    def _evaluate(self) -> list[BatchPredictions]:
+        """Predict this worker's samples without augmentation, in eval mode."""
+        settings, data = self._settings, self._data
+        self._model.eval()
+        predicted: list[BatchPredictions] = []
+        with torch.no_grad():
+            own = np.arange(self._rank, len(data.labels), self._workers)
+            for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
+                pixels, target = (
+                    to_device(array[rows], self._device) for array in (data.images, data.labels)
+                )
+                if settings.adversary is not None:
+                    pixels = attack(self._network, pixels, target, settings.adversary)
+                logits = self._network(pixels).float()
+                predicted.append(predictions(data.seed_rows[rows], logits, target))
+        return predicted
+
+    def _record_divergence(self, epoch: int, loss: float) -> None:
+        """Write why the training is over.
+
+        All workers see the same loss and stop together. An exception would make Ray Train repeat
+        the epoch, with the same result.
+        """
+        if self._rank == 0:
+            reason = (
+                f"the proxy's loss is {loss} in epoch {epoch + 1}; "
+                f"lower proxy.lr (now {self._settings.lr:g})"
+            )
+            storage.write_json(self._run.path(self._folder, DIVERGED), {"reason": reason})
+
+    def _trajectory_file(self, epoch: int, rank: int) -> str:
+        return f"epoch-{epoch:04d}-{rank}-of-{self._workers}.parquet"
+
+    def _write_trajectory(self, epoch: int, predicted: Sequence[BatchPredictions]) -> None:
+        file = self._trajectory_file(epoch, self._rank)
+        writers = self._workers * self._job.part.of
+        rows = group_rows(self._classes, self._settings.epochs, writers)
+        write_trajectory(self._run.path(self._folder, "trajectory", file), predicted, rows)
+
+    def _write_checkpoint(self, epoch: int) -> str:
+        """Write the weights if this epoch has a checkpoint. Returns its file name, or ""."""
+        if epoch not in {*self._scored_epochs, self._settings.epochs - 1}:
+            return ""
+        file = f"epoch-{epoch:04d}.safetensors"
+        weights = {
+            name: value.detach().cpu().contiguous()
+            for name, value in self._network.state_dict().items()
+        }
+        storage.write_bytes(self._run.path(self._folder, "checkpoints", file), save(weights))
+        return file
+
+    def _write_state(self, epoch: int) -> None:
+        """Write everything needed to resume after this epoch."""
+        state = training.training_state(self._network, self._optimizer)
+        storage.write_bytes(self._state_file, save(state | {"epoch": torch.tensor(epoch)}))
 
 
-EpochPredictions = tuple[np.ndarray, np.ndarray]
-"""Of n samples: the numbers of `raypipe.scores.trajectory.STATISTICS`, float32 [n, 4], and probabilities, float16 [n, classes]."""
+def predictions(rows: np.ndarray, logits: Tensor, target: Tensor) -> BatchPredictions:
+    """Return what the trajectory stores of a batch.
 
-
-def predictions(logits: Tensor, target: Tensor) -> EpochPredictions:
-    """What the trajectory keeps of a batch. The numbers are those of the logits, before float16 rounds the probabilities."""
-    found = output_statistics(logits, target)
-    return torch.stack([found[name] for name in STATISTICS], 1).cpu().numpy(), logits.softmax(
-        1
-    ).half().cpu().numpy()
+    The statistics are computed from the logits, before float16 rounds the probabilities.
+    """
+    statistics = output_statistics(logits, target)
+    return BatchPredictions(
+        rows,
+        torch.stack([statistics[name] for name in STATISTICS], 1).cpu().numpy(),
+        logits.softmax(1).half().cpu().numpy(),
+    )
 
 
 def group_rows(classes: int, epochs: int, workers: int) -> int:
-    """Rows in a row group of a trajectory file."""
+    """Return the number of rows in a row group of a trajectory file."""
     return max(64, GROUP_BYTES // (2 * classes * epochs * workers))
 
 
-def write_trajectory(uri: str, seen: list[tuple[np.ndarray, EpochPredictions]], group: int) -> None:
-    """Write one worker's predictions in one epoch, by row of the seed set, with so many rows in a row group."""
-    rows = np.concatenate([rows for rows, _ in seen])
+def write_trajectory(uri: str, predicted: Sequence[BatchPredictions], group_size: int) -> None:
+    """Write one worker's predictions of one epoch, sorted by row of the seed set.
+
+    Parameters
+    ----------
+    uri
+        The Parquet file.
+    predicted
+        Predictions of all batches of the epoch.
+    group_size
+        Rows in a row group.
+    """
+    rows = np.concatenate([batch.rows for batch in predicted])
     order = np.argsort(rows)
-    values = np.concatenate([part for _, (part, _) in seen])[order]
-    probabilities = np.concatenate([part for _, (_, part) in seen])[order]
+    statistics = np.concatenate([batch.statistics for batch in predicted])[order]
+    probabilities = np.concatenate([batch.probabilities for batch in predicted])[order]
     columns: dict[str, Any] = {"row": pa.array(rows[order], pa.int64())}
     columns |= {
-        name: pa.array(values[:, index], pa.float32()) for index, name in enumerate(STATISTICS)
+        name: pa.array(statistics[:, index], pa.float32()) for index, name in enumerate(STATISTICS)
     }
-    # bytes instead of a list of numbers: Parquet writes and reads a list one number at a time, 10 times slower
+    # Bytes instead of a list of numbers: Parquet writes and reads a list one number at a time,
+    # which is 10 times slower.
     columns["probabilities"] = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(2 * probabilities.shape[1]), len(rows), [None, pa.py_buffer(probabilities)]
     )
-    storage.write_table(uri, pa.table(columns), row_group_size=group, dictionary=False)
-
-
-class _LocalSeed:
-    """One part of the decoded seed set as memory-mapped arrays on this node's disk, one copy for all its workers.
-
-    Rows are in the order of the manifest's shards. The page cache makes it as fast as memory, and no larger than fits.
-    """
-
-    def __init__(self, run: Run, manifest: SeedManifest, part: SeedPart, key: str) -> None:
-        self._run, self._manifest, self._part = run, manifest, part
-        self._prefix = os.path.join(tempfile.gettempdir(), f"raypipe-seed-{fingerprint(run.uri)}-")
-        self._driver = self._prefix + key
-        self._folder = f"{self._driver}-{part.number}"
-
-    def fill(self) -> None:
-        if os.path.exists(os.path.join(self._folder, "complete")):
-            return  # a worker was replaced; its node has the copy
-        for left in glob.glob(glob.escape(self._prefix) + "*"):
-            if left == self._folder or not left.startswith(self._driver):
-                shutil.rmtree(
-                    left, ignore_errors=True
-                )  # of drivers that were killed, not of the parts trained beside this one
-        os.makedirs(self._folder)
-        count, size = self._part.samples, self._manifest.image_size
-        images = np.lib.format.open_memmap(
-            self._file("images"), "w+", np.uint8, (count, 3, size, size)
-        )
-        labels = np.lib.format.open_memmap(self._file("labels"), "w+", np.int64, (count,))
-        rows = np.lib.format.open_memmap(self._file("rows"), "w+", np.int64, (count,))
-        start = first = 0
-        for shard, samples in zip(self._manifest.shards, self._manifest.shard_samples, strict=True):
-            ids, pixels, target = read_shard(self._run, shard)
-            own = self._part.rows(ids)
-            stop = start + len(own)
-            images[start:stop], labels[start:stop], rows[start:stop] = (
-                pixels[own],
-                target[own],
-                first + own,
-            )
-            start, first = stop, first + samples
-        for array in (images, labels, rows):
-            array.flush()
-        with open(os.path.join(self._folder, "complete"), "w"):
-            pass
-
-    def open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images, labels, and the row of each in the whole seed set."""
-        return (
-            np.load(self._file("images"), mmap_mode="r"),
-            np.load(self._file("labels")),
-            np.load(self._file("rows")),
-        )
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _file(self, name: str) -> str:
-        return os.path.join(self._folder, f"{name}.npy")
+    storage.write_table(uri, pa.table(columns), row_group_size=group_size, dictionary=False)

@@ -1,1 +1,1 @@
-"""Write keep-lists from the score shards."""
+"""Write keep-lists from the scores of a run."""

@@ -1,58 +1,133 @@
-"""The gate: refuse keep-lists where the fidelity is too low."""
+"""The gate: refuse keep-lists when the fidelity of the scores is too low."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from raypipe.config import TrustSettings
 from raypipe.errors import TrustError
 from raypipe.runs.ledger import StageRecord
 
 
-def check_trust(extrapolated: StageRecord, trust: TrustSettings, force: bool) -> dict[str, str]:
-    """The fidelity that a keep-list rests on, as it is written into the list, and whether it was forced.
+@dataclass(frozen=True)
+class ScoreFidelity:
+    """The fidelity of a run's scores, as the ledger has it.
 
-    Raises TrustError when the lower end of its interval is below `trust.min_spearman`, or when it is not known, unless
-    every sample was measured, or `force`. With a threshold of -1 every fidelity will do, an unknown one as well.
+    Attributes
+    ----------
+    spearman : float or None
+        Spearman correlation of predicted and measured scores; None when it is unknown.
+    interval : tuple of float or None
+        Its 95 % interval.
+    note : str
+        Why the correlation is unknown.
+    predicted : bool
+        Whether any score is predicted, not measured.
+    gain : float or None
+        What the learning curve predicts that twice as many measured samples add.
+    from_tables : bool
+        Whether the scores were extrapolated from tables.
     """
-    fidelity = extrapolated.detail.get("fidelity") or {}
-    spearman, bounds = fidelity.get("spearman"), fidelity.get("spearman_interval")
-    least = bounds[0] if bounds else spearman
-    predicted = extrapolated.samples > extrapolated.detail.get("measured", 0)
-    enough = (
-        not predicted
-        or trust.min_spearman == -1
-        or (least is not None and least >= trust.min_spearman)
-    )
-    if not enough and not force:
-        if least is None:
-            found = f"the fidelity of the predicted scores is not known ({fidelity.get('note') or 'it was not judged'})"
-        else:
-            between = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
-            found = (
-                f"predicted and measured scores have a Spearman correlation of {spearman:.2f}{between}, and its lower end "
-                f"is below trust.min_spearman ({trust.min_spearman:g})"
-            )
-        added = ((extrapolated.detail.get("learning_curve") or {}).get("doubled") or {}).get("gain")
-        tables = extrapolated.detail.get("tables")
-        promise = (
-            f"twice as {'many' if tables else 'large'} is predicted to add {added:.2f}"
-            if added is not None
-            else ""
+
+    spearman: float | None
+    interval: tuple[float, float] | None
+    note: str
+    predicted: bool
+    gain: float | None
+    from_tables: bool
+
+    @classmethod
+    def of(cls, record: StageRecord) -> ScoreFidelity:
+        """Read it from the record of the stage `extrapolate`."""
+        detail = record.detail
+        figures = detail.get("fidelity") or {}
+        bounds = figures.get("spearman_interval")
+        doubled = (detail.get("learning_curve") or {}).get("doubled") or {}
+        return cls(
+            spearman=figures.get("spearman"),
+            interval=(bounds[0], bounds[1]) if bounds else None,
+            note=figures.get("note") or "it was not judged",
+            predicted=record.samples > detail.get("measured", 0),
+            gain=doubled.get("gain"),
+            from_tables=bool(detail.get("tables")),
         )
-        if tables:
-            help_ = f"more scored samples{promise and f' ({promise})'} or other embeddings; --force of `raypipe select`"
-        else:
-            help_ = (
-                f"a larger seed set (seed.fraction{promise and f'; {promise}'}), more epochs of the proxy "
-                "(proxy.epochs) or another score (measure.scores); --force of `raypipe select`, or select.force,"
-            )
-        raise TrustError(
-            f"no keep-lists: {found}. What can help is {help_} makes them all the same"
+
+    @property
+    def lower_end(self) -> float | None:
+        """The lower end of the interval, or the correlation where there is no interval."""
+        return self.interval[0] if self.interval else self.spearman
+
+    def suffices(self, trust: TrustSettings) -> bool:
+        """Return whether keep-lists can be written. A threshold of -1 accepts every fidelity."""
+        if not self.predicted or trust.min_spearman == -1:
+            return True
+        return self.lower_end is not None and self.lower_end >= trust.min_spearman
+
+    def shortfall(self, trust: TrustSettings) -> str:
+        """Describe what is wrong."""
+        if self.lower_end is None:
+            return f"the fidelity of the predicted scores is not known ({self.note})"
+        interval = ""
+        if self.interval:
+            interval = f" (95 % interval {self.interval[0]:.2f} to {self.interval[1]:.2f})"
+        return (
+            "predicted and measured scores have a Spearman correlation of "
+            f"{self.spearman:.2f}{interval}, and its lower end is below trust.min_spearman "
+            f"({trust.min_spearman:g})"
         )
-    figures = {"spearman": spearman, "spearman_low": bounds[0] if bounds else None}
+
+    def remedy(self) -> str:
+        """Describe what the user can do."""
+        add = f"is predicted to add {self.gain:.2f}" if self.gain is not None else ""
+        if self.from_tables:
+            gain = f" (twice as many {add})" if add else ""
+            return (
+                f"What can help is more scored samples{gain} or other embeddings. To write "
+                "keep-lists all the same, use --force of `raypipe select`"
+            )
+        gain = f"; twice as large {add}" if add else ""
+        return (
+            f"What can help is a larger seed set (seed.fraction{gain}), more epochs of the proxy "
+            "(proxy.epochs) or another score (measure.scores). To write keep-lists all the same, "
+            "use --force of `raypipe select`, or select.force"
+        )
+
+
+def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[str, str]:
+    """Check the fidelity of the scores that keep-lists rest on.
+
+    It suffices when every sample was measured, or when the lower end of its interval is at least
+    `trust.min_spearman`. With a threshold of -1, any fidelity suffices, even an unknown one.
+
+    Parameters
+    ----------
+    record
+        The ledger's record of the stage `extrapolate`.
+    trust
+        The threshold.
+    force
+        Whether keep-lists are written in any case.
+
+    Returns
+    -------
+    dict of str to str
+        The fidelity, and whether the lists were forced, as metadata of a keep-list.
+
+    Raises
+    ------
+    TrustError
+        When the fidelity does not suffice and `force` is False.
+    """
+    fidelity = ScoreFidelity.of(record)
+    suffices = fidelity.suffices(trust)
+    if not suffices and not force:
+        raise TrustError(f"no keep-lists: {fidelity.shortfall(trust)}. {fidelity.remedy()}")
     return {
-        **{
-            name: f"{value:.4f}" if value is not None else "unknown"
-            for name, value in figures.items()
-        },
-        "forced": "false" if enough else "true",
+        "spearman": _figure(fidelity.spearman),
+        "spearman_low": _figure(fidelity.interval[0] if fidelity.interval else None),
+        "forced": "false" if suffices else "true",
     }
+
+
+def _figure(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None else "unknown"

@@ -1,9 +1,10 @@
-"""Near duplicates of a run, found in `embeddings/` cluster by cluster, and marked so that no keep-list has them."""
+"""Find the near duplicates of a run in `embeddings/`, cluster by cluster, and exclude them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,72 +19,120 @@ from raypipe.selection import near_duplicates as near
 from raypipe.selection.hashing import uniform
 
 HELD_BYTES = 1 << 30
-"""Embeddings held at once; where the clusters have more, `embeddings/` is read several times over."""
+"""Embeddings held at a time. When the clusters have more, `embeddings/` is read several times."""
 
 
-def mark_near_duplicates(run: Run, scores: ScoreStream, threshold: float) -> dict[str, Any]:
-    """Mark as NEVER all but the best of near duplicates: the highest score, equal ones by hash of the id. Returns counts.
+def mark_near_duplicates(run: Run, scores: ScoreStream, threshold: float) -> dict[str, int]:
+    """Mark all but the best of near duplicates as NEVER.
 
-    Samples marked ALWAYS stay, and others like them go; samples marked NEVER before do not count. Memory: 4 bytes a sample for its cluster,
-    `CACHE_BYTES` of embeddings (or one cluster, where that is larger), and one shard. Raises RunError where a run has no embeddings.
+    The best has the highest score, and of equal scores the lowest hash of the id. Samples marked
+    ALWAYS stay, and others like them are excluded; samples already marked NEVER do not count.
+
+    Parameters
+    ----------
+    run
+        The run.
+    scores
+        Its scores, which get the marks.
+    threshold
+        Cosine similarity from which two samples are near duplicates.
+
+    Returns
+    -------
+    dict of str to int
+        Counts for the ledger: near_duplicates, clusters, largest_cluster.
+
+    Raises
+    ------
+    RunError
+        When the run has no embeddings.
+
+    Notes
+    -----
+    Memory: 4 bytes a sample for its cluster, `HELD_BYTES` of embeddings (or one cluster, if that is
+    larger), and one shard.
     """
-    rows, width, kind = _shape(run, scores.shards())
-    samples = sum(rows.values())
-    clusters = near.clusters_for(samples)
-    cluster = dict.fromkeys(rows, np.zeros(0, np.int32))
-    if clusters > 1:
-        centroid = near.centroids(
-            _drawn(run, list(rows), clusters * near.POINTS_PER_CLUSTER / samples), clusters
-        )
-        for shard, table in storage.ahead(
-            lambda file: read_embedding_columns(run, file, ["embedding"]), list(rows), run.uri
-        ):
-            cluster[shard] = near.nearest_centroid(
-                near.unit_vectors(_vectors(table)), centroid
-            ).astype(np.int32)
-    else:
-        cluster = {shard: np.zeros(count, np.int32) for shard, count in rows.items()}
-    members = sum(
-        (np.bincount(part, minlength=clusters) for part in cluster.values()),
-        np.zeros(clusters, np.int64),
+    layout = EmbeddingLayout.read(run, scores.shards())
+    samples = sum(layout.rows.values())
+    count = near.clusters_for(samples)
+    clusters = _assign_clusters(run, layout.rows, count)
+    sizes = sum(
+        (np.bincount(shard, minlength=count) for shard in clusters.values()),
+        np.zeros(count, np.int64),
     )
-    found = 0
-    for low, high in _batches(members * width * kind.itemsize):
-        gathered = _gather(
-            run, scores, cluster, low, high, np.empty((int(members[low:high].sum()), width), kind)
-        )
-        found += _mark(scores, list(rows), gathered, threshold)
-    return {"near_duplicates": found, "clusters": clusters, "largest_cluster": int(members.max())}
+    excluded = 0
+    for low, high in _batches(sizes * layout.width * layout.dtype.itemsize):
+        space = np.empty((int(sizes[low:high].sum()), layout.width), layout.dtype)
+        batch = _gather(run, scores, clusters, low, high, space)
+        excluded += _mark(scores, list(layout.rows), batch, threshold)
+    return {
+        "near_duplicates": excluded,
+        "clusters": count,
+        "largest_cluster": int(sizes.max()),
+    }
 
 
-def _shape(run: Run, shards: list[str]) -> tuple[dict[str, int], int, np.dtype[Any]]:
-    """Rows of each shard, values of an embedding, and their type, from the footers."""
+@dataclass(frozen=True)
+class EmbeddingLayout:
+    """The shape of the embeddings of a run.
 
-    def footer(shard: str) -> tuple[int, int, np.dtype[Any]]:
-        try:
-            with storage.open_read(storage.join(run.embeddings_folder, shard)) as file:
-                parquet = pq.ParquetFile(file)
-                kind = parquet.schema_arrow.field("embedding").type
-                return (
-                    parquet.metadata.num_rows,
-                    kind.list_size,
-                    np.dtype(kind.value_type.to_pandas_dtype()),
-                )
-        except (FileNotFoundError, KeyError, AttributeError):
+    Attributes
+    ----------
+    rows : dict of str to int
+        Samples of each shard, by file name.
+    width : int
+        Values of an embedding.
+    dtype : np.dtype
+        Their type.
+    """
+
+    rows: dict[str, int]
+    width: int
+    dtype: np.dtype
+
+    @classmethod
+    def read(cls, run: Run, shards: list[str]) -> EmbeddingLayout:
+        """Read it from the footers of the files. Raises RunError when one is missing."""
+
+        def read_footer(shard: str) -> EmbeddingLayout:
+            try:
+                with storage.open_read(storage.join(run.embeddings_folder, shard)) as file:
+                    parquet = pq.ParquetFile(file)
+                    kind = parquet.schema_arrow.field("embedding").type
+                    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+                    return cls({shard: parquet.metadata.num_rows}, kind.list_size, dtype)
+            except (FileNotFoundError, KeyError, AttributeError):
+                raise RunError(
+                    f"{run.uri}: select.near_duplicates needs embeddings/, but {shard} is missing; "
+                    "rerun `raypipe run`"
+                ) from None
+
+        layouts = [layout for _, layout in storage.ahead(read_footer, shards, run.uri)]
+        if not layouts:
             raise RunError(
-                f"{run.uri}: select.near_duplicates needs embeddings/, and {shard} is not there; run it again"
-            ) from None
+                f"{run.uri}: scores/ holds no sample, so there are no near duplicates to search for"
+            )
+        rows = {shard: count for layout in layouts for shard, count in layout.rows.items()}
+        return cls(rows, layouts[0].width, layouts[0].dtype)
 
-    found = dict(storage.ahead(footer, shards, run.uri))
-    if not found:
-        raise RunError(
-            f"{run.uri}: scores/ holds no sample, so there are no near duplicates to look for"
-        )
-    return {shard: count for shard, (count, _, _) in found.items()}, *next(iter(found.values()))[1:]
+
+def _assign_clusters(run: Run, rows: dict[str, int], count: int) -> dict[str, np.ndarray]:
+    """Return the cluster of every sample by shard, int32 [n]."""
+    if count == 1:
+        return {shard: np.zeros(samples, np.int32) for shard, samples in rows.items()}
+    fraction = count * near.POINTS_PER_CLUSTER / sum(rows.values())
+    centroids = near.centroids(_sample_embeddings(run, list(rows), fraction), count)
+    clusters = {}
+    for shard, table in storage.ahead(
+        lambda file: read_embedding_columns(run, file, ["embedding"]), list(rows), run.uri
+    ):
+        vectors = near.unit_vectors(_vectors(table))
+        clusters[shard] = near.nearest_centroid(vectors, centroids).astype(np.int32)
+    return clusters
 
 
 def _vectors(table: pa.Table) -> np.ndarray:
-    """Embeddings as they are stored, [n, d]."""
+    """Return the embeddings as they are stored, [n, d]."""
     column = table["embedding"].combine_chunks()
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return (
@@ -93,8 +142,8 @@ def _vectors(table: pa.Table) -> np.ndarray:
     )
 
 
-def _drawn(run: Run, shards: list[str], fraction: float) -> np.ndarray:
-    """About that share of the embeddings, drawn by a hash of the id, as unit vectors."""
+def _sample_embeddings(run: Run, shards: list[str], fraction: float) -> np.ndarray:
+    """Return about this fraction of the embeddings, drawn by a hash of the id, as unit vectors."""
     parts = []
     for _, table in storage.ahead(
         lambda file: read_embedding_columns(run, file, ["sample_id", "embedding"]), shards, run.uri
@@ -105,7 +154,7 @@ def _drawn(run: Run, shards: list[str], fraction: float) -> np.ndarray:
 
 
 def _batches(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of clusters, one after the other, each of at most `CACHE_BYTES` or of one cluster."""
+    """Yield consecutive ranges of clusters, each of at most `HELD_BYTES` or of one cluster."""
     low, held = 0, 0
     for high, size in enumerate(sizes.tolist()):
         if held and held + size > HELD_BYTES:
@@ -115,8 +164,18 @@ def _batches(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     yield low, len(sizes)
 
 
-class Gathered(NamedTuple):
-    """Samples of some clusters: embedding [n, d], cluster, score, hash of the id, mark, shard (its number) and row [n]."""
+class ClusterBatch(NamedTuple):
+    """The n samples of some clusters.
+
+    Attributes
+    ----------
+    embedding : np.ndarray
+        [n, d].
+    cluster, score, hashes, mark : np.ndarray
+        Cluster, score, hash of the id and mark of each sample, [n].
+    shard, row : np.ndarray
+        Number of its shard, and its row there, int32 [n].
+    """
 
     embedding: np.ndarray
     cluster: np.ndarray
@@ -130,17 +189,20 @@ class Gathered(NamedTuple):
 def _gather(
     run: Run,
     scores: ScoreStream,
-    cluster: dict[str, np.ndarray],
+    clusters: dict[str, np.ndarray],
     low: int,
     high: int,
     space: np.ndarray,
-) -> Gathered:
-    """The samples of clusters from `low` up to `high` that are not marked NEVER, from one pass over embeddings and scores."""
+) -> ClusterBatch:
+    """Read the samples of clusters `low` to `high` (exclusive) that are not marked NEVER.
+
+    One pass over embeddings and scores; the embeddings are written into `space`.
+    """
     parts: list[tuple[np.ndarray, ...]] = []
     count = 0
     tables = storage.ahead(
         lambda file: read_embedding_columns(run, file, ["sample_id", "embedding"]),
-        list(cluster),
+        list(clusters),
         run.uri,
     )
     for number, ((shard, table), (name, chunk)) in enumerate(
@@ -149,27 +211,37 @@ def _gather(
         ids = table["sample_id"].combine_chunks()
         if name != shard or len(table) != len(chunk.score) or not ids.equals(chunk.sample_id):
             raise RunError(
-                f"{run.uri}: embeddings/ and scores/ of {shard} are not of the same samples; run it again"
+                f"{run.uri}: embeddings/{shard} and scores/{shard} hold different samples; "
+                "rerun `raypipe run`"
             )
-        rows = np.flatnonzero((cluster[shard] >= low) & (cluster[shard] < high) & chunk.eligible())
+        cluster = clusters[shard]
+        rows = np.flatnonzero((cluster >= low) & (cluster < high) & chunk.eligible())
         space[count : count + len(rows)] = _vectors(table)[rows]
         count += len(rows)
-        mark = np.zeros(len(rows), np.uint8) if chunk.mark is None else chunk.mark[rows]
-        where = (np.full(len(rows), number, np.int32), rows.astype(np.int32))
-        parts.append((cluster[shard][rows], chunk.score[rows], hash64(ids)[rows], mark, *where))
-    return Gathered(space[:count], *(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def _mark(scores: ScoreStream, shards: list[str], found: Gathered, threshold: float) -> int:
-    """Mark the near duplicates of whole clusters; returns how many there are."""
-    order = np.lexsort((found.hashes, -found.score, found.mark != ALWAYS, found.cluster))
-    edges = np.flatnonzero(np.diff(found.cluster[order], prepend=-1))
-    gone = np.zeros(len(order), bool)
-    for start, stop in zip(edges.tolist(), [*edges[1:].tolist(), len(order)], strict=True):
-        rows = order[start:stop]
-        gone[rows] = near.redundant(
-            near.unit_vectors(found.embedding[rows]), threshold, found.mark[rows] == ALWAYS
+        parts.append(
+            (
+                cluster[rows],
+                chunk.score[rows],
+                hash64(ids)[rows],
+                np.zeros(len(rows), np.uint8) if chunk.mark is None else chunk.mark[rows],
+                np.full(len(rows), number, np.int32),
+                rows.astype(np.int32),
+            )
         )
-    for number in np.unique(found.shard[gone]).tolist():
-        scores.marks.add(shards[number], found.row[gone & (found.shard == number)], NEVER)
-    return int(gone.sum())
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ClusterBatch(space[:count], *columns)
+
+
+def _mark(scores: ScoreStream, shards: list[str], batch: ClusterBatch, threshold: float) -> int:
+    """Mark the near duplicates of whole clusters. Returns their number."""
+    best_first = np.lexsort((batch.hashes, -batch.score, batch.mark != ALWAYS, batch.cluster))
+    starts = np.flatnonzero(np.diff(batch.cluster[best_first], prepend=-1)).tolist()
+    excluded = np.zeros(len(best_first), bool)
+    for start, stop in zip(starts, [*starts[1:], len(best_first)], strict=True):
+        rows = best_first[start:stop]
+        vectors = near.unit_vectors(batch.embedding[rows])
+        excluded[rows] = near.redundant(vectors, threshold, batch.mark[rows] == ALWAYS)
+    for number in np.unique(batch.shard[excluded]).tolist():
+        rows = batch.row[excluded & (batch.shard == number)]
+        scores.marks.add(shards[number], rows, NEVER)
+    return int(excluded.sum())

@@ -1,4 +1,4 @@
-"""A Ray Data dataset as the source: the copy has its rows in its order, is made once, and is never that of another dataset."""
+"""A Ray Data dataset as the source: the copy keeps its rows and order, and is written once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings(run: str, **source: Any) -> dict[str, Any]:
 
 
 def dataset(later: Path, shift: int = 0) -> Any:
-    """Numbers of rows, from which the images are made on the way: the first block when another one is done, told by a file."""
+    """A dataset whose images are computed lazily. The first block waits until the last is done."""
     import time
 
     import ray

@@ -1,4 +1,4 @@
-"""What no node can give is said and given up, other jobs' requests and a full cluster are not."""
+"""Infeasible requests are reported and given up, but not those of other jobs or a full cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import QUIET, small_config
 
 import raypipe
 from raypipe.distributed import pending
-from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.cluster import Cluster, TrainingResources
 from raypipe.distributed.pending import (
     ClusterState,
     PendingRequest,
@@ -31,7 +31,7 @@ GPU = PendingRequest((resource_shape(1, 2),), 1)
 def watching(
     patience: float, can_grow: bool = False
 ) -> Iterator[tuple[PendingWatch, list[str], list[bool]]]:
-    """A watch that looks at nothing by itself, what it said, and whether it gave up."""
+    """A watch of an empty cluster, the lines it printed, and whether it gave up."""
     said: list[str] = []
     over: list[bool] = []
     watch = PendingWatch(
@@ -39,7 +39,7 @@ def watching(
         can_grow,
         patience,
         lambda: over.append(True),
-        look=lambda: ClusterState((), ()),
+        read_state=lambda: ClusterState((), ()),
     )
     try:
         yield watch, said, over
@@ -48,38 +48,38 @@ def watching(
 
 
 def test_a_request_fits_or_not() -> None:
-    books = ClusterState(NODES, ())
-    assert not books.impossible(PendingRequest((resource_shape(4),), 100)), (
-        "one after the other they fit"
+    state = ClusterState(NODES, ())
+    assert not state.is_infeasible(PendingRequest((resource_shape(4),), 100)), (
+        "they fit one after another"
     )
-    assert books.impossible(PendingRequest((resource_shape(5),), 1))
-    assert books.impossible(GPU)
-    assert not books.impossible(
+    assert state.is_infeasible(PendingRequest((resource_shape(5),), 1))
+    assert state.is_infeasible(GPU)
+    assert not state.is_infeasible(
         PendingRequest((resource_shape(2), resource_shape(2), resource_shape(2, 1)), 1)
     )
-    assert books.impossible(
+    assert state.is_infeasible(
         PendingRequest(
             (resource_shape(2), resource_shape(2), resource_shape(2), resource_shape(2)), 1
         )
-    ), "together they do not"
+    ), "they do not fit at the same time"
     assert str(PendingRequest((resource_shape(4, 1),) * 2, 1)) == "2 x 4 CPUs and 1 GPU"
-    assert str(books) == "2 nodes, 6 CPUs, 1 GPUs"
+    assert str(state) == "2 nodes, 6 CPUs, 1 GPUs"
 
 
-def test_said_within_a_minute_then_less_often_then_given_up() -> None:
+def test_reported_within_a_minute_then_less_often_then_given_up() -> None:
     with watching(patience=600) as (watch, said, over), requesting(resource_shape(1, 2)):
         times = []
         for now in range(0, 600, 5):
             count = len(said)
-            assert not watch.judge(ClusterState(NODES, (GPU,)), 1000.0 + now)
+            assert not watch.update(ClusterState(NODES, (GPU,)), 1000.0 + now)
             times += [now] * (len(said) - count)
         assert times[0] <= 60 and times == [20, 40, 80, 160, 320]
         assert (
-            "asked for 1 CPU and 2 GPUs, which no node of the cluster can give (2 nodes, 6 CPUs, 1 GPUs)"
+            "requested 1 CPU and 2 GPUs, which no node of the cluster has (2 nodes, 6 CPUs, 1 GPUs)"
             in said[0]
         )
-        assert not over and watch.judge(ClusterState(NODES, (GPU,)), 1600.0)
-        assert over and "for 600 s; ask for less" in watch.given_up
+        assert not over and watch.update(ClusterState(NODES, (GPU,)), 1600.0)
+        assert over and "for 600 s; request less" in watch.given_up
 
 
 def test_a_node_that_comes_ends_the_wait() -> None:
@@ -87,33 +87,33 @@ def test_a_node_that_comes_ends_the_wait() -> None:
         watching(patience=100, can_grow=True) as (watch, said, over),
         requesting(resource_shape(1, 2)),
     ):
-        watch.judge(ClusterState(NODES, (GPU,)), 0.0)
+        watch.update(ClusterState(NODES, (GPU,)), 0.0)
         assert (
-            not watch.judge(ClusterState(NODES, (GPU,)), 90.0)
-            and "the autoscaler has brought none" in said[-1]
+            not watch.update(ClusterState(NODES, (GPU,)), 90.0)
+            and "the autoscaler has added none" in said[-1]
         )
-        assert not watch.judge(ClusterState((*NODES, {"CPU": 8.0, "GPU": 4.0}), (GPU,)), 95.0), (
-            "it can be given now"
+        assert not watch.update(ClusterState((*NODES, {"CPU": 8.0, "GPU": 4.0}), (GPU,)), 95.0), (
+            "a node has it now"
         )
-        assert not watch.judge(ClusterState(NODES, (GPU,)), 120.0), "waiting begins anew"
+        assert not watch.update(ClusterState(NODES, (GPU,)), 120.0), "the wait starts again"
         assert not over
 
 
-def test_requests_of_others_and_a_cluster_that_is_only_full_are_none_of_our_business() -> None:
+def test_requests_of_others_and_a_full_cluster_are_not_reported() -> None:
     with watching(patience=10) as (watch, said, over):
         with requesting(resource_shape(1)):
             for now in (0.0, 30.0, 60.0):
-                assert not watch.judge(
+                assert not watch.update(
                     ClusterState(NODES, (GPU, PendingRequest((resource_shape(1),), 50))), now
                 )
         with requesting(resource_shape(1, 2)):
             pass
-        assert not watch.judge(ClusterState(NODES, (GPU,)), 90.0), "nothing is asked for any more"
+        assert not watch.update(ClusterState(NODES, (GPU,)), 90.0), "nothing is requested any more"
         assert not said and not over
 
 
 def _nodes(*names: str, status: str = "RUNNING") -> Any:
-    """A state of the cluster as Ray gives it, with a node of each type."""
+    """State of a cluster in Ray's format, with a node of each type."""
     from ray.core.generated import autoscaler_pb2
 
     number = autoscaler_pb2.NodeStatus.Value(status)
@@ -124,7 +124,7 @@ def _nodes(*names: str, status: str = "RUNNING") -> Any:
 @pytest.mark.parametrize(
     ("state", "report", "expected"),
     [
-        (_nodes("headgroup"), b"", True),  # KubeRay: nothing but the head is there yet
+        (_nodes("headgroup"), b"", True),  # KubeRay: only the head has started
         (
             _nodes(""),
             b'{"autoscaler_report": {"active_nodes": {"head": 1}}}',
@@ -143,7 +143,7 @@ def test_an_autoscaler_is_known_by_the_types_of_its_nodes(
     from raypipe.distributed import cluster
 
     reports = iter([b"", report])  # before its first report, too
-    monkeypatch.setattr(cluster, "FIRST_REPORT", 1)
+    monkeypatch.setattr(cluster, "FIRST_REPORT_SECONDS", 1)
     monkeypatch.setattr(store, "_internal_kv_get", lambda key: next(reports, report))
     monkeypatch.setattr(pending, "_state", lambda: state)
     assert cluster._autoscaling() is expected
@@ -158,39 +158,43 @@ def test_a_cluster_that_does_not_tell_its_types_has_none(monkeypatch: pytest.Mon
 
 
 @pytest.mark.ray
-def test_the_books_of_a_cluster(cluster: str) -> None:
+def test_the_state_of_a_cluster(cluster: str) -> None:
     import ray
 
     waits = ray.remote(num_cpus=1000, num_gpus=3)(lambda: None).remote()
     group = ray.util.placement_group([{"CPU": 500}, {"CPU": 500}])
-    wanted = {(resource_shape(1000, 3),), (resource_shape(500), resource_shape(500))}
+    expected = {(resource_shape(1000, 3),), (resource_shape(500), resource_shape(500))}
     end = time.monotonic() + 20
     while (
-        not wanted <= {request.bundles for request in pending.books().waiting}
+        not expected <= {request.bundles for request in pending.cluster_state().pending}
         and time.monotonic() < end
     ):
         time.sleep(0.2)
-    found = pending.books()
-    assert all(found.impossible(request) for request in found.waiting if request.bundles in wanted)
-    assert wanted <= {request.bundles for request in found.waiting} and found.nodes[0]["CPU"] >= 1
+    state = pending.cluster_state()
+    assert all(
+        state.is_infeasible(request) for request in state.pending if request.bundles in expected
+    )
+    assert expected <= {request.bundles for request in state.pending} and state.nodes[0]["CPU"] >= 1
     assert pending.node_types() == set(), "this cluster has no autoscaler"
     ray.cancel(waits)
     ray.util.remove_placement_group(group)
 
 
 @pytest.mark.ray
-def test_a_run_ends_with_what_was_asked_for_and_what_there_is(
+def test_a_run_ends_with_what_it_requested_and_what_the_cluster_has(
     cluster: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pending, "POLL_SECONDS", 0.2)
     monkeypatch.setattr(pending, "REPORT_AFTER", 0.5)
-    # as if a node had gone after the sizes were settled
-    monkeypatch.setattr(Cluster, "train_workers", lambda *_: (2, False, 400, 1))
+    # as if a node had left after the sizes were chosen
+    monkeypatch.setattr(
+        Cluster, "training_resources", lambda *_: TrainingResources(2, False, 400, 1)
+    )
     run = f"{tmp_path}/run"
     config = small_config(run, "cluster.patience_seconds=2", "source.limit=150")
     with pytest.raises(
         ResourceError,
-        match=r"proxy: asked for 2 x 400 CPUs, which no node of the cluster can give \(1 node, ",
+        match=r"proxy: requested 2 x 400 CPUs, which no node of the cluster has \(1 node, ",
     ):
         raypipe.run(config, until="proxy", progress=QUIET)
     record = Run(run).ledger()["proxy"]

@@ -1,4 +1,4 @@
-"""Sums of gradients are added in a tree whose shape depends on their number alone, and few are held at a time."""
+"""Values are added in a tree whose shape depends only on their number, and few are held."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from raypipe.distributed import tree_sum
 from raypipe.distributed.cluster import ActorPool
 from raypipe.distributed.tree_sum import FAN_IN, TreeSum
-from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
-from raypipe.runs.run import Run
-from raypipe.stages.measure import gradients
+from raypipe.runs.unit_result import UnitResult
+from raypipe.stages.measure import mean_gradient
+from raypipe.stages.measure.gradient_job import GradientFolders, GradientJob
 
 
 def _all_at_once(column: list[str]) -> str:
-    """The same tree, made when all values are there."""
+    """The same tree, built from all values at once."""
     while len(column) > 1:
         column = [
             "(" + "+".join(column[start : start + FAN_IN]) + ")"
@@ -49,7 +49,10 @@ def test_the_tree_is_that_of_all_values_at_once(count: int) -> None:
 
 
 class _Serial:
-    """In place of Ray: everything is computed when it is asked for, and is its own reference; `most` groups waited for at a time."""
+    """Replaces Ray: results are computed at once and are their own references.
+
+    `most` is the largest number of groups waited for at a time.
+    """
 
     def __init__(self) -> None:
         self.most = 0
@@ -64,7 +67,7 @@ class _Serial:
         return {"CPU": 2.0}
 
     def wait(self, waiting: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
-        groups = [item for item in waiting if "samples" in item]
+        groups = [item for item in waiting if isinstance(item, UnitResult)]
         self.most = max(self.most, len(groups))
         return waiting[:1], waiting[1:]
 
@@ -75,40 +78,24 @@ class _Serial:
 def test_every_group_is_in_the_sum_of_every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     shards, files, stored = [str(number) for number in range(30)], ["first", "second", "third"], {}
 
-    def sums(
-        config: Any,
-        run: str,
-        folders: Any,
-        part: Any,
-        files: list[str],
-        threads: int,
-        gpu: bool,
-        group: list[str],
-    ) -> list[Any]:
+    def sums(job: GradientJob, files: list[str], group: list[str]) -> list[Any]:
         values = [
             {"weight": np.full(3, sum(map(int, group)) * (place + 1.0))}
             for place in range(len(files))
         ]
-        return [*values, {"samples": len(group), "cpu_seconds": 0.5}]
+        return [*values, UnitResult(samples=len(group), cpu_seconds=0.5)]
 
-    def store(run: str, folder: str, samples: int, file: str, total: dict[str, np.ndarray]) -> None:
-        stored[file] = total["weight"].tolist(), samples
+    def store(job: GradientJob, file: str, total: dict[str, np.ndarray]) -> None:
+        stored[file] = total["weight"].tolist(), job.part.samples
 
     serial, done = _Serial(), list[int]()
     monkeypatch.setattr(tree_sum, "ray", serial)
-    monkeypatch.setattr(gradients, "_gradient_sums", sums)
-    monkeypatch.setattr(gradients, "_store_gradient", store)
-    folders, part = gradients.GradientFolders("", "", ""), SeedPart(0, 1, 0, 99, ())
-    arguments: Any = (
-        None,
-        Run("unused"),
-        SeedManifest(shards=tuple(shards)),
-        folders,
-        part,
-        files,
-        ActorPool(1, 1, 0.5, 0, 1, 0.5, 1),
-    )
-    seconds = gradients._mean_gradients(*arguments, done.append)
+    monkeypatch.setattr(mean_gradient, "_sum_gradients", sums)
+    monkeypatch.setattr(mean_gradient, "_store_mean", store)
+    worker: Any = None
+    job = GradientJob(worker, GradientFolders("", "", ""), SeedPart(0, 1, 0, 99, ()), False)
+    pool = ActorPool(1, 1, 0.5, 0, 1, 0.5, 1)
+    seconds = mean_gradient.write_mean_gradients(job, files, shards, pool, done.append)
     assert seconds == 15 and done == [1] * 30
     assert stored == {file: ([435.0 * (place + 1)] * 3, 99) for place, file in enumerate(files)}
     assert serial.most <= 4 + FAN_IN, "of 4 that can run, and a few that wait"

@@ -1,0 +1,72 @@
+"""The assessment of a fitted extrapolator, `extrapolator/fidelity.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from raypipe import storage
+from raypipe.runs.run import Run
+
+if TYPE_CHECKING:
+    from raypipe.assessment.conformal import Conformal
+
+Json = Mapping[str, Any]
+"""An object as JSON holds it; it is passed on as it is, to the ledger and to other files."""
+
+
+@dataclass(frozen=True)
+class FidelityFile:
+    """Fidelity, calibrated intervals and the neighbour search of a fitted extrapolator.
+
+    Attributes
+    ----------
+    measured : int
+        Samples with a measured score: seed set and audit set.
+    keep : tuple of float
+        Keep fractions for which there are figures.
+    fidelity : Json
+        Figures (`raypipe.assessment.fidelity.Fidelity.as_dict`) on the samples that decide:
+        `judged_on` names them as audit, rehearsal or seed.
+    fidelity_seed : Json
+        Figures on the held-out seed samples.
+    intervals : Json
+        State of the intervals (`raypipe.assessment.conformal.Conformal.state`).
+    search : Json
+        Kind and recall of the neighbour search, and notes on it.
+    """
+
+    measured: int
+    keep: tuple[float, ...]
+    fidelity: Json
+    fidelity_seed: Json
+    intervals: Json
+    search: Json
+
+    @classmethod
+    def read(cls, run: Run) -> FidelityFile:
+        """Read the file of a run. Raises FileNotFoundError when the run has none."""
+        data = storage.read_json(run.fidelity_file)
+        values = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{**values, "keep": tuple(values["keep"])})
+
+    def write(self, run: Run) -> None:
+        """Write the file of a run."""
+        storage.write_json(run.fidelity_file, {**vars(self), "keep": list(self.keep)})
+
+    def conformal(self) -> Conformal:
+        """Return the calibrated intervals."""
+        from raypipe.assessment.conformal import Conformal
+
+        return Conformal.from_state(self.intervals)
+
+
+def search_notes(search: Json, classes: Sequence[str]) -> list[str]:
+    """Return the notes on the neighbour search, over all samples and within classes."""
+    notes = [(search["note"], "")]
+    notes += [
+        (part["note"], f" (class {classes[int(label)]})")
+        for label, part in search.get("classes", {}).items()
+    ]
+    return [note + where for note, where in notes if note]

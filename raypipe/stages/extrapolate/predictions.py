@@ -1,0 +1,113 @@
+"""Files of predictions that an extrapolator is assessed by: `extrapolator/<name>.parquet`.
+
+They hold sample_id, label, measured, predicted, difficulty and a column `baseline:<name>` for each
+baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from raypipe import storage
+from raypipe.runs.run import Run
+
+if TYPE_CHECKING:
+    from raypipe.assessment.fidelity import HeldOutPredictions
+
+BASELINE = "baseline:"
+"""Prefix of the columns of baselines."""
+
+
+@dataclass(frozen=True)
+class PredictedSamples:
+    """Predictions of samples that the extrapolator was not fitted on, with the ids.
+
+    Attributes
+    ----------
+    ids : list of str
+        Ids of the m samples.
+    predictions : HeldOutPredictions
+        Their measured and predicted scores; empty where the fit had too few samples.
+    """
+
+    ids: list[str]
+    predictions: HeldOutPredictions
+
+    @classmethod
+    def concat(cls, parts: Sequence[PredictedSamples]) -> PredictedSamples:
+        """Join several."""
+        from raypipe.assessment.fidelity import HeldOutPredictions
+
+        ids = [sample_id for part in parts for sample_id in part.ids]
+        return cls(ids, HeldOutPredictions.concat([part.predictions for part in parts]))
+
+    def with_published(self, published: dict[str, float]) -> HeldOutPredictions:
+        """Add the baseline gnn-published where it predicted the same samples.
+
+        `published` has its predictions by id.
+        """
+        if not self.ids or not published.keys() >= set(self.ids):
+            return self.predictions
+        predicted = np.array([published[sample_id] for sample_id in self.ids], np.float64)
+        baselines = {**self.predictions.baselines, "gnn_published": predicted}
+        return replace(self.predictions, baselines=baselines)
+
+
+def write_predictions(
+    run: Run, name: str, ids: Sequence[str], predictions: HeldOutPredictions
+) -> None:
+    """Write the predictions of the samples with these ids."""
+    columns = {
+        "sample_id": pa.array(ids if len(predictions) else [], pa.string()),
+        "label": pa.array(predictions.label, pa.int32(), mask=predictions.label < 0),
+        "measured": pa.array(predictions.measured, pa.float64()),
+        "predicted": pa.array(predictions.predicted, pa.float64()),
+        "difficulty": pa.array(predictions.difficulty, pa.float32()),
+        **{
+            BASELINE + baseline: pa.array(values, pa.float64())
+            for baseline, values in predictions.baselines.items()
+        },
+    }
+    metadata = {"raypipe.n_fit": str(predictions.n_fit), "raypipe.note": predictions.note}
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    storage.write_table(run.held_out_predictions(name), table)
+
+
+def read_predictions(run: Run, name: str) -> PredictedSamples:
+    """Read what `write_predictions` wrote."""
+    from raypipe.assessment.fidelity import HeldOutPredictions
+
+    table = storage.read_table(run.held_out_predictions(name))
+    metadata = table.schema.metadata
+    baselines = [column for column in table.column_names if column.startswith(BASELINE)]
+    predictions = HeldOutPredictions(
+        table["label"].fill_null(-1).to_numpy().astype(np.int64),
+        table["measured"].to_numpy(),
+        table["predicted"].to_numpy(),
+        table["difficulty"].to_numpy(),
+        {column.removeprefix(BASELINE): table[column].to_numpy() for column in baselines},
+        int(metadata[b"raypipe.n_fit"]),
+        metadata[b"raypipe.note"].decode(),
+    )
+    return PredictedSamples(table["sample_id"].to_pylist(), predictions)
+
+
+def write_published(run: Run, ids: Sequence[str], predicted: np.ndarray) -> None:
+    """Write the predictions of gnn-published, float32 [m]."""
+    table = pa.table(
+        {"sample_id": pa.array(ids, pa.string()), "predicted": pa.array(predicted, pa.float32())}
+    )
+    storage.write_table(run.published_predictions, table)
+
+
+def read_published(run: Run) -> dict[str, float]:
+    """Read the predictions of gnn-published by id; empty where there are none."""
+    if "published.parquet" not in storage.names(run.extrapolator_folder):
+        return {}
+    table = storage.read_table(run.published_predictions)
+    return dict(zip(table["sample_id"].to_pylist(), table["predicted"].to_pylist(), strict=True))
