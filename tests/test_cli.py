@@ -61,7 +61,10 @@ def test_help_names_every_verb(capsys) -> None:
         (["inspect", "digits://", "--cpus", "0"], "cpus: 0 is not allowed"),
         (["inspect", "digits://", "--set", "seed.fraction=2"], "seed.fraction: 2 is not allowed"),
         (["inspect", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        ([*TABLES, "--method", "proxy"], "method proxy needs what a proxy says of each sample"),
+        (
+            [*TABLES, "--method", "proxy"],
+            "method proxy needs the proxy's statistics of each sample",
+        ),
         ([*TABLES, "--holdout", "0.9"], "extrapolate.holdout: 0.9 is not allowed"),
     ],
 )
