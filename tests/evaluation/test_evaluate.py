@@ -236,7 +236,7 @@ def test_other_scores_are_lists_as_well(scored: Run, tmp_path: Path) -> None:
     storage.write_table(scored.path("measured", "all.parquet"), pa.table(measured).slice(0, 150))
     assert len(_lists(scored)[1]) == 1
     with pytest.raises(
-        ConfigError, match="measured:el2n was measured of 150 samples, but not of 50 others"
+        ConfigError, match="measured:el2n was measured on 150 samples, but not on 50 others"
     ):
         _lists(scored, scores=["measured:el2n"])
 
