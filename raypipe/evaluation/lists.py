@@ -38,7 +38,7 @@ RANDOM, FULL = "random", "full"
 
 @dataclass(frozen=True)
 class Origin:
-    """ScoreStream that lists are cut from.
+    """Scores that lists are cut from.
 
     Attributes
     ----------

@@ -28,7 +28,7 @@ def test_the_interval_is_students() -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    # seeds differ by much and lists by a constant: unpaired, nothing could be told
+    # seeds differ a lot and lists by a constant: unpaired, nothing could be concluded
     random = {0: 0.3, 1: 0.6, 2: 0.9}
     better = paired_difference(
         {seed: value + 0.01 + 0.001 * seed for seed, value in random.items()}, random
@@ -77,8 +77,8 @@ def test_the_sentence_says_plainly_whether_to_prune() -> None:
     )
     both = sentence({0.1: worse, 0.5: level, 0.9: better}, "x")
     assert (
-        both
-        == "x: better than random at 0.9; worse than random at 0.1; no clear difference from random at 0.5: do not prune with it there"
+        both == "x: better than random at 0.9; worse than random at 0.1; "
+        "no clear difference from random at 0.5: do not prune with it there"
     )
     assert sentence({0.5: level}, "x").endswith("as far as this shows, a random list does as well")
     assert (
