@@ -40,6 +40,16 @@ def test_help_names_every_verb(capsys) -> None:
         assert f"  {verb} " in out
 
 
+def test_every_help_ends_with_an_example_and_exit_codes(capsys) -> None:
+    for name in ("", *cli.cli.commands):
+        code, out, _ = _main(capsys, *([name] if name else []), "--help")
+        assert code == 0
+        _, example, ending = out.partition("Example:")
+        assert example and f"raypipe {name}".strip() in ending.splitlines()[1]
+        assert "Exit codes:" in ending and "0  done" in ending
+        assert all(len(line) <= 100 for line in out.splitlines())
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -53,10 +63,10 @@ def test_help_names_every_verb(capsys) -> None:
         (["export", "x", "--to", "y"], "Missing option '--format'"),
         (
             ["export", "x", "--to", "y", "--format", "zip"],
-            "'zip' is not one of indices, list, webdataset, parquet",
+            "format: 'zip' is not allowed: Input should be 'indices', 'list', 'webdataset' or 'parquet'",
         ),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
-        (["inspect"], "nothing to look at"),
+        (["inspect"], "nothing to inspect"),
         (["inspect", "digits://", "--samples", "0"], "samples: 0 is not allowed"),
         (["inspect", "digits://", "--cpus", "0"], "cpus: 0 is not allowed"),
         (["inspect", "digits://", "--set", "seed.fraction=2"], "seed.fraction: 2 is not allowed"),
@@ -175,5 +185,5 @@ def test_the_demo_is_the_configuration_of_the_digits() -> None:
     from raypipe.config import load_config, parse_config
 
     stated = load_config(str(Path(__file__).parent.parent / "jobs" / "configs" / "digits.yaml"))
-    demo = parse_config({"run": stated.run, **cli.DEMO})
+    demo = parse_config({"run": stated.run, **cli.demo_settings()})
     assert demo.model_dump() == stated.model_dump()

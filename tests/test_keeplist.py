@@ -75,7 +75,7 @@ def test_what_a_list_holds(run: Run) -> None:
 def test_lists_that_are_not_there(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
         RunError,
-        match=r"fraction 0\.3; there is keep-0\.50\.parquet\. Make it with `raypipe select .* --keep 0\.3`",
+        match=r"fraction 0\.3; available: keep-0\.50\.parquet\. Write it with `raypipe select .* --keep 0\.3`",
     ):
         raypipe.KeepList(run.uri, 0.3)
     with pytest.raises(RunError, match="no such keep-list"):
