@@ -471,8 +471,8 @@ class KeepList:
         if strict and not inside.all():
             raise SourceError(
                 f"{int((~inside).sum()):,} of the {len(self):,} samples of the keep-list are "
-                f"beyond the {len(dataset):,} samples of the dataset, which is assumed to be in source "
-                "order; give ids"
+                f"beyond the {len(dataset):,} samples of the dataset, which is assumed to be in "
+                "source order; give ids"
             )
         position, rows = position[inside], rows[inside]
         self._check_labels(dataset, position, rows)
