@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(night: Any) -> str:
-    """Return the main figures as one line of JSON; RUN/snapshots/<snapshot>.json has all of them."""
+    """Return the main figures as one line of JSON; RUN/snapshots/<snapshot>.json has all."""
     drift, fidelity = night.manifest["drift"] or {}, night.manifest["fidelity"] or {}
     figures = {
         "run": night.uri,

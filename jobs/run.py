@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# `python jobs/run.py` puts jobs/ on the path, not its parent folder. Ray adds the uploaded folder to
-# the path of its workers.
+# `python jobs/run.py` puts jobs/ on the path, not its parent folder. Ray adds the uploaded folder
+# to the path of its workers.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(uri: str, summary: dict[str, Any]) -> str:
-    """Return the main figures of a run as one line of JSON; `report/summary.json` has all of them."""
+    """Return the main figures of a run as one line of JSON; `report/summary.json` has all."""
     counts, fidelity, cost = (summary.get(name) or {} for name in ("counts", "fidelity", "cost"))
     figures = {
         "run": uri,

@@ -112,7 +112,7 @@ def test_a_source_without_labels_is_refused(tmp_path: Path) -> None:
         "source.format=synthetic",
     )
     with pytest.raises(
-        SourceError, match=r"inject_noise: .* has 1 classes, so there is no label to replace"
+        SourceError, match=r"inject_noise: .* has 1 classes, so no label can be replaced"
     ):
         serial.index(config)
 
