@@ -246,7 +246,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
 ) -> None:
     monkeypatch.setattr(driver, "run_on_share", _refuse)
     scored.write_config(small_config(scored.uri, "source.limit=200", "select.hard_cutoff=0.1"))
-    with pytest.raises(ConfigError, match=r"keep \(0.95\) and hard_cutoff"):
+    with pytest.raises(ConfigError, match=r"keep \(0.95\) plus hard_cutoff"):
         _evaluate(scored, keep=[0.95])
     with pytest.raises(SourceError, match="left to test on, and its samples that the run scored"):
         _evaluate(scored, ("limit=200",))
