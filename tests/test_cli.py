@@ -1,4 +1,4 @@
-"""The command line as a user meets it: words, exit codes, and how fast the quick verbs answer."""
+"""The command line: messages, exit codes, and fast start-up of commands that run nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def test_every_help_ends_with_an_example_and_exit_codes(capsys) -> None:
         (["export", "x", "--to", "y"], "Missing option '--format'"),
         (
             ["export", "x", "--to", "y", "--format", "zip"],
-            "format: 'zip' is not allowed: Input should be 'indices', 'list', 'webdataset' or 'parquet'",
+            "format: 'zip' is not allowed: Input should be 'indices', 'list', 'webdataset' or "
+            "'parquet'",
         ),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
         (["inspect"], "nothing to inspect"),
@@ -119,7 +120,7 @@ def test_inspect_shows_what_would_be_read_and_what_it_would_cost(capsys) -> None
         "samples     1,797, in 2 fragments",
         "classes     10: 0, 1, 2",
         "smallest 174, median 180, largest 183; all 1,797 labels",
-        "all of 8x8 pixels",
+        "all 8x8 pixels",
         "none of 256 drawn; fewer than 1.2 % of the source, with 95 % confidence",
         "of a run with default settings: 1,797 samples, 180 of them measured",
         "on          as given: 3 CPUs, no GPU",

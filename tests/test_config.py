@@ -1,4 +1,4 @@
-"""Settings: what is refused, and whether the refusal names the field, the value and what is allowed."""
+"""Settings: wrong ones are refused, naming the field, the value and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configurations in jobs/configs/ are valid as they stand, and say what their comments promise."""
+"""The configurations in jobs/configs/ are valid, and their comments are true."""
 
 from __future__ import annotations
 

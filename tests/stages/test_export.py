@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 def sources(folder: Path, count: int = 40) -> dict[str, str]:
-    """The same images as a folder, as tars, as Parquet with bytes, and as Parquet with pixels, by format."""
+    """The same images as folder, tars, Parquet with bytes and Parquet with pixels, by format."""
     images, labels = digit_pngs(count)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         storage.write_bytes(f"{folder}/images/class-{label}/{number:04d}.png", image)
@@ -210,7 +210,8 @@ def test_another_export_into_the_same_folder_is_refused_unless_forced(
     raypipe.select(run.uri, 0.25)
     with pytest.raises(
         RunError,
-        match=r"contains another export \(webdataset, keep 0\.5, 60 samples of .*differs in keep_list and samples",
+        match=r"contains another export \(webdataset, keep 0\.5, 60 samples of .*differs in "
+        "keep_list and samples",
     ):
         raypipe.export(run.uri, 0.25, "webdataset", to, progress=QUIET)
     for options, what in (
@@ -446,14 +447,17 @@ def test_from_and_to_an_object_store(tmp_path: Path, s3: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"keep": 0.7}, RunError, r"fraction 0\.7; available: keep-0\.25\.parquet, keep-0\.50\.parquet\. Write it with `raypipe select .*--keep 0\.7`"),
+        ({"keep": 0.7}, RunError, r"fraction 0\.7; available: keep-0\.25\.parquet, "
+        r"keep-0\.50\.parquet\. Write it with `raypipe select .*--keep 0\.7`"),
         ({"keep": None}, RunError, "which keep-list"),
         ({"keep": 7}, ConfigError, "not a fraction"),
-        ({"format": "tfrecord"}, ConfigError, "'tfrecord' is not allowed: Input should be 'indices', 'list', 'webdataset' or 'parquet'"),
+        ({"format": "tfrecord"}, ConfigError, "'tfrecord' is not allowed: Input should be "
+        "'indices', 'list', 'webdataset' or 'parquet'"),
         ({"format": "indices", "to": "kept.txt"}, ConfigError, r"ends in \.npy or \.json"),
         ({"format": "list", "to": "kept.csv"}, ConfigError, "this one is digits"),
         ({"format": "indices", "to": "kept.npy", "shard_samples": 3}, ConfigError, "no shards"),
-        ({"shard_samples": 0}, ConfigError, "shard_samples: 0 is not allowed: .* greater than or equal to 1"),
+        ({"shard_samples": 0}, ConfigError, "shard_samples: 0 is not allowed: .* greater than or "
+        "equal to 1"),
         ({"run": "nowhere"}, RunError, "no run here"),
     ],
 )  # fmt: skip
