@@ -45,7 +45,7 @@ from fidelity_runs import ProxyRun, Step, Study
 from raypipe.config import ProxySettings, SourceSettings
 from raypipe.config.choices import DIFFICULTIES
 from raypipe.evaluation import train
-from raypipe.evaluation.figures import Interval, difference, interval, pooled_reach
+from raypipe.evaluation.figures import SeedInterval, paired_difference, pooled_margin, seed_interval
 from raypipe.runs.ledger import fingerprint
 from raypipe.selection import STRATEGIES, Chunk, SelectionOptions, select
 from raypipe.vision.networks import build_network
@@ -300,8 +300,8 @@ class Tables:
         """Accuracy by seed."""
         return self._of.get((name, keep), {})
 
-    def against_random(self, name: str, keep: float) -> Interval | None:
-        return difference(self.of(name, keep), self.of(RANDOM, keep))
+    def against_random(self, name: str, keep: float) -> SeedInterval | None:
+        return paired_difference(self.of(name, keep), self.of(RANDOM, keep))
 
     def differences(self, name: str, keep: float) -> list[float]:
         values, others = self.of(name, keep), self.of(RANDOM, keep)
@@ -314,7 +314,7 @@ class Tables:
         self._table("\nAccuracy on the test part", [*references, *self.names], self._accuracy)
         self._table("\nDifference to random, in points of accuracy", self.names, self._difference)
         noise = {
-            keep: pooled_reach([self.differences(name, keep) for name in self.names])
+            keep: pooled_margin([self.differences(name, keep) for name in self.names])
             for keep in self.keep
         }
         print("\nNoise of a difference (half its 95 % interval, spread pooled over all lists): "
@@ -334,7 +334,7 @@ class Tables:
 
     def _accuracy(self, name: str, keep: float) -> str:
         values = self.of(name, 1.0) if name == FULL else self.of(name, keep)
-        return _cell(interval(list(values.values())) if values else None, "{:.1f}")
+        return _cell(seed_interval(list(values.values())) if values else None, "{:.1f}")
 
     def _difference(self, name: str, keep: float) -> str:
         return _cell(self.against_random(name, keep), "{:+.1f}")
@@ -386,7 +386,7 @@ class Tables:
         for name, other in pairs:
             cells = []
             for keep in self.keep:
-                found = difference(self.of(name, keep), self.of(other, keep))
+                found = paired_difference(self.of(name, keep), self.of(other, keep))
                 cells.append(_cell(found, "{:+.1f}"))
                 if found is not None:
                     means.setdefault(keep, []).append(found.mean)
@@ -394,11 +394,11 @@ class Tables:
         row = []
         for keep in self.keep:
             values = means.get(keep, [])
-            row.append(_cell(interval(values), "{:+.1f}") if values else "")
+            row.append(_cell(seed_interval(values), "{:+.1f}") if values else "")
         print("| mean over the lists | " + " | ".join(row) + " |")
 
 
-def _cell(found: Interval | None, form: str) -> str:
+def _cell(found: SeedInterval | None, form: str) -> str:
     if found is None:
         return ""
     text = form.format(100 * found.mean)

@@ -1,9 +1,15 @@
-"""Entry point for a Ray job: one night of a finished run. What is new in its source is scored, what is gone is removed; nothing is trained.
+"""Entry point for a Ray job: the nightly run of a finished run.
 
-    ray job submit --working-dir . -- python jobs/nightly.py --config jobs/configs/digits.yaml --set run=s3://bucket/runs/digits
+New samples of the source are scored, samples that are gone are removed. Nothing is trained.
 
-The last line of the log is the night in one line of JSON. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 scores are
-written, but too unfaithful to prune by, 4 done, and a refresh (a new seed set) is advised. See docs/guides/nightly.md.
+    ray job submit --working-dir . -- python jobs/nightly.py --config jobs/configs/digits.yaml \\
+        --set run=s3://bucket/runs/digits
+
+The last line of the log is the summary of the night, as one line of JSON.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 the fidelity of the scores is too
+low to prune by (scores are written), 4 done and a refresh (a new seed set) is advised. See
+docs/guides/nightly.md.
 """
 
 from __future__ import annotations
@@ -22,9 +28,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the night of the run that the arguments name; returns the exit code."""
+    """Do the nightly run, and return the exit code."""
     parser = argparse.ArgumentParser(
-        description="Score what is new in the source of a finished run; running it again resumes."
+        description="Score the new samples of a finished run. The same command resumes."
     )
     parser.add_argument(
         "--config",
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="SECTION.FIELD=VALUE",
-        help="overrides one setting",
+        help="override a setting; may be repeated",
     )
     options = parser.parse_args(arguments)
 
@@ -60,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(night: Any) -> str:
-    """What one looks for first; all of it is in RUN/snapshots/<snapshot>.json."""
+    """Return the main figures as one line of JSON; RUN/snapshots/<snapshot>.json has all."""
     drift, fidelity = night.manifest["drift"] or {}, night.manifest["fidelity"] or {}
     figures = {
         "run": night.uri,

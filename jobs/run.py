@@ -1,10 +1,15 @@
-"""Entry point for a Ray job: one run of a configuration.
+"""Entry point for a Ray job: run a configuration.
 
-    ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml --set run=s3://bucket/runs/digits
+    ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml \\
+        --set run=s3://bucket/runs/digits
 
-The last line of the log is the run's summary in one line of JSON. Exit codes: 0 done, 1 failed, 2 bad usage or configuration,
-3 scores and report are written, but the scores are too unfaithful to prune by.
-The working directory that the job uploads holds the package; on the nodes only its dependencies have to be installed.
+The last line of the log is the summary of the run, as one line of JSON.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 the fidelity of the scores is too
+low to prune by (scores and report are written, keep-lists are not).
+
+The job uploads its working directory, which contains the package. The nodes only need its
+dependencies.
 """
 
 from __future__ import annotations
@@ -17,15 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# `python jobs/run.py` puts jobs/ on the path, not the folder above it. Ray's workers get the uploaded folder from Ray.
+# `python jobs/run.py` puts jobs/ on the path, not its parent folder. Ray adds the uploaded folder
+# to the path of its workers.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the entry point takes."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
-        description="Run a raypipe configuration; running it again resumes."
+        description="Run a raypipe configuration. The same command resumes an interrupted run."
     )
     result.add_argument(
         "--config",
@@ -38,19 +44,19 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SECTION.FIELD=VALUE",
-        help="overrides one setting",
+        help="override a setting; may be repeated",
     )
     result.add_argument(
         "--inject-noise",
         type=float,
         metavar="SHARE",
-        help="rehearsal: so many labels are replaced by wrong ones",
+        help="replace the labels of this share of the samples by wrong ones, to test detection",
     )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the configuration that the arguments name; returns the exit code."""
+    """Run the configuration, and return the exit code."""
     options = parser().parse_args(arguments)
 
     import raypipe
@@ -79,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(uri: str, summary: dict[str, Any]) -> str:
-    """The figures that one looks for first; all of them are in the run's `report/summary.json`."""
+    """Return the main figures of a run as one line of JSON; `report/summary.json` has all."""
     counts, fidelity, cost = (summary.get(name) or {} for name in ("counts", "fidelity", "cost"))
     figures = {
         "run": uri,

@@ -1,4 +1,7 @@
-"""raypipe: which samples of a large labelled image dataset are worth training on?"""
+"""raypipe: which samples of a large labelled image dataset are worth training on?
+
+The public API is in `__all__`. Functions mirror the commands of the command line.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imports on first use keep `import raypipe`, and so the command line, fast.
+    # Importing on first use keeps `import raypipe`, and with it the command line, fast.
     if name in _HOMES:
         from importlib import import_module
 

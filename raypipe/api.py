@@ -1,4 +1,4 @@
-"""The verbs of the command line from Python: `raypipe.inspect`, `run`, `extrapolate`, `select`, `evaluate`, `export`, and `load_scores`."""
+"""The Python API: the commands of `raypipe` as functions, and `load_scores`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from raypipe.config import (
     read_config,
 )
 from raypipe.config.evaluate import EvaluateSettings
+from raypipe.config.export import ExportSettings
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
@@ -34,9 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: where it is, and what its `report/summary.json` holds (empty when the run stopped before the report).
+    """A finished run.
 
-    Of `extrapolate`: the output folder, and what its `summary.json` holds.
+    Attributes
+    ----------
+    uri : str
+        The run folder, or the output folder of `extrapolate`.
+    summary : dict
+        Content of `report/summary.json`, or of `summary.json` for `extrapolate`. Empty if the run
+        stopped before the report.
     """
 
     uri: str
@@ -52,14 +59,52 @@ def run(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Result:
-    """Do the whole job, or resume it.
+    """Run all stages of a configuration, or resume a run that was interrupted.
 
-    config     a `Config`, a mapping of the same shape, or the path or URI of a YAML file
-    source     a `ray.data.Dataset` to read in place of `source.uri`, which is then left out; it is copied to RUN/source once
-    overrides  `section.field=value`, for a YAML file
-    until      last stage to run, such as "embed"; default: all
-    Raises ConfigError before anything starts; TrustError at the end of a run whose scores are too unfaithful to prune by (scores
-    and report are there, keep-lists are not); another RaypipeError when a stage cannot go on.
+    Parameters
+    ----------
+    config : Config, mapping or str
+        The configuration: a `Config`, a mapping of the same shape, or the path or URI of a YAML
+        file.
+    source : ray.data.Dataset, optional
+        Dataset to read instead of `source.uri`, which is then left out. It is copied to RUN/source
+        once.
+    overrides : sequence of str
+        `section.field=value` for a YAML file.
+    until : str, optional
+        Last stage to run, such as "embed". Default: all stages.
+    progress : Progress, optional
+        Where to show progress. Default: standard error.
+    verbose : bool
+        Show every finished fragment, and the output of Ray.
+
+    Returns
+    -------
+    Result
+        The run folder and the summary of the report.
+
+    Raises
+    ------
+    ConfigError
+        For a wrong configuration, before anything starts.
+    TrustError
+        If the fidelity of the scores is below `trust.min_spearman`. Scores and report are written,
+        keep-lists are not.
+    RaypipeError
+        If a stage fails. The same call resumes the run.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> config = {
+    ...     "run": "runs/digits",
+    ...     "source": {"uri": "digits://", "limit": 1000},
+    ...     "seed": {"fraction": 0.3},
+    ...     "proxy": {"model": "small", "image_size": 16, "epochs": 10, "flip": False},
+    ... }
+    >>> result = raypipe.run(config)  # doctest: +SKIP
+    >>> result.summary["fidelity"]["spearman"]  # doctest: +SKIP
+    0.8887782805429865
     """
     from raypipe.pipeline import execute
 
@@ -74,7 +119,10 @@ def run(
 
 
 def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run whose source is a dataset; its `source.uri` is where the copy will be. Raises ConfigError."""
+    """Return the configuration of a run whose source is a dataset; `source.uri` is its copy.
+
+    Raises ConfigError if another `source.uri` is given.
+    """
     if isinstance(config, Config):
         return _without_uri(config.model_dump(mode="json"), overrides)
     data = apply_overrides(read_config(config) if isinstance(config, str) else config, overrides)
@@ -83,7 +131,8 @@ def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[s
         copy = Run(data["run"]).source_copy
         if Run(str(section.get("uri", copy))).uri != copy:
             raise ConfigError(
-                f"source.uri is {section['uri']!r}, and a dataset is given as well; leave one of them out"
+                f"source.uri is {section['uri']!r}, but a dataset is given as well; "
+                "remove one of them"
             )
         data["source"] = {**section, "uri": copy}
     return parse_config(data)
@@ -102,49 +151,86 @@ def inspect(
     gpus: float | None = None,
     address: str | None = None,
 ) -> Survey:
-    """Look at a source before anything is run: balance, sizes, rejects, and about what a run would cost. Takes seconds.
+    """Inspect a source before running anything, and estimate the cost of a run. Takes seconds.
 
-    uri        the source; default: that of `config`
-    config     a `Config`, a mapping of the same shape (it needs no `run`), or the path or URI of a YAML file; default: default settings
-    overrides  `field=value` of the section `source`, or `section.field=value`
-    samples    samples that are drawn, from places spread over the source; seed: which
-    grid       path or URI of a PNG to write: a sheet of 64 of them
-    like       a run of the past, whose ledger is scaled to this source and configuration
-    cpus, gpus what the run would have; default: what this machine has
-    address    a Ray cluster to ask for that instead ("auto": RAY_ADDRESS); Ray is not touched otherwise
-    Raises ConfigError for settings that no run can have, SourceError where nothing can be read, RunError where `like` is no run.
+    Reports the balance of the classes, the sizes of the images and the expected rejects, from
+    samples spread over the source.
+
+    Parameters
+    ----------
+    uri : str, optional
+        The source. Default: that of `config`.
+    config : Config, mapping or str, optional
+        A `Config`, a mapping of the same shape (`run` is not needed), or the path or URI of a YAML
+        file. Default: the default settings.
+    overrides : sequence of str
+        `field=value` of the section `source`, or `section.field=value`.
+    samples : int
+        Number of samples to draw.
+    seed : int
+        Random seed of the draw.
+    grid : str, optional
+        Path or URI of a PNG to write, which shows 64 of the samples.
+    like : str, optional
+        A finished run. The estimate scales its ledger instead of stored constants.
+    cpus, gpus : float, optional
+        Resources of the run. Default: those of this machine.
+    address : str, optional
+        A Ray cluster whose resources are used instead; "auto": RAY_ADDRESS. Ray is not touched
+        otherwise.
+
+    Returns
+    -------
+    Survey
+        What the source contains; its `cost` is the estimate, None without samples.
+
+    Raises
+    ------
+    ConfigError
+        For settings or options that are not allowed.
+    SourceError
+        If nothing can be read.
+    RunError
+        If `like` is not a run.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> raypipe.inspect("digits://").samples
+    1797
     """
     from raypipe.estimate import inspect_source
     from raypipe.estimate.cost import estimate
     from raypipe.scores.registry import check_scores
 
-    given, name = _config_of(config)
+    data, name = _config_of(config)
     if uri is not None:
-        given = {**given, "source": {**given.get("source", {}), "uri": uri}}
-    elif not given.get("source", {}).get("uri"):
-        raise ConfigError("nothing to look at: give a source, or a configuration with source.uri")
+        data = {**data, "source": {**data.get("source", {}), "uri": uri}}
+    elif not data.get("source", {}).get("uri"):
+        raise ConfigError("nothing to inspect: give a source, or a configuration with source.uri")
     if samples < 1:
         raise ConfigError(f"samples: {samples} is not allowed: at least 1")
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
-    settings = parse_config(apply_overrides({"run": "unused", **given}, dotted))
+    settings = parse_config(apply_overrides({"run": "unused", **data}, dotted))
     check_scores(settings)
     machine = _machine(cpus, gpus, address)
-    looked = inspect_source(
+    inspection = inspect_source(
         settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size
     )
     if grid is not None:
         from raypipe.estimate.contact_sheet import contact_sheet
 
-        storage.write_bytes(grid, contact_sheet(looked.survey, looked.drawn))
-    if not looked.survey.samples:
-        return looked.survey
+        storage.write_bytes(grid, contact_sheet(inspection.survey, inspection.drawn))
+    if not inspection.survey.samples:
+        return inspection.survey
     return replace(
-        looked.survey, cost=estimate(looked.survey, settings, machine, settings=name, like=like)
+        inspection.survey,
+        cost=estimate(inspection.survey, settings, machine, settings=name, like=like),
     )
 
 
 def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
-    """A configuration as a mapping, and what to call it."""
+    """Return a configuration as a mapping, and a name for it."""
     if isinstance(config, str):
         return load_config(config).model_dump(), f"the settings of {config}"
     if isinstance(config, Config):
@@ -153,22 +239,22 @@ def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[st
 
 
 def _machine(cpus: float | None, gpus: float | None, address: str | None) -> Machine:
-    """What a run would have: as given, else of a cluster, else of this machine."""
+    """Return the resources of a run: the given ones, or those of the cluster or this machine."""
     from raypipe.estimate.cost import Machine, this_machine
 
-    for name, value, least in (("cpus", cpus, 1), ("gpus", gpus, 0)):
-        if value is not None and not least <= value <= 1e6:
-            raise ConfigError(f"{name}: {value:g} is not allowed: at least {least}")
-    found = this_machine() if address is None else _cluster_of(address)
+    for name, value, minimum in (("cpus", cpus, 1), ("gpus", gpus, 0)):
+        if value is not None and not minimum <= value <= 1e6:
+            raise ConfigError(f"{name}: {value:g} is not allowed: at least {minimum}")
+    machine = this_machine() if address is None else _cluster_of(address)
     if address is None and os.environ.get("RAY_ADDRESS"):
-        found = replace(
-            found, where="this machine (--address auto estimates for the cluster at RAY_ADDRESS)"
+        machine = replace(
+            machine, where="this machine (--address auto estimates for the cluster at RAY_ADDRESS)"
         )
     if cpus is None and gpus is None:
-        return found
+        return machine
     return Machine(
-        cpus if cpus is not None else found.cpus,
-        gpus if gpus is not None else found.gpus,
+        cpus if cpus is not None else machine.cpus,
+        gpus if gpus is not None else machine.gpus,
         "as given",
     )
 
@@ -200,24 +286,66 @@ def extrapolate(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Result:
-    """Predict a score for every embedding from the scores of some of them, or resume it. The score may be anybody's.
+    """Predict a score for every embedding from the scores of some of them, or resume it.
 
-    embeddings    Parquet file or folder: sample_id, embedding (a list of floats), and optionally label (whole number or text)
-    scores        Parquet file or folder: sample_id and `score_column`; higher means keep
-    out           folder for `scores/`, `rejects/`, `summary.json` and what `select` needs; new, or of the same call before
-    method, confidence, holdout, seed
-                  as the settings of these names in the section `extrapolate`; None: their default
-    Raises ConfigError before anything starts; SourceError for tables that cannot be used (a column that is missing, an id with two
-    different scores or with two embeddings, too few scores); RunError when `out` holds something else.
+    Neither images nor a proxy are needed, and the score can be any number.
+
+    Parameters
+    ----------
+    embeddings : str
+        Parquet file or folder with the columns sample_id, embedding (list of floats) and optionally
+        label (integer or text).
+    scores : str
+        Parquet file or folder with the columns sample_id and `score_column`. Higher means keep.
+    out : str
+        Folder for `scores/`, `rejects/`, `summary.json` and what `select` needs. It must be new, or
+        of an earlier call with the same tables.
+    score_column : str
+        Column of `scores` to extrapolate.
+    method : str, optional
+        Extrapolator: gnn, knn, mlp, trees or knn-published. Default: gnn.
+    confidence : float, optional
+        Share of samples whose score should lie between lower and upper, 0 to 1. Default: 0.9.
+    holdout : float, optional
+        Share of the scored samples held out to assess fidelity, below 0.5. Default: 0.2.
+    seed : int, optional
+        Random seed of the hold-out split and the initial weights. Default: 0.
+    progress : Progress, optional
+        Where to show progress. Default: standard error.
+    verbose : bool
+        Show every finished fragment, and the output of Ray.
+
+    Returns
+    -------
+    Result
+        The output folder and the content of `summary.json`.
+
+    Raises
+    ------
+    ConfigError
+        For a wrong option, before anything starts.
+    SourceError
+        For tables that cannot be used: a missing column, an id with two different scores or two
+        embeddings, too few scores.
+    RunError
+        If `out` contains something else.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> result = raypipe.extrapolate(
+    ...     "embeddings.parquet", "ratings.parquet", "runs/ratings", score_column="rating"
+    ... )  # doctest: +SKIP
+    >>> counts = raypipe.select(result.uri, keep=0.5)  # doctest: +SKIP
     """
     from raypipe.tables.run import extrapolate as score_tables
 
-    given = {"method": method, "confidence": confidence, "holdout": holdout, "seed": seed}
-    section = {name: value for name, value in given.items() if value is not None}
-    # what gnn-published would say takes a graph over all embeddings
-    # without images there is no loss of a proxy, which the default strategy cuts off by
+    options = {"method": method, "confidence": confidence, "holdout": holdout, "seed": seed}
+    extrapolate = {name: value for name, value in options.items() if value is not None}
+    # Assessing gnn-published would need a graph over all embeddings.
+    extrapolate["judge_published"] = False
+    # The default strategy needs the loss of a proxy, which does not exist here.
     select = {"strategy": "top"}
-    extrapolate = {**section, "judge_published": False}
     config = parse_config(
         {"run": out, "source": {"uri": embeddings}, "extrapolate": extrapolate, "select": select}
     )
@@ -229,7 +357,7 @@ def extrapolate(
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """What the run's `report/summary.json` holds; empty when there is none yet."""
+    """Return the content of the run's `report/summary.json`; empty if it does not exist yet."""
     try:
         return storage.read_json(run.report_summary)
     except FileNotFoundError:
@@ -239,11 +367,32 @@ def summary_of(run: Run) -> dict[str, Any]:
 def load_scores(
     uri: str, columns: list[str] | None = None, snapshot: str | None = None
 ) -> pa.Table:
-    """All score shards of a run (a run folder or its `scores` folder) as one table; see the README for the columns.
+    """Return all scores of a run as one table.
 
-    With `snapshot`, the scores of a run as they were then (docs/nightly.md). Raises RunError when there are none.
-    The whole table is held in memory: for very large runs, open the folder with
-    `pyarrow.dataset` instead.
+    Parameters
+    ----------
+    uri : str
+        A run folder, or its `scores` folder.
+    columns : list of str, optional
+        Columns to read. Default: all (sample_id, label, score, lower, upper, measured).
+    snapshot : str, optional
+        Name of a snapshot of a nightly run. Default: the scores as they are now.
+
+    Returns
+    -------
+    pyarrow.Table
+        One row per sample. The whole table is held in memory; open the folder of a very large run
+        with `pyarrow.dataset` instead.
+
+    Raises
+    ------
+    RunError
+        If there are no scores.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> scores = raypipe.load_scores("runs/digits", ["sample_id", "score"])  # doctest: +SKIP
     """
     if snapshot is not None:
         run = Run(uri)
@@ -264,22 +413,51 @@ def select(
     force: bool = False,
     **options: Any,
 ) -> dict[str, int]:
-    """Cut keep-lists of a finished run without scoring anything again. Returns the number of samples kept by file.
+    """Cut keep-lists from the scores of a finished run, without scoring anything again.
 
-    keep      one fraction or several; default: those of the run's configuration
-    strategy  default: that of the run's configuration
-    force     make them even where the fidelity is below the run's `trust.min_spearman`; the lists' metadata says so
-    options   any other setting of the section `select` (seed, by_class, min_per_class, always_keep, never_keep, near_duplicates, weights,
-              easy_fraction, difficulty, hard_cutoff, strata, beta_exponent); default: those of the run's configuration
-    Raises ConfigError for a fraction outside 0..1 and for options that are unknown, wrong or do not go together, RunError for a run
-    without complete scores, TrustError for too low a fidelity.
+    Parameters
+    ----------
+    uri : str
+        The run.
+    keep : float or sequence of float, optional
+        Fractions to keep, 0 to 1. Default: those of the run's configuration.
+    strategy : str, optional
+        Strategy: top, balanced, normalized, moderate, mixed, random, ccs or beta. Default: that of
+        the run's configuration.
+    force : bool
+        Write lists even if the fidelity is below the run's `trust.min_spearman`. The metadata of
+        the lists records this.
+    **options
+        Other settings of the section `select`: seed, by_class, min_per_class, always_keep,
+        never_keep, near_duplicates, weights, easy_fraction, difficulty, hard_cutoff, strata,
+        beta_exponent. Default: those of the run's configuration.
+
+    Returns
+    -------
+    dict of str to int
+        Number of kept samples by file name.
+
+    Raises
+    ------
+    ConfigError
+        For a fraction outside 0 to 1, and for options that are unknown, wrong or incompatible.
+    RunError
+        If the run has no complete scores.
+    TrustError
+        If the fidelity is too low.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> raypipe.select("runs/digits", keep=0.5)  # doctest: +SKIP
+    {'keep-0.50.parquet': 500}
     """
     from raypipe.runs.untrusted import damage_as_error, refuse_links_out
     from raypipe.stages.select.stage import write_keep_lists
 
-    found = Run(uri)
-    refuse_links_out(found, "keep")
-    config = found.config().model_dump()
+    run = Run(uri)
+    refuse_links_out(run, "keep")
+    config = run.config().model_dump()
     if keep is not None:
         config["select"]["keep"] = [keep] if isinstance(keep, int | float) else list(keep)
     if strategy is not None:
@@ -287,8 +465,8 @@ def select(
     config["select"]["force"] |= force
     config["select"] |= options
     settings = absolute_paths(parse_config(config))
-    with damage_as_error(found.uri), Lease(found):
-        return write_keep_lists(found, settings.select, trust=settings.trust)
+    with damage_as_error(run.uri), Lease(run):
+        return write_keep_lists(run, settings.select, trust=settings.trust)
 
 
 def evaluate(
@@ -300,25 +478,59 @@ def evaluate(
     verbose: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train fresh models on keep-lists of a run, on random lists of the same size and on everything, and compare them; or resume it.
+    """Train models on keep-lists, on random lists and on the full set, and compare them; resumable.
 
-    test           path or URI of the test set, read with the run's settings of `source`, but for format, files and limit
-    test_settings  `field=value` of the section `source` for it, such as "split=test" or "include=test-*"
-    options        fields of `raypipe.config.evaluate.EvaluateSettings`: keep, strategies, scores, beside, seeds, protocol, attack, model,
-                   image_size, epochs, batch_size, lr, use_gpu, cpus_per_training
-    Returns what RUN/evaluation/summary.json then holds. A training whose result is there is not made again. Raises ConfigError for
-    options that are unknown, wrong or do not go together, RunError for a run without complete scores, SourceError for a test set
-    that cannot be used, ResourceError where the decoded images do not fit into the memory of a node.
+    Parameters
+    ----------
+    uri : str
+        The run.
+    test : str
+        Path or URI of the test set. It is read with the run's `source` settings, except format,
+        include, split and limit.
+    test_settings : sequence of str
+        `field=value` of the section `source` for the test set, such as "split=test" or
+        "include=test-*".
+    progress : Progress, optional
+        Where to show progress. Default: standard error.
+    verbose : bool
+        Show every finished unit of work, and the output of Ray.
+    **options
+        Fields of `raypipe.config.evaluate.EvaluateSettings`: keep, strategies, scores, beside,
+        seeds, protocol, attack, model, image_size, epochs, batch_size, lr, use_gpu,
+        cpus_per_training.
+
+    Returns
+    -------
+    dict
+        Content of RUN/evaluation/summary.json. Trainings with a stored result are not repeated.
+
+    Raises
+    ------
+    ConfigError
+        For options that are unknown, wrong or incompatible.
+    RunError
+        If the run has no complete scores.
+    SourceError
+        If the test set cannot be used.
+    ResourceError
+        If the decoded images do not fit into the memory of a node.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> summary = raypipe.evaluate(
+    ...     "runs/cifar10", "data/cifar10", test_settings=["include=test-*"], keep=0.5, seeds=3
+    ... )  # doctest: +SKIP
     """
     from raypipe.evaluation.driver import evaluate as compare
     from raypipe.pipeline import errors_of_storage
 
-    found = Run(uri)
+    run = Run(uri)
     settings = parse_settings(EvaluateSettings, options, "evaluate")
-    with errors_of_storage(found.uri):
+    with errors_of_storage(run.uri):
         return compare(
-            found,
-            _test_source(found.config(), test, test_settings),
+            run,
+            _test_source(run.config(), test, test_settings),
             settings,
             progress=progress,
             verbose=verbose,
@@ -326,16 +538,15 @@ def evaluate(
 
 
 def _test_source(config: Config, uri: str, overrides: Sequence[str]) -> SourceSettings:
-    """The source of a test set: that of the run with another URI. Raises ConfigError."""
-    given = config.model_dump(mode="json")
-    anew = ("format", "include", "split", "limit")
-    given["source"] |= {name: SourceSettings.model_fields[name].default for name in anew} | {
-        "uri": uri
-    }
-    if Run(uri).uri == Run(config.source.uri).uri:  # what is left of the run's own source
-        given["source"]["format"] = config.source.format
+    """Return the source settings of a test set: those of the run with another URI."""
+    data = config.model_dump(mode="json")
+    reset = ("format", "include", "split", "limit")
+    data["source"] |= {name: SourceSettings.model_fields[name].default for name in reset}
+    data["source"]["uri"] = uri
+    if Run(uri).uri == Run(config.source.uri).uri:  # another part of the run's own source
+        data["source"]["format"] = config.source.format
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
-    return absolute_paths(parse_config(apply_overrides(given, dotted))).source
+    return absolute_paths(parse_config(apply_overrides(data, dotted))).source
 
 
 def export(
@@ -352,36 +563,71 @@ def export(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Write the samples of a keep-list for a training tool, or resume it; docs/training.md says how to read each format.
+    """Write the samples of a keep-list for a training tool, or resume an export.
 
-    run            the run, whose source must still be where it was
-    keep           fraction of the keep-list; None: the only one there is
-    format         webdataset, parquet: a folder of shards with images; indices: .npy or .json with row numbers; list: .csv or .txt with
-                   path and label, for image folders
-    to             path or URI of the folder or file
-    shard_samples  samples in a shard; default: as many as fit into `shard_bytes`, by the size of a few samples
-    shard_bytes    bytes in a shard, about; default: 512 MiB
-    allow_missing  end well although samples of the keep-list cannot be read any more
-    force          replace another export that is there
-    snapshot       the keep-list as it was in this snapshot; samples of files that changed or went away since are missing
-    Returns format, to, samples, shards, bytes and missing. Shards that are finished are not made again; the bytes are the same every
-    time. Raises ConfigError for a bad option, RunError for a missing keep-list or a folder that holds something else, StageError at
-    the end for samples that cannot be read.
+    Finished shards are not written again. The bytes are the same every time.
+
+    Parameters
+    ----------
+    run : str
+        The run. Its source must still be in its place.
+    keep : float or None
+        Fraction of the keep-list, 0 to 1. None: the only list.
+    format : str
+        webdataset, parquet: a folder of shards with images. indices: .npy or .json with row
+        numbers. list: .csv or .txt with path and label, for image folders and file lists.
+    to : str
+        Path or URI of the folder or file to write.
+    shard_samples : int, optional
+        Samples per shard. Default: as many as fit into `shard_bytes`, judged by a few samples.
+    shard_bytes : int, optional
+        Approximate size of a shard in bytes. Default: 512 MiB.
+    allow_missing : bool
+        Succeed even if samples of the keep-list can no longer be read.
+    force : bool
+        Replace another export in the same place.
+    snapshot : str, optional
+        Export the keep-list as it was in this snapshot. Samples of files that have changed or gone
+        away since are missing.
+    progress : Progress, optional
+        Where to show progress. Default: standard error.
+    verbose : bool
+        Show the output of Ray.
+
+    Returns
+    -------
+    dict
+        format, to, samples, shards, bytes and missing (numbers of samples, files, bytes and missing
+        samples).
+
+    Raises
+    ------
+    ConfigError
+        For a wrong option.
+    RunError
+        If there is no such keep-list, or `to` contains something else.
+    StageError
+        If samples cannot be read, after all others are written.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> raypipe.export("runs/digits", 0.5, "webdataset", "shards")["samples"]  # doctest: +SKIP
+    500
     """
     from raypipe.exports.run import export_keep_list
     from raypipe.pipeline import errors_of_storage
 
+    options = {
+        "format": format,
+        "to": to,
+        "keep": keep,
+        "shard_samples": shard_samples,
+        "shard_bytes": shard_bytes,
+        "allow_missing": allow_missing,
+        "force": force,
+        "snapshot": snapshot,
+    }
+    settings = parse_settings(ExportSettings, options, "export")
     with errors_of_storage(to):
-        return export_keep_list(
-            Run(run),
-            keep,
-            format,
-            to,
-            shard_samples=shard_samples,
-            shard_bytes=shard_bytes,
-            allow_missing=allow_missing,
-            force=force,
-            snapshot=snapshot,
-            progress=progress,
-            verbose=verbose,
-        )
+        return export_keep_list(Run(run), settings, progress=progress, verbose=verbose)

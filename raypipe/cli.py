@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 scores too unfaithful to prune by."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -11,28 +11,43 @@ import click
 from raypipe._version import __version__
 from raypipe.errors import RaypipeError, TrustError
 
-DEMO: dict[str, Any] = {
-    "source": {"uri": "digits://", "format": "digits", "fragment_samples": 256},
-    "seed": {"fraction": 0.3},
-    "proxy": {
-        "model": "small",
-        "image_size": 16,
-        "epochs": 20,
-        "batch_size": 64,
-        "flip": False,
-        "crop_padding": 1,
-    },
-    "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
+EXIT_CODES = {
+    0: "done",
+    1: "failed",
+    2: "wrong usage or configuration",
+    3: "the fidelity of the scores is too low to prune by; no keep-lists are written",
 }
-"""The demo's settings: the handwritten digits that ship inside scikit-learn."""
+"""Exit codes of all commands."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def _epilog(example: str, *codes: int) -> str:
+    """Return the end of a command's help: one example, and the exit codes.
+
+    "\\b" keeps click from joining the lines of a paragraph.
+    """
+    lines = [f"  {code}  {EXIT_CODES[code]}" for code in codes or (0, 1, 2)]
+    return "\n".join(["\b", "Example:", f"  {example}", "", "\b", "Exit codes:", *lines])
+
+
+def demo_settings() -> dict[str, Any]:
+    """Return the configuration of the demo, without `run`: the digits of scikit-learn."""
+    from importlib.resources import files
+
+    import yaml
+
+    return yaml.safe_load(files("raypipe.config").joinpath("demo.yaml").read_bytes())
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_epilog("raypipe demo", 0, 1, 2, 3),
+)
 @click.version_option(__version__, prog_name="raypipe")
 def cli() -> None:
     """Which samples of a large labelled image dataset are worth training on?
 
-    Scores a small random seed set by measurement, extrapolates to every other sample, and writes score shards and keep-lists.
+    raypipe measures scores on a small random seed set, extrapolates them to every other sample,
+    and writes scores and keep-lists. Any command can be interrupted and run again to resume.
     """
 
 
@@ -51,14 +66,14 @@ class _StrategyOption(click.Option):
 
 
 _verbose = click.option(
-    "-v", "--verbose", is_flag=True, help="Show every fragment that is done, and what Ray says."
+    "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
 )
 _set = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Change a setting; may be repeated.",
+    help="Override a setting; may be repeated.",
 )
 
 
@@ -66,11 +81,11 @@ _noise = click.option(
     "--inject-noise",
     type=float,
     metavar="SHARE",
-    help="Rehearsal: replace the labels of this share of the samples by wrong ones.",
+    help="Replace the labels of this share of the samples by wrong ones, to test detection.",
 )
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe run my.yaml --set source.limit=5000", 0, 1, 2, 3))
 @click.argument("config")
 @_set
 @_noise
@@ -83,40 +98,37 @@ def run(
     until: str | None,
     verbose: bool,
 ) -> None:
-    """Do the whole job that CONFIG (YAML, a path or URI) describes, or resume it."""
+    """Run all stages of CONFIG (path or URI of a YAML file), or resume an interrupted run."""
     from raypipe.config import load_config
 
     _execute(load_config(config, _with_noise(overrides, inject_noise)), until, verbose)
 
 
-@cli.command()
-@click.option(
-    "--run", "uri", default="runs/demo", show_default=True, help="Where everything is written."
-)
+@cli.command(epilog=_epilog("raypipe demo --run runs/demo", 0, 1, 2, 3))
+@click.option("--run", "uri", default="runs/demo", show_default=True, help="Run folder to write.")
 @_set
 @_noise
 @_verbose
 def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, verbose: bool) -> None:
-    """Do the whole job on 1,797 real images of handwritten digits; needs no download."""
+    """Run all stages on 1,797 images of handwritten digits, without any download."""
     from raypipe.config import absolute_paths, apply_overrides, parse_config
 
     changes = _with_noise(overrides, inject_noise)
-    _execute(
-        absolute_paths(parse_config(apply_overrides({"run": uri, **DEMO}, changes))), None, verbose
-    )
+    config = parse_config(apply_overrides({"run": uri, **demo_settings()}, changes))
+    _execute(absolute_paths(config), None, verbose)
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe init > my.yaml", 0))
 def init() -> None:
-    """Print a configuration with a comment on every setting."""
+    """Print a configuration with every setting, its default and a comment."""
     from raypipe.config import commented_config
 
     click.echo(commented_config(), nl=False)
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe scores", 0))
 def scores() -> None:
-    """List the measured scores: what each is, what it needs, what it costs."""
+    """List the scores that can be measured: what each is, what it needs and what it costs."""
     from raypipe.scores.registry import SCORES
 
     for info in SCORES.values():
@@ -124,120 +136,134 @@ def scores() -> None:
         click.echo(f"{'':<20} needs {info.needs}; costs {info.cost}; {info.source}")
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe inspect /data/images --grid sheet.png"))
 @click.argument("source", required=False)
 @click.option(
     "--config",
     metavar="CONFIG",
-    help="Use the settings of this YAML file; its source, where SOURCE is not given.",
+    help="YAML file whose settings to use, and its source if SOURCE is not given.",
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="A setting of the section `source`, such as include='*.tar', or SECTION.FIELD=VALUE; may be repeated.",
+    help="Override a setting of the section `source`, such as include='*.tar', or "
+    "SECTION.FIELD=VALUE; may be repeated.",
 )
 @click.option(
     "--samples",
     default=256,
     show_default=True,
-    help="How many samples to draw from all over the source.",
+    help="Number of samples to draw, spread over the source.",
 )
-@click.option("--seed", default=0, show_default=True, help="Another number draws others.")
 @click.option(
-    "--grid", metavar="PNG", help="Write a sheet of 64 of the drawn images with class and id."
+    "--seed", default=0, show_default=True, help="Random seed; another number draws other samples."
+)
+@click.option(
+    "--grid", metavar="PNG", help="PNG file to write: 64 of the drawn images with class and id."
 )
 @click.option(
     "--like",
     metavar="RUN",
-    help="Scale the ledger of this run of the past instead of using stored constants.",
+    help="Estimate the cost from the ledger of this finished run instead of stored constants.",
 )
-@click.option("--cpus", type=float, help="Estimate for so many CPUs. Default: this machine's.")
-@click.option("--gpus", type=float, help="Estimate for so many GPUs. Default: this machine's.")
-@click.option("--address", help="Ask this Ray cluster for its CPUs and GPUs (auto: RAY_ADDRESS).")
-@click.option("--json", "as_json", is_flag=True, help="Print everything found as JSON.")
+@click.option("--cpus", type=float, help="Number of CPUs to estimate for. Default: this machine's.")
+@click.option("--gpus", type=float, help="Number of GPUs to estimate for. Default: this machine's.")
+@click.option(
+    "--address", help="Estimate for the CPUs and GPUs of this Ray cluster (auto: RAY_ADDRESS)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def inspect(source: str | None, as_json: bool, **options: Any) -> None:
-    """Look at SOURCE (a path or URI) before anything is run: what is in it, and about what a run would cost.
+    """Show what SOURCE (a path or URI) contains, and about what a run would cost.
 
-    Balance of the classes, sizes of the images, what would be rejected, from samples spread over all of it. Takes seconds.
+    Reports the balance of the classes, the sizes of the images and the expected rejects, from
+    samples spread over the source. Takes seconds and runs nothing.
     """
-    from raypipe.api import inspect as look
+    from raypipe.api import inspect as inspect_source
     from raypipe.estimate.inspect_text import describe_survey
 
-    found = look(source, **options)
+    survey = inspect_source(source, **options)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(survey.as_dict(), indent=2, ensure_ascii=False))
         return
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-    for line in describe_survey(found, "█" if encoding.startswith("utf") else "#"):
+    for line in describe_survey(survey, "█" if encoding.startswith("utf") else "#"):
         click.echo(line)
     if options["grid"]:
         click.echo(f"grid        {options['grid']}")
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe plan my.yaml --samples 100000000 --gpus 8"))
 @click.argument("config")
 @click.option(
-    "--samples", type=int, required=True, help="Images in the source, which need not be there yet."
+    "--samples",
+    type=int,
+    required=True,
+    help="Number of images in the source, which need not exist yet.",
 )
-@click.option("--gpus", type=float, default=0, show_default=True, help="GPUs of the cluster.")
 @click.option(
-    "--cpus", type=float, help="CPUs of the cluster. Default: 8 for each GPU, 16 without."
+    "--gpus", type=float, default=0, show_default=True, help="Number of GPUs in the cluster."
+)
+@click.option(
+    "--cpus",
+    type=float,
+    help="Number of CPUs in the cluster. Default: 8 per GPU, or 16 without GPUs.",
 )
 @click.option(
     "--image-bytes",
     type=float,
     default=110_000,
     show_default=True,
-    help="Mean size of an encoded image.",
+    help="Mean size of an encoded image in bytes.",
 )
 @click.option(
-    "--images-per-file", type=int, help="Default: 1 of folders and lists of images, else 1000."
+    "--images-per-file",
+    type=int,
+    help="Images per file. Default: 1 for image folders and file lists, otherwise 1000.",
 )
-@click.option("--classes", type=int, default=1000, show_default=True)
+@click.option("--classes", type=int, default=1000, show_default=True, help="Number of classes.")
 @click.option(
     "--rates",
     metavar="FILE",
-    help="JSON with rates of your machines; see raypipe.estimate.plan.Rates.",
+    help="JSON file with the rates of your machines; see raypipe.estimate.plan.Rates.",
 )
-@click.option("--decode-rate", type=float, help="Images that a CPU decodes in a second.")
-@click.option(
-    "--forward-rate", type=float, help="Images that go through the proxy on one GPU in a second."
-)
+@click.option("--decode-rate", type=float, help="Images that one CPU decodes per second.")
+@click.option("--forward-rate", type=float, help="Images per second through the proxy on one GPU.")
 @click.option(
     "--run",
     "like",
     metavar="RUN",
-    help="Take what its stages took from the ledger of this finished run.",
+    help="Take the times of the stages from the ledger of this finished run.",
 )
-@click.option("--gpu-price", type=float, help="Dollars for an hour of a GPU.")
-@click.option("--cpu-price", type=float, help="Dollars for an hour of a CPU.")
-@click.option("--request-price", type=float, help="Dollars for a million requests to storage.")
-@click.option("--storage-price", type=float, help="Dollars for a GB stored for a month.")
+@click.option("--gpu-price", type=float, help="Price of a GPU hour in dollars.")
+@click.option("--cpu-price", type=float, help="Price of a CPU hour in dollars.")
+@click.option("--request-price", type=float, help="Price of a million storage requests in dollars.")
+@click.option("--storage-price", type=float, help="Price of a GB stored for a month in dollars.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @_set
 def plan(config: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Plan a run of CONFIG over a source of any size: hours, dollars, requests, files, bytes, and what breaks first.
+    """Plan a run of CONFIG over a source of any size.
 
-    Nothing is read but CONFIG. For a source that is there, `raypipe inspect` looks into it.
+    Estimates hours, dollars, requests, files and bytes, and which limit is reached first. Only
+    CONFIG is read. For a source that exists, `raypipe inspect` reads samples of it.
     """
     from raypipe.config import load_config
     from raypipe.estimate.plan import plan_of_options
     from raypipe.estimate.plan_text import describe_plan
 
-    found = plan_of_options(load_config(config, overrides), **options)
+    result = plan_of_options(load_config(config, overrides), **options)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
         return
-    for line in describe_plan(found):
+    for line in describe_plan(result):
         click.echo(line)
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe status runs/first"))
 @click.argument("uri", metavar="RUN")
 def status(uri: str) -> None:
-    """Show how far a run is, from any machine that can read it."""
+    """Show the progress, errors and cost of RUN, from any machine that can read it."""
     from raypipe.runs.status import describe_run
     from raypipe.runs.untrusted import damage_as_error, printable
 
@@ -246,107 +272,123 @@ def status(uri: str) -> None:
             click.echo(printable(line))
 
 
-@cli.command()
+@cli.command(
+    epilog=_epilog("raypipe extrapolate --embeddings emb.parquet --scores s.parquet --out runs/own")
+)
 @click.option(
     "--embeddings",
     required=True,
     metavar="URI",
-    help="Parquet, a file or folder: sample_id, embedding, optionally label.",
+    help="Parquet file or folder with columns sample_id, embedding and optionally label.",
 )
 @click.option(
-    "--scores", required=True, metavar="URI", help="Parquet, a file or folder: sample_id, score."
+    "--scores",
+    required=True,
+    metavar="URI",
+    help="Parquet file or folder with columns sample_id and score.",
 )
 @click.option(
     "--out",
     required=True,
     metavar="URI",
-    help="Folder for the scores; new, or of the same command before.",
+    help="Folder to write: new, or of an earlier call of the same command.",
 )
 @click.option(
     "--score-column", default="score", show_default=True, help="Column of --scores to extrapolate."
 )
-@click.option("--method", help="gnn, knn, mlp, trees or knn-published. Default: gnn.")
+@click.option("--method", help="Extrapolator: gnn, knn, mlp, trees or knn-published. Default: gnn.")
 @click.option(
     "--confidence",
     type=float,
-    help="Share of samples whose score lies between lower and upper. Default: 0.9.",
+    help="Share of samples whose score should lie between lower and upper. Default: 0.9.",
 )
 @click.option(
     "--holdout",
     type=float,
-    help="Share of the scored samples kept out to judge fidelity. Default: 0.2.",
+    help="Share of the scored samples held out to assess fidelity. Default: 0.2.",
 )
-@click.option("--seed", type=int, help="Hold-out split and initial weights. Default: 0.")
+@click.option(
+    "--seed", type=int, help="Random seed of hold-out split and initial weights. Default: 0."
+)
 @_verbose
 def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options: Any) -> None:
-    """Extrapolate any score over any embeddings: no images, no proxy, no training of one."""
+    """Extrapolate your own scores over your own embeddings, without images and without a proxy.
+
+    An interrupted extrapolation resumes when the same command runs again.
+    """
     from raypipe.api import extrapolate as predict
     from raypipe.runs.status import describe_extrapolation
 
-    done = predict(embeddings, scores, out, verbose=verbose, **options)
-    for line in describe_extrapolation(done.uri, done.summary):
+    result = predict(embeddings, scores, out, verbose=verbose, **options)
+    for line in describe_extrapolation(result.uri, result.summary):
         click.echo(line)
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe select runs/first --keep 0.5", 0, 1, 2, 3))
 @click.argument("uri", metavar="RUN")
 @click.option(
     "--keep",
     type=float,
     multiple=True,
-    help="Fraction to keep; may be repeated. Default: the run's own.",
+    help="Fraction to keep, 0 to 1; may be repeated. Default: the run's.",
 )
 @click.option("--strategy", cls=_StrategyOption)
-@click.option("--seed", type=int, help="random, ccs, beta: another number draws other samples.")
+@click.option("--seed", type=int, help="random, ccs, beta: random seed.")
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
-@click.option("--difficulty", help="mixed, ccs: auto, score or loss.")
+@click.option("--difficulty", help="mixed, ccs: what counts as hard: auto, score or loss.")
 @click.option(
     "--hard-cutoff",
     metavar="SHARE",
-    help="ccs: share of the samples, the hardest, that is left out first; or auto.",
+    help="ccs: share of hardest samples that is removed first, or auto.",
 )
-@click.option("--strata", type=int, help="ccs: intervals of the score.")
+@click.option("--strata", type=int, help="ccs: number of score intervals.")
 @click.option(
-    "--beta-exponent", type=float, help="beta: the higher, the later easy samples are preferred."
+    "--beta-exponent",
+    type=float,
+    help="beta: exponent; the higher, the later easy samples are preferred.",
 )
 @click.option(
     "--by-class/--over-classes",
     default=None,
-    help="Within each class, the same share of every class; or over all.",
+    help="Keep the same share of every class, or select over all classes together.",
 )
-@click.option("--min-per-class", type=int, help="Samples each class keeps at least.")
+@click.option("--min-per-class", type=int, help="Minimum number of samples to keep of each class.")
 @click.option(
     "--always-keep",
     metavar="URI",
-    help="Ids in every list: text, one a line, or Parquet with sample_id.",
+    help="File of ids that every list contains: text, one per line, or Parquet with sample_id.",
 )
-@click.option("--never-keep", metavar="URI", help="Ids in no list.")
+@click.option("--never-keep", metavar="URI", help="File of ids that no list contains.")
 @click.option(
     "--near-duplicates",
     type=float,
-    help="Of embeddings with this cosine similarity only the highest score is kept.",
+    help="Cosine similarity from which only the sample with the highest score is kept.",
 )
 @click.option(
     "--weights",
-    help="none, inclusion (inverse probability of being drawn) or class (frequencies of the source).",
+    help="Training weights: none, inclusion (inverse probability of being drawn) or class "
+    "(frequencies of the source).",
 )
-@click.option("--force", is_flag=True, help="Even where the fidelity is below trust.min_spearman.")
+@click.option(
+    "--force", is_flag=True, help="Write lists even if the fidelity is below trust.min_spearman."
+)
 def select(
     uri: str, keep: tuple[float, ...], strategy: str | None, force: bool, **options: Any
 ) -> None:
-    """Cut keep-lists from the scores of RUN; nothing is scored again. Options not given are as in the run's configuration."""
+    """Cut keep-lists from the scores of RUN, without scoring anything again.
+
+    Options that are not given are taken from the run's configuration.
+    """
     from raypipe.api import select as cut
 
-    given = {name: value for name, value in options.items() if value is not None}
-    for file, count in cut(uri, list(keep) or None, strategy, force=force, **given).items():
+    changes = {name: value for name, value in options.items() if value is not None}
+    for file, count in cut(uri, list(keep) or None, strategy, force=force, **changes).items():
         click.echo(f"{file}  {count:,} samples")
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe export runs/first --keep 0.5 --format webdataset --to shards"))
 @click.argument("uri", metavar="RUN")
-@click.option(
-    "--keep", type=float, help="Fraction of the keep-list. Default: the only one there is."
-)
+@click.option("--keep", type=float, help="Fraction of the keep-list. Default: the only list.")
 @click.option(
     "--format",
     required=True,
@@ -354,128 +396,145 @@ def select(
     help="webdataset, parquet, indices (.npy, .json) or list (.csv, .txt).",
 )
 @click.option(
-    "--to", required=True, metavar="URI", help="Folder for shards; file for indices and list."
+    "--to",
+    required=True,
+    metavar="URI",
+    help="Folder to write for shards, file to write for indices and list.",
 )
 @click.option(
-    "--shard-samples", type=click.IntRange(1), help="Samples in a shard. Default: by --shard-mb."
+    "--shard-samples",
+    type=click.IntRange(1),
+    help="Samples per shard. Default: as many as fit into --shard-mb.",
 )
 @click.option(
-    "--shard-mb", type=click.IntRange(1), help="Size of a shard in MiB, about. Default: 512."
+    "--shard-mb", type=click.IntRange(1), help="Approximate size of a shard in MiB. Default: 512."
 )
 @click.option(
-    "--snapshot", metavar="NAME", help="The keep-list as it was in this snapshot of a nightly run."
+    "--snapshot",
+    metavar="NAME",
+    help="Export the keep-list as it was in this snapshot of a nightly run.",
 )
 @click.option(
-    "--allow-missing", is_flag=True, help="Exit 0 although samples cannot be read any more."
+    "--allow-missing", is_flag=True, help="Exit with 0 even if samples can no longer be read."
 )
-@click.option("--force", is_flag=True, help="Replace another export that is there.")
+@click.option("--force", is_flag=True, help="Replace another export in the same place.")
 @_verbose
 def export(
     uri: str, keep: float | None, format: str, to: str, shard_mb: int | None, **options: Any
 ) -> None:
-    """Write the samples of a keep-list of RUN for a training tool, or resume it."""
+    """Write the samples of a keep-list of RUN for a training tool, or resume an export."""
     from raypipe.api import export as write
 
-    done = write(
-        uri, keep, format, to, shard_bytes=None if shard_mb is None else shard_mb << 20, **options
-    )
-    less = f", {done['missing']:,} missing" if done["missing"] else ""
-    files = f"{done['shards']:,} file{'s' * (done['shards'] != 1)}"
+    shard_bytes = None if shard_mb is None else shard_mb << 20
+    result = write(uri, keep, format, to, shard_bytes=shard_bytes, **options)
+    missing = f", {result['missing']:,} missing" if result["missing"] else ""
+    files = f"{result['shards']:,} file{'s' * (result['shards'] != 1)}"
     click.echo(
-        f"{done['to']}  {done['samples']:,} samples in {files}, {done['bytes']:,} bytes{less}"
+        f"{result['to']}  {result['samples']:,} samples in {files}, {result['bytes']:,} bytes"
+        f"{missing}"
     )
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe evaluate runs/first --test /data/test --keep 0.5"))
 @click.argument("uri", metavar="RUN")
 @click.option(
     "--test",
     required=True,
     metavar="SOURCE",
-    help="The test set: a path or URI, read as the run's source is.",
+    help="Test set: a path or URI, read like the run's source.",
 )
 @click.option(
     "--test-set",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="A setting of the section `source` for the test set; may be repeated.",
+    help="Override a setting of the section `source` for the test set; may be repeated.",
 )
 @click.option(
     "--keep",
     metavar="FRACTIONS",
-    help="Fractions to keep, with commas. Default: 0.1,0.3,0.5,0.7,0.9.",
+    help="Fractions to keep, separated by commas. Default: 0.1,0.3,0.5,0.7,0.9.",
 )
 @click.option(
     "--strategies",
     metavar="NAMES",
-    help="Strategies that cut lists, with commas. Default: the run's own.",
+    help="Strategies that cut the lists, separated by commas. Default: the run's.",
 )
 @click.option(
     "--scores",
     metavar="NAMES",
-    help="run, measured:NAME, with commas. Default: all that every sample has.",
+    help="run or measured:NAME, separated by commas. Default: all scores of every sample.",
 )
 @click.option(
     "--beside",
     multiple=True,
     metavar="RUN",
-    help="Another run over the same source, for lists of its scores; may be repeated.",
+    help="Another run over the same source to compare; may be repeated.",
 )
-@click.option("--seeds", type=int, help="Trainings of each list and fraction. Default: 3.")
+@click.option("--seeds", type=int, help="Trainings per list and fraction. Default: 3.")
 @click.option(
     "--protocol",
-    help="epochs, or steps: the same number of steps for all lists, that of the full set. Default: epochs.",
+    help="What all trainings have in common: epochs, or steps (as many as the full set takes). "
+    "Default: epochs.",
 )
 @click.option(
     "--attack",
     is_flag=True,
-    help="Train adversarially, and test on adversarial examples as well (PGD; proxy.adversary).",
+    help="Train adversarially, and also test on adversarial examples (PGD; proxy.adversary).",
 )
-@click.option("--model", help="What is trained. Default: the run's proxy.model.")
-@click.option("--image-size", type=int, help="Pixels. Default: the run's proxy.image_size.")
-@click.option("--epochs", type=int, help="Default: the run's proxy.epochs.")
-@click.option("--batch-size", type=int, help="Default: the run's proxy.batch_size.")
+@click.option("--model", help="Network to train. Default: the run's proxy.model.")
+@click.option(
+    "--image-size",
+    type=int,
+    help="Side of the images in pixels. Default: the run's proxy.image_size.",
+)
+@click.option("--epochs", type=int, help="Passes over a list. Default: the run's proxy.epochs.")
+@click.option(
+    "--batch-size", type=int, help="Images per step. Default: the run's proxy.batch_size."
+)
 @click.option("--lr", type=float, help="Peak learning rate. Default: the run's proxy.lr.")
-@click.option("--use-gpu", help="true, false or auto.")
+@click.option("--use-gpu", help="One GPU per training: true, false or auto. Default: auto.")
 @click.option(
     "--cpus-per-training",
     type=int,
-    help="Default: 1 on a CPU where there are more trainings than CPUs.",
+    help="CPUs per training. Default: without GPUs 1, or more if trainings are fewer than CPUs.",
 )
 @_verbose
 def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **options: Any) -> None:
-    """Does it help? Train on keep-lists of RUN, on random lists of the same size and on everything, and compare on a test set."""
+    """Test whether the keep-lists of RUN help.
+
+    Trains on the lists, on random lists of the same size and on the full set, and compares the
+    models on a test set. Finished trainings are not repeated.
+    """
     import yaml
 
     from raypipe.api import evaluate as compare
     from raypipe.evaluation.summary import describe_evaluation
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
+    settings = {name: value for name, value in options.items() if value not in (None, ())}
     for name in ("keep", "strategies", "scores"):
-        if name in given:
-            given[name] = [yaml.safe_load(part) for part in given[name].split(",")]
-    if "use_gpu" in given:
-        given["use_gpu"] = yaml.safe_load(given["use_gpu"])
-    for line in describe_evaluation(
-        compare(uri, test, test_settings=test_set, verbose=verbose, **given)
-    ):
+        if name in settings:
+            settings[name] = [yaml.safe_load(part) for part in settings[name].split(",")]
+    if "use_gpu" in settings:
+        settings["use_gpu"] = yaml.safe_load(settings["use_gpu"])
+    summary = compare(uri, test, test_settings=test_set, verbose=verbose, **settings)
+    for line in describe_evaluation(summary):
         click.echo(line)
 
 
-@cli.command()
+@cli.command(epilog=_epilog("raypipe report runs/first"))
 @click.argument("uri", metavar="RUN")
 def report(uri: str) -> None:
-    """Write the report of RUN again."""
+    """Write the report of RUN again, and print where it is."""
     from raypipe.report import build
     from raypipe.runs.lease import Lease
     from raypipe.runs.run import Run
     from raypipe.runs.untrusted import damage_as_error, refuse_links_out
 
-    found = Run(uri)
-    found.record("extrapolate")
-    refuse_links_out(found, "report")
-    with damage_as_error(uri), Lease(found):
-        click.echo(build(found))
+    run = Run(uri)
+    run.record("extrapolate")  # raises if the scores are not complete
+    refuse_links_out(run, "report")
+    with damage_as_error(uri), Lease(run):
+        click.echo(build(run))
 
 
 def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, ...]:
@@ -499,7 +558,7 @@ def _execute(config: Any, until: str | None, verbose: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: errors a user can act on become one line and an exit code."""
+    """Run the command line. Errors that the user can fix become one line and an exit code."""
     try:
         code = cli.main(arguments, prog_name="raypipe", standalone_mode=False)
     except click.ClickException as error:

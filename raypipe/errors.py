@@ -1,57 +1,63 @@
-"""The errors a user can meet, and the exit code of each."""
+"""Errors for users, each with the exit code of the command line."""
 
 from __future__ import annotations
 
 
 class RaypipeError(Exception):
-    """Something the user can act on; printed as one line, without a traceback."""
+    """Base class: a problem that the user can fix. Printed as one line, without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(RaypipeError):
-    """A setting is unknown or has a value that is not allowed; nothing was started."""
+    """A setting is unknown or has a value that is not allowed. Nothing was started."""
 
     exit_code = 2
 
 
 class SourceError(RaypipeError):
-    """The source cannot be used at all: nothing there, unknown format, no labels."""
+    """The source cannot be used at all: it is empty, has an unknown format, or has no labels."""
 
 
 class RunError(RaypipeError):
-    """A run directory is missing, damaged, of another version or used by another driver."""
+    """A run folder is missing, damaged, of another version, or in use by another driver."""
 
 
 class TakenOverError(RunError):
-    """Another driver has the run now; this one, and what still works for it, writes nothing more."""
+    """Another driver has taken the run over. This driver and its workers write nothing more."""
 
 
 class StorageError(RaypipeError, OSError):
-    """Storage cannot be read or written, and somebody has to mend that: a full disk, expired credentials, a server that is gone."""
+    """Storage fails permanently: a full disk, expired credentials, an unreachable server."""
 
 
 class StorageAccessError(StorageError, PermissionError):
-    """Storage refuses what was asked: credentials that have expired or do not allow it, a folder of somebody else's."""
+    """Storage denies access: expired or insufficient credentials, or missing permissions."""
 
 
 class StageError(RaypipeError):
-    """A stage ended without everything it should have written."""
+    """A stage ended with incomplete output."""
 
 
 class ResourceError(RaypipeError):
-    """The cluster does not have what the settings ask for."""
+    """The cluster lacks resources that the settings request."""
 
 
 class MemoryShortageError(ResourceError):
-    """Workers were ended because their machine had no memory left."""
+    """Workers were killed because their machine ran out of memory."""
 
 
 class RejectError(RaypipeError):
-    """More of the source cannot be read than `source.max_reject_fraction` allows; what is done is kept."""
+    """More samples cannot be read than `source.max_reject_fraction` allows.
+
+    Finished work is kept.
+    """
 
 
 class TrustError(RaypipeError):
-    """Predicted scores are too unfaithful to prune by; scores and report are written, keep-lists are not."""
+    """The fidelity of the predicted scores is too low to prune by.
+
+    Scores and report are written, keep-lists are not.
+    """
 
     exit_code = 3

@@ -1,4 +1,8 @@
-"""Runs the stages of a configuration in order: skips what is done, resumes what is not, redoes what a setting changed."""
+"""Run the stages of a configuration in order.
+
+A finished stage is skipped, an interrupted one is resumed, and one whose settings have changed is
+run again.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +54,17 @@ STAGE_NAMES = tuple(_STAGES)
 LESS_MEMORY = {
     "seed": "source.fragment_samples (a worker holds a fragment)",
     "label": "pseudo_labels.batch_size, or pseudo_labels.image_size of a backbone",
-    "proxy": "proxy.batch_size, or proxy.parts, whose trainings run side by side",
+    "proxy": "proxy.batch_size, or proxy.parts, whose trainings run in parallel",
     "measure": "measure.batch_size or measure.max_actors",
-    "embed": "embed.batch_size, embed.max_actors or source.fragment_samples (a worker holds a fragment)",
+    "embed": "embed.batch_size, embed.max_actors or source.fragment_samples "
+    "(a worker holds a fragment)",
     "extrapolate": "extrapolate.max_actors or source.fragment_samples (a worker holds a fragment)",
 }
-"""By stage: what to lower where workers run out of memory."""
+"""Settings to lower if workers run out of memory, by stage."""
 
 
 def make_stage(name: str) -> Stage:
-    """A stage by name; its module, and with it Ray, is imported here and not before."""
+    """Return a stage by name. Its module, and with it Ray, is imported here and not before."""
     module, _, attribute = _STAGES[name].partition(":")
     return getattr(import_module(module), attribute)()
 
@@ -72,12 +77,32 @@ def execute(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Run:
-    """Run every stage, or those up to and including `until`. A `dataset` of Ray Data, where there is one, is the source.
+    """Run all stages, or all up to and including `until`.
 
-    Raises ConfigError for an unknown stage, a score that needs more epochs than the proxy has, and a package of `report.log_to` that is
-    not installed, RunError when another driver
-    holds the run, and what the stages raise. Where the scores are too unfaithful to prune by, the report is still written before the
-    TrustError is raised.
+    Parameters
+    ----------
+    config : Config
+        The configuration, with absolute local paths.
+    dataset : ray.data.Dataset, optional
+        The source, instead of `config.source.uri`.
+    until : str, optional
+        Last stage to run.
+    progress : Progress, optional
+        Where to show progress.
+    verbose : bool
+        Show every finished fragment, and the output of Ray.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown stage, a score that needs more epochs than the proxy has, or a tracker of
+        `report.log_to` whose package is not installed.
+    RunError
+        If another driver holds the run.
+    TrustError
+        If the fidelity is too low to prune by. The report is written before it is raised.
+    RaypipeError
+        Whatever a stage raises.
     """
     if until is not None and until not in STAGE_FOLDERS:
         raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
@@ -93,14 +118,14 @@ def execute(
 def _execute(
     config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool
 ) -> Run:
-    run, given = Run(config.run), config.source
+    run, source = Run(config.run), config.source
     if dataset is not None:
         from raypipe.distributed.ray_data.copy import copy_dataset, settings_of_copy
 
-        config = config.model_copy(update={"source": settings_of_copy(given, run)})
-    else:  # what auto stands for is told once here, instead of by a listing in every task
+        config = config.model_copy(update={"source": settings_of_copy(source, run)})
+    else:  # resolve `auto` once here, instead of listing the source in every task
         config = config.model_copy(
-            update={"source": open_source(given).resolved_settings(config.proxy.image_size)}
+            update={"source": open_source(source).resolved_settings(config.proxy.image_size)}
         )
     context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):
@@ -108,11 +133,11 @@ def _execute(
         lease.about = partial(driver_progress, progress, records)
         if extrapolated_tables(records):
             raise RunError(
-                f"{run.uri}: was made by `raypipe extrapolate`, from tables; give another folder"
+                f"{run.uri}: written by `raypipe extrapolate` from tables; give another folder"
             )
         _check_noise(config, run, records)
         if dataset is not None:
-            copy_dataset(dataset, given, context)
+            copy_dataset(dataset, source, context)
         run.write_config(config)
         names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
         refusal: TrustError | None = None
@@ -133,52 +158,42 @@ def _execute(
 
 
 def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
-    """Raise RunError rather than make a real run anew with labels that were replaced, or the other way round."""
-    before, wanted = injected_noise(records), requested_noise(config.source)
-    if "index" in records and records["index"].state == "done" and before != wanted:
-        found = f"{before.share:g} with noise_seed {before.seed}" if before else "0"
+    """Raise RunError if the run folder was written with other injected label noise.
+
+    Otherwise a real run would be replaced by one with wrong labels, or the other way round.
+    """
+    before, requested = injected_noise(records), requested_noise(config.source)
+    if "index" in records and records["index"].state == "done" and before != requested:
+        noise = f"{before.share:g} with noise_seed {before.seed}" if before else "0"
         raise RunError(
-            f"{run.uri}: was made with source.inject_noise {found}; a rehearsal with other labels takes a run folder of its own (`run`)"
+            f"{run.uri}: written with source.inject_noise {noise}; give a run with other label "
+            "noise its own run folder (`run`)"
         )
 
 
 def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> None:
-    """Bring one stage to the state `done`."""
+    """Bring one stage to the state `done`, and keep its record in the ledger up to date."""
     run, name = context.run, stage.name
-    needed = [
-        records[need].fingerprint for need in stage.needs if need in records
-    ]  # a stage is not in every run
-    wanted = fingerprint(name, stage.settings(context.config), needed)
+    # A stage that this one needs does not exist in every run.
+    inputs = [records[need].fingerprint for need in stage.needs if need in records]
+    current = fingerprint(name, stage.settings(context.config), inputs)
     record = records.get(name)
-    if record is not None and record.fingerprint != wanted:
-        context.progress.say(f"{name:<11} {stage.changed}: made anew")
+    if record is not None and record.fingerprint != current:
+        context.progress.say(f"{name:<11} {stage.changed}: running it again")
         stage.clear(context)
         record = None
     elif record is None:
-        run.clear(name)  # what a run without a record of it left there cannot be trusted
+        run.clear(name)  # files without a record cannot be trusted
     if record is not None and record.state == "done" and stage.complete(context, record):
-        context.progress.say(f"{name:<11} done before: {record.samples:,} samples")
+        context.progress.say(f"{name:<11} already done: {record.samples:,} samples")
         return
-    record = record or StageRecord(fingerprint=wanted, detail=dict(stage.detail))
+    record = record or StageRecord(fingerprint=current, detail=dict(stage.detail))
     record.state, record.error, record.attempts = "running", "", record.attempts + 1
     records[name] = record
     run.write_ledger(records)
     started = time.monotonic()
     try:
-        try:
-            context.refresh_cluster()
-            stage.execute(context, record)
-        except KeyboardInterrupt:
-            if run.lease is not None:
-                run.lease.check()
-            if context.gave_up_waiting:
-                raise ResourceError(f"{name}: {context.gave_up_waiting}") from None
-            raise
-        except MemoryShortageError as error:
-            less = f"Lower {LESS_MEMORY[name]}, or use" if name in LESS_MEMORY else "Use"
-            raise MemoryShortageError(
-                f"{name}: {error}. {less} machines with more memory; then run again to resume"
-            ) from error
+        _execute_stage(stage, context, record)
         record.state, record.finished = "done", now()
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"
@@ -196,8 +211,27 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     )
 
 
+def _execute_stage(stage: Stage, context: Context, record: StageRecord) -> None:
+    """Execute a stage, and turn interrupts and a lack of memory into errors that explain them."""
+    name = stage.name
+    try:
+        context.refresh_cluster()
+        stage.execute(context, record)
+    except KeyboardInterrupt:
+        if context.run.lease is not None:
+            context.run.lease.check()
+        if context.gave_up_waiting:
+            raise ResourceError(f"{name}: {context.gave_up_waiting}") from None
+        raise
+    except MemoryShortageError as error:
+        remedy = f"Lower {LESS_MEMORY[name]}, or use" if name in LESS_MEMORY else "Use"
+        raise MemoryShortageError(
+            f"{name}: {error}. {remedy} machines with more memory; then rerun to resume"
+        ) from error
+
+
 def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
-    """What `raypipe status` is told of a run under way, beyond its ledger."""
+    """Return what `raypipe status` shows of a running run in addition to its ledger."""
     seconds = {
         name: float(sum(getattr(item, name) for item in list(records.values())))
         for name in ("cpu_seconds", "gpu_seconds")
@@ -207,7 +241,7 @@ def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict
 
 @contextmanager
 def errors_of_storage(uri: str) -> Iterator[None]:
-    """Storage that fails for good ends a run with one line that names it."""
+    """Turn storage that fails permanently into a one-line error that names it."""
     try:
         yield
     except RaypipeError:
@@ -215,14 +249,14 @@ def errors_of_storage(uri: str) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
         raise RaypipeError(
-            f"{where}{error.strerror or error}. Mend it and run again to resume"
+            f"{where}{error.strerror or error}. Fix this and rerun to resume"
         ) from error
 
 
 @contextmanager
 def log_file(run: Run, verbose: bool = False) -> Iterator[None]:
-    """Everything said goes to RUN/logs/<start>.log as well; with `verbose` a line for every fragment, too."""
-    handler = _Lines()
+    """Also write all messages to RUN/logs/<start>.log, with `verbose` a line per fragment."""
+    handler = _LogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
@@ -236,37 +270,36 @@ def log_file(run: Run, verbose: bool = False) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
-        with suppress(OSError, RunError):  # what broke storage is told by what it broke
+        with suppress(OSError, RunError):  # the stages report broken storage
             handler.save()
         log.setLevel(level)
 
 
-class _Lines(logging.Handler):
-    """Keeps the last lines and stores them all again with every new one: object stores cannot append.
+class _LogHandler(logging.Handler):
+    """Keeps the last lines and writes them all for every new line: object stores cannot append.
 
-    Lines about fragments wait for the next other one, PAUSE seconds at most.
+    Lines about fragments are written with the next other line, or after PAUSE seconds.
     """
 
-    MOST, PAUSE = 5000, 10.0
+    MAX_LINES, PAUSE = 5000, 10.0
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: deque[str] = deque(maxlen=self.MOST)
-        self._stored, self._fresh = -math.inf, False
+        self._lines: deque[str] = deque(maxlen=self.MAX_LINES)
+        self._stored, self._changed = -math.inf, False
         self.store = lambda text: None
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record))
-        self._fresh = True
+        self._changed = True
         if record.levelno <= logging.DEBUG and time.monotonic() - self._stored < self.PAUSE:
             return
-        with suppress(
-            OSError, RunError
-        ):  # the stages report what is wrong with the storage, and who took the run over
+        # the stages report broken storage and a run that was taken over
+        with suppress(OSError, RunError):
             self.save()
 
     def save(self) -> None:
-        """Store what has not been. Raises what storage does."""
-        if self._fresh:
-            self._stored, self._fresh = time.monotonic(), False
+        """Write the lines if there are new ones. Raises what storage raises."""
+        if self._changed:
+            self._stored, self._changed = time.monotonic(), False
             self.store("\n".join(self._lines) + "\n")

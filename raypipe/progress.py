@@ -1,4 +1,4 @@
-"""Progress a person can follow: one live line a stage in a terminal, a plain line now and then elsewhere."""
+"""Show progress: a live line per stage in a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,17 +15,28 @@ from tqdm import tqdm
 log = logging.getLogger("raypipe")
 
 PLAIN_SECONDS = 10.0
-"""Time between two lines of one stage where the output is not a terminal."""
+"""Seconds between two lines of a stage if the output is not a terminal."""
 
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with (steps done, steps in total) while something is fitted."""
+"""Called with (finished steps, total steps) during a fit."""
 
 
 class Meter:
-    """Counts what one stage has done: samples (or other units), fragments and rejects.
+    """Counts the finished samples (or other units), fragments and rejects of one stage.
 
-    queued  fragments of this attempt that are not done yet, where their number is known
+    Attributes
+    ----------
+    name, unit : str
+        Name of the stage, and of what it counts.
+    count, total : int
+        Finished units, and all units.
+    fragments : int
+        Fragments that this attempt has finished.
+    queued : int
+        Fragments of this attempt that are not finished, if known.
+    rejects : int
+        Rejected samples.
     """
 
     def __init__(
@@ -34,11 +45,11 @@ class Meter:
         total: int,
         unit: str,
         stream: TextIO,
-        heard: Callable[[Meter, int, int, str], None] | None = None,
+        on_add: Callable[[Meter, int, int, str], None] | None = None,
     ) -> None:
         self.name, self.total, self.unit, self.count = name, total, unit, 0
         self.fragments = self.queued = self.rejects = 0
-        self._stream, self._heard = stream, heard
+        self._stream, self._on_add = stream, on_add
         self._started = self._printed = time.monotonic()
         self._first = 0
         self._bar: tqdm | None = None
@@ -54,7 +65,7 @@ class Meter:
             )
 
     def already(self, count: int) -> None:
-        """Count what an earlier attempt finished; it does not enter the rate."""
+        """Count what an earlier attempt finished. It does not enter the rate."""
         self.count += count
         self._first += count
         if self._bar is not None:
@@ -63,24 +74,34 @@ class Meter:
             self._bar.refresh()
 
     def expect(self, total: int) -> None:
-        """Set the total, where it is known only on the way."""
+        """Set the total, if it becomes known during the stage."""
         self.total = total
         if self._bar is not None:
             self._bar.total = total
 
     def queue(self, fragments: int) -> None:
-        """Say how many fragments are about to be worked on."""
+        """Set the number of fragments that are about to be processed."""
         self.queued = fragments
 
     def add(self, count: int, fragment: str = "", rejects: int = 0) -> None:
-        """Count what is done: so many samples, those of a fragment with its name, and rejects among them."""
+        """Count finished work and show it.
+
+        Parameters
+        ----------
+        count : int
+            Finished samples or other units, including rejects.
+        fragment : str
+            Name of the fragment they belong to, if it is finished.
+        rejects : int
+            Rejected samples among them.
+        """
         self.count += count
         self.rejects += rejects
         if fragment:
             self.fragments += 1
             self.queued = max(0, self.queued - 1)
-        if self._heard is not None:
-            self._heard(self, count, rejects, fragment)
+        if self._on_add is not None:
+            self._on_add(self, count, rejects, fragment)
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() - self._printed >= PLAIN_SECONDS:
@@ -90,15 +111,16 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units per second of this attempt."""
+        """Units per second in this attempt."""
         seconds = time.monotonic() - self._started
         return (self.count - self._first) / seconds if seconds > 0 else 0.0
 
     def line(self) -> str:
+        """Return name and progress of the stage as one line."""
         return f"{self.name:<11} {describe_progress(self.about())}"
 
     def about(self) -> dict[str, Any]:
-        """How far it is, as JSON can hold it; see `far`."""
+        """Return the progress as JSON-compatible values; see `describe_progress`."""
         names = ("count", "total", "unit", "fragments", "queued", "rejects")
         return {
             "stage": self.name,
@@ -107,12 +129,29 @@ class Meter:
         }
 
     def close(self) -> None:
+        """Remove the live line."""
         if self._bar is not None:
             self._bar.close()
 
 
 class Progress:
-    """Makes a meter for each stage and keeps the lines printed outside of it whole."""
+    """Prints the progress of a run: a meter per stage, and messages between them.
+
+    Parameters
+    ----------
+    stream : text file, optional
+        Where to print. Default: standard error.
+    quiet : bool
+        Print nothing. Messages still go to the log.
+    verbose : bool
+        Print a line for every finished fragment.
+
+    Attributes
+    ----------
+    listeners : list of callable
+        Each is called with the meter, samples and rejects whenever a unit of work (a fragment or a
+        task, never a single sample) is finished.
+    """
 
     def __init__(
         self, stream: TextIO | None = None, quiet: bool = False, verbose: bool = False
@@ -121,12 +160,12 @@ class Progress:
         self._quiet, self._verbose = quiet, verbose
         self._meter: Meter | None = None
         self.listeners: list[Callable[[Meter, int, int], None]] = []
-        """Called with the meter, samples and rejects whenever a unit of work is done: a fragment, a task, never a sample."""
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str = "samples") -> Iterator[Meter]:
+        """Show a meter for one stage during the `with` block."""
         meter = self._meter = Meter(
-            name, total, unit, _Nowhere() if self._quiet else self._stream, self._heard
+            name, total, unit, _Nowhere() if self._quiet else self._stream, self._on_add
         )
         try:
             yield meter
@@ -135,11 +174,11 @@ class Progress:
             meter.close()
 
     def about(self) -> dict[str, Any]:
-        """How far the stage under way is; empty between two of them."""
+        """Return the progress of the current stage; empty between two stages."""
         meter = self._meter
         return meter.about() if meter is not None else {}
 
-    def _heard(self, meter: Meter, count: int, rejects: int, fragment: str) -> None:
+    def _on_add(self, meter: Meter, count: int, rejects: int, fragment: str) -> None:
         for listener in self.listeners:
             listener(meter, count, rejects)
         if self._verbose and fragment:
@@ -151,7 +190,7 @@ class Progress:
                 tqdm.write(text, file=self._stream)
 
     def say(self, text: str) -> None:
-        """A line for the user and for the log file."""
+        """Print a line, and write it to the log file."""
         log.info(text)
         if not self._quiet:
             tqdm.write(text, file=self._stream)
@@ -159,15 +198,21 @@ class Progress:
 
 
 def describe_progress(about: Mapping[str, Any]) -> str:
-    """How far a stage is, in words: done and total, rate, time left, rejects, fragments. What is missing or no number is left out."""
+    """Describe the progress of a stage: done and total, rate, time left, rejects, fragments.
+
+    Values that are missing or not numbers are left out: they can come from an untrusted run folder.
+    """
 
     def number(name: str) -> float:
         value = about.get(name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15
-        return float(value) if good else 0.0  # type: ignore[arg-type]
+        valid = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15
+        )
+        return float(value) if valid else 0.0  # type: ignore[arg-type]
 
     count, total, rate = number("count"), number("total"), number("rate")
-    text = f"{count:,.0f}/{total:,.0f} {str(about.get('unit', ''))[:20]}, {rate:,.{0 if rate >= 10 else 2}f}/s"
+    unit = str(about.get("unit", ""))[:20]
+    text = f"{count:,.0f}/{total:,.0f} {unit}, {rate:,.{0 if rate >= 10 else 2}f}/s"
     if rate > 0 and count < total:
         text += f", {tqdm.format_interval((total - count) / rate)} left"
     if number("rejects"):
@@ -179,5 +224,7 @@ def describe_progress(about: Mapping[str, Any]) -> str:
 
 
 class _Nowhere(io.StringIO):
+    """Discards all text."""
+
     def write(self, text: str) -> int:
         return len(text)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: words, exit codes, and how fast the quick verbs answer."""
+"""The command line: messages, exit codes, and fast start-up of commands that run nothing."""
 
 from __future__ import annotations
 
@@ -40,6 +40,16 @@ def test_help_names_every_verb(capsys) -> None:
         assert f"  {verb} " in out
 
 
+def test_every_help_ends_with_an_example_and_exit_codes(capsys) -> None:
+    for name in ("", *cli.cli.commands):
+        code, out, _ = _main(capsys, *([name] if name else []), "--help")
+        assert code == 0
+        _, example, ending = out.partition("Example:")
+        assert example and f"raypipe {name}".strip() in ending.splitlines()[1]
+        assert "Exit codes:" in ending and "0  done" in ending
+        assert all(len(line) <= 100 for line in out.splitlines())
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -53,15 +63,19 @@ def test_help_names_every_verb(capsys) -> None:
         (["export", "x", "--to", "y"], "Missing option '--format'"),
         (
             ["export", "x", "--to", "y", "--format", "zip"],
-            "'zip' is not one of indices, list, webdataset, parquet",
+            "format: 'zip' is not allowed: Input should be 'indices', 'list', 'webdataset' or "
+            "'parquet'",
         ),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
-        (["inspect"], "nothing to look at"),
+        (["inspect"], "nothing to inspect"),
         (["inspect", "digits://", "--samples", "0"], "samples: 0 is not allowed"),
         (["inspect", "digits://", "--cpus", "0"], "cpus: 0 is not allowed"),
         (["inspect", "digits://", "--set", "seed.fraction=2"], "seed.fraction: 2 is not allowed"),
         (["inspect", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        ([*TABLES, "--method", "proxy"], "method proxy needs what a proxy says of each sample"),
+        (
+            [*TABLES, "--method", "proxy"],
+            "method proxy needs the proxy's statistics of each sample",
+        ),
         ([*TABLES, "--holdout", "0.9"], "extrapolate.holdout: 0.9 is not allowed"),
     ],
 )
@@ -106,8 +120,8 @@ def test_inspect_shows_what_would_be_read_and_what_it_would_cost(capsys) -> None
         "samples     1,797, in 2 fragments",
         "classes     10: 0, 1, 2",
         "smallest 174, median 180, largest 183; all 1,797 labels",
-        "all of 8x8 pixels",
-        "none of 256 drawn; of the source fewer than 1.2 %, with 95 % confidence",
+        "all 8x8 pixels",
+        "none of 256 drawn; fewer than 1.2 % of the source, with 95 % confidence",
         "of a run with default settings: 1,797 samples, 180 of them measured",
         "on          as given: 3 CPUs, no GPU",
     ):
@@ -172,5 +186,5 @@ def test_the_demo_is_the_configuration_of_the_digits() -> None:
     from raypipe.config import load_config, parse_config
 
     stated = load_config(str(Path(__file__).parent.parent / "jobs" / "configs" / "digits.yaml"))
-    demo = parse_config({"run": stated.run, **cli.DEMO})
+    demo = parse_config({"run": stated.run, **cli.demo_settings()})
     assert demo.model_dump() == stated.model_dump()

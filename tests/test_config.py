@@ -1,4 +1,4 @@
-"""Settings: what is refused, and whether the refusal names the field, the value and what is allowed."""
+"""Settings: wrong ones are refused, naming the field, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -138,6 +138,20 @@ def test_every_bad_setting_is_named_at_once() -> None:
     assert "run: required" in message
     assert "seed.fraction" in message
     assert "proxy.lr" in message
+
+
+def test_a_wrong_item_of_a_list_is_the_only_problem_of_the_list() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"run": "r", "source": {"uri": "x"}, "select": {"keep": [1.5]}})
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 1 and lines[0].startswith("  select.keep.0: 1.5 is not allowed")
+    with pytest.raises(ConfigError, match=r"select\.keep: \[\] is not allowed: give at least 1"):
+        parse_config({"run": "r", "source": {"uri": "x"}, "select": {"keep": []}})
+
+
+def test_the_nearest_allowed_word_is_offered() -> None:
+    with pytest.raises(ConfigError, match=r"'el2nn' is not allowed.*; did you mean 'el2n'\?"):
+        parse_config({"run": "r", "source": {"uri": "x"}, "measure": {"scores": ["el2nn"]}})
 
 
 def test_a_single_keep_fraction_is_a_list_of_one() -> None:

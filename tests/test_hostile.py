@@ -1,4 +1,7 @@
-"""A run folder from a stranger: status, report and select say what is wrong with it in a line, run nothing, and take little memory."""
+"""Untrusted run folders.
+
+status, report and select report what is wrong in one line, execute nothing and use little memory.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def _put(run: Run, file: str, content: bytes | str) -> None:
     )
 
 
-# -- JSON and YAML ----------------------------------------------------------------------------------------------------
+# -- JSON and YAML ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_pipes_and_devices_are_no_files(run: Run) -> None:
     assert "not a file" in _refused(run, "status")
 
 
-# -- Parquet --------------------------------------------------------------------------------------------------------
+# -- Parquet ---------------------------------------------------------------------------------------
 
 
 def _table(**columns: Any) -> bytes:
@@ -313,7 +316,7 @@ def test_memory_is_bounded_in_a_process_of_its_own(run: Run) -> None:
     assert int(done.stdout) < 300, "MB more than the imports took"
 
 
-# -- names and links --------------------------------------------------------------------------------------------------
+# -- names and links -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -366,7 +369,7 @@ def test_nothing_is_written_through_a_link_out_of_the_run(
     refuse_links_out(run, folder)  # within the run a link is nobody else's business
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 
 def test_names_and_ids_are_text_in_the_page(make_run: Callable[..., Run]) -> None:
@@ -395,7 +398,7 @@ def test_a_terminal_is_not_told_what_to_do(run: Run) -> None:
     assert printable("Zoë, 猫, a\tb\n") == "Zoë, 猫, a\tb\n"
 
 
-# -- the sentence ------------------------------------------------------------------------------------------------------
+# -- the sentence ----------------------------------------------------------------------------------
 
 
 def test_errors_of_form_become_one_line_and_ours_stay() -> None:

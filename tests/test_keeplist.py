@@ -75,7 +75,7 @@ def test_what_a_list_holds(run: Run) -> None:
 def test_lists_that_are_not_there(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
         RunError,
-        match=r"fraction 0\.3; there is keep-0\.50\.parquet\. Make it with `raypipe select .* --keep 0\.3`",
+        match=r"fraction 0\.3; available: keep-0\.50\.parquet\. Write it with `raypipe select .* --keep 0\.3`",
     ):
         raypipe.KeepList(run.uri, 0.3)
     with pytest.raises(RunError, match="no such keep-list"):
@@ -101,9 +101,9 @@ def test_a_list_on_s3_without_labels_or_weights(s3: str) -> None:
         and keep.weights is None
         and keep.metadata == {}
     )
-    with pytest.raises(ConfigError, match="has no weights"):
+    with pytest.raises(ConfigError, match="the list has no weights"):
         keep.sampler(Rows(3), ids=["a", "b", "c"])
-    with pytest.raises(SourceError, match="do not say which sample"):
+    with pytest.raises(SourceError, match="do not identify samples"):
         keep.subset(Rows(3, columns={}))
 
 
@@ -143,7 +143,8 @@ def test_subset_and_sampler_agree(run: Run) -> None:
     with pytest.raises(SourceError, match="3 ids are given, but the dataset has 120"):
         keep.subset(dataset, ["a", "b", "c"])
     with pytest.raises(
-        SourceError, match=r"of the 60 samples of the keep-list are beyond the 50 samples"
+        SourceError,
+        match=r"of the 60 samples of the keep-list are beyond the 50 samples of the dataset",
     ):
         keep.subset(TensorDataset(torch.arange(50)))
     assert keep.subset(TensorDataset(torch.arange(50)), strict=False).indices == [
@@ -216,7 +217,7 @@ def test_rows_of_parquet_files(of_parquet: Run, tmp_path: Path) -> None:
         keep.subset(Rows(40, columns={"digit": labels[::-1]}))
     alone = f"{tmp_path}/alone.parquet"
     storage.write_bytes(alone, storage.read_bytes(keep.uri))
-    with pytest.raises(SourceError, match=r"in 2 files, and .* is not in its run"):
+    with pytest.raises(SourceError, match=r"in 2 files, and .* is outside its run"):
         raypipe.KeepList(alone).subset(Rows(40, columns={}))
     first = storage.read_table(alone).filter(
         pa.array(["train-0" in sample_id for sample_id in keep])
@@ -234,7 +235,7 @@ def test_a_column_of_ids(of_parquet: Run, tmp_path: Path) -> None:
     assert keep.subset(Rows(40, columns={"key": names})).indices == keep.indices(names)
     assert keep.subset(Rows(40, columns={"sample_id": names})).indices == keep.indices(names)
     with pytest.raises(
-        SourceError, match="do not say which sample of the dataset is meant: they are such as 'k"
+        SourceError, match="do not identify samples of the dataset: they are like 'k"
     ):
         keep.subset(Rows(40, columns={}))
 
@@ -331,7 +332,9 @@ def test_a_ray_dataset_and_shards_through_ray(
         "row",
         "score",
     ]
-    with pytest.raises(ConfigError, match="has no column 'weight'; it has sample_id, label, score"):
+    with pytest.raises(
+        ConfigError, match="has no column 'weight'; columns: sample_id, label, score"
+    ):
         keep.filter(dataset, "key", columns=["weight"])
     with pytest.raises(SystemExit) as stop:
         main(

@@ -1,4 +1,4 @@
-"""Listings of many files: their order, what is held of them, and how many requests they take."""
+"""Listings of many files: order, memory, and number of requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from raypipe.storage.file_info import hidden
 
 
 class Keys:
-    """What of S3 a listing asks for, over keys in memory; counts requests and holds the largest number at the same time."""
+    """The S3 requests of a listing, answered from keys in memory.
+
+    Counts the requests, and the largest number of concurrent ones.
+    """
 
     def __init__(self, keys: list[str], seconds: float = 0.0) -> None:
         self.req_kw: dict[str, Any] = {}

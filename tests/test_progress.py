@@ -159,7 +159,7 @@ def test_lines_about_fragments_do_not_each_store_the_log(monkeypatch: pytest.Mon
     from raypipe import pipeline
 
     stored: list[str] = []
-    lines = pipeline._Lines()
+    lines = pipeline._LogHandler()
     lines.store = stored.append
     logger = logging.Logger("x")
     logger.addHandler(lines)

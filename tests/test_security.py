@@ -33,7 +33,7 @@ CODE = {
 }
 """Modules whose files run code when they are opened."""
 RESTRICTED = "raypipe/sources/torchvision_build.py"
-"""Opens the pickles in which CIFAR is published, through an Unpickler that knows arrays only; its tests hold it to that."""
+"""The module that opens the published CIFAR pickles, with an Unpickler that allows arrays only."""
 
 
 def _called(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -94,14 +94,15 @@ def test_the_search_finds_what_it_looks_for(code: str) -> None:
 
 def test_the_search_leaves_the_rest_alone() -> None:
     assert not problems(
-        "import torch; torch.load('x', weights_only=True); model.eval(); yaml.safe_load(f); np.load('x')"
+        "import torch; torch.load('x', weights_only=True); model.eval(); yaml.safe_load(f); "
+        "np.load('x')"
     )
     assert problems("import pickle; pickle.load(f)", restricted=True) and not problems(
         "import pickle", restricted=True
     )
 
 
-# -- secrets --------------------------------------------------------------------------------------------------------
+# -- secrets ---------------------------------------------------------------------------------------
 
 
 def _files(folder: str) -> Iterator[tuple[str, bytes]]:
@@ -114,7 +115,7 @@ def _files(folder: str) -> Iterator[tuple[str, bytes]]:
 
 @pytest.mark.ray
 def test_a_secret_of_the_environment_is_in_no_file_of_a_run(finished: str) -> None:
-    """conftest plants it before the cluster starts: a password, the key of S3, and an endpoint with credentials in it."""
+    """Secrets that conftest plants before the cluster starts: password, S3 key, endpoint."""
     assert (
         os.environ["RAYPIPE_TEST_PASSWORD"] == PLANTED
         and PLANTED in os.environ["AWS_SECRET_ACCESS_KEY"]
@@ -129,7 +130,7 @@ def test_a_secret_of_the_environment_is_in_no_file_of_a_run(finished: str) -> No
 def test_credentials_in_an_address_are_in_no_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storage that cannot be reached is named by what the user wrote, not by what the endpoint holds."""
+    """Errors name unreachable storage by its URI, not by the endpoint, which has credentials."""
     from raypipe.errors import RaypipeError
     from raypipe.pipeline import errors_of_storage
 

@@ -60,7 +60,8 @@ class Config(Settings):
         extrapolated, measured = self.extrapolate.score, self.measure.scores
         if extrapolated != "auto" and extrapolated not in measured:
             raise ValueError(
-                f"extrapolate.score: {extrapolated!r} is not one of measure.scores ({', '.join(measured)})"
+                f"extrapolate.score: {extrapolated!r} is not one of measure.scores "
+                f"({', '.join(measured)})"
             )
         from_trajectory = sorted(set(measured) - set(self.measure.at_checkpoints))
         if self.proxy.trajectory == "none" and from_trajectory:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from raypipe.config.model import Config
 
@@ -21,7 +24,14 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
     root : type of Settings, optional
         The model that was validated. Default: `Config`.
     """
-    for item in error.errors():
+    items = error.errors()
+    for item in items:
+        # A list with a wrong item also counts as too short, which says nothing new.
+        if item["type"] == "too_short" and any(
+            len(other["loc"]) > len(item["loc"]) and other["loc"][: len(item["loc"])] == item["loc"]
+            for other in items
+        ):
+            continue
         where = (
             ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
             or "configuration"
@@ -38,7 +48,10 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
                 if item["type"] == "value_error" and isinstance(item["input"], dict)
                 else f"{_shown(item['input'])} is not allowed: "
             )
-            yield f"  {where}: {prefix}{item['msg'].removeprefix('Value error, ')}"
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "too_short":
+                message = f"give at least {item['ctx']['min_length']}"
+            yield f"  {where}: {prefix}{message}{_nearest_choice(item)}"
 
 
 def _shown(value: Any) -> str:
@@ -56,9 +69,16 @@ def _is_union_branch(part: str | int) -> bool:
     )
 
 
-def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
-    import difflib
+def _nearest_choice(item: ErrorDetails) -> str:
+    """Return "; did you mean ...?" when one of the allowed words is close to the given one."""
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return ""
+    allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+    near = difflib.get_close_matches(item["input"], allowed, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
+
+def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
     for part in location[:-1]:
         model = (
             model.model_fields[part].annotation

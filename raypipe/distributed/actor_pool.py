@@ -19,7 +19,7 @@ from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
 from raypipe.config import Config
-from raypipe.distributed.cluster import ActorPool
+from raypipe.distributed.cluster import ActorPool, PoolSize
 from raypipe.distributed.context import Context
 from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.pending import requesting, resource_shape
@@ -115,28 +115,8 @@ def stream(
     """
     if not units:
         return
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # a unit stays one block; source.fragment_samples bounds its size
-    context.target_max_block_size = None
-    context.execution_no_progress_timeout_s = patience
     size = pool.sizes(len(units), units_per_actor)
-    made = {"make": fenced(make_actor)}
-    how: dict[str, Any] = {"fn": _Actor, "fn_constructor_kwargs": made}
-    how["compute"] = ActorPoolStrategy(
-        min_size=size.minimum,
-        max_size=size.maximum,
-        initial_size=size.initial,
-        max_tasks_in_flight_per_actor=2,
-    )
-    if pool.tasks:
-        how = {
-            "fn": _as_actor,
-            "fn_kwargs": {"key": uuid.uuid4().hex, **made},
-            "compute": TaskPoolStrategy(size.maximum),
-        }
-    with DataContext.current(context):
+    with DataContext.current(_data_context(patience)):
         dataset = ray.data.read_datasource(
             _Units(units, fenced(read), name),
             override_num_blocks=len(units),
@@ -145,7 +125,10 @@ def stream(
         )
         # map_batches refuses whole blocks with a GPU, and with a batch size would merge units
         dataset = dataset.map_batches_internal(
-            batch_size=None, num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, **how
+            batch_size=None,
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            **_compute_options(make_actor, pool, size),
         )
         try:
             with requesting(
@@ -158,6 +141,40 @@ def stream(
                         on_result(UnitResult.from_batch(batch, row))
         except Exception as error:
             raise as_raypipe_error(error) from error
+
+
+def _data_context(patience: float) -> DataContext:
+    """Return Ray Data's settings for a stream."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # a unit stays one block; source.fragment_samples bounds its size
+    context.target_max_block_size = None
+    context.execution_no_progress_timeout_s = patience
+    return context
+
+
+def _compute_options(
+    make_actor: Callable[[], Actor], pool: ActorPool, size: PoolSize
+) -> dict[str, Any]:
+    """Return the arguments of `map_batches` for actors, or for tasks in their place."""
+    make = fenced(make_actor)
+    if pool.tasks:
+        return {
+            "fn": _as_actor,
+            "fn_kwargs": {"key": uuid.uuid4().hex, "make": make},
+            "compute": TaskPoolStrategy(size.maximum),
+        }
+    return {
+        "fn": _Actor,
+        "fn_constructor_kwargs": {"make": make},
+        "compute": ActorPoolStrategy(
+            min_size=size.minimum,
+            max_size=size.maximum,
+            initial_size=size.initial,
+            max_tasks_in_flight_per_actor=2,
+        ),
+    }
 
 
 class _Actor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import ray
 
@@ -18,6 +18,15 @@ from raypipe.runs.run import Run
 from raypipe.storage.fences import fenced
 
 StepFunction = Callable[[Config, Run, int, ProgressCallback], None]
+"""Does its work given (config, run, samples, step), and calls step(done, total) as it proceeds."""
+
+
+class StepReport(NamedTuple):
+    """Progress of one function: steps done, steps in total, processor seconds so far."""
+
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
 
 
 def run_step_functions(
@@ -49,47 +58,43 @@ def run_step_functions(
         name: task.remote(fenced(part), context.config, context.run.uri, samples, cpus)
         for name, part in parts.items()
     }
-    done, totals, seconds = (
-        dict.fromkeys(parts, 0),
-        dict.fromkeys(parts, 0),
-        dict.fromkeys(parts, 0.0),
-    )
-    steps: queue.Queue[tuple[str, Any]] = queue.Queue()
-
-    def follow(name: str) -> None:
-        try:
-            for reference in streams[name]:
-                steps.put((name, ray.get(reference)))
-            steps.put((name, None))
-        except Exception as error:
-            steps.put((name, error))
-
-    for name in parts:
-        threading.Thread(target=follow, args=(name,), daemon=True).start()
-    running = set(parts)
-    with context.progress.meter(
-        "+".join(dict.fromkeys(name.partition("-")[0] for name in parts)), 0, "epochs"
-    ) as meter:
+    messages: queue.Queue[tuple[str, StepReport | Exception | None]] = queue.Queue()
+    for name, stream in streams.items():
+        threading.Thread(target=_follow, args=(name, stream, messages), daemon=True).start()
+    running, latest = set(parts), dict.fromkeys(parts, StepReport())
+    title = "+".join(dict.fromkeys(name.partition("-")[0] for name in parts))
+    with context.progress.meter(title, 0, "epochs") as meter:
         while running:
-            name, step = steps.get()
-            if isinstance(step, Exception):
-                raise as_raypipe_error(step) from step
-            if step is None:
+            name, message = messages.get()
+            if isinstance(message, Exception):
+                raise as_raypipe_error(message) from message
+            if message is None:
                 running.remove(name)
                 continue
-            done[name], totals[name], seconds[name] = step
-            meter.expect(sum(totals.values()))
-            meter.add(sum(done.values()) - meter.count)
-    return sum(seconds.values())
+            latest[name] = message
+            meter.expect(sum(report.total for report in latest.values()))
+            meter.add(sum(report.done for report in latest.values()) - meter.count)
+    return sum(report.seconds for report in latest.values())
+
+
+def _follow(
+    name: str,
+    stream: Iterable[ray.ObjectRef],
+    messages: queue.Queue[tuple[str, StepReport | Exception | None]],
+) -> None:
+    """Pass on the reports of a task, then None or its error. Runs in a thread of the driver."""
+    try:
+        for reference in stream:
+            messages.put((name, ray.get(reference)))
+        messages.put((name, None))
+    except Exception as error:
+        messages.put((name, error))
 
 
 def _in_task(
     part: StepFunction, config: Config, run_uri: str, samples: int, threads: int
-) -> Iterator[tuple[int, int, float]]:
-    """Yield (steps done, steps in total, processor seconds) while the function runs in a thread.
-
-    Runs in a task.
-    """
+) -> Iterator[StepReport]:
+    """Yield reports while the function runs in a thread. Runs in a task."""
     from raypipe.vision.devices import set_threads
 
     watch = Stopwatch()
@@ -110,5 +115,5 @@ def _in_task(
             raise step
         done, total = step
         seconds += watch.lap()
-        yield done, total, seconds
-    yield done, total, seconds + watch.lap()
+        yield StepReport(done, total, seconds)
+    yield StepReport(done, total, seconds + watch.lap())

@@ -1,9 +1,10 @@
-"""Does it help? Fresh models trained on keep-lists, on random lists of the same size and on everything, compared on a test set.
+"""Does a keep-list help? Compare models trained on keep-lists, on random lists and on everything.
 
-fitting    one training and its test: arrays in, figures out. No Ray, no storage
-figures    intervals over seeds, differences to random, break-even, sentences. No Ray, no storage
-lists      what is trained on: rows of the scored samples, cut as keep-lists are
-pixels     images decoded once, and the copy of them on each node
-trainings  which trainings there are, what determines each, and the file that holds its result
-running    the driver: trainings as Ray tasks, side by side as the cluster has room
+- `train`: one training and its test, on arrays. No Ray, no storage.
+- `figures`: intervals over seeds, differences to random, break-even. No Ray, no storage.
+- `lists`: rows of the scored samples to train on, cut as keep-lists are.
+- `decoded`: images that are decoded once, and their copy on each node.
+- `trainings`: every training, what determines it, and the file with its result.
+- `summary`: what the trainings show together.
+- `driver`: runs the trainings as Ray tasks, as many at a time as the cluster has room for.
 """

@@ -1,7 +1,10 @@
-"""Images decoded once: in tasks into RUN/evaluation/pixels/, and from there into an array on each node that trains. No Ray.
+"""Decode images once: in tasks to RUN/evaluation/pixels/, and from there to arrays on each node.
 
-A unit is a fragment of the source, or of the test set. Its file has `image`, the bytes of uint8 [3, size, size], and `label`; the array of
-a node is memory-mapped, one copy for all trainings beside one another, and as fast as memory where it fits.
+No Ray.
+
+A unit is a fragment of the source or of the test set. Its file has `image`, the bytes of uint8
+[3, size, size], and `label`. The arrays of a node are memory-mapped: one copy serves all trainings
+on the node, and is as fast as memory if it fits.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -33,34 +36,43 @@ from raypipe.sources import Fragment, open_source
 from raypipe.vision.decode import decode_batch
 
 FOLDER = "evaluation/pixels"
-ROOM = 0.8
-"""Share of a node's memory, and of the free disk below its folder for temporary files, that the array may take."""
+MAX_SHARE = 0.8
+"""Share of a node's memory, and of its free disk for temporary files, that arrays can take."""
 TRAIN, TEST = "train", "test"
+"""Parts of the data."""
+COMPLETE = "complete"
+"""File that marks finished arrays; it holds the statistics of the training part."""
 
 
 def bytes_needed(samples: int, size: int) -> int:
-    """Of an array of so many decoded images."""
+    """Return the bytes of decoded images."""
     return samples * 3 * size * size
 
 
 def check_room(samples: int, size: int, available: float, what: str = "memory") -> None:
-    """Raise ResourceError where so many images do not fit into `available` bytes of a node."""
+    """Raise ResourceError if the images do not fit into `available` bytes of a node."""
     needed = bytes_needed(samples, size)
-    if needed > ROOM * available:
+    if needed > MAX_SHARE * available:
         raise ResourceError(
-            f"an evaluation holds all {samples:,} images (of training and test) decoded at {size} pixels on every node that trains: "
-            f"{needed / 2**30:.1f} GiB, but the smallest has {available / 2**30:.1f} GiB of {what}, of which {ROOM:.0%} may be used. Lower "
-            "image_size, take larger nodes, or evaluate a rehearsal of the run (source.limit)"
+            f"an evaluation holds all {samples:,} images (of training and test) decoded at {size} "
+            f"pixels on every node that trains: {needed / 2**30:.1f} GiB. The smallest node has "
+            f"{available / 2**30:.1f} GiB of {what}, of which {MAX_SHARE:.0%} can be used. Lower "
+            "image_size, use larger nodes, or evaluate a smaller run (source.limit)"
         )
 
 
 @dataclass(frozen=True)
 class DecodeUnit:
-    """Something to decode.
+    """A fragment to decode.
 
-    part      train or test
-    number    place among the units of its part
-    fragment  what is read; of the source of the run without its members, which are in the index
+    Attributes
+    ----------
+    part
+        train or test.
+    number
+        Position among the units of its part.
+    fragment
+        What is read. A fragment of the run's source has no members here; they are in the index.
     """
 
     part: str
@@ -69,14 +81,34 @@ class DecodeUnit:
 
     @property
     def file(self) -> str:
-        return f"{self.part}-{self.number:06d}.parquet"
+        """Name of the file with its images."""
+        return _unit_file(self.part, self.number)
+
+
+def _unit_file(part: str, number: int) -> str:
+    return f"{part}-{number:06d}.parquet"
+
+
+class UnitCounts(TypedDict):
+    """Decoded samples of a unit, and those that were left out; stored as JSON."""
+
+    samples: int
+    left_out: int
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """What is tested on: fragments, a hash of what they are, and whether the run's own samples are left out."""
+    """What is tested on.
 
-    __test__ = False  # no test, whatever pytest makes of the name
+    Attributes
+    ----------
+    source, fragments
+        The samples.
+    without_own
+        Whether samples that the run scored are left out.
+    """
+
+    __test__ = False  # tells pytest that this is not a test
 
     source: SourceSettings
     fragments: tuple[Fragment, ...]
@@ -84,6 +116,7 @@ class TestSet:
 
     @property
     def digest(self) -> str:
+        """Hash of what is tested on."""
         names = content_hash(fragment.fragment_id for fragment in self.fragments)
         return fingerprint(
             names, sum(fragment.samples for fragment in self.fragments), self.without_own
@@ -91,19 +124,24 @@ class TestSet:
 
 
 def list_test_set(source: SourceSettings, run_source: SourceSettings) -> TestSet:
-    """The fragments of a test set. Raises SourceError where there are none.
+    """List the fragments of a test set.
 
-    Of a test set at the same URI and split as the run's source, samples that the run scored are left out; elsewhere equal ids are no sign of
-    equal images.
+    If it is at the same URI and of the same split as the run's source, samples that the run scored
+    are left out. Elsewhere, equal ids do not mean equal images.
+
+    Raises
+    ------
+    SourceError
+        If the test set has no readable samples.
     """
     opened = open_source(source)
-    found = [fragment for file in opened.files() for fragment in opened.scan(file).fragments]
-    fragments = tuple(
-        _first(
-            [fragment for fragment in found if fragment.samples and not fragment.error],
-            source.limit,
-        )
-    )
+    readable = [
+        fragment
+        for file in opened.files()
+        for fragment in opened.scan(file).fragments
+        if fragment.samples and not fragment.error
+    ]
+    fragments = tuple(_first(readable, source.limit))
     if not fragments:
         raise SourceError(f"{source.uri}: the test set has no readable samples")
     same = (source.uri, source.split, source.root) == (
@@ -115,7 +153,7 @@ def list_test_set(source: SourceSettings, run_source: SourceSettings) -> TestSet
 
 
 def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragment]:
-    """Fragments up to so many samples, the last one cut."""
+    """Yield fragments up to `limit` samples; the last one is cut."""
     left = sum(fragment.samples for fragment in fragments) if limit is None else limit
     for fragment in fragments:
         if left <= 0:
@@ -130,8 +168,14 @@ def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragmen
 
 def decode_train(
     run_uri: str, source: SourceSettings, size: int, folder: str, unit: DecodeUnit
-) -> dict[str, Any]:
-    """Decode the labelled samples of a score shard, in its order. Raises StageError where one cannot be read any more."""
+) -> UnitCounts:
+    """Decode the labelled samples of a score shard, in its order.
+
+    Raises
+    ------
+    StageError
+        If one of them can no longer be read.
+    """
     run = Run(run_uri)
     scored = storage.read_table(run.score_shard(unit.fragment.fragment_id), ["sample_id", "label"])
     labels = scored["label"].fill_null(-1).to_numpy().astype(np.int64)
@@ -150,14 +194,16 @@ def decode_train(
     )
     samples = [sample for sample in read if not sample.reason and sample.sample_id in place]
     pixels, reasons = decode_batch(samples, size, source.max_pixels)
-    images, there = np.zeros((len(ids), 3, size, size), np.uint8), np.zeros(len(ids), bool)
+    images, read_ids = np.zeros((len(ids), 3, size, size), np.uint8), np.zeros(len(ids), bool)
     for sample, image, reason in zip(samples, pixels, reasons, strict=True):
         if not reason:
-            images[place[sample.sample_id]], there[place[sample.sample_id]] = image, True
-    if not there.all():
-        example = ids[int(np.flatnonzero(~there)[0])]
+            row = place[sample.sample_id]
+            images[row], read_ids[row] = image, True
+    if not read_ids.all():
+        example = ids[int(np.flatnonzero(~read_ids)[0])]
         raise StageError(
-            f"{int((~there).sum()):,} samples that were scored cannot be read any more, such as {example!r}; run `raypipe run` again"
+            f"{int((~read_ids).sum()):,} samples that were scored can no longer be read, such as "
+            f"{example!r}; run `raypipe run` again"
         )
     _write(storage.join(folder, unit.file), images, labels[labels >= 0])
     return {"samples": len(ids), "left_out": 0}
@@ -165,8 +211,11 @@ def decode_train(
 
 def decode_test(
     run_uri: str, test: TestSet, size: int, folder: str, unit: DecodeUnit
-) -> dict[str, Any]:
-    """Decode a fragment of the test set; what is unlabelled, unreadable or the run's own is left out and counted."""
+) -> UnitCounts:
+    """Decode a fragment of the test set.
+
+    Samples that are unlabelled, unreadable or scored by the run are left out and counted.
+    """
     run = Run(run_uri)
     classes, opened, own = run.classes(), open_source(test.source), set[str]()
     if test.without_own:
@@ -194,7 +243,17 @@ def _write(uri: str, images: np.ndarray, labels: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Arrays:
-    """What a node holds: of both parts images uint8 [n, 3, size, size] and labels int64 [n]; mean and standard deviation of the training part."""
+    """What a node holds.
+
+    Attributes
+    ----------
+    images, labels
+        Of the training part: uint8 [n, 3, size, size] and int64 [n].
+    test_images, test_labels
+        The same of the test part.
+    statistics
+        Mean and standard deviation of the channels of the training part.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -207,8 +266,18 @@ class Arrays:
 class NodeCopy:
     """The arrays on this node's disk.
 
-    folder  of the decoded files;  key: hash of what is in them, with the run's
-    counts  samples of each training and each test unit
+    Attributes
+    ----------
+    run
+        URI of the run.
+    folder
+        URI of the decoded files.
+    key
+        Hash of what is in them.
+    size
+        Pixels a side.
+    counts
+        Samples of each training unit and of each test unit.
     """
 
     run: str
@@ -227,11 +296,17 @@ class NodeCopy:
         return self._prefix + self.key
 
     def open(self) -> Arrays:
-        """Fill it, where no other training on this node has; the others wait. Raises ResourceError where the disk is too full."""
+        """Open the arrays; the first training on this node fills them, and the others wait.
+
+        Raises
+        ------
+        ResourceError
+            If the disk is too full.
+        """
         with self._locked():
-            if not os.path.exists(os.path.join(self._place, "complete")):
+            if not os.path.exists(os.path.join(self._place, COMPLETE)):
                 self._fill()
-        with open(os.path.join(self._place, "complete")) as file:
+        with open(os.path.join(self._place, COMPLETE)) as file:
             statistics = json.load(file)
         loaded = [
             np.load(self._file(part, what), mmap_mode="r")
@@ -247,7 +322,7 @@ class NodeCopy:
         )
 
     def remove(self) -> None:
-        """From this node's disk."""
+        """Delete the arrays from this node's disk."""
         shutil.rmtree(self._place, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._prefix + "lock")
@@ -255,59 +330,56 @@ class NodeCopy:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with open(self._prefix + "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, or its process ends
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed or the process ends
             yield
 
     def _fill(self) -> None:
-        for left in glob.glob(glob.escape(self._prefix) + "*"):
-            if os.path.isdir(left):
-                shutil.rmtree(left, ignore_errors=True)
-        samples = sum(map(sum, self.counts))
-        check_room(
-            samples,
-            self.size,
-            shutil.disk_usage(tempfile.gettempdir()).free,
-            "free disk for temporary files",
-        )
+        for leftover in glob.glob(glob.escape(self._prefix) + "*"):
+            if os.path.isdir(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        check_room(sum(map(sum, self.counts)), self.size, free, "free disk for temporary files")
         os.makedirs(self._place)
-        for part, counts in zip((TRAIN, TEST), self.counts, strict=True):
-            shape = (sum(counts), 3, self.size, self.size)
-            images = np.lib.format.open_memmap(self._file(part, "images"), "w+", np.uint8, shape)
-            labels = np.lib.format.open_memmap(
-                self._file(part, "labels"), "w+", np.int64, shape[:1]
-            )
-            first = 0
-            for number, count in enumerate(counts):
-                table = storage.read_table(
-                    storage.join(self.folder, f"{part}-{number:06d}.parquet")
-                )
-                column, width = table["image"].combine_chunks(), bytes_needed(1, self.size)
-                if count:
-                    pixels = np.frombuffer(
-                        column.buffers()[1], np.uint8, count * width, column.offset * width
-                    )
-                    images[first : first + count] = pixels.reshape(count, *shape[1:])
-                    labels[first : first + count] = table["label"].to_numpy()
-                first += count
-            images.flush()
-            labels.flush()
-            if part == TRAIN:
-                mean, std = statistics_of(images)
-        with open(os.path.join(self._place, "complete.new"), "w") as file:
+        train, test = self.counts
+        mean, std = statistics_of(self._fill_part(TRAIN, train))
+        self._fill_part(TEST, test)
+        complete = os.path.join(self._place, COMPLETE)
+        with open(f"{complete}.new", "w") as file:
             json.dump({"mean": mean, "std": std}, file)
-        os.replace(os.path.join(self._place, "complete.new"), os.path.join(self._place, "complete"))
+        os.replace(f"{complete}.new", complete)
+
+    def _fill_part(self, part: str, counts: Sequence[int]) -> np.ndarray:
+        """Copy the decoded files of a part into its arrays; return the images."""
+        shape = (sum(counts), 3, self.size, self.size)
+        images = np.lib.format.open_memmap(self._file(part, "images"), "w+", np.uint8, shape)
+        labels = np.lib.format.open_memmap(self._file(part, "labels"), "w+", np.int64, shape[:1])
+        width, first = bytes_needed(1, self.size), 0
+        for number, count in enumerate(counts):
+            table = storage.read_table(storage.join(self.folder, _unit_file(part, number)))
+            column = table["image"].combine_chunks()
+            if count:
+                pixels = np.frombuffer(
+                    column.buffers()[1], np.uint8, count * width, column.offset * width
+                )
+                images[first : first + count] = pixels.reshape(count, *shape[1:])
+                labels[first : first + count] = table["label"].to_numpy()
+            first += count
+        images.flush()
+        labels.flush()
+        return images
 
     def _file(self, part: str, what: str) -> str:
         return os.path.join(self._place, f"{part}-{what}.npy")
 
 
 def units_of(run: Run, shards: Sequence[tuple[str, int]], test: TestSet) -> list[DecodeUnit]:
-    """Everything that is decoded, in the order of score shards and test set."""
+    """Return everything to decode, in the order of score shards and test set."""
     fragments = {fragment.fragment_id: fragment for fragment in run.fragments()}
     absent = [name for name, _ in shards if name not in fragments]
     if absent:
         raise StageError(
-            f"scores/{absent[0]}.parquet is of no fragment in the index; run `raypipe run` again"
+            f"scores/{absent[0]}.parquet belongs to no fragment of the index; "
+            "run `raypipe run` again"
         )
     own = [DecodeUnit(TRAIN, number, fragments[name]) for number, (name, _) in enumerate(shards)]
     return own + [

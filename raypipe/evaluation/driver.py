@@ -1,14 +1,15 @@
-"""The driver of an evaluation: what there is to train, as Ray tasks side by side, and what comes of it."""
+"""Run an evaluation: its trainings as Ray tasks, as many at a time as the cluster has room for."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from raypipe import storage
-from raypipe.config import SourceSettings
+from raypipe.config import ProxySettings, SourceSettings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
@@ -21,6 +22,7 @@ from raypipe.evaluation.decoded import (
     DecodeUnit,
     NodeCopy,
     TestSet,
+    UnitCounts,
     bytes_needed,
     check_room,
     decode_test,
@@ -30,7 +32,7 @@ from raypipe.evaluation.decoded import (
 )
 from raypipe.evaluation.lists import SamplePool, cut_lists
 from raypipe.evaluation.summary import Results, summarize, table_of
-from raypipe.evaluation.trainings import FOLDER, recipe_of, train_one, trainings_of
+from raypipe.evaluation.trainings import FOLDER, Training, recipe_of, train_one, trainings_of
 from raypipe.keeplists.file import check_has_images
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
@@ -39,7 +41,9 @@ from raypipe.runs.run import Run
 from raypipe.sources import open_source
 
 SUMMARY, TABLE = "summary.json", "trainings.parquet"
-"""Below `evaluation/`, beside the results of single trainings."""
+"""Files in `evaluation/`, next to the results of single trainings."""
+MAX_CPUS_WITH_GPU = 4
+"""CPUs of a training that has a GPU, at most."""
 
 
 def evaluate(
@@ -50,18 +54,40 @@ def evaluate(
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Train on every list that there is no result of, and write `RUN/evaluation/summary.json` and `trainings.parquet`.
+    """Train on every list that has no result yet, and write `RUN/evaluation/`.
 
-    Returns the summary. `test` is the source of the test set. Where the run has a report, it is written again with the figures.
-    Raises ConfigError, RunError, SourceError and ResourceError before anything is trained; StageError where a training fails.
+    If the run has a report, it is written again with the figures.
+
+    Parameters
+    ----------
+    run
+        A run with scores.
+    test
+        The source of the test set.
+    settings
+        What is compared, and how.
+    progress, verbose
+        What is printed.
+
+    Returns
+    -------
+    dict
+        The content of `evaluation/summary.json`.
+
+    Raises
+    ------
+    ConfigError, RunError, SourceError, ResourceError
+        Before anything is trained.
+    StageError
+        If a training fails.
     """
     run.record("extrapolate")
     check_has_images(run)
     config, progress = run.config(), progress or Progress()
     if config.unsupervised:
         raise RunError(
-            f"{run.uri}: its labels are pseudo-labels, and a training to compare lists by needs true ones; use the keep-lists where there "
-            "are some"
+            f"{run.uri}: its labels are pseudo-labels, but comparing lists requires trainings with "
+            "true labels; use the keep-lists where true labels exist"
         )
     test = open_source(test).resolved_settings(settings.image_size or config.proxy.image_size)
     context = Context(config, run, progress, verbose)
@@ -79,52 +105,26 @@ def evaluate(
 def _evaluate(
     context: Context, source: SourceSettings, settings: EvaluateSettings
 ) -> dict[str, Any]:
-    run, config, progress = context.run, context.config, context.progress
+    run, config = context.run, context.config
     recipe = recipe_of(config, settings)
     pool, lists = cut_lists(run, config, settings)
     test = list_test_set(source, config.source)
-    cluster = context.cluster
-    gpu = cluster.use_gpu(settings.use_gpu)
+    gpu = context.cluster.use_gpu(settings.use_gpu)
     data = fingerprint([name for name, _ in pool.shards], test.digest)
-    wanted = trainings_of(lists, pool, recipe, settings, data, gpu)
-    done = storage.names(run.path(FOLDER))
-    missing = list({item.name: item for item in wanted if f"{item.name}.json" not in done}.values())
-    earlier = len({item.name for item in wanted}) - len(missing)
-    counts = _Counts(run, fingerprint(data, pool.digest, recipe.image_size))
+    trainings = trainings_of(lists, pool, recipe, settings, data, gpu)
+    counts = _UnitCountsFile(run, fingerprint(data, pool.digest, recipe.image_size))
+    missing = _missing(run, trainings)
     if missing:
-        needed = bytes_needed(
-            len(pool) + sum(fragment.samples for fragment in test.fragments), recipe.image_size
-        )
-        progress.say(
-            f"{'evaluate':<11} {len(missing):,} trainings of {recipe.model} at {recipe.image_size} pixels"
-            f"{f' ({earlier:,} done before)' if earlier else ''}; {needed / 2**20:,.0f} MiB of decoded images on each node"
-        )
-        check_room(
-            len(pool) + sum(fragment.samples for fragment in test.fragments),
-            recipe.image_size,
-            smallest_memory(),
-        )
+        _announce(context, missing, trainings, recipe, _images(pool, test))
+        check_room(_images(pool, test), recipe.image_size, smallest_memory())
         copy = _decode(context, pool, test, recipe.image_size, counts)
-        cpus = _cpus_of(cluster, settings, gpu, len(missing))
-        work = functools.partial(train_one, run.uri, copy, len(run.classes().names), cpus, gpu)
-        with progress.meter("evaluate", len(wanted), "trainings") as meter:
-            meter.already(len(wanted) - len(missing))
-            try:
-                run_on_share(missing, work, lambda _: meter.add(1), cpus, int(gpu))
-            finally:
-                on_each_node(copy.remove)
+        _train(context, missing, trainings, copy, settings, gpu)
         storage.delete(run.path(PIXELS))
     else:
-        progress.say(f"{'evaluate':<11} done before: {len(wanted):,} trainings")
-    results = Results(
-        wanted,
-        {
-            name: storage.read_json(run.path(FOLDER, f"{name}.json"))
-            for name in {item.name for item in wanted}
-        },
-    )
+        context.progress.say(f"{'evaluate':<11} done before: {len(trainings):,} trainings")
+    results = _read_results(run, trainings)
     summary = summarize(
-        run, config, settings, recipe, results, len(pool), {"uri": source.uri, **counts.test}
+        run, settings, recipe, results, len(pool), {"uri": source.uri, **counts.test}
     )
     storage.write_table(run.path(FOLDER, TABLE), table_of(results, run.classes().names))
     storage.write_json(run.path(FOLDER, SUMMARY), summary)
@@ -135,32 +135,95 @@ def _evaluate(
     return summary
 
 
-class _Counts:
-    """How many samples each decoded unit has, kept beside the results, since the decoded files go when all is trained."""
+def _missing(run: Run, trainings: Sequence[Training]) -> list[Training]:
+    """Return the trainings without a result, each once: equal ones share a name."""
+    done = storage.names(run.path(FOLDER))
+    return list({item.name: item for item in trainings if f"{item.name}.json" not in done}.values())
+
+
+def _images(pool: SamplePool, test: TestSet) -> int:
+    """Return the number of images that each node holds."""
+    return len(pool) + sum(fragment.samples for fragment in test.fragments)
+
+
+def _announce(
+    context: Context,
+    missing: Sequence[Training],
+    trainings: Sequence[Training],
+    recipe: ProxySettings,
+    images: int,
+) -> None:
+    earlier = len({item.name for item in trainings}) - len(missing)
+    done = f" ({earlier:,} done before)" if earlier else ""
+    needed = bytes_needed(images, recipe.image_size)
+    context.progress.say(
+        f"{'evaluate':<11} {len(missing):,} trainings of {recipe.model} at {recipe.image_size} "
+        f"pixels{done}; {needed / 2**20:,.0f} MiB of decoded images on each node"
+    )
+
+
+def _train(
+    context: Context,
+    missing: Sequence[Training],
+    trainings: Sequence[Training],
+    copy: NodeCopy,
+    settings: EvaluateSettings,
+    gpu: bool,
+) -> None:
+    """Run the trainings that are missing, as Ray tasks."""
+    run = context.run
+    cpus = _cpus_of(context.cluster, settings, gpu, len(missing))
+    train = functools.partial(train_one, run.uri, copy, len(run.classes().names), cpus, gpu)
+    with context.progress.meter("evaluate", len(trainings), "trainings") as meter:
+        meter.already(len(trainings) - len(missing))
+        try:
+            run_on_share(missing, train, lambda _: meter.add(1), cpus, int(gpu))
+        finally:
+            on_each_node(copy.remove)
+
+
+def _read_results(run: Run, trainings: Sequence[Training]) -> Results:
+    names = {item.name for item in trainings}
+    by_name = {name: storage.read_json(run.path(FOLDER, f"{name}.json")) for name in names}
+    return Results(trainings, by_name)
+
+
+class _UnitCountsFile:
+    """The number of samples in each decoded unit.
+
+    It is stored with the results: the decoded files are deleted when everything is trained.
+    """
 
     def __init__(self, run: Run, key: str) -> None:
         self.key, self._uri = key, run.path(FOLDER, f"data-{key}.json")
-        self._found: dict[str, Any] = {}
+        self._content: dict[str, Any] = {}
 
     def write(self, train: list[int], test: list[int], left_out: int) -> None:
-        self._found = {"train": train, "test": test, "left_out": left_out}
-        storage.write_json(self._uri, self._found)
+        self._content = {"train": train, "test": test, "left_out": left_out}
+        storage.write_json(self._uri, self._content)
 
     @property
     def test(self) -> dict[str, int]:
-        found = self._found or storage.read_json(self._uri)
-        return {"samples": sum(found["test"]), "left_out": found["left_out"]}
+        """Samples of the test set, and those that were left out."""
+        content = self._content or storage.read_json(self._uri)
+        return {"samples": sum(content["test"]), "left_out": content["left_out"]}
 
 
 def _decode(
-    context: Context, pool: SamplePool, test: TestSet, size: int, counts: _Counts
+    context: Context, pool: SamplePool, test: TestSet, size: int, counts: _UnitCountsFile
 ) -> NodeCopy:
-    """Decode what no earlier attempt has, in tasks. Raises SourceError where nothing is left to test on."""
+    """Decode, in tasks, what no earlier attempt has decoded.
+
+    Raises
+    ------
+    SourceError
+        If there is nothing to test on.
+    """
     run = context.run
     folder = run.path(PIXELS, counts.key)
     units = units_of(run, pool.shards, test)
-    said = storage.names(folder)
-    missing = [unit for unit in units if f"{unit.file}.json" not in said]
+    decoded = storage.names(folder)
+    missing = [unit for unit in units if f"{unit.file}.json" not in decoded]
     total = sum(unit.fragment.samples for unit in units)
     with context.progress.meter("decode", total, "images") as meter:
         meter.already(total - sum(unit.fragment.samples for unit in missing))
@@ -168,40 +231,45 @@ def _decode(
             _decode_unit, run.uri, context.config.source, replace(test, fragments=()), size, folder
         )
         context.run_tasks(missing, decode, lambda result: meter.add(result["read"]))
-    found = {unit: storage.read_json(storage.join(folder, f"{unit.file}.json")) for unit in units}
+    unit_counts: dict[DecodeUnit, UnitCounts] = {
+        unit: storage.read_json(storage.join(folder, f"{unit.file}.json")) for unit in units
+    }
     train, tested = (
-        [found[unit]["samples"] for unit in units if unit.part == part] for part in (TRAIN, TEST)
+        [unit_counts[unit]["samples"] for unit in units if unit.part == part]
+        for part in (TRAIN, TEST)
     )
     if not sum(tested):
         own = ", and its samples that the run scored are left out" if test.without_own else ""
         raise SourceError(
-            f"{test.source.uri}: no labelled, readable sample is left to test on{own}; give another test set"
+            f"{test.source.uri}: no labelled, readable sample is left to test on{own}; "
+            "give another test set"
         )
-    counts.write(train, tested, sum(found[unit]["left_out"] for unit in units))
+    counts.write(train, tested, sum(unit_counts[unit]["left_out"] for unit in units))
     return NodeCopy(run.uri, folder, counts.key, size, (tuple(train), tuple(tested)))
 
 
 def _decode_unit(
     run: str, source: SourceSettings, test: TestSet, size: int, folder: str, unit: DecodeUnit
 ) -> dict[str, Any]:
-    made = (
+    """Decode a unit and write how many samples it has. Runs in a task."""
+    counts = (
         decode_train(run, source, size, folder, unit)
         if unit.part == TRAIN
         else decode_test(run, test, size, folder, unit)
     )
-    storage.write_json(storage.join(folder, f"{unit.file}.json"), made)
+    storage.write_json(storage.join(folder, f"{unit.file}.json"), counts)
     return {"read": unit.fragment.samples}
 
 
 def _cpus_of(cluster: Cluster, settings: EvaluateSettings, gpu: bool, trainings: int) -> int:
-    """CPUs of each training. Raises ResourceError where no node has so many."""
+    """Return the CPUs of each training; raise ResourceError if no node has that many."""
     if settings.cpus_per_training != "auto":
         if settings.cpus_per_training > cluster.largest_node_cpus and not cluster.can_grow:
             raise ResourceError(
-                f"cpus_per_training is {settings.cpus_per_training}, but the largest node of the cluster ({cluster}) has "
-                f"{cluster.largest_node_cpus:g}; lower it"
+                f"cpus_per_training is {settings.cpus_per_training}, but the largest node of the "
+                f"cluster ({cluster}) has {cluster.largest_node_cpus:g}; lower it"
             )
         return settings.cpus_per_training
-    beside = min(trainings, max(1, int(cluster.gpus if gpu else cluster.cpus)))
-    each = max(1, int(min(cluster.cpus // beside, cluster.largest_node_cpus)))
-    return min(each, 4) if gpu else each
+    at_a_time = min(trainings, max(1, int(cluster.gpus if gpu else cluster.cpus)))
+    each = max(1, int(min(cluster.cpus // at_a_time, cluster.largest_node_cpus)))
+    return min(each, MAX_CPUS_WITH_GPU) if gpu else each

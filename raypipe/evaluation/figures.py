@@ -1,4 +1,7 @@
-"""What trainings say together: intervals over seeds, differences to random lists, break-even, and the sentence. No Ray, no storage."""
+"""What trainings show together: intervals, differences to random lists, break-even, sentences.
+
+No Ray, no storage.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,27 @@ import numpy as np
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
-BEATS, WORSE, LEVEL, UNKNOWN = "better", "worse", "not told apart", "unknown"
-"""What the interval of a difference to random says: above 0, below 0, holds 0; one seed alone has no interval."""
+BETTER, WORSE, UNCLEAR, UNKNOWN = "better", "worse", "not told apart", "unknown"
+"""What the interval of a difference to random lists shows.
+
+It is above 0, below 0, or includes 0; with a single seed there is no interval. The words are part
+of `evaluation/summary.json`.
+"""
 
 
 @dataclass(frozen=True)
-class Interval:
-    """The mean of `count` values, and its 95 % interval by Student's t with count - 1 degrees of freedom; None for fewer than two."""
+class SeedInterval:
+    """A mean over seeds and its 95 % interval.
+
+    Attributes
+    ----------
+    mean
+        Of `count` values.
+    low, high
+        Student's t interval with count - 1 degrees of freedom; None for fewer than two values.
+    count
+        Number of values.
+    """
 
     mean: float
     low: float | None
@@ -26,56 +43,64 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a difference."""
+        """What the interval of a difference shows."""
         if self.low is None or self.high is None:
             return UNKNOWN
-        return BEATS if self.low > 0 else WORSE if self.high < 0 else LEVEL
+        return BETTER if self.low > 0 else WORSE if self.high < 0 else UNCLEAR
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the interval as `evaluation/summary.json` has it."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "seeds": self.count}
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Of one value or more."""
+def seed_interval(values: Sequence[float]) -> SeedInterval:
+    """Return mean and interval of one or more values."""
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
-        return Interval(mean, None, None, count)
-    reach = float(
+        return SeedInterval(mean, None, None, count)
+    margin = float(
         student.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
     )
-    return Interval(mean, mean - reach, mean + reach, count)
+    return SeedInterval(mean, mean - margin, mean + margin, count)
 
 
-def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
-    """values - others, paired by seed, of the seeds that both have; None where there is none."""
-    both = sorted(set(values) & set(others))
-    return interval([values[seed] - others[seed] for seed in both]) if both else None
+def paired_difference(
+    values: Mapping[int, float], others: Mapping[int, float]
+) -> SeedInterval | None:
+    """Return values - others, paired by seed; None if they have no seed in common."""
+    seeds = sorted(set(values) & set(others))
+    return seed_interval([values[seed] - others[seed] for seed in seeds]) if seeds else None
 
 
-def pooled_reach(groups: Sequence[Sequence[float]]) -> float:
-    """Half the width of the 95 % interval of a mean over seeds, from the spread of several groups that is taken to be one.
+def pooled_margin(groups: Sequence[Sequence[float]]) -> float:
+    """Return half the width of the 95 % interval of a mean over seeds, from several groups.
 
-    sqrt(sum of squares within groups / degrees of freedom), over sqrt(values in a group), by Student's t with the degrees of
-    freedom of all groups together: where groups have two or three values each, their own intervals are wide by chance of
-    a few. NaN without two values in any group. Groups of unequal size count with the mean size.
+    The groups are assumed to have the same spread: sqrt(sum of squares within groups / degrees of
+    freedom) / sqrt(values in a group), by Student's t with the degrees of freedom of all groups
+    together. With two or three values in a group, its own interval would be wide by chance. Groups
+    of unequal size count with the mean size. NaN if no group has two values.
     """
-    several = [np.asarray(group, float) for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in several)
+    usable = [np.asarray(group, float) for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in usable)
     if not freedom:
         return math.nan
-    variance = sum(float(np.square(group - group.mean()).sum()) for group in several) / freedom
-    size = float(np.mean([len(group) for group in several]))
+    variance = sum(float(np.square(group - group.mean()).sum()) for group in usable) / freedom
+    size = float(np.mean([len(group) for group in usable]))
     return float(student.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance / size))
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """What one training on a list saves against one on everything, beside what the scores cost, all in `unit` seconds.
+    """What a training on a list saves, compared with the cost of the scores.
 
-    saved      seconds of a training on everything less those on the list
-    scoring    seconds of all stages up to the scores
-    net        saved - scoring: what is won, or lost, where the list is used for one training
-    trainings  from so many trainings on the list the scores have paid; None where a training saves nothing
+    Attributes
+    ----------
+    unit
+        CPU or GPU: the kind of seconds.
+    saved
+        Seconds of a training on everything, minus those on the list.
+    scoring
+        Seconds of all stages up to the scores.
     """
 
     unit: str
@@ -84,58 +109,68 @@ class BreakEven:
 
     @property
     def net(self) -> float:
+        """Seconds gained (or lost) if the list is used for one training."""
         return self.saved - self.scoring
 
     @property
     def trainings(self) -> int | None:
+        """Trainings on the list that pay for the scores; None if a training saves nothing."""
         return max(1, math.ceil(self.scoring / self.saved)) if self.saved > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
-        named = {
+        """Return the figures as `evaluation/summary.json` has them."""
+        return {
+            "unit": self.unit,
             "saved": self.saved,
             "scoring": self.scoring,
             "net": self.net,
             "trainings": self.trainings,
         }
-        return {"unit": self.unit, **named}
 
 
-def sentence(differences: Mapping[float, Interval | None], name: str = "the list") -> str:
-    """Whether a list beats random at each fraction, plainly; by keep fraction the difference to random.
+_PHRASES = {
+    BETTER: "better than random at {}",
+    WORSE: "worse than random at {}",
+    UNCLEAR: "no clear difference from random at {}",
+    UNKNOWN: "not compared with random over several seeds at {}",
+}
 
-    "better than random at 0.7; worse than random at 0.3 and 0.5: do not prune with it at these".
+
+def sentence(differences: Mapping[float, SeedInterval | None], name: str = "the list") -> str:
+    """Return whether a list beats random lists, such as "x: worse than random at 0.3 and 0.5".
+
+    Parameters
+    ----------
+    differences
+        By keep fraction, the difference to random lists.
+    name
+        What the list is called.
     """
     by_verdict: dict[str, list[float]] = {}
     for fraction in sorted(differences):
-        found = differences[fraction]
-        by_verdict.setdefault(UNKNOWN if found is None else found.verdict, []).append(fraction)
-    words = {
-        BEATS: "better than random at {}",
-        WORSE: "worse than random at {}",
-        LEVEL: "not told apart from random at {}",
-        UNKNOWN: "not compared with random over several seeds at {}",
-    }
-    parts = [
-        text.format(_listed(by_verdict[verdict]))
-        for verdict, text in words.items()
+        difference = differences[fraction]
+        verdict = UNKNOWN if difference is None else difference.verdict
+        by_verdict.setdefault(verdict, []).append(fraction)
+    phrases = [
+        phrase.format(_listed(by_verdict[verdict]))
+        for verdict, phrase in _PHRASES.items()
         if verdict in by_verdict
     ]
-    if not parts:
+    if not phrases:
         return f"{name}: nothing was compared"
-    text = f"{name}: " + "; ".join(parts)
+    return f"{name}: {'; '.join(phrases)}{_advice(by_verdict)}"
+
+
+def _advice(by_verdict: Mapping[str, Sequence[float]]) -> str:
     if WORSE in by_verdict:
-        everywhere = set(by_verdict) == {WORSE}
-        return text + (
-            ": do not prune with it"
-            if everywhere or len(by_verdict[WORSE]) > 1
-            else ": do not prune with it there"
-        )
-    if BEATS not in by_verdict and LEVEL in by_verdict:
-        return text + ": a random list does as well, as far as this can tell"
-    return text
+        everywhere = set(by_verdict) == {WORSE} or len(by_verdict[WORSE]) > 1
+        return ": do not prune with it" if everywhere else ": do not prune with it there"
+    if BETTER not in by_verdict and UNCLEAR in by_verdict:
+        return ": as far as this shows, a random list does as well"
+    return ""
 
 
 def _listed(fractions: Sequence[float]) -> str:
-    """0.3, 0.5 and 0.7"""
+    """Return "0.3, 0.5 and 0.7"."""
     texts = [f"{fraction:g}" for fraction in fractions]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -1,7 +1,7 @@
-"""What is trained on: keep-lists cut as those of the run, random lists and everything, as rows of the labelled scored samples. No Ray.
+"""What is trained on: keep-lists cut as those of the run, random lists, and everything. No Ray.
 
-The pool are the samples of `scores/` that have a label, in the order of the shards; unlabelled ones can be in a keep-list, but not be
-trained on.
+The pool is the samples of `scores/` that have a label, in the order of the shards. Samples without
+a label can be in a keep-list, but cannot be trained on.
 """
 
 from __future__ import annotations
@@ -29,18 +29,25 @@ from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.options import options_of
 
 RANDOM_SEEDS = 10_000
-"""Seeds of random lists begin here, so that none has the luck of a list that `ccs` or `beta` drew with `select.seed`."""
+"""First seed of random lists, so that none repeats a draw of `ccs` or `beta` by `select.seed`."""
 RUN, MEASURED = "run", "measured:"
+"""Origins of scores: the score shards, and `measured:NAME`."""
 RANDOM, FULL = "random", "full"
+"""Names of lists."""
 
 
 @dataclass(frozen=True)
 class Origin:
     """Scores that lists are cut from.
 
-    kind    `run`, the score shards; `measured:NAME`; or the URI of another run
-    score   name of the score
-    values  by sample id; None: those in the score shards
+    Attributes
+    ----------
+    kind
+        `run`, the score shards; `measured:NAME`; or the URI of another run.
+    score
+        Name of the score.
+    values
+        By sample id; None for those in the score shards.
     """
 
     kind: str
@@ -49,23 +56,30 @@ class Origin:
 
     @property
     def title(self) -> str:
+        """How lists of these scores are called."""
         if self.kind == RUN:
             return self.score
-        return (
-            f"{self.score} measured"
-            if self.kind.startswith(MEASURED)
-            else f"{self.score} of {storage.name(self.kind)}"
-        )
+        if self.kind.startswith(MEASURED):
+            return f"{self.score} measured"
+        return f"{self.score} of {storage.name(self.kind)}"
 
 
 @dataclass(frozen=True, eq=False)
 class ListedSamples:
     """A list to train on.
 
-    name      origin and strategy, such as "moso, top" or "el2n, ccs by class"; or random, full
-    fraction  keep fraction
-    rows      of the pool, int64, rising
-    draw      of a random list the seed of the trainings it is for; None: it is for those of all seeds
+    Attributes
+    ----------
+    name
+        Origin and strategy, such as "moso, top" or "el2n, ccs by class"; or random, full.
+    fraction
+        Keep fraction.
+    rows
+        Rows of the pool, int64, rising.
+    origin, score, strategy, by_class
+        How it was cut; empty for random and full.
+    draw
+        Of a random list, the seed of the trainings it is for; None if it is for all seeds.
     """
 
     name: str
@@ -79,17 +93,24 @@ class ListedSamples:
 
     @property
     def digest(self) -> str:
+        """Hash of the rows."""
         return hashlib.blake2b(self.rows.astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class SamplePool:
-    """What can be trained on.
+    """The samples that can be trained on.
 
-    shards   name (without suffix) and samples of each score shard, labelled or not
-    label    int64 [n] of the labelled
-    row      int64 [all scored]: row in the pool, -1 of an unlabelled sample
-    digest   hash of ids and labels
+    Attributes
+    ----------
+    shards
+        Name (without suffix) and number of samples of each score shard, labelled or not.
+    label
+        int64 [n], of the labelled samples.
+    row
+        int64 [all scored samples]: row in the pool, -1 for a sample without a label.
+    digest
+        Hash of ids and labels.
     """
 
     shards: tuple[tuple[str, int], ...]
@@ -102,7 +123,7 @@ class SamplePool:
 
 
 def read_pool(scores: ScoreStream) -> SamplePool:
-    """Ids and labels of everything scored. Raises RunError where nothing has a label."""
+    """Read ids and labels of everything scored; raise RunError if nothing has a label."""
     digest, shards, labels = hashlib.blake2b(digest_size=8), [], []
     for name, chunk in scores.named_chunks(True):
         ids = "\0".join(pa.array(chunk.sample_id, pa.string()).to_pylist())
@@ -115,96 +136,125 @@ def read_pool(scores: ScoreStream) -> SamplePool:
         shards.append((name.removesuffix(".parquet"), len(chunk.label)))
         labels.append(chunk.label.astype(np.int64))
     label = np.concatenate(labels) if labels else np.zeros(0, np.int64)
-    known = label >= 0
-    if not known.any():
+    labelled = label >= 0
+    if not labelled.any():
         raise RunError(
-            f"none of the {len(label):,} scored samples has a label, so there is nothing to train on"
+            f"none of the {len(label):,} scored samples has a label, so there is nothing to train "
+            "on"
         )
-    return SamplePool(
-        tuple(shards), label[known], np.where(known, np.cumsum(known) - 1, -1), digest.hexdigest()
-    )
+    row = np.where(labelled, np.cumsum(labelled) - 1, -1)
+    return SamplePool(tuple(shards), label[labelled], row, digest.hexdigest())
 
 
 def origins(
     run: Run, config: Config, settings: EvaluateSettings, pool_ids: Sequence[pa.Array]
 ) -> list[Origin]:
-    """The scores that lists are cut from.
+    """Return the scores that lists are cut from.
 
-    pool_ids  ids of every scored sample, shard by shard
-    Raises ConfigError for a score that was not measured of every sample, or another run without a score for one.
+    Parameters
+    ----------
+    run, config, settings
+        The run, its settings, and those of the evaluation.
+    pool_ids
+        Ids of every scored sample, shard by shard.
+
+    Raises
+    ------
+    ConfigError
+        If a score was not measured on every sample, or another run lacks the score of one.
     """
-    everything = sum(map(len, pool_ids))
-    wanted = settings.scores or (
-        RUN,
-        *(f"{MEASURED}{name}" for name in _measured_of(run, everything) if name != config.score),
-    )
-    found = []
-    for kind in wanted:
-        if kind == RUN:
-            found.append(Origin(RUN, config.score))
-            continue
-        name = kind.removeprefix(MEASURED)
-        values = every_measured_score(run, name)
-        missing = _without(pool_ids, values)
-        if missing:
-            raise ConfigError(
-                f"scores: {kind} was measured of {len(values):,} samples, but not of {missing:,} others of this run; a list of it takes a run "
-                "with seed.fraction 1 (see beside), or extrapolate.score"
-            )
-        found.append(Origin(kind, name, values))
-    for uri in settings.beside:
-        other = Run(uri)
-        other.record("extrapolate")
-        values = {}
-        for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "score"]):
-            values.update(
-                zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True)
-            )
-        missing = _without(pool_ids, values)
-        if missing:
-            raise ConfigError(
-                f"beside: {other.uri} has no score of {missing:,} samples of this run; it must be over the same source, with the same ids"
-            )
-        found.append(Origin(other.uri, other.config().score, values))
-    return found
+    kinds = settings.scores or (RUN, *_measured_everywhere(run, config.score, pool_ids))
+    return [
+        Origin(RUN, config.score) if kind == RUN else _measured_origin(run, kind, pool_ids)
+        for kind in kinds
+    ] + [_other_run(Run(uri), pool_ids) for uri in settings.beside]
 
 
-def _measured_of(run: Run, everything: int) -> list[str]:
-    """Scores that were measured of as many samples as there are."""
+def _measured_everywhere(run: Run, score: str, pool_ids: Sequence[pa.Array]) -> list[str]:
+    """Return the kinds of all other scores that were measured on as many samples as are scored."""
     counts: dict[str, int] = {}
     for folder in MEASURED_FOLDERS.values():
         for _, table in storage.iter_tables(run.path(folder)):
             for name in table.column_names[2:]:
                 counts[name] = counts.get(name, 0) + len(table)
-    return sorted(name for name, count in counts.items() if count >= everything)
+    everything = sum(map(len, pool_ids))
+    return [
+        f"{MEASURED}{name}"
+        for name, count in sorted(counts.items())
+        if count >= everything and name != score
+    ]
 
 
-def _without(shards: Sequence[pa.Array], values: Mapping[str, float]) -> int:
-    known = pa.array(list(values), pa.string())
-    return sum(len(ids) - int(pc.sum(pc.is_in(ids, known)).as_py() or 0) for ids in shards)
+def _measured_origin(run: Run, kind: str, pool_ids: Sequence[pa.Array]) -> Origin:
+    name = kind.removeprefix(MEASURED)
+    values = every_measured_score(run, name)
+    missing = _count_missing(pool_ids, values)
+    if missing:
+        raise ConfigError(
+            f"scores: {kind} was measured on {len(values):,} samples, but not on {missing:,} "
+            "others of this run; a list of it takes a run with seed.fraction 1 (see beside), or "
+            "extrapolate.score"
+        )
+    return Origin(kind, name, values)
+
+
+def _other_run(other: Run, pool_ids: Sequence[pa.Array]) -> Origin:
+    other.record("extrapolate")
+    values: dict[str, float] = {}
+    for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "score"]):
+        values.update(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    missing = _count_missing(pool_ids, values)
+    if missing:
+        raise ConfigError(
+            f"beside: {other.uri} has no score for {missing:,} samples of this run; it must be "
+            "over the same source, with the same ids"
+        )
+    return Origin(other.uri, other.config().score, values)
+
+
+def _count_missing(shards: Sequence[pa.Array], values: Mapping[str, float]) -> int:
+    """Return how many ids have no value."""
+    scored = pa.array(list(values), pa.string())
+    return sum(len(ids) - int(pc.sum(pc.is_in(ids, scored)).as_py() or 0) for ids in shards)
 
 
 def settings_of_lists(config: Config, settings: EvaluateSettings) -> list[SelectSettings]:
-    """The run's settings of `select` by each strategy, for the wanted fractions. Raises ConfigError for what does not go together."""
-    given = config.model_dump()
+    """Return the run's settings of `select` with each strategy, for the fractions to evaluate.
+
+    Raises
+    ------
+    ConfigError
+        If settings contradict one another.
+    """
+    sections = config.model_dump()
     result = []
     for strategy in settings.strategies or (config.select.strategy,):
-        fractions = list(settings.keep)
-        # the weights of a list are for other trainings than these
-        given["select"] |= {"keep": fractions, "strategy": strategy, "weights": "none"}
-        result.append(parse_config(given).select)
+        # weights in a keep-list are not used by these trainings
+        sections["select"] |= {
+            "keep": list(settings.keep),
+            "strategy": strategy,
+            "weights": "none",
+        }
+        result.append(parse_config(sections).select)
     return result
 
 
 def cut_lists(
     run: Run, config: Config, settings: EvaluateSettings
 ) -> tuple[SamplePool, list[ListedSamples]]:
-    """The pool and every list: everything, random ones for each seed, and one for each origin, strategy and fraction.
+    """Return the pool and every list.
 
-    The gate of `trust` does not hold: whether a list helps is what is to be found out. Raises ConfigError and RunError.
+    The lists are everything, random ones for each seed, and one for each origin, strategy and
+    fraction. The gate of `trust` does not apply: the evaluation is to find out whether a list
+    helps.
+
+    Raises
+    ------
+    ConfigError, RunError
+        If something cannot be compared.
     """
-    chosen = settings_of_lists(config, settings)
-    by_strategy = {select.strategy: options_of(run, select) for select in chosen}
+    selects = settings_of_lists(config, settings)
+    by_strategy = {section.strategy: options_of(run, section) for section in selects}
     loss = any(
         needs_loss(strategy, dataclasses.replace(options, difficulty="loss"))
         for strategy, options in by_strategy.items()
@@ -212,40 +262,73 @@ def cut_lists(
     scores = ScoreStream(run, loss)
     pool = read_pool(scores)
     ids = [pa.array(chunk.sample_id, pa.string()) for _, chunk in scores.named_chunks(True)]
-    found = origins(run, config, settings, ids)
-    marked = chosen[0]
-    mark_listed_ids(scores, marked.always_keep, marked.never_keep)
-    if marked.near_duplicates is not None:
-        mark_near_duplicates(run, scores, marked.near_duplicates)
-    classes = len(run.classes().names)
+    score_origins = origins(run, config, settings, ids)
+    _mark(run, scores, selects[0])
+    cutter = _Cutter(scores, pool, settings.keep, len(run.classes().names))
     lists = [ListedSamples(FULL, 1.0, np.arange(len(pool)))]
     for seed in range(settings.seeds):
-        stream = _Stream(scores, None, marks=False)
-        options = SelectionOptions(seed=RANDOM_SEEDS + seed)
-        for fraction, rows in _cut(stream, pool, settings.keep, RANDOM, classes, options, False):
-            lists.append(ListedSamples(RANDOM, fraction, rows, draw=seed))
-    for origin in found:
-        stream = _Stream(scores, origin.values)
-        for select_settings in chosen:
-            strategy, options = select_settings.strategy, by_strategy[select_settings.strategy]
-            if select_settings.difficulty == "auto":
-                options = dataclasses.replace(
-                    options, difficulty="score" if origin.score in DIFFICULTIES else "loss"
-                )
-            for fraction, rows in _cut(
-                stream, pool, settings.keep, strategy, classes, options, bool(scores.marks)
-            ):
-                name = f"{origin.title}, {strategy}{' by class' * options.by_class}"
-                lists.append(
-                    ListedSamples(
-                        name, fraction, rows, origin.kind, origin.score, strategy, options.by_class
-                    )
-                )
+        lists += cutter.random_lists(seed)
+    for origin in score_origins:
+        for section in selects:
+            options = by_strategy[section.strategy]
+            if section.difficulty == "auto":
+                difficulty = "score" if origin.score in DIFFICULTIES else "loss"
+                options = dataclasses.replace(options, difficulty=difficulty)
+            lists += cutter.lists(origin, section.strategy, options)
     return pool, lists
 
 
+def _mark(run: Run, scores: ScoreStream, settings: SelectSettings) -> None:
+    """Mark samples that are always or never kept, as the stage `select` does."""
+    mark_listed_ids(scores, settings.always_keep, settings.never_keep)
+    if settings.near_duplicates is not None:
+        mark_near_duplicates(run, scores, settings.near_duplicates)
+
+
+class _Cutter:
+    """Cuts lists at each of some fractions."""
+
+    def __init__(
+        self, scores: ScoreStream, pool: SamplePool, keep: Sequence[float], classes: int
+    ) -> None:
+        self._scores, self._pool, self._classes = scores, pool, classes
+        self._keep = sorted(set(keep))
+
+    def random_lists(self, seed: int) -> Iterator[ListedSamples]:
+        """Yield the random lists for the trainings with a seed; marks do not apply."""
+        stream = _Stream(self._scores, None, marks=False)
+        options = SelectionOptions(seed=RANDOM_SEEDS + seed)
+        for fraction, rows in self._cut(stream, RANDOM, options, marked=False):
+            yield ListedSamples(RANDOM, fraction, rows, draw=seed)
+
+    def lists(
+        self, origin: Origin, strategy: str, options: SelectionOptions
+    ) -> Iterator[ListedSamples]:
+        """Yield the lists that a strategy cuts from some scores."""
+        stream = _Stream(self._scores, origin.values)
+        name = f"{origin.title}, {strategy}{' by class' * options.by_class}"
+        for fraction, rows in self._cut(stream, strategy, options, bool(self._scores.marks)):
+            yield ListedSamples(
+                name, fraction, rows, origin.kind, origin.score, strategy, options.by_class
+            )
+
+    def _cut(
+        self, stream: _Stream, strategy: str, options: SelectionOptions, marked: bool
+    ) -> Iterator[tuple[float, np.ndarray]]:
+        """Yield fraction and rows of the pool; one pass over the stream serves all fractions."""
+        classes = self._classes if needs_classes(strategy, options) else 0
+        cuts = select(stream, self._keep, strategy, classes, options, marked)
+        masks: list[list[np.ndarray]] = [[] for _ in cuts]
+        for chunk in stream(True):
+            for mask, cut in zip(masks, cuts, strict=True):
+                mask.append(cut.mask(chunk))
+        for cut, mask in zip(cuts, masks, strict=True):
+            rows = self._pool.row[np.flatnonzero(np.concatenate(mask))]
+            yield cut.fraction, rows[rows >= 0]
+
+
 class _Stream:
-    """The stream of the scored samples, with other scores where these are given."""
+    """The stream of the scored samples, with other scores if `values` has them."""
 
     def __init__(
         self, scores: ScoreStream, values: Mapping[str, float] | None, marks: bool = True
@@ -259,24 +342,3 @@ class _Stream:
                 names = pa.array(chunk.sample_id, pa.string()).to_pylist()
                 changed["score"] = np.array([self._values[name] for name in names], np.float32)
             yield chunk._replace(**changed)
-
-
-def _cut(
-    stream: _Stream,
-    pool: SamplePool,
-    keep: Sequence[float],
-    strategy: str,
-    classes: int,
-    options: SelectionOptions,
-    marked: bool,
-) -> Iterator[tuple[float, np.ndarray]]:
-    """Fraction and rows of the pool of each list, one pass over the stream for all of them."""
-    count = classes if needs_classes(strategy, options) else 0
-    cuts = select(stream, sorted(set(keep)), strategy, count, options, marked)
-    kept: list[list[np.ndarray]] = [[] for _ in cuts]
-    for chunk in stream(True):
-        for masks, cut in zip(kept, cuts, strict=True):
-            masks.append(cut.mask(chunk))
-    for cut, masks in zip(cuts, kept, strict=True):
-        rows = pool.row[np.flatnonzero(np.concatenate(masks))]
-        yield cut.fraction, rows[rows >= 0]

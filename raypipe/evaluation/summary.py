@@ -1,4 +1,7 @@
-"""What the trainings of an evaluation say together: `evaluation/summary.json`, `trainings.parquet`, and lines for a terminal. No Ray."""
+"""What the trainings show together: `summary.json`, `trainings.parquet`, lines for a terminal.
+
+No Ray.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,27 @@ from typing import Any
 import pyarrow as pa
 
 from raypipe._version import __version__
-from raypipe.config import Config, ProxySettings
+from raypipe.config import ProxySettings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.evaluation.figures import (
+    UNCLEAR,
     UNKNOWN,
     BreakEven,
-    Interval,
-    difference,
-    interval,
+    SeedInterval,
+    paired_difference,
+    seed_interval,
     sentence,
 )
 from raypipe.evaluation.lists import FULL, RANDOM
 from raypipe.evaluation.trainings import RECIPE, Training
 from raypipe.runs.ledger import StageRecord, now
 from raypipe.runs.run import Run
+from raypipe.text import counted, mean_and_margin, table
 
 FORMAT = 1
 """Version of `evaluation/summary.json`."""
 SCORING = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
-"""Stages whose seconds the scores cost."""
+"""Stages whose seconds are the cost of the scores."""
 
 SCHEMA = pa.schema(
     [
@@ -46,45 +51,48 @@ SCHEMA = pa.schema(
         ("fingerprint", pa.string()),
     ]
 )
-"""One row for each list, fraction and seed; equal trainings share a result file, which `fingerprint` names. Robust: under attack."""
+"""One row for each list, fraction and seed. Robust: under attack.
 
+Equal trainings share a result file, which `fingerprint` names.
+"""
 
 ROBUST = ("under attack", "against random")
-"""Columns of the table where models were attacked."""
+"""Columns of the table if models were attacked."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Trainings, and the content of the result file of each by its name."""
+    """Trainings, and the content of their result files by name."""
 
     trainings: Sequence[Training]
-    found: Mapping[str, Mapping[str, Any]]
+    by_name: Mapping[str, Mapping[str, Any]]
 
     def values(self, name: str, fraction: float, figure: str) -> dict[int, float]:
-        """A figure of a list at a fraction, by seed."""
+        """Return a figure of a list at a fraction, by seed."""
         chosen = [
             item
             for item in self.trainings
             if (item.listed.name, item.listed.fraction) == (name, fraction)
         ]
         return {
-            item.seed: float(self.found[item.name][figure])
+            item.seed: float(self.by_name[item.name][figure])
             for item in chosen
-            if item.name in self.found
+            if item.name in self.by_name
         }
 
     def lists(self) -> list[str]:
-        """Names of what is compared with random, in order."""
+        """Return the names of the lists that are compared with random ones, in order."""
         names = dict.fromkeys(item.listed.name for item in self.trainings)
         return [name for name in names if name not in (RANDOM, FULL)]
 
     def fractions(self) -> list[float]:
+        """Return the keep fractions, rising."""
         return sorted(
             {item.listed.fraction for item in self.trainings if item.listed.name == RANDOM}
         )
 
     def samples(self, name: str, fraction: float) -> int:
-        """Labelled samples of a list; of random lists those of the first."""
+        """Return the labelled samples of a list; of random lists, those of the first."""
         return next(
             len(item.listed.rows)
             for item in self.trainings
@@ -93,25 +101,25 @@ class Results:
 
 
 def table_of(results: Results, classes: Sequence[str]) -> pa.Table:
-    """All trainings; see SCHEMA."""
+    """Return all trainings; see SCHEMA."""
     rows = []
     for item in results.trainings:
-        found, listed = results.found[item.name], item.listed
-        kept = {
-            name: found[name]
+        result, listed = results.by_name[item.name], item.listed
+        columns = {
+            name: result[name]
             for name in SCHEMA.names
-            if name in found and name not in ("list", "fraction", "worst_class")
+            if name in result and name not in ("list", "fraction", "worst_class")
         }
         rows.append(
             {
-                **kept,
+                **columns,
                 "list": listed.name,
                 "origin": listed.origin,
                 "score": listed.score,
                 "strategy": listed.strategy,
                 "by_class": listed.by_class,
                 "fraction": listed.fraction,
-                "worst_class": classes[found["worst_class"]],
+                "worst_class": classes[result["worst_class"]],
                 "fingerprint": item.name,
             }
         )
@@ -119,74 +127,35 @@ def table_of(results: Results, classes: Sequence[str]) -> pa.Table:
 
 
 def scoring_seconds(ledger: Mapping[str, StageRecord], kind: str) -> float:
-    """What the scores cost by the run's ledger; kind: cpu_seconds or gpu_seconds."""
+    """Return what the scores cost, by the run's ledger, in cpu_seconds or gpu_seconds."""
     return sum(getattr(ledger[stage], kind) for stage in SCORING if stage in ledger)
 
 
 def summarize(
     run: Run,
-    config: Config,
     settings: EvaluateSettings,
     recipe: ProxySettings,
     results: Results,
     samples: int,
     test: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything the table and the report show, as JSON. `samples` can be trained on; `test` is what is said of the test set."""
+    """Return the content of `evaluation/summary.json`: all that the table and the report show.
+
+    Parameters
+    ----------
+    run, settings, recipe
+        The run, the settings of the evaluation, and how lists were trained on.
+    results
+        All trainings.
+    samples
+        Samples that can be trained on.
+    test
+        What is known about the test set.
+    """
     ledger = run.ledger()
-    gpu = any(found["gpu"] for found in results.found.values())
-    kind = "gpu_seconds" if gpu else "cpu_seconds"
-    scoring = scoring_seconds(ledger, kind)
     extrapolated = ledger["extrapolate"]
-    full = _figures(results, FULL, 1.0, kind, settings.attack)
-    accuracies = ("accuracy", "robust_accuracy")[: 1 + settings.attack]
-
-    def against_random(name: str, fraction: float, figure: str) -> Interval | None:
-        return difference(
-            results.values(name, fraction, figure), results.values(RANDOM, fraction, figure)
-        )
-
-    def of(name: str, fraction: float) -> dict[str, Any]:
-        figures = _figures(results, name, fraction, kind, settings.attack)
-        found = {figure: against_random(name, fraction, figure) for figure in accuracies}
-        differences = {
-            figure.replace("accuracy", "difference"): None
-            if gap is None
-            else {**gap.as_dict(), "verdict": gap.verdict}
-            for figure, gap in found.items()
-        }
-        return {
-            **figures,
-            **differences,
-            "break_even": BreakEven(
-                "GPU" if gpu else "CPU", full["seconds"] - figures["seconds"], scoring
-            ).as_dict(),
-        }
-
-    lists = []
-    for name in results.lists():
-        listed = next(item.listed for item in results.trainings if item.listed.name == name)
-        sentences = [
-            sentence(
-                {
-                    fraction: against_random(name, fraction, figure)
-                    for fraction in results.fractions()
-                },
-                title,
-            )
-            for figure, title in zip(accuracies, (name, f"{name}, under attack"))
-        ]
-        lists.append(
-            {
-                "name": name,
-                "origin": listed.origin,
-                "score": listed.score,
-                "strategy": listed.strategy,
-                "by_class": listed.by_class,
-                "sentence": ". ".join(sentences),
-                "fractions": [of(name, fraction) for fraction in results.fractions()],
-            }
-        )
+    gpu = any(result["gpu"] for result in results.by_name.values())
+    figures = _Figures(results, gpu, settings.attack, ledger)
     return {
         "format": FORMAT,
         "raypipe": __version__,
@@ -198,53 +167,143 @@ def summarize(
         "protocol": settings.protocol,
         "seeds": settings.seeds,
         "training": recipe.model_dump(mode="json", include=set(RECIPE)),
-        "unit": "GPU" if gpu else "CPU",
+        "unit": figures.unit,
         "scoring_seconds": {
             name: scoring_seconds(ledger, name) for name in ("cpu_seconds", "gpu_seconds")
         },
-        "trainings": len(results.found),
-        "full": full,
-        "random": [
-            _figures(results, RANDOM, fraction, kind, settings.attack)
-            for fraction in results.fractions()
-        ],
-        "lists": lists,
+        "trainings": len(results.by_name),
+        "full": figures.full,
+        "random": [figures.of(RANDOM, fraction) for fraction in results.fractions()],
+        "lists": [figures.compared(name) for name in results.lists()],
     }
 
 
-def _figures(
-    results: Results, name: str, fraction: float, kind: str, attack: bool
-) -> dict[str, Any]:
-    def each(figure: str) -> dict[str, Any]:
-        return interval(list(results.values(name, fraction, figure).values())).as_dict()
+class _Figures:
+    """Figures of lists, as `evaluation/summary.json` has them."""
 
-    return {
-        "fraction": fraction,
-        "samples": results.samples(name, fraction),
-        "accuracy": each("accuracy"),
-        **({"robust_accuracy": each("robust_accuracy")} if attack else {}),
-        "worst_class": each("worst_class_accuracy"),
-        "seconds": each(kind)["mean"],
-    }
+    def __init__(
+        self, results: Results, gpu: bool, attack: bool, ledger: Mapping[str, StageRecord]
+    ) -> None:
+        self._results, self._attack = results, attack
+        self._kind = "gpu_seconds" if gpu else "cpu_seconds"
+        self._scoring = scoring_seconds(ledger, self._kind)
+        self.unit = "GPU" if gpu else "CPU"
+        self.full = self.of(FULL, 1.0)
+
+    @property
+    def _accuracies(self) -> tuple[str, ...]:
+        return ("accuracy", "robust_accuracy") if self._attack else ("accuracy",)
+
+    def of(self, name: str, fraction: float) -> dict[str, Any]:
+        """Return the figures of a list at a fraction."""
+        return {
+            "fraction": fraction,
+            "samples": self._results.samples(name, fraction),
+            **{figure: self._mean(name, fraction, figure) for figure in self._accuracies},
+            "worst_class": self._mean(name, fraction, "worst_class_accuracy"),
+            "seconds": self._mean(name, fraction, self._kind)["mean"],
+        }
+
+    def compared(self, name: str) -> dict[str, Any]:
+        """Return everything about a list that is compared with random ones."""
+        listed = next(item.listed for item in self._results.trainings if item.listed.name == name)
+        return {
+            "name": name,
+            "origin": listed.origin,
+            "score": listed.score,
+            "strategy": listed.strategy,
+            "by_class": listed.by_class,
+            "sentence": self._sentences(name),
+            "fractions": [
+                self._against_random(name, fraction) for fraction in self._results.fractions()
+            ],
+        }
+
+    def _mean(self, name: str, fraction: float, figure: str) -> dict[str, Any]:
+        values = self._results.values(name, fraction, figure).values()
+        return seed_interval(list(values)).as_dict()
+
+    def _difference(self, name: str, fraction: float, figure: str) -> SeedInterval | None:
+        return paired_difference(
+            self._results.values(name, fraction, figure),
+            self._results.values(RANDOM, fraction, figure),
+        )
+
+    def _against_random(self, name: str, fraction: float) -> dict[str, Any]:
+        """Return the figures of a list, its differences to random lists, and its break-even."""
+        figures = self.of(name, fraction)
+        saved = self.full["seconds"] - figures["seconds"]
+        differences: dict[str, Any] = {}
+        for figure in self._accuracies:
+            gap = self._difference(name, fraction, figure)
+            differences[figure.replace("accuracy", "difference")] = (
+                None if gap is None else {**gap.as_dict(), "verdict": gap.verdict}
+            )
+        even = BreakEven(self.unit, saved, self._scoring).as_dict()
+        return {**figures, **differences, "break_even": even}
+
+    def _sentences(self, name: str) -> str:
+        titles = {"accuracy": name, "robust_accuracy": f"{name}, under attack"}
+        return ". ".join(
+            sentence(
+                {
+                    fraction: self._difference(name, fraction, figure)
+                    for fraction in self._results.fractions()
+                },
+                titles[figure],
+            )
+            for figure in self._accuracies
+        )
+
+
+# -- lines for a terminal ------------------------------------------------------------------------
 
 
 def describe_evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for the end of an evaluation: a table of accuracies and differences in points, and a sentence for each list."""
-    training, test = summary["training"], summary["test"]
+    """Yield lines for the end of an evaluation.
+
+    They have a table of accuracies and of differences in percentage points, and a sentence for
+    each list.
+    """
+    yield from _describe_trainings(summary)
+    yield from table(_rows(summary))
+    unit, seconds = summary["unit"], summary["scoring_seconds"]
+    cost = seconds["gpu_seconds" if unit == "GPU" else "cpu_seconds"]
+    yield (
+        f"the scores cost {cost:,.1f} {unit} seconds; paid after: the number of trainings on the "
+        "list that save as much"
+    )
+    for listed in summary["lists"]:
+        yield listed["sentence"]
+
+
+def _describe_trainings(summary: Mapping[str, Any]) -> Iterator[str]:
+    training, test, full = summary["training"], summary["test"], summary["full"]
+    same_steps = (
+        "" if summary["protocol"] == "epochs" else " of the full set, the same steps for all"
+    )
     yield (
         f"{training['model']} at {training['image_size']} pixels, {training['epochs']} epochs"
-        f"{'' if summary['protocol'] == 'epochs' else ' of the full set, the same steps for all'}, {summary['seeds']} "
-        f"{'seeds' if summary['seeds'] > 1 else 'seed'}; test: {test['samples']:,} samples of {test['uri']}"
+        f"{same_steps}, {counted(summary['seeds'], 'seed')}; "
+        f"test: {test['samples']:,} samples of {test['uri']}"
     )
-    full, attacked = summary["full"], summary["training"].get("adversary")
-    robust = f", {_percent(full['robust_accuracy'])} under attack" if attacked else ""
-    yield f"full set    {_percent(full['accuracy'])}{robust} ({full['samples']:,} samples); worst class {_percent(full['worst_class'])}"
-    if attacked:
+    attack = training.get("adversary")
+    robust = f", {_percent(full['robust_accuracy'])} under attack" if attack else ""
+    yield (
+        f"full set    {_percent(full['accuracy'])}{robust} ({full['samples']:,} samples); "
+        f"worst class {_percent(full['worst_class'])}"
+    )
+    if attack:
         yield (
-            f"attack      {attacked['iterations']} steps of {255 * attacked['step_size']:.3g}/255 within {255 * attacked['eps']:.3g}/255 "
-            "(PGD), in training and test; what a stronger attack finds is not in these figures"
+            f"attack      {attack['iterations']} steps of {255 * attack['step_size']:.3g}/255 "
+            f"within {255 * attack['eps']:.3g}/255 (PGD), in training and test; a stronger attack "
+            "can find more than these figures show"
         )
-    unit, seconds = summary["unit"], summary["scoring_seconds"]
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows of the table, its header first."""
+    attacked = bool(summary["training"].get("adversary"))
     rows: list[tuple[str, ...]] = [
         (
             "list",
@@ -253,63 +312,54 @@ def describe_evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
             "accuracy",
             "worst class",
             "against random",
-            *ROBUST[: 2 * bool(attacked)],
-            f"{unit} s saved",
+            *(ROBUST if attacked else ()),
+            f"{summary['unit']} s saved",
             "paid after",
         )
     ]
     for position, random in enumerate(summary["random"]):
-        under = (_percent(random["robust_accuracy"]), "") if attacked else ()
-        rows.append(_row("random", random, "", *under, "", ""))
+        robust = (_percent(random["robust_accuracy"]), "") if attacked else ()
+        rows.append((*_cells("random", random), "", *robust, "", ""))
         for listed in summary["lists"]:
-            found = listed["fractions"][position]
-            gap, even = found["difference"], found["break_even"]
-            after = f"{even['trainings']:,}" if even["trainings"] is not None else "never"
-            under = (
-                (_percent(found["robust_accuracy"]), _points(found["robust_difference"]))
-                if attacked
-                else ()
-            )
-            rows.append(
-                _row(listed["name"], found, _points(gap), *under, f"{even['saved']:,.1f}", after)
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths))
-        )
-        yield "  ".join([first, *others]).rstrip()
-    cost = seconds["gpu_seconds" if unit == "GPU" else "cpu_seconds"]
-    yield f"the scores cost {cost:,.1f} {unit} seconds; paid after: so many trainings on the list"
-    for listed in summary["lists"]:
-        yield listed["sentence"]
+            rows.append(_compared_row(listed["name"], listed["fractions"][position], attacked))
+    return rows
 
 
-def _row(name: str, found: Mapping[str, Any], *others: str) -> tuple[str, ...]:
+def _compared_row(name: str, point: Mapping[str, Any], attacked: bool) -> tuple[str, ...]:
+    even = point["break_even"]
+    robust = (
+        (_percent(point["robust_accuracy"]), _points(point["robust_difference"]))
+        if attacked
+        else ()
+    )
     return (
-        name,
-        f"{found['fraction']:g}",
-        f"{found['samples']:,}",
-        _percent(found["accuracy"]),
-        _percent(found["worst_class"]),
-        *others,
+        *_cells(name, point),
+        _points(point["difference"]),
+        *robust,
+        f"{even['saved']:,.1f}",
+        f"{even['trainings']:,}" if even["trainings"] is not None else "never",
     )
 
 
-def _percent(found: Mapping[str, Any]) -> str:
-    """61.3 ± 0.8 %"""
-    return _with_reach(found, "{:.1f}") + " %"
+def _cells(name: str, point: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        name,
+        f"{point['fraction']:g}",
+        f"{point['samples']:,}",
+        _percent(point["accuracy"]),
+        _percent(point["worst_class"]),
+    )
 
 
-def _points(found: Mapping[str, Any] | None) -> str:
-    """+1.3 ± 0.8 better"""
-    if found is None:
+def _percent(figure: Mapping[str, Any]) -> str:
+    """Return "61.3 ± 0.8 %"."""
+    return mean_and_margin(figure, "{:.1f}") + " %"
+
+
+def _points(difference: Mapping[str, Any] | None) -> str:
+    """Return "+1.3 ± 0.8 better"."""
+    if difference is None:
         return ""
-    said = found["verdict"] if found["verdict"] != UNKNOWN else "one seed"
-    return f"{_with_reach(found, '{:+.1f}')} {said}"
-
-
-def _with_reach(found: Mapping[str, Any], form: str) -> str:
-    text = form.format(100 * found["mean"])
-    return text if found["low"] is None else f"{text} ± {100 * (found['mean'] - found['low']):.1f}"
+    words = {UNKNOWN: "one seed", UNCLEAR: "unclear"}
+    verdict = difference["verdict"]
+    return f"{mean_and_margin(difference, '{:+.1f}')} {words.get(verdict, verdict)}"

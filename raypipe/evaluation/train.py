@@ -1,4 +1,7 @@
-"""One training on a keep-list, and its test. Batches, augmentation, schedule and optimiser are those of the proxy (`raypipe.vision.training`)."""
+"""One training on a keep-list, and its test.
+
+Batches, augmentation, schedule and optimiser are those of the proxy (`raypipe.vision.training`).
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,19 @@ from raypipe.vision.networks import ProxyNet, build_network
 TEST_BATCH = 256
 """Test images in one forward pass."""
 State = dict[str, Tensor]
+"""State of a training after an epoch: `epoch`, and what `training_state` returns."""
 
 
 @dataclass(frozen=True)
 class TestResult:
-    """What a trained model gets right.
+    """What a trained model predicts correctly.
 
-    accuracy   share of the test samples
-    per_class  share of each class, float64 [classes]; NaN of a class without test samples
+    Attributes
+    ----------
+    accuracy
+        Share of the test samples.
+    per_class
+        Share of each class, float64 [classes]; NaN for a class without test samples.
     """
 
     accuracy: float
@@ -41,12 +49,15 @@ class TestResult:
 
 
 def steps_of(settings: ProxySettings, samples: int) -> int:
-    """Optimiser steps of a training of `settings.epochs` epochs on so many samples."""
+    """Return the optimiser steps of a training of `settings.epochs` epochs."""
     return settings.epochs * training.steps_per_epoch(samples, settings.batch_size)
 
 
 def statistics_of(images: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, of pixels scaled to 0..1, of uint8 [n, 3, size, size]; read piece by piece."""
+    """Return mean and standard deviation of each channel, of pixels scaled to 0..1.
+
+    `images` is uint8 [n, 3, size, size]; `chunk` images are read at a time.
+    """
     total, square = np.zeros(3), np.zeros(3)
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk].astype(np.float32) / 255
@@ -71,22 +82,44 @@ def fit(
     state: State | None = None,
     save: Callable[[State], None] | None = None,
 ) -> ProxyNet:
-    """A fresh model trained on some rows of `images`, uint8 [n, 3, size, size], with `labels` int64 [n].
+    """Train a new model on some rows of the images.
 
-    rows        int64 [k], in any order; the training depends on their order
-    statistics  mean and standard deviation of the channels, of pixels from 0 to 1
-    steps       optimiser steps; default: those of `settings.epochs` epochs. The learning rate falls over exactly these, and the last
-                epoch ends where they do
-    bfloat16    mixed precision; default: `settings.amp` on a GPU
-    state       what `save` was given at the end of an epoch: the training goes on from there, to the same end
-    Raises StageError where the loss is not finite, or there is nothing to train on.
+    Parameters
+    ----------
+    settings
+        Network, epochs, optimiser, augmentation and attack.
+    images, labels
+        uint8 [n, 3, size, size] and int64 [n].
+    rows
+        int64 [k], in any order; the training depends on the order.
+    classes
+        Number of classes.
+    statistics
+        Mean and standard deviation of the channels, of pixels from 0 to 1.
+    steps
+        Optimiser steps; default: those of `settings.epochs` epochs. The learning rate decays over
+        exactly these, and the last epoch ends with them.
+    device
+        Of the training.
+    bfloat16
+        Mixed precision; default: `settings.amp` on a GPU.
+    state
+        What `save` received at the end of an epoch: the training resumes there, with the same
+        result.
+    save
+        Called with the state at the end of each epoch.
+
+    Raises
+    ------
+    StageError
+        If the loss is not finite, or there is nothing to train on.
     """
     count = len(rows)
     if not count:
         raise StageError("a keep-list without labelled samples cannot be trained on")
     gpu = device != "cpu"
     mixed = (gpu and settings.amp) if bfloat16 is None else bfloat16
-    # the global generator is the caller's
+    # torch's global generator belongs to the caller
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build_network(settings.model, classes, settings.image_size, *statistics)
@@ -126,7 +159,8 @@ def fit(
             total += loss.detach()
         if not np.isfinite(total.item()):
             raise StageError(
-                f"the loss is {total.item()} in epoch {epoch + 1} of a training on {count:,} samples; lower lr"
+                f"the loss is {total.item()} in epoch {epoch + 1} of a training on {count:,} "
+                "samples; lower lr"
             )
         if save is not None:
             save(training.training_state(model, optimizer) | {"epoch": torch.tensor(epoch)})
@@ -141,11 +175,20 @@ def test(
     device: str = "cpu",
     adversary: AdversarySettings | None = None,
 ) -> TestResult:
-    """Accuracy on test images, uint8 [m, 3, size, size], with labels int64 [m], in eval mode and float32.
+    """Return the accuracy on test images, in eval mode and float32.
 
-    adversary  on adversarial examples of them instead, which begin at the same random points in every test
+    Parameters
+    ----------
+    model
+        On `device`.
+    images, labels
+        uint8 [m, 3, size, size] and int64 [m].
+    classes
+        Number of classes.
+    adversary
+        Test on adversarial examples instead; they start at the same random points in every test.
     """
-    right = np.zeros(classes, np.int64)
+    correct = np.zeros(classes, np.int64)
     with _eval_mode(model), torch.no_grad():
         for start in range(0, len(labels), TEST_BATCH):
             part = slice(start, start + TEST_BATCH)
@@ -155,11 +198,11 @@ def test(
                 pixels = attack(
                     model, pixels, target, adversary, starting_points(pixels.shape, start)
                 )
-            said = model(pixels).argmax(1).cpu().numpy()
-            right += np.bincount(labels[part][said == labels[part]], minlength=classes)
-    there = np.bincount(labels, minlength=classes)
-    per_class = np.divide(right, there, out=np.full(classes, np.nan), where=there > 0)
-    return TestResult(float(right.sum() / max(1, len(labels))), per_class)
+            predicted = model(pixels).argmax(1).cpu().numpy()
+            correct += np.bincount(labels[part][predicted == labels[part]], minlength=classes)
+    samples = np.bincount(labels, minlength=classes)
+    per_class = np.divide(correct, samples, out=np.full(classes, np.nan), where=samples > 0)
+    return TestResult(float(correct.sum() / max(1, len(labels))), per_class)
 
 
 @contextlib.contextmanager

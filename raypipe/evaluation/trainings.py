@@ -1,13 +1,15 @@
-"""Which trainings an evaluation has, what determines each, and the small file that holds its result. No Ray.
+"""The trainings of an evaluation, what determines each, and the file with its result. No Ray.
 
-evaluation/<fingerprint>.json         accuracy, accuracy by class, seconds: a training with this file is never made again
-evaluation/<fingerprint>.safetensors  of one under way: what it goes on from, at most a minute old after a long epoch
+- `evaluation/<fingerprint>.json`: accuracy, accuracy by class, seconds. A training that has this
+  file is never repeated.
+- `evaluation/<fingerprint>.safetensors`: the state from which a training in progress resumes; at
+  most a minute old at the end of an epoch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +29,33 @@ from raypipe.vision.devices import set_threads
 
 FOLDER = "evaluation"
 SAVE_SECONDS = 60.0
-"""Least time between two states of a training under way."""
+"""Shortest time between two states of a training in progress."""
+SPENT = "spent."
+"""Prefix of the seconds in a state file."""
 RECIPE = (
-    "model", "image_size", "normalize", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule",
-    "label_smoothing", "flip", "crop_padding", "amp", "adversary",
+    "model", "image_size", "normalize", "epochs", "batch_size", "optimizer", "lr", "momentum",
+    "weight_decay", "schedule", "label_smoothing", "flip", "crop_padding", "amp", "adversary",
 )  # fmt: skip
-"""Settings of `proxy` that a training on a list goes by; the others are about scores, or about speed."""
+"""Settings of `proxy` that a training on a list uses; the others concern scores or speed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """One training: a list, and a seed of weights, order and augmentation. `name` is the fingerprint of all that determines it."""
+    """One training.
+
+    Attributes
+    ----------
+    name
+        Fingerprint of everything that determines it.
+    listed
+        The list it is on.
+    seed
+        Of weights, order and augmentation.
+    steps
+        Optimiser steps.
+    settings
+        The recipe, with this seed.
+    """
 
     name: str
     listed: ListedSamples
@@ -46,22 +64,23 @@ class Training:
     settings: ProxySettings
 
     def path(self, run: Run, suffix: str = "json") -> str:
+        """Return the URI of its result, or of its state."""
         return run.path(FOLDER, f"{self.name}.{suffix}")
 
 
 def recipe_of(config: Config, settings: EvaluateSettings) -> ProxySettings:
-    """How lists are trained on: the run's `proxy`, with what the evaluation changes."""
-    given = config.proxy.model_dump()
+    """Return how lists are trained on: the run's `proxy`, with what the evaluation changes."""
+    proxy = config.proxy.model_dump()
     changed = {
         name: getattr(settings, name)
         for name in ("model", "image_size", "epochs", "batch_size", "lr")
     }
-    given |= {name: value for name, value in changed.items() if value is not None}
-    given["adversary"] = (
+    proxy |= {name: value for name, value in changed.items() if value is not None}
+    proxy["adversary"] = (
         (config.proxy.adversary or AdversarySettings()) if settings.attack else None
     )
-    kept = {name: given[name] for name in RECIPE}
-    return ProxySettings.model_validate({**kept, "checkpoints": 1})
+    recipe = {name: proxy[name] for name in RECIPE}
+    return ProxySettings.model_validate({**recipe, "checkpoints": 1})
 
 
 def trainings_of(
@@ -72,9 +91,20 @@ def trainings_of(
     data: str,
     gpu: bool,
 ) -> list[Training]:
-    """Every list with every seed; those of full set and random lists first, since everything is compared with them.
+    """Return a training for every list and seed.
 
-    data  hash of what samples and test images are; gpu: whether trainings have one, since mixed precision and seconds depend on it
+    Those of the full set and of random lists come first: everything is compared with them.
+
+    Parameters
+    ----------
+    lists, pool
+        What is trained on.
+    recipe, settings
+        How.
+    data
+        Hash of samples and test set.
+    gpu
+        Whether trainings use a GPU: mixed precision and seconds depend on it.
     """
     everything = steps_of(recipe, len(pool))
     result = []
@@ -90,85 +120,102 @@ def trainings_of(
     return result
 
 
+class _Clock:
+    """Seconds of a training, including those of earlier attempts."""
+
+    def __init__(self, gpu: bool, spent: Mapping[str, float]) -> None:
+        self._gpu, self._spent = gpu, spent
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        wall = time.monotonic() - self._wall
+        now = {
+            "wall_seconds": wall,
+            "cpu_seconds": time.process_time() - self._cpu,
+            "gpu_seconds": wall if self._gpu else 0.0,
+        }
+        return {name: value + self._spent.get(name, 0.0) for name, value in now.items()}
+
+
+class _StateFile:
+    """The state of a training in progress, with the seconds spent so far."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._saved = uri, time.monotonic()
+
+    def read(self) -> tuple[State | None, dict[str, float]]:
+        """Return the state of a killed attempt and its seconds; None and nothing without one."""
+        try:
+            state = load(storage.read_bytes(self._uri))
+        except FileNotFoundError:
+            return None, {}
+        spent = {
+            name.removeprefix(SPENT): state.pop(name).item()
+            for name in list(state)
+            if name.startswith(SPENT)
+        }
+        return state, spent
+
+    def write(self, state: State, seconds: Mapping[str, float]) -> None:
+        """Write the state, unless the last one is less than SAVE_SECONDS old."""
+        if time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        spent = {
+            f"{SPENT}{name}": torch.tensor(value, dtype=torch.float64)
+            for name, value in seconds.items()
+        }
+        storage.write_bytes(self._uri, save(state | spent))
+        self._saved = time.monotonic()
+
+    def delete(self) -> None:
+        storage.delete(self._uri)
+
+
 def train_one(
     run_uri: str, copy: NodeCopy, classes: int, threads: int, gpu: bool, training: Training
 ) -> dict[str, Any]:
-    """Train, test, and write the result. Goes on where an attempt that was killed had got to. Runs in a task."""
+    """Train, test, and write the result; resume an attempt that was killed. Runs in a task."""
     run, device = Run(run_uri), "cuda" if gpu else "cpu"
     set_threads(threads)
     data = copy.open()
-    state_file = training.path(run, "safetensors")
-    state, spent = _earlier(state_file)
-    started, busy, saved = time.monotonic(), time.process_time(), time.monotonic()
-
-    def seconds() -> dict[str, float]:
-        wall = time.monotonic() - started
-        now = {
-            "wall_seconds": wall,
-            "cpu_seconds": time.process_time() - busy,
-            "gpu_seconds": wall if gpu else 0.0,
-        }
-        return {name: value + spent.get(name, 0.0) for name, value in now.items()}
-
-    def keep(state: State) -> None:
-        nonlocal saved
-        if time.monotonic() - saved >= SAVE_SECONDS:
-            extra = {
-                f"spent.{name}": torch.tensor(value, dtype=torch.float64)
-                for name, value in seconds().items()
-            }
-            storage.write_bytes(state_file, save(state | extra))
-            saved = time.monotonic()
-
-    statistics = training.settings.statistics(*data.statistics)
-    rows, steps = training.listed.rows, training.steps
+    state_file = _StateFile(training.path(run, "safetensors"))
+    state, spent = state_file.read()
+    clock = _Clock(gpu, spent)
+    settings, rows = training.settings, training.listed.rows
     model = fit(
-        training.settings,
+        settings,
         data.images,
         data.labels,
         rows,
         classes,
-        statistics,
-        steps=steps,
+        settings.statistics(*data.statistics),
+        steps=training.steps,
         device=device,
         state=state,
-        save=keep,
+        save=lambda state: state_file.write(state, clock.seconds()),
     )
-    trained = seconds()
+    seconds = clock.seconds()
     tested = test(model, data.test_images, data.test_labels, classes, device)
-    adversary, robust = training.settings.adversary, {}
-    if adversary is not None:
-        robust["robust_accuracy"] = test(
-            model, data.test_images, data.test_labels, classes, device, adversary
-        ).accuracy
+    robust: dict[str, float] = {}
+    if settings.adversary is not None:
+        attacked = test(
+            model, data.test_images, data.test_labels, classes, device, settings.adversary
+        )
+        robust["robust_accuracy"] = attacked.accuracy
     result = {
         "list": training.listed.name,
         "fraction": training.listed.fraction,
         "seed": training.seed,
         "samples": len(rows),
-        "steps": steps,
+        "steps": training.steps,
         "accuracy": tested.accuracy,
         **robust,
         "worst_class": tested.worst_class,
         "worst_class_accuracy": float(np.nanmin(tested.per_class)),
         "per_class": [None if np.isnan(value) else float(value) for value in tested.per_class],
         "gpu": gpu,
-        **trained,
+        **seconds,
     }
     storage.write_json(training.path(run), result)
-    storage.delete(state_file)
+    state_file.delete()
     return {"name": training.name}
-
-
-def _earlier(uri: str) -> tuple[State | None, dict[str, float]]:
-    """The state of an attempt that was killed and the seconds it spent; None and nothing where there was none."""
-    try:
-        found = load(storage.read_bytes(uri))
-    except FileNotFoundError:
-        return None, {}
-    spent = {
-        name.removeprefix("spent."): found.pop(name).item()
-        for name in list(found)
-        if name.startswith("spent.")
-    }
-    return found, spent

@@ -1,6 +1,6 @@
-"""Exported shards: samples written as a WebDataset tar or as Parquet in the layout of Hugging Face. No Ray.
+"""Write shards as WebDataset tars, or as Parquet in the layout of Hugging Face.
 
-The bytes depend on nothing but the samples: no time, no user, no machine is in them.
+The bytes depend on the samples only. They contain no time, user or machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from raypipe.errors import SourceError
 
 GROUP_ROWS, GROUP_BYTES = 1000, 32 << 20
-"""A row group of images ends at so many samples or so many bytes: readers hold a whole one."""
+"""A row group ends at this many samples or bytes. Readers hold a whole row group in memory."""
 
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
@@ -31,11 +31,26 @@ _MAGIC = (
 
 
 class Item(NamedTuple):
-    """One sample of a shard: a name unique in the export, the encoded image and its file name extension, and what the keep-list says of it.
+    """One sample of a shard.
 
-    label   class index, None for an unlabelled sample
-    name    of the class, "" where there is none
-    weight  None where the keep-list has no weights
+    Attributes
+    ----------
+    key : str
+        Name of the sample, unique in the export.
+    sample_id : str
+        Its id in the keep-list.
+    image : bytes
+        The encoded image.
+    extension : str
+        File name extension of the image, without a dot.
+    label : int or None
+        Class index; None for an unlabelled sample.
+    name : str
+        Name of the class; "" for an unlabelled sample.
+    score : float
+        Its score; higher means keep.
+    weight : float or None
+        Training weight; None if the keep-list has no weights.
     """
 
     key: str
@@ -49,7 +64,11 @@ class Item(NamedTuple):
 
 
 def encoded(image: bytes | np.ndarray | None) -> tuple[bytes, str]:
-    """Encoded image and its extension: stored bytes as they are, an array as PNG. Raises SourceError for what is no image."""
+    """Return an encoded image and its file name extension.
+
+    Stored bytes are returned unchanged, an array is encoded as PNG. Raises SourceError if the bytes
+    are not an image.
+    """
     if isinstance(image, np.ndarray):
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
@@ -68,9 +87,10 @@ def encoded(image: bytes | np.ndarray | None) -> tuple[bytes, str]:
 def write_tar(
     file: IO[bytes], items: Iterable[Item], classes: Sequence[str], weighted: bool
 ) -> int:
-    """Write a WebDataset shard: per sample the image, `.cls` (the class index, where there is a label) and `.json`. Returns samples.
+    """Write a WebDataset shard and return the number of samples.
 
-    The JSON has sample_id, score, and where there are any label, class and weight. `classes` and `weighted` are for Parquet alone.
+    A sample has its image, `.cls` (the class index, if labelled) and `.json`: sample_id, score, and
+    where they exist label, class and weight. `classes` and `weighted` are used by Parquet only.
     """
     count = 0
     for item in items:
@@ -89,7 +109,7 @@ def write_tar(
 
 
 def _member(file: IO[bytes], name: str, content: bytes) -> None:
-    header = tarfile.TarInfo(name)  # time, user and group are 0
+    header = tarfile.TarInfo(name)  # time, user and group are 0 by default
     header.size = len(content)
     file.write(header.tobuf(tarfile.USTAR_FORMAT))
     file.write(content)
@@ -99,41 +119,45 @@ def _member(file: IO[bytes], name: str, content: bytes) -> None:
 def write_parquet(
     file: IO[bytes], items: Iterable[Item], classes: Sequence[str], weighted: bool
 ) -> int:
-    """Write Parquet as Hugging Face does: image struct<bytes, path>, label with the names of the classes, sample_id, score. Returns samples.
+    """Write a Parquet shard in the layout of Hugging Face and return the number of samples.
 
-    `weight` is a column where the keep-list has weights. A row group has at most GROUP_ROWS samples, and ends at GROUP_BYTES.
+    Columns are image (struct of bytes and path), label (with the names of the classes), sample_id,
+    score, and weight if the keep-list has weights. A row group ends at GROUP_ROWS samples or
+    GROUP_BYTES bytes.
     """
     schema = parquet_schema(classes, weighted)
     compression = dict.fromkeys((*schema.names[1:], "image.path"), "zstd") | {"image.bytes": "none"}
-    held: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     count = size = 0
     with pq.ParquetWriter(
         file, schema, compression=compression, use_dictionary=["label"]
     ) as writer:
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(held, schema=schema), row_group_size=GROUP_ROWS)
-            held.clear()
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=GROUP_ROWS)
+            rows.clear()
 
         for item in items:
-            row = {
-                "image": {"bytes": item.image, "path": f"{item.key}.{item.extension}"},
-                "label": item.label,
-            }
-            held.append(
-                {**row, "sample_id": item.sample_id, "score": item.score, "weight": item.weight}
+            rows.append(
+                {
+                    "image": {"bytes": item.image, "path": f"{item.key}.{item.extension}"},
+                    "label": item.label,
+                    "sample_id": item.sample_id,
+                    "score": item.score,
+                    "weight": item.weight,
+                }
             )
             count, size = count + 1, size + len(item.image)
-            if len(held) == GROUP_ROWS or size >= GROUP_BYTES:
+            if len(rows) == GROUP_ROWS or size >= GROUP_BYTES:
                 flush()
                 size = 0
-        if held:
+        if rows:
             flush()
     return count
 
 
 def parquet_schema(classes: Sequence[str], weighted: bool) -> pa.Schema:
-    """The columns, and the features that `datasets.load_dataset` reads from the schema's metadata."""
+    """Return the schema, with the features that `datasets.load_dataset` reads from its metadata."""
     columns = [
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         ("label", pa.int64()),
@@ -158,4 +182,4 @@ def parquet_schema(classes: Sequence[str], weighted: bool) -> pa.Schema:
 
 
 WRITERS = {"webdataset": ("tar", write_tar), "parquet": ("parquet", write_parquet)}
-"""Ending and writer of each format of shards."""
+"""File name extension and writer of each format with shards."""

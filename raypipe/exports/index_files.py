@@ -1,4 +1,4 @@
-"""Exports that are a single file: row numbers for `torch.utils.data.Subset`, and lists of paths with labels."""
+"""Exports to a single file: row numbers for `torch.utils.data.Subset`, or paths with labels."""
 
 from __future__ import annotations
 
@@ -8,69 +8,66 @@ import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.config.export import ExportSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError
-from raypipe.exports.missing import report_missing
+from raypipe.exports.missing import MissingSample, report_missing
 from raypipe.keeplists.file import KeepFile, Located, first_positions, ids_in_order
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, open_source
 
-ENDINGS = {"indices": (".npy", ".json"), "list": (".txt", ".csv")}
-ONE_FILE_EACH = {"imagefolder", "filelist"}
-"""Formats of sources in which every sample is a file of its own, and its id the path of it."""
+EXTENSIONS = {"indices": (".npy", ".json"), "list": (".txt", ".csv")}
+ONE_FILE_PER_SAMPLE = {"imagefolder", "filelist"}
+"""Source formats in which every sample is a file, and its id is the path of that file."""
 LOCAL_FRAGMENTS = 64
-"""The ids of so many fragments are read by the driver: that takes less time than Ray to start."""
+"""Up to this many fragments, the driver reads the ids, which is faster than starting Ray."""
 TASK_FRAGMENTS = 16
-TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What `torchvision.datasets.ImageFolder` takes for an image: IMG_EXTENSIONS."""
+"""Fragments per task."""
+TORCHVISION_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Extensions that `torchvision.datasets.ImageFolder` treats as images: its IMG_EXTENSIONS."""
 
 
-def export_listing(
-    context: Context,
-    keep_list: str,
-    located: Located,
-    format: str,
-    to: str,
-    allow_missing: bool,
-    force: bool,
+def export_single_file(
+    context: Context, keep_list: str, located: Located, settings: ExportSettings
 ) -> dict[str, Any]:
     """Write the indices or the list of a keep-list; see `raypipe.export`."""
-    ending = next((ending for ending in ENDINGS[format] if to.lower().endswith(ending)), None)
-    if ending is None:
+    config, run, to = context.config, context.run, settings.to
+    extensions = EXTENSIONS[settings.format]
+    extension = next((item for item in extensions if to.lower().endswith(item)), None)
+    if extension is None:
         raise ConfigError(
-            f"{to}: format {format} is a file whose name ends in {' or '.join(ENDINGS[format])}"
+            f"{to}: format {settings.format} is a file whose name ends in {' or '.join(extensions)}"
         )
-    config, run = context.config, context.run
-    if format == "list" and config.source.format not in ONE_FILE_EACH:
+    if settings.format == "list" and config.source.format not in ONE_FILE_PER_SAMPLE:
         raise ConfigError(
-            f"format list needs a source of which every sample is a file of its own; this one is {config.source.format}: "
-            "use indices, webdataset or parquet"
+            "format list needs a source in which every sample is a file; this one is "
+            f"{config.source.format}: use indices, webdataset or parquet"
         )
     with KeepFile(keep_list) as file:
         table = (
             file.rows(0, len(file)) if len(file) else pa.table({name: [] for name in file.columns})
         )
-    position, order = _positions(
-        context, keep_list, located, table["sample_id"].to_pylist(), format
-    )
-    lost = np.flatnonzero(position < 0)
-    gone = [
-        (sample_id, f"not among {order}") for sample_id in table["sample_id"].take(lost).to_pylist()
+    ids = table["sample_id"].to_pylist()
+    position, order = _positions(context, keep_list, located, ids, settings.format)
+    absent = np.flatnonzero(position < 0)
+    missing = [
+        MissingSample(sample_id, f"not among {order}")
+        for sample_id in table["sample_id"].take(absent).to_pylist()
     ]
-    base = to.removesuffix(to[-len(ending) :])
-    report_missing(f"{base}.missing.json", gone, located.samples, allow_missing)
-    rows = np.argsort(position, kind="stable")[len(lost) :]
+    base = to.removesuffix(to[-len(extension) :])
+    report_missing(f"{base}.missing.json", missing, located.samples, settings.allow_missing)
+    rows = np.argsort(position, kind="stable")[len(absent) :]
     kept = table.take(rows)
-    if format == "list":
-        files = {to: _list(kept, run.classes().names, ending)}
+    if settings.format == "list":
+        files = {to: _list(kept, run.classes().names, extension)}
     else:
         about = {
             "order": order,
@@ -78,52 +75,60 @@ def export_listing(
             "run": run.uri,
             "keep_list": keep_metadata(keep_list),
         }
-        files = _indices(kept, position[rows], about, base, ending)
-    for uri, content in files.items():
-        if not force and storage.exists(uri) and storage.read_bytes(uri) != content:
-            raise RunError(
-                f"{uri}: is there already, with other content; give another name (--force replaces it)"
-            )
-    for uri, content in files.items():
-        storage.write_bytes(uri, content)
-    written = sum(len(content) for content in files.values())
+        files = _indices(kept, position[rows], about, base, extension)
+    _write_files(files, settings.force)
     return {
-        "format": format,
+        "format": settings.format,
         "to": to,
         "samples": len(kept),
         "shards": len(files),
-        "bytes": written,
-        "missing": len(gone),
+        "bytes": sum(len(content) for content in files.values()),
+        "missing": len(missing),
     }
 
 
+def _write_files(files: dict[str, bytes], force: bool) -> None:
+    """Write all files, or raise RunError before writing any if one exists with other content."""
+    for uri, content in files.items():
+        if not force and storage.exists(uri) and storage.read_bytes(uri) != content:
+            raise RunError(
+                f"{uri}: already exists with other content; give another name (--force replaces it)"
+            )
+    for uri, content in files.items():
+        storage.write_bytes(uri, content)
+
+
 def _indices(
-    kept: pa.Table, position: np.ndarray, about: dict[str, Any], base: str, ending: str
+    kept: pa.Table, position: np.ndarray, about: dict[str, Any], base: str, extension: str
 ) -> dict[str, bytes]:
-    """The indices as .npy, with everything else in a .json beside it; or all of it in a .json."""
+    """Return the files of format indices: .npy and a .json next to it, or one .json."""
     columns = {"sample_ids": "sample_id", "labels": "label", "scores": "score", "weights": "weight"}
-    data = {**about, "indices": position.tolist()} if ending == ".json" else dict(about)
+    data = {**about, "indices": position.tolist()} if extension == ".json" else dict(about)
     data |= {
         name: kept[column].to_pylist()
         for name, column in columns.items()
         if column in kept.column_names
     }
     files = {f"{base}.json": (json.dumps(data, ensure_ascii=False) + "\n").encode()}
-    if ending == ".npy":
+    if extension == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, position)
         files[f"{base}.npy"] = buffer.getvalue()
     return files
 
 
-def _list(kept: pa.Table, classes: Sequence[str], ending: str) -> bytes:
-    """CSV: path, label (class index), class, score and, where there are any, weight. Text: path and label; the path alone without one."""
+def _list(kept: pa.Table, classes: Sequence[str], extension: str) -> bytes:
+    """Return the file of format list.
+
+    CSV has the columns path, label (class index), class, score and, if the keep-list has them,
+    weight. Text has path and label on each line, or the path only for unlabelled samples.
+    """
     rows, text = kept.to_pylist(), io.StringIO()
-    if ending == ".txt":
+    if extension == ".txt":
         for row in rows:
             if "\n" in row["sample_id"]:
                 raise ConfigError(
-                    f"{row['sample_id']!r} has a line break in its name; write a .csv"
+                    f"{row['sample_id']!r} has a line break in its name; use a .csv file"
                 )
             text.write(
                 row["sample_id"] + ("" if row["label"] is None else f" {row['label']}") + "\n"
@@ -149,7 +154,10 @@ def _list(kept: pa.Table, classes: Sequence[str], ending: str) -> bytes:
 def _positions(
     context: Context, keep_list: str, located: Located, ids: list[str], format: str
 ) -> tuple[np.ndarray, str]:
-    """The number of each kept sample, int64 [k], in an order that is given in words; -1 where it is not in that order."""
+    """Return the index of each kept sample, int64 [k], and a description of the order it refers to.
+
+    The index is -1 for samples that are not in that order.
+    """
     source = context.config.source
     if (
         format == "indices"
@@ -157,35 +165,38 @@ def _positions(
         and any("/" in sample_id for sample_id in ids)
     ):
         root = storage.glob_root(source.uri) if not storage.exists(source.uri) else source.uri
-        found = image_folder_order(root)
-        return np.array(
-            [found.get(sample_id, -1) for sample_id in ids], np.int64
-        ), f"torchvision.datasets.ImageFolder({root!r})"
+        order = image_folder_order(root)
+        position = np.array([order.get(sample_id, -1) for sample_id in ids], np.int64)
+        return position, f"torchvision.datasets.ImageFolder({root!r})"
     return _source_positions(context, keep_list, located), _source_order(context)
 
 
 def _source_order(context: Context) -> str:
+    """Describe the order of the source."""
     fragments, format = context.run.fragments(), context.config.source.format
     paths = {fragment.path for fragment in fragments}
     if format == "parquet" and len(paths) == 1:
         return f"the rows of {paths.pop()}, from 0"
-    what = {
+    orders = {
         "parquet": "rows of the source's files, sorted by path",
         "webdataset": "samples of the source's tars, sorted by path",
     }
-    return f"the {what.get(format, 'samples of the source in its own order')}, from 0"
+    return f"the {orders.get(format, 'samples of the source in its own order')}, from 0"
 
 
 def image_folder_order(root: str) -> dict[str, int]:
-    """Relative path -> index in `torchvision.datasets.ImageFolder(root)`.
+    """Return the index in `torchvision.datasets.ImageFolder(root)` of every relative path.
 
-    Classes sorted by name, within a class folders by path, within a folder files by name. A plain sort of all paths differs: there
-    "a-b/x" comes before "a/x", and "a/b/x" before "a/c". Hidden files count, and formats that raypipe does not read.
+    Classes are sorted by name, folders within a class by path, and files within a folder by name.
+    A plain sort of all paths would put "a-b/x" before "a/x", and "a/b/x" before "a/c". Hidden files
+    count, and so do formats that raypipe does not read.
     """
     fs, path = storage.filesystem(root)
     start = len(path.rstrip("/")) + 1
     paths = [full[start:] for full in storage.retrying(lambda: fs.find(path), root)]
-    images = [path for path in paths if "/" in path and path.lower().endswith(TORCHVISION)]
+    images = [
+        path for path in paths if "/" in path and path.lower().endswith(TORCHVISION_EXTENSIONS)
+    ]
 
     def key(path: str) -> tuple[str, str, str]:
         folder, _, file = path.rpartition("/")
@@ -195,7 +206,7 @@ def image_folder_order(root: str) -> dict[str, int]:
 
 
 def _source_positions(context: Context, keep_list: str, located: Located) -> np.ndarray:
-    """Number of each kept sample, int64 [k], in the order of the source: fragment by fragment as in the index."""
+    """Return the number of each kept sample in source order, int64 [k]; -1 if it is missing."""
     config, run = context.config, context.run
     fragments = run.fragments()
     first = first_positions(fragments)
@@ -209,38 +220,51 @@ def _source_positions(context: Context, keep_list: str, located: Located) -> np.
     ]
     result = np.full(located.samples, -1, np.int64)
 
-    def collect(found: dict[str, Any]) -> None:
-        for fragment_id, start, inside in found["positions"]:
-            result[start : start + len(inside)] = np.where(
-                inside < 0, -1, inside + first[fragment_id]
+    def collect(positions: list[FragmentPositions]) -> None:
+        for item in positions:
+            result[item.start : item.start + len(item.inside)] = np.where(
+                item.inside < 0, -1, item.inside + first[item.fragment_id]
             )
 
-    locate_in = functools.partial(_inside, config, run.uri, keep_list)
+    locate_in = functools.partial(_positions_in, config, run.uri, keep_list)
     if len(units) <= LOCAL_FRAGMENTS:
         with ThreadPoolExecutor(8) as threads:
-            for found in threads.map(locate_in, groups):
-                collect(found)
+            for positions in threads.map(locate_in, groups):
+                collect(positions)
     else:
         context.run_tasks(groups, locate_in, collect)
     return result
 
 
-def _inside(
+class FragmentPositions(NamedTuple):
+    """Positions of the kept samples within a fragment.
+
+    Attributes
+    ----------
+    fragment_id : str
+        The fragment.
+    start : int
+        Its first row in the keep-list.
+    inside : np.ndarray
+        Position of each kept sample in the fragment, int64 [k]; -1 if it is missing.
+    """
+
+    fragment_id: str
+    start: int
+    inside: np.ndarray
+
+
+def _positions_in(
     config: Config, run_uri: str, keep_list: str, units: Sequence[tuple[Fragment, int, int]]
-) -> dict[str, Any]:
-    """Number within its fragment of every kept sample of some fragments, -1 where it is gone. Runs in a task."""
-    run, source, result = Run(run_uri), open_source(config.source), []
+) -> list[FragmentPositions]:
+    """Find the kept samples in some fragments. Runs in a task."""
+    run, source, result = Run(run_uri), open_source(config.source), list[FragmentPositions]()
     with KeepFile(keep_list) as kept:
         for fragment, start, stop in units:
             order: dict[str, int] = {}
             for number, sample_id in enumerate(ids_in_order(source, run.with_members(fragment))):
                 order.setdefault(sample_id, number)
             ids = kept.rows(start, stop)["sample_id"].to_pylist()
-            result.append(
-                (
-                    fragment.fragment_id,
-                    start,
-                    np.array([order.get(sample_id, -1) for sample_id in ids], np.int64),
-                )
-            )
-    return {"positions": result}
+            inside = np.array([order.get(sample_id, -1) for sample_id in ids], np.int64)
+            result.append(FragmentPositions(fragment.fragment_id, start, inside))
+    return result

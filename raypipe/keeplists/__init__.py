@@ -1,1 +1,1 @@
-"""Read keep-lists: files of a run, and datasets restricted to them."""
+"""Read keep-lists, and restrict datasets to them."""

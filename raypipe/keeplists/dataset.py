@@ -1,4 +1,4 @@
-"""A keep-list for training code: ids with labels, scores and weights, and one line each for PyTorch, Ray Data and WebDataset.
+"""Keep-lists for training code, with adapters for PyTorch, Ray Data and WebDataset.
 
 torch and Ray are imported by the methods that need them, and not before.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 Ids = Sequence[str] | Callable[[int], str]
-"""Sample ids of a dataset in its order, or a function from an index to the id."""
+"""Sample ids in the order of a dataset, or a function from an index to the id."""
 
 _NUMBERS: dict[str, Callable[[str], Any]] = {
     "fraction": float,
@@ -48,14 +48,37 @@ _TAR = re.compile(r"\S+\.(?:tar\.gz|tar|tgz)", re.IGNORECASE)
 
 
 class KeepList:
-    """The samples to keep.
+    """The samples to keep, with labels, scores and weights.
 
-    KeepList("runs/first", keep=0.5)                       of a run, local or s3://; the only list there is without `keep`
-    KeepList("runs/first", keep=0.5, snapshot="2026-11-22T020000Z")    as it was in a snapshot: see docs/nightly.md
-    KeepList("runs/first/keep/keep-0.50.parquet")          the file itself
+    A keep-list has a length, iterates over its ids, and supports `sample_id in keep_list`. It can
+    be pickled, for example for the workers of a DataLoader.
 
-    It has a length, gives its ids when iterated over, and tells whether an id is `in` it. It can be pickled, and so sent to the
-    workers of a DataLoader. Raises RunError where there is no such list, naming those there are.
+    Parameters
+    ----------
+    uri : str or os.PathLike
+        A run folder, or a keep-list file (.parquet). Local path or URI.
+    keep : float, optional
+        Fraction of the list, 0 to 1. Default: the only list of the run.
+    snapshot : str, optional
+        Name of a snapshot of a nightly run. Default: the list as it is now.
+
+    Attributes
+    ----------
+    uri : str
+        The keep-list file.
+
+    Raises
+    ------
+    RunError
+        If there is no such list. The error names the available lists.
+
+    Examples
+    --------
+    >>> from raypipe import KeepList
+    >>> keep = KeepList("runs/first", keep=0.5)  # doctest: +SKIP
+    >>> train = keep.subset(torchvision.datasets.ImageFolder("/data"))  # doctest: +SKIP
+    >>> KeepList("runs/first", keep=0.5, snapshot="2026-11-22T020000Z")  # doctest: +SKIP
+    >>> KeepList("runs/first/keep/keep-0.50.parquet")  # doctest: +SKIP
     """
 
     def __init__(
@@ -92,7 +115,10 @@ class KeepList:
 
     @functools.cached_property
     def ids(self) -> list[str]:
-        """Sample ids. Labels, scores and weights are in the same order, which is that of the score shards and no order of the source."""
+        """Sample ids, list of str.
+
+        Labels, scores and weights have the same order: that of the score shards, not of the source.
+        """
         return self._table["sample_id"].to_pylist()
 
     @property
@@ -102,12 +128,12 @@ class KeepList:
 
     @property
     def scores(self) -> np.ndarray:
-        """float32 [n]; higher means keep."""
+        """Scores, float32 [n]; higher means keep."""
         return self._table["score"].to_numpy()
 
     @property
     def weights(self) -> np.ndarray | None:
-        """float32 [n], where the strategy that made the list gives weights; else None."""
+        """Training weights, float32 [n]; None if the strategy of the list gives none."""
         return (
             self._table["weight"].to_numpy().astype(np.float32)
             if "weight" in self._table.column_names
@@ -116,37 +142,80 @@ class KeepList:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """How the list was made: fraction, strategy, count, samples (scored in all), scores (their hash), spearman, spearman_low, forced;
-        of a rehearsal with wrong labels `inject_noise`.
+        """How the list was cut.
 
-        Spearman figures are None where they are not known. Others, that the strategy adds, are text.
+        Keys are fraction, strategy, count (kept samples), samples (all scored samples), scores
+        (their hash), spearman, spearman_low and forced; inject_noise for runs with injected label
+        noise. Spearman figures are None if unknown. Keys that a strategy adds have text values.
         """
         return {
             key: _NUMBERS.get(key, str)(value) for key, value in keep_metadata(self.uri).items()
         }
 
-    # -- PyTorch --------------------------------------------------------------------------------------------------
+    # -- PyTorch -----------------------------------------------------------------------------------
 
     def indices(self, ids: Iterable[Any], *, strict: bool = True) -> list[int]:
-        """Which of a dataset's samples are kept: ascending positions in `ids`, the sample ids of the dataset in its order.
+        """Return the indices of the kept samples of a dataset.
 
-        Raises SourceError where an id occurs twice, and with `strict` where a kept sample is not among them.
+        Parameters
+        ----------
+        ids : iterable
+            Sample ids of the dataset, in its order. They are compared as text.
+        strict : bool
+            Whether every kept sample must be in `ids`.
+
+        Returns
+        -------
+        list of int
+            Ascending positions in `ids`.
+
+        Raises
+        ------
+        SourceError
+            If a kept id occurs twice in `ids`, or with `strict` is not in `ids`.
+
+        Examples
+        --------
+        >>> keep.indices(["cat/1.png", "cat/2.png", "dog/1.png"], strict=False)  # doctest: +SKIP
+        [0, 2]
         """
         return self._match(ids, strict)[0].tolist()
 
     def subset(self, dataset: Any, ids: Ids | None = None, *, strict: bool = True) -> Subset[Any]:
-        """The kept samples of a map-style dataset, in its order, as `torch.utils.data.Subset`.
+        """Return the kept samples of a map-style dataset, in its order.
 
-        ids  the dataset's sample ids in its order, or a function from an index to the id. By default they are found out, for
+        Parameters
+        ----------
+        dataset : torch.utils.data.Dataset
+            The dataset.
+        ids : sequence of str or callable, optional
+            Sample ids of the dataset in its order, or a function from an index to the id. By
+            default they are derived, for
 
-             - torchvision's ImageFolder and DatasetFolder on the folder of the source;
-             - a `datasets.Dataset` of Hugging Face with a column of the ids: `sample_id`, or the run's `source.id_column`;
-             - any dataset in the order of the rows of the Parquet files, files sorted by path; of more than one file, for a
-               list in its run. Where the dataset tells its labels, these are compared;
-             - any dataset in the order of ids that end in its number, such as those of the bundled digits; labels as above;
-             - a `Subset` of one of these.
+            - torchvision's ImageFolder and DatasetFolder on the folder of the source;
+            - a Hugging Face `datasets.Dataset` with a column of ids: `sample_id`, or the run's
+              `source.id_column`;
+            - any dataset in the order of the rows of the Parquet files, sorted by path (several
+              files: only for a list in its run); labels of the dataset are compared if it has any;
+            - any dataset in the order of ids that end in a number, such as the bundled digits;
+              labels are compared as well;
+            - a `Subset` of one of these.
+        strict : bool
+            Whether every kept sample must be in the dataset.
 
-        Raises SourceError where the ids cannot be told or do not fit; see `indices`.
+        Returns
+        -------
+        torch.utils.data.Subset
+            The kept samples.
+
+        Raises
+        ------
+        SourceError
+            If the ids cannot be derived or do not fit; see `indices`.
+
+        Examples
+        --------
+        >>> train = keep.subset(torchvision.datasets.ImageFolder("/data"))  # doctest: +SKIP
         """
         from torch.utils.data import Subset
 
@@ -162,22 +231,49 @@ class KeepList:
         generator: torch.Generator | None = None,
         strict: bool = True,
     ) -> WeightedRandomSampler:
-        """Draws from `subset(dataset, ids)` by weight: `torch.utils.data.WeightedRandomSampler`, of as many samples by default.
+        """Return a sampler that draws from `subset(dataset, ids)` by weight.
 
-        Raises ConfigError where the list has no weights.
+        Parameters
+        ----------
+        dataset, ids, strict
+            As for `subset`.
+        num_samples : int, optional
+            Samples per epoch. Default: the size of the subset.
+        replacement : bool
+            Whether to draw with replacement.
+        generator : torch.Generator, optional
+            Source of randomness.
+
+        Returns
+        -------
+        torch.utils.data.WeightedRandomSampler
+            A sampler for the subset.
+
+        Raises
+        ------
+        ConfigError
+            If the list has no weights.
+        SourceError
+            As for `subset`.
+
+        Examples
+        --------
+        >>> sampler = keep.sampler(dataset)  # doctest: +SKIP
+        >>> loader = DataLoader(keep.subset(dataset), sampler=sampler)  # doctest: +SKIP
         """
         from torch.utils.data import WeightedRandomSampler
 
         if self.weights is None:
             raise ConfigError(
-                f"{self.uri}: has no weights; the strategy {self.metadata.get('strategy')!r} gives none"
+                f"{self.uri}: the list has no weights, because the strategy "
+                f"{self.metadata.get('strategy')!r} gives none; see select.weights"
             )
         rows = self._find(dataset, ids, strict)[1]
         return WeightedRandomSampler(
             self.weights[rows].tolist(), num_samples or len(rows), replacement, generator
         )
 
-    # -- Ray Data and WebDataset ----------------------------------------------------------------------------------
+    # -- Ray Data and WebDataset -------------------------------------------------------------------
 
     def filter(
         self,
@@ -187,17 +283,44 @@ class KeepList:
         root: str = "",
         columns: Sequence[str] = (),
     ) -> RayDataset:
-        """The rows of a Ray Dataset whose id is kept, in their order. Lazy, as Ray Datasets are; the list is shared once per machine.
+        """Return the rows of a Ray Dataset whose id is kept, in their order.
 
-        root     folder of the source, where the column holds whole paths, as `path` of `ray.data.read_images` does
-        columns  of the keep-list, to add to the rows, in place of columns of these names: "score", "weight"
+        The result is lazy, like all Ray Datasets. The list is shared once per machine.
+
+        Parameters
+        ----------
+        dataset : ray.data.Dataset
+            The dataset.
+        id_column : str
+            Its column with the sample ids.
+        root : str
+            Folder of the source, if the column contains whole paths, such as `path` of
+            `ray.data.read_images`.
+        columns : sequence of str
+            Columns of the keep-list to add to the rows: "label", "score" or "weight". They replace
+            columns of the same name.
+
+        Returns
+        -------
+        ray.data.Dataset
+            The kept rows.
+
+        Raises
+        ------
+        ConfigError
+            If the list has no such column.
+
+        Examples
+        --------
+        >>> kept = keep.filter(dataset, "path", root="/data", columns=["weight"])  # doctest: +SKIP
         """
         from raypipe.distributed.ray_data.join import filter_dataset
 
         unknown = sorted(set(columns) - set(self._table.column_names))
         if unknown:
             raise ConfigError(
-                f"{self.uri}: has no column {unknown[0]!r}; it has {', '.join(self._table.column_names)}"
+                f"{self.uri}: has no column {unknown[0]!r}; columns: "
+                f"{', '.join(self._table.column_names)}"
             )
         return filter_dataset(
             dataset,
@@ -209,11 +332,26 @@ class KeepList:
     def filter_webdataset(
         self, samples: Iterable[dict[str, Any]], root: str | None = None
     ) -> Iterator[dict[str, Any]]:
-        """The kept ones of the samples that `webdataset` reads: dicts with `__key__` and `__url__`. Put it before decoding.
+        """Yield the kept samples of a `webdataset` pipeline. Put it before decoding.
 
-        root  URL of the folder that paths of tars in ids are below; default: that of the run's source. A URL elsewhere (a copy,
-              a cache) is matched by the end of its path.
-        Warns when samples went in and none came out.
+        Warns if there were samples and none was kept.
+
+        Parameters
+        ----------
+        samples : iterable of dict
+            Samples with `__key__` and `__url__`.
+        root : str, optional
+            URL of the folder that the tar paths in ids are relative to. Default: that of the run's
+            source. URLs elsewhere (a copy, a cache) are matched by the end of their path.
+
+        Yields
+        ------
+        dict
+            The kept samples, unchanged.
+
+        Examples
+        --------
+        >>> pipeline = webdataset.WebDataset(urls).compose(keep.filter_webdataset)  # doctest: +SKIP
         """
         base = root if root is not None else self._source_root
         tars: dict[str, str] = {}
@@ -226,23 +364,24 @@ class KeepList:
                 kept += 1
                 yield sample
         if seen and not kept:
-            known = f", ids of the keep-list such as {self.ids[0]!r}" if self.ids else ""
+            example = f", ids of the keep-list are like {self.ids[0]!r}" if self.ids else ""
             warnings.warn(
-                f"none of {seen} samples is in {self.uri}: the last was in {tars[url]!r}{known}; see `root`",
+                f"none of {seen} samples is in {self.uri}: the last was in {tars[url]!r}{example}; "
+                "see `root`",
                 stacklevel=2,
             )
 
     def _tar(self, url: str, root: str | None) -> str:
-        """The path of a tar as it stands in ids."""
-        found = _TAR.search(url)  # of a pipe, the first word that is a tar
-        path = found[0] if found is not None else url
+        """Return the path of a tar as ids contain it."""
+        match = _TAR.search(url)  # for a pipe, the first word that is a tar
+        path = match[0] if match is not None else url
         if root is not None and path.startswith(root.rstrip("/") + "/"):
             return path[len(root.rstrip("/")) + 1 :]
         parts = path.split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         return next((end for end in ends if end in self._files), parts[-1])
 
-    # -- matching -------------------------------------------------------------------------------------------------
+    # -- matching ----------------------------------------------------------------------------------
 
     @functools.cached_property
     def _set(self) -> frozenset[str]:
@@ -250,7 +389,7 @@ class KeepList:
 
     @functools.cached_property
     def _files(self) -> frozenset[str]:
-        """Paths before the '#' of ids."""
+        """Paths before the "#" of the ids."""
         return frozenset(sample_id.rpartition("#")[0] for sample_id in self.ids)
 
     @functools.cached_property
@@ -260,36 +399,41 @@ class KeepList:
         return storage.glob_root(self._run.config().source.uri)
 
     def _match(self, ids: Iterable[Any], strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in `ids` of what is kept, ascending, and the rows of these in the list, int64 [k] each."""
-        given = pa.array([str(sample_id) for sample_id in ids], pa.string())
-        found = pc.fill_null(
-            pc.index_in(given, value_set=self._table["sample_id"].combine_chunks()), -1
+        """Return ascending positions in `ids` and the rows of these in the list, int64 [k] each."""
+        ids_array = pa.array([str(sample_id) for sample_id in ids], pa.string())
+        row_of_id = pc.fill_null(
+            pc.index_in(ids_array, value_set=self._table["sample_id"].combine_chunks()), -1
         )
-        rows = found.to_numpy(zero_copy_only=False).astype(np.int64)
+        rows = row_of_id.to_numpy(zero_copy_only=False).astype(np.int64)
         position = np.flatnonzero(rows >= 0)
         rows = rows[position]
         distinct, counts = np.unique(rows, return_counts=True)
         if len(distinct) < len(rows):
             twice = self._table["sample_id"][int(distinct[counts > 1][0])].as_py()
             raise SourceError(
-                f"{int((counts > 1).sum()):,} kept ids occur more than once in the dataset, such as {twice!r}"
+                f"{int((counts > 1).sum()):,} kept ids occur more than once in the dataset, such "
+                f"as {twice!r}"
             )
         if strict and len(rows) < len(self):
             absent = int(np.setdiff1d(np.arange(len(self)), rows)[0])
-            example = f"; ids of the dataset are such as {given[0].as_py()!r}" if len(given) else ""
+            example = (
+                f"; ids of the dataset are like {ids_array[0].as_py()!r}" if len(ids_array) else ""
+            )
             raise SourceError(
-                f"{len(self) - len(rows):,} of the {len(self):,} samples of the keep-list are not among the {len(given):,} of the dataset, "
-                f"such as {self._table['sample_id'][absent].as_py()!r}{example}. strict=False goes on with {len(rows):,}"
+                f"{len(self) - len(rows):,} of the {len(self):,} samples of the keep-list are not "
+                f"among the {len(ids_array):,} of the dataset, such as "
+                f"{self._table['sample_id'][absent].as_py()!r}{example}. strict=False continues "
+                f"with {len(rows):,}"
             )
         return position, rows
 
     def _find(self, dataset: Any, ids: Ids | None, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        """As `_match`, for a dataset."""
+        """Return positions and rows as `_match` does, for a dataset."""
         if ids is None:
-            known = self._ids_of(dataset)
-            return (
-                self._match(known, strict) if known is not None else self._by_row(dataset, strict)
-            )
+            own_ids = self._ids_of(dataset)
+            if own_ids is None:
+                return self._by_row(dataset, strict)
+            return self._match(own_ids, strict)
         listed = [ids(index) for index in range(len(dataset))] if callable(ids) else ids
         if len(listed) != len(dataset):
             raise SourceError(
@@ -298,7 +442,7 @@ class KeepList:
         return self._match(listed, strict)
 
     def _ids_of(self, dataset: Any) -> list[str] | None:
-        """Ids that the dataset itself tells; None where it tells none."""
+        """Return the ids that can be derived from the dataset itself; None if there are none."""
         if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
             inner = self._ids_of(dataset.dataset)
             if inner is None:
@@ -319,25 +463,29 @@ class KeepList:
         return [str(sample_id) for sample_id in dataset[column]] if column is not None else None
 
     def _by_row(self, dataset: Any, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        """As `_match`, for a dataset whose order is that of the source."""
+        """Return positions and rows as `_match` does, for a dataset in source order."""
         number = self._source_rows()
         rows = np.argsort(number, kind="stable")
         position = number[rows]
         inside = position < len(dataset)
         if strict and not inside.all():
             raise SourceError(
-                f"{int((~inside).sum()):,} of the {len(self):,} samples of the keep-list are beyond the {len(dataset):,} samples of the "
-                "dataset, taken in the order of the source; give ids"
+                f"{int((~inside).sum()):,} of the {len(self):,} samples of the keep-list are "
+                f"beyond the {len(dataset):,} samples of the dataset, which is assumed to be in "
+                "source order; give ids"
             )
         position, rows = position[inside], rows[inside]
         self._check_labels(dataset, position, rows)
         return position, rows
 
     def _source_rows(self) -> np.ndarray:
-        """Number of every kept sample in the source, int64 [n], as its id tells it. Raises SourceError where it does not."""
-        numbered = [found for found in map(_NUMBERED.fullmatch, self.ids) if found is not None]
-        if numbered and len(numbered) == len(self) and len({found[1] for found in numbered}) == 1:
-            return np.array([int(found[2]) for found in numbered], np.int64)
+        """Return the number of every kept sample in the source, int64 [n], from its id.
+
+        Raises SourceError if the ids do not contain it.
+        """
+        numbered = [match for match in map(_NUMBERED.fullmatch, self.ids) if match is not None]
+        if numbered and len(numbered) == len(self) and len({match[1] for match in numbered}) == 1:
+            return np.array([int(match[2]) for match in numbered], np.int64)
         split = [sample_id.rpartition("#") for sample_id in self.ids]
         source = self._run.config().source if self._run is not None else None
         parquet = (
@@ -346,15 +494,17 @@ class KeepList:
             else all(path.lower().endswith(".parquet") for path, _, _ in split)
         )
         if not parquet or not all(row.isdecimal() for _, _, row in split):
-            example = f": they are such as {self.ids[0]!r}" if self.ids else ""
+            example = f": they are like {self.ids[0]!r}" if self.ids else ""
             raise SourceError(
-                f"the ids of the keep-list do not say which sample of the dataset is meant{example}; give ids"
+                "the ids of the keep-list do not identify samples of the dataset"
+                f"{example}; give ids"
             )
         first = dict.fromkeys(self._files, 0)
         if len(first) > 1:
             if self._run is None:
                 raise SourceError(
-                    f"the samples are in {len(first)} files, and {self.uri} is not in its run, which has their order; give ids"
+                    f"the samples are in {len(first)} files, and {self.uri} is outside its run, "
+                    "which knows their order; give ids"
                 )
             fragments = self._run.fragments()
             starts = first_positions(fragments)
@@ -365,15 +515,16 @@ class KeepList:
             }
             if gone := sorted(self._files - set(first)):
                 raise SourceError(
-                    f"{self.uri} has samples of files that are no longer in the source, such as {gone[0]}; give ids"
+                    f"{self.uri} has samples of files that are no longer in the source, such as "
+                    f"{gone[0]}; give ids"
                 )
         return np.array([first[path] + int(row) for path, _, row in split], np.int64)
 
     def _check_labels(self, dataset: Any, position: np.ndarray, rows: np.ndarray) -> None:
-        """Raise SourceError where the dataset tells labels that are numbers, and some are not those of the list."""
+        """Raise SourceError if the dataset has integer labels that differ from the list's."""
         stated = {self._run.config().source.label_column} if self._run is not None else set()
         if None in stated:
-            return  # those of the list are pseudo-labels
+            return  # the list has pseudo-labels
         column = next(
             (
                 name
@@ -383,17 +534,18 @@ class KeepList:
             None,
         )
         if column is not None:
-            told = list(dataset[column])
+            labels = list(dataset[column])
         else:
-            told = list(getattr(dataset, "targets", ()))
-        if len(told) != len(dataset) or not all(
-            isinstance(label, int | np.integer) for label in told
+            labels = list(getattr(dataset, "targets", ()))
+        if len(labels) != len(dataset) or not all(
+            isinstance(label, int | np.integer) for label in labels
         ):
             return
-        label = self.labels[rows]
-        wrong = int((np.array(told)[position] != label)[label >= 0].sum())
+        expected = self.labels[rows]
+        wrong = int((np.array(labels)[position] != expected)[expected >= 0].sum())
         if wrong:
             raise SourceError(
-                f"{wrong:,} of {len(rows):,} samples have another label in the dataset than in the keep-list: is it in the order of the "
-                "source, without shuffling or filtering? Give ids"
+                f"{wrong:,} of {len(rows):,} samples have another label in the dataset than in the "
+                "keep-list: is the dataset in source order, without shuffling or filtering? Give "
+                "ids"
             )

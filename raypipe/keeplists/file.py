@@ -1,4 +1,4 @@
-"""A keep-list beside its source: where it is, which of its rows belong to which fragment, and the order of the source. No Ray."""
+"""Find and read keep-list files, and relate their rows to the fragments of the source."""
 
 from __future__ import annotations
 
@@ -22,53 +22,62 @@ from raypipe.runs.snapshots import file_uri, load_snapshot, score_shards
 from raypipe.sources import Fragment, Source
 
 COLUMNS = ("sample_id", "label", "score", "weight")
-"""What is read of a keep-list; `weight` is there where its strategy gives weights."""
+"""Columns to read of a keep-list. `weight` exists if its strategy gives weights."""
 BATCH_ROWS = 1 << 16
+"""Rows to read at a time."""
 
 
 def find_keep_list(run: Run, keep: float | None, snapshot: str | None = None) -> str:
-    """URI of the run's keep-list of a fraction, or of the only one there is; with `snapshot` as it was then.
+    """Return the URI of a keep-list of a run.
 
-    Raises ConfigError for a fraction that is none, RunError where there is no such list (no run, no snapshot), naming those there are.
+    Parameters
+    ----------
+    run : Run
+        The run.
+    keep : float or None
+        Fraction of the list, 0 to 1. None: the only list.
+    snapshot : str, optional
+        Name of a snapshot. Default: the lists as they are now.
+
+    Raises
+    ------
+    ConfigError
+        For an invalid fraction.
+    RunError
+        If there is no such run, snapshot or list. The error names the available lists.
     """
     if keep is not None and not 0 < keep <= 1:
         raise ConfigError(
-            f"keep: {keep!r} is not a fraction of the samples: it must be above 0 and at most 1"
+            f"keep: {keep!r} is not a fraction of the samples; it must be above 0 and at most 1"
         )
-    run.ledger()  # says so where there is no run at all
+    run.ledger()  # raises if there is no run
     if snapshot is None:
-        where = {
+        uris = {
             file: run.keep_list(file)
             for file in storage.names(run.keep_folder)
             if file.endswith(".parquet")
         }
     else:
-        where = {
+        uris = {
             entry["file"]: file_uri(run, entry) for entry in load_snapshot(run, snapshot)["keep"]
         }
-    there = sorted(where)
-    if keep is None and len(there) == 1:
-        return where[there[0]]
-    if keep is not None and keep_file(keep) in there:
-        return where[keep_file(keep)]
-    found = (
-        f"there are {', '.join(there)}"
-        if len(there) > 1
-        else f"there is {there[0]}"
-        if there
-        else "there is none"
-    )
-    if keep is None and there:
-        raise RunError(f"{run.uri}: which keep-list? {found}; name its fraction with keep")
-    wanted = "no keep-list" if keep is None else f"no keep-list of fraction {keep:g}"
+    available = sorted(uris)
+    if keep is None and len(available) == 1:
+        return uris[available[0]]
+    if keep is not None and keep_file(keep) in available:
+        return uris[keep_file(keep)]
+    names = f"available: {', '.join(available) or 'none'}"
+    if keep is None and available:
+        raise RunError(f"{run.uri}: which keep-list? {names}. Name its fraction with keep")
+    problem = "no keep-list" if keep is None else f"no keep-list of fraction {keep:g}"
     if snapshot is not None:
-        raise RunError(f"{run.uri}: {wanted} in snapshot {snapshot}; {found}")
+        raise RunError(f"{run.uri}: {problem} in snapshot {snapshot}; {names}")
     command = f"raypipe select {run.uri}" + ("" if keep is None else f" --keep {keep:g}")
-    raise RunError(f"{run.uri}: {wanted}; {found}. Make it with `{command}`")
+    raise RunError(f"{run.uri}: {problem}; {names}. Write it with `{command}`")
 
 
 class KeepFile:
-    """A keep-list file, opened for reading. Raises RunError when it is missing or no keep-list."""
+    """A keep-list file that is open for reading. Raises RunError if it is missing or invalid."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -85,7 +94,7 @@ class KeepFile:
         if self.columns[:3] != list(COLUMNS[:3]):
             self._file.close()
             raise RunError(
-                f"{uri}: not a keep-list: its columns are {', '.join(self._parquet.schema_arrow.names)}"
+                f"{uri}: not a keep-list; columns: {', '.join(self._parquet.schema_arrow.names)}"
             )
         groups = self._parquet.metadata.num_row_groups
         rows = [self._parquet.metadata.row_group(group).num_rows for group in range(groups)]
@@ -97,21 +106,21 @@ class KeepFile:
 
     @property
     def weighted(self) -> bool:
-        """Whether samples have weights."""
+        """Whether the samples have weights."""
         return "weight" in self.columns
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the columns that are read."""
-        found = self._parquet.schema_arrow
-        return pa.schema([found.field(name) for name in self.columns])
+        """Schema of the columns that are read."""
+        schema = self._parquet.schema_arrow
+        return pa.schema([schema.field(name) for name in self.columns])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows in order."""
+        """Yield all rows in order."""
         yield from self._parquet.iter_batches(BATCH_ROWS, columns=self.columns, use_threads=False)
 
     def rows(self, start: int, stop: int) -> pa.Table:
-        """Rows `start` to `stop`; of the row groups around them the last four are held."""
+        """Return rows `start` to `stop`. The last four row groups stay in memory."""
         first = int(np.searchsorted(self._ends, start, "right"))
         last = int(np.searchsorted(self._ends, stop, "left"))
         offset = int(self._ends[first - 1]) if first else 0
@@ -137,10 +146,17 @@ class KeepFile:
 class Located:
     """Which rows of a keep-list belong to which fragment.
 
-    rows         fragment_id -> (first row, row after the last); fragments none of whose samples is kept are left out
-    samples      rows in all
-    fingerprint  hash of ids, labels, scores and weights
-    weighted     whether samples have weights
+    Attributes
+    ----------
+    rows : mapping of str to (int, int)
+        First row, and the row after the last, by fragment id. Fragments without kept samples are
+        left out.
+    samples : int
+        Number of rows.
+    fingerprint : str
+        Hash of ids, labels, scores and weights.
+    weighted : bool
+        Whether the samples have weights.
     """
 
     rows: Mapping[str, tuple[int, int]]
@@ -150,15 +166,29 @@ class Located:
 
 
 def locate(run: Run, uri: str, snapshot: str | None = None) -> Located:
-    """Find the fragments of a keep-list's rows, in one pass over the list and the ids of `scores/`, or of the scores in a snapshot.
+    """Return which rows of a keep-list belong to which fragment.
 
-    The rows of a keep-list stand in the order of the score shards, one for each fragment, so nothing has to be joined or held.
-    Raises RunError when the list was made from other scores than those there are.
+    The rows are in the order of the score shards, one shard per fragment. One pass over the list
+    and the ids of the scores is therefore enough, without a join and with little memory.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    uri : str
+        The keep-list.
+    snapshot : str, optional
+        Use the scores of this snapshot. Default: those in `scores/`.
+
+    Raises
+    ------
+    RunError
+        If the list was cut from other scores.
     """
     digest, rows, position = hashlib.blake2b(digest_size=8), dict[str, tuple[int, int]](), 0
     with KeepFile(uri) as file:
         batches = file.batches()
-        held, exhausted = pa.array([], pa.string()), False
+        ids, exhausted = pa.array([], pa.string()), False
         if snapshot is None:
             stored = storage.iter_tables(run.scores_folder, ["sample_id"], threads=storage.READERS)
         else:
@@ -168,46 +198,47 @@ def locate(run: Run, uri: str, snapshot: str | None = None) -> Located:
             )
             stored = ((name, table) for (name, _), table in read)
         for name, table in stored:
-            while len(held) < len(table) and not exhausted:
+            while len(ids) < len(table) and not exhausted:
                 batch = next(batches, None)
                 exhausted = batch is None
                 if batch is not None:
                     _hash(batch, digest)
-                    held = pa.concat_arrays([held, batch.column("sample_id")])
-            count = _leading(held.slice(0, len(table)), table["sample_id"].combine_chunks())
+                    ids = pa.concat_arrays([ids, batch.column("sample_id")])
+            count = _leading(ids.slice(0, len(table)), table["sample_id"].combine_chunks())
             if count:
                 rows[name.removesuffix(".parquet")] = (position, position + count)
-            position, held = position + count, held.slice(count)
+            position, ids = position + count, ids.slice(count)
         if position != len(file):
             raise RunError(
-                f"{uri}: {len(file) - position:,} of {len(file):,} samples are not where they should be in scores/: the list was "
-                f"made from other scores than those there are. Make it again with `raypipe select {run.uri}`"
+                f"{uri}: {len(file) - position:,} of {len(file):,} samples do not match scores/: "
+                "the list was cut from other scores. Cut it again with "
+                f"`raypipe select {run.uri}`"
             )
         return Located(rows, len(file), digest.hexdigest(), file.weighted)
 
 
-def without_gone(run: Run, uri: str, located: Located) -> tuple[Located, list[tuple[str, str]]]:
-    """What a list of a snapshot has in fragments that are in the index still, and its other samples, each with the reason.
+def split_gone(run: Run, uri: str, located: Located) -> tuple[Located, list[str]]:
+    """Split a snapshot's keep-list into fragments that still exist and ids of all other samples.
 
-    A fragment is named after the content of its file: one that is not in the index cannot be read as it was.
+    A fragment is named after the content of its file. If it is not in the index any more, its
+    samples can no longer be read as they were.
     """
-    there = {fragment.fragment_id for fragment in run.fragments()}
-    left = {name: rows for name, rows in located.rows.items() if name in there}
-    if len(left) == len(located.rows):
+    indexed = {fragment.fragment_id for fragment in run.fragments()}
+    remaining = {name: rows for name, rows in located.rows.items() if name in indexed}
+    if len(remaining) == len(located.rows):
         return located, []
     with KeepFile(uri) as file:
-        tables = [file.rows(*rows) for name, rows in located.rows.items() if name not in there]
-    why = "its file changed or went away since the snapshot"
-    gone = [(sample_id, why) for table in tables for sample_id in table["sample_id"].to_pylist()]
-    fingerprint = content_hash([located.fingerprint, *left])
-    return Located(left, located.samples - len(gone), fingerprint, located.weighted), gone
+        tables = [file.rows(*rows) for name, rows in located.rows.items() if name not in indexed]
+    gone = [sample_id for table in tables for sample_id in table["sample_id"].to_pylist()]
+    fingerprint = content_hash([located.fingerprint, *remaining])
+    return Located(remaining, located.samples - len(gone), fingerprint, located.weighted), gone
 
 
 def _leading(kept: pa.Array, ids: pa.Array) -> int:
-    """How many of the first ids of `kept` are among `ids`, in that order."""
-    found = pc.fill_null(pc.index_in(kept, value_set=ids), -1).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero((found < 0) | (np.diff(found, prepend=-1) <= 0))
-    return int(wrong[0]) if len(wrong) else len(found)
+    """Return how many of the first ids of `kept` are in `ids`, in the same order."""
+    position = pc.fill_null(pc.index_in(kept, value_set=ids), -1).to_numpy(zero_copy_only=False)
+    breaks = np.flatnonzero((position < 0) | (np.diff(position, prepend=-1) <= 0))
+    return int(breaks[0]) if len(breaks) else len(position)
 
 
 def _hash(batch: pa.RecordBatch, digest: hashlib.blake2b) -> None:
@@ -225,11 +256,14 @@ def _hash(batch: pa.RecordBatch, digest: hashlib.blake2b) -> None:
 
 
 def ids_in_order(source: Source, fragment: Fragment) -> list[str]:
-    """Ids of a fragment's samples, unreadable ones too, in the order of the source; no image is read where the format allows it."""
+    """Return the ids of a fragment's samples in source order, including unreadable ones.
+
+    No image is read if the format allows it.
+    """
     ids: list[str] = []
 
     def note(sample_id: str) -> bool:
-        if not ids or ids[-1] != sample_id:  # a tar asks again for every member
+        if not ids or ids[-1] != sample_id:  # a tar calls this for every member
             ids.append(sample_id)
         return False
 
@@ -237,11 +271,12 @@ def ids_in_order(source: Source, fragment: Fragment) -> list[str]:
         pass
     if len(ids) == fragment.samples:
         return ids
-    return [sample.sample_id for sample in source.read(fragment)]  # an id that comes twice in a row
+    # an id occurs twice in a row
+    return [sample.sample_id for sample in source.read(fragment)]
 
 
 def first_positions(fragments: list[Fragment]) -> dict[str, int]:
-    """Number of each fragment's first sample, where all samples of the source are numbered from 0 in its order."""
+    """Return the number of each fragment's first sample, counted from 0 in source order."""
     result, position = dict[str, int](), 0
     for fragment in fragments:
         result[fragment.fragment_id] = position
@@ -250,8 +285,9 @@ def first_positions(fragments: list[Fragment]) -> dict[str, int]:
 
 
 def check_has_images(run: Run) -> None:
-    """Raise RunError where the scores were extrapolated from tables: there is no source to take images from."""
+    """Raise RunError if the scores were extrapolated from tables, without images."""
     if extrapolated_tables(run.ledger()):
         raise RunError(
-            f"{run.uri}: was made by `raypipe extrapolate`, from tables; there are no images to export. See raypipe.KeepList"
+            f"{run.uri}: written by `raypipe extrapolate` from tables; there are no images to "
+            "export. Use raypipe.KeepList instead"
         )

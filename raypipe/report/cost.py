@@ -137,9 +137,9 @@ def headline(
     proxy, epochs
         Record of the stage `proxy`, and the epochs that it trained.
     scores_seconds
-        CPU + GPU seconds of the scores, where known.
+        CPU + GPU seconds of the scores; None if that is not known.
     evaluation
-        An evaluation of the run, where there is one.
+        An evaluation of the run; None without one.
 
     Returns
     -------

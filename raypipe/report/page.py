@@ -161,7 +161,7 @@ class Tiles:
     def with_images(self, tiles: Sequence[Tile]) -> list[dict[str, Any]]:
         """Return the samples with `image`, `pixelated` and `reason`.
 
-        `image` is a data: URI; it is empty, for the reason given, where there is no image.
+        `image` is a data: URI; without an image it is empty, and `reason` tells why.
         """
         return [{**tile, **self._image(tile["sample_id"])} for tile in tiles]
 

@@ -29,7 +29,7 @@ PROBES = 3
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image as a data: URI, which is empty, for the `reason` given, if there is no image."""
+    """An image as a data: URI; without an image it is empty, and `reason` tells why."""
 
     uri: str = ""
     pixelated: bool = False

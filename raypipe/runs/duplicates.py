@@ -11,7 +11,14 @@ from raypipe.config import Config
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, open_source
 
-FOLDER, IDS, FOUND, STATE = "duplicates", "duplicates/ids", "duplicates/of", "state.json"
+FOLDER = "duplicates"
+"""Results of the search for duplicates, inside the run."""
+IDS = "duplicates/ids"
+"""Hashes of the ids that the search has read."""
+FIRST_OCCURRENCES = "duplicates/of"
+"""Per fragment with duplicates: hash of the id, and file of its first occurrence."""
+STATE = "state.json"
+"""State of the last complete search."""
 
 
 def duplicates_searched(config: Config, run: Run) -> bool:
@@ -60,7 +67,7 @@ def read_state(run: Run) -> dict[str, Any]:
 def _duplicates(run: Run, fragment_id: str) -> dict[bytes, str]:
     """Return the path of the file with the first occurrence, by hash of the id."""
     try:
-        table = storage.read_table(run.path(FOUND, f"{fragment_id}.parquet"))
+        table = storage.read_table(run.path(FIRST_OCCURRENCES, f"{fragment_id}.parquet"))
     except FileNotFoundError:
         return {}
     return dict(zip(table["id_hash"].to_pylist(), table["first"].to_pylist(), strict=True))

@@ -30,6 +30,7 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.errors import RejectError
 from raypipe.runs.run import Run
+from raypipe.text import percent
 
 MIN_REJECTS = 10
 """Rejects, or unreadable files, below which a run never stops."""
@@ -123,7 +124,7 @@ class RejectCounter:
         return float(beta.ppf(ERROR_PROBABILITY, share * effective, effective * (1 - share) + 1))
 
     def _message(self) -> str:
-        share = _percent(self.rejects, self.seen)
+        share = percent(self.rejects / max(1e-9, self.seen), 3)
         return (
             f"{self.rejects:,} of {self.seen:,} samples read so far were rejected ({share}); "
             f"source.max_reject_fraction allows {100 * self.fraction:g} % of {self.total:,}. "
@@ -223,15 +224,11 @@ class UnreadableFiles:
             share if by_bytes else 0.0, self._unreadable / self._files if by_number else 0.0
         )
         raise RejectError(
-            f"{self._unreadable:,} of {self._files:,} files cannot be read, {_percent(share, 1)} "
+            f"{self._unreadable:,} of {self._files:,} files cannot be read, {percent(share, 3)} "
             f"of the bytes; source.max_reject_fraction allows {100 * fraction:g} %. {reasons}. "
             "Fix them, exclude them with source.include, or continue without them: "
             f"set source.max_reject_fraction to more than {needed:.2g}"
         )
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / max(1e-9, whole):.3g} %"
 
 
 REJECT_SCHEMA = pa.schema(

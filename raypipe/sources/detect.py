@@ -57,7 +57,12 @@ def _is_image_list(settings: SourceSettings) -> bool:
     """Whether the source is a list of images, not a list of shards."""
     if not settings.uri.lower().endswith(LIST_EXTENSIONS) or not storage.is_file(settings.uri):
         return False
-    shards = (*EXTENSIONS["parquet"], *EXTENSIONS["webdataset"])
+    shards = tuple(
+        ending
+        for format, endings in EXTENSIONS.items()
+        if format != "imagefolder"
+        for ending in endings
+    )
     return not any(
         line.path.lower().endswith(shards)
         for line in itertools.islice(read_lines(settings.uri, settings), 10)

@@ -1,4 +1,4 @@
-"""The contact sheet: every tile in its place, nothing cut, what cannot be read in grey with its reason."""
+"""The contact sheet: every tile in its place, nothing cut, rejects in grey with their reason."""
 
 from __future__ import annotations
 

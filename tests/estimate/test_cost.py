@@ -1,4 +1,4 @@
-"""What a run is estimated to cost, held against what one took."""
+"""The estimate of a run, compared with what one took."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_estimate_is_within_a_factor_of_four_of_a_run(
     assert cost is not None
     took = sum(record.cpu_seconds for record in ledger.values())
     assert took / 4 < 3600 * cost.cpu_hours < 4 * took
-    # seconds of the clock are those of an idle machine: other work makes a run longer, nothing makes it shorter
+    # wall-clock seconds are for an idle machine: other work makes a run longer, never shorter
     assert took / 2 < cost.high and cost.low / 4 < sum(
         record.wall_seconds for record in ledger.values()
     )
@@ -79,7 +79,7 @@ def test_a_run_of_the_past_is_scaled_stage_by_stage(finished_ledger: str, digits
         stated[1] / stated[0], rel=0.3
     )  # figures are rounded
     assert longer["embed"] == same["embed"]
-    # what ran on CPUs says nothing of a GPU
+    # what ran on CPUs says nothing about a GPU
     on_gpu = estimate(digits, config, Machine(4, 1, "a machine"), like=finished_ledger)
     assert any("constants for proxy, measure, embed" in sentence for sentence in on_gpu.basis)
     with pytest.raises(RunError, match="no run here"):
@@ -94,7 +94,7 @@ def test_a_cluster_is_asked_only_for_an_address(cluster: str) -> None:
     assert cost is not None and cost.machine.startswith(
         f"the cluster at {cluster}: {ray.cluster_resources()['CPU']:g} CPU"
     )
-    assert ray.is_initialized()  # that of the tests goes on
+    assert ray.is_initialized()  # the one of the tests is not shut down
 
 
 def test_cost_follows_what_the_settings_ask_for(digits: Survey) -> None:

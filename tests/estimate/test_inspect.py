@@ -1,4 +1,4 @@
-"""What a survey finds in sources whose content is known: exactly where they are small, estimated where they are not."""
+"""Inspections of sources with known content: exact for small ones, estimated for large ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _survey(uri: Path | str, samples: int = 256, **options: object) -> Survey:
 
 
 def picture(seed: int, size: int = 8) -> bytes:
-    """A PNG that is another one for each seed."""
+    """Return a PNG that differs for each seed."""
     buffer = io.BytesIO()
     Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
@@ -50,13 +50,13 @@ def _tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 @pytest.fixture
 def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources are looked at as if they were large."""
+    """Inspect sources as if they were large."""
     monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
 def sorted_tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 tars of 50 samples, sorted by class: the first half is of class a, the last tenth of class c."""
+    """40 tars of 50 samples, sorted by class: the first half is class a, the last tenth class c."""
     folder = tmp_path_factory.mktemp("tars")
     images = [picture(seed, 24) for seed in range(50)]
     for number in range(40):

@@ -164,7 +164,7 @@ def test_what_breaks_first_and_what_mends_it() -> None:
     assert within["memory of the driver"] <= 1 and within["start of a resumed run"] <= 1
 
 
-# -- rates --------------------------------------------------------------------------------------------------------
+# -- rates ---------------------------------------------------------------------------------
 
 
 def test_rates_are_those_of_the_committed_tables() -> None:
@@ -289,7 +289,7 @@ def test_a_finished_run_gives_its_rates(finished: str) -> None:
     for stage in ("proxy", "measure", "embed", "extrapolate"):
         took = ledger[stage].cpu_seconds
         if not took:
-            continue  # another test had the stage look at what is there
+            continue  # another test ran the stage again, with nothing to do
         assert took / 1.3 < 3600 * _of(found, "cpu_hours")[stage] < 1.3 * took, stage
     written = {
         folder: sum(file.size for file in storage.listing(Run(finished).path(folder)))
@@ -322,7 +322,7 @@ OUTPUTS = {
 OUTPUTS |= {"select": ["keep"], "report": ["report"]}
 
 
-# -- the command ----------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------
 
 
 def _blocks() -> list[tuple[str, str]]:
@@ -351,7 +351,8 @@ def test_the_commands_of_the_page_print_what_it_says(monkeypatch: pytest.MonkeyP
 def test_it_answers_at_once_without_ray_or_torch() -> None:
     code = (
         "import sys; from raypipe.cli import cli; cli(sys.argv[1:], standalone_mode=False); "
-        "print(sorted(name for name in ('ray', 'torch', 'faiss', 'matplotlib', 'sklearn') if name in sys.modules))"
+        "heavy = ('ray', 'torch', 'faiss', 'matplotlib', 'sklearn'); "
+        "print(sorted(name for name in heavy if name in sys.modules))"
     )
     config = str(ROOT / "jobs" / "configs" / "imagenet.yaml")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -364,7 +365,7 @@ def test_it_answers_at_once_without_ray_or_torch() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
     assert after.ru_utime - before.ru_utime < 2, (
-        "processor seconds; those of the clock depend on what else the machine does"
+        "processor seconds; wall-clock seconds depend on what else the machine does"
     )
 
 

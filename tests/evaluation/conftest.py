@@ -1,4 +1,4 @@
-"""A scored run that was made without Ray, and trainings one after the other in this process."""
+"""A scored run that was written without Ray, and trainings one by one in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def _in_turn(
 
 @pytest.fixture
 def scored_run(tmp_path: Path) -> Run:
-    """The first 200 digits in two fragments, all but two with a label, with made-up scores; the test set are the other digits."""
+    """The first 200 digits in two fragments, with invented scores; all but two have a label.
+
+    The test set is the other digits.
+    """
     config = small_config(str(tmp_path / "run"), "source.limit=200")
     run = Run(config.run)
     run.write_config(config)
@@ -54,9 +57,9 @@ def scored_run(tmp_path: Path) -> Run:
             run.path("scores", f"{fragment.fragment_id}.parquet"),
             pa.table({"sample_id": ids, "label": labels, **numbers}),
         )
-        told = {"sample_id": ids, "loss": random.random(count).astype(np.float32)}
+        losses = {"sample_id": ids, "loss": random.random(count).astype(np.float32)}
         storage.write_table(
-            run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(told)
+            run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(losses)
         )
     seconds = {
         "index": 1.0,
@@ -78,7 +81,7 @@ def scored_run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def scored(scored_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`scored_run`, which is decoded and trained on in this process, on a cluster of two CPUs that is none."""
+    """`scored_run`, decoded and trained on in this process, on a fake cluster of two CPUs."""
     monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", serial.run_tasks)
     monkeypatch.setattr(Context, "cluster", Cluster(2.0, 0.0, 1, 2.0, False))
     monkeypatch.setattr(driver, "run_on_share", _in_turn)

@@ -23,10 +23,13 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         api, "evaluate", lambda uri, test, **options: given.update(uri=uri, test=test, **options)
     )
     monkeypatch.setattr(
-        "raypipe.evaluation.summary.describe_evaluation", lambda summary: iter(["said"])
+        "raypipe.evaluation.summary.describe_evaluation", lambda summary: iter(["described"])
     )
-    options = "--test digits:// --test-set limit=9 --keep 0.3,0.5 --strategies top,ccs --scores run,measured:el2n"
-    options += " --beside a --beside b --seeds 2 --protocol steps --use-gpu false --cpus-per-training 2 --lr 0.01 --attack"
+    options = (
+        "--test digits:// --test-set limit=9 --keep 0.3,0.5 --strategies top,ccs "
+        "--scores run,measured:el2n --beside a --beside b --seeds 2 --protocol steps "
+        "--use-gpu false --cpus-per-training 2 --lr 0.01 --attack"
+    )
     assert _main("runs/x", *options.split()) == 0
     assert (given.pop("uri"), given.pop("test"), given.pop("test_settings")) == (
         "runs/x",
@@ -36,9 +39,17 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     del given["verbose"]
     settings = parse_settings(EvaluateSettings, given, "evaluate")
     assert settings == EvaluateSettings(
-        keep=(0.3, 0.5), strategies=("top", "ccs"), scores=("run", "measured:el2n"), beside=("a", "b"), seeds=2, protocol="steps",
-        use_gpu=False, cpus_per_training=2, lr=0.01, attack=True,
-    )  # fmt: skip
+        keep=(0.3, 0.5),
+        strategies=("top", "ccs"),
+        scores=("run", "measured:el2n"),
+        beside=("a", "b"),
+        seeds=2,
+        protocol="steps",
+        use_gpu=False,
+        cpus_per_training=2,
+        lr=0.01,
+        attack=True,
+    )
 
 
 def test_a_wrong_option_exits_with_2(

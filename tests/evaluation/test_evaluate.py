@@ -236,7 +236,7 @@ def test_other_scores_are_lists_as_well(scored: Run, tmp_path: Path) -> None:
     storage.write_table(scored.path("measured", "all.parquet"), pa.table(measured).slice(0, 150))
     assert len(_lists(scored)[1]) == 1
     with pytest.raises(
-        ConfigError, match="measured:el2n was measured of 150 samples, but not of 50 others"
+        ConfigError, match="measured:el2n was measured on 150 samples, but not on 50 others"
     ):
         _lists(scored, scores=["measured:el2n"])
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
 ) -> None:
     monkeypatch.setattr(driver, "run_on_share", _refuse)
     scored.write_config(small_config(scored.uri, "source.limit=200", "select.hard_cutoff=0.1"))
-    with pytest.raises(ConfigError, match=r"keep \(0.95\) and hard_cutoff"):
+    with pytest.raises(ConfigError, match=r"keep \(0.95\) plus hard_cutoff"):
         _evaluate(scored, keep=[0.95])
     with pytest.raises(SourceError, match="left to test on, and its samples that the run scored"):
         _evaluate(scored, ("limit=200",))

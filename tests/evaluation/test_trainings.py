@@ -1,4 +1,4 @@
-"""Which trainings there are and what their names depend on; settings; the copy of the images on a node; lists."""
+"""Trainings and what their names depend on, settings, the copy of the images on a node."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_name_depends_on_all_that_determines_the_training() -> None:
         assert not names & set(other.values())
     scored = small_config("run", "proxy.checkpoints=1", "proxy.seed=5", "proxy.parts=2")
     assert names == set(_names(scored).values())
-    # how the proxy was trained says nothing of a plain evaluation; of one under attack, how it is attacked
+    # an attack in the proxy's training matters only to an evaluation under attack
     adversarial = small_config("run", "proxy.adversary={eps: 4/255}")
     assert names == set(_names(adversarial).values())
     assert not set(_names(attack=True).values()) & set(_names(adversarial, attack=True).values())
@@ -150,6 +150,6 @@ def test_a_node_has_what_the_parts_hold_in_their_order(
     )
     for part in (tmp_path / "parts").iterdir():
         part.unlink()
-    assert np.array_equal(copy.open().labels, labels["train"])  # it is not made again
+    assert np.array_equal(copy.open().labels, labels["train"])  # it is not filled again
     copy.remove()
     assert {path.name for path in tmp_path.iterdir()} == {"parts"}

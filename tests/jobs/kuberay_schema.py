@@ -1,7 +1,8 @@
-"""JSON Schemas of the Kubernetes objects in jobs/k8s, written by hand: of every field that is used there, and of no other.
+"""JSON Schemas of the Kubernetes objects in jobs/k8s, written by hand, for the used fields only.
 
-RayJob and RayCluster from KubeRay's custom resource definitions (ray.io_rayjobs.yaml, ray.io/v1), the others from the API of
-Kubernetes 1.30 (batch/v1, rbac.authorization.k8s.io/v1, v1). Nothing beyond the named fields is allowed, so that a misspelt one is refused,
+RayJob and RayCluster follow KubeRay's custom resource definitions (ray.io_rayjobs.yaml, ray.io/v1),
+the others the API of Kubernetes 1.30 (batch/v1, rbac.authorization.k8s.io/v1, v1). Only the named
+fields are allowed, so that a misspelt one is refused,
 which an API server may drop in silence.
 """
 

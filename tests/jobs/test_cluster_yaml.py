@@ -1,4 +1,4 @@
-"""cluster.yaml: Ray accepts it, and what its comments promise holds."""
+"""cluster.yaml: Ray accepts it, and its comments are true."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_configurations_do_not_ask_for_more_than_the_cluster_may_grow_to(
 def test_rays_aws_provider_launches_it_on_simulated_ec2(
     cluster: dict[str, Any], s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From file to running instances through Ray's own code; boto3 and the server check what is in `node_config`."""
+    """Ray's own code starts instances from the file; boto3 and the server check `node_config`."""
     monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps the key pair it makes
     import boto3
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider

@@ -1,4 +1,4 @@
-"""jobs/k8s: the manifests have the fields that KubeRay and Kubernetes know, and do what their comments promise."""
+"""jobs/k8s: KubeRay and Kubernetes know the fields of the manifests, and the comments are true."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_without_a_configuration_it_says_so(
 
 
 def test_finds_the_package_beside_it_when_none_is_installed(tmp_path: Path) -> None:
-    """-I and -S leave out installed packages, the working directory and PYTHONPATH; only what jobs/run.py adds is left."""
+    """Without installed packages, working directory and PYTHONPATH (-I, -S), jobs/run.py still runs."""
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "run.py").write_bytes((ROOT / "jobs" / "run.py").read_bytes())
     package = tmp_path / "raypipe"

@@ -1,4 +1,4 @@
-"""`ray job submit`: the whole path from an uploaded working directory to scores, on a head of its own on loopback."""
+"""`ray job submit`, from an uploaded working directory to scores, on a separate local head."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A Ray head with two CPUs, with ports, folder, home and token of its own; only its own processes are ended afterwards."""
+    """A Ray head with two CPUs and its own ports, folder, home and token.
+
+    Only its own processes are ended afterwards.
+    """
     with tempfile.TemporaryDirectory(
         prefix="raypipe-", dir="/tmp", ignore_cleanup_errors=True
     ) as name:  # socket paths are short
@@ -134,7 +137,7 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kill the head, and processes whose command names its folder, with all their children. Nothing else."""
+    """Kill the head and processes whose command names its folder, with their children, only."""
     roots = []
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -153,7 +156,7 @@ def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(head: Head) -> Path:
-    """A copy of what a job needs from this repository, with a version of its own, and with what must stay behind."""
+    """A copy of what a job needs, with a different version, and with files that must stay behind."""
     folder = head.folder / "checkout"
     for name in ("raypipe", "jobs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -308,7 +308,7 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
     assert raypipe.load_scores(growing.run.uri, snapshot=pin).equals(scores)
     with pytest.raises(
         RunError,
-        match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; there is keep-0\.50",
+        match=r"no keep-list of fraction 0\.7 in snapshot 2026-11-22T020000Z; available: keep-0\.50",
     ):
         raypipe.KeepList(growing.run.uri, keep=0.7, snapshot=pin)
     # changed and removed samples cannot be exported, and are not read from the current source

@@ -18,7 +18,10 @@ PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Page:
-    """One page, opened at a size and in a colour scheme. `complaints` holds what the console and the network said."""
+    """One page, opened at a size and in a colour scheme.
+
+    `complaints` holds messages of console and network.
+    """
 
     def __init__(
         self, uri: str, width: int, height: int = 800, scheme: str = "light", media: str = ""

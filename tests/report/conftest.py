@@ -1,4 +1,4 @@
-"""A small finished run, written as the stages write it, with scores that are made up."""
+"""A small finished run, written as the stages write it, with invented scores."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ INDEX = pa.schema(
 
 
 class FakeSource:
-    """Grey squares, or noise; `reads` lists the fragments that were read. Fragments in `broken` fail."""
+    """Grey squares, or noise. `reads` lists fragments that were read; those in `broken` fail."""
 
     def __init__(self, size: int = 8) -> None:
         self.settings = SourceSettings(uri="memory")
-        self.size, self.noise, self.reads, self.broken = size, False, list[str](), set[str]()
+        self.size, self.noise = size, False
+        self.reads, self.broken = list[str](), set[str]()
 
-    def read(self, fragment: Fragment, wanted: Callable[[str], bool]) -> Iterator[RawSample]:
+    def read(self, fragment: Fragment, keep_id: Callable[[str], bool]) -> Iterator[RawSample]:
         self.reads.append(fragment.fragment_id)
         if fragment.fragment_id in self.broken:
             raise OSError(f"{fragment.path}: gone")
         for position in range(fragment.start, fragment.stop):
             sample_id = f"{fragment.path}#{position}"
-            if wanted(sample_id):
+            if keep_id(sample_id):
                 shape = (self.size, self.size, 3)
                 noise = (
                     np.random.default_rng(position).integers(0, 256, shape, np.uint8)
@@ -66,7 +67,7 @@ def source(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
 
 @pytest.fixture
 def make_run(tmp_path: Path, source: FakeSource) -> Callable[..., Run]:
-    """make_run(names, fragments, size, path, **sections) -> a run; samples are called <path>#<number>."""
+    """Return make_run(names, fragments, size, path, **sections); samples are <path>#<number>."""
 
     def make(
         names: Sequence[str] = ("cat", "dog", "owl"),
@@ -163,8 +164,10 @@ def write_fragment(
 def write_fidelity(run: Run, spearman: float | None, **more: Any) -> None:
     interval = [spearman - 0.1, spearman + 0.1] if spearman is not None else None
     fidelity = {
-        "spearman": spearman, "spearman_interval": interval, "pearson": spearman, "pearson_interval": interval,
-        "overlap": {"0.3": 0.6}, "overlap_interval": {"0.3": [0.5, 0.7]}, "n_fit": 30, "n_held": 10, "note": "",
+        "spearman": spearman, "spearman_interval": interval,
+        "pearson": spearman, "pearson_interval": interval,
+        "overlap": {"0.3": 0.6}, "overlap_interval": {"0.3": [0.5, 0.7]},
+        "n_fit": 30, "n_held": 10, "note": "",
         "baselines": {"class_mean": 0.4, "proxy_loss": None, "random": 0.0},
     } | more  # fmt: skip
     storage.write_json(

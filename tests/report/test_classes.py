@@ -1,4 +1,4 @@
-"""What the report shows of single classes: histograms, medians, the images at both ends."""
+"""Single classes in the report: histograms, medians, images at both ends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_histograms_of_the_classes_add_up_to_that_of_all(make_run: MakeRun) -> N
                 np.linspace(edges[0], edges[-1], SMALL_BINS + 1),
             )[0]
             assert np.abs(found[3 if label is None else label] - direct).sum() <= 2, (
-                "rounding at an edge apart"
+                "up to rounding at an edge"
             )
 
 
@@ -99,7 +99,7 @@ def test_the_ends_of_each_class_are_those_of_a_sort(make_run: MakeRun) -> None:
 def test_of_a_sorted_source_the_fragments_of_the_class_are_read(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As folders of images come: each class in fragments of its own, so that a few fragments drawn at random would miss most."""
+    """Folders of images: each class has its own fragments, so a few random ones would miss most."""
     run = make_run(names=[f"c{number}" for number in range(12)], fragments=24)
     for number, (file, table) in enumerate(storage.iter_tables(run.path("scores"))):
         label = pa.array(np.full(len(table), number // 2, np.int32))

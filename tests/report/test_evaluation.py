@@ -1,4 +1,4 @@
-"""The evaluation on the page: curves, table, sentences, and what is said of one of other scores."""
+"""The evaluation on the page: curves, table, sentences, and a note if it is outdated."""
 
 from __future__ import annotations
 
@@ -46,13 +46,16 @@ def _written(run: Run, reach: float | None = 0.02, name: str = "moso, top") -> N
         "name": name,
         "sentence": f"{name}: worse than random at 0.3 and 0.5: do not prune with it",
     }
+    fractions = [_point(fraction, 0.4 + fraction / 3, reach) for fraction in (0.3, 0.5)]
     summary = {
-        "format": 1, "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished}, "seeds": 3, "protocol": "epochs",
-        "training": {"model": "resnet18", "image_size": 32, "epochs": 7}, "unit": "CPU", "full": _point(1.0, 0.9, reach),
+        "format": 1,
+        "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished},
+        "seeds": 3, "protocol": "epochs", "unit": "CPU", "full": _point(1.0, 0.9, reach),
+        "training": {"model": "resnet18", "image_size": 32, "epochs": 7},
         "test": {"uri": "s3://b/<test>", "samples": 1234, "left_out": 0},
         "scoring_seconds": {"cpu_seconds": 40.0, "gpu_seconds": 0.0},
         "random": [_point(fraction, 0.5 + fraction / 3, reach) for fraction in (0.3, 0.5)],
-        "lists": [{**listed, "fractions": [_point(fraction, 0.4 + fraction / 3, reach) for fraction in (0.3, 0.5)]}],
+        "lists": [{**listed, "fractions": fractions}],
     }  # fmt: skip
     storage.write_json(run.path("evaluation", "summary.json"), summary)
 

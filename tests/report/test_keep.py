@@ -35,7 +35,7 @@ def test_which_samples_a_list_holds(make_run: MakeRun) -> None:
 
 
 def test_a_list_of_one_long_text_takes_little_memory(make_run: MakeRun) -> None:
-    """60 GB of text in a file of kilobytes: each text is looked at once."""
+    """60 GB of text in a file of kilobytes: each distinct text is examined once."""
     run = make_run()
     ids = pa.DictionaryArray.from_arrays(
         pa.array(np.zeros(60_000, np.int32)), pa.array(["z" * 1_000_000])
@@ -82,7 +82,7 @@ def test_what_a_keep_list_saves(make_run: MakeRun) -> None:
     records["measure"].state = "failed"
     run.write_ledger(records)
     assert "pay off" not in " ".join(summarize(run)["headline"]["sentences"]), (
-        "what the scores cost is not known yet"
+        "the cost of the scores is not known yet"
     )
     assert "holds every sample" in savings_sentences({**lead, "saved_share": 0.0})[0]
 
@@ -92,12 +92,25 @@ def test_an_evaluation_of_such_a_list_is_in_the_headline(make_run: MakeRun) -> N
     record = run.ledger()["extrapolate"]
     point = {"fraction": 0.5, "accuracy": {"mean": 0.8, "low": 0.79, "high": 0.81}}
     lists = [
-        {"name": name, "origin": origin, "strategy": strategy, "fractions": [{**point, "accuracy": {**point["accuracy"], "mean": mean}}]}
-        for name, origin, strategy, mean in (("a", "run", "random", 0.1), ("b", "measured:el2n", "top", 0.2), ("c", "run", "top", 0.75))
-    ]  # fmt: skip
+        {
+            "name": name,
+            "origin": origin,
+            "strategy": strategy,
+            "fractions": [{**point, "accuracy": {**point["accuracy"], "mean": mean}}],
+        }
+        for name, origin, strategy, mean in (
+            ("a", "run", "random", 0.1),
+            ("b", "measured:el2n", "top", 0.2),
+            ("c", "run", "top", 0.75),
+        )
+    ]
     summary = {
-        "format": 1, "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished}, "lists": lists, "random": [point],
-        "full": {"accuracy": {"mean": 0.9, "low": None, "high": None}}, "training": {"model": "resnet18"},
+        "format": 1,
+        "scores_of": {"fingerprint": record.fingerprint, "finished": record.finished},
+        "lists": lists,
+        "random": [point],
+        "full": {"accuracy": {"mean": 0.9, "low": None, "high": None}},
+        "training": {"model": "resnet18"},
     }  # fmt: skip
     lists.insert(
         0, {**lists[2], "by_class": True, "fractions": lists[0]["fractions"]}
@@ -105,10 +118,11 @@ def test_an_evaluation_of_such_a_list_is_in_the_headline(make_run: MakeRun) -> N
     storage.write_json(run.path("evaluation", "summary.json"), summary)
     found = summarize(run)["headline"]
     assert plain(found["sentences"][-1]) == (
-        "Trained on it here, resnet18 reached an accuracy of 75.0 ± -4.0 %; on random lists of the same size 80.0 ± 1.0 %, on everything 90.0 %."
+        "Trained on it here, resnet18 reached an accuracy of 75.0 ± -4.0 %; on random lists of the "
+        "same size 80.0 ± 1.0 %, on everything 90.0 %."
     )
     storage.write_json(run.path("evaluation", "summary.json"), summary | {"scores_of": {}})
-    assert summarize(run)["headline"]["trained"] is None, "of other scores"
+    assert summarize(run)["headline"]["trained"] is None, "made for earlier scores"
 
 
 def test_lists_cut_within_each_class_say_so(make_run: MakeRun) -> None:

@@ -27,7 +27,10 @@ from raypipe.stages.report import ReportStage
 from raypipe.stages.select.stage import write_keep_lists
 
 MakeRun = Callable[..., Run]
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac{1}{2}$\x07]]>--></style></svg>"
+HOSTILE = (
+    "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac{1}{2}$\x07]]>-->"
+    "</style></svg>"
+)
 
 
 class Elements(HTMLParser):
@@ -85,7 +88,8 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
     assert "Keep 50 %: 100 of 199 samples" in text
     assert "Fidelity is good: on 10 seed samples held out of the fit" in text
     for title in (
-        "Training on it for the same number of epochs takes 50 % fewer steps, and so costs about 50 % less.",
+        "Training on it for the same number of epochs takes 50 % fewer steps, "
+        "and so costs about 50 % less.",
         "Class by class: the lowest and the highest scores of 3 classes and the unlabelled",
         "Highest scores",
         "Lowest scores",
@@ -192,8 +196,8 @@ def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
         assert len(re.findall(r"to", figures)) == 4, f"{row}: four figures, each with its interval"
     assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in shown
     assert (
-        "Doubling the seed set is predicted to raise the Spearman correlation by 0.070 (95 % range 0.010 to 0.120)."
-        in shown
+        "Doubling the seed set is predicted to raise the Spearman correlation by 0.070 "
+        "(95 % range 0.010 to 0.120)." in shown
     )
     assert "800, predicted 0.570 0.400 to 0.700" in shown
     summary = json.loads(Path(run.path("report", "summary.json")).read_text())

@@ -18,18 +18,25 @@ LONG = "an_extraordinarily_long_class_name_without_any_place_to_break_it"
 SHOWN = """
 (() => {
   const wide = document.documentElement.clientWidth + 1;
-  const seen = [...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg, .line") && e.getBoundingClientRect().right > wide);
+  const seen = [...document.querySelectorAll("main *")].filter(
+    e => !e.closest(".scroll, svg, .line") && e.getBoundingClientRect().right > wide);
+  const plots = [...document.querySelectorAll(".plot svg")];
   return {
-    width: document.documentElement.scrollWidth, images: document.images.length, beyond: seen.map(e => e.outerHTML.slice(0, 80)),
-    broken: [...document.images].filter(image => !image.naturalWidth).length, minis: document.querySelectorAll(".minis svg").length,
-    plots: [...document.querySelectorAll(".plot svg")].filter(svg => svg.getBoundingClientRect().height < 80).length,
+    width: document.documentElement.scrollWidth, images: document.images.length,
+    beyond: seen.map(e => e.outerHTML.slice(0, 80)),
+    broken: [...document.images].filter(image => !image.naturalWidth).length,
+    minis: document.querySelectorAll(".minis svg").length,
+    plots: plots.filter(svg => svg.getBoundingClientRect().height < 80).length,
   };
 })()
 """
 
 
 def shows(opened: chromium.Page, width: int) -> dict:
-    """What the page shows with every <details> open; asserts that nothing overflows, is broken, complains or is fetched."""
+    """Return what the page shows with every <details> open.
+
+    Nothing may overflow, be broken, complain or be fetched.
+    """
     opened.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     found = opened.evaluate(SHOWN)
     assert found["width"] <= width and found["beyond"] == []
@@ -67,7 +74,7 @@ def test_the_page_fits_and_is_quiet(make_run: Callable[..., Run]) -> None:
         assert (
             opened.evaluate("document.querySelector('details img').getBoundingClientRect().height")
             > 20
-        ), "printed though folded"
+        ), "printed although folded"
         for width, scheme in ((360, "dark"), (390, "light"), (1280, "light"), (1280, "dark")):
             looked_at(opened, width, scheme)
             found = shows(opened, width)
@@ -89,7 +96,10 @@ def test_the_page_of_many_classes_fits(make_run: Callable[..., Run]) -> None:
 def test_the_page_stays_small(
     make_run: Callable[..., Run], source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worst of 1,000 classes: noise, which no JPEG makes small, in large images. Photographs take about a third of it."""
+    """The worst case: 1,000 classes, and large images of noise, which JPEG cannot compress.
+
+    Photographs take about a third of it.
+    """
     source.size, source.noise = 128, True
     run = make_run(names=[f"class {number}" for number in range(1000)], fragments=5, size=400)
     text = Path(build(run)).read_text("utf-8")
@@ -107,11 +117,13 @@ def test_the_page_stays_small(
 CONTRAST = """
 (() => {
   const light = text => {
-    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const page = light(getComputedStyle(document.body).backgroundColor);
-  const texts = [...document.querySelectorAll("p, td, th, a, figcaption, figcaption span, .badge, svg text")];
+  const texts = [...document.querySelectorAll(
+    "p, td, th, a, figcaption, figcaption span, .badge, svg text")];
   const ratio = element => {
     const style = getComputedStyle(element);
     const ink = light(element instanceof SVGElement ? style.fill : style.color);

@@ -18,9 +18,10 @@ from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
 KEYS = {
-    "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity", "fidelity_seed",
-    "learning_curve", "neighbour_search", "label_noise", "scores", "keep", "classes",
-    "shown_classes", "even_classes", "class_histograms", "class_grids", "class_fragments", "headline",
+    "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity",
+    "fidelity_seed", "learning_curve", "neighbour_search", "label_noise", "scores", "keep",
+    "classes", "shown_classes", "even_classes", "class_histograms", "class_grids",
+    "class_fragments", "headline",
     "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
@@ -36,8 +37,10 @@ def test_the_figures_are_those_of_the_files(make_run: MakeRun) -> None:
     assert set(summary) == KEYS
     json.dumps(summary, allow_nan=False)
     assert summary["counts"] == {
-        "indexed": 200, "samples": 199, "measured": int(measured.sum()), "extrapolated": int((~measured).sum()),
-        "unlabelled": table["label"].null_count, "not_finite": 0, "rejects": 1, "unreadable_files": 1, "accounted": True,
+        "indexed": 200, "samples": 199,
+        "measured": int(measured.sum()), "extrapolated": int((~measured).sum()),
+        "unlabelled": table["label"].null_count, "not_finite": 0,
+        "rejects": 1, "unreadable_files": 1, "accounted": True,
     }  # fmt: skip
     assert summary["unfinished"] == []
     assert summary["scores"]["mean"] == pytest.approx(table["score"].to_numpy().mean(), rel=1e-5)
@@ -122,7 +125,7 @@ def test_the_saving_is_worked_out_from_the_ledger(make_run: MakeRun) -> None:
     run.write_ledger(records)
     summary = summarize(run)
     saving, measured = summary["cost"]["saving"], summary["counts"]["measured"] / 199
-    # CPU seconds are twice the wall seconds of the fixture, the index apart
+    # CPU seconds are twice the wall seconds of the fixture, except for the index
     assert saving["measured_share"] == measured
     assert saving["spent"] == 0.5 + 2 * (1 + 20 + 9 + 5 + 4) + 7
     assert saving["everything"] == pytest.approx(0.5 + (2 * (1 + 20 + 9) + 7) / measured)
@@ -157,7 +160,8 @@ def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None
     assert summarize(run)["neighbour_search"] == search
     assert (first["spearman_low"], second["spearman_low"]) == (pytest.approx(0.6), 0.6)
     assert first["baselines"]["class_mean"] == {
-        "spearman": 0.4, "spearman_low": None, "spearman_high": None, "pearson": None, "pearson_low": None, "pearson_high": None,
+        "spearman": 0.4, "spearman_low": None, "spearman_high": None,
+        "pearson": None, "pearson_low": None, "pearson_high": None,
         "overlap": {}, "overlap_interval": {},
     }  # fmt: skip
     assert [second["baselines"]["class_mean"][name] for name in ("spearman", "pearson")] == [

@@ -1,4 +1,4 @@
-"""Logging to TensorBoard with its real writer, and to MLflow and Weights & Biases with modules that record what they are told."""
+"""Logging to TensorBoard with its real writer, to MLflow and Weights & Biases with fake modules."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def init(project, name, job_type, config):
 def stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str, str], ModuleType]]:
-    """stand_in(name, code): a module of that name, in place of one that is installed."""
+    """stand_in(name, code): a module of that name instead of an installed one."""
     made: list[str] = []
 
     def make(name: str, code: str) -> ModuleType:
@@ -107,7 +107,7 @@ def configured(run: Run, *names: str) -> Config:
 
 
 def events(run: Run) -> list[Any]:
-    """What an event file holds: records of a length, its checksum, an Event, its checksum."""
+    """Return the events of a file: records of a length, its checksum, an Event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     data, place, found = (
@@ -216,16 +216,20 @@ def test_wandb_gets_a_run_with_page_and_figures(
 def test_a_tracker_that_fails_does_not_take_the_run_with_it(
     run: Run, stand_in: Callable[[str, str], Any]
 ) -> None:
-    refuses = 'def set_experiment(name):\n    raise OSError("http://ada:hunter2@host?api_key=abc refused")\n'
+    refuses = (
+        "def set_experiment(name):\n"
+        '    raise OSError("http://ada:hunter2@host?api_key=abc refused")\n'
+    )
     mlflow = stand_in("mlflow", refuses)
-    said: list[str] = []
+    messages: list[str] = []
     progress = Progress(quiet=True)
-    progress.say = said.append  # type: ignore[method-assign]
+    progress.say = messages.append  # type: ignore[method-assign]
     config = configured(run, "mlflow", "tensorboard")
     context, stage, record = Context(config, run, progress), ReportStage(), StageRecord()
     stage.execute(context, record)
-    assert said == [
-        "note: the report is written, but mlflow did not accept it (OSError: http://host?api_key=… refused); run again to retry"
+    assert messages == [
+        "note: the report is written, but mlflow did not accept it "
+        "(OSError: http://host?api_key=… refused); run again to retry"
     ]
     assert record.detail["logged"] == ["tensorboard"]
     assert not stage.complete(context, record), "so that the next start tries again"
@@ -238,7 +242,7 @@ def test_a_tracker_that_fails_does_not_take_the_run_with_it(
 def test_writing_the_page_of_a_run_logs_nothing(
     run: Run, stand_in: Callable[[str, str], Any]
 ) -> None:
-    """The configuration in a run's folder may be a stranger's: `raypipe report` sends nothing anywhere."""
+    """The configuration in a run's folder can be untrusted: `raypipe report` sends nothing."""
     mlflow = stand_in("mlflow", MLFLOW)
     run.write_config(configured(run, "mlflow", "tensorboard"))
     build(run)
@@ -267,8 +271,8 @@ def test_a_missing_package_is_said_before_the_run_starts(
         with pytest.raises(ConfigError) as error:
             execute(config)
         assert (
-            f"needs the package {packages}, which is not installed here: pip install 'raypipe[{','.join(names)}]'"
-            in str(error.value)
+            f"needs the package {packages}, which is not installed here: "
+            f"pip install 'raypipe[{','.join(names)}]'" in str(error.value)
         )
         assert error.value.exit_code == 2
     assert not os.path.exists(tmp_path / "run")
@@ -278,7 +282,7 @@ def test_where_to_log_is_checked() -> None:
     least = {"run": "out", "source": {"uri": "data"}}
     assert parse_config(least).report.log_to == ()
     assert parse_config({**least, "report": {"log_to": "wandb"}}).report.log_to == ("wandb",)
-    for bad, message in ((["comet"], "'comet'"), (["wandb", "wandb"], "each at most once")):
+    for bad, message in ((["comet"], "'comet'"), (["wandb", "wandb"], "each tracker at most once")):
         with pytest.raises(ConfigError) as error:
             parse_config({**least, "report": {"log_to": bad}})
         assert "report.log_to" in str(error.value) and message in str(error.value)

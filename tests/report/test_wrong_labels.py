@@ -1,4 +1,4 @@
-"""What is said of a rehearsal with replaced labels."""
+"""The report of a rehearsal with replaced labels."""
 
 from __future__ import annotations
 

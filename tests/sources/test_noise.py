@@ -112,7 +112,7 @@ def test_a_source_without_labels_is_refused(tmp_path: Path) -> None:
         "source.format=synthetic",
     )
     with pytest.raises(
-        SourceError, match=r"inject_noise: .* has 1 classes, so there is no label to replace"
+        SourceError, match=r"inject_noise: .* has 1 classes, so no label can be replaced"
     ):
         serial.index(config)
 
@@ -136,13 +136,13 @@ def test_a_real_run_is_not_made_anew_with_wrong_labels(tmp_path: Path) -> None:
     real = scored_run(f"{tmp_path}/real", "digits://", limit=120)
     noisy = scored_run(f"{tmp_path}/noisy", "digits://", limit=120, inject_noise=0.1, noise_seed=4)
     for run, changes, words in (
-        (real, [NOISE], "was made with source.inject_noise 0;"),
-        (noisy, [], "was made with source.inject_noise 0.1 with noise_seed 4;"),
+        (real, [NOISE], "written with source.inject_noise 0;"),
+        (noisy, [], "written with source.inject_noise 0.1 with noise_seed 4;"),
         (noisy, ["source.inject_noise=0.1"], "0.1 with noise_seed 4;"),
     ):
         before = storage.read_bytes(run.path("config.yaml"))
         with pytest.raises(
-            RunError, match=f"{words} a rehearsal with other labels takes a run folder of its own"
+            RunError, match=f"{words} give a run with other label noise its own run folder"
         ):
             execute(small_config(run.uri, *changes), progress=QUIET)
         assert storage.read_bytes(run.path("config.yaml")) == before

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 def sources(folder: Path, count: int = 40) -> dict[str, str]:
-    """The same images as a folder, as tars, as Parquet with bytes, and as Parquet with pixels, by format."""
+    """The same images as folder, tars, Parquet with bytes and Parquet with pixels, by format."""
     images, labels = digit_pngs(count)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         storage.write_bytes(f"{folder}/images/class-{label}/{number:04d}.png", image)
@@ -210,7 +210,8 @@ def test_another_export_into_the_same_folder_is_refused_unless_forced(
     raypipe.select(run.uri, 0.25)
     with pytest.raises(
         RunError,
-        match=r"holds another export \(webdataset, keep 0\.5, 60 samples of .*differs in keep_list and samples",
+        match=r"contains another export \(webdataset, keep 0\.5, 60 samples of .*differs in "
+        "keep_list and samples",
     ):
         raypipe.export(run.uri, 0.25, "webdataset", to, progress=QUIET)
     for options, what in (
@@ -238,7 +239,7 @@ def test_folders_with_something_else_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be within the source"):
         exported(run, f"{uri}/kept")
     storage.write_bytes(f"{tmp_path}/notes/a.txt", b"mine")
-    with pytest.raises(RunError, match=r"something else here, such as a\.txt"):
+    with pytest.raises(RunError, match=r"contains other files, such as a\.txt"):
         exported(run, f"{tmp_path}/notes")
     exported(run, f"{tmp_path}/notes", force=True)
     assert sorted(storage.names(f"{tmp_path}/notes")) == ["a.txt", "train-00000.tar"]
@@ -324,7 +325,7 @@ def test_indices_are_positions_in_the_source(
     monkeypatch.setattr(index_files, "TASK_FRAGMENTS", 2)
     exported(run, f"{tmp_path}/again.json", "indices")  # with the same content
     raypipe.select(run.uri, 0.25)
-    with pytest.raises(RunError, match=r"again\.json: is there already, with other content"):
+    with pytest.raises(RunError, match=r"again\.json: already exists with other content"):
         raypipe.export(run.uri, 0.25, "indices", f"{tmp_path}/again.json", progress=QUIET)
     done = raypipe.export(
         run.uri, 0.25, "indices", f"{tmp_path}/again.json", force=True, progress=QUIET
@@ -446,14 +447,17 @@ def test_from_and_to_an_object_store(tmp_path: Path, s3: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"keep": 0.7}, RunError, r"fraction 0\.7; there are keep-0\.25\.parquet, keep-0\.50\.parquet\. Make it with `raypipe select .*--keep 0\.7`"),
+        ({"keep": 0.7}, RunError, r"fraction 0\.7; available: keep-0\.25\.parquet, "
+        r"keep-0\.50\.parquet\. Write it with `raypipe select .*--keep 0\.7`"),
         ({"keep": None}, RunError, "which keep-list"),
         ({"keep": 7}, ConfigError, "not a fraction"),
-        ({"format": "tfrecord"}, ConfigError, "'tfrecord' is not one of indices, list, webdataset, parquet"),
+        ({"format": "tfrecord"}, ConfigError, "'tfrecord' is not allowed: Input should be "
+        "'indices', 'list', 'webdataset' or 'parquet'"),
         ({"format": "indices", "to": "kept.txt"}, ConfigError, r"ends in \.npy or \.json"),
         ({"format": "list", "to": "kept.csv"}, ConfigError, "this one is digits"),
         ({"format": "indices", "to": "kept.npy", "shard_samples": 3}, ConfigError, "no shards"),
-        ({"shard_samples": 0}, ConfigError, "at least 1"),
+        ({"shard_samples": 0}, ConfigError, "shard_samples: 0 is not allowed: .* greater than or "
+        "equal to 1"),
         ({"run": "nowhere"}, RunError, "no run here"),
     ],
 )  # fmt: skip
@@ -478,7 +482,7 @@ def test_what_is_refused(
 def test_a_run_without_lists_or_without_images(run: Run, tmp_path: Path) -> None:
     storage.delete(run.path("keep"))
     with pytest.raises(
-        RunError, match=r"no keep-list; there is none\. Make it with `raypipe select"
+        RunError, match=r"no keep-list; available: none\. Write it with `raypipe select"
     ):
         exported(run, f"{tmp_path}/out")
     records = run.ledger()
@@ -497,7 +501,5 @@ def test_a_list_of_other_scores_is_refused(run: Run, tmp_path: Path) -> None:
         if False
         else pa.concat_tables([table.slice(30), table.slice(0, 30)]),
     )
-    with pytest.raises(
-        RunError, match=r"of 60 samples are not where they should be in scores/.*raypipe select"
-    ):
+    with pytest.raises(RunError, match=r"of 60 samples do not match scores/.*raypipe select"):
         exported(run, f"{tmp_path}/out")

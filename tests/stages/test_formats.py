@@ -246,7 +246,7 @@ def test_a_rotten_source_stops_the_run_and_another_limit_resumes_it(of_folders: 
     storage.delete(run.path("embeddings", f"{first}.parquet"))
     with pytest.raises(
         RejectError,
-        match=r"set source\.max_reject_fraction to more than 0\.\d+; what is done is kept",
+        match=r"set source\.max_reject_fraction to more than 0\.\d+; finished work is kept",
     ):
         raypipe.run(strict, until="embed", progress=QUIET)  # while it is read
     assert any(

@@ -21,7 +21,7 @@ def test_rows_of_a_list_are_read_by_group(tmp_path: Path) -> None:
         for start, stop in ((0, 60), (0, 7), (7, 14), (6, 8), (13, 50), (59, 60)):
             assert file.rows(start, stop).equals(table.slice(start, stop - start))
     storage.write_table(uri, table.drop_columns("score"))
-    with pytest.raises(RunError, match="not a keep-list: its columns are sample_id, label"):
+    with pytest.raises(RunError, match="not a keep-list; columns: sample_id, label"):
         KeepFile(uri)
 
 

@@ -8,6 +8,7 @@ import torch
 from helpers import QUIET, small_config
 
 import raypipe
+from raypipe.config import MeanSettings, MeasureSettings
 from raypipe.errors import ConfigError
 from raypipe.estimate.plan import SourceSize, plan
 from raypipe.pipeline import execute
@@ -15,6 +16,7 @@ from raypipe.runs.manifests import Checkpoint, TrainedProxy
 from raypipe.runs.partition import SeedPart
 from raypipe.scores.registry import check_scores
 from raypipe.scores.trajectory import STATISTICS, Trajectory
+from raypipe.stages.measure.outputs import OUTPUTS
 from raypipe.stages.measure.stage import _mean
 from raypipe.vision.output_statistics import output_statistics
 
@@ -104,3 +106,12 @@ def test_numbers_of_a_forward_pass_are_those_of_its_probabilities() -> None:
         np.testing.assert_allclose(
             found[name].numpy(), getattr(expected, name)[0], rtol=1e-4, atol=1e-5
         )
+
+
+def test_every_score_with_means_at_checkpoints_names_its_statistic() -> None:
+    means = {
+        name.replace("_", "-")
+        for name, field in MeasureSettings.model_fields.items()
+        if isinstance(field.default, MeanSettings)
+    }
+    assert means == set(OUTPUTS)

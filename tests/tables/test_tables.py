@@ -565,7 +565,7 @@ def test_other_verbs_on_what_was_made_from_tables(
     storage.write_bytes(run.path("run.json"), original)
     with pytest.raises(RunError, match=r"was extrapolated from tables, .*summary\.json"):
         build(run)
-    with pytest.raises(RunError, match="was made by `raypipe extrapolate`"):
+    with pytest.raises(RunError, match="written by `raypipe extrapolate`"):
         raypipe.run(
             {"run": made, "source": {"uri": "digits://", "format": "digits"}}, progress=QUIET
         )
@@ -602,6 +602,6 @@ def test_changed_scores_make_everything_anew_and_the_output_may_be_on_s3(
             result.summary["problems"]["score_without_embedding"]["count"]
             == len(given) - result.summary["counts"]["measured"]
         )
-    assert "settings, scores or embeddings changed: made anew" in capsys.readouterr().err
+    assert "settings, scores or embeddings changed: running it again" in capsys.readouterr().err
     with Lease(Run(out)), pytest.raises(RunError, match="in use by another driver"):
         raypipe.extrapolate(embeddings, scores, out, method="knn-published", progress=QUIET)

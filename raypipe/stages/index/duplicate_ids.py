@@ -35,7 +35,7 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import RunTasks
 from raypipe.errors import RejectError
-from raypipe.runs.duplicates import FOLDER, FOUND, IDS, STATE, id_digest, read_state
+from raypipe.runs.duplicates import FIRST_OCCURRENCES, FOLDER, IDS, STATE, id_digest, read_state
 from raypipe.runs.ledger import content_hash
 from raypipe.runs.rejects import MIN_REJECTS
 from raypipe.runs.run import Run
@@ -339,10 +339,10 @@ def _write_duplicates(run: Run, by_appearance: Sequence[Fragment], rows: np.ndar
     Other outputs of a fragment are removed when its duplicates changed.
     """
     tables = _tables_by_fragment(by_appearance, rows)
-    before = run.done(FOUND)
+    before = run.done(FIRST_OCCURRENCES)
 
     def update(fragment_id: str) -> None:
-        file = run.path(FOUND, f"{fragment_id}.parquet")
+        file = run.path(FIRST_OCCURRENCES, f"{fragment_id}.parquet")
         new = tables.get(fragment_id)
         old = storage.read_table(file) if fragment_id in before else None
         if old is not None and new is not None and old.equals(new):

@@ -217,7 +217,7 @@ class CheckpointScores:
         if "grand" in measure.scores:
             lengths = checkpoint_column(values, "lengths")
             table = table.append_column("grand", pa.array(lengths.mean(1).astype(np.float32)))
-        for score in (score for score in measure.at_checkpoints if score in OUTPUTS):
+        for score in (score for score in measure.at_checkpoints if score not in ("moso", "grand")):
             mean = _mean(self.config, part, checkpoint_column(values, OUTPUTS[score]), score)
             table = table.append_column(score, pa.array(mean, pa.float32()))
         return table

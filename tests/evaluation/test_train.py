@@ -1,4 +1,4 @@
-"""One training on some rows, and its test."""
+"""One training on some rows of the images, and its test."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, n
 
 
 def test_an_adversarial_training_goes_by_what_an_attack_cannot_change() -> None:
-    """A faint chequered pattern tells the class always, brightness mostly; within 16/255 the first can be turned into the other class's."""
+    """A faint chequered pattern always tells the class; brightness usually does.
+
+    Within 16/255, the pattern can be turned into that of the other class.
+    """
     random = np.random.default_rng(0)
     label = random.integers(0, 2, 192)
     bright = np.where(random.random(192) < 0.9, label, 1 - label)
@@ -137,14 +140,17 @@ def test_what_cannot_be_trained_is_refused(squares: tuple[np.ndarray, np.ndarray
 
 
 def test_accuracy_by_class() -> None:
-    class Says(torch.nn.Module):
+    class FixedPrediction(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.one_hot(pixels[:, 0, 0, 0].long(), 4).float()
 
-    said = np.array([0, 0, 1, 1, 3, 0])
+    predicted = np.array([0, 0, 1, 1, 3, 0])
     label = np.array([0, 0, 1, 1, 1, 3])
     found = train.test(
-        Says(), np.broadcast_to(said[:, None, None, None], (6, 3, 2, 2)).astype(np.uint8), label, 4
+        FixedPrediction(),
+        np.broadcast_to(predicted[:, None, None, None], (6, 3, 2, 2)).astype(np.uint8),
+        label,
+        4,
     )  # type: ignore[arg-type]
     assert found.accuracy == pytest.approx(4 / 6) and found.worst_class == 3
     np.testing.assert_allclose(found.per_class, [1, 2 / 3, np.nan, 0])

@@ -1,0 +1,212 @@
+"""The work of every stage: the size of a run, times rates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
+from raypipe.config import Config
+from raypipe.config.extrapolate import SEARCHERS_PER_GPU
+from raypipe.config.measure import RECALIBRATED
+from raypipe.estimate import rates
+from raypipe.estimate.workload import Effort, Machine, Workload
+from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES
+
+QUICK_FOLD = 0.4
+"""Time of a quick fold as a share of a fit: one network, where the audit set sets the intervals.
+
+See `raypipe.stages.extrapolate.assess.write_fold`.
+"""
+
+
+def efforts(work: Workload, machine: Machine) -> dict[str, Effort]:
+    """Return the work of each stage, by the constants of `raypipe.estimate.rates`."""
+    config = work.config
+    by_stage = {
+        "index": _indexing(work),
+        "seed": _drawing(work),
+        **({"label": _labelling(work, machine)} if config.unsupervised else {}),
+        "proxy": _training(work, machine),
+        "measure": _measuring(work, machine),
+        **({"rehearse": _rehearsal(work, machine)} if config.rehearses else {}),
+        "embed": _embedding(work, machine),
+        "extrapolate": _extrapolation(work, machine),
+        "select": Effort(work.samples * 1e-5, 0, 1),
+        "report": Effort(1.0 + work.samples * 1e-5, 0, 1),
+    }
+    return {
+        stage: replace(effort, cpu=effort.cpu + rates.START_CPU_SECONDS.get(stage, 0))
+        for stage, effort in by_stage.items()
+    }
+
+
+def _indexing(work: Workload) -> Effort:
+    scan = {
+        "nothing": 0.0,
+        "part": work.listed * rates.FILE_SECONDS,
+        "all": work.samples * rates.HEADER_SECONDS,
+    }[work.scan_reads]
+    return Effort(scan, 0, work.listed / INDEX_TASK_FILES + 1)
+
+
+def _drawing(work: Workload) -> Effort:
+    """Return the work of the stage `seed`: hash every id, decode the samples that are drawn."""
+    decoding = (work.seed + work.audit) * work.decode_seconds
+    return Effort(decoding + work.samples * rates.HASH_SECONDS, 0, work.seed_shards)
+
+
+def _training(work: Workload, machine: Machine) -> Effort:
+    proxy = work.config.proxy
+    attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
+    passes = rates.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
+    overhead = (
+        work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS
+        + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
+    )
+    amount = work.seed * proxy.epochs * passes * work.forward_macs
+    if machine.uses_gpu(proxy.use_gpu):
+        return Effort(overhead, amount / machine.gpu_macs + overhead, proxy.workers * proxy.parts)
+    on_one_thread = amount / machine.cpu_macs + overhead
+    workers = min(float(proxy.parts * proxy.workers), machine.cpus)
+    threads = (
+        max(1.0, machine.cpus / workers)
+        if proxy.cpus_per_worker == "auto"
+        else float(proxy.cpus_per_worker)
+    )
+    speed_up = threads**rates.THREADS_POWER
+    return Effort(on_one_thread / speed_up * threads, 0, workers * threads)
+
+
+def _measuring(work: Workload, machine: Machine) -> Effort:
+    config = work.config
+    passes, audit_passes = _passes(config, work.seed)
+    checkpoints = len(config.proxy.checkpoint_epochs())
+    amount = checkpoints * (work.seed * passes + work.audit * audit_passes) * work.forward_macs
+    overhead = (work.seed + work.audit) * rates.SAMPLE_SECONDS
+    return _network(amount, overhead, config.measure.use_gpu, machine, work.seed_shards)
+
+
+def _rehearsal(work: Workload, machine: Machine) -> Effort:
+    """Return the work of a rehearsal: half of the samples are trained on, all are embedded."""
+    training = _training(replace(work, seed=work.seed // 2), machine)
+    embedding = _network(
+        work.seed * work.forward_macs,
+        work.seed * rates.SAMPLE_SECONDS,
+        work.config.embed.use_gpu,
+        machine,
+        work.seed_shards,
+    )
+    return Effort(training.cpu + embedding.cpu, training.gpu + embedding.gpu, training.shared_by)
+
+
+def _embedding(work: Workload, machine: Machine) -> Effort:
+    return _network(
+        work.samples * (work.forward_macs + _label_feature_macs(work)),
+        work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
+        work.config.embed.use_gpu,
+        machine,
+        work.fragments,
+    )
+
+
+def _label_feature_macs(work: Workload) -> float:
+    """Return the multiply-adds of the features that give a sample its pseudo-label.
+
+    They are 0 if the source has labels.
+    """
+    settings = work.config.pseudo_labels
+    if settings.clusters is None:
+        return 0.0
+    if settings.features == "self-supervised":
+        return work.forward_macs
+    return rates.macs(settings.model, settings.image_size)
+
+
+def _labelling(work: Workload, machine: Machine) -> Effort:
+    """Return the work of pseudo-labels, without the clustering itself.
+
+    Self-supervised training takes two views of each image.
+    """
+    settings, proxy = work.config.pseudo_labels, work.config.proxy
+    features = _network(work.seed * _label_feature_macs(work), 0, proxy.use_gpu, machine, 1)
+    if settings.features == "backbone":
+        return features
+    like_proxy = proxy.model_copy(
+        update={
+            "epochs": settings.epochs,
+            "checkpoints": 1,
+            "checkpoint_choice": "spaced",
+            "batch_size": settings.batch_size,
+            "parts": 1,
+            "adversary": None,
+            "workers": 1,
+            "trajectory": "none",
+        }
+    )
+    config = work.config.model_copy(update={"proxy": like_proxy})
+    training = _training(replace(work, config=config, seed=2 * work.seed), machine)
+    return Effort(training.cpu + features.cpu, training.gpu + features.gpu, training.shared_by)
+
+
+def _passes(config: Config, seed: int) -> tuple[float, float]:
+    """Return the forward passes that a checkpoint is worth, per seed and per audit sample."""
+    measure, adversary = config.measure, config.proxy.adversary
+    scores = measure.at_checkpoints
+    if not scores:
+        return 0.0, 0.0
+    moso, grand = "moso" in scores, "grand" in scores
+    norms = (moso and measure.moso.gradient == "all" and measure.moso.uses_self_term(seed)) or (
+        grand and measure.grand.gradient == "all"
+    )
+    if norms:
+        each = rates.WITH_NORMS
+    else:
+        each = rates.ALIGNMENT if moso and measure.moso.gradient == "all" else 0.0
+    each += (moso and measure.moso.gradient == "head") or (
+        grand and measure.grand.gradient == "head"
+    )
+    each += bool(set(scores) - {"moso", "grand"})
+    mean = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
+    # an attack precedes each pass over the seed set
+    attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0
+    recalibrated = measure.recalibrate / max(1, seed // config.proxy.parts // RECALIBRATED)
+    return each + mean + recalibrated + attack * (1 + moso + recalibrated), each + attack
+
+
+def _extrapolation(work: Workload, machine: Machine) -> Effort:
+    settings, model = work.config.extrapolate, work.config.proxy.model
+    folds = _folds(work)
+    quick = settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE
+    fold = (QUICK_FOLD if quick else 1.0) * (1 - settings.holdout)
+    epochs = None if settings.epochs == "auto" else settings.epochs
+    fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
+    cpu = fit * (1 + folds * fold + work.config.rehearses / 2) + rates.CURVE_SAMPLE * work.seed
+    gpu = 0.0
+    if settings.method != "gnn-published":
+        on_gpu = machine.uses_gpu(settings.use_gpu) and work.seed <= settings.exact_neighbours
+        predictions = work.samples * rates.predict_seconds(work.seed, model, search=not on_gpu)
+        cpu, gpu = cpu + predictions, on_gpu * predictions / SEARCHERS_PER_GPU
+        published = (
+            work.samples <= PUBLISHED_SAMPLES
+            if settings.judge_published == "auto"
+            else settings.judge_published
+        )
+        cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, model)
+    return Effort(cpu, gpu, max(folds + 1, work.fragments / 2))
+
+
+def _folds(work: Workload) -> int:
+    settings = work.config.extrapolate
+    one_will_do = settings.method == "gnn-published" or work.config.rehearses
+    if settings.folds == "auto" and one_will_do:
+        return 1
+    return settings.folds_of(max(1, work.seed), work.classes)
+
+
+def _network(
+    macs: float, overhead: float, use_gpu: bool | str, machine: Machine, shared_by: float
+) -> Effort:
+    """Return the work of forward passes, with `overhead` processor seconds alongside."""
+    if machine.uses_gpu(use_gpu):
+        return Effort(overhead, macs / machine.gpu_macs, shared_by)
+    return Effort(overhead + macs / machine.cpu_macs, 0, shared_by)

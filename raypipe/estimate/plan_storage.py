@@ -1,0 +1,128 @@
+"""The files and bytes that a planned run writes, and its requests to storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from raypipe import storage
+from raypipe.estimate.plan_rates import Rates
+from raypipe.estimate.volumes import bytes_written
+from raypipe.estimate.workload import Workload
+from raypipe.runs.run import Run
+from raypipe.runs.score_stream import CACHE_BYTES
+from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, SEED_SHARD_SAMPLES
+from raypipe.selection import STRATEGIES
+from raypipe.storage.remote_listing import PAGE
+
+BLOCK = 4 << 20
+"""Bytes of one read of a large file."""
+SELECT_PASSES = 12
+"""How often `select` reads the score shards by its default strategy, if they exceed its memory."""
+SELECT_ROW = 40
+"""Bytes that a sample takes in the memory of `select`."""
+NAME_BYTES = 24
+"""Bytes of the index for the name of one small file among many, compressed."""
+
+
+def _shards(work: Workload) -> int:
+    """Return the number of seed shards."""
+    return math.ceil(work.seed / SEED_SHARD_SAMPLES)
+
+
+def _proxy_files(work: Workload, parts: int) -> int:
+    """Return the files of a training of the proxy: checkpoints, epochs, trajectory, manifest."""
+    proxy = work.config.proxy
+    trajectory = 0 if proxy.trajectory == "none" else proxy.epochs * proxy.workers
+    return parts * (len(proxy.checkpoint_epochs()) + proxy.epochs + trajectory + 1)
+
+
+def files_written(work: Workload) -> dict[str, int]:
+    """Return the number of files that each stage writes."""
+    config, shards = work.config, _shards(work)
+    count, parts = len(config.proxy.checkpoint_epochs()), config.proxy.parts
+    mean_gradients = "moso" in config.measure.scores
+    return {
+        "index": math.ceil(work.fragments / INDEX_FILE_FRAGMENTS) + 1,
+        "seed": 2 * shards + 1,
+        # pseudo-labels: the labels of each shard; clusters, network, manifest, classes
+        "label": shards * (1 + bool(work.audit)) + 4,
+        "proxy": _proxy_files(work, parts),
+        "measure": shards * (1 + bool(work.audit))
+        + parts * count * (mean_gradients + config.measure.recalibrate)
+        + shards * count,
+        # images, scores and embeddings of each shard; the second proxy; manifest and classes
+        "rehearse": 3 * shards + _proxy_files(work, parts) + 2,
+        "embed": work.fragments,
+        "extrapolate": work.fragments + 8,
+        "select": len(config.select.keep),
+        "report": 2,
+    }
+
+
+def requests_of(
+    work: Workload, random_access: bool, read: Mapping[str, int], files: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the requests to storage of each stage.
+
+    Listings count by page, small files one by one, large ones block by block, and every file that
+    is written counts. A Parquet footer is two requests (size, footer); at their end, embed and
+    extrapolate read the footer of every output.
+    """
+    config, shards, fragments = work.config, _shards(work), work.fragments
+    count = len(config.proxy.checkpoint_epochs())
+    workers = config.proxy.workers * config.proxy.parts
+    source_pages = math.ceil(work.listed / PAGE)
+    output_pages = math.ceil(2 * fragments / PAGE)
+    scan = {
+        "nothing": 0,
+        "part": 3 * work.listed,
+        "all": work.listed + math.ceil(read["index"] / BLOCK),
+    }[work.scan_reads]
+    whole = work.samples if random_access else fragments + math.ceil(read["embed"] / BLOCK)
+    drawn = work.seed + work.audit if random_access else whole
+    shard_footers, output_footers = 2 * 2 * shards, 2 * fragments
+    reads = {
+        "index": source_pages + scan,
+        "seed": fragments + drawn + shard_footers,
+        "label": shards * (1 + bool(work.audit)),
+        "proxy": shards * workers,
+        "measure": count * shards * (2 if "moso" in config.measure.scores else 1),
+        "rehearse": 2 * shards + shards * workers,
+        "embed": output_pages + fragments + whole + output_footers,
+        "extrapolate": output_pages + 3 * fragments + fragments + 2 * output_footers,
+        "select": _select_passes(work) * fragments,
+        "report": fragments,
+    }
+    return {stage: number + files[stage] for stage, number in reads.items()}
+
+
+def _select_passes(work: Workload) -> int:
+    """Return how often `select` reads the score shards."""
+    strategy = STRATEGIES[work.config.select.strategy]
+    passes = 2 if work.samples * SELECT_ROW <= CACHE_BYTES else SELECT_PASSES
+    # losses are a column of other files: size, footer and column
+    return passes * (1 + 3 * (strategy.needs_loss or strategy.uses_difficulty))
+
+
+def planned_bytes(work: Workload, rates: Rates, like: str | None) -> dict[str, int]:
+    """Return the bytes of each folder of the run.
+
+    Folders that grow with the samples are scaled from those of the run `like`.
+    """
+    small_files = work.scan_reads == "nothing"
+    index = work.fragments * rates.index_bytes + small_files * work.samples * NAME_BYTES
+    written = {"index": round(index), **bytes_written(work)}
+    if like is None:
+        return written
+    run = Run(like)
+    records = run.ledger()
+    for folder, stage, samples in (
+        ("seed", "seed", work.seed),
+        ("embeddings", "embed", work.samples),
+        ("scores", "extrapolate", work.samples),
+    ):
+        if stage in records and records[stage].state == "done" and records[stage].samples:
+            folder_bytes = sum(file.size for file in storage.walk(run.path(folder)))
+            written[folder] = round(folder_bytes * samples / records[stage].samples)
+    return written

@@ -1,0 +1,76 @@
+"""The bytes that a run reads and writes."""
+
+from __future__ import annotations
+
+from raypipe.config import Config
+from raypipe.estimate import rates
+from raypipe.estimate.workload import Workload
+from raypipe.runs.layout import STAGE_FOLDERS
+
+FOOTER_BYTES = 65_536.0
+"""Bytes read of a file to count its samples, if that does not require all of it."""
+
+
+def bytes_read(work: Workload, stored: float, random_access: bool) -> dict[str, int]:
+    """Return the bytes of the source that each stage reads.
+
+    Parameters
+    ----------
+    work
+        The run.
+    stored
+        Bytes of the samples that are used.
+    random_access
+        Whether single samples can be read; otherwise the stage `seed` reads what lies between.
+    """
+    index = {
+        "nothing": 0.0,
+        "part": min(work.listed_bytes, work.listed * FOOTER_BYTES),
+        "all": work.listed_bytes,
+    }[work.scan_reads]
+    drawn = (work.seed + work.audit) / max(1, work.samples) if random_access else 1.0
+    return {"index": round(index), "seed": round(stored * min(1.0, drawn)), "embed": round(stored)}
+
+
+def bytes_written(work: Workload) -> dict[str, int]:
+    """Return the bytes of each folder of the run."""
+    config, proxy, measure = work.config, work.config.proxy, work.config.measure
+    width = rates.width(proxy.model)
+    checkpoint = 4 * (rates.PARAMETERS[proxy.model] + width * work.classes) * proxy.parts
+    count = len(proxy.checkpoint_epochs())
+    checkpoints = count * checkpoint
+    trajectory = (
+        0 if proxy.trajectory == "none" else proxy.epochs * work.seed * (24 + 2 * work.classes)
+    )
+    image = 3 * proxy.image_size**2 + 40
+    drawn = work.seed + work.audit
+    recalibrated = measure.recalibrate and bool(measure.at_checkpoints)
+    feature = 4 if config.embed.dtype == "float32" else 2
+    labeller = 4 * rates.PARAMETERS[_label_network(config)] + 60 * drawn
+    rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
+    folder_bytes = {
+        "seed": drawn * image,
+        "labels": config.unsupervised * labeller,
+        "proxy": checkpoints + trajectory,
+        "measured": (
+            checkpoints * (("moso" in measure.scores) + recalibrated)
+            + work.seed * (60 + 12 * count)
+        ),
+        "rehearsal": config.rehearses * rehearsal,
+        "embeddings": work.samples * (feature * width + 150),
+        "extrapolator": 2 * work.seed * (4 * width + 100),
+        "scores": work.samples * 30,
+        "keep": round(sum(config.select.keep) * work.samples * 25),
+    }
+    return {
+        folder: folder_bytes[folder]
+        for folders in STAGE_FOLDERS.values()
+        for folder in folders
+        if folder_bytes.get(folder)
+    }
+
+
+def _label_network(config: Config) -> str:
+    """Return the network whose features give samples their pseudo-labels."""
+    settings = config.pseudo_labels
+    return settings.model if settings.features == "backbone" else config.proxy.model
