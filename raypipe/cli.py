@@ -73,7 +73,7 @@ _set = click.option(
     "overrides",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Override a setting; may be repeated.",
+    help="Override a setting (`raypipe init` lists them); may be repeated.",
 )
 
 
@@ -85,11 +85,19 @@ _noise = click.option(
 )
 
 
-@cli.command(epilog=_epilog("raypipe run my.yaml --set source.limit=5000", 0, 1, 2, 3))
+@cli.command(
+    short_help="Run all stages of a configuration, or resume.",
+    epilog=_epilog("raypipe run my.yaml --set source.limit=5000", 0, 1, 2, 3),
+)
 @click.argument("config")
 @_set
 @_noise
-@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option(
+    "--until",
+    metavar="STAGE",
+    help="Stop after this stage: index, seed, label, proxy, measure, rehearse, embed, extrapolate, "
+    "select or report.",
+)
 @_verbose
 def run(
     config: str,
@@ -104,7 +112,10 @@ def run(
     _execute(load_config(config, _with_noise(overrides, inject_noise)), until, verbose)
 
 
-@cli.command(epilog=_epilog("raypipe demo --run runs/demo", 0, 1, 2, 3))
+@cli.command(
+    short_help="Run everything on bundled images, without download.",
+    epilog=_epilog("raypipe demo --run runs/demo", 0, 1, 2, 3),
+)
 @click.option("--run", "uri", default="runs/demo", show_default=True, help="Run folder to write.")
 @_set
 @_noise
@@ -118,7 +129,10 @@ def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, verbo
     _execute(absolute_paths(config), None, verbose)
 
 
-@cli.command(epilog=_epilog("raypipe init > my.yaml", 0))
+@cli.command(
+    short_help="Print a configuration with every setting.",
+    epilog=_epilog("raypipe init > my.yaml", 0),
+)
 def init() -> None:
     """Print a configuration with every setting, its default and a comment."""
     from raypipe.config import commented_config
@@ -126,17 +140,24 @@ def init() -> None:
     click.echo(commented_config(), nl=False)
 
 
-@cli.command(epilog=_epilog("raypipe scores", 0))
+@cli.command(
+    short_help="List the scores that can be measured.", epilog=_epilog("raypipe scores", 0)
+)
 def scores() -> None:
     """List the scores that can be measured: what each is, what it needs and what it costs."""
     from raypipe.scores.registry import SCORES
 
     for info in SCORES.values():
+        free = info.cost == "none"
+        cost = "no cost beyond the training" if free else f"costs {info.cost}"
         click.echo(f"{info.name:<20} {info.summary}")
-        click.echo(f"{'':<20} needs {info.needs}; costs {info.cost}; {info.source}")
+        click.echo(f"{'':<20} needs {info.needs}; {cost}; {info.source}")
 
 
-@cli.command(epilog=_epilog("raypipe inspect /data/images --grid sheet.png"))
+@cli.command(
+    short_help="Preview a source and what a run would cost.",
+    epilog=_epilog("raypipe inspect /data/images --grid sheet.png"),
+)
 @click.argument("source", required=False)
 @click.option(
     "--config",
@@ -194,7 +215,10 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
         click.echo(f"grid        {options['grid']}")
 
 
-@cli.command(epilog=_epilog("raypipe plan my.yaml --samples 100000000 --gpus 8"))
+@cli.command(
+    short_help="Plan a run over a source of any size.",
+    epilog=_epilog("raypipe plan my.yaml --samples 100000000 --gpus 8"),
+)
 @click.argument("config")
 @click.option(
     "--samples",
@@ -260,7 +284,10 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool, **options: Any)
         click.echo(line)
 
 
-@cli.command(epilog=_epilog("raypipe status runs/first"))
+@cli.command(
+    short_help="Show progress, errors and cost of a run.",
+    epilog=_epilog("raypipe status runs/first"),
+)
 @click.argument("uri", metavar="RUN")
 def status(uri: str) -> None:
     """Show the progress, errors and cost of RUN, from any machine that can read it."""
@@ -273,7 +300,10 @@ def status(uri: str) -> None:
 
 
 @cli.command(
-    epilog=_epilog("raypipe extrapolate --embeddings emb.parquet --scores s.parquet --out runs/own")
+    short_help="Extrapolate your own scores over embeddings.",
+    epilog=_epilog(
+        "raypipe extrapolate --embeddings emb.parquet --scores s.parquet --out runs/own"
+    ),
 )
 @click.option(
     "--embeddings",
@@ -324,7 +354,10 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
         click.echo(line)
 
 
-@cli.command(epilog=_epilog("raypipe select runs/first --keep 0.5", 0, 1, 2, 3))
+@cli.command(
+    short_help="Cut keep-lists of a run, without scoring again.",
+    epilog=_epilog("raypipe select runs/first --keep 0.5", 0, 1, 2, 3),
+)
 @click.argument("uri", metavar="RUN")
 @click.option(
     "--keep",
@@ -386,7 +419,10 @@ def select(
         click.echo(f"{file}  {count:,} samples")
 
 
-@cli.command(epilog=_epilog("raypipe export runs/first --keep 0.5 --format webdataset --to shards"))
+@cli.command(
+    short_help="Write the samples of a keep-list for training.",
+    epilog=_epilog("raypipe export runs/first --keep 0.5 --format webdataset --to shards"),
+)
 @click.argument("uri", metavar="RUN")
 @click.option("--keep", type=float, help="Fraction of the keep-list. Default: the only list.")
 @click.option(
@@ -435,7 +471,10 @@ def export(
     )
 
 
-@cli.command(epilog=_epilog("raypipe evaluate runs/first --test /data/test --keep 0.5"))
+@cli.command(
+    short_help="Test whether the keep-lists of a run help.",
+    epilog=_epilog("raypipe evaluate runs/first --test /data/test --keep 0.5"),
+)
 @click.argument("uri", metavar="RUN")
 @click.option(
     "--test",
@@ -521,7 +560,9 @@ def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **op
         click.echo(line)
 
 
-@cli.command(epilog=_epilog("raypipe report runs/first"))
+@cli.command(
+    short_help="Write the report of a run again.", epilog=_epilog("raypipe report runs/first")
+)
 @click.argument("uri", metavar="RUN")
 def report(uri: str) -> None:
     """Write the report of RUN again, and print where it is."""

@@ -74,7 +74,7 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(read_bytes(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file; `raypipe init > my.yaml` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -49,7 +49,9 @@ class Run(Layout):
         try:
             data = storage.read_json(self.ledger_file)
         except FileNotFoundError:
-            raise RunError(f"{self.uri}: no run here (run.json is missing)") from None
+            raise RunError(
+                f"{self.uri}: no run here (run.json is missing); give the folder of a run"
+            ) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             version = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise RunError(
@@ -132,7 +134,9 @@ class Run(Layout):
                 yaml.safe_load(storage.read_whole(self.config_file, MAX_CONFIG_BYTES))
             )
         except FileNotFoundError:
-            raise RunError(f"{self.uri}: no run here (config.yaml is missing)") from None
+            raise RunError(
+                f"{self.uri}: no run here (config.yaml is missing); give the folder of a run"
+            ) from None
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
 

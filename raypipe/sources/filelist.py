@@ -176,7 +176,7 @@ class FileListSource(Source):
                     yield block
                     block = []
         except (FileNotFoundError, IsADirectoryError):
-            raise SourceError(f"{self._list}: no such file; set source.uri") from None
+            raise SourceError(f"{self._list}: no such file; check source.uri") from None
         yield block
 
     def _member(self, line: Line) -> Member:

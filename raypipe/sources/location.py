@@ -165,7 +165,7 @@ class Location:
             file = storage.info(self._uri)
             return [file], {file.path}
         if not files and not storage.exists(self._uri):
-            raise SourceError(f"{self._uri}: no such file or folder; set source.uri")
+            raise SourceError(f"{self._uri}: no such file or folder; check source.uri")
         return files, set()
 
     def _pattern_files(self) -> tuple[list[FileInfo], set[str]]:

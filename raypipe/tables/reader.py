@@ -158,7 +158,7 @@ def stored_files(uri: str) -> list[tuple[str, storage.FileInfo]]:
     try:
         return [(location.uri(file.path), file) for file in location.files("parquet")]
     except SourceError as error:
-        raise SourceError(str(error).removesuffix("; set source.uri")) from None
+        raise SourceError(str(error).removesuffix("; check source.uri")) from None
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def test_a_folder_stands_for_the_one_list_in_it(place: str) -> None:
         list(make(f"{place}/set", format="filelist").files())
     with pytest.raises(SourceError, match=r"no .csv or .tsv or .txt file here"):
         list(make(f"{place}/none", format="filelist").files())
-    with pytest.raises(SourceError, match=r"none.csv: no such file; set source.uri"):
+    with pytest.raises(SourceError, match=r"none.csv: no such file; check source.uri"):
         list(make(f"{place}/none.csv", format="filelist").files())
 
 
