@@ -1,4 +1,4 @@
-"""`raypipe plan`: its figures, where its rates come from, and the commands of jobs/README.md."""
+"""`raypipe plan`: its figures, where its rates come from, and the commands of cluster.md."""
 
 from __future__ import annotations
 
@@ -326,8 +326,8 @@ OUTPUTS |= {"select": ["keep"], "report": ["report"]}
 
 
 def _blocks() -> list[tuple[str, str]]:
-    """Commands and their outputs in jobs/README.md."""
-    text = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+    """Commands and their outputs in docs/guides/cluster.md."""
+    text = (ROOT / "docs" / "guides" / "cluster.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```\n\$ (raypipe plan .*?[^\\])\n(.*?)```", text, re.S)
     return [(re.sub(r"\\\n\s*", "", command), output) for command, output in blocks]
 
