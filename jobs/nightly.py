@@ -1,8 +1,8 @@
-"""Entry point for a Ray job: the nightly run of a finished run.
+r"""Entry point for a Ray job: the nightly run of a finished run.
 
 New samples of the source are scored, samples that are gone are removed. Nothing is trained.
 
-    ray job submit --working-dir . -- python jobs/nightly.py --config jobs/configs/digits.yaml \\
+    ray job submit --working-dir . -- python jobs/nightly.py --config jobs/configs/digits.yaml \
         --set run=s3://bucket/runs/digits
 
 The last line of the log is the summary of the night, as one line of JSON.

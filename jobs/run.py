@@ -1,6 +1,6 @@
-"""Entry point for a Ray job: run a configuration.
+r"""Entry point for a Ray job: run a configuration.
 
-    ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml \\
+    ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml \
         --set run=s3://bucket/runs/digits
 
 The last line of the log is the summary of the run, as one line of JSON.
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--inject-noise",
         type=float,
         metavar="SHARE",
-        help="replace the labels of this share of the samples by wrong ones, to test detection",
+        help="replace this share of the labels by wrong ones, to test detection",
     )
     return result
 

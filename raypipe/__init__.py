@@ -1,4 +1,4 @@
-"""raypipe: which samples of a large labelled image dataset are worth training on?
+"""Select the samples of a large labelled image dataset that are worth training on.
 
 The public API is in `__all__`. Functions mirror the commands of the command line.
 """

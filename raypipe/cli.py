@@ -21,9 +21,9 @@ EXIT_CODES = {
 
 
 def _epilog(example: str, *codes: int) -> str:
-    """Return the end of a command's help: one example, and the exit codes.
+    r"""Return the end of a command's help: one example, and the exit codes.
 
-    "\\b" keeps click from joining the lines of a paragraph.
+    "\b" keeps click from joining the lines of a paragraph.
     """
     lines = [f"  {code}  {EXIT_CODES[code]}" for code in codes or (0, 1, 2)]
     return "\n".join(["\b", "Example:", f"  {example}", "", "\b", "Exit codes:", *lines])
@@ -44,7 +44,7 @@ def demo_settings() -> dict[str, Any]:
 )
 @click.version_option(__version__, prog_name="raypipe")
 def cli() -> None:
-    """Which samples of a large labelled image dataset are worth training on?
+    """Find the samples of a large labelled image dataset that are worth training on.
 
     raypipe measures scores on a small random seed set, extrapolates them to every other sample,
     and writes scores and keep-lists. Any command can be interrupted and run again to resume.
@@ -81,7 +81,7 @@ _noise = click.option(
     "--inject-noise",
     type=float,
     metavar="SHARE",
-    help="Replace the labels of this share of the samples by wrong ones, to test detection.",
+    help="Replace this share of the labels by wrong ones, to test the detection of label errors.",
 )
 
 
@@ -224,7 +224,7 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
     "--samples",
     type=int,
     required=True,
-    help="Number of images in the source, which need not exist yet.",
+    help="Number of images in the source. The source need not exist yet.",
 )
 @click.option(
     "--gpus", type=float, default=0, show_default=True, help="Number of GPUs in the cluster."
@@ -321,7 +321,7 @@ def status(uri: str) -> None:
     "--out",
     required=True,
     metavar="URI",
-    help="Folder to write: new, or of an earlier call of the same command.",
+    help="Folder to write. To resume an earlier call, give the same folder.",
 )
 @click.option(
     "--score-column", default="score", show_default=True, help="Column of --scores to extrapolate."
@@ -338,7 +338,9 @@ def status(uri: str) -> None:
     help="Share of the scored samples held out to assess fidelity. Default: 0.2.",
 )
 @click.option(
-    "--seed", type=int, help="Random seed of hold-out split and initial weights. Default: 0."
+    "--seed",
+    type=int,
+    help="Random seed of the hold-out split and the initial weights. Default: 0.",
 )
 @_verbose
 def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options: Any) -> None:
@@ -368,7 +370,10 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--strategy", cls=_StrategyOption)
 @click.option("--seed", type=int, help="random, ccs, beta: random seed.")
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
-@click.option("--difficulty", help="mixed, ccs: what counts as hard: auto, score or loss.")
+@click.option(
+    "--difficulty",
+    help="mixed, ccs: whether a high score or a high loss means hard: auto, score or loss.",
+)
 @click.option(
     "--hard-cutoff",
     metavar="SHARE",
@@ -378,7 +383,7 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option(
     "--beta-exponent",
     type=float,
-    help="beta: exponent; the higher, the later easy samples are preferred.",
+    help="beta: exponent. The higher, the more has to be pruned before easy samples are preferred.",
 )
 @click.option(
     "--by-class/--over-classes",
@@ -395,7 +400,8 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option(
     "--near-duplicates",
     type=float,
-    help="Cosine similarity from which only the sample with the highest score is kept.",
+    help="Count samples of at least this cosine similarity as near-duplicates, and keep only "
+    "the one with the highest score.",
 )
 @click.option(
     "--weights",
@@ -501,7 +507,7 @@ def export(
 @click.option(
     "--scores",
     metavar="NAMES",
-    help="run or measured:NAME, separated by commas. Default: all scores of every sample.",
+    help="Scores to cut lists from, separated by commas: run or measured:NAME. Default: all.",
 )
 @click.option(
     "--beside",
@@ -512,8 +518,8 @@ def export(
 @click.option("--seeds", type=int, help="Trainings per list and fraction. Default: 3.")
 @click.option(
     "--protocol",
-    help="What all trainings have in common: epochs, or steps (as many as the full set takes). "
-    "Default: epochs.",
+    help="epochs: every list is trained for the same number of epochs. steps: for as many steps as "
+    "the full set. Default: epochs.",
 )
 @click.option(
     "--attack",
@@ -535,7 +541,8 @@ def export(
 @click.option(
     "--cpus-per-training",
     type=int,
-    help="CPUs per training. Default: without GPUs 1, or more if trainings are fewer than CPUs.",
+    help="CPUs per training. Default: up to 4 with GPUs; without GPUs 1, or more if there are "
+    "fewer trainings than CPUs.",
 )
 @_verbose
 def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **options: Any) -> None:

@@ -121,7 +121,7 @@ def test_inspect_shows_what_would_be_read_and_what_it_would_cost(capsys) -> None
         "classes     10: 0, 1, 2",
         "smallest 174, median 180, largest 183; all 1,797 labels",
         "all 8x8 pixels",
-        "none of 256 drawn; fewer than 1.2 % of the source, with 95 % confidence",
+        "0 of 256 drawn; fewer than 1.2 % of the source, with 95 % confidence",
         "of a run with default settings: 1,797 samples, 180 of them measured",
         "on          as given: 3 CPUs, no GPU",
     ):

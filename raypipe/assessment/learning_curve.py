@@ -121,8 +121,8 @@ def learning_curve(
         or not np.ptp(measured)
     ):
         note = (
-            f"no learning curve from {count} measured samples and {len(measured)} to assess it "
-            "on: too few, or all scores equal"
+            f"no learning curve: {count} measured samples and {len(measured)} to assess it on "
+            "are too few, or all scores are equal"
         )
         return LearningCurve((), (), (), len(measured), note=note)
     rng = np.random.default_rng(seed)

@@ -58,7 +58,7 @@ STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
     ),
     "normalized": StrategyText(
         "highest within the class",
-        "the highest scores within the class, measured in its standard deviations",
+        "the highest scores relative to the mean of the class, in its standard deviations",
     ),
     "moderate": StrategyText("around the median", "the scores around the median"),
     "mixed": StrategyText("both ends", "the hardest and the easiest samples"),
@@ -68,8 +68,8 @@ STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
         "drawn evenly over the range of the scores, without the hardest samples",
     ),
     "beta": StrategyText(
-        "easier the more is pruned",
-        "drawn by score and ease, the easier the more is pruned",
+        "easier samples the more is pruned",
+        "drawn by score and ease; the more is pruned, the easier the samples",
     ),
 }
 """Texts of every strategy; the settings, the command line and the report use them."""

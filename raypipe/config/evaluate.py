@@ -40,8 +40,8 @@ class EvaluateSettings(Settings):
     )
     protocol: Literal["epochs", "steps"] = Field(
         "epochs",
-        description="What all trainings have in common: the number of epochs, or the number of "
-        "optimiser steps (that of the full set).",
+        description="epochs: every list is trained for the same number of epochs. steps: for as "
+        "many optimiser steps as the full set.",
     )
     attack: bool = Field(
         False,
@@ -51,7 +51,7 @@ class EvaluateSettings(Settings):
     model: str | None = Field(
         None,
         min_length=1,
-        description="Network to train, one of those of proxy.model. Default: the run's.",
+        description="Network to train. proxy.model names the choices. Default: the run's.",
     )
     image_size: int | None = Field(
         None,
@@ -73,8 +73,8 @@ class EvaluateSettings(Settings):
     )
     cpus_per_training: Positive | Literal["auto"] = Field(
         "auto",
-        description="CPUs per training. auto: without GPUs 1, or more if there are fewer "
-        "trainings than CPUs; with GPUs up to 4.",
+        description="CPUs per training. auto: up to 4 with GPUs; without GPUs 1, or more if "
+        "there are fewer trainings than CPUs.",
     )
 
     @field_validator("keep", "strategies", "scores", "beside", mode="before")

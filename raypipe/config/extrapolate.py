@@ -42,9 +42,9 @@ class ExtrapolateSettings(Settings):
     )
     rehearsal: bool | Literal["auto"] = Field(
         "auto",
-        description="For scores that depend on training on the sample: train a second proxy on "
-        "half of the seed set, to learn what samples outside the training set would score. auto: "
-        "with gnn, if the score cannot be measured on an audit set.",
+        description="Train a second proxy on half of the seed set, to learn how samples outside "
+        "the training set score. For scores that require training on the sample. auto: with gnn, "
+        "if the score cannot be measured on an audit set.",
     )
     neighbours: Positive | Literal["auto"] = Field(
         "auto",

@@ -86,8 +86,8 @@ class MeanSettings(Settings):
 
     at: Literal["trajectory", "checkpoints"] = Field(
         "trajectory",
-        description="trajectory: at every epoch of the training. checkpoints: by the proxy at its "
-        "checkpoints, which can also measure an audit set.",
+        description="trajectory: measure at every epoch of the training. checkpoints: measure at "
+        "the proxy's checkpoints, which also works on an audit set.",
     )
     first_epoch: int = Field(0, ge=0, description="First epoch of the mean, counted from 0.")
     last_epoch: Positive | None = Field(

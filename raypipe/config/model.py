@@ -90,8 +90,8 @@ class Config(Settings):
     def _labels_from_somewhere(self) -> Config:
         if self.unsupervised and self.source.label_column is not None:
             raise ValueError(
-                "pseudo_labels.clusters: the source's own labels would not be used; set "
-                "source.label_column to null if it has none or they should be ignored, or remove "
+                "pseudo_labels.clusters replaces the source's own labels. If that is intended, or "
+                "the source has none, set source.label_column to null; to use its labels, remove "
                 "pseudo_labels.clusters"
             )
         if not self.unsupervised and self.source.label_column is None:

@@ -22,7 +22,7 @@ class SeedSettings(Settings):
     seed: int = Field(0, ge=0, description="Random seed. Another number draws another seed set.")
     audit: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="Approximate number of samples outside the seed set to measure, which assesses "
+        description="Approximate number of samples outside the seed set to measure, to assess "
         "the fidelity of scores at checkpoints. auto: a tenth of the seed set, 50 to 500. 0: none.",
     )
 

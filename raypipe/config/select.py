@@ -38,7 +38,7 @@ class SelectSettings(Settings):
     )
     difficulty: Literal["auto", "score", "loss"] = Field(
         "auto",
-        description="mixed, ccs: what counts as hard, a high score or a high loss of the proxy. "
+        description="mixed, ccs: whether a high score or a high loss of the proxy means hard. "
         "auto: the score if it measures difficulty (aum, el2n, entropy, forgetting, grand, loss), "
         "otherwise the loss.",
     )
@@ -73,14 +73,16 @@ class SelectSettings(Settings):
         "Parquet with a column sample_id.",
     )
     never_keep: str | None = Field(
-        None, min_length=1, description="File of sample ids that no list contains, as always_keep."
+        None,
+        min_length=1,
+        description="File of sample ids that no list contains, in a format of always_keep.",
     )
     near_duplicates: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Cosine similarity of embeddings from which samples count as near-duplicates. "
-        "Only the one with the highest score is kept. null: keep all.",
+        description="Samples whose embeddings have at least this cosine similarity count as "
+        "near-duplicates, and only the one with the highest score is kept. null: keep all.",
     )
     weights: Literal["none", "inclusion", "class"] = Field(
         "none",

@@ -82,8 +82,8 @@ class SourceSettings(Settings):
     )
     num_classes: Positive | None = Field(
         None,
-        description="Number of classes. Default: found in the source. Extra classes have no "
-        "samples.",
+        description="Number of classes. Default: that of the source. A larger number adds classes "
+        "without samples.",
     )
     limit: Positive | None = Field(
         None, description="Use only the first N samples, for a trial run."

@@ -36,9 +36,9 @@ def as_raypipe_error(error: BaseException) -> Exception:
             )
     if any(type(link).__name__ == "ExecutionTimeoutError" for link in chain):
         return StageError(
-            "no unit of work was finished for cluster.patience_seconds: workers are waiting for "
-            "machines, or keep dying (too little memory, a crash in a library); Ray's logs have "
-            "details. Rerun to resume"
+            "no unit of work was finished within cluster.patience_seconds: workers are waiting for "
+            "machines, or keep dying (too little memory, a crash in a library). See Ray's logs, "
+            "then rerun to resume"
         )
     return StageError(_relevant_line(chain) or type(error).__name__)
 

@@ -22,14 +22,14 @@ class RayMetrics:
 
         stage = ("stage",)
         self._samples = Counter(
-            "raypipe_samples", "samples (of index: files) that a stage has done", stage
+            "raypipe_samples", "samples (for index: files) that a stage has finished", stage
         )
         self._rejects = Counter("raypipe_rejects", "samples that could not be read", stage)
         self._done = Gauge(
-            "raypipe_fragments_done", "fragments that this attempt of a stage has done", stage
+            "raypipe_fragments_done", "fragments that this attempt of a stage has finished", stage
         )
         self._queued = Gauge(
-            "raypipe_fragments_queued", "fragments that wait or are being worked on", stage
+            "raypipe_fragments_queued", "fragments that are waiting or being processed", stage
         )
 
     def __call__(self, meter: Meter, samples: int, rejects: int) -> None:

@@ -184,8 +184,9 @@ def _train_workers(
 def _train_single_worker(
     worker: TrainWorker, arguments: dict[str, Any], gpu: bool, cpus: int, max_failures: int
 ) -> None:
-    """Train in one task. The five processes that manage several workers take as long to start as a
-    small training takes.
+    """Train in one task.
+
+    The five processes that manage several workers take as long to start as a small training takes.
     """
     # Ray's own retries have no limit for a worker that runs out of memory
     task = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_retries=0)(fenced(_train_locally))

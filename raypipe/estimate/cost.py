@@ -118,12 +118,12 @@ def _basis(
     ]
     if want_gpus and not machine.gpus:
         basis.append(
-            f"the settings ask for GPUs ({', '.join(want_gpus)}), but there are none: "
-            "estimated on CPUs; --gpus N estimates with GPUs"
+            f"the settings require GPUs ({', '.join(want_gpus)}), but none is available, so the "
+            "estimate is for CPUs; --gpus N estimates with GPUs"
         )
     if any(effort.gpu for stage, effort in by_constants.items() if stage not in scaled):
         basis.append(
-            "no GPU was measured: about a T4 is assumed; others are up to ten times faster"
+            "GPU rates are assumed to be about those of a T4; other GPUs are up to ten times faster"
         )
     return basis
 

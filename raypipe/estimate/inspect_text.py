@@ -62,7 +62,7 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     if survey.duplicates:
         yield f"duplicates  {survey.duplicates} of {drawn:,} drawn have the same bytes as another"
     else:
-        yield f"duplicates  none with the same bytes among {drawn:,} drawn"
+        yield f"duplicates  0 of {drawn:,} drawn have the same bytes as another"
     opened = counted(survey.opened, "file")
     yield f"inspected   {drawn:,} samples of {opened}, in {survey.seconds:.1f} s"
     if survey.cost is not None:
@@ -98,8 +98,8 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
     for number, sentence in enumerate(cost.basis):
         yield f"{'' if number else 'basis':<12}{sentence}"
     yield (
-        "            tells minutes from hours; storage, other work and other hardware can double "
-        "or halve it"
+        "            a rough estimate: storage, other work and other hardware can double or "
+        "halve it"
     )
 
 
@@ -131,7 +131,7 @@ def _balance(survey: Survey, balance: ClassBalance, block: str) -> Iterator[str]
         share = balance.largest / max(1, survey.samples)
         yield (
             f"balance     largest class {about}{balance.largest:,} ({share:.1%}), {basis}: "
-            f"too few to judge {len(balance.per_class):,} classes by"
+            f"too few to judge the balance of {len(balance.per_class):,} classes"
         )
     else:
         yield (
@@ -244,7 +244,7 @@ def _rejects(rejects: RejectFacts, samples: int) -> Iterator[str]:
         else f"; fewer than {percent(rejects.upper_bound)} of the source, with 95 % confidence"
     )
     if not rejects.count:
-        yield f"rejects     none of {'all ' if everything else ''}{drawn}{bound}"
+        yield f"rejects     0 of {drawn}{bound}"
         return
     yield f"rejects     {rejects.count:,} of {drawn} ({percent(rejects.share)}){bound}"
     for sample_id, reason in rejects.first:

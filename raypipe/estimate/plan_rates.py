@@ -51,7 +51,7 @@ class Rates:
         default_factory=lambda: {
             "decode": "benchmarks/results/reading-cpu.txt",
             "cpu_macs": "raypipe.estimate.rates; alignment-cpu.txt has 60 to 90e9",
-            "gpu_macs": "assumed, about a T4: no GPU was measured",
+            "gpu_macs": "assumed, about that of a T4",
             "driver_bytes": "benchmarks/results/fragments-cpu.txt",
             "decision_seconds": "benchmarks/results/fragments-cpu.txt",
             "list_seconds": "benchmarks/results/indexing-cpu.txt",

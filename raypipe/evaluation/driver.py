@@ -86,8 +86,8 @@ def evaluate(
     config, progress = run.config(), progress or Progress()
     if config.unsupervised:
         raise RunError(
-            f"{run.uri}: its labels are pseudo-labels, but comparing lists requires trainings with "
-            "true labels; use the keep-lists where true labels exist"
+            f"{run.uri}: the labels are pseudo-labels, but an evaluation trains with true labels; "
+            "use the keep-lists where true labels exist"
         )
     test = open_source(test).resolved_settings(settings.image_size or config.proxy.image_size)
     context = Context(config, run, progress, verbose)
@@ -239,9 +239,9 @@ def _decode(
         for part in (TRAIN, TEST)
     )
     if not sum(tested):
-        own = ", and its samples that the run scored are left out" if test.without_own else ""
+        own = " (those that the run scored are left out)" if test.without_own else ""
         raise SourceError(
-            f"{test.source.uri}: no labelled, readable sample is left to test on{own}; "
+            f"{test.source.uri}: no labelled, readable sample to test on{own}; "
             "give another test set"
         )
     counts.write(train, tested, sum(unit_counts[unit]["left_out"] for unit in units))

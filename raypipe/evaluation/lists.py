@@ -192,8 +192,8 @@ def _measured_origin(run: Run, kind: str, pool_ids: Sequence[pa.Array]) -> Origi
     if missing:
         raise ConfigError(
             f"scores: {kind} was measured on {len(values):,} samples, but not on {missing:,} "
-            "others of this run; a list of it takes a run with seed.fraction 1 (see beside), or "
-            "extrapolate.score"
+            "others of this run. To cut lists from it, compare a run with seed.fraction 1 (see "
+            "beside), or extrapolate it (extrapolate.score)"
         )
     return Origin(kind, name, values)
 

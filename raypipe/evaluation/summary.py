@@ -270,8 +270,8 @@ def describe_evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
     unit, seconds = summary["unit"], summary["scoring_seconds"]
     cost = seconds["gpu_seconds" if unit == "GPU" else "cpu_seconds"]
     yield (
-        f"the scores cost {cost:,.1f} {unit} seconds; paid after: the number of trainings on the "
-        "list that save as much"
+        f"the scores cost {cost:,.1f} {unit} seconds; 'paid after' is the number of trainings on "
+        "the list that save as much"
     )
     for listed in summary["lists"]:
         yield listed["sentence"]

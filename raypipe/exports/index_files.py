@@ -44,7 +44,8 @@ def export_single_file(
     extension = next((item for item in extensions if to.lower().endswith(item)), None)
     if extension is None:
         raise ConfigError(
-            f"{to}: format {settings.format} is a file whose name ends in {' or '.join(extensions)}"
+            f"{to}: format {settings.format} writes a single file; give it a name that ends in "
+            f"{' or '.join(extensions)}"
         )
     if settings.format == "list" and config.source.format not in ONE_FILE_PER_SAMPLE:
         raise ConfigError(

@@ -47,5 +47,5 @@ def report_missing(
         raise StageError(
             f"{len(missing):,} of the {samples:,} samples of the keep-list are missing "
             f"({examples}{more}); all are listed in {uri}. Fix the source and rerun, or continue "
-            "without them: --allow-missing"
+            "without them (--allow-missing)"
         )

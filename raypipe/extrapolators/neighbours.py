@@ -119,8 +119,8 @@ class SearchQuality:
             )
         else:
             outcome = (
-                f"inverted lists reach a recall of {recall:.3f} with {effort} of them read, "
-                "so the search is exact and slower"
+                f"inverted lists reach a recall of only {recall:.3f} even with {effort} of them "
+                "read, so an exact, slower search is used"
             )
         return f"neighbours among {self.vectors:,} samples: {outcome}"
 

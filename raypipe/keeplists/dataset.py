@@ -366,8 +366,8 @@ class KeepList:
         if seen and not kept:
             example = f", ids of the keep-list are like {self.ids[0]!r}" if self.ids else ""
             warnings.warn(
-                f"none of {seen} samples is in {self.uri}: the last was in {tars[url]!r}{example}; "
-                "see `root`",
+                f"{self.uri} contains no sample of the {seen} read: the last was in "
+                f"{tars[url]!r}{example}; check `root`",
                 stacklevel=2,
             )
 
@@ -504,7 +504,7 @@ class KeepList:
             if self._run is None:
                 raise SourceError(
                     f"the samples are in {len(first)} files, and {self.uri} is outside its run, "
-                    "which knows their order; give ids"
+                    "whose index has their order; give ids"
                 )
             fragments = self._run.fragments()
             starts = first_positions(fragments)

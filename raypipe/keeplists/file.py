@@ -68,7 +68,7 @@ def find_keep_list(run: Run, keep: float | None, snapshot: str | None = None) ->
         return uris[keep_file(keep)]
     names = f"available: {', '.join(available) or 'none'}"
     if keep is None and available:
-        raise RunError(f"{run.uri}: which keep-list? {names}. Name its fraction with keep")
+        raise RunError(f"{run.uri}: several keep-lists; {names}. Choose one by its fraction (keep)")
     problem = "no keep-list" if keep is None else f"no keep-list of fraction {keep:g}"
     if snapshot is not None:
         raise RunError(f"{run.uri}: {problem} in snapshot {snapshot}; {names}")

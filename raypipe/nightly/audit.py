@@ -115,7 +115,10 @@ def audit_new_samples(
     measured = np.array([by_id[sample_id] for sample_id in ids], np.float64)
     if not np.isfinite(measured).all():
         count = int((~np.isfinite(measured)).sum())
-        raise StageError(f"{config.score} of {count} new samples is not finite")
+        raise StageError(
+            f"{config.score} of {count} new samples is not finite, so fidelity cannot be assessed; "
+            "set nightly.audit to 0 to skip this check"
+        )
     columns = {
         "sample_id": candidates["sample_id"],
         "label": candidates["label"],

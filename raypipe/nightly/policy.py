@@ -174,7 +174,9 @@ def new_fidelity(
         first=first,
         fall=fall,
         fall_interval=fall_interval,
-        note="" if value is not None else f"{n} measured new samples have no rank correlation",
+        note=""
+        if value is not None
+        else f"no rank correlation can be computed from {n} measured new samples",
     )
 
 

@@ -11,7 +11,8 @@ margin. The entropy keeps them from collapsing into one label and makes the clus
 size. Adam and M are as in the authors' code; theta is weight-normalised.
 
 References
----------- Gadetsky, Jiang and Brbić 2024, "Let Go of Your Labels with Unsupervised Transfer"
+----------
+Gadetsky, Jiang and Brbić 2024, "Let Go of Your Labels with Unsupervised Transfer"
 (arXiv 2406.07236).
 """
 

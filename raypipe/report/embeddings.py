@@ -102,7 +102,7 @@ def scan_embeddings(
     images
         The largest number of suspects to return.
     noise
-        Labels that were replaced for a rehearsal.
+        Labels that were replaced to test the detection of label noise.
     above
         Samples are suspicious whose score lies above `edge` instead.
     """

@@ -33,9 +33,9 @@ TITLES = {
 HARD_SAMPLES = "Atypical, hard or wrongly labelled samples gather here."
 BY_STRATEGY = "The strategy decides which of these a keep-list {verb}."
 SUSPECTS = (
-    "These are among the {end} 20 % of the scores, and the proxy predicts another class. Shown are "
-    "the samples that it contradicts most. Check before you relabel: hard samples with a correct "
-    "label gather here as well."
+    "These are among the {end} 20 % of the scores, and the proxy predicts another class. The "
+    "samples that it contradicts most are shown. Check before you relabel: hard samples with a "
+    "correct label gather here as well."
 )
 ORDERED_BY_SCORE = {"top", "balanced", "normalized", None}
 """Strategies that keep the highest scores and drop the lowest."""

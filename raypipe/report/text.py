@@ -170,7 +170,7 @@ def pseudo_labels(settings: Mapping[str, Any]) -> str:
     features = (
         "a self-supervised network"
         if settings["features"] == "self-supervised"
-        else f"a given {settings['model']}"
+        else f"an existing {settings['model']}"
     )
     return (
         f"Labels are pseudo-labels from {count(settings['clusters'])} clusters of the features of "
@@ -190,7 +190,7 @@ def larger_seed_set(curve: Mapping[str, Any]) -> str:
     doubled = curve["doubled"]
     gain, bounds = doubled.get("gain"), doubled.get("gain_interval")
     if gain is None:
-        return "The learning curve does not tell what a larger seed set would gain."
+        return "The learning curve does not show how much a larger seed set would gain."
     between = (
         f" (95{SPACE}% range {fixed(bounds[0], 3)} to {fixed(bounds[1], 3)})" if bounds else ""
     )
@@ -228,9 +228,10 @@ def _payback(headline: HeadlineFigures, trainings: int) -> str:
     )
     return (
         f"For a network like the proxy ({epochs}) this saves about "
-        f"{seconds(headline['saved_seconds'])} of {seconds(headline['training_seconds'])} of "
-        f"CPU + GPU time. The scores took {seconds(headline['scores_seconds'])}; they pay off "
-        f"{when}, or sooner if a training costs more."
+        f"{seconds(headline['saved_seconds'])} of the {seconds(headline['training_seconds'])} "
+        "CPU + GPU time of a training. The scores took "
+        f"{seconds(headline['scores_seconds'])}; they pay off {when}, or sooner if a training "
+        "costs more."
     )
 
 

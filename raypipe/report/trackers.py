@@ -41,7 +41,8 @@ def check_trackers(names: Sequence[str]) -> None:
         packages = " and ".join(PACKAGES[name] for name in missing)
         raise ConfigError(
             f"report.log_to: {', '.join(missing)} needs the package {packages}, "
-            f"which is not installed here: pip install 'raypipe[{extras}]', or leave it out"
+            f"which is not installed here. Install it (pip install 'raypipe[{extras}]'), or "
+            "remove the tracker from report.log_to"
         )
 
 

@@ -25,7 +25,7 @@ def keep_metadata(uri: str) -> dict[str, str]:
         `strategy`, `fraction`, `count`, `samples`, `scores`, `spearman`, `spearman_low` and
         `forced`; `options` (JSON) if there are any. `forced` is true if the fidelity was too low
         and `select.force` overrode that. `inject_noise`, if present, is the share of labels that
-        were replaced for a rehearsal. Empty for a file without metadata.
+        were replaced to test the detection of label noise. Empty for a file without metadata.
     """
     with storage.open_read(uri) as file:
         metadata = pq.read_schema(file).metadata or {}

@@ -215,7 +215,7 @@ class Layout:
         return self.path("index", name)
 
     def seed_shard(self, shard: str) -> str:
-        """A shard of the seed set or the audit set."""
+        """Return a shard of the seed set or the audit set."""
         return self.path("seed", f"{shard}.parquet")
 
     def label_shard(self, shard: str) -> str:
@@ -243,5 +243,5 @@ class Layout:
         return self.path("extrapolator", f"{name}.parquet")
 
     def keep_list(self, file: str) -> str:
-        """A keep-list by the name of its file."""
+        """Return a keep-list by the name of its file."""
         return self.path("keep", file)

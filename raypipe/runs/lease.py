@@ -65,9 +65,9 @@ class FencingToken:
         holder = _parsed(_read(storage.join(self.run, DRIVER)))
         if holder and holder.get("owner") != self.owner:
             raise TakenOverError(
-                f"{self.run}: taken over by another driver, process {holder.get('pid')} on "
-                f"{holder.get('host')}, because this one did not renew its lease for "
-                f"{LEASE_SECONDS:.0f} s; this one stops without writing anything more"
+                f"{self.run}: this driver did not renew its lease for {LEASE_SECONDS:.0f} s, so "
+                f"another one (process {holder.get('pid')} on {holder.get('host')}) took over the "
+                "run. This one stops and writes nothing more"
             )
 
 

@@ -80,7 +80,7 @@ def extrapolated_tables(records: Mapping[str, StageRecord]) -> dict[str, str]:
 
 
 def injected_noise(records: Mapping[str, StageRecord]) -> LabelNoise | None:
-    """Return the label noise injected for a rehearsal, by the ledger; None without any."""
+    """Return the label noise that the ledger says was injected; None without any."""
     return label_noise_of(records["index"].detail) if "index" in records else None
 
 

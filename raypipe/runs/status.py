@@ -107,7 +107,7 @@ def _scores_line(folder: str, samples: int, measured: int) -> str:
 
 def _warning(records: dict[str, StageRecord]) -> Iterator[str]:
     if noise := injected_noise(records):
-        yield f"REHEARSAL   {noise.warning}"
+        yield f"WARNING     {noise.warning}"
 
 
 def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:

@@ -32,7 +32,7 @@ from raypipe.selection.statistics import ExactMoments
 def top(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The highest scores overall.
+    """Plan to keep the highest scores overall.
 
     Used by Score Extrapolation (Schmidt et al. 2025, arXiv 2506.09010), TDDS, Dynamic Uncertainty,
     EL2N and others. In every strategy a hash of the sample_id breaks ties at the edge. Nested.
@@ -43,7 +43,7 @@ def top(
 def balanced(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The highest scores of each class, with the same share of every class.
+    """Plan to keep the highest scores of each class, with the same share of every class.
 
     The unlabelled form one more class. MoSo (Tan et al. 2023, arXiv 2310.14664) keeps the same
     number of each class, floor(size / C). Here shares are kept, by largest remainder: classes can
@@ -73,7 +73,7 @@ class ByClassZScore(Ranking):
 def normalized(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The highest z-scores within the class: (s - mean_c) / std_c, then the highest overall.
+    """Plan to keep the highest z-scores, (s - mean_c) / std_c with the statistics of the class.
 
     This is `nopt` of MoSo's published code. Mean and deviation (ddof 0) are exact sums over the
     eligible samples, rounded once. The unlabelled form a class of their own. A class with equal
@@ -134,7 +134,7 @@ class NearestFirst(Ranking):
 def moderate(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """The scores around the median.
+    """Plan to keep the scores around the median.
 
     Of n samples in ascending order it keeps k, from rank floor((n - k) / 2) on. Moderate coreset
     (Xia et al., ICLR 2023) was published with the distance of a sample to the centre of its class

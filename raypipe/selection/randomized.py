@@ -73,9 +73,9 @@ def uniform_inclusion(chunk: Chunk, boundary: Boundary) -> np.ndarray:
 def random(
     chunks: Chunks, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """A simple random sample, the baseline for every other strategy.
+    """Plan to keep a simple random sample, the baseline for every other strategy.
 
-    It keeps the k highest hashes of sample_id and seed. Nested.
+    The list has the k highest hashes of sample_id and seed. Nested.
     """
     return [
         SelectionPlan(ByHash(options.seed), one_group_quota, inclusion=uniform_inclusion)

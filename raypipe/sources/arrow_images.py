@@ -76,10 +76,12 @@ def value_type(type: pa.DataType) -> pa.DataType:
 
 
 def is_string(type: pa.DataType) -> bool:
+    """Return whether values are text, in any of Arrow's layouts."""
     return pt.is_string(type) or pt.is_large_string(type) or pt.is_string_view(type)
 
 
 def is_bytes(type: pa.DataType) -> bool:
+    """Return whether values are bytes, in any of Arrow's layouts."""
     return (
         pt.is_binary(type)
         or pt.is_large_binary(type)
@@ -89,6 +91,7 @@ def is_bytes(type: pa.DataType) -> bool:
 
 
 def is_list(type: pa.DataType) -> bool:
+    """Return whether values are lists, in any of Arrow's layouts."""
     return pt.is_list(type) or pt.is_large_list(type) or pt.is_fixed_size_list(type)
 
 
@@ -111,7 +114,7 @@ def _from_struct(scalar: pa.StructScalar, by_path: ReadByPath | None) -> ImageOr
 
 
 def _from_byte_list(scalar: pa.Scalar) -> ImageOrReason:
-    """Encoded bytes stored as a list of 8-bit numbers, signed or not."""
+    """Return encoded bytes stored as a list of 8-bit numbers, signed or not."""
     if not scalar.is_valid:
         return None, "no image: null"
     if scalar.values.null_count:

@@ -226,7 +226,7 @@ class _Table:
         return _Table(self._data, self._target(field))
 
     def pairs(self, field: int) -> tuple[tuple[int, int], ...]:
-        """A vector of structs of two 64-bit numbers each."""
+        """Return a vector of structs of two 64-bit numbers each."""
         if not self.position(field):
             return ()
         start = self._target(field)
@@ -249,7 +249,7 @@ class _Table:
 
 
 def _buffer_count(type: pa.DataType) -> int | None:
-    """Number of buffers of a column in a record batch, including those of nested columns.
+    """Count the buffers of a column in a record batch, including those of nested columns.
 
     None if this module does not know the type's layout.
     """

@@ -357,7 +357,7 @@ class Source(abc.ABC):
     def _draw_runs(
         self, fragments: Sequence[Fragment], places: int, each: int, draw: random.Random
     ) -> list[RawSample]:
-        """The first `each` samples of up to `places` fragments."""
+        """Return the first `each` samples of up to `places` fragments."""
         drawn: list[RawSample] = []
         for fragment in draw.sample(fragments, min(len(fragments), places)):
             with closing(self.read(fragment)) as samples:  # type: ignore[type-var]

@@ -105,7 +105,7 @@ def class_map(
 
 
 def _pad_names(names: tuple[str, ...], count: int | None) -> tuple[str, ...]:
-    """The names, followed by numbers for the classes up to `count` that have none."""
+    """Return the names, followed by numbers for the classes up to `count` that have none."""
     if count is not None and count < len(names):
         raise SourceError(
             f"source.num_classes is {count}, but the source names {len(names)} classes, such as "

@@ -237,7 +237,7 @@ def _find_column(
 
 
 def _described_as(features: Features, kind: str) -> frozenset[str]:
-    """The columns to which Hugging Face's description gives a kind (`_type`)."""
+    """Return the columns to which Hugging Face's description gives a kind (`_type`)."""
     return frozenset(
         name
         for name, feature in features.items()
@@ -246,7 +246,7 @@ def _described_as(features: Features, kind: str) -> frozenset[str]:
 
 
 def _class_names(features: Features, column: str | None) -> tuple[str, ...] | None:
-    """The class names of a ClassLabel column."""
+    """Return the class names of a ClassLabel column."""
     if column not in _described_as(features, "ClassLabel"):
         return None
     names = features[column].get("names")

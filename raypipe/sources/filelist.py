@@ -164,7 +164,7 @@ class FileListSource(Source):
                 )
 
     def _blocks(self) -> Iterator[list[Member]]:
-        """The members that pass `include`, `BLOCK_LINES` at a time."""
+        """Yield the members that pass `include`, `BLOCK_LINES` at a time."""
         include = self.settings.include
         block: list[Member] = []
         try:
@@ -193,7 +193,7 @@ class FileListSource(Source):
         return Member(printable(path), label, reason)
 
     def _below_root(self, path: str) -> tuple[str, str]:
-        """The path relative to the root, and why it must not be read."""
+        """Return the path relative to the root, and why it must not be read."""
         scheme, is_uri, rest = path.partition("://")
         local_root = self._local_root
         if (
@@ -217,7 +217,7 @@ class FileListSource(Source):
         return path, ""
 
     def _normalised(self, path: str) -> str:
-        """The same for every spelling of a local path; keys of an object store are unchanged."""
+        """Return the canonical spelling of a local path. Keys of an object store are unchanged."""
         if self._local_root is not None and ("//" in path or "/." in path):
             return posixpath.normpath(path)
         return path

@@ -130,7 +130,7 @@ class HuggingFaceSource(TableSource):
         )
 
     def _unreadable_rest(self, file: SourceFile, row: int, problem: str) -> Fragment:
-        """A fragment that reports damage after the last readable row."""
+        """Return a fragment that reports damage after the last readable row."""
         (rest,) = self.unreadable_file(file, f"from row {row} on: {problem}").fragments
         fragment_id = self.fragment_id(file, row, row)
         return dataclasses.replace(rest, fragment_id=fragment_id, start=row, stop=row)
@@ -189,7 +189,7 @@ class HuggingFaceSource(TableSource):
         return self._hub.files[path]
 
     def _describe(self, path: str, stream: ArrowStream) -> tuple[pa.Schema, Features]:
-        """The schema, and the description of its columns.
+        """Return the schema, and the description of its columns.
 
         The description next to the file comes first, as in `datasets`; then that in the schema.
         """
@@ -239,7 +239,7 @@ class _BatchRows:
 
 
 def _saved_files(uri: str, split: str | None) -> list[FileInfo]:
-    """The Arrow files of a folder written by `save_to_disk`.
+    """Return the Arrow files of a folder written by `save_to_disk`.
 
     One that does not exist has the stamp `MISSING`. Raises SourceError.
     """
@@ -276,7 +276,7 @@ def _saved_files(uri: str, split: str | None) -> list[FileInfo]:
 
 
 def _read_names(folder: str, file: str, key: str, inner: str | None = None) -> list[str]:
-    """A list of names in a JSON file: `file[key]`, or `item[inner]` of each item in it.
+    """Return a list of names in a JSON file: `file[key]`, or `item[inner]` of each item in it.
 
     Raises SourceError if it is something else, or a name leads out of the folder.
     """
@@ -296,7 +296,7 @@ def _read_names(folder: str, file: str, key: str, inner: str | None = None) -> l
 def _batch_labels(
     stored: Reader, stream: ArrowStream, batch: Message, column: str
 ) -> set[int | str]:
-    """The labels that occur in a batch; none if it is damaged, since its samples are rejects."""
+    """Return the labels in a batch: an empty list if it is damaged, as its samples are rejects."""
     try:
         return distinct_labels(stream.column(batch, column))
     except Exception as error:

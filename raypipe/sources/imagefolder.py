@@ -92,9 +92,9 @@ class ImageFolderSource(Source):
         return read_class_file(self.settings.class_map)
 
     def _with_label(self, member: Member) -> Member:
-        """The member, labelled with its first folder unless the unit states a label or reason.
+        """Label a member with its first folder, unless the unit states a label or reason.
 
-        Unchanged if the settings say that labels are not read.
+        It is unchanged if the settings say that labels are not read.
         """
         folder, in_folder, _ = member.path.partition("/")
         if (

@@ -123,7 +123,7 @@ class _Blocks(io.BufferedIOBase):
 
 
 def _delimiter(name: str, first: str, settings: SourceSettings) -> str:
-    """The delimiter of a table; "" for plain text."""
+    """Return the delimiter of a table; "" for plain text."""
     ending = name.lower().rpartition(".")[2]
     if ending == "tsv":
         return "\t"

@@ -131,7 +131,7 @@ class Location:
             raise self._cannot_list(error) from None
 
     def _included(self) -> tuple[list[FileInfo], set[str]]:
-        """The files that pass `include`, and the paths of those given by their own names."""
+        """Return the files that pass `include`, and the paths of those given by their own names."""
         try:
             listed, named = self._all()
         except (OSError, ValueError) as error:
@@ -169,7 +169,7 @@ class Location:
         return files, set()
 
     def _pattern_files(self) -> tuple[list[FileInfo], set[str]]:
-        """The files of a brace pattern, whose names can contain wildcards as well."""
+        """Return the files of a brace pattern, whose names can contain wildcards as well."""
         start = len(self._literal)
         names = [self._literal + rest for rest in patterns.expand(self._uri[start:])]
         globs = {name for name in names if _first_wildcard(name[start:]) >= 0}
@@ -245,7 +245,7 @@ class Location:
 
 
 def _named_files(uris: list[str], root: str | None) -> tuple[list[FileInfo], set[str]]:
-    """The files with these names, and all files below those that are folders.
+    """Return the files with these names, and all files below those that are folders.
 
     One listing per parent folder, however many names there are. The second result has the paths
     of the files given by their own names.
@@ -275,7 +275,7 @@ def _named_files(uris: list[str], root: str | None) -> tuple[list[FileInfo], set
 
 
 def _read_shard_list(uri: str) -> list[str]:
-    """The paths and URIs that a list names, one per line; lines that start with # are skipped.
+    """Return the paths and URIs in a list, one per line. Lines that start with # are skipped.
 
     Relative names are resolved against the list's folder.
     """
@@ -301,12 +301,12 @@ def _first_wildcard(text: str) -> int:
 
 
 def _folder(uri: str) -> str:
-    """The folder of a file."""
+    """Return the folder of a file."""
     return uri.rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
 
 
 def _relative(uri: str, root: str | None) -> str:
-    """The path below `root`, or the whole URI if it is elsewhere."""
+    """Return the path below `root`, or the whole URI if it is elsewhere."""
     if root == "." and "://" not in uri and not uri.startswith("/"):
         return uri
     prefix = "" if root is None else root.rstrip("/") + "/"

@@ -45,8 +45,8 @@ class LabelNoise:
     def warning(self) -> str:
         """The warning that accompanies such a run wherever it is shown."""
         return (
-            f"{100 * self.share:g} % of the labels were replaced for a rehearsal: "
-            "do not train on this run's lists"
+            f"{100 * self.share:g} % of the labels were replaced to test the detection of label "
+            "noise: do not train on this run's lists"
         )
 
     def _shifted(self, sample_id: str, label: int, classes: int, direction: int) -> int:

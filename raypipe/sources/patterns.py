@@ -40,7 +40,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    """Number of names that a pattern stands for."""
+    """Return the number of names that a pattern stands for."""
     result, end = 1, 0
     for start, content, stop in _braces(text):
         if start < end:
@@ -93,7 +93,7 @@ def _options(content: str) -> Iterator[str]:
 
 
 def _steps(content: str) -> range | None:
-    """The numbers, or character codes, of a range such as `1..3`; None if it is not a range."""
+    """Return the numbers or character codes of a range such as `1..3`, None for anything else."""
     numbers, letters = _NUMBERS.fullmatch(content), _LETTERS.fullmatch(content)
     if numbers is not None:
         low, high, step = int(numbers[1]), int(numbers[2]), abs(int(numbers[3] or 1)) or 1
@@ -105,7 +105,7 @@ def _steps(content: str) -> range | None:
 
 
 def _alternatives(content: str) -> list[str]:
-    """The parts between commas outside inner braces."""
+    """Return the parts between commas outside inner braces."""
     parts, depth, begin = [], 0, 0
     for position, character in enumerate(content):
         depth += {"{": 1, "}": -1}.get(character, 0)

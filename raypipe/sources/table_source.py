@@ -77,7 +77,7 @@ class TableSource(FileSource):
     def _clear_columns(
         self, files: Sequence[SourceFile], settings: SourceSettings
     ) -> Iterator[TableColumns]:
-        """The columns of those files in which they are clear."""
+        """Yield the columns of every file in which they are unambiguous."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="raypipe-columns") as threads:
             yield from filter(
                 None, threads.map(lambda file: self._columns_of(file, settings), files)
@@ -156,7 +156,7 @@ def read_rows(
 def _read_ids(
     reader: RowReader, columns: TableColumns, path: str, first: int, count: int
 ) -> tuple[list[str], list[str]]:
-    """The id of each row, and why the row has none of its own."""
+    """Return the id of each row, and for a row without its own id the reason."""
     row_ids, reasons = [f"{path}#{first + row}" for row in range(count)], [""] * count
     if columns.identity is None:
         return row_ids, reasons

@@ -253,7 +253,7 @@ class _Members:
         return True
 
     def _member(self, header: tarfile.TarInfo) -> _Member:
-        """The member of a header and of the extended headers before it."""
+        """Return the member of a header and of the extended headers before it."""
         overrides = self._overrides
         is_sparse = any(name.startswith("GNU.sparse") for name in overrides)
         type = _SPARSE if is_sparse else header.type
@@ -332,7 +332,7 @@ def _number(text: str | None, default: int) -> int:
 
 
 def _parse_header(block: bytes) -> tarfile.TarInfo | None:
-    """The header in a block; None if it is damaged."""
+    """Return the header in a block; None if it is damaged."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError, OverflowError):
@@ -342,7 +342,7 @@ def _parse_header(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _extension(type: bytes, content: bytes) -> dict[str, str]:
-    """The fields of the next member that an extended header replaces, such as path and size."""
+    """Return the fields, such as path and size, that an extended header sets for its member."""
     if type == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if type not in {tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}:

@@ -78,9 +78,9 @@ def build_dataset(request: DatasetRequest, *, fetch: bool) -> VisionDataset:
         reason = str(error)
         if error.differing and request.verify:
             raise SourceError(
-                f"{request.uri}: {_enumerate(error.differing)} in {request.root} differ from what "
-                "was published (MD5). To read this copy as it is, set source.verify=false; to "
-                "download it again, remove these files first"
+                f"{request.uri}: {_enumerate(error.differing)} in {request.root} do not match "
+                "the published checksums (MD5). To read this copy as it is, set "
+                "source.verify=false; to download it again, remove these files first"
             ) from None
     can_download = "download" in constructor_parameters(kind)
     if fetch and request.download and can_download:
@@ -135,7 +135,7 @@ def _construct(
 
 
 def _absent_file(dataset: VisionDataset) -> str:
-    """The first of some listed files if none of them exists, else ""."""
+    """Return the first of the listed files if all are missing, else ""."""
     images = [
         first_item(dataset, index)[0]
         for index in range(0, len(dataset), max(1, len(dataset) // 20))
@@ -199,7 +199,7 @@ def _intercepted(kind: type[VisionDataset], verify: bool) -> Iterator[list[str]]
 def _integrity_check(
     original: Callable[..., bool], verify: bool, differing: list[str]
 ) -> Callable[..., bool]:
-    """A replacement of torchvision's `check_integrity`, with the same signature."""
+    """Return a replacement of torchvision's `check_integrity`, with the same signature."""
 
     def check_integrity(fpath: str | os.PathLike[str], md5: str | None = None) -> bool:
         if not original(fpath):
@@ -226,7 +226,7 @@ def _load_arrays(file: IO[bytes], **options: Any) -> Any:
 
 
 def _expected_files(kind: type[VisionDataset], request: DatasetRequest) -> str:
-    """What the root of a dataset should contain, as far as its class says."""
+    """Describe what the root of a dataset should contain, as far as its class says."""
     if request.name in EXPECTED_FILES:
         return EXPECTED_FILES[request.name]
     folder = getattr(kind, "base_folder", None)

@@ -104,7 +104,7 @@ def parse_request(settings: SourceSettings) -> DatasetRequest:
 
 
 def _parse_options(uri: str, query: str) -> dict[str, Any]:
-    """The arguments in the query of a URI. Values are YAML: words, numbers and lists."""
+    """Return the arguments in the query of a URI. Values are YAML: words, numbers and lists."""
     options: dict[str, Any] = {}
     for name, text in parse_qsl(query, keep_blank_values=True):
         if name in RESERVED_ARGUMENTS:
@@ -122,7 +122,7 @@ def _parse_options(uri: str, query: str) -> dict[str, Any]:
 
 
 def _local_root(root: str | None) -> str:
-    """The absolute path of `source.root`, or of the default folder in the user's cache."""
+    """Return the absolute path of `source.root`, or of the default folder in the user's cache."""
     if not root:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         root = os.path.join(cache, "raypipe", "torchvision")
@@ -192,7 +192,8 @@ def constructor_arguments(request: DatasetRequest, kind: type[VisionDataset]) ->
         if name not in parameters:
             allowed = ", ".join(name for name in parameters if name not in RESERVED_ARGUMENTS)
             raise SourceError(
-                f"{request.uri}: {request.name} takes no {name!r}; it takes {allowed or 'none'}"
+                f"{request.uri}: {request.name} has no argument {name!r}; allowed: "
+                f"{allowed or 'none'}"
             )
     _set_split(request, parameters, arguments)
     if "root" in parameters:

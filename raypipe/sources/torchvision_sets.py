@@ -110,7 +110,7 @@ class TorchvisionSource(Source):
                 yield _read_item(sample_id, dataset, index)
 
     def _file_runs(self, dataset: VisionDataset) -> Iterator[SourceFile]:
-        """Runs of files in the order of the dataset.
+        """Yield runs of files in the order of the dataset.
 
         As in image folders, a hash ends most runs, so that a new file changes few of them.
         """
@@ -177,7 +177,7 @@ def class_names(dataset: VisionDataset) -> tuple[str, ...] | None:
 
 @functools.lru_cache(maxsize=1)
 def _unchanged_dataset(request: DatasetRequest, stamp: str) -> VisionDataset:
-    """The dataset, constructed in this process.
+    """Return the dataset, constructed in this process.
 
     Its stamp must be that of the index, so checksums need not be verified again. Raises
     SourceError if it differs.
@@ -226,7 +226,7 @@ def _is_label(target: Any) -> bool:
 
 
 def _all_labels(dataset: VisionDataset) -> frozenset[int]:
-    """The labels that occur, from a pass over all items: for the few classes without names."""
+    """Collect the labels in a pass over all items, for the few datasets without class names."""
     targets = (first_item(dataset, index)[1] for index in range(len(dataset)))
     return frozenset(int(target) for target in targets if target is not None and _is_label(target))
 
@@ -254,7 +254,7 @@ def _content_stamp(request: DatasetRequest, dataset: VisionDataset) -> str:
 
 
 def _dataset_folders(request: DatasetRequest, dataset: VisionDataset) -> list[str]:
-    """The folders below the root that belong to a dataset: those it states, and its name."""
+    """Return the folders below the root that a dataset can use: those it states, and its name."""
     stated = [
         request.name.lower(),
         *(getattr(dataset, name, None) for name in ("base_folder", "_base_folder", "root")),
@@ -282,7 +282,7 @@ def _read_item(sample_id: str, dataset: VisionDataset, index: int) -> RawSample:
 
 
 def _image_content(image: Image.Image) -> np.ndarray | bytes:
-    """Encoded bytes if the image is a file that is not decoded yet, else pixels."""
+    """Return encoded bytes if the image is a file that is not decoded yet, else pixels."""
     path = getattr(image, "filename", "")
     if path and os.path.isfile(path):
         with image:
@@ -305,7 +305,7 @@ def _parse_member(member: str) -> tuple[int | None, str]:
 
 
 def _fetch(path: str) -> tuple[bytes | None, str]:
-    """The bytes of a file, and ""; or None and why there are none. Raises storage faults."""
+    """Return (bytes of a file, ""), or (None, reason). Raises storage faults."""
     try:
         return storage.read_bytes(path), ""
     except FileNotFoundError:

@@ -181,12 +181,12 @@ class WebDatasetSource(FileSource):
         return RawSample(sample_id, None if reason else image, label, reason)
 
     def _label_if_valid(self, group: Group) -> list[int | str | None]:
-        """A list of the label of a group, None if it has none; empty if it is invalid."""
+        """Return [label] of a group, [None] if it has no label, [] if the label is invalid."""
         label, reason = self._label(group)
         return [] if reason else [label]
 
     def _label(self, group: Group) -> tuple[int | str | None, str]:
-        """The label of a group, or why it is invalid."""
+        """Return the label of a group, or why it is invalid."""
         if self.settings.label_column is None:
             return None, ""
         for extension in _LABELS:
@@ -212,7 +212,7 @@ class WebDatasetSource(FileSource):
         return None, ""
 
     def _label_field(self, fields: dict[str, Any]) -> str | None:
-        """The field of a .json with the label; for `auto`, the first with a usual name, or None."""
+        """Return the label field of a .json: for `auto`, the first with a usual name, or None."""
         name = self.settings.label_column
         if name != AUTO:
             return name

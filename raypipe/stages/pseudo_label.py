@@ -88,7 +88,7 @@ class LabelStage(Stage):
         sizes = manifest["per_class"]
         context.progress.say(
             f"{self.name:<11} {len(sizes)} clusters of {min(sizes):,} to {max(sizes):,} seed "
-            "samples stand for classes; no label of the source was read"
+            "samples are used as classes; the labels of the source were not read"
         )
         record.samples = seed.samples
         names = ("clusters", "features", "method", "per_class")

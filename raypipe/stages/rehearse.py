@@ -73,9 +73,9 @@ class RehearseStage(Stage):
         proxy, training = ProxyStage(), StageRecord()
         if not proxy.complete(inner, training):
             context.progress.say(
-                f"{self.name:<11} {context.config.score} needs training on the sample: a second "
-                f"proxy, on {half.samples:,} of the {seed.samples:,} seed samples, shows how the "
-                "score differs without it"
+                f"{self.name:<11} {context.config.score} requires training on the sample. A second "
+                f"proxy, trained on {half.samples:,} of the {seed.samples:,} seed samples, shows "
+                "how scores differ without it"
             )
             proxy.execute(inner, training)
         record.cpu_seconds += training.cpu_seconds

@@ -38,7 +38,7 @@ MAX_IDS, SHOWN_IDS = 100, 5
 PROBLEMS = {
     "score_without_id": "scores without a sample_id, ignored",
     "score_not_finite": (
-        "scores that are missing, NaN or infinite, of samples that count as not scored"
+        "scores that are missing, NaN or infinite; these samples count as not scored"
     ),
     "score_repeated": "samples that have the same score more than once, used once",
     "score_without_embedding": "scored samples without an embedding, ignored",

@@ -116,9 +116,9 @@ class _Scans:
         largest = max((label for label in scan.labels if isinstance(label, int)), default=0)
         if len(self.labels) > MAX_CLASSES or largest >= MAX_CLASSES:
             raise SourceError(
-                f"column {LABEL!r} has numbers that are too large, or too many values, for a "
-                f"class: classes are numbered from 0, fewer than {MAX_CLASSES:,}; "
-                "leave the column out if it holds no classes"
+                f"column {LABEL!r} cannot hold classes: its numbers are too large, or it has too "
+                f"many distinct values. Classes are numbered from 0, fewer than {MAX_CLASSES:,}; "
+                "leave the column out if it holds something else"
             )
         self.scored_ids[scan.name] = scan.scored_ids
         self.scored[scan.name] = scan.scored

@@ -248,7 +248,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     scored.write_config(small_config(scored.uri, "source.limit=200", "select.hard_cutoff=0.1"))
     with pytest.raises(ConfigError, match=r"keep \(0.95\) plus hard_cutoff"):
         _evaluate(scored, keep=[0.95])
-    with pytest.raises(SourceError, match="left to test on, and its samples that the run scored"):
+    with pytest.raises(SourceError, match=r"to test on \(those that the run scored are left out\)"):
         _evaluate(scored, ("limit=200",))
     monkeypatch.setattr(driver, "smallest_memory", lambda: 1e4)
     with pytest.raises(ResourceError, match="GiB of memory"):

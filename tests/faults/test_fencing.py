@@ -127,7 +127,7 @@ def test_a_suspended_driver_that_wakes_up_changes_nothing(
     lines = [line for line in errors.splitlines() if line.startswith("raypipe: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in errors, errors
     assert re.search(
-        rf"{run.uri}: taken over by another driver, process {os.getpid()} on .*this one stops",
+        rf"{run.uri}: .*another one \(process {os.getpid()} on .*\) took over the run\. This one stops",
         lines[0],
     )
 
@@ -163,7 +163,7 @@ def test_everything_that_changes_a_run_looks_at_the_fence(place: str, unrenewed:
             lambda: run.write_ledger({}),
         ):
             with pytest.raises(
-                TakenOverError, match="taken over by another driver, process 7 on elsewhere"
+                TakenOverError, match=r"another one \(process 7 on elsewhere\) took over"
             ):
                 change()
         assert storage.read_bytes(run.path("there")) == b"mine"
@@ -265,7 +265,7 @@ def test_tasks_of_a_driver_that_lost_its_run_write_nothing(
         run_tasks(["a"], task, results.append, num_cpus=0.5)
         _write_past_the_fence(run, OTHER)
         with pytest.raises(
-            TakenOverError, match="taken over by another driver, process 7 on elsewhere"
+            TakenOverError, match=r"another one \(process 7 on elsewhere\) took over"
         ):
             run_tasks(["b"], task, results.append, num_cpus=0.5)
     assert results == [{"unit": "a"}] and storage.names(run.path("tasks")) == {"a"}

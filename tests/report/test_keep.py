@@ -144,7 +144,7 @@ def test_money_is_said_where_there_are_prices(make_run: MakeRun) -> None:
     assert (
         "Where the time and the money went" in text
         and "$0.40" in text
-        and "at $36 for an hour of a CPU." in text
+        and "at $36 per CPU hour." in text
     )
     assert [money(value) for value in (None, 0, 0.001, 1.5, 1234.5)] == [
         "–",

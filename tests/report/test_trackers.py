@@ -271,8 +271,8 @@ def test_a_missing_package_is_said_before_the_run_starts(
         with pytest.raises(ConfigError) as error:
             execute(config)
         assert (
-            f"needs the package {packages}, which is not installed here: "
-            f"pip install 'raypipe[{','.join(names)}]'" in str(error.value)
+            f"needs the package {packages}, which is not installed here. "
+            f"Install it (pip install 'raypipe[{','.join(names)}]')" in str(error.value)
         )
         assert error.value.exit_code == 2
     assert not os.path.exists(tmp_path / "run")

@@ -74,5 +74,8 @@ def test_the_list_is_judged_by_what_was_replaced(make_run: Callable[..., Run]) -
     labelled = [noise.replaced(row["sample_id"]) for row in kept if row["label"] is not None]
     assert found["keep"]["keep-0.30.parquet"] == pytest.approx(sum(labelled) / len(labelled))
     page = storage.read_bytes(run.path("report", "index.html")).decode()
-    assert "30 % of the labels were replaced for a rehearsal: do not train on this run" in page
+    assert (
+        "30 % of the labels were replaced to test the detection of label noise: "
+        "do not train on this run" in page
+    )
     assert f"Of {len(listed)} samples listed as likely label errors," in page

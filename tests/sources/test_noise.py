@@ -1,4 +1,4 @@
-"""Labels replaced for a rehearsal: which ones, by what, and that a run sees the same label."""
+"""Replaced labels: which ones, by what, and that a run sees the same label."""
 
 from __future__ import annotations
 
@@ -121,13 +121,16 @@ def test_what_came_of_it_says_so_wherever_it_is_looked_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = scored_run(f"{tmp_path}/run", "digits://", limit=120, inject_noise=0.2)
-    warning = "20 % of the labels were replaced for a rehearsal: do not train on this run's lists"
+    warning = (
+        "20 % of the labels were replaced to test the detection of label noise: "
+        "do not train on this run's lists"
+    )
     assert keep_metadata(run.path("keep", "keep-0.50.parquet"))["inject_noise"] == "0.2"
     with pytest.warns(UserWarning, match=warning):
         assert raypipe.KeepList(run.uri).metadata["inject_noise"] == 0.2
     with pytest.raises(SystemExit):
         main(["status", run.uri])
-    assert f"REHEARSAL   {warning}" in capsys.readouterr().out
+    assert f"WARNING     {warning}" in capsys.readouterr().out
     with pytest.raises(RunError, match=warning):
         raypipe.export(run.uri, None, "parquet", f"{tmp_path}/out", progress=QUIET)
 

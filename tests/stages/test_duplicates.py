@@ -172,7 +172,10 @@ def test_interrupted_it_finds_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_many_stop_the_run_and_are_kept_when_more_are_allowed(tmp_path: Path) -> None:
     put(tmp_path / "data", "a", [str(number) for number in range(50)])
     put(tmp_path / "data", "b", [str(number) for number in range(40, 90)])
-    words = r"at least 10 of 100 samples have an id .* allows 1 %: some of b.parquet are also in a.parquet"
+    words = (
+        r"at least 10 of 100 samples repeat the id .* allows 1 %\. "
+        r"Some ids of b.parquet are also in a.parquet"
+    )
     with pytest.raises(RejectError, match=words):
         index(config(tmp_path, "source.max_reject_fraction=0.01"))
     hashed = stamps(f"{tmp_path}/run", "duplicates/ids")

@@ -230,7 +230,9 @@ def test_a_source_that_grows_at_night(
 
 
 def test_no_list_is_compared_by_training_on_pseudo_labels(whole: Path) -> None:
-    with pytest.raises(RunError, match="its labels are pseudo-labels"):
+    with pytest.raises(
+        RunError, match="the labels are pseudo-labels, but an evaluation trains with true labels"
+    ):
         evaluate(Run(f"{whole}/run"), SourceSettings(uri="digits://"), EvaluateSettings())
 
 

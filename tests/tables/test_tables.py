@@ -283,7 +283,11 @@ SCORES = {"sample_id": ["a", "b"], "score": [1.0, 2.0]}
             SCORES,
             "column 'label' has values that are not whole numbers",
         ),
-        ([{**GOOD, "label": [10**7] * 4}], SCORES, "leave the column out if it holds no classes"),
+        (
+            [{**GOOD, "label": [10**7] * 4}],
+            SCORES,
+            "leave the column out if it holds something else",
+        ),
         (
             [{**GOOD, "label": [1] * 4}, {**GOOD, "label": ["x"] * 4}],
             SCORES,
@@ -559,7 +563,7 @@ def test_other_verbs_on_what_was_made_from_tables(
     run.write_ledger(records)
     with pytest.raises(
         TrustError,
-        match=r"What can help is more scored samples \(twice as many is predicted to add",
+        match=r"More scored samples \(twice as many is predicted to add",
     ):
         raypipe.select(made, 0.5)
     storage.write_bytes(run.path("run.json"), original)

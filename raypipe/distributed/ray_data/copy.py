@@ -268,8 +268,8 @@ def _encoded(value: Any, column: str) -> bytes | None:
     )
     raise SourceError(
         f"column {column!r} holds {shown}; expected encoded images (bytes), or pixels: uint8 "
-        "[height, width] or [height, width, 3]. Set source.image_column, or convert them with "
-        "map_batches"
+        "[height, width] or [height, width, 3]. Set source.image_column, or convert the "
+        "values with map_batches"
     )
 
 

@@ -1,5 +1,4 @@
-"""Marginal likelihood of scores under the kernel of `gp.regression`, with its gradient in closed
-form.
+"""Marginal likelihood of scores under the kernel of `gp.regression`, with closed-form gradient.
 
 With K the covariance of n scores z, alpha = K^-1 z and theta the logarithm of a constant,
 

@@ -1,5 +1,6 @@
-"""GNN extrapolation as published (arXiv 2506.09010, "Effective Data Pruning through Score
-Extrapolation", and its code).
+"""GNN extrapolation as published.
+
+Source: arXiv 2506.09010, "Effective Data Pruning through Score Extrapolation", and its code.
 
 Graph: k nearest neighbours (k = 10) of every sample among all samples, scored or not; edge weight
 exp(-d / 2), d the Euclidean distance of the embeddings. Node features: [one-hot label ; embedding].

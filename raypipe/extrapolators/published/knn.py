@@ -1,5 +1,6 @@
-"""kNN extrapolation as published (arXiv 2506.09010, "Effective Data Pruning through Score
-Extrapolation", its kNN variant).
+"""kNN extrapolation as published.
+
+Source: arXiv 2506.09010, "Effective Data Pruning through Score Extrapolation", its kNN variant.
 
     score(x) = sum_{i in NN_k(x)} w_i s_i / sum_{i in NN_k(x)} w_i ,   w_i = exp(-||z_x - z_i||_2)
 

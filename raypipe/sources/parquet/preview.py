@@ -82,7 +82,7 @@ def preview(
 
 
 def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
-    """The first `count` rows of a row group. Reads fewer rows at a time than a run does."""
+    """Return the first `count` rows of a row group. Reads fewer rows at a time than a run does."""
     columns = group.columns
     reader = image_reader(group.parquet.schema_arrow.field(columns.image).type)
     assert reader is not None  # choose_columns has checked the type
@@ -120,7 +120,7 @@ def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
 def _label_counts(
     stored: Reader, parquet: pq.ParquetFile, columns: TableColumns, groups: Sequence[int]
 ) -> Counter[int | str | None]:
-    """Number of samples by label in some row groups.
+    """Count the samples by label in some row groups.
 
     Row groups in which the labels are damaged do not count: their samples become rejects.
     """

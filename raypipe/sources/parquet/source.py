@@ -97,7 +97,7 @@ class ParquetSource(TableSource):
 
     @staticmethod
     def _labels(stored: Reader, parquet: pq.ParquetFile, column: str) -> frozenset[int | str]:
-        """The distinct labels, without row groups in which they are damaged.
+        """Return the distinct labels, without row groups in which they are damaged.
 
         Samples of such a row group become rejects.
         """

@@ -241,11 +241,11 @@ class _DuplicateSearch:
             return
         _, _, rank, first_rank = next(rows[0] for rows in found if len(rows))
         raise RejectError(
-            f"at least {count:,} of {samples:,} samples have an id that an earlier one has, and "
-            f"source.max_reject_fraction allows {100 * fraction:g} %: some of "
+            f"at least {count:,} of {samples:,} samples repeat the id of an earlier sample, and "
+            f"source.max_reject_fraction allows {100 * fraction:g} %. Some ids of "
             f"{by_appearance[int(rank)].path} are also in {by_appearance[int(first_rank)].path}. "
-            "Choose ids that are unique (source.id_column), leave files out (source.include), or "
-            "raise source.max_reject_fraction"
+            "Choose unique ids (source.id_column), exclude files (source.include), or raise "
+            "source.max_reject_fraction"
         )
 
 

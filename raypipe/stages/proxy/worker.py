@@ -272,7 +272,7 @@ class ProxyTraining:
 
     @property
     def _share(self) -> slice:
-        """This worker's share of a batch."""
+        """Share of a batch that this worker takes."""
         return slice(self._rank, None, self._workers)
 
     def _set_learning_rate(self, epoch: int, step: int) -> float:

@@ -82,14 +82,14 @@ class ScoreFidelity:
         if self.from_tables:
             gain = f" (twice as many {add})" if add else ""
             return (
-                f"What can help is more scored samples{gain} or other embeddings. To write "
-                "keep-lists all the same, use --force of `raypipe select`"
+                f"More scored samples{gain} or other embeddings can help. To write keep-lists "
+                "anyway, use `raypipe select --force`"
             )
         gain = f"; twice as large {add}" if add else ""
         return (
-            f"What can help is a larger seed set (seed.fraction{gain}), more epochs of the proxy "
-            "(proxy.epochs) or another score (measure.scores). To write keep-lists all the same, "
-            "use --force of `raypipe select`, or select.force"
+            f"A larger seed set (seed.fraction{gain}), more epochs of the proxy (proxy.epochs) or "
+            "another score (measure.scores) can help. To write keep-lists anyway, use "
+            "`raypipe select --force` or set select.force"
         )
 
 
