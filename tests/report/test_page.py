@@ -58,6 +58,18 @@ def built(run: Run) -> tuple[str, Elements]:
     return page, Elements(page)
 
 
+def test_every_link_within_the_page_leads_somewhere_and_terms_are_explained(
+    make_run: MakeRun,
+) -> None:
+    _, elements = built(make_run())
+    ids = {attributes["id"] for _, attributes in elements.found if attributes.get("id")}
+    links = {attributes.get("href") or "" for tag, attributes in elements.found if tag == "a"}
+    inner = {link[1:] for link in links if link.startswith("#")}
+    assert inner <= ids
+    assert {"terms", "term-fidelity", "term-proxy"} <= inner
+    assert {"term-seed-set", "term-audit-set", "term-keep-list", "term-rehearsal"} <= ids
+
+
 def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
     run = make_run(select={"keep": [0.5]})
     text = built(run)[1].text

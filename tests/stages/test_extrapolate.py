@@ -56,14 +56,14 @@ def test_scores_are_the_same_with_neighbours_from_a_gpu(
         assert device == "cuda"
         self._scored.device = "cpu:0"
 
-    by_product = NeighbourIndex._by_product
+    by_product = NeighbourIndex._product_candidates
 
     def counted(self: NeighbourIndex, queries: np.ndarray, wanted: int) -> np.ndarray:
         searched.append(len(queries))
         return by_product(self, queries, wanted)
 
     monkeypatch.setattr(Extrapolator, "search_on", on_a_cpu)
-    monkeypatch.setattr(NeighbourIndex, "_by_product", counted)
+    monkeypatch.setattr(NeighbourIndex, "_product_candidates", counted)
     worker = WorkerContext(run.config(), run.uri, 1, gpu=True)
     result = ScoreActor(worker)(fragment, _read(run.uri, fragment))
     assert storage.read_table(file).equals(expected)

@@ -16,7 +16,7 @@ from raypipe import storage
 from raypipe.config import load_config
 from raypipe.errors import RejectError, SourceError
 from raypipe.runs.embeddings import COLUMNS, nodes_of
-from raypipe.runs.manifests import EpochRecord
+from raypipe.runs.manifests import EpochRecord, SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.runs.status import describe_run
@@ -153,16 +153,13 @@ def test_parquet_and_run_on_s3(cluster: str, s3: str, rehearsal: bool) -> None:
 def assert_rehearsed(run: str) -> None:
     """Check the rehearsal: half of the seed set, nothing of the other half, and the scores use it."""
     ledger, inner = Run(run).ledger(), Run(f"{run}/rehearsal")
-    seed, half = (
-        storage.read_json(f"{run}/seed/manifest.json"),
-        storage.read_json(f"{inner.uri}/seed/manifest.json"),
-    )
-    assert 0.3 < half["samples"] / seed.samples < 0.7
-    assert ledger["rehearse"].detail["trained"] == half["samples"] == ledger["rehearse"].samples
+    seed, half = SeedManifest.read(Run(run)), SeedManifest.read(inner)
+    assert 0.3 < half.samples / seed.samples < 0.7
+    assert ledger["rehearse"].detail["trained"] == half.samples == ledger["rehearse"].samples
     seen = pa.concat_tables(
         [table for _, table in storage.iter_tables(f"{inner.uri}/seen")]
     ).to_pylist()
-    ids = {shard: read_shard(inner, shard)[0] for shard in half["shards"]}
+    ids = {shard: read_shard(inner, shard)[0] for shard in half.shards}
     trained = {name for names in ids.values() for name in names}
     assert (
         len(seen) == seed.samples

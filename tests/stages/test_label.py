@@ -33,7 +33,7 @@ from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_images, read_shard, shard_labels
 from raypipe.runs.status import describe_result, describe_run
 from raypipe.sources import ClassMap, RawSample
-from raypipe.stages.rehearse import RehearseStage
+from raypipe.stages.rehearse import _write_half
 from raypipe.vision.decode import decode_batch
 
 SETTINGS: dict[str, Any] = {
@@ -124,7 +124,7 @@ def test_half_of_the_seed_set_keeps_its_pseudo_labels(
     monkeypatch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     run = Run(f"{tmp_path}/run")
     inner, seed = inner_run(run), SeedManifest.read(run)
-    RehearseStage()._divide(Context(config_of(whole), run, QUIET), StageRecord(), seed, inner)
+    _write_half(Context(config_of(whole), run, QUIET), StageRecord(), seed, inner)
     assert inner.classes() == ClassMap(run.classes().names, numeric=False), (
         "there they are labels like any other"
     )

@@ -77,7 +77,8 @@ def losses_at(run: Run, images: Any, labels: Any) -> np.ndarray:
     from raypipe.runs.manifests import ProxyManifest
 
     with torch.no_grad():
-        models = [measured_with(run, item.file) for item in ProxyManifest.read(run)["checkpoints"]]
+        (part,) = ProxyManifest.read(run).parts
+        models = [measured_with(run, file) for file in part.trained.files]
         found = [
             torch.nn.functional.cross_entropy(model(images), labels, reduction="none").numpy()
             for model in models
