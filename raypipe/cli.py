@@ -47,7 +47,7 @@ def cli() -> None:
     """Which samples of a large labelled image dataset are worth training on?
 
     raypipe measures scores on a small random seed set, extrapolates them to every other sample,
-    and writes scores and keep-lists. Any command can be interrupted and run again to resume.
+    and writes scores and keep-lists. Any command can be interrupted and rerun to resume.
     """
 
 
