@@ -47,7 +47,7 @@ def cli() -> None:
     """Find the samples of a large labelled image dataset that are worth training on.
 
     raypipe measures scores on a small random seed set, extrapolates them to every other sample,
-    and writes scores and keep-lists. Any command can be interrupted and run again to resume.
+    and writes scores and keep-lists. Any command can be interrupted and rerun to resume.
     """
 
 
@@ -250,7 +250,7 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
 @click.option(
     "--rates",
     metavar="FILE",
-    help="JSON file with the rates of your machines; see raypipe.estimate.plan.Rates.",
+    help="JSON file with the rates of your machines; see raypipe.estimate.plan_rates.Rates.",
 )
 @click.option("--decode-rate", type=float, help="Images that one CPU decodes per second.")
 @click.option("--forward-rate", type=float, help="Images per second through the proxy on one GPU.")

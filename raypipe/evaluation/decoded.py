@@ -55,9 +55,9 @@ def check_room(samples: int, size: int, available: float, what: str = "memory") 
     if needed > MAX_SHARE * available:
         raise ResourceError(
             f"every node that trains holds all {samples:,} images (training and test), decoded at "
-            f"{size} pixels: {needed / 2**30:.1f} GiB. This can use {MAX_SHARE:.0%} of {what}, and "
-            f"the smallest node has {available / 2**30:.1f} GiB. Lower image_size, use larger "
-            "nodes, or evaluate a smaller run (source.limit)"
+            f"{size} pixels: {needed / 2**30:.1f} GiB. The smallest node has "
+            f"{available / 2**30:.1f} GiB of {what}, and {MAX_SHARE:.0%} of it can be used. Lower "
+            "image_size, use larger nodes, or evaluate a smaller run (source.limit)"
         )
 
 

@@ -301,7 +301,7 @@ def test_files_do_not_depend_on_how_the_rows_came(
 
 def test_a_dataset_and_a_uri_are_one_too_many(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"source\.uri is 'digits://', and a dataset is given as well"
+        ConfigError, match=r"source\.uri is 'digits://', but a dataset is given as well"
     ):
         raypipe.run(settings(str(tmp_path), uri="digits://"), source=object(), progress=QUIET)
     with pytest.raises(ConfigError, match=r"source is list, not a ray\.data\.Dataset"):

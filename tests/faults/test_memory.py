@@ -135,7 +135,7 @@ def test_the_error_of_a_run_names_stage_and_setting(
     monkeypatch.setattr(pipeline, "make_stage", lambda name: Hungry())
     config = small_config(str(tmp_path / "run"))
     with pytest.raises(
-        MemoryShortageError, match=rf"^{stage}: workers ran out of memory .*run again to resume$"
+        MemoryShortageError, match=rf"^{stage}: workers ran out of memory .*rerun to resume$"
     ) as raised:
         pipeline.execute(config, until="index", progress=QUIET)
     for word in pipeline.LESS_MEMORY.get(stage, "").split():

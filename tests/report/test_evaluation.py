@@ -80,7 +80,7 @@ def test_an_evaluation_of_other_scores_is_said_to_be_one(make_run: Callable[...,
     ledger["extrapolate"].finished = "later"
     run.write_ledger(ledger)
     assert summarize(run)["evaluation"]["outdated"]
-    assert "This evaluation was made for earlier scores" in Path(build(run)).read_text("utf-8")
+    assert "This evaluation is of earlier scores" in Path(build(run)).read_text("utf-8")
 
 
 def test_what_cannot_be_understood_is_left_out(make_run: Callable[..., Run]) -> None:

@@ -449,7 +449,7 @@ def test_from_and_to_an_object_store(tmp_path: Path, s3: str) -> None:
     [
         ({"keep": 0.7}, RunError, r"fraction 0\.7; available: keep-0\.25\.parquet, "
         r"keep-0\.50\.parquet\. Write it with `raypipe select .*--keep 0\.7`"),
-        ({"keep": None}, RunError, "which keep-list"),
+        ({"keep": None}, RunError, "several keep-lists"),
         ({"keep": 7}, ConfigError, "not a fraction"),
         ({"format": "tfrecord"}, ConfigError, "'tfrecord' is not allowed: Input should be "
         "'indices', 'list', 'webdataset' or 'parquet'"),

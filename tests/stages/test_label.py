@@ -99,7 +99,7 @@ def test_every_sample_has_the_label_of_its_cluster(whole: Path) -> None:
         rows[name]["label"] == label for name, label in told.items()
     )
     assert (
-        seed.per_class
+        list(seed.per_class)
         == np.bincount(
             [told[name] for shard in seed.shards for name in read_images(run, shard)[0]],
             minlength=6,

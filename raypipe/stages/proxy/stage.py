@@ -91,7 +91,7 @@ class PartProgress:
             name = f"the proxy of {self.part.name}" if self.part.name else "the proxy"
             raise StageError(
                 f"{name} has {len(self.epochs)} finished epochs instead of {expected}; "
-                "run again to resume"
+                "rerun to resume"
             )
 
 
