@@ -162,7 +162,7 @@ def scores() -> None:
 @click.option(
     "--config",
     metavar="CONFIG",
-    help="YAML file whose settings to use, and its source if SOURCE is not given.",
+    help="YAML file with the settings to use, and the source if SOURCE is not given.",
 )
 @click.option(
     "--set",
@@ -196,7 +196,7 @@ def scores() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def inspect(source: str | None, as_json: bool, **options: Any) -> None:
-    """Show what SOURCE (a path or URI) contains, and about what a run would cost.
+    """Show what SOURCE (a path or URI) contains, and estimate the cost of a run.
 
     Reports the balance of the classes, the sizes of the images and the expected rejects, from
     samples spread over the source. Takes seconds and runs nothing.
@@ -269,7 +269,7 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
 def plan(config: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Plan a run of CONFIG over a source of any size.
 
-    Estimates hours, dollars, requests, files and bytes, and which limit is reached first. Only
+    Estimates hours, dollars, requests, files and bytes, and shows how close each limit is. Only
     CONFIG is read. For a source that exists, `raypipe inspect` reads samples of it.
     """
     from raypipe.config import load_config
@@ -507,7 +507,8 @@ def export(
 @click.option(
     "--scores",
     metavar="NAMES",
-    help="Scores to cut lists from, separated by commas: run or measured:NAME. Default: all.",
+    help="Scores to cut lists from, separated by commas: run or measured:NAME. Default: all that "
+    "every sample has.",
 )
 @click.option(
     "--beside",

@@ -75,7 +75,7 @@ class EmbeddingScan:
     shards_read, shards
         Shards that were searched, and all of them.
     noise
-        In a rehearsal with replaced labels, how well the whole list of suspects finds them; see
+        In a run with replaced labels, how well the whole list of suspects finds them; see
         `raypipe.report.label_noise`.
     """
 

@@ -132,7 +132,7 @@ SCORES = {
         ),
         ScoreInfo(
             "aum",
-            "negated mean margin of the label's logit: hard samples high",
+            "negated mean margin of the label's logit, so hard samples score high",
             "trajectory",
             "none",
             "arXiv 2001.10528",

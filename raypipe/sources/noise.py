@@ -1,4 +1,4 @@
-"""Label noise injected on purpose, to rehearse whether a run finds wrong labels.
+"""Label noise injected on purpose, to test whether a run finds wrong labels.
 
 Which samples get another class, and which class, is a function of the sample's id and the seed and
 of nothing else. Order, block size and worker do not matter, and the true label can be computed from

@@ -1,4 +1,4 @@
-"""The report of a rehearsal with replaced labels."""
+"""The report of a run with replaced labels."""
 
 from __future__ import annotations
 
