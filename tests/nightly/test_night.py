@@ -326,7 +326,7 @@ def test_a_pinned_snapshot_stays_as_it_was_until_it_expires(growing: Place, tmp_
     assert (done["samples"], done["missing"]) == (len(keep) - len(lost), len(lost))
     there = storage.read_table(str(tmp_path / "out" / "train-00000-of-00001.parquet"))
     assert sorted(there["sample_id"].to_pylist()) == sorted(set(keep.ids) - set(lost))
-    with pytest.raises(ConfigError, match="not one of"):
+    with pytest.raises(ConfigError, match="is not allowed: Input should be 'indices'"):
         raypipe.export(growing.run.uri, 0.5, "csv", str(tmp_path / "other"), snapshot=pin)
     # the last snapshot that names these files expires
     files = set(storage.names(growing.run.path("snapshots/files")))
