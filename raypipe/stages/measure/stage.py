@@ -138,12 +138,10 @@ def _announce(context: Context) -> dict[str, Any]:
     samples = smallest_part(parts)
     self_term = "moso" in config.measure.scores and needs_self_term(config, parts)
     if "moso" in config.measure.scores and moso.self_term == "auto":
-        side = (
-            f"below {SELF_TERM_BELOW:,}: with"
-            if self_term
-            else f"{SELF_TERM_BELOW:,} or more: without"
+        side = f"fewer than {SELF_TERM_BELOW:,}" if self_term else f"{SELF_TERM_BELOW:,} or more"
+        context.progress.say(
+            f"{'measure':<11} self term {'on' if self_term else 'off'} ({samples:,} samples, {side})"
         )
-        context.progress.say(f"{'measure':<11} self term: {samples:,} samples are {side} it")
     slow: list[str] = []
     grand_over_all = "grand" in config.measure.scores and grand.gradient == "all"
     if grand_over_all or (self_term and moso.gradient == "all"):
