@@ -140,7 +140,8 @@ def _announce(context: Context) -> dict[str, Any]:
     if "moso" in config.measure.scores and moso.self_term == "auto":
         side = f"fewer than {SELF_TERM_BELOW:,}" if self_term else f"{SELF_TERM_BELOW:,} or more"
         context.progress.say(
-            f"{'measure':<11} self term {'on' if self_term else 'off'} ({samples:,} samples, {side})"
+            f"{'measure':<11} self term {'on' if self_term else 'off'} "
+            f"({samples:,} samples, {side})"
         )
     slow: list[str] = []
     grand_over_all = "grand" in config.measure.scores and grand.gradient == "all"
