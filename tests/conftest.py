@@ -13,15 +13,20 @@ from helpers import PLANTED, QUIET, UNREADABLE, digit_pngs, score_files, small_c
 from raypipe import storage
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist writes the groups into the test ids in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests that share a cluster, and the rest, for `pytest -n 2 --dist loadgroup`."""
+    """Group tests for `pytest -n 2 --dist loadgroup`: those with a cluster, and others by file.
+
+    One worker runs all tests with a Ray cluster: two clusters on two cores slow each other down.
+    """
     for item in items:
-        of_ray = (
+        with_ray = (
             "cluster" in getattr(item, "fixturenames", ())
             or item.get_closest_marker("ray") is not None
+            or item.path.parent.name in ("faults", "jobs")
         )
-        of_ray = of_ray or item.path.parent.name in ("faults", "jobs")
-        item.add_marker(pytest.mark.xdist_group("ray" if of_ray else "plain"))
+        group = "ray" if with_ray else str(item.path.relative_to(item.config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
