@@ -13,6 +13,9 @@ from raypipe.config.base import Positive, Settings
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(gt=0, le=1)]
 Channels = tuple[float, float, float]
+MIN_CROSS_FIT_PARTS = 3
+"""Parts that cross-fitting needs: that of the sample, that of the proxy which embeds it, and one
+whose scores are extrapolated to it."""
 NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -142,8 +145,14 @@ class ProxySettings(Settings):
     )
     parts: Positive = Field(
         1,
-        description="Number of proxies. Each is trained and scored on its own random part of the "
-        "seed set, as in the MoSo paper.",
+        description="Number of proxies. Each is trained on its own random part of the seed set.",
+    )
+    cross_fit: bool | Literal["auto"] = Field(
+        "auto",
+        description="Cross-fitting: a sample is seen and scored only by proxies that were not "
+        "trained on it, so that scores mean the same inside and outside the seed set. Needs 3 "
+        "parts or more. auto: with 3 parts or more. false: each proxy scores its own part, as in "
+        "the MoSo paper.",
     )
     workers: Positive = Field(
         1, description="Data-parallel workers of a training. They share batch_size."
@@ -165,6 +174,22 @@ class ProxySettings(Settings):
         description="Worker failures that a training survives before the stage fails. Raise it on "
         "spot machines: each one taken away counts.",
     )
+
+    @model_validator(mode="after")
+    def _cross_fit_possible(self) -> ProxySettings:
+        if self.cross_fit is True and self.parts < MIN_CROSS_FIT_PARTS:
+            raise ValueError(
+                f"cross_fit needs {MIN_CROSS_FIT_PARTS} parts or more: no proxy that embeds a sample, "
+                "or whose scores are extrapolated to it, may be trained on it. Set parts to "
+                f"{MIN_CROSS_FIT_PARTS} or more"
+            )
+        return self
+
+    @property
+    def cross_fits(self) -> bool:
+        """Whether samples are seen and scored by proxies that were not trained on them."""
+        enough = self.parts >= MIN_CROSS_FIT_PARTS
+        return enough if self.cross_fit == "auto" else self.cross_fit
 
     @model_validator(mode="after")
     def _checkpoints_fit(self) -> ProxySettings:

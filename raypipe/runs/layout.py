@@ -19,7 +19,7 @@ STAGE_FOLDERS = {
     "proxy": ("proxy",),
     "measure": ("measured",),
     "rehearse": ("rehearsal",),
-    "embed": ("embeddings", "rejects"),
+    "embed": ("embeddings", "views", "rejects"),
     "extrapolate": ("extrapolator", "scores"),
     "select": ("keep",),
     "report": ("report",),
@@ -229,6 +229,10 @@ class Layout:
     def embedding_shard(self, fragment_id: str) -> str:
         """Embeddings of one fragment."""
         return self.path("embeddings", f"{fragment_id}.parquet")
+
+    def view_shard(self, fragment_id: str) -> str:
+        """Embeddings of one fragment by a second proxy, for cross-fitting."""
+        return self.path("views", f"{fragment_id}.parquet")
 
     def reject_shard(self, fragment_id: str) -> str:
         """Rejects of one fragment."""

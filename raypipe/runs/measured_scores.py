@@ -9,6 +9,9 @@ from raypipe.runs.run import Run
 from raypipe.runs.shards import count_rows
 
 MEASURED_FOLDERS = {"seed": "measured", "audit": "measured/audit"}
+BY_PROXY = "{}_by_proxy"
+"""Column of the scores that each proxy gave, float32 [proxies], with cross-fitting. NaN for the
+proxy that was trained on the sample's part."""
 GIVEN_SCORES = "scored.parquet"
 """File in `extrapolator/` of scored samples from tables (`raypipe.tables.stage`), which replace the
 seed set."""

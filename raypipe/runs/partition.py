@@ -10,7 +10,7 @@ With a single part, nothing is hashed, and no folder is named after the part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,19 +81,28 @@ class SeedPart:
         rule = part_rule(self.of, self.seed)
         return np.flatnonzero([rule(sample_id) == self.number for sample_id in ids])
 
-    def count(self, run: Run, shard: str) -> int:
-        """Count the samples of a seed or audit shard that the hash assigns to the part."""
-        return len(self.rows(shard_labels(run, shard)["sample_id"].to_pylist()))
+    def other_rows(self, ids: Sequence[str]) -> np.ndarray:
+        """Return the positions of the samples that belong to other parts, ascending."""
+        return np.setdiff1d(np.arange(len(ids)), self.rows(ids), assume_unique=True)
 
     def read(self, run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Read the samples of a seed or audit shard that the hash assigns to the part.
 
         Returns ids, images and labels, as `read_shard` does.
         """
+        return self._read(run, shard, self.rows)
+
+    def read_others(self, run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Read the samples of a seed or audit shard that belong to other parts, like `read`."""
+        return self._read(run, shard, self.other_rows)
+
+    def _read(
+        self, run: Run, shard: str, choose: Callable[[Sequence[str]], np.ndarray]
+    ) -> tuple[list[str], np.ndarray, np.ndarray]:
         ids, images, labels = read_shard(run, shard)
-        if self.of == 1:
+        rows = choose(ids)
+        if len(rows) == len(ids):
             return ids, images, labels
-        rows = self.rows(ids)
         return [ids[row] for row in rows], images[rows], labels[rows]
 
 

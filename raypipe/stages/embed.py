@@ -10,15 +10,19 @@ be used, it writes `rejects/<fragment>.parquet`. Where the source has no labels,
 pseudo-label from the network and the clusters of the stage `label`. The logits are not kept: for
 many classes they would be larger than the embedding.
 
-With several proxies (`proxy.parts`), all samples pass through the proxy of part 0, since distances
-between embeddings mean something in one space only. Of the seed set, that proxy was trained on its
-own part and not on the others.
+With cross-fitting (`proxy.cross_fit`), a sample passes through all proxies that were not trained on
+its part, and its statistics are means over these (`raypipe.runs.cross_fit`). All embeddings are
+those of proxy 0. Some samples are embedded by proxy 1 as well, in `views/<fragment>.parquet`:
+sample_id, label, embedding.
+
+With several proxies but no cross-fitting, all samples pass through the proxy of part 0, since
+distances between embeddings mean something in one space only. Of the seed set, that proxy was
+trained on its own part and not on the others.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import time
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
@@ -26,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import Config
@@ -36,6 +39,7 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.checkpoints import load_checkpoint
+from raypipe.runs.cross_fit import CrossFit
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.embeddings import SPECIAL_ROWS
 from raypipe.runs.ledger import StageRecord
@@ -49,6 +53,7 @@ from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.base import Stage
+from raypipe.vision.cross_fit_forward import CrossFitOutputs, cross_fit_forward
 from raypipe.vision.decode import decode_batch
 
 if TYPE_CHECKING:
@@ -66,19 +71,30 @@ class EmbedStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         pixels = {} if config.embed.decode == "cpu" else {"decode": config.embed.decode}
-        return {"dtype": config.embed.dtype, "max_pixels": config.source.max_pixels, **pixels}
+        cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
+        return {
+            "dtype": config.embed.dtype,
+            "max_pixels": config.source.max_pixels,
+            **pixels,
+            **cross_fit,
+        }
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         fragments = context.run.fragments()
         # a fragment without a readable sample still has a table of embeddings, an empty one
         readable = {fragment.fragment_id for fragment in fragments if not fragment.error}
         broken = {fragment.fragment_id for fragment in fragments if fragment.error}
-        return readable == context.run.done("embeddings") and broken <= context.run.done("rejects")
+        views = readable if context.config.proxy.cross_fits else set()
+        return (
+            readable == context.run.done("embeddings")
+            and views <= context.run.done("views")
+            and broken <= context.run.done("rejects")
+        )
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         fragments = run.fragments()
-        remove_stale(run, fragments, ("embeddings", "rejects"))
+        remove_stale(run, fragments, ("embeddings", "views", "rejects"))
         readable = [fragment for fragment in fragments if not fragment.error]
         broken = [fragment for fragment in fragments if fragment.error]
         pool = context.cluster.pool(config.embed)
@@ -208,10 +224,7 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
 
 
 class EmbedActor:
-    """Runs the proxy's last checkpoint over whole fragments; writes one file per fragment.
-
-    With several proxies (`proxy.parts`) it is that of part 0.
-    """
+    """Runs the last checkpoints of the proxies over whole fragments; writes their files."""
 
     def __init__(self, worker: WorkerContext, gpu_decoding: bool = False) -> None:
         from raypipe.vision.devices import AdaptiveBatch, set_threads
@@ -221,8 +234,12 @@ class EmbedActor:
         self._config, self._run, self._gpu, self._watch = config, worker.run, gpu, Stopwatch()
         self._device = worker.device
         self._at_once = AdaptiveBatch(config.embed.images_at_once(gpu, config.proxy.image_size))
-        part = proxy_parts(self._run)[0]
-        self._model = load_checkpoint(self._run, part.trained.final, self._device, part.checkpoints)
+        self._cross_fit = CrossFit.of(config)
+        parts = proxy_parts(self._run)
+        self._models = [
+            load_checkpoint(self._run, part.trained.final, self._device, part.checkpoints)
+            for part in (parts if self._cross_fit else parts[:1])
+        ]
         seed = config.seed
         self._rules = {
             "seed": in_sample(seed.fraction, seed.seed),
@@ -235,8 +252,6 @@ class EmbedActor:
             check_gpu_decoding(self._device)
 
     def __call__(self, fragment: str, batch: Batch) -> UnitResult:
-        from raypipe.vision.forward import forward
-
         started = time.monotonic()
         images, reason = self._images(batch)
         good = reason == ""
@@ -244,15 +259,13 @@ class EmbedActor:
         images = images[good]
         if self._labeller is not None:
             labels = self._labeller(images).astype(np.int32)
-        columns = forward(
-            self._model,
-            images,
-            labels,
-            self._at_once,
-            self._device,
-            self._gpu and self._config.proxy.amp,
-        )
-        finite = np.isfinite(columns["embedding"]).all(1)
+        second = None
+        if self._cross_fit is None:
+            columns = self._forward(0, images, labels)
+            finite = np.isfinite(columns["embedding"]).all(1)
+        else:
+            second = self._forward_all(self._cross_fit, ids, images, labels)
+            columns, finite = second.columns, second.finite
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [
             (str(sample_id), "the proxy's embedding of it is not finite")
@@ -260,6 +273,11 @@ class EmbedActor:
         ]
         if rejects:
             write_rejects(self._run, fragment, rejects)
+        if second is not None:
+            usable = finite[second.second_rows]
+            rows, embedding = second.second_rows[usable], second.second_embedding[usable]
+            table = self._table(ids[rows], labels[rows], embedding, {})
+            storage.write_table(self._run.view_shard(fragment), table, dictionary=False)
         self._write(
             fragment,
             ids[finite],
@@ -273,6 +291,45 @@ class EmbedActor:
             summarize_rejects(rejects),
             self._watch.lap() + float(batch["cpu_seconds"].sum()),
             time.monotonic() - started if self._gpu else 0.0,
+        )
+
+    def _forward(
+        self,
+        proxy: int,
+        images: np.ndarray | Tensor,
+        labels: np.ndarray,
+        probabilities: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Return what one proxy says of images; see `raypipe.vision.forward.forward`."""
+        from raypipe.vision.forward import forward
+
+        return forward(
+            self._models[proxy],
+            images,
+            labels,
+            self._at_once,
+            self._device,
+            self._gpu and self._config.proxy.amp,
+            probabilities,
+        )
+
+    def _forward_all(
+        self,
+        cross_fit: CrossFit,
+        ids: np.ndarray,
+        images: np.ndarray | Tensor,
+        labels: np.ndarray,
+    ) -> CrossFitOutputs:
+        """Return what the proxies say of images that they were not trained on."""
+        part = cross_fit.part_of(ids.tolist())
+        scored = np.array(
+            [any(rule(sample_id) for rule in self._rules.values()) for sample_id in ids], bool
+        )
+        return cross_fit_forward(
+            lambda proxy, rows: self._forward(proxy, images[rows], labels[rows], True),
+            part,
+            cross_fit.in_second_view(part, scored),
+            cross_fit.parts,
         )
 
     def _images(self, batch: Batch) -> tuple[np.ndarray | Tensor, np.ndarray]:
@@ -304,29 +361,34 @@ class EmbedActor:
         Seed and audit samples are in row groups of their own, so that the fit reads them without
         the rest.
         """
-        embedding = columns.pop("embedding")
-        with np.errstate(over="ignore"):
-            values = embedding.astype(self._config.embed.dtype).reshape(-1)
-        if not np.isfinite(values).all():
-            raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
+        table = self._table(ids, labels, columns.pop("embedding"), columns)
         special = {
             name: np.array([self._rules[name](sample_id) for sample_id in ids], bool)
             for name in SPECIAL_ROWS
         }
         others = ~np.logical_or.reduce(list(special.values()))
+        table = table.replace_schema_metadata(
+            {key: str(int(special[name].sum())) for name, key in SPECIAL_ROWS.items()}
+        )
+        groups = [table.filter(pa.array(rows)) for rows in (*special.values(), others)]
+        storage.write_table_groups(self._run.embedding_shard(fragment), groups)
+
+    def _table(
+        self,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        embedding: np.ndarray,
+        columns: dict[str, np.ndarray],
+    ) -> pa.Table:
+        """Return sample_id, label, embedding in the type of the settings, and the columns."""
+        with np.errstate(over="ignore"):
+            values = embedding.astype(self._config.embed.dtype).reshape(-1)
+        if not np.isfinite(values).all():
+            raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
         data = {
             "sample_id": pa.array(ids.tolist(), pa.string()),
             "label": pa.array(labels, pa.int32(), mask=labels < 0),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1]),
             **{name: pa.array(value) for name, value in columns.items()},
         }
-        table = pa.table(data).replace_schema_metadata(
-            {key: str(int(special[name].sum())) for name, key in SPECIAL_ROWS.items()}
-        )
-        buffer = io.BytesIO()
-        with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-            for rows in (*special.values(), others):
-                group = table.filter(pa.array(rows))
-                if len(group):
-                    writer.write_table(group, row_group_size=len(group))
-        storage.write_bytes(self._run.embedding_shard(fragment), buffer.getvalue())
+        return pa.table(data)

@@ -19,6 +19,7 @@ from raypipe.storage.content import (
     read_whole,
     write_json,
     write_table,
+    write_table_groups,
 )
 from raypipe.storage.faults import retrying
 from raypipe.storage.file_info import FileInfo
@@ -72,4 +73,5 @@ __all__ = [
     "write_bytes",
     "write_json",
     "write_table",
+    "write_table_groups",
 ]

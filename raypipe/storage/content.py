@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -129,6 +129,26 @@ def write_table(
         row_group_size=row_group_size,
         use_dictionary=dictionary,
     )
+    write_bytes(uri, buffer.getvalue())
+
+
+def write_table_groups(uri: str, groups: Sequence[pa.Table], compression: str = "zstd") -> None:
+    """Write tables of one schema as the row groups of a Parquet file, atomically.
+
+    Parameters
+    ----------
+    uri : str
+        The file to write.
+    groups : sequence of pyarrow.Table
+        At least one. Empty tables get no row group. The metadata is that of the first.
+    compression : str
+        A Parquet codec.
+    """
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, groups[0].schema, compression=compression) as writer:
+        for group in groups:
+            if len(group):
+                writer.write_table(group, row_group_size=len(group))
     write_bytes(uri, buffer.getvalue())
 
 

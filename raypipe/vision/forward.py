@@ -30,6 +30,7 @@ def forward(
     batched: AdaptiveBatch,
     device: str,
     amp: bool,
+    probabilities: bool = False,
 ) -> dict[str, np.ndarray]:
     """Return the embedding and the prediction statistics of every image.
 
@@ -47,11 +48,14 @@ def forward(
         Device of the model.
     amp : bool
         Use bfloat16 where that is safe.
+    probabilities : bool
+        Return the class probabilities as well.
 
     Returns
     -------
     dict[str, np.ndarray]
-        embedding [n, d]; prediction, confidence, loss, margin, entropy [n].
+        embedding [n, d]; prediction, confidence, loss, margin, entropy [n]; and if requested
+        probabilities [n, classes].
 
     Notes
     -----
@@ -64,11 +68,13 @@ def forward(
         prediction = logits.argmax(1)
         target = to_device(labels.astype(np.int64), device)
         statistics = output_statistics(logits, torch.where(target < 0, prediction, target))
+        classes = {"probabilities": logits.softmax(1)} if probabilities else {}
         return {
             "embedding": embedding.float(),
             "prediction": prediction.int(),
             "confidence": logits.softmax(1).amax(1),
             **{name: statistics[name] for name in PROXY_STATISTICS},
+            **classes,
         }
 
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):

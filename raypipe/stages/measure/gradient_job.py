@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from raypipe.config import AdversarySettings, Config
 from raypipe.distributed.actor_pool import WorkerContext
@@ -13,6 +15,7 @@ from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.run import Run
+from raypipe.runs.seed_shards import shard_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +56,7 @@ class GradientFolders:
             sorted(measure.at_checkpoints),
             needs_self_term(config, proxy_parts(run)),
             measure.grand.gradient,
+            *(["cross-fit"] if config.proxy.cross_fits else []),
         )
         return cls(
             f"measured/calibrated-{mean}",
@@ -110,6 +114,28 @@ class GradientJob:
         return self.worker.device
 
     @property
+    def measured_rows(self) -> Callable[[Sequence[str]], np.ndarray]:
+        """Rule from ids to the rows that this proxy measures.
+
+        They are those of its own part, or with cross-fitting those of all other parts.
+        """
+        return self.part.other_rows if self.config.proxy.cross_fits else self.part.rows
+
+    def read_measured(self, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Read the samples of a seed or audit shard that this proxy measures.
+
+        Returns ids, images and labels, as `SeedPart.read` does.
+        """
+        cross_fits = self.config.proxy.cross_fits
+        read = self.part.read_others if cross_fits else self.part.read
+        return read(self.run, shard)
+
+    def count_measured(self, shard: str) -> int:
+        """Count the samples of a seed or audit shard that this proxy measures."""
+        ids = shard_labels(self.run, shard)["sample_id"].to_pylist()
+        return len(self.measured_rows(ids))
+
+    @property
     def images_at_once(self) -> int:
         """Images of a batch."""
         size = self.config.proxy.image_size
@@ -135,8 +161,11 @@ def smallest_part(parts: Sequence[SeedPart]) -> int:
 def needs_self_term(config: Config, parts: Sequence[SeedPart]) -> bool:
     """Return whether MoSo uses the self term.
 
-    `self_term: auto` goes by the smallest part for all parts, so that their scores compare.
+    `self_term: auto` goes by the smallest part for all parts, so that their scores compare. With
+    cross-fitting no sample is part of the mean gradient that it is aligned with.
     """
+    if config.proxy.cross_fits:
+        return False
     return config.measure.moso.uses_self_term(smallest_part(parts))
 
 

@@ -19,8 +19,9 @@ With a proxy trained on adversarial examples (`proxy.adversary`), both passes ta
 gradients at adversarial examples against each checkpoint: of the loss that the training minimises,
 the maximum over the ball, whose gradient is the gradient at the maximum (Danskin's theorem).
 
-With several proxies (`proxy.parts`), both passes run for one after the other, each over the samples
-of its part alone, and each of these folders has a subfolder for each part.
+With several proxies (`proxy.parts`), both passes run for one after the other, and each of these
+folders has a subfolder for each part. The first pass is over the samples of the proxy's part. So is
+the second, except with cross-fitting (`proxy.cross_fit`), where it is over those of all others.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ if TYPE_CHECKING:
 def measure_gradients(context: Context, record: StageRecord) -> None:
     """Run both passes, or what an interrupted attempt left of them."""
     parts = proxy_parts(context.run)
-    passes = 1 + ("moso" in context.config.measure.scores)
-    seed_samples = sum(part.samples for part in parts)
+    seed = SeedManifest.read(context.run)
+    # with cross-fitting, every proxy but that of its own part measures a sample
+    proxies = len(parts) - 1 if context.config.proxy.cross_fits else 1
     # audit samples are not part of the mean gradients that they are aligned with
-    audit_samples = SeedManifest.read(context.run).audit_samples
+    summed = seed.samples * ("moso" in context.config.measure.scores)
+    measured = proxies * (seed.samples + seed.audit_samples)
     self_term = needs_self_term(context.config, parts)
-    with context.progress.meter("measure", passes * seed_samples + audit_samples) as meter:
+    with context.progress.meter("measure", summed + measured) as meter:
         for part in parts:
             _measure_part(context, record, part, self_term, meter)
 
@@ -79,7 +82,7 @@ def _measure_part(
             record.cpu_seconds += write_mean_gradients(job, files, seed.shards, pool, meter.add)
         else:
             meter.already(part.samples)
-    meter.already(sum(part.count(run, shard) for shard in seed.all_shards if shard in done))
+    meter.already(sum(job.count_measured(shard) for shard in seed.all_shards if shard in done))
     missing = [shard for shard in seed.all_shards if shard not in done]
     measure_shards(context, record, part, self_term, missing, meter.add)
 
@@ -99,7 +102,8 @@ def measure_shards(
     context, record
         The run, and the ledger's record that the cost is added to.
     part
-        The part of the seed set whose proxy is used, and whose samples are measured.
+        The part of the seed set whose proxy is used. Its samples are measured, or with
+        cross-fitting those of all other parts.
     self_term
         Whether MoSo takes the sample itself out of the mean gradient.
     shards
@@ -125,8 +129,8 @@ def measure_shards(
 
 
 def read_shard(job: GradientJob, shard: str) -> Batch:
-    """Read a part's samples of a shard. Runs in a task."""
-    ids, images, labels = job.part.read(job.run, shard)
+    """Read the samples of a shard that the job measures. Runs in a task."""
+    ids, images, labels = job.read_measured(shard)
     return {"sample_id": np.array(ids), "label": labels, "image": images}
 
 

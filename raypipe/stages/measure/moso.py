@@ -15,10 +15,11 @@ from raypipe.stages.measure.gradient_job import needs_self_term
 
 
 class MosoTotals:
-    """What MoSo needs to know of a whole part of the seed set.
+    """What MoSo needs to know of all alignments with the mean gradients of one proxy.
 
-    With several parts, the number of steps, the number of samples and the spread are those of the
-    part, so that scores are computed within it (Algorithm 1 of the paper).
+    With several parts, the number of steps and the number of samples are those of the part whose
+    proxy it is (Algorithm 1 of the paper). With cross-fitting, the alignments are those of samples
+    of the other parts.
 
     Attributes
     ----------
@@ -27,7 +28,8 @@ class MosoTotals:
     spread : np.ndarray
         Standard deviation of the alignments, float64 [checkpoints].
     mean_square : np.ndarray
-        |G|^2 of the mean gradient G, float64 [checkpoints]: the mean of the alignments < G, g >.
+        Mean of the alignments < G, g >, float64 [checkpoints]. Over the samples of the part itself
+        it is |G|^2, G the mean gradient.
     """
 
     def __init__(
@@ -42,15 +44,15 @@ class MosoTotals:
         self._settings, self._steps = config.measure.moso, part.trained.steps
         self._self_term = self_term
         self._rates = np.array([item.lr for item in part.trained.checkpoints])
-        self.samples = 0
+        self.samples, measured = part.samples, 0
         total, square = np.zeros(len(self._rates)), np.zeros(len(self._rates))
         for shard in shards:
             aligned = checkpoint_column(read_shard_table(run, folder, shard), "alignments")
-            self.samples += len(aligned)
+            measured += len(aligned)
             total += aligned.sum(0)
             square += np.square(aligned).sum(0)
-        self.mean_square = total / self.samples
-        variance = square / self.samples - self.mean_square**2
+        self.mean_square = total / measured
+        variance = square / measured - self.mean_square**2
         self.spread = np.sqrt(np.maximum(variance, 0))
 
     @classmethod

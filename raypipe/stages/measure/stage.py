@@ -1,7 +1,8 @@
 """Measure: the measured scores of every seed sample.
 
 Writes `measured/<shard>.parquet`: sample_id, label and a float32 column for each of
-`measure.scores`, computed from the files that `raypipe.stages.measure.gradients` and
+`measure.scores`; with cross-fitting also a column `<score>_by_proxy` for the scores at checkpoints.
+They are computed from the files that `raypipe.stages.measure.gradients` and
 `raypipe.stages.measure.trajectories` wrote next to it. Writes `measured/audit/<shard>.parquet` with
 the scores at checkpoints of the audit set, from its alignments with the mean gradients of the seed
 set. Trajectory scores need training on the sample, so the audit set has none.
@@ -9,8 +10,8 @@ set. Trajectory scores need training on the sample, so the audit set has none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from raypipe.errors import StageError
 from raypipe.runs.checkpoints import empty_proxy
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
+from raypipe.runs.measured_scores import BY_PROXY
 from raypipe.runs.partition import SeedPart, merge_parts, proxy_parts
 from raypipe.runs.run import Run
+from raypipe.runs.seed_shards import shard_labels
 from raypipe.stages.base import Stage
+from raypipe.stages.measure.cross_fit import CommonScale, join_proxies
 from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term, smallest_part
 from raypipe.stages.measure.gradients import measure_gradients, measure_shards
 from raypipe.stages.measure.moso import MosoTotals, checkpoint_column, read_shard_table
@@ -44,9 +48,11 @@ class MeasureStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         options = {score: config.measure.options(score) for score in sorted(config.measure.scores)}
+        cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
         return options | {
             "precision": config.measure.precision,
             "recalibrate": config.measure.recalibrate,
+            **cross_fit,
         }
 
     def clear(self, context: Context) -> None:
@@ -172,6 +178,8 @@ class CheckpointScores:
         Folder of the values, below the run.
     moso : list of MosoTotals or None
         Totals of each part; None when MoSo is not measured.
+    scales : list of CommonScale or None
+        Brings the scores of each proxy to a common scale; None without cross-fitting.
     """
 
     config: Config
@@ -179,6 +187,7 @@ class CheckpointScores:
     parts: list[SeedPart]
     folder: str
     moso: list[MosoTotals] | None
+    scales: list[CommonScale] | None = None
 
     @classmethod
     def read(cls, config: Config, run: Run, seed: SeedManifest) -> CheckpointScores:
@@ -187,7 +196,11 @@ class CheckpointScores:
         moso = None
         if "moso" in config.measure.at_checkpoints:
             moso = MosoTotals.of_parts(config, run, parts, folder, seed.shards)
-        return cls(config, run, parts, folder, moso)
+        scores = cls(config, run, parts, folder, moso)
+        if not config.proxy.cross_fits:
+            return scores
+        by_proxy = [scores._tables(number, seed.shards) for number in range(len(parts))]
+        return replace(scores, scales=CommonScale.of_proxies(by_proxy))
 
     def ledger_detail(self) -> dict[str, Any]:
         """Return what the ledger records of MoSo."""
@@ -199,15 +212,20 @@ class CheckpointScores:
     def of_shard(self, shard: str, audit: bool = False) -> pa.Table:
         """Return sample_id, label and the scores of one shard.
 
-        Each sample's scores come from the proxy of its own part.
+        Each sample's scores come from the proxy of its own part, or with cross-fitting from the
+        proxies of all other parts; see `join_proxies`.
         """
-        tables = [
-            self._of_part(number, part, shard, audit) for number, part in enumerate(self.parts)
-        ]
-        return merge_parts(self.run, self.parts, shard, tables)
+        tables = [self.of_proxy(number, shard, audit) for number in range(len(self.parts))]
+        if self.scales is None:
+            return merge_parts(self.run, self.parts, shard, tables)
+        return join_proxies(shard_labels(self.run, shard), tables, self.scales)
 
-    def _of_part(self, number: int, part: SeedPart, shard: str, audit: bool) -> pa.Table:
-        measure = self.config.measure
+    def _tables(self, number: int, shards: Sequence[str]) -> Iterator[pa.Table]:
+        return (self.of_proxy(number, shard) for shard in shards)
+
+    def of_proxy(self, number: int, shard: str, audit: bool = False) -> pa.Table:
+        """Return sample_id, label and the scores of the samples that one proxy measured."""
+        measure, part = self.config.measure, self.parts[number]
         values = read_shard_table(self.run, part.below(self.folder), shard)
         table = values.select(["sample_id", "label"])
         if self.moso is not None:
@@ -239,18 +257,19 @@ def _write_scores(
     config: Config, run: Run, folder: str, shard: str, tables: Sequence[pa.Table]
 ) -> int:
     """Write the scores of one shard from tables of the same samples. Returns their number."""
-    columns = {
-        score: table[score].to_numpy() for table in tables for score in table.column_names[2:]
-    }
+    columns = {score: table[score] for table in tables for score in table.column_names[2:]}
     result = tables[0].select(["sample_id", "label"])
     for score in (score for score in config.measure.scores if score in columns):
-        bad = int((~np.isfinite(columns[score])).sum())
+        bad = int((~np.isfinite(columns[score].to_numpy())).sum())
         if bad:
             raise StageError(
                 f"{score} of {bad} samples of {shard} is not finite: the proxy's training "
                 "diverged; lower proxy.lr"
             )
-        result = result.append_column(score, pa.array(columns[score], pa.float32()))
+        result = result.append_column(score, columns[score])
+        of_proxies = BY_PROXY.format(score)
+        if of_proxies in columns:
+            result = result.append_column(of_proxies, columns[of_proxies])
     storage.write_table(run.path(folder, f"{shard}.parquet"), result)
     return len(result)
 

@@ -53,8 +53,8 @@ from raypipe.stages.base import Stage
 if TYPE_CHECKING:
     from raypipe.distributed.cluster import TrainingResources
 
-SPEED_ONLY = {"workers", "use_gpu", "cpus_per_worker", "max_failures"}
-"""Settings that change how fast the training is, but not its result."""
+NOT_OF_THE_RESULT = {"workers", "use_gpu", "cpus_per_worker", "max_failures", "cross_fit"}
+"""Settings that change how fast the training is or what comes after it, but not its result."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ProxyStage(Stage):
     needs = ("seed", "label")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.proxy.model_dump(mode="json", exclude=SPEED_ONLY, exclude_none=True)
+        return config.proxy.model_dump(mode="json", exclude=NOT_OF_THE_RESULT, exclude_none=True)
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
