@@ -79,6 +79,11 @@ class Config(Settings):
                     f"{', '.join(map(str, epochs))} (from 0). Change these settings or "
                     "proxy.checkpoints"
                 )
+        if self.proxy.cross_fits and self.extrapolate.method == "gnn-published":
+            raise ValueError(
+                "extrapolate.method: the graph of gnn-published needs the embeddings of one proxy; "
+                "set proxy.cross_fit to false, or choose another method"
+            )
         if self.extrapolate.rehearsal is True and self._nothing_to_rehearse:
             raise ValueError(
                 f"extrapolate.rehearsal: nothing to rehearse: {self._nothing_to_rehearse}. Set it "

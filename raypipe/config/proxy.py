@@ -179,9 +179,8 @@ class ProxySettings(Settings):
     def _cross_fit_possible(self) -> ProxySettings:
         if self.cross_fit is True and self.parts < MIN_CROSS_FIT_PARTS:
             raise ValueError(
-                f"cross_fit needs {MIN_CROSS_FIT_PARTS} parts or more: no proxy that embeds a sample, "
-                "or whose scores are extrapolated to it, may be trained on it. Set parts to "
-                f"{MIN_CROSS_FIT_PARTS} or more"
+                f"cross_fit needs {MIN_CROSS_FIT_PARTS} parts or more: a proxy that embeds a sample "
+                "or scores what is extrapolated to it must not be trained on it"
             )
         return self
 

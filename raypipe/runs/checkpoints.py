@@ -28,8 +28,15 @@ def load_checkpoint(
     return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
-def last_layer(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def last_layer(run: Run, proxy: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return weight and bias of the layer from embeddings to logits.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    proxy : int
+        Number of the proxy that the embeddings come from.
 
     Returns
     -------
@@ -38,7 +45,7 @@ def last_layer(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """
     from safetensors.numpy import load
 
-    part = proxy_parts(run)[0]  # the proxy that embeds all samples
+    part = proxy_parts(run)[proxy]
     weights = load(storage.read_bytes(run.path(part.checkpoints, part.trained.final)))
     return weights["head.weight"], weights["head.bias"]
 

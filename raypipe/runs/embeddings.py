@@ -37,6 +37,23 @@ def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None
         return parquet.read_row_group(1 if which == "audit" and counts["seed"] else 0)
 
 
+def in_second_view(table: pa.Table, views: pa.Table) -> pa.Table:
+    """Return the samples that have a second embedding, with it in place of the first.
+
+    Parameters
+    ----------
+    table
+        Rows of a fragment's embeddings.
+    views
+        The fragment's second embeddings, see `raypipe.runs.cross_fit`.
+    """
+    row = {sample_id: index for index, sample_id in enumerate(views["sample_id"].to_pylist())}
+    rows = [row.get(sample_id, -1) for sample_id in table["sample_id"].to_pylist()]
+    table = table.filter(pa.array([index >= 0 for index in rows], pa.bool_()))
+    second = views["embedding"].take(pa.array([index for index in rows if index >= 0], pa.int64()))
+    return table.set_column(table.column_names.index("embedding"), "embedding", second)
+
+
 COLUMNS = ["sample_id", "label", "embedding", *PROXY_STATISTICS]
 
 

@@ -140,6 +140,14 @@ class Layout:
         """Tensors of the fitted extrapolator."""
         return self.path("extrapolator", "model.safetensors")
 
+    def part_model_file(self, part: int) -> str:
+        """Metadata of the extrapolator to samples of a part, with cross-fitting."""
+        return self.path("extrapolator", f"model-{part}.json")
+
+    def part_model_weights(self, part: int) -> str:
+        """Tensors of the extrapolator to samples of a part, with cross-fitting."""
+        return self.path("extrapolator", f"model-{part}.safetensors")
+
     @property
     def transfer_weights(self) -> str:
         """The map that a rehearsal learned."""

@@ -19,6 +19,8 @@ SCORE_SCHEMA = pa.schema(
         ("measured", pa.bool_()),
     ]
 )
+MEASURED_SCORE = pa.field("measured_score", pa.float32())
+"""Column of shards with equal standing: the measured score of samples that have one, else null."""
 
 
 def write_scores(
@@ -28,10 +30,12 @@ def write_scores(
     predicted: np.ndarray,
     half_width: np.ndarray,
     scores: dict[str, float],
+    equal_standing: bool = False,
 ) -> None:
     """Write one score shard.
 
-    A measured sample has its measured score and an interval of width 0.
+    A measured sample has its measured score and an interval of width 0, or with equal standing its
+    predicted score and interval, like all other samples.
 
     Parameters
     ----------
@@ -43,6 +47,9 @@ def write_scores(
         Predicted scores and half the width of their intervals, float32 [n].
     scores : dict of str to float
         Measured scores by id, of seed set and audit set.
+    equal_standing : bool
+        Whether `score` is the predicted score of every sample. The measured ones are then in a
+        column of their own, `MEASURED_SCORE`.
 
     Raises
     ------
@@ -52,10 +59,14 @@ def write_scores(
     ids = table["sample_id"].to_pylist()
     measured = np.array([sample_id in scores for sample_id in ids], bool)
     measured_score = np.array([scores.get(sample_id, 0.0) for sample_id in ids], np.float32)
-    score = np.where(measured, measured_score, predicted).astype(np.float32)
+    replaced = measured & (not equal_standing)
+    score = np.where(replaced, measured_score, predicted).astype(np.float32)
     if not np.isfinite(score).all():
         count = int((~np.isfinite(score)).sum())
         raise StageError(f"{count} predicted scores of fragment {fragment} are not finite")
-    half = np.where(measured, 0, half_width).astype(np.float32)
+    half = np.where(replaced, 0, half_width).astype(np.float32)
     columns = [table["sample_id"], table["label"], score, score - half, score + half, measured]
-    storage.write_table(run.score_shard(fragment), pa.table(columns, schema=SCORE_SCHEMA))
+    shard = pa.table(columns, schema=SCORE_SCHEMA)
+    if equal_standing:
+        shard = shard.append_column(MEASURED_SCORE, pa.array(measured_score, mask=~measured))
+    storage.write_table(run.score_shard(fragment), shard)

@@ -27,7 +27,8 @@ from raypipe.runs.rehearsal import inner_run, read_rehearsal
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import PUBLISHED_SAMPLES
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile
-from raypipe.stages.extrapolate.measured import FitData, ScoredSamples
+from raypipe.stages.extrapolate.fit_part import read_part_predictions
+from raypipe.stages.extrapolate.measured import FitData, PartData, ScoredSamples
 from raypipe.stages.extrapolate.model import (
     WHOLE_METHODS,
     has_rehearsal,
@@ -62,6 +63,8 @@ def fold_count(config: Config, run: Run) -> int:
 def assesses_published(config: Config, samples: int) -> bool:
     """Return whether gnn-published is assessed along with the method."""
     setting = config.extrapolate.judge_published
+    if config.proxy.cross_fits:  # its graph needs all samples in one space, seen alike
+        return False
     return config.extrapolate.method != "gnn-published" and (
         samples <= PUBLISHED_SAMPLES if setting == "auto" else setting
     )
@@ -182,8 +185,13 @@ def write_curve(config: Config, run: Run, samples: int, step: ProgressCallback) 
     from raypipe.assessment.learning_curve import learning_curve
     from raypipe.assessment.rank_agreement import MIN_SAMPLES
 
+    random_seed = config.extrapolate.seed
+    if config.proxy.cross_fits:
+        _write_curve_of_part(config, run, random_seed)
+        step(1, 1)
+        return
     data = FitData(config, run, samples, whole=False)
-    seed, audit, random_seed = data.seed, data.audit(), config.extrapolate.seed
+    seed, audit = data.seed, data.audit()
     if audit is not None and len(audit.ids) >= MIN_SAMPLES:
         judged_on = "audit"
         curve = learning_curve(seed.nodes, seed.score, audit.nodes, audit.score, random_seed)
@@ -202,6 +210,18 @@ def write_curve(config: Config, run: Run, samples: int, step: ProgressCallback) 
     storage.write_json(run.learning_curve_file, curve.as_dict() | {"judged_on": judged_on})
 
 
+def _write_curve_of_part(config: Config, run: Run, random_seed: int) -> None:
+    """Write the learning curve of the extrapolator to the samples of part 0."""
+    from raypipe.assessment.learning_curve import learning_curve
+
+    data = PartData(config, run, 0)
+    held_out = data.held_out["seed"]
+    curve = learning_curve(
+        data.seed.nodes, data.seed.score, held_out.nodes, held_out.score, random_seed
+    )
+    storage.write_json(run.learning_curve_file, curve.as_dict() | {"judged_on": "cross-fit"})
+
+
 def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
     """Predict the audit set, and write figures and intervals.
 
@@ -210,6 +230,10 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
     from raypipe.assessment.conformal import Conformal
     from raypipe.assessment.fidelity import compare
 
+    if config.proxy.cross_fits:
+        _write_cross_fit_fidelity(config, run)
+        step(1, 1)
+        return
     settings, keep = config.extrapolate, sorted(set(config.select.keep))
     folds = [read_predictions(run, f"fold-{number}") for number in range(fold_count(config, run))]
     held_out = PredictedSamples.concat(folds)
@@ -243,6 +267,32 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         fidelity_seed=figures["seed"],
         intervals=intervals.state(),
         search=storage.read_json(run.model_file)["search"],
+    ).write(run)
+
+
+def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
+    """Write figures and intervals from the seed and audit samples, which no fit depends on."""
+    from raypipe.assessment.conformal import Conformal
+    from raypipe.assessment.fidelity import compare
+
+    settings, keep = config.extrapolate, sorted(set(config.select.keep))
+    seed = read_part_predictions(config, run, "seed")
+    audit = read_part_predictions(config, run, "audit")
+    assert seed is not None, "every part has seed samples"
+    held_out = PredictedSamples.concat([seed, audit]) if audit is not None else seed
+    predictions = held_out.predictions
+    intervals = Conformal.fit(
+        predictions.residual, predictions.difficulty, settings.confidence, predictions.label
+    )
+    figures = compare(predictions, settings.seed, keep).as_dict() | {"judged_on": "cross-fit"}
+    FidelityFile(
+        measured=len(held_out.ids),
+        keep=tuple(keep),
+        fidelity=figures,
+        fidelity_seed=compare(seed.predictions, settings.seed, keep).as_dict()
+        | {"judged_on": "seed"},
+        intervals=intervals.state(),
+        search=storage.read_json(run.part_model_file(0))["search"],
     ).write(run)
 
 

@@ -32,10 +32,12 @@ from raypipe.stages.extrapolate.assess import (
     write_published_predictions,
     write_rehearsal,
 )
+from raypipe.stages.extrapolate.fit_part import fit_part, part_predictions
 from raypipe.stages.extrapolate.measured import FitData
 from raypipe.stages.extrapolate.model import (
     TRANSFER,
     WHOLE_METHODS,
+    ModelFiles,
     has_rehearsal,
     load_extrapolator,
     load_intervals,
@@ -90,6 +92,12 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
 
 def _steps(config: Config, run: Run, samples: int) -> Iterator[FitStep]:
     """Yield all steps that do not need one another, the longest first."""
+    if config.proxy.cross_fits:
+        for part in range(config.proxy.parts):
+            step = functools.partial(fit_part, part)
+            yield FitStep(f"fit-{part}", part_predictions(part), step)
+        yield FitStep("curve", "curve.json", write_curve)
+        return
     if assesses_published(config, samples):
         yield FitStep("published", "published.parquet", write_published_predictions)
     yield FitStep("fit", "model.json", _fit)
@@ -109,7 +117,7 @@ def _fit(config: Config, run: Run, samples: int, step: ProgressCallback) -> None
         extrapolator.fit_graph(data.source.nodes, data.seed.rows, data.seed.score, step)
     else:
         extrapolator.fit(data.seed.nodes, data.seed.score, step)
-    save_extrapolator(run, extrapolator)
+    save_extrapolator(ModelFiles.of(run), extrapolator)
 
 
 def _score_whole(

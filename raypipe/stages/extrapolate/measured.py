@@ -14,7 +14,8 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
-from raypipe.runs.embeddings import COLUMNS, nodes_of, read_special_rows
+from raypipe.runs.cross_fit import CrossFit
+from raypipe.runs.embeddings import COLUMNS, in_second_view, nodes_of, read_special_rows
 from raypipe.runs.measured_scores import GIVEN_SCORES, measured_scores
 from raypipe.runs.run import Run
 
@@ -154,6 +155,75 @@ class FitData:
         table = table.filter(pa.array(scored, pa.bool_()))
         ids = table["sample_id"].to_pylist()
         return ScoredSamples(ids, nodes_of(table), _scores_of(ids, scores)) if ids else None
+
+
+class PartData:
+    """What the extrapolator to the samples of one part is fitted and assessed on.
+
+    Attributes
+    ----------
+    seed : ScoredSamples
+        Seed samples of the parts that `CrossFit.fit_parts` names, as the viewer of the part embeds
+        them.
+    held_out : dict of str to ScoredSamples
+        Seed and audit samples of the part itself, by set, where there are any: nothing that the
+        extrapolator depends on was fitted to them.
+
+    Raises
+    ------
+    StageError
+        When there is nothing to fit on.
+    """
+
+    def __init__(self, config: Config, run: Run, part: int) -> None:
+        self._run, self._part = run, part
+        cross_fit = CrossFit.of(config)
+        assert cross_fit is not None
+        self._cross_fit = cross_fit
+        self.held_out: dict[SampleSet, ScoredSamples] = {}
+        seed = None
+        sets: tuple[SampleSet, ...] = ("seed", "audit")
+        for which in sets:
+            scores = measured_scores(run, config.score, which)
+            if not scores:
+                continue
+            table = self._read(which)
+            ids = table["sample_id"].to_pylist()
+            parts = cross_fit.part_of(ids)
+            scored = np.array([sample_id in scores for sample_id in ids], bool)
+            if which == "seed":
+                in_fit = scored & np.isin(parts, cross_fit.fit_parts(part))
+                seed = _select(table, in_fit, scores)
+            held_out = _select(table, scored & (parts == part), scores)
+            if held_out is not None:
+                self.held_out[which] = held_out
+        if seed is None:
+            raise StageError(
+                f"no seed sample to extrapolate to part {part} from has an embedding; raise "
+                "seed.fraction, or use a new run folder if the source changed completely"
+            )
+        self.seed = seed
+
+    def _read(self, which: SampleSet) -> pa.Table:
+        """Read the samples of one set, as the viewer of the part embeds them."""
+
+        def read(name: str) -> pa.Table | None:
+            table = read_special_rows(self._run, name, which)
+            if table is None or self._cross_fit.viewer(self._part) == 0:
+                return table
+            return in_second_view(table, storage.read_table(self._run.view_shard(name)))
+
+        with ThreadPoolExecutor(READERS) as threads:
+            tables = list(threads.map(read, sorted(self._run.done("embeddings"))))
+        present = [table.replace_schema_metadata(None) for table in tables if table is not None]
+        return pa.concat_tables([table.select(COLUMNS) for table in present])
+
+
+def _select(table: pa.Table, rows: np.ndarray, scores: Mapping[str, float]) -> ScoredSamples | None:
+    """Return the samples at `rows`, a mask, with their scores; None without any."""
+    table = table.filter(pa.array(rows, pa.bool_()))
+    ids = table["sample_id"].to_pylist()
+    return ScoredSamples(ids, nodes_of(table), _scores_of(ids, scores)) if ids else None
 
 
 def _take_scored(source: WholeSource, scores: Mapping[str, float]) -> ScoredSamples | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
@@ -19,7 +20,9 @@ TRANSFER = "transfer.safetensors"
 """The map that a rehearsal learned, in `extrapolator/`."""
 
 
-def make_extrapolator(config: Config, run: Run, proxy_run: Run | None = None) -> Any:
+def make_extrapolator(
+    config: Config, run: Run, proxy_run: Run | None = None, proxy: int = 0
+) -> Any:
     """Create the extrapolator, not fitted.
 
     Parameters
@@ -28,6 +31,8 @@ def make_extrapolator(config: Config, run: Run, proxy_run: Run | None = None) ->
         The configuration and the run.
     proxy_run
         The run whose proxy computed the embeddings, when it is another one.
+    proxy
+        Number of that proxy.
 
     Returns
     -------
@@ -39,28 +44,56 @@ def make_extrapolator(config: Config, run: Run, proxy_run: Run | None = None) ->
 
     extrapolator: Any = make(config.extrapolate, len(run.classes().names))
     if config.extrapolate.method == "gnn" and "proxy" in run.ledger():
-        extrapolator.head = last_layer(proxy_run or run)
+        extrapolator.head = last_layer(proxy_run or run, proxy)
     return extrapolator
 
 
-def save_extrapolator(run: Run, extrapolator: Extrapolator) -> None:
-    """Write a fitted extrapolator."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """Files of a fitted extrapolator: `metadata` and `weights`, as URIs."""
+
+    metadata: str
+    weights: str
+
+    @classmethod
+    def of(cls, run: Run, part: int | None = None) -> ModelFiles:
+        """Return the files of the only extrapolator, or with cross-fitting of that to a part."""
+        if part is None:
+            return cls(run.model_file, run.model_weights)
+        return cls(run.part_model_file(part), run.part_model_weights(part))
+
+    @classmethod
+    def every(cls, config: Config, run: Run) -> list[ModelFiles]:
+        """Return the files of all extrapolators of a run: one, or one for each part."""
+        if not config.proxy.cross_fits:
+            return [cls.of(run)]
+        return [cls.of(run, part) for part in range(config.proxy.parts)]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the files."""
+        return {storage.name(self.metadata), storage.name(self.weights)}
+
+
+def save_extrapolator(files: ModelFiles, extrapolator: Extrapolator) -> None:
+    """Write a fitted extrapolator; the metadata last."""
     from safetensors.numpy import save
 
     tensors, metadata = extrapolator.state()
-    storage.write_bytes(run.model_weights, save(tensors))
-    storage.write_json(run.model_file, metadata)
+    storage.write_bytes(files.weights, save(tensors))
+    storage.write_json(files.metadata, metadata)
 
 
-def load_extrapolator(config: Config, run: Run) -> Any:
-    """Load the fitted extrapolator, with the map that a rehearsal learned."""
+def load_extrapolator(config: Config, run: Run, part: int | None = None) -> Any:
+    """Load a fitted extrapolator, with the map that a rehearsal learned."""
     from safetensors.numpy import load
 
     from raypipe.extrapolators import make
 
+    files = ModelFiles.of(run, part)
     extrapolator: Any = make(config.extrapolate, len(run.classes().names))
-    metadata = storage.read_json(run.model_file)
-    extrapolator.load_state(load(storage.read_bytes(run.model_weights)), metadata)
+    metadata = storage.read_json(files.metadata)
+    extrapolator.load_state(load(storage.read_bytes(files.weights)), metadata)
     if has_rehearsal(run):
         from raypipe.extrapolators.transfer import Transfer
 

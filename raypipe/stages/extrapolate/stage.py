@@ -8,6 +8,10 @@ A sample's neighbours are searched among the scored samples, so fragments are in
 another. The exception is `gnn-published`, whose graph spans the whole source and is held by one
 task. A sample of the audit set gets its measured score, which is better than the predicted one,
 after the two were compared for the fidelity.
+
+With cross-fitting there is an extrapolator to the samples of each part (`raypipe.runs.cross_fit`),
+and all scores are predicted: a measured score would mean something else than a predicted one. It is
+written next to it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from raypipe.distributed.cluster import ActorPool, Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
-from raypipe.runs.embeddings import COLUMNS, nodes_of
+from raypipe.runs.cross_fit import CrossFit
+from raypipe.runs.embeddings import COLUMNS, in_second_view, nodes_of
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import every_measured_score
 from raypipe.runs.run import Run
@@ -42,6 +47,7 @@ from raypipe.stages.extrapolate.fit import fit_extrapolator
 from raypipe.stages.extrapolate.model import (
     TRANSFER,
     WHOLE_METHODS,
+    ModelFiles,
     load_extrapolator,
     load_intervals,
 )
@@ -58,11 +64,13 @@ class ExtrapolateStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         settings = config.extrapolate.model_dump(mode="json", exclude={"max_actors", "use_gpu"})
-        return {**settings, "rehearsal": config.rehearses, "score": config.score}
+        cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
+        return {**settings, "rehearsal": config.rehearses, "score": config.score, **cross_fit}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
-        files = {"model.json", "model.safetensors", "extrapolator.json"}
+        models = ModelFiles.every(context.config, run)
+        files = {"extrapolator.json"}.union(*(model.names for model in models))
         if context.config.rehearses:
             files.add(TRANSFER)
         return (
@@ -141,7 +149,7 @@ def _score_fragments(
 
         stream(
             missing,
-            functools.partial(_read, context.run.uri),
+            functools.partial(_read, context.config, context.run.uri),
             functools.partial(ScoreActor, WorkerContext.of(context, pool)),
             pool,
             context.config.cluster.patience_seconds,
@@ -162,35 +170,51 @@ def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -
     )
 
 
-def _read(run_uri: str, fragment: str) -> Batch:
-    """Read the embeddings of a fragment; no rows when all were rejected. Runs in a task."""
-    table = storage.read_table(Run(run_uri).embedding_shard(fragment), COLUMNS)
+def _read(config: Config, run_uri: str, fragment: str) -> Batch:
+    """Read the embeddings of a fragment; no rows when all were rejected. Runs in a task.
+
+    With cross-fitting, `part` names the part of each sample, and a sample of part 0 has its second
+    embedding.
+    """
+    run, cross_fit = Run(run_uri), CrossFit.of(config)
+    table = storage.read_table(run.embedding_shard(fragment), COLUMNS)
+    ids = table["sample_id"].to_pylist()
+    part = np.zeros(len(table), np.int64) if cross_fit is None else cross_fit.part_of(ids)
     nodes = nodes_of(table)
+    embedding = nodes.embedding
+    if cross_fit is not None and (part == 0).any():
+        own = table.filter(pa.array(part == 0))
+        second = in_second_view(own, storage.read_table(run.view_shard(fragment)))
+        embedding = embedding.copy()
+        embedding[part == 0] = nodes_of(second).embedding
     return {
-        "sample_id": np.array(table["sample_id"].to_pylist()),
+        "sample_id": np.array(ids),
         "label": nodes.label.astype(np.int32),
-        "embedding": nodes.embedding,
+        "embedding": embedding,
         "signals": nodes.signals,
+        "part": part,
     }
 
 
 class ScoreActor:
-    """Applies the fitted extrapolator to whole fragments; writes one score shard per fragment."""
+    """Applies the fitted extrapolators to whole fragments; writes one score shard per fragment."""
 
     def __init__(self, worker: WorkerContext) -> None:
         from raypipe.vision.devices import set_threads
 
         set_threads(worker.threads)
+        config = worker.config
         self._run, self._watch, self._gpu = worker.run, Stopwatch(), worker.gpu
-        self._extrapolator = load_extrapolator(worker.config, self._run)
+        parts = range(config.proxy.parts) if config.proxy.cross_fits else [None]
+        self._extrapolators = [load_extrapolator(config, self._run, part) for part in parts]
         self._intervals = load_intervals(self._run)
         if worker.gpu:
-            self._extrapolator.search_on("cuda")
-        self._scores = every_measured_score(self._run, worker.config.score)
+            for extrapolator in self._extrapolators:
+                extrapolator.search_on("cuda")
+        self._scores = every_measured_score(self._run, config.score)
+        self._equal_standing = config.proxy.cross_fits
 
     def __call__(self, fragment: str, batch: Batch) -> UnitResult:
-        from raypipe.extrapolators.base import Nodes
-
         started, label = time.monotonic(), batch["label"]
         table = pa.table(
             {
@@ -198,13 +222,26 @@ class ScoreActor:
                 "label": pa.array(label, pa.int32(), mask=label < 0),
             }
         )
-        predicted = half_width = np.zeros(len(label), np.float32)
-        if len(label):
-            nodes = Nodes(batch["embedding"], label.astype(np.int64), batch["signals"])
-            predicted, difficulty = self._extrapolator.predict_with_difficulty(nodes)
-            half_width = self._intervals.half_width(difficulty, nodes.label)
-        write_scores(self._run, fragment, table, predicted, half_width, self._scores)
+        predicted, half_width = np.zeros(len(label), np.float32), np.zeros(len(label), np.float32)
+        for part, extrapolator in enumerate(self._extrapolators):
+            rows = np.flatnonzero(batch["part"] == part)
+            if len(rows):
+                predicted[rows], half_width[rows] = self._predict(extrapolator, batch, rows)
+        write_scores(
+            self._run, fragment, table, predicted, half_width, self._scores, self._equal_standing
+        )
         gpu_seconds = time.monotonic() - started if self._gpu else 0.0
         return UnitResult(
             fragment, len(label), cpu_seconds=self._watch.lap(), gpu_seconds=gpu_seconds
         )
+
+    def _predict(
+        self, extrapolator: Any, batch: Batch, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the predicted scores of some samples, and half the width of their intervals."""
+        from raypipe.extrapolators.base import Nodes
+
+        label = batch["label"][rows].astype(np.int64)
+        nodes = Nodes(batch["embedding"][rows], label, batch["signals"][rows])
+        predicted, difficulty = extrapolator.predict_with_difficulty(nodes)
+        return predicted, self._intervals.half_width(difficulty, label)
