@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
         "model": "small",
         "image_size": 8,
         "epochs": 4,
+        "parts": 1,
         "batch_size": 64,
         "checkpoints": 2,
         "crop_padding": 1,

@@ -1,9 +1,9 @@
 """How well the scores would agree with those of another training of all proxies.
 
-With cross-fitting (`raypipe.runs.cross_fit`), K proxies score each sample, trained on disjoint parts
-of the seed set from weights of their own. Two of them have no more in common than two trainings on
-two seed sets. So the mean rank correlation r of two proxies shows how well one proxy agrees with
-another training, and the Spearman-Brown formula how well the mean of K proxies does:
+With cross-fitting (`raypipe.runs.cross_fit`), K proxies score each sample. They were trained on
+disjoint parts of the seed set, from different weights. Two of them have no more in common than two
+trainings on two seed sets. So the mean rank correlation r of two proxies shows how well one proxy
+agrees with another training, and the Spearman-Brown formula how well the mean of K proxies does:
 
     stability = K r / (1 + (K - 1) r)
 

@@ -17,6 +17,11 @@ so up to twice as many. 1,000 to 10,000 samples give precise statistics (Wu and 
 2105.07576, section 3)."""
 
 
+LATE_SHARE = 0.8
+"""With cross-fitting, means over checkpoints begin after this share of the epochs: only a trained
+proxy shows how hard a sample is that it was not trained on."""
+
+
 class MosoSettings(Settings):
     """MoSo: alignment of a sample's gradient with the mean gradient."""
 
@@ -84,15 +89,27 @@ class DualSettings(Settings):
 class MeanSettings(Settings):
     """Mean over epochs of a statistic of the proxy's output."""
 
-    at: Literal["trajectory", "checkpoints"] = Field(
-        "trajectory",
-        description="trajectory: measure at every epoch of the training. checkpoints: measure at "
-        "the proxy's checkpoints, which also works on an audit set.",
+    at: Literal["trajectory", "checkpoints", "auto"] = Field(
+        "auto",
+        description="trajectory: measure at every epoch, by the proxy trained on the sample. "
+        "checkpoints: measure at the proxy's checkpoints, which also works on an audit set and "
+        "with proxy.cross_fit. auto: with proxy.cross_fit at the checkpoints of the last fifth of "
+        "the epochs, otherwise trajectory.",
     )
     first_epoch: int = Field(0, ge=0, description="First epoch of the mean, counted from 0.")
     last_epoch: Positive | None = Field(
         None, description="The mean ends before this epoch. null: at the end."
     )
+
+    def resolved(self, cross_fits: bool, epochs: int) -> MeanSettings:
+        """Return these settings with `at: auto` replaced by what it means."""
+        if self.at != "auto":
+            return self
+        if not cross_fits:
+            return self.model_copy(update={"at": "trajectory"})
+        late = {"first_epoch": int(LATE_SHARE * epochs), "last_epoch": None}
+        defaults = {name: late[name] for name in late.keys() - self.model_fields_set}
+        return self.model_copy(update={"at": "checkpoints", **defaults})
 
     def takes(self, epoch: int) -> bool:
         """Return whether an epoch, counted from 0, is in the mean."""
@@ -150,14 +167,14 @@ class MeasureSettings(PoolSettings):
     """Measure: the scores of every seed sample."""
 
     scores: tuple[ScoreName, ...] = Field(
-        ("moso",),
+        ("loss",),
         min_length=1,
         description="Scores to measure, all from one proxy training. `raypipe scores` lists them.",
     )
     recalibrate: bool = Field(
         True,
-        description="Re-estimate the BatchNorm statistics at every checkpoint before measuring, on "
-        "the seed set or about 10,000 samples of it. false: as published.",
+        description="Re-estimate the BatchNorm statistics at every checkpoint before measuring "
+        "gradients, on the seed set or about 10,000 samples of it. false: as published.",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
@@ -207,6 +224,42 @@ class MeasureSettings(PoolSettings):
             score
             for score in self.scores
             if score in ("moso", "grand") or self.options(score).get("at") == "checkpoints"
+        )
+
+    def resolved(self, cross_fits: bool, epochs: int) -> MeasureSettings:
+        """Return these settings with every `at: auto` replaced by what it means.
+
+        Parameters
+        ----------
+        cross_fits : bool
+            `proxy.cross_fits`.
+        epochs : int
+            `proxy.epochs`.
+        """
+        update = {
+            name: settings.resolved(cross_fits, epochs)
+            for name in type(self).model_fields
+            if isinstance(settings := getattr(self, name), MeanSettings)
+        }
+        return self.model_copy(update=update)
+
+    @property
+    def gradient_scores(self) -> tuple[str, ...]:
+        """Scores that are computed from gradients at checkpoints."""
+        return tuple(score for score in self.scores if score in ("moso", "grand"))
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether BatchNorm statistics are re-estimated: `recalibrate`, for gradients."""
+        return self.recalibrate and bool(self.gradient_scores)
+
+    def uses_epoch(self, epoch: int) -> bool:
+        """Return whether any score is measured at a checkpoint after an epoch, from 0."""
+        means = set(self.at_checkpoints) - set(self.gradient_scores)
+        return bool(self.gradient_scores) or any(
+            settings.takes(epoch)
+            for score in means
+            if isinstance(settings := self.settings_of(score), MeanSettings)
         )
 
     def settings_of(self, score: str) -> Settings:

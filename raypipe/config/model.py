@@ -56,6 +56,12 @@ class Config(Settings):
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
+    def _resolve_auto(self) -> Config:
+        measure = self.measure.resolved(self.proxy.cross_fits, self.proxy.epochs)
+        object.__setattr__(self, "measure", measure)  # settings are fixed, except in a validator
+        return self
+
+    @model_validator(mode="after")
     def _scores_fit(self) -> Config:
         extrapolated, measured = self.extrapolate.score, self.measure.scores
         if extrapolated != "auto" and extrapolated not in measured:

@@ -144,7 +144,7 @@ class ProxySettings(Settings):
         "parts.",
     )
     parts: Positive = Field(
-        1,
+        4,
         description="Number of proxies. Each is trained on its own random part of the seed set.",
     )
     cross_fit: bool | Literal["auto"] = Field(
@@ -179,8 +179,8 @@ class ProxySettings(Settings):
     def _cross_fit_possible(self) -> ProxySettings:
         if self.cross_fit is True and self.parts < MIN_CROSS_FIT_PARTS:
             raise ValueError(
-                f"cross_fit needs {MIN_CROSS_FIT_PARTS} parts or more: a proxy that embeds a sample "
-                "or scores what is extrapolated to it must not be trained on it"
+                f"cross_fit needs {MIN_CROSS_FIT_PARTS} parts or more: a proxy that embeds samples "
+                "or scores what is extrapolated to them must not be trained on them"
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from raypipe import storage
@@ -29,6 +30,29 @@ def measured_scores(run: Run, score: str, which: str) -> dict[str, float]:
                 zip(table["sample_id"].to_pylist(), table[score].to_pylist(), strict=True)
             )
     return result
+
+
+def scores_by_proxy(run: Run, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels and the scores by each proxy, of seed set and audit set.
+
+    Returns
+    -------
+    numpy.ndarray
+        Labels, int64 [n].
+    numpy.ndarray
+        Scores, float32 [n, proxies]; NaN for the proxy that was trained on the sample's part. There
+        are no rows if each sample was scored by one proxy only.
+    """
+    column, labels, values = BY_PROXY.format(score), [], []
+    for folder in MEASURED_FOLDERS.values():
+        for _, table in storage.iter_tables(run.path(folder)):
+            if column in table.column_names and len(table):
+                labels.append(table["label"].fill_null(-1).to_numpy().astype(np.int64))
+                flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                values.append(flat.reshape(len(table), -1))
+    if not values:
+        return np.zeros(0, np.int64), np.zeros((0, 1), np.float32)
+    return np.concatenate(labels), np.concatenate(values)
 
 
 def count_measured(run: Run) -> int:

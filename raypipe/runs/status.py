@@ -91,6 +91,7 @@ def describe_result(run: Run) -> Iterator[str]:
         yield f"fidelity    {fidelity_sentence(fidelity)}"
         if fidelity.get("judged_on") in ("audit", "rehearsal") and detail.get("fidelity_seed"):
             yield f"            {fidelity_sentence(detail['fidelity_seed'])}"
+        yield f"stability   {stability_sentence(detail.get('stability') or {})}"
         yield from _doubled(detail.get("learning_curve") or {}, "the seed set")
     total = sum(record.wall_seconds for record in records.values()) or 1.0
     parts = [
@@ -142,6 +143,19 @@ def fidelity_sentence(fidelity: dict[str, Any]) -> str:
     pearson = f", Pearson {fidelity['pearson']:.2f}" if fidelity.get("pearson") is not None else ""
     where = JUDGED_ON.get(fidelity.get("judged_on", ""), JUDGED_ON["seed"])
     return f"Spearman {spearman:.2f}{interval}{pearson}, on {fidelity.get('n_held', 0):,} {where}"
+
+
+def stability_sentence(stability: dict[str, Any]) -> str:
+    """Return the agreement to expect with another training, with its interval, as text."""
+    value, bounds = stability.get("value"), stability.get("interval")
+    if value is None:
+        return f"unknown: {stability.get('note') or 'not measured'}"
+    interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
+    within = " within classes" if stability.get("within_classes") else ""
+    return (
+        f"{value:.2f}{interval}: rank correlation{within} to expect with another training; "
+        f"{stability['proxies']} proxies scored each sample"
+    )
 
 
 def _doubled(curve: dict[str, Any], quantity: str) -> Iterator[str]:

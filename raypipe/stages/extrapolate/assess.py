@@ -22,7 +22,7 @@ import numpy as np
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.progress import ProgressCallback
-from raypipe.runs.measured_scores import count_measured, measured_scores
+from raypipe.runs.measured_scores import count_measured, measured_scores, scores_by_proxy
 from raypipe.runs.rehearsal import inner_run, read_rehearsal
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import PUBLISHED_SAMPLES
@@ -267,6 +267,7 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         fidelity_seed=figures["seed"],
         intervals=intervals.state(),
         search=storage.read_json(run.model_file)["search"],
+        stability=_stability(config, run),
     ).write(run)
 
 
@@ -293,7 +294,17 @@ def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
         | {"judged_on": "seed"},
         intervals=intervals.state(),
         search=storage.read_json(run.part_model_file(0))["search"],
+        stability=_stability(config, run),
     ).write(run)
+
+
+def _stability(config: Config, run: Run) -> dict[str, Any]:
+    """Return how well the proxies agree, as `Stability.as_dict` does."""
+    from raypipe.assessment.stability import stability
+
+    label, by_proxy = scores_by_proxy(run, config.score)
+    seed, within_classes = config.extrapolate.seed, config.select.within_classes
+    return stability(by_proxy, label, seed, within_classes).as_dict()
 
 
 def _deciding(judged: dict[str, Fidelity]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
@@ -35,6 +35,8 @@ class FidelityFile:
         State of the intervals (`raypipe.assessment.conformal.Conformal.state`).
     search : Json
         Kind and recall of the neighbour search, and notes on it.
+    stability : Json
+        Figures (`raypipe.assessment.stability.Stability.as_dict`); empty in older runs.
     """
 
     measured: int
@@ -43,12 +45,14 @@ class FidelityFile:
     fidelity_seed: Json
     intervals: Json
     search: Json
+    stability: Json = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: Run) -> FidelityFile:
         """Read the file of a run. Raises FileNotFoundError when the run has none."""
         data = storage.read_json(run.fidelity_file)
-        values = {field.name: data[field.name] for field in fields(cls)}
+        values = {item.name: data[item.name] for item in fields(cls) if item.name != "stability"}
+        values["stability"] = data.get("stability", {})
         return cls(**{**values, "keep": tuple(values["keep"])})
 
     def write(self, run: Run) -> None:

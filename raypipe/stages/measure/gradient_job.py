@@ -13,6 +13,7 @@ from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.distributed.context import Context
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import fingerprint
+from raypipe.runs.manifests import Checkpoint
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import shard_labels
@@ -48,7 +49,7 @@ class GradientFolders:
         mean = fingerprint(
             run.ledger()["proxy"].fingerprint,
             measure.moso.gradient,
-            measure.recalibrate,
+            measure.recalibrates,
             measure.precision,
         )
         values = fingerprint(
@@ -57,6 +58,7 @@ class GradientFolders:
             needs_self_term(config, proxy_parts(run)),
             measure.grand.gradient,
             *(["cross-fit"] if config.proxy.cross_fits else []),
+            *([] if measure.gradient_scores else [_epochs_used(config)]),
         )
         return cls(
             f"measured/calibrated-{mean}",
@@ -146,11 +148,20 @@ class GradientJob:
         import torch
 
         measure = self.config.measure
-        folder = self.folders.calibrated if measure.recalibrate else self.part.checkpoints
+        folder = self.folders.calibrated if measure.recalibrates else self.part.checkpoints
         model: ProxyNet = load_checkpoint(self.run, file, self.device, folder=folder)
         if measure.channels_last:
             return model
         return model.to(memory_format=torch.contiguous_format)
+
+
+def measured_checkpoints(config: Config, part: SeedPart) -> list[Checkpoint]:
+    """Return the checkpoints of a part's proxy that any score is measured at, in order."""
+    return [item for item in part.trained.checkpoints if config.measure.uses_epoch(item.epoch)]
+
+
+def _epochs_used(config: Config) -> list[int]:
+    return [epoch for epoch in config.proxy.checkpoint_epochs() if config.measure.uses_epoch(epoch)]
 
 
 def smallest_part(parts: Sequence[SeedPart]) -> int:

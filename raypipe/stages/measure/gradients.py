@@ -43,7 +43,7 @@ from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart, proxy_parts
 from raypipe.runs.unit_result import UnitResult
-from raypipe.stages.measure.gradient_job import GradientJob, needs_self_term
+from raypipe.stages.measure.gradient_job import GradientJob, measured_checkpoints, needs_self_term
 from raypipe.stages.measure.mean_gradient import write_mean_gradients
 from raypipe.stages.measure.recalibration import recalibrate_checkpoints
 
@@ -73,7 +73,7 @@ def _measure_part(
     pool = context.cluster.pool(config.measure)
     job = GradientJob.of(context, part, self_term)
     done = run.done(job.folders.checkpoints)
-    if config.measure.recalibrate:
+    if config.measure.recalibrates:
         record.cpu_seconds += recalibrate_checkpoints(job, pool)
     if "moso" in config.measure.scores:
         present = storage.names(run.path(job.folders.gradients))
@@ -145,7 +145,8 @@ class GradientActor:
         self._job, self._run, self._watch = job, job.run, Stopwatch()
         self._at_once = AdaptiveBatch(job.images_at_once)
         plan = ValuePlan.choose(job.config.measure, job.self_term)
-        self._checkpoints = [CheckpointValues(job, plan, file) for file in job.part.trained.files]
+        checkpoints = measured_checkpoints(job.config, job.part)
+        self._checkpoints = [CheckpointValues(job, plan, item.file) for item in checkpoints]
 
     def __call__(self, shard: str, batch: Batch) -> UnitResult:
         started = time.monotonic()

@@ -30,7 +30,12 @@ from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import shard_labels
 from raypipe.stages.base import Stage
 from raypipe.stages.measure.cross_fit import CommonScale, join_proxies
-from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term, smallest_part
+from raypipe.stages.measure.gradient_job import (
+    GradientFolders,
+    measured_checkpoints,
+    needs_self_term,
+    smallest_part,
+)
 from raypipe.stages.measure.gradients import measure_gradients, measure_shards
 from raypipe.stages.measure.moso import MosoTotals, checkpoint_column, read_shard_table
 from raypipe.stages.measure.outputs import OUTPUTS
@@ -247,9 +252,8 @@ def _mean(config: Config, part: SeedPart, values: np.ndarray, score: str) -> np.
     """
     settings = config.measure.settings_of(score)
     assert isinstance(settings, MeanSettings)
-    chosen = [
-        column for column, item in enumerate(part.trained.checkpoints) if settings.takes(item.epoch)
-    ]
+    measured = measured_checkpoints(config, part)
+    chosen = [column for column, item in enumerate(measured) if settings.takes(item.epoch)]
     return values[:, chosen].mean(1).astype(np.float32)
 
 

@@ -1,9 +1,10 @@
-"""The gate: refuse keep-lists when the fidelity of the scores is too low."""
+"""The gate: refuse keep-lists when the fidelity or the stability of the scores is too low."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raypipe.assessment.stability import Stability
 from raypipe.config import TrustSettings
 from raypipe.errors import TrustError
 from raypipe.runs.ledger import StageRecord
@@ -27,6 +28,8 @@ class ScoreFidelity:
         What the learning curve predicts that twice as many measured samples add.
     from_tables : bool
         Whether the scores were extrapolated from tables.
+    stability : Stability
+        How well another training would agree with the scores.
     """
 
     spearman: float | None
@@ -35,6 +38,7 @@ class ScoreFidelity:
     predicted: bool
     gain: float | None
     from_tables: bool
+    stability: Stability
 
     @classmethod
     def of(cls, record: StageRecord) -> ScoreFidelity:
@@ -50,6 +54,7 @@ class ScoreFidelity:
             predicted=record.samples > detail.get("measured", 0),
             gain=doubled.get("gain"),
             from_tables=bool(detail.get("tables")),
+            stability=Stability.from_dict(detail.get("stability") or {}),
         )
 
     @property
@@ -58,13 +63,32 @@ class ScoreFidelity:
         return self.interval[0] if self.interval else self.spearman
 
     def suffices(self, trust: TrustSettings) -> bool:
-        """Return whether keep-lists can be written. A threshold of -1 accepts every fidelity."""
+        """Return whether keep-lists can be written. A threshold of -1 accepts every value."""
+        return self._fidelity_suffices(trust) and self._stability_suffices(trust)
+
+    def _stability_suffices(self, trust: TrustSettings) -> bool:
+        """Return whether the stability is high enough. An unknown one is no reason to refuse."""
+        return (
+            self.stability.interval is None
+            or trust.min_stability == -1
+            or self.stability.interval[0] >= trust.min_stability
+        )
+
+    def _fidelity_suffices(self, trust: TrustSettings) -> bool:
         if not self.predicted or trust.min_spearman == -1:
             return True
         return self.lower_end is not None and self.lower_end >= trust.min_spearman
 
     def shortfall(self, trust: TrustSettings) -> str:
         """Describe what is wrong."""
+        if self._fidelity_suffices(trust):
+            low, high = self.stability.interval or (0.0, 0.0)
+            return (
+                "the scores of another training are expected to have a rank correlation of only "
+                f"{self.stability.value:.2f} with these (95 % interval {low:.2f} to "
+                f"{high:.2f}), and its lower end is below trust.min_stability "
+                f"({trust.min_stability:g})"
+            )
         if self.lower_end is None:
             return f"the fidelity of the predicted scores is not known ({self.note})"
         interval = ""
@@ -76,8 +100,14 @@ class ScoreFidelity:
             f"({trust.min_spearman:g})"
         )
 
-    def remedy(self) -> str:
+    def remedy(self, trust: TrustSettings) -> str:
         """Describe what the user can do."""
+        if self._fidelity_suffices(trust):
+            return (
+                "More proxies (proxy.parts), more epochs of each (proxy.epochs), a larger seed set "
+                "(seed.fraction) or another score (measure.scores: loss is the most stable) can "
+                "help. To write keep-lists anyway, use `raypipe select --force` or set select.force"
+            )
         add = f"is predicted to add {self.gain:.2f}" if self.gain is not None else ""
         if self.from_tables:
             gain = f" (twice as many {add})" if add else ""
@@ -97,7 +127,9 @@ def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[
     """Check the fidelity of the scores that keep-lists rest on.
 
     It suffices when every sample was measured, or when the lower end of its interval is at least
-    `trust.min_spearman`. With a threshold of -1, any fidelity suffices, even an unknown one.
+    `trust.min_spearman`. With a threshold of -1, any fidelity suffices, even an unknown one. The
+    stability, where it is known, suffices when the lower end of its interval is at least
+    `trust.min_stability`.
 
     Parameters
     ----------
@@ -121,10 +153,11 @@ def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[
     fidelity = ScoreFidelity.of(record)
     suffices = fidelity.suffices(trust)
     if not suffices and not force:
-        raise TrustError(f"no keep-lists: {fidelity.shortfall(trust)}. {fidelity.remedy()}")
+        raise TrustError(f"no keep-lists: {fidelity.shortfall(trust)}. {fidelity.remedy(trust)}")
     return {
         "spearman": _figure(fidelity.spearman),
         "spearman_low": _figure(fidelity.interval[0] if fidelity.interval else None),
+        "stability": _figure(fidelity.stability.value),
         "forced": "false" if suffices else "true",
     }
 
