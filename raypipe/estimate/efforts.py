@@ -80,7 +80,7 @@ def _training(work: Workload, machine: Machine) -> Effort:
 def _measuring(work: Workload, machine: Machine) -> Effort:
     config = work.config
     passes, audit_passes = _passes(config, work.seed)
-    checkpoints = len(config.proxy.checkpoint_epochs())
+    checkpoints = sum(map(config.measure.uses_epoch, config.proxy.checkpoint_epochs()))
     amount = checkpoints * (work.seed * passes + work.audit * audit_passes) * work.forward_macs
     overhead = (work.seed + work.audit) * rates.SAMPLE_SECONDS
     return _network(amount, overhead, config.measure.use_gpu, machine, work.seed_shards)
@@ -99,9 +99,24 @@ def _rehearsal(work: Workload, machine: Machine) -> Effort:
     return Effort(training.cpu + embedding.cpu, training.gpu + embedding.gpu, training.shared_by)
 
 
+def _proxies_of_sample(config: Config) -> int:
+    """Return how many proxies score a sample at checkpoints."""
+    return config.proxy.parts - 1 if config.proxy.cross_fits else 1
+
+
+def _embedding_passes(config: Config) -> float:
+    """Return the forward passes of a sample in the stage `embed`.
+
+    With cross-fitting, samples of part 0 pass through the proxy of their own part as well.
+    """
+    parts = config.proxy.parts
+    return _proxies_of_sample(config) + (1 / parts if config.proxy.cross_fits else 0.0)
+
+
 def _embedding(work: Workload, machine: Machine) -> Effort:
+    forward = _embedding_passes(work.config) * work.forward_macs
     return _network(
-        work.samples * (work.forward_macs + _label_feature_macs(work)),
+        work.samples * (forward + _label_feature_macs(work)),
         work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
         work.config.embed.use_gpu,
         machine,
@@ -155,7 +170,8 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     if not scores:
         return 0.0, 0.0
     moso, grand = "moso" in scores, "grand" in scores
-    norms = (moso and measure.moso.gradient == "all" and measure.moso.uses_self_term(seed)) or (
+    self_term = measure.moso.uses_self_term(seed) and not config.proxy.cross_fits
+    norms = (moso and measure.moso.gradient == "all" and self_term) or (
         grand and measure.grand.gradient == "all"
     )
     if norms:
@@ -169,8 +185,9 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     mean = (rates.MEAN_GRADIENT if measure.moso.gradient == "all" else 1.0) if moso else 0.0
     # an attack precedes each pass over the seed set
     attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0
-    recalibrated = measure.recalibrate / max(1, seed // config.proxy.parts // RECALIBRATED)
-    return each + mean + recalibrated + attack * (1 + moso + recalibrated), each + attack
+    recalibrated = measure.recalibrates / max(1, seed // config.proxy.parts // RECALIBRATED)
+    each = _proxies_of_sample(config) * (each + attack)
+    return each + mean + recalibrated + attack * (moso + recalibrated), each
 
 
 def _extrapolation(work: Workload, machine: Machine) -> Effort:
@@ -180,7 +197,10 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
     fold = (QUICK_FOLD if quick else 1.0) * (1 - settings.holdout)
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
-    cpu = fit * (1 + folds * fold + work.config.rehearses / 2) + rates.CURVE_SAMPLE * work.seed
+    fits = 1 + folds * fold + work.config.rehearses / 2
+    if work.config.proxy.cross_fits:
+        fits = work.config.proxy.parts * (QUICK_FOLD if settings.method == "gnn" else 1.0)
+    cpu = fit * fits + rates.CURVE_SAMPLE * work.seed
     gpu = 0.0
     if settings.method != "gnn-published":
         on_gpu = machine.uses_gpu(settings.use_gpu) and work.seed <= settings.exact_neighbours

@@ -49,11 +49,11 @@ def files_written(work: Workload) -> dict[str, int]:
         "label": shards * (1 + bool(work.audit)) + 4,
         "proxy": _proxy_files(work, parts),
         "measure": shards * (1 + bool(work.audit))
-        + parts * count * (mean_gradients + config.measure.recalibrate)
-        + shards * count,
+        + parts * count * (mean_gradients + config.measure.recalibrates)
+        + shards * parts,
         # images, scores and embeddings of each shard; the second proxy; manifest and classes
         "rehearse": 3 * shards + _proxy_files(work, parts) + 2,
-        "embed": work.fragments,
+        "embed": work.fragments * (1 + config.proxy.cross_fits),
         "extrapolate": work.fragments + 8,
         "select": len(config.select.keep),
         "report": 2,

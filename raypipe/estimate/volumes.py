@@ -44,7 +44,10 @@ def bytes_written(work: Workload) -> dict[str, int]:
     )
     image = 3 * proxy.image_size**2 + 40
     drawn = work.seed + work.audit
-    recalibrated = measure.recalibrate and bool(measure.at_checkpoints)
+    measured = sum(map(measure.uses_epoch, proxy.checkpoint_epochs()))
+    proxies = proxy.parts - 1 if proxy.cross_fits else 1
+    # samples of part 0 are embedded by a second proxy
+    embeddings = 1 + 1 / proxy.parts if proxy.cross_fits else 1.0
     feature = 4 if config.embed.dtype == "float32" else 2
     labeller = 4 * rates.PARAMETERS[_label_network(config)] + 60 * drawn
     rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
@@ -53,11 +56,12 @@ def bytes_written(work: Workload) -> dict[str, int]:
         "labels": config.unsupervised * labeller,
         "proxy": checkpoints + trajectory,
         "measured": (
-            checkpoints * (("moso" in measure.scores) + recalibrated)
-            + work.seed * (60 + 12 * count)
+            checkpoints * (("moso" in measure.scores) + measure.recalibrates)
+            + work.seed * (60 + 12 * measured * proxies)
         ),
         "rehearsal": config.rehearses * rehearsal,
         "embeddings": work.samples * (feature * width + 150),
+        "views": round((embeddings - 1) * work.samples * (feature * width + 60)),
         "extrapolator": 2 * work.seed * (4 * width + 100),
         "scores": work.samples * 30,
         "keep": round(sum(config.select.keep) * work.samples * 25),

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,10 @@ from raypipe.report.schema import ClassFigures, ClassShare, KeepListFigures
 from raypipe.report.score_scan import QUANTILES, ScoreScan
 from raypipe.report.text import label_name
 from raypipe.runs.run import Run
+from raypipe.sources.base import IdFilter
+
+MAX_LOOKED_UP = 1_000_000
+"""Samples of a list whose set is looked up; hashing more ids would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class KeepListScan:
         Infinite if it is empty.
     per_class
         int64 [C + 1]: its samples in each class; last, those without a label.
+    looked_up
+        Samples whose set was looked up: all, or the first `MAX_LOOKED_UP`.
+    in_sets
+        How many of these are in the seed set and in the audit set.
     """
 
     fraction: float
@@ -44,18 +53,35 @@ class KeepListScan:
     samples: int
     lowest_score: float
     per_class: np.ndarray
+    looked_up: int
+    in_sets: Mapping[str, int]
 
 
-def scan_keep_lists(run: Run, classes: int) -> list[KeepListScan]:
-    """Read every keep-list of the run, by rising keep fraction."""
+def scan_keep_lists(
+    run: Run, classes: int, sets: Mapping[str, IdFilter] = MappingProxyType({})
+) -> list[KeepListScan]:
+    """Read every keep-list of the run, by rising keep fraction.
+
+    Parameters
+    ----------
+    run
+        The run.
+    classes
+        Number of classes.
+    sets
+        Rules that tell from an id whether a sample is in a set, by name of the set.
+    """
     files = [file for file in storage.names(run.keep_folder) if file.endswith(".parquet")]
-    scans = [_scan_keep_list(run, file, classes) for file in files]
+    scans = [_scan_keep_list(run, file, classes, sets) for file in files]
     return sorted((scan for scan in scans if scan is not None), key=lambda scan: scan.fraction)
 
 
-def _scan_keep_list(run: Run, file: str, classes: int) -> KeepListScan | None:
+def _scan_keep_list(
+    run: Run, file: str, classes: int, sets: Mapping[str, IdFilter]
+) -> KeepListScan | None:
     """Return None for a Parquet file that is not a keep-list."""
     per_class, lowest, samples = np.zeros(classes + 1, np.int64), math.inf, 0
+    looked_up, in_sets = 0, dict.fromkeys(sets, 0)
     try:
         with storage.open_read(run.keep_list(file)) as handle:
             parquet = pq.ParquetFile(handle)
@@ -63,7 +89,13 @@ def _scan_keep_list(run: Run, file: str, classes: int) -> KeepListScan | None:
                 key.decode(): value.decode()
                 for key, value in (parquet.schema_arrow.metadata or {}).items()
             }
-            for batch in parquet.iter_batches(columns=["label", "score"]):
+            columns = ["label", "score", *(["sample_id"] if sets else [])]
+            for batch in parquet.iter_batches(columns=columns):
+                if sets and looked_up < MAX_LOOKED_UP:
+                    ids = batch["sample_id"].to_pylist()
+                    looked_up += len(ids)
+                    for name, rule in sets.items():
+                        in_sets[name] += sum(map(rule, ids))
                 label = batch["label"].fill_null(-1).to_numpy().astype(np.int64)
                 row_class = np.where((label < 0) | (label >= classes), classes, label)
                 per_class += np.bincount(row_class, minlength=classes + 1)
@@ -87,6 +119,8 @@ def _scan_keep_list(run: Run, file: str, classes: int) -> KeepListScan | None:
         samples,
         lowest,
         per_class,
+        looked_up,
+        in_sets,
     )
 
 

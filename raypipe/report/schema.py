@@ -115,6 +115,27 @@ class KeepListFigures(TypedDict):
     most_kept: NotRequired[ClassShare]
 
 
+class SetFigures(TypedDict):
+    """Share of a set that a keep-list holds, and the range that chance allows (99 %)."""
+
+    share: float
+    low: float
+    high: float
+    within_chance: bool
+
+
+class SetShares(TypedDict):
+    """Whether keep-lists hold the same share of the seed set, the audit set and the rest.
+
+    `samples` is by set, `lists` by file name and set. `sentence` names the lists whose shares
+    differ by more than chance; empty without any.
+    """
+
+    samples: dict[str, int]
+    lists: dict[str, dict[str, SetFigures]]
+    sentence: str
+
+
 class ClassName(TypedDict):
     """A class and its size; the label None stands for the unlabelled samples."""
 
@@ -312,11 +333,13 @@ class Summary(TypedDict):
     headline: Headline | None
     fidelity: Fidelity
     fidelity_seed: HeldOutFidelity | None
+    stability: dict[str, Any] | None
     learning_curve: dict[str, Any] | None
     neighbour_search: dict[str, Any] | None
     label_noise: dict[str, Any] | None
     scores: Scores
     keep: list[KeepListFigures]
+    sets: SetShares | None
     even_classes: float
     classes: list[ClassFigures]
     shown_classes: list[ShownClass]

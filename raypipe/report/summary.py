@@ -58,6 +58,7 @@ from raypipe.report.score_scan import (
     scan_scores,
     shown_classes,
 )
+from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, injected_noise, now
 from raypipe.runs.run import Run
@@ -124,7 +125,7 @@ def collect(run: Run) -> Findings:
     scan = scan_scores(run, len(names), config.report.images)
     fidelity = _fidelity(assessment, scan)
     embeddings = _scan_embeddings(run, config, scan, fidelity, noise)
-    keep_lists = scan_keep_lists(run, len(names))
+    keep_lists = scan_keep_lists(run, len(names), sample_sets(run, config))
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
     cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
     evaluation = read_evaluation(run, ledger.get("extrapolate"))
@@ -155,6 +156,7 @@ def collect(run: Run) -> Findings:
         "headline": leading,
         "fidelity": fidelity,
         "fidelity_seed": _seed_fidelity(assessment),
+        "stability": assessment.get("stability") or None,
         "learning_curve": _learning_curve(assessment),
         "neighbour_search": _neighbour_search(assessment),
         "label_noise": (
@@ -164,6 +166,7 @@ def collect(run: Run) -> Findings:
         ),
         "scores": _scores(scan),
         "keep": keep,
+        "sets": set_share_figures(run, scan.samples, keep_lists),
         "even_classes": even_classes(scan.class_samples),
         "classes": class_figures(names, scan, keep_lists),
         "shown_classes": [_shown_class(names, scan, label) for label in _listed_classes(scan)],
@@ -311,8 +314,11 @@ def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan) -> Fidelity:
     """Return the fidelity to go by, with a verdict."""
     held_out = _held_out_fidelity(assessment.get("fidelity"))
     method = assessment.get("method")
-    verdict, sentence = text.fidelity_verdict(
-        {**held_out, "method": method}, scan.samples - scan.measured if scan.samples else None
+    stability = assessment.get("stability") or {}
+    verdict, sentence = text.trust_verdict(
+        {**held_out, "method": method},
+        stability,
+        scan.samples - scan.measured if scan.samples else None,
     )
     return {
         **held_out,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.config.choices import STRATEGY_TEXTS
-from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, Trained
+from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, SetFigures, Trained
 from raypipe.text import JUDGED_ON, counted, mean_and_margin, plural
 
 SPACE = "\u202f"
@@ -18,7 +18,7 @@ VERDICTS = (
     (
         0.8,
         "strong",
-        "You can trust the order of the extrapolated scores almost like that of measured ones.",
+        "You can trust the order of the scores: another training would hardly change it.",
     ),
     (
         0.5,
@@ -34,6 +34,8 @@ VERDICTS = (
     (-math.inf, "weak", "Do not prune by these scores."),
 )
 """Least Spearman correlation, its name, and how far to trust the scores."""
+BEST_UNSTABLE = 0.79
+"""Correlation that counts at most where the stability is unknown: not strong."""
 
 
 def count(value: float | None) -> str:
@@ -185,6 +187,26 @@ def judged_samples(fidelity: Mapping[str, Any]) -> str:
     return f"{count(held_out)} {kind}" if held_out else kind
 
 
+def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]]) -> str:
+    """Return which lists hold more of a set than chance allows; empty if none does."""
+    uneven = [
+        (file, sets)
+        for file, sets in lists.items()
+        if not all(figures["within_chance"] for figures in sets.values())
+    ]
+    if not uneven:
+        return ""
+    file, sets = max(
+        uneven, key=lambda item: abs(item[1]["seed"]["share"] - item[1]["rest"]["share"])
+    )
+    seed, audit, rest = (share(sets[name]["share"], 0) for name in ("seed", "audit", "rest"))
+    return (
+        f"{len(uneven)} of {counted(len(lists), 'keep-list')} treat measured samples differently: "
+        f"{file} holds {seed} of the seed set, {audit} of the audit set and {rest} of the rest, "
+        "which chance does not explain. Set proxy.parts to 4 for cross-fitting."
+    )
+
+
 def larger_seed_set(curve: Mapping[str, Any]) -> str:
     """Return a sentence about what doubling the seed set is predicted to gain."""
     doubled = curve["doubled"]
@@ -250,17 +272,24 @@ def _trained(trained: Trained) -> str:
     )
 
 
-def fidelity_verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> tuple[str, str]:
-    """Return a one-word verdict, and sentences on how far to trust the extrapolated scores.
+def trust_verdict(
+    fidelity: Mapping[str, Any], stability: Mapping[str, Any], extrapolated: int | None
+) -> tuple[str, str]:
+    """Return a one-word verdict, and sentences on how far to trust the scores.
+
+    The verdict is that of the lower of fidelity and stability. Without a known stability, it is
+    "good" at best: a score that another training may not agree with is never called strong.
 
     Parameters
     ----------
     fidelity
         The section `fidelity` of `summary.json`, as far as it is known.
+    stability
+        The section `stability`, see `raypipe.assessment.stability.Stability`; may be empty.
     extrapolated
         Samples whose score was extrapolated; None if that is not known.
     """
-    spearman = fidelity.get("spearman")
+    spearman, stable = fidelity.get("spearman"), stability.get("value")
     if extrapolated == 0:
         return "measured", "Every sample was measured; nothing had to be extrapolated."
     if spearman is None:
@@ -269,23 +298,37 @@ def fidelity_verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> t
             "The fidelity of the extrapolated scores is not known. Do not prune by them until it "
             "is.",
         )
-    name, advice = next(
-        (name, advice) for smallest, name, advice in VERDICTS if spearman >= smallest
-    )
+    lowest = min(spearman, stable) if stable is not None else min(spearman, BEST_UNSTABLE)
+    name, advice = next((name, advice) for smallest, name, advice in VERDICTS if lowest >= smallest)
     low, high = fidelity.get("spearman_low"), fidelity.get("spearman_high")
-    interval = (
-        f", 95{SPACE}% interval {fixed(low)} to {fixed(high)}"
-        if low is not None and high is not None
-        else ""
-    )
     sentence = (
-        f"Fidelity is {name}: on {judged_samples(fidelity)}, extrapolated and measured scores have "
-        f"a Spearman correlation of {fixed(spearman)}{interval}. {advice}"
+        f"Trust in these scores is {name}. Fidelity {fixed(spearman)}{_interval(low, high)}: the "
+        "Spearman correlation of extrapolated and measured scores on "
+        f"{judged_samples(fidelity)}. {_stability(stability)} {advice}"
     )
     rival = _best_baseline(fidelity)
     if rival is not None and rival[0] >= spearman:
         sentence += f" The simpler baseline “{rival[1]}” does as well here ({fixed(rival[0])})."
     return name, sentence
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return ""
+    return f" (95{SPACE}% interval {fixed(low)} to {fixed(high)})"
+
+
+def _stability(stability: Mapping[str, Any]) -> str:
+    value = stability.get("value")
+    if value is None:
+        reason = stability.get("note") or "it was not measured"
+        return f"Stability is unknown: {reason}."
+    within = " within classes" if stability.get("within_classes") else ""
+    low, high = stability.get("interval") or (None, None)
+    return (
+        f"Stability {fixed(value)}{_interval(low, high)}: the correlation{within} to expect with "
+        "the scores of another training."
+    )
 
 
 def _best_baseline(fidelity: Mapping[str, Any]) -> tuple[float, str] | None:

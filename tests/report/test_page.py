@@ -98,7 +98,8 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
     page, elements = built(run)
     text = " ".join(elements.text.split()).replace("\u202f", " ")
     assert "Keep 50 %: 100 of 199 samples" in text
-    assert "Fidelity is good: on 10 seed samples held out of the fit" in text
+    assert "Trust in these scores is good. Fidelity" in text
+    assert "measured scores on 10 seed samples held out of the fit" in text
     for title in (
         "Training on it for the same number of epochs takes 50 % fewer steps, "
         "and so costs about 50 % less.",

@@ -12,7 +12,7 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import summarize
 from raypipe.report.summary import clean
-from raypipe.report.text import fidelity_verdict, number, seconds, setting, share
+from raypipe.report.text import number, seconds, setting, share, trust_verdict
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 
@@ -280,29 +280,39 @@ def test_without_a_run_there_is_an_error_that_names_the_place(tmp_path: Any) -> 
     ],
 )
 def test_verdicts(spearman: float, verdict: str) -> None:
-    name, text = fidelity_verdict({"spearman": spearman, "n_held": 40}, 100)
+    name, text = trust_verdict({"spearman": spearman, "n_held": 40}, {"value": 1.0}, 100)
     assert name == verdict
-    assert text.startswith(f"Fidelity is {verdict}: on 40 seed samples held out of the fit")
+    assert text.startswith(f"Trust in these scores is {verdict}. Fidelity ")
+    assert "measured scores on 40 seed samples held out of the fit" in text
     assert ("Do not prune" in text) == (verdict == "weak")
+
+
+def test_no_score_is_strong_that_another_training_may_not_agree_with() -> None:
+    assert trust_verdict({"spearman": 0.95}, {"value": 0.85}, 100)[0] == "strong"
+    assert trust_verdict({"spearman": 0.95}, {"value": 0.6}, 100)[0] == "good"
+    assert trust_verdict({"spearman": 0.95}, {"value": 0.1}, 100)[0] == "weak"
+    name, text = trust_verdict({"spearman": 0.95}, {"note": "only one proxy"}, 100)
+    assert name == "good"
+    assert "Stability is unknown: only one proxy." in text
 
 
 def test_a_baseline_that_does_as_well_is_named() -> None:
     rivals = {"knn": {"spearman": 0.75}, "random": {"spearman": None}}
     assert (
         "“knn” does as well here (0.75)"
-        in fidelity_verdict({"spearman": 0.7, "baselines": rivals}, 10)[1]
+        in trust_verdict({"spearman": 0.7, "baselines": rivals}, {}, 10)[1]
     )
-    assert "does as well" not in fidelity_verdict({"spearman": 0.8, "baselines": rivals}, 10)[1]
+    assert "does as well" not in trust_verdict({"spearman": 0.8, "baselines": rivals}, {}, 10)[1]
     itself = {
         "spearman": 0.7,
         "method": "knn-published",
         "baselines": {"knn_published": {"spearman": 0.7}},
     }
-    assert "does as well" not in fidelity_verdict(itself, 10)[1]
+    assert "does as well" not in trust_verdict(itself, {}, 10)[1]
 
 
 def test_a_fully_measured_source_needs_no_fidelity() -> None:
-    assert fidelity_verdict({"spearman": 0.1}, 0)[0] == "measured"
+    assert trust_verdict({"spearman": 0.1}, {}, 0)[0] == "measured"
 
 
 def test_words() -> None:

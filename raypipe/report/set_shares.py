@@ -1,0 +1,61 @@
+"""Shares of the seed set, the audit set and the rest that each keep-list holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from raypipe.assessment.membership import set_shares
+from raypipe.config import Config
+from raypipe.report.keep_lists import KeepListScan
+from raypipe.report.schema import SetFigures, SetShares
+from raypipe.report.text import uneven_sets
+from raypipe.runs.manifests import SeedManifest
+from raypipe.runs.run import Run
+from raypipe.sources.base import IdFilter
+from raypipe.sources.id_sampling import audit_rule, in_sample
+
+
+def sample_sets(run: Run, config: Config) -> dict[str, IdFilter]:
+    """Return the rules of the seed set and of the audit set; empty before they are drawn."""
+    try:
+        manifest = SeedManifest.read(run)
+    except FileNotFoundError:
+        return {}
+    return {
+        "seed": in_sample(config.seed.fraction, config.seed.seed),
+        "audit": audit_rule(config.seed, manifest.audit_fraction),
+    }
+
+
+def set_share_figures(
+    run: Run, samples: int, keep_lists: Sequence[KeepListScan]
+) -> SetShares | None:
+    """Return the shares of the sets in every list.
+
+    Of a list with more than `MAX_LOOKED_UP` samples, only these were looked up, and their counts
+    are scaled up. Returns None without a seed set, lists, or other samples.
+    """
+    try:
+        manifest = SeedManifest.read(run)
+    except FileNotFoundError:
+        return None
+    rest = samples - manifest.samples - manifest.audit_samples
+    if rest <= 0 or not keep_lists:
+        return None
+    sizes = {"seed": manifest.samples, "audit": manifest.audit_samples, "rest": rest}
+    lists = {item.file: _of_list(sizes, item) for item in keep_lists if item.looked_up}
+    return {"samples": sizes, "lists": lists, "sentence": uneven_sets(lists)}
+
+
+def _of_list(sizes: Mapping[str, int], item: KeepListScan) -> dict[str, SetFigures]:
+    kept = {**item.in_sets, "rest": item.looked_up - sum(item.in_sets.values())}
+    scale = item.samples / item.looked_up
+    return {
+        name: {
+            "share": scale * share.share,
+            "low": scale * share.low / share.samples if share.samples else 0.0,
+            "high": scale * share.high / share.samples if share.samples else 0.0,
+            "within_chance": share.within_chance,
+        }
+        for name, share in set_shares(sizes, kept).items()
+    }
