@@ -8,6 +8,7 @@ from typing import Any
 JUDGED_ON = {
     "audit": "audit samples outside the seed set",
     "rehearsal": "seed samples that a second proxy was not trained on",
+    "direct": "samples",
     "cross-fit": "measured samples that nothing was fitted to",
     "seed": "seed samples held out of the fit",
     "scored": "scored samples held out of the fit",

@@ -17,11 +17,6 @@ so up to twice as many. 1,000 to 10,000 samples give precise statistics (Wu and 
 2105.07576, section 3)."""
 
 
-LATE_SHARE = 0.8
-"""With cross-fitting, means over checkpoints begin after this share of the epochs: only a trained
-proxy shows how hard a sample is that it was not trained on."""
-
-
 class MosoSettings(Settings):
     """MoSo: alignment of a sample's gradient with the mean gradient."""
 
@@ -89,27 +84,23 @@ class DualSettings(Settings):
 class MeanSettings(Settings):
     """Mean over epochs of a statistic of the proxy's output."""
 
-    at: Literal["trajectory", "checkpoints", "auto"] = Field(
+    at: Literal["embeddings", "checkpoints", "trajectory", "auto"] = Field(
         "auto",
-        description="trajectory: measure at every epoch, by the proxy trained on the sample. "
-        "checkpoints: measure at the proxy's checkpoints, which also works on an audit set and "
-        "with proxy.cross_fit. auto: with proxy.cross_fit at the checkpoints of the last fifth of "
-        "the epochs, otherwise trajectory.",
+        description="embeddings: of a linear probe on the embeddings of all samples, for every "
+        "sample; needs proxy.cross_fit. checkpoints: of the proxy at its checkpoints, which also "
+        "works on an audit set. trajectory: of the proxy at every epoch, while it is trained on "
+        "the sample. auto: embeddings with proxy.cross_fit, otherwise trajectory.",
     )
     first_epoch: int = Field(0, ge=0, description="First epoch of the mean, counted from 0.")
     last_epoch: Positive | None = Field(
         None, description="The mean ends before this epoch. null: at the end."
     )
 
-    def resolved(self, cross_fits: bool, epochs: int) -> MeanSettings:
+    def resolved(self, cross_fits: bool) -> MeanSettings:
         """Return these settings with `at: auto` replaced by what it means."""
         if self.at != "auto":
             return self
-        if not cross_fits:
-            return self.model_copy(update={"at": "trajectory"})
-        late = {"first_epoch": int(LATE_SHARE * epochs), "last_epoch": None}
-        defaults = {name: late[name] for name in late.keys() - self.model_fields_set}
-        return self.model_copy(update={"at": "checkpoints", **defaults})
+        return self.model_copy(update={"at": "embeddings" if cross_fits else "trajectory"})
 
     def takes(self, epoch: int) -> bool:
         """Return whether an epoch, counted from 0, is in the mean."""
@@ -216,32 +207,34 @@ class MeasureSettings(PoolSettings):
 
     @property
     def at_checkpoints(self) -> tuple[str, ...]:
-        """Scores that are measured at checkpoints, which is possible for any sample.
-
-        All other scores follow the training of a sample, and exist for seed samples only.
-        """
+        """Scores that are measured at checkpoints, which is possible for any sample."""
         return tuple(
             score
             for score in self.scores
             if score in ("moso", "grand") or self.options(score).get("at") == "checkpoints"
         )
 
-    def resolved(self, cross_fits: bool, epochs: int) -> MeasureSettings:
-        """Return these settings with every `at: auto` replaced by what it means.
-
-        Parameters
-        ----------
-        cross_fits : bool
-            `proxy.cross_fits`.
-        epochs : int
-            `proxy.epochs`.
-        """
+    def resolved(self, cross_fits: bool) -> MeasureSettings:
+        """Return these settings with every `at: auto` replaced; `cross_fits`: see the proxy."""
         update = {
-            name: settings.resolved(cross_fits, epochs)
+            name: settings.resolved(cross_fits)
             for name in type(self).model_fields
             if isinstance(settings := getattr(self, name), MeanSettings)
         }
         return self.model_copy(update=update)
+
+    @property
+    def from_embeddings(self) -> tuple[str, ...]:
+        """Scores of a linear probe, which every sample has: nothing is extrapolated."""
+        return tuple(
+            score for score in self.scores if self.options(score).get("at") == "embeddings"
+        )
+
+    @property
+    def from_trajectory(self) -> tuple[str, ...]:
+        """Scores that follow the training of a sample, and exist for seed samples only."""
+        others = {*self.at_checkpoints, *self.from_embeddings}
+        return tuple(score for score in self.scores if score not in others)
 
     @property
     def gradient_scores(self) -> tuple[str, ...]:

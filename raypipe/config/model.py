@@ -57,7 +57,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _resolve_auto(self) -> Config:
-        measure = self.measure.resolved(self.proxy.cross_fits, self.proxy.epochs)
+        measure = self.measure.resolved(self.proxy.cross_fits)
         object.__setattr__(self, "measure", measure)  # settings are fixed, except in a validator
         return self
 
@@ -69,11 +69,16 @@ class Config(Settings):
                 f"extrapolate.score: {extrapolated!r} is not one of measure.scores "
                 f"({', '.join(measured)})"
             )
-        from_trajectory = sorted(set(measured) - set(self.measure.at_checkpoints))
+        from_trajectory = sorted(self.measure.from_trajectory)
         if self.proxy.trajectory == "none" and from_trajectory:
             raise ValueError(
                 f"proxy.trajectory: {', '.join(from_trajectory)} cannot be computed without a "
                 "trajectory; set it to train or eval"
+            )
+        if self.measure.from_embeddings and not self.proxy.cross_fits:
+            raise ValueError(
+                f"measure.{self.measure.from_embeddings[0]}.at: embeddings needs proxies that were "
+                "not trained on a sample; set proxy.parts to 3 or more, or at to trajectory"
             )
         epochs = self.proxy.checkpoint_epochs()
         for score in self.measure.at_checkpoints:
@@ -125,6 +130,11 @@ class Config(Settings):
         )
 
     @property
+    def scores_embeddings(self) -> bool:
+        """Whether the score is that of a linear probe, which every sample has."""
+        return self.score in self.measure.from_embeddings
+
+    @property
     def rehearses(self) -> bool:
         """Whether a second proxy is trained, to learn how scores of unseen samples differ."""
         setting = self.extrapolate.rehearsal
@@ -133,6 +143,8 @@ class Config(Settings):
     @property
     def _nothing_to_rehearse(self) -> str:
         """Why a rehearsal is of no use; "" if it is."""
+        if self.score in self.measure.from_embeddings:
+            return f"{self.score} is computed for every sample"
         if self.score in self.measure.at_checkpoints:
             return f"{self.score} is measured at checkpoints, also on an audit set"
         if self.extrapolate.method != "gnn":

@@ -144,7 +144,7 @@ class ProxySettings(Settings):
         "parts.",
     )
     parts: Positive = Field(
-        4,
+        3,
         description="Number of proxies. Each is trained on its own random part of the seed set.",
     )
     cross_fit: bool | Literal["auto"] = Field(

@@ -291,7 +291,7 @@ def trust_verdict(
     """
     spearman, stable = fidelity.get("spearman"), stability.get("value")
     if extrapolated == 0:
-        return "measured", "Every sample was measured; nothing had to be extrapolated."
+        return _verdict_of_measured(stability)
     if spearman is None:
         return (
             "unknown",
@@ -310,6 +310,18 @@ def trust_verdict(
     if rival is not None and rival[0] >= spearman:
         sentence += f" The simpler baseline “{rival[1]}” does as well here ({fixed(rival[0])})."
     return name, sentence
+
+
+def _verdict_of_measured(stability: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the verdict where every sample has a measured score: the stability decides."""
+    measured, value = (
+        "Every sample was scored directly; nothing had to be extrapolated.",
+        stability.get("value"),
+    )
+    if value is None:
+        return "measured", f"{measured} {_stability(stability)}"
+    name, advice = next((name, advice) for smallest, name, advice in VERDICTS if value >= smallest)
+    return name, f"Trust in these scores is {name}. {measured} {_stability(stability)} {advice}"
 
 
 def _interval(low: float | None, high: float | None) -> str:

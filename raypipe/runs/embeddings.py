@@ -6,18 +6,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raypipe import storage
+from raypipe.config import SeedSettings
 from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.runs.run import Run
+from raypipe.sources.base import IdFilter
+from raypipe.sources.id_sampling import in_sample
 
 if TYPE_CHECKING:
     from raypipe.extrapolators.base import Nodes
 
-SPECIAL_ROWS = {"seed": "raypipe.seed_rows", "audit": "raypipe.audit_rows"}
+SPECIAL_ROWS = {
+    "seed": "raypipe.seed_rows",
+    "audit": "raypipe.audit_rows",
+    "probe": "raypipe.probe_rows",
+}
 """Sets whose samples come first in a fragment's file, in this order, each set in a row group of its
-own; and the metadata key of their number."""
+own; and the metadata key of their number. A sample is in the first of its sets."""
+PROBE_FRACTION = "raypipe.probe_fraction"
+"""Metadata key of the share of all samples that linear probes are fitted to."""
+
+
+def probe_rule(seed: SeedSettings, fraction: float) -> IdFilter:
+    """Return the rule that draws the samples of linear probes, whether in the seed set or not."""
+    return in_sample(fraction, seed.seed, b"probe")
 
 
 def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None:
@@ -27,31 +42,51 @@ def read_special_rows(run: Run, fragment_id: str, which: str) -> pa.Table | None
     """
     with storage.open_read(run.embedding_shard(fragment_id)) as file:
         parquet = pq.ParquetFile(file)
-        counts = {
-            name: int(parquet.schema_arrow.metadata[key.encode()])
-            for name, key in SPECIAL_ROWS.items()
-        }
-        if not counts[which]:
-            return None
-        # a row group without rows is not written
-        return parquet.read_row_group(1 if which == "audit" and counts["seed"] else 0)
+        present = _special_groups(parquet)
+        return parquet.read_row_group(present.index(which)) if which in present else None
 
 
-def in_second_view(table: pa.Table, views: pa.Table) -> pa.Table:
-    """Return the samples that have a second embedding, with it in place of the first.
+def read_probe_rows(run: Run, fragment_id: str, seed: SeedSettings) -> pa.Table:
+    """Read only the embeddings of a fragment that linear probes are fitted to."""
+    with storage.open_read(run.embedding_shard(fragment_id)) as file:
+        parquet = pq.ParquetFile(file)
+        table = parquet.read_row_groups(list(range(len(_special_groups(parquet)))))
+        rule = probe_rule(seed, float(parquet.schema_arrow.metadata[PROBE_FRACTION.encode()]))
+    drawn = [rule(sample_id) for sample_id in table["sample_id"].to_pylist()]
+    return table.filter(pa.array(drawn, pa.bool_())).replace_schema_metadata(None)
+
+
+def _special_groups(parquet: pq.ParquetFile) -> list[str]:
+    """Return the sets that have a row group, in order; one without rows is not written."""
+    metadata = parquet.schema_arrow.metadata
+    return [name for name, key in SPECIAL_ROWS.items() if int(metadata.get(key.encode(), b"0"))]
+
+
+def as_seen_by(run: Run, fragment_id: str, table: pa.Table, proxy: int) -> pa.Table:
+    """Return the samples that a proxy embeds, with its embeddings.
 
     Parameters
     ----------
+    run
+        The run.
+    fragment_id
+        A fragment.
     table
-        Rows of a fragment's embeddings.
-    views
-        The fragment's second embeddings, see `raypipe.runs.cross_fit`.
+        Rows of its embeddings, which are those by proxy 0.
+    proxy
+        Number of the proxy, see `raypipe.runs.cross_fit.VIEWERS`.
     """
+    if proxy == 0:
+        return table
+    views = storage.read_table(run.view_shard(fragment_id))
+    views = views.filter(pc.equal(views["proxy"], proxy))
     row = {sample_id: index for index, sample_id in enumerate(views["sample_id"].to_pylist())}
     rows = [row.get(sample_id, -1) for sample_id in table["sample_id"].to_pylist()]
     table = table.filter(pa.array([index >= 0 for index in rows], pa.bool_()))
-    second = views["embedding"].take(pa.array([index for index in rows if index >= 0], pa.int64()))
-    return table.set_column(table.column_names.index("embedding"), "embedding", second)
+    embedding = views["embedding"].take(
+        pa.array([index for index in rows if index >= 0], pa.int64())
+    )
+    return table.set_column(table.column_names.index("embedding"), "embedding", embedding)
 
 
 COLUMNS = ["sample_id", "label", "embedding", *PROXY_STATISTICS]

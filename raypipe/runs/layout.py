@@ -149,6 +149,11 @@ class Layout:
         return self.path("extrapolator", f"model-{part}.safetensors")
 
     @property
+    def probe_weights(self) -> str:
+        """Linear probes on the embeddings of each viewer."""
+        return self.path("extrapolator", "probe.safetensors")
+
+    @property
     def transfer_weights(self) -> str:
         """The map that a rehearsal learned."""
         return self.path("extrapolator", "transfer.safetensors")

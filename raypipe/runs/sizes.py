@@ -22,3 +22,11 @@ A worker reads a whole index file to find the members of its fragment.
 
 PUBLISHED_SAMPLES = 10_000
 """Largest source in which `extrapolate.judge_published: auto` also judges gnn-published."""
+
+MIN_PROBE_SAMPLES, MAX_PROBE_SAMPLES = 100_000, 500_000
+"""Bounds of `probe_samples`. One task holds the embeddings of these samples by one proxy."""
+
+
+def probe_samples(classes: int) -> int:
+    """Return the number of samples that linear probes are fitted to, of a source that has more."""
+    return min(MAX_PROBE_SAMPLES, max(MIN_PROBE_SAMPLES, 200 * classes))

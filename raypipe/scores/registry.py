@@ -181,7 +181,7 @@ def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
 
 def check_scores(config: Config) -> None:
     """Raise ConfigError if a score needs more epochs than the proxy will be trained for."""
-    for name in sorted(set(config.measure.scores) - set(config.measure.at_checkpoints)):
+    for name in sorted(config.measure.from_trajectory):
         try:
             check_epochs(name, config.proxy.epochs, config.measure.trajectory_options(name))
         except ScoreError as error:

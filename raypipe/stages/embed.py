@@ -11,9 +11,9 @@ pseudo-label from the network and the clusters of the stage `label`. The logits 
 many classes they would be larger than the embedding.
 
 With cross-fitting (`proxy.cross_fit`), a sample passes through all proxies that were not trained on
-its part, and its statistics are means over these (`raypipe.runs.cross_fit`). All embeddings are
-those of proxy 0. Some samples are embedded by proxy 1 as well, in `views/<fragment>.parquet`:
-sample_id, label, embedding.
+its part, and its statistics are means over these (`raypipe.runs.cross_fit`). The embedding is that
+of proxy 0. Those by other viewers are in `views/<fragment>.parquet`: sample_id, proxy (its number),
+embedding; a row group for each proxy.
 
 With several proxies but no cross-fitting, all samples pass through the proxy of part 0, since
 distances between embeddings mean something in one space only. Of the seed set, that proxy was
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,9 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.cross_fit import CrossFit
+from raypipe.runs.cross_fit import VIEWERS, CrossFit
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.embeddings import SPECIAL_ROWS
+from raypipe.runs.embeddings import PROBE_FRACTION, SPECIAL_ROWS, probe_rule
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import proxy_parts
@@ -49,11 +49,12 @@ from raypipe.runs.pseudo_labels import load_labeller
 from raypipe.runs.rejects import RejectCounter, hash_order, summarize_rejects, write_rejects
 from raypipe.runs.run import Run
 from raypipe.runs.shards import count_rows, remove_stale
+from raypipe.runs.sizes import probe_samples
 from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.base import Stage
-from raypipe.vision.cross_fit_forward import CrossFitOutputs, cross_fit_forward
+from raypipe.vision.cross_fit_forward import CrossFitOutputs, View, cross_fit_forward
 from raypipe.vision.decode import decode_batch
 
 if TYPE_CHECKING:
@@ -137,6 +138,9 @@ def _embed_missing(
     tally = RejectCounter(config.source.max_reject_fraction, samples)
     _tally_done(run, done, tally)
     tally.check()
+    probe_fraction = 0.0
+    if config.proxy.cross_fits:
+        probe_fraction = min(1.0, probe_samples(len(run.classes().names)) / max(1, samples))
     gpu_decoding = pool.num_gpus > 0 and config.embed.decode != "cpu"
     with context.progress.meter("embed", samples) as meter:
         meter.already(sum(fragment.samples for fragment in done))
@@ -152,7 +156,9 @@ def _embed_missing(
         stream(
             hash_order(missing, lambda fragment: fragment.fragment_id),
             functools.partial(_read, config, run.uri, gpu_decoding),
-            functools.partial(EmbedActor, WorkerContext.of(context, pool), gpu_decoding),
+            functools.partial(
+                EmbedActor, WorkerContext.of(context, pool), gpu_decoding, probe_fraction
+            ),
             pool,
             config.cluster.patience_seconds,
             collect,
@@ -226,7 +232,9 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
 class EmbedActor:
     """Runs the last checkpoints of the proxies over whole fragments; writes their files."""
 
-    def __init__(self, worker: WorkerContext, gpu_decoding: bool = False) -> None:
+    def __init__(
+        self, worker: WorkerContext, gpu_decoding: bool = False, probe_fraction: float = 0.0
+    ) -> None:
         from raypipe.vision.devices import AdaptiveBatch, set_threads
 
         set_threads(worker.threads)
@@ -244,7 +252,9 @@ class EmbedActor:
         self._rules = {
             "seed": in_sample(seed.fraction, seed.seed),
             "audit": audit_rule(seed, SeedManifest.read(self._run).audit_fraction),
+            "probe": probe_rule(seed, probe_fraction),
         }
+        self._probe_fraction = probe_fraction
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
         if gpu_decoding:
             from raypipe.vision.gpu_decode import check_gpu_decoding
@@ -274,10 +284,7 @@ class EmbedActor:
         if rejects:
             write_rejects(self._run, fragment, rejects)
         if second is not None:
-            usable = finite[second.second_rows]
-            rows, embedding = second.second_rows[usable], second.second_embedding[usable]
-            table = self._table(ids[rows], labels[rows], embedding, {})
-            storage.write_table(self._run.view_shard(fragment), table, dictionary=False)
+            self._write_views(fragment, ids, finite, second.views)
         self._write(
             fragment,
             ids[finite],
@@ -322,15 +329,32 @@ class EmbedActor:
     ) -> CrossFitOutputs:
         """Return what the proxies say of images that they were not trained on."""
         part = cross_fit.part_of(ids.tolist())
-        scored = np.array(
-            [any(rule(sample_id) for rule in self._rules.values()) for sample_id in ids], bool
-        )
         return cross_fit_forward(
             lambda proxy, rows: self._forward(proxy, images[rows], labels[rows], True),
             part,
-            cross_fit.in_second_view(part, scored),
+            {proxy: cross_fit.is_viewed(part, proxy) for proxy in VIEWERS[1:]},
             cross_fit.parts,
         )
+
+    def _write_views(
+        self, fragment: str, ids: np.ndarray, finite: np.ndarray, views: Mapping[int, View]
+    ) -> None:
+        """Write the embeddings by other proxies: a row group for each of them."""
+        tables = []
+        for proxy, view in views.items():
+            rows = view.rows[finite[view.rows]]
+            embedding = view.embedding[finite[view.rows]]
+            proxies = np.full(len(rows), proxy, np.int8)
+            tables.append(
+                pa.table(
+                    {
+                        "sample_id": pa.array(ids[rows].tolist(), pa.string()),
+                        "proxy": pa.array(proxies),
+                        "embedding": self._embedding_column(embedding),
+                    }
+                )
+            )
+        storage.write_table_groups(self._run.view_shard(fragment), tables)
 
     def _images(self, batch: Batch) -> tuple[np.ndarray | Tensor, np.ndarray]:
         """Return n images, and for each "" or the reason of its rejection.
@@ -358,19 +382,20 @@ class EmbedActor:
     ) -> None:
         """Write the embeddings of a fragment.
 
-        Seed and audit samples are in row groups of their own, so that the fit reads them without
-        the rest.
+        Seed and audit samples, and those of linear probes, are in row groups of their own, so that
+        fits read them without the rest.
         """
         table = self._table(ids, labels, columns.pop("embedding"), columns)
-        special = {
-            name: np.array([self._rules[name](sample_id) for sample_id in ids], bool)
-            for name in SPECIAL_ROWS
-        }
-        others = ~np.logical_or.reduce(list(special.values()))
-        table = table.replace_schema_metadata(
-            {key: str(int(special[name].sum())) for name, key in SPECIAL_ROWS.items()}
-        )
-        groups = [table.filter(pa.array(rows)) for rows in (*special.values(), others)]
+        groups, metadata = [], {PROBE_FRACTION: str(self._probe_fraction)}
+        left = np.ones(len(ids), bool)
+        for name, key in SPECIAL_ROWS.items():
+            rule = self._rules[name]
+            special = left & np.array([rule(sample_id) for sample_id in ids], bool)
+            groups.append(table.filter(pa.array(special)))
+            metadata[key] = str(int(special.sum()))
+            left &= ~special
+        groups.append(table.filter(pa.array(left)))
+        groups[0] = groups[0].replace_schema_metadata(metadata)
         storage.write_table_groups(self._run.embedding_shard(fragment), groups)
 
     def _table(
@@ -381,14 +406,18 @@ class EmbedActor:
         columns: dict[str, np.ndarray],
     ) -> pa.Table:
         """Return sample_id, label, embedding in the type of the settings, and the columns."""
+        data = {
+            "sample_id": pa.array(ids.tolist(), pa.string()),
+            "label": pa.array(labels, pa.int32(), mask=labels < 0),
+            "embedding": self._embedding_column(embedding),
+            **{name: pa.array(value) for name, value in columns.items()},
+        }
+        return pa.table(data)
+
+    def _embedding_column(self, embedding: np.ndarray) -> pa.FixedSizeListArray:
+        """Return embeddings in the type of the settings."""
         with np.errstate(over="ignore"):
             values = embedding.astype(self._config.embed.dtype).reshape(-1)
         if not np.isfinite(values).all():
             raise StageError("embeddings do not fit into float16; set embed.dtype to float32")
-        data = {
-            "sample_id": pa.array(ids.tolist(), pa.string()),
-            "label": pa.array(labels, pa.int32(), mask=labels < 0),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1]),
-            **{name: pa.array(value) for name, value in columns.items()},
-        }
-        return pa.table(data)
+        return pa.FixedSizeListArray.from_arrays(pa.array(values), embedding.shape[1])

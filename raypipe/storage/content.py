@@ -148,7 +148,8 @@ def write_table_groups(uri: str, groups: Sequence[pa.Table], compression: str = 
     with pq.ParquetWriter(buffer, groups[0].schema, compression=compression) as writer:
         for group in groups:
             if len(group):
-                writer.write_table(group, row_group_size=len(group))
+                table = group.replace_schema_metadata(groups[0].schema.metadata)
+                writer.write_table(table, row_group_size=len(group))
     write_bytes(uri, buffer.getvalue())
 
 

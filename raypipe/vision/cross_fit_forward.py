@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,16 @@ Forward = Callable[[int, np.ndarray], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
+class View:
+    """Embeddings of some images by a proxy: `rows`, int64 [m], and `embedding`, float32 [m, d]."""
+
+    rows: np.ndarray
+    embedding: np.ndarray
+
+
+@dataclass(frozen=True)
 class CrossFitOutputs:
-    """What P proxies say of n images.
+    """Outputs of P proxies for n images.
 
     Attributes
     ----------
@@ -24,14 +32,12 @@ class CrossFitOutputs:
         embedding [n, d] by proxy 0; loss, margin and entropy [n], means over the proxies that were
         not trained on the image's part; prediction and confidence [n], the class of their highest
         mean probability and that probability.
-    second_rows, second_embedding : np.ndarray
-        Rows of the images that are embedded by proxy 1 as well, int64 [m], and these embeddings,
-        float32 [m, d].
+    views : dict of int to View
+        Further embeddings by the number of the proxy.
     """
 
     columns: dict[str, np.ndarray]
-    second_rows: np.ndarray
-    second_embedding: np.ndarray
+    views: dict[int, View]
 
     @property
     def finite(self) -> np.ndarray:
@@ -39,12 +45,13 @@ class CrossFitOutputs:
         finite = np.isfinite(self.columns["embedding"]).all(1)
         for name in PROXY_STATISTICS:
             finite &= np.isfinite(self.columns[name])
-        finite[self.second_rows] &= np.isfinite(self.second_embedding).all(1)
+        for view in self.views.values():
+            finite[view.rows] &= np.isfinite(view.embedding).all(1)
         return finite
 
 
 def cross_fit_forward(
-    forward: Forward, part: np.ndarray, in_second: np.ndarray, proxies: int
+    forward: Forward, part: np.ndarray, viewed: Mapping[int, np.ndarray], proxies: int
 ) -> CrossFitOutputs:
     """Pass every image through all proxies but that of its own part, and through proxy 0.
 
@@ -54,8 +61,8 @@ def cross_fit_forward(
         Runs one proxy.
     part
         Part of each image, int64 [n].
-    in_second
-        Whether an image is embedded by proxy 1 as well, bool [n]; never one of part 1.
+    viewed
+        By the number of a proxy above 0: which images it embeds, bool [n]; none of its own part.
     proxies
         Number of proxies, P.
     """
@@ -63,8 +70,7 @@ def cross_fit_forward(
     columns = {"embedding": first["embedding"]}
     columns |= {name: np.zeros(len(part), np.float32) for name in PROXY_STATISTICS}
     probabilities = np.zeros_like(first["probabilities"])
-    second_rows = np.flatnonzero(in_second)
-    second_embedding = np.zeros((len(second_rows), first["embedding"].shape[1]), np.float32)
+    views: dict[int, View] = {}
     for number in range(proxies):
         rows = np.flatnonzero(part != number)
         if number:
@@ -74,8 +80,9 @@ def cross_fit_forward(
         probabilities[rows] += outputs["probabilities"] / (proxies - 1)
         for name in PROXY_STATISTICS:
             columns[name][rows] += outputs[name] / (proxies - 1)
-        if number == 1:
-            second_embedding = outputs["embedding"][np.searchsorted(rows, second_rows)]
+        if number in viewed:
+            seen = viewed[number][rows]
+            views[number] = View(rows[seen], outputs["embedding"][seen])
     columns["prediction"] = probabilities.argmax(1).astype(np.int32)
     columns["confidence"] = probabilities.max(1)
-    return CrossFitOutputs(columns, second_rows, second_embedding)
+    return CrossFitOutputs(columns, views)

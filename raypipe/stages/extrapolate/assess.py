@@ -319,6 +319,8 @@ def is_assessed(config: Config, run: Run) -> bool:
     """Return whether there are figures for every keep fraction of the settings."""
     if "fidelity.json" not in storage.names(run.extrapolator_folder):
         return False
+    if config.scores_embeddings:  # there is no agreement of tops to assess
+        return True
     return set(config.select.keep) <= set(FidelityFile.read(run).keep)
 
 

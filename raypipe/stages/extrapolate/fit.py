@@ -44,6 +44,7 @@ from raypipe.stages.extrapolate.model import (
     make_extrapolator,
     save_extrapolator,
 )
+from raypipe.stages.extrapolate.probe import fit_probes
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
     }
     # one graph over the whole source at a time fits into memory
     groups = [{name: function} for name, function in steps.items()] if whole else [steps]
-    if not is_assessed(config, run):
+    if not is_assessed(config, run) and not config.scores_embeddings:
         groups.append({"fidelity": write_fidelity})
     if whole and missing:
         groups.append({"score": functools.partial(_score_whole, missing)})
@@ -92,6 +93,9 @@ def fit_extrapolator(context: Context, missing: list[str], samples: int) -> floa
 
 def _steps(config: Config, run: Run, samples: int) -> Iterator[FitStep]:
     """Yield all steps that do not need one another, the longest first."""
+    if config.scores_embeddings:
+        yield FitStep("probe", storage.name(run.probe_weights), fit_probes)
+        return
     if config.proxy.cross_fits:
         for part in range(config.proxy.parts):
             step = functools.partial(fit_part, part)

@@ -15,7 +15,7 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
 from raypipe.runs.cross_fit import CrossFit
-from raypipe.runs.embeddings import COLUMNS, in_second_view, nodes_of, read_special_rows
+from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of, read_special_rows
 from raypipe.runs.measured_scores import GIVEN_SCORES, measured_scores
 from raypipe.runs.run import Run
 
@@ -209,9 +209,9 @@ class PartData:
 
         def read(name: str) -> pa.Table | None:
             table = read_special_rows(self._run, name, which)
-            if table is None or self._cross_fit.viewer(self._part) == 0:
-                return table
-            return in_second_view(table, storage.read_table(self._run.view_shard(name)))
+            if table is None:
+                return None
+            return as_seen_by(self._run, name, table, self._cross_fit.viewer(self._part))
 
         with ThreadPoolExecutor(READERS) as threads:
             tables = list(threads.map(read, sorted(self._run.done("embeddings"))))

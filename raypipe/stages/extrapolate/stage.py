@@ -32,7 +32,7 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
 from raypipe.runs.cross_fit import CrossFit
-from raypipe.runs.embeddings import COLUMNS, in_second_view, nodes_of
+from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import every_measured_score
 from raypipe.runs.run import Run
@@ -51,6 +51,7 @@ from raypipe.stages.extrapolate.model import (
     load_extrapolator,
     load_intervals,
 )
+from raypipe.stages.extrapolate.probe import ProbeActor, read_views
 
 UNITS_PER_ACTOR = 16
 """Fragments of a thousand samples whose scoring takes as long as an actor's import of torch."""
@@ -69,8 +70,12 @@ class ExtrapolateStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
-        models = ModelFiles.every(context.config, run)
-        files = {"extrapolator.json"}.union(*(model.names for model in models))
+        files = {"extrapolator.json"}
+        if context.config.scores_embeddings:
+            files.add(storage.name(run.probe_weights))
+        else:
+            models = ModelFiles.every(context.config, run)
+            files = files.union(*(model.names for model in models))
         if context.config.rehearses:
             files.add(TRANSFER)
         return (
@@ -138,6 +143,8 @@ def _score_fragments(
 ) -> None:
     """Write the score shards of the `missing` fragments."""
     total = sum(fragment.samples for fragment in fragments)
+    from_embeddings = context.config.scores_embeddings
+    read, actor = (read_views, ProbeActor) if from_embeddings else (_read, ScoreActor)
     left = set(missing)
     done = [fragment for fragment in fragments if fragment.fragment_id not in left]
     with context.progress.meter("extrapolate", total) as meter:
@@ -150,8 +157,8 @@ def _score_fragments(
 
         stream(
             missing,
-            functools.partial(_read, context.config, context.run.uri),
-            functools.partial(ScoreActor, WorkerContext.of(context, pool)),
+            functools.partial(read, context.config, context.run.uri),
+            functools.partial(actor, WorkerContext.of(context, pool)),
             pool,
             context.config.cluster.patience_seconds,
             collect,
@@ -185,9 +192,8 @@ def _read(config: Config, run_uri: str, fragment: str) -> Batch:
     embedding = nodes.embedding
     if cross_fit is not None and (part == 0).any():
         own = table.filter(pa.array(part == 0))
-        second = in_second_view(own, storage.read_table(run.view_shard(fragment)))
         embedding = embedding.copy()
-        embedding[part == 0] = nodes_of(second).embedding
+        embedding[part == 0] = nodes_of(as_seen_by(run, fragment, own, 1)).embedding
     return {
         "sample_id": np.array(ids),
         "label": nodes.label.astype(np.int32),

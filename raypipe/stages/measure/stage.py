@@ -82,9 +82,7 @@ class MeasureStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         at_checkpoints = config.measure.at_checkpoints
-        followed: list[str] = [
-            score for score in config.measure.scores if score not in at_checkpoints
-        ]
+        followed: list[str] = list(config.measure.from_trajectory)
         detail: dict[str, Any] = {"scores": list(config.measure.scores)}
         checkpoint_scores = None
         if at_checkpoints:
@@ -100,6 +98,7 @@ class MeasureStage(Stage):
         for shard in seed.shards:
             tables = [checkpoint_scores.of_shard(shard)] if checkpoint_scores else []
             tables += [read_shard_table(run, trajectories, shard)] if followed else []
+            tables = tables or [shard_labels(run, shard)]  # all scores come from embeddings
             samples += _write_scores(config, run, "measured", shard, tables)
         audit_samples = 0
         if checkpoint_scores is not None:

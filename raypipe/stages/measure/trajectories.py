@@ -83,7 +83,7 @@ def trajectory_folder(config: Config, run: Run) -> str:
 
     Its name depends on the proxy, the scores and their options.
     """
-    followed = sorted(set(config.measure.scores) - set(config.measure.at_checkpoints))
+    followed = sorted(config.measure.from_trajectory)
     options = {score: config.measure.trajectory_options(score) for score in followed}
     return f"measured/trajectory-{fingerprint(run.ledger()['proxy'].fingerprint, options)}"
 

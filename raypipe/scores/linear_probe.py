@@ -1,0 +1,139 @@
+"""Linear probe: how well a linear classifier on embeddings recognises the label of each sample.
+
+The classifier is linear discriminant analysis. With class means m_c and the covariance S of the
+embeddings z around them, regularised by a share of its mean variance,
+
+    logit_c(z) = z' A m_c - m_c' A m_c / 2 ,   A = (S + RIDGE tr(S) / d I)^-1
+
+(Hastie, Tibshirani & Friedman 2009, section 4.3, with equal priors; the mean of a class is pulled
+towards the mean of all samples with the weight of one sample). A sample is left out of the mean of
+its own class, m_y -> (n m_y - z) / (n - 1), so that a small class does not recognise its samples by
+themselves.
+
+The probe is fitted to the labels of many more samples than the proxy that gives the embeddings was
+trained on. Its loss therefore depends less on the accidents of one training than the loss of the
+proxy's own last layer: benchmarks/results/reproducibility-cpu.txt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from raypipe.errors import RaypipeError
+
+RIDGE = 0.3
+"""Regularisation of the covariance, in units of its mean variance."""
+PRIOR = 1.0
+"""Weight of the mean of all samples in that of a class, in samples."""
+BLOCK = 4096
+"""Samples whose logits are computed at a time."""
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A fitted probe for d-dimensional embeddings and C classes.
+
+    Attributes
+    ----------
+    mean : np.ndarray
+        Regularised class means, float64 [C, d].
+    count : np.ndarray
+        Weight of each mean: samples of the class plus `PRIOR`, float64 [C].
+    precision : np.ndarray
+        A, float64 [d, d].
+    """
+
+    mean: np.ndarray
+    count: np.ndarray
+    precision: np.ndarray
+
+    @classmethod
+    def fit(cls, embedding: np.ndarray, label: np.ndarray, classes: int) -> LinearProbe:
+        """Fit a probe. The order of the samples changes the result by rounding only.
+
+        Parameters
+        ----------
+        embedding
+            Float [n, d].
+        label
+            Int [n]; samples with -1 are left out.
+        classes
+            Number of classes.
+
+        Raises
+        ------
+        RaypipeError
+            Fewer than two classes have samples.
+        """
+        labelled = label >= 0
+        z, y = embedding[labelled].astype(np.float64), label[labelled]
+        count = np.bincount(y, minlength=classes).astype(np.float64)
+        if (count > 0).sum() < 2:
+            raise RaypipeError("a linear probe needs labelled samples of at least two classes")
+        total = np.zeros((classes, z.shape[1]))
+        np.add.at(total, y, z)
+        mean = (total + PRIOR * z.mean(0)) / (count + PRIOR)[:, None]
+        rest = z - mean[y]
+        covariance = rest.T @ rest / len(z)
+        variance = float(np.trace(covariance)) / len(covariance)
+        ridge = RIDGE * variance if variance > 0 else 1.0
+        return cls(mean, count + PRIOR, np.linalg.inv(covariance + ridge * np.eye(z.shape[1])))
+
+    def statistics(self, embedding: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:
+        """Return loss, margin, distance and entropy of samples, float32 [n] by name.
+
+        They are defined in `raypipe.scores.trajectory.Trajectory`. A sample without a label (-1)
+        counts as one of the class that the probe predicts.
+        """
+        names = ("loss", "margin", "distance", "entropy")
+        result = {name: np.empty(len(label), np.float32) for name in names}
+        for start in range(0, len(label), BLOCK):
+            rows = slice(start, start + BLOCK)
+            logits, y = self._logits(embedding[rows].astype(np.float64), label[rows])
+            for name, values in _output_statistics(logits, y).items():
+                result[name][rows] = values
+        return result
+
+    def _logits(self, z: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits [n, C], each sample left out of its class, and labels without -1."""
+        weight = self.mean @ self.precision
+        bias = 0.5 * np.einsum("cd,cd->c", weight, self.mean)
+        logits = z @ weight.T - bias
+        y = np.where(label >= 0, label, logits.argmax(1))
+        own = label >= 0
+        rows, count = np.flatnonzero(own), self.count[y[own]][:, None]
+        mean = (count * self.mean[y[own]] - z[own]) / np.maximum(count - 1, PRIOR)
+        direction = mean @ self.precision
+        logits[rows, y[own]] = np.einsum("nd,nd->n", direction, z[own] - mean / 2)
+        return logits, y
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return everything fitted."""
+        return {"mean": self.mean, "count": self.count, "precision": self.precision}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> LinearProbe:
+        """Restore a probe from its `tensors`."""
+        return cls(tensors["mean"], tensors["count"], tensors["precision"])
+
+
+def _output_statistics(logits: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what `raypipe.vision.output_statistics` does, in float64 without torch."""
+    rows = np.arange(len(label))
+    shifted = logits - logits.max(1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(1))
+    log_probability = shifted - log_sum[:, None]
+    probability = np.exp(log_probability)
+    others = logits.copy()
+    others[rows, label] = -np.inf
+    error = probability.copy()
+    error[rows, label] -= 1
+    return {
+        "loss": -log_probability[rows, label],
+        "margin": logits[rows, label] - others.max(1),
+        "distance": np.sqrt(np.square(error).sum(1)),
+        "entropy": -(probability * log_probability).sum(1),
+    }
