@@ -8,7 +8,9 @@ embeddings z around them, regularised by a share of its mean variance,
 (Hastie, Tibshirani & Friedman 2009, section 4.3, with equal priors; the mean of a class is pulled
 towards the mean of all samples with the weight of one sample). A sample is left out of the mean of
 its own class, m_y -> (n m_y - z) / (n - 1), so that a small class does not recognise its samples by
-themselves.
+themselves. The logits are divided by the temperature that minimises the mean loss (Guo et al. 2017,
+arXiv 1706.04599, section 4.2): embeddings are not normally distributed, and without it nearly all
+losses would be 0.
 
 The probe is fitted to the labels of many more samples than the proxy that gives the embeddings was
 trained on. Its loss therefore depends less on the accidents of one training than the loss of the
@@ -18,7 +20,7 @@ proxy's own last layer: benchmarks/results/reproducibility-cpu.txt.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +30,8 @@ RIDGE = 0.3
 """Regularisation of the covariance, in units of its mean variance."""
 PRIOR = 1.0
 """Weight of the mean of all samples in that of a class, in samples."""
+TEMPERATURE_SAMPLES = 20_000
+"""Samples of the fit, the first ones, that choose the temperature."""
 BLOCK = 4096
 """Samples whose logits are computed at a time."""
 
@@ -44,11 +48,14 @@ class LinearProbe:
         Weight of each mean: samples of the class plus `PRIOR`, float64 [C].
     precision : np.ndarray
         A, float64 [d, d].
+    temperature : float
+        Divides the logits.
     """
 
     mean: np.ndarray
     count: np.ndarray
     precision: np.ndarray
+    temperature: float = 1.0
 
     @classmethod
     def fit(cls, embedding: np.ndarray, label: np.ndarray, classes: int) -> LinearProbe:
@@ -80,7 +87,10 @@ class LinearProbe:
         covariance = rest.T @ rest / len(z)
         variance = float(np.trace(covariance)) / len(covariance)
         ridge = RIDGE * variance if variance > 0 else 1.0
-        return cls(mean, count + PRIOR, np.linalg.inv(covariance + ridge * np.eye(z.shape[1])))
+        precision = np.linalg.inv(covariance + ridge * np.eye(z.shape[1]))
+        probe = cls(mean, count + PRIOR, precision)
+        logits, _ = probe._logits(z[:TEMPERATURE_SAMPLES], y[:TEMPERATURE_SAMPLES])
+        return replace(probe, temperature=_best_temperature(logits, y[:TEMPERATURE_SAMPLES]))
 
     def statistics(self, embedding: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:
         """Return loss, margin, distance and entropy of samples, float32 [n] by name.
@@ -93,12 +103,16 @@ class LinearProbe:
         for start in range(0, len(label), BLOCK):
             rows = slice(start, start + BLOCK)
             logits, y = self._logits(embedding[rows].astype(np.float64), label[rows])
+            logits /= self.temperature
             for name, values in _output_statistics(logits, y).items():
                 result[name][rows] = values
         return result
 
     def _logits(self, z: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits [n, C], each sample left out of its class, and labels without -1."""
+        """Return logits [n, C] at temperature 1, each sample left out of its class, and labels.
+
+        A label -1 is replaced by the predicted class.
+        """
         weight = self.mean @ self.precision
         bias = 0.5 * np.einsum("cd,cd->c", weight, self.mean)
         logits = z @ weight.T - bias
@@ -112,12 +126,35 @@ class LinearProbe:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return everything fitted."""
-        return {"mean": self.mean, "count": self.count, "precision": self.precision}
+        return {
+            "mean": self.mean,
+            "count": self.count,
+            "precision": self.precision,
+            "temperature": np.array(self.temperature),
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> LinearProbe:
         """Restore a probe from its `tensors`."""
-        return cls(tensors["mean"], tensors["count"], tensors["precision"])
+        return cls(
+            tensors["mean"], tensors["count"], tensors["precision"], float(tensors["temperature"])
+        )
+
+
+def _best_temperature(logits: np.ndarray, label: np.ndarray) -> float:
+    """Return the temperature in 1/100 .. 10,000 that minimises the mean loss."""
+    from scipy.optimize import minimize_scalar
+
+    shifted = logits - logits.max(1, keepdims=True)
+    own = shifted[np.arange(len(label)), label]
+
+    def mean_loss(logarithm: float) -> float:
+        scale = np.exp(-logarithm)
+        return float((np.log(np.exp(scale * shifted).sum(1)) - scale * own).mean())
+
+    bounds = (np.log(1e-2), np.log(1e4))
+    found = minimize_scalar(mean_loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(found.x))
 
 
 def _output_statistics(logits: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ def clusters(count: int, classes: int = 3, width: int = 5) -> tuple[np.ndarray, 
 def test_it_is_linear_discriminant_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_probe, "RIDGE", 1e-9)
     monkeypatch.setattr(linear_probe, "PRIOR", 0.0)
+    monkeypatch.setattr(linear_probe, "_best_temperature", lambda *_: 1.0)
     z, y = clusters(4000)
     reference = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(z, y)
     expected = -np.log(reference.predict_proba(z)[np.arange(len(y)), y])
@@ -40,9 +43,9 @@ def test_a_sample_is_left_out_of_the_mean_of_its_class() -> None:
         # the class means without the sample, but the covariance and the prior mean of all
         moved = probe.mean.copy()
         moved[y[row]] = without.mean[y[row]]
-        left_out = LinearProbe(moved, probe.count + 1e9, probe.precision)
+        left_out = LinearProbe(moved, probe.count + 1e9, probe.precision, probe.temperature)
         expected = left_out.statistics(z[[row]], y[[row]])["loss"]
-        assert probe.statistics(z[[row]], y[[row]])["loss"] == pytest.approx(expected, rel=0.05)
+        assert probe.statistics(z[[row]], y[[row]])["loss"] == pytest.approx(expected, rel=0.1)
 
 
 def test_statistics_are_those_of_the_networks_output() -> None:
@@ -82,6 +85,22 @@ def test_empty_classes_single_samples_and_unlabelled_ones_are_finite() -> None:
     y[0], y[1] = 4, -1
     statistics = LinearProbe.fit(z, y, 6).statistics(z, y)
     assert all(np.isfinite(values).all() for values in statistics.values())
+
+
+def test_the_temperature_minimises_the_loss_whatever_the_scale_of_the_embeddings() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 3000)
+    # heavy tails: at temperature 1 the probe is much too sure
+    z = 2 * np.eye(3)[y] + rng.standard_t(3, size=(3000, 3))
+    losses = []
+    for scale in (1.0, 1000.0):
+        probe = LinearProbe.fit(scale * z, y, 3)
+        loss = probe.statistics(scale * z, y)["loss"]
+        for other in (1.0, 0.5 * probe.temperature, 2 * probe.temperature):
+            changed = replace(probe, temperature=other).statistics(scale * z, y)["loss"]
+            assert loss.mean() < changed.mean()
+        losses.append(loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_constant_embeddings_know_nothing() -> None:
