@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypipe.extrapolators.base import Extrapolator, Nodes
-from raypipe.extrapolators.features import Scaler, Target
+from raypipe.extrapolators.features import Bounds, Scaler, Target
 from raypipe.progress import ProgressCallback
 
 HIDDEN = (256, 64)
@@ -73,6 +73,7 @@ class Mlp(Extrapolator):
         self._build_index(seed.embedding)
         self._scaler = Scaler.fit(seed)
         self._target, z = Target.fit(score)
+        self._bounds = Bounds.fit(self._target.unscaled(z))
         self._networks: list[MlpNet] = []
         total = MEMBERS * self.epochs
         if self._target.spread:
@@ -126,7 +127,7 @@ class Mlp(Extrapolator):
             return np.full(len(nodes), self._target.mean, np.float32)
         x, y = self._inputs(nodes)
         z = torch.stack([net(x, y) for net in self._networks]).mean(0)
-        return self._target.restore(z.double().numpy())
+        return self._bounds(self._target.unscaled(z.double().numpy()))
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
@@ -138,6 +139,7 @@ class Mlp(Extrapolator):
         meta |= {
             "mean": self._target.mean,
             "spread": self._target.spread,
+            "bounds": self._bounds.state(),
             "networks": len(self._networks),
         }
         return tensors, meta | {"epochs": self.epochs}
@@ -146,6 +148,7 @@ class Mlp(Extrapolator):
         self._load_base(tensors, meta)
         try:
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
+            self._bounds = Bounds.from_meta(meta)
             self.epochs = int(meta["epochs"])
             self._scaler = Scaler.from_tensors(
                 {name: tensors[f"scaler.{name}"] for name in ("mean", "spread", "knots")}
