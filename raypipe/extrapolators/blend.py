@@ -179,6 +179,36 @@ class AnchorGnn(Extrapolator):
         nearest = self._nearest(nodes)
         return self._predict(nodes, nearest), self._remoteness(nearest.distance)
 
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_doubt(nodes)[1]
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        """Return predictions, float32 [n], and doubts, float32 [n, 4].
+
+        The disagreement is the standard deviation of the predictions of kernel, proxy statistic and
+        every other expert that is in use, in standard units.
+        """
+        self._check_nodes(nodes)
+        nearest = self._nearest(nodes)
+        difficulty = self._remoteness(nearest.distance)
+        if self._kernel is None or not len(nodes):
+            return self._predict(nodes, nearest), self._doubts(nodes, difficulty)
+        used = [
+            expert
+            for expert in EXPERTS
+            if self._weights[expert] or expert in ("kernel", "signal") or self.transfer is not None
+        ]
+        experts = {expert: self._expert_prediction(expert, nodes, nearest) for expert in used}
+        error = self._kernel.error_length(self._scaler.embedding(nodes), nodes.label)
+        disagreement = np.nan_to_num(np.std(list(experts.values()), axis=0))
+        doubt = self._doubts(nodes, difficulty, error, disagreement)
+        if self.transfer is not None:
+            inputs = np.column_stack(
+                [*(experts[name] for name in NEIGHBOUR_EXPERTS), nodes.signals]
+            )
+            return self.transfer(inputs).astype(np.float32), doubt
+        return self._blended(len(nodes), experts), doubt
+
     def expert_predictions(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
         """Return the predictions of the single experts, and the difficulty.
 
@@ -200,10 +230,19 @@ class AnchorGnn(Extrapolator):
             return np.full(len(nodes), self._target.mean, np.float32)
         if self.transfer is not None and nearest is not None:
             return self.transfer(self._transfer_inputs(nodes, nearest)).astype(np.float32)
-        z = np.zeros(len(nodes))
+        experts = {
+            expert: self._expert_prediction(expert, nodes, nearest)
+            for expert, weight in self._weights.items()
+            if weight
+        }
+        return self._blended(len(nodes), experts)
+
+    def _blended(self, count: int, experts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the scores, float32 [n], that the weighted experts predict."""
+        z = np.zeros(count)
         for expert, weight in self._weights.items():
             if weight:
-                z += weight * self._expert_prediction(expert, nodes, nearest)
+                z += weight * experts[expert]
         return self._bounds(self._target.unscaled(z))
 
     def _transfer_inputs(self, nodes: Nodes, nearest: Neighbours) -> np.ndarray:

@@ -120,14 +120,26 @@ class Mlp(Extrapolator):
                 break
         net.load_state_dict(weights)
 
-    @torch.no_grad()
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
+        return self._bounds(self._target.unscaled(self._member_predictions(nodes).mean(0)))
+
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_doubt(nodes)[1]
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        difficulty = self.difficulty(nodes)
+        members = self._member_predictions(nodes)
+        doubt = self._doubts(nodes, difficulty, disagreement=members.std(0))
+        return self._bounds(self._target.unscaled(members.mean(0))), doubt
+
+    @torch.no_grad()
+    def _member_predictions(self, nodes: Nodes) -> np.ndarray:
+        """Return the predictions of the networks in standard units, float64 [members, n]."""
         if not self._networks:
-            return np.full(len(nodes), self._target.mean, np.float32)
+            return np.zeros((1, len(nodes)))
         x, y = self._inputs(nodes)
-        z = torch.stack([net(x, y) for net in self._networks]).mean(0)
-        return self._bounds(self._target.unscaled(z.double().numpy()))
+        return torch.stack([net(x, y) for net in self._networks]).double().numpy()
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()

@@ -173,18 +173,31 @@ class Trees(Extrapolator):
         nearest = self._nearest(nodes)
         return self._predict(nodes, nearest), self._remoteness(nearest.distance)
 
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_doubt(nodes)[1]
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        self._check_nodes(nodes)
+        nearest = self._nearest(nodes)
+        members = self._member_predictions(nodes, nearest)
+        doubt = self._doubts(nodes, self._remoteness(nearest.distance), disagreement=members.std(0))
+        return self._bounds(self._target.unscaled(members.mean(0))), doubt
+
     def _predict(self, nodes: Nodes, nearest: Neighbours) -> np.ndarray:
+        members = self._member_predictions(nodes, nearest)
+        return self._bounds(self._target.unscaled(members.mean(0)))
+
+    def _member_predictions(self, nodes: Nodes, nearest: Neighbours) -> np.ndarray:
+        """Return the predictions of the ensembles in standard units, float64 [members, n]."""
         if nodes.signals.shape[1] != self._width:
             raise RaypipeError(
                 f"{self.name}: {nodes.signals.shape[1]} signals for each sample, "
                 f"but the fit had {self._width}"
             )
         if not self._forests:
-            return np.full(len(nodes), self._target.mean, np.float32)
+            return np.zeros((1, len(nodes)))
         x = self._statistics(nodes, *nearest)
-        return self._bounds(
-            self._target.unscaled(np.mean([forest.predict(x) for forest in self._forests], 0))
-        )
+        return np.stack([forest.predict(x) for forest in self._forests])
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
