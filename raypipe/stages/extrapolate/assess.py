@@ -227,8 +227,8 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
 
     Figures are of the audit set where it is large enough, and always of the seed set.
     """
-    from raypipe.assessment.conformal import Conformal
     from raypipe.assessment.fidelity import compare
+    from raypipe.assessment.intervals import Intervals
 
     if config.proxy.cross_fits:
         _write_cross_fit_fidelity(config, run)
@@ -247,15 +247,13 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         # map that predictions use; so the rehearsal decides.
         calibration = read_predictions(run, "rehearsal").predictions
         judged["rehearsal"] = compare(calibration, settings.seed, keep)
-    intervals = Conformal.fit(
-        calibration.residual, calibration.difficulty, settings.confidence, calibration.label
-    )
     if audit is not None:
         judged["audit"] = compare(audit.with_published(published), settings.seed, keep)
-        predictions = audit.predictions
-        intervals = intervals.stretched(
-            predictions.residual, predictions.difficulty, predictions.label
-        )
+    intervals = Intervals.fit(
+        calibration.calibration(),
+        settings.confidence,
+        audit.predictions.calibration() if audit is not None else None,
+    )
     figures = {
         which: fidelity.as_dict() | {"judged_on": which} for which, fidelity in judged.items()
     }
@@ -273,8 +271,8 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
 
 def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
     """Write figures and intervals from the seed and audit samples, which no fit depends on."""
-    from raypipe.assessment.conformal import Conformal
     from raypipe.assessment.fidelity import compare
+    from raypipe.assessment.intervals import Intervals
 
     settings, keep = config.extrapolate, sorted(set(config.select.keep))
     seed = read_part_predictions(config, run, "seed")
@@ -282,9 +280,7 @@ def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
     assert seed is not None, "every part has seed samples"
     held_out = PredictedSamples.concat([seed, audit]) if audit is not None else seed
     predictions = held_out.predictions
-    intervals = Conformal.fit(
-        predictions.residual, predictions.difficulty, settings.confidence, predictions.label
-    )
+    intervals = Intervals.fit(predictions.calibration(), settings.confidence)
     figures = compare(predictions, settings.seed, keep).as_dict() | {"judged_on": "cross-fit"}
     FidelityFile(
         measured=len(held_out.ids),

@@ -250,5 +250,5 @@ class ScoreActor:
 
         label = batch["label"][rows].astype(np.int64)
         nodes = Nodes(batch["embedding"][rows], label, batch["signals"][rows])
-        predicted, difficulty = extrapolator.predict_with_difficulty(nodes)
-        return predicted, self._intervals.half_width(difficulty, label)
+        predicted, doubt = extrapolator.predict_with_doubt(nodes)
+        return predicted, self._intervals.around(predicted, doubt, label)
