@@ -82,7 +82,7 @@ def _write_assessment(
     labels: dict[str, int],
 ) -> None:
     """Write the stability; there is no fidelity, learning curve or interval to assess."""
-    from raypipe.assessment.conformal import Conformal
+    from raypipe.assessment.intervals import Intervals
     from raypipe.assessment.learning_curve import LearningCurve
     from raypipe.assessment.rank_agreement import NO_AGREEMENT
     from raypipe.assessment.stability import stability
@@ -108,7 +108,7 @@ def _write_assessment(
         keep=tuple(sorted(set(config.select.keep))),
         fidelity=figures,
         fidelity_seed=figures,
-        intervals=Conformal(None, config.extrapolate.confidence, 0).state(),
+        intervals=Intervals(None, config.extrapolate.confidence, 0, 0, (1.0,), 0.0).state(),
         search={"kind": "none", "recall": None, "note": ""},
         stability=stable.as_dict(),
     ).write(run)

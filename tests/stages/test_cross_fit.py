@@ -1,0 +1,228 @@
+"""Cross-fitting: no proxy sees, scores or embeds a sample that it was trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from helpers import QUIET, score_files, small_config
+
+import raypipe
+from raypipe import storage
+from raypipe.assessment.membership import set_shares
+from raypipe.config import Config
+from raypipe.runs.checkpoints import load_checkpoint
+from raypipe.runs.cross_fit import VIEWERS, CrossFit
+from raypipe.runs.embeddings import nodes_of
+from raypipe.runs.partition import proxy_parts
+from raypipe.runs.run import Run
+from raypipe.runs.seed_shards import read_shard
+from raypipe.scores.linear_probe import LinearProbe
+from raypipe.sources.id_sampling import in_sample
+from raypipe.vision.output_statistics import output_statistics
+
+PARTS = 3
+
+
+def config_of(uri: str, score: str) -> Config:
+    return small_config(
+        uri,
+        f"proxy.parts={PARTS}",
+        "measure.scores=[moso, loss, el2n]",
+        "measure.loss.at=auto",
+        f"extrapolate.score={score}",
+        "embed.dtype=float32",
+        "trust.min_stability=-1",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose score, MoSo, is extrapolated."""
+    uri = str(tmp_path_factory.mktemp("cross-fit") / "run")
+    raypipe.run(config_of(uri, "moso"), progress=QUIET)
+    return Run(uri)
+
+
+@pytest.fixture(scope="module")
+def direct(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with the loss of a linear probe as its score."""
+    uri = str(tmp_path_factory.mktemp("direct") / "run")
+    for file in storage.walk(run.uri):
+        content = storage.read_bytes(storage.join(run.uri, file.path))
+        storage.write_bytes(storage.join(uri, file.path), content)
+    raypipe.run(config_of(uri, "loss"), progress=QUIET)
+    return Run(uri)
+
+
+def table_of(run: Run, folder: str) -> pa.Table:
+    tables = [table for _, table in storage.iter_tables(run.path(folder))]
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+
+
+def cross_fit(run: Run) -> CrossFit:
+    found = CrossFit.of(run.config())
+    assert found is not None
+    return found
+
+
+def test_every_proxy_but_that_of_its_part_measures_a_sample(run: Run) -> None:
+    for folder in ("measured", "measured/audit"):
+        table = table_of(run, folder)
+        part = cross_fit(run).part_of(table["sample_id"].to_pylist())
+        by_proxy = np.array(table["moso_by_proxy"].to_pylist(), np.float64)
+        own = np.arange(PARTS)[None] == part[:, None]
+        assert np.isnan(by_proxy[own]).all()
+        assert np.isfinite(by_proxy[~own]).all()
+        mean = by_proxy[~own].reshape(len(table), PARTS - 1).mean(1)
+        assert table["moso"].to_numpy() == pytest.approx(mean, rel=1e-5, abs=1e-9)
+        assert "loss" not in table.column_names  # every sample has it anyway
+
+
+def test_proxies_have_a_common_scale(run: Run) -> None:
+    by_proxy = np.array(table_of(run, "measured")["moso_by_proxy"].to_pylist(), np.float64)
+    spread = np.nanstd(by_proxy, axis=0)
+    assert spread == pytest.approx(np.full(PARTS, spread.mean()), rel=1e-3)
+
+
+def test_statistics_are_means_over_proxies_that_were_not_trained_on_the_sample(run: Run) -> None:
+    import torch
+
+    stored = {row["sample_id"]: row for row in table_of(run, "embeddings").to_pylist()}
+    models = [
+        load_checkpoint(run, part.trained.final, folder=part.checkpoints)
+        for part in proxy_parts(run)
+    ]
+    shard = min(run.done("seed"))
+    ids, images, labels = read_shard(run, shard)
+    pixels, target = torch.from_numpy(images.copy()), torch.from_numpy(labels)
+    with torch.inference_mode():
+        logits = torch.stack([model(pixels) for model in models])
+        embedding = models[0].embed(pixels).numpy()
+    losses = [output_statistics(logits[proxy], target)["loss"].numpy() for proxy in range(PARTS)]
+    probabilities = logits.softmax(2).numpy()
+    for row, (sample_id, part) in enumerate(zip(ids, cross_fit(run).part_of(ids), strict=True)):
+        others = [proxy for proxy in range(PARTS) if proxy != part]
+        expected = np.mean([losses[proxy][row] for proxy in others])
+        assert stored[sample_id]["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        mean = probabilities[others, row].mean(0)
+        assert stored[sample_id]["confidence"] == pytest.approx(mean.max(), rel=1e-4)
+        assert stored[sample_id]["embedding"] == pytest.approx(embedding[row], rel=1e-3, abs=1e-4)
+
+
+def test_viewers_are_two_proxies_that_were_not_trained_on_the_sample(run: Run) -> None:
+    table = table_of(run, "views")
+    part = cross_fit(run).part_of(table["sample_id"].to_pylist())
+    proxy = table["proxy"].to_numpy()
+    assert set(proxy) == set(VIEWERS[1:])
+    assert not (proxy == part).any()
+    samples = len(table_of(run, "embeddings"))
+    # one sample in three has two further embeddings; the others have one beside that of proxy 0
+    assert len(table) == samples + (part == 0).sum() // 2
+
+
+def test_all_scores_are_predicted_and_the_measured_ones_stand_next_to_them(run: Run) -> None:
+    scores, measured = table_of(run, "scores"), table_of(run, "measured")
+    known = dict(zip(measured["sample_id"].to_pylist(), measured["moso"].to_pylist(), strict=True))
+    rows = [row for row in scores.to_pylist() if row["sample_id"] in known]
+    assert len(rows) == len(known)
+    for row in rows:
+        assert row["measured"]
+        assert row["measured_score"] == pytest.approx(known[row["sample_id"]])
+        assert row["lower"] < row["score"] < row["upper"]
+    unmeasured = scores.filter(pc.invert(scores["measured"]))
+    assert unmeasured["measured_score"].null_count == len(unmeasured) > 0
+
+
+def test_fidelity_is_judged_on_every_measured_sample(run: Run) -> None:
+    detail = run.ledger()["extrapolate"].detail
+    measured = len(table_of(run, "measured")) + len(table_of(run, "measured/audit"))
+    assert detail["fidelity"]["judged_on"] == "cross-fit"
+    assert detail["fidelity"]["n_held"] == measured
+    assert detail["stability"]["proxies"] == PARTS - 1
+    assert detail["stability"]["samples"] == measured
+    assert -1 <= detail["stability"]["value"] <= 1
+
+
+def test_a_lost_score_shard_is_written_again_alike(run: Run) -> None:
+    before = score_files(run.uri)
+    fragment = min(run.done("scores"))
+    storage.delete(run.score_shard(fragment))
+    raypipe.run(config_of(run.uri, "moso"), progress=QUIET)
+    assert score_files(run.uri) == before
+
+
+def test_scores_from_embeddings_are_those_of_linear_probes(direct: Run) -> None:
+    config, roles = direct.config(), cross_fit(direct)
+    embeddings, views = table_of(direct, "embeddings"), table_of(direct, "views")
+    classes = len(direct.classes().names)
+    label = dict(
+        zip(embeddings["sample_id"].to_pylist(), embeddings["label"].to_pylist(), strict=True)
+    )
+    losses: dict[str, list[float]] = {}
+    for proxy in VIEWERS:
+        table = embeddings if proxy == 0 else views.filter(pc.equal(views["proxy"], proxy))
+        ids = table["sample_id"].to_pylist()
+        viewed = roles.is_viewed(roles.part_of(ids), proxy)
+        table = table.filter(pa.array(viewed))
+        ids = table["sample_id"].to_pylist()
+        column = table["embedding"].combine_chunks()
+        embedding = np.asarray(column.flatten(), np.float32).reshape(len(ids), -1)
+        y = np.array([label[sample_id] for sample_id in ids])
+        loss = LinearProbe.fit(embedding, y, classes).statistics(embedding, y)["loss"]
+        for sample_id, value in zip(ids, loss.tolist(), strict=True):
+            losses.setdefault(sample_id, []).append(value)
+    assert config.scores_embeddings
+    for row in table_of(direct, "scores").to_pylist():
+        assert len(losses[row["sample_id"]]) == 2
+        expected = np.mean(losses[row["sample_id"]])
+        assert row["score"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert row["measured"]
+        assert row["lower"] == row["score"] == row["upper"]
+
+
+def test_a_direct_score_has_a_stability_and_nothing_to_extrapolate(direct: Run) -> None:
+    record = direct.ledger()["extrapolate"]
+    assert record.detail["measured"] == record.samples
+    assert record.detail["fidelity"]["spearman"] is None
+    assert record.detail["stability"]["samples"] == record.samples
+    summary = storage.read_json(direct.report_summary)
+    assert summary["stability"]["value"] == record.detail["stability"]["value"]
+    assert "Every sample was scored directly" in summary["fidelity"]["sentence"]
+
+
+@pytest.mark.parametrize("which", ["run", "direct"])
+def test_lists_hold_the_same_share_of_the_seed_set_as_of_the_rest(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(which)
+    config = run.config()
+    in_seed = in_sample(config.seed.fraction, config.seed.seed)
+    ids = table_of(run, "scores")["sample_id"].to_pylist()
+    for file in storage.names(run.keep_folder):
+        held = set(storage.read_table(run.keep_list(file))["sample_id"].to_pylist())
+        samples = {"seed": sum(map(in_seed, ids))}
+        kept = {"seed": sum(in_seed(sample_id) for sample_id in held)}
+        samples["rest"], kept["rest"] = len(ids) - samples["seed"], len(held) - kept["seed"]
+        shares = set_shares(samples, kept)
+        assert shares["seed"].within_chance, (file, shares)
+    sets = storage.read_json(run.report_summary)["sets"]
+    assert sets["sentence"] == ""
+    assert set(sets["lists"]) == set(storage.names(run.keep_folder))
+
+
+def test_roles_of_the_proxies() -> None:
+    roles = CrossFit(4, 0)
+    part = roles.part_of([str(number) for number in range(4000)])
+    assert np.bincount(part, minlength=4) == pytest.approx(1000, rel=0.1)
+    for number in range(4):
+        assert number not in roles.viewers(number)
+        assert not set(roles.fit_parts(number)) & {number, roles.viewer(number)}
+        assert len(roles.fit_parts(number)) == 2
+    assert [roles.viewers(number) for number in range(4)] == [(1, 2), (0, 2), (0, 1), (0, 1)]
+
+
+def test_signals_of_the_extrapolators_are_the_stored_statistics(run: Run) -> None:
+    table = table_of(run, "embeddings")
+    assert nodes_of(table).signals[:, 0] == pytest.approx(table["loss"].to_numpy())
