@@ -77,7 +77,8 @@ def config(
 def run_of(settings: dict[str, Any]) -> Run:
     """The finished run of a configuration."""
     run = Run(settings["run"])
-    if "report" not in run.ledger() or run.ledger()["report"].state != "done":
+    finished = storage.exists(run.ledger_file) and "report" in run.ledger()
+    if not finished or run.ledger()["report"].state != "done":
         raypipe.run(settings)
     return run
 
