@@ -273,7 +273,7 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
 
 def test_what_can_be_rehearsed() -> None:
     def given(**extrapolate: object) -> Config:
-        proxy = extrapolate.pop("proxy", {})
+        proxy = {"parts": 1, **extrapolate.pop("proxy", {})}  # type: ignore[dict-item]
         return parse_config(
             {
                 "run": "r",

@@ -10,13 +10,16 @@ from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
 from raypipe.estimate import rates
 from raypipe.estimate.workload import Effort, Machine, Workload
-from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES
+from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, probe_samples
 
 QUICK_FOLD = 0.4
 """Time of a quick fold as a share of a fit: one network, where the audit set sets the intervals.
 
 See `raypipe.stages.extrapolate.assess.write_fold`.
 """
+
+PROBE_PRODUCT_SECONDS = 4e-10
+"""Of a multiply-add in float64 on one CPU, in the products of linear probes."""
 
 
 def efforts(work: Workload, machine: Machine) -> dict[str, Effort]:
@@ -104,7 +107,7 @@ def _proxies_of_sample(config: Config) -> int:
     return config.proxy.parts - 1 if config.proxy.cross_fits else 1
 
 
-def _embedding_passes(config: Config) -> float:
+def embedding_passes(config: Config) -> float:
     """Return the forward passes of a sample in the stage `embed`.
 
     With cross-fitting, samples of part 0 pass through the proxy of their own part as well.
@@ -114,7 +117,7 @@ def _embedding_passes(config: Config) -> float:
 
 
 def _embedding(work: Workload, machine: Machine) -> Effort:
-    forward = _embedding_passes(work.config) * work.forward_macs
+    forward = embedding_passes(work.config) * work.forward_macs
     return _network(
         work.samples * (forward + _label_feature_macs(work)),
         work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
@@ -191,6 +194,8 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
 
 
 def _extrapolation(work: Workload, machine: Machine) -> Effort:
+    if work.config.scores_embeddings:
+        return _probing(work)
     settings, model = work.config.extrapolate, work.config.proxy.model
     folds = _folds(work)
     quick = settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE
@@ -210,9 +215,18 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
             work.samples <= PUBLISHED_SAMPLES
             if settings.judge_published == "auto"
             else settings.judge_published
-        )
+        ) and not work.config.proxy.cross_fits
         cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, model)
     return Effort(cpu, gpu, max(folds + 1, work.fragments / 2))
+
+
+def _probing(work: Workload) -> Effort:
+    """Return the work of linear probes: products of embeddings with covariance and class means."""
+    width = rates.width(work.config.proxy.model)
+    fitted = min(work.samples, probe_samples(work.classes))
+    products = fitted * width + 2 * work.samples * work.classes
+    cpu = PROBE_PRODUCT_SECONDS * width * products + work.samples * rates.SAMPLE_SECONDS
+    return Effort(cpu, 0, max(1.0, work.fragments / 2))
 
 
 def _folds(work: Workload) -> int:

@@ -27,7 +27,13 @@ def digits() -> Survey:
 
 
 def _config(**sections: object) -> Config:
-    return parse_config({"run": "r", "source": {"uri": "digits://"}, **sections})
+    """Of a run with one proxy whose score, MoSo, is extrapolated."""
+    proxy = {"parts": 1, **sections.pop("proxy", {})}  # type: ignore[dict-item]
+    measure = {"scores": ["moso"], **sections.pop("measure", {})}  # type: ignore[dict-item]
+    source = {"uri": "digits://"}
+    return parse_config(
+        {"run": "r", "source": source, **sections, "proxy": proxy, "measure": measure}
+    )
 
 
 def _cpu(cost: CostEstimate) -> dict[str, float]:
@@ -122,6 +128,17 @@ def test_cost_follows_what_the_settings_ask_for(digits: Survey) -> None:
         digits, samples=100 * digits.samples, bytes=100 * digits.bytes, fragments=200
     )
     assert _cpu(estimate(larger, _config(), LAPTOP))["embed"] > 50 * plain["embed"]
+
+
+def test_cross_fitting_costs_passes_but_no_training(digits: Survey) -> None:
+    one = _cpu(estimate(digits, _config(), LAPTOP))
+    three = _cpu(estimate(digits, _config(proxy={"parts": 3}), LAPTOP))
+    assert three["proxy"] < 1.5 * one["proxy"]
+    assert 1.5 * one["embed"] < three["embed"] < 3 * one["embed"]
+    direct = _config(proxy={"parts": 3}, measure={"scores": ["loss"]})
+    found = _cpu(estimate(digits, direct, LAPTOP))
+    assert found["measure"] < 0.2 * three["measure"]
+    assert found["extrapolate"] < 0.5 * three["extrapolate"]
 
 
 def test_more_machines_take_less_time_but_not_less_work(digits: Survey) -> None:

@@ -21,7 +21,7 @@ KEYS = {
     "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity",
     "fidelity_seed", "learning_curve", "neighbour_search", "label_noise", "scores", "keep",
     "classes", "shown_classes", "even_classes", "class_histograms", "class_grids",
-    "class_fragments", "headline",
+    "class_fragments", "headline", "sets", "stability",
     "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
