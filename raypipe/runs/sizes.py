@@ -11,7 +11,17 @@ MAX_DRAWN_FILES = 4096
 writes seed shards opens the files of all groups."""
 
 GATHER_BYTES = 128 << 20
-"""Pixels that one task gathers into seed shards, about."""
+"""Bytes of pixels that one task gathers into seed shards, about."""
+
+MAX_GATHER_TASKS = 1024
+"""Largest number of such tasks, each of which opens all files of drawn samples. Those of a very
+large seed set gather more bytes each."""
+
+
+def gather_bytes(pixels: float) -> float:
+    """Return the bytes of pixels that one task gathers, given those of all samples."""
+    return max(GATHER_BYTES, pixels / MAX_GATHER_TASKS)
+
 
 MIN_SEED_SAMPLES = 20
 """Samples that a seed set, and each part of one, must have; otherwise the run stops."""

@@ -149,7 +149,7 @@ def test_seed_shards_depend_on_the_ids_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plan, "SEED_SHARD_SAMPLES", 16)
-    monkeypatch.setattr(plan, "GATHER_BYTES", 3 * 3 * 8 * 8 * 24)
+    monkeypatch.setattr(plan, "gather_bytes", lambda pixels: 3 * 3 * 8 * 8 * 24)
     drawn = []
     for layout in pair:
         (tmp_path / layout).mkdir()
@@ -192,6 +192,7 @@ def run_of(
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 @pytest.mark.long
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_scores_depend_on_the_ids_alone(

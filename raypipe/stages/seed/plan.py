@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from raypipe.config import Config
 from raypipe.runs.ledger import content_hash
 from raypipe.runs.seed_shards import audit_name
-from raypipe.runs.sizes import GATHER_BYTES, MAX_DRAWN_FILES, SEED_SHARD_SAMPLES
+from raypipe.runs.sizes import MAX_DRAWN_FILES, SEED_SHARD_SAMPLES, gather_bytes
 from raypipe.sources import Fragment
 from raypipe.sources.id_sampling import audit_fraction
 
@@ -85,7 +85,7 @@ class SeedPlan:
         count = max(1, math.ceil(expected / SEED_SHARD_SAMPLES)) if units else 0
         content = content_hash(unit.name for unit in units)
         pixels = 3 * config.proxy.image_size**2 * (expected + audit * (samples - expected))
-        group_shards = max(1, math.floor(count * GATHER_BYTES / max(1.0, pixels)))
+        group_shards = max(1, math.floor(count * gather_bytes(pixels) / max(1.0, pixels)))
         return cls(
             units,
             tuple(f"seed-{number:05d}-{content}" for number in range(count)),
