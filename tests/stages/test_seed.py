@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import small_config
@@ -9,6 +11,7 @@ from serial import index, no_ray, seed  # noqa: F401
 
 from raypipe import storage
 from raypipe.config import SeedSettings
+from raypipe.errors import StageError
 from raypipe.runs.drawn_samples import DrawnSamples, read_drawn, write_drawn
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
@@ -130,3 +133,29 @@ def test_an_interrupted_stage_draws_and_gathers_only_what_is_missing(
         ours, theirs = run.seed_shard(shard), Run(whole.run).seed_shard(shard)
         assert storage.read_bytes(ours) == storage.read_bytes(theirs)
     assert not storage.exists(run.drawn_folder)
+
+
+def test_shards_that_a_proxy_was_trained_on_are_not_replaced_by_others(
+    tmp_path,
+    no_ray,
+) -> None:
+    config = small_config(f"{tmp_path}/run")
+    run = Run(config.run)
+    index(config)
+    seed(config)
+    (shard,) = SeedManifest.read(run).shards
+    content = storage.read_bytes(run.seed_shard(shard))
+    storage.write_bytes(run.path("proxy", "proxy.json"), b"{}")
+    storage.delete(run.seed_shard(shard))
+    seed(config)
+    assert storage.read_bytes(run.seed_shard(shard)) == content  # the same as before
+    manifest = SeedManifest.read(run)
+    dataclasses.replace(manifest, shards=("seed-00000-older",)).write(run)
+    with pytest.raises(
+        StageError,
+        match=r"1 of 2 seed and audit shards are lost, such as seed/seed-00000-older\.parq",
+    ):
+        seed(config)
+    storage.delete(run.path("proxy"))
+    seed(config)
+    assert SeedManifest.read(run) == manifest

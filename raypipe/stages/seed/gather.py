@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,23 @@ import numpy as np
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.usage import Stopwatch
-from raypipe.runs.drawn_samples import DrawnSamples, read_drawn
+from raypipe.runs.drawn_samples import read_drawn
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import audit_name, distinguished_classes, shard_table
 from raypipe.runs.unit_result import UnitResult
 from raypipe.stages.seed.plan import ShardGroup
 
 
+@dataclass(frozen=True)
+class GatherResult(UnitResult):
+    """What a task reports of a group of shards: their number, and the samples in them."""
+
+    shards: int = 0
+
+
 def gather_shards(
     config: Config, run_uri: str, drawn: Sequence[str], shards: int, group: ShardGroup
-) -> UnitResult:
+) -> GatherResult:
     """Write some of the seed shards, and their audit shards, from all drawn files.
 
     Parameters
@@ -43,7 +51,7 @@ def gather_shards(
             (name, in_shard & ~samples.audit),
             (audit_name(name), in_shard & samples.audit),
         ):
-            part: DrawnSamples = samples.take(np.flatnonzero(mask))
+            part = samples.take(np.flatnonzero(mask))
             table = shard_table(
                 part.ids,
                 part.labels.tolist(),
@@ -53,4 +61,9 @@ def gather_shards(
                 extra,
             )
             storage.write_table(run.seed_shard(file), table)
-    return UnitResult(group.names[0], len(samples.ids), cpu_seconds=watch.lap())
+    return GatherResult(
+        group.names[0],
+        len(samples.ids),
+        cpu_seconds=watch.lap(),
+        shards=len(group.names),
+    )

@@ -26,10 +26,11 @@ from raypipe.runs.drawn_samples import drawn_statistics
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.rejects import RejectCounter, hash_order
+from raypipe.runs.run import Run
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
 from raypipe.stages.base import Stage
 from raypipe.stages.seed.draw import DrawResult, draw_samples
-from raypipe.stages.seed.gather import gather_shards
+from raypipe.stages.seed.gather import GatherResult, gather_shards
 from raypipe.stages.seed.plan import SeedPlan
 
 READERS = 16
@@ -60,6 +61,7 @@ class SeedStage(Stage):
         config, run = context.config, context.run
         readable = [fragment for fragment in run.fragments() if not fragment.error]
         plan = SeedPlan.of(readable, config)
+        _check_unused(run, plan)
         tally = RejectCounter(config.source.max_reject_fraction, plan.samples)
         _draw_missing(context, record, plan, tally)
         tally.check(all_read=True)
@@ -74,6 +76,24 @@ class SeedStage(Stage):
         names = ("samples", "per_class", "mean", "std", "audit_samples")
         record.detail = {name: written[name] for name in names} | {"rejects": tally.rejects}
         storage.delete(run.drawn_folder)
+
+
+def _check_unused(run: Run, plan: SeedPlan) -> None:
+    """Raise StageError if a proxy was trained on another division into shards than the planned one.
+
+    This happens when shards were lost and the source has changed since, or version 0.2.0 or earlier
+    wrote them. The rows of the trajectory would then be those of other samples.
+    """
+    if not storage.exists(run.seed_manifest_file) or not storage.names(run.path("proxy")):
+        return
+    shards = set(SeedManifest.read(run).all_shards)
+    lost = shards - run.done("seed")
+    if lost - plan.files:
+        raise StageError(
+            f"{len(lost)} of {len(shards)} seed and audit shards are lost, such as "
+            f"seed/{min(lost)}.parquet, and cannot be written again as the proxy saw them; "
+            "use a new run folder"
+        )
 
 
 def _draw_missing(
@@ -112,7 +132,14 @@ def _gather_missing(context: Context, record: StageRecord, plan: SeedPlan) -> No
     drawn = [unit.name for unit in plan.units]
     gather = functools.partial(gather_shards, context.config, run.uri, drawn, len(plan.shards))
     missing = [group for group in plan.groups() if not group.files <= files]
-    context.run_tasks(missing, gather, record.add_cost)
+    with context.progress.meter("gather", len(plan.shards), "shards") as meter:
+        meter.already(len(plan.shards) - sum(len(group.names) for group in missing))
+
+        def collect(result: GatherResult) -> None:
+            record.add_cost(result)
+            meter.add(result.shards)
+
+        context.run_tasks(missing, gather, collect)
 
 
 def _check_size(manifest: SeedManifest, config: Config) -> None:
