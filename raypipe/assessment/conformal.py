@@ -145,6 +145,10 @@ class Conformal:
                 quantile[label == y] = class_quantile
         return (self.stretch * quantile * (1 + difficulty)).astype(np.float32)
 
+    def around(self, predicted: np.ndarray, doubt: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Return `half_width`, from the arguments of `Intervals.around`."""
+        return self.half_width(doubt[:, 0], label)
+
     def state(self) -> dict[str, Any]:
         """Return the intervals as JSON data."""
         return {

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from raypipe.assessment.intervals import Calibration
 from raypipe.assessment.rank_agreement import (
     MIN_SAMPLES,
     NO_AGREEMENT,
@@ -25,7 +26,7 @@ from raypipe.assessment.rank_agreement import (
 )
 from raypipe.config import ExtrapolateSettings
 from raypipe.errors import RaypipeError
-from raypipe.extrapolators.base import Extrapolator, Nodes, TransductiveExtrapolator
+from raypipe.extrapolators.base import DOUBTS, Extrapolator, Nodes, TransductiveExtrapolator
 from raypipe.extrapolators.mlp import Mlp
 from raypipe.extrapolators.neighbours import NeighbourIndex
 from raypipe.extrapolators.proxy_signal import ProxyStatisticsMap
@@ -57,6 +58,8 @@ class HeldOutPredictions:
         Number of samples in the fit.
     note
         Why there are no predictions; else empty.
+    doubt
+        `Extrapolator.doubt`, float32 [m, 4]; None in files of version 0.2.0 or older.
     """
 
     label: np.ndarray
@@ -66,9 +69,18 @@ class HeldOutPredictions:
     baselines: Mapping[str, np.ndarray]
     n_fit: int
     note: str = ""
+    doubt: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.measured)
+
+    def calibration(self) -> Calibration:
+        """Return what `Intervals.fit` calibrates on."""
+        doubt = self.doubt
+        if doubt is None:
+            doubt = np.zeros((len(self), len(DOUBTS)), np.float32)
+            doubt[:, 0] = self.difficulty
+        return Calibration(self.residual, self.predicted, doubt, self.label)
 
     @property
     def residual(self) -> np.ndarray:
@@ -97,7 +109,14 @@ class HeldOutPredictions:
             {name: np.concatenate([part.baselines[name] for part in parts]) for name in names},
             min(part.n_fit for part in parts),
             next((part.note for part in parts if part.note), ""),
+            _joined_doubts(parts),
         )
+
+
+def _joined_doubts(parts: Sequence[HeldOutPredictions]) -> np.ndarray | None:
+    """Return the doubts of all parts; None unless all have them."""
+    doubts = [part.doubt for part in parts if part.doubt is not None]
+    return np.concatenate(doubts) if len(doubts) == len(parts) else None
 
 
 @dataclass(frozen=True)
@@ -231,8 +250,9 @@ def _no_predictions(count: int, n_fit: int, min_samples: int) -> HeldOutPredicti
         "raise seed.fraction"
     )
     empty = np.empty(0)
+    doubt = np.empty((0, len(DOUBTS)), np.float32)
     return HeldOutPredictions(
-        np.empty(0, np.int64), empty, empty, np.empty(0, np.float32), {}, n_fit, note
+        np.empty(0, np.int64), empty, empty, np.empty(0, np.float32), {}, n_fit, note, doubt
     )
 
 
@@ -265,18 +285,19 @@ def predict(
             raise RaypipeError(
                 f"{model.name}: to predict, pass the rows of the samples in the graph"
             )
-        predicted, difficulty = model.predict_rows(rows), model.difficulty(nodes)
+        predicted, doubt = model.predict_rows(rows), model.doubt(nodes)
     else:
-        predicted, difficulty = model.predict_with_difficulty(nodes)
+        predicted, doubt = model.predict_with_doubt(nodes)
     baselines = simpler_predictions(fit_nodes, np.asarray(fit_score, np.float64), nodes, model, mlp)
     measured = np.asarray(measured, np.float64)
     return HeldOutPredictions(
         nodes.label,
         measured,
         predicted.astype(np.float64),
-        difficulty,
+        doubt[:, 0],
         baselines,
         n_fit=len(fit_nodes),
+        doubt=doubt,
     )
 
 

@@ -105,6 +105,7 @@ def rehearse(
     model = make()
     model.fit(rehearsal.fit_nodes, fit_score, progress)
     inputs, difficulty = model.expert_predictions(rehearsal.nodes)
+    doubt = model.doubt(rehearsal.nodes)
     predicted = np.empty(len(measured))
     for held in split(len(measured), 1 / FOLDS, FOLDS, seed):
         rest = np.setdiff1d(np.arange(len(measured)), held)
@@ -116,5 +117,6 @@ def rehearse(
         difficulty,
         simpler_predictions(rehearsal.fit_nodes, fit_score, rehearsal.nodes, model),
         n_fit=len(rehearsal.fit_nodes),
+        doubt=doubt,
     )
     return Transfer.fit(inputs, measured), held_out

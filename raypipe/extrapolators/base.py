@@ -18,6 +18,9 @@ TYPICAL_ROWS = 2048
 """Scored samples from which the typical distance is measured. More would cost quadratic time and
 change nothing."""
 
+DOUBTS = ("distance", "statistics", "error", "disagreement")
+"""Columns of `Extrapolator.doubt`."""
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -124,6 +127,7 @@ class Extrapolator(abc.ABC):
         self._index: NeighbourIndex | None = None
         self._classes: ClassNeighbours | None = None
         self._typical = 1.0
+        self._statistics_scale: list[list[float]] = []
 
     @abc.abstractmethod
     def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
@@ -153,6 +157,20 @@ class Extrapolator(abc.ABC):
     def predict_with_difficulty(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
         """Return `predict` and `difficulty`, both float32 [n], with a single neighbour search."""
         return self.predict(nodes), self.difficulty(nodes)
+
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        """Return reasons to doubt the predictions, float32 [n, 4], each at least 0.
+
+        The columns are `DOUBTS`: the `difficulty`; how far the proxy statistics lie from their
+        median in the seed set; the size of the proxy's error; and how much the parts of the
+        extrapolator disagree. The last two are 0 where an extrapolator does not have them.
+        """
+        return self._doubts(nodes, self.difficulty(nodes))
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        """Return `predict`, float32 [n], and `doubt`, float32 [n, 4]."""
+        predicted, difficulty = self.predict_with_difficulty(nodes)
+        return predicted, self._doubts(nodes, difficulty)
 
     def index_of(self, embedding: np.ndarray) -> NeighbourIndex:
         """Return an index of these vectors, float32 [n, d].
@@ -210,6 +228,35 @@ class Extrapolator(abc.ABC):
         """Return `difficulty` from the distances to the nearest scored samples, float32 [n, k]."""
         return (distance.mean(1) / self._typical).astype(np.float32)
 
+    def _doubts(
+        self,
+        nodes: Nodes,
+        difficulty: np.ndarray,
+        error: np.ndarray | None = None,
+        disagreement: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return `doubt`, float32 [n, 4], from its parts."""
+        result = np.zeros((len(nodes), len(DOUBTS)), np.float32)
+        result[:, 0] = difficulty
+        if self._statistics_scale and nodes.signals.shape[1] == len(self._statistics_scale):
+            scale = np.array(self._statistics_scale)
+            deviation = np.abs(nodes.signals.astype(np.float64) - scale[:, 0]) / scale[:, 1]
+            # the middle for statistics that are not finite, as in the fit
+            result[:, 1] = np.log1p(np.where(np.isfinite(deviation), deviation, 0)).mean(1)
+        for column, values in ((2, error), (3, disagreement)):
+            if values is not None:
+                result[:, column] = values
+        return result
+
+    def _learn_statistics(self, signals: np.ndarray) -> None:
+        """Learn median and interquartile range of each proxy statistic."""
+        self._statistics_scale = []
+        for column in signals.T.astype(np.float64):
+            finite = column[np.isfinite(column)]
+            low, middle, high = np.quantile(finite, [0.25, 0.5, 0.75]) if len(finite) else (0, 0, 0)
+            reach = float(high - low) or float(np.ptp(finite)) if len(finite) else 0.0
+            self._statistics_scale.append([float(middle), reach or 1.0])
+
     def _check_fit(self, seed: Nodes, score: np.ndarray) -> np.ndarray:
         """Return the scores as float64 [n].
 
@@ -235,6 +282,7 @@ class Extrapolator(abc.ABC):
                 f"{self.min_samples}; raise seed.fraction or use extrapolate.method knn-published"
             )
         self._check_labels(seed)
+        self._learn_statistics(seed.signals)
         return score
 
     def _check_labels(self, nodes: Nodes) -> None:
@@ -285,6 +333,7 @@ class Extrapolator(abc.ABC):
             "num_classes": self.num_classes,
             "neighbours": self.neighbours,
             "typical": self._typical,
+            "statistics": self._statistics_scale,
         }
         tensors = {f"index.{name}": value for name, value in self._scored.tensors().items()}
         search = self._scored.quality.as_dict()
@@ -310,6 +359,10 @@ class Extrapolator(abc.ABC):
         try:
             self.num_classes, self.neighbours = int(meta["num_classes"]), int(meta["neighbours"])
             self._typical = float(meta["typical"])
+            # version 0.2.0 or older did not have it
+            self._statistics_scale = [
+                [float(middle), float(reach)] for middle, reach in meta.get("statistics", [])
+            ]
             self._index = NeighbourIndex.from_tensors(tensors, "index.")
             if classes:
                 label = np.array(tensors["label"], np.int64)

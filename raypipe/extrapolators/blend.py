@@ -16,7 +16,9 @@ The blend is
 Networks, trees and proxy statistic are ensembles; each member leaves out another tenth of the seed
 set. The weights minimise the squared error of the blend on these held-out samples, where the kernel
 contributes its leave-one-out predictions. A penalty worth ten rows of error pulls the weights
-towards the kernel alone, so that it prevails where samples are too few to decide. During the fit a
+towards the kernel alone, so that it prevails where samples are too few to decide. No prediction
+leaves the range of the measured scores, except as far as held-out samples justify
+(`features.Bounds`). During the fit a
 sample's own score is never among the inputs of its prediction: it is not its own neighbour, and
 enters only through the mean and spread of all scores.
 
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from raypipe.config.extrapolate import gnn_epochs
 from raypipe.extrapolators.base import Extrapolator, Nodes
-from raypipe.extrapolators.features import Scaler, Target
+from raypipe.extrapolators.features import Bounds, Scaler, Target
 from raypipe.extrapolators.gat import AnchorNet, Anchors, Queries, apply, encode, train
 from raypipe.extrapolators.gp.regression import KernelRegression
 from raypipe.extrapolators.neighbours import Neighbours
@@ -104,6 +106,7 @@ class AnchorGnn(Extrapolator):
         self._signals: list[ProxyStatisticsMap] = []
         self._kernel: KernelRegression | None = None
         self._weights = dict.fromkeys(EXPERTS, 0.0)
+        self._bounds = Bounds.fit(score)
         if self._target.spread:
             self._fit_experts(seed, z, progress)
         elif progress is not None:
@@ -156,8 +159,13 @@ class AnchorGnn(Extrapolator):
                 signal(seed.signals[held]),
             ]
             held_out.append(np.stack(columns, 1))
-        weights = blend(np.concatenate(held_out), z[np.concatenate(folds)])
+        held, predictions = np.concatenate(folds), np.concatenate(held_out)
+        weights = blend(predictions, z[held])
         self._weights = dict(zip(EXPERTS, weights.tolist()))
+        # z without outliers: the range of scores that the experts were fitted to
+        used = np.nan_to_num(predictions) @ weights
+        target = self._target
+        self._bounds = Bounds.fit(target.unscaled(z), held, target.unscaled(used))
 
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
@@ -170,6 +178,36 @@ class AnchorGnn(Extrapolator):
         self._check_nodes(nodes)
         nearest = self._nearest(nodes)
         return self._predict(nodes, nearest), self._remoteness(nearest.distance)
+
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_doubt(nodes)[1]
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        """Return predictions, float32 [n], and doubts, float32 [n, 4].
+
+        The disagreement is the standard deviation of the predictions of kernel, proxy statistic and
+        every other expert that is in use, in standard units.
+        """
+        self._check_nodes(nodes)
+        nearest = self._nearest(nodes)
+        difficulty = self._remoteness(nearest.distance)
+        if self._kernel is None or not len(nodes):
+            return self._predict(nodes, nearest), self._doubts(nodes, difficulty)
+        used = [
+            expert
+            for expert in EXPERTS
+            if self._weights[expert] or expert in ("kernel", "signal") or self.transfer is not None
+        ]
+        experts = {expert: self._expert_prediction(expert, nodes, nearest) for expert in used}
+        error = self._kernel.error_length(self._scaler.embedding(nodes), nodes.label)
+        disagreement = np.nan_to_num(np.std(list(experts.values()), axis=0))
+        doubt = self._doubts(nodes, difficulty, error, disagreement)
+        if self.transfer is not None:
+            inputs = np.column_stack(
+                [*(experts[name] for name in NEIGHBOUR_EXPERTS), nodes.signals]
+            )
+            return self.transfer(inputs).astype(np.float32), doubt
+        return self._blended(len(nodes), experts), doubt
 
     def expert_predictions(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
         """Return the predictions of the single experts, and the difficulty.
@@ -192,11 +230,20 @@ class AnchorGnn(Extrapolator):
             return np.full(len(nodes), self._target.mean, np.float32)
         if self.transfer is not None and nearest is not None:
             return self.transfer(self._transfer_inputs(nodes, nearest)).astype(np.float32)
-        z = np.zeros(len(nodes))
+        experts = {
+            expert: self._expert_prediction(expert, nodes, nearest)
+            for expert, weight in self._weights.items()
+            if weight
+        }
+        return self._blended(len(nodes), experts)
+
+    def _blended(self, count: int, experts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the scores, float32 [n], that the weighted experts predict."""
+        z = np.zeros(count)
         for expert, weight in self._weights.items():
             if weight:
-                z += weight * self._expert_prediction(expert, nodes, nearest)
-        return self._target.restore(z)
+                z += weight * experts[expert]
+        return self._bounds(self._target.unscaled(z))
 
     def _transfer_inputs(self, nodes: Nodes, nearest: Neighbours) -> np.ndarray:
         """Return the inputs of `Transfer`, float64 [n, 3 + s]."""
@@ -257,6 +304,7 @@ class AnchorGnn(Extrapolator):
             "spread": self._target.spread,
             "weights": self._weights,
             "epochs": self.epochs,
+            "bounds": self._bounds.state(),
         }
         return tensors, meta | {"members": len(self._networks)}
 
@@ -266,6 +314,7 @@ class AnchorGnn(Extrapolator):
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
             self._weights = {expert: float(meta["weights"][expert]) for expert in EXPERTS}
             self.epochs = int(meta["epochs"])
+            self._bounds = Bounds.from_meta(meta)
             self._scaler = Scaler.from_tensors(_with_prefix(tensors, "scaler."))
             self._seed = Nodes(self._scored.vectors, tensors["label"], tensors["signals"])
             self._anchors = self._as_anchors(self._seed, tensors["score"])
@@ -273,9 +322,10 @@ class AnchorGnn(Extrapolator):
             self._kernel = None
             if self._target.spread:
                 u, v = self._scaler.embedding(self._seed), self._scaler.signals(self._seed)
-                self._kernel = KernelRegression.from_tensors(
-                    _with_prefix(tensors, "kernel."), u, v, self._seed.label
-                )
+                kernel = _with_prefix(tensors, "kernel.")
+                if "bounds" not in meta:  # of version 0.2.0 or older, which used errors as they are
+                    kernel["error_scale"] = np.zeros(2)
+                self._kernel = KernelRegression.from_tensors(kernel, u, v, self._seed.label)
             members, width = range(int(meta["members"])), FEATURES + self._seed.signals.shape[1]
             self._forests = [
                 Forest.from_tensors(tensors, f"forest{number}.", width) for number in members

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
@@ -17,6 +18,13 @@ MAX_EMBEDDING = 100.0
 """Standardised embedding values are clipped to plus or minus this."""
 MAX_SCORE_RANGES = 8.0
 """Scores farther than this many interquartile ranges from the median are clipped before a fit."""
+
+END_ZONE = 0.01
+"""Share of the range at each of its ends that takes up predictions beyond the range."""
+EXTENSIONS = (0.0, 0.05, 0.1, 0.2)
+"""By how much an end of the range can move out, in units of the range."""
+MIN_BEYOND = 3
+"""With fewer held-out predictions beyond an end of the range, it stays."""
 
 
 @dataclass(frozen=True)
@@ -157,4 +165,99 @@ class Target:
 
     def restore(self, z: np.ndarray) -> np.ndarray:
         """Return the scores of z, float32 [n]."""
-        return (z * self.spread + self.mean).astype(np.float32)
+        return self.unscaled(z).astype(np.float32)
+
+    def unscaled(self, z: np.ndarray) -> np.ndarray:
+        """Return the scores of z, float64 [n]."""
+        return z.astype(np.float64) * self.spread + self.mean
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range that predictions cannot leave.
+
+    Attributes
+    ----------
+    low, high
+        Ends of the range. Infinite ends leave predictions as they are: extrapolators that were
+        saved before version 0.3.0 have no range.
+
+    Notes
+    -----
+    A prediction beyond the range of all measured scores is an extrapolation that no sample
+    supports. Cutting it off at the end of the range would tie all such samples. So the last
+    hundredth of the range on each side takes them up, in their order.
+    """
+
+    low: float = -np.inf
+    high: float = np.inf
+
+    @classmethod
+    def fit(
+        cls,
+        score: np.ndarray,
+        held: np.ndarray | None = None,
+        predicted: np.ndarray | None = None,
+    ) -> Bounds:
+        """Return the range of the scores, extended where held-out predictions justify it.
+
+        An end moves out by the step in `EXTENSIONS` that gives the least squared error of the
+        held-out predictions, if at least three of them lie beyond the range of the other samples.
+
+        Parameters
+        ----------
+        score
+            Measured scores, float [n].
+        held
+            Samples that were held out, int64 [m].
+        predicted
+            Their predictions by a fit on the others, float [m].
+        """
+        low, high = float(np.min(score)), float(np.max(score))
+        if held is None or predicted is None:
+            return cls(low, high)
+        rest, measured = np.delete(score, held), score[held]
+        finite = np.isfinite(predicted)
+        predicted, measured = predicted[finite], measured[finite]
+        if not len(rest) or not len(predicted):
+            return cls(low, high)
+        reach = float(np.ptp(rest))
+        below = _extension(-rest.min(), -predicted, -measured, reach)
+        above = _extension(rest.max(), predicted, measured, reach)
+        return cls(low - below * (high - low), high + above * (high - low))
+
+    def __call__(self, predicted: np.ndarray) -> np.ndarray:
+        """Return predictions within the range, in the same order, float32 [n]."""
+        zone = END_ZONE * (self.high - self.low)
+        if not np.isfinite(zone):
+            return predicted.astype(np.float32)
+        if zone <= 0:
+            return np.full(predicted.shape, self.low, np.float32)
+        value = predicted.astype(np.float64)
+        for end, sign in ((self.high, 1.0), (self.low, -1.0)):
+            beyond = np.maximum(sign * (value - end) / zone + 1, 0)
+            value = np.where(beyond > 0, end - sign * zone / (1 + beyond), value)
+        # rounding to float32 must not leave the range either
+        low = np.nextafter(np.float32(self.low), np.float32(np.inf))
+        high = np.nextafter(np.float32(self.high), np.float32(-np.inf))
+        return np.clip(value, float(low), float(high)).astype(np.float32)
+
+    def state(self) -> list[float]:
+        """Return both ends as JSON data."""
+        return [self.low, self.high]
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Bounds:
+        """Restore the range from the metadata of an extrapolator; without one it is infinite."""
+        return cls(*(float(end) for end in meta["bounds"])) if "bounds" in meta else cls()
+
+
+def _extension(end: float, predicted: np.ndarray, measured: np.ndarray, reach: float) -> float:
+    """Return by how much held-out samples justify moving out the upper end of the range."""
+    if (predicted > end).sum() < MIN_BEYOND:
+        return 0.0
+    errors = [
+        np.square(np.minimum(predicted, end + extension * reach) - measured).sum()
+        for extension in EXTENSIONS
+    ]
+    return EXTENSIONS[int(np.argmin(errors))]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypipe.extrapolators.base import Extrapolator, Nodes
-from raypipe.extrapolators.features import Scaler, Target
+from raypipe.extrapolators.features import Bounds, Scaler, Target
 from raypipe.progress import ProgressCallback
 from raypipe.vision.devices import padded
 
@@ -76,6 +76,7 @@ class Mlp(Extrapolator):
         self._build_index(seed.embedding)
         self._scaler = Scaler.fit(seed)
         self._target, z = Target.fit(score)
+        self._bounds = Bounds.fit(self._target.unscaled(z))
         self._networks: list[MlpNet] = []
         total = MEMBERS * self.epochs
         if self._target.spread:
@@ -122,19 +123,31 @@ class Mlp(Extrapolator):
                 break
         net.load_state_dict(weights)
 
-    @torch.no_grad()
     def predict(self, nodes: Nodes) -> np.ndarray:
         self._check_nodes(nodes)
+        return self._bounds(self._target.unscaled(self._member_predictions(nodes).mean(0)))
+
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_doubt(nodes)[1]
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        difficulty = self.difficulty(nodes)
+        members = self._member_predictions(nodes)
+        doubt = self._doubts(nodes, difficulty, disagreement=members.std(0))
+        return self._bounds(self._target.unscaled(members.mean(0))), doubt
+
+    @torch.no_grad()
+    def _member_predictions(self, nodes: Nodes) -> np.ndarray:
+        """Return the predictions of the networks in standard units, float64 [members, n]."""
         if not self._networks:
-            return np.full(len(nodes), self._target.mean, np.float32)
+            return np.zeros((1, len(nodes)))
         x, y = self._inputs(nodes)
-        z = torch.empty(len(nodes))
+        z = torch.empty(len(self._networks), len(nodes))
         for start in range(0, len(nodes), PREDICT_ROWS):
             part = slice(start, start + PREDICT_ROWS)
             own = padded(x[part], PREDICT_ROWS), padded(y[part], PREDICT_ROWS)
-            mean = torch.stack([net(*own) for net in self._networks]).mean(0)
-            z[part] = mean[: len(z[part])]
-        return self._target.restore(z.double().numpy())
+            z[:, part] = torch.stack([net(*own) for net in self._networks])[:, : len(x[part])]
+        return z.double().numpy()
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
@@ -146,6 +159,7 @@ class Mlp(Extrapolator):
         meta |= {
             "mean": self._target.mean,
             "spread": self._target.spread,
+            "bounds": self._bounds.state(),
             "networks": len(self._networks),
         }
         return tensors, meta | {"epochs": self.epochs}
@@ -154,6 +168,7 @@ class Mlp(Extrapolator):
         self._load_base(tensors, meta)
         try:
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
+            self._bounds = Bounds.from_meta(meta)
             self.epochs = int(meta["epochs"])
             self._scaler = Scaler.from_tensors(
                 {name: tensors[f"scaler.{name}"] for name in ("mean", "spread", "knots")}

@@ -28,7 +28,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Extrapolator, Nodes
-from raypipe.extrapolators.features import Target
+from raypipe.extrapolators.features import Bounds, Target
 from raypipe.extrapolators.neighbours import ClassNeighbours, Neighbours
 from raypipe.extrapolators.tree_arrays import Forest
 from raypipe.progress import ProgressCallback
@@ -150,6 +150,7 @@ class Trees(Extrapolator):
         score = self._check_fit(seed, score)
         self._build_index(seed.embedding, seed.label)
         self._target, z = Target.fit(score)
+        self._bounds = Bounds.fit(self._target.unscaled(z))
         self._label, self._z, self._width = seed.label, z, seed.signals.shape[1]
         self._forests: list[Forest] = []
         self._statistics = self._neighbour_statistics()
@@ -172,16 +173,31 @@ class Trees(Extrapolator):
         nearest = self._nearest(nodes)
         return self._predict(nodes, nearest), self._remoteness(nearest.distance)
 
+    def doubt(self, nodes: Nodes) -> np.ndarray:
+        return self.predict_with_doubt(nodes)[1]
+
+    def predict_with_doubt(self, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
+        self._check_nodes(nodes)
+        nearest = self._nearest(nodes)
+        members = self._member_predictions(nodes, nearest)
+        doubt = self._doubts(nodes, self._remoteness(nearest.distance), disagreement=members.std(0))
+        return self._bounds(self._target.unscaled(members.mean(0))), doubt
+
     def _predict(self, nodes: Nodes, nearest: Neighbours) -> np.ndarray:
+        members = self._member_predictions(nodes, nearest)
+        return self._bounds(self._target.unscaled(members.mean(0)))
+
+    def _member_predictions(self, nodes: Nodes, nearest: Neighbours) -> np.ndarray:
+        """Return the predictions of the ensembles in standard units, float64 [members, n]."""
         if nodes.signals.shape[1] != self._width:
             raise RaypipeError(
                 f"{self.name}: {nodes.signals.shape[1]} signals for each sample, "
                 f"but the fit had {self._width}"
             )
         if not self._forests:
-            return np.full(len(nodes), self._target.mean, np.float32)
+            return np.zeros((1, len(nodes)))
         x = self._statistics(nodes, *nearest)
-        return self._target.restore(np.mean([forest.predict(x) for forest in self._forests], 0))
+        return np.stack([forest.predict(x) for forest in self._forests])
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
@@ -189,12 +205,14 @@ class Trees(Extrapolator):
         for number, forest in enumerate(self._forests):
             tensors |= {f"forest{number}.{name}": value for name, value in forest.tensors().items()}
         meta |= {"mean": self._target.mean, "spread": self._target.spread, "signals": self._width}
+        meta |= {"bounds": self._bounds.state()}
         return tensors, meta | {"forests": len(self._forests)}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         self._load_base(tensors, meta, classes=True)
         try:
             self._target = Target(float(meta["mean"]), float(meta["spread"]))
+            self._bounds = Bounds.from_meta(meta)
             self._width = int(meta["signals"])
             self._label, self._z = np.array(tensors["label"]), np.array(tensors["score"])
             self._statistics = self._neighbour_statistics()

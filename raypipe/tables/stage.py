@@ -60,6 +60,7 @@ from raypipe.tables.validate import check_tables, class_index
 
 if TYPE_CHECKING:
     from raypipe.assessment.conformal import Conformal
+    from raypipe.assessment.intervals import Intervals
 
 CHECKED = "checked.json"
 SECTIONS = {"run": True, "source": {"uri"}, "extrapolate": True, "trust": True, "select": True}
@@ -333,7 +334,7 @@ class ScoredFragment:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(run_uri: str, _fingerprint: str) -> tuple[Any, Conformal, dict[str, float]]:
+def _loaded(run_uri: str, _fingerprint: str) -> tuple[Any, Intervals | Conformal, dict[str, float]]:
     """Load extrapolator, intervals and the given scores by id, once per process."""
     run = Run(run_uri)
     table = storage.read_table(run.given_scores, [ID, "score"])
@@ -361,9 +362,9 @@ def score_fragment(task: ScoringTask, fragment: TableFragment) -> ScoredFragment
         label = class_index(batch.label.filter(is_usable), classes)
         nodes = Nodes(embedding, label, np.zeros((len(label), 0), np.float32))
         if len(nodes):
-            values, difficulty = extrapolator.predict_with_difficulty(nodes)
+            values, doubt = extrapolator.predict_with_doubt(nodes)
             predicted.append(values)
-            half_width.append(intervals.half_width(difficulty, label))
+            half_width.append(intervals.around(values, doubt, label))
         labels = pa.array(label, pa.int32(), mask=label < 0)
         tables.append(pa.table({ID: batch.ids.filter(is_usable), LABEL: labels}))
     if rejects:

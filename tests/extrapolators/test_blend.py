@@ -163,6 +163,8 @@ def test_a_prediction_does_not_depend_on_its_batch(fitted) -> None:
         np.testing.assert_array_equal(
             gnn.predict(nodes.take(np.array(rows))), together[np.array(rows) - 150]
         )
+        doubts = (gnn.doubt(nodes.take(some)) for some in (np.array(rows), np.arange(150, 300)))
+        np.testing.assert_array_equal(next(doubts), next(doubts)[np.array(rows) - 150])
     assert gnn.predict(nodes.take(np.arange(0))).shape == (0,) and together.dtype == np.float32
     for before, after in zip(
         (gnn.predict, gnn.difficulty), gnn.predict_with_difficulty(nodes.take(np.arange(150, 300)))

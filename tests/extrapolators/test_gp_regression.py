@@ -40,6 +40,9 @@ def test_kernel_formula(problem) -> None:
     a1, l1, a2, l2, a3, l3, l4, a4, l5, w, _ = KernelConstants.from_logarithms(model._constants)
     error = softmax(u @ head[0].T + head[1], 1) - np.eye(5)[label][:, :4]
     error[label < 0] = 0
+    length = np.linalg.norm(error, axis=1, keepdims=True)
+    middle = np.sort(length[label >= 0, 0])[(np.count_nonzero(label >= 0) - 1) // 2]
+    error = error / np.maximum(length, 1e-300) * np.log1p(length / middle)
     assert unit_of_errors(model) == pytest.approx(np.square(error).sum(1).mean())
     unit = model._units.numpy()
     mean = np.array([u[label == c].mean(0) if c >= 0 else np.zeros(u.shape[1]) for c in label])
@@ -64,6 +67,25 @@ def test_kernel_formula(problem) -> None:
         model._marginal_likelihood(points, torch.from_numpy(z)).covariance(model._constants).numpy()
     )
     np.testing.assert_allclose(again, np.tril(kernel), atol=1e-7)
+
+
+def test_errors_of_samples_that_were_not_memorised_stay_within_reason(problem) -> None:
+    """The proxy has memorised the scored samples: errors of 1e-4 there, up to 1 elsewhere."""
+    u, v, label, z = arrays(problem, 400)
+    rng, classes = np.random.default_rng(0), int(label.max()) + 1
+    # one column of u holds the logit of the own class, so that the error is exp(-logit) or so
+    logit = np.r_[rng.normal(9, 0.5, 200), rng.normal(0, 3, 200)]
+    u = np.concatenate([u, np.eye(classes)[label] * logit[:, None]], 1).astype(np.float32)
+    head = (np.concatenate([np.zeros((classes, u.shape[1] - classes)), np.eye(classes)], 1),)
+    model = KernelRegression()
+    left_out = model.fit(u[:200], v[:200], label[:200], z[:200], rng, (*head, np.zeros(classes)))
+    assert model.error_length(u[:200], label[:200]).max() < 2.5
+    assert model.error_length(u[200:], label[200:]).max() > 5
+    points = model._with_error(model._points(u, v, label))
+    norm = points.error.norm(dim=1).numpy()
+    assert norm[200:].max() <= norm[:200].max() * (1 + 1e-9)
+    predicted = model.predict(u[200:], v[200:], label[200:])
+    assert np.abs(predicted).max() < 1.5 * np.abs(left_out).max()
 
 
 def test_likelihood_and_its_gradient(problem, monkeypatch) -> None:

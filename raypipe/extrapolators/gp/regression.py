@@ -3,16 +3,22 @@
     k(x, x') = a1 M(r / l1)
              + a2 M(r / l2) [y = y']
              + a3 M(r / l3) exp(-|m_y - m_y'| / l4)
-             + a4 M(r / l5) <e, e'>
+             + a4 M(r / l5) <f, f'>
 
     M(t) = (1 + sqrt(3) t) exp(-sqrt(3) t) ,    r^2 = |u - u'|^2 + w^2 |v - v'|^2
 
 u is the standardised embedding, v the proxy statistics ("signals"), m_y the mean embedding of class
 y. The first term ignores the class, the second is specific to it, the third is shared by similar
-classes. e is the proxy's error, its probabilities minus the one-hot label, in units of its mean
-square. A score that is linear in the sample's gradient, as MoSo is, changes sign with e: the
-gradient of the last layer is e h^T, h the embedding, and two such gradients have the inner product
-<e, e'> <h, h'> (the tangent kernel of Jacot et al. 2018, for one layer).
+classes. f has the direction of e, the proxy's error: its probabilities minus the one-hot label. A
+score that is linear in the sample's gradient, as MoSo is, changes sign with e: the gradient of the
+last layer is e h^T, h the embedding, and two such gradients have the inner product <e, e'> <h, h'>
+(the tangent kernel of Jacot et al. 2018, for one layer).
+
+The length of f is log(1 + |e| / m), in units of its root mean square; m is the median |e| of the
+scored samples, and |e| is limited to their largest. A proxy that has memorised the scored samples
+has errors a hundred times larger on all others. A length that follows |e| would then carry the
+prediction far beyond anything the scored samples support. Where errors are of one size, the
+logarithm is close to linear.
 
 An unlabelled sample has the first term only. Without the proxy's last layer there is no fourth
 term. The constants and the noise maximise the marginal likelihood (Rasmussen & Williams 2006,
@@ -92,8 +98,8 @@ class _Points(NamedTuple):
     label
         Class, int64 [n]; -1 where it is unknown or has no scored sample.
     error
-        The proxy's error, float64 [n, c]; 0 for an unlabelled sample. c is 0 without the proxy's
-        last layer, and before `_with_error` computed it.
+        f, the proxy's error with its length compressed, float64 [n, c]; 0 for an unlabelled
+        sample. c is 0 without the proxy's last layer, and before `_with_error` computed it.
     """
 
     embedding: Tensor
@@ -161,6 +167,7 @@ class KernelRegression:
         self._learn_class_means(u, label)
         rows = torch.from_numpy(rng.permutation(count))
         points = self._points(u, v, label)
+        self._learn_error_scale(points)
         target = torch.from_numpy(np.asarray(z, np.float64))
         if self._fixed_constants is None:
             sample = rows[: self._likelihood_rows]
@@ -175,15 +182,13 @@ class KernelRegression:
     @torch.no_grad()
     def predict(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Return predictions, float64 [n], for arrays as `fit` takes them."""
-        count = len(label)
-        whole = -(-count // ROWS) * ROWS
-        points = _Points(*(padded(values, whole) for values in self._points(u, v, label)))
-        result = torch.empty(whole, dtype=torch.float64)
+        points = self._padded(u, v, label)
+        result = torch.empty(len(points.label), dtype=torch.float64)
         for block_rows, block in self._blocks(points):
             block_result = result[block_rows]
             for rows, values in self._kernel_chunks(block, self._inducing):
                 block_result[rows] = values @ self._weight
-        return result[:count].numpy()
+        return result[: len(label)].numpy()
 
     @property
     def learned_constants(self) -> LearnedConstants:
@@ -201,6 +206,7 @@ class KernelRegression:
             "weight": self._weight.numpy(),
             "head_weight": self._head_weight.numpy(),
             "head_bias": self._head_bias.numpy(),
+            "error_scale": self._error_scale.numpy(),
         }
 
     @classmethod
@@ -223,6 +229,7 @@ class KernelRegression:
         result._weight = _tensor(tensors["weight"])
         result._head_weight = _tensor(tensors["head_weight"])
         result._head_bias = _tensor(tensors["head_bias"])
+        result._error_scale = _tensor(tensors["error_scale"])
         rows = result._rows.numpy()
         result._inducing = result._with_error(result._points(u[rows], v[rows], label[rows]))
         return result
@@ -252,14 +259,62 @@ class KernelRegression:
             torch.zeros(len(y), 0, dtype=torch.float64),
         )
 
-    def _with_error(self, points: _Points) -> _Points:
-        """Return the samples with the proxy's errors, if the last layer is known."""
-        if not len(self._head_bias):
-            return points
+    def _padded(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> _Points:
+        """Return the samples as tensors, padded to a multiple of `ROWS`."""
+        whole = -(-len(label) // ROWS) * ROWS
+        return _Points(*(padded(values, whole) for values in self._points(u, v, label)))
+
+    def error_length(self, u: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Return log(1 + |e| / m) of samples, float64 [n], not limited as f is in the kernel.
+
+        It is 0 for an unlabelled sample, without the proxy's last layer, and without a scale.
+        """
+        middle = float(self._error_scale[0])
+        if not len(self._head_bias) or middle <= 0:
+            return np.zeros(len(label))
+        points = self._padded(u, np.zeros((len(u), 0), np.float32), label)
+        step = _whole_rows(CHUNK_VALUES // len(self._head_bias))
+        lengths = [
+            self._errors(points.take(slice(start, start + step))).norm(dim=1)
+            for start in range(0, len(label), step)
+        ]
+        if not lengths:
+            return np.zeros(0)
+        return torch.log1p(torch.cat(lengths)[: len(label)] / middle).numpy()
+
+    def _learn_error_scale(self, points: _Points) -> None:
+        """Learn median and largest length of the proxy's errors on the scored samples."""
+        self._error_scale = torch.zeros(2, dtype=torch.float64)
+        if not len(self._head_bias) or not (points.label >= 0).any():
+            return
+        step = max(1, CHUNK_VALUES // len(self._head_bias))
+        lengths = [
+            self._errors(points.take(slice(start, start + step))).norm(dim=1)
+            for start in range(0, len(points.label), step)
+        ]
+        length = torch.cat(lengths)[points.label >= 0]
+        middle, largest = float(length.median()), float(length.max())
+        self._error_scale[0] = middle if middle > 0 else largest
+        self._error_scale[1] = largest
+
+    def _errors(self, points: _Points) -> Tensor:
+        """Return the proxy's errors e, float64 [n, c]; 0 for an unlabelled sample."""
         error = (points.embedding.double() @ self._head_weight.T + self._head_bias).softmax(1)
         labelled = points.label >= 0
         error[labelled, points.label[labelled]] -= 1
-        return points._replace(error=error * labelled[:, None])
+        return error * labelled[:, None]
+
+    def _with_error(self, points: _Points) -> _Points:
+        """Return the samples with f, if the last layer is known."""
+        if not len(self._head_bias):
+            return points
+        error = self._errors(points)
+        middle, largest = self._error_scale.tolist()
+        if middle > 0:
+            length = error.norm(dim=1, keepdim=True)
+            compressed = torch.log1p(length.clamp(max=largest) / middle)
+            error = error * (compressed / length.clamp(min=1e-300))
+        return points._replace(error=error)
 
     def _class_means(self, y: Tensor) -> Tensor:
         """Return the mean embedding of each class, [n, d]; 0 for -1."""
@@ -378,7 +433,7 @@ class KernelRegression:
             optimizer.step()
 
     def _learn_units(self, points: _Points) -> Tensor:
-        """Return median distances and the mean square of the errors: `LearnedConstants.units`."""
+        """Return median distances and the mean square of f: `LearnedConstants.units`."""
         units = torch.ones(4, dtype=torch.float64)
         spaces = (
             points.embedding.double(),

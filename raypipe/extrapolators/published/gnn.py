@@ -10,7 +10,7 @@ epoch by its Pearson correlation; Adam 1e-3, batch 128, 25 epochs. Training batc
 at most 10 neighbours, predictions one hop of all neighbours. This mismatch is in the published code
 and is preserved.
 
-Deviations, none of which changes what the method can express:
+Deviations, of which only the last changes what the method can express:
 
 - Scores are standardised for the fit and predictions mapped back, which is affine. MoSo's raw
   scores can be of size 1e-4 or 1e3, which a learning rate of 1e-3 cannot reach in 25 epochs.
@@ -18,6 +18,7 @@ Deviations, none of which changes what the method can express:
   on what shares its batch. In the published code it does if two samples of a batch are neighbours.
 - Neighbours are sampled from the neighbour table. PyG's NeighborLoader needs compiled extensions
   that cannot be assumed.
+- No prediction leaves the range of the measured scores (`features.Bounds`).
 
 An unlabelled sample has no one-hot entry.
 """
@@ -35,6 +36,7 @@ from torch_geometric.nn import GCNConv
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Nodes, TransductiveExtrapolator
+from raypipe.extrapolators.features import Bounds
 from raypipe.extrapolators.neighbours import NeighbourIndex, SearchQuality
 from raypipe.progress import ProgressCallback
 
@@ -152,6 +154,7 @@ class GnnPublished(TransductiveExtrapolator):
         self._mean, self._spread = float(score.mean()), float(score.std())
         if self._spread <= 1e-9 * abs(self._mean):
             self._spread = 0.0
+        self._bounds = Bounds.fit(score)
         standardised = (score - self._mean) / (self._spread or 1.0)
         target = torch.zeros(len(nodes))
         target[torch.from_numpy(scored)] = torch.from_numpy(standardised.astype(np.float32))
@@ -212,7 +215,7 @@ class GnnPublished(TransductiveExtrapolator):
         if not self._spread:
             return np.full(len(rows), self._mean, np.float32)
         z = self._infer(torch.from_numpy(rows)).double().numpy()
-        return (z * self._spread + self._mean).astype(np.float32)
+        return self._bounds(z * self._spread + self._mean)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()
@@ -222,7 +225,8 @@ class GnnPublished(TransductiveExtrapolator):
         # predictions depend on the search behind the graph, not on the index of scored samples
         if self._quality is not None:
             meta |= {"search": self._quality.as_dict()}
-        return tensors, meta | {"mean": self._mean, "spread": self._spread, "epochs": self.epochs}
+        meta |= {"mean": self._mean, "spread": self._spread, "bounds": self._bounds.state()}
+        return tensors, meta | {"epochs": self.epochs}
 
     def load_state(self, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Restore from `state`, which has no graph: call `attach_graph` before `predict_rows`."""
@@ -230,6 +234,7 @@ class GnnPublished(TransductiveExtrapolator):
         try:
             self._mean, self._spread = float(meta["mean"]), float(meta["spread"])
             self.epochs = int(meta["epochs"])
+            self._bounds = Bounds.from_meta(meta)
             with torch.random.fork_rng(devices=[]):
                 self._net = PublishedNet(self.num_classes + self._scored.width).eval()
             weights = {

@@ -207,8 +207,8 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
 
     Figures are of the audit set where it is large enough, and always of the seed set.
     """
-    from raypipe.assessment.conformal import Conformal
     from raypipe.assessment.fidelity import compare
+    from raypipe.assessment.intervals import Intervals
 
     settings, keep = config.extrapolate, sorted(set(config.select.keep))
     folds = [read_predictions(run, f"fold-{number}") for number in range(fold_count(config, run))]
@@ -223,15 +223,13 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         # map that predictions use; so the rehearsal decides.
         calibration = read_predictions(run, "rehearsal").predictions
         judged["rehearsal"] = compare(calibration, settings.seed, keep)
-    intervals = Conformal.fit(
-        calibration.residual, calibration.difficulty, settings.confidence, calibration.label
-    )
     if audit is not None:
         judged["audit"] = compare(audit.with_published(published), settings.seed, keep)
-        predictions = audit.predictions
-        intervals = intervals.stretched(
-            predictions.residual, predictions.difficulty, predictions.label
-        )
+    intervals = Intervals.fit(
+        calibration.calibration(),
+        settings.confidence,
+        audit.predictions.calibration() if audit is not None else None,
+    )
     figures = {
         which: fidelity.as_dict() | {"judged_on": which} for which, fidelity in judged.items()
     }

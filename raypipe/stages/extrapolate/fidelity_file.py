@@ -11,6 +11,7 @@ from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
     from raypipe.assessment.conformal import Conformal
+    from raypipe.assessment.intervals import Intervals
 
 Json = Mapping[str, Any]
 """An object as JSON holds it; it is passed on as it is, to the ledger and to other files."""
@@ -32,7 +33,8 @@ class FidelityFile:
     fidelity_seed : Json
         Figures on the held-out seed samples.
     intervals : Json
-        State of the intervals (`raypipe.assessment.conformal.Conformal.state`).
+        State of the intervals (`raypipe.assessment.intervals.Intervals.state`; in a run of version
+        0.2.0 or older `raypipe.assessment.conformal.Conformal.state`).
     search : Json
         Kind and recall of the neighbour search, and notes on it.
     """
@@ -55,10 +57,13 @@ class FidelityFile:
         """Write the file of a run."""
         storage.write_json(run.fidelity_file, {**vars(self), "keep": list(self.keep)})
 
-    def conformal(self) -> Conformal:
+    def calibrated(self) -> Intervals | Conformal:
         """Return the calibrated intervals."""
         from raypipe.assessment.conformal import Conformal
+        from raypipe.assessment.intervals import Intervals
 
+        if "scale" in self.intervals:
+            return Intervals.from_state(self.intervals)
         return Conformal.from_state(self.intervals)
 
 

@@ -124,7 +124,7 @@ def _score_whole(
         position = data.names.index(fragment)
         rows = data.source.places[position]
         own = nodes.take(rows)
-        half_width = intervals.half_width(extrapolator.difficulty(own), own.label)
         predicted = extrapolator.predict_rows(rows)
+        half_width = intervals.around(predicted, extrapolator.doubt(own), own.label)
         write_scores(run, fragment, tables[position], predicted, half_width, scores)
         step(number + 1, len(fragments))

@@ -11,6 +11,7 @@ from raypipe.stages.extrapolate.fidelity_file import FidelityFile
 
 if TYPE_CHECKING:
     from raypipe.assessment.conformal import Conformal
+    from raypipe.assessment.intervals import Intervals
     from raypipe.extrapolators.base import Extrapolator
 
 WHOLE_METHODS = {"gnn-published"}
@@ -69,9 +70,9 @@ def load_extrapolator(config: Config, run: Run) -> Any:
     return extrapolator
 
 
-def load_intervals(run: Run) -> Conformal:
+def load_intervals(run: Run) -> Intervals | Conformal:
     """Load the calibrated intervals."""
-    return FidelityFile.read(run).conformal()
+    return FidelityFile.read(run).calibrated()
 
 
 def has_rehearsal(run: Run) -> bool:

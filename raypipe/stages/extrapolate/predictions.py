@@ -1,7 +1,8 @@
 """Files of predictions that an extrapolator is assessed by: `extrapolator/<name>.parquet`.
 
-They hold sample_id, label, measured, predicted, difficulty and a column `baseline:<name>` for each
-baseline.
+They hold sample_id, label, measured, predicted, difficulty, a column `doubt:<name>` for each other
+doubt of the extrapolator (`raypipe.extrapolators.base.DOUBTS`) and a column `baseline:<name>` for
+each baseline.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline:"
 """Prefix of the columns of baselines."""
+DOUBT = "doubt:"
+"""Prefix of the columns of doubts, but for the first, the difficulty."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,20 @@ def write_predictions(
     run: Run, name: str, ids: Sequence[str], predictions: HeldOutPredictions
 ) -> None:
     """Write the predictions of the samples with these ids."""
+    from raypipe.extrapolators.base import DOUBTS
+
+    doubt = predictions.calibration().doubt
     columns = {
         "sample_id": pa.array(ids if len(predictions) else [], pa.string()),
         "label": pa.array(predictions.label, pa.int32(), mask=predictions.label < 0),
         "measured": pa.array(predictions.measured, pa.float64()),
         "predicted": pa.array(predictions.predicted, pa.float64()),
         "difficulty": pa.array(predictions.difficulty, pa.float32()),
+        **{
+            DOUBT + name: pa.array(doubt[:, column], pa.float32())
+            for column, name in enumerate(DOUBTS)
+            if column
+        },
         **{
             BASELINE + baseline: pa.array(values, pa.float64())
             for baseline, values in predictions.baselines.items()
@@ -81,10 +92,15 @@ def write_predictions(
 def read_predictions(run: Run, name: str) -> PredictedSamples:
     """Read what `write_predictions` wrote."""
     from raypipe.assessment.fidelity import HeldOutPredictions
+    from raypipe.extrapolators.base import DOUBTS
 
     table = storage.read_table(run.held_out_predictions(name))
     metadata = table.schema.metadata
     baselines = [column for column in table.column_names if column.startswith(BASELINE)]
+    doubts = ["difficulty", *(DOUBT + name for name in DOUBTS[1:])]
+    doubt = None  # in a file of version 0.2.0 or older
+    if set(doubts) <= set(table.column_names):
+        doubt = np.stack([table[name].to_numpy() for name in doubts], 1)
     predictions = HeldOutPredictions(
         table["label"].fill_null(-1).to_numpy().astype(np.int64),
         table["measured"].to_numpy(),
@@ -93,6 +109,7 @@ def read_predictions(run: Run, name: str) -> PredictedSamples:
         {column.removeprefix(BASELINE): table[column].to_numpy() for column in baselines},
         int(metadata[b"raypipe.n_fit"]),
         metadata[b"raypipe.note"].decode(),
+        doubt,
     )
     return PredictedSamples(table["sample_id"].to_pylist(), predictions)
 

@@ -201,8 +201,8 @@ class ScoreActor:
         predicted = half_width = np.zeros(len(label), np.float32)
         if len(label):
             nodes = Nodes(batch["embedding"], label.astype(np.int64), batch["signals"])
-            predicted, difficulty = self._extrapolator.predict_with_difficulty(nodes)
-            half_width = self._intervals.half_width(difficulty, nodes.label)
+            predicted, doubt = self._extrapolator.predict_with_doubt(nodes)
+            half_width = self._intervals.around(predicted, doubt, nodes.label)
         write_scores(self._run, fragment, table, predicted, half_width, self._scores)
         gpu_seconds = time.monotonic() - started if self._gpu else 0.0
         return UnitResult(
