@@ -123,7 +123,18 @@ PAIRS = [
 ]
 
 
-def _config(folder: Path, layout: str, samples: list[Sample]) -> Config:
+ONE_PROXY = (
+    "measure.scores=[moso, el2n]",
+    "measure.moso.self_term=true",
+    "extrapolate.judge_published=true",
+)
+CROSS_FIT = ("proxy.parts=3", "measure.scores=[moso, loss]", "measure.loss.at=auto")
+FROM_EMBEDDINGS = (*CROSS_FIT, "extrapolate.score=loss")
+
+
+def _config(
+    folder: Path, layout: str, samples: list[Sample], scores: tuple[str, ...] = ONE_PROXY
+) -> Config:
     write, settings = LAYOUTS[layout]
     (folder / "data").mkdir()
     write(folder / "data", samples)
@@ -135,9 +146,7 @@ def _config(folder: Path, layout: str, samples: list[Sample]) -> Config:
         "seed.fraction=0.4",
         "seed.audit=60",
         "proxy.epochs=2",
-        "measure.scores=[moso, el2n]",
-        "measure.moso.self_term=true",
-        "extrapolate.judge_published=true",
+        *scores,
     )
 
 
@@ -186,12 +195,12 @@ def _drawn(run: Run, shards: str) -> list[tuple[list[str], bytes]]:
 @pytest.fixture(scope="module")
 def run_of(
     cluster: str, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Run]:
+) -> Callable[..., Run]:
     """The finished run of a layout, computed at first use."""
 
     @functools.cache
-    def finished(layout: str) -> Run:
-        config = _config(tmp_path_factory.mktemp(layout), layout, samples)
+    def finished(layout: str, scores: tuple[str, ...] = ONE_PROXY) -> Run:
+        config = _config(tmp_path_factory.mktemp(layout), layout, samples, scores)
         with pytest.MonkeyPatch.context() as patch:
             _small_shards(patch)
             return Run(raypipe.run(config, progress=QUIET).uri)
@@ -203,10 +212,22 @@ def run_of(
 @pytest.mark.timeout(900)
 @pytest.mark.long
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_scores_depend_on_the_ids_alone(
-    pair: tuple[str, str], run_of: Callable[[str], Run]
+def test_scores_depend_on_the_ids_alone(pair: tuple[str, str], run_of: Callable[..., Run]) -> None:
+    _assert_same_run(*map(run_of, pair))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.long
+@pytest.mark.parametrize("scores", [CROSS_FIT, FROM_EMBEDDINGS], ids=["moso", "loss"])
+@pytest.mark.parametrize("other", ["shuffled", "parquet"])
+def test_so_do_scores_of_several_proxies(
+    other: str, scores: tuple[str, ...], run_of: Callable[..., Run]
 ) -> None:
-    first, other = map(run_of, pair)
+    _assert_same_run(run_of("folder", scores), run_of(other, scores))
+
+
+def _assert_same_run(first: Run, other: Run) -> None:
     assert len(SeedManifest.read(first).shards) == 8
     assert len(first.fragments()) != len(other.fragments())
     assert _drawn(first, "shards") == _drawn(other, "shards")
@@ -215,13 +236,16 @@ def test_scores_depend_on_the_ids_alone(
     assert expected.keys() == found.keys() and len(expected) > 5
     for name, content in found.items():
         assert content == expected[name], name
-    for folder in ("measured", "measured/audit", "embeddings", "extrapolator", "scores", "keep"):
+    folders = ["measured", "measured/audit", "embeddings", "scores", "keep"]
+    folders += ["views"] if first.done("views") else []
+    folders += ["extrapolator"] if first.done("extrapolator") else []
+    for folder in folders:
         _assert_same_rows(first, other, folder)
 
 
 def _files(run: Run) -> Iterator[tuple[str, bytes]]:
     """Files that do not depend on fragments: checkpoints, mean gradients, the fitted model."""
-    for folder in ("proxy/checkpoints", "measured", "extrapolator"):
+    for folder in ("proxy", "measured", "extrapolator"):
         for file in storage.listing(run.path(folder)):
             if file.path.endswith(".safetensors"):
                 path = re.sub(r"-[0-9a-f]{16}/", "/", file.path)  # a hash of the settings
@@ -251,4 +275,5 @@ def _sorted_rows(run: Run, folder: str) -> dict[str, Any]:
     }
     if folder not in ("extrapolator", "keep"):
         tables = {"all": pa.concat_tables(tables.values())}
-    return {name: table.sort_by("sample_id") for name, table in tables.items()}
+    keys = [("sample_id", "ascending"), *([("proxy", "ascending")] if folder == "views" else [])]
+    return {name: table.sort_by(keys) for name, table in tables.items()}

@@ -225,7 +225,7 @@ class PartData:
         with ThreadPoolExecutor(READERS) as threads:
             tables = list(threads.map(read, sorted(self._run.done("embeddings"))))
         present = [table.replace_schema_metadata(None) for table in tables if table is not None]
-        return pa.concat_tables([table.select(COLUMNS) for table in present])
+        return _in_canonical_order(pa.concat_tables([table.select(COLUMNS) for table in present]))
 
 
 def _select(table: pa.Table, rows: np.ndarray, scores: Mapping[str, float]) -> ScoredSamples | None:

@@ -22,6 +22,7 @@ from raypipe.runs.embeddings import as_seen_by, nodes_of, read_probe_rows
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.unit_result import UnitResult
+from raypipe.selection.hashing import canonical_order
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile
 from raypipe.stages.measure.outputs import OUTPUTS
 
@@ -60,7 +61,7 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
 
 
 def _read_view(config: Config, run: Run, proxy: int) -> pa.Table:
-    """Read the samples of the probe of one viewer, in the order of their ids."""
+    """Read the samples of the probe of one viewer, in the canonical order."""
     cross_fit = _cross_fit(config)
 
     def read(name: str) -> pa.Table:
@@ -71,7 +72,8 @@ def _read_view(config: Config, run: Run, proxy: int) -> pa.Table:
 
     with ThreadPoolExecutor(READERS) as threads:
         tables = list(threads.map(read, sorted(run.done("embeddings"))))
-    return pa.concat_tables(tables).sort_by("sample_id")
+    table = pa.concat_tables(tables)
+    return table.take(pa.array(canonical_order(table["sample_id"].to_pylist()), pa.int64()))
 
 
 def _write_assessment(
@@ -87,7 +89,8 @@ def _write_assessment(
     from raypipe.assessment.rank_agreement import NO_AGREEMENT
     from raypipe.assessment.stability import stability
 
-    ids = sorted(by_proxy)
+    every = list(by_proxy)
+    ids = [every[row] for row in canonical_order(every)]
     stable = stability(
         np.stack([by_proxy[sample_id] for sample_id in ids]),
         np.array([labels[sample_id] for sample_id in ids]),
