@@ -46,8 +46,8 @@ def bytes_written(work: Workload) -> dict[str, int]:
     drawn = work.seed + work.audit
     measured = sum(map(measure.uses_epoch, proxy.checkpoint_epochs()))
     proxies = proxy.parts - 1 if proxy.cross_fits else 1
-    # samples of part 0 are embedded by a second proxy
-    embeddings = 1 + 1 / proxy.parts if proxy.cross_fits else 1.0
+    # two viewers embed each sample; those of part 0 have an embedding by proxy 0 as well
+    views = 1 + 1 / proxy.parts if proxy.cross_fits else 0.0
     feature = 4 if config.embed.dtype == "float32" else 2
     labeller = 4 * rates.PARAMETERS[_label_network(config)] + 60 * drawn
     rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
@@ -61,7 +61,7 @@ def bytes_written(work: Workload) -> dict[str, int]:
         ),
         "rehearsal": config.rehearses * rehearsal,
         "embeddings": work.samples * (feature * width + 150),
-        "views": round((embeddings - 1) * work.samples * (feature * width + 60)),
+        "views": round(views * work.samples * (feature * width + 60)),
         "extrapolator": 2 * work.seed * (4 * width + 100),
         "scores": work.samples * 30,
         "keep": round(sum(config.select.keep) * work.samples * 25),

@@ -137,6 +137,8 @@ def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:
 def fidelity_sentence(fidelity: dict[str, Any]) -> str:
     """Return the fidelity with its interval as text."""
     spearman, bounds = fidelity.get("spearman"), fidelity.get("spearman_interval")
+    if fidelity.get("judged_on") == "direct":
+        return "nothing was extrapolated: every sample was scored directly"
     if spearman is None:
         return f"unknown: {fidelity.get('note') or 'not judged yet'}"
     interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
