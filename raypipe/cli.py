@@ -145,6 +145,7 @@ def init() -> None:
 )
 def scores() -> None:
     """List the scores that can be measured: what each is, what it needs and what it costs."""
+    from raypipe.config.choices import EXPERIMENTAL_SCORES
     from raypipe.scores.registry import SCORES
 
     for info in SCORES.values():
@@ -152,6 +153,8 @@ def scores() -> None:
         cost = "no cost beyond the training" if free else f"costs {info.cost}"
         click.echo(f"{info.name:<20} {info.summary}")
         click.echo(f"{'':<20} needs {info.needs}; {cost}; {info.source}")
+        if info.name in EXPERIMENTAL_SCORES:
+            click.echo(f"{'':<20} experimental: {EXPERIMENTAL_SCORES[info.name]}")
 
 
 @cli.command(

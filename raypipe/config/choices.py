@@ -20,6 +20,12 @@ DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss
 """Scores that are high for hard samples, including mislabelled ones. For all other scores, a low
 value is suspicious."""
 
+EXPERIMENTAL_SCORES = {
+    "moso": "two trainings agreed to less than 0.6 on CIFAR-10 and CIFAR-100, in every variant tried "
+    "so far"
+}
+"""Scores whose values another training would not confirm, and the evidence."""
+
 PROXY_STATISTICS = ("loss", "margin", "entropy")
 """Statistics of the proxy's output for a sample, in the order that the extrapolators expect."""
 

@@ -320,6 +320,7 @@ def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan) -> Fidelity:
         stability,
         scan.samples - scan.measured if scan.samples else None,
     )
+    sentence += text.experimental(assessment.get("score"))
     return {
         **held_out,
         "method": method,

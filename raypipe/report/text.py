@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raypipe.config.choices import STRATEGY_TEXTS
+from raypipe.config.choices import EXPERIMENTAL_SCORES, STRATEGY_TEXTS
 from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, SetFigures, Trained
 from raypipe.text import JUDGED_ON, counted, mean_and_margin, plural
 
@@ -322,6 +322,13 @@ def _verdict_of_measured(stability: Mapping[str, Any]) -> tuple[str, str]:
         return "measured", f"{measured} {_stability(stability)}"
     name, advice = next((name, advice) for smallest, name, advice in VERDICTS if value >= smallest)
     return name, f"Trust in these scores is {name}. {measured} {_stability(stability)} {advice}"
+
+
+def experimental(score: str | None) -> str:
+    """Return a sentence about an experimental score, after a space; empty for other scores."""
+    if score not in EXPERIMENTAL_SCORES:
+        return ""
+    return f" {score} is an experimental score: {EXPERIMENTAL_SCORES[score]}."
 
 
 def _interval(low: float | None, high: float | None) -> str:

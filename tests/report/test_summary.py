@@ -12,7 +12,7 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import summarize
 from raypipe.report.summary import clean
-from raypipe.report.text import number, seconds, setting, share, trust_verdict
+from raypipe.report.text import experimental, number, seconds, setting, share, trust_verdict
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 
@@ -294,6 +294,13 @@ def test_no_score_is_strong_that_another_training_may_not_agree_with() -> None:
     name, text = trust_verdict({"spearman": 0.95}, {"note": "only one proxy"}, 100)
     assert name == "good"
     assert "Stability is unknown: only one proxy." in text
+
+
+def test_an_experimental_score_is_called_so() -> None:
+    assert "moso is an experimental score: two trainings agreed to less than 0.6" in experimental(
+        "moso"
+    )
+    assert experimental("loss") == "" == experimental(None)
 
 
 def test_a_baseline_that_does_as_well_is_named() -> None:
