@@ -12,8 +12,8 @@ Writes, under `proxy/`:
 - `proxy.json`: what the later stages need; written last.
 
 With `proxy.parts` above 1, one such network is trained for each part of the seed set
-(`raypipe.runs.partition`), on its part alone. All start from the same weights. Each has the first
-four items in its own folder, `proxy/part-0/`; `proxy.json` describes all of them. They train side
+(`raypipe.runs.partition`), on its part alone, from other weights. Each has the first four items in
+its own folder, `proxy/part-0/`; `proxy.json` describes all of them. They train side
 by side as far as the cluster has room.
 
 When a worker or the driver dies, the training resumes after the last finished epoch. Batches and

@@ -176,7 +176,8 @@ class ProxyTraining:
         self._scored_epochs = self._settings.checkpoint_epochs()
         self._device = get_device() if job.gpu else torch.device("cpu")
 
-        torch.manual_seed(self._settings.seed)
+        # weights of their own for each proxy: trainings that are compared must not start alike
+        torch.manual_seed(self._settings.seed + job.part.number)
         statistics = self._settings.statistics(seed.mean, seed.std)
         network = build_network(
             self._settings.model, self._classes, seed.image_size, *statistics
