@@ -21,8 +21,8 @@ DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss
 value is suspicious."""
 
 EXPERIMENTAL_SCORES = {
-    "moso": "two trainings agreed to less than 0.6 on CIFAR-10 and CIFAR-100, in every variant that "
-    "was tried"
+    "moso": "two trainings agreed to less than 0.6 on CIFAR-10 and CIFAR-100, in every variant "
+    "that was tried"
 }
 """Scores whose values another training would not confirm, and the evidence."""
 
