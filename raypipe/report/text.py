@@ -9,7 +9,7 @@ from typing import Any
 
 from raypipe.config.choices import STRATEGY_TEXTS
 from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, Trained
-from raypipe.text import JUDGED_ON, counted, mean_and_margin, plural
+from raypipe.text import JUDGED_ON, HeadlineFidelity, counted, mean_and_margin, plural, weak_proxy
 
 SPACE = "\u202f"
 """Narrow and non-breaking, between a number and its unit."""
@@ -260,7 +260,8 @@ def fidelity_verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> t
     extrapolated
         Samples whose score was extrapolated; None if that is not known.
     """
-    spearman = fidelity.get("spearman")
+    headline = HeadlineFidelity.of(fidelity, bool(fidelity.get("within_classes")))
+    spearman = headline.spearman
     if extrapolated == 0:
         return "measured", "Every sample was measured; nothing had to be extrapolated."
     if spearman is None:
@@ -269,10 +270,13 @@ def fidelity_verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> t
             "The fidelity of the extrapolated scores is not known. Do not prune by them until it "
             "is.",
         )
+    proxy = weak_proxy(fidelity)
     name, advice = next(
-        (name, advice) for smallest, name, advice in VERDICTS if spearman >= smallest
+        (name, advice)
+        for smallest, name, advice in VERDICTS
+        if spearman >= smallest and not (proxy and name in ("strong", "good"))
     )
-    low, high = fidelity.get("spearman_low"), fidelity.get("spearman_high")
+    low, high = headline.low, headline.high
     interval = (
         f", 95{SPACE}% interval {fixed(low)} to {fixed(high)}"
         if low is not None and high is not None
@@ -280,22 +284,29 @@ def fidelity_verdict(fidelity: Mapping[str, Any], extrapolated: int | None) -> t
     )
     sentence = (
         f"Fidelity is {name}: on {judged_samples(fidelity)}, extrapolated and measured scores have "
-        f"a Spearman correlation of {fixed(spearman)}{interval}. {advice}"
+        f"a Spearman correlation of {fixed(spearman)}{interval}"
     )
-    rival = _best_baseline(fidelity)
+    if headline.within:
+        overall = f" ({fixed(headline.overall)} over all classes)" if headline.overall else ""
+        sentence += f", within classes, as the keep-lists are cut{overall}"
+    sentence += f". {advice}"
+    if proxy:
+        sentence += f" {proxy}"
+    rival = _best_baseline(fidelity, headline.within)
     if rival is not None and rival[0] >= spearman:
         sentence += f" The simpler baseline “{rival[1]}” does as well here ({fixed(rival[0])})."
     return name, sentence
 
 
-def _best_baseline(fidelity: Mapping[str, Any]) -> tuple[float, str] | None:
+def _best_baseline(fidelity: Mapping[str, Any], within: bool) -> tuple[float, str] | None:
     """Return the Spearman correlation and the name of the best baseline."""
+    spearman = "spearman_within" if within else "spearman"
     method = str(fidelity.get("method")).replace("-", "_")  # a method can be its own baseline
     return max(
         (
-            (figures["spearman"], name)
+            (figures[spearman], name)
             for name, figures in fidelity.get("baselines", {}).items()
-            if name.replace("-", "_") != method and figures.get("spearman") is not None
+            if name.replace("-", "_") != method and figures.get(spearman) is not None
         ),
         default=None,
     )
