@@ -198,6 +198,8 @@ def chance(n: int, keep: Sequence[float]) -> RankAgreement:
             fraction: (float(low) / tops[fraction], float(high) / tops[fraction])
             for fraction, (low, high) in ranges.items()
         },
+        0.0,
+        correlation_interval,
     )
 
 
