@@ -40,7 +40,7 @@ from raypipe.stages.base import Stage
 log = logging.getLogger("raypipe")
 _STAGES = {
     "index": "raypipe.stages.index.stage:IndexStage",
-    "seed": "raypipe.stages.seed:SeedStage",
+    "seed": "raypipe.stages.seed.stage:SeedStage",
     "label": "raypipe.stages.pseudo_label:LabelStage",
     "proxy": "raypipe.stages.proxy.stage:ProxyStage",
     "measure": "raypipe.stages.measure.stage:MeasureStage",

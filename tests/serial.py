@@ -13,7 +13,7 @@ from raypipe.distributed.context import Context
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.stages.index.stage import IndexStage
-from raypipe.stages.seed import SeedStage
+from raypipe.stages.seed.stage import SeedStage
 
 
 def run_tasks(

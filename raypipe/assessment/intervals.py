@@ -226,7 +226,8 @@ class Intervals:
         )
 
     def _sigma(self, predicted: np.ndarray, doubt: np.ndarray) -> np.ndarray:
-        return _columns(predicted, doubt, self.middle) @ np.array(self.scale)
+        # a matrix product can round a row differently depending on the other rows
+        return (_columns(predicted, doubt, self.middle) * np.array(self.scale)).sum(1)
 
     def _relative(self, predicted: np.ndarray, doubt: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Return f sigma, float64 [n]."""

@@ -14,8 +14,9 @@ class PoolSettings(Settings):
 
     batch_size: Positive | Literal["auto"] = Field(
         "auto",
-        description="Images per forward pass. auto: 64 on a CPU (more only take memory); on a GPU "
-        "256 of 224 pixels, or up to 2,048 smaller ones. Halved when the GPU runs out of memory.",
+        description="Images per forward pass. auto: 64 on a CPU (more only take memory; embed "
+        "takes at most 32); on a GPU 256 of 224 pixels, or up to 2,048 smaller ones. Halved when "
+        "the GPU runs out of memory.",
     )
     min_actors: Positive = Field(1, description="Smallest number of actors. These always run.")
     max_actors: Positive | Literal["auto"] = Field(

@@ -11,7 +11,12 @@ from raypipe.estimate.volumes import bytes_written
 from raypipe.estimate.workload import Workload
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import CACHE_BYTES
-from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, SEED_SHARD_SAMPLES
+from raypipe.runs.sizes import (
+    INDEX_FILE_FRAGMENTS,
+    MAX_DRAWN_FILES,
+    SEED_SHARD_SAMPLES,
+    gather_bytes,
+)
 from raypipe.selection import STRATEGIES
 from raypipe.storage.remote_listing import PAGE
 
@@ -28,6 +33,16 @@ NAME_BYTES = 24
 def _shards(work: Workload) -> int:
     """Return the number of seed shards."""
     return math.ceil(work.seed / SEED_SHARD_SAMPLES)
+
+
+def _gathering(work: Workload) -> int:
+    """Return the requests to write the drawn samples and gather them into seed shards.
+
+    Every task that gathers opens the files of all draws: size, footer and row group.
+    """
+    drawn = min(_shards(work), MAX_DRAWN_FILES)
+    pixels = 3 * work.config.proxy.image_size**2 * (work.seed + work.audit)
+    return drawn + 3 * drawn * math.ceil(pixels / gather_bytes(pixels))
 
 
 def _proxy_files(work: Workload, parts: int) -> int:
@@ -84,7 +99,7 @@ def requests_of(
     shard_footers, output_footers = 2 * 2 * shards, 2 * fragments
     reads = {
         "index": source_pages + scan,
-        "seed": fragments + drawn + shard_footers,
+        "seed": fragments + drawn + _gathering(work) + shard_footers,
         "label": shards * (1 + bool(work.audit)),
         "proxy": shards * workers,
         "measure": count * shards * (2 if "moso" in config.measure.scores else 1),

@@ -226,8 +226,14 @@ def apply(
     """Return predictions, float32 [m]; `encoded` is the result of `encode`."""
     if encoded is None:
         encoded = encode(net, anchors)
+    # always as many rows at a time: a prediction does not depend on the others, bit for bit
+    last = len(queries) - 1
     parts = [
-        net(queries.take(slice(start, start + PREDICT_ROWS)), anchors, encoded)
+        net(
+            queries.take(torch.arange(start, start + PREDICT_ROWS).clamp_(max=last)),
+            anchors,
+            encoded,
+        )
         for start in range(0, len(queries), PREDICT_ROWS)
     ]
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts)[: len(queries)] if parts else torch.empty(0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from raypipe.extrapolators.base import Extrapolator, Nodes
 from raypipe.extrapolators.features import Bounds, Scaler, Target
 from raypipe.progress import ProgressCallback
+from raypipe.vision.devices import padded
 
 HIDDEN = (256, 64)
 DROPOUT = 0.5
@@ -30,6 +31,8 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
 BATCH = 64
 PATIENCE = 10
 """A fit ends after this many epochs without improvement."""
+PREDICT_ROWS = 64
+"""Samples predicted at once, always as many: the last ones are padded."""
 
 
 class MlpNet(nn.Module):
@@ -139,7 +142,12 @@ class Mlp(Extrapolator):
         if not self._networks:
             return np.zeros((1, len(nodes)))
         x, y = self._inputs(nodes)
-        return torch.stack([net(x, y) for net in self._networks]).double().numpy()
+        z = torch.empty(len(self._networks), len(nodes))
+        for start in range(0, len(nodes), PREDICT_ROWS):
+            part = slice(start, start + PREDICT_ROWS)
+            own = padded(x[part], PREDICT_ROWS), padded(y[part], PREDICT_ROWS)
+            z[:, part] = torch.stack([net(*own) for net in self._networks])[:, : len(x[part])]
+        return z.double().numpy()
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, meta = self._base_state()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raypipe.pseudo_labels.clusters import Clusters
-from raypipe.vision.devices import AdaptiveBatch, to_device
+from raypipe.vision.devices import AdaptiveBatch, padded, to_device
 
 
 class FeatureNetwork(Protocol):
@@ -41,10 +41,20 @@ def features(
         Decides how many images go through the network at a time.
     device : str
         Device of the network.
+
+    Notes
+    -----
+    On a CPU all batches have the same size, so that the features of an image do not depend on the
+    other images, bit for bit.
     """
+    on_cpu = torch.device(device).type == "cpu"
+
+    def embed(part: np.ndarray | torch.Tensor) -> torch.Tensor:
+        pixels = padded(part, batched.size) if on_cpu else part
+        return network.embed(to_device(pixels, device)).float()[: len(part)]
+
     with torch.inference_mode():
-        parts = batched(lambda part: network.embed(to_device(part, device)).float(), images)
-        return torch.cat(parts).cpu().numpy()
+        return torch.cat(batched(embed, images)).cpu().numpy()
 
 
 class Labeller:

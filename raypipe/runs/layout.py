@@ -14,7 +14,7 @@ VALID_NAME = re.compile(r"[\w-][\w.-]*").fullmatch
 """Match a valid name of a fragment or shard; it must not contain a path separator."""
 STAGE_FOLDERS = {
     "index": ("index", "duplicates"),
-    "seed": ("seed",),
+    "seed": ("seed", "drawn"),
     "label": ("labels",),
     "proxy": ("proxy",),
     "measure": ("measured",),
@@ -84,6 +84,11 @@ class Layout:
     def seed_folder(self) -> str:
         """Shards of the seed set and the audit set."""
         return self.path("seed")
+
+    @property
+    def drawn_folder(self) -> str:
+        """Drawn samples by fragment; removed once the seed shards are written."""
+        return self.path("drawn")
 
     @property
     def seed_manifest_file(self) -> str:
@@ -217,6 +222,10 @@ class Layout:
     def seed_shard(self, shard: str) -> str:
         """Return a shard of the seed set or the audit set."""
         return self.path("seed", f"{shard}.parquet")
+
+    def drawn_file(self, name: str) -> str:
+        """Drawn samples of some fragments, until the seed shards are written."""
+        return self.path("drawn", f"{name}.parquet")
 
     def label_shard(self, shard: str) -> str:
         """Pseudo-labels of a seed or audit shard."""

@@ -1,4 +1,10 @@
-"""Read and write the shards of the seed set and the audit set."""
+"""Read and write the shards of the seed set and the audit set.
+
+Shards are canonical: shard k of N holds the samples whose hash lies in the k-th of N equal ranges,
+in the order of `raypipe.selection.hashing.canonical_order`. So they depend on the ids alone, and
+neither on the format of the source nor on the order of its samples. (Versions up to 0.2.0 wrote the
+samples of some consecutive fragments into a shard. Such shards are read alike.)
+"""
 
 from __future__ import annotations
 
@@ -41,14 +47,30 @@ def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray
     count = len(table)
     if count == 0:
         return [], np.zeros((0, 3, size, size), np.uint8), np.zeros(0, np.int64)
-    column = table["image"].combine_chunks()
-    pixels = np.frombuffer(
-        column.buffers()[1], np.uint8, count * 3 * size * size, column.offset * 3 * size * size
-    )
     return (
         table["sample_id"].to_pylist(),
-        pixels.reshape(count, 3, size, size),
+        image_array(table["image"], size),
         table["label"].to_numpy().astype(np.int64),
+    )
+
+
+def image_array(column: pa.ChunkedArray, size: int) -> np.ndarray:
+    """Return a column of images as uint8 [n, 3, size, size], without a copy of a single chunk."""
+    if not len(column):
+        return np.zeros((0, 3, size, size), np.uint8)
+    images, width = column.combine_chunks(), 3 * size * size
+    pixels = np.frombuffer(
+        images.buffers()[1], np.uint8, len(images) * width, images.offset * width
+    )
+    return pixels.reshape(len(images), 3, size, size)
+
+
+def image_column(images: np.ndarray) -> pa.Array:
+    """Return images, uint8 [n, 3, size, size], as a column of bytes."""
+    data = np.ascontiguousarray(images)
+    width = int(np.prod(images.shape[1:]))
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(images), [None, pa.py_buffer(data)]
     )
 
 
@@ -62,7 +84,7 @@ def shard_labels(run: Run, shard: str) -> pa.Table:
 
 
 def audit_name(shard: str) -> str:
-    """Return the name of the audit shard that is drawn with a seed shard."""
+    """Return the name of the audit shard with the same range of hashes as a seed shard."""
     return "audit" + shard.removeprefix("seed")
 
 
@@ -90,10 +112,9 @@ def shard_table(
     classes, size : int
         Number of classes, and side of the images in pixels.
     extra : mapping
-        Further metadata: samples drawn, and the rejects among them.
+        Further metadata: `unlabelled`, whether the source has no labels.
     """
-    pixels = images.reshape(len(ids), 3 * size * size)
-    channels = pixels.reshape(len(ids), 3, size * size).astype(np.float64) / 255
+    channels = images.reshape(len(ids), 3, size * size).astype(np.float64) / 255
     statistics = {
         "image_size": size,
         "samples": len(ids),
@@ -104,13 +125,10 @@ def shard_table(
         "square": np.square(channels).sum((0, 2)).tolist(),
         **extra,
     }
-    image_type = pa.binary(3 * size * size)
     columns = [
         pa.array(ids, pa.string()),
         pa.array(labels, pa.int32()),
-        pa.FixedSizeBinaryArray.from_buffers(
-            image_type, len(ids), [None, pa.py_buffer(pixels.tobytes())]
-        ),
+        image_column(images.reshape(len(ids), 3, size, size)),
     ]
     return pa.table(columns, ["sample_id", "label", "image"]).replace_schema_metadata(
         {"raypipe": json.dumps(statistics)}

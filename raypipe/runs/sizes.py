@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 SEED_SHARD_SAMPLES = 512
-"""Approximate number of seed samples in a shard: fragments are read in groups to yield it."""
+"""Approximate number of seed samples in a shard, and in the group of fragments that one task reads
+to draw them."""
+
+MAX_DRAWN_FILES = 4096
+"""Largest number of such groups. A very large seed set has larger ones, because every task that
+writes seed shards opens the files of all groups."""
+
+GATHER_BYTES = 128 << 20
+"""Bytes of pixels that one task gathers into seed shards, about."""
+
+MAX_GATHER_TASKS = 1024
+"""Largest number of such tasks, each of which opens all files of drawn samples. Those of a very
+large seed set gather more bytes each."""
+
+
+def gather_bytes(pixels: float) -> float:
+    """Return the bytes of pixels that one task gathers, given those of all samples."""
+    return max(GATHER_BYTES, pixels / MAX_GATHER_TASKS)
+
 
 MIN_SEED_SAMPLES = 20
 """Samples that a seed set, and each part of one, must have; otherwise the run stops."""

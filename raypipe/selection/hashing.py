@@ -17,6 +17,8 @@ WORD_BYTES = 8
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio, odd: neighbouring seeds start far apart."""
 ALL_ONES = np.uint64(2**64 - 1)
+ORDER_SEED = 0x6F72646572
+"""Seed of the canonical order, unlike any that a user sets: no draw may follow the order."""
 HASH_CACHE_SIZE = 1 << 17
 """Hashes cached by `id_hash`: every keep-list asks for those of the same ties in each chunk."""
 
@@ -85,6 +87,36 @@ def _mix(state: np.ndarray) -> np.ndarray:
 def uniform(hashes: np.ndarray) -> np.ndarray:
     """Map uint64 [n] to float64 [n] strictly between 0 and 1."""
     return ((hashes >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def canonical_hashes(ids: Ids) -> np.ndarray:
+    """Return the hashes that the canonical order of samples sorts by, uint64 [n]."""
+    return hash64(ids, ORDER_SEED)
+
+
+def canonical_order(ids: Ids) -> np.ndarray:
+    """Return the rows of some samples in the canonical order, int64 [n].
+
+    The order is pseudo-random and depends on nothing but the ids: not on the rows, the files or the
+    format that they come from. Sums over samples and draws by row number use it, so that the same
+    samples give the same result, bit for bit.
+    """
+    hashes = canonical_hashes(ids)
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        names = string_array(ids).to_pylist()
+        order = np.array(sorted(order.tolist(), key=lambda row: (hashes[row], names[row])))
+    return order
+
+
+def hash_range(hashes: np.ndarray, ranges: int) -> np.ndarray:
+    """Return which of equal ranges of hashes each one lies in, int64 [n], ascending with the hash.
+
+    `ranges` must be less than 2^32.
+    """
+    high = hashes >> np.uint64(32)
+    return ((high * np.uint64(ranges)) >> np.uint64(32)).astype(np.int64)
 
 
 class IdSet:

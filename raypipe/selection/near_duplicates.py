@@ -13,6 +13,9 @@ import numpy as np
 
 BLOCK_ROWS = 1024
 """Embeddings compared at a time."""
+TILE_ROWS = 16
+"""Rows that a product of matrices computes alike; the last ones of another number can round
+differently."""
 ROUNDING = 1e-6
 """A similarity this far below the threshold counts: rounding moves that of equal embeddings from 1.
 """
@@ -52,12 +55,16 @@ def centroids(vectors: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def nearest_centroid(vectors: np.ndarray, centroid: np.ndarray) -> np.ndarray:
-    """Return the centroid with the highest cosine similarity for each unit vector, int64 [n]."""
+    """Return the centroid with the highest cosine similarity for each unit vector, int64 [n].
+
+    Each result depends on its own vector alone, bit for bit: blocks are padded to whole tiles.
+    """
     result = np.zeros(len(vectors), np.int64)
     for start in range(0, len(vectors), BLOCK_ROWS):
-        result[start : start + BLOCK_ROWS] = (
-            vectors[start : start + BLOCK_ROWS] @ centroid.T
-        ).argmax(1)
+        block = vectors[start : start + BLOCK_ROWS]
+        whole = np.zeros((-(-len(block) // TILE_ROWS) * TILE_ROWS, block.shape[1]), block.dtype)
+        whole[: len(block)] = block
+        result[start : start + BLOCK_ROWS] = (whole @ centroid.T).argmax(1)[: len(block)]
     return result
 
 

@@ -42,6 +42,20 @@ def to_device(values: Any, device: str | torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def padded(values: Any, rows: int) -> Any:
+    """Return the rows of an array or a tensor, followed by zeros up to `rows` rows.
+
+    On a CPU, the last rows of a product of matrices can be summed in another order than the rows
+    before, and another number of images can take another algorithm. With batches of a fixed size,
+    the result of a row depends neither on its place nor on the rows around it.
+    """
+    missing = rows - len(values)
+    if missing <= 0:
+        return values
+    tensor = torch.as_tensor(values)
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
 class AdaptiveBatch:
     """Apply functions batch by batch, with smaller batches if GPU memory runs out.
 

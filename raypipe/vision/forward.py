@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 from raypipe.config.choices import PROXY_STATISTICS
-from raypipe.vision.devices import AdaptiveBatch, to_device
+from raypipe.vision.devices import AdaptiveBatch, padded, to_device
 from raypipe.vision.output_statistics import output_statistics
+
+CPU_BATCH = 32
+"""Images in each forward pass on a CPU, where more are not faster. The last batch is padded."""
 
 
 class EmbeddingModel(Protocol):
@@ -56,20 +59,29 @@ def forward(
     Notes
     -----
     The CPU waits for the GPU once, at the end: until then all outputs stay on the GPU.
+
+    On a CPU the outputs of an image do not depend on the other images, bit for bit: all batches
+    have the same size.
     """
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
+        batched = AdaptiveBatch(min(CPU_BATCH, batched.size))
 
     def outputs(images: Any, labels: np.ndarray) -> dict[str, torch.Tensor]:
-        embedding = model.embed(to_device(images, device))
+        count = len(labels)
+        rows = batched.size if on_cpu else count
+        embedding = model.embed(to_device(padded(images, rows), device))
         logits = model.head(embedding).float()
         prediction = logits.argmax(1)
-        target = to_device(labels.astype(np.int64), device)
+        target = to_device(padded(labels.astype(np.int64), rows), device)
         statistics = output_statistics(logits, torch.where(target < 0, prediction, target))
-        return {
+        values = {
             "embedding": embedding.float(),
             "prediction": prediction.int(),
             "confidence": logits.softmax(1).amax(1),
             **{name: statistics[name] for name in PROXY_STATISTICS},
         }
+        return {name: value[:count] for name, value in values.items()}
 
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
         parts = batched(outputs, images, labels)

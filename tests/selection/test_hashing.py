@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypipe.selection.hashing import GOLDEN, IdSet, hash64, ids_at, uniform
+from raypipe.selection import hashing
+from raypipe.selection.hashing import (
+    GOLDEN,
+    IdSet,
+    canonical_hashes,
+    canonical_order,
+    hash64,
+    hash_range,
+    ids_at,
+    uniform,
+)
 from raypipe.selection.quotas import bounded_quotas, even_quotas
 from raypipe.selection.statistics import ExactMoments
 
@@ -146,3 +156,29 @@ def test_bounds_hold_and_what_need_not_change_does_not(
         and (quotas_before <= maximum).all()
     ):
         assert (actual == quotas_before).all()
+
+
+def test_the_canonical_order_depends_on_the_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"folder/{number}.jpg" for number in range(500)]
+    expected = [ids[row] for row in canonical_order(ids)]
+    assert sorted(expected) == sorted(ids) and expected != ids
+    for seed in range(3):
+        mixed = random.Random(seed).sample(ids, len(ids))
+        assert [mixed[row] for row in canonical_order(mixed)] == expected
+        monkeypatch.setattr(
+            hashing, "hash64", lambda ids, seed: hash64(ids, seed) & np.uint64(3)
+        )  # equal hashes are sorted by id
+        shared = [mixed[row] for row in canonical_order(mixed)]
+        groups = canonical_hashes(shared)
+        assert sorted(zip(groups.tolist(), shared)) == list(zip(groups.tolist(), shared))
+        monkeypatch.undo()
+    assert canonical_order([]).tolist() == []
+
+
+@pytest.mark.parametrize("ranges", [1, 3, 8, 1000])
+def test_ranges_of_hashes_are_equal_and_ascend(ranges: int) -> None:
+    hashes = np.sort(hash64([str(number) for number in range(20_000)]))
+    which = hash_range(np.r_[np.uint64(0), hashes, np.uint64(LAST)], ranges)
+    assert (which[0], which[-1]) == (0, ranges - 1) and (np.diff(which) >= 0).all()
+    counts = np.bincount(which, minlength=ranges)
+    assert counts.max() < 1.2 * 20_000 / ranges + 40

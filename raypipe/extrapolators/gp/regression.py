@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raypipe.extrapolators.gp.marginal_likelihood import (
@@ -46,6 +47,7 @@ from raypipe.extrapolators.gp.marginal_likelihood import (
     KernelConstants,
     MarginalLikelihood,
 )
+from raypipe.vision.devices import padded
 
 LIKELIHOOD_ROWS = 600
 """Scored samples whose marginal likelihood the constants maximise."""
@@ -62,6 +64,11 @@ CHUNK_VALUES = 1 << 22
 """Maximum number of float64 kernel values in one block of samples (32 MiB)."""
 CACHED_VALUES = 1 << 15
 """Kernel values computed at once (256 KiB): about twenty operations run over them in the cache."""
+ROWS = 16
+"""Samples are predicted in multiples of this number, and padded to one: a prediction then does not
+depend on the other samples, bit for bit. See `raypipe.vision.devices.padded`."""
+DIRECT_CLASSES = 24
+"""With more classes, distances between class means are computed through a matrix product."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +182,13 @@ class KernelRegression:
     @torch.no_grad()
     def predict(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Return predictions, float64 [n], for arrays as `fit` takes them."""
-        points = self._points(u, v, label)
-        result = torch.empty(len(label), dtype=torch.float64)
+        points = self._padded(u, v, label)
+        result = torch.empty(len(points.label), dtype=torch.float64)
         for block_rows, block in self._blocks(points):
             block_result = result[block_rows]
             for rows, values in self._kernel_chunks(block, self._inducing):
                 block_result[rows] = values @ self._weight
-        return result.numpy()
+        return result[: len(label)].numpy()
 
     @property
     def learned_constants(self) -> LearnedConstants:
@@ -252,6 +259,11 @@ class KernelRegression:
             torch.zeros(len(y), 0, dtype=torch.float64),
         )
 
+    def _padded(self, u: np.ndarray, v: np.ndarray, label: np.ndarray) -> _Points:
+        """Return the samples as tensors, padded to a multiple of `ROWS`."""
+        whole = -(-len(label) // ROWS) * ROWS
+        return _Points(*(padded(values, whole) for values in self._points(u, v, label)))
+
     def error_length(self, u: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Return log(1 + |e| / m) of samples, float64 [n], not limited as f is in the kernel.
 
@@ -260,13 +272,15 @@ class KernelRegression:
         middle = float(self._error_scale[0])
         if not len(self._head_bias) or middle <= 0:
             return np.zeros(len(label))
-        points = self._points(u, np.zeros((len(u), 0), np.float32), label)
-        step = max(1, CHUNK_VALUES // len(self._head_bias))
+        points = self._padded(u, np.zeros((len(u), 0), np.float32), label)
+        step = _whole_rows(CHUNK_VALUES // len(self._head_bias))
         lengths = [
             self._errors(points.take(slice(start, start + step))).norm(dim=1)
             for start in range(0, len(label), step)
         ]
-        return torch.log1p(torch.cat(lengths) / middle).numpy() if lengths else np.zeros(0)
+        if not lengths:
+            return np.zeros(0)
+        return torch.log1p(torch.cat(lengths)[: len(label)] / middle).numpy()
 
     def _learn_error_scale(self, points: _Points) -> None:
         """Learn median and largest length of the proxy's errors on the scored samples."""
@@ -311,7 +325,7 @@ class KernelRegression:
     def _blocks(self, points: _Points) -> Iterator[tuple[slice, _Points]]:
         """Yield a few samples at a time with their errors, which need not be held for all."""
         width = max(1, len(self._inducing.label), len(self._head_bias))
-        step = max(1, CHUNK_VALUES // width)
+        step = _whole_rows(CHUNK_VALUES // width)
         for start in range(0, len(points.label), step):
             rows = slice(start, start + step)
             yield rows, self._with_error(points.take(rows))
@@ -344,7 +358,7 @@ class KernelRegression:
         class_of_row, same_class, similar_classes = self._class_factors(a, b, constants)
         b_errors = b.error.T * (constants.a4 / self._units[3])
 
-        step = max(1, CACHED_VALUES // max(1, len(b_features)))
+        step = _whole_rows(CACHED_VALUES // max(1, len(b_features)))
         buffers = [torch.empty(step, len(b_features), dtype=torch.float64) for _ in range(4)]
         for start in range(0, len(a_features), step):
             rows = slice(start, min(start + step, len(a_features)))
@@ -385,9 +399,16 @@ class KernelRegression:
             a3 exp(-|m_y - m_y'| / l4), float64 [classes of a, m]; 0 unless both are labelled.
         """
         a_classes, class_of_row = torch.unique(a.label, return_inverse=True)
+        a_classes = F.pad(a_classes, (0, -len(a_classes) % ROWS), value=-1)
         b_classes, class_of_column = torch.unique(b.label, return_inverse=True)
         labelled = (a_classes >= 0)[:, None] & (b_classes >= 0)[None]
-        distance = torch.cdist(self._class_means(a_classes), self._class_means(b_classes))
+        # decided by the classes of the fit, not by those of the samples at hand
+        mode = "donot_use_mm" if len(self._class_mean) <= DIRECT_CLASSES else "use_mm"
+        distance = torch.cdist(
+            self._class_means(a_classes),
+            self._class_means(b_classes),
+            compute_mode=f"{mode}_for_euclid_dist",
+        )
         distance = distance / self._units[2]
         similar_classes = constants.a3 * torch.exp(-distance / constants.l4) * labelled
         same_class = constants.a2 * (a_classes[:, None] == b_classes[None]) * labelled.double()
@@ -476,6 +497,11 @@ class KernelRegression:
         """Return R^-1 K(inducing, block), float64 [inducing, n]."""
         kernel = self._kernel(block, self._inducing)
         return torch.linalg.solve_triangular(root, kernel.T, upper=False)
+
+
+def _whole_rows(rows: int) -> int:
+    """Return a number of rows rounded down to a multiple of `ROWS`, at least that."""
+    return max(ROWS, rows // ROWS * ROWS)
 
 
 def _matern(distance: Tensor, length: float, out: Tensor, decay: Tensor) -> None:

@@ -312,14 +312,16 @@ class GnnPublished(TransductiveExtrapolator):
         """Return standardised predictions, each from a sample and its neighbours alone."""
         self._net.eval()
         parts = []
-        for batch in rows.split(BATCH):
+        # always as many rows at a time: a prediction does not depend on the others, bit for bit
+        for start in range(0, len(rows), BATCH):
+            batch = rows[torch.arange(start, start + BATCH).clamp_(max=len(rows) - 1)]
             near, weight = self._neighbours(batch)
             count, degree = near.shape
             x = self._features(torch.cat([batch, near.flatten()]))
             parts.append(
                 self._net(x, torch.arange(count, len(x)).reshape(count, degree), weight, count)
             )
-        return torch.cat(parts) if parts else torch.empty(0)
+        return torch.cat(parts)[: len(rows)] if parts else torch.empty(0)
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:

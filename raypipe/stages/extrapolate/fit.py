@@ -12,8 +12,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
@@ -122,10 +120,9 @@ def _score_whole(
     scores = every_measured_score(run, config.score)
     extrapolator, intervals = load_extrapolator(config, run), load_intervals(run)
     extrapolator.attach_graph(nodes)
-    offsets = np.cumsum([0, *(len(table) for table in tables)])
     for number, fragment in enumerate(fragments):
         position = data.names.index(fragment)
-        rows = np.arange(offsets[position], offsets[position + 1])
+        rows = data.source.places[position]
         own = nodes.take(rows)
         predicted = extrapolator.predict_rows(rows)
         half_width = intervals.around(predicted, extrapolator.doubt(own), own.label)

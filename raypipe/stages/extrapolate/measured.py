@@ -1,4 +1,8 @@
-"""Samples with a measured score, as the extrapolators need them: the seed set and the audit set."""
+"""Samples with a measured score, as the extrapolators need them: the seed set and the audit set.
+
+All samples are in the canonical order (`raypipe.selection.hashing.canonical_order`): what is drawn
+or summed by row depends on the ids alone, and not on the fragments.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from raypipe.errors import StageError
 from raypipe.runs.embeddings import COLUMNS, nodes_of, read_special_rows
 from raypipe.runs.measured_scores import GIVEN_SCORES, measured_scores
 from raypipe.runs.run import Run
+from raypipe.selection.hashing import canonical_order
 
 if TYPE_CHECKING:
     from raypipe.extrapolators.base import Nodes
@@ -64,14 +69,17 @@ class WholeSource:
     tables : list of pa.Table
         Embeddings of each fragment, in the order of fragment names.
     nodes : Nodes
-        All samples in the same order.
+        All samples in the canonical order.
     ids : list of str
         Their ids.
+    places : list of np.ndarray
+        The place in this order of each row of each table, int64.
     """
 
     tables: list[pa.Table]
     nodes: Nodes
     ids: list[str]
+    places: list[np.ndarray]
 
     @classmethod
     def read(cls, run: Run, fragments: list[str]) -> WholeSource:
@@ -80,9 +88,11 @@ class WholeSource:
 
         tables = [storage.read_table(run.embedding_shard(name), COLUMNS) for name in fragments]
         nodes = Nodes.concat([nodes_of(table) for table in tables])
-        return cls(
-            tables, nodes, [name for table in tables for name in table["sample_id"].to_pylist()]
-        )
+        ids = [name for table in tables for name in table["sample_id"].to_pylist()]
+        order = canonical_order(ids)
+        stops = np.cumsum([len(table) for table in tables])[:-1]
+        places = np.split(np.argsort(order), stops)
+        return cls(tables, nodes.take(order), [ids[row] for row in order.tolist()], places)
 
 
 class FitData:
@@ -138,7 +148,6 @@ class FitData:
     def _read_scored(self, which: SampleSet, scores: Mapping[str, float]) -> ScoredSamples | None:
         """Read the samples of one set from the embeddings, without reading the others."""
         with ThreadPoolExecutor(READERS) as threads:
-            # in the order of fragment names
             rows = list(
                 threads.map(lambda name: read_special_rows(self._run, name, which), self.names)
             )
@@ -151,7 +160,7 @@ class FitData:
             return None
         table = pa.concat_tables(tables)
         scored = [sample_id in scores for sample_id in table["sample_id"].to_pylist()]
-        table = table.filter(pa.array(scored, pa.bool_()))
+        table = _in_canonical_order(table.filter(pa.array(scored, pa.bool_())))
         ids = table["sample_id"].to_pylist()
         return ScoredSamples(ids, nodes_of(table), _scores_of(ids, scores)) if ids else None
 
@@ -169,8 +178,12 @@ def _from_tables(run: Run) -> ScoredSamples | None:
     """Return the scored samples of a folder that was created from tables; None in a run."""
     if GIVEN_SCORES not in storage.names(run.extrapolator_folder):
         return None
-    table = storage.read_table(run.given_scores)
+    table = _in_canonical_order(storage.read_table(run.given_scores))
     return ScoredSamples(table["sample_id"].to_pylist(), nodes_of(table), table["score"].to_numpy())
+
+
+def _in_canonical_order(table: pa.Table) -> pa.Table:
+    return table.take(pa.array(canonical_order(table["sample_id"].to_pylist()), pa.int64()))
 
 
 def _scores_of(ids: list[str], scores: Mapping[str, float]) -> np.ndarray:

@@ -83,7 +83,7 @@ def _note(new: Sequence[str]) -> str:
 
 def _fixed(run: Run) -> ClassMap | None:
     """Return the classes that the seed set was drawn with; None before it is drawn."""
-    if not run.done("seed"):
+    if not run.done("seed") and not run.done("drawn"):
         return None
     try:
         return run.classes()

@@ -38,7 +38,8 @@ class SeedArrays(NamedTuple):
 class LocalSeedSet:
     """One part of the seed set as memory-mapped arrays, one copy for all workers of a node.
 
-    Rows are in the order of the manifest's shards. The page cache makes the arrays as fast as
+    Rows are in the order of the manifest's shards, which depends on the ids alone; so batches and
+    augmentation, drawn by row, do too. The page cache makes the arrays as fast as
     memory, and they use no more of it than is free.
     """
 

@@ -16,7 +16,7 @@ from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, read_embedding_columns
 from raypipe.selection import ALWAYS, NEVER, hash64
 from raypipe.selection import near_duplicates as near
-from raypipe.selection.hashing import uniform
+from raypipe.selection.hashing import canonical_order, uniform
 
 HELD_BYTES = 1 << 30
 """Embeddings held at a time. When the clusters have more, `embeddings/` is read several times."""
@@ -143,14 +143,19 @@ def _vectors(table: pa.Table) -> np.ndarray:
 
 
 def _sample_embeddings(run: Run, shards: list[str], fraction: float) -> np.ndarray:
-    """Return about this fraction of the embeddings, drawn by a hash of the id, as unit vectors."""
-    parts = []
+    """Return about this fraction of the embeddings, drawn by a hash of the id, as unit vectors.
+
+    They are in the canonical order, which k-means depends on.
+    """
+    parts, ids = [], []
     for _, table in storage.ahead(
         lambda file: read_embedding_columns(run, file, ["sample_id", "embedding"]), shards, run.uri
     ):
-        rows = uniform(hash64(table["sample_id"].combine_chunks(), near.SEED)) < fraction
+        names = table["sample_id"].combine_chunks()
+        rows = uniform(hash64(names, near.SEED)) < fraction
         parts.append(near.unit_vectors(_vectors(table)[rows]))
-    return np.concatenate(parts)
+        ids += names.filter(pa.array(rows)).to_pylist()
+    return np.concatenate(parts)[canonical_order(ids)]
 
 
 def _batches(sizes: np.ndarray) -> Iterator[tuple[int, int]]:

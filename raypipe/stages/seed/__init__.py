@@ -1,0 +1,1 @@
+"""Draw the seed set and the audit set."""
