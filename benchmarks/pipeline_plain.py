@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from common import Images, checkpoints, embed, final, last_layer, mean_gradient, train
 
-from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE, Conformal
+from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
 from raypipe.assessment.fidelity import HeldOutPredictions, compare, hold_out, predict, split
+from raypipe.assessment.intervals import Intervals
 from raypipe.assessment.learning_curve import learning_curve
 from raypipe.config import Config, load_config
 from raypipe.extrapolators import make
@@ -204,13 +205,12 @@ def extrapolate(
     learning_curve(seed, score, audit, of_audit, settings.seed)
     compare(found, settings.seed, config.select.keep)
     fidelity = compare(judged, settings.seed, config.select.keep)
-    intervals = Conformal.fit(found.residual, found.difficulty, settings.confidence, found.label)
-    intervals = intervals.stretched(judged.residual, judged.difficulty, judged.label)
+    intervals = Intervals.fit(found.calibration(), settings.confidence, judged.calibration())
     result = np.empty(len(nodes), np.float32)
     for start in range(0, len(nodes), AT_ONCE):
         part = np.arange(start, min(start + AT_ONCE, len(nodes)))
-        result[part], difficulty = model.predict_with_difficulty(nodes.take(part))
-        intervals.half_width(difficulty, nodes.label[part])
+        result[part], doubt = model.predict_with_doubt(nodes.take(part))
+        intervals.around(result[part], doubt, nodes.label[part])
     result[rows], result[audited] = score, of_audit
     return result, fidelity.spearman
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 JUDGED_ON = {
@@ -14,6 +15,63 @@ JUDGED_ON = {
     "scored": "scored samples held out of the fit",
 }
 """What fidelity was measured on, by the value of `judged_on`."""
+
+
+@dataclass(frozen=True)
+class HeadlineFidelity:
+    """The correlation that decides how far to trust the scores.
+
+    Attributes
+    ----------
+    spearman, low, high
+        Spearman correlation of predicted and measured scores, and its 95 % interval; None if
+        unknown.
+    within
+        Whether it is that within classes.
+    overall
+        The correlation over all classes, if `within`.
+    """
+
+    spearman: float | None
+    low: float | None
+    high: float | None
+    within: bool = False
+    overall: float | None = None
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any], within_classes: bool) -> HeadlineFidelity:
+        """Choose from the figures of `raypipe.assessment.fidelity.Fidelity`.
+
+        Where keep-lists are cut within classes, this is the correlation within classes. Runs of
+        version 0.2.0 or older, and sources without labels, have only the one over all.
+        """
+        within = within_classes and figures.get("spearman_within") is not None
+        name = "spearman_within" if within else "spearman"
+        low, high = figures.get(f"{name}_interval") or (
+            figures.get(f"{name}_low"),
+            figures.get(f"{name}_high"),
+        )
+        overall = figures.get("spearman") if within else None
+        return cls(figures.get(name), low, high, within, overall)
+
+
+def weak_proxy(figures: Mapping[str, Any]) -> str:
+    """Return a sentence if the proxy hardly beats chance on unseen samples; else nothing.
+
+    It does if its accuracy is less than two standard errors, or less than a twentieth of the way
+    to 1, above the share of the largest class.
+    """
+    accuracy, guess = figures.get("proxy_accuracy"), figures.get("proxy_chance")
+    if accuracy is None or guess is None or guess >= 1:
+        return ""
+    error = (guess * (1 - guess) / max(1, figures.get("n_held") or 1)) ** 0.5
+    if accuracy - guess >= max(2 * error, 0.05 * (1 - guess)):
+        return ""
+    return (
+        f"The proxy hardly beats chance on these samples (accuracy {100 * accuracy:.0f} %, the "
+        f"largest class is {100 * guess:.0f} %), so the measured scores say little about them: "
+        "train it for more epochs (proxy.epochs) or on more samples (seed.fraction)."
+    )
 
 
 def duration(seconds: float) -> str:

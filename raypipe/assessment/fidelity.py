@@ -16,15 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.assessment.intervals import Calibration
+from raypipe.assessment.intervals import Calibration, cross_coverage
 from raypipe.assessment.rank_agreement import (
     MIN_SAMPLES,
     NO_AGREEMENT,
+    Ceiling,
     RankAgreement,
+    ceiling,
     chance,
     rank_agreement,
 )
 from raypipe.config import ExtrapolateSettings
+from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import DOUBTS, Extrapolator, Nodes, TransductiveExtrapolator
 from raypipe.extrapolators.mlp import Mlp
@@ -34,6 +37,8 @@ from raypipe.progress import ProgressCallback
 
 KEEP_FRACTIONS = (0.3, 0.5, 0.7)
 """Keep fractions at which the overlap of the tops is computed."""
+TENTH = 0.1
+"""Share of the samples with extreme predictions, and of far samples."""
 NEIGHBOURS = 20
 """Neighbours of the published kNN among the baselines."""
 MLP_EPOCHS = 20
@@ -60,6 +65,8 @@ class HeldOutPredictions:
         Why there are no predictions; else empty.
     doubt
         `Extrapolator.doubt`, float32 [m, 4]; None in files of version 0.2.0 or older.
+    correct
+        Whether the proxy gives the samples their label, bool [m]; None without a proxy.
     """
 
     label: np.ndarray
@@ -70,6 +77,7 @@ class HeldOutPredictions:
     n_fit: int
     note: str = ""
     doubt: np.ndarray | None = None
+    correct: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.measured)
@@ -109,14 +117,53 @@ class HeldOutPredictions:
             {name: np.concatenate([part.baselines[name] for part in parts]) for name in names},
             min(part.n_fit for part in parts),
             next((part.note for part in parts if part.note), ""),
-            _joined_doubts(parts),
+            _joined([part.doubt for part in parts]),
+            _joined([part.correct for part in parts]),
         )
 
 
-def _joined_doubts(parts: Sequence[HeldOutPredictions]) -> np.ndarray | None:
-    """Return the doubts of all parts; None unless all have them."""
-    doubts = [part.doubt for part in parts if part.doubt is not None]
-    return np.concatenate(doubts) if len(doubts) == len(parts) else None
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Join arrays; None unless all parts have one."""
+    arrays = [part for part in parts if part is not None]
+    return np.concatenate(arrays) if len(arrays) == len(parts) else None
+
+
+def proxy_is_right(nodes: Nodes) -> np.ndarray | None:
+    """Return whether the proxy gives the samples their label, bool [n]; None without signals.
+
+    Its margin is then positive.
+    """
+    margin = PROXY_STATISTICS.index("margin")
+    if nodes.signals.shape[1] != len(PROXY_STATISTICS):
+        return None
+    return nodes.signals[:, margin] > 0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often the score of a sample lies in its interval, calibrated without the sample.
+
+    Attributes
+    ----------
+    confidence
+        How often it should.
+    overall, extreme, farthest
+        Share of all samples, of the tenth with the most extreme predictions (the farthest from the
+        median) and of the tenth farthest from the scored samples.
+    n, n_tenth
+        Number of samples, and of those in a tenth.
+    """
+
+    confidence: float
+    overall: float
+    extreme: float
+    farthest: float
+    n: int
+    n_tenth: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON data."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -131,12 +178,28 @@ class Fidelity(RankAgreement):
         Number of samples in the fit, and of those assessed.
     note
         Why a figure is None; else empty.
+    rmse, spread
+        Root mean square of measured minus predicted scores, and standard deviation of the measured
+        scores.
+    ceiling
+        The best agreement that ties in the measured scores allow.
+    coverage
+        How often the intervals hold.
+    proxy_accuracy, proxy_chance
+        Accuracy of the proxy on the samples, and the share of the largest class, which is the
+        accuracy of always guessing it.
     """
 
     baselines: dict[str, RankAgreement] = field(default_factory=dict)
     n_fit: int = 0
     n_held: int = 0
     note: str = ""
+    rmse: float | None = None
+    spread: float | None = None
+    ceiling: Ceiling | None = None
+    coverage: Coverage | None = None
+    proxy_accuracy: float | None = None
+    proxy_chance: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures as JSON data."""
@@ -146,6 +209,12 @@ class Fidelity(RankAgreement):
             "n_fit": self.n_fit,
             "n_held": self.n_held,
             "note": self.note,
+            "rmse": self.rmse,
+            "spread": self.spread,
+            "ceiling": self.ceiling.as_dict() if self.ceiling else None,
+            "coverage": self.coverage.as_dict() if self.coverage else None,
+            "proxy_accuracy": self.proxy_accuracy,
+            "proxy_chance": self.proxy_chance,
         }
 
 
@@ -298,11 +367,16 @@ def predict(
         baselines,
         n_fit=len(fit_nodes),
         doubt=doubt,
+        correct=proxy_is_right(nodes),
     )
 
 
 def compare(
-    held_out: HeldOutPredictions, seed: int, keep: Sequence[float] = KEEP_FRACTIONS
+    held_out: HeldOutPredictions,
+    seed: int,
+    keep: Sequence[float] = KEEP_FRACTIONS,
+    confidence: float | None = None,
+    calibration: HeldOutPredictions | None = None,
 ) -> Fidelity:
     """Return the fidelity of predictions for samples that were not fitted on.
 
@@ -314,6 +388,11 @@ def compare(
         Seed of the bootstrap.
     keep
         Keep fractions for the overlaps.
+    confidence
+        That of the intervals whose coverage is computed; None for no coverage.
+    calibration
+        Held-out samples of the seed set that the intervals are calibrated on as well, if
+        `held_out` is an audit set.
 
     Raises
     ------
@@ -339,15 +418,57 @@ def compare(
     note = held_out.note
     if not np.ptp(held_out.predicted):
         note = "all held-out samples got the same predicted score"
-    agreement = rank_agreement(predictions, measured, seed, keep)
+    agreement = rank_agreement(predictions, measured, seed, keep, held_out.label)
     own = agreement.pop("")
+    accuracy, guess = _proxy_accuracy(held_out)
     return Fidelity(
         **vars(own),
         baselines=agreement | {"random": chance(n, keep)},
         n_fit=held_out.n_fit,
         n_held=n,
         note=note,
+        rmse=float(np.sqrt(np.square(held_out.residual).mean())),
+        spread=float(measured.std()),
+        ceiling=ceiling(measured, keep),
+        coverage=_coverage(held_out, confidence, seed, calibration) if confidence else None,
+        proxy_accuracy=accuracy,
+        proxy_chance=guess,
     )
+
+
+def _coverage(
+    held_out: HeldOutPredictions,
+    confidence: float,
+    seed: int,
+    calibration: HeldOutPredictions | None,
+) -> Coverage | None:
+    data = held_out.calibration()
+    own = calibration.calibration() if calibration is not None else data
+    audit = data if calibration is not None else None
+    inside = cross_coverage(own, confidence, seed, audit)
+    if inside is None:
+        return None
+    extremeness = np.abs(data.predicted - np.median(data.predicted))
+    tenth = max(1, round(TENTH * len(data)))
+    extreme = np.argsort(-extremeness, kind="stable")[:tenth]
+    farthest = np.argsort(-data.doubt[:, 0], kind="stable")[:tenth]
+    return Coverage(
+        confidence,
+        float(inside.mean()),
+        float(inside[extreme].mean()),
+        float(inside[farthest].mean()),
+        len(data),
+        tenth,
+    )
+
+
+def _proxy_accuracy(held_out: HeldOutPredictions) -> tuple[float | None, float | None]:
+    """Return accuracy of the proxy and share of the largest class; None without a proxy."""
+    labelled = held_out.label >= 0
+    if held_out.correct is None or not labelled.any():
+        return None, None
+    largest = int(np.bincount(held_out.label[labelled]).max())
+    return float(held_out.correct[labelled].mean()), largest / int(labelled.sum())
 
 
 def _check_comparable(name: str, predicted: np.ndarray, measured: np.ndarray) -> None:

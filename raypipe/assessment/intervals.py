@@ -243,11 +243,11 @@ class Intervals:
 
 def cross_coverage(
     held_out: Calibration, confidence: float, seed: int, audit: Calibration | None = None
-) -> np.ndarray:
+) -> np.ndarray | None:
     """Return whether each sample lies in its interval, calibrated without it.
 
     The samples are those of `audit`, or of `held_out` without one; bool [n]. Each fifth is left out
-    of the calibration in turn. Samples whose interval is infinite count as inside.
+    of the calibration in turn. None if there are too few samples for finite intervals.
     """
     data = held_out if audit is None else audit
     inside = np.zeros(len(data), bool)
@@ -261,6 +261,8 @@ def cross_coverage(
             if audit is None
             else Intervals.fit(held_out, confidence, rest)
         )
+        if intervals.quantile is None:
+            return None
         width = intervals.around(part.predicted, part.doubt, part.label)
         inside[left_out] = np.abs(part.residual) <= width
     return inside

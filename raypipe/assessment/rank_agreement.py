@@ -39,6 +39,9 @@ class RankAgreement:
         For each keep fraction, the share of the measured top that is also in the predicted top.
     overlap_interval
         95 % bootstrap intervals of the overlaps.
+    spearman_within, spearman_within_interval
+        Rank correlation within classes, and its 95 % bootstrap interval; see
+        `_WithinClasses`. None without classes.
     """
 
     spearman: float | None
@@ -47,6 +50,8 @@ class RankAgreement:
     pearson_interval: BootstrapInterval | None
     overlap: dict[float, float]
     overlap_interval: dict[float, BootstrapInterval]
+    spearman_within: float | None = None
+    spearman_within_interval: BootstrapInterval | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as JSON data."""
@@ -59,6 +64,10 @@ class RankAgreement:
             "overlap_interval": {
                 f"{keep:g}": list(value) for keep, value in self.overlap_interval.items()
             },
+            "spearman_within": self.spearman_within,
+            "spearman_within_interval": (
+                list(self.spearman_within_interval) if self.spearman_within_interval else None
+            ),
         }
 
 
@@ -67,7 +76,11 @@ NO_AGREEMENT = RankAgreement(None, None, None, None, {}, {})
 
 
 def rank_agreement(
-    predictions: Mapping[str, np.ndarray], measured: np.ndarray, seed: int, keep: Sequence[float]
+    predictions: Mapping[str, np.ndarray],
+    measured: np.ndarray,
+    seed: int,
+    keep: Sequence[float],
+    label: np.ndarray | None = None,
 ) -> dict[str, RankAgreement]:
     """Compare several predictions with the same measured scores, under the same resamples.
 
@@ -81,6 +94,8 @@ def rank_agreement(
         Seed of the bootstrap and of the order of ties.
     keep
         Keep fractions for the overlaps.
+    label
+        Classes, int [n], -1 without, for the correlation within classes.
 
     Returns
     -------
@@ -89,7 +104,13 @@ def rank_agreement(
     """
     n, once = len(measured), np.ones((1, len(measured)))
     pairs = _score_pairs(predictions, measured, seed)
-    resampled = _resample(pairs, n, seed, keep)
+    within = {}
+    if label is not None:
+        within = {
+            name: _WithinClasses(np.asarray(predicted, np.float64), measured, label)
+            for name, predicted in predictions.items()
+        }
+    resampled = _resample(pairs, n, seed, keep, within)
     result = {}
     for name, pair in pairs.items():
         overlap = {fraction: float(pair.overlap(once, fraction)[0]) for fraction in keep}
@@ -104,8 +125,55 @@ def rank_agreement(
             _interval(resampled[name]["pearson"]),
             overlap,
             overlap_interval,
+            _finite(within[name].spearman(once)[0]) if within else None,
+            _interval(resampled[name]["within"]) if within else None,
         )
     return result
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The best agreement that a continuous prediction can reach, given ties in measured scores.
+
+    Attributes
+    ----------
+    spearman
+        Rank correlation of a perfect order that breaks ties at random with the measured scores, in
+        which tied scores share their mean rank. None if all scores are equal.
+    overlap
+        Expected overlap of its top with that of the measured scores, by keep fraction.
+    """
+
+    spearman: float | None
+    overlap: dict[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON data."""
+        overlap = {f"{keep:g}": value for keep, value in self.overlap.items()}
+        return {"spearman": self.spearman, "overlap": overlap}
+
+
+def ceiling(measured: np.ndarray, keep: Sequence[float]) -> Ceiling:
+    """Return the best agreement that ties in the measured scores, float [n], allow.
+
+    Notes
+    -----
+    With groups of t tied scores, the correlation is sqrt(1 - sum(t^3 - t) / (n^3 - n)). If a top of
+    k samples holds a samples above the tied group at the cut and m of the t samples in it, the
+    expected overlap is (a + m^2 / t) / k.
+    """
+    n = len(measured)
+    _, ties = np.unique(measured, return_counts=True)  # from the lowest score up
+    size = ties.astype(np.float64)
+    best = math.sqrt(max(0.0, 1 - float((size**3 - size).sum()) / (n**3 - n))) if n > 1 else 0.0
+    overlap = {}
+    for fraction in keep:
+        top = _top(fraction, n)
+        above = np.cumsum(ties[::-1]) - ties[::-1]  # samples above each group
+        group = int(np.searchsorted(above, top, side="left")) - 1
+        inside, tied = top - int(above[group]), int(ties[::-1][group])
+        overlap[fraction] = (int(above[group]) + inside**2 / tied) / top
+    return Ceiling(best if len(ties) > 1 else None, overlap)
 
 
 def chance(n: int, keep: Sequence[float]) -> RankAgreement:
@@ -130,6 +198,8 @@ def chance(n: int, keep: Sequence[float]) -> RankAgreement:
             fraction: (float(low) / tops[fraction], float(high) / tops[fraction])
             for fraction, (low, high) in ranges.items()
         },
+        0.0,
+        correlation_interval,
     )
 
 
@@ -175,11 +245,10 @@ class _ScorePair:
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, seed: int) -> None:
-        # Ties are ordered independently on each side. With one order for both, equal values would
-        # agree on the top by accident.
-        rng = np.random.default_rng(seed)
-        self._a = _RankedValues(a, rng.permutation(len(a)))
-        self._b = _RankedValues(b, rng.permutation(len(b)))
+        # Ties are ordered alike on both sides, as the ids of samples do it in keep-lists: a
+        # prediction that repeats the measured scores must agree with them entirely.
+        tie = np.random.default_rng(seed).permutation(len(a))
+        self._a, self._b = _RankedValues(a, tie), _RankedValues(b, tie)
 
     def pearson(self, weight: np.ndarray) -> np.ndarray:
         return _correlation(self._a.value[None], self._b.value[None], weight)
@@ -190,6 +259,56 @@ class _ScorePair:
     def overlap(self, weight: np.ndarray, keep: float) -> np.ndarray:
         top = _top(keep, float(weight[0].sum()))
         return np.minimum(self._a.top(weight, top), self._b.top(weight, top)).sum(1) / top
+
+
+class _WithinClasses:
+    """Rank correlation of pairs of scores within classes.
+
+    Ranks are taken within each class and centred. Their correlation over all classes is the mean of
+    the classes' Spearman correlations, weighted by the spread of the ranks (about the number of
+    samples). Within few samples, Spearman's correlation is biased towards 0: for n pairs from a
+    normal distribution with correlation rho its expectation is
+
+        6 / (pi (n + 1)) (arcsin rho + (n - 2) arcsin(rho / 2))
+
+    (Moran 1948). The mean over the classes is replaced by the correlation in large classes that
+    has this expectation. Classes of one sample, and unlabelled samples, do not count.
+    """
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray) -> None:
+        self._a, self._b = np.zeros(len(a)), np.zeros(len(a))
+        sizes, weights = [], []
+        for y in np.unique(label[label >= 0]):
+            rows = np.flatnonzero(label == y)
+            if len(rows) < 2:
+                continue
+            for side, values in ((self._a, a), (self._b, b)):
+                side[rows] = (_mean_ranks(values[rows]) - (len(rows) + 1) / 2) / (len(rows) + 1)
+            sizes.append(len(rows))
+            weights.append(float(np.square(self._b[rows]).sum()))
+        self._rho = np.linspace(-1, 1, 401)
+        self._expected = self._rho
+        if sum(weights) > 0:
+            n = np.array(sizes, np.float64)[:, None]
+            direct, half = np.arcsin(self._rho), np.arcsin(self._rho / 2)
+            expected = 6 / (np.pi * (n + 1)) * (direct + (n - 2) * half)
+            self._expected = np.average(expected, axis=0, weights=weights)
+
+    def spearman(self, weight: np.ndarray) -> np.ndarray:
+        """Return the correlation in each resample, float64 [resamples]; NaN if undefined."""
+        covariance = (weight * self._a * self._b).sum(1)
+        spread = np.sqrt((weight * self._a**2).sum(1) * (weight * self._b**2).sum(1))
+        observed = np.divide(
+            covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12
+        )
+        rho = np.interp(observed, self._expected, self._rho)
+        return np.where(np.isfinite(observed), 6 / np.pi * np.arcsin(rho / 2), np.nan)
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, with ties at their mean rank, float64 [n]."""
+    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(size) - (size - 1) / 2)[group]
 
 
 class _RankedValues:
@@ -234,11 +353,15 @@ def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray
 
 
 def _resample(
-    pairs: Mapping[Any, _ScorePair], n: int, seed: int, keep: Sequence[float]
+    pairs: Mapping[Any, _ScorePair],
+    n: int,
+    seed: int,
+    keep: Sequence[float],
+    within: Mapping[Any, _WithinClasses] | None = None,
 ) -> dict[Any, dict[str | float, np.ndarray]]:
     """Return, for each pair, "spearman", "pearson" and the overlap at every keep fraction.
 
-    Each is float64 [resamples].
+    With classes also "within". Each is float64 [resamples].
     """
     rng = np.random.default_rng(seed)
     chunks: dict[Any, list[dict[str | float, np.ndarray]]] = {name: [] for name in pairs}
@@ -254,6 +377,8 @@ def _resample(
                 "spearman": pair.spearman(weight),
             }
             chunk |= {fraction: pair.overlap(weight, fraction) for fraction in keep}
+            if within:
+                chunk["within"] = within[name].spearman(weight)
             chunks[name].append(chunk)
     return {
         name: {key: np.concatenate([chunk[key] for chunk in of_pair]) for key in of_pair[0]}

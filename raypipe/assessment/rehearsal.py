@@ -38,7 +38,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raypipe.assessment.fidelity import HeldOutPredictions, simpler_predictions, split
+from raypipe.assessment.fidelity import (
+    HeldOutPredictions,
+    proxy_is_right,
+    simpler_predictions,
+    split,
+)
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.transfer import Transfer
 from raypipe.progress import ProgressCallback
@@ -118,5 +123,6 @@ def rehearse(
         simpler_predictions(rehearsal.fit_nodes, fit_score, rehearsal.nodes, model),
         n_fit=len(rehearsal.fit_nodes),
         doubt=doubt,
+        correct=proxy_is_right(rehearsal.nodes),
     )
     return Transfer.fit(inputs, measured), held_out

@@ -98,6 +98,11 @@ class SelectSettings(Settings):
         """`by_class` as a bool."""
         return self.strategy == "ccs" if self.by_class == "auto" else self.by_class
 
+    @property
+    def cuts_within_classes(self) -> bool:
+        """Whether keep-lists compare samples of the same class only."""
+        return self.within_classes or self.strategy == "balanced"
+
     @field_validator("keep", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:

@@ -42,6 +42,7 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {
     "inject_noise": float,
     "spearman": lambda value: None if value == "unknown" else float(value),
     "spearman_low": lambda value: None if value == "unknown" else float(value),
+    "spearman_all": float,
 }
 _NUMBERED = re.compile(r"(.+)/(\d+)")
 _TAR = re.compile(r"\S+\.(?:tar\.gz|tar|tgz)", re.IGNORECASE)
@@ -145,8 +146,9 @@ class KeepList:
         """How the list was cut.
 
         Keys are fraction, strategy, count (kept samples), samples (all scored samples), scores
-        (their hash), spearman, spearman_low and forced; inject_noise for runs with injected label
-        noise. Spearman figures are None if unknown. Keys that a strategy adds have text values.
+        (their hash), spearman, spearman_low and forced; spearman_all, over all classes, where
+        spearman is within classes; inject_noise for runs with injected label noise. Spearman
+        figures are None if unknown. Keys that a strategy adds have text values.
         """
         return {
             key: _NUMBERS.get(key, str)(value) for key, value in keep_metadata(self.uri).items()

@@ -51,16 +51,29 @@ class Agreement(TypedDict):
     pearson_high: float | None
     overlap: dict[str, float]
     overlap_interval: dict[str, list[float]]
+    spearman_within: NotRequired[float | None]
+    spearman_within_low: NotRequired[float | None]
+    spearman_within_high: NotRequired[float | None]
 
 
 class HeldOutFidelity(Agreement):
-    """Agreement on held-out samples, of the extrapolator and of every baseline."""
+    """Agreement on held-out samples, of the extrapolator and of every baseline.
+
+    `within_classes`: keep-lists are cut within classes, and so `spearman_within` decides.
+    """
 
     n_fit: int | None
     n_held: int | None
     note: str | None
     judged_on: str | None
     baselines: dict[str, Agreement]
+    within_classes: NotRequired[bool]
+    rmse: NotRequired[float | None]
+    spread: NotRequired[float | None]
+    ceiling: NotRequired[dict[str, Any] | None]
+    coverage: NotRequired[dict[str, Any] | None]
+    proxy_accuracy: NotRequired[float | None]
+    proxy_chance: NotRequired[float | None]
 
 
 class Fidelity(HeldOutFidelity):

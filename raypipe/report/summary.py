@@ -66,6 +66,8 @@ from raypipe.sources.noise import LabelNoise
 
 FORMAT = 1
 """Version of `summary.json`."""
+LATER_FIGURES = ("rmse", "spread", "ceiling", "coverage", "proxy_accuracy", "proxy_chance")
+"""Figures of fidelity that runs of version 0.2.0 or older do not have."""
 MAX_REASONS = 20
 """Reject reasons, and unreadable files, that are listed."""
 MAX_DISTINCT_REASONS = 10_000
@@ -123,7 +125,7 @@ def collect(run: Run) -> Findings:
     noise = injected_noise(ledger)
     assessment = _assessment(run)
     scan = scan_scores(run, len(names), config.report.images)
-    fidelity = _fidelity(assessment, scan)
+    fidelity = _fidelity(assessment, scan, config.select.cuts_within_classes)
     embeddings = _scan_embeddings(run, config, scan, fidelity, noise)
     keep_lists = scan_keep_lists(run, len(names), sample_sets(run, config))
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
@@ -310,14 +312,15 @@ def _assessment(run: Run) -> dict[str, Any]:
     return clean(content) if isinstance(content, dict) else {}
 
 
-def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan) -> Fidelity:
+def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan, within_classes: bool) -> Fidelity:
     """Return the fidelity to go by, with a verdict."""
     held_out = _held_out_fidelity(assessment.get("fidelity"))
     method = assessment.get("method")
-    stability = assessment.get("stability") or {}
+    if "spearman_within" in held_out:
+        held_out["within_classes"] = within_classes
     verdict, sentence = text.trust_verdict(
         {**held_out, "method": method},
-        stability,
+        assessment.get("stability") or {},
         scan.samples - scan.measured if scan.samples else None,
     )
     sentence += text.experimental(assessment.get("score"))
@@ -355,8 +358,11 @@ def _held_out_fidelity(stated: Any) -> HeldOutFidelity:
     A baseline is stated as its Spearman correlation, or as a mapping with all figures.
     """
     stated = stated if isinstance(stated, dict) else {}
+    # runs of version 0.2.0 or older do not have these
+    more: Any = {name: stated[name] for name in LATER_FIGURES if name in stated}
     return {
         **_agreement(stated),
+        **more,
         "n_fit": stated.get("n_fit"),
         "n_held": stated.get("n_held"),
         "note": stated.get("note"),
@@ -373,7 +379,16 @@ def _agreement(stated: Mapping[str, Any]) -> Agreement:
     spearman_low, spearman_high = _stated_interval(stated, "spearman")
     pearson_low, pearson_high = _stated_interval(stated, "pearson")
     overlap = (stated.get("overlap") or {}).items()
+    within: Any = {}
+    if "spearman_within" in stated:
+        low, high = _stated_interval(stated, "spearman_within")
+        within = {
+            "spearman_within": stated["spearman_within"],
+            "spearman_within_low": low,
+            "spearman_within_high": high,
+        }
     return {
+        **within,
         "spearman": stated.get("spearman"),
         "spearman_low": spearman_low,
         "spearman_high": spearman_high,

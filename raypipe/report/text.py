@@ -9,7 +9,7 @@ from typing import Any
 
 from raypipe.config.choices import EXPERIMENTAL_SCORES, STRATEGY_TEXTS
 from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, SetFigures, Trained
-from raypipe.text import JUDGED_ON, counted, mean_and_margin, plural
+from raypipe.text import JUDGED_ON, HeadlineFidelity, counted, mean_and_margin, plural, weak_proxy
 
 SPACE = "\u202f"
 """Narrow and non-breaking, between a number and its unit."""
@@ -289,9 +289,11 @@ def trust_verdict(
     extrapolated
         Samples whose score was extrapolated; None if that is not known.
     """
-    spearman, stable = fidelity.get("spearman"), stability.get("value")
+    headline = HeadlineFidelity.of(fidelity, bool(fidelity.get("within_classes")))
+    spearman, stable = headline.spearman, stability.get("value")
+    proxy = weak_proxy(fidelity)
     if extrapolated == 0:
-        return _verdict_of_measured(stability)
+        return _verdict_of_measured(stability, proxy)
     if spearman is None:
         return (
             "unknown",
@@ -299,29 +301,41 @@ def trust_verdict(
             "is.",
         )
     lowest = min(spearman, stable) if stable is not None else min(spearman, BEST_UNSTABLE)
-    name, advice = next((name, advice) for smallest, name, advice in VERDICTS if lowest >= smallest)
-    low, high = fidelity.get("spearman_low"), fidelity.get("spearman_high")
+    name, advice = _verdict(lowest, proxy)
     sentence = (
-        f"Trust in these scores is {name}. Fidelity {fixed(spearman)}{_interval(low, high)}: the "
-        "Spearman correlation of extrapolated and measured scores on "
-        f"{judged_samples(fidelity)}. {_stability(stability)} {advice}"
+        f"Trust in these scores is {name}. Fidelity {fixed(spearman)}"
+        f"{_interval(headline.low, headline.high)}: the Spearman correlation of extrapolated and "
+        f"measured scores on {judged_samples(fidelity)}"
     )
-    rival = _best_baseline(fidelity)
+    if headline.within:
+        overall = f" ({fixed(headline.overall)} over all classes)" if headline.overall else ""
+        sentence += f", within classes, as the keep-lists are cut{overall}"
+    sentence += f". {_stability(stability)} {advice}"
+    if proxy:
+        sentence += f" {proxy}"
+    rival = _best_baseline(fidelity, headline.within)
     if rival is not None and rival[0] >= spearman:
         sentence += f" The simpler baseline “{rival[1]}” does as well here ({fixed(rival[0])})."
     return name, sentence
 
 
-def _verdict_of_measured(stability: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the verdict where every sample has a measured score: the stability decides."""
-    measured, value = (
-        "Every sample was scored directly; nothing had to be extrapolated.",
-        stability.get("value"),
+def _verdict(correlation: float, weak_proxy: str) -> tuple[str, str]:
+    """Return the name and the advice of a correlation; "modest" at best for a weak proxy."""
+    return next(
+        (name, advice)
+        for smallest, name, advice in VERDICTS
+        if correlation >= smallest and not (weak_proxy and name in ("strong", "good"))
     )
+
+
+def _verdict_of_measured(stability: Mapping[str, Any], weak_proxy: str) -> tuple[str, str]:
+    """Return the verdict where every sample has a measured score: the stability decides."""
+    measured, value = "Every sample was scored directly.", stability.get("value")
     if value is None:
         return "measured", f"{measured} {_stability(stability)}"
-    name, advice = next((name, advice) for smallest, name, advice in VERDICTS if value >= smallest)
-    return name, f"Trust in these scores is {name}. {measured} {_stability(stability)} {advice}"
+    name, advice = _verdict(value, weak_proxy)
+    sentence = f"Trust in these scores is {name}. {measured} {_stability(stability)} {advice}"
+    return name, f"{sentence} {weak_proxy}".rstrip()
 
 
 def experimental(score: str | None) -> str:
@@ -350,14 +364,15 @@ def _stability(stability: Mapping[str, Any]) -> str:
     )
 
 
-def _best_baseline(fidelity: Mapping[str, Any]) -> tuple[float, str] | None:
+def _best_baseline(fidelity: Mapping[str, Any], within: bool) -> tuple[float, str] | None:
     """Return the Spearman correlation and the name of the best baseline."""
+    spearman = "spearman_within" if within else "spearman"
     method = str(fidelity.get("method")).replace("-", "_")  # a method can be its own baseline
     return max(
         (
-            (figures["spearman"], name)
+            (figures[spearman], name)
             for name, figures in fidelity.get("baselines", {}).items()
-            if name.replace("-", "_") != method and figures.get("spearman") is not None
+            if name.replace("-", "_") != method and figures.get(spearman) is not None
         ),
         default=None,
     )

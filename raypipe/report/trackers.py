@@ -107,8 +107,13 @@ def _fidelity_metrics(fidelity: Mapping[str, Any]) -> dict[str, Any]:
     correlations = [
         f"{name}{end}" for name in ("spearman", "pearson") for end in ("", "_low", "_high")
     ]
+    within = [f"spearman_within{end}" for end in ("", "_low", "_high")]
+    later = [*within, "rmse", "spread", "proxy_accuracy", "proxy_chance"]
+    coverage = fidelity.get("coverage") or {}
     return {
         **{f"fidelity/{key}": fidelity[key] for key in correlations},
+        **{f"fidelity/{key}": fidelity.get(key) for key in later},
+        **{f"fidelity/coverage_{key}": value for key, value in coverage.items()},
         **{f"fidelity/overlap_{key}": value for key, value in fidelity["overlap"].items()},
         **{
             f"baselines/{name}_spearman": figures["spearman"]

@@ -13,7 +13,7 @@ from raypipe.progress import describe_progress
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
-from raypipe.text import JUDGED_ON, duration
+from raypipe.text import JUDGED_ON, HeadlineFidelity, duration, weak_proxy
 
 
 def describe_run(uri: str) -> Iterator[str]:
@@ -88,9 +88,11 @@ def describe_result(run: Run) -> Iterator[str]:
     if "extrapolate" in records:
         detail = records["extrapolate"].detail
         fidelity = detail.get("fidelity") or {}
-        yield f"fidelity    {fidelity_sentence(fidelity)}"
+        within = run.config().select.cuts_within_classes
+        yield f"fidelity    {fidelity_sentence(fidelity, within)}"
         if fidelity.get("judged_on") in ("audit", "rehearsal") and detail.get("fidelity_seed"):
-            yield f"            {fidelity_sentence(detail['fidelity_seed'])}"
+            yield f"            {fidelity_sentence(detail['fidelity_seed'], within)}"
+        yield from _error_and_coverage(fidelity)
         yield f"stability   {stability_sentence(detail.get('stability') or {})}"
         yield from _doubled(detail.get("learning_curve") or {}, "the seed set")
     total = sum(record.wall_seconds for record in records.values()) or 1.0
@@ -134,17 +136,42 @@ def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:
     yield from _doubled(summary["learning_curve"], "as many scored samples")
 
 
-def fidelity_sentence(fidelity: dict[str, Any]) -> str:
-    """Return the fidelity with its interval as text."""
-    spearman, bounds = fidelity.get("spearman"), fidelity.get("spearman_interval")
+def fidelity_sentence(fidelity: dict[str, Any], within_classes: bool = False) -> str:
+    """Return the fidelity with its interval as text; within classes where it has that figure."""
     if fidelity.get("judged_on") == "direct":
         return "nothing was extrapolated: every sample was scored directly"
+    headline = HeadlineFidelity.of(fidelity, within_classes)
+    spearman, low, high = headline.spearman, headline.low, headline.high
     if spearman is None:
         return f"unknown: {fidelity.get('note') or 'not judged yet'}"
-    interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
+    interval = ""
+    if low is not None and high is not None:
+        interval = f" (95 % interval {low:.2f} to {high:.2f})"
+    within = f" within classes{interval}" if headline.within else interval
+    if headline.overall is not None:
+        within += f", {headline.overall:.2f} over all"
     pearson = f", Pearson {fidelity['pearson']:.2f}" if fidelity.get("pearson") is not None else ""
     where = JUDGED_ON.get(fidelity.get("judged_on", ""), JUDGED_ON["seed"])
-    return f"Spearman {spearman:.2f}{interval}{pearson}, on {fidelity.get('n_held', 0):,} {where}"
+    return f"Spearman {spearman:.2f}{within}{pearson}, on {fidelity.get('n_held', 0):,} {where}"
+
+
+def _error_and_coverage(fidelity: dict[str, Any]) -> Iterator[str]:
+    """Return lines about the error of predictions, their intervals, and a weak proxy."""
+    rmse, spread = fidelity.get("rmse"), fidelity.get("spread")
+    coverage = fidelity.get("coverage")
+    parts = []
+    if rmse is not None and spread is not None:
+        parts.append(f"RMSE {rmse:.3g}, measured scores spread by {spread:.3g}")
+    if coverage:
+        parts.append(
+            f"{100 * coverage['confidence']:.0f} % intervals hold {100 * coverage['overall']:.0f} %"
+            f" ({100 * coverage['extreme']:.0f} % of extreme, {100 * coverage['farthest']:.0f} % "
+            "of far samples)"
+        )
+    if parts:
+        yield f"            {'; '.join(parts)}"
+    if sentence := weak_proxy(fidelity):
+        yield f"WARNING     {sentence}"
 
 
 def stability_sentence(stability: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -105,10 +106,89 @@ def test_intervals_cover_the_truth() -> None:
     assert inside >= 33
 
 
-def test_equal_values_on_both_sides_are_no_agreement() -> None:
+def test_ties_are_broken_alike_on_both_sides() -> None:
+    """Two independent halves overlap at the cut as their keep-lists do."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 2, 4000).astype(float), rng.integers(0, 2, 4000).astype(float)
-    assert compare(pair(a, b), 0).overlap[0.3] == pytest.approx(0.3, abs=0.04)
+    assert compare(pair(a, b), 0).overlap[0.3] == pytest.approx(0.5, abs=0.04)
+    for fraction, share in compare(pair(b, b), 0).overlap.items():
+        assert share == 1, fraction
+
+
+def test_ceilings_are_what_a_perfect_prediction_without_ties_reaches() -> None:
+    rng = np.random.default_rng(0)
+    measured = rng.permutation(np.repeat([0.0, 1.0, 2.0], [900, 80, 20]))
+    found = module.ceiling(measured, (0.05, 0.3, 0.5))
+    assert found.spearman == pytest.approx(0.52, abs=0.005)
+    assert found.overlap[0.3] == pytest.approx(0.48, abs=0.005)
+    best = [measured + 1e-3 * rng.random(1000) for _ in range(40)]
+    agreement = [compare(pair(predicted, measured), 0, (0.05, 0.3, 0.5)) for predicted in best]
+    assert np.mean([each.spearman for each in agreement]) == pytest.approx(found.spearman, abs=0.01)
+    for fraction, share in found.overlap.items():
+        reached = np.mean([each.overlap[fraction] for each in agreement])
+        assert reached == pytest.approx(share, abs=0.01)
+    assert agreement[0].ceiling == found
+    untied = module.ceiling(rng.normal(size=200), (0.3,))
+    assert untied.spearman == 1 and untied.overlap == {0.3: 1}
+    assert module.ceiling(np.ones(20), (0.3,)).spearman is None
+
+
+def _in_classes(classes: int, each: int, seed: int) -> HeldOutPredictions:
+    """Scores that agree to Spearman 0.79 within classes, whose means differ widely and agree."""
+    rng = np.random.default_rng(seed)
+    label = np.repeat(np.arange(classes), each)
+    own = rng.normal(size=len(label))
+    other = 0.8 * own + 0.6 * rng.normal(size=len(label))
+    mean = 5 * rng.normal(size=classes)[label]
+    return dataclasses.replace(pair(own + mean, other + mean), label=label)
+
+
+@pytest.mark.parametrize(("classes", "each"), [(4, 100), (40, 10), (150, 3)])
+def test_correlation_within_classes_does_not_count_differences_between_them(
+    classes: int, each: int
+) -> None:
+    truth = 6 / np.pi * np.arcsin(0.4)
+    found = [compare(_in_classes(classes, each, seed), seed, ()) for seed in range(15)]
+    assert min(each.spearman or 0 for each in found) > 0.9
+    assert np.mean([each.spearman_within for each in found]) == pytest.approx(truth, abs=0.02)
+    intervals = [each.spearman_within_interval or (0, 0) for each in found]
+    assert sum(low <= truth <= high for low, high in intervals) >= 12
+    assert json.loads(json.dumps(found[0].as_dict()))["spearman_within"] == found[0].spearman_within
+
+
+def test_without_classes_there_is_no_correlation_within_them() -> None:
+    data = _in_classes(4, 25, 0)
+    nothing = dataclasses.replace(data, label=np.full(100, -1))
+    assert compare(nothing, 0).spearman_within is None
+
+
+def test_error_spread_and_coverage() -> None:
+    rng = np.random.default_rng(0)
+    measured = rng.normal(size=2000)
+    data = pair(measured + 0.3 * rng.normal(size=2000), measured)
+    found = compare(data, 0, (), 0.9)
+    assert found.rmse == pytest.approx(0.3, abs=0.02)
+    assert found.spread == pytest.approx(1, abs=0.05)
+    assert found.coverage is not None
+    assert (found.coverage.n, found.coverage.n_tenth, found.coverage.confidence) == (2000, 200, 0.9)
+    assert found.coverage.overall == pytest.approx(0.9, abs=0.02)
+    assert found.coverage.extreme == pytest.approx(0.9, abs=0.06)
+    assert found.coverage.farthest == pytest.approx(0.9, abs=0.06)
+    few = compare(pair(measured[:12], measured[:12] ** 2), 0, (), 0.95)
+    assert few.coverage is None  # too few for an interval
+    assert compare(data, 0, ()).coverage is None
+
+
+def test_accuracy_of_the_proxy() -> None:
+    rng = np.random.default_rng(0)
+    data = dataclasses.replace(
+        pair(*rng.normal(size=(2, 40))),
+        label=np.repeat([0, 1, 2, -1], 10),
+        correct=np.tile([True, False], 20),
+    )
+    found = compare(data, 0)
+    assert (found.proxy_accuracy, found.proxy_chance) == (0.5, pytest.approx(1 / 3))
+    assert compare(dataclasses.replace(data, correct=None), 0).proxy_accuracy is None
 
 
 @pytest.mark.parametrize("case", ["few", "constant measured", "constant predicted", "none"])

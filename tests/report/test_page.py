@@ -203,7 +203,7 @@ def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
     table = shown[shown.index("Spearman Pearson top") : shown.index("Top: cut a keep-list")]
     for row in ("gnn_published", "class_mean", "random"):
         figures = re.search(rf"{row} ([^a-z]*(to [^a-z]*)*)", table)[1]
-        assert len(re.findall(r"to", figures)) == 4, f"{row}: four figures, each with its interval"
+        assert len(re.findall(r"to", figures)) == 5, f"{row}: five figures, each with its interval"
     assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in shown
     assert (
         "Doubling the seed set is predicted to raise the Spearman correlation by 0.070 "

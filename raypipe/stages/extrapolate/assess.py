@@ -240,15 +240,18 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
     data = FitData(config, run, samples, settings.method in WHOLE_METHODS)
     audit = _audit_predictions(config, run, data)
     published = read_published(run)
-    judged = {"seed": compare(held_out.with_published(published), settings.seed, keep)}
+    level = settings.confidence
+    judged = {"seed": compare(held_out.with_published(published), settings.seed, keep, level)}
     calibration = held_out.predictions
     if has_rehearsal(run):
         # The proxy was trained on the held-out seed samples, and the folds are fitted without the
         # map that predictions use; so the rehearsal decides.
         calibration = read_predictions(run, "rehearsal").predictions
-        judged["rehearsal"] = compare(calibration, settings.seed, keep)
+        judged["rehearsal"] = compare(calibration, settings.seed, keep, level)
     if audit is not None:
-        judged["audit"] = compare(audit.with_published(published), settings.seed, keep)
+        judged["audit"] = compare(
+            audit.with_published(published), settings.seed, keep, level, calibration
+        )
     intervals = Intervals.fit(
         calibration.calibration(),
         settings.confidence,

@@ -1,8 +1,8 @@
 """Files of predictions that an extrapolator is assessed by: `extrapolator/<name>.parquet`.
 
 They hold sample_id, label, measured, predicted, difficulty, a column `doubt:<name>` for each other
-doubt of the extrapolator (`raypipe.extrapolators.base.DOUBTS`) and a column `baseline:<name>` for
-each baseline.
+doubt of the extrapolator (`raypipe.extrapolators.base.DOUBTS`), where there is a proxy
+proxy_correct, and a column `baseline:<name>` for each baseline.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ BASELINE = "baseline:"
 """Prefix of the columns of baselines."""
 DOUBT = "doubt:"
 """Prefix of the columns of doubts, but for the first, the difficulty."""
+CORRECT = "proxy_correct"
+"""Column: whether the proxy gives the sample its label."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def write_predictions(
             for baseline, values in predictions.baselines.items()
         },
     }
+    if predictions.correct is not None:
+        columns[CORRECT] = pa.array(predictions.correct, pa.bool_())
     metadata = {"raypipe.n_fit": str(predictions.n_fit), "raypipe.note": predictions.note}
     table = pa.table(columns).replace_schema_metadata(metadata)
     storage.write_table(run.held_out_predictions(name), table)
@@ -110,6 +114,7 @@ def read_predictions(run: Run, name: str) -> PredictedSamples:
         int(metadata[b"raypipe.n_fit"]),
         metadata[b"raypipe.note"].decode(),
         doubt,
+        table[CORRECT].to_numpy() if CORRECT in table.column_names else None,
     )
     return PredictedSamples(table["sample_id"].to_pylist(), predictions)
 

@@ -8,6 +8,7 @@ from raypipe.assessment.stability import Stability
 from raypipe.config import TrustSettings
 from raypipe.errors import TrustError
 from raypipe.runs.ledger import StageRecord
+from raypipe.text import HeadlineFidelity, weak_proxy
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class ScoreFidelity:
     Attributes
     ----------
     spearman : float or None
-        Spearman correlation of predicted and measured scores; None when it is unknown.
+        Spearman correlation of predicted and measured scores, within classes where the lists are
+        cut within them; None when it is unknown.
     interval : tuple of float or None
         Its 95 % interval.
     note : str
@@ -30,6 +32,10 @@ class ScoreFidelity:
         Whether the scores were extrapolated from tables.
     stability : Stability
         How well another training would agree with the scores.
+    overall : float or None
+        The correlation over all classes, where `spearman` is that within them.
+    weak_proxy : str
+        A sentence if the proxy hardly beats chance.
     """
 
     spearman: float | None
@@ -39,22 +45,30 @@ class ScoreFidelity:
     gain: float | None
     from_tables: bool
     stability: Stability
+    overall: float | None = None
+    weak_proxy: str = ""
 
     @classmethod
-    def of(cls, record: StageRecord) -> ScoreFidelity:
+    def of(cls, record: StageRecord, within_classes: bool = False) -> ScoreFidelity:
         """Read it from the record of the stage `extrapolate`."""
         detail = record.detail
         figures = detail.get("fidelity") or {}
-        bounds = figures.get("spearman_interval")
+        headline = HeadlineFidelity.of(figures, within_classes)
         doubled = (detail.get("learning_curve") or {}).get("doubled") or {}
         return cls(
-            spearman=figures.get("spearman"),
-            interval=(bounds[0], bounds[1]) if bounds else None,
+            spearman=headline.spearman,
+            interval=(
+                (headline.low, headline.high)
+                if headline.low is not None and headline.high is not None
+                else None
+            ),
             note=figures.get("note") or "it was not judged",
             predicted=record.samples > detail.get("measured", 0),
             gain=doubled.get("gain"),
             from_tables=bool(detail.get("tables")),
             stability=Stability.from_dict(detail.get("stability") or {}),
+            overall=headline.overall,
+            weak_proxy=weak_proxy(figures),
         )
 
     @property
@@ -94,10 +108,14 @@ class ScoreFidelity:
         interval = ""
         if self.interval:
             interval = f" (95 % interval {self.interval[0]:.2f} to {self.interval[1]:.2f})"
+        within = overall = ""
+        if self.overall is not None:
+            within, overall = " within classes", f"; over all classes it is {self.overall:.2f}"
+        proxy = f". {self.weak_proxy.rstrip('.')}" if self.weak_proxy else ""
         return (
-            "predicted and measured scores have a Spearman correlation of "
+            f"predicted and measured scores have a Spearman correlation{within} of "
             f"{self.spearman:.2f}{interval}, and its lower end is below trust.min_spearman "
-            f"({trust.min_spearman:g})"
+            f"({trust.min_spearman:g}){overall}{proxy}"
         )
 
     def remedy(self, trust: TrustSettings) -> str:
@@ -123,7 +141,9 @@ class ScoreFidelity:
         )
 
 
-def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[str, str]:
+def check_trust(
+    record: StageRecord, trust: TrustSettings, force: bool, within_classes: bool = False
+) -> dict[str, str]:
     """Check the fidelity of the scores that keep-lists rest on.
 
     It suffices when every sample was measured, or when the lower end of its interval is at least
@@ -139,6 +159,8 @@ def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[
         The threshold.
     force
         Whether keep-lists are written in any case.
+    within_classes
+        Whether they are cut within classes: the correlation within classes then decides.
 
     Returns
     -------
@@ -150,7 +172,7 @@ def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[
     TrustError
         When the fidelity does not suffice and `force` is False.
     """
-    fidelity = ScoreFidelity.of(record)
+    fidelity = ScoreFidelity.of(record, within_classes)
     suffices = fidelity.suffices(trust)
     if not suffices and not force:
         raise TrustError(f"no keep-lists: {fidelity.shortfall(trust)}. {fidelity.remedy(trust)}")
@@ -159,6 +181,7 @@ def check_trust(record: StageRecord, trust: TrustSettings, force: bool) -> dict[
         "spearman_low": _figure(fidelity.interval[0] if fidelity.interval else None),
         "stability": _figure(fidelity.stability.value),
         "forced": "false" if suffices else "true",
+        **({"spearman_all": _figure(fidelity.overall)} if fidelity.overall is not None else {}),
     }
 
 

@@ -207,7 +207,8 @@ def _check_trust(
     if not STRATEGIES[settings.strategy].uses_scores:
         trust = TrustSettings(min_spearman=-1)
     try:
-        return check_trust(run.ledger()["extrapolate"], trust, settings.force)
+        within_classes = settings.cuts_within_classes
+        return check_trust(run.ledger()["extrapolate"], trust, settings.force, within_classes)
     except TrustError:
         # lists that were forced earlier stay as long as their scores do
         if storage.names(run.keep_folder):
