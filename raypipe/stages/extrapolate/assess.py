@@ -284,13 +284,17 @@ def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
     held_out = PredictedSamples.concat([seed, audit]) if audit is not None else seed
     predictions = held_out.predictions
     intervals = Intervals.fit(predictions.calibration(), settings.confidence)
-    figures = compare(predictions, settings.seed, keep).as_dict() | {"judged_on": "cross-fit"}
+    level = settings.confidence
+    judged = {
+        "cross-fit": compare(predictions, settings.seed, keep, level),
+        "seed": compare(seed.predictions, settings.seed, keep, level),
+    }
+    figures = {name: fidelity.as_dict() | {"judged_on": name} for name, fidelity in judged.items()}
     FidelityFile(
         measured=len(held_out.ids),
         keep=tuple(keep),
-        fidelity=figures,
-        fidelity_seed=compare(seed.predictions, settings.seed, keep).as_dict()
-        | {"judged_on": "seed"},
+        fidelity=figures["cross-fit"],
+        fidelity_seed=figures["seed"],
         intervals=intervals.state(),
         search=storage.read_json(run.part_model_file(0))["search"],
         stability=_stability(config, run),

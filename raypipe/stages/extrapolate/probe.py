@@ -44,18 +44,22 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
     tensors: dict[str, np.ndarray] = {}
     by_proxy: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
+    correct: list[np.ndarray] = []
     for done, proxy in enumerate(VIEWERS):
         table = _read_view(config, run, proxy)
         nodes = nodes_of(table)
         probe = LinearProbe.fit(nodes.embedding, nodes.label, classes)
         tensors |= {f"{proxy}.{name}": value for name, value in probe.tensors().items()}
-        score = probe.statistics(nodes.embedding, nodes.label)[OUTPUTS[config.score]]
+        statistics = probe.statistics(nodes.embedding, nodes.label)
+        score = statistics[OUTPUTS[config.score]]
+        correct.append(statistics["margin"] > 0)
         ids = table["sample_id"].to_pylist()
         labels |= zip(ids, nodes.label.tolist(), strict=True)
         for sample_id, value in zip(ids, score, strict=True):
             by_proxy.setdefault(sample_id, np.full(cross_fit.parts, np.nan))[proxy] = value
         step(done + 1, len(VIEWERS) + 1)
-    _write_assessment(config, run, samples, by_proxy, labels)
+    accuracy = float(np.concatenate(correct).mean())
+    _write_assessment(config, run, samples, by_proxy, labels, accuracy)
     storage.write_bytes(run.probe_weights, save(tensors))
     step(len(VIEWERS) + 1, len(VIEWERS) + 1)
 
@@ -82,8 +86,12 @@ def _write_assessment(
     samples: int,
     by_proxy: dict[str, np.ndarray],
     labels: dict[str, int],
+    accuracy: float,
 ) -> None:
-    """Write the stability; there is no fidelity, learning curve or interval to assess."""
+    """Write the stability and the accuracy of the probes.
+
+    There is no fidelity, learning curve or interval to assess.
+    """
     from raypipe.assessment.intervals import Intervals
     from raypipe.assessment.learning_curve import LearningCurve
     from raypipe.assessment.rank_agreement import NO_AGREEMENT
@@ -91,16 +99,19 @@ def _write_assessment(
 
     every = list(by_proxy)
     ids = [every[row] for row in canonical_order(every)]
+    label = np.array([labels[sample_id] for sample_id in ids])
     stable = stability(
         np.stack([by_proxy[sample_id] for sample_id in ids]),
-        np.array([labels[sample_id] for sample_id in ids]),
+        label,
         config.extrapolate.seed,
         config.select.within_classes,
     )
     figures = NO_AGREEMENT.as_dict() | {
         "baselines": {},
         "n_fit": 0,
-        "n_held": 0,
+        "n_held": len(ids),
+        "proxy_accuracy": accuracy,
+        "proxy_chance": float(np.bincount(label[label >= 0]).max() / len(ids)),
         "note": NOTE,
         "judged_on": "direct",
     }
