@@ -17,7 +17,7 @@ samples, shrunk towards 1 with the weight of twenty samples. q is the split conf
 
 Held-out samples of the seed set are many, but the proxy can have been trained on them, and then
 they are not exchangeable with the other samples. Audit samples are, but there are few of them. Both
-sets count equally in sigma and f. From 50 audit samples on, q comes from them alone, otherwise from
+sets count equally in sigma and f. From 40 audit samples on, q comes from them alone, otherwise from
 all samples. Each sample's ratio in q is that to a sigma and f fitted without its fifth of the
 samples (cross-conformal prediction: Vovk 2015).
 """
@@ -38,7 +38,7 @@ PRIOR_SAMPLES = 20.0
 """Weight, in samples, of the penalty on sigma and of the ratio 1 in f."""
 MIN_SAMPLES_OF_CLASS = 30
 """A class with at least this many samples has its own correction."""
-MIN_AUDIT = 50
+MIN_AUDIT = 40
 """With at least this many audit samples, these alone decide the width of all intervals."""
 ZONE = 0.15
 """Share of the samples in a zone."""
