@@ -12,11 +12,11 @@ import raypipe
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--run", default="runs/digits-example", help="folder for the results")
 parser.add_argument("--samples", type=int, default=1797, help="use the first N images")
-parser.add_argument("--epochs", type=int, default=20, help="epochs of the proxy network")
+parser.add_argument("--epochs", type=int, default=20, help="epochs of the proxy networks")
 options = parser.parse_args()
 
-# One call does the whole job: it trains a small proxy network on 30 % of the images, measures their
-# scores, predicts the scores of all the others, and writes keep-lists and a report.
+# One call does the whole job: it trains three small proxy networks on 30 % of the images, scores
+# every image by those that were not trained on it, and writes keep-lists and a report.
 # Call it again and it resumes. `raypipe init` lists the settings that are not named here.
 result = raypipe.run(
     {
@@ -28,17 +28,17 @@ result = raypipe.run(
             "model": "small",
             "image_size": 16,
             "epochs": options.epochs,
-            "batch_size": 64,
+            "batch_size": 32,
             "flip": False,
         },
-        "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
     }
 )
 
-# Can the scores be trusted? Fidelity is the rank correlation of predicted and measured scores on
-# images that the predictor never saw. If it were too low, `run` would raise a TrustError instead.
-fidelity = result.summary["fidelity"]
-print("fidelity {spearman:.2f} ({spearman_low:.2f} to {spearman_high:.2f})".format(**fidelity))
+# Can the scores be trusted? Stability is the rank correlation to expect with the scores of another
+# training. If it were too low, `run` would raise a TrustError instead.
+stability = result.summary["stability"]
+low, high = stability["interval"]
+print(f"stability {stability['value']:.2f} ({low:.2f} to {high:.2f})")
 
 # Another keep-list takes seconds, because nothing is scored again.
 for file, kept in raypipe.select(result.uri, keep=0.6, strategy="balanced").items():

@@ -31,10 +31,9 @@ result = raypipe.run(
             "model": "small",
             "image_size": 16,
             "epochs": options.epochs,
-            "batch_size": 64,
+            "batch_size": 32,
             "flip": False,
         },
-        "extrapolate": {"epochs": 12, "folds": 1, "judge_published": False},
         "select": {"keep": [options.keep]},
     }
 )

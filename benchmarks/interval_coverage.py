@@ -1,6 +1,6 @@
 """How often the intervals of predicted scores hold: overall, for extreme predictions and far from the seed set.
 
-    python benchmarks/coverage.py [--dir DATA] [--samples 10000] [--share 0.2] [--epochs 20] [--cache DIR]
+    python benchmarks/interval_coverage.py [--dir DATA] [--samples 10000] [--share 0.2] [--epochs 20] [--cache DIR]
 
 Without --dir, the bundled digits. A proxy is trained on a random share of the samples, the seed set. MoSo is measured on it, on an
 audit set as a run draws it (a tenth of the seed set, 50 to 500 samples), on at least 300 further samples, and on the 200 samples with
