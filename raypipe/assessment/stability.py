@@ -100,7 +100,7 @@ def stability(
     count, proxies = by_proxy.shape
     averaged = int(np.isfinite(by_proxy).sum(1).max(initial=0))
     if proxies < 2 or averaged < 2:
-        note = "each sample was scored by one proxy only; set proxy.parts to 4 to measure it"
+        note = "each sample was scored by one proxy only"
         return Stability(proxies=1, samples=count, note=note)
     group = label if within_classes else np.zeros(count, np.int64)
     pairs = [

@@ -203,7 +203,7 @@ def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]]) -> str:
     return (
         f"{len(uneven)} of {counted(len(lists), 'keep-list')} treat measured samples differently: "
         f"{file} holds {seed} of the seed set, {audit} of the audit set and {rest} of the rest, "
-        "which chance does not explain. Set proxy.parts to 4 for cross-fitting."
+        "which chance does not explain. Set proxy.parts to 3 for cross-fitting."
     )
 
 

@@ -122,9 +122,9 @@ class ScoreFidelity:
         """Describe what the user can do."""
         if self._fidelity_suffices(trust):
             return (
-                "More proxies (proxy.parts), more epochs of each (proxy.epochs), a larger seed set "
-                "(seed.fraction) or another score (measure.scores: loss is the most stable) can "
-                "help. To write keep-lists anyway, use `raypipe select --force` or set select.force"
+                "More epochs of the proxies (proxy.epochs), a larger seed set (seed.fraction) or "
+                "another score (measure.scores: loss is the most stable) can help. To write "
+                "keep-lists anyway, use `raypipe select --force` or set select.force"
             )
         add = f"is predicted to add {self.gain:.2f}" if self.gain is not None else ""
         if self.from_tables:
