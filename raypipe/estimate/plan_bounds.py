@@ -100,6 +100,15 @@ def _seed_set_bounds(work: Workload, hours: Mapping[str, float]) -> list[Bound]:
         fraction = config.seed.fraction * min(1.0, limit / max(figure, 1e-9))
         return f"seed.fraction {_rounded_down(fraction)}"
 
+    of_training = Bound(
+        "training of the proxy",
+        training,
+        TRAINING_HOURS,
+        "h",
+        f"proxy.workers, fewer proxy.epochs, or {smaller_seed_set(training, TRAINING_HOURS)}",
+    )
+    if config.scores_embeddings:  # nothing is fitted to measured samples
+        return [of_training]
     return [
         Bound(
             "memory of a worker: measured samples",
@@ -108,13 +117,7 @@ def _seed_set_bounds(work: Workload, hours: Mapping[str, float]) -> list[Bound]:
             "GB",
             smaller_seed_set(worker_gb, WORKER_GB),
         ),
-        Bound(
-            "training of the proxy",
-            training,
-            TRAINING_HOURS,
-            "h",
-            f"proxy.workers, fewer proxy.epochs, or {smaller_seed_set(training, TRAINING_HOURS)}",
-        ),
+        of_training,
         Bound(
             "one fit of the extrapolator, one process",
             fit,
