@@ -40,7 +40,7 @@ def decoded(run: Run) -> tuple[list[str], np.ndarray, np.ndarray]:
     good = [not reason for reason in reasons]
     ids = [sample.sample_id for sample, usable in zip(samples, good) if usable]
     labels = [classes.label_of(sample)[0] for sample, usable in zip(samples, good) if usable]
-    return ids, pixels, np.array(labels)
+    return ids, pixels[np.array(good, bool)], np.array(labels)
 
 
 def measured(run: Run) -> dict[str, float]:
