@@ -46,6 +46,7 @@ QUICK = {
     "extrapolate.folds": 1,
     "extrapolate.judge_published": False,
     "trust.min_spearman": -1,
+    "trust.min_stability": -1,
     "report.images": 4,
 }
 """Settings that make the runs of the examples quick, and nothing else different."""

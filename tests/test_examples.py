@@ -41,10 +41,10 @@ def test_the_table_names_every_example() -> None:
 @pytest.mark.ray
 def test_digits(cluster: str, example: Any) -> None:
     printed = example("digits.py", "--samples", "600", "--epochs", "10")
-    found = re.search(r"fidelity (\S+) \((\S+) to (\S+)\)", printed)
+    found = re.search(r"stability (\S+) \((\S+) to (\S+)\)", printed)
     assert found is not None
-    spearman, low, high = map(float, found.groups())
-    assert low <= spearman <= high
+    stability, low, high = map(float, found.groups())
+    assert low <= stability <= high
     assert "keep-0.60.parquet: 360 of 600 images" in printed
     ordered = sorted(
         raypipe.load_scores("runs/digits-example").to_pylist(), key=lambda row: row["score"]
