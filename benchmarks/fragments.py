@@ -134,7 +134,8 @@ def configuration(folder: str, fragments: int) -> Config:
         "format": "synthetic",
         "fragment_samples": FRAGMENT_SAMPLES,
     }
-    return parse_config({"run": f"{folder}/run", "source": source})
+    one_proxy = {"proxy": {"parts": 1}, "measure": {"scores": ["moso"]}}
+    return parse_config({"run": f"{folder}/run", "source": source, **one_proxy})
 
 
 def simulate(folder: str, fragments: int) -> Iterator[tuple[str, dict[str, float]]]:

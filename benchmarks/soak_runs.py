@@ -51,6 +51,7 @@ def configuration(folder: Path, run: Path) -> dict[str, Any]:
             "model": "small",
             "image_size": 16,
             "epochs": 4,
+            "parts": 1,
             "batch_size": 64,
             "checkpoints": 2,
             "flip": False,

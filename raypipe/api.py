@@ -344,10 +344,15 @@ def extrapolate(
     extrapolate = {name: value for name, value in options.items() if value is not None}
     # Assessing gnn-published would need a graph over all embeddings.
     extrapolate["judge_published"] = False
-    # The default strategy needs the loss of a proxy, which does not exist here.
-    select = {"strategy": "top"}
     config = parse_config(
-        {"run": out, "source": {"uri": embeddings}, "extrapolate": extrapolate, "select": select}
+        {
+            "run": out,
+            "source": {"uri": embeddings},
+            "extrapolate": extrapolate,
+            # The default strategy needs the loss of a proxy, which does not exist here.
+            "select": {"strategy": "top"},
+            "proxy": {"parts": 1},  # all embeddings are in one space
+        }
     )
     config = absolute_paths(config)
     summary = score_tables(

@@ -35,7 +35,7 @@ FIRST = datetime(2026, 11, 22, 2, 0, 0, tzinfo=UTC)
 SETTINGS: dict[str, Any] = {
     "source": {"format": "parquet", "fragment_samples": 75},
     "seed": {"fraction": 0.4},
-    "proxy": {"model": "small", "image_size": 8, "epochs": 1, "checkpoints": 1},
+    "proxy": {"model": "small", "image_size": 8, "epochs": 1, "checkpoints": 1, "parts": 1},
     "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
     "extrapolate": {"method": "knn-published", "folds": 1, "judge_published": False},
     "trust": {"min_spearman": -1},

@@ -119,8 +119,8 @@ class ProxySettings(Settings):
     )
     checkpoints: Positive = Field(
         10,
-        description="Number of checkpoints to keep. Each adds measurement time for scores such as "
-        "MoSo.",
+        description="Number of checkpoints to keep; by default at most one per epoch. Each adds "
+        "measurement time for scores such as MoSo.",
     )
     checkpoint_choice: Literal["spaced", "random"] | tuple[int, ...] = Field(
         "spaced",
@@ -198,6 +198,9 @@ class ProxySettings(Settings):
                 raise ValueError(
                     f"checkpoint_choice names epochs {wrong}, but epochs are 0..{self.epochs - 1}"
                 )
+        elif "checkpoints" not in self.model_fields_set:
+            fewer = min(self.checkpoints, self.epochs)
+            object.__setattr__(self, "checkpoints", fewer)  # settings are fixed, except here
         elif self.checkpoints > self.epochs:
             raise ValueError(
                 f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.epochs})"

@@ -232,7 +232,7 @@ def test_job_writes_a_score_for_every_sample(digits: Finished) -> None:
         pq.read_metadata(file).num_rows for file in (digits.run / "rejects").glob("*.parquet")
     )
     assert len(rows) + rejects == 300 and len({row["sample_id"] for row in rows}) == len(rows)
-    assert 60 <= sum(row["measured"] for row in rows) < 240
+    assert all(row["measured"] for row in rows)  # by linear probes on the embeddings
     assert list((digits.run / "keep").iterdir()) and (digits.run / "report" / "index.html").exists()
 
 

@@ -65,6 +65,6 @@ def test_scores_are_the_same_with_neighbours_from_a_gpu(
     monkeypatch.setattr(Extrapolator, "search_on", on_a_cpu)
     monkeypatch.setattr(NeighbourIndex, "_product_candidates", counted)
     worker = WorkerContext(run.config(), run.uri, 1, gpu=True)
-    result = ScoreActor(worker)(fragment, _read(run.uri, fragment))
+    result = ScoreActor(worker)(fragment, _read(run.config(), run.uri, fragment))
     assert storage.read_table(file).equals(expected)
     assert sum(searched) == len(expected) == result.samples and result.gpu_seconds > 0

@@ -9,7 +9,7 @@ import pytest
 from raypipe.config import TrustSettings
 from raypipe.config.select import SelectSettings
 from raypipe.errors import TrustError
-from raypipe.report.text import fidelity_verdict
+from raypipe.report.text import trust_verdict
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.status import fidelity_sentence
 from raypipe.stages.select.gate import check_trust
@@ -30,6 +30,9 @@ def record(**changes: Any) -> StageRecord:
     made = StageRecord(state="done")
     made.samples, made.detail = 1000, {"fidelity": {**FIGURES, **changes}, "measured": 100}
     return made
+
+
+STABLE = {"value": 0.9}
 
 
 def test_the_gate_goes_by_the_figure_within_classes() -> None:
@@ -68,8 +71,8 @@ def test_which_lists_are_cut_within_classes(settings: dict[str, Any], within: bo
 
 
 def test_the_verdict_goes_by_the_same_figure() -> None:
-    assert fidelity_verdict(FIGURES, 900)[0] == "strong"
-    name, sentence = fidelity_verdict({**FIGURES, "within_classes": True}, 900)
+    assert trust_verdict(FIGURES, STABLE, 900)[0] == "strong"
+    name, sentence = trust_verdict({**FIGURES, "within_classes": True}, STABLE, 900)
     assert name == "modest"
     assert "within classes, as the keep-lists are cut (0.90 over all classes)" in sentence
     assert fidelity_sentence(FIGURES, True).startswith(
@@ -81,11 +84,11 @@ def test_the_verdict_goes_by_the_same_figure() -> None:
 
 def test_a_proxy_that_knows_nothing_is_never_strong() -> None:
     blind = {**FIGURES, "proxy_accuracy": 0.12, "proxy_chance": 0.1}
-    name, sentence = fidelity_verdict(blind, 900)
+    name, sentence = trust_verdict(blind, STABLE, 900)
     assert name == "modest" and "hardly beats chance" in sentence
     assert "accuracy 12 %" in sentence
     seeing = {**blind, "proxy_accuracy": 0.5}
-    assert fidelity_verdict(seeing, 900)[0] == "strong" and not weak_proxy(seeing)
+    assert trust_verdict(seeing, STABLE, 900)[0] == "strong" and not weak_proxy(seeing)
     # 100 classes: 10 % is far above chance
     assert not weak_proxy({"proxy_accuracy": 0.1, "proxy_chance": 0.02, "n_held": 200})
     # 52 of 100 by chance

@@ -33,7 +33,10 @@ def test_parts_that_are_held_out(
     monkeypatch.setattr(Run, "ledger", lambda self: {"rehearse": None} if rehearsal else {})
     monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=list("0123456789")))
     monkeypatch.setattr(assess, "count_measured", lambda run: samples)
-    config = parse_config({"run": "r", "source": {"uri": "x"}, "extrapolate": extrapolate})
+    one_proxy = {"proxy": {"parts": 1}}
+    config = parse_config(
+        {"run": "r", "source": {"uri": "x"}, "extrapolate": extrapolate, **one_proxy}
+    )
     assert assess.fold_count(config, Run("r")) == expected
 
 

@@ -157,7 +157,7 @@ def test_parts_too_small_to_train_on_are_refused(
     ("cluster", "settings", "expected"),
     [
         # (CPUs, GPUs, nodes, CPUs of the largest, grows), settings -> workers, GPU, CPUs of each, trainings side by side
-        ((2, 0, 1, 2, False), {}, (1, False, 2, 1)),
+        ((2, 0, 1, 2, False), {"parts": 1}, (1, False, 2, 1)),
         ((2, 0, 1, 2, False), {"parts": 2}, (1, False, 1, 2)),
         ((2, 0, 1, 2, False), {"parts": 8}, (1, False, 1, 2)),
         ((2, 0, 1, 2, False), {"parts": 8, "cpus_per_worker": 2}, (1, False, 2, 1)),
@@ -352,7 +352,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
     first = load_checkpoint(run, manifest["parts"][0]["final"], folder="proxy/part-0/checkpoints")
     actor = EmbedActor(WorkerContext(config, run.uri, threads=1, gpu=False))
     embedded = forward(
-        actor._model,
+        actor._models[0],
         images.numpy(),
         labels.numpy().astype(np.int32),
         AdaptiveBatch(64),

@@ -179,10 +179,14 @@ def check_trust(
     return {
         "spearman": _figure(fidelity.spearman),
         "spearman_low": _figure(fidelity.interval[0] if fidelity.interval else None),
-        "stability": _figure(fidelity.stability.value),
         "forced": "false" if suffices else "true",
-        **({"spearman_all": _figure(fidelity.overall)} if fidelity.overall is not None else {}),
+        **_known("spearman_all", fidelity.overall),
+        **_known("stability", fidelity.stability.value),
     }
+
+
+def _known(name: str, value: float | None) -> dict[str, str]:
+    return {} if value is None else {name: _figure(value)}
 
 
 def _figure(value: float | None) -> str:

@@ -46,7 +46,10 @@ class SelectStage(Stage):
     needs = ("extrapolate",)
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return {**config.select.model_dump(mode="json"), **config.trust.model_dump(mode="json")}
+        trust = config.trust.model_dump(mode="json")
+        if trust["min_stability"] == TrustSettings().min_stability:
+            del trust["min_stability"]  # older runs did not have it
+        return {**config.select.model_dump(mode="json"), **trust}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run, settings = context.run, context.config.select
