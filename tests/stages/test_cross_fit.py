@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,6 +15,8 @@ import raypipe
 from raypipe import storage
 from raypipe.assessment.membership import set_shares
 from raypipe.config import Config
+from raypipe.distributed.actor_pool import WorkerContext
+from raypipe.errors import ConfigError, StageError
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.cross_fit import VIEWERS, CrossFit
 from raypipe.runs.embeddings import nodes_of
@@ -20,6 +25,14 @@ from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.scores.linear_probe import LinearProbe
 from raypipe.sources.id_sampling import in_sample
+from raypipe.stages import embed
+from raypipe.stages.embed import EmbedActor
+from raypipe.stages.extrapolate import stage as extrapolate
+from raypipe.stages.extrapolate.assess import write_curve, write_fidelity
+from raypipe.stages.extrapolate.fit_part import fit_part
+from raypipe.stages.extrapolate.measured import PartData
+from raypipe.stages.extrapolate.probe import ProbeActor, fit_probes, read_views
+from raypipe.stages.extrapolate.stage import ScoreActor
 from raypipe.vision.output_statistics import output_statistics
 
 PARTS = 3
@@ -226,3 +239,81 @@ def test_roles_of_the_proxies() -> None:
 def test_signals_of_the_extrapolators_are_the_stored_statistics(run: Run) -> None:
     table = table_of(run, "embeddings")
     assert nodes_of(table).signals[:, 0] == pytest.approx(table["loss"].to_numpy())
+
+
+def copied(run: Run, folder: Path) -> Run:
+    shutil.copytree(run.uri, folder / "run")
+    return Run(str(folder / "run"))
+
+
+def assert_same_file(run: Run, copy: Run, uri: str) -> None:
+    """Compare a file of the copy with that of the run, which workers wrote."""
+    path = uri.removeprefix(f"{copy.uri}/")
+    assert storage.read_bytes(uri) == storage.read_bytes(run.path(path)), path
+
+
+def silent(done: int, total: int) -> None:
+    """Progress of a step."""
+
+
+def test_fits_in_this_process_are_those_of_the_workers(run: Run, tmp_path: Path) -> None:
+    copy, config = copied(run, tmp_path), run.config()
+    files = [copy.learning_curve_file, copy.fidelity_file]
+    for part in range(PARTS):
+        files += [copy.part_model_file(part), copy.part_model_weights(part)]
+        files += [copy.held_out_predictions(f"{which}-{part}") for which in ("seed", "audit")]
+    for file in files:
+        storage.delete(file)
+    for part in range(PARTS):
+        fit_part(part, config, copy, 600, silent)
+    write_curve(config, copy, 600, silent)
+    write_fidelity(config, copy, 600, silent)
+    for file in files:
+        assert_same_file(run, copy, file)
+
+
+def test_probes_in_this_process_are_those_of_the_workers(direct: Run, tmp_path: Path) -> None:
+    copy, config = copied(direct, tmp_path), direct.config()
+    fragment = min(copy.done("scores"))
+    for file in (copy.probe_weights, copy.fidelity_file, copy.score_shard(fragment)):
+        storage.delete(file)
+    fit_probes(config, copy, 600, silent)
+    worker = WorkerContext(config, copy.uri, threads=1, gpu=False)
+    result = ProbeActor(worker)(fragment, read_views(config, copy.uri, fragment))
+    assert result.samples == len(storage.read_table(copy.score_shard(fragment)))
+    for file in (copy.probe_weights, copy.fidelity_file, copy.score_shard(fragment)):
+        assert_same_file(direct, copy, file)
+
+
+def test_an_actor_in_this_process_embeds_and_scores_as_the_workers_do(
+    run: Run, tmp_path: Path
+) -> None:
+    copy, config = copied(run, tmp_path), run.config()
+    fragment = next(item for item in copy.fragments() if item.fragment_id in copy.done("views"))
+    worker = WorkerContext(config, copy.uri, threads=1, gpu=False)
+    name = fragment.fragment_id
+    for file in (copy.embedding_shard(name), copy.view_shard(name), copy.score_shard(name)):
+        storage.delete(file)
+    batch = embed._read(config, copy.uri, False, fragment)
+    EmbedActor(worker, probe_fraction=1.0)(name, batch)
+    ScoreActor(worker)(name, extrapolate._read(config, copy.uri, name))
+    for file in (copy.embedding_shard(name), copy.view_shard(name), copy.score_shard(name)):
+        assert_same_file(run, copy, file)
+
+
+def test_a_part_without_seed_samples_is_an_error(run: Run, tmp_path: Path) -> None:
+    copy, config = copied(run, tmp_path), run.config()
+    for shard in copy.done("measured"):
+        storage.delete(copy.measured_shard(shard))
+    with pytest.raises(StageError, match="no seed sample to extrapolate to part 0 from"):
+        PartData(config, copy, 0)
+
+
+def test_cross_fitting_needs_three_parts() -> None:
+    with pytest.raises(ConfigError, match="cross_fit needs 3 parts or more"):
+        small_config("r", "proxy.parts=2", "proxy.cross_fit=true")
+    with pytest.raises(ConfigError, match=r"measure\.loss\.at: embeddings needs proxies"):
+        small_config("r", "measure.loss.at=embeddings")
+    with pytest.raises(ConfigError, match="gnn-published needs the embeddings of one proxy"):
+        small_config("r", "proxy.parts=3", "extrapolate.method=gnn-published")
+    assert not small_config("r", "proxy.parts=3", "proxy.cross_fit=false").proxy.cross_fits
