@@ -120,7 +120,7 @@ class ExtrapolateStage(Stage):
             "measured": assessment.measured,
             "fidelity": assessment.fidelity,
             "fidelity_seed": assessment.fidelity_seed,
-            "stability": assessment.stability,
+            **({"stability": assessment.stability} if assessment.stability else {}),
             "search": assessment.search,
             "learning_curve": storage.read_json(run.learning_curve_file),
         }
