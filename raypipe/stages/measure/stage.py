@@ -147,7 +147,8 @@ def _announce(context: Context) -> dict[str, Any]:
     moso, grand = config.measure.moso, config.measure.grand
     samples = smallest_part(parts)
     self_term = "moso" in config.measure.scores and needs_self_term(config, parts)
-    if "moso" in config.measure.scores and moso.self_term == "auto":
+    decides = moso.self_term == "auto" and not config.proxy.cross_fits
+    if "moso" in config.measure.scores and decides:
         side = f"fewer than {SELF_TERM_BELOW:,}" if self_term else f"{SELF_TERM_BELOW:,} or more"
         context.progress.say(
             f"{'measure':<11} self term {'on' if self_term else 'off'} "
