@@ -26,8 +26,8 @@ from raypipe.nightly import Night, run_night
 from raypipe.pipeline import execute
 from raypipe.runs.checkpoints import empty_proxy
 from raypipe.runs.manifests import EpochRecord, ProxyManifest
+from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
-from raypipe.runs.seed_shards import read_shard
 from raypipe.runs.unit_result import UnitResult
 
 FILE_ROWS = 150
@@ -67,14 +67,14 @@ def serial_parts(context: Context, parts: dict[str, Any], samples: int, *_: Any)
     return 0.0
 
 
-def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
+def quick_training(config: Config, run: Run, part: SeedPart, *_: Any) -> None:
     """A few steps, and the files that the stage expects afterwards."""
     _untrained(run).write(run)
-    torch.manual_seed(0)
+    torch.manual_seed(part.number)
     model = empty_proxy(run)
     images, labels = (
         torch.from_numpy(np.concatenate(item))
-        for item in zip(*[_pixels(run, shard) for shard in _shards(run)])
+        for item in zip(*[part.read(run, shard)[1:] for shard in _shards(run)])
     )
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     model.train()
@@ -84,9 +84,9 @@ def quick_training(config: Config, run: Run, part: Any, *_: Any) -> None:
         torch.nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
         optimizer.step()
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    storage.write_bytes(run.path("proxy", "checkpoints", "epoch-0000.safetensors"), save(weights))
     file = "epoch-0000.safetensors"
-    EpochRecord(0, 0.01, 12, 1.0, 0.5, file, True, (), 0.0).write(run, "proxy")
+    storage.write_bytes(run.path(part.checkpoints, file), save(weights))
+    EpochRecord(0, 0.01, 12, 1.0, 0.5, file, True, (), 0.0).write(run, part.folder)
 
 
 def _untrained(run: Run) -> ProxyManifest:
@@ -98,10 +98,6 @@ def _untrained(run: Run) -> ProxyManifest:
 
 def _shards(run: Run) -> list[str]:
     return storage.read_json(run.path("seed", "manifest.json"))["shards"]
-
-
-def _pixels(run: Run, shard: str) -> tuple[np.ndarray, np.ndarray]:
-    return read_shard(run, shard)[1].copy(), read_shard(run, shard)[2]
 
 
 def in_process(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from raypipe.runs.ledger import StageRecord, extrapolated_tables, fingerprint
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment
+from raypipe.stages.extrapolate.model import model_files
 
 LEARNED = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
 """Stages that must have run once with the same settings."""
@@ -54,8 +55,8 @@ def check_finished(context: Context, records: dict[str, StageRecord]) -> str:
             raise RunError(
                 f"{run.uri}: stage {name} is not finished; finish the run with jobs/run.py first"
             )
-    model_files = {"model.json", "model.safetensors", "fidelity.json"}
-    if not model_files <= storage.names(run.extrapolator_folder):
+    files = {"fidelity.json"} | model_files(config, run)
+    if not files <= storage.names(run.extrapolator_folder):
         raise RunError(
             f"{run.uri}: the extrapolator is not finished; finish the run with jobs/run.py first"
         )

@@ -166,6 +166,9 @@ def _measure_fidelity(
     """
     config, run = context.config, context.run
     pairs = load_state(run, previous, "audit")
+    if config.scores_embeddings:
+        note = f"{config.score} is computed for every sample directly; drift alone is checked"
+        return NewFidelity(note=note), pairs, 0.0
     if config.score not in config.measure.at_checkpoints:
         note = (
             f"{config.score} requires training on the sample, so new samples cannot be measured; "

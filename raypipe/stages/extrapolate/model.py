@@ -76,6 +76,13 @@ class ModelFiles:
         return {storage.name(self.metadata), storage.name(self.weights)}
 
 
+def model_files(config: Config, run: Run) -> set[str]:
+    """Return the names of the files in `extrapolator/` that samples are scored with."""
+    if config.scores_embeddings:
+        return {storage.name(run.probe_weights)}
+    return set().union(*(files.names for files in ModelFiles.every(config, run)))
+
+
 def save_extrapolator(files: ModelFiles, extrapolator: Extrapolator) -> None:
     """Write a fitted extrapolator; the metadata last."""
     from safetensors.numpy import save

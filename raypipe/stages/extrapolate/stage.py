@@ -47,9 +47,9 @@ from raypipe.stages.extrapolate.fit import fit_extrapolator
 from raypipe.stages.extrapolate.model import (
     TRANSFER,
     WHOLE_METHODS,
-    ModelFiles,
     load_extrapolator,
     load_intervals,
+    model_files,
 )
 from raypipe.stages.extrapolate.probe import ProbeActor, read_views
 
@@ -70,12 +70,7 @@ class ExtrapolateStage(Stage):
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run = context.run
-        files = {"extrapolator.json"}
-        if context.config.scores_embeddings:
-            files.add(storage.name(run.probe_weights))
-        else:
-            models = ModelFiles.every(context.config, run)
-            files = files.union(*(model.names for model in models))
+        files = {"extrapolator.json"} | model_files(context.config, run)
         if context.config.rehearses:
             files.add(TRANSFER)
         return (
