@@ -41,7 +41,7 @@ A worker reads a whole index file to find the members of its fragment.
 PUBLISHED_SAMPLES = 10_000
 """Largest source in which `extrapolate.judge_published: auto` also judges gnn-published."""
 
-MIN_PROBE_SAMPLES, MAX_PROBE_SAMPLES = 100_000, 500_000
+MIN_PROBE_SAMPLES, MAX_PROBE_SAMPLES = 50_000, 200_000
 """Bounds of `probe_samples`. One task holds the embeddings of these samples by one proxy."""
 
 

@@ -19,7 +19,7 @@ proxy's own last layer: benchmarks/results/reproducibility-cpu.txt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,22 +75,26 @@ class LinearProbe:
         RaypipeError
             Fewer than two classes have samples.
         """
-        labelled = label >= 0
-        z, y = embedding[labelled].astype(np.float64), label[labelled]
-        count = np.bincount(y, minlength=classes).astype(np.float64)
+        rows = np.flatnonzero(label >= 0)
+        count = np.bincount(label[rows], minlength=classes).astype(np.float64)
         if (count > 0).sum() < 2:
             raise RaypipeError("a linear probe needs labelled samples of at least two classes")
-        total = np.zeros((classes, z.shape[1]))
-        np.add.at(total, y, z)
-        mean = (total + PRIOR * z.mean(0)) / (count + PRIOR)[:, None]
-        rest = z - mean[y]
-        covariance = rest.T @ rest / len(z)
-        variance = float(np.trace(covariance)) / len(covariance)
+        width = embedding.shape[1]
+        total = np.zeros((classes, width))
+        for block in _blocks(rows):
+            np.add.at(total, label[block], embedding[block].astype(np.float64))
+        mean = (total + PRIOR * total.sum(0) / len(rows)) / (count + PRIOR)[:, None]
+        covariance = np.zeros((width, width))
+        for block in _blocks(rows):
+            rest = embedding[block] - mean[label[block]]
+            covariance += rest.T @ rest / len(rows)
+        variance = float(np.trace(covariance)) / width
         ridge = RIDGE * variance if variance > 0 else 1.0
-        precision = np.linalg.inv(covariance + ridge * np.eye(z.shape[1]))
+        precision = np.linalg.inv(covariance + ridge * np.eye(width))
         probe = cls(mean, count + PRIOR, precision)
-        logits, _ = probe._logits(z[:TEMPERATURE_SAMPLES], y[:TEMPERATURE_SAMPLES])
-        return replace(probe, temperature=_best_temperature(logits, y[:TEMPERATURE_SAMPLES]))
+        first = rows[:TEMPERATURE_SAMPLES]
+        logits, y = probe._logits(embedding[first].astype(np.float64), label[first])
+        return replace(probe, temperature=_best_temperature(logits, y))
 
     def statistics(self, embedding: np.ndarray, label: np.ndarray) -> dict[str, np.ndarray]:
         """Return loss, margin, distance and entropy of samples, float32 [n] by name.
@@ -139,6 +143,12 @@ class LinearProbe:
         return cls(
             tensors["mean"], tensors["count"], tensors["precision"], float(tensors["temperature"])
         )
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a few rows at a time, so that no copy of all embeddings in float64 is held."""
+    for start in range(0, len(rows), BLOCK):
+        yield rows[start : start + BLOCK]
 
 
 def _best_temperature(logits: np.ndarray, label: np.ndarray) -> float:
