@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from helpers import PLANTED, QUIET, UNREADABLE, digit_pngs, score_files, small_config
+from xdist.scheduler import LoadScopeScheduling
 
 from raypipe import storage
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist writes the groups into the test ids in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for `pytest -n 2 --dist loadgroup`: those with a cluster, and others by file.
+class OneCluster(LoadScopeScheduling):
+    """Give one worker all files that use a Ray cluster: two clusters on two cores are slow.
 
-    One worker runs all tests with a Ray cluster: two clusters on two cores slow each other down.
+    The other files go to whichever worker is free, each as a whole, so that its fixtures are made
+    once. `--dist loadgroup` cannot do this: pytest-xdist 3.8 writes groups into ids that pytest 9
+    does not read.
     """
-    for item in items:
-        with_ray = (
-            "cluster" in getattr(item, "fixturenames", ())
-            or item.get_closest_marker("ray") is not None
-            or item.path.parent.name in ("faults", "jobs")
-        )
-        group = "ray" if with_ray else str(item.path.relative_to(item.config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if uses_ray(Path(self.config.rootpath, file)) else file
+
+
+@functools.cache
+def uses_ray(file: Path) -> bool:
+    """Whether tests of a file start or share a Ray cluster."""
+    if file.parent.name in ("faults", "jobs"):
+        return True
+    fixtures = r"\b(cluster|finished|finished_ledger|finished_scores|of_folders)\b[:,]|mark\.ray"
+    return re.search(fixtures, file.read_text(encoding="utf-8")) is not None
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneCluster:
+    return OneCluster(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
