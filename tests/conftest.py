@@ -19,10 +19,10 @@ from raypipe import storage
 
 
 class OneCluster(LoadScopeScheduling):
-    """Give one worker all files that use a Ray cluster: two clusters on two cores are slow.
+    """Give one worker all files that share the Ray cluster of the session, which starts once.
 
     The other files go to whichever worker is free, each as a whole, so that its fixtures are made
-    once. `--dist loadgroup` cannot do this: pytest-xdist 3.8 writes groups into ids that pytest 9
+    once. Those of `faults` and `jobs` start clusters of their own. `--dist loadgroup` cannot do this: pytest-xdist 3.8 writes groups into ids that pytest 9
     does not read.
     """
 
@@ -33,9 +33,9 @@ class OneCluster(LoadScopeScheduling):
 
 @functools.cache
 def uses_ray(file: Path) -> bool:
-    """Whether tests of a file start or share a Ray cluster."""
+    """Whether tests of a file share the Ray cluster of the session."""
     if file.parent.name in ("faults", "jobs"):
-        return True
+        return False
     fixtures = r"\b(cluster|finished|finished_ledger|finished_scores|of_folders)\b[:,]|mark\.ray"
     return re.search(fixtures, file.read_text(encoding="utf-8")) is not None
 
