@@ -22,7 +22,8 @@ class OneCluster(LoadScopeScheduling):
     """Give one worker all files that share the Ray cluster of the session, which starts once.
 
     The other files go to whichever worker is free, each as a whole, so that its fixtures are made
-    once. Those of `faults` and `jobs` start clusters of their own. `--dist loadgroup` cannot do this: pytest-xdist 3.8 writes groups into ids that pytest 9
+    once. Those of `faults` and `jobs` take long: they are shared out, at the price of a second
+    cluster. `--dist loadgroup` cannot do this: pytest-xdist 3.8 writes groups into ids that pytest 9
     does not read.
     """
 
@@ -33,7 +34,7 @@ class OneCluster(LoadScopeScheduling):
 
 @functools.cache
 def uses_ray(file: Path) -> bool:
-    """Whether tests of a file share the Ray cluster of the session."""
+    """Whether tests of a file go to the worker with the Ray cluster of the session."""
     if file.parent.name in ("faults", "jobs"):
         return False
     fixtures = r"\b(cluster|finished|finished_ledger|finished_scores|of_folders)\b[:,]|mark\.ray"
