@@ -264,7 +264,8 @@ def _assert_same_rows(first: Run, other: Run, folder: str) -> None:
 
 
 def _different(one: pa.Array, other: pa.Array) -> int:
-    return sum(a != b for a, b in zip(one.to_pylist(), other.to_pylist(), strict=True))
+    # as text, in which NaN equals NaN and no other difference is lost
+    return sum(repr(a) != repr(b) for a, b in zip(one.to_pylist(), other.to_pylist(), strict=True))
 
 
 def _sorted_rows(run: Run, folder: str) -> dict[str, Any]:
