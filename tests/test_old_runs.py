@@ -158,7 +158,7 @@ def test_scores_that_were_deleted_come_back(cluster: str, run: Path, fitted: boo
         old, new = scores[name].to_numpy(), again[name].to_numpy()
         if fitted:  # not equal: another CPU can round differently
             np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6, err_msg=name)
-        else:  # a new fit has intervals of another kind
+        else:  # a new fit also calibrates its intervals differently
             assert np.corrcoef(new, old)[0, 1] > (0.999 if name == "score" else 0.99), name
 
 

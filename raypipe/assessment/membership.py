@@ -23,7 +23,7 @@ class SetShare:
     samples, kept : int
         Samples of the set, and those of them in the list.
     low, high : float
-        Numbers that chance allows in 99 % of lists of this size.
+        Numbers that chance allows in the share `level` of lists of this size.
     """
 
     samples: int
@@ -42,7 +42,9 @@ class SetShare:
         return self.low <= self.kept <= self.high
 
 
-def set_shares(samples: Mapping[str, int], kept: Mapping[str, int]) -> dict[str, SetShare]:
+def set_shares(
+    samples: Mapping[str, int], kept: Mapping[str, int], level: float = LEVEL
+) -> dict[str, SetShare]:
     """Compare the shares of disjoint sets that a list holds.
 
     Parameters
@@ -51,12 +53,14 @@ def set_shares(samples: Mapping[str, int], kept: Mapping[str, int]) -> dict[str,
         Samples of each set; together they are all samples.
     kept
         Samples of each set in the list.
+    level
+        Two-sided coverage of what chance allows.
     """
     from scipy.stats import hypergeom
 
     total, size = sum(samples.values()), sum(kept.values())
     result = {}
     for name, count in samples.items():
-        low, high = hypergeom(total, count, size).interval(LEVEL) if total else (0.0, 0.0)
+        low, high = hypergeom(total, count, size).interval(level) if total else (0.0, 0.0)
         result[name] = SetShare(count, kept[name], float(low), float(high))
     return result

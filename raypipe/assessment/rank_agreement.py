@@ -276,6 +276,8 @@ class _WithinClasses:
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray) -> None:
+        from scipy.stats import rankdata
+
         self._a, self._b = np.zeros(len(a)), np.zeros(len(a))
         sizes, weights = [], []
         for y in np.unique(label[label >= 0]):
@@ -283,7 +285,7 @@ class _WithinClasses:
             if len(rows) < 2:
                 continue
             for side, values in ((self._a, a), (self._b, b)):
-                side[rows] = (_mean_ranks(values[rows]) - (len(rows) + 1) / 2) / (len(rows) + 1)
+                side[rows] = (rankdata(values[rows]) - (len(rows) + 1) / 2) / (len(rows) + 1)
             sizes.append(len(rows))
             weights.append(float(np.square(self._b[rows]).sum()))
         self._rho = np.linspace(-1, 1, 401)
@@ -303,12 +305,6 @@ class _WithinClasses:
         )
         rho = np.interp(observed, self._expected, self._rho)
         return np.where(np.isfinite(observed), 6 / np.pi * np.arcsin(rho / 2), np.nan)
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 1, with ties at their mean rank, float64 [n]."""
-    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(size) - (size - 1) / 2)[group]
 
 
 class _RankedValues:

@@ -129,7 +129,7 @@ class KeepListFigures(TypedDict):
 
 
 class SetFigures(TypedDict):
-    """Share of a set that a keep-list holds, and the range that chance allows (99 %)."""
+    """Share of a set that a keep-list holds, and the range that chance allows."""
 
     share: float
     low: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from raypipe.assessment.membership import set_shares
+from raypipe.assessment.membership import LEVEL, set_shares
 from raypipe.config import Config
 from raypipe.report.keep_lists import KeepListScan
 from raypipe.report.schema import SetFigures, SetShares
@@ -43,11 +43,15 @@ def set_share_figures(
     if rest <= 0 or not keep_lists:
         return None
     sizes = {"seed": manifest.samples, "audit": manifest.audit_samples, "rest": rest}
-    lists = {item.file: _of_list(sizes, item) for item in keep_lists if item.looked_up}
-    return {"samples": sizes, "lists": lists, "sentence": uneven_sets(lists)}
+    looked_up = [item for item in keep_lists if item.looked_up]
+    # so that in 99 % of runs chance leaves no count of any list outside its range (Bonferroni)
+    level = 1 - (1 - LEVEL) / max(1, len(sizes) * len(looked_up))
+    lists = {item.file: _of_list(sizes, item, level) for item in looked_up}
+    sentence = uneven_sets(lists, run.config().proxy.cross_fits)
+    return {"samples": sizes, "lists": lists, "sentence": sentence}
 
 
-def _of_list(sizes: Mapping[str, int], item: KeepListScan) -> dict[str, SetFigures]:
+def _of_list(sizes: Mapping[str, int], item: KeepListScan, level: float) -> dict[str, SetFigures]:
     kept = {**item.in_sets, "rest": item.looked_up - sum(item.in_sets.values())}
     scale = item.samples / item.looked_up
     return {
@@ -57,5 +61,5 @@ def _of_list(sizes: Mapping[str, int], item: KeepListScan) -> dict[str, SetFigur
             "high": scale * share.high / share.samples if share.samples else 0.0,
             "within_chance": share.within_chance,
         }
-        for name, share in set_shares(sizes, kept).items()
+        for name, share in set_shares(sizes, kept, level).items()
     }

@@ -187,7 +187,7 @@ def judged_samples(fidelity: Mapping[str, Any]) -> str:
     return f"{count(held_out)} {kind}" if held_out else kind
 
 
-def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]]) -> str:
+def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]], cross_fits: bool) -> str:
     """Return which lists hold more of a set than chance allows; empty if none does."""
     uneven = [
         (file, sets)
@@ -203,7 +203,8 @@ def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]]) -> str:
     return (
         f"{len(uneven)} of {counted(len(lists), 'keep-list')} treat measured samples differently: "
         f"{file} holds {seed} of the seed set, {audit} of the audit set and {rest} of the rest, "
-        "which chance does not explain. Set proxy.parts to 3 for cross-fitting."
+        "which chance does not explain."
+        + ("" if cross_fits else " Set proxy.parts to 3 for cross-fitting.")
     )
 
 

@@ -269,13 +269,13 @@ class EmbedActor:
         images = images[good]
         if self._labeller is not None:
             labels = self._labeller(images).astype(np.int32)
-        second = None
+        views: Mapping[int, View] | None = None
         if self._cross_fit is None:
             columns = self._forward(0, images, labels)
             finite = np.isfinite(columns["embedding"]).all(1)
         else:
-            second = self._forward_all(self._cross_fit, ids, images, labels)
-            columns, finite = second.columns, second.finite
+            outputs = self._forward_all(self._cross_fit, ids, images, labels)
+            columns, views, finite = outputs.columns, outputs.views, outputs.finite
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
         rejects += [
             (str(sample_id), "the proxy's embedding of it is not finite")
@@ -283,8 +283,8 @@ class EmbedActor:
         ]
         if rejects:
             write_rejects(self._run, fragment, rejects)
-        if second is not None:
-            self._write_views(fragment, ids, finite, second.views)
+        if views is not None:
+            self._write_views(fragment, ids, finite, views)
         self._write(
             fragment,
             ids[finite],

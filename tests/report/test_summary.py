@@ -12,7 +12,15 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import summarize
 from raypipe.report.summary import clean
-from raypipe.report.text import experimental, number, seconds, setting, share, trust_verdict
+from raypipe.report.text import (
+    experimental,
+    number,
+    seconds,
+    setting,
+    share,
+    trust_verdict,
+    uneven_sets,
+)
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 
@@ -294,6 +302,19 @@ def test_no_score_is_strong_that_another_training_may_not_agree_with() -> None:
     name, text = trust_verdict({"spearman": 0.95}, {"note": "only one proxy"}, 100)
     assert name == "good"
     assert "Stability is unknown: only one proxy." in text
+
+
+def test_uneven_shares_are_told_in_a_line_with_a_remedy_only_where_one_exists() -> None:
+    def figures(share: float, within: bool) -> dict[str, Any]:
+        return {"share": share, "low": 0.2, "high": 0.4, "within_chance": within}
+
+    even = {name: figures(0.3, True) for name in ("seed", "audit", "rest")}
+    assert uneven_sets({"keep-0.30.parquet": even}, False) == ""
+    favoured = {**even, "seed": figures(0.45, False)}
+    told = uneven_sets({"keep-0.30.parquet": favoured, "keep-0.50.parquet": even}, False)
+    assert told.startswith("1 of 2 keep-lists treat measured samples differently: keep-0.30")
+    assert told.endswith("Set proxy.parts to 3 for cross-fitting.")
+    assert "proxy.parts" not in uneven_sets({"keep-0.30.parquet": favoured}, True)
 
 
 def test_an_experimental_score_is_called_so() -> None:

@@ -402,7 +402,7 @@ class KernelRegression:
         a_classes = F.pad(a_classes, (0, -len(a_classes) % ROWS), value=-1)
         b_classes, class_of_column = torch.unique(b.label, return_inverse=True)
         labelled = (a_classes >= 0)[:, None] & (b_classes >= 0)[None]
-        # decided by the classes of the fit, not by those of the samples at hand
+        # by the classes of the fit: the same whichever samples are predicted together
         mode = "donot_use_mm" if len(self._class_mean) <= DIRECT_CLASSES else "use_mm"
         distance = torch.cdist(
             self._class_means(a_classes),

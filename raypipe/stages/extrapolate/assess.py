@@ -306,7 +306,7 @@ def _stability(config: Config, run: Run) -> dict[str, Any]:
     from raypipe.assessment.stability import stability
 
     label, by_proxy = scores_by_proxy(run, config.score)
-    seed, within_classes = config.extrapolate.seed, config.select.within_classes
+    seed, within_classes = config.extrapolate.seed, config.select.cuts_within_classes
     return stability(by_proxy, label, seed, within_classes).as_dict()
 
 

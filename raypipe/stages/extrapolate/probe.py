@@ -104,7 +104,7 @@ def _write_assessment(
         np.stack([by_proxy[sample_id] for sample_id in ids]),
         label,
         config.extrapolate.seed,
-        config.select.within_classes,
+        config.select.cuts_within_classes,
     )
     figures = NO_AGREEMENT.as_dict() | {
         "baselines": {},
