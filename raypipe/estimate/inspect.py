@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import math
 import os
 import random
@@ -19,13 +18,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from PIL import Image
-
 from raypipe.config import SourceSettings
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
 from raypipe.sources import ClassMap, RawSample, Source, SourceFile, class_map, open_source
 from raypipe.sources.base import Preview
-from raypipe.vision.decode import FORMATS, BadImage, decode
+from raypipe.vision.decode import BadImage, decode, open_encoded
 
 SAMPLES = 256
 """Samples that are drawn by default."""
@@ -374,7 +371,7 @@ def _header(sample: RawSample) -> _ImageHeader | None:
         mode = "RGB" if image.ndim == 3 and image.shape[2] == 3 else "greyscale"
         return _ImageHeader(image.shape[1], image.shape[0], "pixels", mode, None)
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+        with open_encoded(image) as opened:
             mode = (
                 "16-bit greyscale"
                 if opened.mode.startswith("I")

@@ -10,6 +10,7 @@ The result is always RGB, uint8, square. Other kinds of images are converted:
   of other depths are ignored.
 - Several frames or pictures (GIF, WebP, APNG, TIFF, MPO): the first. For an APNG this is what a
   viewer without animation shows.
+- Text, colour profiles and other metadata of a PNG, of any size or damaged: ignored.
 - EXIF orientation: applied, wherever in the file it is stored.
 
 A JPEG much larger than the requested size is decoded at 1/2, 1/4 or 1/8 scale, as long as its
@@ -42,6 +43,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from raypipe.errors import RaypipeError
+from raypipe.vision.png import without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted formats. Pillow's others are excluded: some of them run other programs (PostScript)."""
@@ -109,7 +111,7 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
     """
     opened: Image.Image
     try:
-        opened = _from_array(image) if isinstance(image, np.ndarray) else _from_bytes(image)
+        opened = _from_array(image) if isinstance(image, np.ndarray) else open_encoded(image)
         width, height = opened.size
         if width * height > max_pixels:
             raise BadImage(f"{width}x{height} pixels are more than max_pixels = {max_pixels}")
@@ -181,7 +183,7 @@ def jpeg_pixels(data: bytes, max_pixels: int) -> int:
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return 0
     try:
-        image = _from_bytes(data)
+        image = open_encoded(data)
         count = image.width * image.height
         plain = (
             image.format == "JPEG"
@@ -223,11 +225,12 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _from_bytes(data: bytes) -> ImageFile.ImageFile:
+def open_encoded(data: bytes) -> ImageFile.ImageFile:
+    """Return an image of which only the header is read. Raises BadImage, or what Pillow raises."""
     if not data:
         raise BadImage("empty: 0 bytes")
     with _own_limit():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
     # decode in one piece: in several pieces, parts of a JPEG are scanned twice
     image.decodermaxblock = max(ImageFile.MAXBLOCK, len(data))
     return image
