@@ -47,6 +47,11 @@ class Data:
     ids: list[str]
     mark: np.ndarray | None = None
 
+    def vectors(self) -> np.ndarray:
+        """Return embeddings that depend on the ids alone, float32 [n, 5]."""
+        values = np.stack([uniform(hash64(self.ids, seed)) for seed in range(100, 105)], 1)
+        return (values - 0.3).astype(np.float32)
+
     @classmethod
     def of(cls, samples: list[tuple[float, int, float]]) -> Data:
         columns = list(zip(*samples, strict=True)) or [(), (), ()]
@@ -79,7 +84,19 @@ class Data:
                 part = rows[start : start + size]
                 ids = [self.ids[row] for row in part] if with_ids else ()
                 mark = None if self.mark is None else self.mark[part]
-                yield Chunk(self.score[part], self.label[part], ids, self.loss[part], mark)
+                yield Chunk(self.score[part], self.label[part], ids, self.loss[part], mark, start)
+
+        return chunks
+
+    def embedded(
+        self, size: int = 7, order: list[int] | None = None
+    ) -> Callable[[], Iterator[tuple[Chunk, np.ndarray]]]:
+        vectors = self.vectors()[order if order is not None else slice(None)]
+
+        def chunks() -> Iterator[tuple[Chunk, np.ndarray]]:
+            for chunk in self.stream(size, order)(True):
+                assert chunk.position is not None
+                yield chunk, vectors[chunk.position : chunk.position + len(chunk.score)]
 
         return chunks
 
@@ -95,7 +112,8 @@ class Data:
         chunks = self.stream(size, order)
         chosen = SelectionOptions(**options)  # type: ignore[arg-type]
         result = []
-        for cut in select(chunks, keep, strategy, CLASSES, chosen, marked=self.mark is not None):
+        marked, embedded = self.mark is not None, self.embedded(size, order)
+        for cut in select(chunks, keep, strategy, CLASSES, chosen, marked, embedded):
             kept: dict[str, float | None] = {}
             for chunk in chunks(True):
                 rows = np.flatnonzero(cut.mask(chunk))
