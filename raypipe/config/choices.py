@@ -46,7 +46,7 @@ StrategyName = Literal[
 ]
 """Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps a name to its function."""
 
-ComparedStrategyName = Literal[
+ScoreStrategyName = Literal[
     "top",
     "balanced",
     "normalized",
@@ -60,9 +60,12 @@ ComparedStrategyName = Literal[
     "coverage",
     "typical",
 ]
-"""Strategies that `raypipe evaluate` compares with `random`: all others."""
+"""Strategies that the pilot and `raypipe evaluate` compare with `random`: all others."""
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+AUTO = "auto"
+"""The value of `select.strategy` that leaves the choice to the pilot."""
 
 
 @dataclass(frozen=True)

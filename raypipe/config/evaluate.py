@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Positive, Settings
-from raypipe.config.choices import ComparedStrategyName
+from raypipe.config.choices import ScoreStrategyName
 from raypipe.config.select import KeepFraction
 
 
@@ -22,7 +22,7 @@ class EvaluateSettings(Settings):
         min_length=1,
         description="Fractions of the samples to keep, 0 to 1.",
     )
-    strategies: tuple[ComparedStrategyName, ...] = Field(
+    strategies: tuple[ScoreStrategyName, ...] = Field(
         (),
         description="Strategies that cut the lists, with the run's other `select` settings. "
         "Default: the run's strategy.",

@@ -15,7 +15,7 @@ from raypipe.config.choices import (
     RANDOM_STRATEGIES,
     STRATEGY_NAMES,
     STRATEGY_TEXTS,
-    ComparedStrategyName,
+    ScoreStrategyName,
 )
 from raypipe.errors import ConfigError, StageError
 from raypipe.selection import (
@@ -193,4 +193,4 @@ def test_names_texts_and_functions_of_the_strategies_agree() -> None:
         tuple(name for name, strategy in STRATEGIES.items() if strategy.draws_at_random)
         == RANDOM_STRATEGIES
     )
-    assert get_args(ComparedStrategyName) == tuple(name for name in STRATEGIES if name != "random")
+    assert get_args(ScoreStrategyName) == tuple(name for name in STRATEGIES if name != "random")
