@@ -179,6 +179,8 @@ def _read_batch(
                 vectors[rows],
             )
         )
+    if not parts:
+        return
     block, hashes, position, score, stratum, vectors = (
         np.concatenate([part[column] for part in parts]) for column in range(6)
     )

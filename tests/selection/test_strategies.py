@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 
+from raypipe.config.choices import CUTTING_STRATEGIES
 from raypipe.errors import ConfigError, StageError
 from raypipe.selection import (
     ALWAYS,
@@ -163,7 +164,7 @@ def test_by_class_every_class_has_its_share(
 ) -> None:
     data = Data.of(samples)
     class_sizes = np.bincount(data.label + 1, minlength=CLASSES + 1)
-    if strategy == "ccs":
+    if strategy in CUTTING_STRATEGIES:
         class_sizes -= class_sizes // 10  # the hardest
     for fraction, kept in zip(
         FRACTIONS,
@@ -473,8 +474,8 @@ def test_each_class_has_its_least_number(strategy: str) -> None:
         (kept,) = data.lists(strategy, (fraction,), min_per_class=minimum, strata=5)
         label = np.array([data.label[data.ids.index(name)] for name in kept])
         assert len(kept) == round(fraction * 200)
-        # CCS excludes the samples it cuts off
-        present = min(minimum, 3) if strategy != "ccs" else 1
+        # samples that are cut off are excluded
+        present = min(minimum, 3) if strategy not in CUTTING_STRATEGIES else 1
         assert (
             (label == 0).sum() >= present
             and (label == 1).sum() >= minimum

@@ -207,11 +207,11 @@ def test_difficulty_is_the_aum_of_proxies_that_did_not_see_the_samples(run: Run)
     one = {"run": run.uri, "source": {"uri": "x"}, "proxy": {"parts": 1}}
     run.write_config(parse_config(one))
     with pytest.raises(ConfigError, match=r"difficulty: aum needs the margins of proxies that"):
-        write_keep_lists(run, SelectSettings(keep=(0.5,), difficulty="aum"))
+        write_keep_lists(run, SelectSettings(strategy="ccs", keep=(0.5,), difficulty="aum"))
 
 
 def test_difficulty_is_el2n_only_where_that_is_the_score(run: Run) -> None:
-    settings = SelectSettings(keep=(0.5,), difficulty="el2n")
+    settings = SelectSettings(strategy="ccs", keep=(0.5,), difficulty="el2n")
     with pytest.raises(ConfigError, match=r"el2n needs a run whose score is el2n.*is moso\. Use"):
         write_keep_lists(run, settings)
     detail = {"measured": SAMPLES, "score": "el2n"}
