@@ -39,9 +39,6 @@ ScoreStrategyName = Literal["top", "balanced", "normalized", "moderate", "mixed"
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
-AUTO = "auto"
-"""The value of `select.strategy` that leaves the choice to the pilot."""
-
 
 @dataclass(frozen=True)
 class StrategyText:

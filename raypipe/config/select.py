@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Settings
-from raypipe.config.choices import AUTO, RANDOM_STRATEGIES, StrategyName, strategy_summaries
+from raypipe.config.choices import RANDOM_STRATEGIES, StrategyName, strategy_summaries
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -20,11 +20,9 @@ class SelectSettings(Settings):
         min_length=1,
         description="Fractions of the samples to keep, 0 to 1. One keep-list each.",
     )
-    strategy: StrategyName | Literal["auto"] = Field(
-        "auto",
-        description="Strategy. auto: for each fraction the one that the pilot shows to be better "
-        f"than random, else random within classes; {strategy_summaries()}. See the guide to "
-        "keep-lists.",
+    strategy: StrategyName = Field(
+        "ccs",
+        description=f"Strategy. {strategy_summaries()}. See the guide to keep-lists.",
     )
     seed: int = Field(
         0,
@@ -61,7 +59,7 @@ class SelectSettings(Settings):
     by_class: bool | Literal["auto"] = Field(
         "auto",
         description="Apply the strategy within each class, so that every class keeps the same "
-        "share (balanced: always). auto: with ccs and with strategy auto.",
+        "share (balanced: always). auto: with ccs.",
     )
     min_per_class: int = Field(
         0,
@@ -98,7 +96,7 @@ class SelectSettings(Settings):
     @property
     def within_classes(self) -> bool:
         """`by_class` as a bool."""
-        return self.strategy in ("ccs", AUTO) if self.by_class == "auto" else self.by_class
+        return self.strategy == "ccs" if self.by_class == "auto" else self.by_class
 
     @property
     def cuts_within_classes(self) -> bool:
@@ -121,7 +119,7 @@ class SelectSettings(Settings):
                 f"keep ({max(self.keep)}) plus hard_cutoff ({self.hard_cutoff}) of ccs cannot be "
                 "more than 1"
             )
-        if self.weights == "inclusion" and self.strategy not in (AUTO, *RANDOM_STRATEGIES):
+        if self.weights == "inclusion" and self.strategy not in RANDOM_STRATEGIES:
             raise ValueError(
                 "weights: inclusion is for strategies that draw "
                 f"({', '.join(RANDOM_STRATEGIES)}), not {self.strategy}; use class"
