@@ -64,9 +64,6 @@ ScoreStrategyName = Literal[
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
-AUTO = "auto"
-"""The value of `select.strategy` that leaves the choice to the pilot."""
-
 
 @dataclass(frozen=True)
 class StrategyText:

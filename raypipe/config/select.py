@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Settings
 from raypipe.config.choices import (
-    AUTO,
     CLASSWISE_STRATEGIES,
     CUTTING_STRATEGIES,
     RANDOM_STRATEGIES,
@@ -27,11 +26,9 @@ class SelectSettings(Settings):
         min_length=1,
         description="Fractions of the samples to keep, 0 to 1. One keep-list each.",
     )
-    strategy: StrategyName | Literal["auto"] = Field(
-        "auto",
-        description="Strategy. auto: for each fraction the one that the pilot shows to be better "
-        f"than random, else random within classes; {strategy_summaries()}. See the guide to "
-        "keep-lists.",
+    strategy: StrategyName = Field(
+        "ccs",
+        description=f"Strategy. {strategy_summaries()}. See the guide to keep-lists.",
     )
     seed: int = Field(
         0,
@@ -74,8 +71,8 @@ class SelectSettings(Settings):
     by_class: bool | Literal["auto"] = Field(
         "auto",
         description="Apply the strategy within each class, so that every class keeps the same "
-        f"share (balanced: always). auto: with auto, {', '.join(CLASSWISE_STRATEGIES)}, and "
-        "with quotas other than proportional.",
+        f"share (balanced: always). auto: with {', '.join(CLASSWISE_STRATEGIES)}, and with quotas "
+        "other than proportional.",
     )
     quotas: Literal["proportional", "equal", "recall"] = Field(
         "proportional",
@@ -120,8 +117,7 @@ class SelectSettings(Settings):
     def within_classes(self) -> bool:
         """`by_class` as a bool."""
         if self.by_class == "auto":
-            classwise = self.strategy in (AUTO, *CLASSWISE_STRATEGIES)
-            return classwise or self.quotas != "proportional"
+            return self.strategy in CLASSWISE_STRATEGIES or self.quotas != "proportional"
         return self.by_class
 
     @property
@@ -150,7 +146,7 @@ class SelectSettings(Settings):
                 f"quotas: {self.quotas} divides the list among classes, but by_class is false; set "
                 "by_class: auto"
             )
-        if self.weights == "inclusion" and self.strategy not in (AUTO, *RANDOM_STRATEGIES):
+        if self.weights == "inclusion" and self.strategy not in RANDOM_STRATEGIES:
             raise ValueError(
                 "weights: inclusion is for strategies that draw "
                 f"({', '.join(RANDOM_STRATEGIES)}), not {self.strategy}; use class"
