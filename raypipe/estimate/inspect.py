@@ -23,7 +23,15 @@ from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
-from raypipe.sources import ClassMap, RawSample, Source, SourceFile, class_map, open_source
+from raypipe.sources import (
+    ClassMap,
+    RawSample,
+    Source,
+    SourceFile,
+    StatedNames,
+    class_map,
+    open_source,
+)
 from raypipe.sources.base import Preview
 from raypipe.vision.decode import FORMATS, BadImage, decode
 
@@ -180,9 +188,17 @@ class _Listing:
         return counts
 
     def class_names(self) -> tuple[str, ...] | None:
-        """Return the class names that the first such file states."""
-        named = (preview.class_names for preview in self.previews.values())
-        return next((names for names in named if names is not None), None)
+        """Return the class names that the opened files state.
+
+        Raises
+        ------
+        SourceError
+            If they contradict one another, as a run would.
+        """
+        stated = StatedNames(self.source.labels_by_name)
+        for row, preview in sorted(self.previews.items()):
+            stated.add(self.files[row].path, preview.class_names, preview.labels)
+        return stated.names
 
     def total(self) -> tuple[int, bool]:
         """Return the number of samples, and whether it was counted rather than estimated.

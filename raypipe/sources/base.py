@@ -58,7 +58,8 @@ class Fragment:
     start, stop : int
         Range of samples within the file.
     offset : int
-        Byte at which reading can begin (uncompressed tar, Arrow stream), else 0.
+        Byte at which reading can begin (uncompressed tar, Arrow stream), else 0. -1: a tar that is
+        read as a whole (`raypipe.sources.webdataset.SCATTERED`).
     members : tuple of str
         Those of the `SourceFile` if it is a run of small files. Fragments that were read from an
         index have none until `Run.with_members` adds them.
@@ -201,6 +202,9 @@ class Source(abc.ABC):
     random_access : bool
         Whether `read` with `keep_id` fetches only the chosen samples, without reading those in
         between.
+    labels_by_name : bool
+        Whether `read` yields class names, not numbers, if a file states distinct names. Files can
+        then number the same classes differently.
 
     Examples
     --------
@@ -240,6 +244,7 @@ class Source(abc.ABC):
     format: ClassVar[str]
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
+    labels_by_name: ClassVar[bool] = False
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings

@@ -19,7 +19,7 @@ from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
 from raypipe.sources.filesource import FILE_VANISHED, no_content
 from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
-from raypipe.sources.table_source import drop_unknown_class
+from raypipe.sources.table_source import class_of
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
 
@@ -108,7 +108,7 @@ def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
         RawSample(
             sample_id,
             None if image_reason or label_reason else image,
-            drop_unknown_class(label, columns),
+            class_of(label, columns),
             image_reason or label_reason,
         )
         for sample_id, (image, image_reason), (label, label_reason) in zip(
@@ -134,7 +134,7 @@ def _label_counts(
                 column = storage_array(batch.column(columns.label))
                 for item in column.value_counts().to_pylist():
                     label, reason = stored_label(item["values"])
-                    counts[drop_unknown_class(label, columns)] += 0 if reason else item["counts"]
+                    counts[class_of(label, columns)] += 0 if reason else item["counts"]
         except Exception as error:
             damage_reason(stored, error)
             continue
