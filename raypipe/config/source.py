@@ -54,7 +54,8 @@ class SourceSettings(Settings):
         "auto",
         min_length=1,
         description="Parquet, Hugging Face: column with the images. auto: image, img, ..., or the "
-        "only candidate.",
+        "only candidate. WebDataset: extension of the member with the image, such as jpg or "
+        "rgb.png. auto: the only one with an image's extension.",
     )
     label_column: str | None = Field(
         "auto",
