@@ -143,6 +143,7 @@ def inspect_source(
         duplicates=_duplicates(chosen),
         decode_seconds=decoded.seconds,
         seconds=round(time.monotonic() - started, 3),
+        left_out=source.left_out,
     )
     return Inspection(survey, tuple(decoded.samples))
 

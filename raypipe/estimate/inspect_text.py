@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from raypipe.estimate.facts import ClassBalance, CostEstimate, ImageFacts, RejectFacts, Survey
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
+from raypipe.sources.formats import describe_left_out
 from raypipe.text import (
     counted,
     duration,
@@ -47,6 +48,8 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     )
     fragments = counted(survey.fragments, "fragment")
     yield f"samples     {about}{survey.samples:,}, in {about}{fragments}{limit}"
+    if survey.left_out:
+        yield f"left out    {describe_left_out(survey.format, survey.left_out)}"
     for path, error in survey.unreadable_files[:5]:
         yield f"unreadable  {path}: {error}"
     if len(survey.unreadable_files) > 5:

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from raypipe.config import SourceSettings
+from raypipe.sources.formats import LeftOut
 
 IdFilter = Callable[[str], bool]
 """A function `sample_id -> bool`: whether to read the sample."""
@@ -265,6 +266,14 @@ class Source(abc.ABC):
         SourceError
         """
         return self.settings.model_copy(update={"format": self.format})
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        """Files that the last call of `files` left out as they belong to no format, by ending.
+
+        Complete when `files` has been read to its end.
+        """
+        return {}
 
     @property
     def ids_can_repeat(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.sources.base import FileScan, Source, SourceFile
+from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import MISSING, Location
 from raypipe.storage import Reader
 
@@ -21,7 +22,7 @@ class FileSource(Source):
     `files` and `scan` are implemented here. A subclass defines
 
     `format`
-        A key of `raypipe.sources.location.EXTENSIONS`, which lists the format's file name endings.
+        A key of `raypipe.sources.formats.EXTENSIONS`, which lists the format's file name endings.
         (A subclass that overrides `files` does not need it there.)
     `scan_stored`
         `scan`, given the open file. Missing and empty files never reach it.
@@ -34,6 +35,10 @@ class FileSource(Source):
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
         self._location = Location(settings)
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        return self._location.left_out
 
     def files(self) -> Iterator[SourceFile]:
         for file in self._location.files(self.format):

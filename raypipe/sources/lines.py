@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.location import IMAGE_EXTENSIONS
+from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.storage import Reader
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
