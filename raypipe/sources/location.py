@@ -111,6 +111,11 @@ class Location:
             yield from self.files(format)
 
     @property
+    def names_files(self) -> bool:
+        """Whether the URI names its files one by one: a list, or a pattern with braces."""
+        return self._is_list or self._is_pattern
+
+    @property
     def left_out(self) -> dict[str, LeftOut]:
         """Files that the last listing of a format left out, by ending."""
         return self._filter.left_out if self._filter is not None else {}

@@ -26,6 +26,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.location import Location
+from raypipe.sources.splits import several_splits
 from raypipe.sources.values import damage_reason
 
 ID, LABEL, EMBEDDING = "sample_id", "label", "embedding"
@@ -153,12 +154,22 @@ class EmbeddingBatch:
 
 
 def stored_files(uri: str) -> list[tuple[str, storage.FileInfo]]:
-    """List URI and file information of the Parquet files at a URI. Raises SourceError for none."""
+    """List URI and file information of the Parquet files at a URI.
+
+    Raises SourceError for none, or for files of several splits.
+    """
     location = Location(SourceSettings(uri=uri))
     try:
-        return [(location.uri(file.path), file) for file in location.files("parquet")]
+        files = location.files("parquet")
     except SourceError as error:
         raise SourceError(str(error).removesuffix("; check source.uri")) from None
+    splits = several_splits([file.path for file in files])
+    if splits is not None and not location.names_files:
+        raise SourceError(
+            f"{uri}: the files are of several splits: {splits.counts}; give the files of one, such "
+            f"as {storage.join(uri, splits.include or 'train-*')}"
+        )
+    return [(location.uri(file.path), file) for file in files]
 
 
 @contextmanager
