@@ -48,7 +48,7 @@ _ENDING = re.compile(r"\.[a-z_][a-z0-9_]{0,7}")
 class LeftOut(NamedTuple):
     """Files of one ending that belong to another format; `example` is the path of the first."""
 
-    count: int
+    files: int
     example: str
 
 
@@ -122,9 +122,9 @@ def format_of(head: bytes) -> str:
 
 def describe_left_out(format: str, left_out: Mapping[str, LeftOut]) -> str:
     """Return a phrase such as "3 files (not images): 2 .txt (such as a.txt), 1 .json (...)"."""
-    total = sum(item.count for item in left_out.values())
+    total = sum(item.files for item in left_out.values())
     listed = [
-        f"{item.count:,} {ending or 'without an ending'} (such as {item.example})"
+        f"{item.files:,} {ending or 'without an ending'} (such as {item.example})"
         for ending, item in list(left_out.items())[:4]
     ] + ["..."] * (len(left_out) > 4)
     return f"{counted(total, 'file')} (not {NOUNS[format]}): {', '.join(listed)}"

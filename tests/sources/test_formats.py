@@ -75,7 +75,7 @@ def test_what_is_left_out_is_said(
     source = SourceSettings(uri=str(folder / "data"))
     survey = inspect_source(source).survey
     assert left_out in list(describe_survey(survey))
-    assert survey.as_dict()["left_out"][".txt"] == {"count": 20, "example": "a/00.txt"}
+    assert survey.as_dict()["left_out"][".txt"] == {"files": 20, "example": "a/00.txt"}
     said: list[str] = []
     monkeypatch.setattr(QUIET, "say", said.append)
     config = parse_config({"run": str(folder / "run"), "source": source.model_dump()})

@@ -92,7 +92,7 @@ class IndexStage(Stage):
             context.progress.say(f"note: {noise.warning}")
         duplicates, seconds = find_duplicates(config, run, context.run_tasks)
         record.cpu_seconds += seconds
-        left_out = {ending: item.count for ending, item in source.left_out.items()}
+        left_out = {ending: item.files for ending, item in source.left_out.items()}
         record.detail = {**index.detail, "duplicates": duplicates, "left_out": left_out}
 
 
