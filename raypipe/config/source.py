@@ -107,6 +107,13 @@ class SourceSettings(Settings):
     max_pixels: Positive = Field(
         100_000_000, description="Images with more pixels are rejected, not decoded."
     )
+    bit_depth: int = Field(
+        16,
+        ge=8,
+        le=16,
+        description="Bits that 16-bit greyscale images use. 12 for the values 0 to 4095 of many "
+        "cameras and scanners. Images with larger values are rejected.",
+    )
     max_reject_fraction: float = Field(
         0.01,
         ge=0,

@@ -200,6 +200,10 @@ class Survey:
         Estimate of a run.
     left_out
         Files that belong to another format, by ending ("" without one).
+    bit_depth
+        `source.bit_depth`.
+    depth_note
+        What is lost of 16-bit images, and what to do; empty if nothing is.
     """
 
     uri: str
@@ -225,6 +229,8 @@ class Survey:
     seconds: float
     cost: CostEstimate | None = None
     left_out: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
+    bit_depth: int = 16
+    depth_note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""

@@ -33,6 +33,7 @@ from raypipe.sources import (
     open_source,
 )
 from raypipe.sources.base import Preview
+from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import FORMATS, BadImage, decode
 
 SAMPLES = 256
@@ -144,6 +145,8 @@ def inspect_source(
         decode_seconds=decoded.seconds,
         seconds=round(time.monotonic() - started, 3),
         left_out=source.left_out,
+        bit_depth=settings.bit_depth,
+        depth_note=_bits_in_use(chosen, settings).note(settings.bit_depth),
     )
     return Inspection(survey, tuple(decoded.samples))
 
@@ -327,7 +330,7 @@ class _Decoded:
 def _decode(
     chosen: Sequence[RawSample], classes: ClassMap, settings: SourceSettings, size: int
 ) -> _Decoded:
-    attempt = functools.partial(_try_decoding, size=size, max_pixels=settings.max_pixels)
+    attempt = functools.partial(_try_decoding, size=size, settings=settings)
     threads = min(DECODE_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-decode") as pool:
         attempts = list(pool.map(attempt, chosen))
@@ -340,16 +343,20 @@ def _decode(
     return _Decoded(samples, statistics.fmean(seconds) if seconds else 0.0)
 
 
-def _try_decoding(sample: RawSample, size: int, max_pixels: int) -> tuple[str, float]:
+def _try_decoding(sample: RawSample, size: int, settings: SourceSettings) -> tuple[str, float]:
     """Return why the sample cannot be decoded ("" if it can), and processor seconds."""
     started = time.thread_time()
     reason = sample.reason or ("" if sample.image is not None else "no image")
     if not reason and sample.image is not None:
         try:
-            decode(sample.image, size, max_pixels)
+            decode(sample.image, size, settings.max_pixels, settings.bit_depth)
         except BadImage as error:
             reason = str(error)
     return reason, time.thread_time() - started
+
+
+def _bits_in_use(chosen: Sequence[RawSample], settings: SourceSettings) -> BitsInUse:
+    return sum((bits_in_use(sample.image, settings.max_pixels) for sample in chosen), BitsInUse())
 
 
 def _balance(

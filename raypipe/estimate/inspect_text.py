@@ -60,6 +60,8 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
         yield from _balance(survey, survey.balance, block)
     if survey.pictures is not None:
         yield from _images(survey.pictures)
+    if survey.depth_note:
+        yield f"            {survey.depth_note}"
     yield from _rejects(survey.rejects, survey.samples)
     drawn = survey.rejects.drawn
     if survey.duplicates:

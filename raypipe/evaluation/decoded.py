@@ -205,7 +205,7 @@ def decode_train(
         opened.ids_can_repeat,
     )
     samples = [sample for sample in read if not sample.reason and sample.sample_id in place]
-    pixels, reasons = decode_batch(samples, size, source.max_pixels)
+    pixels, reasons = decode_batch(samples, size, source.max_pixels, bit_depth=source.bit_depth)
     images, read_ids = np.zeros((len(ids), 3, size, size), np.uint8), np.zeros(len(ids), bool)
     for sample, image, reason in zip(samples, pixels, reasons, strict=True):
         if not reason:
@@ -237,7 +237,9 @@ def decode_test(
     samples = list(
         opened.read(unit.fragment, (lambda sample_id: sample_id not in own) if own else None)
     )
-    pixels, reasons = decode_batch(samples, size, test.source.max_pixels)
+    pixels, reasons = decode_batch(
+        samples, size, test.source.max_pixels, bit_depth=test.source.bit_depth
+    )
     label = np.array([test.classes.index(sample.label) for sample in samples], np.int64)
     good = np.array([not reason for reason in reasons], bool) & (label >= 0)
     _write(storage.join(folder, unit.file), pixels[good], label[good])

@@ -118,7 +118,9 @@ def _evaluate(
             f"not classes of the run ({shown_names(unknown)}), so their samples are left out"
         )
     gpu = context.cluster.use_gpu(settings.use_gpu)
-    data = fingerprint([name for name, _ in pool.shards], test.digest)
+    depths = [item.bit_depth for item in (config.source, source)]
+    scaled = [depths] if depths != [16, 16] else []  # earlier results of others stay valid
+    data = fingerprint([name for name, _ in pool.shards], test.digest, *scaled)
     trainings = trainings_of(lists, pool, recipe, settings, data, gpu)
     counts = _UnitCountsFile(run, fingerprint(data, pool.digest, recipe.image_size))
     missing = _missing(run, trainings)

@@ -45,7 +45,15 @@ class IndexStage(Stage):
     def settings(self, config: Config) -> dict[str, Any]:
         noise = {"inject_noise", "noise_seed"} if not config.source.inject_noise else set()
         return config.source.model_dump(
-            mode="json", exclude={"max_pixels", "max_reject_fraction", "download", "verify", *noise}
+            mode="json",
+            exclude={
+                "max_pixels",
+                "bit_depth",
+                "max_reject_fraction",
+                "download",
+                "verify",
+                *noise,
+            },
         )
 
     def complete(self, context: Context, record: StageRecord) -> bool:
