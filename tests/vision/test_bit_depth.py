@@ -21,7 +21,7 @@ from raypipe.estimate.inspect_text import describe_survey
 from raypipe.report.summary import _depth_note
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.stages.embed import EmbedStage
+from raypipe.stages.embed import EmbedStage, _read
 from raypipe.stages.seed.stage import SeedStage
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import BadImage, decode
@@ -106,6 +106,8 @@ def test_an_inspection_and_a_run_say_it(
         shard = storage.read_table(Run(run).path("seed", min(Run(run).done("seed")) + ".parquet"))
         image = np.frombuffer(shard["image"][0].as_py(), np.uint8)
         levels.append(len(np.unique(image)))
+        (fragment, *_) = Run(run).fragments()
+        assert len(np.unique(_read(config, run, False, fragment)["image"][0])) == levels[-1]
         fingerprints.append([stage.settings(config) for stage in (SeedStage(), EmbedStage())])
         note = _depth_note(config, {"seed": record})
         assert (note is None) == (depth == 12)
