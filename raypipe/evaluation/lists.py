@@ -24,7 +24,14 @@ from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids
-from raypipe.selection import Chunk, SelectionOptions, needs_classes, needs_loss, select
+from raypipe.selection import (
+    Chunk,
+    SelectionOptions,
+    needs_classes,
+    needs_loss,
+    needs_margin,
+    select,
+)
 from raypipe.sources.classes import match_classes
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.options import options_of
@@ -293,7 +300,8 @@ def cut_lists(
         needs_loss(strategy, dataclasses.replace(options, difficulty="loss"))
         for strategy, options in by_strategy.items()
     )
-    scores = ScoreStream(run, loss)
+    margin = any(needs_margin(strategy, options) for strategy, options in by_strategy.items())
+    scores = ScoreStream(run, loss, margin)
     pool = read_pool(scores)
     ids = [pa.array(chunk.sample_id, pa.string()) for _, chunk in scores.named_chunks(True)]
     score_origins = origins(run, config, settings, ids)
@@ -308,6 +316,10 @@ def cut_lists(
             if section.difficulty == "auto":
                 difficulty = "score" if origin.score in DIFFICULTIES else "loss"
                 options = dataclasses.replace(options, difficulty=difficulty)
+            elif section.difficulty == "el2n" and origin.score != "el2n":
+                raise ConfigError(
+                    f"select.difficulty: el2n is not known with {origin.title}; set it to auto"
+                )
             lists += cutter.lists(origin, section.strategy, options)
     return pool, lists
 
@@ -351,7 +363,9 @@ class _Cutter:
     ) -> Iterator[tuple[float, np.ndarray]]:
         """Yield fraction and rows of the pool; one pass over the stream serves all fractions."""
         classes = self._classes if needs_classes(strategy, options) else 0
-        cuts = select(stream, self._keep, strategy, classes, options, marked)
+        cuts = select(
+            stream, self._keep, strategy, classes, options, marked, embedded=stream.embedded
+        )
         masks: list[list[np.ndarray]] = [[] for _ in cuts]
         for chunk in stream(True):
             for mask, cut in zip(masks, cuts, strict=True):
@@ -370,9 +384,16 @@ class _Stream:
         self._scores, self._values, self._marks = scores, values, marks
 
     def __call__(self, with_ids: bool) -> Iterator[Chunk]:
-        for chunk in self._scores.chunks(with_ids or self._values is not None):
-            changed: dict[str, Any] = {} if self._marks else {"mark": None}
-            if self._values is not None:
-                names = pa.array(chunk.sample_id, pa.string()).to_pylist()
-                changed["score"] = np.array([self._values[name] for name in names], np.float32)
-            yield chunk._replace(**changed)
+        yield from map(self._changed, self._scores.chunks(with_ids or self._values is not None))
+
+    def embedded(self) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Yield the chunks with their embeddings."""
+        for chunk, vectors in self._scores.embedded():
+            yield self._changed(chunk), vectors
+
+    def _changed(self, chunk: Chunk) -> Chunk:
+        changed: dict[str, Any] = {} if self._marks else {"mark": None}
+        if self._values is not None:
+            names = pa.array(chunk.sample_id, pa.string()).to_pylist()
+            changed["score"] = np.array([self._values[name] for name in names], np.float32)
+        return chunk._replace(**changed)
