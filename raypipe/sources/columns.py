@@ -135,7 +135,7 @@ def choose_columns(schema: pa.Schema, features: Features, settings: SourceSettin
         raise ColumnError(_wrong_type(schema, label, "label"))
     if identity is not None and not holds_ids(schema.field(identity)):
         raise ColumnError(_wrong_type(schema, identity, "id"))
-    return TableColumns(image, label, identity, _class_names(features, label))
+    return TableColumns(image, label, identity, class_names(features, label))
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _described_as(features: Features, kind: str) -> frozenset[str]:
     )
 
 
-def _class_names(features: Features, column: str | None) -> tuple[str, ...] | None:
+def class_names(features: Features, column: str | None) -> tuple[str, ...] | None:
     """Return the class names of a ClassLabel column."""
     if column not in _described_as(features, "ClassLabel"):
         return None

@@ -14,7 +14,7 @@ import pytest
 from helpers import photograph
 from PIL import Image
 
-from raypipe.vision.decode import BYTES_PER_PIXEL, BadImage, decode, open_encoded
+from raypipe.vision.decode import BYTES_PER_PIXEL, BadImage, decode, open_image
 
 LIMIT = 10_000_000
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -171,7 +171,7 @@ def test_metadata_of_a_png_cannot_cost_its_pixels(others: list[bytes]) -> None:
     assert np.array_equal(decode(data, 8, LIMIT), expected) and expected[0].min() == 255
     late = data.replace(b"".join(others), b"")[:-12] + b"".join(others) + data[-12:]
     assert np.array_equal(decode(late, 8, LIMIT), expected)
-    with open_encoded(data) as opened:
+    with open_image(data) as opened:
         assert opened.size == (8, 8)
 
 
