@@ -20,7 +20,7 @@ from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
 from raypipe.config.choices import DIFFICULTIES
 from raypipe.config.evaluate import EvaluateSettings
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.evaluation.epoch_samples import BY_SCORE, EpochSamples
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.run import Run
@@ -34,6 +34,7 @@ from raypipe.selection import (
     needs_margin,
     select,
 )
+from raypipe.sources.classes import match_classes
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.options import options_of
 
@@ -187,7 +188,7 @@ def origins(
     return [
         Origin(RUN, config.score) if kind == RUN else _measured_origin(run, kind, pool_ids)
         for kind in kinds
-    ] + [_other_run(Run(uri), pool_ids) for uri in settings.beside]
+    ] + [_other_run(run, Run(uri), pool_ids) for uri in settings.beside]
 
 
 def _measured_everywhere(run: Run, score: str, pool_ids: Sequence[pa.Array]) -> list[str]:
@@ -218,18 +219,51 @@ def _measured_origin(run: Run, kind: str, pool_ids: Sequence[pa.Array]) -> Origi
     return Origin(kind, name, values)
 
 
-def _other_run(other: Run, pool_ids: Sequence[pa.Array]) -> Origin:
+def _other_run(run: Run, other: Run, pool_ids: Sequence[pa.Array]) -> Origin:
     other.record("extrapolate")
     values: dict[str, float] = {}
-    for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "score"]):
-        values.update(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    labels: dict[str, int | None] = {}
+    for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "label", "score"]):
+        ids = table["sample_id"].to_pylist()
+        values.update(zip(ids, table["score"].to_pylist(), strict=True))
+        labels.update(zip(ids, table["label"].to_pylist(), strict=True))
     missing = _count_missing(pool_ids, values)
     if missing:
         raise ConfigError(
             f"beside: {other.uri} has no score for {missing:,} samples of this run; it must be "
             "over the same source, with the same ids"
         )
+    _check_same_labels(run, other, labels)
     return Origin(other.uri, other.config().score, values)
+
+
+def _check_same_labels(run: Run, other: Run, labels: Mapping[str, int | None]) -> None:
+    """Raise ConfigError unless samples have the same class, by name, in both runs.
+
+    Clusters, and labels replaced on purpose (`source.inject_noise`), are not compared.
+    """
+    own_classes, other_classes = run.classes(), other.classes()
+    if any(item.clusters or item.noise is not None for item in (own_classes, other_classes)):
+        return
+    try:
+        places = match_classes(own_classes, other_classes).places
+    except SourceError as error:
+        raise ConfigError(
+            f"beside: {other.uri}: {error}; it must be over the same source"
+        ) from None
+    different, example = 0, ""
+    for _, table in storage.iter_tables(run.scores_folder, ["sample_id", "label"]):
+        for sample_id, label in zip(
+            table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True
+        ):
+            stored = labels.get(sample_id)
+            if label is not None and stored is not None and places[stored] != label:
+                different, example = different + 1, example or sample_id
+    if different:
+        raise ConfigError(
+            f"beside: {other.uri} has other labels for {different:,} samples of this run, such as "
+            f"{example!r}; it must be over the same source"
+        )
 
 
 def _count_missing(shards: Sequence[pa.Array], values: Mapping[str, float]) -> int:
