@@ -29,7 +29,7 @@ STEPS = 300
 """Of projected gradient ascent."""
 NORM_STEPS = 100
 """Of the power iteration for the norm of the kernel."""
-ROOT_STEPS, ROUNDING = 100, 1e-13
+ROOT_STEPS, ROUNDING = 100, 1e-12
 """Of the projection: steps at most, and the relative error of the sum that is accepted."""
 
 
