@@ -30,6 +30,7 @@ from raypipe.sources import (
     open_source,
 )
 from raypipe.sources.base import Preview
+from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import BadImage, decode, open_image
 
@@ -101,6 +102,8 @@ def inspect_source(
 
     Raises
     ------
+    ConfigError
+        If a setting has no effect on the format.
     SourceError
         If nothing can be listed, the format is unknown, or the labels contradict one another.
     """
@@ -173,6 +176,7 @@ class _Listing:
     @classmethod
     def read(cls, settings: SourceSettings, samples: int, seed: int) -> _Listing:
         source = open_source(settings)
+        refuse_unused_settings(settings, source.format)
         files = list(source.files())
         places = _places(source, files, samples, seed)
         previews = _previews(source, files, places, seed)
