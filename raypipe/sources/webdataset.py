@@ -151,6 +151,8 @@ class WebDatasetSource(FileSource):
                     group = left.pop(number).group
                     whole = dataclasses.replace(group, contents={**group.contents, **part.contents})
                     yield self._sample(_sample_id(path, part.key), whole, False)
+                if not images:
+                    break
         for sample in left.values():
             yield self._sample(_sample_id(path, sample.group.key), sample.group, sample.repeated)
         yield from _gone(fragment, len(joined), keep_id)
