@@ -174,12 +174,13 @@ class Pruning:
         kind, score, strategy = job.name.split(".", 2)
         run = self._scored_by(kind, job.seed)
         known = self.score(run, kind, score).astype(np.float32)
-        loss = self.study.nodes(run).signals[:, 0].astype(np.float32)
+        nodes = self.study.nodes(run)
         chunk = Chunk(
             known,
             self.study.images.label.astype(np.int32),
             [f"{row}" for row in range(count)],
-            loss,
+            nodes.signals[:, 0].astype(np.float32),
+            position=0,
         )
         options = SelectionOptions(
             seed=job.seed,
@@ -190,7 +191,14 @@ class Pruning:
         plain = strategy.removesuffix(BY_CLASS).removesuffix(FIXED)
         if plain.endswith(ONE):
             plain, options = plain.removesuffix(ONE), replace(options, strata=1)
-        (cut,) = select(lambda _: [chunk], [job.keep], plain, self.study.images.classes, options)
+        (cut,) = select(
+            lambda _: [chunk],
+            [job.keep],
+            plain,
+            self.study.images.classes,
+            options,
+            embedded=lambda: [(chunk, nodes.embedding)],
+        )
         return np.flatnonzero(cut.mask(chunk))
 
     def _scored_by(self, kind: str, seed: int) -> ProxyRun:

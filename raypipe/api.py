@@ -501,7 +501,7 @@ def evaluate(
         Show every finished unit of work, and the output of Ray.
     **options
         Fields of `raypipe.config.evaluate.EvaluateSettings`: keep, strategies, scores, beside,
-        seeds, protocol, attack, model, image_size, epochs, batch_size, lr, use_gpu,
+        seeds, protocol, dynamic, attack, model, image_size, epochs, batch_size, lr, use_gpu,
         cpus_per_training.
 
     Returns
