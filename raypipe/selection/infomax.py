@@ -43,9 +43,9 @@ def infomax(
         a = mean(s) / (rho mean row sum of K), rho = k / n
 
     by 300 steps of projected gradient ascent of length 1 / (2 a ||K||) from x = rho. The k largest
-    x are kept. At x = rho both terms are equal with this a. The authors' code was not available: the
-    objective is that of the paper; a, the neighbours and the solver are those of the implementation
-    in OmniSelect-Benchmark.
+    x are kept. At x = rho both terms are equal with this a. The authors' code was not available:
+    the objective is that of the paper; a, the neighbours and the solver are those of the
+    implementation in OmniSelect-Benchmark.
 
     Deviations: the hardest samples are dropped first (`hard_cutoff`; 0 is the published method).
     s is the score scaled to [0, 1] in the block, and neighbours are those of the same block
