@@ -48,6 +48,11 @@ _WORD = re.compile(
 )
 
 
+def split_of(word: str) -> str:
+    """Return the split that a word means: train, validation or test; "" for any other word."""
+    return _WORDS.get(word.lower(), "")
+
+
 def split_word(path: str) -> str:
     """Return the word that names the split of a file; "" if none does, or several do.
 
