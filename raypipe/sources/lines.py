@@ -33,13 +33,12 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.formats import IMAGE_EXTENSIONS
-from raypipe.sources.splits import split_of
+from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.storage import Reader
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 """Usual column names, tried in this order unless the settings name a column."""
-SPLIT_COLUMN = "split"
 READ_BYTES = 4 << 20
 
 _ENDINGS = "|".join(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)

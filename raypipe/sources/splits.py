@@ -41,6 +41,8 @@ _WORDS = {
     "testing": "test",
 }
 """Word in a name -> split."""
+SPLIT_COLUMN = "split"
+"""Column of a table that names the split of each row."""
 SPLIT_FOLDERS = frozenset(_WORDS)
 """Folders of these names are splits of a dataset, not classes."""
 _WORD = re.compile(
