@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from raypipe import storage
@@ -256,7 +257,9 @@ class WebDatasetSource(FileSource):
     def is_image(self, extension: str) -> bool:
         """Return whether a member with this extension can be the image of its sample."""
         column = self.settings.image_column
-        return extension in _IMAGES if column == AUTO else extension == _extension(column)
+        if column != AUTO:
+            return extension == _extension(column)
+        return extension in _IMAGES or not extension  # without one, the content is an image
 
     def image_of(self, group: Group) -> tuple[str | None, str]:
         """Return the extension of the image of a group, or None and why there is none."""
@@ -387,7 +390,8 @@ def _extension(column: str) -> str:
 
 
 def _listed(extensions: Iterable[str]) -> str:
-    return ", ".join(f".{name}" for name in list(extensions)[:5])
+    named = (f".{name}" if name else "one without an extension" for name in extensions)
+    return ", ".join(islice(named, 5))
 
 
 def _gone(fragment: Fragment, position: int, keep_id: IdFilter | None) -> Iterator[RawSample]:
