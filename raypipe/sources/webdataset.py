@@ -39,7 +39,7 @@ PREVIEW_BYTES = 1 << 20
 """Approximate bytes read at one place of a preview."""
 SCATTERED = -1
 """Offset of the fragments of a tar in which the members of a sample do not follow one another."""
-SEVERAL_IMAGES = "several members may be the image"
+SEVERAL_IMAGES = "several members can be the image"
 
 _LABELS = ("cls", "json", "txt")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -142,8 +142,8 @@ class WebDatasetSource(FileSource):
         }
 
         def load(key: str, extension: str, size: int) -> bool:
-            is_wanted = key in images and images[key][1] == extension
-            return is_wanted and size <= MAX_IMAGE_BYTES
+            is_chosen = key in images and images[key][1] == extension
+            return is_chosen and size <= MAX_IMAGE_BYTES
 
         with self.open(path) as stored:
             for part in read_groups(stored, 0, _is_compressed(path), load):
@@ -269,8 +269,8 @@ class WebDatasetSource(FileSource):
         if images:
             return None, f"{SEVERAL_IMAGES}: {_listed(images)}; set source.image_column"
         column = self.settings.image_column
-        wanted = "" if column == AUTO else f"no .{_extension(column)}, "
-        return None, f"no image: {wanted}only {_listed(group.names)}"
+        missing = "" if column == AUTO else f"no .{_extension(column)}, "
+        return None, f"no image: {missing}only {_listed(group.names)}"
 
     def _load_image(self, key: str, extension: str, size: int) -> bool:
         """Load images only; see `LoadMember`."""

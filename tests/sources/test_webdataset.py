@@ -348,7 +348,7 @@ def test_which_member_is_the_image(tmp_path: Any) -> None:
     )
     (scan,) = scans(one(tmp_path, content))
     assert [fragment.error for fragment in scan.fragments] == [
-        "several members may be the image: .png, .jpg; set source.image_column"
+        "several members can be the image: .png, .jpg; set source.image_column"
     ]
     for column, first in (("jpg", 0), (".PNG", 90), ("rgb.webp", 30)):
         found = samples(one(tmp_path, content, image_column=column))
@@ -380,7 +380,7 @@ def test_images_without_an_extension(tmp_path: Any, name: str) -> None:
         (f"{name}#in/{number}", picture(number) + bytes(1500), "cat") for number in (0, 1, 2, 4)
     ]
     assert rejects(found) == {
-        f"{name}#both": "several members may be the image: one without an extension, .jpg; "
+        f"{name}#both": "several members can be the image: one without an extension, .jpg; "
         "set source.image_column",
         f"{name}#link": "link: a link or special file, which is not followed",
     }
