@@ -36,7 +36,7 @@ from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.storage import Reader
 
-PATH_COLUMNS = ("path", "file", "filename", "image")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 """Usual column names, tried in this order unless the settings name a column."""
 READ_BYTES = 4 << 20
