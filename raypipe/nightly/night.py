@@ -25,11 +25,12 @@ from raypipe.nightly.checks import check_classes, check_complete, check_finished
 from raypipe.nightly.new_samples import assess_new_samples, listed_fragments
 from raypipe.nightly.policy import Assessment, refresh_reasons, source_changes
 from raypipe.nightly.state import write_baseline
-from raypipe.pipeline import advance, errors_of_storage, log_file, make_stage
+from raypipe.pipeline import advance, errors_of_storage, make_stage
 from raypipe.progress import Progress
 from raypipe.report.trackers import check_trackers
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, fingerprint, now
+from raypipe.runs.log_file import log_file
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import (
     TIME,
