@@ -30,6 +30,7 @@ from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, fingerprint, injected_noise, now
 from raypipe.runs.log_file import log_file
+from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.overwrite import changed_source, check_folder, check_overwrite
 from raypipe.runs.run import Run
 from raypipe.scores.registry import check_scores
@@ -170,7 +171,7 @@ def _execute(
         ):
             _remove_results(run, records)
         _check_noise(config, run, records)
-        outdated = _outdated(config, records, names)
+        outdated = _outdated(config, run, records, names)
         lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *redo}]
         if not overwrite:
             check_overwrite(run, records, config, [name for name in lost if name not in redo])
@@ -193,6 +194,7 @@ def _execute(
                 advance(stage, context, records)
             except TrustError as error:
                 refusal = error
+            context.config = for_seed_set(config, run)
         if refusal is not None:
             raise refusal
     return run
@@ -207,12 +209,24 @@ def _with_dependents(stages: Collection[str]) -> set[str]:
     return result
 
 
+def for_seed_set(config: Config, run: Run) -> Config:
+    """Return the configuration for the seed set of a run: `proxy.epochs: auto` is a number.
+
+    Without a seed set, the configuration is unchanged.
+    """
+    try:
+        return config.for_seed_set(SeedManifest.read(run).samples)
+    except FileNotFoundError:
+        return config
+
+
 def _outdated(
-    config: Config, records: Mapping[str, StageRecord], names: Sequence[str]
+    config: Config, run: Run, records: Mapping[str, StageRecord], names: Sequence[str]
 ) -> set[str]:
     """Return which of the named stages in the ledger would be run again, or removed."""
     fingerprints: dict[str, str] = {}
     result = set()
+    config = for_seed_set(config, run)
     for name in names if records else ():
         stage = make_stage(name)
         if stage.applies_to(config):

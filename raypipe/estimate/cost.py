@@ -6,7 +6,7 @@ know how fast the storage is, nor what else the machines do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from raypipe.config import Config
@@ -69,7 +69,14 @@ def estimate(
         bytes_read=bytes_read(work, used_bytes, survey.reads_singly),
         bytes_written=bytes_written(work),
         basis=tuple(_basis(work, machine, by_constants, scaled, like)),
+        warnings=tuple(_warnings(work)),
     )
+
+
+def _warnings(work: Workload) -> Iterator[str]:
+    """Yield sentences on what would go wrong."""
+    if too_few := work.config.proxy.too_few_steps(work.seed):
+        yield too_few
 
 
 def _stage_estimate(

@@ -143,6 +143,8 @@ class CostEstimate:
         By folder of the run.
     basis
         Sentences on what the estimate is based on.
+    warnings
+        Sentences on what would go wrong with these settings.
     """
 
     machine: str
@@ -157,6 +159,7 @@ class CostEstimate:
     bytes_read: dict[str, int]
     bytes_written: dict[str, int]
     basis: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,8 +106,8 @@ def _evaluate(
     context: Context, source: SourceSettings, settings: EvaluateSettings
 ) -> dict[str, Any]:
     run, config = context.run, context.config
-    recipe = recipe_of(config, settings)
     pool, lists = cut_lists(run, config, settings)
+    recipe = recipe_of(config, settings, len(pool))
     test = list_test_set(source, config.source)
     gpu = context.cluster.use_gpu(settings.use_gpu)
     data = fingerprint([name for name, _ in pool.shards], test.digest)

@@ -80,7 +80,7 @@ class PartProgress:
         """Read the progress of a part from the run."""
         epochs = EpochRecord.read_all(run, part.folder)
         checkpoints = {epoch.checkpoint for epoch in epochs if epoch.checkpoint}
-        trained = len(epochs) == config.proxy.epochs and checkpoints <= storage.names(
+        trained = len(epochs) == config.proxy.passes and checkpoints <= storage.names(
             run.path(part.checkpoints)
         )
         return cls(part, epochs, trained)
@@ -120,6 +120,8 @@ class ProxyStage(Stage):
         seed = SeedManifest.read(run)
         resources = context.cluster.training_resources(config.proxy)
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed)
+        if too_few := config.proxy.too_few_steps(seed.samples):
+            context.progress.say(f"note: {too_few}")
         _check_sizes(parts, resources.workers)
         # with a manifest, the ledger has the seconds of the finished epochs already
         already_counted = storage.exists(run.proxy_manifest_file)
@@ -130,7 +132,7 @@ class ProxyStage(Stage):
             for state in before
         ]
         for state in after:
-            state.check_epochs(config.proxy.epochs)
+            state.check_epochs(config.proxy.passes)
         _manifest(config, run, seed, after).write(run)
         for part in parts:
             storage.delete(run.path(part.folder, "state.safetensors"))
@@ -142,7 +144,7 @@ class ProxyStage(Stage):
             for epoch in new.epochs
         )
         record.gpu_seconds += train_seconds * resources.workers if resources.gpu else 0.0
-        record.detail = _detail(after, config.proxy.epochs, resources)
+        record.detail = _detail(after, config.proxy.passes, resources)
 
 
 def _check_sizes(parts: Sequence[SeedPart], workers: int) -> None:
@@ -174,7 +176,7 @@ def _train_missing(
         finally:
             seconds.append(time.monotonic() - started)
 
-    total = len(parts) * config.proxy.epochs
+    total = len(parts) * config.proxy.passes
     with context.progress.meter("proxy", total, "epochs") as meter:
         meter.already(sum(len(state.epochs) for state in parts))
         watch = _EpochWatch([run.path(state.part.folder, "epochs") for state in parts], meter)
