@@ -26,6 +26,7 @@ from raypipe.errors import (
     TrustError,
 )
 from raypipe.progress import Progress
+from raypipe.runs.intermediate import REMOVED, lacks, remove_intermediate
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, fingerprint, injected_noise, now
@@ -37,6 +38,7 @@ from raypipe.scores.registry import check_scores
 from raypipe.sources import open_source
 from raypipe.sources.noise import requested_noise
 from raypipe.stages.base import Stage
+from raypipe.text import size as size_text
 
 log = logging.getLogger("raypipe")
 _STAGES = {
@@ -172,12 +174,15 @@ def _execute(
             _remove_results(run, records)
         _check_noise(config, run, records)
         outdated = _outdated(config, run, records, names)
-        lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *redo}]
+        again = set(redo)
+        if "measure" in {*outdated, *again} and lacks(records.get("proxy"), config):
+            again |= _with_dependents({"proxy"})
+        lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
         if not overwrite:
             check_overwrite(run, records, config, [name for name in lost if name not in redo])
-        for name in redo:
+        for name in again:
             records.pop(name, None)  # a stage without a record starts from nothing
-        if redo or not run.exists():
+        if again or not run.exists():
             run.write_ledger(records)  # from here on the folder holds a run
         if dataset is not None:
             copy_dataset(dataset, source, context)
@@ -197,7 +202,22 @@ def _execute(
             context.config = for_seed_set(config, run)
         if refusal is not None:
             raise refusal
+        if until is None and "proxy" in records and not config.proxy.keep_intermediate:
+            _remove_intermediate(context, records)
     return run
+
+
+def _remove_intermediate(context: Context, records: dict[str, StageRecord]) -> None:
+    """Remove what the finished run no longer needs, and record it in the ledger."""
+    removed, size = remove_intermediate(context.run, context.config)
+    if records["proxy"].detail.get(REMOVED, []) != removed:
+        records["proxy"].detail[REMOVED] = removed
+        context.run.write_ledger(records)
+    if size:
+        context.progress.say(
+            f"removed     {size_text(size)} of checkpoints and trajectories that no score needs "
+            "(proxy.keep_intermediate)"
+        )
 
 
 def _with_dependents(stages: Collection[str]) -> set[str]:

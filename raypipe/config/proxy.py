@@ -178,6 +178,12 @@ class ProxySettings(Settings):
     amp: bool = Field(
         True, description="Use bfloat16 mixed precision on GPUs. CPUs always use float32."
     )
+    keep_intermediate: bool = Field(
+        False,
+        description="Keep files of the training that none of measure.scores needs when the run is "
+        "done: checkpoints but the last, and the trajectory. Without them, other scores need "
+        "another training (--redo proxy).",
+    )
     max_failures: int = Field(
         3,
         ge=0,

@@ -38,6 +38,7 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
+from raypipe.runs.intermediate import CHECKPOINTS, REMOVED
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import (
     EpochRecord,
@@ -53,7 +54,14 @@ from raypipe.stages.base import Stage
 if TYPE_CHECKING:
     from raypipe.distributed.cluster import TrainingResources
 
-NOT_OF_THE_RESULT = {"workers", "use_gpu", "cpus_per_worker", "max_failures", "cross_fit"}
+NOT_OF_THE_RESULT = {
+    "workers",
+    "use_gpu",
+    "cpus_per_worker",
+    "max_failures",
+    "cross_fit",
+    "keep_intermediate",
+}
 """Settings that change how fast the training is or what comes after it, but not its result."""
 
 
@@ -109,8 +117,9 @@ class ProxyStage(Stage):
             parts = proxy_parts(context.run)
         except FileNotFoundError:
             return False
+        finals_only = CHECKPOINTS in record.detail.get(REMOVED, [])
         return all(
-            {part.trained.final, *part.trained.files}
+            {part.trained.final, *(() if finals_only else part.trained.files)}
             <= storage.names(context.run.path(part.checkpoints))
             for part in parts
         )
