@@ -291,7 +291,8 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     if record is not None and record.fingerprint != current:
         context.progress.say(f"{name:<11} {stage.changed}: running it again")
         stage.clear(context)
-        record = None
+        spent = {name: getattr(record, name) for name in SECONDS} if stage.reuses(context) else {}
+        record = StageRecord(fingerprint=current, detail=dict(stage.detail), **spent)
     elif record is None:
         run.clear(name)  # files without a record cannot be trusted
     if record is not None and record.state == "done" and stage.complete(context, record):
@@ -338,6 +339,9 @@ def _execute_stage(stage: Stage, context: Context, record: StageRecord) -> None:
         raise MemoryShortageError(
             f"{name}: {error}. {remedy} machines with more memory; then rerun to resume"
         ) from error
+
+
+SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
 
 
 def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
