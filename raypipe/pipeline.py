@@ -54,6 +54,8 @@ _STAGES = {
     "report": "raypipe.stages.report:ReportStage",
 }
 STAGE_NAMES = tuple(_STAGES)
+USING_RAY = {"seed", "proxy", "measure", "embed", "extrapolate"}
+"""Stages that every run has and that need Ray."""
 LESS_MEMORY = {
     "seed": "source.fragment_samples (a worker holds a fragment)",
     "label": "pseudo_labels.batch_size, or pseudo_labels.image_size of a backbone",
@@ -180,6 +182,14 @@ def _execute(
         lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
         if not overwrite:
             check_overwrite(run, records, config, [name for name in lost if name not in redo])
+        context.check_cluster(
+            {
+                name
+                for name in names
+                if name in lost or name not in records or records[name].state != "done"
+            }
+            & USING_RAY
+        )
         for name in again:
             records.pop(name, None)  # a stage without a record starts from nothing
         if again or not run.exists():
