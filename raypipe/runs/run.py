@@ -49,9 +49,7 @@ class Run(Layout):
         try:
             data = storage.read_json(self.ledger_file)
         except FileNotFoundError:
-            raise RunError(
-                f"{self.uri}: no run here (run.json is missing); give the folder of a run"
-            ) from None
+            raise self._missing("run.json") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             version = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise RunError(
@@ -69,6 +67,13 @@ class Run(Layout):
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
+
+    def _missing(self, file: str) -> RunError:
+        """Return the error for a run without one of its files."""
+        problem = (
+            "a file, not a run" if storage.is_file(self.uri) else f"no run here ({file} is missing)"
+        )
+        return RunError(f"{self.uri}: {problem}; give the folder of a run")
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
         """Write the ledger. Raises TakenOverError if another driver took over the run."""
@@ -134,9 +139,7 @@ class Run(Layout):
                 yaml.safe_load(storage.read_whole(self.config_file, MAX_CONFIG_BYTES))
             )
         except FileNotFoundError:
-            raise RunError(
-                f"{self.uri}: no run here (config.yaml is missing); give the folder of a run"
-            ) from None
+            raise self._missing("config.yaml") from None
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
 
