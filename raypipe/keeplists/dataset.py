@@ -21,6 +21,8 @@ from raypipe.errors import ConfigError, SourceError
 from raypipe.keeplists.file import KeepFile, find_keep_list, first_positions
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
+from raypipe.selection import hash64
+from raypipe.selection.redraw import draw, inclusion_probabilities, unbiased_weights
 from raypipe.sources.noise import LabelNoise
 from raypipe.sources.values import printable
 
@@ -154,6 +156,66 @@ class KeepList:
             key: _NUMBERS.get(key, str)(value) for key, value in keep_metadata(self.uri).items()
         }
 
+    def redraw(
+        self, epoch: int, share: float = 0.5, *, seed: int = 0, ratio: float = 1.0
+    ) -> KeepList:
+        """Return a draw from the list, another one for every epoch.
+
+        A training on it takes as many steps as one on a list of that length, but sees all samples
+        of this list in the course of the epochs (RS2, arXiv 2305.18424). A sample is drawn or not
+        by a hash of its id, the seed and the epoch.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch.
+        share : float
+            Share of this list, above 0 and at most 1. Exactly round(share * len(self)) samples are
+            drawn, at least one.
+        seed : int
+            Another seed gives other draws.
+        ratio : float
+            How much more likely the sample with the highest score is drawn than that with the
+            lowest, at least 1. Between them, the probability grows geometrically with the rank of
+            the score. 1: all are equally likely.
+
+        Returns
+        -------
+        KeepList
+            The drawn samples. Their `weights` make the mean weighted loss over a draw an unbiased
+            estimate of that over this list: k / (n * probability), times the weights of this list
+            if it has any.
+
+        Raises
+        ------
+        ConfigError
+            For an empty list, or a share or ratio out of range.
+
+        Examples
+        --------
+        >>> for epoch in range(90):  # doctest: +SKIP
+        ...     train = keep.redraw(epoch, 0.5).subset(dataset, weights=True)
+        ...     for images, labels, weights in DataLoader(train, batch_size=256, shuffle=True):
+        ...         losses = cross_entropy(model(images), labels, reduction="none")
+        ...         (losses * weights).mean().backward()
+        """
+        if not len(self) or not 0 < share <= 1 or ratio < 1:
+            raise ConfigError(
+                f"{self.uri}: a draw of share {share!r} with ratio {ratio!r} from {len(self):,} "
+                "samples is not possible; share must be above 0 and at most 1, ratio at least 1"
+            )
+        count = max(1, round(share * len(self)))
+        probability = inclusion_probabilities(self.scores, count, ratio)
+        rows = draw(self._hashes, probability, seed, epoch)
+        weight = unbiased_weights(probability)[rows]
+        if self.weights is not None:
+            weight = weight * self.weights[rows]
+        table = self._table.select(["sample_id", "label", "score"]).take(pa.array(rows))
+        drawn = KeepList.__new__(KeepList)
+        drawn.uri, drawn._run = self.uri, self._run
+        drawn._table = table.append_column("weight", pa.array(weight, pa.float32()))
+        return drawn
+
     # -- PyTorch -----------------------------------------------------------------------------------
 
     def indices(self, ids: Iterable[Any], *, strict: bool = True) -> list[int]:
@@ -183,7 +245,9 @@ class KeepList:
         """
         return self._match(ids, strict)[0].tolist()
 
-    def subset(self, dataset: Any, ids: Ids | None = None, *, strict: bool = True) -> Subset[Any]:
+    def subset(
+        self, dataset: Any, ids: Ids | None = None, *, strict: bool = True, weights: bool = False
+    ) -> Subset[Any]:
         """Return the kept samples of a map-style dataset, in its order.
 
         Parameters
@@ -204,6 +268,9 @@ class KeepList:
             - a `Subset` of one of these.
         strict : bool
             Whether every kept sample must be in the dataset.
+        weights : bool
+            Whether each sample comes with its weight: as one more element of a tuple, or as
+            `weight` of a dict.
 
         Returns
         -------
@@ -212,6 +279,8 @@ class KeepList:
 
         Raises
         ------
+        ConfigError
+            If the list has no weights, with `weights`.
         SourceError
             If the ids cannot be derived or do not fit; see `indices`.
 
@@ -221,7 +290,12 @@ class KeepList:
         """
         from torch.utils.data import Subset
 
-        return Subset(dataset, self._find(dataset, ids, strict)[0].tolist())
+        from raypipe.keeplists.weighted_subset import WeightedSubset
+
+        position, rows = self._find(dataset, ids, strict)
+        if not weights:
+            return Subset(dataset, position.tolist())
+        return WeightedSubset(dataset, position.tolist(), self._known_weights()[rows].tolist())
 
     def sampler(
         self,
@@ -265,15 +339,20 @@ class KeepList:
         """
         from torch.utils.data import WeightedRandomSampler
 
+        weights = self._known_weights()
+        rows = self._find(dataset, ids, strict)[1]
+        return WeightedRandomSampler(
+            weights[rows].tolist(), num_samples or len(rows), replacement, generator
+        )
+
+    def _known_weights(self) -> np.ndarray:
+        """Return `weights`; raise ConfigError if there are none."""
         if self.weights is None:
             raise ConfigError(
                 f"{self.uri}: the list has no weights, because the strategy "
                 f"{self.metadata.get('strategy')!r} gives none; see select.weights"
             )
-        rows = self._find(dataset, ids, strict)[1]
-        return WeightedRandomSampler(
-            self.weights[rows].tolist(), num_samples or len(rows), replacement, generator
-        )
+        return self.weights
 
     # -- Ray Data and WebDataset -------------------------------------------------------------------
 
@@ -384,6 +463,10 @@ class KeepList:
         return next((end for end in ends if end in self._files), parts[-1])
 
     # -- matching ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _hashes(self) -> np.ndarray:
+        return hash64(self._table["sample_id"].combine_chunks())
 
     @functools.cached_property
     def _set(self) -> frozenset[str]:

@@ -17,11 +17,10 @@ from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 from raypipe.sources.classfile import ClassFile, read_class_file
+from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import Location
 from raypipe.sources.smallfiles import Member, file_runs, read_members, unpack_member
-
-SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
-"""Folders of these names are splits of a dataset, not classes."""
+from raypipe.sources.splits import SPLIT_FOLDERS, several_splits
 
 
 class ImageFolderSource(Source):
@@ -34,6 +33,10 @@ class ImageFolderSource(Source):
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
         self._location = Location(settings)
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        return self._location.left_out
 
     def files(self) -> Iterator[SourceFile]:
         """Yield runs of neighbouring files (see `file_runs`)."""
@@ -108,9 +111,11 @@ class ImageFolderSource(Source):
 
     def _refuse_splits(self) -> None:
         folders = self._location.folders()
-        if folders and all(folder.lower() in SPLITS for folder in folders):
-            choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in folders)
+        splits = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
+        # a single one next to other folders can be a class, such as that of railway trains
+        if splits and (len(splits) == len(folders) or several_splits(splits) is not None):
+            choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in splits)
             raise SourceError(
-                f"{self.settings.uri}: {' and '.join(folders)} are not classes; "
+                f"{self.settings.uri}: {' and '.join(splits)} are not classes; "
                 f"set source.uri to {choices}"
             )

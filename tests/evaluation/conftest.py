@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import serial
 from helpers import small_config
+from serial import no_ray
 from sklearn.datasets import load_digits
 
 from raypipe import storage
@@ -19,6 +20,8 @@ from raypipe.distributed.context import Context
 from raypipe.evaluation import driver
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
+
+__all__ = ["no_ray"]
 
 
 def _in_turn(
@@ -57,7 +60,13 @@ def scored_run(tmp_path: Path) -> Run:
             run.path("scores", f"{fragment.fragment_id}.parquet"),
             pa.table({"sample_id": ids, "label": labels, **numbers}),
         )
-        losses = {"sample_id": ids, "loss": random.random(count).astype(np.float32)}
+        losses = {
+            "sample_id": ids,
+            "loss": random.random(count).astype(np.float32),
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                pa.array(digits.data[rows].astype(np.float16).reshape(-1)), 64
+            ),
+        }
         storage.write_table(
             run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(losses)
         )
