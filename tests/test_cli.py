@@ -184,7 +184,6 @@ def test_a_file_is_no_run_in_python_either(tmp_path) -> None:
     for call in (
         lambda: raypipe.KeepList(file),
         lambda: raypipe.select(str(file), 0.5),
-        lambda: raypipe.load_scores(str(file), snapshot="2026-11-22T020000Z"),
     ):
         with pytest.raises(RunError, match=r"kept\.csv: a file, not a run"):
             call()
