@@ -445,13 +445,13 @@ def select(
     keep : float or sequence of float, optional
         Fractions to keep, 0 to 1. Default: those of the run's configuration.
     strategy : str, optional
-        Strategy: top, balanced, normalized, moderate, mixed, random, ccs or beta. Default: that of
-        the run's configuration.
+        Strategy: top, balanced, normalized, moderate, mixed, random, ccs, beta, band, d2, infomax,
+        coverage or typical. Default: that of the run's configuration.
     force : bool
         Write lists even if the fidelity is below the run's `trust.min_spearman`. The metadata of
         the lists records this.
     **options
-        Other settings of the section `select`: seed, by_class, min_per_class, always_keep,
+        Other settings of the section `select`: seed, by_class, quotas, min_per_class, always_keep,
         never_keep, near_duplicates, weights, easy_fraction, difficulty, hard_cutoff, strata,
         beta_exponent. Default: those of the run's configuration.
 

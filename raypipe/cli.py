@@ -386,14 +386,15 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
 @click.option(
     "--difficulty",
-    help="mixed, ccs: whether a high score or a high loss means hard: auto, score or loss.",
+    help="What means hard, for strategies that go by difficulty: auto, score, loss, aum or el2n.",
 )
 @click.option(
     "--hard-cutoff",
     metavar="SHARE",
-    help="ccs: share of hardest samples that is removed first, or auto.",
+    help="ccs, band, d2, infomax, coverage: share of hardest samples that is removed first, or "
+    "auto.",
 )
-@click.option("--strata", type=int, help="ccs: number of score intervals.")
+@click.option("--strata", type=int, help="ccs, coverage: number of score intervals.")
 @click.option(
     "--beta-exponent",
     type=float,
@@ -403,6 +404,10 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
     "--by-class/--over-classes",
     default=None,
     help="Keep the same share of every class, or select over all classes together.",
+)
+@click.option(
+    "--quotas",
+    help="Share of each class: proportional, equal, or recall (the more, the lower its recall).",
 )
 @click.option("--min-per-class", type=int, help="Minimum number of samples to keep of each class.")
 @click.option(

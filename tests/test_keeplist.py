@@ -417,6 +417,12 @@ def test_a_batch_is_joined_by_id_and_not_by_hash(monkeypatch: pytest.MonkeyPatch
     assert len(join._join((np.array([], np.uint64), kept.slice(0, 0)), "sample_id", (), batch)) == 0
     with pytest.raises(SourceError, match="no column 'key'; it has sample_id, row"):
         join._join(shared, "key", (), batch)
+    # "3.0" and the name of a bytes object would match nothing, without a word
+    for wrong in ([1.0, 2.0, 3.0], [b"a", b"b", b"c"]):
+        with pytest.raises(
+            SourceError, match=r"column 'key' is .*; expected text or whole numbers"
+        ):
+            join._join(shared, "key", (), pa.table({"key": wrong}))
     paths = pa.table({"path": ["s3://a/x/b", "a/x/d", "a/xb", "b"]})
     assert join._join(shared, "path", join._prefixes("s3://a/x/"), paths)["path"].to_pylist() == [
         "s3://a/x/b",

@@ -105,8 +105,8 @@ class EvaluateSettings(Settings):
 
     @model_validator(mode="after")
     def _model_exists(self) -> EvaluateSettings:
-        from raypipe.config.choices import PROXY_MODELS
+        from raypipe.config.choices import PROXY_MODELS, unknown_model
 
         if self.model is not None and self.model not in PROXY_MODELS:
-            raise ValueError(f"model: {self.model!r} is not one of {', '.join(PROXY_MODELS)}")
+            raise ValueError(unknown_model(self.model))
         return self

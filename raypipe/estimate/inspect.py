@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import math
 import os
 import random
@@ -18,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
-
-from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
@@ -35,7 +32,7 @@ from raypipe.sources import (
 from raypipe.sources.base import Preview
 from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
-from raypipe.vision.decode import FORMATS, BadImage, decode
+from raypipe.vision.decode import BadImage, decode, open_image
 
 SAMPLES = 256
 """Samples that are drawn by default."""
@@ -402,7 +399,7 @@ def _header(sample: RawSample) -> _ImageHeader | None:
         mode = "RGB" if image.ndim == 3 and image.shape[2] == 3 else "greyscale"
         return _ImageHeader(image.shape[1], image.shape[0], "pixels", mode, None)
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+        with open_image(image) as opened:
             mode = (
                 "16-bit greyscale"
                 if opened.mode.startswith("I")

@@ -50,6 +50,13 @@ _NUMBERED = re.compile(r"(.+)/(\d+)")
 _TAR = re.compile(r"\S+\.(?:tar\.gz|tar|tgz)", re.IGNORECASE)
 
 
+def _id_text(sample_id: Any) -> str:
+    """Return a sample id of a dataset as text. Raises SourceError for what has no one text."""
+    if sample_id is None or isinstance(sample_id, float | np.floating | bytes):
+        raise SourceError(f"{sample_id!r} cannot be a sample id; expected text or whole numbers")
+    return str(sample_id)
+
+
 class KeepList:
     """The samples to keep, with labels, scores and weights.
 
@@ -485,7 +492,7 @@ class KeepList:
 
     def _match(self, ids: Iterable[Any], strict: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return ascending positions in `ids` and the rows of these in the list, int64 [k] each."""
-        ids_array = pa.array([str(sample_id) for sample_id in ids], pa.string())
+        ids_array = pa.array([_id_text(sample_id) for sample_id in ids], pa.string())
         row_of_id = pc.fill_null(
             pc.index_in(ids_array, value_set=self._table["sample_id"].combine_chunks()), -1
         )
@@ -545,7 +552,7 @@ class KeepList:
         column = next(
             (name for name in (stated, "sample_id") if name is not None and name in columns), None
         )
-        return [str(sample_id) for sample_id in dataset[column]] if column is not None else None
+        return list(map(_id_text, dataset[column])) if column is not None else None
 
     def _by_row(self, dataset: Any, strict: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return positions and rows as `_match` does, for a dataset in source order."""

@@ -119,3 +119,15 @@ class ImageFolderSource(Source):
                 f"{self.settings.uri}: {' and '.join(splits)} are not classes; "
                 f"set source.uri to {choices}"
             )
+        if len(folders) == 1 and self._classes is None and self.settings.label_column is not None:
+            self._refuse_only_folder(folders[0])
+
+    def _refuse_only_folder(self, folder: str) -> None:
+        """Raise SourceError if the only folder holds the folders of the classes."""
+        inner = self._location.folders(folder)
+        if len(inner) > 1:
+            raise SourceError(
+                f"{self.settings.uri}: its only folder, {folder!r}, would be the only class; the "
+                f"classes seem to be its {len(inner)} folders, such as {inner[0]!r}: set "
+                f"source.uri to {self.settings.uri.rstrip('/')}/{folder}"
+            )
