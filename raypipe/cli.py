@@ -65,6 +65,22 @@ class _StrategyOption(click.Option):
         pass
 
 
+class _Count(click.ParamType):
+    """A whole number, also as 1e6 or 1_000_000."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not (number >= 1 and number.is_integer()):
+            self.fail(f"{value!r} is not a whole number above 0, such as 1e6", param, ctx)
+        return int(value) if str(value).isdecimal() else int(number)
+
+
 _verbose = click.option(
     "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
 )
@@ -144,11 +160,12 @@ def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, **opt
     short_help="Print a configuration with every setting.",
     epilog=_epilog("raypipe init > my.yaml", 0),
 )
-def init() -> None:
+@click.option("--minimal", is_flag=True, help="Print only what nearly every run sets.")
+def init(minimal: bool) -> None:
     """Print a configuration with every setting, its default and a comment."""
-    from raypipe.config import commented_config
+    from raypipe.config.commented import commented_config, minimal_config
 
-    click.echo(commented_config(), nl=False)
+    click.echo(minimal_config() if minimal else commented_config(), nl=False)
 
 
 @cli.command(
@@ -236,7 +253,7 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
 @click.argument("config")
 @click.option(
     "--samples",
-    type=int,
+    type=_Count(),
     required=True,
     help="Number of images in the source. The source need not exist yet.",
 )
