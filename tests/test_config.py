@@ -35,7 +35,7 @@ def _message(data: dict) -> str:
     ("change", "expected"),
     [
         ({"proxy": {"epochs": -3}}, ["proxy.epochs", "-3", "greater than or equal to 1"]),
-        ({"proxy": {"epochs": "ten"}}, ["proxy.epochs", "'ten'", "integer"]),
+        ({"proxy": {"epochs": "ten"}}, ["proxy.epochs", "'ten'", "'auto', or a number"]),
         ({"proxy": {"epoch": 3}}, ["proxy.epoch", "unknown setting", "did you mean 'epochs'"]),
         ({"proksy": {}}, ["proksy", "unknown setting", "did you mean 'proxy'"]),
         ({"proxy": {"model": "vgg"}}, ["proxy", "'vgg'", "resnet18"]),
