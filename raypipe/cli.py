@@ -15,7 +15,7 @@ EXIT_CODES = {
     0: "done",
     1: "failed",
     2: "wrong usage or configuration",
-    3: "the fidelity of the scores is too low to prune by; no keep-lists are written",
+    3: "the scores cannot be trusted enough to prune by; no keep-lists are written",
 }
 """Exit codes of all commands."""
 
@@ -99,6 +99,17 @@ _noise = click.option(
     metavar="SHARE",
     help="Replace this share of the labels by wrong ones, to test the detection of label errors.",
 )
+_redo = click.option(
+    "--redo",
+    multiple=True,
+    metavar="STAGE",
+    help="Run this stage and those that depend on it again; may be repeated.",
+)
+_overwrite = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace whatever run the folder holds, also one over another source.",
+)
 
 
 @cli.command(
@@ -114,18 +125,16 @@ _noise = click.option(
     help="Stop after this stage: index, seed, label, proxy, measure, rehearse, embed, extrapolate, "
     "select or report.",
 )
+@_redo
+@_overwrite
 @_verbose
 def run(
-    config: str,
-    overrides: tuple[str, ...],
-    inject_noise: float | None,
-    until: str | None,
-    verbose: bool,
+    config: str, overrides: tuple[str, ...], inject_noise: float | None, **options: Any
 ) -> None:
     """Run all stages of CONFIG (path or URI of a YAML file), or resume an interrupted run."""
     from raypipe.config import load_config
 
-    _execute(load_config(config, _with_noise(overrides, inject_noise)), until, verbose)
+    _execute(load_config(config, _with_noise(overrides, inject_noise)), **options)
 
 
 @cli.command(
@@ -135,14 +144,16 @@ def run(
 @click.option("--run", "uri", default="runs/demo", show_default=True, help="Run folder to write.")
 @_set
 @_noise
+@_redo
+@_overwrite
 @_verbose
-def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, verbose: bool) -> None:
+def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, **options: Any) -> None:
     """Run all stages on 1,797 images of handwritten digits, without any download."""
     from raypipe.config import absolute_paths, apply_overrides, parse_config
 
     changes = _with_noise(overrides, inject_noise)
     config = parse_config(apply_overrides({"run": uri, **demo_settings()}, changes))
-    _execute(absolute_paths(config), None, verbose)
+    _execute(absolute_paths(config), **options)
 
 
 @cli.command(
@@ -641,14 +652,14 @@ def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, .
     return overrides if share is None else (*overrides, f"source.inject_noise={share}")
 
 
-def _execute(config: Any, until: str | None, verbose: bool) -> None:
+def _execute(config: Any, *, verbose: bool, **options: Any) -> None:
     from raypipe.pipeline import execute
     from raypipe.progress import Progress
     from raypipe.runs.run import Run
     from raypipe.runs.status import describe_result
 
     try:
-        execute(config, until=until, progress=Progress(verbose=verbose), verbose=verbose)
+        execute(config, progress=Progress(verbose=verbose), verbose=verbose, **options)
     except TrustError:
         for line in describe_result(Run(config.run)):
             click.echo(line)

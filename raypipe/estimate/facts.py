@@ -153,6 +153,8 @@ class CostEstimate:
         By folder of the run.
     basis
         Sentences on what the estimate is based on.
+    warnings
+        Sentences on what would go wrong with these settings.
     """
 
     machine: str
@@ -167,6 +169,7 @@ class CostEstimate:
     bytes_read: dict[str, int]
     bytes_written: dict[str, int]
     basis: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,8 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
             "            a run stops if the seed set has fewer than "
             f"{MIN_SEED_SAMPLES} samples: {_larger_seed_set(cost.samples)}"
         )
+    for sentence in cost.warnings:
+        yield f"WARNING     {sentence}"
     yield f"on          {cost.machine}"
     work = f"{_hours(cost.cpu_hours, 'CPU')}, {_hours(cost.gpu_hours, 'GPU')}"
     yield f"time        {duration_range(cost.low, cost.high)}; {work}"

@@ -13,7 +13,7 @@ from raypipe.progress import describe_progress
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
-from raypipe.text import JUDGED_ON, HeadlineFidelity, duration, weak_proxy
+from raypipe.text import JUDGED_ON, HeadlineFidelity, duration, proxy_accuracy, weak_proxy
 
 
 def describe_run(uri: str) -> Iterator[str]:
@@ -171,6 +171,8 @@ def _error_and_coverage(fidelity: dict[str, Any]) -> Iterator[str]:
         )
     if parts:
         yield f"            {'; '.join(parts)}"
+    if sentence := proxy_accuracy(fidelity):
+        yield f"proxy       {sentence}"
     if sentence := weak_proxy(fidelity):
         yield f"WARNING     {sentence}"
 
