@@ -172,8 +172,8 @@ def _drawn(table: pa.Table, part: float) -> pa.Table:
 
 def _overlap(file: str, ids: pa.Array, kept: list[pa.Array]) -> ListOverlap:
     first, second = (pc.is_in(ids, value_set=names) for names in kept)
-    counts = (first, second, pc.and_(first, second))
-    return ListOverlap(file, *(pc.sum(mask).as_py() or 0 for mask in counts), samples=len(ids))
+    counts = [pc.sum(mask).as_py() or 0 for mask in (first, second, pc.and_(first, second))]
+    return ListOverlap(file, counts[0], counts[1], counts[2], len(ids))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
