@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "measure": {
         "max_actors": 1,
         "scores": ["moso", "el2n", "grand", "loss"],
+        "moso": {"weights": "lr"},  # Eq. 4, which tests compute themselves
         "loss": {"at": "checkpoints"},
     },
     "embed": {"max_actors": 1},

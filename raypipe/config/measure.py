@@ -20,10 +20,11 @@ so up to twice as many. 1,000 to 10,000 samples give precise statistics (Wu and 
 class MosoSettings(Settings):
     """MoSo: alignment of a sample's gradient with the mean gradient."""
 
-    weights: Literal["lr", "none", "normalized"] = Field(
-        "lr",
+    weights: Literal["late", "lr", "none", "normalized"] = Field(
+        "late",
         description="Weight of a checkpoint. lr: its learning rate, as published. none: equal "
-        "weights. normalized: equal weights after scaling each checkpoint to unit spread.",
+        "weights. normalized: equal weights after scaling each checkpoint to unit spread. late: "
+        "the same over the second half of the checkpoints, on which trainings agree most.",
     )
     gradient: Literal["all", "head"] = Field(
         "all",

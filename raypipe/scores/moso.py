@@ -139,33 +139,37 @@ def combine(
         Alignments, [n, checkpoints].
     learning_rates : np.ndarray
         eta_t, [checkpoints].
-    weights : {"lr", "none", "normalized"}
+    weights : {"late", "lr", "none", "normalized"}
         lr: Eq. 4. none: eta_t = 1. normalized: divide every checkpoint by its `spread`, then
-        average.
+        average. late: the same over the second half of the checkpoints.
     steps, samples : int
         T and N of Eq. 4.
     spread : np.ndarray, optional
         Standard deviation of the alignments over the whole seed set, [checkpoints]. Required for
-        "normalized" and otherwise unused.
+        "normalized" and "late", otherwise unused.
 
     Raises
     ------
     ValueError
         If `weights` is unknown, or `spread` is missing.
     """
-    if weights == "normalized":
+    count = aligned.shape[1]
+    if weights in ("normalized", "late"):
         if spread is None:
             raise ValueError(
-                "weights 'normalized' requires the spread of the alignments over the seed set"
+                f"weights {weights!r} requires the spread of the alignments over the seed set"
             )
         factor = np.where(spread > 0, 1 / np.where(spread > 0, spread, 1), 0)
+        if weights == "late":
+            first = count // 2
+            factor[:first], count = 0, count - first
     elif weights == "lr":
         factor = learning_rates * steps / samples
     elif weights == "none":
-        factor = np.full(aligned.shape[1], steps / samples)
+        factor = np.full(count, steps / samples)
     else:
-        raise ValueError(f"weights {weights!r} is not one of lr, none, normalized")
-    return (aligned.astype(np.float64) @ (factor / aligned.shape[1])).astype(np.float32)
+        raise ValueError(f"weights {weights!r} is not one of late, lr, none, normalized")
+    return (aligned.astype(np.float64) @ (factor / count)).astype(np.float32)
 
 
 def add_one_in(

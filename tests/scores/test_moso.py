@@ -124,6 +124,15 @@ def test_combine_is_equation_4() -> None:
     )
 
 
+def test_late_weights_take_the_second_half_of_the_checkpoints() -> None:
+    aligned = np.array([[9.0, 100.0, 1.0], [-9.0, -100.0, 2.0], [0.0, 0.0, -3.0]])
+    spread, rates = aligned.std(0), np.full(3, 0.1)
+    late = combine(aligned, rates, "late", steps=5, samples=3, spread=spread)
+    np.testing.assert_allclose(late, (aligned / spread)[:, 1:].mean(1), rtol=1e-6)
+    only = combine(aligned[:, :1], rates[:1], "late", steps=5, samples=3, spread=spread[:1])
+    np.testing.assert_allclose(only, aligned[:, 0] / spread[0], rtol=1e-6)
+
+
 def test_normalized_weights_let_no_checkpoint_decide_alone() -> None:
     aligned = np.array([[100.0, 1.0], [-100.0, 2.0], [0.0, -3.0]])
     spread = aligned.std(0)
