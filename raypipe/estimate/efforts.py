@@ -64,10 +64,10 @@ def _training(work: Workload, machine: Machine) -> Effort:
     attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
     passes = network_costs.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
     overhead = (
-        work.seed * proxy.epochs / proxy.batch_size * network_costs.STEP_SECONDS
-        + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
+        work.seed * proxy.passes / proxy.batch_size * network_costs.STEP_SECONDS
+        + proxy.passes * proxy.parts * rates.EPOCH_SECONDS
     )
-    amount = work.seed * proxy.epochs * passes * work.forward_macs
+    amount = work.seed * proxy.passes * passes * work.forward_macs
     if machine.uses_gpu(proxy.use_gpu):
         return Effort(overhead, amount / machine.gpu_macs + overhead, proxy.workers * proxy.parts)
     on_one_thread = amount / machine.cpu_macs + overhead

@@ -19,7 +19,7 @@ from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RaypipeError
 from raypipe.report import text
 from raypipe.report.classes import ClassPicks, pick_class_samples
-from raypipe.report.cost import cost_figures, headline
+from raypipe.report.cost import cost_figures, headline, trained_epochs
 from raypipe.report.embeddings import EmbeddingMap, EmbeddingScan, scan_embeddings
 from raypipe.report.evaluation import read_evaluation
 from raypipe.report.keep_lists import (
@@ -62,12 +62,19 @@ from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, injected_noise, now
 from raypipe.runs.run import Run
-from raypipe.sources.noise import LabelNoise
 from raypipe.vision.bit_depth import BitsInUse
 
 FORMAT = 1
 """Version of `summary.json`."""
-LATER_FIGURES = ("rmse", "spread", "ceiling", "coverage", "proxy_accuracy", "proxy_chance")
+LATER_FIGURES = (
+    "rmse",
+    "spread",
+    "ceiling",
+    "coverage",
+    "proxy_accuracy",
+    "proxy_chance",
+    "proxy_balanced",
+)
 """Figures of fidelity that runs of version 0.2.0 or older do not have."""
 MAX_REASONS = 20
 """Reject reasons, and unreadable files, that are listed."""
@@ -127,7 +134,7 @@ def collect(run: Run) -> Findings:
     assessment = _assessment(run)
     scan = scan_scores(run, len(names), config.report.images)
     fidelity = _fidelity(assessment, scan, config.select.cuts_within_classes)
-    embeddings = _scan_embeddings(run, config, scan, fidelity, noise)
+    embeddings = scan_embeddings(run, config.report.images, noise)
     keep_lists = scan_keep_lists(run, len(names), sample_sets(run, config))
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
     cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
@@ -136,7 +143,7 @@ def collect(run: Run) -> Findings:
         keep,
         scan.samples,
         ledger.get("proxy"),
-        config.proxy.epochs,
+        trained_epochs(ledger.get("proxy"), config.proxy.passes),
         cost["saving"]["spent"],
         evaluation,
     )
@@ -475,14 +482,6 @@ def _tile(pick: Pick, names: Sequence[str]) -> Tile:
 def high_is_hard(fidelity: Fidelity) -> bool:
     """Tell whether a high score means a hard sample."""
     return str(fidelity["score"]) in DIFFICULTIES
-
-
-def _scan_embeddings(
-    run: Run, config: Config, scan: ScoreScan, fidelity: Fidelity, noise: LabelNoise | None
-) -> EmbeddingScan:
-    """Search for label errors at the hard end of the scores."""
-    hard = high_is_hard(fidelity)
-    return scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
 
 
 def _with_keep_list(
