@@ -74,6 +74,18 @@ def weak_proxy(figures: Mapping[str, Any]) -> str:
     )
 
 
+def stability_for_cut(stability: Mapping[str, Any], within_classes: bool) -> dict[str, Any]:
+    """Return the stability by the ranks that keep-lists are cut by: within classes or over all.
+
+    `stability` is JSON data of `raypipe.assessment.stability.Stability`, or empty. That of older
+    runs stays as it is: it was stored for one way of cutting only.
+    """
+    figures = stability.get("within" if within_classes else "over_all")
+    if not figures:
+        return dict(stability)
+    return {**stability, **figures, "within_classes": within_classes}
+
+
 def duration(seconds: float) -> str:
     """Return seconds in the unit a person would use: "40 s", "2.5 min", "17 h"."""
     for limit, unit, length in ((90, "s", 1), (90 * 60, "min", 60), (48 * 3600, "h", 3600)):
