@@ -273,7 +273,8 @@ class RanksWithinClasses:
         6 / (pi (n + 1)) (arcsin rho + (n - 2) arcsin(rho / 2))
 
     (Moran 1948). The mean over the classes is replaced by the correlation in large classes that
-    has this expectation. Classes of one sample, and unlabelled samples, do not count.
+    has this expectation. Classes of one sample, and unlabelled samples, do not count. In a single
+    class it is the plain correlation, as over all samples.
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray) -> None:
@@ -291,6 +292,7 @@ class RanksWithinClasses:
             weights.append(float(np.square(self._b[rows]).sum()))
         self._rho = np.linspace(-1, 1, 401)
         self._expected = self._rho
+        self._corrects = len(sizes) > 1
         if sum(weights) > 0:
             n = np.array(sizes, np.float64)[:, None]
             direct, half = np.arcsin(self._rho), np.arcsin(self._rho / 2)
@@ -304,6 +306,8 @@ class RanksWithinClasses:
         observed = np.divide(
             covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12
         )
+        if not self._corrects:
+            return observed
         rho = np.interp(observed, self._expected, self._rho)
         return np.where(np.isfinite(observed), 6 / np.pi * np.arcsin(rho / 2), np.nan)
 
