@@ -28,12 +28,12 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import ResourceError, SourceError, StageError
-from raypipe.evaluation.train import statistics_of
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import content_hash, fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, open_source
 from raypipe.vision.decode import decode_batch
+from raypipe.vision.fitting import statistics_of
 
 FOLDER = "evaluation/pixels"
 MAX_SHARE = 0.8
