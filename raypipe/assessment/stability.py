@@ -152,7 +152,7 @@ def stability(
     by_proxy, label = by_proxy[:MAX_SAMPLES], label[:MAX_SAMPLES]
     count, averaged = len(by_proxy), int(np.isfinite(by_proxy).sum(1).max(initial=0))
     if averaged < 2:
-        note = "each sample was scored by one proxy only"
+        note = "each sample was scored by one proxy only; set proxy.repeats to 2 or more to know it"
         return Stability(proxies=1, samples=count, note=note)
     by_repeat = by_proxy.reshape(count, -1, parts)
     columns = _mean_of_finite(by_repeat, 1)
