@@ -2,6 +2,7 @@ r"""Entry point for a Ray job: the nightly run of a finished run.
 
 New samples of the source are scored, samples that are gone are removed. Nothing is trained.
 
+    export RAY_AUTH_MODE=token
     ray job submit --working-dir . -- python jobs/nightly.py --config jobs/configs/digits.yaml \
         --set run=s3://bucket/runs/digits
 

@@ -526,6 +526,12 @@ def export(
     "the full set. Default: epochs.",
 )
 @click.option(
+    "--dynamic",
+    metavar="NAMES",
+    help="Trainings that take other samples in every epoch, separated by commas: redrawn, "
+    "redrawn-by-score, infobatch.",
+)
+@click.option(
     "--attack",
     is_flag=True,
     help="Train adversarially, and also test on adversarial examples (PGD; proxy.adversary).",
@@ -561,7 +567,7 @@ def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **op
     from raypipe.evaluation.summary import describe_evaluation
 
     settings = {name: value for name, value in options.items() if value not in (None, ())}
-    for name in ("keep", "strategies", "scores"):
+    for name in ("keep", "strategies", "scores", "dynamic"):
         if name in settings:
             settings[name] = [yaml.safe_load(part) for part in settings[name].split(",")]
     if "use_gpu" in settings:

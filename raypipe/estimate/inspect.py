@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import math
 import os
 import random
@@ -19,8 +18,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from PIL import Image
-
 from raypipe.config import SourceSettings
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
 from raypipe.sources import (
@@ -33,8 +30,9 @@ from raypipe.sources import (
     open_source,
 )
 from raypipe.sources.base import Preview
+from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
-from raypipe.vision.decode import FORMATS, BadImage, decode
+from raypipe.vision.decode import BadImage, decode, open_image
 
 SAMPLES = 256
 """Samples that are drawn by default."""
@@ -104,6 +102,8 @@ def inspect_source(
 
     Raises
     ------
+    ConfigError
+        If a setting has no effect on the format.
     SourceError
         If nothing can be listed, the format is unknown, or the labels contradict one another.
     """
@@ -176,6 +176,7 @@ class _Listing:
     @classmethod
     def read(cls, settings: SourceSettings, samples: int, seed: int) -> _Listing:
         source = open_source(settings)
+        refuse_unused_settings(settings, source.format)
         files = list(source.files())
         places = _places(source, files, samples, seed)
         previews = _previews(source, files, places, seed)
@@ -398,7 +399,7 @@ def _header(sample: RawSample) -> _ImageHeader | None:
         mode = "RGB" if image.ndim == 3 and image.shape[2] == 3 else "greyscale"
         return _ImageHeader(image.shape[1], image.shape[0], "pixels", mode, None)
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+        with open_image(image) as opened:
             mode = (
                 "16-bit greyscale"
                 if opened.mode.startswith("I")

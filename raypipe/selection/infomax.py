@@ -29,8 +29,8 @@ STEPS = 300
 """Of projected gradient ascent."""
 NORM_STEPS = 100
 """Of the power iteration for the norm of the kernel."""
-BISECTIONS = 60
-"""Of the projection."""
+ROOT_STEPS, ROUNDING = 100, 1e-12
+"""Of the projection: steps at most, and the relative error of the sum that is accepted."""
 
 
 def infomax(
@@ -130,13 +130,19 @@ def _norm(graph: csr_array) -> float:
 def project(y: np.ndarray, total: float) -> np.ndarray:
     """Return the nearest point of [0, 1]^n with the given sum, float64 [n].
 
-    It is y - t, clipped to [0, 1]; bisection finds t.
+    It is y - t, clipped to [0, 1]. Newton's method finds t, or bisection where a step would leave
+    the interval that t must be in.
     """
     low, high = float(y.min()) - 1, float(y.max())
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if np.clip(y - middle, 0, 1).sum() > total:
-            low = middle
-        else:
-            high = middle
-    return np.clip(y - (low + high) / 2, 0, 1)
+    t = (low + high) / 2
+    for _ in range(ROOT_STEPS):
+        x = np.clip(y - t, 0, 1)
+        excess = float(x.sum()) - total
+        if abs(excess) <= ROUNDING * total:
+            break
+        low, high = (t, high) if excess > 0 else (low, t)
+        moving = int(((x > 0) & (x < 1)).sum())
+        t = t + excess / moving if moving else low
+        if not low < t < high:
+            t = (low + high) / 2
+    return np.clip(y - t, 0, 1)

@@ -34,7 +34,7 @@ from raypipe.errors import SourceError
 from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.storage import Reader
 
-PATH_COLUMNS = ("path", "file", "filename", "image")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 """Usual column names, tried in this order unless the settings name a column."""
 READ_BYTES = 4 << 20

@@ -41,6 +41,8 @@ _WORDS = {
     "testing": "test",
 }
 """Word in a name -> split."""
+SPLIT_FOLDERS = frozenset(_WORDS)
+"""Folders of these names are splits of a dataset, not classes."""
 _WORD = re.compile(
     r"(?<![a-z0-9])(" + "|".join(_WORDS) + r")(?:[0-9]{4})?(?![a-z0-9])", re.IGNORECASE
 )

@@ -151,6 +151,8 @@ class WebDatasetSource(FileSource):
                     group = left.pop(number).group
                     whole = dataclasses.replace(group, contents={**group.contents, **part.contents})
                     yield self._sample(_sample_id(path, part.key), whole, False)
+                if not images:
+                    break
         for sample in left.values():
             yield self._sample(_sample_id(path, sample.group.key), sample.group, sample.repeated)
         yield from _gone(fragment, len(joined), keep_id)
@@ -209,8 +211,8 @@ class WebDatasetSource(FileSource):
                 drawn[group.offset] = self._sample(sample_id, group, False)
         if not samples_read:
             return Preview(error=f"not a tar file: {problem}")
-        if not apart.labels and not _is_compressed(file.path):
-            # labels can be before or after all images
+        if apart.images != apart.labels and not _is_compressed(file.path):
+            # all labels can be before or after all images
             for start in (0, max(0, file.size - window) // BLOCK * BLOCK):
                 apart.add(read_place(start, window).read().groups)
         if apart.images and apart.labels:

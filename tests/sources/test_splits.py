@@ -78,3 +78,23 @@ def test_splits_are_refused_unless_they_are_named(tmp_path: Path, ending: str) -
         ):
             stored_files(str(tmp_path))
         assert len(stored_files(f"{tmp_path}/train-*")) == 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "refused"),
+    [
+        (["Training", "Testing"], "Testing and Training"),
+        (["train", "val", "annotations"], "train and val"),
+        (["train", "bus", "plane"], ""),  # vehicles
+        (["train"], "train"),
+    ],
+)
+def test_folders_that_are_splits(tmp_path: Path, folders: list[str], refused: str) -> None:
+    for number, folder in enumerate(folders):
+        storage.write_bytes(f"{tmp_path}/{folder}/x.png", picture(number))
+    source = make(str(tmp_path))
+    if not refused:
+        assert {sample.label for sample in samples(source)} == set(folders)
+        return
+    with pytest.raises(SourceError, match=f"{refused} are not classes; set source.uri to"):
+        list(source.files())

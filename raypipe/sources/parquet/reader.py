@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.config import SourceSettings
-from raypipe.sources.arrow_images import ImageOrReason, image_reader, storage_array
+from raypipe.sources.arrow_images import ImageOrReason, image_reader
+from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.base import IdFilter, RawSample
 from raypipe.sources.columns import TableColumns, choose_columns, features_of
 from raypipe.sources.hive import partition_values, with_partitions
@@ -105,32 +107,41 @@ class RowGroup:
         """
         if column not in self.parquet.schema_arrow.names:
             return [partition_values(self.path)[column]] * (end - begin)
-        result: list[Any] = []
+        parts = self._parts(column, begin, end)
+        return [value for part in parts for value in storage_array(part).to_pylist()]
+
+    def ids(self, column: str, begin: int, end: int) -> list[str | None]:
+        """Return rows `begin` to `end` (exclusive) of a column of ids. Raises as `values` does."""
+        if column not in self.parquet.schema_arrow.names:
+            return [str(value) for value in self.values(column, begin, end)]
+        field = self.parquet.schema_arrow.field(column)
+        parts = self._parts(column, begin, end)
+        return [value for part in parts for value in id_texts(part, field).to_pylist()]
+
+    def _parts(self, column: str, begin: int, end: int) -> list[pa.Array]:
+        parts: list[pa.Array] = []
         first = 0
         for batch in self.parquet.iter_batches(8192, [self.number], [column], use_threads=False):
-            result += (
-                storage_array(batch.column(column))
-                .slice(max(0, begin - first), max(0, end - max(begin, first)))
-                .to_pylist()
-            )
+            rows = max(0, end - max(begin, first))
+            parts.append(batch.column(column).slice(max(0, begin - first), rows))
             first += batch.num_rows
             if first >= end:
                 break
-        if len(result) != end - begin:
+        if sum(map(len, parts)) != end - begin:
             raise ValueError(f"{column} ends after {first} rows")
-        return result
+        return parts
 
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
         """Yield the image, or the reason why there is none, of each of `rows` (ascending)."""
         column = self.columns.image
-        reader = image_reader(self.parquet.schema_arrow.field(column).type)
+        reader = image_reader(self.parquet.schema_arrow.field(column))
         assert reader is not None  # choose_columns has checked the type
         batch_rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES / max(1.0, self.row_bytes))))
         done, first, reason = 0, 0, "the row group ends early"
         batches = self.parquet.iter_batches(batch_rows, [self.number], [column], use_threads=False)
         while done < len(rows):
             try:
-                array = storage_array(next(batches).column(column))
+                array = encoded_array(next(batches).column(column))
                 stop = first + len(array)
                 images: list[ImageOrReason] = []
                 while done + len(images) < len(rows) and rows[done + len(images)] < stop:
@@ -166,6 +177,9 @@ class _Rows:
 
     def values(self, column: str) -> list[Any]:
         return self.group.values(column, self.begin, self.end)
+
+    def ids(self, column: str) -> list[str | None]:
+        return self.group.ids(column, self.begin, self.end)
 
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
         return self.group.images([self.begin + row for row in rows])
