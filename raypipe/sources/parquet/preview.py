@@ -20,7 +20,13 @@ from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
 from raypipe.sources.filesource import FILE_VANISHED, no_content
 from raypipe.sources.hive import partition_values
-from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
+from raypipe.sources.parquet.reader import (
+    RowGroup,
+    columns_of,
+    open_parquet,
+    refuse_splits,
+    row_counts,
+)
 from raypipe.sources.table_source import class_of
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
@@ -66,6 +72,7 @@ def preview(
             parquet = open_parquet(stored, REQUEST_BYTES)
             counts = row_counts(parquet, file.size)
             columns = columns_of(parquet, settings, file.path)
+            refuse_splits(parquet, columns)
         except ColumnError as error:
             return Preview(error=str(error))
         except Exception as error:

@@ -13,8 +13,9 @@ from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason, image_reader
 from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.base import IdFilter, RawSample
-from raypipe.sources.columns import TableColumns, choose_columns, features_of
+from raypipe.sources.columns import ColumnError, TableColumns, choose_columns, features_of
 from raypipe.sources.hive import partition_values, with_partitions
+from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.sources.table_source import read_rows
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
@@ -45,6 +46,24 @@ def columns_of(parquet: pq.ParquetFile, settings: SourceSettings, path: str) -> 
     """Return the columns by the settings, those of a partition included. Raises ColumnError."""
     schema = with_partitions(parquet.schema_arrow, path)
     return choose_columns(schema, features_of(parquet.schema_arrow), settings)
+
+
+def refuse_splits(parquet: pq.ParquetFile, columns: TableColumns) -> None:
+    """Raise ColumnError if a column `split` shows rows of several splits, by its statistics."""
+    metadata, found = parquet.metadata, set[str]()
+    names = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+    if SPLIT_COLUMN not in names or SPLIT_COLUMN in (columns.label, columns.identity):
+        return
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(names.index(SPLIT_COLUMN)).statistics
+        if statistics is not None and statistics.has_min_max:
+            found |= {split_of(str(value)) for value in (statistics.min, statistics.max)}
+    splits = sorted(found - {""})
+    if len(splits) > 1:
+        raise ColumnError(
+            f"column {SPLIT_COLUMN!r} has several splits ({', '.join(splits)}); write the rows of "
+            "one split to files of their own, or drop the column to read all as one"
+        )
 
 
 def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:
