@@ -84,13 +84,13 @@ class ProxyRoles:
         rule = part_rule(self.parts, self.seed)
         return np.array([rule(sample_id) for sample_id in ids], np.int64)
 
-    def seen_by(self, part: int) -> list[int]:
+    def seen_by(self, part: int) -> tuple[int, ...]:
         """Return the proxies whose statistics the samples of a part get."""
         if not self.cross_fits:
             return self._in_every_repeat((0,))
-        return [proxy for proxy in range(self.proxies) if proxy % self.parts != part]
+        return tuple(proxy for proxy in range(self.proxies) if proxy % self.parts != part)
 
-    def viewers(self, part: int) -> list[int]:
+    def viewers(self, part: int) -> tuple[int, ...]:
         """Return the proxies that embed the samples of a part for their scores."""
         if not self.cross_fits:
             return self._in_every_repeat((0,))
@@ -101,7 +101,7 @@ class ProxyRoles:
 
         One of each repeat.
         """
-        return tuple(self._in_every_repeat((self._first_viewer(part),)))
+        return self._in_every_repeat((self._first_viewer(part),))
 
     @property
     def embedders(self) -> list[int]:
@@ -134,6 +134,8 @@ class ProxyRoles:
         """Return the number of the first viewer in repeat 0."""
         return self.viewers(part)[0]
 
-    def _in_every_repeat(self, proxies: Sequence[int]) -> list[int]:
+    def _in_every_repeat(self, proxies: Sequence[int]) -> tuple[int, ...]:
         """Return the proxies of all repeats, from their numbers in repeat 0."""
-        return [repeat * self.parts + proxy for repeat in range(self.repeats) for proxy in proxies]
+        return tuple(
+            repeat * self.parts + proxy for repeat in range(self.repeats) for proxy in proxies
+        )

@@ -230,7 +230,7 @@ def test_roles_of_the_proxies() -> None:
     assert np.bincount(part, minlength=4) == pytest.approx(1000, rel=0.1)
     for number in range(4):
         assert number not in roles.viewers(number)
-        assert not set(roles.fit_parts(number)) & {number, roles.viewer(number)}
+        assert not set(roles.fit_parts(number)) & {number, *roles.space(number)}
         assert len(roles.fit_parts(number)) == 2
     assert [roles.viewers(number) for number in range(4)] == [(1, 2), (0, 2), (0, 1), (0, 1)]
 
