@@ -63,7 +63,7 @@ def config(
         "measure": {},
         "extrapolate": {"seed": seed, "judge_published": False},
         "select": {"seed": seed, "keep": list(KEEP)},
-        "trust": {"min_spearman": -1, "min_stability": -1},
+        "trust": {"min_spearman": -1, "min_stability": -1, "min_accuracy_over_chance": -1},
     }
     for key, value in VARIANTS[variant].items():
         *sections, last = key.split(".")

@@ -208,7 +208,7 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
         training.restore_training(state, model, optimizer)
     count, kept = len(images), settings.checkpoint_epochs()
     per_epoch = training.steps_per_epoch(count, settings.batch_size)
-    for epoch in range(first, settings.epochs):
+    for epoch in range(first, settings.passes):
         model.train()
         said = np.empty((count, len(STATISTICS)), np.float32)
         probabilities = np.empty((count, images.classes), np.float16)
@@ -216,7 +216,7 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
             training.epoch_batches(count, settings.batch_size, settings.seed, epoch)
         ):
             rate = training.learning_rate(
-                settings, epoch * per_epoch + step, per_epoch * settings.epochs
+                settings, epoch * per_epoch + step, per_epoch * settings.passes
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -273,7 +273,7 @@ def final(settings: ProxySettings, classes: int, folder: str) -> ProxyNet:
 def trajectory_of(settings: ProxySettings, folder: str) -> dict[str, np.ndarray]:
     """What `raypipe.scores.trajectory.Trajectory.from_recorded` takes: by name float32 [epochs, n], probabilities float32 [epochs, n, classes]."""
     said, probabilities = [], []
-    for epoch in range(settings.epochs):
+    for epoch in range(settings.passes):
         with np.load(_file(folder, epoch, "npz")) as written:
             said.append(written["numbers"])
             probabilities.append(written["probabilities"].astype(np.float32))

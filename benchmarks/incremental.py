@@ -136,7 +136,7 @@ def settings(folder: Path, options: argparse.Namespace) -> Config:
                 "judge_published": False,
                 "epochs": 2,
             },
-            "trust": {"min_spearman": -1},
+            "trust": {"min_spearman": -1, "min_accuracy_over_chance": -1},
             "select": {"keep": [0.5]},
             "report": {"images": 0},
             "cluster": {"address": "local"},

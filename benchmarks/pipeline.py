@@ -87,7 +87,7 @@ def config_of(arguments: argparse.Namespace, folder: Path, part: str) -> Any:
             "epochs": arguments.epochs,
         },
         "cluster": {"address": "local"},
-        "trust": {"min_spearman": -1},
+        "trust": {"min_spearman": -1, "min_accuracy_over_chance": -1},
     }
     if part == "full":
         given["seed"] = {"fraction": 1.0}

@@ -60,7 +60,7 @@ def configuration(folder: Path, run: Path) -> dict[str, Any]:
         },
         "measure": {"scores": ["el2n", "moso"], "max_actors": 1},
         "extrapolate": {"epochs": 3, "neighbours": 8, "folds": 1, "judge_published": False},
-        "trust": {"min_spearman": -1},
+        "trust": {"min_spearman": -1, "min_accuracy_over_chance": -1},
         "select": {"keep": [0.3, 0.7]},
         "report": {"images": 8},
         "cluster": {"patience_seconds": 200},

@@ -35,6 +35,7 @@ SETTINGS = [
     "measure.scores=[el2n]",
     "extrapolate.method=knn-published",
     "trust.min_spearman=-1",
+    "trust.min_accuracy_over_chance=-1",
     "report.images=4",
 ]
 FILES = {"embed": "embeddings/*.parquet", "extrapolate": "scores/*.parquet"}

@@ -53,6 +53,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="replace this share of the labels by wrong ones, to test detection",
     )
+    result.add_argument(
+        "--redo",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run this stage and those that depend on it again; may be repeated",
+    )
+    result.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace whatever run the folder holds, also one over another source",
+    )
     return result
 
 
@@ -69,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         config = load_config(options.config, [*options.set, *noise])
-        result = raypipe.run(config)
+        result = raypipe.run(config, redo=options.redo, overwrite=options.overwrite)
     except TrustError as error:
         from raypipe.api import summary_of
         from raypipe.runs.run import Run

@@ -56,6 +56,8 @@ def run(
     source: Any = None,
     overrides: Sequence[str] = (),
     until: str | None = None,
+    redo: Sequence[str] = (),
+    overwrite: bool = False,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Result:
@@ -73,6 +75,11 @@ def run(
         `section.field=value` for a YAML file.
     until : str, optional
         Last stage to run, such as "embed". Default: all stages.
+    redo : sequence of str
+        Stages to run again, with those that depend on them. Finished work of more than five
+        minutes is only repeated, after a change of settings, if it is named here.
+    overwrite : bool
+        Replace whatever run the folder holds, also one over another source.
     progress : Progress, optional
         Where to show progress. Default: standard error.
     verbose : bool
@@ -90,6 +97,9 @@ def run(
     TrustError
         If the fidelity of the scores is below `trust.min_spearman`. Scores and report are written,
         keep-lists are not.
+    RunError
+        If another driver holds the run, or finished work would be lost that neither `redo` nor
+        `overwrite` allows.
     RaypipeError
         If a stage fails. The same call resumes the run.
 
@@ -114,7 +124,15 @@ def run(
         config = load_config(config, overrides)
     elif not isinstance(config, Config):
         config = parse_config(config)
-    done = execute(absolute_paths(config), source, until=until, progress=progress, verbose=verbose)
+    done = execute(
+        absolute_paths(config),
+        source,
+        until=until,
+        redo=redo,
+        overwrite=overwrite,
+        progress=progress,
+        verbose=verbose,
+    )
     return Result(done.uri, summary_of(done))
 
 
@@ -427,13 +445,13 @@ def select(
     keep : float or sequence of float, optional
         Fractions to keep, 0 to 1. Default: those of the run's configuration.
     strategy : str, optional
-        Strategy: top, balanced, normalized, moderate, mixed, random, ccs or beta. Default: that of
-        the run's configuration.
+        Strategy: top, balanced, normalized, moderate, mixed, random, ccs, beta, band, d2, infomax,
+        coverage or typical. Default: that of the run's configuration.
     force : bool
         Write lists even if the fidelity is below the run's `trust.min_spearman`. The metadata of
         the lists records this.
     **options
-        Other settings of the section `select`: seed, by_class, min_per_class, always_keep,
+        Other settings of the section `select`: seed, by_class, quotas, min_per_class, always_keep,
         never_keep, near_duplicates, weights, easy_fraction, difficulty, hard_cutoff, strata,
         beta_exponent. Default: those of the run's configuration.
 

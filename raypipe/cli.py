@@ -15,7 +15,7 @@ EXIT_CODES = {
     0: "done",
     1: "failed",
     2: "wrong usage or configuration",
-    3: "the fidelity of the scores is too low to prune by; no keep-lists are written",
+    3: "the scores cannot be trusted enough to prune by; no keep-lists are written",
 }
 """Exit codes of all commands."""
 
@@ -65,6 +65,22 @@ class _StrategyOption(click.Option):
         pass
 
 
+class _Count(click.ParamType):
+    """A whole number, also as 1e6 or 1_000_000."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not (number >= 1 and number.is_integer()):
+            self.fail(f"{value!r} is not a whole number above 0, such as 1e6", param, ctx)
+        return int(value) if str(value).isdecimal() else int(number)
+
+
 _verbose = click.option(
     "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
 )
@@ -83,6 +99,17 @@ _noise = click.option(
     metavar="SHARE",
     help="Replace this share of the labels by wrong ones, to test the detection of label errors.",
 )
+_redo = click.option(
+    "--redo",
+    multiple=True,
+    metavar="STAGE",
+    help="Run this stage and those that depend on it again; may be repeated.",
+)
+_overwrite = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace whatever run the folder holds, also one over another source.",
+)
 
 
 @cli.command(
@@ -98,18 +125,16 @@ _noise = click.option(
     help="Stop after this stage: index, seed, label, proxy, measure, rehearse, embed, extrapolate, "
     "select or report.",
 )
+@_redo
+@_overwrite
 @_verbose
 def run(
-    config: str,
-    overrides: tuple[str, ...],
-    inject_noise: float | None,
-    until: str | None,
-    verbose: bool,
+    config: str, overrides: tuple[str, ...], inject_noise: float | None, **options: Any
 ) -> None:
     """Run all stages of CONFIG (path or URI of a YAML file), or resume an interrupted run."""
     from raypipe.config import load_config
 
-    _execute(load_config(config, _with_noise(overrides, inject_noise)), until, verbose)
+    _execute(load_config(config, _with_noise(overrides, inject_noise)), **options)
 
 
 @cli.command(
@@ -119,25 +144,28 @@ def run(
 @click.option("--run", "uri", default="runs/demo", show_default=True, help="Run folder to write.")
 @_set
 @_noise
+@_redo
+@_overwrite
 @_verbose
-def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, verbose: bool) -> None:
+def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, **options: Any) -> None:
     """Run all stages on 1,797 images of handwritten digits, without any download."""
     from raypipe.config import absolute_paths, apply_overrides, parse_config
 
     changes = _with_noise(overrides, inject_noise)
     config = parse_config(apply_overrides({"run": uri, **demo_settings()}, changes))
-    _execute(absolute_paths(config), None, verbose)
+    _execute(absolute_paths(config), **options)
 
 
 @cli.command(
     short_help="Print a configuration with every setting.",
     epilog=_epilog("raypipe init > my.yaml", 0),
 )
-def init() -> None:
+@click.option("--minimal", is_flag=True, help="Print only what nearly every run sets.")
+def init(minimal: bool) -> None:
     """Print a configuration with every setting, its default and a comment."""
-    from raypipe.config import commented_config
+    from raypipe.config.commented import commented_config, minimal_config
 
-    click.echo(commented_config(), nl=False)
+    click.echo(minimal_config() if minimal else commented_config(), nl=False)
 
 
 @cli.command(
@@ -225,7 +253,7 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
 @click.argument("config")
 @click.option(
     "--samples",
-    type=int,
+    type=_Count(),
     required=True,
     help="Number of images in the source. The source need not exist yet.",
 )
@@ -375,14 +403,15 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
 @click.option(
     "--difficulty",
-    help="mixed, ccs: whether a high score or a high loss means hard: auto, score or loss.",
+    help="What means hard, for strategies that go by difficulty: auto, score, loss, aum or el2n.",
 )
 @click.option(
     "--hard-cutoff",
     metavar="SHARE",
-    help="ccs: share of hardest samples that is removed first, or auto.",
+    help="ccs, band, d2, infomax, coverage: share of hardest samples that is removed first, or "
+    "auto.",
 )
-@click.option("--strata", type=int, help="ccs: number of score intervals.")
+@click.option("--strata", type=int, help="ccs, coverage: number of score intervals.")
 @click.option(
     "--beta-exponent",
     type=float,
@@ -392,6 +421,10 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
     "--by-class/--over-classes",
     default=None,
     help="Keep the same share of every class, or select over all classes together.",
+)
+@click.option(
+    "--quotas",
+    help="Share of each class: proportional, equal, or recall (the more, the lower its recall).",
 )
 @click.option("--min-per-class", type=int, help="Minimum number of samples to keep of each class.")
 @click.option(
@@ -599,14 +632,14 @@ def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, .
     return overrides if share is None else (*overrides, f"source.inject_noise={share}")
 
 
-def _execute(config: Any, until: str | None, verbose: bool) -> None:
+def _execute(config: Any, *, verbose: bool, **options: Any) -> None:
     from raypipe.pipeline import execute
     from raypipe.progress import Progress
     from raypipe.runs.run import Run
     from raypipe.runs.status import describe_result
 
     try:
-        execute(config, until=until, progress=Progress(verbose=verbose), verbose=verbose)
+        execute(config, progress=Progress(verbose=verbose), verbose=verbose, **options)
     except TrustError:
         for line in describe_result(Run(config.run)):
             click.echo(line)

@@ -7,11 +7,9 @@ run again.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -28,15 +26,20 @@ from raypipe.errors import (
     TrustError,
 )
 from raypipe.progress import Progress
+from raypipe.runs.intermediate import REMOVED, lacks, remove_intermediate
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, fingerprint, injected_noise, now
+from raypipe.runs.log_file import log_file
+from raypipe.runs.manifests import SeedManifest
+from raypipe.runs.overwrite import changed_source, check_folder, check_overwrite
 from raypipe.runs.run import Run
 from raypipe.scores.registry import check_scores
 from raypipe.sources import open_source
 from raypipe.sources.noise import requested_noise
 from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.stages.base import Stage
+from raypipe.text import size as size_text
 
 log = logging.getLogger("raypipe")
 _STAGES = {
@@ -52,6 +55,8 @@ _STAGES = {
     "report": "raypipe.stages.report:ReportStage",
 }
 STAGE_NAMES = tuple(_STAGES)
+USING_RAY = {"seed", "proxy", "measure", "embed", "extrapolate"}
+"""Stages that every run has and that need Ray."""
 LESS_MEMORY = {
     "seed": "source.fragment_samples (a worker holds a fragment)",
     "label": "pseudo_labels.batch_size, or pseudo_labels.image_size of a backbone",
@@ -75,6 +80,8 @@ def execute(
     dataset: Any = None,
     *,
     until: str | None = None,
+    redo: Collection[str] = (),
+    overwrite: bool = False,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Run:
@@ -88,6 +95,10 @@ def execute(
         The source, instead of `config.source.uri`.
     until : str, optional
         Last stage to run.
+    redo : collection of str
+        Stages to run again, with those that depend on them.
+    overwrite : bool
+        Replace whatever run the folder holds, also one over another source.
     progress : Progress, optional
         Where to show progress.
     verbose : bool
@@ -99,29 +110,50 @@ def execute(
         For an unknown stage, a score that needs more epochs than the proxy has, or a tracker of
         `report.log_to` whose package is not installed.
     RunError
-        If another driver holds the run.
+        If another driver holds the run, or if finished work would be lost that neither `redo` nor
+        `overwrite` names.
     TrustError
         If the fidelity is too low to prune by. The report is written before it is raised.
     RaypipeError
         Whatever a stage raises.
     """
-    if until is not None and until not in STAGE_FOLDERS:
-        raise ConfigError(f"stage {until!r} is not one of {', '.join(STAGE_FOLDERS)}")
+    for name in (*redo, *([until] if until is not None else [])):
+        if name not in STAGE_FOLDERS:
+            raise ConfigError(f"stage {name!r} is not one of {', '.join(STAGE_FOLDERS)}")
     check_scores(config)
     if config.report.log_to:
         from raypipe.report.trackers import check_trackers
 
         check_trackers(config.report.log_to)
     with errors_of_storage(config.run):
-        return _execute(config, dataset, until, progress or Progress(verbose=verbose), verbose)
+        return _execute(
+            config,
+            dataset,
+            until,
+            _with_dependents(redo),
+            overwrite,
+            progress or Progress(verbose=verbose),
+            verbose,
+        )
 
 
 def _execute(
-    config: Config, dataset: Any, until: str | None, progress: Progress, verbose: bool
+    config: Config,
+    dataset: Any,
+    until: str | None,
+    redo: Collection[str],
+    overwrite: bool,
+    progress: Progress,
+    verbose: bool,
 ) -> Run:
     run, source = Run(config.run), config.source
+    names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
     if dataset is not None:
-        from raypipe.distributed.ray_data.copy import copy_dataset, settings_of_copy
+        from raypipe.distributed.ray_data.copy import (
+            changed_dataset,
+            copy_dataset,
+            settings_of_copy,
+        )
 
         config = config.model_copy(update={"source": settings_of_copy(source, run)})
     else:  # resolve `auto` once here, instead of listing the source in every task
@@ -131,6 +163,7 @@ def _execute(
         config = config.model_copy(
             update={"source": opened.resolved_settings(config.proxy.image_size)}
         )
+    check_folder(run, reads_dataset=dataset is not None)
     context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
@@ -139,11 +172,35 @@ def _execute(
             raise RunError(
                 f"{run.uri}: written by `raypipe extrapolate` from tables; give another folder"
             )
+        if overwrite and (
+            changed_source(run, config)
+            if dataset is None
+            else changed_dataset(dataset, source, context)
+        ):
+            _remove_results(run, records)
         _check_noise(config, run, records)
+        outdated = _outdated(config, run, records, names)
+        again = set(redo)
+        if "measure" in {*outdated, *again} and lacks(records.get("proxy"), config):
+            again |= _with_dependents({"proxy"})
+        lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
+        if not overwrite:
+            check_overwrite(run, records, config, [name for name in lost if name not in redo])
+        context.check_cluster(
+            {
+                name
+                for name in names
+                if name in lost or name not in records or records[name].state != "done"
+            }
+            & USING_RAY
+        )
+        for name in again:
+            records.pop(name, None)  # a stage without a record starts from nothing
+        if again or not run.exists():
+            run.write_ledger(records)  # from here on the folder holds a run
         if dataset is not None:
             copy_dataset(dataset, source, context)
         run.write_config(config)
-        names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
         refusal: TrustError | None = None
         for name in names:
             stage = make_stage(name)
@@ -156,9 +213,72 @@ def _execute(
                 advance(stage, context, records)
             except TrustError as error:
                 refusal = error
+            context.config = for_seed_set(config, run)
         if refusal is not None:
             raise refusal
+        if until is None and "proxy" in records and not config.proxy.keep_intermediate:
+            _remove_intermediate(context, records)
     return run
+
+
+def _remove_intermediate(context: Context, records: dict[str, StageRecord]) -> None:
+    """Remove what the finished run no longer needs, and record it in the ledger."""
+    removed, size = remove_intermediate(context.run, context.config)
+    if records["proxy"].detail.get(REMOVED, []) != removed:
+        records["proxy"].detail[REMOVED] = removed
+        context.run.write_ledger(records)
+    if size:
+        context.progress.say(
+            f"removed     {size_text(size)} of checkpoints and trajectories that no score needs "
+            "(proxy.keep_intermediate)"
+        )
+
+
+def _with_dependents(stages: Collection[str]) -> set[str]:
+    """Return the stages, and all that depend on them."""
+    result = set(stages)
+    for name in STAGE_NAMES if stages else ():
+        if result & set(make_stage(name).needs):
+            result.add(name)
+    return result
+
+
+def for_seed_set(config: Config, run: Run) -> Config:
+    """Return the configuration for the seed set of a run: `proxy.epochs: auto` is a number.
+
+    Without a seed set, the configuration is unchanged.
+    """
+    try:
+        return config.for_seed_set(SeedManifest.read(run).samples)
+    except FileNotFoundError:
+        return config
+
+
+def _outdated(
+    config: Config, run: Run, records: Mapping[str, StageRecord], names: Sequence[str]
+) -> set[str]:
+    """Return which of the named stages in the ledger would be run again, or removed."""
+    fingerprints: dict[str, str] = {}
+    result = set()
+    config = for_seed_set(config, run)
+    for name in names if records else ():
+        stage = make_stage(name)
+        if stage.applies_to(config):
+            inputs = [fingerprints[need] for need in stage.needs if need in fingerprints]
+            fingerprints[name] = fingerprint(name, stage.settings(config), inputs)
+        if name in records and records[name].fingerprint != fingerprints.get(name):
+            result.add(name)
+    return result
+
+
+def _remove_results(run: Run, records: dict[str, StageRecord]) -> None:
+    """Remove what the stages of a run and its evaluations wrote, and the copy of a dataset."""
+    records.clear()
+    run.write_ledger(records)
+    for name in STAGE_NAMES:
+        run.clear(name)
+    storage.delete(run.source_copy)
+    storage.delete(run.path("evaluation"))
 
 
 def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
@@ -185,7 +305,8 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     if record is not None and record.fingerprint != current:
         context.progress.say(f"{name:<11} {stage.changed}: running it again")
         stage.clear(context)
-        record = None
+        spent = {name: getattr(record, name) for name in SECONDS} if stage.reuses(context) else {}
+        record = StageRecord(fingerprint=current, detail=dict(stage.detail), **spent)
     elif record is None:
         run.clear(name)  # files without a record cannot be trusted
     if record is not None and record.state == "done" and stage.complete(context, record):
@@ -234,6 +355,9 @@ def _execute_stage(stage: Stage, context: Context, record: StageRecord) -> None:
         ) from error
 
 
+SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
+
+
 def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
     """Return what `raypipe status` shows of a running run in addition to its ledger."""
     seconds = {
@@ -255,55 +379,3 @@ def errors_of_storage(uri: str) -> Iterator[None]:
         raise RaypipeError(
             f"{where}{error.strerror or error}. Fix this and rerun to resume"
         ) from error
-
-
-@contextmanager
-def log_file(run: Run, verbose: bool = False) -> Iterator[None]:
-    """Also write all messages to RUN/logs/<start>.log, with `verbose` a line per fragment."""
-    handler = _LogHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    uri = storage.join(run.logs_folder, now().replace(":", "") + ".log")
-    handler.store = lambda text: storage.write_bytes(uri, text.encode())
-    try:
-        yield
-    except BaseException as error:
-        log.error("stopped: %s", error if isinstance(error, RaypipeError) else repr(error))
-        raise
-    finally:
-        log.removeHandler(handler)
-        with suppress(OSError, RunError):  # the stages report broken storage
-            handler.save()
-        log.setLevel(level)
-
-
-class _LogHandler(logging.Handler):
-    """Keeps the last lines and writes them all for every new line: object stores cannot append.
-
-    Lines about fragments are written with the next other line, or after PAUSE seconds.
-    """
-
-    MAX_LINES, PAUSE = 5000, 10.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: deque[str] = deque(maxlen=self.MAX_LINES)
-        self._stored, self._changed = -math.inf, False
-        self.store = lambda text: None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
-        self._changed = True
-        if record.levelno <= logging.DEBUG and time.monotonic() - self._stored < self.PAUSE:
-            return
-        # the stages report broken storage and a run that was taken over
-        with suppress(OSError, RunError):
-            self.save()
-
-    def save(self) -> None:
-        """Write the lines if there are new ones. Raises what storage raises."""
-        if self._changed:
-            self._stored, self._changed = time.monotonic(), False
-            self.store("\n".join(self._lines) + "\n")

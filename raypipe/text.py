@@ -55,17 +55,35 @@ class HeadlineFidelity:
         return cls(figures.get(name), low, high, within, overall)
 
 
-def weak_proxy(figures: Mapping[str, Any]) -> str:
+MIN_ACCURACY_OVER_CHANCE = 0.05
+"""Share of the way from chance to 1 that the accuracy of a proxy should have come at least."""
+
+
+def beats_chance(accuracy: float, chance: float, error: float, least: float) -> bool:
+    """Return whether an accuracy is above chance by two standard errors.
+
+    It must also have come the share `least` of the way from chance to 1.
+    """
+    return chance >= 1 or accuracy - chance >= max(2 * error, least * (1 - chance))
+
+
+def weak_proxy(figures: Mapping[str, Any], least: float = MIN_ACCURACY_OVER_CHANCE) -> str:
     """Return a sentence if the proxy hardly beats chance on unseen samples; else nothing.
 
-    It does if its accuracy is less than two standard errors, or less than a twentieth of the way
-    to 1, above the share of the largest class.
+    It beats chance if its accuracy beats the share of the largest class, or its mean accuracy over
+    classes beats one divided by their number: in a very uneven set, only the second shows that a
+    proxy recognises the rare classes.
     """
     accuracy, guess = figures.get("proxy_accuracy"), figures.get("proxy_chance")
-    if accuracy is None or guess is None or guess >= 1:
+    if accuracy is None or guess is None or least == -1:
         return ""
     error = (guess * (1 - guess) / max(1, figures.get("n_held") or 1)) ** 0.5
-    if accuracy - guess >= max(2 * error, 0.05 * (1 - guess)):
+    if beats_chance(accuracy, guess, error, least):
+        return ""
+    balanced = figures.get("proxy_balanced")
+    if balanced and beats_chance(
+        balanced["accuracy"], balanced["chance"], balanced["error"], least
+    ):
         return ""
     return (
         f"The proxy hardly beats chance on these samples (accuracy {100 * accuracy:.0f} %, the "
@@ -84,6 +102,18 @@ def stability_for_cut(stability: Mapping[str, Any], within_classes: bool) -> dic
     if not figures:
         return dict(stability)
     return {**stability, **figures, "within_classes": within_classes}
+
+
+def proxy_accuracy(figures: Mapping[str, Any]) -> str:
+    """Return the accuracy of the proxy next to chance; nothing where it is unknown."""
+    accuracy, guess = figures.get("proxy_accuracy"), figures.get("proxy_chance")
+    if accuracy is None or guess is None:
+        return ""
+    trained = "" if figures.get("judged_on") == "seed" else "not "
+    return (
+        f"accuracy {100 * accuracy:.0f} % on {figures.get('n_held') or 0:,} samples that it was "
+        f"{trained}trained on; always guessing the largest class: {100 * guess:.0f} %"
+    )
 
 
 def duration(seconds: float) -> str:

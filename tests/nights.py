@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "proxy": {"model": "small", "image_size": 8, "epochs": 1, "checkpoints": 1, "parts": 1},
     "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
     "extrapolate": {"method": "knn-published", "folds": 1, "judge_published": False},
-    "trust": {"min_spearman": -1},
+    "trust": {"min_spearman": -1, "min_accuracy_over_chance": -1},
     "select": {"keep": [0.5], "strategy": "top"},
     "nightly": {"audit": 40, "drift_samples": 200},
 }
@@ -128,7 +128,7 @@ class Place:
         """Write file `number`, or rewrite it with fewer rows or inverted pixels."""
         images, labels = digit_pngs(1797)
         start = number * FILE_ROWS
-        part = [_inverted(image) if invert else image for image in images[start : start + rows]]
+        part = [inverted(image) if invert else image for image in images[start : start + rows]]
         table = pa.table(
             {"image": [{"bytes": image} for image in part], "label": labels[start : start + rows]}
         )
@@ -150,7 +150,8 @@ class Place:
         return Place(self.folder, run)
 
 
-def _inverted(image: bytes) -> bytes:
+def inverted(image: bytes) -> bytes:
+    """Return the PNG of the negative of an image."""
     import io
 
     from PIL import Image, ImageOps

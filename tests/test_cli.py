@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import raypipe
 from raypipe import cli
+from raypipe.errors import RaypipeError, RunError
 
 TABLES = ["extrapolate", "--embeddings", "e", "--scores", "s", "--out", "o"]
 
@@ -151,6 +153,44 @@ def test_inspect_takes_the_settings_of_a_configuration(capsys, tmp_path, monkeyp
     )
     assert "--address auto" in found["cost"]["machine"]  # only then Ray is asked
     assert (tmp_path / "g" / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "FILE"],
+        ["select", "FILE"],
+        ["report", "FILE"],
+        ["evaluate", "FILE", "--test", "digits://"],
+        ["export", "FILE", "--format", "list", "--to", "out.txt"],
+        ["inspect", "digits://", "--like", "FILE"],
+        ["plan", "FILE", "--samples", "1000", "--run", "FILE"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_file_is_no_run(capsys, tmp_path, arguments: list[str]) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(f"run: {tmp_path}/run\nsource: {{uri: 'digits://'}}\n")
+    given = [str(file) if argument == "FILE" else argument for argument in arguments]
+    code, out, err = _main(capsys, *given)
+    assert (code, out) == (1, "")
+    assert err == f"raypipe: {file}: a file, not a run; give the folder of a run\n"
+    assert file.read_text().startswith("run: ") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_is_no_run_in_python_either(tmp_path) -> None:
+    file = tmp_path / "kept.csv"
+    file.write_text("path,label\n")
+    for call in (
+        lambda: raypipe.KeepList(file),
+        lambda: raypipe.select(str(file), 0.5),
+    ):
+        with pytest.raises(RunError, match=r"kept\.csv: a file, not a run"):
+            call()
+    with pytest.raises(RaypipeError, match=r"kept\.csv"):
+        raypipe.load_scores(str(file))
+    with pytest.raises(RaypipeError, match=r"kept\.csv"):
+        raypipe.run({"run": str(file), "source": {"uri": "digits://"}})
 
 
 def test_a_damaged_run_is_an_error_not_a_traceback(capsys, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import yaml
@@ -10,12 +11,14 @@ import yaml
 from raypipe.config import (
     AdversarySettings,
     Config,
+    ProxySettings,
     apply_overrides,
     commented_config,
     dump_config,
     load_config,
     parse_config,
 )
+from raypipe.config.proxy import MIN_STEPS
 from raypipe.errors import ConfigError
 
 LEAST = {"run": "out", "source": {"uri": "data"}}
@@ -32,7 +35,7 @@ def _message(data: dict) -> str:
     ("change", "expected"),
     [
         ({"proxy": {"epochs": -3}}, ["proxy.epochs", "-3", "greater than or equal to 1"]),
-        ({"proxy": {"epochs": "ten"}}, ["proxy.epochs", "'ten'", "integer"]),
+        ({"proxy": {"epochs": "ten"}}, ["proxy.epochs", "'ten'", "'auto', or a number"]),
         ({"proxy": {"epoch": 3}}, ["proxy.epoch", "unknown setting", "did you mean 'epochs'"]),
         ({"proksy": {}}, ["proksy", "unknown setting", "did you mean 'proxy'"]),
         ({"proxy": {"model": "vgg"}}, ["proxy", "'vgg'", "resnet18"]),
@@ -182,6 +185,21 @@ def test_an_adversary_as_papers_write_it(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "config.yaml")).proxy == config.proxy
     assert parse_config(LEAST).proxy.adversary is None
+
+
+def test_epochs_are_a_number_of_steps_for_a_small_seed_set() -> None:
+    proxy = ProxySettings()
+    assert proxy.epochs == "auto" and proxy.for_seed_set(100_000).epochs == 50
+    for samples in (6, 62, 400, 2_000):
+        steps = proxy.steps(samples)
+        passes = proxy.for_seed_set(samples).passes
+        assert steps == passes * math.ceil(samples / 3 / 128) >= MIN_STEPS and passes >= 50
+        assert proxy.too_few_steps(samples) == ""
+    few = ProxySettings(epochs=10, image_size=32)
+    assert few.for_seed_set(62).epochs == 10
+    assert few.too_few_steps(62).startswith(
+        "each proxy is trained for 10 steps only (10 epochs over 21 samples)"
+    )
 
 
 def test_overrides() -> None:

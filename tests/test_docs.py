@@ -47,6 +47,7 @@ QUICK = {
     "extrapolate.judge_published": False,
     "trust.min_spearman": -1,
     "trust.min_stability": -1,
+    "trust.min_accuracy_over_chance": -1,
     "report.images": 4,
 }
 """Settings that make the runs of the examples quick, and nothing else different."""

@@ -156,10 +156,10 @@ def test_metrics_of_ray_are_counted_by_stage(monkeypatch: pytest.MonkeyPatch) ->
 def test_lines_about_fragments_do_not_each_store_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     import logging
 
-    from raypipe import pipeline
+    from raypipe.runs import log_file
 
     stored: list[str] = []
-    lines = pipeline._LogHandler()
+    lines = log_file._LogHandler()
     lines.store = stored.append
     logger = logging.Logger("x")
     logger.addHandler(lines)

@@ -185,9 +185,8 @@ class Fidelity(RankAgreement):
         The best agreement that ties in the measured scores allow.
     coverage
         How often the intervals hold.
-    proxy_accuracy, proxy_chance
-        Accuracy of the proxy on the samples, and the share of the largest class, which is the
-        accuracy of always guessing it.
+    proxy_accuracy, proxy_chance, proxy_balanced
+        See `accuracy_figures`.
     """
 
     baselines: dict[str, RankAgreement] = field(default_factory=dict)
@@ -200,6 +199,7 @@ class Fidelity(RankAgreement):
     coverage: Coverage | None = None
     proxy_accuracy: float | None = None
     proxy_chance: float | None = None
+    proxy_balanced: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures as JSON data."""
@@ -215,6 +215,7 @@ class Fidelity(RankAgreement):
             "coverage": self.coverage.as_dict() if self.coverage else None,
             "proxy_accuracy": self.proxy_accuracy,
             "proxy_chance": self.proxy_chance,
+            "proxy_balanced": self.proxy_balanced,
         }
 
 
@@ -420,7 +421,7 @@ def compare(
         note = "all held-out samples got the same predicted score"
     agreement = rank_agreement(predictions, measured, seed, keep, held_out.label)
     own = agreement.pop("")
-    accuracy, guess = _proxy_accuracy(held_out)
+    proxy = accuracy_figures(held_out.label, held_out.correct)
     return Fidelity(
         **vars(own),
         baselines=agreement | {"random": chance(n, keep)},
@@ -431,8 +432,7 @@ def compare(
         spread=float(measured.std()),
         ceiling=ceiling(measured, keep),
         coverage=_coverage(held_out, confidence, seed, calibration) if confidence else None,
-        proxy_accuracy=accuracy,
-        proxy_chance=guess,
+        **proxy,
     )
 
 
@@ -462,13 +462,40 @@ def _coverage(
     )
 
 
-def _proxy_accuracy(held_out: HeldOutPredictions) -> tuple[float | None, float | None]:
-    """Return accuracy of the proxy and share of the largest class; None without a proxy."""
-    labelled = held_out.label >= 0
-    if held_out.correct is None or not labelled.any():
-        return None, None
-    largest = int(np.bincount(held_out.label[labelled]).max())
-    return float(held_out.correct[labelled].mean()), largest / int(labelled.sum())
+def accuracy_figures(label: np.ndarray, correct: np.ndarray | None) -> dict[str, Any]:
+    """Return the accuracy of the proxy on samples, and what chance gives.
+
+    Parameters
+    ----------
+    label
+        Classes, int64 [n]; those below 0 do not count.
+    correct
+        Whether the proxy gives the samples their label, bool [n]; None without a proxy.
+
+    Returns
+    -------
+    dict
+        proxy_accuracy, proxy_chance (share of the largest class) and proxy_balanced: accuracy
+        (mean over classes), chance, and its standard error by chance. Empty if unknown.
+    """
+    labelled = label >= 0
+    if correct is None or not labelled.any():
+        return {}
+    label, correct = label[labelled], correct[labelled].astype(np.float64)
+    counts = np.bincount(label)
+    present = counts > 0
+    classes, by_class = int(present.sum()), np.bincount(label, correct)[present] / counts[present]
+    chance = 1 / classes
+    error = np.sqrt(chance * (1 - chance) * (1 / counts[present]).sum()) / classes
+    return {
+        "proxy_accuracy": float(correct.mean()),
+        "proxy_chance": float(counts.max() / len(label)),
+        "proxy_balanced": {
+            "accuracy": float(by_class.mean()),
+            "chance": chance,
+            "error": float(error),
+        },
+    }
 
 
 def _check_comparable(name: str, predicted: np.ndarray, measured: np.ndarray) -> None:

@@ -36,7 +36,7 @@ class Config(Settings):
     >>> from raypipe import Config
     >>> config = Config(run="runs/digits", source={"uri": "digits://"})
     >>> config.proxy.epochs
-    50
+    'auto'
     """
 
     run: str = Field(
@@ -133,6 +133,10 @@ class Config(Settings):
     def scores_embeddings(self) -> bool:
         """Whether the score is that of a linear probe, which every sample has."""
         return self.score in self.measure.from_embeddings
+
+    def for_seed_set(self, samples: int) -> Config:
+        """Return the configuration with a number in place of `proxy.epochs: auto`."""
+        return self.model_copy(update={"proxy": self.proxy.for_seed_set(samples)})
 
     @property
     def rehearses(self) -> bool:

@@ -59,6 +59,12 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
                 else f"{_shown(item['input'])} is not allowed: "
             )
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "literal_error" and any(
+                other["type"] in {"int_parsing", "float_parsing"}
+                and other["loc"][:-1] == item["loc"][:-1]
+                for other in items
+            ):
+                message += ", or a number"
             if item["type"] == "tuple_type":
                 message = "expected a list, such as [a, b]"
             if item["type"] == "too_short":

@@ -16,6 +16,12 @@ Channels = tuple[float, float, float]
 MIN_CROSS_FIT_PARTS = 3
 """Parts that cross-fitting needs: that of the sample, that of the proxy which embeds it, and one
 whose scores are extrapolated to it."""
+DEFAULT_EPOCHS = 50
+"""Epochs of `auto`, unless the seed set is too small for them."""
+MIN_STEPS = 300
+"""Optimiser steps that `auto` takes at least."""
+TOO_FEW_STEPS = 100
+"""Optimiser steps below which a warning says that a proxy learns too little."""
 NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -87,7 +93,11 @@ class ProxySettings(Settings):
         "seed set), imagenet, cifar10, half (0.5 and 0.5), or {mean: [r, g, b], std: [r, g, b]} "
         "for pixels from 0 to 1.",
     )
-    epochs: Positive = Field(50, description="Passes over the seed set.")
+    epochs: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Passes over the seed set. auto: 50, or more where the seed set is so small "
+        f"that 50 passes are fewer than {MIN_STEPS} optimiser steps of each training.",
+    )
     batch_size: Positive = Field(128, description="Images per step, over all workers together.")
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="Optimiser. sgd uses Nesterov momentum."
@@ -174,6 +184,12 @@ class ProxySettings(Settings):
     amp: bool = Field(
         True, description="Use bfloat16 mixed precision on GPUs. CPUs always use float32."
     )
+    keep_intermediate: bool = Field(
+        False,
+        description="Keep files of the training that none of measure.scores needs when the run is "
+        "done: checkpoints but the last, and the trajectory. Without them, other scores need "
+        "another training (--redo proxy).",
+    )
     max_failures: int = Field(
         3,
         ge=0,
@@ -201,21 +217,52 @@ class ProxySettings(Settings):
         enough = self.parts >= MIN_CROSS_FIT_PARTS
         return enough if self.cross_fit == "auto" else self.cross_fit
 
+    @property
+    def passes(self) -> int:
+        """`epochs` as a number: of `auto`, those of a large seed set."""
+        return DEFAULT_EPOCHS if self.epochs == "auto" else self.epochs
+
+    def steps(self, seed_samples: int) -> int:
+        """Return the optimiser steps of each training with a seed set of this size."""
+        return self.for_seed_set(seed_samples).passes * self._steps_per_epoch(seed_samples)
+
+    def for_seed_set(self, seed_samples: int) -> ProxySettings:
+        """Return the settings with a number in place of `epochs: auto`."""
+        if self.epochs != "auto":
+            return self
+        least = math.ceil(MIN_STEPS / self._steps_per_epoch(seed_samples))
+        return self.model_copy(update={"epochs": max(DEFAULT_EPOCHS, least)})
+
+    def _steps_per_epoch(self, seed_samples: int) -> int:
+        return max(1, math.ceil(seed_samples / self.parts / self.batch_size))
+
+    def too_few_steps(self, seed_samples: int) -> str:
+        """Return a sentence if each training would take too few steps to learn; else nothing."""
+        steps = self.steps(seed_samples)
+        if steps >= TOO_FEW_STEPS:
+            return ""
+        return (
+            f"each proxy is trained for {steps:,} steps only ({self.passes} epochs over "
+            f"{round(seed_samples / self.parts):,} samples), which can be too few to learn "
+            f"anything: set proxy.epochs to auto (at least {MIN_STEPS} steps), or raise "
+            "seed.fraction"
+        )
+
     @model_validator(mode="after")
     def _checkpoints_fit(self) -> ProxySettings:
         if isinstance(self.checkpoint_choice, tuple):
-            wrong = [epoch for epoch in self.checkpoint_choice if not 0 <= epoch < self.epochs]
+            wrong = [epoch for epoch in self.checkpoint_choice if not 0 <= epoch < self.passes]
             if wrong or not self.checkpoint_choice:
                 raise ValueError(
-                    f"checkpoint_choice names epochs {wrong}, but epochs are 0..{self.epochs - 1}"
+                    f"checkpoint_choice names epochs {wrong}, but epochs are 0..{self.passes - 1}"
                 )
         elif self.checkpoints == ProxySettings.model_fields["checkpoints"].default:
             # also where it is stated, as in the configuration that `raypipe init` prints
-            fewer = min(self.checkpoints, self.epochs)
+            fewer = min(self.checkpoints, self.passes)
             object.__setattr__(self, "checkpoints", fewer)  # settings are fixed, except here
-        elif self.checkpoints > self.epochs:
+        elif self.checkpoints > self.passes:
             raise ValueError(
-                f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.epochs})"
+                f"checkpoints ({self.checkpoints}) cannot be more than epochs ({self.passes})"
             )
         return self
 
@@ -245,11 +292,11 @@ class ProxySettings(Settings):
         if self.checkpoint_choice == "random":
             import numpy as np
 
-            drawn = np.random.default_rng([self.seed, 1]).permutation(self.epochs)[
+            drawn = np.random.default_rng([self.seed, 1]).permutation(self.passes)[
                 : self.checkpoints
             ]
             return sorted(drawn.tolist())
         return [
-            math.ceil((index + 1) * self.epochs / self.checkpoints) - 1
+            math.ceil((index + 1) * self.passes / self.checkpoints) - 1
             for index in range(self.checkpoints)
         ]

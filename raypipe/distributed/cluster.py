@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypipe import storage
 from raypipe.config import ClusterSettings, PoolSettings, ProxySettings
+from raypipe.distributed.reach import check_reachable
 from raypipe.errors import RaypipeError, ResourceError
 from raypipe.progress import Progress
 
@@ -273,6 +274,7 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
         settings.address == "auto" and not os.environ.get("RAY_ADDRESS")
     )
     if not ray.is_initialized():
+        check_reachable(settings.address, progress)
         try:
             with contextlib.nullcontext() if verbose else _silent():
                 if local:

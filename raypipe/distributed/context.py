@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 from raypipe.config import Config
+from raypipe.errors import ResourceError
 from raypipe.progress import Progress
 from raypipe.runs.lease import interrupt_of_main_thread
 from raypipe.runs.run import Run
@@ -58,6 +61,37 @@ class Context:
         self.progress.listeners.append(RayMetrics())
         self._pending_watch = PendingWatch(self.progress.say, cluster.can_grow, patience, give_up)
         return cluster
+
+    def check_cluster(self, stages: Collection[str]) -> None:
+        """Check the cluster before any work, as far as that is quick, for stages that will run.
+
+        Ray starts only if the settings request more than every cluster has.
+
+        Raises
+        ------
+        RaypipeError
+            If the cluster cannot be reached.
+        ResourceError
+            If it lacks GPUs or CPUs that the settings request.
+        """
+        from raypipe.distributed.reach import check_reachable
+
+        ray = sys.modules.get("ray")
+        if stages and (ray is None or not ray.is_initialized()):
+            check_reachable(self.config.cluster.address, self.progress)
+        proxy, embed = self.config.proxy, self.config.embed
+        if "proxy" in stages and (
+            proxy.use_gpu is True or proxy.workers > 1 or proxy.cpus_per_worker != "auto"
+        ):
+            with _of_stage("proxy"):
+                self.cluster.training_resources(proxy)
+        for name, pool in (("measure", self.config.measure), ("embed", embed)):
+            if name in stages and (pool.use_gpu is True or pool.min_actors > 1):
+                with _of_stage(name):
+                    self.cluster.pool(pool)
+        if "extrapolate" in stages and self.config.extrapolate.use_gpu:
+            with _of_stage("extrapolate"):
+                self.cluster.use_gpu(True)
 
     def start_ray(self) -> None:
         """Join or start Ray, unless it is running already."""
@@ -112,3 +146,12 @@ class Context:
         self.progress.listeners.clear()
         if self._pending_watch is not None:
             self._pending_watch.stop()
+
+
+@contextmanager
+def _of_stage(name: str) -> Iterator[None]:
+    """Name the stage in errors about resources."""
+    try:
+        yield
+    except ResourceError as error:
+        raise ResourceError(f"{name}: {error}") from None

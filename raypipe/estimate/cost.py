@@ -6,16 +6,17 @@ know how fast the storage is, nor what else the machines do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from raypipe.config import Config
 from raypipe.estimate import rates
 from raypipe.estimate.efforts import efforts
-from raypipe.estimate.facts import CostEstimate, StageEstimate, Survey
+from raypipe.estimate.facts import CostEstimate, RejectFacts, StageEstimate, Survey
 from raypipe.estimate.volumes import bytes_read, bytes_written
 from raypipe.estimate.workload import Effort, Machine, Workload, this_machine
 from raypipe.runs.ledger import StageRecord
+from raypipe.runs.rejects import foreseen_rejects
 from raypipe.runs.run import Run
 
 __all__ = ["Machine", "estimate", "scaled_efforts", "this_machine"]
@@ -69,7 +70,17 @@ def estimate(
         bytes_read=bytes_read(work, used_bytes, survey.reads_singly),
         bytes_written=bytes_written(work),
         basis=tuple(_basis(work, machine, by_constants, scaled, like)),
+        warnings=tuple(_warnings(work, survey.rejects)),
     )
+
+
+def _warnings(work: Workload, rejects: RejectFacts) -> Iterator[str]:
+    """Yield sentences on what would go wrong."""
+    allowed = work.config.source.max_reject_fraction
+    if foreseen := foreseen_rejects(rejects.count, rejects.drawn, work.samples, allowed):
+        yield foreseen
+    if too_few := work.config.proxy.too_few_steps(work.seed):
+        yield too_few
 
 
 def _stage_estimate(

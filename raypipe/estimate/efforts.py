@@ -64,10 +64,10 @@ def _training(work: Workload, machine: Machine) -> Effort:
     proxy = work.config.proxy
     attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
     passes = network_costs.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
-    seen = proxy.repeats * work.seed * proxy.epochs
+    seen = proxy.repeats * work.seed * proxy.passes
     overhead = (
         seen / proxy.batch_size * network_costs.STEP_SECONDS
-        + proxy.epochs * proxy.proxies * rates.EPOCH_SECONDS
+        + proxy.passes * proxy.proxies * rates.EPOCH_SECONDS
     )
     amount = seen * passes * work.forward_macs
     if machine.uses_gpu(proxy.use_gpu):

@@ -228,7 +228,7 @@ def plan(
             work, rates, driver_bytes / 1e9, {stage.stage: stage.hours for stage in stages}
         ),
         rates=rates,
-        notes=tuple(_notes(config, rates, gpus, like, by_rates, scaled)),
+        notes=tuple(_notes(work, rates, gpus, like, by_rates, scaled)),
     )
 
 
@@ -303,7 +303,7 @@ def _check_amounts(samples: int, gpus: float, cpus: float | None) -> None:
 
 
 def _notes(
-    config: Config,
+    work: Workload,
     rates: Rates,
     gpus: float,
     like: str | None,
@@ -311,8 +311,9 @@ def _notes(
     scaled: Mapping[str, Effort],
 ) -> list[str]:
     """Return sentences on what the plan assumes."""
-    notes = []
-    if config.source.format == "auto":
+    too_few = work.config.proxy.too_few_steps(work.seed)
+    notes = [too_few] if too_few else []
+    if work.config.source.format == "auto":
         notes.append("source.format is auto: planned as webdataset")
     if like is not None:
         rest = [stage for stage in by_rates if stage not in scaled]
@@ -339,7 +340,7 @@ def _workload(config: Config, size: SourceSize, rates: Rates, format: str) -> Wo
     seed = round(size.samples * config.seed.fraction)
     audit = config.seed.audit_samples(size.samples) if config.measure.at_checkpoints else 0
     return Workload(
-        config=config,
+        config=config.for_seed_set(seed),
         samples=size.samples,
         listed=files,
         listed_bytes=size.samples * size.image_bytes,

@@ -48,8 +48,8 @@ def _gathering(work: Workload) -> int:
 def _proxy_files(work: Workload, proxies: int) -> int:
     """Return the files of the trainings of proxies: checkpoints, epochs, trajectory, manifest."""
     proxy = work.config.proxy
-    trajectory = 0 if proxy.trajectory == "none" else proxy.epochs * proxy.workers
-    return proxies * (len(proxy.checkpoint_epochs()) + proxy.epochs + trajectory + 1)
+    trajectory = 0 if proxy.trajectory == "none" else proxy.passes * proxy.workers
+    return proxies * (len(proxy.checkpoint_epochs()) + proxy.passes + trajectory + 1)
 
 
 def files_written(work: Workload) -> dict[str, int]:

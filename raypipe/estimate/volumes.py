@@ -42,7 +42,7 @@ def bytes_written(work: Workload) -> dict[str, int]:
     # of one repeat
     checkpoints = count * checkpoint
     trajectory = (
-        0 if proxy.trajectory == "none" else proxy.epochs * work.seed * (24 + 2 * work.classes)
+        0 if proxy.trajectory == "none" else proxy.passes * work.seed * (24 + 2 * work.classes)
     )
     image = 3 * proxy.image_size**2 + 40
     drawn = work.seed + work.audit

@@ -101,7 +101,7 @@ class Workload:
         seed = round(readable * config.seed.fraction)
         audit = round(config.seed.audit_samples(samples)) if config.measure.at_checkpoints else 0
         return cls(
-            config=config,
+            config=config.for_seed_set(seed),
             samples=samples,
             listed=survey.files,
             listed_bytes=survey.bytes,
@@ -118,7 +118,7 @@ class Workload:
         """Return the workload of an earlier run over a source of the same kind as `similar`."""
         index, seed = records["index"], records["seed"]
         return cls(
-            config=run.config(),
+            config=run.config().for_seed_set(seed.samples),
             samples=index.samples,
             listed=index.detail["files"],
             listed_bytes=index.detail["bytes"],

@@ -107,8 +107,8 @@ def _evaluate(
     context: Context, source: SourceSettings, settings: EvaluateSettings
 ) -> dict[str, Any]:
     run, config = context.run, context.config
-    recipe = recipe_of(config, settings)
     pool, lists = cut_lists(run, config, settings)
+    recipe = recipe_of(config, settings, len(pool))
     test = list_test_set(source, config.source, run.classes())
     about_test: dict[str, Any] = {"uri": source.uri}
     if unknown := test.classes.unknown:

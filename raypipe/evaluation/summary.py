@@ -5,6 +5,7 @@ No Ray.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,13 @@ from raypipe.evaluation.lists import FULL, RANDOM
 from raypipe.evaluation.trainings import RECIPE, Training
 from raypipe.runs.ledger import StageRecord, now
 from raypipe.runs.run import Run
-from raypipe.text import counted, mean_and_margin, table
+from raypipe.text import (
+    MIN_ACCURACY_OVER_CHANCE,
+    beats_chance,
+    counted,
+    mean_and_margin,
+    table,
+)
 
 FORMAT = 1
 """Version of `evaluation/summary.json`."""
@@ -173,9 +180,29 @@ def summarize(
         },
         "trainings": len(results.by_name),
         "full": figures.full,
+        "warning": _untrained(results, test["samples"]),
         "random": [figures.of(RANDOM, fraction) for fraction in results.fractions()],
         "lists": [figures.compared(name) for name in results.lists()],
     }
+
+
+def _untrained(results: Results, test_samples: int) -> str:
+    """Return a sentence if the trainings on the full set hardly beat chance; else nothing."""
+    by_class = [
+        [value for value in results.by_name[item.name]["per_class"] if value is not None]
+        for item in results.trainings
+        if item.listed.name == FULL
+    ]
+    accuracy = statistics.fmean(statistics.fmean(values) for values in by_class)
+    chance = 1 / len(by_class[0])
+    error = (chance * (1 - chance) / test_samples) ** 0.5
+    if beats_chance(accuracy, chance, error, MIN_ACCURACY_OVER_CHANCE):
+        return ""
+    return (
+        f"even on the full set, trainings hardly beat chance (mean accuracy over classes "
+        f"{100 * accuracy:.0f} %, chance {100 * chance:.0f} %), so no list can be judged by them: "
+        "train for more epochs, or with another learning rate, model or image size"
+    )
 
 
 class _Figures:
@@ -294,6 +321,8 @@ def _describe_trainings(summary: Mapping[str, Any]) -> Iterator[str]:
         f"full set    {_percent(full['accuracy'])}{robust} ({full['samples']:,} samples); "
         f"worst class {_percent(full['worst_class'])}"
     )
+    if summary.get("warning"):
+        yield f"WARNING     {summary['warning']}"
     if attack:
         yield (
             f"attack      {attack['iterations']} steps of {255 * attack['step_size']:.3g}/255 "

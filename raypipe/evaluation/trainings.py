@@ -68,8 +68,11 @@ class Training:
         return run.path(FOLDER, f"{self.name}.{suffix}")
 
 
-def recipe_of(config: Config, settings: EvaluateSettings) -> ProxySettings:
-    """Return how lists are trained on: the run's `proxy`, with what the evaluation changes."""
+def recipe_of(config: Config, settings: EvaluateSettings, samples: int) -> ProxySettings:
+    """Return how lists are trained on: the run's `proxy`, with what the evaluation changes.
+
+    `epochs: auto` becomes the number that suits the full set of `samples`.
+    """
     proxy = config.proxy.model_dump()
     changed = {
         name: getattr(settings, name)
@@ -80,7 +83,9 @@ def recipe_of(config: Config, settings: EvaluateSettings) -> ProxySettings:
         (config.proxy.adversary or AdversarySettings()) if settings.attack else None
     )
     recipe = {name: proxy[name] for name in RECIPE}
-    return ProxySettings.model_validate({**recipe, "checkpoints": 1})
+    return ProxySettings.model_validate({**recipe, "checkpoints": 1, "parts": 1}).for_seed_set(
+        samples
+    )
 
 
 def trainings_of(

@@ -1,6 +1,6 @@
 """Fresh audit: measure scores at checkpoints for some new samples and compare with the predictions.
 
-New samples are those that came after the seed set. Their images are written to
+New samples are those of `raypipe.nightly.known`. Their images are written to
 `seed/night-*.parquet` while they are measured, and removed afterwards. Score shards do not change:
 the samples keep their predicted scores.
 """
@@ -18,7 +18,8 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
-from raypipe.nightly.sampling import lowest
+from raypipe.nightly.known import KnownSamples
+from raypipe.nightly.sampling import lowest, order_of
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.run import Run
@@ -39,27 +40,63 @@ LabelledImages = dict[str, tuple[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class NewSamples:
-    """Summary of the score shards of new fragments.
+    """Summary of the score shards of new fragments: samples with a score.
 
     Attributes
     ----------
+    new, changed, unchanged : int
+        Samples whose id is new, those whose image is another than before, and all others.
     class_counts : numpy.ndarray
-        Labelled samples of each class, int64 [classes].
+        New and changed samples of each class, int64 [classes].
     candidates : pyarrow.Table
-        Random draw of the samples with a label and a predicted score. Columns sample_id, label,
-        score, order and fragment.
+        Random draw of the new and changed samples with a label and a predicted score. Columns
+        sample_id, label, score, order and fragment.
+    only : dict of str to numpy.ndarray
+        `order_of` the new and changed samples of each fragment that also has others, uint64.
+    kept : dict of str to numpy.ndarray
+        `order_of` those others.
+    since_seed : dict of str to numpy.ndarray or None
+        See `SinceSeed.orders`.
     """
 
+    new: int
+    changed: int
+    unchanged: int
     class_counts: np.ndarray
     candidates: pa.Table
+    only: dict[str, np.ndarray]
+    kept: dict[str, np.ndarray]
+    since_seed: dict[str, np.ndarray | None]
 
 
-def scan_new_samples(run: Run, fragments: Sequence[Fragment], count: int) -> NewSamples:
-    """Read the score shards of new fragments once, and draw `count` candidates for an audit."""
+def scan_new_samples(
+    run: Run, fragments: Sequence[Fragment], count: int, gone: KnownSamples
+) -> NewSamples:
+    """Read the score shards of new fragments once, and draw `count` candidates for an audit.
+
+    Parameters
+    ----------
+    gone : KnownSamples
+        Samples of the fragments that these replace.
+    """
     class_counts, drawn = np.zeros(len(run.classes().names), np.int64), pa.table({})
+    new = changed = unchanged = 0
+    only: dict[str, np.ndarray] = {}
+    kept: dict[str, np.ndarray] = {}
+    since_seed: dict[str, np.ndarray | None] = {}
     read = functools.partial(_read_scores, run)
     names = [fragment.fragment_id for fragment in fragments]
     for name, table in storage.ahead(read, names, run.uri):
+        orders = order_of(table["sample_id"].combine_chunks())
+        found = gone.compare(orders, table["score"].to_numpy())
+        new += int((~found.known).sum())
+        changed += int((found.known & ~found.same).sum())
+        unchanged += int(found.same.sum())
+        since_seed[name] = None
+        if found.same.any():
+            only[name], kept[name] = orders[~found.same], orders[found.same]
+            since_seed[name] = orders[~found.same | found.since_seed]
+            table = table.filter(pa.array(~found.same))
         labels = table["label"].fill_null(-1).to_numpy()
         class_counts += np.bincount(labels[labels >= 0], minlength=len(class_counts))
         rows = np.flatnonzero((labels >= 0) & ~table["measured"].to_numpy())
@@ -68,7 +105,7 @@ def scan_new_samples(run: Run, fragments: Sequence[Fragment], count: int) -> New
         table = table.append_column("order", pa.array(order))
         table = table.append_column("fragment", pa.array([name] * len(table), pa.string()))
         drawn = lowest([drawn, table], count)
-    return NewSamples(class_counts, drawn)
+    return NewSamples(new, changed, unchanged, class_counts, drawn, only, kept, since_seed)
 
 
 def _read_scores(run: Run, fragment: str) -> pa.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.assessment.drift import Drift, embedding_drift, label_drift
 from raypipe.distributed.context import Context
-from raypipe.nightly.audit import audit_new_samples, scan_new_samples
+from raypipe.nightly.audit import NewSamples, audit_new_samples, scan_new_samples
+from raypipe.nightly.known import KnownSamples, SinceSeed
 from raypipe.nightly.policy import (
     Assessment,
     ListedFragment,
@@ -28,6 +29,7 @@ from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import SnapshotEntry, SnapshotManifest
 from raypipe.sources import Fragment
+from raypipe.stages.extrapolate.model import WHOLE_METHODS
 
 LIMIT_KEY = "raypipe.below"
 """Metadata of `arrivals.parquet`: only samples with an order below this were admitted to it."""
@@ -106,24 +108,43 @@ def assess_new_samples(
         for fragment in fragments
         if not fragment.error and f"{fragment.fragment_id}.parquet" not in names
     ]
-    changes = source_changes(before, listed)
-    _log_changes(context, changes)
-    baseline = set(Baseline.read(run, generation).fragments)
-    since_seed = sum(
-        fragment.samples for fragment in fragments if fragment.fragment_id not in baseline
+    earlier = SinceSeed.from_table(
+        load_state(run, previous, "since"), set(Baseline.read(run, generation).fragments)
     )
-    rows = scan_new_samples(run, new, context.config.nightly.audit)
-    drift, arrivals = _measure_drift(context, previous, new)
+    current = {fragment.fragment_id for fragment in fragments}
+    by_id = context.config.extrapolate.method in WHOLE_METHODS
+    gone = KnownSamples.read(run, previous, current, earlier, by_id)
+    rows = scan_new_samples(run, new, context.config.nightly.audit, gone)
+    changes = source_changes(
+        before,
+        listed,
+        new=rows.new,
+        changed=rows.changed,
+        removed=len(gone) - rows.changed - rows.unchanged,
+    )
+    _log_changes(context, changes)
+    since_seed = SinceSeed(
+        {
+            name: orders
+            for name, orders in {**earlier.orders, **rows.since_seed}.items()
+            if name in current
+        },
+        earlier.baseline,
+    )
+    later = sum(since_seed.count(fragment.fragment_id, fragment.samples) for fragment in fragments)
+    drift, arrivals = _measure_drift(context, previous, new, rows)
     fidelity, pairs, audit_seconds = _measure_fidelity(context, previous, new, rows.candidates)
     _log_fidelity(context, fidelity)
     labels = None
-    if new:
+    if rows.new + rows.changed:
         seed_counts = np.array(SeedManifest.read(run).per_class, np.int64)
         labels = label_drift(rows.class_counts, seed_counts)
-    state = store_state(run, generation, arrivals=arrivals, audit=pairs)
+    state = store_state(
+        run, generation, arrivals=arrivals, audit=pairs, since=since_seed.as_table()
+    )
     return NewSamplesReport(
         changes=changes,
-        assessment=Assessment(drift, fidelity, since_seed / max(1, changes.samples["total"])),
+        assessment=Assessment(drift, fidelity, later / max(1, changes.samples["total"])),
         labels=labels,
         cpu_seconds=round(audit_seconds + time.process_time() - started, 2),
         state=state,
@@ -131,11 +152,11 @@ def assess_new_samples(
 
 
 def _log_changes(context: Context, changes: SourceChanges) -> None:
-    counts = "; ".join(
-        f"{kind} {changes.files[kind]:,} files of {changes.samples[kind]:,} samples"
-        for kind in ("new", "changed", "removed")
+    samples, files = (
+        ", ".join(f"{counts[kind]:,} {kind}" for kind in ("new", "changed", "removed"))
+        for counts in (changes.samples, changes.files)
     )
-    context.progress.say(f"nightly     {counts}")
+    context.progress.say(f"nightly     samples: {samples}; files: {files}")
 
 
 def _log_fidelity(context: Context, fidelity: NewFidelity) -> None:
@@ -207,7 +228,7 @@ def _first_audit(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _measure_drift(
-    context: Context, previous: SnapshotManifest, new: Sequence[Fragment]
+    context: Context, previous: SnapshotManifest, new: Sequence[Fragment], rows: NewSamples
 ) -> tuple[dict[str, Drift], pa.Table]:
     """Measure the drift of this night's samples and of all samples since the seed set.
 
@@ -220,9 +241,10 @@ def _measure_drift(
     """
     run, generation = context.run, previous["generation"]
     old, seed = read_reference(run, generation, "old"), read_reference(run, generation, "seed")
-    tonight = draw(context, new, context.config.nightly.drift_samples, from_seed_set=False)
-    earlier, limit = _earlier_arrivals(run, previous)
-    arrivals = _merge_arrivals(earlier, tonight, limit, context.config.nightly.drift_samples)
+    count = context.config.nightly.drift_samples
+    tonight = draw(context, new, count, from_seed_set=False, only=rows.only)
+    earlier, limit = _earlier_arrivals(run, previous, rows.kept)
+    arrivals = _merge_arrivals(earlier, tonight, limit, count)
     windows = {}
     if len(tonight):
         windows["tonight"] = tonight
@@ -248,15 +270,31 @@ def _log_drift(context: Context, window: str, drift: Drift) -> None:
     context.progress.say(f"nightly     drift {window}: {figures}")
 
 
-def _earlier_arrivals(run: Run, previous: SnapshotManifest) -> tuple[pa.Table, int]:
-    """Return the samples of earlier nights that are still in the source, and their limit."""
+def _earlier_arrivals(
+    run: Run, previous: SnapshotManifest, kept: Mapping[str, np.ndarray]
+) -> tuple[pa.Table, int]:
+    """Return the samples of earlier nights that are still in the source, and their limit.
+
+    Parameters
+    ----------
+    kept : mapping of str to numpy.ndarray
+        `order_of` the samples that are in another fragment now, by the new fragment.
+    """
     earlier = load_state(run, previous, "arrivals")
     if not len(earlier):
         return earlier, NO_LIMIT
     metadata = earlier.schema.metadata or {}
     limit = int(metadata.get(LIMIT_KEY.encode(), str(NO_LIMIT).encode()))
-    scored = run.done("scores")
-    in_source = [name in scored for name in earlier["fragment"].to_pylist()]
+    scored, orders = run.done("scores"), earlier["order"].to_numpy()
+    moved = {
+        row: name
+        for name, known in kept.items()
+        for row in np.flatnonzero(np.isin(orders, known)).tolist()
+    }
+    fragments = [moved.get(row, name) for row, name in enumerate(earlier["fragment"].to_pylist())]
+    column = earlier.column_names.index("fragment")
+    earlier = earlier.set_column(column, "fragment", pa.array(fragments, pa.string()))
+    in_source = [name in scored for name in fragments]
     return earlier.replace_schema_metadata(None).filter(pa.array(in_source, pa.bool_())), limit
 
 

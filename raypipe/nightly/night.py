@@ -25,11 +25,12 @@ from raypipe.nightly.checks import check_classes, check_complete, check_finished
 from raypipe.nightly.new_samples import assess_new_samples, listed_fragments
 from raypipe.nightly.policy import Assessment, refresh_reasons, source_changes
 from raypipe.nightly.state import write_baseline
-from raypipe.pipeline import advance, errors_of_storage, log_file, make_stage
+from raypipe.pipeline import advance, errors_of_storage, for_seed_set, make_stage
 from raypipe.progress import Progress
 from raypipe.report.trackers import check_trackers
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, fingerprint, now
+from raypipe.runs.log_file import log_file
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import (
     TIME,
@@ -129,7 +130,7 @@ def _run_night(config: Config, progress: Progress, verbose: bool, moment: dateti
     run.ledger()  # raises if there is no run, before anything is written
     source = open_source(config.source).resolved_settings(config.proxy.image_size)
     config = config.model_copy(update={"source": source})
-    context = Context(config, run, progress, verbose)
+    context = Context(for_seed_set(config, run), run, progress, verbose)
     with Lease(run), log_file(run), closing(context):
         records = run.ledger()
         generation = check_finished(context, records)

@@ -61,27 +61,30 @@ class SourceChanges:
 
 
 def source_changes(
-    before: Iterable[ListedFragment], after: Iterable[ListedFragment]
+    before: Iterable[ListedFragment],
+    after: Iterable[ListedFragment],
+    *,
+    new: int = 0,
+    changed: int = 0,
+    removed: int = 0,
 ) -> SourceChanges:
     """Compare two listings of a source.
 
-    A file is changed if its path is the same but a fingerprint differs. All samples in new
-    fragments of a changed file count as changed, because nothing shows which of them are the same
-    as before.
+    A file, or a group of neighbouring small files, is changed if its path is the same but a
+    fingerprint differs. The numbers of samples are those of `raypipe.nightly.known`.
     """
-    old, new = _by_path(before), _by_path(after)
-    added, removed = new.keys() - old.keys(), old.keys() - new.keys()
-    changed = {path for path in old.keys() & new.keys() if old[path].keys() != new[path].keys()}
-    files = {"new": len(added), "changed": len(changed), "removed": len(removed)}
-    samples = {
-        "new": sum(sum(new[path].values()) for path in added),
+    old, present = _by_path(before), _by_path(after)
+    files = {
+        "new": len(present.keys() - old.keys()),
         "changed": sum(
-            count for path in changed for name, count in new[path].items() if name not in old[path]
+            old[path].keys() != present[path].keys() for path in old.keys() & present.keys()
         ),
-        "removed": sum(sum(old[path].values()) for path in removed),
-        "total": sum(sum(fragments.values()) for fragments in new.values()),
+        "removed": len(old.keys() - present.keys()),
     }
-    return SourceChanges(files, samples)
+    total = sum(sum(fragments.values()) for fragments in present.values())
+    return SourceChanges(
+        files, {"new": new, "changed": changed, "removed": removed, "total": total}
+    )
 
 
 def _by_path(fragments: Iterable[ListedFragment]) -> dict[str, dict[str, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -34,13 +34,18 @@ NO_LIMIT = 2**64 - 1
 """Upper limit of `order` that admits all samples."""
 
 
+def order_of(ids: pa.Array) -> np.ndarray:
+    """Return the place of samples in the draw, uint64 [n]: a hash of their ids."""
+    return hash64(ids, SALT)
+
+
 def draw(
     context: Context,
     fragments: Sequence[Fragment],
     count: int,
     *,
     from_seed_set: bool,
-    below: int = NO_LIMIT,
+    only: Mapping[str, np.ndarray] | None = None,
 ) -> pa.Table:
     """Draw up to `count` embedded samples at random.
 
@@ -53,8 +58,9 @@ def draw(
     from_seed_set : bool
         True draws from the samples that the hash rule of the seed set selects, False from all
         others.
-    below : int
-        Only samples with a lower `order` are drawn.
+    only : mapping of str to numpy.ndarray, optional
+        By fragment, `order_of` the samples that can be drawn, uint64. Fragments that it does not
+        name are drawn from as a whole.
 
     Returns
     -------
@@ -64,10 +70,16 @@ def draw(
     """
     if not fragments:
         return pa.table({})
-    limit = min(below, _expected_limit(context.config.seed, fragments, count, from_seed_set))
+    only = only or {}
     names = sorted(fragment.fragment_id for fragment in fragments)
+    samples = sum(
+        len(only[fragment.fragment_id]) if fragment.fragment_id in only else fragment.samples
+        for fragment in fragments
+    )
+    limit = _expected_limit(context.config.seed, samples, count, from_seed_set)
     groups = [
-        names[start : start + TASK_FRAGMENTS] for start in range(0, len(names), TASK_FRAGMENTS)
+        [(name, only.get(name)) for name in names[start : start + TASK_FRAGMENTS]]
+        for start in range(0, len(names), TASK_FRAGMENTS)
     ]
     read = functools.partial(_draw_from, context.run.uri, context.config.seed, from_seed_set, limit)
     tables: list[pa.Table] = []
@@ -79,17 +91,15 @@ def draw(
     return lowest(tables, count)
 
 
-def _expected_limit(
-    settings: SeedSettings, fragments: Sequence[Fragment], count: int, from_seed_set: bool
-) -> int:
+def _expected_limit(settings: SeedSettings, samples: int, count: int, from_seed_set: bool) -> int:
     """Return an `order` below which there are almost certainly `count` samples.
 
     Rows above it need not be sent to the driver.
     """
-    samples = sum(fragment.samples for fragment in fragments)
     eligible = samples * (settings.fraction if from_seed_set else 1 - settings.fraction)
     six_deviations_above = count + 6 * math.sqrt(count) + 10
-    return int(min(1.0, six_deviations_above / max(1.0, eligible)) * NO_LIMIT)
+    share = six_deviations_above / max(1.0, eligible)
+    return NO_LIMIT if share >= 1 else int(share * NO_LIMIT)
 
 
 def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
@@ -117,20 +127,27 @@ def embeddings_of(table: pa.Table) -> np.ndarray:
 
 
 def _draw_from(
-    run_uri: str, settings: SeedSettings, from_seed_set: bool, limit: int, names: list[str]
+    run_uri: str,
+    settings: SeedSettings,
+    from_seed_set: bool,
+    limit: int,
+    fragments: Sequence[tuple[str, np.ndarray | None]],
 ) -> pa.Table:
     """Return the rows of some fragments below a limit. Runs in a task or a thread of the driver."""
     run, in_seed_set, tables = Run(run_uri), in_sample(settings.fraction, settings.seed), []
-    for name in names:
+    for name, only in fragments:
         table = storage.read_table(run.embedding_shard(name), COLUMNS).replace_schema_metadata(None)
         if not len(table):
             continue
         ids = table["sample_id"].combine_chunks()
-        order = hash64(ids, SALT)
+        order = order_of(ids)
+        allowed = order < np.uint64(limit)
+        if only is not None:
+            allowed &= np.isin(order, only)
         rows = np.array(
             [
                 row
-                for row in np.flatnonzero(order < np.uint64(limit)).tolist()
+                for row in np.flatnonzero(allowed).tolist()
                 if in_seed_set(ids[row].as_py()) == from_seed_set
             ],
             np.int64,

@@ -128,11 +128,11 @@ def pretrain(
             {name: value for name, value in state.items() if name != "epoch"}, network, optimizer
         )
     network.train()
-    for epoch in range(plan.epochs):
+    for epoch in range(plan.passes):
         if epoch >= first:
             _train_epoch(network, optimizer, images, settings, plan, epoch, flip, device)
             save(training.training_state(network, optimizer) | {"epoch": torch.tensor(epoch)})
-        step(epoch + 1, plan.epochs)
+        step(epoch + 1, plan.passes)
     network.eval()
 
 
@@ -152,7 +152,7 @@ def _train_epoch(
     for number, rows in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(
-                plan, epoch * per_epoch + number, per_epoch * plan.epochs
+                plan, epoch * per_epoch + number, per_epoch * plan.passes
             )
         random = np.random.default_rng([settings.seed, epoch, 1 + number])
         pixels = to_device(images[rows], device)

@@ -57,7 +57,7 @@ def cost_figures(
         "stages": rows,
         "total": _total(rows, prices),
         "prices": {"cpu": prices.cpu_price, "gpu": prices.gpu_price},
-        "saving": _saving(rows, measured / samples if samples else 0.0),
+        "saving": _saving(ledger, samples, measured),
     }
 
 
@@ -85,26 +85,32 @@ def _total(rows: Sequence[StageCost], prices: ReportSettings) -> TotalCost:
     }
 
 
-def _saving(rows: Sequence[StageCost], share: float) -> Saving:
+def _saving(ledger: Mapping[str, StageRecord], samples: int, measured: int) -> Saving:
     """Compare the scores' cost with measuring every sample.
 
     `spent`: CPU + GPU seconds of all stages up to the scores. `everything`: those of the index,
     plus those of the stages whose cost grows with the number of measured samples (seed, label,
-    proxy, measure), divided by the measured share.
+    proxy, measure), scaled from the samples that each of them processed to all: the proxy trains on
+    the seed set alone, while audit samples are drawn and measured as well.
     """
-    busy = {
-        row["stage"]: row["cpu_seconds"] + row["gpu_seconds"]
-        for row in rows
-        if row["state"] == "done"
-    }
-    if not share or any(stage not in busy for stage in SCORING):
-        return {"measured_share": None, "spent": None, "everything": None, "factor": None}
+    done = {stage: record for stage, record in ledger.items() if record.state == "done"}
+    busy = {stage: record.cpu_seconds + record.gpu_seconds for stage, record in done.items()}
+    processed = {stage: record.samples for stage, record in done.items()}
+    if "seed" in done:
+        processed["seed"] += done["seed"].detail.get("audit_samples", 0)
     # not every run has pseudo-labels or a rehearsal; measuring everything would need no rehearsal
-    labelling = busy.get("label", 0.0)
-    spent = sum(busy[stage] for stage in SCORING) + labelling + busy.get("rehearse", 0.0)
-    everything = busy["index"] + (sum(busy[stage] for stage in MEASURING) + labelling) / share
+    growing = (*MEASURING, *(["label"] if "label" in done else []))
+    if (
+        not samples
+        or not measured
+        or any(stage not in done for stage in SCORING)
+        or not all(processed[stage] for stage in growing)
+    ):
+        return {"measured_share": None, "spent": None, "everything": None, "factor": None}
+    spent = sum(busy[stage] for stage in {*SCORING, *growing}) + busy.get("rehearse", 0.0)
+    everything = busy["index"] + sum(busy[stage] * samples / processed[stage] for stage in growing)
     return {
-        "measured_share": share,
+        "measured_share": measured / samples,
         "spent": spent,
         "everything": everything,
         "factor": everything / spent if spent else None,
@@ -176,6 +182,12 @@ def headline(
         "trained": _trained(leading, evaluation),
     }
     return {**figures, "sentences": savings_sentences(figures)}
+
+
+def trained_epochs(proxy: StageRecord | None, otherwise: int) -> int:
+    """Return the epochs that the proxy was trained for: `proxy.epochs: auto` decides late."""
+    epochs = proxy.detail.get("epochs") if proxy is not None else None
+    return epochs if isinstance(epochs, int) else otherwise
 
 
 def _training_seconds(proxy: StageRecord | None, samples: int) -> float | None:

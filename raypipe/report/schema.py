@@ -79,6 +79,7 @@ class HeldOutFidelity(Agreement):
     coverage: NotRequired[dict[str, Any] | None]
     proxy_accuracy: NotRequired[float | None]
     proxy_chance: NotRequired[float | None]
+    proxy_balanced: NotRequired[dict[str, float] | None]
 
 
 class Fidelity(HeldOutFidelity):

@@ -19,7 +19,7 @@ from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RaypipeError
 from raypipe.report import text
 from raypipe.report.classes import ClassPicks, pick_class_samples
-from raypipe.report.cost import cost_figures, headline
+from raypipe.report.cost import cost_figures, headline, trained_epochs
 from raypipe.report.embeddings import EmbeddingMap, EmbeddingScan, scan_embeddings
 from raypipe.report.evaluation import read_evaluation
 from raypipe.report.keep_lists import (
@@ -68,7 +68,15 @@ from raypipe.vision.bit_depth import BitsInUse
 
 FORMAT = 1
 """Version of `summary.json`."""
-LATER_FIGURES = ("rmse", "spread", "ceiling", "coverage", "proxy_accuracy", "proxy_chance")
+LATER_FIGURES = (
+    "rmse",
+    "spread",
+    "ceiling",
+    "coverage",
+    "proxy_accuracy",
+    "proxy_chance",
+    "proxy_balanced",
+)
 """Figures of fidelity that runs of version 0.2.0 or older do not have."""
 MAX_REASONS = 20
 """Reject reasons, and unreadable files, that are listed."""
@@ -139,7 +147,7 @@ def collect(run: Run) -> Findings:
         keep,
         scan.samples,
         ledger.get("proxy"),
-        config.proxy.epochs,
+        trained_epochs(ledger.get("proxy"), config.proxy.passes),
         cost["saving"]["spent"],
         evaluation,
     )

@@ -9,7 +9,15 @@ from typing import Any
 
 from raypipe.config.choices import EXPERIMENTAL_SCORES, STRATEGY_TEXTS
 from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, SetFigures, Trained
-from raypipe.text import JUDGED_ON, HeadlineFidelity, counted, mean_and_margin, plural, weak_proxy
+from raypipe.text import (
+    JUDGED_ON,
+    HeadlineFidelity,
+    counted,
+    mean_and_margin,
+    plural,
+    proxy_accuracy,
+    weak_proxy,
+)
 
 SPACE = "\u202f"
 """Narrow and non-breaking, between a number and its unit."""
@@ -278,7 +286,8 @@ def trust_verdict(
 ) -> tuple[str, str]:
     """Return a one-word verdict, and sentences on how far to trust the scores.
 
-    The verdict is that of the lower of fidelity and stability. Without a known stability, it is
+    The verdict is that of the lower of fidelity and stability, and "weak" where the proxy hardly
+    beats chance. Without a known stability, it is
     "good" at best: a score that another training may not agree with is never called strong.
 
     Parameters
@@ -292,9 +301,9 @@ def trust_verdict(
     """
     headline = HeadlineFidelity.of(fidelity, bool(fidelity.get("within_classes")))
     spearman, stable = headline.spearman, stability.get("value")
-    proxy = weak_proxy(fidelity)
+    proxy, accuracy = weak_proxy(fidelity), _proxy_accuracy(fidelity)
     if extrapolated == 0:
-        return _verdict_of_measured(stability, proxy)
+        return _verdict_of_measured(stability, proxy, accuracy)
     if spearman is None:
         return (
             "unknown",
@@ -312,8 +321,7 @@ def trust_verdict(
         overall = f" ({fixed(headline.overall)} over all classes)" if headline.overall else ""
         sentence += f", within classes, as the keep-lists are cut{overall}"
     sentence += f". {_stability(stability)} {advice}"
-    if proxy:
-        sentence += f" {proxy}"
+    sentence += f" {proxy or accuracy}".rstrip()
     rival = _best_baseline(fidelity, headline.within)
     if rival is not None and rival[0] >= spearman:
         sentence += f" The simpler baseline “{rival[1]}” does as well here ({fixed(rival[0])})."
@@ -321,22 +329,29 @@ def trust_verdict(
 
 
 def _verdict(correlation: float, weak_proxy: str) -> tuple[str, str]:
-    """Return the name and the advice of a correlation; "modest" at best for a weak proxy."""
+    """Return the name and the advice of a correlation; "weak" for a weak proxy."""
     return next(
         (name, advice)
         for smallest, name, advice in VERDICTS
-        if correlation >= smallest and not (weak_proxy and name in ("strong", "good"))
+        if correlation >= smallest and not (weak_proxy and smallest > -math.inf)
     )
 
 
-def _verdict_of_measured(stability: Mapping[str, Any], weak_proxy: str) -> tuple[str, str]:
+def _verdict_of_measured(
+    stability: Mapping[str, Any], weak_proxy: str, accuracy: str
+) -> tuple[str, str]:
     """Return the verdict where every sample has a measured score: the stability decides."""
     measured, value = "Every sample was scored directly.", stability.get("value")
-    if value is None:
-        return "measured", f"{measured} {_stability(stability)}"
-    name, advice = _verdict(value, weak_proxy)
+    if value is None and not weak_proxy:
+        return "measured", f"{measured} {_stability(stability)} {accuracy}".rstrip()
+    name, advice = _verdict(value if value is not None else -math.inf, weak_proxy)
     sentence = f"Trust in these scores is {name}. {measured} {_stability(stability)} {advice}"
-    return name, f"{sentence} {weak_proxy}".rstrip()
+    return name, f"{sentence} {weak_proxy or accuracy}".rstrip()
+
+
+def _proxy_accuracy(fidelity: Mapping[str, Any]) -> str:
+    accuracy = proxy_accuracy(fidelity)
+    return f"Proxy: {accuracy}." if accuracy else ""
 
 
 def experimental(score: str | None) -> str:

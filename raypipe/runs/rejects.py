@@ -123,6 +123,13 @@ class RejectCounter:
             effective *= float(few_clusters) ** 2
         return float(beta.ppf(ERROR_PROBABILITY, share * effective, effective * (1 - share) + 1))
 
+    def outlook(self) -> str:
+        """Return a sentence if the samples read so far foretell too many rejects; else nothing.
+
+        The samples must have been drawn one by one from the source.
+        """
+        return foreseen_rejects(self.rejects, self.seen, self.total, self.fraction)
+
     def _message(self) -> str:
         share = percent(self.rejects / max(1e-9, self.seen), 3)
         return (
@@ -140,6 +147,31 @@ class RejectCounter:
             shown.append(f"{count:,} x {reason if count == 1 else kind} (such as {sample_id})")
         rest = sum(self._kinds.values()) - sum(count for _, count in self._kinds.most_common(3))
         return "; ".join(shown) + (f"; {rest:,} others" if rest else "")
+
+
+def foreseen_rejects(rejects: int, drawn: int, total: int, fraction: float) -> str:
+    """Return a sentence if a draw foretells that a run will stop; else nothing.
+
+    Parameters
+    ----------
+    rejects, drawn : int
+        Rejects among the samples that were drawn at random.
+    total : int
+        Samples of the whole source.
+    fraction : float
+        `source.max_reject_fraction`.
+    """
+    share = rejects / max(1, drawn)
+    expected = share * total
+    if not rejects or share <= fraction or (fraction and expected < MIN_REJECTS):
+        return ""
+    certain = rejects > fraction * total and rejects >= MIN_REJECTS
+    return (
+        f"{rejects:,} of {drawn:,} samples drawn cannot be read ({percent(share)}), and "
+        f"source.max_reject_fraction allows {100 * fraction:g} % of all: the run "
+        f"{'stops' if certain else 'probably stops'} in the stage embed. Fix the source, or set "
+        f"source.max_reject_fraction to more than {share:.2g}"
+    )
 
 
 def summarize_rejects(rejects: Iterable[tuple[str, str]]) -> str:

@@ -75,6 +75,8 @@ class Run(Layout):
                 f"{self.uri}: the bucket {bucket!r} does not exist; check its name, the endpoint "
                 "and the credentials"
             )
+        if storage.is_file(self.uri):
+            return f"{self.uri}: a file, not a run; give the folder of a run"
         return f"{self.uri}: no run here ({file} is missing); give the folder of a run"
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:

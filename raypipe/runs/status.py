@@ -13,7 +13,14 @@ from raypipe.progress import describe_progress
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
-from raypipe.text import JUDGED_ON, HeadlineFidelity, duration, stability_for_cut, weak_proxy
+from raypipe.text import (
+    JUDGED_ON,
+    HeadlineFidelity,
+    duration,
+    proxy_accuracy,
+    stability_for_cut,
+    weak_proxy,
+)
 
 
 def describe_run(uri: str) -> Iterator[str]:
@@ -91,7 +98,8 @@ def describe_result(run: Run) -> Iterator[str]:
         within = run.config().select.cuts_within_classes
         yield f"fidelity    {fidelity_sentence(fidelity, within)}"
         if fidelity.get("judged_on") in ("audit", "rehearsal") and detail.get("fidelity_seed"):
-            yield f"            {fidelity_sentence(detail['fidelity_seed'], within)}"
+            sentence = fidelity_sentence(detail["fidelity_seed"], within)
+            yield f"            for comparison, not decisive: {sentence}"
         yield from _error_and_coverage(fidelity)
         stability = stability_for_cut(detail.get("stability") or {}, within)
         yield f"stability   {stability_sentence(stability)}"
@@ -171,6 +179,8 @@ def _error_and_coverage(fidelity: dict[str, Any]) -> Iterator[str]:
         )
     if parts:
         yield f"            {'; '.join(parts)}"
+    if sentence := proxy_accuracy(fidelity):
+        yield f"proxy       {sentence}"
     if sentence := weak_proxy(fidelity):
         yield f"WARNING     {sentence}"
 

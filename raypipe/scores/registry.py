@@ -183,6 +183,6 @@ def check_scores(config: Config) -> None:
     """Raise ConfigError if a score needs more epochs than the proxy will be trained for."""
     for name in sorted(config.measure.from_trajectory):
         try:
-            check_epochs(name, config.proxy.epochs, config.measure.trajectory_options(name))
+            check_epochs(name, config.proxy.passes, config.measure.trajectory_options(name))
         except ScoreError as error:
             raise ConfigError(f"measure.scores: {error}") from None

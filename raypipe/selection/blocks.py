@@ -2,10 +2,10 @@
 
 A block is a class, or the whole stream if classes do not matter. More than `BLOCK_SAMPLES` samples
 are divided into blocks of about equal size by a hash of the id. Each of these is a random draw from
-the class, and the strategy is applied to each of them. This is the first round of distributed
-submodular maximisation (Mirzasoleiman et al., NeurIPS 2013, algorithm 2). So memory does not grow
-with the stream, and time does not grow with the square of a class. Two samples in different blocks
-are not compared.
+the class, and the strategy is applied to each of them, as in the first round of GreeDi
+(Mirzasoleiman et al., NeurIPS 2013) and in the partitions of InfoMax. So memory does not grow with
+the stream, and time does not grow with the square of a class. Two samples in different blocks are
+not compared.
 
 Within a block the samples are in an order that depends on their ids alone. So does everything
 computed from them: the order of the stream does not matter.
@@ -224,7 +224,7 @@ class ByPosition(Ranking):
         return order_key(self._values[start : start + count]), np.zeros(count, np.int64)
 
 
-class EveryOne(Ranking):
+class AllAlike(Ranking):
     """All samples in one group, with equal keys."""
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:

@@ -49,6 +49,10 @@ class Stage(abc.ABC):
         """Remove the outputs of other settings."""
         context.run.clear(self.name)
 
+    def reuses(self, context: Context) -> bool:
+        """Return whether the outputs that `clear` left are reused, so that their cost counts."""
+        return False
+
     @abc.abstractmethod
     def complete(self, context: Context, record: StageRecord) -> bool:
         """Return whether every output exists, by listing the files, not by the ledger."""

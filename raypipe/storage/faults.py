@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -101,9 +102,16 @@ def retrying(action: Callable[[], T], what: str, writing: bool = False) -> T:
 
 @contextlib.contextmanager
 def explaining(what: str, writing: bool = False) -> Iterator[None]:
-    """Turn faults that the user can fix into a StorageError that names `what` and the remedy."""
+    """Turn faults that the user can fix into a StorageError that names `what` and the remedy.
+
+    Something to read below a file does not exist: that is a FileNotFoundError, as in object stores.
+    """
     try:
         yield
+    except NotADirectoryError as error:
+        if writing:
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), what) from error
     except Exception as error:
         remedy = advice(error, writing)
         if not remedy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -10,10 +11,11 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError
-from raypipe.pipeline import advance, driver_progress, errors_of_storage, log_file
+from raypipe.pipeline import advance, driver_progress, errors_of_storage
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import extrapolated_tables
+from raypipe.runs.log_file import log_file
 from raypipe.runs.run import Run
 
 UNSUPPORTED_METHODS = {
@@ -82,6 +84,7 @@ def _extrapolate(
     context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
+        _check_same_tables(run, extrapolated_tables(records), stage.detail["tables"])
         lease.about = partial(driver_progress, progress, records)
         advance(stage, context, records)
     return storage.read_json(run.table_summary)
@@ -106,4 +109,14 @@ def _check_output_folder(run: Run) -> None:
     if not reusable:
         raise RunError(
             f"{run.uri}: the folder holds something else, such as {min(files)}; choose a new folder"
+        )
+
+
+def _check_same_tables(run: Run, before: Mapping[str, str], tables: Mapping[str, str]) -> None:
+    """Raise RunError if the folder holds scores from other tables."""
+    changed = [f"{name} {before[name]}" for name in before if before[name] != tables[name]]
+    if changed:
+        raise RunError(
+            f"{run.uri}: holds scores extrapolated from other tables ({', '.join(changed)}); "
+            "choose a new folder"
         )

@@ -77,7 +77,7 @@ class TestResult:
 
 def steps_of(settings: ProxySettings, samples: int) -> int:
     """Return the optimiser steps of a training of `settings.epochs` epochs."""
-    return settings.epochs * training.steps_per_epoch(samples, settings.batch_size)
+    return settings.passes * training.steps_per_epoch(samples, settings.batch_size)
 
 
 def statistics_of(images: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:

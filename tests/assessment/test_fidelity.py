@@ -188,6 +188,11 @@ def test_accuracy_of_the_proxy() -> None:
     )
     found = compare(data, 0)
     assert (found.proxy_accuracy, found.proxy_chance) == (0.5, pytest.approx(1 / 3))
+    assert found.proxy_balanced == {
+        "accuracy": 0.5,
+        "chance": pytest.approx(1 / 3),
+        "error": pytest.approx(np.sqrt(2 / 9 / 30)),  # of the mean of 30 balanced guesses
+    }
     assert compare(dataclasses.replace(data, correct=None), 0).proxy_accuracy is None
 
 

@@ -115,7 +115,10 @@ def test_a_run_reads_its_copy_which_has_every_row_in_order(cluster: str, tmp_pat
     assert stamps(run, "source") == before
     with pytest.raises(RunError, match=r"copy of another dataset \(steps differ\)"):
         copy(run, dataset(later, shift=1), **columns)
-    # other columns are another setting, and a copy that lacks a file is none
+    with pytest.raises(RunError, match=r"copy of another dataset \(source.id_column differ\)"):
+        copy(run, dataset(later), id_column="name", **columns)
+    # a copy without a manifest, or without one of its files, is no finished copy
+    storage.delete(f"{run}/source/manifest.json")
     copy(run, dataset(later), id_column="name", limit=100, **columns)
     assert [sample.sample_id for sample in copied(run)] == [
         f"digit {number}" for number in range(100)

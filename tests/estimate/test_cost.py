@@ -15,6 +15,7 @@ from raypipe.estimate import Survey, inspect_source, rates
 from raypipe.estimate.cost import Machine, estimate
 from raypipe.estimate.facts import CostEstimate
 from raypipe.estimate.inspect_text import describe_cost
+from raypipe.estimate.plan import SourceSize, plan
 from raypipe.runs.run import Run
 from raypipe.text import duration_range
 from raypipe.vision import network_costs
@@ -29,7 +30,7 @@ def digits() -> Survey:
 
 def _config(**sections: object) -> Config:
     """Of a run with one proxy whose score, MoSo, is extrapolated."""
-    proxy = {"parts": 1, **sections.pop("proxy", {})}  # type: ignore[dict-item]
+    proxy = {"parts": 1, "epochs": 50, **sections.pop("proxy", {})}  # type: ignore[dict-item]
     measure = {"scores": ["moso"], **sections.pop("measure", {})}  # type: ignore[dict-item]
     source = {"uri": "digits://"}
     return parse_config(
@@ -91,6 +92,19 @@ def test_a_run_of_the_past_is_scaled_stage_by_stage(finished_ledger: str, digits
     assert any("constants for proxy, measure, embed" in sentence for sentence in on_gpu.basis)
     with pytest.raises(RunError, match="no run here"):
         estimate(digits, config, LAPTOP, like=f"{finished_ledger}/nowhere")
+
+
+def test_too_few_steps_are_foreseen(digits: Survey) -> None:
+    proxy = {"epochs": 10, "parts": 3}
+    cost = estimate(digits, _config(seed={"fraction": 0.1}, proxy=proxy), LAPTOP)
+    (line,) = [line for line in describe_cost(cost) if line.startswith("WARNING")]
+    assert "each proxy is trained for 10 steps only (10 epochs over 60 samples)" in line
+    few, auto = (
+        plan(_config(proxy={"epochs": epochs}), SourceSize(1000)) for epochs in (10, "auto")
+    )
+    assert "steps only" in few.notes[0] and not any("steps only" in note for note in auto.notes)
+    hours = {stage.stage: stage.cpu_hours for stage in auto.stages}["proxy"]
+    assert hours > 20 * {stage.stage: stage.cpu_hours for stage in few.stages}["proxy"]
 
 
 @pytest.mark.ray

@@ -15,6 +15,7 @@ from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, ResourceError
 from raypipe.evaluation import decoded
 from raypipe.evaluation.lists import FULL, RANDOM, ListedSamples, SamplePool
+from raypipe.evaluation.summary import Results, _untrained
 from raypipe.evaluation.trainings import recipe_of, trainings_of
 
 POOL = SamplePool((("f", 100),), np.zeros(100, np.int64), np.arange(100), "digest")
@@ -35,7 +36,9 @@ def _names(
 ) -> dict[tuple[str, int], str]:
     settings = EvaluateSettings(**{"seeds": 2, "epochs": 3, **changed})
     config = config or small_config("run")
-    found = trainings_of(_lists(), POOL, recipe_of(config, settings), settings, data, gpu)
+    found = trainings_of(
+        _lists(), POOL, recipe_of(config, settings, len(POOL)), settings, data, gpu
+    )
     return {(item.listed.name, item.seed): item.name for item in found}
 
 
@@ -153,3 +156,22 @@ def test_a_node_has_what_the_parts_hold_in_their_order(
     assert np.array_equal(copy.open().labels, labels["train"])  # it is not filled again
     copy.remove()
     assert {path.name for path in tmp_path.iterdir()} == {"parts"}
+
+
+@pytest.mark.parametrize(
+    "by_class, trained", [([0.34, 0.33, 0.33], False), ([0.9, 0.2, None], True)]
+)
+def test_it_is_said_when_no_training_learned_anything(
+    by_class: list[float | None], trained: bool
+) -> None:
+    settings = EvaluateSettings(seeds=2, epochs=3)
+    found = trainings_of(
+        _lists(), POOL, recipe_of(small_config("run"), settings, len(POOL)), settings, "data", False
+    )
+    full = [item for item in found if item.listed.name == FULL]
+    results = Results(full, {item.name: {"per_class": by_class} for item in full})
+    warning = _untrained(results, 600)
+    assert (warning == "") == trained
+    assert (
+        trained or "accuracy over classes 33 %, chance 33 %), so no list can be judged" in warning
+    )

@@ -37,7 +37,7 @@ def test_passes_the_configuration_on_and_ends_with_one_line(
 ) -> None:
     seen: list[Config] = []
 
-    def run(config: Config) -> Any:
+    def run(config: Config, **options: Any) -> Any:
         seen.append(config)
         print("progress")
         summary = {
@@ -79,7 +79,7 @@ def test_passes_the_configuration_on_and_ends_with_one_line(
 def test_a_failed_run_is_one_line_and_code_1(
     entry: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(config: Config) -> Any:
+    def run(config: Config, **options: Any) -> Any:
         raise StageError("embed: 3 of 300 samples are missing")
 
     monkeypatch.setitem(raypipe.__dict__, "run", run)
@@ -93,7 +93,7 @@ def test_scores_too_unfaithful_to_prune_by_are_code_3_with_the_summary(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    def run(config: Config) -> Any:
+    def run(config: Config, **options: Any) -> Any:
         (tmp_path / "report").mkdir()
         (tmp_path / "report" / "summary.json").write_text('{"counts": {"samples": 5}}')
         raise TrustError("no keep-lists: 0.1")
@@ -136,7 +136,7 @@ def test_finds_the_package_beside_it_when_none_is_installed(tmp_path: Path) -> N
     package = tmp_path / "raypipe"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "import types\ndef run(config): return types.SimpleNamespace(uri='here', summary={})\n"
+        "import types\ndef run(config, **options): return types.SimpleNamespace(uri='here', summary={})\n"
     )
     (package / "config.py").write_text("def load_config(path, overrides): return path\n")
     (package / "errors.py").write_text(

@@ -44,7 +44,7 @@ QUICK = [
     "proxy.checkpoints=2",
 ]
 QUICK += ["measure.max_actors=1", "embed.max_actors=1", "extrapolate.method=knn-published"]
-QUICK += ["trust.min_spearman=-1", "report.images=4"]
+QUICK += ["trust.min_spearman=-1", "trust.min_accuracy_over_chance=-1", "report.images=4"]
 
 
 @dataclass

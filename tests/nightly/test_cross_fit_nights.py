@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import score_files
+from helpers import score_files, stamps
 from nights import Place, in_process
 from test_night import by_id
 
@@ -45,6 +45,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 @pytest.mark.parametrize("place", [CROSS_FIT], indirect=True, ids=["loss"])
 def test_new_samples_are_scored_by_the_probes_of_the_run(place: CrossFitPlace) -> None:
+    assert place.run.ledger()["proxy"].detail["removed"] == ["checkpoints", "trajectory"]
+    written = {folder: stamps(place.run.uri, folder) for folder in ("proxy", "scores", "keep")}
+    execute(place.config(*place.overrides), progress=Progress(quiet=True))  # nothing is missing
+    assert {folder: stamps(place.run.uri, folder) for folder in written} == written
     place.night(0, *place.overrides)
     before = score_files(place.run.uri)
     place.add(4)

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import QUIET, by_id, score_files, stamps
-from nights import Place
+from helpers import QUIET, by_id, digit_pngs, score_files, stamps
+from nights import Place, in_process, inverted
 
 import raypipe
 from raypipe import storage
+from raypipe.config import Config
 from raypipe.config.measure import MeasureSettings
 from raypipe.errors import ConfigError, RunError, SourceError, StageError
+from raypipe.nightly import Night
 from raypipe.nightly import night as nights
+from raypipe.pipeline import execute
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import load_snapshot, snapshot_names
 
@@ -73,7 +76,8 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
     night = growing.night(1)
     assert night.wrote_snapshot and night.exit_code == 0, night.advice
     assert night.manifest["files"] == {"new": 1, "changed": 1, "removed": 1}
-    assert night.manifest["samples"] == {"new": 150, "changed": 100, "removed": 150, "total": 550}
+    # 100 samples of the rewritten file are the same as before
+    assert night.manifest["samples"] == {"new": 150, "changed": 0, "removed": 200, "total": 550}
     assert sorted(set(read)) == ["part-00.parquet", "part-04.parquet"]
     after, rows = score_files(growing.run.uri), by_id(growing.run.uri)
     same = before.keys() & after.keys()
@@ -90,7 +94,7 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
     fidelity = night.manifest["fidelity"]
     assert fidelity["n"] == 40 and fidelity["spearman"] > 0.5 and fidelity["first"] is not None
     pairs = storage.read_table(_state(growing, night.snapshot, "audit"))
-    assert all(row["sample_id"].startswith(("part-00", "part-04")) for row in pairs.to_pylist())
+    assert all(row["sample_id"].startswith("part-04") for row in pairs.to_pylist())
     for row in pairs.to_pylist():
         assert (
             rows[row["sample_id"]]["score"] == pytest.approx(row["predicted"])
@@ -286,9 +290,86 @@ def test_a_source_that_was_empty_and_comes_back_with_other_classes_is_refused(
     with pytest.raises(RunError, match="the classes of the source differ"):
         growing.night(2)
     storage.write_json(about, noted)
-    night = growing.night(3, "nightly.max_new_share=1")  # every file has a new time of change
-    assert night.exit_code == 0 and night.manifest["samples"]["changed"] == 600
-    assert night.manifest["drift"]["tonight"]["n_new"] < 200, "samples on both sides are left out"
+    night = growing.night(3)  # every file has a new time of change, and the same samples
+    assert night.exit_code == 0 and night.manifest["files"]["changed"] == 4
+    assert night.manifest["samples"] == {"new": 0, "changed": 0, "removed": 0, "total": 600}
+    assert night.manifest["drift"] == {} and night.manifest["share_since_seed"] == 0
+
+
+def test_a_file_rewritten_with_other_images_has_changed_samples(growing: Place) -> None:
+    growing.night(0)
+    growing.add(0, invert=True)  # the same ids
+    night = growing.night(1)
+    samples = night.manifest["samples"]
+    # those of the seed set keep their measured score
+    assert samples["new"] == samples["removed"] == 0 and 60 < samples["changed"] < 150
+    assert night.exit_code == 4 and any("samples of this night" in item for item in night.advice)
+
+
+class FolderPlace(Place):
+    """The same run over a folder for each class; a fragment could hold them all."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.paths: dict[int, Path] = {}
+        self._images, self._labels = digit_pngs(700)
+
+    def config(self, *overrides: str) -> Config:
+        return super().config(
+            "source.format=imagefolder", "source.fragment_samples=1024", *overrides
+        )
+
+    def write(self, number: int, *, invert: bool = False) -> None:
+        image = self._images[number]
+        path = self.folder / "data" / str(self._labels[number]) / f"{number * 7919 % 1797:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(inverted(image) if invert else image)
+        self.paths[number] = path
+
+
+def test_new_images_in_folders_are_the_only_new_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 600 images in one fragment, 30 new ones among them make all 630 be scored again."""
+    in_process(monkeypatch)
+    place = FolderPlace(tmp_path)
+    for number in range(600):
+        place.write(number)
+    execute(place.config(), progress=QUIET)
+    place.night(0)
+
+    def added(numbers: range) -> set[str]:
+        for number in numbers:
+            place.write(number)
+        return {place.paths[n].relative_to(place.folder / "data").as_posix() for n in numbers}
+
+    def drawn(night: Night, name: str) -> set[str]:
+        return set(storage.read_table(_state(place, night.snapshot, name))["sample_id"].to_pylist())
+
+    ids = added(range(600, 630))
+    night = place.night(1)
+    assert night.manifest["samples"] == {"new": 30, "changed": 0, "removed": 0, "total": 630}
+    assert night.exit_code == 0, night.advice
+    assert night.manifest["share_since_seed"] == pytest.approx(30 / 630)
+    assert night.manifest["fidelity"]["n"] == len(drawn(night, "audit")) == 30
+    assert drawn(night, "audit") == ids and drawn(night, "arrivals") <= ids
+    first = len(drawn(night, "arrivals"))
+    assert first > 10  # those that the rule of the seed set would not have drawn
+
+    ids |= added(range(630, 650))
+    night = place.night(2)
+    assert night.manifest["samples"] == {"new": 20, "changed": 0, "removed": 0, "total": 650}
+    assert night.manifest["share_since_seed"] == pytest.approx(50 / 650)
+    assert first < len(drawn(night, "arrivals")) and drawn(night, "arrivals") <= ids
+    assert night.manifest["drift"]["since"]["n_new"] == len(drawn(night, "arrivals"))
+
+    place.write(640, invert=True)
+    for number in (0, 1, 645):
+        place.paths[number].unlink()
+    night = place.night(3)
+    assert night.manifest["samples"] == {"new": 0, "changed": 1, "removed": 3, "total": 647}
+    assert night.manifest["share_since_seed"] == pytest.approx(49 / 647)
+    assert night.exit_code == 0, night.advice
 
 
 # -- pinned -----------------------------------------------------------------------------

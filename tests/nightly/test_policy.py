@@ -33,9 +33,9 @@ def test_what_changed() -> None:
         ListedFragment("d-1", "d", 9),
         ListedFragment("e-1", "e", 0),
     ]
-    assert source_changes(before, after).as_json() == {
+    assert source_changes(before, after, new=10, changed=4, removed=12).as_json() == {
         "files": {"new": 2, "changed": 1, "removed": 1},
-        "samples": {"new": 9, "changed": 6, "removed": 7, "total": 28},
+        "samples": {"new": 10, "changed": 4, "removed": 12, "total": 28},
     }
     assert source_changes(before, before).files == {"new": 0, "changed": 0, "removed": 0}
 

@@ -130,13 +130,19 @@ def test_the_saving_is_worked_out_from_the_ledger(make_run: MakeRun) -> None:
     run = make_run()
     records = run.ledger()
     records["proxy"].gpu_seconds = 7.0
+    # 10 audit samples are drawn and measured, and the proxy does not train on them
+    records["seed"].samples, records["seed"].detail["audit_samples"] = 40, 10
+    records["proxy"].samples, records["measure"].samples = 40, 50
     run.write_ledger(records)
     summary = summarize(run)
     saving, measured = summary["cost"]["saving"], summary["counts"]["measured"] / 199
     # CPU seconds are twice the wall seconds of the fixture, except for the index
     assert saving["measured_share"] == measured
     assert saving["spent"] == 0.5 + 2 * (1 + 20 + 9 + 5 + 4) + 7
-    assert saving["everything"] == pytest.approx(0.5 + (2 * (1 + 20 + 9) + 7) / measured)
+    training = (2 * 20 + 7) * 199 / 40
+    assert saving["everything"] == pytest.approx(0.5 + 2 * (1 + 9) * 199 / 50 + training)
+    headline = summary["headline"]
+    assert headline is not None and headline["training_seconds"] == pytest.approx(training)
     assert saving["factor"] == pytest.approx(saving["everything"] / saving["spent"])
     assert [row["stage"] for row in summary["cost"]["stages"]][-1] == "select"
 

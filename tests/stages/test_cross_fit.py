@@ -92,6 +92,24 @@ def test_every_proxy_but_that_of_its_part_measures_a_sample(run: Run) -> None:
         assert "loss" not in table.column_names  # every sample has it anyway
 
 
+def test_accuracy_is_that_of_proxies_on_samples_they_have_not_seen(direct: Run) -> None:
+    """A probe gives the samples that it is fitted to their label, whatever the proxy learned."""
+    figures = direct.ledger()["extrapolate"].detail["fidelity"]
+    embedded = table_of(direct, "embeddings")
+    right = embedded["margin"].to_numpy() > 0
+    assert figures["n_held"] == len(embedded)  # so few that the probes are fitted to all
+    assert figures["proxy_accuracy"] == pytest.approx(right.mean())
+
+
+def test_too_few_steps_are_said_before_the_training(run: Run) -> None:
+    logs = run.path("logs")
+    (file,) = storage.names(logs)
+    lines = storage.read_bytes(storage.join(logs, file)).decode().splitlines()
+    said = next(number for number, line in enumerate(lines) if "steps only (4 epochs over" in line)
+    trained = next(number for number, line in enumerate(lines) if " proxy  " in line)
+    assert said < trained and "set proxy.epochs to auto" in lines[said]
+
+
 def test_proxies_have_a_common_scale(run: Run) -> None:
     by_proxy = np.array(table_of(run, "measured")["moso_by_proxy"].to_pylist(), np.float64)
     spread = np.nanstd(by_proxy, axis=0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from raypipe.assessment.fidelity import accuracy_figures
 from raypipe.config import TrustSettings
 from raypipe.config.select import SelectSettings
 from raypipe.errors import TrustError
@@ -82,13 +84,19 @@ def test_the_verdict_goes_by_the_same_figure() -> None:
     assert HeadlineFidelity.of({}, True).spearman is None
 
 
-def test_a_proxy_that_knows_nothing_is_never_strong() -> None:
+def test_a_proxy_that_knows_nothing_is_weak() -> None:
     blind = {**FIGURES, "proxy_accuracy": 0.12, "proxy_chance": 0.1}
     name, sentence = trust_verdict(blind, STABLE, 900)
-    assert name == "modest" and "hardly beats chance" in sentence
-    assert "accuracy 12 %" in sentence
+    assert name == "weak" and "hardly beats chance" in sentence
+    assert "Do not prune by these scores." in sentence and "accuracy 12 %" in sentence
+    for stability in (STABLE, {}):  # a score that every sample has is no better
+        assert trust_verdict({**blind, "judged_on": "direct"}, stability, 0)[0] == "weak"
     seeing = {**blind, "proxy_accuracy": 0.5}
     assert trust_verdict(seeing, STABLE, 900)[0] == "strong" and not weak_proxy(seeing)
+    assert (
+        "accuracy 50 % on 200 samples that it was not trained on; always guessing the largest "
+        in (trust_verdict(seeing, STABLE, 900)[1])
+    )
     # 100 classes: 10 % is far above chance
     assert not weak_proxy({"proxy_accuracy": 0.1, "proxy_chance": 0.02, "n_held": 200})
     # 52 of 100 by chance
@@ -101,3 +109,31 @@ def test_a_proxy_that_knows_nothing_is_never_strong() -> None:
             TrustSettings(),
             False,
         )
+
+
+def test_no_lists_are_cut_by_a_proxy_that_learned_nothing() -> None:
+    # 598 of 600 samples were predicted to be of one of three classes
+    blind = {"proxy_accuracy": 0.335, "proxy_chance": 1 / 3, "n_held": 600}
+    blind["proxy_balanced"] = {"accuracy": 0.337, "chance": 1 / 3, "error": 0.02}
+    direct = {"fidelity": {"judged_on": "direct", **blind}, "measured": 1000, "stability": STABLE}
+    untrained = StageRecord(state="done", samples=1000, detail=direct)
+    with pytest.raises(TrustError, match=r"accuracy 34 %.*trust\.min_accuracy_over_chance"):
+        check_trust(untrained, TrustSettings(), False)
+    assert check_trust(untrained, TrustSettings(), True)["forced"] == "true"
+    off = TrustSettings(min_accuracy_over_chance=-1)
+    assert check_trust(untrained, off, False)["forced"] == "false"
+    untrained.detail["fidelity"]["proxy_accuracy"] = 0.5  # a quarter of the way to 1
+    assert check_trust(untrained, TrustSettings(), False)["forced"] == "false"
+    with pytest.raises(TrustError):
+        check_trust(untrained, TrustSettings(min_accuracy_over_chance=0.3), False)
+
+
+def test_a_proxy_that_finds_rare_classes_is_not_called_blind() -> None:
+    """97 % of the samples are of one class, which is no easier to beat by being right."""
+    label = np.repeat([0, 1], [970, 30])
+    always = accuracy_figures(label, label == 0)
+    assert always["proxy_accuracy"] == always["proxy_chance"] == 0.97
+    assert always["proxy_balanced"]["accuracy"] == 0.5 and weak_proxy({"n_held": 1000, **always})
+    found = label == 0
+    found[:20], found[970:990] = False, True  # 20 false alarms, two thirds of the rare class
+    assert not weak_proxy({"n_held": 1000, **accuracy_figures(label, found)})

@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
     },
     "measure": {"scores": ["loss"], "loss": {"at": "checkpoints"}, "recalibrate": False},
     "extrapolate": {"method": "knn-published", "folds": 1, "judge_published": False},
-    "trust": {"min_spearman": -1},
+    "trust": {"min_spearman": -1, "min_accuracy_over_chance": -1},
     "select": {"keep": [0.5], "strategy": "balanced"},
     "nightly": {"audit": 40, "drift_samples": 100},
 }

@@ -12,6 +12,7 @@ from helpers import digit_pngs, small_config, stamps
 from serial import index, seed
 from test_duplicates import put
 
+import raypipe
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import RejectError, SourceError
@@ -19,6 +20,7 @@ from raypipe.runs.rejects import (
     MIN_REJECTS,
     RejectCounter,
     UnreadableFiles,
+    foreseen_rejects,
     hash_order,
     reason_kind,
     summarize_rejects,
@@ -303,3 +305,41 @@ def test_classes_that_are_numbers_or_named_by_the_source(tmp_path: Path) -> None
         run.path("index")
     )  # as other settings of the source do: the seed set is drawn again as well
     assert settle(("ant", "ox"), nothing, None)[0].names == ("ant", "ox")
+
+
+@pytest.mark.parametrize(
+    "rejects, drawn, total, fraction, expected",
+    [
+        (15, 215, 215, 0.01, "15 of 215 samples drawn cannot be read (7 %), and "),
+        (2, 22, 215, 0.01, "the run probably stops in the stage embed"),
+        (15, 215, 215, 0.01, "the run stops in the stage embed"),
+        (9, 215, 215, 0.01, ""),  # fewer than 10 never stop a run
+        (1, 22, 215, 0.05, ""),
+        (0, 22, 215, 0.0, ""),
+        (1, 200, 100_000, 0.0, "set source.max_reject_fraction to more than 0.005"),
+    ],
+)
+def test_too_many_rejects_are_foreseen(
+    rejects: int, drawn: int, total: int, fraction: float, expected: str
+) -> None:
+    found = foreseen_rejects(rejects, drawn, total, fraction)
+    assert expected in found and bool(found) == bool(expected)
+
+
+def test_inspection_and_seed_foresee_a_run_that_stops(
+    no_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """15 of 215 images are broken; the seed set has so few of them that it does not stop."""
+    for number, image in enumerate(digit_pngs(215)[0]):
+        content = b"broken" if number % 15 == 0 else image
+        path = tmp_path / "data" / str(number % 3) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    where = [f"source.uri={tmp_path}/data", "source.format=imagefolder", "source.limit=null"]
+    config = small_config(f"{tmp_path}/run", *where, "seed.fraction=0.3")
+    cost = raypipe.inspect(config=config).cost
+    assert cost is not None and any("15 of 215 samples" in line for line in cost.warnings)
+    caplog.set_level("INFO", "raypipe")
+    index(config)
+    seed(config)
+    assert "the run probably stops in the stage embed" in caplog.text

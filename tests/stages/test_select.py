@@ -251,6 +251,12 @@ def test_the_threshold_is_a_setting_and_measured_scores_need_none(run: Run) -> N
     assert keep_metadata(run.path("keep", "keep-0.30.parquet"))["forced"] == "false"
     judge(run, -0.5, measured=SAMPLES)
     write_keep_lists(run, SelectSettings(strategy="top"))
+    records = run.ledger()
+    records["extrapolate"].detail["stability"] = {"value": 0.1, "interval": [0.0, 0.2]}
+    run.write_ledger(records)
+    with pytest.raises(TrustError, match=r"trust\.min_stability"):
+        write_keep_lists(run, SelectSettings(strategy="top"))
+    write_keep_lists(run, SelectSettings(strategy="random"))  # uses no score
 
 
 def test_the_verb_goes_by_the_run_and_can_be_forced(run: Run) -> None:

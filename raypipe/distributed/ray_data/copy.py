@@ -58,6 +58,36 @@ def settings_of_copy(settings: SourceSettings, run: Run) -> SourceSettings:
     )
 
 
+def changed_dataset(dataset: Any, settings: SourceSettings, context: Context) -> list[str]:
+    """Return how a dataset differs from the finished copy of the run; the names of what differs.
+
+    Empty without a finished copy. Another limit makes no other dataset.
+    """
+    _require_dataset(dataset)
+    context.start_ray()  # before the dataset is inspected
+    run, progress = context.run, context.progress
+    given, manifest = identity(dataset), _manifest(run)
+    if given.unseen:
+        progress.say(
+            f"{FOLDER:<11} changes to {', '.join(given.unseen)} cannot be seen: after one, delete "
+            f"{run.path(FOLDER)}, or the run continues with the old copy"
+        )
+    if manifest is None:
+        return []
+    known = manifest["dataset"]
+    if "reached" not in manifest:
+        # copies of 0.2.0 hashed less of the functions, so their steps cannot be compared
+        known = {**known, "steps": given.hashes["steps"]}
+        progress.say(
+            f"{FOLDER:<11} copied by an older version: changes of the steps cannot be seen"
+        )
+    columns = {name: value for name, value in _selection(settings).items() if name != "limit"}
+    return [
+        *(f"source.{name}" for name, value in columns.items() if manifest["asked"][name] != value),
+        *(name for name, value in given.hashes.items() if known.get(name) != value),
+    ]
+
+
 def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> None:
     """Copy a dataset, unless a finished copy exists.
 
@@ -75,44 +105,22 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
     ConfigError
         If `dataset` is not a dataset.
     RunError
-        If the finished copy is of another dataset.
+        If the finished copy is of another dataset, or of other columns.
     SourceError
         For columns that cannot be used.
     """
-    if not isinstance(dataset, ray.data.Dataset):
-        raise ConfigError(
-            f"source is {type(dataset).__name__}, not a ray.data.Dataset; "
-            "for files, set source.uri instead"
+    changed = changed_dataset(dataset, settings, context)
+    run, progress, manifest = context.run, context.progress, _manifest(context.run)
+    if changed:
+        raise RunError(
+            f"{run.path(FOLDER)}: holds a copy of another dataset ({' and '.join(changed)} "
+            "differ); choose another run folder, or pass overwrite=True to replace the run"
         )
-    context.start_ray()  # before the dataset is inspected
-    run, progress = context.run, context.progress
-    selection = {
-        name: getattr(settings, name)
-        for name in ("image_column", "label_column", "id_column", "limit")
-    }
-    given = identity(dataset)
-    if given.unseen:
-        progress.say(
-            f"{FOLDER:<11} changes to {', '.join(given.unseen)} cannot be seen: after one, delete "
-            f"{run.path(FOLDER)}, or the run continues with the old copy"
-        )
-    manifest = _manifest(run)
+    selection = _selection(settings)
     if manifest is not None and manifest["asked"] == selection:
-        known = manifest["dataset"]
-        if "reached" not in manifest:
-            # copies of 0.2.0 hashed less of the functions, so their steps cannot be compared
-            known = {**known, "steps": given.hashes["steps"]}
-            progress.say(
-                f"{FOLDER:<11} copied by an older version: changes of the steps cannot be seen"
-            )
-        changed = [name for name, value in given.hashes.items() if known.get(name) != value]
-        if changed:
-            raise RunError(
-                f"{run.path(FOLDER)}: holds a copy of another dataset ({' and '.join(changed)} "
-                "differ); choose another run folder, or delete the copy to copy this dataset"
-            )
         progress.say(f"{FOLDER:<11} copied before: {manifest['rows']:,} samples")
         return
+    hashes = identity(dataset).hashes
     storage.delete(run.path(FOLDER))
     started = time.monotonic()
     with (
@@ -128,11 +136,25 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
         written = _write(dataset, settings, run, count)
     storage.write_json(
         run.path(FOLDER, MANIFEST),
-        {"asked": selection, "dataset": given.hashes, "reached": True, **written},
+        {"asked": selection, "dataset": hashes, "reached": True, **written},
     )
     progress.say(
         f"{FOLDER:<11} {written['rows']:,} samples copied in {time.monotonic() - started:.1f} s"
     )
+
+
+def _require_dataset(dataset: Any) -> None:
+    if not isinstance(dataset, ray.data.Dataset):
+        raise ConfigError(
+            f"source is {type(dataset).__name__}, not a ray.data.Dataset; "
+            "for files, set source.uri instead"
+        )
+
+
+def _selection(settings: SourceSettings) -> dict[str, Any]:
+    """Return the settings that choose columns and rows of a dataset."""
+    names = ("image_column", "label_column", "id_column", "limit")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _manifest(run: Run) -> dict[str, Any] | None:

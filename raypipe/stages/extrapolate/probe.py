@@ -38,13 +38,14 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
     """Write the probes, and how well the scores of the viewers agree."""
     from safetensors.numpy import save
 
+    from raypipe.assessment.fidelity import proxy_is_right
     from raypipe.scores.linear_probe import LinearProbe
 
     roles, classes = ProxyRoles.of(config), len(run.classes().names)
     tensors: dict[str, np.ndarray] = {}
     by_proxy: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
-    correct: list[np.ndarray] = []
+    correct: dict[str, bool] = {}
     for done, proxy in enumerate(roles.embedders):
         table = _read_view(config, run, proxy)
         nodes = nodes_of(table)
@@ -52,14 +53,16 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
         tensors |= {f"{proxy}.{name}": value for name, value in probe.tensors().items()}
         statistics = probe.statistics(nodes.embedding, nodes.label)
         score = statistics[OUTPUTS[config.score]]
-        correct.append(statistics["margin"] > 0)
         ids = table["sample_id"].to_pylist()
+        # that of the proxies: none was trained on the sample, but the probe is fitted to it
+        right = proxy_is_right(nodes)
+        assert right is not None, "the proxies' statistics are in every file of embeddings"
+        correct |= zip(ids, right.tolist(), strict=True)
         labels |= zip(ids, nodes.label.tolist(), strict=True)
         for sample_id, value in zip(ids, score, strict=True):
             by_proxy.setdefault(sample_id, np.full(roles.proxies, np.nan))[proxy] = value
         step(done + 1, len(roles.embedders) + 1)
-    accuracy = float(np.concatenate(correct).mean())
-    _write_assessment(config, run, samples, by_proxy, labels, accuracy)
+    _write_assessment(config, run, samples, by_proxy, labels, correct)
     storage.write_bytes(run.probe_weights, save(tensors))
     step(len(roles.embedders) + 1, len(roles.embedders) + 1)
 
@@ -86,12 +89,13 @@ def _write_assessment(
     samples: int,
     by_proxy: dict[str, np.ndarray],
     labels: dict[str, int],
-    accuracy: float,
+    correct: dict[str, bool],
 ) -> None:
-    """Write the stability and the accuracy of the probes.
+    """Write the stability of the scores, and the accuracy of the proxies on unseen samples.
 
     There is no fidelity, learning curve or interval to assess.
     """
+    from raypipe.assessment.fidelity import accuracy_figures
     from raypipe.assessment.intervals import Intervals
     from raypipe.assessment.learning_curve import LearningCurve
     from raypipe.assessment.rank_agreement import NO_AGREEMENT
@@ -111,8 +115,7 @@ def _write_assessment(
         "baselines": {},
         "n_fit": 0,
         "n_held": len(ids),
-        "proxy_accuracy": accuracy,
-        "proxy_chance": float(np.bincount(label[label >= 0]).max() / len(ids)),
+        **accuracy_figures(label, np.array([correct[sample_id] for sample_id in ids])),
         "note": NOTE,
         "judged_on": "direct",
     }

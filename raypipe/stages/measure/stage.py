@@ -62,6 +62,15 @@ class MeasureStage(Stage):
             storage.delete(context.run.measured_shard(shard))
         storage.delete(context.run.path(AUDIT_FOLDER))
 
+    def reuses(self, context: Context) -> bool:
+        config, run = context.config, context.run
+        folders = [trajectory_folder(config, run)] if config.measure.from_trajectory else []
+        if config.measure.at_checkpoints:
+            folders += vars(GradientFolders.of(config, run)).values()
+        return bool(
+            {storage.name(folder) for folder in folders} & storage.names(run.measured_folder)
+        )
+
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
             seed = SeedManifest.read(context.run)

@@ -39,6 +39,7 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
+from raypipe.runs.intermediate import CHECKPOINTS, REMOVED
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import (
     EpochRecord,
@@ -54,7 +55,14 @@ from raypipe.stages.base import Stage
 if TYPE_CHECKING:
     from raypipe.distributed.cluster import TrainingResources
 
-NOT_OF_THE_RESULT = {"workers", "use_gpu", "cpus_per_worker", "max_failures", "cross_fit"}
+NOT_OF_THE_RESULT = {
+    "workers",
+    "use_gpu",
+    "cpus_per_worker",
+    "max_failures",
+    "cross_fit",
+    "keep_intermediate",
+}
 """Settings that change how fast the training is or what comes after it, but not its result."""
 
 
@@ -81,7 +89,7 @@ class PartProgress:
         """Read the progress of a proxy from the run."""
         epochs = EpochRecord.read_all(run, part.folder)
         checkpoints = {epoch.checkpoint for epoch in epochs if epoch.checkpoint}
-        trained = len(epochs) == config.proxy.epochs and checkpoints <= storage.names(
+        trained = len(epochs) == config.proxy.passes and checkpoints <= storage.names(
             run.path(part.checkpoints)
         )
         return cls(part, epochs, trained)
@@ -115,8 +123,9 @@ class ProxyStage(Stage):
             parts = proxy_parts(context.run)
         except FileNotFoundError:
             return False
+        finals_only = CHECKPOINTS in record.detail.get(REMOVED, [])
         return all(
-            {part.trained.final, *part.trained.files}
+            {part.trained.final, *(() if finals_only else part.trained.files)}
             <= storage.names(context.run.path(part.checkpoints))
             for part in parts
         )
@@ -126,6 +135,8 @@ class ProxyStage(Stage):
         seed = SeedManifest.read(run)
         resources = context.cluster.training_resources(config.proxy)
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed, config.proxy.repeats)
+        if too_few := config.proxy.too_few_steps(seed.samples):
+            context.progress.say(f"note: {too_few}")
         _check_sizes(parts, resources.workers)
         # with a manifest, the ledger has the seconds of the finished epochs already
         already_counted = storage.exists(run.proxy_manifest_file)
@@ -136,7 +147,7 @@ class ProxyStage(Stage):
             for state in before
         ]
         for state in after:
-            state.check_epochs(config.proxy.epochs)
+            state.check_epochs(config.proxy.passes)
         _manifest(config, run, seed, after).write(run)
         for part in parts:
             storage.delete(run.path(part.folder, "state.safetensors"))
@@ -148,7 +159,7 @@ class ProxyStage(Stage):
             for epoch in new.epochs
         )
         record.gpu_seconds += train_seconds * resources.workers if resources.gpu else 0.0
-        record.detail = _detail(after, config.proxy.epochs, resources)
+        record.detail = _detail(after, config.proxy.passes, resources)
 
 
 def _check_sizes(parts: Sequence[SeedPart], workers: int) -> None:
@@ -180,7 +191,7 @@ def _train_missing(
         finally:
             seconds.append(time.monotonic() - started)
 
-    total = len(parts) * config.proxy.epochs
+    total = len(parts) * config.proxy.passes
     with context.progress.meter("proxy", total, "epochs") as meter:
         meter.already(sum(len(state.epochs) for state in parts))
         watch = _EpochWatch([run.path(state.part.folder, "epochs") for state in parts], meter)

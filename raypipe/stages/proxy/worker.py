@@ -99,7 +99,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     worker = ProxyTraining(
         job, run, seed, local_seed.open(), context.get_world_rank(), context.get_world_size()
     )
-    for epoch in range(worker.first_epoch, job.settings.epochs):
+    for epoch in range(worker.first_epoch, job.settings.passes):
         if not worker.run_epoch(epoch):
             break
     distributed.barrier()
@@ -281,7 +281,7 @@ class ProxyTraining:
     def _set_learning_rate(self, epoch: int, step: int) -> float:
         steps = self._steps_per_epoch
         lr = training.learning_rate(
-            self._settings, epoch * steps + step, steps * self._settings.epochs
+            self._settings, epoch * steps + step, steps * self._settings.passes
         )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -342,12 +342,12 @@ class ProxyTraining:
     def _write_trajectory(self, epoch: int, predicted: Sequence[BatchPredictions]) -> None:
         file = self._trajectory_file(epoch, self._rank)
         writers = self._workers * self._job.part.of
-        rows = group_rows(self._classes, self._settings.epochs, writers)
+        rows = group_rows(self._classes, self._settings.passes, writers)
         write_trajectory(self._run.path(self._folder, "trajectory", file), predicted, rows)
 
     def _write_checkpoint(self, epoch: int) -> str:
         """Write the weights if this epoch has a checkpoint. Returns its file name, or ""."""
-        if epoch not in {*self._scored_epochs, self._settings.epochs - 1}:
+        if epoch not in {*self._scored_epochs, self._settings.passes - 1}:
             return ""
         file = f"epoch-{epoch:04d}.safetensors"
         weights = {

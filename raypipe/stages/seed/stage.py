@@ -69,6 +69,8 @@ class SeedStage(Stage):
         tally = RejectCounter(config.source.max_reject_fraction, plan.samples)
         bits = _draw_missing(context, record, plan, tally)
         tally.check(all_read=True)
+        if foreseen := tally.outlook():
+            context.progress.say(f"note: {foreseen}")
         _gather_missing(context, record, plan)
         manifest = SeedManifest.from_shards(run, plan.shards, plan.audit)
         for stale in run.done("seed") - plan.files:

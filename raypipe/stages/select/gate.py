@@ -1,8 +1,13 @@
-"""The gate: refuse keep-lists when the fidelity or the stability of the scores is too low."""
+"""The gate: refuse keep-lists when the scores cannot be trusted.
+
+That is when their fidelity or stability is too low, or the proxy hardly beats chance.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from raypipe.assessment.stability import Stability
 from raypipe.config import TrustSettings
@@ -34,8 +39,8 @@ class ScoreFidelity:
         How well another training would agree with the scores.
     overall : float or None
         The correlation over all classes, where `spearman` is that within them.
-    weak_proxy : str
-        A sentence if the proxy hardly beats chance.
+    accuracy : dict
+        Accuracy of the proxy on unseen samples, and chance; see `raypipe.text.weak_proxy`.
     """
 
     spearman: float | None
@@ -46,7 +51,7 @@ class ScoreFidelity:
     from_tables: bool
     stability: Stability
     overall: float | None = None
-    weak_proxy: str = ""
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: StageRecord, within_classes: bool = False) -> ScoreFidelity:
@@ -70,7 +75,7 @@ class ScoreFidelity:
                 stability_for_cut(detail.get("stability") or {}, within_classes)
             ),
             overall=headline.overall,
-            weak_proxy=weak_proxy(figures),
+            accuracy=figures,
         )
 
     @property
@@ -80,7 +85,15 @@ class ScoreFidelity:
 
     def suffices(self, trust: TrustSettings) -> bool:
         """Return whether keep-lists can be written. A threshold of -1 accepts every value."""
-        return self._fidelity_suffices(trust) and self._stability_suffices(trust)
+        return (
+            self._fidelity_suffices(trust)
+            and self._stability_suffices(trust)
+            and not self._weak_proxy(trust)
+        )
+
+    def _weak_proxy(self, trust: TrustSettings) -> str:
+        """Return a sentence if the proxy hardly beats chance; an unknown accuracy is no reason."""
+        return weak_proxy(self.accuracy, trust.min_accuracy_over_chance)
 
     def _stability_suffices(self, trust: TrustSettings) -> bool:
         """Return whether the stability is high enough. An unknown one is no reason to refuse."""
@@ -97,13 +110,17 @@ class ScoreFidelity:
 
     def shortfall(self, trust: TrustSettings) -> str:
         """Describe what is wrong."""
+        proxy = self._weak_proxy(trust).rstrip(".")
+        if self._fidelity_suffices(trust) and self._stability_suffices(trust):
+            return f"{proxy[0].lower()}{proxy[1:]} (see trust.min_accuracy_over_chance)"
+        proxy = f". {proxy}" if proxy else ""
         if self._fidelity_suffices(trust):
             low, high = self.stability.interval or (0.0, 0.0)
             return (
                 "the scores of another training are expected to have a rank correlation of only "
                 f"{self.stability.value:.2f} with these (95 % interval {low:.2f} to "
                 f"{high:.2f}), and its lower end is below trust.min_stability "
-                f"({trust.min_stability:g})"
+                f"({trust.min_stability:g}){proxy}"
             )
         if self.lower_end is None:
             return f"the fidelity of the predicted scores is not known ({self.note})"
@@ -113,7 +130,6 @@ class ScoreFidelity:
         within = overall = ""
         if self.overall is not None:
             within, overall = " within classes", f"; over all classes it is {self.overall:.2f}"
-        proxy = f". {self.weak_proxy.rstrip('.')}" if self.weak_proxy else ""
         return (
             f"predicted and measured scores have a Spearman correlation{within} of "
             f"{self.spearman:.2f}{interval}, and its lower end is below trust.min_spearman "
@@ -122,6 +138,8 @@ class ScoreFidelity:
 
     def remedy(self, trust: TrustSettings) -> str:
         """Describe what the user can do."""
+        if self._fidelity_suffices(trust) and self._stability_suffices(trust):
+            return "To write keep-lists anyway, use `raypipe select --force` or set select.force"
         if self._fidelity_suffices(trust):
             return (
                 "More epochs of the proxies (proxy.epochs), a larger seed set (seed.fraction) or "
@@ -151,7 +169,8 @@ def check_trust(
     It suffices when every sample was measured, or when the lower end of its interval is at least
     `trust.min_spearman`. With a threshold of -1, any fidelity suffices, even an unknown one. The
     stability, where it is known, suffices when the lower end of its interval is at least
-    `trust.min_stability`.
+    `trust.min_stability`. The accuracy of the proxy on unseen samples, where it is known, suffices
+    when it beats chance (`trust.min_accuracy_over_chance`).
 
     Parameters
     ----------

@@ -48,8 +48,9 @@ class SelectStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         trust = config.trust.model_dump(mode="json")
-        if trust["min_stability"] == TrustSettings().min_stability:
-            del trust["min_stability"]  # older runs did not have it
+        for name in ("min_stability", "min_accuracy_over_chance"):  # older runs did not have them
+            if trust[name] == getattr(TrustSettings(), name):
+                del trust[name]
         select = config.select.model_dump(mode="json")
         if select["quotas"] == SelectSettings().quotas:
             del select["quotas"]  # nor this
@@ -214,7 +215,7 @@ def _check_trust(
     Returns the fidelity as metadata of a keep-list.
     """
     if not STRATEGIES[settings.strategy].uses_scores:
-        trust = TrustSettings(min_spearman=-1)
+        trust = TrustSettings(min_spearman=-1, min_stability=-1, min_accuracy_over_chance=-1)
     try:
         within_classes = settings.cuts_within_classes
         return check_trust(run.ledger()["extrapolate"], trust, settings.force, within_classes)
