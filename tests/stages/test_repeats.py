@@ -11,7 +11,6 @@ import raypipe
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.runs.embeddings import as_seen_by, nodes_of, read_views
-from raypipe.runs.manifests import ProxyManifest
 from raypipe.runs.partition import proxy_parts
 from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
@@ -171,5 +170,6 @@ def test_one_part_is_seen_by_all_its_proxies_and_rehearsed_with_one(one_part: Ru
     assert set(views["proxy"].to_pylist()) == {1} and len(views) == len(embeddings)
     scores = table_of(one_part, "scores")
     assert len(scores) == len(embeddings) and np.isfinite(scores["score"].to_numpy()).all()
-    inner = Run(one_part.path("rehearsal"))
-    assert len(ProxyManifest.read(inner).parts) == 1
+    ledger = one_part.ledger()
+    assert len(ledger["proxy"].detail["parts"]) == 2
+    assert "trained" in ledger["rehearse"].detail and "parts" not in ledger["rehearse"].detail
