@@ -628,6 +628,26 @@ def report(uri: str) -> None:
         click.echo(build(run))
 
 
+@cli.command(
+    short_help="Compare the scores and keep-lists of two runs.",
+    epilog=_epilog("raypipe compare runs/first runs/second", 0, 1),
+)
+@click.argument("first", metavar="RUN")
+@click.argument("second", metavar="RUN")
+def compare(first: str, second: str) -> None:
+    """Show how far two runs agree on the samples that both have, and which settings differ.
+
+    Their ids must be the same, as they are for two runs over one source.
+    """
+    from raypipe.keeplists.compare import compare_runs, describe_comparison
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import damage_as_error, printable
+
+    with damage_as_error(first), damage_as_error(second):
+        for line in describe_comparison(compare_runs(Run(first), Run(second))):
+            click.echo(printable(line))
+
+
 def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, ...]:
     return overrides if share is None else (*overrides, f"source.inject_noise={share}")
 

@@ -62,7 +62,6 @@ from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, injected_noise, now
 from raypipe.runs.run import Run
-from raypipe.sources.noise import LabelNoise
 from raypipe.text import stability_for_cut
 from raypipe.vision.bit_depth import BitsInUse
 
@@ -138,7 +137,7 @@ def collect(run: Run) -> Findings:
     within_classes = config.select.cuts_within_classes
     stability = stability_for_cut(assessment.get("stability") or {}, within_classes)
     fidelity = _fidelity(assessment, scan, stability, within_classes)
-    embeddings = _scan_embeddings(run, config, scan, fidelity, noise)
+    embeddings = scan_embeddings(run, config.report.images, noise)
     keep_lists = scan_keep_lists(run, len(names), sample_sets(run, config))
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
     cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
@@ -491,14 +490,6 @@ def _tile(pick: Pick, names: Sequence[str]) -> Tile:
 def high_is_hard(fidelity: Fidelity) -> bool:
     """Tell whether a high score means a hard sample."""
     return str(fidelity["score"]) in DIFFICULTIES
-
-
-def _scan_embeddings(
-    run: Run, config: Config, scan: ScoreScan, fidelity: Fidelity, noise: LabelNoise | None
-) -> EmbeddingScan:
-    """Search for label errors at the hard end of the scores."""
-    hard = high_is_hard(fidelity)
-    return scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
 
 
 def _with_keep_list(
