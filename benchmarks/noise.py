@@ -59,7 +59,7 @@ SCORES = ("moso", "el2n", "aum", "loss")
 MARGIN = "margin"
 """The proxy's own, at the end of its training."""
 FIFTH = 0.2
-"""Share of the samples among which the run's list of likely label errors is."""
+"""Share of the samples among which the list of label errors of runs up to 0.2.0 is."""
 MARGIN_SIGNAL = 1
 """Column of the margin among the signals of a sample."""
 

@@ -628,6 +628,47 @@ def report(uri: str) -> None:
         click.echo(build(run))
 
 
+@cli.command(
+    short_help="Show what takes room in a run, and remove what can go.",
+    epilog=_epilog("raypipe clean runs/first", 0, 1),
+)
+@click.argument("uri", metavar="RUN")
+@click.option("--yes", is_flag=True, help="Remove what can go. Without it, nothing is removed.")
+def clean(uri: str, yes: bool) -> None:
+    """Show how much each folder of RUN takes, and what no score of it needs any more.
+
+    A run removes the same when it is done, unless proxy.keep_intermediate is set.
+    """
+    from raypipe.runs.clean import clean_run
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import printable, refuse_links_out
+
+    run = Run(uri)
+    refuse_links_out(run, "proxy")
+    for line in clean_run(run, yes):
+        click.echo(printable(line))
+
+
+@cli.command(
+    short_help="Compare the scores and keep-lists of two runs.",
+    epilog=_epilog("raypipe compare runs/first runs/second", 0, 1),
+)
+@click.argument("first", metavar="RUN")
+@click.argument("second", metavar="RUN")
+def compare(first: str, second: str) -> None:
+    """Show how far two runs agree on the samples that both have, and which settings differ.
+
+    Their ids must be the same, as they are for two runs over one source.
+    """
+    from raypipe.keeplists.compare import compare_runs, describe_comparison
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import damage_as_error, printable
+
+    with damage_as_error(first), damage_as_error(second):
+        for line in describe_comparison(compare_runs(Run(first), Run(second))):
+            click.echo(printable(line))
+
+
 def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, ...]:
     return overrides if share is None else (*overrides, f"source.inject_noise={share}")
 

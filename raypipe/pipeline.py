@@ -49,7 +49,7 @@ _STAGES = {
     "proxy": "raypipe.stages.proxy.stage:ProxyStage",
     "measure": "raypipe.stages.measure.stage:MeasureStage",
     "rehearse": "raypipe.stages.rehearse:RehearseStage",
-    "embed": "raypipe.stages.embed:EmbedStage",
+    "embed": "raypipe.stages.embed.stage:EmbedStage",
     "extrapolate": "raypipe.stages.extrapolate.stage:ExtrapolateStage",
     "select": "raypipe.stages.select.stage:SelectStage",
     "report": "raypipe.stages.report:ReportStage",

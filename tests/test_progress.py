@@ -217,3 +217,10 @@ def test_a_finished_run_has_its_log_and_its_cost(finished: str) -> None:
     text = storage.read_bytes(f"{finished}/logs/{log}").decode()
     assert "INFO embed" in text and "INFO select" in text
     assert any(line.startswith("spent ") and " CPU" in line for line in describe_run(finished))
+
+
+def test_functions_side_by_side_have_a_total_that_does_not_grow() -> None:
+    from raypipe.distributed.step_tasks import SHOWN_STEPS, StepReport
+
+    reports = [StepReport(), StepReport(1, 7), StepReport(521, 521), StepReport(1, 1)]
+    assert [report.shown for report in reports] == [0, SHOWN_STEPS // 7, SHOWN_STEPS, SHOWN_STEPS]

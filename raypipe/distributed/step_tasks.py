@@ -21,12 +21,21 @@ StepFunction = Callable[[Config, Run, int, ProgressCallback], None]
 """Does its work given (config, run, samples, step), and calls step(done, total) as it proceeds."""
 
 
+SHOWN_STEPS = 100
+"""Steps that the progress shows for each of several functions, however many it takes."""
+
+
 class StepReport(NamedTuple):
     """Progress of one function: steps done, steps in total, processor seconds so far."""
 
     done: int = 0
     total: int = 0
     seconds: float = 0.0
+
+    @property
+    def shown(self) -> int:
+        """Steps done, if all of them were `SHOWN_STEPS`."""
+        return SHOWN_STEPS * self.done // self.total if self.total else 0
 
 
 def run_step_functions(
@@ -62,8 +71,11 @@ def run_step_functions(
     for name, stream in streams.items():
         threading.Thread(target=_follow, args=(name, stream, messages), daemon=True).start()
     running, latest = set(parts), dict.fromkeys(parts, StepReport())
-    title = "+".join(dict.fromkeys(name.partition("-")[0] for name in parts))
-    with context.progress.meter(title, 0, "epochs") as meter:
+    # several functions report their totals one by one, so each counts for the same number of steps
+    alone = len(parts) == 1
+    title = next(iter(parts)).partition("-")[0] if alone else "fit"
+    total, unit = (0, "epochs") if alone else (SHOWN_STEPS * len(parts), "steps")
+    with context.progress.meter(title, total, unit) as meter:
         while running:
             name, message = messages.get()
             if isinstance(message, Exception):
@@ -72,8 +84,10 @@ def run_step_functions(
                 running.remove(name)
                 continue
             latest[name] = message
-            meter.expect(sum(report.total for report in latest.values()))
-            meter.add(sum(report.done for report in latest.values()) - meter.count)
+            if alone:
+                meter.expect(message.total)
+            done = message.done if alone else sum(report.shown for report in latest.values())
+            meter.add(done - meter.count)
     return sum(report.seconds for report in latest.values())
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from raypipe.estimate.facts import ClassBalance, CostEstimate, ImageFacts, RejectFacts, Survey
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
+from raypipe.sources.classes import lone_classes_note
 from raypipe.sources.formats import describe_left_out
 from raypipe.text import (
     counted,
@@ -149,6 +150,8 @@ def _balance(survey: Survey, balance: ClassBalance, block: str) -> Iterator[str]
     notes = _balance_notes(balance)
     if notes:
         yield f"            {', '.join(notes)}"
+    if lone := lone_classes_note(balance.counted, sum(map(bool, balance.per_class.values()))):
+        yield f"            {lone}"
     if balance.even:
         yield "            no more uneven than chance and the order of the samples explain"
     elif not balance.exact and balance.margin is None:

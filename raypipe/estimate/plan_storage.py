@@ -45,30 +45,30 @@ def _gathering(work: Workload) -> int:
     return drawn + 3 * drawn * math.ceil(pixels / gather_bytes(pixels))
 
 
-def _proxy_files(work: Workload, parts: int) -> int:
-    """Return the files of a training of the proxy: checkpoints, epochs, trajectory, manifest."""
+def _proxy_files(work: Workload, proxies: int) -> int:
+    """Return the files of the trainings of proxies: checkpoints, epochs, trajectory, manifest."""
     proxy = work.config.proxy
     trajectory = 0 if proxy.trajectory == "none" else proxy.passes * proxy.workers
-    return parts * (len(proxy.checkpoint_epochs()) + proxy.passes + trajectory + 1)
+    return proxies * (len(proxy.checkpoint_epochs()) + proxy.passes + trajectory + 1)
 
 
 def files_written(work: Workload) -> dict[str, int]:
     """Return the number of files that each stage writes."""
     config, shards = work.config, _shards(work)
-    count, parts = len(config.proxy.checkpoint_epochs()), config.proxy.parts
+    count, proxies = len(config.proxy.checkpoint_epochs()), config.proxy.proxies
     mean_gradients = "moso" in config.measure.scores
     return {
         "index": math.ceil(work.fragments / INDEX_FILE_FRAGMENTS) + 1,
         "seed": 2 * shards + 1,
         # pseudo-labels: the labels of each shard; clusters, network, manifest, classes
         "label": shards * (1 + bool(work.audit)) + 4,
-        "proxy": _proxy_files(work, parts),
+        "proxy": _proxy_files(work, proxies),
         "measure": shards * (1 + bool(work.audit))
-        + parts * count * (mean_gradients + config.measure.recalibrates)
-        + shards * parts,
+        + proxies * count * (mean_gradients + config.measure.recalibrates)
+        + shards * proxies,
         # images, scores and embeddings of each shard; the second proxy; manifest and classes
-        "rehearse": 3 * shards + _proxy_files(work, parts) + 2,
-        "embed": work.fragments * (1 + config.proxy.cross_fits),
+        "rehearse": 3 * shards + _proxy_files(work, config.proxy.parts) + 2,
+        "embed": work.fragments * (1 + (config.proxy.cross_fits or config.proxy.repeats > 1)),
         "extrapolate": work.fragments + 8,
         "select": len(config.select.keep),
         "report": 2,
@@ -86,7 +86,7 @@ def requests_of(
     """
     config, shards, fragments = work.config, _shards(work), work.fragments
     count = len(config.proxy.checkpoint_epochs())
-    workers = config.proxy.workers * config.proxy.parts
+    workers = config.proxy.workers * config.proxy.proxies
     source_pages = math.ceil(work.listed / PAGE)
     output_pages = math.ceil(2 * fragments / PAGE)
     scan = {

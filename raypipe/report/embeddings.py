@@ -67,7 +67,7 @@ class EmbeddingScan:
     map
         None where there is nothing to project.
     suspects
-        The samples whose label the proxy contradicts most, among those with a suspicious score.
+        The samples whose label the proxy contradicts most.
     suspect_count
         All such samples.
     agreement
@@ -88,27 +88,21 @@ class EmbeddingScan:
     noise: NoiseCounts | None = None
 
 
-def scan_embeddings(
-    run: Run, edge: float, images: int, noise: LabelNoise | None = None, above: bool = False
-) -> EmbeddingScan:
+def scan_embeddings(run: Run, images: int, noise: LabelNoise | None = None) -> EmbeddingScan:
     """Read some embedding shards.
 
     Parameters
     ----------
     run
         The run whose embeddings and scores are read.
-    edge
-        Samples are suspicious whose score lies below it.
     images
         The largest number of suspects to return.
     noise
         Labels that were replaced to test the detection of label noise.
-    above
-        Samples are suspicious whose score lies above `edge` instead.
     """
     counter = LabelNoiseCounter(noise) if noise is not None else None
     fragments = sorted(run.done("embeddings") & run.done("scores"))
-    suspects, on_map = _Suspects(images, edge, above), set(_spread(fragments, MAP_SHARDS))
+    suspects, on_map = _Suspects(images), set(_spread(fragments, MAP_SHARDS))
     points, read = _MapPoints(max(1, MAP_SAMPLES // max(1, len(on_map)))), 0
     for fragment in _spread(fragments, MAX_SHARDS):
         try:
@@ -170,10 +164,13 @@ def _read_shard(run: Run, fragment: str, *, with_embedding: bool) -> _EmbeddingS
 
 
 class _Suspects:
-    """Finds the samples with a suspicious score whose label the proxy contradicts."""
+    """Finds the samples whose label the proxy contradicts, by its margin, whatever their score.
 
-    def __init__(self, images: int, edge: float, above: bool) -> None:
-        self._edge, self._above = edge, above
+    A condition on the score loses wrong labels: on CIFAR-10 with a fifth of the labels replaced, of
+    as many samples as were replaced, the margin alone found 58 % (docs/results/label-noise.md).
+    """
+
+    def __init__(self, images: int) -> None:
         self._best = HighestPicks(images)
         self.count = self.agreed = self.labelled = 0
 
@@ -181,8 +178,7 @@ class _Suspects:
         """Return how much the proxy contradicts each label, float [n]; NaN for no suspect."""
         label, prediction = shard.label, shard.prediction
         labelled = (label >= 0) & (prediction >= 0)
-        suspicious = shard.score >= self._edge if self._above else shard.score <= self._edge
-        suspect = labelled & (label != prediction) & suspicious & np.isfinite(shard.margin)
+        suspect = labelled & (label != prediction) & np.isfinite(shard.margin)
         doubt = np.where(suspect, -shard.margin, np.nan)
         self._best.offer(doubt, _suspect_maker(shard))
         self.count += int(suspect.sum())

@@ -34,14 +34,13 @@ TITLES = {
 HARD_SAMPLES = "Atypical, hard or wrongly labelled samples gather here."
 BY_STRATEGY = "The strategy decides which of these a keep-list {verb}."
 SUSPECTS = (
-    "These are among the {end} 20 % of the scores, and the proxy predicts another class. The "
-    "samples that it contradicts most are shown. Check before you relabel: hard samples with a "
-    "correct label gather here as well."
+    "The proxy predicts another class for these than their label. The samples that it contradicts "
+    "most are shown, whatever their score. Check before you relabel: hard samples with a correct "
+    "label gather here as well."
 )
 CONTRADICTED_CLUSTERS = (
-    "Labels are pseudo-labels, so none of them is an error. These are among the {end} 20 % of the "
-    "scores, and the proxy predicts another cluster than theirs: they lie between clusters. The "
-    "samples that it contradicts most are shown."
+    "Labels are pseudo-labels, so none of them is an error. The proxy predicts another cluster for "
+    "these than theirs: they lie between clusters. The samples that it contradicts most are shown."
 )
 ORDERED_BY_SCORE = {"top", "balanced", "normalized", None}
 """Strategies that keep the highest scores and drop the lowest."""
@@ -220,9 +219,7 @@ def _explanations(summary: Summary) -> dict[str, str]:
     hard = high_is_hard(summary["fidelity"])
     about = {
         "uncertain": "Extrapolated scores with the widest intervals.",
-        "suspects": (
-            CONTRADICTED_CLUSTERS if summary["source"]["pseudo_labels"] else SUSPECTS
-        ).format(end="highest" if hard else "lowest"),
+        "suspects": CONTRADICTED_CLUSTERS if summary["source"]["pseudo_labels"] else SUSPECTS,
     }
     holds, drops = BY_STRATEGY.format(verb="holds"), BY_STRATEGY.format(verb="drops")
     if hard:

@@ -148,8 +148,6 @@ class ScoreScan:
         Counts of samples.
     low, high, total
         Of the finite scores.
-    edges
-        Approximate scores below which, and above which, 20 % of the samples lie.
     class_samples, class_measured, class_sum
         [C + 1]: samples, measured samples and sum of the finite scores.
     histogram
@@ -171,7 +169,6 @@ class ScoreScan:
     low: float = np.inf
     high: float = -np.inf
     total: float = 0.0
-    edges: tuple[float, float] = (np.nan, np.nan)
     class_samples: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_measured: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_sum: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -397,7 +394,6 @@ class _BinCounter:
 def _second_pass(cache: _ScoreCache, scan: ScoreScan, sample: np.ndarray) -> None:
     """Fill in the histograms and the quantiles of the classes."""
     start, stop = _histogram_range(scan, sample)
-    scan.edges = float(np.quantile(sample, 0.2)), float(np.quantile(sample, 0.8))
     rows, bins = scan.classes + 1, CLASS_BINS if scan.classes <= MANY_CLASSES else COARSE_BINS
     counter = _BinCounter(2 * rows * bins)
     for score, label, measured in cache:

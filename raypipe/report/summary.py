@@ -62,7 +62,7 @@ from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, injected_noise, now
 from raypipe.runs.run import Run
-from raypipe.sources.noise import LabelNoise
+from raypipe.text import stability_for_cut
 from raypipe.vision.bit_depth import BitsInUse
 
 FORMAT = 1
@@ -134,8 +134,10 @@ def collect(run: Run) -> Findings:
     noise = injected_noise(ledger)
     assessment = _assessment(run)
     scan = scan_scores(run, len(names), config.report.images)
-    fidelity = _fidelity(assessment, scan, config.select.cuts_within_classes)
-    embeddings = _scan_embeddings(run, config, scan, fidelity, noise)
+    within_classes = config.select.cuts_within_classes
+    stability = stability_for_cut(assessment.get("stability") or {}, within_classes)
+    fidelity = _fidelity(assessment, scan, stability, within_classes)
+    embeddings = scan_embeddings(run, config.report.images, noise)
     keep_lists = scan_keep_lists(run, len(names), sample_sets(run, config))
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
     cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
@@ -167,7 +169,7 @@ def collect(run: Run) -> Findings:
         "headline": leading,
         "fidelity": fidelity,
         "fidelity_seed": _seed_fidelity(assessment),
-        "stability": assessment.get("stability") or None,
+        "stability": stability or None,
         "learning_curve": _learning_curve(assessment),
         "neighbour_search": _neighbour_search(assessment),
         "label_noise": (
@@ -329,7 +331,12 @@ def _assessment(run: Run) -> dict[str, Any]:
     return clean(content) if isinstance(content, dict) else {}
 
 
-def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan, within_classes: bool) -> Fidelity:
+def _fidelity(
+    assessment: Mapping[str, Any],
+    scan: ScoreScan,
+    stability: Mapping[str, Any],
+    within_classes: bool,
+) -> Fidelity:
     """Return the fidelity to go by, with a verdict."""
     held_out = _held_out_fidelity(assessment.get("fidelity"))
     method = assessment.get("method")
@@ -337,7 +344,7 @@ def _fidelity(assessment: Mapping[str, Any], scan: ScoreScan, within_classes: bo
         held_out["within_classes"] = within_classes
     verdict, sentence = text.trust_verdict(
         {**held_out, "method": method},
-        assessment.get("stability") or {},
+        stability,
         scan.samples - scan.measured if scan.samples else None,
     )
     sentence += text.experimental(assessment.get("score"))
@@ -483,14 +490,6 @@ def _tile(pick: Pick, names: Sequence[str]) -> Tile:
 def high_is_hard(fidelity: Fidelity) -> bool:
     """Tell whether a high score means a hard sample."""
     return str(fidelity["score"]) in DIFFICULTIES
-
-
-def _scan_embeddings(
-    run: Run, config: Config, scan: ScoreScan, fidelity: Fidelity, noise: LabelNoise | None
-) -> EmbeddingScan:
-    """Search for label errors at the hard end of the scores."""
-    hard = high_is_hard(fidelity)
-    return scan_embeddings(run, scan.edges[hard], config.report.images, noise, above=hard)
 
 
 def _with_keep_list(

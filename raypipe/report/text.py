@@ -373,10 +373,11 @@ def _stability(stability: Mapping[str, Any]) -> str:
         reason = stability.get("note") or "it was not measured"
         return f"Stability is unknown: {reason}."
     within = " within classes" if stability.get("within_classes") else ""
+    seed_set = " on the same seed set" if stability.get("same_samples") else ""
     low, high = stability.get("interval") or (None, None)
     return (
         f"Stability {fixed(value)}{_interval(low, high)}: the correlation{within} to expect with "
-        "the scores of another training."
+        f"the scores of another training{seed_set}."
     )
 
 

@@ -120,8 +120,6 @@ def test_grids_hold_the_samples_at_the_ends(make_run: MakeRun) -> None:
     assert all(
         tile["label"] != tile["prediction"] and tile["margin"] < 0 for tile in grids["suspects"]
     )
-    low = np.quantile([row["score"] for row in rows], 0.2)
-    assert all(tile["score"] <= low for tile in grids["suspects"])
     margins = [tile["margin"] for tile in grids["suspects"]]
     assert margins == sorted(margins)
 

@@ -46,18 +46,7 @@ def test_the_list_is_judged_by_what_was_replaced(make_run: Callable[..., Run]) -
     run.write_ledger(records)
     build(run)
     found = storage.read_json(run.path("report", "summary.json"))["label_noise"]
-    suspects = scan_embeddings(
-        run, np.inf, 10_000
-    ).suspects  # the fixture's edge is a quantile of all scores
-    low = np.quantile(
-        [
-            row
-            for _, table in storage.iter_tables(run.path("scores"))
-            for row in table["score"].to_pylist()
-        ],
-        0.2,
-    )
-    listed = [pick for pick in suspects if pick.score <= low]
+    listed = scan_embeddings(run, 10_000).suspects
     hits = [noise.replaced(pick.sample_id) for pick in listed]
     assert found["list"] == retrieval_figures(np.array(hits), found["replaced"]) and 0 < sum(
         hits
