@@ -629,6 +629,27 @@ def report(uri: str) -> None:
 
 
 @cli.command(
+    short_help="Show what takes room in a run, and remove what can go.",
+    epilog=_epilog("raypipe clean runs/first", 0, 1),
+)
+@click.argument("uri", metavar="RUN")
+@click.option("--yes", is_flag=True, help="Remove what can go. Without it, nothing is removed.")
+def clean(uri: str, yes: bool) -> None:
+    """Show how much each folder of RUN takes, and what no score of it needs any more.
+
+    A run removes the same when it is done, unless proxy.keep_intermediate is set.
+    """
+    from raypipe.runs.clean import clean_run
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import printable, refuse_links_out
+
+    run = Run(uri)
+    refuse_links_out(run, "proxy")
+    for line in clean_run(run, yes):
+        click.echo(printable(line))
+
+
+@cli.command(
     short_help="Compare the scores and keep-lists of two runs.",
     epilog=_epilog("raypipe compare runs/first runs/second", 0, 1),
 )
