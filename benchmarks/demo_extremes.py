@@ -17,8 +17,8 @@ from scipy.stats import pearsonr, spearmanr
 
 from raypipe import storage
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.cross_fit import VIEWERS, CrossFit
 from raypipe.runs.partition import proxy_parts
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.scores.linear_probe import LinearProbe
 from raypipe.sources import open_source
@@ -46,13 +46,13 @@ def decoded(run: Run) -> tuple[list[str], np.ndarray, np.ndarray]:
 def measured(run: Run) -> dict[str, float]:
     """The score of every sample by id."""
     config = run.config()
-    roles = CrossFit.of(config)
-    if roles is None or not config.scores_embeddings:
+    roles = ProxyRoles.of(config)
+    if not config.scores_embeddings:
         raise SystemExit(f"{run.uri}: the score {config.score} does not come from embeddings")
     ids, pixels, label = decoded(run)
     part, parts = roles.part_of(ids), proxy_parts(run)
     total = np.zeros(len(ids))
-    for proxy in VIEWERS:
+    for proxy in roles.embedders:
         model = load_checkpoint(run, parts[proxy].trained.final, folder=parts[proxy].checkpoints)
         with torch.inference_mode():
             batches = torch.from_numpy(pixels).split(64)
@@ -60,8 +60,9 @@ def measured(run: Run) -> dict[str, float]:
         viewed = roles.is_viewed(part, proxy)
         embedding = embedding.astype(config.embed.dtype)[viewed]
         probe = LinearProbe.fit(embedding, label[viewed], len(run.classes().names))
-        total[viewed] += probe.statistics(embedding, label[viewed])[OUTPUTS[config.score]] / 2
-    return dict(zip(ids, total.tolist(), strict=True))
+        total[viewed] += probe.statistics(embedding, label[viewed])[OUTPUTS[config.score]]
+    mean = total / len(roles.viewers(0))
+    return dict(zip(ids, mean.tolist(), strict=True))
 
 
 def main() -> None:

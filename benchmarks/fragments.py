@@ -48,8 +48,8 @@ from raypipe.runs import status
 from raypipe.runs.ledger import StageRecord, content_hash
 from raypipe.runs.run import Run
 from raypipe.runs.unit_result import UnitResult
-from raypipe.stages import embed
 from raypipe.stages.base import Stage
+from raypipe.stages.embed import stage as embed
 from raypipe.stages.extrapolate import stage as extrapolate
 from raypipe.stages.index import stage as index
 from raypipe.stages.select import stage as select

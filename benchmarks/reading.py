@@ -133,7 +133,7 @@ def pass_of_raypipe(folder: str, size: int, apart: bool) -> int:
     from raypipe.distributed.cluster import ActorPool, connect
     from raypipe.progress import Progress
     from raypipe.runs.run import Run
-    from raypipe.stages.embed import _read
+    from raypipe.stages.embed.stage import _read
 
     config = config_of(folder)
     config = config.model_copy(

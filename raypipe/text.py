@@ -92,6 +92,18 @@ def weak_proxy(figures: Mapping[str, Any], least: float = MIN_ACCURACY_OVER_CHAN
     )
 
 
+def stability_for_cut(stability: Mapping[str, Any], within_classes: bool) -> dict[str, Any]:
+    """Return the stability by the ranks that keep-lists are cut by: within classes or over all.
+
+    `stability` is JSON data of `raypipe.assessment.stability.Stability`, or empty. That of older
+    runs stays as it is: it was stored for one way of cutting only.
+    """
+    figures = stability.get("within" if within_classes else "over_all")
+    if not figures:
+        return dict(stability)
+    return {**stability, **figures, "within_classes": within_classes}
+
+
 def proxy_accuracy(figures: Mapping[str, Any]) -> str:
     """Return the accuracy of the proxy next to chance; nothing where it is unknown."""
     accuracy, guess = figures.get("proxy_accuracy"), figures.get("proxy_chance")
@@ -182,6 +194,11 @@ def mean_and_margin(figure: Mapping[str, Any], form: str, minus: str = "-") -> s
     if figure["low"] is None:
         return mean
     return f"{mean} ± {100 * (figure['mean'] - figure['low']):.1f}"
+
+
+def points(share: float, minus: str = "-") -> str:
+    """Return a difference of accuracies in percentage points, with its sign: "+2.1"."""
+    return f"{100 * share:+.1f}".replace("-", minus)
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:

@@ -102,7 +102,7 @@ def _shards(run: Run) -> list[str]:
 
 def in_process(patch: pytest.MonkeyPatch) -> None:
     """Run stages in this process, as on one machine with two CPUs."""
-    for module in ("embed", "extrapolate.stage", "measure.gradients"):
+    for module in ("embed.stage", "extrapolate.stage", "measure.gradients"):
         patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
     patch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
     patch.setattr("raypipe.stages.extrapolate.fit.run_step_functions", serial_parts)

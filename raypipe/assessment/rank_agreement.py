@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class RankAgreement:
         95 % bootstrap intervals of the overlaps.
     spearman_within, spearman_within_interval
         Rank correlation within classes, and its 95 % bootstrap interval; see
-        `_WithinClasses`. None without classes.
+        `RanksWithinClasses`. None without classes.
     """
 
     spearman: float | None
@@ -107,7 +107,7 @@ def rank_agreement(
     within = {}
     if label is not None:
         within = {
-            name: _WithinClasses(np.asarray(predicted, np.float64), measured, label)
+            name: RanksWithinClasses(np.asarray(predicted, np.float64), measured, label)
             for name, predicted in predictions.items()
         }
     resampled = _resample(pairs, n, seed, keep, within)
@@ -115,18 +115,19 @@ def rank_agreement(
     for name, pair in pairs.items():
         overlap = {fraction: float(pair.overlap(once, fraction)[0]) for fraction in keep}
         overlap_interval = {
-            fraction: _interval(resampled[name][fraction]) or (overlap[fraction], overlap[fraction])
+            fraction: bootstrap_interval(resampled[name][fraction])
+            or (overlap[fraction], overlap[fraction])
             for fraction in keep
         }
         result[name] = RankAgreement(
             _finite(pair.spearman(once)[0]),
             _finite(pair.pearson(once)[0]),
-            _interval(resampled[name]["spearman"]),
-            _interval(resampled[name]["pearson"]),
+            bootstrap_interval(resampled[name]["spearman"]),
+            bootstrap_interval(resampled[name]["pearson"]),
             overlap,
             overlap_interval,
             _finite(within[name].spearman(once)[0]) if within else None,
-            _interval(resampled[name]["within"]) if within else None,
+            bootstrap_interval(resampled[name]["within"]) if within else None,
         )
     return result
 
@@ -261,7 +262,7 @@ class _ScorePair:
         return np.minimum(self._a.top(weight, top), self._b.top(weight, top)).sum(1) / top
 
 
-class _WithinClasses:
+class RanksWithinClasses:
     """Rank correlation of pairs of scores within classes.
 
     Ranks are taken within each class and centred. Their correlation over all classes is the mean of
@@ -272,7 +273,8 @@ class _WithinClasses:
         6 / (pi (n + 1)) (arcsin rho + (n - 2) arcsin(rho / 2))
 
     (Moran 1948). The mean over the classes is replaced by the correlation in large classes that
-    has this expectation. Classes of one sample, and unlabelled samples, do not count.
+    has this expectation. Classes of one sample, and unlabelled samples, do not count. In a single
+    class it is the plain correlation, as over all samples.
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray) -> None:
@@ -290,6 +292,7 @@ class _WithinClasses:
             weights.append(float(np.square(self._b[rows]).sum()))
         self._rho = np.linspace(-1, 1, 401)
         self._expected = self._rho
+        self._corrects = len(sizes) > 1
         if sum(weights) > 0:
             n = np.array(sizes, np.float64)[:, None]
             direct, half = np.arcsin(self._rho), np.arcsin(self._rho / 2)
@@ -303,6 +306,8 @@ class _WithinClasses:
         observed = np.divide(
             covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12
         )
+        if not self._corrects:
+            return observed
         rho = np.interp(observed, self._expected, self._rho)
         return np.where(np.isfinite(observed), 6 / np.pi * np.arcsin(rho / 2), np.nan)
 
@@ -348,25 +353,36 @@ def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray
     return np.divide(covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12)
 
 
-def _resample(
-    pairs: Mapping[Any, _ScorePair],
-    n: int,
-    seed: int,
-    keep: Sequence[float],
-    within: Mapping[Any, _WithinClasses] | None = None,
-) -> dict[Any, dict[str | float, np.ndarray]]:
-    """Return, for each pair, "spearman", "pearson" and the overlap at every keep fraction.
+def resample_weights(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield bootstrap resamples of n samples in chunks of bounded size.
 
-    With classes also "within". Each is float64 [resamples].
+    Yields
+    ------
+    np.ndarray
+        How often each resample drew each sample, float64 [resamples, n].
     """
     rng = np.random.default_rng(seed)
-    chunks: dict[Any, list[dict[str | float, np.ndarray]]] = {name: [] for name in pairs}
     resamples = min(RESAMPLES, max(MIN_RESAMPLES, MAX_DRAWS // n))
     step = max(1, CHUNK_VALUES // n)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-        weight = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def _resample(
+    pairs: Mapping[Any, _ScorePair],
+    n: int,
+    seed: int,
+    keep: Sequence[float],
+    within: Mapping[Any, RanksWithinClasses] | None = None,
+) -> dict[Any, dict[str | float, np.ndarray]]:
+    """Return, for each pair, "spearman", "pearson" and the overlap at every keep fraction.
+
+    With classes also "within". Each is float64 [resamples].
+    """
+    chunks: dict[Any, list[dict[str | float, np.ndarray]]] = {name: [] for name in pairs}
+    for weight in resample_weights(n, seed):
         for name, pair in pairs.items():
             chunk: dict[str | float, np.ndarray] = {
                 "pearson": pair.pearson(weight),
@@ -382,7 +398,7 @@ def _resample(
     }
 
 
-def _interval(values: np.ndarray) -> BootstrapInterval | None:
+def bootstrap_interval(values: np.ndarray) -> BootstrapInterval | None:
     """Return the percentile interval of the finite values; None if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):

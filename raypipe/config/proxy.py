@@ -155,7 +155,13 @@ class ProxySettings(Settings):
     )
     parts: Positive = Field(
         3,
-        description="Number of proxies. Each is trained on its own random part of the seed set.",
+        description="Random parts of the seed set. Each proxy is trained on one of them.",
+    )
+    repeats: Positive = Field(
+        1,
+        description="Proxies for each part. They differ in initial weights, order of batches and "
+        "augmentation. Scores are averaged over them. Training, measuring and forward passes cost "
+        "this many times as much.",
     )
     cross_fit: bool | Literal["auto"] = Field(
         "auto",
@@ -199,6 +205,11 @@ class ProxySettings(Settings):
                 "or scores what is extrapolated to them must not be trained on them"
             )
         return self
+
+    @property
+    def proxies(self) -> int:
+        """Number of proxies in all."""
+        return self.parts * self.repeats
 
     @property
     def cross_fits(self) -> bool:

@@ -113,7 +113,7 @@ class TrainingResources:
     cpus : int
         CPUs of each worker.
     side_by_side : int
-        Trainings that run at the same time, out of `proxy.parts`.
+        Trainings that run at the same time, out of `proxy.parts` x `proxy.repeats`.
     """
 
     workers: int
@@ -214,8 +214,8 @@ class Cluster:
             If not even one training fits.
         """
         gpu, workers = self.use_gpu(settings.use_gpu), settings.workers
-        room = _clamp(1, (self.gpus if gpu else self.cpus) // workers, settings.parts)
-        side_by_side, sharing = (settings.parts, 1) if self.can_grow else (room, room)
+        room = _clamp(1, (self.gpus if gpu else self.cpus) // workers, settings.proxies)
+        side_by_side, sharing = (settings.proxies, 1) if self.can_grow else (room, room)
         if settings.cpus_per_worker != "auto":
             cpus = settings.cpus_per_worker
         elif gpu:

@@ -71,9 +71,8 @@ class _Sheet:
     def _header(self, survey: Survey, shown: int) -> None:
         room = self._image.width - 2 * MARGIN
         about = "" if survey.counted else "about "
-        text = (
-            f"{survey.format}, {about}{survey.samples:,} samples, {size(survey.bytes)}; "
-            f"{shown} of them drawn at random"
+        text = f"{survey.format}, {about}{survey.samples:,} samples, {size(survey.bytes)}; " + (
+            "all of them" if shown == survey.samples else f"{shown} of them drawn at random"
         )
         self._pen.text((MARGIN, 16), _fit(survey.uri, self._title, room), INK, self._title)
         self._pen.text((MARGIN, 42), _fit(text, self._small, room), FAINT, self._small)

@@ -10,7 +10,10 @@ from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
 from raypipe.estimate import rates
 from raypipe.estimate.workload import Effort, Machine, Workload
+from raypipe.runs.pilot import PilotPlan
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, probe_samples
+from raypipe.stages.pilot.plan import make_plan, plan_seconds
 from raypipe.vision import network_costs
 
 QUICK_FOLD = 0.4
@@ -35,6 +38,7 @@ def efforts(work: Workload, machine: Machine) -> dict[str, Effort]:
         **({"rehearse": _rehearsal(work, machine)} if config.rehearses else {}),
         "embed": _embedding(work, machine),
         "extrapolate": _extrapolation(work, machine),
+        **({"pilot": _piloting(work, machine)} if config.pilots else {}),
         "select": Effort(work.samples * 1e-5, 0, 1),
         "report": Effort(1.0 + work.samples * 1e-5, 0, 1),
     }
@@ -63,15 +67,16 @@ def _training(work: Workload, machine: Machine) -> Effort:
     proxy = work.config.proxy
     attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
     passes = network_costs.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
+    seen = proxy.repeats * work.seed * proxy.passes
     overhead = (
-        work.seed * proxy.passes / proxy.batch_size * network_costs.STEP_SECONDS
-        + proxy.passes * proxy.parts * rates.EPOCH_SECONDS
+        seen / proxy.batch_size * network_costs.STEP_SECONDS
+        + proxy.passes * proxy.proxies * rates.EPOCH_SECONDS
     )
-    amount = work.seed * proxy.passes * passes * work.forward_macs
+    amount = seen * passes * work.forward_macs
     if machine.uses_gpu(proxy.use_gpu):
-        return Effort(overhead, amount / machine.gpu_macs + overhead, proxy.workers * proxy.parts)
+        return Effort(overhead, amount / machine.gpu_macs + overhead, proxy.workers * proxy.proxies)
     on_one_thread = amount / machine.cpu_macs + overhead
-    workers = min(float(proxy.parts * proxy.workers), machine.cpus)
+    workers = min(float(proxy.proxies * proxy.workers), machine.cpus)
     threads = (
         max(1.0, machine.cpus / workers)
         if proxy.cpus_per_worker == "auto"
@@ -92,7 +97,9 @@ def _measuring(work: Workload, machine: Machine) -> Effort:
 
 def _rehearsal(work: Workload, machine: Machine) -> Effort:
     """Return the work of a rehearsal: half of the samples are trained on, all are embedded."""
-    training = _training(replace(work, seed=work.seed // 2), machine)
+    proxy = work.config.proxy.model_copy(update={"repeats": 1})
+    config = work.config.model_copy(update={"proxy": proxy})
+    training = _training(replace(work, config=config, seed=work.seed // 2), machine)
     embedding = _network(
         work.seed * work.forward_macs,
         work.seed * rates.SAMPLE_SECONDS,
@@ -103,18 +110,13 @@ def _rehearsal(work: Workload, machine: Machine) -> Effort:
     return Effort(training.cpu + embedding.cpu, training.gpu + embedding.gpu, training.shared_by)
 
 
-def _proxies_of_sample(config: Config) -> int:
-    """Return how many proxies score a sample at checkpoints."""
-    return config.proxy.parts - 1 if config.proxy.cross_fits else 1
-
-
 def embedding_passes(config: Config) -> float:
     """Return the forward passes of a sample in the stage `embed`.
 
     With cross-fitting, samples of part 0 pass through the proxy of their own part as well.
     """
     parts = config.proxy.parts
-    return _proxies_of_sample(config) + (1 / parts if config.proxy.cross_fits else 0.0)
+    return len(ProxyRoles.of(config).seen_by(0)) + (1 / parts if config.proxy.cross_fits else 0.0)
 
 
 def _embedding(work: Workload, machine: Machine) -> Effort:
@@ -157,6 +159,7 @@ def _labelling(work: Workload, machine: Machine) -> Effort:
             "checkpoint_choice": "spaced",
             "batch_size": settings.batch_size,
             "parts": 1,
+            "repeats": 1,
             "adversary": None,
             "workers": 1,
             "trajectory": "none",
@@ -190,19 +193,21 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
     # an attack precedes each pass over the seed set
     attack = rates.ATTACK * adversary.iterations if adversary is not None else 0.0
     recalibrated = measure.recalibrates / max(1, seed // config.proxy.parts // RECALIBRATED)
-    each = _proxies_of_sample(config) * (each + attack)
-    return each + mean + recalibrated + attack * (moso + recalibrated), each
+    each = len(ProxyRoles.of(config).seen_by(0)) * (each + attack)
+    once = mean + recalibrated + attack * (moso + recalibrated)
+    return each + config.proxy.repeats * once, each
 
 
 def _extrapolation(work: Workload, machine: Machine) -> Effort:
     if work.config.scores_embeddings:
         return _probing(work)
     settings, model = work.config.extrapolate, work.config.proxy.model
+    repeats = work.config.proxy.repeats
     folds = _folds(work)
     quick = settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE
     fold = (QUICK_FOLD if quick else 1.0) * (1 - settings.holdout)
     epochs = None if settings.epochs == "auto" else settings.epochs
-    fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model)
+    fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model, repeats)
     fits = 1 + folds * fold + work.config.rehearses / 2
     if work.config.proxy.cross_fits:
         fits = work.config.proxy.parts * (QUICK_FOLD if settings.method == "gnn" else 1.0)
@@ -210,7 +215,9 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
     gpu = 0.0
     if settings.method != "gnn-published":
         on_gpu = machine.uses_gpu(settings.use_gpu) and work.seed <= settings.exact_neighbours
-        predictions = work.samples * rates.predict_seconds(work.seed, model, search=not on_gpu)
+        predictions = work.samples * rates.predict_seconds(
+            work.seed, model, repeats, search=not on_gpu
+        )
         cpu, gpu = cpu + predictions, on_gpu * predictions / SEARCHERS_PER_GPU
         published = (
             work.samples <= PUBLISHED_SAMPLES
@@ -223,11 +230,34 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
 
 def _probing(work: Workload) -> Effort:
     """Return the work of linear probes: products of embeddings with covariance and class means."""
-    width = rates.width(work.config.proxy.model)
+    width, repeats = rates.width(work.config.proxy.model), work.config.proxy.repeats
     fitted = min(work.samples, probe_samples(work.classes))
-    products = fitted * width + 2 * work.samples * work.classes
+    products = repeats * (fitted * width + 2 * work.samples * work.classes)
     cpu = PROBE_PRODUCT_SECONDS * width * products + work.samples * rates.SAMPLE_SECONDS
     return Effort(cpu, 0, max(1.0, work.fragments / 2))
+
+
+def _piloting(work: Workload, machine: Machine) -> Effort:
+    """Return the work of the pilot: the trainings that its budget allows."""
+    config, settings = work.config, work.config.pilot
+    plan = expected_plan(work)
+    seconds = plan_seconds(settings, plan)
+    overhead = work.samples * rates.SAMPLE_SECONDS / 10
+    if machine.uses_gpu(config.proxy.use_gpu):
+        on_gpu = seconds * network_costs.CPU_MACS / machine.gpu_macs
+        return Effort(overhead, on_gpu, max(1, len(plan.trials())))
+    cpu = seconds * network_costs.CPU_MACS / machine.cpu_macs
+    return Effort(cpu + overhead, 0, max(1, len(plan.trials())))
+
+
+def expected_plan(work: Workload) -> PilotPlan:
+    """Return the pilot's plan for samples without rejects."""
+    settings, size = work.config.pilot, work.config.proxy.image_size
+    while size > settings.image_size and size % 2 == 0:
+        size //= 2
+    tested = min(work.config.seed.audit_samples(work.samples), work.samples - work.seed)
+    used = min(work.seed, settings.max_samples)
+    return make_plan(work.config, work.seed, used, tested, max(1, work.classes), size)
 
 
 def _folds(work: Workload) -> int:

@@ -91,10 +91,10 @@ def bounds_of(
 def _seed_set_bounds(work: Workload, hours: Mapping[str, float]) -> list[Bound]:
     """Return the limits of the number of measured samples."""
     config, model = work.config, work.config.proxy.model
-    method = config.extrapolate.method
-    worker_gb = 4.0 * constants.width(model) * work.seed / 1e9
+    method, repeats = config.extrapolate.method, config.proxy.repeats
+    worker_gb = 4.0 * repeats * constants.width(model) * work.seed / 1e9
     training = hours["proxy"]
-    fit = constants.fit_seconds(method, work.seed, work.samples, None, model) / 3600
+    fit = constants.fit_seconds(method, work.seed, work.samples, None, model, repeats) / 3600
 
     def smaller_seed_set(figure: float, limit: float) -> str:
         fraction = config.seed.fraction * min(1.0, limit / max(figure, 1e-9))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 
 from raypipe import storage
+from raypipe.config.choices import AUTO
+from raypipe.estimate.efforts import expected_plan
 from raypipe.estimate.plan_rates import Rates
 from raypipe.estimate.volumes import bytes_written
 from raypipe.estimate.workload import Workload
@@ -45,31 +47,33 @@ def _gathering(work: Workload) -> int:
     return drawn + 3 * drawn * math.ceil(pixels / gather_bytes(pixels))
 
 
-def _proxy_files(work: Workload, parts: int) -> int:
-    """Return the files of a training of the proxy: checkpoints, epochs, trajectory, manifest."""
+def _proxy_files(work: Workload, proxies: int) -> int:
+    """Return the files of the trainings of proxies: checkpoints, epochs, trajectory, manifest."""
     proxy = work.config.proxy
     trajectory = 0 if proxy.trajectory == "none" else proxy.passes * proxy.workers
-    return parts * (len(proxy.checkpoint_epochs()) + proxy.passes + trajectory + 1)
+    return proxies * (len(proxy.checkpoint_epochs()) + proxy.passes + trajectory + 1)
 
 
 def files_written(work: Workload) -> dict[str, int]:
     """Return the number of files that each stage writes."""
     config, shards = work.config, _shards(work)
-    count, parts = len(config.proxy.checkpoint_epochs()), config.proxy.parts
+    count, proxies = len(config.proxy.checkpoint_epochs()), config.proxy.proxies
     mean_gradients = "moso" in config.measure.scores
     return {
         "index": math.ceil(work.fragments / INDEX_FILE_FRAGMENTS) + 1,
         "seed": 2 * shards + 1,
         # pseudo-labels: the labels of each shard; clusters, network, manifest, classes
         "label": shards * (1 + bool(work.audit)) + 4,
-        "proxy": _proxy_files(work, parts),
+        "proxy": _proxy_files(work, proxies),
         "measure": shards * (1 + bool(work.audit))
-        + parts * count * (mean_gradients + config.measure.recalibrates)
-        + shards * parts,
+        + proxies * count * (mean_gradients + config.measure.recalibrates)
+        + shards * proxies,
         # images, scores and embeddings of each shard; the second proxy; manifest and classes
-        "rehearse": 3 * shards + _proxy_files(work, parts) + 2,
-        "embed": work.fragments * (1 + config.proxy.cross_fits),
+        "rehearse": 3 * shards + _proxy_files(work, config.proxy.parts) + 2,
+        "embed": work.fragments * (1 + (config.proxy.cross_fits or config.proxy.repeats > 1)),
         "extrapolate": work.fragments + 8,
+        # samples, plan and result, and one file for each training
+        "pilot": 3 + _pilot_trainings(work),
         "select": len(config.select.keep),
         "report": 2,
     }
@@ -86,7 +90,7 @@ def requests_of(
     """
     config, shards, fragments = work.config, _shards(work), work.fragments
     count = len(config.proxy.checkpoint_epochs())
-    workers = config.proxy.workers * config.proxy.parts
+    workers = config.proxy.workers * config.proxy.proxies
     source_pages = math.ceil(work.listed / PAGE)
     output_pages = math.ceil(2 * fragments / PAGE)
     scan = {
@@ -106,15 +110,22 @@ def requests_of(
         "rehearse": 2 * shards + shards * workers,
         "embed": output_pages + fragments + whole + output_footers,
         "extrapolate": output_pages + 3 * fragments + fragments + 2 * output_footers,
+        # scores and losses, seed shards, the samples in every training, results
+        "pilot": 5 * fragments + 2 * 2 * shards + 2 * _pilot_trainings(work),
         "select": _select_passes(work) * fragments,
         "report": fragments,
     }
     return {stage: number + files[stage] for stage, number in reads.items()}
 
 
+def _pilot_trainings(work: Workload) -> int:
+    return len(expected_plan(work).trials()) if work.config.pilots else 0
+
+
 def _select_passes(work: Workload) -> int:
-    """Return how often `select` reads the score shards."""
-    strategy = STRATEGIES[work.config.select.strategy]
+    """Return how often `select` reads the score shards; with strategy auto, those of `ccs`."""
+    name = work.config.select.strategy
+    strategy = STRATEGIES["ccs" if name == AUTO else name]
     passes = 2 if work.samples * SELECT_ROW <= CACHE_BYTES else SELECT_PASSES
     # losses are a column of other files: size, footer and column
     return passes * (1 + 3 * (strategy.needs_loss or strategy.uses_difficulty))

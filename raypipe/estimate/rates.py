@@ -79,6 +79,7 @@ START_SECONDS = {
     "rehearse": 12.0,
     "embed": 4.0,
     "extrapolate": 6.0,
+    "pilot": 4.0,
     "select": 0.2,
     "report": 1.0,
 }
@@ -90,6 +91,7 @@ START_CPU_SECONDS = {
     "rehearse": 3.0,
     "embed": 2.0,
     "extrapolate": 3.0,
+    "pilot": 2.0,
 }
 """The processor seconds of the same that the ledger counts."""
 
@@ -105,7 +107,9 @@ def width(model: str) -> int:
     return WIDTHS.get(model, WIDTH)
 
 
-def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, model: str) -> float:
+def fit_seconds(
+    method: str, seed: int, samples: int, epochs: int | None, model: str, repeats: int = 1
+) -> float:
     """Return the processor seconds of one fit of an extrapolator.
 
     Parameters
@@ -118,20 +122,23 @@ def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, model:
         None if the size of the seed set decides.
     model
         The proxy's network.
+    repeats
+        `proxy.repeats`: embeddings that are seen side by side.
     """
     if method == "gnn-published":
         return GRAPH_SAMPLE * samples
     if method == "gnn":
         seen = seed * (epochs or gnn_epochs(seed))
-        return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * width(model) / 96)
+        return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * repeats * width(model) / 96)
     fixed, each = FIT_SECONDS[method]
     return fixed + each * seed
 
 
-def predict_seconds(seed: int, model: str, search: bool = True) -> float:
+def predict_seconds(seed: int, model: str, repeats: int = 1, search: bool = True) -> float:
     """Return the processor seconds to predict the score of one sample.
 
     They cover its row, its embedding and, with `search`, the search of its neighbours among the
     seed samples on the CPU.
     """
-    return 0.1e-3 + 0.3e-6 * width(model) + search * 5e-11 * min(seed, 50_000) * width(model)
+    values = repeats * width(model)
+    return 0.1e-3 + 0.3e-6 * values + search * 5e-11 * min(seed, 50_000) * values

@@ -6,6 +6,7 @@ from raypipe.config import Config
 from raypipe.estimate import rates
 from raypipe.estimate.workload import Workload
 from raypipe.runs.layout import STAGE_FOLDERS
+from raypipe.runs.proxy_roles import ProxyRoles
 
 FOOTER_BYTES = 65_536.0
 """Bytes read of a file to count its samples, if that does not require all of it."""
@@ -38,6 +39,7 @@ def bytes_written(work: Workload) -> dict[str, int]:
     width = rates.width(proxy.model)
     checkpoint = 4 * (rates.PARAMETERS[proxy.model] + width * work.classes) * proxy.parts
     count = len(proxy.checkpoint_epochs())
+    # of one repeat
     checkpoints = count * checkpoint
     trajectory = (
         0 if proxy.trajectory == "none" else proxy.passes * work.seed * (24 + 2 * work.classes)
@@ -45,25 +47,29 @@ def bytes_written(work: Workload) -> dict[str, int]:
     image = 3 * proxy.image_size**2 + 40
     drawn = work.seed + work.audit
     measured = sum(map(measure.uses_epoch, proxy.checkpoint_epochs()))
-    proxies = proxy.parts - 1 if proxy.cross_fits else 1
-    # two viewers embed each sample; those of part 0 have an embedding by proxy 0 as well
-    views = 1 + 1 / proxy.parts if proxy.cross_fits else 0.0
+    proxies = len(ProxyRoles.of(config).seen_by(0))
+    # with cross-fitting, two viewers of each repeat embed a sample; those of part 0 have an
+    # embedding by proxy 0 as well
+    views = proxy.repeats - 1.0
+    if proxy.cross_fits:
+        views = 2 * proxy.repeats - 1 + 1 / proxy.parts
     feature = 4 if config.embed.dtype == "float32" else 2
     labeller = 4 * rates.PARAMETERS[_label_network(config)] + 60 * drawn
     rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
     folder_bytes = {
         "seed": drawn * image,
         "labels": config.unsupervised * labeller,
-        "proxy": checkpoints + trajectory,
+        "proxy": proxy.repeats * (checkpoints + trajectory),
         "measured": (
-            checkpoints * (("moso" in measure.scores) + measure.recalibrates)
+            proxy.repeats * checkpoints * (("moso" in measure.scores) + measure.recalibrates)
             + work.seed * (60 + 12 * measured * proxies)
         ),
         "rehearsal": config.rehearses * rehearsal,
         "embeddings": work.samples * (feature * width + 150),
         "views": round(views * work.samples * (feature * width + 60)),
-        "extrapolator": 2 * work.seed * (4 * width + 100),
+        "extrapolator": 2 * work.seed * (4 * proxy.repeats * width + 100),
         "scores": work.samples * 30,
+        "pilot": config.pilots * 400 * config.pilot.max_repeats,
         "keep": round(sum(config.select.keep) * work.samples * 25),
     }
     return {

@@ -88,15 +88,15 @@ def scan_new_samples(
     names = [fragment.fragment_id for fragment in fragments]
     for name, table in storage.ahead(read, names, run.uri):
         orders = order_of(table["sample_id"].combine_chunks())
-        found = gone.compare(orders, table["score"].to_numpy())
-        new += int((~found.known).sum())
-        changed += int((found.known & ~found.same).sum())
-        unchanged += int(found.same.sum())
+        compared = gone.compare(orders, table["score"].to_numpy())
+        new += int((~compared.known).sum())
+        changed += int((compared.known & ~compared.same).sum())
+        unchanged += int(compared.same.sum())
         since_seed[name] = None
-        if found.same.any():
-            only[name], kept[name] = orders[~found.same], orders[found.same]
-            since_seed[name] = orders[~found.same | found.since_seed]
-            table = table.filter(pa.array(~found.same))
+        if compared.same.any():
+            only[name], kept[name] = orders[~compared.same], orders[compared.same]
+            since_seed[name] = orders[~compared.same | compared.since_seed]
+            table = table.filter(pa.array(~compared.same))
         labels = table["label"].fill_null(-1).to_numpy()
         class_counts += np.bincount(labels[labels >= 0], minlength=len(class_counts))
         rows = np.flatnonzero((labels >= 0) & ~table["measured"].to_numpy())

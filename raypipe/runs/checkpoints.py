@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,26 +29,31 @@ def load_checkpoint(
     return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
-def last_layer(run: Run, proxy: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def last_layer(run: Run, proxies: Sequence[int] = (0,)) -> tuple[np.ndarray, np.ndarray]:
     """Return weight and bias of the layer from embeddings to logits.
+
+    From the embeddings by several proxies, side by side, it gives the mean of their logits.
 
     Parameters
     ----------
     run : Run
         The run.
-    proxy : int
-        Number of the proxy that the embeddings come from.
+    proxies : sequence of int
+        Numbers of the proxies that the embeddings come from.
 
     Returns
     -------
     weight, bias : numpy.ndarray
-        float32 [classes, d] and float32 [classes].
+        float32 [classes, d] and float32 [classes]; d is the width of all embeddings together.
     """
     from safetensors.numpy import load
 
-    part = proxy_parts(run)[proxy]
-    weights = load(storage.read_bytes(run.path(part.checkpoints, part.trained.final)))
-    return weights["head.weight"], weights["head.bias"]
+    trained, weights, biases = proxy_parts(run), [], []
+    for part in (trained[proxy] for proxy in proxies):
+        tensors = load(storage.read_bytes(run.path(part.checkpoints, part.trained.final)))
+        weights.append(tensors["head.weight"] / len(proxies))
+        biases.append(tensors["head.bias"] / len(proxies))
+    return np.concatenate(weights, 1), np.sum(biases, 0)
 
 
 def empty_proxy(run: Run) -> ProxyNet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,8 +63,11 @@ def _special_groups(parquet: pq.ParquetFile) -> list[str]:
     return [name for name, key in SPECIAL_ROWS.items() if int(metadata.get(key.encode(), b"0"))]
 
 
-def as_seen_by(run: Run, fragment_id: str, table: pa.Table, proxy: int) -> pa.Table:
-    """Return the samples that a proxy embeds, with its embeddings.
+def read_views(run: Run, fragment_id: str, proxies: Iterable[int]) -> dict[int, pa.Table]:
+    """Read the embeddings of a fragment by some proxies.
+
+    Proxy 0, whose embeddings are in another file, is left out. The file is opened once, and only
+    the row groups of these proxies are read.
 
     Parameters
     ----------
@@ -71,22 +75,68 @@ def as_seen_by(run: Run, fragment_id: str, table: pa.Table, proxy: int) -> pa.Ta
         The run.
     fragment_id
         A fragment.
-    table
-        Rows of its embeddings, which are those by proxy 0.
-    proxy
-        Number of the proxy, see `raypipe.runs.cross_fit.VIEWERS`.
+    proxies
+        Numbers of proxies, see `raypipe.runs.proxy_roles`.
+
+    Returns
+    -------
+    dict of int to pa.Table
+        sample_id, proxy and embedding by the number of the proxy.
     """
-    if proxy == 0:
+    others = sorted(set(proxies) - {0})
+    if not others:
+        return {}
+    with storage.open_read(run.view_shard(fragment_id)) as file:
+        parquet = pq.ParquetFile(file)
+        column = parquet.schema_arrow.get_field_index("proxy")
+        groups = [
+            parquet.metadata.row_group(group).column(column).statistics.min
+            for group in range(parquet.metadata.num_row_groups)
+        ]
+        views = parquet.read_row_groups(
+            [row for row, proxy in enumerate(groups) if proxy in others]
+        )
+    return {proxy: views.filter(pc.equal(views["proxy"], proxy)) for proxy in others}
+
+
+def as_seen_by(table: pa.Table, views: Mapping[int, pa.Table], proxies: Sequence[int]) -> pa.Table:
+    """Return the samples that some proxies embed, with their embeddings side by side.
+
+    Parameters
+    ----------
+    table
+        Rows of the embeddings of a fragment, which are those by proxy 0.
+    views
+        What `read_views` returned for these proxies.
+    proxies
+        Numbers of proxies that embed the same samples.
+    """
+    if tuple(proxies) == (0,):
         return table
-    views = storage.read_table(run.view_shard(fragment_id))
-    views = views.filter(pc.equal(views["proxy"], proxy))
-    row = {sample_id: index for index, sample_id in enumerate(views["sample_id"].to_pylist())}
-    rows = [row.get(sample_id, -1) for sample_id in table["sample_id"].to_pylist()]
-    table = table.filter(pa.array([index >= 0 for index in rows], pa.bool_()))
-    embedding = views["embedding"].take(
-        pa.array([index for index in rows if index >= 0], pa.int64())
+    rows = {
+        proxy: {
+            sample_id: row for row, sample_id in enumerate(views[proxy]["sample_id"].to_pylist())
+        }
+        for proxy in proxies
+        if proxy
+    }
+    ids = table["sample_id"].to_pylist()
+    seen = [all(sample_id in row for row in rows.values()) for sample_id in ids]
+    table = table.filter(pa.array(seen, pa.bool_()))
+    ids = table["sample_id"].to_pylist()
+    embeddings = []
+    for proxy in proxies:
+        column = table["embedding"]
+        if proxy:
+            taken = pa.array([rows[proxy][sample_id] for sample_id in ids], pa.int64())
+            column = views[proxy]["embedding"].take(taken)
+        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        embeddings.append(values.reshape(len(ids), column.type.list_size))
+    side_by_side = np.concatenate(embeddings, 1)
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.array(side_by_side.reshape(-1)), side_by_side.shape[1]
     )
-    return table.set_column(table.column_names.index("embedding"), "embedding", embedding)
+    return table.set_column(table.column_names.index("embedding"), "embedding", column)
 
 
 COLUMNS = ["sample_id", "label", "embedding", *PROXY_STATISTICS]

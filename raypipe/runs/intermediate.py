@@ -5,6 +5,9 @@ The final checkpoint of every proxy stays, because new samples are embedded with
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.runs.ledger import StageRecord
@@ -18,28 +21,68 @@ REMOVED = "removed"
 """Key in the details of the stage `proxy` under which the ledger names what was removed."""
 
 
+@dataclass(frozen=True)
+class Intermediate:
+    """Files and folders that a finished run does not need.
+
+    Attributes
+    ----------
+    kinds : tuple of str
+        What is among them; recorded in the ledger once they are removed.
+    sizes : dict of str to int
+        URI and bytes of each; 0 for a folder that does not exist.
+    """
+
+    kinds: tuple[str, ...]
+    sizes: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.sizes.values())
+
+
 def remove_intermediate(run: Run, config: Config) -> tuple[list[str], int]:
     """Remove what none of the measured scores needs; return what that was, and its bytes.
 
     Scores at checkpoints are measured again by a night, on new samples, and scores of a trajectory
     when their options change: what they are measured from stays.
     """
-    removed, size = [], 0
+    found = find_intermediate(run, config)
+    for uri, size in found.sizes.items():
+        if size:
+            storage.delete(uri)
+    return list(found.kinds), found.bytes
+
+
+def find_intermediate(run: Run, config: Config) -> Intermediate:
+    """Return what none of the measured scores needs; see `remove_intermediate`."""
+    kinds, sizes = [], dict[str, int]()
     parts = proxy_parts(run)
     if not config.measure.at_checkpoints:
-        removed.append(CHECKPOINTS)
+        kinds.append(CHECKPOINTS)
         for part in parts:
             folder = run.path(part.checkpoints)
-            for file in storage.listing(folder):
-                if file.path != part.trained.final:
-                    size += file.size
-                    storage.delete(storage.join(folder, file.path))
+            sizes |= {
+                storage.join(folder, file.path): file.size
+                for file in storage.listing(folder)
+                if file.path != part.trained.final
+            }
     if not config.measure.from_trajectory:
-        removed.append(TRAJECTORY)
+        kinds.append(TRAJECTORY)
         for part in parts:
-            size += _delete(run.path(part.folder, TRAJECTORY))
-    size += _delete(inner_run(run).path("proxy"))
-    return removed, size
+            sizes |= _folder(run.path(part.folder, TRAJECTORY))
+    sizes |= _folder(inner_run(run).path("proxy"))
+    return Intermediate(tuple(kinds), sizes)
+
+
+def folder_sizes(run: Run) -> dict[str, int]:
+    """Return the bytes in each folder of a run, the largest first; files beside them as "."."""
+    sizes = Counter[str]()
+    for file in storage.listing(run.uri):
+        folder, inside, _ = file.path.partition("/")
+        sizes[folder if inside else "."] += file.size
+    return dict(sizes.most_common())
 
 
 def lacks(record: StageRecord | None, config: Config) -> bool:
@@ -59,8 +102,6 @@ def lacks(record: StageRecord | None, config: Config) -> bool:
     )
 
 
-def _delete(folder: str) -> int:
-    size = sum(file.size for file in storage.listing(folder))
-    if size:
-        storage.delete(folder)
-    return size
+def _folder(uri: str) -> dict[str, int]:
+    """Return a folder with the bytes in it."""
+    return {uri: sum(file.size for file in storage.listing(uri))}

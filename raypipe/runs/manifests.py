@@ -255,7 +255,7 @@ class TrainedProxy:
 
 @dataclass(frozen=True)
 class ProxyOfPart:
-    """The proxy of one part of the seed set, with the samples of the part: all, and by shard."""
+    """A proxy of one part of the seed set, with the samples of the part: all, and by shard."""
 
     samples: int
     shard_samples: tuple[int, ...]
@@ -279,7 +279,9 @@ class ProxyManifest:
     seed : int
         Seed of the division into parts.
     parts : tuple of ProxyOfPart
-        One per part of the seed set (`proxy.parts`).
+        One per proxy, by repeat and then by part of the seed set.
+    repeats : int
+        Proxies per part (`proxy.repeats`).
     """
 
     model: str
@@ -290,6 +292,7 @@ class ProxyManifest:
     samples: int
     seed: int
     parts: tuple[ProxyOfPart, ...]
+    repeats: int = 1
 
     @classmethod
     def read(cls, run: Run) -> ProxyManifest:
@@ -312,10 +315,11 @@ class ProxyManifest:
             std=tuple(data["std"]),
             seed=data.get("seed", 0),
             parts=parts,
+            repeats=data.get("repeats", 1),
         )
 
     def write(self, run: Run) -> None:
-        """Write the manifest: a single part at the top level, several parts as a list."""
+        """Write the manifest: a single proxy at the top level, several proxies as a list."""
         data: dict[str, Any] = {
             "model": self.model,
             "classes": self.classes,
@@ -328,9 +332,12 @@ class ProxyManifest:
             data |= self.parts[0].trained.as_json()
         else:
             data["seed"] = self.seed
+            if self.repeats > 1:
+                data["repeats"] = self.repeats
+            parts = len(self.parts) // self.repeats
             data["parts"] = [
                 {
-                    "folder": f"part-{number}",
+                    "folder": proxy_folder(number % parts, parts, number // parts, self.repeats),
                     "samples": part.samples,
                     "shard_samples": list(part.shard_samples),
                     **part.trained.as_json(),
@@ -338,6 +345,13 @@ class ProxyManifest:
                 for number, part in enumerate(self.parts)
             ]
         storage.write_json(run.proxy_manifest_file, data)
+
+
+def proxy_folder(part: int, parts: int, repeat: int, repeats: int) -> str:
+    """Return the name of the folders of a proxy; empty for the only proxy of a run."""
+    names = [f"part-{part}"] if parts > 1 else []
+    names += [f"repeat-{repeat}"] if repeats > 1 else []
+    return "-".join(names)
 
 
 def _frozen(data: Mapping[str, Any]) -> dict[str, Any]:

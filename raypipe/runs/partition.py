@@ -5,21 +5,25 @@ equally large, and the part of a sample never changes, whatever else is in the s
 published code divides ranges of indices instead; in files sorted by class, each part then has few
 classes. We do not follow it.
 
-With a single part, nothing is hashed, and no folder is named after the part.
+Each part can have several proxies (`proxy.repeats`), trained on the same samples from other initial
+weights and with other draws. Proxies are numbered by repeat, then by part: with P parts, proxy
+r P + p is the one of part p in repeat r.
+
+With a single part, nothing is hashed. With a single proxy, no folder is named after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import StageError
-from raypipe.runs.manifests import ProxyManifest, SeedManifest, TrainedProxy
+from raypipe.runs.manifests import ProxyManifest, SeedManifest, TrainedProxy, proxy_folder
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard, shard_labels
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
@@ -28,7 +32,7 @@ from raypipe.sources.id_sampling import part_rule
 
 @dataclass(frozen=True)
 class SeedPart:
-    """One part of the seed set.
+    """One part of the seed set, and one of the proxies trained on it.
 
     Attributes
     ----------
@@ -40,6 +44,8 @@ class SeedPart:
         Its samples, in total and in each shard of the seed set.
     proxy : TrainedProxy, optional
         The proxy trained on it; None until it is trained.
+    repeat, repeats : int
+        Number of the proxy among those of the part, from 0, and how many these are.
     """
 
     number: int
@@ -48,6 +54,8 @@ class SeedPart:
     samples: int
     shard_samples: tuple[int, ...]
     proxy: TrainedProxy | None = None
+    repeat: int = 0
+    repeats: int = 1
 
     @property
     def trained(self) -> TrainedProxy:
@@ -57,11 +65,21 @@ class SeedPart:
 
     @property
     def name(self) -> str:
-        """Name of its folders; empty for the only part."""
-        return f"part-{self.number}" if self.of > 1 else ""
+        """Name of the folders of its proxy; empty for the only proxy."""
+        return proxy_folder(self.number, self.of, self.repeat, self.repeats)
+
+    @property
+    def training_seed(self) -> int:
+        """Seed of the order of batches and of augmentation.
+
+        Initial weights have this seed plus the number of the part.
+        """
+        if self.repeat == 0:
+            return self.seed
+        return int(np.random.SeedSequence([self.seed, self.repeat]).generate_state(1)[0])
 
     def below(self, folder: str) -> str:
-        """Return its folder inside one that all parts share; the only part uses that one."""
+        """Return the folder of its proxy in one that all share; the only proxy uses that one."""
         return storage.join(folder, self.name) if self.name else folder
 
     @property
@@ -106,8 +124,18 @@ class SeedPart:
         return [ids[row] for row in rows], images[rows], labels[rows]
 
 
-def partition_seed_set(run: Run, parts: int, seed: int) -> list[SeedPart]:
-    """Divide the seed set. Raises StageError if a part has too few samples or classes."""
+def partition_seed_set(run: Run, parts: int, seed: int, repeats: int = 1) -> list[SeedPart]:
+    """Divide the seed set among the proxies.
+
+    Raises StageError if a part has too few samples or classes.
+    """
+    once = _divide(run, parts, seed)
+    return [
+        replace(part, repeat=repeat, repeats=repeats) for repeat in range(repeats) for part in once
+    ]
+
+
+def _divide(run: Run, parts: int, seed: int) -> list[SeedPart]:
     manifest = SeedManifest.read(run)
     if parts == 1:
         return [SeedPart(0, 1, seed, manifest.samples, manifest.shard_samples)]
@@ -152,27 +180,30 @@ def merge_parts(
 
 
 def proxy_parts(run: Run) -> list[SeedPart]:
-    """Return the parts of the seed set with the proxy trained on each."""
+    """Return every trained proxy with its part of the seed set, by the number of the proxy."""
     manifest = ProxyManifest.read(run)
+    parts = len(manifest.parts) // manifest.repeats
     return [
         SeedPart(
-            number,
-            len(manifest.parts),
+            number % parts,
+            parts,
             manifest.seed,
             part.samples,
             part.shard_samples,
             part.trained,
+            repeat=number // parts,
+            repeats=manifest.repeats,
         )
         for number, part in enumerate(manifest.parts)
     ]
 
 
-def trajectory_files(run: Run) -> list[list[str]]:
-    """Return the trajectory files of all parts per epoch, as paths inside the run.
+def trajectory_files(run: Run, repeat: int = 0) -> list[list[str]]:
+    """Return the trajectory files of all parts in one repeat, per epoch, as paths inside the run.
 
     Together, the files of an epoch have one row per seed sample.
     """
-    parts = proxy_parts(run)
+    parts = [part for part in proxy_parts(run) if part.repeat == repeat]
     return [
         [
             storage.join(part.folder, "trajectory", file)

@@ -5,15 +5,23 @@ For text about a source, see `raypipe.estimate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raypipe import storage
 from raypipe.progress import describe_progress
+from raypipe.runs.keep_files import choice_lines
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
-from raypipe.text import JUDGED_ON, HeadlineFidelity, duration, proxy_accuracy, weak_proxy
+from raypipe.text import (
+    JUDGED_ON,
+    HeadlineFidelity,
+    duration,
+    proxy_accuracy,
+    stability_for_cut,
+    weak_proxy,
+)
 
 
 def describe_run(uri: str) -> Iterator[str]:
@@ -80,6 +88,8 @@ def describe_result(run: Run) -> Iterator[str]:
     if "select" in records:
         for file in sorted(storage.names(run.keep_folder)):
             yield f"keep-list   {run.keep_list(file)}"
+        for line in choice_lines(records["select"].detail.get("chosen", {})):
+            yield f"chosen      {line}"
     if "report" in records:
         yield f"report      {run.report_page}"
     if "label" in records:
@@ -94,7 +104,8 @@ def describe_result(run: Run) -> Iterator[str]:
             sentence = fidelity_sentence(detail["fidelity_seed"], within)
             yield f"            for comparison, not decisive: {sentence}"
         yield from _error_and_coverage(fidelity)
-        yield f"stability   {stability_sentence(detail.get('stability') or {})}"
+        stability = stability_for_cut(detail.get("stability") or {}, within)
+        yield f"stability   {stability_sentence(stability)}"
         yield from _doubled(detail.get("learning_curve") or {}, "the seed set")
     total = sum(record.wall_seconds for record in records.values()) or 1.0
     parts = [
@@ -177,16 +188,17 @@ def _error_and_coverage(fidelity: dict[str, Any]) -> Iterator[str]:
         yield f"WARNING     {sentence}"
 
 
-def stability_sentence(stability: dict[str, Any]) -> str:
+def stability_sentence(stability: Mapping[str, Any]) -> str:
     """Return the agreement to expect with another training, with its interval, as text."""
     value, bounds = stability.get("value"), stability.get("interval")
     if value is None:
         return f"unknown: {stability.get('note') or 'not measured'}"
     interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
     within = " within classes" if stability.get("within_classes") else ""
+    seed_set = " on the same seed set" if stability.get("same_samples") else ""
     return (
-        f"{value:.2f}{interval}: rank correlation{within} to expect with another training; "
-        f"{stability['proxies']} proxies scored each sample"
+        f"{value:.2f}{interval}: rank correlation{within} to expect with another "
+        f"training{seed_set}; {stability['proxies']} proxies scored each sample"
     )
 
 

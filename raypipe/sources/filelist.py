@@ -146,16 +146,17 @@ class FileListSource(Source):
                 f"{self._list}: none of {count} lines can be used ({first_problem}); "
                 "check the list, or set source.root"
             )
-        self._check_root(probes.paths)
+        self._check_root(probes.paths, count)
 
-    def _check_root(self, paths: list[str]) -> None:
-        """Raise SourceError if none of the files exists, so that the root must be another one."""
+    def _check_root(self, paths: list[str], count: int) -> None:
+        """Raise SourceError if none of some files, of `count` listed, exists: the root is wrong."""
         root = self._root
         with ThreadPoolExecutor(8, thread_name_prefix="raypipe-list") as pool:
             exist = pool.map(lambda path: _exists(storage.join(root, path)), paths)
             if not any(exist):
+                drawn = " drawn at random" if count > len(paths) else ""
                 absent = (
-                    f"none of {len(paths)} listed files drawn at random is"
+                    f"none of {len(paths)} listed files{drawn} is"
                     if len(paths) > 1
                     else "the listed file is not"
                 )

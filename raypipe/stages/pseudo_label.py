@@ -74,7 +74,7 @@ class LabelStage(Stage):
         from raypipe.distributed.step_tasks import run_step_functions
 
         config, run, seed = context.config, context.run, SeedManifest.read(context.run)
-        one_worker = config.proxy.model_copy(update={"workers": 1, "parts": 1})
+        one_worker = config.proxy.model_copy(update={"workers": 1, "parts": 1, "repeats": 1})
         resources = context.cluster.training_resources(one_worker)
         gpu = resources.gpu
         started = time.monotonic()

@@ -93,10 +93,11 @@ class RehearseStage(Stage):
 def _inner_context(context: Context) -> Context:
     """Return the context of the small run.
 
-    Its proxy starts from other weights: two trainings that are compared must not start alike.
+    Its proxy starts from other weights: two trainings that are compared must not start alike. It is
+    a single one, also with `proxy.repeats`.
     """
     config = context.config
-    proxy = config.proxy.model_copy(update={"seed": config.proxy.seed + 1})
+    proxy = config.proxy.model_copy(update={"seed": config.proxy.seed + 1, "repeats": 1})
     return context.within(config.model_copy(update={"proxy": proxy}), inner_run(context.run))
 
 

@@ -156,6 +156,24 @@ def test_cross_fitting_costs_passes_but_no_training(digits: Survey) -> None:
     assert found["extrapolate"] < 0.5 * three["extrapolate"]
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_repeats_cost_training_measuring_and_passes_again(digits: Survey, parts: int) -> None:
+    once, twice = (
+        estimate(digits, _config(proxy={"parts": parts, "repeats": repeats}), LAPTOP)
+        for repeats in (1, 2)
+    )
+    for stage in ("proxy", "measure", "embed"):
+        assert 1.2 * _cpu(once)[stage] < _cpu(twice)[stage] < 2.1 * _cpu(once)[stage], stage
+    before, after = once.bytes_written, twice.bytes_written
+    assert after["proxy"] == pytest.approx(2 * before["proxy"], rel=0.01)
+    # two viewers of each repeat with cross-fitting, else one; the first is in embeddings/
+    width = before["embeddings"] / digits.samples
+    views = {1: 0.0, 3: 4 / 3}[parts], {1: 1.0, 3: 10 / 3}[parts]
+    added = (after.get("views", 0) - before.get("views", 0)) / digits.samples
+    assert 0.5 * width < added / (views[1] - views[0]) < width
+    assert after["embeddings"] == before["embeddings"]
+
+
 def test_more_machines_take_less_time_but_not_less_work(digits: Survey) -> None:
     larger = dataclasses.replace(digits, samples=1_000_000, fragments=1000)
     few, many = (estimate(larger, _config(), Machine(cpus, 0, "")) for cpus in (2, 64))

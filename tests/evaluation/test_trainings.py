@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers import small_config
 
+from raypipe import storage
 from raypipe.api import _test_source
 from raypipe.config import parse_settings
 from raypipe.config.evaluate import EvaluateSettings
@@ -102,6 +104,7 @@ def test_every_setting_has_a_description_and_single_values_are_lists() -> None:
 
 def test_the_test_set_is_read_as_the_source_is(tmp_path: Path) -> None:
     config = small_config("run", "source.label_column=digit", "source.include=train-*")
+    storage.write_table(f"{tmp_path}/test-0.parquet", pa.table({"image": [b"x"], "digit": [1]}))
     found = _test_source(config, str(tmp_path), ["include=test-*"])
     assert (found.format, found.label_column, found.include, found.limit) == (
         "auto",
@@ -109,7 +112,8 @@ def test_the_test_set_is_read_as_the_source_is(tmp_path: Path) -> None:
         "test-*",
         None,
     )
-    assert _test_source(config, "digits://", []).format == "digits"
+    own = _test_source(config, "digits://", [])
+    assert (own.format, own.label_column) == ("digits", "auto"), "digits have no such column"
 
 
 def test_images_that_do_not_fit_are_refused_with_what_would() -> None:

@@ -280,7 +280,7 @@ def test_job_runs_the_uploaded_package_without_secrets_data_or_results(
         head.folder / "ray" / "session_latest" / "runtime_resources" / "working_dir_files"
     ).glob("_ray_pkg_*/")
     names = {str(path.relative_to(uploaded)) for path in uploaded.rglob("*") if path.is_file()}
-    assert {"jobs/run.py", "jobs/configs/digits.yaml", "raypipe/stages/embed.py"} <= names
+    assert {"jobs/run.py", "jobs/configs/digits.yaml", "raypipe/stages/embed/stage.py"} <= names
     assert not names & set(BEHIND)
 
 

@@ -13,8 +13,8 @@ from test_night import by_id
 from raypipe import storage
 from raypipe.pipeline import execute
 from raypipe.progress import Progress
-from raypipe.runs.cross_fit import CrossFit
-from raypipe.runs.embeddings import as_seen_by, nodes_of
+from raypipe.runs.embeddings import as_seen_by, nodes_of, read_views
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.stages.extrapolate.probe import load_probes
 
 CROSS_FIT = ("proxy.parts=3", "measure.loss.at=auto", "trust.min_stability=-1")
@@ -58,15 +58,16 @@ def test_new_samples_are_scored_by_the_probes_of_the_run(place: CrossFitPlace) -
     after, rows = score_files(place.run.uri), by_id(place.run.uri)
     assert all(after[name] == content for name, content in before.items())
     assert len(rows) == 750 and all(row["measured"] for row in rows.values())
-    roles, probes = CrossFit.of(place.config(*place.overrides)), load_probes(place.run)
-    assert roles is not None
+    roles, probes = ProxyRoles.of(place.config(*place.overrides)), load_probes(place.run)
     fragment = next(name for name in place.run.done("views") if name not in _names(before))
     table = storage.read_table(place.run.embedding_shard(fragment))
     part = roles.part_of(table["sample_id"].to_pylist())
     total = np.zeros(len(table))
     for proxy, probe in probes.items():
         viewed = roles.is_viewed(part, proxy)
-        nodes = nodes_of(as_seen_by(place.run, fragment, table.filter(viewed), proxy))
+        nodes = nodes_of(
+            as_seen_by(table.filter(viewed), read_views(place.run, fragment, [proxy]), [proxy])
+        )
         total[viewed] += probe.statistics(nodes.embedding, nodes.label)["loss"] / 2
     written = [rows[sample_id]["score"] for sample_id in table["sample_id"].to_pylist()]
     assert written == pytest.approx(total, rel=1e-4, abs=1e-6)

@@ -70,7 +70,9 @@ def test_only_what_is_new_is_scored_and_what_is_gone_is_removed(
     growing.remove(3)
     read: list[str] = []
     embed = nights.make_stage("embed")
-    monkeypatch.setattr("raypipe.stages.embed._read", _recording(read, type(embed).__module__))
+    monkeypatch.setattr(
+        "raypipe.stages.embed.stage._read", _recording(read, type(embed).__module__)
+    )
     night = growing.night(1)
     assert night.wrote_snapshot and night.exit_code == 0, night.advice
     assert night.manifest["files"] == {"new": 1, "changed": 1, "removed": 1}

@@ -75,3 +75,13 @@ def test_equal_shares_of_all_classes_are_one_number(make_run: MakeRun) -> None:
 
 def test_names_break_where_words_end() -> None:
     assert breakable("aquatic_mammals/<b>") == "aquatic_<wbr>mammals/<wbr>&lt;b&gt;"
+
+
+def test_a_baseline_that_a_rehearsal_cannot_have_is_named(make_run: MakeRun) -> None:
+    run, words = make_run(), "gnn-published is not among these rows"
+    assert words not in text_of(run)
+    file = run.path("extrapolator", "extrapolator.json")
+    about = storage.read_json(file)
+    about["fidelity"]["judged_on"] = "rehearsal"
+    storage.write_json(file, about)
+    assert words in text_of(run)

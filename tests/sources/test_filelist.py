@@ -211,9 +211,12 @@ def test_a_root_with_none_of_the_files_is_an_error_and_with_one_is_not(tmp_path:
     uri = write(str(tmp_path), "list.txt", text)
     with pytest.raises(
         SourceError,
-        match=rf"none of 20 listed files drawn at random is below {tmp_path} .*set source.root",
+        match=rf"none of 20 listed files is below {tmp_path} .*set source.root",
     ):
         list(make(uri).files())
+    many = write(str(tmp_path), "many.txt", "\n".join(f"{row}.png 1" for row in range(100)))
+    with pytest.raises(SourceError, match="none of 32 listed files drawn at random is below"):
+        list(make(many).files())
     fill(str(tmp_path), ["17.png"])
     assert len(rejects(samples(make(uri)))) == 19
 

@@ -24,7 +24,7 @@ from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.sources.digits import read_digits
 from raypipe.sources.noise import LabelNoise
-from raypipe.stages import embed
+from raypipe.stages.embed import stage as embed
 from raypipe.stages.index.stage import IndexStage
 
 IDS = [f"folder/{number}.jpg" for number in range(30_000)]

@@ -19,20 +19,20 @@ from raypipe.config import Config
 from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.errors import ConfigError, StageError
 from raypipe.runs.checkpoints import load_checkpoint
-from raypipe.runs.cross_fit import VIEWERS, CrossFit
 from raypipe.runs.embeddings import nodes_of
 from raypipe.runs.partition import proxy_parts
+from raypipe.runs.proxy_roles import VIEWERS, ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
 from raypipe.scores.linear_probe import LinearProbe
 from raypipe.sources.id_sampling import in_sample
-from raypipe.stages import embed
-from raypipe.stages.embed import EmbedActor
+from raypipe.stages.embed import stage as embed
+from raypipe.stages.embed.actor import EmbedActor
 from raypipe.stages.extrapolate import stage as extrapolate
 from raypipe.stages.extrapolate.assess import write_curve, write_fidelity
 from raypipe.stages.extrapolate.fit_part import fit_part
 from raypipe.stages.extrapolate.measured import PartData
-from raypipe.stages.extrapolate.probe import ProbeActor, fit_probes, load_probes, read_views
+from raypipe.stages.extrapolate.probe import ProbeActor, fit_probes, load_probes, read_viewed
 from raypipe.stages.extrapolate.stage import ScoreActor
 from raypipe.vision.output_statistics import output_statistics
 
@@ -75,10 +75,8 @@ def table_of(run: Run, folder: str) -> pa.Table:
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
-def cross_fit(run: Run) -> CrossFit:
-    found = CrossFit.of(run.config())
-    assert found is not None
-    return found
+def cross_fit(run: Run) -> ProxyRoles:
+    return ProxyRoles.of(run.config())
 
 
 def test_every_proxy_but_that_of_its_part_measures_a_sample(run: Run) -> None:
@@ -245,12 +243,12 @@ def test_lists_hold_the_same_share_of_the_seed_set_as_of_the_rest(
 
 
 def test_roles_of_the_proxies() -> None:
-    roles = CrossFit(4, 0)
+    roles = ProxyRoles(4, 0)
     part = roles.part_of([str(number) for number in range(4000)])
     assert np.bincount(part, minlength=4) == pytest.approx(1000, rel=0.1)
     for number in range(4):
         assert number not in roles.viewers(number)
-        assert not set(roles.fit_parts(number)) & {number, roles.viewer(number)}
+        assert not set(roles.fit_parts(number)) & {number, *roles.space(number)}
         assert len(roles.fit_parts(number)) == 2
     assert [roles.viewers(number) for number in range(4)] == [(1, 2), (0, 2), (0, 1), (0, 1)]
 
@@ -320,7 +318,7 @@ def test_probes_in_this_process_are_those_of_the_workers(direct: Run, tmp_path: 
     with one_blas_thread():
         fit_probes(config, copy, 600, silent)
     worker = WorkerContext(config, copy.uri, threads=1, gpu=False)
-    result = ProbeActor(worker)(fragment, read_views(config, copy.uri, fragment))
+    result = ProbeActor(worker)(fragment, read_viewed(config, copy.uri, fragment))
     assert result.samples == len(storage.read_table(copy.score_shard(fragment)))
     old, new = (load_probes(each) for each in (direct, copy))
     for proxy, probe in new.items():

@@ -24,7 +24,8 @@ from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import ProxyManifest, ProxyOfPart, SeedManifest, TrainedProxy
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment
-from raypipe.stages.embed import EmbedActor, EmbedStage, _read
+from raypipe.stages.embed.actor import EmbedActor
+from raypipe.stages.embed.stage import EmbedStage, _read
 from raypipe.stages.index.stage import IndexStage
 from raypipe.vision.decode import decode
 from raypipe.vision.networks import build_network

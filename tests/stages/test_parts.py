@@ -287,7 +287,7 @@ def test_each_part_is_scored_by_its_own_proxy(of_folders: str) -> None:
     from raypipe.runs.checkpoints import load_checkpoint
     from raypipe.scores.moso import combine, gradient_sum, leave_one_out
     from raypipe.scores.per_sample import norms_and_alignments
-    from raypipe.stages.embed import EmbedActor
+    from raypipe.stages.embed.actor import EmbedActor
     from raypipe.vision.devices import AdaptiveBatch
     from raypipe.vision.forward import forward
 

@@ -21,7 +21,7 @@ from raypipe.estimate.inspect_text import describe_survey
 from raypipe.report.summary import _depth_note
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.stages.embed import EmbedStage, _read
+from raypipe.stages.embed.stage import EmbedStage, _read
 from raypipe.stages.seed.stage import SeedStage
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import BadImage, decode

@@ -23,6 +23,7 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.progress import ProgressCallback
 from raypipe.runs.measured_scores import count_measured, measured_scores, scores_by_proxy
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.rehearsal import inner_run, read_rehearsal
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import PUBLISHED_SAMPLES
@@ -90,7 +91,7 @@ def write_fold(number: int, config: Config, run: Run, samples: int, step: Progre
     )
 
     def make() -> Any:
-        extrapolator = make_extrapolator(config, run)
+        extrapolator = make_extrapolator(config, run, ProxyRoles.of(config).space(0))
         if quick:
             extrapolator.members = 1
         return extrapolator
@@ -114,7 +115,7 @@ def write_rehearsal(config: Config, run: Run, samples: int, step: ProgressCallba
     seed_scores = measured_scores(run, config.score, "seed")
     ids, rehearsal = read_rehearsal(run, config.score, seed_scores)
     transfer, predictions = rehearse(
-        lambda: make_extrapolator(config, run, inner_run(run)),
+        lambda: make_extrapolator(config, run, [0], inner_run(run)),
         rehearsal,
         config.extrapolate.seed,
         step,
@@ -307,7 +308,7 @@ def _stability(config: Config, run: Run) -> dict[str, Any]:
 
     label, by_proxy = scores_by_proxy(run, config.score)
     seed, within_classes = config.extrapolate.seed, config.select.cuts_within_classes
-    return stability(by_proxy, label, seed, within_classes).as_dict()
+    return stability(by_proxy, label, seed, within_classes, config.proxy.parts).as_dict()
 
 
 def _deciding(judged: dict[str, Fidelity]) -> str:

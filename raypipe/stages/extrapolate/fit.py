@@ -18,6 +18,7 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.step_tasks import StepFunction, run_step_functions
 from raypipe.progress import ProgressCallback
 from raypipe.runs.measured_scores import every_measured_score
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.stages.extrapolate.assess import (
@@ -114,7 +115,7 @@ def _steps(config: Config, run: Run, samples: int) -> Iterator[FitStep]:
 def _fit(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
     """Write the extrapolator fitted on the whole seed set."""
     data = FitData(config, run, samples, config.extrapolate.method in WHOLE_METHODS)
-    extrapolator = make_extrapolator(config, run)
+    extrapolator = make_extrapolator(config, run, ProxyRoles.of(config).space(0))
     if data.source is not None:
         extrapolator.fit_graph(data.source.nodes, data.seed.rows, data.seed.score, step)
     else:

@@ -1,14 +1,14 @@
 """Fit the extrapolator to the samples of one part, and assess it, with cross-fitting.
 
 Nothing that it depends on was fitted to the seed and audit samples of its part. So they all show
-how well it predicts, and no other fit is needed to assess it. See `raypipe.runs.cross_fit`.
+how well it predicts, and no other fit is needed to assess it. See `raypipe.runs.proxy_roles`.
 """
 
 from __future__ import annotations
 
 from raypipe.config import Config
 from raypipe.progress import ProgressCallback
-from raypipe.runs.cross_fit import CrossFit
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.stages.extrapolate.measured import PartData, SampleSet
 from raypipe.stages.extrapolate.model import ModelFiles, make_extrapolator, save_extrapolator
@@ -36,9 +36,8 @@ def fit_part(part: int, config: Config, run: Run, samples: int, step: ProgressCa
     """
     from raypipe.assessment.fidelity import predict
 
-    data, cross_fit = PartData(config, run, part), CrossFit.of(config)
-    assert cross_fit is not None
-    extrapolator = make_extrapolator(config, run, proxy=cross_fit.viewer(part))
+    data = PartData(config, run, part)
+    extrapolator = make_extrapolator(config, run, ProxyRoles.of(config).space(part))
     if config.extrapolate.method == "gnn":
         extrapolator.members = 1
     extrapolator.fit(data.seed.nodes, data.seed.score, step)

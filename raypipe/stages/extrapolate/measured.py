@@ -7,7 +7,7 @@ or summed by row depends on the ids alone, and not on the fragments.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -18,9 +18,9 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.errors import StageError
-from raypipe.runs.cross_fit import CrossFit
-from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of, read_special_rows
+from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of, read_special_rows, read_views
 from raypipe.runs.measured_scores import GIVEN_SCORES, measured_scores
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.selection.hashing import canonical_order
 
@@ -83,11 +83,15 @@ class WholeSource:
     places: list[np.ndarray]
 
     @classmethod
-    def read(cls, run: Run, fragments: list[str]) -> WholeSource:
-        """Read the embeddings of all fragments."""
+    def read(cls, run: Run, fragments: list[str], space: Sequence[int]) -> WholeSource:
+        """Read the embeddings of all fragments by the proxies of `space`."""
         from raypipe.extrapolators.base import Nodes
 
-        tables = [storage.read_table(run.embedding_shard(name), COLUMNS) for name in fragments]
+        def read(name: str) -> pa.Table:
+            table = storage.read_table(run.embedding_shard(name), COLUMNS)
+            return as_seen_by(table, read_views(run, name, space), space)
+
+        tables = [read(name) for name in fragments]
         nodes = Nodes.concat([nodes_of(table) for table in tables])
         ids = [name for table in tables for name in table["sample_id"].to_pylist()]
         order = canonical_order(ids)
@@ -116,11 +120,12 @@ class FitData:
 
     def __init__(self, config: Config, run: Run, samples: int, whole: bool) -> None:
         self._run, self._score = run, config.score
+        self._space = ProxyRoles.of(config).space(0)
         self.names: list[str] = sorted(run.done("embeddings"))
         self.source: WholeSource | None = None
         if whole:
-            _check_memory(run, self.names[0], samples)
-            self.source = WholeSource.read(run, self.names)
+            _check_memory(run, self.names[0], samples, len(self._space))
+            self.source = WholeSource.read(run, self.names, self._space)
         seed = self._scored("seed") or _from_tables(run)
         if seed is None:
             raise StageError(
@@ -148,22 +153,11 @@ class FitData:
 
     def _read_scored(self, which: SampleSet, scores: Mapping[str, float]) -> ScoredSamples | None:
         """Read the samples of one set from the embeddings, without reading the others."""
-        with ThreadPoolExecutor(READERS) as threads:
-            rows = list(
-                threads.map(lambda name: read_special_rows(self._run, name, which), self.names)
-            )
-        tables = [
-            table.select(COLUMNS).replace_schema_metadata(None)
-            for table in rows
-            if table is not None
-        ]
-        if not tables:
+        table = _read_sets(self._run, self.names, [which], self._space)[which]
+        if table is None:
             return None
-        table = pa.concat_tables(tables)
         scored = [sample_id in scores for sample_id in table["sample_id"].to_pylist()]
-        table = _in_canonical_order(table.filter(pa.array(scored, pa.bool_())))
-        ids = table["sample_id"].to_pylist()
-        return ScoredSamples(ids, nodes_of(table), _scores_of(ids, scores)) if ids else None
+        return _select(table, np.array(scored, bool), scores)
 
 
 class PartData:
@@ -172,8 +166,8 @@ class PartData:
     Attributes
     ----------
     seed : ScoredSamples
-        Seed samples of the parts that `CrossFit.fit_parts` names, as the viewer of the part embeds
-        them.
+        Seed samples of the parts that `ProxyRoles.fit_parts` names, as the first viewer of the part
+        embeds them in each repeat.
     held_out : dict of str to ScoredSamples
         Seed and audit samples of the part itself, by set, where there are any: nothing that the
         extrapolator depends on was fitted to them.
@@ -185,23 +179,23 @@ class PartData:
     """
 
     def __init__(self, config: Config, run: Run, part: int) -> None:
-        self._run, self._part = run, part
-        cross_fit = CrossFit.of(config)
-        assert cross_fit is not None
-        self._cross_fit = cross_fit
+        roles = ProxyRoles.of(config)
         self.held_out: dict[SampleSet, ScoredSamples] = {}
         seed = None
         sets: tuple[SampleSet, ...] = ("seed", "audit")
-        for which in sets:
-            scores = measured_scores(run, config.score, which)
-            if not scores:
+        measured = {which: measured_scores(run, config.score, which) for which in sets}
+        names = sorted(run.done("embeddings"))
+        present: list[SampleSet] = [which for which in sets if measured[which]]
+        tables = _read_sets(run, names, present, roles.space(part))
+        for which, table in tables.items():
+            if table is None:
                 continue
-            table = self._read(which)
+            scores = measured[which]
             ids = table["sample_id"].to_pylist()
-            parts = cross_fit.part_of(ids)
+            parts = roles.part_of(ids)
             scored = np.array([sample_id in scores for sample_id in ids], bool)
             if which == "seed":
-                in_fit = scored & np.isin(parts, cross_fit.fit_parts(part))
+                in_fit = scored & np.isin(parts, roles.fit_parts(part))
                 seed = _select(table, in_fit, scores)
             held_out = _select(table, scored & (parts == part), scores)
             if held_out is not None:
@@ -213,19 +207,48 @@ class PartData:
             )
         self.seed = seed
 
-    def _read(self, which: SampleSet) -> pa.Table:
-        """Read the samples of one set, as the viewer of the part embeds them."""
 
-        def read(name: str) -> pa.Table | None:
-            table = read_special_rows(self._run, name, which)
-            if table is None:
-                return None
-            return as_seen_by(self._run, name, table, self._cross_fit.viewer(self._part))
+def _read_sets(
+    run: Run, names: Sequence[str], sets: Sequence[SampleSet], space: Sequence[int]
+) -> dict[SampleSet, pa.Table | None]:
+    """Read the samples of some sets from the embeddings, without reading the others.
 
-        with ThreadPoolExecutor(READERS) as threads:
-            tables = list(threads.map(read, sorted(self._run.done("embeddings"))))
-        present = [table.replace_schema_metadata(None) for table in tables if table is not None]
-        return _in_canonical_order(pa.concat_tables([table.select(COLUMNS) for table in present]))
+    Parameters
+    ----------
+    run
+        The run.
+    names
+        Names of the fragments.
+    sets
+        The sets.
+    space
+        The proxies whose embeddings are read; samples that they do not embed are left out.
+
+    Returns
+    -------
+    dict of str to pa.Table or None
+        By set the columns `COLUMNS` in the canonical order; None without any sample.
+    """
+
+    def read(name: str) -> list[pa.Table | None]:
+        tables = [read_special_rows(run, name, which) for which in sets]
+        if all(table is None for table in tables):
+            return tables
+        views = read_views(run, name, space)
+        return [
+            None
+            if table is None
+            else as_seen_by(table.select(COLUMNS).replace_schema_metadata(None), views, space)
+            for table in tables
+        ]
+
+    with ThreadPoolExecutor(READERS) as threads:
+        of_fragments = list(threads.map(read, names))
+    result: dict[SampleSet, pa.Table | None] = {}
+    for number, which in enumerate(sets):
+        present = [table for tables in of_fragments if (table := tables[number]) is not None]
+        result[which] = _in_canonical_order(pa.concat_tables(present)) if present else None
+    return result
 
 
 def _select(table: pa.Table, rows: np.ndarray, scores: Mapping[str, float]) -> ScoredSamples | None:
@@ -260,10 +283,10 @@ def _scores_of(ids: list[str], scores: Mapping[str, float]) -> np.ndarray:
     return np.array([scores[sample_id] for sample_id in ids], np.float32)
 
 
-def _check_memory(run: Run, fragment: str, samples: int) -> None:
+def _check_memory(run: Run, fragment: str, samples: int, proxies: int) -> None:
     """Raise StageError when the embeddings of all samples need most of the memory."""
     table = storage.read_table(run.embedding_shard(fragment), ["embedding"])
-    needed = 3 * 4 * samples * table.schema.field("embedding").type.list_size
+    needed = 3 * 4 * proxies * samples * table.schema.field("embedding").type.list_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * memory:
         raise StageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ TRANSFER = "transfer.safetensors"
 
 
 def make_extrapolator(
-    config: Config, run: Run, proxy_run: Run | None = None, proxy: int = 0
+    config: Config, run: Run, proxies: Sequence[int], proxy_run: Run | None = None
 ) -> Any:
     """Create the extrapolator, not fitted.
 
@@ -30,10 +31,10 @@ def make_extrapolator(
     ----------
     config, run
         The configuration and the run.
+    proxies
+        Numbers of the proxies that computed the embeddings.
     proxy_run
-        The run whose proxy computed the embeddings, when it is another one.
-    proxy
-        Number of that proxy.
+        The run that these proxies belong to, when it is another one.
 
     Returns
     -------
@@ -45,7 +46,7 @@ def make_extrapolator(
 
     extrapolator: Any = make(config.extrapolate, len(run.classes().names))
     if config.extrapolate.method == "gnn" and "proxy" in run.ledger():
-        extrapolator.head = last_layer(proxy_run or run, proxy)
+        extrapolator.head = last_layer(proxy_run or run, proxies)
     return extrapolator
 
 

@@ -1,7 +1,7 @@
 """Scores of linear probes on the embeddings, for every sample: nothing is extrapolated.
 
-A probe is fitted to the embeddings by each viewer (`raypipe.runs.cross_fit`), from samples that the
-viewer was not trained on. A sample's score is the mean over its two viewers.
+A probe is fitted to the embeddings by each viewer (`raypipe.runs.proxy_roles`), from samples that
+the viewer was not trained on. A sample's score is the mean over its viewers: two of each repeat.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from raypipe.config import Config
 from raypipe.distributed.actor_pool import Batch, WorkerContext
 from raypipe.distributed.usage import Stopwatch
 from raypipe.progress import ProgressCallback
-from raypipe.runs.cross_fit import VIEWERS, CrossFit
-from raypipe.runs.embeddings import as_seen_by, nodes_of, read_probe_rows
+from raypipe.runs.embeddings import as_seen_by, nodes_of, read_probe_rows, read_views
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.unit_result import UnitResult
@@ -41,12 +41,12 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
     from raypipe.assessment.fidelity import proxy_is_right
     from raypipe.scores.linear_probe import LinearProbe
 
-    cross_fit, classes = _cross_fit(config), len(run.classes().names)
+    roles, classes = ProxyRoles.of(config), len(run.classes().names)
     tensors: dict[str, np.ndarray] = {}
     by_proxy: dict[str, np.ndarray] = {}
     labels: dict[str, int] = {}
     correct: dict[str, bool] = {}
-    for done, proxy in enumerate(VIEWERS):
+    for done, proxy in enumerate(roles.embedders):
         table = _read_view(config, run, proxy)
         nodes = nodes_of(table)
         probe = LinearProbe.fit(nodes.embedding, nodes.label, classes)
@@ -60,22 +60,22 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
         correct |= zip(ids, right.tolist(), strict=True)
         labels |= zip(ids, nodes.label.tolist(), strict=True)
         for sample_id, value in zip(ids, score, strict=True):
-            by_proxy.setdefault(sample_id, np.full(cross_fit.parts, np.nan))[proxy] = value
-        step(done + 1, len(VIEWERS) + 1)
+            by_proxy.setdefault(sample_id, np.full(roles.proxies, np.nan))[proxy] = value
+        step(done + 1, len(roles.embedders) + 1)
     _write_assessment(config, run, samples, by_proxy, labels, correct)
     storage.write_bytes(run.probe_weights, save(tensors))
-    step(len(VIEWERS) + 1, len(VIEWERS) + 1)
+    step(len(roles.embedders) + 1, len(roles.embedders) + 1)
 
 
 def _read_view(config: Config, run: Run, proxy: int) -> pa.Table:
     """Read the samples of the probe of one viewer, in the canonical order."""
-    cross_fit = _cross_fit(config)
+    roles = ProxyRoles.of(config)
 
     def read(name: str) -> pa.Table:
         table = read_probe_rows(run, name, config.seed)
-        part = cross_fit.part_of(table["sample_id"].to_pylist())
-        viewed = table.filter(pa.array(cross_fit.is_viewed(part, proxy)))
-        return as_seen_by(run, name, viewed, proxy)
+        part = roles.part_of(table["sample_id"].to_pylist())
+        viewed = table.filter(pa.array(roles.is_viewed(part, proxy), pa.bool_()))
+        return as_seen_by(viewed, read_views(run, name, [proxy]), [proxy])
 
     with ThreadPoolExecutor(READERS) as threads:
         tables = list(threads.map(read, sorted(run.done("embeddings"))))
@@ -109,6 +109,7 @@ def _write_assessment(
         label,
         config.extrapolate.seed,
         config.select.cuts_within_classes,
+        config.proxy.parts,
     )
     figures = NO_AGREEMENT.as_dict() | {
         "baselines": {},
@@ -131,55 +132,45 @@ def _write_assessment(
     ).write(run)
 
 
-def _cross_fit(config: Config) -> CrossFit:
-    cross_fit = CrossFit.of(config)
-    assert cross_fit is not None, "the configuration requires it for scores from embeddings"
-    return cross_fit
-
-
 def load_probes(run: Run) -> dict[int, LinearProbe]:
     """Load the probes by viewer."""
     from safetensors.numpy import load
 
     from raypipe.scores.linear_probe import LinearProbe
 
-    tensors = load(storage.read_bytes(run.probe_weights))
+    by_viewer: dict[int, dict[str, np.ndarray]] = {}
+    for name, values in load(storage.read_bytes(run.probe_weights)).items():
+        viewer, _, tensor = name.partition(".")
+        by_viewer.setdefault(int(viewer), {})[tensor] = values
     return {
-        proxy: LinearProbe.from_tensors(
-            {
-                name.removeprefix(f"{proxy}."): value
-                for name, value in tensors.items()
-                if name.startswith(f"{proxy}.")
-            }
-        )
-        for proxy in VIEWERS
+        viewer: LinearProbe.from_tensors(tensors) for viewer, tensors in sorted(by_viewer.items())
     }
 
 
-def read_views(config: Config, run_uri: str, fragment: str) -> Batch:
+def read_viewed(config: Config, run_uri: str, fragment: str) -> Batch:
     """Read what the viewers see of a fragment; no rows when all were rejected. Runs in a task.
 
     Returns
     -------
     Batch
-        sample_id, label, viewer [n, 2] and embedding [n, 2, d].
+        sample_id, label, viewer [n, v] and embedding [n, v, d], with v viewers of each sample.
     """
-    run, cross_fit = Run(run_uri), _cross_fit(config)
+    run, roles = Run(run_uri), ProxyRoles.of(config)
     table = storage.read_table(run.embedding_shard(fragment), ["sample_id", "label", "embedding"])
     ids = table["sample_id"].to_pylist()
-    part = cross_fit.part_of(ids)
-    viewers = np.array([cross_fit.viewers(number) for number in range(cross_fit.parts)])[part]
-    nodes = nodes_of(table)
-    embedding = np.zeros((len(ids), 2, nodes.embedding.shape[1]), np.float32)
-    for proxy in VIEWERS:
+    part = roles.part_of(ids)
+    viewers = np.array([roles.viewers(number) for number in range(roles.parts)])[part]
+    nodes, views = nodes_of(table), read_views(run, fragment, roles.embedders)
+    embedding = np.zeros((*viewers.shape, nodes.embedding.shape[1]), np.float32)
+    for proxy in roles.embedders:
         rows, position = np.nonzero(viewers == proxy)
         if len(rows):
-            viewed = as_seen_by(run, fragment, table.take(pa.array(rows)), proxy)
+            viewed = as_seen_by(table.take(pa.array(rows)), views, [proxy])
             embedding[rows, position] = nodes_of(viewed).embedding
     return {
         "sample_id": np.array(ids),
         "label": nodes.label.astype(np.int32),
-        "viewer": viewers.reshape(-1, 2),
+        "viewer": viewers,
         "embedding": embedding,
     }
 
@@ -197,7 +188,7 @@ class ProbeActor:
 
     def __call__(self, fragment: str, batch: Batch) -> UnitResult:
         label, ids = batch["label"], batch["sample_id"].tolist()
-        score = np.zeros((len(ids), 2), np.float64)
+        score = np.zeros(batch["viewer"].shape, np.float64)
         for proxy, probe in self._probes.items():
             rows, position = np.nonzero(batch["viewer"] == proxy)
             if len(rows):

@@ -9,14 +9,17 @@ another. The exception is `gnn-published`, whose graph spans the whole source an
 task. A sample of the audit set gets its measured score, which is better than the predicted one,
 after the two were compared for the fidelity.
 
-With cross-fitting there is an extrapolator to the samples of each part (`raypipe.runs.cross_fit`),
-and all scores are predicted: a measured score would mean something else than a predicted one. It is
-written next to it.
+With cross-fitting there is an extrapolator to the samples of each part
+(`raypipe.runs.proxy_roles`), and all scores are predicted: a measured score would mean something
+else than a predicted one. It is written next to it.
+
+With `proxy.repeats`, an extrapolator sees the embeddings by one proxy of each repeat side by side.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from typing import Any
 
@@ -31,10 +34,10 @@ from raypipe.distributed.cluster import ActorPool, Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
-from raypipe.runs.cross_fit import CrossFit
-from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of
+from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of, read_views
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import every_measured_score
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows, remove_stale
@@ -51,7 +54,7 @@ from raypipe.stages.extrapolate.model import (
     load_intervals,
     model_files,
 )
-from raypipe.stages.extrapolate.probe import ProbeActor, read_views
+from raypipe.stages.extrapolate.probe import ProbeActor, read_viewed
 
 UNITS_PER_ACTOR = 16
 """Fragments of a thousand samples whose scoring takes as long as an actor's import of torch."""
@@ -139,7 +142,7 @@ def _score_fragments(
     """Write the score shards of the `missing` fragments."""
     total = sum(fragment.samples for fragment in fragments)
     from_embeddings = context.config.scores_embeddings
-    read, actor = (read_views, ProbeActor) if from_embeddings else (_read, ScoreActor)
+    read, actor = (read_viewed, ProbeActor) if from_embeddings else (_read, ScoreActor)
     left = set(missing)
     done = [fragment for fragment in fragments if fragment.fragment_id not in left]
     with context.progress.meter("extrapolate", total) as meter:
@@ -176,19 +179,20 @@ def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -
 def _read(config: Config, run_uri: str, fragment: str) -> Batch:
     """Read the embeddings of a fragment; no rows when all were rejected. Runs in a task.
 
-    With cross-fitting, `part` names the part of each sample, and a sample of part 0 has its second
-    embedding.
+    With cross-fitting, `part` names the part of each sample. Embeddings are those by the proxies of
+    `ProxyRoles.space`, side by side.
     """
-    run, cross_fit = Run(run_uri), CrossFit.of(config)
+    run, roles = Run(run_uri), ProxyRoles.of(config)
     table = storage.read_table(run.embedding_shard(fragment), COLUMNS)
     ids = table["sample_id"].to_pylist()
-    part = np.zeros(len(table), np.int64) if cross_fit is None else cross_fit.part_of(ids)
-    nodes = nodes_of(table)
-    embedding = nodes.embedding
-    if cross_fit is not None and (part == 0).any():
-        own = table.filter(pa.array(part == 0))
-        embedding = embedding.copy()
-        embedding[part == 0] = nodes_of(as_seen_by(run, fragment, own, 1)).embedding
+    part, nodes = roles.part_of(ids), nodes_of(table)
+    spaces = [roles.space(number) for number in range(roles.groups)]
+    views = read_views(run, fragment, itertools.chain.from_iterable(spaces))
+    embedding = np.empty((len(ids), roles.repeats * nodes.embedding.shape[1]), np.float32)
+    for space in set(spaces):
+        rows = np.flatnonzero(np.array([other == space for other in spaces])[part])
+        seen = as_seen_by(table.take(pa.array(rows, pa.int64())), views, space)
+        embedding[rows] = nodes_of(seen).embedding
     return {
         "sample_id": np.array(ids),
         "label": nodes.label.astype(np.int32),

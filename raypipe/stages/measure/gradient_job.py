@@ -44,7 +44,7 @@ class GradientFolders:
 
     @classmethod
     def of(cls, config: Config, run: Run) -> GradientFolders:
-        """Return the folders that all parts share."""
+        """Return the folders that all proxies share."""
         measure = config.measure
         mean = fingerprint(
             run.ledger()["proxy"].fingerprint,
@@ -67,22 +67,22 @@ class GradientFolders:
         )
 
     def of_part(self, part: SeedPart) -> GradientFolders:
-        """Return the folders of one part: below these when there are several parts."""
+        """Return the folders of one proxy: below these when there are several proxies."""
         return GradientFolders(*(part.below(folder) for folder in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class GradientJob:
-    """The passes over the checkpoints of the proxy of one part of the seed set.
+    """The passes over the checkpoints of one proxy.
 
     Attributes
     ----------
     worker : WorkerContext
         The run, and the threads and GPU of each worker.
     folders : GradientFolders
-        Folders of the part.
+        Folders of the proxy.
     part : SeedPart
-        The part, with its trained proxy.
+        The trained proxy, with its part of the seed set.
     self_term : bool
         Whether MoSo takes the sample itself out of the mean gradient.
     """

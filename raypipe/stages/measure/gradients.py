@@ -19,9 +19,10 @@ With a proxy trained on adversarial examples (`proxy.adversary`), both passes ta
 gradients at adversarial examples against each checkpoint: of the loss that the training minimises,
 the maximum over the ball, whose gradient is the gradient at the maximum (Danskin's theorem).
 
-With several proxies (`proxy.parts`), both passes run for one after the other, and each of these
-folders has a subfolder for each part. The first pass is over the samples of the proxy's part. So is
-the second, except with cross-fitting (`proxy.cross_fit`), where it is over those of all others.
+With several proxies (`proxy.parts`, `proxy.repeats`), both passes run for one after the other, and
+each of these folders has a subfolder for each proxy. The first pass is over the samples of the
+proxy's part. So is the second, except with cross-fitting (`proxy.cross_fit`), where it is over
+those of all others.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ def measure_gradients(context: Context, record: StageRecord) -> None:
     """Run both passes, or what an interrupted attempt left of them."""
     parts = proxy_parts(context.run)
     seed = SeedManifest.read(context.run)
-    # with cross-fitting, every proxy but that of its own part measures a sample
-    proxies = len(parts) - 1 if context.config.proxy.cross_fits else 1
+    proxy = context.config.proxy
+    # with cross-fitting, every proxy but those of its own part measures a sample
+    proxies = proxy.repeats * (proxy.parts - 1 if proxy.cross_fits else 1)
     # audit samples are not part of the mean gradients that they are aligned with
-    summed = seed.samples * ("moso" in context.config.measure.scores)
+    summed = proxy.repeats * seed.samples * ("moso" in context.config.measure.scores)
     measured = proxies * (seed.samples + seed.audit_samples)
     self_term = needs_self_term(context.config, parts)
     with context.progress.meter("measure", summed + measured) as meter:

@@ -64,7 +64,7 @@ class MosoTotals:
         folder: str,
         shards: Sequence[str],
     ) -> list[MosoTotals]:
-        """Compute the totals of every part from the files below `folder`."""
+        """Compute the totals of every proxy from the files below `folder`."""
         self_term = needs_self_term(config, parts)
         return [cls(config, run, part, part.below(folder), shards, self_term) for part in parts]
 

@@ -1,7 +1,7 @@
 """Measure: the measured scores of every seed sample.
 
 Writes `measured/<shard>.parquet`: sample_id, label and a float32 column for each of
-`measure.scores`; with cross-fitting also a column `<score>_by_proxy` for the scores at checkpoints.
+`measure.scores`; where several proxies score a sample, also a column `<score>_by_proxy`.
 They are computed from the files that `raypipe.stages.measure.gradients` and
 `raypipe.stages.measure.trajectories` wrote next to it. Writes `measured/audit/<shard>.parquet` with
 the scores at checkpoints of the audit set, from its alignments with the mean gradients of the seed
@@ -10,36 +10,29 @@ set. Trajectory scores need training on the sample, so the audit set has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import SELF_TERM_BELOW, Config, MeanSettings
+from raypipe.config import SELF_TERM_BELOW, Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import empty_proxy
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.measured_scores import BY_PROXY
-from raypipe.runs.partition import SeedPart, merge_parts, proxy_parts
+from raypipe.runs.partition import proxy_parts
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import shard_labels
 from raypipe.stages.base import Stage
-from raypipe.stages.measure.cross_fit import CommonScale, join_proxies
-from raypipe.stages.measure.gradient_job import (
-    GradientFolders,
-    measured_checkpoints,
-    needs_self_term,
-    smallest_part,
-)
+from raypipe.stages.measure.checkpoint_scores import CheckpointScores
+from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term, smallest_part
 from raypipe.stages.measure.gradients import measure_gradients, measure_shards
-from raypipe.stages.measure.moso import MosoTotals, checkpoint_column, read_shard_table
-from raypipe.stages.measure.outputs import OUTPUTS
 from raypipe.stages.measure.trajectories import measure_trajectories, trajectory_folder
+from raypipe.stages.measure.trajectory_scores import TrajectoryScores
 
 AUDIT_FOLDER = "measured/audit"
 """Scores of the audit set."""
@@ -93,20 +86,22 @@ class MeasureStage(Stage):
         at_checkpoints = config.measure.at_checkpoints
         followed: list[str] = list(config.measure.from_trajectory)
         detail: dict[str, Any] = {"scores": list(config.measure.scores)}
-        checkpoint_scores = None
+        checkpoint_scores, trajectory_scores = None, None
         if at_checkpoints:
             detail |= _announce(context)
             measure_gradients(context, record)
         if followed:
             measure_trajectories(context, record, followed)
-        seed, trajectories = SeedManifest.read(run), trajectory_folder(config, run)
+        seed = SeedManifest.read(run)
         if at_checkpoints:
             checkpoint_scores = CheckpointScores.read(config, run, seed)
             detail |= checkpoint_scores.ledger_detail()
+        if followed:
+            trajectory_scores = TrajectoryScores.read(config, run, seed)
         samples = 0
         for shard in seed.shards:
             tables = [checkpoint_scores.of_shard(shard)] if checkpoint_scores else []
-            tables += [read_shard_table(run, trajectories, shard)] if followed else []
+            tables += [trajectory_scores.of_shard(shard)] if trajectory_scores else []
             tables = tables or [shard_labels(run, shard)]  # all scores come from embeddings
             samples += _write_scores(config, run, "measured", shard, tables)
         audit_samples = 0
@@ -176,94 +171,6 @@ def _announce(context: Context) -> dict[str, Any]:
         f"slower, exact one: {slow[0]}, ..."
     )
     return {"slow_parameters": slow}
-
-
-@dataclass(frozen=True)
-class CheckpointScores:
-    """The scores at checkpoints, combined from the values of `raypipe.stages.measure.gradients`.
-
-    Attributes
-    ----------
-    config, run
-        The configuration and the run.
-    parts : list of SeedPart
-        Parts of the seed set, each with its own proxy.
-    folder : str
-        Folder of the values, below the run.
-    moso : list of MosoTotals or None
-        Totals of each part; None when MoSo is not measured.
-    scales : list of CommonScale or None
-        Brings the scores of each proxy to a common scale; None without cross-fitting.
-    """
-
-    config: Config
-    run: Run
-    parts: list[SeedPart]
-    folder: str
-    moso: list[MosoTotals] | None
-    scales: list[CommonScale] | None = None
-
-    @classmethod
-    def read(cls, config: Config, run: Run, seed: SeedManifest) -> CheckpointScores:
-        """Read the totals over the seed set that MoSo needs."""
-        parts, folder = proxy_parts(run), GradientFolders.of(config, run).checkpoints
-        moso = None
-        if "moso" in config.measure.at_checkpoints:
-            moso = MosoTotals.of_parts(config, run, parts, folder, seed.shards)
-        scores = cls(config, run, parts, folder, moso)
-        if not config.proxy.cross_fits:
-            return scores
-        by_proxy = [scores._tables(number, seed.shards) for number in range(len(parts))]
-        return replace(scores, scales=CommonScale.of_proxies(by_proxy))
-
-    def ledger_detail(self) -> dict[str, Any]:
-        """Return what the ledger records of MoSo."""
-        if self.moso is None:
-            return {}
-        details = [totals.ledger_detail() for totals in self.moso]
-        return {"moso": details[0] if len(details) == 1 else {"parts": details}}
-
-    def of_shard(self, shard: str, audit: bool = False) -> pa.Table:
-        """Return sample_id, label and the scores of one shard.
-
-        Each sample's scores come from the proxy of its own part, or with cross-fitting from the
-        proxies of all other parts; see `join_proxies`.
-        """
-        tables = [self.of_proxy(number, shard, audit) for number in range(len(self.parts))]
-        if self.scales is None:
-            return merge_parts(self.run, self.parts, shard, tables)
-        return join_proxies(shard_labels(self.run, shard), tables, self.scales)
-
-    def _tables(self, number: int, shards: Sequence[str]) -> Iterator[pa.Table]:
-        return (self.of_proxy(number, shard) for shard in shards)
-
-    def of_proxy(self, number: int, shard: str, audit: bool = False) -> pa.Table:
-        """Return sample_id, label and the scores of the samples that one proxy measured."""
-        measure, part = self.config.measure, self.parts[number]
-        values = read_shard_table(self.run, part.below(self.folder), shard)
-        table = values.select(["sample_id", "label"])
-        if self.moso is not None:
-            moso = pa.array(self.moso[number].score(values, audit), pa.float32())
-            table = table.append_column("moso", moso)
-        if "grand" in measure.scores:
-            lengths = checkpoint_column(values, "lengths")
-            table = table.append_column("grand", pa.array(lengths.mean(1).astype(np.float32)))
-        for score in (score for score in measure.at_checkpoints if score not in ("moso", "grand")):
-            mean = _mean(self.config, part, checkpoint_column(values, OUTPUTS[score]), score)
-            table = table.append_column(score, pa.array(mean, pa.float32()))
-        return table
-
-
-def _mean(config: Config, part: SeedPart, values: np.ndarray, score: str) -> np.ndarray:
-    """Return the mean over the checkpoints among the epochs of the settings, float32 [n].
-
-    `values` is float64 [n, checkpoints].
-    """
-    settings = config.measure.settings_of(score)
-    assert isinstance(settings, MeanSettings)
-    measured = measured_checkpoints(config, part)
-    chosen = [column for column, item in enumerate(measured) if settings.takes(item.epoch)]
-    return values[:, chosen].mean(1).astype(np.float32)
 
 
 def _write_scores(

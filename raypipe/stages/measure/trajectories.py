@@ -1,6 +1,7 @@
 """Trajectory scores of the seed set: each task follows some samples through all epochs.
 
-With several proxies (`proxy.parts`), a sample's trajectory is that of the proxy of its part.
+With several parts (`proxy.parts`), a sample's trajectory is that of the proxy of its part; with
+repeats (`proxy.repeats`), it has one trajectory for each, and a score of each.
 """
 
 from __future__ import annotations
@@ -59,23 +60,27 @@ def shard_rows(seed: SeedManifest) -> list[ShardRows]:
 def measure_trajectories(context: Context, record: StageRecord, scores: list[str]) -> None:
     """Write `<folder>/<shard>.parquet` for every seed shard that has none.
 
-    It holds sample_id, label and a column per score.
+    It holds sample_id, label and a column per score. With repeats, each has its own folder.
     """
     run, seed = context.run, SeedManifest.read(context.run)
-    folder = trajectory_folder(context.config, run)
-    done = run.done(folder)
-    units = shard_rows(seed)
-    with context.progress.meter("trajectory", seed.samples) as meter:
-        meter.already(sum(unit.stop - unit.start for unit in units if unit.shard in done))
+    repeats = context.config.proxy.repeats
+    folder, units = trajectory_folder(context.config, run), shard_rows(seed)
+    max_rows = TASK_BYTES // _row_bytes(run, columns_of(scores))
+    with context.progress.meter("trajectory", repeats * seed.samples) as meter:
 
         def collect(result: UnitResult) -> None:
             meter.add(result.samples)
             record.add_cost(result)
 
-        missing = [unit for unit in units if unit.shard not in done]
-        groups = _consecutive(missing, TASK_BYTES // _row_bytes(run, columns_of(scores)))
-        function = functools.partial(score_shards, context.config, run.uri, folder, scores)
-        context.run_tasks(groups, function, collect)
+        for repeat in range(repeats):
+            of_repeat = repeat_folder(folder, repeat, repeats)
+            done = run.done(of_repeat)
+            meter.already(sum(unit.stop - unit.start for unit in units if unit.shard in done))
+            missing = [unit for unit in units if unit.shard not in done]
+            function = functools.partial(
+                score_shards, context.config, run.uri, of_repeat, scores, repeat=repeat
+            )
+            context.run_tasks(_consecutive(missing, max_rows), function, collect)
 
 
 def trajectory_folder(config: Config, run: Run) -> str:
@@ -86,6 +91,11 @@ def trajectory_folder(config: Config, run: Run) -> str:
     followed = sorted(config.measure.from_trajectory)
     options = {score: config.measure.trajectory_options(score) for score in followed}
     return f"measured/trajectory-{fingerprint(run.ledger()['proxy'].fingerprint, options)}"
+
+
+def repeat_folder(folder: str, repeat: int, repeats: int) -> str:
+    """Return the folder of the scores from one repeat; the only repeat uses that of all."""
+    return storage.join(folder, f"repeat-{repeat}") if repeats > 1 else folder
 
 
 def _consecutive(units: Sequence[ShardRows], max_rows: int) -> list[list[ShardRows]]:
@@ -122,15 +132,20 @@ def _row_bytes(run: Run, columns: list[str]) -> int:
 
 
 def score_shards(
-    config: Config, run_uri: str, folder: str, scores: list[str], units: list[ShardRows]
+    config: Config,
+    run_uri: str,
+    folder: str,
+    scores: list[str],
+    units: list[ShardRows],
+    repeat: int = 0,
 ) -> UnitResult:
-    """Score the samples of consecutive seed shards. Runs in a task."""
+    """Score the samples of consecutive seed shards in one repeat. Runs in a task."""
     watch, run = Stopwatch(), Run(run_uri)
     tables = [shard_labels(run, unit.shard) for unit in units]
     label = np.concatenate([table["label"].to_numpy().astype(np.int64) for table in tables])
     start, stop = units[0].start, units[-1].stop
     options = {score: config.measure.trajectory_options(score) for score in scores}
-    values = score_rows(run, start, stop, label, options)
+    values = score_rows(run, start, stop, label, options, repeat)
     for unit, table in zip(units, tables, strict=True):
         rows = slice(unit.start - start, unit.stop - start)
         for score in scores:
@@ -140,7 +155,12 @@ def score_shards(
 
 
 def score_rows(
-    run: Run, start: int, stop: int, label: np.ndarray, options: dict[str, dict[str, Any]]
+    run: Run,
+    start: int,
+    stop: int,
+    label: np.ndarray,
+    options: dict[str, dict[str, Any]],
+    repeat: int = 0,
 ) -> dict[str, np.ndarray]:
     """Compute trajectory scores of rows `start` to `stop` of the seed set in one pass.
 
@@ -154,6 +174,8 @@ def score_rows(
         int64 [stop - start].
     options
         Keyword arguments of each score's function, by the name of the score.
+    repeat
+        The repeat whose proxies were trained.
 
     Returns
     -------
@@ -165,7 +187,7 @@ def score_rows(
 
     functions = {score: trajectory_score(score) for score in options}
     values = {score: np.empty(stop - start, np.float32) for score in options}
-    for first, last, arrays in read_trajectory(run, start, stop, columns_of(list(options))):
+    for first, last, arrays in read_trajectory(run, start, stop, columns_of(list(options)), repeat):
         rows = slice(first - start, last - start)
         trajectory = Trajectory.from_recorded(label[rows], arrays)
         for score, function in functions.items():
@@ -174,9 +196,9 @@ def score_rows(
 
 
 def read_trajectory(
-    run: Run, start: int, stop: int, columns: list[str]
+    run: Run, start: int, stop: int, columns: list[str], repeat: int = 0
 ) -> Iterator[tuple[int, int, Rows]]:
-    """Read rows `start` to `stop` of the seed set in blocks of bounded size.
+    """Read rows `start` to `stop` of the seed set in one repeat, in blocks of bounded size.
 
     Yields
     ------
@@ -194,7 +216,7 @@ def read_trajectory(
     if "probabilities" in columns:
         size = max(1, BLOCK_BYTES // (4 * classes * max(1, epochs)))
         probabilities = np.empty((epochs, size, classes), np.float32)
-    for first, last, stored in read_groups(run, start, stop, columns):
+    for first, last, stored in read_groups(run, start, stop, columns, repeat):
         for low in range(first, last, size):
             high = min(low + size, last)
             arrays: Rows = {}
@@ -240,9 +262,9 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def read_groups(
-    run: Run, start: int, stop: int, columns: list[str]
+    run: Run, start: int, stop: int, columns: list[str], repeat: int = 0
 ) -> Iterator[tuple[int, int, list[list[Rows]]]]:
-    """Read rows `start` to `stop` of the seed set as they are stored.
+    """Read rows `start` to `stop` of the seed set in one repeat, as they are stored.
 
     Every row group is read once, and at most about two of a file are held.
 
@@ -254,7 +276,7 @@ def read_groups(
     """
     epochs = [
         [_TrajectoryFile(run.path(file), columns, start) for file in files]
-        for files in trajectory_files(run)
+        for files in trajectory_files(run, repeat)
     ]
     step = max((sum(file.group_rows for file in files) for files in epochs), default=0)
     step = step or stop - start

@@ -36,7 +36,9 @@ class SeedArrays(NamedTuple):
 
 
 class LocalSeedSet:
-    """One part of the seed set as memory-mapped arrays, one copy for all workers of a node.
+    """One part of the seed set as memory-mapped arrays.
+
+    All workers of a training on the same node share one copy.
 
     Rows are in the order of the manifest's shards, which depends on the ids alone; so batches and
     augmentation, drawn by row, do too. The page cache makes the arrays as fast as
@@ -49,7 +51,7 @@ class LocalSeedSet:
             tempfile.gettempdir(), f"raypipe-seed-{fingerprint(run.uri)}-"
         )
         self._attempt_prefix = self._run_prefix + key
-        self._folder = f"{self._attempt_prefix}-{part.number}"
+        self._folder = f"{self._attempt_prefix}-{part.number}-{part.repeat}"
 
     def fill(self) -> None:
         """Write the arrays, unless an earlier worker of this node has done so."""

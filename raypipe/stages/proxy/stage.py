@@ -11,10 +11,11 @@ Writes, under `proxy/`:
 - `state.safetensors`: everything needed to resume after the last finished epoch.
 - `proxy.json`: what the later stages need; written last.
 
-With `proxy.parts` above 1, one such network is trained for each part of the seed set
-(`raypipe.runs.partition`), on its part alone, from other weights. Each has the first four items in
-its own folder, `proxy/part-0/`; `proxy.json` describes all of them. They train side
-by side as far as the cluster has room.
+With `proxy.parts` above 1, such networks are trained for each part of the seed set
+(`raypipe.runs.partition`), on its part alone; with `proxy.repeats` above 1, several of them for
+each part. All start from other weights. Each has the first four items in its own folder, such as
+`proxy/part-0/` or `proxy/part-0-repeat-1/`; `proxy.json` describes all of them. They train side by
+side as far as the cluster has room.
 
 When a worker or the driver dies, the training resumes after the last finished epoch. Batches and
 the statistics of BatchNorm are defined over the whole seed set (or part): the number of workers
@@ -67,12 +68,12 @@ NOT_OF_THE_RESULT = {
 
 @dataclass(frozen=True)
 class PartProgress:
-    """How far the training of one part of the seed set is.
+    """How far the training of one proxy is.
 
     Attributes
     ----------
     part : SeedPart
-        The part.
+        The proxy's part of the seed set.
     epochs : list of EpochRecord
         Its finished epochs.
     trained : bool
@@ -85,7 +86,7 @@ class PartProgress:
 
     @classmethod
     def read(cls, config: Config, run: Run, part: SeedPart) -> PartProgress:
-        """Read the progress of a part from the run."""
+        """Read the progress of a proxy from the run."""
         epochs = EpochRecord.read_all(run, part.folder)
         checkpoints = {epoch.checkpoint for epoch in epochs if epoch.checkpoint}
         trained = len(epochs) == config.proxy.passes and checkpoints <= storage.names(
@@ -104,13 +105,18 @@ class PartProgress:
 
 
 class ProxyStage(Stage):
-    """Train the proxy of every part of the seed set."""
+    """Train all proxies of every part of the seed set."""
 
     name = "proxy"
     needs = ("seed", "label")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return config.proxy.model_dump(mode="json", exclude=NOT_OF_THE_RESULT, exclude_none=True)
+        settings = config.proxy.model_dump(
+            mode="json", exclude=NOT_OF_THE_RESULT, exclude_none=True
+        )
+        if config.proxy.repeats == 1:
+            del settings["repeats"]  # older runs did not have it
+        return settings
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
@@ -128,7 +134,7 @@ class ProxyStage(Stage):
         config, run = context.config, context.run
         seed = SeedManifest.read(run)
         resources = context.cluster.training_resources(config.proxy)
-        parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed)
+        parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed, config.proxy.repeats)
         if too_few := config.proxy.too_few_steps(seed.samples):
             context.progress.say(f"note: {too_few}")
         _check_sizes(parts, resources.workers)
@@ -169,7 +175,7 @@ def _check_sizes(parts: Sequence[SeedPart], workers: int) -> None:
 def _train_missing(
     context: Context, parts: Sequence[PartProgress], resources: TrainingResources
 ) -> float:
-    """Train the parts that are not trained. Returns the sum of the seconds of all trainings."""
+    """Train the proxies that are not trained. Returns the seconds of all trainings together."""
     config, run = context.config, context.run
     key = uuid.uuid4().hex
     seconds = [0.0]
@@ -218,13 +224,14 @@ def _manifest(
             )
             for state in parts
         ),
+        repeats=config.proxy.repeats,
     )
 
 
 def _detail(
     parts: Sequence[PartProgress], epochs: int, resources: TrainingResources
 ) -> dict[str, Any]:
-    """Return the stage's entry in the ledger: figures of the last epoch, averaged over parts."""
+    """Return the stage's entry in the ledger: figures of the last epoch, averaged over proxies."""
     last = [state.epochs[-1] for state in parts]
     detail: dict[str, Any] = {
         "accuracy": statistics.fmean(epoch.accuracy for epoch in last),
@@ -301,7 +308,7 @@ def side_by_side(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
 def _train(
     config: Config, run: Run, part: SeedPart, key: str, resources: TrainingResources
 ) -> None:
-    """Train the proxy of one part. Raises StageError when the training fails or diverges."""
+    """Train one proxy. Raises StageError when the training fails or diverges."""
     from raypipe.distributed import ray_train
     from raypipe.stages.proxy.worker import DIVERGED, TrainingJob, train_worker
 

@@ -167,13 +167,15 @@ class ProxyTraining:
         workers: int,
     ) -> None:
         self._job, self._run, self._data = job, run, data
-        self._settings, self._folder = job.settings, job.part.folder
+        # epochs drawn at random are the same for all proxies
+        self._scored_epochs = job.settings.checkpoint_epochs()
+        self._settings = job.settings.model_copy(update={"seed": job.part.training_seed})
+        self._folder = job.part.folder
         self._rank, self._workers = rank, workers
         self._classes = len(run.classes().names)
         self._steps_per_epoch = training.steps_per_epoch(
             len(data.labels), self._settings.batch_size
         )
-        self._scored_epochs = self._settings.checkpoint_epochs()
         self._device = get_device() if job.gpu else torch.device("cpu")
 
         # weights of their own for each proxy: trainings that are compared must not start alike

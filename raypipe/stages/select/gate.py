@@ -13,7 +13,7 @@ from raypipe.assessment.stability import Stability
 from raypipe.config import TrustSettings
 from raypipe.errors import TrustError
 from raypipe.runs.ledger import StageRecord
-from raypipe.text import HeadlineFidelity, weak_proxy
+from raypipe.text import HeadlineFidelity, stability_for_cut, weak_proxy
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class ScoreFidelity:
             predicted=record.samples > detail.get("measured", 0),
             gain=doubled.get("gain"),
             from_tables=bool(detail.get("tables")),
-            stability=Stability.from_dict(detail.get("stability") or {}),
+            stability=Stability.from_dict(
+                stability_for_cut(detail.get("stability") or {}, within_classes)
+            ),
             overall=headline.overall,
             accuracy=figures,
         )

@@ -23,15 +23,15 @@ class View:
 
 
 @dataclass(frozen=True)
-class CrossFitOutputs:
-    """Outputs of P proxies for n images.
+class ProxyOutputs:
+    """Outputs of several proxies for n images.
 
     Attributes
     ----------
     columns : dict of str to np.ndarray
-        embedding [n, d] by proxy 0; loss, margin and entropy [n], means over the proxies that were
-        not trained on the image's part; prediction and confidence [n], the class of their highest
-        mean probability and that probability.
+        embedding [n, d] by proxy 0; loss, margin and entropy [n], means over the proxies that see
+        the image; prediction and confidence [n], the class of their highest mean probability and
+        that probability.
     views : dict of int to View
         Further embeddings by the number of the proxy.
     """
@@ -50,39 +50,43 @@ class CrossFitOutputs:
         return finite
 
 
-def cross_fit_forward(
-    forward: Forward, part: np.ndarray, viewed: Mapping[int, np.ndarray], proxies: int
-) -> CrossFitOutputs:
-    """Pass every image through all proxies but that of its own part, and through proxy 0.
+def forward_by_proxies(
+    forward: Forward,
+    sees: Mapping[int, np.ndarray],
+    viewed: Mapping[int, np.ndarray],
+    averaged: int,
+) -> ProxyOutputs:
+    """Pass every image through the proxies that see it, and through proxy 0.
 
     Parameters
     ----------
     forward
         Runs one proxy.
-    part
-        Part of each image, int64 [n].
+    sees
+        By the number of a proxy, including 0: which images get statistics from it, bool [n].
     viewed
-        By the number of a proxy above 0: which images it embeds, bool [n]; none of its own part.
-    proxies
-        Number of proxies, P.
+        By the number of a proxy above 0: which of these images it embeds, bool [n].
+    averaged
+        How many proxies see each image.
     """
-    first = forward(0, np.arange(len(part)))
+    count = len(sees[0])
+    first = forward(0, np.arange(count))
     columns = {"embedding": first["embedding"]}
-    columns |= {name: np.zeros(len(part), np.float32) for name in PROXY_STATISTICS}
+    columns |= {name: np.zeros(count, np.float32) for name in PROXY_STATISTICS}
     probabilities = np.zeros_like(first["probabilities"])
     views: dict[int, View] = {}
-    for number in range(proxies):
-        rows = np.flatnonzero(part != number)
+    for number, seen in sees.items():
+        rows = np.flatnonzero(seen)
         if number:
             outputs = forward(number, rows)
         else:
             outputs = {name: values[rows] for name, values in first.items()}
-        probabilities[rows] += outputs["probabilities"] / (proxies - 1)
+        probabilities[rows] += outputs["probabilities"] / averaged
         for name in PROXY_STATISTICS:
-            columns[name][rows] += outputs[name] / (proxies - 1)
+            columns[name][rows] += outputs[name] / averaged
         if number in viewed:
-            seen = viewed[number][rows]
-            views[number] = View(rows[seen], outputs["embedding"][seen])
+            embedded = viewed[number][rows]
+            views[number] = View(rows[embedded], outputs["embedding"][embedded])
     columns["prediction"] = probabilities.argmax(1).astype(np.int32)
     columns["confidence"] = probabilities.max(1)
-    return CrossFitOutputs(columns, views)
+    return ProxyOutputs(columns, views)

@@ -1,4 +1,4 @@
-"""Join the scores that several proxies gave samples which they were not trained on."""
+"""Bring the scores that several proxies gave the same samples to a common scale, and join them."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def join_proxies(
     labels
         sample_id and label of the n samples.
     tables
-        By proxy: sample_id, label and float32 columns of scores, without the samples that the proxy
-        was trained on.
+        By proxy: sample_id, label and float32 columns of scores, with the samples that the proxy
+        scores.
     scales
         By proxy.
 
     Returns
     -------
     pa.Table
-        sample_id and label. By score the mean over the proxies, float32 [n], and as
-        `<score>_by_proxy` the scores of all P proxies, float32 [n, P], on the common scale. The
-        proxy of a sample's own part has NaN.
+        sample_id and label. By score the mean over the proxies that score the sample, float32 [n],
+        and as `<score>_by_proxy` the scores of all k proxies, float32 [n, k], on the common scale;
+        NaN for the others.
     """
     row = {sample_id: index for index, sample_id in enumerate(labels["sample_id"].to_pylist())}
     rows = [

@@ -1,0 +1,1 @@
+"""Stream every sample of the source through the proxies."""
