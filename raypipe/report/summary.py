@@ -66,7 +66,15 @@ from raypipe.sources.noise import LabelNoise
 
 FORMAT = 1
 """Version of `summary.json`."""
-LATER_FIGURES = ("rmse", "spread", "ceiling", "coverage", "proxy_accuracy", "proxy_chance")
+LATER_FIGURES = (
+    "n_extremes",
+    "rmse",
+    "spread",
+    "ceiling",
+    "coverage",
+    "proxy_accuracy",
+    "proxy_chance",
+)
 """Figures of fidelity that runs of version 0.2.0 or older do not have."""
 MAX_REASONS = 20
 """Reject reasons, and unreadable files, that are listed."""

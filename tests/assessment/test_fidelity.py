@@ -170,7 +170,11 @@ def test_error_spread_and_coverage() -> None:
     assert found.rmse == pytest.approx(0.3, abs=0.02)
     assert found.spread == pytest.approx(1, abs=0.05)
     assert found.coverage is not None
-    assert (found.coverage.n, found.coverage.n_tenth, found.coverage.confidence) == (2000, 200, 0.9)
+    assert (found.coverage.n, found.coverage.n_extreme, found.coverage.confidence) == (
+        2000,
+        200,
+        0.9,
+    )
     assert found.coverage.overall == pytest.approx(0.9, abs=0.02)
     assert found.coverage.extreme == pytest.approx(0.9, abs=0.06)
     assert found.coverage.farthest == pytest.approx(0.9, abs=0.06)

@@ -25,6 +25,7 @@ from raypipe.runs.run import Run
 from raypipe.selection.hashing import canonical_order
 
 if TYPE_CHECKING:
+    from raypipe.distributed.actor_pool import Batch
     from raypipe.extrapolators.base import Nodes
 
 SampleSet = Literal["seed", "audit"]
@@ -94,6 +95,31 @@ class WholeSource:
         stops = np.cumsum([len(table) for table in tables])[:-1]
         places = np.split(np.argsort(order), stops)
         return cls(tables, nodes.take(order), [ids[row] for row in order.tolist()], places)
+
+
+def read_samples(config: Config, run_uri: str, fragment: str) -> Batch:
+    """Read all samples of a fragment; no rows when all were rejected. Runs in a task.
+
+    With cross-fitting, `part` names the part of each sample, and a sample of part 0 has its second
+    embedding.
+    """
+    run, cross_fit = Run(run_uri), CrossFit.of(config)
+    table = storage.read_table(run.embedding_shard(fragment), COLUMNS)
+    ids = table["sample_id"].to_pylist()
+    part = np.zeros(len(table), np.int64) if cross_fit is None else cross_fit.part_of(ids)
+    nodes = nodes_of(table)
+    embedding = nodes.embedding
+    if cross_fit is not None and (part == 0).any():
+        own = table.filter(pa.array(part == 0))
+        embedding = embedding.copy()
+        embedding[part == 0] = nodes_of(as_seen_by(run, fragment, own, 1)).embedding
+    return {
+        "sample_id": np.array(ids),
+        "label": nodes.label.astype(np.int32),
+        "embedding": embedding,
+        "signals": nodes.signals,
+        "part": part,
+    }
 
 
 class FitData:

@@ -9,6 +9,9 @@ another. The exception is `gnn-published`, whose graph spans the whole source an
 task. A sample of the audit set gets its measured score, which is better than the predicted one,
 after the two were compared for the fidelity.
 
+Then some samples with extreme predictions are measured as well, and the assessment is repeated with
+them; see `raypipe.stages.extrapolate.extremes`.
+
 With cross-fitting there is an extrapolator to the samples of each part (`raypipe.runs.cross_fit`),
 and all scores are predicted: a measured score would mean something else than a predicted one. It is
 written next to it.
@@ -31,19 +34,18 @@ from raypipe.distributed.cluster import ActorPool, Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
-from raypipe.runs.cross_fit import CrossFit
-from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import every_measured_score
-from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment
 from raypipe.stages.base import Stage
 from raypipe.stages.extrapolate.assess import is_assessed
+from raypipe.stages.extrapolate.extremes import audit_extremes, is_audited, remove_audit
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile, search_notes
 from raypipe.stages.extrapolate.fit import fit_extrapolator
+from raypipe.stages.extrapolate.measured import read_samples
 from raypipe.stages.extrapolate.model import (
     TRANSFER,
     WHOLE_METHODS,
@@ -64,7 +66,10 @@ class ExtrapolateStage(Stage):
     needs = ("measure", "embed")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        settings = config.extrapolate.model_dump(mode="json", exclude={"max_actors", "use_gpu"})
+        # another audit changes the assessment, but no score
+        settings = config.extrapolate.model_dump(
+            mode="json", exclude={"max_actors", "use_gpu", "audit_extremes"}
+        )
         cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
         return {**settings, "rehearsal": config.rehearses, "score": config.score, **cross_fit}
 
@@ -76,6 +81,7 @@ class ExtrapolateStage(Stage):
         return (
             files <= storage.names(run.extrapolator_folder)
             and is_assessed(context.config, run)
+            and is_audited(context.config, record)
             and run.done("scores") == run.done("embeddings")
         )
 
@@ -89,6 +95,8 @@ class ExtrapolateStage(Stage):
         ]
         pool = _pool(context.cluster, config.extrapolate)
         samples = sum(fragment.samples for fragment in fragments)
+        if not is_audited(config, record):
+            remove_audit(run)
         record.cpu_seconds += fit_extrapolator(context, missing, samples)
         assessment = FidelityFile.read(run)
         for note in search_notes(assessment.search, run.classes().names):
@@ -108,6 +116,8 @@ class ExtrapolateStage(Stage):
                 f"{embedded} samples are embedded, but {scored} have a score; "
                 "run again to score the rest"
             )
+        audit_extremes(context, record, fragments)
+        assessment = FidelityFile.read(run)
         record.samples = scored
         record.detail = {
             "method": config.extrapolate.method,
@@ -116,6 +126,7 @@ class ExtrapolateStage(Stage):
             "fidelity": assessment.fidelity,
             "fidelity_seed": assessment.fidelity_seed,
             **({"stability": assessment.stability} if assessment.stability else {}),
+            **_audit_setting(config),
             "search": assessment.search,
             "learning_curve": storage.read_json(run.learning_curve_file),
         }
@@ -129,6 +140,13 @@ class ExtrapolateStage(Stage):
             storage.write_json(file, summary)
 
 
+def _audit_setting(config: Config) -> dict[str, Any]:
+    """Return the setting of the audit of extremes, as the ledger records it for `is_audited`."""
+    if config.score not in config.measure.at_checkpoints:
+        return {}
+    return {"audit_extremes": config.extrapolate.audit_extremes}
+
+
 def _score_fragments(
     context: Context,
     record: StageRecord,
@@ -139,7 +157,7 @@ def _score_fragments(
     """Write the score shards of the `missing` fragments."""
     total = sum(fragment.samples for fragment in fragments)
     from_embeddings = context.config.scores_embeddings
-    read, actor = (read_views, ProbeActor) if from_embeddings else (_read, ScoreActor)
+    read, actor = (read_views, ProbeActor) if from_embeddings else (read_samples, ScoreActor)
     left = set(missing)
     done = [fragment for fragment in fragments if fragment.fragment_id not in left]
     with context.progress.meter("extrapolate", total) as meter:
@@ -171,31 +189,6 @@ def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -
     return cluster.pool(
         PoolSettings(use_gpu=True, max_actors=settings.max_actors, actors_per_gpu=SEARCHERS_PER_GPU)
     )
-
-
-def _read(config: Config, run_uri: str, fragment: str) -> Batch:
-    """Read the embeddings of a fragment; no rows when all were rejected. Runs in a task.
-
-    With cross-fitting, `part` names the part of each sample, and a sample of part 0 has its second
-    embedding.
-    """
-    run, cross_fit = Run(run_uri), CrossFit.of(config)
-    table = storage.read_table(run.embedding_shard(fragment), COLUMNS)
-    ids = table["sample_id"].to_pylist()
-    part = np.zeros(len(table), np.int64) if cross_fit is None else cross_fit.part_of(ids)
-    nodes = nodes_of(table)
-    embedding = nodes.embedding
-    if cross_fit is not None and (part == 0).any():
-        own = table.filter(pa.array(part == 0))
-        embedding = embedding.copy()
-        embedding[part == 0] = nodes_of(as_seen_by(run, fragment, own, 1)).embedding
-    return {
-        "sample_id": np.array(ids),
-        "label": nodes.label.astype(np.int32),
-        "embedding": embedding,
-        "signals": nodes.signals,
-        "part": part,
-    }
 
 
 class ScoreActor:
