@@ -49,8 +49,8 @@ from fidelity_runs import ProxyRun, Study
 
 from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import AdversarySettings, MeasureSettings, ProxySettings
-from raypipe.evaluation import train
 from raypipe.runs.ledger import fingerprint
+from raypipe.vision import fitting
 
 KINDS = ("measured", "extrapolated", "plain")
 FIGURES = {"accuracy": "as they are", "robust": "under attack"}
@@ -137,7 +137,7 @@ class Attacked:
                 raise Missing(path)
             rows, began = self.rows(name, keep), time.perf_counter()
             settings = self.settings.model_copy(update={"seed": 100 + self.seed})
-            model = train.fit(
+            model = fitting.fit(
                 settings,
                 self.images.pixels,
                 self.images.label,
@@ -147,8 +147,8 @@ class Attacked:
             )
             tested = (self.test.pixels, self.test.label, self.test.classes)
             found = {
-                "accuracy": train.test(model, *tested).accuracy,
-                "robust": train.test(model, *tested, adversary=self.judge).accuracy,
+                "accuracy": fitting.test(model, *tested).accuracy,
+                "robust": fitting.test(model, *tested, adversary=self.judge).accuracy,
             }
             with open(f"{path}.{os.getpid()}", "w") as file:
                 json.dump(found, file)
@@ -162,7 +162,7 @@ class Attacked:
 
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
-        return train.statistics_of(self.images.pixels)
+        return fitting.statistics_of(self.images.pixels)
 
 
 def agreements(seeds: Sequence[Attacked], scores: Sequence[str]) -> None:

@@ -49,10 +49,10 @@ from common import (
 from fidelity_runs import ProxyRun, Study
 
 from raypipe.config import MeasureSettings, ProxySettings
-from raypipe.evaluation import train
 from raypipe.report.label_noise import retrieval_figures
 from raypipe.runs.ledger import fingerprint
 from raypipe.sources.noise import LabelNoise
+from raypipe.vision import fitting
 
 KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "aum", "loss")
@@ -164,7 +164,7 @@ class Noisy:
                 update={"epochs": arguments.train_epochs, "checkpoints": 1, "seed": 100 + self.seed}
             )
             rows, began = self.rows(name, keep), time.perf_counter()
-            model = train.fit(
+            model = fitting.fit(
                 settings,
                 self.images.pixels,
                 self.images.label,
@@ -172,7 +172,9 @@ class Noisy:
                 self.images.classes,
                 self._statistics,
             )
-            found = train.test(model, self.test.pixels, self.test.label, self.test.classes).accuracy
+            found = fitting.test(
+                model, self.test.pixels, self.test.label, self.test.classes
+            ).accuracy
             np.save(path, found)
             print(
                 f"{time.strftime('%H:%M:%S')}  {name} {keep:g} {self.seed}: {time.perf_counter() - began:.1f} s",
@@ -182,7 +184,7 @@ class Noisy:
 
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
-        return train.statistics_of(self.images.pixels)
+        return fitting.statistics_of(self.images.pixels)
 
 
 def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ set, of which what is not drawn is the test. Scores come from runs as in `fideli
 
 Lists are cut by `raypipe.selection` with its default options, also within each class (ccs-by-class), with a fixed `hard_cutoff`
 (ccs0.1), and with one stratum (ccs1: at random once the hardest are left out, whatever the score). A fresh network is trained on each with
-the same epochs (`raypipe.evaluation.train`), with --seeds seeds of weights, order and augmentation, as many random lists, and the full
+the same epochs (`raypipe.vision.fitting`), with --seeds seeds of weights, order and augmentation, as many random lists, and the full
 set. Scores come from --scoring-seeds runs of their own weights; training seed s takes the scores of run s modulo their number.
 
 The tables give the accuracy on the test part, mean over the seeds ± half its 95 % t interval; the difference to random, paired over seeds,
@@ -44,10 +44,10 @@ from fidelity_runs import ProxyRun, Step, Study
 
 from raypipe.config import ProxySettings, SourceSettings
 from raypipe.config.choices import DIFFICULTIES
-from raypipe.evaluation import train
 from raypipe.evaluation.figures import SeedInterval, paired_difference, pooled_margin, seed_interval
 from raypipe.runs.ledger import fingerprint
 from raypipe.selection import STRATEGIES, Chunk, SelectionOptions, select
+from raypipe.vision import fitting
 from raypipe.vision.networks import build_network
 
 KINDS = ("measured", "extrapolated")
@@ -235,7 +235,7 @@ class Pruning:
         train, test = self.data
         rows, settings = self.rows(job), self.settings.model_copy(update={"seed": 100 + job.seed})
         began, busy = time.perf_counter(), time.process_time()
-        model = train.fit(
+        model = fitting.fit(
             settings,
             train.pixels,
             train.label,
@@ -244,7 +244,7 @@ class Pruning:
             self._statistics,
             bfloat16=self.arguments.bfloat16,
         )
-        tested = train.test(model, test.pixels, test.label, test.classes)
+        tested = fitting.test(model, test.pixels, test.label, test.classes)
         seconds, cpu = time.perf_counter() - began, time.process_time() - busy
         found = {
             "accuracy": tested.accuracy,
@@ -264,7 +264,7 @@ class Pruning:
 
     @cached_property
     def _statistics(self) -> tuple[list[float], list[float]]:
-        return train.statistics_of(self.data[0].pixels)
+        return fitting.statistics_of(self.data[0].pixels)
 
     def unit(self) -> float:
         """Seconds of one step of training for one image."""

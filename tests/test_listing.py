@@ -15,7 +15,7 @@ import pytest
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.errors import SourceError
+from raypipe.errors import SourceError, StorageError
 from raypipe.sources import open_source
 from raypipe.storage import FileInfo, remote_listing
 from raypipe.storage.file_info import hidden
@@ -24,11 +24,15 @@ from raypipe.storage.file_info import hidden
 class Keys:
     """The S3 requests of a listing, answered from keys in memory.
 
-    Counts the requests, and the largest number of concurrent ones.
+    Counts the requests, and the largest number of concurrent ones. `ignored` are parts of the
+    protocol that this store does not know.
     """
 
-    def __init__(self, keys: list[str], seconds: float = 0.0) -> None:
+    def __init__(
+        self, keys: list[str], seconds: float = 0.0, ignored: tuple[str, ...] = ()
+    ) -> None:
         self.req_kw: dict[str, Any] = {}
+        self.ignored = ignored
         self.keys, self.seconds = sorted(keys), seconds
         self.requests = self.busy = self.most = 0
         self._lock = threading.Lock()
@@ -47,6 +51,9 @@ class Keys:
         **given: str,
     ) -> Any:
         assert method == "list_objects_v2" and set(given) <= {"StartAfter", "ContinuationToken"}
+        given = {name: value for name, value in given.items() if name not in self.ignored}
+        Prefix = "" if "Prefix" in self.ignored else Prefix
+        Delimiter = "" if "Delimiter" in self.ignored else Delimiter
         with self._lock:
             self.requests += 1
             self.busy += 1
@@ -65,7 +72,8 @@ class Keys:
         with self._lock:
             self.busy -= 1
         answer: dict[str, Any] = {"IsTruncated": len(left) > len(page)}
-        answer |= {"NextContinuationToken": page[-1]} if len(left) > len(page) else {}
+        if len(left) > len(page) and "NextContinuationToken" not in self.ignored:
+            answer["NextContinuationToken"] = page[-1]
         contents = [
             {"Key": key, "Size": len(key), "ETag": f'"{key}"'} for key in page if not entries[key]
         ]
@@ -163,6 +171,52 @@ def test_a_fault_in_a_range_ends_the_listing() -> None:
 
     with pytest.raises(PermissionError, match="Access Denied"):
         list(remote_listing.stored_files(fs, "bucket/root", failing))
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [("StartAfter",), ("Delimiter",), ("StartAfter", "Delimiter"), ("NextContinuationToken",)],
+)
+@pytest.mark.parametrize("page", [5, 1000])
+def test_a_store_that_ignores_parts_of_the_protocol(
+    ignored: tuple[str, ...], page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_listing, "PAGE", page)
+    keys = [f"root/{folder}/{number:02d}.jpg" for folder in "abc" for number in range(24)]
+    found, _ = listed(keys, ignored=ignored)
+    assert [f"root/{file.path}" for file in found] == keys
+
+
+@pytest.mark.parametrize(
+    ("ignored", "words"),
+    [
+        (("ContinuationToken",), "root: the store lists 'a/00.jpg' after 'a/04.jpg'"),
+        (("ContinuationToken", "Delimiter"), "root: the store lists 'a/00.jpg' after 'a/04.jpg'"),
+        (("StartAfter", "NextContinuationToken"), "root: the store lists 'a/00.jpg' after"),
+        (("Prefix",), "root/: the store lists 'other/x.jpg' elsewhere"),
+    ],
+)
+def test_a_listing_that_cannot_be_trusted_ends(
+    ignored: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_listing, "PAGE", 5)
+    keys = [f"root/{folder}/{number:02d}.jpg" for folder in "abc" for number in range(24)]
+    with pytest.raises(StorageError, match=words):
+        listed([*keys, "other/x.jpg"], ignored=ignored)
+
+
+def test_folders_that_a_store_lists_again_end_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_listing, "PAGE", 5)
+    keys = [f"root/{folder:02d}/x.jpg" for folder in range(20)]
+    with pytest.raises(StorageError, match="root: the store lists 'root/00/' after 'root/04/'"):
+        listed(keys, ignored=("ContinuationToken",))
+
+
+def test_keys_out_of_order_end_the_listing() -> None:
+    fs = Keys(["root/a", "root/b", "root/c"])
+    fs.keys.reverse()
+    with pytest.raises(StorageError, match="root: the store lists 'b' after 'c'"):
+        list(remote_listing.stored_files(fs, "bucket/root", at_once))
 
 
 def test_s3_in_pages(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

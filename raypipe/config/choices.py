@@ -30,12 +30,37 @@ PROXY_STATISTICS = ("loss", "margin", "entropy")
 """Statistics of the proxy's output for a sample, in the order that the extrapolators expect."""
 
 StrategyName = Literal[
-    "top", "balanced", "normalized", "moderate", "mixed", "random", "ccs", "beta"
+    "top",
+    "balanced",
+    "normalized",
+    "moderate",
+    "mixed",
+    "random",
+    "ccs",
+    "beta",
+    "band",
+    "d2",
+    "infomax",
+    "coverage",
+    "typical",
 ]
 """Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps a name to its function."""
 
-ScoreStrategyName = Literal["top", "balanced", "normalized", "moderate", "mixed", "ccs", "beta"]
-"""Strategies that use the scores, which `raypipe evaluate` compares: all but random."""
+ScoreStrategyName = Literal[
+    "top",
+    "balanced",
+    "normalized",
+    "moderate",
+    "mixed",
+    "ccs",
+    "beta",
+    "band",
+    "d2",
+    "infomax",
+    "coverage",
+    "typical",
+]
+"""Strategies that the pilot and `raypipe evaluate` compare with `random`: all others."""
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
@@ -77,8 +102,34 @@ STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
         "easier samples the more is pruned",
         "drawn by score and ease; the more is pruned, the easier the samples",
     ),
+    "band": StrategyText(
+        "neither hardest nor easiest",
+        "neither the hardest samples nor the easiest",
+    ),
+    "d2": StrategyText(
+        "high scores, spread over the embeddings",
+        "high scores spread over the embedding space, without the hardest samples",
+    ),
+    "infomax": StrategyText(
+        "high scores less redundancy",
+        "high scores that are least redundant, without the hardest samples",
+    ),
+    "coverage": StrategyText(
+        "representatives of each range of scores",
+        "the best representatives of each range of scores, without the hardest samples",
+    ),
+    "typical": StrategyText(
+        "densest regions of the embeddings",
+        "from the densest regions of the embedding space, whatever the score",
+    ),
 }
 """Texts of every strategy; the settings, the command line and the report use them."""
+
+CUTTING_STRATEGIES: tuple[StrategyName, ...] = ("ccs", "band", "d2", "infomax", "coverage")
+"""Strategies that leave out the hardest samples first (`select.hard_cutoff`)."""
+
+CLASSWISE_STRATEGIES: tuple[StrategyName, ...] = (*CUTTING_STRATEGIES, "typical")
+"""Strategies that are applied within each class unless `select.by_class` is false."""
 
 RANDOM_STRATEGIES: tuple[StrategyName, ...] = ("random", "ccs", "beta")
 """Strategies that draw samples at random, so that inclusion probabilities exist."""

@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Settings
-from raypipe.config.choices import RANDOM_STRATEGIES, StrategyName, strategy_summaries
+from raypipe.config.choices import (
+    CLASSWISE_STRATEGIES,
+    CUTTING_STRATEGIES,
+    RANDOM_STRATEGIES,
+    StrategyName,
+    strategy_summaries,
+)
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -28,7 +34,8 @@ class SelectSettings(Settings):
         0,
         ge=0,
         lt=2**63,
-        description="random, ccs, beta: random seed. Another number draws other samples.",
+        description=f"{', '.join(RANDOM_STRATEGIES)}: random seed. Another number draws other "
+        "samples.",
     )
     easy_fraction: float = Field(
         0.5,
@@ -36,19 +43,24 @@ class SelectSettings(Settings):
         le=1,
         description="mixed: share of the list from the easy end. The rest is from the hard end.",
     )
-    difficulty: Literal["auto", "score", "loss"] = Field(
+    difficulty: Literal["auto", "score", "loss", "aum", "el2n"] = Field(
         "auto",
-        description="mixed, ccs: whether a high score or a high loss of the proxy means hard. "
+        description=f"mixed, {', '.join(CUTTING_STRATEGIES)}: whether a high score or a high loss "
+        "of the proxy means hard. aum: a low margin of the proxies that were not trained on the "
+        "sample. el2n: a high EL2N, where it is the run's score. "
         "auto: the score if it measures difficulty (aum, el2n, entropy, forgetting, grand, loss), "
         "otherwise the loss.",
     )
     hard_cutoff: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         "auto",
-        description="ccs: share of hardest samples that is removed first. "
-        "auto: half of what is pruned.",
+        description=f"{', '.join(CUTTING_STRATEGIES)}: share of hardest samples that is removed "
+        "first. auto: half of what is pruned.",
     )
     strata: int = Field(
-        50, ge=1, le=10_000, description="ccs: number of score intervals of equal width."
+        50,
+        ge=1,
+        le=10_000,
+        description="ccs, coverage: number of score intervals of equal width.",
     )
     beta_exponent: float = Field(
         4.0,
@@ -59,7 +71,15 @@ class SelectSettings(Settings):
     by_class: bool | Literal["auto"] = Field(
         "auto",
         description="Apply the strategy within each class, so that every class keeps the same "
-        "share (balanced: always). auto: with ccs.",
+        f"share (balanced: always). auto: with {', '.join(CLASSWISE_STRATEGIES)}, and with quotas "
+        "other than proportional.",
+    )
+    quotas: Literal["proportional", "equal", "recall"] = Field(
+        "proportional",
+        description="Share of each class, where the strategy is applied within classes. "
+        "proportional: the same share of every class. equal: the same number of samples of every "
+        "class, or all it has. recall: the more, the lower the recall of proxies that were not "
+        "trained on the samples (DRoP).",
     )
     min_per_class: int = Field(
         0,
@@ -87,7 +107,7 @@ class SelectSettings(Settings):
     weights: Literal["none", "inclusion", "class"] = Field(
         "none",
         description="Training weights in the list. inclusion: inverse probability of being drawn "
-        "(random, ccs, beta). class: restores the class frequencies of the source.",
+        f"({', '.join(RANDOM_STRATEGIES)}). class: restores the class frequencies of the source.",
     )
     force: bool = Field(
         False, description="Write keep-lists even if the fidelity is below trust.min_spearman."
@@ -96,7 +116,9 @@ class SelectSettings(Settings):
     @property
     def within_classes(self) -> bool:
         """`by_class` as a bool."""
-        return self.strategy == "ccs" if self.by_class == "auto" else self.by_class
+        if self.by_class == "auto":
+            return self.strategy in CLASSWISE_STRATEGIES or self.quotas != "proportional"
+        return self.by_class
 
     @property
     def cuts_within_classes(self) -> bool:
@@ -111,13 +133,18 @@ class SelectSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> SelectSettings:
         if (
-            self.strategy == "ccs"
+            self.strategy in CUTTING_STRATEGIES
             and self.hard_cutoff != "auto"
             and max(self.keep) + self.hard_cutoff > 1 + 1e-9
         ):
             raise ValueError(
-                f"keep ({max(self.keep)}) plus hard_cutoff ({self.hard_cutoff}) of ccs cannot be "
-                "more than 1"
+                f"keep ({max(self.keep)}) plus hard_cutoff ({self.hard_cutoff}) of {self.strategy} "
+                "cannot be more than 1"
+            )
+        if self.quotas != "proportional" and not self.cuts_within_classes:
+            raise ValueError(
+                f"quotas: {self.quotas} divides the list among classes, but by_class is false; set "
+                "by_class: auto"
             )
         if self.weights == "inclusion" and self.strategy not in RANDOM_STRATEGIES:
             raise ValueError(

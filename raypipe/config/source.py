@@ -54,7 +54,8 @@ class SourceSettings(Settings):
         "auto",
         min_length=1,
         description="Parquet, Hugging Face: column with the images. auto: image, img, ..., or the "
-        "only candidate.",
+        "only candidate. WebDataset: extension of the member with the image, such as jpg or "
+        "rgb.png. auto: the only one with an image's extension.",
     )
     label_column: str | None = Field(
         "auto",
@@ -105,6 +106,13 @@ class SourceSettings(Settings):
     )
     max_pixels: Positive = Field(
         100_000_000, description="Images with more pixels are rejected, not decoded."
+    )
+    bit_depth: int = Field(
+        16,
+        ge=8,
+        le=16,
+        description="Bits that 16-bit greyscale images use. 12 for the values 0 to 4095 of many "
+        "cameras and scanners. Images with larger values are rejected.",
     )
     max_reject_fraction: float = Field(
         0.01,

@@ -44,7 +44,7 @@ def contact_sheet(
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     height = HEAD + lines * (TILE + CAPTION + GAP) + MARGIN - GAP
     sheet = Image.new("RGB", (width, height), PAPER)
-    _Sheet(sheet).draw(survey, shown, columns)
+    _Sheet(sheet, survey.bit_depth).draw(survey, shown, columns)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -53,7 +53,8 @@ def contact_sheet(
 class _Sheet:
     """Draws on the image of a sheet."""
 
-    def __init__(self, image: Image.Image) -> None:
+    def __init__(self, image: Image.Image, bit_depth: int) -> None:
+        self._bit_depth = bit_depth
         self._image, self._pen = image, ImageDraw.Draw(image)
         self._title = _font(TITLE_SIZE, bold=True)
         self._name = _font(NAME_SIZE, bold=True)
@@ -78,7 +79,7 @@ class _Sheet:
         self._pen.text((MARGIN, 42), _fit(text, self._small, room), FAINT, self._small)
 
     def _tile(self, item: DrawnSample, left: int, top: int) -> None:
-        image, reason = _tile_image(item)
+        image, reason = _tile_image(item, self._bit_depth)
         if image is None:
             self._pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), BLANK)
             _paragraph(self._pen, reason, self._small, (left, top))
@@ -95,13 +96,14 @@ class _Sheet:
             self._pen.text((left, top + 23 + 14 * line), part, FAINT, self._small)
 
 
-def _tile_image(item: DrawnSample) -> tuple[Image.Image | None, str]:
+def _tile_image(item: DrawnSample, bit_depth: int) -> tuple[Image.Image | None, str]:
     """Return the image as raypipe reads it, TILE pixels square, or why there is none."""
     if item.reason or item.sample.image is None:
         return None, item.reason
     try:
         native = _native_side(item.sample.image)
-        pixels = decode(item.sample.image, native if native <= PIXELATED else TILE, 1 << 40)
+        side = native if native <= PIXELATED else TILE
+        pixels = decode(item.sample.image, side, 1 << 40, bit_depth)
     except BadImage as error:
         return None, str(error)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))

@@ -11,6 +11,7 @@ from raypipe.config.measure import RECALIBRATED
 from raypipe.estimate import rates
 from raypipe.estimate.workload import Effort, Machine, Workload
 from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, probe_samples
+from raypipe.vision import network_costs
 
 QUICK_FOLD = 0.4
 """Time of a quick fold as a share of a fit: one network, where the audit set sets the intervals.
@@ -61,9 +62,9 @@ def _drawing(work: Workload) -> Effort:
 def _training(work: Workload, machine: Machine) -> Effort:
     proxy = work.config.proxy
     attack = rates.ATTACK * proxy.adversary.iterations if proxy.adversary is not None else 0.0
-    passes = rates.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
+    passes = network_costs.TRAINING + attack + (proxy.trajectory == "eval") * (1 + attack)
     overhead = (
-        work.seed * proxy.epochs / proxy.batch_size * rates.STEP_SECONDS
+        work.seed * proxy.epochs / proxy.batch_size * network_costs.STEP_SECONDS
         + proxy.epochs * proxy.parts * rates.EPOCH_SECONDS
     )
     amount = work.seed * proxy.epochs * passes * work.forward_macs
@@ -137,7 +138,7 @@ def _label_feature_macs(work: Workload) -> float:
         return 0.0
     if settings.features == "self-supervised":
         return work.forward_macs
-    return rates.macs(settings.model, settings.image_size)
+    return network_costs.macs(settings.model, settings.image_size)
 
 
 def _labelling(work: Workload, machine: Machine) -> Effort:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from raypipe.sources.formats import LeftOut
 
 CONFIDENCE = 0.95
 """Of the upper bound of the share of rejects."""
@@ -195,6 +198,12 @@ class Survey:
         Duration of the inspection.
     cost
         Estimate of a run.
+    left_out
+        Files that belong to another format, by ending ("" without one).
+    bit_depth
+        `source.bit_depth`.
+    depth_note
+        What is lost of 16-bit images, and what to do; empty if nothing is.
     """
 
     uri: str
@@ -219,6 +228,9 @@ class Survey:
     decode_seconds: float
     seconds: float
     cost: CostEstimate | None = None
+    left_out: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
+    bit_depth: int = 16
+    depth_note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
@@ -227,6 +239,7 @@ class Survey:
             result["balance"] |= {
                 name: getattr(self.balance, name) for name in ("smallest", "median", "largest")
             }
+        result["left_out"] = {ending: item._asdict() for ending, item in self.left_out.items()}
         return result
 
 

@@ -23,8 +23,17 @@ from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
-from raypipe.sources import ClassMap, RawSample, Source, SourceFile, class_map, open_source
+from raypipe.sources import (
+    ClassMap,
+    RawSample,
+    Source,
+    SourceFile,
+    StatedNames,
+    class_map,
+    open_source,
+)
 from raypipe.sources.base import Preview
+from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import FORMATS, BadImage, decode
 
 SAMPLES = 256
@@ -135,6 +144,9 @@ def inspect_source(
         duplicates=_duplicates(chosen),
         decode_seconds=decoded.seconds,
         seconds=round(time.monotonic() - started, 3),
+        left_out=source.left_out,
+        bit_depth=settings.bit_depth,
+        depth_note=_bits_in_use(chosen, settings).note(settings.bit_depth),
     )
     return Inspection(survey, tuple(decoded.samples))
 
@@ -180,9 +192,17 @@ class _Listing:
         return counts
 
     def class_names(self) -> tuple[str, ...] | None:
-        """Return the class names that the first such file states."""
-        named = (preview.class_names for preview in self.previews.values())
-        return next((names for names in named if names is not None), None)
+        """Return the class names that the opened files state.
+
+        Raises
+        ------
+        SourceError
+            If they contradict one another, as a run would.
+        """
+        stated = StatedNames(self.source.labels_by_name)
+        for row, preview in sorted(self.previews.items()):
+            stated.add(self.files[row].path, preview.class_names, preview.labels)
+        return stated.names
 
     def total(self) -> tuple[int, bool]:
         """Return the number of samples, and whether it was counted rather than estimated.
@@ -310,7 +330,7 @@ class _Decoded:
 def _decode(
     chosen: Sequence[RawSample], classes: ClassMap, settings: SourceSettings, size: int
 ) -> _Decoded:
-    attempt = functools.partial(_try_decoding, size=size, max_pixels=settings.max_pixels)
+    attempt = functools.partial(_try_decoding, size=size, settings=settings)
     threads = min(DECODE_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-decode") as pool:
         attempts = list(pool.map(attempt, chosen))
@@ -323,16 +343,20 @@ def _decode(
     return _Decoded(samples, statistics.fmean(seconds) if seconds else 0.0)
 
 
-def _try_decoding(sample: RawSample, size: int, max_pixels: int) -> tuple[str, float]:
+def _try_decoding(sample: RawSample, size: int, settings: SourceSettings) -> tuple[str, float]:
     """Return why the sample cannot be decoded ("" if it can), and processor seconds."""
     started = time.thread_time()
     reason = sample.reason or ("" if sample.image is not None else "no image")
     if not reason and sample.image is not None:
         try:
-            decode(sample.image, size, max_pixels)
+            decode(sample.image, size, settings.max_pixels, settings.bit_depth)
         except BadImage as error:
             reason = str(error)
     return reason, time.thread_time() - started
+
+
+def _bits_in_use(chosen: Sequence[RawSample], settings: SourceSettings) -> BitsInUse:
+    return sum((bits_in_use(sample.image, settings.max_pixels) for sample in chosen), BitsInUse())
 
 
 def _balance(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from raypipe.estimate.facts import ClassBalance, CostEstimate, ImageFacts, RejectFacts, Survey
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
+from raypipe.sources.formats import describe_left_out
 from raypipe.text import (
     counted,
     duration,
@@ -47,6 +48,8 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     )
     fragments = counted(survey.fragments, "fragment")
     yield f"samples     {about}{survey.samples:,}, in {about}{fragments}{limit}"
+    if survey.left_out:
+        yield f"left out    {describe_left_out(survey.format, survey.left_out)}"
     for path, error in survey.unreadable_files[:5]:
         yield f"unreadable  {path}: {error}"
     if len(survey.unreadable_files) > 5:
@@ -57,6 +60,8 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
         yield from _balance(survey, survey.balance, block)
     if survey.pictures is not None:
         yield from _images(survey.pictures)
+    if survey.depth_note:
+        yield f"            {survey.depth_note}"
     yield from _rejects(survey.rejects, survey.samples)
     drawn = survey.rejects.drawn
     if survey.duplicates:

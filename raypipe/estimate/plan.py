@@ -29,6 +29,7 @@ from raypipe.estimate.volumes import bytes_read
 from raypipe.estimate.workload import Effort, Machine, Workload
 from raypipe.scores.registry import check_scores
 from raypipe.sources import source_class
+from raypipe.vision import network_costs
 
 LEDGER_BYTES = 12_000
 """Bytes of `run.json` for a run with few classes."""
@@ -280,7 +281,7 @@ def plan_of_options(
     if decode_rate is not None:
         known = known.changed({"decode": {config.proxy.image_size: decode_rate}}, "--decode-rate")
     if forward_rate is not None:
-        forward = constants.macs(config.proxy.model, config.proxy.image_size)
+        forward = network_costs.macs(config.proxy.model, config.proxy.image_size)
         known = known.changed({"gpu_macs": forward_rate * forward}, "--forward-rate")
     return plan(
         config,

@@ -12,6 +12,7 @@ from typing import Any
 from raypipe import storage
 from raypipe.errors import ConfigError
 from raypipe.estimate import rates as constants
+from raypipe.vision import network_costs
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rates:
 
     machine: str = "one core of an AMD EPYC server, no GPU"
     decode: Mapping[int, float] = field(default_factory=lambda: {64: 873.0, 224: 514.0})
-    cpu_macs: float = constants.CPU_MACS
+    cpu_macs: float = network_costs.CPU_MACS
     gpu_macs: float = constants.GPU_MACS
     driver_bytes: float = 1000.0
     decision_seconds: float = 1.2e-5

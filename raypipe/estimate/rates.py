@@ -9,16 +9,6 @@ from __future__ import annotations
 
 from raypipe.config.extrapolate import gnn_epochs
 
-MACS_PER_PIXEL = {
-    "small": 27_150,
-    "resnet18": 542_400,
-    "resnet34": 1_132_200,
-    "resnet50": 1_267_400,
-    "resnet101": 2_451_100,
-    "wide_resnet50_2": 3_598_000,
-    "resnext50_32x4d": 1_312_500,
-}
-"""Multiply-adds of a forward pass per pixel of the first feature maps (FlopCounterMode)."""
 PARAMETERS = {
     "small": 174_000,
     "resnet18": 11_174_000,
@@ -34,20 +24,13 @@ WIDTHS = {"small": 96, "resnet18": 512, "resnet34": 512}
 WIDTH = 2048
 """Length of an embedding of the other networks."""
 
-CPU_MACS = 60e9
-"""Multiply-adds per second of one core in forward passes.
-
-Measured: 44 to 62e9 (small, 8 to 32 pixels), 98 to 101e9 (ResNet-18), 69e9 (ResNet-50).
-"""
 GPU_MACS = 4e12
 """The same of a GPU, about a T4 at half precision. Assumed, not measured by this project.
 
 Data-centre GPUs are several times faster.
 """
-TRAINING = 3.5
-"""Forward passes that a training step is worth: 2.4 to 4.2 over the same networks."""
 MEAN_GRADIENT = 2.9
-"""The same for the mean gradient (benchmarks/results/alignment-cpu.txt)."""
+"""Forward passes that the mean gradient is worth (benchmarks/results/alignment-cpu.txt)."""
 ALIGNMENT = 2.4
 """The same for the alignment of each sample's gradient with the mean (the same table)."""
 WITH_NORMS = 4.0
@@ -58,8 +41,6 @@ ATTACK = 2.4
 Measured: 2.1 to 2.6 (small, ResNet-18).
 """
 
-STEP_SECONDS = 5e-3
-"""Per training step, outside the network: augmentation, optimiser."""
 EPOCH_SECONDS = 0.15
 """Per training epoch, outside the network: writing trajectory and state."""
 SAMPLE_SECONDS = 0.3e-3
@@ -117,15 +98,6 @@ SPREAD = {"run": (0.6, 1.8), "cpu": (0.4, 2.2), "gpu": (0.25, 4.0)}
 
 By its basis: a run's ledger, the constants above, or the assumed GPU.
 """
-
-
-def macs(model: str, image_size: int) -> float:
-    """Return the multiply-adds of a forward pass of a proxy (`vision.networks.build_network`)."""
-    if model == "small" or image_size < 48:
-        side: float = image_size
-    else:
-        side = image_size / 2 if image_size < 128 else image_size / 4
-    return MACS_PER_PIXEL[model] * side * side
 
 
 def width(model: str) -> int:

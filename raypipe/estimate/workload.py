@@ -14,6 +14,7 @@ from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import SEED_SHARD_SAMPLES
 from raypipe.text import plural
+from raypipe.vision import network_costs
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Machine:
     where
         A description.
     cpu_macs, gpu_macs
-        Multiply-adds per second of a CPU core and of a GPU; see `raypipe.estimate.rates`.
+        Multiply-adds per second of a CPU core and of a GPU; see `raypipe.vision.network_costs` and
+        `raypipe.estimate.rates`.
     """
 
     cpus: float
     gpus: float
     where: str
-    cpu_macs: float = rates.CPU_MACS
+    cpu_macs: float = network_costs.CPU_MACS
     gpu_macs: float = rates.GPU_MACS
 
     def __str__(self) -> str:
@@ -136,7 +138,7 @@ class Workload:
     @property
     def forward_macs(self) -> float:
         """Multiply-adds of a forward pass of the proxy."""
-        return rates.macs(self.config.proxy.model, self.config.proxy.image_size)
+        return network_costs.macs(self.config.proxy.model, self.config.proxy.image_size)
 
     @property
     def seed_shards(self) -> float:

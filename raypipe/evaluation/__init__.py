@@ -1,6 +1,5 @@
 """Does a keep-list help? Compare models trained on keep-lists, on random lists and on everything.
 
-- `train`: one training and its test, on arrays. No Ray, no storage.
 - `figures`: intervals over seeds, differences to random, break-even. No Ray, no storage.
 - `lists`: rows of the scored samples to train on, cut as keep-lists are.
 - `decoded`: images that are decoded once, and their copy on each node.

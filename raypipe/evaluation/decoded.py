@@ -28,12 +28,13 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import ResourceError, SourceError, StageError
-from raypipe.evaluation.train import statistics_of
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import content_hash, fingerprint
 from raypipe.runs.run import Run
-from raypipe.sources import Fragment, open_source
+from raypipe.sources import ClassMap, Fragment, StatedNames, class_map, open_source
+from raypipe.sources.classes import MatchedClasses, match_classes
 from raypipe.vision.decode import decode_batch
+from raypipe.vision.fitting import statistics_of
 
 FOLDER = "evaluation/pixels"
 MAX_SHARE = 0.8
@@ -104,6 +105,8 @@ class TestSet:
     ----------
     source, fragments
         The samples.
+    classes
+        Its classes as classes of the run.
     without_own
         Whether samples that the run scored are left out.
     """
@@ -112,19 +115,21 @@ class TestSet:
 
     source: SourceSettings
     fragments: tuple[Fragment, ...]
+    classes: MatchedClasses
     without_own: bool
 
     @property
     def digest(self) -> str:
         """Hash of what is tested on."""
         names = content_hash(fragment.fragment_id for fragment in self.fragments)
+        places = [] if self.classes.same_numbers else [list(self.classes.places)]
         return fingerprint(
-            names, sum(fragment.samples for fragment in self.fragments), self.without_own
+            names, sum(fragment.samples for fragment in self.fragments), self.without_own, *places
         )
 
 
-def list_test_set(source: SourceSettings, run_source: SourceSettings) -> TestSet:
-    """List the fragments of a test set.
+def list_test_set(source: SourceSettings, run_source: SourceSettings, classes: ClassMap) -> TestSet:
+    """List the fragments of a test set, and match its classes with those of the run.
 
     If it is at the same URI and of the same split as the run's source, samples that the run scored
     are left out. Elsewhere, equal ids do not mean equal images.
@@ -132,24 +137,31 @@ def list_test_set(source: SourceSettings, run_source: SourceSettings) -> TestSet
     Raises
     ------
     SourceError
-        If the test set has no readable samples.
+        If the test set has no readable samples, or its classes cannot be matched.
     """
     opened = open_source(source)
-    readable = [
-        fragment
-        for file in opened.files()
-        for fragment in opened.scan(file).fragments
-        if fragment.samples and not fragment.error
-    ]
+    readable: list[Fragment] = []
+    stated, labels = StatedNames(opened.labels_by_name), set[int | str]()
+    for file in opened.files():
+        scan = opened.scan(file)
+        good = [item for item in scan.fragments if item.samples and not item.error]
+        if good:
+            stated.add(file.path, scan.class_names, scan.labels)
+        readable += good
+        labels |= scan.labels
     fragments = tuple(_first(readable, source.limit))
     if not fragments:
         raise SourceError(f"{source.uri}: the test set has no readable samples")
+    try:
+        matched = match_classes(classes, class_map(stated.names, frozenset(labels), None))
+    except SourceError as error:
+        raise SourceError(f"test set {source.uri}: {error}") from None
     same = (source.uri, source.split, source.root) == (
         run_source.uri,
         run_source.split,
         run_source.root,
     )
-    return TestSet(source, fragments, same)
+    return TestSet(source, fragments, matched, same)
 
 
 def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragment]:
@@ -193,7 +205,7 @@ def decode_train(
         opened.ids_can_repeat,
     )
     samples = [sample for sample in read if not sample.reason and sample.sample_id in place]
-    pixels, reasons = decode_batch(samples, size, source.max_pixels)
+    pixels, reasons = decode_batch(samples, size, source.max_pixels, bit_depth=source.bit_depth)
     images, read_ids = np.zeros((len(ids), 3, size, size), np.uint8), np.zeros(len(ids), bool)
     for sample, image, reason in zip(samples, pixels, reasons, strict=True):
         if not reason:
@@ -214,18 +226,21 @@ def decode_test(
 ) -> UnitCounts:
     """Decode a fragment of the test set.
 
-    Samples that are unlabelled, unreadable or scored by the run are left out and counted.
+    Samples that are unlabelled, unreadable, of a class that the run does not have, or scored by
+    the run are left out and counted.
     """
     run = Run(run_uri)
-    classes, opened, own = run.classes(), open_source(test.source), set[str]()
+    opened, own = open_source(test.source), set[str]()
     if test.without_own:
         for _, table in storage.iter_tables(run.scores_folder, ["sample_id"]):
             own.update(table["sample_id"].to_pylist())
     samples = list(
         opened.read(unit.fragment, (lambda sample_id: sample_id not in own) if own else None)
     )
-    pixels, reasons = decode_batch(samples, size, test.source.max_pixels)
-    label = np.array([classes.index(sample.label)[0] for sample in samples], np.int64)
+    pixels, reasons = decode_batch(
+        samples, size, test.source.max_pixels, bit_depth=test.source.bit_depth
+    )
+    label = np.array([test.classes.index(sample.label) for sample in samples], np.int64)
     good = np.array([not reason for reason in reasons], bool) & (label >= 0)
     _write(storage.join(folder, unit.file), pixels[good], label[good])
     return {"samples": int(good.sum()), "left_out": unit.fragment.samples - int(good.sum())}

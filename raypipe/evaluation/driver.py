@@ -39,6 +39,7 @@ from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import open_source
+from raypipe.sources.classes import shown_names
 
 SUMMARY, TABLE = "summary.json", "trainings.parquet"
 """Files in `evaluation/`, next to the results of single trainings."""
@@ -108,9 +109,18 @@ def _evaluate(
     run, config = context.run, context.config
     recipe = recipe_of(config, settings)
     pool, lists = cut_lists(run, config, settings)
-    test = list_test_set(source, config.source)
+    test = list_test_set(source, config.source, run.classes())
+    about_test: dict[str, Any] = {"uri": source.uri}
+    if unknown := test.classes.unknown:
+        about_test["unknown_classes"] = list(unknown)
+        context.progress.say(
+            f"note: {len(unknown):,} of {len(test.classes.places):,} classes of the test set are "
+            f"not classes of the run ({shown_names(unknown)}), so their samples are left out"
+        )
     gpu = context.cluster.use_gpu(settings.use_gpu)
-    data = fingerprint([name for name, _ in pool.shards], test.digest)
+    depths = [item.bit_depth for item in (config.source, source)]
+    scaled = [depths] if depths != [16, 16] else []  # earlier results of others stay valid
+    data = fingerprint([name for name, _ in pool.shards], test.digest, *scaled)
     trainings = trainings_of(lists, pool, recipe, settings, data, gpu)
     counts = _UnitCountsFile(run, fingerprint(data, pool.digest, recipe.image_size))
     missing = _missing(run, trainings)
@@ -123,9 +133,7 @@ def _evaluate(
     else:
         context.progress.say(f"{'evaluate':<11} done before: {len(trainings):,} trainings")
     results = _read_results(run, trainings)
-    summary = summarize(
-        run, settings, recipe, results, len(pool), {"uri": source.uri, **counts.test}
-    )
+    summary = summarize(run, settings, recipe, results, len(pool), {**about_test, **counts.test})
     storage.write_table(run.path(FOLDER, TABLE), table_of(results, run.classes().names))
     storage.write_json(run.path(FOLDER, SUMMARY), summary)
     if "index.html" in storage.names(run.report_folder):

@@ -20,11 +20,19 @@ from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
 from raypipe.config.choices import DIFFICULTIES
 from raypipe.config.evaluate import EvaluateSettings
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids
-from raypipe.selection import Chunk, SelectionOptions, needs_classes, needs_loss, select
+from raypipe.selection import (
+    Chunk,
+    SelectionOptions,
+    needs_classes,
+    needs_loss,
+    needs_margin,
+    select,
+)
+from raypipe.sources.classes import match_classes
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.options import options_of
 
@@ -167,7 +175,7 @@ def origins(
     return [
         Origin(RUN, config.score) if kind == RUN else _measured_origin(run, kind, pool_ids)
         for kind in kinds
-    ] + [_other_run(Run(uri), pool_ids) for uri in settings.beside]
+    ] + [_other_run(run, Run(uri), pool_ids) for uri in settings.beside]
 
 
 def _measured_everywhere(run: Run, score: str, pool_ids: Sequence[pa.Array]) -> list[str]:
@@ -198,18 +206,51 @@ def _measured_origin(run: Run, kind: str, pool_ids: Sequence[pa.Array]) -> Origi
     return Origin(kind, name, values)
 
 
-def _other_run(other: Run, pool_ids: Sequence[pa.Array]) -> Origin:
+def _other_run(run: Run, other: Run, pool_ids: Sequence[pa.Array]) -> Origin:
     other.record("extrapolate")
     values: dict[str, float] = {}
-    for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "score"]):
-        values.update(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    labels: dict[str, int | None] = {}
+    for _, table in storage.iter_tables(other.scores_folder, ["sample_id", "label", "score"]):
+        ids = table["sample_id"].to_pylist()
+        values.update(zip(ids, table["score"].to_pylist(), strict=True))
+        labels.update(zip(ids, table["label"].to_pylist(), strict=True))
     missing = _count_missing(pool_ids, values)
     if missing:
         raise ConfigError(
             f"beside: {other.uri} has no score for {missing:,} samples of this run; it must be "
             "over the same source, with the same ids"
         )
+    _check_same_labels(run, other, labels)
     return Origin(other.uri, other.config().score, values)
+
+
+def _check_same_labels(run: Run, other: Run, labels: Mapping[str, int | None]) -> None:
+    """Raise ConfigError unless samples have the same class, by name, in both runs.
+
+    Clusters, and labels replaced on purpose (`source.inject_noise`), are not compared.
+    """
+    own_classes, other_classes = run.classes(), other.classes()
+    if any(item.clusters or item.noise is not None for item in (own_classes, other_classes)):
+        return
+    try:
+        places = match_classes(own_classes, other_classes).places
+    except SourceError as error:
+        raise ConfigError(
+            f"beside: {other.uri}: {error}; it must be over the same source"
+        ) from None
+    different, example = 0, ""
+    for _, table in storage.iter_tables(run.scores_folder, ["sample_id", "label"]):
+        for sample_id, label in zip(
+            table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True
+        ):
+            stored = labels.get(sample_id)
+            if label is not None and stored is not None and places[stored] != label:
+                different, example = different + 1, example or sample_id
+    if different:
+        raise ConfigError(
+            f"beside: {other.uri} has other labels for {different:,} samples of this run, such as "
+            f"{example!r}; it must be over the same source"
+        )
 
 
 def _count_missing(shards: Sequence[pa.Array], values: Mapping[str, float]) -> int:
@@ -259,7 +300,8 @@ def cut_lists(
         needs_loss(strategy, dataclasses.replace(options, difficulty="loss"))
         for strategy, options in by_strategy.items()
     )
-    scores = ScoreStream(run, loss)
+    margin = any(needs_margin(strategy, options) for strategy, options in by_strategy.items())
+    scores = ScoreStream(run, loss, margin)
     pool = read_pool(scores)
     ids = [pa.array(chunk.sample_id, pa.string()) for _, chunk in scores.named_chunks(True)]
     score_origins = origins(run, config, settings, ids)
@@ -274,6 +316,10 @@ def cut_lists(
             if section.difficulty == "auto":
                 difficulty = "score" if origin.score in DIFFICULTIES else "loss"
                 options = dataclasses.replace(options, difficulty=difficulty)
+            elif section.difficulty == "el2n" and origin.score != "el2n":
+                raise ConfigError(
+                    f"select.difficulty: el2n is not known with {origin.title}; set it to auto"
+                )
             lists += cutter.lists(origin, section.strategy, options)
     return pool, lists
 
@@ -317,7 +363,9 @@ class _Cutter:
     ) -> Iterator[tuple[float, np.ndarray]]:
         """Yield fraction and rows of the pool; one pass over the stream serves all fractions."""
         classes = self._classes if needs_classes(strategy, options) else 0
-        cuts = select(stream, self._keep, strategy, classes, options, marked)
+        cuts = select(
+            stream, self._keep, strategy, classes, options, marked, embedded=stream.embedded
+        )
         masks: list[list[np.ndarray]] = [[] for _ in cuts]
         for chunk in stream(True):
             for mask, cut in zip(masks, cuts, strict=True):
@@ -336,9 +384,16 @@ class _Stream:
         self._scores, self._values, self._marks = scores, values, marks
 
     def __call__(self, with_ids: bool) -> Iterator[Chunk]:
-        for chunk in self._scores.chunks(with_ids or self._values is not None):
-            changed: dict[str, Any] = {} if self._marks else {"mark": None}
-            if self._values is not None:
-                names = pa.array(chunk.sample_id, pa.string()).to_pylist()
-                changed["score"] = np.array([self._values[name] for name in names], np.float32)
-            yield chunk._replace(**changed)
+        yield from map(self._changed, self._scores.chunks(with_ids or self._values is not None))
+
+    def embedded(self) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Yield the chunks with their embeddings."""
+        for chunk, vectors in self._scores.embedded():
+            yield self._changed(chunk), vectors
+
+    def _changed(self, chunk: Chunk) -> Chunk:
+        changed: dict[str, Any] = {} if self._marks else {"mark": None}
+        if self._values is not None:
+            names = pa.array(chunk.sample_id, pa.string()).to_pylist()
+            changed["score"] = np.array([self._values[name] for name in names], np.float32)
+        return chunk._replace(**changed)

@@ -22,10 +22,10 @@ from raypipe.config import AdversarySettings, Config, ProxySettings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
-from raypipe.evaluation.train import State, fit, steps_of, test
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.run import Run
 from raypipe.vision.devices import set_threads
+from raypipe.vision.fitting import State, fit, steps_of, test
 
 FOLDER = "evaluation"
 SAVE_SECONDS = 60.0

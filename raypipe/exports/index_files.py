@@ -190,13 +190,12 @@ def image_folder_order(root: str) -> dict[str, int]:
 
     Classes are sorted by name, folders within a class by path, and files within a folder by name.
     A plain sort of all paths would put "a-b/x" before "a/x", and "a/b/x" before "a/c". Hidden files
-    count, and so do formats that raypipe does not read.
+    count, and so do formats that raypipe does not read. Links are followed, as by the source.
     """
-    fs, path = storage.filesystem(root)
-    start = len(path.rstrip("/")) + 1
-    paths = [full[start:] for full in storage.retrying(lambda: fs.find(path), root)]
     images = [
-        path for path in paths if "/" in path and path.lower().endswith(TORCHVISION_EXTENSIONS)
+        file.path
+        for file in storage.walk(root, with_hidden=True)
+        if "/" in file.path and file.path.lower().endswith(TORCHVISION_EXTENSIONS)
     ]
 
     def key(path: str) -> tuple[str, str, str]:

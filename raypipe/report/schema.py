@@ -12,7 +12,11 @@ Evaluation = dict[str, Any]
 
 
 class SourceSection(TypedDict):
-    """What was scored. `pseudo_labels` is a sentence where the source has no labels."""
+    """What was scored.
+
+    `pseudo_labels` is a sentence where the source has no labels, `depth_note` one on what is lost
+    of 16-bit images.
+    """
 
     uri: str
     format: str
@@ -21,6 +25,7 @@ class SourceSection(TypedDict):
     files: int | None
     fragments: int | None
     bytes: int | None
+    depth_note: str | None
 
 
 class Counts(TypedDict):

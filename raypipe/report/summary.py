@@ -63,6 +63,7 @@ from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, injected_noise, now
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
+from raypipe.vision.bit_depth import BitsInUse
 
 FORMAT = 1
 """Version of `summary.json`."""
@@ -254,7 +255,15 @@ def _source(config: Config, names: Sequence[str], ledger: Ledger) -> SourceSecti
         "files": detail.get("files"),
         "fragments": detail.get("fragments"),
         "bytes": detail.get("bytes"),
+        "depth_note": _depth_note(config, ledger),
     }
+
+
+def _depth_note(config: Config, ledger: Ledger) -> str | None:
+    """Return what is lost of 16-bit images; None if nothing is."""
+    detail = ledger["seed"].detail if "seed" in ledger else {}
+    bits = BitsInUse(**detail.get("bits_in_use", {}))
+    return bits.note(config.source.bit_depth) or None
 
 
 def _counts(scan: ScoreScan, rejects: Rejects, ledger: Ledger) -> Counts:

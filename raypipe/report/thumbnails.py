@@ -153,7 +153,10 @@ def _fragment_images(
         for sample in source.read(run.with_members(fragment), ids.__contains__):
             if sample.sample_id in ids:
                 images[sample.sample_id] = make_thumbnail(
-                    sample, source.settings.max_pixels, sample.sample_id not in large
+                    sample,
+                    source.settings.max_pixels,
+                    source.settings.bit_depth,
+                    sample.sample_id not in large,
                 )
     except Exception as error:  # whatever is wrong with a source, the report must be written
         failed = Thumbnail(reason=_line(error))
@@ -164,7 +167,9 @@ def _fragment_images(
     return _FragmentImages(images)
 
 
-def make_thumbnail(sample: RawSample, max_pixels: int, small: bool = False) -> Thumbnail:
+def make_thumbnail(
+    sample: RawSample, max_pixels: int, bit_depth: int = 16, small: bool = False
+) -> Thumbnail:
     """Decode a sample to a square of at most SIZE pixels a side, or SMALL."""
     from raypipe.vision.decode import BadImage, decode, encode_thumbnail
 
@@ -173,7 +178,8 @@ def make_thumbnail(sample: RawSample, max_pixels: int, small: bool = False) -> T
     native = _native_size(sample)
     size, quality = (SMALL, SMALL_QUALITY) if small else (SIZE, QUALITY)
     try:
-        data = encode_thumbnail(decode(sample.image, min(native, size), max_pixels), quality)
+        pixels = decode(sample.image, min(native, size), max_pixels, bit_depth)
+        data = encode_thumbnail(pixels, quality)
     except BadImage as error:
         return Thumbnail(reason=_line(error))
     uri = f"data:image/{_format(data)};base64,{base64.b64encode(data).decode()}"

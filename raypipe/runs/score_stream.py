@@ -1,4 +1,4 @@
-"""Stream the score shards of a run, with the proxy's losses and marks, to cut keep-lists."""
+"""Stream the score shards of a run, with the proxy's statistics and marks, to cut keep-lists."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class ScoreStream:
     ----------
     run : Run
         The run.
-    with_loss : bool
-        Whether to read the proxy's loss of each sample as well, from `embeddings/`.
+    with_loss, with_margin : bool
+        Whether to read the proxy's loss and margin of each sample as well, from `embeddings/`.
 
     Attributes
     ----------
@@ -87,8 +87,9 @@ class ScoreStream:
         Hash of scores and labels, after the first pass.
     """
 
-    def __init__(self, run: Run, with_loss: bool = False) -> None:
-        self._run, self._with_loss = run, with_loss
+    def __init__(self, run: Run, with_loss: bool = False, with_margin: bool = False) -> None:
+        self._run = run
+        self._statistics = ["loss"] * with_loss + ["margin"] * with_margin
         self._uri = run.scores_folder
         self.marks = Marks()
         self.samples = 0
@@ -148,7 +149,7 @@ class ScoreStream:
             If scores or labels have changed since the last pass.
         """
         digest, samples = hashlib.blake2b(digest_size=8), 0
-        for name, (table, losses) in storage.ahead(
+        for name, (table, statistics) in storage.ahead(
             lambda file: self._read(file, with_ids), self.shards(), self._uri
         ):
             score = table["score"].to_numpy()
@@ -159,8 +160,18 @@ class ScoreStream:
             )
             ids: Any = table["sample_id"].combine_chunks() if with_ids else ()
             ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-            loss = None if losses is None else losses["loss"].to_numpy()
-            yield name, Chunk(score, label, ids, loss, self.marks.of(name, len(score)))
+            yield (
+                name,
+                Chunk(
+                    score,
+                    label,
+                    ids,
+                    statistics.get("loss"),
+                    self.marks.of(name, len(score)),
+                    position=samples - len(score),
+                    margin=statistics.get("margin"),
+                ),
+            )
         if self.digest and self.digest != digest.hexdigest():
             raise StageError(
                 f"{self._uri}: scores changed while the keep-lists were being cut; "
@@ -168,20 +179,46 @@ class ScoreStream:
             )
         self.digest, self.samples = digest.hexdigest(), samples
 
-    def _read(self, file: str, with_ids: bool) -> tuple[pa.Table, pa.Table | None]:
+    def embedded(self) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Read one chunk per shard, with ids, and the embeddings of its samples as they are stored.
+
+        Embeddings are [n, d].
+
+        Raises
+        ------
+        RunError
+            If `embeddings/` does not hold the same samples.
+        """
+        tables = storage.ahead(
+            lambda file: read_embedding_columns(self._run, file, ["sample_id", "embedding"]),
+            self.shards(),
+            self._run.uri,
+        )
+        for (shard, table), (_, chunk) in zip(tables, self.named_chunks(True), strict=True):
+            ids = string_array(table["sample_id"])
+            if len(table) != len(chunk.score) or not ids.equals(chunk.sample_id):
+                raise RunError(
+                    f"{self._run.uri}: embeddings/{shard} and scores/{shard} hold different "
+                    "samples; rerun `raypipe run`"
+                )
+            yield chunk, stored_embeddings(table)
+
+    def _read(self, file: str, with_ids: bool) -> tuple[pa.Table, dict[str, np.ndarray]]:
+        """Read the scores of a shard, and the proxy's statistics by name."""
         table = storage.read_table(
             storage.join(self._uri, file), ["score", "label"] + ["sample_id"] * with_ids
         )
-        if not self._with_loss:
-            return table, None
-        losses = read_embedding_columns(self._run, file, ["loss"] + ["sample_id"] * with_ids)
-        same_ids = not with_ids or losses["sample_id"].equals(table["sample_id"])
-        if len(losses) != len(table) or not same_ids:
+        if not self._statistics:
+            return table, {}
+        columns = self._statistics + ["sample_id"] * with_ids
+        statistics = read_embedding_columns(self._run, file, columns)
+        same_ids = not with_ids or statistics["sample_id"].equals(table["sample_id"])
+        if len(statistics) != len(table) or not same_ids:
             raise RunError(
                 f"{self._run.uri}: embeddings/{file} and scores/{file} hold different samples; "
                 "rerun `raypipe run`"
             )
-        return table, losses
+        return table, {name: statistics[name].to_numpy() for name in self._statistics}
 
 
 class _JoinedChunk(NamedTuple):
@@ -193,10 +230,10 @@ class _JoinedChunk(NamedTuple):
     @property
     def bytes(self) -> int:
         """Memory of the chunk."""
-        score, label, ids, loss, _ = self.chunk
+        chunk = self.chunk
         return sum(
             values.nbytes
-            for values in (score, label, ids, loss)
+            for values in (chunk.score, chunk.label, chunk.sample_id, chunk.loss, chunk.margin)
             if isinstance(values, np.ndarray | pa.Array)
         )
 
@@ -218,7 +255,7 @@ def _joined(chunks: Iterator[tuple[str, Chunk]]) -> Iterator[_JoinedChunk]:
 
 
 def _concatenated(parts: list[Chunk]) -> Chunk:
-    score, label, ids, loss, _ = zip(*parts, strict=True)
+    score, label, ids, loss, _, position, margin = zip(*parts, strict=True)
     return Chunk(
         np.concatenate(score),
         np.concatenate(label),
@@ -226,6 +263,8 @@ def _concatenated(parts: list[Chunk]) -> Chunk:
         if isinstance(ids[0], pa.Array)
         else (),
         None if loss[0] is None else np.concatenate(loss),
+        position=position[0],
+        margin=None if margin[0] is None else np.concatenate(margin),
     )
 
 
@@ -239,6 +278,17 @@ def read_embedding_columns(run: Run, file: str, columns: list[str]) -> pa.Table:
         raise RunError(
             f"{uri}: {', '.join(columns)} cannot be read ({error}); rerun `raypipe run`"
         ) from None
+
+
+def stored_embeddings(table: pa.Table) -> np.ndarray:
+    """Return the column `embedding` in the type it is stored in, [n, d]."""
+    column = table["embedding"].combine_chunks()
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return (
+        column.flatten().to_numpy().reshape(len(table), -1)
+        if len(table)
+        else np.zeros((0, column.type.list_size), np.float32)
+    )
 
 
 def read_ids(uri: str, setting: str) -> pa.Array:

@@ -1,7 +1,9 @@
 """Keep-lists: exactly round(keep * N) samples, from a stream too long to sort or to hold.
 
 `strategies` is the registry and explains how to add a strategy, `keep_list` has `select`. The
-strategies are in `deterministic` and `randomized`; `radix_select` finds where each list ends.
+strategies that need scores alone are in `deterministic`, `randomized` and `band`, those that also
+need embeddings in `d2`, `infomax`, `coverage` and `typical`. `radix_select` finds where each list
+ends.
 """
 
 from __future__ import annotations
@@ -10,8 +12,22 @@ from raypipe.selection.base import SelectionOptions
 from raypipe.selection.hashing import IdSet, hash64, id_hash
 from raypipe.selection.keep_list import Selection, select
 from raypipe.selection.quotas import even_quotas, proportional_quotas
-from raypipe.selection.radix_select import ALWAYS, FREE, NEVER, Chunk, Chunks, order_key
-from raypipe.selection.strategies import STRATEGIES, needs_classes, needs_loss
+from raypipe.selection.radix_select import (
+    ALWAYS,
+    FREE,
+    NEVER,
+    Chunk,
+    Chunks,
+    EmbeddedChunks,
+    order_key,
+)
+from raypipe.selection.strategies import (
+    STRATEGIES,
+    needs_classes,
+    needs_embeddings,
+    needs_loss,
+    needs_margin,
+)
 
 __all__ = [
     "ALWAYS",
@@ -20,6 +36,7 @@ __all__ = [
     "STRATEGIES",
     "Chunk",
     "Chunks",
+    "EmbeddedChunks",
     "IdSet",
     "Selection",
     "SelectionOptions",
@@ -27,7 +44,9 @@ __all__ = [
     "hash64",
     "id_hash",
     "needs_classes",
+    "needs_embeddings",
     "needs_loss",
+    "needs_margin",
     "order_key",
     "proportional_quotas",
     "select",

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from raypipe.errors import ConfigError
-from raypipe.selection.quotas import proportional_quotas
+from raypipe.selection.quotas import class_quotas
 from raypipe.selection.radix_select import (
     ALWAYS,
     RESERVED_KEY,
@@ -24,7 +24,10 @@ from raypipe.selection.radix_select import (
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """Parameters of the strategies; `raypipe.config.SelectSettings` describes and checks them."""
+    """Parameters of the strategies; `raypipe.config.SelectSettings` describes and checks them.
+
+    `recall` has the recall of each class for quotas "recall", NaN where it is unknown.
+    """
 
     seed: int = 0
     easy_fraction: float = 0.5
@@ -33,6 +36,8 @@ class SelectionOptions:
     beta_exponent: float = 4.0
     difficulty: str = "score"
     by_class: bool = False
+    quotas: str = "proportional"
+    recall: tuple[float, ...] = ()
     min_per_class: int = 0
     weights: str = "none"
 
@@ -85,6 +90,8 @@ class Strategy:
         `SelectionOptions.difficulty` is "loss".
     uses_scores : bool
         Whether the strategy uses the scores, so that their fidelity matters.
+    needs_embeddings : bool
+        Whether the strategy reads `ValidatedStream.embedded`.
     """
 
     plan: Callable[[ValidatedStream, Sequence[float], int, SelectionOptions], list[SelectionPlan]]
@@ -95,6 +102,7 @@ class Strategy:
     needs_loss: bool = False
     uses_difficulty: bool = False
     uses_scores: bool = True
+    needs_embeddings: bool = False
 
 
 def one_group_quota(counts: np.ndarray, total: int) -> np.ndarray:
@@ -111,14 +119,31 @@ def required_loss(chunk: Chunk) -> np.ndarray:
     return chunk.loss
 
 
+def difficulty_of(chunk: Chunk, by: str) -> np.ndarray:
+    """Return the value that `SelectionOptions.difficulty` names, float32 [n], high for hard.
+
+    "score", "loss", or "aum" for the negated margin: `loss` and `margin` are means over proxies.
+    Raises ConfigError if the stream does not have it.
+    """
+    if by == "score":
+        return chunk.score
+    if by == "loss":
+        return required_loss(chunk)
+    if chunk.margin is None:
+        raise ConfigError(
+            "this strategy needs the proxy's margin of each sample, and the stream has none"
+        )
+    return -chunk.margin
+
+
 class ByScore(Ranking):
-    """Highest score first, or highest loss of the proxy; all samples form one group."""
+    """Highest score first, or another difficulty (`difficulty_of`); all samples form one group."""
 
     def __init__(self, by: str = "score") -> None:
         self._by = by
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        value = required_loss(chunk) if self._by == "loss" else chunk.score
+        value = difficulty_of(chunk, self._by)
         return order_key(value), np.zeros(len(value), np.int64)
 
 
@@ -156,15 +181,15 @@ class WithinClasses(Ranking):
         return key, np.where(group < 0, -1, label * self._inner.groups + group)
 
 
-def within_classes(plan: SelectionPlan, classes: int) -> SelectionPlan:
-    """Return a plan in which every class has the same share of the list.
+def within_classes(plan: SelectionPlan, classes: int, options: SelectionOptions) -> SelectionPlan:
+    """Return a plan in which each class has its share of the list, by `options.quotas`.
 
-    Shares are as equal as whole numbers allow. Within a class the list is divided as before.
+    Within a class the list is divided as before.
     """
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
         of_class = size.reshape(classes + 1, -1)
-        totals = proportional_quotas(of_class.sum(axis=1), total).tolist()
+        totals = class_quotas(of_class.sum(axis=1), total, options.quotas, options.recall).tolist()
         return np.concatenate(
             [plan.quotas(sizes, share) for sizes, share in zip(of_class, totals, strict=True)]
         )

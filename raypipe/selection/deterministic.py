@@ -11,9 +11,9 @@ from raypipe.selection.base import (
     ByScore,
     SelectionOptions,
     SelectionPlan,
+    difficulty_of,
     grouped_by_class,
     one_group_quota,
-    required_loss,
     within_classes,
 )
 from raypipe.selection.radix_select import (
@@ -51,7 +51,7 @@ def balanced(
     sets their scores to 0, which ranks them above negative scores. Nearly nested: a quota can
     fall by one when the keep fraction rises (the Alabama paradox of largest remainders).
     """
-    return [within_classes(plan, classes) for plan in top(chunks, keep, classes, options)]
+    return [within_classes(plan, classes, options) for plan in top(chunks, keep, classes, options)]
 
 
 class ByClassZScore(Ranking):
@@ -97,8 +97,8 @@ class TwoEnds(Ranking):
         Separates the two groups.
     outwards : bool
         True: highest first above, lowest first below. False: nearest to the boundary first.
-    by : {"score", "loss"}
-        The value.
+    by : {"score", "loss", "aum"}
+        The value; see `difficulty_of`.
     """
 
     groups = 2
@@ -108,7 +108,7 @@ class TwoEnds(Ranking):
         self.needs_ids = boundary.needs_ids
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        value = required_loss(chunk) if self._by == "loss" else chunk.score
+        value = difficulty_of(chunk, self._by)
         above = self._boundary.mask(chunk)
         return order_key(np.where(above == self._outwards, value, -value)), above.astype(np.int64)
 

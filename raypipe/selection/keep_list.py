@@ -20,6 +20,7 @@ from raypipe.selection.radix_select import (
     Boundary,
     Chunk,
     Chunks,
+    EmbeddedChunks,
     Quotas,
     Ranking,
     ValidatedStream,
@@ -68,6 +69,7 @@ def select(
     classes: int = 0,
     options: SelectionOptions | None = None,
     marked: bool = False,
+    embedded: EmbeddedChunks | None = None,
 ) -> list[Selection]:
     """Return one keep-list per fraction; each has exactly round(fraction * N) of the N samples.
 
@@ -88,6 +90,9 @@ def select(
     marked : bool
         Whether chunks have marks. N includes samples marked NEVER. Samples marked ALWAYS are part
         of the list and count towards the quota of their group, if the strategy has groups.
+    embedded : EmbeddedChunks, optional
+        The stream with embeddings, for strategies that need them (`Strategy.needs_embeddings`). All
+        chunks must then have a position.
 
     Returns
     -------
@@ -104,10 +109,10 @@ def select(
     """
     options = options or SelectionOptions()
     _check_arguments(keep, strategy, options)
-    stream = ValidatedStream(chunks)
+    stream = ValidatedStream(chunks, embedded)
     plans = STRATEGIES[strategy].plan(stream, keep, classes, options)
     if options.by_class and not STRATEGIES[strategy].balances_classes:
-        plans = [within_classes(plan, classes) for plan in plans]
+        plans = [within_classes(plan, classes, options) for plan in plans]
     if marked or options.min_per_class:
         plans = _with_reserved(stream, plans, classes, options.min_per_class)
     requests = [

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raypipe.errors import StageError
+from raypipe.errors import ConfigError, StageError
 from raypipe.selection.hashing import Ids, id_hash, ids_at
 
 MAX_COUNTERS = 1 << 24
@@ -52,6 +52,10 @@ class Chunk(NamedTuple):
         The proxy's loss, float32 [n]; None if no strategy needs it.
     mark : np.ndarray, optional
         FREE, ALWAYS or NEVER, uint8 [n]; None if all are free.
+    position : int, optional
+        Number of samples of the stream before this chunk; None if no strategy needs it.
+    margin : np.ndarray, optional
+        The proxy's margin, float32 [n]; None if no strategy needs it.
     """
 
     score: np.ndarray
@@ -59,6 +63,8 @@ class Chunk(NamedTuple):
     sample_id: Ids
     loss: np.ndarray | None = None
     mark: np.ndarray | None = None
+    position: int | None = None
+    margin: np.ndarray | None = None
 
     def eligible(self) -> np.ndarray:
         """Return which samples are not marked NEVER, bool [n]."""
@@ -67,6 +73,9 @@ class Chunk(NamedTuple):
 
 Chunks = Callable[[bool], Iterable[Chunk]]
 """Starts a pass over the stream: the same samples each time, with sample_ids if given True."""
+EmbeddedChunks = Callable[[], Iterable[tuple[Chunk, np.ndarray]]]
+"""Starts a pass over the stream in the same order: chunks with sample_ids and position, and the
+embeddings of their samples, float [n, d]."""
 
 
 class ValidatedStream:
@@ -78,8 +87,8 @@ class ValidatedStream:
         Number of samples; 0 until the first pass is complete.
     """
 
-    def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: Chunks, embedded: EmbeddedChunks | None = None) -> None:
+        self._chunks, self._embedded = chunks, embedded
         self._validated = False
         self.samples = 0
 
@@ -98,6 +107,7 @@ class ValidatedStream:
             for name, values in (
                 ("scores", np.asarray(chunk.score, np.float32)),
                 ("losses", chunk.loss),
+                ("margins", chunk.margin),
             ):
                 if values is not None and not np.isfinite(values).all():
                     infinite = values[~np.isfinite(values)]
@@ -110,6 +120,12 @@ class ValidatedStream:
                 "ranked; score the samples again"
             )
         self._validated, self.samples = True, samples
+
+    def embedded(self) -> Iterable[tuple[Chunk, np.ndarray]]:
+        """Start a pass over chunks with embeddings; raise ConfigError if the stream has none."""
+        if self._embedded is None:
+            raise ConfigError("this strategy needs embeddings, and the stream has none")
+        return self._embedded()
 
 
 class Ranking(abc.ABC):

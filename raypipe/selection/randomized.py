@@ -13,13 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from raypipe.selection.base import (
-    ByScore,
     SelectionOptions,
     SelectionPlan,
-    grouped_by_class,
     one_group_quota,
     required_loss,
 )
+from raypipe.selection.hard_cutoff import hardest_samples
 from raypipe.selection.hashing import hash64, uniform
 from raypipe.selection.quotas import even_quotas
 from raypipe.selection.radix_select import (
@@ -28,13 +27,12 @@ from raypipe.selection.radix_select import (
     Boundary,
     Chunk,
     Chunks,
-    Quotas,
     Ranking,
     ValidatedStream,
-    find_boundaries,
     key_value,
     order_key,
 )
+from raypipe.selection.strata import score_strata
 
 ANCHORS = 10
 """Number of samples with the highest score whose mean probability sets the Beta distribution."""
@@ -82,40 +80,6 @@ def random(
     ] * len(keep)
 
 
-class Strata(Ranking):
-    """Hashes within strata of equal width of the score; samples above a boundary are excluded.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of the hashes.
-    cut : Boundary
-        The samples to exclude.
-    low, high : np.ndarray
-        Range of the score for each group of the boundary, float64 [G].
-    strata : int
-        Number of strata.
-    """
-
-    needs_ids = True
-
-    def __init__(
-        self, seed: int, cut: Boundary, low: np.ndarray, high: np.ndarray, strata: int
-    ) -> None:
-        self._by_hash, self._cut, self.groups = ByHash(seed), cut, strata
-        width = (high - low) / strata
-        # one more entry for group -1, which is excluded
-        self._low = np.append(low, 0.0)
-        self._width = np.append(np.where(width > 0, width, 1.0), 1.0)
-
-    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        key, _ = self._by_hash.rank(chunk)
-        _, part = self._cut.ranking.rank(chunk)
-        place = (chunk.score.astype(np.float64) - self._low[part]) / self._width[part]
-        stratum = np.clip(np.floor(place), 0, self.groups - 1).astype(np.int64)
-        return key, np.where(self._cut.mask(chunk), -1, stratum)
-
-
 def ccs(
     chunks: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
@@ -134,50 +98,10 @@ def ccs(
     the highest score belongs to the last stratum. With `SelectionOptions.by_class` all of this is
     done within each class.
     """
-    hardest = grouped_by_class(ByScore(options.difficulty), classes, options)
-    fractions = keep if options.hard_cutoff == "auto" else keep[:1]
-    cuts = find_boundaries(
-        chunks,
-        [(hardest, _hardest(chunks, fraction, options.hard_cutoff)) for fraction in fractions],
-    )
-    low, high = _score_ranges(chunks, hardest, cuts)
-    plans = [
-        SelectionPlan(
-            Strata(options.seed, cut, lowest, highest, options.strata),
-            even_quotas,
-            inclusion=uniform_inclusion,
-        )
-        for cut, lowest, highest in zip(cuts, low, high, strict=True)
-    ]
+    cuts = hardest_samples(chunks, keep, classes, options)
+    strata = score_strata(chunks, ByHash(options.seed), cuts, options.strata)
+    plans = [SelectionPlan(ranking, even_quotas, inclusion=uniform_inclusion) for ranking in strata]
     return plans if len(plans) == len(keep) else plans * len(keep)
-
-
-def _score_ranges(
-    chunks: Chunks, ranking: Ranking, cuts: Sequence[Boundary]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return lowest and highest score not cut off, float64 [cuts, groups] each; 0 for no score."""
-    low, high = (np.full((len(cuts), ranking.groups), edge) for edge in (math.inf, -math.inf))
-    for chunk in chunks(any(cut.needs_ids for cut in cuts)):
-        score, eligible = chunk.score.astype(np.float64), chunk.eligible()
-        _, group = ranking.rank(chunk)
-        for row, cut in enumerate(cuts):
-            left = eligible & ~cut.mask(chunk)
-            np.minimum.at(low[row], group[left], score[left])
-            np.maximum.at(high[row], group[left], score[left])
-    empty = low > high
-    low[empty] = high[empty] = 0.0
-    return low, high
-
-
-def _hardest(chunks: ValidatedStream, fraction: float, share: float | str) -> Quotas:
-    """Return quotas that say how many samples of each group are cut off."""
-
-    def quotas(size: np.ndarray, _: np.ndarray) -> np.ndarray:
-        eligible, kept = int(size.sum()), round(fraction * chunks.samples)
-        cut = max(0.0, 0.5 * (1 - kept / max(eligible, 1))) if share == "auto" else float(share)
-        return (cut * size).astype(np.int64)
-
-    return quotas
 
 
 class GumbelTopK(Ranking):

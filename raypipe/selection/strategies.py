@@ -7,10 +7,10 @@ where each group ends.
 
 To add a strategy:
 
-1. Write the function, in `raypipe.selection.deterministic`, or in `raypipe.selection.randomized` if
-   it draws samples at random.
+1. Write the function. If it compares samples by their embeddings, it reads them in the blocks of
+   `raypipe.selection.blocks`, and computes one number for each sample.
 2. Add an entry to `STRATEGIES`.
-3. Add the name to `StrategyName`, `ScoreStrategyName` (if it uses the scores), `STRATEGY_TEXTS` and
+3. Add the name to `StrategyName`, `ScoreStrategyName`, `STRATEGY_TEXTS` and
    `RANDOM_STRATEGIES` (if it draws) in `raypipe.config.choices`. The settings, the command line and
    the report follow from these. A test checks that they agree with `STRATEGIES`.
 
@@ -29,7 +29,12 @@ For example, the lowest scores::
 from __future__ import annotations
 
 from raypipe.selection import deterministic, randomized
+from raypipe.selection.band import band
 from raypipe.selection.base import SelectionOptions, Strategy
+from raypipe.selection.coverage import coverage
+from raypipe.selection.d2 import d2
+from raypipe.selection.infomax import infomax
+from raypipe.selection.typical import typical
 
 STRATEGIES: dict[str, Strategy] = {
     "top": Strategy(deterministic.top),
@@ -42,6 +47,11 @@ STRATEGIES: dict[str, Strategy] = {
     "random": Strategy(randomized.random, draws_at_random=True, uses_scores=False),
     "ccs": Strategy(randomized.ccs, nested=False, draws_at_random=True, uses_difficulty=True),
     "beta": Strategy(randomized.beta, nested=False, draws_at_random=True, needs_loss=True),
+    "band": Strategy(band, nested=False, uses_difficulty=True),
+    "d2": Strategy(d2, nested=False, uses_difficulty=True, needs_embeddings=True),
+    "infomax": Strategy(infomax, nested=False, uses_difficulty=True, needs_embeddings=True),
+    "coverage": Strategy(coverage, nested=False, uses_difficulty=True, needs_embeddings=True),
+    "typical": Strategy(typical, uses_scores=False, needs_embeddings=True),
 }
 """Every strategy of `select.strategy` by name."""
 
@@ -56,8 +66,18 @@ def needs_classes(strategy: str, options: SelectionOptions) -> bool:
     )
 
 
+def needs_embeddings(strategy: str) -> bool:
+    """Whether `select` needs the stream with embeddings."""
+    return STRATEGIES[strategy].needs_embeddings
+
+
 def needs_loss(strategy: str, options: SelectionOptions) -> bool:
     """Whether `select` needs the proxy's loss of every sample in the stream."""
     return STRATEGIES[strategy].needs_loss or (
         STRATEGIES[strategy].uses_difficulty and options.difficulty == "loss"
     )
+
+
+def needs_margin(strategy: str, options: SelectionOptions) -> bool:
+    """Whether `select` needs the proxy's margin of every sample in the stream."""
+    return STRATEGIES[strategy].uses_difficulty and options.difficulty == "aum"

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from raypipe.config import SourceSettings
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
-from raypipe.sources.classes import ClassMap, class_map
+from raypipe.sources.classes import ClassMap, StatedNames, class_map
 
 __all__ = [
     "ClassMap",
@@ -19,6 +19,7 @@ __all__ = [
     "RawSample",
     "Source",
     "SourceFile",
+    "StatedNames",
     "class_map",
     "open_source",
     "source_class",

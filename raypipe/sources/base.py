@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from raypipe.config import SourceSettings
+from raypipe.sources.formats import LeftOut
 
 IdFilter = Callable[[str], bool]
 """A function `sample_id -> bool`: whether to read the sample."""
@@ -58,7 +59,8 @@ class Fragment:
     start, stop : int
         Range of samples within the file.
     offset : int
-        Byte at which reading can begin (uncompressed tar, Arrow stream), else 0.
+        Byte at which reading can begin (uncompressed tar, Arrow stream), else 0. -1: a tar that is
+        read as a whole (`raypipe.sources.webdataset.SCATTERED`).
     members : tuple of str
         Those of the `SourceFile` if it is a run of small files. Fragments that were read from an
         index have none until `Run.with_members` adds them.
@@ -201,6 +203,9 @@ class Source(abc.ABC):
     random_access : bool
         Whether `read` with `keep_id` fetches only the chosen samples, without reading those in
         between.
+    labels_by_name : bool
+        Whether `read` yields class names, not numbers, if a file states distinct names. Files can
+        then number the same classes differently.
 
     Examples
     --------
@@ -240,6 +245,7 @@ class Source(abc.ABC):
     format: ClassVar[str]
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
+    labels_by_name: ClassVar[bool] = False
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
@@ -260,6 +266,14 @@ class Source(abc.ABC):
         SourceError
         """
         return self.settings.model_copy(update={"format": self.format})
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        """Files that the last call of `files` left out as they belong to no format, by ending.
+
+        Complete when `files` has been read to its end.
+        """
+        return {}
 
     @property
     def ids_can_repeat(self) -> bool:

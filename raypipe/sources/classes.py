@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raypipe.errors import SourceError
@@ -11,6 +12,8 @@ from raypipe.sources.noise import LabelNoise
 
 MAX_CLASSES = 1_000_000
 """More classes than this are taken for one wrong label."""
+SHOWN_NAMES = 5
+"""Class names that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class ClassMap:
     numeric: bool
     noise: LabelNoise | None = None
     clusters: bool = False
+
+    @property
+    def bare_numbers(self) -> bool:
+        """Whether the only name of every class is its number."""
+        return _bare_numbers(self.names)
 
     def label_of(self, sample: RawSample) -> tuple[int, str]:
         """Return `index` of a sample's label as the run sees it, with injected noise applied."""
@@ -59,6 +67,145 @@ class ClassMap:
         if 0 <= label < len(self.names):
             return int(label), ""
         return -1, f"label {label} is outside 0..{len(self.names) - 1}"
+
+
+@dataclass(frozen=True)
+class MatchedClasses:
+    """The classes of another source, such as a test set, as classes of a run.
+
+    Attributes
+    ----------
+    other : ClassMap
+        Classes of the other source.
+    places : tuple of int
+        For each of them the class of the run with the same name, or -1.
+    """
+
+    other: ClassMap
+    places: tuple[int, ...]
+
+    def index(self, label: int | str | None) -> int:
+        """Return the run's class for a stored label of the other source, or -1."""
+        position, _ = self.other.index(label)
+        return self.places[position] if position >= 0 else -1
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the classes that the run does not have."""
+        return tuple(
+            name for name, place in zip(self.other.names, self.places, strict=True) if place < 0
+        )
+
+    @property
+    def same_numbers(self) -> bool:
+        """Whether every class has the same number in both."""
+        return self.places == tuple(range(len(self.places)))
+
+
+def match_classes(own: ClassMap, other: ClassMap) -> MatchedClasses:
+    """Match the classes of two sources by name.
+
+    Numbers without names match names only if name and number of every class agree, as with the
+    folders 0 to 9.
+
+    Raises
+    ------
+    SourceError
+        If only one of the two has names, or they share none. The message does not name the sources.
+    """
+    if not own.names or not other.names:
+        return MatchedClasses(other, (-1,) * len(other.names))
+    if own.bare_numbers != other.bare_numbers:
+        named, side, bare = (own, "the run", "the other source")
+        if own.bare_numbers:
+            named, side, bare = (other, "the other source", "the run")
+        raise SourceError(
+            f"the classes of {side} have names ({shown_names(named.names)}), but those of {bare} "
+            "are numbers without names, so they cannot be matched"
+        )
+    positions = _positions(own.names)
+    places = tuple(positions.get(name, -1) for name in other.names)
+    if max(places) < 0:
+        raise SourceError(
+            f"none of its classes ({shown_names(other.names)}) is a class of the run "
+            f"({shown_names(own.names)})"
+        )
+    return MatchedClasses(other, places)
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Return the first few names, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:SHOWN_NAMES]) + (", ..." if len(listed) > SHOWN_NAMES else "")
+
+
+class StatedNames:
+    """The class names that the files of one source state.
+
+    Files can state the same names in another order, or more of them, if their labels are read as
+    names (see `Source.labels_by_name`). The order of the first file counts.
+
+    Attributes
+    ----------
+    names : tuple of str or None
+        The names stated so far.
+    """
+
+    def __init__(self, by_name: bool) -> None:
+        self._by_name = by_name
+        self.names: tuple[str, ...] | None = None
+        self._named_in = self._numbers_in = ""
+
+    def add(
+        self, path: str, names: tuple[str, ...] | None, labels: Iterable[int | str | None]
+    ) -> None:
+        """Add a file: the names that it states, and its labels.
+
+        Raises
+        ------
+        SourceError
+            If the names contradict those of the files before it, or some files name their classes
+            while others have only numbers.
+        """
+        if names is not None:
+            self._add_names(path, names)
+        elif self._by_name and any(isinstance(label, int) for label in labels):
+            self._numbers_in = self._numbers_in or path
+        if self._numbers_in and self.names is not None and not _bare_numbers(self.names):
+            raise SourceError(
+                f"{self._named_in} names its classes, but {self._numbers_in} has numbers without "
+                "names, so their labels cannot be matched; set source.include so that only one "
+                "kind of file is read"
+            )
+
+    def _add_names(self, path: str, names: tuple[str, ...]) -> None:
+        if self.names is None:
+            self.names, self._named_in = names, path
+        if names == self.names:
+            return
+        known, stated = set(self.names), set(names)
+        if not (
+            self._by_name
+            and distinct(self.names)
+            and distinct(names)
+            and (known <= stated or stated <= known)
+        ):
+            raise SourceError(
+                f"{path} states other class names than the files before it; set "
+                "source.include so that only one kind of file is read"
+            )
+        self.names = (*self.names, *(name for name in names if name not in known))
+
+
+@functools.cache
+def _bare_numbers(names: tuple[str, ...]) -> bool:
+    return names == tuple(map(str, range(len(names))))
+
+
+@functools.cache
+def distinct(names: tuple[str, ...]) -> bool:
+    """Return whether no two classes share a name."""
+    return len(set(names)) == len(names)
 
 
 @functools.cache

@@ -127,7 +127,7 @@ def choose_columns(schema: pa.Schema, features: Features, settings: SourceSettin
         type = value_type(schema.field(identity).type)
         if not (pt.is_integer(type) or is_string(type)):
             raise ColumnError(_wrong_type(schema, identity, "id"))
-    return TableColumns(image, label, identity, _class_names(features, label))
+    return TableColumns(image, label, identity, class_names(features, label))
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def _described_as(features: Features, kind: str) -> frozenset[str]:
     )
 
 
-def _class_names(features: Features, column: str | None) -> tuple[str, ...] | None:
+def class_names(features: Features, column: str | None) -> tuple[str, ...] | None:
     """Return the class names of a ClassLabel column."""
     if column not in _described_as(features, "ClassLabel"):
         return None

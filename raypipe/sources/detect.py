@@ -1,4 +1,7 @@
-"""Determine the format of a source (`source.format: auto`) from the names of its files."""
+"""Determine the format of a source (`source.format: auto`).
+
+The names of its files decide. If none has a known ending, the first bytes of a few files do.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import itertools
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
+from raypipe.sources.formats import EXTENSIONS, TRIES, format_of
 from raypipe.sources.hub import INFO_FILE, SCHEME, SPLITS_FILE, STATE_FILE
 from raypipe.sources.lines import read_lines
-from raypipe.sources.location import EXTENSIONS, Location, describe
+from raypipe.sources.location import Location, describe
 from raypipe.sources.places365 import LIST_EXTENSIONS, training_list
 
 MAX_FILES = 20_000
@@ -31,7 +35,8 @@ def detect_format(settings: SourceSettings) -> str:
         return "huggingface"
     if _is_image_list(settings) or training_list(settings.uri) is not None:
         return "filelist"
-    files = list(itertools.islice(Location(settings).stream(), MAX_FILES))
+    location = Location(settings)
+    files = list(itertools.islice(location.stream(), MAX_FILES))
     names = {file.path for file in files}
     if SPLITS_FILE in names or {STATE_FILE, INFO_FILE} <= names:
         return "huggingface"
@@ -40,6 +45,9 @@ def detect_format(settings: SourceSettings) -> str:
         for format, endings in EXTENSIONS.items()
         if any(file.path.lower().endswith(endings) for file in files)
     ]
+    if not formats:
+        shown = {format_of(location.head(file)) for file in files[:TRIES]} - {""}
+        formats = sorted(shown)
     if len(formats) == 1:
         return formats[0]
     if not formats:

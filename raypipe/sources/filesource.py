@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 from raypipe import storage
 from raypipe.config import SourceSettings
+from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Source, SourceFile
+from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import MISSING, Location
+from raypipe.sources.splits import several_splits
 from raypipe.storage import Reader
 
 FILE_VANISHED = "no such file: deleted since it was listed, or its name is not UTF-8"
@@ -21,7 +24,7 @@ class FileSource(Source):
     `files` and `scan` are implemented here. A subclass defines
 
     `format`
-        A key of `raypipe.sources.location.EXTENSIONS`, which lists the format's file name endings.
+        A key of `raypipe.sources.formats.EXTENSIONS`, which lists the format's file name endings.
         (A subclass that overrides `files` does not need it there.)
     `scan_stored`
         `scan`, given the open file. Missing and empty files never reach it.
@@ -35,8 +38,21 @@ class FileSource(Source):
         super().__init__(settings)
         self._location = Location(settings)
 
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        return self._location.left_out
+
     def files(self) -> Iterator[SourceFile]:
-        for file in self._location.files(self.format):
+        files = self._location.files(self.format)
+        splits = several_splits([file.path for file in files])
+        if splits is not None and not self._location.names_files:
+            pattern = repr(splits.include) if splits.include else "the files of one"
+            raise SourceError(
+                f"{self.settings.uri}: the files are of several splits: {splits.counts}; set "
+                f"source.include to {pattern}, or name all of them in source.uri with braces, such "
+                "as {train,test}-*, to read them as one"
+            )
+        for file in files:
             yield SourceFile(file.path, file.size, file.stamp)
 
     def scan(self, file: SourceFile) -> FileScan:

@@ -17,6 +17,7 @@ from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
 from raypipe.sources.classfile import ClassFile, read_class_file
+from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import Location
 from raypipe.sources.smallfiles import Member, file_runs, read_members, unpack_member
 
@@ -34,6 +35,10 @@ class ImageFolderSource(Source):
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
         self._location = Location(settings)
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        return self._location.left_out
 
     def files(self) -> Iterator[SourceFile]:
         """Yield runs of neighbouring files (see `file_runs`)."""

@@ -2,8 +2,10 @@
 
 A list is parsed as follows:
 
-- `.csv` and `.tsv` are tables with the usual quotes. The delimiter of a `.tsv` is the tab; that of
-  a `.csv` is the first of `,` `;` and tab that its first line has.
+- `.csv` and `.tsv` are tables. The delimiter of a `.tsv` is the tab; that of a `.csv` is the first
+  of `,` `;` and tab that its first line has. A `.csv` has the usual quotes, but a quoted cell must
+  not hold a line end: an open quote would swallow the lines that follow. In a `.tsv` a quotation
+  mark is a letter like any other.
 - Anything else is plain text, unless its first line has a tab (then it is read as a `.tsv`), or a
   comma right after an image's ending or after the name of a column (then as a `.csv`).
 - The first row of a table is a header if none of its cells ends like an image file, and one is the
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.location import IMAGE_EXTENSIONS
+from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.storage import Reader
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
@@ -50,7 +52,7 @@ class Line(NamedTuple):
     Attributes
     ----------
     number : int
-        Number of its last line in the file, from 1.
+        Number of the line in the file, from 1.
     path : str
         "" if the line has none.
     label : str or None
@@ -88,13 +90,35 @@ def read_lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
         if not delimiter:
             yield from _parse_text(file)
             return
-        rows = csv.reader(file, delimiter=delimiter)
-        try:
-            yield from _parse_table(uri, rows, settings)
-        except csv.Error as error:
-            raise SourceError(
-                f"{uri}: line {rows.line_num}: {error}; is a quote not closed?"
-            ) from None
+        has_quotes = delimiter != "\t" or storage.name(uri).lower().endswith(".csv")
+        yield from _parse_table(uri, _rows(uri, file, delimiter, has_quotes), settings)
+
+
+def _rows(
+    uri: str, file: Iterable[str], delimiter: str, has_quotes: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each line of a table.
+
+    Raises SourceError for a quoted cell that holds a line end.
+    """
+    rows = csv.reader(
+        file,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE,
+    )
+    number = 1
+    try:
+        for row in rows:
+            # an open quote in the last line leaves the line end in its last cell
+            if rows.line_num > number or (row and row[-1].endswith(("\n", "\r"))):
+                raise SourceError(
+                    f"{uri}: line {number}: a quoted cell contains the end of the line; close the "
+                    "quote, double a quotation mark that is a letter, or remove the line end"
+                )
+            yield number, row
+            number += 1
+    except csv.Error as error:
+        raise SourceError(f"{uri}: line {number}: {error}; is a quote not closed?") from None
 
 
 class _Blocks(io.BufferedIOBase):
@@ -149,9 +173,10 @@ def _parse_text(file: Iterable[str]) -> Iterator[Line]:
             yield Line(number, line, None)
 
 
-def _parse_table(uri: str, rows: Any, settings: SourceSettings) -> Iterator[Line]:
-    """Parse `rows`, a csv.reader."""
-    filled = ((rows.line_num, row) for row in rows if any(cell.strip() for cell in row))
+def _parse_table(
+    uri: str, rows: Iterable[tuple[int, list[str]]], settings: SourceSettings
+) -> Iterator[Line]:
+    filled = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
     start = list(itertools.islice(filled, 2))
     path, label = _find_columns(uri, [row for _, row in start], settings)
     if path < 0:  # no header

@@ -15,16 +15,10 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import patterns
+from raypipe.sources.formats import EXTENSIONS, HEAD_BYTES, FormatFilter, LeftOut
 from raypipe.sources.values import error_text, printable
 from raypipe.storage import FileInfo
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-EXTENSIONS = {
-    "parquet": (".parquet",),
-    "webdataset": (".tar", ".tar.gz", ".tgz"),
-    "imagefolder": IMAGE_EXTENSIONS,
-}
-"""Format -> file name endings, compared without regard to case."""
 LIST_EXTENSION = ".txt"
 """File name ending of a list of shards."""
 MISSING = "missing"
@@ -45,6 +39,7 @@ class Location:
     def __init__(self, settings: SourceSettings) -> None:
         self._include = settings.include
         self._uri = settings.uri
+        self._filter: FormatFilter | None = None
 
     def listing(self) -> list[FileInfo]:
         """Return all files that pass `include`, sorted by path.
@@ -61,7 +56,7 @@ class Location:
     def files(self, format: str) -> list[FileInfo]:
         """Return the files of a format, sorted by path.
 
-        A file that is given by its own name counts whatever its ending.
+        A file that is given by its own name counts whatever its ending and content.
 
         Raises
         ------
@@ -69,11 +64,8 @@ class Location:
             If there are none.
         """
         listed, named = self._included()
-        matching = [
-            file
-            for file in listed
-            if file.path in named or file.path.lower().endswith(EXTENSIONS[format])
-        ]
+        self._filter = FormatFilter(format, self.head)
+        matching = [file for file in listed if file.path in named or self._filter.accepts(file)]
         if all(file.stamp == MISSING for file in matching):
             raise SourceError(
                 f"{self._uri}: no {' or '.join(EXTENSIONS[format])} files among {describe(listed)}"
@@ -110,12 +102,34 @@ class Location:
     def stream_format(self, format: str) -> Iterator[FileInfo]:
         """Yield what `files` returns; a folder's files as soon as storage lists them."""
         empty = True
+        self._filter = FormatFilter(format, self.head)
         for file in self.stream() if self._is_folder else ():
-            if file.path.lower().endswith(EXTENSIONS[format]):
+            if self._filter.accepts(file):
                 empty = False
                 yield file
         if empty:
             yield from self.files(format)
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the URI names its files one by one: a list, or a pattern with braces."""
+        return self._is_list or self._is_pattern
+
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        """Files that the last listing of a format left out, by ending."""
+        return self._filter.left_out if self._filter is not None else {}
+
+    def head(self, file: FileInfo) -> bytes:
+        """Return the first bytes of a file; b"" if it does not exist or cannot be read."""
+        try:
+            return storage.read_bytes(self.uri(file.path), 0, HEAD_BYTES)
+        except (FileNotFoundError, IsADirectoryError):
+            return b""
+        except PermissionError:
+            if not storage.is_local(self._uri):
+                raise  # expired credentials would leave out everything
+            return b""
 
     def folders(self) -> list[str]:
         """Return the names of the folders directly in `uri`; none for a file or glob.

@@ -15,6 +15,7 @@ import pyarrow as pa
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason
 from raypipe.sources.base import IdFilter, RawSample, SourceFile
+from raypipe.sources.classes import distinct
 from raypipe.sources.columns import AUTO, Features, TableColumns, choose_columns
 from raypipe.sources.filesource import FileSource, no_content
 from raypipe.sources.values import damage_reason, printable, stored_label
@@ -41,6 +42,8 @@ class TableSource(FileSource):
     `schema`
         The columns of one open file.
     """
+
+    labels_by_name = True
 
     @abc.abstractmethod
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, Features]:
@@ -148,7 +151,7 @@ def read_rows(
             labels_reason = f"label: {reader.damage(error)}"
     for row, (image, image_reason) in zip(chosen, reader.images(chosen), strict=True):
         label, label_reason = stored_label(labels[row])
-        label = drop_unknown_class(label, columns)
+        label = class_of(label, columns)
         reason = id_reasons[row] or image_reason or labels_reason or label_reason
         yield RawSample(ids[row], None if reason else image, label, reason)
 
@@ -174,10 +177,19 @@ def _read_ids(
     return ids, reasons
 
 
-def drop_unknown_class(label: int | str | None, columns: TableColumns) -> int | str | None:
-    """Return the label, or None for the negative number that Hugging Face writes if unknown."""
-    unknown = columns.class_names is not None and isinstance(label, int) and label < 0
-    return None if unknown else label
+def class_of(label: int | str | None, columns: TableColumns) -> int | str | None:
+    """Return a label as the name of its class, if the table names its classes.
+
+    Files can number the same classes differently, so only names identify them. A number remains
+    if names repeat, or if it has no name. The negative number that Hugging Face writes for an
+    unknown class becomes None.
+    """
+    names = columns.class_names
+    if names is None or not isinstance(label, int):
+        return label
+    if label < 0:
+        return None
+    return names[label] if label < len(names) and distinct(names) else label
 
 
 def reject_repeated_ids(samples: Iterator[RawSample]) -> Iterator[RawSample]:

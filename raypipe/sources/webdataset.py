@@ -1,17 +1,21 @@
-"""WebDataset: plain or gzip tar files; consecutive members with the same key are one sample.
+"""WebDataset: plain or gzip tar files; members with the same key are one sample.
 
-The key is the member's name up to the first dot of its last part. The image is the member with an
-image's extension. The label is `.cls`; else the field `label_column` of `.json` (`auto`: the first
-with a usual name, if any); else `.txt`.
+The key is the member's name up to the first dot of its last part. The image is the member with the
+extension `image_column` (`auto`: the only one with an image's extension). The label is `.cls`; else
+the field `label_column` of `.json` (`auto`: the first with a usual name, if any); else `.txt`.
+
+Normally the members of a sample follow one another. A tar in which they do not is read as a whole
+for every fragment, twice: for the labels, then for the images. Only the labels are held.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +23,10 @@ from raypipe import storage
 from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import AUTO, LABEL_NAMES
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content
-from raypipe.sources.location import IMAGE_EXTENSIONS
+from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.sources.tarfiles import BLOCK, Group, read_groups
+from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
+from raypipe.sources.tarplaces import PlaceReader
 from raypipe.sources.values import number_or_name, printable, stored_label
 from raypipe.storage import Reader
 
@@ -30,8 +36,9 @@ MAX_LABEL_BYTES, MAX_IMAGE_BYTES = 1 << 20, 1 << 30
 """A larger member is a reject."""
 PREVIEW_BYTES = 1 << 20
 """Approximate bytes read at one place of a preview."""
-MAX_PREVIEW_BYTES = 16 << 20
-"""Bytes read at one place at most, if images are large or no header can be found."""
+SCATTERED = -1
+"""Offset of the fragments of a tar in which the members of a sample do not follow one another."""
+SEVERAL_IMAGES = "several members may be the image"
 
 _LABELS = ("cls", "json", "txt")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -50,34 +57,48 @@ class WebDatasetSource(FileSource):
         limit = self.settings.fragment_samples
         offsets: list[int] = []
         first_of_key: dict[str, int] = {}
-        labels: set[int | str] = set()
-        repeats_across_fragments = any_named = False
+        facts, history = _TarFacts(self), KeyHistory()
+        repeats_across_fragments = any_named = scattered = False
         problem = ""
         for group in read_groups(stored, 0, _is_compressed(file.path), _load_label):
+            any_named |= bool(group.names)
+            problem = group.reason
+            if history.kind(group) is Kind.PART:
+                scattered = True
+                continue
             first = first_of_key.setdefault(group.key, len(offsets))
             repeats_across_fragments |= first // limit != len(offsets) // limit
             offsets.append(group.offset)
-            any_named |= bool(group.names)
-            label, _ = self._label(group)
-            if label is not None:
-                labels.add(label)
-            problem = group.reason
+            facts.add(group)
         if offsets and not any_named:
             return self.unreadable_file(file, f"not a tar file: {problem}")
+        if scattered:
+            facts = _TarFacts(self)
+            for sample in self._join(stored, file.path):
+                facts.add(sample.group)
+        if facts.problem:
+            return self.unreadable_file(file, facts.problem)
         fragments = self.cut_fragments(file, len(offsets))
         # A reader that begins at a fragment's own offset cannot see that a key occurred before it.
         # If one does, every fragment is read from the start of the file.
-        if not _is_compressed(file.path) and not repeats_across_fragments:
+        if scattered:
+            fragments = tuple(
+                dataclasses.replace(fragment, offset=SCATTERED) for fragment in fragments
+            )
+        elif not _is_compressed(file.path) and not repeats_across_fragments:
             fragments = tuple(
                 dataclasses.replace(fragment, offset=offsets[fragment.start])
                 for fragment in fragments
             )
-        return FileScan(fragments, None, frozenset(labels))
+        return FileScan(fragments, None, frozenset(facts.labels))
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
             return
-        position = _Position(fragment, keep_id)
+        if fragment.offset == SCATTERED:
+            yield from self._read_scattered(fragment, keep_id)
+            return
+        position = _Position(fragment, keep_id, self.is_image)
         seen: set[str] = set()
         with self.open(fragment.path) as stored:
             for group in read_groups(
@@ -91,12 +112,48 @@ class WebDatasetSource(FileSource):
                 position.index += 1
                 if position.index == fragment.stop:
                     return
-        while position.index < fragment.stop:
-            sample_id = f"{fragment.path}#sample-{position.index}"
-            if position.keeps(sample_id):
-                reason = "the tar has fewer samples than when it was indexed"
-                yield RawSample(sample_id, None, None, reason)
-            position.index += 1
+        yield from _gone(fragment, position.index, keep_id)
+
+    def _join(self, stored: Reader, path: str) -> list[JoinedSample]:
+        """Return all samples of a tar, with their labels and without their images."""
+        stored.end_at(1 << 62)  # a preview reads to a limit
+        stored.seek(0)
+        return join_parts(read_groups(stored, 0, _is_compressed(path), _load_label))
+
+    def _read_scattered(self, fragment: Fragment, keep_id: IdFilter | None) -> Iterator[RawSample]:
+        """Yield samples whose members do not follow one another, in the order of their images.
+
+        Rejects come last.
+        """
+        path = fragment.path
+        with self.open(path) as stored:
+            joined = self._join(stored, path)
+        left = {
+            number: sample
+            for number, sample in enumerate(joined[: fragment.stop])
+            if number >= fragment.start
+            and (keep_id is None or keep_id(_sample_id(path, sample.group.key)))
+        }
+        images = {
+            sample.group.key: (number, self.image_of(sample.group)[0])
+            for number, sample in left.items()
+            if not sample.repeated and not sample.group.reason
+        }
+
+        def load(key: str, extension: str, size: int) -> bool:
+            is_wanted = key in images and images[key][1] == extension
+            return is_wanted and size <= MAX_IMAGE_BYTES
+
+        with self.open(path) as stored:
+            for part in read_groups(stored, 0, _is_compressed(path), load):
+                if part.contents:
+                    number, _ = images.pop(part.key)
+                    group = left.pop(number).group
+                    whole = dataclasses.replace(group, contents={**group.contents, **part.contents})
+                    yield self._sample(_sample_id(path, part.key), whole, False)
+        for sample in left.values():
+            yield self._sample(_sample_id(path, sample.group.key), sample.group, sample.repeated)
+        yield from _gone(fragment, len(joined), keep_id)
 
     def preview(
         self, file: SourceFile, places: int, each: int, draw: random.Random, whole: bool
@@ -128,15 +185,19 @@ class WebDatasetSource(FileSource):
             room = max(0, file.size - window)
             starts = sorted({int(draw.random() * room) // BLOCK * BLOCK for _ in range(places)})
         per_place = -(-places * each // len(starts))
+        read_place = functools.partial(
+            PlaceReader, stored, _is_compressed(file.path), self._load_image, _load_label
+        )
         drawn: dict[int, RawSample] = {}  # by the byte of their header: places can overlap
         labels: dict[int, list[int | str | None]] = {}
         samples_read = bytes_read = 0
-        problem = "no sample found"
+        problem, apart = "no sample found", _Apart(self)
         for start in starts:
-            place = _PlaceReader(stored, file.path, start, window).read()
+            place = read_place(start, window).read()
             if not place.groups and start:  # no whole group between here and the end
-                place = _PlaceReader(stored, file.path, 0, window).read()
+                place = read_place(0, window).read()
             groups = place.groups
+            apart.add(groups)
             if not any(group.names for group in groups):
                 problem = groups[-1].reason if groups else problem
                 continue
@@ -148,6 +209,12 @@ class WebDatasetSource(FileSource):
                 drawn[group.offset] = self._sample(sample_id, group, False)
         if not samples_read:
             return Preview(error=f"not a tar file: {problem}")
+        if not apart.labels and not _is_compressed(file.path):
+            # labels can be before or after all images
+            for start in (0, max(0, file.size - window) // BLOCK * BLOCK):
+                apart.add(read_place(start, window).read().groups)
+        if apart.images and apart.labels:
+            return self._preview_whole(stored, file, places * each, draw)
         counts = Counter(label for valid in labels.values() for label in valid)
         estimate = file.size * samples_read / max(1, bytes_read)
         return Preview(tuple(drawn.values()), estimate, False, counts)
@@ -155,37 +222,61 @@ class WebDatasetSource(FileSource):
     def _preview_whole(
         self, stored: Reader, file: SourceFile, count: int, draw: random.Random
     ) -> Preview:
-        groups = list(read_groups(stored, 0, _is_compressed(file.path), _load_label))
-        if groups and not any(group.names for group in groups):
-            return Preview(error=f"not a tar file: {groups[-1].reason}")
+        scan = self.scan_stored(file, stored)
+        error = next((fragment.error for fragment in scan.fragments if fragment.error), "")
+        if error:
+            return Preview(error=error)
+        groups = [sample.group for sample in self._join(stored, file.path)]
         labels = Counter(label for group in groups for label in self._label_if_valid(group))
         indices = draw.sample(range(len(groups)), min(count, len(groups)))
         chosen = {_sample_id(file.path, groups[index].key) for index in indices}
-        fragment_id = self.fragment_id(file, 0, len(groups))
-        fragment = Fragment(fragment_id, file.path, 0, len(groups))
-        drawn = self.read(fragment, chosen.__contains__)
+        drawn = [
+            sample
+            for fragment in scan.fragments
+            for sample in self.read(fragment, chosen.__contains__)
+        ]
         return Preview(tuple(drawn), len(groups), True, labels)
 
     def _sample(self, sample_id: str, group: Group, is_repeated: bool) -> RawSample:
-        label, label_reason = self._label(group)
-        extension = next((extension for extension in group.names if extension in _IMAGES), None)
+        label, label_reason = self.label_of(group)
+        extension, no_image = self.image_of(group)
         image = group.contents.get(extension) if extension is not None else None
         reason = group.reason
         if not reason and is_repeated:
             reason = "duplicate key: an earlier sample of the tar has it too"
         if not reason and extension is None:
-            reason = f"no image: only {', '.join(f'.{name}' for name in list(group.names)[:5])}"
+            reason = no_image
         if not reason and image is None:
             reason = f"the image has more than {MAX_IMAGE_BYTES} bytes"
         reason = printable(reason or label_reason)
         return RawSample(sample_id, None if reason else image, label, reason)
 
+    def is_image(self, extension: str) -> bool:
+        """Return whether a member with this extension can be the image of its sample."""
+        column = self.settings.image_column
+        return extension in _IMAGES if column == AUTO else extension == _extension(column)
+
+    def image_of(self, group: Group) -> tuple[str | None, str]:
+        """Return the extension of the image of a group, or None and why there is none."""
+        images = list(filter(self.is_image, group.names))
+        if len(images) == 1:
+            return images[0], ""
+        if images:
+            return None, f"{SEVERAL_IMAGES}: {_listed(images)}; set source.image_column"
+        column = self.settings.image_column
+        wanted = "" if column == AUTO else f"no .{_extension(column)}, "
+        return None, f"no image: {wanted}only {_listed(group.names)}"
+
+    def _load_image(self, key: str, extension: str, size: int) -> bool:
+        """Load images only; see `LoadMember`."""
+        return self.is_image(extension) and size <= MAX_IMAGE_BYTES
+
     def _label_if_valid(self, group: Group) -> list[int | str | None]:
         """Return [label] of a group, [None] if it has no label, [] if the label is invalid."""
-        label, reason = self._label(group)
+        label, reason = self.label_of(group)
         return [] if reason else [label]
 
-    def _label(self, group: Group) -> tuple[int | str | None, str]:
+    def label_of(self, group: Group) -> tuple[int | str | None, str]:
         """Return the label of a group, or why it is invalid."""
         if self.settings.label_column is None:
             return None, ""
@@ -225,6 +316,7 @@ class _Position:
 
     fragment: Fragment
     keep_id: IdFilter | None
+    is_image: Callable[[str], bool]
     index: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -240,75 +332,69 @@ class _Position:
         """Whether to read a member of the current sample; see `LoadMember`."""
         if not self.keeps(_sample_id(self.fragment.path, key)):
             return False
-        return _load_label(key, extension, size) or _load_image(extension, size)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What was read at one place of a tar for a preview.
-
-    Attributes
-    ----------
-    groups : list of Group
-        The whole groups.
-    loaded : int
-        Number of groups, from the first on, whose images were read.
-    span : int
-        Bytes of the file that the groups take.
-    """
-
-    groups: list[Group]
-    loaded: int
-    span: int
-
-
-class _PlaceReader:
-    """Reads the whole groups from byte `start` on, until `window` bytes and one group are read."""
-
-    def __init__(self, stored: Reader, path: str, start: int, window: int) -> None:
-        self._stored, self._compressed = stored, _is_compressed(path)
-        self._start, self._stop = start, start + window
-        self._groups: list[Group] = []
-        # Reading that begins within a group first meets its rest, which is no damage.
-        self._skip_rest = start > 0
-        self._key, self._load_images, self._loaded = "", False, 0
-
-    def read(self) -> _Place:
-        groups, stored = self._groups, self._stored
-        limit = 1 << 62 if self._compressed else self._start + MAX_PREVIEW_BYTES
-        is_limited = stored.end_at(limit)
-        # when a group is yielded, nothing of the one after it has been loaded
-        for group in read_groups(stored, self._start, self._compressed, self._load):
-            if self._skip_rest:
-                self._skip_rest, self._key = not group.names, ""
-                continue
-            groups.append(group)
-            if len(groups) > 1 and stored.tell() >= self._stop:
-                break
-        else:
-            if not is_limited:  # read to the end of the file: the last group is whole
-                begin = groups[0].offset if groups and not self._compressed else 0
-                return _Place(groups, min(self._loaded, len(groups)), stored.tell() - begin)
-        last = groups.pop() if groups else None
-        if not groups or last is None:
-            return _Place(groups, 0, 0)
-        end = stored.tell() if self._compressed else last.offset
-        return _Place(groups, min(self._loaded, len(groups)), end - groups[0].offset)
-
-    def _load(self, key: str, extension: str, size: int) -> bool:
-        """Load labels, and the images of groups that begin within the window."""
-        if key != self._key:
-            self._key = key
-            within = not self._groups or self._stored.tell() < self._stop
-            self._load_images = not self._skip_rest and within
-            self._loaded += self._load_images
         return _load_label(key, extension, size) or (
-            self._load_images and _load_image(extension, size)
+            self.is_image(extension) and size <= MAX_IMAGE_BYTES
         )
+
+
+class _TarFacts:
+    """The labels of a tar, and whether it is clear which members are the images."""
+
+    def __init__(self, source: WebDatasetSource) -> None:
+        self.labels: set[int | str] = set()
+        self._source, self._any_image, self._ambiguous = source, False, ""
+
+    def add(self, group: Group) -> None:
+        """Add a sample."""
+        label, _ = self._source.label_of(group)
+        self.labels |= {label} - {None}  # type: ignore[arg-type]
+        image, reason = self._source.image_of(group)
+        self._any_image |= image is not None
+        if reason.startswith(SEVERAL_IMAGES):
+            self._ambiguous = self._ambiguous or reason
+
+    @property
+    def problem(self) -> str:
+        """Why no sample has an image although members can be images; "" otherwise."""
+        return "" if self._any_image else self._ambiguous
+
+
+class _Apart:
+    """Whether groups in some places of a tar have images without labels, and the reverse."""
+
+    def __init__(self, source: WebDatasetSource) -> None:
+        self.images = self.labels = False
+        self._source, self._ignored = source, source.settings.label_column is None
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Add the groups of a place."""
+        for group in groups:
+            has_image = any(map(self._source.is_image, group.names))
+            has_label = any(extension in _LABELS for extension in group.names)
+            self.images |= has_image and not has_label and not self._ignored
+            self.labels |= has_label and not has_image
 
 
 def _is_compressed(path: str) -> bool:
     return path.lower().endswith((".gz", ".tgz"))
+
+
+def _extension(column: str) -> str:
+    """Return `source.image_column` as `Group.names` has extensions."""
+    return column.lower().removeprefix(".")
+
+
+def _listed(extensions: Iterable[str]) -> str:
+    return ", ".join(f".{name}" for name in list(extensions)[:5])
+
+
+def _gone(fragment: Fragment, position: int, keep_id: IdFilter | None) -> Iterator[RawSample]:
+    """Yield a reject for each sample of a fragment from number `position` on."""
+    for number in range(max(position, fragment.start), fragment.stop):
+        sample_id = f"{fragment.path}#sample-{number}"
+        if keep_id is None or keep_id(sample_id):
+            reason = "the tar has fewer samples than when it was indexed"
+            yield RawSample(sample_id, None, None, reason)
 
 
 def _sample_id(path: str, key: str) -> str:
@@ -318,7 +404,3 @@ def _sample_id(path: str, key: str) -> str:
 def _load_label(key: str, extension: str, size: int) -> bool:
     """Load label members only; see `LoadMember`."""
     return extension in _LABELS and size <= MAX_LABEL_BYTES
-
-
-def _load_image(extension: str, size: int) -> bool:
-    return extension in _IMAGES and size <= MAX_IMAGE_BYTES

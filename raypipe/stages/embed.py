@@ -76,6 +76,7 @@ class EmbedStage(Stage):
         return {
             "dtype": config.embed.dtype,
             "max_pixels": config.source.max_pixels,
+            **({"bit_depth": config.source.bit_depth} if config.source.bit_depth != 16 else {}),
             **pixels,
             **cross_fit,
         }
@@ -202,16 +203,17 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
                 yield sample
 
     size, max_pixels = config.proxy.image_size, config.source.max_pixels
+    depth = config.source.bit_depth
     columns: Batch = {}
     if gpu_decoding:
         from raypipe.vision.gpu_decode import split_off_jpegs
 
-        images, pixels, unreadable = split_off_jpegs(samples(), size, max_pixels)
+        images, pixels, unreadable = split_off_jpegs(samples(), size, max_pixels, depth)
         columns["image"] = np.empty(len(images), object)
         columns["image"][:] = images
         columns["jpeg_pixels"] = np.array(pixels, np.int64)
     else:
-        columns["image"], unreadable = decode_batch(samples(), size, max_pixels, count)
+        columns["image"], unreadable = decode_batch(samples(), size, max_pixels, count, depth)
     if len(ids) != count:
         raise StageError(
             f"{fragment.path}: {len(ids)} samples where the index counted {count}; "

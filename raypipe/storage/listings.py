@@ -16,10 +16,11 @@ from raypipe.storage.places import filesystem, name
 from raypipe.storage.remote_listing import stored_files, stored_folders
 
 
-def walk(uri: str) -> Iterator[FileInfo]:
+def walk(uri: str, with_hidden: bool = False) -> Iterator[FileInfo]:
     """Yield all files below a folder in path order; nothing if the folder does not exist.
 
-    Hidden files are left out. Several parts of an object store are listed in parallel.
+    Local links are followed. Hidden files are left out by default. Several parts of an object store
+    are listed in parallel.
 
     Raises
     ------
@@ -29,8 +30,8 @@ def walk(uri: str) -> Iterator[FileInfo]:
     fs, path = filesystem(uri)
     retry = functools.partial(retrying, what=uri)
     if isinstance(fs, LocalFileSystem):
-        return local_files(path, retry)
-    return stored_files(fs, path, retry)
+        return local_files(path, retry, with_hidden=with_hidden)
+    return stored_files(fs, path, retry, with_hidden)
 
 
 def listing(uri: str) -> list[FileInfo]:

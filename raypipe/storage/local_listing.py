@@ -21,13 +21,16 @@ Retry = Callable[[Callable[[], Any]], Any]
 
 
 def local_files(
-    root: str, retry: Retry, enter: Callable[[str], bool] | None = None
+    root: str,
+    retry: Retry,
+    enter: Callable[[str], bool] | None = None,
+    with_hidden: bool = False,
 ) -> Iterator[FileInfo]:
     """Yield every file below a local folder; nothing if the folder does not exist.
 
     Links are followed, including links to folders, unless a link leads back to one of its own
-    parent folders. Hidden files and folders, a `lost+found` at the top, pipes, sockets and devices
-    are left out. A broken link is listed as a file of 0 bytes.
+    parent folders. A `lost+found` at the top, pipes, sockets and devices are left out, and so are
+    hidden files and folders by default. A broken link is listed as a file of 0 bytes.
 
     Parameters
     ----------
@@ -37,13 +40,16 @@ def local_files(
         Runs each request.
     enter : callable, optional
         Takes the relative path of a folder and returns whether to list it. Default: all folders.
+    with_hidden : bool
+        Whether hidden files and folders are listed.
 
     Raises
     ------
     OSError
         For a folder that cannot be read. The error names it.
     """
-    yield from _below(root, "", [], retry, enter or (lambda folder: True))
+    names = functools.partial(_names, retry=retry, with_hidden=with_hidden)
+    yield from _below(root, "", [], names, retry, enter or (lambda folder: True))
 
 
 def local_folders(root: str, retry: Retry) -> list[str]:
@@ -84,12 +90,13 @@ def _below(
     folder: str,
     prefix: str,
     parents: list[tuple[int, int]],
+    names_in: Callable[[str], list[str]],
     retry: Retry,
     enter: Callable[[str], bool],
 ) -> Iterator[FileInfo]:
     """Yield the files below `folder`; `parents` holds device and inode of the folders above it."""
     try:
-        names = _names(folder, retry)
+        names = names_in(folder)
         status = os.stat(folder)
     except (FileNotFoundError, NotADirectoryError):
         return  # the folder does not exist, or it was deleted after its parent was read
@@ -105,10 +112,10 @@ def _below(
                     size = status.st_size if stat.S_ISREG(status.st_mode) else 0
                     yield FileInfo(prefix + name, size, str(status.st_mtime))
         elif enter(prefix + name[:-1]) and not (name == "lost+found/" and not prefix):
-            yield from _below(path[:-1], prefix + name, [*parents, inode], retry, enter)
+            yield from _below(path[:-1], prefix + name, [*parents, inode], names_in, retry, enter)
 
 
-def _names(folder: str, retry: Retry) -> list[str]:
+def _names(folder: str, retry: Retry, with_hidden: bool = False) -> list[str]:
     """Return the names in a folder; folders end in a slash, so that they sort as whole paths do."""
 
     def read() -> list[str]:
@@ -116,7 +123,7 @@ def _names(folder: str, retry: Retry) -> list[str]:
             return [
                 entry.name + "/" * _is_folder(entry)
                 for entry in entries
-                if not entry.name.startswith(".")
+                if with_hidden or not entry.name.startswith(".")
             ]
 
     return sorted(retry(read))

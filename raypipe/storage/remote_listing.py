@@ -3,6 +3,10 @@
 An object store answers in pages of 1,000 keys, and each page takes tens of milliseconds. Ranges of
 keys are therefore listed in parallel and merged in order. The whole listing is never held in
 memory.
+
+Some stores that speak the protocol of S3 ignore parts of it. One that ignores where a listing
+should start is listed in one piece. Whatever a store does, every key has to be greater than the one
+before it, so that no file can be counted twice.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from raypipe.errors import StorageError
 from raypipe.storage.file_info import FileInfo, file_info, hidden
 from raypipe.storage.local_listing import Retry
 
@@ -33,16 +38,21 @@ PAGES_AHEAD = 4
 Pages = Iterator[list[FileInfo]]
 
 
-def stored_files(fs: Any, path: str, retry: Retry) -> Iterator[FileInfo]:
+def stored_files(fs: Any, path: str, retry: Retry, with_hidden: bool = False) -> Iterator[FileInfo]:
     """Yield every file below a folder of an object store; nothing if the folder does not exist.
 
-    Hidden files and folder markers are left out.
+    Folder markers are left out, and so are hidden files by default.
+
+    Raises
+    ------
+    StorageError
+        If the store lists a key out of order, twice, or from another folder.
     """
     parts = _ranges(fs, path, retry) if hasattr(fs, "call_s3") else _folders(fs, path, retry)
     return (
         file
-        for file in _in_order(parts)
-        if file.path and not file.path.endswith("/") and not hidden(file.path)
+        for file in _checked(_in_order(parts), path)
+        if file.path and not file.path.endswith("/") and (with_hidden or not hidden(file.path))
     )
 
 
@@ -84,10 +94,13 @@ class _KeyRange:
 
     def pages(self, fs: Any, retry: Retry) -> Pages:
         """Yield the keys of the range in pages."""
-        token, more = "", True
+        token, after, more = "", self.after, True
         while more:
-            answer = _list_objects(fs, self.bucket, self.prefix, "", token, retry, self.after)
+            answer = _list_objects(fs, self.bucket, self.prefix, "", token, retry, after)
             contents = answer.get("Contents", [])
+            for item in contents:
+                if not item["Key"].startswith(self.prefix):
+                    raise _bad_listing(f"{self.bucket}/{self.prefix}", item["Key"], "elsewhere")
             page = [item for item in contents if not self.until or item["Key"] < self.until]
             yield [
                 FileInfo(
@@ -98,6 +111,7 @@ class _KeyRange:
                 for item in page
             ]
             token = answer.get("NextContinuationToken", "")
+            after = page[-1]["Key"] if page else after  # used if the store gives no token
             more = bool(answer.get("IsTruncated")) and len(page) == len(contents)
 
 
@@ -112,12 +126,17 @@ def _ranges(fs: Any, path: str, retry: Retry) -> list[Callable[[], Pages]]:
         # With few folders among many files, this would list everything, one page after the other.
         while answer.get("IsTruncated") and len(folders) >= files:
             answer = _list_objects(fs, bucket, bounds[0], "/", token, retry)
-            folders += [item["Prefix"] for item in answer.get("CommonPrefixes", [])]
+            listed = [item["Prefix"] for item in answer.get("CommonPrefixes", [])]
+            if folders and listed and listed[0] <= folders[-1]:
+                raise _bad_listing(path, listed[0], f"after {folders[-1]!r}")
+            folders += listed
             files += sum(item["Key"] != bounds[0] for item in answer.get("Contents", []))
             token = answer.get("NextContinuationToken", "")
         if len(folders) != 1 or files:
             step = max(1, -(-len(folders) // RANGES))
             bounds = ["", *folders[step::step]]
+            if len(bounds) > 1 and not _starts_after(fs, bucket, prefix, bounds[1], retry):
+                bounds = [""]
             break
         bounds = folders
     return [
@@ -126,8 +145,39 @@ def _ranges(fs: Any, path: str, retry: Retry) -> list[Callable[[], Pages]]:
     ]
 
 
+def _starts_after(fs: Any, bucket: str, prefix: str, key: str, retry: Retry) -> bool:
+    """Return whether the store can start a listing after a key."""
+    answer = _list_objects(fs, bucket, prefix, "", "", retry, key, limit=1)
+    return all(item["Key"] > key for item in answer.get("Contents", []))
+
+
+def _checked(files: Iterator[FileInfo], folder: str) -> Iterator[FileInfo]:
+    """Yield the files. Raises StorageError unless every path is greater than the one before it."""
+    last: str | None = None
+    for file in files:
+        if last is not None and file.path <= last:
+            raise _bad_listing(folder, file.path, f"after {last!r}")
+        last = file.path
+        yield file
+
+
+def _bad_listing(folder: str, key: str, where: str) -> StorageError:
+    return StorageError(
+        f"{folder}: the store lists {key!r} {where}, but listings have to be in the order of the "
+        "keys, each key once; files could be counted twice or missed. Use another store, or give "
+        "a list of files as source.uri"
+    )
+
+
 def _list_objects(
-    fs: Any, bucket: str, prefix: str, delimiter: str, token: str, retry: Retry, after: str = ""
+    fs: Any,
+    bucket: str,
+    prefix: str,
+    delimiter: str,
+    token: str,
+    retry: Retry,
+    after: str = "",
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Return one page of keys, as S3 answers `ListObjectsV2`."""
     arguments = {
@@ -138,7 +188,9 @@ def _list_objects(
     }
     non_empty = {key: value for key, value in arguments.items() if value}
     return retry(
-        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=PAGE, **non_empty, **fs.req_kw)
+        lambda: fs.call_s3(
+            "list_objects_v2", Bucket=bucket, MaxKeys=limit or PAGE, **non_empty, **fs.req_kw
+        )
     )
 
 

@@ -25,7 +25,10 @@ import pyarrow.types as pt
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
+from raypipe.sources.columns import class_names, features_of
+from raypipe.sources.hive import partition_values
 from raypipe.sources.location import Location
+from raypipe.sources.splits import several_splits
 from raypipe.sources.values import damage_reason
 
 ID, LABEL, EMBEDDING = "sample_id", "label", "embedding"
@@ -153,12 +156,22 @@ class EmbeddingBatch:
 
 
 def stored_files(uri: str) -> list[tuple[str, storage.FileInfo]]:
-    """List URI and file information of the Parquet files at a URI. Raises SourceError for none."""
+    """List URI and file information of the Parquet files at a URI.
+
+    Raises SourceError for none, or for files of several splits.
+    """
     location = Location(SourceSettings(uri=uri))
     try:
-        return [(location.uri(file.path), file) for file in location.files("parquet")]
+        files = location.files("parquet")
     except SourceError as error:
         raise SourceError(str(error).removesuffix("; check source.uri")) from None
+    splits = several_splits([file.path for file in files])
+    if splits is not None and not location.names_files:
+        raise SourceError(
+            f"{uri}: the files are of several splits: {splits.counts}; give the files of one, such "
+            f"as {storage.join(uri, splits.include or 'train-*')}"
+        )
+    return [(location.uri(file.path), file) for file in files]
 
 
 @contextmanager
@@ -273,16 +286,21 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
     """
     files = stored_files(uri)
     with ThreadPoolExecutor(16) as threads:
-        footers = list(threads.map(lambda file: _footer(file[0]), files))
-    label_types = {labels for _, labels in footers if labels}
+        footers = list(threads.map(lambda file: _footer(file[0], file[1].path), files))
+    label_types = {labels for _, labels, _ in footers if labels}
     if len(label_types) > 1:
         raise SourceError(
             f"{uri}: labels are numbers in some files and text in others; use one type"
         )
+    if len({names for _, labels, names in footers if labels}) > 1:
+        raise SourceError(
+            f"{uri}: the files state different class names, or the same in another order; write "
+            f"column {LABEL!r} as text"
+        )
     labels = next(iter(label_types), "")
     fragments = [
         fragment
-        for (file, info), (groups, _) in zip(files, footers)
+        for (file, info), (groups, _, _) in zip(files, footers)
         for fragment in _divide(file, info, groups, labels)
     ]
     if not fragments:
@@ -290,8 +308,8 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
     return fragments
 
 
-def _footer(uri: str) -> tuple[list[int], str]:
-    """Return the rows of each row group, and the type of the labels."""
+def _footer(uri: str, path: str) -> tuple[list[int], str, tuple[str, ...] | None]:
+    """Return the rows of each row group, the type of the labels, and the names of the classes."""
     with _opened(uri) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -302,13 +320,15 @@ def _footer(uri: str) -> tuple[list[int], str]:
         raise SourceError(
             f"{uri}: column {EMBEDDING!r} is {kind}; expected a list of float16, float32 or float64"
         )
-    return groups, _label_type(uri, schema)
+    names = class_names(features_of(schema), LABEL)
+    return groups, _label_type(uri, schema, path), names
 
 
-def _label_type(uri: str, schema: pa.Schema) -> str:
+def _label_type(uri: str, schema: pa.Schema, path: str) -> str:
     """Return "integer", "string", or "" for a file without labels."""
     if LABEL not in schema.names:
-        return ""
+        value = partition_values(path).get(LABEL)
+        return "" if value is None else "integer" if isinstance(value, int) else "string"
     kind = _type(uri, schema, LABEL)
     plain = kind.value_type if pt.is_dictionary(kind) else kind
     # pandas writes whole numbers as floating-point numbers if some are missing
@@ -367,7 +387,7 @@ def read_batches(
             for part in parquet.iter_batches(
                 BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
             ):
-                label = part.column(LABEL) if LABEL in columns else pa.nulls(len(part))
+                label = part.column(LABEL) if LABEL in columns else _of_path(fragment, len(part))
                 yield EmbeddingBatch(
                     _text(part.column(ID)),
                     _labels(fragment, label),
@@ -383,7 +403,11 @@ def read_ids(fragment: TableFragment) -> Iterator[tuple[int, pa.Array, pa.Array]
         columns = [name for name in (ID, LABEL) if name in parquet.schema_arrow.names]
         for group, _ in fragment.groups:
             table = parquet.read_row_group(group, columns, use_threads=False).combine_chunks()
-            label = table[LABEL].combine_chunks() if LABEL in columns else pa.nulls(len(table))
+            label = (
+                table[LABEL].combine_chunks()
+                if LABEL in columns
+                else _of_path(fragment, len(table))
+            )
             yield group, _text(table[ID].combine_chunks()), _labels(fragment, label)
 
 
@@ -469,6 +493,11 @@ def _check_id(uri: str, schema: pa.Schema) -> None:
 
 def _text(column: pa.Array) -> pa.Array:
     return pc.cast(column, pa.string())
+
+
+def _of_path(fragment: TableFragment, rows: int) -> pa.Array:
+    """Return the labels of a file without such a column: of its partition, or null."""
+    return pa.array([partition_values(fragment.path).get(LABEL)] * rows)
 
 
 def _labels(fragment: TableFragment, column: pa.Array) -> pa.Array:

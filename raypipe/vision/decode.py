@@ -3,7 +3,8 @@
 The result is always RGB, uint8, square. Other kinds of images are converted:
 
 - Greyscale of any depth: three equal channels. Bilevel: black and white. Palette: its colours.
-- 16 bits per channel (PNG, TIFF): the high byte. 32-bit and floating-point pixels are refused.
+- 16 bits per channel (PNG, TIFF): the high byte; of greyscale images, the upper 8 of `bit_depth`
+  bits. 32-bit and floating-point pixels are refused.
 - CMYK and YCCK, Lab and YCbCr: converted without their profiles. CMYK in a JPEG is taken to be
   inverted, as Adobe writes it, with or without Adobe's marker.
 - Transparency (alpha, of a palette, the colour key of 8-bit images): laid over white. Colour keys
@@ -86,7 +87,9 @@ class EncodedSample(Protocol):
     def reason(self) -> str: ...
 
 
-def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
+def decode(
+    image: bytes | np.ndarray, size: int, max_pixels: int, bit_depth: int = 16
+) -> np.ndarray:
     """Return the pixels of one image, uint8 [3, size, size].
 
     The shorter side is resized to `size` (antialiased bilinear; smaller images are enlarged),
@@ -101,6 +104,9 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
         Side of the result in pixels.
     max_pixels : int
         An image whose header states more pixels is refused before it is decoded.
+    bit_depth : int
+        Bits that 16-bit greyscale images use, 8 to 16 (`source.bit_depth`). A larger value is
+        refused.
 
     Raises
     ------
@@ -109,7 +115,7 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
     """
     opened: Image.Image
     try:
-        opened = _from_array(image) if isinstance(image, np.ndarray) else _from_bytes(image)
+        opened = _from_array(image) if isinstance(image, np.ndarray) else open_image(image)
         width, height = opened.size
         if width * height > max_pixels:
             raise BadImage(f"{width}x{height} pixels are more than max_pixels = {max_pixels}")
@@ -119,7 +125,7 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
         opened.draft(None, (draft_size, draft_size))  # has an effect on JPEGs only
         opened.load()
         orientation = _orientation(opened)  # after loading: a PNG can store it after its pixels
-        pixels = _over_white(_square(opened, size))
+        pixels = _over_white(_square(opened, size, bit_depth))
         if orientation in _ORIENTATIONS:
             pixels = pixels.transpose(_ORIENTATIONS[orientation])
         return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
@@ -136,7 +142,11 @@ def decode(image: bytes | np.ndarray, size: int, max_pixels: int) -> np.ndarray:
 
 
 def decode_batch(
-    samples: Iterable[EncodedSample], size: int, max_pixels: int, count: int | None = None
+    samples: Iterable[EncodedSample],
+    size: int,
+    max_pixels: int,
+    count: int | None = None,
+    bit_depth: int = 16,
 ) -> tuple[np.ndarray, list[str]]:
     """Decode many samples.
 
@@ -144,7 +154,7 @@ def decode_batch(
     ----------
     samples : Iterable[EncodedSample]
         Taken one by one: what a generator reads need not be in memory all at once.
-    size, max_pixels : int
+    size, max_pixels, bit_depth : int
         As for `decode`.
     count : int, optional
         Number of samples. Needed if `samples` has no length.
@@ -165,7 +175,7 @@ def decode_batch(
         reason = sample.reason or ("" if sample.image is not None else "no image")
         if not reason and sample.image is not None:
             try:
-                pixels[position] = decode(sample.image, size, max_pixels)
+                pixels[position] = decode(sample.image, size, max_pixels, bit_depth)
             except BadImage as error:
                 reason = str(error)
         reasons.append(reason)
@@ -181,7 +191,7 @@ def jpeg_pixels(data: bytes, max_pixels: int) -> int:
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return 0
     try:
-        image = _from_bytes(data)
+        image = open_image(data)
         count = image.width * image.height
         plain = (
             image.format == "JPEG"
@@ -223,7 +233,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _from_bytes(data: bytes) -> ImageFile.ImageFile:
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Open an encoded image without decoding it. Raises BadImage, and whatever Pillow raises."""
     if not data:
         raise BadImage("empty: 0 bytes")
     with _own_limit():
@@ -256,20 +267,25 @@ def _orientation(image: Image.Image) -> int:
         return 1  # damaged EXIF says nothing about the pixels
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _plain(image: Image.Image, bit_depth: int) -> Image.Image:
     """Return the image as L, RGB or RGBA, the modes that can be resized faithfully."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage("32-bit pixels are not supported")
-        return Image.fromarray((values >> 8).astype(np.uint8))
+        if values.max() >= 1 << bit_depth:
+            bits = int(values.max()).bit_length()
+            raise BadImage(
+                f"a value takes {bits} bits, but source.bit_depth is {bit_depth}; set it to {bits}"
+            )
+        return Image.fromarray((values >> (bit_depth - 8)).astype(np.uint8))
     if image.mode == "F":
         raise BadImage("floating-point pixels are not supported")
     mode = "RGBA" if image.has_transparency_data else "L" if image.mode in {"1", "L"} else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _square(image: Image.Image, size: int, bit_depth: int) -> Image.Image:
     """Return the central square, resized, as L, RGB or RGBA."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -286,7 +302,7 @@ def _square(image: Image.Image, size: int) -> Image.Image:
                     min(image.height, top + side + margin),
                 )
             )
-        image, left, top = _plain(image), left - x, top - y
+        image, left, top = _plain(image, bit_depth), left - x, top - y
     box = (left, top, left + side, top + side)
     if side == size:
         return image if image.width == image.height else image.crop(box)

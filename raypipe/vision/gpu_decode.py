@@ -36,7 +36,7 @@ MAX_BYTES_PER_TASK = 1 << 30
 
 
 def split_off_jpegs(
-    samples: Iterable[EncodedSample], size: int, max_pixels: int
+    samples: Iterable[EncodedSample], size: int, max_pixels: int, bit_depth: int = 16
 ) -> tuple[list[bytes], list[int], list[str]]:
     """Separate plain JPEGs, which are decoded elsewhere, and decode all other samples.
 
@@ -67,7 +67,7 @@ def split_off_jpegs(
             images.append(data)
             encoded_bytes += len(data)
         else:
-            decoded, (reason,) = decode_batch([sample], size, max_pixels)
+            decoded, (reason,) = decode_batch([sample], size, max_pixels, bit_depth=bit_depth)
             images.append(b"" if reason else decoded.tobytes())
         pixels.append(count)
         reasons.append(reason)

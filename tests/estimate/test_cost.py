@@ -17,6 +17,7 @@ from raypipe.estimate.facts import CostEstimate
 from raypipe.estimate.inspect_text import describe_cost
 from raypipe.runs.run import Run
 from raypipe.text import duration_range
+from raypipe.vision import network_costs
 
 LAPTOP = Machine(4, 0, "a laptop")
 
@@ -217,7 +218,7 @@ def test_the_table_of_networks_is_right(model: str, size: int) -> None:
         network = build_network(model, 10, size).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta"))
-    assert rates.macs(model, size) == pytest.approx(counter.get_total_flops() / 2, rel=0.08)
+    assert network_costs.macs(model, size) == pytest.approx(counter.get_total_flops() / 2, rel=0.08)
     assert rates.width(model) == network.head.in_features
     assert rates.PARAMETERS[model] == pytest.approx(
         sum(value.numel() for value in network.backbone.parameters()), rel=0.01
@@ -228,7 +229,7 @@ def test_every_method_and_network_has_a_cost(digits: Survey) -> None:
     from raypipe.config.choices import PROXY_MODELS
     from raypipe.extrapolators import METHODS
 
-    assert set(rates.MACS_PER_PIXEL) == set(rates.PARAMETERS) == set(PROXY_MODELS)
+    assert set(network_costs.MACS_PER_PIXEL) == set(rates.PARAMETERS) == set(PROXY_MODELS)
     for method in METHODS:
         assert estimate(digits, _config(extrapolate={"method": method}), LAPTOP).high > 0
 

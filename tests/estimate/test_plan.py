@@ -18,10 +18,10 @@ from raypipe import storage
 from raypipe.cli import cli
 from raypipe.config import load_config, parse_config
 from raypipe.errors import ConfigError, RunError
-from raypipe.estimate import rates as constants
 from raypipe.estimate.efforts import embedding_passes
 from raypipe.estimate.plan import Prices, Rates, RunPlan, SourceSize, plan, read_rates
 from raypipe.runs.run import Run
+from raypipe.vision import network_costs
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -186,7 +186,7 @@ def test_rates_are_those_of_the_committed_tables() -> None:
     )
     alignment = (RESULTS / "alignment-cpu.txt").read_text(encoding="utf-8")
     forward = float(re.search(r"forward, channels last +([\d.]+)", alignment)[1]) / 1e3  # type: ignore[index]
-    assert constants.macs("resnet18", 32) / forward == pytest.approx(Rates().cpu_macs, rel=0.5)
+    assert network_costs.macs("resnet18", 32) / forward == pytest.approx(Rates().cpu_macs, rel=0.5)
     indexing = (RESULTS / "indexing-cpu.txt").read_text(encoding="utf-8")
     answer = float(re.search(r"1,000 keys in (\d+) ms", indexing)[1]) / 1e3  # type: ignore[index]
     again = re.search(r"folders +again +([\d,]+) +[\d.]+ +([\d.]+)", indexing)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import serial
 from helpers import small_config
+from serial import no_ray
 from sklearn.datasets import load_digits
 
 from raypipe import storage
@@ -19,6 +20,8 @@ from raypipe.distributed.context import Context
 from raypipe.evaluation import driver
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
+
+__all__ = ["no_ray"]
 
 
 def _in_turn(

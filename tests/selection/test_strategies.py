@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 
+from raypipe.config.choices import CUTTING_STRATEGIES
 from raypipe.errors import ConfigError, StageError
 from raypipe.selection import (
     ALWAYS,
@@ -47,6 +48,11 @@ class Data:
     ids: list[str]
     mark: np.ndarray | None = None
 
+    def vectors(self) -> np.ndarray:
+        """Return embeddings that depend on the ids alone, float32 [n, 5]."""
+        values = np.stack([uniform(hash64(self.ids, seed)) for seed in range(100, 105)], 1)
+        return (values - 0.3).astype(np.float32)
+
     @classmethod
     def of(cls, samples: list[tuple[float, int, float]]) -> Data:
         columns = list(zip(*samples, strict=True)) or [(), (), ()]
@@ -79,7 +85,19 @@ class Data:
                 part = rows[start : start + size]
                 ids = [self.ids[row] for row in part] if with_ids else ()
                 mark = None if self.mark is None else self.mark[part]
-                yield Chunk(self.score[part], self.label[part], ids, self.loss[part], mark)
+                yield Chunk(self.score[part], self.label[part], ids, self.loss[part], mark, start)
+
+        return chunks
+
+    def embedded(
+        self, size: int = 7, order: list[int] | None = None
+    ) -> Callable[[], Iterator[tuple[Chunk, np.ndarray]]]:
+        vectors = self.vectors()[order if order is not None else slice(None)]
+
+        def chunks() -> Iterator[tuple[Chunk, np.ndarray]]:
+            for chunk in self.stream(size, order)(True):
+                assert chunk.position is not None
+                yield chunk, vectors[chunk.position : chunk.position + len(chunk.score)]
 
         return chunks
 
@@ -95,7 +113,8 @@ class Data:
         chunks = self.stream(size, order)
         chosen = SelectionOptions(**options)  # type: ignore[arg-type]
         result = []
-        for cut in select(chunks, keep, strategy, CLASSES, chosen, marked=self.mark is not None):
+        marked, embedded = self.mark is not None, self.embedded(size, order)
+        for cut in select(chunks, keep, strategy, CLASSES, chosen, marked, embedded):
             kept: dict[str, float | None] = {}
             for chunk in chunks(True):
                 rows = np.flatnonzero(cut.mask(chunk))
@@ -145,7 +164,7 @@ def test_by_class_every_class_has_its_share(
 ) -> None:
     data = Data.of(samples)
     class_sizes = np.bincount(data.label + 1, minlength=CLASSES + 1)
-    if strategy == "ccs":
+    if strategy in CUTTING_STRATEGIES:
         class_sizes -= class_sizes // 10  # the hardest
     for fraction, kept in zip(
         FRACTIONS,
@@ -455,8 +474,8 @@ def test_each_class_has_its_least_number(strategy: str) -> None:
         (kept,) = data.lists(strategy, (fraction,), min_per_class=minimum, strata=5)
         label = np.array([data.label[data.ids.index(name)] for name in kept])
         assert len(kept) == round(fraction * 200)
-        # CCS excludes the samples it cuts off
-        present = min(minimum, 3) if strategy != "ccs" else 1
+        # samples that are cut off are excluded
+        present = min(minimum, 3) if strategy not in CUTTING_STRATEGIES else 1
         assert (
             (label == 0).sum() >= present
             and (label == 1).sum() >= minimum

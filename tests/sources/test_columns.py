@@ -57,7 +57,8 @@ def test_columns_are_found_by_name_description_or_type(
     )
     (sample,) = samples(source)
     row = table.to_pylist()[0]
-    assert sample == ("a.parquet#0", row[image], row[label], "")
+    stored = row[label] if table.schema.metadata is None else NAMES[row[label]]
+    assert sample == ("a.parquet#0", row[image], stored, "")
     # explicit names are kept without opening any file
     explicit = make(
         f"{tmp_path}/none.parquet", format="parquet", image_column="a", label_column="b"

@@ -84,9 +84,31 @@ def test_a_line_of_text_is_split_where_a_label_begins(
     assert read(tmp_path, "x.txt", line) == [expected]
 
 
-def test_quotes_hold_delimiters_quotes_and_lines(tmp_path: Any) -> None:
-    found = read(tmp_path, "x.csv", 'path,label\n"a, ""b"".jpg","x\ny"\n')
-    assert found == [('a, "b".jpg', "x\ny")]
+def test_quotes_hold_delimiters_and_quotes(tmp_path: Any) -> None:
+    found = read(tmp_path, "x.csv", 'path,label\n"a, ""b"".jpg","x ""y"\n')
+    assert found == [('a, "b".jpg', 'x "y')]
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.txt"])
+def test_a_quotation_mark_is_a_letter_between_tabs(tmp_path: Any, name: str) -> None:
+    classes = ['"Lena" apple', '"', "plain", 'a "b" c']
+    lines = [(f"{number}.jpg", classes[number % 4]) for number in range(80)]
+    content = "".join(f"{path}\t{label}\n" for path, label in lines)
+    assert read(tmp_path, name, content) == lines
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('path,label\na.jpg,x\nb.jpg,"y\nc.jpg,z"\nd.jpg,x\n', "line 3: a quoted cell"),
+        ('a.jpg,"x\r\nb.jpg,y"\r\n', "line 1: a quoted cell"),
+        ('note,path,label\n"two\nlines",a.jpg,x\n', "line 2: a quoted cell"),
+        ('a.jpg,x\n\nb.jpg,"y\n', "line 3: a quoted cell"),
+    ],
+)
+def test_a_cell_that_swallows_a_line_end_is_refused(tmp_path: Any, content: str, line: str) -> None:
+    with pytest.raises(SourceError, match=line):
+        read(tmp_path, "x.csv", content)
 
 
 def test_missing_cells(tmp_path: Any) -> None:
@@ -111,7 +133,7 @@ def test_a_first_line_with_an_image_is_no_header(tmp_path: Any) -> None:
 
 def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
     for name, content in (
-        ("x.csv", 'path,label\n\n"a\nb.jpg",1\n,2\n'),
+        ("x.csv", "path,label\n\n\na b.jpg,1\n,2\n"),
         ("x.txt", "\na b.jpg 1\n\nc 2"),
     ):
         storage.write_bytes(f"{tmp_path}/{name}", content.encode())
@@ -130,7 +152,7 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Any) -> None:
             "no column 'key' among path, label; set source.path_column",
         ),
         ("a.jpg,1\n", {"path_column": "key"}, "no column 'key' in its first line"),
-        ('path,label\n"a.jpg,1\n' + "b.jpg,1\n" * 20_000, {}, r"line \d+: .*is a quote not closed"),
+        ('path,label\n"a.jpg,1\n' + "b.jpg,1\n" * 20_000, {}, "line 2: .*is a quote not closed"),
     ],
 )
 def test_what_cannot_be_understood_is_said(

@@ -13,6 +13,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.config import SourceSettings
+from raypipe.estimate import inspect, inspect_source
 from raypipe.sources import tarfiles, webdataset
 from raypipe.sources.webdataset import WebDatasetSource
 from raypipe.vision.decode import decode_batch
@@ -270,6 +271,99 @@ def test_a_key_that_comes_again_is_a_reject(tmp_path: Any, limit: int, name: str
         "9",
     ]
     assert found[1].image == picture(1) and found[6].image == picture(9)
+
+
+def scattered(count: int, first: str) -> list[Member]:
+    """Samples whose images and labels are apart, with a caption after both."""
+    images = [(f"{number:02d}.png", picture(number)) for number in range(count)]
+    labels = [(f"{number:02d}.cls", f"class {number % 3}".encode()) for number in range(count)]
+    captions = [(f"{number:02d}.txt", b"words") for number in reversed(range(count))]
+    return [*(images + labels if first == "images" else labels + images), *captions]
+
+
+@pytest.mark.parametrize("first", ["images", "labels"])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+@pytest.mark.parametrize("limit", [7, 100])
+def test_members_that_do_not_follow_one_another_are_one_sample(
+    tmp_path: Any, limit: int, name: str, first: str
+) -> None:
+    content = tar(scattered(60, first))
+    content = gzip.compress(content) if name.endswith("gz") else content
+    source = one(tmp_path, content, name, fragment_samples=limit)
+    found = samples(source, lambda name: name[-1] != "9")
+    assert [(sample.sample_id, sample.image, sample.label, sample.reason) for sample in found] == [
+        (f"{name}#{number:02d}", picture(number), f"class {number % 3}", "")
+        for number in range(60)
+        if number % 10 != 9
+    ]
+    assert [scan.labels for scan in scans(source)] == [{"class 0", "class 1", "class 2"}]
+
+
+def test_what_is_wrong_in_a_tar_with_scattered_samples(tmp_path: Any) -> None:
+    members = scattered(4, "images")
+    members += [("01.png", picture(9)), ("only.cls", b"1"), special("03.json", tarfile.SYMTYPE)]
+    found = samples(one(tmp_path, tar(members), fragment_samples=3))
+    assert {sample.sample_id[6:]: sample.image for sample in found if sample.image} == {
+        f"{number:02d}": picture(number) for number in range(3)
+    }
+    assert rejects(found) == {
+        "a.tar#01": "duplicate key: an earlier sample of the tar has it too",
+        "a.tar#03": "03.json: a link or special file, which is not followed",
+        "a.tar#only": "no image: only .cls",
+    }
+    # it becomes shorter after the scan
+    source = one(tmp_path, tar(scattered(8, "images")), fragment_samples=3)
+    fragments = scans(source)[0].fragments
+    (tmp_path / "a.tar").write_bytes(tar(scattered(2, "images")))
+    again = [sample for fragment in fragments for sample in source.read(fragment)]
+    assert [bool(sample.reason) for sample in again] == [False] * 2 + [True] * 6
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("first", ["images", "labels"])
+def test_an_inspection_of_scattered_samples(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, first: str, small: bool
+) -> None:
+    if not small:
+        monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(webdataset, "PREVIEW_BYTES", 4096)
+    (tmp_path / "a.tar").write_bytes(tar(scattered(60, first)))
+    survey = inspect_source(SourceSettings(uri=f"{tmp_path}/a.tar")).survey
+    assert survey.samples == 60 and survey.rejects.count == 0 and survey.balance is not None
+    assert survey.balance.per_class == {f"class {number}": 20 for number in range(3)}
+
+
+def test_which_member_is_the_image(tmp_path: Any) -> None:
+    content = tar(
+        [
+            member
+            for number in range(3)
+            for member in (
+                (f"{number}.png", picture(90 + number)),  # the mask comes first
+                (f"{number}.jpg", picture(number)),
+                (f"{number}.rgb.webp", picture(30 + number)),
+                (f"{number}.cls", b"1"),
+            )
+        ]
+    )
+    (scan,) = scans(one(tmp_path, content))
+    assert [fragment.error for fragment in scan.fragments] == [
+        "several members may be the image: .png, .jpg; set source.image_column"
+    ]
+    for column, first in (("jpg", 0), (".PNG", 90), ("rgb.webp", 30)):
+        found = samples(one(tmp_path, content, image_column=column))
+        assert [sample.image for sample in found] == [picture(first + row) for row in range(3)]
+    assert rejects(samples(one(tmp_path, content, image_column="webp"))) == {
+        f"a.tar#{row}": "no image: no .webp, only .png, .jpg, .rgb.webp, .cls" for row in range(3)
+    }
+    # if it is clear in other samples, only those in which it is not are rejects
+    mixed = tar([("a.png", b"1"), ("b.jpg", b"2"), ("b.png", b"3"), ("c.jpg", b"4")])
+    found = samples(one(tmp_path, mixed))
+    assert [sample.image for sample in found] == [b"1", None, b"4"]
+    assert list(rejects(found)) == ["a.tar#b"]
+    (tmp_path / "a.tar").write_bytes(content)
+    survey = inspect_source(SourceSettings(uri=f"{tmp_path}/a.tar")).survey
+    assert survey.unreadable_files == (("a.tar", scan.fragments[0].error),)
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ"])

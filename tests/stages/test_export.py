@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,25 @@ def test_indices_of_folders_are_those_of_torchvision(tmp_path: Path) -> None:
         about["indices"]
     ) == 5
     assert "ImageFolder" in about["order"]
+
+
+def test_indices_of_folders_that_are_links(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    for number, name in enumerate(("a/1.png", "elsewhere/2.png", "elsewhere/in/3.png")):
+        storage.write_bytes(f"{tmp_path}/{name}", digit_pngs(number + 1)[0][number])
+    root = tmp_path / "images"
+    root.mkdir()
+    for name, target in (("b", "elsewhere"), ("c", "a"), ("d", "elsewhere/in")):
+        (root / name).symlink_to(tmp_path / target)
+    (root / "c-file").mkdir()
+    (root / "c-file/x.png").symlink_to(tmp_path / "a/1.png")
+    run = scored_run(f"{tmp_path}/run", str(root), 1.0)
+    exported(run, f"{tmp_path}/kept.json", "indices")
+    about = storage.read_json(f"{tmp_path}/kept.json")
+    stored = [os.path.relpath(path, root) for path, _ in ImageFolder(root).samples]
+    assert [stored[index] for index in about["indices"]] == about["sample_ids"]
+    assert len(about["indices"]) == len(stored) == 5
 
 
 def test_what_torchvision_does_not_list_is_missing(tmp_path: Path) -> None:

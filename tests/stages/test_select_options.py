@@ -22,7 +22,9 @@ from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import read_ids, unknown_id_notes
 from raypipe.selection import STRATEGIES, near_duplicates
+from raypipe.sources.id_sampling import in_sample
 from raypipe.stages.select import near_duplicates as cluster_by_cluster
+from raypipe.stages.select.recall import held_out_recall
 from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
 
 SHARDS, ROWS = 5, 40
@@ -47,10 +49,19 @@ def run(tmp_path: Path) -> Run:
         )
         values = pa.array(vectors.astype(np.float16).reshape(-1))
         loss = pa.array(draw.exponential(size=rows).astype(np.float32))
+        hit = np.random.default_rng(shard).random(rows) < np.array([0.9, 0.5, 0.7])[label]
         embedding = pa.FixedSizeListArray.from_arrays(values, 8)
         storage.write_table(
             run.path("embeddings", f"{shard}.parquet"),
-            pa.table({**named, "embedding": embedding, "loss": loss}),
+            pa.table(
+                {
+                    **named,
+                    "embedding": embedding,
+                    "prediction": pa.array(np.where(hit, label, (label + 1) % 3), pa.int32()),
+                    "loss": loss,
+                    "margin": pa.array((np.arange(rows) + shard / 9).astype(np.float32)),
+                }
+            ),
         )
     detail = {"measured": SAMPLES, "score": "moso"}
     run.write_ledger({"extrapolate": StageRecord(state="done", samples=SAMPLES, detail=detail)})
@@ -87,8 +98,49 @@ def test_every_strategy_writes_its_list_and_says_how(run: Run, strategy: str) ->
             "by_class": True,
         },
         "beta": {"seed": 0, "beta_exponent": 4.0},
+        "band": {"difficulty": "loss", "hard_cutoff": "auto", "by_class": True},
+        "d2": {"difficulty": "loss", "hard_cutoff": "auto", "by_class": True},
+        "infomax": {"difficulty": "loss", "hard_cutoff": "auto", "by_class": True},
+        "coverage": {
+            "difficulty": "loss",
+            "hard_cutoff": "auto",
+            "strata": 5,
+            "by_class": True,
+        },
+        "typical": {"by_class": True},
     }
     assert json.loads(about.get("options", "{}")) == expected.get(strategy, {})
+
+
+def test_recall_quotas_go_by_predictions_of_proxies_that_did_not_see_the_samples(
+    run: Run,
+) -> None:
+    label = np.array(list(column(run, "embeddings", "label").values()))
+    hit = np.array(list(column(run, "embeddings", "prediction").values())) == label
+    recall = [(hit[label == y].sum() + 1) / ((label == y).sum() + 2) for y in range(3)]
+    assert held_out_recall(run) == pytest.approx(recall)
+
+    settings = SelectSettings(keep=(0.25,), strategy="random", quotas="recall")
+    write_keep_lists(run, settings)
+    about = keep_metadata(run.path("keep", "keep-0.25.parquet"))
+    assert json.loads(about["options"]) == {"seed": 0, "by_class": True, "quotas": "recall"}
+    table = pq.read_table(run.path("keep", "keep-0.25.parquet"))
+    shares = np.bincount(table["label"].to_numpy()) / np.bincount(label)
+    expected = (1 - np.array(recall)) * 50 / ((1 - np.array(recall)) * np.bincount(label)).sum()
+    assert shares == pytest.approx(expected, abs=1 / np.bincount(label).min())
+
+    # with one proxy, only samples outside the seed set count
+    one = {"run": run.uri, "source": {"uri": "x"}, "proxy": {"parts": 1}}
+    run.write_config(parse_config(one | {"seed": {"fraction": 0.5}}))
+    ids = list(column(run, "embeddings", "label"))
+    rule = in_sample(0.5, run.config().seed.seed)
+    outside = np.array([not rule(name) for name in ids])
+    few = [
+        (hit[outside & (label == y)].sum() + 1) / ((outside & (label == y)).sum() + 2)
+        for y in range(3)
+    ]
+    assert held_out_recall(run) == pytest.approx(few)
+    assert few != pytest.approx(recall)
 
 
 def test_unless_told_otherwise_lists_are_cut_by_ccs_within_each_class(run: Run) -> None:
@@ -142,6 +194,37 @@ def test_lists_are_the_same_from_memory_and_from_files(
     # in memory: once for lists of ids and once for the rest, or without and then with ids
     assert passes[2] == 2 and passes[1] in (2, 3) and passes[0] > passes[1]
     assert set(kept(run)) >= {"4/é3", "0/é1", "0/é2"} and not set(kept(run)) & {"2/é39", "1/é0"}
+
+
+def test_difficulty_is_the_aum_of_proxies_that_did_not_see_the_samples(run: Run) -> None:
+    margin = column(run, "embeddings", "margin")
+    write_keep_lists(
+        run, SelectSettings(strategy="band", keep=(0.5,), difficulty="aum", by_class=False)
+    )
+    assert set(kept(run)) == set(sorted(margin, key=lambda name: margin[name])[50:150])
+    about = json.loads(keep_metadata(run.path("keep", "keep-0.50.parquet"))["options"])
+    assert about["difficulty"] == "aum"
+    one = {"run": run.uri, "source": {"uri": "x"}, "proxy": {"parts": 1}}
+    run.write_config(parse_config(one))
+    with pytest.raises(ConfigError, match=r"difficulty: aum needs the margins of proxies that"):
+        write_keep_lists(run, SelectSettings(strategy="ccs", keep=(0.5,), difficulty="aum"))
+
+
+def test_difficulty_is_el2n_only_where_that_is_the_score(run: Run) -> None:
+    settings = SelectSettings(strategy="ccs", keep=(0.5,), difficulty="el2n")
+    with pytest.raises(ConfigError, match=r"el2n needs a run whose score is el2n.*is moso\. Use"):
+        write_keep_lists(run, settings)
+    detail = {"measured": SAMPLES, "score": "el2n"}
+    run.write_ledger({"extrapolate": StageRecord(state="done", samples=SAMPLES, detail=detail)})
+    write_keep_lists(run, settings)
+    about = json.loads(keep_metadata(run.path("keep", "keep-0.50.parquet"))["options"])
+    by_el2n = kept(run)
+    write_keep_lists(run, settings.model_copy(update={"difficulty": "score"}))
+    assert about["difficulty"] == "el2n" and by_el2n == kept(run)
+    one = {"run": run.uri, "source": {"uri": "x"}, "measure": {"el2n": {"at": "trajectory"}}}
+    run.write_config(parse_config(one))
+    with pytest.raises(ConfigError, match=r"el2n needs a run"):
+        write_keep_lists(run, settings)
 
 
 def test_difficulty_is_the_score_where_that_is_one(run: Run) -> None:

@@ -18,8 +18,9 @@ from raypipe.sources.arrow_images import image_reader, storage_array
 from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
 from raypipe.sources.filesource import FILE_VANISHED, no_content
+from raypipe.sources.hive import partition_values
 from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
-from raypipe.sources.table_source import drop_unknown_class
+from raypipe.sources.table_source import class_of
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
 
@@ -62,16 +63,18 @@ def preview(
     with opened as stored:
         try:
             parquet = open_parquet(stored, REQUEST_BYTES)
-            counts, columns = row_counts(parquet, file.size), columns_of(parquet, settings)
+            counts = row_counts(parquet, file.size)
+            columns = columns_of(parquet, settings, file.path)
         except ColumnError as error:
             return Preview(error=str(error))
         except Exception as error:
             return Preview(error=f"not a readable Parquet file: {damage_reason(stored, error)}")
         groups = [group for group, count in enumerate(counts) if count]
         if complete is not None:
-            return replace(complete, labels=_label_counts(stored, parquet, columns, groups))
+            labels = _label_counts(stored, parquet, columns, file.path, groups)
+            return replace(complete, labels=labels)
         labelled = draw.sample(groups, min(len(groups), LABEL_GROUPS))
-        labels = _label_counts(stored, parquet, columns, labelled)
+        labels = _label_counts(stored, parquet, columns, file.path, labelled)
         drawn: list[RawSample] = []
         starts = list(accumulate(counts, initial=0))
         for number in draw.sample(groups, min(len(groups), places)):
@@ -108,7 +111,7 @@ def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
         RawSample(
             sample_id,
             None if image_reason or label_reason else image,
-            drop_unknown_class(label, columns),
+            class_of(label, columns),
             image_reason or label_reason,
         )
         for sample_id, (image, image_reason), (label, label_reason) in zip(
@@ -118,15 +121,23 @@ def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
 
 
 def _label_counts(
-    stored: Reader, parquet: pq.ParquetFile, columns: TableColumns, groups: Sequence[int]
+    stored: Reader,
+    parquet: pq.ParquetFile,
+    columns: TableColumns,
+    path: str,
+    groups: Sequence[int],
 ) -> Counter[int | str | None]:
     """Count the samples by label in some row groups.
 
     Row groups in which the labels are damaged do not count: their samples become rejects.
     """
     result = Counter[int | str | None]()
+    rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
     if columns.label is None:
-        return Counter({None: sum(parquet.metadata.row_group(group).num_rows for group in groups)})
+        return Counter({None: rows})
+    if columns.label not in parquet.schema_arrow.names:
+        label, _ = stored_label(partition_values(path)[columns.label])
+        return Counter({label: rows})
     for group in groups:
         counts = Counter[int | str | None]()
         try:
@@ -134,7 +145,7 @@ def _label_counts(
                 column = storage_array(batch.column(columns.label))
                 for item in column.value_counts().to_pylist():
                     label, reason = stored_label(item["values"])
-                    counts[drop_unknown_class(label, columns)] += 0 if reason else item["counts"]
+                    counts[class_of(label, columns)] += 0 if reason else item["counts"]
         except Exception as error:
             damage_reason(stored, error)
             continue

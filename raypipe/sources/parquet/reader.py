@@ -12,6 +12,7 @@ from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason, image_reader, storage_array
 from raypipe.sources.base import IdFilter, RawSample
 from raypipe.sources.columns import TableColumns, choose_columns, features_of
+from raypipe.sources.hive import partition_values, with_partitions
 from raypipe.sources.table_source import read_rows
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
@@ -38,9 +39,10 @@ def open_parquet(stored: Reader, request: int = READ_BYTES) -> pq.ParquetFile:
     )
 
 
-def columns_of(parquet: pq.ParquetFile, settings: SourceSettings) -> TableColumns:
-    """Return the columns by the settings. Raises ColumnError."""
-    return choose_columns(parquet.schema_arrow, features_of(parquet.schema_arrow), settings)
+def columns_of(parquet: pq.ParquetFile, settings: SourceSettings, path: str) -> TableColumns:
+    """Return the columns by the settings, those of a partition included. Raises ColumnError."""
+    schema = with_partitions(parquet.schema_arrow, path)
+    return choose_columns(schema, features_of(parquet.schema_arrow), settings)
 
 
 def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:
@@ -97,10 +99,12 @@ class RowGroup:
         return read_rows(rows, self.columns, self.path, self.first + begin, end - begin, keep_id)
 
     def values(self, column: str, begin: int, end: int) -> list[Any]:
-        """Return rows `begin` to `end` (exclusive) of a small column.
+        """Return rows `begin` to `end` (exclusive) of a small column, or of a partition column.
 
         Raises ValueError, or whatever pyarrow raises for damaged content.
         """
+        if column not in self.parquet.schema_arrow.names:
+            return [partition_values(self.path)[column]] * (end - begin)
         result: list[Any] = []
         first = 0
         for batch in self.parquet.iter_batches(8192, [self.number], [column], use_threads=False):

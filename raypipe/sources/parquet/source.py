@@ -2,6 +2,7 @@
 
 Images are encoded bytes, Hugging Face's struct<bytes, path>, or nested lists of pixels. Only the
 required row groups and columns are read, a few megabytes (or one page, if that is more) at a time.
+Folders named `key=value` are partition columns.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import pyarrow.parquet as pq
 
 from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
+from raypipe.sources.hive import partition_values, with_partitions
 from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
-from raypipe.sources.values import damage_reason
+from raypipe.sources.values import damage_reason, stored_label
 from raypipe.storage import Reader
 
 
@@ -31,13 +33,14 @@ class ParquetSource(TableSource):
 
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, Features]:
         schema = open_parquet(stored).schema_arrow
-        return schema, features_of(schema)
+        return with_partitions(schema, path), features_of(schema)
 
     def scan_stored(self, file: SourceFile, stored: Reader) -> FileScan:
         settings = self.resolved_settings()
         try:
             parquet = open_parquet(stored)
-            counts, columns = row_counts(parquet, file.size), columns_of(parquet, settings)
+            counts = row_counts(parquet, file.size)
+            columns = columns_of(parquet, settings, file.path)
         except ColumnError as error:
             # a file without rows loses no sample, whatever its columns
             if not parquet.metadata.num_rows:
@@ -49,7 +52,7 @@ class ParquetSource(TableSource):
         names = columns.class_names
         labels = frozenset[int | str]()
         if names is None and columns.label is not None:
-            labels = self._labels(stored, parquet, columns.label)
+            labels = self._labels(stored, parquet, columns.label, file.path)
         fragments = self.cut_fragments(file, sum(counts), list(accumulate(counts)))
         return FileScan(fragments, names, labels)
 
@@ -76,7 +79,8 @@ class ParquetSource(TableSource):
         counts: list[int] = []
         try:
             parquet = open_parquet(stored)
-            columns, counts = columns_of(parquet, settings), row_counts(parquet, None)
+            columns = columns_of(parquet, settings, fragment.path)
+            counts = row_counts(parquet, None)
         except ColumnError as error:
             reason = str(error)
         except Exception as error:
@@ -96,11 +100,16 @@ class ParquetSource(TableSource):
                 yield RawSample(sample_id, None, None, reason)
 
     @staticmethod
-    def _labels(stored: Reader, parquet: pq.ParquetFile, column: str) -> frozenset[int | str]:
+    def _labels(
+        stored: Reader, parquet: pq.ParquetFile, column: str, path: str
+    ) -> frozenset[int | str]:
         """Return the distinct labels, without row groups in which they are damaged.
 
         Samples of such a row group become rejects.
         """
+        if column not in parquet.schema_arrow.names:
+            label, _ = stored_label(partition_values(path)[column])
+            return frozenset() if label is None else frozenset({label})
         result: set[int | str] = set()
         for group in range(parquet.metadata.num_row_groups):
             try:

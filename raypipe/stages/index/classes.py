@@ -17,13 +17,15 @@ from raypipe import storage
 from raypipe.errors import SourceError
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, class_map
-
-SHOWN_CLASSES = 5
-"""New classes that a note names."""
+from raypipe.sources.classes import distinct, shown_names
 
 
 def settle_classes(
-    run: Run, names: tuple[str, ...] | None, labels: frozenset[int | str], num_classes: int | None
+    run: Run,
+    names: tuple[str, ...] | None,
+    labels: frozenset[int | str],
+    num_classes: int | None,
+    by_name: bool = False,
 ) -> tuple[ClassMap, str]:
     """Settle the classes of a run.
 
@@ -33,6 +35,9 @@ def settle_classes(
         The run.
     names, labels, num_classes
         What the source states; see `raypipe.sources.class_map`.
+    by_name
+        Whether labels are read as names (`Source.labels_by_name`), so that the source can number
+        its classes in any order.
 
     Returns
     -------
@@ -48,15 +53,29 @@ def settle_classes(
     fixed = _fixed(run)
     if fixed is None:
         return class_map(names, labels, num_classes), ""
-    if names is not None and names[: len(fixed.names)] != fixed.names:
+    if names is not None:
+        new = [name for name in names if name not in set(fixed.names)]
+        reordered = names[: len(fixed.names)] != fixed.names[: len(names)]
+        if reordered and not (by_name and distinct(names) and distinct(fixed.names)):
+            raise SourceError(
+                "the class names that the source states differ from those when the seed set was "
+                "drawn; use a new run folder"
+            )
+        if len(new) == len(names):
+            raise SourceError(
+                f"none of the classes that the source states ({shown_names(names)}) is one of "
+                f"those when the seed set was drawn ({shown_names(fixed.names)}); use a new run "
+                "folder"
+            )
+        return fixed, _note(new)
+    has_numbers = any(isinstance(label, int) for label in labels)
+    if by_name and has_numbers and fixed.numeric and not fixed.bare_numbers:
         raise SourceError(
-            "the class names that the source states differ from those when the seed set was drawn; "
-            "use a new run folder"
+            f"the classes had names ({shown_names(fixed.names)}) when the seed set was drawn, but "
+            "now the labels are numbers without names; restore the source, or use a new run folder"
         )
     if num_classes is not None and fixed.numeric:
         return fixed, ""  # a larger number is a wrong label, as it was from the beginning
-    if names is not None:
-        return fixed, _note(names[len(fixed.names) :])
     unknown = [
         label
         for label in labels
@@ -69,7 +88,7 @@ def _note(new: Sequence[str]) -> str:
     """Describe classes that are new in the source; "" when there are none."""
     if not new:
         return ""
-    shown = ", ".join(new[:SHOWN_CLASSES]) + (", ..." if len(new) > SHOWN_CLASSES else "")
+    shown = shown_names(new)
     if len(new) == 1:
         return (
             f"1 class is new in the source ({shown}). The proxy of this run was not trained on it, "

@@ -24,6 +24,7 @@ from raypipe.runs.duplicates import duplicates_searched
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.sizes import INDEX_TASK_FILES
 from raypipe.sources import Source, SourceFile, open_source
+from raypipe.sources.formats import describe_left_out
 from raypipe.sources.noise import requested_noise
 from raypipe.stages.base import Stage
 from raypipe.stages.index.duplicate_ids import find_duplicates
@@ -38,19 +39,29 @@ class IndexStage(Stage):
     name = "index"
 
     def __init__(self) -> None:
+        self._source: Source | None = None
         self._listing: Iterable[SourceFile] | None = None
 
     def settings(self, config: Config) -> dict[str, Any]:
         noise = {"inject_noise", "noise_seed"} if not config.source.inject_noise else set()
         return config.source.model_dump(
-            mode="json", exclude={"max_pixels", "max_reject_fraction", "download", "verify", *noise}
+            mode="json",
+            exclude={
+                "max_pixels",
+                "bit_depth",
+                "max_reject_fraction",
+                "download",
+                "verify",
+                *noise,
+            },
         )
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         config, run = context.config, context.run
         if not storage.exists(run.classes_file) or not duplicates_searched(config, run):
             return False
-        self._listing = RecordedListing(open_source(config.source).files())
+        self._source = open_source(config.source)
+        self._listing = RecordedListing(self._source.files())
         # files beyond a limit can change without any effect
         files = record.detail.get("files") if record.detail.get("limited") else None
         listed = itertools.islice(self._listing, files)
@@ -59,11 +70,11 @@ class IndexStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         source, existing, started = (
-            open_source(config.source),
+            self._source or open_source(config.source),
             ExistingIndex(run),
             time.process_time(),
         )
-        writer = IndexWriter(run, config.source)
+        writer = IndexWriter(run, config.source, source.labels_by_name)
         with context.progress.meter("index", 0, "files") as meter:
             indexing = _Indexing(self._listing or source.files(), source, existing, writer, meter)
 
@@ -80,12 +91,17 @@ class IndexStage(Stage):
         index = writer.close()
         if index.note:
             context.progress.say(f"note: {index.note}")
+        if source.left_out:
+            context.progress.say(
+                f"note: left out {describe_left_out(source.format, source.left_out)}"
+            )
         noise = requested_noise(config.source)
         if noise is not None:
             context.progress.say(f"note: {noise.warning}")
         duplicates, seconds = find_duplicates(config, run, context.run_tasks)
         record.cpu_seconds += seconds
-        record.detail = {**index.detail, "duplicates": duplicates}
+        left_out = {ending: item.files for ending, item in source.left_out.items()}
+        record.detail = {**index.detail, "duplicates": duplicates, "left_out": left_out}
 
 
 class _Indexing:

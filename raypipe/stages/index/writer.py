@@ -16,7 +16,7 @@ from raypipe.runs.ledger import content_hash
 from raypipe.runs.rejects import UnreadableFiles
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS
-from raypipe.sources import ClassMap
+from raypipe.sources import ClassMap, StatedNames
 from raypipe.sources.noise import LabelNoise, requested_noise
 from raypipe.stages.index.classes import settle_classes, write_classes
 from raypipe.stages.index.listing import OrderedDigest
@@ -46,8 +46,8 @@ class IndexWriter:
         Samples in the index so far.
     """
 
-    def __init__(self, run: Run, settings: SourceSettings) -> None:
-        self._run, self._settings = run, settings
+    def __init__(self, run: Run, settings: SourceSettings, labels_by_name: bool) -> None:
+        self._run, self._settings, self._labels_by_name = run, settings, labels_by_name
         self._old = {name for name in storage.names(run.index_folder) if name != "classes.json"}
         self._written: set[str] = set()
         # the index file being filled
@@ -56,7 +56,8 @@ class IndexWriter:
         # the whole index
         self._listing, self._content = OrderedDigest(), OrderedDigest()
         self._labels: set[int | str] = set()
-        self._class_names = ""
+        self._stated = StatedNames(labels_by_name)
+        self._last_stated = ""
         self._problems: list[str] = []
         self._tally = UnreadableFiles()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}
@@ -73,7 +74,7 @@ class IndexWriter:
         Raises
         ------
         SourceError
-            When its class names differ from those of the files before it.
+            When its class names contradict those of the files before it.
         """
         self._listing.add(file_id)
         self._counts["files"] += 1
@@ -104,14 +105,12 @@ class IndexWriter:
         self._members += len(row["members"])
 
     def _check_class_names(self, row: IndexRow) -> None:
-        if row["class_names"] in ("", self._class_names):
-            return
-        if self._class_names:
-            raise SourceError(
-                f"{row['path']} states other class names than the files before it; set "
-                "source.include so that only one kind of file is read"
-            )
-        self._class_names = row["class_names"]
+        if row["class_names"]:
+            if row["class_names"] != self._last_stated:
+                self._last_stated = row["class_names"]
+                self._stated.add(row["path"], tuple(json.loads(row["class_names"])), ())
+        elif row["labels"] != "[]":
+            self._stated.add(row["path"], None, json.loads(row["labels"]))
 
     def _flush(self) -> None:
         """Write the index file being filled, unless it exists."""
@@ -160,9 +159,13 @@ class IndexWriter:
         """Return the classes of the run, and a note on them; without labels, clusters."""
         if self._settings.label_column is None:
             return ClassMap((), numeric=False, clusters=True), ""
-        names = tuple(json.loads(self._class_names)) if self._class_names else None
-        labels = frozenset(self._labels)
-        return settle_classes(self._run, names, labels, self._settings.num_classes)
+        return settle_classes(
+            self._run,
+            self._stated.names,
+            frozenset(self._labels),
+            self._settings.num_classes,
+            self._labels_by_name,
+        )
 
     def _noise(self, classes: ClassMap) -> LabelNoise | None:
         """Return the label noise of the settings. Raises SourceError with less than 2 classes."""

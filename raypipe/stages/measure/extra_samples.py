@@ -136,7 +136,12 @@ def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> _Re
         for sample in reject_duplicates(run, fragment, read, source.ids_can_repeat)
         if sample.sample_id in requested
     ]
-    images, reasons = decode_batch(samples, config.proxy.image_size, config.source.max_pixels)
+    images, reasons = decode_batch(
+        samples,
+        config.proxy.image_size,
+        config.source.max_pixels,
+        bit_depth=config.source.bit_depth,
+    )
     labels = [classes.label_of(sample)[0] for sample in samples]
     valid = {
         sample.sample_id: (label, image)

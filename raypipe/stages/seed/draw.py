@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from raypipe.config import Config
+from raypipe.config import Config, SourceSettings
 from raypipe.distributed.usage import Stopwatch
 from raypipe.runs.drawn_samples import DrawnSamples, write_drawn
 from raypipe.runs.duplicates import reject_duplicates
@@ -17,6 +19,7 @@ from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import ClassMap, RawSample, open_source
 from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.seed.plan import DrawUnit
+from raypipe.vision.bit_depth import CHECKED, BitsInUse, bits_in_use
 from raypipe.vision.decode import decode_batch
 
 
@@ -25,10 +28,11 @@ class DrawResult(UnitResult):
     """What a task reports of a unit.
 
     `samples` are those of its fragments; `drawn` of them are in the seed or audit set, and
-    `rejects` are among these.
+    `rejects` are among these. `bits_in_use` are the fields of a `BitsInUse`.
     """
 
     drawn: int = 0
+    bits_in_use: dict[str, Any] = field(default_factory=dict)
 
 
 def draw_samples(
@@ -57,7 +61,7 @@ def draw_samples(
             run.with_members(fragment), lambda sample_id: in_seed(sample_id) or in_audit(sample_id)
         )
         raw = list(reject_duplicates(run, fragment, read, source.ids_can_repeat))
-        decoded.append(_decode(raw, classes, size, config.source.max_pixels))
+        decoded.append(_decode(raw, classes, size, config.source))
     ids = [sample_id for item in decoded for sample_id in item.ids]
     samples = DrawnSamples(
         ids,
@@ -67,8 +71,12 @@ def draw_samples(
     )
     rejects = [reject for item in decoded for reject in item.rejects]
     drawn, reasons = sum(item.drawn for item in decoded), summarize_rejects(rejects)
-    write_drawn(run, unit.name, samples, ranges, {"drawn": drawn, "rejects": reasons})
-    return DrawResult(unit.name, unit.samples, len(rejects), reasons, watch.lap(), drawn=drawn)
+    bits = dataclasses.asdict(sum((item.bits for item in decoded), BitsInUse()))
+    statistics = {"drawn": drawn, "rejects": reasons, "bits_in_use": bits}
+    write_drawn(run, unit.name, samples, ranges, statistics)
+    return DrawResult(
+        unit.name, unit.samples, len(rejects), reasons, watch.lap(), drawn=drawn, bits_in_use=bits
+    )
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class _DecodedFragment:
         Their pixels, uint8 [n, 3, size, size].
     rejects : list of tuple
         Id and reason of the others.
+    bits : BitsInUse
+        Of the first few 16-bit images.
     """
 
     drawn: int
@@ -92,13 +102,19 @@ class _DecodedFragment:
     labels: list[int]
     images: np.ndarray
     rejects: list[tuple[str, str]]
+    bits: BitsInUse
 
 
 def _decode(
-    raw: Sequence[RawSample], classes: ClassMap, size: int, max_pixels: int
+    raw: Sequence[RawSample], classes: ClassMap, size: int, source: SourceSettings
 ) -> _DecodedFragment:
     """Decode drawn samples, and separate those that cannot be used."""
-    images, unreadable = decode_batch(raw, size, max_pixels)
+    images, unreadable = decode_batch(raw, size, source.max_pixels, bit_depth=source.bit_depth)
+    bits = BitsInUse()
+    for sample in raw:
+        if bits.images == CHECKED:
+            break
+        bits += bits_in_use(sample.image, source.max_pixels)
     labelled = [classes.label_of(sample) for sample in raw]
     labels = [label for label, _ in labelled]
     reasons = [
@@ -115,4 +131,5 @@ def _decode(
         [labels[row] for row in good],
         images[good],
         [(sample.sample_id, reason) for sample, reason in zip(raw, reasons, strict=True) if reason],
+        bits,
     )

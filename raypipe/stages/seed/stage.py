@@ -15,6 +15,7 @@ depends on the ids alone, see `raypipe.runs.seed_shards`. `drawn/` is deleted at
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -32,6 +33,7 @@ from raypipe.stages.base import Stage
 from raypipe.stages.seed.draw import DrawResult, draw_samples
 from raypipe.stages.seed.gather import GatherResult, gather_shards
 from raypipe.stages.seed.plan import SeedPlan
+from raypipe.vision.bit_depth import BitsInUse
 
 READERS = 16
 """Footers that are read concurrently."""
@@ -48,6 +50,7 @@ class SeedStage(Stage):
             **config.seed.model_dump(),
             "image_size": config.proxy.image_size,
             "max_pixels": config.source.max_pixels,
+            **({"bit_depth": config.source.bit_depth} if config.source.bit_depth != 16 else {}),
         }
 
     def complete(self, context: Context, record: StageRecord) -> bool:
@@ -63,7 +66,7 @@ class SeedStage(Stage):
         plan = SeedPlan.of(readable, config)
         _check_unused(run, plan)
         tally = RejectCounter(config.source.max_reject_fraction, plan.samples)
-        _draw_missing(context, record, plan, tally)
+        bits = _draw_missing(context, record, plan, tally)
         tally.check(all_read=True)
         _gather_missing(context, record, plan)
         manifest = SeedManifest.from_shards(run, plan.shards, plan.audit)
@@ -75,6 +78,9 @@ class SeedStage(Stage):
         written = manifest.as_json()
         names = ("samples", "per_class", "mean", "std", "audit_samples")
         record.detail = {name: written[name] for name in names} | {"rejects": tally.rejects}
+        record.detail["bits_in_use"] = dataclasses.asdict(bits)
+        if note := bits.note(config.source.bit_depth):
+            context.progress.say(f"note: {note}")
         storage.delete(run.drawn_folder)
 
 
@@ -98,8 +104,12 @@ def _check_unused(run: Run, plan: SeedPlan) -> None:
 
 def _draw_missing(
     context: Context, record: StageRecord, plan: SeedPlan, tally: RejectCounter
-) -> None:
-    """Draw the samples of the fragments that have no drawn file, and tally the rejects of all."""
+) -> BitsInUse:
+    """Draw the samples of the fragments that have no drawn file, and tally the rejects of all.
+
+    Returns the bits that 16-bit images use.
+    """
+    bits = BitsInUse()
     config, run = context.config, context.run
     files = run.done("drawn")
     done = [unit for unit in plan.units if unit.name in files]
@@ -110,11 +120,14 @@ def _draw_missing(
         read = functools.partial(drawn_statistics, run)
         for _, statistics in storage.ahead(read, names, run.uri, READERS):
             tally.add(statistics["drawn"], statistics["rejects"])
+            bits += BitsInUse(**statistics.get("bits_in_use", {}))
         tally.check()
         meter.queue(len(missing))
 
         def collect(result: DrawResult) -> None:
+            nonlocal bits
             record.add_cost(result)
+            bits += BitsInUse(**result.bits_in_use)
             before = tally.rejects
             tally.add(result.drawn, result.reasons)
             meter.add(result.samples, result.unit, tally.rejects - before)
@@ -123,6 +136,7 @@ def _draw_missing(
         units = hash_order(missing, lambda unit: unit.name)
         draw = functools.partial(draw_samples, config, run.uri, plan.audit, plan.ranges)
         context.run_tasks(units, draw, collect)
+    return bits
 
 
 def _gather_missing(context: Context, record: StageRecord, plan: SeedPlan) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
-from raypipe.runs.score_stream import ScoreStream, read_embedding_columns
+from raypipe.runs.score_stream import ScoreStream, read_embedding_columns, stored_embeddings
 from raypipe.selection import ALWAYS, NEVER, hash64
 from raypipe.selection import near_duplicates as near
 from raypipe.selection.hashing import canonical_order, uniform
@@ -126,20 +126,9 @@ def _assign_clusters(run: Run, rows: dict[str, int], count: int) -> dict[str, np
     for shard, table in storage.ahead(
         lambda file: read_embedding_columns(run, file, ["embedding"]), list(rows), run.uri
     ):
-        vectors = near.unit_vectors(_vectors(table))
+        vectors = near.unit_vectors(stored_embeddings(table))
         clusters[shard] = near.nearest_centroid(vectors, centroids).astype(np.int32)
     return clusters
-
-
-def _vectors(table: pa.Table) -> np.ndarray:
-    """Return the embeddings as they are stored, [n, d]."""
-    column = table["embedding"].combine_chunks()
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return (
-        column.flatten().to_numpy().reshape(len(table), -1)
-        if len(table)
-        else np.zeros((0, column.type.list_size), np.float32)
-    )
 
 
 def _sample_embeddings(run: Run, shards: list[str], fraction: float) -> np.ndarray:
@@ -153,7 +142,7 @@ def _sample_embeddings(run: Run, shards: list[str], fraction: float) -> np.ndarr
     ):
         names = table["sample_id"].combine_chunks()
         rows = uniform(hash64(names, near.SEED)) < fraction
-        parts.append(near.unit_vectors(_vectors(table)[rows]))
+        parts.append(near.unit_vectors(stored_embeddings(table)[rows]))
         ids += names.filter(pa.array(rows)).to_pylist()
     return np.concatenate(parts)[canonical_order(ids)]
 
@@ -205,29 +194,18 @@ def _gather(
     """
     parts: list[tuple[np.ndarray, ...]] = []
     count = 0
-    tables = storage.ahead(
-        lambda file: read_embedding_columns(run, file, ["sample_id", "embedding"]),
-        list(clusters),
-        run.uri,
-    )
-    for number, ((shard, table), (name, chunk)) in enumerate(
-        zip(tables, scores.named_chunks(True), strict=True)
+    for number, (shard, (chunk, vectors)) in enumerate(
+        zip(clusters, scores.embedded(), strict=True)
     ):
-        ids = table["sample_id"].combine_chunks()
-        if name != shard or len(table) != len(chunk.score) or not ids.equals(chunk.sample_id):
-            raise RunError(
-                f"{run.uri}: embeddings/{shard} and scores/{shard} hold different samples; "
-                "rerun `raypipe run`"
-            )
         cluster = clusters[shard]
         rows = np.flatnonzero((cluster >= low) & (cluster < high) & chunk.eligible())
-        space[count : count + len(rows)] = _vectors(table)[rows]
+        space[count : count + len(rows)] = vectors[rows]
         count += len(rows)
         parts.append(
             (
                 cluster[rows],
                 chunk.score[rows],
-                hash64(ids)[rows],
+                hash64(chunk.sample_id)[rows],
                 np.zeros(len(rows), np.uint8) if chunk.mark is None else chunk.mark[rows],
                 np.full(len(rows), number, np.int32),
                 rows.astype(np.int32),

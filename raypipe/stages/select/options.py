@@ -11,14 +11,19 @@ from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import ConfigError
 from raypipe.runs.ledger import extrapolated_tables
 from raypipe.runs.run import Run
-from raypipe.selection import STRATEGIES, SelectionOptions, needs_loss
+from raypipe.selection import STRATEGIES, SelectionOptions, needs_embeddings, needs_loss
+from raypipe.stages.select.recall import held_out_recall
 
 STRATEGY_OPTIONS = {
     "mixed": ["easy_fraction"],
     "ccs": ["hard_cutoff", "strata"],
     "beta": ["beta_exponent"],
+    "band": ["hard_cutoff"],
+    "d2": ["hard_cutoff"],
+    "infomax": ["hard_cutoff"],
+    "coverage": ["hard_cutoff", "strata"],
 }
-"""Options that only one strategy uses."""
+"""Options that not all strategies use."""
 
 
 def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
@@ -27,15 +32,16 @@ def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
     Raises
     ------
     ConfigError
-        When the strategy needs the proxy's loss and the scores came from tables.
+        When the strategy needs something of the proxy that the run does not have.
     """
     from_tables = bool(extrapolated_tables(run.ledger()))
     values = {
-        field.name: getattr(settings, field.name) for field in dataclasses.fields(SelectionOptions)
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(SelectionOptions)
+        if field.name != "recall"
     }
-    if settings.difficulty == "auto":
-        score = run.ledger()["extrapolate"].detail.get("score")
-        values["difficulty"] = "score" if score in DIFFICULTIES and not from_tables else "loss"
+    if STRATEGIES[settings.strategy].uses_difficulty:
+        values["difficulty"] = _difficulty(run, settings)
     # balanced works within classes anyway
     balances = STRATEGIES[settings.strategy].balances_classes
     values["by_class"] = settings.within_classes and not balances
@@ -48,7 +54,45 @@ def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
             f"select.strategy {settings.strategy} needs the proxy's loss, which scores from tables "
             f"do not have{remedy}"
         )
+    if from_tables and needs_embeddings(settings.strategy):
+        raise ConfigError(
+            f"select.strategy {settings.strategy} needs embeddings/, which scores from tables do "
+            "not have; choose another strategy"
+        )
+    if options.quotas == "recall":
+        options = dataclasses.replace(options, recall=held_out_recall(run))
     return options
+
+
+def _difficulty(run: Run, settings: SelectSettings) -> str:
+    """Return `SelectionOptions.difficulty`: score, loss or aum.
+
+    Raises
+    ------
+    ConfigError
+        When the run does not have the difficulty that the settings name, of proxies that were not
+        trained on the sample.
+    """
+    config, from_tables = run.config(), bool(extrapolated_tables(run.ledger()))
+    cross_fits = config.proxy.cross_fits and not from_tables
+    score = run.ledger()["extrapolate"].detail.get("score")
+    if settings.difficulty == "auto":
+        return "score" if score in DIFFICULTIES and not from_tables else "loss"
+    if settings.difficulty == "el2n":
+        held_out = cross_fits and config.measure.resolved(True).el2n.at != "trajectory"
+        if score != "el2n" or not held_out:
+            raise ConfigError(
+                "select.difficulty: el2n needs a run whose score is el2n, of proxies that were not "
+                f"trained on the sample (measure.el2n.at: embeddings); the score of this run is "
+                f"{score}. Use loss or score"
+            )
+        return "score"
+    if settings.difficulty == "aum" and not cross_fits:
+        raise ConfigError(
+            "select.difficulty: aum needs the margins of proxies that were not trained on the "
+            "sample, which this run does not have; use loss or score, or rerun with proxy.cross_fit"
+        )
+    return settings.difficulty
 
 
 def recorded_options(
@@ -71,8 +115,12 @@ def recorded_options(
         + STRATEGY_OPTIONS.get(settings.strategy, [])
     )
     recorded = {name: getattr(options, name) for name in names}
+    if "difficulty" in recorded and settings.difficulty != "auto":
+        recorded["difficulty"] = settings.difficulty
     if options.by_class:
         recorded["by_class"] = True
+    if options.quotas != "proportional":
+        recorded["quotas"] = options.quotas
     if options.min_per_class:
         recorded["min_per_class"] = options.min_per_class
     if options.weights != "none":

@@ -28,6 +28,7 @@ from raypipe.selection import (
     SelectionOptions,
     needs_classes,
     needs_loss,
+    needs_margin,
     select,
 )
 from raypipe.stages.base import Stage
@@ -49,7 +50,10 @@ class SelectStage(Stage):
         trust = config.trust.model_dump(mode="json")
         if trust["min_stability"] == TrustSettings().min_stability:
             del trust["min_stability"]  # older runs did not have it
-        return {**config.select.model_dump(mode="json"), **trust}
+        select = config.select.model_dump(mode="json")
+        if select["quotas"] == SelectSettings().quotas:
+            del select["quotas"]  # nor this
+        return {**select, **trust}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         run, settings = context.run, context.config.select
@@ -169,7 +173,9 @@ def make_keep_lists(
 ) -> WrittenKeepLists:
     """Write keep-lists as `write_keep_lists` does, from the scores that exist."""
     options = options_of(run, settings)
-    scores = ScoreStream(run, needs_loss(settings.strategy, options))
+    scores = ScoreStream(
+        run, needs_loss(settings.strategy, options), needs_margin(settings.strategy, options)
+    )
     fidelity = _check_trust(run, scores, settings, trust or TrustSettings())
     marked = _mark_samples(run, scores, settings)
     cuts = _select(run, scores, settings, options, keep)
@@ -249,6 +255,7 @@ def _select(
         classes,
         options,
         marked=bool(scores.marks),
+        embedded=scores.embedded,
     )
     if not scores.samples:
         raise RunError(

@@ -1,4 +1,4 @@
-"""One training on a keep-list, and its test.
+"""One training on a keep-list, and its test: arrays in, a model or accuracies out.
 
 Batches, augmentation, schedule and optimiser are those of the proxy (`raypipe.vision.training`).
 """
@@ -37,10 +37,13 @@ class TestResult:
         Share of the test samples.
     per_class
         Share of each class, float64 [classes]; NaN for a class without test samples.
+    correct
+        Which test samples, bool [m].
     """
 
     accuracy: float
     per_class: np.ndarray
+    correct: np.ndarray
 
     @property
     def worst_class(self) -> int:
@@ -188,7 +191,7 @@ def test(
     adversary
         Test on adversarial examples instead; they start at the same random points in every test.
     """
-    correct = np.zeros(classes, np.int64)
+    right = np.zeros(len(labels), bool)
     with _eval_mode(model), torch.no_grad():
         for start in range(0, len(labels), TEST_BATCH):
             part = slice(start, start + TEST_BATCH)
@@ -199,10 +202,11 @@ def test(
                     model, pixels, target, adversary, starting_points(pixels.shape, start)
                 )
             predicted = model(pixels).argmax(1).cpu().numpy()
-            correct += np.bincount(labels[part][predicted == labels[part]], minlength=classes)
+            right[part] = predicted == labels[part]
+    correct = np.bincount(labels[right], minlength=classes)
     samples = np.bincount(labels, minlength=classes)
     per_class = np.divide(correct, samples, out=np.full(classes, np.nan), where=samples > 0)
-    return TestResult(float(correct.sum() / max(1, len(labels))), per_class)
+    return TestResult(float(correct.sum() / max(1, len(labels))), per_class, right)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import torch
 
 from raypipe.config import AdversarySettings, ProxySettings
 from raypipe.errors import StageError
-from raypipe.evaluation import train
-from raypipe.vision import training
+from raypipe.vision import fitting, training
 
 SETTINGS = ProxySettings(
     model="small", image_size=8, epochs=2, batch_size=16, checkpoints=1, flip=False, crop_padding=0
@@ -33,21 +32,21 @@ def test_it_learns_from_its_rows_and_no_others(squares: tuple[np.ndarray, np.nda
     rows = np.arange(64)
     spoiled, wrong = pixels.copy(), label.copy()
     spoiled[64:], wrong[64:] = 0, 1
-    first = train.fit(SETTINGS, pixels, label, rows, 2, HALF)
-    second = train.fit(SETTINGS, spoiled, wrong, rows, 2, HALF)
+    first = fitting.fit(SETTINGS, pixels, label, rows, 2, HALF)
+    second = fitting.fit(SETTINGS, spoiled, wrong, rows, 2, HALF)
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
-    found = train.test(first, pixels[64:], label[64:], 2)
+    found = fitting.test(first, pixels[64:], label[64:], 2)
     assert found.accuracy > 0.9 and first.training
 
 
 def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, np.ndarray]) -> None:
     pixels, label = squares
-    states: list[train.State] = []
+    states: list[fitting.State] = []
     rows, settings = np.arange(50), SETTINGS.model_copy(update={"crop_padding": 1})
-    whole = train.fit(
+    whole = fitting.fit(
         settings,
         pixels,
         label,
@@ -62,8 +61,8 @@ def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, n
         1,
         2,
     ]  # 4 steps an epoch, the last one cut short
-    again = train.fit(settings, pixels, label, rows, 2, HALF, steps=10, state=states[1])
-    other = train.fit(settings, pixels, label, rows, 2, HALF, steps=8)
+    again = fitting.fit(settings, pixels, label, rows, 2, HALF, steps=10, state=states[1])
+    other = fitting.fit(settings, pixels, label, rows, 2, HALF, steps=8)
     weights = [
         torch.cat([value.flatten().float() for value in model.state_dict().values()])
         for model in (whole, again, other)
@@ -88,16 +87,16 @@ def test_an_adversarial_training_goes_by_what_an_attack_cannot_change() -> None:
     adversary = AdversarySettings(eps="16/255", step_size="8/255", iterations=4)
     settings, rows, found = SETTINGS.model_copy(update={"epochs": 6}), np.arange(128), {}
     for name, given in (("plain", None), ("adversarial", adversary)):
-        model = train.fit(
+        model = fitting.fit(
             settings.model_copy(update={"adversary": given}), pixels, label, rows, 2, HALF
         )
         model.train()
         robust = [
-            train.test(model, pixels[128:], label[128:], 2, adversary=adversary).accuracy
+            fitting.test(model, pixels[128:], label[128:], 2, adversary=adversary).accuracy
             for _ in range(2)
         ]
         assert robust[0] == robust[1] and model.training
-        found[name] = robust[0], train.test(model, pixels[128:], label[128:], 2).accuracy
+        found[name] = robust[0], fitting.test(model, pixels[128:], label[128:], 2).accuracy
     assert found["adversarial"][0] > found["plain"][0] + 0.2, found
     assert found["plain"][1] >= found["adversarial"][1] and all(
         robust <= clean for robust, clean in found.values()
@@ -114,23 +113,23 @@ def test_the_learning_rate_ends_with_the_steps(
         "learning_rate",
         lambda settings, step, steps: asked.append((step, steps)) or rate(settings, step, steps),
     )
-    train.fit(SETTINGS, *squares, np.arange(40), 2, HALF, steps=7)
+    fitting.fit(SETTINGS, *squares, np.arange(40), 2, HALF, steps=7)
     assert asked == [(step, 7) for step in range(7)]
-    assert train.steps_of(SETTINGS, 40) == 6 and train.steps_of(SETTINGS, 96) == 12
+    assert fitting.steps_of(SETTINGS, 40) == 6 and fitting.steps_of(SETTINGS, 96) == 12
 
 
 def test_the_callers_random_numbers_are_left_alone(squares: tuple[np.ndarray, np.ndarray]) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    train.fit(SETTINGS, *squares, np.arange(16), 2, HALF, steps=1)
+    fitting.fit(SETTINGS, *squares, np.arange(16), 2, HALF, steps=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_what_cannot_be_trained_is_refused(squares: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(StageError, match="without labelled samples"):
-        train.fit(SETTINGS, *squares, np.zeros(0, np.int64), 2, HALF)
+        fitting.fit(SETTINGS, *squares, np.zeros(0, np.int64), 2, HALF)
     with pytest.raises(StageError, match=r"the loss is nan.*lower lr"):
-        train.fit(
+        fitting.fit(
             SETTINGS.model_copy(update={"lr": 1e30, "schedule": "constant"}),
             *squares,
             np.arange(64),
@@ -146,7 +145,7 @@ def test_accuracy_by_class() -> None:
 
     predicted = np.array([0, 0, 1, 1, 3, 0])
     label = np.array([0, 0, 1, 1, 1, 3])
-    found = train.test(
+    found = fitting.test(
         FixedPrediction(),
         np.broadcast_to(predicted[:, None, None, None], (6, 3, 2, 2)).astype(np.uint8),
         label,
@@ -158,6 +157,6 @@ def test_accuracy_by_class() -> None:
 
 def test_statistics_of_pixels() -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)
-    mean, std = train.statistics_of(images, chunk=7)
+    mean, std = fitting.statistics_of(images, chunk=7)
     np.testing.assert_allclose(mean, images.mean((0, 2, 3)) / 255, rtol=1e-5)
     np.testing.assert_allclose(std, images.std((0, 2, 3)) / 255, rtol=1e-5)

@@ -1,0 +1,80 @@
+"""Several splits in one folder are refused, with the pattern that selects one."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from source_helpers import ids, make, picture, samples
+from test_webdataset import pairs, tar
+
+from raypipe import storage
+from raypipe.errors import SourceError
+from raypipe.sources.splits import several_splits
+from raypipe.tables.reader import stored_files
+
+
+@pytest.mark.parametrize(
+    ("train", "others", "include"),
+    [
+        ("train-00000-of-00002.parquet", "test-00000-of-00001.parquet", "train-*"),
+        ("data/train-0.parquet", "data/validation-0.parquet", "*train*"),
+        ("train/0.tar", "val/0.tar test/0.tar", "train/*"),
+        ("set/Train/0.tar", "set/Test/0.tar", "*/Train/*"),
+        ("imagenet-train-000000.tar", "imagenet-val-000000.tar", "*-train-*"),
+        ("cifar_train_0.tar", "cifar_test_0.tar", "*_train_*"),
+        ("split=train/0.parquet", "split=test/0.parquet", "*train*"),
+        ("train2017/0.tar", "val2017/0.tar", "*train*"),
+        ("train.parquet", "test.parquet", "train.*"),
+        ("a-train.tar", "a-dev.tar", "*-train.*"),
+    ],
+)
+def test_names_that_show_splits(train: str, others: str, include: str) -> None:
+    paths = [train, train.replace("0", "1"), *others.split()]
+    splits = several_splits(paths)
+    assert splits is not None and splits.include == include
+    inside = [path for path in paths if fnmatch.fnmatchcase(path, include)]
+    assert inside == [path for path in paths if "train" in path.lower()]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["train-0.tar", "bus-0.tar", "plane-0.tar"],  # classes
+        ["train/0.tar", "train/1.tar"],
+        ["train/val-0.tar", "train/val-1.tar"],
+        ["train_test_split-0.tar", "train-1.tar"],
+        ["latest-0.tar", "trains-0.tar", "contest-1.tar", "evaluation.tar"],
+        ["0.parquet", "1.parquet"],
+    ],
+)
+def test_names_that_show_no_splits(paths: list[str]) -> None:
+    assert several_splits(paths) is None
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_splits_are_refused_unless_they_are_named(tmp_path: Path, ending: str) -> None:
+    for number, split in enumerate(("train", "train", "test")):
+        uri = f"{tmp_path}/{split}-{number}.{ending}"
+        if ending == "tar":
+            storage.write_bytes(uri, tar(pairs(1, number)))
+        else:
+            storage.write_table(uri, pa.table({"image": [picture(number)], "label": [number]}))
+    words = r"several splits: test \(1 file\), train \(2 files\); set source.include to 'train-\*'"
+    for uri in (tmp_path, f"{tmp_path}/*.{ending}"):
+        with pytest.raises(SourceError, match=words):
+            list(make(str(uri), format="auto").files())
+    train = samples(make(str(tmp_path), include="train-*"))
+    assert [name.partition("#")[0] for name in ids(train)] == [
+        f"train-0.{ending}",
+        f"train-1.{ending}",
+    ]
+    assert len(samples(make(f"{tmp_path}/{{train,test}}-*.{ending}"))) == 3
+    if ending == "parquet":
+        with pytest.raises(
+            SourceError, match=r"several splits: .*; give the files of one, such as"
+        ):
+            stored_files(str(tmp_path))
+        assert len(stored_files(f"{tmp_path}/train-*")) == 2
