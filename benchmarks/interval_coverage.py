@@ -3,9 +3,10 @@
     python benchmarks/interval_coverage.py [--dir DATA] [--parts 3] [--share 0.2] [--epochs 15]
 
 A run with MoSo whose audit set is the whole source outside the seed set: every sample is predicted,
-and every score is measured directly. Without --dir, the bundled digits. --parts 1 is a run with one
-proxy instead of cross-fitting. Then audit sets like those of a usual run (a tenth of the seed set,
-50 to 500 samples) are drawn many times, and judged on all other samples. Printed are
+and every score is measured directly. Without --dir, the bundled digits. Then measured samples are
+drawn many times, as many as in the seed set and in the audit set of a usual run (a tenth of it, 50
+to 500 samples), and judged on all other samples. With --parts 1, one proxy instead of
+cross-fitting, the seed set stays and only the audit set is drawn. Printed are
 
     the error     Pearson and RMSE of all samples, and as audit sets estimate them, alone and with
                   extreme predictions in addition; whether what such an audit says about extreme
@@ -46,7 +47,7 @@ from raypipe.stages.extrapolate.fit_part import read_part_predictions
 from raypipe.stages.extrapolate.predictions import PredictedSamples, read_predictions
 
 MOST_EXTREME, MIN_JUDGED = 200, 300
-DRAWS = 20
+DRAWS = 40
 Widths = Callable[[Calibration], np.ndarray]
 Method = Callable[[Calibration, Calibration | None, float], Widths]
 """From held-out samples, with one proxy also audit samples, and a confidence, to half-widths."""
@@ -237,23 +238,28 @@ METHODS: dict[str, Method] = {
 
 
 class Draws:
-    """Audit sets drawn at random from the samples outside the seed set."""
+    """Measured samples as usual runs have them, drawn from those of one run.
+
+    With cross-fitting, nothing was fitted to any sample, so that the seed set is drawn as well.
+    """
 
     def __init__(self, seed: HeldOutPredictions, others: HeldOutPredictions, cross_fits: bool):
-        self.seed, self.others, self.cross_fits = seed, others, cross_fits
+        self.seed, self.cross_fits = seed, cross_fits
         self.audits = min(500, max(50, round(0.1 * len(seed))))
+        self.pool = HeldOutPredictions.concat([seed, others]) if cross_fits else others
+        self.count = self.audits + (len(seed) if cross_fits else 0)
 
     def __iter__(self) -> Iterator[tuple[HeldOutPredictions, HeldOutPredictions]]:
-        """Yield samples drawn at random, as fidelity takes them, and all other samples."""
+        """Yield samples drawn at random, as fidelity takes them, and all others."""
         rng = np.random.default_rng(0)
         for _ in range(DRAWS):
-            order = rng.permutation(len(self.others))
-            audit = take(self.others, order[: self.audits])
-            rest = take(self.others, order[self.audits :])
-            if self.cross_fits:
-                seed = take(self.seed, np.arange(len(self.seed)))
-                audit = HeldOutPredictions.concat([seed, audit])
-            yield audit, rest
+            yield self.draw(rng, self.count)
+
+    def draw(
+        self, rng: np.random.Generator, count: int
+    ) -> tuple[HeldOutPredictions, HeldOutPredictions]:
+        order = rng.permutation(len(self.pool))
+        return take(self.pool, order[:count]), take(self.pool, order[count:])
 
     def split(self, random: HeldOutPredictions) -> tuple[Calibration, Calibration | None]:
         """Held-out and audit samples for the calibration."""
@@ -267,7 +273,8 @@ def shown(values: list[float], scale: float = 1, digits: int = 3) -> str:
 
 
 def print_coverage(draws: Draws) -> None:
-    print(f"\nCoverage, %; {DRAWS} audit sets of {draws.audits} samples")
+    measured = f"{draws.count:,} measured samples" if draws.cross_fits else "audit sets"
+    print(f"\nCoverage, %; {DRAWS} draws of {measured} (audit set: {draws.audits})")
     head = "intervals | at | overall | extreme tenth | farthest tenth | within classes | mean width"
     print(f"\n| {head} |\n|{'---|' * 7}")
     for name, method in METHODS.items():
@@ -318,13 +325,9 @@ def audited(
 
 
 def print_errors(draws: Draws) -> None:
-    everything = draws.others
-    if draws.cross_fits:
-        everything = HeldOutPredictions.concat(
-            [take(data, np.arange(len(data))) for data in (draws.seed, draws.others)]
-        )
+    everything = draws.pool
     pearson, rmse = figures(everything)
-    print(f"\nEstimates from {DRAWS} audits; of these samples, each is drawn at random or extreme")
+    print(f"\nErrors as {DRAWS} audits estimate them")
     print("\n| samples | Pearson | RMSE |\n|---|---|---|")
     print(f"| all {len(everything):,}, measured | {pearson:.3f} | {rmse:.4f} |")
     alone, joined = [], []
@@ -343,10 +346,7 @@ def print_errors(draws: Draws) -> None:
 
 
 def print_agreement(draws: Draws) -> None:
-    rng = np.random.default_rng(1)
-    order = rng.permutation(len(draws.others))
-    count = max(MIN_JUDGED, draws.audits)
-    random, rest = take(draws.others, order[:count]), take(draws.others, order[count:])
+    random, rest = draws.draw(np.random.default_rng(1), max(MIN_JUDGED, draws.audits))
     extremes, left = audited(random, rest, draws.audits)
     extreme = np.flatnonzero(extremes.zone.contains(random.predicted))
     audit = HeldOutPredictions.concat([take(random, extreme), extremes.predictions])
@@ -374,8 +374,8 @@ def print_agreement(draws: Draws) -> None:
         )
     for name, in_audit, direct in zip(("Pearson", "RMSE"), bounds[1], bounds[2], strict=True):
         overlap = in_audit[0] <= direct[1] and direct[0] <= in_audit[1]
-        verdict = "agree" if overlap else "do not agree"
-        print(f"\n{name} of the last two rows {verdict}: 95 % intervals")
+        verdict = "overlap" if overlap else "do not overlap"
+        print(f"\n{name} in the last two rows: the 95 % intervals {verdict}")
 
 
 def parse() -> argparse.Namespace:

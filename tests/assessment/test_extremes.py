@@ -102,9 +102,8 @@ def test_weighted_figures_are_those_of_all_samples() -> None:
     assert np.mean([each.overall for each in coverage]) == pytest.approx(0.9, abs=0.012)
     assert np.mean([each.extreme for each in coverage]) == pytest.approx(0.9, abs=0.025)
     assert {(each.n_held, each.n_extremes) for each in found} == {(300, 100)}
-    assert (
-        min(each.n_extreme for each in coverage) > 100 > max(each.n_farthest for each in coverage)
-    )
+    assert np.mean([each.n_extreme for each in coverage]) > 100
+    assert np.mean([each.n_farthest for each in coverage]) == pytest.approx(40, abs=2)
     truth = float(np.mean([each.spearman or 0 for each in found]))
     bounds = [each.spearman_interval or (0, 0) for each in found]
     assert sum(low <= truth <= high for low, high in bounds) >= 34

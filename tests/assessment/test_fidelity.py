@@ -71,7 +71,9 @@ def test_bootstrap_equals_the_obvious_loop(monkeypatch) -> None:
     rng = np.random.default_rng(3)
     measured = rng.normal(size=40)
     predicted = np.round(measured + rng.normal(size=40), 1)
-    found = module._resample({"": module._ScorePair(predicted, measured, 0)}, 40, 9, ())[""]
+    found = module._resample({"": module._ScorePair(predicted, measured, 0)}, np.ones(40), 9, ())[
+        ""
+    ]
     again = np.random.default_rng(9)
     drawn = np.concatenate(
         [again.integers(0, 40, (min(7, 20 - start), 40)) for start in range(0, 20, 7)]
