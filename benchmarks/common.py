@@ -73,6 +73,13 @@ class Images:
 
 def read(settings: SourceSettings, size: int, limit: int | None = None) -> Images:
     """The first `limit` samples of a seeded shuffle of a source, without those that have no label or cannot be decoded."""
+    return read_named(settings, size, limit)[0]
+
+
+def read_named(
+    settings: SourceSettings, size: int, limit: int | None = None
+) -> tuple[Images, list[str]]:
+    """The same, with the ids of the samples."""
     source = open_source(settings)
     scans = [source.scan(file) for file in source.files()]
     fragments = [fragment for scan in scans for fragment in scan.fragments]
@@ -85,6 +92,7 @@ def read(settings: SourceSettings, size: int, limit: int | None = None) -> Image
     place = np.full(total, -1)
     place[order] = np.arange(len(order))
     pixels, label = np.empty((len(order), 3, size, size), np.uint8), np.full(len(order), -1)
+    ids = np.empty(len(order), object)
     first = 0
     for fragment in fragments:
         own = place[first : first + fragment.samples]
@@ -95,6 +103,7 @@ def read(settings: SourceSettings, size: int, limit: int | None = None) -> Image
         ]
         decoded, reasons = decode_batch(chosen, size, settings.max_pixels)
         pixels[own[own >= 0]] = decoded
+        ids[own[own >= 0]] = [sample.sample_id for sample in chosen]
         label[own[own >= 0]] = [
             -1 if bad else classes.index(sample.label)[0] for sample, bad in zip(chosen, reasons)
         ]
@@ -104,7 +113,7 @@ def read(settings: SourceSettings, size: int, limit: int | None = None) -> Image
         raise RaypipeError(
             f"{settings.uri}: none of {len(order)} samples has a readable image and a label"
         )
-    return Images(pixels[good], label[good], len(classes.names))
+    return Images(pixels[good], label[good], len(classes.names)), ids[good].tolist()
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 r"""Entry point for a Ray job: run a configuration.
 
+    export RAY_AUTH_MODE=token
     ray job submit --working-dir . -- python jobs/run.py --config jobs/configs/digits.yaml \
         --set run=s3://bucket/runs/digits
 

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from raypipe.api import evaluate, export, extrapolate, inspect, load_scores, run, select
     from raypipe.config import Config
     from raypipe.keeplists.dataset import KeepList
+    from raypipe.keeplists.infobatch import InfoBatch
     from raypipe.runs.run import Run
 
 
 __all__ = [
     "Config",
+    "InfoBatch",
     "KeepList",
     "Run",
     "__version__",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "Config": "raypipe.config",
+    "InfoBatch": "raypipe.keeplists.infobatch",
     "KeepList": "raypipe.keeplists.dataset",
     "Run": "raypipe.runs.run",
     "evaluate": "raypipe.api",
@@ -43,6 +46,10 @@ _HOMES = {
     "run": "raypipe.api",
     "select": "raypipe.api",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

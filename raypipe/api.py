@@ -427,13 +427,13 @@ def select(
     keep : float or sequence of float, optional
         Fractions to keep, 0 to 1. Default: those of the run's configuration.
     strategy : str, optional
-        Strategy: top, balanced, normalized, moderate, mixed, random, ccs or beta. Default: that of
-        the run's configuration.
+        Strategy: top, balanced, normalized, moderate, mixed, random, ccs, beta, band, d2, infomax,
+        coverage or typical. Default: that of the run's configuration.
     force : bool
         Write lists even if the fidelity is below the run's `trust.min_spearman`. The metadata of
         the lists records this.
     **options
-        Other settings of the section `select`: seed, by_class, min_per_class, always_keep,
+        Other settings of the section `select`: seed, by_class, quotas, min_per_class, always_keep,
         never_keep, near_duplicates, weights, easy_fraction, difficulty, hard_cutoff, strata,
         beta_exponent. Default: those of the run's configuration.
 
@@ -501,7 +501,7 @@ def evaluate(
         Show every finished unit of work, and the output of Ray.
     **options
         Fields of `raypipe.config.evaluate.EvaluateSettings`: keep, strategies, scores, beside,
-        seeds, protocol, attack, model, image_size, epochs, batch_size, lr, use_gpu,
+        seeds, protocol, dynamic, attack, model, image_size, epochs, batch_size, lr, use_gpu,
         cpus_per_training.
 
     Returns
@@ -543,7 +543,14 @@ def evaluate(
 
 
 def _test_source(config: Config, uri: str, overrides: Sequence[str]) -> SourceSettings:
-    """Return the source settings of a test set: those of the run with another URI."""
+    """Return the source settings of a test set: those of the run with another URI.
+
+    Settings of the run that have no effect on the test set's format are left out. Raises
+    ConfigError if one is among the overrides.
+    """
+    from raypipe.sources import open_source
+    from raypipe.sources.used_settings import refuse_unused_settings, unused_settings
+
     data = config.model_dump(mode="json")
     reset = ("format", "include", "split", "limit")
     data["source"] |= {name: SourceSettings.model_fields[name].default for name in reset}
@@ -551,7 +558,15 @@ def _test_source(config: Config, uri: str, overrides: Sequence[str]) -> SourceSe
     if Run(uri).uri == Run(config.source.uri).uri:  # another part of the run's own source
         data["source"]["format"] = config.source.format
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
-    return absolute_paths(parse_config(apply_overrides(data, dotted))).source
+    source = absolute_paths(parse_config(apply_overrides(data, dotted))).source
+    format = open_source(source).format
+    given = {item.partition("=")[0].removeprefix("source.") for item in dotted}
+    inherited = set(unused_settings(source, format)) - given
+    source = source.model_copy(
+        update={name: SourceSettings.model_fields[name].default for name in inherited}
+    )
+    refuse_unused_settings(source, format)
+    return source
 
 
 def export(

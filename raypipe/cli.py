@@ -65,6 +65,22 @@ class _StrategyOption(click.Option):
         pass
 
 
+class _Count(click.ParamType):
+    """A whole number, also as 1e6 or 1_000_000."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not (number >= 1 and number.is_integer()):
+            self.fail(f"{value!r} is not a whole number above 0, such as 1e6", param, ctx)
+        return int(value) if str(value).isdecimal() else int(number)
+
+
 _verbose = click.option(
     "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
 )
@@ -133,11 +149,12 @@ def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, verbo
     short_help="Print a configuration with every setting.",
     epilog=_epilog("raypipe init > my.yaml", 0),
 )
-def init() -> None:
+@click.option("--minimal", is_flag=True, help="Print only what nearly every run sets.")
+def init(minimal: bool) -> None:
     """Print a configuration with every setting, its default and a comment."""
-    from raypipe.config import commented_config
+    from raypipe.config.commented import commented_config, minimal_config
 
-    click.echo(commented_config(), nl=False)
+    click.echo(minimal_config() if minimal else commented_config(), nl=False)
 
 
 @cli.command(
@@ -225,7 +242,7 @@ def inspect(source: str | None, as_json: bool, **options: Any) -> None:
 @click.argument("config")
 @click.option(
     "--samples",
-    type=int,
+    type=_Count(),
     required=True,
     help="Number of images in the source. The source need not exist yet.",
 )
@@ -375,14 +392,15 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--easy-fraction", type=float, help="mixed: share of the list from the easy end.")
 @click.option(
     "--difficulty",
-    help="mixed, ccs: whether a high score or a high loss means hard: auto, score or loss.",
+    help="What means hard, for strategies that go by difficulty: auto, score, loss, aum or el2n.",
 )
 @click.option(
     "--hard-cutoff",
     metavar="SHARE",
-    help="ccs: share of hardest samples that is removed first, or auto.",
+    help="ccs, band, d2, infomax, coverage: share of hardest samples that is removed first, or "
+    "auto.",
 )
-@click.option("--strata", type=int, help="ccs: number of score intervals.")
+@click.option("--strata", type=int, help="ccs, coverage: number of score intervals.")
 @click.option(
     "--beta-exponent",
     type=float,
@@ -392,6 +410,10 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
     "--by-class/--over-classes",
     default=None,
     help="Keep the same share of every class, or select over all classes together.",
+)
+@click.option(
+    "--quotas",
+    help="Share of each class: proportional, equal, or recall (the more, the lower its recall).",
 )
 @click.option("--min-per-class", type=int, help="Minimum number of samples to keep of each class.")
 @click.option(
@@ -526,6 +548,12 @@ def export(
     "the full set. Default: epochs.",
 )
 @click.option(
+    "--dynamic",
+    metavar="NAMES",
+    help="Trainings that take other samples in every epoch, separated by commas: redrawn, "
+    "redrawn-by-score, infobatch.",
+)
+@click.option(
     "--attack",
     is_flag=True,
     help="Train adversarially, and also test on adversarial examples (PGD; proxy.adversary).",
@@ -561,7 +589,7 @@ def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **op
     from raypipe.evaluation.summary import describe_evaluation
 
     settings = {name: value for name, value in options.items() if value not in (None, ())}
-    for name in ("keep", "strategies", "scores"):
+    for name in ("keep", "strategies", "scores", "dynamic"):
         if name in settings:
             settings[name] = [yaml.safe_load(part) for part in settings[name].split(",")]
     if "use_gpu" in settings:

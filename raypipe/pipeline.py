@@ -35,6 +35,7 @@ from raypipe.runs.run import Run
 from raypipe.scores.registry import check_scores
 from raypipe.sources import open_source
 from raypipe.sources.noise import requested_noise
+from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.stages.base import Stage
 
 log = logging.getLogger("raypipe")
@@ -124,8 +125,11 @@ def _execute(
 
         config = config.model_copy(update={"source": settings_of_copy(source, run)})
     else:  # resolve `auto` once here, instead of listing the source in every task
+        opened = open_source(source)
+        if not run.exists():  # leaving out a setting of an earlier run would redo its index
+            refuse_unused_settings(source, opened.format)
         config = config.model_copy(
-            update={"source": open_source(source).resolved_settings(config.proxy.image_size)}
+            update={"source": opened.resolved_settings(config.proxy.image_size)}
         )
     context = Context(config, run, progress, verbose)
     with Lease(run) as lease, log_file(run, verbose), closing(context):

@@ -218,7 +218,8 @@ def describe_progress(about: Mapping[str, Any]) -> str:
     if number("rejects"):
         text += f", {number('rejects'):,.0f} rejects"
     if number("fragments"):
-        text += f", {number('fragments'):,.0f} fragments done"
+        plural = "s" * (number("fragments") != 1)
+        text += f", {number('fragments'):,.0f} fragment{plural} done"
         text += f", {number('queued'):,.0f} queued" if number("queued") else ""
     return text
 

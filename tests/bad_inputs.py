@@ -163,7 +163,8 @@ def bad_images() -> Iterator[BadSample]:
 def bad_labels() -> Iterator[BadSample]:
     """Wrong numeric labels, for a source of three classes (`source.num_classes`)."""
     yield BadSample("no-label", GOOD, None)
-    yield BadSample("negative", GOOD, -1, words=r"label -1 is outside 0\.\.2")
+    yield BadSample("negative", GOOD, -2, words=r"label -2 is outside 0\.\.2")
+    yield BadSample("unknown", GOOD, -1, words="")
     yield BadSample("too-large", GOOD, 3, words=r"label 3 is outside 0\.\.2")
     yield BadSample("far-too-large", GOOD, 10**15, words=r"label 10{15} is outside 0\.\.2")
     yield BadSample("fraction", GOOD, 0.5, words=r"label .*0\.5")

@@ -36,7 +36,7 @@ def _message(data: dict) -> str:
         ({"proxy": {"epoch": 3}}, ["proxy.epoch", "unknown setting", "did you mean 'epochs'"]),
         ({"proksy": {}}, ["proksy", "unknown setting", "did you mean 'proxy'"]),
         ({"proxy": {"model": "vgg"}}, ["proxy", "'vgg'", "resnet18"]),
-        ({"proxy": {"epochs": 3, "checkpoints": 10}}, ["checkpoints (10)", "epochs (3)"]),
+        ({"proxy": {"epochs": 3, "checkpoints": 12}}, ["checkpoints (12)", "epochs (3)"]),
         ({"proxy": {"workers": 1.5}}, ["proxy.workers", "1.5"]),
         ({"proxy": {"parts": 0}}, ["proxy.parts", "0", "greater than or equal to 1"]),
         ({"proxy": {"normalize": "imagnet"}}, ["proxy.normalize", "'imagnet'", "'imagenet'"]),

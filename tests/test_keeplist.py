@@ -12,11 +12,13 @@ import pytest
 import serial
 from helpers import QUIET, digit_pngs
 from scored import add_weights, scored_run
+from torch.utils.data import DataLoader
 
 import raypipe
 from raypipe import storage
 from raypipe.cli import main
 from raypipe.errors import ConfigError, RunError, SourceError
+from raypipe.keeplists.weighted_subset import WeightedSubset
 from raypipe.runs.run import Run
 
 
@@ -160,6 +162,43 @@ def test_subset_and_sampler_agree(run: Run) -> None:
     labels = digit_pngs(120)[1]
     with pytest.raises(SourceError, match="have another label"):
         keep.subset(Rows(120, targets=labels[::-1], columns={}))
+
+
+def test_a_list_is_redrawn_in_every_epoch_with_weights(run: Run, tmp_path: Path) -> None:
+    keep, ids = raypipe.KeepList(run.uri), [f"digits/{number:04d}" for number in range(120)]
+    assert keep.weights is not None
+    weight = dict(zip(keep.ids, keep.weights.tolist(), strict=True))
+    drawn = [keep.redraw(epoch, 0.4, ratio=2.0) for epoch in range(3)]
+    assert [len(one) for one in drawn] == [24, 24, 24]
+    assert len({frozenset(one.ids) for one in drawn}) == 3
+    assert keep.redraw(1, 0.4, ratio=2.0).ids == drawn[1].ids
+    assert set(keep.redraw(1, 0.4, seed=1).ids) != set(keep.redraw(1, 0.4).ids)
+    uniform = keep.redraw(0, 0.4)
+    assert uniform.weights is not None
+    assert uniform.weights.tolist() == pytest.approx([weight[name] for name in uniform.ids])
+    # weighted sums of any figure are unbiased
+    figure = dict(zip(keep.ids, np.random.default_rng(0).normal(size=60).tolist(), strict=True))
+    truth = np.mean([weight[name] * figure[name] for name in keep.ids])
+    means = []
+    for epoch in range(1500):
+        one = keep.redraw(epoch, 0.4, ratio=2.0)
+        assert one.weights is not None
+        means.append(np.mean(one.weights * [figure[name] for name in one.ids]))
+    assert abs(np.mean(means) - truth) < 4 * np.std(means) / 1500**0.5
+
+    one = drawn[0]
+    assert one.weights is not None
+    subset = one.subset(Rows(120, columns={}), ids, weights=True)
+    expected = dict(zip(one.ids, one.weights.tolist(), strict=True))
+    assert [pair[0] for pair in subset] == sorted(ids.index(name) for name in one.ids)
+    assert all(pair[1] == expected[ids[pair[0]]] for pair in subset)
+    batch = next(iter(DataLoader(subset, batch_size=24)))
+    assert batch[0].tolist() == subset.indices and batch[1].tolist() == subset.weights
+    for sample, whole in (((1, 2), (1, 2, 0.5)), ({"a": 1}, {"a": 1, "weight": 0.5})):
+        assert WeightedSubset([sample], [0], [0.5])[0] == whole  # type: ignore[arg-type]
+    for wrong in ({"share": 0.0}, {"share": 1.1}, {"ratio": 0.5}):
+        with pytest.raises(ConfigError, match="is not possible"):
+            keep.redraw(0, **wrong)
 
 
 def test_folders_of_torchvision(tmp_path: Path) -> None:
@@ -333,6 +372,10 @@ def test_a_ray_dataset_and_shards_through_ray(
         "row",
         "score",
     ]
+    redrawn = keep.redraw(3, 0.5)
+    rows = redrawn.filter(ray.data.from_arrow(table), "key", columns=["weight"]).take_all()
+    assert {row["key"] for row in rows} == set(redrawn.ids) and len(rows) == 150
+    assert all(row["weight"] == pytest.approx(1) for row in rows)
     with pytest.raises(
         ConfigError, match="has no column 'weight'; columns: sample_id, label, score"
     ):
@@ -374,6 +417,12 @@ def test_a_batch_is_joined_by_id_and_not_by_hash(monkeypatch: pytest.MonkeyPatch
     assert len(join._join((np.array([], np.uint64), kept.slice(0, 0)), "sample_id", (), batch)) == 0
     with pytest.raises(SourceError, match="no column 'key'; it has sample_id, row"):
         join._join(shared, "key", (), batch)
+    # "3.0" and the name of a bytes object would match nothing, without a word
+    for wrong in ([1.0, 2.0, 3.0], [b"a", b"b", b"c"]):
+        with pytest.raises(
+            SourceError, match=r"column 'key' is .*; expected text or whole numbers"
+        ):
+            join._join(shared, "key", (), pa.table({"key": wrong}))
     paths = pa.table({"path": ["s3://a/x/b", "a/x/d", "a/xb", "b"]})
     assert join._join(shared, "path", join._prefixes("s3://a/x/"), paths)["path"].to_pylist() == [
         "s3://a/x/b",

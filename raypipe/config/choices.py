@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -63,6 +64,13 @@ ScoreStrategyName = Literal[
 """Strategies that the pilot and `raypipe evaluate` compare with `random`: all others."""
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+
+def unknown_model(name: str) -> str:
+    """Return the message about a network that does not exist."""
+    near = difflib.get_close_matches(name, PROXY_MODELS, n=1)
+    suggestion = f"; did you mean {near[0]!r}?" if near else ""
+    return f"model: {name!r} is not one of {', '.join(PROXY_MODELS)}{suggestion}"
 
 
 @dataclass(frozen=True)

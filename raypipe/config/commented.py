@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import yaml
 
 from raypipe.config.base import Settings
 from raypipe.config.model import Config
 
+MINIMAL = {"source": ("uri",), "seed": ("fraction",), "proxy": ("image_size",), "select": ("keep",)}
+"""Sections and settings of the shortest useful configuration."""
 WIDTH = 100
 """Columns of the printed configuration."""
+
+
+def minimal_config() -> str:
+    """Return a configuration in YAML with the settings that nearly every run sets."""
+    lines = _comment(
+        "A raypipe configuration. All other settings have their defaults; `raypipe init` prints "
+        "them. `raypipe inspect --config FILE` shows what the source holds and what a run costs.",
+        "",
+    )
+    fields = Config.model_fields
+    result = [*lines, "", *_comment(str(fields["run"].description), ""), "run: runs/first"]
+    for section, names in MINIMAL.items():
+        kind = fields[section].annotation
+        assert isinstance(kind, type) and issubclass(kind, Settings)
+        result += ["", f"{section}:", *_settings(kind, "  ", names)]
+    return "\n".join(result) + "\n"
 
 
 def commented_config() -> str:
@@ -33,8 +51,12 @@ def commented_config() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _settings(section: type[Settings], indent: str) -> Iterator[str]:
+def _settings(
+    section: type[Settings], indent: str, names: Collection[str] | None = None
+) -> Iterator[str]:
     for key, info in section.model_fields.items():
+        if names is not None and key not in names:
+            continue
         if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
             yield from _comment(_summary(info.annotation), indent)
             yield f"{indent}{key}:"

@@ -43,6 +43,13 @@ class EvaluateSettings(Settings):
         description="epochs: every list is trained for the same number of epochs. steps: for as "
         "many optimiser steps as the full set.",
     )
+    dynamic: tuple[Literal["redrawn", "redrawn-by-score", "infobatch"], ...] = Field(
+        (),
+        description="Trainings that take other samples in every epoch, compared with random lists "
+        "at the same number of steps. redrawn: a random draw of the keep fraction (RS2). "
+        "redrawn-by-score: the highest score is three times as likely as the lowest, and losses "
+        "are weighted. infobatch: half of the samples below the mean loss are left out.",
+    )
     attack: bool = Field(
         False,
         description="Train adversarially, with the run's proxy.adversary or its defaults, and "
@@ -77,13 +84,13 @@ class EvaluateSettings(Settings):
         "there are fewer trainings than CPUs.",
     )
 
-    @field_validator("keep", "strategies", "scores", "beside", mode="before")
+    @field_validator("keep", "strategies", "scores", "beside", "dynamic", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         single = isinstance(value, int | float | str) and not isinstance(value, bool)
         return [value] if single else value
 
-    @field_validator("keep", "strategies", "scores", "beside")
+    @field_validator("keep", "strategies", "scores", "beside", "dynamic")
     @classmethod
     def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
@@ -98,8 +105,8 @@ class EvaluateSettings(Settings):
 
     @model_validator(mode="after")
     def _model_exists(self) -> EvaluateSettings:
-        from raypipe.config.choices import PROXY_MODELS
+        from raypipe.config.choices import PROXY_MODELS, unknown_model
 
         if self.model is not None and self.model not in PROXY_MODELS:
-            raise ValueError(f"model: {self.model!r} is not one of {', '.join(PROXY_MODELS)}")
+            raise ValueError(unknown_model(self.model))
         return self

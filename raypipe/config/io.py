@@ -72,7 +72,7 @@ def read_config(path: str) -> dict[str, Any]:
     from raypipe.storage import read_bytes
 
     try:
-        data = yaml.safe_load(read_bytes(path))
+        data = yaml.load(read_bytes(path), _UniqueKeys)  # noqa: S506: a safe loader
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `raypipe init > my.yaml` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -84,6 +84,25 @@ def read_config(path: str) -> dict[str, Any]:
             f"{path}: expected sections such as 'source:' and 'proxy:', found {type(data).__name__}"
         )
     return data
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping already has: the second section would replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping. Raises yaml.YAMLError for a repeated key."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"{key.value!r} is in line {lines[key.value]} and again in line {line}; "
+                    "merge the two"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -169,8 +169,8 @@ class Config(Settings):
     @field_validator("proxy")
     @classmethod
     def _model_exists(cls, value: ProxySettings) -> ProxySettings:
-        from raypipe.config.choices import PROXY_MODELS
+        from raypipe.config.choices import PROXY_MODELS, unknown_model
 
         if value.model not in PROXY_MODELS:
-            raise ValueError(f"model: {value.model!r} is not one of {', '.join(PROXY_MODELS)}")
+            raise ValueError(unknown_model(value.model))
         return value

@@ -26,6 +26,16 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
     """
     items = error.errors()
     for item in items:
+        # Of the kinds that a setting can have, a word is meant by text: one line is enough.
+        if (
+            item["type"] != "literal_error"
+            and isinstance(item["input"], str)
+            and any(
+                other["type"] == "literal_error" and other["loc"][:-1] == item["loc"][:-1]
+                for other in items
+            )
+        ):
+            continue
         # A list with a wrong item also counts as too short, which says nothing new.
         if item["type"] == "too_short" and any(
             len(other["loc"]) > len(item["loc"]) and other["loc"][: len(item["loc"])] == item["loc"]
@@ -49,6 +59,8 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
                 else f"{_shown(item['input'])} is not allowed: "
             )
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "tuple_type":
+                message = "expected a list, such as [a, b]"
             if item["type"] == "too_short":
                 message = f"give at least {item['ctx']['min_length']}"
             yield f"  {where}: {prefix}{message}{_nearest_choice(item)}"

@@ -198,7 +198,8 @@ class ProxySettings(Settings):
                 raise ValueError(
                     f"checkpoint_choice names epochs {wrong}, but epochs are 0..{self.epochs - 1}"
                 )
-        elif "checkpoints" not in self.model_fields_set:
+        elif self.checkpoints == ProxySettings.model_fields["checkpoints"].default:
+            # also where it is stated, as in the configuration that `raypipe init` prints
             fewer = min(self.checkpoints, self.epochs)
             object.__setattr__(self, "checkpoints", fewer)  # settings are fixed, except here
         elif self.checkpoints > self.epochs:

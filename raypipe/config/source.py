@@ -72,8 +72,8 @@ class SourceSettings(Settings):
     path_column: str | None = Field(
         None,
         min_length=1,
-        description="File list: column with the paths. Default: path, file, filename or image, "
-        "otherwise the first.",
+        description="File list: column with the paths. Default: path, file, filename, file_name or "
+        "image, otherwise the first.",
     )
     class_map: str | None = Field(
         None,

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from raypipe.estimate.facts import Survey
 from raypipe.estimate.inspect import DrawnSample
 from raypipe.text import size
-from raypipe.vision.decode import BadImage, decode
+from raypipe.vision.decode import BadImage, decode, open_image
 
 TILE = 160
 """Pixels a side of an image."""
@@ -116,7 +116,7 @@ def _native_side(image: bytes | np.ndarray) -> int:
     """Return the shorter side in pixels."""
     if isinstance(image, np.ndarray):
         return min(image.shape[:2])
-    with Image.open(io.BytesIO(image)) as opened:
+    with open_image(image) as opened:
         return min(opened.size)
 
 

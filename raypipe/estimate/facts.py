@@ -29,6 +29,11 @@ class ClassBalance:
         Share of the counted samples without a label.
     fewer_than_10
         Classes with fewer than ten samples; None if too few labels were counted to tell.
+    margin
+        Half the width of the 95 % interval of the largest class, in samples; None if every label
+        was counted, or the labels are from one file only, which says nothing about the others.
+    even
+        Whether classes of equal size would explain the counted labels; None as for `margin`.
     """
 
     exact: bool
@@ -36,6 +41,8 @@ class ClassBalance:
     per_class: dict[str, int]
     unlabelled: float
     fewer_than_10: int | None
+    margin: int | None = None
+    even: bool | None = None
 
     @property
     def smallest(self) -> int:

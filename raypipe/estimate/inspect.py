@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import math
 import os
 import random
@@ -15,11 +14,9 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
-
-from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
@@ -33,8 +30,9 @@ from raypipe.sources import (
     open_source,
 )
 from raypipe.sources.base import Preview
+from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
-from raypipe.vision.decode import FORMATS, BadImage, decode
+from raypipe.vision.decode import BadImage, decode, open_image
 
 SAMPLES = 256
 """Samples that are drawn by default."""
@@ -104,6 +102,8 @@ def inspect_source(
 
     Raises
     ------
+    ConfigError
+        If a setting has no effect on the format.
     SourceError
         If nothing can be listed, the format is unknown, or the labels contradict one another.
     """
@@ -138,7 +138,7 @@ def inspect_source(
         class_names=classes.names,
         classes_known=exact or names is not None or settings.num_classes is not None,
         unreadable_files=listing.unreadable(),
-        balance=_balance(classes, labels, total, exact),
+        balance=_balance(classes, listing.labels_by_file(), total, exact),
         pictures=_image_facts([sample for sample in chosen if sample.image is not None]),
         rejects=_reject_facts(decoded.samples, total),
         duplicates=_duplicates(chosen),
@@ -176,6 +176,7 @@ class _Listing:
     @classmethod
     def read(cls, settings: SourceSettings, samples: int, seed: int) -> _Listing:
         source = open_source(settings)
+        refuse_unused_settings(settings, source.format)
         files = list(source.files())
         places = _places(source, files, samples, seed)
         previews = _previews(source, files, places, seed)
@@ -183,13 +184,16 @@ class _Listing:
 
     def labels(self) -> LabelCounts:
         """Return all labels that are known."""
-        counts: LabelCounts = Counter()
-        for row, listed in enumerate(self.listed):
-            if listed is not None:
-                counts += listed
-            elif row in self.previews:
-                counts += self.previews[row].labels
-        return counts
+        return sum(self.labels_by_file(), Counter())
+
+    def labels_by_file(self) -> list[LabelCounts]:
+        """Return the labels that are known of each file, if any are."""
+        counts = [
+            listed if listed is not None else self.previews[row].labels
+            for row, listed in enumerate(self.listed)
+            if listed is not None or row in self.previews
+        ]
+        return [labels for labels in counts if labels.total()]
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the class names that the opened files state.
@@ -360,8 +364,9 @@ def _bits_in_use(chosen: Sequence[RawSample], settings: SourceSettings) -> BitsI
 
 
 def _balance(
-    classes: ClassMap, labels: LabelCounts, total: int, exact: bool
+    classes: ClassMap, by_file: Sequence[LabelCounts], total: int, exact: bool
 ) -> ClassBalance | None:
+    labels: LabelCounts = sum(by_file, Counter())
     counted = labels.total()
     if not counted or not classes.names:
         return None
@@ -377,7 +382,37 @@ def _balance(
     }
     enough = exact or counted >= MIN_LABELS_PER_CLASS * len(sizes)
     small = sum(count < 10 for count in scaled.values()) if enough else None
-    return ClassBalance(exact, counted, scaled, labels[None] / counted, small)
+    balance = ClassBalance(exact, counted, scaled, labels[None] / counted, small)
+    if exact or len(by_file) < 2:
+        return balance
+    margins = _margins(classes, by_file, len(scaled))
+    largest = next(iter(scaled))
+    mean = statistics.fmean(scaled.values()) / total
+    even = all(abs(count / total - mean) <= margins[name] for name, count in scaled.items())
+    return replace(balance, margin=round(margins[largest] * total), even=even)
+
+
+def _margins(classes: ClassMap, by_file: Sequence[LabelCounts], count: int) -> dict[str, float]:
+    """Return half the width of the interval of each class's share, 95 % for all together.
+
+    Samples of one file resemble one another, for example where files are sorted by class. The
+    variance is therefore that between files (ratio estimator for clusters; Cochran, *Sampling
+    Techniques*, 1977, equation 6.13), and at least that of independent draws.
+    """
+    files, sizes = len(by_file), [labels.total() for labels in by_file]
+    total = sum(sizes)
+    width = statistics.NormalDist().inv_cdf(1 - 0.025 / count)
+    margins = {}
+    for index, name in enumerate(classes.names):
+        in_file = [
+            sum(number for label, number in labels.items() if classes.index(label)[0] == index)
+            for labels in by_file
+        ]
+        share = sum(in_file) / total
+        spread = sum((inside - share * size) ** 2 for inside, size in zip(in_file, sizes))
+        clustered = files / (files - 1) * spread / total**2
+        margins[name] = width * math.sqrt(max(clustered, share * (1 - share) / total))
+    return margins
 
 
 class _ImageHeader(NamedTuple):
@@ -398,7 +433,7 @@ def _header(sample: RawSample) -> _ImageHeader | None:
         mode = "RGB" if image.ndim == 3 and image.shape[2] == 3 else "greyscale"
         return _ImageHeader(image.shape[1], image.shape[0], "pixels", mode, None)
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+        with open_image(image) as opened:
             mode = (
                 "16-bit greyscale"
                 if opened.mode.startswith("I")

@@ -132,6 +132,7 @@ def _balance(survey: Survey, balance: ClassBalance, block: str) -> Iterator[str]
         if balance.exact
         else f"estimated from {balance.counted:,} labels spread over the source"
     )
+    margin = "" if balance.margin is None else f" ± {balance.margin:,}"
     if balance.fewer_than_10 is None:
         share = balance.largest / max(1, survey.samples)
         yield (
@@ -141,11 +142,15 @@ def _balance(survey: Survey, balance: ClassBalance, block: str) -> Iterator[str]
     else:
         yield (
             f"balance     smallest {about}{balance.smallest:,}, median {balance.median:,.0f}, "
-            f"largest {balance.largest:,}; {basis}"
+            f"largest {balance.largest:,}{margin}; {basis}"
         )
     notes = _balance_notes(balance)
     if notes:
         yield f"            {', '.join(notes)}"
+    if balance.even:
+        yield "            no more uneven than chance and the order of the samples explain"
+    elif not balance.exact and balance.margin is None:
+        yield "            all from one file: if it is sorted by class, the balance is another one"
     if balance.fewer_than_10 is not None:
         yield from _bars(balance, block)
 

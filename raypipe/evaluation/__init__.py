@@ -2,6 +2,7 @@
 
 - `figures`: intervals over seeds, differences to random, break-even. No Ray, no storage.
 - `lists`: rows of the scored samples to train on, cut as keep-lists are.
+- `epoch_samples`: trainings that take other samples in every epoch.
 - `decoded`: images that are decoded once, and their copy on each node.
 - `trainings`: every training, what determines it, and the file with its result.
 - `summary`: what the trainings show together.

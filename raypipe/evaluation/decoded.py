@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,19 @@ def list_test_set(source: SourceSettings, run_source: SourceSettings, classes: C
     SourceError
         If the test set has no readable samples, or its classes cannot be matched.
     """
+    try:
+        return _listed_test_set(source, run_source, classes)
+    except SourceError as error:
+        # the settings of a test set are options of `raypipe evaluate`
+        text = re.sub(
+            r"source\.(\w+)", r"--test-set \1", re.sub(r"source\.uri", "--test", str(error))
+        )
+        raise SourceError(text) from None
+
+
+def _listed_test_set(
+    source: SourceSettings, run_source: SourceSettings, classes: ClassMap
+) -> TestSet:
     opened = open_source(source)
     readable: list[Fragment] = []
     stated, labels = StatedNames(opened.labels_by_name), set[int | str]()

@@ -21,12 +21,14 @@ from raypipe.config import Config, SelectSettings, parse_config
 from raypipe.config.choices import DIFFICULTIES
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RunError, SourceError
+from raypipe.evaluation.epoch_samples import BY_SCORE, EpochSamples
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids
 from raypipe.selection import (
     Chunk,
     SelectionOptions,
+    hash64,
     needs_classes,
     needs_loss,
     needs_margin,
@@ -88,6 +90,8 @@ class ListedSamples:
         How it was cut; empty for random and full.
     draw
         Of a random list, the seed of the trainings it is for; None if it is for all seeds.
+    dynamic
+        How the samples of each epoch are chosen from the rows; None if they are all rows.
     """
 
     name: str
@@ -98,11 +102,20 @@ class ListedSamples:
     strategy: str = ""
     by_class: bool = False
     draw: int | None = None
+    dynamic: EpochSamples | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that the steps of an epoch follow from."""
+        return len(self.rows) if self.dynamic is None else self.dynamic.count
 
     @property
     def digest(self) -> str:
-        """Hash of the rows."""
-        return hashlib.blake2b(self.rows.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        """Hash of the rows, and of how they are chosen."""
+        key = self.rows.astype("<i8").tobytes()
+        if self.dynamic is not None:
+            key += self.dynamic.key()
+        return hashlib.blake2b(key, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,6 +323,8 @@ def cut_lists(
     lists = [ListedSamples(FULL, 1.0, np.arange(len(pool)))]
     for seed in range(settings.seeds):
         lists += cutter.random_lists(seed)
+    for kind in settings.dynamic:
+        lists += _dynamic_lists(kind, scores, pool, config.score, settings.keep)
     for origin in score_origins:
         for section in selects:
             options = by_strategy[section.strategy]
@@ -322,6 +337,30 @@ def cut_lists(
                 )
             lists += cutter.lists(origin, section.strategy, options)
     return pool, lists
+
+
+def _dynamic_lists(
+    kind: str, scores: ScoreStream, pool: SamplePool, score: str, keep: Sequence[float]
+) -> Iterator[ListedSamples]:
+    """Yield the samples of the pool, of which each epoch takes others, for each fraction."""
+    hashes, values = [], []
+    for chunk in scores.chunks(True):
+        labelled = chunk.label >= 0
+        hashes.append(hash64(chunk.sample_id)[labelled])
+        values.append(chunk.score[labelled])
+    by_score = kind == BY_SCORE
+    value = np.concatenate(values) if by_score else np.zeros(0, np.float32)
+    for fraction in sorted(set(keep)):
+        count = max(1, round(fraction * len(pool)))
+        chosen = EpochSamples(kind, count, np.concatenate(hashes), value)
+        yield ListedSamples(
+            f"{score}, {kind}" if by_score else kind,
+            fraction,
+            np.arange(len(pool)),
+            RUN if by_score else "",
+            score if by_score else "",
+            dynamic=chosen,
+        )
 
 
 def _mark(run: Run, scores: ScoreStream, settings: SelectSettings) -> None:

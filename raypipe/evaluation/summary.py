@@ -94,7 +94,7 @@ class Results:
     def samples(self, name: str, fraction: float) -> int:
         """Return the labelled samples of a list; of random lists, those of the first."""
         return next(
-            len(item.listed.rows)
+            item.listed.samples
             for item in self.trainings
             if (item.listed.name, item.listed.fraction) == (name, fraction)
         )
@@ -239,7 +239,8 @@ class _Figures:
             differences[figure.replace("accuracy", "difference")] = (
                 None if gap is None else {**gap.as_dict(), "verdict": gap.verdict}
             )
-        even = BreakEven(self.unit, saved, self._scoring).as_dict()
+        scored = name in {item.listed.name for item in self._results.trainings if item.listed.score}
+        even = BreakEven(self.unit, saved, self._scoring if scored else 0.0).as_dict()
         return {**figures, **differences, "break_even": even}
 
     def _sentences(self, name: str) -> str:

@@ -111,7 +111,7 @@ def trainings_of(
     for listed in sorted(lists, key=lambda listed: listed.strategy != ""):
         for seed in range(settings.seeds) if listed.draw is None else (listed.draw,):
             steps = (
-                steps_of(recipe, len(listed.rows)) if settings.protocol == "epochs" else everything
+                steps_of(recipe, listed.samples) if settings.protocol == "epochs" else everything
             )
             own = recipe.model_copy(update={"seed": seed})
             stated = own.model_dump(mode="json", include={*RECIPE, "seed"}, exclude_none=True)
@@ -181,12 +181,12 @@ def train_one(
     state_file = _StateFile(training.path(run, "safetensors"))
     state, spent = state_file.read()
     clock = _Clock(gpu, spent)
-    settings, rows = training.settings, training.listed.rows
+    settings, listed = training.settings, training.listed
     model = fit(
         settings,
         data.images,
         data.labels,
-        rows,
+        listed.rows if listed.dynamic is None else listed.dynamic.start(settings.seed),
         classes,
         settings.statistics(*data.statistics),
         steps=training.steps,
@@ -203,10 +203,10 @@ def train_one(
         )
         robust["robust_accuracy"] = attacked.accuracy
     result = {
-        "list": training.listed.name,
-        "fraction": training.listed.fraction,
+        "list": listed.name,
+        "fraction": listed.fraction,
         "seed": training.seed,
-        "samples": len(rows),
+        "samples": listed.samples,
         "steps": training.steps,
         "accuracy": tested.accuracy,
         **robust,

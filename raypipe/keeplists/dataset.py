@@ -21,6 +21,8 @@ from raypipe.errors import ConfigError, SourceError
 from raypipe.keeplists.file import KeepFile, find_keep_list, first_positions
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
+from raypipe.selection import hash64
+from raypipe.selection.redraw import draw, inclusion_probabilities, unbiased_weights
 from raypipe.sources.noise import LabelNoise
 from raypipe.sources.values import printable
 
@@ -46,6 +48,13 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {
 }
 _NUMBERED = re.compile(r"(.+)/(\d+)")
 _TAR = re.compile(r"\S+\.(?:tar\.gz|tar|tgz)", re.IGNORECASE)
+
+
+def _id_text(sample_id: Any) -> str:
+    """Return a sample id of a dataset as text. Raises SourceError for what has no one text."""
+    if sample_id is None or isinstance(sample_id, float | np.floating | bytes):
+        raise SourceError(f"{sample_id!r} cannot be a sample id; expected text or whole numbers")
+    return str(sample_id)
 
 
 class KeepList:
@@ -154,6 +163,66 @@ class KeepList:
             key: _NUMBERS.get(key, str)(value) for key, value in keep_metadata(self.uri).items()
         }
 
+    def redraw(
+        self, epoch: int, share: float = 0.5, *, seed: int = 0, ratio: float = 1.0
+    ) -> KeepList:
+        """Return a draw from the list, another one for every epoch.
+
+        A training on it takes as many steps as one on a list of that length, but sees all samples
+        of this list in the course of the epochs (RS2, arXiv 2305.18424). A sample is drawn or not
+        by a hash of its id, the seed and the epoch.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch.
+        share : float
+            Share of this list, above 0 and at most 1. Exactly round(share * len(self)) samples are
+            drawn, at least one.
+        seed : int
+            Another seed gives other draws.
+        ratio : float
+            How much more likely the sample with the highest score is drawn than that with the
+            lowest, at least 1. Between them, the probability grows geometrically with the rank of
+            the score. 1: all are equally likely.
+
+        Returns
+        -------
+        KeepList
+            The drawn samples. Their `weights` make the mean weighted loss over a draw an unbiased
+            estimate of that over this list: k / (n * probability), times the weights of this list
+            if it has any.
+
+        Raises
+        ------
+        ConfigError
+            For an empty list, or a share or ratio out of range.
+
+        Examples
+        --------
+        >>> for epoch in range(90):  # doctest: +SKIP
+        ...     train = keep.redraw(epoch, 0.5).subset(dataset, weights=True)
+        ...     for images, labels, weights in DataLoader(train, batch_size=256, shuffle=True):
+        ...         losses = cross_entropy(model(images), labels, reduction="none")
+        ...         (losses * weights).mean().backward()
+        """
+        if not len(self) or not 0 < share <= 1 or ratio < 1:
+            raise ConfigError(
+                f"{self.uri}: a draw of share {share!r} with ratio {ratio!r} from {len(self):,} "
+                "samples is not possible; share must be above 0 and at most 1, ratio at least 1"
+            )
+        count = max(1, round(share * len(self)))
+        probability = inclusion_probabilities(self.scores, count, ratio)
+        rows = draw(self._hashes, probability, seed, epoch)
+        weight = unbiased_weights(probability)[rows]
+        if self.weights is not None:
+            weight = weight * self.weights[rows]
+        table = self._table.select(["sample_id", "label", "score"]).take(pa.array(rows))
+        drawn = KeepList.__new__(KeepList)
+        drawn.uri, drawn._run = self.uri, self._run
+        drawn._table = table.append_column("weight", pa.array(weight, pa.float32()))
+        return drawn
+
     # -- PyTorch -----------------------------------------------------------------------------------
 
     def indices(self, ids: Iterable[Any], *, strict: bool = True) -> list[int]:
@@ -183,7 +252,9 @@ class KeepList:
         """
         return self._match(ids, strict)[0].tolist()
 
-    def subset(self, dataset: Any, ids: Ids | None = None, *, strict: bool = True) -> Subset[Any]:
+    def subset(
+        self, dataset: Any, ids: Ids | None = None, *, strict: bool = True, weights: bool = False
+    ) -> Subset[Any]:
         """Return the kept samples of a map-style dataset, in its order.
 
         Parameters
@@ -204,6 +275,9 @@ class KeepList:
             - a `Subset` of one of these.
         strict : bool
             Whether every kept sample must be in the dataset.
+        weights : bool
+            Whether each sample comes with its weight: as one more element of a tuple, or as
+            `weight` of a dict.
 
         Returns
         -------
@@ -212,6 +286,8 @@ class KeepList:
 
         Raises
         ------
+        ConfigError
+            If the list has no weights, with `weights`.
         SourceError
             If the ids cannot be derived or do not fit; see `indices`.
 
@@ -221,7 +297,12 @@ class KeepList:
         """
         from torch.utils.data import Subset
 
-        return Subset(dataset, self._find(dataset, ids, strict)[0].tolist())
+        from raypipe.keeplists.weighted_subset import WeightedSubset
+
+        position, rows = self._find(dataset, ids, strict)
+        if not weights:
+            return Subset(dataset, position.tolist())
+        return WeightedSubset(dataset, position.tolist(), self._known_weights()[rows].tolist())
 
     def sampler(
         self,
@@ -265,15 +346,20 @@ class KeepList:
         """
         from torch.utils.data import WeightedRandomSampler
 
+        weights = self._known_weights()
+        rows = self._find(dataset, ids, strict)[1]
+        return WeightedRandomSampler(
+            weights[rows].tolist(), num_samples or len(rows), replacement, generator
+        )
+
+    def _known_weights(self) -> np.ndarray:
+        """Return `weights`; raise ConfigError if there are none."""
         if self.weights is None:
             raise ConfigError(
                 f"{self.uri}: the list has no weights, because the strategy "
                 f"{self.metadata.get('strategy')!r} gives none; see select.weights"
             )
-        rows = self._find(dataset, ids, strict)[1]
-        return WeightedRandomSampler(
-            self.weights[rows].tolist(), num_samples or len(rows), replacement, generator
-        )
+        return self.weights
 
     # -- Ray Data and WebDataset -------------------------------------------------------------------
 
@@ -386,6 +472,10 @@ class KeepList:
     # -- matching ----------------------------------------------------------------------------------
 
     @functools.cached_property
+    def _hashes(self) -> np.ndarray:
+        return hash64(self._table["sample_id"].combine_chunks())
+
+    @functools.cached_property
     def _set(self) -> frozenset[str]:
         return frozenset(self.ids)
 
@@ -402,7 +492,7 @@ class KeepList:
 
     def _match(self, ids: Iterable[Any], strict: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return ascending positions in `ids` and the rows of these in the list, int64 [k] each."""
-        ids_array = pa.array([str(sample_id) for sample_id in ids], pa.string())
+        ids_array = pa.array([_id_text(sample_id) for sample_id in ids], pa.string())
         row_of_id = pc.fill_null(
             pc.index_in(ids_array, value_set=self._table["sample_id"].combine_chunks()), -1
         )
@@ -462,7 +552,7 @@ class KeepList:
         column = next(
             (name for name in (stated, "sample_id") if name is not None and name in columns), None
         )
-        return [str(sample_id) for sample_id in dataset[column]] if column is not None else None
+        return list(map(_id_text, dataset[column])) if column is not None else None
 
     def _by_row(self, dataset: Any, strict: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return positions and rows as `_match` does, for a dataset in source order."""

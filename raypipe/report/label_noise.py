@@ -1,4 +1,4 @@
-"""How well the list of likely label errors finds replaced labels (`source.inject_noise`)."""
+"""How well the list of labels to check finds replaced labels (`source.inject_noise`)."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _sentence(counts: NoiseCounts, keep: dict[str, float | None]) -> str:
     chance = replaced / counts["labelled"] if counts["labelled"] else None
     if listed["listed"]:
         sentence = (
-            f"Of {text.count(listed['listed'])} samples listed as likely label errors, "
+            f"Of {text.count(listed['listed'])} samples listed as labels to check, "
             f"{text.share(listed['precision'])} have a replaced label (by chance "
             f"{text.share(chance)}); they are {text.share(listed['recall'])} of the "
             f"{text.count(replaced)} replaced labels. Of the first {text.count(first['listed'])}, "
@@ -166,8 +166,7 @@ def _sentence(counts: NoiseCounts, keep: dict[str, float | None]) -> str:
         )
     else:
         sentence = (
-            "The list of likely label errors is empty; "
-            f"{text.count(replaced)} labels were replaced."
+            f"The list of labels to check is empty; {text.count(replaced)} labels were replaced."
         )
     kept = [f"{text.share(share)} in {file}" for file, share in keep.items() if share is not None]
     return sentence + (f" Replaced labels in keep-lists: {', '.join(kept)}." if kept else "")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from raypipe import storage
 from raypipe.errors import RunError
@@ -27,7 +28,7 @@ TITLES = {
     "highest": "Highest scores",
     "lowest": "Lowest scores",
     "uncertain": "Most uncertain",
-    "suspects": "Likely label errors",
+    "suspects": "Labels to check",
 }
 """Title of each image grid, in the order of the page."""
 HARD_SAMPLES = "Atypical, hard or wrongly labelled samples gather here."
@@ -36,6 +37,11 @@ SUSPECTS = (
     "These are among the {end} 20 % of the scores, and the proxy predicts another class. The "
     "samples that it contradicts most are shown. Check before you relabel: hard samples with a "
     "correct label gather here as well."
+)
+CONTRADICTED_CLUSTERS = (
+    "Labels are pseudo-labels, so none of them is an error. These are among the {end} 20 % of the "
+    "scores, and the proxy predicts another cluster than theirs: they lie between clusters. The "
+    "samples that it contradicts most are shown."
 )
 ORDERED_BY_SCORE = {"top", "balanced", "normalized", None}
 """Strategies that keep the highest scores and drop the lowest."""
@@ -145,8 +151,13 @@ def _environment(folder: Path) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {name: getattr(text, name) for name in FILTERS}
-    environment.filters |= {"counted": counted, "plural": plural}
+    environment.filters |= {"counted": counted, "plural": plural, "breakable": breakable}
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that can be broken into lines after an underscore, hyphen or slash."""
+    return Markup(re.sub(r"([_/-])", r"\1<wbr>", str(escape(name))))
 
 
 # -- images --------------------------------------------------------------------------------------
@@ -190,6 +201,9 @@ class Tiles:
 def _grids(summary: Summary, tiles: Tiles) -> dict[str, dict[str, Any]]:
     """Return the image grids by name."""
     about = _explanations(summary)
+    titles = TITLES
+    if summary["source"]["pseudo_labels"]:
+        titles = TITLES | {"suspects": "Between clusters"}
     return {
         name: {
             "name": name,
@@ -197,7 +211,7 @@ def _grids(summary: Summary, tiles: Tiles) -> dict[str, dict[str, Any]]:
             "about": about[name],
             "tiles": tiles.with_images(summary["grids"].get(name, [])),
         }
-        for name, title in TITLES.items()
+        for name, title in titles.items()
     }
 
 
@@ -206,7 +220,9 @@ def _explanations(summary: Summary) -> dict[str, str]:
     hard = high_is_hard(summary["fidelity"])
     about = {
         "uncertain": "Extrapolated scores with the widest intervals.",
-        "suspects": SUSPECTS.format(end="highest" if hard else "lowest"),
+        "suspects": (
+            CONTRADICTED_CLUSTERS if summary["source"]["pseudo_labels"] else SUSPECTS
+        ).format(end="highest" if hard else "lowest"),
     }
     holds, drops = BY_STRATEGY.format(verb="holds"), BY_STRATEGY.format(verb="drops")
     if hard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -194,12 +193,12 @@ def _format(data: bytes) -> str:
 
 def _native_size(sample: RawSample) -> int:
     """Return the shorter side in pixels; SIZE if the header cannot be read."""
-    from PIL import Image
+    from raypipe.vision.decode import open_image
 
     if not isinstance(sample.image, bytes):
         return min(sample.image.shape[:2]) if sample.image is not None else SIZE
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:
+        with open_image(sample.image) as image:
             return min(image.size)
     except Exception:  # decoding reports what is wrong with it
         return SIZE

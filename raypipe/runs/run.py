@@ -49,9 +49,7 @@ class Run(Layout):
         try:
             data = storage.read_json(self.ledger_file)
         except FileNotFoundError:
-            raise RunError(
-                f"{self.uri}: no run here (run.json is missing); give the folder of a run"
-            ) from None
+            raise RunError(self._absent("run.json")) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             version = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise RunError(
@@ -69,6 +67,15 @@ class Run(Layout):
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RunError(f"{self.uri}: run.json is damaged ({error})") from None
+
+    def _absent(self, file: str) -> str:
+        """Return the message about a folder that holds no run."""
+        if bucket := storage.missing_bucket(self.uri):
+            return (
+                f"{self.uri}: the bucket {bucket!r} does not exist; check its name, the endpoint "
+                "and the credentials"
+            )
+        return f"{self.uri}: no run here ({file} is missing); give the folder of a run"
 
     def write_ledger(self, records: Mapping[str, StageRecord]) -> None:
         """Write the ledger. Raises TakenOverError if another driver took over the run."""
@@ -134,9 +141,7 @@ class Run(Layout):
                 yaml.safe_load(storage.read_whole(self.config_file, MAX_CONFIG_BYTES))
             )
         except FileNotFoundError:
-            raise RunError(
-                f"{self.uri}: no run here (config.yaml is missing); give the folder of a run"
-            ) from None
+            raise RunError(self._absent("config.yaml")) from None
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
 

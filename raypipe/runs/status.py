@@ -91,7 +91,8 @@ def describe_result(run: Run) -> Iterator[str]:
         within = run.config().select.cuts_within_classes
         yield f"fidelity    {fidelity_sentence(fidelity, within)}"
         if fidelity.get("judged_on") in ("audit", "rehearsal") and detail.get("fidelity_seed"):
-            yield f"            {fidelity_sentence(detail['fidelity_seed'], within)}"
+            sentence = fidelity_sentence(detail["fidelity_seed"], within)
+            yield f"            for comparison, not decisive: {sentence}"
         yield from _error_and_coverage(fidelity)
         yield f"stability   {stability_sentence(detail.get('stability') or {})}"
         yield from _doubled(detail.get("learning_curve") or {}, "the seed set")

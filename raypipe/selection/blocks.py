@@ -2,10 +2,10 @@
 
 A block is a class, or the whole stream if classes do not matter. More than `BLOCK_SAMPLES` samples
 are divided into blocks of about equal size by a hash of the id. Each of these is a random draw from
-the class, and the strategy is applied to each of them. This is the first round of distributed
-submodular maximisation (Mirzasoleiman et al., NeurIPS 2013, algorithm 2). So memory does not grow
-with the stream, and time does not grow with the square of a class. Two samples in different blocks
-are not compared.
+the class, and the strategy is applied to each of them, as in the first round of GreeDi
+(Mirzasoleiman et al., NeurIPS 2013) and in the partitions of InfoMax. So memory does not grow with
+the stream, and time does not grow with the square of a class. Two samples in different blocks are
+not compared.
 
 Within a block the samples are in an order that depends on their ids alone. So does everything
 computed from them: the order of the stream does not matter.
@@ -32,7 +32,8 @@ from raypipe.selection.radix_select import (
 BLOCK_SAMPLES = 1 << 16
 """Maximum average number of samples in a block."""
 HELD_BYTES = 1 << 29
-"""Embeddings held at a time. When there are more, the stream is read several times."""
+"""Embeddings held at a time, twice while they are joined. When there are more, the stream is read
+several times."""
 BLOCK_SEED = 0x626C6F636B
 """Seed of the hash that divides a class into blocks."""
 
@@ -110,12 +111,12 @@ class BlockLayout:
     def block_of(self, chunk: Chunk) -> np.ndarray:
         """Return the block of each sample of a chunk with ids, int64 [n]; -1 if not eligible."""
         group = self._group(chunk, self.classes)
-        first = np.cumsum(self.parts) - self.parts
-        block = first[group]
-        for divided in np.flatnonzero(self.parts > 1).tolist():
-            rows = np.flatnonzero(group == divided)
-            hashes = hash64(chunk.sample_id, BLOCK_SEED)[rows]
-            block[rows] += hash_range(hashes, int(self.parts[divided]))
+        block = (np.cumsum(self.parts) - self.parts)[group]
+        divided = np.flatnonzero(self.parts > 1).tolist()
+        hashes = hash64(chunk.sample_id, BLOCK_SEED) if divided else np.zeros(0, np.uint64)
+        for one in divided:
+            rows = np.flatnonzero(group == one)
+            block[rows] += hash_range(hashes[rows], int(self.parts[one]))
         return np.where(chunk.eligible(), block, -1)
 
     def group_of(self, block: int) -> int:
@@ -223,7 +224,7 @@ class ByPosition(Ranking):
         return order_key(self._values[start : start + count]), np.zeros(count, np.int64)
 
 
-class EveryOne(Ranking):
+class AllAlike(Ranking):
     """All samples in one group, with equal keys."""
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from raypipe.selection.base import SelectionOptions, SelectionPlan
 from raypipe.selection.blocks import (
+    AllAlike,
     Block,
     BlockLayout,
     ByPosition,
@@ -20,7 +21,6 @@ from raypipe.selection.hard_cutoff import hardest_samples
 from raypipe.selection.neighbour_graph import cosine_graph
 from raypipe.selection.quotas import even_quotas
 from raypipe.selection.radix_select import ValidatedStream
-from raypipe.selection.randomized import ByHash
 from raypipe.selection.strata import score_strata
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def coverage(
         F(S) = sum over i of max over j in S of sim(i, j)
 
     greedily (Nemhauser et al. 1978: at least 1 - 1/e of the best F), with the lazy evaluation of
-    Minoux 1978. sim is the cosine similarity of the 20 nearest neighbours, 1 for a sample and
-    itself, and 0 for all other pairs (Wei et al., ICML 2015, "Submodularity in data subset
-    selection and active learning", use such a sparse graph). Of equal gains, the sample with the
-    lower hash of the id comes first. The combination is ours. Nested with a fixed cut-off.
+    Minoux 1978. sim is the cosine similarity of the 20 nearest neighbours of the same block
+    (`raypipe.selection.blocks`), 1 for a sample and itself, and 0 for all other pairs. Wei et al.,
+    ICML 2015, choose training data by this function; the sparse graph and the strata are ours. Of
+    equal gains, the sample with the lower hash of the id comes first. Nested with a fixed cut-off.
     """
     cuts = hardest_samples(stream, keep, classes, options)
-    strata = score_strata(stream, ByHash(0), cuts, options.strata)
+    strata = score_strata(stream, AllAlike(), cuts, options.strata)
     layout = BlockLayout.of(stream, classes, options)
     values = values_by_block(stream, layout, strata, _values)
     plans = [

@@ -9,10 +9,10 @@ import numpy as np
 
 from raypipe.selection.base import SelectionOptions, SelectionPlan, one_group_quota
 from raypipe.selection.blocks import (
+    AllAlike,
     Block,
     BlockLayout,
     ByPosition,
-    EveryOne,
     values_by_block,
     values_of_order,
 )
@@ -29,14 +29,15 @@ REVERSE_DECAY = 0.1
 def d2(
     stream: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
 ) -> list[SelectionPlan]:
-    """D2 pruning (Maharana et al., ICLR 2024, arXiv 2310.07931, equations 3 and 5) and its code.
+    """D2 pruning (Maharana et al., ICLR 2024, arXiv 2310.07931), by the formulas of its code.
 
         drop the hardest samples (`hard_cutoff`)
         u_i = s_i + sum over the 5 nearest j of exp(-d_ij) s_j             (forward messages)
         repeat: keep the sample i with the highest u
                 u_j -= exp(-0.1 d_ij) u_i for the 5 nearest j of i          (reverse messages)
 
-    s is the score and d the distance of the embeddings.
+    s is the score and d the distance of the embeddings. The code is `GraphDensitySampler` in
+    `core/data/sampling.py`, with a precomputed graph, `sum` and `weighted`.
 
     Deviations: distances are divided by the mean distance of neighbours in the block, so that the
     unit of the embeddings does not matter. If scores are negative, s is score - min score.
@@ -45,7 +46,7 @@ def d2(
     """
     cuts = hardest_samples(stream, keep, classes, options)
     layout = BlockLayout.of(stream, classes, options)
-    values = values_by_block(stream, layout, [Excluding(EveryOne(), cut) for cut in cuts], _values)
+    values = values_by_block(stream, layout, [Excluding(AllAlike(), cut) for cut in cuts], _values)
     plans = [
         SelectionPlan(Excluding(ByPosition(value), cut), one_group_quota)
         for value, cut in zip(values, cuts, strict=True)

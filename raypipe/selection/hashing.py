@@ -77,6 +77,11 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     return _mix(state ^ length.astype(np.uint64))
 
 
+def mix_hashes(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Return other hashes, which depend on given ones and a seed, uint64 [n]."""
+    return _mix(hashes ^ _mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64)))
+
+
 def _mix(state: np.ndarray) -> np.ndarray:
     """Mix the bits of uint64 [n] (finalizer of SplitMix64)."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -162,8 +162,9 @@ def beta(
     samples.
 
     Deviations: p is that of the finished proxy, exp(-loss), because the mean over epochs is known
-    for measured samples only. The proxy was trained on the seed set, so the p of its samples is
-    higher than that of similar samples. Scores can be negative here: w then uses score - min
+    for measured samples only. With cross-fitting, the loss is the mean over proxies that were not
+    trained on the sample. With one proxy, which was trained on the seed set, the p of its samples
+    is higher than that of similar samples. Scores can be negative here: w then uses score - min
     score. 1 - p is at least 2^-24. Not nested, since the density changes with the fraction.
     """
     anchors, low = _anchors(chunks, options.seed)

@@ -10,9 +10,11 @@ To add a strategy:
 1. Write the function. If it compares samples by their embeddings, it reads them in the blocks of
    `raypipe.selection.blocks`, and computes one number for each sample.
 2. Add an entry to `STRATEGIES`.
-3. Add the name to `StrategyName`, `ScoreStrategyName`, `STRATEGY_TEXTS` and
-   `RANDOM_STRATEGIES` (if it draws) in `raypipe.config.choices`. The settings, the command line and
-   the report follow from these. A test checks that they agree with `STRATEGIES`.
+3. Add the name to `StrategyName`, `ScoreStrategyName`, `STRATEGY_TEXTS` and, if it applies,
+   `RANDOM_STRATEGIES` (it draws), `CUTTING_STRATEGIES` (it leaves out the hardest samples first)
+   and `CLASSWISE_STRATEGIES` (it works within classes by default) in `raypipe.config.choices`. The
+   settings, the command line and the report follow from these. A test checks that they agree with
+   `STRATEGIES`.
 
 For example, the lowest scores::
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from raypipe.selection.base import SelectionOptions, SelectionPlan, one_group_quota
-from raypipe.selection.blocks import Block, BlockLayout, ByPosition, EveryOne, values_by_block
+from raypipe.selection.blocks import AllAlike, Block, BlockLayout, ByPosition, values_by_block
 from raypipe.selection.neighbour_graph import nearest_neighbours
 from raypipe.selection.radix_select import ValidatedStream
 
@@ -27,7 +27,7 @@ def typical(
     Nested.
     """
     layout = BlockLayout.of(stream, classes, options)
-    (value,) = values_by_block(stream, layout, [EveryOne()], _values)
+    (value,) = values_by_block(stream, layout, [AllAlike()], _values)
     return [SelectionPlan(ByPosition(value), one_group_quota)] * len(keep)
 
 

@@ -1,17 +1,28 @@
 """Images in Arrow columns: which types can hold them, and how one value is read.
 
 A column holds encoded bytes (binary, or lists of 8-bit numbers), Hugging Face's
-struct<bytes, path>, or pixels as nested lists.
+struct<bytes, path>, or pixels: nested lists, or arrays of an extension type such as those of Ray.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
+from raypipe.sources.arrow_types import (
+    Tensors,
+    is_bytes,
+    is_dictionary,
+    is_list,
+    stores_tensors,
+    tensors,
+    value_type,
+)
 from raypipe.sources.values import printable
 
 ImageOrReason = tuple[bytes | np.ndarray | None, str]
@@ -21,15 +32,15 @@ ReadByPath = Callable[[str], bytes | None]
 ReadImage = Callable[[pa.Scalar], ImageOrReason]
 
 
-def image_reader(type: pa.DataType, by_path: ReadByPath | None = None) -> ReadImage | None:
+def image_reader(field: pa.Field, by_path: ReadByPath | None = None) -> ReadImage | None:
     """Return the function that reads one value of an image column.
 
-    Its argument is a value of the column's `storage_array`.
+    Its argument is a value of the column's `encoded_array`.
 
     Parameters
     ----------
-    type : pyarrow.DataType
-        Type of the column.
+    field : pyarrow.Field
+        The column, with the metadata that can name an extension type.
     by_path : callable, optional
         Reads images of which a struct holds only the path.
 
@@ -38,8 +49,24 @@ def image_reader(type: pa.DataType, by_path: ReadByPath | None = None) -> ReadIm
     callable or None
         None if a column of this type cannot hold images.
     """
-    if isinstance(type, pa.BaseExtensionType):
-        return image_reader(type.storage_type, by_path)
+    read = _value_reader(field, value_type(field.type), by_path)
+    if read is None or not is_dictionary(field.type):
+        return read
+    return lambda scalar: read(scalar.value)
+
+
+def _value_reader(
+    field: pa.Field, type: pa.DataType, by_path: ReadByPath | None
+) -> ReadImage | None:
+    if stores_tensors(field):
+        arrays = tensors(field)
+        if arrays is None:
+            return None
+        shape = arrays.array_shape
+        usable = shape is None or len(shape) == 2 or (len(shape) == 3 and shape[2] in {1, 3})
+        if not (usable and pt.is_integer(arrays.value)):
+            return None
+        return functools.partial(_from_tensor, arrays)
     if is_bytes(type):
         return _from_bytes
     if (
@@ -48,51 +75,13 @@ def image_reader(type: pa.DataType, by_path: ReadByPath | None = None) -> ReadIm
         and is_bytes(type.field("bytes").type)
     ):
         return lambda scalar: _from_struct(scalar, by_path)
-    if (pt.is_list(type) or pt.is_large_list(type)) and (
-        pt.is_uint8(type.value_type) or pt.is_int8(type.value_type)
-    ):
-        return _from_byte_list
+    if is_list(type) and (pt.is_uint8(type.value_type) or pt.is_int8(type.value_type)):
+        # a fixed number of bytes would be an image only by accident
+        return None if pt.is_fixed_size_list(type) else _from_byte_list
     depth, inner_type = 0, type
     while is_list(inner_type):
         depth, inner_type = depth + 1, inner_type.value_type
     return _from_nested_lists if depth in {2, 3} and pt.is_integer(inner_type) else None
-
-
-def storage_array(array: pa.Array) -> pa.Array:
-    """Return the array without extension type and dictionary encoding.
-
-    Scalars of an extension type run code of the extension's author, so they are avoided.
-    """
-    while isinstance(array.type, pa.BaseExtensionType):
-        array = array.storage
-    return array.dictionary_decode() if pt.is_dictionary(array.type) else array
-
-
-def value_type(type: pa.DataType) -> pa.DataType:
-    """Return the type of the values of a `storage_array`."""
-    while isinstance(type, pa.BaseExtensionType):
-        type = type.storage_type
-    return type.value_type if pt.is_dictionary(type) else type
-
-
-def is_string(type: pa.DataType) -> bool:
-    """Return whether values are text, in any of Arrow's layouts."""
-    return pt.is_string(type) or pt.is_large_string(type) or pt.is_string_view(type)
-
-
-def is_bytes(type: pa.DataType) -> bool:
-    """Return whether values are bytes, in any of Arrow's layouts."""
-    return (
-        pt.is_binary(type)
-        or pt.is_large_binary(type)
-        or pt.is_fixed_size_binary(type)
-        or pt.is_binary_view(type)
-    )
-
-
-def is_list(type: pa.DataType) -> bool:
-    """Return whether values are lists, in any of Arrow's layouts."""
-    return pt.is_list(type) or pt.is_large_list(type) or pt.is_fixed_size_list(type)
 
 
 def _from_bytes(scalar: pa.Scalar) -> ImageOrReason:
@@ -142,9 +131,37 @@ def _from_nested_lists(scalar: pa.Scalar) -> ImageOrReason:
     numbers = np.asarray(values)
     if len(numbers) != np.prod(shape):
         return None, "the rows of the image differ in length"
-    if len(shape) == 3 and shape[2] not in {1, 3}:
-        return None, f"pixels have shape {shape}, not [height, width, 3]"
-    if numbers.size == 0 or numbers.min() < 0 or numbers.max() > 255:
-        return None, "pixels are not within 0..255" if numbers.size else "no pixels"
-    pixels = numbers.astype(np.uint8).reshape(shape)
-    return (pixels[:, :, 0] if shape[-1] == 1 and len(shape) == 3 else pixels), ""
+    return _pixels(numbers.reshape(shape))
+
+
+def _from_tensor(arrays: Tensors, scalar: pa.Scalar) -> ImageOrReason:
+    """Return a stored array of whole numbers 0..255 as pixels, uint8."""
+    if not scalar.is_valid:
+        return None, "no image: null"
+    shape, values = arrays.shape, scalar
+    if shape is None:
+        if not (scalar["data"].is_valid and scalar["shape"].is_valid):
+            return None, "no image: null"
+        shape, values = tuple(scalar["shape"].as_py()), scalar["data"]
+    if values.values.null_count or None in shape:
+        return None, "pixels are null"
+    numbers = np.asarray(values.values)
+    if min(shape, default=0) < 0 or len(numbers) != math.prod(shape):
+        return None, f"{len(numbers)} numbers are stored for the shape {list(shape)}"
+    image = numbers.reshape(shape)
+    if arrays.order is not None:
+        if sorted(arrays.order) != list(range(image.ndim)):
+            return None, f"axes {list(arrays.order)} do not fit the shape {list(shape)}"
+        image = image.transpose(arrays.order)
+    return _pixels(image)
+
+
+def _pixels(image: np.ndarray) -> ImageOrReason:
+    """Check an array of pixels; a single channel is dropped."""
+    shape = list(image.shape)
+    if image.ndim not in {2, 3} or (image.ndim == 3 and shape[2] not in {1, 3}):
+        return None, f"pixels have shape {shape}, not [height, width] or [height, width, 3]"
+    if image.size == 0 or image.min() < 0 or image.max() > 255:
+        return None, "pixels are not within 0..255" if image.size else "no pixels"
+    pixels = np.ascontiguousarray(image.astype(np.uint8))
+    return (pixels[:, :, 0] if image.ndim == 3 and shape[2] == 1 else pixels), ""

@@ -168,9 +168,9 @@ class Source(abc.ABC):
         Yield the samples of one fragment, in order.
 
     Then register it: one line in `raypipe/sources/__init__.py`, its name in the `format` choices
-    of `raypipe/config/source.py`, and a rule in `raypipe/sources/detect.py` if `format: auto`
-    should recognise it. Add a writer of the format to `tests/stages/test_same_scores.py`, which
-    holds all formats to the same pixels and scores.
+    of `raypipe/config/source.py`, the settings that it uses in `used_settings.py`, and a rule in
+    `raypipe/sources/detect.py` if `format: auto` should recognise it. Add a writer of the format to
+    `tests/stages/test_same_scores.py`, which holds all formats to the same pixels and scores.
 
     Formats whose files hold many samples each should start from `FileSource`, which lists and
     opens the files; tables of rows and columns from `TableSource`, which also finds the image and

@@ -12,6 +12,8 @@ from raypipe.sources.noise import LabelNoise
 
 MAX_CLASSES = 1_000_000
 """More classes than this are taken for one wrong label."""
+MIN_FOR_NOTE = 20
+"""Samples from which on many classes are remarkable."""
 SHOWN_NAMES = 5
 """Class names that a message lists."""
 
@@ -53,9 +55,9 @@ class ClassMap:
         """Return the class index of a stored label, and "" or why the label is invalid.
 
         Both invalid and missing labels have index -1. A missing label has reason "": such a
-        sample is unlabelled, not rejected.
+        sample is unlabelled, not rejected. The number -1 is a missing label in every format.
         """
-        if label is None or self.clusters:
+        if label is None or label == -1 or self.clusters:
             return -1, ""
         if isinstance(label, str):
             position = _positions(self.names).get(label, -1)
@@ -245,10 +247,35 @@ def class_map(
         return ClassMap(_pad_names(tuple(sorted(names)), num_classes), numeric=False)
     count = num_classes if num_classes is not None else max(numbers, default=-1) + 1
     if count > MAX_CLASSES:
-        raise SourceError(
+        raise SourceError(_too_large(sorted(numbers), count))
+    return ClassMap(tuple(str(number) for number in range(count)), numeric=True)
+
+
+def lone_classes_note(samples: int, classes: int) -> str:
+    """Return a warning if most classes can have one sample only, as with captions; or ""."""
+    if samples < MIN_FOR_NOTE or classes <= samples / 2:
+        return ""
+    return (
+        f"{classes:,} classes in {samples:,} samples: nearly every sample is a class of its own. "
+        "Are the labels captions or ids? Set source.label_column to the column of the classes, or "
+        "to null for none (pseudo_labels)"
+    )
+
+
+def _too_large(numbers: list[int], count: int) -> str:
+    """Return the message about a class number that no list of classes can reach."""
+    if not numbers or numbers[-1] < count - 1:
+        return f"source.num_classes is {count}; at most {MAX_CLASSES:,} are possible"
+    usual = [number for number in numbers if number < MAX_CLASSES]
+    if len(usual) > 0.9 * len(numbers) or len(numbers) < 3:
+        return (
             f"the largest label is {count - 1}; if that is one wrong label, set source.num_classes"
         )
-    return ClassMap(tuple(str(number) for number in range(count)), numeric=True)
+    return (
+        f"the {len(numbers):,} labels are numbers up to {count - 1}, which look like ids of "
+        "classes; classes are numbered from 0 without gaps. Store the ids as text, which makes "
+        "them names, or number the classes"
+    )
 
 
 def _pad_names(names: tuple[str, ...], count: int | None) -> tuple[str, ...]:

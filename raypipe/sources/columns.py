@@ -15,7 +15,17 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from raypipe.config import SourceSettings
-from raypipe.sources.arrow_images import image_reader, is_string, storage_array, value_type
+from raypipe.sources.arrow_images import image_reader
+from raypipe.sources.arrow_types import (
+    ID_TYPES,
+    described,
+    holds_ids,
+    is_dictionary,
+    is_string,
+    storage_array,
+    stores_tensors,
+    value_type,
+)
 from raypipe.sources.values import stored_label
 
 AUTO = "auto"
@@ -119,14 +129,12 @@ def choose_columns(schema: pa.Schema, features: Features, settings: SourceSettin
             excluded={image, identity}
             | {name for name in schema.names if name.lower() in NEVER_LABELS},
         )
-    if not _holds_images(schema.field(image).type):
+    if not _holds_images(schema.field(image)):
         raise ColumnError(_wrong_type(schema, image, "image"))
-    if label is not None and not _holds_labels(schema.field(label).type):
+    if label is not None and not _holds_labels(schema.field(label)):
         raise ColumnError(_wrong_type(schema, label, "label"))
-    if identity is not None:
-        type = value_type(schema.field(identity).type)
-        if not (pt.is_integer(type) or is_string(type)):
-            raise ColumnError(_wrong_type(schema, identity, "id"))
+    if identity is not None and not holds_ids(schema.field(identity)):
+        raise ColumnError(_wrong_type(schema, identity, "id"))
     return TableColumns(image, label, identity, class_names(features, label))
 
 
@@ -152,12 +160,12 @@ _EXPECTED = {
     "image": "encoded bytes, struct<bytes, path> or lists of pixels (height, width or height, "
     "width, 3)",
     "label": "one number or name per sample; set source.label_column",
-    "id": "text or whole numbers; set source.id_column",
+    "id": f"{ID_TYPES}; set source.id_column",
 }
 
 
 def _wrong_type(schema: pa.Schema, column: str, kind: str) -> str:
-    return f"column {column!r} is {schema.field(column).type}; expected {_EXPECTED[kind]}"
+    return f"column {column!r} is {described(schema.field(column))}; expected {_EXPECTED[kind]}"
 
 
 def _check_unique(schema: pa.Schema, column: str, kind: str) -> None:
@@ -176,8 +184,8 @@ def _find_column(
     kind: str,
     usual_names: Sequence[str],
     *,
-    accepts: Callable[[pa.DataType], bool],
-    suggests: Callable[[pa.DataType], bool],
+    accepts: Callable[[pa.Field], bool],
+    suggests: Callable[[pa.Field], bool],
     described: frozenset[str],
     excluded: Collection[str | None] = (),
 ) -> str:
@@ -211,14 +219,14 @@ def _find_column(
     ]
     for name in named:
         _check_unique(schema, name, kind)
-        if accepts(schema.field(name).type):
+        if accepts(schema.field(name)):
             return name
     candidates = [
         name
         for name in schema.names
         if name not in excluded
         and schema.names.count(name) == 1
-        and (suggests(schema.field(name).type) or name in described)
+        and (suggests(schema.field(name)) or name in described)
     ]
     for choice in ([name for name in candidates if name in described], candidates):
         if len(choice) == 1:
@@ -253,20 +261,23 @@ def class_names(features: Features, column: str | None) -> tuple[str, ...] | Non
     return tuple(str(name) for name in names) if isinstance(names, list) and names else None
 
 
-def _holds_images(type: pa.DataType) -> bool:
-    return image_reader(type) is not None
+def _holds_images(field: pa.Field) -> bool:
+    return image_reader(field) is not None
 
 
-def _holds_labels(type: pa.DataType) -> bool:
-    plain = value_type(type)
-    return (
+def _holds_labels(field: pa.Field) -> bool:
+    plain = value_type(field.type)
+    return not stores_tensors(field) and (
         pt.is_integer(plain)
         or pt.is_floating(plain)
+        or pt.is_decimal(plain)
         or pt.is_boolean(plain)
         or is_string(plain)
         or pt.is_null(plain)
     )
 
 
-def _suggests_labels(type: pa.DataType) -> bool:
-    return pt.is_integer(type) or pt.is_boolean(type) or pt.is_dictionary(type)
+def _suggests_labels(field: pa.Field) -> bool:
+    type = field.type
+    coded = is_dictionary(type) and _holds_labels(field)  # not a dictionary of images
+    return pt.is_integer(type) or pt.is_boolean(type) or coded

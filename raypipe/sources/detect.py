@@ -20,6 +20,10 @@ MAX_FILES = 20_000
 """File names that are examined, so that a listing of millions is not made twice."""
 
 
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Names of the file in which Hugging Face's image folders hold labels and captions."""
+
+
 def detect_format(settings: SourceSettings) -> str:
     """Return the name of the format, from the first `MAX_FILES` files.
 
@@ -40,6 +44,7 @@ def detect_format(settings: SourceSettings) -> str:
     names = {file.path for file in files}
     if SPLITS_FILE in names or {STATE_FILE, INFO_FILE} <= names:
         return "huggingface"
+    _refuse_metadata(settings.uri, names)
     formats = [
         format
         for format, endings in EXTENSIONS.items()
@@ -74,4 +79,23 @@ def _is_image_list(settings: SourceSettings) -> bool:
     return not any(
         line.path.lower().endswith(shards)
         for line in itertools.islice(read_lines(settings.uri, settings), 10)
+    )
+
+
+def _refuse_metadata(uri: str, names: set[str]) -> None:
+    """Raise SourceError for images next to a table about them, which nobody would read."""
+    tables = [name for name in names if name.rpartition("/")[2] in METADATA]
+    table = min(tables, key=lambda name: (name.count("/"), name), default=None)
+    images = EXTENSIONS["imagefolder"]
+    if table is None or not any(name.lower().endswith(images) for name in names):
+        return
+    found = f"{uri.rstrip('/')}/{table}"
+    use = (
+        f"set source.uri to {found}, with source.format filelist"
+        if table.endswith(".csv")
+        else f"write {table} as CSV (file_name, label) and set source.uri to that file"
+    )
+    raise SourceError(
+        f"{uri}: {table} describes the images next to it. To read labels from it, {use}; to take "
+        "folders as classes and ignore it, set source.format to imagefolder"
     )

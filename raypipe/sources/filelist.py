@@ -160,7 +160,8 @@ class FileListSource(Source):
                     else "the listed file is not"
                 )
                 raise SourceError(
-                    f"{self._list}: {absent} below {root} (such as {paths[0]}); set source.root"
+                    f"{self._list}: {absent} below {root} (such as {paths[0]}); "
+                    f"{_advice(root, paths)}"
                 )
 
     def _blocks(self) -> Iterator[list[Member]]:
@@ -221,6 +222,27 @@ class FileListSource(Source):
         if self._local_root is not None and ("//" in path or "/." in path):
             return posixpath.normpath(path)
         return path
+
+
+def _advice(root: str, paths: list[str]) -> str:
+    """Return what to do when none of the listed files exists below the root."""
+    slashed = [path.replace("\\", "/") for path in paths if "\\" in path]
+    if any(_exists(storage.join(root, path)) or _endings(root, path) for path in slashed):
+        return "they exist with slashes (/) instead of backslashes: replace these in the list"
+    for path in paths:
+        if endings := _endings(root, path):
+            return f"{path}{endings[0]} exists: add the endings of the files to the list"
+    return "set source.root"
+
+
+def _endings(root: str, path: str) -> list[str]:
+    """Return the endings of files that differ from a path by an ending alone."""
+    folder, _, name = path.rpartition("/")
+    try:
+        names = storage.entries(storage.join(root, folder) if folder else root)
+    except (OSError, ValueError):
+        return []
+    return sorted(entry[len(name) :] for entry in names if entry.startswith(f"{name}."))
 
 
 class _LowestHashes:

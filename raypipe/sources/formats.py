@@ -36,6 +36,7 @@ EXTENSIONS = {
 }
 """Format -> file name endings, compared without regard to case."""
 NOUNS = {"parquet": "Parquet files", "webdataset": "tars", "imagefolder": "images"}
+"""Format -> what its files are called in messages."""
 TRIES = 8
 """Files of an unknown ending that are opened before all of them are taken for something else."""
 MAX_TRIES = 200

@@ -18,7 +18,8 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import RaypipeError, SourceError
-from raypipe.sources.arrow_images import ImageOrReason, ReadByPath, image_reader, storage_array
+from raypipe.sources.arrow_images import ImageOrReason, ReadByPath, image_reader
+from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.arrowstream import ArrowStream, Message
 from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.columns import (
@@ -216,17 +217,23 @@ class _BatchRows:
     by_path: ReadByPath | None
 
     def values(self, column: str) -> list[Any]:
-        array = storage_array(self.stream.column(self.batch, column))
-        return array.slice(self.begin, self.end - self.begin).to_pylist()
+        return storage_array(self._column(column)).to_pylist()
+
+    def ids(self, column: str) -> list[str | None]:
+        return id_texts(self._column(column), self.stream.schema.field(column)).to_pylist()
+
+    def _column(self, column: str) -> pa.Array:
+        array = self.stream.column(self.batch, column)
+        return array.slice(self.begin, self.end - self.begin)
 
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
         reader = image_reader(
-            self.stream.schema.field(self.columns.image).type,
+            self.stream.schema.field(self.columns.image),
             self.by_path,
         )
         assert reader is not None  # choose_columns has checked the type
         try:
-            array = storage_array(self.stream.load(self.batch).column(self.columns.image))
+            array = encoded_array(self.stream.load(self.batch).column(self.columns.image))
         except Exception as error:
             reason = damage_reason(self.stored, error)
             yield from ((None, reason) for _ in rows)

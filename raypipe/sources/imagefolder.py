@@ -20,9 +20,7 @@ from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import Location
 from raypipe.sources.smallfiles import Member, file_runs, read_members, unpack_member
-
-SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
-"""Folders of these names are splits of a dataset, not classes."""
+from raypipe.sources.splits import SPLIT_FOLDERS, several_splits
 
 
 class ImageFolderSource(Source):
@@ -113,9 +111,23 @@ class ImageFolderSource(Source):
 
     def _refuse_splits(self) -> None:
         folders = self._location.folders()
-        if folders and all(folder.lower() in SPLITS for folder in folders):
-            choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in folders)
+        splits = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
+        # a single one next to other folders can be a class, such as that of railway trains
+        if splits and (len(splits) == len(folders) or several_splits(splits) is not None):
+            choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in splits)
             raise SourceError(
-                f"{self.settings.uri}: {' and '.join(folders)} are not classes; "
+                f"{self.settings.uri}: {' and '.join(splits)} are not classes; "
                 f"set source.uri to {choices}"
+            )
+        if len(folders) == 1 and self._classes is None and self.settings.label_column is not None:
+            self._refuse_only_folder(folders[0])
+
+    def _refuse_only_folder(self, folder: str) -> None:
+        """Raise SourceError if the only folder holds the folders of the classes."""
+        inner = self._location.folders(folder)
+        if len(inner) > 1:
+            raise SourceError(
+                f"{self.settings.uri}: its only folder, {folder!r}, would be the only class; the "
+                f"classes seem to be its {len(inner)} folders, such as {inner[0]!r}: set "
+                f"source.uri to {self.settings.uri.rstrip('/')}/{folder}"
             )

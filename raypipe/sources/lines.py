@@ -12,6 +12,7 @@ A list is parsed as follows:
   name of the path or label column or has such an ending below it. The columns are found by these
   names, without regard to case; if no column has a usual name for paths, the one that ends like an
   image file is taken, else the first. Without a header, the path is first and the label second.
+  Lines of several splits by a column `split` are refused.
 - A line of plain text is a path, white space and a label. Paths can have spaces: the line is split
   after the last image ending that is followed by white space, and not at all if the line itself
   ends like an image file. Without an image ending, it is split at the last white space if a whole
@@ -32,9 +33,10 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.formats import IMAGE_EXTENSIONS
+from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.storage import Reader
 
-PATH_COLUMNS = ("path", "file", "filename", "image")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "category", "target")
 """Usual column names, tried in this order unless the settings name a column."""
 READ_BYTES = 4 << 20
@@ -179,11 +181,23 @@ def _parse_table(
     filled = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
     start = list(itertools.islice(filled, 2))
     path, label = _find_columns(uri, [row for _, row in start], settings)
+    split, first_split = -1, ""
     if path < 0:  # no header
         path, label = 0, 1
     else:
+        if settings.include == "*":  # otherwise the settings choose the lines
+            split = _position([cell.strip() for cell in start[0][1]], (SPLIT_COLUMN,))
+        split = -1 if split in (path, label) else split
         start = start[1:]
     for number, row in itertools.chain(start, filled):
+        name = split_of(_cell(row, split)) if split >= 0 else ""
+        first_split = first_split or name
+        if name != first_split and name:
+            raise SourceError(
+                f"{uri}: line {number}: column {SPLIT_COLUMN!r} is {_cell(row, split)!r}, but the "
+                f"lines before it are of the split {first_split}; write a list of one split, or "
+                "remove the column to read all lines as one"
+            )
         yield Line(number, _cell(row, path), _cell(row, label) or None)
 
 

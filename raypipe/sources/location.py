@@ -131,8 +131,10 @@ class Location:
                 raise  # expired credentials would leave out everything
             return b""
 
-    def folders(self) -> list[str]:
-        """Return the names of the folders directly in `uri`; none for a file or glob.
+    def folders(self, below: str = "") -> list[str]:
+        """Return the names of the folders directly in `uri`, or in a folder of it.
+
+        There are none for a file or glob.
 
         Raises
         ------
@@ -140,7 +142,8 @@ class Location:
             If the folder cannot be listed.
         """
         try:
-            return storage.folders(self._uri) if self._is_folder else []
+            uri = storage.join(self._uri, below) if below else self._uri
+            return storage.folders(uri) if self._is_folder else []
         except (OSError, ValueError) as error:
             raise self._cannot_list(error) from None
 

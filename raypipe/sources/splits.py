@@ -41,9 +41,18 @@ _WORDS = {
     "testing": "test",
 }
 """Word in a name -> split."""
+SPLIT_COLUMN = "split"
+"""Column of a table that names the split of each row."""
+SPLIT_FOLDERS = frozenset(_WORDS)
+"""Folders of these names are splits of a dataset, not classes."""
 _WORD = re.compile(
     r"(?<![a-z0-9])(" + "|".join(_WORDS) + r")(?:[0-9]{4})?(?![a-z0-9])", re.IGNORECASE
 )
+
+
+def split_of(word: str) -> str:
+    """Return the split that a word means: train, validation or test; "" for any other word."""
+    return _WORDS.get(word.lower(), "")
 
 
 def split_word(path: str) -> str:

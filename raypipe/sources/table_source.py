@@ -107,6 +107,9 @@ class RowReader(Protocol):
     def values(self, column: str) -> list[Any]:
         """Return a small column, one value per row. Can raise anything."""
 
+    def ids(self, column: str) -> list[str | None]:
+        """Return a column of ids as text; None for a missing id. Can raise anything."""
+
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
         """Yield the images of some rows, counted from 0, in ascending order."""
 
@@ -164,12 +167,12 @@ def _read_ids(
     if columns.identity is None:
         return row_ids, reasons
     try:
-        stored = reader.values(columns.identity)
+        stored = reader.ids(columns.identity)
         reasons = [
             "" if value is not None else f"no id: {columns.identity} is null" for value in stored
         ]
         ids = [
-            printable(str(value)) if value is not None else row_ids[row]
+            printable(value) if value is not None else row_ids[row]
             for row, value in enumerate(stored)
         ]
     except Exception as error:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
+from raypipe.sources.formats import HEAD_BYTES, format_of
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
 
@@ -72,8 +73,9 @@ def read_groups(file: Reader, offset: int, compressed: bool, load: LoadMember) -
     """Yield the groups of a tar from a header on.
 
     If the tar is damaged, the group before the damage has a reason. Links, devices, absolute names
-    and names with '..' are never followed; their group has a reason. Members without an extension,
-    hidden ones and folders belong to no sample. Only storage faults raise.
+    and names with '..' are never followed; their group has a reason. A member without an extension
+    belongs to the sample of its name, with the extension "", if its content is an image. Others,
+    hidden members and folders belong to no sample. Only storage faults raise.
 
     Parameters
     ----------
@@ -92,6 +94,7 @@ def read_groups(file: Reader, offset: int, compressed: bool, load: LoadMember) -
             group.reason = group.reason or item.reason
             continue
         key, extension, unsafe = _parse_name(item.name, item.type)
+        key = key or _key_of_image(item)
         if not key:
             continue
         if group is None or group.key != key or extension in group.names:
@@ -128,6 +131,14 @@ def _parse_name(name: str, type: bytes) -> tuple[str, str, str]:
     return (name if unsafe else ""), "", unsafe
 
 
+def _key_of_image(member: _Member) -> str:
+    """Return the name of a member without an extension if its content is an image, else ""."""
+    name = member.name.removeprefix("./")
+    if member.type not in _REGULAR or "." in name.rpartition("/")[2] or name.endswith("/"):
+        return ""
+    return name if format_of(member.peek(HEAD_BYTES)) == "imagefolder" else ""
+
+
 @dataclass(frozen=True)
 class _Problem:
     """Damage, or a missing end, at a byte of the tar."""
@@ -153,6 +164,8 @@ class _Member:
         Byte of its content.
     cut_off : bool
         Whether `read` met the end of the tar.
+    head : bytes
+        The first bytes of the content, if `peek` has read them.
     """
 
     tar: _Members
@@ -162,12 +175,20 @@ class _Member:
     offset: int
     data_at: int
     cut_off: bool = False
+    head: bytes = b""
+
+    def peek(self, size: int) -> bytes:
+        """Return the first bytes of the content; b"" if the tar ends within them."""
+        content = self.tar.read_content(self.data_at, min(size, self.size))
+        self.head, self.cut_off = content or b"", content is None
+        return self.head
 
     def read(self) -> bytes | None:
         """Return the content; None if the tar ends within it."""
-        content = self.tar.read_content(self.data_at, self.size)
+        read = len(self.head)
+        content = self.tar.read_content(self.data_at + read, self.size - read)
         self.cut_off = content is None
-        return content
+        return None if content is None else self.head + content
 
 
 class _Members:

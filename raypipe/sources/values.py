@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from typing import Any
 
 from raypipe.storage import Reader
@@ -45,6 +46,8 @@ def stored_label(value: Any) -> tuple[int | str | None, str]:
     if isinstance(value, int):  # includes bool
         return int(value), ""
     if isinstance(value, float) and value.is_integer():
+        return int(value), ""
+    if isinstance(value, Decimal) and value.is_finite() and value == int(value):
         return int(value), ""
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:60] + "..."

@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from raypipe import storage
@@ -38,7 +39,7 @@ PREVIEW_BYTES = 1 << 20
 """Approximate bytes read at one place of a preview."""
 SCATTERED = -1
 """Offset of the fragments of a tar in which the members of a sample do not follow one another."""
-SEVERAL_IMAGES = "several members may be the image"
+SEVERAL_IMAGES = "several members can be the image"
 
 _LABELS = ("cls", "json", "txt")
 _IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -141,8 +142,8 @@ class WebDatasetSource(FileSource):
         }
 
         def load(key: str, extension: str, size: int) -> bool:
-            is_wanted = key in images and images[key][1] == extension
-            return is_wanted and size <= MAX_IMAGE_BYTES
+            is_chosen = key in images and images[key][1] == extension
+            return is_chosen and size <= MAX_IMAGE_BYTES
 
         with self.open(path) as stored:
             for part in read_groups(stored, 0, _is_compressed(path), load):
@@ -151,6 +152,8 @@ class WebDatasetSource(FileSource):
                     group = left.pop(number).group
                     whole = dataclasses.replace(group, contents={**group.contents, **part.contents})
                     yield self._sample(_sample_id(path, part.key), whole, False)
+                if not images:
+                    break
         for sample in left.values():
             yield self._sample(_sample_id(path, sample.group.key), sample.group, sample.repeated)
         yield from _gone(fragment, len(joined), keep_id)
@@ -209,8 +212,8 @@ class WebDatasetSource(FileSource):
                 drawn[group.offset] = self._sample(sample_id, group, False)
         if not samples_read:
             return Preview(error=f"not a tar file: {problem}")
-        if not apart.labels and not _is_compressed(file.path):
-            # labels can be before or after all images
+        if apart.images != apart.labels and not _is_compressed(file.path):
+            # all labels can be before or after all images
             for start in (0, max(0, file.size - window) // BLOCK * BLOCK):
                 apart.add(read_place(start, window).read().groups)
         if apart.images and apart.labels:
@@ -254,7 +257,9 @@ class WebDatasetSource(FileSource):
     def is_image(self, extension: str) -> bool:
         """Return whether a member with this extension can be the image of its sample."""
         column = self.settings.image_column
-        return extension in _IMAGES if column == AUTO else extension == _extension(column)
+        if column != AUTO:
+            return extension == _extension(column)
+        return extension in _IMAGES or not extension  # without one, the content is an image
 
     def image_of(self, group: Group) -> tuple[str | None, str]:
         """Return the extension of the image of a group, or None and why there is none."""
@@ -264,8 +269,8 @@ class WebDatasetSource(FileSource):
         if images:
             return None, f"{SEVERAL_IMAGES}: {_listed(images)}; set source.image_column"
         column = self.settings.image_column
-        wanted = "" if column == AUTO else f"no .{_extension(column)}, "
-        return None, f"no image: {wanted}only {_listed(group.names)}"
+        missing = "" if column == AUTO else f"no .{_extension(column)}, "
+        return None, f"no image: {missing}only {_listed(group.names)}"
 
     def _load_image(self, key: str, extension: str, size: int) -> bool:
         """Load images only; see `LoadMember`."""
@@ -385,7 +390,8 @@ def _extension(column: str) -> str:
 
 
 def _listed(extensions: Iterable[str]) -> str:
-    return ", ".join(f".{name}" for name in list(extensions)[:5])
+    named = (f".{name}" if name else "one without an extension" for name in extensions)
+    return ", ".join(islice(named, 5))
 
 
 def _gone(fragment: Fragment, position: int, keep_id: IdFilter | None) -> Iterator[RawSample]:

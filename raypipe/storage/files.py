@@ -198,3 +198,15 @@ def delete(uri: str) -> None:
             fs.rm(path, recursive=True)
 
     retrying(action, uri, writing=True)
+
+
+def missing_bucket(uri: str) -> str:
+    """Return the bucket of a URI if it does not exist; "" otherwise, or if that is unknown."""
+    if is_local(uri):
+        return ""
+    fs, path = filesystem(uri)
+    bucket = path.partition("/")[0]
+    try:
+        return "" if not bucket or fs.exists(bucket) else bucket
+    except Exception:  # without permission to look, the bucket can exist
+        return ""

@@ -1,9 +1,9 @@
 """Read tables of embeddings and scores: Parquet files with one row per sample. No Ray.
 
-An embedding is a list, or a list of fixed size, of float16, float32 or float64. Ids are text or
-whole numbers; a number stands for the text of its digits. The input is one file, or a folder of any
-depth whose files have any name that ends in .parquet. At most `BATCH_ROWS` embeddings and one page
-of a column are in memory at once.
+An embedding is a list of float16, float32 or float64 in any of Arrow's layouts, or an array as Ray
+Data writes it. Ids are text, whole numbers or UUIDs; a number stands for the text of its digits.
+The input is one file, or a folder of any depth whose files have any name that ends in .parquet. At
+most `BATCH_ROWS` embeddings and one page of a column are in memory at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ import pyarrow.types as pt
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
+from raypipe.sources.arrow_types import (
+    ID_TYPES,
+    described,
+    holds_ids,
+    holds_vectors,
+    id_texts,
+    is_string,
+    is_whole,
+    storage_array,
+    value_type,
+    vectors,
+)
 from raypipe.sources.columns import class_names, features_of
 from raypipe.sources.hive import partition_values
 from raypipe.sources.location import Location
@@ -253,16 +265,17 @@ def _valid_scores(uri: str, path: str, column: str, problems: ProblemCounts) -> 
     with _opened(uri) as parquet:
         schema = parquet.schema_arrow
         _check_id(uri, schema)
-        kind = _type(uri, schema, column)
-        if not (pt.is_floating(kind) or pt.is_integer(kind)):
+        kind = _field(uri, schema, column).type
+        plain = value_type(kind)
+        if not (pt.is_floating(plain) or pt.is_integer(plain) or pt.is_decimal(plain)):
             raise SourceError(f"{uri}: column {column!r} is {kind}; expected numbers")
         for batch in parquet.iter_batches(1 << 16, columns=sorted({ID, column}), use_threads=False):
-            ids = _text(batch.column(ID))
+            ids = id_texts(batch.column(ID), schema.field(ID))
             has_id = ids.is_valid().to_numpy(zero_copy_only=False)
             with np.errstate(over="ignore"):
-                score = pc.cast(batch.column(column), pa.float64(), safe=False).to_numpy(
-                    zero_copy_only=False
-                )
+                score = pc.cast(
+                    storage_array(batch.column(column)), pa.float64(), safe=False
+                ).to_numpy(zero_copy_only=False)
                 finite = np.isfinite(score.astype(np.float32))
             rows_without_id = np.flatnonzero(~has_id)
             problems.add("score_without_id", (f"{path}#{first + row}" for row in rows_without_id))
@@ -314,11 +327,11 @@ def _footer(uri: str, path: str) -> tuple[list[int], str, tuple[str, ...] | None
         schema, metadata = parquet.schema_arrow, parquet.metadata
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     _check_id(uri, schema)
-    kind = _type(uri, schema, EMBEDDING)
-    is_list = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-    if not is_list or not pt.is_floating(kind.value_type):
+    field = _field(uri, schema, EMBEDDING)
+    if not holds_vectors(field):
         raise SourceError(
-            f"{uri}: column {EMBEDDING!r} is {kind}; expected a list of float16, float32 or float64"
+            f"{uri}: column {EMBEDDING!r} is {described(field)}; "
+            "expected a list of float16, float32 or float64"
         )
     names = class_names(features_of(schema), LABEL)
     return groups, _label_type(uri, schema, path), names
@@ -329,12 +342,12 @@ def _label_type(uri: str, schema: pa.Schema, path: str) -> str:
     if LABEL not in schema.names:
         value = partition_values(path).get(LABEL)
         return "" if value is None else "integer" if isinstance(value, int) else "string"
-    kind = _type(uri, schema, LABEL)
-    plain = kind.value_type if pt.is_dictionary(kind) else kind
+    kind = _field(uri, schema, LABEL).type
+    plain = value_type(kind)
     # pandas writes whole numbers as floating-point numbers if some are missing
-    if pt.is_integer(plain) or pt.is_floating(plain):
+    if is_whole(plain) or pt.is_floating(plain) or pt.is_boolean(plain):
         return "integer"
-    if pt.is_string(plain) or pt.is_large_string(plain):
+    if is_string(plain):
         return "string"
     if pt.is_null(plain):
         return ""
@@ -377,7 +390,8 @@ def read_batches(
     """Read the rows of a fragment in order; `groups` restricts them to some row groups."""
     selected = set(groups) if groups is not None else None
     with _opened(fragment.uri) as parquet:
-        columns = [name for name in (ID, LABEL, EMBEDDING) if name in parquet.schema_arrow.names]
+        schema = parquet.schema_arrow
+        columns = [name for name in (ID, LABEL, EMBEDDING) if name in schema.names]
         first = fragment.first
         for group, rows in fragment.groups:
             position = first
@@ -389,9 +403,9 @@ def read_batches(
             ):
                 label = part.column(LABEL) if LABEL in columns else _of_path(fragment, len(part))
                 yield EmbeddingBatch(
-                    _text(part.column(ID)),
+                    id_texts(part.column(ID), schema.field(ID)),
                     _labels(fragment, label),
-                    part.column(EMBEDDING),
+                    vectors(part.column(EMBEDDING), schema.field(EMBEDDING)),
                     position,
                 )
                 position += len(part)
@@ -400,7 +414,8 @@ def read_batches(
 def read_ids(fragment: TableFragment) -> Iterator[tuple[int, pa.Array, pa.Array]]:
     """Read number, ids and labels of each row group of a fragment, without its embeddings."""
     with _opened(fragment.uri) as parquet:
-        columns = [name for name in (ID, LABEL) if name in parquet.schema_arrow.names]
+        schema = parquet.schema_arrow
+        columns = [name for name in (ID, LABEL) if name in schema.names]
         for group, _ in fragment.groups:
             table = parquet.read_row_group(group, columns, use_threads=False).combine_chunks()
             label = (
@@ -408,7 +423,8 @@ def read_ids(fragment: TableFragment) -> Iterator[tuple[int, pa.Array, pa.Array]
                 if LABEL in columns
                 else _of_path(fragment, len(table))
             )
-            yield group, _text(table[ID].combine_chunks()), _labels(fragment, label)
+            ids = id_texts(table[ID].combine_chunks(), schema.field(ID))
+            yield group, ids, _labels(fragment, label)
 
 
 def widths(embedding: pa.Array) -> np.ndarray:
@@ -475,24 +491,19 @@ def _problem(has_id: bool, size: int, width: int) -> str:
 # -- columns ----------------------------------------------------------------------------
 
 
-def _type(uri: str, schema: pa.Schema, name: str) -> pa.DataType:
+def _field(uri: str, schema: pa.Schema, name: str) -> pa.Field:
     if schema.names.count(name) != 1:
         raise SourceError(
             f"{uri}: no column {name!r} (or more than one); "
             f"the columns are {', '.join(schema.names)}"
         )
-    return schema.field(name).type
+    return schema.field(name)
 
 
 def _check_id(uri: str, schema: pa.Schema) -> None:
-    kind = _type(uri, schema, ID)
-    plain = kind.value_type if pt.is_dictionary(kind) else kind
-    if not (pt.is_string(plain) or pt.is_large_string(plain) or pt.is_integer(plain)):
-        raise SourceError(f"{uri}: column {ID!r} is {kind}; expected text or whole numbers")
-
-
-def _text(column: pa.Array) -> pa.Array:
-    return pc.cast(column, pa.string())
+    field = _field(uri, schema, ID)
+    if not holds_ids(field):
+        raise SourceError(f"{uri}: column {ID!r} is {described(field)}; expected {ID_TYPES}")
 
 
 def _of_path(fragment: TableFragment, rows: int) -> pa.Array:
@@ -502,6 +513,7 @@ def _of_path(fragment: TableFragment, rows: int) -> pa.Array:
 
 def _labels(fragment: TableFragment, column: pa.Array) -> pa.Array:
     """Return labels as int64 or text. A negative number or NaN is a missing label."""
+    column = storage_array(column)
     if fragment.labels != "integer":
         return pc.cast(column, pa.string())
     if pt.is_floating(column.type):

@@ -2,7 +2,7 @@
 
 The high byte of a 12-bit value has only 4 bits, so 16 of 256 levels would remain. The setting
 `source.bit_depth` scales greyscale images by the bits in use; Pillow reads only the high byte of
-colour images. Nothing is scaled unasked: the same value has to give the same pixel in every image.
+colour images. Nothing is scaled by default, since a value has to give the same pixel in all images.
 """
 
 from __future__ import annotations

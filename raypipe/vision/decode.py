@@ -11,6 +11,7 @@ The result is always RGB, uint8, square. Other kinds of images are converted:
   of other depths are ignored.
 - Several frames or pictures (GIF, WebP, APNG, TIFF, MPO): the first. For an APNG this is what a
   viewer without animation shows.
+- Text, colour profiles and other metadata of a PNG, of any size or damaged: ignored.
 - EXIF orientation: applied, wherever in the file it is stored.
 
 A JPEG much larger than the requested size is decoded at 1/2, 1/4 or 1/8 scale, as long as its
@@ -43,6 +44,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from raypipe.errors import RaypipeError
+from raypipe.vision.png import without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted formats. Pillow's others are excluded: some of them run other programs (PostScript)."""
@@ -238,7 +240,7 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     if not data:
         raise BadImage("empty: 0 bytes")
     with _own_limit():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS)
     # decode in one piece: in several pieces, parts of a JPEG are scanned twice
     image.decodermaxblock = max(ImageFile.MAXBLOCK, len(data))
     return image

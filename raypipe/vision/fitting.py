@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,30 @@ from raypipe.vision.networks import ProxyNet, build_network
 TEST_BATCH = 256
 """Test images in one forward pass."""
 State = dict[str, Tensor]
-"""State of a training after an epoch: `epoch`, and what `training_state` returns."""
+"""State of a training after an epoch: `epoch`, what `training_state` returns, and with `EpochRows`
+the steps done and their state."""
+STEPS_DONE = "rows.steps"
+TRAINING_STATE = ("model.", "optimizer.")
+"""Prefixes of what `training_state` returns."""
+
+
+class EpochRows(Protocol):
+    """What a training that takes other samples in every epoch asks for."""
+
+    def choose(self, epoch: int, progress: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows, int64 [k], and their weights, float32 [k], for an epoch.
+
+        `progress` is the share of the training that is done.
+        """
+
+    def record(self, rows: np.ndarray, losses: np.ndarray) -> None:
+        """Take note of the losses of some rows, [b] each."""
+
+    def state(self) -> State:
+        """Return what `restore` needs to resume."""
+
+    def restore(self, state: State) -> None:
+        """Resume from the result of `state`, among other tensors."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +99,7 @@ def fit(
     settings: ProxySettings,
     images: np.ndarray,
     labels: np.ndarray,
-    rows: np.ndarray,
+    rows: np.ndarray | EpochRows,
     classes: int,
     statistics: tuple[list[float], list[float]],
     *,
@@ -94,7 +118,8 @@ def fit(
     images, labels
         uint8 [n, 3, size, size] and int64 [n].
     rows
-        int64 [k], in any order; the training depends on the order.
+        int64 [k], in any order; the training depends on the order. Or what chooses them for each
+        epoch, with weights that the losses are multiplied by; `steps` is then required.
     classes
         Number of classes.
     statistics
@@ -117,9 +142,12 @@ def fit(
     StageError
         If the loss is not finite, or there is nothing to train on.
     """
-    count = len(rows)
-    if not count:
-        raise StageError("a keep-list without labelled samples cannot be trained on")
+    if isinstance(rows, np.ndarray):
+        if not len(rows):
+            raise StageError("a keep-list without labelled samples cannot be trained on")
+        steps = steps_of(settings, len(rows)) if steps is None else steps
+    if steps is None:
+        raise ValueError("rows that change between epochs need `steps`")
     gpu = device != "cpu"
     mixed = (gpu and settings.amp) if bfloat16 is None else bfloat16
     # torch's global generator belongs to the caller
@@ -127,25 +155,31 @@ def fit(
         torch.manual_seed(settings.seed)
         model = build_network(settings.model, classes, settings.image_size, *statistics)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer, first = training.make_optimizer(settings, model), 0
+    optimizer, epoch, done = training.make_optimizer(settings, model), 0, 0
     if state is not None:
-        first = int(state["epoch"]) + 1
-        training.restore_training(
-            {name: value for name, value in state.items() if name != "epoch"}, model, optimizer
-        )
-    per_epoch = training.steps_per_epoch(count, settings.batch_size)
-    steps = steps_of(settings, count) if steps is None else steps
-    for epoch in range(first, -(-steps // per_epoch)):
+        epoch = int(state["epoch"]) + 1
+        own = {name: value for name, value in state.items() if name.startswith(TRAINING_STATE)}
+        training.restore_training(own, model, optimizer)
+        if isinstance(rows, np.ndarray):
+            done = epoch * training.steps_per_epoch(len(rows), settings.batch_size)
+        else:
+            done = int(state[STEPS_DONE])
+            rows.restore(state)
+    while done < steps:
         model.train()
         total = torch.zeros((), device=device)
-        batches = training.epoch_batches(count, settings.batch_size, settings.seed, epoch)[
-            : steps - epoch * per_epoch
+        if isinstance(rows, np.ndarray):
+            current, weights = rows, None
+        else:
+            current, weights = rows.choose(epoch, done / steps)
+        batches = training.epoch_batches(len(current), settings.batch_size, settings.seed, epoch)[
+            : steps - done
         ]
         for step, batch in enumerate(batches):
-            rate = training.learning_rate(settings, epoch * per_epoch + step, steps)
+            rate = training.learning_rate(settings, done + step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = rows[batch]
+            chosen = current[batch]
             pixels = to_device(
                 training.augment(images[chosen], settings, epoch, step, slice(None)), device
             )
@@ -155,18 +189,31 @@ def fit(
                 pixels = attack(model, pixels, target, settings.adversary, begin, bfloat16=mixed)
             with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=mixed):
                 logits = model(pixels).float()
-            loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+            smoothing = settings.label_smoothing
+            if isinstance(rows, np.ndarray) or weights is None:
+                loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+            else:
+                losses = F.cross_entropy(
+                    logits, target, reduction="none", label_smoothing=smoothing
+                )
+                rows.record(chosen, losses.detach().cpu().numpy())
+                loss = (losses * to_device(weights[batch], device)).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             total += loss.detach()
         if not np.isfinite(total.item()):
             raise StageError(
-                f"the loss is {total.item()} in epoch {epoch + 1} of a training on {count:,} "
-                "samples; lower lr"
+                f"the loss is {total.item()} in epoch {epoch + 1} of a training on "
+                f"{len(current):,} samples; lower lr"
             )
+        done += len(batches)
         if save is not None:
-            save(training.training_state(model, optimizer) | {"epoch": torch.tensor(epoch)})
+            progress = {"epoch": torch.tensor(epoch)}
+            if not isinstance(rows, np.ndarray):
+                progress |= rows.state() | {STEPS_DONE: torch.tensor(done)}
+            save(training.training_state(model, optimizer) | progress)
+        epoch += 1
     return model
 
 

@@ -166,7 +166,7 @@ def test_files_that_changed_make_another_dataset(cluster: str, tmp_path: Path) -
             ray.data.read_parquet(str(tmp_path / "set")),
             ray.data.read_binary_files(str(tmp_path / "set"), file_extensions=["bin"]),
         )
-        return [identity(given) for given in sets]
+        return [identity(given).hashes for given in sets]
 
     before = found()
     assert found() == before
@@ -184,14 +184,80 @@ def test_data_in_memory_is_told_by_its_rows(cluster: str) -> None:
     from raypipe.distributed.ray_data.identity import identity
 
     rows = [{"image": bytes([number]), "label": number} for number in range(40)]
-    one = identity(ray.data.from_items(rows, override_num_blocks=2))
-    assert identity(ray.data.from_items(rows, override_num_blocks=5)) == one
-    other = identity(ray.data.from_items([*rows[1:], rows[0]], override_num_blocks=2))
+    one = identity(ray.data.from_items(rows, override_num_blocks=2)).hashes
+    assert identity(ray.data.from_items(rows, override_num_blocks=5)).hashes == one
+    other = identity(ray.data.from_items([*rows[1:], rows[0]], override_num_blocks=2)).hashes
     assert other["data"] != one["data"] and other["steps"] == one["steps"]
     assert (
-        identity(ray.data.from_items(rows).filter(expr="label < 5"))["steps"]
-        != identity(ray.data.from_items(rows).filter(expr="label < 6"))["steps"]
+        identity(ray.data.from_items(rows).filter(expr="label < 5")).hashes["steps"]
+        != identity(ray.data.from_items(rows).filter(expr="label < 6")).hashes["steps"]
     )
+
+
+def block(batch: dict[str, Any]) -> Any:
+    """A batch as a task of Ray Data leaves it."""
+    from ray.data.block import BlockAccessor
+
+    return BlockAccessor.batch_to_block(batch)
+
+
+HUGE = 2**53 + 1
+"""The first whole number that floating point cannot hold."""
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (pa.array([HUGE, None, 3]), [str(HUGE), None, "3"]),
+        (pa.array(["b", None, "c"], pa.large_string()), ["b", None, "c"]),
+        (pa.nulls(3), [None, None, None]),
+        (
+            pa.ExtensionArray.from_storage(
+                pa.uuid(), pa.array([bytes(16), None, bytes(15) + b"1"], pa.binary(16))
+            ),
+            ["00000000-0000-0000-0000-000000000000", None, "00000000-0000-0000-0000-000000000031"],
+        ),
+    ],
+)
+def test_ids_keep_every_digit_and_a_null_is_no_id(ids: pa.Array, expected: list[Any]) -> None:
+    from raypipe.distributed.ray_data.copy import _columns
+
+    table = pa.table({"image": [b"x"] * 3, "label": [2, None, 1], "id": ids})
+    columns = _columns(table, "image", "label", "id")
+    assert columns["sample_id"].to_pylist() == expected
+    assert columns["label"].to_pylist() == ["2", "null", "1"]
+
+
+@pytest.mark.parametrize("ids", [[1.0, None, 3.0], [b"s0", b"s1", b"s2"], [[1], [2], [3]]])
+def test_ids_without_one_text_are_refused_as_in_parquet(ids: list[Any]) -> None:
+    import pandas as pd
+
+    from raypipe.distributed.ray_data.copy import _columns
+
+    columns = {"image": [b"x"] * 3, "label": [0, 1, 2], "id": ids}
+    for given in (pa.table(columns), pd.DataFrame(columns)):
+        with pytest.raises(SourceError, match=r"column 'id' is .*; expected text or whole numbers"):
+            _columns(given, "image", "label", "id")
+
+
+def test_a_missing_id_is_a_reject_and_the_others_stay_what_they_are(
+    cluster: str, tmp_path: Path
+) -> None:
+    import ray
+
+    images, labels = digit_pngs(4)
+    rows = [
+        {"image": image, "label": int(label), "key": key}
+        for image, label, key in zip(images, labels, [HUGE, None, HUGE + 1, 3], strict=True)
+    ]
+    run = str(tmp_path / "run")
+    copy(run, ray.data.from_items(rows, override_num_blocks=1), id_column="key")
+    assert [(sample.sample_id, sample.reason) for sample in copied(run)] == [
+        (str(HUGE), ""),
+        ("part-000000.parquet#1", "no id: sample_id is null"),
+        (str(HUGE + 1), ""),
+        ("3", ""),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +299,7 @@ def test_columns_that_cannot_be_used_are_named(
         for name, value in row.items()
     }
     with pytest.raises(SourceError, match=words):
-        _columns(batch, given.image_column, given.label_column, given.id_column)
+        _columns(block(batch), given.image_column, given.label_column, given.id_column)
 
 
 def test_what_a_column_of_images_may_hold() -> None:
@@ -260,7 +326,7 @@ def test_what_a_column_of_images_may_hold() -> None:
         "id": np.arange(7),
     }
     batch["image"][:] = values
-    table = _columns(batch, "image", "label", "id")
+    table = _columns(block(batch), "image", "label", "id")
     assert table["label"].to_pylist() == ["0", "1", "2", "3", "4", "null", "6"] and table[
         "sample_id"
     ].to_pylist() == list("0123456")

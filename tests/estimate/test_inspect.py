@@ -309,3 +309,24 @@ def test_a_shard_that_a_pattern_names_and_that_is_not_there_is_told(place: str) 
     assert found.samples == 1 and found.unreadable_files == (
         ("a-1.tar", "no such file, although source.uri names it"),
     )
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_an_imbalance_of_the_opened_files_is_none_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sort: bool
+) -> None:
+    """Of many small tars some are opened; their classes differ as chance, or their order, has it."""
+    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    for part in range(8):
+        classes = [part % 2] * 60 if sort else [(part + row) * 7 % 11 % 2 for row in range(60)]
+        members = [
+            (f"{row:03d}.{kind}", picture(0, 32) if kind == "png" else f"{label}".encode())
+            for row, label in enumerate(classes)
+            for kind in ("png", "cls")
+        ]
+        _tar(tmp_path / f"{part}.tar", members)
+    balance = _survey(tmp_path, samples=32).balance
+    assert balance is not None and not balance.exact
+    assert balance.even and balance.margin is not None
+    # sorted files tell much less about the others
+    assert balance.margin > 100 if sort else balance.margin < 100

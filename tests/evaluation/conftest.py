@@ -60,7 +60,13 @@ def scored_run(tmp_path: Path) -> Run:
             run.path("scores", f"{fragment.fragment_id}.parquet"),
             pa.table({"sample_id": ids, "label": labels, **numbers}),
         )
-        losses = {"sample_id": ids, "loss": random.random(count).astype(np.float32)}
+        losses = {
+            "sample_id": ids,
+            "loss": random.random(count).astype(np.float32),
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                pa.array(digits.data[rows].astype(np.float16).reshape(-1)), 64
+            ),
+        }
         storage.write_table(
             run.path("embeddings", f"{fragment.fragment_id}.parquet"), pa.table(losses)
         )

@@ -149,6 +149,34 @@ def test_under_attack_robust_accuracy_stands_beside_accuracy(scored: Run) -> Non
     assert any(line.count("against random") == 2 and "under attack" in line for line in lines)
 
 
+def test_trainings_that_take_other_samples_in_every_epoch(scored: Run) -> None:
+    kinds = ["redrawn", "redrawn-by-score", "infobatch"]
+    summary = _evaluate(scored, keep=[0.25], seeds=1, epochs=4, strategies=["top"], dynamic=kinds)
+    names = ["redrawn", "moso, redrawn-by-score", "infobatch", "moso, top"]
+    assert [listed["name"] for listed in summary["lists"]] == names
+    rows = pq.read_table(scored.path("evaluation", "trainings.parquet")).to_pylist()
+    by_name = {row["list"]: row for row in rows}
+    for name in names:
+        assert by_name[name]["steps"] == by_name[RANDOM]["steps"] < by_name[FULL]["steps"]
+        assert by_name[name]["samples"] in (49, 50)  # of 198 with a label and of 200
+    # only what uses scores has to pay for them
+    scoring = {
+        item["name"]: item["fractions"][0]["break_even"]["scoring"] for item in summary["lists"]
+    }
+    assert scoring == dict(zip(names, [0.0, 48.0, 0.0, 48.0], strict=True))
+
+
+def test_strategies_that_compare_embeddings_are_evaluated(scored: Run) -> None:
+    settings = scored.config().select
+    _, (evaluated,), _ = _lists(scored, strategies=["coverage"])
+    assert evaluated.name == "moso, coverage by class"
+    changed = settings.model_copy(update={"strategy": "coverage"})
+    write_keep_lists(scored, changed, [0.5], scored.config().trust)
+    kept = set(raypipe.KeepList(scored.uri, 0.5))
+    names = [f"digits/{row:04d}" for row in range(198)]
+    assert {names[row] for row in evaluated.rows} == kept & set(names)
+
+
 def test_a_training_that_was_killed_goes_on(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"keep": [0.5], "seeds": 1, "strategies": ["top"], "epochs": 2}
     whole = _evaluate(scored, **options)

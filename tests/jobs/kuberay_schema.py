@@ -125,6 +125,7 @@ RAY_CLUSTER = struct(
     "workerGroupSpecs",
     "rayVersion",
     rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+    authOptions=struct(mode=one_of("disabled", "token")),
     enableInTreeAutoscaling=BOOL,
     autoscalerOptions=struct(
         upscalingMode=one_of("Default", "Aggressive", "Conservative"),

@@ -74,6 +74,19 @@ def test_head_runs_no_work_and_stays(cluster: dict[str, Any]) -> None:
     assert "--num-cpus=0" in start and "--dashboard-host=127.0.0.1" in start
 
 
+def test_every_machine_asks_for_the_token(cluster: dict[str, Any]) -> None:
+    for name in ("head", "worker"):
+        (start,) = (line for line in cluster[f"{name}_start_ray_commands"] if "ray start" in line)
+        assert "RAY_AUTH_MODE=token ~/env/bin/ray start" in start
+    # the driver of a job inherits the mode from the head; a shell on a machine has it as well
+    assert any("RAY_AUTH_MODE=token" in line for line in cluster["setup_commands"])
+    steps = [line[1:].strip() for line in TEXT.splitlines() if line.startswith("#   ")]
+    commands = [step.split("  ")[0] for step in steps]
+    assert commands.index("export RAY_AUTH_MODE=token") < commands.index(
+        "ray get-auth-token --generate"
+    ) < commands.index("ray up cluster.yaml")  # fmt: skip
+
+
 def test_workers_are_spot_come_when_asked_for_and_go_when_idle(cluster: dict[str, Any]) -> None:
     workers = _workers(cluster)
     assert any(kind["resources"].get("GPU") for kind in workers.values())
@@ -92,7 +105,7 @@ def test_machines_act_through_instance_profiles_and_the_file_holds_no_credential
         assert set(kind["node_config"]["IamInstanceProfile"]) == {"Name"}
         assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
     assert set(cluster["auth"]) == {"ssh_user"}
-    assert not cluster["file_mounts"]
+    assert cluster["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert "aws_credentials" not in cluster["provider"]
     forbidden = r"AKIA|ASIA|aws_access_key|aws_secret|aws_session_token|BEGIN [A-Z ]*PRIVATE KEY|password|\.pem|\d{12}|RAY_AUTH_TOKEN"
     assert not re.search(forbidden, TEXT, re.IGNORECASE)

@@ -294,13 +294,16 @@ def test_the_schedule_leaves_a_run_alone_that_goes_on(
     """The commands of the CronJob, with a kubectl that writes down what it is asked."""
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\ncase "$*" in *" get "*) printf %s "{found}";; esac\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\n'
+        f'case "$*" in *" get "*) printf %s "{found}";; create*) cat > {tmp_path}/created;; esac\n'
     )
     kubectl.chmod(0o755)
     (container,) = _pods(objects("rayjob-scheduled.yaml")[0])[0]["containers"]
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    mount = container["volumeMounts"][0]["mountPath"]
+    script = container["args"][0].replace(f"{mount}/", f"{FOLDER}/")
     subprocess.run(
-        [*container["command"], *container["args"]],
+        [*container["command"], script],
         check=True,
         env=environment,
         timeout=20,
@@ -311,8 +314,16 @@ def test_the_schedule_leaves_a_run_alone_that_goes_on(
         next(word for word in line.split() if word in {"get", "delete", "create"}) for line in asked
     ] == calls
     if "create" in calls:
-        mount = container["volumeMounts"][0]["mountPath"]
-        assert asked[-1] == f"create -f {mount}/rayjob.yaml"
+        assert asked[-1] == "create -f -"
+        created, once = (
+            yaml.safe_load(text)
+            for text in ((tmp_path / "created").read_text(), (FOLDER / "rayjob.yaml").read_text())
+        )
+        entrypoint = created["spec"].pop("entrypoint")
+        assert entrypoint == once["spec"].pop("entrypoint").replace(
+            "jobs/run.py", "jobs/nightly.py --refresh-exit-code 0"
+        )
+        assert "nightly" in entrypoint and created == once
 
 
 def test_the_schedule_fails_when_kubernetes_does_not_answer(tmp_path: Path) -> None:

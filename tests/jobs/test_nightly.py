@@ -65,6 +65,10 @@ def test_exit_codes_and_the_last_line(
 
     monkeypatch.setattr("raypipe.nightly.run_night", run_night)
     assert entry.main(["--config", DIGITS, "--set", "run=/tmp/somewhere"]) == code
+    arguments = ["--config", DIGITS, "--refresh-exit-code", "0"]
+    assert entry.main(arguments) == (0 if code == 4 else code)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["refresh"] == advice
+    assert entry.main(["--config", DIGITS, "--set", "run=/tmp/somewhere"]) == code
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "run": "/tmp/somewhere",
         "snapshot": "2026-11-22T020000Z",

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -74,7 +73,7 @@ def head() -> Iterator[Head]:
     ) as name:  # socket paths are short
         folder = Path(name)
         (folder / "home").mkdir()
-        token, ports = secrets.token_hex(16), free_ports(9)
+        ports = free_ports(9)
         # The head's PATH decides which `python` an entrypoint is.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment = {
@@ -82,12 +81,13 @@ def head() -> Iterator[Head]:
             for key, value in os.environ.items()
             if not key.startswith("RAY_") and key != "PYTHONPATH"
         }
-        environment |= {
-            "PATH": path,
-            "HOME": str(folder / "home"),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": token,
-        }
+        # beyond that, only what the guide says
+        environment |= {"PATH": path, "HOME": str(folder / "home"), **_documented_variables()}
+        made = ray_command(*_documented("get-auth-token"))
+        token = subprocess.run(
+            made, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        assert (folder / "home" / ".ray" / "auth_token").read_text() == token
         options = dict(zip(_PORT_OPTIONS, ports, strict=True))
         command = ray_command(
             "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0"
@@ -114,6 +114,26 @@ def head() -> Iterator[Head]:
                 yield started
             finally:
                 _end(process, folder)
+
+
+def _documented_commands() -> list[str]:
+    """Commands of the section on the token in the guide."""
+    page = (ROOT / "docs" / "guides" / "cluster.md").read_text()
+    block = page.partition("### Token")[2].split("```")[1]
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0].strip() for line in lines if line.strip()]
+
+
+def _documented_variables() -> dict[str, str]:
+    """Environment variables that the guide exports."""
+    exports = [line[7:] for line in _documented_commands() if line.startswith("export ")]
+    return dict(pair.split("=", 1) for line in exports for pair in line.split())
+
+
+def _documented(command: str) -> list[str]:
+    """Arguments of one `ray` command of the guide, without what goes to another file."""
+    (line,) = (line for line in _documented_commands() if line.startswith(f"ray {command}"))
+    return shlex.split(line.partition(" >")[0])[1:]
 
 
 _PORT_OPTIONS = (
@@ -206,13 +226,28 @@ def _finish(head: Head, job: str, run: Path, seconds: float = 400) -> Finished:
 
 @pytest.fixture(scope="module")
 def digits(head: Head, checkout: Path) -> Finished:
-    """The digits configuration, cut down, as a job sent through Ray's client."""
+    """The digits configuration, cut down, submitted with the command of the guide."""
     run = head.folder / "runs" / "digits"
-    job = head.client().submit_job(
-        entrypoint=shlex.join(_entrypoint(f"run={run}", *QUICK)),
-        runtime_env={"working_dir": str(checkout)},
+    arguments = _documented("job submit")
+    own, entrypoint = arguments[: arguments.index("--")], arguments[arguments.index("--") :]
+    assert entrypoint[1:5] == _entrypoint()
+    own[own.index("--address") + 1] = head.address
+    command = ray_command(*own, "--submission-id=digits", "--", *_entrypoint(f"run={run}", *QUICK))
+    subprocess.run(command, env=head.environment, cwd=checkout, capture_output=True, timeout=400)
+    return _finish(head, "digits", run)
+
+
+def test_without_the_mode_a_job_is_refused_with_the_words_of_the_guide(
+    head: Head, checkout: Path
+) -> None:
+    environment = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"}
+    command = ray_command("job", "submit", "--address", head.address, "--", "python", "-V")
+    sent = subprocess.run(
+        command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=120
     )
-    return _finish(head, job, run)
+    words = "Authentication required: Unauthorized: Missing authentication token"
+    assert sent.returncode == 1 and words in sent.stdout + sent.stderr
+    assert words in (ROOT / "docs" / "guides" / "cluster.md").read_text()
 
 
 def test_job_succeeds_and_ends_with_its_summary(digits: Finished) -> None:

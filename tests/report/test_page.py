@@ -107,7 +107,7 @@ def test_the_page_shows_the_run(make_run: MakeRun) -> None:
         "Highest scores",
         "Lowest scores",
         "Most uncertain",
-        "Likely label errors",
+        "Labels to check",
         "Embedding map",
         "Where the time went",
     ):

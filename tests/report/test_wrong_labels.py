@@ -78,4 +78,4 @@ def test_the_list_is_judged_by_what_was_replaced(make_run: Callable[..., Run]) -
         "30 % of the labels were replaced to test the detection of label noise: "
         "do not train on this run" in page
     )
-    assert f"Of {len(listed)} samples listed as likely label errors," in page
+    assert f"Of {len(listed)} samples listed as labels to check," in page

@@ -111,6 +111,21 @@ def test_a_cell_that_swallows_a_line_end_is_refused(tmp_path: Any, content: str,
         read(tmp_path, "x.csv", content)
 
 
+def test_several_splits_in_a_column_are_refused(tmp_path: Any) -> None:
+    rows = "a.jpg,x,train\nb.jpg,y,Training\n"
+    assert len(read(tmp_path, "x.csv", "path,label,Split\n" + rows)) == 2
+    with pytest.raises(
+        SourceError, match=r"line 4: column 'split' is 'val', .* split train; write"
+    ):
+        read(tmp_path, "x.csv", "path,label,Split\n" + rows + "c.jpg,x,val\n")
+    content = "path,label,Split\n" + rows + "c.jpg,x,val\n"
+    assert len(read(tmp_path, "x.csv", content, include="a*")) == 3  # chosen by their paths later
+    assert read(tmp_path, "x.csv", content, label_column="split")[2] == ("c.jpg", "val")
+    # other values are no splits, and without a header the column has no name
+    assert len(read(tmp_path, "x.csv", "path,label,split\na.jpg,x,0\nb.jpg,x,1\nc.jpg,x,\n")) == 3
+    assert len(read(tmp_path, "x.csv", "a.jpg,x,train\nb.jpg,x,test\n")) == 2
+
+
 def test_missing_cells(tmp_path: Any) -> None:
     assert read(tmp_path, "x.csv", "label,path\n3,a.jpg\n,b.jpg\n4\n5,\n") == [
         ("a.jpg", "3"),

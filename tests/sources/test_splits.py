@@ -11,7 +11,9 @@ from source_helpers import ids, make, picture, samples
 from test_webdataset import pairs, tar
 
 from raypipe import storage
+from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
+from raypipe.estimate import inspect_source
 from raypipe.sources.splits import several_splits
 from raypipe.tables.reader import stored_files
 
@@ -78,3 +80,43 @@ def test_splits_are_refused_unless_they_are_named(tmp_path: Path, ending: str) -
         ):
             stored_files(str(tmp_path))
         assert len(stored_files(f"{tmp_path}/train-*")) == 2
+
+
+def test_rows_of_several_splits_in_one_file_are_refused(tmp_path: Path) -> None:
+    def write(splits: list[str | None], name: str = "0.parquet") -> Path:
+        images = [picture(row) for row in range(len(splits))]
+        table = pa.table({"image": images, "label": list(range(len(splits))), "split": splits})
+        storage.write_table(f"{tmp_path}/{name}", table, row_group_size=2)
+        return tmp_path
+
+    uri = str(write(["train", "train", None, "test"]))
+    (scan,) = (make(uri).scan(file) for file in make(uri).files())
+    problem = scan.fragments[0].error
+    assert problem.startswith("column 'split' has several splits (test, train); write the rows")
+    survey = inspect_source(SourceSettings(uri=uri)).survey
+    assert survey.unreadable_files == (("0.parquet", problem),)
+    assert len(samples(make(uri, label_column="split"))) == 4
+    write(["train", "Training", None])
+    assert len(samples(make(uri))) == 3
+    write(["0", "fold", "1"])
+    assert len(samples(make(uri))) == 3
+
+
+@pytest.mark.parametrize(
+    ("folders", "refused"),
+    [
+        (["Training", "Testing"], "Testing and Training"),
+        (["train", "val", "annotations"], "train and val"),
+        (["train", "bus", "plane"], ""),  # vehicles
+        (["train"], "train"),
+    ],
+)
+def test_folders_that_are_splits(tmp_path: Path, folders: list[str], refused: str) -> None:
+    for number, folder in enumerate(folders):
+        storage.write_bytes(f"{tmp_path}/{folder}/x.png", picture(number))
+    source = make(str(tmp_path))
+    if not refused:
+        assert {sample.label for sample in samples(source)} == set(folders)
+        return
+    with pytest.raises(SourceError, match=f"{refused} are not classes; set source.uri to"):
+        list(source.files())

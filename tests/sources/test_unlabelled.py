@@ -107,9 +107,9 @@ def test_image_folder(tmp_path) -> None:
 
 
 def test_a_dataset_of_ray_data() -> None:
-    import numpy as np
+    import pandas as pd
 
-    batch = {"image": np.array(IMAGES, object), "label": np.array([None, {}, 3, "x"], object)}
-    assert _columns(batch, "image", None, None)["label"].to_pylist() == ["null"] * 4
-    with pytest.raises(SourceError):
-        _columns(batch, "image", "label", None)
+    block = pd.DataFrame({"image": IMAGES, "label": [None, {}, 3, "x"]})
+    assert _columns(block, "image", None, None)["label"].to_pylist() == ["null"] * 4
+    with pytest.raises(SourceError, match="column 'label' holds values of several types"):
+        _columns(block, "image", "label", None)

@@ -348,7 +348,7 @@ def test_which_member_is_the_image(tmp_path: Any) -> None:
     )
     (scan,) = scans(one(tmp_path, content))
     assert [fragment.error for fragment in scan.fragments] == [
-        "several members may be the image: .png, .jpg; set source.image_column"
+        "several members can be the image: .png, .jpg; set source.image_column"
     ]
     for column, first in (("jpg", 0), (".PNG", 90), ("rgb.webp", 30)):
         found = samples(one(tmp_path, content, image_column=column))
@@ -364,6 +364,30 @@ def test_which_member_is_the_image(tmp_path: Any) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     survey = inspect_source(SourceSettings(uri=f"{tmp_path}/a.tar")).survey
     assert survey.unreadable_files == (("a.tar", scan.fragments[0].error),)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_images_without_an_extension(tmp_path: Any, name: str) -> None:
+    members: list[Member] = [("README", b"about these images"), ("empty", b"")]
+    for number in range(5):
+        large = picture(number) + bytes(1500)
+        members += [(f"./in/{number}", large), (f"in/{number}.cls", b"cat")]
+    members += [("both", picture(8)), ("both.jpg", picture(9)), special("link", tarfile.SYMTYPE)]
+    content = tar(members)
+    content = gzip.compress(content) if name.endswith("gz") else content
+    found = samples(one(tmp_path, content, name, fragment_samples=2), lambda name: "3" not in name)
+    assert [(sample.sample_id, sample.image, sample.label) for sample in found[:4]] == [
+        (f"{name}#in/{number}", picture(number) + bytes(1500), "cat") for number in (0, 1, 2, 4)
+    ]
+    assert rejects(found) == {
+        f"{name}#both": "several members can be the image: one without an extension, .jpg; "
+        "set source.image_column",
+        f"{name}#link": "link: a link or special file, which is not followed",
+    }
+    # a tar that is cut off in such a member
+    (tmp_path / "cut.tar").write_bytes(tar([("0", picture(0)), ("1", picture(1) * 9)])[:2200])
+    cut = samples(make(f"{tmp_path}/cut.tar"))
+    assert [bool(sample.reason) for sample in cut] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ"])

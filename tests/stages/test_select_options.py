@@ -413,6 +413,13 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
         write_keep_lists(run, SelectSettings(strategy="beta"))
     with pytest.raises(ConfigError, match=r"set select\.difficulty: score$"):
         write_keep_lists(run, SelectSettings(strategy="ccs"))
+    for strategy in ("d2", "infomax", "coverage"):
+        with pytest.raises(ConfigError, match=rf"{strategy} needs embeddings/, which scores from"):
+            write_keep_lists(run, SelectSettings(strategy=strategy, difficulty="score"))
+    with pytest.raises(ConfigError, match=r"quotas: recall needs the proxy's predictions"):
+        write_keep_lists(run, SelectSettings(strategy="top", quotas="recall"))
+    with pytest.raises(ConfigError, match="difficulty: aum needs the margins"):
+        write_keep_lists(run, SelectSettings(strategy="band", difficulty="aum"))
     with pytest.raises(ConfigError, match="no embeddings/ to search"):
         write_keep_lists(run, SelectSettings(strategy="top", near_duplicates=0.9))
     assert write_keep_lists(
@@ -431,7 +438,7 @@ def test_the_command_line_has_every_option(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "never.txt").write_text("0/é1\ngone\n")
     (tmp_path / "always.txt").write_text("0/é2\n")
-    given = "--strategy ccs --by-class --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1"
+    given = "--strategy ccs --by-class --keep 0.3 --seed 4 --difficulty score --hard-cutoff 0.2 --strata 7 --weights class --min-per-class 1 --quotas equal"
     more = "--near-duplicates 0.999 --always-keep always.txt --never-keep never.txt"
     with pytest.raises(SystemExit) as stop:
         cli.main(["select", run.uri, *given.split(), *more.split()])
@@ -445,7 +452,7 @@ def test_the_command_line_has_every_option(
     assert options.pop("near_duplicates_left_out") > 50
     assert options == {
         "seed": 4, "difficulty": "score", "hard_cutoff": 0.2, "strata": 7, "weights": "class", "min_per_class": 1,
-        "by_class": True, "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
+        "by_class": True, "quotas": "equal", "near_duplicates": 0.999, "always_keep": 1, "always_keep_unknown": 0, "never_keep": 1, "never_keep_unknown": 1,
     }  # fmt: skip
     for bad, expected in (
         ("--strategy best", "'best'"),

@@ -14,7 +14,7 @@ import pytest
 from helpers import photograph
 from PIL import Image
 
-from raypipe.vision.decode import BYTES_PER_PIXEL, decode
+from raypipe.vision.decode import BYTES_PER_PIXEL, BadImage, decode, open_image
 
 LIMIT = 10_000_000
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -143,6 +143,57 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts() -> None:
     late = data[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:]
     assert np.array_equal(decode(late, 8, LIMIT)[0], pixels[::-1])
     assert np.array_equal(decode(data, 8, LIMIT)[0], pixels)
+
+
+LARGE = b"prompt\0" + b"x" * (3 << 20)
+HIDDEN = zlib.compress(b"x" * (3 << 20))
+XMP = b"XML:com.adobe.xmp\0"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [chunk(b"tEXt", LARGE)] * 30,
+        [chunk(b"zTXt", b"prompt\0\0" + HIDDEN)],
+        [chunk(b"iTXt", b"prompt\0\1\0\0\0" + HIDDEN)],
+        [chunk(b"iTXt", XMP + b"\1\0\0\0" + HIDDEN)],
+        [chunk(b"iTXt", XMP + b"\0\0\0\0" + LARGE)] * 30,
+        [chunk(b"iCCP", b"profile\0\0" + HIDDEN)],
+        [chunk(b"iCCP", b"profile\0\0not compressed")],
+        [chunk(b"pHYs", b"too short")[:-1] + b"?"],
+    ],
+    ids=["text", "zip", "international", "XMP", "much XMP", "profile", "no profile", "checksum"],
+)
+def test_metadata_of_a_png_cannot_cost_its_pixels(others: list[bytes]) -> None:
+    plain = png(8, 2, bytes(RED))
+    data = png(8, 2, bytes(RED), *others)
+    expected = decode(plain, 8, LIMIT)
+    assert np.array_equal(decode(data, 8, LIMIT), expected) and expected[0].min() == 255
+    late = data.replace(b"".join(others), b"")[:-12] + b"".join(others) + data[-12:]
+    assert np.array_equal(decode(late, 8, LIMIT), expected)
+    with open_image(data) as opened:
+        assert opened.size == (8, 8)
+
+
+def test_an_orientation_in_a_text_of_a_png_still_counts() -> None:
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = 255
+    exif = chunk(b"eXIf", Image.Exif().tobytes().removeprefix(b"Exif\0\0"))
+    xmp = b'<x xmlns:tiff="t" tiff:Orientation="3"/>'
+    text = chunk(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(xmp))
+    data = encode(Image.fromarray(pixels))
+    turned = data[:-12] + exif + text + data[-12:]
+    with Image.open(io.BytesIO(turned)) as opened:
+        opened.load()
+        assert opened.getexif()[0x0112] == 3
+    assert np.array_equal(decode(turned, 8, LIMIT)[0], pixels[::-1])
+
+
+def test_a_png_that_ends_early_is_still_bad() -> None:
+    data = png(8, 2, bytes(RED), chunk(b"tEXt", b"a\0b"))
+    for end in (20, 40, 60):
+        with pytest.raises(BadImage):
+            decode(data[:end], 8, LIMIT)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20_000), (20_000, 3), (64, 20_000)], ids=str)

@@ -70,6 +70,74 @@ def test_a_training_that_was_interrupted_ends_alike(squares: tuple[np.ndarray, n
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+class Counted:
+    """Two thirds of the rows in every epoch; it keeps count of what it is told."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.calls: list[tuple[int, float]] = []
+        self.loss = torch.full((50,), float("nan"))
+        self._weight = weight
+
+    def choose(self, epoch: int, progress: float) -> tuple[np.ndarray, np.ndarray]:
+        self.calls.append((epoch, progress))
+        rows = np.flatnonzero(np.arange(50) % 3 != epoch % 3)
+        return rows, np.full(len(rows), self._weight, np.float32)
+
+    def record(self, rows: np.ndarray, losses: np.ndarray) -> None:
+        self.loss[rows] = torch.from_numpy(losses)
+
+    def state(self) -> fitting.State:
+        return {"rows.loss": self.loss.clone()}
+
+    def restore(self, state: fitting.State) -> None:
+        self.loss = state["rows.loss"].clone()
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.flatten().float() for value in model.state_dict().values()])
+
+
+def test_rows_that_change_between_epochs(squares: tuple[np.ndarray, np.ndarray]) -> None:
+    pixels, label = squares
+    rows = Counted()
+    states: list[fitting.State] = []
+    whole = fitting.fit(
+        SETTINGS,
+        pixels,
+        label,
+        rows,
+        2,
+        HALF,
+        steps=8,
+        save=lambda state: states.append({k: v.clone() for k, v in state.items()}),
+    )
+    # 33 or 34 samples are 3 steps of at most 16
+    assert rows.calls == [(0, 0.0), (1, 3 / 8), (2, 6 / 8)]
+    assert torch.isfinite(rows.loss).all() and (rows.loss > 0).all()
+    resumed = Counted()
+    again = fitting.fit(SETTINGS, pixels, label, resumed, 2, HALF, steps=8, state=states[0])
+    assert resumed.calls == rows.calls[1:] and torch.equal(resumed.loss, rows.loss)
+    assert torch.equal(flat(whole), flat(again))
+    lighter = fitting.fit(SETTINGS, pixels, label, Counted(0.5), 2, HALF, steps=8)
+    assert not torch.equal(flat(whole), flat(lighter))
+    with pytest.raises(ValueError, match="need `steps`"):
+        fitting.fit(SETTINGS, pixels, label, Counted(), 2, HALF)
+
+
+def test_equal_rows_and_weights_of_one_are_the_training_on_these_rows(
+    squares: tuple[np.ndarray, np.ndarray],
+) -> None:
+    pixels, label = squares
+
+    class All(Counted):
+        def choose(self, epoch: int, progress: float) -> tuple[np.ndarray, np.ndarray]:
+            return np.arange(50), np.ones(50, np.float32)
+
+    fixed = fitting.fit(SETTINGS, pixels, label, np.arange(50), 2, HALF, steps=8)
+    chosen = fitting.fit(SETTINGS, pixels, label, All(), 2, HALF, steps=8)
+    torch.testing.assert_close(flat(fixed), flat(chosen), rtol=1e-4, atol=1e-5)
+
+
 def test_an_adversarial_training_goes_by_what_an_attack_cannot_change() -> None:
     """A faint chequered pattern always tells the class; brightness usually does.
 

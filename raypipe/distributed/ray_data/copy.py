@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from PIL import Image
+from ray.data.block import BlockAccessor
 
 from raypipe import storage
 from raypipe.config import SourceSettings
@@ -29,6 +30,13 @@ from raypipe.distributed.failures import as_raypipe_error
 from raypipe.distributed.ray_data.identity import identity
 from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.runs.run import Run
+from raypipe.sources.arrow_types import (
+    ID_TYPES,
+    described,
+    holds_ids,
+    id_texts,
+    storage_array,
+)
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
 from raypipe.sources.values import printable, stored_label
 
@@ -82,12 +90,22 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
         name: getattr(settings, name)
         for name in ("image_column", "label_column", "id_column", "limit")
     }
-    fingerprints = identity(dataset)
+    given = identity(dataset)
+    if given.unseen:
+        progress.say(
+            f"{FOLDER:<11} changes to {', '.join(given.unseen)} cannot be seen: after one, delete "
+            f"{run.path(FOLDER)}, or the run continues with the old copy"
+        )
     manifest = _manifest(run)
     if manifest is not None and manifest["asked"] == selection:
-        changed = [
-            name for name, value in fingerprints.items() if manifest["dataset"].get(name) != value
-        ]
+        known = manifest["dataset"]
+        if "reached" not in manifest:
+            # copies of 0.2.0 hashed less of the functions, so their steps cannot be compared
+            known = {**known, "steps": given.hashes["steps"]}
+            progress.say(
+                f"{FOLDER:<11} copied by an older version: changes of the steps cannot be seen"
+            )
+        changed = [name for name, value in given.hashes.items() if known.get(name) != value]
         if changed:
             raise RunError(
                 f"{run.path(FOLDER)}: holds a copy of another dataset ({' and '.join(changed)} "
@@ -109,7 +127,8 @@ def copy_dataset(dataset: Any, settings: SourceSettings, context: Context) -> No
 
         written = _write(dataset, settings, run, count)
     storage.write_json(
-        run.path(FOLDER, MANIFEST), {"asked": selection, "dataset": fingerprints, **written}
+        run.path(FOLDER, MANIFEST),
+        {"asked": selection, "dataset": given.hashes, "reached": True, **written},
     )
     progress.say(
         f"{FOLDER:<11} {written['rows']:,} samples copied in {time.monotonic() - started:.1f} s"
@@ -165,7 +184,7 @@ def _write(
             "label": settings.label_column,
             "identity": settings.id_column,
         },
-        batch_format="numpy",
+        batch_format=None,  # as Ray Data holds them: as NumPy, numbers next to a null are floats
         batch_size=None,
     )
     files = _Files(run)
@@ -193,54 +212,79 @@ def _write(
     return {"rows": rows, "files": files.written}
 
 
-def _columns(
-    batch: dict[str, np.ndarray], image: str, label: str | None, identity: str | None
-) -> pa.Table:
+def _columns(block: Any, image: str, label: str | None, identity: str | None) -> pa.Table:
     """Return the columns of the copy. Runs in a task.
 
     Returns
     -------
     pyarrow.Table
         image (encoded bytes), label (JSON, because labels are numbers or names) and, with an id
-        column, sample_id (text).
+        column, sample_id (text; null for a missing id).
     """
-    image = _resolved(batch, image, IMAGE_NAMES)
-    label = _resolved(batch, label, LABEL_NAMES) if label is not None else None
+    accessor = BlockAccessor.for_block(block)
+    names = accessor.column_names()
+    image = _resolved(names, image, IMAGE_NAMES)
+    label = _resolved(names, label, LABEL_NAMES) if label is not None else None
     for setting, column in (
         ("image_column", image),
         ("label_column", label),
         ("id_column", identity),
     ):
-        if column is not None and column not in batch:
+        if column is not None and column not in names:
             raise SourceError(
-                f"the dataset has no column {column!r}; it has {', '.join(batch)}; "
+                f"the dataset has no column {column!r}; it has {', '.join(names)}; "
                 f"set source.{setting}"
             )
-    labels = [
-        stored_label(value)
-        for value in (batch[label].tolist() if label is not None else [None] * len(batch[image]))
-    ]
+    images = accessor.to_numpy(image)
+    values = [None] * len(images)
+    if label is not None:
+        values = [
+            value
+            for part in _arrow_column(block, label).chunks
+            for value in storage_array(part).to_pylist()
+        ]
+    labels = [stored_label(value) for value in values]
     wrong = next((reason for _, reason in labels if reason), "")
     if wrong:
         raise SourceError(f"column {label!r}: {wrong}; set source.label_column")
     result = {
-        "image": pa.array([_encoded(value, image) for value in batch[image]], pa.large_binary()),
+        "image": pa.array([_encoded(value, image) for value in images], pa.large_binary()),
         "label": pa.array([json.dumps(value) for value, _ in labels], pa.string()),
     }
     if identity is not None:
-        names = [
-            None if value is None else printable(str(value)) for value in batch[identity].tolist()
-        ]
-        result["sample_id"] = pa.array(names, pa.string())
+        result["sample_id"] = _ids(_arrow_column(block, identity), identity)
     return pa.table(result)
 
 
-def _resolved(batch: Mapping[str, Any], column: str, usual: Sequence[str]) -> str:
+def _arrow_column(block: Any, column: str) -> pa.ChunkedArray:
+    """Return a column of a block, which is an Arrow table or a data frame of pandas."""
+    if isinstance(block, pa.Table):
+        return block[column]
+    try:
+        return pa.chunked_array([pa.Array.from_pandas(block[column])])
+    except pa.ArrowException as error:
+        raise SourceError(f"column {column!r} holds values of several types: {error}") from None
+
+
+def _ids(values: pa.ChunkedArray, column: str) -> pa.Array:
+    """Return ids as text, as a Parquet file with the same column gives them."""
+    field = pa.field(column, values.type)
+    if not holds_ids(field) and not pa.types.is_null(values.type):
+        raise SourceError(
+            f"column {column!r} is {described(field)}; expected {ID_TYPES}. Floating-point numbers "
+            "come from whole numbers next to missing ones in pandas or NumPy, and do not hold all "
+            "digits; set source.id_column"
+        )
+    texts = [text for part in values.chunks for text in id_texts(part, field).to_pylist()]
+    return pa.array([text and printable(text) for text in texts], pa.string())
+
+
+def _resolved(names: Sequence[str], column: str, usual: Sequence[str]) -> str:
     """Return the column of a setting; for `auto`, the first usual name, ignoring case."""
     if column != AUTO:
         return column
     return next(
-        (name for candidate in usual for name in batch if name.lower() == candidate), usual[0]
+        (name for candidate in usual for name in names if name.lower() == candidate), usual[0]
     )
 
 

@@ -1,26 +1,24 @@
 """Identify a Ray Data dataset without running it, by its steps, input files and data in memory.
 
-Two datasets of the same identity are assumed to hold the same rows. It does not cover data that a
-step fetches itself, a database that changed behind the same query, and objects referenced by a
-function that are neither functions nor plain values.
+Two datasets of the same identity are assumed to hold the same rows. It covers what the functions of
+the steps can reach, as far as `Identity.unseen` does not name it. It does not cover data that a
+step fetches itself, and a database that changed behind the same query.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 from collections.abc import Iterable
-from types import CodeType
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from pyarrow.fs import FileSelector, FileType
 from ray.data.block import BlockAccessor
 
-PLAIN = (str, int, float, bool, bytes, type(None))
+from raypipe.distributed.function_identity import Describer
+
 IGNORED = {
     "compute",
     "ray_remote_args",
@@ -31,20 +29,37 @@ IGNORED = {
     "per_block_limit",
 }
 """Attributes of a step that only affect its speed."""
-MAX_DEPTH = 6
 
 
-def identity(dataset: Any) -> dict[str, str]:
-    """Return short hashes of the steps, the input files and the data in memory.
+@dataclass(frozen=True)
+class Identity:
+    """Identity of a dataset.
+
+    Attributes
+    ----------
+    hashes : dict of str to str
+        Short hashes of the steps, the input files and the data in memory.
+    unseen : tuple of str
+        What the steps use whose changes do not show in the hashes.
+    """
+
+    hashes: dict[str, str]
+    unseen: tuple[str, ...]
+
+
+def identity(dataset: Any) -> Identity:
+    """Return the identity of a dataset.
 
     Input files count with their names and, where the filesystem reports them, sizes and times.
     """
     operators = list(dataset._logical_plan.dag.post_order_iter())
-    return {
-        "steps": _hash(_step(operator) for operator in operators),
+    describer = Describer()
+    hashes = {
+        "steps": _hash(_step(operator, describer) for operator in operators),
         "input files": _hash(_files(dataset, operators)),
         "data": _hash(_data_in_memory(operators)),
     }
+    return Identity(hashes, tuple(sorted(describer.unseen)))
 
 
 def _hash(parts: Iterable[str]) -> str:
@@ -54,13 +69,13 @@ def _hash(parts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _step(operator: Any) -> str:
-    """Describe an operator and its datasource by their names, plain values and functions."""
+def _step(operator: Any, describer: Describer) -> str:
+    """Describe an operator and its datasource by their names, values and functions."""
     parts = [type(operator).__name__, operator.name]
     for holder in (operator, getattr(operator, "datasource", None)):
         values = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
         parts += [
-            f"{name}={_describe(value)}"
+            f"{name}={describer.describe(value, name.lstrip('_'))}"
             for name, value in sorted(values.items())
             if _is_relevant(name)
         ]
@@ -72,54 +87,6 @@ def _is_relevant(name: str) -> bool:
     return plain not in IGNORED and not any(
         word in plain for word in ("cached", "input", "context")
     )
-
-
-def _describe(value: Any, depth: int = 0) -> str:
-    """Describe a value by a text that is the same in every process: no addresses or set order."""
-    if depth > MAX_DEPTH:
-        return "..."
-    inner = functools.partial(_describe, depth=depth + 1)
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, np.ndarray):
-        digest = hashlib.blake2b(np.ascontiguousarray(value).tobytes()).hexdigest()[:24]
-        return f"array {value.dtype} {value.shape} {digest}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(inner, value))}]"
-    if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(map(inner, value)))}}}"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{inner(key)}: {inner(item)}' for key, item in value.items())}}}"
-    if isinstance(value, functools.partial):
-        return f"partial({inner(value.func)}, {inner(value.args)}, {inner(value.keywords)})"
-    if isinstance(value, CodeType):
-        constants = [inner(item) for item in value.co_consts]
-        return f"code {value.co_code.hex()} {value.co_names} {constants}"
-    if isinstance(value, ray.ObjectRef):
-        return "reference"
-    is_code = inspect.isfunction(value) or inspect.isclass(value)
-    if is_code and value.__module__.split(".")[0] == "ray":
-        return value.__qualname__  # its code can change with the version of Ray
-    if inspect.ismethod(value):
-        return f"{inner(value.__func__)} of {type(value.__self__).__qualname__}"
-    if inspect.isfunction(value):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        code, defaults = inner(value.__code__), inner(value.__defaults__)
-        return f"{value.__qualname__} {code} {defaults} {inner(cells)}"
-    if inspect.isclass(value):
-        methods = {name: item for name, item in vars(value).items() if inspect.isfunction(item)}
-        return f"{value.__qualname__} {inner(methods)}"
-    shown = repr(value)
-    # the text of a filter expression is complete
-    return type(value).__qualname__ if " at 0x" in shown else shown
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
 
 
 def _files(dataset: Any, operators: list[Any]) -> list[str]:

@@ -14,6 +14,7 @@ import ray.data
 from raypipe import storage
 from raypipe.errors import SourceError
 from raypipe.selection.hashing import hash_ids
+from raypipe.sources.arrow_types import ID_TYPES, described, holds_ids, id_texts
 
 
 def filter_dataset(
@@ -63,7 +64,13 @@ def _join(
             "Set id_column to the column of the ids"
         )
     hashes, keep_list = ray.get(shared)
-    ids = pc.cast(batch[id_column], pa.string()).combine_chunks()
+    field = batch.schema.field(id_column)
+    if not holds_ids(field) and not pa.types.is_null(field.type):
+        raise SourceError(
+            f"column {id_column!r} is {described(field)}; expected {ID_TYPES}. Set id_column to "
+            "the column of the ids"
+        )
+    ids = id_texts(batch[id_column].combine_chunks(), field)
     for prefix in prefixes:
         inside = pc.starts_with(ids, prefix)
         ids = pc.if_else(inside, pc.utf8_slice_codeunits(ids, len(prefix)), ids)

@@ -14,12 +14,19 @@ from itertools import accumulate
 import pyarrow.parquet as pq
 
 from raypipe.config import SourceSettings
-from raypipe.sources.arrow_images import image_reader, storage_array
+from raypipe.sources.arrow_images import image_reader
+from raypipe.sources.arrow_types import encoded_array, storage_array
 from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
 from raypipe.sources.filesource import FILE_VANISHED, no_content
 from raypipe.sources.hive import partition_values
-from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
+from raypipe.sources.parquet.reader import (
+    RowGroup,
+    columns_of,
+    open_parquet,
+    refuse_splits,
+    row_counts,
+)
 from raypipe.sources.table_source import class_of
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
@@ -65,6 +72,7 @@ def preview(
             parquet = open_parquet(stored, REQUEST_BYTES)
             counts = row_counts(parquet, file.size)
             columns = columns_of(parquet, settings, file.path)
+            refuse_splits(parquet, columns)
         except ColumnError as error:
             return Preview(error=str(error))
         except Exception as error:
@@ -87,13 +95,13 @@ def preview(
 def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
     """Return the first `count` rows of a row group. Reads fewer rows at a time than a run does."""
     columns = group.columns
-    reader = image_reader(group.parquet.schema_arrow.field(columns.image).type)
+    reader = image_reader(group.parquet.schema_arrow.field(columns.image))
     assert reader is not None  # choose_columns has checked the type
     try:
         batches = group.parquet.iter_batches(
             count, [group.number], [columns.image], use_threads=False
         )
-        array = storage_array(next(batches).column(columns.image))
+        array = encoded_array(next(batches).column(columns.image))
         images = [reader(array[row]) for row in range(count)]
         stored_labels = (
             group.values(columns.label, 0, count) if columns.label is not None else [None] * count
@@ -101,8 +109,10 @@ def _first_rows(group: RowGroup, count: int) -> list[RawSample]:
         labels = [stored_label(value) for value in stored_labels]
         ids = [f"{group.path}#{group.first + row}" for row in range(count)]
         if columns.identity is not None:
-            values = group.values(columns.identity, 0, count)
-            ids = [printable(str(value)) for value in values]
+            values = group.ids(columns.identity, 0, count)
+            if None in values:
+                return list(group.samples(0, count, None))
+            ids = [printable(value) for value in values if value is not None]
     except Exception as error:
         damage_reason(group.stored, error)
         # read as in a run, which finds out what is wrong with which row

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.config import SourceSettings
-from raypipe.sources.arrow_images import ImageOrReason, image_reader, storage_array
+from raypipe.sources.arrow_images import ImageOrReason, image_reader
+from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.base import IdFilter, RawSample
-from raypipe.sources.columns import TableColumns, choose_columns, features_of
+from raypipe.sources.columns import ColumnError, TableColumns, choose_columns, features_of
 from raypipe.sources.hive import partition_values, with_partitions
+from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.sources.table_source import read_rows
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
@@ -43,6 +46,24 @@ def columns_of(parquet: pq.ParquetFile, settings: SourceSettings, path: str) -> 
     """Return the columns by the settings, those of a partition included. Raises ColumnError."""
     schema = with_partitions(parquet.schema_arrow, path)
     return choose_columns(schema, features_of(parquet.schema_arrow), settings)
+
+
+def refuse_splits(parquet: pq.ParquetFile, columns: TableColumns) -> None:
+    """Raise ColumnError if a column `split` shows rows of several splits, by its statistics."""
+    metadata, found = parquet.metadata, set[str]()
+    names = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+    if SPLIT_COLUMN not in names or SPLIT_COLUMN in (columns.label, columns.identity):
+        return
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(names.index(SPLIT_COLUMN)).statistics
+        if statistics is not None and statistics.has_min_max:
+            found |= {split_of(str(value)) for value in (statistics.min, statistics.max)}
+    splits = sorted(found - {""})
+    if len(splits) > 1:
+        raise ColumnError(
+            f"column {SPLIT_COLUMN!r} has several splits ({', '.join(splits)}); write the rows of "
+            "one split to files of their own, or drop the column to read all as one"
+        )
 
 
 def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:
@@ -105,32 +126,41 @@ class RowGroup:
         """
         if column not in self.parquet.schema_arrow.names:
             return [partition_values(self.path)[column]] * (end - begin)
-        result: list[Any] = []
+        parts = self._parts(column, begin, end)
+        return [value for part in parts for value in storage_array(part).to_pylist()]
+
+    def ids(self, column: str, begin: int, end: int) -> list[str | None]:
+        """Return rows `begin` to `end` (exclusive) of a column of ids. Raises as `values` does."""
+        if column not in self.parquet.schema_arrow.names:
+            return [str(value) for value in self.values(column, begin, end)]
+        field = self.parquet.schema_arrow.field(column)
+        parts = self._parts(column, begin, end)
+        return [value for part in parts for value in id_texts(part, field).to_pylist()]
+
+    def _parts(self, column: str, begin: int, end: int) -> list[pa.Array]:
+        parts: list[pa.Array] = []
         first = 0
         for batch in self.parquet.iter_batches(8192, [self.number], [column], use_threads=False):
-            result += (
-                storage_array(batch.column(column))
-                .slice(max(0, begin - first), max(0, end - max(begin, first)))
-                .to_pylist()
-            )
+            rows = max(0, end - max(begin, first))
+            parts.append(batch.column(column).slice(max(0, begin - first), rows))
             first += batch.num_rows
             if first >= end:
                 break
-        if len(result) != end - begin:
+        if sum(map(len, parts)) != end - begin:
             raise ValueError(f"{column} ends after {first} rows")
-        return result
+        return parts
 
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
         """Yield the image, or the reason why there is none, of each of `rows` (ascending)."""
         column = self.columns.image
-        reader = image_reader(self.parquet.schema_arrow.field(column).type)
+        reader = image_reader(self.parquet.schema_arrow.field(column))
         assert reader is not None  # choose_columns has checked the type
         batch_rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES / max(1.0, self.row_bytes))))
         done, first, reason = 0, 0, "the row group ends early"
         batches = self.parquet.iter_batches(batch_rows, [self.number], [column], use_threads=False)
         while done < len(rows):
             try:
-                array = storage_array(next(batches).column(column))
+                array = encoded_array(next(batches).column(column))
                 stop = first + len(array)
                 images: list[ImageOrReason] = []
                 while done + len(images) < len(rows) and rows[done + len(images)] < stop:
@@ -166,6 +196,9 @@ class _Rows:
 
     def values(self, column: str) -> list[Any]:
         return self.group.values(column, self.begin, self.end)
+
+    def ids(self, column: str) -> list[str | None]:
+        return self.group.ids(column, self.begin, self.end)
 
     def images(self, rows: list[int]) -> Iterator[ImageOrReason]:
         return self.group.images([self.begin + row for row in rows])

@@ -17,7 +17,13 @@ import pyarrow.parquet as pq
 from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
 from raypipe.sources.hive import partition_values, with_partitions
-from raypipe.sources.parquet.reader import RowGroup, columns_of, open_parquet, row_counts
+from raypipe.sources.parquet.reader import (
+    RowGroup,
+    columns_of,
+    open_parquet,
+    refuse_splits,
+    row_counts,
+)
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
 from raypipe.sources.values import damage_reason, stored_label
 from raypipe.storage import Reader
@@ -41,6 +47,7 @@ class ParquetSource(TableSource):
             parquet = open_parquet(stored)
             counts = row_counts(parquet, file.size)
             columns = columns_of(parquet, settings, file.path)
+            refuse_splits(parquet, columns)
         except ColumnError as error:
             # a file without rows loses no sample, whatever its columns
             if not parquet.metadata.num_rows:

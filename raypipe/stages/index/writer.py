@@ -17,6 +17,7 @@ from raypipe.runs.rejects import UnreadableFiles
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS
 from raypipe.sources import ClassMap, StatedNames
+from raypipe.sources.classes import lone_classes_note
 from raypipe.sources.noise import LabelNoise, requested_noise
 from raypipe.stages.index.classes import settle_classes, write_classes
 from raypipe.stages.index.listing import OrderedDigest
@@ -139,6 +140,7 @@ class IndexWriter:
             problems = "; ".join(self._problems) or "no samples in any file"
             raise SourceError(f"{self._settings.uri}: nothing can be read ({problems})")
         classes, note = self._classes()
+        note = "; ".join(filter(None, (note, lone_classes_note(self.samples, len(classes.names)))))
         noise = self._noise(classes)
         write_classes(self._run, dataclasses.replace(classes, noise=noise))
         for name in self._old - self._written:

@@ -33,6 +33,7 @@ from raypipe.stages.base import Stage
 from raypipe.stages.seed.draw import DrawResult, draw_samples
 from raypipe.stages.seed.gather import GatherResult, gather_shards
 from raypipe.stages.seed.plan import SeedPlan
+from raypipe.text import counted
 from raypipe.vision.bit_depth import BitsInUse
 
 READERS = 16
@@ -72,7 +73,8 @@ class SeedStage(Stage):
         manifest = SeedManifest.from_shards(run, plan.shards, plan.audit)
         for stale in run.done("seed") - plan.files:
             storage.delete(run.seed_shard(stale))
-        _check_size(manifest, config)
+        if problem := size_problem(manifest, config, plan.samples):
+            raise StageError(problem)
         manifest.write(run)
         record.samples = manifest.samples
         written = manifest.as_json()
@@ -156,19 +158,45 @@ def _gather_missing(context: Context, record: StageRecord, plan: SeedPlan) -> No
         context.run_tasks(missing, gather, collect)
 
 
-def _check_size(manifest: SeedManifest, config: Config) -> None:
-    """Raise StageError when the seed set is too small to train on."""
+def size_problem(manifest: SeedManifest, config: Config, total: int) -> str:
+    """Return why a seed set cannot be trained on, and what to do; "" if it can.
+
+    Parameters
+    ----------
+    manifest : SeedManifest
+    config : Config
+    total : int
+        Samples of the source, readable or not.
+    """
     fraction = config.seed.fraction
-    if config.unsupervised and manifest.samples < MIN_SEED_SAMPLES:
-        raise StageError(
-            f"the seed set has {manifest.samples} readable samples; at least {MIN_SEED_SAMPLES} "
-            f"are needed. Raise seed.fraction (now {fraction:g})"
+    if config.unsupervised:
+        if manifest.samples >= MIN_SEED_SAMPLES:
+            return ""
+        problem = f"the seed set has {manifest.samples} readable samples"
+        needed = f"at least {MIN_SEED_SAMPLES} are needed"
+    else:
+        present = sum(count > 0 for count in manifest.per_class)
+        if manifest.samples >= MIN_SEED_SAMPLES and present >= 2:
+            return ""
+        problem = (
+            f"the seed set has {manifest.samples} labelled, readable samples of "
+            f"{counted(present, 'class', 'classes')}"
         )
-    classes_present = sum(count > 0 for count in manifest.per_class)
-    too_small = manifest.samples < MIN_SEED_SAMPLES or classes_present < 2
-    if not config.unsupervised and too_small:
-        raise StageError(
-            f"the seed set has {manifest.samples} labelled, readable samples of {classes_present} "
-            f"classes; at least {MIN_SEED_SAMPLES} samples of 2 classes are needed. Raise "
-            f"seed.fraction (now {fraction:g}), or check the labels with `raypipe inspect`"
+        needed = f"at least {MIN_SEED_SAMPLES} samples of 2 classes are needed"
+        if len(manifest.per_class) < 2:
+            found = "no labels" if not manifest.per_class else "one class"
+            return (
+                f"{problem}; {needed}, but the source has {found}. Check where the labels are with "
+                "`raypipe inspect`; for a source without labels, set source.label_column to null, "
+                "and clusters take their place (pseudo_labels)"
+            )
+    if total < MIN_SEED_SAMPLES:
+        return f"{problem}; {needed}, but the source has {counted(total, 'sample')}. Add samples"
+    if fraction >= 1:
+        return (
+            f"{problem}; {needed}, and seed.fraction is 1. Check the source with `raypipe inspect`"
         )
+    return (
+        f"{problem}; {needed}. Raise seed.fraction (now {fraction:g}), or check the source with "
+        "`raypipe inspect`"
+    )
