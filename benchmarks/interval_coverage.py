@@ -350,7 +350,10 @@ def print_agreement(draws: Draws) -> None:
     extremes, left = audited(random, rest, draws.audits)
     extreme = np.flatnonzero(extremes.zone.contains(random.predicted))
     audit = HeldOutPredictions.concat([take(random, extreme), extremes.predictions])
-    most = take(left, np.argsort(-extremeness(left.predicted))[:MOST_EXTREME])
+    distance = np.abs(left.predicted - extremes.zone.middle)
+    order = np.argsort(-distance)[:MOST_EXTREME]
+    most = take(left, order)
+    as_extreme = np.abs(audit.predicted - extremes.zone.middle) >= distance[order[-1]]
     print("\nExtreme predictions: what an audit says, and a direct measurement of other samples")
     print(
         "\n| samples | n | Pearson | RMSE | spread | predicted | measured |\n|---|---|---|---|---|---|---|"
@@ -359,6 +362,7 @@ def print_agreement(draws: Draws) -> None:
     for name, data in (
         ("audit set, at random", random),
         ("extreme predictions in the audit", audit),
+        ("of these, as extreme as the next row", take(audit, np.flatnonzero(as_extreme))),
         ("the most extreme of all others", most),
     ):
         found, (low_high_pearson, low_high_rmse) = figures(data), bootstrap(data)
@@ -372,7 +376,7 @@ def print_agreement(draws: Draws) -> None:
             f"{data.predicted.min():.3g} to {data.predicted.max():.3g} | "
             f"{data.measured.min():.3g} to {data.measured.max():.3g} |"
         )
-    for name, in_audit, direct in zip(("Pearson", "RMSE"), bounds[1], bounds[2], strict=True):
+    for name, in_audit, direct in zip(("Pearson", "RMSE"), bounds[-2], bounds[-1], strict=True):
         overlap = in_audit[0] <= direct[1] and direct[0] <= in_audit[1]
         verdict = "overlap" if overlap else "do not overlap"
         print(f"\n{name} in the last two rows: the 95 % intervals {verdict}")

@@ -105,7 +105,7 @@ def requests_of(
         "measure": count * shards * (2 if "moso" in config.measure.scores else 1),
         "rehearse": 2 * shards + shards * workers,
         "embed": output_pages + fragments + whole + output_footers,
-        # the audit of extremes reads all scores, and the samples that it draws from both
+        # the audit of extremes reads all scores, then source and embeddings of its samples
         "extrapolate": output_pages
         + 3 * fragments
         + fragments
