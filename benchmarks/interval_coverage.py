@@ -9,8 +9,9 @@ to 500 samples), and judged on all other samples. With --parts 1, one proxy inst
 cross-fitting, the seed set stays and only the audit set is drawn. Printed are
 
     the error     Pearson and RMSE of all samples, and as audit sets estimate them, alone and with
-                  extreme predictions in addition; whether what such an audit says about extreme
-                  predictions agrees with a direct measurement of the 200 most extreme
+                  extreme predictions in addition; whether what such an audit, of 300 samples or
+                  more, says about the 200 most extreme predictions agrees with their direct
+                  measurement
     the coverage  of 90 and 95 % intervals: of all other samples, of the tenth of them with the most
                   extreme predictions, and of the tenth farthest from the seed set, for the
                   intervals in use and for others that were tried; and the root mean square of the
@@ -300,28 +301,26 @@ def print_coverage(draws: Draws) -> None:
             )
 
 
-def figures(data: HeldOutPredictions) -> tuple[float, float]:
-    """Pearson and RMSE."""
-    pearson = np.corrcoef(data.predicted, data.measured)[0, 1]
-    return float(pearson), float(np.sqrt(np.square(data.residual).mean()))
+def figures(data: HeldOutPredictions, weight: np.ndarray | None = None) -> tuple[float, float]:
+    """Pearson and RMSE, of weighted samples."""
+    covariance = np.cov(data.predicted, data.measured, aweights=weight)
+    pearson = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+    return float(pearson), float(np.sqrt(np.average(np.square(data.residual), weights=weight)))
 
 
-def bootstrap(data: HeldOutPredictions) -> np.ndarray:
+def bootstrap(data: HeldOutPredictions, weight: np.ndarray) -> np.ndarray:
     """95 % intervals of Pearson and RMSE, float64 [2, 2]."""
     rng = np.random.default_rng(0)
-    resampled = [figures(take(data, rng.integers(0, len(data), len(data)))) for _ in range(1000)]
+    draws = (rng.integers(0, len(data), len(data)) for _ in range(1000))
+    resampled = [figures(take(data, rows), weight[rows]) for rows in draws]
     return np.quantile(resampled, (0.025, 0.975), axis=0).T
 
 
-def audited(
-    random: HeldOutPredictions, rest: HeldOutPredictions, count: int
-) -> tuple[ExtremePredictions, HeldOutPredictions]:
-    """Up to `count` extreme samples of the rest, which is in random order, and those not drawn."""
+def audited(random: HeldOutPredictions, rest: HeldOutPredictions, count: int) -> ExtremePredictions:
+    """Up to `count` extreme samples of the rest, which is in random order."""
     zone = ExtremeZone.of(random.predicted)
-    inside = zone.contains(rest.predicted)
-    drawn = np.flatnonzero(inside)[:count]
-    left = np.setdiff1d(np.arange(len(rest)), drawn)
-    return ExtremePredictions(take(rest, drawn), zone.count(rest.predicted)), take(rest, left)
+    drawn = np.flatnonzero(zone.contains(rest.predicted))[:count]
+    return ExtremePredictions(take(rest, drawn), zone.count(rest.predicted))
 
 
 def print_errors(draws: Draws) -> None:
@@ -334,7 +333,7 @@ def print_errors(draws: Draws) -> None:
     for random, rest in draws:
         # a random draw of the size of the audit set: the seed set would hide what extremes bring
         audit = take(random, np.arange(len(random))[-draws.audits :])
-        extremes, _ = audited(audit, rest, draws.audits)
+        extremes = audited(audit, rest, draws.audits)
         alone.append(compare(audit, 0, ()))
         joined.append(compare(audit, 0, (), extremes=extremes))
     for name, found in (
@@ -347,32 +346,34 @@ def print_errors(draws: Draws) -> None:
 
 def print_agreement(draws: Draws) -> None:
     random, rest = draws.draw(np.random.default_rng(1), max(MIN_JUDGED, draws.audits))
-    extremes, left = audited(random, rest, draws.audits)
-    extreme = np.flatnonzero(extremes.zone.contains(random.predicted))
-    audit = HeldOutPredictions.concat([take(random, extreme), extremes.predictions])
-    distance = np.abs(left.predicted - extremes.zone.middle)
+    extremes = audited(random, rest, draws.audits)
+    audit = HeldOutPredictions.concat([random, extremes.predictions])
+    weight = extremes.zone.weights(random.predicted, len(extremes.predictions))
+    distance = np.abs(draws.pool.predicted - extremes.zone.middle)
     order = np.argsort(-distance)[:MOST_EXTREME]
-    most = take(left, order)
-    as_extreme = np.abs(audit.predicted - extremes.zone.middle) >= distance[order[-1]]
-    print("\nExtreme predictions: what an audit says, and a direct measurement of other samples")
-    print(
-        "\n| samples | n | Pearson | RMSE | spread | predicted | measured |\n|---|---|---|---|---|---|---|"
+    most = take(draws.pool, order)
+    same = np.flatnonzero(
+        np.abs(audit.predicted - extremes.zone.middle) >= distance[order[-1]] - 1e-9
     )
+    print("\nExtreme predictions: what an audit says, and a direct measurement")
+    head = "samples | n | Pearson | RMSE | spread | predicted | measured"
+    print(f"\n| {head} |\n|{'---|' * 7}")
     bounds = []
-    for name, data in (
-        ("audit set, at random", random),
-        ("extreme predictions in the audit", audit),
-        ("of these, as extreme as the next row", take(audit, np.flatnonzero(as_extreme))),
-        ("the most extreme of all others", most),
+    for name, data, weights in (
+        ("drawn at random", random, np.ones(len(random))),
+        ("random and extreme, weighted", audit, weight),
+        ("of these, as extreme as the next row", take(audit, same), weight[same]),
+        ("the most extreme predictions, measured", most, np.ones(len(most))),
     ):
-        found, (low_high_pearson, low_high_rmse) = figures(data), bootstrap(data)
-        bounds.append((low_high_pearson, low_high_rmse))
+        found, (pearson, rmse) = figures(data, weights), bootstrap(data, weights)
+        bounds.append((pearson, rmse))
         cells = [
             f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
             for value, (low, high), digits in zip(found, bounds[-1], (3, 4), strict=True)
         ]
+        spread = np.sqrt(np.cov(data.measured, aweights=weights))
         print(
-            f"| {name} | {len(data)} | {' | '.join(cells)} | {data.measured.std():.3g} | "
+            f"| {name} | {len(data)} | {' | '.join(cells)} | {spread:.3g} | "
             f"{data.predicted.min():.3g} to {data.predicted.max():.3g} | "
             f"{data.measured.min():.3g} to {data.measured.max():.3g} |"
         )
