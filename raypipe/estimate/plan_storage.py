@@ -105,7 +105,12 @@ def requests_of(
         "measure": count * shards * (2 if "moso" in config.measure.scores else 1),
         "rehearse": 2 * shards + shards * workers,
         "embed": output_pages + fragments + whole + output_footers,
-        "extrapolate": output_pages + 3 * fragments + fragments + 2 * output_footers,
+        # the audit of extremes reads all scores, then source and embeddings of its samples
+        "extrapolate": output_pages
+        + 3 * fragments
+        + fragments
+        + 2 * output_footers
+        + (fragments + 2 * min(work.extremes, fragments) if work.extremes else 0),
         "select": _select_passes(work) * fragments,
         "report": fragments,
     }
