@@ -445,8 +445,8 @@ def select(
     keep : float or sequence of float, optional
         Fractions to keep, 0 to 1. Default: those of the run's configuration.
     strategy : str, optional
-        Strategy: top, balanced, normalized, moderate, mixed, random, ccs, beta, band, d2, infomax,
-        coverage or typical. Default: that of the run's configuration.
+        Strategy: auto, top, balanced, normalized, moderate, mixed, random, ccs, beta, band, d2,
+        infomax, coverage or typical. Default: that of the run's configuration.
     force : bool
         Write lists even if the fidelity is below the run's `trust.min_spearman`. The metadata of
         the lists records this.
@@ -519,8 +519,8 @@ def evaluate(
         Show every finished unit of work, and the output of Ray.
     **options
         Fields of `raypipe.config.evaluate.EvaluateSettings`: keep, strategies, scores, beside,
-        seeds, protocol, dynamic, attack, model, image_size, epochs, batch_size, lr, use_gpu,
-        cpus_per_training.
+        seeds, protocol, dynamic, attack, certify, model, image_size, epochs, batch_size, lr,
+        use_gpu, cpus_per_training.
 
     Returns
     -------

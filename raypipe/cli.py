@@ -16,6 +16,8 @@ EXIT_CODES = {
     1: "failed",
     2: "wrong usage or configuration",
     3: "the scores cannot be trusted enough to prune by; no keep-lists are written",
+    5: "no evidence that the chosen list is better than random lists (--certify)",
+    6: "the chosen list is worse than random lists (--certify)",
 }
 """Exit codes of all commands."""
 
@@ -58,7 +60,7 @@ class _StrategyOption(click.Option):
     def help(self) -> str | None:
         from raypipe.config.choices import STRATEGY_NAMES
 
-        return f"{', '.join(STRATEGY_NAMES[:-1])} or {STRATEGY_NAMES[-1]}. Default: the run's own."
+        return f"{', '.join(STRATEGY_NAMES)} or auto. Default: the run's own."
 
     @help.setter
     def help(self, value: str | None) -> None:
@@ -123,7 +125,7 @@ _overwrite = click.option(
     "--until",
     metavar="STAGE",
     help="Stop after this stage: index, seed, label, proxy, measure, rehearse, embed, extrapolate, "
-    "select or report.",
+    "pilot, select or report.",
 )
 @_redo
 @_overwrite
@@ -515,7 +517,7 @@ def export(
 
 @cli.command(
     short_help="Test whether the keep-lists of a run help.",
-    epilog=_epilog("raypipe evaluate runs/first --test /data/test --keep 0.5"),
+    epilog=_epilog("raypipe evaluate runs/first --test /data/test --keep 0.5", 0, 1, 2, 5, 6),
 )
 @click.argument("uri", metavar="RUN")
 @click.option(
@@ -538,7 +540,8 @@ def export(
 @click.option(
     "--strategies",
     metavar="NAMES",
-    help="Strategies that cut the lists, separated by commas. Default: the run's.",
+    help="Strategies that cut the lists, separated by commas. Default: the run's; ccs if that is "
+    "auto.",
 )
 @click.option(
     "--scores",
@@ -569,6 +572,12 @@ def export(
     is_flag=True,
     help="Train adversarially, and also test on adversarial examples (PGD; proxy.adversary).",
 )
+@click.option(
+    "--certify",
+    is_flag=True,
+    help="Choose among the lists on half of the test set, certify on the other half that the "
+    "chosen one beats random lists. Exit code 5: no evidence; 6: harmful.",
+)
 @click.option("--model", help="Network to train. Default: the run's proxy.model.")
 @click.option(
     "--image-size",
@@ -588,7 +597,7 @@ def export(
     "fewer trainings than CPUs.",
 )
 @_verbose
-def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **options: Any) -> None:
+def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **options: Any) -> int:
     """Test whether the keep-lists of RUN help.
 
     Trains on the lists, on random lists of the same size and on the full set, and compares the
@@ -597,6 +606,7 @@ def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **op
     import yaml
 
     from raypipe.api import evaluate as compare
+    from raypipe.evaluation.certificate import VERDICT_EXIT_CODES
     from raypipe.evaluation.summary import describe_evaluation
 
     settings = {name: value for name, value in options.items() if value not in (None, ())}
@@ -608,6 +618,7 @@ def evaluate(uri: str, test: str, test_set: tuple[str, ...], verbose: bool, **op
     summary = compare(uri, test, test_settings=test_set, verbose=verbose, **settings)
     for line in describe_evaluation(summary):
         click.echo(line)
+    return VERDICT_EXIT_CODES[summary["certificate"]["verdict"]] if options["certify"] else 0
 
 
 @cli.command(

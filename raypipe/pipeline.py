@@ -51,6 +51,7 @@ _STAGES = {
     "rehearse": "raypipe.stages.rehearse:RehearseStage",
     "embed": "raypipe.stages.embed.stage:EmbedStage",
     "extrapolate": "raypipe.stages.extrapolate.stage:ExtrapolateStage",
+    "pilot": "raypipe.stages.pilot.stage:PilotStage",
     "select": "raypipe.stages.select.stage:SelectStage",
     "report": "raypipe.stages.report:ReportStage",
 }
@@ -65,6 +66,7 @@ LESS_MEMORY = {
     "embed": "embed.batch_size, embed.max_actors or source.fragment_samples "
     "(a worker holds a fragment)",
     "extrapolate": "extrapolate.max_actors or source.fragment_samples (a worker holds a fragment)",
+    "pilot": "pilot.max_samples or pilot.image_size",
 }
 """Settings to lower if workers run out of memory, by stage."""
 

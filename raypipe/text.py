@@ -196,6 +196,11 @@ def mean_and_margin(figure: Mapping[str, Any], form: str, minus: str = "-") -> s
     return f"{mean} ± {100 * (figure['mean'] - figure['low']):.1f}"
 
 
+def points(share: float, minus: str = "-") -> str:
+    """Return a difference of accuracies in percentage points, with its sign: "+2.1"."""
+    return f"{100 * share:+.1f}".replace("-", minus)
+
+
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
     """Yield the lines of a table; the columns in `left` are aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

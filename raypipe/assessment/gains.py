@@ -6,10 +6,10 @@ of an estimate has a part for each, as with two-way clustering (Cameron, Gelbach
 
     V = V_trainings + V_test - V_both,    at least each of the first two
 
-An estimate is a weighted sum of the mean differences in *cells*: a keep fraction at a size of the
-set, each with several paired trainings. With more than one cell it is a straight line in the
-logarithm of the number of samples that a list keeps of each class. Where the cells scatter about
-the line by more than trainings explain, that scatter is V_trainings.
+An estimate is a weighted sum of the mean differences in *cells*, such as a keep fraction at a size
+of the set, each with several paired trainings. It is a linear function of columns of a design.
+Where the cells scatter about that function by more than trainings explain, the scatter is
+V_trainings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 """Of intervals (two-sided) and of decisions (one-sided)."""
@@ -52,7 +51,7 @@ class Gain:
     @property
     def interval(self) -> tuple[float, float]:
         """The two-sided 95 % interval, without a correction."""
-        margin = float(student.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.error
+        margin = _student((1 + CONFIDENCE) / 2, self.freedom) * self.error
         return self.mean - margin, self.mean + margin
 
     @property
@@ -68,7 +67,7 @@ class Gain:
     @property
     def _corrected_margin(self) -> float:
         level = 1 - (1 - CONFIDENCE) / self.choices
-        return float(student.ppf(level, self.freedom)) * self.error
+        return _student(level, self.freedom) * self.error
 
     @property
     def verdict(self) -> str:
@@ -112,7 +111,7 @@ class GainModel:
     choices: int
 
     def at(self, *row: float) -> Gain:
-        """Return the gain at a row of the design, such as `at(1, position)` of a line."""
+        """Return the gain at a row of the design."""
         x = np.array(row, np.float64)
         trainings, test, both = (
             float(x @ part @ x) for part in (self.trainings, self.test, self.both)
@@ -134,7 +133,7 @@ def fit_gains(difference: np.ndarray, design: np.ndarray, choices: int = 0) -> l
         Right or wrong (1 or 0) on the list, minus the same on the random list that is paired with
         it: [kinds, cells, repeats, test samples].
     design
-        float64 [cells, p]: a column of ones for a mean; and one of positions for a line.
+        float64 [cells, p], such as a column of ones for a mean.
     choices
         Number of choices to correct for; 0: the number of kinds.
 
@@ -187,3 +186,10 @@ def best_choice(gains: Mapping[str, Gain]) -> str | None:
     """Return the list that is better than random with the most certainty; None if none is."""
     better = {name: gain for name, gain in gains.items() if gain.verdict == BETTER}
     return max(better, key=lambda name: (better[name].lower, name), default=None)
+
+
+def _student(level: float, freedom: float) -> float:
+    """Return a quantile of Student's t."""
+    from scipy.special import stdtrit  # slow to import, and `raypipe plan` imports this module
+
+    return float(stdtrit(freedom, level))

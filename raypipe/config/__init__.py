@@ -23,6 +23,7 @@ from raypipe.config.io import (
 from raypipe.config.measure import SELF_TERM_BELOW, MeanSettings, MeasureSettings
 from raypipe.config.model import Config
 from raypipe.config.nightly import NightlySettings
+from raypipe.config.pilot import PilotSettings
 from raypipe.config.pool import PoolSettings
 from raypipe.config.proxy import AdversarySettings, ProxySettings
 from raypipe.config.pseudo_labels import PseudoLabelSettings
@@ -42,6 +43,7 @@ __all__ = [
     "MeanSettings",
     "MeasureSettings",
     "NightlySettings",
+    "PilotSettings",
     "PoolSettings",
     "ProxySettings",
     "PseudoLabelSettings",

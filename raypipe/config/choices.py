@@ -65,6 +65,12 @@ ScoreStrategyName = Literal[
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
+StrategyChoice = Literal[StrategyName, "auto"]
+"""Values of `select.strategy`."""
+
+AUTO: Literal["auto"] = "auto"
+"""The one that leaves the choice to the pilot."""
+
 
 def unknown_model(name: str) -> str:
     """Return the message about a network that does not exist."""

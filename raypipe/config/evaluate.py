@@ -13,6 +13,9 @@ from raypipe.config.base import Positive, Settings
 from raypipe.config.choices import ScoreStrategyName
 from raypipe.config.select import KeepFraction
 
+MIN_CERTIFY_SEEDS = 3
+"""Trainings of each list that a certificate needs."""
+
 
 class EvaluateSettings(Settings):
     """Train on keep-lists, on random lists of the same size and on the full set."""
@@ -25,7 +28,7 @@ class EvaluateSettings(Settings):
     strategies: tuple[ScoreStrategyName, ...] = Field(
         (),
         description="Strategies that cut the lists, with the run's other `select` settings. "
-        "Default: the run's strategy.",
+        "Default: the run's strategy; ccs if that is auto.",
     )
     scores: tuple[str, ...] = Field(
         (),
@@ -54,6 +57,11 @@ class EvaluateSettings(Settings):
         False,
         description="Train adversarially, with the run's proxy.adversary or its defaults, and "
         "also test on adversarial examples.",
+    )
+    certify: bool = Field(
+        False,
+        description="Choose among the lists on one half of the test set, and certify on the other "
+        "half that the chosen one beats random lists.",
     )
     model: str | None = Field(
         None,
@@ -102,6 +110,15 @@ class EvaluateSettings(Settings):
             if name != "run" and not name.startswith("measured:"):
                 raise ValueError(f"{name!r} is neither run nor measured:NAME")
         return value
+
+    @model_validator(mode="after")
+    def _seeds_suffice(self) -> EvaluateSettings:
+        if self.certify and self.seeds < MIN_CERTIFY_SEEDS:
+            raise ValueError(
+                f"certify: {self.seeds} seeds say nothing about chance; give seeds "
+                f"{MIN_CERTIFY_SEEDS} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_exists(self) -> EvaluateSettings:

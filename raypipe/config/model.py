@@ -5,11 +5,13 @@ from __future__ import annotations
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Settings
+from raypipe.config.choices import AUTO
 from raypipe.config.cluster import ClusterSettings
 from raypipe.config.embed import EmbedSettings
 from raypipe.config.extrapolate import ExtrapolateSettings
 from raypipe.config.measure import MeanSettings, MeasureSettings
 from raypipe.config.nightly import NightlySettings
+from raypipe.config.pilot import PilotSettings
 from raypipe.config.proxy import ProxySettings
 from raypipe.config.pseudo_labels import PseudoLabelSettings
 from raypipe.config.report import ReportSettings
@@ -28,7 +30,8 @@ class Config(Settings):
         The run folder, where everything is written: local path, file:// or s3://.
     source : SourceSettings
         The dataset.
-    seed, pseudo_labels, proxy, measure, embed, extrapolate, trust, select, report, nightly, cluster
+    seed, pseudo_labels, proxy, measure, embed, extrapolate, pilot, trust, select, report, nightly,
+    cluster
         The other sections. All of them have defaults.
 
     Examples
@@ -49,6 +52,7 @@ class Config(Settings):
     measure: MeasureSettings = MeasureSettings()
     embed: EmbedSettings = EmbedSettings()
     extrapolate: ExtrapolateSettings = ExtrapolateSettings()
+    pilot: PilotSettings = PilotSettings()
     trust: TrustSettings = TrustSettings()
     select: SelectSettings = SelectSettings()
     report: ReportSettings = ReportSettings()
@@ -115,6 +119,11 @@ class Config(Settings):
                 "source.label_column: null leaves no labels to train the proxy on; set "
                 "pseudo_labels.clusters to use clusters as labels"
             )
+        if self.unsupervised and self.pilot.enabled is True:
+            raise ValueError(
+                "pilot.enabled: a pilot tests on true labels, which an unlabelled source does not "
+                "have; set it to auto or false"
+            )
         return self
 
     @property
@@ -152,6 +161,14 @@ class Config(Settings):
         ):
             return 0
         return audit if setting == "auto" else setting
+
+    @property
+    def pilots(self) -> bool:
+        """Whether the run has a pilot."""
+        if self.unsupervised:
+            return False
+        enabled = self.pilot.enabled
+        return self.select.strategy == AUTO if enabled == "auto" else enabled
 
     @property
     def rehearses(self) -> bool:

@@ -8,10 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Settings
 from raypipe.config.choices import (
+    AUTO,
     CLASSWISE_STRATEGIES,
     CUTTING_STRATEGIES,
     RANDOM_STRATEGIES,
-    StrategyName,
+    StrategyChoice,
     strategy_summaries,
 )
 
@@ -26,9 +27,11 @@ class SelectSettings(Settings):
         min_length=1,
         description="Fractions of the samples to keep, 0 to 1. One keep-list each.",
     )
-    strategy: StrategyName = Field(
-        "ccs",
-        description=f"Strategy. {strategy_summaries()}. See the guide to keep-lists.",
+    strategy: StrategyChoice = Field(
+        "auto",
+        description="Strategy. auto: for each fraction the one that the pilot shows to be better "
+        f"than random, else random within classes; {strategy_summaries()}. See the guide to "
+        "keep-lists.",
     )
     seed: int = Field(
         0,
@@ -71,8 +74,8 @@ class SelectSettings(Settings):
     by_class: bool | Literal["auto"] = Field(
         "auto",
         description="Apply the strategy within each class, so that every class keeps the same "
-        f"share (balanced: always). auto: with {', '.join(CLASSWISE_STRATEGIES)}, and with quotas "
-        "other than proportional.",
+        f"share (balanced: always). auto: with {', '.join(CLASSWISE_STRATEGIES)}, with strategy "
+        "auto, and with quotas other than proportional.",
     )
     quotas: Literal["proportional", "equal", "recall"] = Field(
         "proportional",
@@ -117,7 +120,7 @@ class SelectSettings(Settings):
     def within_classes(self) -> bool:
         """`by_class` as a bool."""
         if self.by_class == "auto":
-            return self.strategy in CLASSWISE_STRATEGIES or self.quotas != "proportional"
+            return self.strategy in (AUTO, *CLASSWISE_STRATEGIES) or self.quotas != "proportional"
         return self.by_class
 
     @property
@@ -146,7 +149,7 @@ class SelectSettings(Settings):
                 f"quotas: {self.quotas} divides the list among classes, but by_class is false; set "
                 "by_class: auto"
             )
-        if self.weights == "inclusion" and self.strategy not in RANDOM_STRATEGIES:
+        if self.weights == "inclusion" and self.strategy not in (AUTO, *RANDOM_STRATEGIES):
             raise ValueError(
                 "weights: inclusion is for strategies that draw "
                 f"({', '.join(RANDOM_STRATEGIES)}), not {self.strategy}; use class"

@@ -173,6 +173,8 @@ class Describer:
         kind = type(value)
         if kind.__module__.split(".")[0] == "ray":
             return self._ray_object(value, name)
+        if any("FileSystem" in base.__name__ for base in kind.__mro__):
+            return kind.__qualname__  # its state holds credentials, which change without a reason
         wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None:  # such as a function with a cache
             return f"{kind.__qualname__} {self.describe(wrapped, name)}"

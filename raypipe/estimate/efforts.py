@@ -10,8 +10,10 @@ from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
 from raypipe.estimate import rates
 from raypipe.estimate.workload import Effort, Machine, Workload
+from raypipe.runs.pilot import PilotPlan
 from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, probe_samples
+from raypipe.stages.pilot.plan import make_plan, plan_seconds
 from raypipe.vision import network_costs
 
 QUICK_FOLD = 0.4
@@ -36,6 +38,7 @@ def efforts(work: Workload, machine: Machine) -> dict[str, Effort]:
         **({"rehearse": _rehearsal(work, machine)} if config.rehearses else {}),
         "embed": _embedding(work, machine),
         "extrapolate": _extrapolation(work, machine),
+        **({"pilot": _piloting(work, machine)} if config.pilots else {}),
         "select": Effort(work.samples * 1e-5, 0, 1),
         "report": Effort(1.0 + work.samples * 1e-5, 0, 1),
     }
@@ -247,6 +250,29 @@ def _probing(work: Workload) -> Effort:
     products = repeats * (fitted * width + 2 * work.samples * work.classes)
     cpu = PROBE_PRODUCT_SECONDS * width * products + work.samples * rates.SAMPLE_SECONDS
     return Effort(cpu, 0, max(1.0, work.fragments / 2))
+
+
+def _piloting(work: Workload, machine: Machine) -> Effort:
+    """Return the work of the pilot: the trainings that its budget allows."""
+    config, settings = work.config, work.config.pilot
+    plan = expected_plan(work)
+    seconds = plan_seconds(settings, plan)
+    overhead = work.samples * rates.SAMPLE_SECONDS / 10
+    if machine.uses_gpu(config.proxy.use_gpu):
+        on_gpu = seconds * network_costs.CPU_MACS / machine.gpu_macs
+        return Effort(overhead, on_gpu, max(1, len(plan.trials())))
+    cpu = seconds * network_costs.CPU_MACS / machine.cpu_macs
+    return Effort(cpu + overhead, 0, max(1, len(plan.trials())))
+
+
+def expected_plan(work: Workload) -> PilotPlan:
+    """Return the pilot's plan for samples without rejects."""
+    settings, size = work.config.pilot, work.config.proxy.image_size
+    while size > settings.image_size and size % 2 == 0:
+        size //= 2
+    tested = min(work.config.seed.audit_samples(work.samples), work.samples - work.seed)
+    used = min(work.seed, settings.max_samples)
+    return make_plan(work.config, work.seed, used, tested, max(1, work.classes), size)
 
 
 def _folds(work: Workload) -> int:

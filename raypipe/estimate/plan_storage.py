@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 
 from raypipe import storage
+from raypipe.config.choices import AUTO
+from raypipe.estimate.efforts import expected_plan
 from raypipe.estimate.plan_rates import Rates
 from raypipe.estimate.volumes import bytes_written
 from raypipe.estimate.workload import Workload
@@ -70,6 +72,8 @@ def files_written(work: Workload) -> dict[str, int]:
         "rehearse": 3 * shards + _proxy_files(work, config.proxy.parts) + 2,
         "embed": work.fragments * (1 + (config.proxy.cross_fits or config.proxy.repeats > 1)),
         "extrapolate": work.fragments + 8,
+        # samples, plan and result, and one file for each training
+        "pilot": 3 + _pilot_trainings(work),
         "select": len(config.select.keep),
         "report": 2,
     }
@@ -111,15 +115,22 @@ def requests_of(
         + fragments
         + 2 * output_footers
         + (fragments + 2 * min(work.extremes, fragments) if work.extremes else 0),
+        # scores and losses, seed shards, the samples in every training, results
+        "pilot": 5 * fragments + 2 * 2 * shards + 2 * _pilot_trainings(work),
         "select": _select_passes(work) * fragments,
         "report": fragments,
     }
     return {stage: number + files[stage] for stage, number in reads.items()}
 
 
+def _pilot_trainings(work: Workload) -> int:
+    return len(expected_plan(work).trials()) if work.config.pilots else 0
+
+
 def _select_passes(work: Workload) -> int:
-    """Return how often `select` reads the score shards."""
-    strategy = STRATEGIES[work.config.select.strategy]
+    """Return how often `select` reads the score shards; with strategy auto, those of `ccs`."""
+    name = work.config.select.strategy
+    strategy = STRATEGIES["ccs" if name == AUTO else name]
     passes = 2 if work.samples * SELECT_ROW <= CACHE_BYTES else SELECT_PASSES
     # losses are a column of other files: size, footer and column
     return passes * (1 + 3 * (strategy.needs_loss or strategy.uses_difficulty))

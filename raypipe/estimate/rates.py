@@ -79,6 +79,7 @@ START_SECONDS = {
     "rehearse": 12.0,
     "embed": 4.0,
     "extrapolate": 6.0,
+    "pilot": 4.0,
     "select": 0.2,
     "report": 1.0,
 }
@@ -90,6 +91,7 @@ START_CPU_SECONDS = {
     "rehearse": 3.0,
     "embed": 2.0,
     "extrapolate": 3.0,
+    "pilot": 2.0,
 }
 """The processor seconds of the same that the ledger counts."""
 

@@ -69,6 +69,7 @@ def bytes_written(work: Workload) -> dict[str, int]:
         "views": round(views * work.samples * (feature * width + 60)),
         "extrapolator": 2 * work.seed * (4 * proxy.repeats * width + 100),
         "scores": work.samples * 30,
+        "pilot": config.pilots * 400 * config.pilot.max_repeats,
         "keep": round(sum(config.select.keep) * work.samples * 25),
     }
     return {

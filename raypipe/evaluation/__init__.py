@@ -1,6 +1,8 @@
 """Does a keep-list help? Compare models trained on keep-lists, on random lists and on everything.
 
 - `figures`: intervals over seeds, differences to random, break-even. No Ray, no storage.
+- `certificate`: a list chosen on one half of the test set and tested on the other. No Ray, no
+  storage.
 - `lists`: rows of the scored samples to train on, cut as keep-lists are.
 - `epoch_samples`: trainings that take other samples in every epoch.
 - `decoded`: images that are decoded once, and their copy on each node.

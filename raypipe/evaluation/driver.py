@@ -123,7 +123,7 @@ def _evaluate(
     data = fingerprint([name for name, _ in pool.shards], test.digest, *scaled)
     trainings = trainings_of(lists, pool, recipe, settings, data, gpu)
     counts = _UnitCountsFile(run, fingerprint(data, pool.digest, recipe.image_size))
-    missing = _missing(run, trainings)
+    missing = _missing(run, trainings, settings.certify)
     if missing:
         _announce(context, missing, trainings, recipe, _images(pool, test))
         check_room(_images(pool, test), recipe.image_size, smallest_memory())
@@ -143,10 +143,19 @@ def _evaluate(
     return summary
 
 
-def _missing(run: Run, trainings: Sequence[Training]) -> list[Training]:
-    """Return the trainings without a result, each once: equal ones share a name."""
+def _missing(run: Run, trainings: Sequence[Training], certify: bool) -> list[Training]:
+    """Return the trainings without a result, each once: equal ones share a name.
+
+    A certificate needs the result of every test sample, which versions up to 0.2.0 did not store.
+    """
     done = storage.names(run.path(FOLDER))
-    return list({item.name: item for item in trainings if f"{item.name}.json" not in done}.values())
+    by_name = {item.name: item for item in trainings}
+    return [
+        item
+        for name, item in by_name.items()
+        if f"{name}.json" not in done
+        or (certify and "correct" not in storage.read_json(item.path(run)))
+    ]
 
 
 def _images(pool: SamplePool, test: TestSet) -> int:

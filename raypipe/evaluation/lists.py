@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
-from raypipe.config.choices import DIFFICULTIES
+from raypipe.config.choices import AUTO, DIFFICULTIES
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.evaluation.epoch_samples import BY_SCORE, EpochSamples
@@ -282,7 +282,8 @@ def settings_of_lists(config: Config, settings: EvaluateSettings) -> list[Select
     """
     sections = config.model_dump()
     result = []
-    for strategy in settings.strategies or (config.select.strategy,):
+    default = "ccs" if config.select.strategy == AUTO else config.select.strategy
+    for strategy in settings.strategies or (default,):
         # weights in a keep-list are not used by these trainings
         sections["select"] |= {
             "keep": list(settings.keep),

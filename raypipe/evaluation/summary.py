@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raypipe._version import __version__
 from raypipe.config import ProxySettings
 from raypipe.config.evaluate import EvaluateSettings
+from raypipe.evaluation.certificate import certificate_lines, certify
 from raypipe.evaluation.figures import (
     UNCLEAR,
     UNKNOWN,
@@ -27,6 +29,7 @@ from raypipe.evaluation.figures import (
 from raypipe.evaluation.lists import FULL, RANDOM
 from raypipe.evaluation.trainings import RECIPE, Training
 from raypipe.runs.ledger import StageRecord, now
+from raypipe.runs.packed_bits import unpack
 from raypipe.runs.run import Run
 from raypipe.text import (
     MIN_ACCURACY_OVER_CHANCE,
@@ -38,8 +41,18 @@ from raypipe.text import (
 
 FORMAT = 1
 """Version of `evaluation/summary.json`."""
-SCORING = ("index", "seed", "label", "proxy", "measure", "rehearse", "embed", "extrapolate")
-"""Stages whose seconds are the cost of the scores."""
+SCORING = (
+    "index",
+    "seed",
+    "label",
+    "proxy",
+    "measure",
+    "rehearse",
+    "embed",
+    "extrapolate",
+    "pilot",
+)
+"""Stages whose seconds are the cost of the scores, and of the choice of a strategy."""
 
 SCHEMA = pa.schema(
     [
@@ -86,6 +99,15 @@ class Results:
             for item in chosen
             if item.name in self.by_name
         }
+
+    def correct(self, name: str, fraction: float, tested: int) -> np.ndarray:
+        """Return which test samples the models on a list got right, bool [seeds, tested]."""
+        rows = {
+            item.seed: unpack(self.by_name[item.name]["correct"], (tested,))
+            for item in self.trainings
+            if (item.listed.name, item.listed.fraction) == (name, fraction)
+        }
+        return np.stack([rows[seed] for seed in sorted(rows)])
 
     def lists(self) -> list[str]:
         """Return the names of the lists that are compared with random ones, in order."""
@@ -183,7 +205,19 @@ def summarize(
         "warning": _untrained(results, test["samples"]),
         "random": [figures.of(RANDOM, fraction) for fraction in results.fractions()],
         "lists": [figures.compared(name) for name in results.lists()],
+        **({"certificate": _certificate(results, test["samples"])} if settings.certify else {}),
     }
+
+
+def _certificate(results: Results, tested: int) -> dict[str, Any]:
+    """Return the certificate as `evaluation/summary.json` has it."""
+    correct = {
+        fraction: {
+            name: results.correct(name, fraction, tested) for name in (RANDOM, *results.lists())
+        }
+        for fraction in results.fractions()
+    }
+    return certify(correct, RANDOM).as_dict()
 
 
 def _untrained(results: Results, test_samples: int) -> str:
@@ -303,6 +337,8 @@ def describe_evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
     )
     for listed in summary["lists"]:
         yield listed["sentence"]
+    if "certificate" in summary:
+        yield from certificate_lines(summary["certificate"])
 
 
 def _describe_trainings(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The trainings of an evaluation, what determines each, and the file with its result. No Ray.
 
-- `evaluation/<fingerprint>.json`: accuracy, accuracy by class, seconds. A training that has this
-  file is never repeated.
+- `evaluation/<fingerprint>.json`: accuracy, by class and by test sample, and seconds. A training
+  that has this file is never repeated.
 - `evaluation/<fingerprint>.safetensors`: the state from which a training in progress resumes; at
   most a minute old at the end of an epoch.
 """
@@ -23,6 +23,7 @@ from raypipe.config.evaluate import EvaluateSettings
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
 from raypipe.runs.ledger import fingerprint
+from raypipe.runs.packed_bits import pack
 from raypipe.runs.run import Run
 from raypipe.vision.devices import set_threads
 from raypipe.vision.fitting import State, fit, steps_of, test
@@ -217,6 +218,7 @@ def train_one(
         **robust,
         "worst_class": tested.worst_class,
         "worst_class_accuracy": float(np.nanmin(tested.per_class)),
+        "correct": pack(tested.correct),
         "per_class": [None if np.isnan(value) else float(value) for value in tested.per_class],
         "gpu": gpu,
         **seconds,

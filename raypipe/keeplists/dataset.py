@@ -191,7 +191,7 @@ class KeepList:
         KeepList
             The drawn samples. Their `weights` make the mean weighted loss over a draw an unbiased
             estimate of that over this list: k / (n * probability), times the weights of this list
-            if it has any.
+            if it has any. Its `metadata` are those of this list.
 
         Raises
         ------

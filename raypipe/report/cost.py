@@ -10,9 +10,11 @@ from raypipe.config import ReportSettings
 from raypipe.report.schema import (
     Cost,
     Evaluation,
+    Expected,
     Headline,
     HeadlineFigures,
     KeepListFigures,
+    PilotSection,
     Saving,
     StageCost,
     TotalCost,
@@ -88,10 +90,10 @@ def _total(rows: Sequence[StageCost], prices: ReportSettings) -> TotalCost:
 def _saving(ledger: Mapping[str, StageRecord], samples: int, measured: int) -> Saving:
     """Compare the scores' cost with measuring every sample.
 
-    `spent`: CPU + GPU seconds of all stages up to the scores. `everything`: those of the index,
-    plus those of the stages whose cost grows with the number of measured samples (seed, label,
-    proxy, measure), scaled from the samples that each of them processed to all: the proxy trains on
-    the seed set alone, while audit samples are drawn and measured as well.
+    `spent`: CPU + GPU seconds of all stages up to the scores, and of the pilot. `everything`:
+    those of the index, plus those of the stages whose cost grows with the number of measured
+    samples (seed, label, proxy, measure), scaled from the samples that each of them processed to
+    all: the proxy trains on the seed set alone, while audit samples are drawn and measured as well.
     """
     done = {stage: record for stage, record in ledger.items() if record.state == "done"}
     busy = {stage: record.cpu_seconds + record.gpu_seconds for stage, record in done.items()}
@@ -107,7 +109,8 @@ def _saving(ledger: Mapping[str, StageRecord], samples: int, measured: int) -> S
         or not all(processed[stage] for stage in growing)
     ):
         return {"measured_share": None, "spent": None, "everything": None, "factor": None}
-    spent = sum(busy[stage] for stage in {*SCORING, *growing}) + busy.get("rehearse", 0.0)
+    optional = busy.get("rehearse", 0.0) + busy.get("pilot", 0.0)
+    spent = sum(busy[stage] for stage in {*SCORING, *growing}) + optional
     everything = busy["index"] + sum(busy[stage] * samples / processed[stage] for stage in growing)
     return {
         "measured_share": measured / samples,
@@ -131,6 +134,7 @@ def headline(
     epochs: int,
     scores_seconds: float | None,
     evaluation: Evaluation | None,
+    pilot: PilotSection | None = None,
 ) -> Headline | None:
     """Return what the keep-list nearest to a half saves of a training; None without one.
 
@@ -144,8 +148,8 @@ def headline(
         Record of the stage `proxy`, and the epochs that it trained.
     scores_seconds
         CPU + GPU seconds of the scores; None if that is not known.
-    evaluation
-        An evaluation of the run; None without one.
+    evaluation, pilot
+        An evaluation and the pilot of the run; None without one.
 
     Returns
     -------
@@ -154,7 +158,7 @@ def headline(
         many epochs. `training_seconds`: CPU + GPU seconds of the proxy's training, scaled from the
         seed set to all samples. `trainings`: how many such trainings it takes until the savings
         exceed the cost of the scores. `trained`: the evaluation's accuracies on this list, on
-        random lists and on everything.
+        random lists and on everything. `expected`: what the pilot predicts.
     """
     if not keep or not samples:
         return None
@@ -180,6 +184,9 @@ def headline(
             max(1, math.ceil(scores_seconds / saved)) if scores_seconds and saved else None
         ),
         "trained": _trained(leading, evaluation),
+        "expected": _expected(leading, pilot),
+        "reason": leading["reason"],
+        "candidate": leading["candidate"],
     }
     return {**figures, "sentences": savings_sentences(figures)}
 
@@ -211,6 +218,14 @@ def _trained(leading: KeepListFigures, evaluation: Evaluation | None) -> Trained
         for random, point in zip(evaluation["random"], listed["fractions"], strict=False):
             if math.isclose(point["fraction"], leading["fraction"]):
                 return _accuracies(evaluation, point, random)
+    return None
+
+
+def _expected(leading: KeepListFigures, pilot: PilotSection | None) -> Expected | None:
+    """Return what the pilot predicts at the list's fraction."""
+    for listed in pilot["lists"] if pilot else ():
+        if math.isclose(listed["fraction"], leading["fraction"]):
+            return listed["expected"]
     return None
 
 

@@ -43,6 +43,8 @@ class KeepListScan:
         Samples whose set was looked up: all, or the first `MAX_LOOKED_UP`.
     in_sets
         How many of these are in the seed set and in the audit set.
+    reason, candidate
+        With strategy auto: why it was cut like this, and the name of the pilot's candidate.
     """
 
     fraction: float
@@ -55,6 +57,8 @@ class KeepListScan:
     per_class: np.ndarray
     looked_up: int
     in_sets: Mapping[str, int]
+    reason: str = ""
+    candidate: str = ""
 
 
 def scan_keep_lists(
@@ -121,6 +125,8 @@ def _scan_keep_list(
         per_class,
         looked_up,
         in_sets,
+        metadata.get("raypipe.reason", ""),
+        metadata.get("raypipe.candidate", ""),
     )
 
 
@@ -176,6 +182,8 @@ def keep_list_figures(
         "lowest_score": keep_list.lowest_score,
         "emptied_classes": int((share == 0).sum()),
         "even_classes": even_classes(keep_list.per_class),
+        "reason": keep_list.reason,
+        "candidate": keep_list.candidate,
     }
 
     def class_share(row: int) -> ClassShare:

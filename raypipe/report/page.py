@@ -14,6 +14,7 @@ from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import text
 from raypipe.report.evaluation import curves
+from raypipe.report.pilot import gain_curves
 from raypipe.report.schema import Agreement, ClassFigures, HeldOutFidelity, Summary, Tile
 from raypipe.report.score_scan import MAX_LISTED_CLASSES
 from raypipe.report.summary import Findings, collect, high_is_hard
@@ -51,6 +52,7 @@ FILTERS = (
     "judged_samples",
     "money",
     "number",
+    "plain_points",
     "points",
     "price",
     "seconds",
@@ -247,6 +249,7 @@ def draw_plots(findings: Findings, baselines: Baselines) -> dict[str, Markup]:
         "histogram": _histogram_plot(summary),
         "classes": _class_plot(summary),
         "balance": _balance_plot(summary),
+        "pilot": _pilot_plot(findings),
         "evaluation": _evaluation_plot(summary),
         "map": _score_map(findings),
         "kept": _kept_map(findings),
@@ -337,6 +340,18 @@ def _balance_plot(summary: Summary) -> str | None:
 def _in_shown_order(summary: Summary, present: Sequence[ClassFigures]) -> list[ClassFigures]:
     by_label = {item["label"]: item for item in present}
     return [by_label[item["label"]] for item in summary["shown_classes"] if item["samples"]]
+
+
+def _pilot_plot(findings: Findings) -> str | None:
+    from raypipe.report import plots
+
+    leading, pilot = findings.summary["headline"], findings.pilot
+    if pilot is None or not pilot.plan.repeats or leading is None:
+        return None
+    curves = gain_curves(
+        pilot, leading["fraction"], findings.summary["counts"]["samples"], leading["candidate"]
+    )
+    return plots.gain_curve(*curves)
 
 
 def _evaluation_plot(summary: Summary) -> str | None:

@@ -120,7 +120,11 @@ class ClassShare(TypedDict):
 
 
 class KeepListFigures(TypedDict):
-    """What a keep-list holds; see `raypipe.report.keep_lists`."""
+    """What a keep-list holds; see `raypipe.report.keep_lists`.
+
+    `reason` and `candidate`: with strategy auto, why it was cut like this, and the candidate of the
+    pilot that it is; else empty.
+    """
 
     fraction: float
     file: str
@@ -131,6 +135,8 @@ class KeepListFigures(TypedDict):
     lowest_score: float | None
     emptied_classes: int
     even_classes: float
+    reason: str
+    candidate: str
     least_kept: NotRequired[ClassShare]
     most_kept: NotRequired[ClassShare]
 
@@ -245,6 +251,45 @@ class Trained(TypedDict):
     everything: dict[str, Any]
 
 
+class Difference(TypedDict):
+    """A difference of accuracies, as a share, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Expected(TypedDict):
+    """What the pilot predicts for a list of the whole source.
+
+    `against_random`: None for a list that is random itself.
+    """
+
+    model: str
+    tried: int
+    against_random: Difference | None
+    against_everything: Difference
+
+
+class PilotList(TypedDict):
+    """What the pilot predicts at a keep fraction: gains by candidate, and the list's own."""
+
+    fraction: float
+    gains: dict[str, dict[str, Any]]
+    expected: Expected | None
+
+
+class PilotSection(TypedDict):
+    """The pilot. `lists` has an entry for each keep-list; empty if nothing was trained."""
+
+    note: str
+    trainings: int
+    model: str
+    samples: int
+    tested: int
+    lists: list[PilotList]
+
+
 class HeadlineFigures(TypedDict):
     """The leading keep-list and what it saves; see `raypipe.report.cost.headline`."""
 
@@ -263,6 +308,9 @@ class HeadlineFigures(TypedDict):
     scores_seconds: float | None
     trainings: int | None
     trained: Trained | None
+    expected: Expected | None
+    reason: str
+    candidate: str
 
 
 class Headline(HeadlineFigures):
@@ -365,6 +413,7 @@ class Summary(TypedDict):
     shown_classes: list[ShownClass]
     class_histograms: list[ClassHistogram]
     cost: Cost
+    pilot: PilotSection | None
     evaluation: Evaluation | None
     embeddings: Embeddings
     grids: dict[str, list[Tile]]

@@ -32,6 +32,7 @@ from raypipe.report.keep_lists import (
     scan_keep_lists,
 )
 from raypipe.report.label_noise import noise_figures
+from raypipe.report.pilot import pilot_figures
 from raypipe.report.schema import (
     Agreement,
     ClassGrid,
@@ -61,6 +62,7 @@ from raypipe.report.score_scan import (
 from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, injected_noise, now
+from raypipe.runs.pilot import Pilot
 from raypipe.runs.run import Run
 from raypipe.text import stability_for_cut
 from raypipe.vision.bit_depth import BitsInUse
@@ -103,12 +105,15 @@ class Findings:
         Lowest and highest samples of each class in `summary["class_grids"]`, in that order.
     map
         The embedding map; None without one.
+    pilot
+        The result of the pilot; None without one.
     """
 
     summary: Summary
     grids: dict[str, list[Pick]]
     class_grids: list[dict[str, list[Pick]]]
     map: EmbeddingMap | None
+    pilot: Pilot | None = None
 
 
 def summarize(run: Run) -> Summary:
@@ -143,6 +148,8 @@ def collect(run: Run) -> Findings:
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
     cost = cost_figures(ledger, BEFORE_REPORT, scan.samples, scan.measured, config.report)
     evaluation = read_evaluation(run, ledger.get("extrapolate"))
+    pilot = Pilot.read(run)
+    piloted = pilot_figures(pilot, config.pilot.model, keep, scan.samples)
     leading = headline(
         keep,
         scan.samples,
@@ -150,6 +157,7 @@ def collect(run: Run) -> Findings:
         trained_epochs(ledger.get("proxy"), config.proxy.passes),
         cost["saving"]["spent"],
         evaluation,
+        piloted,
     )
     embedding_map = _with_keep_list(run, embeddings.map, leading)
     rejects = _rejects(run)
@@ -186,6 +194,7 @@ def collect(run: Run) -> Findings:
         "shown_classes": [_shown_class(names, scan, label) for label in _listed_classes(scan)],
         "class_histograms": [_class_histogram(names, scan, label) for label in labels],
         "cost": cost,
+        "pilot": piloted,
         "evaluation": evaluation,
         "embeddings": _embeddings(embeddings, embedding_map),
         "grids": {name: [_tile(pick, names) for pick in picks] for name, picks in grids.items()},
@@ -200,7 +209,7 @@ def collect(run: Run) -> Findings:
         {"lowest": class_picks.lowest[label], "highest": class_picks.highest[label]}
         for label in class_picks.lowest
     ]
-    return Findings(clean(summary), grids, class_grids, embedding_map)
+    return Findings(clean(summary), grids, class_grids, embedding_map, pilot)
 
 
 def clean(value: Any) -> Any:

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.config.choices import EXPERIMENTAL_SCORES, STRATEGY_TEXTS
-from raypipe.report.schema import ClassShare, HeadlineFigures, KeepListFigures, SetFigures, Trained
+from raypipe.report.schema import (
+    ClassShare,
+    Difference,
+    HeadlineFigures,
+    KeepListFigures,
+    SetFigures,
+    Trained,
+)
 from raypipe.text import (
     JUDGED_ON,
     HeadlineFidelity,
@@ -18,6 +25,7 @@ from raypipe.text import (
     proxy_accuracy,
     weak_proxy,
 )
+from raypipe.text import points as points_of
 
 SPACE = "\u202f"
 """Narrow and non-breaking, between a number and its unit."""
@@ -88,6 +96,11 @@ def accuracy(figure: Mapping[str, Any] | None, digits: int = 1) -> str:
 def points(figure: Mapping[str, Any] | None) -> str:
     """Return the difference of two accuracies in percentage points: +1.3 ± 0.8."""
     return "–" if figure is None else mean_and_margin(figure, "{:+.1f}", MINUS)
+
+
+def plain_points(share: float) -> str:
+    """Return a difference of accuracies in percentage points: +1.3."""
+    return points_of(share, MINUS)
 
 
 def money(value: float | None) -> str:
@@ -238,20 +251,55 @@ def savings_sentences(headline: HeadlineFigures) -> list[str]:
     saved = share(headline["saved_share"], 0)
     sentences = [
         f"Training on it for the same number of epochs takes {saved} fewer steps, and so costs "
-        f"about {saved} less."
+        f"about {saved} less.",
+        _accuracy(headline),
     ]
     if headline["trainings"]:
         sentences.append(_payback(headline, headline["trainings"]))
     least, most = headline["least_kept"], headline["most_kept"]
     if least and most and least["share"] < headline["fraction"] / 2:
         sentences.append(_uneven_classes(least, most))
-    if headline["trained"]:
-        sentences.append(_trained(headline["trained"]))
     return sentences
+
+
+def _accuracy(headline: HeadlineFigures) -> str:
+    """Return what is known about the accuracy that goes with the saving."""
+    if headline["trained"]:
+        return _trained(headline["trained"])
+    expected = headline["expected"]
+    if expected is None:
+        known = "What it does to the accuracy is not known: raypipe evaluate measures it."
+        return f"{_as_sentence(headline['reason'])}{known}"
+    random, everything = expected["against_random"], expected["against_everything"]
+    less = f"{_difference(everything)} against everything"
+    if random is None:
+        prediction = f"Its expected accuracy, by the pilot, is {less}."
+    else:
+        prediction = (
+            f"Its expected accuracy, by the pilot, is {_difference(random)} against a random list "
+            f"of the same size, and {less}."
+        )
+    return (
+        f"{_as_sentence(headline['reason']) if random is None else ''}{prediction} This is for a "
+        f"network like that of the pilot ({expected['model']}), extrapolated from "
+        f"{count(expected['tried'])} to {count(headline['of'])} samples."
+    )
+
+
+def _as_sentence(reason: str) -> str:
+    """Return a reason as a sentence, before a space; empty without one."""
+    return f"{reason[0].upper()}{reason[1:]}. " if reason else ""
+
+
+def _difference(figure: Difference) -> str:
+    """Return "+2.1 points (95 % interval +0.4 to +3.8)"."""
+    mean, low, high = (points_of(figure[name], MINUS) for name in ("mean", "low", "high"))
+    return f"{mean} points (95{SPACE}% interval {low} to {high})"
 
 
 def _payback(headline: HeadlineFigures, trainings: int) -> str:
     epochs = f"{count(headline['epochs'])} {plural(headline['epochs'], 'epoch')}"
+    spent = "The scores and the pilot" if headline["expected"] else "The scores"
     when = (
         "with the first such training"
         if trainings == 1
@@ -260,7 +308,7 @@ def _payback(headline: HeadlineFigures, trainings: int) -> str:
     return (
         f"For a network like the proxy ({epochs}) this saves about "
         f"{seconds(headline['saved_seconds'])} of the {seconds(headline['training_seconds'])} "
-        "CPU + GPU time of a training. The scores took "
+        f"CPU + GPU time of a training. {spent} took "
         f"{seconds(headline['scores_seconds'])}; they pay off {when}, or sooner if a training "
         "costs more."
     )

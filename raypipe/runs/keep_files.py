@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 
 import pyarrow.parquet as pq
@@ -25,7 +26,9 @@ def keep_metadata(uri: str) -> dict[str, str]:
         `strategy`, `fraction`, `count`, `samples`, `scores`, `spearman`, `spearman_low` and
         `forced`; `options` (JSON) if there are any. `forced` is true if the fidelity was too low
         and `select.force` overrode that. `inject_noise`, if present, is the share of labels that
-        were replaced to test the detection of label noise. Empty for a file without metadata.
+        were replaced to test the detection of label noise. With `select.strategy: auto`, `chosen`
+        is auto, `reason` explains the strategy, and `candidate` names that of the pilot. Empty for
+        a file without metadata.
     """
     with storage.open_read(uri) as file:
         metadata = pq.read_schema(file).metadata or {}
@@ -35,3 +38,16 @@ def keep_metadata(uri: str) -> dict[str, str]:
         for key, value in metadata.items()
         if key.startswith(prefix)
     }
+
+
+def choice_lines(chosen: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Yield a line for each reason why lists were cut as they are, with `select.strategy: auto`.
+
+    `chosen` has strategy and reason by file name; see `raypipe.stages.select.stage`.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for file, choice in chosen.items():
+        by_reason.setdefault(choice["reason"], []).append(file.removesuffix(".parquet"))
+    for reason, files in by_reason.items():
+        where = "all keep-lists" if len(by_reason) == 1 else ", ".join(files)
+        yield f"{where}: {reason}"

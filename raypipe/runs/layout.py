@@ -21,11 +21,12 @@ STAGE_FOLDERS = {
     "rehearse": ("rehearsal",),
     "embed": ("embeddings", "views", "rejects"),
     "extrapolate": ("extrapolator", "scores"),
+    "pilot": ("pilot",),
     "select": ("keep",),
     "report": ("report",),
 }
 """Folders that each stage writes, in the order of the stages."""
-OPTIONAL_STAGES = {"label", "rehearse"}
+OPTIONAL_STAGES = {"label", "rehearse", "pilot"}
 """Stages that a finished run need not have."""
 
 
@@ -192,6 +193,26 @@ class Layout:
     def checked_tables(self) -> str:
         """Result of the check of the input tables."""
         return self.path("extrapolator", "checked.json")
+
+    @property
+    def pilot_plan(self) -> str:
+        """Which trainings the pilot makes; see `raypipe.runs.pilot`."""
+        return self.path("pilot", "plan.json")
+
+    @property
+    def pilot_samples(self) -> str:
+        """Samples of the pilot: pixels, labels and scores."""
+        return self.path("pilot", "samples.parquet")
+
+    @property
+    def pilot_trainings_folder(self) -> str:
+        """One file per training of the pilot."""
+        return self.path("pilot", "trainings")
+
+    @property
+    def pilot_result(self) -> str:
+        """What the pilot found: trainings and their test results."""
+        return self.path("pilot", "pilot.json")
 
     @property
     def keep_folder(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.progress import describe_progress
+from raypipe.runs.keep_files import choice_lines
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
@@ -87,6 +88,8 @@ def describe_result(run: Run) -> Iterator[str]:
     if "select" in records:
         for file in sorted(storage.names(run.keep_folder)):
             yield f"keep-list   {run.keep_list(file)}"
+        for line in choice_lines(records["select"].detail.get("chosen", {})):
+            yield f"chosen      {line}"
     if "report" in records:
         yield f"report      {run.report_page}"
     if "label" in records:

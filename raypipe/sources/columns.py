@@ -6,6 +6,7 @@ Shared by every format whose samples are rows: Parquet files, and the Arrow file
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from raypipe.sources.arrow_types import (
     stores_tensors,
     value_type,
 )
+from raypipe.sources.classes import distinct
 from raypipe.sources.values import stored_label
 
 AUTO = "auto"
@@ -86,6 +88,11 @@ class TableColumns:
     label: str | None
     identity: str | None
     class_names: tuple[str, ...] | None
+
+    @functools.cached_property
+    def has_distinct_names(self) -> bool:
+        """Whether the table names its classes, no two of them alike."""
+        return self.class_names is not None and distinct(self.class_names)
 
 
 def choose_columns(schema: pa.Schema, features: Features, settings: SourceSettings) -> TableColumns:

@@ -15,7 +15,6 @@ import pyarrow as pa
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason
 from raypipe.sources.base import IdFilter, RawSample, SourceFile
-from raypipe.sources.classes import distinct
 from raypipe.sources.columns import AUTO, Features, TableColumns, choose_columns
 from raypipe.sources.filesource import FileSource, no_content
 from raypipe.sources.values import damage_reason, printable, stored_label
@@ -192,7 +191,7 @@ def class_of(label: int | str | None, columns: TableColumns) -> int | str | None
         return label
     if label < 0:
         return None
-    return names[label] if label < len(names) and distinct(names) else label
+    return names[label] if label < len(names) and columns.has_distinct_names else label
 
 
 def reject_repeated_ids(samples: Iterator[RawSample]) -> Iterator[RawSample]:

@@ -7,12 +7,15 @@ import pytest
 
 from raypipe.assessment.accuracy_curve import fit_accuracy
 from raypipe.assessment.gains import BETTER, NO_EVIDENCE, WORSE, Gain, best_choice, fit_gains
+from raypipe.assessment.pilot_trend import PilotTrend
 
 SIMULATIONS = 1000
-POSITIONS = np.array([2.0, 2.8, 3.6, 3.0, 3.8, 4.6])
-"""Three keep fractions at two sizes."""
+KEEP = np.tile([0.2, 0.35, 0.6], 2)
+POSITIONS = np.log2(KEEP * np.repeat([100.0, 50.0], 3))
+"""log2 of the samples kept of each class: three keep fractions at two sizes."""
 LINE = np.stack([np.ones_like(POSITIONS), POSITIONS], 1)
-TARGET = 6.0
+SOURCE = 1000.0
+"""Samples of each class in the source."""
 
 
 def simulated(
@@ -39,25 +42,27 @@ def simulated(
 
 
 def share_chosen(gain: np.ndarray, repeats: int, simulations: int, tested: int = 200) -> float:
-    """How often any list counts as better than random at TARGET."""
+    """How often any list of 30 % of the source counts as better than random."""
     draw, chosen = np.random.default_rng(1), 0
+    cells = (len(KEEP), repeats, tested)
     for _ in range(simulations):
-        models = fit_gains(simulated(draw, gain, repeats, tested), LINE)
-        gains = {str(kind): model.at(1, TARGET) for kind, model in enumerate(models)}
-        chosen += best_choice(gains) is not None
+        difference = simulated(draw, gain, repeats, tested)
+        lists = {str(kind): values for kind, values in enumerate(difference)}
+        trend = PilotTrend.fit(np.zeros(cells, np.int8), lists, KEEP, 2**POSITIONS)
+        chosen += best_choice(trend.gains(0.3, 0.3 * SOURCE)) is not None
     return chosen / simulations
 
 
 @pytest.mark.parametrize("slope", [0.0, -0.03])
 def test_without_a_gain_a_list_is_chosen_in_at_most_one_of_twenty(slope: float) -> None:
     """Neither where lists never help, nor where they help small sets and not large ones."""
-    gain = np.tile(slope * (POSITIONS - TARGET), (3, 1))
+    gain = np.tile(slope * (1 - KEEP) * (POSITIONS - np.log2(0.3 * SOURCE)), (3, 1))
     assert share_chosen(gain, 4, SIMULATIONS) <= 0.05
 
 
 def test_a_curved_trend_is_not_taken_for_certainty() -> None:
     """The gain ends at a size that the line does not know of: the scatter of cells tells."""
-    gain = np.tile(np.where(POSITIONS < 3.5, 0.05, 0.0), (3, 1))
+    gain = np.tile(np.where(POSITIONS < 4.5, 0.08, 0.0), (3, 1))
     assert share_chosen(gain, 6, 200) <= 0.05
 
 
@@ -90,7 +95,7 @@ def test_means_and_lines_are_those_of_least_squares() -> None:
         slope, level = np.polyfit(POSITIONS, difference[kind].mean((1, 2)), 1)
         assert model.coefficients == pytest.approx([level, slope])
         assert model.at(1, 5.0).mean == pytest.approx(level + 5 * slope)
-        assert model.at(1, 20.0).error > model.at(1, 5.0).error > model.at(1, 3.3).error
+        assert model.at(1, 20.0).error > model.at(1, 7.0).error > model.at(1, 4.6).error
     with pytest.raises(ValueError, match="two repeats"):
         fit_gains(difference[:, :, :1], LINE)
 

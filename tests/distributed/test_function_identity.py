@@ -187,3 +187,17 @@ def test_a_cycle_ends_and_weights_count() -> None:
     describer = Describer()
     describer.describe(function)
     assert len(describer.unseen) == 1
+
+
+def test_credentials_of_a_filesystem_do_not_count() -> None:
+    from fsspec.implementations.local import LocalFileSystem
+    from pyarrow.fs import S3FileSystem
+
+    def of(system: Any) -> str:
+        describer = Describer()
+        text = describer.describe(lambda: system)
+        assert not describer.unseen
+        return text
+
+    keys = [S3FileSystem(access_key=key, secret_key="x", region="a") for key in ("old", "new")]
+    assert of(keys[0]) == of(keys[1]) != of(LocalFileSystem())

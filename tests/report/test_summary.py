@@ -30,7 +30,7 @@ KEYS = {
     "fidelity_seed", "learning_curve", "neighbour_search", "label_noise", "scores", "keep",
     "classes", "shown_classes", "even_classes", "class_histograms", "class_grids",
     "class_fragments", "headline", "sets", "stability",
-    "cost", "evaluation", "embeddings", "grids", "rejects", "settings",
+    "cost", "pilot", "evaluation", "embeddings", "grids", "rejects", "settings",
 }  # fmt: skip
 
 

@@ -595,3 +595,14 @@ def test_equal_scores_and_one_sample_have_lists_too() -> None:
                 round(0.5 * count),
                 round(0.9 * count),
             ]
+
+
+@pytest.mark.parametrize("cutoff", [0.1, "auto"])
+@pytest.mark.parametrize("strategy", ["d2", "infomax", "coverage"])
+def test_each_of_several_lists_is_the_one_that_is_cut_alone(
+    strategy: str, cutoff: float | str
+) -> None:
+    data, fractions = Data.drawn(150), (0.1, 0.3, 0.5)
+    options = {"hard_cutoff": cutoff, "strata": 3, "by_class": True}
+    together = data.lists(strategy, fractions, **options)
+    assert together == [data.lists(strategy, (fraction,), **options)[0] for fraction in fractions]

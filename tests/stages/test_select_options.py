@@ -143,13 +143,13 @@ def test_recall_quotas_go_by_predictions_of_proxies_that_did_not_see_the_samples
     assert few != pytest.approx(recall)
 
 
-def test_unless_told_otherwise_lists_are_cut_by_ccs_within_each_class(run: Run) -> None:
-    write_keep_lists(run, SelectSettings(keep=(0.25,)))
+def test_ccs_cuts_lists_within_each_class_unless_told_otherwise(run: Run) -> None:
+    write_keep_lists(run, SelectSettings(keep=(0.25,), strategy="ccs"))
     about = keep_metadata(run.path("keep", "keep-0.25.parquet"))
     assert about["strategy"] == "ccs" and json.loads(about["options"])["by_class"]
     for settings, within in (
         (SelectSettings(strategy="top"), False),
-        (SelectSettings(by_class=False), False),
+        (SelectSettings(strategy="ccs", by_class=False), False),
     ):
         assert settings.within_classes is within
         write_keep_lists(run, settings.model_copy(update={"keep": (0.25,)}))

@@ -74,18 +74,21 @@ def _step(operator: Any, describer: Describer) -> str:
     parts = [type(operator).__name__, operator.name]
     for holder in (operator, getattr(operator, "datasource", None)):
         values = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
-        parts += [
-            f"{name}={describer.describe(value, name.lstrip('_'))}"
-            for name, value in sorted(values.items())
-            if _is_relevant(name)
-        ]
+        of_ray = type(holder).__module__.split(".")[0] == "ray"
+        for name, value in sorted(values.items()):
+            if _is_relevant(name):
+                plain = name.lstrip("_")
+                # what Ray's own classes hold for themselves is nothing that a user changes
+                of_user = not of_ray or plain.startswith("fn") or "expr" in plain
+                used = describer if of_user else Describer()
+                parts.append(f"{name}={used.describe(value, plain)}")
     return " ".join(parts)
 
 
 def _is_relevant(name: str) -> bool:
     plain = name.lstrip("_")
     return plain not in IGNORED and not any(
-        word in plain for word in ("cached", "input", "context")
+        word in plain for word in ("cached", "input", "context", "filesystem")
     )
 
 

@@ -2,6 +2,7 @@
 
 from raypipe.report.plots.balance import class_shares, kept_shares
 from raypipe.report.plots.maps import kept_map, score_map
+from raypipe.report.plots.pilot import gain_curve
 from raypipe.report.plots.scores import (
     class_bands,
     class_spread,
@@ -16,6 +17,7 @@ __all__ = [
     "class_spread",
     "evaluation_curves",
     "fidelity_chart",
+    "gain_curve",
     "kept_map",
     "kept_shares",
     "learning_curve",

@@ -16,9 +16,10 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, TrustSettings
+from raypipe.config.choices import AUTO
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError, TrustError
-from raypipe.runs.keep_files import keep_file, keep_metadata
+from raypipe.runs.keep_files import choice_lines, keep_file, keep_metadata
 from raypipe.runs.ledger import StageRecord, content_hash, extrapolated_tables, injected_noise
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids, unknown_id_notes
@@ -32,6 +33,7 @@ from raypipe.selection import (
     select,
 )
 from raypipe.stages.base import Stage
+from raypipe.stages.select.auto import Choice, choose
 from raypipe.stages.select.gate import check_trust
 from raypipe.stages.select.near_duplicates import mark_near_duplicates
 from raypipe.stages.select.options import options_of, recorded_options
@@ -44,7 +46,7 @@ class SelectStage(Stage):
     """Write the keep-lists of the settings."""
 
     name = "select"
-    needs = ("extrapolate",)
+    needs = ("extrapolate", "pilot")
 
     def settings(self, config: Config) -> dict[str, Any]:
         trust = config.trust.model_dump(mode="json")
@@ -76,6 +78,8 @@ class SelectStage(Stage):
         written = make_keep_lists(context.run, config.select, config.select.keep, config.trust)
         for line in unknown_id_notes(written.marked):
             context.progress.say(f"note: {line}")
+        for line in choice_lines(written.chosen):
+            context.progress.say(f"{self.name:<11} {line}")
         record.detail = written.ledger_detail()
         record.samples = written.samples
         record.cpu_seconds += time.process_time() - started
@@ -99,6 +103,8 @@ class WrittenKeepLists:
         Counts for `always_keep`, `never_keep` and near duplicates.
     id_lists : dict of str to str
         Size and stamp of the files of `always_keep` and `never_keep`.
+    chosen : dict of str to dict
+        With strategy auto, strategy and reason by file name.
     """
 
     metadata: dict[str, str]
@@ -107,6 +113,7 @@ class WrittenKeepLists:
     lists: dict[str, int]
     marked: dict[str, Any]
     id_lists: dict[str, str]
+    chosen: dict[str, dict[str, str]]
 
     def ledger_detail(self) -> dict[str, Any]:
         """Return what the ledger records."""
@@ -117,6 +124,7 @@ class WrittenKeepLists:
             "lists": self.lists,
             "marked": self.marked,
             "given": self.id_lists,
+            **({"chosen": self.chosen} if self.chosen else {}),
         }
 
 
@@ -164,7 +172,7 @@ def write_keep_lists(
     """
     run.record("extrapolate")
     written = make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)
-    for line in unknown_id_notes(written.marked):
+    for line in (*unknown_id_notes(written.marked), *choice_lines(written.chosen)):
         log.warning("note: %s", line)
     return written.lists
 
@@ -173,13 +181,58 @@ def make_keep_lists(
     run: Run, settings: SelectSettings, keep: Sequence[float], trust: TrustSettings | None = None
 ) -> WrittenKeepLists:
     """Write keep-lists as `write_keep_lists` does, from the scores that exist."""
-    options = options_of(run, settings)
+    trust = trust or TrustSettings()
+    choices = choose(run, settings, keep, trust, run.ledger()["extrapolate"].samples)
+    groups: dict[str, list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault(choice.group, []).append(choice)
+    rules = [(group, options_of(run, group[0].settings)) for group in groups.values()]
     scores = ScoreStream(
-        run, needs_loss(settings.strategy, options), needs_margin(settings.strategy, options)
+        run,
+        any(needs_loss(group[0].settings.strategy, options) for group, options in rules),
+        any(needs_margin(group[0].settings.strategy, options) for group, options in rules),
     )
-    fidelity = _check_trust(run, scores, settings, trust or TrustSettings())
+    fidelity = [_check_trust(run, scores, group[0].settings, trust) for group, _ in rules]
     marked = _mark_samples(run, scores, settings)
-    cuts = _select(run, scores, settings, options, keep)
+    lists: dict[str, int] = {}
+    metadata: dict[str, str] = {}
+    for (group, options), of_group in zip(rules, fidelity, strict=True):
+        own, counts = _write_group(run, scores, group, options, marked, of_group)
+        lists |= counts
+        metadata = metadata or own
+    if settings.strategy == AUTO:
+        metadata = {**metadata, "strategy": AUTO}
+        metadata.pop("options", None)
+    _remove_outdated(run, scores.digest, set(lists))
+    return WrittenKeepLists(
+        metadata,
+        scores.samples,
+        content_hash(run.done("scores")),
+        lists,
+        marked,
+        _stamps(settings),
+        {
+            keep_file(choice.fraction): {
+                "strategy": choice.settings.strategy,
+                "reason": choice.reason,
+            }
+            for choice in choices
+            if choice.reason
+        },
+    )
+
+
+def _write_group(
+    run: Run,
+    scores: ScoreStream,
+    choices: Sequence[Choice],
+    options: SelectionOptions,
+    marked: dict[str, Any],
+    fidelity: dict[str, str],
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Write the lists that are cut alike. Returns their common metadata, and samples by file."""
+    settings = choices[0].settings
+    cuts = _select(run, scores, settings, options, [choice.fraction for choice in choices])
     metadata = {
         "strategy": settings.strategy,
         "samples": str(scores.samples),
@@ -190,21 +243,16 @@ def make_keep_lists(
         metadata["inject_noise"] = f"{noise.share:g}"
     if recorded := recorded_options(settings, options, marked):
         metadata["options"] = json.dumps(recorded, sort_keys=True)
+    reasons = {choice.fraction: choice.metadata() for choice in choices}
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(KeepListWriter(run, cut, metadata)) for cut in cuts]
+        writers = [
+            stack.enter_context(KeepListWriter(run, cut, {**metadata, **reasons[cut.fraction]}))
+            for cut in cuts
+        ]
         for chunk in scores.chunks(True):
             for writer in writers:
                 writer.add(chunk)
-    lists = {writer.file: writer.selection.count for writer in writers}
-    _remove_outdated(run, scores.digest, set(lists))
-    return WrittenKeepLists(
-        metadata,
-        scores.samples,
-        content_hash(run.done("scores")),
-        lists,
-        marked,
-        _stamps(settings),
-    )
+    return metadata, {writer.file: writer.selection.count for writer in writers}
 
 
 def _check_trust(
