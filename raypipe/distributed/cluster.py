@@ -259,7 +259,7 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
     RaypipeError
         If that fails.
     """
-    _set_ray_defaults(verbose)
+    set_ray_defaults(verbose)
     import ray
     import ray.data
     import ray.train
@@ -297,7 +297,7 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
     return current_cluster(joined=not local)
 
 
-def _set_ray_defaults(verbose: bool) -> None:
+def set_ray_defaults(verbose: bool) -> None:
     """Set environment variables of Ray that are not set yet. Must precede the import of Ray."""
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",

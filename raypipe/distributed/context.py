@@ -74,10 +74,12 @@ class Context:
         ResourceError
             If it lacks GPUs or CPUs that the settings request.
         """
+        from raypipe.distributed.cluster import set_ray_defaults
         from raypipe.distributed.reach import check_reachable
 
         ray = sys.modules.get("ray")
         if stages and (ray is None or not ray.is_initialized()):
+            set_ray_defaults(self.verbose)
             check_reachable(self.config.cluster.address, self.progress)
         proxy, embed = self.config.proxy, self.config.embed
         if "proxy" in stages and (
