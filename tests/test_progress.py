@@ -200,7 +200,7 @@ def test_status_of_a_run_under_way(tmp_path: Path) -> None:
         text = "\n".join(describe_run(run.uri))
     assert (
         "now         seed 120/300 samples" in text
-        and "4 rejects, 1 fragments done, 2 queued" in text
+        and "4 rejects, 1 fragment done, 2 queued" in text
         and " left" in text
     )
     assert (
