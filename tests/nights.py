@@ -105,7 +105,8 @@ def in_process(patch: pytest.MonkeyPatch) -> None:
     for module in ("embed.stage", "extrapolate.stage", "measure.gradients"):
         patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
     patch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
-    patch.setattr("raypipe.stages.extrapolate.fit.run_step_functions", serial_parts)
+    for module in ("fit", "extremes"):
+        patch.setattr(f"raypipe.stages.extrapolate.{module}.run_step_functions", serial_parts)
     patch.setattr("raypipe.stages.proxy.stage._train", quick_training)
     patch.setattr(Context, "cluster", Cluster(2, 0, 1, 2, False))
 

@@ -5,6 +5,9 @@ and each part is predicted by a fit on the rest. The proxy was trained on these 
 not reveal a shift between the seed set and the other samples. The second is an audit set outside
 the seed set, for scores that can be measured on any sample. It is predicted by the fit on the whole
 seed set, so its figure is unbiased.
+
+Samples with extreme predictions can be measured as well (`raypipe.assessment.extremes`). All
+figures are then weighted, so that they stay those of a random draw.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.assessment.intervals import Calibration, cross_coverage
+from raypipe.assessment.coverage import Coverage, measure_coverage
+from raypipe.assessment.extremes import ExtremeZone
+from raypipe.assessment.intervals import Calibration
 from raypipe.assessment.rank_agreement import (
     MIN_SAMPLES,
     NO_AGREEMENT,
@@ -37,8 +42,6 @@ from raypipe.progress import ProgressCallback
 
 KEEP_FRACTIONS = (0.3, 0.5, 0.7)
 """Keep fractions at which the overlap of the tops is computed."""
-TENTH = 0.1
-"""Share of the samples with extreme predictions, and of far samples."""
 NEIGHBOURS = 20
 """Neighbours of the published kNN among the baselines."""
 MLP_EPOCHS = 20
@@ -140,30 +143,19 @@ def proxy_is_right(nodes: Nodes) -> np.ndarray | None:
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """How often the score of a sample lies in its interval, calibrated without the sample.
+class ExtremePredictions:
+    """Predictions for samples that were drawn from the extreme ones.
 
     Attributes
     ----------
-    confidence
-        How often it should.
-    overall, extreme, farthest
-        Share of all samples, of the tenth with the most extreme predictions (the farthest from the
-        median) and of the tenth farthest from the scored samples.
-    n, n_tenth
-        Number of samples, and of those in a tenth.
+    predictions
+        The predictions.
+    zone
+        Where they were drawn, with all samples that the random draw does not hold counted.
     """
 
-    confidence: float
-    overall: float
-    extreme: float
-    farthest: float
-    n: int
-    n_tenth: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON data."""
-        return dict(vars(self))
+    predictions: HeldOutPredictions
+    zone: ExtremeZone
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,9 @@ class Fidelity(RankAgreement):
     baselines
         Agreement of simpler predictions by name: class_mean, knn_published, proxy_loss, random, ...
     n_fit, n_held
-        Number of samples in the fit, and of those assessed.
+        Number of samples in the fit, and of those drawn at random to assess it.
+    n_extremes
+        Number of samples that were drawn from the extreme predictions in addition.
     note
         Why a figure is None; else empty.
     rmse, spread
@@ -192,6 +186,7 @@ class Fidelity(RankAgreement):
     baselines: dict[str, RankAgreement] = field(default_factory=dict)
     n_fit: int = 0
     n_held: int = 0
+    n_extremes: int = 0
     note: str = ""
     rmse: float | None = None
     spread: float | None = None
@@ -208,6 +203,7 @@ class Fidelity(RankAgreement):
             "baselines": baselines,
             "n_fit": self.n_fit,
             "n_held": self.n_held,
+            "n_extremes": self.n_extremes,
             "note": self.note,
             "rmse": self.rmse,
             "spread": self.spread,
@@ -378,13 +374,14 @@ def compare(
     keep: Sequence[float] = KEEP_FRACTIONS,
     confidence: float | None = None,
     calibration: HeldOutPredictions | None = None,
+    extremes: ExtremePredictions | None = None,
 ) -> Fidelity:
     """Return the fidelity of predictions for samples that were not fitted on.
 
     Parameters
     ----------
     held_out
-        The predictions.
+        The predictions for a random draw.
     seed
         Seed of the bootstrap.
     keep
@@ -394,20 +391,24 @@ def compare(
     calibration
         Held-out samples of the seed set that the intervals are calibrated on as well, if
         `held_out` is an audit set.
+    extremes
+        Samples drawn from the extreme predictions in addition. All figures but those of the
+        baselines, which have the random draw alone, are then weighted.
 
     Raises
     ------
     RaypipeError
         Lengths differ or a value is not finite.
     """
-    measured = np.asarray(held_out.measured, np.float64)
+    data, weight = _with_extremes(held_out, extremes)
     baselines = {name: np.asarray(value, np.float64) for name, value in held_out.baselines.items()}
-    # the extrapolator's own predictions have the empty name, which no baseline has
-    predictions = {"": np.asarray(held_out.predicted, np.float64), **baselines}
-    for name, value in predictions.items():
-        _check_comparable(name, value, measured)
-    n = len(measured)
-    undefined = _why_undefined(measured)
+    for name, value in baselines.items():
+        _check_comparable(name, value, held_out.measured)
+    measured = np.asarray(data.measured, np.float64)
+    predicted = np.asarray(data.predicted, np.float64)
+    _check_comparable("", predicted, measured)
+    n = len(held_out)
+    undefined = _why_undefined(measured[:n])
     if undefined:
         return Fidelity(
             **vars(NO_AGREEMENT),
@@ -419,50 +420,59 @@ def compare(
     note = held_out.note
     if not np.ptp(held_out.predicted):
         note = "all held-out samples got the same predicted score"
-    agreement = rank_agreement(predictions, measured, seed, keep, held_out.label)
-    own = agreement.pop("")
-    proxy = accuracy_figures(held_out.label, held_out.correct)
+    own = rank_agreement({"": predicted}, measured, seed, keep, data.label, weight)[""]
+    # baselines are not predicted for the extremes
+    agreement = rank_agreement(baselines, measured[:n], seed, keep, held_out.label)
+    proxy = accuracy_figures(data.label, data.correct, weight)
+    mean = np.average(measured, weights=weight)
     return Fidelity(
         **vars(own),
         baselines=agreement | {"random": chance(n, keep)},
         n_fit=held_out.n_fit,
         n_held=n,
+        n_extremes=len(data) - n,
         note=note,
-        rmse=float(np.sqrt(np.square(held_out.residual).mean())),
-        spread=float(measured.std()),
-        ceiling=ceiling(measured, keep),
-        coverage=_coverage(held_out, confidence, seed, calibration) if confidence else None,
+        rmse=float(np.sqrt(np.average(np.square(data.residual), weights=weight))),
+        spread=float(np.sqrt(np.average(np.square(measured - mean), weights=weight))),
+        ceiling=ceiling(measured[:n], keep),
+        coverage=_coverage(held_out, confidence, seed, calibration, extremes),
         **proxy,
     )
 
 
+def _with_extremes(
+    held_out: HeldOutPredictions, extremes: ExtremePredictions | None
+) -> tuple[HeldOutPredictions, np.ndarray]:
+    """Return the random draw, then the extreme samples, and the weights of all."""
+    if extremes is None or not len(held_out):
+        return held_out, np.ones(len(held_out))
+    weight = extremes.zone.weights(held_out.predicted, len(extremes.predictions))
+    return HeldOutPredictions.concat([held_out, extremes.predictions]), weight
+
+
 def _coverage(
     held_out: HeldOutPredictions,
-    confidence: float,
+    confidence: float | None,
     seed: int,
     calibration: HeldOutPredictions | None,
+    extremes: ExtremePredictions | None,
 ) -> Coverage | None:
-    data = held_out.calibration()
-    own = calibration.calibration() if calibration is not None else data
-    audit = data if calibration is not None else None
-    inside = cross_coverage(own, confidence, seed, audit)
-    if inside is None:
+    if confidence is None:
         return None
-    extremeness = np.abs(data.predicted - np.median(data.predicted))
-    tenth = max(1, round(TENTH * len(data)))
-    extreme = np.argsort(-extremeness, kind="stable")[:tenth]
-    farthest = np.argsort(-data.doubt[:, 0], kind="stable")[:tenth]
-    return Coverage(
+    own = held_out.calibration()
+    return measure_coverage(
+        calibration.calibration() if calibration is not None else own,
         confidence,
-        float(inside.mean()),
-        float(inside[extreme].mean()),
-        float(inside[farthest].mean()),
-        len(data),
-        tenth,
+        seed,
+        own if calibration is not None else None,
+        extremes.predictions.calibration() if extremes is not None else None,
+        extremes.zone if extremes is not None else None,
     )
 
 
-def accuracy_figures(label: np.ndarray, correct: np.ndarray | None) -> dict[str, Any]:
+def accuracy_figures(
+    label: np.ndarray, correct: np.ndarray | None, weight: np.ndarray | None = None
+) -> dict[str, Any]:
     """Return the accuracy of the proxy on samples, and what chance gives.
 
     Parameters
@@ -471,6 +481,8 @@ def accuracy_figures(label: np.ndarray, correct: np.ndarray | None) -> dict[str,
         Classes, int64 [n]; those below 0 do not count.
     correct
         Whether the proxy gives the samples their label, bool [n]; None without a proxy.
+    weight
+        Weights of the samples, float64 [n]; None for equal ones.
 
     Returns
     -------
@@ -481,15 +493,19 @@ def accuracy_figures(label: np.ndarray, correct: np.ndarray | None) -> dict[str,
     labelled = label >= 0
     if correct is None or not labelled.any():
         return {}
-    label, correct = label[labelled], correct[labelled].astype(np.float64)
-    counts = np.bincount(label)
-    present = counts > 0
-    classes, by_class = int(present.sum()), np.bincount(label, correct)[present] / counts[present]
+    weight = np.ones(len(label)) if weight is None else weight
+    label, correct, weight = label[labelled], correct[labelled], weight[labelled]
+    total, squares = np.bincount(label, weight), np.bincount(label, np.square(weight))
+    present = total > 0
+    right, total, squares = np.bincount(label, weight * correct), total[present], squares[present]
+    by_class = right[present] / total
+    classes = len(total)
     chance = 1 / classes
-    error = np.sqrt(chance * (1 - chance) * (1 / counts[present]).sum()) / classes
+    # a class of n samples of equal weight adds 1 / n
+    error = np.sqrt(chance * (1 - chance) * (squares / total**2).sum()) / classes
     return {
-        "proxy_accuracy": float(correct.mean()),
-        "proxy_chance": float(counts.max() / len(label)),
+        "proxy_accuracy": float(right.sum() / total.sum()),
+        "proxy_chance": float(total.max() / total.sum()),
         "proxy_balanced": {
             "accuracy": float(by_class.mean()),
             "chance": chance,

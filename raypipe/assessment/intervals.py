@@ -1,25 +1,32 @@
 """Calibrated intervals around predicted scores that also hold for extreme and for far samples.
 
-The half-width of the interval of a sample x is
+The half-width of the interval of a sample x of class y is
 
-    h(x) = q * f(x) * sigma(x) ,    sigma(x) = c_0 + sum_j c_j d_j(x) + c_p |p(x) - m| ,    c >= 0
+    h(x) = q * f(x) * sigma(x) ,    sigma(x) = g_y (c_0 + sum_j c_j d_j(x) + c_p |p(x) - m|) ,
 
-d_j are the doubts of the extrapolator: the distance to the scored samples in the embedding, in the
-proxy statistics and in the proxy's error, and the disagreement of the experts. p is the prediction,
-m the median prediction. sigma is fitted to the absolute residuals of held-out samples by
-non-negative least squares, with a penalty worth twenty samples that pulls all terms towards equal
-shares. So an interval can only grow with a doubt.
+with c >= 0. d_j are the doubts of the extrapolator: the distance to the scored samples in the
+embedding, in the proxy statistics and in the proxy's error, and the disagreement of the experts. p
+is the prediction, m the median prediction.
 
-f corrects sigma in the most extreme and in the farthest 15 % of the samples and in every class with
-at least 30 of them: it is the ratio of the quantile of |residual| / sigma there to that of all
-samples, shrunk towards 1 with the weight of twenty samples. q is the split conformal quantile of
-|residual| / (f sigma) (Papadopoulos et al. 2008; Lei et al. 2018, section 5.2).
+sigma predicts the absolute residual. c comes from the residuals of held-out samples by non-negative
+least squares, with a penalty worth twenty samples that pulls all terms towards equal shares. So an
+interval can only grow with a doubt. g_y is the mean of |residual| / sigma in class y relative to
+that of all classes, shrunk towards 1 as if by ten samples. c and g are fitted in turns, because
+classes differ in their doubts and predictions.
 
-Held-out samples of the seed set are many, but the proxy can have been trained on them, and then
-they are not exchangeable with the other samples. Audit samples are, but there are few of them. Both
-sets count equally in sigma and f. From 40 audit samples on, q comes from them alone, otherwise from
-all samples. Each sample's ratio in q is that to a sigma and f fitted without its fifth of the
+f corrects sigma in two zones, the most extreme and the farthest tenth of the samples, so that both
+reach the confidence (Mondrian conformal prediction: Vovk et al. 2005, section 4.5): in each zone
+the quantile of |residual| / sigma is brought to that of all samples. The zones overlap, so this too
+is done in turns. Residuals are those to a sigma that was fitted without the sample's fifth of the
 samples (cross-conformal prediction: Vovk 2015).
+
+q is the split conformal quantile of |residual| / (f sigma) (Papadopoulos et al. 2008; Lei et al.
+2018, section 5.2).
+
+Held-out samples of the seed set are many, but one proxy that is trained on all of them makes them
+not exchangeable with the other samples. Audit samples are, but there are few of them. Both sets
+count equally in sigma and f. From 40 audit samples on, q comes from them alone, otherwise from all
+samples. With cross-fitting all measured samples are exchangeable and count alike.
 """
 
 from __future__ import annotations
@@ -35,13 +42,17 @@ from scipy.optimize import nnls
 from raypipe.errors import RaypipeError
 
 PRIOR_SAMPLES = 20.0
-"""Weight, in samples, of the penalty on sigma and of the ratio 1 in f."""
-MIN_SAMPLES_OF_CLASS = 30
-"""A class with at least this many samples has its own correction."""
+"""Weight, in samples, of the penalty on c."""
+PRIOR_OF_CLASS = 10.0
+"""Weight, in samples, of the ratio 1 in g."""
+PRIOR_OF_ZONE = 5.0
+"""Weight, in samples, of the factor 1 in f."""
 MIN_AUDIT = 40
 """With at least this many audit samples, these alone decide the width of all intervals."""
-ZONE = 0.15
+ZONE = 0.1
 """Share of the samples in a zone."""
+TURNS = 3
+"""How often c and g, and the factors of the two zones, are fitted in turns."""
 FOLDS = 5
 """Parts of the samples that are left out of a calibration in turn."""
 
@@ -116,7 +127,7 @@ class Intervals:
     zone_from, zone_factor
         Where the zone of extreme and that of far samples begin, and f in them.
     of_class
-        f by class.
+        g by class.
     """
 
     quantile: float | None
@@ -152,16 +163,14 @@ class Intervals:
             empty = (1.0,) + (0.0,) * (data.doubt.shape[1] + 1)
             quantile = _quantile(np.abs(data.residual), confidence)
             return cls(quantile, confidence, count, audits, empty, 0.0)
-        decisive = np.arange(len(data))[count if audits >= MIN_AUDIT else 0 :]
-        ratio = _cross_fitted_ratios(data, weight, decisive, confidence)
-        quantile = _quantile(ratio, confidence)
+        ratio = _cross_fitted_ratios(data, weight)
+        corrected = _fit_sigma(data, weight)._corrected(data, ratio, weight, confidence)
+        ratio /= corrected._zone_factors(data.predicted, data.doubt)
+        quantile = _quantile(ratio[count if audits >= MIN_AUDIT else 0 :], confidence)
         if quantile is not None and not math.isfinite(quantile):
             quantile = None
         return replace(
-            _fit_relative(data, weight, confidence),
-            quantile=quantile,
-            count=count,
-            audit_count=audits,
+            corrected, quantile=quantile, confidence=confidence, count=count, audit_count=audits
         )
 
     def around(self, predicted: np.ndarray, doubt: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -171,7 +180,8 @@ class Intervals:
         """
         if self.quantile is None:
             return np.full(len(predicted), np.inf, np.float32)
-        return (self.quantile * self._relative(predicted, doubt, label)).astype(np.float32)
+        relative = self._sigma(predicted, doubt, label) * self._zone_factors(predicted, doubt)
+        return (self.quantile * relative).astype(np.float32)
 
     def state(self) -> dict[str, Any]:
         """Return the intervals as JSON data."""
@@ -198,46 +208,35 @@ class Intervals:
             }
         )
 
-    def _corrected(self, data: Calibration, ratio: np.ndarray, weight: np.ndarray) -> Intervals:
-        """Return the intervals with corrections in the zones and classes."""
-        overall = _weighted_quantile(ratio, weight, self.confidence)
-        if not overall:
-            return self
-        extremeness = np.abs(data.predicted - self.middle)
-        zone_from, factors, factor = [], [], np.ones(len(ratio))
-        for value in (extremeness, data.doubt[:, 0]):
-            start = float(np.quantile(value, 1 - ZONE))
-            inside = value > start
-            zone_from.append(start)
-            factors.append(_ratio_to(overall, ratio, weight, inside, self.confidence))
-            factor[inside] *= factors[-1]
-        of_class = {}
-        for y in np.unique(data.label[data.label >= 0]).tolist():
-            inside = data.label == y
-            if inside.sum() >= MIN_SAMPLES_OF_CLASS:
-                of_class[int(y)] = _ratio_to(
-                    overall, ratio / factor, weight, inside, self.confidence
+    def _corrected(
+        self, data: Calibration, ratio: np.ndarray, weight: np.ndarray, confidence: float
+    ) -> Intervals:
+        """Return the intervals with f, from the ratios |residual| / sigma of all samples."""
+        values = _zone_values(data.predicted, data.doubt, self.middle)
+        starts = [float(np.quantile(value, 1 - ZONE)) for value in values]
+        zones = [value > start for value, start in zip(values, starts, strict=True)]
+        factors = [1.0, 1.0]
+        for _ in range(TURNS):
+            for number, zone in enumerate(zones):
+                other = np.where(zones[1 - number], factors[1 - number], 1.0)
+                own = np.where(zone, factors[number], 1.0)
+                overall = _weighted_quantile(ratio / (other * own), weight, confidence)
+                factors[number] = _ratio_to(
+                    overall, (ratio / other)[zone], weight[zone], confidence
                 )
-        return replace(
-            self,
-            zone_from=(zone_from[0], zone_from[1]),
-            zone_factor=(factors[0], factors[1]),
-            of_class=of_class,
-        )
+        return replace(self, zone_from=(starts[0], starts[1]), zone_factor=(factors[0], factors[1]))
 
-    def _sigma(self, predicted: np.ndarray, doubt: np.ndarray) -> np.ndarray:
+    def _sigma(self, predicted: np.ndarray, doubt: np.ndarray, label: np.ndarray) -> np.ndarray:
         # a matrix product can round a row differently depending on the other rows
-        return (_columns(predicted, doubt, self.middle) * np.array(self.scale)).sum(1)
+        result = (_columns(predicted, doubt, self.middle) * np.array(self.scale)).sum(1)
+        return result * _by_label(self.of_class, label)
 
-    def _relative(self, predicted: np.ndarray, doubt: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Return f sigma, float64 [n]."""
-        result = self._sigma(predicted, doubt)
-        extremeness = np.abs(np.asarray(predicted, np.float64) - self.middle)
-        values = (extremeness, np.asarray(doubt, np.float64)[:, 0])
-        for value, start, factor in zip(values, self.zone_from, self.zone_factor):
+    def _zone_factors(self, predicted: np.ndarray, doubt: np.ndarray) -> np.ndarray:
+        """Return f, float64 [n]."""
+        result = np.ones(len(predicted))
+        values = _zone_values(predicted, doubt, self.middle)
+        for value, start, factor in zip(values, self.zone_from, self.zone_factor, strict=True):
             result[value > start] *= factor
-        for y, factor in self.of_class.items():
-            result[label == y] *= factor
         return result
 
 
@@ -268,36 +267,64 @@ def cross_coverage(
     return inside
 
 
-def _fit_relative(data: Calibration, weight: np.ndarray, confidence: float) -> Intervals:
-    """Return intervals with sigma and f, but without q."""
-    middle = float(np.median(data.predicted))
+def _fit_sigma(data: Calibration, weight: np.ndarray) -> Intervals:
+    """Return intervals with sigma, but without f and q."""
+    middle, size = float(np.median(data.predicted)), np.abs(data.residual)
     columns = _columns(data.predicted, data.doubt, middle)
-    scale = _fit_scale(columns, np.abs(data.residual), weight)
-    bare = Intervals(None, confidence, len(data), 0, tuple(scale.tolist()), middle)
-    ratio = np.abs(data.residual) / bare._relative(data.predicted, data.doubt, data.label)
-    return bare._corrected(data, ratio, weight)
+    of_class: dict[int, float] = {}
+    for _ in range(TURNS):
+        scale = _fit_scale(columns * _by_label(of_class, data.label)[:, None], size, weight)
+        of_class = _class_factors(size / (columns * scale).sum(1), weight, data.label)
+    return Intervals(None, 0.0, len(data), 0, tuple(scale.tolist()), middle, of_class=of_class)
 
 
-def _cross_fitted_ratios(
-    data: Calibration, weight: np.ndarray, rows: np.ndarray, confidence: float
-) -> np.ndarray:
-    """Return |residual| / (f sigma) at `rows`, each with sigma and f from the other samples.
+def _class_factors(ratio: np.ndarray, weight: np.ndarray, label: np.ndarray) -> dict[int, float]:
+    """Return the mean ratio of every class relative to that of all samples, shrunk towards 1."""
+    relative = ratio / np.average(ratio, weights=weight)
+    labelled = label >= 0
+    classes, own = np.unique(label[labelled], return_inverse=True)
+    relative, weight = relative[labelled], weight[labelled]
+    total = np.bincount(own, weight)
+    count = total**2 / np.bincount(own, np.square(weight))  # effective number of samples
+    mean = np.bincount(own, weight * relative) / total
+    factor = (count * mean + PRIOR_OF_CLASS) / (count + PRIOR_OF_CLASS)
+    return dict(zip(classes.tolist(), factor.tolist(), strict=True))
 
-    Without this, sigma and f fit their own samples too well, and q would be too small.
+
+def _by_label(of_class: Mapping[int, float], label: np.ndarray) -> np.ndarray:
+    """Return the factor of each sample's class, float64 [n]; 1 for classes without one."""
+    table = np.ones(max(of_class, default=-1) + 2)  # the last one is that of other labels
+    table[list(of_class)] = list(of_class.values())
+    known = (label >= 0) & (label < len(table))
+    return table[np.where(known, label, -1)]
+
+
+def _cross_fitted_ratios(data: Calibration, weight: np.ndarray) -> np.ndarray:
+    """Return |residual| / sigma, each with a sigma from the other samples, float64 [n].
+
+    Without this, sigma fits its own samples too well, and q would be too small.
     """
-    order = np.random.default_rng(0).permutation(rows)
-    result = []
+    order = np.random.default_rng(0).permutation(len(data))
+    result = np.empty(len(data))
     for fold in range(min(FOLDS, len(order))):
         part = order[fold::FOLDS]
-        rest = np.setdiff1d(np.arange(len(data)), part)
+        rest = np.setdiff1d(order, part)
         own = data.take(part)
         residual = np.abs(own.residual)
         if len(rest) and np.abs(data.residual[rest]).max():
-            fitted = _fit_relative(data.take(rest), weight[rest], confidence)
-            result.append(residual / fitted._relative(own.predicted, own.doubt, own.label))
+            fitted = _fit_sigma(data.take(rest), weight[rest])
+            result[part] = residual / fitted._sigma(own.predicted, own.doubt, own.label)
         else:
-            result.append(np.where(residual > 0, np.inf, 0.0))
-    return np.concatenate(result)
+            result[part] = np.where(residual > 0, np.inf, 0.0)
+    return result
+
+
+def _zone_values(
+    predicted: np.ndarray, doubt: np.ndarray, middle: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return by what samples are extreme, and by what they are far, float64 [n] each."""
+    predicted = np.asarray(predicted, np.float64)
+    return np.abs(predicted - middle), np.asarray(doubt, np.float64)[:, 0]
 
 
 def _columns(predicted: np.ndarray, doubt: np.ndarray, middle: float) -> np.ndarray:
@@ -326,23 +353,21 @@ def _fit_scale(columns: np.ndarray, size: np.ndarray, weight: np.ndarray) -> np.
     return result
 
 
-def _ratio_to(
-    overall: float, ratio: np.ndarray, weight: np.ndarray, inside: np.ndarray, confidence: float
-) -> float:
+def _ratio_to(overall: float, ratio: np.ndarray, weight: np.ndarray, confidence: float) -> float:
     """Return the quantile of some samples relative to that of all, shrunk towards 1."""
-    if not inside.any():
+    own = _weighted_quantile(ratio, weight, confidence) if len(ratio) else 0.0
+    if not (0 < own < math.inf and 0 < overall < math.inf):
         return 1.0
-    weight = weight[inside]
-    own = _weighted_quantile(ratio[inside], weight, confidence)
     count = float(weight.sum() ** 2 / np.square(weight).sum())  # effective number of samples
-    return (own / overall) ** (count / (count + PRIOR_SAMPLES)) if own else 1.0
+    return (own / overall) ** (count / (count + PRIOR_OF_ZONE))
 
 
 def _weighted_quantile(values: np.ndarray, weight: np.ndarray, confidence: float) -> float:
+    """Return the quantile of a weighted sample; with equal weights at rank (n + 1) confidence."""
     order = np.argsort(values)
-    below = np.cumsum(weight[order]) / weight.sum()
-    position = min(int(np.searchsorted(below, confidence)), len(values) - 1)
-    return float(values[order[position]])
+    ordered, own = values[order], weight[order]
+    position = np.cumsum(own) / (own.sum() + own.mean())
+    return float(np.interp(confidence, position, ordered))
 
 
 def _quantile(values: np.ndarray, confidence: float) -> float | None:

@@ -81,6 +81,7 @@ def rank_agreement(
     seed: int,
     keep: Sequence[float],
     label: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
 ) -> dict[str, RankAgreement]:
     """Compare several predictions with the same measured scores, under the same resamples.
 
@@ -96,21 +97,26 @@ def rank_agreement(
         Keep fractions for the overlaps.
     label
         Classes, int [n], -1 without, for the correlation within classes.
+    weight
+        Weights of the samples, float [n] with a mean of 1; None for equal ones. Samples of one
+        weight are a stratum, and resamples are drawn within strata.
 
     Returns
     -------
     dict[str, RankAgreement]
         By name. If all values on either side are equal, the correlations are None.
     """
-    n, once = len(measured), np.ones((1, len(measured)))
+    if weight is None:
+        weight = np.ones(len(measured))
+    once = weight[None].astype(np.float64)
     pairs = _score_pairs(predictions, measured, seed)
     within = {}
     if label is not None:
         within = {
-            name: RanksWithinClasses(np.asarray(predicted, np.float64), measured, label)
+            name: RanksWithinClasses(np.asarray(predicted, np.float64), measured, label, weight)
             for name, predicted in predictions.items()
         }
-    resampled = _resample(pairs, n, seed, keep, within)
+    resampled = _resample(pairs, weight, seed, keep, within)
     result = {}
     for name, pair in pairs.items():
         overlap = {fraction: float(pair.overlap(once, fraction)[0]) for fraction in keep}
@@ -226,7 +232,7 @@ def spearman_of_resamples(
         float64 [resamples] by the keys of `predictions`; NaN where a correlation is undefined.
     """
     pairs = _score_pairs(predictions, measured, seed)
-    resampled = _resample(pairs, len(measured), seed, ())
+    resampled = _resample(pairs, np.ones(len(measured)), seed, ())
     return {name: values["spearman"] for name, values in resampled.items()}
 
 
@@ -242,7 +248,8 @@ def _score_pairs(
 class _ScorePair:
     """Statistics of n pairs of scores in resamples.
 
-    A resample is given as weights: how often it drew each pair, integers [resamples, n].
+    A resample is given as weights: how often it drew each pair, times the weight of the pair,
+    [resamples, n].
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, seed: int) -> None:
@@ -267,29 +274,31 @@ class RanksWithinClasses:
 
     Ranks are taken within each class and centred. Their correlation over all classes is the mean of
     the classes' Spearman correlations, weighted by the spread of the ranks (about the number of
-    samples). Within few samples, Spearman's correlation is biased towards 0: for n pairs from a
-    normal distribution with correlation rho its expectation is
+    samples). With weights, ranks are those in the weighted class. Within few samples, Spearman's
+    correlation is biased towards 0: for n pairs from a normal distribution with correlation rho its
+    expectation is
 
         6 / (pi (n + 1)) (arcsin rho + (n - 2) arcsin(rho / 2))
 
     (Moran 1948). The mean over the classes is replaced by the correlation in large classes that
-    has this expectation. Classes of one sample, and unlabelled samples, do not count. In a single
-    class it is the plain correlation, as over all samples.
+    has this expectation; with weights, n is the effective number of samples. Classes of one sample,
+    and unlabelled samples, do not count. In a single class it is the plain correlation, as over all
+    samples.
     """
 
-    def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray) -> None:
-        from scipy.stats import rankdata
-
+    def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray, weight: np.ndarray) -> None:
         self._a, self._b = np.zeros(len(a)), np.zeros(len(a))
         sizes, weights = [], []
         for y in np.unique(label[label >= 0]):
             rows = np.flatnonzero(label == y)
             if len(rows) < 2:
                 continue
+            own = weight[rows]
+            total = float(own.sum())
             for side, values in ((self._a, a), (self._b, b)):
-                side[rows] = (rankdata(values[rows]) - (len(rows) + 1) / 2) / (len(rows) + 1)
-            sizes.append(len(rows))
-            weights.append(float(np.square(self._b[rows]).sum()))
+                side[rows] = _centred_ranks(values[rows], own) / (total + 1)
+            sizes.append(total**2 / float(np.square(own).sum()))
+            weights.append(float((own * np.square(self._b[rows])).sum()))
         self._rho = np.linspace(-1, 1, 401)
         self._expected = self._rho
         self._corrects = len(sizes) > 1
@@ -338,6 +347,13 @@ class _RankedValues:
         return np.clip(count - before, 0, descending)[:, ::-1][:, self._position]
 
 
+def _centred_ranks(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return mean ranks in a weighted sample, less their mean, float64 [n]."""
+    _, group = np.unique(values, return_inverse=True)
+    size = np.bincount(group, weight)
+    return (size.cumsum() - size / 2)[group] - weight.sum() / 2
+
+
 def _top(keep: float, n: float) -> int:
     """Return the size of the top for a keep fraction."""
     return max(1, round(keep * n))
@@ -353,26 +369,32 @@ def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray
     return np.divide(covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12)
 
 
-def resample_weights(n: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield bootstrap resamples of n samples in chunks of bounded size.
+def resample_weights(weight: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Yield bootstrap resamples of weighted samples, float64 [n], in chunks of bounded size.
+
+    Samples of one weight are a stratum, within which resamples are drawn.
 
     Yields
     ------
     np.ndarray
-        How often each resample drew each sample, float64 [resamples, n].
+        How often each resample drew each sample, times its weight, float64 [resamples, n].
     """
+    n, strata = len(weight), [np.flatnonzero(weight == value) for value in np.unique(weight)]
     rng = np.random.default_rng(seed)
     resamples = min(RESAMPLES, max(MIN_RESAMPLES, MAX_DRAWS // n))
     step = max(1, CHUNK_VALUES // n)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+        drawn = np.concatenate(
+            [stratum[rng.integers(0, len(stratum), (rows, len(stratum)))] for stratum in strata], 1
+        )
+        place = drawn + n * np.arange(rows)[:, None]
+        yield np.bincount(place.ravel(), minlength=rows * n).reshape(rows, n) * weight
 
 
 def _resample(
     pairs: Mapping[Any, _ScorePair],
-    n: int,
+    weight: np.ndarray,
     seed: int,
     keep: Sequence[float],
     within: Mapping[Any, RanksWithinClasses] | None = None,
@@ -382,15 +404,15 @@ def _resample(
     With classes also "within". Each is float64 [resamples].
     """
     chunks: dict[Any, list[dict[str | float, np.ndarray]]] = {name: [] for name in pairs}
-    for weight in resample_weights(n, seed):
+    for resample in resample_weights(weight, seed):
         for name, pair in pairs.items():
             chunk: dict[str | float, np.ndarray] = {
-                "pearson": pair.pearson(weight),
-                "spearman": pair.spearman(weight),
+                "pearson": pair.pearson(resample),
+                "spearman": pair.spearman(resample),
             }
-            chunk |= {fraction: pair.overlap(weight, fraction) for fraction in keep}
+            chunk |= {fraction: pair.overlap(resample, fraction) for fraction in keep}
             if within:
-                chunk["within"] = within[name].spearman(weight)
+                chunk["within"] = within[name].spearman(resample)
             chunks[name].append(chunk)
     return {
         name: {key: np.concatenate([chunk[key] for chunk in of_pair]) for key in of_pair[0]}

@@ -190,7 +190,7 @@ def _agreement(columns: np.ndarray, group: np.ndarray, seed: int) -> Agreement |
         return None
     resampled = [
         np.mean([pair.resampled(weight) for pair in halves], axis=0)
-        for weight in resample_weights(len(columns), seed)
+        for weight in resample_weights(np.ones(len(columns)), seed)
     ]
     interval = bootstrap_interval(np.concatenate(resampled))
     step = averaged / half
@@ -226,7 +226,7 @@ def _compare(columns: np.ndarray, group: np.ndarray, splits: list[Split]) -> lis
         if len(rows) < MIN_SAMPLES:
             continue
         one, other = (columns[rows][:, half].mean(1) for half in (first, second))
-        ranks = RanksWithinClasses(one, other, group[rows])
+        ranks = RanksWithinClasses(one, other, group[rows], np.ones(len(rows)))
         value = float(ranks.spearman(np.ones((1, len(rows))))[0])
         if np.isfinite(value):
             result.append(_Halves(rows, ranks, value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,6 +72,11 @@ class ExtrapolateSettings(Settings):
         "auto",
         description="Also assess gnn-published for comparison. Its graph holds the whole source. "
         "auto: for sources up to 10,000 samples.",
+    )
+    audit_extremes: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Samples with extreme predictions to measure in addition, to assess scores at "
+        "checkpoints where errors are largest. auto: about as many as seed.audit. 0: none.",
     )
     exact_neighbours: Positive = Field(
         50_000,

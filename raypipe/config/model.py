@@ -147,6 +147,21 @@ class Config(Settings):
         """Return the configuration with a number in place of `proxy.epochs: auto`."""
         return self.model_copy(update={"proxy": self.proxy.for_seed_set(samples)})
 
+    def extreme_samples(self, samples: int) -> int:
+        """Return how many extreme predictions to audit in a source of `samples` samples.
+
+        There are none where the score of a new sample cannot be measured, where all samples are
+        predicted together, or where one proxy has no audit set for comparison.
+        """
+        audit, setting = self.seed.audit_samples(samples), self.extrapolate.audit_extremes
+        if (
+            self.score not in self.measure.at_checkpoints
+            or self.extrapolate.method == "gnn-published"
+            or not (audit or self.proxy.cross_fits)
+        ):
+            return 0
+        return audit if setting == "auto" else setting
+
     @property
     def pilots(self) -> bool:
         """Whether the run has a pilot."""

@@ -89,7 +89,7 @@ def _training(work: Workload, machine: Machine) -> Effort:
 def _measuring(work: Workload, machine: Machine) -> Effort:
     config = work.config
     passes, audit_passes = _passes(config, work.seed)
-    checkpoints = sum(map(config.measure.uses_epoch, config.proxy.checkpoint_epochs()))
+    checkpoints = _measured_checkpoints(config)
     amount = checkpoints * (work.seed * passes + work.audit * audit_passes) * work.forward_macs
     overhead = (work.seed + work.audit) * rates.SAMPLE_SECONDS
     return _network(amount, overhead, config.measure.use_gpu, machine, work.seed_shards)
@@ -219,6 +219,8 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
             work.seed, model, repeats, search=not on_gpu
         )
         cpu, gpu = cpu + predictions, on_gpu * predictions / SEARCHERS_PER_GPU
+        audit = _auditing(work, machine)
+        cpu, gpu = cpu + audit.cpu, gpu + audit.gpu
         published = (
             work.samples <= PUBLISHED_SAMPLES
             if settings.judge_published == "auto"
@@ -226,6 +228,19 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
         ) and not work.config.proxy.cross_fits
         cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, model)
     return Effort(cpu, gpu, max(folds + 1, work.fragments / 2))
+
+
+def _auditing(work: Workload, machine: Machine) -> Effort:
+    """Return the work of the audit of extreme predictions: decode and measure some samples."""
+    config, count = work.config, work.extremes
+    _, passes = _passes(config, work.seed)
+    amount = _measured_checkpoints(config) * count * passes * work.forward_macs
+    overhead = count * (work.decode_seconds + rates.SAMPLE_SECONDS)
+    return _network(amount, overhead, config.measure.use_gpu, machine, 1)
+
+
+def _measured_checkpoints(config: Config) -> int:
+    return sum(map(config.measure.uses_epoch, config.proxy.checkpoint_epochs()))
 
 
 def _probing(work: Workload) -> Effort:

@@ -119,6 +119,7 @@ class RunPlan:
     samples: int
     measured: int
     audit: int
+    extremes: int
     files: int
     source_bytes: int
     format: str
@@ -211,6 +212,7 @@ def plan(
         samples=size.samples,
         measured=work.seed,
         audit=work.audit,
+        extremes=work.extremes,
         files=work.listed,
         source_bytes=round(size.samples * size.image_bytes),
         format=format,

@@ -109,7 +109,12 @@ def requests_of(
         "measure": count * shards * (2 if "moso" in config.measure.scores else 1),
         "rehearse": 2 * shards + shards * workers,
         "embed": output_pages + fragments + whole + output_footers,
-        "extrapolate": output_pages + 3 * fragments + fragments + 2 * output_footers,
+        # the audit of extremes reads all scores, then source and embeddings of its samples
+        "extrapolate": output_pages
+        + 3 * fragments
+        + fragments
+        + 2 * output_footers
+        + (fragments + 2 * min(work.extremes, fragments) if work.extremes else 0),
         # scores and losses, seed shards, the samples in every training, results
         "pilot": 5 * fragments + 2 * 2 * shards + 2 * _pilot_trainings(work),
         "select": _select_passes(work) * fragments,

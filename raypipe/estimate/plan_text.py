@@ -16,7 +16,8 @@ def describe_plan(plan: RunPlan) -> Iterator[str]:
         f"images      {plan.samples:,}, {size(plan.source_bytes)} in {plan.files:,} files "
         f"({plan.format}), {plan.fragments:,} fragments"
     )
-    yield f"measured    {plan.measured:,} seed samples, {plan.audit:,} audit samples"
+    extremes = f", {plan.extremes:,} extreme predictions" if plan.extremes else ""
+    yield f"measured    {plan.measured:,} seed samples, {plan.audit:,} audit samples{extremes}"
     yield f"on          {plan.gpus:g} GPUs, {plan.cpus:g} CPUs"
     yield ""
     yield from _stages(plan)

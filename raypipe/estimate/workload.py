@@ -131,6 +131,11 @@ class Workload:
         )
 
     @property
+    def extremes(self) -> int:
+        """Samples with extreme predictions that are measured in addition, about."""
+        return min(self.config.extreme_samples(self.samples), self.samples - self.seed - self.audit)
+
+    @property
     def forward_macs(self) -> float:
         """Multiply-adds of a forward pass of the proxy."""
         return network_costs.macs(self.config.proxy.model, self.config.proxy.image_size)

@@ -1,8 +1,7 @@
 """Fresh audit: measure scores at checkpoints for some new samples and compare with the predictions.
 
-New samples are those of `raypipe.nightly.known`. Their images are written to
-`seed/night-*.parquet` while they are measured, and removed afterwards. Score shards do not change:
-the samples keep their predicted scores.
+New samples are those of `raypipe.nightly.known`. Score shards do not change: the samples keep their
+predicted scores.
 """
 
 from __future__ import annotations
@@ -15,27 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from raypipe import storage
-from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.nightly.known import KnownSamples
-from raypipe.nightly.sampling import lowest, order_of
-from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.ledger import StageRecord, content_hash
+from raypipe.nightly.sampling import order_of
+from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.runs.seed_shards import shard_table
-from raypipe.selection.hashing import hash64
-from raypipe.sources import Fragment, open_source
-from raypipe.vision.decode import decode_batch
+from raypipe.selection.hashing import hash64, lowest
+from raypipe.sources import Fragment
 
 SALT = 0x6175646974
 """Hash seed of this draw, so that it is independent of all others."""
-PREFIX = "night-"
-"""Start of the names of the temporary shards in `seed/`."""
 COLUMNS = ["sample_id", "label", "score", "measured"]
-
-LabelledImages = dict[str, tuple[int, np.ndarray]]
-"""Label (-1 for none) and pixels, uint8 [3, size, size], by sample_id."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +126,15 @@ def audit_new_samples(
     StageError
         If a score is not finite.
     """
-    from raypipe.stages.measure.stage import measure_extra_shard
+    from raypipe.stages.measure.extra_samples import measure_samples
 
-    config, run, record = context.config, context.run, StageRecord()
-    images = _read_candidates(context, fragments, candidates, record)
-    readable = [sample_id in images for sample_id in candidates["sample_id"].to_pylist()]
-    candidates = candidates.filter(pa.array(readable, pa.bool_()))
-    shard = _write_shard(context, candidates, images)
-    scores = measure_extra_shard(context, record, shard)
-    remove_leftovers(run)
+    config, record = context.config, StageRecord()
+    scores = measure_samples(context, record, fragments, candidates)
     by_id = dict(
         zip(scores["sample_id"].to_pylist(), scores[config.score].to_pylist(), strict=True)
     )
+    readable = [sample_id in by_id for sample_id in candidates["sample_id"].to_pylist()]
+    candidates = candidates.filter(pa.array(readable, pa.bool_()))
     ids = candidates["sample_id"].to_pylist()
     measured = np.array([by_id[sample_id] for sample_id in ids], np.float64)
     if not np.isfinite(measured).all():
@@ -163,83 +150,3 @@ def audit_new_samples(
         "predicted": candidates["score"].to_numpy().astype(np.float64),
     }
     return pa.table(columns), record
-
-
-def remove_leftovers(run: Run) -> None:
-    """Remove the temporary shards of audits, including those of one that was interrupted."""
-    for shard in run.done("seed"):
-        if shard.startswith(PREFIX):
-            storage.delete(run.seed_shard(shard))
-
-
-def _read_candidates(
-    context: Context, fragments: Sequence[Fragment], candidates: pa.Table, record: StageRecord
-) -> LabelledImages:
-    """Decode the images of the candidates in tasks, and add the time to the record."""
-    ids: dict[str, list[str]] = {}
-    for row in candidates.select(["sample_id", "fragment"]).to_pylist():
-        ids.setdefault(row["fragment"], []).append(row["sample_id"])
-    units = [
-        (fragment, ids[fragment.fragment_id])
-        for fragment in fragments
-        if fragment.fragment_id in ids
-    ]
-    images: LabelledImages = {}
-
-    def collect(result: _ReadResult) -> None:
-        images.update(result.images)
-        record.cpu_seconds += result.cpu_seconds
-
-    context.run_tasks(units, functools.partial(_read, context.config, context.run.uri), collect)
-    return images
-
-
-def _write_shard(context: Context, candidates: pa.Table, images: LabelledImages) -> str:
-    """Write the candidates as a temporary shard in `seed/`; return its name."""
-    run, size = context.run, context.config.proxy.image_size
-    ids = candidates["sample_id"].to_pylist()
-    # without a label in the source, the label of the score shard is the pseudo-label
-    labels = [
-        images[sample_id][0] if images[sample_id][0] >= 0 else pseudo_label
-        for sample_id, pseudo_label in zip(ids, candidates["label"].to_pylist())
-    ]
-    pixels = np.zeros((0, 3, size, size), np.uint8)
-    if ids:
-        pixels = np.stack([images[sample_id][1] for sample_id in ids])
-    shard = PREFIX + content_hash(ids)
-    table = shard_table(ids, labels, pixels, len(run.classes().names), size)
-    storage.write_table(run.seed_shard(shard), table)
-    return shard
-
-
-@dataclass(frozen=True)
-class _ReadResult:
-    images: LabelledImages
-    cpu_seconds: float
-
-
-def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> _ReadResult:
-    """Decode some samples of a fragment; those that cannot be read are left out. Runs in a task."""
-    from raypipe.distributed.usage import Stopwatch
-
-    fragment, ids = unit
-    watch, run, source, requested = Stopwatch(), Run(run_uri), open_source(config.source), set(ids)
-    classes, read = run.classes(), source.read(run.with_members(fragment), requested.__contains__)
-    samples = [
-        sample
-        for sample in reject_duplicates(run, fragment, read, source.ids_can_repeat)
-        if sample.sample_id in requested
-    ]
-    images, reasons = decode_batch(
-        samples,
-        config.proxy.image_size,
-        config.source.max_pixels,
-        bit_depth=config.source.bit_depth,
-    )
-    labels = [classes.label_of(sample)[0] for sample in samples]
-    valid = {
-        sample.sample_id: (label, image)
-        for sample, label, image, reason in zip(samples, labels, images, reasons, strict=True)
-        if (label >= 0 or classes.clusters) and not reason
-    }
-    return _ReadResult(valid, watch.lap())

@@ -23,11 +23,12 @@ from raypipe.nightly.policy import (
     new_fidelity,
     source_changes,
 )
-from raypipe.nightly.sampling import NO_LIMIT, draw, embeddings_of, lowest
+from raypipe.nightly.sampling import NO_LIMIT, draw, embeddings_of
 from raypipe.nightly.state import Baseline, load_state, read_reference, store_state
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import SnapshotEntry, SnapshotManifest
+from raypipe.selection.hashing import lowest
 from raypipe.sources import Fragment
 from raypipe.stages.extrapolate.model import WHOLE_METHODS
 

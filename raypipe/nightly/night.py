@@ -20,7 +20,6 @@ from raypipe._version import __version__
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import TrustError
-from raypipe.nightly.audit import remove_leftovers
 from raypipe.nightly.checks import check_classes, check_complete, check_finished
 from raypipe.nightly.new_samples import assess_new_samples, listed_fragments
 from raypipe.nightly.policy import Assessment, refresh_reasons, source_changes
@@ -32,6 +31,7 @@ from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord, fingerprint, now
 from raypipe.runs.log_file import log_file
 from raypipe.runs.run import Run
+from raypipe.runs.seed_shards import remove_extra_shards
 from raypipe.runs.snapshots import (
     TIME,
     SnapshotEntry,
@@ -301,7 +301,7 @@ def _write(
         **details,
         **files.as_json(),
     }
-    remove_leftovers(run)
+    remove_extra_shards(run)
     write_snapshot(run, name, manifest)
     context.progress.say(
         f"nightly     snapshot {name}: {len(files.scores):,} score shards, "

@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.config import SeedSettings
 from raypipe.distributed.context import Context
 from raypipe.runs.run import Run
-from raypipe.selection.hashing import hash64
+from raypipe.selection.hashing import hash64, lowest
 from raypipe.sources import Fragment
 from raypipe.sources.id_sampling import in_sample
 
@@ -100,20 +99,6 @@ def _expected_limit(settings: SeedSettings, samples: int, count: int, from_seed_
     six_deviations_above = count + 6 * math.sqrt(count) + 10
     share = six_deviations_above / max(1.0, eligible)
     return NO_LIMIT if share >= 1 else int(share * NO_LIMIT)
-
-
-def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
-    """Return the `count` rows of lowest order of all tables, ascending, one row per id."""
-    filled = [table for table in tables if len(table)]
-    if not filled:
-        return pa.table({})
-    table = pa.concat_tables(filled).sort_by([("order", "ascending"), ("sample_id", "ascending")])
-    ids = table["sample_id"].combine_chunks()
-    first = np.ones(len(ids), bool)
-    first[1:] = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(
-        zero_copy_only=False
-    )
-    return table.filter(pa.array(first)).slice(0, count).combine_chunks()
 
 
 def embeddings_of(table: pa.Table) -> np.ndarray:

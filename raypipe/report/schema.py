@@ -73,6 +73,7 @@ class HeldOutFidelity(Agreement):
     judged_on: str | None
     baselines: dict[str, Agreement]
     within_classes: NotRequired[bool]
+    n_extremes: NotRequired[int | None]
     rmse: NotRequired[float | None]
     spread: NotRequired[float | None]
     ceiling: NotRequired[dict[str, Any] | None]

@@ -70,6 +70,7 @@ from raypipe.vision.bit_depth import BitsInUse
 FORMAT = 1
 """Version of `summary.json`."""
 LATER_FIGURES = (
+    "n_extremes",
     "rmse",
     "spread",
     "ceiling",

@@ -108,7 +108,7 @@ def _fidelity_metrics(fidelity: Mapping[str, Any]) -> dict[str, Any]:
         f"{name}{end}" for name in ("spearman", "pearson") for end in ("", "_low", "_high")
     ]
     within = [f"spearman_within{end}" for end in ("", "_low", "_high")]
-    later = [*within, "rmse", "spread", "proxy_accuracy", "proxy_chance"]
+    later = [*within, "n_extremes", "rmse", "spread", "proxy_accuracy", "proxy_chance"]
     coverage = fidelity.get("coverage") or {}
     return {
         **{f"fidelity/{key}": fidelity[key] for key in correlations},

@@ -21,6 +21,9 @@ from raypipe import storage
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap
 
+EXTRA_PREFIX = "extra-"
+"""Start of the names of temporary shards, of samples outside the seed set and the audit set."""
+
 
 def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Read a seed or audit shard.
@@ -86,6 +89,13 @@ def shard_labels(run: Run, shard: str) -> pa.Table:
 def audit_name(shard: str) -> str:
     """Return the name of the audit shard with the same range of hashes as a seed shard."""
     return "audit" + shard.removeprefix("seed")
+
+
+def remove_extra_shards(run: Run) -> None:
+    """Remove temporary shards, including those of a measurement that was interrupted."""
+    for shard in run.done("seed"):
+        if shard.startswith(EXTRA_PREFIX):
+            storage.delete(run.seed_shard(shard))
 
 
 def distinguished_classes(classes: ClassMap) -> int:

@@ -180,6 +180,8 @@ def _error_and_coverage(fidelity: dict[str, Any]) -> Iterator[str]:
             f" ({100 * coverage['extreme']:.0f} % of extreme, {100 * coverage['farthest']:.0f} % "
             "of far samples)"
         )
+    if extremes := fidelity.get("n_extremes"):
+        parts.append(f"weighted, with {extremes:,} samples from the most extreme predictions")
     if parts:
         yield f"            {'; '.join(parts)}"
     if sentence := proxy_accuracy(fidelity):

@@ -124,6 +124,24 @@ def hash_range(hashes: np.ndarray, ranges: int) -> np.ndarray:
     return ((high * np.uint64(ranges)) >> np.uint64(32)).astype(np.int64)
 
 
+def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
+    """Return the `count` rows of lowest order of all tables, ascending, one row per id.
+
+    `order` is a column of hashes. So the rows are a random draw, and the lowest of two draws are a
+    draw from both sets together.
+    """
+    filled = [table for table in tables if len(table)]
+    if not filled:
+        return pa.table({})
+    table = pa.concat_tables(filled).sort_by([("order", "ascending"), ("sample_id", "ascending")])
+    ids = table["sample_id"].combine_chunks()
+    first = np.ones(len(ids), bool)
+    first[1:] = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(
+        zero_copy_only=False
+    )
+    return table.filter(pa.array(first)).slice(0, count).combine_chunks()
+
+
 class IdSet:
     """A set of ids for lookups, which records which of its ids were found.
 

@@ -65,7 +65,14 @@ if TYPE_CHECKING:
 CHECKED = "checked.json"
 SECTIONS = {"run": True, "source": {"uri"}, "extrapolate": True, "trust": True, "select": True}
 """Settings that have a meaning for tables."""
-IRRELEVANT = {"max_actors", "use_gpu", "score", "judge_published", "rehearsal"}
+IRRELEVANT = {
+    "max_actors",
+    "use_gpu",
+    "score",
+    "judge_published",
+    "rehearsal",
+    "audit_extremes",
+}
 """Settings of `extrapolate` that scores from tables do not depend on."""
 
 

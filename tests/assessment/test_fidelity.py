@@ -71,7 +71,9 @@ def test_bootstrap_equals_the_obvious_loop(monkeypatch) -> None:
     rng = np.random.default_rng(3)
     measured = rng.normal(size=40)
     predicted = np.round(measured + rng.normal(size=40), 1)
-    found = module._resample({"": module._ScorePair(predicted, measured, 0)}, 40, 9, ())[""]
+    found = module._resample({"": module._ScorePair(predicted, measured, 0)}, np.ones(40), 9, ())[
+        ""
+    ]
     again = np.random.default_rng(9)
     drawn = np.concatenate(
         [again.integers(0, 40, (min(7, 20 - start), 40)) for start in range(0, 20, 7)]
@@ -170,7 +172,11 @@ def test_error_spread_and_coverage() -> None:
     assert found.rmse == pytest.approx(0.3, abs=0.02)
     assert found.spread == pytest.approx(1, abs=0.05)
     assert found.coverage is not None
-    assert (found.coverage.n, found.coverage.n_tenth, found.coverage.confidence) == (2000, 200, 0.9)
+    assert (found.coverage.n, found.coverage.n_extreme, found.coverage.confidence) == (
+        2000,
+        200,
+        0.9,
+    )
     assert found.coverage.overall == pytest.approx(0.9, abs=0.02)
     assert found.coverage.extreme == pytest.approx(0.9, abs=0.06)
     assert found.coverage.farthest == pytest.approx(0.9, abs=0.06)

@@ -104,21 +104,21 @@ def test_more_samples_are_measured_as_those_of_the_run_were(finished: str) -> No
     """Measure the run's own audit set again, as a fresh audit does: MoSo, EL2N, GraNd and loss."""
     from raypipe.distributed.context import Context
     from raypipe.runs.manifests import SeedManifest
-    from raypipe.stages.measure.stage import measure_extra_shard
+    from raypipe.stages.measure.extra_samples import measure_extra_shard
 
     run = Run(finished)
     (shard,) = SeedManifest.read(run).audit_shards
     storage.write_bytes(
-        run.path("seed", "night-x.parquet"),
+        run.path("seed", "extra-x.parquet"),
         storage.read_bytes(run.path("seed", f"{shard}.parquet")),
     )
     before = {file.path for file in storage.listing(run.path("measured"))}
     try:
         found = measure_extra_shard(
-            Context(small_config(finished), run, QUIET), StageRecord(), "night-x"
+            Context(small_config(finished), run, QUIET), StageRecord(), "extra-x"
         )
     finally:
-        storage.delete(run.path("seed", "night-x.parquet"))
+        storage.delete(run.path("seed", "extra-x.parquet"))
     expected = storage.read_table(run.path("measured/audit", f"{shard}.parquet"))
     assert found.select(expected.column_names).equals(
         expected.replace_schema_metadata(found.schema.metadata)

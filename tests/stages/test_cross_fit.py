@@ -28,10 +28,9 @@ from raypipe.scores.linear_probe import LinearProbe
 from raypipe.sources.id_sampling import in_sample
 from raypipe.stages.embed import stage as embed
 from raypipe.stages.embed.actor import EmbedActor
-from raypipe.stages.extrapolate import stage as extrapolate
 from raypipe.stages.extrapolate.assess import write_curve, write_fidelity
 from raypipe.stages.extrapolate.fit_part import fit_part
-from raypipe.stages.extrapolate.measured import PartData
+from raypipe.stages.extrapolate.measured import PartData, read_samples
 from raypipe.stages.extrapolate.probe import ProbeActor, fit_probes, load_probes, read_viewed
 from raypipe.stages.extrapolate.stage import ScoreActor
 from raypipe.vision.output_statistics import output_statistics
@@ -340,7 +339,7 @@ def test_an_actor_in_this_process_embeds_and_scores_as_the_workers_do(
         storage.delete(file)
     batch = embed._read(config, copy.uri, False, fragment)
     EmbedActor(worker, probe_fraction=1.0)(name, batch)
-    ScoreActor(worker)(name, extrapolate._read(config, copy.uri, name))
+    ScoreActor(worker)(name, read_samples(config, copy.uri, name))
     for file in (copy.embedding_shard(name), copy.view_shard(name), copy.score_shard(name)):
         assert_same_file(run, copy, file)
 

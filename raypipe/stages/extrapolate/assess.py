@@ -9,7 +9,8 @@ They write, under `extrapolator/`:
   and `transfer.safetensors`, the map that was learned from it;
 - `published.parquet`: predictions of gnn-published for the samples that fidelity is judged on;
 - `curve.json`: fidelity against the size of the seed set;
-- `fidelity.json`: figures and intervals, from all of these.
+- `fidelity.json`: figures and intervals, from all of these; the figures also from
+  `extremes.parquet` (`raypipe.stages.extrapolate.extremes`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from raypipe.stages.extrapolate.model import (
     make_extrapolator,
 )
 from raypipe.stages.extrapolate.predictions import (
+    EXTREMES,
     PredictedSamples,
+    read_extremes,
     read_predictions,
     read_published,
     write_predictions,
@@ -226,7 +229,8 @@ def _write_curve_of_part(config: Config, run: Run, random_seed: int) -> None:
 def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallback) -> None:
     """Predict the audit set, and write figures and intervals.
 
-    Figures are of the audit set where it is large enough, and always of the seed set.
+    Figures are of the audit set where it is large enough, and always of the seed set. Intervals do
+    not depend on audited extremes, so that all samples have intervals by the same rule.
     """
     from raypipe.assessment.fidelity import compare
     from raypipe.assessment.intervals import Intervals
@@ -249,9 +253,10 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         # map that predictions use; so the rehearsal decides.
         calibration = read_predictions(run, "rehearsal").predictions
         judged["rehearsal"] = compare(calibration, settings.seed, keep, level)
+    extremes = read_extremes(run)
     if audit is not None:
         judged["audit"] = compare(
-            audit.with_published(published), settings.seed, keep, level, calibration
+            audit.with_published(published), settings.seed, keep, level, calibration, extremes
         )
     intervals = Intervals.fit(
         calibration.calibration(),
@@ -270,6 +275,7 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         intervals=intervals.state(),
         search=storage.read_json(run.model_file)["search"],
         stability=_stability(config, run),
+        with_extremes=extremes is not None,
     ).write(run)
 
 
@@ -285,9 +291,9 @@ def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
     held_out = PredictedSamples.concat([seed, audit]) if audit is not None else seed
     predictions = held_out.predictions
     intervals = Intervals.fit(predictions.calibration(), settings.confidence)
-    level = settings.confidence
+    level, extremes = settings.confidence, read_extremes(run)
     judged = {
-        "cross-fit": compare(predictions, settings.seed, keep, level),
+        "cross-fit": compare(predictions, settings.seed, keep, level, extremes=extremes),
         "seed": compare(seed.predictions, settings.seed, keep, level),
     }
     figures = {name: fidelity.as_dict() | {"judged_on": name} for name, fidelity in judged.items()}
@@ -299,6 +305,7 @@ def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
         intervals=intervals.state(),
         search=storage.read_json(run.part_model_file(0))["search"],
         stability=_stability(config, run),
+        with_extremes=extremes is not None,
     ).write(run)
 
 
@@ -320,12 +327,15 @@ def _deciding(judged: dict[str, Fidelity]) -> str:
 
 
 def is_assessed(config: Config, run: Run) -> bool:
-    """Return whether there are figures for every keep fraction of the settings."""
-    if "fidelity.json" not in storage.names(run.extrapolator_folder):
+    """Return whether there are figures for every keep fraction, with all audited samples."""
+    present = storage.names(run.extrapolator_folder)
+    if "fidelity.json" not in present:
         return False
     if config.scores_embeddings:  # there is no agreement of tops to assess
         return True
-    return set(config.select.keep) <= set(FidelityFile.read(run).keep)
+    file = FidelityFile.read(run)
+    audited = f"{EXTREMES}.parquet" in present
+    return set(config.select.keep) <= set(file.keep) and audited == file.with_extremes
 
 
 def _folds(config: Config, run: Run, seed: ScoredSamples) -> list[np.ndarray]:

@@ -39,6 +39,8 @@ class FidelityFile:
         Kind and recall of the neighbour search, and notes on it.
     stability : Json
         Figures (`raypipe.assessment.stability.Stability.as_dict`); empty in older runs.
+    with_extremes : bool
+        Whether the figures include audited extreme predictions.
     """
 
     measured: int
@@ -48,13 +50,14 @@ class FidelityFile:
     intervals: Json
     search: Json
     stability: Json = field(default_factory=dict)
+    with_extremes: bool = False
 
     @classmethod
     def read(cls, run: Run) -> FidelityFile:
         """Read the file of a run. Raises FileNotFoundError when the run has none."""
         data = storage.read_json(run.fidelity_file)
-        values = {item.name: data[item.name] for item in fields(cls) if item.name != "stability"}
-        values["stability"] = data.get("stability", {})
+        # older runs lack some fields
+        values = {item.name: data[item.name] for item in fields(cls) if item.name in data}
         return cls(**{**values, "keep": tuple(values["keep"])})
 
     def write(self, run: Run) -> None:

@@ -6,6 +6,7 @@ or summed by row depends on the ids alone, and not on the fragments.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from raypipe.runs.run import Run
 from raypipe.selection.hashing import canonical_order
 
 if TYPE_CHECKING:
+    from raypipe.distributed.actor_pool import Batch
     from raypipe.extrapolators.base import Nodes
 
 SampleSet = Literal["seed", "audit"]
@@ -98,6 +100,32 @@ class WholeSource:
         stops = np.cumsum([len(table) for table in tables])[:-1]
         places = np.split(np.argsort(order), stops)
         return cls(tables, nodes.take(order), [ids[row] for row in order.tolist()], places)
+
+
+def read_samples(config: Config, run_uri: str, fragment: str) -> Batch:
+    """Read all samples of a fragment; no rows when all were rejected. Runs in a task.
+
+    With cross-fitting, `part` names the part of each sample. Embeddings are those by the proxies of
+    `ProxyRoles.space`, side by side.
+    """
+    run, roles = Run(run_uri), ProxyRoles.of(config)
+    table = storage.read_table(run.embedding_shard(fragment), COLUMNS)
+    ids = table["sample_id"].to_pylist()
+    part, nodes = roles.part_of(ids), nodes_of(table)
+    spaces = [roles.space(number) for number in range(roles.groups)]
+    views = read_views(run, fragment, itertools.chain.from_iterable(spaces))
+    embedding = np.empty((len(ids), roles.repeats * nodes.embedding.shape[1]), np.float32)
+    for space in set(spaces):
+        rows = np.flatnonzero(np.array([other == space for other in spaces])[part])
+        seen = as_seen_by(table.take(pa.array(rows, pa.int64())), views, space)
+        embedding[rows] = nodes_of(seen).embedding
+    return {
+        "sample_id": np.array(ids),
+        "label": nodes.label.astype(np.int32),
+        "embedding": embedding,
+        "signals": nodes.signals,
+        "part": part,
+    }
 
 
 class FitData:

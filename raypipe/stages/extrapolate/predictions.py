@@ -7,18 +7,21 @@ proxy_correct, and a column `baseline:<name>` for each baseline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
-    from raypipe.assessment.fidelity import HeldOutPredictions
+    from raypipe.assessment.fidelity import ExtremePredictions, HeldOutPredictions
 
 BASELINE = "baseline:"
 """Prefix of the columns of baselines."""
@@ -26,6 +29,10 @@ DOUBT = "doubt:"
 """Prefix of the columns of doubts, but for the first, the difficulty."""
 CORRECT = "proxy_correct"
 """Column: whether the proxy gives the sample its label."""
+EXTREMES = "extremes"
+"""Name of the predictions for samples drawn from the extreme ones."""
+ZONE = "raypipe.zone"
+"""Metadata of this file: `ExtremeZone.as_dict` as JSON."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,13 @@ class PredictedSamples:
 
 
 def write_predictions(
-    run: Run, name: str, ids: Sequence[str], predictions: HeldOutPredictions
+    run: Run,
+    name: str,
+    ids: Sequence[str],
+    predictions: HeldOutPredictions,
+    further: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write the predictions of the samples with these ids."""
+    """Write the predictions of the samples with these ids, and `further` metadata."""
     from raypipe.extrapolators.base import DOUBTS
 
     doubt = predictions.calibration().doubt
@@ -89,6 +100,7 @@ def write_predictions(
     if predictions.correct is not None:
         columns[CORRECT] = pa.array(predictions.correct, pa.bool_())
     metadata = {"raypipe.n_fit": str(predictions.n_fit), "raypipe.note": predictions.note}
+    metadata |= further
     table = pa.table(columns).replace_schema_metadata(metadata)
     storage.write_table(run.held_out_predictions(name), table)
 
@@ -117,6 +129,25 @@ def read_predictions(run: Run, name: str) -> PredictedSamples:
         table[CORRECT].to_numpy() if CORRECT in table.column_names else None,
     )
     return PredictedSamples(table["sample_id"].to_pylist(), predictions)
+
+
+def write_extremes(run: Run, ids: Sequence[str], extremes: ExtremePredictions) -> None:
+    """Write the predictions of extreme samples with these ids."""
+    zone = json.dumps(extremes.zone.as_dict())
+    write_predictions(run, EXTREMES, ids, extremes.predictions, {ZONE: zone})
+
+
+def read_extremes(run: Run) -> ExtremePredictions | None:
+    """Read what `write_extremes` wrote; None where no extreme predictions were audited."""
+    from raypipe.assessment.extremes import ExtremeZone
+    from raypipe.assessment.fidelity import ExtremePredictions
+
+    if EXTREMES not in run.done("extrapolator"):
+        return None
+    with storage.open_read(run.held_out_predictions(EXTREMES)) as file:
+        zone = json.loads(pq.read_schema(file).metadata[ZONE.encode()])
+    predictions = read_predictions(run, EXTREMES).predictions
+    return ExtremePredictions(predictions, ExtremeZone.from_dict(zone))
 
 
 def write_published(run: Run, ids: Sequence[str], predicted: np.ndarray) -> None:

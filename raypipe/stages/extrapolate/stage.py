@@ -9,6 +9,9 @@ another. The exception is `gnn-published`, whose graph spans the whole source an
 task. A sample of the audit set gets its measured score, which is better than the predicted one,
 after the two were compared for the fidelity.
 
+Then some samples with extreme predictions are measured as well, and the assessment is repeated with
+them; see `raypipe.stages.extrapolate.extremes`.
+
 With cross-fitting there is an extrapolator to the samples of each part
 (`raypipe.runs.proxy_roles`), and all scores are predicted: a measured score would mean something
 else than a predicted one. It is written next to it.
@@ -19,7 +22,6 @@ With `proxy.repeats`, an extrapolator sees the embeddings by one proxy of each r
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from typing import Any
 
@@ -34,19 +36,18 @@ from raypipe.distributed.cluster import ActorPool, Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import StageError
-from raypipe.runs.embeddings import COLUMNS, as_seen_by, nodes_of, read_views
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import every_measured_score
-from raypipe.runs.proxy_roles import ProxyRoles
-from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.shards import count_rows, remove_stale
 from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment
 from raypipe.stages.base import Stage
 from raypipe.stages.extrapolate.assess import is_assessed
+from raypipe.stages.extrapolate.extremes import audit_extremes, is_audited, remove_audit
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile, search_notes
 from raypipe.stages.extrapolate.fit import fit_extrapolator
+from raypipe.stages.extrapolate.measured import read_samples
 from raypipe.stages.extrapolate.model import (
     TRANSFER,
     WHOLE_METHODS,
@@ -67,7 +68,10 @@ class ExtrapolateStage(Stage):
     needs = ("measure", "embed")
 
     def settings(self, config: Config) -> dict[str, Any]:
-        settings = config.extrapolate.model_dump(mode="json", exclude={"max_actors", "use_gpu"})
+        # another audit changes the assessment, but no score
+        settings = config.extrapolate.model_dump(
+            mode="json", exclude={"max_actors", "use_gpu", "audit_extremes"}
+        )
         cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
         return {**settings, "rehearsal": config.rehearses, "score": config.score, **cross_fit}
 
@@ -79,6 +83,7 @@ class ExtrapolateStage(Stage):
         return (
             files <= storage.names(run.extrapolator_folder)
             and is_assessed(context.config, run)
+            and is_audited(context.config, record)
             and run.done("scores") == run.done("embeddings")
         )
 
@@ -92,6 +97,8 @@ class ExtrapolateStage(Stage):
         ]
         pool = _pool(context.cluster, config.extrapolate)
         samples = sum(fragment.samples for fragment in fragments)
+        if not is_audited(config, record):
+            remove_audit(run)
         record.cpu_seconds += fit_extrapolator(context, missing, samples)
         assessment = FidelityFile.read(run)
         for note in search_notes(assessment.search, run.classes().names):
@@ -111,6 +118,8 @@ class ExtrapolateStage(Stage):
                 f"{embedded} samples are embedded, but {scored} have a score; "
                 "run again to score the rest"
             )
+        audit_extremes(context, record, fragments)
+        assessment = FidelityFile.read(run)
         record.samples = scored
         record.detail = {
             "method": config.extrapolate.method,
@@ -119,6 +128,7 @@ class ExtrapolateStage(Stage):
             "fidelity": assessment.fidelity,
             "fidelity_seed": assessment.fidelity_seed,
             **({"stability": assessment.stability} if assessment.stability else {}),
+            **_audit_setting(config),
             "search": assessment.search,
             "learning_curve": storage.read_json(run.learning_curve_file),
         }
@@ -132,6 +142,13 @@ class ExtrapolateStage(Stage):
             storage.write_json(file, summary)
 
 
+def _audit_setting(config: Config) -> dict[str, Any]:
+    """Return the setting of the audit of extremes, as the ledger records it for `is_audited`."""
+    if config.score not in config.measure.at_checkpoints:
+        return {}
+    return {"audit_extremes": config.extrapolate.audit_extremes}
+
+
 def _score_fragments(
     context: Context,
     record: StageRecord,
@@ -142,7 +159,7 @@ def _score_fragments(
     """Write the score shards of the `missing` fragments."""
     total = sum(fragment.samples for fragment in fragments)
     from_embeddings = context.config.scores_embeddings
-    read, actor = (read_viewed, ProbeActor) if from_embeddings else (_read, ScoreActor)
+    read, actor = (read_viewed, ProbeActor) if from_embeddings else (read_samples, ScoreActor)
     left = set(missing)
     done = [fragment for fragment in fragments if fragment.fragment_id not in left]
     with context.progress.meter("extrapolate", total) as meter:
@@ -174,32 +191,6 @@ def _pool(cluster: Cluster, settings: ExtrapolateSettings, exact: bool = True) -
     return cluster.pool(
         PoolSettings(use_gpu=True, max_actors=settings.max_actors, actors_per_gpu=SEARCHERS_PER_GPU)
     )
-
-
-def _read(config: Config, run_uri: str, fragment: str) -> Batch:
-    """Read the embeddings of a fragment; no rows when all were rejected. Runs in a task.
-
-    With cross-fitting, `part` names the part of each sample. Embeddings are those by the proxies of
-    `ProxyRoles.space`, side by side.
-    """
-    run, roles = Run(run_uri), ProxyRoles.of(config)
-    table = storage.read_table(run.embedding_shard(fragment), COLUMNS)
-    ids = table["sample_id"].to_pylist()
-    part, nodes = roles.part_of(ids), nodes_of(table)
-    spaces = [roles.space(number) for number in range(roles.groups)]
-    views = read_views(run, fragment, itertools.chain.from_iterable(spaces))
-    embedding = np.empty((len(ids), roles.repeats * nodes.embedding.shape[1]), np.float32)
-    for space in set(spaces):
-        rows = np.flatnonzero(np.array([other == space for other in spaces])[part])
-        seen = as_seen_by(table.take(pa.array(rows, pa.int64())), views, space)
-        embedding[rows] = nodes_of(seen).embedding
-    return {
-        "sample_id": np.array(ids),
-        "label": nodes.label.astype(np.int32),
-        "embedding": embedding,
-        "signals": nodes.signals,
-        "part": part,
-    }
 
 
 class ScoreActor:

@@ -30,7 +30,7 @@ from raypipe.runs.seed_shards import shard_labels
 from raypipe.stages.base import Stage
 from raypipe.stages.measure.checkpoint_scores import CheckpointScores
 from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term, smallest_part
-from raypipe.stages.measure.gradients import measure_gradients, measure_shards
+from raypipe.stages.measure.gradients import measure_gradients
 from raypipe.stages.measure.trajectories import measure_trajectories, trajectory_folder
 from raypipe.stages.measure.trajectory_scores import TrajectoryScores
 
@@ -117,29 +117,6 @@ class MeasureStage(Stage):
         _remove_stale(config, run)
         record.samples = samples + audit_samples
         record.detail = {**detail, "audit_samples": audit_samples}
-
-
-def measure_extra_shard(context: Context, record: StageRecord, shard: str) -> pa.Table:
-    """Measure one more shard in `seed/`, of samples outside the seed set, at the checkpoints.
-
-    The stage must be done: its checkpoints and mean gradients are used. Nothing stays in
-    `measured/`.
-
-    Returns
-    -------
-    pa.Table
-        sample_id, label and the scores at checkpoints.
-    """
-    config, run = context.config, context.run
-    parts, folder = proxy_parts(run), GradientFolders.of(config, run).checkpoints
-    self_term = needs_self_term(config, parts)
-    for part in parts:
-        measure_shards(context, record, part, self_term, [shard], lambda samples: None)
-    scores = CheckpointScores.read(config, run, SeedManifest.read(run))
-    table = scores.of_shard(shard, audit=True)
-    for part in parts:
-        storage.delete(run.path(part.below(folder), f"{shard}.parquet"))
-    return table
 
 
 def _announce(context: Context) -> dict[str, Any]:
