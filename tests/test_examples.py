@@ -111,7 +111,7 @@ def test_the_cells_of_the_notebook(
     shown: list[int] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plt, "show", lambda: shown.append(len(plt.gcf().axes)) or plt.close("all"))
-    for name, value in {"CIFAR10": "digits://", "SAMPLES": "600", "EPOCHS": "5"}.items():
+    for name, value in {"CIFAR10": "digits://", "SAMPLES": "600", "EPOCHS": "30"}.items():
         monkeypatch.setenv(name, value)
     space: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(cell for cell in cells() if cell["cell_type"] == "code"):

@@ -113,7 +113,7 @@ def test_the_report_can_be_written_again(run: Path, capsys: pytest.CaptureFixtur
     assert code == 0 and out.split() == [str(run / "report" / "index.html")]
     assert "</html>" in (run / "report" / "index.html").read_text()
     after = json.loads((run / "report" / "summary.json").read_text())
-    assert after.keys() == before.keys() | {"sets", "stability"}
+    assert after.keys() == before.keys() | {"pilot", "sets", "stability"}
     # the wording of a sentence can change, its figures cannot
     old, new = (summary["fidelity"].pop("sentence") for summary in (before, after))
     shown = [set(re.findall(r"\d+(?:\.\d+)?", sentence)) for sentence in (old, new)]
@@ -141,7 +141,9 @@ def test_scores_that_were_deleted_come_back(cluster: str, run: Path, fitted: boo
     _change_ledger(run, select=None, report=None)
     _resume(run)
 
-    redone = ("run.json", "scores/", "keep/", "report/", *(() if fitted else ("extrapolator/",)))
+    # extrapolator.json now has the setting of the audit of extreme predictions
+    fit = "extrapolator/extrapolator.json" if fitted else "extrapolator/"
+    redone = ("run.json", "scores/", "keep/", "report/", fit)
     after = _files(run)
     assert after.keys() == before.keys()
     changed = {name for name in before if after[name] != before[name]}

@@ -72,7 +72,7 @@ def read_config(path: str) -> dict[str, Any]:
     from raypipe.storage import read_bytes
 
     try:
-        data = yaml.load(read_bytes(path), _UniqueKeys)  # noqa: S506: a safe loader
+        data = _UniqueKeys(read_bytes(path)).get_single_data()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `raypipe init > my.yaml` writes one") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -16,7 +16,6 @@ from raypipe import storage
 from raypipe.cli import main
 from raypipe.config import Config
 from raypipe.errors import RunError, SourceError
-from raypipe.nightly import audit
 from raypipe.pipeline import execute
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.manifests import SeedManifest
@@ -26,6 +25,7 @@ from raypipe.sources.digits import read_digits
 from raypipe.sources.noise import LabelNoise
 from raypipe.stages.embed import stage as embed
 from raypipe.stages.index.stage import IndexStage
+from raypipe.stages.measure import extra_samples
 
 IDS = [f"folder/{number}.jpg" for number in range(30_000)]
 NOISE = "source.inject_noise=0.2"
@@ -69,7 +69,7 @@ def _seen(config: Config) -> dict[str, int]:
     for fragment in run.fragments():
         block = embed._read(config, run.uri, False, fragment)
         labels.update(zip(block["sample_id"].tolist(), block["label"].tolist(), strict=True))
-        night = audit._read(config, run.uri, (fragment, block["sample_id"].tolist())).images
+        night = extra_samples._read(config, run.uri, (fragment, block["sample_id"].tolist())).images
         assert {name: label for name, (label, _) in night.items()} == {
             name: labels[name] for name in block["sample_id"]
         }

@@ -17,9 +17,10 @@ from raypipe.distributed.context import Context
 from raypipe.pipeline import execute
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.measured_scores import measured_scores
+from raypipe.runs.partition import proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.extrapolate.predictions import read_extremes, read_predictions
-from raypipe.stages.measure.extra_samples import measure_samples
+from raypipe.stages.measure.extra_samples import can_measure, measure_samples
 
 ONE_PROXY = ("extrapolate.method=knn", "seed.audit=60")
 CROSS_FIT = (
@@ -67,6 +68,14 @@ def _rows(run: Run) -> dict[str, dict[str, Any]]:
 
 def _fidelity(run: Run) -> dict[str, Any]:
     return dict(run.ledger()["extrapolate"].detail["fidelity"])
+
+
+def test_without_checkpoints_nothing_can_be_measured(copy: Place) -> None:
+    run = copy.run
+    assert can_measure(run.config(), run)
+    for part in proxy_parts(run):
+        storage.delete(run.path(part.checkpoints, part.trained.files[0]))
+    assert not can_measure(run.config(), run)
 
 
 def test_audited_samples_are_extreme_and_keep_their_predicted_scores(finished: Place) -> None:

@@ -15,7 +15,8 @@ from raypipe.extrapolators.base import Extrapolator
 from raypipe.extrapolators.neighbours import NeighbourIndex
 from raypipe.runs.run import Run
 from raypipe.stages.extrapolate.fidelity_file import search_notes
-from raypipe.stages.extrapolate.stage import ScoreActor, _pool, _read
+from raypipe.stages.extrapolate.measured import read_samples
+from raypipe.stages.extrapolate.stage import ScoreActor, _pool
 
 
 def test_what_is_said_of_the_neighbour_search() -> None:
@@ -65,6 +66,6 @@ def test_scores_are_the_same_with_neighbours_from_a_gpu(
     monkeypatch.setattr(Extrapolator, "search_on", on_a_cpu)
     monkeypatch.setattr(NeighbourIndex, "_product_candidates", counted)
     worker = WorkerContext(run.config(), run.uri, 1, gpu=True)
-    result = ScoreActor(worker)(fragment, _read(run.config(), run.uri, fragment))
+    result = ScoreActor(worker)(fragment, read_samples(run.config(), run.uri, fragment))
     assert storage.read_table(file).equals(expected)
     assert sum(searched) == len(expected) == result.samples and result.gpu_seconds > 0

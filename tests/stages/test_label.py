@@ -223,7 +223,7 @@ def test_a_source_that_grows_at_night(
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
     in_process(monkeypatch)
-    execute(config_of(folder), progress=QUIET)
+    execute(config_of(folder), overwrite=True, progress=QUIET)  # the data moved with the run
     labels, old = stamps(f"{folder}/run", "labels"), by_id(f"{folder}/run")
     run_night(config_of(folder), progress=QUIET)
     add(folder, 3)

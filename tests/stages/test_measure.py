@@ -16,8 +16,8 @@ from raypipe.runs.manifests import Checkpoint, TrainedProxy
 from raypipe.runs.partition import SeedPart
 from raypipe.scores.registry import check_scores
 from raypipe.scores.trajectory import STATISTICS, Trajectory
+from raypipe.stages.measure.checkpoint_scores import _mean
 from raypipe.stages.measure.outputs import OUTPUTS
-from raypipe.stages.measure.stage import _mean
 from raypipe.vision.output_statistics import output_statistics
 
 

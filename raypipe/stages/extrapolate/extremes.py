@@ -45,7 +45,7 @@ from raypipe.stages.extrapolate.predictions import (
     read_predictions,
     write_extremes,
 )
-from raypipe.stages.measure.extra_samples import measure_samples
+from raypipe.stages.measure.extra_samples import can_measure, measure_samples
 
 if TYPE_CHECKING:
     from raypipe.assessment.extremes import ExtremeZone
@@ -76,6 +76,12 @@ def audit_extremes(context: Context, record: StageRecord, fragments: Sequence[Fr
     samples = sum(fragment.samples for fragment in fragments)
     count = config.extreme_samples(samples)
     if not count or EXTREMES in run.done("extrapolator"):
+        return
+    if not can_measure(config, run):
+        context.progress.say(
+            "note: extreme predictions are not audited, because the run no longer has the "
+            "checkpoints and mean gradients that measure them; --redo proxy computes them again"
+        )
         return
     random = _random_draw(config, run)
     if random is None or not len(random.predictions):

@@ -25,12 +25,34 @@ from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import EXTRA_PREFIX, remove_extra_shards, shard_table
 from raypipe.sources import Fragment, open_source
 from raypipe.stages.measure.checkpoint_scores import CheckpointScores
-from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term
+from raypipe.stages.measure.gradient_job import (
+    GradientFolders,
+    measured_checkpoints,
+    needs_self_term,
+)
 from raypipe.stages.measure.gradients import measure_shards
 from raypipe.vision.decode import decode_batch
 
 LabelledImages = dict[str, tuple[int, np.ndarray]]
 """Label (-1 for none) and pixels, uint8 [3, size, size], by sample_id."""
+
+
+def can_measure(config: Config, run: Run) -> bool:
+    """Return whether the run still has the checkpoints and mean gradients that measuring needs.
+
+    `raypipe clean`, `proxy.keep_intermediate` and copies without `measured/` leave runs without
+    them.
+    """
+    folders = GradientFolders.of(config, run)
+    for part in proxy_parts(run):
+        of_part = folders.of_part(part)
+        needed = [of_part.calibrated if config.measure.recalibrates else part.checkpoints]
+        if "moso" in config.measure.scores:
+            needed.append(of_part.gradients)
+        files = {item.file for item in measured_checkpoints(config, part)}
+        if any(not files <= storage.names(run.path(folder)) for folder in needed):
+            return False
+    return True
 
 
 def measure_samples(
