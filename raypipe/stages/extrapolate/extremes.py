@@ -77,14 +77,14 @@ def audit_extremes(context: Context, record: StageRecord, fragments: Sequence[Fr
     count = config.extreme_samples(samples)
     if not count or EXTREMES in run.done("extrapolator"):
         return
+    random = _random_draw(config, run)
+    if random is None or not len(random.predictions):
+        return
     if not can_measure(config, run):
         context.progress.say(
             "note: extreme predictions are not audited, because the run no longer has the "
             "checkpoints and mean gradients that measure them; --redo proxy computes them again"
         )
-        return
-    random = _random_draw(config, run)
-    if random is None or not len(random.predictions):
         return
     draw = _draw(run, fragments, random, count)
     if not len(draw.samples):
