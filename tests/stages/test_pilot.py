@@ -293,7 +293,7 @@ def test_the_budget_decides_how_many_trainings_there_are() -> None:
     assert 0 < len(few.candidates) < 3 and few.repeats >= 3 and "beta" in few.note
     none = plan(budget=0.01)
     assert not none.repeats and not none.trials() and "too few trainings" in none.note
-    allowed = float(none.note.rpartition("pilot.budget ")[2])
+    allowed = float(none.note.partition("pilot.budget to ")[2].split()[0])
     assert plan(budget=allowed).repeats == 3 and not plan(budget=0.8 * allowed).repeats
     assert "seed.audit" in plan(tested=30).note
     assert "seed.fraction" in plan(samples=60).note

@@ -75,8 +75,8 @@ def make_plan(
     trainings = counted(2 * MIN_REPEATS * len(cells), "training")
     return replace(
         empty,
-        note=f"the budget allows too few trainings; the fewest that tell anything are {trainings}, "
-        f"for pilot.budget {needed:g}",
+        note=f"the budget allows too few trainings; set pilot.budget to {needed:g} for the "
+        f"{trainings} that it takes",
     )
 
 
