@@ -41,7 +41,7 @@ MAX_SAMPLES = 20_000
 """Samples that are compared of a larger set, the first ones: more would not narrow the interval
 visibly."""
 MAX_SPLITS = 20
-"""Splits into halves that are compared; of more, so many are drawn."""
+"""Largest number of splits into halves to compare. Where there are more, this many are drawn."""
 
 
 @dataclass(frozen=True)

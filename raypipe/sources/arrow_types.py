@@ -240,7 +240,7 @@ def _plain_layout(array: pa.Array) -> pa.Array:
         return array
     if not is_list(array.type):
         return array.cast(plain)
-    # pyarrow 26 casts views of lists with a null to invalid arrays, so offsets are computed here
+    # pyarrow 26 casts views of lists to lists with one offset too few, so offsets are computed here
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int64())
     values = _plain_layout(array.flatten())

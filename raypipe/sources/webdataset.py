@@ -262,7 +262,7 @@ class WebDatasetSource(FileSource):
         return extension in _IMAGES or not extension  # without one, the content is an image
 
     def image_of(self, group: Group) -> tuple[str | None, str]:
-        """Return the extension of the image of a group, or None and why there is none."""
+        """Return the image's extension; or None, and the reason why the group has no image."""
         images = list(filter(self.is_image, group.names))
         if len(images) == 1:
             return images[0], ""

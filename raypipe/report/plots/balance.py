@@ -14,6 +14,7 @@ from raypipe.report.plots.base import (
     SCORE_COLOURS,
     STYLE,
     as_svg,
+    legend_above,
     light_grid,
     new_figure,
     rc_context,
@@ -81,14 +82,7 @@ def class_shares(names: Sequence[str], before: Sequence[float], after: Sequence[
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("share of all samples")
         light_grid(axes, "x")
-        figure.legend(
-            loc="upper left",
-            bbox_to_anchor=(0.0, 1.0),
-            ncols=3,
-            frameon=False,
-            fontsize=8.5,
-            handlelength=1.0,
-        )
+        legend_above(figure, 3, 1.0, (0.0, 1.0))
         return as_svg(figure, "balance", "Share of each class in the source and in each keep-list")
 
 

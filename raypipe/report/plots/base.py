@@ -113,6 +113,20 @@ def light_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
     axes.spines["left"].set_visible(axis == "y")
 
 
+def legend_above(
+    figure: Figure, ncols: int, handlelength: float, corner: tuple[float, float] = (0.02, 1.0)
+) -> None:
+    """Draw a legend of all labelled lines, with its upper left corner at `corner`."""
+    figure.legend(
+        loc="upper left",
+        bbox_to_anchor=corner,
+        ncols=ncols,
+        frameon=False,
+        fontsize=8.5,
+        handlelength=handlelength,
+    )
+
+
 def short(name: str, limit: int = 16) -> str:
     """Return a class name for an axis: one line, no control characters, at most `limit` long."""
     name = "".join(letter if letter.isprintable() else " " for letter in name).strip() or "?"

@@ -11,6 +11,7 @@ from raypipe.report.plots.base import (
     MUTED,
     STYLE,
     as_svg,
+    legend_above,
     light_grid,
     new_figure,
     rc_context,
@@ -88,12 +89,5 @@ def gain_curve(
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", text.MINUS))
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
-        figure.legend(
-            loc="upper left",
-            bbox_to_anchor=(0.02, 1.0),
-            ncols=2,
-            frameon=False,
-            fontsize=8.5,
-            handlelength=1.8,
-        )
+        legend_above(figure, 2, 1.8)
         return as_svg(figure, "pilot", "Points gained over random lists, by samples of each class")

@@ -14,6 +14,7 @@ from raypipe.report.plots.base import (
     SOFT,
     STYLE,
     as_svg,
+    legend_above,
     light_grid,
     new_figure,
     rc_context,
@@ -168,14 +169,7 @@ def evaluation_curves(
         axes.locator_params(axis="y", nbins=6)
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
-        figure.legend(
-            loc="upper left",
-            bbox_to_anchor=(0.02, 1.0),
-            ncols=2,
-            frameon=False,
-            fontsize=8.5,
-            handlelength=1.8,
-        )
+        legend_above(figure, 2, 1.8)
         return as_svg(
             figure,
             "evaluation",
