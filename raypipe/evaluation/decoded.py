@@ -34,6 +34,8 @@ from raypipe.runs.ledger import content_hash, fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, Fragment, StatedNames, class_map, open_source
 from raypipe.sources.classes import MatchedClasses, match_classes
+from raypipe.sources.cuts import Cuts
+from raypipe.sources.splits import SplitOfFiles
 from raypipe.vision.decode import decode_batch
 from raypipe.vision.fitting import statistics_of
 
@@ -154,13 +156,16 @@ def _listed_test_set(
     source: SourceSettings, run_source: SourceSettings, classes: ClassMap
 ) -> TestSet:
     opened = open_source(source)
+    opened.cuts = Cuts.MARKED  # evaluations are stored by a digest of the fragments
     readable: list[Fragment] = []
     stated, labels = StatedNames(opened.labels_by_name), set[int | str]()
+    split = SplitOfFiles()
     for file in opened.files():
         scan = opened.scan(file)
         good = [item for item in scan.fragments if item.samples and not item.error]
         if good:
             stated.add(file.path, scan.class_names, scan.labels)
+            split.add(file.path, scan.split)
         readable += good
         labels |= scan.labels
     fragments = tuple(_first(readable, source.limit))

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from raypipe.config import SourceSettings
+from raypipe.sources.cuts import Cuts
 from raypipe.sources.formats import LeftOut
 
 IdFilter = Callable[[str], bool]
@@ -97,11 +98,15 @@ class FileScan:
         Names of the classes, if the file states them.
     labels : frozenset of int or str
         The distinct stored labels. Can stay empty if `class_names` is set.
+    split : str
+        The split that the rows name (`raypipe.sources.splits`); "" if they name none. All files of
+        a source have to agree.
     """
 
     fragments: tuple[Fragment, ...]
     class_names: tuple[str, ...] | None = None
     labels: frozenset[int | str] = field(default_factory=frozenset)
+    split: str = ""
 
 
 class RawSample(NamedTuple):
@@ -143,6 +148,8 @@ class Preview:
         Names of the classes, if the file states them.
     error : str
         Why the file cannot be read at all.
+    split : str
+        As in `FileScan`.
     """
 
     drawn: tuple[RawSample, ...] = ()
@@ -151,6 +158,7 @@ class Preview:
     labels: Counter[int | str | None] = field(default_factory=Counter)
     class_names: tuple[str, ...] | None = None
     error: str = ""
+    split: str = ""
 
 
 class Source(abc.ABC):
@@ -206,6 +214,9 @@ class Source(abc.ABC):
     labels_by_name : bool
         Whether `read` yields class names, not numbers, if a file states distinct names. Files can
         then number the same classes differently.
+    cuts : Cuts
+        Where `files` divides a listing of small files; an existing index sets the rule that it was
+        written by.
 
     Examples
     --------
@@ -246,6 +257,7 @@ class Source(abc.ABC):
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
     labels_by_name: ClassVar[bool] = False
+    cuts: Cuts = Cuts.LOWEST_HASH
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
@@ -353,7 +365,7 @@ class Source(abc.ABC):
         if labels is None:
             labels = Counter(sample.label for sample in drawn if not sample.reason)
         total = sum(fragment.samples for fragment in fragments)
-        return Preview(tuple(drawn), total, True, labels, scan.class_names, error)
+        return Preview(tuple(drawn), total, True, labels, scan.class_names, error, scan.split)
 
     def _draw_single(
         self, fragments: Sequence[Fragment], count: int, draw: random.Random

@@ -62,6 +62,7 @@ class FileListSource(Source):
         yield from file_runs(
             ((member, len(member.packed()), "") for member in self._members()),
             self.settings.fragment_samples,
+            self.cuts,
             salt,
         )
 

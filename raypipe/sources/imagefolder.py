@@ -42,7 +42,7 @@ class ImageFolderSource(Source):
         """Yield runs of neighbouring files (see `file_runs`)."""
         self._refuse_splits()
         salt = self._classes.digest if self._classes is not None else ""
-        yield from file_runs(self._listed(), self.settings.fragment_samples, salt)
+        yield from file_runs(self._listed(), self.settings.fragment_samples, self.cuts, salt)
 
     def scan(self, file: SourceFile) -> FileScan:
         names = self._classes.names if self._classes is not None else None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from raypipe.errors import SourceError
 from raypipe.text import counted
 
 
@@ -42,7 +43,7 @@ _WORDS = {
 }
 """Word in a name -> split."""
 SPLIT_COLUMN = "split"
-"""Column of a table that names the split of each row."""
+"""Column of a table that names the split of each row, in any case."""
 SPLIT_FOLDERS = frozenset(_WORDS)
 """Folders of these names are splits of a dataset, not classes."""
 _WORD = re.compile(
@@ -53,6 +54,50 @@ _WORD = re.compile(
 def split_of(word: str) -> str:
     """Return the split that a word means: train, validation or test; "" for any other word."""
     return _WORDS.get(word.lower(), "")
+
+
+def split_column(columns: Sequence[str], used: Collection[str | None]) -> str | None:
+    """Return the column that names the split of each row; None if there is none.
+
+    A column that is `used` otherwise, such as for the labels, is none.
+    """
+    lowered = {name.lower(): name for name in reversed(columns)}
+    column = lowered.get(SPLIT_COLUMN)
+    return None if column in used else column
+
+
+class SplitOfFiles:
+    """Checks that the rows of all files of a source are of the same split.
+
+    Parameters
+    ----------
+    remedy : str
+        How to read the files of one split, for the message.
+    """
+
+    def __init__(
+        self, remedy: str = "set source.include to a pattern that only the files of one split match"
+    ) -> None:
+        self._remedy = remedy
+        self._first: tuple[str, str] | None = None
+
+    def add(self, path: str, split: str) -> None:
+        """Add a file and the split of its rows, "" if they name none.
+
+        Raises
+        ------
+        SourceError
+            If a file before it is of another split.
+        """
+        if not split:
+            return
+        self._first = self._first or (path, split)
+        before, of_before = self._first
+        if split != of_before:
+            raise SourceError(
+                f"{path}: its column {SPLIT_COLUMN!r} names the split {split}, but that of "
+                f"{before} names {of_before}; {self._remedy}, or drop the column to read all as one"
+            )
 
 
 def split_word(path: str) -> str:

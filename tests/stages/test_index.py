@@ -32,8 +32,9 @@ def is_complete(config: Config, record: StageRecord) -> bool:
 
 
 def make(config: Config, stage: IndexStage | None = None) -> StageRecord:
-    record = StageRecord()
-    (stage or IndexStage()).execute(Context(config, Run(config.run), QUIET), record)
+    stage = stage or IndexStage()
+    record = StageRecord(detail=dict(stage.detail))
+    stage.execute(Context(config, Run(config.run), QUIET), record)
     return record
 
 

@@ -7,6 +7,8 @@ Folders named `key=value` are partition columns.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from itertools import accumulate
@@ -21,8 +23,8 @@ from raypipe.sources.parquet.reader import (
     RowGroup,
     columns_of,
     open_parquet,
-    refuse_splits,
     row_counts,
+    split_of_file,
 )
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
 from raypipe.sources.values import damage_reason, stored_label
@@ -47,7 +49,8 @@ class ParquetSource(TableSource):
             parquet = open_parquet(stored)
             counts = row_counts(parquet, file.size)
             columns = columns_of(parquet, settings, file.path)
-            refuse_splits(parquet, columns)
+            used = (columns.label, columns.identity)
+            split = split_of_file(parquet, used, functools.partial(damage_reason, stored))
         except ColumnError as error:
             # a file without rows loses no sample, whatever its columns
             if not parquet.metadata.num_rows:
@@ -61,7 +64,7 @@ class ParquetSource(TableSource):
         if names is None and columns.label is not None:
             labels = self._labels(stored, parquet, columns.label, file.path)
         fragments = self.cut_fragments(file, sum(counts), list(accumulate(counts)))
-        return FileScan(fragments, names, labels)
+        return FileScan(fragments, names, labels, self.checked_split(split))
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
@@ -76,7 +79,8 @@ class ParquetSource(TableSource):
 
         complete = super().preview(file, places, each, draw, True) if whole else None
         uri, settings = self._location.uri(file.path), self.resolved_settings()
-        return preview(uri, settings, file, places, each, draw, complete)
+        found = preview(uri, settings, file, places, each, draw, complete)
+        return dataclasses.replace(found, split=self.checked_split(found.split))
 
     def _read(
         self, stored: Reader, fragment: Fragment, keep_id: IdFilter | None
