@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from raypipe._version import __version__
 
 if TYPE_CHECKING:
-    from raypipe.api import evaluate, export, extrapolate, inspect, load_scores, run, select
+    from raypipe.api import (
+        attach,
+        evaluate,
+        export,
+        extrapolate,
+        inspect,
+        load_scores,
+        run,
+        select,
+    )
     from raypipe.config import Config
     from raypipe.keeplists.dataset import KeepList
     from raypipe.keeplists.infobatch import InfoBatch
@@ -23,6 +32,7 @@ __all__ = [
     "KeepList",
     "Run",
     "__version__",
+    "attach",
     "evaluate",
     "export",
     "extrapolate",
@@ -38,6 +48,7 @@ _HOMES = {
     "InfoBatch": "raypipe.keeplists.infobatch",
     "KeepList": "raypipe.keeplists.dataset",
     "Run": "raypipe.runs.run",
+    "attach": "raypipe.api",
     "evaluate": "raypipe.api",
     "export": "raypipe.api",
     "extrapolate": "raypipe.api",

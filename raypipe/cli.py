@@ -390,6 +390,29 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 
 
 @cli.command(
+    short_help="Make a run over images from extrapolated scores.",
+    epilog=_epilog("raypipe attach runs/own --images s3://bucket/images --to runs/images"),
+)
+@click.argument("uri", metavar="OUT")
+@click.option("--images", required=True, metavar="URI", help="The images: source.uri of the run.")
+@click.option("--to", required=True, metavar="URI", help="Folder of the run to write.")
+@_set
+@_verbose
+def attach(uri: str, images: str, to: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Make a run over images from the folder OUT of `raypipe extrapolate`.
+
+    Scores and images are matched by id, and each image is read once. Then select, report, evaluate
+    and export work with the new run. What has no counterpart is counted and listed.
+    """
+    from raypipe.api import attach as attach_images
+    from raypipe.runs.status import describe_attached
+
+    result = attach_images(uri, images, to, overrides=overrides, verbose=verbose)
+    for line in describe_attached(result.uri, result.summary):
+        click.echo(line)
+
+
+@cli.command(
     short_help="Cut keep-lists of a run, without scoring again.",
     epilog=_epilog("raypipe select runs/first --keep 0.5", 0, 1, 2, 3),
 )

@@ -13,7 +13,10 @@ from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.splits import several_splits
 from raypipe.storage import Reader
+from raypipe.text import stand_in
 
+HEAD_BYTES = 64
+"""First bytes of a file that show whether something else is stored in its place."""
 FILE_VANISHED = "no such file: deleted since it was listed, or its name is not UTF-8"
 """Reject reason of a listed file that cannot be opened."""
 
@@ -63,6 +66,9 @@ class FileSource(Source):
         except FileNotFoundError:
             return self.unreadable_file(file, FILE_VANISHED)
         with stored:
+            if reason := stand_in(stored.read(HEAD_BYTES)):
+                return self.unreadable_file(file, reason)
+            stored.seek(0)
             return self.scan_stored(file, stored)
 
     def open(self, path: str) -> Reader:

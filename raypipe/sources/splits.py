@@ -44,8 +44,6 @@ _WORDS = {
 """Word in a name -> split."""
 SPLIT_COLUMN = "split"
 """Column of a table that names the split of each row, in any case."""
-SPLIT_FOLDERS = frozenset(_WORDS)
-"""Folders of these names are splits of a dataset, not classes."""
 _WORD = re.compile(
     r"(?<![a-z0-9])(" + "|".join(_WORDS) + r")(?:[0-9]{4})?(?![a-z0-9])", re.IGNORECASE
 )
@@ -110,6 +108,25 @@ def split_word(path: str) -> str:
         if words:
             return words.pop() if len(words) == 1 else ""
     return ""
+
+
+def split_folders(folders: Sequence[str]) -> list[str]:
+    """Return the folders that are splits of a dataset, not classes.
+
+    They are called as a split, such as `train`, or differ in the word of the split alone, such as
+    `seg_train` and `seg_test`.
+    """
+    alike: dict[str, set[str]] = {}
+    for folder in folders:
+        if word := split_word(folder):
+            rest = _WORD.sub("", folder).lower()
+            alike.setdefault(rest, set()).add(split_of(word))
+    return [
+        folder
+        for folder in folders
+        if folder.lower() in _WORDS
+        or (split_word(folder) and len(alike[_WORD.sub("", folder).lower()]) > 1)
+    ]
 
 
 def several_splits(paths: Sequence[str]) -> Splits | None:

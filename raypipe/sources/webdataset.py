@@ -23,13 +23,14 @@ from typing import Any
 from raypipe import storage
 from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import AUTO, LABEL_NAMES
-from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content
+from raypipe.sources.filesource import FILE_VANISHED, HEAD_BYTES, FileSource, no_content
 from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.sources.tarfiles import BLOCK, Group, read_groups
 from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
 from raypipe.sources.tarplaces import PlaceReader
 from raypipe.sources.values import number_or_name, printable, stored_label
 from raypipe.storage import Reader
+from raypipe.text import stand_in
 
 READ_BYTES = 4 << 20
 """Bytes of one request: enough to hide latency, little to discard at a fragment's end."""
@@ -174,6 +175,9 @@ class WebDatasetSource(FileSource):
         except FileNotFoundError:
             return Preview(error=FILE_VANISHED)
         with opened as stored:
+            if reason := stand_in(stored.read(HEAD_BYTES)):
+                return Preview(error=reason)
+            stored.seek(0)
             if whole:
                 return self._preview_whole(stored, file, places * each, draw)
             return self._preview_places(stored, file, places, each, draw)

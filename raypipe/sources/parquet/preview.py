@@ -19,7 +19,7 @@ from raypipe.sources.arrow_images import image_reader
 from raypipe.sources.arrow_types import encoded_array, storage_array
 from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
-from raypipe.sources.filesource import FILE_VANISHED, no_content
+from raypipe.sources.filesource import FILE_VANISHED, HEAD_BYTES, no_content
 from raypipe.sources.hive import partition_values
 from raypipe.sources.parquet.reader import (
     RowGroup,
@@ -31,6 +31,7 @@ from raypipe.sources.parquet.reader import (
 from raypipe.sources.table_source import class_of
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
+from raypipe.text import stand_in
 
 REQUEST_BYTES = 1 << 20
 """Approximate bytes of one request, and of the images read at one place."""
@@ -69,6 +70,8 @@ def preview(
     except FileNotFoundError:
         return Preview(error=FILE_VANISHED)
     with opened as stored:
+        if reason := stand_in(stored.read(HEAD_BYTES)):
+            return Preview(error=reason)
         try:
             parquet = open_parquet(stored, REQUEST_BYTES)
             counts = row_counts(parquet, file.size)

@@ -16,6 +16,7 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raypipe.errors import SourceError
 from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
 from raypipe.sources.hive import partition_values, with_partitions
@@ -30,6 +31,9 @@ from raypipe.sources.table_source import TableSource, reject_repeated_ids
 from raypipe.sources.values import damage_reason, stored_label
 from raypipe.storage import Reader
 
+LOG_OF_DELTA = "_delta_log"
+"""Folder of a Delta table that states which Parquet files belong to its current version."""
+
 
 class ParquetSource(TableSource):
     """Rows of Parquet files.
@@ -38,6 +42,19 @@ class ParquetSource(TableSource):
     """
 
     format = "parquet"
+
+    def files(self) -> Iterator[SourceFile]:
+        self._refuse_table_format()
+        yield from super().files()
+
+    def _refuse_table_format(self) -> None:
+        """Raise SourceError for a Delta table, whose folder also holds rows that were deleted."""
+        if LOG_OF_DELTA in self._location.folders():
+            raise SourceError(
+                f"{self.settings.uri}: a Delta table ({LOG_OF_DELTA}), whose folder also holds "
+                "files of earlier versions; write its current version as Parquet files, or set "
+                "source.uri to a pattern or list of its current files"
+            )
 
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, Features]:
         schema = open_parquet(stored).schema_arrow
