@@ -112,6 +112,8 @@ class TestSet:
         Its classes as classes of the run.
     without_own
         Whether samples that the run scored are left out.
+    unreadable
+        Path and error of each file that cannot be read and is left out.
     """
 
     __test__ = False  # tells pytest that this is not a test
@@ -120,6 +122,7 @@ class TestSet:
     fragments: tuple[Fragment, ...]
     classes: MatchedClasses
     without_own: bool
+    unreadable: tuple[tuple[str, str], ...] = ()
 
     @property
     def digest(self) -> str:
@@ -158,6 +161,7 @@ def _listed_test_set(
     opened = open_source(source)
     opened.cuts = Cuts.MARKED  # evaluations are stored by a digest of the fragments
     readable: list[Fragment] = []
+    unreadable: list[tuple[str, str]] = []
     stated, labels = StatedNames(opened.labels_by_name), set[int | str]()
     split = SplitOfFiles()
     for file in opened.files():
@@ -167,10 +171,12 @@ def _listed_test_set(
             stated.add(file.path, scan.class_names, scan.labels)
             split.add(file.path, scan.split)
         readable += good
+        unreadable += [(item.path, item.error) for item in scan.fragments if item.error]
         labels |= scan.labels
     fragments = tuple(_first(readable, source.limit))
     if not fragments:
-        raise SourceError(f"{source.uri}: the test set has no readable samples")
+        reason = f" ({': '.join(unreadable[0])})" if unreadable else ""
+        raise SourceError(f"{source.uri}: the test set has no readable samples{reason}")
     try:
         matched = match_classes(classes, class_map(stated.names, frozenset(labels), None))
     except SourceError as error:
@@ -180,7 +186,7 @@ def _listed_test_set(
         run_source.split,
         run_source.root,
     )
-    return TestSet(source, fragments, matched, same)
+    return TestSet(source, fragments, matched, same, tuple(unreadable))
 
 
 def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragment]:

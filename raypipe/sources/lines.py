@@ -178,8 +178,10 @@ def _parse_text(file: Iterable[str]) -> Iterator[Line]:
 def _parse_table(
     uri: str, rows: Iterable[tuple[int, list[str]]], settings: SourceSettings
 ) -> Iterator[Line]:
-    filled = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
-    filled = itertools.dropwhile(lambda item: _is_comment(item[1]), filled)
+    filled = itertools.dropwhile(
+        lambda item: _is_comment(item[1]),
+        ((number, row) for number, row in rows if any(cell.strip() for cell in row)),
+    )
     start = list(itertools.islice(filled, 2))
     path, label = _find_columns(uri, [row for _, row in start], settings)
     split, first_split = -1, ""
