@@ -10,7 +10,7 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import ProxySettings, SourceSettings
-from raypipe.config.evaluate import EvaluateSettings
+from raypipe.config.evaluate import MIN_CERTIFY_SAMPLES, EvaluateSettings
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.nodes import on_each_node, run_on_share, smallest_memory
@@ -128,9 +128,11 @@ def _evaluate(
         _announce(context, missing, trainings, recipe, _images(pool, test))
         check_room(_images(pool, test), recipe.image_size, smallest_memory())
         copy = _decode(context, pool, test, recipe.image_size, counts)
+        check_test_samples(source.uri, counts.test["samples"], settings)
         _train(context, missing, trainings, copy, settings, gpu)
         storage.delete(run.path(PIXELS))
     else:
+        check_test_samples(source.uri, counts.test["samples"], settings)
         context.progress.say(f"{'evaluate':<11} done before: {len(trainings):,} trainings")
     results = _read_results(run, trainings)
     summary = summarize(run, settings, recipe, results, len(pool), {**about_test, **counts.test})
@@ -141,6 +143,15 @@ def _evaluate(
 
         build(run)
     return summary
+
+
+def check_test_samples(uri: str, samples: int, settings: EvaluateSettings) -> None:
+    """Raise SourceError if a test set is too small for a certificate."""
+    if settings.certify and samples < MIN_CERTIFY_SAMPLES:
+        raise SourceError(
+            f"{uri}: {samples} samples to test on are too few to certify a list; give a test set "
+            f"of at least {MIN_CERTIFY_SAMPLES}, or leave out --certify"
+        )
 
 
 def _missing(run: Run, trainings: Sequence[Training], certify: bool) -> list[Training]:
