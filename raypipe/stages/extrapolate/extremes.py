@@ -155,7 +155,7 @@ def _write(
     step: ProgressCallback,
 ) -> None:
     """Write measured scores and predictions of the drawn samples. Runs in a task."""
-    from raypipe.assessment.fidelity import ExtremePredictions, HeldOutPredictions, proxy_is_right
+    from raypipe.assessment.held_out import ExtremePredictions, HeldOutPredictions, proxy_is_right
     from raypipe.extrapolators.base import DOUBTS
 
     ids, nodes, part = _embedded(draw, measured, config, run, step)
