@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -95,6 +96,13 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         raise RaypipeError(
             f"{uri}: not a readable Parquet file ({error}); delete it and rerun to write it again"
         ) from None
+
+
+def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of lists of one length d as an array of its type, [n, d]; n can be 0."""
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(lists), -1) if len(lists) else values.reshape(0, lists.type.list_size)
 
 
 def write_table(
