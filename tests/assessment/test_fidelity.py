@@ -9,8 +9,14 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from raypipe.assessment import rank_agreement as module
-from raypipe.assessment.fidelity import MLP_EPOCHS, Fidelity, compare
-from raypipe.assessment.held_out import HeldOutPredictions, hold_out, predict, split
+from raypipe.assessment.fidelity import Fidelity, compare
+from raypipe.assessment.held_out import (
+    MLP_EPOCHS,
+    HeldOutPredictions,
+    hold_out,
+    predict,
+    split,
+)
 from raypipe.assessment.intervals import Intervals
 from raypipe.assessment.rank_agreement import chance, spearman
 from raypipe.errors import RaypipeError
