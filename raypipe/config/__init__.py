@@ -14,6 +14,7 @@ from raypipe.config.extrapolate import ExtrapolateSettings
 from raypipe.config.io import (
     absolute_paths,
     apply_overrides,
+    demo_settings,
     dump_config,
     load_config,
     parse_config,
@@ -55,6 +56,7 @@ __all__ = [
     "absolute_paths",
     "apply_overrides",
     "commented_config",
+    "demo_settings",
     "dump_config",
     "load_config",
     "parse_config",

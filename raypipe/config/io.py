@@ -67,6 +67,13 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     return absolute_paths(parse_config(apply_overrides(read_config(path), overrides)))
 
 
+def demo_settings() -> dict[str, Any]:
+    """Return the configuration of the demo, without `run`: the digits of scikit-learn."""
+    from importlib.resources import files
+
+    return yaml.safe_load(files("raypipe.config").joinpath("demo.yaml").read_bytes())
+
+
 def read_config(path: str) -> dict[str, Any]:
     """Return the content of a YAML file without validating it. Raises `ConfigError`."""
     from raypipe.storage import read_bytes
