@@ -216,7 +216,9 @@ def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
         started = time.perf_counter()
         actor = ScoreActor(WorkerContext(config, run.uri, 1, False))
         for fragment in run.fragments():
-            result = actor(fragment.fragment_id, read_samples(config, run.uri, fragment.fragment_id))
+            result = actor(
+                fragment.fragment_id, read_samples(config, run.uri, fragment.fragment_id)
+            )
             record.add_cost(result)
         answer.send((time.perf_counter() - started, record.cpu_seconds))
         return
