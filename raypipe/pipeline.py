@@ -25,6 +25,7 @@ from raypipe.errors import (
     RunError,
     TrustError,
 )
+from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.runs.intermediate import REMOVED, lacks, remove_intermediate
 from raypipe.runs.layout import STAGE_FOLDERS
@@ -77,6 +78,7 @@ def make_stage(name: str) -> Stage:
     return getattr(import_module(module), attribute)()
 
 
+@code_allowed()
 def execute(
     config: Config,
     dataset: Any = None,

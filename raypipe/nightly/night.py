@@ -25,6 +25,7 @@ from raypipe.nightly.new_samples import assess_new_samples, listed_fragments
 from raypipe.nightly.policy import Assessment, refresh_reasons, source_changes
 from raypipe.nightly.state import write_baseline
 from raypipe.pipeline import advance, errors_of_storage, for_seed_set, make_stage
+from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.report.trackers import check_trackers
 from raypipe.runs.lease import Lease
@@ -92,6 +93,7 @@ class Night:
         return REFRESH_EXIT_CODE if self.advice else 0
 
 
+@code_allowed()
 def run_night(
     config: Config,
     *,
