@@ -225,14 +225,14 @@ def _discard_outdated(
     lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
     if not overwrite:
         check_overwrite(run, records, config, [name for name in lost if name not in redo])
-    context.check_cluster(
-        {
-            name
-            for name in names
-            if name in lost or name not in records or records[name].state != "done"
-        }
-        & USING_RAY
-    )
+    planned = [
+        name
+        for name in names
+        if name in lost or name not in records or records[name].state != "done"
+    ]
+    context.check_cluster(USING_RAY.intersection(planned))
+    for name in planned:
+        make_stage(name).check(context)
     for name in again:
         records.pop(name, None)  # a stage without a record starts from nothing
     if again or not run.exists():
