@@ -14,8 +14,8 @@ from raypipe import storage
 from raypipe.config import SeedSettings
 from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.runs.run import Run
-from raypipe.sources.base import IdFilter
 from raypipe.sources.id_sampling import in_sample
+from raypipe.sources.types import IdFilter
 
 if TYPE_CHECKING:
     from raypipe.extrapolators.base import Nodes

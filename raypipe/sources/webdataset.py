@@ -21,13 +21,13 @@ from itertools import islice
 from typing import Any
 
 from raypipe import storage
-from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import AUTO, LABEL_NAMES
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content
 from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.sources.tarfiles import BLOCK, Group, read_groups
 from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
 from raypipe.sources.tarplaces import PlaceReader
+from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.values import number_or_name, printable, stored_label
 from raypipe.storage import Reader
 
