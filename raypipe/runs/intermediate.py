@@ -77,7 +77,7 @@ def find_intermediate(run: Run, config: Config) -> Intermediate:
 
 
 def folder_sizes(run: Run) -> dict[str, int]:
-    """Return the bytes in each folder of a run, the largest first; "." has the files next to them."""
+    """Return the bytes in each folder of a run, largest first; "." has the files next to them."""
     sizes = Counter[str]()
     for file in storage.listing(run.uri):
         folder, inside, _ = file.path.partition("/")
