@@ -316,7 +316,7 @@ def _remove_results(run: Run, records: dict[str, StageRecord]) -> None:
     for name in STAGE_NAMES:
         run.clear(name)
     storage.delete(run.source_copy)
-    storage.delete(run.path("evaluation"))
+    storage.delete(run.evaluation_folder)
 
 
 def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:

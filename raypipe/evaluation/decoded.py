@@ -37,7 +37,6 @@ from raypipe.sources.classes import MatchedClasses, match_classes
 from raypipe.vision.decode import decode_batch
 from raypipe.vision.fitting import statistics_of
 
-FOLDER = "evaluation/pixels"
 MAX_SHARE = 0.8
 """Share of a node's memory, and of its free disk for temporary files, that arrays can take."""
 TRAIN, TEST = "train", "test"

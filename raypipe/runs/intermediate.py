@@ -72,7 +72,7 @@ def find_intermediate(run: Run, config: Config) -> Intermediate:
         kinds.append(TRAJECTORY)
         for part in parts:
             sizes |= _folder(run.path(part.folder, TRAJECTORY))
-    sizes |= _folder(inner_run(run).path("proxy"))
+    sizes |= _folder(inner_run(run).proxy_folder)
     return Intermediate(tuple(kinds), sizes)
 
 
