@@ -140,7 +140,7 @@ def write_table(
     write_bytes(uri, buffer.getvalue())
 
 
-def write_table_groups(uri: str, groups: Sequence[pa.Table], compression: str = "zstd") -> None:
+def write_table_groups(uri: str, groups: Sequence[pa.Table]) -> None:
     """Write tables of one schema as the row groups of a Parquet file, atomically.
 
     Parameters
@@ -149,11 +149,9 @@ def write_table_groups(uri: str, groups: Sequence[pa.Table], compression: str = 
         The file to write.
     groups : sequence of pyarrow.Table
         At least one. Empty tables get no row group. The metadata is that of the first.
-    compression : str
-        A Parquet codec.
     """
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, groups[0].schema, compression=compression) as writer:
+    with pq.ParquetWriter(buffer, groups[0].schema, compression="zstd") as writer:
         for group in groups:
             if len(group):
                 table = group.replace_schema_metadata(groups[0].schema.metadata)
