@@ -28,13 +28,14 @@ from common import (
     trajectory_of,
 )
 
-from raypipe.assessment.fidelity import split
+from raypipe.assessment.held_out import split
 from raypipe.assessment.rank_agreement import spearman
 from raypipe.assessment.rehearsal import Rehearsal, rehearse
 from raypipe.config import ExtrapolateSettings, MeasureSettings, ProxySettings
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.blend import AnchorGnn
+from raypipe.proxies.networks import ProxyNet
 from raypipe.runs.ledger import fingerprint
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.forward_mode import Aligner
@@ -45,7 +46,6 @@ from raypipe.scores.trajectory import STATISTICS, Trajectory
 from raypipe.vision import training
 from raypipe.vision.devices import AdaptiveBatch
 from raypipe.vision.forward import CPU_BATCH, forward
-from raypipe.vision.networks import ProxyNet
 
 MOSO = {"moso": "lr", "moso-normalized": "normalized", "moso-none": "none"}
 """Weights of the checkpoints, by the name of the score."""

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 from raypipe._version import __version__
 
 if TYPE_CHECKING:
-    from raypipe.api import (
-        attach,
-        evaluate,
-        export,
-        extrapolate,
-        inspect,
-        load_scores,
-        run,
-        select,
-    )
+    from raypipe.api.finished import evaluate, export, load_scores, select
+    from raypipe.api.preview import inspect
+    from raypipe.api.runs import attach, extrapolate, run
     from raypipe.config import Config
     from raypipe.keeplists.dataset import KeepList
     from raypipe.keeplists.infobatch import InfoBatch
@@ -48,14 +41,14 @@ _HOMES = {
     "InfoBatch": "raypipe.keeplists.infobatch",
     "KeepList": "raypipe.keeplists.dataset",
     "Run": "raypipe.runs.run",
-    "attach": "raypipe.api",
-    "evaluate": "raypipe.api",
-    "export": "raypipe.api",
-    "extrapolate": "raypipe.api",
-    "inspect": "raypipe.api",
-    "load_scores": "raypipe.api",
-    "run": "raypipe.api",
-    "select": "raypipe.api",
+    "attach": "raypipe.api.runs",
+    "evaluate": "raypipe.api.finished",
+    "export": "raypipe.api.finished",
+    "extrapolate": "raypipe.api.runs",
+    "inspect": "raypipe.api.preview",
+    "load_scores": "raypipe.api.finished",
+    "run": "raypipe.api.runs",
+    "select": "raypipe.api.finished",
 }
 
 

@@ -223,8 +223,8 @@ def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
 
 
 def test_the_demo_is_the_configuration_of_the_digits() -> None:
-    from raypipe.config import load_config, parse_config
+    from raypipe.config import demo_settings, load_config, parse_config
 
     stated = load_config(str(Path(__file__).parent.parent / "jobs" / "configs" / "digits.yaml"))
-    demo = parse_config({"run": stated.run, **cli.demo_settings()})
+    demo = parse_config({"run": stated.run, **demo_settings()})
     assert demo.model_dump() == stated.model_dump()

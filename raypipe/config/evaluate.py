@@ -15,6 +15,9 @@ from raypipe.config.select import KeepFraction
 
 MIN_CERTIFY_SEEDS = 3
 """Trainings of each list that a certificate needs."""
+MIN_CERTIFY_SAMPLES = 20
+"""Test samples that a certificate needs: models can agree on a few of them by chance, and an
+interval would then be too narrow."""
 
 
 class EvaluateSettings(Settings):
@@ -122,8 +125,8 @@ class EvaluateSettings(Settings):
 
     @model_validator(mode="after")
     def _model_exists(self) -> EvaluateSettings:
-        from raypipe.config.choices import PROXY_MODELS, unknown_model
+        from raypipe.config.choices import is_model, unknown_model
 
-        if self.model is not None and self.model not in PROXY_MODELS:
+        if self.model is not None and not is_model(self.model):
             raise ValueError(unknown_model(self.model))
         return self

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from raypipe.config.base import Settings
 from raypipe.config.model import Config
 from raypipe.config.problems import problem_lines
+from raypipe.config.proxy import ProxySettings
 from raypipe.errors import ConfigError
 
 Section = TypeVar("Section", bound=Settings)
@@ -65,6 +66,13 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         If the file cannot be read, or a setting is unknown or has a wrong value.
     """
     return absolute_paths(parse_config(apply_overrides(read_config(path), overrides)))
+
+
+def demo_settings() -> dict[str, Any]:
+    """Return the configuration of the demo, without `run`: the digits of scikit-learn."""
+    from importlib.resources import files
+
+    return yaml.safe_load(files("raypipe.config").joinpath("demo.yaml").read_bytes())
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -134,6 +142,11 @@ def absolute_paths(config: Config) -> Config:
     def absolute(uri: str) -> str:
         return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
+    def absolute_weights(proxy: ProxySettings) -> ProxySettings:
+        if proxy.weights in ("none", "pretrained"):
+            return proxy
+        return absolute_in(proxy, "weights")
+
     def absolute_in(section: Section, *names: str) -> Section:
         uris = {name: getattr(section, name) for name in names}
         return section.model_copy(
@@ -150,9 +163,21 @@ def absolute_paths(config: Config) -> Config:
             "run": absolute(config.run),
             "source": source,
             "pseudo_labels": labels,
+            "proxy": absolute_weights(config.proxy),
             "select": select,
         }
     )
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as section.field: value."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            result |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result
 
 
 def dump_config(config: Config, sections: Mapping[str, Any] | None = None) -> str:

@@ -143,7 +143,7 @@ class Describer:
         return f"property {self._all(parts, name)}"
 
     def _function(self, value: Any, name: str) -> str:
-        if _installed(value.__module__):
+        if installed(value.__module__):
             return f"{value.__module__}.{value.__qualname__}"
         name = value.__qualname__
         cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
@@ -156,7 +156,7 @@ class Describer:
         return " ".join([name, *self._all(parts, name), self._dict(attributes, name), *reached])
 
     def _class(self, value: type, name: str) -> str:
-        if _installed(value.__module__):
+        if installed(value.__module__):
             return f"{value.__module__}.{value.__qualname__}"
         bases = self._all(value.__mro__[1:], value.__qualname__)
         members = {
@@ -166,6 +166,15 @@ class Describer:
             and not inspect.isgetsetdescriptor(item)
             and not inspect.ismemberdescriptor(item)
         }
+        fields = members.get("__pydantic_fields__")
+        if isinstance(
+            fields, dict
+        ):  # of a pydantic model, which generates everything else from them
+            members = {key: item for key, item in members.items() if "__pydantic" not in key}
+            members["fields"] = {
+                key: [repr(field.annotation), field.default, field.metadata]
+                for key, field in fields.items()
+            }
         return f"{value.__qualname__} {bases} {self._dict(members, value.__qualname__)}"
 
     def _object(self, value: Any, name: str) -> str:
@@ -222,7 +231,7 @@ class Describer:
         seen: set[str] = set()
         while modules:
             path, module = modules.popitem()
-            if _installed(module.__name__) or module.__name__ in seen:
+            if installed(module.__name__) or module.__name__ in seen:
                 continue
             seen.add(module.__name__)
             for name in names:
@@ -238,7 +247,7 @@ class Describer:
         for candidate in (name, f"{package}.{name}".rstrip(".")):
             if candidate in sys.modules:
                 return sys.modules[candidate]
-        if not _installed(name):
+        if not installed(name):
             self.unseen.add(f"the import of {name} in {function.__qualname__}")
         return None
 
@@ -281,12 +290,12 @@ def _imported(code: CodeType) -> list[str]:
 
 
 @functools.cache
-def _installed(module: str | None) -> bool:
+def installed(module: str | None) -> bool:
     """Return whether a module belongs to Python or an installed package, not to the user."""
     if not module or module == "__main__":
         return False
     top = module.partition(".")[0]
-    if top in sys.stdlib_module_names or top in {"ray", "builtins"}:
+    if top in sys.stdlib_module_names or top in {"ray", "raypipe", "builtins"}:
         return True
     try:
         loaded = sys.modules.get(top)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ParamSpec, Protocol, TypeVar
 
 from raypipe.errors import StorageError
+from raypipe.plugins import allow_code, allows_code
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,12 +50,16 @@ def put_up(fences: Mapping[str, Fence]) -> None:
 
 
 def fenced(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that carries the fences of this process to the process that calls it."""
-    fences = standing()
+    """Return a function that carries permissions of this process to the process that calls it.
+
+    These are the fences, and whether code from outside raypipe can be imported.
+    """
+    fences, code = standing(), allows_code()
 
     @functools.wraps(function, updated=())  # for a class this would copy its methods
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         put_up(fences)
+        allow_code(code)
         return function(*args, **kwargs)
 
     return call

@@ -25,7 +25,7 @@ from raypipe.config import Config, SourceSettings
 from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ConfigError, RunError, SourceError
-from raypipe.pipeline import advance, driver_progress, errors_of_storage
+from raypipe.pipeline import advance, driver_progress
 from raypipe.progress import Progress
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.lease import Lease
@@ -87,7 +87,7 @@ def attach(
     SourceError
         If no id of a score is the id of an image, or the classes of both cannot be matched.
     """
-    with errors_of_storage(config.run):
+    with storage.errors_of_storage(config.run):
         return _attach(tables, config, progress or Progress(verbose=verbose), verbose)
 
 

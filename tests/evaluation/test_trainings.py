@@ -11,13 +11,13 @@ import pytest
 from helpers import small_config
 
 from raypipe import storage
-from raypipe.api import _test_source
 from raypipe.config import parse_settings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, ResourceError
 from raypipe.evaluation import decoded
 from raypipe.evaluation.lists import FULL, RANDOM, ListedSamples, SamplePool
 from raypipe.evaluation.summary import Results, _untrained
+from raypipe.evaluation.test_set import source_of_test_set
 from raypipe.evaluation.trainings import recipe_of, trainings_of
 
 POOL = SamplePool((("f", 100),), np.zeros(100, np.int64), np.arange(100), "digest")
@@ -105,14 +105,14 @@ def test_every_setting_has_a_description_and_single_values_are_lists() -> None:
 def test_the_test_set_is_read_as_the_source_is(tmp_path: Path) -> None:
     config = small_config("run", "source.label_column=digit", "source.include=train-*")
     storage.write_table(f"{tmp_path}/test-0.parquet", pa.table({"image": [b"x"], "digit": [1]}))
-    found = _test_source(config, str(tmp_path), ["include=test-*"])
+    found = source_of_test_set(config, str(tmp_path), ["include=test-*"])
     assert (found.format, found.label_column, found.include, found.limit) == (
         "auto",
         "digit",
         "test-*",
         None,
     )
-    own = _test_source(config, "digits://", [])
+    own = source_of_test_set(config, "digits://", [])
     assert (own.format, own.label_column) == ("digits", "auto"), "digits have no such column"
 
 

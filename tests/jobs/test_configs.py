@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.config import load_config, parse_config
+from raypipe.config import demo_settings, load_config, parse_config
 from raypipe.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs" / "configs"
@@ -49,8 +49,6 @@ def test_cluster_configurations_leave_nothing_to_a_cluster_without_workers(name:
 
 
 def test_digits_is_the_demo() -> None:
-    from raypipe.cli import demo_settings
-
     config = load_config(str(FOLDER / "digits.yaml"))
     assert config == parse_config({"run": config.run, **demo_settings()})
 

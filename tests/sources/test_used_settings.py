@@ -9,10 +9,10 @@ import pytest
 from source_helpers import picture
 
 from raypipe import storage
-from raypipe.api import _test_source
 from raypipe.config import Config, SourceSettings, parse_config
 from raypipe.errors import ConfigError
 from raypipe.estimate import inspect_source
+from raypipe.evaluation.test_set import source_of_test_set
 from raypipe.pipeline import execute
 from raypipe.sources import _SOURCES
 from raypipe.sources.used_settings import _USED, refuse_unused_settings, unused_settings
@@ -66,7 +66,7 @@ def test_a_test_set_of_another_format(tmp_path: Path) -> None:
     run: Config = parse_config(
         {"run": "run", "source": {"uri": "s3://b/set", "format": "parquet", "id_column": "uid"}}
     )
-    test = _test_source(run, f"{tmp_path}/test", ["limit=5"])
+    test = source_of_test_set(run, f"{tmp_path}/test", ["limit=5"])
     assert (test.id_column, test.limit, test.uri) == (None, 5, f"{tmp_path}/test")
     with pytest.raises(ConfigError, match=r"source.id_column: 'key' has no effect"):
-        _test_source(run, f"{tmp_path}/test", ["id_column=key"])
+        source_of_test_set(run, f"{tmp_path}/test", ["id_column=key"])

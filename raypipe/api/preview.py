@@ -1,0 +1,151 @@
+"""Inspect a source before a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from raypipe import storage
+from raypipe.config import Config, apply_overrides, load_config, parse_config
+from raypipe.errors import ConfigError, RaypipeError
+
+if TYPE_CHECKING:
+    from raypipe.estimate import Survey
+    from raypipe.estimate.cost import Machine
+
+
+def inspect(
+    uri: str | None = None,
+    *,
+    config: Config | Mapping[str, Any] | str | None = None,
+    overrides: Sequence[str] = (),
+    samples: int = 256,
+    seed: int = 0,
+    grid: str | None = None,
+    like: str | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    address: str | None = None,
+) -> Survey:
+    """Inspect a source before running anything, and estimate the cost of a run. Takes seconds.
+
+    Reports the balance of the classes, the sizes of the images and the expected rejects, from
+    samples spread over the source.
+
+    Parameters
+    ----------
+    uri : str, optional
+        The source. Default: that of `config`.
+    config : Config, mapping or str, optional
+        A `Config`, a mapping of the same shape (`run` is not needed), or the path or URI of a YAML
+        file. Default: the default settings.
+    overrides : sequence of str
+        `field=value` of the section `source`, or `section.field=value`.
+    samples : int
+        Number of samples to draw.
+    seed : int
+        Random seed of the draw.
+    grid : str, optional
+        Path or URI of a PNG to write, which shows 64 of the samples.
+    like : str, optional
+        A finished run. The estimate scales its ledger instead of stored constants.
+    cpus, gpus : float, optional
+        Resources of the run. Default: those of this machine.
+    address : str, optional
+        A Ray cluster whose resources are used instead; "auto": RAY_ADDRESS. Ray is not touched
+        otherwise.
+
+    Returns
+    -------
+    Survey
+        What the source contains; its `cost` is the estimate, None without samples.
+
+    Raises
+    ------
+    ConfigError
+        For settings or options that are not allowed.
+    SourceError
+        If nothing can be read.
+    RunError
+        If `like` is not a run.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> raypipe.inspect("digits://").samples
+    1797
+    """
+    from raypipe.estimate import inspect_source
+    from raypipe.estimate.cost import estimate
+    from raypipe.scores.registry import check_scores
+
+    data, name = _config_of(config)
+    if uri is not None:
+        data = {**data, "source": {**data.get("source", {}), "uri": uri}}
+    elif not data.get("source", {}).get("uri"):
+        raise ConfigError("nothing to inspect: give a source, or a configuration with source.uri")
+    if samples < 1:
+        raise ConfigError(f"samples: {samples} is not allowed: at least 1")
+    dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
+    settings = parse_config(apply_overrides({"run": "unused", **data}, dotted))
+    check_scores(settings)
+    machine = _machine(cpus, gpus, address)
+    inspection = inspect_source(
+        settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size
+    )
+    if grid is not None:
+        from raypipe.estimate.contact_sheet import contact_sheet
+
+        storage.write_bytes(grid, contact_sheet(inspection.survey, inspection.drawn))
+    if not inspection.survey.samples:
+        return inspection.survey
+    return replace(
+        inspection.survey,
+        cost=estimate(inspection.survey, settings, machine, settings=name, like=like),
+    )
+
+
+def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
+    """Return a configuration as a mapping, and a name for it."""
+    if isinstance(config, str):
+        return load_config(config).model_dump(), f"the settings of {config}"
+    if isinstance(config, Config):
+        return config.model_dump(), "the given settings"
+    return (dict(config), "the given settings") if config is not None else ({}, "default settings")
+
+
+def _machine(cpus: float | None, gpus: float | None, address: str | None) -> Machine:
+    """Return the resources of a run: the given ones, or those of the cluster or this machine."""
+    from raypipe.estimate.cost import Machine, this_machine
+
+    for name, value, minimum in (("cpus", cpus, 1), ("gpus", gpus, 0)):
+        if value is not None and not minimum <= value <= 1e6:
+            raise ConfigError(f"{name}: {value:g} is not allowed: at least {minimum}")
+    machine = this_machine() if address is None else _cluster_of(address)
+    if address is None and os.environ.get("RAY_ADDRESS"):
+        machine = replace(
+            machine, where="this machine (--address auto estimates for the cluster at RAY_ADDRESS)"
+        )
+    if cpus is None and gpus is None:
+        return machine
+    return Machine(
+        cpus if cpus is not None else machine.cpus,
+        gpus if gpus is not None else machine.gpus,
+        "as given",
+    )
+
+
+def _cluster_of(address: str) -> Machine:
+    from raypipe.distributed.cluster import resources_at
+    from raypipe.estimate.cost import Machine
+
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        raise RaypipeError("--address auto: RAY_ADDRESS is not set; give the address of a cluster")
+    cluster = resources_at(address)
+    return Machine(
+        cluster.cpus,
+        cluster.gpus,
+        f"the cluster at {os.environ['RAY_ADDRESS'] if address == 'auto' else address}",
+    )

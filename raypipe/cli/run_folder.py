@@ -1,0 +1,61 @@
+"""Commands about the folder of a run: its status, its report, and what takes room in it."""
+
+from __future__ import annotations
+
+import click
+
+from raypipe.cli.shared import epilog
+
+
+@click.command(
+    short_help="Show progress, errors and cost of a run.",
+    epilog=epilog("raypipe status runs/first"),
+)
+@click.argument("uri", metavar="RUN")
+def status(uri: str) -> None:
+    """Show the progress, errors and cost of RUN, from any machine that can read it."""
+    from raypipe.runs.status import describe_run
+    from raypipe.runs.untrusted import damage_as_error, printable
+
+    with damage_as_error(uri):
+        for line in describe_run(uri):
+            click.echo(printable(line))
+
+
+@click.command(
+    short_help="Write the report of a run again.", epilog=epilog("raypipe report runs/first")
+)
+@click.argument("uri", metavar="RUN")
+def report(uri: str) -> None:
+    """Write the report of RUN again, and print where it is."""
+    from raypipe.report import build
+    from raypipe.runs.lease import Lease
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import damage_as_error, refuse_links_out
+
+    run = Run(uri)
+    run.record("extrapolate")  # raises if the scores are not complete
+    refuse_links_out(run, "report")
+    with damage_as_error(uri), Lease(run):
+        click.echo(build(run))
+
+
+@click.command(
+    short_help="Show what takes room in a run, and remove what can go.",
+    epilog=epilog("raypipe clean runs/first", 0, 1),
+)
+@click.argument("uri", metavar="RUN")
+@click.option("--yes", is_flag=True, help="Remove what can go. Without it, nothing is removed.")
+def clean(uri: str, yes: bool) -> None:
+    """Show how much each folder of RUN takes, and what no score of it needs any more.
+
+    A run removes the same when it is done, unless proxy.keep_intermediate is set.
+    """
+    from raypipe.runs.clean import clean_run
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import printable, refuse_links_out
+
+    run = Run(uri)
+    refuse_links_out(run, "proxy")
+    for line in clean_run(run, yes):
+        click.echo(printable(line))

@@ -1,0 +1,35 @@
+"""What the commands share: options, the end of their help, and exit codes."""
+
+from __future__ import annotations
+
+import click
+
+EXIT_CODES = {
+    0: "done",
+    1: "failed",
+    2: "wrong usage or configuration",
+    3: "the scores cannot be trusted enough to prune by; no keep-lists are written",
+    5: "no evidence that the chosen list is better than random lists (--certify)",
+    6: "the chosen list is worse than random lists (--certify)",
+}
+"""Exit codes of all commands."""
+
+verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.FIELD=VALUE",
+    help="Override a setting (`raypipe init` lists them); may be repeated.",
+)
+
+
+def epilog(example: str, *codes: int) -> str:
+    r"""Return the end of a command's help: one example, and the exit codes.
+
+    "\b" keeps click from joining the lines of a paragraph.
+    """
+    lines = [f"  {code}  {EXIT_CODES[code]}" for code in codes or (0, 1, 2)]
+    return "\n".join(["\b", "Example:", f"  {example}", "", "\b", "Exit codes:", *lines])

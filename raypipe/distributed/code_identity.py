@@ -1,0 +1,42 @@
+"""Identify code that a configuration names by a short hash that changes when its result can."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import packages_distributions, version
+from typing import Any, NamedTuple
+
+from raypipe.distributed.function_identity import Describer, installed
+
+
+class CodeIdentity(NamedTuple):
+    """Identity of a function, a class or an object.
+
+    Attributes
+    ----------
+    hash : str
+        Covers its code and what the code can reach; see `raypipe.distributed.function_identity`. Of
+        code in an installed package, it covers the name and the version of the package.
+    unseen : tuple of str
+        What the code uses whose changes do not show in the hash.
+    """
+
+    hash: str
+    unseen: tuple[str, ...]
+
+
+def code_identity(value: Any) -> CodeIdentity:
+    """Return the identity of a function, a class or an object of one."""
+    describer = Describer()
+    kind = value if isinstance(value, type) or hasattr(value, "__code__") else type(value)
+    text = f"{describer.describe(value)} {_release(getattr(kind, '__module__', None))}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return CodeIdentity(digest, tuple(sorted(describer.unseen)))
+
+
+def _release(module: str | None) -> str:
+    """Return name and version of the installed packages that have a module; "" for other code."""
+    if not installed(module) or module is None:
+        return ""
+    packages = sorted(set(packages_distributions().get(module.partition(".")[0], [])))
+    return " ".join(f"{name} {version(name)}" for name in packages)

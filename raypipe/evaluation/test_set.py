@@ -1,0 +1,34 @@
+"""How the test set of an evaluation is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raypipe.config import Config, SourceSettings, absolute_paths, apply_overrides, parse_config
+from raypipe.runs.run import Run
+from raypipe.sources import open_source
+from raypipe.sources.used_settings import refuse_unused_settings, unused_settings
+
+
+def source_of_test_set(config: Config, uri: str, overrides: Sequence[str]) -> SourceSettings:
+    """Return the source settings of a test set: those of the run with another URI.
+
+    Settings of the run that have no effect on the test set's format are left out. Raises
+    ConfigError if one is among the overrides.
+    """
+    data = config.model_dump(mode="json")
+    reset = ("format", "include", "split", "limit")
+    data["source"] |= {name: SourceSettings.model_fields[name].default for name in reset}
+    data["source"]["uri"] = uri
+    if Run(uri).uri == Run(config.source.uri).uri:  # another part of the run's own source
+        data["source"]["format"] = config.source.format
+    dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
+    source = absolute_paths(parse_config(apply_overrides(data, dotted))).source
+    format = open_source(source).format
+    given = {item.partition("=")[0].removeprefix("source.") for item in dotted}
+    inherited = set(unused_settings(source, format)) - given
+    source = source.model_copy(
+        update={name: SourceSettings.model_fields[name].default for name in inherited}
+    )
+    refuse_unused_settings(source, format)
+    return source
