@@ -154,8 +154,13 @@ class AttachStage(Stage):
     def settings(self, config: Config) -> dict[str, Any]:
         return {"tables": self._tables.uri, "scores": self._record.fingerprint}
 
+    def clear(self, context: Context) -> None:
+        for output in ("extrapolator", "scores", "rejects", "keep", WITHOUT_IMAGE):
+            storage.delete(context.run.path(output))
+
     def complete(self, context: Context, record: StageRecord) -> bool:
-        return not self._missing(context.run) and "attached" in record.detail
+        of_index = record.detail.get("listing") == _listing(context.run)
+        return of_index and not self._missing(context.run)
 
     def execute(self, context: Context, record: StageRecord) -> None:
         run, tables = context.run, self._tables
@@ -192,6 +197,7 @@ class AttachStage(Stage):
             **self._record.detail,
             "measured": counts.measured,
             "attached": dataclasses.asdict(counts),
+            "listing": _listing(run),
         }
 
     def _missing(self, run: Run) -> list[Fragment]:
@@ -201,6 +207,11 @@ class AttachStage(Stage):
             for fragment in run.fragments()
             if not fragment.error and fragment.fragment_id not in done
         ]
+
+
+def _listing(run: Run) -> Any:
+    """Return a hash of the images that the index lists."""
+    return run.ledger()["index"].detail["listing"]
 
 
 @dataclass(frozen=True)
@@ -379,6 +390,8 @@ def match_fragment(job: AttachJob, fragment: Fragment) -> MatchedFragment:
         labels.append(label if label >= 0 else of_table)
     if rejects:
         write_rejects(run, fragment.fragment_id, rejects)
+    else:
+        storage.delete(run.reject_shard(fragment.fragment_id))
     label_column = pa.array(labels, pa.int32(), mask=np.array(labels, np.int64) < 0)
     shard = table.take(pa.array(scored, pa.int64()))
     shard = shard.set_column(shard.column_names.index("label"), "label", label_column)

@@ -125,6 +125,13 @@ def test_report_and_export_work_as_for_any_run(
     raypipe.attach(out, images, run, overrides=["source.fragment_samples=50"], progress=QUIET)
     after = storage.read_bytes(Run(run).ledger_file)
     assert json.loads(before)["stages"] == json.loads(after)["stages"]
+    # images that are gone are not scored any more
+    next(Path(images).rglob("0000.png")).unlink()
+    counts = raypipe.attach(
+        out, images, run, overrides=["source.fragment_samples=50"], progress=QUIET
+    ).summary
+    assert (counts["matched"], counts["without_image"]) == (COUNT - 1, 1)
+    assert len(by_id(run)) == COUNT - 1
     with pytest.raises(RunError, match="no proxy can score new samples"):
         run_night(Run(run).config(), progress=QUIET)
 
@@ -189,7 +196,8 @@ def test_other_images_of_the_same_ids_are_noticed(
         r"'images\.parquet#0', scores such as '00\d\d\.png'; set source\.uri or source\.id_column",
     ):
         raypipe.attach(*call, progress=QUIET)
-    raypipe.attach(*call, overrides=["source.id_column=key"])
+    again = raypipe.attach(*call, overrides=["source.id_column=key"])
+    assert again.summary["rejected"] == 0 and again.summary["matched"] == COUNT
     assert "note: 12 images of another class than in the tables" in capsys.readouterr().err
     assert by_id(call[2])["0000.png"]["label"] == 1  # that of the image
     storage.write_table(call[1], table.set_column(1, "label", pa.array(["x", "y", "z"] * 40)))
