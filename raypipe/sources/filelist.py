@@ -177,7 +177,10 @@ class FileListSource(Source):
         try:
             for line in read_lines(self._list, self.settings):
                 member = self._member(line)
-                if isinstance(member.label, int):
+                if (
+                    isinstance(member.label, int)
+                    and number_or_name(line.label or "") == member.label
+                ):
                     self._check_spelling(line, member.label, spellings)
                 if include == "*" or fnmatch.fnmatchcase(member.path, include):
                     block.append(member)

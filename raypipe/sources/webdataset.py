@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.sources.filesource import FILE_VANISHED, HEAD_BYTES, FileSource, no_content
+from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
 from raypipe.sources.tarfiles import BLOCK, LoadMember, read_groups
 from raypipe.sources.tarmembers import Apart, Members, TarFacts, load_label
 from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
@@ -26,7 +26,6 @@ from raypipe.sources.tarplaces import PlaceReader
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.values import printable
 from raypipe.storage import Reader
-from raypipe.text import stand_in
 
 READ_BYTES = 4 << 20
 """Bytes of one request: enough to hide latency, little to discard at a fragment's end."""
@@ -171,9 +170,8 @@ class WebDatasetSource(FileSource):
         except FileNotFoundError:
             return Preview(error=FILE_VANISHED)
         with opened as stored:
-            if reason := stand_in(stored.read(HEAD_BYTES)):
+            if reason := other_content(file, stored):
                 return Preview(error=reason)
-            stored.seek(0)
             if whole:
                 return self._preview_whole(stored, file, places * each, draw)
             return self._preview_places(stored, file, places, each, draw)
