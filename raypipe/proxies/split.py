@@ -59,9 +59,7 @@ def _name_of_head(network: Network, module: nn.Module, classes: int, image_size:
     """Return the name of the `nn.Linear` whose output is the output of the network."""
     calls: list[tuple[str, Tensor]] = []
     handles = [
-        layer.register_forward_hook(
-            lambda _, __, output, name=name: calls.append((name, output))
-        )
+        layer.register_forward_hook(lambda _, __, output, name=name: calls.append((name, output)))
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
     ]

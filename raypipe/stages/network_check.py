@@ -37,6 +37,8 @@ def check_network(config: Config, run: Run) -> None:
         return
     import torch
 
+    from raypipe.vision.sync_batchnorm import check_layers
+
     model, images, labels = _example(config, run)
     name = config.proxy.model
     with torch.no_grad():
@@ -52,11 +54,18 @@ def check_network(config: Config, run: Run) -> None:
             "batch, also in eval mode; use layers that do not mix images, such as BatchNorm with "
             "running statistics"
         )
+    if config.proxy.workers > 1:
+        check_layers(model, gpu=config.proxy.use_gpu is not False)
     model.train()
     with torch.random.fork_rng(devices=[]):
         loss = torch.nn.functional.cross_entropy(model(images), labels)
     loss.backward()
     for key, value in model.named_parameters():
+        if value.grad is None and value.requires_grad and config.proxy.workers > 1:
+            raise ConfigError(
+                f"proxy.model: the output of {name} does not depend on its weight {key}, which "
+                "several workers cannot train; remove it, or set proxy.workers to 1"
+            )
         if value.grad is not None and not value.grad.isfinite().all():
             raise ConfigError(
                 f"proxy.model: the gradient of {key} of {name} is not finite on random images"
