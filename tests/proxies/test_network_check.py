@@ -28,9 +28,13 @@ class Net(nn.Module):
     def forward(self, x):
         return self.out(self.body(x))
 
-class Mixes(Net):
+class BatchStatistics(Net):
     def middle(self):
         return nn.BatchNorm1d(6, track_running_stats=False)
+
+class Mixes(Net):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
 
 class Sign(torch.autograd.Function):
     @staticmethod
@@ -123,6 +127,7 @@ def test_a_sound_network_passes(run: Run) -> None:
             "Mixes",
             "proxy.model: the outputs of nets_checked:Mixes for an image depend on the other",
         ),
+        ("BatchStatistics", r"cannot process a single image in eval mode \(ValueError: Expected"),
         ("InfiniteGradient", "proxy.model: the gradient of body.1.weight of .* is not finite"),
         ("Rounds", r"forward: layer body.2 \(Rounding\): .*Set measure.moso.gradient to head"),
         ("Disagrees", r"the derivative is \S+ forward and \S+ backward, so a layer defines its"),
@@ -143,7 +148,7 @@ def test_several_workers_share_the_statistics_of_every_batchnorm(run: Run) -> No
 
 def test_several_workers_need_every_weight(run: Run) -> None:
     _check(run, "Spare")
-    with pytest.raises(ConfigError, match=r"its weight backbone.spare, .*set proxy.workers to 1"):
+    with pytest.raises(ConfigError, match=r"its weight spare, .*set proxy.workers to 1"):
         _check(run, "Spare", "proxy.workers=2")
 
 
