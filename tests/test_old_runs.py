@@ -137,7 +137,16 @@ def test_code_that_a_configuration_names_is_imported_by_a_run_only(
         ["status", str(run)],
         ["select", str(run), "--keep", "0.5"],
         ["report", str(run)],
-        ["export", str(run), "--format", "indices", "--keep", "0.5", "--out", "out"],
+        [
+            "export",
+            str(run),
+            "--format",
+            "indices",
+            "--keep",
+            "0.5",
+            "--to",
+            str(run.parent / "out"),
+        ],
         ["inspect", "--config", str(run / "config.yaml")],
     ):
         code, _, err = _main(capsys, *command)
