@@ -178,11 +178,10 @@ def evaluate(
     """
     from raypipe.evaluation.driver import evaluate as compare
     from raypipe.evaluation.test_set import source_of_test_set
-    from raypipe.pipeline import errors_of_storage
 
     run = Run(uri)
     settings = parse_settings(EvaluateSettings, options, "evaluate")
-    with errors_of_storage(run.uri):
+    with storage.errors_of_storage(run.uri):
         return compare(
             run,
             source_of_test_set(run.config(), test, test_settings),
@@ -259,7 +258,6 @@ def export(
     500
     """
     from raypipe.exports.run import export_keep_list
-    from raypipe.pipeline import errors_of_storage
 
     options = {
         "format": format,
@@ -272,5 +270,5 @@ def export(
         "snapshot": snapshot,
     }
     settings = parse_settings(ExportSettings, options, "export")
-    with errors_of_storage(to):
+    with storage.errors_of_storage(to):
         return export_keep_list(Run(run), settings, progress=progress, verbose=verbose)

@@ -10,12 +10,11 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import ProxySettings, SourceSettings
-from raypipe.config.evaluate import EvaluateSettings
+from raypipe.config.evaluate import MIN_CERTIFY_SAMPLES, EvaluateSettings
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.distributed.nodes import on_each_node, run_on_share, smallest_memory
 from raypipe.errors import ResourceError, RunError, SourceError
-from raypipe.evaluation.decoded import FOLDER as PIXELS
 from raypipe.evaluation.decoded import (
     TEST,
     TRAIN,
@@ -32,7 +31,7 @@ from raypipe.evaluation.decoded import (
 )
 from raypipe.evaluation.lists import SamplePool, cut_lists
 from raypipe.evaluation.summary import Results, summarize, table_of
-from raypipe.evaluation.trainings import FOLDER, Training, recipe_of, train_one, trainings_of
+from raypipe.evaluation.trainings import Training, recipe_of, train_one, trainings_of
 from raypipe.keeplists.file import check_has_images
 from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
@@ -42,9 +41,8 @@ from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.sources.classes import shown_names
 from raypipe.stages.network_check import check_network
+from raypipe.text import counted
 
-SUMMARY, TABLE = "summary.json", "trainings.parquet"
-"""Files in `evaluation/`, next to the results of single trainings."""
 MAX_CPUS_WITH_GPU = 4
 """CPUs of a training that has a GPU, at most."""
 
@@ -121,6 +119,13 @@ def _evaluate(
             f"note: {len(unknown):,} of {len(test.classes.places):,} classes of the test set are "
             f"not classes of the run ({shown_names(unknown)}), so their samples are left out"
         )
+    if test.unreadable:
+        about_test["unreadable_files"] = [path for path, _ in test.unreadable]
+        path, reason = test.unreadable[0]
+        context.progress.say(
+            f"note: {counted(len(test.unreadable), 'file')} of the test set cannot be read and "
+            f"are left out, such as {path}: {reason}"
+        )
     gpu = context.cluster.use_gpu(settings.use_gpu)
     depths = [item.bit_depth for item in (config.source, source)]
     scaled = [depths] if depths != [16, 16] else []  # earlier results of others stay valid
@@ -132,14 +137,16 @@ def _evaluate(
         _announce(context, missing, trainings, recipe, _images(pool, test))
         check_room(_images(pool, test), recipe.image_size, smallest_memory())
         copy = _decode(context, pool, test, recipe.image_size, counts)
+        check_test_samples(source.uri, counts.test["samples"], settings)
         _train(context, missing, trainings, copy, settings, gpu)
-        storage.delete(run.path(PIXELS))
+        storage.delete(run.evaluation_pixels)
     else:
+        check_test_samples(source.uri, counts.test["samples"], settings)
         context.progress.say(f"{'evaluate':<11} done before: {len(trainings):,} trainings")
     results = _read_results(run, trainings)
     summary = summarize(run, settings, recipe, results, len(pool), {**about_test, **counts.test})
-    storage.write_table(run.path(FOLDER, TABLE), table_of(results, run.classes().names))
-    storage.write_json(run.path(FOLDER, SUMMARY), summary)
+    storage.write_table(run.evaluation_table, table_of(results, run.classes().names))
+    storage.write_json(run.evaluation_summary, summary)
     if "index.html" in storage.names(run.report_folder):
         from raypipe.report import build
 
@@ -147,12 +154,21 @@ def _evaluate(
     return summary
 
 
+def check_test_samples(uri: str, samples: int, settings: EvaluateSettings) -> None:
+    """Raise SourceError if a test set is too small for a certificate."""
+    if settings.certify and samples < MIN_CERTIFY_SAMPLES:
+        raise SourceError(
+            f"{uri}: {samples} samples to test on are too few to certify a list; give a test set "
+            f"of at least {MIN_CERTIFY_SAMPLES}, or leave out --certify"
+        )
+
+
 def _missing(run: Run, trainings: Sequence[Training], certify: bool) -> list[Training]:
     """Return the trainings without a result, each once: equal ones share a name.
 
     A certificate needs the result of every test sample, which versions up to 0.2.0 did not store.
     """
-    done = storage.names(run.path(FOLDER))
+    done = storage.names(run.evaluation_folder)
     by_name = {item.name: item for item in trainings}
     return [
         item
@@ -205,7 +221,7 @@ def _train(
 
 def _read_results(run: Run, trainings: Sequence[Training]) -> Results:
     names = {item.name for item in trainings}
-    by_name = {name: storage.read_json(run.path(FOLDER, f"{name}.json")) for name in names}
+    by_name = {name: storage.read_json(run.evaluation_file(f"{name}.json")) for name in names}
     return Results(trainings, by_name)
 
 
@@ -216,7 +232,7 @@ class _UnitCountsFile:
     """
 
     def __init__(self, run: Run, key: str) -> None:
-        self.key, self._uri = key, run.path(FOLDER, f"data-{key}.json")
+        self.key, self._uri = key, run.evaluation_file(f"data-{key}.json")
         self._content: dict[str, Any] = {}
 
     def write(self, train: list[int], test: list[int], left_out: int) -> None:
@@ -241,7 +257,7 @@ def _decode(
         If there is nothing to test on.
     """
     run = context.run
-    folder = run.path(PIXELS, counts.key)
+    folder = storage.join(run.evaluation_pixels, counts.key)
     units = units_of(run, pool.shards, test)
     decoded = storage.names(folder)
     missing = [unit for unit in units if f"{unit.file}.json" not in decoded]

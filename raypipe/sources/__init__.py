@@ -8,8 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 
 from raypipe.config import SourceSettings
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.classes import ClassMap, StatedNames, class_map
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 __all__ = [
     "ClassMap",

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason
-from raypipe.sources.base import IdFilter, RawSample, SourceFile
 from raypipe.sources.columns import AUTO, Features, TableColumns, choose_columns
 from raypipe.sources.filesource import FileSource, no_content
+from raypipe.sources.types import IdFilter, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader
 
@@ -75,6 +75,13 @@ class TableSource(FileSource):
         for (image, label), _ in votes.most_common(1):
             return settings.model_copy(update={"image_column": image, "label_column": label})
         return settings  # the scan of every file will report what is wrong with it
+
+    def checked_split(self, split: str) -> str:
+        """Return the split of a file's rows for `FileScan`.
+
+        It is "" if `source.uri` names the files: then they are read as one, whatever they hold.
+        """
+        return "" if self._location.names_files else split
 
     def _clear_columns(
         self, files: Sequence[SourceFile], settings: SourceSettings
