@@ -141,11 +141,11 @@ def test_code_that_a_configuration_names_is_imported_by_a_run_only(
             "export",
             str(run),
             "--format",
-            "list",
+            "indices",
             "--keep",
             "0.5",
             "--to",
-            "kept.csv",
+            "kept.json",
         ],
         ["inspect", "--config", str(run / "config.yaml")],
     ):

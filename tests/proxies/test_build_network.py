@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import batch
+from torchvision import models
 
 from raypipe.config import ProxySettings
 from raypipe.config.choices import PROXY_MODELS, is_model, is_own
@@ -17,6 +18,7 @@ from raypipe.plugins import code_allowed
 from raypipe.proxies.networks import build_network
 from raypipe.proxies.normalisation import input_statistics
 from raypipe.proxies.registry import find
+from raypipe.proxies.sizes import size_of
 
 NETWORKS = """
 import torch
@@ -116,6 +118,16 @@ def test_classifiers_of_timm_are_split_before_their_last_layer(name: str) -> Non
     published = find(f"timm:{name}")
     assert published.input_size == 160
     assert published.mean == tuple(timm.get_pretrained_cfg(name).mean)
+
+
+def test_size_of_a_network_is_counted() -> None:
+    size = size_of("torchvision:mobilenet_v3_small", 224)
+    stated = models.get_model_weights("mobilenet_v3_small").DEFAULT.meta
+    assert size.width == 1024
+    assert size.parameters == stated["num_params"] - 1000 * (size.width + 1)
+    assert size.macs == pytest.approx(1e9 * stated["_ops"], rel=0.05)
+    computes_while_built = size_of("torchvision:regnet_y_400mf", 32)
+    assert computes_while_built.width == 440
 
 
 def test_a_network_of_ones_own_is_split_and_states_its_normalisation(module: str) -> None:
