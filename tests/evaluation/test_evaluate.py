@@ -170,9 +170,8 @@ def test_strategies_that_compare_embeddings_are_evaluated(scored: Run) -> None:
     settings = scored.config().select
     _, (evaluated,), _ = _lists(scored, strategies=["coverage"])
     assert evaluated.name == "moso, coverage by class"
-    changed = settings.model_copy(update={"strategy": "coverage"})
-    only = changed.model_copy(update={"keep": (0.5,)})
-    write_keep_lists(scored, only, scored.config().trust)
+    changed = settings.model_copy(update={"strategy": "coverage", "keep": (0.5,)})
+    write_keep_lists(scored, changed, scored.config().trust)
     kept = set(raypipe.KeepList(scored.uri, 0.5))
     names = [f"digits/{row:04d}" for row in range(198)]
     assert {names[row] for row in evaluated.rows} == kept & set(names)
