@@ -44,6 +44,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from raypipe.errors import RaypipeError
+from raypipe.text import stand_in
 from raypipe.vision.png import without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -134,7 +135,8 @@ def decode(
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
+        reason = stand_in(image[:64]) if isinstance(image, bytes) else ""
+        raise BadImage(reason or "not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None
     except Exception as error:
