@@ -17,8 +17,8 @@ Tables, mean over the seeds ± half the width of the 95 % t interval:
 3. MoSo's claim that it keeps clean samples: share of wrong labels among the samples with the highest scores, at keep fractions;
 4. how well the list "Labels to check" on the page of a run finds them: all samples whose label the proxies contradict, ordered by
    their margin. As in a run by default, three proxies, each trained on its part of the random 20 %, see only samples outside it; for
-   comparison one proxy trained on the random 20 %, or on everything. Precision of the whole list, recall, and precision of its first
-   samples, as many as were replaced. --page-list prints this table alone;
+   comparison one proxy trained on the random 20 %. Precision of the whole list, recall, and precision of its first
+   samples, as many as were replaced; the same of all samples ordered by the margin. --page-list prints this table alone;
 5. with --train: accuracy, on the test part with its true labels, of fresh networks trained on such lists with the labels as they are.
 
 Every training, measurement and fit is made once and kept below --cache: stopped at any time, the same command goes on; --only-cached prints
@@ -68,7 +68,6 @@ CROSS_FIT = "cross-fit"
 PAGE_LISTS = {
     CROSS_FIT: "three, each on a third of the seed set",
     "extrapolated": "one, on the seed set",
-    "measured": "one, on all samples",
 }
 """Proxies of the page's list, and how the table calls them."""
 PARTS, PART_SEED = 3, 50_000
@@ -161,13 +160,18 @@ class Noisy:
 
     def page_list(self, proxies: str) -> RetrievalFigures:
         """Figures of the list "Labels to check" with the proxies of PAGE_LISTS."""
-        if proxies == CROSS_FIT:
-            found = self._cross_fit()
-        else:
-            found = self.study.outputs(self.run(proxies))
+        found = self._outputs(proxies)
         contradicted = np.flatnonzero(found["prediction"] != self.images.label)
         order = contradicted[np.argsort(found["margin"][contradicted], kind="stable")]
         return retrieval_figures(self.wrong[order], int(self.wrong.sum()))
+
+    def by_margin(self, proxies: str) -> RetrievalFigures:
+        """Figures of all samples ordered by the margin of the same proxies."""
+        order = np.argsort(self._outputs(proxies)["margin"], kind="stable")
+        return retrieval_figures(self.wrong[order], int(self.wrong.sum()))
+
+    def _outputs(self, proxies: str) -> dict[str, np.ndarray]:
+        return self._cross_fit() if proxies == CROSS_FIT else self.study.outputs(self.run(proxies))
 
     def _cross_fit(self) -> dict[str, np.ndarray]:
         """Statistics of every sample by the proxies that were not trained on its part."""
@@ -279,19 +283,28 @@ def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:
 
 def page_list(seeds: Sequence[Noisy]) -> None:
     share = shown([float(seed.wrong.mean()) for seed in seeds])
-    rows = [("chance", ["", share, "", share])]
+    rows = [("chance", ["", share, "", share, share])]
     for proxies, title in PAGE_LISTS.items():
         found = of_all(seeds, lambda seed, proxies=proxies: seed.page_list(proxies))
+        ordered = of_all(seeds, lambda seed, proxies=proxies: seed.by_margin(proxies))
         cells = (
             [figures["listed"] / len(seeds[0].wrong) for figures in found],
             [figures["precision"] for figures in found],
             [figures["recall"] for figures in found],
             [figures["at_replaced"]["precision"] for figures in found],
+            [figures["at_replaced"]["precision"] for figures in ordered],
         )
         rows.append((title, [shown(values) for values in cells]))
     table(
         '4. The list "Labels to check": contradicted labels, ordered by the margin, in %',
-        ("proxies", "of all samples", "precision", "recall", "precision at the number replaced"),
+        (
+            "proxies",
+            "of all samples",
+            "precision",
+            "recall",
+            "precision of its first, as many as were replaced",
+            "all samples by margin, the same",
+        ),
         rows,
     )
 
