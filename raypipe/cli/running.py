@@ -90,13 +90,18 @@ def init(minimal: bool) -> None:
 def scores() -> None:
     """List the scores that can be measured: what each is, what it needs and what it costs."""
     from raypipe.config.choices import EXPERIMENTAL_SCORES
-    from raypipe.scores.registry import SCORES
+    from raypipe.plugins import SCORE, code_allowed, package_of
+    from raypipe.scores.registry import SCORES, installed_scores
 
-    for info in SCORES.values():
+    with code_allowed():  # of installed packages
+        others = installed_scores()
+    for info in (*SCORES.values(), *others):
         free = info.cost == "none"
         cost = "no cost beyond the training" if free else f"costs {info.cost}"
         click.echo(f"{info.name:<20} {info.summary}")
         click.echo(f"{'':<20} needs {info.needs}; {cost}; {info.source}")
+        if info.name not in SCORES:
+            click.echo(f"{'':<20} from {package_of(SCORE, info.name)}")
         if info.name in EXPERIMENTAL_SCORES:
             click.echo(f"{'':<20} experimental: {EXPERIMENTAL_SCORES[info.name]}")
 

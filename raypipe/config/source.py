@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raypipe.config.base import Positive, Settings
+from raypipe.config.parts import OrPart, PartOptions, check_names
+from raypipe.plugins import SOURCE
+
+OwnFormat = Literal[
+    "auto",
+    "parquet",
+    "imagefolder",
+    "filelist",
+    "webdataset",
+    "huggingface",
+    "torchvision",
+    "synthetic",
+    "digits",
+]
+"""Formats that raypipe reads, and auto."""
 
 
 class SourceSettings(Settings):
@@ -18,17 +33,14 @@ class SourceSettings(Settings):
         "torchvision://CIFAR10 and huggingface://user/name are datasets by name, synthetic:// "
         "generates images."
     )
-    format: Literal[
+    format: Annotated[str, OrPart(SOURCE, OwnFormat)] = Field(
         "auto",
-        "parquet",
-        "imagefolder",
-        "filelist",
-        "webdataset",
-        "huggingface",
-        "torchvision",
-        "synthetic",
-        "digits",
-    ] = Field("auto", description="Storage format. auto: from the file names.")
+        description="Storage format. auto: from the file names. module:Class names a source of "
+        "your own.",
+    )
+    options: PartOptions = Field(
+        {}, description="Options of sources from other packages: {name: {option: value}}."
+    )
     root: str | None = Field(
         None,
         min_length=1,
@@ -121,3 +133,8 @@ class SourceSettings(Settings):
         description="Share of unreadable samples above which the run fails. Fewer than 10 never "
         "fail it. 0: no sample can be unreadable, 1: all can.",
     )
+
+    @model_validator(mode="after")
+    def _options_of_others(self) -> SourceSettings:
+        check_names(self.options, OwnFormat, "source")
+        return self

@@ -34,7 +34,6 @@ from raypipe.evaluation.lists import SamplePool, cut_lists
 from raypipe.evaluation.summary import Results, summarize, table_of
 from raypipe.evaluation.trainings import FOLDER, Training, recipe_of, train_one, trainings_of
 from raypipe.keeplists.file import check_has_images
-from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import fingerprint
@@ -48,7 +47,6 @@ MAX_CPUS_WITH_GPU = 4
 """CPUs of a training that has a GPU, at most."""
 
 
-@code_allowed()
 def evaluate(
     run: Run,
     test: SourceSettings,

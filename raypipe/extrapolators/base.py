@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from raypipe.config import ExtrapolateSettings
+from raypipe.config.base import Settings
+from raypipe.config.parts import NoOptions
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.neighbours import ClassNeighbours, NeighbourIndex, Neighbours
 from raypipe.progress import ProgressCallback
@@ -103,6 +105,12 @@ class Extrapolator(abc.ABC):
     ----------
     name
         The value of `extrapolate.method` that selects this class.
+    summary
+        What it does, in a few words; one from outside raypipe needs it.
+    Options
+        Options of one from outside raypipe, which stand in `extrapolate.options` under its name.
+    options
+        An instance of `Options`.
     transductive
         Whether a fit needs all samples, scored or not; see `TransductiveExtrapolator`.
     default_neighbours, default_epochs
@@ -112,6 +120,8 @@ class Extrapolator(abc.ABC):
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[Settings]] = NoOptions
     transductive: ClassVar[bool] = False
     default_neighbours: ClassVar[int]
     default_epochs: ClassVar[int] = 1
@@ -120,6 +130,7 @@ class Extrapolator(abc.ABC):
     def __init__(self, settings: ExtrapolateSettings, num_classes: int) -> None:
         self.settings = settings
         self.num_classes = num_classes
+        self.options: Any = self.Options.model_validate(settings.options.get(settings.method, {}))
         self.neighbours = (
             self.default_neighbours if settings.neighbours == "auto" else settings.neighbours
         )

@@ -47,6 +47,8 @@ import numpy as np
 
 from raypipe.config import Config
 from raypipe.errors import ConfigError
+from raypipe.plugins import SCORE, allows_code, declared, find
+from raypipe.scores.base import Score, checked_score
 from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
 
 
@@ -157,12 +159,50 @@ SCORES = {
         ),
     )
 }
-"""Every measured score by name."""
+"""Every measured score of raypipe by name."""
+
+
+def score_info(name: str) -> ScoreInfo:
+    """Return the entry of a score, also of one from outside.
+
+    Raises
+    ------
+    ConfigError
+        If a score from outside cannot be imported, or must not be.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    score = find(SCORE, name, Score)
+    return ScoreInfo(name, score.summary, "trajectory", "none", score.paper, score.reads)
+
+
+def installed_scores() -> list[ScoreInfo]:
+    """Return the entries of all scores that installed packages declare.
+
+    Raises
+    ------
+    ConfigError
+        If one of them cannot be imported, or importing is not allowed.
+    """
+    return [score_info(name) for name in declared(SCORE) if name not in SCORES]
 
 
 def trajectory_score(name: str) -> Callable[..., np.ndarray]:
-    """Return the function of a trajectory score; raise ScoreError if the name is not one."""
-    if name not in SCORES or SCORES[name].needs != "trajectory":
+    """Return the function of a trajectory score.
+
+    Raises
+    ------
+    ScoreError
+        If a score of raypipe is not computed from the trajectory.
+    ConfigError
+        If a score from outside cannot be imported, or must not be.
+    """
+    if name not in SCORES:
+        score = find(SCORE, name, Score)
+        return lambda trajectory, **options: checked_score(
+            name, score(score.Options.model_validate(options)), trajectory
+        )
+    if SCORES[name].needs != "trajectory":
         names = ", ".join(key for key, info in SCORES.items() if info.needs == "trajectory")
         raise ScoreError(f"{name!r} is not a trajectory score; those are {names}")
     module: Any = import_module(f"raypipe.scores.{name.replace('-', '_')}")
@@ -180,9 +220,15 @@ def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
 
 
 def check_scores(config: Config) -> None:
-    """Raise ConfigError if a score needs more epochs than the proxy will be trained for."""
+    """Raise ConfigError if a score needs more epochs than the proxy will be trained for.
+
+    Scores from outside are checked where their code can be imported.
+    """
     for name in sorted(config.measure.from_trajectory):
+        if name not in SCORES and not allows_code():
+            continue
         try:
             check_epochs(name, config.proxy.passes, config.measure.trajectory_options(name))
         except ScoreError as error:
-            raise ConfigError(f"measure.scores: {error}") from None
+            text = str(error).removeprefix("measure.scores: ")
+            raise ConfigError(f"measure.scores: {text}") from None

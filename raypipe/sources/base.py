@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from raypipe.config import SourceSettings
+from raypipe.config.base import Settings
+from raypipe.config.parts import NoOptions
 from raypipe.sources.formats import LeftOut
 
 IdFilter = Callable[[str], bool]
@@ -197,6 +199,12 @@ class Source(abc.ABC):
     ----------
     format : str
         Name of the format in the settings.
+    summary : str
+        What it reads, in a few words; a source from outside raypipe needs it.
+    Options : type of Settings
+        Options of a source from outside raypipe, which stand in `source.options` under its name.
+    options : Settings
+        An instance of `Options`.
     scan_reads : {"nothing", "part", "all"}
         How much of a file `scan` reads; "nothing" if the listing already contains everything that
         a scan reports. Used by cost estimates.
@@ -243,12 +251,15 @@ class Source(abc.ABC):
     """
 
     format: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[Settings]] = NoOptions
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
     labels_by_name: ClassVar[bool] = False
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
+        self.options: Any = self.Options.model_validate(settings.options.get(self.format, {}))
 
     def resolved_settings(self, image_size: int = 0) -> SourceSettings:
         """Return the settings with `auto` and defaults replaced by what they mean for this source.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from raypipe.config import Config
 from raypipe.distributed.context import Context
-from raypipe.runs.ledger import StageRecord
+from raypipe.distributed.outside_code import fingerprint_of
+from raypipe.runs.ledger import StageRecord, fingerprint
 
 
 class Stage(abc.ABC):
@@ -44,6 +45,21 @@ class Stage(abc.ABC):
 
         Settings of speed (workers, batch sizes of inference) are not among them.
         """
+
+    def fingerprint(self, context: Context, inputs: Sequence[str]) -> str:
+        """Return the fingerprint of everything that the outputs depend on.
+
+        Parameters
+        ----------
+        context : Context
+            The configuration, and the code from outside raypipe that it names.
+        inputs : sequence of str
+            Fingerprints of the stages in `needs`, as far as the run has them.
+        """
+        parts: list[Any] = [self.name, self.settings(context.config), inputs]
+        if code := fingerprint_of(self.name, context.code):
+            parts.append(code)
+        return fingerprint(*parts)
 
     def clear(self, context: Context) -> None:
         """Remove the outputs of other settings."""

@@ -47,6 +47,7 @@ class IndexStage(Stage):
         return config.source.model_dump(
             mode="json",
             exclude={
+                "options",
                 "max_pixels",
                 "bit_depth",
                 "max_reject_fraction",
