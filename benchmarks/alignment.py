@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from raypipe.proxies.networks import build_network
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum, parameters_of
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision.devices import set_threads
-from raypipe.vision.networks import build_network
 from raypipe.vision.precision import use_precision
 
 NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))

@@ -26,6 +26,7 @@ from raypipe.errors import RaypipeError
 from raypipe.extrapolators import make
 from raypipe.extrapolators.base import Nodes, TransductiveExtrapolator
 from raypipe.extrapolators.blend import AnchorGnn
+from raypipe.proxies.networks import ProxyNet, build_network
 from raypipe.runs.ledger import fingerprint
 from raypipe.scores.moso import gradient_sum
 from raypipe.scores.trajectory import STATISTICS
@@ -33,7 +34,6 @@ from raypipe.sources import class_map, open_source
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.decode import decode_batch
-from raypipe.vision.networks import ProxyNet, build_network
 from raypipe.vision.output_statistics import output_statistics
 
 BATCH = 64

@@ -369,7 +369,7 @@ def growth(arguments: argparse.Namespace) -> None:
 
 
 def share(arguments: argparse.Namespace) -> None:
-    from raypipe.vision.networks import build_network
+    from raypipe.proxies.networks import build_network
 
     torch.set_num_threads(1)
     network = build_network("resnet18", 1000, 64).eval()

@@ -35,6 +35,7 @@ from raypipe.config import ExtrapolateSettings, MeasureSettings, ProxySettings
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.blend import AnchorGnn
+from raypipe.proxies.networks import ProxyNet
 from raypipe.runs.ledger import fingerprint
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.forward_mode import Aligner
@@ -43,7 +44,6 @@ from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.scores.registry import SCORES, trajectory_score
 from raypipe.scores.trajectory import STATISTICS, Trajectory
 from raypipe.vision import training
-from raypipe.vision.networks import ProxyNet
 
 MOSO = {"moso": "lr", "moso-normalized": "normalized", "moso-none": "none"}
 """Weights of the checkpoints, by the name of the score."""
@@ -353,7 +353,9 @@ class Study:
         return ".".join(parts) + (f"-{fingerprint(options)[:6]}" if options else "")
 
     def _options(self, score: str) -> dict[str, Any]:
-        options = {} if score in MOSO else self.measure.options_of(score.removesuffix(AT_CHECKPOINTS))
+        options = (
+            {} if score in MOSO else self.measure.options_of(score.removesuffix(AT_CHECKPOINTS))
+        )
         recalibrated = {"recalibrate": True} if direct(score) and self.measure.recalibrate else {}
         return {name: value for name, value in options.items() if name != "at"} | recalibrated
 

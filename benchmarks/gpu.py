@@ -36,13 +36,13 @@ from torch import nn
 
 from raypipe.config.measure import MeasureSettings
 from raypipe.extrapolators.neighbours import NeighbourIndex
+from raypipe.proxies.networks import build_network
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import gradient_sum
 from raypipe.sources.base import RawSample
 from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
 from raypipe.vision.forward import forward
 from raypipe.vision.gpu_decode import decode_jpegs, split_off_jpegs
-from raypipe.vision.networks import build_network
 from raypipe.vision.precision import use_precision
 
 CLASSES = 1000

@@ -29,11 +29,11 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from raypipe.config import ProxySettings
+from raypipe.proxies.networks import ProxyNet
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.moso import alignments
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision.devices import set_threads
-from raypipe.vision.networks import ProxyNet
 
 CHECKPOINTS = 4
 MOMENT_BATCH = 16

@@ -27,12 +27,12 @@ from common import Images, checkpoints, final, mean_gradient, read, train
 
 from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import ProxySettings, SourceSettings
+from raypipe.proxies.networks import ProxyNet
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
 from raypipe.scores.moso import combine, leave_one_out
 from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.vision import training
-from raypipe.vision.networks import ProxyNet
 
 WEIGHTS = ("lr", "none", "normalized")
 SIZE = 32

@@ -198,14 +198,14 @@ def _execute(
                 line for name in unasked for line in changes(records[name], name, context.code)
             ]
             check_overwrite(run, records, config, unasked, changed)
-        context.check_cluster(
-            {
-                name
-                for name in names
-                if name in lost or name not in records or records[name].state != "done"
-            }
-            & USING_RAY
-        )
+        planned = [
+            name
+            for name in names
+            if name in lost or name not in records or records[name].state != "done"
+        ]
+        context.check_cluster(USING_RAY.intersection(planned))
+        for name in planned:
+            make_stage(name).check(context)
         for name in again:
             records.pop(name, None)  # a stage without a record starts from nothing
         if again or not run.exists():

@@ -18,31 +18,33 @@ from xdist.scheduler import LoadScopeScheduling
 from raypipe import storage
 
 
-class OneCluster(LoadScopeScheduling):
-    """Give one worker all files that share the Ray cluster of the session, which starts once.
+class RayFirst(LoadScopeScheduling):
+    """Hand out whole files, so that their fixtures are made once, those with Ray first.
 
-    The other files go to whichever worker is free, each as a whole, so that its fixtures are made
-    once. Those of `faults` and `jobs` take long: they are shared out, at the price of a second
-    cluster. `--dist loadgroup` cannot do this: pytest-xdist 3.8 writes groups into ids that pytest 9
-    does not read.
+    Both workers start a cluster of their own. The files with Ray are few tests that take long: at
+    the end one of them would run alone.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "ray" if uses_ray(Path(self.config.rootpath, file)) else file
+        return nodeid.partition("::")[0]
 
 
 @functools.cache
 def uses_ray(file: Path) -> bool:
-    """Whether tests of a file go to the worker with the Ray cluster of the session."""
+    """Whether tests of a file use a Ray cluster."""
     if file.parent.name in ("faults", "jobs"):
-        return False
+        return True
     fixtures = r"\b(cluster|finished|finished_ledger|finished_scores|of_folders)\b[:,]|mark\.ray"
     return re.search(fixtures, file.read_text(encoding="utf-8")) is not None
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneCluster:
-    return OneCluster(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayFirst:
+    config.option.loadscopereorder = False  # files in the order of collection, not by length
+    return RayFirst(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not uses_ray(item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,13 @@ PROXY_MODELS = (
     "wide_resnet50_2",
     "resnext50_32x4d",
 )
-"""Networks `raypipe.vision.networks.build_network` can build."""
+"""Networks of raypipe's own, known by their name alone. All but `small` are ResNets of torchvision
+with a stem for small images."""
+
+TORCHVISION_PREFIX = "torchvision"
+"""Prefix of a network as torchvision builds it: `torchvision:convnext_tiny`."""
+TIMM_PREFIX = "timm"
+"""Prefix of a network of timm: `timm:vit_tiny_patch16_224`."""
 
 DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss"})
 """Scores that are high for hard samples, including mislabelled ones. For all other scores, a low
@@ -78,11 +84,18 @@ AUTO: Literal["auto"] = "auto"
 """The one that leaves the choice to the pilot."""
 
 
+def is_model(name: str) -> bool:
+    """Return whether a name has the form of a network; whether it exists is checked by a run."""
+    library, _, rest = name.partition(":")
+    return name in PROXY_MODELS or (library in (TORCHVISION_PREFIX, TIMM_PREFIX) and rest != "")
+
+
 def unknown_model(name: str) -> str:
     """Return the message about a network that does not exist."""
     near = difflib.get_close_matches(name, PROXY_MODELS, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
-    return f"model: {name!r} is not one of {', '.join(PROXY_MODELS)}{suggestion}"
+    names = ", ".join([*PROXY_MODELS, "torchvision:NAME", "timm:NAME"])
+    return f"model: {name!r} is not one of {names}{suggestion}"
 
 
 @dataclass(frozen=True)

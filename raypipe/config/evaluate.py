@@ -122,8 +122,8 @@ class EvaluateSettings(Settings):
 
     @model_validator(mode="after")
     def _model_exists(self) -> EvaluateSettings:
-        from raypipe.config.choices import PROXY_MODELS, unknown_model
+        from raypipe.config.choices import is_model, unknown_model
 
-        if self.model is not None and self.model not in PROXY_MODELS:
+        if self.model is not None and not is_model(self.model):
             raise ValueError(unknown_model(self.model))
         return self

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from raypipe.config.base import Settings
 from raypipe.config.model import Config
 from raypipe.config.problems import problem_lines
+from raypipe.config.proxy import ProxySettings
 from raypipe.errors import ConfigError
 
 Section = TypeVar("Section", bound=Settings)
@@ -141,6 +142,11 @@ def absolute_paths(config: Config) -> Config:
     def absolute(uri: str) -> str:
         return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
+    def absolute_weights(proxy: ProxySettings) -> ProxySettings:
+        if proxy.weights in ("none", "pretrained"):
+            return proxy
+        return absolute_in(proxy, "weights")
+
     def absolute_in(section: Section, *names: str) -> Section:
         uris = {name: getattr(section, name) for name in names}
         return section.model_copy(
@@ -157,6 +163,7 @@ def absolute_paths(config: Config) -> Config:
             "run": absolute(config.run),
             "source": source,
             "pseudo_labels": labels,
+            "proxy": absolute_weights(config.proxy),
             "select": select,
         }
     )

@@ -190,8 +190,8 @@ class Config(Settings):
     @field_validator("proxy")
     @classmethod
     def _model_exists(cls, value: ProxySettings) -> ProxySettings:
-        from raypipe.config.choices import PROXY_MODELS, unknown_model
+        from raypipe.config.choices import is_model, unknown_model
 
-        if value.model not in PROXY_MODELS:
+        if not is_model(value.model):
             raise ValueError(unknown_model(value.model))
         return value

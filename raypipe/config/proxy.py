@@ -78,20 +78,42 @@ class ProxySettings(Settings):
     model: str = Field(
         "resnet18",
         min_length=1,
-        description="small (0.3 M parameters), or a torchvision network: resnet18, resnet50, ...",
+        description="Network. small (0.3 M parameters), a ResNet for small images (resnet18, "
+        "resnet50, ...), or torchvision:NAME, a classifier as torchvision builds it.",
     )
     image_size: int = Field(
         64, ge=8, le=1024, description="Side in pixels that images are scaled to, square."
     )
     normalize: Annotated[
-        Annotated[Literal["measured", "imagenet", "cifar10", "half"], Tag("a-name")]
+        Annotated[
+            Literal["auto", "measured", "network", "imagenet", "cifar10", "half"], Tag("a-name")
+        ]
         | Annotated[NormalizeSettings, Tag("mean-and-std")],
         Discriminator(_kind_of_normalize),
     ] = Field(
-        "measured",
+        "auto",
         description="Mean and standard deviation that normalise each channel: measured (on the "
-        "seed set), imagenet, cifar10, half (0.5 and 0.5), or {mean: [r, g, b], std: [r, g, b]} "
-        "for pixels from 0 to 1.",
+        "seed set), network (those that the network states, else measured), imagenet, cifar10, "
+        "half (0.5 and 0.5), or {mean: [r, g, b], std: [r, g, b]} for pixels from 0 to 1. auto: "
+        "network if weights are given, else measured.",
+    )
+    weights: str = Field(
+        "none",
+        min_length=1,
+        description="Weights that each training starts from. none: drawn at random. pretrained: "
+        "those that the network's library publishes, through its own download and cache. Or the "
+        "path or URI of a safetensors file: a state dict of the network, or a checkpoint of a "
+        "run. A last layer of another width is drawn at random.",
+    )
+    freeze: Literal["none", "backbone", "norm"] = Field(
+        "none",
+        description="Layers that stay as they are, with their statistics and without dropout. "
+        "backbone: all but the last. norm: the normalisation layers.",
+    )
+    train: Literal["full", "head"] = Field(
+        "full",
+        description="Weights to train. full: all that freeze leaves. head: those of the last "
+        "layer; statistics of BatchNorm still follow the images unless they are frozen.",
     )
     epochs: Positive | Literal["auto"] = Field(
         "auto",
@@ -198,6 +220,13 @@ class ProxySettings(Settings):
     )
 
     @model_validator(mode="after")
+    def _resolve_auto(self) -> ProxySettings:
+        if self.normalize == "auto":
+            resolved = "measured" if self.weights == "none" else "network"
+            object.__setattr__(self, "normalize", resolved)  # settings are fixed, except here
+        return self
+
+    @model_validator(mode="after")
     def _cross_fit_possible(self) -> ProxySettings:
         if self.cross_fit is True and self.parts < MIN_CROSS_FIT_PARTS:
             raise ValueError(
@@ -270,6 +299,8 @@ class ProxySettings(Settings):
         self, mean: Sequence[float], std: Sequence[float]
     ) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of the channels, as `normalize` chooses them.
+
+        `network` is up to `raypipe.proxies.normalisation`; here it means the measured values.
 
         Parameters
         ----------

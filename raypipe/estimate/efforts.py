@@ -201,13 +201,12 @@ def _passes(config: Config, seed: int) -> tuple[float, float]:
 def _extrapolation(work: Workload, machine: Machine) -> Effort:
     if work.config.scores_embeddings:
         return _probing(work)
-    settings, model = work.config.extrapolate, work.config.proxy.model
-    repeats = work.config.proxy.repeats
+    settings, values = work.config.extrapolate, work.embedding_values
     folds = _folds(work)
     quick = settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE
     fold = (QUICK_FOLD if quick else 1.0) * (1 - settings.holdout)
     epochs = None if settings.epochs == "auto" else settings.epochs
-    fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, model, repeats)
+    fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, values)
     fits = 1 + folds * fold + work.config.rehearses / 2
     if work.config.proxy.cross_fits:
         fits = work.config.proxy.parts * (QUICK_FOLD if settings.method == "gnn" else 1.0)
@@ -215,9 +214,7 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
     gpu = 0.0
     if settings.method != "gnn-published":
         on_gpu = machine.uses_gpu(settings.use_gpu) and work.seed <= settings.exact_neighbours
-        predictions = work.samples * rates.predict_seconds(
-            work.seed, model, repeats, search=not on_gpu
-        )
+        predictions = work.samples * rates.predict_seconds(work.seed, values, search=not on_gpu)
         cpu, gpu = cpu + predictions, on_gpu * predictions / SEARCHERS_PER_GPU
         audit = _auditing(work, machine)
         cpu, gpu = cpu + audit.cpu, gpu + audit.gpu
@@ -226,7 +223,7 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
             if settings.judge_published == "auto"
             else settings.judge_published
         ) and not work.config.proxy.cross_fits
-        cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, model)
+        cpu += published * rates.fit_seconds("gnn-published", work.seed, work.samples, None, values)
     return Effort(cpu, gpu, max(folds + 1, work.fragments / 2))
 
 
@@ -245,7 +242,7 @@ def _measured_checkpoints(config: Config) -> int:
 
 def _probing(work: Workload) -> Effort:
     """Return the work of linear probes: products of embeddings with covariance and class means."""
-    width, repeats = rates.width(work.config.proxy.model), work.config.proxy.repeats
+    width, repeats = work.embedding_width, work.config.proxy.repeats
     fitted = min(work.samples, probe_samples(work.classes))
     products = repeats * (fitted * width + 2 * work.samples * work.classes)
     cpu = PROBE_PRODUCT_SECONDS * width * products + work.samples * rates.SAMPLE_SECONDS

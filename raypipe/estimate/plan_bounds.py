@@ -90,11 +90,10 @@ def bounds_of(
 
 def _seed_set_bounds(work: Workload, hours: Mapping[str, float]) -> list[Bound]:
     """Return the limits of the number of measured samples."""
-    config, model = work.config, work.config.proxy.model
-    method, repeats = config.extrapolate.method, config.proxy.repeats
-    worker_gb = 4.0 * repeats * constants.width(model) * work.seed / 1e9
+    config, method = work.config, work.config.extrapolate.method
+    worker_gb = 4.0 * work.embedding_values * work.seed / 1e9
     training = hours["proxy"]
-    fit = constants.fit_seconds(method, work.seed, work.samples, None, model, repeats) / 3600
+    fit = constants.fit_seconds(method, work.seed, work.samples, None, work.embedding_values) / 3600
 
     def smaller_seed_set(figure: float, limit: float) -> str:
         fraction = config.seed.fraction * min(1.0, limit / max(figure, 1e-9))

@@ -102,14 +102,25 @@ By its basis: a run's ledger, the constants above, or the assumed GPU.
 """
 
 
-def width(model: str) -> int:
-    """Return the length of the embeddings of a proxy."""
+def width(model: str, image_size: int) -> int:
+    """Return the length of the embeddings of a proxy for images of `image_size` pixels."""
+    if model not in PARAMETERS:
+        from raypipe.proxies.sizes import size_of
+
+        return size_of(model, image_size).width
     return WIDTHS.get(model, WIDTH)
 
 
-def fit_seconds(
-    method: str, seed: int, samples: int, epochs: int | None, model: str, repeats: int = 1
-) -> float:
+def parameters(model: str, image_size: int) -> int:
+    """Return the weights of a proxy for images of `image_size` pixels."""
+    if model not in PARAMETERS:
+        from raypipe.proxies.sizes import size_of
+
+        return size_of(model, image_size).parameters
+    return PARAMETERS[model]
+
+
+def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, values: int) -> float:
     """Return the processor seconds of one fit of an extrapolator.
 
     Parameters
@@ -120,25 +131,22 @@ def fit_seconds(
         Samples of the seed set and of the source.
     epochs
         None if the size of the seed set decides.
-    model
-        The proxy's network.
-    repeats
-        `proxy.repeats`: embeddings that are seen side by side.
+    values
+        Length of the embeddings, of all that are seen side by side (`proxy.repeats`).
     """
     if method == "gnn-published":
         return GRAPH_SAMPLE * samples
     if method == "gnn":
         seen = seed * (epochs or gnn_epochs(seed))
-        return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * repeats * width(model) / 96)
+        return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * values / 96)
     fixed, each = FIT_SECONDS[method]
     return fixed + each * seed
 
 
-def predict_seconds(seed: int, model: str, repeats: int = 1, search: bool = True) -> float:
+def predict_seconds(seed: int, values: int, search: bool = True) -> float:
     """Return the processor seconds to predict the score of one sample.
 
     They cover its row, its embedding and, with `search`, the search of its neighbours among the
-    seed samples on the CPU.
+    seed samples on the CPU. `values` is the length of all its embeddings.
     """
-    values = repeats * width(model)
     return 0.1e-3 + 0.3e-6 * values + search * 5e-11 * min(seed, 50_000) * values

@@ -36,8 +36,9 @@ def bytes_read(work: Workload, stored: float, random_access: bool) -> dict[str, 
 def bytes_written(work: Workload) -> dict[str, int]:
     """Return the bytes of each folder of the run."""
     config, proxy, measure = work.config, work.config.proxy, work.config.measure
-    width = rates.width(proxy.model)
-    checkpoint = 4 * (rates.PARAMETERS[proxy.model] + width * work.classes) * proxy.parts
+    width = work.embedding_width
+    weights = rates.parameters(proxy.model, proxy.image_size)
+    checkpoint = 4 * (weights + width * work.classes) * proxy.parts
     count = len(proxy.checkpoint_epochs())
     # of one repeat
     checkpoints = count * checkpoint
@@ -54,7 +55,7 @@ def bytes_written(work: Workload) -> dict[str, int]:
     if proxy.cross_fits:
         views = 2 * proxy.repeats - 1 + 1 / proxy.parts
     feature = 4 if config.embed.dtype == "float32" else 2
-    labeller = 4 * rates.PARAMETERS[_label_network(config)] + 60 * drawn
+    labeller = 4 * _label_parameters(config) + 60 * drawn
     rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
     folder_bytes = {
         "seed": drawn * image,
@@ -80,7 +81,9 @@ def bytes_written(work: Workload) -> dict[str, int]:
     }
 
 
-def _label_network(config: Config) -> str:
-    """Return the network whose features give samples their pseudo-labels."""
+def _label_parameters(config: Config) -> int:
+    """Return the weights of the network whose features give samples their pseudo-labels."""
     settings = config.pseudo_labels
-    return settings.model if settings.features == "backbone" else config.proxy.model
+    if settings.features == "backbone":
+        return rates.parameters(settings.model, settings.image_size)
+    return rates.parameters(config.proxy.model, config.proxy.image_size)

@@ -141,6 +141,16 @@ class Workload:
         return network_costs.macs(self.config.proxy.model, self.config.proxy.image_size)
 
     @property
+    def embedding_width(self) -> int:
+        """Length of an embedding by one proxy."""
+        return rates.width(self.config.proxy.model, self.config.proxy.image_size)
+
+    @property
+    def embedding_values(self) -> int:
+        """Length of the embeddings by all proxies that are seen side by side."""
+        return self.config.proxy.repeats * self.embedding_width
+
+    @property
     def seed_shards(self) -> float:
         """Shards of the seed set, about."""
         return self.seed / SEED_SHARD_SAMPLES + 1

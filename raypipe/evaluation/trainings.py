@@ -22,6 +22,8 @@ from raypipe.config import AdversarySettings, Config, ProxySettings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
+from raypipe.proxies.normalisation import input_statistics
+from raypipe.runs.initial_weights import read_weights
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.packed_bits import pack
 from raypipe.runs.run import Run
@@ -38,6 +40,9 @@ RECIPE = (
     "weight_decay", "schedule", "label_smoothing", "flip", "crop_padding", "amp", "adversary",
 )  # fmt: skip
 """Settings of `proxy` that a training on a list uses; the others concern scores or speed."""
+OF_THE_NETWORK = {"weights": "none", "freeze": "none", "train": "full"}
+"""Further ones that belong to the run's network, with the value that changes nothing: they are not
+used for another network, and earlier results are valid without them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +89,8 @@ def recipe_of(config: Config, settings: EvaluateSettings, samples: int) -> Proxy
         (config.proxy.adversary or AdversarySettings()) if settings.attack else None
     )
     recipe = {name: proxy[name] for name in RECIPE}
+    if settings.model in (None, config.proxy.model):
+        recipe |= {name: proxy[name] for name in OF_THE_NETWORK}
     return ProxySettings.model_validate({**recipe, "checkpoints": 1, "parts": 1}).for_seed_set(
         samples
     )
@@ -121,6 +128,11 @@ def trainings_of(
             )
             own = recipe.model_copy(update={"seed": seed})
             stated = own.model_dump(mode="json", include={*RECIPE, "seed"}, exclude_none=True)
+            stated |= {
+                name: getattr(own, name)
+                for name, value in OF_THE_NETWORK.items()
+                if getattr(own, name) != value
+            }
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)
             result.append(Training(name, listed, seed, steps, own))
     return result
@@ -194,9 +206,10 @@ def train_one(
         data.labels,
         listed.rows if listed.dynamic is None else listed.dynamic.start(settings.seed),
         classes,
-        settings.statistics(*data.statistics),
+        input_statistics(settings, *data.statistics),
         steps=training.steps,
         device=device,
+        initial=read_weights(settings),
         state=state,
         save=lambda state: state_file.write(state, clock.seconds()),
     )

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from raypipe.config import ProxySettings, PseudoLabelSettings
 from raypipe.errors import RaypipeError
+from raypipe.proxies.networks import ProxyNet, build_network
 from raypipe.vision import training
 from raypipe.vision.devices import to_device
-from raypipe.vision.networks import ProxyNet, build_network
 
 PROJECTION_WIDTH = 128
 """Length of z."""

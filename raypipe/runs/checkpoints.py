@@ -13,7 +13,7 @@ from raypipe.runs.partition import proxy_parts
 from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
-    from raypipe.vision.networks import ProxyNet
+    from raypipe.proxies.networks import ProxyNet
 
 
 def load_checkpoint(
@@ -60,7 +60,7 @@ def empty_proxy(run: Run) -> ProxyNet:
     """Return the proxy's network with arbitrary weights."""
     import torch
 
-    from raypipe.vision.networks import build_network
+    from raypipe.proxies.networks import build_network
 
     manifest = ProxyManifest.read(run)
     with torch.random.fork_rng(devices=[]):
@@ -70,4 +70,4 @@ def empty_proxy(run: Run) -> ProxyNet:
             manifest.image_size,
             manifest.mean,
             manifest.std,
-        )
+        ).hold(manifest.freeze, manifest.train)

@@ -282,6 +282,8 @@ class ProxyManifest:
         One per proxy, by repeat and then by part of the seed set.
     repeats : int
         Proxies per part (`proxy.repeats`).
+    freeze, train : str
+        Which weights were trained (`proxy.freeze`, `proxy.train`).
     """
 
     model: str
@@ -293,6 +295,8 @@ class ProxyManifest:
     seed: int
     parts: tuple[ProxyOfPart, ...]
     repeats: int = 1
+    freeze: str = "none"
+    train: str = "full"
 
     @classmethod
     def read(cls, run: Run) -> ProxyManifest:
@@ -316,6 +320,8 @@ class ProxyManifest:
             seed=data.get("seed", 0),
             parts=parts,
             repeats=data.get("repeats", 1),
+            freeze=data.get("freeze", "none"),
+            train=data.get("train", "full"),
         )
 
     def write(self, run: Run) -> None:
@@ -328,6 +334,8 @@ class ProxyManifest:
             "std": list(self.std),
             "samples": self.samples,
         }
+        if (self.freeze, self.train) != ("none", "full"):
+            data |= {"freeze": self.freeze, "train": self.train}
         if len(self.parts) == 1:
             data |= self.parts[0].trained.as_json()
         else:

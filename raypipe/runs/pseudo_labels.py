@@ -49,8 +49,8 @@ def empty_network(manifest: dict[str, Any]) -> Any:
     """
     from torch import nn
 
+    from raypipe.proxies.networks import build_network
     from raypipe.pseudo_labels.backbone import Backbone
-    from raypipe.vision.networks import build_network
 
     if manifest["features"] == "backbone":
         return Backbone(manifest["model"], manifest["image_size"])

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raypipe.proxies.networks import ProxyNet
+
 
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Set the running mean and variance of every BatchNorm to their average over the batches.
 
-    The weights do not change. A network without BatchNorm is left alone, and no batch is read.
+    The weights do not change. A network without BatchNorm is left alone, and no batch is read; so
+    are layers that a proxy's training left as they were.
     `torch.optim.swa_utils.update_bn` is not used because it would enable dropout.
 
     Parameters
@@ -33,10 +36,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     nn.Module
         The model, in eval mode.
     """
+    frozen = set(model.frozen_layers()) if isinstance(model, ProxyNet) else set()
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module not in frozen
     ]
     if not layers:
         return model.eval()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from raypipe.vision.networks import ProxyNet
+from raypipe.proxies.networks import ProxyNet
 
 WEIGHT, BIAS = "head.weight", "head.bias"
 

@@ -34,6 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from raypipe.scores.attention import mathematical_attention
+
 Parameters = dict[str, Tensor]
 
 
@@ -118,7 +120,7 @@ def alignments(
     def losses(weights: Parameters) -> Tensor:
         return F.cross_entropy(functional_call(model, weights, (images,)), labels, reduction="none")
 
-    with torch.no_grad():
+    with torch.no_grad(), mathematical_attention():
         return jvp(losses, (parameters,), (tangent,))[1] * length
 
 

@@ -11,16 +11,17 @@ It is reduced to two numbers per sample and dropped before the next layer's grad
     embedding    g = sum of d over the positions of a token
 
 The identities are those of Goodfellow 2015 (arXiv 1510.01799) and of ghost clipping (Bu et al.
-2022, arXiv 2205.10683). Parameters of any other layer, of a layer that runs twice, or shared by
-two layers, are differentiated per sample with `torch.func.vmap(grad)`: exact, slower, and
-reported by `slow_parameters`.
+2022, arXiv 2205.10683). They hold where a layer computes with its weights, once, for a batch whose
+first axis is that of the samples. All other parameters are differentiated per sample: exact,
+slower, and reported by `slow_parameters`. These are parameters of other layers, of layers that run
+twice or share weights, those that a network uses without calling their layer, as attention does,
+and those of layers that see something other than samples, such as the windows of a Swin network.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +29,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Reduced = tuple[Tensor, Tensor]
-"""Squared norm [n] and alignment [n]."""
+from raypipe.scores.attention import mathematical_attention
+from raypipe.scores.layer_rules import FAST_LAYERS, LayerCall, Reduced, explicit, reduce_layer
 
-FAST_LAYERS = (nn.Linear, nn.Conv2d, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
-"""Layers with a fast rule."""
-MAX_VALUES_CPU, MAX_VALUES_GPU = 1 << 19, 1 << 26
-"""Values of unfolded input held at once, on a CPU and on a GPU."""
 SLOW_CHUNK = 16
-"""Samples that vmap differentiates at a time; it holds all their gradients."""
+"""Samples that are differentiated at a time; all their gradients are held."""
 
 
 def norms_and_alignments(
@@ -67,11 +64,11 @@ def norms_and_alignments(
     if not len(images):  # without a sample the layers' shapes are unknown
         return torch.zeros(0, device=images.device), torch.zeros(0, device=images.device)
     trainable = {name for name, value in model.named_parameters() if value.requires_grad}
-    fast = _fast_modules(model)
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
-    loss, calls = _recorded_loss(model, fast, parameters, images, labels)
-    ran = Counter(call.name for call in calls)
-    usable = [call for call in calls if ran[call.name] == 1]
+    parameters = {
+        name: value.detach().requires_grad_(name in trainable)
+        for name, value in model.named_parameters()
+    }
+    usable, loss, used = _fast_calls(model, parameters, images, labels)
     gradients = (
         torch.autograd.grad(loss, [call.output for call in usable], allow_unused=True)
         if usable
@@ -89,28 +86,81 @@ def norms_and_alignments(
                 for key, _ in call.module.named_parameters(recurse=False)
                 if prefix + key in trainable
             }
-            square, dot = _reduce(call, gradient, directions)
+            square, dot = reduce_layer(call, gradient, directions)
             norm += square
             aligned += dot
-    # Modules that never ran have no gradient. What remains ran in a way that only vmap handles.
-    rest = trainable - _parameter_names(model, {call.name for call in usable})
-    rest -= _parameter_names(model, set(fast) - set(ran))
+    # a parameter that the loss does not depend on has no gradient
+    rest = (trainable & used) - _parameter_names(model, {call.name for call in usable})
     if rest:
-        square, dot = _slow(model, parameters, sorted(rest), images, labels, direction)
+        values = {name: value.detach() for name, value in parameters.items()}
+        square, dot = _slow(model, values, sorted(rest), images, labels, direction)
         norm += square
         aligned += dot
     return norm, aligned
 
 
-def slow_parameters(model: nn.Module) -> list[str]:
-    """Return the trainable parameters of layers without a fast rule.
+def slow_parameters(model: nn.Module, image: Tensor) -> list[str]:
+    """Return the trainable parameters that are differentiated per sample: exact but slower.
 
-    They are differentiated per sample: exact but slower.
+    Parameters
+    ----------
+    model : nn.Module
+        Put into eval mode.
+    image : Tensor
+        Some input of the model, [1, ...].
     """
-    fast = _parameter_names(model, set(_fast_modules(model)))
-    return [
-        name for name, value in model.named_parameters() if value.requires_grad and name not in fast
+    model.eval()
+    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    parameters = {
+        name: value.detach().requires_grad_(name in trainable)
+        for name, value in model.named_parameters()
+    }
+    images, labels = torch.cat([image, image]), torch.zeros(2, dtype=torch.int64)
+    calls, _, used = _fast_calls(model, parameters, images, labels.to(image.device))
+    fast = _parameter_names(model, {call.name for call in calls})
+    return [name for name in parameters if name in (trainable & used) - fast]
+
+
+def _fast_calls(
+    model: nn.Module, parameters: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> tuple[list[LayerCall], Tensor, set[str]]:
+    """Return the calls that a fast rule holds for, the loss, and the parameters that it uses."""
+    fast = _fast_modules(model)
+    with torch.enable_grad():
+        loss, calls = _recorded_loss(model, fast, parameters, images, labels)
+    uses = _uses(loss, parameters)
+    ran = Counter(call.name for call in calls)
+    single: dict[str, int] = {}
+    if len(images) > 1:  # an axis can be as long as the batch by chance, but not for two batches
+        with torch.no_grad(), mathematical_attention():
+            _, once = _recorded_loss(model, fast, parameters, images[:1], labels[:1])
+        single = {call.name: call.output.shape[0] for call in once if call.output.ndim}
+    usable = [
+        call
+        for call in calls
+        if ran[call.name] == 1
+        and call.output.shape[:1] == (len(images),)
+        and single.get(call.name, 1) == 1
+        and all(uses[name] <= 1 for name in _parameter_names(model, {call.name}))
     ]
+    return usable, loss, set(uses)
+
+
+def _uses(loss: Tensor, parameters: Mapping[str, Tensor]) -> Counter[str]:
+    """Count how often the computation of a loss uses each parameter that requires a gradient."""
+    names = {id(value): name for name, value in parameters.items()}
+    counts: Counter[str] = Counter()
+    pending, seen = [loss.grad_fn], {loss.grad_fn}
+    while pending:
+        node = pending.pop()
+        for following, _ in node.next_functions if node is not None else ():
+            variable = getattr(following, "variable", None)
+            if variable is not None and id(variable) in names:
+                counts[names[id(variable)]] += 1
+            elif following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return counts
 
 
 def _recorded_loss(
@@ -119,32 +169,21 @@ def _recorded_loss(
     parameters: dict[str, Tensor],
     images: Tensor,
     labels: Tensor,
-) -> tuple[Tensor, list[_Call]]:
+) -> tuple[Tensor, list[LayerCall]]:
     """Return the summed cross-entropy of a batch, and every call of the given modules."""
-    calls: list[_Call] = []
+    calls: list[LayerCall] = []
     handles = [
         module.register_forward_hook(_recorder(name, module, calls))
         for name, module in modules.items()
     ]
     try:
-        with torch.enable_grad():
-            loss = F.cross_entropy(
-                functional_call(model, parameters, (images,)), labels, reduction="sum"
-            )
+        loss = F.cross_entropy(
+            functional_call(model, parameters, (images,)), labels, reduction="sum"
+        )
     finally:
         for handle in handles:
             handle.remove()
     return loss, calls
-
-
-@dataclass
-class _Call:
-    """One call of a layer in the forward pass."""
-
-    name: str
-    module: nn.Module
-    input: Tensor = field(repr=False)
-    output: Tensor = field(repr=False)
 
 
 def _fast_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,7 +195,7 @@ def _fast_modules(model: nn.Module) -> dict[str, nn.Module]:
     result: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, FAST_LAYERS) and own and all(uses[id(value)] == 1 for value in own):
+        if _computes_as_stated(module) and own and all(uses[id(value)] == 1 for value in own):
             if isinstance(module, nn.Conv2d) and (
                 module.padding_mode != "zeros" or isinstance(module.padding, str)
             ):
@@ -171,6 +210,17 @@ def _fast_modules(model: nn.Module) -> dict[str, nn.Module]:
     return result
 
 
+def _computes_as_stated(module: nn.Module) -> bool:
+    """Whether a module is a layer with a fast rule, and neither its class nor a hook changes it."""
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks or not isinstance(module, FAST_LAYERS):
+        return False
+    convolve = getattr(kind, "_conv_forward", nn.Conv2d._conv_forward)
+    if isinstance(module, nn.Conv2d) and convolve is not nn.Conv2d._conv_forward:
+        return False
+    return any(kind.forward is layer.forward for layer in FAST_LAYERS)
+
+
 def _parameter_names(model: nn.Module, modules: set[str]) -> set[str]:
     """Return the names of the parameters that belong directly to the named modules."""
     return {
@@ -182,227 +232,18 @@ def _parameter_names(model: nn.Module, modules: set[str]) -> set[str]:
 
 
 def _recorder(
-    name: str, module: nn.Module, calls: list[_Call]
+    name: str, module: nn.Module, calls: list[LayerCall]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Return a forward hook that records each call of a module."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:
+        if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
-        calls.append(_Call(name, module, inputs[0].detach(), output))
+        calls.append(LayerCall(name, module, inputs[0].detach(), output))
         # a following in-place activation must not change the tensor we differentiate by
         return output.clone()
 
     return hook
-
-
-def _reduce(call: _Call, gradient: Tensor, directions: Mapping[str, Tensor | None]) -> Reduced:
-    """Return both numbers of one layer, over its parameters in `directions`."""
-    module, count = call.module, len(gradient)
-    norm = gradient.new_zeros(count)
-    aligned = gradient.new_zeros(count)
-
-    def add(part: Reduced) -> None:
-        norm.add_(part[0])
-        aligned.add_(part[1])
-
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        if "bias" in directions:
-            channels = 1 if isinstance(module, nn.Conv2d) else gradient.ndim - 1
-            axes = [axis for axis in range(1, gradient.ndim) if axis != channels]
-            add(_explicit(gradient.sum(axes) if axes else gradient, directions["bias"]))
-        if "weight" in directions:
-            rule = _convolution if isinstance(module, nn.Conv2d) else _linear
-            add(rule(call, gradient, directions["weight"]))
-    elif isinstance(module, nn.Embedding):
-        if "weight" in directions:
-            add(_embedding(call, gradient, directions["weight"]))
-    else:
-        normalised, parameter_axes = _normalised(module, call.input)
-        axes = [axis for axis in range(1, gradient.ndim) if axis not in parameter_axes]
-        for key, factor in (("weight", normalised), ("bias", None)):
-            if key in directions:
-                product = gradient if factor is None else gradient * factor
-                add(_explicit(product.sum(axes) if axes else product, directions[key]))
-    return norm, aligned
-
-
-def _explicit(gradients: Tensor, direction: Tensor | None) -> Reduced:
-    """Return both numbers from per-sample gradients [n, ...]."""
-    flat = gradients.flatten(1)
-    square = torch.einsum("np,np->n", flat, flat)
-    return square, torch.zeros_like(square) if direction is None else flat @ direction.flatten().to(
-        flat.dtype
-    )
-
-
-def _linear(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
-    """Return both numbers of a linear layer's weight."""
-    inputs = call.input
-    if inputs.ndim == 2:
-        square = gradient.square().sum(1) * inputs.square().sum(1)
-        if direction is None:
-            return square, torch.zeros_like(square)
-        return square, ((inputs @ direction.to(inputs.dtype).T) * gradient).sum(1)
-    inputs, gradient = inputs.flatten(1, -2), gradient.flatten(1, -2)
-    return _outer(inputs.transpose(1, 2), gradient.transpose(1, 2), direction)
-
-
-def _convolution(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
-    """Return both numbers of a convolution's weight, through whichever product is cheaper."""
-    module = call.module
-    assert isinstance(module, nn.Conv2d)
-    positions, tall = gradient.shape[-2] * gradient.shape[-1], gradient.shape[1]
-    wide = module.weight[0].numel()
-    if module.groups == 1 and positions * (wide + tall) < wide * tall:
-        outputs = gradient.flatten(2)
-        square = (_gram_of_patches(call) * torch.bmm(outputs.transpose(1, 2), outputs)).sum((1, 2))
-        if direction is None:
-            return square, torch.zeros_like(square)
-        moved = F.conv2d(
-            call.input,
-            direction.to(gradient.dtype),
-            None,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-        )
-        return square, (moved * gradient).sum((1, 2, 3))
-    # the products of a few samples at a time, so that they stay in the processor's cache
-    step = max(
-        1,
-        (MAX_VALUES_CPU if gradient.device.type == "cpu" else MAX_VALUES_GPU)
-        // (wide * module.groups * max(positions, tall)),
-    )
-    weight = None
-    if direction is not None:  # in the order of the products: [groups, kernel * channels, out]
-        weight = direction.unflatten(0, (module.groups, -1)).permute(0, 3, 4, 2, 1)
-    parts = []
-    for start in range(0, len(gradient), step):
-        outputs = gradient[start : start + step].reshape(-1, tall // module.groups, positions)
-        columns = _patches(module, call.input[start : start + step]).reshape(
-            len(outputs), wide, positions
-        )
-        product = _products(columns, outputs)
-        parts.append(_explicit(product.reshape(len(outputs) // module.groups, -1), weight))
-    squares, dots = zip(*parts, strict=True)
-    return torch.cat(squares), torch.cat(dots)
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right' of every pair: [n, a, t], [n, b, t] -> [n, a, b]."""
-    if (
-        left.device.type != "cpu"
-        or left.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return torch.bmm(left, right.transpose(1, 2))
-    # As 1x1 convolutions: oneDNN has AVX-512 kernels for every processor, MKL only for Intel's.
-    # On other processors this is twice as fast.
-    result = left.new_empty(len(left), left.shape[1], right.shape[1])
-    for own, other, target in zip(left, right, result, strict=True):
-        pixels = own[None, None].permute(0, 3, 1, 2)
-        product = torch.mkldnn_convolution(
-            pixels, other[:, :, None, None], None, (0, 0), (1, 1), (1, 1), 1
-        )
-        target.copy_(product[0, :, 0].T)
-    return result
-
-
-def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """Return what each output position sees of the input.
-
-    The shape is [n, groups, kernel * channels, height, width].
-
-    The padded input is copied once for every position in the kernel: five times faster on a CPU
-    than `F.unfold`.
-    """
-    assert not isinstance(module.padding, str)
-    pad_y, pad_x = module.padding
-    (step_y, step_x), (dilation_y, dilation_x) = module.stride, module.dilation
-    (rows, columns), groups = module.kernel_size, module.groups
-    padded = F.pad(inputs.contiguous(), (pad_x, pad_x, pad_y, pad_y)).unflatten(1, (groups, -1))
-    high = (padded.shape[-2] - dilation_y * (rows - 1) - 1) // step_y + 1
-    wide = (padded.shape[-1] - dilation_x * (columns - 1) - 1) // step_x + 1
-    result = inputs.new_empty(len(inputs), groups, rows * columns, padded.shape[2], high, wide)
-    for i in range(rows):
-        for j in range(columns):
-            top, left = i * dilation_y, j * dilation_x
-            result[:, :, i * columns + j] = padded[
-                ...,
-                top : top + step_y * (high - 1) + 1 : step_y,
-                left : left + step_x * (wide - 1) + 1 : step_x,
-            ]
-    return result.flatten(2, 3)
-
-
-def _gram_of_patches(call: _Call) -> Tensor:
-    """Return inner products of what two output positions see: [n, positions, positions].
-
-    With stride 1 this is a sum of shifted blocks of the inner products of single pixels, which
-    takes fewer multiplications by a factor of the kernel's size.
-    """
-    module, inputs = call.module, call.input
-    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-    if module.stride != (1, 1) or module.dilation != (1, 1):
-        columns = _patches(module, inputs)[:, 0].flatten(2)
-        return torch.bmm(columns.transpose(1, 2), columns)
-    (pad_y, pad_x), (height, width) = module.padding, module.kernel_size
-    pixels = F.pad(inputs, (pad_x, pad_x, pad_y, pad_y))
-    rows, cols = pixels.shape[2], pixels.shape[3]
-    flat = pixels.flatten(2)
-    pairs = torch.bmm(flat.transpose(1, 2), flat).view(-1, rows, cols, rows, cols)
-    high, wide = rows - height + 1, cols - width + 1
-    total = pairs.new_zeros(len(inputs), high, wide, high, wide)
-    for i in range(height):
-        for j in range(width):
-            total += pairs[:, i : i + high, j : j + wide, i : i + high, j : j + wide]
-    return total.view(len(inputs), high * wide, high * wide)
-
-
-def _outer(inputs: Tensor, outputs: Tensor, direction: Tensor | None) -> Reduced:
-    """Return both numbers of g = sum_t outputs_t inputs_t', through whichever product is smaller.
-
-    `inputs` is [n, in, t], `outputs` [n, out, t].
-    """
-    wide, tall, positions = inputs.shape[1], outputs.shape[1], inputs.shape[2]
-    if positions * (wide + tall) < wide * tall:
-        gram = torch.bmm(inputs.transpose(1, 2), inputs) * torch.bmm(
-            outputs.transpose(1, 2), outputs
-        )
-        square = gram.sum((1, 2))
-        if direction is None:
-            return square, torch.zeros_like(square)
-        moved = torch.matmul(direction.reshape(tall, wide).to(inputs.dtype), inputs)
-        return square, (moved * outputs).sum((1, 2))
-    return _explicit(torch.bmm(outputs, inputs.transpose(1, 2)), direction)
-
-
-def _embedding(call: _Call, gradient: Tensor, direction: Tensor | None) -> Reduced:
-    """Return both numbers of an embedding's weight."""
-    tokens, outputs = call.input.flatten(1), gradient.reshape(len(gradient), -1, gradient.shape[-1])
-    same = (tokens[:, :, None] == tokens[:, None, :]).to(outputs.dtype)
-    square = (torch.bmm(outputs, outputs.transpose(1, 2)) * same).sum((1, 2))
-    if direction is None:
-        return square, torch.zeros_like(square)
-    return square, (direction.to(outputs.dtype)[tokens] * outputs).sum((1, 2))
-
-
-def _normalised(module: nn.Module, inputs: Tensor) -> tuple[Tensor, list[int]]:
-    """Return the normalised input of a norm layer, and the axes of its parameters."""
-    if isinstance(module, _BatchNorm):
-        assert module.running_mean is not None and module.running_var is not None
-        shape = [1, -1] + [1] * (inputs.ndim - 2)
-        scale = torch.rsqrt(module.running_var + module.eps)
-        return (inputs - module.running_mean.view(shape)) * scale.view(shape), [1]
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(inputs, module.num_groups, eps=module.eps), [1]
-    assert isinstance(module, nn.LayerNorm)
-    width = len(module.normalized_shape)
-    return F.layer_norm(inputs, module.normalized_shape, eps=module.eps), list(
-        range(inputs.ndim - width, inputs.ndim)
-    )
 
 
 def _slow(
@@ -428,8 +269,39 @@ def _slow(
     squares, dots = [], []
     for start in range(0, len(images), SLOW_CHUNK):
         rows = slice(start, start + SLOW_CHUNK)
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(part, images[rows], labels[rows])
-        both = [_explicit(value, (direction or {}).get(name)) for name, value in gradients.items()]
+        gradients = _per_sample(loss, part, images[rows], labels[rows])
+        both = [explicit(value, (direction or {}).get(name)) for name, value in gradients.items()]
         squares.append(torch.stack([square for square, _ in both]).sum(0))
         dots.append(torch.stack([dot for _, dot in both]).sum(0))
     return torch.cat(squares), torch.cat(dots)
+
+
+def _per_sample(
+    loss: Callable[[dict[str, Tensor], Tensor, Tensor], Tensor],
+    part: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+) -> dict[str, Tensor]:
+    """Return the gradient of every sample's loss by `part`, [n, ...] each.
+
+    A network that `vmap` cannot run, because its code looks at values, is run once per sample.
+    """
+    with mathematical_attention():
+        try:
+            return vmap(grad(loss), in_dims=(None, 0, 0))(part, images, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass
+    leaves = {name: value.clone().requires_grad_() for name, value in part.items()}
+    with torch.enable_grad():
+        of_each = [
+            torch.autograd.grad(
+                loss(leaves, *sample), list(leaves.values()), materialize_grads=True
+            )
+            for sample in zip(images, labels, strict=True)
+        ]
+    return {
+        name: torch.stack(values)
+        for name, values in zip(leaves, zip(*of_each, strict=True), strict=True)
+    }

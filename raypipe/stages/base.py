@@ -39,6 +39,9 @@ class Stage(abc.ABC):
         """Return whether a run with this configuration has the stage."""
         return True
 
+    def check(self, context: Context) -> None:  # noqa: B027 - most stages check nothing
+        """Raise ConfigError for settings that would make the stage fail, before any stage runs."""
+
     @abc.abstractmethod
     def settings(self, config: Config) -> dict[str, Any]:
         """Return the settings that the outputs depend on.

@@ -29,6 +29,7 @@ from raypipe.config.pseudo_labels import TORCHVISION, PseudoLabelSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, StageError
 from raypipe.progress import ProgressCallback
+from raypipe.proxies.normalisation import input_statistics
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.pseudo_labels import CLUSTERS, FOLDER, MANIFEST, NETWORK
@@ -39,10 +40,10 @@ from raypipe.stages.base import Stage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from raypipe.proxies.networks import ProxyNet
     from raypipe.pseudo_labels.backbone import Backbone
     from raypipe.pseudo_labels.clusters import Clusters
     from raypipe.pseudo_labels.labeller import Labeller
-    from raypipe.vision.networks import ProxyNet
 
 STATE = "state.safetensors"
 """Everything needed to resume the self-supervised training."""
@@ -110,7 +111,7 @@ def write_labels(gpu: bool, config: Config, run: Run, samples: int, step: Progre
         description = {"model": settings.model, "image_size": settings.image_size}
     else:
         network = _self_supervised(config, run, seed, images, device, step)
-        mean, std = config.proxy.statistics(seed.mean, seed.std)
+        mean, std = input_statistics(config.proxy, seed.mean, seed.std)
         description = {
             "model": config.proxy.model,
             "image_size": seed.image_size,
@@ -220,7 +221,7 @@ def _self_supervised(
     from raypipe.pseudo_labels.simclr import pretext_network, pretrain
 
     proxy, settings, uri = config.proxy, config.pseudo_labels, run.path(FOLDER, STATE)
-    mean, std = proxy.statistics(seed.mean, seed.std)
+    mean, std = input_statistics(proxy, seed.mean, seed.std)
     network = pretext_network(proxy.model, seed.image_size, mean, std, settings.seed)
     state: dict[str, Tensor] | None
     try:

@@ -6,7 +6,7 @@ Batches, augmentation, schedule and optimiser are those of the proxy (`raypipe.v
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from raypipe.config import AdversarySettings, ProxySettings
 from raypipe.errors import StageError
+from raypipe.proxies.networks import ProxyNet, new_proxy
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import to_device
-from raypipe.vision.networks import ProxyNet, build_network
 
 TEST_BATCH = 256
 """Test images in one forward pass."""
@@ -106,6 +106,7 @@ def fit(
     steps: int | None = None,
     device: str = "cpu",
     bfloat16: bool | None = None,
+    initial: Mapping[str, Tensor] | None = None,
     state: State | None = None,
     save: Callable[[State], None] | None = None,
 ) -> ProxyNet:
@@ -131,6 +132,8 @@ def fit(
         Of the training.
     bfloat16
         Mixed precision; default: `settings.amp` on a GPU.
+    initial
+        State dict that the training starts from; default: weights drawn at random.
     state
         What `save` received at the end of an epoch: the training resumes there, with the same
         result.
@@ -153,7 +156,7 @@ def fit(
     # torch's global generator belongs to the caller
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = build_network(settings.model, classes, settings.image_size, *statistics)
+        model = new_proxy(settings, classes, settings.image_size, statistics, initial)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, epoch, done = training.make_optimizer(settings, model), 0, 0
     if state is not None:

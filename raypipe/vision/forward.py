@@ -17,7 +17,7 @@ CPU_BATCH = 32
 
 
 class EmbeddingModel(Protocol):
-    """The part of a proxy that `forward` needs; `raypipe.vision.networks.ProxyNet` has it."""
+    """The part of a proxy that `forward` needs; `raypipe.proxies.networks.ProxyNet` has it."""
 
     @property
     def embed(self) -> Callable[[torch.Tensor], torch.Tensor]: ...

@@ -244,14 +244,14 @@ def test_the_table_of_networks_is_right(model: str, size: int) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from raypipe.vision.networks import build_network
+    from raypipe.proxies.networks import build_network
 
     with torch.device("meta"):
         network = build_network(model, 10, size).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta"))
     assert network_costs.macs(model, size) == pytest.approx(counter.get_total_flops() / 2, rel=0.08)
-    assert rates.width(model) == network.head.in_features
+    assert rates.width(model, size) == network.head.in_features
     assert rates.PARAMETERS[model] == pytest.approx(
         sum(value.numel() for value in network.backbone.parameters()), rel=0.01
     )

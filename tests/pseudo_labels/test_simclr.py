@@ -10,10 +10,10 @@ from torch import Tensor
 
 from raypipe.config import PseudoLabelSettings
 from raypipe.errors import RaypipeError
+from raypipe.proxies.networks import ProxyNet
 from raypipe.pseudo_labels.labeller import features
 from raypipe.pseudo_labels.simclr import contrastive_loss, pretext_network, pretrain, random_views
 from raypipe.vision.devices import AdaptiveBatch
-from raypipe.vision.networks import ProxyNet
 
 MEAN, STD = [0.3] * 3, [0.4] * 3
 

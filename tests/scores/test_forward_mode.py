@@ -12,11 +12,11 @@ import torch
 from networks import as_trained, batch
 from torch import Tensor, nn
 
+from raypipe.proxies.networks import build_network
 from raypipe.scores import forward_mode
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum
 from raypipe.scores.per_sample import norms_and_alignments
-from raypipe.vision.networks import build_network
 from raypipe.vision.precision import use_precision
 
 TOLERANCE = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2}

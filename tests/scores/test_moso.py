@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from networks import as_trained, batch
 from torch import Tensor, nn
 
+from raypipe.proxies.networks import build_network
 from raypipe.scores.moso import alignments, combine, gradient_sum
-from raypipe.vision.networks import build_network
 
 
 class Mlp(nn.Module):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from networks import as_trained, batch
 from torch import Tensor, nn
 
+from raypipe.proxies.networks import build_network
 from raypipe.scores.per_sample import norms_and_alignments, slow_parameters
-from raypipe.vision.networks import build_network
 
 
 class _Scaled(nn.Module):
@@ -81,7 +81,7 @@ NETWORKS = {
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(), nn.Flatten(), nn.Linear(144, 4)),
         ["1.weight"],
     ),
-    "layer that runs twice": (_Twice, []),
+    "layer that runs twice": (_Twice, ["layer.weight", "layer.bias"]),
     "reflecting convolution": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(256, 4)
@@ -132,9 +132,9 @@ def test_agrees_with_a_loop_over_samples(name: str) -> None:
     make, slow = NETWORKS[name]
     torch.manual_seed(11)
     model = as_trained(make().double())
-    assert slow_parameters(model) == slow
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64)
+    assert slow_parameters(model, images[:1]) == slow
     _check(model, images, torch.randint(0, 4, (5,), generator=generator))
 
 
@@ -144,8 +144,9 @@ def test_agrees_with_a_loop_over_samples(name: str) -> None:
 def test_agrees_on_the_proxies(name: str, size: int) -> None:
     torch.manual_seed(1)
     model = as_trained(build_network(name, 4, size).double())
-    _check(model, *batch(3, size, classes=4, seed=2))
-    assert slow_parameters(model) == []
+    images, labels = batch(3, size, classes=4, seed=2)
+    _check(model, images, labels)
+    assert slow_parameters(model, images[:1]) == []
 
 
 def test_frozen_parameters_do_not_count() -> None:

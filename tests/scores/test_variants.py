@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raypipe.proxies.networks import build_network
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.head import head_gradient_sum, head_norms_and_alignments
 from raypipe.scores.moso import add_one_in, leave_one_out
-from raypipe.vision.networks import build_network
 
 
 def _gradients(count: int = 7, width: int = 5) -> np.ndarray:

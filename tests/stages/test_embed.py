@@ -19,6 +19,7 @@ from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
 from raypipe.errors import ResourceError
+from raypipe.proxies.networks import build_network
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import ProxyManifest, ProxyOfPart, SeedManifest, TrainedProxy
@@ -28,7 +29,6 @@ from raypipe.stages.embed.actor import EmbedActor
 from raypipe.stages.embed.stage import EmbedStage, _read
 from raypipe.stages.index.stage import IndexStage
 from raypipe.vision.decode import decode
-from raypipe.vision.networks import build_network
 
 SIZE = 16
 

@@ -10,8 +10,8 @@ from networks import as_trained, batch
 from torch import Tensor, nn
 
 from raypipe.config import AdversarySettings
+from raypipe.proxies.networks import ProxyNet, build_network
 from raypipe.vision.adversarial import attack, starting_points
-from raypipe.vision.networks import ProxyNet, build_network
 
 FIVE = AdversarySettings(eps=8 / 255, step_size=3 / 255, iterations=5)
 

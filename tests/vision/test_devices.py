@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from raypipe.config import EmbedSettings, MeasureSettings
+from raypipe.proxies.networks import build_network
 from raypipe.vision.devices import AdaptiveBatch, to_device
 from raypipe.vision.forward import forward
-from raypipe.vision.networks import build_network
 
 
 def test_samples_go_in_parts_of_the_size_asked_for() -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from raypipe.proxies.networks import build_network
 from raypipe.vision.devices import AdaptiveBatch, padded
 from raypipe.vision.forward import CPU_BATCH, forward
-from raypipe.vision.networks import build_network
 
 COUNT = 2 * CPU_BATCH + 9
 

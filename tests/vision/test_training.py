@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raypipe.config import ProxySettings
-from raypipe.vision.networks import build_network
+from raypipe.proxies.networks import build_network
 from raypipe.vision.training import (
     augment,
     epoch_batches,

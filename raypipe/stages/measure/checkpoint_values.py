@@ -15,10 +15,10 @@ from torch import Tensor
 
 from raypipe import storage
 from raypipe.config import MeasureSettings
+from raypipe.proxies.networks import ProxyNet
 from raypipe.scores import forward_mode, head, per_sample
 from raypipe.stages.measure.gradient_job import GradientJob, attacked
 from raypipe.stages.measure.outputs import OUTPUTS
-from raypipe.vision.networks import ProxyNet
 from raypipe.vision.output_statistics import output_statistics
 from raypipe.vision.precision import use_precision
 

@@ -21,7 +21,7 @@ from raypipe.runs.seed_shards import shard_labels
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from raypipe.vision.networks import ProxyNet
+    from raypipe.proxies.networks import ProxyNet
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from raypipe.stages.measure.gradient_job import GradientJob, attacked
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from raypipe.vision.networks import ProxyNet
+    from raypipe.proxies.networks import ProxyNet
 
 MAX_GROUPS = 64
 """Partial sums of a mean gradient: enough for many workers, few enough to add up quickly."""

@@ -33,6 +33,7 @@ from raypipe.stages.measure.gradient_job import GradientFolders, needs_self_term
 from raypipe.stages.measure.gradients import measure_gradients
 from raypipe.stages.measure.trajectories import measure_trajectories, trajectory_folder
 from raypipe.stages.measure.trajectory_scores import TrajectoryScores
+from raypipe.stages.network_check import check_forward_mode
 
 AUDIT_FOLDER = "measured/audit"
 """Scores of the audit set."""
@@ -43,6 +44,9 @@ class MeasureStage(Stage):
 
     name = "measure"
     needs = ("proxy",)
+
+    def check(self, context: Context) -> None:
+        check_forward_mode(context.config, context.run)
 
     def settings(self, config: Config) -> dict[str, Any]:
         settings = config.measure
@@ -141,9 +145,13 @@ def _announce(context: Context) -> dict[str, Any]:
     slow: list[str] = []
     grand_over_all = "grand" in config.measure.scores and grand.gradient == "all"
     if grand_over_all or (self_term and moso.gradient == "all"):
+        import torch
+
         from raypipe.scores.per_sample import slow_parameters
 
-        slow = slow_parameters(empty_proxy(context.run))
+        size = config.proxy.image_size
+        image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        slow = slow_parameters(empty_proxy(context.run), image)
     if not slow:
         return {}
     context.progress.say(

@@ -39,6 +39,7 @@ from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
+from raypipe.proxies.normalisation import input_statistics
 from raypipe.runs.intermediate import CHECKPOINTS, REMOVED
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import (
@@ -51,6 +52,7 @@ from raypipe.runs.manifests import (
 from raypipe.runs.partition import SeedPart, partition_seed_set, proxy_parts
 from raypipe.runs.run import Run
 from raypipe.stages.base import Stage
+from raypipe.stages.network_check import check_network
 
 if TYPE_CHECKING:
     from raypipe.distributed.cluster import TrainingResources
@@ -64,6 +66,8 @@ NOT_OF_THE_RESULT = {
     "keep_intermediate",
 }
 """Settings that change how fast the training is or what comes after it, but not its result."""
+UNSTATED = {"repeats": 1, "weights": "none", "freeze": "none", "train": "full"}
+"""Settings that older runs did not have, with the value that changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,13 @@ class ProxyStage(Stage):
         settings = config.proxy.model_dump(
             mode="json", exclude=NOT_OF_THE_RESULT, exclude_none=True
         )
-        if config.proxy.repeats == 1:
-            del settings["repeats"]  # older runs did not have it
+        for name, value in UNSTATED.items():
+            if settings[name] == value:
+                del settings[name]
         return settings
+
+    def check(self, context: Context) -> None:
+        check_network(context.config, context.run)
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         try:
@@ -207,7 +215,7 @@ def _manifest(
     config: Config, run: Run, seed: SeedManifest, parts: Sequence[PartProgress]
 ) -> ProxyManifest:
     """Describe the finished trainings."""
-    mean, std = config.proxy.statistics(seed.mean, seed.std)
+    mean, std = input_statistics(config.proxy, seed.mean, seed.std)
     return ProxyManifest(
         model=config.proxy.model,
         classes=len(run.classes().names),
@@ -225,6 +233,8 @@ def _manifest(
             for state in parts
         ),
         repeats=config.proxy.repeats,
+        freeze=config.proxy.freeze,
+        train=config.proxy.train,
     )
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from raypipe import storage
 from raypipe.config import ProxySettings
+from raypipe.proxies.networks import new_proxy
+from raypipe.proxies.normalisation import input_statistics
+from raypipe.runs.initial_weights import read_weights
 from raypipe.runs.manifests import EpochRecord, SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
@@ -31,7 +34,6 @@ from raypipe.stages.proxy.local_seed import LocalSeedSet, SeedArrays
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import set_threads, to_device
-from raypipe.vision.networks import build_network
 from raypipe.vision.output_statistics import output_statistics
 from raypipe.vision.sync_batchnorm import synchronize_batchnorm
 
@@ -180,9 +182,13 @@ class ProxyTraining:
 
         # weights of their own for each proxy: trainings that are compared must not start alike
         torch.manual_seed(self._settings.seed + job.part.number)
-        statistics = self._settings.statistics(seed.mean, seed.std)
-        network = build_network(
-            self._settings.model, self._classes, seed.image_size, *statistics
+        statistics = input_statistics(self._settings, seed.mean, seed.std)
+        network = new_proxy(
+            self._settings,
+            self._classes,
+            seed.image_size,
+            statistics,
+            read_weights(self._settings),
         ).to(memory_format=torch.channels_last)
         self._model = prepare_model(synchronize_batchnorm(network, job.gpu), self._device)
         # without the wrapper of data-parallel training

@@ -1,0 +1,54 @@
+"""Weights, embedding and multiply-adds of a network, counted without computing anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from raypipe.proxies.networks import proxy_of
+from raypipe.proxies.registry import find
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """The size of a network.
+
+    Attributes
+    ----------
+    parameters : int
+        Weights, without those of the last layer.
+    width : int
+        Length of an embedding.
+    macs : float
+        Multiply-adds of a forward pass of one image.
+    """
+
+    parameters: int
+    width: int
+    macs: float
+
+
+@cache
+def size_of(name: str, image_size: int) -> NetworkSize:
+    """Return the size of a network for images of `image_size` pixels.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such network, or it cannot process such images.
+    """
+    with torch.device("meta"):
+        model = proxy_of(find(name), CLASSES, image_size, (0.5,) * 3, (0.25,) * 3).eval()
+        image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return NetworkSize(
+        parameters=sum(value.numel() for value in model.backbone.parameters()),
+        width=model.head.in_features,
+        macs=counter.get_total_flops() / 2,
+    )
