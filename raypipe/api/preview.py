@@ -104,8 +104,12 @@ def inspect(
         )
         if grid is not None:
             from raypipe.estimate.contact_sheet import contact_sheet
+            from raypipe.vision.own_code import transform_to_show
 
-            storage.write_bytes(grid, contact_sheet(inspection.survey, inspection.drawn))
+            transform = transform_to_show(settings.source)
+            storage.write_bytes(
+                grid, contact_sheet(inspection.survey, inspection.drawn, transform=transform)
+            )
         survey = replace(inspection.survey, code=described_code(settings))
     if not survey.samples:
         return survey

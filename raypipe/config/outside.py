@@ -52,6 +52,10 @@ def named_code(config: Config) -> Iterator[NamedCode]:
     """Yield all code from outside raypipe that a configuration names, each once per stage."""
     if config.source.format not in get_args(OwnFormat):
         yield NamedCode(SOURCE.setting, config.source.format, "index", SOURCE)
+    if config.source.transform is not None:
+        yield NamedCode("source.transform", config.source.transform, "seed")
+    if config.proxy.augment is not None:
+        yield NamedCode("proxy.augment", config.proxy.augment, "proxy")
     for score in config.measure.scores:
         if score not in OWN_SCORES:
             yield NamedCode(SCORE.setting, score, "measure", SCORE)

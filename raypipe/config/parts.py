@@ -11,9 +11,9 @@ import contextlib
 from collections.abc import Container, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Protocol, get_args
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from pydantic_core import PydanticKnownError, core_schema
 
 from raypipe.config.base import Settings
@@ -25,6 +25,16 @@ PartOptions = dict[str, dict[str, Any]]
 """Options of parts from outside, by the name of the part."""
 
 _accepted: ContextVar[Container[str]] = ContextVar("accepted", default=())
+
+
+def _reference(value: str) -> str:
+    if not is_reference(value):
+        raise ValueError("expected module:name, such as my_module:function")
+    return value
+
+
+Reference = Annotated[str, AfterValidator(_reference)]
+"""A function of the user's own, `module:name`."""
 
 
 class NoOptions(Settings):

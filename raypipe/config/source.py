@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raypipe.config.base import Positive, Settings
-from raypipe.config.parts import OrPart, PartOptions, check_names
+from raypipe.config.parts import OrPart, PartOptions, Reference, check_names
 from raypipe.plugins import SOURCE
 
 OwnFormat = Literal[
@@ -115,6 +115,12 @@ class SourceSettings(Settings):
         1024,
         description="Largest number of samples in one unit of work. Lower it to use less memory "
         "per worker, raise it for very large sources.",
+    )
+    transform: Reference | None = Field(
+        None,
+        description="Function of your own that turns each stored image into pixels, as "
+        "module:function: it takes a PIL image, the array that the source yields, or bytes that "
+        "Pillow cannot open, and returns uint8 [height, width] or [height, width, channels].",
     )
     max_pixels: Positive = Field(
         100_000_000, description="Images with more pixels are rejected, not decoded."

@@ -6,7 +6,7 @@ end a run before it starts; and a stage whose code has changed runs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,7 +15,18 @@ from raypipe.config import Config
 from raypipe.config.outside import NamedCode, named_code
 from raypipe.config.parts import validated_options
 from raypipe.distributed.code_identity import CodeIdentity, code_identity
-from raypipe.plugins import EXTRAPOLATOR, SCORE, SOURCE, STRATEGY, find, load, package_of
+from raypipe.errors import ConfigError
+from raypipe.plugins import (
+    EXTRAPOLATOR,
+    SCORE,
+    SOURCE,
+    STRATEGY,
+    PartKind,
+    declared,
+    find,
+    load,
+    package_of,
+)
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.outside_code import code_text, recorded_code
 
@@ -64,6 +75,41 @@ class OutsideCode:
         return code_text(self.record())
 
 
+def find_part(kind: PartKind, name: str, setting: str = "") -> Any:
+    """Return the class of a part; see `raypipe.plugins.find`."""
+    module, base = _BASES[kind]
+    return find(kind, name, getattr(import_module(module), base), setting)
+
+
+def installed_parts(kind: PartKind) -> Iterator[tuple[str, Any]]:
+    """Yield name and class of each part that an installed package declares.
+
+    In place of a class that cannot be imported, there is the error.
+    """
+    for name in declared(kind):
+        try:
+            yield name, find_part(kind, name)
+        except ConfigError as error:
+            yield name, error
+
+
+def described_parts() -> dict[str, list[str]]:
+    """Return paragraphs about all installed parts and their options, by the setting of options."""
+    result: dict[str, list[str]] = {}
+    for kind in _BASES:
+        for name, part in installed_parts(kind):
+            lines = result.setdefault(kind.options, [])
+            if isinstance(part, Exception):
+                lines.append(f"{name} cannot be used: {part}")
+                continue
+            lines.append(f"{name} ({package_of(kind, name)}): {part.summary}.")
+            lines += [
+                f"{name}: {option}: {field.get_default()}  {field.description or ''}".rstrip()
+                for option, field in part.Options.model_fields.items()
+            ]
+    return result
+
+
 def import_code(config: Config) -> tuple[OutsideCode, ...]:
     """Import all code that a configuration names.
 
@@ -78,8 +124,7 @@ def import_code(config: Config) -> tuple[OutsideCode, ...]:
 def _imported(config: Config, named: NamedCode) -> OutsideCode:
     if named.kind is None:
         return OutsideCode(named, code_identity(load(named.name, named.setting)), {}, {})
-    module, base = _BASES[named.kind]
-    part: Any = find(named.kind, named.name, getattr(import_module(module), base), named.setting)
+    part = find_part(named.kind, named.name, named.setting)
     section = getattr(config, named.kind.setting.partition(".")[0])
     options = validated_options(part, named.kind, named.name, section.options)
     texts = {

@@ -47,7 +47,7 @@ import numpy as np
 
 from raypipe.config import Config
 from raypipe.errors import ConfigError
-from raypipe.plugins import SCORE, allows_code, declared, find
+from raypipe.plugins import SCORE, allows_code, find
 from raypipe.scores.base import Score, checked_score
 from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
 
@@ -174,17 +174,6 @@ def score_info(name: str) -> ScoreInfo:
         return SCORES[name]
     score = find(SCORE, name, Score)
     return ScoreInfo(name, score.summary, "trajectory", "none", score.paper, score.reads)
-
-
-def installed_scores() -> list[ScoreInfo]:
-    """Return the entries of all scores that installed packages declare.
-
-    Raises
-    ------
-    ConfigError
-        If one of them cannot be imported, or importing is not allowed.
-    """
-    return [score_info(name) for name in declared(SCORE) if name not in SCORES]
 
 
 def trajectory_score(name: str) -> Callable[..., np.ndarray]:

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from raypipe.testing.contract import ContractError
 from raypipe.testing.extrapolators import check_extrapolator
+from raypipe.testing.images import check_augment, check_transform
 from raypipe.testing.scores import check_score
 from raypipe.testing.sources import check_source
 from raypipe.testing.strategies import check_strategy
 
 __all__ = [
     "ContractError",
+    "check_augment",
     "check_extrapolator",
     "check_score",
     "check_source",
     "check_strategy",
+    "check_transform",
 ]

@@ -48,6 +48,7 @@ class IndexStage(Stage):
             mode="json",
             exclude={
                 "options",
+                "transform",
                 "max_pixels",
                 "bit_depth",
                 "max_reject_fraction",
