@@ -9,7 +9,7 @@ To add a trajectory score:
 1. Write `raypipe/scores/my_score.py` with the paper's formula at its top and one function
    ``score(trajectory, **options)`` that returns float32 [samples].
 2. Add an entry to `SCORES`. The module is found by name: "my-score" is `raypipe.scores.my_score`.
-3. Add the name to `ScoreName` in `raypipe.config.measure`, and a field ``my_score`` with the
+3. Add the name to `OwnScore` in `raypipe.config.measure`, and a field ``my_score`` with the
    options to `MeasureSettings`. They are passed to ``score`` as keyword arguments.
 4. If a high score means a hard sample, which can be mislabelled, add the name to `DIFFICULTIES` in
    `raypipe.config.choices`.
