@@ -29,6 +29,8 @@ import yaml
 import raypipe
 from raypipe import cli, errors
 from raypipe.config import Config
+from raypipe.distributed.outside_code import described_parts
+from raypipe.plugins import code_allowed
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository."""
@@ -137,6 +139,11 @@ def settings_page() -> str:
     ]
     for key, model in sections:
         lines += ["", *_section(key, model, models, 2)]
+    with code_allowed():  # of packages that are installed where the site is built
+        parts = described_parts()
+    for setting, texts in parts.items():
+        lines += ["", f"## Parts of other packages: {setting} {{#parts-{setting}}}", ""]
+        lines += [f"- {text}" for text in texts]
     return "\n".join(lines) + "\n"
 
 

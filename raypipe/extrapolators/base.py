@@ -130,7 +130,8 @@ class Extrapolator(abc.ABC):
     def __init__(self, settings: ExtrapolateSettings, num_classes: int) -> None:
         self.settings = settings
         self.num_classes = num_classes
-        self.options: Any = self.Options.model_validate(settings.options.get(settings.method, {}))
+        own = {} if self.Options is NoOptions else settings.options.get(settings.method, {})
+        self.options: Any = self.Options.model_validate(own)
         self.neighbours = (
             self.default_neighbours if settings.neighbours == "auto" else settings.neighbours
         )

@@ -259,7 +259,8 @@ class Source(abc.ABC):
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
-        self.options: Any = self.Options.model_validate(settings.options.get(self.format, {}))
+        own = {} if self.Options is NoOptions else settings.options.get(self.format, {})
+        self.options: Any = self.Options.model_validate(own)
 
     def resolved_settings(self, image_size: int = 0) -> SourceSettings:
         """Return the settings with `auto` and defaults replaced by what they mean for this source.
