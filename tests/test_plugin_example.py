@@ -9,13 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import SMALL
+from helpers import SMALL, digit_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORE = "late-doubt"
+PIXELS = """
+import numpy as np
+
+def negatives(image):
+    if int(image.sum()) % 97 == 0:
+        raise ValueError("a bad number")
+    return np.stack([image, 255 - image], 2)
+
+def darker(image, generator):
+    image[:] = image * generator.uniform(0.9, 1)
+    return image
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +57,9 @@ def finished(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     config = json.loads(json.dumps(SMALL))
     config["run"] = "run"
+    (folder / "own_pixels.py").write_text(PIXELS)
+    config["source"]["transform"] = "own_pixels:negatives"
+    config["proxy"] |= {"augment": "own_pixels:darker", "channels": 2}
     config["measure"] = {"scores": [SCORE], "options": {SCORE: {"epochs": 2}}, "max_actors": 1}
     config["extrapolate"] |= {"method": "knn", "rehearsal": False}
     config["select"] = {
@@ -64,7 +80,23 @@ def test_a_run_measures_its_score_and_cuts_by_its_strategy(finished: Path) -> No
     metadata = pq.read_schema(finished / "run" / "keep" / "keep-0.50.parquet").metadata
     assert metadata[b"raypipe.strategy"] == b"uncontradicted"
     assert json.loads(metadata[b"raypipe.options"])["max_loss"] == 2
-    assert pq.read_metadata(finished / "run" / "keep" / "keep-0.50.parquet").num_rows == 300
+    scores = pq.read_table(finished / "run" / "scores").num_rows
+    kept = pq.read_metadata(finished / "run" / "keep" / "keep-0.50.parquet").num_rows
+    assert kept == round(scores / 2)
+
+
+@pytest.mark.ray
+def test_a_module_beside_the_configuration_reaches_the_workers(finished: Path) -> None:
+    images = digit_images(600)[0].astype(int)
+    bad = np.flatnonzero(images.sum((1, 2)) % 97 == 0)
+    assert 0 < len(bad) < 10
+    rejects = pq.read_table(finished / "run" / "rejects").to_pylist()
+    assert len(rejects) == len(bad)
+    reason = "source.transform: ValueError: a bad number, own_pixels.py line 6"
+    assert {row["reason"] for row in rejects} == {reason}
+    shard = pq.read_table(next((finished / "run" / "seed").glob("seed-*.parquet")))
+    pixels = np.frombuffer(shard["image"][0].as_py(), np.uint8).reshape(2, 8, 8).astype(int)
+    assert (pixels.sum(0) == 255).all()
 
 
 @pytest.mark.ray
@@ -128,6 +160,10 @@ def test_changed_code_is_measured_again_and_named(finished: Path, package: Path)
     assert "seed        already done" in changed.stderr
     after = pq.read_table(finished / "run" / "measured")[SCORE].to_pylist()
     assert after == pytest.approx([1 + value for value in before])
+    (finished / "own_pixels.py").write_text(PIXELS.replace("255 -", "254 -"))
+    changed = raypipe(finished, package, "run", "run.yaml", "--until", "seed")
+    line = "seed        the code of source.transform own_pixels:negatives has changed: running it"
+    assert line in changed.stderr, changed.stderr
 
 
 @pytest.mark.ray

@@ -62,7 +62,6 @@ def stranger(make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.M
         (["select", "{run}"], "select.strategy: 'leaves_a_mark:Strategy' is code from outside"),
         (["select", "{run}", "--strategy", "top"], ""),
         (["compare", "{run}", "{run}"], ""),
-        (["clean", "{run}"], ""),
         (
             ["export", "{run}", "--format", "webdataset", "--to", "{run}-shards", "--keep", "0.5"],
             "source.format: 'leaves_a_mark:Source' is code from outside",

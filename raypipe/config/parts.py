@@ -89,7 +89,9 @@ class OrPart:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         literal = handler.generate_schema(self.own)
-        return core_schema.no_info_wrap_validator_function(self._validated, literal)
+        return core_schema.no_info_wrap_validator_function(
+            self._validated, literal, serialization=core_schema.simple_ser_schema("str")
+        )
 
     def _validated(self, value: Any, handler: Any) -> Any:
         if isinstance(value, str) and value not in get_args(self.own):

@@ -76,7 +76,8 @@ def check_augment(
     batch = image.transpose(2, 0, 1)[None]
     with failures(function, "the augmentation"):
         try:
+            augmentation(batch, [7], 0, 1)
+            unchanged.check()
             twice(function, lambda: augmentation(batch, [7], 0, 1), "pixels")
         except RaypipeError as error:
             raise ContractError(str(error).removeprefix("proxy.augment: ")) from None
-    unchanged.check()

@@ -49,8 +49,10 @@ class Changed(Npz):
     """A source that changes each sample that it reads."""
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
-        for sample in super().read(fragment, keep_id):
-            yield self.changed(sample, fragment)
+        for sample in super().read(fragment):
+            changed = self.changed(sample, fragment)
+            if keep_id is None or keep_id(changed.sample_id):
+                yield changed
 
     def changed(self, sample: RawSample, fragment: Fragment) -> RawSample:
         return sample
@@ -72,11 +74,6 @@ class IdsByFragment(Changed):
 class SameIds(Changed):
     def changed(self, sample: RawSample, fragment: Fragment) -> RawSample:
         return sample._replace(sample_id=sample.sample_id.partition("#")[2])
-
-    def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
-        for sample in super().read(fragment):
-            if keep_id is None or keep_id(sample.sample_id):
-                yield sample
 
 
 class Floats(Changed):
