@@ -124,7 +124,7 @@ def check_names(options: Mapping[str, Any], own: Any, section: str) -> None:
 
 
 def validated_options(
-    part: type[Configurable], kind: PartKind, name: str, options: PartOptions
+    part: type[Configurable], kind: PartKind, name: str, options: Mapping[str, Mapping[str, Any]]
 ) -> Settings:
     """Return the options of a part from outside, validated by its own model.
 
@@ -134,7 +134,7 @@ def validated_options(
         With one line per wrong option.
     """
     try:
-        return part.Options.model_validate(options.get(name, {}))
+        return part.Options.model_validate(dict(options.get(name, {})))
     except ValidationError as error:
         lines = problem_lines(error, part.Options, f"{kind.options}.{name}")
         raise ConfigError("bad configuration\n" + "\n".join(lines)) from None

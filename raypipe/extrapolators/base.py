@@ -11,9 +11,10 @@ import numpy as np
 
 from raypipe.config import ExtrapolateSettings
 from raypipe.config.base import Settings
-from raypipe.config.parts import NoOptions
+from raypipe.config.parts import NoOptions, validated_options
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.neighbours import ClassNeighbours, NeighbourIndex, Neighbours
+from raypipe.plugins import EXTRAPOLATOR
 from raypipe.progress import ProgressCallback
 
 TYPICAL_ROWS = 2048
@@ -130,8 +131,10 @@ class Extrapolator(abc.ABC):
     def __init__(self, settings: ExtrapolateSettings, num_classes: int) -> None:
         self.settings = settings
         self.num_classes = num_classes
-        own = {} if self.Options is NoOptions else settings.options.get(settings.method, {})
-        self.options: Any = self.Options.model_validate(own)
+        self.options: Any = NoOptions()
+        if self.Options is not NoOptions:
+            own = validated_options(type(self), EXTRAPOLATOR, settings.method, settings.options)
+            self.options = own
         self.neighbours = (
             self.default_neighbours if settings.neighbours == "auto" else settings.neighbours
         )

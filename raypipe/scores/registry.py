@@ -46,6 +46,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raypipe.config import Config
+from raypipe.config.parts import validated_options
 from raypipe.errors import ConfigError
 from raypipe.plugins import SCORE, allows_code, find
 from raypipe.scores.base import Score, checked_score
@@ -189,7 +190,7 @@ def trajectory_score(name: str) -> Callable[..., np.ndarray]:
     if name not in SCORES:
         score = find(SCORE, name, Score)
         return lambda trajectory, **options: checked_score(
-            name, score(score.Options.model_validate(options)), trajectory
+            name, score(validated_options(score, SCORE, name, {name: options})), trajectory
         )
     if SCORES[name].needs != "trajectory":
         names = ", ".join(key for key, info in SCORES.items() if info.needs == "trajectory")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from raypipe.config.base import Settings
-from raypipe.config.parts import NoOptions
+from raypipe.config.parts import NoOptions, validated_options
 from raypipe.errors import ConfigError, RaypipeError, StageError
 from raypipe.plugins import STRATEGY, failure, find
 from raypipe.selection.base import SelectionOptions, SelectionPlan, Strategy, one_group_quota
@@ -166,7 +166,7 @@ def strategy_of_class(name: str, kind: type[KeepStrategy]) -> Strategy:
     def plan(
         stream: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
     ) -> list[SelectionPlan]:
-        strategy = kind(kind.Options.model_validate(dict(options.own.get(name, {}))))
+        strategy = kind(validated_options(kind, STRATEGY, name, options.own))
         with _named_failures(name):
             plans = strategy.plan(stream, keep, classes, options)
         if len(plans) != len(keep) or not all(isinstance(item, SelectionPlan) for item in plans):

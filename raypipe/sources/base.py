@@ -17,7 +17,8 @@ import numpy as np
 
 from raypipe.config import SourceSettings
 from raypipe.config.base import Settings
-from raypipe.config.parts import NoOptions
+from raypipe.config.parts import NoOptions, validated_options
+from raypipe.plugins import SOURCE
 from raypipe.sources.formats import LeftOut
 
 IdFilter = Callable[[str], bool]
@@ -259,8 +260,9 @@ class Source(abc.ABC):
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
-        own = {} if self.Options is NoOptions else settings.options.get(self.format, {})
-        self.options: Any = self.Options.model_validate(own)
+        self.options: Any = NoOptions()
+        if self.Options is not NoOptions:
+            self.options = validated_options(type(self), SOURCE, self.format, settings.options)
 
     def resolved_settings(self, image_size: int = 0) -> SourceSettings:
         """Return the settings with `auto` and defaults replaced by what they mean for this source.
