@@ -62,7 +62,7 @@ def config(
         "proxy": {"model": "small", "epochs": arguments.epochs, "seed": seed, **proxy},
         "measure": {},
         "extrapolate": {"seed": seed, "judge_published": False},
-        "select": {"seed": seed, "keep": list(KEEP)},
+        "select": {"seed": seed, "keep": list(KEEP), "strategy": "ccs"},
         "trust": {"min_spearman": -1, "min_stability": -1, "min_accuracy_over_chance": -1},
     }
     for key, value in VARIANTS[variant].items():

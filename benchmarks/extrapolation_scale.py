@@ -207,7 +207,8 @@ def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
     from raypipe.distributed.context import Context
     from raypipe.progress import Progress
     from raypipe.stages.extrapolate.fit import fit_extrapolator
-    from raypipe.stages.extrapolate.stage import ExtrapolateStage, ScoreActor, _read
+    from raypipe.stages.extrapolate.measured import read_samples
+    from raypipe.stages.extrapolate.stage import ExtrapolateStage, ScoreActor
 
     config, run, record = config_of(folder), Run(folder), StageRecord()
     if work == "plain":
@@ -215,7 +216,9 @@ def drive(folder: str, samples: int, work: str, answer: Connection) -> None:
         started = time.perf_counter()
         actor = ScoreActor(WorkerContext(config, run.uri, 1, False))
         for fragment in run.fragments():
-            result = actor(fragment.fragment_id, _read(run.uri, fragment.fragment_id))
+            result = actor(
+                fragment.fragment_id, read_samples(config, run.uri, fragment.fragment_id)
+            )
             record.add_cost(result)
         answer.send((time.perf_counter() - started, record.cpu_seconds))
         return

@@ -28,7 +28,7 @@ from common import (
     trajectory_of,
 )
 
-from raypipe.assessment.fidelity import split
+from raypipe.assessment.held_out import split
 from raypipe.assessment.rank_agreement import spearman
 from raypipe.assessment.rehearsal import Rehearsal, rehearse
 from raypipe.config import ExtrapolateSettings, MeasureSettings, ProxySettings

@@ -39,7 +39,7 @@ from raypipe.extrapolators.neighbours import NeighbourIndex
 from raypipe.proxies.networks import build_network
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import gradient_sum
-from raypipe.sources.base import RawSample
+from raypipe.sources.types import RawSample
 from raypipe.vision.devices import AdaptiveBatch, set_threads, to_device
 from raypipe.vision.forward import forward
 from raypipe.vision.gpu_decode import decode_jpegs, split_off_jpegs

@@ -32,15 +32,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import split_conformal
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix, eye, hstack
 
 import raypipe
 from raypipe import storage
 from raypipe.assessment import intervals as rule
-from raypipe.assessment.conformal import Conformal
 from raypipe.assessment.extremes import ExtremeZone
-from raypipe.assessment.fidelity import ExtremePredictions, HeldOutPredictions, compare
+from raypipe.assessment.fidelity import compare
+from raypipe.assessment.held_out import ExtremePredictions, HeldOutPredictions
 from raypipe.assessment.intervals import Calibration, Intervals
 from raypipe.runs.run import Run
 from raypipe.stages.extrapolate.assess import fold_count
@@ -159,9 +160,13 @@ def with_constants(**values: float) -> Method:
 
 def by_distance(held_out: Calibration, audit: Calibration | None, confidence: float) -> Widths:
     """Version 0.2.0."""
-    intervals = Conformal.fit(held_out.residual, held_out.doubt[:, 0], confidence, held_out.label)
+    intervals = split_conformal.fit(
+        held_out.residual, held_out.doubt[:, 0], confidence, held_out.label
+    )
     if audit is not None:
-        intervals = intervals.stretched(audit.residual, audit.doubt[:, 0], audit.label)
+        intervals = split_conformal.stretched(
+            intervals, audit.residual, audit.doubt[:, 0], audit.label
+        )
     return lambda data: intervals.half_width(data.doubt[:, 0], data.label)
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from common import Images, checkpoints, embed, final, last_layer, mean_gradient, train
 
-from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
-from raypipe.assessment.fidelity import HeldOutPredictions, compare, hold_out, predict, split
+from raypipe.assessment.fidelity import compare
+from raypipe.assessment.held_out import HeldOutPredictions, hold_out, predict, split
 from raypipe.assessment.intervals import Intervals
 from raypipe.assessment.learning_curve import learning_curve
 from raypipe.config import Config, load_config
@@ -33,7 +33,7 @@ from raypipe.extrapolators import make
 from raypipe.extrapolators.base import Nodes
 from raypipe.extrapolators.blend import MEMBERS
 from raypipe.extrapolators.published.gnn import GnnPublished
-from raypipe.runs.sizes import PUBLISHED_SAMPLES
+from raypipe.runs.sizes import PUBLISHED_SAMPLES, QUICK_FOLDS_AUDIT
 from raypipe.scores.calibration import recalibrate
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import add_one_in, combine, leave_one_out
@@ -175,7 +175,7 @@ def extrapolate(
     """Every score, float32 [n], and the fidelity on the audit set; what `raypipe.stages.extrapolate` computes."""
     settings, seed, audit = config.extrapolate, nodes.take(rows), nodes.take(audited)
 
-    quick = len(audited) >= MIN_SAMPLES_TO_RESCALE
+    quick = len(audited) >= QUICK_FOLDS_AUDIT
 
     def fresh(members: int = MEMBERS) -> Any:
         model: Any = make(settings, classes)

@@ -9,56 +9,29 @@ files of a size are made once and kept where --dir is given.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from typing import Literal
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+from keep_list_costs import Columns, columns_of_cost, cost_of, print_cost, write_run
 
-from raypipe import storage
-from raypipe.config import SelectSettings, TrustSettings, parse_config
-from raypipe.runs.ledger import StageRecord
-from raypipe.runs.run import Run
+from raypipe.config import SelectSettings
 from raypipe.selection import STRATEGIES
-from raypipe.stages.select.stage import make_keep_lists
 
 
-def make(uri: str, samples: int, shards: int, classes: int) -> None:
-    """The files of a run that keep-lists are made from."""
-    run, draw = Run(uri), np.random.default_rng(0)
-    storage.write_json(
-        run.path("index", "classes.json"),
-        {"names": [f"class-{number}" for number in range(classes)], "numeric": False},
-    )
+def shards_of(
+    samples: int, shards: int, classes: int
+) -> Iterator[tuple[Columns, Columns, Columns]]:
+    """Random scores and losses, shard by shard."""
+    draw = np.random.default_rng(0)
     for shard, rows in enumerate(np.array_split(np.arange(samples), shards)):
         ids = pa.array([f"train-{shard:05d}.tar/{row:09d}" for row in rows.tolist()], pa.string())
         label = pa.array(draw.integers(classes, size=len(rows)), pa.int32())
-        numbers = {
-            name: pa.array(draw.normal(size=len(rows)).astype(np.float32))
-            for name in ("score", "loss")
-        }
-        for folder, name in (("scores", "score"), ("embeddings", "loss")):
-            table = pa.table({"sample_id": ids, "label": label, name: numbers[name]})
-            storage.write_table(run.path(folder, f"{shard:05d}.parquet"), table)
-    detail = {"measured": samples, "score": "moso"}
-    run.write_ledger({"extrapolate": StageRecord(state="done", samples=samples, detail=detail)})
-    run.write_config(parse_config({"run": uri, "source": {"uri": "x"}}))
-
-
-def one(uri: str, strategy: str, keep: list[float], by_class: bool | Literal["auto"]) -> None:
-    """In a process of its own: make the lists once, and print what it took."""
-    settings = SelectSettings(strategy=strategy, keep=tuple(keep), by_class=by_class)  # type: ignore[arg-type]
-    wall, cpu = time.perf_counter(), time.process_time()
-    make_keep_lists(Run(uri), settings, keep, TrustSettings())
-    took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    print(json.dumps(took | {"memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+        score, loss = (pa.array(draw.normal(size=len(rows)).astype(np.float32)) for _ in range(2))
+        yield {"sample_id": ids, "label": label}, {"score": score}, {"loss": loss}
 
 
 def main() -> None:
@@ -78,38 +51,29 @@ def main() -> None:
     arguments = parser.parse_args()
     keep = [float(fraction) for fraction in arguments.keep.split(",")]
     if arguments.run:
-        one(arguments.run, arguments.strategies, keep, arguments.by_class or "auto")
+        settings = SelectSettings(
+            strategy=arguments.strategies,
+            keep=tuple(keep),
+            by_class=arguments.by_class or "auto",
+        )
+        print_cost(arguments.run, settings)
         return
     with tempfile.TemporaryDirectory() as own:
         uri = os.path.join(
             arguments.dir or own, f"{arguments.samples}-{arguments.shards}-{arguments.classes}"
         )
         if not os.path.exists(f"{uri}/run.json"):
-            make(uri, arguments.samples, arguments.shards, arguments.classes)
+            shards = shards_of(arguments.samples, arguments.shards, arguments.classes)
+            write_run(uri, arguments.classes, "moso", shards)
         print(
             f"{platform.machine()}, {os.cpu_count()} cores; {arguments.samples:,} samples in {arguments.shards:,} shards, "
             f"{arguments.classes:,} classes{', within classes' * arguments.by_class}; lists of {arguments.keep}"
         )
         print(f"{'':<12}{'wall s':>10}{'cpu s':>10}{'MB':>10}")
         for strategy in arguments.strategies.split(","):
-            command = [
-                sys.executable,
-                __file__,
-                "--run",
-                uri,
-                "--strategies",
-                strategy,
-                "--keep",
-                arguments.keep,
-            ]
-            command += ["--by-class"] * arguments.by_class
-            took = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            )
-            print(
-                f"{strategy:<12}{took['wall']:>10.1f}{took['cpu']:>10.1f}{took['memory'] / 1e6:>10.0f}",
-                flush=True,
-            )
+            options = ["--run", uri, "--strategies", strategy, "--keep", arguments.keep]
+            took = cost_of(__file__, *options, *["--by-class"] * arguments.by_class)
+            print(f"{strategy:<12}{columns_of_cost(took)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,16 @@ where --dir is given.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import resource
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+from keep_list_costs import Columns, columns_of_cost, cost_of, print_cost, write_run
 
-from raypipe import storage
-from raypipe.config import SelectSettings, TrustSettings, parse_config
-from raypipe.runs.ledger import StageRecord
-from raypipe.runs.run import Run
-from raypipe.stages.select.stage import make_keep_lists
+from raypipe.config import SelectSettings
 
 WIDTH, INNER, CLUSTERS = 128, 16, 8
 SHARD = 20_000
@@ -39,13 +32,9 @@ LIMIT_SECONDS, LIMIT_BYTES = 600, 4e9
 """What a strategy may take for a million samples."""
 
 
-def make(uri: str, samples: int, classes: int) -> None:
-    """The files of a run that keep-lists are cut from."""
-    run, draw = Run(uri), np.random.default_rng(0)
-    storage.write_json(
-        run.path("index", "classes.json"),
-        {"names": [f"class-{number}" for number in range(classes)], "numeric": False},
-    )
+def shards_of(samples: int, classes: int) -> Iterator[tuple[Columns, Columns, Columns]]:
+    """Clustered embeddings, losses, and scores that follow them, shard by shard."""
+    draw = np.random.default_rng(0)
     centre = 0.5 * draw.standard_normal((classes, CLUSTERS, WIDTH), np.float32)
     directions = 0.5 * draw.standard_normal((INNER, WIDTH), np.float32) / INNER**0.5
     for shard, start in enumerate(range(0, samples, SHARD)):
@@ -60,23 +49,14 @@ def make(uri: str, samples: int, classes: int) -> None:
             "label": pa.array(label, pa.int32()),
         }
         score = loss + 0.3 * draw.standard_normal(rows, np.float32)
-        storage.write_table(
-            run.path("scores", f"{shard:05d}.parquet"), pa.table(named | {"score": score})
-        )
-        embedding = pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors.astype(np.float16).reshape(-1)), WIDTH
-        )
-        storage.write_table(
-            run.path("embeddings", f"{shard:05d}.parquet"),
-            pa.table(named | {"embedding": embedding, "loss": loss}),
-        )
-    detail = {"measured": samples, "score": "loss"}
-    run.write_ledger({"extrapolate": StageRecord(state="done", samples=samples, detail=detail)})
-    run.write_config(parse_config({"run": uri, "source": {"uri": "x"}}))
+        values = pa.array(vectors.astype(np.float16).reshape(-1))
+        embedding = pa.FixedSizeListArray.from_arrays(values, WIDTH)
+        yield named, {"score": pa.array(score)}, {"embedding": embedding, "loss": pa.array(loss)}
 
 
-def one(uri: str, strategy: str, keep: list[float], threads: int, whole: bool) -> None:
-    """In a process of its own: write the lists once, and print what it took."""
+def print_cost_with_threads(
+    uri: str, strategy: str, keep: list[float], threads: int, whole: bool
+) -> None:
     import torch
 
     torch.set_num_threads(threads)
@@ -85,10 +65,7 @@ def one(uri: str, strategy: str, keep: list[float], threads: int, whole: bool) -
         keep=tuple(keep),
         by_class=False if whole else "auto",
     )
-    wall, cpu = time.perf_counter(), time.process_time()
-    make_keep_lists(Run(uri), settings, keep, TrustSettings())
-    took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    print(json.dumps(took | {"memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    print_cost(uri, settings)
 
 
 def main() -> None:
@@ -106,7 +83,9 @@ def main() -> None:
     arguments = parser.parse_args()
     keep = [float(fraction) for fraction in arguments.keep.split(",")]
     if arguments.run:
-        one(arguments.run, arguments.strategies, keep, arguments.threads, arguments.whole)
+        print_cost_with_threads(
+            arguments.run, arguments.strategies, keep, arguments.threads, arguments.whole
+        )
         return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads; {arguments.classes} classes, lists of "
@@ -117,21 +96,17 @@ def main() -> None:
         for samples in map(int, arguments.samples.split(",")):
             uri = os.path.join(arguments.dir or own, f"{samples}-{arguments.classes}")
             if not os.path.exists(f"{uri}/run.json"):
-                make(uri, samples, arguments.classes)
+                shards = shards_of(samples, arguments.classes)
+                write_run(uri, arguments.classes, "loss", shards)
             for strategy in arguments.strategies.split(","):
-                command = [sys.executable, __file__, "--run", uri, "--strategies", strategy]
-                command += ["--keep", arguments.keep, "--threads", str(arguments.threads)]
-                command += ["--whole"] * arguments.whole
-                environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
-                took = json.loads(
-                    subprocess.run(
-                        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-                    ).stdout
-                )
+                options = ["--run", uri, "--strategies", strategy, "--keep", arguments.keep]
+                options += ["--threads", str(arguments.threads)]
+                options += ["--whole"] * arguments.whole
+                took = cost_of(__file__, *options, threads=arguments.threads)
                 slow = took["cpu"] / arguments.threads > LIMIT_SECONDS * max(1, samples / 1e6)
                 large = took["memory"] > LIMIT_BYTES
                 print(
-                    f"{samples:>10,}  {strategy:<10}{took['wall']:>10.1f}{took['cpu']:>10.1f}{took['memory'] / 1e6:>10.0f}"
+                    f"{samples:>10,}  {strategy:<10}{columns_of_cost(took)}"
                     f"{'  too slow' * slow}{'  too much memory' * large}",
                     flush=True,
                 )

@@ -34,7 +34,9 @@ result = raypipe.run(
             "batch_size": 32,
             "flip": False,
         },
-        "select": {"keep": [options.keep]},
+        # Without evidence that a strategy helps, `auto` would draw at random, and there would be
+        # nothing to compare.
+        "select": {"keep": [options.keep], "strategy": "ccs"},
     }
 )
 

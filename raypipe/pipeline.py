@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import Config, SourceSettings
 from raypipe.distributed.context import Context
 from raypipe.distributed.outside_code import changes, of_stage, report_unseen
 from raypipe.errors import (
     ConfigError,
     MemoryShortageError,
-    RaypipeError,
     ResourceError,
     RunError,
     TrustError,
@@ -72,6 +71,8 @@ LESS_MEMORY = {
     "pilot": "pilot.max_samples or pilot.image_size",
 }
 """Settings to lower if workers run out of memory, by stage."""
+SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
+"""What a record of a stage counts."""
 
 
 def make_stage(name: str) -> Stage:
@@ -131,7 +132,7 @@ def execute(
         from raypipe.report.trackers import check_trackers
 
         check_trackers(config.report.log_to)
-    with errors_of_storage(config.run):
+    with storage.errors_of_storage(config.run):
         return _execute(
             config,
             dataset,
@@ -154,21 +155,7 @@ def _execute(
 ) -> Run:
     run, source = Run(config.run), config.source
     names = STAGE_NAMES if until is None else STAGE_NAMES[: STAGE_NAMES.index(until) + 1]
-    if dataset is not None:
-        from raypipe.distributed.ray_data.copy import (
-            changed_dataset,
-            copy_dataset,
-            settings_of_copy,
-        )
-
-        config = config.model_copy(update={"source": settings_of_copy(source, run)})
-    else:  # resolve `auto` once here, instead of listing the source in every task
-        opened = open_source(source)
-        if not run.exists():  # leaving out a setting of an earlier run would redo its index
-            refuse_unused_settings(source, opened.format)
-        config = config.model_copy(
-            update={"source": opened.resolved_settings(config.proxy.image_size)}
-        )
+    config = _with_resolved_source(config, run, dataset)
     check_folder(run, reads_dataset=dataset is not None)
     context = Context(config, run, progress, verbose)
     _ = context.code  # what cannot be imported ends the run before it begins
@@ -179,58 +166,103 @@ def _execute(
             raise RunError(
                 f"{run.uri}: written by `raypipe extrapolate` from tables; give another folder"
             )
-        if overwrite and (
-            changed_source(run, config)
-            if dataset is None
-            else changed_dataset(dataset, source, context)
-        ):
+        if overwrite and _reads_another_source(context, source, dataset):
             _remove_results(run, records)
         _check_noise(config, run, records)
         report_unseen(context.code, progress.say)
-        outdated = _outdated(context, records, names)
-        again = set(redo)
-        if "measure" in {*outdated, *again} and lacks(records.get("proxy"), config):
-            again |= _with_dependents({"proxy"})
-        lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
-        if not overwrite:
-            unasked = [name for name in lost if name not in redo]
-            changed = [
-                line for name in unasked for line in changes(records[name], name, context.code)
-            ]
-            check_overwrite(run, records, config, unasked, changed)
-        planned = [
-            name
-            for name in names
-            if name in lost or name not in records or records[name].state != "done"
-        ]
-        context.check_cluster(USING_RAY.intersection(planned))
-        for name in planned:
-            make_stage(name).check(context)
-        for name in again:
-            records.pop(name, None)  # a stage without a record starts from nothing
-        if again or not run.exists():
-            run.write_ledger(records)  # from here on the folder holds a run
+        _discard_outdated(context, records, names, redo, overwrite)
         if dataset is not None:
+            from raypipe.distributed.ray_data.copy import copy_dataset
+
             copy_dataset(dataset, source, context)
         run.write_config(config)
-        refusal: TrustError | None = None
-        for name in names:
-            stage = make_stage(name)
-            if not stage.applies_to(config):
-                if records.pop(name, None) is not None:
-                    run.write_ledger(records)
-                    run.clear(name)
-                continue
-            try:
-                advance(stage, context, records)
-            except TrustError as error:
-                refusal = error
-            context.config = for_seed_set(config, run)
-        if refusal is not None:
-            raise refusal
+        _run_stages(context, records, names)
         if until is None and "proxy" in records and not config.proxy.keep_intermediate:
             _remove_intermediate(context, records)
     return run
+
+
+def _with_resolved_source(config: Config, run: Run, dataset: Any) -> Config:
+    """Return the configuration with the source that the stages read, without `auto`."""
+    if dataset is not None:
+        from raypipe.distributed.ray_data.copy import settings_of_copy
+
+        return config.model_copy(update={"source": settings_of_copy(config.source, run)})
+    # resolved once here, instead of listing the source in every task
+    opened = open_source(config.source)
+    if not run.exists():  # leaving out a setting of an earlier run would redo its index
+        refuse_unused_settings(config.source, opened.format)
+    resolved = opened.resolved_settings(config.proxy.image_size)
+    return config.model_copy(update={"source": resolved})
+
+
+def _reads_another_source(context: Context, source: SourceSettings, dataset: Any) -> bool:
+    """Return whether the source is another one than that of the run in the folder."""
+    if dataset is None:
+        return bool(changed_source(context.run, context.config))
+    from raypipe.distributed.ray_data.copy import changed_dataset
+
+    return bool(changed_dataset(dataset, source, context))
+
+
+def _discard_outdated(
+    context: Context,
+    records: dict[str, StageRecord],
+    names: Sequence[str],
+    redo: Collection[str],
+    overwrite: bool,
+) -> None:
+    """Check what the run would replace, and forget the stages that start from nothing.
+
+    Raises
+    ------
+    RunError
+        If finished work would be lost that neither `redo` nor `overwrite` names.
+    ResourceError
+        If the cluster lacks what a stage needs.
+    """
+    run, config = context.run, context.config
+    outdated = _outdated(context, records, names)
+    again = set(redo)
+    if "measure" in {*outdated, *again} and lacks(records.get("proxy"), config):
+        again |= _with_dependents({"proxy"})
+    lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
+    if not overwrite:
+        unasked = [name for name in lost if name not in redo]
+        code = [line for name in unasked for line in changes(records[name], name, context.code)]
+        check_overwrite(run, records, config, unasked, code)
+    planned = [
+        name
+        for name in names
+        if name in lost or name not in records or records[name].state != "done"
+    ]
+    context.check_cluster(USING_RAY.intersection(planned))
+    for name in planned:
+        make_stage(name).check(context)
+    for name in again:
+        records.pop(name, None)  # a stage without a record starts from nothing
+    if again or not run.exists():
+        run.write_ledger(records)  # from here on the folder holds a run
+
+
+def _run_stages(context: Context, records: dict[str, StageRecord], names: Sequence[str]) -> None:
+    """Bring the named stages to the state `done`; raise a TrustError only after all of them."""
+    run, config = context.run, context.config
+    refusal: TrustError | None = None
+    for name in names:
+        stage = make_stage(name)
+        if not stage.applies_to(config):
+            if records.pop(name, None) is not None:
+                run.write_ledger(records)
+                run.clear(name)
+            continue
+        try:
+            advance(stage, context, records)
+        except TrustError as error:
+            refusal = error
+        context.config = for_seed_set(config, run)
+    if refusal is not None:
+        raise refusal
 
 
 def _remove_intermediate(context: Context, records: dict[str, StageRecord]) -> None:
@@ -272,12 +304,12 @@ def _outdated(
     """Return which of the named stages in the ledger would be run again, or removed."""
     fingerprints: dict[str, str] = {}
     result = set()
-    context.config = for_seed_set(context.config, context.run)
+    config = for_seed_set(context.config, context.run)
     for name in names if records else ():
         stage = make_stage(name)
-        if stage.applies_to(context.config):
+        if stage.applies_to(config):
             inputs = [fingerprints[need] for need in stage.needs if need in fingerprints]
-            fingerprints[name] = stage.fingerprint(context, inputs)
+            fingerprints[name] = stage.fingerprint(config, context.code, inputs)
         if name in records and records[name].fingerprint != fingerprints.get(name):
             result.add(name)
     return result
@@ -290,7 +322,7 @@ def _remove_results(run: Run, records: dict[str, StageRecord]) -> None:
     for name in STAGE_NAMES:
         run.clear(name)
     storage.delete(run.source_copy)
-    storage.delete(run.path("evaluation"))
+    storage.delete(run.evaluation_folder)
 
 
 def _check_noise(config: Config, run: Run, records: dict[str, StageRecord]) -> None:
@@ -312,7 +344,7 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     run, name = context.run, stage.name
     # A stage that this one needs does not exist in every run.
     inputs = [records[need].fingerprint for need in stage.needs if need in records]
-    current = stage.fingerprint(context, inputs)
+    current = stage.fingerprint(context.config, context.code, inputs)
     record = records.get(name)
     if record is not None and record.fingerprint != current:
         reason = " and ".join(changes(record, name, context.code)) or stage.changed
@@ -370,9 +402,6 @@ def _execute_stage(stage: Stage, context: Context, record: StageRecord) -> None:
         ) from error
 
 
-SECONDS = ("wall_seconds", "cpu_seconds", "gpu_seconds")
-
-
 def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict[str, Any]:
     """Return what `raypipe status` shows of a running run in addition to its ledger."""
     seconds = {
@@ -380,17 +409,3 @@ def driver_progress(progress: Progress, records: dict[str, StageRecord]) -> dict
         for name in ("cpu_seconds", "gpu_seconds")
     }
     return {**progress.about(), **seconds}
-
-
-@contextmanager
-def errors_of_storage(uri: str) -> Iterator[None]:
-    """Turn storage that fails permanently into a one-line error that names it."""
-    try:
-        yield
-    except RaypipeError:
-        raise
-    except OSError as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
-        raise RaypipeError(
-            f"{where}{error.strerror or error}. Fix this and rerun to resume"
-        ) from error

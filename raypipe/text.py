@@ -56,13 +56,13 @@ class HeadlineFidelity:
 
 
 MIN_ACCURACY_OVER_CHANCE = 0.05
-"""Share of the way from chance to 1 that the accuracy of a proxy should have come at least."""
+"""Smallest gain of a proxy over chance, as a share of the distance from chance to 1."""
 
 
 def beats_chance(accuracy: float, chance: float, error: float, least: float) -> bool:
-    """Return whether an accuracy is above chance by two standard errors.
+    """Return whether an accuracy is clearly above chance.
 
-    It must also have come the share `least` of the way from chance to 1.
+    That is by two standard errors, and by the share `least` of the distance from chance to 1.
     """
     return chance >= 1 or accuracy - chance >= max(2 * error, least * (1 - chance))
 

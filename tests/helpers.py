@@ -107,6 +107,12 @@ def measured_with(run: Run, file: str, part: int = 0) -> Any:
     )
 
 
+def table_of(run: Run, folder: str) -> pa.Table:
+    """All files of a folder of a run as one table."""
+    tables = [table for _, table in storage.iter_tables(run.path(folder))]
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+
+
 def score_files(run: str) -> dict[str, bytes]:
     """Content of every score shard by name."""
     return _files(run, "scores")

@@ -34,12 +34,6 @@ def test_the_package_lists_what_it_offers() -> None:
     assert set(raypipe.__all__) <= set(dir(raypipe))
 
 
-def test_every_command_shows_an_example_and_its_exit_codes() -> None:
-    for name in cli.commands:
-        text = output(name, "--help")
-        assert f"Example:\n    raypipe {name}" in text and "Exit codes:\n    0  done" in text
-
-
 def test_the_short_configuration_is_valid_and_short(tmp_path: Path) -> None:
     text = output("init", "--minimal")
     assert len(text.splitlines()) < 25

@@ -132,7 +132,7 @@ def test_credentials_in_an_address_are_in_no_message(
 ) -> None:
     """Errors name unreachable storage by its URI, not by the endpoint, which has credentials."""
     from raypipe.errors import RaypipeError
-    from raypipe.pipeline import errors_of_storage
+    from raypipe.storage import errors_of_storage
 
     monkeypatch.setattr("raypipe.storage.faults.RETRIES", 1)
     storage.places.remote_filesystem.cache_clear()

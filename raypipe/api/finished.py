@@ -189,11 +189,10 @@ def evaluate(
     """
     from raypipe.evaluation.driver import evaluate as compare
     from raypipe.evaluation.test_set import source_of_test_set
-    from raypipe.pipeline import errors_of_storage
 
     run = Run(uri)
     settings = parse_settings(EvaluateSettings, options, "evaluate")
-    with code_allowed(), errors_of_storage(run.uri):
+    with code_allowed(), storage.errors_of_storage(run.uri):
         return compare(
             run,
             source_of_test_set(run.config(), test, test_settings),
@@ -274,7 +273,6 @@ def export(
     500
     """
     from raypipe.exports.run import export_keep_list
-    from raypipe.pipeline import errors_of_storage
 
     options = {
         "format": format,
@@ -287,5 +285,5 @@ def export(
         "snapshot": snapshot,
     }
     settings = parse_settings(ExportSettings, options, "export")
-    with code_allowed(allow_code), errors_of_storage(to):
+    with code_allowed(allow_code), storage.errors_of_storage(to):
         return export_keep_list(Run(run), settings, progress=progress, verbose=verbose)

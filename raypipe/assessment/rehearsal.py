@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raypipe.assessment.fidelity import (
+from raypipe.assessment.held_out import (
     HeldOutPredictions,
     proxy_is_right,
     simpler_predictions,

@@ -39,23 +39,6 @@ EXPERIMENTAL_SCORES = {
 PROXY_STATISTICS = ("loss", "margin", "entropy")
 """Statistics of the proxy's output for a sample, in the order that the extrapolators expect."""
 
-StrategyName = Literal[
-    "top",
-    "balanced",
-    "normalized",
-    "moderate",
-    "mixed",
-    "random",
-    "ccs",
-    "beta",
-    "band",
-    "d2",
-    "infomax",
-    "coverage",
-    "typical",
-]
-"""Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps a name to its function."""
-
 ScoreStrategyName = Literal[
     "top",
     "balanced",
@@ -71,6 +54,9 @@ ScoreStrategyName = Literal[
     "typical",
 ]
 """Strategies that the pilot and `raypipe evaluate` compare with `random`: all others."""
+
+StrategyName = Literal["random", ScoreStrategyName]
+"""Strategies of `select.strategy`. `raypipe.selection.STRATEGIES` maps a name to its function."""
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
@@ -115,6 +101,7 @@ class StrategyText:
 
 
 STRATEGY_TEXTS: dict[str, StrategyText] = {
+    "random": StrategyText("", "drawn at random, whatever the score"),
     "top": StrategyText("highest scores", "the highest scores"),
     "balanced": StrategyText(
         "the same share of each class",
@@ -126,7 +113,6 @@ STRATEGY_TEXTS: dict[str, StrategyText] = {
     ),
     "moderate": StrategyText("around the median", "the scores around the median"),
     "mixed": StrategyText("both ends", "the hardest and the easiest samples"),
-    "random": StrategyText("", "drawn at random, whatever the score"),
     "ccs": StrategyText(
         "over the range of scores",
         "drawn evenly over the range of the scores, without the hardest samples",

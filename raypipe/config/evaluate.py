@@ -15,6 +15,9 @@ from raypipe.config.select import KeepFraction
 
 MIN_CERTIFY_SEEDS = 3
 """Trainings of each list that a certificate needs."""
+MIN_CERTIFY_SAMPLES = 20
+"""Test samples that a certificate needs: models can agree on a few of them by chance, and an
+interval would then be too narrow."""
 
 
 class EvaluateSettings(Settings):

@@ -169,6 +169,17 @@ def absolute_paths(config: Config) -> Config:
     )
 
 
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as section.field: value."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            result |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result
+
+
 def dump_config(config: Config, sections: Mapping[str, Any] | None = None) -> str:
     """Return the resolved configuration, or some of its sections, as YAML for `load_config`."""
     return yaml.safe_dump(

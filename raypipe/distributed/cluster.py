@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from raypipe import storage
 from raypipe.config import ClusterSettings, PoolSettings, ProxySettings
 from raypipe.distributed.reach import check_reachable
+from raypipe.distributed.waiting import waiting_variables
 from raypipe.errors import RaypipeError, ResourceError
 from raypipe.progress import Progress
 
@@ -280,7 +281,11 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
                 if local:
                     _start_local(options)
                 else:
-                    ray.init(address=settings.address, **options)
+                    ray.init(
+                        address=settings.address,
+                        runtime_env={"env_vars": waiting_variables()},
+                        **options,
+                    )
         except Exception as error:  # Ray raises a plain Exception if the start takes too long
             where = (
                 "a Ray cluster on this machine"
@@ -388,6 +393,9 @@ def _start_local(options: dict[str, Any]) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # saves a process: this machine is not preemptible
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # instead of 15: next to other processes, a run got a small share of the machine
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.update(waiting_variables())  # workers inherit them
     ray.init(address="local", include_dashboard=False, **options)
 
 

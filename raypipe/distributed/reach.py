@@ -38,7 +38,7 @@ def check_reachable(setting: str, progress: Progress) -> None:
     if not address or "://" in plain:  # other schemes are those of plug-ins
         return
     match = re.fullmatch(r"\[?([^\]/]+?)\]?:(\d+)(/.*)?", plain)
-    if match is None:
+    if match is None or int(match[2]) > 65535:
         raise RaypipeError(
             f"{origin} is {address!r}, which is not an address: give host:port, such as "
             "head-node:6379"
@@ -71,6 +71,8 @@ def _refusal(host: str, port: int) -> str:
         return f"no answer in {TRY_SECONDS:.0f} s"
     except OSError as error:
         return error.strerror or str(error)
+    except UnicodeError:  # a part of the name is empty or longer than 63 characters
+        return "not a valid host name"
     return ""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
 from raypipe.config import Config
 from raypipe.config.extrapolate import SEARCHERS_PER_GPU
 from raypipe.config.measure import RECALIBRATED
@@ -12,7 +11,7 @@ from raypipe.estimate import rates
 from raypipe.estimate.workload import Effort, Machine, Workload
 from raypipe.runs.pilot import PilotPlan
 from raypipe.runs.proxy_roles import ProxyRoles
-from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, probe_samples
+from raypipe.runs.sizes import INDEX_TASK_FILES, PUBLISHED_SAMPLES, QUICK_FOLDS_AUDIT, probe_samples
 from raypipe.stages.pilot.plan import make_plan, plan_seconds
 from raypipe.vision import network_costs
 
@@ -203,7 +202,7 @@ def _extrapolation(work: Workload, machine: Machine) -> Effort:
         return _probing(work)
     settings, values = work.config.extrapolate, work.embedding_values
     folds = _folds(work)
-    quick = settings.method == "gnn" and work.audit >= MIN_SAMPLES_TO_RESCALE
+    quick = settings.method == "gnn" and work.audit >= QUICK_FOLDS_AUDIT
     fold = (QUICK_FOLD if quick else 1.0) * (1 - settings.holdout)
     epochs = None if settings.epochs == "auto" else settings.epochs
     fit = rates.fit_seconds(settings.method, work.seed, work.samples, epochs, values)

@@ -29,7 +29,7 @@ from raypipe.sources import (
     class_map,
     open_source,
 )
-from raypipe.sources.base import Preview
+from raypipe.sources.types import Preview
 from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import BadImage, decode, open_image

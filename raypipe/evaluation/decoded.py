@@ -39,7 +39,6 @@ from raypipe.vision.decode import decode_batch
 from raypipe.vision.fitting import statistics_of
 from raypipe.vision.own_code import transform_of
 
-FOLDER = "evaluation/pixels"
 MAX_SHARE = 0.8
 """Share of a node's memory, and of its free disk for temporary files, that arrays can take."""
 TRAIN, TEST = "train", "test"

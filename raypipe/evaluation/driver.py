@@ -10,13 +10,12 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import ProxySettings, SourceSettings
-from raypipe.config.evaluate import EvaluateSettings
+from raypipe.config.evaluate import MIN_CERTIFY_SAMPLES, EvaluateSettings
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.code_identity import code_identity
 from raypipe.distributed.context import Context
 from raypipe.distributed.nodes import on_each_node, run_on_share, smallest_memory
 from raypipe.errors import ResourceError, RunError, SourceError
-from raypipe.evaluation.decoded import FOLDER as PIXELS
 from raypipe.evaluation.decoded import (
     TEST,
     TRAIN,
@@ -33,7 +32,7 @@ from raypipe.evaluation.decoded import (
 )
 from raypipe.evaluation.lists import SamplePool, cut_lists
 from raypipe.evaluation.summary import Results, summarize, table_of
-from raypipe.evaluation.trainings import FOLDER, Training, recipe_of, train_one, trainings_of
+from raypipe.evaluation.trainings import Training, recipe_of, train_one, trainings_of
 from raypipe.keeplists.file import check_has_images
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
@@ -43,8 +42,6 @@ from raypipe.sources import open_source
 from raypipe.sources.classes import shown_names
 from raypipe.vision.own_code import transform_of
 
-SUMMARY, TABLE = "summary.json", "trainings.parquet"
-"""Files in `evaluation/`, next to the results of single trainings."""
 MAX_CPUS_WITH_GPU = 4
 """CPUs of a training that has a GPU, at most."""
 
@@ -136,14 +133,16 @@ def _evaluate(
             channels=config.proxy.channels,
         )
         copy = _decode(context, pool, test, recipe.image_size, counts)
+        check_test_samples(source.uri, counts.test["samples"], settings)
         _train(context, missing, trainings, copy, settings, gpu)
-        storage.delete(run.path(PIXELS))
+        storage.delete(run.evaluation_pixels)
     else:
+        check_test_samples(source.uri, counts.test["samples"], settings)
         context.progress.say(f"{'evaluate':<11} done before: {len(trainings):,} trainings")
     results = _read_results(run, trainings)
     summary = summarize(run, settings, recipe, results, len(pool), {**about_test, **counts.test})
-    storage.write_table(run.path(FOLDER, TABLE), table_of(results, run.classes().names))
-    storage.write_json(run.path(FOLDER, SUMMARY), summary)
+    storage.write_table(run.evaluation_table, table_of(results, run.classes().names))
+    storage.write_json(run.evaluation_summary, summary)
     if "index.html" in storage.names(run.report_folder):
         from raypipe.report import build
 
@@ -151,12 +150,21 @@ def _evaluate(
     return summary
 
 
+def check_test_samples(uri: str, samples: int, settings: EvaluateSettings) -> None:
+    """Raise SourceError if a test set is too small for a certificate."""
+    if settings.certify and samples < MIN_CERTIFY_SAMPLES:
+        raise SourceError(
+            f"{uri}: {samples} samples to test on are too few to certify a list; give a test set "
+            f"of at least {MIN_CERTIFY_SAMPLES}, or leave out --certify"
+        )
+
+
 def _missing(run: Run, trainings: Sequence[Training], certify: bool) -> list[Training]:
     """Return the trainings without a result, each once: equal ones share a name.
 
     A certificate needs the result of every test sample, which versions up to 0.2.0 did not store.
     """
-    done = storage.names(run.path(FOLDER))
+    done = storage.names(run.evaluation_folder)
     by_name = {item.name: item for item in trainings}
     return [
         item
@@ -215,7 +223,7 @@ def _train(
 
 def _read_results(run: Run, trainings: Sequence[Training]) -> Results:
     names = {item.name for item in trainings}
-    by_name = {name: storage.read_json(run.path(FOLDER, f"{name}.json")) for name in names}
+    by_name = {name: storage.read_json(run.evaluation_file(f"{name}.json")) for name in names}
     return Results(trainings, by_name)
 
 
@@ -226,7 +234,7 @@ class _UnitCountsFile:
     """
 
     def __init__(self, run: Run, key: str) -> None:
-        self.key, self._uri = key, run.path(FOLDER, f"data-{key}.json")
+        self.key, self._uri = key, run.evaluation_file(f"data-{key}.json")
         self._content: dict[str, Any] = {}
 
     def write(self, train: list[int], test: list[int], left_out: int) -> None:
@@ -251,7 +259,7 @@ def _decode(
         If there is nothing to test on.
     """
     run = context.run
-    folder = run.path(PIXELS, counts.key)
+    folder = storage.join(run.evaluation_pixels, counts.key)
     units = units_of(run, pool.shards, test)
     decoded = storage.names(folder)
     missing = [unit for unit in units if f"{unit.file}.json" not in decoded]

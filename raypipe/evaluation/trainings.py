@@ -30,7 +30,6 @@ from raypipe.runs.run import Run
 from raypipe.vision.devices import set_threads
 from raypipe.vision.fitting import State, fit, steps_of, test
 
-FOLDER = "evaluation"
 SAVE_SECONDS = 60.0
 """Shortest time between two states of a training in progress."""
 SPENT = "spent."
@@ -71,7 +70,7 @@ class Training:
 
     def path(self, run: Run, suffix: str = "json") -> str:
         """Return the URI of its result, or of its state."""
-        return run.path(FOLDER, f"{self.name}.{suffix}")
+        return run.evaluation_file(f"{self.name}.{suffix}")
 
 
 def recipe_of(config: Config, settings: EvaluateSettings, samples: int) -> ProxySettings:

@@ -5,7 +5,7 @@ Of large runs, the same random samples are compared: those whose hash is lowest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.assessment.rank_agreement import spearman
+from raypipe.config import flat_settings
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
 from raypipe.selection.hashing import hash64, uniform
@@ -114,7 +115,7 @@ def compare_runs(first: Run, second: Run) -> RunComparison:
         part,
         spearman(pair[0][finite], pair[1][finite]),
         tuple(lists),
-        _differences(*(_flat(run.config().model_dump(mode="json")) for run in (first, second))),
+        _differences(first, second),
     )
 
 
@@ -176,18 +177,9 @@ def _overlap(file: str, ids: pa.Array, kept: list[pa.Array]) -> ListOverlap:
     return ListOverlap(file, counts[0], counts[1], counts[2], len(ids))
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as section.field: value."""
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = value
-    return result
-
-
-def _differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _differences(*runs: Run) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, in the order of the configuration."""
+    first, second = (flat_settings(run.config().model_dump(mode="json")) for run in runs)
     return {
         name: (first.get(name), second.get(name))
         for name in {**first, **second}

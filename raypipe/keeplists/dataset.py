@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypipe import storage
-from raypipe.errors import ConfigError, SourceError
-from raypipe.keeplists.file import KeepFile, find_keep_list, first_positions
+from raypipe.errors import ConfigError
+from raypipe.keeplists.file import KeepFile, find_keep_list
+from raypipe.keeplists.matching import Ids, Matcher
+from raypipe.keeplists.webdataset import kept_samples
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
 from raypipe.selection import hash64
 from raypipe.selection.redraw import draw, inclusion_probabilities, unbiased_weights
 from raypipe.sources.noise import LabelNoise
-from raypipe.sources.values import printable
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
     from raypipe.distributed.ray_data import Dataset as RayDataset
 
-
-Ids = Sequence[str] | Callable[[int], str]
-"""Sample ids in the order of a dataset, or a function from an index to the id."""
 
 _NUMBERS: dict[str, Callable[[str], Any]] = {
     "fraction": float,
@@ -46,15 +43,6 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {
     "spearman_low": lambda value: None if value == "unknown" else float(value),
     "spearman_all": float,
 }
-_NUMBERED = re.compile(r"(.+)/(\d+)")
-_TAR = re.compile(r"\S+\.(?:tar\.gz|tar|tgz)", re.IGNORECASE)
-
-
-def _id_text(sample_id: Any) -> str:
-    """Return a sample id of a dataset as text. Raises SourceError for what has no one text."""
-    if sample_id is None or isinstance(sample_id, float | np.floating | bytes):
-        raise SourceError(f"{sample_id!r} cannot be a sample id; expected text or whole numbers")
-    return str(sample_id)
 
 
 class KeepList:
@@ -123,13 +111,13 @@ class KeepList:
     def __repr__(self) -> str:
         return f"KeepList({self.uri!r}: {len(self):,} samples)"
 
-    @functools.cached_property
+    @property
     def ids(self) -> list[str]:
         """Sample ids, list of str.
 
         Labels, scores and weights have the same order: that of the score shards, not of the source.
         """
-        return self._table["sample_id"].to_pylist()
+        return self._matcher.ids
 
     @property
     def labels(self) -> np.ndarray:
@@ -250,7 +238,7 @@ class KeepList:
         >>> keep.indices(["cat/1.png", "cat/2.png", "dog/1.png"], strict=False)  # doctest: +SKIP
         [0, 2]
         """
-        return self._match(ids, strict)[0].tolist()
+        return self._matcher.by_ids(ids, strict)[0].tolist()
 
     def subset(
         self, dataset: Any, ids: Ids | None = None, *, strict: bool = True, weights: bool = False
@@ -299,7 +287,7 @@ class KeepList:
 
         from raypipe.keeplists.weighted_subset import WeightedSubset
 
-        position, rows = self._find(dataset, ids, strict)
+        position, rows = self._matcher.find(dataset, ids, strict)
         if not weights:
             return Subset(dataset, position.tolist())
         return WeightedSubset(dataset, position.tolist(), self._known_weights()[rows].tolist())
@@ -347,7 +335,7 @@ class KeepList:
         from torch.utils.data import WeightedRandomSampler
 
         weights = self._known_weights()
-        rows = self._find(dataset, ids, strict)[1]
+        rows = self._matcher.find(dataset, ids, strict)[1]
         return WeightedRandomSampler(
             weights[rows].tolist(), num_samples or len(rows), replacement, generator
         )
@@ -441,35 +429,14 @@ class KeepList:
         --------
         >>> pipeline = webdataset.WebDataset(urls).compose(keep.filter_webdataset)  # doctest: +SKIP
         """
-        base = root if root is not None else self._source_root
-        tars: dict[str, str] = {}
-        seen = kept = 0
-        for sample in samples:
-            url, seen = sample["__url__"], seen + 1
-            if url not in tars:
-                tars[url] = self._tar(url, base)
-            if f"{tars[url]}#{printable(sample['__key__'].removeprefix('./'))}" in self._set:
-                kept += 1
-                yield sample
-        if seen and not kept:
-            example = f", ids of the keep-list are like {self.ids[0]!r}" if self.ids else ""
-            warnings.warn(
-                f"{self.uri} contains no sample of the {seen} read: the last was in "
-                f"{tars[url]!r}{example}; check `root`",
-                stacklevel=2,
-            )
-
-    def _tar(self, url: str, root: str | None) -> str:
-        """Return the path of a tar as ids contain it."""
-        match = _TAR.search(url)  # for a pipe, the first word that is a tar
-        path = match[0] if match is not None else url
-        if root is not None and path.startswith(root.rstrip("/") + "/"):
-            return path[len(root.rstrip("/")) + 1 :]
-        parts = path.split("/")
-        ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        return next((end for end in ends if end in self._files), parts[-1])
+        root = root if root is not None else self._source_root
+        return kept_samples(samples, self.uri, self._set, self._matcher.files, root)
 
     # -- matching ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _matcher(self) -> Matcher:
+        return Matcher(self.uri, self._table, self._run)
 
     @functools.cached_property
     def _hashes(self) -> np.ndarray:
@@ -480,164 +447,7 @@ class KeepList:
         return frozenset(self.ids)
 
     @functools.cached_property
-    def _files(self) -> frozenset[str]:
-        """Paths before the "#" of the ids."""
-        return frozenset(sample_id.rpartition("#")[0] for sample_id in self.ids)
-
-    @functools.cached_property
     def _source_root(self) -> str | None:
         if self._run is None:
             return None
         return storage.glob_root(self._run.config().source.uri)
-
-    def _match(self, ids: Iterable[Any], strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return ascending positions in `ids` and the rows of these in the list, int64 [k] each."""
-        ids_array = pa.array([_id_text(sample_id) for sample_id in ids], pa.string())
-        row_of_id = pc.fill_null(
-            pc.index_in(ids_array, value_set=self._table["sample_id"].combine_chunks()), -1
-        )
-        rows = row_of_id.to_numpy(zero_copy_only=False).astype(np.int64)
-        position = np.flatnonzero(rows >= 0)
-        rows = rows[position]
-        distinct, counts = np.unique(rows, return_counts=True)
-        if len(distinct) < len(rows):
-            twice = self._table["sample_id"][int(distinct[counts > 1][0])].as_py()
-            raise SourceError(
-                f"{int((counts > 1).sum()):,} kept ids occur more than once in the dataset, such "
-                f"as {twice!r}"
-            )
-        if strict and len(rows) < len(self):
-            absent = int(np.setdiff1d(np.arange(len(self)), rows)[0])
-            example = (
-                f"; ids of the dataset are like {ids_array[0].as_py()!r}" if len(ids_array) else ""
-            )
-            raise SourceError(
-                f"{len(self) - len(rows):,} of the {len(self):,} samples of the keep-list are not "
-                f"among the {len(ids_array):,} of the dataset, such as "
-                f"{self._table['sample_id'][absent].as_py()!r}{example}. strict=False continues "
-                f"with {len(rows):,}"
-            )
-        return position, rows
-
-    def _find(self, dataset: Any, ids: Ids | None, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return positions and rows as `_match` does, for a dataset."""
-        if ids is None:
-            own_ids = self._ids_of(dataset)
-            if own_ids is None:
-                return self._by_row(dataset, strict)
-            return self._match(own_ids, strict)
-        listed = [ids(index) for index in range(len(dataset))] if callable(ids) else ids
-        if len(listed) != len(dataset):
-            raise SourceError(
-                f"{len(listed):,} ids are given, but the dataset has {len(dataset):,} samples"
-            )
-        return self._match(listed, strict)
-
-    def _ids_of(self, dataset: Any) -> list[str] | None:
-        """Return the ids that can be derived from the dataset itself; None if there are none."""
-        if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-            inner = self._ids_of(dataset.dataset)
-            if inner is None:
-                inner = [""] * len(dataset.dataset)
-                for position, row in zip(*self._by_row(dataset.dataset, True), strict=True):
-                    inner[position] = self.ids[row]
-            return [inner[index] for index in dataset.indices]
-        if hasattr(dataset, "samples") and hasattr(dataset, "root"):
-            return [
-                printable(os.path.relpath(path, dataset.root).replace(os.sep, "/"))
-                for path, *_ in dataset.samples
-            ]
-        columns = getattr(dataset, "column_names", None) or ()
-        stated = self._run.config().source.id_column if self._run is not None else None
-        column = next(
-            (name for name in (stated, "sample_id") if name is not None and name in columns), None
-        )
-        return list(map(_id_text, dataset[column])) if column is not None else None
-
-    def _by_row(self, dataset: Any, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return positions and rows as `_match` does, for a dataset in source order."""
-        number = self._source_rows()
-        rows = np.argsort(number, kind="stable")
-        position = number[rows]
-        inside = position < len(dataset)
-        if strict and not inside.all():
-            raise SourceError(
-                f"{int((~inside).sum()):,} of the {len(self):,} samples of the keep-list are "
-                f"beyond the {len(dataset):,} samples of the dataset, which is assumed to be in "
-                "source order; give ids"
-            )
-        position, rows = position[inside], rows[inside]
-        self._check_labels(dataset, position, rows)
-        return position, rows
-
-    def _source_rows(self) -> np.ndarray:
-        """Return the number of every kept sample in the source, int64 [n], from its id.
-
-        Raises SourceError if the ids do not contain it.
-        """
-        numbered = [match for match in map(_NUMBERED.fullmatch, self.ids) if match is not None]
-        if numbered and len(numbered) == len(self) and len({match[1] for match in numbered}) == 1:
-            return np.array([int(match[2]) for match in numbered], np.int64)
-        split = [sample_id.rpartition("#") for sample_id in self.ids]
-        source = self._run.config().source if self._run is not None else None
-        parquet = (
-            source.format == "parquet" and source.id_column is None
-            if source is not None
-            else all(path.lower().endswith(".parquet") for path, _, _ in split)
-        )
-        if not parquet or not all(row.isdecimal() for _, _, row in split):
-            example = f": they are like {self.ids[0]!r}" if self.ids else ""
-            raise SourceError(
-                "the ids of the keep-list do not identify samples of the dataset"
-                f"{example}; give ids"
-            )
-        first = dict.fromkeys(self._files, 0)
-        if len(first) > 1:
-            if self._run is None:
-                raise SourceError(
-                    f"the samples are in {len(first)} files, and {self.uri} is outside its run, "
-                    "whose index has their order; give ids"
-                )
-            fragments = self._run.fragments()
-            starts = first_positions(fragments)
-            first = {
-                fragment.path: starts[fragment.fragment_id]
-                for fragment in fragments
-                if fragment.start == 0
-            }
-            if gone := sorted(self._files - set(first)):
-                raise SourceError(
-                    f"{self.uri} has samples of files that are no longer in the source, such as "
-                    f"{gone[0]}; give ids"
-                )
-        return np.array([first[path] + int(row) for path, _, row in split], np.int64)
-
-    def _check_labels(self, dataset: Any, position: np.ndarray, rows: np.ndarray) -> None:
-        """Raise SourceError if the dataset has integer labels that differ from the list's."""
-        stated = {self._run.config().source.label_column} if self._run is not None else set()
-        if None in stated:
-            return  # the list has pseudo-labels
-        column = next(
-            (
-                name
-                for name in getattr(dataset, "column_names", None) or ()
-                if name in stated | {"label"}
-            ),
-            None,
-        )
-        if column is not None:
-            labels = list(dataset[column])
-        else:
-            labels = list(getattr(dataset, "targets", ()))
-        if len(labels) != len(dataset) or not all(
-            isinstance(label, int | np.integer) for label in labels
-        ):
-            return
-        expected = self.labels[rows]
-        wrong = int((np.array(labels)[position] != expected)[expected >= 0].sum())
-        if wrong:
-            raise SourceError(
-                f"{wrong:,} of {len(rows):,} samples have another label in the dataset than in the "
-                "keep-list: is the dataset in source order, without shuffling or filtering? Give "
-                "ids"
-            )

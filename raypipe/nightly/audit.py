@@ -20,7 +20,7 @@ from raypipe.nightly.known import KnownSamples
 from raypipe.nightly.sampling import order_of
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.selection.hashing import hash64, lowest
+from raypipe.selection.hashing import lowest, with_order
 from raypipe.sources import Fragment
 
 SALT = 0x6175646974
@@ -91,10 +91,7 @@ def scan_new_samples(
         class_counts += np.bincount(labels[labels >= 0], minlength=len(class_counts))
         rows = np.flatnonzero((labels >= 0) & ~table["measured"].to_numpy())
         table = table.take(pa.array(rows)).drop_columns(["measured"])
-        order = hash64(table["sample_id"].combine_chunks(), SALT)
-        table = table.append_column("order", pa.array(order))
-        table = table.append_column("fragment", pa.array([name] * len(table), pa.string()))
-        drawn = lowest([drawn, table], count)
+        drawn = lowest([drawn, with_order(table, name, SALT)], count)
     return NewSamples(new, changed, unchanged, class_counts, drawn, only, kept, since_seed)
 
 

@@ -7,6 +7,7 @@ is gone now; the snapshot of the night before still has the scores of those.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -131,6 +132,11 @@ class KnownSamples:
     def __len__(self) -> int:
         return len(self.orders)
 
+    @functools.cached_property
+    def _tolerance(self) -> float:
+        """Largest difference of scores that count as equal."""
+        return TOLERANCE * float(self.scores.astype(np.float64).std())
+
     def compare(self, orders: np.ndarray, scores: np.ndarray) -> Compared:
         """Compare the samples of a fragment with those that are gone."""
         if not len(self):
@@ -139,7 +145,7 @@ class KnownSamples:
         position = np.minimum(np.searchsorted(self.orders, orders), len(self) - 1)
         known = self.orders[position] == orders
         distance = np.abs(self.scores[position].astype(np.float64) - scores)
-        equal = distance <= TOLERANCE * self.scores.astype(np.float64).std()
+        equal = distance <= self._tolerance
         same = known & (equal | self.by_id)
         return Compared(known, same, same & self.since_seed[position])
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from raypipe import storage
 from raypipe._version import __version__
 from raypipe.config import Config
 from raypipe.distributed.context import Context
@@ -24,7 +25,7 @@ from raypipe.nightly.checks import check_classes, check_complete, check_finished
 from raypipe.nightly.new_samples import assess_new_samples, listed_fragments
 from raypipe.nightly.policy import Assessment, refresh_reasons, source_changes
 from raypipe.nightly.state import write_baseline
-from raypipe.pipeline import advance, errors_of_storage, for_seed_set, make_stage
+from raypipe.pipeline import advance, for_seed_set, make_stage
 from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.report.trackers import check_trackers
@@ -121,7 +122,7 @@ def run_night(
     RaypipeError
         Whatever the stages raise, except a fidelity too low for keep-lists: see `Night.refused`.
     """
-    with errors_of_storage(config.run):
+    with storage.errors_of_storage(config.run):
         return _run_night(config, progress or Progress(), verbose, moment or datetime.now(UTC))
 
 

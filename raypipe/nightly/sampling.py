@@ -105,10 +105,7 @@ def embeddings_of(table: pa.Table) -> np.ndarray:
     """Return the embeddings of a draw, float32 [n, d]; [0, 0] for a draw without fragments."""
     if "embedding" not in table.column_names:
         return np.zeros((0, 0), np.float32)
-    width = table.schema.field("embedding").type.list_size
-    return np.asarray(table["embedding"].combine_chunks().flatten(), np.float32).reshape(
-        len(table), width
-    )
+    return storage.matrix_of(table["embedding"]).astype(np.float32, copy=False)
 
 
 def _draw_from(

@@ -220,7 +220,8 @@ class _MapPoints:
     def add(self, shard: _EmbeddingShard) -> None:
         last = len(shard.table) - 1
         rows = np.unique(np.linspace(0, last, self._per_shard).astype(np.int64))
-        self._vectors.append(_matrix(shard.table["embedding"])[rows])
+        vectors = storage.matrix_of(shard.table["embedding"])[rows]
+        self._vectors.append(vectors.astype(np.float32))
         self._scores.append(shard.score[rows])
         self._ids += shard.table["sample_id"].take(pa.array(rows)).to_pylist()
 
@@ -264,11 +265,6 @@ def _spread(items: list[str], limit: int) -> list[str]:
     if len(items) <= limit:
         return items
     return [items[position] for position in np.linspace(0, len(items) - 1, limit).astype(int)]
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(np.float32).reshape(len(column), -1)
 
 
 def _aligned(ids: pa.ChunkedArray, scores: pa.Table) -> tuple[np.ndarray, np.ndarray]:

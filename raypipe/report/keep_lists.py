@@ -19,7 +19,7 @@ from raypipe.report.schema import ClassFigures, ClassShare, KeepListFigures
 from raypipe.report.score_scan import QUANTILES, ScoreScan
 from raypipe.report.text import label_name
 from raypipe.runs.run import Run
-from raypipe.sources.base import IdFilter
+from raypipe.sources.types import IdFilter
 
 MAX_LOOKED_UP = 1_000_000
 """Samples of a list whose set is looked up; hashing more ids would take minutes."""

@@ -11,8 +11,8 @@ from raypipe.report.schema import SetFigures, SetShares
 from raypipe.report.text import uneven_sets
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
-from raypipe.sources.base import IdFilter
 from raypipe.sources.id_sampling import audit_rule, in_sample
+from raypipe.sources.types import IdFilter
 
 
 def sample_sets(run: Run, config: Config) -> dict[str, IdFilter]:

@@ -14,8 +14,8 @@ from raypipe import storage
 from raypipe.config import SeedSettings
 from raypipe.config.choices import PROXY_STATISTICS
 from raypipe.runs.run import Run
-from raypipe.sources.base import IdFilter
 from raypipe.sources.id_sampling import in_sample
+from raypipe.sources.types import IdFilter
 
 if TYPE_CHECKING:
     from raypipe.extrapolators.base import Nodes
@@ -130,8 +130,7 @@ def as_seen_by(table: pa.Table, views: Mapping[int, pa.Table], proxies: Sequence
         if proxy:
             taken = pa.array([rows[proxy][sample_id] for sample_id in ids], pa.int64())
             column = views[proxy]["embedding"].take(taken)
-        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        embeddings.append(values.reshape(len(ids), column.type.list_size))
+        embeddings.append(storage.matrix_of(column))
     side_by_side = np.concatenate(embeddings, 1)
     column = pa.FixedSizeListArray.from_arrays(
         pa.array(side_by_side.reshape(-1)), side_by_side.shape[1]
@@ -146,8 +145,7 @@ def nodes_of(table: pa.Table) -> Nodes:
     """Convert a table of embeddings; without a proxy there are no proxy statistics."""
     from raypipe.extrapolators.base import Nodes
 
-    column = table["embedding"].combine_chunks()
-    embedding = np.asarray(column.flatten(), np.float32).reshape(len(table), -1)
+    embedding = storage.matrix_of(table["embedding"]).astype(np.float32, copy=False)
     label = table["label"].fill_null(-1).to_numpy().astype(np.int64)
     statistics = [table[name].to_numpy() for name in PROXY_STATISTICS if name in table.column_names]
     stacked = np.stack(statistics, 1) if statistics else np.zeros((len(table), 0))

@@ -72,12 +72,12 @@ def find_intermediate(run: Run, config: Config) -> Intermediate:
         kinds.append(TRAJECTORY)
         for part in parts:
             sizes |= _folder(run.path(part.folder, TRAJECTORY))
-    sizes |= _folder(inner_run(run).path("proxy"))
+    sizes |= _folder(inner_run(run).proxy_folder)
     return Intermediate(tuple(kinds), sizes)
 
 
 def folder_sizes(run: Run) -> dict[str, int]:
-    """Return the bytes in each folder of a run, the largest first; files beside them as "."."""
+    """Return the bytes in each folder of a run, largest first; "." has the files next to them."""
     sizes = Counter[str]()
     for file in storage.listing(run.uri):
         folder, inside, _ = file.path.partition("/")

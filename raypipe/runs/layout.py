@@ -107,6 +107,11 @@ class Layout:
         return self.path("labels", "classes.json")
 
     @property
+    def proxy_folder(self) -> str:
+        """The training of the proxies."""
+        return self.path("proxy")
+
+    @property
     def proxy_manifest_file(self) -> str:
         """See `raypipe.runs.manifests.ProxyManifest`."""
         return self.path("proxy", "proxy.json")
@@ -240,14 +245,33 @@ class Layout:
         return self.path("report", "map.parquet")
 
     @property
-    def evaluation_summary(self) -> str:
+    def evaluation_folder(self) -> str:
         """Results of `raypipe evaluate`."""
+        return self.path("evaluation")
+
+    @property
+    def evaluation_pixels(self) -> str:
+        """Decoded images, while trainings are missing."""
+        return self.path("evaluation", "pixels")
+
+    @property
+    def evaluation_table(self) -> str:
+        """One row for each training."""
+        return self.path("evaluation", "trainings.parquet")
+
+    @property
+    def evaluation_summary(self) -> str:
+        """What is printed and reported of all trainings."""
         return self.path("evaluation", "summary.json")
 
     @property
     def table_summary(self) -> str:
         """Summary of an extrapolation from tables."""
         return self.path("summary.json")
+
+    def evaluation_file(self, name: str) -> str:
+        """One file about a training or the data, by its name."""
+        return self.path("evaluation", name)
 
     def index_file(self, name: str) -> str:
         """One file of fragments."""

@@ -48,8 +48,7 @@ def scores_by_proxy(run: Run, score: str) -> tuple[np.ndarray, np.ndarray]:
         for _, table in storage.iter_tables(run.path(folder)):
             if column in table.column_names and len(table):
                 labels.append(table["label"].fill_null(-1).to_numpy().astype(np.int64))
-                flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                values.append(flat.reshape(len(table), -1))
+                values.append(storage.matrix_of(table[column]))
     if not values:
         return np.zeros(0, np.int64), np.zeros((0, 1), np.float32)
     return np.concatenate(labels), np.concatenate(values)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import Config, flat_settings
 from raypipe.errors import RunError
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord
@@ -100,24 +100,22 @@ def _changes(run: Run, config: Config) -> dict[str, str]:
     Empty if the run has no readable configuration.
     """
     try:
-        old = _flat(run.config().model_dump(mode="json"))
+        old = _plain_settings(run.config())
     except RunError:
         return {}
     return {
         name: f"{name} {_shown(old.get(name))} -> {_shown(value)}"
-        for name, value in _flat(config.model_dump(mode="json")).items()
+        for name, value in _plain_settings(config).items()
         if name != "run" and not name.startswith("cluster.") and old.get(name) != value
     }
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = value.rstrip("/") if isinstance(value, str) else value
-    return result
+def _plain_settings(config: Config) -> dict[str, Any]:
+    """Return all settings by section.field; a slash at the end of a path makes no difference."""
+    return {
+        name: value.rstrip("/") if isinstance(value, str) else value
+        for name, value in flat_settings(config.model_dump(mode="json")).items()
+    }
 
 
 def _shown(value: Any) -> str:

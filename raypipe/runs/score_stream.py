@@ -17,7 +17,7 @@ from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError, RunError, StageError
 from raypipe.runs.run import Run
 from raypipe.selection import ALWAYS, NEVER, Chunk, IdSet
-from raypipe.selection.hashing import string_array
+from raypipe.selection.hashing import Ids, string_array
 
 CHUNK_ROWS = 1 << 16
 """Minimal rows of a chunk, except the last: work per chunk costs the same for a few rows as for
@@ -158,8 +158,7 @@ class ScoreStream:
             digest.update(
                 name.encode() + score.astype("<f4").tobytes() + label.astype("<i4").tobytes()
             )
-            ids: Any = table["sample_id"].combine_chunks() if with_ids else ()
-            ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+            ids: Ids = string_array(table["sample_id"]) if with_ids else ()
             yield (
                 name,
                 Chunk(
@@ -201,7 +200,7 @@ class ScoreStream:
                     f"{self._run.uri}: embeddings/{shard} and scores/{shard} hold different "
                     "samples; rerun `raypipe run`"
                 )
-            yield chunk, stored_embeddings(table)
+            yield chunk, storage.matrix_of(table["embedding"])
 
     def _read(self, file: str, with_ids: bool) -> tuple[pa.Table, dict[str, np.ndarray]]:
         """Read the scores of a shard, and the proxy's statistics by name."""
@@ -278,17 +277,6 @@ def read_embedding_columns(run: Run, file: str, columns: list[str]) -> pa.Table:
         raise RunError(
             f"{uri}: {', '.join(columns)} cannot be read ({error}); rerun `raypipe run`"
         ) from None
-
-
-def stored_embeddings(table: pa.Table) -> np.ndarray:
-    """Return the column `embedding` in the type it is stored in, [n, d]."""
-    column = table["embedding"].combine_chunks()
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return (
-        column.flatten().to_numpy().reshape(len(table), -1)
-        if len(table)
-        else np.zeros((0, column.type.list_size), np.float32)
-    )
 
 
 def read_ids(uri: str, setting: str) -> pa.Array:

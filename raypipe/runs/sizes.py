@@ -41,6 +41,10 @@ A worker reads a whole index file to find the members of its fragment.
 PUBLISHED_SAMPLES = 10_000
 """Largest source in which `extrapolate.judge_published: auto` also judges gnn-published."""
 
+QUICK_FOLDS_AUDIT = 100
+"""With at least this many audit samples, these decide the fidelity, and folds of the seed set are
+fitted in less time."""
+
 MIN_PROBE_SAMPLES, MAX_PROBE_SAMPLES = 50_000, 200_000
 """Bounds of `probe_samples`. One task holds the embeddings of these samples by one proxy."""
 

@@ -13,6 +13,7 @@ computed from them: the order of the stream does not matter.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -187,7 +188,7 @@ def _read_batch(
     )
     order = np.lexsort((hashes, block))
     starts = np.flatnonzero(np.diff(block[order], prepend=-1)).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+    for start, stop in itertools.pairwise([*starts, len(order)]):
         rows = order[start:stop]
         yield Block(
             layout.group_of(int(block[rows[0]])),

@@ -124,6 +124,13 @@ def hash_range(hashes: np.ndarray, ranges: int) -> np.ndarray:
     return ((high * np.uint64(ranges)) >> np.uint64(32)).astype(np.int64)
 
 
+def with_order(table: pa.Table, fragment: str, seed: int) -> pa.Table:
+    """Return samples of a fragment with the columns `order`, for `lowest`, and `fragment`."""
+    order = hash64(table["sample_id"].combine_chunks(), seed)
+    table = table.append_column("order", pa.array(order))
+    return table.append_column("fragment", pa.array([fragment] * len(order), pa.string()))
+
+
 def lowest(tables: Sequence[pa.Table], count: int) -> pa.Table:
     """Return the `count` rows of lowest order of all tables, ascending, one row per id.
 

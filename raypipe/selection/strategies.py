@@ -10,11 +10,10 @@ To add a strategy:
 1. Write the function. If it compares samples by their embeddings, it reads them in the blocks of
    `raypipe.selection.blocks`, and computes one number for each sample.
 2. Add an entry to `STRATEGIES`.
-3. Add the name to `StrategyName`, `ScoreStrategyName`, `STRATEGY_TEXTS` and, if it applies,
-   `RANDOM_STRATEGIES` (it draws), `CUTTING_STRATEGIES` (it leaves out the hardest samples first)
-   and `CLASSWISE_STRATEGIES` (it works within classes by default) in `raypipe.config.choices`. The
-   settings, the command line and the report follow from these. A test checks that they agree with
-   `STRATEGIES`.
+3. Add the name to `ScoreStrategyName`, `STRATEGY_TEXTS` and, if it applies, `RANDOM_STRATEGIES` (it
+   draws), `CUTTING_STRATEGIES` (it leaves out the hardest samples first) and `CLASSWISE_STRATEGIES`
+   (it works within classes by default) in `raypipe.config.choices`. The settings, the command line
+   and the report follow from these. A test checks that they agree with `STRATEGIES`.
 
 For example, the lowest scores::
 
@@ -44,6 +43,7 @@ from raypipe.selection.outside import outside_strategy
 from raypipe.selection.typical import typical
 
 STRATEGIES: dict[str, Strategy] = {
+    "random": Strategy(randomized.random, draws_at_random=True, uses_scores=False),
     "top": Strategy(deterministic.top),
     "balanced": Strategy(
         deterministic.balanced, nested=False, uses_classes=True, balances_classes=True
@@ -51,7 +51,6 @@ STRATEGIES: dict[str, Strategy] = {
     "normalized": Strategy(deterministic.normalized, uses_classes=True),
     "moderate": Strategy(deterministic.moderate),
     "mixed": Strategy(deterministic.mixed, uses_difficulty=True),
-    "random": Strategy(randomized.random, draws_at_random=True, uses_scores=False),
     "ccs": Strategy(randomized.ccs, nested=False, draws_at_random=True, uses_difficulty=True),
     "beta": Strategy(randomized.beta, nested=False, draws_at_random=True, needs_loss=True),
     "band": Strategy(band, nested=False, uses_difficulty=True),

@@ -11,8 +11,9 @@ from importlib import import_module
 
 from raypipe.config import SourceSettings
 from raypipe.plugins import SOURCE, find
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.classes import ClassMap, StatedNames, class_map
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 __all__ = [
     "ClassMap",

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raypipe.errors import SourceError
-from raypipe.sources.base import RawSample
 from raypipe.sources.noise import LabelNoise
+from raypipe.sources.types import RawSample
 
 MAX_CLASSES = 1_000_000
 """More classes than this are taken for one wrong label."""

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 
 class DigitsSource(Source):

@@ -26,11 +26,12 @@ import numpy as np
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.lines import Line, read_lines
 from raypipe.sources.places365 import class_names_file, find_list, image_root
 from raypipe.sources.smallfiles import Member, file_runs, path_hash, read_members, unpack_member
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.values import number_or_name, printable
 
 BLOCK_LINES = 16_384

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.splits import several_splits
+from raypipe.sources.types import FileScan, SourceFile
 from raypipe.storage import Reader
 
 FILE_VANISHED = "no such file: deleted since it was listed, or its name is not UTF-8"

@@ -21,7 +21,6 @@ from raypipe.errors import RaypipeError, SourceError
 from raypipe.sources.arrow_images import ImageOrReason, ReadByPath, image_reader
 from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.arrowstream import ArrowStream, Message
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.columns import (
     ColumnError,
     Features,
@@ -41,6 +40,7 @@ from raypipe.sources.hub import (
 )
 from raypipe.sources.location import MISSING
 from raypipe.sources.table_source import TableSource, read_rows, reject_repeated_ids
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.values import damage_reason
 from raypipe.storage import FileInfo, Reader
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 from raypipe.config import SeedSettings
-from raypipe.sources.base import IdFilter
+from raypipe.sources.types import IdFilter
 
 
 def part_rule(parts: int, seed: int) -> Callable[[str], int]:

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import Location
 from raypipe.sources.smallfiles import Member, file_runs, read_members, unpack_member
 from raypipe.sources.splits import SPLIT_FOLDERS, several_splits
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 
 class ImageFolderSource(Source):

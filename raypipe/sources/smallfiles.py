@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from raypipe import storage
-from raypipe.sources.base import RawSample, SourceFile
 from raypipe.sources.filesource import FILE_VANISHED
+from raypipe.sources.types import RawSample, SourceFile
 from raypipe.sources.values import number_or_name
 
 READERS, LOOK_AHEAD = 8, 32

@@ -25,8 +25,9 @@ from PIL import Image
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.classes import MAX_CLASSES
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 SHARD_SAMPLES = 1 << 17
 """Samples of one shard: what stands for a file, and is divided into fragments in one go."""

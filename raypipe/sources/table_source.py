@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason
-from raypipe.sources.base import IdFilter, RawSample, SourceFile
 from raypipe.sources.columns import AUTO, Features, TableColumns, choose_columns
 from raypipe.sources.filesource import FileSource, no_content
+from raypipe.sources.types import IdFilter, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader
 

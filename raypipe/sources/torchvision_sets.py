@@ -26,7 +26,7 @@ from PIL import Image
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.base import FileScan, Fragment, IdFilter, RawSample, Source, SourceFile
+from raypipe.sources.base import Source
 from raypipe.sources.torchvision_build import build_dataset, first_item
 from raypipe.sources.torchvision_request import (
     DatasetRequest,
@@ -35,6 +35,7 @@ from raypipe.sources.torchvision_request import (
     has_splits,
     parse_request,
 )
+from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.values import printable
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """WebDataset: plain or gzip tar files; members with the same key are one sample.
 
-The key is the member's name up to the first dot of its last part. The image is the member with the
-extension `image_column` (`auto`: the only one with an image's extension). The label is `.cls`; else
-the field `label_column` of `.json` (`auto`: the first with a usual name, if any); else `.txt`.
+The key is the member's name up to the first dot of its last part. `raypipe.sources.tarmembers` says
+which members are the image and the label.
 
 Normally the members of a sample follow one another. A tar in which they do not is read as a whole
 for every fragment, twice: for the labels, then for the images. Only the labels are held.
@@ -12,37 +11,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
 
 from raypipe import storage
-from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
-from raypipe.sources.columns import AUTO, LABEL_NAMES
+from raypipe.config import SourceSettings
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content
-from raypipe.sources.formats import IMAGE_EXTENSIONS
-from raypipe.sources.tarfiles import BLOCK, Group, read_groups
+from raypipe.sources.tarfiles import BLOCK, LoadMember, read_groups
+from raypipe.sources.tarmembers import Apart, Members, TarFacts, load_label
 from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
 from raypipe.sources.tarplaces import PlaceReader
-from raypipe.sources.values import number_or_name, printable, stored_label
+from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
+from raypipe.sources.values import printable
 from raypipe.storage import Reader
 
 READ_BYTES = 4 << 20
 """Bytes of one request: enough to hide latency, little to discard at a fragment's end."""
-MAX_LABEL_BYTES, MAX_IMAGE_BYTES = 1 << 20, 1 << 30
-"""A larger member is a reject."""
 PREVIEW_BYTES = 1 << 20
 """Approximate bytes read at one place of a preview."""
 SCATTERED = -1
 """Offset of the fragments of a tar in which the members of a sample do not follow one another."""
-SEVERAL_IMAGES = "several members can be the image"
-
-_LABELS = ("cls", "json", "txt")
-_IMAGES = frozenset(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 
 
 class WebDatasetSource(FileSource):
@@ -51,6 +41,10 @@ class WebDatasetSource(FileSource):
     format = "webdataset"
     scan_reads = "all"
 
+    def __init__(self, settings: SourceSettings) -> None:
+        super().__init__(settings)
+        self._members = Members(settings)
+
     def open(self, path: str) -> Reader:
         return storage.open_read(self._location.uri(path), READ_BYTES)
 
@@ -58,10 +52,10 @@ class WebDatasetSource(FileSource):
         limit = self.settings.fragment_samples
         offsets: list[int] = []
         first_of_key: dict[str, int] = {}
-        facts, history = _TarFacts(self), KeyHistory()
+        facts, history = TarFacts(self._members), KeyHistory()
         repeats_across_fragments = any_named = scattered = False
         problem = ""
-        for group in read_groups(stored, 0, _is_compressed(file.path), _load_label):
+        for group in read_groups(stored, 0, _is_compressed(file.path), load_label):
             any_named |= bool(group.names)
             problem = group.reason
             if history.kind(group) is Kind.PART:
@@ -74,7 +68,7 @@ class WebDatasetSource(FileSource):
         if offsets and not any_named:
             return self.unreadable_file(file, f"not a tar file: {problem}")
         if scattered:
-            facts = _TarFacts(self)
+            facts = TarFacts(self._members)
             for sample in self._join(stored, file.path):
                 facts.add(sample.group)
         if facts.problem:
@@ -99,7 +93,7 @@ class WebDatasetSource(FileSource):
         if fragment.offset == SCATTERED:
             yield from self._read_scattered(fragment, keep_id)
             return
-        position = _Position(fragment, keep_id, self.is_image)
+        position = _Position(fragment, keep_id, self._members.load_image)
         seen: set[str] = set()
         with self.open(fragment.path) as stored:
             for group in read_groups(
@@ -109,7 +103,7 @@ class WebDatasetSource(FileSource):
                 seen.add(group.key)
                 sample_id = _sample_id(fragment.path, group.key)
                 if position.keeps(sample_id):
-                    yield self._sample(sample_id, group, is_repeated)
+                    yield self._members.sample(sample_id, group, is_repeated)
                 position.index += 1
                 if position.index == fragment.stop:
                     return
@@ -119,7 +113,7 @@ class WebDatasetSource(FileSource):
         """Return all samples of a tar, with their labels and without their images."""
         stored.end_at(1 << 62)  # a preview reads to a limit
         stored.seek(0)
-        return join_parts(read_groups(stored, 0, _is_compressed(path), _load_label))
+        return join_parts(read_groups(stored, 0, _is_compressed(path), load_label))
 
     def _read_scattered(self, fragment: Fragment, keep_id: IdFilter | None) -> Iterator[RawSample]:
         """Yield samples whose members do not follow one another, in the order of their images.
@@ -136,14 +130,14 @@ class WebDatasetSource(FileSource):
             and (keep_id is None or keep_id(_sample_id(path, sample.group.key)))
         }
         images = {
-            sample.group.key: (number, self.image_of(sample.group)[0])
+            sample.group.key: (number, self._members.image_of(sample.group)[0])
             for number, sample in left.items()
             if not sample.repeated and not sample.group.reason
         }
 
         def load(key: str, extension: str, size: int) -> bool:
             is_chosen = key in images and images[key][1] == extension
-            return is_chosen and size <= MAX_IMAGE_BYTES
+            return is_chosen and self._members.load_image(key, extension, size)
 
         with self.open(path) as stored:
             for part in read_groups(stored, 0, _is_compressed(path), load):
@@ -151,11 +145,13 @@ class WebDatasetSource(FileSource):
                     number, _ = images.pop(part.key)
                     group = left.pop(number).group
                     whole = dataclasses.replace(group, contents={**group.contents, **part.contents})
-                    yield self._sample(_sample_id(path, part.key), whole, False)
+                    yield self._members.sample(_sample_id(path, part.key), whole, False)
                 if not images:
                     break
         for sample in left.values():
-            yield self._sample(_sample_id(path, sample.group.key), sample.group, sample.repeated)
+            yield self._members.sample(
+                _sample_id(path, sample.group.key), sample.group, sample.repeated
+            )
         yield from _gone(fragment, len(joined), keep_id)
 
     def preview(
@@ -189,12 +185,12 @@ class WebDatasetSource(FileSource):
             starts = sorted({int(draw.random() * room) // BLOCK * BLOCK for _ in range(places)})
         per_place = -(-places * each // len(starts))
         read_place = functools.partial(
-            PlaceReader, stored, _is_compressed(file.path), self._load_image, _load_label
+            PlaceReader, stored, _is_compressed(file.path), self._members.load_image, load_label
         )
         drawn: dict[int, RawSample] = {}  # by the byte of their header: places can overlap
         labels: dict[int, list[int | str | None]] = {}
         samples_read = bytes_read = 0
-        problem, apart = "no sample found", _Apart(self)
+        problem, apart = "no sample found", Apart(self._members)
         for start in starts:
             place = read_place(start, window).read()
             if not place.groups and start:  # no whole group between here and the end
@@ -205,11 +201,11 @@ class WebDatasetSource(FileSource):
                 problem = groups[-1].reason if groups else problem
                 continue
             samples_read, bytes_read = samples_read + len(groups), bytes_read + place.span
-            labels |= {group.offset: self._label_if_valid(group) for group in groups}
+            labels |= {group.offset: self._members.label_if_valid(group) for group in groups}
             with_images = groups[: place.loaded]
             for group in draw.sample(with_images, min(per_place, place.loaded)):
                 sample_id = _sample_id(file.path, group.key)
-                drawn[group.offset] = self._sample(sample_id, group, False)
+                drawn[group.offset] = self._members.sample(sample_id, group, False)
         if not samples_read:
             return Preview(error=f"not a tar file: {problem}")
         if apart.images != apart.labels and not _is_compressed(file.path):
@@ -230,7 +226,7 @@ class WebDatasetSource(FileSource):
         if error:
             return Preview(error=error)
         groups = [sample.group for sample in self._join(stored, file.path)]
-        labels = Counter(label for group in groups for label in self._label_if_valid(group))
+        labels = Counter(label for group in groups for label in self._members.label_if_valid(group))
         indices = draw.sample(range(len(groups)), min(count, len(groups)))
         chosen = {_sample_id(file.path, groups[index].key) for index in indices}
         drawn = [
@@ -240,80 +236,6 @@ class WebDatasetSource(FileSource):
         ]
         return Preview(tuple(drawn), len(groups), True, labels)
 
-    def _sample(self, sample_id: str, group: Group, is_repeated: bool) -> RawSample:
-        label, label_reason = self.label_of(group)
-        extension, no_image = self.image_of(group)
-        image = group.contents.get(extension) if extension is not None else None
-        reason = group.reason
-        if not reason and is_repeated:
-            reason = "duplicate key: an earlier sample of the tar has it too"
-        if not reason and extension is None:
-            reason = no_image
-        if not reason and image is None:
-            reason = f"the image has more than {MAX_IMAGE_BYTES} bytes"
-        reason = printable(reason or label_reason)
-        return RawSample(sample_id, None if reason else image, label, reason)
-
-    def is_image(self, extension: str) -> bool:
-        """Return whether a member with this extension can be the image of its sample."""
-        column = self.settings.image_column
-        if column != AUTO:
-            return extension == _extension(column)
-        return extension in _IMAGES or not extension  # without one, the content is an image
-
-    def image_of(self, group: Group) -> tuple[str | None, str]:
-        """Return the image's extension; or None, and the reason why the group has no image."""
-        images = list(filter(self.is_image, group.names))
-        if len(images) == 1:
-            return images[0], ""
-        if images:
-            return None, f"{SEVERAL_IMAGES}: {_listed(images)}; set source.image_column"
-        column = self.settings.image_column
-        missing = "" if column == AUTO else f"no .{_extension(column)}, "
-        return None, f"no image: {missing}only {_listed(group.names)}"
-
-    def _load_image(self, key: str, extension: str, size: int) -> bool:
-        """Load images only; see `LoadMember`."""
-        return self.is_image(extension) and size <= MAX_IMAGE_BYTES
-
-    def _label_if_valid(self, group: Group) -> list[int | str | None]:
-        """Return [label] of a group, [None] if it has no label, [] if the label is invalid."""
-        label, reason = self.label_of(group)
-        return [] if reason else [label]
-
-    def label_of(self, group: Group) -> tuple[int | str | None, str]:
-        """Return the label of a group, or why it is invalid."""
-        if self.settings.label_column is None:
-            return None, ""
-        for extension in _LABELS:
-            if extension not in group.names:
-                continue
-            content = group.contents.get(extension)
-            if content is None:
-                return None, f"label: .{extension} has more than {MAX_LABEL_BYTES} bytes"
-            try:
-                decoded = content.decode("utf-8")
-                value: Any = json.loads(decoded) if extension == "json" else number_or_name(decoded)
-            except (ValueError, RecursionError) as error:
-                message = " ".join(str(error).split())[:200]
-                return None, f"label: .{extension} cannot be read: {message}"
-            if extension == "json":
-                if not isinstance(value, dict):
-                    return None, f"label: .json holds no fields but {type(value).__name__}"
-                name = self._label_field(value)
-                if name is None:
-                    continue  # the .json describes something else
-                value = value.get(name)
-            return stored_label(value)
-        return None, ""
-
-    def _label_field(self, fields: dict[str, Any]) -> str | None:
-        """Return the label field of a .json: for `auto`, the first with a usual name, or None."""
-        name = self.settings.label_column
-        if name != AUTO:
-            return name
-        return next((usual for usual in LABEL_NAMES if usual in fields), None)
-
 
 @dataclass
 class _Position:
@@ -321,7 +243,7 @@ class _Position:
 
     fragment: Fragment
     keep_id: IdFilter | None
-    is_image: Callable[[str], bool]
+    load_image: LoadMember
     index: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -337,61 +259,11 @@ class _Position:
         """Whether to read a member of the current sample; see `LoadMember`."""
         if not self.keeps(_sample_id(self.fragment.path, key)):
             return False
-        return _load_label(key, extension, size) or (
-            self.is_image(extension) and size <= MAX_IMAGE_BYTES
-        )
-
-
-class _TarFacts:
-    """The labels of a tar, and whether it is clear which members are the images."""
-
-    def __init__(self, source: WebDatasetSource) -> None:
-        self.labels: set[int | str] = set()
-        self._source, self._any_image, self._ambiguous = source, False, ""
-
-    def add(self, group: Group) -> None:
-        """Add a sample."""
-        label, _ = self._source.label_of(group)
-        self.labels |= {label} - {None}  # type: ignore[arg-type]
-        image, reason = self._source.image_of(group)
-        self._any_image |= image is not None
-        if reason.startswith(SEVERAL_IMAGES):
-            self._ambiguous = self._ambiguous or reason
-
-    @property
-    def problem(self) -> str:
-        """Why no sample has an image although members can be images; "" otherwise."""
-        return "" if self._any_image else self._ambiguous
-
-
-class _Apart:
-    """Whether groups in some places of a tar have images without labels, and the reverse."""
-
-    def __init__(self, source: WebDatasetSource) -> None:
-        self.images = self.labels = False
-        self._source, self._ignored = source, source.settings.label_column is None
-
-    def add(self, groups: Sequence[Group]) -> None:
-        """Add the groups of a place."""
-        for group in groups:
-            has_image = any(map(self._source.is_image, group.names))
-            has_label = any(extension in _LABELS for extension in group.names)
-            self.images |= has_image and not has_label and not self._ignored
-            self.labels |= has_label and not has_image
+        return load_label(key, extension, size) or self.load_image(key, extension, size)
 
 
 def _is_compressed(path: str) -> bool:
     return path.lower().endswith((".gz", ".tgz"))
-
-
-def _extension(column: str) -> str:
-    """Return `source.image_column` as `Group.names` has extensions."""
-    return column.lower().removeprefix(".")
-
-
-def _listed(extensions: Iterable[str]) -> str:
-    named = (f".{name}" if name else "one without an extension" for name in extensions)
-    return ", ".join(islice(named, 5))
 
 
 def _gone(fragment: Fragment, position: int, keep_id: IdFilter | None) -> Iterator[RawSample]:
@@ -405,8 +277,3 @@ def _gone(fragment: Fragment, position: int, keep_id: IdFilter | None) -> Iterat
 
 def _sample_id(path: str, key: str) -> str:
     return f"{path}#{printable(key)}"
-
-
-def _load_label(key: str, extension: str, size: int) -> bool:
-    """Load label members only; see `LoadMember`."""
-    return extension in _LABELS and size <= MAX_LABEL_BYTES

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from raypipe.config import Config
 from raypipe.distributed.context import Context
-from raypipe.distributed.outside_code import fingerprint_of
+from raypipe.distributed.outside_code import OutsideCode, fingerprint_of
 from raypipe.runs.ledger import StageRecord, fingerprint
 
 
@@ -49,20 +49,22 @@ class Stage(abc.ABC):
         Settings of speed (workers, batch sizes of inference) are not among them.
         """
 
-    def fingerprint(self, context: Context, inputs: Sequence[str]) -> str:
+    def fingerprint(
+        self, config: Config, code: Sequence[OutsideCode], inputs: Sequence[str]
+    ) -> str:
         """Return the fingerprint of everything that the outputs depend on.
 
         Parameters
         ----------
-        context : Context
-            The configuration, and the code from outside raypipe that it names.
+        config : Config
+            The configuration.
+        code : sequence of OutsideCode
+            The code from outside raypipe that it names.
         inputs : sequence of str
             Fingerprints of the stages in `needs`, as far as the run has them.
         """
-        parts: list[Any] = [self.name, self.settings(context.config), inputs]
-        if code := fingerprint_of(self.name, context.code):
-            parts.append(code)
-        return fingerprint(*parts)
+        own = fingerprint_of(self.name, code)
+        return fingerprint(self.name, self.settings(config), inputs, *([own] if own else []))
 
     def clear(self, context: Context) -> None:
         """Remove the outputs of other settings."""

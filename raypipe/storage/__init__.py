@@ -14,6 +14,7 @@ from raypipe.storage.content import (
     ahead,
     iter_tables,
     json_bytes,
+    matrix_of,
     read_json,
     read_table,
     read_whole,
@@ -21,7 +22,7 @@ from raypipe.storage.content import (
     write_table,
     write_table_groups,
 )
-from raypipe.storage.faults import retrying
+from raypipe.storage.faults import errors_of_storage, retrying
 from raypipe.storage.file_info import FileInfo
 from raypipe.storage.files import (
     create_bytes,
@@ -49,6 +50,7 @@ __all__ = [
     "create_bytes",
     "delete",
     "entries",
+    "errors_of_storage",
     "exchange_bytes",
     "exists",
     "filesystem",
@@ -62,6 +64,7 @@ __all__ = [
     "json_bytes",
     "listing",
     "matching",
+    "matrix_of",
     "missing_bucket",
     "name",
     "names",

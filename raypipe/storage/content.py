@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -97,6 +98,13 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         ) from None
 
 
+def matrix_of(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of lists of one length d as an array of its type, [n, d]; n can be 0."""
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(lists), -1) if len(lists) else values.reshape(0, lists.type.list_size)
+
+
 def write_table(
     uri: str,
     table: pa.Table,
@@ -132,7 +140,7 @@ def write_table(
     write_bytes(uri, buffer.getvalue())
 
 
-def write_table_groups(uri: str, groups: Sequence[pa.Table], compression: str = "zstd") -> None:
+def write_table_groups(uri: str, groups: Sequence[pa.Table]) -> None:
     """Write tables of one schema as the row groups of a Parquet file, atomically.
 
     Parameters
@@ -141,11 +149,9 @@ def write_table_groups(uri: str, groups: Sequence[pa.Table], compression: str = 
         The file to write.
     groups : sequence of pyarrow.Table
         At least one. Empty tables get no row group. The metadata is that of the first.
-    compression : str
-        A Parquet codec.
     """
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, groups[0].schema, compression=compression) as writer:
+    with pq.ParquetWriter(buffer, groups[0].schema, compression="zstd") as writer:
         for group in groups:
             if len(group):
                 table = group.replace_schema_metadata(groups[0].schema.metadata)

@@ -273,3 +273,17 @@ def _from_network(error: BaseException) -> bool:
         "urllib3",
         "asyncio",
     }
+
+
+@contextlib.contextmanager
+def errors_of_storage(uri: str) -> Iterator[None]:
+    """Turn storage that fails permanently into a one-line error that names it."""
+    try:
+        yield
+    except RaypipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else f"{uri}: "
+        raise RaypipeError(
+            f"{where}{error.strerror or error}. Fix this and rerun to resume"
+        ) from error

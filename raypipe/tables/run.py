@@ -11,7 +11,7 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError
-from raypipe.pipeline import advance, driver_progress, errors_of_storage
+from raypipe.pipeline import advance, driver_progress
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import extrapolated_tables
@@ -61,7 +61,7 @@ def extrapolate(
     RunError
         If the output folder holds something else, or is in use.
     """
-    with errors_of_storage(config.run):
+    with storage.errors_of_storage(config.run):
         return _extrapolate(config, scores, column, progress or Progress(verbose=verbose), verbose)
 
 

@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from raypipe.assessment.extremes import ExtremeZone
-from raypipe.assessment.fidelity import ExtremePredictions, HeldOutPredictions, compare
+from raypipe.assessment.fidelity import compare
+from raypipe.assessment.held_out import ExtremePredictions, HeldOutPredictions
 
 
 def population(count: int) -> HeldOutPredictions:

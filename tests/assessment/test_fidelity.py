@@ -9,16 +9,15 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from raypipe.assessment import rank_agreement as module
-from raypipe.assessment.conformal import Conformal
-from raypipe.assessment.fidelity import (
+from raypipe.assessment.fidelity import Fidelity, compare
+from raypipe.assessment.held_out import (
     MLP_EPOCHS,
-    Fidelity,
     HeldOutPredictions,
-    compare,
     hold_out,
     predict,
     split,
 )
+from raypipe.assessment.intervals import Intervals
 from raypipe.assessment.rank_agreement import chance, spearman
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators import make
@@ -293,9 +292,9 @@ def test_judge_splits_fits_and_compares(problem, settings) -> None:
     assert again.as_dict() == found.as_dict()
     data = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert set(data["overlap"]) == {"0.3", "0.5", "0.7"} and data["n_held"] == 60
-    assert np.isfinite(
-        Conformal.fit(held.residual, held.difficulty, 0.9).half_width(held.difficulty)
-    ).all()
+    data = held.calibration()
+    width = Intervals.fit(data, 0.9).around(data.predicted, data.doubt, data.label)
+    assert np.isfinite(width).all()
 
 
 def test_held_out_scores_do_not_reach_the_fit(problem, settings) -> None:

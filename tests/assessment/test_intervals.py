@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from split_conformal import fit
 
-from raypipe.assessment.conformal import Conformal
 from raypipe.assessment.intervals import Calibration, Intervals, cross_coverage
 from raypipe.errors import RaypipeError
 
@@ -44,7 +44,7 @@ def test_coverage_holds_in_the_extremes(confidence: float) -> None:
     assert np.abs(shares - confidence).max() < 0.02
     # intervals by distance alone miss the extreme predictions
     known = draw(rng, 1500)
-    before = Conformal.fit(known.residual, known.doubt[:, 0], confidence)
+    before = fit(known.residual, known.doubt[:, 0], confidence)
     inside = np.abs(fresh.residual) <= before.half_width(fresh.doubt[:, 0])
     extreme = np.argsort(-np.abs(fresh.predicted))[:2000]
     assert inside[extreme].mean() < confidence - 0.05

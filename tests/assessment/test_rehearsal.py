@@ -82,7 +82,7 @@ def test_no_score_is_seen_by_its_own_prediction(world) -> None:
     )
     assert abs(spearmanr(blind.predicted, noise).statistic) < 0.3
     # changing 20 of the scores leaves the predictions of just these 20 as they were
-    from raypipe.assessment.fidelity import split
+    from raypipe.assessment.held_out import split
 
     held = split(100, 0.2, 5, 0)[2]
     changed = rehearsal.measured.copy()

@@ -78,6 +78,14 @@ def test_what_is_no_address_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RAY_ADDRESS", "head-node")
     with pytest.raises(RaypipeError, match="RAY_ADDRESS is 'head-node', which is not an address"):
         check_reachable("auto", QUIET)
+    with pytest.raises(RaypipeError, match=r"cluster\.address is 'head:99999', which is not an"):
+        check_reachable("head:99999", QUIET)
+
+
+def test_an_invalid_host_name_is_one_line(brief: None) -> None:
+    for address in ("head..node:6379", f"{'a' * 64}:6379"):
+        with pytest.raises(RaypipeError, match=r"cannot reach .* not a valid host name\. Correct"):
+            check_reachable(address, QUIET)
 
 
 def test_a_port_of_something_else_is_given_up_on(silent: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raypipe.config import parse_settings
-from raypipe.config.evaluate import EvaluateSettings
-from raypipe.errors import ConfigError
+from raypipe.config.evaluate import MIN_CERTIFY_SAMPLES, EvaluateSettings
+from raypipe.errors import ConfigError, SourceError
 from raypipe.evaluation.certificate import (
     CERTIFIED,
     HARMFUL,
@@ -18,6 +18,7 @@ from raypipe.evaluation.certificate import (
     certificate_lines,
     certify,
 )
+from raypipe.evaluation.driver import check_test_samples
 
 
 def simulated(
@@ -99,3 +100,24 @@ def test_two_seeds_are_too_few() -> None:
     with pytest.raises(ConfigError, match="seeds 3 or more"):
         parse_settings(EvaluateSettings, {"certify": True, "seeds": 2}, "evaluate")
     assert EvaluateSettings(certify=True).seeds == 3
+
+
+def test_models_that_agree_on_a_few_test_samples_by_chance_are_not_certified() -> None:
+    def certified(tested: int) -> float:
+        """How often a list is, if trainings differ in nothing and no list is better."""
+        draw, names = np.random.default_rng(0), ("random", *"abcd")
+        found = []
+        for _ in range(200):
+            correct = {
+                fraction: {name: np.repeat(draw.random((1, tested)) < 0.5, 3, 0) for name in names}
+                for fraction in (0.3, 0.5)
+            }
+            found.append(any(item.verdict == CERTIFIED for item in certify(correct).fractions))
+        return float(np.mean(found))
+
+    assert certified(MIN_CERTIFY_SAMPLES) <= 0.05 < certified(3)
+    settings = EvaluateSettings(certify=True)
+    check_test_samples("data", MIN_CERTIFY_SAMPLES, settings)
+    check_test_samples("data", 3, EvaluateSettings())
+    with pytest.raises(SourceError, match="data: 19 samples to test on are too few to certify"):
+        check_test_samples("data", MIN_CERTIFY_SAMPLES - 1, settings)

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from raypipe import storage
-from raypipe.assessment.fidelity import HeldOutPredictions, compare
+from raypipe.assessment.fidelity import compare
+from raypipe.assessment.held_out import HeldOutPredictions
 from raypipe.config import parse_config
 from raypipe.config.choices import STRATEGY_TEXTS
 from raypipe.distributed.context import Context

@@ -244,6 +244,16 @@ def test_samples_never_kept_do_not_count_as_neighbours(strategy: str) -> None:
     )
 
 
+@pytest.mark.parametrize("strategy", NAMES)
+def test_blocks_without_samples_are_skipped(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Data.drawn(40)
+    kept = data.kept(strategy, 0.3, by_class=True, strata=2)
+    monkeypatch.setattr(blocks_module, "HELD_BYTES", 1)  # the last batch: the unlabelled, of none
+    assert data.kept(strategy, 0.3, by_class=True, strata=2) == kept
+    with pytest.raises(ConfigError, match="only 0 are eligible"):
+        replace(data, mark=np.full(40, NEVER, np.uint8)).kept(strategy, 0.3)
+
+
 @pytest.mark.parametrize("strategy", ["d2", "coverage"])
 def test_few_copies_of_an_image_are_kept(strategy: str) -> None:
     data = Data.drawn(150, seed=4)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe.sources.arrow_types import storage_array, vectors
-from raypipe.sources.base import RawSample
+from raypipe.sources.types import RawSample
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
 RAGGED = [PIXELS[0], PIXELS[1][:2], PIXELS[2][:, :3]]

@@ -14,7 +14,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.estimate import inspect, inspect_source
-from raypipe.sources import tarfiles, webdataset
+from raypipe.sources import tarfiles, tarmembers, webdataset
 from raypipe.sources.webdataset import WebDatasetSource
 from raypipe.vision.decode import decode_batch
 
@@ -501,7 +501,7 @@ def test_a_size_beyond_the_end_is_a_cut(tmp_path: Any) -> None:
 def test_a_member_that_is_too_large_is_not_loaded(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webdataset, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(tarmembers, "MAX_IMAGE_BYTES", 1000)
     found = samples(one(tmp_path, tar([("x.png", b"1" * 1001), ("y.png", b"1" * 1000)])))
     assert rejects(found) == {"a.tar#x": "the image has more than 1000 bytes"}
 

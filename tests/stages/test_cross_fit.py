@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from helpers import QUIET, score_files, small_config
+from helpers import QUIET, score_files, small_config, table_of
 from threadpoolctl import threadpool_limits
 
 import raypipe
@@ -67,11 +67,6 @@ def direct(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
         storage.write_bytes(storage.join(uri, file.path), content)
     raypipe.run(config_of(uri, "loss"), progress=QUIET)
     return Run(uri)
-
-
-def table_of(run: Run, folder: str) -> pa.Table:
-    tables = [table for _, table in storage.iter_tables(run.path(folder))]
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def cross_fit(run: Run) -> ProxyRoles:

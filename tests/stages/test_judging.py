@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raypipe.assessment import fidelity
+from raypipe.assessment import held_out
 from raypipe.config import parse_config
 from raypipe.runs.run import Run
 from raypipe.stages.extrapolate import assess
@@ -60,7 +60,7 @@ def test_fits_on_parts_are_quick_where_an_audit_set_decides(
     monkeypatch.setattr(assess, "FitData", samples)
     monkeypatch.setattr(Run, "ledger", lambda self: {})
     monkeypatch.setattr(Run, "classes", lambda self: SimpleNamespace(names=("a", "b")))
-    monkeypatch.setattr(fidelity, "hold_out", lambda make, *_, mlp: made.append((make(), mlp)))
+    monkeypatch.setattr(held_out, "hold_out", lambda make, *_, mlp: made.append((make(), mlp)))
     monkeypatch.setattr(
         assess,
         "write_predictions",

@@ -72,7 +72,9 @@ def _context(
 
 
 def _fingerprints(context: Context) -> dict[str, str]:
-    return {name: make_stage(name).fingerprint(context, []) for name in STAGE_NAMES}
+    return {
+        name: make_stage(name).fingerprint(context.config, context.code, []) for name in STAGE_NAMES
+    }
 
 
 def test_a_change_shows_in_the_first_stage_that_uses_the_code(
@@ -142,7 +144,7 @@ def test_without_outside_code_fingerprints_are_as_before(tmp_path: Path) -> None
     for name in STAGE_NAMES:
         stage = make_stage(name)
         expected = fingerprint(name, stage.settings(context.config), ["input"])
-        assert stage.fingerprint(context, ["input"]) == expected
+        assert stage.fingerprint(context.config, context.code, ["input"]) == expected
 
 
 def test_the_code_of_an_installed_package_counts_by_its_version() -> None:

@@ -297,6 +297,10 @@ def test_the_budget_decides_how_many_trainings_there_are() -> None:
     assert plan(budget=allowed).repeats == 3 and not plan(budget=0.8 * allowed).repeats
     assert "seed.audit" in plan(tested=30).note
     assert "seed.fraction" in plan(samples=60).note
+    # a line through gains cannot be fitted to lists of everything
+    assert "pilot.keep" in plan(keep=1, sizes=[0.3, 0.6, 1]).note
+    assert "seed.fraction" in plan(samples=130, keep=[0.3, 1], sizes=[0.3, 0.5, 1]).note
+    assert plan(keep=[0.5, 1], budget=1.0).repeats >= 3
     assert PilotPlan.from_json(json.loads(json.dumps(usual.as_json()))) == usual
     assert len({trial.name for trial in usual.trials()}) == 4 * 6 * usual.repeats
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import QUIET, score_files, small_config
+from helpers import QUIET, score_files, small_config, table_of
 
 import raypipe
 from raypipe import storage
@@ -51,11 +51,6 @@ def one_part(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     uri = str(tmp_path_factory.mktemp("one-part") / "run")
     raypipe.run(one_part_config(uri), progress=QUIET)
     return Run(uri)
-
-
-def table_of(run: Run, folder: str) -> pa.Table:
-    tables = [table for _, table in storage.iter_tables(run.path(folder))]
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def by_proxy(table: pa.Table, score: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import serial
+from bad_inputs import png_chunk
 from helpers import QUIET, small_config
 from PIL import Image
 from serial import no_ray
@@ -42,15 +43,10 @@ def grey(values: np.ndarray, format: str = "PNG") -> bytes:
 def colour_png(values: np.ndarray) -> bytes:
     """A PNG of 16 bits per channel, which Pillow cannot write."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-    content = header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    content = header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + content
 
 

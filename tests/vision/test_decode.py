@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import io
-import struct
 import subprocess
 import sys
 import weakref
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from bad_inputs import bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -229,26 +228,6 @@ def test_truncated_images_are_refused(format: str, share: float) -> None:
 def test_reasons_say_what_is_wrong(data: bytes | np.ndarray, words: str) -> None:
     with pytest.raises(BadImage, match=words):
         decode(data, 8, LIMIT)
-
-
-def bomb(width: int, height: int) -> bytes:
-    """Return a PNG whose header claims many pixels and which has only a few bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
 
 
 def test_the_pixel_limit_is_the_callers() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bad_inputs import png_chunk
 from helpers import photograph
 from PIL import Image
 
@@ -27,24 +28,15 @@ def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
-
-
 def png(depth: int, kind: int, pixel: bytes, *others: bytes) -> bytes:
     """Return a PNG of 8x8 equal pixels with the given bits per channel and colour type."""
     row = b"\0" + (pixel * 8)[: max(1, depth * len(pixel) * 8 // 8) if depth < 8 else None]
     header = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)
     body = (
-        chunk(b"IHDR", header)
+        png_chunk(b"IHDR", header)
         + b"".join(others)
-        + chunk(b"IDAT", zlib.compress(row * 8))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IDAT", zlib.compress(row * 8))
+        + png_chunk(b"IEND", b"")
     )
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -81,7 +73,7 @@ TWO_PICTURES: dict[str, Any] = {
             png(16, 4, b"\xab\xcd\x80\x00"), (213, 213, 213), 1, id="32-bit grey with alpha"
         ),
         pytest.param(
-            png(16, 0, b"\xab\xcd", chunk(b"tRNS", b"\xab\xcd")),
+            png(16, 0, b"\xab\xcd", png_chunk(b"tRNS", b"\xab\xcd")),
             (0xAB,) * 3,
             0,
             id="16-bit grey, its key is ignored",
@@ -140,7 +132,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts() -> None:
     exif[0x0112] = 3  # upside down
     data = encode(Image.fromarray(pixels))
     assert data[-8:-4] == b"IEND"
-    late = data[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:]
+    late = data[:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:]
     assert np.array_equal(decode(late, 8, LIMIT)[0], pixels[::-1])
     assert np.array_equal(decode(data, 8, LIMIT)[0], pixels)
 
@@ -153,14 +145,14 @@ XMP = b"XML:com.adobe.xmp\0"
 @pytest.mark.parametrize(
     "others",
     [
-        [chunk(b"tEXt", LARGE)] * 30,
-        [chunk(b"zTXt", b"prompt\0\0" + HIDDEN)],
-        [chunk(b"iTXt", b"prompt\0\1\0\0\0" + HIDDEN)],
-        [chunk(b"iTXt", XMP + b"\1\0\0\0" + HIDDEN)],
-        [chunk(b"iTXt", XMP + b"\0\0\0\0" + LARGE)] * 30,
-        [chunk(b"iCCP", b"profile\0\0" + HIDDEN)],
-        [chunk(b"iCCP", b"profile\0\0not compressed")],
-        [chunk(b"pHYs", b"too short")[:-1] + b"?"],
+        [png_chunk(b"tEXt", LARGE)] * 30,
+        [png_chunk(b"zTXt", b"prompt\0\0" + HIDDEN)],
+        [png_chunk(b"iTXt", b"prompt\0\1\0\0\0" + HIDDEN)],
+        [png_chunk(b"iTXt", XMP + b"\1\0\0\0" + HIDDEN)],
+        [png_chunk(b"iTXt", XMP + b"\0\0\0\0" + LARGE)] * 30,
+        [png_chunk(b"iCCP", b"profile\0\0" + HIDDEN)],
+        [png_chunk(b"iCCP", b"profile\0\0not compressed")],
+        [png_chunk(b"pHYs", b"too short")[:-1] + b"?"],
     ],
     ids=["text", "zip", "international", "XMP", "much XMP", "profile", "no profile", "checksum"],
 )
@@ -178,9 +170,9 @@ def test_metadata_of_a_png_cannot_cost_its_pixels(others: list[bytes]) -> None:
 def test_an_orientation_in_a_text_of_a_png_still_counts() -> None:
     pixels = np.zeros((8, 8), np.uint8)
     pixels[:4] = 255
-    exif = chunk(b"eXIf", Image.Exif().tobytes().removeprefix(b"Exif\0\0"))
+    exif = png_chunk(b"eXIf", Image.Exif().tobytes().removeprefix(b"Exif\0\0"))
     xmp = b'<x xmlns:tiff="t" tiff:Orientation="3"/>'
-    text = chunk(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(xmp))
+    text = png_chunk(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(xmp))
     data = encode(Image.fromarray(pixels))
     turned = data[:-12] + exif + text + data[-12:]
     with Image.open(io.BytesIO(turned)) as opened:
@@ -190,7 +182,7 @@ def test_an_orientation_in_a_text_of_a_png_still_counts() -> None:
 
 
 def test_a_png_that_ends_early_is_still_bad() -> None:
-    data = png(8, 2, bytes(RED), chunk(b"tEXt", b"a\0b"))
+    data = png(8, 2, bytes(RED), png_chunk(b"tEXt", b"a\0b"))
     for end in (20, 40, 60):
         with pytest.raises(BadImage):
             decode(data[:end], 8, LIMIT)

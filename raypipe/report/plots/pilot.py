@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raypipe.report import text
+from raypipe.report.pilot import GainPoint
 from raypipe.report.plots.base import (
     EXTRAPOLATED,
     INK,
@@ -17,9 +18,6 @@ from raypipe.report.plots.base import (
     rc_context,
     short,
 )
-
-GainPoint = tuple[float, float, float, float]
-"""Samples kept of each class; gain and both ends of its 95 % interval, as shares."""
 
 
 def gain_curve(

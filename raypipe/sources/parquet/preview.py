@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import image_reader
 from raypipe.sources.arrow_types import encoded_array, storage_array
-from raypipe.sources.base import Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, TableColumns
 from raypipe.sources.filesource import FILE_VANISHED, no_content
 from raypipe.sources.hive import partition_values
@@ -28,6 +27,7 @@ from raypipe.sources.parquet.reader import (
     row_counts,
 )
 from raypipe.sources.table_source import class_of
+from raypipe.sources.types import Preview, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, printable, stored_label
 from raypipe.storage import Reader, open_read
 

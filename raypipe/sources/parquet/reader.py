@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason, image_reader
 from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
-from raypipe.sources.base import IdFilter, RawSample
 from raypipe.sources.columns import ColumnError, TableColumns, choose_columns, features_of
 from raypipe.sources.hive import partition_values, with_partitions
 from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.sources.table_source import read_rows
+from raypipe.sources.types import IdFilter, RawSample
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
 

@@ -14,7 +14,6 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raypipe.sources.base import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
 from raypipe.sources.hive import partition_values, with_partitions
 from raypipe.sources.parquet.reader import (
@@ -25,6 +24,7 @@ from raypipe.sources.parquet.reader import (
     row_counts,
 )
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
+from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, stored_label
 from raypipe.storage import Reader
 

@@ -27,7 +27,7 @@ from raypipe.runs.measured_scores import count_measured, measured_scores, scores
 from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.rehearsal import inner_run, read_rehearsal
 from raypipe.runs.run import Run
-from raypipe.runs.sizes import PUBLISHED_SAMPLES
+from raypipe.runs.sizes import PUBLISHED_SAMPLES, QUICK_FOLDS_AUDIT
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile
 from raypipe.stages.extrapolate.fit_part import read_part_predictions
 from raypipe.stages.extrapolate.measured import FitData, PartData, ScoredSamples
@@ -81,8 +81,7 @@ def write_fold(number: int, config: Config, run: Run, samples: int, step: Progre
     and the MLP baseline is left out: that shows as well which samples have wide intervals, in less
     than half the time.
     """
-    from raypipe.assessment.conformal import MIN_SAMPLES_TO_RESCALE
-    from raypipe.assessment.fidelity import hold_out
+    from raypipe.assessment.held_out import hold_out
 
     data = FitData(config, run, samples, config.extrapolate.method in WHOLE_METHODS)
     seed, audit = data.seed, data.audit()
@@ -90,7 +89,7 @@ def write_fold(number: int, config: Config, run: Run, samples: int, step: Progre
     quick = (
         config.extrapolate.method == "gnn"
         and audit is not None
-        and len(audit.ids) >= MIN_SAMPLES_TO_RESCALE
+        and len(audit.ids) >= QUICK_FOLDS_AUDIT
     )
 
     def make() -> Any:
@@ -340,7 +339,7 @@ def is_assessed(config: Config, run: Run) -> bool:
 
 def _folds(config: Config, run: Run, seed: ScoredSamples) -> list[np.ndarray]:
     """Return the rows of the held-out parts of the seed set."""
-    from raypipe.assessment.fidelity import split
+    from raypipe.assessment.held_out import split
 
     settings = config.extrapolate
     return split(len(seed.ids), settings.holdout, fold_count(config, run), settings.seed)
@@ -348,7 +347,7 @@ def _folds(config: Config, run: Run, seed: ScoredSamples) -> list[np.ndarray]:
 
 def _audit_predictions(config: Config, run: Run, data: FitData) -> PredictedSamples | None:
     """Return the predictions of the audit set; None without one. They are computed once."""
-    from raypipe.assessment.fidelity import predict
+    from raypipe.assessment.held_out import predict
 
     if "audit.parquet" in storage.names(run.extrapolator_folder):
         return read_predictions(run, "audit")

@@ -32,7 +32,7 @@ from raypipe.errors import StageError
 from raypipe.progress import ProgressCallback
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
-from raypipe.selection.hashing import hash64, lowest
+from raypipe.selection.hashing import lowest, with_order
 from raypipe.sources import Fragment
 from raypipe.stages.extrapolate.assess import write_fidelity
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile
@@ -139,10 +139,7 @@ def _draw(
         zone = zone.count(predicted[others])
         extreme = table.filter(pa.array(others & zone.contains(predicted)))
         extreme = extreme.select(["sample_id", "label"])
-        order = hash64(extreme["sample_id"].combine_chunks(), SALT)
-        extreme = extreme.append_column("order", pa.array(order))
-        extreme = extreme.append_column("fragment", pa.array([name] * len(order), pa.string()))
-        drawn = lowest([drawn, extreme], count)
+        drawn = lowest([drawn, with_order(extreme, name, SALT)], count)
     return _ExtremeDraw(drawn, zone)
 
 
@@ -155,7 +152,7 @@ def _write(
     step: ProgressCallback,
 ) -> None:
     """Write measured scores and predictions of the drawn samples. Runs in a task."""
-    from raypipe.assessment.fidelity import ExtremePredictions, HeldOutPredictions, proxy_is_right
+    from raypipe.assessment.held_out import ExtremePredictions, HeldOutPredictions, proxy_is_right
     from raypipe.extrapolators.base import DOUBTS
 
     ids, nodes, part = _embedded(draw, measured, config, run, step)

@@ -34,7 +34,7 @@ class FidelityFile:
         Figures on the held-out seed samples.
     intervals : Json
         State of the intervals (`raypipe.assessment.intervals.Intervals.state`; in a run of version
-        0.2.0 or older `raypipe.assessment.conformal.Conformal.state`).
+        0.2.0 or older that of `raypipe.assessment.conformal.Conformal`).
     search : Json
         Kind and recall of the neighbour search, and notes on it.
     stability : Json

@@ -34,7 +34,7 @@ def fit_part(part: int, config: Config, run: Run, samples: int, step: ProgressCa
 
     gnn fits a single network, tree ensemble and statistic: the other parts have theirs.
     """
-    from raypipe.assessment.fidelity import predict
+    from raypipe.assessment.held_out import predict
 
     data = PartData(config, run, part)
     extrapolator = make_extrapolator(config, run, ProxyRoles.of(config).space(part))

@@ -275,7 +275,7 @@ def _read_sets(
     result: dict[SampleSet, pa.Table | None] = {}
     for number, which in enumerate(sets):
         present = [table for tables in of_fragments if (table := tables[number]) is not None]
-        result[which] = _in_canonical_order(pa.concat_tables(present)) if present else None
+        result[which] = in_canonical_order(pa.concat_tables(present)) if present else None
     return result
 
 
@@ -299,11 +299,12 @@ def _from_tables(run: Run) -> ScoredSamples | None:
     """Return the scored samples of a folder that was created from tables; None in a run."""
     if GIVEN_SCORES not in storage.names(run.extrapolator_folder):
         return None
-    table = _in_canonical_order(storage.read_table(run.given_scores))
+    table = in_canonical_order(storage.read_table(run.given_scores))
     return ScoredSamples(table["sample_id"].to_pylist(), nodes_of(table), table["score"].to_numpy())
 
 
-def _in_canonical_order(table: pa.Table) -> pa.Table:
+def in_canonical_order(table: pa.Table) -> pa.Table:
+    """Return a table of samples with its rows in the canonical order of their ids."""
     return table.take(pa.array(canonical_order(table["sample_id"].to_pylist()), pa.int64()))
 
 

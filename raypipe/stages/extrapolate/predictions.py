@@ -21,7 +21,7 @@ from raypipe import storage
 from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
-    from raypipe.assessment.fidelity import ExtremePredictions, HeldOutPredictions
+    from raypipe.assessment.held_out import ExtremePredictions, HeldOutPredictions
 
 BASELINE = "baseline:"
 """Prefix of the columns of baselines."""
@@ -53,7 +53,7 @@ class PredictedSamples:
     @classmethod
     def concat(cls, parts: Sequence[PredictedSamples]) -> PredictedSamples:
         """Join several."""
-        from raypipe.assessment.fidelity import HeldOutPredictions
+        from raypipe.assessment.held_out import HeldOutPredictions
 
         ids = [sample_id for part in parts for sample_id in part.ids]
         return cls(ids, HeldOutPredictions.concat([part.predictions for part in parts]))
@@ -107,7 +107,7 @@ def write_predictions(
 
 def read_predictions(run: Run, name: str) -> PredictedSamples:
     """Read what `write_predictions` wrote."""
-    from raypipe.assessment.fidelity import HeldOutPredictions
+    from raypipe.assessment.held_out import HeldOutPredictions
     from raypipe.extrapolators.base import DOUBTS
 
     table = storage.read_table(run.held_out_predictions(name))
@@ -140,7 +140,7 @@ def write_extremes(run: Run, ids: Sequence[str], extremes: ExtremePredictions) -
 def read_extremes(run: Run) -> ExtremePredictions | None:
     """Read what `write_extremes` wrote; None where no extreme predictions were audited."""
     from raypipe.assessment.extremes import ExtremeZone
-    from raypipe.assessment.fidelity import ExtremePredictions
+    from raypipe.assessment.held_out import ExtremePredictions
 
     if EXTREMES not in run.done("extrapolator"):
         return None

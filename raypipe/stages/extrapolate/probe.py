@@ -24,13 +24,12 @@ from raypipe.runs.score_shards import write_scores
 from raypipe.runs.unit_result import UnitResult
 from raypipe.selection.hashing import canonical_order
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile
+from raypipe.stages.extrapolate.measured import READERS, in_canonical_order
 from raypipe.stages.measure.outputs import OUTPUTS
 
 if TYPE_CHECKING:
     from raypipe.scores.linear_probe import LinearProbe
 
-READERS = 16
-"""Embedding files that are read at a time."""
 NOTE = "every sample was scored directly"
 
 
@@ -38,7 +37,7 @@ def fit_probes(config: Config, run: Run, samples: int, step: ProgressCallback) -
     """Write the probes, and how well the scores of the viewers agree."""
     from safetensors.numpy import save
 
-    from raypipe.assessment.fidelity import proxy_is_right
+    from raypipe.assessment.held_out import proxy_is_right
     from raypipe.scores.linear_probe import LinearProbe
 
     roles, classes = ProxyRoles.of(config), len(run.classes().names)
@@ -79,8 +78,7 @@ def _read_view(config: Config, run: Run, proxy: int) -> pa.Table:
 
     with ThreadPoolExecutor(READERS) as threads:
         tables = list(threads.map(read, sorted(run.done("embeddings"))))
-    table = pa.concat_tables(tables)
-    return table.take(pa.array(canonical_order(table["sample_id"].to_pylist()), pa.int64()))
+    return in_canonical_order(pa.concat_tables(tables))
 
 
 def _write_assessment(

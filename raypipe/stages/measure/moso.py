@@ -105,6 +105,4 @@ def read_shard_table(run: Run, folder: str, shard: str) -> pa.Table:
 
 def checkpoint_column(table: pa.Table, column: str) -> np.ndarray:
     """Return a column of lists as float64 [samples, checkpoints]."""
-    if not len(table):
-        return np.zeros((0, table.schema.field(column).type.list_size))
-    return np.asarray(table[column].combine_chunks().flatten(), np.float64).reshape(len(table), -1)
+    return storage.matrix_of(table[column]).astype(np.float64)

@@ -55,7 +55,13 @@ def make_plan(
             note=f"{tested} audit samples are too few to test on; set seed.audit to "
             f"{MIN_TESTED} or more",
         )
-    if len({cell.samples for cell in cells}) < MIN_CELLS:
+    # a list of everything gains nothing, so a line through gains needs two sizes of other lists
+    below_all = {cell.samples for cell in cells if cell.keep < 1}
+    if min(settings.keep) == 1:
+        return replace(
+            empty, note="pilot.keep has no fraction below 1, and all lists of everything are equal"
+        )
+    if len({cell.samples for cell in cells}) < MIN_CELLS or len(below_all) < 2:
         return replace(
             empty,
             note=f"{samples:,} seed samples in {classes} classes are too few to try lists on "

@@ -106,8 +106,7 @@ class PilotSamples:
         size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
         embedding = np.zeros((len(table), 0), np.float32)
         if "embedding" in table.column_names:
-            flat = table["embedding"].combine_chunks().flatten().to_numpy()
-            embedding = flat.reshape(len(table), -1)
+            embedding = storage.matrix_of(table["embedding"])
         return cls(
             string_array(table["sample_id"]),
             image_array(table["image"], size),

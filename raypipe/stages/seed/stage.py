@@ -95,7 +95,7 @@ def _check_unused(run: Run, plan: SeedPlan) -> None:
     This happens when shards were lost and the source has changed since, or version 0.2.0 or earlier
     wrote them. The rows of the trajectory would then be those of other samples.
     """
-    if not storage.exists(run.seed_manifest_file) or not storage.names(run.path("proxy")):
+    if not storage.exists(run.seed_manifest_file) or not storage.names(run.proxy_folder):
         return
     shards = set(SeedManifest.read(run).all_shards)
     lost = shards - run.done("seed")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
-from raypipe.runs.score_stream import ScoreStream, read_embedding_columns, stored_embeddings
+from raypipe.runs.score_stream import ScoreStream, read_embedding_columns
 from raypipe.selection import ALWAYS, NEVER, hash64
 from raypipe.selection import near_duplicates as near
 from raypipe.selection.hashing import canonical_order, uniform
@@ -63,7 +63,7 @@ def mark_near_duplicates(run: Run, scores: ScoreStream, threshold: float) -> dic
     excluded = 0
     for low, high in _batches(sizes * layout.width * layout.dtype.itemsize):
         space = np.empty((int(sizes[low:high].sum()), layout.width), layout.dtype)
-        batch = _gather(run, scores, clusters, low, high, space)
+        batch = _gather(scores, clusters, low, high, space)
         excluded += _mark(scores, list(layout.rows), batch, threshold)
     return {
         "near_duplicates": excluded,
@@ -126,7 +126,7 @@ def _assign_clusters(run: Run, rows: dict[str, int], count: int) -> dict[str, np
     for shard, table in storage.ahead(
         lambda file: read_embedding_columns(run, file, ["embedding"]), list(rows), run.uri
     ):
-        vectors = near.unit_vectors(stored_embeddings(table))
+        vectors = near.unit_vectors(storage.matrix_of(table["embedding"]))
         clusters[shard] = near.nearest_centroid(vectors, centroids).astype(np.int32)
     return clusters
 
@@ -142,7 +142,7 @@ def _sample_embeddings(run: Run, shards: list[str], fraction: float) -> np.ndarr
     ):
         names = table["sample_id"].combine_chunks()
         rows = uniform(hash64(names, near.SEED)) < fraction
-        parts.append(near.unit_vectors(stored_embeddings(table)[rows]))
+        parts.append(near.unit_vectors(storage.matrix_of(table["embedding"])[rows]))
         ids += names.filter(pa.array(rows)).to_pylist()
     return np.concatenate(parts)[canonical_order(ids)]
 
@@ -181,7 +181,6 @@ class ClusterBatch(NamedTuple):
 
 
 def _gather(
-    run: Run,
     scores: ScoreStream,
     clusters: dict[str, np.ndarray],
     low: int,
