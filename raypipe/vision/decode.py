@@ -234,7 +234,8 @@ def _transformed(
 
 def _is_stack(array: np.ndarray, channels: int | None) -> bool:
     """Return whether an array is read channel by channel, not as an image of red, green, blue."""
-    return channels is not None or (array.ndim == 3 and array.shape[2] not in (1, 3))
+    found = array.shape[2] if array.ndim == 3 else 1
+    return found not in (1, 3) if channels in (None, 1) else True
 
 
 def _checked_array(array: np.ndarray, max_pixels: int) -> np.ndarray:

@@ -103,6 +103,7 @@ def test_any_number_of_channels(channels: int) -> None:
 def test_grey_is_one_channel_or_three_equal_ones() -> None:
     grey = decode(_png(ARRAY), 8, 10**6, channels=1)
     assert grey.shape == (1, 8, 8)
+    assert np.array_equal(decode(ARRAY, 8, 10**6, channels=1), grey)
     with pytest.raises(BadImage, match=r"proxy\.channels is 5; set source\.transform"):
         decode(_png(ARRAY), 8, 10**6, channels=5)
 
