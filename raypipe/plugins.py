@@ -130,6 +130,7 @@ def find(kind: PartKind, name: str, base: type, setting: str = "") -> Any:
         If importing is not allowed here, the class cannot be imported, or is not such a part.
     """
     setting, reference = setting or kind.setting, name
+    refuse_unless_allowed(name, setting)
     if not is_reference(name):
         points = declared(kind).get(name, ())
         if len(points) != 1:
