@@ -284,6 +284,13 @@ class MeasureSettings(PoolSettings):
             return dict(self.options.get(score, {}))
         return self.settings_of(score).model_dump()
 
+    def own_options(self, score: str) -> dict[str, Any]:
+        """Return the options of one of raypipe's own scores; nothing of any other.
+
+        Fingerprints cover the options of other scores with their code.
+        """
+        return self.options_of(score) if score in OWN_SCORES else {}
+
     def trajectory_options(self, score: str) -> dict[str, Any]:
         """Return the keyword arguments of a score that is computed from the trajectory."""
         return {name: value for name, value in self.options_of(score).items() if name != "at"}

@@ -50,7 +50,7 @@ class MeasureStage(Stage):
 
     def settings(self, config: Config) -> dict[str, Any]:
         settings = config.measure
-        options = {score: settings.options_of(score) for score in sorted(settings.scores)}
+        options = {score: settings.own_options(score) for score in sorted(settings.scores)}
         cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
         return options | {
             "precision": settings.precision,
