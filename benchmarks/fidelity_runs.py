@@ -44,6 +44,8 @@ from raypipe.scores.per_sample import norms_and_alignments
 from raypipe.scores.registry import SCORES, trajectory_score
 from raypipe.scores.trajectory import STATISTICS, Trajectory
 from raypipe.vision import training
+from raypipe.vision.devices import AdaptiveBatch
+from raypipe.vision.forward import CPU_BATCH, forward
 
 MOSO = {"moso": "lr", "moso-normalized": "normalized", "moso-none": "none"}
 """Weights of the checkpoints, by the name of the score."""
@@ -147,6 +149,17 @@ class Study:
 
         found = self._kept(run, "nodes", make, lambda: self._trained(run))
         return Nodes(found["embedding"], self.images.label, found["signals"])
+
+    def outputs(self, run: ProxyRun) -> dict[str, np.ndarray]:
+        """What the trained proxy gives for every sample, as `raypipe.vision.forward.forward` returns it, with probabilities."""
+
+        def make(folder: str) -> dict[str, np.ndarray]:
+            model = final(self.settings, self.images.classes, folder).eval()
+            batched = AdaptiveBatch(CPU_BATCH)
+            pixels, label = self.images.pixels, self.images.label
+            return forward(model, pixels, label, batched, "cpu", False, probabilities=True)
+
+        return self._kept(run, "outputs", make, lambda: self._trained(run))
 
     def measured(self, run: ProxyRun, score: str) -> np.ndarray:
         """A score as the proxy measures it, float64 [n]: of every sample where it can, else of those it was trained on, and NaN."""

@@ -13,9 +13,13 @@ Tables, mean over the seeds ± half the width of the 95 % t interval:
 1. samples ordered by the score, the likeliest label error first (lowest MoSo; highest EL2N, AUM as raypipe has it, and loss; for
    comparison the margin of the proxy at its end, without any score): precision among as many as were replaced, which is the recall there,
    too; average precision over all samples, and over those outside the seed set. Chance is the share that was replaced;
-2. the list of a run: samples whose score is among the fifth at that end and whose label the proxy at its end contradicts, by its margin;
+2. the list of runs up to 0.2.0: samples whose score is among the fifth at that end and whose label the proxy at its end contradicts, by its margin;
 3. MoSo's claim that it keeps clean samples: share of wrong labels among the samples with the highest scores, at keep fractions;
-4. with --train: accuracy, on the test part with its true labels, of fresh networks trained on such lists with the labels as they are.
+4. how well the list "Labels to check" on the page of a run finds them: all samples whose label the proxies contradict, ordered by
+   their margin. As in a run by default, three proxies, each trained on its part of the random 20 %, see only samples outside it; for
+   comparison one proxy trained on the random 20 %. Precision of the whole list, recall, and precision of its first
+   samples, as many as were replaced; the same of all samples ordered by the margin. --page-list prints this table alone;
+5. with --train: accuracy, on the test part with its true labels, of fresh networks trained on such lists with the labels as they are.
 
 Every training, measurement and fit is made once and kept below --cache: stopped at any time, the same command goes on; --only-cached prints
 what is there. One process, no Ray.
@@ -49,15 +53,25 @@ from common import (
 from fidelity_runs import ProxyRun, Study
 
 from raypipe.config import MeasureSettings, ProxySettings
-from raypipe.report.label_noise import retrieval_figures
+from raypipe.report.label_noise import RetrievalFigures, retrieval_figures
 from raypipe.runs.ledger import fingerprint
+from raypipe.sources.id_sampling import part_rule
 from raypipe.sources.noise import LabelNoise
 from raypipe.vision import fitting
+from raypipe.vision.forward_by_proxies import forward_by_proxies
 
 KINDS = ("measured", "extrapolated")
 SCORES = ("moso", "el2n", "aum", "loss")
 MARGIN = "margin"
 """The proxy's own, at the end of its training."""
+CROSS_FIT = "cross-fit"
+PAGE_LISTS = {
+    CROSS_FIT: "three, each on a third of the seed set",
+    "extrapolated": "one, on the seed set",
+}
+"""Proxies of the page's list, and how the table calls them."""
+PARTS, PART_SEED = 3, 50_000
+"""Parts of the seed set, and the first seed of their proxies."""
 FIFTH = 0.2
 """Share of the samples among which the list of label errors of runs up to 0.2.0 is."""
 MARGIN_SIGNAL = 1
@@ -137,12 +151,51 @@ class Noisy:
         return retrieval_figures(self.wrong[order], int(self.wrong[rows].sum()))
 
     def listed(self, kind: str, score: str) -> dict[str, float]:
-        """`retrieval_figures` of the list of a run."""
+        """`retrieval_figures` of the list of runs up to 0.2.0."""
         doubt, margin = self.doubt(kind, score), self.margin(kind)
         rows = np.flatnonzero((doubt >= np.quantile(doubt, 1 - FIFTH)) & (margin < 0))
         return retrieval_figures(
             self.wrong[rows[np.argsort(margin[rows], kind="stable")]], int(self.wrong.sum())
         )
+
+    def page_list(self, proxies: str) -> RetrievalFigures:
+        """Figures of the list "Labels to check" with the proxies of PAGE_LISTS."""
+        found = self._outputs(proxies)
+        contradicted = np.flatnonzero(found["prediction"] != self.images.label)
+        order = contradicted[np.argsort(found["margin"][contradicted], kind="stable")]
+        return retrieval_figures(self.wrong[order], int(self.wrong.sum()))
+
+    def by_margin(self, proxies: str) -> RetrievalFigures:
+        """Figures of all samples ordered by the margin of the same proxies."""
+        order = np.argsort(self._outputs(proxies)["margin"], kind="stable")
+        return retrieval_figures(self.wrong[order], int(self.wrong.sum()))
+
+    def _outputs(self, proxies: str) -> dict[str, np.ndarray]:
+        return self._cross_fit() if proxies == CROSS_FIT else self.study.outputs(self.run(proxies))
+
+    def _cross_fit(self) -> dict[str, np.ndarray]:
+        """Statistics of every sample by the proxies that were not trained on its part."""
+        seed_set = self.study.of_seed_set(self.arguments.fraction, self.seed)
+        part_of = part_rule(PARTS, self.seed)
+        part = np.array([part_of(str(row)) for row in range(len(self.images))])
+        runs = [
+            ProxyRun(
+                f"part-{seed_set.name}-{number}",
+                seed_set.rows[part[seed_set.rows] == number],
+                PART_SEED + PARTS * self.seed + number,
+            )
+            for number in range(PARTS)
+        ]
+
+        def forward(proxy: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+            return {
+                name: values[rows]
+                for name, values in self.study.outputs(runs[proxy]).items()
+                if name != "seconds"
+            }
+
+        sees = {number: part != number for number in range(PARTS)}
+        return forward_by_proxies(forward, sees, {}, PARTS - 1).columns
 
     def rows(self, name: str, keep: float) -> np.ndarray:
         """What a list holds: kind.score, the highest scores; random; full."""
@@ -222,8 +275,36 @@ def finding(seeds: Sequence[Noisy], names: Sequence[tuple[str, str]]) -> None:
         cells = listed, [each["precision"] for each in found], [each["recall"] for each in found]
         rows.append((f"{kind} {score}", [shown(values) for values in cells]))
     table(
-        "2. The list of a run: the fifth at the doubtful end that the proxy contradicts, in %",
+        "2. The list of runs up to 0.2.0: the fifth at the doubtful end that the proxy contradicts, in %",
         ("score", "of all samples", "precision", "recall"),
+        rows,
+    )
+
+
+def page_list(seeds: Sequence[Noisy]) -> None:
+    share = shown([float(seed.wrong.mean()) for seed in seeds])
+    rows = [("chance", ["", share, "", share, share])]
+    for proxies, title in PAGE_LISTS.items():
+        found = of_all(seeds, lambda seed, proxies=proxies: seed.page_list(proxies))
+        ordered = of_all(seeds, lambda seed, proxies=proxies: seed.by_margin(proxies))
+        cells = (
+            [figures["listed"] / len(seeds[0].wrong) for figures in found],
+            [figures["precision"] for figures in found],
+            [figures["recall"] for figures in found],
+            [figures["at_replaced"]["precision"] for figures in found],
+            [figures["at_replaced"]["precision"] for figures in ordered],
+        )
+        rows.append((title, [shown(values) for values in cells]))
+    table(
+        '4. The list "Labels to check": contradicted labels, ordered by the margin, in %',
+        (
+            "proxies",
+            "of all samples",
+            "precision",
+            "recall",
+            "precision of its first, as many as were replaced",
+            "all samples by margin, the same",
+        ),
         rows,
     )
 
@@ -249,7 +330,7 @@ def trained(seeds: Sequence[Noisy], lists: Sequence[str], keep: Sequence[float])
         ]
         rows.append((name, [shown(values) for values in cells]))
     head = ("trained on", *(f"keep {fraction:g}" for fraction in keep))
-    table("4. Accuracy on the test part with its true labels, in %", head, rows)
+    table("5. Accuracy on the test part with its true labels, in %", head, rows)
 
 
 def parse() -> argparse.Namespace:
@@ -285,6 +366,11 @@ def parse() -> argparse.Namespace:
     )
     add("--train-keep", type=shares_of, default=shares_of("0.5"))
     add("--train-epochs", type=int, default=6)
+    add(
+        "--page-list",
+        action="store_true",
+        help='print only how well the list "Labels to check" finds them',
+    )
     return parser.parse_args()
 
 
@@ -305,8 +391,12 @@ def main() -> None:
     names = [("measured", score) for score in arguments.scores] + [
         ("extrapolated", score) for score in arguments.extrapolated
     ]
+    if arguments.page_list:
+        page_list(seeds)
+        return
     finding(seeds, names)
     kept(seeds, names, arguments.keep)
+    page_list(seeds)
     if arguments.train:
         print(
             f"\nTrained on lists: {settings.model} at {settings.image_size} pixels, {arguments.train_epochs} epochs; test part of {len(test)}"

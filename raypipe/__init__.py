@@ -12,7 +12,7 @@ from raypipe._version import __version__
 if TYPE_CHECKING:
     from raypipe.api.finished import evaluate, export, load_scores, select
     from raypipe.api.preview import inspect
-    from raypipe.api.runs import extrapolate, run
+    from raypipe.api.runs import attach, extrapolate, run
     from raypipe.config import Config
     from raypipe.keeplists.dataset import KeepList
     from raypipe.keeplists.infobatch import InfoBatch
@@ -25,6 +25,7 @@ __all__ = [
     "KeepList",
     "Run",
     "__version__",
+    "attach",
     "evaluate",
     "export",
     "extrapolate",
@@ -40,6 +41,7 @@ _HOMES = {
     "InfoBatch": "raypipe.keeplists.infobatch",
     "KeepList": "raypipe.keeplists.dataset",
     "Run": "raypipe.runs.run",
+    "attach": "raypipe.api.runs",
     "evaluate": "raypipe.api.finished",
     "export": "raypipe.api.finished",
     "extrapolate": "raypipe.api.runs",

@@ -1,4 +1,4 @@
-"""Durations, sizes, counts, shares and percentages as people read them."""
+"""Durations, sizes, counts, shares and percentages as people read them, and causes of faults."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ JUDGED_ON = {
     "scored": "scored samples held out of the fit",
 }
 """What fidelity was measured on, by the value of `judged_on`."""
+STAND_INS = {
+    b"version https://git-lfs": "a Git LFS pointer instead of the file; run `git lfs pull`",
+    b"<!doctype html": "an HTML page instead of the file, as failed downloads leave it",
+    b"<html": "an HTML page instead of the file, as failed downloads leave it",
+    b"<?xml": "an XML document instead of the file: an error of a store, or an SVG",
+}
+"""What is stored in place of a file, by its first bytes in lower case."""
+
+
+def stand_in(head: bytes) -> str:
+    """Return what is stored in place of a file, by its first bytes; "" for anything else."""
+    start = head.lstrip()[:32].lower()
+    return next((what for mark, what in STAND_INS.items() if start.startswith(mark)), "")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,6 @@ def seed(config: Config) -> StageRecord:
 
 
 def _execute(stage: Any, config: Config) -> StageRecord:
-    record = StageRecord()
+    record = StageRecord(detail=dict(stage.detail))
     stage.execute(Context(config, Run(config.run), QUIET), record)
     return record

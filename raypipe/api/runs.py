@@ -1,4 +1,4 @@
-"""Run a configuration, or extrapolate scores of tables."""
+"""Run a configuration, extrapolate scores of tables, or attach images to them."""
 
 from __future__ import annotations
 
@@ -228,6 +228,66 @@ def extrapolate(
     summary = score_tables(
         config, Run(scores).uri, score_column, progress=progress, verbose=verbose
     )
+    return Result(Run(config.run).uri, summary)
+
+
+def attach(
+    tables: str,
+    images: str,
+    to: str,
+    *,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> Result:
+    """Make a run over images from scores that `extrapolate` wrote, or resume it.
+
+    Scores and images are matched by id. Report, evaluation and export work with the result.
+    Samples without a counterpart are counted and listed. Every image is read once.
+
+    Parameters
+    ----------
+    tables : str
+        The output folder of `extrapolate`.
+    images : str
+        The images, as `source.uri` of a run.
+    to : str
+        Folder of the run to write. It must be new, or of an earlier call with the same scores.
+    overrides : sequence of str
+        Settings of the source or of keep-lists, such as "source.id_column=key".
+    progress : Progress, optional
+        Where to show progress. Default: standard error.
+    verbose : bool
+        Show the output of Ray.
+
+    Returns
+    -------
+    Result
+        The run, and how many samples were matched
+        (see `raypipe.tables.attach.AttachedCounts`).
+
+    Raises
+    ------
+    ConfigError
+        For a wrong setting.
+    RunError
+        If there are no such scores, or `to` holds something else.
+    SourceError
+        If no image has the id of a score, or the classes of both cannot be matched.
+
+    Examples
+    --------
+    >>> import raypipe
+    >>> run = raypipe.attach("runs/ratings", "s3://bucket/images", "runs/images")  # doctest: +SKIP
+    >>> counts = raypipe.select(run.uri, keep=0.5)  # doctest: +SKIP
+    """
+    from raypipe.tables.attach import attach as attach_images
+
+    extrapolated = Run(tables)
+    data = extrapolated.config().model_dump(mode="json", exclude_unset=True)
+    data |= {"run": to, "source": {"uri": images}}
+    config = absolute_paths(parse_config(apply_overrides(data, overrides)))
+    summary = attach_images(extrapolated, config, progress=progress, verbose=verbose)
     return Result(Run(config.run).uri, summary)
 
 

@@ -145,12 +145,12 @@ def fit_gains(difference: np.ndarray, design: np.ndarray, choices: int = 0) -> l
     Raises
     ------
     ValueError
-        With fewer than two repeats.
+        With fewer than two repeats or test samples.
     """
     kinds, cells, repeats, tested = difference.shape
     parameters = design.shape[1]
-    if repeats < 2:
-        raise ValueError("gains need at least two repeats of each training")
+    if repeats < 2 or tested < 2:
+        raise ValueError("gains need at least two repeats of each training, and two test samples")
     values = difference.astype(np.float64)
     by_training, by_sample = values.mean(3), values.mean(2)  # [kinds, cells, repeats or samples]
     cell = by_training.mean(2)

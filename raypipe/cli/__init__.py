@@ -12,7 +12,7 @@ from raypipe.cli.keep_lists import compare, evaluate, export, select
 from raypipe.cli.run_folder import clean, report, status
 from raypipe.cli.running import demo, init, run, scores
 from raypipe.cli.shared import epilog
-from raypipe.cli.tables import extrapolate
+from raypipe.cli.tables import attach, extrapolate
 from raypipe.errors import RaypipeError
 
 
@@ -32,6 +32,7 @@ from raypipe.errors import RaypipeError
         report,
         clean,
         extrapolate,
+        attach,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=epilog("raypipe demo", 0, 1, 2, 3),

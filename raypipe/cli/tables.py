@@ -1,4 +1,4 @@
-"""The command that extrapolates scores over embeddings from tables, without images."""
+"""The commands that extrapolate scores over embeddings from tables, and attach images to them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from raypipe.cli.shared import epilog, verbose_option
+from raypipe.cli.shared import epilog, set_option, verbose_option
 
 
 @click.command(
@@ -61,4 +61,27 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 
     result = predict(embeddings, scores, out, verbose=verbose, **options)
     for line in describe_extrapolation(result.uri, result.summary):
+        click.echo(line)
+
+
+@click.command(
+    short_help="Make a run over images from extrapolated scores.",
+    epilog=epilog("raypipe attach runs/own --images s3://bucket/images --to runs/images"),
+)
+@click.argument("uri", metavar="OUT")
+@click.option("--images", required=True, metavar="URI", help="The images: source.uri of the run.")
+@click.option("--to", required=True, metavar="URI", help="Folder of the run to write.")
+@set_option
+@verbose_option
+def attach(uri: str, images: str, to: str, overrides: tuple[str, ...], verbose: bool) -> None:
+    """Make a run over images from the folder OUT of `raypipe extrapolate`.
+
+    Scores and images are matched by id, and each image is read once. Then select, report, evaluate
+    and export work with the new run. What has no counterpart is counted and listed.
+    """
+    from raypipe.api import attach as attach_images
+    from raypipe.runs.status import describe_attached
+
+    result = attach_images(uri, images, to, overrides=overrides, verbose=verbose)
+    for line in describe_attached(result.uri, result.summary):
         click.echo(line)

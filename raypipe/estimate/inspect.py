@@ -29,6 +29,7 @@ from raypipe.sources import (
     class_map,
     open_source,
 )
+from raypipe.sources.splits import SplitOfFiles
 from raypipe.sources.types import Preview
 from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
@@ -202,11 +203,12 @@ class _Listing:
         Raises
         ------
         SourceError
-            If they contradict one another, as a run would.
+            If these or the splits of the files contradict one another, as a run would.
         """
-        stated = StatedNames(self.source.labels_by_name)
+        stated, split = StatedNames(self.source.labels_by_name), SplitOfFiles()
         for row, preview in sorted(self.previews.items()):
             stated.add(self.files[row].path, preview.class_names, preview.labels)
+            split.add(self.files[row].path, preview.split)
         return stated.names
 
     def total(self) -> tuple[int, bool]:

@@ -35,6 +35,8 @@ from raypipe.runs.ledger import content_hash, fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import ClassMap, Fragment, StatedNames, class_map, open_source
 from raypipe.sources.classes import MatchedClasses, match_classes
+from raypipe.sources.cuts import Cuts
+from raypipe.sources.splits import SplitOfFiles
 from raypipe.vision.decode import decode_batch
 from raypipe.vision.fitting import statistics_of
 from raypipe.vision.own_code import transform_of
@@ -113,6 +115,8 @@ class TestSet:
         Its classes as classes of the run.
     without_own
         Whether samples that the run scored are left out.
+    unreadable
+        Path and error of each file that cannot be read and is left out.
     """
 
     __test__ = False  # tells pytest that this is not a test
@@ -121,6 +125,7 @@ class TestSet:
     fragments: tuple[Fragment, ...]
     classes: MatchedClasses
     without_own: bool
+    unreadable: tuple[tuple[str, str], ...] = ()
 
     @property
     def digest(self) -> str:
@@ -157,18 +162,24 @@ def _listed_test_set(
     source: SourceSettings, run_source: SourceSettings, classes: ClassMap
 ) -> TestSet:
     opened = open_source(source)
+    opened.cuts = Cuts.MARKED  # evaluations are stored by a digest of the fragments
     readable: list[Fragment] = []
+    unreadable: list[tuple[str, str]] = []
     stated, labels = StatedNames(opened.labels_by_name), set[int | str]()
+    split = SplitOfFiles()
     for file in opened.files():
         scan = opened.scan(file)
         good = [item for item in scan.fragments if item.samples and not item.error]
         if good:
             stated.add(file.path, scan.class_names, scan.labels)
+            split.add(file.path, scan.split)
         readable += good
+        unreadable += [(item.path, item.error) for item in scan.fragments if item.error]
         labels |= scan.labels
     fragments = tuple(_first(readable, source.limit))
     if not fragments:
-        raise SourceError(f"{source.uri}: the test set has no readable samples")
+        reason = f" ({': '.join(unreadable[0])})" if unreadable else ""
+        raise SourceError(f"{source.uri}: the test set has no readable samples{reason}")
     try:
         matched = match_classes(classes, class_map(stated.names, frozenset(labels), None))
     except SourceError as error:
@@ -178,7 +189,7 @@ def _listed_test_set(
         run_source.split,
         run_source.root,
     )
-    return TestSet(source, fragments, matched, same)
+    return TestSet(source, fragments, matched, same, tuple(unreadable))
 
 
 def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragment]:

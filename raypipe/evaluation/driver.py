@@ -40,6 +40,7 @@ from raypipe.runs.ledger import fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.sources.classes import shown_names
+from raypipe.text import counted
 from raypipe.vision.own_code import transform_of
 
 MAX_CPUS_WITH_GPU = 4
@@ -115,6 +116,13 @@ def _evaluate(
         context.progress.say(
             f"note: {len(unknown):,} of {len(test.classes.places):,} classes of the test set are "
             f"not classes of the run ({shown_names(unknown)}), so their samples are left out"
+        )
+    if test.unreadable:
+        about_test["unreadable_files"] = [path for path, _ in test.unreadable]
+        path, reason = test.unreadable[0]
+        context.progress.say(
+            f"note: {counted(len(test.unreadable), 'file')} of the test set cannot be read and "
+            f"are left out, such as {path}: {reason}"
         )
     gpu = context.cluster.use_gpu(settings.use_gpu)
     depths = [item.bit_depth for item in (config.source, source)]

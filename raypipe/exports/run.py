@@ -59,8 +59,10 @@ def export_keep_list(
             MissingSample(sample_id, "its file changed or went away since the snapshot")
             for sample_id in lost
         ]
+    export = ShardExport(context, keep_list, located, gone, settings)
+    export.check_folder()
     with Lease(Run(storage.join(to, STATE))):
-        return ShardExport(context, keep_list, located, gone, settings).write()
+        return export.write()
 
 
 def _is_within(inner: str, outer: str) -> bool:

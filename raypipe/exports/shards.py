@@ -129,6 +129,11 @@ class ShardExport:
             context.run.uri, context.config.source, keep_list, settings.to, settings.format
         )
 
+    def check_folder(self) -> None:
+        """Raise RunError if the folder holds something else, before anything is written there."""
+        if not storage.exists(storage.join(self._to, STATE, "export.json")):
+            self._check_empty()
+
     def write(self) -> dict[str, Any]:
         """Write all shards that are not finished, and return the summary of the export."""
         fragments = [

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.errors import ConfigError, RunError
 from raypipe.runs.keep_files import keep_file
-from raypipe.runs.ledger import content_hash, extrapolated_tables
+from raypipe.runs.ledger import content_hash, without_images
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import file_uri, load_snapshot, score_shards
 from raypipe.sources import Fragment, Source
@@ -286,8 +286,8 @@ def first_positions(fragments: list[Fragment]) -> dict[str, int]:
 
 def check_has_images(run: Run) -> None:
     """Raise RunError if the scores were extrapolated from tables, without images."""
-    if extrapolated_tables(run.ledger()):
+    if without_images(run.ledger()):
         raise RunError(
-            f"{run.uri}: written by `raypipe extrapolate` from tables; there are no images to "
-            "export. Use raypipe.KeepList instead"
+            f"{run.uri}: written by `raypipe extrapolate` from tables, without images; make a run "
+            f"over the images with `raypipe attach {run.uri} --images URI --to FOLDER`"
         )

@@ -33,8 +33,8 @@ def check_finished(context: Context, records: dict[str, StageRecord]) -> str:
     run, config = context.run, context.config
     if extrapolated_tables(records):
         raise RunError(
-            f"{run.uri}: written from tables by `raypipe extrapolate`; "
-            "it has no source that a night could read"
+            f"{run.uri}: its scores were extrapolated from tables, so no proxy can score new "
+            "samples; extrapolate to their embeddings with `raypipe extrapolate`"
         )
     fingerprints: dict[str, str] = {}
     for name in LEARNED:

@@ -19,7 +19,7 @@ from raypipe.report.schema import Agreement, ClassFigures, HeldOutFidelity, Summ
 from raypipe.report.score_scan import MAX_LISTED_CLASSES
 from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
-from raypipe.runs.ledger import extrapolated_tables
+from raypipe.runs.ledger import without_images
 from raypipe.runs.outside_code import code_text
 from raypipe.runs.run import Run
 from raypipe.text import counted, plural
@@ -79,12 +79,13 @@ def build(run: Run) -> str:
     Raises
     ------
     RunError
-        If there is no run, or if it was extrapolated from tables.
+        If there is no run, or if it was extrapolated from tables and has no images.
     """
-    if extrapolated_tables(run.ledger()):
+    if without_images(run.ledger()):
         raise RunError(
             f"{run.uri}: was extrapolated from tables, so there are no images to show; "
-            f"its figures are in {run.table_summary}"
+            f"its figures are in {run.table_summary}. For a report, make a run over the images "
+            f"with `raypipe attach {run.uri} --images URI --to FOLDER`"
         )
     findings = collect(run)
     grids = [findings.grids.get(name, []) for name in TITLES]

@@ -15,7 +15,7 @@ class SourceSection(TypedDict):
     """What was scored.
 
     `pseudo_labels` is a sentence where the source has no labels, `depth_note` one on what is lost
-    of 16-bit images.
+    of 16-bit images. `tables` has embeddings, scores and score_column of `raypipe extrapolate`.
     """
 
     uri: str
@@ -26,6 +26,7 @@ class SourceSection(TypedDict):
     fragments: int | None
     bytes: int | None
     depth_note: str | None
+    tables: dict[str, str] | None
 
 
 class Counts(TypedDict):

@@ -60,7 +60,7 @@ from raypipe.report.score_scan import (
 )
 from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
-from raypipe.runs.ledger import StageRecord, injected_noise, now
+from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise, now
 from raypipe.runs.outside_code import all_code, is_difficulty
 from raypipe.runs.pilot import Pilot
 from raypipe.runs.run import Run
@@ -85,6 +85,8 @@ MAX_REASONS = 20
 MAX_DISTINCT_REASONS = 10_000
 """Reject reasons that are counted one by one; the others are counted together."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
+OF_TABLES = ("run", "source", "extrapolate", "trust", "select", "report")
+"""Sections of the settings that have a meaning for scores from tables."""
 ENDED = ("done", "refused")
 """States of a finished stage; refused: fidelity is too low for keep-lists."""
 
@@ -171,7 +173,7 @@ def collect(run: Run) -> Findings:
         "raypipe": __version__,
         "made": now(),
         "run": run.uri,
-        "unfinished": [stage for stage in BEFORE_REPORT if not _ended(ledger, stage)],
+        "unfinished": [stage for stage in _stages(ledger) if not _ended(ledger, stage)],
         "refused": _refusal(ledger),
         "source": _source(config, names, ledger),
         "counts": _counts(scan, rejects, ledger),
@@ -205,7 +207,7 @@ def collect(run: Run) -> Findings:
         ],
         "class_fragments": {"read": class_picks.fragments_read, "there": class_picks.fragments},
         "rejects": rejects,
-        "settings": _without_secrets(config.model_dump(mode="json")),
+        "settings": _without_secrets(_settings(config, ledger)),
     }
     class_grids = [
         {"lowest": class_picks.lowest[label], "highest": class_picks.highest[label]}
@@ -230,6 +232,12 @@ def clean(value: Any) -> Any:
     return value
 
 
+def _settings(config: Config, ledger: Ledger) -> dict[str, Any]:
+    """Return the settings of the run; with scores from tables, those that have a meaning."""
+    sections = set(OF_TABLES) if extrapolated_tables(ledger) else None
+    return config.model_dump(mode="json", include=sections)
+
+
 def _without_secrets(value: Any) -> Any:
     """Remove what could be a secret from the settings: a page is passed on."""
     if isinstance(value, dict):
@@ -247,6 +255,11 @@ def _class_names(run: Run) -> list[str]:
 
 
 # -- stages, source, counts ----------------------------------------------------------------------
+
+
+def _stages(ledger: Ledger) -> Sequence[str]:
+    """Return the stages of the run before the report."""
+    return ("index", "extrapolate") if extrapolated_tables(ledger) else BEFORE_REPORT
 
 
 def _ended(ledger: Ledger, stage: str) -> bool:
@@ -270,6 +283,10 @@ def _source(config: Config, names: Sequence[str], ledger: Ledger) -> SourceSecti
         "fragments": detail.get("fragments"),
         "bytes": detail.get("bytes"),
         "depth_note": _depth_note(config, ledger),
+        "tables": {
+            name: text.without_secrets(value) for name, value in extrapolated_tables(ledger).items()
+        }
+        or None,
     }
 
 

@@ -79,6 +79,11 @@ def extrapolated_tables(records: Mapping[str, StageRecord]) -> dict[str, str]:
     return records["extrapolate"].detail.get("tables", {}) if "extrapolate" in records else {}
 
 
+def without_images(records: Mapping[str, StageRecord]) -> bool:
+    """Return whether the scores were extrapolated from tables, and no images were attached."""
+    return bool(extrapolated_tables(records)) and "index" not in records
+
+
 def injected_noise(records: Mapping[str, StageRecord]) -> LabelNoise | None:
     """Return the label noise that the ledger says was injected; None without any."""
     return label_noise_of(records["index"].detail) if "index" in records else None

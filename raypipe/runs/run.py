@@ -150,7 +150,8 @@ class Run(Layout):
         except FileNotFoundError:
             raise RunError(self._absent("config.yaml")) from None
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(f"{self.uri}: config.yaml is damaged ({error})") from None
+            reason = " ".join(str(error).split())
+            raise RunError(f"{self.uri}: config.yaml is damaged ({reason})") from None
 
     # -- index --------------------------------------------------------------------------
 

@@ -125,6 +125,16 @@ def _warning(records: dict[str, StageRecord]) -> Iterator[str]:
         yield f"WARNING     {noise.warning}"
 
 
+def describe_attached(out: str, counts: dict[str, Any]) -> Iterator[str]:
+    """Return lines for the end of `raypipe attach`."""
+    yield _scores_line(storage.join(out, "scores"), counts["matched"], counts["measured"])
+    yield (
+        f"matched     {counts['matched']:,} of {counts['images']:,} images; "
+        f"{counts['without_image']:,} scores have no image"
+    )
+    yield f"next        raypipe select {out} --keep 0.5, then report, evaluate or export"
+
+
 def describe_extrapolation(out: str, summary: dict[str, Any]) -> Iterator[str]:
     """Return lines for the end of an extrapolation from tables.
 

@@ -16,6 +16,7 @@ from raypipe.config import SourceSettings
 from raypipe.config.base import Settings
 from raypipe.config.parts import NoOptions, validated_options
 from raypipe.plugins import SOURCE
+from raypipe.sources.cuts import Cuts
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 
@@ -79,6 +80,9 @@ class Source(abc.ABC):
     labels_by_name : bool
         Whether `read` yields class names, not numbers, if a file states distinct names. Files can
         then number the same classes differently.
+    cuts : Cuts
+        Where `files` divides a listing of small files; an existing index sets the rule that it was
+        written by.
 
     Examples
     --------
@@ -121,6 +125,7 @@ class Source(abc.ABC):
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
     labels_by_name: ClassVar[bool] = False
+    cuts: Cuts = Cuts.LOWEST_HASH
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
@@ -231,7 +236,7 @@ class Source(abc.ABC):
         if labels is None:
             labels = Counter(sample.label for sample in drawn if not sample.reason)
         total = sum(fragment.samples for fragment in fragments)
-        return Preview(tuple(drawn), total, True, labels, scan.class_names, error)
+        return Preview(tuple(drawn), total, True, labels, scan.class_names, error, scan.split)
 
     def _draw_single(
         self, fragments: Sequence[Fragment], count: int, draw: random.Random

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from raypipe.sources.arrow_types import (
     value_type,
 )
 from raypipe.sources.classes import distinct
+from raypipe.sources.splits import SPLIT_COLUMN, split_of
 from raypipe.sources.values import stored_label
 
 AUTO = "auto"
@@ -161,6 +162,23 @@ def distinct_labels(array: pa.Array) -> set[int | str]:
     """
     labels = (stored_label(value)[0] for value in storage_array(array).unique().to_pylist())
     return {label for label in labels if label is not None}
+
+
+def split_of_rows(values: Iterable[object]) -> str:
+    """Return the split that the values of a column name; "" if they name none.
+
+    Raises
+    ------
+    ColumnError
+        If they name several.
+    """
+    splits = sorted({split_of(str(value)) for value in values} - {""})
+    if len(splits) > 1:
+        raise ColumnError(
+            f"column {SPLIT_COLUMN!r} has several splits ({', '.join(splits)}); write the rows of "
+            "one split to files of their own, or drop the column to read all as one"
+        )
+    return splits[0] if splits else ""
 
 
 _EXPECTED = {

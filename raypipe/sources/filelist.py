@@ -17,9 +17,11 @@ import fnmatch
 import functools
 import heapq
 import posixpath
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 
@@ -63,6 +65,7 @@ class FileListSource(Source):
         yield from file_runs(
             ((member, len(member.packed()), "") for member in self._members()),
             self.settings.fragment_samples,
+            self.cuts,
             salt,
         )
 
@@ -170,9 +173,15 @@ class FileListSource(Source):
         """Yield the members that pass `include`, `BLOCK_LINES` at a time."""
         include = self.settings.include
         block: list[Member] = []
+        spellings = dict[int, str]()
         try:
             for line in read_lines(self._list, self.settings):
                 member = self._member(line)
+                if (
+                    isinstance(member.label, int)
+                    and number_or_name(line.label or "") == member.label
+                ):
+                    self._check_spelling(line, member.label, spellings)
                 if include == "*" or fnmatch.fnmatchcase(member.path, include):
                     block.append(member)
                 if len(block) == BLOCK_LINES:
@@ -181,6 +190,20 @@ class FileListSource(Source):
         except (FileNotFoundError, IsADirectoryError):
             raise SourceError(f"{self._list}: no such file; check source.uri") from None
         yield block
+
+    def _check_spelling(self, line: Line, label: int, spellings: dict[int, str]) -> None:
+        """Raise SourceError for a number that earlier lines spell differently, such as 1 and 01.
+
+        They can be names of two classes. `1.0` is not another spelling: pandas writes it for 1.
+        """
+        spelling = (line.label or "").strip().partition(".")[0]
+        first = spellings.setdefault(label, spelling)
+        if spelling != first:
+            raise SourceError(
+                f"{self._list}: line {line.number}: label {spelling!r} is the same number as "
+                f"{first!r} above; write all labels of a class alike, or, if these are two "
+                "classes, put a letter before the names of all classes"
+            )
 
     def _member(self, line: Line) -> Member:
         path, reason = self._below_root(line.path)
@@ -228,6 +251,12 @@ class FileListSource(Source):
 
 def _advice(root: str, paths: list[str]) -> str:
     """Return what to do when none of the listed files exists below the root."""
+    for form in ("NFC", "NFD"):
+        if any(_exists(storage.join(root, _other_form(path, form))) for path in paths):
+            return (
+                f"they exist with accents in the Unicode form {form}: write the list from the "
+                "names in the folder"
+            )
     slashed = [path.replace("\\", "/") for path in paths if "\\" in path]
     if any(_exists(storage.join(root, path)) or _endings(root, path) for path in slashed):
         return "they exist with slashes (/) instead of backslashes: replace these in the list"
@@ -235,6 +264,12 @@ def _advice(root: str, paths: list[str]) -> str:
         if endings := _endings(root, path):
             return f"{path}{endings[0]} exists: add the endings of the files to the list"
     return "set source.root"
+
+
+def _other_form(path: str, form: Literal["NFC", "NFD"]) -> str:
+    """Return a path in a Unicode form; "?", which no file is called, if it is in this one."""
+    normal = unicodedata.normalize(form, path)
+    return normal if normal != path else "?"
 
 
 def _endings(root: str, path: str) -> list[str]:

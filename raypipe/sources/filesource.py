@@ -14,7 +14,10 @@ from raypipe.sources.location import MISSING, Location
 from raypipe.sources.splits import several_splits
 from raypipe.sources.types import FileScan, SourceFile
 from raypipe.storage import Reader
+from raypipe.text import stand_in
 
+MAX_STAND_IN_BYTES = 64 << 10
+"""A larger file is what it is called, and is not read from its start to find out."""
 FILE_VANISHED = "no such file: deleted since it was listed, or its name is not UTF-8"
 """Reject reason of a listed file that cannot be opened."""
 
@@ -64,6 +67,8 @@ class FileSource(Source):
         except FileNotFoundError:
             return self.unreadable_file(file, FILE_VANISHED)
         with stored:
+            if reason := other_content(file, stored):
+                return self.unreadable_file(file, reason)
             return self.scan_stored(file, stored)
 
     def open(self, path: str) -> Reader:
@@ -73,6 +78,15 @@ class FileSource(Source):
     @abc.abstractmethod
     def scan_stored(self, file: SourceFile, stored: Reader) -> FileScan:
         """Scan a file that exists and is not empty; see `Source.scan`."""
+
+
+def other_content(file: SourceFile, stored: Reader) -> str:
+    """Return what is stored in place of a file, such as a Git LFS pointer; "" for anything else."""
+    if file.size > MAX_STAND_IN_BYTES:
+        return ""
+    reason = stand_in(stored.read(64))
+    stored.seek(0)
+    return reason
 
 
 def no_content(file: SourceFile) -> str:

@@ -28,6 +28,7 @@ from raypipe.sources.columns import (
     choose_columns,
     distinct_labels,
     features_of,
+    split_of_rows,
 )
 from raypipe.sources.hub import (
     INFO_FILE,
@@ -39,6 +40,7 @@ from raypipe.sources.hub import (
     download_dataset,
 )
 from raypipe.sources.location import MISSING
+from raypipe.sources.splits import split_column
 from raypipe.sources.table_source import TableSource, read_rows, reject_repeated_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.values import damage_reason
@@ -92,19 +94,29 @@ class HuggingFaceSource(TableSource):
             return self.unreadable_file(file, reason)
         batches: list[Message] = []
         labels: set[int | str] = set()
+        split = split_column(stream.schema.names, (columns.label, columns.identity))
+        splits: set[object] = set()
         problem = ""
         try:
             for batch in stream.batches():
                 batches.append(batch)
+                if split is not None:
+                    splits |= _batch_values(stored, stream, batch, split)
                 if columns.class_names is None and columns.label is not None:
                     labels |= _batch_labels(stored, stream, batch, columns.label)
         except Exception as error:
             problem = damage_reason(stored, error)
+        try:
+            split_name = split_of_rows(splits)
+        except ColumnError as error:
+            return self.unreadable_file(file, error)
         fragments = self._cut_at_batches(file, stream, batches)
         if problem:
             rows = sum(batch.rows for batch in batches)
             fragments = (*fragments, self._unreadable_rest(file, rows, problem))
-        return FileScan(fragments, columns.class_names, frozenset(labels))
+        return FileScan(
+            fragments, columns.class_names, frozenset(labels), self.checked_split(split_name)
+        )
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
@@ -298,6 +310,15 @@ def _read_names(folder: str, file: str, key: str, inner: str | None = None) -> l
         if not isinstance(name, str) or not name or "/" in name or name in {".", ".."}:
             raise SourceError(f"{folder}/{file}: {name!r} is not a name in this folder")
     return names
+
+
+def _batch_values(stored: Reader, stream: ArrowStream, batch: Message, column: str) -> set[object]:
+    """Return the distinct values of a small column in a batch; none if it is damaged."""
+    try:
+        return set(storage_array(stream.column(batch, column)).unique().to_pylist())
+    except Exception as error:
+        damage_reason(stored, error)
+        return set()
 
 
 def _batch_labels(

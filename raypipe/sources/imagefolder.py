@@ -20,7 +20,7 @@ from raypipe.sources.classfile import ClassFile, read_class_file
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import Location
 from raypipe.sources.smallfiles import Member, file_runs, read_members, unpack_member
-from raypipe.sources.splits import SPLIT_FOLDERS, several_splits
+from raypipe.sources.splits import several_splits, split_folders
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 
@@ -43,7 +43,7 @@ class ImageFolderSource(Source):
         """Yield runs of neighbouring files (see `file_runs`)."""
         self._refuse_splits()
         salt = self._classes.digest if self._classes is not None else ""
-        yield from file_runs(self._listed(), self.settings.fragment_samples, salt)
+        yield from file_runs(self._listed(), self.settings.fragment_samples, self.cuts, salt)
 
     def scan(self, file: SourceFile) -> FileScan:
         names = self._classes.names if self._classes is not None else None
@@ -100,7 +100,7 @@ class ImageFolderSource(Source):
 
         It is unchanged if the settings say that labels are not read.
         """
-        folder, in_folder, _ = member.path.partition("/")
+        folder, in_folder, _ = member.path.lstrip("/").partition("/")
         if (
             in_folder
             and member.label is None
@@ -112,7 +112,7 @@ class ImageFolderSource(Source):
 
     def _refuse_splits(self) -> None:
         folders = self._location.folders()
-        splits = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
+        splits = split_folders(folders)
         # a single one next to other folders can be a class, such as that of railway trains
         if splits and (len(splits) == len(folders) or several_splits(splits) is not None):
             choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in splits)

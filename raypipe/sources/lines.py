@@ -85,7 +85,7 @@ def read_lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
         blocks: Any = _Blocks(stored)
         file = io.TextIOWrapper(blocks, encoding, errors="backslashreplace", newline="")
         first = ""
-        while not first.strip() and (line := file.readline(1 << 16)):
+        while (not first.strip() or first.startswith("#")) and (line := file.readline(1 << 16)):
             first = line
         file.seek(0)
         delimiter = _delimiter(storage.name(uri), first.strip("\r\n"), settings)
@@ -163,8 +163,8 @@ def _delimiter(name: str, first: str, settings: SourceSettings) -> str:
 
 
 def _parse_text(file: Iterable[str]) -> Iterator[Line]:
-    for number, line in enumerate(file, 1):
-        line = line.strip()
+    stripped = ((number, line.strip()) for number, line in enumerate(file, 1))
+    for number, line in itertools.dropwhile(lambda item: _is_comment([item[1]]), stripped):
         if not line:
             continue
         if _IMAGE.fullmatch(line):
@@ -178,7 +178,10 @@ def _parse_text(file: Iterable[str]) -> Iterator[Line]:
 def _parse_table(
     uri: str, rows: Iterable[tuple[int, list[str]]], settings: SourceSettings
 ) -> Iterator[Line]:
-    filled = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
+    filled = itertools.dropwhile(
+        lambda item: _is_comment(item[1]),
+        ((number, row) for number, row in rows if any(cell.strip() for cell in row)),
+    )
     start = list(itertools.islice(filled, 2))
     path, label = _find_columns(uri, [row for _, row in start], settings)
     split, first_split = -1, ""
@@ -199,6 +202,13 @@ def _parse_table(
                 "remove the column to read all lines as one"
             )
         yield Line(number, _cell(row, path), _cell(row, label) or None)
+
+
+def _is_comment(row: list[str]) -> bool:
+    """Return whether a line above the header is a comment."""
+    return row[0].lstrip().startswith("#") and not any(
+        _IMAGE.fullmatch(cell.strip()) for cell in row
+    )
 
 
 def _cell(row: list[str], column: int) -> str:

@@ -74,15 +74,16 @@ class Location:
 
     def uri(self, path: str) -> str:
         """Return the URI of a relative path."""
-        if "://" in path or path.startswith("/"):
-            return path
+        if (self._is_list or self._is_pattern) and ("://" in path or path.startswith("/")):
+            return path  # only these name files elsewhere; a key of a store can look like it
         if self._is_list:
             return storage.join(_folder(self._uri), path)
         if path == storage.name(self._uri) and self._is_file:
             return self._uri
         if self._is_pattern:
             return storage.join(self._root or "", path)
-        return storage.join(storage.glob_root(self._uri) if self._is_glob else self._uri, path)
+        root = storage.glob_root(self._uri) if self._is_glob else self._uri
+        return f"{root.rstrip('/')}/{path}"  # keys can have empty names: set//x.png
 
     def stream(self) -> Iterator[FileInfo]:
         """Yield what `listing` returns; a folder's files as soon as storage lists them."""

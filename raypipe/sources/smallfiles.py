@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from raypipe import storage
+from raypipe.sources.cuts import Cuts, divide
 from raypipe.sources.filesource import FILE_VANISHED
 from raypipe.sources.types import RawSample, SourceFile
 from raypipe.sources.values import number_or_name
@@ -54,49 +55,31 @@ def unpack_member(packed: str) -> Member:
 
 
 def file_runs(
-    listed: Iterable[tuple[Member, int, str]], limit: int, salt: str = ""
+    listed: Iterable[tuple[Member, int, str]], limit: int, cuts: Cuts, salt: str = ""
 ) -> Iterator[SourceFile]:
     """Divide a listing into runs of neighbouring small files.
-
-    A run ends after `limit` files, or at a name whose hash says so. A new file therefore changes
-    the run it falls into but seldom the following runs, which keep their fingerprints and are not
-    processed again.
 
     Parameters
     ----------
     listed : iterable of (Member, int, str)
         Member, size in bytes and stamp of each file.
     limit : int
-        Maximum number of files in a run; also their average number between hash boundaries.
+        Maximum number of files in a run.
+    cuts : Cuts
+        Where runs end. Runs without a change keep their fingerprints and are not processed again.
     salt : str
         Part of every fingerprint.
     """
-    run = _Run(salt)
-    for member, size, stamp in listed:
-        run.add(member, size, stamp)
-        if len(run.members) == limit or path_hash(member.path) % limit == 0:
-            yield run.source_file()
-            run = _Run(salt)
-    if run.members:
-        yield run.source_file()
-
-
-class _Run:
-    """A run of small files being collected."""
-
-    def __init__(self, salt: str) -> None:
-        self.members: list[str] = []
-        self._first, self._size = "", 0
-        self._stamps = hashlib.blake2b(salt.encode(), digest_size=12)
-
-    def add(self, member: Member, size: int, stamp: str) -> None:
-        self._first = self._first if self.members else member.path
-        self.members.append(member.packed())
-        self._size += size
-        self._stamps.update(f"{size}\0{stamp}\0".encode())
-
-    def source_file(self) -> SourceFile:
-        return SourceFile(self._first, self._size, self._stamps.hexdigest(), tuple(self.members))
+    for run in divide(listed, lambda file: path_hash(file[0].path), limit, cuts):
+        stamps = hashlib.blake2b(salt.encode(), digest_size=12)
+        for _, size, stamp in run:
+            stamps.update(f"{size}\0{stamp}\0".encode())
+        yield SourceFile(
+            run[0][0].path,
+            sum(size for _, size, _ in run),
+            stamps.hexdigest(),
+            tuple(member.packed() for member, _, _ in run),
+        )
 
 
 def path_hash(path: str) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from raypipe.errors import SourceError
 from raypipe.text import counted
 
 
@@ -42,9 +43,7 @@ _WORDS = {
 }
 """Word in a name -> split."""
 SPLIT_COLUMN = "split"
-"""Column of a table that names the split of each row."""
-SPLIT_FOLDERS = frozenset(_WORDS)
-"""Folders of these names are splits of a dataset, not classes."""
+"""Column of a table that names the split of each row, in any case."""
 _WORD = re.compile(
     r"(?<![a-z0-9])(" + "|".join(_WORDS) + r")(?:[0-9]{4})?(?![a-z0-9])", re.IGNORECASE
 )
@@ -53,6 +52,50 @@ _WORD = re.compile(
 def split_of(word: str) -> str:
     """Return the split that a word means: train, validation or test; "" for any other word."""
     return _WORDS.get(word.lower(), "")
+
+
+def split_column(columns: Sequence[str], used: Collection[str | None]) -> str | None:
+    """Return the column that names the split of each row; None if there is none.
+
+    A column that is `used` otherwise, such as for the labels, is none.
+    """
+    lowered = {name.lower(): name for name in reversed(columns)}
+    column = lowered.get(SPLIT_COLUMN)
+    return None if column in used else column
+
+
+class SplitOfFiles:
+    """Checks that the rows of all files of a source are of the same split.
+
+    Parameters
+    ----------
+    remedy : str
+        How to read the files of one split, for the message.
+    """
+
+    def __init__(
+        self, remedy: str = "set source.include to a pattern that only the files of one split match"
+    ) -> None:
+        self._remedy = remedy
+        self._first: tuple[str, str] | None = None
+
+    def add(self, path: str, split: str) -> None:
+        """Add a file and the split of its rows, "" if they name none.
+
+        Raises
+        ------
+        SourceError
+            If a file before it is of another split.
+        """
+        if not split:
+            return
+        self._first = self._first or (path, split)
+        before, of_before = self._first
+        if split != of_before:
+            raise SourceError(
+                f"{path}: its column {SPLIT_COLUMN!r} names the split {split}, but that of "
+                f"{before} names {of_before}; {self._remedy}, or drop the column to read all as one"
+            )
 
 
 def split_word(path: str) -> str:
@@ -65,6 +108,25 @@ def split_word(path: str) -> str:
         if words:
             return words.pop() if len(words) == 1 else ""
     return ""
+
+
+def split_folders(folders: Sequence[str]) -> list[str]:
+    """Return the folders that are splits of a dataset, not classes.
+
+    They are called as a split, such as `train`, or differ in the word of the split alone, such as
+    `seg_train` and `seg_test`.
+    """
+    alike: dict[str, set[str]] = {}
+    for folder in folders:
+        if word := split_word(folder):
+            rest = _WORD.sub("", folder).lower()
+            alike.setdefault(rest, set()).add(split_of(word))
+    return [
+        folder
+        for folder in folders
+        if folder.lower() in _WORDS
+        or (split_word(folder) and len(alike[_WORD.sub("", folder).lower()]) > 1)
+    ]
 
 
 def several_splits(paths: Sequence[str]) -> Splits | None:

@@ -27,6 +27,8 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import Source
+from raypipe.sources.cuts import divide
+from raypipe.sources.smallfiles import path_hash
 from raypipe.sources.torchvision_build import build_dataset, first_item
 from raypipe.sources.torchvision_request import (
     DatasetRequest,
@@ -111,33 +113,32 @@ class TorchvisionSource(Source):
                 yield _read_item(sample_id, dataset, index)
 
     def _file_runs(self, dataset: VisionDataset) -> Iterator[SourceFile]:
-        """Yield runs of files in the order of the dataset.
+        """Yield runs of files in the order of the dataset."""
+        limit, names = self.settings.fragment_samples, repr(class_names(dataset))
+        runs = divide(self._members(dataset), lambda file: path_hash(file[0]), limit, self.cuts)
+        for number, run in enumerate(runs):
+            prefix, stated = (STATES_NAMES, names) if not number else ("", "")
+            digest = hashlib.blake2b(stated.encode(), digest_size=12)
+            for _, _, stamp in run:
+                digest.update(f"{stamp}\0".encode())
+            yield SourceFile(
+                _parse_member(run[0][0])[1],
+                sum(size for _, size, _ in run),
+                prefix + digest.hexdigest(),
+                tuple(member for member, _, _ in run),
+            )
 
-        As in image folders, a hash ends most runs, so that a new file changes few of them.
-        """
-        root, limit = self._request.root, self.settings.fragment_samples
-        run: list[str] = []
-        prefix, size, digest = STATES_NAMES, 0, hashlib.blake2b(digest_size=12)
-        digest.update(repr(class_names(dataset)).encode())  # of the first run, which states them
+    def _members(self, dataset: VisionDataset) -> Iterator[tuple[str, int, str]]:
+        """Yield member, size in bytes and stamp of each file, in the order of the dataset."""
         for index in range(len(dataset)):
             image, target = dataset[index]
-            path = os.path.relpath(image.path, root)
+            path = os.path.relpath(image.path, self._request.root)
             try:
                 state = os.stat(image.path)
-                size, stamp = size + state.st_size, f"{state.st_size} {state.st_mtime_ns}"
+                size, stamp = state.st_size, f"{state.st_size} {state.st_mtime_ns}"
             except OSError:
-                stamp = "missing"
-            digest.update(f"{stamp}\0".encode())
-            run.append(f"{'' if target is None else int(target)}\t{printable(path)}")
-            member_hash = hashlib.blake2b(run[-1].encode(), digest_size=8).digest()
-            if (
-                len(run) == limit
-                or int.from_bytes(member_hash, "big") % limit == 0
-                or index == len(dataset) - 1
-            ):
-                first_path = _parse_member(run[0])[1]
-                yield SourceFile(first_path, size, prefix + digest.hexdigest(), tuple(run))
-                run, prefix, size, digest = [], "", 0, hashlib.blake2b(digest_size=12)
+                size, stamp = 0, "missing"
+            yield f"{'' if target is None else int(target)}\t{printable(path)}", size, stamp
 
     def _read_files(self, fragment: Fragment, keep_id: IdFilter | None) -> Iterator[RawSample]:
         members = map(_parse_member, fragment.members[fragment.start : fragment.stop])

@@ -88,11 +88,15 @@ class FileScan:
         Names of the classes, if the file states them.
     labels : frozenset of int or str
         The distinct stored labels. Can stay empty if `class_names` is set.
+    split : str
+        The split that the rows name (`raypipe.sources.splits`); "" if they name none. All files of
+        a source have to agree.
     """
 
     fragments: tuple[Fragment, ...]
     class_names: tuple[str, ...] | None = None
     labels: frozenset[int | str] = field(default_factory=frozenset)
+    split: str = ""
 
 
 class RawSample(NamedTuple):
@@ -135,6 +139,8 @@ class Preview:
         Names of the classes, if the file states them.
     error : str
         Why the file cannot be read at all.
+    split : str
+        As in `FileScan`.
     """
 
     drawn: tuple[RawSample, ...] = ()
@@ -143,3 +149,4 @@ class Preview:
     labels: Counter[int | str | None] = field(default_factory=Counter)
     class_names: tuple[str, ...] | None = None
     error: str = ""
+    split: str = ""

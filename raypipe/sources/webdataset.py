@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content
+from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
 from raypipe.sources.tarfiles import BLOCK, LoadMember, read_groups
 from raypipe.sources.tarmembers import Apart, Members, TarFacts, load_label
 from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
@@ -170,6 +170,8 @@ class WebDatasetSource(FileSource):
         except FileNotFoundError:
             return Preview(error=FILE_VANISHED)
         with opened as stored:
+            if reason := other_content(file, stored):
+                return Preview(error=reason)
             if whole:
                 return self._preview_whole(stored, file, places * each, draw)
             return self._preview_places(stored, file, places, each, draw)

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+SYSTEM_FOLDERS = frozenset(
+    {
+        "@eaDir",  # thumbnails of a Synology NAS
+        "#recycle",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "__MACOSX",  # of archives that were packed on macOS
+        "_temporary",  # of a Spark job that is running or failed
+    }
+)
+"""Names that systems give to what is not part of the data next to it."""
+
 
 class FileInfo(NamedTuple):
     """One stored file.
@@ -36,5 +48,10 @@ def file_info(path: str, detail: dict[str, Any]) -> FileInfo:
 
 
 def hidden(path: str) -> bool:
-    """Return whether a file or one of its parent folders has a name that starts with a dot."""
-    return path.startswith(".") or "/." in path
+    """Return whether a file, or one of its parent folders, has a hidden name."""
+    return any(map(hidden_name, path.split("/")))
+
+
+def hidden_name(name: str) -> bool:
+    """Return whether a name starts with a dot or is one of `SYSTEM_FOLDERS`."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from raypipe.storage.file_info import FileInfo
+from raypipe.storage.file_info import FileInfo, hidden_name
 
 Retry = Callable[[Callable[[], Any]], Any]
 """Runs a storage request and repeats it after transient faults."""
@@ -30,7 +30,8 @@ def local_files(
 
     Links are followed, including links to folders, unless a link leads back to one of its own
     parent folders. A `lost+found` at the top, pipes, sockets and devices are left out, and so are
-    hidden files and folders by default. A broken link is listed as a file of 0 bytes.
+    hidden files and folders by default (`raypipe.storage.file_info.hidden`). A broken link is
+    listed as a file of 0 bytes.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ def _names(folder: str, retry: Retry, with_hidden: bool = False) -> list[str]:
             return [
                 entry.name + "/" * _is_folder(entry)
                 for entry in entries
-                if with_hidden or not entry.name.startswith(".")
+                if with_hidden or not hidden_name(entry.name)
             ]
 
     return sorted(retry(read))

@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import Any
 
 from raypipe.errors import StorageError
-from raypipe.storage.file_info import FileInfo, file_info, hidden
+from raypipe.storage.file_info import FileInfo, file_info, hidden, hidden_name
 from raypipe.storage.local_listing import Retry
 
 PAGE = 1000
@@ -69,7 +69,7 @@ def stored_folders(fs: Any, path: str, retry: Retry) -> list[str]:
         entries = _entries(fs, path, retry)
         folders = [item["name"] for item in entries if item["type"] == "directory"]
     names = (folder.rstrip("/").rsplit("/", 1)[-1] for folder in folders)
-    return sorted(name for name in names if not name.startswith("."))
+    return sorted(name for name in names if not hidden_name(name))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,10 +37,11 @@ from raypipe.sources.arrow_types import (
     value_type,
     vectors,
 )
-from raypipe.sources.columns import class_names, features_of
+from raypipe.sources.columns import ColumnError, class_names, features_of
 from raypipe.sources.hive import partition_values
 from raypipe.sources.location import Location
-from raypipe.sources.splits import several_splits
+from raypipe.sources.parquet.reader import split_of_file
+from raypipe.sources.splits import SplitOfFiles, several_splits
 from raypipe.sources.values import damage_reason
 
 ID, LABEL, EMBEDDING = "sample_id", "label", "embedding"
@@ -300,12 +301,16 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
     files = stored_files(uri)
     with ThreadPoolExecutor(16) as threads:
         footers = list(threads.map(lambda file: _footer(file[0], file[1].path), files))
-    label_types = {labels for _, labels, _ in footers if labels}
+    split = SplitOfFiles("give the files of one split")
+    named = Location(SourceSettings(uri=uri)).names_files
+    for (_, info), footer in zip(files, footers, strict=True):
+        split.add(info.path, "" if named else footer.split)
+    label_types = {footer.labels for footer in footers if footer.labels}
     if len(label_types) > 1:
         raise SourceError(
             f"{uri}: labels are numbers in some files and text in others; use one type"
         )
-    if len({names for _, labels, names in footers if labels}) > 1:
+    if len({footer.names for footer in footers if footer.labels}) > 1:
         raise SourceError(
             f"{uri}: the files state different class names, or the same in another order; write "
             f"column {LABEL!r} as text"
@@ -313,19 +318,31 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
     labels = next(iter(label_types), "")
     fragments = [
         fragment
-        for (file, info), (groups, _, _) in zip(files, footers)
-        for fragment in _divide(file, info, groups, labels)
+        for (file, info), footer in zip(files, footers, strict=True)
+        for fragment in _divide(file, info, footer.groups, labels)
     ]
     if not fragments:
         raise SourceError(f"{uri}: the files have no rows")
     return fragments
 
 
-def _footer(uri: str, path: str) -> tuple[list[int], str, tuple[str, ...] | None]:
-    """Return the rows of each row group, the type of the labels, and the names of the classes."""
+class _Footer(NamedTuple):
+    """Rows of each row group, type of the labels, names of the classes, and split of the rows."""
+
+    groups: list[int]
+    labels: str
+    names: tuple[str, ...] | None
+    split: str
+
+
+def _footer(uri: str, path: str) -> _Footer:
     with _opened(uri) as parquet:
         schema, metadata = parquet.schema_arrow, parquet.metadata
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        try:
+            split = split_of_file(parquet, (ID, LABEL, EMBEDDING), _reraise)
+        except ColumnError as error:
+            raise SourceError(f"{uri}: {error}") from None
     _check_id(uri, schema)
     field = _field(uri, schema, EMBEDDING)
     if not holds_vectors(field):
@@ -334,7 +351,11 @@ def _footer(uri: str, path: str) -> tuple[list[int], str, tuple[str, ...] | None
             "expected a list of float16, float32 or float64"
         )
     names = class_names(features_of(schema), LABEL)
-    return groups, _label_type(uri, schema, path), names
+    return _Footer(groups, _label_type(uri, schema, path), names, split)
+
+
+def _reraise(error: Exception) -> None:
+    raise error
 
 
 def _label_type(uri: str, schema: pa.Schema, path: str) -> str:

@@ -45,6 +45,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raypipe.errors import RaypipeError
 from raypipe.plugins import failure
+from raypipe.text import stand_in
 from raypipe.vision.own_code import Transform
 from raypipe.vision.png import without_metadata
 
@@ -155,7 +156,8 @@ def decode(
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
+        reason = stand_in(image[:64]) if isinstance(image, bytes) else ""
+        raise BadImage(reason or "not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None
     except Exception as error:

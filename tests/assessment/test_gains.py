@@ -98,6 +98,8 @@ def test_means_and_lines_are_those_of_least_squares() -> None:
         assert model.at(1, 20.0).error > model.at(1, 7.0).error > model.at(1, 4.6).error
     with pytest.raises(ValueError, match="two repeats"):
         fit_gains(difference[:, :, :1], LINE)
+    with pytest.raises(ValueError, match="two test samples"):
+        fit_gains(np.ones((1, 1, 3, 1)), np.ones((1, 1)))
 
 
 def test_more_choices_need_more_evidence_and_the_surest_is_taken() -> None:

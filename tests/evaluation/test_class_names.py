@@ -76,6 +76,18 @@ def test_shards_of_a_test_set_in_other_orders_and_a_class_that_the_run_lacks(
     assert _decoded(tmp_path, test) == [0, 2, 1]
 
 
+def test_files_of_a_test_set_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    _write(tmp_path / "test/0.parquet", ["ant", "cat"], NAMES)
+    storage.write_bytes(str(tmp_path / "test/1.parquet"), b"not Parquet")
+    test = _test_set(str(tmp_path / "test"))
+    ((path, reason),) = test.unreadable
+    assert path == "1.parquet" and reason.startswith("not a readable Parquet file")
+    assert _decoded(tmp_path, test) == [0, 2]
+    storage.delete(str(tmp_path / "test/0.parquet"))
+    with pytest.raises(SourceError, match=r"no readable samples \(1\.parquet: not a readable"):
+        _test_set(str(tmp_path / "test"))
+
+
 def test_names_against_numbers_without_names_are_refused(tmp_path: Path) -> None:
     numbers = _write(tmp_path / "numbers.parquet", ["ant", "bee"], None)
     named = _write(tmp_path / "named.parquet", ["ant", "bee"], NAMES)

@@ -229,8 +229,25 @@ SCHEMAS: dict[str, Schema] = {
         apiVersion={"const": "kustomize.config.k8s.io/v1beta1"},
         kind={"const": "Kustomization"},
         resources=many(TEXT),
-        configMapGenerator=many(
-            struct("name", "files", name=NAME, namespace=NAME, files=many(TEXT))
+        namespace=NAME,
+        images=many(struct("name", "newName", "newTag", name=NAME, newName=TEXT, newTag=TEXT)),
+        patches=many(
+            struct("target", "patch", target=struct("kind", kind=TEXT, name=NAME), patch=TEXT)
+        ),
+        replacements=many(
+            struct(
+                "source",
+                "targets",
+                source=struct("kind", "fieldPath", kind=TEXT, name=NAME, fieldPath=TEXT),
+                targets=many(
+                    struct(
+                        "select",
+                        "fieldPaths",
+                        select=struct("kind", kind=TEXT, name=NAME),
+                        fieldPaths=many(TEXT),
+                    )
+                ),
+            )
         ),
     ),
 }

@@ -1,13 +1,15 @@
-"""jobs/k8s: KubeRay and Kubernetes know the fields of the manifests, and the comments are true."""
+"""jobs/k8s: KubeRay and Kubernetes know the fields of what the overlay builds, and the comments are true."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,23 +18,25 @@ import jsonschema
 import pytest
 import yaml
 from kuberay_schema import SCHEMAS
+from kustomize import build
 
 from raypipe.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "jobs" / "k8s"
-FILES = sorted(FOLDER.glob("*.yaml"))
+OVERLAY = FOLDER / "imagenet"
+NAMESPACE, IMAGE = "raypipe-imagenet", "registry.example.com/raypipe:0.2"
+KINDS = ["Namespace", "ServiceAccount", "Role", "RoleBinding", "RayJob", "CronJob"]
 
 
-def objects(file: str) -> list[dict[str, Any]]:
-    return [
-        item for item in yaml.safe_load_all((FOLDER / file).read_text(encoding="utf-8")) if item
-    ]
+def objects(kind: str, folder: Path = OVERLAY) -> list[dict[str, Any]]:
+    """What `kubectl apply -k` would apply, of one kind."""
+    return [item for item in build(folder) if item["kind"] == kind]
 
 
 @pytest.fixture
 def job() -> dict[str, Any]:
-    return objects("rayjob.yaml")[0]
+    return objects("RayJob")[0]
 
 
 @pytest.fixture
@@ -46,12 +50,62 @@ def _check(item: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator(SCHEMAS[item["kind"]]).validate(item)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_object_has_the_fields_of_its_kind(path: Path) -> None:
-    found = objects(path.name)
-    assert found
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_object_has_the_fields_of_its_kind(kind: str) -> None:
+    found = objects(kind)
+    assert found and {item["kind"] for item in build(OVERLAY)} == set(KINDS)
     for item in found:
         _check(item)
+
+
+def test_kustomizations_have_the_fields_of_their_kind() -> None:
+    for folder in ("base", "imagenet"):
+        _check(yaml.safe_load((FOLDER / folder / "kustomization.yaml").read_text()))
+
+
+def test_names_are_in_the_overlay_alone(tmp_path: Path) -> None:
+    """Another namespace, image and bucket reach everything, and the base has none of them."""
+    base = "".join(path.read_text() for path in (FOLDER / "base").iterdir())
+    for name in ("raypipe-imagenet", "registry", "your-bucket", "imagenet.yaml"):
+        assert name not in base
+    (tmp_path / "base").symlink_to(FOLDER / "base")
+    text = (OVERLAY / "kustomization.yaml").read_text()
+    text = text.replace("namespace: raypipe-imagenet", "namespace: mine")
+    text = text.replace("registry.example.com/raypipe", "here/image").replace("your-bucket", "b")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kustomization.yaml").write_text(text)
+    built = build(tmp_path / "mine")
+    for item in built:
+        place = "name" if item["kind"] == "Namespace" else "namespace"
+        assert item["metadata"][place] == "mine", item["kind"]
+    binding = next(item for item in built if item["kind"] == "RoleBinding")
+    assert [subject["namespace"] for subject in binding["subjects"]] == ["mine"]
+    everything = yaml.safe_dump(built)
+    assert "here/image:0.2" in everything and "s3://b/runs/imagenet" in everything
+    for name in ("raypipe-imagenet", "registry", "your-bucket", "image: raypipe"):
+        assert name not in everything
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("kind: RayJob", "kind: RayJobs"), "nothing is"),
+        (("name: raypipe\n    newName", "name: other\n    newName"), "no container has the image"),
+        (("/spec/entrypoint", "/spec/entrypoints"), "entrypoints"),
+        (("fieldPaths", "fieldPath"), "fieldPath"),
+        (("namespace: raypipe", "nameSpace: raypipe"), "not understood"),
+    ],
+)
+def test_a_mistake_in_an_overlay_is_found(
+    tmp_path: Path, change: tuple[str, str], problem: str
+) -> None:
+    text = (OVERLAY / "kustomization.yaml").read_text()
+    assert change[0] in text
+    (tmp_path / "base").symlink_to(FOLDER / "base")
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "kustomization.yaml").write_text(text.replace(*change))
+    with pytest.raises((AssertionError, KeyError), match=problem):
+        build(tmp_path / "imagenet")
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -70,12 +124,10 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "file", ["rayjob.yaml", "rayjob-scheduled.yaml", "access.yaml", "kustomization.yaml"]
-)
-def test_a_misspelt_field_anywhere_is_refused(file: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_misspelt_field_anywhere_is_refused(kind: str) -> None:
     checked = 0
-    for item in objects(file):
+    for item in objects(kind):
         for *above, field in _places(item):
             broken = copy.deepcopy(item)
             inner = broken
@@ -87,7 +139,7 @@ def test_a_misspelt_field_anywhere_is_refused(file: str) -> None:
             with pytest.raises(jsonschema.ValidationError):
                 _check(broken)
             checked += 1
-    assert checked >= 6
+    assert checked >= 3
 
 
 @pytest.mark.parametrize(
@@ -215,7 +267,7 @@ def _pods(value: Any) -> list[dict[str, Any]]:
 
 
 def test_no_pod_runs_as_root_nor_holds_a_secret() -> None:
-    pods = [pod for path in FILES for item in objects(path.name) for pod in _pods(item)]
+    pods = _pods(build(OVERLAY))
     assert len(pods) == 5
     images = set()
     for pod in pods:
@@ -232,9 +284,9 @@ def test_no_pod_runs_as_root_nor_holds_a_secret() -> None:
                 "RAY_USAGE_STATS_ENABLED"
             }
             images.add(container["image"])
-    assert len(images) == 1, "one image for all"
+    assert images == {IMAGE}
     secret = r"AKIA|ASIA|aws_secret_access_key: |BEGIN [A-Z ]*PRIVATE KEY|password|stringData|kind: Secret|RAY_AUTH_TOKEN"
-    for path in FOLDER.iterdir():
+    for path in filter(Path.is_file, FOLDER.rglob("*")):
         assert not re.search(secret, path.read_text(encoding="utf-8"), re.IGNORECASE), path.name
 
 
@@ -248,12 +300,12 @@ def test_usage_statistics_are_off_in_every_pod_of_the_cluster(job: dict[str, Any
 
 
 def test_the_schedule_may_do_what_its_commands_need_and_no_more(job: dict[str, Any]) -> None:
-    (schedule,) = objects("rayjob-scheduled.yaml")
-    roles = {(item["kind"], item["metadata"]["name"]): item for item in objects("access.yaml")}
+    (schedule,) = objects("CronJob")
+    roles = {(item["kind"], item["metadata"]["name"]): item for item in build(OVERLAY)}
     pod = _pods(schedule)[0]
     account = pod["serviceAccountName"]
     assert roles["RoleBinding", account]["subjects"] == [
-        {"kind": "ServiceAccount", "name": account, "namespace": "raypipe"}
+        {"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}
     ]
     rules = roles[("Role", roles["RoleBinding", account]["roleRef"]["name"])]["rules"]
     assert {verb for rule in rules for verb in rule["verbs"]} == {
@@ -265,78 +317,110 @@ def test_the_schedule_may_do_what_its_commands_need_and_no_more(job: dict[str, A
     }
     for rule in rules:
         assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
-        assert rule["verbs"] == ["create"] or rule["resourceNames"] == [job["metadata"]["name"]]
+        assert rule["verbs"] == ["create"] or len(rule["resourceNames"]) == 1
+    named = {rule["resourceNames"][0]: set(rule["verbs"]) for rule in rules[1:]}
+    assert named[job["metadata"]["name"]] == {"get"}  # the run itself is never deleted
+    assert named["night"] == {"get", "list", "watch", "delete"}
     ray = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["serviceAccountName"]
     assert ("ServiceAccount", ray) in roles and ("RoleBinding", ray) not in roles
-    (kustomization,) = objects("kustomization.yaml")
-    (generated,) = kustomization["configMapGenerator"]
-    assert pod["volumes"][0]["configMap"]["name"] == generated["name"] and generated["files"] == [
-        "rayjob.yaml"
-    ]
-    assert all(
-        (FOLDER / file).is_file() for file in [*kustomization["resources"], *generated["files"]]
-    )
+
+
+ALL = ["get run", "get night", "delete night", "get run", "create"]
 
 
 @pytest.mark.parametrize(
-    ("found", "calls"),
+    ("run", "night", "calls"),
     [
-        ("", ["get", "delete", "create"]),
-        ("raypipe-imagenet/Complete", ["get", "delete", "create"]),
-        ("raypipe-imagenet/Failed", ["get", "delete", "create"]),
-        ("raypipe-imagenet/Running", ["get"]),
-        ("raypipe-imagenet/", ["get"]),  # created a moment ago, without a status yet
+        ("Complete", "", ALL),
+        ("Complete", "night/Complete", ALL),
+        ("Complete", "night/Failed", ALL),
+        ("Complete", "night/Running", ALL[:2]),
+        ("Complete", "night/", ALL[:2]),  # created a moment ago, without a status yet
+        ("Running", "", ALL[:1]),
+        ("Suspended", "", ALL[:1]),
+        ("", "", ALL[:1]),
     ],
 )
-def test_the_schedule_leaves_a_run_alone_that_goes_on(
-    tmp_path: Path, found: str, calls: list[str]
+def test_the_schedule_starts_a_night_after_the_run_and_the_last_night(
+    tmp_path: Path, job: dict[str, Any], run: str, night: str, calls: list[str]
 ) -> None:
-    """The commands of the CronJob, with a kubectl that writes down what it is asked."""
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\n'
-        f'case "$*" in *" get "*) printf %s "{found}";; create*) cat > {tmp_path}/created;; esac\n'
+    """The commands of the CronJob, with a kubectl that writes down its arguments."""
+    stored = {**job, "status": {"jobDeploymentStatus": run}}
+    stored["metadata"] = {**job["metadata"], "uid": "1-2", "resourceVersion": "7", "generation": 2}
+    stored["spec"] = {**job["spec"], "suspend": False}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    _kubectl(
+        tmp_path,
+        f'printf "%s\\n" "$*" >> {tmp_path}/asked\n'
+        f'case "$*" in "get rayjob run -o json") cat {tmp_path}/run.json;;\n'
+        f'"get rayjob run "*) printf %s "{run}";; "get rayjob night "*) printf %s "{night}";;\n'
+        f"create*) cat > {tmp_path}/created;; esac\n",
     )
-    kubectl.chmod(0o755)
-    (container,) = _pods(objects("rayjob-scheduled.yaml")[0])[0]["containers"]
-    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    mount = container["volumeMounts"][0]["mountPath"]
-    script = container["args"][0].replace(f"{mount}/", f"{FOLDER}/")
-    subprocess.run(
+    ended = _scheduled(tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    words = [line.split() for line in asked]
+    assert [" ".join((line[0], *line[2:3])) for line in words if line[0] != "create"] == [
+        call for call in calls if call != "create"
+    ]
+    assert (asked[-1] == "create -f -") == ("create" in calls)
+    if "create" not in calls:
+        assert "nothing is started" in ended.stdout
+        return
+    created = json.loads((tmp_path / "created").read_text())
+    _check(created)
+    assert created["metadata"] == {"name": "night", "namespace": NAMESPACE}
+    entrypoint = created["spec"].pop("entrypoint")
+    assert entrypoint == job["spec"].pop("entrypoint").replace(
+        "jobs/run.py", "jobs/nightly.py --refresh-exit-code 0"
+    )
+    assert "nightly" in entrypoint and job["spec"].pop("suspend") is True
+    assert created["spec"] == job["spec"]
+
+
+def _kubectl(folder: Path, script: str) -> None:
+    (folder / "kubectl").write_text(f"#!/bin/sh\n{script}")
+    (folder / "python").symlink_to(sys.executable)
+    (folder / "kubectl").chmod(0o755)
+
+
+def _scheduled(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the commands of the CronJob with the kubectl of a folder."""
+    (container,) = _pods(objects("CronJob")[0])[0]["containers"]
+    environment = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    script = container["args"][0].replace("/opt/raypipe/", f"{ROOT}/")
+    return subprocess.run(
         [*container["command"], script],
-        check=True,
         env=environment,
         timeout=20,
         capture_output=True,
+        text=True,
     )
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert [
-        next(word for word in line.split() if word in {"get", "delete", "create"}) for line in asked
-    ] == calls
-    if "create" in calls:
-        assert asked[-1] == "create -f -"
-        created, once = (
-            yaml.safe_load(text)
-            for text in ((tmp_path / "created").read_text(), (FOLDER / "rayjob.yaml").read_text())
-        )
-        entrypoint = created["spec"].pop("entrypoint")
-        assert entrypoint == once["spec"].pop("entrypoint").replace(
-            "jobs/run.py", "jobs/nightly.py --refresh-exit-code 0"
-        )
-        assert "nightly" in entrypoint and created == once
 
 
 def test_the_schedule_fails_when_kubernetes_does_not_answer(tmp_path: Path) -> None:
-    (tmp_path / "kubectl").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "kubectl").chmod(0o755)
-    (container,) = _pods(objects("rayjob-scheduled.yaml")[0])[0]["containers"]
-    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    assert (
-        subprocess.run(
-            [*container["command"], *container["args"]], env=environment, timeout=20
-        ).returncode
-        == 1
+    _kubectl(tmp_path, "exit 1\n")
+    assert _scheduled(tmp_path).returncode == 1
+
+
+def test_the_schedule_fails_for_a_run_that_cannot_be_a_night(
+    tmp_path: Path, job: dict[str, Any]
+) -> None:
+    job["spec"]["entrypoint"] = "python train.py"
+    (tmp_path / "run.json").write_text(json.dumps(job))
+    _kubectl(
+        tmp_path,
+        f'case "$*" in "get rayjob run -o json") cat {tmp_path}/run.json;;\n'
+        '"get rayjob run "*) printf Complete;; create*) [ -n "$(cat)" ];; esac\n',
     )
+    ended = _scheduled(tmp_path)
+    assert ended.returncode == 1
+    assert "not the RayJob of a run: the entrypoint does not start /jobs/run.py" in ended.stderr
+
+
+def test_applying_the_overlay_starts_nothing(job: dict[str, Any]) -> None:
+    assert job["spec"]["suspend"] is True
+    assert job["spec"]["shutdownAfterJobFinishes"] is True  # KubeRay suspends no other RayJob
 
 
 def test_the_image_installs_tested_versions_and_is_not_root() -> None:
@@ -369,5 +453,6 @@ def test_files_name_the_same_image_and_say_how_they_are_used(job: dict[str, Any]
     image = job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"]
     assert f"-t {image} ." in (FOLDER / "Dockerfile").read_text(encoding="utf-8")
     readme = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
-    for file in FOLDER.iterdir():
-        assert file.name in readme or file.suffix == ".dockerignore", file.name
+    for file in filter(Path.is_file, FOLDER.rglob("*")):
+        name = file.relative_to(FOLDER).as_posix()
+        assert f"(k8s/{name})" in readme or "__pycache__" in name, name

@@ -23,6 +23,7 @@ from raypipe.nightly import night as nights
 from raypipe.pipeline import execute
 from raypipe.runs.run import Run
 from raypipe.runs.snapshots import load_snapshot, snapshot_names
+from raypipe.stages.index.stage import IndexStage
 
 
 def test_the_first_night_of_an_unchanged_source_is_a_snapshot_and_nothing_else(
@@ -370,6 +371,39 @@ def test_new_images_in_folders_are_the_only_new_samples(
     assert night.manifest["samples"] == {"new": 0, "changed": 1, "removed": 3, "total": 647}
     assert night.manifest["share_since_seed"] == pytest.approx(49 / 647)
     assert night.exit_code == 0, night.advice
+
+
+def test_cuts_of_folders_change_neither_seed_set_nor_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 0.2.0 keeps its fragments, and has the scores of one that is cut as today."""
+    in_process(monkeypatch)
+    old, new = FolderPlace(tmp_path), FolderPlace(tmp_path)
+    old.run, new.run = Run(f"{tmp_path}/old"), Run(f"{tmp_path}/new")
+    for number in range(300):
+        old.write(number)
+    small = "source.fragment_samples=32"
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexStage, "detail", {})
+        execute(old.config(small), progress=QUIET)
+    execute(new.config(small), progress=QUIET)
+    assert not old.run.done("scores") <= new.run.done("scores")
+    for folder in ("seed", "keep"):
+        tables = [dict(storage.iter_tables(place.run.path(folder))) for place in (old, new)]
+        assert tables[0].keys() == tables[1].keys()
+        if folder == "seed":
+            assert all(table.equals(tables[1][name]) for name, table in tables[0].items())
+    assert by_id(old.run.uri) == by_id(new.run.uri)
+
+    before = stamps(old.run.uri, "scores")
+    execute(old.config(small), progress=QUIET)
+    assert stamps(old.run.uri, "scores") == before  # with the code of today, nothing is redone
+    old.night(0, small)
+    old.write(300)
+    night = old.night(1, small)
+    assert night.manifest["samples"] == {"new": 1, "changed": 0, "removed": 0, "total": 301}
+    after = stamps(old.run.uri, "scores")
+    assert len({name for name in after if after[name] != before.get(name)}) <= 4
 
 
 # -- pinned -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +16,12 @@ from source_helpers import ids, make, picture, samples
 
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
+from raypipe.errors import SourceError
 from raypipe.estimate import inspect_source
 from raypipe.estimate.inspect_text import describe_survey
 from raypipe.sources import formats
 from raypipe.sources.formats import format_of
+from raypipe.vision.decode import decode_batch
 
 __all__ = ["no_ray"]
 
@@ -123,3 +126,33 @@ def test_an_archive_of_another_kind_is_left_out_and_named(tmp_path: Path) -> Non
 )
 def test_first_bytes(head: bytes, format: str) -> None:
     assert format_of(head) == format
+
+
+def test_what_is_stored_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    page = b"<!DOCTYPE html>\n<html>403</html>"
+    storage.write_bytes(f"{tmp_path}/images/cat/0.png", pointer)
+    storage.write_bytes(f"{tmp_path}/images/cat/1.png", page)
+    found = samples(make(f"{tmp_path}/images"))
+    reasons = decode_batch(found, 8, 100)[1]
+    assert "a Git LFS pointer instead of the file; run `git lfs pull`" in reasons[0]
+    assert "an HTML page instead of the file" in reasons[1]
+    for ending in ("parquet", "tar"):
+        storage.write_bytes(f"{tmp_path}/{ending}/a.{ending}", pointer)
+        source = make(f"{tmp_path}/{ending}", format={"tar": "webdataset"}.get(ending, ending))
+        (file,) = source.files()
+        (fragment,) = source.scan(file).fragments
+        assert fragment.error.startswith("a Git LFS pointer")
+        problem = source.preview(file, 1, 1, random.Random(0), False).error
+        assert problem.startswith("a Git LFS pointer")
+
+
+def test_a_delta_table_is_refused(place: str) -> None:
+    """Its folder also holds the files of earlier versions."""
+    table = pa.table({"image": [picture(0)], "label": [0]})
+    for number in range(2):
+        storage.write_table(f"{place}/set/part-{number}.parquet", table)
+    storage.write_bytes(f"{place}/set/_delta_log/0.json", b"{}")
+    with pytest.raises(SourceError, match=r"a Delta table \(_delta_log\), .* earlier versions"):
+        list(make(f"{place}/set", format="parquet").files())
+    assert len(samples(make(f"{place}/set/part-{{0,1}}.parquet"))) == 2

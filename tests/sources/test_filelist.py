@@ -335,3 +335,27 @@ def test_repeated_hashes_are_found_in_bounded_memory() -> None:
         assert seen.add(block).tolist() == expected
     assert len(seen._runs) < 12 and sum(map(len, seen._runs)) == len(before)
     assert seen.add([]).tolist() == []
+
+
+@pytest.mark.parametrize("labels", [("1", "01"), ("01", "1"), ("2", "1", "001")])
+def test_two_spellings_of_a_number_are_not_one_class(
+    tmp_path: Any, labels: tuple[str, ...]
+) -> None:
+    fill(str(tmp_path), [f"{number}.png" for number in range(4)])
+    lines = [f"{number}.png,{label}" for number, label in enumerate(labels)]
+    uri = write(str(tmp_path), "list.csv", "\n".join(["path,label", *lines]))
+    words = f"line {len(labels) + 1}: label '{labels[-1]}' is the same number as '{labels[-2]}'"
+    with pytest.raises(SourceError, match=words):
+        list(make(uri).files())
+    same = "path,label\n0.png,01\n1.png,1.0\n2.png,01.0\n".replace(",1.0", ",02.0")
+    found = samples(make(write(str(tmp_path), "same.csv", same)))
+    assert [sample.label for sample in found] == [1, 2, 1]
+
+
+def test_names_in_another_unicode_form_are_explained(tmp_path: Any) -> None:
+    fill(str(tmp_path), ["e\u0301.png"])
+    if not (tmp_path / "e\u0301.png").exists() or (tmp_path / "\xe9.png").exists():
+        pytest.skip("this file system changes names")
+    uri = write(str(tmp_path), "list.csv", "path,label\n\xe9.png,a\n")
+    with pytest.raises(SourceError, match="they exist with accents in the Unicode form NFD"):
+        list(make(uri).files())

@@ -309,7 +309,7 @@ def test_what_is_no_arrow_file_is_an_unreadable_file(tmp_path: Any) -> None:
         [
             "",
             "empty",
-            "not a readable Arrow",
+            "an HTML page instead of the file",
             "cut off",
             "no column 'img'; columns are x",
             "no message at byte 0",

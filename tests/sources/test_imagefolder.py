@@ -43,6 +43,28 @@ def test_the_first_level_is_the_class(place: str) -> None:
     assert class_map(None, labels, None).names == ("cat", "dog")
 
 
+def test_folders_of_systems_are_no_classes(place: str) -> None:
+    names = ["@eaDir", "__MACOSX", "_temporary", "#recycle", ".ipynb_checkpoints"]
+    fill(f"{place}/set", ["cat/1.png", *(f"{name}/cat/1.png" for name in names)])
+    fill(f"{place}/set", [f"cat/{name}/1.png" for name in names])
+    assert ids(samples(make(f"{place}/set"))) == ["cat/1.png"]
+
+
+def test_keys_that_look_like_other_places_stay_in_the_bucket(s3: str, tmp_path: Any) -> None:
+    """A key can have empty names, or look like a path of this machine or a URL."""
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(picture(9))
+    bucket, keys = f"{s3}/odd", [f"/{outside}", "/cat/1.png", "http://host/1.png", "cat/2.png"]
+    filesystem, root = storage.filesystem(bucket)
+    for number, key in enumerate(keys):
+        filesystem.pipe_file(f"{root}/{key}", picture(number))
+    found = {sample.sample_id: sample for sample in samples(make(bucket))}
+    assert {key: sample.image for key, sample in found.items()} == {
+        key: picture(number) for number, key in enumerate(keys)
+    }
+    assert found["/cat/1.png"].label == "cat" == found["cat/2.png"].label
+
+
 def test_a_flat_folder_has_no_labels(place: str) -> None:
     fill(f"{place}/flat", ["b.png", "a.png"])
     found = samples(make(f"{place}/flat"))

@@ -28,6 +28,9 @@ TWO = [("a 1.jpg", "0"), ("b/2.png", "1")]
 @pytest.mark.parametrize(
     ("name", "content", "options"),
     [
+        # comments at the top
+        ("x.txt", "# made by, a script\n# again\na 1.jpg 0\nb/2.png 1\n", {}),
+        ("x.csv", "# made by; a script\npath,label\na 1.jpg,0\nb/2.png,1\n", {}),
         # plain text
         ("x.txt", "a 1.jpg 0\nb/2.png\t1\n", {}),  # the first line has no tab
         ("x.txt", "\n\n  a 1.jpg   0  \r\n\r\nb/2.png 1", {}),

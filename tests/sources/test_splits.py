@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from source_helpers import ids, make, picture, samples
+from serial import index, no_ray  # noqa: F401
+from source_helpers import ids, make, picture, samples, scans
+from test_huggingface import arrow, images, save
 from test_webdataset import pairs, tar
 
 from raypipe import storage
-from raypipe.config import SourceSettings
+from raypipe.config import Config, SourceSettings, parse_config
 from raypipe.errors import SourceError
 from raypipe.estimate import inspect_source
+from raypipe.evaluation.decoded import list_test_set
+from raypipe.sources import ClassMap
 from raypipe.sources.splits import several_splits
-from raypipe.tables.reader import stored_files
+from raypipe.tables.reader import plan_embeddings, stored_files
 
 
 @pytest.mark.parametrize(
@@ -89,17 +93,73 @@ def test_rows_of_several_splits_in_one_file_are_refused(tmp_path: Path) -> None:
         storage.write_table(f"{tmp_path}/{name}", table, row_group_size=2)
         return tmp_path
 
-    uri = str(write(["train", "train", None, "test"]))
+    uri = str(write(["train", "train", None, "extra", "test", "train"]))  # test is not an extreme
     (scan,) = (make(uri).scan(file) for file in make(uri).files())
     problem = scan.fragments[0].error
     assert problem.startswith("column 'split' has several splits (test, train); write the rows")
     survey = inspect_source(SourceSettings(uri=uri)).survey
     assert survey.unreadable_files == (("0.parquet", problem),)
-    assert len(samples(make(uri, label_column="split"))) == 4
+    assert len(samples(make(uri, label_column="split"))) == 6
     write(["train", "Training", None])
     assert len(samples(make(uri))) == 3
     write(["0", "fold", "1"])
     assert len(samples(make(uri))) == 3
+
+
+def _of_split(folder: Path, name: str, split: str | None, **columns: object) -> None:
+    """Write a file of two rows; the name of their split is in a column."""
+    table = {"image": [picture(len(name)), picture(1)], "label": [0, 1], "Split": [split] * 2}
+    storage.write_table(f"{folder}/{name}", pa.table({**table, **columns}))
+
+
+def test_files_of_several_splits_by_their_rows_are_refused(tmp_path: Path, no_ray: None) -> None:
+    data = tmp_path / "data"
+    for name, split in (("0", "train"), ("1", None), ("2", "Training"), ("3", "val")):
+        _of_split(data, f"{name}.parquet", split)
+
+    def config(run: str, **source: object) -> Config:
+        return parse_config({"run": f"{tmp_path}/{run}", "source": {"uri": str(data), **source}})
+
+    words = (
+        r"3\.parquet: its column 'split' names the split validation, but that of 0\.parquet names "
+        "train; set source.include to a pattern that only the files of one split match, or drop"
+    )
+    with pytest.raises(SourceError, match=words):
+        index(config("all"))
+    with pytest.raises(SourceError, match=words):
+        inspect_source(SourceSettings(uri=str(data)))
+    train = config("train", include="[0-2].parquet")
+    assert index(train).samples == 6
+    assert index(config("named", uri=f"{data}/{{0..3}}.parquet")).samples == 8
+    # the files of a finished index are not opened again, but their split counts
+    _of_split(data, "2b.parquet", "test")
+    with pytest.raises(SourceError, match=r"2b\.parquet: .* the split test, .* names train"):
+        index(train.model_copy(update={"source": config("x", include="[0-2]*.parquet").source}))
+    test = SourceSettings(uri=str(data), include="[0-3].parquet")
+    with pytest.raises(SourceError, match=r"--test-set include to a pattern"):
+        list_test_set(test, test, ClassMap(("0", "1"), numeric=True))
+
+
+def test_tables_of_several_splits_are_refused(tmp_path: Path) -> None:
+    columns = {"sample_id": ["a", "b"], "embedding": [[1.0, 2.0]] * 2}
+    _of_split(tmp_path, "0.parquet", "train", **columns)
+    _of_split(tmp_path, "1.parquet", "test", **columns)
+    words = r"1\.parquet: .* the split test, .*; give the files of one split, or drop"
+    with pytest.raises(SourceError, match=words):
+        plan_embeddings(str(tmp_path))
+    assert len(plan_embeddings(f"{tmp_path}/{{0,1}}.parquet")) == 2
+    _of_split(tmp_path, "2.parquet", None, **columns, Split=["train", "test"])
+    with pytest.raises(SourceError, match=r"2\.parquet: column 'split' has several splits"):
+        plan_embeddings(f"{tmp_path}/2.parquet")
+
+
+def test_saved_datasets_of_several_splits_are_refused(tmp_path: Path) -> None:
+    train, test = images(6, split=["train"] * 6), images(6, split=["test"] * 6)
+    found = scans(make(save(f"{tmp_path}/two", arrow(train), arrow(test))))
+    assert [scan.split for scan in found] == ["train", "test"]
+    (scan,) = scans(make(save(f"{tmp_path}/one", arrow(pa.concat_tables([train, test])))))
+    assert scan.fragments[0].error.startswith("column 'split' has several splits (test, train)")
+    assert not scan.fragments[0].samples
 
 
 @pytest.mark.parametrize(
@@ -109,6 +169,9 @@ def test_rows_of_several_splits_in_one_file_are_refused(tmp_path: Path) -> None:
         (["train", "val", "annotations"], "train and val"),
         (["train", "bus", "plane"], ""),  # vehicles
         (["train"], "train"),
+        (["seg_train", "seg_test"], "seg_train and seg_test"),
+        (["train_images", "test_images", "notes"], "train_images and test_images"),
+        (["express_train", "driving_test", "bus"], ""),
     ],
 )
 def test_folders_that_are_splits(tmp_path: Path, folders: list[str], refused: str) -> None:
@@ -118,5 +181,6 @@ def test_folders_that_are_splits(tmp_path: Path, folders: list[str], refused: st
     if not refused:
         assert {sample.label for sample in samples(source)} == set(folders)
         return
+    refused = " and ".join(sorted(refused.split(" and ")))
     with pytest.raises(SourceError, match=f"{refused} are not classes; set source.uri to"):
         list(source.files())

@@ -245,6 +245,7 @@ def test_folders_with_something_else_are_left_alone(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/notes/a.txt", b"mine")
     with pytest.raises(RunError, match=r"contains other files, such as a\.txt"):
         exported(run, f"{tmp_path}/notes")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["a.txt"]
     exported(run, f"{tmp_path}/notes", force=True)
     assert sorted(storage.names(f"{tmp_path}/notes")) == ["a.txt", "train-00000.tar"]
 

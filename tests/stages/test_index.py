@@ -32,8 +32,9 @@ def is_complete(config: Config, record: StageRecord) -> bool:
 
 
 def make(config: Config, stage: IndexStage | None = None) -> StageRecord:
-    record = StageRecord()
-    (stage or IndexStage()).execute(Context(config, Run(config.run), QUIET), record)
+    stage = stage or IndexStage()
+    record = StageRecord(detail=dict(stage.detail))
+    stage.execute(Context(config, Run(config.run), QUIET), record)
     return record
 
 
@@ -165,6 +166,33 @@ def test_a_new_file_changes_its_own_part_and_the_source_is_listed_once(
         "classes.json" in unchanged and len(unchanged) >= len(before) // 2
     )  # index files before it, unchanged by their stamps
     assert is_complete(config, record)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_index_of_an_older_version_keeps_its_fragments(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger of 0.2.0 names no rule; with the one of today, other fragments would result."""
+    config = SOURCES[name](folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexStage, "detail", {})
+        record = make(config)
+    assert "cuts" not in record.detail and is_complete(config, record)
+    new = config.model_copy(update={"run": f"{folder}/new"})
+    assert make(new).detail["cuts"] == "lowest-hash"
+    before, today = (
+        {fragment.fragment_id for fragment in Run(run).fragments()} for run in (config.run, new.run)
+    )
+    assert len(today - before) > 20 and samples(config.run) == samples(new.run)
+
+    (folder / "data" / "c19/0600a.png").touch()
+    listed = (folder / "data/list.csv").read_text()
+    (folder / "data/list.csv").write_text(f"{listed}c19/0600a.png,19\n")
+    assert not is_complete(config, record)
+    IndexStage().execute(Context(config, Run(config.run), QUIET), record)
+    after = {fragment.fragment_id for fragment in Run(config.run).fragments()}
+    assert len(after - before) <= 4 and len(samples(config.run)) == 1201
+    assert "cuts" not in record.detail and is_complete(config, record)
 
 
 def test_an_attempt_that_was_cut_off_is_taken_up(

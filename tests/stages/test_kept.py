@@ -9,7 +9,7 @@ from scored import opened, scored_run
 
 import raypipe
 from raypipe import storage
-from raypipe.errors import RunError
+from raypipe.errors import ConfigError, RunError
 from raypipe.keeplists.file import KeepFile, ids_in_order
 
 
@@ -23,6 +23,15 @@ def test_rows_of_a_list_are_read_by_group(tmp_path: Path) -> None:
     storage.write_table(uri, table.drop_columns("score"))
     with pytest.raises(RunError, match="not a keep-list; columns: sample_id, label"):
         KeepFile(uri)
+
+
+def test_an_empty_list_and_removed_scores_are_explained(tmp_path: Path) -> None:
+    run = scored_run(f"{tmp_path}/run", "digits://", limit=120)
+    with pytest.raises(ConfigError, match=r"select\.keep: 0\.001 of 120 samples is less than one"):
+        raypipe.select(run.uri, keep=0.001)
+    storage.delete(run.scores_folder)
+    with pytest.raises(RunError, match="although 120 samples were scored: its files were removed"):
+        raypipe.select(run.uri, keep=0.5)
 
 
 def test_ids_of_a_tar_in_order_even_where_keys_repeat(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_truncated_images_are_refused(format: str, share: float) -> None:
     ("data", "words"),
     [
         (b"", "empty"),
-        (b"<html>404 not found</html>", "not a readable"),
+        (b"<html>404 not found</html>", "an HTML page instead of the file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable"),
         (b"\0" * 100, "not a readable"),
         (np.zeros((4, 4), np.float32), "float32"),

@@ -5,6 +5,7 @@ Labels are counted from their column alone.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import image_reader
 from raypipe.sources.arrow_types import encoded_array, storage_array
 from raypipe.sources.columns import ColumnError, TableColumns
-from raypipe.sources.filesource import FILE_VANISHED, no_content
+from raypipe.sources.filesource import FILE_VANISHED, no_content, other_content
 from raypipe.sources.hive import partition_values
 from raypipe.sources.parquet.reader import (
     RowGroup,
     columns_of,
     open_parquet,
-    refuse_splits,
     row_counts,
+    split_of_file,
 )
 from raypipe.sources.table_source import class_of
 from raypipe.sources.types import Preview, RawSample, SourceFile
@@ -68,11 +69,14 @@ def preview(
     except FileNotFoundError:
         return Preview(error=FILE_VANISHED)
     with opened as stored:
+        if reason := other_content(file, stored):
+            return Preview(error=reason)
         try:
             parquet = open_parquet(stored, REQUEST_BYTES)
             counts = row_counts(parquet, file.size)
             columns = columns_of(parquet, settings, file.path)
-            refuse_splits(parquet, columns)
+            used = (columns.label, columns.identity)
+            split = split_of_file(parquet, used, functools.partial(damage_reason, stored))
         except ColumnError as error:
             return Preview(error=str(error))
         except Exception as error:
@@ -89,7 +93,7 @@ def preview(
             group = RowGroup(stored, parquet, columns, file.path, number, starts[number])
             limit = REQUEST_BYTES / max(1.0, group.row_bytes)
             drawn += _first_rows(group, int(max(1, min(each, counts[number], limit))))
-    return Preview(tuple(drawn), sum(counts), True, labels, columns.class_names)
+    return Preview(tuple(drawn), sum(counts), True, labels, columns.class_names, split=split)
 
 
 def _first_rows(group: RowGroup, count: int) -> list[RawSample]:

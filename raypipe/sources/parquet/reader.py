@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from raypipe.config import SourceSettings
 from raypipe.sources.arrow_images import ImageOrReason, image_reader
 from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
-from raypipe.sources.columns import ColumnError, TableColumns, choose_columns, features_of
+from raypipe.sources.columns import TableColumns, choose_columns, features_of, split_of_rows
 from raypipe.sources.hive import partition_values, with_partitions
-from raypipe.sources.splits import SPLIT_COLUMN, split_of
+from raypipe.sources.splits import split_column
 from raypipe.sources.table_source import read_rows
 from raypipe.sources.types import IdFilter, RawSample
 from raypipe.sources.values import damage_reason
@@ -48,22 +48,42 @@ def columns_of(parquet: pq.ParquetFile, settings: SourceSettings, path: str) -> 
     return choose_columns(schema, features_of(parquet.schema_arrow), settings)
 
 
-def refuse_splits(parquet: pq.ParquetFile, columns: TableColumns) -> None:
-    """Raise ColumnError if a column `split` shows rows of several splits, by its statistics."""
-    metadata, found = parquet.metadata, set[str]()
+def split_of_file(
+    parquet: pq.ParquetFile,
+    used: Collection[str | None],
+    on_damage: Callable[[Exception], object],
+) -> str:
+    """Return the split that a column of this name gives to all rows of a file; "" without one.
+
+    Parameters
+    ----------
+    parquet : pyarrow.parquet.ParquetFile
+    used : collection of str or None
+        Columns that mean something else.
+    on_damage : callable
+        Called if the column cannot be read; unless it raises, those rows do not count.
+
+    Raises
+    ------
+    ColumnError
+        If the rows are of several splits.
+    """
+    metadata, values = parquet.metadata, set[object]()
     names = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
-    if SPLIT_COLUMN not in names or SPLIT_COLUMN in (columns.label, columns.identity):
-        return
+    column = split_column(names, used)
+    if column is None:
+        return ""
     for group in range(metadata.num_row_groups):
-        statistics = metadata.row_group(group).column(names.index(SPLIT_COLUMN)).statistics
-        if statistics is not None and statistics.has_min_max:
-            found |= {split_of(str(value)) for value in (statistics.min, statistics.max)}
-    splits = sorted(found - {""})
-    if len(splits) > 1:
-        raise ColumnError(
-            f"column {SPLIT_COLUMN!r} has several splits ({', '.join(splits)}); write the rows of "
-            "one split to files of their own, or drop the column to read all as one"
-        )
+        statistics = metadata.row_group(group).column(names.index(column)).statistics
+        if statistics is not None and statistics.has_min_max and statistics.min == statistics.max:
+            values.add(statistics.min)
+            continue
+        try:
+            for batch in parquet.iter_batches(65_536, [group], [column], use_threads=False):
+                values.update(storage_array(batch.column(column)).unique().to_pylist())
+        except Exception as error:
+            on_damage(error)
+    return split_of_rows(values)
 
 
 def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:

@@ -7,6 +7,8 @@ Folders named `key=value` are partition columns.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from itertools import accumulate
@@ -14,19 +16,23 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raypipe.errors import SourceError
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
 from raypipe.sources.hive import partition_values, with_partitions
 from raypipe.sources.parquet.reader import (
     RowGroup,
     columns_of,
     open_parquet,
-    refuse_splits,
     row_counts,
+    split_of_file,
 )
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, stored_label
 from raypipe.storage import Reader
+
+LOG_OF_DELTA = "_delta_log"
+"""Folder of a Delta table that states which Parquet files belong to its current version."""
 
 
 class ParquetSource(TableSource):
@@ -36,6 +42,19 @@ class ParquetSource(TableSource):
     """
 
     format = "parquet"
+
+    def files(self) -> Iterator[SourceFile]:
+        self._refuse_table_format()
+        yield from super().files()
+
+    def _refuse_table_format(self) -> None:
+        """Raise SourceError for a Delta table, whose folder also holds rows that were deleted."""
+        if LOG_OF_DELTA in self._location.folders():
+            raise SourceError(
+                f"{self.settings.uri}: a Delta table ({LOG_OF_DELTA}), whose folder also holds "
+                "files of earlier versions; write its current version as Parquet files, or set "
+                "source.uri to a pattern or list of its current files"
+            )
 
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, Features]:
         schema = open_parquet(stored).schema_arrow
@@ -47,7 +66,8 @@ class ParquetSource(TableSource):
             parquet = open_parquet(stored)
             counts = row_counts(parquet, file.size)
             columns = columns_of(parquet, settings, file.path)
-            refuse_splits(parquet, columns)
+            used = (columns.label, columns.identity)
+            split = split_of_file(parquet, used, functools.partial(damage_reason, stored))
         except ColumnError as error:
             # a file without rows loses no sample, whatever its columns
             if not parquet.metadata.num_rows:
@@ -61,7 +81,7 @@ class ParquetSource(TableSource):
         if names is None and columns.label is not None:
             labels = self._labels(stored, parquet, columns.label, file.path)
         fragments = self.cut_fragments(file, sum(counts), list(accumulate(counts)))
-        return FileScan(fragments, names, labels)
+        return FileScan(fragments, names, labels, self.checked_split(split))
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
@@ -76,7 +96,8 @@ class ParquetSource(TableSource):
 
         complete = super().preview(file, places, each, draw, True) if whole else None
         uri, settings = self._location.uri(file.path), self.resolved_settings()
-        return preview(uri, settings, file, places, each, draw, complete)
+        found = preview(uri, settings, file, places, each, draw, complete)
+        return dataclasses.replace(found, split=self.checked_split(found.split))
 
     def _read(
         self, stored: Reader, fragment: Fragment, keep_id: IdFilter | None

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
         ("class_names", pa.string()),
         ("labels", pa.string()),
+        ("split", pa.string()),
     ]
 )
 FRAGMENT_COLUMNS = ("fragment_id", "path", "start", "stop", "offset", "members", "error")
@@ -66,6 +67,7 @@ def rows_of(file: str, scan: FileScan) -> Iterator[IndexRow]:
             "class_names": classes,
             # only the first row has the file's labels
             "labels": labels if position == 0 else "[]",
+            "split": scan.split,
         }
 
 

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 from raypipe import storage
@@ -24,6 +25,7 @@ from raypipe.runs.duplicates import duplicates_searched
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.sizes import INDEX_TASK_FILES
 from raypipe.sources import Source, SourceFile, open_source
+from raypipe.sources.cuts import Cuts
 from raypipe.sources.formats import describe_left_out
 from raypipe.sources.noise import requested_noise
 from raypipe.stages.base import Stage
@@ -32,11 +34,15 @@ from raypipe.stages.index.listing import OrderedDigest, RecordedListing, file_id
 from raypipe.stages.index.rows import ExistingIndex, IndexRow, ScannedFiles, rows_of, scan_files
 from raypipe.stages.index.writer import IndexWriter
 
+CUTS = "cuts"
+"""Where `StageRecord.detail` names the rule of the index; up to 0.2.0 it does not."""
+
 
 class IndexStage(Stage):
     """List and scan the source."""
 
     name = "index"
+    detail = MappingProxyType({CUTS: Cuts.LOWEST_HASH})
 
     def __init__(self) -> None:
         self._source: Source | None = None
@@ -62,7 +68,7 @@ class IndexStage(Stage):
         config, run = context.config, context.run
         if not storage.exists(run.classes_file) or not duplicates_searched(config, run):
             return False
-        self._source = open_source(config.source)
+        self._source = _open(config, record)
         self._listing = RecordedListing(self._source.files())
         # files beyond a limit can change without any effect
         files = record.detail.get("files") if record.detail.get("limited") else None
@@ -72,7 +78,7 @@ class IndexStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         source, existing, started = (
-            self._source or open_source(config.source),
+            self._source or _open(config, record),
             ExistingIndex(run),
             time.process_time(),
         )
@@ -103,7 +109,15 @@ class IndexStage(Stage):
         duplicates, seconds = find_duplicates(config, run, context.run_tasks)
         record.cpu_seconds += seconds
         left_out = {ending: item.files for ending, item in source.left_out.items()}
-        record.detail = {**index.detail, "duplicates": duplicates, "left_out": left_out}
+        kept = {name: record.detail[name] for name in self.detail if name in record.detail}
+        record.detail = {**kept, **index.detail, "duplicates": duplicates, "left_out": left_out}
+
+
+def _open(config: Config, record: StageRecord) -> Source:
+    """Open the source, to be divided as it was for the existing index if there is one."""
+    source = open_source(config.source)
+    source.cuts = Cuts(record.detail.get(CUTS, Cuts.MARKED))
+    return source
 
 
 class _Indexing:

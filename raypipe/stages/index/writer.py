@@ -19,6 +19,7 @@ from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS
 from raypipe.sources import ClassMap, StatedNames
 from raypipe.sources.classes import lone_classes_note
 from raypipe.sources.noise import LabelNoise, requested_noise
+from raypipe.sources.splits import SplitOfFiles
 from raypipe.stages.index.classes import settle_classes, write_classes
 from raypipe.stages.index.listing import OrderedDigest
 from raypipe.stages.index.rows import CUT_FILE_ID, SCHEMA, IndexRow, limit_samples
@@ -59,6 +60,7 @@ class IndexWriter:
         self._labels: set[int | str] = set()
         self._stated = StatedNames(labels_by_name)
         self._last_stated = ""
+        self._split = SplitOfFiles()
         self._problems: list[str] = []
         self._tally = UnreadableFiles()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}
@@ -75,7 +77,7 @@ class IndexWriter:
         Raises
         ------
         SourceError
-            When its class names contradict those of the files before it.
+            When its class names or its split contradict those of the files before it.
         """
         self._listing.add(file_id)
         self._counts["files"] += 1
@@ -99,6 +101,7 @@ class IndexWriter:
                 self._problems.append(f"{row['path']}: {row['error']}")
         else:
             self._counts["fragments"] += 1
+            self._split.add(row["path"], row.get("split") or "")  # none in indices up to 0.2.0
             self._check_class_names(row)
         if row["labels"] != "[]":
             self._labels.update(json.loads(row["labels"]))

@@ -295,7 +295,15 @@ def _select(
     options: SelectionOptions,
     keep: Sequence[float],
 ) -> list[Selection]:
-    """Decide which samples each list keeps. Raises RunError when there are none."""
+    """Decide which samples each list keeps.
+
+    Raises
+    ------
+    ConfigError
+        If a list would be empty.
+    RunError
+        If there are no samples.
+    """
     classes = len(run.classes().names) if needs_classes(settings.strategy, options) else 0
     cuts = select(
         scores.chunks,
@@ -307,10 +315,19 @@ def _select(
         embedded=scores.embedded,
     )
     if not scores.samples:
-        raise RunError(
-            f"{run.uri}: scores/ holds no sample, so there is nothing to keep; see rejects/ for "
-            "what went wrong"
+        scored = run.ledger()["extrapolate"].samples
+        cause = (
+            f"although {scored:,} samples were scored: its files were removed. Rerun `raypipe run`"
+            if scored
+            else "so there is nothing to keep; see rejects/ for what went wrong"
         )
+        raise RunError(f"{run.uri}: scores/ holds no sample, {cause}")
+    for cut in cuts:
+        if not cut.count:
+            raise ConfigError(
+                f"select.keep: {cut.fraction:g} of {scores.samples:,} samples is less than one; "
+                "raise it"
+            )
     return cuts
 
 
