@@ -273,7 +273,7 @@ def _remove_intermediate(context: Context, records: dict[str, StageRecord]) -> N
         context.run.write_ledger(records)
     if size:
         context.progress.say(
-            f"removed     {size_text(size)} of checkpoints and trajectories that no score needs "
+            f"removed     {size_text(size)} of files of the trainings that no score needs "
             "(proxy.keep_intermediate)"
         )
 
