@@ -24,9 +24,9 @@ from raypipe.runs.ledger import StageRecord, content_hash, extrapolated_tables, 
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids, unknown_id_notes
 from raypipe.selection import (
-    STRATEGIES,
     Selection,
     SelectionOptions,
+    find_strategy,
     needs_classes,
     needs_loss,
     needs_margin,
@@ -53,7 +53,7 @@ class SelectStage(Stage):
         for name in ("min_stability", "min_accuracy_over_chance"):  # older runs did not have them
             if trust[name] == getattr(TrustSettings(), name):
                 del trust[name]
-        select = config.select.model_dump(mode="json")
+        select = config.select.model_dump(mode="json", exclude={"options"})
         if select["quotas"] == SelectSettings().quotas:
             del select["quotas"]  # nor this
         return {**select, **trust}
@@ -257,7 +257,7 @@ def _check_trust(
 
     Returns the fidelity as metadata of a keep-list.
     """
-    if not STRATEGIES[settings.strategy].uses_scores:
+    if not find_strategy(settings.strategy).uses_scores:
         trust = TrustSettings(min_spearman=-1, min_stability=-1, min_accuracy_over_chance=-1)
     try:
         within_classes = settings.cuts_within_classes
