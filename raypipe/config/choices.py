@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from raypipe.plugins import is_reference
+from raypipe.config.parts import OrPart
+from raypipe.plugins import STRATEGY, is_reference
 
 PROXY_MODELS = (
     "small",
@@ -59,8 +60,11 @@ StrategyName = Literal["random", ScoreStrategyName]
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
-StrategyChoice = Literal[StrategyName, "auto"]
-"""Values of `select.strategy`."""
+StrategyChoice = Annotated[str, OrPart(STRATEGY, Literal[StrategyName, "auto"])]
+"""Values of `select.strategy`: these, or a strategy from outside."""
+
+CandidateName = Annotated[str, OrPart(STRATEGY, ScoreStrategyName)]
+"""Strategies to compare with `random`: raypipe's own, or one from outside."""
 
 AUTO: Literal["auto"] = "auto"
 """The one that leaves the choice to the pilot."""
@@ -102,7 +106,7 @@ class StrategyText:
     kept: str
 
 
-STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
+STRATEGY_TEXTS: dict[str, StrategyText] = {
     "random": StrategyText("", "drawn at random, whatever the score"),
     "top": StrategyText("highest scores", "the highest scores"),
     "balanced": StrategyText(
@@ -144,15 +148,15 @@ STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
         "from the densest regions of the embedding space, whatever the score",
     ),
 }
-"""Texts of every strategy; the settings, the command line and the report use them."""
+"""Texts of raypipe's own strategies; the settings, the command line and the report use them."""
 
-CUTTING_STRATEGIES: tuple[StrategyName, ...] = ("ccs", "band", "d2", "infomax", "coverage")
+CUTTING_STRATEGIES: tuple[str, ...] = ("ccs", "band", "d2", "infomax", "coverage")
 """Strategies that leave out the hardest samples first (`select.hard_cutoff`)."""
 
-CLASSWISE_STRATEGIES: tuple[StrategyName, ...] = (*CUTTING_STRATEGIES, "typical")
+CLASSWISE_STRATEGIES: tuple[str, ...] = (*CUTTING_STRATEGIES, "typical")
 """Strategies that are applied within each class unless `select.by_class` is false."""
 
-RANDOM_STRATEGIES: tuple[StrategyName, ...] = ("random", "ccs", "beta")
+RANDOM_STRATEGIES: tuple[str, ...] = ("random", "ccs", "beta")
 """Strategies that draw samples at random, so that inclusion probabilities exist."""
 
 

@@ -241,6 +241,7 @@ class Survey:
     decode_seconds: float
     seconds: float
     cost: CostEstimate | None = None
+    code: tuple[str, ...] = ()
     left_out: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
     bit_depth: int = 16
     depth_note: str = ""

@@ -64,6 +64,8 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     if survey.depth_note:
         yield f"            {survey.depth_note}"
     yield from _rejects(survey.rejects, survey.samples)
+    for number, line in enumerate(survey.code):
+        yield f"{'' if number else 'code':<12}{line}"
     drawn = survey.rejects.drawn
     if survey.duplicates:
         yield f"duplicates  {survey.duplicates} of {drawn:,} drawn have the same bytes as another"

@@ -145,7 +145,7 @@ def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, values
     if method == "gnn":
         seen = seed * (epochs or gnn_epochs(seed))
         return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * values / 96)
-    fixed, each = FIT_SECONDS[method]
+    fixed, each = FIT_SECONDS.get(method, FIT_SECONDS["knn"])  # of another package: like knn
     return fixed + each * seed
 
 

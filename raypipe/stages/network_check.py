@@ -22,8 +22,8 @@ IMAGES = 3
 CLASSES = 10
 """Classes to try with while those of the source are not known."""
 NO_MIXING = "use layers that do not mix images, such as BatchNorm with running statistics"
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-"""Normalisation to try with while that of the source is not known."""
+MEAN, STD = 0.5, 0.25
+"""Normalisation of each channel to try with while that of the source is not known."""
 
 
 def check_network(config: Config, run: Run) -> None:
@@ -108,16 +108,16 @@ def _example(config: Config, run: Run) -> tuple[ProxyNet, Tensor, Tensor]:
     from raypipe.proxies.normalisation import input_statistics
     from raypipe.runs.initial_weights import read_weights
 
-    settings, size = config.proxy, config.proxy.image_size
+    settings, size, channels = config.proxy, config.proxy.image_size, config.proxy.channels
+    statistics = input_statistics(settings, [MEAN] * channels, [STD] * channels)
     try:
         classes = len(run.classes().names) or CLASSES
     except FileNotFoundError:
         classes = CLASSES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = new_proxy(
-            settings, classes, size, input_statistics(settings, MEAN, STD), read_weights(settings)
-        ).eval()
+        model = new_proxy(settings, classes, size, statistics, read_weights(settings)).eval()
     random = torch.Generator().manual_seed(settings.seed)
-    images = torch.randint(0, 256, (IMAGES, 3, size, size), generator=random, dtype=torch.uint8)
+    shape = (IMAGES, channels, size, size)
+    images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
     return model, images, torch.arange(IMAGES) % classes

@@ -67,7 +67,7 @@ NOT_OF_THE_RESULT = {
     "keep_intermediate",
 }
 """Settings that change how fast the training is or what comes after it, but not its result."""
-UNSTATED = {"repeats": 1, "weights": "none", "freeze": "none", "train": "full"}
+UNSTATED = {"channels": 3, "repeats": 1, "weights": "none", "freeze": "none", "train": "full"}
 """Settings that older runs did not have, with the value that changes nothing."""
 
 
