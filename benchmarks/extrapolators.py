@@ -58,7 +58,7 @@ def seed_scores(config: Config, run: Run) -> dict[str, dict[str, float]]:
     ):
         try:
             options = {
-                key: value for key, value in config.measure.options(name).items() if key != "at"
+                key: value for key, value in config.measure.options_of(name).items() if key != "at"
             }
             values = score_rows(run, 0, len(ids), label, {name: options})[name]
         except RaypipeError as error:

@@ -366,7 +366,9 @@ class Study:
         return ".".join(parts) + (f"-{fingerprint(options)[:6]}" if options else "")
 
     def _options(self, score: str) -> dict[str, Any]:
-        options = {} if score in MOSO else self.measure.options(score.removesuffix(AT_CHECKPOINTS))
+        options = (
+            {} if score in MOSO else self.measure.options_of(score.removesuffix(AT_CHECKPOINTS))
+        )
         recalibrated = {"recalibrate": True} if direct(score) and self.measure.recalibrate else {}
         return {name: value for name, value in options.items() if name != "at"} | recalibrated
 

@@ -48,7 +48,7 @@ def write_run(
 def print_cost(uri: str, settings: SelectSettings) -> None:
     """In a process of its own: write the lists once, and print what it took as JSON."""
     wall, cpu = time.perf_counter(), time.process_time()
-    make_keep_lists(Run(uri), settings, settings.keep, TrustSettings())
+    make_keep_lists(Run(uri), settings, TrustSettings())
     took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     print(json.dumps(took | {"memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 

@@ -29,6 +29,8 @@ import yaml
 import raypipe
 from raypipe import cli, errors
 from raypipe.config import Config
+from raypipe.distributed.outside_code import described_parts
+from raypipe.plugins import code_allowed
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository."""
@@ -137,6 +139,11 @@ def settings_page() -> str:
     ]
     for key, model in sections:
         lines += ["", *_section(key, model, models, 2)]
+    with code_allowed():  # of packages that are installed where the site is built
+        parts = described_parts()
+    for setting, texts in parts.items():
+        lines += ["", f"## Parts of other packages: {setting} {{#parts-{setting}}}", ""]
+        lines += [f"- {text}" for text in texts]
     return "\n".join(lines) + "\n"
 
 
@@ -255,6 +262,22 @@ def _value(value: Any) -> str:
 # -- Python ---------------------------------------------------------------------------------------
 
 
+PARTS = {
+    "raypipe.scores.base.Score": "raypipe.scores.base.Score",
+    "raypipe.scores.trajectory.Trajectory": "raypipe.scores.trajectory.Trajectory",
+    "raypipe.selection.KeepStrategy": "raypipe.selection.outside.KeepStrategy",
+    "raypipe.extrapolators.base.Extrapolator": "raypipe.extrapolators.base.Extrapolator",
+    "raypipe.sources.Source": "raypipe.sources.base.Source",
+    "raypipe.testing.check_score": "raypipe.testing.scores.check_score",
+    "raypipe.testing.check_strategy": "raypipe.testing.strategies.check_strategy",
+    "raypipe.testing.check_extrapolator": "raypipe.testing.extrapolators.check_extrapolator",
+    "raypipe.testing.check_source": "raypipe.testing.sources.check_source",
+    "raypipe.testing.check_transform": "raypipe.testing.images.check_transform",
+    "raypipe.testing.check_augment": "raypipe.testing.images.check_augment",
+}
+"""What parts of other packages are built from, and the modules that define it."""
+
+
 def python_page() -> str:
     """Return every public name for mkdocstrings to document, for `reference/python.md`."""
     public = [name for name in raypipe.__all__ if not name.startswith("_")]
@@ -271,7 +294,8 @@ def python_page() -> str:
         "The public API is what `import raypipe` gives: "
         + ", ".join(f"[`raypipe.{name}`](#raypipe.{name})" for name in public)
         + ", and `raypipe.__version__`, the version as a string. "
-        "Anything else can change without notice.",
+        "[Parts of your own](#parts-of-your-own) can rely on a few more. Anything else can change "
+        "without notice.",
     ]
     for title, names in (("Functions", functions), ("Classes", classes)):
         lines += ["", f"## {title}"]
@@ -281,6 +305,9 @@ def python_page() -> str:
         lines += ["", "## Return types"]
         for name, home in results.items():
             lines += ["", *_object(f"{home}.{name}", f"{home}.{name}", name)]
+    lines += ["", "## Parts of your own {#parts-of-your-own}"]
+    for name, home in PARTS.items():
+        lines += ["", *_object(name, home)]
     return "\n".join(lines) + "\n"
 
 

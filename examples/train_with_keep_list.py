@@ -17,6 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--run", default="runs/train-example", help="folder for the results")
 parser.add_argument("--samples", type=int, default=1297, help="train on the first N")
 parser.add_argument("--keep", type=float, default=0.3, help="share of these to keep")
+parser.add_argument("--strategy", default="ccs", help="how to choose them; see `raypipe select`")
 parser.add_argument("--seeds", type=int, default=5, help="trainings of each list")
 parser.add_argument("--epochs", type=int, default=20, help="epochs of proxy and network")
 options = parser.parse_args()
@@ -34,9 +35,9 @@ result = raypipe.run(
             "batch_size": 32,
             "flip": False,
         },
-        # Without evidence that a strategy helps, `auto` would draw at random, and there would be
-        # nothing to compare.
-        "select": {"keep": [options.keep], "strategy": "ccs"},
+        # The default, `auto`, draws at random without evidence that a strategy helps. There would
+        # then be nothing to compare.
+        "select": {"keep": [options.keep], "strategy": options.strategy},
     }
 )
 

@@ -17,6 +17,7 @@ from typing import Any
 from raypipe import storage
 from raypipe.config import Config, SourceSettings
 from raypipe.distributed.context import Context
+from raypipe.distributed.outside_code import changes, of_stage, report_unseen
 from raypipe.errors import (
     ConfigError,
     MemoryShortageError,
@@ -29,9 +30,10 @@ from raypipe.progress import Progress
 from raypipe.runs.intermediate import REMOVED, lacks, remove_intermediate
 from raypipe.runs.layout import STAGE_FOLDERS
 from raypipe.runs.lease import Lease
-from raypipe.runs.ledger import StageRecord, extrapolated_tables, fingerprint, injected_noise, now
+from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise, now
 from raypipe.runs.log_file import log_file
 from raypipe.runs.manifests import SeedManifest
+from raypipe.runs.outside_code import FIELD
 from raypipe.runs.overwrite import changed_source, check_folder, check_overwrite
 from raypipe.runs.run import Run
 from raypipe.scores.registry import check_scores
@@ -156,6 +158,7 @@ def _execute(
     config = _with_resolved_source(config, run, dataset)
     check_folder(run, reads_dataset=dataset is not None)
     context = Context(config, run, progress, verbose)
+    _ = context.code  # what cannot be imported ends the run before it begins
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
         lease.about = partial(driver_progress, progress, records)
@@ -166,6 +169,7 @@ def _execute(
         if overwrite and _reads_another_source(context, source, dataset):
             _remove_results(run, records)
         _check_noise(config, run, records)
+        report_unseen(context.code, progress.say)
         _discard_outdated(context, records, names, redo, overwrite)
         if dataset is not None:
             from raypipe.distributed.ray_data.copy import copy_dataset
@@ -218,13 +222,15 @@ def _discard_outdated(
         If the cluster lacks what a stage needs.
     """
     run, config = context.run, context.config
-    outdated = _outdated(config, run, records, names)
+    outdated = _outdated(context, records, names)
     again = set(redo)
     if "measure" in {*outdated, *again} and lacks(records.get("proxy"), config):
         again |= _with_dependents({"proxy"})
     lost = [name for name in STAGE_NAMES if name in records and name in {*outdated, *again}]
     if not overwrite:
-        check_overwrite(run, records, config, [name for name in lost if name not in redo])
+        unasked = [name for name in lost if name not in redo]
+        code = [line for name in unasked for line in changes(records[name], name, context.code)]
+        check_overwrite(run, records, config, unasked, code)
     planned = [
         name
         for name in names
@@ -267,7 +273,7 @@ def _remove_intermediate(context: Context, records: dict[str, StageRecord]) -> N
         context.run.write_ledger(records)
     if size:
         context.progress.say(
-            f"removed     {size_text(size)} of checkpoints and trajectories that no score needs "
+            f"removed     {size_text(size)} of files of the trainings that no score needs "
             "(proxy.keep_intermediate)"
         )
 
@@ -293,17 +299,17 @@ def for_seed_set(config: Config, run: Run) -> Config:
 
 
 def _outdated(
-    config: Config, run: Run, records: Mapping[str, StageRecord], names: Sequence[str]
+    context: Context, records: Mapping[str, StageRecord], names: Sequence[str]
 ) -> set[str]:
     """Return which of the named stages in the ledger would be run again, or removed."""
     fingerprints: dict[str, str] = {}
     result = set()
-    config = for_seed_set(config, run)
+    config = for_seed_set(context.config, context.run)
     for name in names if records else ():
         stage = make_stage(name)
         if stage.applies_to(config):
             inputs = [fingerprints[need] for need in stage.needs if need in fingerprints]
-            fingerprints[name] = fingerprint(name, stage.settings(config), inputs)
+            fingerprints[name] = stage.fingerprint(config, context.code, inputs)
         if name in records and records[name].fingerprint != fingerprints.get(name):
             result.add(name)
     return result
@@ -338,10 +344,11 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     run, name = context.run, stage.name
     # A stage that this one needs does not exist in every run.
     inputs = [records[need].fingerprint for need in stage.needs if need in records]
-    current = fingerprint(name, stage.settings(context.config), inputs)
+    current = stage.fingerprint(context.config, context.code, inputs)
     record = records.get(name)
     if record is not None and record.fingerprint != current:
-        context.progress.say(f"{name:<11} {stage.changed}: running it again")
+        reason = " and ".join(changes(record, name, context.code)) or stage.changed
+        context.progress.say(f"{name:<11} {reason}: running it again")
         stage.clear(context)
         spent = {name: getattr(record, name) for name in SECONDS} if stage.reuses(context) else {}
         record = StageRecord(fingerprint=current, detail=dict(stage.detail), **spent)
@@ -357,6 +364,8 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     started = time.monotonic()
     try:
         _execute_stage(stage, context, record)
+        if code := of_stage(name, context.code):
+            record.detail[FIELD] = code
         record.state, record.finished = "done", now()
     except BaseException as error:
         record.state = "refused" if isinstance(error, TrustError) else "failed"

@@ -1,4 +1,4 @@
-"""Code from outside raypipe: import what `module:name` names, but only where that is allowed.
+"""Code from outside raypipe: what `module:name` or an entry point names, imported where allowed.
 
 A configuration can name code of its author: a network, a transform, a score. `run`, `evaluate` and
 nightly runs execute it. Commands that open run folders of unknown origin (`status`, `select`,
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import re
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module, invalidate_caches
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from raypipe.errors import ConfigError
@@ -25,6 +28,36 @@ REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\
 """The form of `module:name`; both can have dots."""
 
 _allowed = False
+
+
+@dataclass(frozen=True)
+class PartKind:
+    """A kind of part that packages can add.
+
+    Attributes
+    ----------
+    noun : str
+        What one is called in messages.
+    setting : str
+        The setting that names parts of this kind.
+    group : str
+        The entry points that declare them.
+    """
+
+    noun: str
+    setting: str
+    group: str
+
+    @property
+    def options(self) -> str:
+        """The setting that holds the options of each part, by its name."""
+        return f"{self.setting.partition('.')[0]}.options"
+
+
+SCORE = PartKind("score", "measure.scores", "raypipe.scores")
+EXTRAPOLATOR = PartKind("extrapolator", "extrapolate.method", "raypipe.extrapolators")
+STRATEGY = PartKind("strategy", "select.strategy", "raypipe.strategies")
+SOURCE = PartKind("source", "source.format", "raypipe.sources")
 
 
 def is_reference(name: str) -> bool:
@@ -55,6 +88,83 @@ def allow_code(allowed: bool) -> None:
     """Allow or forbid `load` to import code in this process, until the next call."""
     global _allowed
     _allowed = allowed
+
+
+@functools.cache
+def declared(kind: PartKind) -> dict[str, tuple[EntryPoint, ...]]:
+    """Return the entry points of installed packages for a kind of part, by name.
+
+    Nothing is imported. A name that two packages declare has two.
+    """
+    result: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in sorted(
+        entry_points(group=kind.group), key=lambda point: (point.name, point.value)
+    ):
+        result[point.name] = (*result.get(point.name, ()), point)
+    return result
+
+
+def package_of(kind: PartKind, name: str) -> str:
+    """Return name and version of the package that declares a part; "" for `module:Class`."""
+    points = declared(kind).get(name, ())
+    dist = points[0].dist if points else None
+    return f"{dist.name} {dist.version}" if dist is not None else ""
+
+
+def find(kind: PartKind, name: str, base: type, setting: str = "") -> Any:
+    """Return the class of a part from outside raypipe.
+
+    Parameters
+    ----------
+    kind : PartKind
+    name : str
+        `module:Class`, or the name of an entry point.
+    base : type
+        The class that it must be derived from.
+    setting : str
+        The setting that names it, for messages. Default: that of the kind.
+
+    Raises
+    ------
+    ConfigError
+        If importing is not allowed here, the class cannot be imported, or is not such a part.
+    """
+    setting, reference = setting or kind.setting, name
+    refuse_unless_allowed(name, setting)
+    if not is_reference(name):
+        points = declared(kind).get(name, ())
+        if len(points) != 1:
+            raise ConfigError(
+                f"{setting}: {_who_declares(kind, name, points)} (on {socket.gethostname()})"
+            )
+        reference = points[0].value
+    value = load(reference, setting)
+    home = f"{base.__module__.removesuffix('.base')}.{base.__name__}"
+    if not isinstance(value, type) or not issubclass(value, base):
+        raise ConfigError(
+            f"{setting}: {name!r} is no {kind.noun}: expected a class derived from {home}"
+        )
+    if not isinstance(getattr(value, "summary", None), str):
+        raise ConfigError(f"{setting}: {name!r} has no summary; give the class a text `summary`")
+    abstract = getattr(value, "__abstractmethods__", ())
+    if abstract:
+        missing = ", ".join(sorted(abstract))
+        raise ConfigError(f"{setting}: {name!r} lacks {missing}, which {home} requires")
+    return value
+
+
+def _who_declares(kind: PartKind, name: str, points: tuple[EntryPoint, ...]) -> str:
+    """Return why a name is not that of one entry point, and what to do."""
+    if not points:
+        return (
+            f"no installed package declares the {kind.noun} {name!r} (entry point {kind.group}); "
+            "install the package that has it on every node"
+        )
+    packages = " and ".join(str(point.dist and point.dist.name) for point in points)
+    return (
+        f"{packages} both declare the {kind.noun} {name!r}; uninstall one, or name the class: "
+        f"{points[0].value}"
+    )
 
 
 def load(reference: str, setting: str) -> Any:
@@ -134,3 +244,14 @@ def _remedy(error: BaseException, module: str) -> str:
             "it with `ray job submit --working-dir`"
         )
     return f"install {missing} on every node"
+
+
+def failure(error: BaseException) -> str:
+    """Return what went wrong in code from outside, and where, in one line."""
+    frame, line = error.__traceback__, ""
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if f"{os.sep}raypipe{os.sep}" not in file and f"{os.sep}site-packages{os.sep}" not in file:
+            line = f", {os.path.basename(file)} line {frame.tb_lineno}"
+        frame = frame.tb_next
+    return f"{_one_line(error)}{line}"

@@ -62,6 +62,18 @@ def small_config(run: str, *overrides: str) -> Config:
     return parse_config(apply_overrides({"run": run, **SMALL}, overrides))
 
 
+def cross_fit_config(run: str, score: str, *overrides: str) -> Config:
+    """Settings of a minimal run with cross-fitting, and the score that keep-lists are cut from."""
+    return small_config(
+        run,
+        "proxy.parts=3",
+        "measure.loss.at=auto",
+        f"extrapolate.score={score}",
+        "embed.dtype=float32",
+        *overrides,
+    )
+
+
 def digit_images(count: int) -> tuple[np.ndarray, list[int]]:
     """The first of scikit-learn's digits, uint8 [n, 8, 8], and their labels."""
     digits = load_digits()

@@ -54,6 +54,14 @@ def test_what_a_score_is_measured_from_stays(tmp_path: Path) -> None:
     assert "can go      60 B of trajectory" in cleaned(run)
 
 
+def test_the_proxy_of_a_rehearsal_can_go(tmp_path: Path) -> None:
+    scores = ("proxy.parts=3", "proxy.cross_fit=false", "measure.scores=[moso, aum]")
+    run = run_of(tmp_path, *scores)
+    assert "can go      nothing" in cleaned(run)
+    storage.write_bytes(run.path("rehearsal/proxy/checkpoints/x.safetensors"), bytes(1000))
+    assert "can go      1.0 KiB of proxy of the rehearsal, from which" in cleaned(run)
+
+
 @pytest.mark.parametrize("state", ["running", "failed"])
 def test_a_run_that_is_not_finished_is_left_alone(tmp_path: Path, state: str) -> None:
     run = run_of(tmp_path, *FROM_EMBEDDINGS, state=state)

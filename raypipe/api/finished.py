@@ -11,7 +11,10 @@ from raypipe import storage
 from raypipe.config import absolute_paths, parse_config, parse_settings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.config.export import ExportSettings
+from raypipe.config.outside import outside_names
+from raypipe.config.parts import part_names_accepted
 from raypipe.errors import RunError
+from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
 from raypipe.runs.run import Run
@@ -65,6 +68,7 @@ def select(
     strategy: str | None = None,
     *,
     force: bool = False,
+    allow_code: bool = False,
     **options: Any,
 ) -> dict[str, int]:
     """Cut keep-lists from the scores of a finished run, without scoring anything again.
@@ -77,14 +81,18 @@ def select(
         Fractions to keep, 0 to 1. Default: those of the run's configuration.
     strategy : str, optional
         Strategy: auto, top, balanced, normalized, moderate, mixed, random, ccs, beta, band, d2,
-        infomax, coverage or typical. Default: that of the run's configuration.
+        infomax, coverage, typical, or one from outside raypipe. Default: that of the run's
+        configuration.
     force : bool
         Write lists even if the fidelity is below the run's `trust.min_spearman`. The metadata of
         the lists records this.
+    allow_code : bool
+        Import the code that the run's configuration names: a strategy from outside raypipe. Only
+        for runs that you trust. A strategy that you name is always imported.
     **options
-        Other settings of the section `select`: seed, by_class, quotas, min_per_class, always_keep,
-        never_keep, near_duplicates, weights, easy_fraction, difficulty, hard_cutoff, strata,
-        beta_exponent. Default: those of the run's configuration.
+        Other settings of the section `select`: options, seed, by_class, quotas, min_per_class,
+        always_keep, never_keep, near_duplicates, weights, easy_fraction, difficulty, hard_cutoff,
+        strata, beta_exponent. Default: those of the run's configuration.
 
     Returns
     -------
@@ -111,15 +119,18 @@ def select(
 
     run = Run(uri)
     refuse_links_out(run, "keep")
-    config = run.config().model_dump()
+    stored = run.config()
+    config = stored.model_dump()
     if keep is not None:
         config["select"]["keep"] = [keep] if isinstance(keep, int | float) else list(keep)
     if strategy is not None:
         config["select"]["strategy"] = strategy
     config["select"]["force"] |= force
     config["select"] |= options
-    settings = absolute_paths(parse_config(config))
-    with damage_as_error(run.uri), Lease(run):
+    with part_names_accepted(outside_names(stored)):
+        settings = absolute_paths(parse_config(config))
+    allowed = allow_code or strategy is not None  # what the caller names
+    with code_allowed(allowed), damage_as_error(run.uri), Lease(run):
         return write_keep_lists(run, settings.select, trust=settings.trust)
 
 
@@ -181,7 +192,7 @@ def evaluate(
 
     run = Run(uri)
     settings = parse_settings(EvaluateSettings, options, "evaluate")
-    with storage.errors_of_storage(run.uri):
+    with code_allowed(), storage.errors_of_storage(run.uri):
         return compare(
             run,
             source_of_test_set(run.config(), test, test_settings),
@@ -202,6 +213,7 @@ def export(
     allow_missing: bool = False,
     force: bool = False,
     snapshot: str | None = None,
+    allow_code: bool = False,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -231,6 +243,9 @@ def export(
     snapshot : str, optional
         Export the keep-list as it was in this snapshot. Samples of files that have changed or gone
         away since are missing.
+    allow_code : bool
+        Import the code that the run's configuration names: a source from outside raypipe. Only for
+        runs that you trust.
     progress : Progress, optional
         Where to show progress. Default: standard error.
     verbose : bool
@@ -270,5 +285,5 @@ def export(
         "snapshot": snapshot,
     }
     settings = parse_settings(ExportSettings, options, "export")
-    with storage.errors_of_storage(to):
+    with code_allowed(allow_code), storage.errors_of_storage(to):
         return export_keep_list(Run(run), settings, progress=progress, verbose=verbose)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raypipe import storage
 from raypipe.config import Config, apply_overrides, load_config, parse_config
 from raypipe.errors import ConfigError, RaypipeError
+from raypipe.plugins import code_allowed
 
 if TYPE_CHECKING:
     from raypipe.estimate import Survey
@@ -28,6 +29,7 @@ def inspect(
     cpus: float | None = None,
     gpus: float | None = None,
     address: str | None = None,
+    allow_code: bool = False,
 ) -> Survey:
     """Inspect a source before running anything, and estimate the cost of a run. Takes seconds.
 
@@ -56,6 +58,9 @@ def inspect(
     address : str, optional
         A Ray cluster whose resources are used instead; "auto": RAY_ADDRESS. Ray is not touched
         otherwise.
+    allow_code : bool
+        Import the code that the configuration names, and check its options. Only for
+        configurations that you trust.
 
     Returns
     -------
@@ -79,6 +84,7 @@ def inspect(
     """
     from raypipe.estimate import inspect_source
     from raypipe.estimate.cost import estimate
+    from raypipe.estimate.outside_code import described_code
     from raypipe.scores.registry import check_scores
 
     data, name = _config_of(config)
@@ -90,21 +96,24 @@ def inspect(
         raise ConfigError(f"samples: {samples} is not allowed: at least 1")
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
     settings = parse_config(apply_overrides({"run": "unused", **data}, dotted))
-    check_scores(settings)
     machine = _machine(cpus, gpus, address)
-    inspection = inspect_source(
-        settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size
-    )
-    if grid is not None:
-        from raypipe.estimate.contact_sheet import contact_sheet
+    with code_allowed(allow_code):
+        check_scores(settings)
+        inspection = inspect_source(
+            settings.source, samples=samples, seed=seed, image_size=settings.proxy.image_size
+        )
+        if grid is not None:
+            from raypipe.estimate.contact_sheet import contact_sheet
+            from raypipe.vision.own_code import transform_to_show
 
-        storage.write_bytes(grid, contact_sheet(inspection.survey, inspection.drawn))
-    if not inspection.survey.samples:
-        return inspection.survey
-    return replace(
-        inspection.survey,
-        cost=estimate(inspection.survey, settings, machine, settings=name, like=like),
-    )
+            transform = transform_to_show(settings.source)
+            storage.write_bytes(
+                grid, contact_sheet(inspection.survey, inspection.drawn, transform=transform)
+            )
+        survey = replace(inspection.survey, code=described_code(settings))
+    if not survey.samples:
+        return survey
+    return replace(survey, cost=estimate(survey, settings, machine, settings=name, like=like))
 
 
 def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:

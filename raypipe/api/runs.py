@@ -16,6 +16,7 @@ from raypipe.config import (
     read_config,
 )
 from raypipe.errors import ConfigError
+from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.runs.run import Run
 
@@ -225,9 +226,10 @@ def extrapolate(
         }
     )
     config = absolute_paths(config)
-    summary = score_tables(
-        config, Run(scores).uri, score_column, progress=progress, verbose=verbose
-    )
+    with code_allowed():  # everything in the configuration comes from the caller
+        summary = score_tables(
+            config, Run(scores).uri, score_column, progress=progress, verbose=verbose
+        )
     return Result(Run(config.run).uri, summary)
 
 
@@ -237,6 +239,7 @@ def attach(
     to: str,
     *,
     overrides: Sequence[str] = (),
+    allow_code: bool = False,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> Result:
@@ -255,6 +258,9 @@ def attach(
         Folder of the run to write. It must be new, or of an earlier call with the same scores.
     overrides : sequence of str
         Settings of the source or of keep-lists, such as "source.id_column=key".
+    allow_code : bool
+        Import the code that these settings or the output folder name. Only for folders that you
+        trust.
     progress : Progress, optional
         Where to show progress. Default: standard error.
     verbose : bool
@@ -287,7 +293,8 @@ def attach(
     data = extrapolated.config().model_dump(mode="json", exclude_unset=True)
     data |= {"run": to, "source": {"uri": images}}
     config = absolute_paths(parse_config(apply_overrides(data, overrides)))
-    summary = attach_images(extrapolated, config, progress=progress, verbose=verbose)
+    with code_allowed(allow_code):
+        summary = attach_images(extrapolated, config, progress=progress, verbose=verbose)
     return Result(Run(config.run).uri, summary)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from raypipe.cli.shared import epilog, set_option
+from raypipe.cli.shared import allow_code_option, epilog, set_option
 
 
 class _Count(click.ParamType):
@@ -67,6 +67,7 @@ class _Count(click.ParamType):
 @click.option(
     "--address", help="Estimate for the CPUs and GPUs of this Ray cluster (auto: RAY_ADDRESS)."
 )
+@allow_code_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def inspect(source: str | None, as_json: bool, **options: Any) -> None:
     """Show what SOURCE (a path or URI) contains, and estimate the cost of a run.

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from raypipe.cli.shared import epilog, verbose_option
+from raypipe.cli.shared import allow_code_option, epilog, verbose_option
 
 
 class _StrategyOption(click.Option):
@@ -16,7 +16,10 @@ class _StrategyOption(click.Option):
     def help(self) -> str | None:
         from raypipe.config.choices import STRATEGY_NAMES
 
-        return f"{', '.join(STRATEGY_NAMES)} or auto. Default: the run's own."
+        return (
+            f"{', '.join(STRATEGY_NAMES)}, auto, or one of your own (module:Class). Default: the "
+            "run's own."
+        )
 
     @help.setter
     def help(self, value: str | None) -> None:
@@ -83,8 +86,14 @@ class _StrategyOption(click.Option):
 @click.option(
     "--force", is_flag=True, help="Write lists even if the fidelity is below trust.min_spearman."
 )
+@allow_code_option
 def select(
-    uri: str, keep: tuple[float, ...], strategy: str | None, force: bool, **options: Any
+    uri: str,
+    keep: tuple[float, ...],
+    strategy: str | None,
+    force: bool,
+    allow_code: bool,
+    **options: Any,
 ) -> None:
     """Cut keep-lists from the scores of RUN, without scoring anything again.
 
@@ -93,7 +102,8 @@ def select(
     from raypipe.api import select as cut
 
     changes = {name: value for name, value in options.items() if value is not None}
-    for file, count in cut(uri, list(keep) or None, strategy, force=force, **changes).items():
+    counts = cut(uri, list(keep) or None, strategy, force=force, allow_code=allow_code, **changes)
+    for file, count in counts.items():
         click.echo(f"{file}  {count:,} samples")
 
 
@@ -132,6 +142,7 @@ def select(
     "--allow-missing", is_flag=True, help="Exit with 0 even if samples can no longer be read."
 )
 @click.option("--force", is_flag=True, help="Replace another export in the same place.")
+@allow_code_option
 @verbose_option
 def export(
     uri: str, keep: float | None, format: str, to: str, shard_mb: int | None, **options: Any

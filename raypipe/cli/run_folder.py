@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from raypipe.cli.shared import epilog
+from raypipe.cli.shared import allow_code_option, epilog
 
 
 @click.command(
@@ -26,8 +26,10 @@ def status(uri: str) -> None:
     short_help="Write the report of a run again.", epilog=epilog("raypipe report runs/first")
 )
 @click.argument("uri", metavar="RUN")
-def report(uri: str) -> None:
+@allow_code_option
+def report(uri: str, allow_code: bool) -> None:
     """Write the report of RUN again, and print where it is."""
+    from raypipe.plugins import code_allowed
     from raypipe.report import build
     from raypipe.runs.lease import Lease
     from raypipe.runs.run import Run
@@ -36,7 +38,7 @@ def report(uri: str) -> None:
     run = Run(uri)
     run.record("extrapolate")  # raises if the scores are not complete
     refuse_links_out(run, "report")
-    with damage_as_error(uri), Lease(run):
+    with code_allowed(allow_code), damage_as_error(uri), Lease(run):
         click.echo(build(run))
 
 

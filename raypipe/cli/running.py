@@ -80,8 +80,15 @@ def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, **opt
 def init(minimal: bool) -> None:
     """Print a configuration with every setting, its default and a comment."""
     from raypipe.config.commented import commented_config, minimal_config
+    from raypipe.distributed.outside_code import described_parts
+    from raypipe.plugins import code_allowed
 
-    click.echo(minimal_config() if minimal else commented_config(), nl=False)
+    if minimal:
+        click.echo(minimal_config(), nl=False)
+        return
+    with code_allowed():  # of installed packages
+        parts = described_parts()
+    click.echo(commented_config(parts), nl=False)
 
 
 @click.command(
@@ -90,6 +97,8 @@ def init(minimal: bool) -> None:
 def scores() -> None:
     """List the scores that can be measured: what each is, what it needs and what it costs."""
     from raypipe.config.choices import EXPERIMENTAL_SCORES
+    from raypipe.distributed.outside_code import installed_parts
+    from raypipe.plugins import SCORE, code_allowed, package_of
     from raypipe.scores.registry import SCORES
 
     for info in SCORES.values():
@@ -99,6 +108,15 @@ def scores() -> None:
         click.echo(f"{'':<20} needs {info.needs}; {cost}; {info.source}")
         if info.name in EXPERIMENTAL_SCORES:
             click.echo(f"{'':<20} experimental: {EXPERIMENTAL_SCORES[info.name]}")
+    with code_allowed():  # of installed packages
+        others = dict(installed_parts(SCORE))
+    for name, score in others.items():
+        if isinstance(score, Exception):
+            click.echo(f"{name:<20} cannot be used: {score}")
+            continue
+        click.echo(f"{name:<20} {score.summary}")
+        cost = "needs trajectory; no cost beyond the training"
+        click.echo(f"{'':<20} {cost}; {score.paper}; from {package_of(SCORE, name)}")
 
 
 def _with_noise(overrides: tuple[str, ...], share: float | None) -> tuple[str, ...]:

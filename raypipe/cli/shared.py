@@ -17,6 +17,12 @@ EXIT_CODES = {
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
 )
+allow_code_option = click.option(
+    "--allow-code",
+    is_flag=True,
+    help="Import the code that the configuration names: module:name, or parts of other packages. "
+    "Only for runs that you trust.",
+)
 set_option = click.option(
     "--set",
     "overrides",

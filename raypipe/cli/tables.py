@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from raypipe.cli.shared import epilog, set_option, verbose_option
+from raypipe.cli.shared import allow_code_option, epilog, set_option, verbose_option
 
 
 @click.command(
@@ -72,8 +72,9 @@ def extrapolate(embeddings: str, scores: str, out: str, verbose: bool, **options
 @click.option("--images", required=True, metavar="URI", help="The images: source.uri of the run.")
 @click.option("--to", required=True, metavar="URI", help="Folder of the run to write.")
 @set_option
+@allow_code_option
 @verbose_option
-def attach(uri: str, images: str, to: str, overrides: tuple[str, ...], verbose: bool) -> None:
+def attach(uri: str, images: str, to: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Make a run over images from the folder OUT of `raypipe extrapolate`.
 
     Scores and images are matched by id, and each image is read once. Then select, report, evaluate
@@ -82,6 +83,6 @@ def attach(uri: str, images: str, to: str, overrides: tuple[str, ...], verbose: 
     from raypipe.api import attach as attach_images
     from raypipe.runs.status import describe_attached
 
-    result = attach_images(uri, images, to, overrides=overrides, verbose=verbose)
+    result = attach_images(uri, images, to, overrides=overrides, **options)
     for line in describe_attached(result.uri, result.summary):
         click.echo(line)

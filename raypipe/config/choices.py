@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from raypipe.config.parts import OrPart
+from raypipe.plugins import STRATEGY, is_reference
 
 PROXY_MODELS = (
     "small",
@@ -57,8 +60,11 @@ StrategyName = Literal["random", ScoreStrategyName]
 
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 
-StrategyChoice = Literal[StrategyName, "auto"]
-"""Values of `select.strategy`."""
+StrategyChoice = Annotated[str, OrPart(STRATEGY, Literal[StrategyName, "auto"])]
+"""Values of `select.strategy`: these, or a strategy from outside."""
+
+CandidateName = Annotated[str, OrPart(STRATEGY, ScoreStrategyName)]
+"""Strategies to compare with `random`: raypipe's own, or one from outside."""
 
 AUTO: Literal["auto"] = "auto"
 """The one that leaves the choice to the pilot."""
@@ -67,14 +73,20 @@ AUTO: Literal["auto"] = "auto"
 def is_model(name: str) -> bool:
     """Return whether a name has the form of a network; whether it exists is checked by a run."""
     library, _, rest = name.partition(":")
-    return name in PROXY_MODELS or (library in (TORCHVISION_PREFIX, TIMM_PREFIX) and rest != "")
+    of_library = library in (TORCHVISION_PREFIX, TIMM_PREFIX) and rest != ""
+    return name in PROXY_MODELS or of_library or is_own(name)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a network is code of the user's own, `module:function`."""
+    return name.partition(":")[0] not in (TORCHVISION_PREFIX, TIMM_PREFIX) and is_reference(name)
 
 
 def unknown_model(name: str) -> str:
     """Return the message about a network that does not exist."""
     near = difflib.get_close_matches(name, PROXY_MODELS, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
-    names = ", ".join([*PROXY_MODELS, "torchvision:NAME", "timm:NAME"])
+    names = ", ".join([*PROXY_MODELS, "torchvision:NAME", "timm:NAME", "module:function"])
     return f"model: {name!r} is not one of {names}{suggestion}"
 
 
@@ -94,7 +106,7 @@ class StrategyText:
     kept: str
 
 
-STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
+STRATEGY_TEXTS: dict[str, StrategyText] = {
     "random": StrategyText("", "drawn at random, whatever the score"),
     "top": StrategyText("highest scores", "the highest scores"),
     "balanced": StrategyText(
@@ -136,15 +148,15 @@ STRATEGY_TEXTS: dict[StrategyName, StrategyText] = {
         "from the densest regions of the embedding space, whatever the score",
     ),
 }
-"""Texts of every strategy; the settings, the command line and the report use them."""
+"""Texts of raypipe's own strategies; the settings, the command line and the report use them."""
 
-CUTTING_STRATEGIES: tuple[StrategyName, ...] = ("ccs", "band", "d2", "infomax", "coverage")
+CUTTING_STRATEGIES: tuple[str, ...] = ("ccs", "band", "d2", "infomax", "coverage")
 """Strategies that leave out the hardest samples first (`select.hard_cutoff`)."""
 
-CLASSWISE_STRATEGIES: tuple[StrategyName, ...] = (*CUTTING_STRATEGIES, "typical")
+CLASSWISE_STRATEGIES: tuple[str, ...] = (*CUTTING_STRATEGIES, "typical")
 """Strategies that are applied within each class unless `select.by_class` is false."""
 
-RANDOM_STRATEGIES: tuple[StrategyName, ...] = ("random", "ccs", "beta")
+RANDOM_STRATEGIES: tuple[str, ...] = ("random", "ccs", "beta")
 """Strategies that draw samples at random, so that inclusion probabilities exist."""
 
 

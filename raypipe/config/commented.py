@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import yaml
 
@@ -32,8 +33,15 @@ def minimal_config() -> str:
     return "\n".join(result) + "\n"
 
 
-def commented_config() -> str:
-    """Return a complete configuration in YAML, with a comment above every setting."""
+def commented_config(parts: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """Return a complete configuration in YAML, with a comment above every setting.
+
+    Parameters
+    ----------
+    parts : Mapping
+        Paragraphs about parts of other packages, by the setting that holds their options, such as
+        "measure.options".
+    """
     lines = [
         *_comment(
             "A raypipe configuration. Every value shown is the default. Only run and source.uri "
@@ -47,12 +55,17 @@ def commented_config() -> str:
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Settings):
-            lines += ["", *_comment(_summary(section), ""), f"{name}:", *_settings(section, "  ")]
+            lines += ["", *_comment(_summary(section), ""), f"{name}:"]
+            about = {key: parts.get(f"{name}.{key}", ()) for key in section.model_fields}
+            lines += _settings(section, "  ", about=about)
     return "\n".join(lines) + "\n"
 
 
 def _settings(
-    section: type[Settings], indent: str, names: Collection[str] | None = None
+    section: type[Settings],
+    indent: str,
+    names: Collection[str] | None = None,
+    about: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[str]:
     for key, info in section.model_fields.items():
         if names is not None and key not in names:
@@ -67,6 +80,8 @@ def _settings(
             list(default) if isinstance(default, tuple) else default, default_flow_style=True
         )
         yield from _comment(str(info.description), indent)
+        for line in about.get(key, ()):
+            yield from _comment(line, indent)
         yield f"{indent}{key}: {value.strip().removesuffix('...').strip()}"
 
 

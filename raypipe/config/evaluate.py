@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Positive, Settings
-from raypipe.config.choices import ScoreStrategyName
+from raypipe.config.choices import CandidateName
 from raypipe.config.select import KeepFraction
 
 MIN_CERTIFY_SEEDS = 3
@@ -28,7 +28,7 @@ class EvaluateSettings(Settings):
         min_length=1,
         description="Fractions of the samples to keep, 0 to 1.",
     )
-    strategies: tuple[ScoreStrategyName, ...] = Field(
+    strategies: tuple[CandidateName, ...] = Field(
         (),
         description="Strategies that cut the lists, with the run's other `select` settings. "
         "Default: the run's strategy; ccs if that is auto.",

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from raypipe.config.base import Positive, Settings
-from raypipe.config.measure import ScoreName
+from raypipe.config.measure import OwnScore
+from raypipe.config.parts import OrPart, PartOptions, check_names
+from raypipe.plugins import EXTRAPOLATOR, SCORE
 
 HELD_OUT_OF_CLASS = 120
 """Held-out samples per class, on average, that calibrate the width of its intervals. The coverage
@@ -16,6 +18,10 @@ is then right to about 3 points (benchmarks/results/pipeline-cpu.txt)."""
 SEARCHERS_PER_GPU = 8
 """Actors that share a GPU with `extrapolate.use_gpu`. The rest of their work runs on a CPU and
 takes longer."""
+
+
+OwnMethod = Literal["gnn", "knn", "mlp", "trees", "proxy", "gnn-published", "knn-published"]
+"""Extrapolators of raypipe."""
 
 
 def gnn_epochs(seed: int) -> int:
@@ -29,16 +35,19 @@ def gnn_epochs(seed: int) -> int:
 class ExtrapolateSettings(Settings):
     """Extrapolate: predict the score of every sample that was not measured."""
 
-    score: ScoreName | Literal["auto"] = Field(
+    score: Annotated[str, OrPart(SCORE, Literal[OwnScore, "auto"])] = Field(
         "auto", description="Score to extrapolate, one of measure.scores. auto: the first."
     )
-    method: Literal["gnn", "knn", "mlp", "trees", "proxy", "gnn-published", "knn-published"] = (
-        Field(
-            "gnn",
-            description="Extrapolator. gnn blends several. knn: neighbours, aware of classes. mlp: "
-            "uses no neighbours. trees: boosted trees on the neighbours' scores. proxy: the "
-            "proxy's loss, margin or entropy. *-published: as in arXiv 2506.09010.",
-        )
+    method: Annotated[str, OrPart(EXTRAPOLATOR, OwnMethod)] = Field(
+        "gnn",
+        description="Extrapolator. gnn blends several. knn: neighbours, aware of classes. mlp: "
+        "uses no neighbours. trees: boosted trees on the neighbours' scores. proxy: the proxy's "
+        "loss, margin or entropy. *-published: as in arXiv 2506.09010. module:Class names one of "
+        "your own.",
+    )
+    options: PartOptions = Field(
+        {},
+        description="Options of extrapolators from other packages: {name: {option: value}}.",
     )
     rehearsal: bool | Literal["auto"] = Field(
         "auto",
@@ -122,6 +131,11 @@ class ExtrapolateSettings(Settings):
                 f"folds ({self.folds}) of size holdout ({self.holdout:g}) are more than the seed "
                 f"set; set folds to at most {self.max_folds}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_others(self) -> ExtrapolateSettings:
+        check_names(self.options, OwnMethod, "extrapolate")
         return self
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ def parse_config(data: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError("bad configuration\n" + "\n".join(problem_lines(error))) from None
+        raise ConfigError("bad configuration\n" + "\n".join(problem_lines(error, Config))) from None
 
 
 def parse_settings(section: type[Section], data: Mapping[str, Any], name: str) -> Section:

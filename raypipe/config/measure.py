@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raypipe.config.base import Positive, Settings
+from raypipe.config.parts import OrPart, PartOptions, check_names
 from raypipe.config.pool import PoolSettings
+from raypipe.plugins import SCORE
 
 SELF_TERM_BELOW = 1000
 """`measure.moso.self_term: auto` excludes the sample itself for seed sets (or parts) below this."""
@@ -141,7 +143,7 @@ class GrandSettings(Settings):
     )
 
 
-ScoreName = Literal[
+OwnScore = Literal[
     "moso",
     "grand",
     "dynamic-uncertainty",
@@ -153,15 +155,22 @@ ScoreName = Literal[
     "loss",
     "entropy",
 ]
+"""Scores of raypipe."""
+OWN_SCORES: tuple[str, ...] = get_args(OwnScore)
 
 
 class MeasureSettings(PoolSettings):
     """Measure: the scores of every seed sample."""
 
-    scores: tuple[ScoreName, ...] = Field(
+    scores: tuple[Annotated[str, OrPart(SCORE, OwnScore)], ...] = Field(
         ("loss",),
         min_length=1,
-        description="Scores to measure, all from one proxy training. `raypipe scores` lists them.",
+        description="Scores to measure, all from one proxy training. `raypipe scores` lists them. "
+        "module:Class names one of your own.",
+    )
+    options: PartOptions = Field(
+        {},
+        description="Options of scores from other packages: {name: {option: value}}.",
     )
     recalibrate: bool = Field(
         True,
@@ -206,13 +215,21 @@ class MeasureSettings(PoolSettings):
             raise ValueError("a score is named twice")
         return value
 
+    @model_validator(mode="after")
+    def _options_of_scores(self) -> MeasureSettings:
+        check_names(self.options, OwnScore, "measure.<score>")
+        unknown = sorted(set(self.options) - set(self.scores))
+        if unknown:
+            raise ValueError(f"options: {unknown[0]!r} is not one of measure.scores")
+        return self
+
     @property
     def at_checkpoints(self) -> tuple[str, ...]:
         """Scores that are measured at checkpoints, which is possible for any sample."""
         return tuple(
             score
             for score in self.scores
-            if score in ("moso", "grand") or self.options(score).get("at") == "checkpoints"
+            if score in ("moso", "grand") or self.options_of(score).get("at") == "checkpoints"
         )
 
     def resolved(self, cross_fits: bool) -> MeasureSettings:
@@ -228,7 +245,7 @@ class MeasureSettings(PoolSettings):
     def from_embeddings(self) -> tuple[str, ...]:
         """Scores of a linear probe, which every sample has: nothing is extrapolated."""
         return tuple(
-            score for score in self.scores if self.options(score).get("at") == "embeddings"
+            score for score in self.scores if self.options_of(score).get("at") == "embeddings"
         )
 
     @property
@@ -257,14 +274,23 @@ class MeasureSettings(PoolSettings):
         )
 
     def settings_of(self, score: str) -> Settings:
-        """Return the settings of one score."""
+        """Return the settings of one of raypipe's own scores."""
         settings: Settings = getattr(self, score.replace("-", "_"))
         return settings
 
-    def options(self, score: str) -> dict[str, Any]:
+    def options_of(self, score: str) -> dict[str, Any]:
         """Return the options of one score by name."""
+        if score not in OWN_SCORES:
+            return dict(self.options.get(score, {}))
         return self.settings_of(score).model_dump()
+
+    def own_options(self, score: str) -> dict[str, Any]:
+        """Return the options of one of raypipe's own scores; nothing of any other.
+
+        Fingerprints cover the options of other scores with their code.
+        """
+        return self.options_of(score) if score in OWN_SCORES else {}
 
     def trajectory_options(self, score: str) -> dict[str, Any]:
         """Return the keyword arguments of a score that is computed from the trajectory."""
-        return {name: value for name, value in self.options(score).items() if name != "at"}
+        return {name: value for name, value in self.options_of(score).items() if name != "at"}

@@ -107,6 +107,20 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
+    def _pixels_fit(self) -> Config:
+        if self.embed.decode == "gpu" and (self.source.transform or self.proxy.channels != 3):
+            raise ValueError(
+                "embed.decode: a GPU decodes JPEGs to 3 channels without source.transform; set "
+                "decode to cpu"
+            )
+        if self.unsupervised and self.proxy.channels != 3:
+            raise ValueError(
+                "pseudo_labels.clusters: the networks that clusters come from take 3 channels, not "
+                f"proxy.channels {self.proxy.channels}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_from_somewhere(self) -> Config:
         if self.unsupervised and self.source.label_column is not None:
             raise ValueError(

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raypipe.config.base import Positive, Settings
-from raypipe.config.choices import ScoreStrategyName
+from raypipe.config.choices import CandidateName
+from raypipe.config.parts import part_names_accepted
 from raypipe.config.select import KeepFraction, SelectSettings
 
 CandidateOptions = dict[str, bool | int | float | str]
@@ -36,7 +37,7 @@ class PilotSettings(Settings):
         description="Work of the trainings, as a share of that of training the proxies. It is "
         "counted by network, pixels and images, so that every machine makes the same trainings.",
     )
-    candidates: tuple[ScoreStrategyName | dict[ScoreStrategyName, CandidateOptions], ...] = Field(
+    candidates: tuple[CandidateName | dict[CandidateName, CandidateOptions], ...] = Field(
         (
             {"ccs": {"strata": 1}},
             "ccs",
@@ -44,7 +45,8 @@ class PilotSettings(Settings):
         ),
         min_length=1,
         description="Strategies to try: names, or {name: options of select}. The first come first "
-        "if the budget does not suffice for all.",
+        "if the budget does not suffice for all. Strategies from other packages have their options "
+        "in select.options.",
     )
     keep: tuple[KeepFraction, ...] = Field(
         (0.2, 0.35, 0.6), min_length=1, description="Fractions that are tried."
@@ -141,7 +143,8 @@ def settings_of_candidate(select: SelectSettings, changes: Mapping[str, Any]) ->
     the pilot. The settings are not checked against `select.keep` and `select.weights`.
     """
     unchecked = {"hard_cutoff": "auto", "weights": "none"}
-    settings = SelectSettings.model_validate({**select.model_dump(), **changes, **unchecked})
+    with part_names_accepted():  # the pilot's settings are validated already
+        settings = SelectSettings.model_validate({**select.model_dump(), **changes, **unchecked})
     cutoff = changes.get("hard_cutoff", "auto")
     return settings.model_copy(update={"hard_cutoff": cutoff, "weights": select.weights})
 
@@ -152,4 +155,5 @@ def random_settings(select: SelectSettings) -> SelectSettings:
     They are not within classes only if `select.by_class` is false.
     """
     changes = {"strategy": "random", "by_class": select.within_classes, "hard_cutoff": "auto"}
-    return SelectSettings.model_validate({**select.model_dump(), **changes})
+    with part_names_accepted():
+        return SelectSettings.model_validate({**select.model_dump(), **changes})

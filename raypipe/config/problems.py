@@ -11,18 +11,18 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from raypipe.config.model import Config
 
-
-def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
+def problem_lines(error: ValidationError, root: Any, section: str = "") -> Iterable[str]:
     """Yield one indented line per wrong field.
 
     Parameters
     ----------
     error : pydantic.ValidationError
         What validation raised.
-    root : type of Settings, optional
-        The model that was validated. Default: `Config`.
+    root : type of Settings
+        The model that was validated.
+    section : str
+        Where its settings stand in the configuration.
     """
     items = error.errors()
     for item in items:
@@ -42,12 +42,10 @@ def problem_lines(error: ValidationError, root: Any = None) -> Iterable[str]:
             for other in items
         ):
             continue
-        where = (
-            ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
-            or "configuration"
-        )
+        path = [str(part) for part in item["loc"] if not _is_union_branch(part)]
+        where = ".".join([section] * bool(section) + path) or "configuration"
         if item["type"] == "extra_forbidden":
-            yield f"  {where}: unknown setting{_suggestion(item['loc'], root or Config)}"
+            yield f"  {where}: unknown setting{_suggestion(item['loc'], root)}"
         elif item["type"] == "missing":
             yield f"  {where}: required, but missing"
         else:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from raypipe.config.base import Positive, Settings
+from raypipe.config.parts import Reference
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(gt=0, le=1)]
@@ -25,16 +26,15 @@ TOO_FEW_STEPS = 100
 NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-"""Mean and standard deviation of red, green and blue for pixels from 0 to 1. `half` gives -1..1."""
+"""Mean and standard deviation of red, green and blue for pixels from 0 to 1."""
 
 
 class NormalizeSettings(Settings):
-    """Mean and standard deviation of red, green and blue for pixels from 0 to 1."""
+    """Mean and standard deviation of each channel for pixels from 0 to 1."""
 
-    mean: tuple[Share, Share, Share] = Field(description="Mean of each channel.")
-    std: tuple[Spread, Spread, Spread] = Field(description="Standard deviation of each channel.")
+    mean: tuple[Share, ...] = Field(description="Mean of each channel.")
+    std: tuple[Spread, ...] = Field(description="Standard deviation of each channel.")
 
 
 def _kind_of_normalize(value: Any) -> str:
@@ -79,10 +79,19 @@ class ProxySettings(Settings):
         "resnet18",
         min_length=1,
         description="Network. small (0.3 M parameters), a ResNet for small images (resnet18, "
-        "resnet50, ...), or torchvision:NAME, a classifier as torchvision builds it.",
+        "resnet50, ...), torchvision:NAME or timm:NAME, a classifier as that library builds it, "
+        "or module:function, code of your own that returns one for (classes, image_size, "
+        "channels).",
     )
     image_size: int = Field(
         64, ge=8, le=1024, description="Side in pixels that images are scaled to, square."
+    )
+    channels: int = Field(
+        3,
+        ge=1,
+        le=64,
+        description="Channels of an image. 1: grey. Other numbers than 1 and 3 need "
+        "source.transform, or a source that yields such arrays.",
     )
     normalize: Annotated[
         Annotated[
@@ -142,6 +151,12 @@ class ProxySettings(Settings):
         True,
         description="Flip images horizontally at random while training. Switch it off if mirrored "
         "images have another meaning, such as digits.",
+    )
+    augment: Reference | None = Field(
+        None,
+        description="Function of your own that changes images while training the proxies, as "
+        "module:function: it takes uint8 [height, width, channels] and a numpy Generator, and "
+        "returns the same shape. It comes before flip and crop_padding.",
     )
     crop_padding: int = Field(
         4,
@@ -218,6 +233,21 @@ class ProxySettings(Settings):
         description="Worker failures that a training survives before the stage fails. Raise it on "
         "spot machines: each one taken away counts.",
     )
+
+    @model_validator(mode="after")
+    def _channels_fit(self) -> ProxySettings:
+        if isinstance(self.normalize, NormalizeSettings):
+            for name in ("mean", "std"):
+                values = getattr(self.normalize, name)
+                if len(values) != self.channels:
+                    raise ValueError(
+                        f"normalize.{name} has {len(values)} values for {self.channels} channels"
+                    )
+        elif self.channels != 3 and self.normalize in ("imagenet", "cifar10"):
+            raise ValueError(
+                f"normalize: {self.normalize} is for 3 channels, not {self.channels}; use measured"
+            )
+        return self
 
     @model_validator(mode="after")
     def _resolve_auto(self) -> ProxySettings:
@@ -309,6 +339,8 @@ class ProxySettings(Settings):
         """
         if isinstance(self.normalize, NormalizeSettings):
             return list(self.normalize.mean), list(self.normalize.std)
+        if self.normalize == "half":
+            return [0.5] * self.channels, [0.5] * self.channels
         chosen = NORMALIZATIONS.get(self.normalize, (mean, std))
         return list(chosen[0]), list(chosen[1])
 

@@ -13,8 +13,10 @@ from raypipe.config.choices import (
     CUTTING_STRATEGIES,
     RANDOM_STRATEGIES,
     StrategyChoice,
+    StrategyName,
     strategy_summaries,
 )
+from raypipe.config.parts import PartOptions, check_names
 
 KeepFraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -30,8 +32,12 @@ class SelectSettings(Settings):
     strategy: StrategyChoice = Field(
         "auto",
         description="Strategy. auto: for each fraction the one that the pilot shows to be better "
-        f"than random, else random within classes; {strategy_summaries()}. See the guide to "
-        "keep-lists.",
+        f"than random, else random within classes; {strategy_summaries()}. module:Class names one "
+        "of your own. See the guide to keep-lists.",
+    )
+    options: PartOptions = Field(
+        {},
+        description="Options of strategies from other packages: {name: {option: value}}.",
     )
     seed: int = Field(
         0,
@@ -135,6 +141,7 @@ class SelectSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> SelectSettings:
+        check_names(self.options, StrategyName, "select")
         if (
             self.strategy in CUTTING_STRATEGIES
             and self.hard_cutoff != "auto"

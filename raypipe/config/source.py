@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raypipe.config.base import Positive, Settings
+from raypipe.config.parts import OrPart, PartOptions, Reference, check_names
+from raypipe.plugins import SOURCE
+
+OwnFormat = Literal[
+    "auto",
+    "parquet",
+    "imagefolder",
+    "filelist",
+    "webdataset",
+    "huggingface",
+    "torchvision",
+    "synthetic",
+    "digits",
+]
+"""Formats that raypipe reads, and auto."""
 
 
 class SourceSettings(Settings):
@@ -18,17 +33,14 @@ class SourceSettings(Settings):
         "torchvision://CIFAR10 and huggingface://user/name are datasets by name, synthetic:// "
         "generates images."
     )
-    format: Literal[
+    format: Annotated[str, OrPart(SOURCE, OwnFormat)] = Field(
         "auto",
-        "parquet",
-        "imagefolder",
-        "filelist",
-        "webdataset",
-        "huggingface",
-        "torchvision",
-        "synthetic",
-        "digits",
-    ] = Field("auto", description="Storage format. auto: from the file names.")
+        description="Storage format. auto: from the file names. module:Class names a source of "
+        "your own.",
+    )
+    options: PartOptions = Field(
+        {}, description="Options of sources from other packages: {name: {option: value}}."
+    )
     root: str | None = Field(
         None,
         min_length=1,
@@ -104,6 +116,12 @@ class SourceSettings(Settings):
         description="Largest number of samples in one unit of work. Lower it to use less memory "
         "per worker, raise it for very large sources.",
     )
+    transform: Reference | None = Field(
+        None,
+        description="Function of your own that turns each stored image into pixels, as "
+        "module:function: it takes a PIL image, the array that the source yields, or bytes that "
+        "Pillow cannot open, and returns uint8 [height, width] or [height, width, channels].",
+    )
     max_pixels: Positive = Field(
         100_000_000, description="Images with more pixels are rejected, not decoded."
     )
@@ -121,3 +139,8 @@ class SourceSettings(Settings):
         description="Share of unreadable samples above which the run fails. Fewer than 10 never "
         "fail it. 0: no sample can be unreadable, 1: all can.",
     )
+
+    @model_validator(mode="after")
+    def _options_of_others(self) -> SourceSettings:
+        check_names(self.options, OwnFormat, "source")
+        return self

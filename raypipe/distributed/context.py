@@ -17,6 +17,7 @@ from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
     from raypipe.distributed.cluster import Cluster
+    from raypipe.distributed.outside_code import OutsideCode
     from raypipe.distributed.pending import PendingWatch
 
 
@@ -48,6 +49,13 @@ class Context:
         self.progress = progress
         self.verbose = verbose
         self._pending_watch: PendingWatch | None = None
+
+    @cached_property
+    def code(self) -> tuple[OutsideCode, ...]:
+        """The code from outside raypipe that the configuration names, imported on first access."""
+        from raypipe.distributed.outside_code import import_code
+
+        return import_code(self.config)
 
     @cached_property
     def cluster(self) -> Cluster:

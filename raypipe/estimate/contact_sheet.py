@@ -14,6 +14,7 @@ from raypipe.estimate.facts import Survey
 from raypipe.estimate.inspect import DrawnSample
 from raypipe.text import size
 from raypipe.vision.decode import BadImage, decode, open_image
+from raypipe.vision.own_code import Transform, displayed
 
 TILE = 160
 """Pixels a side of an image."""
@@ -33,18 +34,23 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(
-    survey: Survey, drawn: Sequence[DrawnSample], columns: int = 8, rows: int = 8
+    survey: Survey,
+    drawn: Sequence[DrawnSample],
+    columns: int = 8,
+    rows: int = 8,
+    transform: Transform | None = None,
 ) -> bytes:
     """Return a PNG of the first `columns` times `rows` drawn samples.
 
-    A sample that a run would reject is a grey tile with the reason.
+    A sample that a run would reject is a grey tile with the reason. `transform` turns images into
+    pixels, if `source.transform` is set.
     """
     shown = drawn[: columns * rows]
     lines = -(-len(shown) // columns) if shown else 1
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     height = HEAD + lines * (TILE + CAPTION + GAP) + MARGIN - GAP
     sheet = Image.new("RGB", (width, height), PAPER)
-    _Sheet(sheet, survey.bit_depth).draw(survey, shown, columns)
+    _Sheet(sheet, survey.bit_depth, transform).draw(survey, shown, columns)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -53,8 +59,8 @@ def contact_sheet(
 class _Sheet:
     """Draws on the image of a sheet."""
 
-    def __init__(self, image: Image.Image, bit_depth: int) -> None:
-        self._bit_depth = bit_depth
+    def __init__(self, image: Image.Image, bit_depth: int, transform: Transform | None) -> None:
+        self._bit_depth, self._transform = bit_depth, transform
         self._image, self._pen = image, ImageDraw.Draw(image)
         self._title = _font(TITLE_SIZE, bold=True)
         self._name = _font(NAME_SIZE, bold=True)
@@ -78,7 +84,7 @@ class _Sheet:
         self._pen.text((MARGIN, 42), _fit(text, self._small, room), FAINT, self._small)
 
     def _tile(self, item: DrawnSample, left: int, top: int) -> None:
-        image, reason = _tile_image(item, self._bit_depth)
+        image, reason = _tile_image(item, self._bit_depth, self._transform)
         if image is None:
             self._pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), BLANK)
             _paragraph(self._pen, reason, self._small, (left, top))
@@ -95,14 +101,16 @@ class _Sheet:
             self._pen.text((left, top + 23 + 14 * line), part, FAINT, self._small)
 
 
-def _tile_image(item: DrawnSample, bit_depth: int) -> tuple[Image.Image | None, str]:
+def _tile_image(
+    item: DrawnSample, bit_depth: int, transform: Transform | None
+) -> tuple[Image.Image | None, str]:
     """Return the image as raypipe reads it, TILE pixels square, or why there is none."""
     if item.reason or item.sample.image is None:
         return None, item.reason
     try:
-        native = _native_side(item.sample.image)
+        native = TILE if transform is not None else _native_side(item.sample.image)
         side = native if native <= PIXELATED else TILE
-        pixels = decode(item.sample.image, side, 1 << 40, bit_depth)
+        pixels = displayed(decode(item.sample.image, side, 1 << 40, bit_depth, transform, None))
     except BadImage as error:
         return None, str(error)
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))

@@ -34,6 +34,7 @@ from raypipe.sources.types import Preview
 from raypipe.sources.used_settings import refuse_unused_settings
 from raypipe.vision.bit_depth import BitsInUse, bits_in_use
 from raypipe.vision.decode import BadImage, decode, open_image
+from raypipe.vision.own_code import Transform, transform_to_show
 
 SAMPLES = 256
 """Samples that are drawn by default."""
@@ -336,7 +337,8 @@ class _Decoded:
 def _decode(
     chosen: Sequence[RawSample], classes: ClassMap, settings: SourceSettings, size: int
 ) -> _Decoded:
-    attempt = functools.partial(_try_decoding, size=size, settings=settings)
+    transform = transform_to_show(settings)
+    attempt = functools.partial(_try_decoding, size=size, settings=settings, transform=transform)
     threads = min(DECODE_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="raypipe-decode") as pool:
         attempts = list(pool.map(attempt, chosen))
@@ -349,13 +351,15 @@ def _decode(
     return _Decoded(samples, statistics.fmean(seconds) if seconds else 0.0)
 
 
-def _try_decoding(sample: RawSample, size: int, settings: SourceSettings) -> tuple[str, float]:
+def _try_decoding(
+    sample: RawSample, size: int, settings: SourceSettings, transform: Transform | None
+) -> tuple[str, float]:
     """Return why the sample cannot be decoded ("" if it can), and processor seconds."""
     started = time.thread_time()
     reason = sample.reason or ("" if sample.image is not None else "no image")
     if not reason and sample.image is not None:
         try:
-            decode(sample.image, size, settings.max_pixels, settings.bit_depth)
+            decode(sample.image, size, settings.max_pixels, settings.bit_depth, transform, None)
         except BadImage as error:
             reason = str(error)
     return reason, time.thread_time() - started

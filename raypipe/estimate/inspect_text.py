@@ -64,6 +64,8 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     if survey.depth_note:
         yield f"            {survey.depth_note}"
     yield from _rejects(survey.rejects, survey.samples)
+    for number, line in enumerate(survey.code):
+        yield f"{'' if number else 'code':<12}{line}"
     drawn = survey.rejects.drawn
     if survey.duplicates:
         yield f"duplicates  {survey.duplicates} of {drawn:,} drawn have the same bytes as another"
@@ -89,6 +91,8 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
         )
     for sentence in cost.warnings:
         yield f"WARNING     {sentence}"
+    if cost.network:
+        yield f"proxy       {cost.network}"
     yield f"on          {cost.machine}"
     work = f"{_hours(cost.cpu_hours, 'CPU')}, {_hours(cost.gpu_hours, 'GPU')}"
     yield f"time        {duration_range(cost.low, cost.high)}; {work}"

@@ -15,9 +15,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from raypipe.config import Config
+from raypipe.config.source import OwnFormat
 from raypipe.errors import ConfigError
 from raypipe.estimate import rates as constants
 from raypipe.estimate.cost import scaled_efforts
@@ -187,7 +188,7 @@ def plan(
     rates = rates or Rates()
     cpus = cpus if cpus is not None else (CPUS_PER_GPU * gpus or CPUS_WITHOUT_GPU)
     machine = Machine(cpus, gpus, "the cluster", rates.cpu_macs, rates.gpu_macs)
-    format = "webdataset" if config.source.format == "auto" else config.source.format
+    format = _planned_format(config)
     random_access = source_class(format).random_access
     work = _workload(config, size, rates, format)
     by_rates = efforts(work, machine)
@@ -315,8 +316,8 @@ def _notes(
     """Return sentences on what the plan assumes."""
     too_few = work.config.proxy.too_few_steps(work.seed)
     notes = [too_few] if too_few else []
-    if work.config.source.format == "auto":
-        notes.append("source.format is auto: planned as webdataset")
+    if (stated := work.config.source.format) != _planned_format(work.config):
+        notes.append(f"source.format is {stated}: planned as webdataset")
     if like is not None:
         rest = [stage for stage in by_rates if stage not in scaled]
         notes.append(
@@ -329,6 +330,12 @@ def _notes(
             "GPUs"
         )
     return notes
+
+
+def _planned_format(config: Config) -> str:
+    """Return `source.format`, or webdataset for auto and for a source from outside raypipe."""
+    own = set(get_args(OwnFormat)) - {"auto"}
+    return config.source.format if config.source.format in own else "webdataset"
 
 
 def _workload(config: Config, size: SourceSize, rates: Rates, format: str) -> Workload:

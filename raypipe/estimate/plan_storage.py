@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 from raypipe import storage
-from raypipe.config.choices import AUTO
 from raypipe.estimate.efforts import expected_plan
 from raypipe.estimate.plan_rates import Rates
 from raypipe.estimate.volumes import bytes_written
@@ -128,9 +127,11 @@ def _pilot_trainings(work: Workload) -> int:
 
 
 def _select_passes(work: Workload) -> int:
-    """Return how often `select` reads the score shards; with strategy auto, those of `ccs`."""
-    name = work.config.select.strategy
-    strategy = STRATEGIES["ccs" if name == AUTO else name]
+    """Return how often `select` reads the score shards.
+
+    With strategy auto, or one from outside, those of `ccs`.
+    """
+    strategy = STRATEGIES.get(work.config.select.strategy, STRATEGIES["ccs"])
     passes = 2 if work.samples * SELECT_ROW <= CACHE_BYTES else SELECT_PASSES
     # losses are a column of other files: size, footer and column
     return passes * (1 + 3 * (strategy.needs_loss or strategy.uses_difficulty))

@@ -7,7 +7,9 @@ stage by stage, by what a finished run took.
 
 from __future__ import annotations
 
+from raypipe.config.choices import is_own
 from raypipe.config.extrapolate import gnn_epochs
+from raypipe.vision.network_costs import LIKE_OWN
 
 PARAMETERS = {
     "small": 174_000,
@@ -104,6 +106,8 @@ By its basis: a run's ledger, the constants above, or the assumed GPU.
 
 def width(model: str, image_size: int) -> int:
     """Return the length of the embeddings of a proxy for images of `image_size` pixels."""
+    if is_own(model):
+        model = LIKE_OWN
     if model not in PARAMETERS:
         from raypipe.proxies.sizes import size_of
 
@@ -113,6 +117,8 @@ def width(model: str, image_size: int) -> int:
 
 def parameters(model: str, image_size: int) -> int:
     """Return the weights of a proxy for images of `image_size` pixels."""
+    if is_own(model):
+        model = LIKE_OWN
     if model not in PARAMETERS:
         from raypipe.proxies.sizes import size_of
 
@@ -139,7 +145,7 @@ def fit_seconds(method: str, seed: int, samples: int, epochs: int | None, values
     if method == "gnn":
         seen = seed * (epochs or gnn_epochs(seed))
         return GNN_FIT + GNN_SAMPLE_EPOCH * seen * (0.9 + 0.1 * values / 96)
-    fixed, each = FIT_SECONDS[method]
+    fixed, each = FIT_SECONDS.get(method, FIT_SECONDS["knn"])  # of another package: like knn
     return fixed + each * seed
 
 

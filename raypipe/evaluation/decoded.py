@@ -25,6 +25,7 @@ from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raypipe import storage
 from raypipe.config import SourceSettings
@@ -38,6 +39,7 @@ from raypipe.sources.cuts import Cuts
 from raypipe.sources.splits import SplitOfFiles
 from raypipe.vision.decode import decode_batch
 from raypipe.vision.fitting import statistics_of
+from raypipe.vision.own_code import transform_of
 
 MAX_SHARE = 0.8
 """Share of a node's memory, and of its free disk for temporary files, that arrays can take."""
@@ -47,14 +49,16 @@ COMPLETE = "complete"
 """File that marks finished arrays; it holds the statistics of the training part."""
 
 
-def bytes_needed(samples: int, size: int) -> int:
+def bytes_needed(samples: int, size: int, channels: int = 3) -> int:
     """Return the bytes of decoded images."""
-    return samples * 3 * size * size
+    return samples * channels * size * size
 
 
-def check_room(samples: int, size: int, available: float, what: str = "memory") -> None:
+def check_room(
+    samples: int, size: int, available: float, what: str = "memory", channels: int = 3
+) -> None:
     """Raise ResourceError if the images do not fit into `available` bytes of a node."""
-    needed = bytes_needed(samples, size)
+    needed = bytes_needed(samples, size, channels)
     if needed > MAX_SHARE * available:
         raise ResourceError(
             f"every node that trains holds all {samples:,} images (training and test), decoded at "
@@ -203,7 +207,12 @@ def _first(fragments: Sequence[Fragment], limit: int | None) -> Iterator[Fragmen
 
 
 def decode_train(
-    run_uri: str, source: SourceSettings, size: int, folder: str, unit: DecodeUnit
+    run_uri: str,
+    source: SourceSettings,
+    size: int,
+    folder: str,
+    unit: DecodeUnit,
+    channels: int = 3,
 ) -> UnitCounts:
     """Decode the labelled samples of a score shard, in its order.
 
@@ -229,8 +238,16 @@ def decode_train(
         opened.ids_can_repeat,
     )
     samples = [sample for sample in read if not sample.reason and sample.sample_id in place]
-    pixels, reasons = decode_batch(samples, size, source.max_pixels, bit_depth=source.bit_depth)
-    images, read_ids = np.zeros((len(ids), 3, size, size), np.uint8), np.zeros(len(ids), bool)
+    pixels, reasons = decode_batch(
+        samples,
+        size,
+        source.max_pixels,
+        bit_depth=source.bit_depth,
+        transform=transform_of(source),
+        channels=channels,
+    )
+    images = np.zeros((len(ids), channels, size, size), np.uint8)
+    read_ids = np.zeros(len(ids), bool)
     for sample, image, reason in zip(samples, pixels, reasons, strict=True):
         if not reason:
             row = place[sample.sample_id]
@@ -246,7 +263,7 @@ def decode_train(
 
 
 def decode_test(
-    run_uri: str, test: TestSet, size: int, folder: str, unit: DecodeUnit
+    run_uri: str, test: TestSet, size: int, folder: str, unit: DecodeUnit, channels: int = 3
 ) -> UnitCounts:
     """Decode a fragment of the test set.
 
@@ -262,7 +279,12 @@ def decode_test(
         opened.read(unit.fragment, (lambda sample_id: sample_id not in own) if own else None)
     )
     pixels, reasons = decode_batch(
-        samples, size, test.source.max_pixels, bit_depth=test.source.bit_depth
+        samples,
+        size,
+        test.source.max_pixels,
+        bit_depth=test.source.bit_depth,
+        transform=transform_of(test.source),
+        channels=channels,
     )
     label = np.array([test.classes.index(sample.label) for sample in samples], np.int64)
     good = np.array([not reason for reason in reasons], bool) & (label >= 0)
@@ -287,7 +309,7 @@ class Arrays:
     Attributes
     ----------
     images, labels
-        Of the training part: uint8 [n, 3, size, size] and int64 [n].
+        Of the training part: uint8 [n, channels, size, size] and int64 [n].
     test_images, test_labels
         The same of the test part.
     statistics
@@ -387,12 +409,18 @@ class NodeCopy:
             json.dump({"mean": mean, "std": std}, file)
         os.replace(f"{complete}.new", complete)
 
+    def _image_bytes(self, part: str) -> int:
+        """Return the bytes of an image of a part."""
+        with storage.open_read(storage.join(self.folder, _unit_file(part, 0))) as file:
+            return pq.read_schema(file).field("image").type.byte_width
+
     def _fill_part(self, part: str, counts: Sequence[int]) -> np.ndarray:
         """Copy the decoded files of a part into its arrays; return the images."""
-        shape = (sum(counts), 3, self.size, self.size)
+        width = self._image_bytes(part)
+        shape = (sum(counts), width // self.size**2, self.size, self.size)
         images = np.lib.format.open_memmap(self._file(part, "images"), "w+", np.uint8, shape)
         labels = np.lib.format.open_memmap(self._file(part, "labels"), "w+", np.int64, shape[:1])
-        width, first = bytes_needed(1, self.size), 0
+        first = 0
         for number, count in enumerate(counts):
             table = storage.read_table(storage.join(self.folder, _unit_file(part, number)))
             column = table["image"].combine_chunks()

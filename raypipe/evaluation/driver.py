@@ -12,6 +12,7 @@ from raypipe import storage
 from raypipe.config import ProxySettings, SourceSettings
 from raypipe.config.evaluate import MIN_CERTIFY_SAMPLES, EvaluateSettings
 from raypipe.distributed.cluster import Cluster
+from raypipe.distributed.code_identity import code_identity
 from raypipe.distributed.context import Context
 from raypipe.distributed.nodes import on_each_node, run_on_share, smallest_memory
 from raypipe.errors import ResourceError, RunError, SourceError
@@ -33,20 +34,20 @@ from raypipe.evaluation.lists import SamplePool, cut_lists
 from raypipe.evaluation.summary import Results, summarize, table_of
 from raypipe.evaluation.trainings import Training, recipe_of, train_one, trainings_of
 from raypipe.keeplists.file import check_has_images
-from raypipe.plugins import code_allowed
 from raypipe.progress import Progress
 from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.sources.classes import shown_names
+from raypipe.stages.network_check import check_network
 from raypipe.text import counted
+from raypipe.vision.own_code import transform_of
 
 MAX_CPUS_WITH_GPU = 4
 """CPUs of a training that has a GPU, at most."""
 
 
-@code_allowed()
 def evaluate(
     run: Run,
     test: SourceSettings,
@@ -109,6 +110,7 @@ def _evaluate(
     run, config = context.run, context.config
     pool, lists = cut_lists(run, config, settings)
     recipe = recipe_of(config, settings, len(pool))
+    check_network(config.model_copy(update={"proxy": recipe}), run)
     test = list_test_set(source, config.source, run.classes())
     about_test: dict[str, Any] = {"uri": source.uri}
     if unknown := test.classes.unknown:
@@ -126,14 +128,20 @@ def _evaluate(
         )
     gpu = context.cluster.use_gpu(settings.use_gpu)
     depths = [item.bit_depth for item in (config.source, source)]
-    scaled = [depths] if depths != [16, 16] else []  # earlier results of others stay valid
+    scaled: list[Any] = [depths] if depths != [16, 16] else []  # other results stay valid
+    scaled += [code_identity(item).hash for item in _transforms(config.source, source)]
     data = fingerprint([name for name, _ in pool.shards], test.digest, *scaled)
     trainings = trainings_of(lists, pool, recipe, settings, data, gpu)
     counts = _UnitCountsFile(run, fingerprint(data, pool.digest, recipe.image_size))
     missing = _missing(run, trainings, settings.certify)
     if missing:
         _announce(context, missing, trainings, recipe, _images(pool, test))
-        check_room(_images(pool, test), recipe.image_size, smallest_memory())
+        check_room(
+            _images(pool, test),
+            recipe.image_size,
+            smallest_memory(),
+            channels=config.proxy.channels,
+        )
         copy = _decode(context, pool, test, recipe.image_size, counts)
         check_test_samples(source.uri, counts.test["samples"], settings)
         _train(context, missing, trainings, copy, settings, gpu)
@@ -176,6 +184,12 @@ def _missing(run: Run, trainings: Sequence[Training], certify: bool) -> list[Tra
     ]
 
 
+def _transforms(*sources: SourceSettings) -> list[Any]:
+    """Return the functions that turn the images of sources into pixels."""
+    found = [transform_of(source) for source in sources]
+    return [item.function for item in found if item is not None]
+
+
 def _images(pool: SamplePool, test: TestSet) -> int:
     """Return the number of images that each node holds."""
     return len(pool) + sum(fragment.samples for fragment in test.fragments)
@@ -190,7 +204,7 @@ def _announce(
 ) -> None:
     earlier = len({item.name for item in trainings}) - len(missing)
     done = f" ({earlier:,} done before)" if earlier else ""
-    needed = bytes_needed(images, recipe.image_size)
+    needed = bytes_needed(images, recipe.image_size, context.config.proxy.channels)
     context.progress.say(
         f"{'evaluate':<11} {len(missing):,} trainings of {recipe.model} at {recipe.image_size} "
         f"pixels{done}; {needed / 2**20:,.0f} MiB of decoded images on each node"
@@ -263,7 +277,13 @@ def _decode(
     with context.progress.meter("decode", total, "images") as meter:
         meter.already(total - sum(unit.fragment.samples for unit in missing))
         decode = functools.partial(
-            _decode_unit, run.uri, context.config.source, replace(test, fragments=()), size, folder
+            _decode_unit,
+            run.uri,
+            context.config.source,
+            replace(test, fragments=()),
+            size,
+            context.config.proxy.channels,
+            folder,
         )
         context.run_tasks(missing, decode, lambda result: meter.add(result["read"]))
     unit_counts: dict[DecodeUnit, UnitCounts] = {
@@ -284,13 +304,19 @@ def _decode(
 
 
 def _decode_unit(
-    run: str, source: SourceSettings, test: TestSet, size: int, folder: str, unit: DecodeUnit
+    run: str,
+    source: SourceSettings,
+    test: TestSet,
+    size: int,
+    channels: int,
+    folder: str,
+    unit: DecodeUnit,
 ) -> dict[str, Any]:
     """Decode a unit and write how many samples it has. Runs in a task."""
     counts = (
-        decode_train(run, source, size, folder, unit)
+        decode_train(run, source, size, folder, unit, channels)
         if unit.part == TRAIN
-        else decode_test(run, test, size, folder, unit)
+        else decode_test(run, test, size, folder, unit, channels)
     )
     storage.write_json(storage.join(folder, f"{unit.file}.json"), counts)
     return {"read": unit.fragment.samples}

@@ -18,11 +18,14 @@ import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, parse_config
-from raypipe.config.choices import AUTO, DIFFICULTIES
+from raypipe.config.choices import AUTO
 from raypipe.config.evaluate import EvaluateSettings
+from raypipe.config.outside import outside_names
+from raypipe.config.parts import part_names_accepted
 from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.evaluation.epoch_samples import BY_SCORE, EpochSamples
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
+from raypipe.runs.outside_code import is_difficulty
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids
 from raypipe.selection import (
@@ -290,7 +293,8 @@ def settings_of_lists(config: Config, settings: EvaluateSettings) -> list[Select
             "strategy": strategy,
             "weights": "none",
         }
-        result.append(parse_config(sections).select)
+        with part_names_accepted(outside_names(config) | set(settings.strategies)):
+            result.append(parse_config(sections).select)
     return result
 
 
@@ -330,7 +334,7 @@ def cut_lists(
         for section in selects:
             options = by_strategy[section.strategy]
             if section.difficulty == "auto":
-                difficulty = "score" if origin.score in DIFFICULTIES else "loss"
+                difficulty = "score" if is_difficulty(origin.score, run.ledger()) else "loss"
                 options = dataclasses.replace(options, difficulty=difficulty)
             elif section.difficulty == "el2n" and origin.score != "el2n":
                 raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raypipe.config import Config, SourceSettings, absolute_paths, apply_overrides, parse_config
+from raypipe.config.outside import outside_names
+from raypipe.config.parts import part_names_accepted
 from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.sources.used_settings import refuse_unused_settings, unused_settings
@@ -23,7 +25,8 @@ def source_of_test_set(config: Config, uri: str, overrides: Sequence[str]) -> So
     if Run(uri).uri == Run(config.source.uri).uri:  # another part of the run's own source
         data["source"]["format"] = config.source.format
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
-    source = absolute_paths(parse_config(apply_overrides(data, dotted))).source
+    with part_names_accepted(outside_names(config)):
+        source = absolute_paths(parse_config(apply_overrides(data, dotted))).source
     format = open_source(source).format
     given = {item.partition("=")[0].removeprefix("source.") for item in dotted}
     inherited = set(unused_settings(source, format)) - given

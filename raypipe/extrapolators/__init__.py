@@ -1,7 +1,8 @@
 """Extrapolators predict the scores of samples that were not measured from those that were.
 
-They take and return arrays. To add one, write a module in this package and add a line to
-`_CLASSES`.
+They take and return arrays. To add one to raypipe, write a module in this package and add a line to
+`_CLASSES`. A package can add its own: a subclass of `Extrapolator` that it declares as an entry
+point of the group `raypipe.extrapolators`, or that `extrapolate.method` names as `module:Class`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from raypipe.errors import ConfigError
+from raypipe.plugins import EXTRAPOLATOR, find
 
 if TYPE_CHECKING:
     from raypipe.config import ExtrapolateSettings
@@ -27,7 +29,7 @@ _CLASSES = {
 }
 
 METHODS = tuple(_CLASSES)
-"""Valid values of `settings.method`."""
+"""Extrapolators of raypipe."""
 
 
 def make(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
@@ -36,12 +38,23 @@ def make(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
     Raises
     ------
     ConfigError
-        The method is unknown.
+        The method is unknown, or one from outside raypipe cannot be imported, or must not be.
     """
     if settings.method not in _CLASSES:
-        raise ConfigError(
-            f"extrapolate.method: {settings.method!r} is not one of {', '.join(METHODS)}"
-        )
+        return _outside(settings, num_classes)
     module, name = _CLASSES[settings.method]
     extrapolator: Extrapolator = getattr(import_module(module), name)(settings, num_classes)
     return extrapolator
+
+
+def _outside(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
+    from raypipe.extrapolators.base import Extrapolator
+
+    kind = find(EXTRAPOLATOR, settings.method, Extrapolator)
+    if kind.transductive:
+        raise ConfigError(
+            f"extrapolate.method: {settings.method!r} is transductive; only raypipe's own "
+            "extrapolators can fit all samples together"
+        )
+    kind.name = settings.method  # by which a fitted extrapolator knows its own state
+    return kind(settings, num_classes)

@@ -10,8 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from raypipe.config import ExtrapolateSettings
+from raypipe.config.base import Settings
+from raypipe.config.parts import NoOptions, validated_options
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.neighbours import ClassNeighbours, NeighbourIndex, Neighbours
+from raypipe.plugins import EXTRAPOLATOR
 from raypipe.progress import ProgressCallback
 
 TYPICAL_ROWS = 2048
@@ -103,6 +106,12 @@ class Extrapolator(abc.ABC):
     ----------
     name
         The value of `extrapolate.method` that selects this class.
+    summary
+        What it does, in a few words; one from outside raypipe needs it.
+    Options
+        Options of one from outside raypipe, which stand in `extrapolate.options` under its name.
+    options
+        An instance of `Options`.
     transductive
         Whether a fit needs all samples, scored or not; see `TransductiveExtrapolator`.
     default_neighbours, default_epochs
@@ -112,6 +121,8 @@ class Extrapolator(abc.ABC):
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[Settings]] = NoOptions
     transductive: ClassVar[bool] = False
     default_neighbours: ClassVar[int]
     default_epochs: ClassVar[int] = 1
@@ -120,6 +131,10 @@ class Extrapolator(abc.ABC):
     def __init__(self, settings: ExtrapolateSettings, num_classes: int) -> None:
         self.settings = settings
         self.num_classes = num_classes
+        self.options: Any = NoOptions()
+        if self.Options is not NoOptions:
+            own = validated_options(type(self), EXTRAPOLATOR, settings.method, settings.options)
+            self.options = own
         self.neighbours = (
             self.default_neighbours if settings.neighbours == "auto" else settings.neighbours
         )

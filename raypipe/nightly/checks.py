@@ -42,7 +42,7 @@ def check_finished(context: Context, records: dict[str, StageRecord]) -> str:
         if not stage.applies_to(config):
             continue
         inputs = [fingerprints[need] for need in stage.needs if need in fingerprints]
-        expected = fingerprints[name] = fingerprint(name, stage.settings(config), inputs)
+        expected = fingerprints[name] = stage.fingerprint(config, context.code, inputs)
         if record is not None and record.fingerprint != expected:
             raise RunError(
                 f"{run.uri}: settings of stage {name} have changed since the run, and a night "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from raypipe.config import ProxySettings
-from raypipe.proxies.network import CHANNELS, Network
+from raypipe.proxies.network import Network
 from raypipe.proxies.registry import find
 from raypipe.proxies.split import split_head
 from raypipe.proxies.weights import load_weights
@@ -131,8 +131,8 @@ def proxy_of(
     network: Network, classes: int, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> ProxyNet:
     """Return a proxy with fresh weights; see `build_network`."""
-    module = network.make(classes, image_size, CHANNELS)
-    backbone, head, name = split_head(network, module, classes, image_size)
+    module = network.make(classes, image_size, len(mean))
+    backbone, head, name = split_head(network, module, classes, image_size, len(mean))
     return ProxyNet(backbone, head, mean, std, name)
 
 

@@ -23,6 +23,7 @@ def input_statistics(
         from raypipe.proxies.registry import find
 
         network = find(settings.model)
-        if network.mean is not None and network.std is not None:
-            return list(network.mean), list(network.std)
+        mean_of, std_of = network.mean, network.std
+        if mean_of is not None and std_of is not None and len(mean_of) == settings.channels:
+            return list(mean_of), list(std_of)
     return settings.statistics(mean, std)

@@ -16,11 +16,11 @@ def resnet(name: str) -> Network:
 
     def make(classes: int, image_size: int, channels: int) -> nn.Module:
         if name == "small":
-            return _small_resnet(24, classes)
+            return _small_resnet(24, classes, channels)
         import torchvision  # slow to import (as slow as torch) and not needed for `small`
 
         network = torchvision.models.get_model(name, weights=None)
-        _adapt_stem(network, image_size)
+        _adapt_stem(network, image_size, channels)
         network.fc = nn.Linear(network.fc.in_features, classes)
         return network
 
@@ -31,16 +31,19 @@ def resnet(name: str) -> Network:
     return replace(torchvision_networks.network(name, name), make=make, head="fc")
 
 
-def _adapt_stem(network: nn.Module, image_size: int) -> None:
+def _adapt_stem(network: nn.Module, image_size: int, channels: int) -> None:
     """Remove downsampling for small images: a stem for 224 pixels would leave 1x1 maps.
 
     Below 128 pixels the pooling is removed, below 48 pixels the stride as well.
     """
+    width = cast(nn.Conv2d, network.conv1).out_channels
     if image_size >= 128:
+        if channels != 3:
+            network.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         return
     stride = 1 if image_size < 48 else 2
-    channels = cast(nn.Conv2d, network.conv1).out_channels
-    network.conv1 = nn.Conv2d(3, channels, 3, stride, 1, bias=False)
+    network.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
 
@@ -65,7 +68,7 @@ class _ResidualBlock(nn.Module):
         return torch.relu(self.second_norm(self.second(y)) + self.skip(x))
 
 
-def _small_resnet(width: int, classes: int) -> nn.Module:
+def _small_resnet(width: int, classes: int, channels: int) -> nn.Module:
     """Return a residual network for small images.
 
     Three blocks have `width`, 2 `width` and 4 `width` channels.
@@ -73,7 +76,7 @@ def _small_resnet(width: int, classes: int) -> nn.Module:
     With `width` 24 it has 0.3 M parameters.
     """
     network = nn.Sequential(
-        nn.Conv2d(3, width, 3, 1, 1, bias=False),
+        nn.Conv2d(channels, width, 3, 1, 1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         _ResidualBlock(width, width, 1),

@@ -13,7 +13,11 @@ PROBES = 2
 
 
 def split_head(
-    network: Network, module: nn.Module, classes: int, image_size: int
+    network: Network,
+    module: nn.Module,
+    classes: int,
+    image_size: int,
+    channels: int = CHANNELS,
 ) -> tuple[nn.Module, nn.Linear, str]:
     """Return the classifier without its last layer, that layer, and its name.
 
@@ -23,8 +27,8 @@ def split_head(
         Where the classifier comes from.
     module : nn.Module
         The classifier. Its last layer is replaced by an identity.
-    classes, image_size : int
-        Number of classes; side of the images in pixels.
+    classes, image_size, channels : int
+        Number of classes; side of the images in pixels; their channels.
 
     Returns
     -------
@@ -40,22 +44,24 @@ def split_head(
     ConfigError
         If the classifier cannot process such images, or does not end in an `nn.Linear`.
     """
-    name = network.head or _name_of_head(network, module, classes, image_size)
+    name = network.head or _name_of_head(network, module, classes, image_size, channels)
     head = module.get_submodule(name)
     assert isinstance(head, nn.Linear)
     module.set_submodule(name, nn.Identity())
     return module, head if head.bias is not None else _with_bias(head), name
 
 
-def probe_images(module: nn.Module, image_size: int) -> Tensor:
+def probe_images(module: nn.Module, image_size: int, channels: int = CHANNELS) -> Tensor:
     """Return normalised images to try a network with, float [PROBES, channels, size, size]."""
-    shape = (PROBES, CHANNELS, image_size, image_size)
+    shape = (PROBES, channels, image_size, image_size)
     like = next(iter(module.parameters()), torch.zeros(()))
-    values = torch.linspace(-1, 1, PROBES * CHANNELS * image_size**2, device=like.device)
+    values = torch.linspace(-1, 1, PROBES * channels * image_size**2, device=like.device)
     return values.to(like.dtype).view(shape)
 
 
-def _name_of_head(network: Network, module: nn.Module, classes: int, image_size: int) -> str:
+def _name_of_head(
+    network: Network, module: nn.Module, classes: int, image_size: int, channels: int
+) -> str:
     """Return the name of the `nn.Linear` whose output is the output of the network."""
     calls: list[tuple[str, Tensor]] = []
     handles = [
@@ -67,7 +73,7 @@ def _name_of_head(network: Network, module: nn.Module, classes: int, image_size:
     module.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = module(probe_images(module, image_size))
+            output = module(probe_images(module, image_size, channels))
     except Exception as error:  # whatever a network's own code raises
         raise ConfigError(
             f"proxy.model: {network.name} cannot process images of {image_size} pixels "

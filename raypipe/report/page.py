@@ -17,9 +17,10 @@ from raypipe.report.evaluation import curves
 from raypipe.report.pilot import gain_curves
 from raypipe.report.schema import Agreement, ClassFigures, HeldOutFidelity, Summary, Tile
 from raypipe.report.score_scan import MAX_LISTED_CLASSES
-from raypipe.report.summary import Findings, collect, high_is_hard
+from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
 from raypipe.runs.ledger import without_images
+from raypipe.runs.outside_code import code_text
 from raypipe.runs.run import Run
 from raypipe.text import counted, plural
 
@@ -130,7 +131,8 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
             name=storage.name(summary["run"]),
             plots=draw_plots(findings, baselines),
             minis=_small_histograms(summary),
-            strategies=text.strategies(summary["keep"]),
+            strategies=text.strategies(summary["keep"], summary["code"]),
+            code=[code_text(item) for item in summary["code"]],
             grids=grids,
             class_grids=class_grids,
             image_notes=tiles.notes(),
@@ -219,7 +221,7 @@ def _grids(summary: Summary, tiles: Tiles) -> dict[str, dict[str, Any]]:
 
 def _explanations(summary: Summary) -> dict[str, str]:
     """Return what each grid shows; that depends on the score and on the strategies."""
-    hard = high_is_hard(summary["fidelity"])
+    hard = summary["high_is_hard"]
     about = {
         "uncertain": "Extrapolated scores with the widest intervals.",
         "suspects": CONTRADICTED_CLUSTERS if summary["source"]["pseudo_labels"] else SUSPECTS,

@@ -400,6 +400,8 @@ class Summary(TypedDict):
     source: SourceSection
     counts: Counts
     headline: Headline | None
+    high_is_hard: bool
+    code: list[dict[str, Any]]
     fidelity: Fidelity
     fidelity_seed: HeldOutFidelity | None
     stability: dict[str, Any] | None

@@ -15,7 +15,6 @@ import numpy as np
 from raypipe import storage
 from raypipe._version import __version__
 from raypipe.config import Config
-from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import RaypipeError
 from raypipe.report import text
 from raypipe.report.classes import ClassPicks, pick_class_samples
@@ -62,6 +61,7 @@ from raypipe.report.score_scan import (
 from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
 from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise, now
+from raypipe.runs.outside_code import all_code, is_difficulty
 from raypipe.runs.pilot import Pilot
 from raypipe.runs.run import Run
 from raypipe.text import stability_for_cut
@@ -178,6 +178,8 @@ def collect(run: Run) -> Findings:
         "source": _source(config, names, ledger),
         "counts": _counts(scan, rejects, ledger),
         "headline": leading,
+        "high_is_hard": is_difficulty(str(fidelity["score"]), ledger),
+        "code": list(all_code(ledger)),
         "fidelity": fidelity,
         "fidelity_seed": _seed_fidelity(assessment),
         "stability": stability or None,
@@ -512,11 +514,6 @@ def _tile(pick: Pick, names: Sequence[str]) -> Tile:
 
 
 # -- embeddings ----------------------------------------------------------------------------------
-
-
-def high_is_hard(fidelity: Fidelity) -> bool:
-    """Tell whether a high score means a hard sample."""
-    return str(fidelity["score"]) in DIFFICULTIES
 
 
 def _with_keep_list(

@@ -158,15 +158,20 @@ def without_secrets(text: str) -> str:
     )
 
 
-def strategies(keep: Sequence[KeepListFigures]) -> list[str]:
-    """Return what the keep-lists hold, a line for each strategy."""
+def strategies(
+    keep: Sequence[KeepListFigures], code: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """Return what the keep-lists hold, a line for each strategy.
+
+    `code` describes strategies from outside raypipe.
+    """
     used = {(item["strategy"], item["by_class"]) for item in keep}
+    kept = {name: item.kept for name, item in STRATEGY_TEXTS.items()}
+    kept |= {item["name"]: str(item["kept"]) for item in code if item.get("kept")}
     return [
-        f"{name} by class: {STRATEGY_TEXTS[name].kept}, within each class"
-        if by_class
-        else f"{name}: {STRATEGY_TEXTS[name].kept}"
+        f"{name} by class: {kept[name]}, within each class" if by_class else f"{name}: {kept[name]}"
         for name, by_class in sorted((name, by_class) for name, by_class in used if name)
-        if name in STRATEGY_TEXTS
+        if name in kept
     ]
 
 

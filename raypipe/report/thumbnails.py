@@ -12,6 +12,7 @@ from raypipe.errors import RaypipeError
 from raypipe.report.score_scan import Pick
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
+from raypipe.vision.own_code import Transform, displayed, transform_to_show
 
 SIZE, QUALITY = 96, 88
 """Pixels a side of a thumbnail, and its quality; smaller images keep their size."""
@@ -67,7 +68,7 @@ def load_thumbnails(
     if not request.ids:
         return result
     try:
-        source = open_source(settings)
+        source, transform = open_source(settings), transform_to_show(settings)
         fragments = {fragment.fragment_id: fragment for fragment in run.fragments()}
     except (RaypipeError, OSError) as error:
         result.note = f"The source cannot be opened, so no images are shown: {_line(error)}"
@@ -75,8 +76,13 @@ def load_thumbnails(
 
     def load(fragment_id: str) -> _FragmentImages:
         fragment, ids = fragments.get(fragment_id), request.ids[fragment_id]
-        return _fragment_images(run, source, fragment, ids, request.large)
+        return _fragment_images(run, source, transform, fragment, ids, request.large)
 
+    if settings.transform is not None and transform is None:
+        result.note += (
+            f" Images are shown without source.transform {settings.transform}, which is imported "
+            "only with --allow-code."
+        )
     # a source that is gone costs a minute of retries a fragment: the first few tell whether it is
     for fragment_id in list(request.ids)[:PROBES]:
         loaded = load(fragment_id)
@@ -139,7 +145,12 @@ class _FragmentImages:
 
 
 def _fragment_images(
-    run: Run, source: Source, fragment: Fragment | None, ids: set[str], large: set[str]
+    run: Run,
+    source: Source,
+    transform: Transform | None,
+    fragment: Fragment | None,
+    ids: set[str],
+    large: set[str],
 ) -> _FragmentImages:
     """Return a thumbnail, or the reason why there is none, for every id.
 
@@ -156,6 +167,7 @@ def _fragment_images(
                     source.settings.max_pixels,
                     source.settings.bit_depth,
                     sample.sample_id not in large,
+                    transform,
                 )
     except Exception as error:  # whatever is wrong with a source, the report must be written
         failed = Thumbnail(reason=_line(error))
@@ -167,7 +179,11 @@ def _fragment_images(
 
 
 def make_thumbnail(
-    sample: RawSample, max_pixels: int, bit_depth: int = 16, small: bool = False
+    sample: RawSample,
+    max_pixels: int,
+    bit_depth: int = 16,
+    small: bool = False,
+    transform: Transform | None = None,
 ) -> Thumbnail:
     """Decode a sample to a square of at most SIZE pixels a side, or SMALL."""
     from raypipe.vision.decode import BadImage, decode, encode_thumbnail
@@ -177,8 +193,8 @@ def make_thumbnail(
     native = _native_size(sample)
     size, quality = (SMALL, SMALL_QUALITY) if small else (SIZE, QUALITY)
     try:
-        pixels = decode(sample.image, min(native, size), max_pixels, bit_depth)
-        data = encode_thumbnail(pixels, quality)
+        pixels = decode(sample.image, min(native, size), max_pixels, bit_depth, transform, None)
+        data = encode_thumbnail(displayed(pixels), quality)
     except BadImage as error:
         return Thumbnail(reason=_line(error))
     uri = f"data:image/{_format(data)};base64,{base64.b64encode(data).decode()}"

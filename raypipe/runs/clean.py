@@ -39,12 +39,11 @@ def clean_run(run: Run, remove: bool) -> Iterator[str]:
     for folder, size in sizes.items():
         yield f"{folder:<11} {size_text(size)}"
     found = find_intermediate(run, config)
-    names = " and ".join(found.kinds) or "nothing"
     if not found.bytes:
         yield "can go      nothing: every file is needed by the run, by evaluate or by a night"
     elif not remove:
         yield (
-            f"can go      {size_text(found.bytes)} of {names}, from which no score of the run is "
+            f"can go      {size_text(found.bytes)} of {found}, from which no score of the run is "
             "measured. Nothing is removed without --yes"
         )
     else:
@@ -52,4 +51,4 @@ def clean_run(run: Run, remove: bool) -> Iterator[str]:
             removed, size = remove_intermediate(run, config)
             records["proxy"].detail[REMOVED] = removed
             run.write_ledger(records)
-        yield f"removed     {size_text(size)} of {names}; other scores need another training"
+        yield f"removed     {size_text(size)} of {found}; other scores need another training"

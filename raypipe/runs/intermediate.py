@@ -31,15 +31,22 @@ class Intermediate:
         What is among them; recorded in the ledger once they are removed.
     sizes : dict of str to int
         URI and bytes of each; 0 for a folder that does not exist.
+    rehearsal : bool
+        Whether the proxy of a rehearsal is among them.
     """
 
     kinds: tuple[str, ...]
     sizes: dict[str, int]
+    rehearsal: bool = False
 
     @property
     def bytes(self) -> int:
         """Bytes of all of them."""
         return sum(self.sizes.values())
+
+    def __str__(self) -> str:
+        *others, last = [*self.kinds, *["proxy of the rehearsal"] * self.rehearsal] or ["nothing"]
+        return f"{', '.join(others)} and {last}" if others else last
 
 
 def remove_intermediate(run: Run, config: Config) -> tuple[list[str], int]:
@@ -72,8 +79,8 @@ def find_intermediate(run: Run, config: Config) -> Intermediate:
         kinds.append(TRAJECTORY)
         for part in parts:
             sizes |= _folder(run.path(part.folder, TRAJECTORY))
-    sizes |= _folder(inner_run(run).proxy_folder)
-    return Intermediate(tuple(kinds), sizes)
+    rehearsal = _folder(inner_run(run).proxy_folder)
+    return Intermediate(tuple(kinds), sizes | rehearsal, any(rehearsal.values()))
 
 
 def folder_sizes(run: Run) -> dict[str, int]:

@@ -93,15 +93,15 @@ class SeedManifest:
         """Compute the manifest from the statistics that every shard carries."""
         classes = run.classes()
         counts = np.zeros(distinguished_classes(classes), int)
-        sums, squares = np.zeros(3), np.zeros(3)
+        sums = squares = np.zeros(1)  # one number for each channel, once a shard is read
         sizes, image_size = [], 0
         for shard in shards:
             statistics = shard_statistics(run, shard)
             image_size = statistics["image_size"]
             sizes.append(statistics["samples"])
             counts += np.array(statistics["per_class"], int)
-            sums += statistics["sum"]
-            squares += statistics["square"]
+            sums = sums + statistics["sum"]
+            squares = squares + statistics["square"]
         pixels = max(1, sum(sizes) * image_size**2)
         mean = sums / pixels
         std = np.sqrt(np.maximum(squares / pixels - mean**2, 1e-6))

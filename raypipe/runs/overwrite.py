@@ -48,6 +48,7 @@ def check_overwrite(
     records: Mapping[str, StageRecord],
     config: Config,
     outdated: Sequence[str],
+    code: Sequence[str] = (),
 ) -> None:
     """Raise RunError if a configuration would replace results that are worth keeping.
 
@@ -64,6 +65,8 @@ def check_overwrite(
         The new configuration.
     outdated : sequence of str
         Stages of the ledger that the configuration would run again or remove unasked, in order.
+    code : sequence of str
+        Which code from outside raypipe has changed, one phrase each.
     """
     lost = {name: records[name] for name in outdated}
     if not lost:
@@ -76,7 +79,7 @@ def check_overwrite(
             "run"
         )
     if sum(record.wall_seconds for record in lost.values()) > REDO_SECONDS:
-        changed = list(_changes(run, config).values())
+        changed = [*_changes(run, config).values(), *code]
         settings = f" ({_listed(changed)})" if changed else ""
         raise RunError(
             f"{run.uri}: other settings than those of the run{settings}; {_lost(lost)} would be "

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from raypipe import storage
 from raypipe.config import Config, dump_config, parse_config
+from raypipe.config.parts import part_names_accepted
 from raypipe.errors import RunError
 from raypipe.runs.layout import STAGE_FOLDERS, VALID_NAME, Layout
 from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_of, now
@@ -135,13 +136,17 @@ class Run(Layout):
         storage.write_bytes(self.config_file, dump_config(config, sections).encode())
 
     def config(self) -> Config:
-        """Read the configuration of the run. Raises RunError if it is missing or damaged."""
+        """Read the configuration of the run. Raises RunError if it is missing or damaged.
+
+        It can name parts of packages that are not installed here; nothing is imported.
+        """
         import yaml
 
         try:
-            return parse_config(
-                yaml.safe_load(storage.read_whole(self.config_file, MAX_CONFIG_BYTES))
-            )
+            with part_names_accepted():
+                return parse_config(
+                    yaml.safe_load(storage.read_whole(self.config_file, MAX_CONFIG_BYTES))
+                )
         except FileNotFoundError:
             raise RunError(self._absent("config.yaml")) from None
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:

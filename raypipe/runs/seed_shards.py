@@ -33,7 +33,7 @@ def read_shard(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray]
     list of str
         Ids.
     numpy.ndarray
-        Images, uint8 [n, 3, size, size], in the memory of the file.
+        Images, uint8 [n, channels, size, size], in the memory of the file.
     numpy.ndarray
         Labels or pseudo-labels, int64 [n].
     """
@@ -49,7 +49,7 @@ def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray
     size = json.loads(table.schema.metadata[b"raypipe"])["image_size"]
     count = len(table)
     if count == 0:
-        return [], np.zeros((0, 3, size, size), np.uint8), np.zeros(0, np.int64)
+        return [], image_array(table["image"], size), np.zeros(0, np.int64)
     return (
         table["sample_id"].to_pylist(),
         image_array(table["image"], size),
@@ -58,18 +58,23 @@ def read_images(run: Run, shard: str) -> tuple[list[str], np.ndarray, np.ndarray
 
 
 def image_array(column: pa.ChunkedArray, size: int) -> np.ndarray:
-    """Return a column of images as uint8 [n, 3, size, size], without a copy of a single chunk."""
+    """Return a column of images as uint8 [n, channels, size, size].
+
+    A single chunk is not copied.
+    """
+    width = column.type.byte_width
+    shape = (width // (size * size), size, size)
     if not len(column):
-        return np.zeros((0, 3, size, size), np.uint8)
-    images, width = column.combine_chunks(), 3 * size * size
+        return np.zeros((0, *shape), np.uint8)
+    images = column.combine_chunks()
     pixels = np.frombuffer(
         images.buffers()[1], np.uint8, len(images) * width, images.offset * width
     )
-    return pixels.reshape(len(images), 3, size, size)
+    return pixels.reshape(len(images), *shape)
 
 
 def image_column(images: np.ndarray) -> pa.Array:
-    """Return images, uint8 [n, 3, size, size], as a column of bytes."""
+    """Return images, uint8 [n, channels, size, size], as a column of bytes."""
     data = np.ascontiguousarray(images)
     width = int(np.prod(images.shape[1:]))
     return pa.FixedSizeBinaryArray.from_buffers(
@@ -118,13 +123,13 @@ def shard_table(
     ids, labels : list
         One per sample; label -1 for an unlabelled one.
     images : numpy.ndarray
-        uint8 [n, 3, size, size].
+        uint8 [n, channels, size, size].
     classes, size : int
         Number of classes, and side of the images in pixels.
     extra : mapping
         Further metadata: `unlabelled`, whether the source has no labels.
     """
-    channels = images.reshape(len(ids), 3, size * size).astype(np.float64) / 255
+    channels = images.reshape(len(ids), images.shape[1], -1).astype(np.float64) / 255
     statistics = {
         "image_size": size,
         "samples": len(ids),
@@ -138,7 +143,7 @@ def shard_table(
     columns = [
         pa.array(ids, pa.string()),
         pa.array(labels, pa.int32()),
-        image_column(images.reshape(len(ids), 3, size, size)),
+        image_column(images),
     ]
     return pa.table(columns, ["sample_id", "label", "image"]).replace_schema_metadata(
         {"raypipe": json.dumps(statistics)}

@@ -9,7 +9,7 @@ To add a trajectory score:
 1. Write `raypipe/scores/my_score.py` with the paper's formula at its top and one function
    ``score(trajectory, **options)`` that returns float32 [samples].
 2. Add an entry to `SCORES`. The module is found by name: "my-score" is `raypipe.scores.my_score`.
-3. Add the name to `ScoreName` in `raypipe.config.measure`, and a field ``my_score`` with the
+3. Add the name to `OwnScore` in `raypipe.config.measure`, and a field ``my_score`` with the
    options to `MeasureSettings`. They are passed to ``score`` as keyword arguments.
 4. If a high score means a hard sample, which can be mislabelled, add the name to `DIFFICULTIES` in
    `raypipe.config.choices`.
@@ -46,7 +46,10 @@ from typing import Any, Literal
 import numpy as np
 
 from raypipe.config import Config
+from raypipe.config.parts import validated_options
 from raypipe.errors import ConfigError
+from raypipe.plugins import SCORE, allows_code, find
+from raypipe.scores.base import Score, checked_score
 from raypipe.scores.trajectory import STATISTICS, ScoreError, Trajectory
 
 
@@ -157,12 +160,39 @@ SCORES = {
         ),
     )
 }
-"""Every measured score by name."""
+"""Every measured score of raypipe by name."""
+
+
+def score_info(name: str) -> ScoreInfo:
+    """Return the entry of a score, also of one from outside.
+
+    Raises
+    ------
+    ConfigError
+        If a score from outside cannot be imported, or must not be.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    score = find(SCORE, name, Score)
+    return ScoreInfo(name, score.summary, "trajectory", "none", score.paper, score.reads)
 
 
 def trajectory_score(name: str) -> Callable[..., np.ndarray]:
-    """Return the function of a trajectory score; raise ScoreError if the name is not one."""
-    if name not in SCORES or SCORES[name].needs != "trajectory":
+    """Return the function of a trajectory score.
+
+    Raises
+    ------
+    ScoreError
+        If a score of raypipe is not computed from the trajectory.
+    ConfigError
+        If a score from outside cannot be imported, or must not be.
+    """
+    if name not in SCORES:
+        score = find(SCORE, name, Score)
+        return lambda trajectory, **options: checked_score(
+            name, score(validated_options(score, SCORE, name, {name: options})), trajectory
+        )
+    if SCORES[name].needs != "trajectory":
         names = ", ".join(key for key, info in SCORES.items() if info.needs == "trajectory")
         raise ScoreError(f"{name!r} is not a trajectory score; those are {names}")
     module: Any = import_module(f"raypipe.scores.{name.replace('-', '_')}")
@@ -180,9 +210,15 @@ def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
 
 
 def check_scores(config: Config) -> None:
-    """Raise ConfigError if a score needs more epochs than the proxy will be trained for."""
+    """Raise ConfigError if a score needs more epochs than the proxy will be trained for.
+
+    Scores from outside are checked where their code can be imported.
+    """
     for name in sorted(config.measure.from_trajectory):
+        if name not in SCORES and not allows_code():
+            continue
         try:
             check_epochs(name, config.proxy.passes, config.measure.trajectory_options(name))
         except ScoreError as error:
-            raise ConfigError(f"measure.scores: {error}") from None
+            text = str(error).removeprefix("measure.scores: ")
+            raise ConfigError(f"measure.scores: {text}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from raypipe.selection.base import SelectionOptions
 from raypipe.selection.hashing import IdSet, hash64, id_hash
 from raypipe.selection.keep_list import Selection, select
+from raypipe.selection.outside import KeepStrategy
 from raypipe.selection.quotas import even_quotas, proportional_quotas
 from raypipe.selection.radix_select import (
     ALWAYS,
@@ -23,6 +24,7 @@ from raypipe.selection.radix_select import (
 )
 from raypipe.selection.strategies import (
     STRATEGIES,
+    find_strategy,
     needs_classes,
     needs_embeddings,
     needs_loss,
@@ -38,9 +40,11 @@ __all__ = [
     "Chunks",
     "EmbeddedChunks",
     "IdSet",
+    "KeepStrategy",
     "Selection",
     "SelectionOptions",
     "even_quotas",
+    "find_strategy",
     "hash64",
     "id_hash",
     "needs_classes",

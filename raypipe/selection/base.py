@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from raypipe.selection.radix_select import (
 class SelectionOptions:
     """Parameters of the strategies; `raypipe.config.SelectSettings` describes and checks them.
 
-    `recall` has the recall of each class for quotas "recall", NaN where it is unknown.
+    `recall` has the recall of each class for quotas "recall", NaN where it is unknown. `own` has
+    the options of a strategy from outside.
     """
 
     seed: int = 0
@@ -40,6 +41,7 @@ class SelectionOptions:
     recall: tuple[float, ...] = ()
     min_per_class: int = 0
     weights: str = "none"
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

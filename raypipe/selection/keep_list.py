@@ -13,6 +13,7 @@ from raypipe.selection.base import (
     ReservedFirst,
     SelectionOptions,
     SelectionPlan,
+    Strategy,
     within_classes,
 )
 from raypipe.selection.quotas import bounded_quotas
@@ -26,7 +27,7 @@ from raypipe.selection.radix_select import (
     ValidatedStream,
     find_boundaries,
 )
-from raypipe.selection.strategies import STRATEGIES
+from raypipe.selection.strategies import find_strategy
 from raypipe.selection.weights import Weights, class_weights, inverse_inclusion_weights
 
 
@@ -65,7 +66,7 @@ class Selection:
 def select(
     chunks: Chunks,
     keep: Sequence[float],
-    strategy: str = "top",
+    strategy: str | Strategy = "top",
     classes: int = 0,
     options: SelectionOptions | None = None,
     marked: bool = False,
@@ -79,8 +80,8 @@ def select(
         The stream of scores.
     keep : Sequence[float]
         Keep fractions, above 0 and at most 1.
-    strategy : str
-        One of `STRATEGIES`.
+    strategy : str or Strategy
+        A name of `STRATEGIES` or of a strategy from outside, or a strategy.
     classes : int
         Number of classes; labels are below it. See `needs_classes`.
     options : SelectionOptions, optional
@@ -108,10 +109,11 @@ def select(
         For a score that is not finite.
     """
     options = options or SelectionOptions()
-    _check_arguments(keep, strategy, options)
+    rule = strategy if isinstance(strategy, Strategy) else find_strategy(strategy)
+    _check_arguments(keep, rule, options, strategy if isinstance(strategy, str) else "it")
     stream = ValidatedStream(chunks, embedded)
-    plans = STRATEGIES[strategy].plan(stream, keep, classes, options)
-    if options.by_class and not STRATEGIES[strategy].balances_classes:
+    plans = rule.plan(stream, keep, classes, options)
+    if options.by_class and not rule.balances_classes:
         plans = [within_classes(plan, classes, options) for plan in plans]
     if marked or options.min_per_class:
         plans = _with_reserved(stream, plans, classes, options.min_per_class)
@@ -131,9 +133,9 @@ def select(
     ]
 
 
-def _check_arguments(keep: Sequence[float], strategy: str, options: SelectionOptions) -> None:
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
+def _check_arguments(
+    keep: Sequence[float], rule: Strategy, options: SelectionOptions, name: str
+) -> None:
     for fraction in keep:
         if not 0 < fraction <= 1:
             raise ConfigError(
@@ -144,8 +146,8 @@ def _check_arguments(keep: Sequence[float], strategy: str, options: SelectionOpt
         return
     if options.min_per_class:
         reason = "min_per_class changes the probabilities"
-    elif not STRATEGIES[strategy].draws_at_random:
-        reason = f"{strategy} draws nothing at random"
+    elif not rule.draws_at_random:
+        reason = f"{name} draws nothing at random"
     else:
         return
     raise ConfigError(

@@ -29,12 +29,17 @@ For example, the lowest scores::
 
 from __future__ import annotations
 
+import socket
+
+from raypipe.errors import ConfigError
+from raypipe.plugins import STRATEGY, declared, is_reference
 from raypipe.selection import deterministic, randomized
 from raypipe.selection.band import band
 from raypipe.selection.base import SelectionOptions, Strategy
 from raypipe.selection.coverage import coverage
 from raypipe.selection.d2 import d2
 from raypipe.selection.infomax import infomax
+from raypipe.selection.outside import outside_strategy
 from raypipe.selection.typical import typical
 
 STRATEGIES: dict[str, Strategy] = {
@@ -54,13 +59,31 @@ STRATEGIES: dict[str, Strategy] = {
     "coverage": Strategy(coverage, nested=False, uses_difficulty=True, needs_embeddings=True),
     "typical": Strategy(typical, uses_scores=False, needs_embeddings=True),
 }
-"""Every strategy of `select.strategy` by name."""
+"""Every strategy of raypipe by name."""
+
+
+def find_strategy(name: str) -> Strategy:
+    """Return a strategy by name, also one from outside.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of this name, or one from outside cannot be imported, or must not be.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    if not is_reference(name) and name not in declared(STRATEGY):
+        raise ConfigError(
+            f"strategy: {name!r} is not one of {', '.join(STRATEGIES)}, and no package installed "
+            f"on {socket.gethostname()} declares it"
+        )
+    return outside_strategy(name)
 
 
 def needs_classes(strategy: str, options: SelectionOptions) -> bool:
     """Whether `select` must be given the number of classes."""
     return (
-        STRATEGIES[strategy].uses_classes
+        find_strategy(strategy).uses_classes
         or options.by_class
         or options.min_per_class > 0
         or options.weights == "class"
@@ -69,16 +92,16 @@ def needs_classes(strategy: str, options: SelectionOptions) -> bool:
 
 def needs_embeddings(strategy: str) -> bool:
     """Whether `select` needs the stream with embeddings."""
-    return STRATEGIES[strategy].needs_embeddings
+    return find_strategy(strategy).needs_embeddings
 
 
 def needs_loss(strategy: str, options: SelectionOptions) -> bool:
     """Whether `select` needs the proxy's loss of every sample in the stream."""
-    return STRATEGIES[strategy].needs_loss or (
-        STRATEGIES[strategy].uses_difficulty and options.difficulty == "loss"
+    return find_strategy(strategy).needs_loss or (
+        find_strategy(strategy).uses_difficulty and options.difficulty == "loss"
     )
 
 
 def needs_margin(strategy: str, options: SelectionOptions) -> bool:
     """Whether `select` needs the proxy's margin of every sample in the stream."""
-    return STRATEGIES[strategy].uses_difficulty and options.difficulty == "aum"
+    return find_strategy(strategy).uses_difficulty and options.difficulty == "aum"

@@ -1,6 +1,8 @@
 """Sources: one module per format, registered in `_SOURCES`.
 
-To add a format, see `raypipe.sources.base.Source`.
+To add a format, see `raypipe.sources.base.Source`. A package can add its own: a subclass of
+`Source` that it declares as an entry point of the group `raypipe.sources`, or that `source.format`
+names as `module:Class`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from raypipe.config import SourceSettings
+from raypipe.plugins import SOURCE, find
 from raypipe.sources.base import Source
 from raypipe.sources.classes import ClassMap, StatedNames, class_map
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
@@ -46,6 +49,8 @@ def open_source(settings: SourceSettings) -> Source:
     ------
     SourceError
         If `format` is `auto` and the format cannot be determined.
+    ConfigError
+        If a source from outside raypipe cannot be imported, or must not be.
     """
     format: str = settings.format
     if format == "auto":
@@ -57,5 +62,9 @@ def open_source(settings: SourceSettings) -> Source:
 
 def source_class(format: str) -> type[Source]:
     """Return the class of a format other than `auto`."""
+    if format not in _SOURCES:
+        kind = find(SOURCE, format, Source)
+        kind.format = format
+        return kind
     module, _, name = _SOURCES[format].partition(":")
     return getattr(import_module(module), name)

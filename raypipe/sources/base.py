@@ -10,9 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from raypipe.config import SourceSettings
+from raypipe.config.base import Settings
+from raypipe.config.parts import NoOptions, validated_options
+from raypipe.plugins import SOURCE
 from raypipe.sources.cuts import Cuts
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
@@ -62,6 +65,12 @@ class Source(abc.ABC):
     ----------
     format : str
         Name of the format in the settings.
+    summary : str
+        What it reads, in a few words; a source from outside raypipe needs it.
+    Options : type of Settings
+        Options of a source from outside raypipe, which stand in `source.options` under its name.
+    options : Settings
+        An instance of `Options`.
     scan_reads : {"nothing", "part", "all"}
         How much of a file `scan` reads; "nothing" if the listing already contains everything that
         a scan reports. Used by cost estimates.
@@ -111,6 +120,8 @@ class Source(abc.ABC):
     """
 
     format: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[Settings]] = NoOptions
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
     labels_by_name: ClassVar[bool] = False
@@ -118,6 +129,9 @@ class Source(abc.ABC):
 
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
+        self.options: Any = NoOptions()
+        if self.Options is not NoOptions:
+            self.options = validated_options(type(self), SOURCE, self.format, settings.options)
 
     def resolved_settings(self, image_size: int = 0) -> SourceSettings:
         """Return the settings with `auto` and defaults replaced by what they mean for this source.

@@ -108,6 +108,7 @@ class RawSample(NamedTuple):
         Unique within the source.
     image : bytes, ndarray or None
         Encoded bytes, or uint8 [height, width] or [height, width, 3]. None if it is unreadable.
+        Other arrays need `source.transform`, or `proxy.channels`.
     label : int, str or None
         As stored: a class number, a class name, or None if the sample has no label.
     reason : str

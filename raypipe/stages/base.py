@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from raypipe.config import Config
 from raypipe.distributed.context import Context
-from raypipe.runs.ledger import StageRecord
+from raypipe.distributed.outside_code import OutsideCode, fingerprint_of
+from raypipe.runs.ledger import StageRecord, fingerprint
 
 
 class Stage(abc.ABC):
@@ -47,6 +48,23 @@ class Stage(abc.ABC):
 
         Settings of speed (workers, batch sizes of inference) are not among them.
         """
+
+    def fingerprint(
+        self, config: Config, code: Sequence[OutsideCode], inputs: Sequence[str]
+    ) -> str:
+        """Return the fingerprint of everything that the outputs depend on.
+
+        Parameters
+        ----------
+        config : Config
+            The configuration.
+        code : sequence of OutsideCode
+            The code from outside raypipe that it names.
+        inputs : sequence of str
+            Fingerprints of the stages in `needs`, as far as the run has them.
+        """
+        own = fingerprint_of(self.name, code)
+        return fingerprint(self.name, self.settings(config), inputs, *([own] if own else []))
 
     def clear(self, context: Context) -> None:
         """Remove the outputs of other settings."""

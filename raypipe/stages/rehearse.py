@@ -55,7 +55,7 @@ class RehearseStage(Stage):
         return config.rehearses
 
     def settings(self, config: Config) -> dict[str, Any]:
-        return {"score": config.score, "options": config.measure.options(config.score)}
+        return {"score": config.score, "options": config.measure.own_options(config.score)}
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         inner = inner_run(context.run)

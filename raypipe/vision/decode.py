@@ -38,13 +38,15 @@ import io
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raypipe.errors import RaypipeError
+from raypipe.plugins import failure
 from raypipe.text import stand_in
+from raypipe.vision.own_code import Transform
 from raypipe.vision.png import without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -91,9 +93,14 @@ class EncodedSample(Protocol):
 
 
 def decode(
-    image: bytes | np.ndarray, size: int, max_pixels: int, bit_depth: int = 16
+    image: bytes | np.ndarray,
+    size: int,
+    max_pixels: int,
+    bit_depth: int = 16,
+    transform: Transform | None = None,
+    channels: int | None = 3,
 ) -> np.ndarray:
-    """Return the pixels of one image, uint8 [3, size, size].
+    """Return the pixels of one image, uint8 [channels, size, size].
 
     The shorter side is resized to `size` (antialiased bilinear; smaller images are enlarged),
     then the centre is cropped. An image whose shorter side already has `size` pixels is not
@@ -110,12 +117,24 @@ def decode(
     bit_depth : int
         Bits that 16-bit greyscale images use, 8 to 16 (`source.bit_depth`). A larger value is
         refused.
+    transform : Transform, optional
+        The user's own way from the image to its pixels, before they are resized.
+    channels : int, optional
+        Channels of the result. Other than 1 and 3 come from a transform or an array. None: as many
+        as the transform or the array has, otherwise 3.
 
     Raises
     ------
     BadImage
-        Whatever is wrong with the bytes.
+        Whatever is wrong with the bytes, or what the transform raises.
+    ConfigError
+        If the transform does not return pixels.
     """
+    if transform is not None:
+        transformed = _transformed(image, max_pixels, transform, channels)
+        return _square_channels(transformed, size, channels)
+    if isinstance(image, np.ndarray) and channels != 3 and _is_stack(image, channels):
+        return _square_channels(_checked_array(image, max_pixels), size, channels)
     opened: Image.Image
     try:
         opened = _from_array(image) if isinstance(image, np.ndarray) else open_image(image)
@@ -131,7 +150,9 @@ def decode(
         pixels = _over_white(_square(opened, size, bit_depth))
         if orientation in _ORIENTATIONS:
             pixels = pixels.transpose(_ORIENTATIONS[orientation])
-        return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+        if channels in (3, None):
+            return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+        return _square_channels(np.asarray(pixels.convert("L")), size, channels)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -151,6 +172,8 @@ def decode_batch(
     max_pixels: int,
     count: int | None = None,
     bit_depth: int = 16,
+    transform: Transform | None = None,
+    channels: int = 3,
 ) -> tuple[np.ndarray, list[str]]:
     """Decode many samples.
 
@@ -158,7 +181,7 @@ def decode_batch(
     ----------
     samples : Iterable[EncodedSample]
         Taken one by one: what a generator reads need not be in memory all at once.
-    size, max_pixels, bit_depth : int
+    size, max_pixels, bit_depth, transform, channels
         As for `decode`.
     count : int, optional
         Number of samples. Needed if `samples` has no length.
@@ -166,24 +189,84 @@ def decode_batch(
     Returns
     -------
     pixels : np.ndarray
-        uint8 [n, 3, size, size]; zero where a sample has no usable image.
+        uint8 [n, channels, size, size]; zero where a sample has no usable image.
     reasons : list[str]
         For each sample "" or the reason why it has no pixels.
     """
     if count is None:
         samples = list(samples)
         count = len(samples)
-    pixels = np.zeros((count, 3, size, size), np.uint8)
+    pixels = np.zeros((count, channels, size, size), np.uint8)
     reasons: list[str] = []
     for position, sample in enumerate(samples):
         reason = sample.reason or ("" if sample.image is not None else "no image")
         if not reason and sample.image is not None:
             try:
-                pixels[position] = decode(sample.image, size, max_pixels, bit_depth)
+                pixels[position] = decode(
+                    sample.image, size, max_pixels, bit_depth, transform, channels
+                )
             except BadImage as error:
                 reason = str(error)
         reasons.append(reason)
     return pixels, reasons
+
+
+def _transformed(
+    image: bytes | np.ndarray, max_pixels: int, transform: Transform, channels: int | None
+) -> np.ndarray:
+    """Return what a transform makes of an image, which it gets upright and as a copy."""
+    given: Any = image.copy() if isinstance(image, np.ndarray) else image
+    try:
+        if isinstance(image, bytes):
+            with contextlib.suppress(UnidentifiedImageError):
+                opened = open_image(image)
+                if opened.width * opened.height > max_pixels:
+                    raise BadImage(
+                        f"{opened.width}x{opened.height} pixels are more than max_pixels = "
+                        f"{max_pixels}"
+                    )
+                opened.load()
+                given = ImageOps.exif_transpose(opened)
+        return transform(given, channels)
+    except RaypipeError:
+        raise
+    except Exception as error:
+        raise BadImage(f"source.transform: {failure(error)}") from None
+
+
+def _is_stack(array: np.ndarray, channels: int | None) -> bool:
+    """Return whether an array is read channel by channel, not as an image of red, green, blue."""
+    found = array.shape[2] if array.ndim == 3 else 1
+    return found not in (1, 3) if channels in (None, 1) else True
+
+
+def _checked_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
+        raise BadImage(
+            f"pixels are {array.dtype} {list(array.shape)}, not uint8 [height, width, c]"
+        )
+    if array.shape[0] * array.shape[1] > max_pixels:
+        raise BadImage(
+            f"{array.shape[1]}x{array.shape[0]} pixels are more than max_pixels = {max_pixels}"
+        )
+    return array
+
+
+def _square_channels(pixels: np.ndarray, size: int, channels: int | None) -> np.ndarray:
+    """Return the central square, resized channel by channel, uint8 [channels, size, size]."""
+    layers = pixels[..., None] if pixels.ndim == 2 else pixels
+    if layers.shape[2] == 1 and channels == 3:
+        layers = np.repeat(layers, 3, 2)
+    if channels is not None and layers.shape[2] != channels:
+        raise BadImage(
+            f"pixels have {layers.shape[2]} channels, but proxy.channels is {channels}; set "
+            "source.transform, or proxy.channels"
+        )
+    squares = [
+        np.asarray(_square(Image.fromarray(np.ascontiguousarray(layer)), size, 16))
+        for layer in layers.transpose(2, 0, 1)
+    ]
+    return np.stack(squares)
 
 
 def jpeg_pixels(data: bytes, max_pixels: int) -> int:

@@ -83,14 +83,15 @@ def steps_of(settings: ProxySettings, samples: int) -> int:
 def statistics_of(images: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel, of pixels scaled to 0..1.
 
-    `images` is uint8 [n, 3, size, size]; `chunk` images are read at a time.
+    `images` is uint8 [n, channels, size, size]; `chunk` images are read at a time.
     """
-    total, square = np.zeros(3), np.zeros(3)
+    channels = images.shape[1]
+    total, square = np.zeros(channels), np.zeros(channels)
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk].astype(np.float32) / 255
         total += part.sum((0, 2, 3), dtype=np.float64)
         square += np.square(part).sum((0, 2, 3), dtype=np.float64)
-    count = max(1, images.size // 3)
+    count = max(1, images.size // channels)
     mean = total / count
     return mean.tolist(), np.sqrt(np.maximum(square / count - mean**2, 1e-6)).tolist()
 

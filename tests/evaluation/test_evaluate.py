@@ -170,8 +170,8 @@ def test_strategies_that_compare_embeddings_are_evaluated(scored: Run) -> None:
     settings = scored.config().select
     _, (evaluated,), _ = _lists(scored, strategies=["coverage"])
     assert evaluated.name == "moso, coverage by class"
-    changed = settings.model_copy(update={"strategy": "coverage"})
-    write_keep_lists(scored, changed, [0.5], scored.config().trust)
+    changed = settings.model_copy(update={"strategy": "coverage", "keep": (0.5,)})
+    write_keep_lists(scored, changed, scored.config().trust)
     kept = set(raypipe.KeepList(scored.uri, 0.5))
     names = [f"digits/{row:04d}" for row in range(198)]
     assert {names[row] for row in evaluated.rows} == kept & set(names)
@@ -220,7 +220,8 @@ def test_a_training_that_was_killed_goes_on(scored: Run, monkeypatch: pytest.Mon
 
 def test_lists_are_the_keep_lists_of_the_run_but_for_the_unlabelled(scored: Run) -> None:
     config = scored.config()
-    write_keep_lists(scored, config.select, [0.25, 0.5], config.trust)
+    select = config.select.model_copy(update={"keep": (0.25, 0.5)})
+    write_keep_lists(scored, select, config.trust)
     table = pq.read_table(scored.path("scores"))
     labelled = [
         name

@@ -78,9 +78,8 @@ def test_the_page_says_what_the_strategy_keeps(make_run: MakeRun) -> None:
     write_keep_lists(
         run,
         parse_config(
-            {"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "random"}}
+            {"run": run.uri, "source": {"uri": "x"}, "select": {"strategy": "random", "keep": 0.5}}
         ).select,
-        [0.5],
     )
     text = built(run)[1].text
     assert (
@@ -355,7 +354,7 @@ def test_the_stage_is_complete_until_something_it_shows_changes(make_run: MakeRu
     stage.execute(context, record)
     assert record.samples == 199
     assert stage.complete(context, record)
-    write_keep_lists(run, context.config.select, keep=[0.25])
+    write_keep_lists(run, context.config.select.model_copy(update={"keep": (0.25,)}))
     assert not stage.complete(context, record)
     stage.execute(context, record)
     records = run.ledger()

@@ -27,7 +27,8 @@ from raypipe.runs.run import Run
 MakeRun = Callable[..., Run]
 KEYS = {
     "format", "raypipe", "made", "run", "unfinished", "refused", "source", "counts", "fidelity",
-    "fidelity_seed", "learning_curve", "neighbour_search", "label_noise", "scores", "keep",
+    "code", "high_is_hard", "fidelity_seed", "learning_curve", "neighbour_search", "label_noise",
+    "scores", "keep",
     "classes", "shown_classes", "even_classes", "class_histograms", "class_grids",
     "class_fragments", "headline", "sets", "stability",
     "cost", "pilot", "evaluation", "embeddings", "grids", "rejects", "settings",

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from helpers import QUIET, score_files, small_config, table_of
+from helpers import QUIET, cross_fit_config, score_files, small_config, table_of
 from threadpoolctl import threadpool_limits
 
 import raypipe
@@ -39,15 +39,7 @@ PARTS = 3
 
 
 def config_of(uri: str, score: str) -> Config:
-    return small_config(
-        uri,
-        f"proxy.parts={PARTS}",
-        "measure.scores=[moso, loss, el2n]",
-        "measure.loss.at=auto",
-        f"extrapolate.score={score}",
-        "embed.dtype=float32",
-        "trust.min_stability=-1",
-    )
+    return cross_fit_config(uri, score, "measure.scores=[moso, loss, el2n]")
 
 
 @pytest.fixture(scope="module")

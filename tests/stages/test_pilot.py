@@ -152,7 +152,7 @@ def test_where_pruning_hurts_the_run_says_so_and_hands_out_random_lists(piloted:
     assert pilot.plan.samples == 200 and pilot.plan.tested == 120 and pilot.plan.repeats == 3
     gain = pilot.gains(0.3, 2000)["ccs, strata 1"]
     assert gain.mean < -0.05
-    written = make_keep_lists(run, config.select, (0.3, 0.6))
+    written = make_keep_lists(run, config.select.model_copy(update={"keep": (0.3, 0.6)}))
     for fraction in ("0.30", "0.60"):
         about = keep_metadata(run.keep_list(f"keep-{fraction}.parquet"))
         assert about["strategy"] == "random" and json.loads(about["options"])["by_class"]
@@ -161,7 +161,7 @@ def test_where_pruning_hurts_the_run_says_so_and_hands_out_random_lists(piloted:
     assert written.chosen["keep-0.30.parquet"]["strategy"] == "random"
     assert written.ledger_detail()["strategy"] == "auto"
     # an explicit strategy is as before
-    make_keep_lists(run, SelectSettings(strategy="ccs", keep=(0.3,)), (0.3,))
+    make_keep_lists(run, SelectSettings(strategy="ccs", keep=(0.3,)))
     about = keep_metadata(run.keep_list("keep-0.30.parquet"))
     assert about["strategy"] == "ccs" and "chosen" not in about
 
@@ -182,7 +182,7 @@ def test_a_strategy_that_helps_is_taken(tmp_path: Path) -> None:
         name: draw.random((4, 3, 2000)) < 0.5 + rate,
     }
     Pilot(plan, correct).write(run)
-    make_keep_lists(run, config.select, (0.3,))
+    make_keep_lists(run, config.select.model_copy(update={"keep": (0.3,)}))
     about = keep_metadata(run.keep_list("keep-0.30.parquet"))
     assert about["strategy"] == "ccs" and json.loads(about["options"])["strata"] == 1
     assert about["reason"].startswith("the pilot predicts ccs, strata 1 at +")
@@ -190,25 +190,25 @@ def test_a_strategy_that_helps_is_taken(tmp_path: Path) -> None:
     record = run.ledger()["extrapolate"]
     record.detail = {**record.detail, "measured": 0, "fidelity": {"spearman": 0.1}}
     run.write_ledger({"extrapolate": record})
-    make_keep_lists(run, config.select, (0.3,))
+    make_keep_lists(run, config.select.model_copy(update={"keep": (0.3,)}))
     about = keep_metadata(run.keep_list("keep-0.30.parquet"))
     assert about["strategy"] == "random" and "Spearman" in about["reason"]
     forced = config.select.model_copy(update={"force": True})
-    make_keep_lists(run, forced, (0.3,))
+    make_keep_lists(run, forced.model_copy(update={"keep": (0.3,)}))
     assert keep_metadata(run.keep_list("keep-0.30.parquet"))["strategy"] == "ccs"
 
 
 def test_without_a_pilot_lists_are_random_within_classes(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run")
     run = Run(config.run)
-    make_keep_lists(run, config.select, (0.5,))
+    make_keep_lists(run, config.select.model_copy(update={"keep": (0.5,)}))
     about = keep_metadata(run.keep_list("keep-0.50.parquet"))
     assert about["strategy"] == "random" and about["reason"] == "random within classes: no pilot"
     record = run.ledger()["extrapolate"]
     record.detail = {"tables": {"embeddings": "x"}}
     run.write_ledger({"extrapolate": record})
     with pytest.raises(ConfigError, match="name a strategy"):
-        make_keep_lists(run, config.select, (0.5,))
+        make_keep_lists(run, config.select.model_copy(update={"keep": (0.5,)}))
 
 
 def _run_and_wait(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import QUIET, score_files, small_config, table_of
+from helpers import QUIET, cross_fit_config, score_files, small_config, table_of
 
 import raypipe
 from raypipe import storage
@@ -16,24 +16,21 @@ from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
 from raypipe.scores.linear_probe import LinearProbe
 
-SAME_EVERYWHERE = ("proxy.repeats=2", "proxy.epochs=2", "embed.dtype=float32")
+REPEATS = ("proxy.repeats=2", "proxy.epochs=2")
 
 
-def cross_fit_config(uri: str, score: str) -> Config:
-    return small_config(
-        uri,
-        *SAME_EVERYWHERE,
-        "proxy.parts=3",
-        "measure.scores=[moso, loss, aum]",
-        "measure.loss.at=auto",
-        f"extrapolate.score={score}",
-        "extrapolate.method=knn",
-    )
+def config_of(uri: str, score: str) -> Config:
+    scores = "measure.scores=[moso, loss, aum]"
+    return cross_fit_config(uri, score, *REPEATS, scores, "extrapolate.method=knn")
 
 
 def one_part_config(uri: str) -> Config:
     return small_config(
-        uri, *SAME_EVERYWHERE, "measure.scores=[aum, moso]", "extrapolate.score=aum"
+        uri,
+        *REPEATS,
+        "measure.scores=[aum, moso]",
+        "extrapolate.score=aum",
+        "embed.dtype=float32",
     )
 
 
@@ -41,7 +38,7 @@ def one_part_config(uri: str) -> Config:
 def cross_fit(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two proxies for each of three parts; the loss of linear probes is the score."""
     uri = str(tmp_path_factory.mktemp("repeats") / "run")
-    raypipe.run(cross_fit_config(uri, "loss"), progress=QUIET)
+    raypipe.run(config_of(uri, "loss"), progress=QUIET)
     return Run(uri)
 
 
@@ -131,14 +128,14 @@ def test_a_proxy_that_is_lost_is_trained_again_alike_and_alone(cross_fit: Run) -
     kept = [storage.info(file) for number, file in enumerate(final) if number != 4]
     scores = score_files(cross_fit.uri)
     storage.delete(cross_fit.path(lost.folder))
-    raypipe.run(cross_fit_config(cross_fit.uri, "loss"), progress=QUIET)
+    raypipe.run(config_of(cross_fit.uri, "loss"), progress=QUIET)
     assert [storage.read_bytes(file) for file in final] == before
     assert [storage.info(file) for number, file in enumerate(final) if number != 4] == kept
     assert score_files(cross_fit.uri) == scores
 
 
 def test_an_extrapolator_sees_the_embeddings_of_all_repeats(cross_fit: Run) -> None:
-    raypipe.run(cross_fit_config(cross_fit.uri, "moso"), progress=QUIET)
+    raypipe.run(config_of(cross_fit.uri, "moso"), progress=QUIET)
     scores = table_of(cross_fit, "scores")
     assert np.isfinite(scores["score"].to_numpy()).all()
     detail = cross_fit.ledger()["extrapolate"].detail

@@ -97,7 +97,7 @@ def test_top_lists_hold_the_highest_scores_and_are_nested(run: Run) -> None:
 
 
 def test_the_file_says_how_it_was_made(run: Run) -> None:
-    written = make_keep_lists(run, SelectSettings(strategy="balanced"), keep=[0.7])
+    written = make_keep_lists(run, SelectSettings(strategy="balanced", keep=(0.7,)))
     detail = written.ledger_detail()
     assert (detail["samples"], detail["strategy"]) == (SAMPLES, "balanced")
     uri = run.path("keep", "keep-0.70.parquet")
@@ -138,7 +138,7 @@ def test_an_object_store_gets_the_same_lists(run: Run, s3: str) -> None:
     there = Run(f"{s3}/select")
     for file in storage.listing(run.uri):
         storage.write_bytes(there.path(file.path), storage.read_bytes(run.path(file.path)))
-    lists = write_keep_lists(there, SelectSettings(strategy="top", keep=(0.5,)), keep=[0.4])
+    lists = write_keep_lists(there, SelectSettings(strategy="top", keep=(0.4,)))
     write_keep_lists(run, SelectSettings(strategy="top", keep=(0.4,)))
     assert lists == {"keep-0.40.parquet": 120}
     assert storage.read_bytes(there.path("keep", "keep-0.40.parquet")) == storage.read_bytes(
@@ -152,10 +152,10 @@ def test_an_object_store_gets_the_same_lists(run: Run, s3: str) -> None:
 
 def test_another_fraction_is_added_and_lists_of_other_scores_are_removed(run: Run) -> None:
     write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
-    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)), keep=[0.2])
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.2,)))
     assert storage.names(run.path("keep")) == {"keep-0.50.parquet", "keep-0.20.parquet"}
     write_scores(run, "part-9", ["new"], [1], np.array([9.0], np.float32))
-    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)), keep=[0.2])
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.2,)))
     assert storage.names(run.path("keep")) == {"keep-0.20.parquet"}
 
 
@@ -291,7 +291,7 @@ def test_an_id_that_occurs_twice_at_the_threshold_is_noticed(run: Run) -> None:
 
 def test_a_bad_fraction_is_refused(run: Run) -> None:
     with pytest.raises(ConfigError, match=r"1\.5 is not a fraction"):
-        write_keep_lists(run, SelectSettings(strategy="top"), keep=[1.5])
+        write_keep_lists(run, SelectSettings(strategy="top").model_copy(update={"keep": (1.5,)}))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_listed_ids_are_kept_or_not_and_unknown_ones_told(run: Run, tmp_path: Pa
         min_per_class=2,
     )
     first = kept(run)[:7]
-    detail = make_keep_lists(run, settings, (0.5,)).ledger_detail()
+    detail = make_keep_lists(run, settings.model_copy(update={"keep": (0.5,)})).ledger_detail()
     assert len(kept(run)) == 100 and set(low) <= set(kept(run)) and not set(first) & set(kept(run))
     assert unknown_id_notes(detail["marked"]) == [
         "select.always_keep: 6 of its ids are not among the scores (a, b, c, d, e, ...)",
@@ -349,7 +349,7 @@ def test_of_near_duplicates_the_higher_score_stays(
     settings = SelectSettings(
         strategy="top", keep=(0.4,), near_duplicates=0.99, always_keep=str(tmp_path / "always.txt")
     )
-    detail = make_keep_lists(run, settings, (0.4,)).ledger_detail()
+    detail = make_keep_lists(run, settings.model_copy(update={"keep": (0.4,)})).ledger_detail()
     score, names = column(run, "scores", "score"), set(kept(run, "0.40"))
     pairs = [
         (f"{shard}/é{row}", f"{shard}/é{row + 1}")
@@ -369,7 +369,7 @@ def test_of_near_duplicates_the_higher_score_stays(
             and detail["marked"]["near_duplicates"] >= 85
         )
     with pytest.raises(ConfigError, match="near duplicates"):
-        make_keep_lists(run, settings, (0.9,))
+        make_keep_lists(run, settings.model_copy(update={"keep": (0.9,)}))
 
 
 def test_a_random_list_needs_no_faithful_scores(run: Run) -> None:

@@ -49,6 +49,7 @@ from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.stages.base import Stage
 from raypipe.stages.embed.actor import EmbedActor
 from raypipe.vision.decode import decode_batch
+from raypipe.vision.own_code import transform_of
 
 READERS = 16
 """Files of rejects that the driver reads at a time; it holds no more of them."""
@@ -132,7 +133,8 @@ def _embed_missing(
     probe_fraction = 0.0
     if config.proxy.cross_fits:
         probe_fraction = min(1.0, probe_samples(len(run.classes().names)) / max(1, samples))
-    gpu_decoding = pool.num_gpus > 0 and config.embed.decode != "cpu"
+    plain = config.source.transform is None and config.proxy.channels == 3
+    gpu_decoding = pool.num_gpus > 0 and config.embed.decode != "cpu" and plain
     with context.progress.meter("embed", samples) as meter:
         meter.already(sum(fragment.samples for fragment in done))
         meter.queue(len(missing))
@@ -203,7 +205,15 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
         columns["image"][:] = images
         columns["jpeg_pixels"] = np.array(pixels, np.int64)
     else:
-        columns["image"], unreadable = decode_batch(samples(), size, max_pixels, count, depth)
+        columns["image"], unreadable = decode_batch(
+            samples(),
+            size,
+            max_pixels,
+            count,
+            depth,
+            transform_of(config.source),
+            config.proxy.channels,
+        )
     if len(ids) != count:
         raise StageError(
             f"{fragment.path}: {len(ids)} samples where the index counted {count}; "

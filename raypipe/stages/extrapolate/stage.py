@@ -70,7 +70,7 @@ class ExtrapolateStage(Stage):
     def settings(self, config: Config) -> dict[str, Any]:
         # another audit changes the assessment, but no score
         settings = config.extrapolate.model_dump(
-            mode="json", exclude={"max_actors", "use_gpu", "audit_extremes"}
+            mode="json", exclude={"options", "max_actors", "use_gpu", "audit_extremes"}
         )
         cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
         return {**settings, "rehearsal": config.rehearses, "score": config.score, **cross_fit}

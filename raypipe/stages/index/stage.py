@@ -53,6 +53,8 @@ class IndexStage(Stage):
         return config.source.model_dump(
             mode="json",
             exclude={
+                "options",
+                "transform",
                 "max_pixels",
                 "bit_depth",
                 "max_reject_fraction",

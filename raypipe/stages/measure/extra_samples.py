@@ -32,6 +32,7 @@ from raypipe.stages.measure.gradient_job import (
 )
 from raypipe.stages.measure.gradients import measure_shards
 from raypipe.vision.decode import decode_batch
+from raypipe.vision.own_code import transform_of
 
 LabelledImages = dict[str, tuple[int, np.ndarray]]
 """Label (-1 for none) and pixels, uint8 [3, size, size], by sample_id."""
@@ -131,7 +132,7 @@ def _write_shard(
     run, size = context.run, context.config.proxy.image_size
     labels = dict(zip(samples["sample_id"].to_pylist(), samples["label"].to_pylist(), strict=True))
     ids = [sample_id for sample_id in labels if sample_id in images]
-    pixels = np.zeros((0, 3, size, size), np.uint8)
+    pixels = np.zeros((0, context.config.proxy.channels, size, size), np.uint8)
     if ids:
         pixels = np.stack([images[sample_id][1] for sample_id in ids])
     # without a label in the source, the given label is the pseudo-label
@@ -163,6 +164,8 @@ def _read(config: Config, run_uri: str, unit: tuple[Fragment, list[str]]) -> _Re
         config.proxy.image_size,
         config.source.max_pixels,
         bit_depth=config.source.bit_depth,
+        transform=transform_of(config.source),
+        channels=config.proxy.channels,
     )
     labels = [classes.label_of(sample)[0] for sample in samples]
     valid = {

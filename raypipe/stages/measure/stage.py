@@ -49,11 +49,12 @@ class MeasureStage(Stage):
         check_forward_mode(context.config, context.run)
 
     def settings(self, config: Config) -> dict[str, Any]:
-        options = {score: config.measure.options(score) for score in sorted(config.measure.scores)}
+        settings = config.measure
+        options = {score: settings.own_options(score) for score in sorted(settings.scores)}
         cross_fit = {"cross_fit": True} if config.proxy.cross_fits else {}
         return options | {
-            "precision": config.measure.precision,
-            "recalibrate": config.measure.recalibrate,
+            "precision": settings.precision,
+            "recalibrate": settings.recalibrate,
             **cross_fit,
         }
 
@@ -64,6 +65,8 @@ class MeasureStage(Stage):
         """
         for shard in context.run.done("measured"):
             storage.delete(context.run.measured_shard(shard))
+        if context.code:  # the name of the folder does not show the code of a score
+            storage.delete(context.run.path(trajectory_folder(context.config, context.run)))
         storage.delete(context.run.path(AUDIT_FOLDER))
 
     def reuses(self, context: Context) -> bool:
@@ -147,7 +150,7 @@ def _announce(context: Context) -> dict[str, Any]:
         from raypipe.scores.per_sample import slow_parameters
 
         size = config.proxy.image_size
-        image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        image = torch.zeros(1, config.proxy.channels, size, size, dtype=torch.uint8)
         slow = slow_parameters(empty_proxy(context.run), image)
     if not slow:
         return {}

@@ -115,10 +115,10 @@ def columns_of(scores: list[str]) -> list[str]:
 
     At least one of them is a statistic, where a NaN shows that a row is missing.
     """
-    from raypipe.scores.registry import SCORES
+    from raypipe.scores.registry import score_info
     from raypipe.scores.trajectory import STATISTICS
 
-    columns = {name for score in scores for name in SCORES[score].reads}
+    columns = {name for score in scores for name in score_info(score).reads}
     if not columns & set(STATISTICS):
         columns.add("margin")
     return [name for name in (*STATISTICS, "probabilities") if name in columns]

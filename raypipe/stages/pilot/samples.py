@@ -189,7 +189,8 @@ def _scores_of(
 
 def _read_images(run: Run, shards: Sequence[str], limit: int, wanted: IdSet | None) -> PilotSamples:
     """Read labelled samples, with images of at most `limit` pixels and without scores."""
-    size = SeedManifest.read(run).image_size
+    manifest = SeedManifest.read(run)
+    nothing = np.zeros((0, len(manifest.mean), *[manifest.image_size] * 2), np.uint8)
     names, images, labels = list[str](), [], []
     for shard in shards:
         ids, pixels, label = read_shard(run, shard)
@@ -202,7 +203,7 @@ def _read_images(run: Run, shards: Sequence[str], limit: int, wanted: IdSet | No
     unknown = np.full(count, np.nan, np.float32)
     return PilotSamples(
         pa.array(names, pa.string()),
-        np.concatenate([*images, halved(np.zeros((0, 3, size, size), np.uint8), limit)]),
+        np.concatenate([*images, halved(nothing, limit)]),
         np.concatenate([*labels, np.zeros(0, np.int64)]),
         score=unknown,
         loss=unknown,
@@ -220,7 +221,7 @@ def halved(images: np.ndarray, limit: int) -> np.ndarray:
     size = images.shape[-1]
     while size > limit and size % 2 == 0:
         size //= 2
-        blocks = images.reshape(len(images), 3, size, 2, size, 2)
+        blocks = images.reshape(*images.shape[:2], size, 2, size, 2)
         images = ((blocks.sum((3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8)
     return images
 

@@ -15,6 +15,7 @@ from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
 from raypipe.runs.seed_shards import read_shard
+from raypipe.selection.hashing import canonical_hashes
 
 
 class SeedArrays(NamedTuple):
@@ -23,16 +24,19 @@ class SeedArrays(NamedTuple):
     Attributes
     ----------
     images : np.ndarray
-        uint8 [n, 3, size, size], mapped from the file.
+        uint8 [n, channels, size, size], mapped from the file.
     labels : np.ndarray
         int64 [n].
     seed_rows : np.ndarray
         Row of each sample in the whole seed set, int64 [n].
+    hashes : np.ndarray
+        Hash of the id of each sample, uint64 [n].
     """
 
     images: np.ndarray
     labels: np.ndarray
     seed_rows: np.ndarray
+    hashes: np.ndarray
 
 
 class LocalSeedSet:
@@ -60,7 +64,9 @@ class LocalSeedSet:
         self._remove_leftovers()
         os.makedirs(self._folder)
         count, size = self._part.samples, self._manifest.image_size
-        images = self._create("images", np.uint8, (count, 3, size, size))
+        channels = len(self._manifest.mean)
+        images = self._create("images", np.uint8, (count, channels, size, size))
+        hashes = self._create("hashes", np.uint64, (count,))
         labels = self._create("labels", np.int64, (count,))
         seed_rows = self._create("rows", np.int64, (count,))
         start = first = 0
@@ -70,8 +76,9 @@ class LocalSeedSet:
             stop = start + len(own)
             images[start:stop], labels[start:stop] = pixels[own], target[own]
             seed_rows[start:stop] = first + own
+            hashes[start:stop] = canonical_hashes([ids[row] for row in own.tolist()])
             start, first = stop, first + samples
-        for array in (images, labels, seed_rows):
+        for array in (images, labels, seed_rows, hashes):
             array.flush()
         with open(self._file("complete"), "w"):
             pass
@@ -82,6 +89,7 @@ class LocalSeedSet:
             np.load(self._file("images.npy"), mmap_mode="r"),
             np.load(self._file("labels.npy")),
             np.load(self._file("rows.npy")),
+            np.load(self._file("hashes.npy")),
         )
 
     def remove(self) -> None:

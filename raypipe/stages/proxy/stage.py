@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
 from raypipe.config import Config
+from raypipe.distributed.code_identity import network_code
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
@@ -66,7 +67,7 @@ NOT_OF_THE_RESULT = {
     "keep_intermediate",
 }
 """Settings that change how fast the training is or what comes after it, but not its result."""
-UNSTATED = {"repeats": 1, "weights": "none", "freeze": "none", "train": "full"}
+UNSTATED = {"channels": 3, "repeats": 1, "weights": "none", "freeze": "none", "train": "full"}
 """Settings that older runs did not have, with the value that changes nothing."""
 
 
@@ -121,7 +122,7 @@ class ProxyStage(Stage):
         for name, value in UNSTATED.items():
             if settings[name] == value:
                 del settings[name]
-        return settings
+        return settings | network_code(config.proxy.model)
 
     def check(self, context: Context) -> None:
         check_network(context.config, context.run)

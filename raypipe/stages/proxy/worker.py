@@ -35,6 +35,7 @@ from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import set_threads, to_device
 from raypipe.vision.output_statistics import output_statistics
+from raypipe.vision.own_code import augmentation_of
 from raypipe.vision.sync_batchnorm import synchronize_batchnorm
 
 DIVERGED = "diverged.json"
@@ -172,6 +173,7 @@ class ProxyTraining:
         # epochs drawn at random are the same for all proxies
         self._scored_epochs = job.settings.checkpoint_epochs()
         self._settings = job.settings.model_copy(update={"seed": job.part.training_seed})
+        self._augmentation = augmentation_of(self._settings)
         self._folder = job.part.folder
         self._rank, self._workers = rank, workers
         self._classes = len(run.classes().names)
@@ -296,7 +298,12 @@ class ProxyTraining:
     def _training_batch(self, epoch: int, step: int, batch: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return this worker's augmented images of a batch, attacked where set, and labels."""
         settings, images = self._settings, self._data.images
-        augmented = training.augment(images[batch], settings, epoch, step, self._share)
+        chosen = images[batch]
+        if self._augmentation is not None:
+            own = batch[self._share]
+            hashes = self._data.hashes[own]
+            chosen[self._share] = self._augmentation(images[own], hashes, settings.seed, epoch)
+        augmented = training.augment(chosen, settings, epoch, step, self._share)
         pixels = to_device(augmented, self._device)
         target = to_device(self._data.labels[batch[self._share]], self._device)
         if settings.adversary is not None:

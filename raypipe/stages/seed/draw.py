@@ -21,6 +21,7 @@ from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.stages.seed.plan import DrawUnit
 from raypipe.vision.bit_depth import CHECKED, BitsInUse, bits_in_use
 from raypipe.vision.decode import decode_batch
+from raypipe.vision.own_code import transform_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def draw_samples(
             run.with_members(fragment), lambda sample_id: in_seed(sample_id) or in_audit(sample_id)
         )
         raw = list(reject_duplicates(run, fragment, read, source.ids_can_repeat))
-        decoded.append(_decode(raw, classes, size, config.source))
+        decoded.append(_decode(raw, classes, size, config.source, config.proxy.channels))
     ids = [sample_id for item in decoded for sample_id in item.ids]
     samples = DrawnSamples(
         ids,
@@ -106,12 +107,23 @@ class _DecodedFragment:
 
 
 def _decode(
-    raw: Sequence[RawSample], classes: ClassMap, size: int, source: SourceSettings
+    raw: Sequence[RawSample],
+    classes: ClassMap,
+    size: int,
+    source: SourceSettings,
+    channels: int,
 ) -> _DecodedFragment:
     """Decode drawn samples, and separate those that cannot be used."""
-    images, unreadable = decode_batch(raw, size, source.max_pixels, bit_depth=source.bit_depth)
+    images, unreadable = decode_batch(
+        raw,
+        size,
+        source.max_pixels,
+        bit_depth=source.bit_depth,
+        transform=transform_of(source),
+        channels=channels,
+    )
     bits = BitsInUse()
-    for sample in raw:
+    for sample in raw if source.transform is None else ():
         if bits.images == CHECKED:
             break
         bits += bits_in_use(sample.image, source.max_pixels)

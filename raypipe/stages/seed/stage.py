@@ -52,6 +52,7 @@ class SeedStage(Stage):
             "image_size": config.proxy.image_size,
             "max_pixels": config.source.max_pixels,
             **({"bit_depth": config.source.bit_depth} if config.source.bit_depth != 16 else {}),
+            **({"channels": config.proxy.channels} if config.proxy.channels != 3 else {}),
         }
 
     def complete(self, context: Context, record: StageRecord) -> bool:

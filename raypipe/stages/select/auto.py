@@ -6,7 +6,6 @@ for the number of candidates; without one, random lists within classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +57,7 @@ class Choice:
         return {"chosen": AUTO, "reason": self.reason, **candidate}
 
 
-def choose(
-    run: Run, settings: SelectSettings, keep: Sequence[float], trust: TrustSettings, samples: int
-) -> list[Choice]:
+def choose(run: Run, settings: SelectSettings, trust: TrustSettings, samples: int) -> list[Choice]:
     """Return how each list is cut.
 
     Parameters
@@ -68,9 +65,7 @@ def choose(
     run
         A run with scores.
     settings
-        Of `select`.
-    keep
-        Keep fractions.
+        Of `select`, with the keep fractions.
     trust
         Scores that do not suffice are not used.
     samples
@@ -82,14 +77,14 @@ def choose(
         If the strategy is auto and the scores come from tables.
     """
     if settings.strategy != AUTO:
-        return [Choice(fraction, settings) for fraction in keep]
+        return [Choice(fraction, settings) for fraction in settings.keep]
     if extrapolated_tables(run.ledger()):
         raise ConfigError(
             "select.strategy: auto needs a pilot, and scores from tables have no images to train "
             "on; name a strategy, such as top"
         )
     found = _Evidence.of(run, settings, trust, samples)
-    return [found.choice(fraction) for fraction in keep]
+    return [found.choice(fraction) for fraction in settings.keep]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from raypipe.config import SelectSettings
-from raypipe.config.choices import DIFFICULTIES
 from raypipe.errors import ConfigError
 from raypipe.runs.ledger import extrapolated_tables
+from raypipe.runs.outside_code import is_difficulty
 from raypipe.runs.run import Run
-from raypipe.selection import STRATEGIES, SelectionOptions, needs_embeddings, needs_loss
+from raypipe.selection import SelectionOptions, find_strategy, needs_embeddings, needs_loss
 from raypipe.stages.select.recall import held_out_recall
 
 STRATEGY_OPTIONS = {
@@ -38,12 +38,13 @@ def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(SelectionOptions)
-        if field.name != "recall"
+        if field.name not in ("recall", "own")
     }
-    if STRATEGIES[settings.strategy].uses_difficulty:
+    values["own"] = settings.options
+    if find_strategy(settings.strategy).uses_difficulty:
         values["difficulty"] = _difficulty(run, settings)
     # balanced works within classes anyway
-    balances = STRATEGIES[settings.strategy].balances_classes
+    balances = find_strategy(settings.strategy).balances_classes
     values["by_class"] = settings.within_classes and not balances
     options = SelectionOptions(**values)
     if from_tables and needs_loss(settings.strategy, options):
@@ -77,7 +78,8 @@ def _difficulty(run: Run, settings: SelectSettings) -> str:
     cross_fits = config.proxy.cross_fits and not from_tables
     score = run.ledger()["extrapolate"].detail.get("score")
     if settings.difficulty == "auto":
-        return "score" if score in DIFFICULTIES and not from_tables else "loss"
+        hard = is_difficulty(str(score), run.ledger()) and not from_tables
+        return "score" if hard else "loss"
     if settings.difficulty == "el2n":
         held_out = cross_fits and config.measure.resolved(True).el2n.at != "trajectory"
         if score != "el2n" or not held_out:
@@ -108,13 +110,14 @@ def recorded_options(
     marked
         Counts of marked samples.
     """
-    strategy = STRATEGIES[settings.strategy]
+    strategy = find_strategy(settings.strategy)
     names = (
         ["seed"] * strategy.draws_at_random
         + ["difficulty"] * strategy.uses_difficulty
         + STRATEGY_OPTIONS.get(settings.strategy, [])
     )
     recorded = {name: getattr(options, name) for name in names}
+    recorded |= settings.options.get(settings.strategy, {})
     if "difficulty" in recorded and settings.difficulty != "auto":
         recorded["difficulty"] = settings.difficulty
     if options.by_class:

@@ -24,9 +24,9 @@ from raypipe.runs.ledger import StageRecord, content_hash, extrapolated_tables, 
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import ScoreStream, mark_listed_ids, unknown_id_notes
 from raypipe.selection import (
-    STRATEGIES,
     Selection,
     SelectionOptions,
+    find_strategy,
     needs_classes,
     needs_loss,
     needs_margin,
@@ -53,7 +53,7 @@ class SelectStage(Stage):
         for name in ("min_stability", "min_accuracy_over_chance"):  # older runs did not have them
             if trust[name] == getattr(TrustSettings(), name):
                 del trust[name]
-        select = config.select.model_dump(mode="json")
+        select = config.select.model_dump(mode="json", exclude={"options"})
         if select["quotas"] == SelectSettings().quotas:
             del select["quotas"]  # nor this
         return {**select, **trust}
@@ -75,7 +75,7 @@ class SelectStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         started = time.process_time()
         config = context.config
-        written = make_keep_lists(context.run, config.select, config.select.keep, config.trust)
+        written = make_keep_lists(context.run, config.select, config.trust)
         for line in unknown_id_notes(written.marked):
             context.progress.say(f"note: {line}")
         for line in choice_lines(written.chosen):
@@ -129,23 +129,18 @@ class WrittenKeepLists:
 
 
 def write_keep_lists(
-    run: Run,
-    settings: SelectSettings,
-    keep: Sequence[float] | None = None,
-    trust: TrustSettings | None = None,
+    run: Run, settings: SelectSettings, trust: TrustSettings | None = None
 ) -> dict[str, int]:
-    """Write `RUN/keep/keep-<fraction>.parquet` for every fraction of `keep`, in seconds.
+    """Write `RUN/keep/keep-<fraction>.parquet` for every fraction of the settings, in seconds.
 
     Parameters
     ----------
     run
         A run with scores.
     settings
-        Strategy and options.
-    keep
-        Fractions to keep; those of the settings when None.
+        Fractions, strategy and options.
     trust
-        The threshold of fidelity; the default settings when None.
+        The thresholds of the gate; the default settings if None.
 
     Returns
     -------
@@ -171,18 +166,18 @@ def write_keep_lists(
     fractions stay.
     """
     run.record("extrapolate")
-    written = make_keep_lists(run, settings, settings.keep if keep is None else keep, trust)
+    written = make_keep_lists(run, settings, trust)
     for line in (*unknown_id_notes(written.marked), *choice_lines(written.chosen)):
         log.warning("note: %s", line)
     return written.lists
 
 
 def make_keep_lists(
-    run: Run, settings: SelectSettings, keep: Sequence[float], trust: TrustSettings | None = None
+    run: Run, settings: SelectSettings, trust: TrustSettings | None = None
 ) -> WrittenKeepLists:
     """Write keep-lists as `write_keep_lists` does, from the scores that exist."""
     trust = trust or TrustSettings()
-    choices = choose(run, settings, keep, trust, run.ledger()["extrapolate"].samples)
+    choices = choose(run, settings, trust, run.ledger()["extrapolate"].samples)
     groups: dict[str, list[Choice]] = {}
     for choice in choices:
         groups.setdefault(choice.group, []).append(choice)
@@ -262,7 +257,7 @@ def _check_trust(
 
     Returns the fidelity as metadata of a keep-list.
     """
-    if not STRATEGIES[settings.strategy].uses_scores:
+    if not find_strategy(settings.strategy).uses_scores:
         trust = TrustSettings(min_spearman=-1, min_stability=-1, min_accuracy_over_chance=-1)
     try:
         within_classes = settings.cuts_within_classes

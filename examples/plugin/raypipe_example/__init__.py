@@ -1,0 +1,1 @@
+"""A score and a strategy for raypipe; `pyproject.toml` declares them as entry points."""

@@ -1,0 +1,182 @@
+"""`KeepStrategy`, the base class of strategies from outside raypipe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from raypipe.config.base import Settings
+from raypipe.config.parts import NoOptions, validated_options
+from raypipe.errors import ConfigError, RaypipeError, StageError
+from raypipe.plugins import STRATEGY, failure, find
+from raypipe.selection.base import SelectionOptions, SelectionPlan, Strategy, one_group_quota
+from raypipe.selection.radix_select import Chunk, Ranking, ValidatedStream, order_key
+
+
+class KeepStrategy:
+    """A rule that chooses keep-lists.
+
+    A package declares a subclass as an entry point of the group `raypipe.strategies`, or
+    `select.strategy` names it as `module:Class`. `raypipe.testing.check_strategy` checks one.
+
+    A simple strategy defines `preference`, a number for each sample. Any other defines `plan`.
+
+    Parameters
+    ----------
+    options : Settings
+        An instance of `Options`.
+
+    Attributes
+    ----------
+    Options : type of Settings
+        The options, which stand in `select.options` under the name of the strategy.
+    summary : str
+        The rule in a few words.
+    kept : str
+        What a keep-list contains, for the report.
+    nested, draws_at_random, uses_classes, balances_classes, needs_loss, uses_difficulty, \
+uses_scores, needs_embeddings : bool
+        See `raypipe.selection.base.Strategy`.
+
+    Examples
+    --------
+    The samples whose scores are nearest to 0.5:
+
+    >>> class Middle(KeepStrategy):
+    ...     summary = "nearest to the middle"
+    ...     kept = "the scores nearest to 0.5"
+    ...
+    ...     def preference(self, chunk, options):
+    ...         return -abs(chunk.score - 0.5)
+    """
+
+    Options: ClassVar[type[Settings]] = NoOptions
+    summary: ClassVar[str]
+    kept: ClassVar[str] = ""
+    nested: ClassVar[bool] = True
+    draws_at_random: ClassVar[bool] = False
+    uses_classes: ClassVar[bool] = False
+    balances_classes: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
+    uses_difficulty: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = True
+    needs_embeddings: ClassVar[bool] = False
+
+    def __init__(self, options: Settings) -> None:
+        self.options: Any = options
+
+    def preference(self, chunk: Chunk, options: SelectionOptions) -> np.ndarray:
+        """Return a number for each sample of a part of the stream, float [n]; the highest are kept.
+
+        It depends on the sample alone: the stream is divided into chunks arbitrarily.
+        """
+        raise NotImplementedError
+
+    def plan(
+        self,
+        stream: ValidatedStream,
+        keep: Sequence[float],
+        classes: int,
+        options: SelectionOptions,
+    ) -> list[SelectionPlan]:
+        """Return how the list of each keep fraction is computed.
+
+        Parameters
+        ----------
+        stream : ValidatedStream
+            The scores; it can be read several times, for statistics.
+        keep : sequence of float
+            Keep fractions.
+        classes : int
+            Number of classes; 0 unless they matter.
+        options : SelectionOptions
+            The other settings of `select`.
+        """
+        return [SelectionPlan(_ByPreference(self, options), one_group_quota)] * len(keep)
+
+
+class _ByPreference(Ranking):
+    """Highest preference first; all samples form one group."""
+
+    def __init__(self, strategy: KeepStrategy, options: SelectionOptions) -> None:
+        self._strategy, self._options = strategy, options
+
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        values, samples = self._strategy.preference(chunk, self._options), len(chunk.score)
+        if np.shape(values) != (samples,):
+            raise ValueError(
+                f"preference has shape {list(np.shape(values))}; expected {[samples]}, one number "
+                "per sample"
+            )
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            raise ValueError(f"{bad} of {samples} preferences are not finite")
+        return order_key(values), np.zeros(samples, np.int64)
+
+
+class _Named(Ranking):
+    """The ranking of a strategy from outside, with the name of the strategy in its errors."""
+
+    def __init__(self, name: str, inner: Ranking) -> None:
+        self._name, self._inner = name, inner
+        self.groups, self.needs_ids = inner.groups, inner.needs_ids
+
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        with _named_failures(self._name):
+            return self._inner.compute(chunk)
+
+
+@contextlib.contextmanager
+def _named_failures(name: str) -> Iterator[None]:
+    """Turn errors of a strategy into a StageError of one line that names it."""
+    try:
+        yield
+    except RaypipeError:
+        raise
+    except Exception as error:
+        raise StageError(f"{STRATEGY.setting}: {name} failed ({failure(error)})") from error
+
+
+def outside_strategy(name: str) -> Strategy:
+    """Return a strategy from outside.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be imported, or must not be.
+    """
+    return strategy_of_class(name, find(STRATEGY, name, KeepStrategy))
+
+
+def strategy_of_class(name: str, kind: type[KeepStrategy]) -> Strategy:
+    """Return a class as a strategy; errors call it `name`, and it finds its options under it.
+
+    Raises
+    ------
+    ConfigError
+        If it defines neither `preference` nor `plan`.
+    """
+    if kind.preference is KeepStrategy.preference and kind.plan is KeepStrategy.plan:
+        raise ConfigError(f"{STRATEGY.setting}: {name!r} does nothing: define preference, or plan")
+
+    def plan(
+        stream: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
+    ) -> list[SelectionPlan]:
+        strategy = kind(validated_options(kind, STRATEGY, name, options.own))
+        with _named_failures(name):
+            plans = strategy.plan(stream, keep, classes, options)
+        if len(plans) != len(keep) or not all(isinstance(item, SelectionPlan) for item in plans):
+            raise StageError(
+                f"{STRATEGY.setting}: {name} returned {len(plans)} plans for {len(keep)} keep "
+                "fractions; expected a SelectionPlan for each"
+            )
+        # plans that share a ranking are computed in one pass
+        rankings = {id(item.ranking): _Named(name, item.ranking) for item in plans}
+        return [replace(item, ranking=rankings[id(item.ranking)]) for item in plans]
+
+    flags = {item: getattr(kind, item) for item in Strategy.__dataclass_fields__ if item != "plan"}
+    return Strategy(plan, **flags)
