@@ -1,7 +1,7 @@
 """What a sample's alignment with a direction costs: ours, with the self term, and the ways others do it.
 
     python benchmarks/alignment.py [--device cpu|cuda] [--precision float32|tf32|bfloat16] [--compile] [--threads 1] [--repeats 3] [--quick]
-                                   [--keep-memory]
+                                   [--keep-memory] [--kinds]
 
 Prints one table per network: milliseconds per image, ratio to a plain forward pass (of the network as it is built, channels first),
 peak memory above the network's own, and the largest difference from one-at-a-time, in units of the largest alignment. Both ways of
@@ -9,6 +9,9 @@ one sample at a time take batches of one image with one backward pass each; `lea
 layer, `as published` does what the published MoSo code does (github.com/hrtan/MoSo, scoring.py, `MoSo_scoring_exact`): copies them to one
 vector, and computes three products over all parameters. Its mean gradient is a running mean of such vectors. Times are the least of
 the repeats; every method sees the same images. What is made once per checkpoint (folding BatchNorm, compiling) is not timed.
+With --kinds it prints instead one line for each of `KINDS`: what the mean gradient, the alignment and the self term cost, as a multiple
+of a forward pass, and whether the network's graph serves (otherwise `torch.func.jvp` differentiates it as a whole). Networks of timm
+need the package.
 With --keep-memory the process keeps the memory it frees, as raypipe's workers do (`raypipe.vision.devices.set_threads`).
 """
 
@@ -36,6 +39,16 @@ from raypipe.vision.precision import use_precision
 
 NETWORKS = (("resnet18", 32, 1000, 32, 8), ("resnet50", 64, 1000, 16, 4))
 """Name, image size, classes, batch, and images that the slow ways are timed on."""
+KINDS = (
+    ("resnet18", 64),
+    ("torchvision:convnext_tiny", 64),
+    ("torchvision:efficientnet_b0", 64),
+    ("torchvision:vit_b_16", 64),
+    ("torchvision:swin_t", 64),
+    ("timm:vit_tiny_patch16_224", 64),
+)
+"""Networks of all kinds, and image sizes."""
+KINDS_BATCH = 16
 
 
 def forward(
@@ -209,6 +222,7 @@ def main() -> None:
         action="store_true",
         help="instead of giving it back to the system after each batch",
     )
+    parser.add_argument("--kinds", action="store_true", help="one line for each kind of network")
     parser.add_argument("--quick", action="store_true", help="the first network only")
     arguments = parser.parse_args()
     (set_threads if arguments.keep_memory else torch.set_num_threads)(arguments.threads)
@@ -224,7 +238,43 @@ def main() -> None:
         f"{machine}; torch {torch.__version__}, {arithmetic}{compiled}, seed 0, least of {arguments.repeats}"
     )
     with use_precision(arguments.precision, device):
-        tables(arguments, device)
+        (kinds if arguments.kinds else tables)(arguments, device)
+
+
+def kinds(arguments: argparse.Namespace, device: str) -> None:
+    batch = arguments.batch or KINDS_BATCH
+    print(f"\n100 classes, batch {batch}; x forward: multiples of a forward pass, channels last")
+    print(
+        f"{'':<34}{'ms / image':>12}{'mean gradient':>15}{'alignment':>12}{'+ self term':>13}{'difference':>12}  graph"
+    )
+    for name, size in KINDS:
+        torch.manual_seed(0)
+        model = build_network(name, 100, size).to(device).eval()
+        with torch.no_grad():  # some heads start at zero, and then nothing else has a gradient
+            model.head.weight.normal_(0, 0.02)
+        model = model.to(memory_format=torch.channels_last)
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(device)
+        labels = torch.randint(0, 100, (batch,)).to(device)
+        given = model, images, labels
+        direction = {key: value / batch for key, value in gradient_sum(*given).items()}
+        aligner = Aligner(model, direction)
+        runs = (
+            functools.partial(forward, *given, direction),
+            functools.partial(forward_backward, *given, direction),
+            functools.partial(aligner, images, labels),
+            functools.partial(with_self_term, *given, direction),
+        )
+        measured = [measure(run, device, arguments.repeats) for run in runs]
+        plain, *others = (seconds / batch for seconds, _, _ in measured)
+        fast, slow = measured[2][2], measured[3][2]
+        difference = ((fast - slow).abs().max() / slow.abs().max()).item()
+        multiples = "".join(
+            f"{each / plain:>{width}.2f}" for each, width in zip(others, (15, 12, 13), strict=True)
+        )
+        print(
+            f"{name + ' at ' + str(size):<34}{plain * 1e3:>12.2f}{multiples}{difference:>12.1e}  {'yes' if aligner.traced else 'no'}",
+            flush=True,
+        )
 
 
 def tables(arguments: argparse.Namespace, device: str) -> None:

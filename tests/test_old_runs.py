@@ -16,6 +16,7 @@ from helpers import QUIET
 
 import raypipe
 from raypipe import cli
+from raypipe.errors import ConfigError
 
 OLD = Path(__file__).parent / "data" / "run-0.1.0"
 SAMPLES, MEASURED = 240, 149
@@ -121,6 +122,39 @@ def test_the_report_can_be_written_again(run: Path, capsys: pytest.CaptureFixtur
     # nothing is called strong whose stability is not known
     assert [summary["fidelity"].pop("verdict") for summary in (before, after)] == ["strong", "good"]
     assert after["fidelity"] == before["fidelity"]
+
+
+def test_code_that_a_configuration_names_is_imported_by_a_run_only(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    Path("marks.py").write_text("open('mark', 'w').close()\ndef network(*_): ...\n")
+    for name, old in (("config.yaml", "model: small"), ("proxy/proxy.json", '"model": "small"')):
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace("small", "marks:network", 1))
+    for command in (
+        ["status", str(run)],
+        ["select", str(run), "--keep", "0.5"],
+        ["report", str(run)],
+        [
+            "export",
+            str(run),
+            "--format",
+            "indices",
+            "--keep",
+            "0.5",
+            "--to",
+            "kept.json",
+        ],
+        ["inspect", "--config", str(run / "config.yaml")],
+    ):
+        code, _, err = _main(capsys, *command)
+        assert code == 0, err
+        assert not Path("mark").exists(), command[0]
+    with pytest.raises(ConfigError, match="marks:network"):
+        _resume(run)
+    assert Path("mark").exists()
 
 
 def test_a_finished_run_is_resumed_without_doing_anything(run: Path) -> None:

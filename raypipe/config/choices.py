@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from raypipe.config.parts import OrPart
-from raypipe.plugins import STRATEGY
+from raypipe.plugins import STRATEGY, is_reference
 
 PROXY_MODELS = (
     "small",
@@ -73,14 +73,20 @@ AUTO: Literal["auto"] = "auto"
 def is_model(name: str) -> bool:
     """Return whether a name has the form of a network; whether it exists is checked by a run."""
     library, _, rest = name.partition(":")
-    return name in PROXY_MODELS or (library in (TORCHVISION_PREFIX, TIMM_PREFIX) and rest != "")
+    of_library = library in (TORCHVISION_PREFIX, TIMM_PREFIX) and rest != ""
+    return name in PROXY_MODELS or of_library or is_own(name)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a network is code of the user's own, `module:function`."""
+    return name.partition(":")[0] not in (TORCHVISION_PREFIX, TIMM_PREFIX) and is_reference(name)
 
 
 def unknown_model(name: str) -> str:
     """Return the message about a network that does not exist."""
     near = difflib.get_close_matches(name, PROXY_MODELS, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
-    names = ", ".join([*PROXY_MODELS, "torchvision:NAME", "timm:NAME"])
+    names = ", ".join([*PROXY_MODELS, "torchvision:NAME", "timm:NAME", "module:function"])
     return f"model: {name!r} is not one of {names}{suggestion}"
 
 

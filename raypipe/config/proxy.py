@@ -79,7 +79,9 @@ class ProxySettings(Settings):
         "resnet18",
         min_length=1,
         description="Network. small (0.3 M parameters), a ResNet for small images (resnet18, "
-        "resnet50, ...), or torchvision:NAME, a classifier as torchvision builds it.",
+        "resnet50, ...), torchvision:NAME or timm:NAME, a classifier as that library builds it, "
+        "or module:function, code of your own that returns one for (classes, image_size, "
+        "channels).",
     )
     image_size: int = Field(
         64, ge=8, le=1024, description="Side in pixels that images are scaled to, square."

@@ -6,7 +6,9 @@ import hashlib
 from importlib.metadata import packages_distributions, version
 from typing import Any, NamedTuple
 
+from raypipe.config.choices import is_own
 from raypipe.distributed.function_identity import Describer, installed
+from raypipe.plugins import load
 
 
 class CodeIdentity(NamedTuple):
@@ -32,6 +34,14 @@ def code_identity(value: Any) -> CodeIdentity:
     text = f"{describer.describe(value)} {_release(getattr(kind, '__module__', None))}"
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     return CodeIdentity(digest, tuple(sorted(describer.unseen)))
+
+
+def network_code(model: str) -> dict[str, str]:
+    """Return the hash of a network's code by the name "code"; nothing unless it is the user's own.
+
+    Raises ConfigError if the code cannot be imported.
+    """
+    return {"code": code_identity(load(model, "proxy.model")).hash} if is_own(model) else {}
 
 
 def _release(module: str | None) -> str:

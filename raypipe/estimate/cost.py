@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from raypipe.config import Config
 from raypipe.estimate import rates
+from raypipe.estimate.describe_network import describe_network
 from raypipe.estimate.efforts import efforts
 from raypipe.estimate.facts import CostEstimate, RejectFacts, StageEstimate, Survey
 from raypipe.estimate.volumes import bytes_read, bytes_written
@@ -71,6 +72,7 @@ def estimate(
         bytes_written=bytes_written(work),
         basis=tuple(_basis(work, machine, by_constants, scaled, like)),
         warnings=tuple(_warnings(work, survey.rejects)),
+        network=describe_network(config.proxy),
     )
 
 

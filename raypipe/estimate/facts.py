@@ -155,6 +155,8 @@ class CostEstimate:
         Sentences on what the estimate is based on.
     warnings
         Sentences on what would go wrong with these settings.
+    network
+        The proxy's network, and the images that it is made for.
     """
 
     machine: str
@@ -170,6 +172,7 @@ class CostEstimate:
     bytes_written: dict[str, int]
     basis: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    network: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

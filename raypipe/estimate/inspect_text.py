@@ -91,6 +91,8 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
         )
     for sentence in cost.warnings:
         yield f"WARNING     {sentence}"
+    if cost.network:
+        yield f"proxy       {cost.network}"
     yield f"on          {cost.machine}"
     work = f"{_hours(cost.cpu_hours, 'CPU')}, {_hours(cost.gpu_hours, 'GPU')}"
     yield f"time        {duration_range(cost.low, cost.high)}; {work}"

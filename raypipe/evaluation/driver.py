@@ -40,6 +40,7 @@ from raypipe.runs.ledger import fingerprint
 from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.sources.classes import shown_names
+from raypipe.stages.network_check import check_network
 from raypipe.text import counted
 from raypipe.vision.own_code import transform_of
 
@@ -109,6 +110,7 @@ def _evaluate(
     run, config = context.run, context.config
     pool, lists = cut_lists(run, config, settings)
     recipe = recipe_of(config, settings, len(pool))
+    check_network(config.model_copy(update={"proxy": recipe}), run)
     test = list_test_set(source, config.source, run.classes())
     about_test: dict[str, Any] = {"uri": source.uri}
     if unknown := test.classes.unknown:

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from raypipe import storage
 from raypipe.config import AdversarySettings, Config, ProxySettings
 from raypipe.config.evaluate import EvaluateSettings
+from raypipe.distributed.code_identity import network_code
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
 from raypipe.proxies.normalisation import input_statistics
@@ -132,6 +133,7 @@ def trainings_of(
                 for name, value in OF_THE_NETWORK.items()
                 if getattr(own, name) != value
             }
+            stated |= network_code(own.model)
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)
             result.append(Training(name, listed, seed, steps, own))
     return result

@@ -9,6 +9,7 @@ from raypipe.config.choices import (
     PROXY_MODELS,
     TIMM_PREFIX,
     TORCHVISION_PREFIX,
+    is_own,
     unknown_model,
 )
 from raypipe.errors import ConfigError
@@ -21,7 +22,8 @@ def find(name: str) -> Network:
     Parameters
     ----------
     name : str
-        One of `raypipe.config.choices.PROXY_MODELS`, `torchvision:NAME` or `timm:NAME`.
+        One of `raypipe.config.choices.PROXY_MODELS`, `torchvision:NAME`, `timm:NAME`, or
+        `module:function` of the user's own, whose code is imported.
 
     Raises
     ------
@@ -43,6 +45,10 @@ def find(name: str) -> Network:
 
         check_known(f"{library}:{rest.partition('.')[0]}", timm_networks.names())
         return timm_networks.network(name, rest)
+    if is_own(name):
+        from raypipe.proxies import own
+
+        return own.network(name)
     raise ConfigError(f"proxy.{unknown_model(name)}")
 
 

@@ -1,4 +1,4 @@
-"""Weights, embedding and multiply-adds of a network, counted without computing anything."""
+"""Weights, embedding and multiply-adds of a network, counted without computing if possible."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from raypipe.errors import ConfigError
 from raypipe.proxies.networks import proxy_of
 from raypipe.proxies.registry import find
 
@@ -42,7 +43,15 @@ def size_of(name: str, image_size: int) -> NetworkSize:
     ConfigError
         If there is no such network, or it cannot process such images.
     """
-    with torch.device("meta"):
+    try:
+        return _size_on("meta", name, image_size)
+    except ConfigError:  # some networks compute while they are built
+        with torch.random.fork_rng(devices=[]):
+            return _size_on("cpu", name, image_size)
+
+
+def _size_on(device: str, name: str, image_size: int) -> NetworkSize:
+    with torch.device(device):
         model = proxy_of(find(name), CLASSES, image_size, (0.5,) * 3, (0.25,) * 3).eval()
         image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

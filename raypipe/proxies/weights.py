@@ -78,7 +78,7 @@ def _check_body(
     missing = [
         name for name in own if name not in body and not name.endswith("num_batches_tracked")
     ]
-    unexpected = [name for name in body if name not in own]
+    unexpected = sorted(name for name in body if name not in own)
     if missing or unexpected:
         problems = [
             f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"

@@ -50,7 +50,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         layer.momentum = None  # a plain average
     model.eval()
     for layer in layers:
-        layer.train()
+        layer.training = True  # without dropout inside the layer, which networks of timm have
     with torch.no_grad():
         for images in batches:
             if len(images) > 1:

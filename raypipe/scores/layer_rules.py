@@ -123,16 +123,20 @@ def _convolution(call: LayerCall, gradient: Tensor, direction: Tensor | None) ->
         columns = _patches(module, call.input[start : start + step]).reshape(
             len(outputs), wide, positions
         )
-        product = _products(columns, outputs)
+        product = _products(columns, outputs, small=module.groups > 1)
         parts.append(explicit(product.reshape(len(outputs) // module.groups, -1), weight))
     squares, dots = zip(*parts, strict=True)
     return torch.cat(squares), torch.cat(dots)
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right' of every pair: [n, a, t], [n, b, t] -> [n, a, b]."""
+def _products(left: Tensor, right: Tensor, small: bool) -> Tensor:
+    """Return left right' of every pair: [n, a, t], [n, b, t] -> [n, a, b].
+
+    Many small products, as those of depthwise convolutions, are computed together.
+    """
     if (
-        left.device.type != "cpu"
+        small
+        or left.device.type != "cpu"
         or left.dtype != torch.float32
         or not torch.backends.mkldnn.is_available()
     ):

@@ -21,6 +21,7 @@ IMAGES = 3
 """Random images that a network is tried with."""
 CLASSES = 10
 """Classes to try with while those of the source are not known."""
+NO_MIXING = "use layers that do not mix images, such as BatchNorm with running statistics"
 MEAN, STD = 0.5, 0.25
 """Normalisation of each channel to try with while that of the source is not known."""
 
@@ -37,11 +38,20 @@ def check_network(config: Config, run: Run) -> None:
         return
     import torch
 
+    from raypipe.proxies.split import one_line
+    from raypipe.vision.sync_batchnorm import check_layers
+
     model, images, labels = _example(config, run)
     name = config.proxy.model
     with torch.no_grad():
         together = model(images)
-        alone = torch.cat([model(image[None]) for image in images])
+        try:
+            alone = torch.cat([model(image[None]) for image in images])
+        except Exception as error:  # whatever a network's own code raises
+            raise ConfigError(
+                f"proxy.model: {name} cannot process a single image in eval mode "
+                f"({one_line(error)}); {NO_MIXING}"
+            ) from None
     if not together.isfinite().all():
         raise ConfigError(
             f"proxy.model: {name} returns values that are not finite; check its initial weights"
@@ -49,14 +59,21 @@ def check_network(config: Config, run: Run) -> None:
     if not torch.allclose(together, alone, rtol=1e-2, atol=1e-3):
         raise ConfigError(
             f"proxy.model: the outputs of {name} for an image depend on the other images of its "
-            "batch, also in eval mode; use layers that do not mix images, such as BatchNorm with "
-            "running statistics"
+            f"batch, also in eval mode; {NO_MIXING}"
         )
+    if config.proxy.workers > 1:
+        check_layers(model, gpu=config.proxy.use_gpu is not False)
     model.train()
     with torch.random.fork_rng(devices=[]):
         loss = torch.nn.functional.cross_entropy(model(images), labels)
     loss.backward()
-    for key, value in model.named_parameters():
+    for full_name, value in model.named_parameters():
+        key = full_name.removeprefix("backbone.")
+        if value.grad is None and value.requires_grad and config.proxy.workers > 1:
+            raise ConfigError(
+                f"proxy.model: the output of {name} does not depend on its weight {key}, which "
+                "several workers cannot train; remove it, or set proxy.workers to 1"
+            )
         if value.grad is not None and not value.grad.isfinite().all():
             raise ConfigError(
                 f"proxy.model: the gradient of {key} of {name} is not finite on random images"

@@ -26,6 +26,7 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.config import Config
 from raypipe.config.pseudo_labels import TORCHVISION, PseudoLabelSettings
+from raypipe.distributed.code_identity import network_code
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, StageError
 from raypipe.progress import ProgressCallback
@@ -64,6 +65,7 @@ class LabelStage(Stage):
         return {
             **config.pseudo_labels.model_dump(mode="json"),
             "proxy": config.proxy.model_dump(mode="json", include=used),
+            **(network_code(config.proxy.model) if trains else {}),
         }
 
     def complete(self, context: Context, record: StageRecord) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from raypipe.errors import ConfigError
 
 
 def synchronize_batchnorm(model: nn.Module, gpu: bool) -> nn.Module:
@@ -19,9 +22,15 @@ def synchronize_batchnorm(model: nn.Module, gpu: bool) -> nn.Module:
     wrapped. Names and shapes of the weights do not change. On GPUs this uses
     `torch.nn.SyncBatchNorm`, which has no CPU kernels. With a single worker the model is returned
     unchanged.
+
+    Raises
+    ------
+    ConfigError
+        If there are several workers and a layer whose statistics they cannot share.
     """
     if distributed.get_world_size() == 1:
         return model
+    check_layers(model, gpu)
     if gpu:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Gradients are averaged in the default group. With a group of their own, statistics and
@@ -32,6 +41,25 @@ def synchronize_batchnorm(model: nn.Module, gpu: bool) -> nn.Module:
             module.__class__ = _SharedBatchNorm
             object.__setattr__(module, "group", group)
     return model
+
+
+def check_layers(model: nn.Module, gpu: bool) -> None:
+    """Raise ConfigError if several workers could not share the statistics of a BatchNorm layer.
+
+    They share those of PyTorch's own layers: all on GPUs, `nn.BatchNorm2d` on CPUs. A subclass that
+    computes something else would lose what it adds.
+    """
+    for name, layer in model.train().named_modules():
+        if not isinstance(layer, _BatchNorm) or not layer.training:
+            continue
+        if type(layer).forward is not _BatchNorm.forward or not (
+            gpu or isinstance(layer, nn.BatchNorm2d)
+        ):
+            raise ConfigError(
+                f"proxy.model: several workers cannot share the statistics of layer "
+                f"{name.removeprefix('backbone.')} ({type(layer).__name__}); set proxy.workers to "
+                "1, proxy.freeze to norm, or choose another network"
+            )
 
 
 class _Sum(torch.autograd.Function):

@@ -47,6 +47,18 @@ QUICK += ["measure.max_actors=1", "embed.max_actors=1", "extrapolate.method=knn-
 QUICK += ["trust.min_spearman=-1", "trust.min_accuracy_over_chance=-1", "report.images=4"]
 
 
+NETWORK = """
+from torch import nn
+
+def build(classes, image_size, channels):
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, stride=2), nn.BatchNorm2d(16), nn.GELU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, classes),
+    )
+"""
+"""A network in a file of the working directory."""
+
+
 @dataclass
 class Head:
     """A running head: where its job server is, its token, and the folder Ray keeps its files in."""
@@ -188,6 +200,7 @@ def checkout(head: Head) -> Path:
     )
     assert count == 1
     package.write_text(text)
+    (folder / "own_network.py").write_text(NETWORK)
     for name in BEHIND:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("stays behind")
@@ -226,13 +239,17 @@ def _finish(head: Head, job: str, run: Path, seconds: float = 400) -> Finished:
 
 @pytest.fixture(scope="module")
 def digits(head: Head, checkout: Path) -> Finished:
-    """The digits configuration, cut down, submitted with the command of the guide."""
+    """The digits configuration, cut down, submitted with the command of the guide.
+
+    Its network is in a file that the job uploads.
+    """
     run = head.folder / "runs" / "digits"
     arguments = _documented("job submit")
     own, entrypoint = arguments[: arguments.index("--")], arguments[arguments.index("--") :]
     assert entrypoint[1:5] == _entrypoint()
     own[own.index("--address") + 1] = head.address
-    command = ray_command(*own, "--submission-id=digits", "--", *_entrypoint(f"run={run}", *QUICK))
+    settings = (f"run={run}", "proxy.model=own_network:build", *QUICK)
+    command = ray_command(*own, "--submission-id=digits", "--", *_entrypoint(*settings))
     subprocess.run(command, env=head.environment, cwd=checkout, capture_output=True, timeout=400)
     return _finish(head, "digits", run)
 
@@ -267,6 +284,8 @@ def test_job_writes_a_score_for_every_sample(digits: Finished) -> None:
         pq.read_metadata(file).num_rows for file in (digits.run / "rejects").glob("*.parquet")
     )
     assert len(rows) + rejects == 300 and len({row["sample_id"] for row in rows}) == len(rows)
+    proxy = json.loads((digits.run / "proxy" / "proxy.json").read_text())
+    assert proxy["model"] == "own_network:build"
     assert all(row["measured"] for row in rows)  # by linear probes on the embeddings
     assert list((digits.run / "keep").iterdir()) and (digits.run / "report" / "index.html").exists()
 

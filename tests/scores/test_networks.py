@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import TINY, batch, tiny
+from networks import TINY, as_trained, batch, tiny
 from torch import Tensor, nn
 
+from raypipe.proxies.networks import build_network
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum, leave_one_out
 from raypipe.scores.per_sample import norms_and_alignments, slow_parameters
@@ -61,6 +62,19 @@ def test_agrees_with_a_loop_over_samples(name: str) -> None:
     aligner = Aligner(model, gradient_sum(model, images, labels))
     aligner(images, labels)
     assert aligner.traced == (name != NOT_TRACED)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_networks_of_timm_agree_with_a_loop_over_samples(name: str) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(4)
+    model = as_trained(build_network(f"timm:{name}", 5, 32)).double()
+    check(model, *batch(SAMPLES, 32))
+
+
+@pytest.mark.parametrize("part", ["backbone", "norm"])
+def test_frozen_weights_do_not_count(part: str) -> None:
+    check(tiny("own").hold(part, "full"), *batch(SAMPLES, 16))
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])

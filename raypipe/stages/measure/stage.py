@@ -152,7 +152,7 @@ def _announce(context: Context) -> dict[str, Any]:
         from raypipe.scores.per_sample import slow_parameters
 
         size = config.proxy.image_size
-        image = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        image = torch.zeros(1, config.proxy.channels, size, size, dtype=torch.uint8)
         slow = slow_parameters(empty_proxy(context.run), image)
     if not slow:
         return {}
