@@ -511,8 +511,9 @@ def test_a_run_without_lists_or_without_images(run: Run, tmp_path: Path) -> None
         exported(run, f"{tmp_path}/out")
     records = run.ledger()
     records["extrapolate"].detail["tables"] = {"embeddings": "e", "scores": "s"}
+    del records["index"]
     run.write_ledger(records)
-    with pytest.raises(RunError, match="from tables; there are no images"):
+    with pytest.raises(RunError, match="from tables, without images; make a run over the images"):
         exported(run, f"{tmp_path}/out")
 
 
