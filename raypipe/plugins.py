@@ -248,10 +248,10 @@ def _remedy(error: BaseException, module: str) -> str:
 
 def failure(error: BaseException) -> str:
     """Return what went wrong in code from outside, and where, in one line."""
-    frame, line = error.__traceback__, ""
+    frame, line, package = error.__traceback__, "", os.path.dirname(__file__)
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if f"{os.sep}raypipe{os.sep}" not in file and f"{os.sep}site-packages{os.sep}" not in file:
+        if not file.startswith(package) and f"{os.sep}site-packages{os.sep}" not in file:
             line = f", {os.path.basename(file)} line {frame.tb_lineno}"
         frame = frame.tb_next
     return f"{_one_line(error)}{line}"

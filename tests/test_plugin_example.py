@@ -167,6 +167,33 @@ def test_changed_code_is_measured_again_and_named(finished: Path, package: Path)
 
 
 @pytest.mark.ray
+def test_source_and_extrapolator_of_a_module_work_in_a_run(tmp_path: Path) -> None:
+    for module in ("test_check_source", "test_check_extrapolator"):
+        text = (ROOT / "tests" / "testing" / f"{module}.py").read_text()
+        (tmp_path / f"{module}.py").write_text(text)
+    images, labels = digit_images(500)
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        rows = slice(part, None, 2)
+        np.savez(tmp_path / "data" / f"{part}.npz", images=images[rows], labels=labels[rows])
+    config = json.loads(json.dumps(SMALL))
+    config["run"] = "run"
+    config["source"] = {"uri": "data", "format": "test_check_source:Npz", "fragment_samples": 100}
+    config["measure"] = {"scores": ["el2n"], "el2n": {"at": "trajectory"}, "max_actors": 1}
+    method = "test_check_extrapolator:Nearest"
+    config["extrapolate"] |= {"method": method, "options": {method: {"power": 2}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = raypipe(tmp_path, None, "run", "run.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = pq.read_table(tmp_path / "run" / "scores")
+    assert len(scores) == 500 and scores["score"].null_count == 0
+    ledger = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    (code,) = ledger["extrapolate"]["detail"]["code"]
+    assert code["name"] == method and code["options"] == {"power": 2.0}
+    assert ledger["index"]["detail"]["code"][0]["name"] == "test_check_source:Npz"
+
+
+@pytest.mark.ray
 def test_a_worker_without_the_package_says_so(finished: Path, package: Path) -> None:
     code = (
         "import sys, ray; ray.init(num_cpus=1, log_to_driver=False, logging_level='ERROR')\n"

@@ -168,7 +168,7 @@ class _Suspects:
 
     A condition on the score loses wrong labels: on CIFAR-10 with a fifth of the labels replaced, of
     as many samples as were replaced, the margin of a proxy trained on all of them found 58 %, and
-    that of the three weaker proxies of a run by default 40 % (docs/results/label-noise.md).
+    that of the three weaker proxies of a run by default 40 to 46 % (docs/results/label-noise.md).
     """
 
     def __init__(self, images: int) -> None:

@@ -129,7 +129,7 @@ def shard_table(
     extra : mapping
         Further metadata: `unlabelled`, whether the source has no labels.
     """
-    channels = images.reshape(len(ids), images.shape[1], -1).astype(np.float64) / 255
+    channels = images.reshape(len(ids), images.shape[1], size * size).astype(np.float64) / 255
     statistics = {
         "image_size": size,
         "samples": len(ids),

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import SELF_TERM_BELOW, Config
+from raypipe.config.measure import OWN_SCORES
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.runs.checkpoints import empty_proxy
@@ -65,7 +66,8 @@ class MeasureStage(Stage):
         """
         for shard in context.run.done("measured"):
             storage.delete(context.run.measured_shard(shard))
-        if context.code:  # the name of the folder does not show the code of a score
+        if set(context.config.measure.scores) - set(OWN_SCORES):
+            # the name of the folder does not show the code of a score
             storage.delete(context.run.path(trajectory_folder(context.config, context.run)))
         storage.delete(context.run.path(AUDIT_FOLDER))
 
