@@ -188,7 +188,7 @@ def evaluate(
     ... )  # doctest: +SKIP
     """
     from raypipe.evaluation.driver import evaluate as compare
-    from raypipe.evaluation.test_set import source_of_test_set
+    from raypipe.evaluation.held_out import source_of_test_set
 
     run = Run(uri)
     settings = parse_settings(EvaluateSettings, options, "evaluate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
-from raypipe.config.choices import STRATEGY_NAMES
+from raypipe.config.choices import STRATEGY_NAMES, is_own
 from raypipe.config.extrapolate import OwnMethod
 from raypipe.config.measure import OWN_SCORES
 from raypipe.config.model import Config
@@ -54,6 +54,8 @@ def named_code(config: Config) -> Iterator[NamedCode]:
         yield NamedCode(SOURCE.setting, config.source.format, "index", SOURCE)
     if config.source.transform is not None:
         yield NamedCode("source.transform", config.source.transform, "seed")
+    if is_own(config.proxy.model):
+        yield NamedCode("proxy.model", config.proxy.model, "proxy")
     if config.proxy.augment is not None:
         yield NamedCode("proxy.augment", config.proxy.augment, "proxy")
     for score in config.measure.scores:
@@ -64,6 +66,8 @@ def named_code(config: Config) -> Iterator[NamedCode]:
             EXTRAPOLATOR.setting, config.extrapolate.method, "extrapolate", EXTRAPOLATOR
         )
     if config.pilots:
+        if is_own(config.pilot.model):
+            yield NamedCode("pilot.model", config.pilot.model, "pilot")
         tried = [changes["strategy"] for _, changes in config.pilot.named_candidates()]
         for strategy in dict.fromkeys(tried):
             if strategy not in STRATEGY_NAMES:

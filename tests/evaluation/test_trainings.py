@@ -15,9 +15,9 @@ from raypipe.config import parse_settings
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, ResourceError
 from raypipe.evaluation import decoded
+from raypipe.evaluation.held_out import source_of_test_set
 from raypipe.evaluation.lists import FULL, RANDOM, ListedSamples, SamplePool
 from raypipe.evaluation.summary import Results, _untrained
-from raypipe.evaluation.test_set import source_of_test_set
 from raypipe.evaluation.trainings import recipe_of, trainings_of
 
 POOL = SamplePool((("f", 100),), np.zeros(100, np.int64), np.arange(100), "digest")

@@ -12,7 +12,7 @@ from raypipe import storage
 from raypipe.config import Config, SourceSettings, parse_config
 from raypipe.errors import ConfigError
 from raypipe.estimate import inspect_source
-from raypipe.evaluation.test_set import source_of_test_set
+from raypipe.evaluation.held_out import source_of_test_set
 from raypipe.pipeline import execute
 from raypipe.sources import _SOURCES
 from raypipe.sources.used_settings import _USED, refuse_unused_settings, unused_settings

@@ -46,14 +46,17 @@ def transform(image):
 
 def augment(image, generator):
     return image
+
+def network(classes, image_size, channels):
+    return None
 """
 NAMED = (
     f"measure.scores=[{MODULE}:Late]",
     f"select.strategy={MODULE}:Kept",
     f"source.transform={MODULE}:transform",
     f"proxy.augment={MODULE}:augment",
+    f"proxy.model={MODULE}:network",
 )
-STAGES = {"seed", "proxy", "measure", "select"}
 
 
 def _context(
@@ -67,13 +70,16 @@ def _context(
         small_config(f"{folder}/run", *NAMED, *overrides), Run(f"{folder}/run"), QUIET
     )
     with code_allowed():
-        assert len(context.code) == 4
+        assert len(context.code) == 5
     return context
 
 
 def _fingerprints(context: Context) -> dict[str, str]:
+    config, stages = context.config, map(make_stage, STAGE_NAMES)
     return {
-        name: make_stage(name).fingerprint(context.config, context.code, []) for name in STAGE_NAMES
+        stage.name: stage.fingerprint(config, context.code, [])
+        for stage in stages
+        if stage.applies_to(config)
     }
 
 
@@ -89,10 +95,11 @@ def test_a_change_shows_in_the_first_stage_that_uses_the_code(
         ("return chunk.score", "return -chunk.score", "select"),
         ("def transform(image):\n    return image", "transform = abs", "seed"),
         ("generator):\n    return image", "generator):\n    return image + 1", "proxy"),
+        ("return None", "return classes", "proxy"),
     ):
         changed = _context(tmp_path, monkeypatch, CODE.replace(old, new))
         after = _fingerprints(changed)
-        assert {name for name in STAGE_NAMES if after[name] != before[name]} == {stage}
+        assert {name for name in before if after[name] != before[name]} == {stage}
         record = StageRecord(detail={"code": of_stage(stage, code)})
         (line,) = changes(record, stage, changed.code)
         assert line.startswith("the code of ") and line.endswith("has changed")
@@ -107,7 +114,7 @@ def test_options_are_part_of_the_fingerprint(
     assert _fingerprints(_context(tmp_path, monkeypatch, CODE, stated)) == before
     other = f"measure.options={{{MODULE}:Late: {{power: 2}}}}"
     after = _fingerprints(_context(tmp_path, monkeypatch, CODE, other))
-    assert {name for name in STAGE_NAMES if after[name] != before[name]} == {"measure"}
+    assert {name for name in before if after[name] != before[name]} == {"measure"}
 
 
 def test_wrong_options_are_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

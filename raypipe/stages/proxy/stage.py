@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.distributed.code_identity import network_code
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
@@ -122,7 +121,7 @@ class ProxyStage(Stage):
         for name, value in UNSTATED.items():
             if settings[name] == value:
                 del settings[name]
-        return settings | network_code(config.proxy.model)
+        return settings
 
     def check(self, context: Context) -> None:
         check_network(context.config, context.run)
