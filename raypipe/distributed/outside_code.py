@@ -125,6 +125,10 @@ def _imported(config: Config, named: NamedCode) -> OutsideCode:
     if named.kind is None:
         return OutsideCode(named, code_identity(load(named.name, named.setting)), {}, {})
     part = find_part(named.kind, named.name, named.setting)
+    if named.kind == STRATEGY:
+        from raypipe.selection.outside import strategy_of_class
+
+        strategy_of_class(named.name, part)
     section = getattr(config, named.kind.setting.partition(".")[0])
     options = validated_options(part, named.kind, named.name, section.options)
     texts = {

@@ -127,7 +127,33 @@ class _Named(Ranking):
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         with _named_failures(self._name):
-            return self._inner.compute(chunk)
+            key, group = self._inner.compute(chunk)
+            _check_array("key", key, np.uint32, len(chunk.score))
+            _check_array("group", group, np.int64, len(chunk.score))
+            if len(group) and not -1 <= group.min() <= group.max() < self.groups:
+                raise ValueError(
+                    f"groups from {group.min()} to {group.max()}; expected -1 to {self.groups - 1}"
+                )
+            return key, group
+
+
+def _check_array(what: str, values: Any, dtype: type[np.generic], length: int) -> None:
+    """Raise ValueError unless values are an array of a type and length."""
+    if not isinstance(values, np.ndarray) or (values.dtype, values.shape) != (dtype, (length,)):
+        found = f"{getattr(values, 'dtype', type(values).__name__)} {list(np.shape(values))}"
+        raise ValueError(f"{what} is {found}; expected {dtype.__name__} {[length]}")
+
+
+def _checked(name: str, plan: SelectionPlan, ranking: Ranking) -> SelectionPlan:
+    """Return a plan of a strategy from outside whose errors name the strategy."""
+
+    def quotas(size: np.ndarray, total: int) -> np.ndarray:
+        with _named_failures(name):
+            result = plan.quotas(size, total)
+            _check_array("quotas", result, np.int64, len(size))
+        return result
+
+    return replace(plan, ranking=ranking, quotas=quotas)
 
 
 @contextlib.contextmanager
@@ -166,17 +192,21 @@ def strategy_of_class(name: str, kind: type[KeepStrategy]) -> Strategy:
     def plan(
         stream: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
     ) -> list[SelectionPlan]:
-        strategy = kind(validated_options(kind, STRATEGY, name, options.own))
+        own = validated_options(kind, STRATEGY, name, options.own)
         with _named_failures(name):
-            plans = strategy.plan(stream, keep, classes, options)
-        if len(plans) != len(keep) or not all(isinstance(item, SelectionPlan) for item in plans):
+            plans: Any = kind(own).plan(stream, keep, classes, options)
+        good = isinstance(plans, list | tuple) and all(
+            isinstance(item, SelectionPlan) and isinstance(item.ranking, Ranking) for item in plans
+        )
+        if not good or len(plans) != len(keep):
+            returned = f"{len(plans)} plans" if good else f"a {type(plans).__name__}"
             raise StageError(
-                f"{STRATEGY.setting}: {name} returned {len(plans)} plans for {len(keep)} keep "
-                "fractions; expected a SelectionPlan for each"
+                f"{STRATEGY.setting}: {name} returned {returned} for {len(keep)} keep "
+                "fractions; expected a list with a SelectionPlan for each"
             )
         # plans that share a ranking are computed in one pass
         rankings = {id(item.ranking): _Named(name, item.ranking) for item in plans}
-        return [replace(item, ranking=rankings[id(item.ranking)]) for item in plans]
+        return [_checked(name, item, rankings[id(item.ranking)]) for item in plans]
 
     flags = {item: getattr(kind, item) for item in Strategy.__dataclass_fields__ if item != "plan"}
     return Strategy(plan, **flags)

@@ -41,6 +41,9 @@ class Kept(KeepStrategy):
     def preference(self, chunk, options):
         return chunk.score
 
+class Idle(KeepStrategy):
+    summary = "idle"
+
 def transform(image):
     return image
 
@@ -132,6 +135,7 @@ def test_wrong_options_are_one_line_each(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("measure.scores=[{}:Kept]", "'{}:Kept' is no score: expected a class derived from raypi"),
         ("select.strategy={}:helper", "'{}:helper' is no strategy: expected a class"),
+        ("select.strategy={}:Idle", "'{}:Idle' does nothing: define preference, or plan"),
         ("extrapolate.method={}:Late", "'{}:Late' is no extrapolator"),
         ("measure.scores=[{}:Lat]", "has no 'Lat'; did you mean 'Late'?"),
         ("proxy.augment=no_such_module_z:f", "cannot import no_such_module_z on"),

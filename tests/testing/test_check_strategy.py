@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from raypipe.selection import Chunk, KeepStrategy, SelectionOptions
+from raypipe.selection.base import SelectionPlan, one_group_quota
+from raypipe.selection.radix_select import Ranking
 from raypipe.testing import ContractError, check_strategy
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
@@ -115,6 +118,51 @@ class OnePlan(Middle):
         return super().plan(stream, keep[:1], classes, options)
 
 
+class NoPlans(Middle):
+    def plan(self, stream: Any, keep: Any, classes: int, options: Any) -> Any:
+        return None
+
+
+class ByQuotas(Middle):
+    quotas: Any = None
+
+    def plan(self, stream: Any, keep: Any, classes: int, options: Any) -> Any:
+        plans = super().plan(stream, keep, classes, options)
+        return [replace(plan, quotas=type(self).quotas) for plan in plans]
+
+
+class QuotasOfText(ByQuotas):
+    quotas = staticmethod(lambda size, total: "all")
+
+
+class QuotasTooLong(ByQuotas):
+    quotas = staticmethod(lambda size, total: np.repeat(size, 2))
+
+
+class Doubled(Ranking):
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        samples = 2 * len(chunk.score)
+        return np.zeros(samples, np.uint32), np.zeros(samples, np.int64)
+
+
+class GroupSeven(Ranking):
+    def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
+        samples = len(chunk.score)
+        return np.zeros(samples, np.uint32), np.full(samples, 7)
+
+
+def _by(ranking: Ranking) -> type[Middle]:
+    def plan(self: Any, stream: Any, keep: Any, classes: int, options: Any) -> Any:
+        return [SelectionPlan(ranking, one_group_quota)] * len(keep)
+
+    return type(f"By{type(ranking).__name__}", (Middle,), {"plan": plan})
+
+
+class Words(Middle):
+    def preference(self, chunk: Chunk, options: SelectionOptions) -> Any:
+        return ["high"] * len(chunk.score)
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -132,6 +180,12 @@ class OnePlan(Middle):
         (Draws, "Draws: draws_at_random is false, but another seed gives another list"),
         (ByFraction, "ByFraction: nested is true, but a smaller list is not contained"),
         (OnePlan, "OnePlan: cutting a list .*returned 1 plans for 3 keep fractions"),
+        (NoPlans, "NoPlans: cutting a list .*returned a NoneType for 3 keep fractions"),
+        (QuotasOfText, r"QuotasOfText: .*quotas is str \[\]; expected int64 \[1\]"),
+        (QuotasTooLong, r"QuotasTooLong: .*quotas is int64 \[2\]; expected int64 \[1\]"),
+        (_by(Doubled()), r"ByDoubled: .*key is uint32 \[256\]; expected uint32 \[128\]"),
+        (_by(GroupSeven()), "ByGroupSeven: .*groups from 7 to 7; expected -1 to 0"),
+        (Words, "Words: cutting a list .*Words failed"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
