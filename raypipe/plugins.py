@@ -139,7 +139,7 @@ def find(kind: PartKind, name: str, base: type, setting: str = "") -> Any:
             )
         reference = points[0].value
     value = load(reference, setting)
-    home = f"{base.__module__.removesuffix('.base')}.{base.__name__}"
+    home = f"{base.__module__}.{base.__name__}"
     if not isinstance(value, type) or not issubclass(value, base):
         raise ConfigError(
             f"{setting}: {name!r} is no {kind.noun}: expected a class derived from {home}"
@@ -198,7 +198,7 @@ def load(reference: str, setting: str) -> Any:
     except (Exception, SystemExit) as error:  # a module runs any code of its author
         raise ConfigError(
             f"{setting}: cannot import {module_name} on {socket.gethostname()} "
-            f"({_one_line(error)}); {_remedy(error, module_name)}"
+            f"({failure(error)}); {_remedy(error, reference)}"
         ) from error
     value: Any = module
     for name in path.split("."):
@@ -233,11 +233,14 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _remedy(error: BaseException, module: str) -> str:
-    """Return what to do about a module that cannot be imported."""
+def _remedy(error: BaseException, reference: str) -> str:
+    """Return what to do about `module:name` whose module cannot be imported."""
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    module, _, name = reference.partition(":")
     if missing is None:
         return "fix the module"
+    if module.endswith(".py") and missing in (module, module.removesuffix(".py")):
+        return f"name the module without .py: {module.removesuffix('.py')}:{name}"
     if missing == module or module.startswith(f"{missing}."):
         return (
             "start raypipe in the folder that has it, install its package on every node, or submit "
@@ -248,10 +251,11 @@ def _remedy(error: BaseException, module: str) -> str:
 
 def failure(error: BaseException) -> str:
     """Return what went wrong in code from outside, and where, in one line."""
-    frame, line, package = error.__traceback__, "", os.path.dirname(__file__)
+    frame, line = error.__traceback__, ""
+    others = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # "<": no file
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if not file.startswith(package) and f"{os.sep}site-packages{os.sep}" not in file:
+        if not file.startswith(others) and f"{os.sep}site-packages{os.sep}" not in file:
             line = f", {os.path.basename(file)} line {frame.tb_lineno}"
         frame = frame.tb_next
     return f"{_one_line(error)}{line}"

@@ -74,9 +74,19 @@ def test_work_for_other_processes_carries_the_permission() -> None:
     ("code", "reference", "message"),
     [
         ("", "no_such_module_x:f", r"cannot import no_such_module_x on \S+ .*start raypipe in the"),
-        ("import no_such_y", "beside_3:f", r"No module named 'no_such_y'\); install no_such_y on"),
-        ("1 / 0", "beside_4:f", r"\(ZeroDivisionError: division by zero\); fix the module"),
-        ("raise SystemExit(3)", "beside_5:f", r"\(SystemExit: 3\); fix the module"),
+        (
+            "import no_such_y",
+            "beside_3:f",
+            r"No module named 'no_such_y', .* line 1\); install no_such_y on",
+        ),
+        (
+            "\n1 / 0",
+            "beside_4:f",
+            r"\(ZeroDivisionError: .* by zero, beside_4.py line 2\); fix the",
+        ),
+        ("raise SystemExit(3)", "beside_5:f", r"\(SystemExit: 3, .* line 1\); fix the module"),
+        ("def f(:", "beside_7:f", r"\(SyntaxError: .*\(beside_7.py, line 1\)\); fix the module"),
+        ("", "beside_8.py:f", r"No module named .*; name the module without .py: beside_8:f"),
         ("def network(): ...", "beside_6:netwrk", r"has no 'netwrk'; did you mean 'network'\?"),
     ],
 )

@@ -98,9 +98,9 @@ class OrPart:
             others = declared(self.kind)
             if is_reference(value) or value in others or (value and value in _accepted.get()):
                 return value
-            if others:
-                words = " or ".join(map(repr, (*get_args(self.own), *others)))
-                raise PydanticKnownError("literal_error", {"expected": words})
+            words = ", ".join(map(repr, (*get_args(self.own), *others)))
+            expected = f"{words} or module:Class of your own"
+            raise PydanticKnownError("literal_error", {"expected": expected})
         return handler(value)
 
 
@@ -131,8 +131,12 @@ def validated_options(
     Raises
     ------
     ConfigError
-        With one line per wrong option.
+        With one line per wrong option, or if `Options` of the part is not derived from `Settings`.
     """
+    if not (isinstance(part.Options, type) and issubclass(part.Options, Settings)):
+        raise ConfigError(
+            f"{kind.setting}: Options of {name!r} is not derived from raypipe.config.base.Settings"
+        )
     try:
         return part.Options.model_validate(dict(options.get(name, {})))
     except ValidationError as error:

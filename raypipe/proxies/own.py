@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from raypipe.errors import ConfigError
-from raypipe.plugins import load
+from raypipe.plugins import failure, load
 from raypipe.proxies.network import Network
-from raypipe.proxies.split import one_line
 
 
 def network(name: str) -> Network:
@@ -31,10 +30,10 @@ def network(name: str) -> Network:
     def make(classes: int, image_size: int, channels: int) -> nn.Module:
         try:
             module = function(classes, image_size, channels)
-        except Exception as error:  # whatever the function raises
+        except (Exception, SystemExit) as error:  # whatever the function raises
             raise ConfigError(
                 f"proxy.model: {name}(classes={classes}, image_size={image_size}, "
-                f"channels={channels}) raised {one_line(error)}"
+                f"channels={channels}) raised {failure(error)}"
             ) from error
         if not isinstance(module, nn.Module):
             raise ConfigError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
+from raypipe.plugins import failure
 from raypipe.proxies.network import CHANNELS, Network
 
 PROBES = 2
@@ -77,7 +78,7 @@ def _name_of_head(
     except Exception as error:  # whatever a network's own code raises
         raise ConfigError(
             f"proxy.model: {network.name} cannot process images of {image_size} pixels "
-            f"({one_line(error)}){_size_hint(network, image_size)}"
+            f"({failure(error)}){_size_hint(network, image_size)}"
         ) from None
     finally:
         module.train(training)

@@ -70,7 +70,9 @@ class Score(abc.ABC):
         """
 
 
-def checked_score(name: str, score: Score, trajectory: Trajectory) -> np.ndarray:
+def checked_score(
+    name: str, part: type[Score], options: Settings, trajectory: Trajectory
+) -> np.ndarray:
     """Return what a score from outside computes, float32 [samples].
 
     Raises
@@ -79,9 +81,11 @@ def checked_score(name: str, score: Score, trajectory: Trajectory) -> np.ndarray
         If it fails, or its result has another shape or type, or values that are not finite.
     """
     try:
-        values = score.score(trajectory)
-    except RaypipeError:
-        raise
+        values = part(options).score(trajectory)
+    except RaypipeError as error:
+        if name in str(error):
+            raise
+        raise ScoreError(f"measure.scores: {name}: {error}") from error
     except Exception as error:
         raise ScoreError(f"measure.scores: {name} failed ({failure(error)})") from error
     expected = (len(trajectory.label),)

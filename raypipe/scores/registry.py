@@ -173,8 +173,21 @@ def score_info(name: str) -> ScoreInfo:
     """
     if name in SCORES:
         return SCORES[name]
-    score = find(SCORE, name, Score)
+    score = _outside(name)
     return ScoreInfo(name, score.summary, "trajectory", "none", score.paper, score.reads)
+
+
+def _outside(name: str) -> type[Score]:
+    """Return the class of a score from outside. Raises ConfigError if it cannot be used."""
+    score: type[Score] = find(SCORE, name, Score)
+    known = (*STATISTICS, "probabilities")
+    reads: Any = score.reads
+    if not isinstance(reads, tuple) or not reads or not set(reads) <= set(known):
+        raise ConfigError(
+            f"measure.scores: reads of {name!r} is {reads!r}; expected a tuple, such as "
+            f"('loss',), with some of {', '.join(known)}"
+        )
+    return score
 
 
 def trajectory_score(name: str) -> Callable[..., np.ndarray]:
@@ -188,9 +201,9 @@ def trajectory_score(name: str) -> Callable[..., np.ndarray]:
         If a score from outside cannot be imported, or must not be.
     """
     if name not in SCORES:
-        score = find(SCORE, name, Score)
+        score = _outside(name)
         return lambda trajectory, **options: checked_score(
-            name, score(validated_options(score, SCORE, name, {name: options})), trajectory
+            name, score, validated_options(score, SCORE, name, {name: options}), trajectory
         )
     if SCORES[name].needs != "trajectory":
         names = ", ".join(key for key, info in SCORES.items() if info.needs == "trajectory")
@@ -203,9 +216,11 @@ def check_epochs(name: str, epochs: int, options: Mapping[str, Any]) -> None:
     """Raise ScoreError if a trajectory score cannot be computed from this many epochs.
 
     The check runs the score on one artificial sample, so it costs nothing and needs no training.
+    The sample has what the score reads, and nothing else.
     """
     statistics = {column: np.full((epochs, 1), 0.5, np.float32) for column in STATISTICS}
     arrays = {"probabilities": np.full((epochs, 1, 2), 0.5, np.float32), **statistics}
+    arrays = {column: arrays[column] for column in score_info(name).reads}
     trajectory_score(name)(Trajectory(np.zeros(1, np.int64), arrays), **options)
 
 

@@ -162,8 +162,7 @@ class Trajectory:
         if name not in self._arrays:
             if "probabilities" not in self._arrays:
                 raise ScoreError(
-                    f"the trajectory was read without {name}; add it to `reads` of the score's "
-                    "entry in SCORES"
+                    f"the trajectory was read without {name}; add it to `reads` of the score"
                 )
             self._arrays[name] = _FROM_PROBABILITIES[name](self.probabilities, self.label)
         return self._arrays[name]

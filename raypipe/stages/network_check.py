@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raypipe.config import Config
 from raypipe.config.choices import PROXY_MODELS
 from raypipe.errors import ConfigError
+from raypipe.plugins import failure
 from raypipe.runs.run import Run
 
 if TYPE_CHECKING:
@@ -38,19 +39,24 @@ def check_network(config: Config, run: Run) -> None:
         return
     import torch
 
-    from raypipe.proxies.split import one_line
     from raypipe.vision.sync_batchnorm import check_layers
 
     model, images, labels = _example(config, run)
     name = config.proxy.model
     with torch.no_grad():
-        together = model(images)
         try:
-            alone = torch.cat([model(image[None]) for image in images])
+            together = model(images)
         except Exception as error:  # whatever a network's own code raises
             raise ConfigError(
+                f"proxy.model: {name} cannot process images of {config.proxy.image_size} pixels "
+                f"({failure(error)}); fix the network"
+            ) from None
+        try:
+            alone = torch.cat([model(image[None]) for image in images])
+        except Exception as error:
+            raise ConfigError(
                 f"proxy.model: {name} cannot process a single image in eval mode "
-                f"({one_line(error)}); {NO_MIXING}"
+                f"({failure(error)}); {NO_MIXING}"
             ) from None
     if not together.isfinite().all():
         raise ConfigError(
@@ -64,9 +70,20 @@ def check_network(config: Config, run: Run) -> None:
     if config.proxy.workers > 1:
         check_layers(model, gpu=config.proxy.use_gpu is not False)
     model.train()
-    with torch.random.fork_rng(devices=[]):
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
-    loss.backward()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+    except Exception as error:
+        raise ConfigError(
+            f"proxy.model: {name} cannot be trained ({failure(error)}); fix the network"
+        ) from None
+    trained = [value for value in model.backbone.parameters() if value.requires_grad]
+    if trained and all(value.grad is None for value in trained):
+        raise ConfigError(
+            f"proxy.model: no weight of {name} but those of its last layer gets a gradient; fix "
+            "the network, or set proxy.train to head"
+        )
     for full_name, value in model.named_parameters():
         key = full_name.removeprefix("backbone.")
         if value.grad is None and value.requires_grad and config.proxy.workers > 1:

@@ -43,6 +43,8 @@ def check_score(part: type[Score], **options: Any) -> None:
     """
     settings = check_declaration(part, Score, options)
     known = (*STATISTICS, "probabilities")
+    is_tuple = isinstance(part.reads, tuple)
+    require(is_tuple, part, f"reads is {part.reads!r}; expected a tuple, such as ('loss',)")
     unknown = [name for name in part.reads if name not in known]
     require(not unknown, part, f"reads {', '.join(unknown)}; possible are {', '.join(known)}")
     arrays, label = _trajectories()

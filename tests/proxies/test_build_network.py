@@ -42,6 +42,9 @@ def no_module(classes, image_size, channels):
 def raises(classes, image_size, channels):
     raise ValueError("no such thing")
 
+def exits(classes, image_size, channels):
+    raise SystemExit(3)
+
 def one_argument(classes):
     return nn.Identity()
 
@@ -157,13 +160,20 @@ def test_normalisation_is_that_of_the_network_if_weights_are_given() -> None:
         ("torchvision:squeezenet1_1", "does not end in an nn.Linear"),
         ("torchvision:inception_v3", r"cannot process images of 20 pixels \(.*made for"),
         ("nets_beside:no_module", "returned a dict; it must return a torch.nn.Module"),
-        ("nets_beside:raises", r"channels=3\) raised ValueError: no such thing"),
+        (
+            "nets_beside:raises",
+            r"channels=3\) raised ValueError: no such thing, nets_beside.py line",
+        ),
+        ("nets_beside:exits", r"channels=3\) raised SystemExit: 3, nets_beside.py line"),
         ("nets_beside:one_argument", "raised TypeError"),
         ("nets_beside:wrong_width", r"shape \[2, 6\] for 2 images and 5 classes"),
         ("nets_beside:Two", "returns a tuple, not a tensor"),
         ("nets_beside:NotFinite", "not finite"),
         ("nets_beside:NoHead", "does not end in an nn.Linear"),
-        ("nets_beside:Fails", r"cannot process images of 20 pixels \(RuntimeError"),
+        (
+            "nets_beside:Fails",
+            r"cannot process images of 20 pixels \(RuntimeError.*nets_beside.py line",
+        ),
         ("nets_beside:stated", "default_cfg of nets_beside:stated must be a dict"),
     ],
 )

@@ -93,6 +93,25 @@ class Spare(Net):
         self.spare = nn.Parameter(torch.zeros(3))
         return nn.Tanh()
 
+class Frozen(Net):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.requires_grad_(False)
+
+class Half(Net):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.half()
+
+class Detached(Net):
+    def forward(self, x):
+        return self.out(self.body(x).detach())
+
+class FailsInTraining(Net):
+    def forward(self, x):
+        assert not self.training, "no training"
+        return super().forward(x)
+
 class InfiniteGradient(Net):
     def middle(self):
         return Steep()
@@ -129,6 +148,16 @@ def test_a_sound_network_passes(run: Run) -> None:
         ),
         ("BatchStatistics", r"cannot process a single image in eval mode \(ValueError: Expected"),
         ("InfiniteGradient", "proxy.model: the gradient of body.1.weight of .* is not finite"),
+        ("Half", r"nets_checked:Half cannot process images of 8 pixels \(RuntimeError: .*dtype"),
+        ("Detached", "no weight of nets_checked:Detached but those of its last layer gets a"),
+        (
+            "Frozen",
+            r"nets_checked:Frozen cannot be trained \(RuntimeError: .*does not require grad",
+        ),
+        (
+            "FailsInTraining",
+            r"cannot be trained \(AssertionError: no training, nets_checked.py line \d+\)",
+        ),
         ("Rounds", r"forward: layer body.2 \(Rounding\): .*Set measure.moso.gradient to head"),
         ("Disagrees", r"the derivative is \S+ forward and \S+ backward, so a layer defines its"),
     ],

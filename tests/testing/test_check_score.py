@@ -63,6 +63,10 @@ class ReadsLogits(Doubt):
     reads = ("logits",)
 
 
+class ReadsText(Doubt):
+    reads = "loss"  # type: ignore[assignment]
+
+
 class ReadsTooLittle(Doubt):
     reads = ("margin",)
 
@@ -150,6 +154,7 @@ class NoSummary(Score):
         (Undescribed, "Undescribed: option window has no description"),
         (Lenient, "Lenient: Options is not derived from raypipe.config.base.Settings"),
         (ReadsLogits, "ReadsLogits: reads logits; possible are loss, margin"),
+        (ReadsText, "ReadsText: reads is 'loss'; expected a tuple, such as"),
         (ReadsTooLittle, "ReadsTooLittle: reads is incomplete: the trajectory was read without"),
         (ReturnsList, "ReturnsList: score returns list, not an array"),
         (PerEpoch, r"PerEpoch: score returns shape \[40, 240\]; expected \[240\]"),
