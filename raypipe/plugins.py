@@ -130,7 +130,6 @@ def find(kind: PartKind, name: str, base: type, setting: str = "") -> Any:
         If importing is not allowed here, the class cannot be imported, or is not such a part.
     """
     setting, reference = setting or kind.setting, name
-    refuse_unless_allowed(name, setting)
     if not is_reference(name):
         points = declared(kind).get(name, ())
         if len(points) != 1:
@@ -138,6 +137,7 @@ def find(kind: PartKind, name: str, base: type, setting: str = "") -> Any:
                 f"{setting}: {_who_declares(kind, name, points)} (on {socket.gethostname()})"
             )
         reference = points[0].value
+    refuse_unless_allowed(name, setting)
     value = load(reference, setting)
     home = f"{base.__module__}.{base.__name__}"
     if not isinstance(value, type) or not issubclass(value, base):

@@ -110,7 +110,9 @@ def bad_images() -> Iterator[BadSample]:
     yield BadSample(
         "text-named-jpg", b"thumbs.db is not an image\n" * 20, extension="jpg", words=UNREADABLE
     )
-    yield BadSample("html-named-png", b"<html><body>404 Not Found</body></html>", words=UNREADABLE)
+    yield BadSample(
+        "html-named-png", b"<html><body>404 Not Found</body></html>", words="an HTML page instead"
+    )
     yield BadSample(
         "pdf-named-png", b"%PDF-1.7\n1 0 obj <</Type /Catalog>> endobj\n%%EOF", words=UNREADABLE
     )

@@ -143,6 +143,7 @@ def test_select_imports_what_the_caller_names_or_allows(
     assert done.returncode == (2 if message else 0), done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_changed_code_is_measured_again_and_named(finished: Path, package: Path) -> None:
     again = raypipe(finished, package, "run", "run.yaml", "--until", "measure")
@@ -166,6 +167,7 @@ def test_changed_code_is_measured_again_and_named(finished: Path, package: Path)
     assert line in changed.stderr, changed.stderr
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_source_and_extrapolator_of_a_module_work_in_a_run(tmp_path: Path) -> None:
     for module in ("test_check_source", "test_check_extrapolator"):
