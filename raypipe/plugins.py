@@ -23,6 +23,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from raypipe.errors import ConfigError
+from raypipe.text import error_line
 
 REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 """The form of `module:name`; both can have dots."""
@@ -228,11 +229,6 @@ def _search_current_folder() -> None:
         sys.path.append(folder)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def _remedy(error: BaseException, reference: str) -> str:
     """Return what to do about `module:name` whose module cannot be imported."""
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
@@ -258,4 +254,4 @@ def failure(error: BaseException) -> str:
         if not file.startswith(others) and f"{os.sep}site-packages{os.sep}" not in file:
             line = f", {os.path.basename(file)} line {frame.tb_lineno}"
         frame = frame.tb_next
-    return f"{_one_line(error)}{line}"
+    return f"{error_line(error)}{line}"

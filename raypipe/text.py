@@ -30,6 +30,20 @@ def stand_in(head: bytes) -> str:
     return next((what for mark, what in STAND_INS.items() if start.startswith(mark)), "")
 
 
+def error_text(error: object, limit: int = 300) -> str:
+    """Return the message of an error as one line of at most `limit` characters.
+
+    An error without a message is named by its class.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def error_line(error: BaseException) -> str:
+    """Return class and message of an error as one line."""
+    name, message = type(error).__name__, error_text(error)
+    return name if message == name else f"{name}: {message}"
+
+
 @dataclass(frozen=True)
 class HeadlineFidelity:
     """The correlation that decides how far to trust the scores.

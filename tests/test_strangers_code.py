@@ -12,9 +12,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import raypipe
 from raypipe import storage
 from raypipe.cli import cli
 from raypipe.errors import RaypipeError
+from raypipe.plugins import allows_code
 from raypipe.runs.run import Run
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -88,6 +90,23 @@ def test_nothing_is_imported(
         assert refused in str(done.exception)
     else:
         assert done.exception is None, (done.output, repr(done.exception))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "allowed"),
+    [(None, False), ("top", False), ("auto", False), (f"{MODULE}:Mine", True)],
+)
+def test_a_strategy_that_the_caller_names_allows_no_other_code(
+    stranger: Run, monkeypatch: pytest.MonkeyPatch, strategy: str | None, allowed: bool
+) -> None:
+    """With auto, the run's files could name the strategy that is taken."""
+    seen = []
+    monkeypatch.setattr(
+        "raypipe.stages.select.stage.write_keep_lists",
+        lambda *_, **__: seen.append(allows_code()) or {},
+    )
+    raypipe.select(stranger.uri, 0.5, strategy)
+    assert seen == [allowed]
 
 
 def test_the_module_would_leave_a_mark(stranger: Run, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.config import absolute_paths, parse_config, parse_settings
+from raypipe.config.choices import AUTO, STRATEGY_NAMES
 from raypipe.config.evaluate import EvaluateSettings
 from raypipe.config.export import ExportSettings
 from raypipe.config.outside import outside_names
@@ -129,7 +130,8 @@ def select(
     config["select"] |= options
     with part_names_accepted(outside_names(stored)):
         settings = absolute_paths(parse_config(config))
-    allowed = allow_code or strategy is not None  # what the caller names
+    # a strategy that the caller names is trusted, but not what `auto` takes from the run's files
+    allowed = allow_code or strategy not in (None, AUTO, *STRATEGY_NAMES)
     with code_allowed(allowed), damage_as_error(run.uri), Lease(run):
         return write_keep_lists(run, settings.select, trust=settings.trust)
 

@@ -167,9 +167,7 @@ class Describer:
             and not inspect.ismemberdescriptor(item)
         }
         fields = members.get("__pydantic_fields__")
-        if isinstance(
-            fields, dict
-        ):  # of a pydantic model, which generates everything else from them
+        if isinstance(fields, dict):  # a pydantic model generates everything else from them
             members = {key: item for key, item in members.items() if "__pydantic" not in key}
             members["fields"] = {
                 key: [repr(field.annotation), field.default, field.metadata]

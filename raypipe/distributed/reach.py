@@ -10,6 +10,7 @@ import time
 
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
+from raypipe.text import error_text
 
 WAIT_SECONDS = 40.0
 """How long a cluster that does not answer is waited for: it can be starting."""
@@ -100,7 +101,7 @@ def _no_ray(address: str, end: float, progress: Progress) -> str:
             GcsClient(address=address)
             outcome.append("")
         except Exception as error:
-            outcome.append(" ".join(str(error).split())[:300] or type(error).__name__)
+            outcome.append(error_text(error))
 
     thread = threading.Thread(target=attempt, daemon=True, name="raypipe-reach")
     thread.start()

@@ -17,7 +17,7 @@ SPINS = 1000
 def waiting_variables() -> dict[str, str]:
     """Return the environment variables that workers need before torch is imported.
 
-    None if the environment already says how threads wait. libgomp, which torch and FAISS bring on
+    Empty if the environment already says how threads wait. libgomp, which torch and FAISS bring on
     Linux, reads them when it is loaded.
     """
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):

@@ -7,9 +7,8 @@ stage by stage, by what a finished run took.
 
 from __future__ import annotations
 
-from raypipe.config.choices import is_own
 from raypipe.config.extrapolate import gnn_epochs
-from raypipe.vision.network_costs import LIKE_OWN
+from raypipe.vision.network_costs import costed_as
 
 PARAMETERS = {
     "small": 174_000,
@@ -106,8 +105,7 @@ By its basis: a run's ledger, the constants above, or the assumed GPU.
 
 def width(model: str, image_size: int) -> int:
     """Return the length of the embeddings of a proxy for images of `image_size` pixels."""
-    if is_own(model):
-        model = LIKE_OWN
+    model = costed_as(model)
     if model not in PARAMETERS:
         from raypipe.proxies.sizes import size_of
 
@@ -117,8 +115,7 @@ def width(model: str, image_size: int) -> int:
 
 def parameters(model: str, image_size: int) -> int:
     """Return the weights of a proxy for images of `image_size` pixels."""
-    if is_own(model):
-        model = LIKE_OWN
+    model = costed_as(model)
     if model not in PARAMETERS:
         from raypipe.proxies.sizes import size_of
 

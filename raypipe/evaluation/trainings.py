@@ -119,7 +119,7 @@ def trainings_of(
     gpu
         Whether trainings use a GPU: mixed precision and seconds depend on it.
     """
-    everything = steps_of(recipe, len(pool))
+    everything, code = steps_of(recipe, len(pool)), network_code(recipe.model)
     result = []
     for listed in sorted(lists, key=lambda listed: listed.strategy != ""):
         for seed in range(settings.seeds) if listed.draw is None else (listed.draw,):
@@ -133,7 +133,7 @@ def trainings_of(
                 for name, value in OF_THE_NETWORK.items()
                 if getattr(own, name) != value
             }
-            stated |= network_code(own.model)
+            stated |= code
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)
             result.append(Training(name, listed, seed, steps, own))
     return result

@@ -117,12 +117,6 @@ def _check_output(network: Network, output: object, classes: int) -> None:
         )
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error as one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
 def _size_hint(network: Network, image_size: int) -> str:
     if network.input_size is None or network.input_size == image_size:
         return ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
 from raypipe.proxies.network import CHANNELS, Network
-from raypipe.proxies.split import one_line
+from raypipe.text import error_line
 
 
 def _timm() -> Any:
@@ -18,7 +18,7 @@ def _timm() -> Any:
         import timm
     except ImportError as error:
         raise ConfigError(
-            f"proxy.model: networks of timm need the package ({one_line(error)}): "
+            f"proxy.model: networks of timm need the package ({error_line(error)}): "
             "pip install 'raypipe[timm]'"
         ) from None
     return timm
@@ -49,7 +49,7 @@ def network(name: str, rest: str) -> Network:
         except (ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"proxy.model: {name} cannot be built for images of {image_size} pixels "
-                f"({one_line(error)}); set proxy.image_size"
+                f"({error_line(error)}); set proxy.image_size"
             ) from None
 
     def pretrained(image_size: int) -> Mapping[str, Tensor]:
@@ -59,7 +59,7 @@ def network(name: str, rest: str) -> Network:
             return create(image_size, CHANNELS, True, None).state_dict()
         except Exception as error:  # no network, no space, a hub that refuses
             raise ConfigError(
-                f"proxy.weights: the weights of {name} cannot be downloaded ({one_line(error)}); "
+                f"proxy.weights: the weights of {name} cannot be downloaded ({error_line(error)}); "
                 f"put those of {published.hf_hub_id or published.url} in the cache of the machine, "
                 "or set proxy.weights to a safetensors file with them"
             ) from None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
 from raypipe.proxies.network import Network
-from raypipe.proxies.split import one_line
+from raypipe.text import error_line
 
 WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
 """Options of the two networks that have more than one classifier."""
@@ -41,7 +41,7 @@ def network(name: str, rest: str) -> Network:
         except (ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"proxy.model: {name} cannot be built for images of {image_size} pixels "
-                f"({one_line(error)}); set proxy.image_size, for example to {preset.crop_size[0]}"
+                f"({error_line(error)}); set proxy.image_size, for example to {preset.crop_size[0]}"
             ) from None
 
     def pretrained(image_size: int) -> Mapping[str, Tensor]:
@@ -80,6 +80,6 @@ def _download(name: str, rest: str, published: Any) -> Mapping[str, Tensor]:
     except Exception as error:  # no network, no space, a proxy's page instead of the file
         file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(published.url))
         raise ConfigError(
-            f"proxy.weights: the weights of {name} cannot be downloaded ({one_line(error)}); put "
+            f"proxy.weights: the weights of {name} cannot be downloaded ({error_line(error)}); put "
             f"{published.url} at {file}, or set proxy.weights to a safetensors file"
         ) from None

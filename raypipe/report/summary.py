@@ -60,7 +60,13 @@ from raypipe.report.score_scan import (
 )
 from raypipe.report.set_shares import sample_sets, set_share_figures
 from raypipe.runs.layout import OPTIONAL_STAGES, STAGE_FOLDERS
-from raypipe.runs.ledger import StageRecord, extrapolated_tables, injected_noise, now
+from raypipe.runs.ledger import (
+    TABLE_SECTIONS,
+    StageRecord,
+    extrapolated_tables,
+    injected_noise,
+    now,
+)
 from raypipe.runs.outside_code import all_code, is_difficulty
 from raypipe.runs.pilot import Pilot
 from raypipe.runs.run import Run
@@ -85,8 +91,6 @@ MAX_REASONS = 20
 MAX_DISTINCT_REASONS = 10_000
 """Reject reasons that are counted one by one; the others are counted together."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
-OF_TABLES = ("run", "source", "extrapolate", "trust", "select", "report")
-"""Sections of the settings that have a meaning for scores from tables."""
 ENDED = ("done", "refused")
 """States of a finished stage; refused: fidelity is too low for keep-lists."""
 
@@ -234,7 +238,7 @@ def clean(value: Any) -> Any:
 
 def _settings(config: Config, ledger: Ledger) -> dict[str, Any]:
     """Return the settings of the run; with scores from tables, those that have a meaning."""
-    sections = set(OF_TABLES) if extrapolated_tables(ledger) else None
+    sections = set(TABLE_SECTIONS) if extrapolated_tables(ledger) else None
     return config.model_dump(mode="json", include=sections)
 
 

@@ -12,6 +12,7 @@ from raypipe.errors import RaypipeError
 from raypipe.report.score_scan import Pick
 from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
+from raypipe.text import error_text
 from raypipe.vision.own_code import Transform, displayed, transform_to_show
 
 SIZE, QUALITY = 96, 88
@@ -71,7 +72,7 @@ def load_thumbnails(
         source, transform = open_source(settings), transform_to_show(settings)
         fragments = {fragment.fragment_id: fragment for fragment in run.fragments()}
     except (RaypipeError, OSError) as error:
-        result.note = f"The source cannot be opened, so no images are shown: {_line(error)}"
+        result.note = f"The source cannot be opened, so no images are shown: {error_text(error)}"
         return result
 
     def load(fragment_id: str) -> _FragmentImages:
@@ -170,7 +171,7 @@ def _fragment_images(
                     transform,
                 )
     except Exception as error:  # whatever is wrong with a source, the report must be written
-        failed = Thumbnail(reason=_line(error))
+        failed = Thumbnail(reason=error_text(error))
         return _FragmentImages(
             {sample_id: image if image.uri else failed for sample_id, image in images.items()},
             failed.reason,
@@ -196,7 +197,7 @@ def make_thumbnail(
         pixels = decode(sample.image, min(native, size), max_pixels, bit_depth, transform, None)
         data = encode_thumbnail(displayed(pixels), quality)
     except BadImage as error:
-        return Thumbnail(reason=_line(error))
+        return Thumbnail(reason=error_text(error))
     uri = f"data:image/{_format(data)};base64,{base64.b64encode(data).decode()}"
     return Thumbnail(uri, pixelated=native <= PIXELATED)
 
@@ -218,7 +219,3 @@ def _native_size(sample: RawSample) -> int:
             return min(image.size)
     except Exception:  # decoding reports what is wrong with it
         return SIZE
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -71,6 +71,10 @@ def checked_record(record: StageRecord) -> StageRecord:
     return record
 
 
+TABLE_SECTIONS = ("run", "source", "extrapolate", "trust", "select", "report")
+"""Sections of the settings that have a meaning for scores from tables with images."""
+
+
 def extrapolated_tables(records: Mapping[str, StageRecord]) -> dict[str, str]:
     """Return the tables that `raypipe extrapolate` read, by the ledger of its folder.
 

@@ -19,6 +19,7 @@ from raypipe.errors import RunError
 from raypipe.runs.layout import STAGE_FOLDERS, VALID_NAME, Layout
 from raypipe.runs.ledger import FORMAT, StageRecord, checked_record, label_noise_of, now
 from raypipe.sources import ClassMap, Fragment
+from raypipe.text import error_text
 
 MAX_CONFIG_BYTES = 4 << 20
 """A larger `config.yaml` is refused."""
@@ -150,8 +151,7 @@ class Run(Layout):
         except FileNotFoundError:
             raise RunError(self._absent("config.yaml")) from None
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"{self.uri}: config.yaml is damaged ({reason})") from None
+            raise RunError(f"{self.uri}: config.yaml is damaged ({error_text(error)})") from None
 
     # -- index --------------------------------------------------------------------------
 

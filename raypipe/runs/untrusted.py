@@ -18,6 +18,7 @@ import pyarrow as pa
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.runs.run import Run
+from raypipe.text import error_line, error_text
 
 DAMAGE_ERRORS = (
     ArithmeticError,
@@ -44,11 +45,10 @@ def damage_as_error(uri: str) -> Iterator[None]:
             "check that the run is finished and its folder complete"
         ) from error
     except OSError as error:  # Arrow also raises one for damaged content
-        raise RunError(f"{uri}: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"{uri}: {error_text(error)}") from error
     except DAMAGE_ERRORS as error:
-        what = " ".join(str(error).split())[:200]
         raise RunError(
-            f"{uri}: a file of this run has unexpected content ({type(error).__name__}: {what})"
+            f"{uri}: a file of this run has unexpected content ({error_line(error)})"
         ) from error
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raypipe.scores.moso import alignments, gradient_sum
+from raypipe.text import error_text
 
 TOLERANCE = 0.02
 """Largest relative difference of derivatives in float32 that rounding explains."""
@@ -46,8 +47,8 @@ def forward_mode_problem(model: nn.Module, images: Tensor, labels: Tensor) -> st
         raise
     except Exception as error:  # an operation without a derivative, in code of any kind
         name, kind = running[-1] if running else ("", type(model).__name__)
-        reason = " ".join(str(error).split())[:200]
-        return f"layer {name.removeprefix('backbone.') or kind} ({kind}): {reason}"
+        layer = f"{name.removeprefix('backbone.') or kind} ({kind})"
+        return f"layer {layer}: {error_text(error, 200)}"
     finally:
         for handle in handles:
             handle.remove()

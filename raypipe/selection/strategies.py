@@ -68,7 +68,7 @@ def find_strategy(name: str) -> Strategy:
     Raises
     ------
     ConfigError
-        If there is none of this name, or one from outside cannot be imported, or must not be.
+        If no strategy has this name, or its code cannot be imported here.
     """
     if name in STRATEGIES:
         return STRATEGIES[name]

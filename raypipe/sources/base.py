@@ -19,6 +19,7 @@ from raypipe.plugins import SOURCE
 from raypipe.sources.cuts import Cuts
 from raypipe.sources.formats import LeftOut
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
+from raypipe.text import error_text
 
 
 class Source(abc.ABC):
@@ -263,7 +264,7 @@ class Source(abc.ABC):
 
     def unreadable_file(self, file: SourceFile, error: object) -> FileScan:
         """Return the scan of a file that cannot be read."""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = error_text(error)
         fragment_id = self.fragment_id(file, 0, 0)
         fragment = Fragment(fragment_id, file.path, 0, 0, members=file.members, error=reason)
         return FileScan((fragment,))

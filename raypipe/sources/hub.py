@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raypipe.errors import SourceError
-from raypipe.sources.values import error_text
+from raypipe.text import error_text
 
 SCHEME = "huggingface://"
 SPLITS_FILE, STATE_FILE, INFO_FILE = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -83,7 +83,7 @@ def download_dataset(uri: str, config_name: str | None, split: str | None) -> Ca
     except SourceError:
         raise
     except Exception as error:  # from the package, the hub's client, HTTP or the disk
-        message = " ".join(str(error).split())[:400] or error_text(error)
+        message = error_text(error, 400)
         raise SourceError(
             f"{uri}: {message}. Check the name, source.config_name and the network; without a "
             "network, only datasets in the cache (HF_HOME) can be read (HF_HUB_OFFLINE=1 skips "

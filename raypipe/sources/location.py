@@ -16,8 +16,9 @@ from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources import patterns
 from raypipe.sources.formats import EXTENSIONS, HEAD_BYTES, FormatFilter, LeftOut
-from raypipe.sources.values import error_text, printable
+from raypipe.sources.values import printable
 from raypipe.storage import FileInfo
+from raypipe.text import error_text
 
 LIST_EXTENSION = ".txt"
 """File name ending of a list of shards."""

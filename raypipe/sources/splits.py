@@ -55,9 +55,9 @@ def split_of(word: str) -> str:
 
 
 def split_column(columns: Sequence[str], used: Collection[str | None]) -> str | None:
-    """Return the column that names the split of each row; None if there is none.
+    """Return the column that names the split of each row, or None.
 
-    A column that is `used` otherwise, such as for the labels, is none.
+    A column in `used` has another meaning, such as the labels, and is not returned.
     """
     lowered = {name.lower(): name for name in reversed(columns)}
     column = lowered.get(SPLIT_COLUMN)

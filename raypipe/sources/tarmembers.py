@@ -18,6 +18,7 @@ from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.sources.tarfiles import Group
 from raypipe.sources.types import RawSample
 from raypipe.sources.values import number_or_name, printable, stored_label
+from raypipe.text import error_text
 
 MAX_LABEL_BYTES, MAX_IMAGE_BYTES = 1 << 20, 1 << 30
 """A larger member is a reject."""
@@ -100,8 +101,7 @@ class Members:
                 decoded = content.decode("utf-8")
                 value: Any = json.loads(decoded) if extension == "json" else number_or_name(decoded)
             except (ValueError, RecursionError) as error:
-                message = " ".join(str(error).split())[:200]
-                return None, f"label: .{extension} cannot be read: {message}"
+                return None, f"label: .{extension} cannot be read: {error_text(error, 200)}"
             if extension == "json":
                 if not isinstance(value, dict):
                     return None, f"label: .json holds no fields but {type(value).__name__}"

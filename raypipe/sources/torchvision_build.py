@@ -23,7 +23,7 @@ from raypipe.sources.torchvision_request import (
     constructor_parameters,
     dataset_class,
 )
-from raypipe.sources.values import error_text
+from raypipe.text import error_text
 
 if TYPE_CHECKING:
     from torchvision.datasets import VisionDataset

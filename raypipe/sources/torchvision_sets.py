@@ -39,6 +39,7 @@ from raypipe.sources.torchvision_request import (
 )
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.values import printable
+from raypipe.text import error_text
 
 if TYPE_CHECKING:
     from torchvision.datasets import VisionDataset
@@ -217,7 +218,7 @@ def _check_items(request: DatasetRequest, dataset: VisionDataset) -> bool:
         types = f"({type(image).__name__}, {type(target).__name__})"
         reason = f"{types} instead of an image and a class number"
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = error_text(error, 200)
     raise SourceError(f"{request.uri}: none of the first {tried} items can be read: {reason}")
 
 
@@ -279,7 +280,7 @@ def _read_item(sample_id: str, dataset: VisionDataset, index: int) -> RawSample:
         return RawSample(sample_id, _image_content(image), None if target is None else int(target))
     except Exception as error:
         # Each class reads and fails in its own way; an unreadable item is one reject.
-        message = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        message = printable(error_text(error, 200))
         return RawSample(sample_id, None, None, f"cannot be read: {message}")
 
 

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from raypipe.storage import Reader
+from raypipe.text import error_text
 
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 
@@ -65,11 +66,6 @@ def damage_reason(file: Reader, error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it needs more memory than is available"
     return error_text(error)
-
-
-def error_text(error: BaseException) -> str:
-    """Return the message of an exception on one line, or the name of its type."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def printable(text: str) -> str:

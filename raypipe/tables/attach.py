@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.config import Config, SourceSettings
@@ -29,7 +30,7 @@ from raypipe.pipeline import advance, driver_progress
 from raypipe.progress import Progress
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.lease import Lease
-from raypipe.runs.ledger import StageRecord, without_images
+from raypipe.runs.ledger import TABLE_SECTIONS, StageRecord, without_images
 from raypipe.runs.log_file import log_file
 from raypipe.runs.rejects import write_rejects
 from raypipe.runs.run import Run
@@ -50,15 +51,6 @@ WITHOUT_IMAGE = "without_image.parquet"
 """File of the run folder with the scored ids that no image has."""
 NO_SCORE = "no score: its id is not in the tables"
 """Reject reason of an image without a score."""
-SECTIONS = {
-    "run": True,
-    "source": True,
-    "extrapolate": True,
-    "trust": True,
-    "select": True,
-    "report": True,
-}
-"""Settings that have a meaning for such a run."""
 SHOWN_IDS = 3
 """Ids that a message names."""
 
@@ -112,7 +104,7 @@ def _attach(tables: Run, config: Config, progress: Progress, verbose: bool) -> d
     with Lease(run) as lease, log_file(run, verbose), closing(context):
         records = run.ledger() if run.exists() else {}
         lease.about = partial(driver_progress, progress, records)
-        run.write_config(config, SECTIONS)
+        run.write_config(config, dict.fromkeys(TABLE_SECTIONS, True))
         advance(IndexStage(), context, records)
         advance(AttachStage(tables, record), context, records)
     return records["extrapolate"].detail["attached"]
@@ -266,7 +258,7 @@ def _count(run: Run, tables: Run, images: int) -> AttachedCounts:
     found, measured = [np.zeros(0, np.uint64)], 0
     for _, shard in storage.iter_tables(run.scores_folder, ["sample_id", "measured"]):
         found.append(hash64(shard["sample_id"]))
-        measured += sum(shard["measured"].to_pylist())
+        measured += pc.sum(shard["measured"]).as_py() or 0
     matched = np.sort(np.concatenate(found))
     parts = [pa.array([], pa.string())]
     for _, shard in storage.iter_tables(tables.scores_folder, ["sample_id"]):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from raypipe.assessment.rank_agreement import spearman
 from raypipe.config.base import Settings
 from raypipe.config.problems import problem_lines
 
@@ -113,7 +114,4 @@ class Unchanged:
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation; 0 if one of the arrays is constant."""
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    one, other = (np.argsort(np.argsort(values, kind="stable")) for values in (first, second))
-    return float(np.corrcoef(one, other)[0, 1])
+    return spearman(first, second) or 0.0

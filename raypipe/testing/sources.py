@@ -46,7 +46,7 @@ def check_source(part: type[Source], uri: str, **options: Any) -> None:
     with failures(part, "files"):
         files = list(islice(source.files(), FILES))
         again = list(islice(part(settings).files(), FILES))
-    require(bool(files), part, f"lists no file in {uri}; raise SourceError where there is none")
+    require(bool(files), part, f"lists no file in {uri}; raise SourceError if there are no files")
     require(files == again, part, "files lists others, or in another order, at a second call")
     small = part(settings.model_copy(update={"fragment_samples": SMALL_FRAGMENT}))
     seen: set[str] = set()

@@ -45,7 +45,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raypipe.errors import RaypipeError
 from raypipe.plugins import failure
-from raypipe.text import stand_in
+from raypipe.text import error_text, stand_in
 from raypipe.vision.own_code import Transform
 from raypipe.vision.png import without_metadata
 
@@ -163,7 +163,7 @@ def decode(
     except Exception as error:
         # for damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError,
         # ValueError, struct.error, IndexError
-        raise BadImage(f"cannot be decoded: {_one_line(error)}") from None
+        raise BadImage(f"cannot be decoded: {error_text(error, 200)}") from None
 
 
 def decode_batch(
@@ -402,7 +402,3 @@ def _over_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))
     return white
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from raypipe.errors import RaypipeError
+from raypipe.text import error_text
 from raypipe.vision.decode import BadImage, EncodedSample, decode, decode_batch, jpeg_pixels
 
 TOLERANCE = 3.0
@@ -136,9 +137,9 @@ def check_gpu_decoding(device: str) -> None:
     try:
         _decode([buffer.getvalue()], 8, device)
     except (RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise RaypipeError(
-            f"torchvision cannot decode JPEGs on {device} ({reason}); set embed.decode to cpu"
+            f"torchvision cannot decode JPEGs on {device} ({error_text(error, 200)}); set "
+            "embed.decode to cpu"
         ) from None
 
 

@@ -32,10 +32,14 @@ STEP_SECONDS = 5e-3
 """Per training step, outside the network: augmentation, optimiser."""
 
 
+def costed_as(model: str) -> str:
+    """Return the network whose size is counted for a network."""
+    return LIKE_OWN if is_own(model) else model
+
+
 def macs(model: str, image_size: int) -> float:
     """Return the multiply-adds of a forward pass of a proxy."""
-    if is_own(model):
-        model = LIKE_OWN
+    model = costed_as(model)
     if model not in MACS_PER_PIXEL:
         from raypipe.proxies.sizes import size_of
 

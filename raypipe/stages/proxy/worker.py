@@ -300,9 +300,8 @@ class ProxyTraining:
         settings, images = self._settings, self._data.images
         chosen = images[batch]
         if self._augmentation is not None:
-            own = batch[self._share]
-            hashes = self._data.hashes[own]
-            chosen[self._share] = self._augmentation(images[own], hashes, settings.seed, epoch)
+            own, hashes = chosen[self._share], self._data.hashes[batch[self._share]]
+            chosen[self._share] = self._augmentation(own, hashes, settings.seed, epoch)
         augmented = training.augment(chosen, settings, epoch, step, self._share)
         pixels = to_device(augmented, self._device)
         target = to_device(self._data.labels[batch[self._share]], self._device)
