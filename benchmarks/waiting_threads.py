@@ -21,7 +21,10 @@ import time
 from collections.abc import Callable
 
 TASKS = ("training step", "forward pass", "ridge fit")
-REPETITIONS = {"training step": 30, "forward pass": 20, "ridge fit": 20}
+REPETITIONS = {"training step": 15, "forward pass": 8, "ridge fit": 20}
+
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""A process that is busy until this one ends."""
 
 
 def measure(threads: int) -> dict[str, tuple[float, float]]:
@@ -93,7 +96,7 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads, {arguments.rounds} rounds"
     )
     for neighbours in map(int, arguments.neighbours.split(",")):
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]  # fmt: skip
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(neighbours)]
         try:
             results: dict[str, list[dict[str, tuple[float, float]]]] = {}
             for _ in range(arguments.rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -12,7 +13,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers import PLANTED, QUIET, UNREADABLE, digit_pngs, score_files, small_config
+from helpers import (
+    PLANTED,
+    QUIET,
+    UNREADABLE,
+    digit_pngs,
+    not_ended,
+    score_files,
+    small_config,
+)
 from xdist.scheduler import LoadScopeScheduling
 
 from raypipe import storage
@@ -119,11 +128,10 @@ def cluster(s3_server: str) -> Iterator[str]:
     processes = psutil.Process().children(recursive=True)
     ray.shutdown()
     # actors of drivers that a test killed can outlive the cluster
-    for process in psutil.wait_procs(processes, timeout=5)[1]:
-        if process.name().startswith(("ray::", "raylet", "gcs_server")) or "ray" in " ".join(
-            process.cmdline()
-        ):
-            process.kill()
+    for process in not_ended(processes, within_s=5):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray" in " ".join([process.name(), *process.cmdline()]):
+                process.kill()
 
 
 @pytest.fixture(scope="session")

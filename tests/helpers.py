@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+import time
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -149,3 +151,23 @@ def by_id(run: str) -> dict[str, dict[str, Any]]:
     rows = {row["sample_id"]: row for row in table.to_pylist()}
     assert len(rows) == len(table), "a sample has two scores"
     return rows
+
+
+def not_ended(processes: list[psutil.Process], within_s: float) -> list[psutil.Process]:
+    """Wait until the processes have ended, and return those that run on.
+
+    Polls: `psutil.wait_procs` of psutil 7.2.2 opens pidfds, which some sandboxes cannot.
+    """
+    end = time.monotonic() + within_s
+    while processes := [each for each in processes if _runs(each)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return processes
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

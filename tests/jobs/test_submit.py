@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from helpers import not_ended
 from local_nodes import free_ports, ray_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -183,7 +184,7 @@ def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
         with contextlib.suppress(psutil.Error):
             each.kill()
     process.wait(20)
-    psutil.wait_procs(list(mine.values()), timeout=10)
+    not_ended(list(mine.values()), within_s=10)
 
 
 @pytest.fixture(scope="module")
