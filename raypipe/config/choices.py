@@ -77,6 +77,14 @@ def is_model(name: str) -> bool:
     return name in PROXY_MODELS or of_library or is_own(name)
 
 
+def library_of(model: str) -> str | None:
+    """Return the package that builds a network; None for `small` and for networks of users."""
+    if model in PROXY_MODELS:
+        return None if model == "small" else TORCHVISION_PREFIX
+    library = model.partition(":")[0]
+    return library if library in (TORCHVISION_PREFIX, TIMM_PREFIX) else None
+
+
 def is_own(name: str) -> bool:
     """Return whether a network is code of the user's own, `module:function`."""
     return name.partition(":")[0] not in (TORCHVISION_PREFIX, TIMM_PREFIX) and is_reference(name)

@@ -21,3 +21,9 @@ class ClusterSettings(Settings):
         description="Seconds without progress after which a stage fails. Raise it if new machines "
         "take longer to start.",
     )
+    preload: bool = Field(
+        True,
+        description="Fork workers from one process that has imported torch and Ray, instead of "
+        "importing them in every worker. Only on a cluster that the command starts on this "
+        "machine, and only on Linux.",
+    )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypipe import storage
 from raypipe.config import ClusterSettings, PoolSettings, ProxySettings
+from raypipe.distributed.fork_server import new_fork_server
 from raypipe.distributed.reach import check_reachable
 from raypipe.distributed.waiting import waiting_variables
 from raypipe.errors import RaypipeError, ResourceError
@@ -252,8 +253,25 @@ def _clamp(minimum: int, value: float, maximum: int) -> int:
     return max(minimum, min(int(value), maximum))
 
 
-def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bool) -> Cluster:
+def connect(
+    settings: ClusterSettings,
+    run: Run,
+    progress: Progress,
+    verbose: bool,
+    library: str | None = None,
+) -> Cluster:
     """Join the cluster that `cluster.address` names, or start one on this machine.
+
+    Parameters
+    ----------
+    settings : ClusterSettings
+    run : Run
+        Its folder must be seen by all nodes.
+    progress : Progress
+    verbose : bool
+        Whether to show the output of Ray.
+    library : str, optional
+        Package of the proxy's network, for `cluster.preload`.
 
     Raises
     ------
@@ -279,7 +297,7 @@ def connect(settings: ClusterSettings, run: Run, progress: Progress, verbose: bo
         try:
             with contextlib.nullcontext() if verbose else _silent():
                 if local:
-                    _start_local(options)
+                    _start_local(options, settings.preload, library)
                 else:
                     ray.init(
                         address=settings.address,
@@ -381,7 +399,7 @@ def _silent() -> Iterator[None]:
         os.close(devnull)
 
 
-def _start_local(options: dict[str, Any]) -> None:
+def _start_local(options: dict[str, Any], preload: bool, library: str | None) -> None:
     import ray
 
     # Ray protects a local cluster with a token. By default it writes the token to the home
@@ -396,6 +414,8 @@ def _start_local(options: dict[str, Any]) -> None:
     # instead of 15: next to other processes, a run got a small share of the machine
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.update(waiting_variables())  # workers inherit them
+    if preload and sys.platform == "linux":
+        options["runtime_env"] = {"py_executable": new_fork_server(library).python()}
     ray.init(address="local", include_dashboard=False, **options)
 
 

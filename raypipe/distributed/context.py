@@ -10,6 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 from raypipe.config import Config
+from raypipe.config.choices import library_of
 from raypipe.errors import ResourceError
 from raypipe.progress import Progress
 from raypipe.runs.lease import interrupt_of_main_thread
@@ -64,7 +65,8 @@ class Context:
         from raypipe.distributed.metrics import RayMetrics
         from raypipe.distributed.pending import PendingWatch
 
-        cluster = connect(self.config.cluster, self.run, self.progress, self.verbose)
+        library = library_of(self.config.proxy.model)
+        cluster = connect(self.config.cluster, self.run, self.progress, self.verbose, library)
         patience, give_up = self.config.cluster.patience_seconds, interrupt_of_main_thread()
         self.progress.listeners.append(RayMetrics())
         self._pending_watch = PendingWatch(self.progress.say, cluster.can_grow, patience, give_up)
