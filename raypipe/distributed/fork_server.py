@@ -7,7 +7,8 @@ Ray starts `fork_client` instead of Python (`py_executable` of a runtime environ
 this process for a fork. The child takes over the client's standard streams, environment, folder,
 and command line, and then runs Ray's own worker script. Threads do not survive a fork, so this
 process has none: if a library starts one while it is imported, the server ends, and the clients
-become the workers themselves.
+become the workers themselves. So do clients of another job than the first: Ray keeps the job that
+it was imported with.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ COMMON = ("numpy", "pyarrow.parquet", "PIL.Image", "torch")
 """Imported while the cluster starts. None of them imports Ray."""
 
 OF_RAY = ("ray", "ray.data", "ray.train.torch")
-"""Imported with the environment of the first worker: Ray reads its settings when it is imported."""
+"""Imported with the environment of the first worker: Ray 2.60 reads its settings and the job of the
+worker (`JOB_VARIABLE`) when it is imported."""
+
+JOB_VARIABLE = "RAY_JOB_ID"
 
 OF_RAYPIPE = ("distributed", "scores", "sources", "stages", "vision")
 """Packages of raypipe that most workers import from."""
@@ -133,7 +137,7 @@ def next_worker(
     for name in more:
         with contextlib.suppress(ImportError):  # the worker that needs it says so
             importlib.import_module(name)
-    raylet = None
+    raylet = job = None
     while True:
         waiting: list[Any] = [listener, life]
         ready = select.select(waiting, [], [], 1.0)[0]
@@ -151,13 +155,13 @@ def next_worker(
             connection.close()
             continue
         if raylet is None:
-            raylet = worker.raylet
+            raylet, job = worker.raylet, worker.environment.get(JOB_VARIABLE)
             _import_with(worker.environment, package)
             if _has_threads():
                 return None
             gc.collect()
             gc.freeze()  # a collection in a child would write to, and so copy, every page
-        if os.fork() == 0:
+        if worker.environment.get(JOB_VARIABLE) == job and os.fork() == 0:
             listener.close()
             os.close(life)
             connection.settimeout(None)

@@ -36,12 +36,12 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def worker(server: ForkServer, script: Path) -> tuple[dict[str, object], str]:
+def worker(server: ForkServer, script: Path, job: str = "01") -> tuple[dict[str, object], str]:
     """Start a worker as Ray does; return what it prints on its two streams."""
     command = f"exec {server.python()} {shlex.join([str(script), '--name', 'a b'])}"
     process = subprocess.run(
         ["bash", "-c", command],
-        env=os.environ | {"OF_THE_WORKER": "é"},
+        env=os.environ | {"OF_THE_WORKER": "é", "RAY_JOB_ID": job},
         cwd=script.parent,
         capture_output=True,
         text=True,
@@ -63,6 +63,7 @@ def test_a_worker_is_a_fork_with_everything_of_its_own(script: Path) -> None:
             assert (output["variable"], output["main"]) == ("é", "__main__")
             assert output["folder"] == output["path"] == str(script.parent)
             assert errors == "to stderr\n"
+        assert not worker(server, script, job="02")[0]["ray"], "Ray was imported with another job"
         end = time.monotonic() + 10
         while psutil.Process(server.process.pid).children():
             assert time.monotonic() < end, "workers that ended stay zombies"

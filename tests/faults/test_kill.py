@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from helpers import QUIET, score_files, small_config
 import raypipe
 from raypipe import storage
 from raypipe.config import dump_config
+from raypipe.distributed.fork_server import ForkServer
 from raypipe.runs.manifests import EpochRecord
 from raypipe.runs.run import Run
 
@@ -37,12 +39,25 @@ MOMENTS = {
 """By stage: a condition that holds once the stage has started and before it is finished."""
 
 
-def _driver(address: str, config: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "RAY_ADDRESS": address}
-    command = [sys.executable, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate"]
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, start_new_session=True
-    )
+@pytest.fixture
+def start(cluster: str, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start a driver that joins the cluster with the configuration in `tmp_path`."""
+    with contextlib.ExitStack() as stack:
+
+        def driver() -> subprocess.Popen[bytes]:
+            server = ForkServer(None)  # forked workers start 2 s sooner each
+            stack.callback(server.close)
+            job = {"runtime_env": {"py_executable": server.python()}}
+            variables = {"RAY_ADDRESS": cluster, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
+            config = str(tmp_path / "config.yaml")
+            return subprocess.Popen(
+                [sys.executable, "-m", "raypipe.cli", "run", config, "--until", "extrapolate"],
+                env=os.environ | variables,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+        yield driver
 
 
 def _kill_training_worker(run: Run, going_on: Callable[[], bool], name: str) -> bool:
@@ -62,13 +77,15 @@ def _kill_training_worker(run: Run, going_on: Callable[[], bool], name: str) -> 
 
 
 def test_killed_in_every_stage(
-    cluster: str, finished_scores: dict[str, bytes], tmp_path: Path
+    start: Callable[[], subprocess.Popen[bytes]],
+    finished_scores: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
-    run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
-    config.write_text(dump_config(small_config(run.uri)))
+    run = Run(str(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(dump_config(small_config(run.uri)))
     killed = []
     for stage, reached in MOMENTS.items():
-        driver = _driver(cluster, config)
+        driver = start()
         while driver.poll() is None and not reached(run):
             time.sleep(0.005)
         if driver.poll() is None:
@@ -78,7 +95,7 @@ def test_killed_in_every_stage(
         assert driver.returncode in (0, -signal.SIGKILL), errors.decode()
         if stage == "seed":
             # the next driver loses a training worker instead, and continues until it is killed
-            driver = _driver(cluster, config)
+            driver = start()
             assert _kill_training_worker(
                 run, lambda driver=driver: driver.poll() is None, "_train_locally"
             )
@@ -88,7 +105,7 @@ def test_killed_in_every_stage(
             os.killpg(driver.pid, signal.SIGKILL)
             driver.communicate()
     assert len(killed) >= 4, f"too few kills hit their stage: {killed}"
-    last = _driver(cluster, config)
+    last = start()
     _, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors.decode()
     assert score_files(run.uri) == finished_scores
