@@ -5,9 +5,11 @@ import io
 import os
 import pickle
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from raypipe import storage
 from raypipe.errors import RaypipeError, StorageError
 from raypipe.storage import faults, streams
+from raypipe.storage.file_info import file_info
 
 
 def test_write_read_overwrite_delete(place: str) -> None:
@@ -448,3 +451,66 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
         storage.read_json(uri)
     with pytest.raises(RaypipeError, match="damaged"):
         storage.read_table(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "module", "extra"),
+    [
+        ("gs://b/x", "gcsfs", "gcs"),
+        ("az://b/x", "adlfs", "azure"),
+        ("hf://b/x", "huggingface_hub", "hf"),
+    ],
+)
+def test_a_missing_package(
+    monkeypatch: pytest.MonkeyPatch, uri: str, module: str, extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith((module, "raypipe.storage.gcs"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in (module, f"{module}.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("raypipe.storage.gcs", "raypipe.storage.azure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    storage.places.remote_filesystem.cache_clear()
+    with pytest.raises(RaypipeError, match=rf"pip install 'raypipe\[{extra}\]'"):
+        storage.read_bytes(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("gs://b/x", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://b/x", "AZURE_STORAGE_CONNECTION_STRING"),
+    ],
+)
+def test_wrong_credentials_name_the_variables_of_the_store(uri: str, words: str) -> None:
+    with pytest.raises(StorageError, match=rf"^{uri}: the credentials are missing .*{words}"):
+        storage.retrying(_raising(http_error(401)), uri)
+
+
+@pytest.mark.parametrize(
+    ("status", "transient"), [(429, True), (503, True), (400, False), (401, False), (404, False)]
+)
+def test_statuses_that_pass(status: int, transient: bool) -> None:
+    assert faults.is_transient(http_error(status)) == transient
+
+
+def test_the_stamp_of_a_file_on_the_hub_is_its_content() -> None:
+    detail = {"name": "a", "size": 1, "blob_id": "0123", "last_commit": None}
+    assert file_info("a", detail).stamp == "0123"
+
+
+def http_error(status: int) -> Exception:
+    """An error like that of gcsfs."""
+
+    class HttpError(Exception):
+        code: Any = status
+
+    HttpError.__module__ = "gcsfs.retry"
+    return HttpError("Anonymous caller")
+
+
+def _raising(error: Exception) -> Any:
+    def action() -> None:
+        raise error
+
+    return action

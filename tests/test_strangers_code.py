@@ -18,6 +18,7 @@ from raypipe.cli import cli
 from raypipe.errors import RaypipeError
 from raypipe.plugins import allows_code
 from raypipe.runs.run import Run
+from raypipe.view.answers import Answers
 
 _SPEC = importlib.util.spec_from_file_location(
     "report_fixtures_of_strangers", Path(__file__).parent / "report" / "conftest.py"
@@ -107,6 +108,17 @@ def test_a_strategy_that_the_caller_names_allows_no_other_code(
     )
     raypipe.select(stranger.uri, 0.5, strategy)
     assert seen == [allowed]
+
+
+def test_the_viewer_imports_nothing_either(stranger: Run, tmp_path: Path) -> None:
+    answers = Answers(stranger)
+    assert "source.format" in answers.run({})["note"]
+    assert answers.search({})["total"] == 199
+    assert "source.format" in answers.images({"rows": "0"})["0"]["reason"]
+    assert answers.sample({"row": "0"})["nearest"]
+    with pytest.raises(RaypipeError, match=r"select\.strategy: .* is code from outside"):
+        answers.search({"keep": "0.42"})
+    assert not (tmp_path / "mark").exists() and MODULE not in sys.modules
 
 
 def test_the_module_would_leave_a_mark(stranger: Run, tmp_path: Path) -> None:
