@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -49,10 +49,8 @@ class EmbedSettings(_WithTable):
         "its own download and cache. Or the path or URI of a safetensors file with its state "
         "dict. none: as the network is built, at random for those of a library.",
     )
-    image_size: int | Literal["auto"] = Field(
+    image_size: Annotated[int, Field(ge=8, le=1024)] | Literal["auto"] = Field(
         "auto",
-        ge=8,
-        le=1024,
         description="Side in pixels of the square images that embed.model sees. auto: what it is "
         "made for, or proxy.image_size if it states nothing.",
     )

@@ -25,6 +25,8 @@ class Features:
         Side of the images, in pixels, that the network is made for; None if it states none.
     mean, std : tuple of float, optional
         Normalisation of the images that it is made for, per channel; None if it states none.
+    width : int, optional
+        Length of the embeddings, where it is known before the network is built.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Features:
     input_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    width: int | None = None
 
 
 def load_whole(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:

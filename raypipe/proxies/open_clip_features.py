@@ -54,13 +54,15 @@ def features(name: str, rest: str) -> Features:
             load_whole(model, weights, name)
         return _ImageEncoder(model)
 
-    size = open_clip.get_model_config(network)["vision_cfg"].get("image_size", 224)
+    stated = open_clip.get_model_config(network)
+    size = stated["vision_cfg"].get("image_size", 224)
     return Features(
         name,
         build,
         input_size=int(size[0] if isinstance(size, list | tuple) else size),
         mean=tuple(published.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(published.get("std") or open_clip.OPENAI_DATASET_STD),
+        width=stated["embed_dim"],
     )
 
 

@@ -64,6 +64,7 @@ def features(name: str, rest: str) -> Features:
         input_size=int(sides[0]) if sides else getattr(config, "image_size", None),
         mean=tuple(mean) if mean else None,
         std=tuple(std) if std else None,
+        width=getattr(getattr(config, "vision_config", config), "hidden_size", None),
     )
 
 
