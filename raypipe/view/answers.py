@@ -192,15 +192,15 @@ class Answers:
         own = self._measured_score(row)
         if self.samples.measured[row] and own is None:
             return measured
-        as_well = (
-            ""
-            if own is None
-            else f"Its measured score is {own:.3g}, but scores of all samples are "
-            "predicted, so that none is favoured. "
-        )
-        return (
-            f"{as_well}Its score was predicted from the nearest measured samples; the interval holds "
+        predicted = (
+            "Its score was predicted from the nearest measured samples; the interval holds "
             f"{self._confidence:.0%} of such scores."
+        )
+        if own is None:
+            return predicted
+        return (
+            f"Its measured score is {own:.3g}, but the scores of all samples are predicted, so that "
+            f"none is favoured. {predicted}"
         )
 
     def _measured_score(self, row: int) -> float | None:

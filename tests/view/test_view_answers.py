@@ -147,7 +147,7 @@ def test_a_measured_sample_whose_score_is_predicted_is_not_called_measured(run: 
         own = pa.array([4.5 if each else None for each in table["measured"].to_pylist()])
         storage.write_table(run.score_shard(fragment), table.append_column("measured_score", own))
     why = Answers(run).sample({"row": str(row)})["why"]
-    assert why.startswith("Its measured score is 4.5, but scores of all samples are predicted")
+    assert why.startswith("Its measured score is 4.5, but the scores of all samples are predicted")
 
 
 def test_a_large_source_is_searched_in_part_and_says_so(
