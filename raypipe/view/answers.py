@@ -199,8 +199,8 @@ class Answers:
         if own is None:
             return predicted
         return (
-            f"Its measured score is {own:.3g}, but the scores of all samples are predicted, so that "
-            f"none is favoured. {predicted}"
+            f"Its measured score is {own:.3g}, but the scores of all samples are predicted, so "
+            f"that none is favoured. {predicted}"
         )
 
     def _measured_score(self, row: int) -> float | None:
