@@ -12,6 +12,7 @@ from raypipe import storage
 from raypipe.errors import RaypipeError
 from raypipe.report.label_noise import LabelNoiseCounter, NoiseCounts
 from raypipe.report.score_scan import HighestPicks, Pick
+from raypipe.runs.label_doubt import label_doubt
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
@@ -179,10 +180,9 @@ class _Suspects:
         """Return how much the proxy contradicts each label, float [n]; NaN for no suspect."""
         label, prediction = shard.label, shard.prediction
         labelled = (label >= 0) & (prediction >= 0)
-        suspect = labelled & (label != prediction) & np.isfinite(shard.margin)
-        doubt = np.where(suspect, -shard.margin, np.nan)
+        doubt = label_doubt(label, prediction, shard.margin)
         self._best.offer(doubt, _suspect_maker(shard))
-        self.count += int(suspect.sum())
+        self.count += int(np.isfinite(doubt).sum())
         self.agreed += int((labelled & (label == prediction)).sum())
         self.labelled += int(labelled.sum())
         return doubt
