@@ -22,7 +22,7 @@ from importlib import import_module, invalidate_caches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, RaypipeError, StageError
 
 REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 """The form of `module:name`; both can have dots."""
@@ -138,7 +138,13 @@ def find(kind: PartKind, name: str, base: type, setting: str = "") -> Any:
             )
         reference = points[0].value
     refuse_unless_allowed(name, setting)
-    value = load(reference, setting)
+    try:
+        value = load(reference, setting)
+    except ConfigError as error:
+        package = package_of(kind, name)
+        if not package:
+            raise
+        raise ConfigError(f"{error} (entry point {name!r} of {package})") from error
     home = f"{base.__module__}.{base.__name__}"
     if not isinstance(value, type) or not issubclass(value, base):
         raise ConfigError(
@@ -247,6 +253,17 @@ def _remedy(error: BaseException, reference: str) -> str:
             "it with `ray job submit --working-dir`"
         )
     return f"install {missing} on every node"
+
+
+@contextlib.contextmanager
+def named_failures(kind: PartKind, name: str) -> Iterator[None]:
+    """Turn errors of a part from outside into a StageError of one line that names it."""
+    try:
+        yield
+    except RaypipeError:
+        raise
+    except Exception as error:
+        raise StageError(f"{kind.setting}: {name} failed ({failure(error)})") from error
 
 
 def failure(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import struct
 import tarfile
 import zlib
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raypipe import storage
+from raypipe.sources.crc32c import masked_crc32c
 
 MAX_PIXELS = 1_000_000
 UNREADABLE = r"not a readable JPEG, PNG, WebP, GIF, BMP or TIFF image"
@@ -228,7 +230,7 @@ def path_tricks() -> Iterator[tuple[tarfile.TarInfo, bytes, str]]:
 
 
 def write_source(format: str, place: str, samples: list[BadSample]) -> dict[str, Any]:
-    """Write samples in a format (parquet, tar, tar.gz, folder) below `place`.
+    """Write samples in a format (parquet, tar, tar.gz, folder, tfrecord, mds) below `place`.
 
     Returns the settings of a source that reads them.
     """
@@ -245,8 +247,109 @@ def write_source(format: str, place: str, samples: list[BadSample]) -> dict[str,
                 f"{place}/class-{sample.label}/{sample.key}.{sample.extension}", sample.image
             )
         return {"uri": place, "format": "imagefolder"}
+    if format == "tfrecord":
+        records = [
+            example(
+                {
+                    "image": sample.image,
+                    "key": sample.key,
+                    **({} if sample.label is None else {"label": sample.label}),
+                }
+            )
+            for sample in samples
+        ]
+        storage.write_bytes(f"{place}/a.tfrecord", tfrecord_bytes(records))
+        return {"uri": place, "format": "tfrecord", "id_column": "key"}
+    if format == "mds":
+        rows = [
+            {
+                "image": sample.image,
+                "key": sample.key.encode(),
+                "label": np.float64(np.nan if sample.label is None else sample.label).tobytes(),
+            }
+            for sample in samples
+        ]
+        encodings = {"image": "bytes", "key": "str", "label": "float64"}
+        storage.write_bytes(f"{place}/shard.00000.mds", mds_shard_bytes(rows, encodings))
+        storage.write_bytes(f"{place}/index.json", mds_index(("shard.00000.mds", len(rows))))
+        return {"uri": place, "format": "mds", "id_column": "key"}
     content = tar_bytes(samples)
     storage.write_bytes(
         f"{place}/a.{format}", gzip.compress(content) if format == "tar.gz" else content
     )
     return {"uri": place, "format": "webdataset"}
+
+
+def example(features: dict[str, Any]) -> bytes:
+    """A `tf.train.Example`; values are bytes, text, whole numbers or fractions, or lists of them."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    def feature(value: Any) -> bytes:
+        values = value if isinstance(value, list) else [value]
+        if all(isinstance(item, int) for item in values):
+            numbers = b"".join(varint(item & (1 << 64) - 1) for item in values)
+            return field(3, field(1, numbers))
+        if all(isinstance(item, float) for item in values):
+            return field(2, field(1, struct.pack(f"<{len(values)}f", *values)))
+        texts = (item.encode() if isinstance(item, str) else item for item in values)
+        return field(1, b"".join(field(1, text) for text in texts))
+
+    entries = (
+        field(1, name.encode()) + field(2, feature(value)) for name, value in features.items()
+    )
+    return field(1, b"".join(field(1, entry) for entry in entries))
+
+
+def varint(value: int) -> bytes:
+    """A whole number as protobuf writes it."""
+    content = bytearray()
+    while value > 0x7F:
+        content.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*content, value])
+
+
+def tfrecord_bytes(records: list[bytes]) -> bytes:
+    """A TFRecord file."""
+
+    def checked(content: bytes) -> bytes:
+        return content + struct.pack("<I", masked_crc32c(content))
+
+    return b"".join(checked(struct.pack("<Q", len(record))) + checked(record) for record in records)
+
+
+def mds_shard_bytes(samples: list[dict[str, bytes]], encodings: dict[str, str]) -> bytes:
+    """An MDS shard of encoded values; the columns are in the order of their names."""
+    names = sorted(encodings)
+    sizes = [8 if encodings[name] in {"int", "float64"} else None for name in names]
+    described = json.dumps(
+        {
+            "column_names": names,
+            "column_encodings": [encodings[name] for name in names],
+            "column_sizes": sizes,
+        }
+    ).encode()
+    rows = [
+        b"".join(
+            struct.pack("<I", len(sample[name]))
+            for name, size in zip(names, sizes, strict=True)
+            if size is None
+        )
+        + b"".join(sample[name] for name in names)
+        for sample in samples
+    ]
+    first = 4 * (len(rows) + 2) + len(described)
+    offsets = np.cumsum([first, *map(len, rows)])
+    head = struct.pack("<I", len(rows)) + offsets.astype("<u4").tobytes()
+    return head + described + b"".join(rows)
+
+
+def mds_index(*shards: tuple[str, int]) -> bytes:
+    """The index of shards with these names and numbers of samples."""
+    entries = [
+        {"format": "mds", "raw_data": {"basename": name}, "zip_data": None, "samples": samples}
+        for name, samples in shards
+    ]
+    return json.dumps({"version": 2, "shards": entries}).encode()

@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,11 +37,14 @@ from bad_inputs import (
     FORMATS,
     GOOD,
     encode,
+    example,
     good_samples,
+    mds_shard_bytes,
     parquet_bytes,
     path_tricks,
     picture,
     tar_bytes,
+    tfrecord_bytes,
 )
 from PIL import Image
 
@@ -102,6 +106,24 @@ def originals() -> dict[str, list[bytes]]:
         "parquet": parquet,
         "tar": tars,
         "tar.gz": [gzip.compress(tar, level) for tar in tars for level in (0, 6)],
+    }
+    records = [
+        example({"image": sample.image, "label": sample.label, "key": sample.key})
+        for sample in samples
+    ]
+    rows = [
+        {"image": GOOD, "label": struct.pack("<q", row % 3), "key": b"%d" % row}
+        for row in range(12)
+    ]
+    shard = mds_shard_bytes(rows, {"image": "png", "label": "int", "key": "str"})
+    result |= {
+        "tfrecord": [tfrecord_bytes(records)],
+        "tfrecord.gz": [
+            gzip.compress(tfrecord_bytes(records)),
+            zlib.compress(tfrecord_bytes(records)),
+        ],
+        "mds": [shard],
+        "mds.gz": [gzip.compress(shard)],
     }
     for extension, format in FORMATS.items():
         result[extension] = [encode(frames[0], format)]
@@ -184,10 +206,9 @@ def mutate(data: bytes, generator: random.Random, others: list[bytes]) -> bytes:
 def case(seed: int, files: dict[str, list[bytes]]) -> tuple[str, bytes]:
     """Extension and bytes of the mutated file of a seed."""
     generator = random.Random(seed)
-    # half of all cases are Parquet and tar, whose readers are largely raypipe's own
-    extension = generator.choice(
-        ("parquet", "tar", "tar.gz", *(["parquet", "tar", "tar.gz"] if seed % 2 else files))
-    )
+    # most cases are of formats whose readers are largely raypipe's own
+    own = ("parquet", "tar", "tar.gz", "tfrecord", "mds")
+    extension = generator.choice((*own, *(own if seed % 2 else files)))
     data = generator.choice(files[extension])
     if extension == "tar.gz" and generator.random() < 0.5:  # damage inside valid compression
         return extension, gzip.compress(mutate(gzip.decompress(data), generator, files["tar"]), 1)
@@ -210,9 +231,10 @@ def check(extension: str, data: bytes, folder: Path, fragment_samples: int = 5) 
     for leftover in folder.iterdir():
         leftover.unlink()
     (folder / f"a.{extension}").write_bytes(data)
-    id_column = "key" if extension == "parquet" and len(data) % 2 else None
+    tar = extension.startswith("tar")
+    id_column = "key" if not tar and len(data) % 2 else None
     settings = SourceSettings(
-        uri=str(folder),
+        uri=str(folder / f"a.{extension}" if extension.startswith("mds") else folder),
         fragment_samples=fragment_samples,
         id_column=id_column,
         max_pixels=MAX_PIXELS,

@@ -5,9 +5,11 @@ import io
 import os
 import pickle
 import random
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -448,3 +450,48 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
         storage.read_json(uri)
     with pytest.raises(RaypipeError, match="damaged"):
         storage.read_table(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "module", "extra"),
+    [
+        ("gs://b/x", "gcsfs", "gcs"),
+        ("az://b/x", "adlfs", "azure"),
+        ("hf://b/x", "huggingface_hub", "hf"),
+    ],
+)
+def test_a_missing_package(
+    monkeypatch: pytest.MonkeyPatch, uri: str, module: str, extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith((module, "raypipe.storage.gcs"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in (module, f"{module}.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("raypipe.storage.gcs", "raypipe.storage.azure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    storage.places.remote_filesystem.cache_clear()
+    with pytest.raises(RaypipeError, match=rf"pip install 'raypipe\[{extra}\]'"):
+        storage.read_bytes(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("gs://b/x", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://b/x", "AZURE_STORAGE_CONNECTION_STRING"),
+    ],
+)
+def test_wrong_credentials_name_the_variables_of_the_store(uri: str, words: str) -> None:
+    class HttpError(Exception):
+        code: Any = 401
+
+    HttpError.__module__ = "gcsfs.retry"
+    with pytest.raises(StorageError, match=rf"^{uri}: the credentials are missing .*{words}"):
+        storage.retrying(_raising(HttpError("Anonymous caller")), uri)
+
+
+def _raising(error: Exception) -> Any:
+    def action() -> None:
+        raise error
+
+    return action

@@ -16,6 +16,7 @@ from raypipe import storage
 from raypipe.cli import cli
 from raypipe.errors import RaypipeError
 from raypipe.runs.run import Run
+from raypipe.view.answers import Answers
 
 _SPEC = importlib.util.spec_from_file_location(
     "report_fixtures_of_strangers", Path(__file__).parent / "report" / "conftest.py"
@@ -88,6 +89,17 @@ def test_nothing_is_imported(
         assert refused in str(done.exception)
     else:
         assert done.exception is None, (done.output, repr(done.exception))
+
+
+def test_the_viewer_imports_nothing_either(stranger: Run, tmp_path: Path) -> None:
+    answers = Answers(stranger)
+    assert "source.format" in answers.run({})["note"]
+    assert answers.search({})["total"] == 199
+    assert "source.format" in answers.images({"rows": "0"})["0"]["reason"]
+    assert answers.sample({"row": "0"})["nearest"]
+    with pytest.raises(RaypipeError, match=r"select\.strategy: .* is code from outside"):
+        answers.search({"keep": "0.42"})
+    assert not (tmp_path / "mark").exists() and MODULE not in sys.modules
 
 
 def test_the_module_would_leave_a_mark(stranger: Run, tmp_path: Path) -> None:

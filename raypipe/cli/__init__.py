@@ -9,7 +9,7 @@ import click
 from raypipe._version import __version__
 from raypipe.cli.estimates import inspect, plan
 from raypipe.cli.keep_lists import compare, evaluate, export, select
-from raypipe.cli.run_folder import clean, report, status
+from raypipe.cli.run_folder import clean, report, status, view
 from raypipe.cli.running import demo, init, run, scores
 from raypipe.cli.shared import epilog
 from raypipe.cli.tables import attach, extrapolate
@@ -30,6 +30,7 @@ from raypipe.errors import RaypipeError
         compare,
         status,
         report,
+        view,
         clean,
         extrapolate,
         attach,

@@ -1,4 +1,4 @@
-"""Commands about the folder of a run: its status, its report, and what takes room in it."""
+"""Commands about the folder of a run: its status, report and samples, and what takes room."""
 
 from __future__ import annotations
 
@@ -40,6 +40,51 @@ def report(uri: str, allow_code: bool) -> None:
     refuse_links_out(run, "report")
     with code_allowed(allow_code), damage_as_error(uri), Lease(run):
         click.echo(build(run))
+
+
+@click.command(
+    short_help="Search the samples of a run on a local page.",
+    epilog=epilog("raypipe view runs/first --never-keep never.txt"),
+)
+@click.argument("uri", metavar="RUN")
+@click.option(
+    "--always-keep",
+    metavar="FILE",
+    help="Write the samples that you mark so to FILE, for `raypipe select --always-keep`. Text "
+    "with one id per line, or .parquet. Ids that FILE already holds stay.",
+)
+@click.option("--never-keep", metavar="FILE", help="The same for `raypipe select --never-keep`.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port. Default: a free one.")
+@allow_code_option
+def view(
+    uri: str, always_keep: str | None, never_keep: str | None, port: int, allow_code: bool
+) -> None:
+    """Serve a page on this machine that searches the samples of RUN.
+
+    It filters by class, score, keep-list and labels to check, and shows similar samples. Only this
+    machine can open it, with the token in the address. Nothing in RUN is written. Press Ctrl-C to
+    end it.
+    """
+    from raypipe.errors import RunError
+    from raypipe.plugins import code_allowed
+    from raypipe.runs.run import Run
+    from raypipe.runs.untrusted import damage_as_error
+    from raypipe.view.answers import Answers
+    from raypipe.view.server import ViewServer
+
+    with code_allowed(allow_code):
+        with damage_as_error(uri):
+            answers = Answers(Run(uri), always_keep, never_keep)
+        try:
+            server = ViewServer(answers, port)
+        except OSError as error:
+            raise RunError(f"port {port}: {error.strerror}; choose another --port") from None
+        with server:
+            click.echo(f"{server.address}\nCtrl-C ends it")
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                click.echo()
 
 
 @click.command(

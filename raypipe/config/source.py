@@ -16,6 +16,9 @@ OwnFormat = Literal[
     "imagefolder",
     "filelist",
     "webdataset",
+    "tfrecord",
+    "mds",
+    "lance",
     "huggingface",
     "torchvision",
     "synthetic",
@@ -29,7 +32,8 @@ class SourceSettings(Settings):
 
     uri: str = Field(
         description="Folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards "
-        "(.txt), as local path, file:// or s3://. digits:// is the bundled dataset, "
+        "(.txt), as local path, file://, s3://, gs:// or az://. A folder NAME.lance, or lance:// "
+        "before any path or URI, is a Lance dataset. digits:// is the bundled dataset, "
         "torchvision://CIFAR10 and huggingface://user/name are datasets by name, synthetic:// "
         "generates images."
     )
@@ -55,6 +59,9 @@ class SourceSettings(Settings):
     config_name: str | None = Field(
         None, min_length=1, description="Hugging Face: configuration of a dataset on the hub."
     )
+    version: str | None = Field(
+        None, min_length=1, description="Lance: version number or tag. Default: the newest version."
+    )
     download: bool = Field(True, description="Download a torchvision dataset that is not in root.")
     verify: bool = Field(
         True, description="Verify a torchvision dataset's files against the published checksums."
@@ -65,7 +72,7 @@ class SourceSettings(Settings):
     image_column: str = Field(
         "auto",
         min_length=1,
-        description="Parquet, Hugging Face: column with the images. auto: image, img, ..., or the "
+        description="Tables, MDS, TFRecord: column with the images. auto: image, img, ..., or the "
         "only candidate. WebDataset: extension of the member with the image, such as jpg or "
         "rgb.png. auto: the only one with an image's extension.",
     )
@@ -79,7 +86,7 @@ class SourceSettings(Settings):
     id_column: str | None = Field(
         None,
         min_length=1,
-        description="Parquet, Hugging Face: column with unique ids. Default: file#row.",
+        description="Tables, MDS, TFRecord: column with unique ids. Default: file#row.",
     )
     path_column: str | None = Field(
         None,

@@ -44,6 +44,14 @@ def network_code(model: str) -> dict[str, str]:
     return {"code": code_identity(load(model, "proxy.model")).hash} if is_own(model) else {}
 
 
+def augment_code(augment: str | None) -> str:
+    """Return the hash of the code of `proxy.augment`; "" without one.
+
+    Raises ConfigError if the code cannot be imported.
+    """
+    return code_identity(load(augment, "proxy.augment")).hash if augment is not None else ""
+
+
 def _release(module: str | None) -> str:
     """Return name and version of the installed packages that have a module; "" for other code."""
     if not installed(module) or module is None:

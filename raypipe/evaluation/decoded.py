@@ -33,6 +33,7 @@ from raypipe.errors import ResourceError, SourceError, StageError
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import content_hash, fingerprint
 from raypipe.runs.run import Run
+from raypipe.selection.hashing import canonical_hashes
 from raypipe.sources import ClassMap, Fragment, StatedNames, class_map, open_source
 from raypipe.sources.classes import MatchedClasses, match_classes
 from raypipe.sources.cuts import Cuts
@@ -258,7 +259,7 @@ def decode_train(
             f"{int((~read_ids).sum()):,} samples that were scored can no longer be read, such as "
             f"{example!r}; run `raypipe run` again"
         )
-    _write(storage.join(folder, unit.file), images, labels[labels >= 0])
+    _write(storage.join(folder, unit.file), images, labels[labels >= 0], canonical_hashes(ids))
     return {"samples": len(ids), "left_out": 0}
 
 
@@ -292,14 +293,17 @@ def decode_test(
     return {"samples": int(good.sum()), "left_out": unit.fragment.samples - int(good.sum())}
 
 
-def _write(uri: str, images: np.ndarray, labels: np.ndarray) -> None:
+def _write(
+    uri: str, images: np.ndarray, labels: np.ndarray, keys: np.ndarray | None = None
+) -> None:
     width = int(np.prod(images.shape[1:]))
     stored = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(width), len(images), [None, pa.py_buffer(images.tobytes())]
     )
-    storage.write_table(
-        uri, pa.table({"image": stored, "label": pa.array(labels, pa.int64())}), dictionary=False
-    )
+    columns = {"image": stored, "label": pa.array(labels, pa.int64())}
+    if keys is not None:
+        columns["key"] = pa.array(keys, pa.uint64())
+    storage.write_table(uri, pa.table(columns), dictionary=False)
 
 
 @dataclass(frozen=True)
@@ -308,8 +312,9 @@ class Arrays:
 
     Attributes
     ----------
-    images, labels
-        Of the training part: uint8 [n, channels, size, size] and int64 [n].
+    images, labels, keys
+        Of the training part: uint8 [n, channels, size, size], int64 [n], and a hash of each id,
+        uint64 [n].
     test_images, test_labels
         The same of the test part.
     statistics
@@ -318,6 +323,7 @@ class Arrays:
 
     images: np.ndarray
     labels: np.ndarray
+    keys: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
     statistics: tuple[list[float], list[float]]
@@ -371,14 +377,18 @@ class NodeCopy:
             statistics = json.load(file)
         loaded = [
             np.load(self._file(part, what), mmap_mode="r")
-            for part in (TRAIN, TEST)
-            for what in ("images", "labels")
+            for part, arrays in (
+                (TRAIN, ("images", "labels", "keys")),
+                (TEST, ("images", "labels")),
+            )
+            for what in arrays
         ]
         return Arrays(
             loaded[0],
             np.array(loaded[1]),
-            loaded[2],
-            np.array(loaded[3]),
+            np.array(loaded[2]),
+            loaded[3],
+            np.array(loaded[4]),
             (statistics["mean"], statistics["std"]),
         )
 
@@ -420,6 +430,7 @@ class NodeCopy:
         shape = (sum(counts), width // self.size**2, self.size, self.size)
         images = np.lib.format.open_memmap(self._file(part, "images"), "w+", np.uint8, shape)
         labels = np.lib.format.open_memmap(self._file(part, "labels"), "w+", np.int64, shape[:1])
+        keys = np.zeros(shape[0], np.uint64)
         first = 0
         for number, count in enumerate(counts):
             table = storage.read_table(storage.join(self.folder, _unit_file(part, number)))
@@ -430,9 +441,13 @@ class NodeCopy:
                 )
                 images[first : first + count] = pixels.reshape(count, *shape[1:])
                 labels[first : first + count] = table["label"].to_numpy()
+                if part == TRAIN:
+                    keys[first : first + count] = table["key"].to_numpy()
             first += count
         images.flush()
         labels.flush()
+        if part == TRAIN:
+            np.save(self._file(part, "keys"), keys)
         return images
 
     def _file(self, part: str, what: str) -> str:

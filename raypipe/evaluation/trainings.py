@@ -20,11 +20,11 @@ from safetensors.torch import load, save
 from raypipe import storage
 from raypipe.config import AdversarySettings, Config, ProxySettings
 from raypipe.config.evaluate import EvaluateSettings
-from raypipe.distributed.code_identity import network_code
+from raypipe.distributed.code_identity import augment_code, network_code
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
 from raypipe.proxies.normalisation import input_statistics
-from raypipe.runs.initial_weights import read_weights
+from raypipe.runs.initial_weights import read_weights, weights_identity
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.packed_bits import pack
 from raypipe.runs.run import Run
@@ -37,7 +37,8 @@ SPENT = "spent."
 """Prefix of the seconds in a state file."""
 RECIPE = (
     "model", "image_size", "normalize", "epochs", "batch_size", "optimizer", "lr", "momentum",
-    "weight_decay", "schedule", "label_smoothing", "flip", "crop_padding", "amp", "adversary",
+    "weight_decay", "schedule", "label_smoothing", "flip", "augment", "crop_padding", "amp",
+    "adversary",
 )  # fmt: skip
 """Settings of `proxy` that a training on a list uses; the others concern scores or speed."""
 OF_THE_NETWORK = {"weights": "none", "freeze": "none", "train": "full"}
@@ -133,7 +134,10 @@ def trainings_of(
                 for name, value in OF_THE_NETWORK.items()
                 if getattr(own, name) != value
             }
+            if "weights" in stated:
+                stated["weights"] = weights_identity(own)
             stated |= network_code(own.model)
+            stated |= {"augment_code": hash_} if (hash_ := augment_code(own.augment)) else {}
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)
             result.append(Training(name, listed, seed, steps, own))
     return result
@@ -210,6 +214,7 @@ def train_one(
         input_statistics(settings, *data.statistics),
         steps=training.steps,
         device=device,
+        keys=data.keys,
         initial=read_weights(settings),
         state=state,
         save=lambda state: state_file.write(state, clock.seconds()),

@@ -7,11 +7,13 @@ point of the group `raypipe.extrapolators`, or that `extrapolate.method` names a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raypipe.errors import ConfigError
-from raypipe.plugins import EXTRAPOLATOR, find
+from raypipe.plugins import EXTRAPOLATOR, find, named_failures
 
 if TYPE_CHECKING:
     from raypipe.config import ExtrapolateSettings
@@ -30,6 +32,8 @@ _CLASSES = {
 
 METHODS = tuple(_CLASSES)
 """Extrapolators of raypipe."""
+CALLED = ("fit", "predict_with_doubt", "predict", "doubt", "difficulty", "state", "load_state")
+"""Methods that a run calls."""
 
 
 def make(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
@@ -57,4 +61,20 @@ def _outside(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
             "extrapolators can fit all samples together"
         )
     kind.name = settings.method  # by which a fitted extrapolator knows its own state
-    return kind(settings, num_classes)
+    with named_failures(EXTRAPOLATOR, settings.method):
+        extrapolator = kind(settings, num_classes)
+    for method in CALLED:
+        named = _with_named_failures(settings.method, getattr(extrapolator, method))
+        setattr(extrapolator, method, named)
+    return extrapolator
+
+
+def _with_named_failures(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of an extrapolator from outside whose errors name the extrapolator."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        with named_failures(EXTRAPOLATOR, name):
+            return method(*args, **options)
+
+    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ from raypipe.report.score_scan import HighestPicks, Pick
 from raypipe.runs.label_doubt import label_doubt
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
+
+T = TypeVar("T")
 
 MAX_SHARDS = 256
 """Shards that are searched for contradicted labels, evenly spread over the source."""
@@ -103,9 +106,9 @@ def scan_embeddings(run: Run, images: int, noise: LabelNoise | None = None) -> E
     """
     counter = LabelNoiseCounter(noise) if noise is not None else None
     fragments = sorted(run.done("embeddings") & run.done("scores"))
-    suspects, on_map = _Suspects(images), set(_spread(fragments, MAP_SHARDS))
+    suspects, on_map = _Suspects(images), set(spread(fragments, MAP_SHARDS))
     points, read = _MapPoints(max(1, MAP_SAMPLES // max(1, len(on_map)))), 0
-    for fragment in _spread(fragments, MAX_SHARDS):
+    for fragment in spread(fragments, MAX_SHARDS):
         try:
             shard = _read_shard(run, fragment, with_embedding=fragment in on_map)
         except (RaypipeError, OSError):
@@ -164,6 +167,20 @@ def _read_shard(run: Run, fragment: str, *, with_embedding: bool) -> _EmbeddingS
     )
 
 
+def label_doubt(label: np.ndarray, prediction: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    """Return how much the proxy contradicts each label, float [n]; NaN for no suspect.
+
+    Parameters
+    ----------
+    label, prediction
+        int [n]; -1 where there is none.
+    margin
+        float [n]; margin of the label over the best other class.
+    """
+    suspect = (label >= 0) & (prediction >= 0) & (label != prediction) & np.isfinite(margin)
+    return np.where(suspect, -margin, np.nan)
+
+
 class _Suspects:
     """Finds the samples whose label the proxy contradicts, by its margin, whatever their score.
 
@@ -177,7 +194,7 @@ class _Suspects:
         self.count = self.agreed = self.labelled = 0
 
     def add(self, shard: _EmbeddingShard) -> np.ndarray:
-        """Return how much the proxy contradicts each label, float [n]; NaN for no suspect."""
+        """Return `label_doubt` of the shard."""
         label, prediction = shard.label, shard.prediction
         labelled = (label >= 0) & (prediction >= 0)
         doubt = label_doubt(label, prediction, shard.margin)
@@ -261,7 +278,7 @@ def principal_axes(vectors: np.ndarray, score: np.ndarray) -> EmbeddingMap | Non
     return EmbeddingMap(position, score, explained, np.flatnonzero(finite))
 
 
-def _spread(items: list[str], limit: int) -> list[str]:
+def spread(items: list[T], limit: int) -> list[T]:
     """Return at most `limit` items, evenly spread."""
     if len(items) <= limit:
         return items

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from raypipe.config import SourceSettings
 from raypipe.errors import RaypipeError
@@ -14,10 +15,6 @@ from raypipe.runs.run import Run
 from raypipe.sources import Fragment, RawSample, Source, open_source
 from raypipe.vision.own_code import Transform, displayed, transform_to_show
 
-SIZE, QUALITY = 96, 88
-"""Pixels a side of a thumbnail, and its quality; smaller images keep their size."""
-SMALL, SMALL_QUALITY = 64, 80
-"""The same in the grids of a class."""
 PIXELATED = 48
 """Images of at most this many pixels a side are shown with visible pixels."""
 MAX_FRAGMENTS = 64
@@ -25,6 +22,18 @@ MAX_FRAGMENTS = 64
 THREADS = 4
 PROBES = 3
 """Fragments that are tried before the source counts as gone."""
+
+
+class Size(NamedTuple):
+    """Pixels a side of a thumbnail, and its quality; smaller images keep their size."""
+
+    pixels: int
+    quality: int
+
+
+NORMAL = Size(96, 88)
+SMALL = Size(64, 80)
+"""In the grids of a class."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,12 @@ def load_thumbnails(
         result.note = f"The source cannot be opened, so no images are shown: {_line(error)}"
         return result
 
-    def load(fragment_id: str) -> _FragmentImages:
-        fragment, ids = fragments.get(fragment_id), request.ids[fragment_id]
-        return _fragment_images(run, source, transform, fragment, ids, request.large)
-
-    if settings.transform is not None and transform is None:
-        result.note += (
-            f" Images are shown without source.transform {settings.transform}, which is imported "
-            "only with --allow-code."
+    def load(fragment_id: str) -> FragmentImages:
+        return fragment_images(
+            run, source, transform, fragments.get(fragment_id), request.sizes(fragment_id)
         )
+
+    result.note += untransformed(settings, transform)
     # a source that is gone costs a minute of retries a fragment: the first few tell whether it is
     for fragment_id in list(request.ids)[:PROBES]:
         loaded = load(fragment_id)
@@ -104,7 +110,7 @@ class _Request:
 
     def __init__(self) -> None:
         self.ids: dict[str, set[str]] = {}
-        self.large: set[str] = set()
+        self._large: set[str] = set()
         self._left_out = 0
 
     def add(self, pick: Pick) -> None:
@@ -113,11 +119,18 @@ class _Request:
             self._left_out += 1
             return
         self.ids.setdefault(pick.fragment, set()).add(pick.sample_id)
-        self.large.add(pick.sample_id)
+        self._large.add(pick.sample_id)
 
     def add_small(self, picks: Sequence[Pick]) -> None:
         for pick in picks:
             self.ids.setdefault(pick.fragment, set()).add(pick.sample_id)
+
+    def sizes(self, fragment_id: str) -> dict[str, Size]:
+        """Return the size of each image of a fragment."""
+        return {
+            sample_id: NORMAL if sample_id in self._large else SMALL
+            for sample_id in self.ids[fragment_id]
+        }
 
     def note(self) -> str:
         if not self._left_out:
@@ -137,64 +150,71 @@ def _interleaved(grids: Sequence[Sequence[Pick]]) -> Iterator[Pick]:
 
 
 @dataclass(frozen=True)
-class _FragmentImages:
+class FragmentImages:
     """Thumbnails by sample id; `error` tells why the fragment as a whole could not be read."""
 
     images: dict[str, Thumbnail]
     error: str = ""
 
 
-def _fragment_images(
+def fragment_images(
     run: Run,
     source: Source,
     transform: Transform | None,
     fragment: Fragment | None,
-    ids: set[str],
-    large: set[str],
-) -> _FragmentImages:
-    """Return a thumbnail, or the reason why there is none, for every id.
-
-    Those in `large` have up to SIZE pixels a side, the others up to SMALL.
-    """
-    images = {sample_id: Thumbnail(reason="no longer in the source") for sample_id in ids}
+    sizes: Mapping[str, Size],
+) -> FragmentImages:
+    """Return a thumbnail, or the reason why there is none, for every id of `sizes`."""
+    images = {sample_id: Thumbnail(reason="no longer in the source") for sample_id in sizes}
     if fragment is None:
-        return _FragmentImages(images)
+        return FragmentImages(images)
     try:
-        for sample in source.read(run.with_members(fragment), ids.__contains__):
-            if sample.sample_id in ids:
+        for sample in source.read(run.with_members(fragment), sizes.__contains__):
+            if sample.sample_id in sizes:
                 images[sample.sample_id] = make_thumbnail(
                     sample,
                     source.settings.max_pixels,
                     source.settings.bit_depth,
-                    sample.sample_id not in large,
+                    sizes[sample.sample_id],
                     transform,
                 )
     except Exception as error:  # whatever is wrong with a source, the report must be written
         failed = Thumbnail(reason=_line(error))
-        return _FragmentImages(
+        return FragmentImages(
             {sample_id: image if image.uri else failed for sample_id, image in images.items()},
             failed.reason,
         )
-    return _FragmentImages(images)
+    return FragmentImages(images)
+
+
+def untransformed(settings: SourceSettings, transform: Transform | None) -> str:
+    """Return a sentence if images are shown without `source.transform`, else ""."""
+    if settings.transform is None or transform is not None:
+        return ""
+    return (
+        f" Images are shown without source.transform {settings.transform}, which is imported "
+        "only with --allow-code."
+    )
 
 
 def make_thumbnail(
     sample: RawSample,
     max_pixels: int,
     bit_depth: int = 16,
-    small: bool = False,
+    size: Size = NORMAL,
     transform: Transform | None = None,
 ) -> Thumbnail:
-    """Decode a sample to a square of at most SIZE pixels a side, or SMALL."""
+    """Decode a sample to a square of at most `size.pixels` a side."""
     from raypipe.vision.decode import BadImage, decode, encode_thumbnail
 
     if sample.image is None:
         return Thumbnail(reason=sample.reason or "no image")
     native = _native_size(sample)
-    size, quality = (SMALL, SMALL_QUALITY) if small else (SIZE, QUALITY)
     try:
-        pixels = decode(sample.image, min(native, size), max_pixels, bit_depth, transform, None)
-        data = encode_thumbnail(displayed(pixels), quality)
+        pixels = decode(
+            sample.image, min(native, size.pixels), max_pixels, bit_depth, transform, None
+        )
+        data = encode_thumbnail(displayed(pixels), size.quality)
     except BadImage as error:
         return Thumbnail(reason=_line(error))
     uri = f"data:image/{_format(data)};base64,{base64.b64encode(data).decode()}"
@@ -208,16 +228,16 @@ def _format(data: bytes) -> str:
 
 
 def _native_size(sample: RawSample) -> int:
-    """Return the shorter side in pixels; SIZE if the header cannot be read."""
+    """Return the shorter side in pixels; NORMAL.pixels if the header cannot be read."""
     from raypipe.vision.decode import open_image
 
     if not isinstance(sample.image, bytes):
-        return min(sample.image.shape[:2]) if sample.image is not None else SIZE
+        return min(sample.image.shape[:2]) if sample.image is not None else NORMAL.pixels
     try:
         with open_image(sample.image) as image:
             return min(image.size)
     except Exception:  # decoding reports what is wrong with it
-        return SIZE
+        return NORMAL.pixels
 
 
 def _line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -46,3 +47,26 @@ def read_weights(settings: ProxySettings) -> Mapping[str, Tensor] | None:
             f"proxy.weights: {uri} is not a safetensors file ({error}); save a state dict with "
             "safetensors.torch.save_file"
         ) from None
+
+
+def weights_identity(settings: ProxySettings) -> str:
+    """Return what identifies the content of `proxy.weights`, wherever the file is.
+
+    Of a file on this machine, it is a hash of the content; elsewhere size and ETag. `none` and
+    `pretrained` are returned as they are.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file.
+    """
+    uri = settings.weights
+    if uri in ("none", "pretrained"):
+        return uri
+    try:
+        if storage.is_local(uri):
+            return hashlib.blake2b(storage.read_bytes(uri), digest_size=16).hexdigest()
+        info = storage.info(uri)
+    except FileNotFoundError:
+        raise ConfigError(f"proxy.weights: {uri}: no such file") from None
+    return f"size {info.size}, stamp {info.stamp}"

@@ -26,6 +26,7 @@ Tan et al., "Data Pruning via Moving-one-Sample-out", NeurIPS 2023 (arXiv 2310.1
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -35,6 +36,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from raypipe.scores.attention import mathematical_attention
+
+# torch's rules for forward mode, which it compiles at their first use
+warnings.filterwarnings("ignore", r"`torch\.jit\.script`", FutureWarning)
 
 Parameters = dict[str, Tensor]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,8 +10,8 @@ import numpy as np
 
 from raypipe.config.base import Settings
 from raypipe.config.parts import NoOptions, validated_options
-from raypipe.errors import ConfigError, RaypipeError, StageError
-from raypipe.plugins import STRATEGY, failure, find
+from raypipe.errors import ConfigError, StageError
+from raypipe.plugins import STRATEGY, find, named_failures
 from raypipe.selection.base import SelectionOptions, SelectionPlan, Strategy, one_group_quota
 from raypipe.selection.radix_select import Chunk, Ranking, ValidatedStream, order_key
 
@@ -126,7 +125,7 @@ class _Named(Ranking):
         self.groups, self.needs_ids = inner.groups, inner.needs_ids
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        with _named_failures(self._name):
+        with named_failures(STRATEGY, self._name):
             key, group = self._inner.compute(chunk)
             _check_array("key", key, np.uint32, len(chunk.score))
             _check_array("group", group, np.int64, len(chunk.score))
@@ -148,23 +147,12 @@ def _checked(name: str, plan: SelectionPlan, ranking: Ranking) -> SelectionPlan:
     """Return a plan of a strategy from outside whose errors name the strategy."""
 
     def quotas(size: np.ndarray, total: int) -> np.ndarray:
-        with _named_failures(name):
+        with named_failures(STRATEGY, name):
             result = plan.quotas(size, total)
             _check_array("quotas", result, np.int64, len(size))
         return result
 
     return replace(plan, ranking=ranking, quotas=quotas)
-
-
-@contextlib.contextmanager
-def _named_failures(name: str) -> Iterator[None]:
-    """Turn errors of a strategy into a StageError of one line that names it."""
-    try:
-        yield
-    except RaypipeError:
-        raise
-    except Exception as error:
-        raise StageError(f"{STRATEGY.setting}: {name} failed ({failure(error)})") from error
 
 
 def outside_strategy(name: str) -> Strategy:
@@ -193,7 +181,7 @@ def strategy_of_class(name: str, kind: type[KeepStrategy]) -> Strategy:
         stream: ValidatedStream, keep: Sequence[float], classes: int, options: SelectionOptions
     ) -> list[SelectionPlan]:
         own = validated_options(kind, STRATEGY, name, options.own)
-        with _named_failures(name):
+        with named_failures(STRATEGY, name):
             plans: Any = kind(own).plan(stream, keep, classes, options)
         good = isinstance(plans, list | tuple) and all(
             isinstance(item, SelectionPlan) and isinstance(item.ranking, Ranking) for item in plans

@@ -131,7 +131,7 @@ def _from_nested_lists(scalar: pa.Scalar) -> ImageOrReason:
     numbers = np.asarray(values)
     if len(numbers) != np.prod(shape):
         return None, "the rows of the image differ in length"
-    return _pixels(numbers.reshape(shape))
+    return checked_pixels(numbers.reshape(shape))
 
 
 def _from_tensor(arrays: Tensors, scalar: pa.Scalar) -> ImageOrReason:
@@ -153,10 +153,10 @@ def _from_tensor(arrays: Tensors, scalar: pa.Scalar) -> ImageOrReason:
         if sorted(arrays.order) != list(range(image.ndim)):
             return None, f"axes {list(arrays.order)} do not fit the shape {list(shape)}"
         image = image.transpose(arrays.order)
-    return _pixels(image)
+    return checked_pixels(image)
 
 
-def _pixels(image: np.ndarray) -> ImageOrReason:
+def checked_pixels(image: np.ndarray) -> ImageOrReason:
     """Check an array of pixels; a single channel is dropped."""
     shape = list(image.shape)
     if image.ndim not in {2, 3} or (image.ndim == 3 and shape[2] not in {1, 3}):

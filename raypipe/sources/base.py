@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 import random
 import re
@@ -267,6 +268,12 @@ class Source(abc.ABC):
         fragment_id = self.fragment_id(file, 0, 0)
         fragment = Fragment(fragment_id, file.path, 0, 0, members=file.members, error=reason)
         return FileScan((fragment,))
+
+    def unreadable_rest(self, file: SourceFile, samples: int, error: object) -> Fragment:
+        """Return the last fragment of a file that can be read up to a number of samples."""
+        (rest,) = self.unreadable_file(file, f"from row {samples} on: {error}").fragments
+        fragment_id = self.fragment_id(file, samples, samples)
+        return dataclasses.replace(rest, fragment_id=fragment_id, start=samples, stop=samples)
 
     def cut_fragments(
         self, file: SourceFile, samples: int, bounds: Sequence[int] = ()

@@ -10,8 +10,9 @@ import itertools
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
-from raypipe.sources.formats import EXTENSIONS, TRIES, format_of
+from raypipe.sources.formats import EXTENSIONS, TRIES, format_of, has_ending
 from raypipe.sources.hub import INFO_FILE, SCHEME, SPLITS_FILE, STATE_FILE
+from raypipe.sources.lance import is_lance
 from raypipe.sources.lines import read_lines
 from raypipe.sources.location import Location, describe
 from raypipe.sources.places365 import LIST_EXTENSIONS, training_list
@@ -37,6 +38,8 @@ def detect_format(settings: SourceSettings) -> str:
         return scheme
     if settings.uri.startswith(SCHEME):
         return "huggingface"
+    if is_lance(settings.uri):
+        return "lance"
     if _is_image_list(settings) or training_list(settings.uri) is not None:
         return "filelist"
     location = Location(settings)
@@ -46,9 +49,7 @@ def detect_format(settings: SourceSettings) -> str:
         return "huggingface"
     _refuse_metadata(settings.uri, names)
     formats = [
-        format
-        for format, endings in EXTENSIONS.items()
-        if any(file.path.lower().endswith(endings) for file in files)
+        format for format in EXTENSIONS if any(has_ending(file.path, format) for file in files)
     ]
     if not formats:
         shown = {format_of(location.head(file)) for file in files[:TRIES]} - {""}
@@ -57,8 +58,9 @@ def detect_format(settings: SourceSettings) -> str:
         return formats[0]
     if not formats:
         raise SourceError(
-            f"{settings.uri}: cannot determine the format: no Parquet, tar or image file among "
-            f"{describe(files)}; check source.uri and source.include, or set source.format"
+            f"{settings.uri}: cannot determine the format: no Parquet, tar, TFRecord or image "
+            f"file among {describe(files)}; check source.uri and source.include, or set "
+            "source.format"
         )
     raise SourceError(
         f"{settings.uri}: cannot determine the format: found {' and '.join(formats)} among "

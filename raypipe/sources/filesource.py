@@ -13,7 +13,7 @@ from raypipe.sources.formats import LeftOut
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.splits import several_splits
 from raypipe.sources.types import FileScan, SourceFile
-from raypipe.storage import Reader
+from raypipe.storage import FileInfo, Reader
 from raypipe.text import stand_in
 
 MAX_STAND_IN_BYTES = 64 << 10
@@ -47,7 +47,7 @@ class FileSource(Source):
         return self._location.left_out
 
     def files(self) -> Iterator[SourceFile]:
-        files = self._location.files(self.format)
+        files = self.listed()
         splits = several_splits([file.path for file in files])
         if splits is not None and not self._location.names_files:
             pattern = repr(splits.include) if splits.include else "the files of one"
@@ -58,6 +58,10 @@ class FileSource(Source):
             )
         for file in files:
             yield SourceFile(file.path, file.size, file.stamp)
+
+    def listed(self) -> list[FileInfo]:
+        """Return the files of this format, sorted by path. Raises SourceError."""
+        return self._location.files(self.format)
 
     def scan(self, file: SourceFile) -> FileScan:
         if reason := no_content(file):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from raypipe.sources.tfrecords import is_header
 from raypipe.storage import FileInfo
 from raypipe.text import counted
 
@@ -32,10 +33,18 @@ IMAGE_EXTENSIONS = (
 EXTENSIONS = {
     "parquet": (".parquet",),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "mds": (".mds", ".mds.zstd", ".mds.gz", ".mds.bz2", ".mds.br", ".mds.snappy"),
+    "tfrecord": (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord.gz", ".tfrecords.gz"),
     "imagefolder": IMAGE_EXTENSIONS,
 }
 """Format -> file name endings, compared without regard to case."""
-NOUNS = {"parquet": "Parquet files", "webdataset": "tars", "imagefolder": "images"}
+NOUNS = {
+    "parquet": "Parquet files",
+    "webdataset": "tars",
+    "mds": "MDS shards",
+    "tfrecord": "TFRecord files",
+    "imagefolder": "images",
+}
 """Format -> what its files are called in messages."""
 TRIES = 8
 """Files of an unknown ending that are opened before all of them are taken for something else."""
@@ -43,6 +52,8 @@ MAX_TRIES = 200
 """Files that are opened in all."""
 HEAD_BYTES = 512
 
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+"""What TensorFlow appends to names of shards: data.tfrecord-00000-of-00128."""
 _ENDING = re.compile(r"\.[a-z_][a-z0-9_]{0,7}")
 
 
@@ -72,7 +83,7 @@ class FormatFilter:
 
     def accepts(self, file: FileInfo) -> bool:
         """Return whether a file belongs to the format; count it as left out if not."""
-        if file.path.lower().endswith(EXTENSIONS[self._format]):
+        if has_ending(file.path, self._format):
             return True
         name = file.path.rpartition("/")[2]
         if self._format == "parquet" and name.startswith("_"):
@@ -100,6 +111,11 @@ class FormatFilter:
         }
 
 
+def has_ending(path: str, format: str) -> bool:
+    """Return whether the ending of a name is that of a format; see `EXTENSIONS`."""
+    return _SHARD_NUMBER.sub("", path.lower()).endswith(EXTENSIONS[format])
+
+
 def ending_of(name: str) -> str:
     """Return the ending of a file name in lower case; "" for none, as in `0001.0002`."""
     ending = os.path.splitext(name)[1].lower()
@@ -118,7 +134,9 @@ def format_of(head: bytes) -> str:
         return "imagefolder"
     if head.startswith(b"PAR1"):
         return "parquet"
-    return "webdataset" if head[257:262] == b"ustar" else ""
+    if head[257:262] == b"ustar":
+        return "webdataset"
+    return "tfrecord" if is_header(head) else ""
 
 
 def describe_left_out(format: str, left_out: Mapping[str, LeftOut]) -> str:

@@ -41,7 +41,7 @@ from raypipe.sources.hub import (
 )
 from raypipe.sources.location import MISSING
 from raypipe.sources.splits import split_column
-from raypipe.sources.table_source import TableSource, read_rows, reject_repeated_ids
+from raypipe.sources.table_source import TableSource, read_rows, reject_repeated_ids, row_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.sources.values import damage_reason
 from raypipe.storage import FileInfo, Reader
@@ -113,7 +113,7 @@ class HuggingFaceSource(TableSource):
         fragments = self._cut_at_batches(file, stream, batches)
         if problem:
             rows = sum(batch.rows for batch in batches)
-            fragments = (*fragments, self._unreadable_rest(file, rows, problem))
+            fragments = (*fragments, self.unreadable_rest(file, rows, problem))
         return FileScan(
             fragments, columns.class_names, frozenset(labels), self.checked_split(split_name)
         )
@@ -141,12 +141,6 @@ class HuggingFaceSource(TableSource):
             dataclasses.replace(fragment, offset=offsets.get(fragment.start, 0))
             for fragment in fragments
         )
-
-    def _unreadable_rest(self, file: SourceFile, row: int, problem: str) -> Fragment:
-        """Return a fragment that reports damage after the last readable row."""
-        (rest,) = self.unreadable_file(file, f"from row {row} on: {problem}").fragments
-        fragment_id = self.fragment_id(file, row, row)
-        return dataclasses.replace(rest, fragment_id=fragment_id, start=row, stop=row)
 
     def _read(
         self, stored: Reader, fragment: Fragment, keep_id: IdFilter | None
@@ -176,9 +170,8 @@ class HuggingFaceSource(TableSource):
             if begin < end:
                 by_path = self._hub.content if self._hub is not None else None
                 rows = _BatchRows(stored, stream, columns, batch, begin, end, by_path)
-                yield from read_rows(
-                    rows, columns, fragment.path, first + begin, end - begin, keep_id
-                )
+                own = row_ids(fragment.path, range(first + begin, first + end))
+                yield from read_rows(rows, columns, own, keep_id)
                 position = first + end
             first += batch.rows
         for row in range(position, fragment.stop):

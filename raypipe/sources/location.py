@@ -94,7 +94,7 @@ class Location:
             return
         include_all = self._include == "*"
         for file in itertools.chain([first], walked):
-            if include_all or fnmatch.fnmatchcase(file.path, self._include):
+            if include_all or self.includes(file.path):
                 if file.path.isascii():
                     yield file
                 else:
@@ -110,6 +110,10 @@ class Location:
                 yield file
         if empty:
             yield from self.files(format)
+
+    def includes(self, path: str) -> bool:
+        """Return whether a relative path passes `include`."""
+        return fnmatch.fnmatchcase(path, self._include)
 
     @property
     def names_files(self) -> bool:
@@ -154,7 +158,7 @@ class Location:
             listed, named = self._all()
         except (OSError, ValueError) as error:
             raise self._cannot_list(error) from None
-        included = [file for file in listed if fnmatch.fnmatchcase(file.path, self._include)]
+        included = [file for file in listed if self.includes(file.path)]
         if not included:
             reason = (
                 f"none of {len(listed)} files matches source.include = {self._include!r}"

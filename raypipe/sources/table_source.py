@@ -123,12 +123,15 @@ class RowReader(Protocol):
         """Return an exception of `values` as a reject reason. Raises storage faults."""
 
 
+def row_ids(path: str, rows: range) -> list[str]:
+    """Return the ids of rows of a file that have none of their own."""
+    return [f"{path}#{row}" for row in rows]
+
+
 def read_rows(
     reader: RowReader,
     columns: TableColumns,
-    path: str,
-    first: int,
-    count: int,
+    row_ids: Sequence[str],
     keep_id: IdFilter | None,
 ) -> Iterator[RawSample]:
     """Yield the samples of a range of rows.
@@ -138,16 +141,13 @@ def read_rows(
     reader : RowReader
         Access to the rows.
     columns : TableColumns
-    path : str
-        Relative path of the file; default ids begin with it.
-    first : int
-        Row of the file at which the range begins.
-    count : int
-        Number of rows.
+    row_ids : sequence of str
+        The id of each row, unless a column holds ids.
     keep_id : callable, optional
         Yield only samples whose id passes; images of others are not read.
     """
-    ids, id_reasons = _read_ids(reader, columns, path, first, count)
+    ids, id_reasons = _read_ids(reader, columns, row_ids)
+    count = len(ids)
     chosen = [row for row in range(count) if keep_id is None or keep_id(ids[row])]
     if not chosen:
         return
@@ -166,10 +166,11 @@ def read_rows(
 
 
 def _read_ids(
-    reader: RowReader, columns: TableColumns, path: str, first: int, count: int
-) -> tuple[list[str], list[str]]:
+    reader: RowReader, columns: TableColumns, row_ids: Sequence[str]
+) -> tuple[Sequence[str], list[str]]:
     """Return the id of each row, and for a row without its own id the reason."""
-    row_ids, reasons = [f"{path}#{first + row}" for row in range(count)], [""] * count
+    count = len(row_ids)
+    reasons = [""] * count
     if columns.identity is None:
         return row_ids, reasons
     try:

@@ -10,6 +10,9 @@ _USED = {
     "imagefolder": {"include", "class_map"},
     "filelist": {"include", "root", "path_column", "label_column", "class_map"},
     "webdataset": {"include", "image_column", "label_column"},
+    "tfrecord": {"include", "image_column", "label_column", "id_column"},
+    "mds": {"include", "image_column", "label_column", "id_column"},
+    "lance": {"version", "image_column", "label_column", "id_column"},
     "huggingface": {
         "include",
         "split",

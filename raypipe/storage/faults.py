@@ -113,7 +113,7 @@ def explaining(what: str, writing: bool = False) -> Iterator[None]:
             raise
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), what) from error
     except Exception as error:
-        remedy = advice(error, writing)
+        remedy = advice(error, writing, what)
         if not remedy:
             raise
         kind = StorageAccessError if isinstance(error, PermissionError) else StorageError
@@ -147,6 +147,8 @@ _PERMANENT_TYPES = {
     "ParamValidationError",  # a bad name
     "FileExpired",  # an object that was replaced while it was read
 }
+TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+"""HTTP statuses after which another attempt can succeed."""
 _CUT_SHORT = {"IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 """S3 error codes for content that was damaged in transit. The status says bad request, but another
 attempt can succeed."""
@@ -173,7 +175,14 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT
-    return _from_network(error)
+    status = _status(error)
+    return _from_network(error) and (status is None or status in TRANSIENT_STATUS)
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status in an error of gcsfs or Azure; None if it has none."""
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    return int(str(status)) if str(status).isdecimal() else None
 
 
 def code_of(error: BaseException) -> str:
@@ -182,7 +191,23 @@ def code_of(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
-def advice(error: BaseException, writing: bool = False) -> str:
+CREDENTIALS = {
+    **dict.fromkeys(
+        ("gs", "gcs"),
+        "Set GOOGLE_APPLICATION_CREDENTIALS, run `gcloud auth application-default login`, or give "
+        "the machine a service account",
+    ),
+    **dict.fromkeys(
+        ("az", "abfs", "abfss"),
+        "Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with a key, a SAS "
+        "token or a managed identity",
+    ),
+}
+"""Protocol -> how to give credentials."""
+_CREDENTIALS_OF_S3 = "Set them with the AWS variables, the AWS files or an instance profile"
+
+
+def advice(error: BaseException, writing: bool = False, what: str = "") -> str:
     """Return what is wrong and how to fix it, as one sentence.
 
     Parameters
@@ -192,6 +217,8 @@ def advice(error: BaseException, writing: bool = False) -> str:
     writing : bool
         Whether the request was a write. Only then is a local file or folder without permission a
         storage fault; otherwise it is a property of the source.
+    what : str
+        The URI, which tells the store.
 
     Returns
     -------
@@ -222,10 +249,12 @@ def advice(error: BaseException, writing: bool = False) -> str:
         )
     if "expired" in text and type(error).__name__ != "FileExpired":
         return f"the credentials have expired ({words}). Renew them"
-    if any(word in text for word in ("invalidaccesskey", "signature", "credentials")):
+    if _status(error) == 401 or any(
+        word in text for word in ("invalidaccesskey", "signature", "credentials")
+    ):
         return (
-            f"the credentials are missing or wrong ({words}). Set them with the AWS variables, "
-            "the AWS files or an instance profile"
+            f"the credentials are missing or wrong ({words}). "
+            f"{CREDENTIALS.get(what.partition('://')[0], _CREDENTIALS_OF_S3)}"
         )
     if isinstance(error, PermissionError) or "access denied" in text or "forbidden" in text:
         return (
@@ -272,6 +301,10 @@ def _from_network(error: BaseException) -> bool:
         "aiohttp",
         "urllib3",
         "asyncio",
+        "azure",
+        "gcsfs",
+        "google",
+        "requests",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -63,7 +64,8 @@ def exchange_bytes(uri: str, old: bytes, new: bytes) -> bool:
 
     Notes
     -----
-    On a local disk this takes a lock of the folder, on S3 a conditional request (If-Match). Where
+    On a local disk this takes a lock of the folder, on S3, Google Cloud Storage and Azure a
+    conditional request (If-Match, or ifGenerationMatch). Where
     neither is supported (object stores that refuse conditions, file systems without locks, other
     fsspec file systems), the content is compared just before the write.
     """
@@ -72,14 +74,19 @@ def exchange_bytes(uri: str, old: bytes, new: bytes) -> bool:
         with explaining(uri, writing=True), locked(os.path.dirname(path), exclusive=True):
             return _content(uri) == old and _replace(uri, new, fenced=False)
     try:
-        etag = retrying(lambda: fs.info(path), uri).get("ETag") if hasattr(fs, "call_s3") else None
+        unchanged = fs.unchanged(retrying(lambda: fs.info(path), uri)) if conditional(fs) else {}
     except FileNotFoundError:
         return False
     if _content(uri) != old:
         return False
-    if etag is None:
+    if not unchanged:
         return _put(uri, new)
-    return _put(uri, new, {"IfMatch": etag}) or _content(uri) == new
+    return _put(uri, new, unchanged) or _content(uri) == new
+
+
+def conditional(fs: object) -> bool:
+    """Return whether a file system can write under the condition that a file is unchanged."""
+    return hasattr(fs, "unchanged")
 
 
 def _content(uri: str) -> bytes | None:
@@ -111,7 +118,7 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def _put(uri: str, data: bytes, condition: dict[str, str] | None = None) -> bool:
+def _put(uri: str, data: bytes, condition: dict[str, Any] | None = None) -> bool:
     """Write an object in one request; return False if the condition does not hold.
 
     The fence is checked before every attempt, because another driver can take the run over between

@@ -42,7 +42,7 @@ def listing(uri: str) -> list[FileInfo]:
 def folders(uri: str) -> list[str]:
     """Return the sorted names of the visible folders directly in a folder.
 
-    On S3 only those among the first 1,000 entries are returned.
+    Of an object store, only those among the first 1,000 entries are returned.
     """
     fs, path = filesystem(uri)
     retry = functools.partial(retrying, what=uri)

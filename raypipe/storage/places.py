@@ -9,11 +9,19 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from raypipe.errors import RaypipeError
+from raypipe.storage.faults import CREDENTIALS
+
+_EXTRAS = {
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+    "hf": "hf",
+}
+"""Protocol -> extra of the package that reads it."""
 
 
 @functools.cache
 def remote_filesystem(protocol: str, once: bool = False) -> fsspec.AbstractFileSystem:
-    """Return the file system of a protocol. With `once`, requests to S3 are not retried.
+    """Return the file system of a protocol. With `once`, requests are not retried.
 
     Raises RaypipeError for a protocol that is not supported.
     """
@@ -22,9 +30,22 @@ def remote_filesystem(protocol: str, once: bool = False) -> fsspec.AbstractFileS
             from raypipe.storage.s3 import s3
 
             return s3(once)
+        if protocol in {"gs", "gcs"}:
+            from raypipe.storage.gcs import RetryingGCS
+
+            return RetryingGCS(once=once, use_listings_cache=False, skip_instance_cache=True)
+        if protocol in {"az", "abfs", "abfss"}:
+            from raypipe.storage.azure import RetryingAzure
+
+            return RetryingAzure(once=once, use_listings_cache=False, skip_instance_cache=True)
         return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
-    except (ImportError, ValueError) as error:
-        raise RaypipeError(f"{protocol}:// is not supported here: {error}") from None
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        install = f"; pip install 'raypipe[{extra}]'" if extra else ""
+        raise RaypipeError(f"{protocol}:// is not supported here: {error}{install}") from None
+    except ValueError as error:
+        remedy = f". {CREDENTIALS[protocol]}" if protocol in CREDENTIALS else ""
+        raise RaypipeError(f"{protocol}:// is not supported here: {error}{remedy}") from None
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

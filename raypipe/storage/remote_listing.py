@@ -48,7 +48,7 @@ def stored_files(fs: Any, path: str, retry: Retry, with_hidden: bool = False) ->
     StorageError
         If the store lists a key out of order, twice, or from another folder.
     """
-    parts = _ranges(fs, path, retry) if hasattr(fs, "call_s3") else _folders(fs, path, retry)
+    parts = _ranges(fs, path, retry) if _lists_pages(fs) else _folders(fs, path, retry)
     return (
         file
         for file in _checked(_in_order(parts), path)
@@ -59,9 +59,9 @@ def stored_files(fs: Any, path: str, retry: Retry, with_hidden: bool = False) ->
 def stored_folders(fs: Any, path: str, retry: Retry) -> list[str]:
     """Return the sorted names of the visible folders directly in a folder of an object store.
 
-    On S3 only those among the first `PAGE` entries are returned.
+    Of an object store, only those among the first `PAGE` entries are returned.
     """
-    if hasattr(fs, "call_s3"):
+    if _lists_pages(fs):
         bucket, prefix = _bucket_and_prefix(fs, path)
         answer = _list_objects(fs, bucket, prefix, "/", "", retry)
         folders = [item["Prefix"] for item in answer.get("CommonPrefixes", [])]
@@ -70,6 +70,11 @@ def stored_folders(fs: Any, path: str, retry: Retry) -> list[str]:
         folders = [item["name"] for item in entries if item["type"] == "directory"]
     names = (folder.rstrip("/").rsplit("/", 1)[-1] for folder in folders)
     return sorted(name for name in names if not hidden_name(name))
+
+
+def _lists_pages(fs: Any) -> bool:
+    """Return whether a store lists keys page by page: S3, Google Cloud Storage, Azure."""
+    return hasattr(fs, "call_s3") or hasattr(fs, "list_page")
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,9 @@ def _list_objects(
         "ContinuationToken": token,
         "StartAfter": after if not token else "",
     }
+    if hasattr(fs, "list_page"):
+        start = after if not token else ""
+        return retry(lambda: fs.list_page(bucket, prefix, delimiter, token, start, limit or PAGE))
     non_empty = {key: value for key, value in arguments.items() if value}
     return retry(
         lambda: fs.call_s3(
@@ -200,7 +208,7 @@ def _bucket_and_prefix(fs: Any, path: str) -> tuple[str, str]:
 
 
 def _folders(fs: Any, path: str, retry: Retry) -> list[Callable[[], Pages]]:
-    """Split the files of an object store other than S3.
+    """Split the files of a store that does not list page by page.
 
     The files of the first level are listed directly, each folder of that level as a whole.
     """

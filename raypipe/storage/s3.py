@@ -74,6 +74,10 @@ class RetryingS3(S3FileSystem):
 
     call_s3 = sync_wrapper(_call_s3)
 
+    def unchanged(self, detail: dict[str, Any]) -> dict[str, Any]:
+        """Return the option of `pipe_file` that writes only over the object of an `info`."""
+        return {"IfMatch": detail["ETag"]} if "ETag" in detail else {}
+
     async def _completed(self, request: dict[str, Any], error: Exception) -> dict[str, Any]:
         """Return the object of a multipart upload whose completion succeeded but was not answered.
 

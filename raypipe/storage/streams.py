@@ -128,6 +128,10 @@ class Upload:
             raise
 
     def _finish(self) -> None:
+        if getattr(self._fs, "commits_on_close", False):
+            with passed(self._uri):
+                self._file.close()
+            return
         if not self._local:
             self._file.close()
             with passed(self._uri):

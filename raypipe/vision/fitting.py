@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypipe.config import AdversarySettings, ProxySettings
+from raypipe.config.choices import is_own
 from raypipe.errors import StageError
 from raypipe.proxies.networks import ProxyNet, new_proxy
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import to_device
+from raypipe.vision.own_code import augmentation_of
 
 TEST_BATCH = 256
 """Test images in one forward pass."""
@@ -107,6 +109,7 @@ def fit(
     steps: int | None = None,
     device: str = "cpu",
     bfloat16: bool | None = None,
+    keys: np.ndarray | None = None,
     initial: Mapping[str, Tensor] | None = None,
     state: State | None = None,
     save: Callable[[State], None] | None = None,
@@ -133,6 +136,8 @@ def fit(
         Of the training.
     bfloat16
         Mixed precision; default: `settings.amp` on a GPU.
+    keys
+        A hash of the id of each image, uint64 [n]: `settings.augment` draws from it.
     initial
         State dict that the training starts from; default: weights drawn at random.
     state
@@ -152,6 +157,9 @@ def fit(
         steps = steps_of(settings, len(rows)) if steps is None else steps
     if steps is None:
         raise ValueError("rows that change between epochs need `steps`")
+    own_augmentation = augmentation_of(settings)
+    if own_augmentation is not None and keys is None:
+        raise ValueError("proxy.augment needs `keys`")
     gpu = device != "cpu"
     mixed = (gpu and settings.amp) if bfloat16 is None else bfloat16
     # torch's global generator belongs to the caller
@@ -184,8 +192,11 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             chosen = current[batch]
+            augmented = images[chosen]
+            if own_augmentation is not None and keys is not None:
+                augmented = own_augmentation(augmented, keys[chosen], settings.seed, epoch)
             pixels = to_device(
-                training.augment(images[chosen], settings, epoch, step, slice(None)), device
+                training.augment(augmented, settings, epoch, step, slice(None)), device
             )
             target = to_device(labels[chosen], device)
             if settings.adversary is not None:
@@ -208,8 +219,9 @@ def fit(
             total += loss.detach()
         if not np.isfinite(total.item()):
             raise StageError(
-                f"the loss is {total.item()} in epoch {epoch + 1} of a training on "
-                f"{len(current):,} samples; lower lr"
+                f"the loss is {total.item()} in epoch {epoch + 1} of a training of "
+                f"{settings.model} on {len(current):,} samples; lower lr"
+                f"{', or fix the network' if is_own(settings.model) else ''}"
             )
         done += len(batches)
         if save is not None:

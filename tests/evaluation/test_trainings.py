@@ -143,6 +143,7 @@ def test_a_node_has_what_the_parts_hold_in_their_order(
                 f"{tmp_path}/parts/{part}-{number:06d}.parquet",
                 images[part][start:stop],
                 labels[part][start:stop],
+                np.arange(start, stop, dtype=np.uint64) if part == "train" else None,
             )
     copy = decoded.NodeCopy("run", f"{tmp_path}/parts", "key", 4, counts)
     found = copy.open()
@@ -152,6 +153,7 @@ def test_a_node_has_what_the_parts_hold_in_their_order(
     assert np.array_equal(found.labels, labels["train"]) and np.array_equal(
         found.test_labels, labels["test"]
     )
+    assert found.keys.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(
         found.statistics[0], images["train"].mean((0, 2, 3)) / 255, rtol=1e-5
     )

@@ -40,7 +40,7 @@ def test_images_are_read_from_the_source(make_run: MakeRun, source) -> None:
 
 def test_large_images_are_made_small_and_are_not_pixelated() -> None:
     image = make_thumbnail(RawSample("a", np.zeros((300, 400, 3), np.uint8), None), 10**6)
-    assert opened(image.uri).size == (thumbnails.SIZE, thumbnails.SIZE)
+    assert opened(image.uri).size == (thumbnails.NORMAL.pixels, thumbnails.NORMAL.pixels)
     assert not image.pixelated
 
 

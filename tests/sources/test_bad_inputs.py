@@ -88,7 +88,7 @@ def check(
             assert re.search(case.words, reason) if case.words else not reason, (case.key, reason)
 
 
-@pytest.mark.parametrize("format", ["parquet", "tar", "tar.gz", "folder"])
+@pytest.mark.parametrize("format", ["parquet", "tar", "tar.gz", "folder", "tfrecord", "mds"])
 def test_images(place: str, format: str) -> None:
     cases = [*good_samples(5), *bad_inputs.bad_images(), *good_samples(5, 5)]
     check(
@@ -100,7 +100,7 @@ def test_images(place: str, format: str) -> None:
     )
 
 
-@pytest.mark.parametrize("format", ["parquet", "tar", "tar.gz", "folder"])
+@pytest.mark.parametrize("format", ["parquet", "tar", "tar.gz", "folder", "tfrecord", "mds"])
 def test_images_cut_off_anywhere(tmp_path: Path, format: str) -> None:
     cases = [*good_samples(1), *bad_inputs.truncated(), *good_samples(1, 1)]
     assert len(cases) > 150
@@ -112,7 +112,7 @@ def test_images_cut_off_anywhere(tmp_path: Path, format: str) -> None:
     assert len(rejects) > 0.9 * len(cases)
 
 
-@pytest.mark.parametrize("format", ["parquet", "tar"])
+@pytest.mark.parametrize("format", ["parquet", "tar", "tfrecord", "mds"])
 def test_labels(tmp_path: Path, format: str) -> None:
     cases = [*good_samples(5), *bad_inputs.bad_labels(), *good_samples(5, 5)]
     if format == "tar":  # any text is a class name there

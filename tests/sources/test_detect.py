@@ -25,6 +25,10 @@ def detected(uri: str, include: str = "*") -> str:
         (["deep/A.PARQUET"], "parquet"),
         (["a.tar", "b.tar.gz", "index.json"], "webdataset"),
         (["c.tgz"], "webdataset"),
+        (["a.tfrecord", "notes.txt"], "tfrecord"),
+        (["cifar10-train.tfrecord-00000-of-00001", "features.json"], "tfrecord"),
+        (["shard.00000.mds", "index.json"], "mds"),
+        (["shard.00000.mds.zstd", "index.json"], "mds"),
         (["cat/1.JPG", "dog/2.webp", "labels.csv"], "imagefolder"),
         (["state.json", "dataset_info.json", "data-00000-of-00001.arrow"], "huggingface"),
         (["dataset_dict.json", "train/state.json"], "huggingface"),
@@ -74,6 +78,7 @@ def test_some_need_no_storage(tmp_path: object, monkeypatch: pytest.MonkeyPatch)
     assert detected("torchvision://CIFAR10") == "torchvision"
     assert detected("synthetic://?samples=5") == "synthetic"
     assert detected("huggingface://user/name") == "huggingface"
+    assert detected("s3://bucket/set.lance/") == detected("lance:///data/set") == "lance"
     storage.write_bytes(
         f"{tmp_path}/synthetic/a.tar", b"x"
     )  # a folder called synthetic is a folder
@@ -100,7 +105,7 @@ def test_nothing_known_is_named(tmp_path: object) -> None:
         storage.write_bytes(f"{tmp_path}/{name}", b"x")
     with pytest.raises(
         SourceError,
-        match=r"no Parquet, tar or image file among 4 files "
+        match=r"no Parquet, tar, TFRecord or image file among 4 files "
         r"\(2 .csv, 1 without an ending, 1 .zip\)",
     ):
         detected(str(tmp_path))
@@ -116,8 +121,8 @@ def test_one_file_of_another_name_is_read_when_the_format_is_given(tmp_path: obj
 
 def test_sources_import_neither_torch_nor_ray() -> None:
     names = (
-        "detect, digits, filelist, filesource, hub, huggingface, imagefolder, location, parquet, "
-        "synthetic, table_source, tarfiles, torchvision_build, torchvision_request, "
+        "detect, digits, filelist, filesource, hub, huggingface, imagefolder, lance, location, mds, "
+        "parquet, synthetic, table_source, tarfiles, tfrecord, torchvision_build, torchvision_request, "
         "torchvision_sets, webdataset"
     )
     program = (

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bad_inputs import example, mds_index, mds_shard_bytes, tfrecord_bytes
 from helpers import QUIET, small_config
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -196,6 +197,50 @@ def huggingface(folder: Path, data: Data) -> Layout:
     )
 
 
+def tfrecord(folder: Path, data: Data) -> Layout:
+    half = COUNT // 2
+    examples = [
+        example({"image/encoded": image, "image/class/label": label})
+        for image, label in zip(data.pngs, data.labels, strict=True)
+    ]
+    for part in range(2):
+        content = tfrecord_bytes(examples[part * half : part * half + half])
+        (folder / f"train-0000{part}-of-00002").write_bytes(content)
+    ids = [f"train-0000{row // half}-of-00002#{row % half}" for row in range(COUNT)]
+    return Layout({"format": "tfrecord"}, ids)
+
+
+def mds(folder: Path, data: Data) -> Layout:
+    """Write shards of PNGs, and one of arrays of pixels."""
+    half = COUNT // 2
+    labels = [label.to_bytes(8, "little") for label in data.labels]
+    images = {
+        0: ("png", data.pngs),
+        1: ("ndarray:uint8:32,32,3", [x.tobytes() for x in data.pixels]),
+    }
+    for part, (encoding, values) in images.items():
+        rows = [
+            {"image": values[row], "label": labels[row]}
+            for row in range(part * half, part * half + half)
+        ]
+        content = mds_shard_bytes(rows, {"image": encoding, "label": "int"})
+        (folder / f"shard.0000{part}.mds").write_bytes(content)
+    (folder / "index.json").write_bytes(
+        mds_index(("shard.00000.mds", half), ("shard.00001.mds", half))
+    )
+    return Layout(
+        {"format": "mds"}, [f"shard.0000{row // half}.mds#{row % half}" for row in range(COUNT)]
+    )
+
+
+def lance(folder: Path, data: Data) -> Layout:
+    package = pytest.importorskip("lance")
+    table = pa.table({"image": data.pngs, "label": data.labels})
+    package.write_dataset(table, f"{folder}/set.lance", max_rows_per_file=COUNT // 2)
+    ids = [f"fragment-{row // (COUNT // 2)}#{row % (COUNT // 2)}" for row in range(COUNT)]
+    return Layout({"format": "lance", "uri": f"{folder}/set.lance"}, ids)
+
+
 WRITERS: dict[str, Callable[[Path, Data], Layout]] = {
     "parquet": parquet,
     "parquet-of-pixels": parquet_of_pixels,
@@ -204,6 +249,9 @@ WRITERS: dict[str, Callable[[Path, Data], Layout]] = {
     "filelist": filelist,
     "torchvision": torchvision_cifar10,
     "huggingface": huggingface,
+    "tfrecord": tfrecord,
+    "mds": mds,
+    "lance": lance,
 }
 WHOLE_RUNS = ("parquet", "webdataset", "imagefolder")
 """Formats that the stages run on: a run takes ten seconds, mostly to start processes."""

@@ -8,6 +8,7 @@ import torch
 
 from raypipe.config import AdversarySettings, ProxySettings
 from raypipe.errors import StageError
+from raypipe.plugins import code_allowed
 from raypipe.vision import fitting, training
 
 SETTINGS = ProxySettings(
@@ -204,6 +205,48 @@ def test_what_cannot_be_trained_is_refused(squares: tuple[np.ndarray, np.ndarray
             2,
             HALF,
         )
+
+
+class NotFinite(torch.nn.Module):
+    """A network whose outputs are finite in eval mode only."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(3, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(images.mean((2, 3)) * (float("nan") if self.training else 1.0))
+
+
+def not_finite(classes: int, image_size: int, channels: int) -> torch.nn.Module:
+    return NotFinite(classes)
+
+
+def black(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    return np.zeros_like(image)
+
+
+def test_a_network_that_returns_nan_in_training_is_named(
+    squares: tuple[np.ndarray, np.ndarray],
+) -> None:
+    name = f"{__name__}:not_finite"
+    own = SETTINGS.model_copy(update={"model": name})
+    with code_allowed(), pytest.raises(StageError, match=rf"nan .* {name} .*fix the network$"):
+        fitting.fit(own, *squares, np.arange(64), 2, HALF)
+
+
+def test_augmentation_of_the_users_own_is_applied(squares: tuple[np.ndarray, np.ndarray]) -> None:
+    pixels, label = squares
+    own = SETTINGS.model_copy(update={"augment": f"{__name__}:black"})
+    with code_allowed():
+        augmented = fitting.fit(
+            own, pixels, label, np.arange(64), 2, HALF, keys=np.arange(len(pixels))
+        )
+        with pytest.raises(ValueError, match="needs `keys`"):
+            fitting.fit(own, pixels, label, np.arange(64), 2, HALF)
+    plain = fitting.fit(SETTINGS, np.zeros_like(pixels), label, np.arange(64), 2, HALF)
+    for a, b in zip(augmented.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_accuracy_by_class() -> None:

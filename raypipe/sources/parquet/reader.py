@@ -15,7 +15,7 @@ from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.columns import TableColumns, choose_columns, features_of, split_of_rows
 from raypipe.sources.hive import partition_values, with_partitions
 from raypipe.sources.splits import split_column
-from raypipe.sources.table_source import read_rows
+from raypipe.sources.table_source import read_rows, row_ids
 from raypipe.sources.types import IdFilter, RawSample
 from raypipe.sources.values import damage_reason
 from raypipe.storage import Reader
@@ -137,7 +137,8 @@ class RowGroup:
     def samples(self, begin: int, end: int, keep_id: IdFilter | None) -> Iterator[RawSample]:
         """Yield the samples of rows `begin` to `end` (exclusive) of the row group."""
         rows = _Rows(self, begin, end)
-        return read_rows(rows, self.columns, self.path, self.first + begin, end - begin, keep_id)
+        own = row_ids(self.path, range(self.first + begin, self.first + end))
+        return read_rows(rows, self.columns, own, keep_id)
 
     def values(self, column: str, begin: int, end: int) -> list[Any]:
         """Return rows `begin` to `end` (exclusive) of a small column, or of a partition column.

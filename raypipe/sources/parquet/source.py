@@ -52,7 +52,7 @@ class ParquetSource(TableSource):
         if LOG_OF_DELTA in self._location.folders():
             raise SourceError(
                 f"{self.settings.uri}: a Delta table ({LOG_OF_DELTA}), whose folder also holds "
-                "files of earlier versions; write its current version as Parquet files, or set "
+                "files of earlier versions; pass ray.data.read_delta(...) to raypipe.run, or set "
                 "source.uri to a pattern or list of its current files"
             )
 

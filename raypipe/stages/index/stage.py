@@ -58,6 +58,7 @@ class IndexStage(Stage):
                 "max_pixels",
                 "bit_depth",
                 "max_reject_fraction",
+                "version",  # what differs between versions is in the listing
                 "download",
                 "verify",
                 *noise,

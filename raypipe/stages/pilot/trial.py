@@ -16,6 +16,7 @@ from raypipe.runs.pilot import PilotCell, PilotPlan, PilotTrial
 from raypipe.runs.run import Run
 from raypipe.runs.unit_result import UnitResult
 from raypipe.selection import hash64, needs_classes, select
+from raypipe.selection.hashing import canonical_hashes
 from raypipe.stages.pilot.samples import ListRule, PilotSamples, cached_samples
 
 SUBSET_SEED = 0x70696C6F74
@@ -23,6 +24,7 @@ SUBSET_SEED = 0x70696C6F74
 from those of the lists."""
 RECIPE = (
     "normalize", "optimizer", "momentum", "weight_decay", "schedule", "label_smoothing", "flip",
+    "augment",
 )  # fmt: skip
 """Settings of the proxy that the trainings share with it."""
 
@@ -101,6 +103,7 @@ def run_trial(
         classes,
         recipe.statistics(*statistics_of(samples.images[~samples.test])),
         device=device,
+        keys=canonical_hashes(samples.ids),
     )
     images, labels = samples.images[samples.test], samples.labels[samples.test]
     correct = test(model, images, labels, classes, device).correct

@@ -40,6 +40,7 @@ from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.proxies.normalisation import input_statistics
+from raypipe.runs.initial_weights import weights_identity
 from raypipe.runs.intermediate import CHECKPOINTS, REMOVED
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import (
@@ -121,6 +122,8 @@ class ProxyStage(Stage):
         for name, value in UNSTATED.items():
             if settings[name] == value:
                 del settings[name]
+        if "weights" in settings:
+            settings["weights"] = weights_identity(config.proxy)
         return settings
 
     def check(self, context: Context) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from raypipe import storage
 from raypipe.config import ProxySettings
+from raypipe.config.choices import is_own
 from raypipe.proxies.networks import new_proxy
 from raypipe.proxies.normalisation import input_statistics
 from raypipe.runs.initial_weights import read_weights
@@ -344,8 +345,9 @@ class ProxyTraining:
         """
         if self._rank == 0:
             reason = (
-                f"the proxy's loss is {loss} in epoch {epoch + 1}; "
+                f"the proxy's loss is {loss} in epoch {epoch + 1} with {self._settings.model}; "
                 f"lower proxy.lr (now {self._settings.lr:g})"
+                f"{', or fix the network' if is_own(self._settings.model) else ''}"
             )
             storage.write_json(self._run.path(self._folder, DIVERGED), {"reason": reason})
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from raypipe import storage
 from raypipe.config import Config, SelectSettings, TrustSettings
 from raypipe.config.choices import AUTO
@@ -217,6 +219,32 @@ def make_keep_lists(
     )
 
 
+def kept_samples(run: Run, settings: SelectSettings, trust: TrustSettings) -> np.ndarray:
+    """Return which samples the first list of the settings would hold, and write nothing.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [n], in the order of the score shards.
+
+    Raises
+    ------
+    RunError, TrustError, ConfigError, StageError
+        As `write_keep_lists`.
+    """
+    choice = choose(run, settings, trust, run.record("extrapolate").samples)[0]
+    options = options_of(run, choice.settings)
+    scores = ScoreStream(
+        run,
+        needs_loss(choice.settings.strategy, options),
+        needs_margin(choice.settings.strategy, options),
+    )
+    _trusted(run, choice.settings, trust)
+    _mark_samples(run, scores, settings)
+    (cut,) = _select(run, scores, choice.settings, options, [choice.fraction])
+    return np.concatenate([cut.mask(chunk) for chunk in scores.chunks(True)])
+
+
 def _write_group(
     run: Run,
     scores: ScoreStream,
@@ -253,15 +281,9 @@ def _write_group(
 def _check_trust(
     run: Run, scores: ScoreStream, settings: SelectSettings, trust: TrustSettings
 ) -> dict[str, str]:
-    """Check the fidelity of the scores; a strategy that does not use scores needs none.
-
-    Returns the fidelity as metadata of a keep-list.
-    """
-    if not find_strategy(settings.strategy).uses_scores:
-        trust = TrustSettings(min_spearman=-1, min_stability=-1, min_accuracy_over_chance=-1)
+    """Return the result of `_trusted`, and remove outdated lists if it is an error."""
     try:
-        within_classes = settings.cuts_within_classes
-        return check_trust(run.ledger()["extrapolate"], trust, settings.force, within_classes)
+        return _trusted(run, settings, trust)
     except TrustError:
         # lists that were forced earlier stay as long as their scores do
         if storage.names(run.keep_folder):
@@ -269,6 +291,17 @@ def _check_trust(
                 pass  # computes the digest
             _remove_outdated(run, scores.digest, set())
         raise
+
+
+def _trusted(run: Run, settings: SelectSettings, trust: TrustSettings) -> dict[str, str]:
+    """Check the fidelity of the scores; a strategy that does not use scores needs none.
+
+    Returns the fidelity as metadata of a keep-list.
+    """
+    if not find_strategy(settings.strategy).uses_scores:
+        trust = TrustSettings(min_spearman=-1, min_stability=-1, min_accuracy_over_chance=-1)
+    within_classes = settings.cuts_within_classes
+    return check_trust(run.ledger()["extrapolate"], trust, settings.force, within_classes)
 
 
 def _mark_samples(run: Run, scores: ScoreStream, settings: SelectSettings) -> dict[str, Any]:
