@@ -25,7 +25,7 @@ from raypipe.exports.cells import guarded
 from raypipe.exports.fiftyone import fiftyone_files
 from raypipe.exports.index_files import ONE_FILE_PER_SAMPLE, write_files
 from raypipe.keeplists.file import KeepFile, Located
-from raypipe.runs.label_doubt import label_doubt
+from raypipe.report.embeddings import label_doubt
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import read_embedding_columns
 from raypipe.sources import open_source

@@ -64,7 +64,7 @@ def croissant_files(export: FinishedExport) -> dict[str, bytes]:
         "@type": "cr:FileSet",
         "@id": "shards",
         "encodingFormat": "application/x-parquet",
-        "includes": "*.parquet",
+        "includes": "train-*.parquet",
     }
     classes = {
         "@type": "cr:RecordSet",

@@ -14,6 +14,7 @@ from raypipe import storage
 from raypipe.errors import ConfigError
 from raypipe.exports.finished import FinishedExport
 from raypipe.exports.formats import Item, row_groups
+from raypipe.sources.lance import client_options
 
 DATA = "data"
 FOLDERS = (DATA, "_versions", "_transactions")
@@ -69,7 +70,9 @@ def write_fragment(
     if first is None:
         return "", 0, {}
     reader = pa.RecordBatchReader.from_batches(schema, itertools.chain([first], remaining))
-    fragment = LanceFragment.create(to, reader, schema=schema, mode="overwrite")
+    fragment = LanceFragment.create(
+        to, reader, schema=schema, mode="overwrite", storage_options=client_options(to)
+    )
     (file,) = fragment.files
     return f"{DATA}/{file.path}", count, fragment.to_json()
 
@@ -93,7 +96,7 @@ def commit_lance(export: FinishedExport) -> dict[str, bytes]:
             FragmentMetadata.from_json(json.dumps(dict(shard.detail))) for shard in export.shards
         ]
         operation = lance.LanceOperation.Overwrite(lance_schema(export.weighted), fragments)
-        lance.LanceDataset.commit(export.to, operation)
+        lance.LanceDataset.commit(export.to, operation, storage_options=client_options(export.to))
     for file in storage.listing(storage.join(export.to, DATA)):
         if f"{DATA}/{file.path}" not in expected:
             storage.delete(storage.join(export.to, DATA, file.path))
@@ -105,7 +108,7 @@ def _committed(to: str) -> set[str]:
     import lance
 
     try:
-        dataset = lance.dataset(to)
+        dataset = lance.dataset(to, storage_options=client_options(to))
     except ValueError:  # no dataset
         return set()
     return {

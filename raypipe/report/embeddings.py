@@ -13,7 +13,6 @@ from raypipe import storage
 from raypipe.errors import RaypipeError
 from raypipe.report.label_noise import LabelNoiseCounter, NoiseCounts
 from raypipe.report.score_scan import HighestPicks, Pick
-from raypipe.runs.label_doubt import label_doubt
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 

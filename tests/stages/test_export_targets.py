@@ -207,12 +207,17 @@ def test_the_last_files_come_after_all_samples(
     assert info["splits"]["train"]["num_examples"] == 19
 
 
-def test_raypipe_reads_its_export_for_hugging_face(
-    run: Run, tmp_path: Path, images: dict[str, bytes]
+@pytest.mark.parametrize("format", ["huggingface", "mds", "lance"])
+def test_raypipe_reads_its_own_export(
+    run: Run, tmp_path: Path, images: dict[str, bytes], format: str
 ) -> None:
-    exported(run, f"{tmp_path}/out", "huggingface", shard_samples=7)
-    again = everything_in(f"{tmp_path}/out", id_column="sample_id")
-    assert [sample.image for sample in again] == [row["image"] for row in expected(run, images)]
+    if format == "lance":
+        pytest.importorskip("lance")
+    exported(run, f"{tmp_path}/out.{format}", format, shard_samples=7)
+    again = everything_in(f"{tmp_path}/out.{format}", id_column="sample_id")
+    assert [(sample.sample_id, sample.image) for sample in again] == [
+        (row["sample_id"], row["image"]) for row in expected(run, images)
+    ]
 
 
 # -- the dataset card ------------------------------------------------------------------------------
