@@ -27,7 +27,7 @@ class Config(Settings):
     Attributes
     ----------
     run : str
-        The run folder, where everything is written: local path, file:// or s3://.
+        The run folder, where everything is written: local path, file://, s3://, gs:// or az://.
     source : SourceSettings
         The dataset.
     seed, pseudo_labels, proxy, measure, embed, extrapolate, pilot, trust, select, report, nightly,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from raypipe.errors import SourceError
@@ -197,6 +197,45 @@ class StatedNames:
                 "source.include so that only one kind of file is read"
             )
         self.names = (*self.names, *(name for name in names if name not in known))
+
+
+class NumberSpellings:
+    """Checks that all files of a source spell the same number alike.
+
+    "1" and "01" can be names of two classes, but are read as one number.
+    """
+
+    def __init__(self) -> None:
+        self._usual: set[int | str] = set()
+        self._padded: dict[int, tuple[str, str]] = {}
+
+    def add(self, path: str, labels: Collection[int | str], padded: Iterable[str]) -> None:
+        """Add a file: its labels, and how it spells numbers that it spells unusually.
+
+        Raises
+        ------
+        SourceError
+            If the file, or one before it, spells a number differently.
+        """
+        own: dict[int, str] = {}
+        for spelling in sorted(padded):
+            own[int(spelling)] = spelling
+            first, before = self._padded.setdefault(int(spelling), (spelling, path))
+            if first != spelling:
+                raise _spelled_differently(path, spelling, first, before)
+        self._usual.update(labels if not own else set(labels) - own.keys())
+        for number in self._padded.keys() & self._usual:
+            spelling, before = self._padded[number]
+            raise _spelled_differently(before, spelling, str(number), "another file")
+
+
+def _spelled_differently(path: str, spelling: str, other: str, place: str) -> SourceError:
+    where = "the same file" if place == path else place
+    return SourceError(
+        f"{path}: label {spelling!r} is the same number as {other!r} in {where}; write all labels "
+        "of a class alike, or, if these are two classes, put a letter before the names of all "
+        "classes"
+    )
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from raypipe.sources.values import number_or_name
+from raypipe.sources.values import number_or_name, padded_spelling
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -19,12 +19,26 @@ def partition_values(path: str) -> dict[str, int | str | None]:
 
     Text that is a whole number becomes one.
     """
-    result: dict[str, int | str | None] = {}
-    for folder in path.split("/")[:-1]:
-        name, equals, value = folder.partition("=")
-        if equals and name:
-            result[unquote(name)] = None if value == _NULL else number_or_name(unquote(value))
-    return result
+    texts = _texts(path)
+    return {name: None if text is None else number_or_name(text) for name, text in texts.items()}
+
+
+def padded_partition(path: str, column: str) -> frozenset[str]:
+    """Return the spelling of a partition column if it is an unusual one of a number.
+
+    See `FileScan.padded`. Empty if the file has no such partition column.
+    """
+    return frozenset({padded_spelling(_texts(path).get(column) or "")} - {""})
+
+
+def _texts(path: str) -> dict[str, str | None]:
+    """Return the partition columns of a file as text; None for null."""
+    parts = (folder.partition("=") for folder in path.split("/")[:-1])
+    return {
+        unquote(name): None if value == _NULL else unquote(value)
+        for name, equals, value in parts
+        if equals and name
+    }
 
 
 def with_partitions(schema: pa.Schema, path: str) -> pa.Schema:

@@ -17,7 +17,7 @@ from raypipe.sources.columns import AUTO, LABEL_NAMES
 from raypipe.sources.formats import IMAGE_EXTENSIONS
 from raypipe.sources.tarfiles import Group
 from raypipe.sources.types import RawSample
-from raypipe.sources.values import number_or_name, printable, stored_label
+from raypipe.sources.values import number_or_name, padded_spelling, printable, stored_label
 
 MAX_LABEL_BYTES, MAX_IMAGE_BYTES = 1 << 20, 1 << 30
 """A larger member is a reject."""
@@ -112,6 +112,11 @@ class Members:
             return stored_label(value)
         return None, ""
 
+    def padded_label(self, group: Group) -> str:
+        """Return a label that is text and an unusual spelling of a number, or ""."""
+        content = next((group.contents.get(name) for name in _LABELS if name in group.names), None)
+        return padded_spelling((content or b"").decode("utf-8", "replace"))
+
     def _label_field(self, fields: dict[str, Any]) -> str | None:
         """Return the label field of a .json: for `auto`, the first with a usual name, or None."""
         name = self._label_column
@@ -125,16 +130,31 @@ class TarFacts:
 
     def __init__(self, members: Members) -> None:
         self.labels: set[int | str] = set()
+        self._spellings: dict[int, set[str]] = {}
         self._members, self._any_image, self._ambiguous = members, False, ""
 
     def add(self, group: Group) -> None:
         """Add a sample."""
         label, _ = self._members.label_of(group)
         self.labels |= {label} - {None}  # type: ignore[arg-type]
+        if isinstance(label, int):
+            spelling = self._members.padded_label(group) or str(label)
+            self._spellings.setdefault(label, set()).add(spelling)
         image, reason = self._members.image_of(group)
         self._any_image |= image is not None
         if reason.startswith(SEVERAL_IMAGES):
             self._ambiguous = self._ambiguous or reason
+
+    @property
+    def padded(self) -> frozenset[str]:
+        """All spellings of the numbers that have an unusual one; see `FileScan.padded`."""
+        return frozenset().union(
+            *(
+                spellings
+                for number, spellings in self._spellings.items()
+                if spellings != {str(number)}
+            )
+        )
 
     @property
     def problem(self) -> str:

@@ -91,12 +91,16 @@ class FileScan:
     split : str
         The split that the rows name (`raypipe.sources.splits`); "" if they name none. All files of
         a source have to agree.
+    padded : frozenset of str
+        All spellings of the numbers that some label spells unusually, such as "01". All files of a
+        source have to spell a number alike (`raypipe.sources.classes.NumberSpellings`).
     """
 
     fragments: tuple[Fragment, ...]
     class_names: tuple[str, ...] | None = None
     labels: frozenset[int | str] = field(default_factory=frozenset)
     split: str = ""
+    padded: frozenset[str] = frozenset()
 
 
 class RawSample(NamedTuple):

@@ -85,7 +85,7 @@ class WebDatasetSource(FileSource):
                 dataclasses.replace(fragment, offset=offsets[fragment.start])
                 for fragment in fragments
             )
-        return FileScan(fragments, None, frozenset(facts.labels))
+        return FileScan(fragments, None, frozenset(facts.labels), padded=facts.padded)
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:

@@ -37,8 +37,9 @@ from raypipe.sources.arrow_types import (
     value_type,
     vectors,
 )
+from raypipe.sources.classes import NumberSpellings
 from raypipe.sources.columns import ColumnError, class_names, features_of
-from raypipe.sources.hive import partition_values
+from raypipe.sources.hive import padded_partition, partition_values
 from raypipe.sources.location import Location
 from raypipe.sources.parquet.reader import split_of_file
 from raypipe.sources.splits import SplitOfFiles, several_splits
@@ -301,10 +302,12 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
     files = stored_files(uri)
     with ThreadPoolExecutor(16) as threads:
         footers = list(threads.map(lambda file: _footer(file[0], file[1].path), files))
-    split = SplitOfFiles("give the files of one split")
+    split, spellings = SplitOfFiles("give the files of one split"), NumberSpellings()
     named = Location(SourceSettings(uri=uri)).names_files
     for (_, info), footer in zip(files, footers, strict=True):
         split.add(info.path, "" if named else footer.split)
+        if footer.partition:
+            spellings.add(info.path, footer.partition, padded_partition(info.path, LABEL))
     label_types = {footer.labels for footer in footers if footer.labels}
     if len(label_types) > 1:
         raise SourceError(
@@ -327,12 +330,27 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
 
 
 class _Footer(NamedTuple):
-    """Rows of each row group, type of the labels, names of the classes, and split of the rows."""
+    """What a file states of its rows.
+
+    Attributes
+    ----------
+    groups
+        Rows of each row group.
+    labels
+        Type of the labels.
+    names
+        Names of the classes.
+    split
+        Split of the rows.
+    partition
+        The label that a folder `label=value` gives to all rows; empty without one.
+    """
 
     groups: list[int]
     labels: str
     names: tuple[str, ...] | None
     split: str
+    partition: frozenset[int | str]
 
 
 def _footer(uri: str, path: str) -> _Footer:
@@ -351,7 +369,9 @@ def _footer(uri: str, path: str) -> _Footer:
             "expected a list of float16, float32 or float64"
         )
     names = class_names(features_of(schema), LABEL)
-    return _Footer(groups, _label_type(uri, schema, path), names, split)
+    label = None if LABEL in schema.names else partition_values(path).get(LABEL)
+    partition = frozenset[int | str]() if label is None else frozenset({label})
+    return _Footer(groups, _label_type(uri, schema, path), names, split, partition)
 
 
 def _reraise(error: Exception) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from serial import index, no_ray  # noqa: F401  a fixture
 from source_helpers import make, picture, samples, scans
 
 from raypipe import storage
-from raypipe.config import SourceSettings
+from raypipe.config import SourceSettings, parse_config
 from raypipe.errors import SourceError
 from raypipe.estimate import inspect_source
 from raypipe.sources.hive import partition_values
@@ -87,3 +88,23 @@ def test_embeddings_whose_files_number_the_classes_differently_are_refused(tmp_p
         )
     with pytest.raises(SourceError, match="the same in another order"):
         plan_embeddings(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"), [(("1", "01"), True), (("01", "1"), True), (("01", "02"), False)]
+)
+def test_two_spellings_of_a_number_are_not_one_class(
+    tmp_path: Path, no_ray: None, values: tuple[str, str], refused: bool
+) -> None:
+    paths = [f"label={value}/part-0.parquet" for value in values]
+    uri = write(tmp_path / "set", paths)
+    for number, path in enumerate(paths):
+        columns = {"sample_id": [f"{number}a", f"{number}b"], "embedding": [[1.0, 2.0], [3.0, 4.0]]}
+        storage.write_table(f"{tmp_path}/table/{path}", pa.table(columns))
+    config = parse_config({"run": f"{tmp_path}/run", "source": {"uri": uri}})
+    for read in (lambda: index(config), lambda: plan_embeddings(f"{tmp_path}/table")):
+        if refused:
+            with pytest.raises(SourceError, match="label '01' is the same number as '1'"):
+                read()
+        else:
+            read()

@@ -3,16 +3,19 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tarfile
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serial import index, no_ray  # noqa: F401  a fixture
 from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
-from raypipe.config import SourceSettings
+from raypipe.config import SourceSettings, parse_config
+from raypipe.errors import SourceError
 from raypipe.estimate import inspect, inspect_source
 from raypipe.sources import tarfiles, tarmembers, webdataset
 from raypipe.sources.webdataset import WebDatasetSource
@@ -614,3 +617,33 @@ def test_any_extended_header_can_be_parsed(data: bytes, position: int) -> None:
     assert all(
         isinstance(value, str) for value in tarfiles._extension(tarfile.XHDTYPE, content).values()
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        (["1", "01"], [], "a.tar: label '1' is the same number as '01' in the same file"),
+        (["01", "001"], [], "label '01' is the same number as '001' in the same file"),
+        (["2", "01"], ["1"], "a.tar: label '01' is the same number as '1' in another file"),
+        (["1", "2"], ["2", "01"], "b.tar: label '01' is the same number as '1' in another file"),
+        (["01"], ["001"], "b.tar: label '001' is the same number as '01' in a.tar"),
+        (["01", "10"], ["02", "10"], ""),
+        (["1", "2.0"], ["2", "1"], ""),
+    ],
+)
+def test_two_spellings_of_a_number_are_not_one_class(
+    tmp_path: Any, no_ray: None, first: list[str], second: list[str], refused: str
+) -> None:
+    for name, labels in (("a.tar", first), ("b.tar", second or ["5"])):
+        members: list[Member] = []
+        for number, label in enumerate(labels):
+            members += [(f"{number}.png", picture(number)), (f"{number}.cls", label.encode())]
+        storage.write_bytes(f"{tmp_path}/set/{name}", tar(members))
+    config = parse_config({"run": f"{tmp_path}/run", "source": {"uri": f"{tmp_path}/set"}})
+    if refused:
+        with pytest.raises(SourceError, match=re.escape(refused)):
+            index(config)
+    else:
+        index(config)
+        record = index(config)  # and from the existing index
+        assert record.samples == len(first) + len(second or ["5"])

@@ -38,6 +38,7 @@ from raypipe.sources.arrow_types import (
     storage_array,
 )
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
+from raypipe.sources.splits import SPLIT_COLUMN, split_column, split_of
 from raypipe.sources.values import printable, stored_label
 
 FOLDER, MANIFEST = "source", "manifest.json"
@@ -210,7 +211,7 @@ def _write(
         batch_size=None,
     )
     files = _Files(run)
-    rows = 0
+    rows, splits = 0, set[str]()
     try:
         for batch in columns.iter_batches(
             batch_format="pyarrow", batch_size=BATCH_ROWS, prefetch_batches=2
@@ -220,6 +221,10 @@ def _write(
                     [f"row-{row:010d}" for row in range(rows, rows + len(batch))], pa.string()
                 )
                 batch = batch.append_column("sample_id", names)
+            if SPLIT_COLUMN in batch.column_names:
+                splits |= set(batch[SPLIT_COLUMN].unique().to_pylist()) - {""}
+                _check_splits(splits)
+                batch = batch.drop_columns([SPLIT_COLUMN])
             files.add(batch)
             rows += len(batch)
             on_rows(len(batch))
@@ -234,14 +239,25 @@ def _write(
     return {"rows": rows, "files": files.written}
 
 
+def _check_splits(splits: set[str]) -> None:
+    """Raise SourceError if the rows of a dataset are of several splits."""
+    if len(splits) > 1:
+        raise SourceError(
+            f"column {SPLIT_COLUMN!r} of the dataset has several splits "
+            f"({', '.join(sorted(splits))}); choose the rows of one with dataset.filter, or drop "
+            "the column to read all as one"
+        )
+
+
 def _columns(block: Any, image: str, label: str | None, identity: str | None) -> pa.Table:
     """Return the columns of the copy. Runs in a task.
 
     Returns
     -------
     pyarrow.Table
-        image (encoded bytes), label (JSON, because labels are numbers or names) and, with an id
-        column, sample_id (text; null for a missing id).
+        image (encoded bytes), label (JSON, because labels are numbers or names), with an id column
+        sample_id (text; null for a missing id), and with a column of splits split (the split that
+        it names, or "").
     """
     accessor = BlockAccessor.for_block(block)
     names = accessor.column_names()
@@ -275,6 +291,10 @@ def _columns(block: Any, image: str, label: str | None, identity: str | None) ->
     }
     if identity is not None:
         result["sample_id"] = _ids(_arrow_column(block, identity), identity)
+    split = split_column(names, (image, label, identity))
+    if split is not None:
+        named = storage_array(_arrow_column(block, split).combine_chunks()).to_pylist()
+        result[SPLIT_COLUMN] = pa.array([split_of(str(name)) for name in named], pa.string())
     return pa.table(result)
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from raypipe.errors import SourceError
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
-from raypipe.sources.hive import partition_values, with_partitions
+from raypipe.sources.hive import padded_partition, partition_values, with_partitions
 from raypipe.sources.parquet.reader import (
     RowGroup,
     columns_of,
@@ -77,11 +77,13 @@ class ParquetSource(TableSource):
             reason = f"not a readable Parquet file: {damage_reason(stored, error)}"
             return self.unreadable_file(file, reason)
         names = columns.class_names
-        labels = frozenset[int | str]()
+        labels, padded = frozenset[int | str](), frozenset[str]()
         if names is None and columns.label is not None:
             labels = self._labels(stored, parquet, columns.label, file.path)
+            if columns.label not in parquet.schema_arrow.names:
+                padded = padded_partition(file.path, columns.label)
         fragments = self.cut_fragments(file, sum(counts), list(accumulate(counts)))
-        return FileScan(fragments, names, labels, self.checked_split(split))
+        return FileScan(fragments, names, labels, self.checked_split(split), padded)
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:

@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         ("class_names", pa.string()),
         ("labels", pa.string()),
         ("split", pa.string()),
+        ("padded", pa.string()),
     ]
 )
 FRAGMENT_COLUMNS = ("fragment_id", "path", "start", "stop", "offset", "members", "error")
@@ -68,6 +69,7 @@ def rows_of(file: str, scan: FileScan) -> Iterator[IndexRow]:
             # only the first row has the file's labels
             "labels": labels if position == 0 else "[]",
             "split": scan.split,
+            "padded": " ".join(sorted(scan.padded)) if position == 0 else "",
         }
 
 

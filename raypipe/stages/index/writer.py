@@ -17,7 +17,7 @@ from raypipe.runs.rejects import UnreadableFiles
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS
 from raypipe.sources import ClassMap, StatedNames
-from raypipe.sources.classes import lone_classes_note
+from raypipe.sources.classes import NumberSpellings, lone_classes_note
 from raypipe.sources.noise import LabelNoise, requested_noise
 from raypipe.sources.splits import SplitOfFiles
 from raypipe.stages.index.classes import settle_classes, write_classes
@@ -61,6 +61,7 @@ class IndexWriter:
         self._stated = StatedNames(labels_by_name)
         self._last_stated = ""
         self._split = SplitOfFiles()
+        self._spellings = NumberSpellings()
         self._problems: list[str] = []
         self._tally = UnreadableFiles()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}
@@ -77,7 +78,8 @@ class IndexWriter:
         Raises
         ------
         SourceError
-            When its class names or its split contradict those of the files before it.
+            When its class names, its split or its spelling of labels contradict those of the files
+            before it.
         """
         self._listing.add(file_id)
         self._counts["files"] += 1
@@ -104,7 +106,10 @@ class IndexWriter:
             self._split.add(row["path"], row.get("split") or "")  # none in indices up to 0.2.0
             self._check_class_names(row)
         if row["labels"] != "[]":
-            self._labels.update(json.loads(row["labels"]))
+            labels = json.loads(row["labels"])
+            self._labels.update(labels)
+            # not in indices up to 0.2.0
+            self._spellings.add(row["path"], labels, (row.get("padded") or "").split())
         self._rows.append(row)
         self._members += len(row["members"])
 
