@@ -17,6 +17,7 @@ import pytest
 from raypipe import storage
 from raypipe.errors import RaypipeError, StorageError
 from raypipe.storage import faults, streams
+from raypipe.storage.file_info import file_info
 
 
 def test_write_read_overwrite_delete(place: str) -> None:
@@ -482,12 +483,30 @@ def test_a_missing_package(
     ],
 )
 def test_wrong_credentials_name_the_variables_of_the_store(uri: str, words: str) -> None:
+    with pytest.raises(StorageError, match=rf"^{uri}: the credentials are missing .*{words}"):
+        storage.retrying(_raising(http_error(401)), uri)
+
+
+@pytest.mark.parametrize(
+    ("status", "transient"), [(429, True), (503, True), (400, False), (401, False), (404, False)]
+)
+def test_statuses_that_pass(status: int, transient: bool) -> None:
+    assert faults.is_transient(http_error(status)) == transient
+
+
+def test_the_stamp_of_a_file_on_the_hub_is_its_content() -> None:
+    detail = {"name": "a", "size": 1, "blob_id": "0123", "last_commit": None}
+    assert file_info("a", detail).stamp == "0123"
+
+
+def http_error(status: int) -> Exception:
+    """An error like that of gcsfs."""
+
     class HttpError(Exception):
-        code: Any = 401
+        code: Any = status
 
     HttpError.__module__ = "gcsfs.retry"
-    with pytest.raises(StorageError, match=rf"^{uri}: the credentials are missing .*{words}"):
-        storage.retrying(_raising(HttpError("Anonymous caller")), uri)
+    return HttpError("Anonymous caller")
 
 
 def _raising(error: Exception) -> Any:

@@ -1,9 +1,9 @@
 """Files by path or URI: the same code for local disk, S3, Google Cloud Storage and Azure.
 
 The clients are those of fsspec: s3fs, gcsfs and adlfs. Credentials come from the usual variables
-and files of each store. raypipe stores none of them. Writes are atomic: a reader sees a whole file or none. Transient faults are retried
-with exponential back-off and full jitter. A missing file, a denied access or a full disk is not
-retried, because waiting does not help.
+and files of each store. raypipe stores none of them. Writes are atomic: a reader sees a whole file
+or none. Transient faults are retried with exponential back-off and full jitter. A missing file, a
+denied access or a full disk is not retried, because waiting does not help.
 """
 
 from __future__ import annotations

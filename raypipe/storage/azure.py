@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from typing import Any
 
 from adlfs import AzureBlobFileSystem
@@ -26,6 +27,7 @@ from fsspec.asyn import sync, sync_wrapper
 
 from raypipe.storage.faults import TRANSIENT_STATUS, Attempts
 
+logging.getLogger("azure.identity").setLevel(logging.ERROR)  # it logs what it then raises
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
 """Seconds without an answer after which a request fails."""
 _RETRY_OPTIONS = ("hosts", "location_mode", "retry_to_secondary")

@@ -180,8 +180,9 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status in an error of gcsfs or Azure; None if it has none."""
+    """Return the HTTP status in an error of gcsfs, Azure or the hub; None if it has none."""
     status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    status = status or getattr(getattr(error, "response", None), "status_code", None)
     return int(str(status)) if str(status).isdecimal() else None
 
 
@@ -304,6 +305,8 @@ def _from_network(error: BaseException) -> bool:
         "azure",
         "gcsfs",
         "google",
+        "httpx",
+        "huggingface_hub",
         "requests",
     }
 

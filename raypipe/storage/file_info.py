@@ -40,6 +40,7 @@ def file_info(path: str, detail: dict[str, Any]) -> FileInfo:
     stamp = (
         detail.get("ETag")
         or detail.get("etag")
+        or detail.get("blob_id")  # Hugging Face Hub
         or detail.get("mtime")
         or detail.get("LastModified")
         or ""

@@ -42,7 +42,7 @@ class RetryingGCS(GCSFileSystem):
         request = GCSFileSystem._request.__wrapped__  # without the retries of gcsfs
         if self._once:
             return await request(self, method, path, *args, **kwargs)
-        attempts = Attempts("gs://" + "/".join(str(part) for part in args if part))
+        attempts = Attempts(self._format_path(path, args))
         while True:
             try:
                 result = await request(self, method, path, *args, **kwargs)
