@@ -30,6 +30,7 @@ MODULE = "leaves_a_mark"
 NAMED: dict[str, Any] = {
     "source": {"format": f"{MODULE}:Source", "transform": f"{MODULE}:transform"},
     "proxy": {"augment": f"{MODULE}:augment"},
+    "embed": {"model": f"{MODULE}:features"},
     "measure": {
         "scores": [f"{MODULE}:Score", "package-of-nobody"],
         "options": {f"{MODULE}:Score": {"a": 1}},

@@ -26,6 +26,13 @@ TORCHVISION_PREFIX = "torchvision"
 TIMM_PREFIX = "timm"
 """Prefix of a network of timm: `timm:vit_tiny_patch16_224`."""
 
+FEATURES_OF_PROXY = "proxy"
+"""`embed.model` without a network of its own."""
+NO_NETWORK = "none"
+"""`embed.model` where all embeddings come from a table."""
+FEATURE_LIBRARIES = (TORCHVISION_PREFIX, TIMM_PREFIX, "open_clip", "transformers")
+"""Prefixes of `embed.model`."""
+
 DIFFICULTIES = frozenset({"aum", "el2n", "entropy", "forgetting", "grand", "loss"})
 """Scores that are high for hard samples, including mislabelled ones. For all other scores, a low
 value is suspicious."""
@@ -80,6 +87,27 @@ def is_model(name: str) -> bool:
 def is_own(name: str) -> bool:
     """Return whether a network is code of the user's own, `module:function`."""
     return name.partition(":")[0] not in (TORCHVISION_PREFIX, TIMM_PREFIX) and is_reference(name)
+
+
+def is_features(name: str) -> bool:
+    """Return whether a name has the form of `embed.model`."""
+    library, _, rest = name.partition(":")
+    if library in FEATURE_LIBRARIES:
+        return rest != ""
+    return name in (FEATURES_OF_PROXY, NO_NETWORK) or is_reference(name)
+
+
+def is_own_features(name: str) -> bool:
+    """Return whether `embed.model` is code of the user's own, `module:function`."""
+    return name.partition(":")[0] not in FEATURE_LIBRARIES and is_reference(name)
+
+
+def unknown_features(name: str) -> str:
+    """Return the message about an `embed.model` that does not exist."""
+    names = ", ".join(
+        [FEATURES_OF_PROXY, NO_NETWORK, *(f"{library}:NAME" for library in FEATURE_LIBRARIES)]
+    )
+    return f"model: {name!r} is not one of {names}, module:function"
 
 
 def unknown_model(name: str) -> str:

@@ -104,6 +104,11 @@ class Config(Settings):
                 f"extrapolate.rehearsal: nothing to rehearse: {self._nothing_to_rehearse}. Set it "
                 "to auto or false"
             )
+        if self.rehearses and self.embed.has_features:
+            raise ValueError(
+                "extrapolate.rehearsal: a rehearsal works with the embeddings of the proxy alone; "
+                "set it to false, proxy.parts to 3 or more, or remove embed.model and embed.from"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
-from raypipe.config.choices import STRATEGY_NAMES, is_own
+from raypipe.config.choices import STRATEGY_NAMES, is_own, is_own_features
 from raypipe.config.extrapolate import OwnMethod
 from raypipe.config.measure import OWN_SCORES
 from raypipe.config.model import Config
@@ -58,6 +58,8 @@ def named_code(config: Config) -> Iterator[NamedCode]:
         yield NamedCode("proxy.model", config.proxy.model, "proxy")
     if config.proxy.augment is not None:
         yield NamedCode("proxy.augment", config.proxy.augment, "proxy")
+    if is_own_features(config.embed.model):
+        yield NamedCode("embed.model", config.embed.model, "embed")
     for score in config.measure.scores:
         if score not in OWN_SCORES:
             yield NamedCode(SCORE.setting, score, "measure", SCORE)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from raypipe.config import Config
 from raypipe.estimate import rates
-from raypipe.estimate.describe_network import describe_network
+from raypipe.estimate.describe_network import describe_features, describe_network
 from raypipe.estimate.efforts import efforts
 from raypipe.estimate.facts import CostEstimate, RejectFacts, StageEstimate, Survey
 from raypipe.estimate.volumes import bytes_read, bytes_written
@@ -73,6 +73,7 @@ def estimate(
         basis=tuple(_basis(work, machine, by_constants, scaled, like)),
         warnings=tuple(_warnings(work, survey.rejects)),
         network=describe_network(config.proxy),
+        features=describe_features(config),
     )
 
 

@@ -1,11 +1,17 @@
-"""Describe the proxy's network: its size, and the images that it is made for."""
+"""Describe the networks of a run: their size, and the images that they are made for."""
 
 from __future__ import annotations
 
-from raypipe.config import ProxySettings
-from raypipe.config.choices import PROXY_MODELS, is_own
+from typing import TYPE_CHECKING
+
+from raypipe.config import Config, ProxySettings
+from raypipe.config.choices import PROXY_MODELS, is_own, is_own_features
 from raypipe.estimate import rates
 from raypipe.vision.network_costs import LIKE_OWN
+
+if TYPE_CHECKING:
+    from raypipe.proxies.features import Features
+    from raypipe.proxies.network import Network
 
 
 def describe_network(settings: ProxySettings) -> str:
@@ -31,8 +37,46 @@ def describe_network(settings: ProxySettings) -> str:
         return text
     from raypipe.proxies.registry import find
 
-    network = find(settings.model)
+    return text + _made_for(find(settings.model))
+
+
+def describe_features(config: Config) -> str:
+    """Return in words what is used next to the embeddings of the proxy, or instead; "" for nothing.
+
+    The user's own code is not imported, and the table is not read.
+
+    Raises
+    ------
+    ConfigError
+        If a library has no such network, or is not installed.
+    """
+    embed = config.embed
+    if not embed.has_features:
+        return ""
+    parts = ["the embeddings of the proxy"] if embed.uses_proxy else []
+    if embed.network is not None:
+        parts.append(_describe_feature_network(config, embed.network))
+    if embed.table is not None:
+        parts.append(f"the embeddings in {embed.table}")
+    return f"{' and '.join(parts)}; their cost is not in the estimate"
+
+
+def _describe_feature_network(config: Config, name: str) -> str:
+    if is_own_features(name):
+        return f"{name}, code of your own, which only a run imports"
+    from raypipe.proxies.feature_networks import find_features
+
+    features = find_features(name)
+    size = config.embed.image_size
+    if size == "auto":
+        size = features.input_size or config.proxy.image_size
+    width = features.width if features.width is not None else rates.width(name, size)
+    return f"{name}: embeddings of length {width}, images of {size} pixels{_made_for(features)}"
+
+
+def _made_for(network: Network | Features) -> str:
+    """Return the images that a network is made for; "" if it states none."""
     if network.input_size is None or network.mean is None or network.std is None:
-        return text
+        return ""
     mean, std = (", ".join(f"{value:g}" for value in row) for row in (network.mean, network.std))
-    return f"{text}; made for {network.input_size} pixels, mean {mean}, std {std}"
+    return f"; made for {network.input_size} pixels, mean {mean}, std {std}"

@@ -157,6 +157,8 @@ class CostEstimate:
         Sentences on what would go wrong with these settings.
     network
         The proxy's network, and the images that it is made for.
+    features
+        What is used next to the embeddings of the proxy, or instead; "" for nothing.
     """
 
     machine: str
@@ -173,6 +175,7 @@ class CostEstimate:
     basis: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     network: str = ""
+    features: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

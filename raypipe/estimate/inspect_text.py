@@ -93,6 +93,8 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
         yield f"WARNING     {sentence}"
     if cost.network:
         yield f"proxy       {cost.network}"
+    if cost.features:
+        yield f"features    {cost.features}"
     yield f"on          {cost.machine}"
     work = f"{_hours(cost.cpu_hours, 'CPU')}, {_hours(cost.gpu_hours, 'GPU')}"
     yield f"time        {duration_range(cost.low, cost.high)}; {work}"

@@ -24,7 +24,7 @@ from raypipe.distributed.code_identity import augment_code, network_code
 from raypipe.evaluation.decoded import NodeCopy
 from raypipe.evaluation.lists import ListedSamples, SamplePool
 from raypipe.proxies.normalisation import input_statistics
-from raypipe.runs.initial_weights import read_weights, weights_identity
+from raypipe.runs.initial_weights import identity_of_weights, read_weights
 from raypipe.runs.ledger import fingerprint
 from raypipe.runs.packed_bits import pack
 from raypipe.runs.run import Run
@@ -135,7 +135,7 @@ def trainings_of(
                 if getattr(own, name) != value
             }
             if "weights" in stated:
-                stated["weights"] = weights_identity(own)
+                stated["weights"] = identity_of_weights(own.weights, "proxy")
             stated |= network_code(own.model)
             stated |= {"augment_code": hash_} if (hash_ := augment_code(own.augment)) else {}
             name = fingerprint("evaluation", data, pool.digest, listed.digest, stated, steps, gpu)

@@ -25,22 +25,11 @@ def network(name: str) -> Network:
         If the function cannot be imported.
     """
     function = load(name, "proxy.model")
-    stated = _stated(name, function)
+    stated = stated_by("proxy.model", name, function)
 
     def make(classes: int, image_size: int, channels: int) -> nn.Module:
-        try:
-            module = function(classes, image_size, channels)
-        except (Exception, SystemExit) as error:  # whatever the function raises
-            raise ConfigError(
-                f"proxy.model: {name}(classes={classes}, image_size={image_size}, "
-                f"channels={channels}) raised {failure(error)}"
-            ) from error
-        if not isinstance(module, nn.Module):
-            raise ConfigError(
-                f"proxy.model: {name} returned a {type(module).__name__}; it must return a "
-                "torch.nn.Module"
-            )
-        return module
+        given = {"classes": classes, "image_size": image_size, "channels": channels}
+        return called("proxy.model", name, function, given)
 
     return Network(
         name,
@@ -51,7 +40,22 @@ def network(name: str) -> Network:
     )
 
 
-def _stated(name: str, function: Any) -> Mapping[str, Any]:
+def called(setting: str, name: str, function: Any, given: Mapping[str, int]) -> nn.Module:
+    """Return the network that a function returns. Raises ConfigError if it returns none."""
+    try:
+        module = function(*given.values())
+    except (Exception, SystemExit) as error:  # whatever the function raises
+        arguments = ", ".join(f"{key}={value}" for key, value in given.items())
+        raise ConfigError(f"{setting}: {name}({arguments}) raised {failure(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"{setting}: {name} returned a {type(module).__name__}; it must return a "
+            "torch.nn.Module"
+        )
+    return module
+
+
+def stated_by(setting: str, name: str, function: Any) -> Mapping[str, Any]:
     """Return what a function states about its network. Raises ConfigError unless it is usable."""
     stated = getattr(function, "default_cfg", {})
     try:
@@ -62,7 +66,7 @@ def _stated(name: str, function: Any) -> Mapping[str, Any]:
         usable = False
     if not usable:
         raise ConfigError(
-            f"proxy.model: default_cfg of {name} must be a dict such as {{'input_size': "
+            f"{setting}: default_cfg of {name} must be a dict such as {{'input_size': "
             "(3, 64, 64), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25)}, for pixels from 0 "
             "to 1"
         )

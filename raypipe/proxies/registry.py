@@ -52,11 +52,11 @@ def find(name: str) -> Network:
     raise ConfigError(f"proxy.{unknown_model(name)}")
 
 
-def check_known(name: str, known: Iterable[str]) -> None:
+def check_known(name: str, known: Iterable[str], setting: str = "proxy.model") -> None:
     """Raise ConfigError, with the nearest names, unless a library knows the network."""
     names, (library, _, rest) = list(known), name.partition(":")
     if rest in names:
         return
     near = difflib.get_close_matches(rest, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names[:5])}, ..."
-    raise ConfigError(f"proxy.model: {library} has no network {rest!r}; {hint}")
+    raise ConfigError(f"{setting}: {library} has no network {rest!r}; {hint}")

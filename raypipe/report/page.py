@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from raypipe import storage
+from raypipe.config.embed import EmbedSettings
 from raypipe.errors import RunError
 from raypipe.report import text
 from raypipe.report.evaluation import curves
@@ -141,6 +142,7 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
             hidden_classes=sum(item["label"] not in shown for item in present),
             present_classes=len(present),
             all_classes=text.classes([item["label"] for item in present]),
+            features=EmbedSettings.model_validate(summary["settings"].get("embed", {})),
             wall=summary["cost"]["total"]["wall_seconds"] or 1.0,
         )
     )

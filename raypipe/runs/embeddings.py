@@ -66,8 +66,7 @@ def _special_groups(parquet: pq.ParquetFile) -> list[str]:
 def read_views(run: Run, fragment_id: str, proxies: Iterable[int]) -> dict[int, pa.Table]:
     """Read the embeddings of a fragment by some proxies.
 
-    Proxy 0, whose embeddings are in another file, is left out. The file is opened once, and only
-    the row groups of these proxies are read.
+    The file is opened once, and only the row groups of these proxies are read.
 
     Parameters
     ----------
@@ -76,14 +75,14 @@ def read_views(run: Run, fragment_id: str, proxies: Iterable[int]) -> dict[int, 
     fragment_id
         A fragment.
     proxies
-        Numbers of proxies, see `raypipe.runs.proxy_roles`.
+        Numbers of proxies, see `raypipe.runs.proxy_roles.ProxyRoles.in_views`.
 
     Returns
     -------
     dict of int to pa.Table
         sample_id, proxy and embedding by the number of the proxy.
     """
-    others = sorted(set(proxies) - {0})
+    others = sorted(set(proxies))
     if not others:
         return {}
     with storage.open_read(run.view_shard(fragment_id)) as file:
@@ -99,26 +98,33 @@ def read_views(run: Run, fragment_id: str, proxies: Iterable[int]) -> dict[int, 
     return {proxy: views.filter(pc.equal(views["proxy"], proxy)) for proxy in others}
 
 
-def as_seen_by(table: pa.Table, views: Mapping[int, pa.Table], proxies: Sequence[int]) -> pa.Table:
+def as_seen_by(
+    table: pa.Table,
+    views: Mapping[int, pa.Table],
+    proxies: Sequence[int],
+    with_features: bool = False,
+) -> pa.Table:
     """Return the samples that some proxies embed, with their embeddings side by side.
 
     Parameters
     ----------
     table
-        Rows of the embeddings of a fragment, which are those by proxy 0.
+        Rows of the embeddings of a fragment: those by proxy 0, features next to them or instead.
     views
         What `read_views` returned for these proxies.
     proxies
-        Numbers of proxies that embed the same samples.
+        Numbers of proxies that embed the same samples; none for the table as it is.
+    with_features
+        Append the features that follow the embeddings by proxy 0 in `table`.
     """
-    if tuple(proxies) == (0,):
+    if not proxies or (tuple(proxies) == (0,) and 0 not in views):
         return table
     rows = {
         proxy: {
             sample_id: row for row, sample_id in enumerate(views[proxy]["sample_id"].to_pylist())
         }
         for proxy in proxies
-        if proxy
+        if proxy in views
     }
     ids = table["sample_id"].to_pylist()
     seen = [all(sample_id in row for row in rows.values()) for sample_id in ids]
@@ -127,10 +133,12 @@ def as_seen_by(table: pa.Table, views: Mapping[int, pa.Table], proxies: Sequence
     embeddings = []
     for proxy in proxies:
         column = table["embedding"]
-        if proxy:
+        if proxy in views:
             taken = pa.array([rows[proxy][sample_id] for sample_id in ids], pa.int64())
             column = views[proxy]["embedding"].take(taken)
         embeddings.append(storage.matrix_of(column))
+    if with_features:
+        embeddings.append(storage.matrix_of(table["embedding"])[:, embeddings[0].shape[1] :])
     side_by_side = np.concatenate(embeddings, 1)
     column = pa.FixedSizeListArray.from_arrays(
         pa.array(side_by_side.reshape(-1)), side_by_side.shape[1]

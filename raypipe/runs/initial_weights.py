@@ -34,23 +34,33 @@ def read_weights(settings: ProxySettings) -> Mapping[str, Tensor] | None:
                 "none or to a safetensors file"
             )
         return network.pretrained(settings.image_size)
+    return read_state_dict(settings.weights, "proxy")
+
+
+def read_state_dict(uri: str, section: str) -> Mapping[str, Tensor]:
+    """Read a safetensors file that `weights` of a section names.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file, or it is none.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    uri = settings.weights
     try:
         return load(storage.read_bytes(uri))
     except FileNotFoundError:
-        raise ConfigError(f"proxy.weights: {uri}: no such file") from None
+        raise ConfigError(f"{section}.weights: {uri}: no such file") from None
     except SafetensorError as error:
         raise ConfigError(
-            f"proxy.weights: {uri} is not a safetensors file ({error}); save a state dict with "
+            f"{section}.weights: {uri} is not a safetensors file ({error}); save a state dict with "
             "safetensors.torch.save_file"
         ) from None
 
 
-def weights_identity(settings: ProxySettings) -> str:
-    """Return what identifies the content of `proxy.weights`, wherever the file is.
+def identity_of_weights(uri: str, section: str) -> str:
+    """Return what identifies the content of the `weights` of a section, wherever the file is.
 
     Of a file on this machine, it is a hash of the content; elsewhere size and ETag. `none` and
     `pretrained` are returned as they are.
@@ -60,7 +70,6 @@ def weights_identity(settings: ProxySettings) -> str:
     ConfigError
         If there is no such file.
     """
-    uri = settings.weights
     if uri in ("none", "pretrained"):
         return uri
     try:
@@ -68,5 +77,5 @@ def weights_identity(settings: ProxySettings) -> str:
             return hashlib.blake2b(storage.read_bytes(uri), digest_size=16).hexdigest()
         info = storage.info(uri)
     except FileNotFoundError:
-        raise ConfigError(f"proxy.weights: {uri}: no such file") from None
+        raise ConfigError(f"{section}.weights: {uri}: no such file") from None
     return f"size {info.size}, stamp {info.stamp}"

@@ -19,7 +19,7 @@ STAGE_FOLDERS = {
     "proxy": ("proxy",),
     "measure": ("measured",),
     "rehearse": ("rehearsal",),
-    "embed": ("embeddings", "views", "rejects"),
+    "embed": ("embeddings", "views", "rejects", "features"),
     "extrapolate": ("extrapolator", "scores"),
     "pilot": ("pilot",),
     "select": ("keep",),
@@ -300,6 +300,15 @@ class Layout:
     def view_shard(self, fragment_id: str) -> str:
         """Embeddings of one fragment by a second proxy, for cross-fitting."""
         return self.path("views", f"{fragment_id}.parquet")
+
+    @property
+    def feature_scale(self) -> str:
+        """What embeddings of `embed.from` are multiplied by, next to those of a network."""
+        return self.path("features", "scale.json")
+
+    def feature_index(self, number: int) -> str:
+        """Hashes and places of the ids in a file of `embed.from`."""
+        return self.path("features", f"index-{number:06d}.parquet")
 
     def reject_shard(self, fragment_id: str) -> str:
         """Rejects of one fragment."""

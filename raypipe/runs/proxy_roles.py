@@ -19,18 +19,25 @@ fitted to it (Chernozhukov et al. 2018, "Double/debiased machine learning", sect
 
 All samples, with cross-fitting those of part 0 too, have an embedding by proxy 0 of repeat 0, for
 near-duplicates, maps and drift: embeddings can only be compared within the space of one proxy.
+
+**With features of another network or a table** (`embed.model`, `embed.from`), extrapolators, near-
+duplicates, maps and drift see these instead of an embedding by a proxy, or next to one. Scores from
+embeddings stay those of the proxies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from raypipe.config import Config
 from raypipe.sources.id_sampling import part_rule
 
+FeatureUse = Literal["none", "added", "instead"]
+"""Whether features come next to the embeddings of the proxy, or instead of them."""
 VIEWERS = (0, 1, 2)
 """Proxies of each repeat that embed samples, with cross-fitting."""
 
@@ -49,18 +56,31 @@ class ProxyRoles:
         Proxies of each part, R.
     cross_fits : bool
         Whether samples are seen only by proxies that were not trained on them.
+    features : str
+        Whether features of another network or a table come next to the proxy's embeddings, or
+        instead of them.
     """
 
     parts: int
     seed: int
     repeats: int = 1
     cross_fits: bool = True
+    features: FeatureUse = "none"
 
     @classmethod
     def of(cls, config: Config) -> ProxyRoles:
         """Return the roles that the configuration gives the proxies."""
         proxy = config.proxy
-        return cls(proxy.parts, proxy.seed, proxy.repeats, proxy.cross_fits)
+        features: FeatureUse = "none"
+        if config.embed.has_features:
+            features = "added" if config.embed.uses_proxy else "instead"
+        return cls(
+            proxy.parts,
+            proxy.seed,
+            proxy.repeats,
+            proxy.cross_fits,
+            features,
+        )
 
     @property
     def proxies(self) -> int:
@@ -99,14 +119,25 @@ class ProxyRoles:
     def space(self, part: int) -> tuple[int, ...]:
         """Return the proxies whose embeddings extrapolators to the samples of a part see.
 
-        One of each repeat.
+        One of each repeat; none where they see features instead.
         """
+        if self.features == "instead":
+            return ()
         return self._in_every_repeat((self._first_viewer(part),))
 
     @property
     def embedders(self) -> list[int]:
         """Every proxy that embeds samples."""
         return sorted({proxy for part in range(self.groups) for proxy in self.viewers(part)} | {0})
+
+    def in_views(self, proxies: Iterable[int]) -> list[int]:
+        """Return those of some proxies whose embeddings are in the files of views.
+
+        Embeddings by proxy 0 are there only where `embeddings/` has features.
+        """
+        if self.single:
+            return []
+        return sorted(set(proxies) - (set() if self.features != "none" else {0}))
 
     def fit_parts(self, part: int) -> list[int]:
         """Return the parts whose seed samples an extrapolator to samples of `part` is fitted on."""

@@ -15,6 +15,7 @@ from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.report.text import label_name
 from raypipe.runs.ledger import extrapolated_tables, without_images
 from raypipe.runs.run import Run
+from raypipe.runs.score_shards import MEASURED_SCORE
 from raypipe.runs.score_stream import read_embedding_columns
 from raypipe.runs.untrusted import DAMAGE_ERRORS
 from raypipe.view.images import SIZES, Images
@@ -187,13 +188,29 @@ class Answers:
         elif direct:
             measured = f"Every sample of this run was scored directly: {self._score}."
         else:
-            measured = f"Its {self._score} was measured."
-        if self.samples.measured[row]:
+            measured = f"Its score ({self._score}) was measured."
+        own = self._measured_score(row)
+        if self.samples.measured[row] and own is None:
             return measured
-        return (
-            f"Its score was predicted from the nearest measured samples; the interval holds "
+        predicted = (
+            "Its score was predicted from the nearest measured samples; the interval holds "
             f"{self._confidence:.0%} of such scores."
         )
+        if own is None:
+            return predicted
+        return (
+            f"Its measured score is {own:.3g}, but the scores of all samples are predicted, so "
+            f"that none is favoured. {predicted}"
+        )
+
+    def _measured_score(self, row: int) -> float | None:
+        """Return the measured score of a sample whose score is predicted all the same."""
+        ids = self.samples.ids
+        shard = ids.shard_of(row)
+        table = storage.read_table(self._run.score_shard(self.samples.shards[shard]))
+        if MEASURED_SCORE.name not in table.column_names:
+            return None
+        return _number(table[MEASURED_SCORE.name][row - int(ids.starts[shard])].as_py())
 
     def _proxy(self, row: int) -> dict[str, Any]:
         """Return what the proxy predicts for a sample."""

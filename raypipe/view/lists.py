@@ -117,11 +117,14 @@ class MarkLists:
             )
         self.marks = np.full(len(samples), FREE, np.uint8)
         self.version = 0
-        for mark, file in self.files.items():
+        for file in self.files.values():
             file.read()
+        if len(self.files) == 2 and not self.files[ALWAYS].ids.keys().isdisjoint(
+            self.files[NEVER].ids
+        ):
+            raise ConfigError(f"{always} and {never} share ids; remove each from one of them")
+        for mark, file in self.files.items():
             found, _ = samples.ids.find(pa.array(list(file.ids), pa.string()))
-            if (self.marks[found] != FREE).any():
-                raise ConfigError(f"{always} and {never} share ids; remove each from one of them")
             self.marks[found] = mark
 
     def set(self, rows: np.ndarray, mark: int) -> None:

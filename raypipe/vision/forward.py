@@ -92,3 +92,26 @@ def forward(
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
         parts = batched(outputs, images, labels)
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+
+
+def embed(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    images: np.ndarray | torch.Tensor,
+    batched: AdaptiveBatch,
+    device: str,
+    amp: bool,
+) -> np.ndarray:
+    """Return the embedding of every image, float32 [n, d], by a network without a last layer.
+
+    Images, batches and precision are as in `forward`.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
+        batched = AdaptiveBatch(min(CPU_BATCH, batched.size))
+
+    def outputs(images: Any) -> torch.Tensor:
+        rows = batched.size if on_cpu else len(images)
+        return network(to_device(padded(images, rows), device))[: len(images)].float()
+
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        return torch.cat(batched(outputs, images)).cpu().numpy()

@@ -65,7 +65,7 @@ def forward_by_proxies(
     sees
         By the number of a proxy, including 0: which images get statistics from it, bool [n].
     viewed
-        By the number of a proxy above 0: which of these images it embeds, bool [n].
+        By the number of a proxy: which of these images it embeds for `views`, bool [n].
     averaged
         How many proxies see each image.
     """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from helpers import small_config
 
 from raypipe.config import ProxySettings
 from raypipe.errors import ConfigError
-from raypipe.estimate.describe_network import describe_network
+from raypipe.estimate.describe_network import describe_features, describe_network
 
 
 def test_size_of_a_network_is_shown() -> None:
@@ -31,3 +32,17 @@ def test_code_of_ones_own_is_not_imported() -> None:
 def test_an_unknown_network_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean convnext_tiny"):
         describe_network(ProxySettings(model="torchvision:convnext_tny"))
+
+
+def test_features_are_shown_with_their_width() -> None:
+    assert describe_features(small_config("run")) == ""
+    text = describe_features(
+        small_config("run", "embed.model=torchvision:mobilenet_v3_small", "embed.from=mine.parquet")
+    )
+    assert text == (
+        "torchvision:mobilenet_v3_small: embeddings of length 1024, images of 224 pixels; made for "
+        "224 pixels, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225 and the embeddings in "
+        "mine.parquet; their cost is not in the estimate"
+    )
+    text = describe_features(small_config("run", "embed.model=no_such_module_at_all:build"))
+    assert text.startswith("no_such_module_at_all:build, code of your own, which only a run")

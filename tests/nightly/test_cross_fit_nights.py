@@ -66,7 +66,11 @@ def test_new_samples_are_scored_by_the_probes_of_the_run(place: CrossFitPlace) -
     for proxy, probe in probes.items():
         viewed = roles.is_viewed(part, proxy)
         nodes = nodes_of(
-            as_seen_by(table.filter(viewed), read_views(place.run, fragment, [proxy]), [proxy])
+            as_seen_by(
+                table.filter(viewed),
+                read_views(place.run, fragment, roles.in_views([proxy])),
+                [proxy],
+            )
         )
         total[viewed] += probe.statistics(nodes.embedding, nodes.label)["loss"] / 2
     written = [rows[sample_id]["score"] for sample_id in table["sample_id"].to_pylist()]

@@ -15,7 +15,7 @@ from raypipe.config import ProxySettings
 from raypipe.errors import ConfigError
 from raypipe.proxies.networks import NORMALISATION, ProxyNet, new_proxy
 from raypipe.proxies.resnets import resnet
-from raypipe.runs.initial_weights import read_weights, weights_identity
+from raypipe.runs.initial_weights import identity_of_weights, read_weights
 from raypipe.scores.calibration import recalibrate
 from raypipe.vision.training import make_optimizer
 
@@ -156,12 +156,11 @@ def test_weights_are_identified_by_their_content(tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     first.write_bytes(b"1")
     second.write_bytes(b"1")
-    one, two = (ProxySettings(weights=str(file)) for file in (first, second))
-    before = weights_identity(one)
-    assert before == weights_identity(two)
+    before = identity_of_weights(str(first), "proxy")
+    assert before == identity_of_weights(str(second), "proxy")
     second.write_bytes(b"2")
-    assert weights_identity(two) != before == weights_identity(one)
-    assert weights_identity(ProxySettings(weights="pretrained")) == "pretrained"
+    assert identity_of_weights(str(second), "proxy") != before
+    assert identity_of_weights("pretrained", "proxy") == "pretrained"
     first.unlink()
     with pytest.raises(ConfigError, match="no such file"):
-        weights_identity(one)
+        identity_of_weights(str(first), "proxy")

@@ -96,7 +96,7 @@ def test_scores_from_embeddings_are_means_over_the_viewers_of_all_repeats(cross_
             table = storage.read_table(cross_fit.embedding_shard(name))
             part = roles.part_of(table["sample_id"].to_pylist())
             table = table.filter(pa.array(roles.is_viewed(part, proxy)))
-            views = read_views(cross_fit, name, [proxy])
+            views = read_views(cross_fit, name, roles.in_views([proxy]))
             seen.append(as_seen_by(table.replace_schema_metadata(None), views, [proxy]))
         table = pa.concat_tables(seen)
         nodes = nodes_of(table)

@@ -138,6 +138,18 @@ def test_neighbours_are_those_of_a_loop_and_measured_ones_are_measured(
     assert kept[0.3] == (rows[33]["sample_id"] in ids(answers, keep=0.3, kept="kept"))
 
 
+def test_a_measured_sample_whose_score_is_predicted_is_not_called_measured(run: Run) -> None:
+    rows = rows_of(run)
+    row = next(place for place, each in enumerate(rows) if each["measured"])
+    assert Answers(run).sample({"row": str(row)})["why"] == "Its score (loss) was measured."
+    for fragment in run.done("scores"):
+        table = storage.read_table(run.score_shard(fragment))
+        own = pa.array([4.5 if each else None for each in table["measured"].to_pylist()])
+        storage.write_table(run.score_shard(fragment), table.append_column("measured_score", own))
+    why = Answers(run).sample({"row": str(row)})["why"]
+    assert why.startswith("Its measured score is 4.5, but the scores of all samples are predicted")
+
+
 def test_a_large_source_is_searched_in_part_and_says_so(
     answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

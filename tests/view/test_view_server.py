@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from raypipe.cli import cli
 from raypipe.runs.run import Run
 from raypipe.view.answers import Answers
 from raypipe.view.server import TOKEN_HEADER, ViewServer
@@ -105,3 +108,19 @@ def test_a_mark_is_written(server: ViewServer, tmp_path: Path) -> None:
     )
     assert (status, value["marked"]) == (200, 1)
     assert (tmp_path / "never.txt").read_text() == "part-0#2\n"
+
+
+def test_the_command_prints_the_address_and_ends_with_ctrl_c(
+    viewed: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(server: ViewServer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ViewServer, "serve_forever", interrupted)
+    run = viewed()
+    done = CliRunner().invoke(cli, ["view", run.uri])
+    assert done.exit_code == 0 and "http://127.0.0.1:" in done.output and "#token=" in done.output
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        refused = CliRunner().invoke(cli, ["view", run.uri, "--port", str(port)])
+    assert str(refused.exception) == f"port {port}: Address already in use; choose another --port"

@@ -22,6 +22,7 @@ from raypipe.runs.pseudo_labels import load_labeller
 from raypipe.runs.rejects import summarize_rejects, write_rejects
 from raypipe.runs.unit_result import UnitResult
 from raypipe.sources.id_sampling import audit_rule, in_sample
+from raypipe.stages.embed.features import FeatureEmbedder
 from raypipe.vision.forward_by_proxies import ProxyOutputs, View, forward_by_proxies
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class EmbedActor:
         }
         self._probe_fraction = probe_fraction
         self._labeller = load_labeller(self._run, self._device) if config.unsupervised else None
+        self._features: FeatureEmbedder | None = None
+        if config.embed.has_features:
+            self._features = FeatureEmbedder(config, self._run, gpu)
         if gpu_decoding:
             from raypipe.vision.gpu_decode import check_gpu_decoding
 
@@ -75,11 +79,13 @@ class EmbedActor:
         else:
             outputs = self._forward_all(ids, images, labels)
             columns, views, finite = outputs.columns, outputs.views, outputs.finite
+        if self._features is not None:
+            own = batch["feature_image"][good] if "feature_image" in batch else images
+            given = batch["given"][good] if "given" in batch else None
+            columns["embedding"] = self._features(columns["embedding"], own, given)
+            finite &= np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
-        rejects += [
-            (str(sample_id), "the proxy's embedding of it is not finite")
-            for sample_id in ids[~finite]
-        ]
+        rejects += [(str(sample_id), "its embedding is not finite") for sample_id in ids[~finite]]
         if rejects:
             write_rejects(self._run, fragment, rejects)
         if views is not None:
@@ -128,7 +134,7 @@ class EmbedActor:
         return forward_by_proxies(
             lambda proxy, rows: self._forward(proxy, images[rows], labels[rows], True),
             {proxy: roles.sees(part, proxy) for proxy in self._models},
-            {proxy: roles.is_viewed(part, proxy) for proxy in roles.embedders[1:]},
+            {proxy: roles.is_viewed(part, proxy) for proxy in roles.in_views(roles.embedders)},
             len(roles.seen_by(0)),
         )
 

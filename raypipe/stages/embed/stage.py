@@ -16,6 +16,9 @@ its part; without it, all samples pass through the proxies of part 0, one of eac
 Those by other viewers are in `views/<fragment>.parquet`: sample_id, proxy (its number), embedding;
 a row group for each proxy.
 
+With `embed.model` or `embed.from`, the embedding is that of the other network, that of the table,
+or both, or it follows that of proxy 0; and `views/` also has the embeddings by proxy 0.
+
 Without cross-fitting, the proxies of the other parts embed nothing, since distances between
 embeddings mean something in one space only. Of the seed set, those of part 0 were trained on their
 own part and not on the others.
@@ -38,6 +41,8 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.duplicates import reject_duplicates
+from raypipe.runs.embedding_table import NO_EMBEDDING, EmbeddingTable, check_table
+from raypipe.runs.features import identity_of_features, image_size_of_features, load_features
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.rejects import RejectCounter, hash_order, summarize_rejects, write_rejects
@@ -48,6 +53,7 @@ from raypipe.runs.unit_result import UnitResult
 from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.stages.base import Stage
 from raypipe.stages.embed.actor import EmbedActor
+from raypipe.stages.embed.features import prepare_features
 from raypipe.vision.decode import decode_batch
 from raypipe.vision.own_code import transform_of
 
@@ -70,7 +76,15 @@ class EmbedStage(Stage):
             **({"bit_depth": config.source.bit_depth} if config.source.bit_depth != 16 else {}),
             **pixels,
             **cross_fit,
+            **config.embed.of_features(),
+            **identity_of_features(config),
         }
+
+    def check(self, context: Context) -> None:
+        if context.config.embed.network is not None:
+            load_features(context.config)
+        if context.config.embed.table is not None:
+            check_table(context.config.embed.table)
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         fragments = context.run.fragments()
@@ -99,6 +113,7 @@ class EmbedStage(Stage):
         for fragment in broken:
             reason = f"file cannot be read: {fragment.error}"
             write_rejects(run, fragment.fragment_id, [(fragment.path, reason)])
+        prepare_features(context, record)
         _embed_missing(context, record, readable, pool)
         expected = sum(fragment.samples for fragment in readable)
         embedded, rejects = count_rows(run, "embeddings"), count_rows(run, "rejects")
@@ -115,6 +130,7 @@ class EmbedStage(Stage):
             "rejects": rejects,
             "unreadable_files": len(broken),
             "dtype": config.embed.dtype,
+            **({"features": config.embed.features_text()} if config.embed.has_features else {}),
         }
 
 
@@ -134,6 +150,7 @@ def _embed_missing(
     if config.proxy.cross_fits:
         probe_fraction = min(1.0, probe_samples(len(run.classes().names)) / max(1, samples))
     plain = config.source.transform is None and config.proxy.channels == 3
+    plain = plain and config.embed.network is None
     gpu_decoding = pool.num_gpus > 0 and config.embed.decode != "cpu" and plain
     with context.progress.meter("embed", samples) as meter:
         meter.already(sum(fragment.samples for fragment in done))
@@ -184,6 +201,13 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
     classes, count, source = run.classes(), fragment.samples, open_source(config.source)
     ids: list[str] = []
     labels: list[tuple[int, str]] = []
+    size, max_pixels = config.proxy.image_size, config.source.max_pixels
+    depth, transform = config.source.bit_depth, transform_of(config.source)
+    columns: Batch = {}
+    feature_size = image_size_of_features(config)
+    if feature_size not in (None, size):
+        shape = (count, config.proxy.channels, feature_size, feature_size)
+        columns["feature_image"] = np.zeros(shape, np.uint8)
 
     def samples() -> Iterator[RawSample]:
         for sample in reject_duplicates(
@@ -192,11 +216,17 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
             ids.append(sample.sample_id)
             labels.append(classes.label_of(sample))
             if len(ids) <= count:
+                if feature_size is not None and "feature_image" in columns:
+                    columns["feature_image"][len(ids) - 1] = decode_batch(
+                        [sample],
+                        feature_size,
+                        max_pixels,
+                        bit_depth=depth,
+                        transform=transform,
+                        channels=config.proxy.channels,
+                    )[0][0]
                 yield sample
 
-    size, max_pixels = config.proxy.image_size, config.source.max_pixels
-    depth = config.source.bit_depth
-    columns: Batch = {}
     if gpu_decoding:
         from raypipe.vision.gpu_decode import split_off_jpegs
 
@@ -211,7 +241,7 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
             max_pixels,
             count,
             depth,
-            transform_of(config.source),
+            transform,
             config.proxy.channels,
         )
     if len(ids) != count:
@@ -222,6 +252,13 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
     reasons = [
         reason or bad_label for reason, (_, bad_label) in zip(unreadable, labels, strict=True)
     ]
+    if config.embed.table is not None:
+        given, usable = EmbeddingTable.of(run, config.embed.table).read(ids)
+        columns["given"] = given
+        reasons = [
+            reason or ("" if good else NO_EMBEDDING)
+            for reason, good in zip(reasons, usable.tolist(), strict=True)
+        ]
     return {
         "sample_id": np.array(ids),
         "label": np.array([label for label, _ in labels], np.int32),

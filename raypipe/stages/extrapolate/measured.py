@@ -85,13 +85,13 @@ class WholeSource:
     places: list[np.ndarray]
 
     @classmethod
-    def read(cls, run: Run, fragments: list[str], space: Sequence[int]) -> WholeSource:
-        """Read the embeddings of all fragments by the proxies of `space`."""
+    def read(cls, run: Run, fragments: list[str], roles: ProxyRoles) -> WholeSource:
+        """Read the embeddings of all fragments, as extrapolators to part 0 see them."""
         from raypipe.extrapolators.base import Nodes
 
         def read(name: str) -> pa.Table:
             table = storage.read_table(run.embedding_shard(name), COLUMNS)
-            return as_seen_by(table, read_views(run, name, space), space)
+            return _seen(table, read_views(run, name, roles.in_views(roles.space(0))), roles, 0)
 
         tables = [read(name) for name in fragments]
         nodes = Nodes.concat([nodes_of(table) for table in tables])
@@ -113,12 +113,17 @@ def read_samples(config: Config, run_uri: str, fragment: str) -> Batch:
     ids = table["sample_id"].to_pylist()
     part, nodes = roles.part_of(ids), nodes_of(table)
     spaces = [roles.space(number) for number in range(roles.groups)]
-    views = read_views(run, fragment, itertools.chain.from_iterable(spaces))
-    embedding = np.empty((len(ids), roles.repeats * nodes.embedding.shape[1]), np.float32)
-    for space in set(spaces):
+    views = read_views(run, fragment, roles.in_views(itertools.chain.from_iterable(spaces)))
+    embedding = np.zeros((len(ids), 0), np.float32)
+    for number, space in enumerate(spaces):
+        if space in spaces[:number]:
+            continue
         rows = np.flatnonzero(np.array([other == space for other in spaces])[part])
-        seen = as_seen_by(table.take(pa.array(rows, pa.int64())), views, space)
-        embedding[rows] = nodes_of(seen).embedding
+        seen = _seen(table.take(pa.array(rows, pa.int64())), views, roles, number)
+        values = nodes_of(seen).embedding
+        if not number:
+            embedding = np.empty((len(ids), values.shape[1]), np.float32)
+        embedding[rows] = values
     return {
         "sample_id": np.array(ids),
         "label": nodes.label.astype(np.int32),
@@ -126,6 +131,11 @@ def read_samples(config: Config, run_uri: str, fragment: str) -> Batch:
         "signals": nodes.signals,
         "part": part,
     }
+
+
+def _seen(table: pa.Table, views: Mapping[int, pa.Table], roles: ProxyRoles, part: int) -> pa.Table:
+    """Return samples with their embeddings as extrapolators to the samples of a part see them."""
+    return as_seen_by(table, views, roles.space(part), roles.features == "added")
 
 
 class FitData:
@@ -148,12 +158,12 @@ class FitData:
 
     def __init__(self, config: Config, run: Run, samples: int, whole: bool) -> None:
         self._run, self._score = run, config.score
-        self._space = ProxyRoles.of(config).space(0)
+        self._roles = ProxyRoles.of(config)
         self.names: list[str] = sorted(run.done("embeddings"))
         self.source: WholeSource | None = None
         if whole:
-            _check_memory(run, self.names[0], samples, len(self._space))
-            self.source = WholeSource.read(run, self.names, self._space)
+            _check_memory(run, self.names[0], samples, max(1, len(self._roles.space(0))))
+            self.source = WholeSource.read(run, self.names, self._roles)
         seed = self._scored("seed") or _from_tables(run)
         if seed is None:
             raise StageError(
@@ -181,7 +191,7 @@ class FitData:
 
     def _read_scored(self, which: SampleSet, scores: Mapping[str, float]) -> ScoredSamples | None:
         """Read the samples of one set from the embeddings, without reading the others."""
-        table = _read_sets(self._run, self.names, [which], self._space)[which]
+        table = _read_sets(self._run, self.names, [which], self._roles, 0)[which]
         if table is None:
             return None
         scored = [sample_id in scores for sample_id in table["sample_id"].to_pylist()]
@@ -214,7 +224,7 @@ class PartData:
         measured = {which: measured_scores(run, config.score, which) for which in sets}
         names = sorted(run.done("embeddings"))
         present: list[SampleSet] = [which for which in sets if measured[which]]
-        tables = _read_sets(run, names, present, roles.space(part))
+        tables = _read_sets(run, names, present, roles, part)
         for which, table in tables.items():
             if table is None:
                 continue
@@ -237,7 +247,7 @@ class PartData:
 
 
 def _read_sets(
-    run: Run, names: Sequence[str], sets: Sequence[SampleSet], space: Sequence[int]
+    run: Run, names: Sequence[str], sets: Sequence[SampleSet], roles: ProxyRoles, part: int
 ) -> dict[SampleSet, pa.Table | None]:
     """Read the samples of some sets from the embeddings, without reading the others.
 
@@ -249,8 +259,9 @@ def _read_sets(
         Names of the fragments.
     sets
         The sets.
-    space
-        The proxies whose embeddings are read; samples that they do not embed are left out.
+    roles, part
+        The embeddings are those that extrapolators to the samples of the part see; samples that
+        their proxies do not embed are left out.
 
     Returns
     -------
@@ -262,11 +273,11 @@ def _read_sets(
         tables = [read_special_rows(run, name, which) for which in sets]
         if all(table is None for table in tables):
             return tables
-        views = read_views(run, name, space)
+        views = read_views(run, name, roles.in_views(roles.space(part)))
         return [
             None
             if table is None
-            else as_seen_by(table.select(COLUMNS).replace_schema_metadata(None), views, space)
+            else _seen(table.select(COLUMNS).replace_schema_metadata(None), views, roles, part)
             for table in tables
         ]
 

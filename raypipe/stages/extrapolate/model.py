@@ -45,7 +45,8 @@ def make_extrapolator(
     from raypipe.runs.checkpoints import last_layer
 
     extrapolator: Any = make(config.extrapolate, len(run.classes().names))
-    if config.extrapolate.method == "gnn" and "proxy" in run.ledger():
+    by_proxy = "proxy" in run.ledger() and not config.embed.has_features
+    if config.extrapolate.method == "gnn" and by_proxy:
         extrapolator.head = last_layer(proxy_run or run, proxies)
     return extrapolator
 

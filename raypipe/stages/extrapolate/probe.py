@@ -74,7 +74,7 @@ def _read_view(config: Config, run: Run, proxy: int) -> pa.Table:
         table = read_probe_rows(run, name, config.seed)
         part = roles.part_of(table["sample_id"].to_pylist())
         viewed = table.filter(pa.array(roles.is_viewed(part, proxy), pa.bool_()))
-        return as_seen_by(viewed, read_views(run, name, [proxy]), [proxy])
+        return as_seen_by(viewed, read_views(run, name, roles.in_views([proxy])), [proxy])
 
     with ThreadPoolExecutor(READERS) as threads:
         tables = list(threads.map(read, sorted(run.done("embeddings"))))
@@ -158,8 +158,9 @@ def read_viewed(config: Config, run_uri: str, fragment: str) -> Batch:
     ids = table["sample_id"].to_pylist()
     part = roles.part_of(ids)
     viewers = np.array([roles.viewers(number) for number in range(roles.parts)])[part]
-    nodes, views = nodes_of(table), read_views(run, fragment, roles.embedders)
-    embedding = np.zeros((*viewers.shape, nodes.embedding.shape[1]), np.float32)
+    nodes, views = nodes_of(table), read_views(run, fragment, roles.in_views(roles.embedders))
+    by_proxy = next(iter(views.values()), table)["embedding"]
+    embedding = np.zeros((*viewers.shape, by_proxy.type.list_size), np.float32)
     for proxy in roles.embedders:
         rows, position = np.nonzero(viewers == proxy)
         if len(rows):

@@ -40,7 +40,7 @@ from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.progress import Meter
 from raypipe.proxies.normalisation import input_statistics
-from raypipe.runs.initial_weights import weights_identity
+from raypipe.runs.initial_weights import identity_of_weights
 from raypipe.runs.intermediate import CHECKPOINTS, REMOVED
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import (
@@ -123,7 +123,7 @@ class ProxyStage(Stage):
             if settings[name] == value:
                 del settings[name]
         if "weights" in settings:
-            settings["weights"] = weights_identity(config.proxy)
+            settings["weights"] = identity_of_weights(config.proxy.weights, "proxy")
         return settings
 
     def check(self, context: Context) -> None:
