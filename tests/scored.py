@@ -56,10 +56,14 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
             len(readable)
         )  # scores/ is not in source order: the seed set comes first
         labels = [classes.index(readable[row].label)[0] for row in order]
+        score = random.normal(size=len(readable)).astype(np.float32)
         columns = {
             "sample_id": pa.array([readable[row].sample_id for row in order], pa.string()),
             "label": pa.array(labels, pa.int32(), mask=np.array(labels, np.int32) < 0),
-            "score": pa.array(random.normal(size=len(readable)), pa.float32()),
+            "score": pa.array(score),
+            "lower": pa.array(score - 1),
+            "upper": pa.array(score + 1),
+            "measured": pa.array([True] * len(readable)),
         }
         storage.write_table(
             run.path("scores", f"{fragment.fragment_id}.parquet"), pa.table(columns)
@@ -73,6 +77,33 @@ def scored_run(folder: str, uri: str, keep: float = 0.5, **source: Any) -> Run:
     )
     write_keep_lists(run, config.select)
     return run
+
+
+def add_predictions(run: Run, wrong: int = 5) -> dict[str, int]:
+    """Add the output of proxies that contradict the first labels; return their ranks by id.
+
+    Of the contradicted samples, the one with the highest number is contradicted most.
+    """
+    random, classes, ranks, ids = np.random.default_rng(1), len(run.classes().names), {}, []
+    for file in sorted(storage.names(run.scores_folder)):
+        table = storage.read_table(run.path("scores", file))
+        label = table["label"].fill_null(-1).to_numpy().copy()
+        margin = random.uniform(1, 2, len(label)).astype(np.float32)
+        for row in range(len(label)):
+            if len(ids) < wrong and label[row] >= 0:
+                margin[row] = -1.0 - len(ids)
+                ids.append(table["sample_id"][row].as_py())
+                label[row] = (label[row] + 1) % classes
+        columns = {
+            "sample_id": table["sample_id"],
+            "prediction": pa.array(np.maximum(label, 0), pa.int32()),
+            "confidence": pa.array(random.uniform(0.5, 1, len(label)), pa.float32()),
+            "loss": pa.array(np.log1p(np.exp(-margin))),
+            "margin": pa.array(margin),
+        }
+        storage.write_table(run.path("embeddings", file), pa.table(columns))
+    ranks |= {sample_id: wrong - place for place, sample_id in enumerate(ids)}
+    return ranks
 
 
 def serially(patch: pytest.MonkeyPatch) -> list[Any]:

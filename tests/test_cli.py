@@ -65,8 +65,8 @@ def test_every_help_ends_with_an_example_and_exit_codes(capsys) -> None:
         (["export", "x", "--to", "y"], "Missing option '--format'"),
         (
             ["export", "x", "--to", "y", "--format", "zip"],
-            "format: 'zip' is not allowed: Input should be 'indices', 'list', 'webdataset' or "
-            "'parquet'",
+            "format: 'zip' is not allowed: Input should be 'indices', 'list', 'webdataset', "
+            "'parquet', 'huggingface'",
         ),
         (["extrapolate", "--embeddings", "e", "--out", "o"], "Missing option '--scores'"),
         (["inspect"], "nothing to inspect"),

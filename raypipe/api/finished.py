@@ -215,13 +215,16 @@ def export(
     allow_missing: bool = False,
     force: bool = False,
     snapshot: str | None = None,
+    push_to: str | None = None,
+    image_root: str | None = None,
     allow_code: bool = False,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Write the samples of a keep-list for a training tool, or resume an export.
 
-    Finished shards are not written again. The bytes are the same every time.
+    Finished shards are not written again. The bytes are the same every time, except with lance,
+    which gives its files random names.
 
     Parameters
     ----------
@@ -230,8 +233,10 @@ def export(
     keep : float or None
         Fraction of the keep-list, 0 to 1. None: the only list.
     format : str
-        webdataset, parquet: a folder of shards with images. indices: .npy or .json with row
-        numbers. list: .csv or .txt with path and label, for image folders and file lists.
+        webdataset, parquet, huggingface, croissant, mds, lance: a folder of shards with images.
+        indices: .npy or .json with row numbers. list: .csv or .txt with path and label, for image
+        folders and file lists. Of all samples, kept or not: fiftyone, a folder; cleanlab, .csv or
+        .parquet with label issues; label-studio, .csv with likely label errors.
     to : str
         Path or URI of the folder or file to write.
     shard_samples : int, optional
@@ -245,6 +250,11 @@ def export(
     snapshot : str, optional
         Export the keep-list as it was in this snapshot. Samples of files that have changed or gone
         away since are missing.
+    push_to : str, optional
+        huggingface: dataset on the Hugging Face Hub (user/name) to push the export to as well.
+    image_root : str, optional
+        fiftyone, label-studio: path or URL that the paths of images start with. Default: the
+        folder of the source.
     allow_code : bool
         Import the code that the run's configuration names: a source from outside raypipe. Only for
         runs that you trust.
@@ -262,7 +272,7 @@ def export(
     Raises
     ------
     ConfigError
-        For a wrong option.
+        For a wrong option, or a package that is not installed.
     RunError
         If there is no such keep-list, or `to` contains something else.
     StageError
@@ -285,6 +295,8 @@ def export(
         "allow_missing": allow_missing,
         "force": force,
         "snapshot": snapshot,
+        "push_to": push_to,
+        "image_root": image_root,
     }
     settings = parse_settings(ExportSettings, options, "export")
     with code_allowed(allow_code), storage.errors_of_storage(to):

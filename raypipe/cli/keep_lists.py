@@ -117,13 +117,14 @@ def select(
     "--format",
     required=True,
     metavar="FORMAT",
-    help="webdataset, parquet, indices (.npy, .json) or list (.csv, .txt).",
+    help="webdataset, parquet, huggingface, croissant, mds, lance, indices (.npy, .json) or list "
+    "(.csv, .txt); of all samples: fiftyone, cleanlab (.csv, .parquet) or label-studio (.csv).",
 )
 @click.option(
     "--to",
     required=True,
     metavar="URI",
-    help="Folder to write for shards, file to write for indices and list.",
+    help="Folder to write, or file for formats that are a single one.",
 )
 @click.option(
     "--shard-samples",
@@ -137,6 +138,17 @@ def select(
     "--snapshot",
     metavar="NAME",
     help="Export the keep-list as it was in this snapshot of a nightly run.",
+)
+@click.option(
+    "--push-to",
+    metavar="NAME",
+    help="huggingface: dataset on the Hub (user/name) to push the export to as well.",
+)
+@click.option(
+    "--image-root",
+    metavar="URI",
+    help="fiftyone, label-studio: what the paths of images start with. Default: the source's "
+    "folder.",
 )
 @click.option(
     "--allow-missing", is_flag=True, help="Exit with 0 even if samples can no longer be read."

@@ -8,17 +8,33 @@ from pydantic import Field, model_validator
 
 from raypipe.config.base import Positive, Settings
 
-SHARD_FORMATS = ("webdataset", "parquet")
-"""Formats that are folders of shards. The others are a single file."""
-ExportFormat = Literal["indices", "list", "webdataset", "parquet"]
+SHARD_FORMATS = ("webdataset", "parquet", "huggingface", "croissant", "mds", "lance")
+"""Formats that are folders of shards with the images of the kept samples."""
+ALL_SAMPLES_FORMATS = ("fiftyone", "cleanlab", "label-studio")
+"""Formats that describe all scored samples of a run, kept or not, without their images."""
+ExportFormat = Literal[
+    "indices",
+    "list",
+    "webdataset",
+    "parquet",
+    "huggingface",
+    "croissant",
+    "mds",
+    "lance",
+    "fiftyone",
+    "cleanlab",
+    "label-studio",
+]
 
 
 class ExportSettings(Settings):
     """Write the samples of a keep-list in a format that training tools read."""
 
     format: ExportFormat = Field(
-        description="webdataset, parquet: a folder of shards with images. indices: row numbers "
-        "(.npy, .json). list: paths and labels (.csv, .txt)."
+        description="webdataset, parquet, huggingface, croissant, mds, lance: a folder of shards "
+        "with images. indices: row numbers (.npy, .json). list: paths and labels (.csv, .txt). "
+        "fiftyone: a folder that describes all samples. cleanlab: their label issues (.csv, "
+        ".parquet). label-studio: likely label errors (.csv)."
     )
     to: str = Field(min_length=1, description="Path or URI of the folder or file to write.")
     keep: float | None = Field(
@@ -29,6 +45,16 @@ class ExportSettings(Settings):
     )
     shard_bytes: Positive | None = Field(
         None, description="Approximate size of a shard in bytes. Default: 512 MiB."
+    )
+    push_to: str | None = Field(
+        None,
+        description="huggingface: name of a dataset on the Hugging Face Hub (user/name) to push "
+        "the export to as well.",
+    )
+    image_root: str | None = Field(
+        None,
+        description="fiftyone, label-studio: path or URL that the paths of the images start with. "
+        "Default: the root of the source.",
     )
     allow_missing: bool = Field(
         False, description="Succeed even if samples of the keep-list can no longer be read."
@@ -43,11 +69,27 @@ class ExportSettings(Settings):
         """Whether the export is a folder of shards."""
         return self.format in SHARD_FORMATS
 
+    @property
+    def of_all_samples(self) -> bool:
+        """Whether the export describes all samples, kept or not."""
+        return self.format in ALL_SAMPLES_FORMATS
+
+    @model_validator(mode="after")
+    def _options_of_other_formats(self) -> Self:
+        if self.push_to is not None and self.format != "huggingface":
+            raise ValueError(f"push_to needs format huggingface, not {self.format}")
+        if self.image_root is not None and self.format not in ("fiftyone", "label-studio"):
+            raise ValueError(f"image_root has no effect on format {self.format}; remove it")
+        if self.snapshot is not None and self.of_all_samples:
+            raise ValueError(
+                f"format {self.format} describes the run as it is now; remove snapshot"
+            )
+        return self
+
     @model_validator(mode="after")
     def _single_file_without_shards(self) -> Self:
         if not self.in_shards and (self.shard_samples or self.shard_bytes):
             raise ValueError(
-                f"format {self.format} is a single file, which has no shards; remove shard_samples "
-                "and shard_bytes"
+                f"format {self.format} has no shards; remove shard_samples and shard_bytes"
             )
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -125,35 +125,36 @@ def write_parquet(
     score, and weight if the keep-list has weights. A row group ends at GROUP_ROWS samples or
     GROUP_BYTES bytes.
     """
-    schema = parquet_schema(classes, weighted)
+    schema, count = parquet_schema(classes, weighted), 0
     compression = dict.fromkeys((*schema.names[1:], "image.path"), "zstd") | {"image.bytes": "none"}
-    rows: list[dict[str, Any]] = []
-    count = size = 0
     with pq.ParquetWriter(
         file, schema, compression=compression, use_dictionary=["label"]
     ) as writer:
-
-        def flush() -> None:
+        for rows in row_groups(items):
             writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=GROUP_ROWS)
-            rows.clear()
-
-        for item in items:
-            rows.append(
-                {
-                    "image": {"bytes": item.image, "path": f"{item.key}.{item.extension}"},
-                    "label": item.label,
-                    "sample_id": item.sample_id,
-                    "score": item.score,
-                    "weight": item.weight,
-                }
-            )
-            count, size = count + 1, size + len(item.image)
-            if len(rows) == GROUP_ROWS or size >= GROUP_BYTES:
-                flush()
-                size = 0
-        if rows:
-            flush()
+            count += len(rows)
     return count
+
+
+def row_groups(items: Iterable[Item]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows of `parquet_schema`, at most GROUP_ROWS samples or about GROUP_BYTES at a time."""
+    rows, size = list[dict[str, Any]](), 0
+    for item in items:
+        rows.append(
+            {
+                "image": {"bytes": item.image, "path": f"{item.key}.{item.extension}"},
+                "label": item.label,
+                "sample_id": item.sample_id,
+                "score": item.score,
+                "weight": item.weight,
+            }
+        )
+        size += len(item.image)
+        if len(rows) == GROUP_ROWS or size >= GROUP_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def parquet_schema(classes: Sequence[str], weighted: bool) -> pa.Schema:
@@ -179,7 +180,3 @@ def parquet_schema(classes: Sequence[str], weighted: bool) -> pa.Schema:
         features[name] = {"dtype": "float32", "_type": "Value"}
     metadata = {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)}
     return pa.schema(columns, metadata=metadata)
-
-
-WRITERS = {"webdataset": ("tar", write_tar), "parquet": ("parquet", write_parquet)}
-"""File name extension and writer of each format with shards."""

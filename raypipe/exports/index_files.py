@@ -18,6 +18,7 @@ from raypipe.config import Config
 from raypipe.config.export import ExportSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RunError
+from raypipe.exports.cells import guarded, guarded_path
 from raypipe.exports.missing import MissingSample, report_missing
 from raypipe.keeplists.file import KeepFile, Located, first_positions, ids_in_order
 from raypipe.runs.keep_files import keep_metadata
@@ -77,7 +78,7 @@ def export_single_file(
             "keep_list": keep_metadata(keep_list),
         }
         files = _indices(kept, position[rows], about, base, extension)
-    _write_files(files, settings.force)
+    write_files(files, settings.force)
     return {
         "format": settings.format,
         "to": to,
@@ -88,7 +89,7 @@ def export_single_file(
     }
 
 
-def _write_files(files: dict[str, bytes], force: bool) -> None:
+def write_files(files: dict[str, bytes], force: bool) -> None:
     """Write all files, or raise RunError before writing any if one exists with other content."""
     for uri, content in files.items():
         if not force and storage.exists(uri) and storage.read_bytes(uri) != content:
@@ -122,7 +123,8 @@ def _list(kept: pa.Table, classes: Sequence[str], extension: str) -> bytes:
     """Return the file of format list.
 
     CSV has the columns path, label (class index), class, score and, if the keep-list has them,
-    weight. Text has path and label on each line, or the path only for unlabelled samples.
+    weight. A spreadsheet takes no cell for a formula: see `raypipe.exports.cells`. Text has path
+    and label on each line, or the path only for unlabelled samples.
     """
     rows, text = kept.to_pylist(), io.StringIO()
     if extension == ".txt":
@@ -142,9 +144,9 @@ def _list(kept: pa.Table, classes: Sequence[str], extension: str) -> bytes:
         name = "" if row["label"] is None else classes[row["label"]]
         writer.writerow(
             [
-                row["sample_id"],
+                guarded_path(row["sample_id"]),
                 row["label"],
-                name,
+                guarded(name),
                 row["score"],
                 *(row[column] for column in weight),
             ]

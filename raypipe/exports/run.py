@@ -1,7 +1,8 @@
 """Export the samples of a keep-list from their source, in a format that training tools read.
 
-Two formats are folders of shards, `webdataset` and `parquet`; see `raypipe.exports.shards`. Two are
-a single file, `indices` and `list`; see `raypipe.exports.index_files`.
+Formats with images are folders of shards; see `raypipe.exports.shards` and `shard_formats`. Two
+are a single file, `indices` and `list`; see `raypipe.exports.index_files`. Three describe all
+samples, kept or not: `fiftyone`, `cleanlab` and `label-studio`; see `raypipe.exports.all_samples`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from raypipe import storage
 from raypipe.config.export import ExportSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RaypipeError, RunError
+from raypipe.exports.all_samples import export_all_samples
+from raypipe.exports.hub import check_hub_client, push_export
 from raypipe.exports.index_files import export_single_file
+from raypipe.exports.lance import check_lance
 from raypipe.exports.missing import MissingSample
-from raypipe.exports.shards import STATE, ShardExport
+from raypipe.exports.shard_task import STATE
+from raypipe.exports.shards import ShardExport
 from raypipe.keeplists.file import (
     check_has_images,
     find_keep_list,
@@ -33,6 +38,10 @@ def export_keep_list(
 ) -> dict[str, Any]:
     """Write the samples of a keep-list, or resume an export; see `raypipe.export`."""
     check_has_images(run)
+    if settings.format == "lance":
+        check_lance()
+    if settings.push_to is not None:
+        check_hub_client()
     config = run.config()
     if noise := injected_noise(run.ledger()):
         raise RunError(f"{run.uri}: {noise.warning}, so nothing can be exported")
@@ -50,6 +59,8 @@ def export_keep_list(
             "may be missing"
         )
     located = locate(run, keep_list, settings.snapshot)
+    if settings.of_all_samples:
+        return export_all_samples(context, keep_list, located, settings)
     if not settings.in_shards:
         return export_single_file(context, keep_list, located, settings)
     gone: list[MissingSample] = []
@@ -62,7 +73,10 @@ def export_keep_list(
     export = ShardExport(context, keep_list, located, gone, settings)
     export.check_folder()
     with Lease(Run(storage.join(to, STATE))):
-        return export.write()
+        result = export.write()
+        if settings.push_to is not None:
+            push_export(to, settings.push_to, located.fingerprint, force=settings.force)
+        return result
 
 
 def _is_within(inner: str, outer: str) -> bool:

@@ -10,29 +10,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypedDict
+from typing import Any
 
 from raypipe import storage
-from raypipe.config import SourceSettings
 from raypipe.config.export import ExportSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import RunError, SourceError, StageError
-from raypipe.exports.formats import WRITERS, Item, encoded
+from raypipe.exports.finished import FinishedExport, FinishedShard
+from raypipe.exports.formats import encoded
 from raypipe.exports.missing import MissingSample, report_missing
-from raypipe.keeplists.file import KeepFile, Located, ids_in_order
+from raypipe.exports.shard_formats import FORMATS, ShardFormat
+from raypipe.exports.shard_plan import Shard, plan_shards, shard_name
+from raypipe.exports.shard_task import STATE, ExportJob, ShardNote, note_uri, write_shard
+from raypipe.keeplists.file import Located
 from raypipe.runs.keep_files import keep_metadata
-from raypipe.runs.run import Run
-from raypipe.sources import ClassMap, Fragment, Source, open_source
+from raypipe.sources import Fragment, open_source
 from raypipe.storage import FileInfo
 
-STATE = ".raypipe"
-"""Folder next to the shards that records what is exported and what is finished. The leading dot
-keeps other tools from reading it."""
 LAYOUT = 1
 """Version of the content of the shards. Exports with another layout version are not resumed."""
 SHARD_BYTES = 512 << 20
@@ -41,61 +38,6 @@ PROBES, PROBE_SAMPLES = 8, 8
 """Number of fragments, and of samples of each, that are read to estimate the size of a sample."""
 OVERHEAD = 3072
 """Bytes of headers, label and JSON that a sample needs in a tar in addition to its image."""
-
-
-@dataclass(frozen=True)
-class ExportPart:
-    """Kept samples of one fragment that go into one shard.
-
-    Attributes
-    ----------
-    fragment : Fragment
-        The fragment.
-    start, stop : int
-        Rows of the keep-list that belong to the fragment.
-    skip, take : int
-        Which of them go into the shard: `take` samples after the first `skip`, in source order.
-    """
-
-    fragment: Fragment
-    start: int
-    stop: int
-    skip: int
-    take: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Content of one output file; `first` is the number of its first sample among all kept ones."""
-
-    name: str
-    first: int
-    parts: tuple[ExportPart, ...]
-
-    @property
-    def samples(self) -> int:
-        """Number of samples that the shard should contain."""
-        return sum(part.take for part in self.parts)
-
-
-class ShardNote(TypedDict):
-    """What `.raypipe/<shard>.json` records of a finished shard."""
-
-    shard: str
-    samples: int
-    bytes: int
-    missing: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    """What every task needs to know: URIs of run, keep-list and output folder, source, format."""
-
-    run: str
-    source: SourceSettings
-    keep_list: str
-    to: str
-    format: str
 
 
 class ShardExport:
@@ -125,6 +67,7 @@ class ShardExport:
     ) -> None:
         self._context, self._run, self._located, self._gone = context, context.run, located, gone
         self._settings, self._to = settings, settings.to
+        self._format = FORMATS[settings.format]
         self._job = ExportJob(
             context.run.uri, context.config.source, keep_list, settings.to, settings.format
         )
@@ -156,7 +99,7 @@ class ShardExport:
 
             if remaining:
                 self._context.run_tasks(
-                    remaining, functools.partial(_write_shard, self._job), collect
+                    remaining, functools.partial(write_shard, self._job), collect
                 )
         return self._summary(shards, self._finished(shards))
 
@@ -227,9 +170,16 @@ class ShardExport:
     def _delete_export(self, before: dict[str, Any]) -> None:
         """Delete the shards and notes of another export."""
         samples, size = before["samples"], before["shard_samples"]
-        for number in range(-(-samples // size)):
-            name = shard_name(before["format"], number, samples, size)
+        format = FORMATS[before["format"]]
+        shards = [
+            shard_name(before["format"], number, samples, size)
+            for number in range(-(-samples // size))
+        ]
+        for name in (*format.files, *shards):
             storage.delete(storage.join(self._to, name))
+        for folder in format.folders:
+            for file in storage.listing(storage.join(self._to, folder)):
+                storage.delete(storage.join(self._to, folder, file.path))
         state = storage.join(self._to, STATE)
         for name in storage.names(state) - {"driver.json", "export.json"}:
             storage.delete(storage.join(state, name))
@@ -246,23 +196,19 @@ class ShardExport:
 
     def _finished(self, shards: Sequence[Shard]) -> dict[str, ShardNote]:
         """Return the notes of the shards that exist and are complete, by name."""
-        files: dict[str, FileInfo] = {
-            file.path: file for file in storage.listing(self._to) if "/" not in file.path
-        }
+        files: dict[str, FileInfo] = {file.path: file for file in storage.listing(self._to)}
         noted = storage.names(storage.join(self._to, STATE))
-        candidates = [
-            shard for shard in shards if shard.name in files and f"{shard.name}.json" in noted
-        ]
+        candidates = [shard for shard in shards if f"{shard.name}.json" in noted]
         with ThreadPoolExecutor(16) as threads:
             notes: list[ShardNote] = list(
                 threads.map(
-                    lambda shard: storage.read_json(_note_uri(self._to, shard.name)), candidates
+                    lambda shard: storage.read_json(note_uri(self._to, shard.name)), candidates
                 )
             )
         return {
             shard.name: note
             for shard, note in zip(candidates, notes, strict=True)
-            if note["bytes"] == files[shard.name].size
+            if note["bytes"] == _size_of(note, files)
             and note["samples"] + len(note["missing"]) == shard.samples
         }
 
@@ -284,7 +230,7 @@ class ShardExport:
                 f"{self._to}: {samples} samples instead of {self._located.samples}; rerun with "
                 "--force"
             )
-        _delete_temporary_shards(self._to)
+        _delete_temporary_shards(self._to, self._format)
         missing += self._gone
         report_missing(
             storage.join(self._to, STATE, "missing.json"),
@@ -292,6 +238,7 @@ class ShardExport:
             self._located.samples + len(self._gone),
             self._settings.allow_missing,
         )
+        self._finish([notes[shard.name] for shard in shards])
         return {
             "format": self._job.format,
             "to": self._to,
@@ -301,129 +248,43 @@ class ShardExport:
             "missing": len(missing),
         }
 
+    def _finish(self, notes: Sequence[ShardNote]) -> None:
+        """Write the files that describe all shards."""
+        shards = [
+            FinishedShard(_file_of(note), note["samples"], note["bytes"], note.get("detail", {}))
+            for note in notes
+            if note["samples"]
+        ]
+        export = FinishedExport(
+            self._run,
+            self._job.keep_list,
+            self._located.fingerprint,
+            self._to,
+            self._run.classes().names,
+            self._located.weighted,
+            shards,
+        )
+        for name, content in self._format.finish(export).items():
+            storage.write_bytes(storage.join(self._to, name), content)
 
-def _delete_temporary_shards(to: str) -> None:
+
+def _file_of(note: ShardNote) -> str:
+    """Return the path of a shard's file in the export; empty if it has none."""
+    return note.get("file", note["shard"])
+
+
+def _size_of(note: ShardNote, files: Mapping[str, FileInfo]) -> int | None:
+    """Return the size of a shard's file, 0 if it has none; None if the file does not exist."""
+    file = _file_of(note)
+    if not file:
+        return 0
+    return files[file].size if file in files else None
+
+
+def _delete_temporary_shards(to: str, format: ShardFormat) -> None:
     """Delete temporary shards that killed writers left on a local disk."""
     if storage.is_local(to):
         folder = storage.filesystem(to)[1]
         for name in os.listdir(folder):
-            if re.fullmatch(r"\.train-\d{5,}(-of-\d{5,})?\.(tar|parquet)\.[0-9a-f]{32}", name):
+            if format.temporary.fullmatch(name):
                 storage.delete(os.path.join(folder, name))
-
-
-def plan_shards(
-    fragments: Sequence[Fragment], located: Located, size: int, format: str
-) -> list[Shard]:
-    """Split the kept samples into shards of `size` samples, in source order.
-
-    The last shard can be smaller. Raises RunError if the keep-list has samples of other fragments.
-    """
-    spans = [located.rows[fragment.fragment_id] for fragment in fragments]
-    indexed = sum(stop - start for start, stop in spans)
-    if indexed != located.samples:
-        raise RunError(
-            f"{located.samples - indexed:,} samples of the keep-list are in files that are no "
-            "longer in the index; rerun `raypipe run`"
-        )
-    parts_of_shards: list[list[ExportPart]] = []
-    room = 0
-    for fragment, (start, stop) in zip(fragments, spans, strict=True):
-        skip = 0
-        while skip < stop - start:
-            if room == 0:
-                parts_of_shards.append([])
-                room = size
-            take = min(room, stop - start - skip)
-            parts_of_shards[-1].append(ExportPart(fragment, start, stop, skip, take))
-            skip, room = skip + take, room - take
-    return [
-        Shard(shard_name(format, number, located.samples, size), number * size, tuple(parts))
-        for number, parts in enumerate(parts_of_shards)
-    ]
-
-
-def shard_name(format: str, number: int, samples: int, size: int) -> str:
-    """Return train-00000.tar, or train-00000-of-00012.parquet, the convention of Hugging Face."""
-    total = -(-samples // size)
-    width = max(5, len(str(total - 1)))
-    of = f"-of-{total:0{width}d}" if format == "parquet" else ""
-    return f"train-{number:0{width}d}{of}.{WRITERS[format][0]}"
-
-
-def _note_uri(to: str, shard: str) -> str:
-    return storage.join(to, STATE, f"{shard}.json")
-
-
-def _write_shard(job: ExportJob, shard: Shard) -> ShardNote:
-    """Write one shard, then its note, and return the note. Runs in a task."""
-    uri, missing = storage.join(job.to, shard.name), list[MissingSample]()
-    with KeepFile(job.keep_list) as keep_list:
-        classes = Run(job.run).classes()
-        items = _items(job, shard, keep_list, classes, missing)
-        with storage.Upload(uri) as file:
-            samples = WRITERS[job.format][1](file, items, classes.names, keep_list.weighted)
-    note: ShardNote = {
-        "shard": shard.name,
-        "samples": samples,
-        "bytes": storage.info(uri).size,
-        "missing": missing,
-    }
-    storage.write_json(_note_uri(job.to, shard.name), note)
-    return note
-
-
-def _items(
-    job: ExportJob,
-    shard: Shard,
-    keep_list: KeepFile,
-    classes: ClassMap,
-    missing: list[MissingSample],
-) -> Iterator[Item]:
-    """Yield the samples of a shard. Samples that cannot be read are appended to `missing`."""
-    source, run, number = open_source(job.source), Run(job.run), shard.first
-    for part in shard.parts:
-        fragment = run.with_members(part.fragment)
-        rows = _rows_of(part, keep_list, source, fragment)
-        unread = dict(rows)
-        for sample in source.read(fragment, rows.__contains__):
-            row = unread.pop(sample.sample_id, None)
-            if row is None:
-                continue  # a later sample with the same id, which was rejected
-            label, label_error = classes.index(sample.label)
-            reason = sample.reason or label_error
-            expected = -1 if row["label"] is None else row["label"]
-            if not reason and not classes.clusters and label != expected:
-                reason = "its label is not the one it was scored with"
-            if not reason:
-                try:
-                    image, extension = encoded(sample.image)
-                except SourceError as error:
-                    reason = str(error)
-            if reason:
-                missing.append(MissingSample(sample.sample_id, reason))
-            else:
-                yield Item(
-                    key=f"{number:09d}",
-                    sample_id=sample.sample_id,
-                    image=image,
-                    extension=extension,
-                    label=row["label"],
-                    name=classes.names[row["label"]] if row["label"] is not None else "",
-                    score=row["score"],
-                    weight=row.get("weight"),
-                )
-            number += 1
-        missing += [MissingSample(sample_id, "no longer in the source") for sample_id in unread]
-
-
-def _rows_of(
-    part: ExportPart, keep_list: KeepFile, source: Source, fragment: Fragment
-) -> dict[str, dict[str, Any]]:
-    """Return the rows of the keep-list that a part exports, by sample id."""
-    rows = {row["sample_id"]: row for row in keep_list.rows(part.start, part.stop).to_pylist()}
-    if part.take >= len(rows):
-        return rows
-    # In source order. Samples that the source no longer has come last.
-    candidates = dict.fromkeys([*ids_in_order(source, fragment), *rows])
-    order = [sample_id for sample_id in candidates if sample_id in rows]
-    return {sample_id: rows[sample_id] for sample_id in order[part.skip : part.skip + part.take]}

@@ -1,4 +1,4 @@
-"""Keep-lists for training code, with adapters for PyTorch, Ray Data and WebDataset.
+"""Keep-lists for training code, with adapters for the datasets of other libraries.
 
 torch and Ray are imported by the methods that need them, and not before.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Subset, WeightedRandomSampler
 
     from raypipe.distributed.ray_data import Dataset as RayDataset
+    from raypipe.keeplists.stream import KeptStream
 
 
 _NUMBERS: dict[str, Callable[[str], Any]] = {
@@ -431,6 +432,64 @@ class KeepList:
         """
         root = root if root is not None else self._source_root
         return kept_samples(samples, self.uri, self._set, self._matcher.files, root)
+
+    # -- Hugging Face, MDS, LitData ----------------------------------------------------------------
+
+    def filter_huggingface(
+        self, dataset: Any, ids: Ids | None = None, *, id_column: str = "sample_id"
+    ) -> Any:
+        """Return the kept rows of a Hugging Face dataset, as a dataset of the same kind.
+
+        Parameters
+        ----------
+        dataset : datasets.Dataset or datasets.IterableDataset
+            The dataset.
+        ids : sequence of str or callable, optional
+            For a `Dataset`: see `subset`. Every kept sample must be in it.
+        id_column : str
+            For an `IterableDataset`: the column with the sample ids. It is filtered as it is read,
+            so missing samples go unnoticed.
+
+        Raises
+        ------
+        SourceError
+            If the ids cannot be derived or do not fit; see `subset`.
+
+        Examples
+        --------
+        >>> train = keep.filter_huggingface(datasets.load_from_disk("/data"))  # doctest: +SKIP
+        """
+        if hasattr(dataset, "select"):
+            return dataset.select(self._matcher.find(dataset, ids, True)[0])
+        return dataset.filter(self._set.__contains__, input_columns=[id_column])
+
+    def filter_stream(
+        self, dataset: Iterable[dict[str, Any]], id_column: str = "sample_id"
+    ) -> KeptStream:
+        """Return the kept samples of a dataset that streams dicts, such as MDS or LitData.
+
+        It is filtered as it is read, so missing samples go unnoticed, and dropped samples are read.
+
+        Parameters
+        ----------
+        dataset : streaming.StreamingDataset, litdata.StreamingDataset or iterable of dict
+            The dataset.
+        id_column : str
+            Key of the id in a sample.
+
+        Returns
+        -------
+        torch.utils.data.IterableDataset
+            The kept samples, in the order of the dataset. It has no length.
+
+        Examples
+        --------
+        >>> train = keep.filter_stream(streaming.StreamingDataset(local="/data"))  # doctest: +SKIP
+        >>> train = keep.filter_stream(litdata.StreamingDataset("/data"), "id")  # doctest: +SKIP
+        """
+        from raypipe.keeplists.stream import KeptStream
+
+        return KeptStream(dataset, self.uri, self._set, id_column)
 
     # -- matching ----------------------------------------------------------------------------------
 

@@ -182,7 +182,7 @@ def _open(uri: str, version: str | None) -> Any:
     place = uri.removeprefix(SCHEME)
     place = place if "://" in place else os.path.abspath(os.path.expanduser(place))
     number = int(version) if version is not None and version.isdecimal() else version
-    options = _options(place)
+    options = client_options(place)
     try:
         return lance.dataset(place, version=number, storage_options=options)
     except Exception as error:
@@ -218,7 +218,7 @@ def _newest_readable(lance: Any, place: str, options: dict[str, str]) -> int | N
     return None
 
 
-def _options(place: str) -> dict[str, str]:
+def client_options(place: str) -> dict[str, str]:
     """Return options of Lance's own client: retries, and S3's endpoint from the AWS variables."""
     options = {"client_max_retries": str(MAX_RETRIES)}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

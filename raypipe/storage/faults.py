@@ -306,6 +306,7 @@ def _from_network(error: BaseException) -> bool:
         "gcsfs",
         "google",
         "httpx",
+        "httpx2",
         "huggingface_hub",
         "requests",
     }

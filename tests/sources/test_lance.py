@@ -152,9 +152,9 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_s3(s3: str) -> None:
     import lance
 
-    from raypipe.sources.lance import _options
+    from raypipe.sources.lance import client_options
 
     uri = f"{s3}/lance/set.lance"
     table = pa.table({"image": [picture(row) for row in range(5)], "label": [0, 1, 0, 1, 0]})
-    lance.write_dataset(table, uri, storage_options=_options(uri))
+    lance.write_dataset(table, uri, storage_options=client_options(uri))
     assert [sample.image for sample in samples(resolved(uri))] == [picture(row) for row in range(5)]
