@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raypipe.errors import ConfigError
 from raypipe.proxies.features import Features, load_whole
 from raypipe.proxies.registry import check_known
-from raypipe.proxies.split import one_line
+from raypipe.text import error_line
 
 
 def _open_clip() -> Any:
@@ -18,7 +18,7 @@ def _open_clip() -> Any:
         import open_clip
     except ImportError as error:
         raise ConfigError(
-            f"embed.model: networks of open_clip need the package ({one_line(error)}): "
+            f"embed.model: networks of open_clip need the package ({error_line(error)}): "
             "pip install 'raypipe[open_clip]'"
         ) from None
     return open_clip
@@ -46,7 +46,7 @@ def features(name: str, rest: str) -> Features:
         except Exception as error:  # no network, no space, a hub that refuses
             where = published.get("hf_hub") or published.get("url")
             raise ConfigError(
-                f"embed.weights: the weights of {name} cannot be downloaded ({one_line(error)}); "
+                f"embed.weights: the weights of {name} cannot be downloaded ({error_line(error)}); "
                 f"put those of {where} in the cache of each node, or set embed.weights to a "
                 "safetensors file with the state dict of the model"
             ) from None

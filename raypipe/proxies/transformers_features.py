@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
 from raypipe.proxies.features import Features, load_whole
-from raypipe.proxies.split import one_line
+from raypipe.text import error_line
 
 FILES = "config.json, model.safetensors and preprocessor_config.json"
 
@@ -19,7 +19,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"embed.model: networks of transformers need the package ({one_line(error)}): "
+            f"embed.model: networks of transformers need the package ({error_line(error)}): "
             "pip install 'raypipe[transformers]'"
         ) from None
     return transformers
@@ -27,7 +27,7 @@ def _transformers() -> Any:
 
 def _unavailable(name: str, rest: str, error: BaseException) -> ConfigError:
     return ConfigError(
-        f"embed.model: {name} cannot be loaded ({one_line(error)}); without a network, put the "
+        f"embed.model: {name} cannot be loaded ({error_line(error)}); without a network, put the "
         f"{FILES} of {rest} into a folder of each node and set embed.model to transformers:FOLDER"
     )
 
