@@ -32,10 +32,9 @@ class SourceSettings(Settings):
 
     uri: str = Field(
         description="Folder, file, glob, brace pattern (shard-{000..127}.tar) or list of shards "
-        "(.txt), as local path, file://, s3://, gs:// or az://. A folder NAME.lance, or lance:// "
-        "before any path or URI, is a Lance dataset. digits:// is the bundled dataset, "
-        "torchvision://CIFAR10 and huggingface://user/name are datasets by name, synthetic:// "
-        "generates images."
+        "(.txt): local path, file://, s3://, gs:// or az://; Lance: NAME.lance or lance://. "
+        "Datasets by name: digits:// (bundled), torchvision://CIFAR10, huggingface://user/name. "
+        "synthetic:// generates images."
     )
     format: Annotated[str, OrPart(SOURCE, OwnFormat)] = Field(
         "auto",

@@ -415,7 +415,9 @@ def _start_local(options: dict[str, Any], preload: bool, library: str | None) ->
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.update(waiting_variables())  # workers inherit them
     if preload and sys.platform == "linux":
-        options["runtime_env"] = {"py_executable": new_fork_server(library).python()}
+        # fails if the temporary folder has too long a path for a socket: workers then import torch
+        with contextlib.suppress(OSError):
+            options["runtime_env"] = {"py_executable": new_fork_server(library).python()}
     ray.init(address="local", include_dashboard=False, **options)
 
 

@@ -1,7 +1,7 @@
 """Fork the workers of a local Ray cluster from one process that has imported torch and Ray.
 
-Each worker would import them again: 3 processor seconds and 200 MB, about eight times in a run
-(benchmarks/results/start-up-cpu.txt). A fork shares the imported pages and takes milliseconds.
+Each worker would import them again, about eight times in a run. A fork shares the imported pages
+and starts several times sooner (benchmarks/results/worker-start-cpu.txt).
 
 Ray starts `fork_client` instead of Python (`py_executable` of a runtime environment), which asks
 this process for a fork. The child takes over the client's standard streams, environment, folder,
