@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import serial
+import torch
 from helpers import QUIET
 
 from raypipe import storage
@@ -128,11 +130,17 @@ def execute(config: Config) -> Pilot:
     return pilot
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_ray() -> Iterator[None]:
+@contextlib.contextmanager
+def in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raypipe.distributed.tasks.run_tasks", serial.run_tasks)
         patch.setattr(Context, "cluster", Cluster(2.0, 0.0, 1, 2.0, False))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_ray() -> Iterator[None]:
+    with in_this_process():
         yield
 
 
@@ -213,6 +221,7 @@ def test_without_a_pilot_lists_are_random_within_classes(tmp_path: Path) -> None
 
 def _run_and_wait(config: Config) -> None:
     """Run the stage, slowly after some trainings. For a process that is killed."""
+    torch.set_num_threads(1)
     function = pilot_stage.run_trial
 
     def slow(*arguments: Any) -> Any:
@@ -221,14 +230,16 @@ def _run_and_wait(config: Config) -> None:
         return function(*arguments)
 
     pilot_stage.run_trial = slow  # type: ignore[assignment]
-    execute(config)
+    with in_this_process():
+        execute(config)
 
 
 def test_a_killed_pilot_resumes_and_chooses_the_same(tmp_path: Path, piloted: Config) -> None:
     """SIGKILL of the process in the eighth training; no finished training is repeated."""
     config = write_run(tmp_path / "killed")
     run = Run(config.run)
-    process = multiprocessing.get_context("fork").Process(target=_run_and_wait, args=(config,))
+    # not a fork: this process may be too large for one
+    process = multiprocessing.get_context("spawn").Process(target=_run_and_wait, args=(config,))
     process.start()
     deadline = time.monotonic() + 120
     while len(storage.names(run.pilot_trainings_folder)) < 7 and time.monotonic() < deadline:

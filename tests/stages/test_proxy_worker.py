@@ -98,7 +98,7 @@ def test_a_training_that_diverges_is_not_repeated(
     alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        StageError, match=r"loss is (nan|inf) in epoch \d; lower proxy.lr \(now 1e\+12\)"
+        StageError, match=r"loss is (nan|inf) in epoch \d with small; lower proxy.lr \(now 1e\+12\)"
     ):
         _train(alone, small_config(alone.uri, "proxy.lr=1e12"), monkeypatch)
     assert len(EpochRecord.read_all(alone)) < 4
