@@ -3,8 +3,8 @@
     python benchmarks/worker_start.py [--workers 6]
 
 Each mode runs in a process of its own. It starts a cluster as a run does, and then actors that import what training workers import, one after the
-other. Prints for each mode the wall seconds until the first actor answers and the median over the others, the processor seconds of all processes of
-the cluster from the first actor on, and the memory of an actor that only this actor has (USS). Then demo runs (`raypipe demo`), alternating, with
+other. Prints for each mode the wall seconds until the first actor answers and, as medians over the others, their wall and processor seconds and the
+memory that they share with no other process (USS). Then demo runs (`raypipe demo`), alternating, with
 wall and processor seconds.
 """
 
@@ -28,13 +28,15 @@ MODES = {"import in every worker": False, "forked (cluster.preload)": True}
 class Importer:
     """An actor that imports what training workers import."""
 
-    def memory(self) -> float:
+    def cost(self) -> tuple[float, float]:
+        """Memory in MiB and processor seconds of this process."""
         import ray.train.torch  # noqa: F401
         import torch  # noqa: F401
 
         import raypipe.stages.proxy.worker  # noqa: F401
 
-        return psutil.Process().memory_full_info().uss / 2**20
+        process = psutil.Process()
+        return process.memory_full_info().uss / 2**20, sum(process.cpu_times()[:2])
 
 
 def measure(preload: bool, workers: int) -> dict[str, float]:
@@ -47,27 +49,17 @@ def measure(preload: bool, workers: int) -> dict[str, float]:
     connect(settings, Run("unused"), Progress(quiet=True), verbose=False)
     import ray
 
-    processor, seconds, memory = processor_seconds(), list[float](), list[float]()
+    seconds, costs = list[float](), list[tuple[float, float]]()
     actor = ray.remote(Importer)
     for _ in range(workers):
         start = time.perf_counter()
         one = actor.remote()
-        memory.append(ray.get(one.memory.remote()))
+        costs.append(ray.get(one.cost.remote()))
         seconds.append(time.perf_counter() - start)
         ray.kill(one)
-    time.sleep(2)
-    return {
-        "first": seconds[0],
-        "others": statistics.median(seconds[1:]),
-        "processor": processor_seconds() - processor,
-        "MiB": statistics.median(memory),
-    }
-
-
-def processor_seconds() -> float:
-    """Processor seconds of this process and those below it, including those that ended."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(sum(process.cpu_times()[:4]) for process in processes)
+    memory, processor = (statistics.median(column) for column in zip(*costs[1:], strict=True))
+    others = statistics.median(seconds[1:])
+    return {"first": seconds[0], "others": others, "processor": processor, "MiB": memory}
 
 
 def demo(preload: bool) -> tuple[float, float]:
@@ -103,8 +95,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--workers", str(options.workers), "--measure", mode]
         result = json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL))
         print(
-            f"{mode:26} first actor {result['first']:5.2f} s, others {result['others']:5.2f} s each, "
-            f"{result['processor']:5.1f} processor s in all, {result['MiB']:4.0f} MiB of its own"
+            f"{mode:26} first actor {result['first']:5.2f} s, others {result['others']:5.2f} s "
+            f"({result['processor']:4.2f} processor s, {result['MiB']:4.0f} MiB) each"
         )
     seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
     for _ in range(options.demos):
