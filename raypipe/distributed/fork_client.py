@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import struct
 import sys
@@ -17,15 +18,16 @@ import sys
 def forked(address: str, command: list[str]) -> socket.socket | None:
     """Return a connection that ends with the forked worker, or None if nothing was forked."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    request = {
-        "command": command,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "nice": os.getpriority(os.PRIO_PROCESS, 0),
-        "raylet": os.getppid(),
-    }
-    content = json.dumps(request).encode("utf-8", "surrogateescape")
     try:
+        request = {
+            "command": command,
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),
+            "nice": os.getpriority(os.PRIO_PROCESS, 0),
+            "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+            "raylet": os.getppid(),
+        }
+        content = json.dumps(request).encode("utf-8", "surrogateescape")
         connection.connect(address)
         socket.send_fds(connection, [struct.pack("!I", len(content))], [0, 1, 2])
         connection.sendall(content)

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import pkgutil
+import resource
 import runpy
 import select
 import shlex
@@ -54,12 +55,12 @@ class ForkServer:
     def __init__(self, library: str | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="raypipe-")
         self._address = f"{self._folder.name}/fork"  # only this user can open the folder
-        life, self._life = os.pipe()
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
         package, more = str(Path(__file__).parents[2]), [library] if library else []
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(self._address)
             listener.listen(512)
+            life, self._life = os.pipe()
             self.process = subprocess.Popen(
                 # -P: the folder of this file would hide packages of the same names
                 [sys.executable, "-P", __file__, str(listener.fileno()), str(life), package, *more],
@@ -78,7 +79,7 @@ class ForkServer:
         return shlex.join([sys.executable, "-I", "-S", client, self._address])
 
     def close(self) -> None:
-        """End the server. Its workers go on."""
+        """End the server. Its workers continue."""
         os.close(self._life)
         self.process.wait()
         self._folder.cleanup()
@@ -100,12 +101,31 @@ def new_fork_server(library: str | None) -> ForkServer:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a client passed on: its command line, environment, folder, and standard streams."""
+    """What a client passed on.
+
+    Attributes
+    ----------
+    command : list of str
+        Command line, without Python.
+    environment : dict of str to str
+        Environment variables.
+    folder : str
+        Working directory.
+    nice : int
+        Niceness.
+    files : tuple of int
+        Soft and hard limit of open files. Ray raises the limit after the server has started.
+    raylet : int
+        Process that started the client.
+    streams : list of int
+        Descriptors of standard input, output and error.
+    """
 
     command: list[str]
     environment: dict[str, str]
     folder: str
     nice: int
+    files: tuple[int, int]
     raylet: int
     streams: list[int]
 
@@ -164,8 +184,9 @@ def next_worker(
         if worker.environment.get(JOB_VARIABLE) == job and os.fork() == 0:
             listener.close()
             os.close(life)
+            _take_over(worker)
             connection.settimeout(None)
-            connection.sendall(b"1")
+            connection.sendall(b"1")  # not before: until then, the client can do without the fork
             connection.detach()  # stays open until this process ends
             return worker
         connection.close()
@@ -189,12 +210,14 @@ def _import_with(environment: dict[str, str], package: str) -> None:
     os.environ.update(environment)
     for name in OF_RAY:
         importlib.import_module(name)
-    sys.path.append(package)  # the driver may have found it in a folder of its own path
+    added = [] if package in sys.path else [package]  # the driver's own path may have it
+    sys.path += added
     for part in OF_RAYPIPE:
         parent = importlib.import_module(f"raypipe.{part}")
         for module in pkgutil.walk_packages(parent.__path__, f"{parent.__name__}."):
             importlib.import_module(module.name)
-    sys.path.remove(package)
+    for folder in added:
+        sys.path.remove(folder)
 
 
 def _has_threads() -> bool:
@@ -202,22 +225,28 @@ def _has_threads() -> bool:
     return len([name for name in names if name not in FORK_SAFE_THREADS]) > 1
 
 
-def become(worker: Worker) -> None:
-    """Run Ray's worker script in this process, a child of the server."""
+def _take_over(worker: Worker) -> None:
+    """Give this process, a child of the server, everything of the client."""
     import numpy as np
 
     os.setpgid(0, 0)
-    for target, stream in enumerate(worker.streams):
-        os.dup2(stream, target)
-        os.close(stream)
     os.environ.clear()
     os.environ.update(worker.environment)
     os.chdir(worker.folder)
     os.setpriority(os.PRIO_PROCESS, 0, worker.nice)
-    # Ray sets the score of the process that it started, the client
+    resource.setrlimit(resource.RLIMIT_NOFILE, worker.files)
+    # Ray sets the score of the process that it started, the client; some systems forbid it
     score = os.environ.get("RAY_worker_oom_score_adjustment", "1000")  # noqa: SIM112
-    Path("/proc/self/oom_score_adj").write_text(score)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(score)
     np.random.seed()  # forks would draw the same numbers
+    for target, stream in enumerate(worker.streams):
+        os.dup2(stream, target)
+        os.close(stream)
+
+
+def become(worker: Worker) -> None:
+    """Run Ray's worker script in this process."""
     sys.argv = list(worker.command)
     script = worker.command[0]
     sys.path.insert(0, os.path.dirname(script))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from raypipe._version import __version__
@@ -36,14 +36,18 @@ tags:
 def dataset_card(export: FinishedExport) -> str:
     """Return the card, in Markdown with front matter as the Hugging Face Hub reads it."""
     summary, cut = summarize(export.run), keep_metadata(export.keep_list)
-    sections = {
-        "Cut": _cut(summary, cut),
-        "Score": _score(summary),
-        "Fidelity and stability": [escaped(summary["fidelity"]["sentence"])],
-        "Benefit": _benefit(summary, cut),
-        "Seeds": _seeds(summary, cut),
-        "Columns": _columns(export),
-    }
+    sections: dict[str, Iterable[str]]
+    if export.snapshot is None:
+        sections = {
+            "Cut": _cut(summary, cut),
+            "Score": _score(summary),
+            "Fidelity and stability": [escaped(summary["fidelity"]["sentence"])],
+            "Benefit": _benefit(summary, cut),
+            "Seeds": _seeds(summary, cut),
+        }
+    else:  # the run may have been scored again since
+        sections = {"Cut": _cut(summary, cut), "Score": _score_of_snapshot(export.snapshot, cut)}
+    sections["Columns"] = _columns(export)
     lines = [
         _HEAD,
         "# Samples of a raypipe keep-list",
@@ -96,6 +100,11 @@ def _score(summary: Summary) -> Iterator[str]:
         yield f"- Labels: {escaped(summary['source']['pseudo_labels'])}"
 
 
+def _score_of_snapshot(snapshot: str, cut: Mapping[str, str]) -> Iterator[str]:
+    yield f"- Snapshot of a nightly run: {code(snapshot)}"
+    yield f"- Fidelity (rank correlation): {code(cut.get('spearman', 'not recorded'))}"
+
+
 def _benefit(summary: Summary, cut: Mapping[str, str]) -> Iterator[str]:
     """Yield what trainings on lists of this fraction showed, or what the pilot predicts."""
     fraction = float(cut.get("fraction", "nan"))
@@ -103,7 +112,10 @@ def _benefit(summary: Summary, cut: Mapping[str, str]) -> Iterator[str]:
     if evaluation and not evaluation["outdated"]:
         lines = list(_evaluated(evaluation, fraction))
         if lines:
-            yield "Accuracy against random lists of the same size, in percentage points:"
+            yield (
+                "Accuracy of lists of this fraction against random lists of the same size, in "
+                "percentage points, by score and strategy:"
+            )
             yield ""
             yield from lines
             return

@@ -17,7 +17,7 @@ class FinishedShard(NamedTuple):
     name : str
         Its path in the export.
     samples, bytes : int
-        How many it has.
+        Number of samples, and size of its file.
     detail : dict
         What its writer reported in addition.
     """
@@ -46,6 +46,8 @@ class FinishedExport:
         Names of the classes.
     weighted : bool
         Whether the samples have weights.
+    snapshot : str or None
+        The snapshot of a nightly run that the keep-list is of.
     shards : sequence of FinishedShard
         The shards in order; those without samples are left out.
     """
@@ -56,6 +58,7 @@ class FinishedExport:
     to: str
     classes: Sequence[str]
     weighted: bool
+    snapshot: str | None
     shards: Sequence[FinishedShard]
 
     @property

@@ -97,9 +97,9 @@ def commit_lance(export: FinishedExport) -> dict[str, bytes]:
         ]
         operation = lance.LanceOperation.Overwrite(lance_schema(export.weighted), fragments)
         lance.LanceDataset.commit(export.to, operation, storage_options=client_options(export.to))
-    for file in storage.listing(storage.join(export.to, DATA)):
-        if f"{DATA}/{file.path}" not in expected:
-            storage.delete(storage.join(export.to, DATA, file.path))
+    for name in storage.names(storage.join(export.to, DATA)):
+        if name.endswith(".lance") and f"{DATA}/{name}" not in expected:
+            storage.delete(storage.join(export.to, DATA, name))
     return {}
 
 

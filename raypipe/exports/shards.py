@@ -155,6 +155,12 @@ class ShardExport:
                 f"{self._to}: contains other files, such as {min(files)}; give a new folder "
                 "(--force writes here)"
             )
+        for folder in self._format.folders:  # files in there are taken for those of the export
+            if storage.names(storage.join(self._to, folder)):
+                raise RunError(
+                    f"{self._to}: its folder {folder} contains other files, and a "
+                    f"{self._job.format} dataset has a folder of that name; give a new folder"
+                )
 
     def _differences(self, before: dict[str, Any], identity: dict[str, Any]) -> list[str]:
         """Return what distinguishes the recorded export from this one."""
@@ -178,8 +184,8 @@ class ShardExport:
         for name in (*format.files, *shards):
             storage.delete(storage.join(self._to, name))
         for folder in format.folders:
-            for file in storage.listing(storage.join(self._to, folder)):
-                storage.delete(storage.join(self._to, folder, file.path))
+            for name in storage.names(storage.join(self._to, folder)):
+                storage.delete(storage.join(self._to, folder, name))
         state = storage.join(self._to, STATE)
         for name in storage.names(state) - {"driver.json", "export.json"}:
             storage.delete(storage.join(state, name))
@@ -262,6 +268,7 @@ class ShardExport:
             self._to,
             self._run.classes().names,
             self._located.weighted,
+            self._settings.snapshot,
             shards,
         )
         for name, content in self._format.finish(export).items():

@@ -73,7 +73,7 @@ def _floats(item: memoryview | int) -> Iterator[float]:
     if isinstance(item, memoryview):
         yield from (value for (value,) in struct.iter_unpack("<f", item))
     else:
-        yield struct.unpack("<f", item.to_bytes(4, "little"))[0]
+        yield struct.unpack("<f", struct.pack("<I", item))[0]
 
 
 def _integers(item: memoryview | int) -> Iterator[int]:

@@ -29,7 +29,9 @@ from raypipe.sources.columns import (
     choose_columns,
     distinct_labels,
     features_of,
+    split_of_rows,
 )
+from raypipe.sources.splits import split_column
 from raypipe.sources.table_source import read_rows, reject_repeated_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 from raypipe.text import error_text
@@ -94,15 +96,21 @@ class LanceSource(Source):
         try:
             columns = self._columns
             labels: set[int | str] = set()
-            rows = fragment.count_rows()
+            rows, split = fragment.count_rows(), ""
             if columns.label is not None and columns.class_names is None:
                 for batch in fragment.scanner(columns=[columns.label]).to_batches():
                     labels |= distinct_labels(batch.column(0))
+            used = {columns.image, columns.label, columns.identity}
+            if (column := split_column(self._dataset.schema.names, used)) is not None:
+                batches = fragment.scanner(columns=[column]).to_batches()
+                values = [batch.column(0).unique().to_pylist() for batch in batches]
+                split = split_of_rows({value for some in values for value in some})
         except ColumnError as error:
             return self.unreadable_file(file, error)
         except Exception as error:
             return self.unreadable_file(file, f"not a readable fragment: {_damage(error)}")
-        return FileScan(self.cut_fragments(file, rows), columns.class_names, frozenset(labels))
+        fragments = self.cut_fragments(file, rows)
+        return FileScan(fragments, columns.class_names, frozenset(labels), split=split)
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:

@@ -122,6 +122,11 @@ class Location:
         return self._is_list or self._is_pattern
 
     @property
+    def chooses_files(self) -> bool:
+        """Whether the URI names files, one by one or by a glob pattern, and not their folder."""
+        return self.names_files or self._is_glob
+
+    @property
     def left_out(self) -> dict[str, LeftOut]:
         """Files that the last listing of a format left out, by ending."""
         return self._filter.left_out if self._filter is not None else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from raypipe.errors import RaypipeError, SourceError
 from raypipe.sources.arrow_images import ImageOrReason
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES, NEVER_LABELS, ColumnError
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
+from raypipe.sources.formats import EXTENSIONS
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.mds_shard import (
     NotAShard,
@@ -46,17 +48,34 @@ class MdsSource(FileSource):
         everything = Location(self.settings.model_copy(update={"include": "*"})).listing()
         indexes = _outermost([file.path for file in everything])
         if not indexes:
-            if self._location.names_files or storage.is_file(self.settings.uri):
+            if self._location.chooses_files or storage.is_file(self.settings.uri):
                 return super().listed()
             raise SourceError(
                 f"{self.settings.uri}: no {INDEX_FILE}: the writer of these MDS shards has not "
                 "finished; finish it, or name the shards in source.uri with braces"
             )
         files = {file.path: file for file in everything}
+        listed = [
+            pair for index in indexes for pair in _shards_of(self._location.uri(index), index)
+        ]
+        # a shard next to listed ones is what a writer that was killed left; a folder of its own is
+        # a dataset that somebody misses
+        folders = {posixpath.dirname(path) for path, _ in listed}
+        unlisted = [
+            path
+            for path in files
+            if path.lower().endswith(EXTENSIONS["mds"])
+            and posixpath.dirname(path) not in folders
+            and self._location.includes(path)
+        ]
+        if folders and unlisted:
+            raise SourceError(
+                f"{self.settings.uri}: no {INDEX_FILE} lists the shards in the folder of "
+                f"{printable(min(unlisted))}: their writer has not finished; finish it, or choose "
+                "the other shards with source.include"
+            )
         shards = [
-            files.get(path) or files.get(raw) or FileInfo(path, 0, MISSING)
-            for index in indexes
-            for path, raw in _shards_of(self._location.uri(index), index)
+            files.get(path) or files.get(raw) or FileInfo(path, 0, MISSING) for path, raw in listed
         ]
         shards = sorted(file for file in shards if self._location.includes(file.path))
         if not shards:

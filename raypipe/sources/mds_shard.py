@@ -24,6 +24,7 @@ COMPRESSIONS = {".zstd": "zstd", ".gz": "gzip", ".bz2": "bz2", ".br": "brotli", 
 """Ending of a compressed shard -> codec of pyarrow; "" for one without a stream format."""
 MAX_SHARD_BYTES = (1 << 32) + (1 << 20)
 """Offsets are of 32 bits."""
+PIECE_BYTES = 1 << 20
 _TEXT = {"str", "str_int", "str_float", "str_decimal"}
 _NUMBERS = {
     "int": "int64",
@@ -115,14 +116,16 @@ def open_shard(stored: Reader, path: str) -> Shard:
     return Shard(dict(zip(names, map(str, encodings))), dict(zip(names, sizes)), offsets, file, end)
 
 
-def _decompressed(stored: Reader, codec: str) -> bytes:
+def _decompressed(stored: Reader, codec: str) -> bytes | bytearray:
     if codec:
         with pa.CompressedInputStream(pa.PythonFile(stored, "r"), codec) as stream:
-            content = stream.read(MAX_SHARD_BYTES + 1)
+            content = bytearray()  # read(n) would reserve n bytes at once
+            while len(content) <= MAX_SHARD_BYTES and (piece := stream.read(PIECE_BYTES)):
+                content += piece
     else:
         packed = stored.read()
         size = _snappy_size(packed)
-        content = pa.Codec("snappy").decompress(packed, size, asbytes=True)
+        content = bytearray(pa.Codec("snappy").decompress(packed, size, asbytes=True))
     if len(content) > MAX_SHARD_BYTES:
         raise NotAShard("more than 4 GiB when decompressed")
     return content

@@ -114,8 +114,11 @@ class Members:
 
     def padded_label(self, group: Group) -> str:
         """Return a label that is text and an unusual spelling of a number, or ""."""
-        content = next((group.contents.get(name) for name in _LABELS if name in group.names), None)
-        return padded_spelling((content or b"").decode("utf-8", "replace"))
+        for extension in _LABELS:
+            if extension in group.names and extension != "json":  # a .json says text or number
+                content = group.contents.get(extension) or b""
+                return padded_spelling(content.decode("utf-8", "replace"))
+        return ""
 
     def _label_field(self, fields: dict[str, Any]) -> str | None:
         """Return the label field of a .json: for `auto`, the first with a usual name, or None."""

@@ -10,6 +10,9 @@ from typing import Any
 from raypipe.storage import Reader
 from raypipe.text import error_text
 
+MAX_DIGITS = 18
+"""Digits of a whole number that can be a label."""
+
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 
 
@@ -57,7 +60,9 @@ def stored_label(value: Any) -> tuple[int | str | None, str]:
         return int(value), ""
     if isinstance(value, float) and value.is_integer():
         return int(value), ""
-    if isinstance(value, Decimal) and value.is_finite() and value == int(value):
+    # int() of 1e999999999 would write out all digits
+    whole = isinstance(value, Decimal) and value.is_finite() and value.adjusted() <= MAX_DIGITS
+    if whole and value == int(value):
         return int(value), ""
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:60] + "..."

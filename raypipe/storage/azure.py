@@ -124,7 +124,11 @@ class RetryingAzure(AzureBlobFileSystem):
         self, bucket: str, prefix: str, delimiter: str, token: str, after: str, limit: int
     ) -> dict[str, Any]:
         client = self.service_client.get_container_client(bucket)
-        options: dict[str, Any] = {"results_per_page": limit, "name_starts_with": prefix or None}
+        options: dict[str, Any] = {
+            "results_per_page": limit,
+            "name_starts_with": prefix or None,
+            "include": ["metadata"],  # says which blobs are folders
+        }
         if after:
             options["start_from"] = after
         if delimiter:

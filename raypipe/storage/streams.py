@@ -130,7 +130,10 @@ class Upload:
     def _finish(self) -> None:
         if getattr(self._fs, "commits_on_close", False):
             with passed(self._uri):
-                self._file.close()
+                try:
+                    self._file.close()
+                except RuntimeError as error:  # adlfs 2026.5 wraps the error of the store in it
+                    raise (error.__cause__ or error) from None
             return
         if not self._local:
             self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ import numpy as np
 
 from raypipe import storage
 from raypipe.config import absolute_paths
-from raypipe.runs.keep_files import keep_file, keep_metadata
+from raypipe.runs.keep_files import keep_file
 from raypipe.selection.hashing import string_array
 from raypipe.view.lists import MarkLists
 from raypipe.view.samples import Samples
 
-HELD = 8
+HELD = 16
 """Lists held in memory, at a byte per sample."""
+
+
+_NAME = re.compile(r"keep-(\d\.\d{2,})\.parquet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +36,26 @@ class KeepLists:
 
     def __init__(self, samples: Samples, lists: MarkLists) -> None:
         self._samples, self._lists = samples, lists
-        self._held: OrderedDict[tuple[float, int], Kept] = OrderedDict()
+        self._held: OrderedDict[tuple[float, str], Kept] = OrderedDict()
         self._lock = threading.Lock()
 
     def fractions(self) -> list[float]:
         """Return the fractions whose lists are stored, ascending."""
-        run = self._samples.run
-        files = [name for name in storage.names(run.keep_folder) if name.endswith(".parquet")]
-        stored = (keep_metadata(run.keep_list(name)).get("fraction") for name in files)
-        return sorted({float(fraction) for fraction in stored if fraction is not None})
+        names = self._stored_files()
+        fractions = (_NAME.fullmatch(name) for name in names)
+        return sorted(
+            fraction
+            for found in fractions
+            if found is not None
+            and 0 < (fraction := float(found[1])) <= 1
+            # a list of another origin can have any name
+            and keep_file(fraction) == found[0]
+        )
+
+    def _stored_files(self) -> dict[str, str]:
+        """Return the files in the folder of keep-lists by name, with what changes with them."""
+        files = storage.listing(self._samples.run.keep_folder)
+        return {file.path: f"{file.stamp} {file.size}" for file in files}
 
     def at(self, fraction: float) -> Kept:
         """Return the list of a fraction.
@@ -52,8 +67,8 @@ class KeepLists:
         RaypipeError
             If no such list can be cut.
         """
-        stored = keep_file(fraction) in storage.names(self._samples.run.keep_folder)
-        key = fraction, -1 if stored else self._lists.version
+        stored = self._stored_files().get(keep_file(fraction))
+        key = fraction, stored or f"marks {self._lists.version}"
         with self._lock:
             if key not in self._held:
                 self._held[key] = self._stored(fraction) if stored else self._cut(fraction)

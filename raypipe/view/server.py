@@ -12,6 +12,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,6 +77,11 @@ class ViewServer(ThreadingHTTPServer):
         self.mark = answers.mark
         super().__init__((LOOPBACK, port), _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing about a browser that closed a connection."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
+
     @property
     def address(self) -> str:
         """The address to open. A browser keeps what follows # to itself."""
@@ -109,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "no such address")
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY:
+        if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too many samples at once")
             return
         body = self.rfile.read(int(length))
@@ -138,21 +144,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, question: Callable[[], dict[str, Any]]) -> None:
         try:
-            answer = question()
+            answer = json.dumps(question(), allow_nan=False).encode()
         except ERRORS as error:
             known = isinstance(error, RaypipeError)
             status = HTTPStatus.BAD_REQUEST if known else HTTPStatus.INTERNAL_SERVER_ERROR
             line = " ".join(str(error).split())[:500]
             self._refuse(status, line if known else f"{type(error).__name__}: {line}")
             return
-        self._send_json(HTTPStatus.OK, answer)
+        self._send(HTTPStatus.OK, answer, "application/json")
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.close_connection = True  # a body may be left unread
-        self._send_json(status, {"error": reason})
-
-    def _send_json(self, status: HTTPStatus, value: Any) -> None:
-        self._send(status, json.dumps(value, allow_nan=False).encode(), "application/json")
+        self._send(status, json.dumps({"error": reason}).encode(), "application/json")
 
     def _send(self, status: HTTPStatus, data: bytes, kind: str) -> None:
         self.send_response(status)

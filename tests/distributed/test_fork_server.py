@@ -16,11 +16,12 @@ import pytest
 from raypipe.distributed.fork_server import ForkServer
 
 SCRIPT = """
-import json, os, sys
+import json, numpy, os, resource, sys
 print(json.dumps({
     "torch": "torch" in sys.modules, "ray": "ray" in sys.modules, "arguments": sys.argv,
     "variable": os.environ.get("OF_THE_WORKER"), "folder": os.getcwd(),
-    "path": sys.path[0], "main": __name__, "parent": os.getppid(), "threads": os.cpu_count(),
+    "path": sys.path[0], "main": __name__, "parent": os.getppid(),
+    "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "draw": numpy.random.random(),
 }))
 print("to stderr", file=sys.stderr)
 sys.exit(3)
@@ -38,7 +39,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def worker(server: ForkServer, script: Path, job: str = "01") -> tuple[dict[str, object], str]:
     """Start a worker as Ray does; return what it prints on its two streams."""
-    command = f"exec {server.python()} {shlex.join([str(script), '--name', 'a b'])}"
+    command = f"ulimit -Sn 517; exec {server.python()} {shlex.join([str(script), '--name', 'a b'])}"
     process = subprocess.run(
         ["bash", "-c", command],
         env=os.environ | {"OF_THE_WORKER": "é", "RAY_JOB_ID": job},
@@ -54,8 +55,11 @@ def worker(server: ForkServer, script: Path, job: str = "01") -> tuple[dict[str,
 def test_a_worker_is_a_fork_with_everything_of_its_own(script: Path) -> None:
     server = ForkServer("no_such_library")
     try:
+        draws = set()
         for _ in range(2):
             output, errors = worker(server, script)
+            draws.add(output["draw"])
+            assert output["files"] == 517
             assert output["torch"], "not imported before the fork"
             assert output["ray"], "not imported before the fork"
             assert output["parent"] == server.process.pid
@@ -63,6 +67,7 @@ def test_a_worker_is_a_fork_with_everything_of_its_own(script: Path) -> None:
             assert (output["variable"], output["main"]) == ("é", "__main__")
             assert output["folder"] == output["path"] == str(script.parent)
             assert errors == "to stderr\n"
+        assert len(draws) == 2, "forks draw the same numbers"
         assert not worker(server, script, job="02")[0]["ray"], "Ray was imported with another job"
         end = time.monotonic() + 10
         while psutil.Process(server.process.pid).children():

@@ -197,3 +197,16 @@ def test_shards_of_the_package_itself(tmp_path: Any) -> None:
             assert len(found) == 6 and [sample.label for sample in found] == [0, 1, 2] * 2
             if kind != "png":
                 np.testing.assert_array_equal([sample.image for sample in found], pixels)
+
+
+def test_a_folder_without_its_index_is_missed(tmp_path: Any) -> None:
+    write(f"{tmp_path}/a", s=shard(2))
+    storage.write_bytes(f"{tmp_path}/b/s.mds", shard(2))
+    with pytest.raises(SourceError, match=r"lists the shards in the folder of b/s\.mds"):
+        scans(make(str(tmp_path)))
+    assert len(ids(samples(make(str(tmp_path), include="a/*")))) == 2
+
+
+def test_a_glob_names_shards_without_an_index(tmp_path: Any) -> None:
+    storage.write_bytes(f"{tmp_path}/b/s.mds", shard(2))
+    assert len(ids(samples(make(f"{tmp_path}/b/*.mds")))) == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 from raypipe import storage
 from raypipe.estimate import inspect, inspect_source
 from raypipe.sources.crc32c import crc32c
+from raypipe.sources.examples import NotAnExample, parse_example
+from raypipe.sources.values import stored_label
 
 
 def records(count: int, start: int = 0) -> list[bytes]:
@@ -150,3 +153,18 @@ def test_preview(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(f"{tmp_path}/a.tfrecord", struct.pack("<Q", 5))
     ((_, reason),) = inspect_source(source.settings).survey.unreadable_files
     assert reason == "not a TFRecord file of images: cut off in the middle of a record"
+
+
+def test_a_fraction_stored_as_a_large_number_is_no_example() -> None:
+    number = bytes([1 << 3 | 1]) + (1 << 40).to_bytes(8, "little")
+    feature = bytes([2 << 3 | 2, len(number)]) + number
+    entry = b"\x0a\x01x\x12" + bytes([len(feature)]) + feature
+    features = b"\x0a" + bytes([len(entry)]) + entry
+    record = b"\x0a" + bytes([len(features)]) + features
+    with pytest.raises(NotAnExample):
+        parse_example(memoryview(record))
+
+
+def test_a_decimal_of_many_digits_is_no_label() -> None:
+    assert stored_label(Decimal("1e999999999"))[1].startswith("label is not a number")
+    assert stored_label(Decimal("3.0")) == (3, "")
