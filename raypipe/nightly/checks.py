@@ -36,6 +36,11 @@ def check_finished(context: Context, records: dict[str, StageRecord]) -> str:
             f"{run.uri}: its scores were extrapolated from tables, so no proxy can score new "
             "samples; extrapolate to their embeddings with `raypipe extrapolate`"
         )
+    if config.embed.table is not None:
+        raise RunError(
+            f"{run.uri}: embed.from names a table, which has no embeddings of new samples; run "
+            "jobs/run.py with the new table, or use embed.model instead"
+        )
     fingerprints: dict[str, str] = {}
     for name in LEARNED:
         stage, record = make_stage(name), records.get(name)

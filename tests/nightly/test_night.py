@@ -252,6 +252,10 @@ def test_settings_that_would_train_or_rescore_are_refused(growing: Place) -> Non
             RunError, match=rf"settings of stage {change.split('.')[0]} have changed.*jobs/run\.py"
         ):
             growing.night(1, change)
+    with pytest.raises(
+        RunError, match=r"embed\.from names a table, .* no embeddings of new samples"
+    ):
+        growing.night(1, "embed.from=table.parquet")
     assert score_files(growing.run.uri) == before
     # keep-lists follow the settings
     assert growing.night(1, "select.keep=[0.25]").wrote_snapshot
