@@ -132,7 +132,7 @@ class Upload:
             with passed(self._uri):
                 try:
                     self._file.close()
-                except RuntimeError as error:  # adlfs 2026.5 wraps the error of the store in it
+                except RuntimeError as error:  # adlfs 2026.8.0 wraps the error of the store in it
                     raise (error.__cause__ or error) from None
             return
         if not self._local:
