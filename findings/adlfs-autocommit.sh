@@ -11,18 +11,15 @@
 # Needs Python 3.11 or newer, node, npm and a package index. Exits 0 as long as this is the behaviour.
 set -euo pipefail
 folder=$(mktemp -d)
-azurite=
-trap 'test -z "$azurite" || kill "$azurite" 2>/dev/null || true; rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv env
-env/bin/pip install --quiet --disable-pip-version-check \
-  adlfs==2026.8.0 fsspec==2026.9.0 azure-storage-blob==12.31.1
-npm install --silent --no-fund --no-audit azurite@3.35.0
+trap 'kill "${azurite:-}" 2>/dev/null || true; rm -rf "$folder"' EXIT
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check adlfs==2026.8.0 fsspec==2026.9.0 azure-storage-blob==12.31.1
+npm install --prefix "$folder" --silent --no-fund --no-audit azurite@3.35.0
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-node_modules/.bin/azurite-blob --blobPort "$port" --silent --inMemoryPersistence --skipApiVersionCheck \
+"$folder/node_modules/.bin/azurite-blob" --blobPort "$port" --silent --inMemoryPersistence --skipApiVersionCheck \
   --disableTelemetry &
 azurite=$!
-cat > show.py <<'PYTHON'
+"$folder/venv/bin/python" - "$port" <<'PYTHON'
 import sys
 import time
 
@@ -48,4 +45,3 @@ seen.append(fs.exists("box/file"))
 print("after discard():                exists =", seen[-1])
 assert seen == [True, True], "the behaviour has changed"
 PYTHON
-env/bin/python show.py "$port"

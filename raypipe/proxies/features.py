@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
+from raypipe.text import error_text
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def load_whole(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> N
     try:
         module.load_state_dict(dict(weights))
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"embed.weights: the file does not have the weights of {name} ({text}); set "
-            "embed.model to the network that they belong to"
+            f"embed.weights: the file does not have the weights of {name} ({error_text(error)}); "
+            "set embed.model to the network that they belong to"
         ) from None

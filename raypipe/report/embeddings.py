@@ -134,7 +134,7 @@ def scan_embeddings(run: Run, images: int, noise: LabelNoise | None = None) -> E
 class _EmbeddingShard:
     """An embedding shard with the scores of its samples.
 
-    `label` and `prediction` are -1 where there is none; `score` is NaN where there is none.
+    `label` and `prediction` are -1 and `score` is NaN where they are unknown.
     """
 
     fragment: str
@@ -172,7 +172,7 @@ def label_doubt(label: np.ndarray, prediction: np.ndarray, margin: np.ndarray) -
     Parameters
     ----------
     label, prediction
-        int [n]; -1 where there is none.
+        int [n]; -1 where unknown.
     margin
         float [n]; margin of the label over the best other class.
     """

@@ -165,7 +165,7 @@ def fragment_images(
     fragment: Fragment | None,
     sizes: Mapping[str, Size],
 ) -> FragmentImages:
-    """Return a thumbnail, or the reason why there is none, for every id of `sizes`."""
+    """Return a thumbnail, or why it cannot be made, for every id of `sizes`."""
     images = {sample_id: Thumbnail(reason="no longer in the source") for sample_id in sizes}
     if fragment is None:
         return FragmentImages(images)

@@ -38,14 +38,14 @@ class ExampleFields:
         return self._id is not None
 
     def id_of(self, example: Example) -> tuple[str | None, str]:
-        """Return the stored id; or None, and why there is none."""
+        """Return the stored id and "", or None and the problem."""
         values = example.get(self._id or "", [])
         if len(values) != 1 or isinstance(values[0], float):
             return None, f"no id: {self._id} has {len(values)} values, not one text or whole number"
         return _text(values[0]), ""
 
     def image_of(self, example: Example) -> ImageOrReason:
-        """Return the image; or None, and why there is none."""
+        """Return the image and "", or None and the problem."""
         name, reason = self._image_name(example)
         if reason:
             return None, reason
@@ -55,7 +55,7 @@ class ExampleFields:
         return _pixels_or_bytes(values[0], example)
 
     def label_of(self, example: Example) -> tuple[int | str | None, str]:
-        """Return the label, None if there is none; or None and why it is invalid."""
+        """Return the label (None: unlabelled) and "", or None and the problem."""
         name = self._label
         if name == AUTO:
             name = next((usual for usual in LABELS if example.get(usual)), None)

@@ -15,7 +15,7 @@ from raypipe.errors import RaypipeError, SourceError
 from raypipe.sources.arrow_images import ImageOrReason
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES, NEVER_LABELS, ColumnError
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
-from raypipe.sources.formats import EXTENSIONS
+from raypipe.sources.formats import has_ending
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.mds_shard import (
     NotAShard,
@@ -64,7 +64,7 @@ class MdsSource(FileSource):
         unlisted = [
             path
             for path in files
-            if path.lower().endswith(EXTENSIONS["mds"])
+            if has_ending(path, "mds")
             and posixpath.dirname(path) not in folders
             and self._location.includes(path)
         ]

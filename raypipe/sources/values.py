@@ -29,7 +29,7 @@ def number_or_name(text: str) -> int | str | None:
 def padded_spelling(text: str) -> str:
     """Return a whole number as the text spells it if another spelling is usual; "" otherwise.
 
-    "01" and "+1" are such spellings of 1. "1.0" is none, because tables write it for 1.
+    "01" and "+1" are such spellings of 1. "1.0" is not, because tables write it for 1.
     """
     number = _WHOLE_NUMBER.fullmatch(text.strip())
     return number[1] if number is not None and number[1] != str(int(number[1])) else ""

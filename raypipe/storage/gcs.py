@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ from raypipe.storage.faults import Attempts
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
 """Seconds without an answer after which a request fails."""
-_BOUNDARY = "raypipe-a9a4ee7e08a54f1c"
+_BOUNDARY = f"raypipe-{secrets.token_hex(16)}"  # cannot be foreseen, so no content has it
 
 
 class RetryingGCS(GCSFileSystem):

@@ -380,7 +380,7 @@ class File(io.BytesIO):
         self.seek(0)
         return self
     def __exit__(self, *_):
-        pass  # the importer opens it twice
+        return None  # stays open: the importer opens it twice
 upload = FileUpload()
 upload.__dict__["file"] = File(open({f"{tmp_path}/tasks.csv"!r}, "rb").read())
 print("TASKS" + json.dumps(upload.read_tasks_list_from_csv()))
