@@ -52,6 +52,12 @@ def test_hugging_face(keep: raypipe.KeepList) -> None:
     assert [row["value"] for row in keep.filter_huggingface(named, id_column="id")] == wanted(keep)
     with pytest.raises(SourceError):
         keep.filter_huggingface(data.select(range(10)))
+    with pytest.raises(SourceError, match="cannot be a sample id"):  # not an empty stream
+        list(
+            keep.filter_huggingface(
+                data.add_column("x", [0.5] * len(data)).to_iterable_dataset(), id_column="x"
+            )
+        )
 
 
 def test_mds(keep: raypipe.KeepList, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from raypipe import storage
 from raypipe.errors import ConfigError
 from raypipe.keeplists.file import KeepFile, find_keep_list
-from raypipe.keeplists.matching import Ids, Matcher
+from raypipe.keeplists.matching import Ids, Matcher, id_text
 from raypipe.keeplists.webdataset import kept_samples
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
@@ -461,7 +461,8 @@ class KeepList:
         """
         if hasattr(dataset, "select"):
             return dataset.select(self._matcher.find(dataset, ids, True)[0])
-        return dataset.filter(self._set.__contains__, input_columns=[id_column])
+        kept = self._set
+        return dataset.filter(lambda one: id_text(one) in kept, input_columns=[id_column])
 
     def filter_stream(
         self, dataset: Iterable[dict[str, Any]], id_column: str = "sample_id"

@@ -24,7 +24,7 @@ Ids = Sequence[str] | Callable[[int], str]
 _NUMBERED = re.compile(r"(.+)/(\d+)")
 
 
-def _id_text(sample_id: Any) -> str:
+def id_text(sample_id: Any) -> str:
     """Return a sample id of a dataset as text. Raises SourceError for what has no one text."""
     if sample_id is None or isinstance(sample_id, float | np.floating | bytes):
         raise SourceError(f"{sample_id!r} cannot be a sample id; expected text or whole numbers")
@@ -64,7 +64,7 @@ class Matcher:
 
     def by_ids(self, ids: Iterable[Any], strict: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return ascending positions in `ids` and the rows of these in the list, int64 [k] each."""
-        ids_array = pa.array([_id_text(sample_id) for sample_id in ids], pa.string())
+        ids_array = pa.array([id_text(sample_id) for sample_id in ids], pa.string())
         row_of_id = pc.fill_null(
             pc.index_in(ids_array, value_set=self.table["sample_id"].combine_chunks()), -1
         )
@@ -124,7 +124,7 @@ class Matcher:
         column = next(
             (name for name in (stated, "sample_id") if name is not None and name in columns), None
         )
-        return list(map(_id_text, dataset[column])) if column is not None else None
+        return list(map(id_text, dataset[column])) if column is not None else None
 
     def _by_row(self, dataset: Any, strict: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return positions and rows as `by_ids` does, for a dataset in source order."""
