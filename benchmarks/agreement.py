@@ -23,6 +23,7 @@ from scipy.stats import rankdata, spearmanr
 
 import raypipe
 from raypipe import storage
+from raypipe.runs.ledger import fingerprint
 from raypipe.runs.run import Run
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -30,13 +31,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "el2n": {"measure.scores": ["el2n"]},
     "entropy": {"measure.scores": ["entropy"]},
     "moso": {"measure.scores": ["moso"]},
+    "grand": {"measure.scores": ["grand"]},
     "moso-normalized": {"measure.scores": ["moso"], "measure.moso.weights": "normalized"},
     # as it was before cross-fitting: one proxy, in-sample scores
     "moso-one-proxy": {"measure.scores": ["moso"], "proxy.parts": 1},
     "loss-one-proxy": {"measure.scores": ["loss"], "proxy.parts": 1},
     "el2n-one-proxy": {"measure.scores": ["el2n"], "proxy.parts": 1},
 }
+OF_THE_TRAINING = ("aum", "dual", "dynamic-uncertainty", "forgetting", "tdds")
+"""Scores of one run that measures all of them: it extrapolates one after the other."""
+VARIANTS |= {
+    score: {"measure.scores": list(OF_THE_TRAINING), "extrapolate.score": score}
+    for score in OF_THE_TRAINING
+}
 KEEP = (0.3, 0.5, 0.7)
+INCLUDE = "train-0000[01]*"
+"""Files of the folder that are read by default: 10,000 images of CIFAR."""
 
 
 def config(
@@ -44,7 +54,10 @@ def config(
 ) -> dict[str, Any]:
     """The configuration of one run; `seed` decides everything that is random in it."""
     name = os.path.basename(os.path.normpath(arguments.dir)) if arguments.dir else "digits"
-    uri = os.path.join(arguments.cache, f"{name}-{variant}-{fraction:g}-{arguments.epochs}-{seed}")
+    of = "training" if variant in OF_THE_TRAINING else variant
+    if arguments.dir and arguments.include != INCLUDE:
+        name += f"-{fingerprint(arguments.include)[:8]}"
+    uri = os.path.join(arguments.cache, f"{name}-{of}-{fraction:g}-{arguments.epochs}-{seed}")
     if arguments.dir:
         source = {
             "uri": os.path.abspath(arguments.dir),
@@ -78,8 +91,13 @@ def run_of(settings: dict[str, Any]) -> Run:
     """The finished run of a configuration."""
     run = Run(settings["run"])
     finished = storage.exists(run.ledger_file) and "report" in run.ledger()
-    if not finished or run.ledger()["report"].state != "done":
-        raypipe.run(settings)
+    score = settings["extrapolate"].get("score")
+    if (
+        not finished
+        or run.ledger()["report"].state != "done"
+        or score not in (None, run.config().score)
+    ):
+        raypipe.run(settings, overwrite=True)
     return run
 
 
@@ -147,7 +165,7 @@ def main() -> None:
     )
     parser.add_argument("--dir", help="folder of Parquet files; default: the bundled digits")
     parser.add_argument(
-        "--include", default="train-0000[01]*", help="files of the folder: 10,000 images of CIFAR"
+        "--include", default=INCLUDE, help="files of the folder: 10,000 images of CIFAR"
     )
     parser.add_argument("--fractions", default="0.2,0.1")
     parser.add_argument("--variants", default="loss", help=", ".join(VARIANTS))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import platform
 import threading
 import time
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from raypipe.plugins import code_allowed
 from raypipe.proxies.networks import build_network
 from raypipe.scores.forward_mode import Aligner
 from raypipe.scores.moso import alignments, gradient_sum, parameters_of
@@ -46,9 +48,33 @@ KINDS = (
     ("torchvision:vit_b_16", 64),
     ("torchvision:swin_t", 64),
     ("timm:vit_tiny_patch16_224", 64),
+    ("alignment:gated", 64),
 )
 """Networks of all kinds, and image sizes."""
 KINDS_BATCH = 16
+
+
+class Gate(nn.Module):
+    """A layer that no library knows: a learned gate for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.scale * x)
+
+
+def gated(classes: int, image_size: int, channels: int) -> nn.Module:
+    """A module of one's own, as `module:function` names it."""
+    widths = (channels, 32, 64, 128)
+    blocks = [
+        layer
+        for before, after in itertools.pairwise(widths)
+        for layer in (nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), Gate(after))
+    ]
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+    return nn.Sequential(*blocks, *pooled)
 
 
 def forward(
@@ -249,7 +275,8 @@ def kinds(arguments: argparse.Namespace, device: str) -> None:
     )
     for name, size in KINDS:
         torch.manual_seed(0)
-        model = build_network(name, 100, size).to(device).eval()
+        with code_allowed():
+            model = build_network(name, 100, size).to(device).eval()
         with torch.no_grad():  # some heads start at zero, and then nothing else has a gradient
             model.head.weight.normal_(0, 0.02)
         model = model.to(memory_format=torch.channels_last)

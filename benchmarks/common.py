@@ -220,9 +220,8 @@ def train(settings: ProxySettings, images: Images, folder: str) -> None:
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            pixels = torch.from_numpy(
-                training.augment(images.pixels[rows], settings, epoch, step, slice(None))
-            )
+            augmented = training.augment(images.pixels[rows], settings, epoch, step, slice(None))
+            pixels = training.shrink(torch.from_numpy(augmented), settings.size_in_epoch(epoch))
             target = torch.from_numpy(images.label[rows])
             if settings.adversary is not None:
                 begin = starting_points(pixels.shape, settings.seed, epoch, 1 + step, 1)

@@ -7,11 +7,11 @@ Kinds of features (`embed.model`), always with the statistics of the proxy:
 
     proxy           the proxy: `small`, trained on other images of the same data set
     other data      `small`, trained on images in other classes: those whose class is in the second half. Lists and scores concern the first
+    self-supervised `small`, trained by SimCLR on all images in those other classes, without labels
     random          `small` with the weights that it starts with
-    proxy + other   both side by side, the second with the spread of the first, as raypipe does with `embed.from`
-    proxy + random  the same with the random network
+    proxy + ...     both side by side, the second with the spread of the first, as raypipe does with `embed.from`
 
-Weights of DINOv2 and the like cannot be downloaded where this ran; a network trained on other data stands in for them, and it is far weaker.
+Weights of DINOv2 and the like cannot be downloaded where this ran; the networks stand in for them, and they are far weaker.
 
 Extrapolation: the score is EL2N by a second proxy, trained on images that neither it nor anyone else is judged on. Extrapolators are fitted on
 half of the samples and judged on the other half by Spearman's correlation. Strategies: lists of 30 % within classes, accuracy of `small` trained
@@ -21,16 +21,20 @@ on them for 30 epochs, on test images. From seed to seed everything differs but 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
+from pathlib import Path
 
 import numpy as np
 import torch
 from common import Images, data_options, embed, interval, load, predict, table
 from scipy.stats import spearmanr
 
-from raypipe.config import ProxySettings
+from raypipe.config import ProxySettings, PseudoLabelSettings
 from raypipe.extrapolators.base import Nodes
+from raypipe.pseudo_labels.simclr import pretext_network, pretrain
 from raypipe.runs.features import spread
+from raypipe.runs.ledger import fingerprint
 from raypipe.selection import Chunk, SelectionOptions, select
 from raypipe.vision.fitting import fit, statistics_of, test
 
@@ -67,6 +71,14 @@ def network(
     ).eval()
 
 
+def self_supervised(images: Images, rows: np.ndarray, seed: int) -> torch.nn.Module:
+    """`small`, trained by SimCLR on some rows, without their labels."""
+    pixels = images.pixels[rows]
+    model = pretext_network("small", pixels.shape[-1], *statistics_of(pixels), seed)
+    pretrain(model, pixels, PseudoLabelSettings(seed=seed), flip=True)
+    return model
+
+
 def beside(first: Nodes, second: Nodes) -> Nodes:
     """Both embeddings side by side, the second with the spread of the first."""
     scale = spread(first.embedding) / spread(second.embedding)
@@ -87,12 +99,13 @@ def one_seed(images: Images, held: Images, seed: int) -> dict[tuple[str, str], f
     kinds = {"proxy": seen}
     for name, model in (
         ("other data", network(images, others[: len(first)], seed + 200)),
+        ("self-supervised", self_supervised(images, others, seed + 250)),
         ("random", network(images, first, seed + 300, steps=0)),
     ):
         nodes = embed(model, samples)
         kinds[name] = Nodes(nodes.embedding, seen.label, seen.signals)
-    kinds["proxy + other"] = beside(seen, kinds["other data"])
-    kinds["proxy + random"] = beside(seen, kinds["random"])
+    alone = tuple(kinds)
+    kinds |= {f"proxy + {name}": beside(seen, kinds[name]) for name in alone[1:]}
     with torch.inference_mode():
         logits = torch.cat([scorer(pixels) for pixels, _ in samples.batches()])
     target = torch.nn.functional.one_hot(torch.from_numpy(samples.label), images.classes)
@@ -112,7 +125,7 @@ def one_seed(images: Images, held: Images, seed: int) -> dict[tuple[str, str], f
             seen.signals[:, 0].astype(np.float32),
             position=0,
         )
-        for strategy in STRATEGIES if kind in ("proxy", "other data", "random") else ():
+        for strategy in STRATEGIES if kind in alone else ():
             options = SelectionOptions(by_class=True, seed=seed)
             (cut,) = select(
                 lambda _, chunk=chunk: [chunk],
@@ -133,6 +146,21 @@ def one_seed(images: Images, held: Images, seed: int) -> dict[tuple[str, str], f
     return result
 
 
+def kept_results(
+    arguments: argparse.Namespace, images: Images, held: Images
+) -> list[dict[tuple[str, str], float]]:
+    """Results of every seed. Those in the cache are not computed again."""
+    results = []
+    for seed in range(arguments.seeds):
+        what = fingerprint(arguments.dir, len(images), len(held), arguments.image_size, seed)
+        path = Path(arguments.cache, f"features-{what}.json")
+        if not path.exists():
+            found = one_seed(images, held, seed)
+            path.write_text(json.dumps([[*key, value] for key, value in found.items()]))
+        results.append({(kind, of): value for kind, of, value in json.loads(path.read_text())})
+    return results
+
+
 def cell(values: list[float]) -> str:
     """Mean and half the width of its 95 % interval."""
     mean, half = interval(values)
@@ -148,7 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     images, held = load(arguments, 2000)
-    results = [one_seed(images, held, seed) for seed in range(arguments.seeds)]
+    results = kept_results(arguments, images, held)
     judged = sum(images.label < images.classes // 2) // 3
     print(
         f"{platform.machine()}, {arguments.threads} thread(s); {len(images.label):,} images, of which "

@@ -101,12 +101,13 @@ class LocalNodes:
     folder     an empty folder with a short path (sockets are made in it)
     jobs       with a job server, at `job_server`
     variables  more of the environment of all its processes
+    last       number of the node that was added last
     """
 
     def __init__(
         self, folder: Path, jobs: bool = False, variables: Mapping[str, str] | None = None
     ) -> None:
-        self.folder, self._last = folder, HEAD
+        self.folder, self.last = folder, HEAD
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._added: dict[int, dict[str, float]] = {}
         (folder / "home").mkdir(parents=True)
@@ -172,8 +173,8 @@ class LocalNodes:
 
     def add(self, cpus: int, gpus: int = 0, wait: bool = True) -> int:
         """Add a node; returns its number, the last part of its address."""
-        self._last += 1
-        number = self._last
+        self.last += 1
+        number = self.last
         self._added[number] = {"CPU": cpus, "GPU": gpus}
         self._start(number)
         if wait:
@@ -215,6 +216,10 @@ class LocalNodes:
                     found.append(process)
         return found
 
+    def terminate(self, number: int) -> None:
+        """SIGTERM to `ray start` of a node, as when a provider ends a machine."""
+        self._nodes[number].terminate()
+
     def lose(self, number: int) -> None:
         """SIGKILL a node's raylet and all that works there, as when a machine goes."""
         raylet = self.raylet(number)
@@ -227,6 +232,10 @@ class LocalNodes:
                 else []
             )
             self._nodes.pop(number).wait(20)
+
+    def announcer(self) -> Announcer:
+        """Something that announces the end of nodes. Start it some seconds before it is needed."""
+        return Announcer(self)
 
     def _mine(self) -> Iterator[psutil.Process]:
         """Processes of this cluster: those whose command names its folder, and what these have started."""
@@ -246,6 +255,53 @@ class LocalNodes:
                 return False
             time.sleep(0.2)
         return True
+
+
+class Announcer:
+    """Announces to Ray that nodes will be taken away, as a provider of spot machines does.
+
+    A process that has imported Ray does it at once; `ray drain-node` takes seconds to start.
+    """
+
+    def __init__(self, nodes: LocalNodes) -> None:
+        command = [sys.executable, "-c", ANNOUNCER, nodes.address]
+        self._process = subprocess.Popen(
+            command,
+            env=nodes.environment,
+            cwd=nodes.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def announce(self, number: int, seconds: int) -> None:
+        """Announce that a node will be taken away in some seconds."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{node_id(number)} {seconds}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer == "True\n", f"node {number} was not drained: {answer}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait(20)
+
+
+ANNOUNCER = """
+import sys, time
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+gcs = GcsClient(address=sys.argv[1])
+for line in sys.stdin:
+    node, seconds = line.split()
+    end = int(1000 * (time.time() + int(seconds)))
+    accepted, why = gcs.drain_node(node, reason, "spot", end)
+    print(accepted or why, flush=True)
+"""
 
 
 def end_processes(processes: list[psutil.Process]) -> None:

@@ -1,6 +1,6 @@
 """Whole runs with networks, weights, a score and a strategy from outside raypipe.
 
-    python benchmarks/own_networks.py DATA --dir FOLDER [--runs small,convnext,vit,module,plugin]
+    python benchmarks/own_networks.py DATA --dir FOLDER [--runs small,convnext,...]
         > benchmarks/results/own-networks-cpu.txt
 
 DATA is a folder of Parquet files, as for jobs/configs/cifar10.yaml. The runs:
@@ -11,6 +11,10 @@ DATA is a folder of Parquet files, as for jobs/configs/cifar10.yaml. The runs:
               this machine (moto). No weights are downloaded: the file has random ones
     module    a function in a file next to the configuration, submitted with `ray job submit`
     plugin    the score and the strategy of examples/plugin, installed with pip; with `small`
+    proxy     `small`, with a score that is extrapolated from the embeddings of the proxy
+    table     the same, from embeddings of a table: those that the run `convnext` wrote
+    features  the same, from features by a function in a file next to the configuration, submitted
+              with `ray job submit`
 
 Each run is the command that a user would type, and `seconds` is its wall time, with the start of
 Ray (for `module`, of the job). Trust limits are off, so that weak proxies also get keep-lists.
@@ -64,6 +68,18 @@ def build(classes, image_size, channels):
 '''
 
 
+FEATURES = '''"""Mean colours of the sixteen tiles of an image."""
+
+from torch import nn
+
+
+def build(image_size, channels):
+    return nn.Sequential(nn.AvgPool2d(image_size // 4), nn.Flatten())
+'''
+EL2N = {"scores": ["el2n"], "el2n": {"at": "checkpoints"}}
+"""A score that is extrapolated."""
+
+
 def settings(run: str, arguments: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """The configuration that all runs have in common, with changes by section."""
     config: dict[str, Any] = {
@@ -91,7 +107,7 @@ def settings(run: str, arguments: argparse.Namespace, **changes: Any) -> dict[st
         "trust": {"min_spearman": -1, "min_stability": -1, "min_accuracy_over_chance": -1},
     }
     for section, values in changes.items():
-        config[section] |= values
+        config[section] = config.get(section, {}) | values
     return config
 
 
@@ -109,6 +125,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "measure": {"scores": [SCORE], "options": {SCORE: {"epochs": 5}}},
         "select": {"strategy": STRATEGY, "options": {STRATEGY: {"max_loss": 3}}},
     },
+    "proxy": {"measure": EL2N},
+    "table": {"measure": EL2N, "embed": {"model": "none", "from": "../convnext/run/embeddings"}},
+    "features": {"measure": EL2N, "embed": {"model": "my_features:build"}},
 }
 """Changes of the configuration, by run."""
 
@@ -119,6 +138,7 @@ def weights_on_s3() -> Iterator[dict[str, str]]:
     import logging
 
     import timm
+    import torch
     from moto.server import ThreadedMotoServer
     from safetensors.torch import save_file
 
@@ -139,6 +159,7 @@ def weights_on_s3() -> Iterator[dict[str, str]]:
         from raypipe import storage
 
         storage.filesystem(f"s3://{BUCKET}")[0].mkdir(BUCKET)
+        torch.manual_seed(0)
         network = timm.create_model("vit_tiny_patch16_224", img_size=32)
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             save_file(network.state_dict(), file.name)
@@ -170,8 +191,9 @@ def timed(command: list[str], folder: Path, variables: Mapping[str, str]) -> flo
 def measure(name: str, folder: Path) -> float:
     """Do one run; return its seconds."""
     command = [sys.executable, "-m", "raypipe", "run", "run.yaml"]
-    if name == "module":
+    if name in ("module", "features"):
         (folder / "my_network.py").write_text(NETWORK)
+        (folder / "my_features.py").write_text(FEATURES)
         with (
             tempfile.TemporaryDirectory(prefix="own-") as short,
             LocalNodes(Path(short) / "ray", jobs=True) as nodes,
@@ -199,8 +221,11 @@ def figures(name: str, folder: Path) -> str:
     config = yaml.safe_load((folder / "run.yaml").read_text())
     fidelity, stability = summary["fidelity"], summary["stability"] or {}
     kept = "/".join(str(item["samples"]) for item in summary["keep"])
+    seen = config.get("embed", {})
+    features = "embed.from" if "from" in seen else seen.get("model")
+    network = config["proxy"]["model"] + (f", {features}" if features else "")
     columns = [
-        f"{name:<9}{config['proxy']['model']:<28}{config['measure']['scores'][0]:<11}",
+        f"{name:<9}{network:<28}{config['measure']['scores'][0]:<11}",
         *(
             f"{value:>10.2f}" if value is not None else f"{'-':>10}"
             for value in (fidelity["spearman"], stability.get("value"), fidelity["proxy_accuracy"])

@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline.py DATA --dir FOLDER [--samples 10000] [--parts pipeline,full,script,floor] [--threads 2]
 
+The run is one with a predicted score, MoSo, and one proxy: what a script can do as well. `versions.py` measures a default run.
 DATA is a folder of Parquet files (settings of jobs/configs/cifar10.yaml), or of tars (`--repeat 105` makes 20,160 images of 192: each tar
 is linked so often; images are brought to --size pixels). In one table:
 
@@ -85,9 +86,14 @@ def config_of(arguments: argparse.Namespace, folder: Path, part: str) -> Any:
             "model": arguments.model,
             "image_size": arguments.size,
             "epochs": arguments.epochs,
+            "parts": 1,
+            "batch_size": 128,
+            "progressive_resizing": False,
         },
+        "measure": {"scores": ["moso"]},
+        "select": {"strategy": "ccs"},
         "cluster": {"address": "local"},
-        "trust": {"min_spearman": -1, "min_accuracy_over_chance": -1},
+        "trust": {"min_spearman": -1, "min_stability": -1, "min_accuracy_over_chance": -1},
     }
     if part == "full":
         given["seed"] = {"fraction": 1.0}
@@ -318,7 +324,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--parts", default=",".join(PARTS), help="names with commas")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the script")
-    parser.add_argument("--epochs", type=int, help="of the proxy; default: 30")
+    parser.add_argument("--epochs", type=int, default=30, help="of the proxy")
     parser.add_argument("--model", default="small", help="the proxy")
     parser.add_argument("--size", type=int, default=32, help="pixels that images are brought to")
     parser.add_argument(

@@ -51,6 +51,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "ccs-cut0": {"strategy": "ccs", "hard_cutoff": 0.0},
     "ccs-cut0.1": {"strategy": "ccs", "hard_cutoff": 0.1},
     "ccs-cut0.3": {"strategy": "ccs", "hard_cutoff": 0.3},
+    "ccs-cut0.5": {"strategy": "ccs", "hard_cutoff": 0.5},
     "beta": {"strategy": "beta", "by_class": True},
     "band": {"strategy": "band"},
     "coverage": {"strategy": "coverage"},
@@ -286,7 +287,7 @@ def parse() -> Namespace:
     )
     add = parser.add_argument
     add("--dir", required=True, help="folder of Parquet files")
-    add("--include", default="train-0000[01]*", help="which files of the folder are for training")
+    add("--include", default=agreement.INCLUDE, help="which files of the folder are for training")
     add("--test-include", default="test-*", help="which are for the test")
     add("--lists", type=names_of, default=["0.2.loss.ccs", "0.2.loss.strata1"])
     add("--keep", type=shares_of, default=shares_of("0.1,0.2,0.3,0.5,0.7"))

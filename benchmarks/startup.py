@@ -1,15 +1,16 @@
 """What there is before any work: size of the wheel, weight of what a plain install brings, imports, and the commands that start nothing.
 
-    python benchmarks/startup.py [--run RUN ...] [--repeats 5]
+    python benchmarks/startup.py [--run RUN ...] [--repeats 5] [--demo 2 [--before ../before]]
 
-Imports and commands are processes of their own, the best of --repeats, in seconds of the clock; `python` alone is among them. `select` and
+Imports and commands are processes of their own, the best of --repeats, in seconds of the clock and of the processor; `python` alone is among them. `select` and
 `report` write into the runs (the same again), `inspect` looks at the source that the run had. Weights are of the files that pip installed,
-without extras.
+without extras. --demo times whole demos, from the command to its end; with --before in turn with those of another checkout.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import re
@@ -27,11 +28,15 @@ from packaging.requirements import Requirement
 from raypipe.runs.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-RAYPIPE = (
-    "import sys; from raypipe.cli import cli; cli(sys.argv[1:], standalone_mode=False); "
-    "print('with', *sorted({'ray', 'torch'} & set(sys.modules)), file=sys.stderr)"
-)
-WITHIN = 2.0
+RAYPIPE = """
+import sys
+from raypipe.cli import main
+try:
+    main()
+finally:
+    print("with", *sorted({"ray", "torch", "pandas"} & set(sys.modules)), file=sys.stderr)
+"""
+WITHIN = 1.0
 """Seconds in which these commands are to answer."""
 CUDA = ("torch", "triton", "nvidia", "cuda")
 """How names of what comes with PyTorch begin, torchvision and torch-geometric among them."""
@@ -94,17 +99,18 @@ def weight(package: Distribution) -> int:
     return sum(os.path.getsize(str(file)) for file in files if os.path.isfile(str(file)))
 
 
-def best(command: list[str], repeats: int) -> tuple[float, str]:
-    """Seconds, and the last line that it wrote to stderr."""
-    times, said = [], ""
+def best(command: list[str], repeats: int) -> tuple[float, float, str]:
+    """Seconds of the clock, seconds of the processor, and the last line that it wrote to stderr."""
+    times, processor, said = [], [], ""
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), sum(os.times()[2:4])
         done = subprocess.run(command, capture_output=True, text=True)
         times.append(time.perf_counter() - start)
+        processor.append(sum(os.times()[2:4]) - used)
         if done.returncode:
             raise SystemExit(f"{' '.join(command[2:])}: {done.stderr}")
         said = (done.stderr.strip().splitlines() or [""])[-1]
-    return min(times), said
+    return min(times), min(processor), said
 
 
 def commands(uri: str, repeats: int) -> None:
@@ -118,12 +124,32 @@ def commands(uri: str, repeats: int) -> None:
         ["select", uri],
         ["report", uri],
     ):
-        seconds, said = best([sys.executable, "-c", RAYPIPE, *words], repeats)
+        seconds, processor, said = best([sys.executable, "-c", RAYPIPE, *words], repeats)
         slow = "" if seconds < WITHIN else f"  more than {WITHIN:g} s"
         heavy = (
             f"  imports {said.removeprefix('with ')}" if said.removeprefix("with").strip() else ""
         )
-        print(f"raypipe {words[0]:<22}{seconds:>8.2f} s{slow}{heavy}", flush=True)
+        print(
+            f"raypipe {words[0]:<22}{seconds:>8.2f} s{processor:>8.2f} processor s{slow}{heavy}",
+            flush=True,
+        )
+
+
+def demos(checkouts: list[Path], rounds: int) -> None:
+    """Demos of all checkouts in turn, each in a folder of its own."""
+    for number, checkout in itertools.product(range(rounds), checkouts):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "raypipe", "demo"],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(checkout)},
+                capture_output=True,
+                check=True,
+            )
+            seconds = time.perf_counter() - start
+        which = "" if checkout == ROOT else f" of {checkout.name}"
+        print(f"demo {number + 1}{which:<24}{seconds:>8.1f} s", flush=True)
 
 
 def main() -> None:
@@ -134,6 +160,8 @@ def main() -> None:
         "--run", action="append", default=[], help="a finished run; may be repeated"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--demo", type=int, default=0, help="how many demos")
+    parser.add_argument("--before", type=Path, help="another checkout, whose demos are timed too")
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"\nwheel of raypipe {wheel() / 1e3:>27,.0f} kB")
@@ -152,12 +180,12 @@ def main() -> None:
         ("raypipe --help", ["-c", RAYPIPE, "--help"]),
         ("raypipe init", ["-c", RAYPIPE, "init"]),
     ):
-        print(
-            f"{what:<30}{best([sys.executable, *command], arguments.repeats)[0]:>8.2f} s",
-            flush=True,
-        )
+        seconds, processor, _ = best([sys.executable, *command], arguments.repeats)
+        print(f"{what:<30}{seconds:>8.2f} s{processor:>8.2f} processor s", flush=True)
     for uri in arguments.run:
         commands(uri, arguments.repeats)
+    before = [arguments.before.resolve()] if arguments.before else []
+    demos([*before, ROOT], arguments.demo)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from raypipe.runs.run import Run
 from raypipe.scores.registry import SCORES
 from raypipe.scores.trajectory import STATISTICS
 from raypipe.stages.measure.trajectories import columns_of, read_groups, score_rows
-from raypipe.stages.proxy.worker import group_rows, predictions, write_trajectory
+from raypipe.stages.proxy.predictions import group_rows, predictions, write_trajectory
 
 CASES = ((50_000, 10, 50), (256_000, 1_000, 10))
 """Samples, classes, epochs."""

@@ -357,6 +357,12 @@ def error_classes() -> list[type[errors.RaypipeError]]:
     ]
 
 
+def exit_code_table() -> str:
+    """Return the exit codes of all commands and jobs, for `reference/exit-codes.md`."""
+    rows = [f"| {code} | {text[0].upper()}{text[1:]} |" for code, text in errors.EXIT_CODES.items()]
+    return "\n".join(["| Code | Meaning |", "|---|---|", *rows]) + "\n"
+
+
 def exit_codes_page() -> str:
     """Return the errors a user can meet with their exit codes, for `reference/exit-codes.md`."""
     lines = [
@@ -380,6 +386,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "cli": cli_page,
     "settings": settings_page,
     "python": python_page,
+    "exit-code-table": exit_code_table,  # on the page exit-codes
     "exit-codes": exit_codes_page,
 }
 """What a page can have filled in, besides the files of `INCLUDED`."""

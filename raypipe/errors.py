@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+EXIT_CODES = {
+    0: "done",
+    1: "failed or stopped",
+    2: "wrong usage or configuration; nothing was started",
+    3: "scores and report are written, but too uncertain to prune by; no keep-lists are written",
+    4: "done, and a refresh is advised (jobs/nightly.py)",
+    5: "done; no evidence that the chosen list beats random lists (evaluate --certify)",
+    6: "done; the chosen list is worse than random lists (evaluate --certify)",
+}
+"""What every command and job can exit with."""
+
 
 class RaypipeError(Exception):
     """Base class: a problem that the user can fix. Printed as one line, without a traceback."""

@@ -21,6 +21,7 @@ from raypipe.distributed.outside_code import changes, of_stage, report_unseen
 from raypipe.errors import (
     ConfigError,
     MemoryShortageError,
+    RaypipeError,
     ResourceError,
     RunError,
     TrustError,
@@ -364,10 +365,10 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     started = time.monotonic()
     try:
         _execute_stage(stage, context, record)
-        if code := of_stage(name, context.code):
-            record.detail[FIELD] = code
+        _note_code(record, name, context)
         record.state, record.finished = "done", now()
     except BaseException as error:
+        _note_code(record, name, context)
         record.state = "refused" if isinstance(error, TrustError) else "failed"
         record.error = str(error) or type(error).__name__
         record.wall_seconds += time.monotonic() - started
@@ -383,6 +384,12 @@ def advance(stage: Stage, context: Context, records: dict[str, StageRecord]) -> 
     )
 
 
+def _note_code(record: StageRecord, name: str, context: Context) -> None:
+    """Record which code a stage ran with, so that the next run can name what has changed."""
+    if code := of_stage(name, context.code):
+        record.detail[FIELD] = code
+
+
 def _execute_stage(stage: Stage, context: Context, record: StageRecord) -> None:
     """Execute a stage, and turn interrupts and a lack of memory into errors that explain them."""
     name = stage.name
@@ -394,6 +401,9 @@ def _execute_stage(stage: Stage, context: Context, record: StageRecord) -> None:
             context.run.lease.check()
         if context.gave_up_waiting:
             raise ResourceError(f"{name}: {context.gave_up_waiting}") from None
+        raise
+    except ConfigError as error:  # such as code of the user's own that returns no pixels
+        error.exit_code = RaypipeError.exit_code
         raise
     except MemoryShortageError as error:
         remedy = f"Lower {LESS_MEMORY[name]}, or use" if name in LESS_MEMORY else "Use"

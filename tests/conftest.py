@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ from helpers import (
 from xdist.scheduler import LoadScopeScheduling
 
 from raypipe import storage
+
+# Threads of OpenMP busy-wait: next to another test or Ray's workers, two are much slower than one.
+# Workers of xdist and the commands that tests start inherit it before they import anything.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class RayFirst(LoadScopeScheduling):
@@ -58,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Use one thread: torch's threads busy-wait, and next to Ray's workers two are much slower."""
+    """Use one thread in torch, which can be imported before the variable is set."""
     torch.set_num_threads(1)
 
 

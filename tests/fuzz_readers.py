@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 from bad_inputs import (
     FORMATS,
     GOOD,
+    BadSample,
     encode,
     example,
     good_samples,
@@ -93,8 +94,17 @@ def originals() -> dict[str, list[bytes]]:
     pq.write_table(
         wide, buffers[2], compression="gzip", use_dictionary=False, write_page_checksum=True
     )
-    parquet = [parquet_bytes(samples, row_group_size=4), *(buffer.getvalue() for buffer in buffers)]
+    # mostly pixels, so that many mutations leave something to read
+    bitmaps = [
+        BadSample(f"bitmap-{row}", encode(picture(60, 60, row), "BMP"), row % 3) for row in range(4)
+    ]
+    parquet = [
+        parquet_bytes(samples, row_group_size=4),
+        parquet_bytes(bitmaps, compression="none"),
+        *(buffer.getvalue() for buffer in buffers),
+    ]
     tars = [
+        tar_bytes(samples[:1]),  # a single sample, so that many mutations leave nothing
         tar_bytes(samples, *((info, data) for info, data, _ in path_tricks())),
         long_names(tarfile.GNU_FORMAT),
         long_names(tarfile.PAX_FORMAT),
@@ -117,7 +127,7 @@ def originals() -> dict[str, list[bytes]]:
     ]
     shard = mds_shard_bytes(rows, {"image": "png", "label": "int", "key": "str"})
     result |= {
-        "tfrecord": [tfrecord_bytes(records)],
+        "tfrecord": [tfrecord_bytes(records), tfrecord_bytes(records[:1])],
         "tfrecord.gz": [
             gzip.compress(tfrecord_bytes(records)),
             zlib.compress(tfrecord_bytes(records)),

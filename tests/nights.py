@@ -22,6 +22,7 @@ from raypipe import storage
 from raypipe.config import Config, apply_overrides, parse_config
 from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.context import Context
+from raypipe.distributed.tree_sum import TreeSum
 from raypipe.nightly import Night, run_night
 from raypipe.pipeline import execute
 from raypipe.runs.checkpoints import empty_proxy
@@ -59,6 +60,25 @@ def serial_stream(
     for unit in units:
         assert actor is not None
         on_result(actor(name(unit), read(unit)))
+
+
+def serial_sums(
+    groups: Sequence[Any],
+    keys: Sequence[str],
+    sum_group: Callable[[Any], list[Any]],
+    merge: Callable[..., Any],
+    store: Callable[[str, Any], None],
+    pool: Any,
+    on_report: Callable[[UnitResult], None],
+) -> None:
+    totals = [TreeSum(merge) for _ in keys]
+    for group in groups:
+        *values, report = sum_group(group)
+        for total, value in zip(totals, values, strict=True):
+            total.add(value)
+        on_report(report)
+    for key, total in zip(keys, totals, strict=True):
+        store(key, total.whole())
 
 
 def serial_parts(context: Context, parts: dict[str, Any], samples: int, *_: Any) -> float:
@@ -105,6 +125,7 @@ def in_process(patch: pytest.MonkeyPatch) -> None:
     for module in ("embed.stage", "extrapolate.stage", "measure.gradients"):
         patch.setattr(f"raypipe.stages.{module}.stream", serial_stream)
     patch.setattr("raypipe.distributed.tasks.run_tasks", run_tasks)
+    patch.setattr("raypipe.stages.measure.mean_gradient.tree_sums", serial_sums)
     for module in ("fit", "extremes"):
         patch.setattr(f"raypipe.stages.extrapolate.{module}.run_step_functions", serial_parts)
     patch.setattr("raypipe.stages.proxy.stage._train", quick_training)

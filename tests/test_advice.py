@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import raypipe
 from raypipe.config import SourceSettings, apply_overrides, parse_config
-from raypipe.errors import ConfigError, RunError, SourceError
+from raypipe.distributed.context import Context
+from raypipe.errors import ConfigError, RunError, SourceError, StageError
+from raypipe.estimate.inspect_text import describe_survey
 from raypipe.evaluation.decoded import list_test_set
+from raypipe.evaluation.held_out import source_of_test_set
+from raypipe.progress import Progress
+from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.sources import class_map, open_source
 from raypipe.sources.classes import ClassMap, lone_classes_note
-from raypipe.stages.seed.stage import size_problem
+from raypipe.sources.formats import LABEL_PLACES
+from raypipe.stages.index.classes import write_classes
+from raypipe.stages.seed.stage import SeedStage, size_problem
 
 
 def images(folder: Path, *names: str) -> str:
@@ -64,6 +73,9 @@ def test_a_test_set_that_does_not_exist_is_an_option_of_evaluate(tmp_path: Path)
         with pytest.raises(SourceError, match=words) as error:
             list_test_set(SourceSettings(uri=uri, **options), SourceSettings(uri="x"), classes)
         assert "source." not in str(error.value)
+    config = parse_config({"run": "x", "source": {"uri": "y"}})
+    with pytest.raises(SourceError, match=r"no such file or folder; check --test$"):
+        source_of_test_set(config, uri, [])
 
 
 def manifest(samples: int, *per_class: int) -> SeedManifest:
@@ -76,8 +88,13 @@ def manifest(samples: int, *per_class: int) -> SeedManifest:
     ("seed", "total", "settings", "words", "never"),
     [
         (manifest(5, 3, 2), 5, ["seed.fraction=1"], "the source has 5 samples", "Raise"),
-        (manifest(40, 40), 400, [], "but the source has one class.*pseudo_labels", "Raise"),
-        (manifest(0), 400, [], "but the source has no labels.*label_column to null", "Raise"),
+        (
+            manifest(40, 40),
+            400,
+            [],
+            "but the source has one class.*set source.label_column to null and pseudo_labels.clusters",
+            "Raise",
+        ),
         (manifest(8, 4, 4), 80, [], r"Raise seed.fraction \(now 0.1\)", "pseudo_labels"),
         (manifest(8, 4, 4), 80, ["seed.fraction=1"], "seed.fraction is 1", "Raise"),
     ],
@@ -90,6 +107,41 @@ def test_a_seed_set_that_is_too_small(
     problem = size_problem(seed, config("seed.fraction=0.1", *settings), total)
     assert re.search(words, problem) and never not in problem
     assert size_problem(manifest(400, 200, 200), config(*settings), 4000) == ""
+
+
+@pytest.mark.parametrize("format", LABEL_PLACES)
+def test_a_source_without_labels(tmp_path: Path, format: str) -> None:
+    run = Run(f"{tmp_path}/run")
+    write_classes(run, ClassMap((), numeric=False))
+    source = {"uri": str(tmp_path), "format": format}
+    context = Context(parse_config({"run": run.uri, "source": source}), run, Progress())
+    with pytest.raises(StageError) as error:  # before anything is drawn
+        SeedStage().execute(context, StageRecord())
+    assert f"has no labels. They are read from {LABEL_PLACES[format]}." in str(error.value)
+    assert "source.label_column to null and pseudo_labels.clusters" in str(error.value)
+
+
+def test_tars_named_after_classes_have_no_labels(tmp_path: Path) -> None:
+    image = images(tmp_path / "images", "0.png")
+    for name in ("cat", "dog"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(f"{image}/0.png", "0.png")
+    text = "\n".join(describe_survey(raypipe.inspect(f"{tmp_path}/*.tar")))
+    assert "the samples have no labels" in text and "not from the names of tars" in text
+    ignored = raypipe.inspect(
+        f"{tmp_path}/*.tar", overrides=["label_column=null", "pseudo_labels.clusters=2"]
+    )
+    text = "\n".join(describe_survey(ignored))
+    assert "source.label_column is null" in text and "a run needs" not in text
+
+
+@pytest.mark.parametrize("names", [["cat/1.png", "cat/2.png"], ["1.png", "2.png"]])
+def test_a_preview_of_one_class_or_none_names_pseudo_labels(
+    tmp_path: Path, names: list[str]
+) -> None:
+    survey = raypipe.inspect(images(tmp_path, *names))
+    text = "\n".join(describe_survey(survey))
+    assert "a run needs 2 classes" in text and "pseudo_labels.clusters" in text
 
 
 def test_minus_one_is_no_label_in_every_format() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +131,19 @@ def test_inspect_shows_what_would_be_read_and_what_it_would_cost(capsys) -> None
         assert expected in out
 
 
+def test_inspect_names_the_settings_it_used(capsys, tmp_path) -> None:
+    (tmp_path / "my.yaml").write_text("run: a\n")
+    file = ["--config", str(tmp_path / "my.yaml")]
+    changed = ["--set", "seed.fraction=0.2"]
+    for arguments, expected in [
+        (changed, "of a run with the given settings, otherwise default settings: 1,797 samples"),
+        (file + changed, "my.yaml and --set: 1,797 samples, 359 of them measured"),
+        (file, "my.yaml: 1,797 samples, 180 of them measured"),
+    ]:
+        code, out, _ = _main(capsys, "inspect", "digits://", *arguments)
+        assert code == 0 and expected in out
+
+
 def test_inspect_takes_the_settings_of_a_configuration(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://nowhere:1")
     (tmp_path / "c.yaml").write_text("run: r\nsource: {uri: 'digits://'}\nseed: {fraction: 0.5}\n")
@@ -201,6 +215,18 @@ def test_a_damaged_run_is_an_error_not_a_traceback(capsys, tmp_path) -> None:
         assert "run.json" in err
 
 
+def test_the_driver_of_single_workers_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from raypipe import pipeline\n"
+        "from raypipe.distributed import context, ray_train\n"
+        "from raypipe.stages.proxy import entry, training_job\n"
+        "for name in pipeline._STAGES:\n    pipeline.make_stage(name)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
 @pytest.mark.parametrize(
     "arguments", [["init"], ["--help"], ["inspect", "digits://"], ["status", "nowhere"]]
 )
@@ -220,6 +246,24 @@ def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
     )
     assert done.stdout.strip().endswith("[]")
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("verb", ["select", "report"])
+def test_select_and_report_import_no_pandas_and_leave_it_importable(
+    verb: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "data" / "run-0.1.0", run)
+    code = (
+        "import sys\nfrom raypipe.cli import main\n"
+        f"sys.argv = ['raypipe', {verb!r}, {str(run)!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'pandas', 'scipy.stats'} & set(sys.modules)))\n"
+        "import pandas, pyarrow\n"
+        "print(pyarrow.array(pandas.Series([1, 2])).to_pylist(), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["[]", "[1, 2]"], done.stderr
 
 
 def test_the_demo_is_the_configuration_of_the_digits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 import raypipe
 from raypipe.cli import cli
 from raypipe.config import load_config, parse_config
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, RunError
 from raypipe.progress import describe_progress
 
 
@@ -68,10 +69,69 @@ def test_anchors_and_merge_keys_stay_possible(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "my.yaml")).proxy.epochs == 7
 
 
+def test_a_configuration_is_read_from_a_pipe() -> None:
+    read, write = os.pipe()
+    os.write(write, b"run: a\nproxy: {epochs: 7}\nsource: {uri: x}\n")
+    os.close(write)
+    assert load_config(f"/dev/fd/{read}").proxy.epochs == 7
+    os.close(read)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        raypipe.load_scores,
+        raypipe.KeepList,
+        lambda file: raypipe.load_scores(file, snapshot="x"),
+        lambda file: raypipe.select(file, 0.5),
+        lambda file: raypipe.evaluate(file, "test"),
+        lambda file: raypipe.Run(file).fragments(),
+        lambda file: raypipe.Run(file).classes(),
+        lambda file: raypipe.Run(file).ledger(),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_where_python_expects_a_run(
+    tmp_path: Path, use: Callable[[str | Path], object], kind: type[str] | type[Path]
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("run: a\n")
+    with pytest.raises(RunError, match=r"my\.yaml: a file, not a run"):
+        use(kind(file))
+
+
+def test_python_takes_paths_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("run: a\nsource: {uri: digits://}\n")
+    for config in (file, str(file), {"run": tmp_path, "source": {"uri": Path("digits://")}}):
+        with pytest.raises(ConfigError, match=r"run\.py|until|nowhere"):
+            raypipe.run(config, overrides=["proxy.epochs=2"], until="nowhere")
+        with pytest.raises(ConfigError, match=r"proxy\.epochs: -1"):
+            raypipe.run(config, overrides=["proxy.epochs=-1"])
+    with pytest.raises(ConfigError, match="a list is not allowed"):
+        raypipe.run([1])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("count", ["1000000", "1e6", "1_000_000"])
 def test_a_plan_for_a_round_number(tmp_path: Path, count: str) -> None:
     (tmp_path / "my.yaml").write_text("run: a\nsource: {uri: x, format: parquet}\n")
     assert "images      1,000,000" in output("plan", str(tmp_path / "my.yaml"), "--samples", count)
+
+
+@pytest.mark.parametrize("option", ["--image-bytes=nan", "--image-bytes=inf", "--classes=0"])
+def test_a_plan_for_amounts_that_are_none(tmp_path: Path, option: str) -> None:
+    (tmp_path / "my.yaml").write_text("run: a\nsource: {uri: x, format: parquet}\n")
+    command = ["plan", str(tmp_path / "my.yaml"), "--samples=10", option]
+    with pytest.raises(ConfigError, match="image-bytes and classes: at least 1"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+
+
+def test_a_run_where_a_configuration_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a folder; give the YAML file of the settings$"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.yaml").write_text("run: a\n")
+    with pytest.raises(ConfigError, match=r"settings; of this run, that is .*/config\.yaml$"):
+        load_config(str(tmp_path))
 
 
 @pytest.mark.parametrize("count", ["0", "1.5", "many", "-3", "inf", "nan"])

@@ -289,6 +289,29 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch) -> None:
     assert load_config("config.yaml", ["source.root=null"]).source.root is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("proxy.weights", "w.safetensors", "{here}/w.safetensors"),
+        ("proxy.weights", "none", "none"),
+        ("embed.weights", "w.safetensors", "{here}/w.safetensors"),
+        ("embed.weights", "pretrained", "pretrained"),
+        ("embed.from", "sub/../table", "{here}/table"),
+        ("embed.from", "s3://bucket/table", "s3://bucket/table"),
+        ("embed.model", "transformers:mine", "transformers:{here}/mine"),
+        ("embed.model", "transformers:facebook/dinov2-small", "transformers:facebook/dinov2-small"),
+    ],
+)
+def test_files_of_networks_become_absolute(tmp_path, monkeypatch, name, value, expected) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "config.yaml").write_text("run: out\nsource: {uri: s3://bucket/data}\n")
+    overrides = ["proxy.model=torchvision:vgg11", "embed.model=torchvision:vgg11"]
+    config = load_config("config.yaml", [*overrides, f"{name}={value}"])
+    section, _, field = name.partition(".")
+    assert vars(getattr(config, section))[field] == expected.format(here=tmp_path)
+
+
 def test_what_can_be_rehearsed() -> None:
     def given(**extrapolate: object) -> Config:
         proxy = {"parts": 1, **extrapolate.pop("proxy", {})}  # type: ignore[dict-item]
@@ -363,3 +386,8 @@ def test_weights_of_a_backbone_are_a_path_unless_they_are_a_uri(tmp_path, monkey
         load_config("config.yaml", ["pseudo_labels.weights=torchvision://"]).pseudo_labels.weights
         == "torchvision://"
     )
+
+
+def test_a_run_cannot_be_on_a_web_server() -> None:
+    with pytest.raises(ConfigError, match=r"run: .*a web server cannot hold a run"):
+        parse_config({"run": "https://a.org/run", "source": {"uri": "x"}})

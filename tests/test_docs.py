@@ -23,6 +23,8 @@ from pydantic import BaseModel
 import raypipe
 from raypipe import cli, errors
 from raypipe.config import Config
+from raypipe.evaluation.certificate import VERDICT_EXIT_CODES
+from raypipe.nightly.night import REFRESH_EXIT_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -170,8 +172,17 @@ def test_every_error_is_in_the_reference_with_its_exit_code(reference: ModuleTyp
         row = next(row for row in page.split("\n") if f'id="{error.__name__}"' in row)
         assert f"| {error.exit_code} |" in row
     assert len(every) > 5
-    for code in {error.exit_code for error in every}:
-        assert f"\n| {code} | " in whole
+    codes = {error.exit_code for error in every} | {REFRESH_EXIT_CODE}
+    assert codes | set(VERDICT_EXIT_CODES.values()) == set(errors.EXIT_CODES)
+    for code, text in errors.EXIT_CODES.items():
+        assert f"\n| {code} | {text[0].upper()}{text[1:]} |" in whole
+    # readers of the repository see the same table as those of the site
+    assert reference.exit_code_table() in (DOCS / "reference" / "exit-codes.md").read_text()
+
+
+def test_the_top_of_the_help_lists_every_exit_code() -> None:
+    shown = CliRunner().invoke(cli.cli, ["--help"]).output.partition("Exit codes:")[2]
+    assert [int(line.split()[0]) for line in shown.splitlines() if line] == [*errors.EXIT_CODES]
 
 
 @pytest.mark.ray
@@ -295,8 +306,9 @@ def test_pages_of_the_site_are_in_its_navigation(reference: ModuleType) -> None:
 
 def test_generated_parts_are_on_their_pages(reference: ModuleType) -> None:
     for name, build in reference.GENERATED.items():
-        page = (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
-        assert build() in reference.expanded(page, f"reference/{name}.md")
+        on = name.replace("exit-code-table", "exit-codes")
+        page = (DOCS / "reference" / f"{on}.md").read_text(encoding="utf-8")
+        assert build() in reference.expanded(page, f"reference/{on}.md")
     with pytest.raises(KeyError):
         reference.expanded("<!-- generated: nothing -->\n<!-- end -->", "reference/cli.md")
 

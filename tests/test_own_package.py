@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "guides" / "own-package.md"
 FILE = re.compile(r'^```\w+ title="([\w.]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 QUICK = (
-    "source.limit=900 proxy.image_size=8 proxy.epochs=5 measure.max_actors=1 "
+    "source.limit=600 extrapolate.method=knn proxy.image_size=8 proxy.epochs=5 measure.max_actors=1 "
     "embed.max_actors=1 extrapolate.folds=1 extrapolate.rehearsal=false report.images=4 "
     "trust.min_spearman=-1 trust.min_stability=-1 trust.min_accuracy_over_chance=-1"
 )

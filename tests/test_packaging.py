@@ -84,7 +84,7 @@ def test_demo_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
         cwd=empty, PYTHONPATH=str(copy),
     )  # fmt: skip
     assert Path(where.strip()) == copy / "raypipe" / "__init__.py"
-    changes = ("cluster.address=local", "source.limit=500", "proxy.epochs=10")
+    changes = ("cluster.address=local", "source.limit=400", "proxy.epochs=6")
     demo = [
         copy / "bin" / "raypipe",
         "demo",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCORE = "late-doubt"
 PIXELS = """
 import numpy as np
+from torch import nn
 
 def negatives(image):
     if int(image.sum()) % 97 == 0:
@@ -28,6 +30,25 @@ def negatives(image):
 def darker(image, generator):
     image[:] = image * generator.uniform(0.9, 1)
     return image
+
+def means(image_size, channels):
+    return nn.Sequential(nn.AvgPool2d(image_size // 2), nn.Flatten())
+
+means.default_cfg = {"input_size": (2, 16, 16), "mean": (0.5, 0.5), "std": (0.25, 0.25)}
+"""
+
+
+PARTS = """
+from raypipe.selection import KeepStrategy
+from torch import nn
+
+def means(image_size, channels):
+    return nn.Sequential(nn.AvgPool2d(image_size // 2), nn.Flatten())
+
+class Middle(KeepStrategy):
+    summary = kept = "around a score of 0.5"
+    def preference(self, chunk, options):
+        return -abs(chunk.score - 0.5)
 """
 
 
@@ -62,6 +83,7 @@ def finished(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["proxy"] |= {"augment": "own_pixels:darker", "channels": 2}
     config["measure"] = {"scores": [SCORE], "options": {SCORE: {"epochs": 2}}, "max_actors": 1}
     config["extrapolate"] |= {"method": "knn", "rehearsal": False}
+    config["embed"] = {"model": "own_pixels:means"}
     config["select"] = {
         "keep": [0.5],
         "strategy": "uncontradicted",
@@ -92,11 +114,15 @@ def test_a_module_beside_the_configuration_reaches_the_workers(finished: Path) -
     assert 0 < len(bad) < 10
     rejects = pq.read_table(finished / "run" / "rejects").to_pylist()
     assert len(rejects) == len(bad)
-    reason = "source.transform: ValueError: a bad number, own_pixels.py line 6"
+    reason = "source.transform: ValueError: a bad number, own_pixels.py line 7"
     assert {row["reason"] for row in rejects} == {reason}
     shard = pq.read_table(next((finished / "run" / "seed").glob("seed-*.parquet")))
     pixels = np.frombuffer(shard["image"][0].as_py(), np.uint8).reshape(2, 8, 8).astype(int)
     assert (pixels.sum(0) == 255).all()
+    shard = pq.read_table(next((finished / "run" / "embeddings").glob("*.parquet")))
+    embeddings = np.array(shard["embedding"].to_pylist(), np.float64)
+    assert embeddings.shape == (len(shard), 8) and embeddings.std(0).min() > 0
+    np.testing.assert_allclose(embeddings[:, :4], -embeddings[:, 4:], atol=0.05)  # of negatives
 
 
 @pytest.mark.ray
@@ -169,30 +195,47 @@ def test_changed_code_is_measured_again_and_named(finished: Path, package: Path)
 
 @pytest.mark.long
 @pytest.mark.ray
-def test_source_and_extrapolator_of_a_module_work_in_a_run(tmp_path: Path) -> None:
+def test_parts_of_modules_work_in_a_run_its_evaluation_and_its_nights(tmp_path: Path) -> None:
     for module in ("test_check_source", "test_check_extrapolator"):
         text = (ROOT / "tests" / "testing" / f"{module}.py").read_text()
         (tmp_path / f"{module}.py").write_text(text)
-    images, labels = digit_images(500)
-    (tmp_path / "data").mkdir()
-    for part in range(2):
-        rows = slice(part, None, 2)
-        np.savez(tmp_path / "data" / f"{part}.npz", images=images[rows], labels=labels[rows])
+    (tmp_path / "own_parts.py").write_text(PARTS)
+    images, labels = digit_images(600)
+    for part, folder in enumerate(("data", "data", "test")):
+        rows, file = slice(part, None, 3), tmp_path / folder / f"{part}.npz"
+        file.parent.mkdir(exist_ok=True)
+        np.savez(file, images=images[rows], labels=labels[rows])
     config = json.loads(json.dumps(SMALL))
     config["run"] = "run"
     config["source"] = {"uri": "data", "format": "test_check_source:Npz", "fragment_samples": 100}
     config["measure"] = {"scores": ["el2n"], "el2n": {"at": "trajectory"}, "max_actors": 1}
     method = "test_check_extrapolator:Nearest"
     config["extrapolate"] |= {"method": method, "options": {method: {"power": 2}}}
+    config["extrapolate"] |= {"rehearsal": False}
+    config["embed"] |= {"model": "own_parts:means"}
+    config["select"] |= {"strategy": "own_parts:Middle"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     done = raypipe(tmp_path, None, "run", "run.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     scores = pq.read_table(tmp_path / "run" / "scores")
-    assert len(scores) == 500 and scores["score"].null_count == 0
+    assert len(scores) == 400 and scores["score"].null_count == 0
     ledger = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
     (code,) = ledger["extrapolate"]["detail"]["code"]
     assert code["name"] == method and code["options"] == {"power": 2.0}
     assert ledger["index"]["detail"]["code"][0]["name"] == "test_check_source:Npz"
+    options = ["--test", "test", "--test-set", "format=test_check_source:Npz"]
+    options += ["--keep", "0.5", "--seeds", "1", "--epochs", "1"]
+    done = raypipe(tmp_path, None, "evaluate", "run", *options, "--strategies", "own_parts:Middle")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "own_parts:Middle" in done.stdout
+    os.rename(tmp_path / "test" / "2.npz", tmp_path / "data" / "2.npz")
+    command = [sys.executable, str(ROOT / "jobs" / "nightly.py"), "--config", "run.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    night = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert night.returncode == 0, night.stderr[-3000:]
+    assert json.loads(night.stdout.splitlines()[-1])["samples"]["new"] == 200
+    scores = pq.read_table(tmp_path / "run" / "scores")
+    assert len(scores) == 600 and scores["score"].null_count == 0
 
 
 @pytest.mark.ray
@@ -201,8 +244,9 @@ def test_a_worker_without_the_package_says_so(finished: Path, package: Path) -> 
         "import sys, ray; ray.init(num_cpus=1, log_to_driver=False, logging_level='ERROR')\n"
         f"sys.path.append({str(package)!r})\n"
         "import raypipe\n"
-        "raypipe.run('run.yaml', overrides=['run=other'], until='measure')\n"
+        "raypipe.run('run.yaml', overrides=['run=other'], redo=['measure'], until='measure')\n"
     )
+    shutil.copytree(finished / "run", finished / "other")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done: Any = subprocess.run(
         [sys.executable, "-c", code], cwd=finished, env=environment, capture_output=True, text=True

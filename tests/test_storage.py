@@ -494,6 +494,17 @@ def test_statuses_that_pass(status: int, transient: bool) -> None:
     assert faults.is_transient(http_error(status)) == transient
 
 
+@pytest.mark.parametrize("bucket", ["expired", "credentials", "signature", "forbidden"])
+def test_the_name_of_a_bucket_is_no_cause(bucket: str) -> None:
+    from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
+
+    url = f"https://{bucket}.example.com/{bucket}/run.json?list-type=2"
+    assert faults.is_transient(ReadTimeoutError(endpoint_url=url))
+    assert faults.advice(EndpointConnectionError(endpoint_url=url)).endswith(
+        "Check endpoint, region and network"
+    )
+
+
 def test_the_stamp_of_a_file_on_the_hub_is_its_content() -> None:
     detail = {"name": "a", "size": 1, "blob_id": "0123", "last_commit": None}
     assert file_info("a", detail).stamp == "0123"
@@ -514,3 +525,12 @@ def _raising(error: Exception) -> Any:
         raise error
 
     return action
+
+
+def test_a_client_that_needs_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("Unable to load libjvm")
+
+    monkeypatch.setattr("fsspec.filesystem", fails)
+    with pytest.raises(RaypipeError, match=r"^hdfs:// cannot be opened here: .*libjvm\. Copy"):
+        storage.exists("hdfs://host/a")

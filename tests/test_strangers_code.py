@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from test_intermediate import trained
 
 import raypipe
 from raypipe import storage
@@ -31,7 +32,7 @@ make_run, source = _FIXTURES.make_run, _FIXTURES.source
 MODULE = "leaves_a_mark"
 NAMED: dict[str, Any] = {
     "source": {"format": f"{MODULE}:Source", "transform": f"{MODULE}:transform"},
-    "proxy": {"augment": f"{MODULE}:augment"},
+    "proxy": {"model": f"{MODULE}:network", "augment": f"{MODULE}:augment"},
     "embed": {"model": f"{MODULE}:features"},
     "measure": {
         "scores": [f"{MODULE}:Score", "package-of-nobody"],
@@ -119,6 +120,19 @@ def test_the_viewer_imports_nothing_either(stranger: Run, tmp_path: Path) -> Non
     assert answers.sample({"row": "0"})["nearest"]
     with pytest.raises(RaypipeError, match=r"select\.strategy: .* is code from outside"):
         answers.search({"keep": "0.42"})
+    assert not (tmp_path / "mark").exists() and MODULE not in sys.modules
+
+
+def test_reading_scores_and_keep_lists_imports_nothing(stranger: Run, tmp_path: Path) -> None:
+    assert len(raypipe.load_scores(stranger.uri)) == 199
+    assert 0 < len(raypipe.KeepList(stranger.uri, 0.5).ids) < 199
+    assert not (tmp_path / "mark").exists() and MODULE not in sys.modules
+
+
+def test_cleaning_imports_nothing(stranger: Run, tmp_path: Path) -> None:
+    trained(stranger, stranger.config())
+    done = CliRunner().invoke(cli, ["clean", stranger.uri, "--yes"])
+    assert done.exit_code == 0 and "removed " in done.output, (done.output, done.exception)
     assert not (tmp_path / "mark").exists() and MODULE not in sys.modules
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +24,13 @@ from raypipe.runs.snapshots import load_snapshot, score_shards
 
 
 def load_scores(
-    uri: str, columns: list[str] | None = None, snapshot: str | None = None
+    uri: str | os.PathLike[str], columns: list[str] | None = None, snapshot: str | None = None
 ) -> pa.Table:
     """Return all scores of a run as one table.
 
     Parameters
     ----------
-    uri : str
+    uri : str or os.PathLike
         A run folder, or its `scores` folder.
     columns : list of str, optional
         Columns to read. Default: all (sample_id, label, score, lower, upper, measured).
@@ -52,14 +53,18 @@ def load_scores(
     >>> import raypipe
     >>> scores = raypipe.load_scores("runs/digits", ["sample_id", "score"])  # doctest: +SKIP
     """
+    uri = os.fspath(uri)
+    run = Run(uri)
     if snapshot is not None:
-        run = Run(uri)
+        run.ledger()  # raises RunError if there is no run
         shards = score_shards(run, load_snapshot(run, snapshot))
         return pa.concat_tables([storage.read_table(stored, columns) for _, stored in shards])
-    folder = uri if storage.name(uri) == "scores" else storage.join(Run(uri).uri, "scores")
+    folder = uri if storage.name(uri) == "scores" else storage.join(run.uri, "scores")
     tables = [table for _, table in storage.iter_tables(folder, columns)]
     if not tables:
-        raise RunError(f"{folder}: no score shards here")
+        if folder != uri:
+            run.ledger()
+        raise RunError(f"{folder}: no score shards here; `raypipe status` shows what is finished")
     return pa.concat_tables(tables)
 
 
@@ -116,6 +121,7 @@ def select(
     {'keep-0.50.parquet': 500}
     """
     from raypipe.runs.untrusted import damage_as_error, refuse_links_out
+    from raypipe.stages.select.options import refuse_unused_options
     from raypipe.stages.select.stage import write_keep_lists
 
     run = Run(uri)
@@ -130,6 +136,7 @@ def select(
     config["select"] |= options
     with part_names_accepted(outside_names(stored)):
         settings = absolute_paths(parse_config(config))
+    refuse_unused_options(settings.select, options)
     # a strategy that the caller names is trusted, but not what `auto` takes from the run's files
     allowed = allow_code or strategy not in (None, AUTO, *STRATEGY_NAMES)
     with code_allowed(allowed), damage_as_error(run.uri), Lease(run):
@@ -236,7 +243,9 @@ def export(
         webdataset, parquet, huggingface, croissant, mds, lance: a folder of shards with images.
         indices: .npy or .json with row numbers. list: .csv or .txt with path and label, for image
         folders and file lists. Of all samples, kept or not: fiftyone, a folder; cleanlab, .csv or
-        .parquet with label issues; label-studio, .csv with likely label errors.
+        .parquet with label issues; label-studio, .csv with likely label errors. Of the list
+        itself: openlineage, .json with an event that names its source, statistics of its scores and
+        how it was cut.
     to : str
         Path or URI of the folder or file to write.
     shard_samples : int, optional
@@ -246,15 +255,15 @@ def export(
     allow_missing : bool
         Succeed even if samples of the keep-list can no longer be read.
     force : bool
-        Replace another export in the same place.
+        Replace another export in the same place, or write next to other files.
     snapshot : str, optional
         Export the keep-list as it was in this snapshot. Samples of files that have changed or gone
         away since are missing.
     push_to : str, optional
         huggingface: dataset on the Hugging Face Hub (user/name) to push the export to as well.
     image_root : str, optional
-        fiftyone, label-studio: path or URL that the paths of images start with. Default: the
-        folder of the source.
+        fiftyone, label-studio: path or URL that the paths of images start with. After an http(s)
+        URL, they are quoted. Default: the folder of the source.
     allow_code : bool
         Import the code that the run's configuration names: a source from outside raypipe. Only for
         runs that you trust.
@@ -285,6 +294,7 @@ def export(
     500
     """
     from raypipe.exports.run import export_keep_list
+    from raypipe.runs.untrusted import damage_as_error
 
     options = {
         "format": format,
@@ -299,5 +309,5 @@ def export(
         "image_root": image_root,
     }
     settings = parse_settings(ExportSettings, options, "export")
-    with code_allowed(allow_code), storage.errors_of_storage(to):
+    with code_allowed(allow_code), damage_as_error(run), storage.errors_of_storage(to):
         return export_keep_list(Run(run), settings, progress=progress, verbose=verbose)

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
-from raypipe.config import Config, apply_overrides, load_config, parse_config
-from raypipe.errors import ConfigError, RaypipeError
+from raypipe.api.runs import config_data
+from raypipe.config import Config, apply_overrides, parse_config
+from raypipe.errors import ConfigError, RaypipeError, SourceError
 from raypipe.plugins import code_allowed
+from raypipe.runs.rejects import nothing_readable
 
 if TYPE_CHECKING:
     from raypipe.estimate import Survey
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    uri: str | None = None,
+    uri: str | os.PathLike[str] | None = None,
     *,
-    config: Config | Mapping[str, Any] | str | None = None,
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     samples: int = 256,
     seed: int = 0,
@@ -38,7 +40,7 @@ def inspect(
 
     Parameters
     ----------
-    uri : str, optional
+    uri : str or os.PathLike, optional
         The source. Default: that of `config`.
     config : Config, mapping or str, optional
         A `Config`, a mapping of the same shape (`run` is not needed), or the path or URI of a YAML
@@ -87,16 +89,14 @@ def inspect(
     from raypipe.estimate.outside_code import described_code
     from raypipe.scores.registry import check_scores
 
-    data, name = _config_of(config)
-    if uri is not None:
-        data = {**data, "source": {**data.get("source", {}), "uri": uri}}
-    elif not data.get("source", {}).get("uri"):
-        raise ConfigError("nothing to inspect: give a source, or a configuration with source.uri")
     if samples < 1:
         raise ConfigError(f"samples: {samples} is not allowed: at least 1")
-    dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
-    settings = parse_config(apply_overrides({"run": "unused", **data}, dotted))
+    settings = _settings(uri, {} if config is None else config_data(config), overrides)
     machine = _machine(cpus, gpus, address)
+    if grid is not None:
+        from raypipe.estimate.contact_sheet import refuse_other_file
+
+        refuse_other_file(grid)
     with code_allowed(allow_code):
         check_scores(settings)
         inspection = inspect_source(
@@ -112,17 +112,38 @@ def inspect(
             )
         survey = replace(inspection.survey, code=described_code(settings))
     if not survey.samples:
-        return survey
-    return replace(survey, cost=estimate(survey, settings, machine, settings=name, like=like))
+        raise SourceError(nothing_readable(settings.source.uri, survey.unreadable_files))
+    name = _name_of_settings(config, bool(overrides))
+    cost = estimate(survey, settings, machine, settings=name, like=like)
+    if settings.embed.table is not None:
+        from raypipe.estimate.table_warnings import table_warnings
+
+        ids = [item.sample.sample_id for item in inspection.drawn]
+        cost = replace(cost, warnings=(*cost.warnings, *table_warnings(settings, ids, survey)))
+    return replace(survey, cost=cost)
 
 
-def _config_of(config: Config | Mapping[str, Any] | str | None) -> tuple[dict[str, Any], str]:
-    """Return a configuration as a mapping, and a name for it."""
-    if isinstance(config, str):
-        return load_config(config).model_dump(), f"the settings of {config}"
-    if isinstance(config, Config):
-        return config.model_dump(), "the given settings"
-    return (dict(config), "the given settings") if config is not None else ({}, "default settings")
+def _settings(
+    uri: str | os.PathLike[str] | None, data: Mapping[str, Any], overrides: Sequence[str]
+) -> Config:
+    """Return the settings of a run over the source."""
+    data = {"run": "unused", **data}
+    section = data.get("source") or {}
+    if isinstance(section, Mapping):
+        data["source"] = section if uri is None else {**section, "uri": uri}
+    dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
+    data = apply_overrides(data, dotted)
+    if not data["source"]:
+        raise ConfigError("nothing to inspect: give a source, or a configuration with source.uri")
+    return parse_config(data)
+
+
+def _name_of_settings(config: object, overridden: bool) -> str:
+    if config is None:
+        return f"{'the given settings, otherwise ' if overridden else ''}default settings"
+    if isinstance(config, str | os.PathLike):
+        return f"the settings of {os.fspath(config)}{' and --set' if overridden else ''}"
+    return "the given settings"
 
 
 def _machine(cpus: float | None, gpus: float | None, address: str | None) -> Machine:

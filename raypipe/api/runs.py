@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from raypipe.config import (
     Config,
     absolute_paths,
     apply_overrides,
-    load_config,
     parse_config,
     read_config,
 )
@@ -39,7 +39,7 @@ class Result:
 
 
 def run(
-    config: Config | Mapping[str, Any] | str,
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
     *,
     source: Any = None,
     overrides: Sequence[str] = (),
@@ -53,14 +53,14 @@ def run(
 
     Parameters
     ----------
-    config : Config, mapping or str
+    config : Config, mapping, str or os.PathLike
         The configuration: a `Config`, a mapping of the same shape, or the path or URI of a YAML
         file.
     source : ray.data.Dataset, optional
         Dataset to read instead of `source.uri`, which is then left out. It is copied to RUN/source
         once.
     overrides : sequence of str
-        `section.field=value` for a YAML file.
+        `section.field=value` that replaces a setting of `config`.
     until : str, optional
         Last stage to run, such as "embed". Default: all stages.
     redo : sequence of str
@@ -106,14 +106,11 @@ def run(
     """
     from raypipe.pipeline import execute
 
+    data = apply_overrides(config_data(config), overrides)
     if source is not None:
-        config = _without_uri(config, overrides)
-    elif isinstance(config, str):
-        config = load_config(config, overrides)
-    elif not isinstance(config, Config):
-        config = parse_config(config)
+        data = _with_copy_as_uri(data)
     done = execute(
-        absolute_paths(config),
+        absolute_paths(parse_config(data)),
         source,
         until=until,
         redo=redo,
@@ -124,14 +121,28 @@ def run(
     return Result(done.uri, summary_of(done))
 
 
-def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[str]) -> Config:
+def config_data(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a configuration as a mapping; a path is that of a YAML file.
+
+    Raises ConfigError if it is something else.
+    """
+    if isinstance(config, str | os.PathLike):
+        return read_config(os.fspath(config))
+    if isinstance(config, Config):
+        return config.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"configuration: a {type(config).__name__} is not allowed: give a mapping, the path of "
+            "a YAML file, or a raypipe.Config"
+        )
+    return dict(config)
+
+
+def _with_copy_as_uri(data: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of a run whose source is a dataset; `source.uri` is its copy.
 
     Raises ConfigError if another `source.uri` is given.
     """
-    if isinstance(config, Config):
-        return _without_uri(config.model_dump(mode="json"), overrides)
-    data = apply_overrides(read_config(config) if isinstance(config, str) else config, overrides)
     section = data.get("source") or {}
     if isinstance(data.get("run"), str) and isinstance(section, dict):
         copy = Run(data["run"]).source_copy
@@ -140,8 +151,8 @@ def _without_uri(config: Config | Mapping[str, Any] | str, overrides: Sequence[s
                 f"source.uri is {section['uri']!r}, but a dataset is given as well; "
                 "remove one of them"
             )
-        data["source"] = {**section, "uri": copy}
-    return parse_config(data)
+        return {**data, "source": {**section, "uri": copy}}
+    return data
 
 
 def extrapolate(

@@ -11,9 +11,9 @@ from raypipe.cli.estimates import inspect, plan
 from raypipe.cli.keep_lists import compare, evaluate, export, select
 from raypipe.cli.run_folder import clean, report, status, view
 from raypipe.cli.running import demo, init, run, scores
-from raypipe.cli.shared import epilog
+from raypipe.cli.shared import epilog, pyarrow_without_pandas
 from raypipe.cli.tables import attach, extrapolate
-from raypipe.errors import RaypipeError
+from raypipe.errors import EXIT_CODES, RaypipeError
 
 
 @click.group(
@@ -36,7 +36,7 @@ from raypipe.errors import RaypipeError
         attach,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=epilog("raypipe demo", 0, 1, 2, 3),
+    epilog=epilog("raypipe demo", *EXIT_CODES),
 )
 @click.version_option(__version__, prog_name="raypipe")
 def cli() -> None:
@@ -49,6 +49,8 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Errors that the user can fix become one line and an exit code."""
+    if arguments is None and sys.argv[1:2] in (["select"], ["report"]):
+        pyarrow_without_pandas()
     try:
         code = cli.main(arguments, prog_name="raypipe", standalone_mode=False)
     except click.ClickException as error:

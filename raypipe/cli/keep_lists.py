@@ -118,7 +118,8 @@ def select(
     required=True,
     metavar="FORMAT",
     help="webdataset, parquet, huggingface, croissant, mds, lance, indices (.npy, .json) or list "
-    "(.csv, .txt); of all samples: fiftyone, cleanlab (.csv, .parquet) or label-studio (.csv).",
+    "(.csv, .txt); of all samples: fiftyone, cleanlab (.csv, .parquet) or label-studio (.csv); of "
+    "the list itself: openlineage (.json).",
 )
 @click.option(
     "--to",
@@ -153,7 +154,11 @@ def select(
 @click.option(
     "--allow-missing", is_flag=True, help="Exit with 0 even if samples can no longer be read."
 )
-@click.option("--force", is_flag=True, help="Replace another export in the same place.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace another export in the same place, or write next to other files.",
+)
 @allow_code_option
 @verbose_option
 def export(

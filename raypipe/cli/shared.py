@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import click
 
-EXIT_CODES = {
-    0: "done",
-    1: "failed",
-    2: "wrong usage or configuration",
-    3: "the scores cannot be trusted enough to prune by; no keep-lists are written",
-    5: "no evidence that the chosen list is better than random lists (--certify)",
-    6: "the chosen list is worse than random lists (--certify)",
-}
-"""Exit codes of all commands."""
+from raypipe.errors import EXIT_CODES
 
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, help="Show every finished fragment, and the output of Ray."
@@ -39,3 +34,29 @@ def epilog(example: str, *codes: int) -> str:
     """
     lines = [f"  {code}  {EXIT_CODES[code]}" for code in codes or (0, 1, 2)]
     return "\n".join(["\b", "Example:", f"  {example}", "", "\b", "Exit codes:", *lines])
+
+
+def pyarrow_without_pandas() -> None:
+    """Let pyarrow do without pandas in this process, which holds no DataFrame.
+
+    pyarrow imports pandas with the first value that it converts, a quarter of the time of `select`.
+    Everything else can import pandas as usual.
+    """
+    if "pandas" in sys.modules:
+        return
+    import numpy as np
+    import pyarrow as pa
+
+    sys.meta_path.insert(0, _NoPandas)
+    pa.scalar(0)  # the import in C++
+    pa.array(np.zeros(0))  # and the one in Python
+    sys.meta_path.remove(_NoPandas)
+
+
+class _NoPandas:
+    """An importer that has no pandas, and leaves all other modules to the next one."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name=name)

@@ -26,6 +26,9 @@ TORCHVISION_PREFIX = "torchvision"
 TIMM_PREFIX = "timm"
 """Prefix of a network of timm: `timm:vit_tiny_patch16_224`."""
 
+WITHOUT_FILE = ("none", "pretrained")
+"""Values of `proxy.weights` and `embed.weights` that name no file."""
+
 FEATURES_OF_PROXY = "proxy"
 """`embed.model` without a network of its own."""
 NO_NETWORK = "none"
@@ -39,9 +42,15 @@ value is suspicious."""
 
 EXPERIMENTAL_SCORES = {
     "moso": "two trainings agreed to less than 0.6 on CIFAR-10 and CIFAR-100, in every variant "
-    "that was tried"
+    "that was tried",
+    "aum": "two complete runs agreed to 0.68 on CIFAR-10, 0.34 on CIFAR-100",
+    "dual": "two complete runs agreed to 0.55 on CIFAR-10, 0.54 on CIFAR-100",
+    "dynamic-uncertainty": "two complete runs agreed to 0.71 on CIFAR-10, 0.51 on CIFAR-100",
+    "forgetting": "two complete runs agreed to 0.48 on CIFAR-10, 0.37 on CIFAR-100",
+    "tdds": "two complete runs agreed to 0.30 on CIFAR-10, 0.59 on CIFAR-100",
 }
-"""Scores whose values another training would not confirm, and the evidence."""
+"""Scores whose values another training would not confirm, and the evidence
+(benchmarks/results/agreement-cpu.txt)."""
 
 PROXY_STATISTICS = ("loss", "margin", "entropy")
 """Statistics of the proxy's output for a sample, in the order that the extrapolators expect."""
@@ -85,11 +94,14 @@ def is_model(name: str) -> bool:
 
 
 def library_of(model: str) -> str | None:
-    """Return the package that builds a network; None for `small` and for networks of users."""
+    """Return the package that builds a network of `proxy.model` or `embed.model`.
+
+    None for `small`, and for networks of users.
+    """
     if model in PROXY_MODELS:
         return None if model == "small" else TORCHVISION_PREFIX
     library = model.partition(":")[0]
-    return library if library in (TORCHVISION_PREFIX, TIMM_PREFIX) else None
+    return library if library in FEATURE_LIBRARIES else None
 
 
 def is_own(name: str) -> bool:
@@ -115,7 +127,7 @@ def unknown_features(name: str) -> str:
     names = ", ".join(
         [FEATURES_OF_PROXY, NO_NETWORK, *(f"{library}:NAME" for library in FEATURE_LIBRARIES)]
     )
-    return f"model: {name!r} is not one of {names}, module:function"
+    return f"choose one of {names}, module:function"
 
 
 def unknown_model(name: str) -> str:

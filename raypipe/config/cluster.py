@@ -21,6 +21,12 @@ class ClusterSettings(Settings):
         description="Seconds without progress after which a stage fails. Raise it if new machines "
         "take longer to start.",
     )
+    keep_off_spot: bool = Field(
+        False,
+        description="Keep long trainings (proxies, pseudo-labels, fits of extrapolators, "
+        "raypipe evaluate) off spot machines: nodes with Ray's label ray.io/market-type=spot. "
+        "Needs other nodes, or an autoscaler that can add them.",
+    )
     preload: bool = Field(
         True,
         description="Fork workers from one process that has imported torch and Ray, instead of "

@@ -31,6 +31,10 @@ else:
     )
 
 
+OF_NETWORK = ("weights", "image_size")
+"""Settings that need a network in `embed.model`."""
+
+
 class EmbedSettings(_WithTable):
     """Embed: one forward pass over the whole source, by the proxy and by embed.model."""
 
@@ -76,6 +80,13 @@ class EmbedSettings(_WithTable):
     def _features_fit(self) -> EmbedSettings:
         if self.model == NO_NETWORK and self.table is None:
             raise ValueError("model: none leaves no embeddings; set embed.from to a table of them")
+        for name in OF_NETWORK:
+            default = type(self).model_fields[name].default
+            if self.network is None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: has an effect only with a network in embed.model, now {self.model}; "
+                    "name a network there, or remove this setting"
+                )
         if self.network is not None and self.decode == "gpu":
             raise ValueError("decode: images for embed.model are decoded on CPUs; set it to cpu")
         return self

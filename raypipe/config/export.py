@@ -24,6 +24,7 @@ ExportFormat = Literal[
     "fiftyone",
     "cleanlab",
     "label-studio",
+    "openlineage",
 ]
 
 
@@ -34,7 +35,8 @@ class ExportSettings(Settings):
         description="webdataset, parquet, huggingface, croissant, mds, lance: a folder of shards "
         "with images. indices: row numbers (.npy, .json). list: paths and labels (.csv, .txt). "
         "fiftyone: a folder that describes all samples. cleanlab: their label issues (.csv, "
-        ".parquet). label-studio: likely label errors (.csv)."
+        ".parquet). label-studio: likely label errors (.csv). openlineage: "
+        "where the list comes from (.json)."
     )
     to: str = Field(min_length=1, description="Path or URI of the folder or file to write.")
     keep: float | None = Field(
@@ -54,12 +56,14 @@ class ExportSettings(Settings):
     image_root: str | None = Field(
         None,
         description="fiftyone, label-studio: path or URL that the paths of the images start with. "
-        "Default: the root of the source.",
+        "After an http(s) URL, they are quoted. Default: the root of the source.",
     )
     allow_missing: bool = Field(
         False, description="Succeed even if samples of the keep-list can no longer be read."
     )
-    force: bool = Field(False, description="Replace another export in the same place.")
+    force: bool = Field(
+        False, description="Replace another export in the same place, or write next to other files."
+    )
     snapshot: str | None = Field(
         None, description="Export the keep-list as it was in this snapshot of a nightly run."
     )

@@ -15,9 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from raypipe.config.base import Settings
+from raypipe.config.choices import WITHOUT_FILE
+from raypipe.config.embed import EmbedSettings
 from raypipe.config.model import Config
 from raypipe.config.problems import problem_lines
-from raypipe.config.proxy import ProxySettings
 from raypipe.errors import ConfigError
 
 Section = TypeVar("Section", bound=Settings)
@@ -83,6 +84,10 @@ def read_config(path: str) -> dict[str, Any]:
         data = _UniqueKeys(read_bytes(path)).get_single_data()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `raypipe init > my.yaml` writes one") from None
+    except IsADirectoryError:
+        resumed = os.path.join(path, "config.yaml")
+        hint = f"; of this run, that is {resumed}" if os.path.isfile(resumed) else ""
+        raise ConfigError(f"{path}: a folder; give the YAML file of the settings{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -126,7 +131,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         *sections, field = name.strip().split(".")
         target = result
         for section in sections:
-            target = target.setdefault(section, {})
+            if target.get(section) is None:  # a section without content, as in `source:`
+                target[section] = {}
+            target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {item!r}: {section!r} is a value, not a section")
         try:
@@ -142,16 +149,21 @@ def absolute_paths(config: Config) -> Config:
     def absolute(uri: str) -> str:
         return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
-    def absolute_weights(proxy: ProxySettings) -> ProxySettings:
-        if proxy.weights in ("none", "pretrained"):
-            return proxy
-        return absolute_in(proxy, "weights")
-
     def absolute_in(section: Section, *names: str) -> Section:
-        uris = {name: getattr(section, name) for name in names}
+        uris = {name: vars(section)[name] for name in names}
         return section.model_copy(
-            update={name: absolute(uri) for name, uri in uris.items() if uri is not None}
+            update={
+                name: absolute(uri)
+                for name, uri in uris.items()
+                if uri is not None and not (name == "weights" and uri in WITHOUT_FILE)
+            }
         )
+
+    def absolute_features(embed: EmbedSettings) -> EmbedSettings:
+        library, _, rest = embed.model.partition(":")
+        if library == "transformers" and os.path.isdir(os.path.expanduser(rest)):
+            embed = embed.model_copy(update={"model": f"{library}:{absolute(rest)}"})
+        return absolute_in(embed, "weights", "from")
 
     source = absolute_in(config.source, "uri", "root", "class_map")
     select, labels = (
@@ -163,7 +175,8 @@ def absolute_paths(config: Config) -> Config:
             "run": absolute(config.run),
             "source": source,
             "pseudo_labels": labels,
-            "proxy": absolute_weights(config.proxy),
+            "proxy": absolute_in(config.proxy, "weights"),
+            "embed": absolute_features(config.embed),
             "select": select,
         }
     )

@@ -62,7 +62,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _resolve_auto(self) -> Config:
         measure = self.measure.resolved(self.proxy.cross_fits)
-        object.__setattr__(self, "measure", measure)  # settings are fixed, except in a validator
+        all_of_them = set(measure.from_embeddings) == set(measure.scores)
+        proxy = self.proxy.resolved(from_embeddings=all_of_them)
+        for name, section in {"measure": measure, "proxy": proxy}.items():
+            object.__setattr__(self, name, section)  # settings are fixed, except in a validator
         return self
 
     @model_validator(mode="after")
@@ -205,6 +208,15 @@ class Config(Settings):
         if self.extrapolate.method != "gnn":
             return f"method {self.extrapolate.method} does not learn from it"
         return "proxy.parts is above 1" if self.proxy.parts > 1 else ""
+
+    @field_validator("run")
+    @classmethod
+    def _writable(cls, run: str) -> str:
+        if run.lower().startswith(("http://", "https://", "ftp://")):
+            raise ValueError(
+                "a web server cannot hold a run: give a local path, s3://, gs:// or az://"
+            )
+        return run
 
     @field_validator("proxy")
     @classmethod

@@ -35,7 +35,8 @@ class PilotSettings(Settings):
         0.5,
         gt=0,
         description="Work of the trainings, as a share of that of training the proxies. It is "
-        "counted by network, pixels and images, so that every machine makes the same trainings.",
+        "counted by network, pixels and images, so that every machine makes the same trainings. "
+        "Images count with their full size (proxy.progressive_resizing).",
     )
     candidates: tuple[CandidateName | dict[CandidateName, CandidateOptions], ...] = Field(
         (

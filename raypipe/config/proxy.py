@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from raypipe.config.base import Positive, Settings
+from raypipe.config.choices import PROXY_MODELS
 from raypipe.config.parts import Reference
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,6 +22,10 @@ DEFAULT_EPOCHS = 50
 """Epochs of `auto`, unless the seed set is too small for them."""
 MIN_STEPS = 300
 """Optimiser steps that `auto` takes at least."""
+SMALLER_FIRST = ((0.4, 0.5), (0.7, 0.75))
+"""Progressive resizing: up to this share of the epochs, images have this share of their side."""
+SIZE_STEP, SMALLEST_SIZE = 4, 16
+"""Sides of smaller images are multiples of one, and at least the other, in pixels."""
 TOO_FEW_STEPS = 100
 """Optimiser steps below which a warning says that a proxy learns too little."""
 NORMALIZATIONS: dict[str, tuple[Channels, Channels]] = {
@@ -164,6 +169,13 @@ class ProxySettings(Settings):
         le=64,
         description="Shift images at random by up to this many pixels while training. 0: off.",
     )
+    progressive_resizing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Train on smaller images first: half the side for the first 40 % of the "
+        "epochs, three quarters of it up to 70 %, at least 16 pixels. auto: for raypipe's own "
+        "networks, if all scores come from embeddings (at: embeddings). Scores of earlier epochs "
+        "would be those of networks that have not seen images of full size.",
+    )
     checkpoints: Positive = Field(
         10,
         description="Number of checkpoints to keep; by default at most one per epoch. Each adds "
@@ -230,8 +242,8 @@ class ProxySettings(Settings):
     max_failures: int = Field(
         3,
         ge=0,
-        description="Worker failures that a training survives before the stage fails. Raise it on "
-        "spot machines: each one taken away counts.",
+        description="Worker failures that a training survives before the stage fails. Machines "
+        "that go without notice count; those whose end was announced to Ray do not.",
     )
 
     @model_validator(mode="after")
@@ -264,6 +276,40 @@ class ProxySettings(Settings):
                 "or scores what is extrapolated to them must not be trained on them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _resizing_possible(self) -> ProxySettings:
+        if self.progressive_resizing is True and self.adversary is not None:
+            raise ValueError(
+                "progressive_resizing: adversarial examples are images of full size; set it to auto"
+            )
+        return self
+
+    def resolved(self, *, from_embeddings: bool) -> ProxySettings:
+        """Return the settings with `progressive_resizing: auto` replaced by what it means.
+
+        `from_embeddings`: whether all scores come from embeddings.
+        """
+        if self.progressive_resizing != "auto":
+            return self
+        own = self.model in PROXY_MODELS and self.weights == "none" and self.adversary is None
+        return self.model_copy(update={"progressive_resizing": own and from_embeddings})
+
+    def size_in_epoch(self, epoch: int) -> int:
+        """Return the side of the training images in an epoch, counted from 0, in pixels."""
+        if self.progressive_resizing is not True:
+            return self.image_size
+        for until, side in SMALLER_FIRST:
+            if epoch < until * self.passes:
+                size = SIZE_STEP * round(side * self.image_size / SIZE_STEP)
+                return min(max(size, SMALLEST_SIZE), self.image_size)
+        return self.image_size
+
+    @property
+    def pixel_share(self) -> float:
+        """Pixels of all training images as a share of those of full size."""
+        sides = [self.size_in_epoch(epoch) / self.image_size for epoch in range(self.passes)]
+        return sum(side**2 for side in sides) / self.passes
 
     @property
     def proxies(self) -> int:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import os
 import re
-import secrets
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypipe import storage
 from raypipe.config import ClusterSettings, PoolSettings, ProxySettings
-from raypipe.distributed.fork_server import new_fork_server
+from raypipe.distributed.local_cluster import NO_AUTOSCALER, start_local
 from raypipe.distributed.reach import check_reachable
+from raypipe.distributed.spot import MARKET_TYPE, SPOT, is_spot
 from raypipe.distributed.waiting import waiting_variables
 from raypipe.errors import RaypipeError, ResourceError
 from raypipe.progress import Progress
@@ -141,6 +142,8 @@ class Cluster:
     joined : bool
         Whether this process joined an existing cluster, whose nodes come and go with or without an
         autoscaler, rather than starting one on this machine.
+    off_spot : Cluster, optional
+        The cluster without its spot machines; None if it has no spot machine.
     """
 
     cpus: float
@@ -149,6 +152,24 @@ class Cluster:
     largest_node_cpus: float
     can_grow: bool
     joined: bool = False
+    off_spot: Cluster | None = None
+
+    def for_trainings(self, settings: ClusterSettings) -> Cluster:
+        """Return the part of the cluster that long trainings can run on.
+
+        Raises
+        ------
+        ResourceError
+            If `cluster.keep_off_spot` leaves no node.
+        """
+        if not settings.keep_off_spot or self.off_spot is None:
+            return self
+        if not self.off_spot.cpus and not self.can_grow:
+            raise ResourceError(
+                f"cluster.keep_off_spot is true, but all CPUs of the cluster ({self}) are on spot "
+                "machines; add an on-demand node, or set it to false"
+            )
+        return self.off_spot
 
     def use_gpu(self, setting: bool | str) -> bool:
         """Resolve a setting `use_gpu`: true, false or "auto".
@@ -258,7 +279,7 @@ def connect(
     run: Run,
     progress: Progress,
     verbose: bool,
-    library: str | None = None,
+    libraries: Sequence[str] = (),
 ) -> Cluster:
     """Join the cluster that `cluster.address` names, or start one on this machine.
 
@@ -270,8 +291,8 @@ def connect(
     progress : Progress
     verbose : bool
         Whether to show the output of Ray.
-    library : str, optional
-        Package of the proxy's network, for `cluster.preload`.
+    libraries : sequence of str
+        Packages of the networks, for `cluster.preload`.
 
     Raises
     ------
@@ -297,7 +318,7 @@ def connect(
         try:
             with contextlib.nullcontext() if verbose else _silent():
                 if local:
-                    _start_local(options, settings.preload, library)
+                    start_local(options, settings.preload, libraries)
                 else:
                     ray.init(
                         address=settings.address,
@@ -317,7 +338,13 @@ def connect(
             f"note: {run.uri} is a local path; every node of the cluster must see the same files "
             "there"
         )
-    return current_cluster(joined=not local)
+    cluster = current_cluster(joined=not local)
+    if settings.keep_off_spot and cluster.off_spot is None:
+        progress.say(
+            f"note: no node has the label {MARKET_TYPE}={SPOT}; until one does, "
+            "cluster.keep_off_spot has no effect"
+        )
+    return cluster
 
 
 def set_ray_defaults(verbose: bool) -> None:
@@ -365,16 +392,24 @@ def resources_at(address: str) -> Cluster:
 
 def current_cluster(joined: bool) -> Cluster:
     """Return the current state of the cluster that this process joined or started."""
-    nodes = [
-        {name: node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")}
-        for node in _living_nodes()
+    nodes, can_grow = _living_nodes(), joined and _autoscaling()
+    cluster = _cluster_of(nodes, can_grow, joined)
+    others = [node for node in nodes if not is_spot(node["Labels"])]
+    if len(others) == len(nodes):
+        return cluster
+    return dataclasses.replace(cluster, off_spot=_cluster_of(others, can_grow, joined))
+
+
+def _cluster_of(nodes: Sequence[dict[str, Any]], can_grow: bool, joined: bool) -> Cluster:
+    resources = [
+        {name: node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")} for node in nodes
     ]
     return Cluster(
-        cpus=sum(node["CPU"] for node in nodes),
-        gpus=sum(node["GPU"] for node in nodes),
-        nodes=len([node for node in nodes if node["CPU"] > 0]) or 1,
-        largest_node_cpus=max((node["CPU"] for node in nodes), default=1.0),
-        can_grow=joined and _autoscaling(),
+        cpus=sum(node["CPU"] for node in resources),
+        gpus=sum(node["GPU"] for node in resources),
+        nodes=len([node for node in resources if node["CPU"] > 0]) or 1,
+        largest_node_cpus=max((node["CPU"] for node in resources), default=1.0),
+        can_grow=can_grow,
         joined=joined,
     )
 
@@ -399,28 +434,6 @@ def _silent() -> Iterator[None]:
         os.close(devnull)
 
 
-def _start_local(options: dict[str, Any], preload: bool, library: str | None) -> None:
-    import ray
-
-    # Ray protects a local cluster with a token. By default it writes the token to the home
-    # directory, which can be read-only. The variable stays set, because this process and those of
-    # the cluster need it as long as the cluster runs.
-    if not any(
-        name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # saves a process: this machine is not preemptible
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # instead of 15: next to other processes, a run got a small share of the machine
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.update(waiting_variables())  # workers inherit them
-    if preload and sys.platform == "linux":
-        # fails if the temporary folder has too long a path for a socket: workers then import torch
-        with contextlib.suppress(OSError):
-            options["runtime_env"] = {"py_executable": new_fork_server(library).python()}
-    ray.init(address="local", include_dashboard=False, **options)
-
-
 def _autoscaling() -> bool:
     """Whether the cluster has an autoscaler: then its nodes have types that the user named.
 
@@ -428,14 +441,18 @@ def _autoscaling() -> bool:
     With the second version, which KubeRay uses from Ray 2.47 on, the nodes report them. A cluster
     that has just started gets `FIRST_REPORT_SECONDS` for the first report.
     """
+    from ray.experimental.internal_kv import _internal_kv_get
+
     from raypipe.distributed.pending import node_types
 
+    if _internal_kv_get(NO_AUTOSCALER):
+        return False
     end = time.monotonic() + FIRST_REPORT_SECONDS
     while True:
         types = node_types() | _reported_types()
         if types or time.monotonic() > end:
             return any(not re.fullmatch(r"node_[0-9a-f]+", name) for name in types)
-        time.sleep(0.5)
+        time.sleep(0.1)
 
 
 def _reported_types() -> set[str]:

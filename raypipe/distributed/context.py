@@ -65,8 +65,9 @@ class Context:
         from raypipe.distributed.metrics import RayMetrics
         from raypipe.distributed.pending import PendingWatch
 
-        library = library_of(self.config.proxy.model)
-        cluster = connect(self.config.cluster, self.run, self.progress, self.verbose, library)
+        models = (self.config.proxy.model, self.config.embed.model)
+        libraries = sorted({library for model in models if (library := library_of(model))})
+        cluster = connect(self.config.cluster, self.run, self.progress, self.verbose, libraries)
         patience, give_up = self.config.cluster.patience_seconds, interrupt_of_main_thread()
         self.progress.listeners.append(RayMetrics())
         self._pending_watch = PendingWatch(self.progress.say, cluster.can_grow, patience, give_up)
@@ -96,7 +97,8 @@ class Context:
             proxy.use_gpu is True or proxy.workers > 1 or proxy.cpus_per_worker != "auto"
         ):
             with _of_stage("proxy"):
-                self.cluster.training_resources(proxy)
+                cluster = self.cluster.for_trainings(self.config.cluster)
+                cluster.training_resources(proxy)
         for name, pool in (("measure", self.config.measure), ("embed", embed)):
             if name in stages and (pool.use_gpu is True or pool.min_actors > 1):
                 with _of_stage(name):

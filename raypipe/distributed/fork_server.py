@@ -28,7 +28,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,18 @@ FORK_SAFE_THREADS = ("jemalloc_bg_thd",)
 class ForkServer:
     """A fork server that lives until it is closed, this process ends, or its raylet ends."""
 
-    def __init__(self, library: str | None) -> None:
+    def __init__(self, libraries: Sequence[str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="raypipe-")
         self._address = f"{self._folder.name}/fork"  # only this user can open the folder
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
-        package, more = str(Path(__file__).parents[2]), [library] if library else []
+        names = [str(Path(__file__).parents[2]), *libraries]
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(self._address)
             listener.listen(512)
             life, self._life = os.pipe()
             self.process = subprocess.Popen(
                 # -P: the folder of this file would hide packages of the same names
-                [sys.executable, "-P", __file__, str(listener.fileno()), str(life), package, *more],
+                [sys.executable, "-P", __file__, str(listener.fileno()), str(life), *names],
                 env=environment,
                 pass_fds=(listener.fileno(), life),
                 stdin=subprocess.DEVNULL,
@@ -88,14 +88,14 @@ class ForkServer:
 _servers: list[ForkServer] = []
 
 
-def new_fork_server(library: str | None) -> ForkServer:
+def new_fork_server(libraries: Sequence[str]) -> ForkServer:
     """Start a fork server for a new cluster, and end that of the cluster before.
 
-    It also imports `library`, if that is installed.
+    It also imports those of `libraries` that are installed.
     """
     while _servers:
         _servers.pop().close()
-    _servers.append(ForkServer(library))
+    _servers.append(ForkServer(libraries))
     return _servers[0]
 
 
@@ -177,7 +177,7 @@ def next_worker(
         if raylet is None:
             raylet, job = worker.raylet, worker.environment.get(JOB_VARIABLE)
             _import_with(worker.environment, package)
-            if _has_threads():
+            if _has_threads() or _forks_draw_equal_ids():
                 return None
             gc.collect()
             gc.freeze()  # a collection in a child would write to, and so copy, every page
@@ -208,6 +208,11 @@ def _received(connection: socket.socket) -> Worker:
 
 def _import_with(environment: dict[str, str], package: str) -> None:
     os.environ.update(environment)
+    with _class_ids_of_the_system():
+        _import_all(package)
+
+
+def _import_all(package: str) -> None:
     for name in OF_RAY:
         importlib.import_module(name)
     added = [] if package in sys.path else [package]  # the driver's own path may have it
@@ -218,6 +223,47 @@ def _import_with(environment: dict[str, str], package: str) -> None:
             importlib.import_module(module.name)
     for folder in added:
         sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def _class_ids_of_the_system() -> Iterator[None]:
+    """Let `@ray.remote` draw the ids of actor classes from the system.
+
+    Ray 2.60 draws them from a generator of its own, which also draws the ids of workers and tasks,
+    and which forks would share: workers would then draw equal ids.
+    """
+    import ray.actor
+
+    own = ray.actor.ActorClassID
+
+    class ActorClassID:
+        @staticmethod
+        def from_random() -> Any:
+            return own(os.urandom(own.size()))
+
+    vars(ray.actor)["ActorClassID"] = ActorClassID
+    try:
+        yield
+    finally:
+        vars(ray.actor)["ActorClassID"] = own
+
+
+def _forks_draw_equal_ids() -> bool:
+    """Whether the generator of Ray's ids was used before the fork, as another version may do."""
+    import ray
+
+    drawn = []
+    for _ in range(2):
+        receiver, sender = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(sender, ray.ObjectID.from_random().binary())
+            os._exit(0)
+        os.close(sender)
+        drawn.append(os.read(receiver, 1024))
+        os.close(receiver)
+        os.waitpid(child, 0)
+    return drawn[0] == drawn[1]
 
 
 def _has_threads() -> bool:

@@ -22,6 +22,7 @@ import site
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -37,6 +38,8 @@ _INSTALLED = tuple(
         site.getusersitepackages(),
     }
 )
+_INSTALLED_NAMES = {"site-packages", "dist-packages"}
+"""Folders of installed packages also of another environment, which `sys.path` can name."""
 
 
 class Describer:
@@ -301,7 +304,10 @@ def installed(module: str | None) -> bool:
     except (ImportError, ValueError):
         return False
     places = [spec.origin or "", *(spec.submodule_search_locations or ())] if spec else []
-    return any(place.startswith(_INSTALLED) for place in places)
+    return any(
+        place.startswith(_INSTALLED) or not _INSTALLED_NAMES.isdisjoint(Path(place).parts)
+        for place in places
+    )
 
 
 def _filled(cell: Any) -> bool:

@@ -21,6 +21,7 @@ def run_on_share(
     on_result: Callable[[Result], None],
     cpus: float,
     gpus: float,
+    label_selector: dict[str, str] | None = None,
 ) -> None:
     """Run a function on every unit in Ray tasks, each with a share of a machine.
 
@@ -36,13 +37,17 @@ def run_on_share(
         Called in the driver with each result.
     cpus, gpus : float
         Share of a machine of each task.
+    label_selector : dict of str to str, optional
+        Labels of the nodes that the tasks can run on.
 
     Raises
     ------
     RaypipeError
         What the function raises. The other tasks are cancelled.
     """
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(fenced(_call))
+    remote = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, label_selector=label_selector, max_retries=-1
+    )(fenced(_call))
     shared = ray.put(function)
     waiting = [remote.remote(shared, unit) for unit in units]
     try:

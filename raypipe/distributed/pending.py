@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raypipe.distributed.spot import MARKET_TYPE, is_spot
+
 log = logging.getLogger("raypipe")
 
 POLL_SECONDS, REPORT_AFTER = 5.0, 20.0
@@ -45,10 +47,13 @@ class PendingRequest:
         together, for a training.
     count : int
         Number of such requests.
+    off_spot : bool
+        Whether spot machines cannot satisfy them.
     """
 
     bundles: tuple[Shape, ...]
     count: int
+    off_spot: bool = False
 
     def __str__(self) -> str:
         parts = []
@@ -66,20 +71,24 @@ class ClusterState:
     Attributes
     ----------
     nodes : tuple of mapping
-        Total resources of every living node with CPUs or GPUs.
+        Total resources of every living node with CPUs or GPUs, without spot machines.
     pending : tuple of PendingRequest
         Requests that are not satisfied yet.
+    spot_nodes : tuple of mapping
+        Total resources of every spot machine.
     """
 
     nodes: tuple[Mapping[str, float], ...]
     pending: tuple[PendingRequest, ...]
+    spot_nodes: tuple[Mapping[str, float], ...] = ()
 
     def is_infeasible(self, request: PendingRequest) -> bool:
         """Whether one request does not fit into the cluster even if all nodes are idle.
 
         Bundles are placed greedily, the largest first.
         """
-        free = [dict(node) for node in self.nodes]
+        nodes = self.nodes if request.off_spot else (*self.nodes, *self.spot_nodes)
+        free = [dict(node) for node in nodes]
         for shape in sorted(
             request.bundles,
             key=lambda shape: sorted(amount for _, amount in shape),
@@ -100,9 +109,10 @@ class ClusterState:
         return False
 
     def __str__(self) -> str:
-        totals = {name: sum(node.get(name, 0) for node in self.nodes) for name in ("CPU", "GPU")}
-        nodes = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
-        return f"{nodes}, {totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs"
+        nodes = (*self.nodes, *self.spot_nodes)
+        totals = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        count = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
+        return f"{count}, {totals['CPU']:g} CPUs, {totals['GPU']:g} GPUs"
 
 
 def resource_shape(cpus: float, gpus: float = 0.0) -> Shape:
@@ -128,22 +138,31 @@ def cluster_state() -> ClusterState:
     """Read resources and pending requests from Ray. Raises what Ray raises if it cannot."""
     state = _state()
     pending = [
-        PendingRequest((_shape(item.request.resources_bundle),), item.count)
+        PendingRequest(
+            (_shape(item.request.resources_bundle),), item.count, _is_off_spot(item.request)
+        )
         for item in state.pending_resource_requests
     ]
     for gang in state.pending_gang_resource_requests:
-        bundles = [_shape(item.resources_bundle) for item in gang.requests]
-        if not bundles:  # newer versions of Ray store them here
-            bundles = [
-                _shape(item.resources_bundle)
-                for selector in gang.bundle_selectors
-                for item in selector.resource_requests
-            ]
-        pending.append(PendingRequest(tuple(bundles), 1))
-    nodes = [dict(node.total_resources) for node in state.node_states if _status(node) not in DEAD]
-    return ClusterState(
-        tuple(node for node in nodes if node.get("CPU", 0) > 0 or node.get("GPU", 0) > 0),
-        tuple(pending),
+        # newer versions of Ray store them in the selectors
+        requests = list(gang.requests) or [
+            item for selector in gang.bundle_selectors for item in selector.resource_requests
+        ]
+        bundles = tuple(_shape(item.resources_bundle) for item in requests)
+        pending.append(PendingRequest(bundles, 1, any(map(_is_off_spot, requests))))
+    nodes: dict[bool, list[Mapping[str, float]]] = {False: [], True: []}
+    for node in state.node_states:
+        total = dict(node.total_resources)
+        if _status(node) not in DEAD and (total.get("CPU", 0) > 0 or total.get("GPU", 0) > 0):
+            nodes[is_spot(node.labels)].append(total)
+    return ClusterState(tuple(nodes[False]), tuple(pending), tuple(nodes[True]))
+
+
+def _is_off_spot(request: Any) -> bool:
+    return any(
+        constraint.label_key == MARKET_TYPE
+        for selector in request.label_selectors
+        for constraint in selector.label_constraints
     )
 
 
@@ -282,4 +301,5 @@ class PendingWatch:
 
     def _describe(self, request: PendingRequest, state: ClusterState) -> str:
         autoscaler = ", and the autoscaler has added none" if self._can_grow else ""
-        return f"requested {request}, which no node of the cluster has ({state}){autoscaler}"
+        kind = " but spot machines (cluster.keep_off_spot)" if request.off_spot else ""
+        return f"requested {request}, which no node of the cluster{kind} has ({state}){autoscaler}"

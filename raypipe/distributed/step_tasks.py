@@ -12,6 +12,7 @@ import ray
 from raypipe.config import Config
 from raypipe.distributed.context import Context
 from raypipe.distributed.failures import as_raypipe_error
+from raypipe.distributed.spot import training_labels
 from raypipe.distributed.usage import Stopwatch
 from raypipe.progress import ProgressCallback
 from raypipe.runs.run import Run
@@ -60,9 +61,13 @@ def run_step_functions(
     float
         Processor seconds.
     """
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_in_task).options(
-        num_returns="streaming"
-    )
+    task = ray.remote(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        label_selector=training_labels(context.config.cluster),
+        max_retries=3,
+        num_returns="streaming",
+    )(_in_task)
     streams = {
         name: task.remote(fenced(part), context.config, context.run.uri, samples, cpus)
         for name, part in parts.items()

@@ -9,13 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from raypipe import storage
+from raypipe.errors import ConfigError
 from raypipe.estimate.facts import Survey
 from raypipe.estimate.inspect import DrawnSample
 from raypipe.text import size
 from raypipe.vision.decode import BadImage, decode, open_image
 from raypipe.vision.own_code import Transform, displayed
 
+MARK = "raypipe contact sheet"
+"""Text in the metadata of a sheet, by which it is recognised."""
+HEAD_BYTES = 200
+"""Bytes within which the mark stands."""
 TILE = 160
 """Pixels a side of an image."""
 GAP, MARGIN = 14, 24
@@ -51,9 +58,22 @@ def contact_sheet(
     height = HEAD + lines * (TILE + CAPTION + GAP) + MARGIN - GAP
     sheet = Image.new("RGB", (width, height), PAPER)
     _Sheet(sheet, survey.bit_depth, transform).draw(survey, shown, columns)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    buffer, marks = io.BytesIO(), PngInfo()
+    marks.add_text("Software", MARK)
+    sheet.save(buffer, "PNG", pnginfo=marks)
     return buffer.getvalue()
+
+
+def refuse_other_file(uri: str) -> None:
+    """Raise ConfigError if a file exists that is not a contact sheet, which would be lost."""
+    try:
+        head = storage.read_bytes(uri, 0, HEAD_BYTES)
+    except (FileNotFoundError, IsADirectoryError):
+        return  # a folder cannot be overwritten
+    if MARK.encode() not in head:
+        raise ConfigError(
+            f"grid: {uri} exists and is not a contact sheet of raypipe; give another name"
+        )
 
 
 class _Sheet:

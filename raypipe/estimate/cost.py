@@ -13,7 +13,8 @@ from raypipe.config import Config
 from raypipe.estimate import rates
 from raypipe.estimate.describe_network import describe_features, describe_network
 from raypipe.estimate.efforts import efforts
-from raypipe.estimate.facts import CostEstimate, RejectFacts, StageEstimate, Survey
+from raypipe.estimate.facts import CostEstimate, StageEstimate, Survey
+from raypipe.estimate.seed_size import small_seed_set
 from raypipe.estimate.volumes import bytes_read, bytes_written
 from raypipe.estimate.workload import Effort, Machine, Workload, this_machine
 from raypipe.runs.ledger import StageRecord
@@ -71,14 +72,19 @@ def estimate(
         bytes_read=bytes_read(work, used_bytes, survey.reads_singly),
         bytes_written=bytes_written(work),
         basis=tuple(_basis(work, machine, by_constants, scaled, like)),
-        warnings=tuple(_warnings(work, survey.rejects)),
+        warnings=tuple(_warnings(work, survey)),
         network=describe_network(config.proxy),
         features=describe_features(config),
     )
 
 
-def _warnings(work: Workload, rejects: RejectFacts) -> Iterator[str]:
+def _warnings(work: Workload, survey: Survey) -> Iterator[str]:
     """Yield sentences on what would go wrong."""
+    if too_small := small_seed_set(work, survey.balance):
+        yield too_small
+    if survey.unreadable_problem:
+        yield f"a run stops in the stage index: {survey.unreadable_problem}"
+    rejects = survey.rejects
     allowed = work.config.source.max_reject_fraction
     if foreseen := foreseen_rejects(rejects.count, rejects.drawn, work.samples, allowed):
         yield foreseen

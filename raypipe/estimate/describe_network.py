@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from raypipe.config import Config, ProxySettings
 from raypipe.config.choices import PROXY_MODELS, is_own, is_own_features
 from raypipe.estimate import rates
+from raypipe.estimate.feature_cost import feature_cost
 from raypipe.vision.network_costs import LIKE_OWN
 
 if TYPE_CHECKING:
@@ -57,21 +58,24 @@ def describe_features(config: Config) -> str:
     if embed.network is not None:
         parts.append(_describe_feature_network(config, embed.network))
     if embed.table is not None:
-        parts.append(f"the embeddings in {embed.table}")
-    return f"{' and '.join(parts)}; their cost is not in the estimate"
+        parts.append(f"the embeddings in {embed.table}, whose reading is not in the estimate")
+    return " and ".join(parts)
 
 
 def _describe_feature_network(config: Config, name: str) -> str:
     if is_own_features(name):
-        return f"{name}, code of your own, which only a run imports"
+        return (
+            f"{name}, code of your own, which only a run imports; costs are estimated as for "
+            f"{LIKE_OWN}"
+        )
     from raypipe.proxies.feature_networks import find_features
 
-    features = find_features(name)
-    size = config.embed.image_size
-    if size == "auto":
-        size = features.input_size or config.proxy.image_size
-    width = features.width if features.width is not None else rates.width(name, size)
-    return f"{name}: embeddings of length {width}, images of {size} pixels{_made_for(features)}"
+    cost = feature_cost(config)
+    assert cost is not None
+    return (
+        f"{name}: {cost.parameters / 1e6:,.1f} M weights, embeddings of length {cost.width}, "
+        f"images of {cost.image_size} pixels{_made_for(find_features(name))}"
+    )
 
 
 def _made_for(network: Network | Features) -> str:

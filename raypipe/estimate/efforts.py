@@ -71,7 +71,7 @@ def _training(work: Workload, machine: Machine) -> Effort:
         seen / proxy.batch_size * network_costs.STEP_SECONDS
         + proxy.passes * proxy.proxies * rates.EPOCH_SECONDS
     )
-    amount = seen * passes * work.forward_macs
+    amount = seen * passes * work.forward_macs * proxy.pixel_share
     if machine.uses_gpu(proxy.use_gpu):
         return Effort(overhead, amount / machine.gpu_macs + overhead, proxy.workers * proxy.proxies)
     on_one_thread = amount / machine.cpu_macs + overhead
@@ -120,9 +120,13 @@ def embedding_passes(config: Config) -> float:
 
 def _embedding(work: Workload, machine: Machine) -> Effort:
     forward = embedding_passes(work.config) * work.forward_macs
+    decodings = 1
+    if work.features is not None:
+        forward += work.features.macs
+        decodings += work.features.image_size != work.config.proxy.image_size
     return _network(
         work.samples * (forward + _label_feature_macs(work)),
-        work.samples * (work.decode_seconds + rates.SAMPLE_SECONDS),
+        work.samples * (decodings * work.decode_seconds + rates.SAMPLE_SECONDS),
         work.config.embed.use_gpu,
         machine,
         work.fragments,
@@ -241,7 +245,7 @@ def _measured_checkpoints(config: Config) -> int:
 
 def _probing(work: Workload) -> Effort:
     """Return the work of linear probes: products of embeddings with covariance and class means."""
-    width, repeats = work.embedding_width, work.config.proxy.repeats
+    width, repeats = work.proxy_width, work.config.proxy.repeats
     fitted = min(work.samples, probe_samples(work.classes))
     products = repeats * (fitted * width + 2 * work.samples * work.classes)
     cpu = PROBE_PRODUCT_SECONDS * width * products + work.samples * rates.SAMPLE_SECONDS

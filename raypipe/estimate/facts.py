@@ -204,10 +204,19 @@ class Survey:
         All classes; if `classes_known` is false, those that were seen.
     unreadable_files
         (path, reason) of opened files that cannot be read.
+    unreadable_problem
+        Why a run stops because of them; empty if it does not.
+    reads_labels
+        Whether `source.label_column` is not null.
+    columns
+        What is read -> the column that has it, where `source.image_column` and
+        `source.label_column` are names, or stand for names that were found.
     balance, pictures, rejects
         Classes, images and rejects.
     duplicates
         Drawn samples with the same bytes as an earlier one.
+    conflicting
+        Those of them with another label.
     decode_seconds
         Processor seconds to decode one image to the proxy's input size, on this machine.
     seconds
@@ -248,6 +257,10 @@ class Survey:
     left_out: Mapping[str, LeftOut] = dataclasses.field(default_factory=dict)
     bit_depth: int = 16
     depth_note: str = ""
+    unreadable_problem: str = ""
+    reads_labels: bool = True
+    conflicting: int = 0
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""

@@ -19,7 +19,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from raypipe.config import SourceSettings
+from raypipe.config.choices import AUTO
+from raypipe.errors import SourceError
 from raypipe.estimate.facts import ClassBalance, ImageFacts, RejectFacts, Survey, upper_bound
+from raypipe.runs.rejects import UnreadableFiles
 from raypipe.sources import (
     ClassMap,
     RawSample,
@@ -29,6 +32,7 @@ from raypipe.sources import (
     class_map,
     open_source,
 )
+from raypipe.sources.classes import LabelSpellings, refuse_missing_labels
 from raypipe.sources.splits import SplitOfFiles
 from raypipe.sources.types import Preview
 from raypipe.sources.used_settings import refuse_unused_settings
@@ -116,11 +120,14 @@ def inspect_source(
     labels = listing.labels()
     exact = counted and labels.total() >= total
     names = listing.class_names()
+    if exact and source.fields_in_samples and total:
+        refuse_missing_labels(settings, labels.keys() - {None})
     classes = class_map(
         names, frozenset(label for label in labels if label is not None), settings.num_classes
     )
     draw = random.Random(f"{seed}-choice")
     chosen = _choose([preview for _, preview in sorted(previews.items())], samples, draw)
+    duplicates, conflicting = _duplicates(chosen)
     decoded = _decode(chosen, classes, settings, image_size)
     survey = Survey(
         uri=settings.uri,
@@ -140,17 +147,26 @@ def inspect_source(
         class_names=classes.names,
         classes_known=exact or names is not None or settings.num_classes is not None,
         unreadable_files=listing.unreadable(),
+        unreadable_problem=listing.unreadable_problem(settings.max_reject_fraction),
         balance=_balance(classes, listing.labels_by_file(), total, exact),
         pictures=_image_facts([sample for sample in chosen if sample.image is not None]),
         rejects=_reject_facts(decoded.samples, total),
-        duplicates=_duplicates(chosen),
+        duplicates=duplicates,
+        conflicting=conflicting,
         decode_seconds=decoded.seconds,
         seconds=round(time.monotonic() - started, 3),
         left_out=source.left_out,
         bit_depth=settings.bit_depth,
+        reads_labels=settings.label_column is not None,
         depth_note=_bits_in_use(chosen, settings).note(settings.bit_depth),
+        columns=_columns(source.resolved_settings(image_size)),
     )
     return Inspection(survey, tuple(decoded.samples))
+
+
+def _columns(settings: SourceSettings) -> dict[str, str]:
+    columns = {"images": settings.image_column, "labels": settings.label_column}
+    return {what: name for what, name in columns.items() if name not in (AUTO, None)}
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -206,9 +222,15 @@ class _Listing:
             If these or the splits of the files contradict one another, as a run would.
         """
         stated, split = StatedNames(self.source.labels_by_name), SplitOfFiles()
+        spellings = LabelSpellings()
         for row, preview in sorted(self.previews.items()):
-            stated.add(self.files[row].path, preview.class_names, preview.labels)
-            split.add(self.files[row].path, preview.split)
+            path = self.files[row].path
+            stated.add(path, preview.class_names, preview.labels)
+            split.add(path, preview.split)
+            labels = {label for label in preview.labels if label is not None}
+            spellings.add(path, labels, preview.padded)
+        if spellings.mixed and stated.names is None:
+            raise SourceError(spellings.mixed)
         return stated.names
 
     def total(self) -> tuple[int, bool]:
@@ -254,6 +276,17 @@ class _Listing:
             for row, preview in sorted(self.previews.items())
             if preview.error
         )
+
+    def unreadable_problem(self, fraction: float) -> str:
+        """Return why a run stops because of the opened files that cannot be read; "" if not."""
+        tally = UnreadableFiles()
+        for row, preview in sorted(self.previews.items()):
+            file = self.files[row]
+            tally.add(
+                file.size,
+                [{"path": file.path, "error": preview.error, "start": 0, "stop": preview.samples}],
+            )
+        return tally.problem(fraction)
 
 
 def _places(source: Source, files: Sequence[SourceFile], samples: int, seed: int) -> dict[int, int]:
@@ -493,12 +526,16 @@ def _reject_facts(drawn: Sequence[DrawnSample], total: int) -> RejectFacts:
     )
 
 
-def _duplicates(samples: Sequence[RawSample]) -> int:
-    images = [sample.image for sample in samples if sample.image is not None]
-    contents = {
-        hashlib.blake2b(
-            image if isinstance(image, bytes) else image.tobytes() + str(image.shape).encode()
-        ).digest()
-        for image in images
-    }
-    return len(images) - len(contents)
+def _duplicates(samples: Sequence[RawSample]) -> tuple[int, int]:
+    """Return how many samples have the bytes of another, and how many of these another label."""
+    labels: dict[bytes, list[int | str | None]] = {}
+    for sample in samples:
+        image = sample.image
+        if image is not None:
+            content = image if isinstance(image, bytes) else image.tobytes()
+            shape = b"" if isinstance(image, bytes) else str(image.shape).encode()
+            labels.setdefault(hashlib.blake2b(content + shape).digest(), []).append(sample.label)
+    return (
+        sum(len(alike) - 1 for alike in labels.values()),
+        sum(len(alike) - Counter(alike).most_common(1)[0][1] for alike in labels.values()),
+    )

@@ -8,9 +8,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from raypipe.estimate.facts import ClassBalance, CostEstimate, ImageFacts, RejectFacts, Survey
-from raypipe.runs.sizes import MIN_SEED_SAMPLES
-from raypipe.sources.classes import lone_classes_note
-from raypipe.sources.formats import describe_left_out
+from raypipe.sources.classes import lone_classes_note, names_note
+from raypipe.sources.formats import LABEL_PLACES, describe_left_out
 from raypipe.text import (
     counted,
     duration,
@@ -22,6 +21,10 @@ from raypipe.text import (
     size,
 )
 
+TOO_FEW_CLASSES = (
+    "a run needs 2 classes: check where the labels are, or set source.label_column to null and "
+    "pseudo_labels.clusters to a number"
+)
 BAR = 32
 """Characters of the longest bar."""
 MAX_CLASSES = 20
@@ -42,6 +45,9 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     yield f"source      {survey.uri}"
     files = counted(survey.files, "file")
     yield f"format      {survey.format}: {files}, {size(survey.bytes)}{empty}"
+    if survey.columns:
+        read = ", ".join(f"{what} from {name}" for what, name in survey.columns.items())
+        yield f"columns     {read}"
     limit = (
         f"; a run takes the first {survey.limit:,} (source.limit)"
         if survey.limit and survey.limit < survey.samples
@@ -67,10 +73,9 @@ def describe_survey(survey: Survey, block: str = "█") -> Iterator[str]:
     for number, line in enumerate(survey.code):
         yield f"{'' if number else 'code':<12}{line}"
     drawn = survey.rejects.drawn
-    if survey.duplicates:
-        yield f"duplicates  {survey.duplicates} of {drawn:,} drawn have the same bytes as another"
-    else:
-        yield f"duplicates  0 of {drawn:,} drawn have the same bytes as another"
+    other = f", and {survey.conflicting} of them another label" if survey.conflicting else ""
+    equal = f"{survey.duplicates} of {drawn:,} drawn have the same bytes as another{other}"
+    yield f"duplicates  {equal}"
     opened = counted(survey.opened, "file")
     yield f"inspected   {drawn:,} samples of {opened}, in {survey.seconds:.1f} s"
     if survey.cost is not None:
@@ -84,11 +89,6 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
         f"cost        of a run with {cost.settings}: {cost.samples:,} samples, "
         f"{cost.seed_samples:,} of them measured"
     )
-    if cost.seed_samples < MIN_SEED_SAMPLES:
-        yield (
-            "            a run stops if the seed set has fewer than "
-            f"{MIN_SEED_SAMPLES} samples: {_larger_seed_set(cost.samples)}"
-        )
     for sentence in cost.warnings:
         yield f"WARNING     {sentence}"
     if cost.network:
@@ -117,21 +117,24 @@ def describe_cost(cost: CostEstimate) -> Iterator[str]:
     )
 
 
-def _larger_seed_set(samples: int) -> str:
-    hundredths = math.ceil(100 * MIN_SEED_SAMPLES / max(1, samples))
-    if hundredths > 100:
-        return "the source has too few samples"
-    return f"raise seed.fraction to {hundredths / 100:g} or more"
-
-
 def _classes(survey: Survey) -> Iterator[str]:
     names = survey.class_names
+    if not survey.reads_labels:
+        yield "classes     none: source.label_column is null, so labels are not read"
+        return
     if not names:
         yield "classes     none: the samples have no labels"
+        if place := LABEL_PLACES.get(survey.format):
+            yield f"            labels are read from {place}"
+        yield f"            {TOO_FEW_CLASSES}"
         return
     least = "" if survey.classes_known else "at least "
     shown = ", ".join(name[:MAX_NAME] for name in names[:8]) + (", ..." if len(names) > 8 else "")
     yield f"classes     {least}{len(names):,}: {shown}"
+    if len(names) == 1 and survey.classes_known:
+        yield f"            {TOO_FEW_CLASSES}"
+    if note := names_note(names):
+        yield f"            {note}"
 
 
 def _balance(survey: Survey, balance: ClassBalance, block: str) -> Iterator[str]:

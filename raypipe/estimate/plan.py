@@ -26,6 +26,7 @@ from raypipe.estimate.efforts import efforts
 from raypipe.estimate.plan_bounds import START_MB, Bound, bounds_of
 from raypipe.estimate.plan_rates import Rates, read_rates
 from raypipe.estimate.plan_storage import files_written, planned_bytes, requests_of
+from raypipe.estimate.seed_size import small_seed_set
 from raypipe.estimate.volumes import bytes_read
 from raypipe.estimate.workload import Effort, Machine, Workload
 from raypipe.scores.registry import check_scores
@@ -276,8 +277,8 @@ def plan_of_options(
     RunError
         If `like` is not a run.
     """
-    if image_bytes < 1 or classes < 1:
-        raise ConfigError("image-bytes and classes: at least 1")
+    if not 1 <= image_bytes <= MAX_AMOUNT or not 1 <= classes <= MAX_AMOUNT:
+        raise ConfigError(f"image-bytes and classes: at least 1, at most {MAX_AMOUNT:g}")
     known = read_rates(rates) if rates is not None else Rates()
     if decode_rate is not None:
         known = known.changed({"decode": {config.proxy.image_size: decode_rate}}, "--decode-rate")
@@ -302,7 +303,8 @@ def _check_amounts(samples: int, gpus: float, cpus: float | None) -> None:
         ("cpus", 1 if cpus is None else cpus, 1),
     ):
         if not smallest <= value <= MAX_AMOUNT:
-            raise ConfigError(f"{name}: {value:g} is not allowed: at least {smallest}")
+            limit = f"at most {MAX_AMOUNT:g}" if value > MAX_AMOUNT else f"at least {smallest}"
+            raise ConfigError(f"{name}: {value:g} is not allowed: {limit}")
 
 
 def _notes(
@@ -314,8 +316,8 @@ def _notes(
     scaled: Mapping[str, Effort],
 ) -> list[str]:
     """Return sentences on what the plan assumes."""
-    too_few = work.config.proxy.too_few_steps(work.seed)
-    notes = [too_few] if too_few else []
+    foreseen = (small_seed_set(work), work.config.proxy.too_few_steps(work.seed))
+    notes = [sentence for sentence in foreseen if sentence]
     if (stated := work.config.source.format) != _planned_format(work.config):
         notes.append(f"source.format is {stated}: planned as webdataset")
     if like is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raypipe.estimate.plan import RunPlan
-from raypipe.text import duration, hours, large_count, size, table
+from raypipe.text import counted, duration, hours, large_count, size, table
 
 COLUMNS = ("stage", "GPU hours", "CPU hours", "clock", "requests", "reads", "files")
 
@@ -13,8 +13,8 @@ COLUMNS = ("stage", "GPU hours", "CPU hours", "clock", "requests", "reads", "fil
 def describe_plan(plan: RunPlan) -> Iterator[str]:
     """Yield lines about what a run would cost, and what breaks first."""
     yield (
-        f"images      {plan.samples:,}, {size(plan.source_bytes)} in {plan.files:,} files "
-        f"({plan.format}), {plan.fragments:,} fragments"
+        f"images      {plan.samples:,}, {size(plan.source_bytes)} in "
+        f"{counted(plan.files, 'file')} ({plan.format}), {counted(plan.fragments, 'fragment')}"
     )
     extremes = f", {plan.extremes:,} extreme predictions" if plan.extremes else ""
     yield f"measured    {plan.measured:,} seed samples, {plan.audit:,} audit samples{extremes}"

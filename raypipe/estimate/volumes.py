@@ -36,7 +36,7 @@ def bytes_read(work: Workload, stored: float, random_access: bool) -> dict[str, 
 def bytes_written(work: Workload) -> dict[str, int]:
     """Return the bytes of each folder of the run."""
     config, proxy, measure = work.config, work.config.proxy, work.config.measure
-    width = work.embedding_width
+    width = work.proxy_width
     weights = rates.parameters(proxy.model, proxy.image_size)
     checkpoint = 4 * (weights + width * work.classes) * proxy.parts
     count = len(proxy.checkpoint_epochs())
@@ -54,6 +54,8 @@ def bytes_written(work: Workload) -> dict[str, int]:
     views = proxy.repeats - 1.0
     if proxy.cross_fits:
         views = 2 * proxy.repeats - 1 + 1 / proxy.parts
+    if config.embed.has_features and not ProxyRoles.of(config).single:
+        views += 1  # those by proxy 0 are there, too
     feature = 4 if config.embed.dtype == "float32" else 2
     labeller = 4 * _label_parameters(config) + 60 * drawn
     rehearsal = (work.seed * image + trajectory) // 2 + checkpoints + work.seed * (4 * width + 60)
@@ -66,9 +68,9 @@ def bytes_written(work: Workload) -> dict[str, int]:
             + work.seed * (60 + 12 * measured * proxies)
         ),
         "rehearsal": config.rehearses * rehearsal,
-        "embeddings": work.samples * (feature * width + 150),
+        "embeddings": work.samples * (feature * work.embedding_width + 150),
         "views": round(views * work.samples * (feature * width + 60)),
-        "extrapolator": 2 * work.seed * (4 * proxy.repeats * width + 100),
+        "extrapolator": 2 * work.seed * (4 * work.embedding_values + 100),
         "scores": work.samples * 30,
         "pilot": config.pilots * 400 * config.pilot.max_repeats,
         "keep": round(sum(config.select.keep) * work.samples * 25),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from glob import glob
 
 from raypipe.config import Config
 from raypipe.estimate import rates
 from raypipe.estimate.facts import Survey
+from raypipe.estimate.feature_cost import FeatureCost, feature_cost
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import SEED_SHARD_SAMPLES
@@ -141,14 +143,26 @@ class Workload:
         return network_costs.macs(self.config.proxy.model, self.config.proxy.image_size)
 
     @property
-    def embedding_width(self) -> int:
+    def proxy_width(self) -> int:
         """Length of an embedding by one proxy."""
         return rates.width(self.config.proxy.model, self.config.proxy.image_size)
 
     @property
+    def embedding_width(self) -> int:
+        """Length of a stored embedding, without that of a table (`embed.from`)."""
+        by_proxy = self.proxy_width if self.config.embed.uses_proxy else 0
+        return by_proxy + (self.features.width if self.features else 0)
+
+    @property
     def embedding_values(self) -> int:
-        """Length of the embeddings by all proxies that are seen side by side."""
-        return self.config.proxy.repeats * self.embedding_width
+        """Length of the embeddings that an extrapolator sees side by side, without a table's."""
+        others = self.config.proxy.repeats - 1 if self.config.embed.uses_proxy else 0
+        return self.embedding_width + others * self.proxy_width
+
+    @cached_property
+    def features(self) -> FeatureCost | None:
+        """The network of `embed.model`; None without one."""
+        return feature_cost(self.config)
 
     @property
     def seed_shards(self) -> float:

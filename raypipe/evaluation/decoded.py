@@ -16,7 +16,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import ResourceError, SourceError, StageError
+from raypipe.evaluation.held_out import options_named
 from raypipe.runs.duplicates import reject_duplicates
 from raypipe.runs.ledger import content_hash, fingerprint
 from raypipe.runs.run import Run
@@ -149,14 +149,8 @@ def list_test_set(source: SourceSettings, run_source: SourceSettings, classes: C
     SourceError
         If the test set has no readable samples, or its classes cannot be matched.
     """
-    try:
+    with options_named():
         return _listed_test_set(source, run_source, classes)
-    except SourceError as error:
-        # the settings of a test set are options of `raypipe evaluate`
-        text = re.sub(
-            r"source\.(\w+)", r"--test-set \1", re.sub(r"source\.uri", "--test", str(error))
-        )
-        raise SourceError(text) from None
 
 
 def _listed_test_set(

@@ -15,6 +15,7 @@ from raypipe.distributed.cluster import Cluster
 from raypipe.distributed.code_identity import code_identity
 from raypipe.distributed.context import Context
 from raypipe.distributed.nodes import on_each_node, run_on_share, smallest_memory
+from raypipe.distributed.spot import training_labels
 from raypipe.errors import ResourceError, RunError, SourceError
 from raypipe.evaluation.decoded import (
     TEST,
@@ -126,7 +127,7 @@ def _evaluate(
             f"note: {counted(len(test.unreadable), 'file')} of the test set cannot be read and "
             f"are left out, such as {path}: {reason}"
         )
-    gpu = context.cluster.use_gpu(settings.use_gpu)
+    gpu = context.cluster.for_trainings(config.cluster).use_gpu(settings.use_gpu)
     depths = [item.bit_depth for item in (config.source, source)]
     scaled: list[Any] = [depths] if depths != [16, 16] else []  # other results stay valid
     scaled += [code_identity(item).hash for item in _transforms(config.source, source)]
@@ -221,12 +222,13 @@ def _train(
 ) -> None:
     """Run the trainings that are missing, as Ray tasks."""
     run = context.run
-    cpus = _cpus_of(context.cluster, settings, gpu, len(missing))
+    cluster, labels = context.config.cluster, training_labels(context.config.cluster)
+    cpus = _cpus_of(context.cluster.for_trainings(cluster), settings, gpu, len(missing))
     train = functools.partial(train_one, run.uri, copy, len(run.classes().names), cpus, gpu)
     with context.progress.meter("evaluate", len(trainings), "trainings") as meter:
         meter.already(len(trainings) - len(missing))
         try:
-            run_on_share(missing, train, lambda _: meter.add(1), cpus, int(gpu))
+            run_on_share(missing, train, lambda _: meter.add(1), cpus, int(gpu), labels)
         finally:
             on_each_node(copy.remove)
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from raypipe.config import Config, SourceSettings, absolute_paths, apply_overrides, parse_config
 from raypipe.config.outside import outside_names
 from raypipe.config.parts import part_names_accepted
+from raypipe.errors import SourceError
 from raypipe.runs.run import Run
 from raypipe.sources import open_source
 from raypipe.sources.used_settings import refuse_unused_settings, unused_settings
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Let errors name the options of `raypipe evaluate`, which the settings of a test set are."""
+    try:
+        yield
+    except SourceError as error:
+        text = re.sub(r"source\.uri", "--test", str(error))
+        raise SourceError(re.sub(r"source\.(\w+)", r"--test-set \1", text)) from None
 
 
 def source_of_test_set(config: Config, uri: str, overrides: Sequence[str]) -> SourceSettings:
@@ -27,7 +40,8 @@ def source_of_test_set(config: Config, uri: str, overrides: Sequence[str]) -> So
     dotted = [item if "." in item.partition("=")[0] else f"source.{item}" for item in overrides]
     with part_names_accepted(outside_names(config)):
         source = absolute_paths(parse_config(apply_overrides(data, dotted))).source
-    format = open_source(source).format
+    with options_named():
+        format = open_source(source).format
     given = {item.partition("=")[0].removeprefix("source.") for item in dotted}
     inherited = set(unused_settings(source, format)) - given
     source = source.model_copy(

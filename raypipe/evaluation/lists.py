@@ -24,6 +24,7 @@ from raypipe.config.outside import outside_names
 from raypipe.config.parts import part_names_accepted
 from raypipe.errors import ConfigError, RunError, SourceError
 from raypipe.evaluation.epoch_samples import BY_SCORE, EpochSamples
+from raypipe.runs.ledger import scored_by
 from raypipe.runs.measured_scores import MEASURED_FOLDERS, every_measured_score
 from raypipe.runs.outside_code import is_difficulty
 from raypipe.runs.run import Run
@@ -187,9 +188,10 @@ def origins(
     ConfigError
         If a score was not measured on every sample, or another run lacks the score of one.
     """
-    kinds = settings.scores or (RUN, *_measured_everywhere(run, config.score, pool_ids))
+    score = scored_by(run.ledger(), config.score)
+    kinds = settings.scores or (RUN, *_measured_everywhere(run, score, pool_ids))
     return [
-        Origin(RUN, config.score) if kind == RUN else _measured_origin(run, kind, pool_ids)
+        Origin(RUN, score) if kind == RUN else _measured_origin(run, kind, pool_ids)
         for kind in kinds
     ] + [_other_run(run, Run(uri), pool_ids) for uri in settings.beside]
 
@@ -237,7 +239,7 @@ def _other_run(run: Run, other: Run, pool_ids: Sequence[pa.Array]) -> Origin:
             "over the same source, with the same ids"
         )
     _check_same_labels(run, other, labels)
-    return Origin(other.uri, other.config().score, values)
+    return Origin(other.uri, scored_by(other.ledger(), other.config().score), values)
 
 
 def _check_same_labels(run: Run, other: Run, labels: Mapping[str, int | None]) -> None:

@@ -28,7 +28,7 @@ from raypipe.evaluation.figures import (
 )
 from raypipe.evaluation.lists import FULL, RANDOM
 from raypipe.evaluation.trainings import RECIPE, Training
-from raypipe.runs.ledger import StageRecord, now
+from raypipe.runs.ledger import StageRecord, extrapolated_tables, now
 from raypipe.runs.packed_bits import unpack
 from raypipe.runs.run import Run
 from raypipe.text import (
@@ -200,6 +200,7 @@ def summarize(
         "scoring_seconds": {
             name: scoring_seconds(ledger, name) for name in ("cpu_seconds", "gpu_seconds")
         },
+        **({"tables": tables} if (tables := extrapolated_tables(ledger)) else {}),
         "trainings": len(results.by_name),
         "full": figures.full,
         "warning": _untrained(results, test["samples"]),
@@ -331,9 +332,10 @@ def describe_evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
     yield from table(_rows(summary))
     unit, seconds = summary["unit"], summary["scoring_seconds"]
     cost = seconds["gpu_seconds" if unit == "GPU" else "cpu_seconds"]
+    unknown = " besides the tables they come from" if summary.get("tables") else ""
     yield (
-        f"the scores cost {cost:,.1f} {unit} seconds; 'paid after' is the number of trainings on "
-        "the list that save as much"
+        f"the scores cost {cost:,.1f} {unit} seconds{unknown}; 'paid after' is the number of "
+        "trainings on the list that save as much"
     )
     for listed in summary["lists"]:
         yield listed["sentence"]

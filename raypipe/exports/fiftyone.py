@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, Any
 
 import pyarrow as pa
 
+SAMPLES_FILE, METADATA_FILE = "samples.json", "metadata.json"
 VERSION = "1.0.0"
 """The version of FiftyOne whose layout this is. Newer ones migrate it when they import it."""
 _FIELDS = "fiftyone.core.fields."
 _LABEL = "fiftyone.core.labels.Classification"
 
 
-def fiftyone_files(
-    samples: pa.Table, classes: Sequence[str], images: Sequence[str]
-) -> dict[str, bytes]:
-    """Return the two files by name.
+def write_samples(
+    file: IO[bytes], tables: Iterable[pa.Table], classes: Sequence[str], image: Callable[[str], str]
+) -> None:
+    """Write the documents of all samples, one table after another.
 
     Parameters
     ----------
-    samples
-        What `raypipe.exports.all_samples.read_samples` returns.
-    classes
+    file : binary file
+    tables : iterable of pyarrow.Table
+        Parts of what `raypipe.exports.all_samples.described_samples` yields.
+    classes : sequence of str
         Names of the classes.
-    images
-        Path of the image of each sample.
+    image : callable
+        Returns the path or URL of the image of a sample id.
     """
-    rows = zip(images, samples.to_pylist(), strict=True)
-    documents = [_sample(image, row, classes) for image, row in rows]
-    return {
-        "samples.json": _json({"samples": documents}),
-        "metadata.json": _json(_metadata(classes)),
-    }
+    file.write(b'{"samples": [')
+    separator = b""
+    for table in tables:
+        rows = table.to_pylist()
+        documents = (_json(_sample(image(row["sample_id"]), row, classes)) for row in rows)
+        if rows:
+            file.write(separator + b", ".join(documents))
+            separator = b", "
+    file.write(b"]}")
+
+
+def metadata(classes: Sequence[str]) -> bytes:
+    """Return the content of the file that describes the dataset."""
+    return _json(_metadata(classes))
 
 
 def _json(value: dict[str, Any]) -> bytes:

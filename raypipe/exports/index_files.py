@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import json
+import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.config.export import ExportSettings
 from raypipe.distributed.context import Context
-from raypipe.errors import ConfigError, RunError
+from raypipe.errors import ConfigError
 from raypipe.exports.cells import guarded, guarded_path
 from raypipe.exports.missing import MissingSample, report_missing
+from raypipe.exports.written_files import write_files
 from raypipe.keeplists.file import KeepFile, Located, first_positions, ids_in_order
 from raypipe.runs.keep_files import keep_metadata
 from raypipe.runs.run import Run
@@ -78,26 +80,16 @@ def export_single_file(
             "keep_list": keep_metadata(keep_list),
         }
         files = _indices(kept, position[rows], about, base, extension)
-    write_files(files, settings.force)
+    writers = {uri: operator.methodcaller("write", content) for uri, content in files.items()}
+    written = write_files(writers, settings.force)
     return {
         "format": settings.format,
         "to": to,
         "samples": len(kept),
         "shards": len(files),
-        "bytes": sum(len(content) for content in files.values()),
+        "bytes": written,
         "missing": len(missing),
     }
-
-
-def write_files(files: dict[str, bytes], force: bool) -> None:
-    """Write all files, or raise RunError before writing any if one exists with other content."""
-    for uri, content in files.items():
-        if not force and storage.exists(uri) and storage.read_bytes(uri) != content:
-            raise RunError(
-                f"{uri}: already exists with other content; give another name (--force replaces it)"
-            )
-    for uri, content in files.items():
-        storage.write_bytes(uri, content)
 
 
 def _indices(

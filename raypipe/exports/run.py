@@ -3,6 +3,7 @@
 Formats with images are folders of shards; see `raypipe.exports.shards` and `shard_formats`. Two
 are a single file, `indices` and `list`; see `raypipe.exports.index_files`. Three describe all
 samples, kept or not: `fiftyone`, `cleanlab` and `label-studio`; see `raypipe.exports.all_samples`.
+One describes the list itself, `openlineage`; see `raypipe.exports.lineage`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from raypipe.config.export import ExportSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.exports.all_samples import export_all_samples
-from raypipe.exports.hub import check_hub_client, push_export
+from raypipe.exports.hub import check_hub, check_hub_client, push_export
 from raypipe.exports.index_files import export_single_file
 from raypipe.exports.lance import check_lance
+from raypipe.exports.lineage import export_lineage
 from raypipe.exports.missing import MissingSample
 from raypipe.exports.shard_task import STATE
 from raypipe.exports.shards import ShardExport
@@ -59,6 +61,8 @@ def export_keep_list(
             "may be missing"
         )
     located = locate(run, keep_list, settings.snapshot)
+    if settings.format == "openlineage":
+        return export_lineage(run, keep_list, located, settings)
     if settings.of_all_samples:
         return export_all_samples(context, keep_list, located, settings)
     if not settings.in_shards:
@@ -72,6 +76,8 @@ def export_keep_list(
         ]
     export = ShardExport(context, keep_list, located, gone, settings)
     export.check_folder()
+    if settings.push_to is not None:
+        check_hub(settings.push_to, located.fingerprint, force=settings.force)
     with Lease(Run(storage.join(to, STATE))):
         result = export.write()
         if settings.push_to is not None:

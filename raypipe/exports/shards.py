@@ -131,6 +131,8 @@ class ShardExport:
                     f"{before.get('run')}), which differs in {' and '.join(differences)}; give "
                     "another folder (--force deletes the other export)"
                 )
+            if before.get("format") != self._job.format:
+                self._check_folders()
             self._delete_export(before)
         limit = self._settings.shard_bytes or SHARD_BYTES
         size = self._settings.shard_samples or max(
@@ -155,7 +157,11 @@ class ShardExport:
                 f"{self._to}: contains other files, such as {min(files)}; give a new folder "
                 "(--force writes here)"
             )
-        for folder in self._format.folders:  # files in there are taken for those of the export
+        self._check_folders()
+
+    def _check_folders(self) -> None:
+        """Raise RunError if files of other origin are where those of the format will be."""
+        for folder in self._format.folders:
             if storage.names(storage.join(self._to, folder)):
                 raise RunError(
                     f"{self._to}: its folder {folder} contains other files, and a "

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raypipe.errors import ConfigError
 from raypipe.plugins import EXTRAPOLATOR, find, named_failures
 
@@ -34,6 +36,13 @@ METHODS = tuple(_CLASSES)
 """Extrapolators of raypipe."""
 CALLED = ("fit", "predict_with_doubt", "predict", "doubt", "difficulty", "state", "load_state")
 """Methods that a run calls."""
+RETURNED = {
+    "predict": ("predict",),
+    "difficulty": ("difficulty",),
+    "doubt": ("doubt",),
+    "predict_with_doubt": ("predict", "doubt"),
+}
+"""What those of them return that have a result for each sample."""
 
 
 def make(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
@@ -70,11 +79,35 @@ def _outside(settings: ExtrapolateSettings, num_classes: int) -> Extrapolator:
 
 
 def _with_named_failures(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of an extrapolator from outside whose errors name the extrapolator."""
+    """Return a method of an extrapolator from outside whose errors name the extrapolator.
+
+    What it returns for each sample is checked.
+    """
 
     @functools.wraps(method)
     def call(*args: Any, **options: Any) -> Any:
         with named_failures(EXTRAPOLATOR, name):
-            return method(*args, **options)
+            result = method(*args, **options)
+            if method.__name__ in RETURNED:
+                samples, columns = len(args[0]), RETURNED[method.__name__]
+                parts = result if len(columns) > 1 else (result,)
+                for what, values in zip(columns, parts, strict=True):
+                    _check_values(what, values, samples)
+            return result
 
     return call
+
+
+def _check_values(what: str, values: Any, samples: int) -> None:
+    """Raise ValueError unless values are a finite number, or a row of them, for each sample."""
+    from raypipe.extrapolators.base import DOUBTS
+
+    shape = (samples, len(DOUBTS)) if what == "doubt" else (samples,)
+    if not isinstance(values, np.ndarray) or values.dtype.kind != "f" or values.shape != shape:
+        kind = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise ValueError(
+            f"{what} returned {kind} of shape {list(np.shape(values))}; expected float32 of shape "
+            f"{list(shape)}"
+        )
+    if bad := int((~np.isfinite(values)).sum()):
+        raise ValueError(f"{what}: {bad} of {values.size} values are not finite")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raypipe.vision.optimizers import plain
+
 HIDDEN, HEADS = 64, 4
 PEAK_LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
 WARM_UP = 0.1
@@ -184,7 +186,7 @@ def train(
         # torch.manual_seed would also seed the generators of the GPUs
         torch.default_generator.manual_seed(seed)
         net = AnchorNet(anchors.feature.shape[1], num_classes)
-        optimizer = torch.optim.AdamW(
+        optimizer = plain(torch.optim.AdamW)(
             net.parameters(), PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
         )
         steps = epochs * -(-len(rows) // batch)

@@ -22,6 +22,7 @@ from raypipe.extrapolators.base import Extrapolator, Nodes
 from raypipe.extrapolators.features import Bounds, Scaler, Target
 from raypipe.progress import ProgressCallback
 from raypipe.vision.devices import padded
+from raypipe.vision.optimizers import plain
 
 HIDDEN = (256, 64)
 DROPOUT = 0.5
@@ -101,7 +102,7 @@ class Mlp(Extrapolator):
         self, net: MlpNet, x: Tensor, y: Tensor, target: Tensor, rows: Tensor, held: Tensor
     ) -> Iterator[int]:
         """Fit a network and leave it at its best epoch; yield the number of each finished epoch."""
-        optimizer = torch.optim.AdamW(
+        optimizer = plain(torch.optim.AdamW)(
             net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
         )
         best_error, best_epoch, weights = np.inf, 0, copy.deepcopy(net.state_dict())

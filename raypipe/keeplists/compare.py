@@ -17,6 +17,7 @@ from raypipe import storage
 from raypipe.assessment.rank_agreement import spearman
 from raypipe.config import flat_settings
 from raypipe.errors import RunError
+from raypipe.runs.ledger import TABLE_SECTIONS, extrapolated_tables
 from raypipe.runs.run import Run
 from raypipe.selection.hashing import hash64, uniform
 from raypipe.text import counted, percent
@@ -179,7 +180,12 @@ def _overlap(file: str, ids: pa.Array, kept: list[pa.Array]) -> ListOverlap:
 
 def _differences(*runs: Run) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ, in the order of the configuration."""
-    first, second = (flat_settings(run.config().model_dump(mode="json")) for run in runs)
+    # of scores from tables, the other sections have defaults that mean nothing
+    tables = any(extrapolated_tables(run.ledger()) for run in runs)
+    sections = set(TABLE_SECTIONS) if tables else None
+    first, second = (
+        flat_settings(run.config().model_dump(mode="json", include=sections)) for run in runs
+    )
     return {
         name: (first.get(name), second.get(name))
         for name in {**first, **second}

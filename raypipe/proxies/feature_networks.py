@@ -34,21 +34,60 @@ class FeatureNetwork(nn.Module):
         Maps float [n, channels, size, size] to embeddings [n, width].
     mean, std : Sequence[float]
         Per channel, for pixels scaled to 0..1.
+    name : str
+        As in `embed.model`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, body: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, body: nn.Module, mean: Sequence[float], std: Sequence[float], name: str
+    ) -> None:
         super().__init__()
         self.body = body
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1))
+        self._name, self._width = name, 0
+        for buffer, values in (("mean", mean), ("std", std)):
+            channels = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(buffer, channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map uint8 [n, channels, size, size] to embeddings, float [n, width]."""
+        """Map uint8 [n, channels, size, size] to embeddings, float [n, width].
+
+        Raises
+        ------
+        ConfigError
+            If the network fails, or returns anything else, now or after some images.
+        """
         scaled = pixels.to(self.mean.dtype).div(255)
-        return self.body((scaled - self.mean) / self.std)
+        count, size = len(pixels), pixels.shape[-1]
+        try:
+            output = self.body((scaled - self.mean) / self.std)
+        except torch.OutOfMemoryError:
+            raise  # fewer images at a time can fit
+        except Exception as error:  # whatever a network's own code raises
+            raise ConfigError(
+                f"embed.model: {self._name} cannot process images of {size} pixels with "
+                f"{pixels.shape[1]} channels ({failure(error)}); set embed.image_size"
+            ) from None
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"embed.model: {self._name} returns a {type(output).__name__}; expected a tensor "
+                "of embeddings [images, width]"
+            )
+        width = self._width or "width"
+        if (
+            output.ndim != 2
+            or len(output) != count
+            or not output.is_floating_point()
+            or self._width not in (0, output.shape[1])
+        ):
+            raise ConfigError(
+                f"embed.model: {self._name} returns {output.dtype} of shape {list(output.shape)} "
+                f"for {count} images; expected floats of shape [{count}, {width}]"
+            )
+        self._width = output.shape[1]
+        return output
 
 
 def find_features(name: str) -> Features:
@@ -91,29 +130,13 @@ def build_features(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         body = features.build(image_size, channels, weights)
-    network = FeatureNetwork(body, mean, std).eval().requires_grad_(False)
+    network = FeatureNetwork(body, mean, std, features.name).eval().requires_grad_(False)
     shape = (PROBES, channels, image_size, image_size)
     images = torch.randint(
         0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    try:
-        with torch.inference_mode():
-            output = network(images)
-    except Exception as error:  # whatever a network's own code raises
-        raise ConfigError(
-            f"embed.model: {features.name} cannot process images of {image_size} pixels "
-            f"({failure(error)}); set embed.image_size"
-        ) from None
-    if not isinstance(output, Tensor):
-        raise ConfigError(
-            f"embed.model: {features.name} returns a {type(output).__name__}; expected a tensor of "
-            "embeddings [images, width]"
-        )
-    if output.ndim != 2 or len(output) != PROBES or not output.is_floating_point():
-        raise ConfigError(
-            f"embed.model: {features.name} returns {output.dtype} of shape {list(output.shape)} "
-            f"for {PROBES} images; expected floats of shape [{PROBES}, width]"
-        )
+    with torch.inference_mode():
+        output = network(images)
     if not output.isfinite().all():
         raise ConfigError(
             f"embed.model: {features.name} returns values that are not finite for random images; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
-from raypipe.text import error_text
+from raypipe.proxies.weight_names import differences
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,18 @@ class Features:
 
 def load_whole(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     """Load all weights of a network. Raises ConfigError if they are those of another one."""
-    try:
-        module.load_state_dict(dict(weights))
-    except RuntimeError as error:
+    resized = [
+        key
+        for key, value in module.state_dict().items()
+        if key in weights and value.shape != weights[key].shape
+    ]
+    fitting = {key: value for key, value in weights.items() if key not in resized}
+    missing, unexpected = module.load_state_dict(fitting, strict=False)
+    missing = [key for key in missing if key not in resized]
+    if found := differences(
+        {"missing": missing, "of another shape": resized, "unexpected": unexpected}
+    ):
         raise ConfigError(
-            f"embed.weights: the file does not have the weights of {name} ({error_text(error)}); "
-            "set embed.model to the network that they belong to"
-        ) from None
+            f"embed.weights: the file does not have the weights of {name}: {found}; set "
+            "embed.model to the network that they belong to"
+        )

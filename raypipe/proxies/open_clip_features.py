@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
+from raypipe.proxies.downloads import from_hub
 from raypipe.proxies.features import Features, load_whole
+from raypipe.proxies.library_warnings import no_warnings
+from raypipe.proxies.network import CHANNELS
 from raypipe.proxies.registry import check_known
 from raypipe.text import error_line
 
@@ -24,31 +28,58 @@ def _open_clip() -> Any:
     return open_clip
 
 
+def tag_of(rest: str) -> str:
+    """Return the tag of the published weights of `NAME` or `NAME/TAG`; "" if there are none.
+
+    Without a tag, it is the first that this version of the package lists.
+    """
+    network, _, tag = rest.partition("/")
+    return tag or next(iter(_open_clip().list_pretrained_tags_by_model(network)), "")
+
+
 def features(name: str, rest: str) -> Features:
     """Return the image encoder of `NAME` or `NAME/TAG`; a tag is one of published weights."""
     open_clip = _open_clip()
-    network, _, tag = rest.partition("/")
+    network, tag = rest.partition("/")[0], tag_of(rest)
     check_known(f"open_clip:{network}", open_clip.list_models(), "embed.model")
-    tags = open_clip.list_pretrained_tags_by_model(network)
-    tag = tag or (tags[0] if tags else "")
     published = open_clip.get_pretrained_cfg(network, tag) if tag else {}
+    # a file can be that of another tag than the first
+    stated_tag = rest.partition("/")[2]
 
     def build(image_size: int, channels: int, weights: str | Mapping[str, Tensor]) -> nn.Module:
+        if channels != CHANNELS:
+            raise ConfigError(
+                f"embed.model: {name} takes images with {CHANNELS} channels, not {channels}"
+            )
         if weights == "pretrained" and not published:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(network)) or "none"
             raise ConfigError(
                 f"embed.weights: open_clip publishes no weights {tag!r} for {network}; set "
-                f"embed.model to open_clip:{network}/TAG with one of {', '.join(tags) or 'none'}, "
-                "or embed.weights to a safetensors file"
+                f"embed.model to open_clip:{network}/TAG with one of {tags}, or embed.weights to "
+                "a safetensors file"
             )
         given = tag if weights == "pretrained" else None
+        device = torch.get_default_device()
+        activation = bool(published.get("quick_gelu")) and bool(given or stated_tag)
         try:
-            model = open_clip.create_model(network, given, force_image_size=image_size)
-        except Exception as error:  # no network, no space, a hub that refuses
-            where = published.get("hf_hub") or published.get("url")
+            with no_warnings(), from_hub():
+                model = open_clip.create_model(
+                    network,
+                    given,
+                    force_image_size=image_size,
+                    force_quick_gelu=activation,
+                    device=device,
+                )
+        except Exception as error:  # no network, a hub that refuses, a damaged file, a wrong size
+            if given is None:
+                raise ConfigError(
+                    f"embed.model: {name} cannot be built for images of {image_size} pixels "
+                    f"({error_line(error)}); set embed.image_size"
+                ) from None
             raise ConfigError(
-                f"embed.weights: the weights of {name} cannot be downloaded ({error_line(error)}); "
-                f"put those of {where} in the cache of each node, or set embed.weights to a "
-                "safetensors file with the state dict of the model"
+                f"embed.weights: the weights of {name} cannot be loaded ({error_line(error)}); "
+                f"without a network, copy {_where(published)} to where each node reads it, set "
+                f"embed.weights to its path and embed.model to open_clip:{network}/{tag}"
             ) from None
         if not isinstance(weights, str):
             load_whole(model, weights, name)
@@ -64,6 +95,15 @@ def features(name: str, rest: str) -> Features:
         std=tuple(published.get("std") or open_clip.OPENAI_DATASET_STD),
         width=stated["embed_dim"],
     )
+
+
+def _where(published: Mapping[str, Any]) -> str:
+    """Return which file has the weights of a tag, as text."""
+    repository, _, file = (published.get("hf_hub") or "").rpartition("/")
+    if repository and not file:
+        return f"open_clip_model.safetensors of https://huggingface.co/{repository}"
+    source = f"{file} of https://huggingface.co/{repository}" if file else published.get("url")
+    return f"the state dict of {source}, saved as a safetensors file,"
 
 
 class _ImageEncoder(nn.Module):

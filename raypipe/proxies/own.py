@@ -60,8 +60,8 @@ def stated_by(setting: str, name: str, function: Any) -> Mapping[str, Any]:
     stated = getattr(function, "default_cfg", {})
     try:
         sizes = all(int(value) > 0 for value in stated.get("input_size", ()))
-        levels = [float(value) for key in ("mean", "std") for value in stated.get(key, ())]
-        usable = sizes and len(levels) in (0, 6) and all(0 <= value <= 1 for value in levels)
+        mean, std = ([float(value) for value in stated.get(key, ())] for key in ("mean", "std"))
+        usable = sizes and len(mean) == len(std) and all(0 <= value <= 1 for value in mean + std)
     except (AttributeError, TypeError, ValueError):
         usable = False
     if not usable:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
+from raypipe.proxies.downloads import from_hub
+from raypipe.proxies.library_warnings import no_warnings
 from raypipe.proxies.network import CHANNELS, Network
 from raypipe.text import error_line
 
@@ -56,12 +58,18 @@ def network(name: str, rest: str) -> Network:
         if published is None or not published.has_weights:
             raise ConfigError(f"proxy.weights: timm publishes no weights for {name}")
         try:
-            return create(image_size, CHANNELS, True, None).state_dict()
+            with no_warnings(), from_hub():
+                return create(image_size, CHANNELS, True, None).state_dict()
         except Exception as error:  # no network, no space, a hub that refuses
+            where = (
+                f"model.safetensors of https://huggingface.co/{published.hf_hub_id}"
+                if published.hf_hub_id
+                else f"the state dict of {published.url}, saved as a safetensors file,"
+            )
             raise ConfigError(
                 f"proxy.weights: the weights of {name} cannot be downloaded ({error_line(error)}); "
-                f"put those of {published.hf_hub_id or published.url} in the cache of the machine, "
-                "or set proxy.weights to a safetensors file with them"
+                f"without a network, copy {where} to where each node reads it and set "
+                "proxy.weights to its path"
             ) from None
 
     if published is None:

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from raypipe.config import ProxySettings
 from raypipe.errors import ConfigError
+from raypipe.proxies.weight_names import differences
 
 OF_A_CHECKPOINT = ("backbone.", "head.", "mean", "std")
 """Starts of the names in a checkpoint of a run."""
-SHOWN = 3
-"""Names that a message shows."""
 
 
 class SplitNetwork(Protocol):
@@ -80,14 +79,10 @@ def _check_body(
     ]
     unexpected = sorted(name for name in body if name not in own)
     if missing or unexpected:
-        problems = [
-            f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
+        found = differences({"missing": missing, "unexpected": unexpected})
         raise ConfigError(
             f"proxy.weights: {settings.weights} does not have the weights of {settings.model}: "
-            f"{' and '.join(problems)}; set proxy.model to the network that they belong to"
+            f"{found}; set proxy.model to the network that they belong to"
         )
     for name, value in body.items():
         if value.shape != own[name].shape:

@@ -84,6 +84,7 @@ def pretrain(
     device: str = "cpu",
     state: dict[str, Tensor] | None = None,
     save: Callable[[dict[str, Tensor]], None] = lambda state: None,
+    is_due: Callable[[], bool] = lambda: False,
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Train a network of `pretext_network` in place.
@@ -103,7 +104,9 @@ def pretrain(
     state : dict[str, Tensor], optional
         A state passed to `save`, to resume from.
     save : callable
-        Called with the state at the end of every epoch.
+        Called with the state at the end of every epoch, and after a batch if `is_due`.
+    is_due : callable
+        Called after every batch.
     step : callable
         Called with the epochs done and their total, also for epochs before `state`.
 
@@ -121,54 +124,56 @@ def pretrain(
         checkpoints=1,
     )
     network.to(device).to(memory_format=torch.channels_last)
-    optimizer, first = training.make_optimizer(plan, network), 0
+    optimizer = training.make_optimizer(plan, network)
+    per_epoch = training.steps_per_epoch(len(images), plan.batch_size)
+    done = 0  # batches
     if state is not None:
-        first = int(state["epoch"]) + 1
+        done = int(state["batches"])
         training.restore_training(
-            {name: value for name, value in state.items() if name != "epoch"}, network, optimizer
+            {name: value for name, value in state.items() if name != "batches"}, network, optimizer
         )
     network.train()
     for epoch in range(plan.passes):
-        if epoch >= first:
-            _train_epoch(network, optimizer, images, settings, plan, epoch, flip, device)
-            save(training.training_state(network, optimizer) | {"epoch": torch.tensor(epoch)})
+        batches = training.epoch_batches(len(images), plan.batch_size, settings.seed, epoch)
+        for number, rows in enumerate(batches):
+            if epoch * per_epoch + number < done:
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate(plan, done, per_epoch * plan.passes)
+            _train_batch(network, optimizer, images[rows], settings, flip, epoch, number)
+            done += 1
+            if number == per_epoch - 1 or is_due():
+                save(training.training_state(network, optimizer) | {"batches": torch.tensor(done)})
         step(epoch + 1, plan.passes)
     network.eval()
 
 
-def _train_epoch(
+def _train_batch(
     network: ProxyNet,
     optimizer: torch.optim.Optimizer,
     images: np.ndarray,
     settings: PseudoLabelSettings,
-    plan: ProxySettings,
-    epoch: int,
     flip: bool,
-    device: str,
+    epoch: int,
+    number: int,
 ) -> None:
-    """Train for one epoch; raise RaypipeError if the loss is not finite."""
-    per_epoch = training.steps_per_epoch(len(images), plan.batch_size)
-    batches = training.epoch_batches(len(images), plan.batch_size, settings.seed, epoch)
-    for number, rows in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(
-                plan, epoch * per_epoch + number, per_epoch * plan.passes
-            )
-        random = np.random.default_rng([settings.seed, epoch, 1 + number])
-        pixels = to_device(images[rows], device)
-        both = torch.cat([random_views(pixels, flip, random), random_views(pixels, flip, random)])
-        loss = contrastive_loss(
-            network(both.contiguous(memory_format=torch.channels_last)),
-            settings.temperature,
+    """Take one step; raise RaypipeError if the loss is not finite."""
+    device = next(network.parameters()).device
+    random = np.random.default_rng([settings.seed, epoch, 1 + number])
+    pixels = to_device(images, device)
+    both = torch.cat([random_views(pixels, flip, random), random_views(pixels, flip, random)])
+    loss = contrastive_loss(
+        network(both.contiguous(memory_format=torch.channels_last)),
+        settings.temperature,
+    )
+    if not torch.isfinite(loss):
+        raise RaypipeError(
+            f"the self-supervised loss is {loss.item()} in epoch {epoch + 1}; lower "
+            f"pseudo_labels.lr (now {settings.lr:g})"
         )
-        if not torch.isfinite(loss):
-            raise RaypipeError(
-                f"the self-supervised loss is {loss.item()} in epoch {epoch + 1}; lower "
-                f"pseudo_labels.lr (now {settings.lr:g})"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
 def contrastive_loss(projected: Tensor, temperature: float) -> Tensor:

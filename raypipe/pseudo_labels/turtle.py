@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from raypipe.pseudo_labels.clusters import Clusters, centred_directions, scaled_tensor
+from raypipe.vision.optimizers import plain
 
 INNER_STEPS, LR = 10, 1e-2
 """M, and the step size of both optimisers.
@@ -75,7 +76,7 @@ def turtle(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         theta = weight_norm(nn.Linear(width, clusters))
-        outer = torch.optim.Adam(theta.parameters(), LR)
+        outer = plain(torch.optim.Adam)(theta.parameters(), LR)
         for number in range(steps):
             batch = all_points
             if len(points) > MAX_BATCH:
@@ -98,7 +99,7 @@ def turtle(
 def _briefly_trained_logits(batch: torch.Tensor, soft_labels: torch.Tensor) -> torch.Tensor:
     """Return the logits of a fresh classifier after `INNER_STEPS` steps on the labels."""
     classifier = nn.Linear(batch.shape[1], soft_labels.shape[1])
-    inner = torch.optim.Adam(classifier.parameters(), LR)
+    inner = plain(torch.optim.Adam)(classifier.parameters(), LR)
     for _ in range(INNER_STEPS):
         loss = F.cross_entropy(classifier(batch), soft_labels)
         inner.zero_grad()

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
+from raypipe.report.label_doubt import label_doubt
 from raypipe.report.label_noise import LabelNoiseCounter, NoiseCounts
 from raypipe.report.score_scan import HighestPicks, Pick
 from raypipe.runs.run import Run
@@ -164,20 +165,6 @@ def _read_shard(run: Run, fragment: str, *, with_embedding: bool) -> _EmbeddingS
         score,
         measured,
     )
-
-
-def label_doubt(label: np.ndarray, prediction: np.ndarray, margin: np.ndarray) -> np.ndarray:
-    """Return how much the proxy contradicts each label, float [n]; NaN for no suspect.
-
-    Parameters
-    ----------
-    label, prediction
-        int [n]; -1 where unknown.
-    margin
-        float [n]; margin of the label over the best other class.
-    """
-    suspect = (label >= 0) & (prediction >= 0) & (label != prediction) & np.isfinite(margin)
-    return np.where(suspect, -margin, np.nan)
 
 
 class _Suspects:

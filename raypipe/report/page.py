@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,7 +149,9 @@ def render(findings: Findings, thumbnails: Thumbnails) -> str:
     )
 
 
+@functools.cache
 def _environment(folder: Path) -> Environment:
+    """Return the environment of the templates, which are compiled once per process."""
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,

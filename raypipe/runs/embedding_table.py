@@ -27,12 +27,13 @@ from raypipe.selection.hashing import hash_ids
 from raypipe.sources.arrow_types import ID_TYPES, described, holds_ids, holds_vectors, id_texts
 from raypipe.sources.arrow_types import vectors as vectors_of
 from raypipe.sources.location import Location
+from raypipe.sources.versioned import refuse_versioned_table
 
 ID, EMBEDDING = "sample_id", "embedding"
 MAX_GROUP_BYTES = 1 << 30
 """Largest uncompressed row group: a worker holds one."""
 NO_EMBEDDING = "no usable embedding in embed.from"
-"""Reject reason of a sample that the table lacks, or whose embedding is damaged."""
+"""Reject reason of a sample that the table lacks, or whose embedding is empty or damaged."""
 SHOWN_IDS = 3
 """Ids that a message names."""
 
@@ -47,6 +48,7 @@ def table_files(uri: str) -> list[tuple[str, storage.FileInfo]]:
     """
     location = Location(SourceSettings(uri=uri))
     try:
+        refuse_versioned_table(uri, location, "write its current version as Parquet")
         files = location.files("parquet")
     except SourceError as error:
         text = str(error).removesuffix("; check source.uri")
@@ -61,7 +63,7 @@ def identity_of_table(uri: str) -> str:
 
 
 @contextmanager
-def _opened(uri: str) -> Iterator[pq.ParquetFile]:
+def opened(uri: str) -> Iterator[pq.ParquetFile]:
     """Open a file of a table. Raises ConfigError unless it is readable and has the columns."""
     try:
         with storage.open_read(uri) as stored:
@@ -89,10 +91,11 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
 
 
 def check_table(uri: str) -> None:
-    """Raise ConfigError unless the first file of a table has the columns and small row groups."""
-    first, _ = table_files(uri)[0]
-    with _opened(first) as parquet:
-        _check_groups(first, parquet)
+    """Raise ConfigError for what is wrong with the first file of a table, or if it is empty."""
+    files = [file for file, _ in table_files(uri)]
+    with opened(files[0]) as parquet:
+        _check_groups(files[0], parquet)
+    _width(files)
 
 
 def _check_groups(uri: str, parquet: pq.ParquetFile) -> None:
@@ -112,7 +115,7 @@ def index_file(uri: str, number: int) -> pa.Table:
     A row without an id is left out.
     """
     parts = []
-    with _opened(uri) as parquet:
+    with opened(uri) as parquet:
         _check_groups(uri, parquet)
         field = parquet.schema_arrow.field(ID)
         for group in range(parquet.metadata.num_row_groups):
@@ -188,7 +191,7 @@ class EmbeddingTable:
         embedding = np.zeros((len(hashes), self.width), np.float32)
         for file in np.unique(places[:, 0]):
             of_file = places[:, 0] == file
-            with _opened(self.files[file]) as parquet:
+            with opened(self.files[file]) as parquet:
                 schema = parquet.schema_arrow
                 for group in np.unique(places[of_file, 1]):
                     chosen = np.flatnonzero(of_file & (places[:, 1] == group))
@@ -215,22 +218,15 @@ class EmbeddingTable:
 
     @functools.cached_property
     def width(self) -> int:
-        """Length of the embeddings: that of the first row."""
-        for file in self.files:
-            with _opened(file) as parquet:
-                field = parquet.schema_arrow.field(EMBEDDING)
-                for batch in parquet.iter_batches(256, columns=[EMBEDDING], use_threads=False):
-                    sizes = pc.list_value_length(vectors_of(batch.column(0), field)).drop_null()
-                    if len(sizes):
-                        return int(sizes[0].as_py())
-        raise ConfigError("embed.from: no row has an embedding")
+        """Length of the embeddings."""
+        return _width(self.files)
 
     def _values(self, column: pa.Array, uri: str) -> tuple[np.ndarray, np.ndarray]:
         """Return embeddings, float32 [n, d], zero where one is unusable; and which are usable."""
         sizes = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
         good = sizes == self.width
-        if ((sizes >= 0) & ~good).any():
-            other = int(sizes[(sizes >= 0) & ~good][0])
+        if ((sizes > 0) & ~good).any():
+            other = int(sizes[(sizes > 0) & ~good][0])
             raise ConfigError(
                 f"embed.from: {uri} has embeddings of length {other} and {self.width}; all must "
                 "have one length"
@@ -242,6 +238,19 @@ class EmbeddingTable:
         values[good] = flat.reshape(-1, self.width)
         good &= np.isfinite(values).all(1)
         return values, good
+
+
+def _width(files: Sequence[str]) -> int:
+    """Return the length of the first embedding that is not empty."""
+    for file in files:
+        with opened(file) as parquet:
+            field = parquet.schema_arrow.field(EMBEDDING)
+            for batch in parquet.iter_batches(256, columns=[EMBEDDING], use_threads=False):
+                sizes = pc.list_value_length(vectors_of(batch.column(0), field))
+                filled = sizes.filter(pc.greater(sizes, 0))
+                if len(filled):
+                    return int(filled[0].as_py())
+    raise ConfigError("embed.from: no row has an embedding")
 
 
 @functools.lru_cache(maxsize=1)

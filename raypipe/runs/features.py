@@ -8,7 +8,7 @@ import numpy as np
 
 from raypipe import storage
 from raypipe.config import Config
-from raypipe.config.choices import is_own_features
+from raypipe.config.choices import WITHOUT_FILE, is_own_features
 from raypipe.runs.initial_weights import identity_of_weights, read_state_dict
 from raypipe.runs.run import Run
 
@@ -37,6 +37,17 @@ def image_size_of_features(config: Config) -> int | None:
     return feature_size(config, find_features(config.embed.network))
 
 
+def bound_features(config: Config) -> Config:
+    """Return the configuration with a number in place of `embed.image_size: auto`.
+
+    Code of the user's own is imported to learn it; what follows need not import it again.
+    """
+    size = image_size_of_features(config)
+    if size is None:
+        return config
+    return config.model_copy(update={"embed": config.embed.model_copy(update={"image_size": size})})
+
+
 def load_features(config: Config, device: str = "cpu") -> FeatureNetwork:
     """Return the network of `embed.model` on a device, in eval mode.
 
@@ -51,7 +62,7 @@ def load_features(config: Config, device: str = "cpu") -> FeatureNetwork:
     features, weights = find_features(config.embed.network), config.embed.weights
     if weights == "pretrained" and is_own_features(features.name):
         weights = "none"  # a function of the user's own loads its weights itself
-    given = weights if weights in ("none", "pretrained") else read_state_dict(weights, "embed")
+    given = weights if weights in WITHOUT_FILE else read_state_dict(weights, "embed")
     size = feature_size(config, features)
     return build_features(features, size, config.proxy.channels, given).to(device)
 
@@ -61,11 +72,27 @@ def identity_of_features(config: Config) -> dict[str, str]:
     result = {}
     if config.embed.network is not None:
         result["weights"] = identity_of_weights(config.embed.weights, "embed")
+        if published := _published(config.embed.network, config.embed.weights):
+            result["published"] = published
     if config.embed.table is not None:
         from raypipe.runs.embedding_table import identity_of_table
 
         result["table"] = identity_of_table(config.embed.table)
     return result
+
+
+def _published(name: str, weights: str) -> str:
+    """Return what identifies the files of a network where its name does not; "" where it does."""
+    library, _, rest = name.partition(":")
+    if library == "transformers":
+        from raypipe.proxies.transformers_features import identity_of_folder
+
+        return identity_of_folder(rest)
+    if library == "open_clip" and weights == "pretrained":
+        from raypipe.proxies.open_clip_features import tag_of
+
+        return tag_of(rest)
+    return ""
 
 
 def spread(embedding: np.ndarray) -> float:

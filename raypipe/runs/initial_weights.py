@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from raypipe import storage
 from raypipe.config import ProxySettings
+from raypipe.config.choices import WITHOUT_FILE
 from raypipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def identity_of_weights(uri: str, section: str) -> str:
     ConfigError
         If there is no such file.
     """
-    if uri in ("none", "pretrained"):
+    if uri in WITHOUT_FILE:
         return uri
     try:
         if storage.is_local(uri):

@@ -39,7 +39,8 @@ class Layout:
         The run folder: an absolute path, or a URI without a trailing slash.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        uri = os.fspath(uri)
         self.uri = uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
     def path(self, *parts: str) -> str:

@@ -83,6 +83,11 @@ def extrapolated_tables(records: Mapping[str, StageRecord]) -> dict[str, str]:
     return records["extrapolate"].detail.get("tables", {}) if "extrapolate" in records else {}
 
 
+def scored_by(records: Mapping[str, StageRecord], configured: str) -> str:
+    """Return the name of the score in `scores/`; that of tables is the name of their column."""
+    return str(records["extrapolate"].detail.get("score") or configured)
+
+
 def without_images(records: Mapping[str, StageRecord]) -> bool:
     """Return whether the scores were extrapolated from tables, and no images were attached."""
     return bool(extrapolated_tables(records)) and "index" not in records

@@ -92,6 +92,16 @@ class SeedPart:
         """Folder of the checkpoints of its proxy, inside the run."""
         return storage.join(self.folder, "checkpoints")
 
+    @property
+    def state(self) -> str:
+        """File from which its training resumes after the last finished epoch, inside the run."""
+        return storage.join(self.folder, "state.safetensors")
+
+    @property
+    def resume(self) -> str:
+        """Folder of the states from which its training resumes within an epoch, inside the run."""
+        return storage.join(self.folder, "resume")
+
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """Return the positions of the samples that belong to the part, ascending."""
         if self.of == 1:

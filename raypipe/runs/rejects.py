@@ -131,13 +131,19 @@ class RejectCounter:
         return foreseen_rejects(self.rejects, self.seen, self.total, self.fraction)
 
     def _message(self) -> str:
-        share = percent(self.rejects / max(1e-9, self.seen), 3)
+        share = self.rejects / max(1, self.seen)
+        less = f"{share:.2g}"
+        without_them = ""
+        if less != "1":  # otherwise hardly any sample would be left
+            without_them = (
+                ", or continue without these samples: set source.max_reject_fraction to more than "
+                + less
+            )
         return (
-            f"{self.rejects:,} of {self.seen:,} samples read so far were rejected ({share}); "
-            f"source.max_reject_fraction allows {100 * self.fraction:g} % of {self.total:,}. "
-            f"{self._most_common()}. Fix the source and rerun, or continue without these samples: "
-            "set source.max_reject_fraction to more than "
-            f"{self.rejects / max(1, self.seen):.2g}; finished work is kept"
+            f"{self.rejects:,} of {self.seen:,} samples read so far were rejected "
+            f"({percent(share, 3)}); source.max_reject_fraction allows {100 * self.fraction:g} % "
+            f"of {self.total:,}. {self._most_common()}. Fix the source and rerun{without_them}; "
+            "finished work is kept"
         )
 
     def _most_common(self) -> str:
@@ -202,7 +208,8 @@ def summarize_rejects(rejects: Iterable[tuple[str, str]]) -> str:
 def reason_kind(reason: str) -> str:
     """Return a reason without the details of one sample: names, numbers and quoted values."""
     reason = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", reason)
-    reason = re.sub(r"^\S*[./]\S*: ", "", reason)
+    # a path; but the name of a setting is no detail of a sample
+    reason = re.sub(r"^(?!source\.transform: )\S*[./]\S*: ", "", reason)
     reason = re.sub(r"(also in ).*", r"\1another file", reason)
     return re.sub(r"-?\d[\d.,]*(?:x\d+)?", "N", reason)[:160]
 
@@ -239,15 +246,20 @@ class UnreadableFiles:
 
     def check(self, fraction: float) -> None:
         """Raise RejectError if too much of the source is in unreadable files."""
+        if problem := self.problem(fraction):
+            raise RejectError(problem)
+
+    def problem(self, fraction: float) -> str:
+        """Return why too much of the source is in unreadable files; "" if it is not."""
         if not self._unreadable:
-            return
+            return ""
         share = self._unreadable_bytes / self._bytes if self._bytes else 0.0
         lost = self._samples * share / (1 - share) if share < 1 else float("inf")
         minimum = MIN_REJECTS if fraction else 0
         by_bytes = share > fraction and lost >= minimum
         by_number = self._unreadable > fraction * self._files and self._unreadable >= minimum
         if not by_bytes and not by_number:
-            return
+            return ""
         groups = json.loads(summarize_rejects(self._reasons))
         reasons = "; ".join(
             f"{count:,} x {reason} (such as {path})" for _, count, path, reason in groups[:3]
@@ -255,12 +267,25 @@ class UnreadableFiles:
         needed = max(
             share if by_bytes else 0.0, self._unreadable / self._files if by_number else 0.0
         )
-        raise RejectError(
+        return (
             f"{self._unreadable:,} of {self._files:,} files cannot be read, {percent(share, 3)} "
             f"of the bytes; source.max_reject_fraction allows {100 * fraction:g} %. {reasons}. "
             "Fix them, exclude them with source.include, or continue without them: "
             f"set source.max_reject_fraction to more than {needed:.2g}"
         )
+
+
+SHOWN_FILES = 3
+"""Unreadable files that an error names."""
+
+
+def nothing_readable(uri: str, unreadable: Sequence[tuple[str, str]]) -> str:
+    """Return the message about a source without a readable sample.
+
+    `unreadable` has paths with reasons; the first few are named.
+    """
+    problems = "; ".join(f"{path}: {reason}" for path, reason in unreadable[:SHOWN_FILES])
+    return f"{uri}: nothing can be read ({problems or 'no samples in any file'})"
 
 
 REJECT_SCHEMA = pa.schema(

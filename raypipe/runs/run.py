@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ class LeaseHolder(Protocol):
 class Run(Layout):
     """One run folder. Creating the object reads and writes nothing."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
         super().__init__(uri)
         self.lease: LeaseHolder | None = None
         """Set while this process is the driver of the run."""
@@ -164,6 +165,8 @@ class Run(Layout):
         columns = ["fragment_id", "path", "start", "stop", "offset", "error"]
         for name, table in storage.iter_tables(self.index_folder, columns):
             result += [Fragment(**row, index_file=name) for row in table.to_pylist()]
+        if not result and storage.is_file(self.uri):
+            raise RunError(self._absent("run.json"))
         for fragment in result:
             if not VALID_NAME(fragment.fragment_id):  # files of the run are named after it
                 raise RunError(
@@ -186,7 +189,12 @@ class Run(Layout):
 
         For an unlabelled source these are its clusters; none before the stage `label` has run.
         """
-        data = storage.read_json(self.classes_file)
+        try:
+            data = storage.read_json(self.classes_file)
+        except FileNotFoundError:
+            if storage.is_file(self.uri):
+                raise RunError(self._absent("run.json")) from None
+            raise
         if data.get("clusters"):
             with contextlib.suppress(FileNotFoundError):
                 data |= storage.read_json(self.pseudo_classes_file)

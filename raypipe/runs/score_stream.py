@@ -368,10 +368,31 @@ def mark_listed_ids(scores: ScoreStream, always: str | None, never: str | None) 
     result: dict[str, Any] = {}
     for name, (ids, _) in lists.items():
         unknown = ids.ids.filter(pa.array(~ids.met))
+        if len(unknown) and not marked[name]:
+            _refuse_other_text(scores, unknown.to_pylist(), f"select.{name}: {settings[name][0]}")
         result[name] = marked[name]
         result[f"{name}_unknown"] = len(unknown)
         result[f"{name}_unknown_ids"] = sorted(unknown.to_pylist())[:SHOWN_IDS]
     return result
+
+
+def _refuse_other_text(scores: ScoreStream, lines: list[str], what: str) -> None:
+    """Raise ConfigError if ids stand in lines that hold something else, such as quotes."""
+    cells = {line: line.strip(" \t[{").partition(",")[0].strip(" \t\"'") for line in lines}
+    ids = IdSet(pa.array(cells.values(), pa.string()))
+    for _, chunk in scores.named_chunks(True):
+        rows = ids.find(chunk.sample_id)
+        if len(rows):
+            known = string_array(chunk.sample_id)[int(rows[0])].as_py()
+            line = next(line for line, cell in cells.items() if cell == known)
+            raise ConfigError(
+                f"{what}: no line is an id, but {_cut(line)!r} contains {known!r}; write one id a "
+                "line, without quotes and other columns"
+            )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def unknown_id_notes(marked: dict[str, Any]) -> list[str]:

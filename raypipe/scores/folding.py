@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from raypipe.scores.dual_tensors import Dual
+
+TangentOf = Callable[[str], Tensor]
+"""Takes the name of a parameter and returns its part of the direction."""
 
 
 class FoldedConvolution:
@@ -86,7 +89,7 @@ class FoldedConvolution:
 
 
 def fold_norms(
-    module: fx.GraphModule, tangents: Mapping[str, Tensor], layout: torch.memory_format
+    module: fx.GraphModule, tangent_of: TangentOf, layout: torch.memory_format
 ) -> tuple[dict[str, FoldedConvolution], set[str]]:
     """Return every plain convolution by name, and the names of the norm layers folded into one."""
     calls = Counter(node.target for node in module.graph.nodes if node.op == "call_module")
@@ -99,17 +102,17 @@ def fold_norms(
             continue
         if convolution.padding_mode != "zeros" or len(node.args) != 1:
             continue
-        if not _is_plain(convolution):
+        if not is_plain(convolution):
             continue
         weights = {name: value.detach() for name, value in convolution.named_parameters()}
-        along = {name: tangents[f"{node.target}.{name}"] for name in weights}
+        along = {name: tangent_of(f"{node.target}.{name}") for name in weights}
         norm, norm_name = None, _foldable_norm(module, node, calls)
         if norm_name is not None:
             norm = module.get_submodule(norm_name)
             folded_norms.add(norm_name)
             for name, value in norm.named_parameters():
                 weights[f"norm.{name}"] = value.detach()
-                along[f"norm.{name}"] = tangents[f"{norm_name}.{name}"]
+                along[f"norm.{name}"] = tangent_of(f"{norm_name}.{name}")
         convolutions[node.target] = FoldedConvolution(convolution, norm, weights, along, layout)
     return convolutions, folded_norms
 
@@ -127,12 +130,12 @@ def _foldable_norm(
     if not calls[str(convolution.target)] == calls[str(users[0])] == 1:
         return None
     norm = module.get_submodule(str(users[0]))
-    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and _is_plain(norm):
+    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and is_plain(norm):
         return str(users[0])
     return None
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes with its own weights, without hooks or parametrisations."""
     changed = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "parametrizations")
     own = dict(layer.named_parameters(recurse=False))

@@ -30,7 +30,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from raypipe.scores.attention import mathematical_attention
 from raypipe.scores.dual_tensors import Dual, differentiate, has_dual, shared
-from raypipe.scores.folding import fold_norms
+from raypipe.scores.folding import TangentOf, fold_norms, is_plain
+from raypipe.scores.forward_rules import rule_of
 from raypipe.scores.moso import alignments, norm_of
 
 IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "setitem")
@@ -86,14 +87,16 @@ class Aligner:
         if graph is not None:
             # tied weights share the name of the first
             names = {id(value): name for name, value in model.named_parameters()}
-            tangents = {
-                name: (direction[names[id(value)]] / self._length).to(value.dtype)
-                if value.requires_grad
-                else torch.zeros_like(value)
-                for name, value in model.named_parameters(remove_duplicate=False)
-            }
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+
+            def tangent_of(name: str) -> Tensor:  # one by one: together they are a second network
+                value = parameters[name]
+                if not value.requires_grad:
+                    return torch.zeros_like(value)
+                return (direction[names[id(value)]] / self._length).to(value.dtype)
+
             layout = torch.channels_last if channels_last else torch.contiguous_format
-            interpreter = _Interpreter(graph, tangents, layout)
+            interpreter = _Interpreter(graph, tangent_of, layout)
             self._run = _Compiled(interpreter) if compiled else interpreter.logits
 
     @property
@@ -194,14 +197,14 @@ class _Interpreter(fx.Interpreter):
     """Run the graph on plain values and on `Dual`s."""
 
     def __init__(
-        self, module: fx.GraphModule, tangents: Mapping[str, Tensor], layout: torch.memory_format
+        self, module: fx.GraphModule, tangent_of: TangentOf, layout: torch.memory_format
     ) -> None:
         super().__init__(module)
-        self._convolutions, self._folded_norms = fold_norms(module, tangents, layout)
+        self._convolutions, self._folded_norms = fold_norms(module, tangent_of, layout)
         for name in (*self._convolutions, *self._folded_norms):
             module.delete_submodule(name)  # the folded convolutions hold their weights
         self._tangents = {
-            name: tangents[name] for name, _ in module.named_parameters(remove_duplicate=False)
+            name: tangent_of(name) for name, _ in module.named_parameters(remove_duplicate=False)
         }
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,6 +239,8 @@ class _Interpreter(fx.Interpreter):
             return self._relu(args[0])
         if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
             return shared(args[0])
+        if (rule := rule_of(module)) and is_plain(module) and len(args) == 1:
+            return rule(module, args[0], tangents)
         weights = {name: value.detach() for name, value in module.named_parameters()}
         return differentiate(
             lambda weights, *rest, **named: functional_call(module, weights, rest, named),

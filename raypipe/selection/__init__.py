@@ -8,7 +8,7 @@ ends.
 
 from __future__ import annotations
 
-from raypipe.selection.base import SelectionOptions
+from raypipe.selection.base import Parts, SelectionOptions
 from raypipe.selection.hashing import IdSet, hash64, id_hash
 from raypipe.selection.keep_list import Selection, select
 from raypipe.selection.outside import KeepStrategy
@@ -41,6 +41,7 @@ __all__ = [
     "EmbeddedChunks",
     "IdSet",
     "KeepStrategy",
+    "Parts",
     "Selection",
     "SelectionOptions",
     "even_quotas",

@@ -23,11 +23,28 @@ from raypipe.selection.radix_select import (
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Parts of the samples, with scores by different proxies (`raypipe.runs.proxy_roles`).
+
+    Attributes
+    ----------
+    count : int
+        Number of parts.
+    of : callable
+        ids [n] -> part of each sample, int64 [n].
+    """
+
+    count: int
+    of: Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """Parameters of the strategies; `raypipe.config.SelectSettings` describes and checks them.
 
     `recall` has the recall of each class for quotas "recall", NaN where it is unknown. `own` has
-    the options of a strategy from outside.
+    the options of a strategy from outside. `parts` are those of the run, None without
+    cross-fitting.
     """
 
     seed: int = 0
@@ -42,6 +59,7 @@ class SelectionOptions:
     min_per_class: int = 0
     weights: str = "none"
     own: Mapping[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True, eq=False)

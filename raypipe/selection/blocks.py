@@ -7,6 +7,11 @@ the class, and the strategy is applied to each of them, as in the first round of
 the stream, and time does not grow with the square of a class. Two samples in different blocks are
 not compared.
 
+With cross-fitting, strategies that weigh the scores of neighbours against each other get blocks of
+one part each. Proxies of other parts were trained on a seed sample, so they score its neighbours in
+their parts as samples that they know; a sample outside the seed set has no such neighbours. Within
+a part, no score depends on which of the samples are in the seed set.
+
 Within a block the samples are in an order that depends on their ids alone. So does everything
 computed from them: the order of the stream does not matter.
 """
@@ -16,12 +21,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from raypipe.errors import ConfigError
-from raypipe.selection.base import SelectionOptions
-from raypipe.selection.hashing import ORDER_SEED, hash64, hash_range
+from raypipe.selection.base import Parts, SelectionOptions
+from raypipe.selection.hashing import ORDER_SEED, hash64, hash_range, string_array
 from raypipe.selection.radix_select import (
     Chunk,
     Ranking,
@@ -85,23 +91,47 @@ class BlockLayout:
         Number of classes; None if they do not matter.
     size : np.ndarray
         Samples per group, int64 [G].
-    parts : np.ndarray
-        Blocks per group, int64 [G].
+    parts : Parts or None
+        Parts that do not share a block; None if they can.
     """
 
     classes: int | None
     size: np.ndarray
-    parts: np.ndarray
+    parts: Parts | None
 
     @classmethod
-    def of(cls, stream: ValidatedStream, classes: int, options: SelectionOptions) -> BlockLayout:
-        """Count the samples in one pass."""
+    def of(
+        cls,
+        stream: ValidatedStream,
+        classes: int,
+        options: SelectionOptions,
+        within_parts: bool = False,
+    ) -> BlockLayout:
+        """Count the samples in one pass.
+
+        `within_parts`: whether samples are compared with those of their part alone.
+        """
         within = classes if options.by_class else None
         size = np.zeros(1 if within is None else classes + 1, np.int64)
         for chunk in stream(False):
             group = cls._group(chunk, within)[chunk.eligible()]
             size += np.bincount(group, minlength=len(size))
-        return cls(within, size, np.maximum(1, -(-size // BLOCK_SAMPLES)))
+        return cls(within, size, options.parts if within_parts else None)
+
+    @property
+    def part_count(self) -> int:
+        """Number of parts that do not share a block."""
+        return self.parts.count if self.parts else 1
+
+    @cached_property
+    def per_part(self) -> np.ndarray:
+        """Blocks of each group in one part, int64 [G]."""
+        return np.maximum(1, -(-self.size // (self.part_count * BLOCK_SAMPLES)))
+
+    @property
+    def per_group(self) -> np.ndarray:
+        """Blocks of each group, int64 [G]."""
+        return self.per_part * self.part_count
 
     @staticmethod
     def _group(chunk: Chunk, classes: int | None) -> np.ndarray:
@@ -112,21 +142,23 @@ class BlockLayout:
     def block_of(self, chunk: Chunk) -> np.ndarray:
         """Return the block of each sample of a chunk with ids, int64 [n]; -1 if not eligible."""
         group = self._group(chunk, self.classes)
-        block = (np.cumsum(self.parts) - self.parts)[group]
-        divided = np.flatnonzero(self.parts > 1).tolist()
+        block = (np.cumsum(self.per_group) - self.per_group)[group]
+        if self.parts:
+            block += self.parts.of(string_array(chunk.sample_id).to_pylist()) * self.per_part[group]
+        divided = np.flatnonzero(self.per_part > 1).tolist()
         hashes = hash64(chunk.sample_id, BLOCK_SEED) if divided else np.zeros(0, np.uint64)
         for one in divided:
             rows = np.flatnonzero(group == one)
-            block[rows] += hash_range(hashes[rows], int(self.parts[one]))
+            block[rows] += hash_range(hashes[rows], int(self.per_part[one]))
         return np.where(chunk.eligible(), block, -1)
 
     def group_of(self, block: int) -> int:
         """Return the group that a block belongs to."""
-        return int(np.searchsorted(np.cumsum(self.parts), block, side="right"))
+        return int(np.searchsorted(np.cumsum(self.per_group), block, side="right"))
 
     def batches(self, sample_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of blocks whose embeddings fit into `HELD_BYTES`, or of one block."""
-        sizes = np.repeat(self.size / self.parts, self.parts) * sample_bytes
+        sizes = np.repeat(self.size / self.per_group, self.per_group) * sample_bytes
         low, held = 0, 0.0
         for high, size in enumerate(sizes.tolist()):
             if held and held + size > HELD_BYTES:

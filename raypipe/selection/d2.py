@@ -45,7 +45,7 @@ def d2(
     with the lower hash of the id comes first. Nested with a fixed cut-off.
     """
     cuts = hardest_samples(stream, keep, classes, options)
-    layout = BlockLayout.of(stream, classes, options)
+    layout = BlockLayout.of(stream, classes, options, within_parts=True)
     values = values_by_block(stream, layout, [Excluding(AllAlike(), cut) for cut in cuts], _values)
     plans = [
         SelectionPlan(Excluding(ByPosition(value), cut), one_group_quota)

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 Ids: TypeAlias = "Sequence[str] | pa.Array"
 WORD_BYTES = 8
 """Bytes mixed in at a time by `hash64`."""
+HASHED_AT_ONCE = 1 << 13
+"""Ids hashed at a time: what is computed on the way stays in the processor's cache."""
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio, odd: neighbouring seeds start far apart."""
 ALL_ONES = np.uint64(2**64 - 1)
@@ -55,23 +57,37 @@ def hash64(ids: Ids, seed: int = 0) -> np.ndarray:
     (Steele et al. 2014). The hash is not cryptographic: whoever chooses ids can choose hashes.
     """
     array = string_array(ids)
-    state = np.repeat(_mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64)), len(array))
+    hashes = np.empty(len(array), np.uint64)
     if not len(array):
-        return state
+        return hashes
     offsets = np.frombuffer(
         array.buffers()[1], np.int32, count=len(array) + 1, offset=4 * array.offset
     )
-    start, length = offsets[:-1].astype(np.int64), np.diff(offsets)
-    stored = array.buffers()[2]
-    data = np.zeros(int(offsets[-1]) + WORD_BYTES, np.uint8)
-    data[:-WORD_BYTES] = (
-        np.frombuffer(stored, np.uint8, count=int(offsets[-1])) if stored is not None else 0
-    )
-    # the word that starts at each byte
-    words: np.ndarray = np.ndarray((len(data) - WORD_BYTES + 1,), "<u8", data, strides=(1,))
-    for position in range(0, int(length.max()), WORD_BYTES):
+    text = array.buffers()[2]  # None if there is no text at all
+    stored = np.zeros(0, np.uint8) if text is None else np.frombuffer(text, np.uint8)
+    for row in range(0, len(array), HASHED_AT_ONCE):
+        ends = offsets[row : row + HASHED_AT_ONCE + 1].astype(np.int64)
+        first, last = int(ends[0]), int(ends[-1])
+        data = np.zeros(last - first + WORD_BYTES, np.uint8)
+        data[: last - first] = stored[first:last]
+        # the word that starts at each byte
+        words: np.ndarray = np.ndarray((last - first + 1,), "<u8", data, strides=(1,))
+        hashes[row : row + HASHED_AT_ONCE] = _hash_words(
+            words, ends[:-1] - first, np.diff(ends), seed
+        )
+    return hashes
+
+
+def _hash_words(words: np.ndarray, start: np.ndarray, length: np.ndarray, seed: int) -> np.ndarray:
+    """Return the hashes of the ids that start at these words and have these lengths in bytes."""
+    state = np.full(len(start), _mix(np.array([(seed * GOLDEN + 1) % 2**64], np.uint64))[0])
+    longest, shortest = int(length.max()), int(length.min())
+    for position in range(0, longest, WORD_BYTES):
+        if shortest >= position + WORD_BYTES:
+            state = _mix(state ^ words[start + position])
+            continue
         left = length - position
-        rows: Any = slice(None) if int(left.min()) > 0 else np.flatnonzero(left > 0)
+        rows: Any = slice(None) if shortest > position else np.flatnonzero(left > 0)
         unused = (8 * np.maximum(WORD_BYTES - left[rows], 0)).astype(np.uint64)
         state[rows] = _mix(state[rows] ^ (words[start[rows] + position] & (ALL_ONES >> unused)))
     return _mix(state ^ length.astype(np.uint64))
@@ -84,9 +100,15 @@ def mix_hashes(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 def _mix(state: np.ndarray) -> np.ndarray:
     """Mix the bits of uint64 [n] (finalizer of SplitMix64)."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    mixed = state >> np.uint64(30)
+    mixed ^= state
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    shifted = mixed >> np.uint64(27)
+    mixed ^= shifted
+    mixed *= np.uint64(0x94D049BB133111EB)
+    np.right_shift(mixed, np.uint64(31), out=shifted)
+    mixed ^= shifted
+    return mixed
 
 
 def uniform(hashes: np.ndarray) -> np.ndarray:

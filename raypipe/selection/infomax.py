@@ -54,7 +54,7 @@ def infomax(
     """
     cuts = hardest_samples(stream, keep, classes, options)
     lists = len(keep) // len(cuts)
-    layout = BlockLayout.of(stream, classes, options)
+    layout = BlockLayout.of(stream, classes, options, within_parts=True)
     shares = [
         _kept_shares(round(fraction * stream.samples), cuts[number // lists], options)
         for number, fraction in enumerate(keep)

@@ -105,10 +105,13 @@ class _ByPreference(Ranking):
         self._strategy, self._options = strategy, options
 
     def compute(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        values, samples = self._strategy.preference(chunk, self._options), len(chunk.score)
-        if np.shape(values) != (samples,):
+        samples = len(chunk.score)
+        values = np.asarray(self._strategy.preference(chunk, self._options))
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"preference has the type {values.dtype}; expected float32")
+        if values.shape != (samples,):
             raise ValueError(
-                f"preference has shape {list(np.shape(values))}; expected {[samples]}, one number "
+                f"preference has shape {list(values.shape)}; expected {[samples]}, one number "
                 "per sample"
             )
         bad = int((~np.isfinite(values)).sum())

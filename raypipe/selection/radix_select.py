@@ -274,7 +274,8 @@ def find_boundaries(chunks: Chunks, requests: Sequence[tuple[Ranking, Quotas]]) 
 def order_key(score: np.ndarray) -> np.ndarray:
     """Map float32 [n] to uint32 [n] in the same order; 0.0 and -0.0 are equal."""
     bits = (np.asarray(score, np.float32) + np.float32(0)).view(np.uint32)
-    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+    negative = (bits.view(np.int32) >> np.int32(31)).view(np.uint32)  # all ones, else 0
+    return bits ^ (negative | np.uint32(1 << 31))
 
 
 def key_value(key: np.ndarray) -> np.ndarray:

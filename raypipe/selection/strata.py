@@ -59,12 +59,17 @@ def score_strata(
     ranking = cuts[0].ranking
     low, high = (np.full((len(cuts), ranking.groups), edge) for edge in (math.inf, -math.inf))
     for chunk in chunks(any(cut.needs_ids for cut in cuts)):
-        score, eligible = chunk.score.astype(np.float64), chunk.eligible()
+        eligible = chunk.eligible()
         _, group = ranking.rank(chunk)
         for row, cut in enumerate(cuts):
             left = eligible & ~cut.mask(chunk)
-            np.minimum.at(low[row], group[left], score[left])
-            np.maximum.at(high[row], group[left], score[left])
+            score = chunk.score[left]
+            if ranking.groups == 1:
+                low[row] = score.min(initial=low[row, 0])
+                high[row] = score.max(initial=high[row, 0])
+            else:
+                np.minimum.at(low[row], group[left], score)
+                np.maximum.at(high[row], group[left], score)
     empty = low > high
     low[empty] = high[empty] = 0.0
     return [

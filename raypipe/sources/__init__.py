@@ -13,6 +13,7 @@ from raypipe.config import SourceSettings
 from raypipe.plugins import SOURCE, find
 from raypipe.sources.base import Source
 from raypipe.sources.classes import ClassMap, StatedNames, class_map
+from raypipe.sources.location import refuse_web_folder
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
 
 __all__ = [
@@ -51,10 +52,11 @@ def open_source(settings: SourceSettings) -> Source:
     Raises
     ------
     SourceError
-        If `format` is `auto` and the format cannot be determined.
+        If `format` is `auto` and the format cannot be determined, or for a folder on the web.
     ConfigError
         If a source from outside raypipe cannot be imported, or must not be.
     """
+    refuse_web_folder(settings.uri)
     format: str = settings.format
     if format == "auto":
         from raypipe.sources.detect import detect_format

@@ -82,6 +82,8 @@ class Source(abc.ABC):
     labels_by_name : bool
         Whether `read` yields class names, not numbers, if a file states distinct names. Files can
         then number the same classes differently.
+    fields_in_samples : bool
+        Whether every sample names its own fields, so that no file states which columns exist.
     cuts : Cuts
         Where `files` divides a listing of small files; an existing index sets the rule that it was
         written by.
@@ -127,6 +129,7 @@ class Source(abc.ABC):
     scan_reads: ClassVar[Literal["nothing", "part", "all"]] = "part"
     random_access: ClassVar[bool] = False
     labels_by_name: ClassVar[bool] = False
+    fields_in_samples: ClassVar[bool] = False
     cuts: Cuts = Cuts.LOWEST_HASH
 
     def __init__(self, settings: SourceSettings) -> None:
@@ -238,7 +241,9 @@ class Source(abc.ABC):
         if labels is None:
             labels = Counter(sample.label for sample in drawn if not sample.reason)
         total = sum(fragment.samples for fragment in fragments)
-        return Preview(tuple(drawn), total, True, labels, scan.class_names, error, scan.split)
+        return Preview(
+            tuple(drawn), total, True, labels, scan.class_names, error, scan.split, scan.padded
+        )
 
     def _draw_single(
         self, fragments: Sequence[Fragment], count: int, draw: random.Random

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.noise import LabelNoise
 from raypipe.sources.types import RawSample
@@ -14,6 +17,8 @@ MAX_CLASSES = 1_000_000
 """More classes than this are taken for one wrong label."""
 MIN_FOR_NOTE = 20
 """Samples from which on many classes are remarkable."""
+_MISSING = frozenset({"nan", "none", "null", "n/a", "<na>", "nat"})
+"""What programs write for a missing value, in lower case."""
 SHOWN_NAMES = 5
 """Class names that a message lists."""
 
@@ -199,7 +204,7 @@ class StatedNames:
         self.names = (*self.names, *(name for name in names if name not in known))
 
 
-class NumberSpellings:
+class LabelSpellings:
     """Checks that all files of a source spell the same number alike.
 
     "1" and "01" can be names of two classes, but are read as one number.
@@ -208,6 +213,7 @@ class NumberSpellings:
     def __init__(self) -> None:
         self._usual: set[int | str] = set()
         self._padded: dict[int, tuple[str, str]] = {}
+        self._first: dict[type, tuple[str, int | str]] = {}
 
     def add(self, path: str, labels: Collection[int | str], padded: Iterable[str]) -> None:
         """Add a file: its labels, and how it spells numbers that it spells unusually.
@@ -217,6 +223,8 @@ class NumberSpellings:
         SourceError
             If the file, or one before it, spells a number differently.
         """
+        for label in labels:
+            self._first.setdefault(type(label), (path, label))
         own: dict[int, str] = {}
         for spelling in sorted(padded):
             own[int(spelling)] = spelling
@@ -227,6 +235,18 @@ class NumberSpellings:
         for number in self._padded.keys() & self._usual:
             spelling, before = self._padded[number]
             raise _spelled_differently(before, spelling, str(number), "another file")
+
+    @property
+    def mixed(self) -> str:
+        """The message that some labels are numbers and others are names; "" if it is not so."""
+        if len(self._first) < 2:
+            return ""
+        (number_in, number), (name_in, name) = self._first[int], self._first[str]
+        place = "the same file" if name_in == number_in else number_in
+        return (
+            f"{name_in}: labels are partly names (such as {name!r}), but in {place} partly numbers "
+            f"(such as {number}); write all labels as numbers, or all as names"
+        )
 
 
 def _spelled_differently(path: str, spelling: str, other: str, place: str) -> SourceError:
@@ -288,6 +308,66 @@ def class_map(
     if count > MAX_CLASSES:
         raise SourceError(_too_large(sorted(numbers), count))
     return ClassMap(tuple(str(number) for number in range(count)), numeric=True)
+
+
+def refuse_missing_labels(settings: SourceSettings, labels: Collection[object]) -> None:
+    """Raise SourceError if the settings name a field for the labels that no sample has."""
+    if settings.label_column not in (None, "auto") and not labels:
+        raise SourceError(
+            f"{settings.uri}: no sample has a label: source.label_column is "
+            f"{settings.label_column!r}, which none of them has; correct it, or leave it out for "
+            "the usual names (null: the source has no labels)"
+        )
+
+
+def _several_labels(names: Collection[str]) -> str:
+    """Return a name that is a list of labels which other names have too, such as cat|dog; or "".
+
+    A comma alone is no sign: synonyms, as in ImageNet's names, are seldom in two classes.
+    """
+    for separator in "|;,":
+        lists = [name for name in names if separator in name]
+        parts = Counter(
+            part.strip() for name in names for part in set(name.split(separator)) if part.strip()
+        )
+        listed = {part.strip() for name in lists for part in name.split(separator)} - {""}
+        if lists and 2 * sum(parts[part] > 1 for part in listed) > len(listed):
+            return min(lists)
+    return ""
+
+
+def names_note(names: Collection[str]) -> str:
+    """Return a warning of names that may mean the same class, or a missing label; or ""."""
+    alike: dict[str, str] = {}
+    for name in names:
+        folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        other = alike.setdefault(folded, name)
+        if other != name:
+            return (
+                f"the classes {other!r} and {name!r} differ in case, blanks or Unicode form only; "
+                "if they are one class, write its labels alike"
+            )
+    if several := _several_labels(names):
+        return (
+            f"the class {several!r} seems to be several labels; a sample has one label, so each "
+            "combination is a class of its own. Choose one label a sample"
+        )
+    missing = sorted(name for name in names if name.casefold().strip() in _MISSING)
+    if not missing:
+        return ""
+    return (
+        f"a class is called {missing[0]!r}; if its samples have no label, leave their label empty"
+    )
+
+
+def sparse_classes_note(labels: Collection[int | str], classes: int) -> str:
+    """Return a warning if most of the numbered classes have no sample, as with ids; or ""."""
+    if classes < MIN_FOR_NOTE or 2 * len(labels) > classes or isinstance(next(iter(labels)), str):
+        return ""
+    return (
+        f"only {len(labels):,} of the classes 0 to {classes - 1:,} have samples. Are the labels "
+        "ids of classes? Store them as text, which makes them names, or number the classes from 0"
+    )
 
 
 def lone_classes_note(samples: int, classes: int) -> str:

@@ -28,7 +28,7 @@ from raypipe.sources.arrow_types import (
     value_type,
 )
 from raypipe.sources.classes import distinct
-from raypipe.sources.splits import SPLIT_COLUMN, split_of
+from raypipe.sources.splits import SPLIT_COLUMN, split_of_value
 from raypipe.sources.values import stored_label
 
 AUTO = "auto"
@@ -61,6 +61,12 @@ NEVER_LABELS = frozenset(
     {"id", "idx", "index", "__index_level_0__", "image_id", "row", "width", "height"}
 )
 """Columns of numbers that `auto` never takes for labels, even if there is no other."""
+
+_POINTERS = frozenset(
+    {"path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "url", "uri"}
+    | {"image_url", "top_level_url"}
+)
+"""Columns of text that name images instead of holding them, in lower case."""
 
 Features = Mapping[str, Any]
 """Hugging Face's description of the columns, by column name; often empty."""
@@ -115,24 +121,28 @@ def choose_columns(schema: pa.Schema, features: Features, settings: SourceSettin
         ("id", identity),
     ):
         if column is not None and (column != AUTO or kind == "id"):
-            _check_unique(schema, column, kind)
+            _check_unique(schema.names, column, kind)
     image, label = settings.image_column, settings.label_column
     if image == AUTO:
-        image = _find_column(
-            schema,
+        image = find_column(
+            schema.names,
             "image",
             IMAGE_NAMES,
-            accepts=_holds_images,
-            suggests=_holds_images,
+            accepts=lambda name: _holds_images(schema.field(name)),
+            suggests=lambda name: _holds_images(schema.field(name)),
+            wrong_type=lambda name: _wrong_type(schema, name, "image"),
+            is_text=lambda name: _is_text(schema, name),
             described=_described_as(features, "Image"),
         )
     if label == AUTO:
-        label = _find_column(
-            schema,
+        label = find_column(
+            schema.names,
             "label",
             LABEL_NAMES,
-            accepts=_holds_labels,
-            suggests=_suggests_labels,
+            accepts=lambda name: _holds_labels(schema.field(name)),
+            suggests=lambda name: _suggests_labels(schema.field(name)),
+            wrong_type=lambda name: _wrong_type(schema, name, "label"),
+            is_text=lambda name: _is_text(schema, name),
             described=_described_as(features, "ClassLabel"),
             excluded={image, identity}
             | {name for name in schema.names if name.lower() in NEVER_LABELS},
@@ -164,19 +174,20 @@ def distinct_labels(array: pa.Array) -> set[int | str]:
     return {label for label in labels if label is not None}
 
 
-def split_of_rows(values: Iterable[object]) -> str:
-    """Return the split that the values of a column name; "" if they name none.
+def split_of_rows(values: Iterable[object], what: str = "column", name: str = SPLIT_COLUMN) -> str:
+    """Return the split that the values of a column, or of a field, name; "" if they name none.
 
     Raises
     ------
     ColumnError
         If they name several.
     """
-    splits = sorted({split_of(str(value)) for value in values} - {""})
+    splits = sorted({split_of_value(name, value) for value in values} - {""})
     if len(splits) > 1:
+        content = "rows" if what == "column" else "samples"
         raise ColumnError(
-            f"column {SPLIT_COLUMN!r} has several splits ({', '.join(splits)}); write the rows of "
-            "one split to files of their own, or drop the column to read all as one"
+            f"{what} {name!r} has several splits ({', '.join(splits)}); write the "
+            f"{content} of one split to files of their own, or drop the {what} to read all as one"
         )
     return splits[0] if splits else ""
 
@@ -193,32 +204,34 @@ def _wrong_type(schema: pa.Schema, column: str, kind: str) -> str:
     return f"column {column!r} is {described(schema.field(column))}; expected {_EXPECTED[kind]}"
 
 
-def _check_unique(schema: pa.Schema, column: str, kind: str) -> None:
+def _check_unique(names: Sequence[str], column: str, kind: str) -> None:
     """Raise ColumnError unless the table has exactly one column of this name."""
-    count = schema.names.count(column)
+    count = names.count(column)
     if count != 1:
         state = f"there are {count} columns" if count else "there is no column"
         raise ColumnError(
-            f"{state} {column!r}; columns are {', '.join(schema.names[:20])}; "
-            f"set source.{kind}_column"
+            f"{state} {column!r}; columns are {', '.join(names[:20])}; set source.{kind}_column"
         )
 
 
-def _find_column(
-    schema: pa.Schema,
+def find_column(
+    names: Sequence[str],
     kind: str,
     usual_names: Sequence[str],
     *,
-    accepts: Callable[[pa.Field], bool],
-    suggests: Callable[[pa.Field], bool],
-    described: frozenset[str],
+    accepts: Callable[[str], bool],
+    suggests: Callable[[str], bool],
+    wrong_type: Callable[[str], str],
+    is_text: Callable[[str], bool],
+    described: Collection[str] = (),
     excluded: Collection[str | None] = (),
 ) -> str:
     """Return the column that `auto` takes.
 
     Parameters
     ----------
-    schema : pyarrow.Schema
+    names : sequence of str
+        All columns.
     kind : {"image", "label"}
     usual_names : sequence of str
         Lower case, best first.
@@ -226,7 +239,11 @@ def _find_column(
         Whether a column with a usual name can be taken, by its type.
     suggests : callable
         Whether the type alone suggests this kind of column, whatever its name.
-    described : frozenset of str
+    wrong_type : callable
+        The message for a column with a usual name of an unsuitable type.
+    is_text : callable
+        Whether a column holds text, which can name images.
+    described : collection of str
         Columns that Hugging Face's description gives this kind.
     excluded : collection
         Columns that are only taken by a usual name.
@@ -239,19 +256,17 @@ def _find_column(
     named = [
         name
         for usual in usual_names
-        for name in sorted(schema.names, key=lambda name: name != usual)
+        for name in sorted(names, key=lambda name: name != usual)
         if name.lower() == usual
     ]
     for name in named:
-        _check_unique(schema, name, kind)
-        if accepts(schema.field(name)):
+        _check_unique(names, name, kind)
+        if accepts(name):
             return name
     candidates = [
         name
-        for name in schema.names
-        if name not in excluded
-        and schema.names.count(name) == 1
-        and (suggests(schema.field(name)) or name in described)
+        for name in names
+        if name not in excluded and names.count(name) == 1 and (suggests(name) or name in described)
     ]
     for choice in ([name for name in candidates if name in described], candidates):
         if len(choice) == 1:
@@ -262,11 +277,22 @@ def _find_column(
             f"set source.{kind}_column"
         )
     if named:
-        raise ColumnError(_wrong_type(schema, named[0], kind))
+        raise ColumnError(wrong_type(named[0]))
+    pointer = next((name for name in names if name.lower() in _POINTERS and is_text(name)), None)
+    if kind == "image" and pointer is not None:
+        raise ColumnError(
+            f"no column holds images; {pointer!r} names files or addresses, which a table does not "
+            "follow: write it as CSV (path, label), with the paths of downloaded files, and set "
+            "source.uri to that"
+        )
     raise ColumnError(
-        f"no column is clearly the {kind}; columns are {', '.join(schema.names[:20])}; "
+        f"no column is clearly the {kind}; columns are {', '.join(names[:20])}; "
         f"set source.{kind}_column"
     )
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    return schema.names.count(name) == 1 and is_string(value_type(schema.field(name).type))
 
 
 def _described_as(features: Features, kind: str) -> frozenset[str]:

@@ -15,12 +15,33 @@ from raypipe.sources.hub import INFO_FILE, SCHEME, SPLITS_FILE, STATE_FILE
 from raypipe.sources.lance import is_lance
 from raypipe.sources.lines import read_lines
 from raypipe.sources.location import Location, describe
+from raypipe.sources.mds import INDEX_FILE
 from raypipe.sources.places365 import LIST_EXTENSIONS, training_list
 
 MAX_FILES = 20_000
 """File names that are examined, so that a listing of millions is not made twice."""
 
 
+_REMEDIES = {
+    (".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar"): "unpack the archives",
+    (INDEX_FILE, STATE_FILE, INFO_FILE): "set source.uri to the folder of the dataset",
+    (".jsonl", ".json", ".ndjson", ".xlsx", ".xls"): "write a list of images as CSV with the "
+    "columns path and label",
+    (".lance", ".manifest", ".txn"): "if it is a Lance dataset, set source.format to lance",
+    (
+        ".arrow",
+        ".feather",
+        ".h5",
+        ".hdf5",
+        ".npz",
+        ".npy",
+        ".mdb",
+        ".beton",
+        ".rec",
+        ".pkl",
+    ): "write the samples as Parquet, tars or another format that is read",
+}
+"""Endings of names -> what to do with such files."""
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Names of the file in which Hugging Face's image folders hold labels and captions."""
 
@@ -58,14 +79,23 @@ def detect_format(settings: SourceSettings) -> str:
         return formats[0]
     if not formats:
         raise SourceError(
-            f"{settings.uri}: cannot determine the format: no Parquet, tar, TFRecord or image "
-            f"file among {describe(files)}; check source.uri and source.include, or set "
-            "source.format"
+            f"{settings.uri}: cannot determine the format: no Parquet, tar, TFRecord, MDS or image "
+            f"file among {describe(files)}; {_remedy(names)}"
         )
     raise SourceError(
         f"{settings.uri}: cannot determine the format: found {' and '.join(formats)} among "
         f"{describe(files)}; set source.format, or narrow source.include"
     )
+
+
+def _remedy(names: set[str]) -> str:
+    """Return what to do with files of none of the formats, by the first that is known."""
+    for name in sorted(names):
+        last = name.rpartition("/")[2].lower()
+        for endings, remedy in _REMEDIES.items():
+            if last.endswith(endings):
+                return remedy
+    return "check source.uri and source.include, or set source.format"
 
 
 def _is_image_list(settings: SourceSettings) -> bool:

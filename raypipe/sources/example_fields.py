@@ -12,6 +12,7 @@ from raypipe.sources.arrow_images import ImageOrReason, checked_pixels
 from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES
 from raypipe.sources.examples import Values
 from raypipe.sources.formats import format_of
+from raypipe.sources.splits import split_column
 from raypipe.sources.values import printable, stored_label
 
 Example = Mapping[str, Values]
@@ -66,6 +67,12 @@ class ExampleFields:
             return None, ""
         value = values[0]
         return stored_label(_text(value) if isinstance(value, bytes) else value)
+
+    def split_of(self, example: Example) -> str:
+        """Return the value of the feature that names the split of a sample; "" without one."""
+        name = split_column([*example], {self._label, self._id})
+        values = example[name] if name is not None else []
+        return _text(values[0]) if len(values) == 1 else ""
 
     def _image_name(self, example: Example) -> tuple[str, str]:
         """Return the name of the feature that holds the image; or "", and why none does."""

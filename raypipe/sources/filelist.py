@@ -130,7 +130,9 @@ class FileListSource(Source):
                 if is_repeated:
                     # the number makes the entries of equal lines differ
                     occurrences[key] = occurrences.get(key, 1) + 1
-                    reason = member.reason or "duplicate: the list already names it"
+                    reason = (
+                        member.reason or "duplicate: an earlier line names it, and its label counts"
+                    )
                     yield member._replace(reason=f"{reason} (occurrence {occurrences[key]})")
                     continue
                 if member.reason:
@@ -231,6 +233,8 @@ class FileListSource(Source):
             path = rest[len(local_root) :]
         elif is_uri and local_root is None and path.startswith(self._root + "/"):
             path = path[len(self._root) :]
+        elif is_uri and scheme in {"http", "https"}:
+            return path, "an address on the web, which is not read; download the images"
         elif is_uri:
             return path, f"outside {self._root}; see source.root"
         elif local_root is not None and path.startswith(local_root + "/"):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import Source
-from raypipe.sources.formats import LeftOut
+from raypipe.sources.formats import LeftOut, copied_name, uncompressed_name
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.splits import several_splits
 from raypipe.sources.types import FileScan, SourceFile
+from raypipe.sources.values import printable
 from raypipe.storage import FileInfo, Reader
 from raypipe.text import stand_in
 
@@ -48,6 +49,7 @@ class FileSource(Source):
 
     def files(self) -> Iterator[SourceFile]:
         files = self.listed()
+        self._refuse_copies(files)
         splits = several_splits([file.path for file in files])
         if splits is not None and not self._location.names_files:
             pattern = repr(splits.include) if splits.include else "the files of one"
@@ -58,6 +60,26 @@ class FileSource(Source):
             )
         for file in files:
             yield SourceFile(file.path, file.size, file.stamp)
+
+    def _refuse_copies(self, files: Sequence[FileInfo]) -> None:
+        """Raise SourceError if a file is there twice: plain and compressed, or as a copy."""
+        if self._location.names_files:
+            return
+        sizes = {file.path: file.size for file in files}
+        for path, size in sizes.items():
+            plain, original = uncompressed_name(path), copied_name(path)
+            if plain != path and plain in sizes:
+                raise SourceError(
+                    f"{self.settings.uri}: {printable(path)} and {printable(plain)} would be read "
+                    "as other samples, but one seems to be the other compressed; remove one of the "
+                    "two kinds, or choose one with source.include"
+                )
+            if original != path and sizes.get(original) == size:
+                raise SourceError(
+                    f"{self.settings.uri}: {printable(path)} and {printable(original)} would be "
+                    "read as other samples, but have the same size, and by its name the first is a "
+                    "copy; remove it, or rename it if it is not a copy"
+                )
 
     def listed(self) -> list[FileInfo]:
         """Return the files of this format, sorted by path. Raises SourceError."""
@@ -74,6 +96,13 @@ class FileSource(Source):
             if reason := other_content(file, stored):
                 return self.unreadable_file(file, reason)
             return self.scan_stored(file, stored)
+
+    def checked_split(self, split: str) -> str:
+        """Return the split of a file's samples for `FileScan`.
+
+        It is "" if `source.uri` names the files: then they are read as one, whatever they hold.
+        """
+        return "" if self._location.names_files else split
 
     def open(self, path: str) -> Reader:
         """Open the file at a relative path. Raises FileNotFoundError."""

@@ -46,6 +46,20 @@ NOUNS = {
     "imagefolder": "images",
 }
 """Format -> what its files are called in messages."""
+_LABEL_COLUMN = "a column, such as label (source.label_column)"
+LABEL_PLACES = {
+    "parquet": _LABEL_COLUMN,
+    "huggingface": _LABEL_COLUMN,
+    "lance": _LABEL_COLUMN,
+    "mds": _LABEL_COLUMN,
+    "tfrecord": "a feature, such as label (source.label_column)",
+    "webdataset": "a member of each sample, .cls or .txt or a field of .json; not from the names "
+    "of tars and folders",
+    "imagefolder": "the folders in source.uri, one a class. Other layouts need a list of the "
+    "images with their labels (format filelist)",
+    "filelist": "the second column of the list, or the one called label (source.label_column)",
+}
+"""Format -> where its labels are read from."""
 TRIES = 8
 """Files of an unknown ending that are opened before all of them are taken for something else."""
 MAX_TRIES = 200
@@ -54,6 +68,16 @@ HEAD_BYTES = 512
 
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 """What TensorFlow appends to names of shards: data.tfrecord-00000-of-00128."""
+_MAGIC = {
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "zip": b"PK\x03\x04",
+    "7z": b"7z\xbc\xaf\x27\x1c",
+}
+"""Compression -> the bytes that its files begin with."""
+_COMPRESSED = re.compile(r"\.(gz|zstd|bz2|br|snappy)$", re.IGNORECASE)
 _ENDING = re.compile(r"\.[a-z_][a-z0-9_]{0,7}")
 
 
@@ -89,7 +113,8 @@ class FormatFilter:
         if self._format == "parquet" and name.startswith("_"):
             return False  # by convention no data: _SUCCESS, _metadata
         ending = ending_of(name)
-        if ending in self._accepted or self._has_content(file, ending):
+        backup = has_ending(_BACKUP.sub("", name), self._format)
+        if not backup and (ending in self._accepted or self._has_content(file, ending)):
             self._accepted.add(ending)
             return True
         self._count[ending] += 1
@@ -116,6 +141,30 @@ def has_ending(path: str, format: str) -> bool:
     return _SHARD_NUMBER.sub("", path.lower()).endswith(EXTENSIONS[format])
 
 
+_BACKUP = re.compile(
+    r"~$|\.(?:bak|backup|orig|old|tmp|temp|part|partial|crdownload|swp)$", re.IGNORECASE
+)
+"""What editors and downloads append to the name of a file: an earlier or an unfinished one."""
+_COPY_MARK = re.compile(
+    r"(?<=[^/])(?: \(\d+\)| - Copy(?: \(\d+\))?| copy(?: \d+)?| \((?:another |\d+\w\w )?copy\))"
+    r"(?=(?:\.[^/. ]*)*$)"
+)
+"""What Windows, macOS, GNOME and browsers append to the name of a copy."""
+
+
+def copied_name(path: str) -> str:
+    """Return the path of the file that the name of a copy comes from; of others, the path."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + _COPY_MARK.sub("", name.removeprefix("Copy of "), count=1)
+
+
+def uncompressed_name(path: str) -> str:
+    """Return the name of a compressed file as it was before; that of any other file as it is."""
+    if path.lower().endswith(".tgz"):
+        return path[: -len(".tgz")] + ".tar"
+    return _COMPRESSED.sub("", path)
+
+
 def ending_of(name: str) -> str:
     """Return the ending of a file name in lower case; "" for none, as in `0001.0002`."""
     ending = os.path.splitext(name)[1].lower()
@@ -137,6 +186,11 @@ def format_of(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "webdataset"
     return "tfrecord" if is_header(head) else ""
+
+
+def compression_of(head: bytes) -> str:
+    """Return the name of the compression that the first bytes of a file show, or ""."""
+    return next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
 
 
 def describe_left_out(format: str, left_out: Mapping[str, LeftOut]) -> str:

@@ -279,7 +279,8 @@ def _saved_files(uri: str, split: str | None) -> list[FileInfo]:
             f"{uri}: a selection of rows that is stored separately from the rows; load it with "
             "datasets and save it again"
         )
-    files = [entries.get(name) or FileInfo(name, 0, MISSING) for name in names]
+    # a file counts once, however often it is named
+    files = [entries.get(name) or FileInfo(name, 0, MISSING) for name in dict.fromkeys(names)]
     if files and all(file.stamp == MISSING for file in files):
         raise SourceError(
             f"{folder}: none of the {len(files)} files in {STATE_FILE} exists, such as {names[0]}"

@@ -10,18 +10,38 @@ longest folder of the path that the map names.
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.base import Source
+from raypipe.sources.classes import shown_names
 from raypipe.sources.classfile import ClassFile, read_class_file
-from raypipe.sources.formats import LeftOut
+from raypipe.sources.formats import LeftOut, copied_name
 from raypipe.sources.location import Location
 from raypipe.sources.smallfiles import Member, file_runs, read_members, unpack_member
 from raypipe.sources.splits import several_splits, split_folders
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
+
+_KINDS = {
+    **dict.fromkeys(("images", "image", "imgs", "img", "jpegimages"), "images"),
+    **dict.fromkeys(("masks", "mask", "annotations", "annotation", "labels", "depth"), "other"),
+    **dict.fromkeys(("segmentationclass", "segmentationobject", "imagesets"), "other"),
+}
+"""Usual names of folders that hold one kind of file, in lower case -> images or other."""
+_UNLABELLED = {"unlabeled", "unlabelled", "unsup", "extra"}
+"""Names of folders, next to those of splits, with images that have no class."""
+_FOLD = re.compile(r"(?:k?fold|cv|cv[-_ ]?fold)[-_ ]?\d+", re.IGNORECASE)
+"""Name of a part of a dataset that is divided for cross-validation."""
+_PORTION = re.compile(
+    rf"{_FOLD.pattern}|\d{{4}}-\d\d(?:-\d\d)?|20\d{{6}}"
+    r"|(?:train|val|test|batch|chunk|part|partition|shard|split|subset|set)[-_ ]?\d+"
+    r"|(?:run|session|day|week|site|cam|camera)[-_ ]?\d+",
+    re.IGNORECASE,
+)
+"""Name of a part of a dataset if it holds class folders: a fold, a date, or a number."""
 
 
 class ImageFolderSource(Source):
@@ -113,20 +133,75 @@ class ImageFolderSource(Source):
     def _refuse_splits(self) -> None:
         folders = self._location.folders()
         splits = split_folders(folders)
+        others = {folder.lower() for folder in folders} - {folder.lower() for folder in splits}
         # a single one next to other folders can be a class, such as that of railway trains
-        if splits and (len(splits) == len(folders) or several_splits(splits) is not None):
+        if splits and (others <= _UNLABELLED or several_splits(splits) is not None):
             choices = " or ".join(f"{self.settings.uri.rstrip('/')}/{folder}" for folder in splits)
             raise SourceError(
                 f"{self.settings.uri}: {' and '.join(splits)} are not classes; "
                 f"set source.uri to {choices}"
             )
-        if len(folders) == 1 and self._classes is None and self.settings.label_column is not None:
-            self._refuse_only_folder(folders[0])
+        if self._classes is None and self.settings.label_column is not None:
+            self._refuse_copies(folders)
+        if folders and self._classes is None and self.settings.include == "*":
+            self._refuse_folders_of_kinds(folders)
+            self._refuse_portions(folders)
+            self._refuse_inner_folders(folders)
 
-    def _refuse_only_folder(self, folder: str) -> None:
-        """Raise SourceError if the only folder holds the folders of the classes."""
-        inner = self._location.folders(folder)
-        if len(inner) > 1:
+    def _refuse_copies(self, folders: Sequence[str]) -> None:
+        """Raise SourceError if a folder would be a class, but its name says that it is a copy."""
+        for folder in folders:
+            if copied_name(folder) != folder and copied_name(folder) in folders:
+                raise SourceError(
+                    f"{self.settings.uri}: {folder!r} would be a class, but seems to be a copy of "
+                    f"{copied_name(folder)!r}; remove or rename it"
+                )
+
+    def _refuse_folders_of_kinds(self, folders: Sequence[str]) -> None:
+        """Raise SourceError if the folders are called after what they hold: images and masks."""
+        kinds = {folder: _KINDS.get(folder.lower()) for folder in folders}
+        images = [folder for folder, kind in kinds.items() if kind == "images"]
+        if len(folders) > 1 and len(images) == 1 and all(kinds.values()):
+            raise SourceError(
+                f"{self.settings.uri}: {' and '.join(folders)} are not classes; set source.uri to "
+                f"{self.settings.uri.rstrip('/')}/{images[0]}"
+            )
+
+    def _refuse_portions(self, folders: Sequence[str]) -> None:
+        """Raise SourceError if each folder is a part of the dataset, with classes of its own."""
+        portions = len(folders) > 1 and all(map(_PORTION.fullmatch, folders))
+        if not portions or self.settings.label_column is None:
+            return
+        shared = sorted(
+            set(self._location.folders(folders[0])) & set(self._location.folders(folders[1]))
+        )
+        uri, first = self.settings.uri.rstrip("/"), folders[0]
+        if len(shared) > 1:
+            raise SourceError(
+                f"{self.settings.uri}: {shown_names(folders)} are not classes: each has the "
+                f"folders {shown_names(shared)}. To read one, set source.uri to {uri}/{first}; to "
+                "read all, set source.class_map to a JSON file with the number of each folder's "
+                f'class, such as {{"{first}/{shared[0]}": 0}}'
+            )
+        if all(map(_FOLD.fullmatch, folders)):
+            raise SourceError(
+                f"{self.settings.uri}: {shown_names(folders)} are not classes but parts for "
+                "cross-validation, without folders of classes in them. Set source.uri to a list of "
+                "the images with their labels, or source.label_column to null and "
+                "pseudo_labels.clusters to a number"
+            )
+
+    def _refuse_inner_folders(self, folders: Sequence[str]) -> None:
+        """Raise SourceError if a folder that would be a class holds classes or splits."""
+        inner, folder = self._location.folders(folders[0]), folders[0]
+        splits = several_splits(split_folders(inner))
+        if splits is not None and len(folders) > 1:
+            raise SourceError(
+                f"{self.settings.uri}: {folder} has folders of several splits: "
+                f"{', '.join(split_folders(inner))}; set source.include to a pattern of one split, "
+                f"such as '*/{split_folders(inner)[0]}/*'"
+            )
+        if len(folders) == 1 and len(inner) > 1 and self.settings.label_column is not None:
             raise SourceError(
                 f"{self.settings.uri}: its only folder, {folder!r}, would be the only class; the "
                 f"classes seem to be its {len(inner)} folders, such as {inner[0]!r}: set "

@@ -204,9 +204,9 @@ def _open(uri: str, version: str | None) -> Any:
                 f"interrupted. Set source.version to {readable}, the last readable one, or write "
                 "it again"
             ) from None
-        wanted = "" if version is None else f"version {version}: "
+        opened = "" if version is None else f"version {version}: "
         raise SourceError(
-            f"{uri}: {wanted}cannot be read ({reason}); check source.uri and source.version"
+            f"{uri}: {opened}cannot be read ({reason}); check source.uri and source.version"
         ) from None
 
 

@@ -33,7 +33,7 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.sources.formats import IMAGE_EXTENSIONS
-from raypipe.sources.splits import SPLIT_COLUMN, split_of
+from raypipe.sources.splits import SPLIT_ALIASES, SPLIT_COLUMN, split_of_value
 from raypipe.storage import Reader
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
@@ -45,6 +45,7 @@ _ENDINGS = "|".join(extension.removeprefix(".") for extension in IMAGE_EXTENSION
 _IMAGE = re.compile(rf".*\.(?:{_ENDINGS})", re.IGNORECASE | re.DOTALL)
 _IMAGE_AND_LABEL = re.compile(rf"(.*\.(?:{_ENDINGS}))\s+(\S.*)", re.IGNORECASE | re.DOTALL)
 _ANYTHING_AND_NUMBER = re.compile(r"(.*\S)\s+([+-]?[0-9]+)", re.DOTALL)
+_JSON = re.compile(r'\s*([{[]\s*$|{"|\[[{"])')
 _IMAGE_AND_COMMA = re.compile(rf'[^,]*\.(?:{_ENDINGS})"?\s*,', re.IGNORECASE)
 
 
@@ -88,6 +89,11 @@ def read_lines(uri: str, settings: SourceSettings) -> Iterator[Line]:
         while (not first.strip() or first.startswith("#")) and (line := file.readline(1 << 16)):
             first = line
         file.seek(0)
+        if _JSON.match(first):
+            raise SourceError(
+                f"{uri}: JSON, which is not read as a list of images; write it as CSV with the "
+                "columns path and label"
+            )
         delimiter = _delimiter(storage.name(uri), first.strip("\r\n"), settings)
         if not delimiter:
             yield from _parse_text(file)
@@ -184,20 +190,29 @@ def _parse_table(
     )
     start = list(itertools.islice(filled, 2))
     path, label = _find_columns(uri, [row for _, row in start], settings)
-    split, first_split = -1, ""
+    split, split_name, first_split = -1, "", ""
+    columns = 0  # any number
     if path < 0:  # no header
-        path, label = 0, 1
+        path, label = _columns_without_header([row for _, row in start])
     else:
+        columns = len(start[0][1])
         if settings.include == "*":  # otherwise the settings choose the lines
-            split = _position([cell.strip() for cell in start[0][1]], (SPLIT_COLUMN,))
+            header = [cell.strip() for cell in start[0][1]]
+            split = _position(header, (SPLIT_COLUMN, *SPLIT_ALIASES))
+            split_name = header[split]
         split = -1 if split in (path, label) else split
         start = start[1:]
     for number, row in itertools.chain(start, filled):
-        name = split_of(_cell(row, split)) if split >= 0 else ""
+        if columns and any(cell.strip() for cell in row[columns:]):
+            raise SourceError(
+                f"{uri}: line {number} has {len(row)} cells, but the header has {columns}; quote "
+                "cells that contain the delimiter"
+            )
+        name = split_of_value(split_name, _cell(row, split)) if split >= 0 else ""
         first_split = first_split or name
         if name != first_split and name:
             raise SourceError(
-                f"{uri}: line {number}: column {SPLIT_COLUMN!r} is {_cell(row, split)!r}, but the "
+                f"{uri}: line {number}: column {split_name!r} is {_cell(row, split)!r}, but the "
                 f"lines before it are of the split {first_split}; write a list of one split, or "
                 "remove the column to read all lines as one"
             )
@@ -231,15 +246,27 @@ def _find_columns(uri: str, start: list[list[str]], settings: SourceSettings) ->
             )
         return -1, -1
     path = _find_path_column(uri, header, below, settings)
+    _check_unique(uri, header, path, "path")
     if settings.label_column is None:
         return path, -1
     label = _position(header, _label_names(settings))
+    _check_unique(uri, header, label, "label")
     if label < 0 and len(header) > 1:
         raise SourceError(
             f"{uri}: no column {_label_names(settings)[0]!r} among {', '.join(header)}; "
             "set source.label_column"
         )
     return path, label
+
+
+def _check_unique(uri: str, header: list[str], column: int, kind: str) -> None:
+    """Raise SourceError if another column has the same name. A `column` of -1 is not checked."""
+    name = header[column] if column >= 0 else ""
+    if name and header.count(name) > 1:
+        raise SourceError(
+            f"{uri}: {header.count(name)} columns are called {name!r}; rename all but the one "
+            f"with the {kind}s"
+        )
 
 
 def _find_path_column(
@@ -259,6 +286,18 @@ def _find_path_column(
         return path
     images = (column for column, cell in enumerate(below) if _IMAGE.fullmatch(cell.strip()))
     return next(images, 0)
+
+
+def _columns_without_header(start: list[list[str]]) -> tuple[int, int]:
+    """Positions of the path and the label column of a table without a header.
+
+    The path is the first cell of the first row that ends like an image file, or else the first
+    cell. The label follows it, or is the cell before it.
+    """
+    row = start[0] if start else []
+    images = (column for column, cell in enumerate(row) if _IMAGE.fullmatch(cell.strip()))
+    path = next(images, 0)
+    return path, path + 1 if path + 1 < len(row) or not path else path - 1
 
 
 def _is_header(row: list[str], below: list[str], settings: SourceSettings) -> bool:

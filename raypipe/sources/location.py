@@ -28,6 +28,18 @@ LISTING_THREADS = 16
 """Folders listed at the same time."""
 
 
+def refuse_web_folder(uri: str) -> None:
+    """Raise SourceError for a folder or pattern on the web: servers list files as they please."""
+    name = uri.rpartition("/")[2]
+    if uri.lower().startswith(("http://", "https://")) and (
+        uri.count("/") < 3 or "." not in name or any(char in uri for char in "*?[]{}")
+    ):
+        raise SourceError(
+            f"{uri}: a folder or pattern on the web, which cannot be listed; copy the files to a "
+            "disk or a bucket (s3://, gs://, az://), or name a single file, such as .../data.tar"
+        )
+
+
 class Location:
     """The files that `source.uri` and `source.include` stand for.
 

@@ -11,9 +11,17 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.errors import RaypipeError, SourceError
+from raypipe.errors import RaypipeError, SourceError, StorageError
 from raypipe.sources.arrow_images import ImageOrReason
-from raypipe.sources.columns import AUTO, IMAGE_NAMES, LABEL_NAMES, NEVER_LABELS, ColumnError
+from raypipe.sources.columns import (
+    AUTO,
+    IMAGE_NAMES,
+    LABEL_NAMES,
+    NEVER_LABELS,
+    ColumnError,
+    find_column,
+    split_of_rows,
+)
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
 from raypipe.sources.formats import has_ending
 from raypipe.sources.location import MISSING, Location
@@ -24,6 +32,7 @@ from raypipe.sources.mds_shard import (
     open_shard,
     value_decoder,
 )
+from raypipe.sources.splits import split_column
 from raypipe.sources.table_source import reject_repeated_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, printable, stored_label
@@ -43,6 +52,10 @@ class MdsSource(FileSource):
     scan_reads = "all"
     random_access = True
 
+    def __init__(self, settings: SourceSettings) -> None:
+        super().__init__(settings)
+        self._samples_by_folder: dict[str, dict[str, int]] = {}
+
     def listed(self) -> list[FileInfo]:
         # the index files have to be seen whatever source.include is
         everything = Location(self.settings.model_copy(update={"include": "*"})).listing()
@@ -55,9 +68,9 @@ class MdsSource(FileSource):
                 "finished; finish it, or name the shards in source.uri with braces"
             )
         files = {file.path: file for file in everything}
-        listed = [
-            pair for index in indexes for pair in _shards_of(self._location.uri(index), index)
-        ]
+        listed = {  # a shard counts once, however often an index names it
+            pair: None for index in indexes for pair in _shards_of(self._location.uri(index), index)
+        }
         # a shard next to listed ones is what a writer that was killed left; a folder of its own is
         # a dataset that somebody misses
         folders = {posixpath.dirname(path) for path, _ in listed}
@@ -78,6 +91,10 @@ class MdsSource(FileSource):
             files.get(path) or files.get(raw) or FileInfo(path, 0, MISSING) for path, raw in listed
         ]
         shards = sorted(file for file in shards if self._location.includes(file.path))
+        if not listed:
+            raise SourceError(
+                f"{self.settings.uri}: {INDEX_FILE} lists no shard; write the dataset again"
+            )
         if not shards:
             raise SourceError(
                 f"{self.settings.uri}: no shard in {INDEX_FILE} matches source.include = "
@@ -100,6 +117,7 @@ class MdsSource(FileSource):
         try:
             shard = open_shard(stored, file.path)
             columns = choose(shard.columns, self.settings)
+            split = _split_of(stored, shard, columns, range(len(shard)))
         except ColumnError as error:
             return self.unreadable_file(file, error)
         except Exception as error:
@@ -107,7 +125,35 @@ class MdsSource(FileSource):
         if columns.label is not None:
             samples = _samples(stored, shard, columns, file.path, range(len(shard)))
             labels = {sample.label for sample in samples if sample.label is not None}
-        return FileScan(self.cut_fragments(file, len(shard)), None, frozenset(labels))
+        fragments = self.cut_fragments(file, len(shard))
+        listed = self._listed_samples(posixpath.dirname(file.path)).get(file.path, 0)
+        if listed > len(shard):
+            reason = f"{INDEX_FILE} lists {listed:,} samples, but the shard has {len(shard):,}"
+            fragments = (*fragments, self.unreadable_rest(file, len(shard), reason))
+        return FileScan(fragments, None, frozenset(labels), self.checked_split(split))
+
+    def _listed_samples(self, folder: str) -> dict[str, int]:
+        """Return the number of samples that the index in a folder lists, by path of the shard.
+
+        A merged dataset has such an index in every folder. Empty without an index.
+        """
+        if folder not in self._samples_by_folder:
+            prefix = f"{folder}/" if folder else ""
+            samples: dict[str, int] = {}
+            try:
+                index = storage.read_json(self._location.uri(prefix + INDEX_FILE))
+                for shard in index["shards"]:
+                    for kind in ("raw_data", "zip_data"):
+                        if shard.get(kind):
+                            samples[prefix + shard[kind]["basename"]] = int(shard["samples"])
+            except StorageError:
+                raise
+            except (FileNotFoundError, NotADirectoryError, RaypipeError):
+                pass
+            except (KeyError, TypeError, ValueError, AttributeError):
+                samples = {}  # the listing reports what is wrong with an index
+            self._samples_by_folder[folder] = samples
+        return self._samples_by_folder[folder]
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
@@ -132,14 +178,16 @@ class MdsSource(FileSource):
             try:
                 shard = open_shard(stored, file.path)
                 columns = choose(shard.columns, self.settings)
+                numbers = sorted(draw.sample(range(len(shard)), min(len(shard), places * each)))
+                split = _split_of(stored, shard, columns, numbers)
             except ColumnError as error:
                 return Preview(error=str(error))
             except Exception as error:
                 return Preview(error=f"{NOT_READABLE}: {damage_reason(stored, error)}")
-            numbers = sorted(draw.sample(range(len(shard)), min(len(shard), places * each)))
             drawn = tuple(_samples(stored, shard, columns, file.path, numbers))
         labels = Counter(sample.label for sample in drawn if not sample.reason)
-        return Preview(drawn, len(shard), True, labels)
+        split = self.checked_split(split)
+        return Preview(drawn, len(shard), True, labels, split=split)
 
     def _read(self, fragment: Fragment, keep_id: IdFilter | None) -> Iterator[RawSample]:
         path = fragment.path
@@ -187,23 +235,29 @@ def choose(encodings: dict[str, str], settings: SourceSettings) -> Columns:
         If a column is missing, ambiguous or of an unsuitable encoding.
     """
     image, label = settings.image_column, settings.label_column
-    identity = settings.id_column
+    identity, names = settings.id_column, list(encodings)
     if image == AUTO:
-        holding = [name for name, kind in encodings.items() if image_decoder(kind) is not None]
-        image = _found(encodings, "image", IMAGE_NAMES, holding)
+        image = find_column(
+            names,
+            "image",
+            IMAGE_NAMES,
+            accepts=lambda name: image_decoder(encodings[name]) is not None,
+            suggests=lambda name: image_decoder(encodings[name]) is not None,
+            wrong_type=lambda name: _wrong_encoding(encodings, name, "image"),
+            is_text=lambda name: encodings[name] == "str",
+        )
     if label == AUTO:
-        holding = [
-            name
-            for name, kind in encodings.items()
-            if value_decoder(kind) is not None and name not in {image, identity}
-        ]
-        numbers = [
-            name
-            for name in holding
-            if "int" in encodings[name] and name.lower() not in NEVER_LABELS
-        ]
-        usual = [name for name in holding if name.lower() in LABEL_NAMES]
-        label = _found(encodings, "label", LABEL_NAMES, usual or numbers)
+        others = {image, identity}
+        label = find_column(
+            names,
+            "label",
+            LABEL_NAMES,
+            accepts=lambda name: value_decoder(encodings[name]) is not None and name not in others,
+            suggests=lambda name: "int" in encodings[name],
+            wrong_type=lambda name: _wrong_encoding(encodings, name, "label"),
+            is_text=lambda name: encodings[name] == "str",
+            excluded=others | {name for name in names if name.lower() in NEVER_LABELS},
+        )
     for kind, name, decoder in (
         ("image", image, image_decoder),
         ("label", label, value_decoder),
@@ -217,28 +271,15 @@ def choose(encodings: dict[str, str], settings: SourceSettings) -> Columns:
                 f"set source.{kind}_column"
             )
         if decoder(encodings[name]) is None or (kind == "id" and "float" in encodings[name]):
-            raise ColumnError(
-                f"column {name!r} is encoded as {encodings[name]}, which is not read as "
-                f"{kind}; set source.{kind}_column"
-            )
+            raise ColumnError(_wrong_encoding(encodings, name, kind))
     return Columns(image, label, identity)
 
 
-def _found(
-    encodings: dict[str, str], kind: str, usual_names: Sequence[str], candidates: Sequence[str]
-) -> str:
-    """Return the candidate with the first usual name, or the only one."""
-    for usual in usual_names:
-        for name in candidates:
-            if name.lower() == usual:
-                return name
-    if len(candidates) == 1:
-        return candidates[0]
-    shown = ", ".join(f"{name} ({kind})" for name, kind in encodings.items())
-    problem = (
-        f"several columns may hold {kind}s" if candidates else f"no column is clearly the {kind}"
+def _wrong_encoding(encodings: dict[str, str], column: str, kind: str) -> str:
+    return (
+        f"column {column!r} is encoded as {encodings[column]}, which is not read as {kind}; "
+        f"set source.{kind}_column"
     )
-    raise ColumnError(f"{problem}; columns are {shown}; set source.{kind}_column")
 
 
 def _samples(
@@ -266,6 +307,27 @@ def _samples(
         except Exception as error:
             image = None, f"the sample cannot be read: {damage_reason(stored, error)}"
         yield RawSample(sample_id, image[0], label, image[1])
+
+
+def _split_of(stored: Reader, shard: Shard, columns: Columns, numbers: Sequence[int]) -> str:
+    """Return the split that the samples with these numbers name; "" if they name none.
+
+    Raises
+    ------
+    ColumnError
+        If they name several.
+    """
+    column = split_column([*shard.columns], {columns.image, columns.label, columns.identity})
+    decode = value_decoder(shard.columns[column]) if column is not None else None
+    if column is None or decode is None:
+        return ""
+    values = set()
+    for number in numbers:
+        try:
+            values.add(decode(shard.sample(number)[column]))
+        except Exception as error:  # reading the sample makes it a reject
+            damage_reason(stored, error)
+    return split_of_rows(values)
 
 
 def _decoded(shard: Shard, column: str, values: dict[str, bytes]) -> Any:

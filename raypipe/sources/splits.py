@@ -40,10 +40,14 @@ _WORDS = {
     "dev": "validation",
     "test": "test",
     "testing": "test",
+    "holdout": "test",
+    "eval": "validation",
 }
 """Word in a name -> split."""
 SPLIT_COLUMN = "split"
 """Column of a table that names the split of each row, in any case."""
+SPLIT_ALIASES = ("subset", "phase", "usage", "is_valid", "is_val", "is_test", "is_train")
+"""Other columns that name the split of each row, or tell whether it belongs to one."""
 _WORD = re.compile(
     r"(?<![a-z0-9])(" + "|".join(_WORDS) + r")(?:[0-9]{4})?(?![a-z0-9])", re.IGNORECASE
 )
@@ -52,6 +56,26 @@ _WORD = re.compile(
 def split_of(word: str) -> str:
     """Return the split that a word means: train, validation or test; "" for any other word."""
     return _WORDS.get(word.lower(), "")
+
+
+def split_of_value(column: str, value: object) -> str:
+    """Return the split that a value of a column means; "" for any other value.
+
+    A column such as `is_valid` has true and false, as booleans, numbers or text.
+    """
+    word = column.lower().removeprefix("is_")
+    if word == column.lower():
+        return split_of(str(value))
+    inside = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if inside is None:
+        return ""
+    return split_of(word) if inside else "test" if word == "train" else "train"
+
+
+def split_alias(columns: Sequence[str], used: Collection[str | None]) -> str | None:
+    """Return the column of `SPLIT_ALIASES` among some columns, or None; see `split_column`."""
+    lowered = {name.lower(): name for name in reversed(columns) if name not in used}
+    return next((lowered[name] for name in SPLIT_ALIASES if name in lowered), None)
 
 
 def split_column(columns: Sequence[str], used: Collection[str | None]) -> str | None:

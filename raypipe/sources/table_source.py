@@ -76,13 +76,6 @@ class TableSource(FileSource):
             return settings.model_copy(update={"image_column": image, "label_column": label})
         return settings  # the scan of every file will report what is wrong with it
 
-    def checked_split(self, split: str) -> str:
-        """Return the split of a file's rows for `FileScan`.
-
-        It is "" if `source.uri` names the files: then they are read as one, whatever they hold.
-        """
-        return "" if self._location.names_files else split
-
     def _clear_columns(
         self, files: Sequence[SourceFile], settings: SourceSettings
     ) -> Iterator[TableColumns]:

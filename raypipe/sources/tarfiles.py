@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from raypipe.sources.formats import HEAD_BYTES, format_of
 from raypipe.sources.values import damage_reason
-from raypipe.storage import Reader
+from raypipe.storage import Reader, hidden
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20
@@ -95,7 +95,7 @@ def read_groups(file: Reader, offset: int, compressed: bool, load: LoadMember) -
             continue
         key, extension, unsafe = _parse_name(item.name, item.type)
         key = key or _key_of_image(item)
-        if not key:
+        if not key or (not unsafe and hidden(key)):
             continue
         if group is None or group.key != key or extension in group.names:
             if group is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from raypipe.config import SourceSettings
 from raypipe.sources.columns import AUTO, LABEL_NAMES
 from raypipe.sources.formats import IMAGE_EXTENSIONS
+from raypipe.sources.splits import SPLIT_COLUMN, split_column
 from raypipe.sources.tarfiles import Group
 from raypipe.sources.types import RawSample
 from raypipe.sources.values import number_or_name, padded_spelling, printable, stored_label
@@ -76,7 +77,9 @@ class Members:
             return None, f"{SEVERAL_IMAGES}: {_listed(images)}; set source.image_column"
         column = self._image_column
         missing = "" if column == AUTO else f"no .{_extension(column)}, "
-        return None, f"no image: {missing}only {_listed(group.names)}"
+        likely = [name for name in group.names if name.rpartition(".")[2] in _IMAGES]
+        remedy = f"; set source.image_column to {likely[0]}" if column == AUTO and likely else ""
+        return None, f"no image: {missing}only {_listed(group.names)}{remedy}"
 
     def load_image(self, key: str, extension: str, size: int) -> bool:
         """Load images only; see `LoadMember`."""
@@ -112,6 +115,18 @@ class Members:
             return stored_label(value)
         return None, ""
 
+    def split_of(self, group: Group) -> str:
+        """Return the field of a .json that names the split of a sample; "" without one."""
+        content = group.contents.get("json", b"")
+        if SPLIT_COLUMN.encode() not in content.lower():
+            return ""
+        try:
+            fields = json.loads(content)
+        except (ValueError, RecursionError):
+            return ""
+        name = split_column([*fields], {self._label_column}) if isinstance(fields, dict) else None
+        return str(fields[name]) if name is not None else ""
+
     def padded_label(self, group: Group) -> str:
         """Return a label that is text and an unusual spelling of a number, or ""."""
         for extension in _LABELS:
@@ -133,8 +148,10 @@ class TarFacts:
 
     def __init__(self, members: Members) -> None:
         self.labels: set[int | str] = set()
+        self.splits: set[str] = set()
         self._spellings: dict[int, set[str]] = {}
         self._members, self._any_image, self._ambiguous = members, False, ""
+        self._first: Group | None = None
 
     def add(self, group: Group) -> None:
         """Add a sample."""
@@ -143,8 +160,10 @@ class TarFacts:
         if isinstance(label, int):
             spelling = self._members.padded_label(group) or str(label)
             self._spellings.setdefault(label, set()).add(spelling)
+        self.splits.add(self._members.split_of(group))
         image, reason = self._members.image_of(group)
         self._any_image |= image is not None
+        self._first = self._first or group
         if reason.startswith(SEVERAL_IMAGES):
             self._ambiguous = self._ambiguous or reason
 
@@ -161,8 +180,15 @@ class TarFacts:
 
     @property
     def problem(self) -> str:
-        """Why no sample has an image although members can be images; "" otherwise."""
-        return "" if self._any_image else self._ambiguous
+        """Why no sample has an image although members can be or hold images; "" otherwise."""
+        if self._any_image or self._first is None:
+            return ""
+        if "tar" in self._first.names:
+            return (
+                f"a tar of tars, such as {self._first.names['tar']}; unpack it and set source.uri "
+                "to the folder of these"
+            )
+        return self._ambiguous
 
 
 class Apart:

@@ -10,6 +10,7 @@ from itertools import islice
 
 from raypipe import storage
 from raypipe.config import SourceSettings
+from raypipe.sources.columns import ColumnError, split_of_rows
 from raypipe.sources.example_fields import ExampleFields
 from raypipe.sources.examples import NotAnExample, parse_example
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
@@ -27,6 +28,8 @@ from raypipe.storage import Reader
 
 READ_BYTES = 4 << 20
 """Bytes of one request: enough to hide latency, little to discard at a fragment's end."""
+ESTIMATE_BYTES = 256 << 20
+"""Decompressed bytes from which the records of a compressed file are estimated, at most."""
 
 
 class TFRecordSource(FileSource):
@@ -37,6 +40,7 @@ class TFRecordSource(FileSource):
 
     format = "tfrecord"
     scan_reads = "all"
+    fields_in_samples = True
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
@@ -50,9 +54,10 @@ class TFRecordSource(FileSource):
         labels: set[int | str] = set()
         problem = no_image = ""
         any_image = False
+        splits: set[str] = set()
         try:
             for record in read_records(stored, 0, lambda number: True):
-                sample = self._sample(file.path, len(offsets), record)
+                sample = self._sample(file.path, len(offsets), record, splits)
                 offsets.append(record.offset)
                 labels |= {sample.label} - {None}  # type: ignore[arg-type]
                 any_image |= not sample.reason
@@ -63,6 +68,10 @@ class TFRecordSource(FileSource):
             return self.unreadable_file(
                 file, f"not a TFRecord file of images: {problem or no_image}"
             )
+        try:
+            split = split_of_rows(splits, "feature")
+        except ColumnError as error:
+            return self.unreadable_file(file, error)
         fragments = self.cut_fragments(file, len(offsets))
         if not _is_compressed(stored):
             fragments = tuple(
@@ -71,7 +80,7 @@ class TFRecordSource(FileSource):
             )
         if problem:
             fragments = (*fragments, self.unreadable_rest(file, len(offsets), problem))
-        return FileScan(fragments, None, frozenset(labels))
+        return FileScan(fragments, None, frozenset(labels), self.checked_split(split))
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
@@ -84,7 +93,8 @@ class TFRecordSource(FileSource):
     ) -> Preview:
         """Read the first samples; see `Source.preview`.
 
-        Their number is estimated from the bytes that those take.
+        Their number is estimated from the bytes that those take. Of a compressed file, up to
+        `ESTIMATE_BYTES` are decompressed for that.
         """
         if whole:
             return super().preview(file, places, each, draw, whole)
@@ -95,15 +105,20 @@ class TFRecordSource(FileSource):
         except FileNotFoundError:
             return Preview(error=FILE_VANISHED)
         drawn: list[RawSample] = []
-        problem, end = "no record", 0
+        problem, estimate = "no record", 0.0
+        splits: set[str] = set()
         with opened as stored:
             if reason := other_content(file, stored):
                 return Preview(error=reason)
+            count = places * each
             try:
-                records = read_records(stored, 0, lambda number: True)
-                for record in islice(records, places * each):
-                    drawn.append(self._sample(file.path, len(drawn), record))
-                    end = record.offset
+                compressed = _is_compressed(stored)
+                records = read_records(stored, 0, lambda number: number < count)
+                for record in islice(records, count):
+                    drawn.append(self._sample(file.path, len(drawn), record, splits))
+                    estimate = file.size * (len(drawn) - 1) / max(1, record.offset)
+                if compressed:
+                    estimate = _estimate_compressed(stored, records, len(drawn), file.size)
             except BrokenFile as error:
                 problem = str(error)
             except Exception as error:
@@ -112,9 +127,12 @@ class TFRecordSource(FileSource):
         if not readable:
             problem = drawn[0].reason if drawn else problem
             return Preview(error=f"not a TFRecord file of images: {problem}")
+        try:
+            split = self.checked_split(split_of_rows(splits, "feature"))
+        except ColumnError as error:
+            return Preview(error=str(error))
         labels = Counter(sample.label for sample in readable)
-        estimate = max(len(drawn), file.size * (len(drawn) - 1) / max(1, end))
-        return Preview(tuple(drawn), estimate, False, labels)
+        return Preview(tuple(drawn), max(len(drawn), estimate), False, labels, split=split)
 
     def _read(self, fragment: Fragment, keep_id: IdFilter | None) -> Iterator[RawSample]:
         first = fragment.start if fragment.offset else 0
@@ -142,8 +160,10 @@ class TFRecordSource(FileSource):
             return lambda number: number >= fragment.start
         return lambda number: number >= fragment.start and keep_id(f"{fragment.path}#{number}")
 
-    def _sample(self, path: str, number: int, record: Record) -> RawSample:
-        """Return the sample in a record that was loaded."""
+    def _sample(
+        self, path: str, number: int, record: Record, splits: set[str] | None = None
+    ) -> RawSample:
+        """Return the sample in a record that was loaded; add what names its split to `splits`."""
         sample_id = f"{path}#{number}"
         if record.content is None:
             return RawSample(sample_id, None, None, record.reason)
@@ -151,6 +171,8 @@ class TFRecordSource(FileSource):
             example = parse_example(memoryview(record.content))
         except NotAnExample as error:
             return RawSample(sample_id, None, None, str(error))
+        if splits is not None:
+            splits.add(self._fields.split_of(example))
         reason = ""
         if self._fields.ids_are_stored:
             stored_id, reason = self._fields.id_of(example)
@@ -159,6 +181,19 @@ class TFRecordSource(FileSource):
         label, label_reason = self._fields.label_of(example)
         reason = reason or image_reason or label_reason
         return RawSample(sample_id, None if reason else image, label, reason)
+
+
+def _estimate_compressed(stored: Reader, records: Iterator[Record], count: int, size: int) -> float:
+    """Return about how many records a compressed file has, after the first `count` of `records`.
+
+    Exact for a file that ends before `ESTIMATE_BYTES`.
+    """
+    for record in records:
+        count += 1
+        packed = stored.tell()
+        if (packed >= READ_BYTES and packed < size) or record.offset >= ESTIMATE_BYTES:
+            return count * size / packed
+    return count
 
 
 def _is_compressed(stored: Reader) -> bool:

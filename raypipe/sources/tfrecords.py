@@ -23,6 +23,8 @@ MAX_FILE_BYTES = 1 << 50
 """More than any file has."""
 STEP_BYTES = 1 << 20
 """Bytes read at a time, so that a false length takes no memory."""
+PACKED_BYTES = 64 << 10
+"""Compressed bytes read at a time. What is read ahead counts in the estimate of a preview."""
 
 
 class BrokenFile(ValueError):
@@ -156,7 +158,7 @@ class _Zlib(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._inflate.eof:
-            data = self._inflate.unconsumed_tail or self._stored.read(STEP_BYTES)
+            data = self._inflate.unconsumed_tail or self._stored.read(PACKED_BYTES)
             part = self._inflate.decompress(data, len(buffer))
             if part:
                 buffer[: len(part)] = part
@@ -171,5 +173,5 @@ def _decompressor(head: bytes) -> Callable[[Reader], IO[bytes]] | None:
     if head.startswith(b"\x1f\x8b"):
         return lambda stored: gzip.GzipFile(fileobj=stored)  # type: ignore[return-value]
     if head[:1] == b"\x78" and len(head) > 1 and int.from_bytes(head[:2], "big") % 31 == 0:
-        return lambda stored: io.BufferedReader(_Zlib(stored), STEP_BYTES)
+        return lambda stored: io.BufferedReader(_Zlib(stored), PACKED_BYTES)
     return None

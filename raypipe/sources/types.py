@@ -93,7 +93,7 @@ class FileScan:
         a source have to agree.
     padded : frozenset of str
         All spellings of the numbers that some label spells unusually, such as "01". All files of a
-        source have to spell a number alike (`raypipe.sources.classes.NumberSpellings`).
+        source have to spell a number alike (`raypipe.sources.classes.LabelSpellings`).
     """
 
     fragments: tuple[Fragment, ...]
@@ -143,7 +143,7 @@ class Preview:
         Names of the classes, if the file states them.
     error : str
         Why the file cannot be read at all.
-    split : str
+    split, padded : str, frozenset of str
         As in `FileScan`.
     """
 
@@ -154,3 +154,4 @@ class Preview:
     class_names: tuple[str, ...] | None = None
     error: str = ""
     split: str = ""
+    padded: frozenset[str] = frozenset()

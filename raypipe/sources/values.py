@@ -14,6 +14,8 @@ MAX_DIGITS = 18
 """Digits of a whole number that can be a label."""
 
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+BINARY = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+"""Characters that text has none of, but numbers stored as raw bytes have."""
 
 
 def number_or_name(text: str) -> int | str | None:
@@ -54,7 +56,7 @@ def stored_label(value: Any) -> tuple[int | str | None, str]:
         or (isinstance(value, float) and math.isnan(value))
     ):
         return None, ""
-    if isinstance(value, str):
+    if isinstance(value, str) and not BINARY.search(value):
         return printable(value), ""
     if isinstance(value, int):  # includes bool
         return int(value), ""

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 
 from raypipe import storage
 from raypipe.config import SourceSettings
+from raypipe.sources.columns import ColumnError, split_of_rows
 from raypipe.sources.filesource import FILE_VANISHED, FileSource, no_content, other_content
+from raypipe.sources.formats import HEAD_BYTES, compression_of
 from raypipe.sources.tarfiles import BLOCK, LoadMember, read_groups
 from raypipe.sources.tarmembers import Apart, Members, TarFacts, load_label
 from raypipe.sources.tarparts import JoinedSample, KeyHistory, Kind, join_parts
@@ -40,6 +42,7 @@ class WebDatasetSource(FileSource):
 
     format = "webdataset"
     scan_reads = "all"
+    fields_in_samples = True
 
     def __init__(self, settings: SourceSettings) -> None:
         super().__init__(settings)
@@ -66,13 +69,17 @@ class WebDatasetSource(FileSource):
             offsets.append(group.offset)
             facts.add(group)
         if offsets and not any_named:
-            return self.unreadable_file(file, f"not a tar file: {problem}")
+            return self.unreadable_file(file, f"not a tar file: {_compression(stored) or problem}")
         if scattered:
             facts = TarFacts(self._members)
             for sample in self._join(stored, file.path):
                 facts.add(sample.group)
         if facts.problem:
             return self.unreadable_file(file, facts.problem)
+        try:
+            split = split_of_rows(facts.splits, "field")
+        except ColumnError as error:
+            return self.unreadable_file(file, error)
         fragments = self.cut_fragments(file, len(offsets))
         # A reader that begins at a fragment's own offset cannot see that a key occurred before it.
         # If one does, every fragment is read from the start of the file.
@@ -85,7 +92,8 @@ class WebDatasetSource(FileSource):
                 dataclasses.replace(fragment, offset=offsets[fragment.start])
                 for fragment in fragments
             )
-        return FileScan(fragments, None, frozenset(facts.labels), padded=facts.padded)
+        labels = frozenset(facts.labels)
+        return FileScan(fragments, None, labels, self.checked_split(split), facts.padded)
 
     def read(self, fragment: Fragment, keep_id: IdFilter | None = None) -> Iterator[RawSample]:
         if not fragment.samples:
@@ -189,6 +197,7 @@ class WebDatasetSource(FileSource):
         read_place = functools.partial(
             PlaceReader, stored, _is_compressed(file.path), self._members.load_image, load_label
         )
+        facts = TarFacts(self._members)
         drawn: dict[int, RawSample] = {}  # by the byte of their header: places can overlap
         labels: dict[int, list[int | str | None]] = {}
         samples_read = bytes_read = 0
@@ -204,12 +213,14 @@ class WebDatasetSource(FileSource):
                 continue
             samples_read, bytes_read = samples_read + len(groups), bytes_read + place.span
             labels |= {group.offset: self._members.label_if_valid(group) for group in groups}
+            for group in groups:
+                facts.add(group)
             with_images = groups[: place.loaded]
             for group in draw.sample(with_images, min(per_place, place.loaded)):
                 sample_id = _sample_id(file.path, group.key)
                 drawn[group.offset] = self._members.sample(sample_id, group, False)
         if not samples_read:
-            return Preview(error=f"not a tar file: {problem}")
+            return Preview(error=f"not a tar file: {_compression(stored) or problem}")
         if apart.images != apart.labels and not _is_compressed(file.path):
             # all labels can be before or after all images
             for start in (0, max(0, file.size - window) // BLOCK * BLOCK):
@@ -218,7 +229,13 @@ class WebDatasetSource(FileSource):
             return self._preview_whole(stored, file, places * each, draw)
         counts = Counter(label for valid in labels.values() for label in valid)
         estimate = file.size * samples_read / max(1, bytes_read)
-        return Preview(tuple(drawn.values()), estimate, False, counts)
+        try:
+            split = self.checked_split(split_of_rows(facts.splits, "field"))
+        except ColumnError as error:
+            return Preview(error=str(error))
+        return Preview(
+            tuple(drawn.values()), estimate, False, counts, split=split, padded=facts.padded
+        )
 
     def _preview_whole(
         self, stored: Reader, file: SourceFile, count: int, draw: random.Random
@@ -236,7 +253,9 @@ class WebDatasetSource(FileSource):
             for fragment in scan.fragments
             for sample in self.read(fragment, chosen.__contains__)
         ]
-        return Preview(tuple(drawn), len(groups), True, labels)
+        return Preview(
+            tuple(drawn), len(groups), True, labels, split=scan.split, padded=scan.padded
+        )
 
 
 @dataclass
@@ -266,6 +285,16 @@ class _Position:
 
 def _is_compressed(path: str) -> bool:
     return path.lower().endswith((".gz", ".tgz"))
+
+
+def _compression(stored: Reader) -> str:
+    """Return how a file is compressed that is not called so, and what to do; "" if it is not."""
+    stored.end_at(HEAD_BYTES)
+    stored.seek(0)
+    name = compression_of(stored.read(HEAD_BYTES))
+    if name == "gzip":
+        return "it is compressed with gzip; name it .tar.gz"
+    return name and f"it is compressed with {name}, which is not read; unpack it, or use gzip"
 
 
 def _gone(fragment: Fragment, position: int, keep_id: IdFilter | None) -> Iterator[RawSample]:

@@ -5,7 +5,8 @@ a network on them without labels (`raypipe.pseudo_labels.simclr`) or loads an ex
 clusters its embeddings; `raypipe.runs.pseudo_labels` lists the files. Contrastive training compares
 the samples of a whole batch with one another, which data-parallel workers would have to exchange at
 every step. The seed set is small, so one worker is enough; it has a GPU where the proxy has one.
-After an interruption it resumes after the last finished epoch.
+It saves its state after every epoch, every 25 s, and when its node is announced to go. After an
+interruption it resumes from there.
 
 The label of every other sample is the cluster of its embedding by the same network; the stage
 `embed` computes it. So what the extrapolation uses (the class, and loss and margin under it), audit
@@ -78,7 +79,8 @@ class LabelStage(Stage):
 
         config, run, seed = context.config, context.run, SeedManifest.read(context.run)
         one_worker = config.proxy.model_copy(update={"workers": 1, "parts": 1, "repeats": 1})
-        resources = context.cluster.training_resources(one_worker)
+        cluster = context.cluster.for_trainings(config.cluster)
+        resources = cluster.training_resources(one_worker)
         gpu = resources.gpu
         started = time.monotonic()
         step = functools.partial(write_labels, gpu)
@@ -217,10 +219,12 @@ def _self_supervised(
     device: str,
     step: ProgressCallback,
 ) -> ProxyNet:
-    """Train a network on the images alone, from the last finished epoch on."""
+    """Train a network on the images alone, from the last saved state on."""
     from safetensors.torch import load, save
 
+    from raypipe.distributed.preemption import DrainWatch
     from raypipe.pseudo_labels.simclr import pretext_network, pretrain
+    from raypipe.stages.proxy.save_clock import SoloSaveClock
 
     proxy, settings, uri = config.proxy, config.pseudo_labels, run.path(FOLDER, STATE)
     mean, std = input_statistics(proxy, seed.mean, seed.std)
@@ -230,16 +234,20 @@ def _self_supervised(
         state = load(storage.read_bytes(uri))
     except FileNotFoundError:
         state = None
-    pretrain(
-        network,
-        images,
-        settings,
-        flip=proxy.flip,
-        device=device,
-        state=state,
-        save=lambda state: storage.write_bytes(uri, save(state)),
-        step=step,
-    )
+    if state is not None and "batches" not in state:  # an earlier version counted epochs
+        state = None
+    with DrainWatch() as drain:
+        pretrain(
+            network,
+            images,
+            settings,
+            flip=proxy.flip,
+            device=device,
+            state=state,
+            save=lambda state: storage.write_bytes(uri, save(state)),
+            is_due=SoloSaveClock(drain).is_due,
+            step=step,
+        )
     return network
 
 

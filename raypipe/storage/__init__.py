@@ -23,7 +23,7 @@ from raypipe.storage.content import (
     write_table_groups,
 )
 from raypipe.storage.faults import errors_of_storage, retrying
-from raypipe.storage.file_info import FileInfo
+from raypipe.storage.file_info import FileInfo, hidden
 from raypipe.storage.files import (
     create_bytes,
     delete,
@@ -32,6 +32,7 @@ from raypipe.storage.files import (
     info,
     is_file,
     missing_bucket,
+    modified,
     open_read,
     read_bytes,
     write_bytes,
@@ -56,6 +57,7 @@ __all__ = [
     "filesystem",
     "folders",
     "glob_root",
+    "hidden",
     "info",
     "is_file",
     "is_local",
@@ -66,6 +68,7 @@ __all__ = [
     "matching",
     "matrix_of",
     "missing_bucket",
+    "modified",
     "name",
     "names",
     "open_read",

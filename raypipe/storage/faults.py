@@ -133,6 +133,9 @@ _PERMANENT = {
     errno.ELOOP,
     errno.EINVAL,
     errno.ENOSYS,
+    errno.ESPIPE,  # a pipe where a file is needed
+    errno.ENXIO,  # a socket
+    errno.ENODEV,
 }
 _PERMANENT_WORDS = (
     "expired",
@@ -275,9 +278,10 @@ def advice(error: BaseException, writing: bool = False, what: str = "") -> str:
 
 
 def _store_text(error: BaseException) -> str:
-    """Return the text of an object store's error in lower case.
+    """Return the text of an object store's error in lower case, without the URLs it names.
 
-    "" for other errors, where words such as "expired" can be part of a path.
+    A bucket or folder may be called "expired". "" for errors of local files, whose paths stand
+    among the words.
     """
     from_store = (
         code_of(error)
@@ -286,7 +290,8 @@ def _store_text(error: BaseException) -> str:
     )
     if not from_store:
         return ""
-    return f"{code_of(error)} {type(error).__name__} {error}".lower()
+    told = " ".join(word for word in str(error).split() if "/" not in word)
+    return f"{code_of(error)} {type(error).__name__} {told}".lower()
 
 
 def _words(error: BaseException) -> str:

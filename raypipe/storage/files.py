@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from datetime import UTC, datetime
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -24,7 +25,15 @@ never read, and a larger buffer would have to be cleared for each file."""
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """Return a file, or its bytes from `start` up to `end`. Raises FileNotFoundError."""
     fs, path = filesystem(uri)
+    if start is None and end is None and isinstance(fs, LocalFileSystem):
+        return retrying(lambda: _whole(path), uri)
     return retrying(lambda: fs.cat_file(path, start=start, end=end), uri)
+
+
+def _whole(path: str) -> bytes:
+    """Return a local file without seeking, which a pipe such as /dev/fd/63 does not allow."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -196,6 +205,12 @@ def info(uri: str) -> FileInfo:
     return file_info(name(uri), retrying(lambda: fs.info(path), uri))
 
 
+def modified(uri: str) -> datetime:
+    """Return when a file was last written, in UTC. Raises FileNotFoundError."""
+    fs, path = filesystem(uri)
+    return retrying(lambda: fs.modified(path), uri).astimezone(UTC)
+
+
 def delete(uri: str) -> None:
     """Delete a file, or a folder with all its content. A missing file is no error."""
     fs, path = filesystem(uri)
@@ -209,7 +224,7 @@ def delete(uri: str) -> None:
 
 def missing_bucket(uri: str) -> str:
     """Return the bucket of a URI if it does not exist; "" otherwise, or if that is unknown."""
-    if is_local(uri):
+    if is_local(uri) or uri.lower().startswith(("http://", "https://")):
         return ""
     fs, path = filesystem(uri)
     bucket = path.partition("/")[0]

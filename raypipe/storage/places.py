@@ -43,6 +43,11 @@ def remote_filesystem(protocol: str, once: bool = False) -> fsspec.AbstractFileS
         extra = _EXTRAS.get(protocol)
         install = f"; pip install 'raypipe[{extra}]'" if extra else ""
         raise RaypipeError(f"{protocol}:// is not supported here: {error}{install}") from None
+    except OSError as error:  # of clients that need other programs, such as that of HDFS
+        raise RaypipeError(
+            f"{protocol}:// cannot be opened here: {error}. Copy the files to a disk, S3, Google "
+            "Cloud Storage or Azure"
+        ) from None
     except ValueError as error:
         remedy = f". {CREDENTIALS[protocol]}" if protocol in CREDENTIALS else ""
         raise RaypipeError(f"{protocol}:// is not supported here: {error}{remedy}") from None

@@ -9,6 +9,7 @@ most `BATCH_ROWS` embeddings and one page of a column are in memory at once.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,14 +38,16 @@ from raypipe.sources.arrow_types import (
     value_type,
     vectors,
 )
-from raypipe.sources.classes import NumberSpellings
+from raypipe.sources.classes import LabelSpellings
 from raypipe.sources.columns import ColumnError, class_names, features_of
 from raypipe.sources.hive import padded_partition, partition_values
-from raypipe.sources.location import Location
+from raypipe.sources.location import Location, refuse_web_folder
 from raypipe.sources.parquet.reader import split_of_file
 from raypipe.sources.splits import SplitOfFiles, several_splits
-from raypipe.sources.values import damage_reason
+from raypipe.sources.values import BINARY, damage_reason
+from raypipe.sources.versioned import refuse_versioned_table
 
+_OTHER_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".npy", ".npz", ".pkl", ".pt", ".feather"}
 ID, LABEL, EMBEDDING = "sample_id", "label", "embedding"
 FRAGMENT_ROWS = 16_384
 """Row groups are combined up to this many rows, into one unit of work and one score shard."""
@@ -172,13 +175,20 @@ class EmbeddingBatch:
 def stored_files(uri: str) -> list[tuple[str, storage.FileInfo]]:
     """List URI and file information of the Parquet files at a URI.
 
-    Raises SourceError for none, or for files of several splits.
+    Raises SourceError for none, for files of several splits, and for a table of several versions.
     """
+    refuse_web_folder(uri)
     location = Location(SourceSettings(uri=uri))
+    refuse_versioned_table(uri, location, "write its current version as Parquet")
     try:
         files = location.files("parquet")
     except SourceError as error:
         raise SourceError(str(error).removesuffix("; check source.uri")) from None
+    if (ending := os.path.splitext(uri)[1].lower()) in _OTHER_TABLES:
+        raise SourceError(
+            f"{uri}: {ending} is not read; write the table as Parquet, for example with "
+            "pandas.DataFrame.to_parquet"
+        )
     splits = several_splits([file.path for file in files])
     if splits is not None and not location.names_files:
         raise SourceError(
@@ -302,7 +312,7 @@ def plan_embeddings(uri: str) -> list[TableFragment]:
     files = stored_files(uri)
     with ThreadPoolExecutor(16) as threads:
         footers = list(threads.map(lambda file: _footer(file[0], file[1].path), files))
-    split, spellings = SplitOfFiles("give the files of one split"), NumberSpellings()
+    split, spellings = SplitOfFiles("give the files of one split"), LabelSpellings()
     named = Location(SourceSettings(uri=uri)).names_files
     for (_, info), footer in zip(files, footers, strict=True):
         split.add(info.path, "" if named else footer.split)
@@ -553,10 +563,10 @@ def _of_path(fragment: TableFragment, rows: int) -> pa.Array:
 
 
 def _labels(fragment: TableFragment, column: pa.Array) -> pa.Array:
-    """Return labels as int64 or text. A negative number or NaN is a missing label."""
+    """Return labels as int64 or text. A negative number, NaN or blank text is a missing label."""
     column = storage_array(column)
     if fragment.labels != "integer":
-        return pc.cast(column, pa.string())
+        return _names(fragment, pc.cast(column, pa.string()))
     if pt.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     try:
@@ -566,3 +576,15 @@ def _labels(fragment: TableFragment, column: pa.Array) -> pa.Array:
             f"{fragment.uri}: column {LABEL!r} has values that are not whole numbers ({error})"
         ) from None
     return pc.if_else(pc.less(label, 0), pa.scalar(None, pa.int64()), label)
+
+
+def _names(fragment: TableFragment, text: pa.Array) -> pa.Array:
+    """Return class names. Raises SourceError for bytes in place of text, as NumPy pads it."""
+    binary = pc.match_substring_regex(text, BINARY.pattern)
+    if pc.any(binary).as_py():
+        raise SourceError(
+            f"{fragment.uri}: column {LABEL!r} has control characters, such as in "
+            f"{text.filter(binary)[0].as_py()!r}; write the names without them"
+        )
+    blank = pc.equal(pc.utf8_trim_whitespace(text), "")
+    return pc.if_else(blank, pa.scalar(None, text.type), text)

@@ -13,7 +13,7 @@ import numpy as np
 from raypipe import storage
 from raypipe.errors import ConfigError, RaypipeError, RunError
 from raypipe.report.text import label_name
-from raypipe.runs.ledger import extrapolated_tables, without_images
+from raypipe.runs.ledger import extrapolated_tables, scored_by, without_images
 from raypipe.runs.run import Run
 from raypipe.runs.score_shards import MEASURED_SCORE
 from raypipe.runs.score_stream import read_embedding_columns
@@ -61,7 +61,7 @@ class Answers:
         self._images = Images(self.samples)
         self._given = bool(extrapolated_tables(ledger))
         self._clusters = config.unsupervised
-        self._score = str(ledger["extrapolate"].detail.get("score") or config.score)
+        self._score = scored_by(ledger, config.score)
         self._confidence = config.extrapolate.confidence
 
     def run(self, _: Mapping[str, str]) -> dict[str, Any]:

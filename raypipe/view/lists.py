@@ -46,6 +46,7 @@ class IdFile:
         self.content = _content(self.uri)
         if self.content is None:
             return
+        ids = read_ids(self.uri, f"--{self.option}")  # refuses a file that cannot be read
         if self._parquet:
             columns = pq.read_schema(pa.BufferReader(self.content)).names
             if columns != ["sample_id"]:
@@ -53,7 +54,7 @@ class IdFile:
                     f"--{self.option}: {self.uri} has other columns than sample_id "
                     f"({', '.join(columns)}), which would be lost; name another file"
                 )
-        self.ids = dict.fromkeys(read_ids(self.uri, f"--{self.option}").to_pylist())
+        self.ids = dict.fromkeys(ids.to_pylist())
 
     def encoded(self, ids: dict[str, None]) -> bytes:
         """Return the file with other ids.

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from raypipe import storage
 from raypipe.errors import RunError
-from raypipe.report.embeddings import label_doubt
+from raypipe.report.label_doubt import doubt_ranks, stored_doubt
 from raypipe.runs.embeddings import SPECIAL_ROWS
 from raypipe.runs.run import Run
 from raypipe.runs.score_stream import read_embedding_columns
@@ -157,7 +157,7 @@ class Samples:
         if not ids.starts[-1]:
             raise RunError(f"{run.scores_folder}: no scores here; rerun `raypipe run`")
         joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-        rank = _ranks(joined.pop("doubt"))
+        rank = doubt_ranks(joined.pop("doubt"))
         names = run.classes().names
         return cls(run, names, shards, ids, **joined, doubt_rank=rank, embedded=embedded)
 
@@ -208,18 +208,4 @@ def _statistics(run: Run, file: str, ids: pa.Array) -> tuple[np.ndarray, np.ndar
     drawn = np.full(len(table), REST, np.uint8)
     drawn[:seed] = SEED
     drawn[seed : seed + audit] = AUDIT
-    doubt = label_doubt(
-        table["label"].fill_null(-1).to_numpy(),
-        table["prediction"].fill_null(-1).to_numpy(),
-        table["margin"].to_numpy().astype(np.float64),
-    )
-    return drawn, doubt.astype(np.float32)
-
-
-def _ranks(doubt: np.ndarray) -> np.ndarray:
-    """Return the rank of every doubt from 1, the largest first; 0 for NaN."""
-    order = np.argsort(-doubt, kind="stable")  # NaN is last
-    rank = np.zeros(len(doubt), np.int32)
-    listed = int(np.isfinite(doubt).sum())
-    rank[order[:listed]] = np.arange(1, listed + 1)
-    return rank
+    return drawn, stored_doubt(table["label"], table)

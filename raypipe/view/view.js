@@ -4,7 +4,7 @@
 const $ = id => document.getElementById(id);
 const PAGE = 60;      // samples of a page
 const BATCH = 12;     // images of a request
-const state = { offset: 0, total: 0, run: null, shown: [], chosen: new Set(), all: false, search: 0 };
+const state = { offset: 0, total: 0, run: null, shown: [], chosen: new Set(), all: false, search: 0, detail: 0 };
 
 // The token comes after # in the address, and leaves the address at once.
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
@@ -52,6 +52,10 @@ async function search(offset = 0) {
   try {
     const found = await ask("samples", { ...filters(), offset, limit: PAGE });
     if (mine !== state.search) return;  // a later search has been made
+    if (offset && offset >= found.total) {  // marks can leave the last page empty
+      await search(PAGE * Math.max(0, Math.ceil(found.total / PAGE) - 1));
+      return;
+    }
     failed(null);
     Object.assign(state, { offset, total: found.total, shown: found.samples });
     $("status").textContent = `${plural(found.total, "sample")} of ${count(state.run.samples)}`;
@@ -64,18 +68,18 @@ async function search(offset = 0) {
     $("choose-all").textContent = `Choose all ${count(found.total)}`;
     $("grid").replaceChildren(...found.samples.map(sample => tile(sample, true)));
     chosen();
-    await images($("grid"), "tile", mine);
+    await images($("grid"), "tile", () => mine === state.search);
   } catch (error) {
     if (mine === state.search) failed(error);
   }
 }
 
-async function images(grid, size, mine) {
+async function images(grid, size, current) {
   const rows = [...grid.querySelectorAll("[data-row]")].map(each => each.dataset.row);
   for (let start = 0; start < rows.length; start += BATCH) {
     const some = rows.slice(start, start + BATCH);
     const found = await ask("images", { rows: some.join(","), size });
-    if (mine !== undefined && mine !== state.search) return;
+    if (!current()) return;
     for (const row of some) {
       for (const each of grid.querySelectorAll(`[data-row="${row}"] .none`)) show(each, found[row]);
     }
@@ -167,12 +171,15 @@ function drop() {
 // -- one sample ----------------------------------------------------------------------------
 
 async function detail(row) {
+  const mine = ++state.detail;
+  const current = () => mine === state.detail;
   // the first answer copies embeddings, which can take seconds
   $("detail-id").textContent = "Loading …";
   for (const id of ["facts", "why", "detail-image", "similar"]) $(id).replaceChildren();
   if (!$("detail").open) $("detail").showModal();
   try {
     const sample = await ask("sample", { row });
+    if (!current()) return;  // another sample has been opened
     $("detail-id").textContent = sample.id;
     const facts = [["score", number(sample.score)]];
     if (sample.lower !== sample.upper) facts.push(["interval", `${number(sample.lower)} to ${number(sample.upper)}`]);
@@ -198,9 +205,13 @@ async function detail(row) {
     }
     if (tilesOf(sample)) $("similar").append(element("p", { className: "small muted", textContent: "Below each image: score and cosine similarity of the embeddings." }));
     $("detail").scrollTop = 0;
-    await images($("detail-image"), "detail");
-    await images($("similar"), "tile");
-  } catch (error) { $("detail").close(); failed(error); }
+    await images($("detail-image"), "detail", current);
+    await images($("similar"), "tile", current);
+  } catch (error) {
+    if (!current()) return;
+    $("detail").close();
+    failed(error);
+  }
 }
 
 const tilesOf = sample => sample.nearest.length + sample.measured_nearest.length;
@@ -239,13 +250,16 @@ document.addEventListener("keydown", event => {
 
 // -- start ---------------------------------------------------------------------------------
 
+// One timer for both: of a reset and an input that follows at once, the first would search for the second's filters,
+// and the second would then take a reader who has turned the page back to its start.
 let waiting = 0;
-$("form").addEventListener("input", () => {
+function searchIn(milliseconds) {
   clearTimeout(waiting);
-  waiting = setTimeout(() => { drop(); search(); }, 150);
-});
+  waiting = setTimeout(() => { drop(); search(); }, milliseconds);
+}
+$("form").addEventListener("input", () => searchIn(150));
+$("form").addEventListener("reset", () => searchIn(0));  // the fields are empty only after the event
 $("form").addEventListener("submit", event => event.preventDefault());
-$("form").addEventListener("reset", () => setTimeout(() => { drop(); search(); }));
 $("previous").addEventListener("click", () => search(state.offset - PAGE));
 $("next").addEventListener("click", () => search(state.offset + PAGE));
 $("choose-page").addEventListener("click", () => {
@@ -259,6 +273,7 @@ $("never").addEventListener("click", () => mark("never"));
 $("unmark").addEventListener("click", () => mark("none"));
 $("drop").addEventListener("click", drop);
 $("close").addEventListener("click", () => $("detail").close());
+$("detail").addEventListener("close", () => { state.detail++; });  // what is on its way comes too late
 
 async function start() {
   if (matchMedia("(max-width: 899px)").matches) $("filters").open = false;

@@ -37,7 +37,7 @@ import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -175,16 +175,7 @@ def decode_batch(
     transform: Transform | None = None,
     channels: int = 3,
 ) -> tuple[np.ndarray, list[str]]:
-    """Decode many samples.
-
-    Parameters
-    ----------
-    samples : Iterable[EncodedSample]
-        Taken one by one: what a generator reads need not be in memory all at once.
-    size, max_pixels, bit_depth, transform, channels
-        As for `decode`.
-    count : int, optional
-        Number of samples. Needed if `samples` has no length.
+    """Decode many samples; see `decode_sizes`.
 
     Returns
     -------
@@ -193,18 +184,56 @@ def decode_batch(
     reasons : list[str]
         For each sample "" or the reason why it has no pixels.
     """
+    (pixels,), reasons = decode_sizes(
+        samples, [size], max_pixels, count, bit_depth, transform, channels
+    )
+    return pixels, reasons
+
+
+def decode_sizes(
+    samples: Iterable[EncodedSample],
+    sizes: Sequence[int],
+    max_pixels: int,
+    count: int | None = None,
+    bit_depth: int = 16,
+    transform: Transform | None = None,
+    channels: int = 3,
+) -> tuple[list[np.ndarray], list[str]]:
+    """Decode many samples, each to several sizes.
+
+    Parameters
+    ----------
+    samples : Iterable[EncodedSample]
+        Taken one by one: what a generator reads need not be in memory all at once.
+    sizes : Sequence[int]
+        Sides of the results in pixels.
+    max_pixels, bit_depth, transform, channels
+        As for `decode`.
+    count : int, optional
+        Number of samples. Needed if `samples` has no length.
+
+    Returns
+    -------
+    pixels : list of np.ndarray
+        For each size, uint8 [n, channels, size, size]; zero where a sample has no usable image.
+    reasons : list[str]
+        For each sample "" or the reason why it has no pixels of one of the sizes.
+    """
     if count is None:
         samples = list(samples)
         count = len(samples)
-    pixels = np.zeros((count, channels, size, size), np.uint8)
+    pixels = [np.zeros((count, channels, size, size), np.uint8) for size in sizes]
     reasons: list[str] = []
     for position, sample in enumerate(samples):
         reason = sample.reason or ("" if sample.image is not None else "no image")
         if not reason and sample.image is not None:
             try:
-                pixels[position] = decode(
-                    sample.image, size, max_pixels, bit_depth, transform, channels
-                )
+                decoded = [
+                    decode(sample.image, size, max_pixels, bit_depth, transform, channels)
+                    for size in sizes
+                ]
+                for array, image in zip(pixels, decoded, strict=True):
+                    array[position] = image
             except BadImage as error:
                 reason = str(error)
         reasons.append(reason)

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raypipe.config import ProxySettings
+from raypipe.vision.optimizers import plain
 
 FINAL_LR_SHARE = 1e-3
 """The learning rate ends at this share of its peak (the published MoSo code: 1e-4 of 0.1)."""
@@ -83,6 +85,17 @@ def augment(
     return np.ascontiguousarray(images)
 
 
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Return images with a side of `size` pixels, antialiased bilinear, uint8 [n, c, size, size].
+
+    `images` are uint8 and square, and not smaller.
+    """
+    if images.shape[-1] == size:
+        return images
+    smaller = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return smaller.round().clamp(0, 255).to(torch.uint8)
+
+
 def _reflect(index: np.ndarray, size: int) -> np.ndarray:
     period = max(1, 2 * (size - 1))
     index = np.abs(index) % period
@@ -92,10 +105,10 @@ def _reflect(index: np.ndarray, size: int) -> np.ndarray:
 def make_optimizer(settings: ProxySettings, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimiser of the settings for all parameters of the model."""
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
+        return plain(torch.optim.AdamW)(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
-    return torch.optim.SGD(
+    return plain(torch.optim.SGD)(
         model.parameters(),
         lr=settings.lr,
         momentum=settings.momentum,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from scipy.stats import hypergeom
 
 from raypipe.assessment.membership import set_shares
 
@@ -32,3 +34,26 @@ def test_empty_sets_and_lists_are_within_chance() -> None:
     shares = set_shares({"seed": 10, "audit": 0, "rest": 90}, {"seed": 0, "audit": 0, "rest": 0})
     assert all(share.within_chance for share in shares.values())
     assert shares["audit"].share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("total", "members", "drawn"),
+    [
+        (10_000, 2000, 3000),
+        (50, 7, 49),
+        (50, 50, 20),
+        (50, 0, 20),
+        (50, 10, 0),
+        (9, 5, 9),
+        (400, 390, 300),
+        (1_300_000, 3, 900_000),
+        (10_000_000, 500_000, 3_000_000),
+    ],
+)
+@pytest.mark.parametrize("level", [0.5, 0.99])
+def test_the_interval_is_that_of_a_hypergeometric_number(
+    total: int, members: int, drawn: int, level: float
+) -> None:
+    rest = total - members
+    share = set_shares({"set": members, "rest": rest}, {"set": drawn, "rest": 0}, level)["set"]
+    assert (share.low, share.high) == hypergeom(total, members, drawn).interval(level)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,10 @@ print(json.dumps({
     "variable": os.environ.get("OF_THE_WORKER"), "folder": os.getcwd(),
     "path": sys.path[0], "main": __name__, "parent": os.getppid(),
     "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "draw": numpy.random.random(),
+    "ids": [] if "ray" not in sys.modules else [
+        kind.from_random().hex() for kind in vars(sys.modules["ray"]).values()
+        if hasattr(kind, "from_random")
+    ],
 }))
 print("to stderr", file=sys.stderr)
 sys.exit(3)
@@ -37,7 +42,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def worker(server: ForkServer, script: Path, job: str = "01") -> tuple[dict[str, object], str]:
+def worker(server: ForkServer, script: Path, job: str = "01") -> tuple[dict[str, Any], str]:
     """Start a worker as Ray does; return what it prints on its two streams."""
     command = f"ulimit -Sn 517; exec {server.python()} {shlex.join([str(script), '--name', 'a b'])}"
     process = subprocess.run(
@@ -53,12 +58,13 @@ def worker(server: ForkServer, script: Path, job: str = "01") -> tuple[dict[str,
 
 @linux
 def test_a_worker_is_a_fork_with_everything_of_its_own(script: Path) -> None:
-    server = ForkServer("no_such_library")
+    server = ForkServer(["no_such_library"])
     try:
-        draws = set()
+        draws, ids = set(), []
         for _ in range(2):
             output, errors = worker(server, script)
             draws.add(output["draw"])
+            ids += output["ids"]
             assert output["files"] == 517
             assert output["torch"], "not imported before the fork"
             assert output["ray"], "not imported before the fork"
@@ -68,6 +74,7 @@ def test_a_worker_is_a_fork_with_everything_of_its_own(script: Path) -> None:
             assert output["folder"] == output["path"] == str(script.parent)
             assert errors == "to stderr\n"
         assert len(draws) == 2, "forks draw the same numbers"
+        assert len(set(ids)) == len(ids) >= 10, "forks draw the same ids of Ray"
         assert not worker(server, script, job="02")[0]["ray"], "Ray was imported with another job"
         end = time.monotonic() + 10
         while psutil.Process(server.process.pid).children():
@@ -80,7 +87,7 @@ def test_a_worker_is_a_fork_with_everything_of_its_own(script: Path) -> None:
 
 @linux
 def test_without_a_server_the_client_becomes_the_worker(script: Path) -> None:
-    server = ForkServer(None)
+    server = ForkServer([])
     server.process.kill()
     try:
         output, errors = worker(server, script)

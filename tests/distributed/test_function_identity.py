@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raypipe.distributed.function_identity import Describer
+from raypipe.distributed.function_identity import Describer, installed
 
 SOURCE = """
 import functools, re, threading
@@ -201,3 +201,14 @@ def test_credentials_of_a_filesystem_do_not_count() -> None:
 
     keys = [S3FileSystem(access_key=key, secret_key="x", region="a") for key in ("old", "new")]
     assert of(keys[0]) == of(keys[1]) != of(LocalFileSystem())
+
+
+def test_packages_of_another_environment_are_installed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, name in (("site-packages", "package_elsewhere"), ("mine", "module_of_mine")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.py").touch()
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    assert installed("package_elsewhere") and installed("json")
+    assert not installed("module_of_mine")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import raypipe
 from raypipe.config import SourceSettings
+from raypipe.errors import ConfigError
 from raypipe.estimate import inspect_source
 from raypipe.estimate.contact_sheet import (
     BLANK,
@@ -92,3 +95,14 @@ def test_the_numbers_of_a_file_and_a_row_are_kept() -> None:
         "train-00008-of-00010.",
         "parquet#3686",
     )
+
+
+def test_a_sheet_replaces_sheets_only(tmp_path: Path) -> None:
+    sheet, mine = tmp_path / "sheet.png", tmp_path / "mine.png"
+    for _ in range(2):
+        raypipe.inspect("digits://", samples=4, grid=str(sheet), cpus=1, gpus=0)
+    Image.new("RGB", (8, 8)).save(mine)
+    before = mine.read_bytes()
+    with pytest.raises(ConfigError, match=r"mine\.png exists and is not a contact sheet"):
+        raypipe.inspect("digits://", samples=4, grid=str(mine), cpus=1, gpus=0)
+    assert mine.read_bytes() == before

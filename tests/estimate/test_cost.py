@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from helpers import small_config
 
@@ -17,6 +18,7 @@ from raypipe.estimate.facts import CostEstimate
 from raypipe.estimate.inspect_text import describe_cost
 from raypipe.estimate.plan import SourceSize, plan
 from raypipe.runs.run import Run
+from raypipe.sources.id_sampling import in_sample, part_rule
 from raypipe.text import duration_range
 from raypipe.vision import network_costs
 
@@ -92,6 +94,31 @@ def test_a_run_of_the_past_is_scaled_stage_by_stage(finished_ledger: str, digits
     assert any("constants for proxy, measure, embed" in sentence for sentence in on_gpu.basis)
     with pytest.raises(RunError, match="no run here"):
         estimate(digits, config, LAPTOP, like=f"{finished_ledger}/nowhere")
+
+
+def test_parts_that_get_too_few_samples_are_foreseen(digits: Survey) -> None:
+    def warned(samples: int, fraction: float = 0.1, parts: int = 3) -> str:
+        settings = _config(seed={"fraction": fraction}, proxy={"parts": parts})
+        cost = estimate(dataclasses.replace(digits, samples=samples), settings, LAPTOP)
+        lines = [line for line in describe_cost(cost) if line.startswith("WARNING     a run stops")]
+        return "".join(lines)
+
+    assert warned(1797) == ""
+    line = warned(750)  # 25 in each part
+    assert "each of the 3 parts of the seed set needs 20 samples of 2 classes" in line
+    assert "Raise seed.fraction to 0.14 or more, or lower proxy.parts" in line
+    assert warned(750, fraction=0.14) == warned(750, parts=1) == ""
+    assert "the seed set needs 20" in warned(200, parts=1)
+    assert "too few samples" in warned(18)
+    assert "a run stops" in plan(_config(proxy={"parts": 3}), SourceSize(750)).notes[0]
+    # the rules that draw and divide the seed set fail as often as stated
+    drawn, part = in_sample(0.1, 0), part_rule(3, 0)
+    sizes = [
+        np.bincount([part(i) for i in map(f"{run}-{{}}".format, range(750)) if drawn(i)])
+        for run in range(300)
+    ]
+    stated = float(line.partition("chance of ")[2].split()[0]) / 100
+    assert np.mean([min(size) < 20 for size in sizes]) == pytest.approx(stated, abs=0.1)
 
 
 def test_too_few_steps_are_foreseen(digits: Survey) -> None:

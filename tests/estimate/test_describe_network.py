@@ -8,6 +8,9 @@ from helpers import small_config
 from raypipe.config import ProxySettings
 from raypipe.errors import ConfigError
 from raypipe.estimate.describe_network import describe_features, describe_network
+from raypipe.estimate.feature_cost import feature_cost
+from raypipe.proxies.sizes import size_of
+from raypipe.vision.network_costs import macs
 
 
 def test_size_of_a_network_is_shown() -> None:
@@ -40,9 +43,22 @@ def test_features_are_shown_with_their_width() -> None:
         small_config("run", "embed.model=torchvision:mobilenet_v3_small", "embed.from=mine.parquet")
     )
     assert text == (
-        "torchvision:mobilenet_v3_small: embeddings of length 1024, images of 224 pixels; made for "
-        "224 pixels, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225 and the embeddings in "
-        "mine.parquet; their cost is not in the estimate"
+        "torchvision:mobilenet_v3_small: 1.5 M weights, embeddings of length 1024, images of 224 "
+        "pixels; made for 224 pixels, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225 and the "
+        "embeddings in mine.parquet, whose reading is not in the estimate"
     )
     text = describe_features(small_config("run", "embed.model=no_such_module_at_all:build"))
-    assert text.startswith("no_such_module_at_all:build, code of your own, which only a run")
+    assert text == (
+        "no_such_module_at_all:build, code of your own, which only a run imports; costs are "
+        "estimated as for resnet18"
+    )
+
+
+def test_cost_of_features_is_that_of_the_network() -> None:
+    assert feature_cost(small_config("run")) is None
+    name = "torchvision:mobilenet_v3_small"
+    cost, proxy = feature_cost(small_config("run", f"embed.model={name}")), size_of(name, 224)
+    assert cost is not None and cost.width == proxy.width == 1024
+    assert cost.macs == pytest.approx(proxy.macs, rel=1e-3)  # the last layer is in one of them
+    own = feature_cost(small_config("run", "embed.model=mine:build", "embed.image_size=64"))
+    assert own is not None and own.macs == macs("resnet18", 64)

@@ -193,6 +193,7 @@ def test_labels_of_parquet_are_counted_from_their_column_alone(
             row_group_size=25,
         )
     exact = _survey(tmp_path)
+    assert "columns     images from image, labels from label" in describe_survey(exact)
     assert exact.balance is not None and exact.balance.exact
     assert (
         exact.balance.per_class == {"0": 1500, "1": 450, "2": 45}

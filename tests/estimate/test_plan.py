@@ -107,6 +107,10 @@ def test_settings_change_what_they_should() -> None:
     assert (
         changed(embed={"dtype": "float16"}).written["embeddings"] < 0.6 * base.written["embeddings"]
     )
+    features = changed(embed={"model": "torchvision:mobilenet_v3_small"})
+    assert _of(features, "gpu_hours")["embed"] > 1.01 * _of(base, "gpu_hours")["embed"]
+    assert _of(features, "cpu_hours")["embed"] > 1.5 * _of(base, "cpu_hours")["embed"]
+    assert features.written["embeddings"] != base.written["embeddings"]
     assert changed(select={"keep": [0.5]}).written["keep"] < base.written["keep"]
     small = changed(source={"uri": "x", "format": "webdataset", "fragment_samples": 100})
     assert small.fragments == 10 * base.fragments and small.driver_bytes > base.driver_bytes

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch_geometric.nn import GATv2Conv
 
 from raypipe.extrapolators.gat import (
     AnchorNet,
@@ -32,6 +31,8 @@ def make(
 
 
 def test_layer_equals_gatv2conv() -> None:
+    from torch_geometric.nn import GATv2Conv  # three seconds, which no other test file needs
+
     n, k, hidden, heads = 6, 5, 8, 2
     torch.manual_seed(0)
     layer = FixedDegreeGATv2(hidden, heads, 1)

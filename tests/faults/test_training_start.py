@@ -22,7 +22,7 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(
     from ray.train.torch.config import _TorchBackend
 
     from raypipe.distributed.failures import as_raypipe_error
-    from raypipe.distributed.ray_train import InterruptibleTrainer
+    from raypipe.distributed.worker_group import InterruptibleTrainer
     from raypipe.errors import StageError
 
     class Dies(_TorchBackend):

@@ -38,8 +38,8 @@ def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
 def test_machines_play_the_same_roles_as_on_aws(cloud: str, cluster: dict[str, Any]) -> None:
     kinds = cluster["available_node_types"]
     for name, aws in AWS["available_node_types"].items():
-        for key in ("resources", "min_workers", "max_workers"):
-            assert kinds[name][key] == aws[key], (name, key)
+        for key in ("resources", "labels", "min_workers", "max_workers"):
+            assert kinds[name].get(key) == aws.get(key), (name, key)
         spot = re.search("SPOT|Spot", str(kinds[name]["node_config"])) is not None
         assert spot == (name != cluster["head_node_type"])
     same = ("cluster_name", "max_workers", "idle_timeout_minutes", "file_mounts")

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from raypipe.config import load_config
+from raypipe.distributed.spot import is_spot
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
@@ -93,7 +94,9 @@ def test_workers_are_spot_come_when_asked_for_and_go_when_idle(cluster: dict[str
     assert any(not kind["resources"].get("GPU") for kind in workers.values())
     for kind in workers.values():
         assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert is_spot(kind["labels"])
         assert kind["min_workers"] == 0 < kind["max_workers"] <= cluster["max_workers"]
+    assert "labels" not in cluster["available_node_types"][cluster["head_node_type"]]
     assert 0 < cluster["idle_timeout_minutes"] <= 10
     assert cluster["provider"]["cache_stopped_nodes"] is False
 

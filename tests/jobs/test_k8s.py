@@ -233,19 +233,27 @@ def test_workers_come_when_asked_for_and_the_head_does_no_work(
     assert f"\nray=={spec['rayVersion']}\n" in tested.replace("[data,default,train]", "")
 
 
+def _at_the_end(template: dict[str, Any]) -> tuple[str, int]:
+    """The command that a pod runs before its end, and the seconds that it has in all."""
+    (container,) = template["spec"]["containers"]
+    command = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    return command, template["spec"]["terminationGracePeriodSeconds"]
+
+
 def test_pods_that_go_leave_the_cluster_first(
     job: dict[str, Any], groups: dict[str, dict[str, Any]]
 ) -> None:
-    templates = [
-        job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"],
-        *(group["template"] for group in groups.values()),
-    ]
-    for template in templates:
-        (container,) = template["spec"]["containers"]
-        command = container["lifecycle"]["preStop"]["exec"]["command"]
-        grace = int(shlex.split(command[-1])[-1])
-        assert command[-1].startswith("ray stop --grace-period ")
-        assert grace < template["spec"]["terminationGracePeriodSeconds"]
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    command, grace = _at_the_end(head)
+    assert command.startswith("ray stop --grace-period ")
+    assert int(shlex.split(command)[-1]) < grace
+    for group in groups.values():
+        command, grace = _at_the_end(group["template"])
+        assert "'[b]in/ray start'" in command and "while pgrep -x raylet" in command
+        (container,) = group["template"]["spec"]["containers"]
+        variables = {item["name"]: item["value"] for item in container["env"]}
+        drain = float(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert 10 < drain < grace - 10, "Ray ends its processes after it"
     from ray.scripts.scripts import cli
 
     assert "--grace-period" in [
@@ -281,7 +289,8 @@ def test_no_pod_runs_as_root_nor_holds_a_secret() -> None:
                 "capabilities": {"drop": ["ALL"]},
             }
             assert {item["name"] for item in container.get("env", [])} <= {
-                "RAY_USAGE_STATS_ENABLED"
+                "RAY_USAGE_STATS_ENABLED",
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S",
             }
             images.add(container["image"])
     assert images == {IMAGE}

@@ -15,6 +15,7 @@ from raypipe.config import ProxySettings
 from raypipe.config.choices import PROXY_MODELS, is_model, is_own
 from raypipe.errors import ConfigError
 from raypipe.plugins import code_allowed
+from raypipe.proxies import torchvision_networks
 from raypipe.proxies.networks import build_network
 from raypipe.proxies.normalisation import input_statistics
 from raypipe.proxies.registry import find
@@ -123,6 +124,33 @@ def test_classifiers_of_timm_are_split_before_their_last_layer(name: str) -> Non
     assert published.mean == tuple(timm.get_pretrained_cfg(name).mean)
 
 
+FAMILIES = (
+    "alexnet convnext_tiny densenet121 efficientnet_b0 googlenet inception_v3 mnasnet0_5 "
+    "mobilenet_v2 shufflenet_v2_x0_5 squeezenet1_0 swin_t vgg11 vit_b_16 resnet18"
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES.split())
+def test_classifiers_of_torchvision_take_images_of_any_channels(name: str) -> None:
+    size = find(f"torchvision:{name}").input_size
+    with torch.device("meta"):
+        network = find(f"torchvision:{name}").make(5, size, 2)
+        assert network.eval()(torch.zeros(2, 2, size, size)).shape == (2, 5)
+
+
+def test_squeezenet_has_a_linear_head_with_its_published_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    published = models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(torchvision_networks, "_download", lambda *_: published)
+    model = build_network("torchvision:squeezenet1_1", 5, 32)
+    weights = find("torchvision:squeezenet1_1").pretrained
+    assert weights is not None
+    given = weights(32)
+    assert model.head.in_features == 512 and given[f"{model.head_name}.weight"].shape == (1000, 512)
+    assert set(given) == set(find("torchvision:squeezenet1_1").make(5, 32, 3).state_dict())
+
+
 def test_size_of_a_network_is_counted() -> None:
     size = size_of("torchvision:mobilenet_v3_small", 224)
     stated = models.get_model_weights("mobilenet_v3_small").DEFAULT.meta
@@ -157,7 +185,6 @@ def test_normalisation_is_that_of_the_network_if_weights_are_given() -> None:
     [
         ("torchvision:convnext_tinny", "has no network 'convnext_tinny'; did you mean convnext_t"),
         ("torchvision:vit_b_16", r"cannot be built for images of 20 pixels .*set proxy.image_size"),
-        ("torchvision:squeezenet1_1", "does not end in an nn.Linear"),
         ("torchvision:inception_v3", r"cannot process images of 20 pixels \(.*made for"),
         ("nets_beside:no_module", "returned a dict; it must return a torch.nn.Module"),
         (

@@ -92,14 +92,14 @@ def test_weights_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_downloaded_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/none")
+    monkeypatch.setattr(
+        "raypipe.proxies.torchvision_networks.unreachable", lambda url: "no route to host"
+    )
     given = {"model": "torchvision:mobilenet_v3_small", "weights": "pretrained"}
     with pytest.raises(
-        ConfigError, match=r"no route to host\); put https://\S+ at \S+mobilenet_v3_small\S+,"
+        ConfigError,
+        match=r"no route to host\).*, put https://\S+ at \S+mobilenet_v3_small\S+ on ",
     ):
         read_weights(ProxySettings.model_validate(given))
 

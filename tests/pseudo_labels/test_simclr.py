@@ -79,6 +79,7 @@ def trained(
     state: dict[str, Tensor] | None = None,
     kept: list | None = None,
     stop: int | None = None,
+    often: bool = False,
 ) -> ProxyNet:
     network, done = pretext_network("small", 8, MEAN, STD, 0), []
 
@@ -96,6 +97,7 @@ def trained(
         flip=False,
         state=state,
         save=save,
+        is_due=lambda: often,
         step=lambda now, total: done.append((now, total)),
     )
     assert done == [(epoch + 1, epochs) for epoch in range(epochs)], (
@@ -104,11 +106,13 @@ def trained(
     return network
 
 
-def test_a_training_goes_on_where_it_was_interrupted() -> None:
+@pytest.mark.parametrize(("often", "batches"), [(False, 3), (True, 4)], ids=["epoch", "batch"])
+def test_a_training_goes_on_where_it_was_interrupted(often: bool, batches: int) -> None:
     kept: list[dict[str, Tensor]] = []
     with pytest.raises(KeyboardInterrupt):
-        trained(3, kept=kept, stop=1)
-    whole, resumed = trained(3), trained(3, state=kept[0])
+        trained(3, kept=kept, stop=4 if often else 1, often=often)
+    assert int(kept[-1]["batches"]) == batches, "of three an epoch"
+    whole, resumed = trained(3), trained(3, state=kept[-1])
     for (name, value), other in zip(
         whole.state_dict().items(), resumed.state_dict().values(), strict=True
     ):

@@ -277,6 +277,23 @@ def test_a_run_that_lacks_something_has_a_report(make_run: MakeRun, folder: str)
     assert ("Embedding map" in elements.text) == (folder not in {"embeddings", "scores"})
 
 
+def test_a_stability_of_before_repeats_were_told_apart_is_shown(make_run: MakeRun) -> None:
+    run = make_run()
+    assessment = storage.read_json(run.extrapolator_summary)
+    assessment["stability"] = {
+        "value": 0.91,
+        "interval": [0.9, 0.92],
+        "single": 0.83,
+        "proxies": 2,
+        "samples": 1000,
+        "within_classes": True,
+        "note": "",
+    }
+    storage.write_json(run.extrapolator_summary, assessment)
+    _, elements = built(run)
+    assert "those of a run with another seed set and other proxies" in elements.text
+
+
 def test_no_rejects_is_said(make_run: MakeRun) -> None:
     run = make_run()
     storage.delete(run.path("rejects"))

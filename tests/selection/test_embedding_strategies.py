@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from raypipe.errors import ConfigError
-from raypipe.selection import NEVER, STRATEGIES, Chunk, SelectionOptions, hash64, select
+from raypipe.selection import NEVER, STRATEGIES, Chunk, Parts, SelectionOptions, hash64, select
 from raypipe.selection import blocks as blocks_module
 from raypipe.selection.hashing import ORDER_SEED
 from raypipe.selection.infomax import project
@@ -194,6 +194,52 @@ def test_within_classes_each_class_is_chosen_as_if_alone(strategy: str) -> None:
         alone = data.take(np.flatnonzero(data.label == label))
         kept = alone.kept(strategy, 0.25, hard_cutoff=0.1, strata=4)
         assert kept == together & set(alone.ids)
+
+
+def parts_of(data: Data, count: int) -> Parts:
+    """Return parts of equal size, by the row of each sample."""
+    row = {name: number for number, name in enumerate(data.ids)}
+    return Parts(count, lambda ids: np.array([row[name] % count for name in ids], np.int64))
+
+
+@pytest.mark.parametrize("strategy", ["d2", "infomax"])
+def test_scores_of_neighbours_are_weighed_within_a_part(strategy: str) -> None:
+    data = Data.drawn(150, seed=3)
+    parts = parts_of(data, 3)
+    kept = data.kept(strategy, 0.4, hard_cutoff=0.0, parts=parts)
+    for number in range(3):
+        part = data.take(np.arange(number, 150, 3))
+        assert kept & set(part.ids) == PLAIN[strategy](part, 20, 0.0)
+
+
+@pytest.mark.parametrize("strategy", ["d2", "infomax"])
+def test_what_other_parts_know_of_a_sample_changes_nothing_for_it(strategy: str) -> None:
+    data = Data.drawn(150, seed=8, classes=1)
+    first = np.arange(150) % 3 == 0
+    raised = replace(data, score=np.where(first, data.score, data.score[::-1] + 1))
+    of_first = {data.ids[row] for row in np.flatnonzero(first)}
+
+    def kept_of_first(of: Data, parts: Parts | None) -> set[str]:
+        return of.kept(strategy, 0.3, hard_cutoff=0.0, parts=parts) & of_first
+
+    parts = parts_of(data, 3)
+    assert kept_of_first(data, parts) == kept_of_first(raised, parts)
+    assert kept_of_first(data, None) != kept_of_first(raised, None)
+
+
+@pytest.mark.parametrize("strategy", ["d2", "infomax"])
+def test_parts_of_a_large_class_are_divided_into_blocks(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data.drawn(400, seed=1)
+    chosen = {"by_class": True, "parts": parts_of(data, 2)}
+    monkeypatch.setattr(blocks_module, "BLOCK_SAMPLES", 30)
+    monkeypatch.setattr(blocks_module, "HELD_BYTES", 100 * 6 * 4)
+    kept = data.kept(strategy, 0.3, **chosen)
+    shares = [len(kept & set(data.ids[part::2])) / 200 for part in range(2)]
+    assert shares == pytest.approx([0.3, 0.3], abs=0.02)
+    order = np.random.default_rng(2).permutation(400)
+    assert data.take(order).kept(strategy, 0.3, size=33, **chosen) == kept
 
 
 @pytest.mark.parametrize("strategy", NAMES)

@@ -59,6 +59,15 @@ def test_the_hash_of_many_is_that_of_each(ids: list[str], seed: int, data: st.Da
     )
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_hash_does_not_depend_on_the_ids_hashed_with_it(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    ids = ["é" * (number % 12) for number in range(20)]
+    monkeypatch.setattr(hashing, "HASHED_AT_ONCE", at_once)
+    assert hash64(pa.array(ids)[5:], 7).tolist() == [plain_hash(text, 7) for text in ids[5:]]
+
+
 def test_the_hash_does_not_change_between_versions() -> None:
     # a keep-list drawn today must be drawn again tomorrow
     assert hash64(["", "a", "train/cat/0001.jpg"], 7).tolist() == [

@@ -87,7 +87,9 @@ def test_columns_are_found_by_name_description_or_type(
         ),
         (
             of(path="x", label=1),
-            "no column is clearly the image; columns are path, label; set source.image_column",
+            "no column holds images; 'path' names files or addresses, which a table does not "
+            "follow: write it as CSV (path, label), with the paths of downloaded files, and set "
+            "source.uri to that",
         ),
         (
             of(image=b"x", label={"a": 1}),

@@ -105,7 +105,7 @@ def test_nothing_known_is_named(tmp_path: object) -> None:
         storage.write_bytes(f"{tmp_path}/{name}", b"x")
     with pytest.raises(
         SourceError,
-        match=r"no Parquet, tar, TFRecord or image file among 4 files "
+        match=r"no Parquet, tar, TFRecord, MDS or image file among 4 files "
         r"\(2 .csv, 1 without an ending, 1 .zip\)",
     ):
         detected(str(tmp_path))

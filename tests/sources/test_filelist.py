@@ -130,9 +130,11 @@ def test_a_path_that_comes_again_is_a_reject_wherever_it_is(
     found = samples(source)
     assert ids(found) == [*listed, "d/3.png", "d/3.png", "d//29.png", "d/./28.png", "d/3.png"]
     assert [bool(sample.reason) for sample in found] == [False] * 30 + [True] * 5
-    assert found[30].reason == "duplicate: the list already names it (occurrence 2)" and found[
-        -1
-    ].reason.endswith("(occurrence 4)")
+    assert (
+        found[30].reason
+        == "duplicate: an earlier line names it, and its label counts (occurrence 2)"
+        and found[-1].reason.endswith("(occurrence 4)")
+    )
     # units of equal lines have different ids
     for lines in (["../x.png"] * 3, ["d/3.png"] * 3):
         uri = write(root, "same.csv", "path\nd/1.png\n" + "\n".join(lines))
@@ -277,7 +279,7 @@ def test_a_list_may_be_named_by_a_relative_path(
         assert scans(make(uri))[0].class_names == ("a/airfield", "b/bar", "c/cabin")
     assert [sample.reason for sample in samples(make("x.txt"))] == [
         "",
-        "duplicate: the list already names it (occurrence 2)",
+        "duplicate: an earlier line names it, and its label counts (occurrence 2)",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,13 @@ def test_a_saved_dataset(place: str) -> None:
     assert {
         sample.label for sample in samples(make(f"{place}/set", label_column="coarse_label"))
     } == {"x"}
+
+
+def test_a_file_that_the_state_names_twice_is_read_once(tmp_path: Path) -> None:
+    uri = save(f"{tmp_path}/set", arrow(images(3)))
+    state = storage.read_json(f"{uri}/state.json")
+    storage.write_json(f"{uri}/state.json", {**state, "_data_files": 2 * state["_data_files"]})
+    assert len(list(make(uri).files())) == 1
 
 
 def test_a_dictionary_of_splits(place: str) -> None:

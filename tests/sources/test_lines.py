@@ -118,7 +118,7 @@ def test_several_splits_in_a_column_are_refused(tmp_path: Any) -> None:
     rows = "a.jpg,x,train\nb.jpg,y,Training\n"
     assert len(read(tmp_path, "x.csv", "path,label,Split\n" + rows)) == 2
     with pytest.raises(
-        SourceError, match=r"line 4: column 'split' is 'val', .* split train; write"
+        SourceError, match=r"line 4: column 'Split' is 'val', .* split train; write"
     ):
         read(tmp_path, "x.csv", "path,label,Split\n" + rows + "c.jpg,x,val\n")
     content = "path,label,Split\n" + rows + "c.jpg,x,val\n"

@@ -109,7 +109,7 @@ def test_folders_of_shards(tmp_path: Any) -> None:
         (mds_index(("../a.mds", 1)), "'../a.mds' is not a path in this folder"),
         (mds_index(("/a.mds", 1)), "'/a.mds' is not a path in this folder"),
         (mds_index(("b.mds", 1)), "none of the 1 shards in index.json exists, such as b.mds"),
-        (mds_index(), "no shard in index.json matches"),
+        (mds_index(), "index.json lists no shard"),
         (None, "no index.json: the writer of these MDS shards has not finished"),
     ],
 )
@@ -148,7 +148,8 @@ def test_a_shard_that_is_cut_off(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("encodings", "settings", "words"),
     [
-        ({"image": "pkl", "label": "int"}, {}, "no column is clearly the image"),
+        ({"photo": "pkl", "label": "int"}, {}, "column 'photo' is encoded as pkl, which is not"),
+        ({"thing": "pkl", "label": "int"}, {}, "no column is clearly the image"),
         (
             {"image": "pkl", "label": "int"},
             {"image_column": "image"},

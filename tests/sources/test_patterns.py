@@ -15,8 +15,10 @@ from source_helpers import ids, make, picture, samples, scans
 from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
+from raypipe.sources import open_source
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.patterns import MAX_NAMES, expand, first_brace
+from raypipe.tables.reader import stored_files
 
 
 @pytest.mark.parametrize(
@@ -252,3 +254,15 @@ def test_braces_in_the_name_of_a_bucket(s3: str) -> None:
     )
     assert ids(samples(source)) == [f"{s3}/buckets/a.tar#0"]
     assert len(broken(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://a.org", "http://a.org/data", "HTTPS://a.org/d.v1/", "http://a.org/{0..9}.tar"]
+)
+@pytest.mark.parametrize("format", ["auto", "webdataset", "imagefolder"])
+def test_folders_on_the_web_are_refused_at_once(uri: str, format: str) -> None:
+    with pytest.raises(SourceError, match="on the web, which cannot be listed; copy the files"):
+        open_source(SourceSettings(uri=uri, format=format))
+    with pytest.raises(SourceError, match="on the web"):
+        stored_files(uri)
+    assert open_source(SourceSettings(uri="http://a.org/x.tar", format="webdataset"))

@@ -149,7 +149,7 @@ def test_tables_of_several_splits_are_refused(tmp_path: Path) -> None:
         plan_embeddings(str(tmp_path))
     assert len(plan_embeddings(f"{tmp_path}/{{0,1}}.parquet")) == 2
     _of_split(tmp_path, "2.parquet", None, **columns, Split=["train", "test"])
-    with pytest.raises(SourceError, match=r"2\.parquet: column 'split' has several splits"):
+    with pytest.raises(SourceError, match=r"2\.parquet: column 'Split' has several splits"):
         plan_embeddings(f"{tmp_path}/2.parquet")
 
 
@@ -170,6 +170,8 @@ def test_saved_datasets_of_several_splits_are_refused(tmp_path: Path) -> None:
         (["train", "bus", "plane"], ""),  # vehicles
         (["train"], "train"),
         (["seg_train", "seg_test"], "seg_train and seg_test"),
+        (["train", "holdout"], "holdout and train"),
+        (["train", "unlabeled"], "train"),
         (["train_images", "test_images", "notes"], "train_images and test_images"),
         (["express_train", "driving_test", "bus"], ""),
     ],
@@ -184,3 +186,33 @@ def test_folders_that_are_splits(tmp_path: Path, folders: list[str], refused: st
     refused = " and ".join(sorted(refused.split(" and ")))
     with pytest.raises(SourceError, match=f"{refused} are not classes; set source.uri to"):
         list(source.files())
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "mixed"),
+    [
+        ("subset", ["train", "test", "train"], True),
+        ("is_valid", [True, False, False], True),
+        ("Is_Train", ["False", "True", "True"], True),
+        ("is_test", [0, 1, 0], True),
+        ("is_test", [0, 0, 0], False),
+        ("usage", ["indoor", "outdoor", "train"], False),
+    ],
+)
+def test_other_columns_that_name_splits(
+    tmp_path: Path, column: str, values: list[object], mixed: bool
+) -> None:
+    images = [picture(number) for number in range(3)]
+    columns = {"image": images, "label": [0, 1, 0], column: values}
+    storage.write_table(f"{tmp_path}/a.parquet", pa.table(columns))
+    lines = [f"{number}.png,{number},{value}" for number, value in enumerate(values)]
+    (tmp_path / "a.csv").write_text("\n".join([f"path,label,{column}", *lines, ""]))
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    (scan,) = scans(make(f"{tmp_path}/a.parquet"))
+    assert (f"column '{column}' has several splits" in scan.fragments[0].error) == mixed
+    if mixed:
+        with pytest.raises(SourceError, match=f"column '{column}' is"):
+            make(f"{tmp_path}/a.csv")
+    else:
+        assert len(samples(make(f"{tmp_path}/a.csv"))) == 3

@@ -13,6 +13,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.estimate import inspect, inspect_source
+from raypipe.sources import tfrecord
 from raypipe.sources.crc32c import crc32c
 from raypipe.sources.examples import NotAnExample, parse_example
 from raypipe.sources.values import stored_label
@@ -153,6 +154,24 @@ def test_preview(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(f"{tmp_path}/a.tfrecord", struct.pack("<Q", 5))
     ((_, reason),) = inspect_source(source.settings).survey.unreadable_files
     assert reason == "not a TFRecord file of images: cut off in the middle of a record"
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_preview_of_a_compressed_file(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, pack: Any
+) -> None:
+    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    pixels = np.zeros((32, 32), np.uint8).tobytes()  # a fiftieth of its size when compressed
+    record = {"image_raw": pixels, "height": 32, "width": 32, "channels": 1, "label": 1}
+    source = one(tmp_path, pack(tfrecord_bytes([example(record)]) * 300))
+    assert inspect_source(source.settings, samples=10).survey.samples == 300
+    # of a larger file, the beginning shows it
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 4, 1024, np.uint8).tobytes() for _ in range(100)]
+    block = tfrecord_bytes([example({**record, "image_raw": pixels}) for pixels in noise])
+    monkeypatch.setattr(tfrecord, "READ_BYTES", 512 << 10)
+    survey = inspect_source(one(tmp_path, pack(block * 30)).settings, samples=10).survey
+    assert 2400 < survey.samples < 3600 and survey.samples != 3000 and not survey.counted
 
 
 def test_a_fraction_stored_as_a_large_number_is_no_example() -> None:

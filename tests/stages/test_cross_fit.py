@@ -39,7 +39,9 @@ PARTS = 3
 
 
 def config_of(uri: str, score: str) -> Config:
-    return cross_fit_config(uri, score, "measure.scores=[moso, loss, el2n]")
+    return cross_fit_config(
+        uri, score, "measure.scores=[moso, loss, el2n]", "extrapolate.method=gnn"
+    )
 
 
 @pytest.fixture(scope="module")

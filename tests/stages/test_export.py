@@ -476,7 +476,7 @@ def test_from_and_to_an_object_store(tmp_path: Path, s3: str) -> None:
         ({"keep": None}, RunError, "several keep-lists"),
         ({"keep": 7}, ConfigError, "not a fraction"),
         ({"format": "tfrecord"}, ConfigError, "'tfrecord' is not allowed: Input should be "
-            "'indices', 'list', 'webdataset', .* or 'label-studio'"),
+            "'indices', 'list', 'webdataset', .* or 'openlineage'"),
         ({"format": "indices", "to": "kept.txt"}, ConfigError, r"ends in \.npy or \.json"),
         ({"format": "list", "to": "kept.csv"}, ConfigError, "this one is digits"),
         ({"format": "indices", "to": "kept.npy", "shard_samples": 3}, ConfigError, "no shards"),

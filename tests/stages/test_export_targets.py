@@ -10,8 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +27,15 @@ from scored import add_predictions, add_weights, everything_in, scored_run, with
 
 import raypipe
 from raypipe import storage
-from raypipe.errors import ConfigError, RunError
-from raypipe.exports import cells
+from raypipe.errors import ConfigError, RaypipeError, RunError
+from raypipe.exports import all_samples, cells
 from raypipe.exports.card import code, escaped
 from raypipe.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 HOSTILE = '=cmd|"calc"!A1'
 """A class and a file name that a spreadsheet runs, if it is a cell."""
+SINGLE_FILES = {"cleanlab": ".csv", "label-studio": ".csv", "indices": ".npy"}
 SHARDS = ("huggingface", "croissant", "mds", "lance")
 
 
@@ -220,6 +224,24 @@ def test_raypipe_reads_its_own_export(
     ]
 
 
+def test_a_forced_lance_export_leaves_folders_of_others_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raypipe.exports.run.check_lance", lambda: None)
+    to = f"{tmp_path}/out"
+    storage.write_bytes(f"{to}/data/mine.lance", b"mine")
+    for options in ({}, {"force": True}):
+        with pytest.raises(RunError, match=r"contains other files|its folder data contains"):
+            exported(run, to, "lance", **options)
+    # nor does a forced export in place of one of another format
+    exported(run, f"{tmp_path}/mds", "mds")
+    storage.write_bytes(f"{tmp_path}/mds/data/mine.lance", b"mine")
+    with pytest.raises(RunError, match="its folder data contains other files"):
+        exported(run, f"{tmp_path}/mds", "lance", force=True)
+    assert storage.read_bytes(f"{to}/data/mine.lance") == b"mine"
+    assert storage.read_bytes(f"{tmp_path}/mds/data/mine.lance") == b"mine"
+
+
 # -- the dataset card ------------------------------------------------------------------------------
 
 
@@ -286,6 +308,37 @@ def test_values_of_a_run_add_no_markup_to_the_card(run: Run, tmp_path: Path) -> 
     assert strategy.count("`") == 2 and strategy.endswith("`")
 
 
+@pytest.mark.parametrize(
+    ("file", "format"),
+    [
+        ("keep/keep-0.50.parquet", "huggingface"),
+        ("keep/keep-0.50.parquet", "indices"),
+        ("index/classes.json", "mds"),
+        ("index/classes.json", "label-studio"),
+        ("run.json", "parquet"),
+        ("scores/*", "cleanlab"),
+        ("embeddings/*", "fiftyone"),
+    ],
+)
+def test_an_export_of_a_damaged_run_ends_in_one_line(
+    run: Run, tmp_path: Path, file: str, format: str
+) -> None:
+    add_predictions(run)
+    path = min(Path(run.uri).glob(file))
+    if file.startswith("keep") and format == "huggingface":
+        table = pq.read_table(path)
+        metadata = {**table.schema.metadata, b"raypipe.fraction": b"half"}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    elif path.suffix == ".json":
+        path.write_text("[1]")
+    else:
+        path.write_bytes(path.read_bytes()[:-20])
+    to = f"{tmp_path}/out{SINGLE_FILES.get(format, '')}"
+    with pytest.raises(RaypipeError) as caught:
+        exported(run, to, format)
+    assert "\n" not in str(caught.value) and run.uri in str(caught.value)
+
+
 def test_markdown_shows_values_literally() -> None:
     assert escaped("a*b\n\n# c") == "a&#42;b # c"
     assert escaped("# a (b): c-d") == "&#35; a (b): c-d" and escaped("1. a") == "1&#46; a"
@@ -314,6 +367,53 @@ def test_label_studio_gets_likely_label_errors_first(run: Run, tmp_path: Path) -
     exported(run, f"{tmp_path}/tasks.csv", "label-studio", force=True)
     rows = list(csv.DictReader(io.StringIO(Path(f"{tmp_path}/tasks.csv").read_text())))
     assert [row["image"] for row in rows] == [f"{tmp_path}/images/{path}" for path in by_rank]
+
+
+@pytest.mark.parametrize(
+    ("root", "quoted"),
+    [
+        ("https://images.example/train", True),
+        ("/data/local-files/?d=train", True),
+        ("s3://bucket/train", False),
+        ("/mnt/train", False),
+    ],
+)
+def test_images_are_quoted_in_addresses_alone(
+    run: Run, tmp_path: Path, root: str, quoted: bool
+) -> None:
+    ranks = add_predictions(run, wrong=40)
+    exported(run, f"{tmp_path}/tasks.csv", "label-studio", image_root=root)
+    rows = list(csv.DictReader(io.StringIO(Path(f"{tmp_path}/tasks.csv").read_text())))
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    assert any(quote(path) != path for path in by_rank)
+    expected = [f"{root}/{quote(path) if quoted else path}" for path in by_rank]
+    assert [row["image"] for row in rows] == expected
+
+
+def test_numbers_are_no_formulas() -> None:
+    for number in ("-1", "+3", "-2.5e-3", "7"):
+        assert cells.guarded(number) == number
+    for formula in ("-1+1", "=1", "-a", "+", "1\n"[::-1], "-1\n", "@x"):
+        assert cells.guarded(formula) == f"'{formula}"
+
+
+@pytest.mark.parametrize("format", ["cleanlab", "label-studio", "fiftyone"])
+def test_all_samples_are_written_one_shard_after_another(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    add_predictions(run)
+    seen = list[weakref.ref[pa.Table]]()
+    tables = all_samples.DescribedSamples.tables
+
+    def watched(samples: all_samples.DescribedSamples) -> Iterator[pa.Table]:
+        for table in tables(samples):
+            assert sum(earlier() is not None for earlier in seen) <= 1  # the one before this
+            seen.append(weakref.ref(table))
+            yield table
+
+    monkeypatch.setattr(all_samples.DescribedSamples, "tables", watched)
+    exported(run, f"{tmp_path}/out{SINGLE_FILES.get(format, '')}", format)
+    assert len(seen) == len(storage.names(run.scores_folder)) > 2
 
 
 def test_no_cell_of_a_csv_file_is_a_formula(run: Run, tmp_path: Path) -> None:
@@ -493,6 +593,7 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.calls: list[str] = []
         self.private: bool | None = None
+        self.role = "write"
 
         def create_repo(
             _: Any, name: str, *, repo_type: str, private: bool, exist_ok: bool
@@ -518,6 +619,11 @@ class Hub:
         def load(_: Any, name: str) -> Any:
             return hub.DatasetCard(self.files["README.md"].decode())
 
+        def whoami(_: Any) -> dict[str, Any]:
+            return {"auth": {"accessToken": {"role": self.role, "displayName": "mine"}}}
+
+        monkeypatch.setattr(hub.HfApi, "whoami", whoami)
+        monkeypatch.setattr(hub.HfApi, "repo_exists", lambda *_, **__: self.private is not None)
         monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
         monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: list(self.files))
         monkeypatch.setattr(hub.HfApi, "upload_file", upload_file)
@@ -535,30 +641,64 @@ def test_a_push_can_be_repeated_and_replaces_nothing_else(
         exported(run, f"{tmp_path}/out", "huggingface", push_to="user/kept", **options)
 
     push()
-    assert hub.private and hub.calls == ["raypipe.json", "shards", "README.md"]
+    assert hub.private
+    assert hub.calls == ["raypipe.json", "shards", "README.md", "raypipe.json"]
+    assert json.loads(hub.files["raypipe.json"])["complete"]
     _, front, body = hub.files["README.md"].decode().split("---\n", 2)
     assert {"dataset_info", "tags", "pretty_name"} <= set(yaml.safe_load(front))
     assert "20 samples that raypipe" in body and "Pushed" not in body
     push()  # the same export: datasets itself skips shards that it has uploaded
     assert hub.calls.count("shards") == 2
-    hub.files["raypipe.json"] = b'{"raypipe_export": "another"}'
-    with pytest.raises(RunError, match=r"user/kept: the repository contains other files"):
-        push()
+    for mark in (b'{"raypipe_export": "another"}', b"[]", b"no JSON"):
+        hub.files["raypipe.json"] = mark
+        with pytest.raises(RunError, match=r"user/kept: the repository contains other files"):
+            push()
     assert hub.calls.count("shards") == 2
     push(force=True)
     assert hub.calls.count("shards") == 3
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(
+def test_an_interrupted_push_is_not_marked_as_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Hub(monkeypatch, tmp_path)
+    hub = Hub(monkeypatch, tmp_path)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise ConnectionError("reset")
+
+        patch.setattr("datasets.Dataset.push_to_hub", interrupted)
+        with pytest.raises(RunError, match=r"reset\); rerun to try again\. The export in"):
+            exported(run, f"{tmp_path}/out", "huggingface", push_to="user/kept")
+    assert not json.loads(hub.files["raypipe.json"])["complete"]
+    exported(run, f"{tmp_path}/out", "huggingface", push_to="user/kept")
+    assert json.loads(hub.files["raypipe.json"])["complete"]
+
+
+def test_a_push_that_cannot_succeed_is_refused_before_the_export(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, to = Hub(monkeypatch, tmp_path), f"{tmp_path}/out"
+
+    def refused(match: str) -> None:
+        with pytest.raises(RunError, match=match):
+            exported(run, to, "huggingface", push_to="user/kept")
+        assert not storage.exists(to) and not hub.calls
+
+    hub.role = "read"
+    refused("the token 'mine' can only read")
+    hub.role, hub.private = "fineGrained", True
+    hub.files["a.txt"] = b"mine"
+    refused(r"other files, such as a\.txt; .*the split train and the card are replaced")
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no\nroute")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", offline)
-    to = f"{tmp_path}/out"
-    with pytest.raises(RunError, match=r"ConnectionError: no route\); log in with `hf auth login`"):
-        exported(run, to, "huggingface", push_to="user/kept")
-    assert storage.exists(f"{to}/state.json")
+    def without_token(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.LocalTokenNotFoundError("no token")
+
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", offline)
+    refused(r"ConnectionError: no route\); rerun to try again\. Nothing was exported")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", without_token)
+    refused(r"no token\); log in with `hf auth login` or set HF_TOKEN")

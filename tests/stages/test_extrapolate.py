@@ -14,7 +14,7 @@ from raypipe.errors import ResourceError
 from raypipe.extrapolators.base import Extrapolator
 from raypipe.extrapolators.neighbours import NeighbourIndex
 from raypipe.runs.run import Run
-from raypipe.stages.extrapolate.fidelity_file import search_notes
+from raypipe.stages.extrapolate.fidelity_file import NO_SEARCH, search_notes, search_of
 from raypipe.stages.extrapolate.measured import read_samples
 from raypipe.stages.extrapolate.stage import ScoreActor, _pool
 
@@ -68,4 +68,16 @@ def test_scores_are_the_same_with_neighbours_from_a_gpu(
     worker = WorkerContext(run.config(), run.uri, 1, gpu=True)
     result = ScoreActor(worker)(fragment, read_samples(run.config(), run.uri, fragment))
     assert storage.read_table(file).equals(expected)
-    assert sum(searched) == len(expected) == result.samples and result.gpu_seconds > 0
+    assert len(expected) == result.samples and result.gpu_seconds > 0
+    assert sum(searched) == 2 * len(expected), "for the predictions and for their doubt"
+
+
+def test_an_extrapolator_without_neighbours_has_no_search(tmp_path: Path) -> None:
+    file = f"{tmp_path}/model.json"
+    cases: list[dict[str, object]] = [{}, {"search": "none"}, {"search": {"kind": "exact"}}]
+    for stored in cases:
+        storage.write_json(file, stored)
+        assert search_notes(search_of(file), []) == [] and search_of(file) == NO_SEARCH
+    search = {"kind": "exact", "recall": 1.0, "note": "slow"}
+    storage.write_json(file, {"search": search})
+    assert search_of(file) == search

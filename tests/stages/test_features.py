@@ -62,6 +62,16 @@ def test_a_table_is_joined_by_id_and_what_is_missing_is_known(tmp_path: Path) ->
     np.testing.assert_array_equal(found, expected)
 
 
+def test_an_empty_embedding_is_not_usable(tmp_path: Path) -> None:
+    folder = tmp_path / "table"
+    folder.mkdir()
+    rows = {"sample_id": IDS[:3], "embedding": [[], [1.0, 2.0], []]}
+    pq.write_table(pa.table(rows), folder / "a.parquet")
+    found, usable = _opened(Run(f"{tmp_path}/run"), folder).read(IDS[:3])
+    assert usable.tolist() == [False, True, False]
+    assert found.tolist() == [[0, 0], [1, 2], [0, 0]]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -73,6 +83,7 @@ def test_a_table_is_joined_by_id_and_what_is_missing_is_known(tmp_path: Path) ->
         ),
         ({"sample_id": ["a", "b"], "embedding": [[1.0], [2.0, 1.0]]}, "of length 2 and 1; all"),
         ({"sample_id": ["a"], "embedding": pa.array([None], pa.list_(pa.float32()))}, "no row has"),
+        ({"sample_id": ["a"], "embedding": pa.array([[]], pa.list_(pa.float32()))}, "no row has"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line(
@@ -126,10 +137,26 @@ def test_embeddings_side_by_side_have_the_same_spread(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["embed.model=none"], "none leaves no embeddings; set embed.from"),
-        (["embed.model=dino"], "'dino' is not one of proxy, none, torchvision:NAME, timm:NAME"),
+        (
+            ["embed.model=dino"],
+            "'dino' is not allowed: choose one of proxy, none, torchvision:NAME, timm:N",
+        ),
         (["embed.model=timm:x", "embed.decode=gpu"], "decoded on CPUs; set it to cpu"),
         (
-            ["embed.from=x", "measure.scores=[el2n]", "measure.el2n.at=trajectory"],
+            ["embed.weights=w.safetensors"],
+            "weights: has an effect only with a network in embed.model, now proxy",
+        ),
+        (
+            ["embed.model=none", "embed.from=x", "embed.image_size=32"],
+            "image_size: has an effect only with a network in embed.model, now none",
+        ),
+        (
+            [
+                "embed.from=x",
+                "measure.scores=[el2n]",
+                "measure.el2n.at=trajectory",
+                "extrapolate.method=gnn",
+            ],
             "a rehearsal works with the embeddings of the proxy alone",
         ),
     ],

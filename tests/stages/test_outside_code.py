@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import QUIET, small_config
 
+from raypipe.config import Config
 from raypipe.distributed.code_identity import code_identity
 from raypipe.distributed.context import Context
 from raypipe.distributed.outside_code import changes, of_stage
 from raypipe.errors import ConfigError
-from raypipe.pipeline import STAGE_NAMES, make_stage
+from raypipe.pipeline import STAGE_NAMES, advance, make_stage
 from raypipe.plugins import code_allowed
 from raypipe.runs.ledger import StageRecord, fingerprint
 from raypipe.runs.run import Run
+from raypipe.stages.base import Stage
 
 MODULE = "code_of_stages"
 CODE = """
@@ -165,3 +168,29 @@ def test_the_code_of_an_installed_package_counts_by_its_version() -> None:
     assert code_identity(yaml.safe_load) == code_identity(yaml.safe_load)
     assert code_identity(yaml.safe_load).hash != code_identity(yaml.safe_dump).hash
     assert code_identity(pydantic.BaseModel).unseen == ()
+
+
+def test_a_setting_that_fails_after_the_start_is_not_one_of_which_nothing_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(Stage):
+        name = "embed"
+
+        def settings(self, config: Config) -> dict[str, Any]:
+            return {}
+
+        def complete(self, context: Context, record: StageRecord) -> bool:
+            return False
+
+        def execute(self, context: Context, record: StageRecord) -> None:
+            raise ConfigError("source.transform: mine:f returned float64; expected uint8")
+
+    run, records = Run(f"{tmp_path}/run"), dict[str, StageRecord]()
+    context = Context(small_config(run.uri), run, QUIET)
+    monkeypatch.setattr("raypipe.pipeline.of_stage", lambda name, code: {"mine:f": "1"})
+    with pytest.raises(ConfigError) as caught:
+        advance(Fails(), context, records)
+    # so that the next run names the code that was corrected
+    assert records["embed"].detail["code"] == {"mine:f": "1"}
+    assert caught.value.exit_code == 1 and ConfigError("other").exit_code == 2
+    assert records["embed"].state == "failed"

@@ -22,7 +22,9 @@ from raypipe import storage
 from raypipe.config import Config
 from raypipe.distributed.actor_pool import WorkerContext
 from raypipe.distributed.cluster import TrainingResources
+from raypipe.distributed.preemption import DrainWatch
 from raypipe.errors import StageError
+from raypipe.proxies.networks import new_proxy
 from raypipe.runs.checkpoints import load_checkpoint
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.manifests import EpochRecord, ProxyManifest, SeedManifest
@@ -35,6 +37,8 @@ from raypipe.stages.measure.gradient_job import GradientFolders, GradientJob, ne
 from raypipe.stages.measure.gradients import GradientActor, read_shard
 from raypipe.stages.proxy import stage as proxy_stage
 from raypipe.stages.proxy import worker
+from raypipe.stages.proxy.resume import ResumeFolder
+from raypipe.stages.proxy.save_clock import SAVE_SECONDS, Pause, SaveClock, SoloSaveClock
 from raypipe.vision.adversarial import attack
 from raypipe.vision.output_statistics import output_statistics
 
@@ -85,9 +89,9 @@ def _train(run: Run, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Trainer:
         def __init__(self, loop: Any, train_loop_config: dict[str, Any], **_: object) -> None:
-            self.fit = lambda: loop(train_loop_config)
+            self.fit = lambda: SimpleNamespace(return_value=loop(train_loop_config))
 
-    monkeypatch.setattr("raypipe.distributed.ray_train.InterruptibleTrainer", Trainer)
+    monkeypatch.setattr("raypipe.distributed.worker_group.InterruptibleTrainer", Trainer)
     part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
     # with 1 worker, Ray Train's local mode would run
     resources = TrainingResources(workers=2, gpu=False, cpus=1, side_by_side=1)
@@ -162,6 +166,124 @@ def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(
         file: storage.read_bytes(storage.join(folder, file))
         for file in sorted(storage.names(folder))
     } == whole
+
+
+def _written(run: Run) -> tuple[dict[str, bytes], list[EpochRecord]]:
+    """Checkpoints and trajectories of a training, and its epochs without their seconds."""
+    files = {
+        f"{folder}/{file}": storage.read_bytes(run.path("proxy", folder, file))
+        for folder in ("checkpoints", "trajectory")
+        for file in storage.names(run.path("proxy", folder))
+    }
+    return files, [replace(epoch, cpu_seconds=0.0) for epoch in EpochRecord.read_all(run)]
+
+
+@pytest.mark.parametrize("trajectory", ["train", "eval"])
+def test_a_training_moves_and_dies_within_epochs_and_every_byte_stays_the_same(
+    alone: Run, monkeypatch: pytest.MonkeyPatch, trajectory: str
+) -> None:
+    """Six batches an epoch, and six more where they are evaluated; the network has dropout."""
+
+    def with_dropout(*arguments: Any) -> torch.nn.Module:
+        network = new_proxy(*arguments)
+        last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
+        last.register_forward_pre_hook(lambda _, x: (F.dropout(x[0], 0.5, network.training),))
+        return network
+
+    monkeypatch.setattr(worker, "new_proxy", with_dropout)
+    config = small_config(
+        alone.uri,
+        "proxy.epochs=3",
+        "proxy.checkpoints=3",
+        "proxy.batch_size=8",
+        f"proxy.trajectory={trajectory}",
+    )
+    _train(alone, config, monkeypatch)
+    whole = _written(alone)
+    assert len(whole[0]) == 6 and not storage.names(alone.path("proxy", "resume"))
+    storage.delete(alone.path("proxy"))
+    done: list[int] = []
+
+    class Killed(Exception):
+        pass
+
+    def after_round(_: Any) -> Pause:
+        done.append(len(done) + 1)
+        pause = plan.get(len(done), Pause.NONE)
+        if pause is None:
+            raise Killed
+        return pause
+
+    last = 11 if trajectory == "eval" else 5  # rounds of an epoch after which it can pause
+    plan: dict[int, Pause | None] = {
+        2: Pause.SAVE,
+        3: Pause.MOVE,
+        5: None,
+        last + 4: Pause.SAVE,
+        2 * last + 1: Pause.MOVE,
+    }
+    monkeypatch.setattr(SaveClock, "after_round", after_round)
+    with pytest.raises(StageError):
+        _train(alone, config, monkeypatch)
+    assert len(storage.names(alone.path("proxy", "resume"))) == 3  # two parts and the last state
+    _train(alone, config, monkeypatch)
+    assert len(done) == 3 * last + 2, "the two rounds after the last saved state are repeated"
+    assert _written(alone) == whole
+    assert not storage.names(alone.path("proxy", "resume"))
+
+
+def test_a_state_is_complete_when_every_worker_has_all_parts_of_it(tmp_path: Path) -> None:
+    folder = ResumeFolder(str(tmp_path), 0, 2)
+    assert folder.latest(3) == 0
+    for name in ("0003-000000-000005-0", "0003-000000-000005-1", "0003-000005-000009-0"):
+        (tmp_path / f"{name}-of-2.safetensors").touch()
+    assert folder.latest(3) == 0, "parts without a state"
+    for name in ("0003-000005", "0003-000009", "0002-000020"):
+        (tmp_path / f"{name}-of-2.safetensors").touch()
+    assert folder.latest(3) == 5, "the ninth round of worker 1 is missing"
+    (tmp_path / "0003-000007-000009-1-of-2.safetensors").touch()
+    assert folder.latest(3) == 5, "rounds 6 and 7 of worker 1 are missing"
+    (tmp_path / "0003-000005-000007-1-of-2.safetensors").touch()
+    assert folder.latest(3) == 9
+    assert ResumeFolder(str(tmp_path), 0, 3).latest(3) == 0, "another number of workers"
+
+
+def test_a_training_saves_after_a_while_and_moves_when_its_node_goes(
+    alone: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("raypipe.stages.proxy.save_clock.time.monotonic", lambda: now[0])
+    drain = DrainWatch()
+    clock = SaveClock(0, torch.device("cpu"), drain)
+    saved = []
+    for _ in range(600):
+        now[0] += 0.1
+        if clock.after_round() is Pause.SAVE:
+            saved.append(now[0])
+            clock.saved()
+    assert len(saved) == 2 and SAVE_SECONDS <= saved[0] < SAVE_SECONDS + 1.2
+    assert SAVE_SECONDS <= saved[1] - saved[0] < SAVE_SECONDS + 1.2
+    drain.announced = True
+    pauses = []
+    while Pause.MOVE not in pauses:
+        now[0] += 0.1
+        pauses.append(clock.after_round())
+    assert len(pauses) <= 12
+
+
+def test_a_training_of_one_process_saves_when_its_node_is_announced_to_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("raypipe.stages.proxy.save_clock.time.monotonic", lambda: now[0])
+    drain = DrainWatch()
+    clock, saved = SoloSaveClock(drain), []
+    for second in range(60):
+        now[0] = float(second)
+        drain.announced = second >= 40
+        if clock.is_due():
+            saved.append(second)
+    assert saved == [25, 40]
 
 
 @pytest.mark.parametrize("trajectory", ["train", "eval"])

@@ -131,6 +131,8 @@ def test_the_words_count_the_reasons_and_say_what_helps() -> None:
         "without these samples: set source.max_reject_fraction to more than 0.17; finished work is kept"
     )
     assert error.value.exit_code == 1
+    with pytest.raises(RejectError, match="Fix the source and rerun; finished work is kept"):
+        counter(0.01, 5000, [(600, 600)]).check()
 
 
 def test_kinds_of_reasons() -> None:
@@ -146,6 +148,7 @@ def test_kinds_of_reasons() -> None:
         reason_kind("../a b/x.png: a link or special file")
         == "../a b/x.png: a link or special file"
     )
+    assert reason_kind("source.transform: KeyError: 7") == "source.transform: KeyError: N"
     assert reason_kind("../x.png: a link or special file") == "a link or special file"
     assert (
         reason_kind("duplicate id: also in a/b-1.parquet") == "duplicate id: also in another file"

@@ -30,6 +30,8 @@ def one_part_config(uri: str) -> Config:
         *REPEATS,
         "measure.scores=[aum, moso]",
         "extrapolate.score=aum",
+        "extrapolate.method=gnn",
+        "extrapolate.folds=1",
         "embed.dtype=float32",
     )
 

@@ -24,6 +24,7 @@ from raypipe.runs.score_stream import read_ids, unknown_id_notes
 from raypipe.selection import STRATEGIES, near_duplicates
 from raypipe.sources.id_sampling import in_sample
 from raypipe.stages.select import near_duplicates as cluster_by_cluster
+from raypipe.stages.select.options import refuse_unused_options
 from raypipe.stages.select.recall import held_out_recall
 from raypipe.stages.select.stage import SelectStage, make_keep_lists, write_keep_lists
 
@@ -425,6 +426,29 @@ def test_scores_from_tables_have_neither_losses_nor_embeddings(run: Run) -> None
     assert write_keep_lists(
         run, SelectSettings(strategy="ccs", difficulty="score", keep=(0.5,))
     ) == {"keep-0.50.parquet": 100}
+
+
+@pytest.mark.parametrize("line", ['"{}"', "{},why", '["{}", "x"]', "  {}"])
+def test_lists_whose_lines_hold_more_than_an_id_are_refused(
+    run: Run, tmp_path: Path, line: str
+) -> None:
+    write_keep_lists(run, SelectSettings(strategy="top", keep=(0.5,)))
+    some_id = kept(run)[0]
+    (tmp_path / "never.txt").write_text(line.format(some_id) + "\n", encoding="utf-8")
+    settings = SelectSettings(strategy="top", keep=(0.5,), never_keep=f"{tmp_path}/never.txt")
+    with pytest.raises(ConfigError, match=f"contains {some_id!r}; write one id a line"):
+        write_keep_lists(run, settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    [("random", "hard_cutoff"), ("top", "beta_exponent"), ("ccs", "easy_fraction")],
+)
+def test_options_of_other_strategies_are_refused(strategy: str, option: str) -> None:
+    settings = SelectSettings(strategy=strategy)
+    with pytest.raises(ConfigError, match=f"select.{option} has no effect on .* {strategy}"):
+        refuse_unused_options(settings, {option, "keep", "seed"})
+    refuse_unused_options(SelectSettings(strategy="auto"), {option})
 
 
 def test_the_command_line_has_every_option(

@@ -19,7 +19,7 @@ from raypipe.stages.measure.trajectories import (
     read_trajectory,
     score_rows,
 )
-from raypipe.stages.proxy.worker import predictions, write_trajectory
+from raypipe.stages.proxy.predictions import predictions, write_trajectory
 
 EPOCHS, SAMPLES, CLASSES = 13, 90, 7
 OPTIONS: dict[str, dict] = {name: {} for name, info in SCORES.items() if info.needs == "trajectory"}

@@ -1,4 +1,4 @@
-"""The proxy on 1, 2 and 4 workers: the same network and seed scores up to rounding."""
+"""The proxy on 1, 2 and 3 workers: the same network and seed scores up to rounding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ from safetensors.torch import load
 from torch.nn.parallel import DistributedDataParallel
 
 from raypipe import storage
+from raypipe.config import proxy
 from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
 from raypipe.stages.proxy import worker
 
 SAMPLES, EPOCHS, SIZE = 150, 3, 8
-"""In batches of 50, the shares of 4 workers are unequal."""
-PLAIN, ADVERSARIAL = "null", "{iterations: 2}"
+"""In batches of 50, the shares of 3 workers are unequal."""
+PLAIN, ADVERSARIAL, RESIZING = (
+    "proxy.progressive_resizing=false",
+    "proxy.adversary={iterations: 2}",
+    "proxy.progressive_resizing=true",
+)
 
 
 def _drawn(uri: str) -> None:
@@ -54,8 +59,8 @@ def _drawn(uri: str) -> None:
 def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> None:
     """Be Ray Train's worker of this rank in one training after the other."""
     torch.set_num_threads(1)
-    for world, adversary in trainings:
-        training = f"{world}-{adversary}"
+    for world, change in trainings:
+        training = f"{world}-{change}"
         if rank >= world:
             continue
         context = SimpleNamespace(
@@ -66,6 +71,7 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
         replaced: dict[tuple[Any, str], Any] = {
             (worker.ray.train, "get_context"): lambda context=context: context,
             (worker.ray.train, "report"): lambda metrics: None,
+            (proxy, "SMALLEST_SIZE"): 4,
             (worker, "get_device"): lambda: torch.device("cpu"),
             (worker, "prepare_model"): lambda model, _, world=world: (
                 DistributedDataParallel(model) if world > 1 else model
@@ -81,12 +87,12 @@ def _work(rank: int, folder: str, trainings: tuple[tuple[int, str], ...]) -> Non
             f"proxy.epochs={EPOCHS}",
             "proxy.batch_size=50",
             "proxy.checkpoints=1",
-            f"proxy.adversary={adversary}",
+            change,
         )
         config = small_config(run.uri, *changes)
         part = SeedPart(0, 1, 0, SAMPLES, (SAMPLES,))
         job = worker.TrainingJob(config.proxy, run.uri, part, False, 1, "key")
-        worker.train_worker(job.as_arguments())
+        worker.train(job)
         distributed.destroy_process_group()
 
 
@@ -108,28 +114,36 @@ def _trained(uri: str, world: int) -> tuple[dict[str, torch.Tensor], np.ndarray]
 
 
 def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path) -> None:
-    trainings = ((1, PLAIN), (2, PLAIN), (4, PLAIN), (1, ADVERSARIAL), (2, ADVERSARIAL))
-    for world, adversary in trainings:
-        _drawn(f"{tmp_path}/over-{world}-{adversary}")
-    spawn = multiprocessing.get_context("spawn")
+    kinds = ((PLAIN, (1, 3)), (ADVERSARIAL, (1, 2)), (RESIZING, (1, 2)))
+    trainings = tuple((world, kind) for kind, worlds in kinds for world in worlds)
+    for world, change in trainings:
+        _drawn(f"{tmp_path}/over-{world}-{change}")
+    workers = multiprocessing.get_context("forkserver")  # it imports torch and Ray once for all
+    # DistributedDataParallel imports the compiler
+    workers.set_forkserver_preload([__name__, "torch._dynamo"])
     processes = [
-        spawn.Process(target=_work, args=(rank, str(tmp_path), trainings), daemon=True)
-        for rank in range(4)
+        workers.Process(target=_work, args=(rank, str(tmp_path), trainings), daemon=True)
+        for rank in range(3)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(250)
         assert process.exitcode == 0
-    (alone, scores), *others, attacked, attacked_by_two = (
-        _trained(f"{tmp_path}/over-{world}-{adversary}", world) for world, adversary in trainings
-    )
+    results = {
+        (world, kind): _trained(f"{tmp_path}/over-{world}-{kind}", world)
+        for world, kind in trainings
+    }
+    (_, scores), attacked, resized = (results[1, kind] for kind, _ in kinds)
+    assert np.abs(resized[1] - scores).max() > 0.1
+    attacked_by_two = results[2, ADVERSARIAL]
     assert attacked[1].mean() > scores.mean() + 0.005
     # a gradient near 0 can have another sign, which moves a pixel by a whole step
     np.testing.assert_allclose(attacked_by_two[1], attacked[1], atol=0.01)
-    for weights, found in others:
+    for world, kind in ((3, PLAIN), (2, RESIZING)):
+        (expected, expected_scores), (weights, found) = results[1, kind], results[world, kind]
         # single precision: another order of the samples of a batch changes them as much
-        for name, value in alone.items():
+        for name, value in expected.items():
             torch.testing.assert_close(
                 weights[name],
                 value,
@@ -137,5 +151,7 @@ def test_the_number_of_workers_changes_no_more_than_rounding_does(tmp_path: Path
                 atol=0.02,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
-        np.testing.assert_allclose(found, scores, atol=0.01)  # EL2N lies between 0 and 1.41
+        np.testing.assert_allclose(
+            found, expected_scores, atol=0.01
+        )  # EL2N lies between 0 and 1.41
     assert scores.std() > 0.05

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from helpers import QUIET, by_id, digit_pngs
 from nights import in_process
 
 import raypipe
 from raypipe import storage
 from raypipe.cli import main
+from raypipe.config.evaluate import EvaluateSettings
 from raypipe.errors import ConfigError, RunError, SourceError
+from raypipe.evaluation.lists import origins
+from raypipe.keeplists.compare import compare_runs
 from raypipe.nightly import run_night
 from raypipe.report import build
 from raypipe.runs.run import Run
@@ -120,6 +124,18 @@ def test_report_and_export_work_as_for_any_run(
     paths = sorted(f"{path.parent.name}/{path.name}" for path in Path(images).rglob("*.png"))
     rows = json.loads(Path(f"{tmp_path}/rows.json").read_text())["indices"]
     assert {paths[row] for row in rows} == set(kept[1].ids)  # as torchvision numbers them
+    # an evaluation names the score of the tables, not that of the default settings
+    ids = [pa.array(kept[1].ids)]
+    (origin,) = origins(Run(run), Run(run).config(), EvaluateSettings(), ids)
+    assert origin.score == "score"
+    (origin,) = origins(Run(run), Run(run).config(), EvaluateSettings(beside=[run]), ids)[1:]
+    assert origin.score == "score"
+    # of settings, those that mean something are compared
+    changed = yaml.safe_load(storage.read_bytes(Run(out).config_file))
+    changed["proxy"] = {"image_size": 16}
+    storage.write_bytes(Run(out).config_file, yaml.safe_dump(changed).encode())
+    compared = compare_runs(Run(out), Run(run)).settings
+    assert "source.uri" in compared and not any("proxy" in name for name in compared)
     # a second call has nothing to do
     before = storage.read_bytes(Run(run).ledger_file)
     raypipe.attach(out, images, run, overrides=["source.fragment_samples=50"], progress=QUIET)

@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe.errors import SourceError
-from raypipe.tables.reader import ProblemCounts, plan_embeddings, read_batches, read_scores
+from raypipe.tables.reader import (
+    ProblemCounts,
+    plan_embeddings,
+    read_batches,
+    read_ids,
+    read_scores,
+)
 
 VECTORS = [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
 
@@ -87,6 +93,7 @@ def test_scores(tmp_path: Path, scores: pa.Array) -> None:
         (pa.array([Decimal(3), Decimal(1), None], pa.decimal128(9, 0)), [3, 1, None]),
         (pa.array(["cat", "dog", None], pa.string_view()), ["cat", "dog", None]),
         (pa.array(["cat", "dog", None]).dictionary_encode(), ["cat", "dog", None]),
+        (pa.array(["cat", " ", ""]), ["cat", None, None]),
     ],
 )
 def test_labels(tmp_path: Path, labels: pa.Array, expected: list[Any]) -> None:
@@ -94,3 +101,39 @@ def test_labels(tmp_path: Path, labels: pa.Array, expected: list[Any]) -> None:
     (fragment,) = plan_embeddings(uri)
     (batch,) = read_batches(fragment)
     assert batch.label.to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("log", "kind"),
+    [
+        ("_delta_log/0.json", "a Delta"),
+        ("metadata/v1.metadata.json", "an Iceberg"),
+        (".hoodie/hoodie.properties", "a Hudi"),
+    ],
+)
+def test_tables_with_earlier_versions_are_refused(tmp_path: Path, log: str, kind: str) -> None:
+    write(tmp_path / "e.parquet", sample_id=["a"], embedding=VECTORS[:1], score=[0.5])
+    (tmp_path / log).parent.mkdir()
+    (tmp_path / log).write_text("{}")
+    message = f"{kind} table .* write its current version as Parquet, or name"
+    with pytest.raises(SourceError, match=message):
+        plan_embeddings(str(tmp_path))
+    with pytest.raises(SourceError, match=message):
+        read_scores(str(tmp_path), "score", ProblemCounts())
+    assert len(plan_embeddings(f"{tmp_path}/*.parquet")) == 1
+
+
+def test_labels_padded_with_zero_bytes_are_refused(tmp_path: Path) -> None:
+    labels = ["cat", "dog\0\0", "cat"]
+    uri = write(tmp_path / "e.parquet", sample_id=list("abc"), embedding=VECTORS, label=labels)
+    with pytest.raises(SourceError, match=r"'label' has control characters, such as in 'dog\\x00"):
+        embeddings(uri)
+    with pytest.raises(SourceError, match="control characters"):
+        [labels for fragment in plan_embeddings(uri) for *_, labels in read_ids(fragment)]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.NPY", "a.jsonl"])
+def test_tables_of_other_formats_come_with_a_remedy(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("sample_id,score\na,1\n")
+    with pytest.raises(SourceError, match="is not read; write the table as Parquet"):
+        read_scores(f"{tmp_path}/{name}", "score", ProblemCounts())

@@ -185,7 +185,7 @@ class Words(Middle):
         (QuotasTooLong, r"QuotasTooLong: .*quotas is int64 \[2\]; expected int64 \[1\]"),
         (_by(Doubled()), r"ByDoubled: .*key is uint32 \[256\]; expected uint32 \[128\]"),
         (_by(GroupSeven()), "ByGroupSeven: .*groups from 7 to 7; expected -1 to 0"),
-        (Words, "Words: cutting a list .*Words failed"),
+        (Words, r"Words: cutting a list .*preference has the type <U4; expected float32"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

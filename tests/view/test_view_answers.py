@@ -110,6 +110,18 @@ def test_kept_is_what_the_list_holds_stored_or_not(
     assert not kept & pruned
 
 
+def test_a_list_that_was_cut_again_is_read_again(run: Run, answers: Answers) -> None:
+    def stored() -> set[str]:
+        table = storage.read_table(run.keep_list("keep-0.50.parquet"))
+        return set(table["sample_id"].to_pylist())
+
+    before = set(ids(answers, keep=0.5, kept="kept"))
+    assert before == stored()
+    select(run.uri, 0.5, "random", seed=7)
+    assert stored() != before
+    assert set(ids(answers, keep=0.5, kept="kept")) == stored()
+
+
 def test_a_list_cut_for_the_page_goes_by_its_marks(run: Run, tmp_path: Path) -> None:
     answers = Answers(run, never=str(tmp_path / "never.txt"))
     first = answers.search({"keep": "0.42", "kept": "kept", "sort": "highest"})["samples"][0]
@@ -247,6 +259,11 @@ def test_files_that_hold_anything_else_are_refused(run: Run, tmp_path: Path) -> 
     image.write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ConfigError, match="neither UTF-8 text"):
         Answers(run, str(image))
+    damaged = tmp_path / "always.parquet"
+    pq.write_table(pa.table({"sample_id": ["a"]}), damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=rf"^--always-keep: {damaged}: "):
+        Answers(run, str(damaged))
     with pytest.raises(ConfigError, match="has other columns than sample_id"):
         Answers(run, run.keep_list("keep-0.30.parquet"))
     shared = tmp_path / "shared.txt"

@@ -62,6 +62,9 @@ def test_search_open_and_mark_by_mouse_and_by_keys(
         with chromium.Page(server.address, 1280) as page:
             by_mouse(page, never)
             by_keys(page, never)
+            reset_and_input_at_once(page)
+            page_that_marks_leave_empty(page)
+            sample_whose_answer_is_late(page)
             for width in (390, 1280):
                 page.call(
                     "Emulation.setDeviceMetricsOverride",
@@ -120,3 +123,48 @@ def by_keys(page: chromium.Page, never: Path) -> None:
     press(page, "/")
     assert page.evaluate("document.activeElement.name") == "text"
     assert len(never.read_text().splitlines()) == 1
+
+
+def reset_and_input_at_once(page: chromium.Page) -> None:
+    """Two searches would race: the second could take back a page that was turned after the first."""
+    page.evaluate(
+        "(() => { const real = window.fetch; window.searches = 0; window.fetch = (...given) => {"
+        "if (String(given[0]).includes('api/samples?')) window.searches += 1;"
+        "return real(...given); }; })()"
+    )
+    page.evaluate(
+        "(() => { document.querySelector('form').reset();"
+        "const e = document.querySelector('[name=mark]'); e.value = 'none';"
+        "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+    )
+    until(page, "document.querySelector('#status').textContent.startsWith('198 ')")
+    time.sleep(0.3)
+    assert page.evaluate("window.searches") == 1
+
+
+def page_that_marks_leave_empty(page: chromium.Page) -> None:
+    for first in (61, 121, 181):
+        page.evaluate("document.querySelector('#next').click()")
+        until(page, f"document.querySelector('#page').textContent.startsWith('{first}–')")
+    for name in ("choose-page", "never"):
+        page.evaluate(f"document.querySelector('#{name}').click()")
+    until(page, "document.querySelector('#page').textContent == '121–180'")
+    assert page.evaluate("document.querySelectorAll('#grid figure').length") == 60
+
+
+def sample_whose_answer_is_late(page: chromium.Page) -> None:
+    page.evaluate(
+        "(() => { const real = window.fetch; let first = true; window.fetch = async (...given) => {"
+        "const answer = await real(...given);"
+        "if (first && String(given[0]).includes('api/sample?')) { first = false;"
+        "await new Promise(done => setTimeout(done, 300)); setTimeout(() => { window.late = 1 }); }"
+        "return answer; }; })()"
+    )
+    page.evaluate("(() => { detail(0); detail(1); })()")
+    until(page, "document.querySelectorAll('#similar img').length == 12")
+    shown = page.evaluate("document.querySelector('#detail-id').textContent")
+    until(page, "window.late")
+    time.sleep(0.1)
+    assert page.evaluate("document.querySelector('#detail-id').textContent") == shown
+    press(page, "Escape")
+    until(page, "!document.querySelector('#detail').open")

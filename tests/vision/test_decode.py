@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from raypipe.vision.decode import BadImage, decode, decode_batch, encode_thumbnail
+from raypipe.vision.decode import BadImage, decode, decode_batch, decode_sizes, encode_thumbnail
 
 LIMIT = 10_000_000
 # pytest shows warnings that the module silences
@@ -291,6 +291,23 @@ def test_a_batch_holds_zeros_and_a_reason_for_each_bad_image() -> None:
     assert np.array_equal(pixels[4], samples[4].image.transpose(2, 0, 1))  # type: ignore[union-attr]
     empty, none = decode_batch([], 8, LIMIT)
     assert empty.shape == (0, 3, 8, 8) and none == []
+
+
+def test_a_sample_that_lacks_one_of_several_sizes_is_rejected() -> None:
+    samples = [Sample(noise(16, 16, number)) for number in range(3)]
+    calls = iter(range(6))
+
+    def transform(image: np.ndarray, channels: int | None) -> np.ndarray:
+        if next(calls) == 3:  # the second size of the second sample
+            raise ValueError("no such window")
+        return image
+
+    (small, large), reasons = decode_sizes(samples, [8, 16], LIMIT, transform=transform)
+    assert reasons[::2] == ["", ""] and "no such window" in reasons[1]
+    assert small[0].any() and small[2].any() and not small[1].any() and not large[1].any()
+    alone, _ = decode_batch(samples, 8, LIMIT)
+    np.testing.assert_array_equal(small[2], alone[2])
+    np.testing.assert_array_equal(large[2], decode_batch(samples, 16, LIMIT)[0][2])
 
 
 def test_samples_that_are_read_one_by_one_are_not_held() -> None:

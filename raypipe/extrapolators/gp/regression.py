@@ -48,6 +48,7 @@ from raypipe.extrapolators.gp.marginal_likelihood import (
     MarginalLikelihood,
 )
 from raypipe.vision.devices import padded
+from raypipe.vision.optimizers import plain
 
 LIKELIHOOD_ROWS = 600
 """Scored samples whose marginal likelihood the constants maximise."""
@@ -421,7 +422,7 @@ class KernelRegression:
         self._units = self._learn_units(points)
         likelihood = self._marginal_likelihood(points, z)
         constants = INITIAL_CONSTANTS.logarithms()
-        optimizer = torch.optim.Adam([constants], LEARNING_RATE)
+        optimizer = plain(torch.optim.Adam)([constants], LEARNING_RATE)
         best_loss, self._constants = math.inf, constants.clone()
         for _ in range(STEPS):
             evaluated = likelihood(constants)

@@ -39,6 +39,7 @@ from raypipe.extrapolators.base import Nodes, TransductiveExtrapolator
 from raypipe.extrapolators.features import Bounds
 from raypipe.extrapolators.neighbours import NeighbourIndex, SearchQuality
 from raypipe.progress import ProgressCallback
+from raypipe.vision.optimizers import plain
 
 HIDDEN = (512, 256)
 FAN_OUT = 10
@@ -173,7 +174,7 @@ class GnnPublished(TransductiveExtrapolator):
         self, rows: Tensor, held: Tensor, target: Tensor, progress: ProgressCallback | None
     ) -> None:
         """Fit the network to `rows` and leave it at its best epoch on `held`."""
-        optimizer = torch.optim.Adam(self._net.parameters(), LEARNING_RATE)
+        optimizer = plain(torch.optim.Adam)(self._net.parameters(), LEARNING_RATE)
         best_pearson, weights = -np.inf, None
         for epoch in range(self.epochs):
             self._net.train()

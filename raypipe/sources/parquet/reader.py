@@ -14,7 +14,7 @@ from raypipe.sources.arrow_images import ImageOrReason, image_reader
 from raypipe.sources.arrow_types import encoded_array, id_texts, storage_array
 from raypipe.sources.columns import TableColumns, choose_columns, features_of, split_of_rows
 from raypipe.sources.hive import partition_values, with_partitions
-from raypipe.sources.splits import split_column
+from raypipe.sources.splits import split_alias, split_column
 from raypipe.sources.table_source import read_rows, row_ids
 from raypipe.sources.types import IdFilter, RawSample
 from raypipe.sources.values import damage_reason
@@ -70,7 +70,8 @@ def split_of_file(
     """
     metadata, values = parquet.metadata, set[object]()
     names = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
-    column = split_column(names, used)
+    stated = split_column(names, used)
+    column = stated or split_alias(names, used)
     if column is None:
         return ""
     for group in range(metadata.num_row_groups):
@@ -83,7 +84,8 @@ def split_of_file(
                 values.update(storage_array(batch.column(column)).unique().to_pylist())
         except Exception as error:
             on_damage(error)
-    return split_of_rows(values)
+    split = split_of_rows(values, name=column)
+    return split if stated else ""  # of other columns, several splits in one file are a problem
 
 
 def row_counts(parquet: pq.ParquetFile, size: int | None) -> list[int]:

@@ -16,7 +16,6 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raypipe.errors import SourceError
 from raypipe.sources.columns import ColumnError, Features, distinct_labels, features_of
 from raypipe.sources.hive import padded_partition, partition_values, with_partitions
 from raypipe.sources.parquet.reader import (
@@ -29,10 +28,8 @@ from raypipe.sources.parquet.reader import (
 from raypipe.sources.table_source import TableSource, reject_repeated_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, Preview, RawSample, SourceFile
 from raypipe.sources.values import damage_reason, stored_label
+from raypipe.sources.versioned import refuse_versioned_table
 from raypipe.storage import Reader
-
-LOG_OF_DELTA = "_delta_log"
-"""Folder of a Delta table that states which Parquet files belong to its current version."""
 
 
 class ParquetSource(TableSource):
@@ -44,17 +41,9 @@ class ParquetSource(TableSource):
     format = "parquet"
 
     def files(self) -> Iterator[SourceFile]:
-        self._refuse_table_format()
+        remedy = "pass ray.data.read_{}(...) to raypipe.run"
+        refuse_versioned_table(self.settings.uri, self._location, remedy)
         yield from super().files()
-
-    def _refuse_table_format(self) -> None:
-        """Raise SourceError for a Delta table, whose folder also holds rows that were deleted."""
-        if LOG_OF_DELTA in self._location.folders():
-            raise SourceError(
-                f"{self.settings.uri}: a Delta table ({LOG_OF_DELTA}), whose folder also holds "
-                "files of earlier versions; pass ray.data.read_delta(...) to raypipe.run, or set "
-                "source.uri to a pattern or list of its current files"
-            )
 
     def schema(self, path: str, stored: Reader) -> tuple[pa.Schema, Features]:
         schema = open_parquet(stored).schema_arrow

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NOT_FINITE = "its embedding is not finite"
+NOT_FINITE_FEATURES = "its embedding by embed.model is not finite"
+"""Reject reasons of a sample whose embedding by the proxy, or only that by the other network, has
+NaN or infinite values."""
+
+
 class EmbedActor:
     """Runs the last checkpoints of the proxies over whole fragments; writes their files."""
 
@@ -79,13 +85,17 @@ class EmbedActor:
         else:
             outputs = self._forward_all(ids, images, labels)
             columns, views, finite = outputs.columns, outputs.views, outputs.finite
+        by_proxy = finite
         if self._features is not None:
             own = batch["feature_image"][good] if "feature_image" in batch else images
             given = batch["given"][good] if "given" in batch else None
             columns["embedding"] = self._features(columns["embedding"], own, given)
-            finite &= np.isfinite(columns["embedding"]).all(1)
+            finite = by_proxy & np.isfinite(columns["embedding"]).all(1)
         rejects = list(zip(batch["sample_id"][~good].tolist(), reason[~good].tolist(), strict=True))
-        rejects += [(str(sample_id), "its embedding is not finite") for sample_id in ids[~finite]]
+        rejects += [
+            (str(sample_id), NOT_FINITE_FEATURES if good_proxy else NOT_FINITE)
+            for sample_id, good_proxy in zip(ids[~finite], by_proxy[~finite], strict=True)
+        ]
         if rejects:
             write_rejects(self._run, fragment, rejects)
         if views is not None:

@@ -67,9 +67,9 @@ class FeatureEmbedder:
         return np.concatenate(parts, 1)
 
 
-def prepare_features(context: Context, record: StageRecord) -> None:
+def prepare_features(context: Context, config: Config, record: StageRecord) -> None:
     """Write the index of `embed.from`, and the scale of its embeddings next to others."""
-    config, run = context.config, context.run
+    run = context.run
     if config.embed.table is None:
         return
     present = storage.names(run.path("features"))

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -41,8 +42,13 @@ from raypipe.distributed.context import Context
 from raypipe.distributed.usage import Stopwatch
 from raypipe.errors import ResourceError, StageError
 from raypipe.runs.duplicates import reject_duplicates
-from raypipe.runs.embedding_table import NO_EMBEDDING, EmbeddingTable, check_table
-from raypipe.runs.features import identity_of_features, image_size_of_features, load_features
+from raypipe.runs.embedding_table import NO_EMBEDDING, EmbeddingTable
+from raypipe.runs.features import (
+    bound_features,
+    identity_of_features,
+    image_size_of_features,
+    load_features,
+)
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.rejects import RejectCounter, hash_order, summarize_rejects, write_rejects
@@ -54,7 +60,8 @@ from raypipe.sources import Fragment, RawSample, open_source
 from raypipe.stages.base import Stage
 from raypipe.stages.embed.actor import EmbedActor
 from raypipe.stages.embed.features import prepare_features
-from raypipe.vision.decode import decode_batch
+from raypipe.stages.embed.table_check import check_embeddings
+from raypipe.vision.decode import decode_sizes
 from raypipe.vision.own_code import transform_of
 
 READERS = 16
@@ -84,7 +91,7 @@ class EmbedStage(Stage):
         if context.config.embed.network is not None:
             load_features(context.config)
         if context.config.embed.table is not None:
-            check_table(context.config.embed.table)
+            check_embeddings(context)
 
     def complete(self, context: Context, record: StageRecord) -> bool:
         fragments = context.run.fragments()
@@ -99,7 +106,7 @@ class EmbedStage(Stage):
         )
 
     def execute(self, context: Context, record: StageRecord) -> None:
-        config, run = context.config, context.run
+        config, run = bound_features(context.config), context.run
         fragments = run.fragments()
         remove_stale(run, fragments, ("embeddings", "views", "rejects"))
         readable = [fragment for fragment in fragments if not fragment.error]
@@ -113,8 +120,8 @@ class EmbedStage(Stage):
         for fragment in broken:
             reason = f"file cannot be read: {fragment.error}"
             write_rejects(run, fragment.fragment_id, [(fragment.path, reason)])
-        prepare_features(context, record)
-        _embed_missing(context, record, readable, pool)
+        prepare_features(context, config, record)
+        _embed_missing(context, config, record, readable, pool)
         expected = sum(fragment.samples for fragment in readable)
         embedded, rejects = count_rows(run, "embeddings"), count_rows(run, "rejects")
         rejected = rejects - len(broken)
@@ -135,10 +142,14 @@ class EmbedStage(Stage):
 
 
 def _embed_missing(
-    context: Context, record: StageRecord, fragments: Sequence[Fragment], pool: ActorPool
+    context: Context,
+    config: Config,
+    record: StageRecord,
+    fragments: Sequence[Fragment],
+    pool: ActorPool,
 ) -> None:
     """Embed the fragments that have no embeddings, and tally the rejects of all."""
-    config, run = context.config, context.run
+    run, worker = context.run, replace(WorkerContext.of(context, pool), config=config)
     embedded = run.done("embeddings")
     done = [fragment for fragment in fragments if fragment.fragment_id in embedded]
     missing = [fragment for fragment in fragments if fragment.fragment_id not in embedded]
@@ -166,9 +177,7 @@ def _embed_missing(
         stream(
             hash_order(missing, lambda fragment: fragment.fragment_id),
             functools.partial(_read, config, run.uri, gpu_decoding),
-            functools.partial(
-                EmbedActor, WorkerContext.of(context, pool), gpu_decoding, probe_fraction
-            ),
+            functools.partial(EmbedActor, worker, gpu_decoding, probe_fraction),
             pool,
             config.cluster.patience_seconds,
             collect,
@@ -204,10 +213,6 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
     size, max_pixels = config.proxy.image_size, config.source.max_pixels
     depth, transform = config.source.bit_depth, transform_of(config.source)
     columns: Batch = {}
-    feature_size = image_size_of_features(config)
-    if feature_size not in (None, size):
-        shape = (count, config.proxy.channels, feature_size, feature_size)
-        columns["feature_image"] = np.zeros(shape, np.uint8)
 
     def samples() -> Iterator[RawSample]:
         for sample in reject_duplicates(
@@ -216,15 +221,6 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
             ids.append(sample.sample_id)
             labels.append(classes.label_of(sample))
             if len(ids) <= count:
-                if feature_size is not None and "feature_image" in columns:
-                    columns["feature_image"][len(ids) - 1] = decode_batch(
-                        [sample],
-                        feature_size,
-                        max_pixels,
-                        bit_depth=depth,
-                        transform=transform,
-                        channels=config.proxy.channels,
-                    )[0][0]
                 yield sample
 
     if gpu_decoding:
@@ -235,15 +231,20 @@ def _read(config: Config, run_uri: str, gpu_decoding: bool, fragment: Fragment) 
         columns["image"][:] = images
         columns["jpeg_pixels"] = np.array(pixels, np.int64)
     else:
-        columns["image"], unreadable = decode_batch(
+        of_features = image_size_of_features(config)
+        sizes = {"image": size}
+        if of_features not in (None, size):
+            sizes["feature_image"] = of_features
+        pixels_of, unreadable = decode_sizes(
             samples(),
-            size,
+            list(sizes.values()),
             max_pixels,
             count,
             depth,
             transform,
             config.proxy.channels,
         )
+        columns |= dict(zip(sizes, pixels_of, strict=True))
     if len(ids) != count:
         raise StageError(
             f"{fragment.path}: {len(ids)} samples where the index counted {count}; "

@@ -28,7 +28,7 @@ from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.rehearsal import inner_run, read_rehearsal
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import PUBLISHED_SAMPLES, QUICK_FOLDS_AUDIT
-from raypipe.stages.extrapolate.fidelity_file import FidelityFile
+from raypipe.stages.extrapolate.fidelity_file import FidelityFile, search_of
 from raypipe.stages.extrapolate.fit_part import read_part_predictions
 from raypipe.stages.extrapolate.measured import FitData, PartData, ScoredSamples
 from raypipe.stages.extrapolate.model import (
@@ -272,7 +272,7 @@ def write_fidelity(config: Config, run: Run, samples: int, step: ProgressCallbac
         fidelity=figures[_deciding(judged)],
         fidelity_seed=figures["seed"],
         intervals=intervals.state(),
-        search=storage.read_json(run.model_file)["search"],
+        search=search_of(run.model_file),
         stability=_stability(config, run),
         with_extremes=extremes is not None,
     ).write(run)
@@ -302,7 +302,7 @@ def _write_cross_fit_fidelity(config: Config, run: Run) -> None:
         fidelity=figures["cross-fit"],
         fidelity_seed=figures["seed"],
         intervals=intervals.state(),
-        search=storage.read_json(run.part_model_file(0))["search"],
+        search=search_of(run.part_model_file(0)),
         stability=_stability(config, run),
         with_extremes=extremes is not None,
     ).write(run)

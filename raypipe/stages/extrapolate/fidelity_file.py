@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raypipe import storage
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 """An object as JSON holds it; it is passed on as it is, to the ledger and to other files."""
+NO_SEARCH: Json = MappingProxyType({"kind": "none", "recall": None, "note": ""})
+"""`FidelityFile.search` where no neighbours are searched."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,13 @@ class FidelityFile:
         if "scale" in self.intervals:
             return Intervals.from_state(self.intervals)
         return Conformal.from_state(self.intervals)
+
+
+def search_of(model_file: str) -> Json:
+    """Return how a fitted extrapolator searches neighbours. One from outside may not do so."""
+    search = storage.read_json(model_file).get("search")
+    fits = isinstance(search, dict) and search.keys() >= NO_SEARCH.keys()
+    return search if fits else dict(NO_SEARCH)
 
 
 def search_notes(search: Json, classes: Sequence[str]) -> list[str]:

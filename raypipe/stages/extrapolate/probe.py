@@ -23,7 +23,7 @@ from raypipe.runs.run import Run
 from raypipe.runs.score_shards import write_scores
 from raypipe.runs.unit_result import UnitResult
 from raypipe.selection.hashing import canonical_order
-from raypipe.stages.extrapolate.fidelity_file import FidelityFile
+from raypipe.stages.extrapolate.fidelity_file import NO_SEARCH, FidelityFile
 from raypipe.stages.extrapolate.measured import READERS, in_canonical_order
 from raypipe.stages.measure.outputs import OUTPUTS
 
@@ -125,7 +125,7 @@ def _write_assessment(
         fidelity=figures,
         fidelity_seed=figures,
         intervals=Intervals(None, config.extrapolate.confidence, 0, 0, (1.0,), 0.0).state(),
-        search={"kind": "none", "recall": None, "note": ""},
+        search=dict(NO_SEARCH),
         stability=stable.as_dict(),
     ).write(run)
 

@@ -26,6 +26,7 @@ def settle_classes(
     labels: frozenset[int | str],
     num_classes: int | None,
     by_name: bool = False,
+    mixed: str = "",
 ) -> tuple[ClassMap, str]:
     """Settle the classes of a run.
 
@@ -38,6 +39,8 @@ def settle_classes(
     by_name
         Whether labels are read as names (`Source.labels_by_name`), so that the source can number
         its classes in any order.
+    mixed
+        `LabelSpellings.mixed`.
 
     Returns
     -------
@@ -52,6 +55,8 @@ def settle_classes(
     """
     fixed = _fixed(run)
     if fixed is None:
+        if mixed and names is None:
+            raise SourceError(mixed)
         return class_map(names, labels, num_classes), ""
     if names is not None:
         new = [name for name in names if name not in set(fixed.names)]

@@ -83,7 +83,7 @@ class IndexStage(Stage):
             ExistingIndex(run),
             time.process_time(),
         )
-        writer = IndexWriter(run, config.source, source.labels_by_name)
+        writer = IndexWriter(run, config.source, source.labels_by_name, source.fields_in_samples)
         with context.progress.meter("index", 0, "files") as meter:
             indexing = _Indexing(self._listing or source.files(), source, existing, writer, meter)
 

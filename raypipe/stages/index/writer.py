@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +14,22 @@ from raypipe import storage
 from raypipe.config import SourceSettings
 from raypipe.errors import SourceError
 from raypipe.runs.ledger import content_hash
-from raypipe.runs.rejects import UnreadableFiles
+from raypipe.runs.rejects import SHOWN_FILES, UnreadableFiles, nothing_readable
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import INDEX_FILE_FRAGMENTS, INDEX_FILE_MEMBERS
 from raypipe.sources import ClassMap, StatedNames
-from raypipe.sources.classes import NumberSpellings, lone_classes_note
+from raypipe.sources.classes import (
+    LabelSpellings,
+    lone_classes_note,
+    names_note,
+    refuse_missing_labels,
+    sparse_classes_note,
+)
 from raypipe.sources.noise import LabelNoise, requested_noise
 from raypipe.sources.splits import SplitOfFiles
 from raypipe.stages.index.classes import settle_classes, write_classes
 from raypipe.stages.index.listing import OrderedDigest
 from raypipe.stages.index.rows import CUT_FILE_ID, SCHEMA, IndexRow, limit_samples
-
-SHOWN_PROBLEMS = 3
-"""Unreadable files that an error names."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,15 @@ class IndexWriter:
         Samples in the index so far.
     """
 
-    def __init__(self, run: Run, settings: SourceSettings, labels_by_name: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        settings: SourceSettings,
+        labels_by_name: bool,
+        fields_in_samples: bool = False,
+    ) -> None:
         self._run, self._settings, self._labels_by_name = run, settings, labels_by_name
+        self._fields_in_samples = fields_in_samples
         self._old = {name for name in storage.names(run.index_folder) if name != "classes.json"}
         self._written: set[str] = set()
         # the index file being filled
@@ -61,8 +72,8 @@ class IndexWriter:
         self._stated = StatedNames(labels_by_name)
         self._last_stated = ""
         self._split = SplitOfFiles()
-        self._spellings = NumberSpellings()
-        self._problems: list[str] = []
+        self._spellings = LabelSpellings()
+        self._problems: list[tuple[str, str]] = []
         self._tally = UnreadableFiles()
         self._counts = {"files": 0, "fragments": 0, "unreadable_files": 0, "bytes": 0}
         self.samples = 0
@@ -99,8 +110,8 @@ class IndexWriter:
         self.samples += row["stop"] - row["start"]
         if row["error"]:
             self._counts["unreadable_files"] += 1
-            if len(self._problems) < SHOWN_PROBLEMS:
-                self._problems.append(f"{row['path']}: {row['error']}")
+            if len(self._problems) < SHOWN_FILES:
+                self._problems.append((row["path"], row["error"]))
         else:
             self._counts["fragments"] += 1
             self._split.add(row["path"], row.get("split") or "")  # none in indices up to 0.2.0
@@ -145,10 +156,11 @@ class IndexWriter:
             self._flush()
         if not self.samples:
             self._run.clear("index")
-            problems = "; ".join(self._problems) or "no samples in any file"
-            raise SourceError(f"{self._settings.uri}: nothing can be read ({problems})")
+            raise SourceError(nothing_readable(self._settings.uri, self._problems))
+        if self._fields_in_samples:
+            refuse_missing_labels(self._settings, self._labels)
         classes, note = self._classes()
-        note = "; ".join(filter(None, (note, lone_classes_note(self.samples, len(classes.names)))))
+        note = "; ".join(filter(None, (note, *self._notes_on(classes))))
         noise = self._noise(classes)
         write_classes(self._run, dataclasses.replace(classes, noise=noise))
         for name in self._old - self._written:
@@ -165,6 +177,14 @@ class IndexWriter:
             detail["inject_noise"] = dataclasses.asdict(noise)
         return WrittenIndex(detail, note)
 
+    def _notes_on(self, classes: ClassMap) -> Iterator[str]:
+        """Yield warnings of labels that are probably not what they seem; some can be ""."""
+        occur = self._labels if self._stated.names is None else classes.names
+        yield lone_classes_note(self.samples, len(occur))
+        yield names_note(classes.names)
+        if self._labels and self._stated.names is None and self._settings.num_classes is None:
+            yield sparse_classes_note(self._labels, len(classes.names))
+
     def _classes(self) -> tuple[ClassMap, str]:
         """Return the classes of the run, and a note on them; without labels, clusters."""
         if self._settings.label_column is None:
@@ -175,6 +195,7 @@ class IndexWriter:
             frozenset(self._labels),
             self._settings.num_classes,
             self._labels_by_name,
+            self._spellings.mixed,
         )
 
     def _noise(self, classes: ClassMap) -> LabelNoise | None:

@@ -110,12 +110,11 @@ def _seconds(settings: PilotSettings, samples: int, image_size: int) -> float:
 
 
 def _proxy_seconds(config: Config, seed: int) -> float:
-    """Return what the training of all proxies cost."""
+    """Return what the training of all proxies costs, if all images have their full size."""
     proxy = config.proxy.for_seed_set(seed)
     images = float(proxy.repeats * proxy.passes * seed)
-    return training_seconds(
-        proxy.model, proxy.image_size, images, math.ceil(images / proxy.batch_size)
-    )
+    steps = math.ceil(images / proxy.batch_size)
+    return training_seconds(proxy.model, proxy.image_size, images, steps)
 
 
 def _rounded_up(value: float) -> float:

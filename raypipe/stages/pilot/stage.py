@@ -143,13 +143,17 @@ def _train(context: Context, record: StageRecord, plan: PilotPlan) -> None:
 def _rules(
     config: Config, run: Run, candidates: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> dict[str, ListRule]:
-    """Return how the lists are cut, by name."""
+    """Return how the lists are cut, by name.
+
+    Without `parts`: all samples here are in the seed set, and a part of it is small.
+    """
     settings = {RANDOM: random_settings(config.select)} | {
         name: settings_of_candidate(config.select, changes) for name, changes in candidates
     }
     return {
         name: ListRule(
-            section.strategy, replace(options_of(run, section), weights="none", min_per_class=0)
+            section.strategy,
+            replace(options_of(run, section), weights="none", min_per_class=0, parts=None),
         )
         for name, section in settings.items()
     }

@@ -9,15 +9,17 @@ Writes, under `proxy/`:
   float16 [classes].
 - `checkpoints/epoch-0007.safetensors`.
 - `state.safetensors`: everything needed to resume after the last finished epoch.
+- `resume/`: everything needed to resume within an epoch, written every 25 s of it and when a node
+  will be taken away (`raypipe.stages.proxy.resume`).
 - `proxy.json`: what the later stages need; written last.
 
 With `proxy.parts` above 1, such networks are trained for each part of the seed set
 (`raypipe.runs.partition`), on its part alone; with `proxy.repeats` above 1, several of them for
-each part. All start from other weights. Each has the first four items in its own folder, such as
+each part. All start from other weights. Each has the first five items in its own folder, such as
 `proxy/part-0/` or `proxy/part-0-repeat-1/`; `proxy.json` describes all of them. They train side by
 side as far as the cluster has room.
 
-When a worker or the driver dies, the training resumes after the last finished epoch. Batches and
+When a worker or the driver dies, the training resumes from the last saved state. Batches and
 the statistics of BatchNorm are defined over the whole seed set (or part): the number of workers
 changes the rounding of sums and nothing else.
 """
@@ -67,7 +69,14 @@ NOT_OF_THE_RESULT = {
     "keep_intermediate",
 }
 """Settings that change how fast the training is or what comes after it, but not its result."""
-UNSTATED = {"channels": 3, "repeats": 1, "weights": "none", "freeze": "none", "train": "full"}
+UNSTATED = {
+    "channels": 3,
+    "repeats": 1,
+    "weights": "none",
+    "freeze": "none",
+    "train": "full",
+    "progressive_resizing": False,
+}
 """Settings that older runs did not have, with the value that changes nothing."""
 
 
@@ -144,7 +153,8 @@ class ProxyStage(Stage):
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
         seed = SeedManifest.read(run)
-        resources = context.cluster.training_resources(config.proxy)
+        cluster = context.cluster.for_trainings(config.cluster)
+        resources = cluster.training_resources(config.proxy)
         parts = partition_seed_set(run, config.proxy.parts, config.proxy.seed, config.proxy.repeats)
         if too_few := config.proxy.too_few_steps(seed.samples):
             context.progress.say(f"note: {too_few}")
@@ -161,7 +171,8 @@ class ProxyStage(Stage):
             state.check_epochs(config.proxy.passes)
         _manifest(config, run, seed, after).write(run)
         for part in parts:
-            storage.delete(run.path(part.folder, "state.safetensors"))
+            for left in (part.state, part.resume):
+                storage.delete(run.path(left))
         record.samples = seed.samples
         record.cpu_seconds += sum(
             epoch.cpu_seconds
@@ -322,20 +333,24 @@ def _train(
     config: Config, run: Run, part: SeedPart, key: str, resources: TrainingResources
 ) -> None:
     """Train one proxy. Raises StageError when the training fails or diverges."""
-    from raypipe.distributed import ray_train
-    from raypipe.stages.proxy.worker import DIVERGED, TrainingJob, train_worker
+    from raypipe.distributed.ray_train import train
+    from raypipe.distributed.spot import training_labels
+    from raypipe.distributed.training import Training
+    from raypipe.stages.proxy.entry import train_worker
+    from raypipe.stages.proxy.training_job import DIVERGED, TrainingJob
 
     diverged = run.path(part.folder, DIVERGED)
     storage.delete(diverged)
     job = TrainingJob(config.proxy, run.uri, part, resources.gpu, resources.cpus, key)
-    ray_train.train(
+    training = Training(
         train_worker,
         job.as_arguments(),
         resources.workers,
         resources.gpu,
         resources.cpus,
-        config.proxy.max_failures,
         run.path(part.folder, "train"),
+        training_labels(config.cluster),
     )
+    train(training, config.proxy.max_failures)
     if storage.exists(diverged):
         raise StageError(storage.read_json(diverged)["reason"])

@@ -1,18 +1,14 @@
-"""Train a proxy in one worker; Ray Train calls `train_worker` when torch.distributed is ready.
+"""Train a proxy in one worker.
 
-`raypipe.stages.proxy.stage` starts it and describes the files.
+`raypipe.stages.proxy.stage` describes the files.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as distributed
@@ -22,74 +18,39 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raypipe import storage
-from raypipe.config import ProxySettings
 from raypipe.config.choices import is_own
+from raypipe.distributed.preemption import DrainWatch
 from raypipe.proxies.networks import new_proxy
 from raypipe.proxies.normalisation import input_statistics
 from raypipe.runs.initial_weights import read_weights
 from raypipe.runs.manifests import EpochRecord, SeedManifest
-from raypipe.runs.partition import SeedPart
 from raypipe.runs.run import Run
-from raypipe.scores.trajectory import STATISTICS
 from raypipe.stages.proxy.local_seed import LocalSeedSet, SeedArrays
+from raypipe.stages.proxy.predictions import (
+    BatchPredictions,
+    group_rows,
+    predictions,
+    write_trajectory,
+)
+from raypipe.stages.proxy.resume import EpochProgress, ResumeFolder
+from raypipe.stages.proxy.save_clock import Pause, SaveClock
+from raypipe.stages.proxy.training_job import DIVERGED, TrainingJob
 from raypipe.vision import training
 from raypipe.vision.adversarial import attack, starting_points
 from raypipe.vision.devices import set_threads, to_device
-from raypipe.vision.output_statistics import output_statistics
 from raypipe.vision.own_code import augmentation_of
 from raypipe.vision.sync_batchnorm import synchronize_batchnorm
 
-DIVERGED = "diverged.json"
-"""File with the reason why a training ended before its last epoch."""
-GROUP_BYTES = 64 << 20
-"""Uncompressed size of one row group of all trajectory files together.
 
-The measure stage holds one row group of each file at a time.
-"""
+def train(job: TrainingJob) -> bool:
+    """Train the proxy from its last saved state on, as one worker of several.
 
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """The training of one proxy, as its workers need to know it.
-
-    Attributes
-    ----------
-    settings : ProxySettings
-        The section `proxy` of the configuration.
-    run_uri : str
-        The run folder.
-    part : SeedPart
-        The part of the seed set to train on.
-    gpu : bool
-        Whether each worker has a GPU.
-    threads : int
-        Torch threads of a worker without a GPU.
-    key : str
-        Names this attempt of the stage; local copies of the seed set carry it.
+    Returns
+    -------
+    bool
+        Whether the training has to continue on other nodes, because one of its own will be taken
+        away. Its state is saved.
     """
-
-    settings: ProxySettings
-    run_uri: str
-    part: SeedPart
-    gpu: bool
-    threads: int
-    key: str
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Return the job as JSON values, which Ray Train passes to every worker."""
-        settings = self.settings.model_dump(mode="json")
-        return {**vars(self), "settings": settings, "part": dataclasses.asdict(self.part)}
-
-    @classmethod
-    def from_arguments(cls, arguments: dict[str, Any]) -> TrainingJob:
-        """Restore the job from `as_arguments`."""
-        settings = ProxySettings.model_validate(arguments["settings"])
-        return cls(**{**arguments, "settings": settings, "part": SeedPart(**arguments["part"])})
-
-
-def train_worker(arguments: dict[str, Any]) -> None:
-    """Train the proxy from the last finished epoch on, as one worker of several."""
-    job = TrainingJob.from_arguments(arguments)
     context = ray.train.get_context()
     if not job.gpu:
         set_threads(job.threads)
@@ -100,53 +61,31 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if first_on_node:
         local_seed.fill()
     distributed.barrier()
-    worker = ProxyTraining(
-        job, run, seed, local_seed.open(), context.get_world_rank(), context.get_world_size()
-    )
-    for epoch in range(worker.first_epoch, job.settings.passes):
-        if not worker.run_epoch(epoch):
-            break
+    moves = False
+    with DrainWatch() as drain:
+        worker = ProxyTraining(
+            job,
+            run,
+            seed,
+            local_seed.open(),
+            context.get_world_rank(),
+            context.get_world_size(),
+            drain,
+        )
+        try:
+            for epoch in range(worker.first_epoch, job.settings.passes):
+                if not worker.run_epoch(epoch):
+                    break
+        except _MovesError:
+            moves = True
     distributed.barrier()
     if first_on_node:
         local_seed.remove()
+    return moves
 
 
-@dataclass(frozen=True)
-class BatchPredictions:
-    """Predictions of n samples in one epoch, as the trajectory stores them.
-
-    Attributes
-    ----------
-    rows : np.ndarray
-        Rows of the samples in the whole seed set, int64 [n].
-    statistics : np.ndarray
-        The values named by `raypipe.scores.trajectory.STATISTICS`, float32 [n, 4].
-    probabilities : np.ndarray
-        Class probabilities, float16 [n, classes].
-    """
-
-    rows: np.ndarray
-    statistics: np.ndarray
-    probabilities: np.ndarray
-
-
-@dataclass(frozen=True)
-class TrainedEpoch:
-    """What a worker knows after the steps of one epoch.
-
-    Attributes
-    ----------
-    lr : float
-        Learning rate of the last step.
-    sums : Tensor
-        Loss and number of correct predictions, summed over this worker's samples, float32 [2].
-    predictions : list of BatchPredictions
-        Those of the training batches; empty unless `proxy.trajectory` is `train`.
-    """
-
-    lr: float
-    sums: Tensor
-    predictions: list[BatchPredictions]
+class _MovesError(Exception):
+    """A node will be taken away; the state is saved."""
 
 
 class ProxyTraining:
@@ -169,6 +108,7 @@ class ProxyTraining:
         data: SeedArrays,
         rank: int,
         workers: int,
+        drain: DrainWatch,
     ) -> None:
         self._job, self._run, self._data = job, run, data
         # epochs drawn at random are the same for all proxies
@@ -197,44 +137,58 @@ class ProxyTraining:
         # without the wrapper of data-parallel training
         self._network = self._model.module if hasattr(self._model, "module") else self._model
         self._optimizer = training.make_optimizer(self._settings, self._model)
+        self._resume = ResumeFolder(run.path(job.part.resume), rank, workers)
+        self._clock = SaveClock(rank, self._device, drain)
+        self._resumed: EpochProgress | None = None
         self.first_epoch = self._restore()
 
     def _restore(self) -> int:
-        """Restore the state after the last finished epoch. Returns the next epoch."""
+        """Restore the last saved state. Returns the epoch to begin or to continue with."""
         try:
-            data = storage.read_bytes(self._state_file)
+            state: dict[str, Tensor] | None = load(storage.read_bytes(self._state_file))
         except FileNotFoundError:
-            return 0
-        state = load(data)
-        finished = int(state.pop("epoch"))
-        training.restore_training(state, self._network, self._optimizer)
-        return finished + 1
+            state = None
+        epoch = 0 if state is None else int(state.pop("epoch")) + 1
+        # worker 0 chooses, because the others could see another state of the folder
+        chosen = torch.tensor(
+            [epoch, self._resume.latest(epoch) if self._rank == 0 else 0], device=self._device
+        )
+        distributed.broadcast(chosen, 0)
+        epoch, rounds = chosen.tolist()
+        if rounds:
+            state, self._resumed = self._resume.read(epoch, rounds)
+            self._resumed.sums = self._resumed.sums.to(self._device)
+        if state is not None:
+            training.restore_training(state, self._network, self._optimizer)
+        return epoch
 
     @property
     def _state_file(self) -> str:
-        return self._run.path(self._folder, "state.safetensors")
+        return self._run.path(self._job.part.state)
 
     def run_epoch(self, epoch: int) -> bool:
         """Train and write one epoch. Returns False when the training diverged and is over."""
-        cpu_started = time.process_time()
-        trained = self._train(epoch)
-        evaluates = self._settings.trajectory == "eval"
-        predicted = self._evaluate() if evaluates else trained.predictions
-        distributed.all_reduce(trained.sums)
-        loss, accuracy = (trained.sums / len(self._data.labels)).tolist()
+        progress, self._resumed = self._resumed or self._begin(epoch), None
+        self._cpu_started = time.process_time() - progress.cpu_seconds
+        self._train(progress)
+        if self._settings.trajectory == "eval":
+            self._evaluate(progress)
+        distributed.all_reduce(progress.sums)
+        loss, accuracy = (progress.sums / len(self._data.labels)).tolist()
+        predicted, lr = progress.predictions, self._learning_rate(epoch, self._steps_per_epoch - 1)
         if not np.isfinite(loss):
             self._record_divergence(epoch, loss)
             return False
         if predicted:
             self._write_trajectory(epoch, predicted)
-        cpu_seconds = torch.tensor([time.process_time() - cpu_started], device=self._device)
+        cpu_seconds = torch.tensor([time.process_time() - self._cpu_started], device=self._device)
         # when this returns, every worker has written its trajectory
         distributed.all_reduce(cpu_seconds)
         if self._rank == 0:
             checkpoint = self._write_checkpoint(epoch)
             EpochRecord(
                 epoch=epoch,
-                lr=trained.lr,
+                lr=lr,
                 steps=(epoch + 1) * self._steps_per_epoch,
                 loss=loss,
                 accuracy=accuracy,
@@ -247,18 +201,26 @@ class ProxyTraining:
                 cpu_seconds=cpu_seconds.item(),
             ).write(self._run, self._folder)
             self._write_state(epoch)
-        ray.train.report({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": trained.lr})
+        self._resume.clear()
+        self._clock.saved()
+        ray.train.report({"epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": lr})
         return True
 
-    def _train(self, epoch: int) -> TrainedEpoch:
-        """Take the optimiser steps of one epoch."""
-        settings, labels = self._settings, self._data.labels
+    def _begin(self, epoch: int) -> EpochProgress:
+        """Return the progress at the start of an epoch, whose random numbers are its own."""
+        seed = [self._settings.seed, self._job.part.number, epoch, self._rank]
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # for dropout
+        return EpochProgress(epoch, torch.zeros(2, device=self._device))
+
+    def _train(self, progress: EpochProgress) -> None:
+        """Take the remaining optimiser steps of an epoch."""
+        settings, labels, epoch = self._settings, self._data.labels, progress.epoch
         self._model.train()
-        sums = torch.zeros(2, device=self._device)
-        predicted: list[BatchPredictions] = []
         batches = training.epoch_batches(len(labels), settings.batch_size, settings.seed, epoch)
-        for step, batch in enumerate(batches):
-            lr = self._set_learning_rate(epoch, step)
+        for step in range(progress.rounds, len(batches)):
+            batch = batches[step]
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._learning_rate(epoch, step)
             rows = batch[self._share]
             pixels, target = self._training_batch(epoch, step, batch)
             with torch.autocast("cuda", torch.bfloat16, enabled=self._job.gpu and settings.amp):
@@ -272,29 +234,28 @@ class ProxyTraining:
             loss.backward()
             self._optimizer.step()
             with torch.no_grad():
-                sums += torch.stack(
+                progress.sums += torch.stack(
                     [
                         F.cross_entropy(logits, target, reduction="sum"),
                         (logits.argmax(1) == target).sum(),
                     ]
                 )
                 if settings.trajectory == "train":
-                    predicted.append(predictions(self._data.seed_rows[rows], logits, target))
-        return TrainedEpoch(lr, sums, predicted)
+                    progress.predictions.append(
+                        predictions(self._data.seed_rows[rows], logits, target)
+                    )
+            self._after_round(progress)
 
     @property
     def _share(self) -> slice:
         """Share of a batch that this worker takes."""
         return slice(self._rank, None, self._workers)
 
-    def _set_learning_rate(self, epoch: int, step: int) -> float:
+    def _learning_rate(self, epoch: int, step: int) -> float:
         steps = self._steps_per_epoch
-        lr = training.learning_rate(
+        return training.learning_rate(
             self._settings, epoch * steps + step, steps * self._settings.passes
         )
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        return lr
 
     def _training_batch(self, epoch: int, step: int, batch: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return this worker's augmented images of a batch, attacked where set, and labels."""
@@ -304,7 +265,7 @@ class ProxyTraining:
             own, hashes = chosen[self._share], self._data.hashes[batch[self._share]]
             chosen[self._share] = self._augmentation(own, hashes, settings.seed, epoch)
         augmented = training.augment(chosen, settings, epoch, step, self._share)
-        pixels = to_device(augmented, self._device)
+        pixels = training.shrink(to_device(augmented, self._device), settings.size_in_epoch(epoch))
         target = to_device(self._data.labels[batch[self._share]], self._device)
         if settings.adversary is not None:
             # drawn for the whole batch, like the augmentation
@@ -319,22 +280,49 @@ class ProxyTraining:
             )
         return pixels, target
 
-    def _evaluate(self) -> list[BatchPredictions]:
-        """Predict this worker's samples without augmentation, in eval mode."""
+    def _evaluate(self, progress: EpochProgress) -> None:
+        """Predict this worker's remaining samples without augmentation, in eval mode."""
         settings, data = self._settings, self._data
         self._model.eval()
-        predicted: list[BatchPredictions] = []
+        own = np.arange(self._rank, len(data.labels), self._workers)
+        batches = np.array_split(own, self._batches_of(len(own)))
         with torch.no_grad():
-            own = np.arange(self._rank, len(data.labels), self._workers)
-            for rows in np.array_split(own, max(1, len(own) // settings.batch_size)):
-                pixels, target = (
-                    to_device(array[rows], self._device) for array in (data.images, data.labels)
-                )
-                if settings.adversary is not None:
-                    pixels = attack(self._network, pixels, target, settings.adversary)
-                logits = self._network(pixels).float()
-                predicted.append(predictions(data.seed_rows[rows], logits, target))
-        return predicted
+            for batch in range(progress.rounds - self._steps_per_epoch, self._eval_rounds):
+                if batch < len(batches):
+                    rows = batches[batch]
+                    pixels, target = (
+                        to_device(array[rows], self._device) for array in (data.images, data.labels)
+                    )
+                    if settings.adversary is not None:
+                        pixels = attack(self._network, pixels, target, settings.adversary)
+                    logits = self._network(pixels).float()
+                    progress.predictions.append(predictions(data.seed_rows[rows], logits, target))
+                self._after_round(progress)
+
+    def _batches_of(self, samples: int) -> int:
+        """Return the number of batches in which a worker evaluates its samples."""
+        return max(1, samples // self._settings.batch_size)
+
+    @property
+    def _eval_rounds(self) -> int:
+        """Batches of the worker with the most samples; others can have one less."""
+        if self._settings.trajectory != "eval":
+            return 0
+        return self._batches_of(-(-len(self._data.labels) // self._workers))
+
+    def _after_round(self, progress: EpochProgress) -> None:
+        """Count a batch, and save where it is time to. Raises _MovesError if the node goes."""
+        progress.rounds += 1
+        if progress.rounds == self._steps_per_epoch + self._eval_rounds:
+            return  # the state after the epoch is saved next
+        pause = self._clock.after_round()
+        if pause is Pause.NONE:
+            return
+        progress.cpu_seconds = time.process_time() - self._cpu_started
+        self._resume.save(progress, self._state)
+        self._clock.saved()
+        if pause is Pause.MOVE:
+            raise _MovesError
 
     def _record_divergence(self, epoch: int, loss: float) -> None:
         """Write why the training is over.
@@ -373,51 +361,8 @@ class ProxyTraining:
 
     def _write_state(self, epoch: int) -> None:
         """Write everything needed to resume after this epoch."""
-        state = training.training_state(self._network, self._optimizer)
-        storage.write_bytes(self._state_file, save(state | {"epoch": torch.tensor(epoch)}))
+        state = self._state() | {"epoch": torch.tensor(epoch)}
+        storage.write_bytes(self._state_file, save(state))
 
-
-def predictions(rows: np.ndarray, logits: Tensor, target: Tensor) -> BatchPredictions:
-    """Return what the trajectory stores of a batch.
-
-    The statistics are computed from the logits, before float16 rounds the probabilities.
-    """
-    statistics = output_statistics(logits, target)
-    return BatchPredictions(
-        rows,
-        torch.stack([statistics[name] for name in STATISTICS], 1).cpu().numpy(),
-        logits.softmax(1).half().cpu().numpy(),
-    )
-
-
-def group_rows(classes: int, epochs: int, workers: int) -> int:
-    """Return the number of rows in a row group of a trajectory file."""
-    return max(64, GROUP_BYTES // (2 * classes * epochs * workers))
-
-
-def write_trajectory(uri: str, predicted: Sequence[BatchPredictions], group_size: int) -> None:
-    """Write one worker's predictions of one epoch, sorted by row of the seed set.
-
-    Parameters
-    ----------
-    uri
-        The Parquet file.
-    predicted
-        Predictions of all batches of the epoch.
-    group_size
-        Rows in a row group.
-    """
-    rows = np.concatenate([batch.rows for batch in predicted])
-    order = np.argsort(rows)
-    statistics = np.concatenate([batch.statistics for batch in predicted])[order]
-    probabilities = np.concatenate([batch.probabilities for batch in predicted])[order]
-    columns: dict[str, Any] = {"row": pa.array(rows[order], pa.int64())}
-    columns |= {
-        name: pa.array(statistics[:, index], pa.float32()) for index, name in enumerate(STATISTICS)
-    }
-    # Bytes instead of a list of numbers: Parquet writes and reads a list one number at a time,
-    # which is 10 times slower.
-    columns["probabilities"] = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(2 * probabilities.shape[1]), len(rows), [None, pa.py_buffer(probabilities)]
-    )
-    storage.write_table(uri, pa.table(columns), row_group_size=group_size, dictionary=False)
+    def _state(self) -> dict[str, Tensor]:
+        return training.training_state(self._network, self._optimizer)

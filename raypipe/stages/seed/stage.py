@@ -20,7 +20,7 @@ import functools
 from typing import Any
 
 from raypipe import storage
-from raypipe.config import Config
+from raypipe.config import Config, SourceSettings
 from raypipe.distributed.context import Context
 from raypipe.errors import StageError
 from raypipe.runs.drawn_samples import drawn_statistics
@@ -29,6 +29,8 @@ from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.rejects import RejectCounter, hash_order
 from raypipe.runs.run import Run
 from raypipe.runs.sizes import MIN_SEED_SAMPLES
+from raypipe.sources import open_source
+from raypipe.sources.formats import LABEL_PLACES
 from raypipe.stages.base import Stage
 from raypipe.stages.seed.draw import DrawResult, draw_samples
 from raypipe.stages.seed.gather import GatherResult, gather_shards
@@ -38,6 +40,10 @@ from raypipe.vision.bit_depth import BitsInUse
 
 READERS = 16
 """Footers that are read concurrently."""
+USE_CLUSTERS = (
+    "for a source without labels, set source.label_column to null and pseudo_labels.clusters to a "
+    "number: clusters then take the place of classes"
+)
 
 
 class SeedStage(Stage):
@@ -64,6 +70,8 @@ class SeedStage(Stage):
 
     def execute(self, context: Context, record: StageRecord) -> None:
         config, run = context.config, context.run
+        if not config.unsupervised and not run.classes().names:
+            raise StageError(without_labels(config.source))
         readable = [fragment for fragment in run.fragments() if not fragment.error]
         plan = SeedPlan.of(readable, config)
         _check_unused(run, plan)
@@ -161,6 +169,13 @@ def _gather_missing(context: Context, record: StageRecord, plan: SeedPlan) -> No
         context.run_tasks(missing, gather, collect)
 
 
+def without_labels(source: SourceSettings) -> str:
+    """Return the message about a source in which no sample has a label."""
+    format = source.format if source.format != "auto" else open_source(source).format
+    place = LABEL_PLACES.get(format, "where the format states them")
+    return f"the source has no labels. They are read from {place}. Add them, or {USE_CLUSTERS}"
+
+
 def size_problem(manifest: SeedManifest, config: Config, total: int) -> str:
     """Return why a seed set cannot be trained on, and what to do; "" if it can.
 
@@ -187,11 +202,9 @@ def size_problem(manifest: SeedManifest, config: Config, total: int) -> str:
         )
         needed = f"at least {MIN_SEED_SAMPLES} samples of 2 classes are needed"
         if len(manifest.per_class) < 2:
-            found = "no labels" if not manifest.per_class else "one class"
             return (
-                f"{problem}; {needed}, but the source has {found}. Check where the labels are with "
-                "`raypipe inspect`; for a source without labels, set source.label_column to null, "
-                "and clusters take their place (pseudo_labels)"
+                f"{problem}; {needed}, but the source has one class. Check where the labels are "
+                f"with `raypipe inspect`; {USE_CLUSTERS}"
             )
     if total < MIN_SEED_SAMPLES:
         return f"{problem}; {needed}, but the source has {counted(total, 'sample')}. Add samples"

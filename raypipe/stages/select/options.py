@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from raypipe.config import SelectSettings
+from raypipe.config.choices import STRATEGY_NAMES
 from raypipe.errors import ConfigError
 from raypipe.runs.ledger import extrapolated_tables
 from raypipe.runs.outside_code import is_difficulty
+from raypipe.runs.proxy_roles import ProxyRoles
 from raypipe.runs.run import Run
-from raypipe.selection import SelectionOptions, find_strategy, needs_embeddings, needs_loss
+from raypipe.selection import Parts, SelectionOptions, find_strategy, needs_embeddings, needs_loss
 from raypipe.stages.select.recall import held_out_recall
 
 STRATEGY_OPTIONS = {
@@ -38,9 +40,13 @@ def options_of(run: Run, settings: SelectSettings) -> SelectionOptions:
     values = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(SelectionOptions)
-        if field.name not in ("recall", "own")
+        if field.name not in ("recall", "own", "parts")
     }
     values["own"] = settings.options
+    if needs_embeddings(settings.strategy) and not from_tables:
+        roles = ProxyRoles.of(run.config())
+        if roles.cross_fits:
+            values["parts"] = Parts(roles.parts, roles.part_of)
     if find_strategy(settings.strategy).uses_difficulty:
         values["difficulty"] = _difficulty(run, settings)
     # balanced works within classes anyway
@@ -97,6 +103,32 @@ def _difficulty(run: Run, settings: SelectSettings) -> str:
     return settings.difficulty
 
 
+def refuse_unused_options(settings: SelectSettings, given: Collection[str]) -> None:
+    """Raise ConfigError for an option that is given and that the strategy does not use.
+
+    What `auto` and strategies from outside use is not known here, so they refuse none.
+    """
+    if settings.strategy not in STRATEGY_NAMES:
+        return
+    specific = {"difficulty"}.union(*STRATEGY_OPTIONS.values())
+    unused = sorted(specific & set(given) - set(_options_of_strategy(settings.strategy)))
+    if unused:
+        raise ConfigError(
+            f"select.{unused[0]} has no effect on the strategy {settings.strategy}; leave it out, "
+            "or choose another strategy"
+        )
+
+
+def _options_of_strategy(name: str) -> list[str]:
+    """Return the options that the strategy uses and not all others do."""
+    strategy = find_strategy(name)
+    return [
+        *["seed"] * strategy.draws_at_random,
+        *["difficulty"] * strategy.uses_difficulty,
+        *STRATEGY_OPTIONS.get(name, []),
+    ]
+
+
 def recorded_options(
     settings: SelectSettings, options: SelectionOptions, marked: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -110,12 +142,7 @@ def recorded_options(
     marked
         Counts of marked samples.
     """
-    strategy = find_strategy(settings.strategy)
-    names = (
-        ["seed"] * strategy.draws_at_random
-        + ["difficulty"] * strategy.uses_difficulty
-        + STRATEGY_OPTIONS.get(settings.strategy, [])
-    )
+    names = _options_of_strategy(settings.strategy)
     recorded = {name: getattr(options, name) for name in names}
     recorded |= settings.options.get(settings.strategy, {})
     if "difficulty" in recorded and settings.difficulty != "auto":
