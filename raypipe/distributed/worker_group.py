@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.exceptions import ActorDiedError
-from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
@@ -65,13 +65,15 @@ class WorkerStartGuard(WorkerGroupCallback):
 
 
 class InterruptibleTrainer(TorchTrainer):
-    """A trainer that an interrupt stops.
+    """A trainer that an interrupt stops, and that leaves nothing behind when it fails.
 
     On the first interrupt, Ray Train asks its controller to stop, and a controller that waits for
     workers never receives that. Its signal handler also stays installed after the training, and
     then ends the process with exit code 0. Here, an interrupt raises KeyboardInterrupt as usual and
-    kills the controller with its workers. Files of finished epochs are kept. See also
-    `WorkerStartGuard`.
+    kills the controller with its workers. Files of finished epochs are kept.
+
+    If a worker fails while it loads the training function, Ray Train (2.60) ends but leaves the
+    workers alive as long as the controller. See also `WorkerStartGuard`.
     """
 
     _controller: Any = None
@@ -87,37 +89,49 @@ class InterruptibleTrainer(TorchTrainer):
     def fit(self) -> Result:
         try:
             return super().fit()
-        except KeyboardInterrupt:
+        except BaseException as error:
             if self._controller is not None:
                 ray.kill(self._controller)
+                if isinstance(error, Exception):  # an interrupt ends the driver
+                    _remove_placement_groups(self._controller._actor_id.hex())
             raise
 
 
 def train_group(training: Training, max_failures: int) -> bool:
-    """Train with several workers. Returns whether the training has to continue elsewhere."""
+    """Train with several workers. Returns whether the training has to continue elsewhere.
+
+    Ray Train (2.60) replaces neither its controller nor a worker that dies while it loads the
+    training function. Another trainer resumes the training then.
+    """
     while True:
+        trainer = _trainer(training, max_failures)
         try:
-            return _train_once(training, max_failures)
-        except ActorDiedError as error:
-            # Ray Train replaces workers but not its controller
-            if isinstance(as_raypipe_error(error), MemoryShortageError):
+            return bool(trainer.fit().return_value)
+        except (ActorDiedError, ControllerError) as error:
+            died = error.controller_failure if isinstance(error, ControllerError) else error
+            memory = isinstance(as_raypipe_error(error), MemoryShortageError)
+            if memory or not isinstance(died, ActorDiedError):
                 raise
             if not max_failures:
                 raise StageError(
-                    "the controller process of Ray Train died; rerun to resume the training"
+                    "a process of Ray Train died, the controller or a worker that was starting; "
+                    "rerun to resume the training"
                 ) from error
             max_failures -= 1
-            _free_resources(error.actor_id)
             log.info(
-                "the controller process of Ray Train died; another resumes the training: %s", error
+                "a process of Ray Train died, the controller or a worker that was starting; "
+                "another trainer resumes the training: %s",
+                died,
             )
+        finally:
+            storage.delete(training.scratch)
 
 
-def _train_once(training: Training, max_failures: int) -> bool:
+def _trainer(training: Training, max_failures: int) -> InterruptibleTrainer:
     fs, path = storage.filesystem(training.scratch)
     gpu, cpus = training.gpu, training.cpus
     resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
-    trainer = InterruptibleTrainer(
+    return InterruptibleTrainer(
         fenced(training.worker),
         train_loop_config=training.arguments,
         scaling_config=ScalingConfig(
@@ -136,14 +150,10 @@ def _train_once(training: Training, max_failures: int) -> bool:
             failure_config=FailureConfig(max_failures=max_failures),
         ),
     )
-    try:
-        return bool(trainer.fit().return_value)
-    finally:
-        storage.delete(training.scratch)
 
 
-def _free_resources(controller: str) -> None:
-    """Remove the placement groups of a controller that died.
+def _remove_placement_groups(controller: str) -> None:
+    """Remove the placement groups of a controller that has ended.
 
     Ray keeps them as long as the driver lives, and the CPUs and GPUs in them. Ray Train's own
     cleaner needs the dashboard, which not every cluster has.

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
@@ -67,6 +68,66 @@ def test_a_worker_that_dies_while_all_start_leaves_nothing_behind(
         {"rank-0", "rank-1"} if deaths == 1 else set()
     )
     assert {path.name for path in tmp_path.iterdir()} - {"train"} == wanted
+    assert_all_is_free(cpus)
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_dies_while_it_loads_the_training_function(
+    cluster: str, tmp_path: Path, deaths: int
+) -> None:
+    import ray
+    import ray.train
+
+    from raypipe.distributed.training import Training
+    from raypipe.distributed.worker_group import train_group
+    from raypipe.errors import StageError
+
+    class DiesWhereItIsLoaded:
+        """Loading this training function ends the worker of rank 0, a few times."""
+
+        def __init__(self) -> None:
+            self.folder, self.deaths = tmp_path, deaths
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.__dict__.update(state)
+            if "RayTrainWorker" not in " ".join(psutil.Process().cmdline()):
+                return
+            died = len(list(self.folder.glob("died-*")))
+            if ray.train.get_context().get_world_rank() == 0 and died < self.deaths:
+                (self.folder / f"died-{died}").touch()
+                os._exit(1)
+
+        def __call__(self, arguments: dict[str, Any]) -> bool:
+            rank = ray.train.get_context().get_world_rank()
+            (Path(arguments["ranks"]) / str(rank)).touch()
+            return False
+
+    (tmp_path / "ranks").mkdir()
+    cpus = ray.cluster_resources()["CPU"]
+    training = Training(
+        worker=DiesWhereItIsLoaded(),
+        arguments={"ranks": str(tmp_path / "ranks")},
+        workers=2,
+        gpu=False,
+        cpus=int(cpus) // 2,  # no room for two groups
+        scratch=str(tmp_path / "scratch"),
+        label_selector={},
+    )
+    if deaths > 1:
+        with pytest.raises(StageError, match="or a worker that was starting; rerun to resume"):
+            train_group(training, max_failures=1)
+    else:
+        assert train_group(training, max_failures=1) is False
+    ranks = {path.name for path in (tmp_path / "ranks").iterdir()}
+    assert ranks == {"0", "1"} if deaths == 1 else "0" not in ranks
+    assert len(list(tmp_path.glob("died-*"))) == deaths
+    assert not (tmp_path / "scratch").exists()
+    assert_all_is_free(cpus)
+
+
+def assert_all_is_free(cpus: float) -> None:
+    import ray
+
     end = time.monotonic() + 30
     while ray.available_resources().get("CPU", 0) < cpus and time.monotonic() < end:
         time.sleep(0.1)
