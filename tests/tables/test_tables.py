@@ -345,7 +345,8 @@ def test_files_that_cannot_be_used(tmp_path) -> None:
         plan_embeddings(str(path))
 
 
-def test_too_few_scores_for_the_method(tmp_path) -> None:
+@pytest.mark.ray
+def test_too_few_scores_for_the_method(cluster: str, tmp_path) -> None:
     stage = TableStage(
         write(tmp_path / "e.parquet", **GOOD), write(tmp_path / "s.parquet", **SCORES), "score"
     )
@@ -354,7 +355,6 @@ def test_too_few_scores_for_the_method(tmp_path) -> None:
         Run(str(tmp_path / "out")),
         QUIET,
     )
-    context.__dict__["cluster"] = None
     with pytest.raises(
         SourceError, match="2 scored samples have a usable embedding, but method gnn needs 20"
     ):
