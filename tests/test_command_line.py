@@ -122,7 +122,7 @@ def test_a_plan_for_a_round_number(tmp_path: Path, count: str) -> None:
 def test_a_plan_for_amounts_that_are_none(tmp_path: Path, option: str) -> None:
     (tmp_path / "my.yaml").write_text("run: a\nsource: {uri: x, format: parquet}\n")
     command = ["plan", str(tmp_path / "my.yaml"), "--samples=10", option]
-    with pytest.raises(ConfigError, match="image-bytes and classes: at least 1"):
+    with pytest.raises(ConfigError, match="image-bytes and classes: give at least 1"):
         CliRunner().invoke(cli, command, catch_exceptions=False)
 
 

@@ -90,7 +90,7 @@ def inspect(
     from raypipe.scores.registry import check_scores
 
     if samples < 1:
-        raise ConfigError(f"samples: {samples} is not allowed: at least 1")
+        raise ConfigError(f"samples: {samples} is not allowed: give at least 1")
     settings = _settings(uri, {} if config is None else config_data(config), overrides)
     machine = _machine(cpus, gpus, address)
     if grid is not None:
@@ -152,7 +152,7 @@ def _machine(cpus: float | None, gpus: float | None, address: str | None) -> Mac
 
     for name, value, minimum in (("cpus", cpus, 1), ("gpus", gpus, 0)):
         if value is not None and not minimum <= value <= 1e6:
-            raise ConfigError(f"{name}: {value:g} is not allowed: at least {minimum}")
+            raise ConfigError(f"{name}: {value:g} is not allowed: give at least {minimum}")
     machine = this_machine() if address is None else _cluster_of(address)
     if address is None and os.environ.get("RAY_ADDRESS"):
         machine = replace(

@@ -278,7 +278,7 @@ def plan_of_options(
         If `like` is not a run.
     """
     if not 1 <= image_bytes <= MAX_AMOUNT or not 1 <= classes <= MAX_AMOUNT:
-        raise ConfigError(f"image-bytes and classes: at least 1, at most {MAX_AMOUNT:g}")
+        raise ConfigError(f"image-bytes and classes: give at least 1, at most {MAX_AMOUNT:g}")
     known = read_rates(rates) if rates is not None else Rates()
     if decode_rate is not None:
         known = known.changed({"decode": {config.proxy.image_size: decode_rate}}, "--decode-rate")
@@ -304,7 +304,7 @@ def _check_amounts(samples: int, gpus: float, cpus: float | None) -> None:
     ):
         if not smallest <= value <= MAX_AMOUNT:
             limit = f"at most {MAX_AMOUNT:g}" if value > MAX_AMOUNT else f"at least {smallest}"
-            raise ConfigError(f"{name}: {value:g} is not allowed: {limit}")
+            raise ConfigError(f"{name}: {value:g} is not allowed: give {limit}")
 
 
 def _notes(
@@ -345,7 +345,7 @@ def _workload(config: Config, size: SourceSize, rates: Rates, format: str) -> Wo
     small_files = scan_reads == "nothing"
     file_samples = (1 if small_files else 1000) if size.file_samples is None else size.file_samples
     if file_samples < 1:
-        raise ConfigError(f"images per file: {file_samples} is not allowed: at least 1")
+        raise ConfigError(f"images per file: {file_samples} is not allowed: give at least 1")
     files = math.ceil(size.samples / file_samples)
     limit = config.source.fragment_samples
     seed = round(size.samples * config.seed.fraction)
@@ -379,5 +379,5 @@ def _dollars(stages: Sequence[StagePlan], stored: int, prices: Prices) -> dict[s
     by_name = {name: getattr(prices, name) for name in amounts}
     for name, price in by_name.items():
         if price is not None and not 0 <= price < math.inf:
-            raise ConfigError(f"--{name}-price: {price:g} is not allowed: 0 or more")
+            raise ConfigError(f"--{name}-price: {price:g} is not allowed: give 0 or more")
     return {name: amounts[name] * price for name, price in by_name.items() if price is not None}

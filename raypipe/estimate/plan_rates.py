@@ -88,7 +88,7 @@ class Rates:
                 fresh[name] = _field_value(name, value)
             except (TypeError, ValueError):
                 raise ConfigError(
-                    f"{source}: {name} = {value!r} is not a rate: a number above 0"
+                    f"{source}: {name} = {value!r} is not a rate; give a number above 0"
                 ) from None
         return dataclasses.replace(
             self, **fresh, sources={**self.sources, **dict.fromkeys(fresh, source)}

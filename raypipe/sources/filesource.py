@@ -71,14 +71,14 @@ class FileSource(Source):
             if plain != path and plain in sizes:
                 raise SourceError(
                     f"{self.settings.uri}: {printable(path)} and {printable(plain)} would be read "
-                    "as other samples, but one seems to be the other compressed; remove one of the "
-                    "two kinds, or choose one with source.include"
+                    "as different samples, but the first seems to be the second, compressed; "
+                    "remove one of the two kinds, or choose one with source.include"
                 )
             if original != path and sizes.get(original) == size:
                 raise SourceError(
                     f"{self.settings.uri}: {printable(path)} and {printable(original)} would be "
-                    "read as other samples, but have the same size, and by its name the first is a "
-                    "copy; remove it, or rename it if it is not a copy"
+                    "read as different samples, but have the same size, and the first is named "
+                    "like a copy; remove it, or rename it if it is not one"
                 )
 
     def listed(self) -> list[FileInfo]:

@@ -187,7 +187,7 @@ class Location:
         if all(file.stamp == MISSING for file in included):
             raise SourceError(
                 f"{self._uri}: none of the {len(included)} files it names exists, such as "
-                f"{printable(included[0].path)}"
+                f"{printable(included[0].path)}; correct the names"
             )
         files = [FileInfo(printable(file.path), file.size, file.stamp) for file in included]
         return files, {printable(path) for path in named}

@@ -70,8 +70,8 @@ def changed_dataset(dataset: Any, settings: SourceSettings, context: Context) ->
     given, manifest = identity(dataset), _manifest(run)
     if given.unseen:
         progress.say(
-            f"{FOLDER:<11} changes to {', '.join(given.unseen)} cannot be seen: after one, delete "
-            f"{run.path(FOLDER)}, or the run continues with the old copy"
+            f"{FOLDER:<11} changes to {', '.join(given.unseen)} cannot be seen. After such a "
+            f"change, delete {run.path(FOLDER)}; otherwise the run continues with the old copy"
         )
     if manifest is None:
         return []
@@ -80,7 +80,8 @@ def changed_dataset(dataset: Any, settings: SourceSettings, context: Context) ->
         # copies of 0.2.0 hashed less of the functions, so their steps cannot be compared
         known = {**known, "steps": given.hashes["steps"]}
         progress.say(
-            f"{FOLDER:<11} copied by an older version: changes of the steps cannot be seen"
+            f"{FOLDER:<11} copied by an older version: changes to the steps of the dataset cannot "
+            f"be seen. After such a change, delete {run.path(FOLDER)}"
         )
     columns = {name: value for name, value in _selection(settings).items() if name != "limit"}
     return [
@@ -313,9 +314,9 @@ def _ids(values: pa.ChunkedArray, column: str) -> pa.Array:
     field = pa.field(column, values.type)
     if not holds_ids(field) and not pa.types.is_null(values.type):
         raise SourceError(
-            f"column {column!r} is {described(field)}; expected {ID_TYPES}. Floating-point numbers "
-            "come from whole numbers next to missing ones in pandas or NumPy, and do not hold all "
-            "digits; set source.id_column"
+            f"column {column!r} is {described(field)}; expected {ID_TYPES}. pandas and NumPy turn "
+            "whole numbers into floating-point ones, which lose digits, where one is missing. Set "
+            "source.id_column to another column"
         )
     texts = [text for part in values.chunks for text in id_texts(part, field).to_pylist()]
     return pa.array([text and printable(text) for text in texts], pa.string())
