@@ -11,7 +11,7 @@ from raypipe.cli.estimates import inspect, plan
 from raypipe.cli.keep_lists import compare, evaluate, export, select
 from raypipe.cli.run_folder import clean, report, status, view
 from raypipe.cli.running import demo, init, run, scores
-from raypipe.cli.shared import epilog, pyarrow_without_pandas
+from raypipe.cli.shared import epilog
 from raypipe.cli.tables import attach, extrapolate
 from raypipe.errors import EXIT_CODES, RaypipeError
 
@@ -50,6 +50,8 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Errors that the user can fix become one line and an exit code."""
     if arguments is None and sys.argv[1:2] in (["select"], ["report"]):
+        from raypipe.cli.without_pandas import pyarrow_without_pandas
+
         pyarrow_without_pandas()
     try:
         code = cli.main(arguments, prog_name="raypipe", standalone_mode=False)

@@ -13,8 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from raypipe import storage
 from raypipe.errors import ConfigError
+from raypipe.estimate.drawn_samples import DrawnSample
 from raypipe.estimate.facts import Survey
-from raypipe.estimate.inspect import DrawnSample
 from raypipe.text import size
 from raypipe.vision.decode import BadImage, decode, open_image
 from raypipe.vision.own_code import Transform, displayed

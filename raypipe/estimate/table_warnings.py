@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from raypipe.config import Config
 from raypipe.estimate.facts import Survey
-from raypipe.estimate.inspect import NEIGHBOURS
+from raypipe.estimate.sampling import NEIGHBOURS
 from raypipe.runs.embedding_table import check_table
 from raypipe.runs.table_ids import compare_ids, some_ids
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-
-from raypipe import storage
 from raypipe._version import __version__
 from raypipe.config import Config
-from raypipe.errors import RaypipeError
 from raypipe.report import text
 from raypipe.report.classes import ClassPicks, pick_class_samples
 from raypipe.report.cost import cost_figures, headline, trained_epochs
 from raypipe.report.embeddings import EmbeddingMap, EmbeddingScan, scan_embeddings
 from raypipe.report.evaluation import read_evaluation
+from raypipe.report.fidelity import (
+    fidelity_figures,
+    learning_curve,
+    neighbour_search,
+    read_assessment,
+    seed_fidelity,
+)
+from raypipe.report.json_values import clean
 from raypipe.report.keep_lists import (
     class_figures,
     class_name,
@@ -32,16 +34,14 @@ from raypipe.report.keep_lists import (
 )
 from raypipe.report.label_noise import noise_figures
 from raypipe.report.pilot import pilot_figures
+from raypipe.report.rejects import reject_figures
 from raypipe.report.schema import (
-    Agreement,
     ClassGrid,
     ClassHistogram,
     ClassName,
     Counts,
     Embeddings,
-    Fidelity,
     Headline,
-    HeldOutFidelity,
     Rejects,
     Scores,
     ShownClass,
@@ -75,21 +75,6 @@ from raypipe.vision.bit_depth import BitsInUse
 
 FORMAT = 1
 """Version of `summary.json`."""
-LATER_FIGURES = (
-    "n_extremes",
-    "rmse",
-    "spread",
-    "ceiling",
-    "coverage",
-    "proxy_accuracy",
-    "proxy_chance",
-    "proxy_balanced",
-)
-"""Figures of fidelity that runs of version 0.2.0 or older do not have."""
-MAX_REASONS = 20
-"""Reject reasons, and unreadable files, that are listed."""
-MAX_DISTINCT_REASONS = 10_000
-"""Reject reasons that are counted one by one; the others are counted together."""
 BEFORE_REPORT = tuple(itertools.takewhile(lambda stage: stage != "report", STAGE_FOLDERS))
 ENDED = ("done", "refused")
 """States of a finished stage; refused: fidelity is too low for keep-lists."""
@@ -144,11 +129,11 @@ def collect(run: Run) -> Findings:
     ledger, config = run.ledger(), run.config()
     names = _class_names(run)
     noise = injected_noise(ledger)
-    assessment = _assessment(run)
+    assessment = read_assessment(run)
     scan = scan_scores(run, len(names), config.report.images)
     within_classes = config.select.cuts_within_classes
     stability = stability_for_cut(assessment.get("stability") or {}, within_classes)
-    fidelity = _fidelity(assessment, scan, stability, within_classes)
+    fidelity = fidelity_figures(assessment, scan, stability, within_classes)
     embeddings = scan_embeddings(run, config.report.images, noise)
     keep_lists = scan_keep_lists(run, len(names), sample_sets(run, config))
     keep = [keep_list_figures(names, scan, keep_list) for keep_list in keep_lists]
@@ -166,7 +151,7 @@ def collect(run: Run) -> Findings:
         piloted,
     )
     embedding_map = _with_keep_list(run, embeddings.map, leading)
-    rejects = _rejects(run)
+    rejects = reject_figures(run)
     labels = shown_classes(scan, config.report.classes)
     class_picks = pick_class_samples(
         run, scan, labels, config.report.class_images if config.report.images else 0
@@ -185,10 +170,10 @@ def collect(run: Run) -> Findings:
         "high_is_hard": is_difficulty(str(fidelity["score"]), ledger),
         "code": list(all_code(ledger)),
         "fidelity": fidelity,
-        "fidelity_seed": _seed_fidelity(assessment),
+        "fidelity_seed": seed_fidelity(assessment),
         "stability": stability or None,
-        "learning_curve": _learning_curve(assessment),
-        "neighbour_search": _neighbour_search(assessment),
+        "learning_curve": learning_curve(assessment),
+        "neighbour_search": neighbour_search(assessment),
         "label_noise": (
             dict(noise_figures(run, noise, embeddings.noise, [item["file"] for item in keep]))
             if noise and embeddings.noise
@@ -218,22 +203,6 @@ def collect(run: Run) -> Findings:
         for label in class_picks.lowest
     ]
     return Findings(clean(summary), grids, class_grids, embedding_map, pilot)
-
-
-def clean(value: Any) -> Any:
-    """Make a value fit for JSON.
-
-    Numbers that are not finite become None, tuples lists, and NumPy scalars Python's.
-    """
-    if isinstance(value, dict):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _settings(config: Config, ledger: Ledger) -> dict[str, Any]:
@@ -314,155 +283,6 @@ def _counts(scan: ScoreScan, rejects: Rejects, ledger: Ledger) -> Counts:
         "unreadable_files": rejects["files"],
         "accounted": scan.samples + rejects["samples"] == indexed if indexed else None,
     }
-
-
-def _rejects(run: Run) -> Rejects:
-    """Return rejected samples by reason, and the files that could not be read at all.
-
-    Such a file has one row in `rejects/`, which does not count as a sample.
-    """
-    unreadable = {fragment.fragment_id: fragment for fragment in run.fragments() if fragment.error}
-    reasons: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    columns = ["sample_id", "fragment", "reason"]
-    for _, table in storage.iter_tables(run.rejects_folder, columns, threads=storage.READERS):
-        for sample_id, fragment, reason in zip(
-            *(table[name].to_pylist() for name in columns), strict=True
-        ):
-            if fragment in unreadable:
-                continue
-            reason = reason or "no reason given"
-            if reason not in reasons and len(reasons) >= MAX_DISTINCT_REASONS:
-                reason = "other reasons"
-            reasons[reason] += 1
-            examples.setdefault(reason, sample_id)
-    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    files = sorted(unreadable.values(), key=lambda fragment: fragment.path)
-    return {
-        "samples": reasons.total(),
-        "reasons": [
-            {"reason": reason, "samples": number, "example": examples[reason]}
-            for reason, number in ordered[:MAX_REASONS]
-        ],
-        "distinct_reasons": len(reasons),
-        "files": len(files),
-        "unreadable_files": [
-            {"path": fragment.path, "reason": fragment.error} for fragment in files[:MAX_REASONS]
-        ],
-    }
-
-
-# -- fidelity ------------------------------------------------------------------------------------
-
-
-def _assessment(run: Run) -> dict[str, Any]:
-    """Return what the extrapolator wrote about itself; empty if that is missing or damaged."""
-    try:
-        content = storage.read_json(run.extrapolator_summary)
-    except (FileNotFoundError, RaypipeError):
-        return {}
-    return clean(content) if isinstance(content, dict) else {}
-
-
-def _fidelity(
-    assessment: Mapping[str, Any],
-    scan: ScoreScan,
-    stability: Mapping[str, Any],
-    within_classes: bool,
-) -> Fidelity:
-    """Return the fidelity to go by, with a verdict."""
-    held_out = _held_out_fidelity(assessment.get("fidelity"))
-    method = assessment.get("method")
-    if "spearman_within" in held_out:
-        held_out["within_classes"] = within_classes
-    verdict, sentence = text.trust_verdict(
-        {**held_out, "method": method},
-        stability,
-        scan.samples - scan.measured if scan.samples else None,
-    )
-    sentence += text.experimental(assessment.get("score"))
-    return {
-        **held_out,
-        "method": method,
-        "score": assessment.get("score"),
-        "verdict": verdict,
-        "sentence": sentence,
-    }
-
-
-def _seed_fidelity(assessment: Mapping[str, Any]) -> HeldOutFidelity | None:
-    """Return the fidelity on held-out seed samples, where it is not the one to go by."""
-    stated = assessment.get("fidelity_seed")
-    return _held_out_fidelity(stated) if stated else None
-
-
-def _learning_curve(assessment: Mapping[str, Any]) -> dict[str, Any] | None:
-    curve = assessment.get("learning_curve")
-    if not isinstance(curve, dict) or not curve.get("points"):
-        return None
-    return {**curve, "sentence": text.larger_seed_set(curve)}
-
-
-def _neighbour_search(assessment: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return how neighbours were searched: exactly, or by inverted lists with some recall."""
-    search = assessment.get("search")
-    return search if isinstance(search, dict) else None
-
-
-def _held_out_fidelity(stated: Any) -> HeldOutFidelity:
-    """Return the figures of the extrapolator and of every baseline.
-
-    A baseline is stated as its Spearman correlation, or as a mapping with all figures.
-    """
-    stated = stated if isinstance(stated, dict) else {}
-    # runs of version 0.2.0 or older do not have these
-    more: Any = {name: stated[name] for name in LATER_FIGURES if name in stated}
-    return {
-        **_agreement(stated),
-        **more,
-        "n_fit": stated.get("n_fit"),
-        "n_held": stated.get("n_held"),
-        "note": stated.get("note"),
-        "judged_on": stated.get("judged_on"),
-        "baselines": {
-            name: _agreement(figures if isinstance(figures, dict) else {"spearman": figures})
-            for name, figures in (stated.get("baselines") or {}).items()
-        },
-    }
-
-
-def _agreement(stated: Mapping[str, Any]) -> Agreement:
-    """Return correlations and overlaps with their intervals, which are stated in two ways."""
-    spearman_low, spearman_high = _stated_interval(stated, "spearman")
-    pearson_low, pearson_high = _stated_interval(stated, "pearson")
-    overlap = (stated.get("overlap") or {}).items()
-    within: Any = {}
-    if "spearman_within" in stated:
-        low, high = _stated_interval(stated, "spearman_within")
-        within = {
-            "spearman_within": stated["spearman_within"],
-            "spearman_within_low": low,
-            "spearman_within_high": high,
-        }
-    return {
-        **within,
-        "spearman": stated.get("spearman"),
-        "spearman_low": spearman_low,
-        "spearman_high": spearman_high,
-        "pearson": stated.get("pearson"),
-        "pearson_low": pearson_low,
-        "pearson_high": pearson_high,
-        "overlap": {fraction: value for fraction, value in overlap if value is not None},
-        "overlap_interval": stated.get("overlap_interval") or {},
-    }
-
-
-def _stated_interval(stated: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:
-    low, high = stated.get(f"{name}_interval") or (
-        stated.get(f"{name}_low"),
-        stated.get(f"{name}_high"),
-    )
-    return low, high
 
 
 # -- scores and classes --------------------------------------------------------------------------

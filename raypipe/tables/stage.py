@@ -45,17 +45,11 @@ from raypipe.stages.extrapolate.assess import is_assessed
 from raypipe.stages.extrapolate.fidelity_file import FidelityFile, search_notes
 from raypipe.stages.extrapolate.fit import fit_extrapolator
 from raypipe.stages.extrapolate.model import load_extrapolator, load_intervals
-from raypipe.tables.reader import (
-    ID,
-    LABEL,
-    ProblemCounts,
-    TableFragment,
-    plan_embeddings,
-    read_batches,
-    read_scores,
-    stored_files,
-    usable,
-)
+from raypipe.tables.embeddings import read_batches, usable
+from raypipe.tables.files import ID, LABEL, stored_files
+from raypipe.tables.fragments import TableFragment, plan_embeddings
+from raypipe.tables.problems import ProblemCounts
+from raypipe.tables.scores import read_scores
 from raypipe.tables.validate import check_tables, class_index
 
 if TYPE_CHECKING:

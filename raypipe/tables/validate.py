@@ -24,19 +24,10 @@ from raypipe.errors import SourceError
 from raypipe.progress import Meter, Progress
 from raypipe.selection.hashing import hash_ids
 from raypipe.sources.classes import MAX_CLASSES, ClassMap, class_map
-from raypipe.tables.reader import (
-    EMBEDDING,
-    ID,
-    LABEL,
-    EmbeddingBatch,
-    ProblemCounts,
-    TableFragment,
-    matrix,
-    read_batches,
-    read_ids,
-    shortened,
-    widths,
-)
+from raypipe.tables.embeddings import EmbeddingBatch, matrix, read_batches, read_ids, widths
+from raypipe.tables.files import EMBEDDING, ID, LABEL
+from raypipe.tables.fragments import TableFragment
+from raypipe.tables.problems import ProblemCounts, shortened
 
 HASHED_ROWS = 1 << 25
 """Hashes held at once in search of repeated ids: 256 MiB."""

@@ -26,7 +26,7 @@ from raypipe.estimate.contact_sheet import (
     _in_two,
     contact_sheet,
 )
-from raypipe.estimate.inspect import DrawnSample
+from raypipe.estimate.drawn_samples import DrawnSample
 from raypipe.sources import RawSample
 
 

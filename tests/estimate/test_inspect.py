@@ -18,7 +18,7 @@ from PIL import Image
 
 from raypipe import storage
 from raypipe.config import SourceSettings
-from raypipe.estimate import Survey, inspect, inspect_source
+from raypipe.estimate import Survey, inspect_source, sampling
 from raypipe.estimate.facts import upper_bound
 from raypipe.estimate.inspect_text import describe_survey, size_classes
 from raypipe.sources import open_source
@@ -51,7 +51,7 @@ def _tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 @pytest.fixture
 def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inspect sources as if they were large."""
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_labels_of_parquet_are_counted_from_their_column_alone(
         exact.balance.per_class == {"0": 1500, "1": 450, "2": 45}
         and exact.balance.unlabelled == 5 / 2000
     )
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
     sampled = _survey(tmp_path, samples=64)
     assert sampled.balance is not None and not sampled.balance.exact
     assert sampled.samples == 2000 and sampled.counted  # footers state that
@@ -211,7 +211,7 @@ def test_labels_of_parquet_are_counted_from_their_column_alone(
 def test_few_labels_of_many_classes_are_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
     for part in range(3):
         members = [
             (f"{row:03d}.{kind}", picture(0, 32) if kind == "png" else f"{row}".encode())
@@ -233,7 +233,7 @@ def test_samples_looked_at_are_those_a_run_reads(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", whole_bytes)
     if kind == "tables":
         for part in range(4):
             images = [None if row % 7 == 0 else picture(100 * part + row) for row in range(50)]
@@ -317,7 +317,7 @@ def test_an_imbalance_of_the_opened_files_is_none_of_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sort: bool
 ) -> None:
     """Of many small tars some are opened; their classes differ as chance, or their order, has it."""
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
     for part in range(8):
         classes = [part % 2] * 60 if sort else [(part + row) * 7 % 11 % 2 for row in range(60)]
         members = [

@@ -11,7 +11,6 @@ import pytest
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import summarize
-from raypipe.report.summary import clean
 from raypipe.report.text import (
     experimental,
     number,
@@ -157,57 +156,6 @@ def test_no_saving_is_claimed_of_an_unfinished_run(make_run: MakeRun) -> None:
     assert summary["cost"]["saving"]["factor"] is None
 
 
-def test_both_ways_of_writing_fidelity_are_understood(make_run: MakeRun) -> None:
-    run = make_run()
-    first = summarize(run)["fidelity"]
-    stated = {
-        "spearman": 0.7, "spearman_low": 0.6, "spearman_high": 0.8, "n_held": 10,
-        "baselines": {"class_mean": {"spearman": 0.4, "pearson": 0.5}, "odd": None},
-    }  # fmt: skip
-    search = {"kind": "ivf", "recall": 0.96, "effort": 16}
-    storage.write_json(
-        run.path("extrapolator", "extrapolator.json"),
-        {"method": "gnn", "fidelity": stated, "search": search},
-    )
-    second = summarize(run)["fidelity"]
-    assert summarize(run)["neighbour_search"] == search
-    assert (first["spearman_low"], second["spearman_low"]) == (pytest.approx(0.6), 0.6)
-    assert first["baselines"]["class_mean"] == {
-        "spearman": 0.4, "spearman_low": None, "spearman_high": None,
-        "pearson": None, "pearson_low": None, "pearson_high": None,
-        "overlap": {}, "overlap_interval": {},
-    }  # fmt: skip
-    assert [second["baselines"]["class_mean"][name] for name in ("spearman", "pearson")] == [
-        0.4,
-        0.5,
-    ]
-    assert second["baselines"]["odd"]["spearman"] is None
-    assert summarize(run)["fidelity_seed"] is None and summarize(run)["learning_curve"] is None
-    assert second["pearson"] is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        b"{",
-        b"[]",
-        b"{}",
-        b'{"fidelity": null}',
-        b'{"fidelity": {"spearman": NaN, "overlap": null, "baselines": null}}',
-    ],
-)
-def test_a_missing_or_odd_extrapolator_gives_an_unknown_fidelity(
-    make_run: MakeRun, content: bytes | None
-) -> None:
-    run = make_run()
-    storage.delete(run.path("extrapolator"))
-    if content is not None:
-        storage.write_bytes(run.path("extrapolator", "extrapolator.json"), content)
-    fidelity = summarize(run)["fidelity"]
-    assert (fidelity["verdict"], fidelity["spearman"]) == ("unknown", None)
-
-
 def test_scores_that_are_not_finite_are_counted_and_left_out(make_run: MakeRun) -> None:
     run = make_run()
     table = storage.read_table(run.path("scores", "f001.parquet"))
@@ -239,27 +187,6 @@ def test_samples_that_are_nowhere_are_noticed(make_run: MakeRun) -> None:
     run = make_run()
     storage.delete(run.path("scores", "f002.parquet"))
     assert summarize(run)["counts"]["accounted"] is False
-
-
-def test_many_reject_reasons_stay_a_short_list(make_run: MakeRun) -> None:
-    run = make_run()
-    reasons = [f"label {number} is outside 0..2" for number in range(30)] + ["empty: 0 bytes"] * 9
-    ids = [f"x{number}" for number in range(39)]
-    storage.write_table(
-        run.path("rejects", "f001.parquet"),
-        pa.table({"sample_id": ids, "fragment": ["f001"] * 39, "reason": reasons}),
-    )
-    rejects = summarize(run)["rejects"]
-    assert (rejects["samples"], rejects["distinct_reasons"], len(rejects["reasons"])) == (
-        40,
-        31,
-        20,
-    )
-    assert rejects["reasons"][0] == {
-        "reason": "empty: 0 bytes",
-        "samples": 10,
-        "example": "part-0#0",
-    }
 
 
 def test_a_run_that_has_hardly_begun(make_run: MakeRun) -> None:
@@ -373,8 +300,3 @@ def test_words() -> None:
         "0.3, 0.5",
         "x",
     ]
-
-
-def test_clean_makes_anything_fit_for_json() -> None:
-    value = {"a": np.float32("nan"), 1: (np.int64(3), [float("inf")]), "b": np.bool_(True)}
-    assert clean(value) == {"a": None, "1": [3, [None]], "b": True}

@@ -15,7 +15,8 @@ from raypipe.config import SourceSettings, parse_config
 from raypipe.errors import SourceError
 from raypipe.estimate import inspect_source
 from raypipe.sources.hive import partition_values
-from raypipe.tables.reader import plan_embeddings, read_batches, read_ids
+from raypipe.tables.embeddings import read_batches, read_ids
+from raypipe.tables.fragments import plan_embeddings
 
 
 def write(folder: Path, paths: list[str], **columns: Any) -> str:

@@ -15,7 +15,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
 from raypipe.errors import SourceError
-from raypipe.estimate import inspect, inspect_source
+from raypipe.estimate import inspect_source, sampling
 
 ENCODINGS = {"image": "png", "label": "int", "uid": "str"}
 
@@ -171,7 +171,7 @@ def test_columns(tmp_path: Any, encodings: Any, settings: Any, words: str) -> No
 
 
 def test_preview(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
     write(str(tmp_path), a=shard(60))
     found = inspect_source(make(str(tmp_path)).settings, samples=10)
     assert (found.survey.format, found.survey.samples) == ("mds", 60)

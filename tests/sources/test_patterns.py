@@ -18,7 +18,7 @@ from raypipe.errors import SourceError
 from raypipe.sources import open_source
 from raypipe.sources.location import MISSING, Location
 from raypipe.sources.patterns import MAX_NAMES, expand, first_brace
-from raypipe.tables.reader import stored_files
+from raypipe.tables.files import stored_files
 
 
 @pytest.mark.parametrize(

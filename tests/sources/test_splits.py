@@ -19,7 +19,8 @@ from raypipe.estimate import inspect_source
 from raypipe.evaluation.decoded import list_test_set
 from raypipe.sources import ClassMap
 from raypipe.sources.splits import several_splits
-from raypipe.tables.reader import plan_embeddings, stored_files
+from raypipe.tables.files import stored_files
+from raypipe.tables.fragments import plan_embeddings
 
 
 @pytest.mark.parametrize(

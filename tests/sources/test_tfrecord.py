@@ -12,7 +12,7 @@ from bad_inputs import example, tfrecord_bytes
 from source_helpers import ids, make, picture, rejects, samples, scans
 
 from raypipe import storage
-from raypipe.estimate import inspect, inspect_source
+from raypipe.estimate import inspect_source, sampling
 from raypipe.sources import tfrecord
 from raypipe.sources.crc32c import crc32c
 from raypipe.sources.examples import NotAnExample, parse_example
@@ -147,7 +147,7 @@ def test_named_features_and_ids(tmp_path: Any) -> None:
 
 
 def test_preview(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
     source = one(tmp_path, tfrecord_bytes(records(60)))
     found = inspect_source(source.settings, samples=10)
     assert found.survey.format == "tfrecord" and 55 < found.survey.samples < 65
@@ -160,7 +160,7 @@ def test_preview(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_preview_of_a_compressed_file(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, pack: Any
 ) -> None:
-    monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
     pixels = np.zeros((32, 32), np.uint8).tobytes()  # a fiftieth of its size when compressed
     record = {"image_raw": pixels, "height": 32, "width": 32, "channels": 1, "label": 1}
     source = one(tmp_path, pack(tfrecord_bytes([example(record)]) * 300))

@@ -16,7 +16,7 @@ from source_helpers import ids, make, picture, rejects, samples, scans
 from raypipe import storage
 from raypipe.config import SourceSettings, parse_config
 from raypipe.errors import SourceError
-from raypipe.estimate import inspect, inspect_source
+from raypipe.estimate import inspect_source, sampling
 from raypipe.sources import tarfiles, tarmembers, webdataset
 from raypipe.sources.webdataset import WebDatasetSource
 from raypipe.vision.decode import decode_batch
@@ -328,7 +328,7 @@ def test_an_inspection_of_scattered_samples(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, first: str, small: bool
 ) -> None:
     if not small:
-        monkeypatch.setattr(inspect, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(sampling, "WHOLE_BYTES", 0)
         monkeypatch.setattr(webdataset, "PREVIEW_BYTES", 4096)
     (tmp_path / "a.tar").write_bytes(tar(scattered(60, first)))
     survey = inspect_source(SourceSettings(uri=f"{tmp_path}/a.tar")).survey

@@ -12,13 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypipe.errors import SourceError
-from raypipe.tables.reader import (
-    ProblemCounts,
-    plan_embeddings,
-    read_batches,
-    read_ids,
-    read_scores,
-)
+from raypipe.tables.embeddings import read_batches, read_ids
+from raypipe.tables.fragments import plan_embeddings
+from raypipe.tables.problems import ProblemCounts
+from raypipe.tables.scores import read_scores
 
 VECTORS = [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
 

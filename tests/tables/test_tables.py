@@ -28,14 +28,10 @@ from raypipe.runs.lease import Lease
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.tables import validate
-from raypipe.tables.reader import (
-    MAX_IDS,
-    ProblemCounts,
-    plan_embeddings,
-    read_batches,
-    read_scores,
-    usable,
-)
+from raypipe.tables.embeddings import read_batches, usable
+from raypipe.tables.fragments import plan_embeddings
+from raypipe.tables.problems import ProblemCounts
+from raypipe.tables.scores import read_scores
 from raypipe.tables.stage import TableStage
 
 
@@ -82,17 +78,6 @@ def test_what_is_wrong_with_scores_is_told_by_id_and_count(tmp_path) -> None:
         "score_without_embedding": {"count": 1, "ids": ["x"]},
     }
     assert "scored samples without an embedding, ignored: 1 (x)" in ProblemCounts(problems).lines()
-
-
-def test_many_problems_are_counted_and_the_first_are_named() -> None:
-    problems = ProblemCounts()
-    problems.add("embedding_missing", (f"i{number}" for number in range(1000)))
-    assert problems.as_dict() == {
-        "embedding_missing": {"count": 1000, "ids": [f"i{number}" for number in range(MAX_IDS)]}
-    }
-    assert problems.lines() == [
-        "samples whose embedding is null, left out: 1,000 (i0, i1, i2, i3, i4, ...)"
-    ]
 
 
 KINDS = st.sampled_from(
@@ -156,7 +141,7 @@ def test_every_embedding_is_used_or_left_out_for_its_reason(
 
 
 def test_files_are_cut_at_row_groups_and_names_follow_the_content(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("raypipe.tables.reader.FRAGMENT_ROWS", 10)
+    monkeypatch.setattr("raypipe.tables.fragments.FRAGMENT_ROWS", 10)
     ids = [f"i{number}" for number in range(37)]
     path = write(tmp_path / "e" / "my file.parquet", 4, sample_id=ids, embedding=[[1.0]] * 37)
     fragments = plan_embeddings(str(tmp_path / "e"))
