@@ -29,7 +29,7 @@ import yaml
 import raypipe
 from raypipe import cli, errors
 from raypipe.config import Config
-from raypipe.distributed.outside_code import described_parts
+from raypipe.distributed.installed_parts import described_parts
 from raypipe.plugins import code_allowed
 
 ROOT = Path(__file__).resolve().parents[1]

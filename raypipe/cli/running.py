@@ -80,7 +80,7 @@ def demo(uri: str, overrides: tuple[str, ...], inject_noise: float | None, **opt
 def init(minimal: bool) -> None:
     """Print a configuration with every setting, its default and a comment."""
     from raypipe.config.commented import commented_config, minimal_config
-    from raypipe.distributed.outside_code import described_parts
+    from raypipe.distributed.installed_parts import described_parts
     from raypipe.plugins import code_allowed
 
     if minimal:
@@ -97,7 +97,7 @@ def init(minimal: bool) -> None:
 def scores() -> None:
     """List the scores that can be measured: what each is, what it needs and what it costs."""
     from raypipe.config.choices import EXPERIMENTAL_SCORES
-    from raypipe.distributed.outside_code import installed_parts
+    from raypipe.distributed.installed_parts import installed_parts
     from raypipe.plugins import SCORE, code_allowed, package_of
     from raypipe.scores.registry import SCORES
 

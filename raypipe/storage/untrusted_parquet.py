@@ -8,7 +8,6 @@ are decoded as a dictionary first, and expanded to the rows only if their total 
 from __future__ import annotations
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 VALUES_PER_BYTE = 8
@@ -80,6 +79,8 @@ def _text_type(kind: pa.DataType) -> pa.DataType | None:
 
 def _expand(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """Expand dictionary-encoded texts. Raises ValueError if their total length is not allowed."""
+    import pyarrow.compute as pc  # takes as long as all of pyarrow
+
     if not pa.types.is_dictionary(column.type):
         return column
     total = sum(
