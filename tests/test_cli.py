@@ -228,13 +228,19 @@ def test_the_driver_of_single_workers_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["init"], ["--help"], ["inspect", "digits://"], ["status", "nowhere"]]
+    ("arguments", "heavy"),
+    [
+        (["--help"], {"pydantic", "numpy", "pyarrow"}),
+        (["init"], {"numpy", "pyarrow"}),
+        (["inspect", "digits://"], set()),
+        (["status", "nowhere"], {"pyarrow.compute"}),
+    ],
 )
-def test_quick_verbs_import_neither_ray_nor_torch(arguments: list[str]) -> None:
+def test_quick_verbs_import_little(arguments: list[str], heavy: set[str]) -> None:
     code = (
         "import sys\nfrom raypipe.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'ray', 'torch', 'torchvision'} & set(sys.modules)))"
+        f"print(sorted({heavy | {'ray', 'torch', 'torchvision'}!r} & set(sys.modules)))"
     )
     started = time.monotonic()
     done = subprocess.run(
