@@ -142,9 +142,9 @@ class FileListSource(Source):
                 yield member
         if not count:
             problem = (
-                "no line"
+                "no line; the list needs one for each sample"
                 if self.settings.include == "*"
-                else f"no path that matches source.include = {self.settings.include!r}"
+                else f"no path that matches source.include = {self.settings.include!r}; correct it"
             )
             raise SourceError(f"{self._list}: {problem}")
         if not probes.paths:

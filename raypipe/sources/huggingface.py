@@ -43,7 +43,7 @@ from raypipe.sources.location import MISSING
 from raypipe.sources.splits import split_column
 from raypipe.sources.table_source import TableSource, read_rows, reject_repeated_ids, row_ids
 from raypipe.sources.types import FileScan, Fragment, IdFilter, RawSample, SourceFile
-from raypipe.sources.values import damage_reason
+from raypipe.sources.values import damage_reason, printable
 from raypipe.storage import FileInfo, Reader
 
 
@@ -68,7 +68,8 @@ class HuggingFaceSource(TableSource):
         included = [file for file in files if fnmatch.fnmatchcase(file.path, self.settings.include)]
         if not included:
             reason = (
-                f"none of {len(files)} files matches source.include"
+                f"none of {len(files)} files matches source.include = "
+                f"{self.settings.include!r}, such as {printable(files[0].path)}; correct it"
                 if files
                 else "the dataset has no rows"
             )

@@ -179,7 +179,8 @@ class Location:
         included = [file for file in listed if self.includes(file.path)]
         if not included:
             reason = (
-                f"none of {len(listed)} files matches source.include = {self._include!r}"
+                f"none of {len(listed)} files matches source.include = {self._include!r}, "
+                f"such as {printable(listed[0].path)}; correct it"
                 if listed
                 else "no files here"
             )

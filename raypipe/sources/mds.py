@@ -98,7 +98,7 @@ class MdsSource(FileSource):
         if not shards:
             raise SourceError(
                 f"{self.settings.uri}: no shard in {INDEX_FILE} matches source.include = "
-                f"{self.settings.include!r}"
+                f"{self.settings.include!r}; correct it"
             )
         if all(file.stamp == MISSING for file in shards):
             raise SourceError(
@@ -366,7 +366,10 @@ def _shards_of(uri: str, index: str) -> list[tuple[str, str]]:
             packed = shard["zip_data"]["basename"] if shard.get("zip_data") else raw
             pairs.append((packed, raw))
     except (KeyError, TypeError) as error:
-        raise SourceError(f"{uri}: not the index of MDS shards: no {error}") from None
+        raise SourceError(
+            f"{uri}: not the index of MDS shards: no {error}; "
+            "source.uri must be a folder that MDSWriter wrote"
+        ) from None
     except RaypipeError:
         raise
     except OSError as error:

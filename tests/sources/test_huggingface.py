@@ -104,6 +104,16 @@ def test_a_saved_dataset(place: str) -> None:
     } == {"x"}
 
 
+def test_a_pattern_that_matches_nothing_is_named_with_a_file(tmp_path: Path) -> None:
+    uri = save(str(tmp_path / "set"), arrow(images(4)))
+    source = make(uri, format="huggingface", include="*.parquet")
+    words = (
+        r"none of 1 files matches source.include = '\*\.parquet', such as \S+\.arrow; correct it$"
+    )
+    with pytest.raises(SourceError, match=words):
+        list(source.files())
+
+
 def test_a_file_that_the_state_names_twice_is_read_once(tmp_path: Path) -> None:
     uri = save(f"{tmp_path}/set", arrow(images(3)))
     state = storage.read_json(f"{uri}/state.json")

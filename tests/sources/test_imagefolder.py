@@ -210,7 +210,7 @@ def test_nothing_there(place: str) -> None:
         (
             f"{place}/set",
             {"include": "*.png"},
-            r"none of 2 files matches source.include = '\*.png'",
+            r"none of 2 files matches source.include = '\*.png', such as [ab]\.csv; correct it$",
         ),
         (f"{place}/set/*.png", {}, "no files here"),
     ):

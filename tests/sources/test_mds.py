@@ -104,7 +104,7 @@ def test_folders_of_shards(tmp_path: Any) -> None:
     ("index", "words"),
     [
         (b"", "not valid JSON"),
-        (b"{}", "not the index of MDS shards: no 'shards'"),
+        (b"{}", "no 'shards'; source.uri must be a folder that MDSWriter wrote"),
         (b'{"shards": [{"format": "json"}]}', "shards of the format json; only mds is read"),
         (mds_index(("../a.mds", 1)), "'../a.mds' is not a path in this folder"),
         (mds_index(("/a.mds", 1)), "'/a.mds' is not a path in this folder"),
