@@ -28,6 +28,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from plain_alignments import one_at_a_time, published
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -118,40 +119,6 @@ def vmap_grad(
         (value.flatten(1) @ direction[name].flatten() for name, value in gradients.items()),
         torch.zeros(()),
     )
-
-
-def one_at_a_time(
-    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
-) -> Tensor:
-    named = dict(model.named_parameters())
-    rows = []
-    for index in range(len(images)):
-        loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
-        gradients = torch.autograd.grad(loss, list(named.values()))
-        rows.append(
-            sum(
-                (direction[name] * value).sum()
-                for name, value in zip(named, gradients, strict=True)
-            )
-        )
-    return torch.stack(rows)
-
-
-def published(
-    model: nn.Module, images: Tensor, labels: Tensor, direction: dict[str, Tensor]
-) -> Tensor:
-    """The published score of every image, solved for the alignment."""
-    parameters, n = list(model.parameters()), 10_000
-    mean = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
-    rows = []
-    for index in range(len(images)):
-        loss = F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1])
-        own = nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)).detach()
-        square = (own * own).sum()
-        first, third = (2 * n - 3) / (n - 1) ** 2 * (mean * mean).sum(), (2 * n - 4) / (n - 1) ** 2
-        score = first - square / (n - 1) ** 2 + third * ((mean - 1 / n * own) * own).sum()
-        rows.append((score - first + square / (n - 1) ** 2) / third + square / n)
-    return torch.stack(rows)
 
 
 def published_mean(

@@ -5,42 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from given import Given
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
+
+from benchmarks.plain_alignments import one_at_a_time, published
 
 
 def loop(given: Given, batch: int) -> Tensor:
-    """One backward pass an image, and the product with the vector parameter by parameter."""
-    named = dict(given.network.named_parameters())
-    rows = []
-    for row in range(len(given.images)):
-        logits = given.network(given.images[row : row + 1])
-        loss = F.cross_entropy(logits, given.labels[row : row + 1])
-        own = torch.autograd.grad(loss, list(named.values()))
-        rows.append(
-            sum((given.vector[name] * value).sum() for name, value in zip(named, own, strict=True))
-        )
-    return torch.stack(rows)
+    return one_at_a_time(given.network, given.images, given.labels, given.vector)
 
 
 def moso(given: Given, batch: int) -> Tensor:
-    """The published MoSo code's way: `MoSo_scoring_exact` of hrtan/MoSo, scoring.py.
-
-    It scores an image at a time with three products over all parameters in one vector. The score is
-    solved for the alignment.
-    """
-    parameters, n = list(given.network.parameters()), 10_000
-    mean = torch.cat([given.vector[name].flatten() for name, _ in given.network.named_parameters()])
-    rows = []
-    for row in range(len(given.images)):
-        logits = given.network(given.images[row : row + 1])
-        loss = F.cross_entropy(logits, given.labels[row : row + 1])
-        own = nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)).detach()
-        square = (own * own).sum()
-        first, third = (2 * n - 3) / (n - 1) ** 2 * (mean * mean).sum(), (2 * n - 4) / (n - 1) ** 2
-        score = first - square / (n - 1) ** 2 + third * ((mean - 1 / n * own) * own).sum()
-        rows.append((score - first + square / (n - 1) ** 2) / third + square / n)
-    return torch.stack(rows)
+    return published(given.network, given.images, given.labels, given.vector)
 
 
 def vmap_grad(given: Given, batch: int) -> Tensor:

@@ -15,11 +15,7 @@ from raypipe.extrapolators.mlp import BATCH, MEMBERS, Mlp, MlpNets, _batches
 def one_network(nets: MlpNets, number: int, embedding: Tensor, label: Tensor) -> Tensor:
     """The formula, for one network: [one-hot label ; embedding] -> 256 -> 64 -> 1."""
     weights = {name: value[number] for name, value in nets.state_dict().items()}
-    classes = weights["label_weight"].shape[0] - 1
-    hot = torch.zeros(len(label), classes)
-    for row, value in enumerate(label.tolist()):
-        if value:
-            hot[row, value - 1] = 1
+    hot = F.one_hot(label, len(weights["label_weight"]))[:, 1:].to(embedding)  # 0 has no label
     wide = torch.cat((weights["label_weight"][1:].T, weights["embedding_weight"]), 1)
     x = F.relu(F.linear(torch.cat((hot, embedding), 1), wide, weights["embedding_bias"]))
     x = F.relu(F.linear(x, weights["hidden_weight"], weights["hidden_bias"]))
@@ -31,13 +27,9 @@ def test_stacked_networks_agree_with_separate_ones() -> None:
     nets = MlpNets(3, 8, 5).double().eval()
     embedding, label = torch.randn(3, 7, 8).double(), torch.randint(0, 6, (3, 7))
     stacked = nets(embedding, label)
-    torch.set_default_dtype(torch.float64)
-    try:
-        for number in range(3):
-            alone = one_network(nets, number, embedding[number], label[number])
-            torch.testing.assert_close(stacked[number], alone)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    for number in range(3):
+        alone = one_network(nets, number, embedding[number], label[number])
+        torch.testing.assert_close(stacked[number], alone)
 
 
 def test_no_network_learns_from_another() -> None:
