@@ -7,25 +7,21 @@ import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from helpers import (
-    PLANTED,
-    QUIET,
-    UNREADABLE,
-    digit_pngs,
-    not_ended,
-    score_files,
-    small_config,
-)
 from xdist.scheduler import LoadScopeScheduling
 
-from raypipe import storage
+# Fixtures import what they need: torch and raypipe take seconds, and the process that only hands
+# out the tests loads this file, too.
+
+# A command or worker that a test starts would compile all of raypipe anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Threads of OpenMP busy-wait: next to another test or Ray's workers, two are much slower than one.
 # Workers of xdist and the commands that tests start inherit it before they import anything.
@@ -64,13 +60,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Use one thread in torch, which can be imported before the variable is set."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """Endpoint of a local S3 server. The AWS variables point at it during the session."""
+    from helpers import PLANTED
     from moto.server import ThreadedMotoServer
+
+    from raypipe import storage
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -106,6 +107,8 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3(s3_server: str) -> str:
     """A bucket, as `s3://bucket`. Tests share it: write only inside a folder of your own."""
+    from raypipe import storage
+
     storage.filesystem("s3://raypipe-test")[0].mkdir("raypipe-test")
     return "s3://raypipe-test"
 
@@ -122,6 +125,7 @@ def place(request: pytest.FixtureRequest, tmp_path: object) -> str:
 def cluster(s3_server: str) -> Iterator[str]:
     """Address of a Ray cluster on this machine, shared by all tests; its workers can use `s3`."""
     import ray
+    from helpers import not_ended
 
     from raypipe.config import ClusterSettings
     from raypipe.distributed.cluster import connect
@@ -142,7 +146,10 @@ def cluster(s3_server: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def finished(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A finished run of `helpers.small_config`. Tests that change it must restore it."""
+    from helpers import QUIET, small_config
+
     import raypipe
+    from raypipe import storage
 
     uri = str(tmp_path_factory.mktemp("finished") / "run")
     raypipe.run(small_config(uri), progress=QUIET)
@@ -160,12 +167,16 @@ def finished_ledger(finished: str) -> str:
 @pytest.fixture(scope="session")
 def finished_scores(finished: str) -> dict[str, bytes]:
     """Content of every score shard of `finished`."""
+    from helpers import score_files
+
     return score_files(finished)
 
 
 @pytest.fixture(scope="session")
 def of_folders(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run up to the embeddings over image folders: two proxies, a few unreadable files."""
+    from helpers import QUIET, UNREADABLE, digit_pngs, small_config
+
     import raypipe
 
     folder = tmp_path_factory.mktemp("of-folders")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
+from raypipe.assessment.hypergeometric import hypergeometric_interval
 
 LEVEL = 0.99
 """Two-sided coverage of what chance allows."""
@@ -61,28 +61,6 @@ def set_shares(
     total, size = sum(samples.values()), sum(kept.values())
     result = {}
     for name, count in samples.items():
-        low, high = _chance_interval(total, count, size, level) if total else (0, 0)
+        low, high = hypergeometric_interval(total, count, size, level) if total else (0, 0)
         result[name] = SetShare(count, kept[name], float(low), float(high))
     return result
-
-
-def _chance_interval(total: int, members: int, drawn: int, level: float) -> tuple[int, int]:
-    """Return the quantiles (1 - level) / 2 and (1 + level) / 2 of a hypergeometric number.
-
-    As `scipy.stats.hypergeom(total, members, drawn).interval(level)`, whose import takes longer
-    than all other work of a report. The probabilities follow from the ratios of neighbouring ones,
-    within 12 standard deviations of the mean; those beyond are below 1e-30.
-    """
-    mean = drawn * members / total
-    deviation = np.sqrt(mean * (1 - members / total) * (total - drawn) / max(1, total - 1))
-    reach = 40 + 12 * deviation
-    first = max(0, drawn + members - total, int(mean - reach))
-    last = min(drawn, members, int(mean + reach))
-    number = np.arange(first, last, dtype=np.float64)
-    more = np.log(members - number) + np.log(drawn - number)
-    fewer = np.log(number + 1) + np.log(total - members - drawn + number + 1)
-    logarithm = np.concatenate([[0.0], np.cumsum(more - fewer)])
-    cumulated = np.cumsum(np.exp(logarithm - logarithm.max()))
-    tails = np.array([(1 - level) / 2, (1 + level) / 2]) * cumulated[-1]
-    low, high = first + np.searchsorted(cumulated, tails)
-    return int(low), int(high)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+
+from raypipe.assessment.hypergeometric import hypergeometric_interval
 
 MIN_SAMPLES = 10
 """With fewer samples a correlation means nothing."""
@@ -189,12 +192,12 @@ def chance(n: int, keep: Sequence[float]) -> RankAgreement:
     The intervals contain 95 % of the random orders. The correlations of a random order have the
     variance 1 / (n - 1); the overlap of two tops is hypergeometric.
     """
-    from scipy.stats import hypergeom, norm
-
-    half_width = float(norm.ppf((1 + LEVEL) / 2)) / math.sqrt(max(1, n - 1))
+    half_width = NormalDist().inv_cdf((1 + LEVEL) / 2) / math.sqrt(max(1, n - 1))
     correlation_interval = (max(-1.0, -half_width), min(1.0, half_width))
     tops = {fraction: _top(fraction, n) for fraction in keep}
-    ranges = {fraction: hypergeom(n, top, top).interval(LEVEL) for fraction, top in tops.items()}
+    ranges = {
+        fraction: hypergeometric_interval(n, top, top, LEVEL) for fraction, top in tops.items()
+    }
     return RankAgreement(
         0.0,
         0.0,
@@ -202,7 +205,7 @@ def chance(n: int, keep: Sequence[float]) -> RankAgreement:
         correlation_interval,
         {fraction: top / n for fraction, top in tops.items()},
         {
-            fraction: (float(low) / tops[fraction], float(high) / tops[fraction])
+            fraction: (low / tops[fraction], high / tops[fraction])
             for fraction, (low, high) in ranges.items()
         },
         0.0,

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMMON = ("numpy", "pyarrow.parquet", "PIL.Image", "torch")
+COMMON = ("numpy", "pyarrow.parquet", "PIL.Image", "torch", "scipy.optimize")
 """Imported while the cluster starts. None of them imports Ray."""
 
 OF_RAY = ("ray", "ray.data", "ray.train.torch")
@@ -42,7 +42,7 @@ worker (`JOB_VARIABLE`) when it is imported."""
 
 JOB_VARIABLE = "RAY_JOB_ID"
 
-OF_RAYPIPE = ("distributed", "scores", "sources", "stages", "vision")
+OF_RAYPIPE = ("assessment", "distributed", "scores", "sources", "stages", "vision")
 """Packages of raypipe that most workers import from."""
 
 FORK_SAFE_THREADS = ("jemalloc_bg_thd",)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 BETTER, WORSE, UNCLEAR, UNKNOWN = "better", "worse", "not told apart", "unknown"
@@ -59,7 +59,7 @@ def seed_interval(values: Sequence[float]) -> SeedInterval:
     if count < 2:
         return SeedInterval(mean, None, None, count)
     margin = float(
-        student.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+        stdtrit(count - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(count)
     )
     return SeedInterval(mean, mean - margin, mean + margin, count)
 
@@ -86,7 +86,7 @@ def pooled_margin(groups: Sequence[Sequence[float]]) -> float:
         return math.nan
     variance = sum(float(np.square(group - group.mean()).sum()) for group in usable) / freedom
     size = float(np.mean([len(group) for group in usable]))
-    return float(student.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance / size))
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * math.sqrt(variance / size))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
-from sklearn.isotonic import IsotonicRegression
+from scipy.optimize import isotonic_regression
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Extrapolator, Nodes
@@ -67,11 +66,10 @@ class Monotone:
         signal, score = signal[finite].astype(np.float64), score[finite]
         if len(score) < 2 or not np.ptp(signal) or not np.ptp(score):
             return None
-        rho = float(np.corrcoef(rankdata(signal), rankdata(score))[0, 1])
+        rho = float(np.corrcoef(_mean_ranks(signal), _mean_ranks(score))[0, 1])
         if not rho:
             return None
-        steps = IsotonicRegression(increasing=rho > 0).fit_transform(signal, score)
-        x, y = _step_centres(signal, steps)
+        x, y = _isotonic_steps(signal, score, rho > 0)
         low, middle, high = np.quantile(signal, [0.25, 0.5, 0.75])
         reach = float(high - low) or float(np.ptp(signal))
         slope = float(np.sign(rho) * TIE_BREAKING_SLOPE * score.std())
@@ -83,13 +81,19 @@ class Monotone:
         return np.interp(signal, self.x, self.y) + self.slope * t / (1 + np.abs(t))
 
 
-def _step_centres(x: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean of x and the height of each step of a monotone function given at n points."""
-    order = np.argsort(x, kind="stable")
-    x, step = x[order], step[order]
-    group = np.cumsum(np.r_[0, step[1:] != step[:-1]])
-    centre = np.bincount(group, x) / np.bincount(group)
-    return centre, step[np.r_[True, step[1:] != step[:-1]]]
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, those of ties their mean, float64 [n]."""
+    _, place, size = np.unique(values, return_inverse=True, return_counts=True)
+    return (size.cumsum() - (size - 1) / 2)[place]
+
+
+def _isotonic_steps(x: np.ndarray, y: np.ndarray, rising: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of x and the height of each step of the isotonic regression of y on x."""
+    # equal x get one height
+    values, place, size = np.unique(x, return_inverse=True, return_counts=True)
+    fitted = isotonic_regression(np.bincount(place, y) / size, weights=size, increasing=rising)
+    starts = fitted.blocks[:-1]
+    return np.add.reduceat(values * size, starts) / fitted.weights, fitted.x[starts]
 
 
 class ProxyStatisticsMap:

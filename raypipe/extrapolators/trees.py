@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from sklearn.ensemble import HistGradientBoostingRegressor
 
 from raypipe.errors import RaypipeError
 from raypipe.extrapolators.base import Extrapolator, Nodes
@@ -252,6 +251,8 @@ def grow(
     progress
         Called after each ensemble.
     """
+    from sklearn.ensemble import HistGradientBoostingRegressor  # 0.6 s, and other methods need none
+
     x = np.where(
         np.isnan(x).all(0), 0, x
     )  # scikit-learn cannot bin a feature that is NaN throughout

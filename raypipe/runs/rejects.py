@@ -100,7 +100,7 @@ class RejectCounter:
 
         0 if too little was read. See `check` for `all_read`.
         """
-        from scipy.stats import beta, norm, t
+        from scipy.special import betaincinv, ndtri, stdtrit
 
         if (
             self.seen < MIN_SAMPLES
@@ -119,9 +119,9 @@ class RejectCounter:
             effective = (
                 self.seen / max(1.0, variance / independent) if independent else float(units)
             )
-            few_clusters = norm.isf(ERROR_PROBABILITY) / t.isf(ERROR_PROBABILITY, units - 1)
+            few_clusters = ndtri(ERROR_PROBABILITY) / stdtrit(units - 1, ERROR_PROBABILITY)
             effective *= float(few_clusters) ** 2
-        return float(beta.ppf(ERROR_PROBABILITY, share * effective, effective * (1 - share) + 1))
+        return float(betaincinv(share * effective, effective * (1 - share) + 1, ERROR_PROBABILITY))
 
     def outlook(self) -> str:
         """Return a sentence if the samples read so far foretell too many rejects; else nothing.

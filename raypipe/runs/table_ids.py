@@ -181,6 +181,6 @@ def compare_ids(uri: str, ids: Sequence[str]) -> IdComparison:
 
 def _lower_bound(share: float, places: int) -> float:
     """Return the lower confidence bound (Clopper and Pearson) of a share of independent places."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
-    return float(beta.ppf(ERROR_PROBABILITY, share * places, places * (1 - share) + 1))
+    return float(betaincinv(share * places, places * (1 - share) + 1, ERROR_PROBABILITY))
