@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/raypipe demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadscope $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -26,17 +26,7 @@ sys.dont_write_bytecode = False
 # Threads of OpenMP busy-wait: next to another test or Ray's workers, two are much slower than one.
 # Workers of xdist and the commands that tests start inherit it before they import anything.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-class RayFirst(LoadScopeScheduling):
-    """Hand out whole files, so that their fixtures are made once, those with Ray first.
-
-    Both workers start a cluster of their own. The files with Ray are few tests that take long: at
-    the end one of them would run alone.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        return nodeid.partition("::")[0]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
@@ -48,9 +38,41 @@ def uses_ray(file: Path) -> bool:
     return re.search(fixtures, file.read_text(encoding="utf-8")) is not None
 
 
+class RayFirst(LoadScopeScheduling):
+    """Hand out whole files, so that their fixtures are made once, those with Ray first.
+
+    They are few tests that take long: at the end one of them would run alone. Two workers run them,
+    each with a cluster of its own. Further ones take the other files, from the end, and fill the
+    time in which both wait for a cluster.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0]
+
+    def _assign_work_unit(self, node: Any) -> None:
+        if not has_cluster(node.gateway.id):
+            others = (file for file in reversed(self.workqueue) if not uses_ray(ROOT / file))
+            if (last := next(others, None)) is None:
+                node.shutdown()
+                return
+            self.workqueue.move_to_end(last, last=False)
+        super()._assign_work_unit(node)
+
+
+def has_cluster(worker: str) -> bool:
+    """Whether a worker of xdist runs tests that use Ray."""
+    return worker in ("gw0", "gw1")
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayFirst:
     config.option.loadscopereorder = False  # files in the order of collection, not by length
     return RayFirst(config, log)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Let clusters have the processor first: their heartbeats and time limits run."""
+    if not has_cluster(os.environ.get("PYTEST_XDIST_WORKER", "gw0")) and session.items:
+        os.nice(10)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -176,7 +176,7 @@ def next_worker(
             continue
         if raylet is None:
             raylet, job = worker.raylet, worker.environment.get(JOB_VARIABLE)
-            _import_with(worker.environment, package)
+            import_with(worker.environment, package)
             if _has_threads() or _forks_draw_equal_ids():
                 return None
             gc.collect()
@@ -206,7 +206,8 @@ def _received(connection: socket.socket) -> Worker:
     return Worker(**json.loads(content.decode("utf-8", "surrogateescape")), streams=streams)
 
 
-def _import_with(environment: dict[str, str], package: str) -> None:
+def import_with(environment: dict[str, str], package: str) -> None:
+    """Import everything that most workers need, so that forks of this process have it."""
     os.environ.update(environment)
     with _class_ids_of_the_system():
         _import_all(package)

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked_command import ForkedCommand
 from helpers import QUIET, score_files, small_config
 
 import raypipe
@@ -39,7 +38,7 @@ MOMENTS = {
 """By stage: a condition that holds once the stage has started and before it is finished."""
 
 
-Start = Callable[[bool], subprocess.Popen[bytes]]
+Start = Callable[[bool], ForkedCommand]
 
 
 @pytest.fixture
@@ -50,20 +49,15 @@ def start(cluster: str, tmp_path: Path) -> Iterator[Start]:
     """
     with contextlib.ExitStack() as stack:
 
-        def driver(forks: bool) -> subprocess.Popen[bytes]:
+        def driver(forks: bool) -> ForkedCommand:
             variables = {"RAY_ADDRESS": cluster}
             if forks:
                 server = ForkServer([])
                 stack.callback(server.close)
                 job = {"runtime_env": {"py_executable": server.python()}}
                 variables["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(job)
-            config = str(tmp_path / "config.yaml")
-            return subprocess.Popen(
-                [sys.executable, "-m", "raypipe.cli", "run", config, "--until", "extrapolate"],
-                env=os.environ | variables,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            command = ["run", "config.yaml", "--until", "extrapolate"]
+            return ForkedCommand(command, tmp_path, tmp_path / "printed.txt", variables)
 
         yield driver
 
@@ -103,13 +97,11 @@ def test_killed_in_every_stage(
         if driver.poll() is None:
             os.killpg(driver.pid, signal.SIGKILL)
             killed.append(stage)
-        _, errors = driver.communicate()
-        assert driver.returncode in (0, -signal.SIGKILL), errors.decode()
+        assert driver.wait() in (0, -signal.SIGKILL), driver.printed
     assert "proxy" in killed, "the training did not continue after its worker died"
     assert len(killed) >= 4, f"too few kills hit their stage: {killed}"
     last = start(True)
-    _, errors = last.communicate(timeout=300)
-    assert last.returncode == 0, errors.decode()
+    assert last.wait(timeout=300) == 0, last.printed
     assert score_files(run.uri) == finished_scores
     assert all(record.state == "done" for record in run.ledger().values())
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_command import ForkedCommand
 from helpers import small_config
 from safetensors.torch import save_file
 
@@ -44,18 +42,11 @@ class Gate(nn.Module):
 """
 
 
-def _raypipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _raypipe(folder: Path, *arguments: str) -> ForkedCommand:
     """The command in a process of its own, as a user starts it: its folder is not on the path."""
-    code = "import sys; sys.path.remove(''); from raypipe.cli import main; main(sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    command = ForkedCommand(arguments, folder, folder / "printed.txt")
+    command.wait(timeout=280)
+    return command
 
 
 def test_a_module_in_the_current_folder_is_a_proxy(tmp_path: Path) -> None:
@@ -68,18 +59,18 @@ def test_a_module_in_the_current_folder_is_a_proxy(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(dump_config(config))
     set_weights = ("--set", f"proxy.weights={tmp_path}/stem.safetensors")
     refused = _raypipe(tmp_path, "run", "my.yaml", *set_weights)
-    assert refused.returncode == 2, refused.stderr
-    assert "6 missing (attention.in_proj_weight" in refused.stderr
+    assert refused.poll() == 2, refused.printed
+    assert "6 missing (attention.in_proj_weight" in refused.printed
     assert not (tmp_path / "run" / "seed").exists(), "nothing was done before it was refused"
     done = _raypipe(tmp_path, "run", "my.yaml", "--until", "embed")
-    assert done.returncode == 0, done.stderr
+    assert done.poll() == 0, done.printed
     run = Run(str(tmp_path / "run"))
     assert run.record("embed").samples == 300
     hashes = [run.record("proxy").fingerprint]
     (tmp_path / "shared_layers.py").write_text(LAYERS.format(factor=2))
     changed = _raypipe(tmp_path, "run", "my.yaml", "--until", "proxy")
-    assert changed.returncode == 0, changed.stderr
-    assert "the code of proxy.model my_net:Net has changed" in changed.stderr + changed.stdout
+    assert changed.poll() == 0, changed.printed
+    assert "the code of proxy.model my_net:Net has changed" in changed.printed
     hashes.append(run.record("proxy").fingerprint)
     assert hashes[0] != hashes[1], "a change of a layer that the network uses counts"
     assert (
