@@ -13,7 +13,7 @@ from typing import Any
 
 from raypipe._version import __version__
 from raypipe.exports.finished import FinishedExport
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.report.schema import Summary
 from raypipe.report.summary import summarize
 from raypipe.runs.keep_files import keep_file, keep_metadata
@@ -134,9 +134,9 @@ def _benefit(summary: Summary, cut: Mapping[str, str]) -> Iterator[str]:
         gain = expected["against_random"]
         yield (
             f"Predicted by trainings of {code(expected['model'])} on smaller lists: "
-            f"{text.plain_points(gain['mean'])} percentage points of accuracy against random lists "
-            f"(95 % interval {text.plain_points(gain['low'])} to "
-            f"{text.plain_points(gain['high'])}). Not measured on this list."
+            f"{formats.plain_points(gain['mean'])} percentage points of accuracy against random "
+            f"lists (95 % interval {formats.plain_points(gain['low'])} to "
+            f"{formats.plain_points(gain['high'])}). Not measured on this list."
         )
         return
     yield "Not measured. `raypipe evaluate` compares trainings on the list with random lists."
@@ -150,10 +150,10 @@ def _evaluated(evaluation: Mapping[str, Any], fraction: float) -> Iterator[str]:
             if point["fraction"] != fraction or gain is None:
                 continue
             yield (
-                f"- {code(listed['name'])}: {text.plain_points(gain['mean'])}"
+                f"- {code(listed['name'])}: {formats.plain_points(gain['mean'])}"
                 + (
-                    f" (95 % interval {text.plain_points(gain['low'])} to "
-                    f"{text.plain_points(gain['high'])})"
+                    f" (95 % interval {formats.plain_points(gain['low'])} to "
+                    f"{formats.plain_points(gain['high'])})"
                     if gain.get("low") is not None
                     else " (one seed, no interval)"
                 )

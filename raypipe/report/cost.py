@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.config import ReportSettings
+from raypipe.report.savings import savings_sentences
 from raypipe.report.schema import (
     Cost,
     Evaluation,
@@ -20,7 +21,6 @@ from raypipe.report.schema import (
     TotalCost,
     Trained,
 )
-from raypipe.report.text import savings_sentences
 from raypipe.runs.ledger import StageRecord
 
 MEASURING = ("seed", "proxy", "measure")

@@ -7,10 +7,11 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
-from raypipe.report import text
 from raypipe.report.json_values import clean
 from raypipe.report.schema import Agreement, Fidelity, HeldOutFidelity
 from raypipe.report.score_scan import ScoreScan
+from raypipe.report.text import larger_seed_set
+from raypipe.report.verdict import experimental, trust_verdict
 from raypipe.runs.run import Run
 
 LATER_FIGURES = (
@@ -46,12 +47,12 @@ def fidelity_figures(
     method = assessment.get("method")
     if "spearman_within" in held_out:
         held_out["within_classes"] = within_classes
-    verdict, sentence = text.trust_verdict(
+    verdict, sentence = trust_verdict(
         {**held_out, "method": method},
         stability,
         scan.samples - scan.measured if scan.samples else None,
     )
-    sentence += text.experimental(assessment.get("score"))
+    sentence += experimental(assessment.get("score"))
     return {
         **held_out,
         "method": method,
@@ -72,7 +73,7 @@ def learning_curve(assessment: Mapping[str, Any]) -> dict[str, Any] | None:
     curve = assessment.get("learning_curve")
     if not isinstance(curve, dict) or not curve.get("points"):
         return None
-    return {**curve, "sentence": text.larger_seed_set(curve)}
+    return {**curve, "sentence": larger_seed_set(curve)}
 
 
 def neighbour_search(assessment: Mapping[str, Any]) -> dict[str, Any] | None:

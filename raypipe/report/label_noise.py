@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from raypipe import storage
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.runs.run import Run
 from raypipe.sources.noise import LabelNoise
 
@@ -157,16 +157,19 @@ def _sentence(counts: NoiseCounts, keep: dict[str, float | None]) -> str:
     chance = replaced / counts["labelled"] if counts["labelled"] else None
     if listed["listed"]:
         sentence = (
-            f"Of {text.count(listed['listed'])} samples listed as labels to check, "
-            f"{text.share(listed['precision'])} have a replaced label (by chance "
-            f"{text.share(chance)}); they are {text.share(listed['recall'])} of the "
-            f"{text.count(replaced)} replaced labels. Of the first {text.count(first['listed'])}, "
-            f"{text.share(first['precision'])} have one. Average precision: "
-            f"{text.fixed(listed['average_precision'])}."
+            f"Of {formats.count(listed['listed'])} samples listed as labels to check, "
+            f"{formats.share(listed['precision'])} have a replaced label (by chance "
+            f"{formats.share(chance)}); they are {formats.share(listed['recall'])} of the "
+            f"{formats.count(replaced)} replaced labels. "
+            f"Of the first {formats.count(first['listed'])}, "
+            f"{formats.share(first['precision'])} have one. Average precision: "
+            f"{formats.fixed(listed['average_precision'])}."
         )
     else:
         sentence = (
-            f"The list of labels to check is empty; {text.count(replaced)} labels were replaced."
+            f"The list of labels to check is empty; {formats.count(replaced)} labels were replaced."
         )
-    kept = [f"{text.share(share)} in {file}" for file, share in keep.items() if share is not None]
+    kept = [
+        f"{formats.share(share)} in {file}" for file, share in keep.items() if share is not None
+    ]
     return sentence + (f" Replaced labels in keep-lists: {', '.join(kept)}." if kept else "")

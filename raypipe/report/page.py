@@ -14,13 +14,14 @@ from markupsafe import Markup, escape
 from raypipe import storage
 from raypipe.config.embed import EmbedSettings
 from raypipe.errors import RunError
-from raypipe.report import text
+from raypipe.report import formats, text
 from raypipe.report.evaluation import curves
 from raypipe.report.pilot import gain_curves
 from raypipe.report.schema import Agreement, ClassFigures, HeldOutFidelity, Summary, Tile
 from raypipe.report.score_scan import MAX_LISTED_CLASSES
 from raypipe.report.summary import Findings, collect
 from raypipe.report.thumbnails import Thumbnails, load_thumbnails
+from raypipe.report.verdict import judged_samples
 from raypipe.runs.ledger import without_images
 from raypipe.runs.outside_code import code_text
 from raypipe.runs.run import Run
@@ -52,7 +53,6 @@ FILTERS = (
     "accuracy",
     "count",
     "fixed",
-    "judged_samples",
     "money",
     "number",
     "plain_points",
@@ -62,7 +62,7 @@ FILTERS = (
     "setting",
     "share",
 )
-"""Functions of `raypipe.report.text` that the templates use."""
+"""Functions of `raypipe.report.formats` that the templates use."""
 
 Baselines = list[tuple[str, Agreement]]
 """Names of the baselines and their figures."""
@@ -159,8 +159,9 @@ def _environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(text, name) for name in FILTERS}
-    environment.filters |= {"counted": counted, "plural": plural, "breakable": breakable}
+    environment.filters |= {name: getattr(formats, name) for name in FILTERS}
+    others = (breakable, counted, judged_samples, plural)
+    environment.filters |= {function.__name__: function for function in others}
     return environment
 
 

@@ -14,8 +14,10 @@ import pytest
 from raypipe import storage
 from raypipe.errors import RunError
 from raypipe.report import build, summarize
+from raypipe.report.formats import money
 from raypipe.report.keep_lists import even_classes, in_keep_list
-from raypipe.report.text import money, savings_sentences, without_secrets
+from raypipe.report.savings import savings_sentences
+from raypipe.report.text import without_secrets
 from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]

@@ -12,6 +12,7 @@ import pytest
 from raypipe import storage
 from raypipe.report import build
 from raypipe.report.page import breakable
+from raypipe.report.text import uneven_sets
 from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
@@ -85,3 +86,16 @@ def test_a_baseline_that_a_rehearsal_cannot_have_is_named(make_run: MakeRun) -> 
     about["fidelity"]["judged_on"] = "rehearsal"
     storage.write_json(file, about)
     assert words in text_of(run)
+
+
+def test_uneven_shares_are_told_in_a_line_with_a_remedy_only_where_one_exists() -> None:
+    def figures(share: float, within: bool) -> dict[str, Any]:
+        return {"share": share, "low": 0.2, "high": 0.4, "within_chance": within}
+
+    even = {name: figures(0.3, True) for name in ("seed", "audit", "rest")}
+    assert uneven_sets({"keep-0.30.parquet": even}, False) == ""
+    favoured = {**even, "seed": figures(0.45, False)}
+    told = uneven_sets({"keep-0.30.parquet": favoured, "keep-0.50.parquet": even}, False)
+    assert told.startswith("1 of 2 keep-lists treat measured samples differently: keep-0.30")
+    assert told.endswith("Set proxy.parts to 3 for cross-fitting.")
+    assert "proxy.parts" not in uneven_sets({"keep-0.30.parquet": favoured}, True)

@@ -11,7 +11,7 @@ from raypipe.assessment.fidelity import accuracy_figures
 from raypipe.config import TrustSettings
 from raypipe.config.select import SelectSettings
 from raypipe.errors import TrustError
-from raypipe.report.text import trust_verdict
+from raypipe.report.verdict import trust_verdict
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.status import fidelity_sentence
 from raypipe.stages.select.gate import check_trust

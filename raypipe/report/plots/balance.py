@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.report.plots.base import (
     INK,
     MUTED,
@@ -71,14 +71,14 @@ def class_shares(names: Sequence[str], before: Sequence[float], after: Sequence[
                 markersize=4.6,
                 linestyle="none",
                 color=_colour(place, len(after)),
-                label=f"keep {text.share(fraction)}",
+                label=f"keep {formats.share(fraction)}",
             )
         axes.set_xlim(
             0, 1.06 * max([*before, *(share for _, shares in after for share in shares), 1e-9])
         )
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_yticks(rows, [short(name) for name in names])
-        axes.xaxis.set_major_formatter(lambda value, _: text.share(value))
+        axes.xaxis.set_major_formatter(lambda value, _: formats.share(value))
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("share of all samples")
         light_grid(axes, "x")
@@ -103,7 +103,7 @@ def kept_shares(after: Sequence[ListShares]) -> str:
             axes.text(
                 1.0,
                 fraction,
-                f" {text.share(fraction)}",
+                f" {formats.share(fraction)}",
                 color=MUTED,
                 va="center",
                 ha="left",
@@ -113,7 +113,7 @@ def kept_shares(after: Sequence[ListShares]) -> str:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: text.share(value, 0))
+            axis.set_major_formatter(lambda value, _: formats.share(value, 0))
         axes.set_xlabel("classes, the most thinned first")
         axes.set_ylabel("share of the class kept", labelpad=2)
         light_grid(axes, "y")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.report.embeddings import EmbeddingMap
 from raypipe.report.plots.base import (
     SCORE_COLOURS,
@@ -29,7 +29,7 @@ def _new_map(samples: EmbeddingMap) -> tuple[Figure, Axes]:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    first, second = (text.share(share, 0) for share in samples.explained)
+    first, second = (formats.share(share, 0) for share in samples.explained)
     axes.set_xlabel(f"two principal components: {first} and {second} of the variance", labelpad=4)
     return figure, axes
 
@@ -93,7 +93,7 @@ def kept_map(samples: EmbeddingMap, fraction: float) -> str:
         points.set_rasterized(True)
         for colour, word in ((KEPT, "kept"), (PRUNED, "pruned")):
             number = int((kept == (word == "kept")).sum())
-            axes.scatter([], [], color=colour, s=28, label=f"{word} ({text.count(number)})")
+            axes.scatter([], [], color=colour, s=28, label=f"{word} ({formats.count(number)})")
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 0.98),
@@ -101,7 +101,7 @@ def kept_map(samples: EmbeddingMap, fraction: float) -> str:
             frameon=False,
             fontsize=8.5,
             handletextpad=0.2,
-            title=f"keep {text.share(fraction)}",
+            title=f"keep {formats.share(fraction)}",
             title_fontsize=8.5,
             alignment="left",
         )

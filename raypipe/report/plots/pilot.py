@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.report.pilot import GainPoint
 from raypipe.report.plots.base import (
     EXTRAPOLATED,
@@ -80,11 +80,11 @@ def gain_curve(
         axes.axvline(across[-1], color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
         axes.set_xscale("log", base=2)
         ends = [across[0], across[-1]]
-        axes.set_xticks(ends, [text.count(end) for end in ends])
+        axes.set_xticks(ends, [formats.count(end) for end in ends])
         axes.minorticks_off()
         axes.locator_params(axis="y", nbins=6)
         axes.set_xlabel("samples kept of each class, up to the whole source")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", text.MINUS))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", formats.MINUS))
         light_grid(axes, "y")
         axes.spines["left"].set_visible(False)
         legend_above(figure, 2, 1.8)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.report.plots.base import (
     EXTRAPOLATED,
     INK,
@@ -48,7 +48,7 @@ def score_histogram(histogram: Histogram, cuts: Sequence[tuple[float, float]]) -
             if not counts.sum():
                 continue
             colour = MEASURED if filled else EXTRAPOLATED
-            label = f"{name} ({text.count(counts.sum())})"
+            label = f"{name} ({formats.count(counts.sum())})"
             values = counts / counts.sum()
             if filled:
                 axes.stairs(
@@ -75,7 +75,7 @@ def score_histogram(histogram: Histogram, cuts: Sequence[tuple[float, float]]) -
                 axes.text(
                     lowest,
                     top * 1.06,
-                    text.share(fraction),
+                    formats.share(fraction),
                     color=MUTED,
                     ha="center",
                     va="bottom",
@@ -84,7 +84,7 @@ def score_histogram(histogram: Histogram, cuts: Sequence[tuple[float, float]]) -
                 last = lowest
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel("score (the end bins hold everything beyond)")
-        axes.yaxis.set_major_formatter(lambda value, _: text.share(value))
+        axes.yaxis.set_major_formatter(lambda value, _: formats.share(value))
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=6)
         light_grid(axes, "y")
@@ -177,7 +177,7 @@ def class_bands(classes: Sequence[ClassFigures]) -> str:
         axes.plot(rows + 1, q50, color=INK, linewidth=1.3)
         axes.set_xlim(1, len(classes))
         axes.locator_params(axis="both", nbins=6)
-        axes.xaxis.set_major_formatter(lambda value, _: text.count(value))
+        axes.xaxis.set_major_formatter(lambda value, _: formats.count(value))
         axes.set_xlabel("classes, the lowest median first")
         axes.set_ylabel("score", labelpad=2)
         light_grid(axes, "y")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raypipe.report import text
+from raypipe.report import formats
 from raypipe.report.plots.base import (
     EXTRAPOLATED,
     INK,
@@ -95,7 +95,7 @@ def learning_curve(points: Sequence[dict[str, Any]], doubled: dict[str, Any]) ->
                 )
             axes.plot([end], [value], marker="o", markersize=5, markerfacecolor="none", color=MUTED)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [text.count(tick) for tick in ticks])
+        axes.set_xticks(ticks, [formats.count(tick) for tick in ticks])
         axes.minorticks_off()
         axes.locator_params(axis="y", nbins=5)
         axes.set_xlabel("seed samples")
@@ -163,8 +163,8 @@ def evaluation_curves(
                 for x, low, high in ends:
                     axes.plot([x, x], [low, high], color=colour, linewidth=1, alpha=0.8)
         axes.set_xlabel("fraction kept")
-        axes.xaxis.set_major_formatter(lambda value, _: text.share(value, 0))
-        axes.yaxis.set_major_formatter(lambda value, _: text.share(value, 0))
+        axes.xaxis.set_major_formatter(lambda value, _: formats.share(value, 0))
+        axes.yaxis.set_major_formatter(lambda value, _: formats.share(value, 0))
         axes.set_xticks(sorted({point[0] for _, points in curves for point in points}))
         axes.locator_params(axis="y", nbins=6)
         light_grid(axes, "y")
