@@ -21,8 +21,10 @@ MAX_DRAWS, MIN_RESAMPLES = 1 << 24, 200
 of resamples never falls below the minimum."""
 LEVEL = 0.95
 """Coverage of the intervals."""
-CHUNK_VALUES = 1 << 22
-"""Maximum number of float64 values held at once while resampling (32 MiB per array)."""
+CHUNK_VALUES = 1 << 16
+"""Values of an array while resampling (512 KiB): arrays that fit the cache take half the time."""
+CONSTANT = 1e-12
+"""Values whose sum of squares around their mean is less than this of that around 0 are equal."""
 
 BootstrapInterval = tuple[float, float]
 """Lower and upper end of a 95 % interval from resampling."""
@@ -122,7 +124,9 @@ def rank_agreement(
     resampled = _resample(pairs, weight, seed, keep, within)
     result = {}
     for name, pair in pairs.items():
-        overlap = {fraction: float(pair.overlap(once, fraction)[0]) for fraction in keep}
+        overlap = {
+            fraction: float(value[0]) for fraction, value in pair.overlaps(once, keep).items()
+        }
         overlap_interval = {
             fraction: bootstrap_interval(resampled[name][fraction])
             or (overlap[fraction], overlap[fraction])
@@ -262,14 +266,32 @@ class _ScorePair:
         self._a, self._b = _RankedValues(a, tie), _RankedValues(b, tie)
 
     def pearson(self, weight: np.ndarray) -> np.ndarray:
-        return _correlation(self._a.value[None], self._b.value[None], weight)
+        a, b = self._a.value, self._b.value
+        columns = np.stack([np.ones_like(a), a, b, a * b, a * a, b * b], 1)
+        total, sum_a, sum_b, ab, aa, bb = (weight @ columns).T
+        centred_aa, centred_bb = aa - sum_a**2 / total, bb - sum_b**2 / total
+        # what rounding leaves of the spread where a resample drew equal values only
+        centred_aa[centred_aa < CONSTANT * aa] = 0
+        centred_bb[centred_bb < CONSTANT * bb] = 0
+        return _correlation(ab - sum_a * sum_b / total, centred_aa, centred_bb)
 
     def spearman(self, weight: np.ndarray) -> np.ndarray:
-        return _correlation(self._a.ranks(weight), self._b.ranks(weight), weight)
+        a, b = self._a.centred_ranks(weight), self._b.centred_ranks(weight)
+        weighted_a, weighted_b = weight * a, weight * b
+        return _correlation(
+            np.einsum("rn,rn->r", weighted_a, b),
+            np.einsum("rn,rn->r", weighted_a, a),
+            np.einsum("rn,rn->r", weighted_b, b),
+        )
 
-    def overlap(self, weight: np.ndarray, keep: float) -> np.ndarray:
-        top = _top(keep, float(weight[0].sum()))
-        return np.minimum(self._a.top(weight, top), self._b.top(weight, top)).sum(1) / top
+    def overlaps(self, weight: np.ndarray, keep: Sequence[float]) -> dict[float, np.ndarray]:
+        """Return the overlap of the tops at each keep fraction, float64 [resamples] each."""
+        tops = [_top(fraction, float(weight[0].sum())) for fraction in keep]
+        pairs = zip(self._a.tops(weight, tops), self._b.tops(weight, tops), strict=True)
+        return {
+            fraction: np.minimum(*pair).sum(1) / top
+            for fraction, top, pair in zip(keep, tops, pairs, strict=True)
+        }
 
 
 class RanksWithinClasses:
@@ -313,11 +335,8 @@ class RanksWithinClasses:
 
     def spearman(self, weight: np.ndarray) -> np.ndarray:
         """Return the correlation in each resample, float64 [resamples]; NaN if undefined."""
-        covariance = (weight * self._a * self._b).sum(1)
-        spread = np.sqrt((weight * self._a**2).sum(1) * (weight * self._b**2).sum(1))
-        observed = np.divide(
-            covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12
-        )
+        products = weight @ np.stack([self._a * self._b, self._a**2, self._b**2], 1)
+        observed = _correlation(*products.T)
         if not self._corrects:
             return observed
         rho = np.interp(observed, self._expected, self._rho)
@@ -332,22 +351,25 @@ class _RankedValues:
         spread = float(value.std())
         self.value = (value - value.mean()) / spread if spread > 0 else np.zeros_like(value)
         self._order = np.lexsort((tie, value))
-        self._position = self._order.argsort()
+        place = self._order.argsort()
+        self._descending_place = len(value) - 1 - place
         ordered = value[self._order]
         self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        self._group = np.cumsum(np.r_[False, ordered[1:] != ordered[:-1]])
+        self._group = np.cumsum(np.r_[False, ordered[1:] != ordered[:-1]])[place]
 
-    def ranks(self, weight: np.ndarray) -> np.ndarray:
-        """Return mean ranks within each resample, [resamples, n]."""
+    def centred_ranks(self, weight: np.ndarray) -> np.ndarray:
+        """Return mean ranks within each resample, less their mean, [resamples, n]."""
         size = np.add.reduceat(weight[:, self._order], self._starts, axis=1)
-        rank = size.cumsum(1) - (size - 1) / 2
-        return rank[:, self._group][:, self._position]
+        rank = size.cumsum(1)
+        rank -= (size + rank[:, -1:]) / 2
+        return rank[:, self._group]
 
-    def top(self, weight: np.ndarray, count: int) -> np.ndarray:
-        """Return how many draws of each value are among the `count` highest, [resamples, n]."""
+    def tops(self, weight: np.ndarray, counts: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield how many draws of each value are among the highest, [resamples, n] for a count."""
         descending = weight[:, self._order[::-1]]
         before = descending.cumsum(1) - descending
-        return np.clip(count - before, 0, descending)[:, ::-1][:, self._position]
+        for count in counts:
+            yield np.clip(count - before, 0, descending)[:, self._descending_place]
 
 
 def _centred_ranks(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -362,14 +384,13 @@ def _top(keep: float, n: float) -> int:
     return max(1, round(keep * n))
 
 
-def _correlation(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return weighted linear correlations, float64 [resamples]; NaN where a side is constant."""
-    total = weight.sum(1, keepdims=True)
-    a = a - (weight * a).sum(1, keepdims=True) / total
-    b = b - (weight * b).sum(1, keepdims=True) / total
-    covariance = (weight * a * b).sum(1)
-    spread = np.sqrt((weight * a * a).sum(1) * (weight * b * b).sum(1))
-    return np.divide(covariance, spread, out=np.full(len(weight), np.nan), where=spread > 1e-12)
+def _correlation(ab: np.ndarray, aa: np.ndarray, bb: np.ndarray) -> np.ndarray:
+    """Return linear correlations from sums of products of centred values, float64 [resamples].
+
+    NaN where a side is constant.
+    """
+    spread = np.sqrt(aa * bb)
+    return np.divide(ab, spread, out=np.full(len(ab), np.nan), where=spread > 1e-12)
 
 
 def resample_weights(weight: np.ndarray, seed: int) -> Iterator[np.ndarray]:
@@ -413,7 +434,7 @@ def _resample(
                 "pearson": pair.pearson(resample),
                 "spearman": pair.spearman(resample),
             }
-            chunk |= {fraction: pair.overlap(resample, fraction) for fraction in keep}
+            chunk.update(pair.overlaps(resample, keep).items())
             if within:
                 chunk["within"] = within[name].spearman(resample)
             chunks[name].append(chunk)

@@ -114,9 +114,9 @@ def relaxed_choice(s: np.ndarray, graph: csr_array, kept: int) -> tuple[np.ndarr
     if not redundancy > 0:
         return x, s
     a = float(s.mean()) / redundancy
-    norm = _norm(graph)
+    norm, shift = _norm(graph), None
     for _ in range(STEPS):
-        x = project(x + (s - 2 * a * (graph @ x)) / (2 * a * norm), kept)
+        x, shift = project(x + (s - 2 * a * (graph @ x)) / (2 * a * norm), kept, shift)
     return x, s - 2 * a * (graph @ x)
 
 
@@ -129,14 +129,15 @@ def _norm(graph: csr_array) -> float:
     return norm
 
 
-def project(y: np.ndarray, total: float) -> np.ndarray:
-    """Return the nearest point of [0, 1]^n with the given sum, float64 [n].
+def project(y: np.ndarray, total: float, start: float | None = None) -> tuple[np.ndarray, float]:
+    """Return the nearest point of [0, 1]^n with the given sum, float64 [n], and its shift t.
 
-    It is y - t, clipped to [0, 1]. Newton's method finds t, or bisection where a step would leave
-    the interval that t must be in.
+    It is y - t, clipped to [0, 1]. Newton's method finds t from `start`, or bisection where a step
+    would leave the interval that t must be in. The t of the step before is close: from there, a
+    projection takes 2 iterations instead of 8.
     """
     low, high = float(y.min()) - 1, float(y.max())
-    t = (low + high) / 2
+    t = start if start is not None and low < start < high else (low + high) / 2
     for _ in range(ROOT_STEPS):
         x = np.clip(y - t, 0, 1)
         excess = float(x.sum()) - total
@@ -147,4 +148,4 @@ def project(y: np.ndarray, total: float) -> np.ndarray:
         t = t + excess / moving if moving else low
         if not low < t < high:
             t = (low + high) / 2
-    return np.clip(y - t, 0, 1)
+    return np.clip(y - t, 0, 1), t

@@ -89,9 +89,17 @@ def test_overlap_of_a_resample_counts_repeats() -> None:
     a, b = np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3])
     pair = module._ScorePair(a, b, 0)
     # drawn: the third pair three times, the fourth once; the top 2 are 4, 3 by a and 3, 3 by b
-    assert pair.overlap(np.array([[0.0, 0, 3, 1]]), 0.5) == pytest.approx([0.5])
-    assert pair.overlap(np.ones((1, 4)), 0.5) == pytest.approx([1.0])
-    assert pair.overlap(np.ones((1, 4)), 0.25) == pytest.approx([0.0])
+    assert pair.overlaps(np.array([[0.0, 0, 3, 1]]), [0.5]) == {0.5: pytest.approx([0.5])}
+    once = pair.overlaps(np.ones((1, 4)), [0.5, 0.25])
+    assert once == {0.5: pytest.approx([1.0]), 0.25: pytest.approx([0.0])}
+
+
+def test_a_resample_of_equal_values_has_no_correlation() -> None:
+    a, b = np.array([1.0, 1, 1, 5]) / 3, np.array([1.0, 2, 3, 4])
+    pair = module._ScorePair(a, b, 0)
+    without_the_last = np.array([[2.0, 1, 1, 0]])
+    assert np.isnan(pair.pearson(without_the_last)).all()
+    assert np.isnan(pair.spearman(without_the_last)).all()
 
 
 def test_intervals_cover_the_truth() -> None:

@@ -83,6 +83,12 @@ def double(row):
 """
 
 
+@pytest.fixture(autouse=True)
+def no_cached_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python takes a module of equal size that was rewritten within a second from its cache."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
 def load(folder: Path, source: str = SOURCE, helper: str = HELPER) -> Any:
     """Import two modules, as in a process of its own."""
     folder.mkdir(exist_ok=True)

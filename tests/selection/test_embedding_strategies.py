@@ -332,9 +332,13 @@ def test_projection_is_the_nearest_point() -> None:
     draw = np.random.default_rng(0)
     for total in (1, 5, 19):
         y = draw.normal(size=20) * 2
-        x = project(y, total)
-        assert x == pytest.approx(plain_projection(y, total), abs=1e-9)
-        assert x.sum() == pytest.approx(total)
+        expected = plain_projection(y, total)
+        shift = None
+        for start in (None, 0.3, -40.0, 40.0):
+            x, shift = project(y, total, start)
+            assert x == pytest.approx(expected, abs=1e-9)
+            assert x.sum() == pytest.approx(total)
+        assert project(y, total, shift)[1] == shift, "the solution is where it ends"
 
 
 def test_band_is_between_the_hardest_and_the_easiest() -> None:
