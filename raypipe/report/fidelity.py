@@ -7,10 +7,10 @@ from typing import Any
 
 from raypipe import storage
 from raypipe.errors import RaypipeError
+from raypipe.report.formats import SPACE, fixed
 from raypipe.report.json_values import clean
 from raypipe.report.schema import Agreement, Fidelity, HeldOutFidelity
 from raypipe.report.score_scan import ScoreScan
-from raypipe.report.text import larger_seed_set
 from raypipe.report.verdict import experimental, trust_verdict
 from raypipe.runs.run import Run
 
@@ -73,7 +73,22 @@ def learning_curve(assessment: Mapping[str, Any]) -> dict[str, Any] | None:
     curve = assessment.get("learning_curve")
     if not isinstance(curve, dict) or not curve.get("points"):
         return None
-    return {**curve, "sentence": larger_seed_set(curve)}
+    return {**curve, "sentence": _larger_seed_set(curve)}
+
+
+def _larger_seed_set(curve: Mapping[str, Any]) -> str:
+    """Return a sentence about what doubling the seed set is predicted to gain."""
+    doubled = curve["doubled"]
+    gain, bounds = doubled.get("gain"), doubled.get("gain_interval")
+    if gain is None:
+        return "The learning curve does not show how much a larger seed set would gain."
+    between = (
+        f" (95{SPACE}% range {fixed(bounds[0], 3)} to {fixed(bounds[1], 3)})" if bounds else ""
+    )
+    return (
+        "Doubling the seed set is predicted to raise the Spearman correlation by "
+        f"{fixed(gain, 3)}{between}."
+    )
 
 
 def neighbour_search(assessment: Mapping[str, Any]) -> dict[str, Any] | None:

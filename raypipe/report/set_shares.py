@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from raypipe.assessment.membership import LEVEL, set_shares
 from raypipe.config import Config
+from raypipe.report.formats import share
 from raypipe.report.keep_lists import KeepListScan
 from raypipe.report.schema import SetFigures, SetShares
-from raypipe.report.text import uneven_sets
 from raypipe.runs.manifests import SeedManifest
 from raypipe.runs.run import Run
 from raypipe.sources.id_sampling import audit_rule, in_sample
 from raypipe.sources.types import IdFilter
+from raypipe.text import counted
 
 
 def sample_sets(run: Run, config: Config) -> dict[str, IdFilter]:
@@ -56,10 +57,31 @@ def _of_list(sizes: Mapping[str, int], item: KeepListScan, level: float) -> dict
     scale = item.samples / item.looked_up
     return {
         name: {
-            "share": scale * share.share,
-            "low": scale * share.low / share.samples if share.samples else 0.0,
-            "high": scale * share.high / share.samples if share.samples else 0.0,
-            "within_chance": share.within_chance,
+            "share": scale * found.share,
+            "low": scale * found.low / found.samples if found.samples else 0.0,
+            "high": scale * found.high / found.samples if found.samples else 0.0,
+            "within_chance": found.within_chance,
         }
-        for name, share in set_shares(sizes, kept, level).items()
+        for name, found in set_shares(sizes, kept, level).items()
     }
+
+
+def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]], cross_fits: bool) -> str:
+    """Return which lists hold more of a set than chance allows; empty if none does."""
+    uneven = [
+        (file, sets)
+        for file, sets in lists.items()
+        if not all(figures["within_chance"] for figures in sets.values())
+    ]
+    if not uneven:
+        return ""
+    file, sets = max(
+        uneven, key=lambda item: abs(item[1]["seed"]["share"] - item[1]["rest"]["share"])
+    )
+    seed, audit, rest = (share(sets[name]["share"], 0) for name in ("seed", "audit", "rest"))
+    return (
+        f"{len(uneven)} of {counted(len(lists), 'keep-list')} treat measured samples differently: "
+        f"{file} holds {seed} of the seed set, {audit} of the audit set and {rest} of the rest, "
+        "which chance does not explain."
+        + ("" if cross_fits else " Set proxy.parts to 3 for cross-fitting.")
+    )

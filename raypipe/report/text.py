@@ -1,4 +1,4 @@
-"""Names and single sentences of the report."""
+"""Names, classes and strategies as the report calls them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raypipe.config.choices import STRATEGY_TEXTS
-from raypipe.report.formats import SPACE, count, fixed, share
-from raypipe.report.schema import KeepListFigures, SetFigures
+from raypipe.report.formats import count
+from raypipe.report.schema import KeepListFigures
 from raypipe.text import counted
 
 
@@ -71,40 +71,4 @@ def pseudo_labels(settings: Mapping[str, Any]) -> str:
     return (
         f"Labels are pseudo-labels from {count(settings['clusters'])} clusters of the features of "
         f"{features}; no true labels were used."
-    )
-
-
-def uneven_sets(lists: Mapping[str, Mapping[str, SetFigures]], cross_fits: bool) -> str:
-    """Return which lists hold more of a set than chance allows; empty if none does."""
-    uneven = [
-        (file, sets)
-        for file, sets in lists.items()
-        if not all(figures["within_chance"] for figures in sets.values())
-    ]
-    if not uneven:
-        return ""
-    file, sets = max(
-        uneven, key=lambda item: abs(item[1]["seed"]["share"] - item[1]["rest"]["share"])
-    )
-    seed, audit, rest = (share(sets[name]["share"], 0) for name in ("seed", "audit", "rest"))
-    return (
-        f"{len(uneven)} of {counted(len(lists), 'keep-list')} treat measured samples differently: "
-        f"{file} holds {seed} of the seed set, {audit} of the audit set and {rest} of the rest, "
-        "which chance does not explain."
-        + ("" if cross_fits else " Set proxy.parts to 3 for cross-fitting.")
-    )
-
-
-def larger_seed_set(curve: Mapping[str, Any]) -> str:
-    """Return a sentence about what doubling the seed set is predicted to gain."""
-    doubled = curve["doubled"]
-    gain, bounds = doubled.get("gain"), doubled.get("gain_interval")
-    if gain is None:
-        return "The learning curve does not show how much a larger seed set would gain."
-    between = (
-        f" (95{SPACE}% range {fixed(bounds[0], 3)} to {fixed(bounds[1], 3)})" if bounds else ""
-    )
-    return (
-        "Doubling the seed set is predicted to raise the Spearman correlation by "
-        f"{fixed(gain, 3)}{between}."
     )

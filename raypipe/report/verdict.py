@@ -40,8 +40,8 @@ def trust_verdict(
     """Return a one-word verdict, and sentences on how far to trust the scores.
 
     The verdict is that of the lower of fidelity and stability, and "weak" where the proxy hardly
-    beats chance. Without a known stability, it is
-    "good" at best: a score that another training may not agree with is never called strong.
+    beats chance. Without a known stability, it is "good" at best: a score that another training may
+    not agree with is never called strong.
 
     Parameters
     ----------

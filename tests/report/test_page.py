@@ -20,7 +20,7 @@ from raypipe.config.choices import STRATEGY_TEXTS
 from raypipe.distributed.context import Context
 from raypipe.errors import RaypipeError
 from raypipe.progress import Progress
-from raypipe.report import build, plots, text, thumbnails
+from raypipe.report import build, formats, plots, thumbnails
 from raypipe.runs.ledger import StageRecord
 from raypipe.runs.run import Run
 from raypipe.selection import STRATEGIES
@@ -204,7 +204,7 @@ def test_the_audit_set_leads_beside_every_baseline(make_run: MakeRun) -> None:
     for row in ("gnn_published", "class_mean", "random"):
         figures = re.search(rf"{row} ([^a-z]*(to [^a-z]*)*)", table)[1]
         assert len(re.findall(r"to", figures)) == 5, f"{row}: five figures, each with its interval"
-    assert f"{text.share(low, 0)} to {text.share(high, 0)}".replace("\u202f", " ") in shown
+    assert f"{formats.share(low, 0)} to {formats.share(high, 0)}".replace("\u202f", " ") in shown
     assert (
         "Doubling the seed set is predicted to raise the Spearman correlation by 0.070 "
         "(95 % range 0.010 to 0.120)." in shown

@@ -12,7 +12,7 @@ import pytest
 from raypipe import storage
 from raypipe.report import build
 from raypipe.report.page import breakable
-from raypipe.report.text import uneven_sets
+from raypipe.report.set_shares import uneven_sets
 from raypipe.runs.run import Run
 
 MakeRun = Callable[..., Run]
