@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,9 @@ class ForkedCommand:
         self._output = output
         environment = {**os.environ, **(variables or {})}
         self._process = FORKS.Process(
-            target=_command, args=(list(arguments), str(folder), str(output), environment)
+            target=_command,
+            args=(list(arguments), str(folder), str(output), environment),
+            daemon=True,  # a test that fails does not wait for it at the end
         )
         self._process.start()
 
@@ -56,10 +59,12 @@ class ForkedCommand:
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code, once the command has ended."""
+        """Return the exit code, once the command has ended; after `timeout` seconds, kill it."""
         self._process.join(timeout)
         code = self._process.exitcode
-        assert code is not None, f"runs after {timeout} s:\n{self.printed}"
+        if code is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"runs after {timeout} s:\n{self.printed}")
         return code
 
     @property
