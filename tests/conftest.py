@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 # Fixtures import what they need: torch and raypipe take seconds, and the process that only hands
 # out the tests loads this file, too.
 
-# A command or worker that a test starts would compile all of raypipe anew.
+# Otherwise, every command and worker that a test starts compiles raypipe again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 

@@ -264,11 +264,11 @@ class _ScorePair:
         # prediction that repeats the measured scores must agree with them entirely.
         tie = np.random.default_rng(seed).permutation(len(a))
         self._a, self._b = _RankedValues(a, tie), _RankedValues(b, tie)
+        x, y = self._a.value, self._b.value
+        self._moments = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], 1)
 
     def pearson(self, weight: np.ndarray) -> np.ndarray:
-        a, b = self._a.value, self._b.value
-        columns = np.stack([np.ones_like(a), a, b, a * b, a * a, b * b], 1)
-        total, sum_a, sum_b, ab, aa, bb = (weight @ columns).T
+        total, sum_a, sum_b, ab, aa, bb = (weight @ self._moments).T
         centred_aa, centred_bb = aa - sum_a**2 / total, bb - sum_b**2 / total
         # what rounding leaves of the spread where a resample drew equal values only
         centred_aa[centred_aa < CONSTANT * aa] = 0
@@ -312,7 +312,7 @@ class RanksWithinClasses:
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray, label: np.ndarray, weight: np.ndarray) -> None:
-        self._a, self._b = np.zeros(len(a)), np.zeros(len(a))
+        ranks_a, ranks_b = np.zeros(len(a)), np.zeros(len(a))
         sizes, weights = [], []
         for y in np.unique(label[label >= 0]):
             rows = np.flatnonzero(label == y)
@@ -320,10 +320,11 @@ class RanksWithinClasses:
                 continue
             own = weight[rows]
             total = float(own.sum())
-            for side, values in ((self._a, a), (self._b, b)):
+            for side, values in ((ranks_a, a), (ranks_b, b)):
                 side[rows] = _centred_ranks(values[rows], own) / (total + 1)
             sizes.append(total**2 / float(np.square(own).sum()))
-            weights.append(float((own * np.square(self._b[rows])).sum()))
+            weights.append(float((own * np.square(ranks_b[rows])).sum()))
+        self._products = np.stack([ranks_a * ranks_b, ranks_a**2, ranks_b**2], 1)
         self._rho = np.linspace(-1, 1, 401)
         self._expected = self._rho
         self._corrects = len(sizes) > 1
@@ -335,8 +336,7 @@ class RanksWithinClasses:
 
     def spearman(self, weight: np.ndarray) -> np.ndarray:
         """Return the correlation in each resample, float64 [resamples]; NaN if undefined."""
-        products = weight @ np.stack([self._a * self._b, self._a**2, self._b**2], 1)
-        observed = _correlation(*products.T)
+        observed = _correlation(*(weight @ self._products).T)
         if not self._corrects:
             return observed
         rho = np.interp(observed, self._expected, self._rho)
@@ -404,13 +404,19 @@ def resample_weights(weight: np.ndarray, seed: int) -> Iterator[np.ndarray]:
         How often each resample drew each sample, times its weight, float64 [resamples, n].
     """
     n, strata = len(weight), [np.flatnonzero(weight == value) for value in np.unique(weight)]
-    rng = np.random.default_rng(seed)
+    # each stratum has a generator: the draws do not depend on the size of the chunks
+    generators = [np.random.default_rng([seed, number]) for number in range(1, len(strata))]
+    generators.insert(0, np.random.default_rng(seed))
     resamples = min(RESAMPLES, max(MIN_RESAMPLES, MAX_DRAWS // n))
     step = max(1, CHUNK_VALUES // n)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         drawn = np.concatenate(
-            [stratum[rng.integers(0, len(stratum), (rows, len(stratum)))] for stratum in strata], 1
+            [
+                stratum[rng.integers(0, len(stratum), (rows, len(stratum)))]
+                for stratum, rng in zip(strata, generators, strict=True)
+            ],
+            1,
         )
         place = drawn + n * np.arange(rows)[:, None]
         yield np.bincount(place.ravel(), minlength=rows * n).reshape(rows, n) * weight

@@ -85,6 +85,18 @@ def test_bootstrap_equals_the_obvious_loop(monkeypatch) -> None:
     )
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (0.5, 1.5)])
+def test_resamples_do_not_depend_on_the_size_of_the_chunks(
+    monkeypatch: pytest.MonkeyPatch, weights: tuple[float, ...]
+) -> None:
+    weight = np.repeat(weights, 15)
+    drawn = []
+    for rows in (1, 7, 1000):
+        monkeypatch.setattr(module, "CHUNK_VALUES", len(weight) * rows)
+        drawn.append(np.concatenate(list(module.resample_weights(weight, 3))))
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] == drawn[2]).all()
+
+
 def test_overlap_of_a_resample_counts_repeats() -> None:
     a, b = np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3])
     pair = module._ScorePair(a, b, 0)
